@@ -1,0 +1,28 @@
+"""VILA-M3 in JAX: a medical vision-language model that asks domain experts for help.
+
+The package is lazy: importing it imports neither jax nor flax, so that the expert processes can use its
+record, image and volume modules.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["UserError", "__version__", "load"]
+
+if TYPE_CHECKING:
+    from vilam3_jax.errors import UserError
+    from vilam3_jax.inference.chat import load
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        from vilam3_jax.inference.chat import load
+
+        return load
+    if name == "UserError":
+        from vilam3_jax.errors import UserError
+
+        return UserError
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,29 @@
+"""The only place that knows JAX and Flax versions.
+
+Supported pairs: jax 0.10.2 with flax 0.12.8 (Python 3.11) and jax 0.12 with flax 0.12.12 (Python 3.12).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+
+
+def make_mesh(sizes: Sequence[int], names: Sequence[str], devices: Sequence[Any] | None = None) -> Mesh:
+    """Builds a mesh whose axes are all `Auto`.
+
+    The sizes are passed by position, because their keyword changed between jax 0.10 and 0.11, and the axis
+    type is stated, because `jax.make_mesh` and `Mesh` have different defaults.
+    """
+    return jax.make_mesh(
+        tuple(sizes), tuple(names), axis_types=(AxisType.Auto,) * len(tuple(names)), devices=devices
+    )
+
+
+def pure_dict(state: nnx.State) -> dict[str, Any]:
+    """Turns an NNX state into nested dicts of arrays."""
+    return nnx.to_pure_dict(state)

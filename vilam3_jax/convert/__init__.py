@@ -1,0 +1,1 @@
+"""Hugging Face and GGUF folders in, Orbax out."""

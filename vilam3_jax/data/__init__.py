@@ -1,0 +1,1 @@
+"""Examples, annotations, templates, packing and the loader."""

@@ -1,0 +1,1 @@
+"""One builder per dataset: what the user downloaded becomes ArrayRecord Examples."""

@@ -1,0 +1,1 @@
+"""Generation, the agent loop and chat."""

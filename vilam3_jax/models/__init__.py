@@ -1,0 +1,1 @@
+"""Model families in Flax NNX, used functionally: one family a file."""

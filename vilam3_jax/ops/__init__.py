@@ -1,0 +1,1 @@
+"""Attention, losses and activation sharding: the numeric parts that know about hardware."""

@@ -1,0 +1,58 @@
+"""Activation sharding by logical axis names.
+
+Models say what an axis *is* (`batch`, `length`, `mlp` ...); the run's table says which mesh axes carry it.
+Outside `activation_rules` the helper does nothing, so models run unsharded in tests and notebooks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+MeshAxes = str | tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class _Context:
+    mesh: Mesh
+    rules: Mapping[str, MeshAxes]
+
+
+_context: contextvars.ContextVar[_Context | None] = contextvars.ContextVar("activation_rules", default=None)
+
+
+@contextlib.contextmanager
+def activation_rules(mesh: Mesh, rules: Mapping[str, MeshAxes]) -> Iterator[None]:
+    """Makes `shard` place activations on `mesh` by `rules` while the step is traced."""
+    token = _context.set(_Context(mesh, dict(rules)))
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def shard(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Constrains `x` to the mesh axes of its logical axes.
+
+    Args:
+      x: any array.
+      *logical_axes: one name (or None: replicated) per dimension of `x`.
+
+    Raises:
+      ValueError: the number of names differs from the rank, or a name has no rule.
+    """
+    context = _context.get()
+    if context is None:
+        return x
+    if len(logical_axes) != x.ndim:
+        raise ValueError(f"{len(logical_axes)} axis names for an array of rank {x.ndim}: {logical_axes}")
+    unknown = [name for name in logical_axes if name is not None and name not in context.rules]
+    if unknown:
+        raise ValueError(f"no activation rule for {unknown}; known: {sorted(context.rules)}")
+    spec = PartitionSpec(*(None if name is None else context.rules[name] for name in logical_axes))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(context.mesh, spec))

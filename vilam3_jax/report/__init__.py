@@ -1,0 +1,1 @@
+"""Plots and HTML from a run."""

@@ -1,0 +1,1 @@
+"""Mesh, sharding, state and step of a training run."""

@@ -1,0 +1,372 @@
+"""The record of a dataset: an `Example`, its msgpack form and the VILA instruction JSON.
+
+An example knows nothing of tokens, templates, experts' answers or overlays: those are rendered
+when it is loaded (`data/render.py`), so switching experts never rebuilds a dataset.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgpack
+
+from vilam3_jax.errors import UserError
+
+SCHEMA_VERSION = 1
+IMAGE_MARKER = "<image>"
+FORMATS = ("pair", "caption", "document", "conversation")
+ROLES = ("system", "user", "assistant", "expert")
+POLICIES = ("always", "optional")
+
+_EXPERT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*\Z")
+_FROM_ROLE = {"user": "human", "assistant": "gpt", "system": "system", "expert": "human"}
+_TO_ROLE = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+_EXTENSION_KEY = "vilam3"  # what VILA's own loader ignores
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRef:
+    """Where one image of an example comes from.
+
+    Attributes:
+      data: an encoded 2-D image (PNG, JPEG, ...), or None when `path` is given.
+      path: a file below the dataset's data root, '/'-separated; a 2-D image, or a volume when
+        `axis` is given.
+      axis: which axis of the canonical (RAS) volume is cut: 0, 1 or 2.
+      index: which plane along `axis`, in voxels.
+      window: (centre, width) in the volume's intensity unit (HU for CT); None: by percentiles.
+    """
+
+    data: bytes | None = None
+    path: str | None = None
+    axis: int | None = None
+    index: int | None = None
+    window: tuple[float, float] | None = None
+
+    def problem(self) -> str | None:
+        """Returns why this reference cannot be used, or None."""
+        if (self.data is None) == (self.path is None):
+            return "needs either bytes or a path, not both"
+        if self.data is not None and not self.data:
+            return "has empty bytes"
+        if self.path is not None and (reason := path_problem(self.path)):
+            return reason
+        if (self.axis is None) != (self.index is None):
+            return "axis and index go together"
+        if self.axis is not None:
+            if self.data is not None:
+                return "axis and index are for volumes, which are given by path"
+            if self.axis not in (0, 1, 2) or self.index < 0:
+                return f"axis {self.axis}, index {self.index} is no slice"
+        if self.window is not None and (len(self.window) != 2 or not self.window[1] > 0):
+            return f"window {self.window} is not (centre, width > 0)"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One message: who speaks, the text with `<image>` markers, and whether it is a target."""
+
+    role: str
+    text: str
+    supervised: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertRequest:
+    """A place where an expert's result belongs.
+
+    Attributes:
+      expert: the expert's name, as on its card.
+      args: the trigger's arguments, e.g. "organs"; "" for none.
+      image: which of the example's images the expert sees.
+      before_turn: index of the assistant turn that the result comes before.
+      policy: "always": without a result the example is put aside; "optional": it is then
+        rendered without the expert.
+    """
+
+    expert: str
+    args: str = ""
+    image: int = 0
+    before_turn: int = 1
+    policy: str = "always"
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One record. `meta` holds plain values only (text, numbers, booleans, lists, dicts).
+
+    `pair` and `caption` are a user turn that is one `<image>` and a supervised assistant turn;
+    `document` is a run of assistant turns, all supervised; `conversation` alternates.
+    """
+
+    id: str
+    format: str
+    images: tuple[ImageRef, ...] = ()
+    turns: tuple[Turn, ...] = ()
+    expert_requests: tuple[ExpertRequest, ...] = ()
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("images", "turns", "expert_requests"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def validate(self) -> Example:
+        """Returns itself if the record keeps the contract.
+
+        Raises:
+          UserError: names the example's id and the first broken rule.
+        """
+        if reason := _problem(self):
+            raise UserError(f"example {self.id!r}: {reason}")
+        return self
+
+    def to_bytes(self) -> bytes:
+        """Returns the schema-versioned msgpack form."""
+        return msgpack.packb(
+            {
+                "v": SCHEMA_VERSION,
+                "id": self.id,
+                "format": self.format,
+                "images": [[i.data, i.path, i.axis, i.index, i.window] for i in self.images],
+                "turns": [[t.role, t.text, t.supervised] for t in self.turns],
+                "experts": [
+                    [r.expert, r.args, r.image, r.before_turn, r.policy]
+                    for r in self.expert_requests
+                ],
+                "meta": self.meta,
+            },
+            use_bin_type=True,
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Example:
+        """Reads what `to_bytes` wrote.
+
+        Raises:
+          UserError: not an example, or of a newer schema.
+        """
+        try:
+            raw = msgpack.unpackb(data, raw=False, strict_map_key=False)
+            if raw["v"] != SCHEMA_VERSION:
+                raise UserError(
+                    f"example record has schema {raw['v']}, this version reads {SCHEMA_VERSION}; "
+                    "prepare the dataset again"
+                )
+            return cls(
+                id=raw["id"],
+                format=raw["format"],
+                images=tuple(
+                    ImageRef(blob, path, axis, index, None if window is None else tuple(window))
+                    for blob, path, axis, index, window in raw["images"]
+                ),
+                turns=tuple(Turn(*turn) for turn in raw["turns"]),
+                expert_requests=tuple(ExpertRequest(*request) for request in raw["experts"]),
+                meta=raw["meta"],
+            )
+        except (msgpack.UnpackException, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"not an example record ({type(error).__name__}: {error})") from error
+
+
+def path_problem(path: str) -> str | None:
+    """Returns why `path` may not be followed below a data root, or None."""
+    parts = path.replace("\\", "/").split("/")
+    if (
+        not path
+        or path.startswith(("/", "\\", "~"))
+        or "://" in path
+        or re.match(r"[A-Za-z]:", path)
+    ):
+        return f"path {path!r} is not relative to the data root"
+    if ".." in parts or "\0" in path:
+        return f"path {path!r} leaves the data root"
+    return None
+
+
+def _problem(example: Example) -> str | None:
+    if not isinstance(example.id, str) or not example.id:
+        return "has no id"
+    if example.format not in FORMATS:
+        return f"format {example.format!r} is none of {', '.join(FORMATS)}"
+    if not example.turns:
+        return "has no turns"
+    for position, image in enumerate(example.images):
+        if reason := image.problem():
+            return f"image {position} {reason}"
+    for position, turn in enumerate(example.turns):
+        if turn.role not in ROLES:
+            return f"turn {position} has role {turn.role!r}, none of {', '.join(ROLES)}"
+        if turn.supervised and turn.role != "assistant":
+            return f"turn {position} is supervised but spoken by {turn.role}"
+        if turn.role == "system" and position > 0:
+            return f"turn {position} is a system turn; only the first may be"
+    markers = sum(turn.text.count(IMAGE_MARKER) for turn in example.turns)
+    if markers != len(example.images):
+        return f"{markers} {IMAGE_MARKER} markers for {len(example.images)} images"
+    if reason := _role_problem(example):
+        return reason
+    if not any(turn.supervised for turn in example.turns):
+        return "no turn is supervised, nothing can be learnt from it"
+    return _request_problem(example)
+
+
+def _role_problem(example: Example) -> str | None:
+    roles = [turn.role for turn in example.turns]
+    if example.format in ("pair", "caption"):
+        if roles != ["user", "assistant"] or example.turns[0].text.strip() != IMAGE_MARKER:
+            return f"a {example.format} is a user turn '{IMAGE_MARKER}' and an assistant turn"
+        return None
+    if example.format == "document":
+        if any(role != "assistant" for role in roles) or not all(
+            t.supervised for t in example.turns
+        ):
+            return "a document has supervised assistant turns only"
+        return None
+    spoken = roles[1:] if roles[0] == "system" else roles
+    for position, role in enumerate(spoken):
+        if (role == "assistant") != (position % 2 == 1):
+            return f"roles do not alternate user, assistant: {', '.join(roles)}"
+    return None
+
+
+def _request_problem(example: Example) -> str | None:
+    taken: set[int] = set()
+    for request in example.expert_requests:
+        name = f"request for {request.expert!r}"
+        if not _EXPERT_NAME.match(request.expert) or re.search(r"[<>()\n]", request.args):
+            return f"{name} with arguments {request.args!r} cannot be written as a trigger"
+        if request.policy not in POLICIES:
+            return f"{name} has policy {request.policy!r}, none of {', '.join(POLICIES)}"
+        if not 0 <= request.image < len(example.images):
+            return f"{name} is for image {request.image} of {len(example.images)}"
+        if not 0 <= request.before_turn < len(example.turns):
+            return f"{name} is before turn {request.before_turn} of {len(example.turns)}"
+        if example.turns[request.before_turn].role != "assistant":
+            return f"{name} is before turn {request.before_turn}, which no assistant speaks"
+        if request.before_turn in taken:
+            return f"two expert requests before turn {request.before_turn}"
+        taken.add(request.before_turn)
+    return None
+
+
+def normalise_markers(text: str) -> str:
+    """VILA's text normalisation of one turn (spec §1.7, steps 2 and 3; commit 355fda9)."""
+    if IMAGE_MARKER not in text:
+        return text
+    chunks = [chunk.strip() for chunk in text.split(IMAGE_MARKER)]
+    chunks = [chunk + " " for chunk in chunks[:-1]] + chunks[-1:]
+    text = f"{IMAGE_MARKER}\n".join(chunks).strip()
+    text = text.replace(IMAGE_MARKER, f"{IMAGE_MARKER}\n")
+    return text.replace(f"{IMAGE_MARKER}\n\n", f"{IMAGE_MARKER}\n")
+
+
+def from_instruction(item: Mapping[str, Any], *, normalise: bool = True) -> Example:
+    """Reads one item of a VILA instruction JSON.
+
+    A leading message of the assistant is dropped and a sample that names images but has no
+    marker gets one `<image>` in front, as VILA does.
+
+    Args:
+      item: `id`, `conversations` of `from`/`value`, and `image` or `images` (paths below the
+        image folder); our own extension key carries what VILA has no word for.
+      normalise: apply VILA's normalisation of the text around markers.
+
+    Raises:
+      UserError: names the item's id and what is wrong.
+    """
+    name = str(item.get("id", ""))
+    try:
+        extension = item.get(_EXTENSION_KEY) or {}
+        paths = item.get("images", item.get("image", []))
+        paths = [paths] if isinstance(paths, str) else list(paths)
+        turns = [(_TO_ROLE[turn["from"]], turn["value"]) for turn in item["conversations"]]
+        if not extension:
+            turns = _as_vila_reads(turns, bool(paths), normalise)
+        roles = extension.get("roles", [role for role, _ in turns])
+        supervised = extension.get("supervised", [role == "assistant" for role in roles])
+        slices = extension.get("slices", [None] * len(paths))
+        example = Example(
+            id=name,
+            format=extension.get("format", "conversation"),
+            images=tuple(
+                ImageRef(path=path)
+                if cut is None
+                else ImageRef(None, path, cut[0], cut[1], None if cut[2] is None else tuple(cut[2]))
+                for path, cut in zip(paths, slices, strict=True)
+            ),
+            turns=tuple(
+                Turn(role, text, bool(target))
+                for role, (_, text), target in zip(roles, turns, supervised, strict=True)
+            ),
+            expert_requests=tuple(ExpertRequest(*r) for r in extension.get("experts", [])),
+            meta=dict(extension.get("meta", {})),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"instruction item {name!r}: not in the VILA form ({type(error).__name__}: {error})"
+        ) from error
+    return example.validate()
+
+
+def _as_vila_reads(
+    turns: list[tuple[str, str]], has_images: bool, normalise: bool
+) -> list[tuple[str, str]]:
+    if turns and turns[0][0] == "assistant":
+        turns = turns[1:]
+    if has_images and turns and not any(IMAGE_MARKER in text for _, text in turns):
+        role, text = turns[0]
+        turns = [(role, f"{IMAGE_MARKER}\n{text}"), *turns[1:]]
+    if has_images and normalise:
+        turns = [(role, normalise_markers(text)) for role, text in turns]
+    return turns
+
+
+def to_instruction(example: Example) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Returns the VILA instruction item, and the image files (by relative path) to write beside it.
+
+    `from_instruction` gives back the same example, with bytes turned into paths.
+    """
+    files: dict[str, bytes] = {}
+    paths = []
+    for position, image in enumerate(example.images):
+        if image.path is not None:
+            paths.append(image.path)
+            continue
+        stem = re.sub(r"[^A-Za-z0-9_-]", lambda match: f"%{ord(match[0]):x}.", example.id)
+        path = f"images/{stem}_{position}{_suffix(image.data)}"
+        files[path] = image.data
+        paths.append(path)
+    item: dict[str, Any] = {"id": example.id}
+    if paths:
+        item |= {"image": paths[0]} if len(paths) == 1 else {"images": paths}
+    item["conversations"] = [
+        {"from": _FROM_ROLE[turn.role], "value": turn.text} for turn in example.turns
+    ]
+    item[_EXTENSION_KEY] = {
+        "format": example.format,
+        "roles": [turn.role for turn in example.turns],
+        "supervised": [turn.supervised for turn in example.turns],
+        "slices": [
+            None if i.axis is None and i.window is None else [i.axis, i.index, i.window]
+            for i in example.images
+        ],
+        "experts": [list(dataclasses.astuple(request)) for request in example.expert_requests],
+        "meta": example.meta,
+    }
+    return item, files
+
+
+def _suffix(data: bytes) -> str:
+    if data.startswith(b"\x89PNG"):
+        return ".png"
+    return ".jpg" if data.startswith(b"\xff\xd8") else os.extsep + "img"

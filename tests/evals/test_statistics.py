@@ -17,7 +17,7 @@ def row(
         "cluster": cluster,
         "correct": correct,
         "arm": arm,
-        "question_type": question_type,
+        "question_type": "organ",
         "label_source": source,
         "oracle": oracle,
         "unparsed": unparsed,
@@ -45,8 +45,8 @@ def test_interval_resamples_clusters_not_questions():
 
 
 def test_two_clusters_by_hand():
-    """Draws are AA, AB, BB with 1/4, 1/2, 1/4: the 95 % ends are the two pure ones; sizes weigh the middle."""
-    low, high = statistics.cluster_interval([1, 1, 1, 0], ["A", "A", "A", "B"], repetitions=4000)
+    """Draws are AA, AB, BB with 1/4, 1/2, 1/4: the 95 % ends are the pure ones; sizes weigh the middle."""
+    low, high = statistics.cluster_interval([1, 1, 1, 0], list("AAAB"), repetitions=4000)
     assert (low, high) == (0.0, 1.0)
     low, high = statistics.cluster_interval(
         [1, 1, 1, 0], ["A", "A", "A", "B"], repetitions=4000, confidence=0.4
@@ -130,9 +130,7 @@ def test_paired_difference_is_narrower_than_two_intervals():
     rng = np.random.default_rng(5)
     easy = {f"p{i}": rng.random() < 0.5 for i in range(30)}
     first = [row(f"{p}-{k}", p, ok) for p, ok in easy.items() for k in range(4)]
-    second = [
-        {**r, "correct": False if r["item"].endswith("-0") else r["correct"], "arm": "b"} for r in first
-    ]
+    second = [{**r, "correct": r["correct"] and r["item"][-1] != "0", "arm": "b"} for r in first]
     difference = statistics.paired_difference(first, second)
     own = statistics.summarise(first)[0].interval
     assert difference.interval[1] - difference.interval[0] < 0.5 * (own[1] - own[0])

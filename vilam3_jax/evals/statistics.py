@@ -100,8 +100,8 @@ def cluster_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values`, resampling whole clusters with replacement.
 
-    One repetition draws as many clusters as there are and takes the mean over all their values, so that large
-    clusters weigh more, as they do in the mean itself (Davison and Hinkley, 1997, section 3.8, first strategy).
+    One repetition draws as many clusters as there are and takes the mean over all their values, so that
+    large clusters weigh more, as they do in the mean itself (Davison and Hinkley, 1997, section 3.8).
 
     Args:
       values: [n] one number per question.
@@ -182,7 +182,7 @@ def summarise(rows: Iterable[Row], *, seed: int = 0) -> list[Summary]:
     Oracle questions never enter the `all` of the others, nor the others theirs.
 
     Returns:
-      Summaries in the order: arm as first seen, not oracle before oracle, `all`, then types and sources by name.
+      Summaries in the order: arm as first seen, not oracle before oracle, `all`, then by type and source.
     """
     groups: dict[tuple[str, bool, str, str], list[Row]] = {}
     arms: dict[str, int] = {}

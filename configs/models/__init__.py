@@ -1,0 +1,1 @@
+"""Model sizes as data."""

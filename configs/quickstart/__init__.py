@@ -1,0 +1,1 @@
+"""The five runs of `make quickstart`."""

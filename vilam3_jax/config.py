@@ -1,0 +1,232 @@
+"""Run configurations: load, override, check, snapshot.
+
+A recipe is a Python file with `get_config(arg)` that starts from `base_config()` and says only what differs.
+`load` accepts what the command line accepts: `configs/stage3_instruct.py:tiny`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from vilam3_jax.errors import UserError
+
+ConfigDict = ml_collections.ConfigDict
+
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+COMPONENTS = ("vision_tower", "text_tower", "projector", "llm", "everything")
+
+# Weights are split over `fsdp` on one dimension and over `tensor` on the other; small vectors are replicated.
+# The stacked layer axis leads and is never split.
+PARAMETER_RULES = (
+    (r"llm/embed/embedding", ("tensor", "fsdp")),
+    (r"llm/lm_head/kernel", ("fsdp", "tensor")),
+    (r"llm/layers/attn/[qkv]/kernel", (None, "fsdp", "tensor")),
+    (r"llm/layers/attn/o/kernel", (None, "tensor", "fsdp")),
+    (r"llm/layers/mlp/(gate|up)/kernel", (None, "fsdp", "tensor")),
+    (r"llm/layers/mlp/down/kernel", (None, "tensor", "fsdp")),
+    (r"llm/layers/.*/lora_a", (None, "fsdp", None)),
+    (r"llm/layers/.*/lora_b", (None, None, "fsdp")),
+    (r"(vision|text)_tower/blocks/attn/[qkv]/kernel", (None, "fsdp", "tensor")),
+    (r"(vision|text)_tower/blocks/attn/o/kernel", (None, "tensor", "fsdp")),
+    (r"(vision|text)_tower/blocks/mlp/fc1/kernel", (None, "fsdp", "tensor")),
+    (r"(vision|text)_tower/blocks/mlp/fc2/kernel", (None, "tensor", "fsdp")),
+    (r"vision_tower/patch_embed/kernel", (None, None, None, "fsdp")),
+    (r"text_tower/(embed/embedding|head/kernel)", (None, "fsdp")),
+    (r"vision_tower/head/.*kernel", ("fsdp", "tensor")),
+    (r"projector/(fc\d*|linear)/kernel", ("fsdp", "tensor")),
+    (r".*(scale|bias|pos_embed|probe|logit_\w+)", ()),
+)
+
+ACTIVATION_RULES = {
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "embed": None,
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+
+def base_config() -> ConfigDict:
+    """What every run shares. A recipe overrides; a key that is not here (or in the model) is refused."""
+    return ConfigDict(
+        dict(
+            name="",
+            kind="generative",
+            seed=0,
+            model=ConfigDict(),
+            init={component: "" for component in COMPONENTS},
+            data=dict(
+                path="",
+                annotations="",
+                mixture=(),
+                experts="off",
+                seq_len=512,
+                rows_per_group=1,
+                images_per_group=4,
+                global_rows=8,
+                loader_shards=8,
+                text_len=32,
+                global_pairs=64,
+                prefetch=4,
+            ),
+            mesh=dict(data=1, fsdp=-1, context=1, tensor=1, cpu_devices=0),
+            parameter_rules=PARAMETER_RULES,
+            activation_rules=dict(ACTIVATION_RULES),
+            trainable=((r".*", 1.0),),
+            optimizer=dict(
+                name="adamw", b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.0, clip_norm=1.0
+            ),
+            schedule=dict(name="cosine", peak=1e-4, warmup_fraction=0.03, end_fraction=0.1),
+            num_steps=100,
+            grad_accum=1,
+            loss_chunk=1024,
+            eval_every=0,
+            eval_batches=4,
+            checkpoint_every=0,
+            checkpoints_kept=1,
+            log_every=1,
+        )
+    )
+
+
+def configs_root() -> Path:
+    """Folder with the shipped recipes, in the source tree or in the installed package."""
+    return Path(str(importlib.resources.files("vilam3_jax.configs")))
+
+
+def recipe_path(spec: str) -> str:
+    """Resolves `configs/stage3_instruct.py:arg` to a file that exists, in the working folder or as shipped.
+
+    Raises:
+      UserError: there is no such recipe.
+    """
+    path, separator, argument = spec.partition(":")
+    candidates = [Path(path)]
+    parts = Path(path).parts
+    if parts and parts[0] == "configs":
+        candidates.append(configs_root().joinpath(*parts[1:]))
+    for candidate in candidates:
+        if candidate.is_file():
+            return f"{candidate}{separator}{argument}"
+    known = sorted(str(p.relative_to(configs_root())) for p in configs_root().glob("**/stage*.py"))
+    raise UserError(f"{path}: no such config; shipped ones are configs/ + {', '.join(known)}")
+
+
+def parse(argv: Sequence[str], flag_values: flags.FlagValues) -> ConfigDict:
+    """Parses `--config=FILE:ARG --config.key=value` and the flags already defined on `flag_values`.
+
+    Raises:
+      UserError: an unknown flag or config key (with the nearest known name), or a value of the wrong type.
+    """
+    argv = list(argv)
+    for index, item in enumerate(argv):
+        if item.startswith("--config=") or item.startswith("-config="):
+            argv[index] = "--config=" + recipe_path(item.split("=", 1)[1])
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=flag_values)
+    try:
+        flag_values(["vilam3", *argv])
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from error
+    except (AttributeError, KeyError) as error:
+        raise UserError(_unknown_key(argv, error)) from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config: {' '.join(str(error).split())}") from error
+    config = flag_values["config"].value
+    if config is None:
+        raise UserError("--config=FILE[:ARG] is missing, for example --config=configs/stage3_instruct.py:tiny")
+    check(config)
+    return config
+
+
+def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """Loads a recipe in Python, as `parse` does for the command line.
+
+    Args:
+      spec: `FILE[:ARG]`.
+      overrides: dotted key → value.
+    """
+    values = flags.FlagValues()
+    config = parse([f"--config={spec}"], values)
+    if overrides:
+        for key, value in overrides.items():
+            if key not in flatten(config) and not _is_section(config, key):
+                raise UserError(f"config key {key}: unknown{_suggest(key, flatten(config))}")
+        config.update_from_flattened_dict(dict(overrides))
+        check(config)
+    return config
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses a config that cannot run, with the key and the fix."""
+    if config.kind not in ("generative", "contrastive"):
+        raise UserError(f"config kind={config.kind!r}: must be 'generative' or 'contrastive'")
+    if config.data.experts not in ("on", "off", "mixed", "falsified"):
+        raise UserError(f"config data.experts={config.data.experts!r}: on, off, mixed or falsified")
+    if config.num_steps < 1:
+        raise UserError(f"config num_steps={config.num_steps}: must be at least 1")
+    if config.schedule.name not in ("cosine", "constant"):
+        raise UserError(f"config schedule.name={config.schedule.name!r}: cosine or constant")
+    if config.optimizer.name not in ("adamw", "adafactor", "lion"):
+        raise UserError(f"config optimizer.name={config.optimizer.name!r}: adamw, adafactor or lion")
+    rows, group = config.data.global_rows, config.data.rows_per_group
+    if config.kind == "generative" and rows % (group * config.grad_accum):
+        raise UserError(
+            f"config data.global_rows={rows} does not divide into groups of data.rows_per_group={group} "
+            f"times grad_accum={config.grad_accum}"
+        )
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Dotted key → leaf value."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def snapshot(config: ConfigDict) -> str:
+    """The fully resolved config as sorted `key: value` lines; stored with runs and diffed in tests."""
+    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in sorted(flatten(config).items()))
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON (tuples become lists)."""
+    return json.dumps(config.to_dict(), indent=1, sort_keys=True)
+
+
+def _is_section(config: ConfigDict, key: str) -> bool:
+    return any(known.startswith(key + ".") for known in flatten(config))
+
+
+def _suggest(key: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _unknown_key(argv: Sequence[str], error: Exception) -> str:
+    """Names the overridden key that the recipe lacks."""
+    spec = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), "")
+    try:
+        known = flatten(load(spec)) if spec else {}
+    except (UserError, AttributeError, KeyError):
+        known = {}
+    for item in argv:
+        if item.startswith("--config."):
+            key = item[len("--config.") :].split("=", 1)[0]
+            if known and key not in known:
+                return f"config key {key}: unknown{_suggest(key, known)}"
+    return f"config {spec}: {' '.join(str(error).split())}"

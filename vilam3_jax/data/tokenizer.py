@@ -1,0 +1,340 @@
+"""Tokenizers from Hugging Face folders, through the `tokenizers` library alone.
+
+What a user or a report writes can never become a control token: `Tokenizer.encode` reads `<|im_end|>` in a
+text as nine ordinary characters unless the caller, who writes the template, passes `allow_special=True`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from vilam3_jax.errors import UserError
+from vilam3_jax.paths import PathLike, as_path, read_bytes, write_text_atomic
+
+CHATML_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+# Gemma's tokenizer.json has 33 MB, the largest in use.
+_MAX_FILE_BYTES = 256 << 20
+_ROLES = ("bos", "eos", "pad")
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes:
+      bos_id: id put in front with `add_bos`, or None where the model has none (Qwen).
+      eos_id: id that ends an answer.
+      pad_id: id for unused positions; `eos_id` where the folder names none (Llama 3). Padding is told from text
+        by masks, never by this id.
+      stop_ids: every id at which generation stops; `eos_id` is the first.
+      chat_template: the folder's Jinja template, or None. Kept for export; we render our own templates.
+    """
+
+    def __init__(
+        self,
+        tokenizer_json: str,
+        *,
+        eos_id: int,
+        bos_id: int | None = None,
+        pad_id: int | None = None,
+        stop_ids: Sequence[int] = (),
+        chat_template: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ):
+        """Builds from the text of a `tokenizer.json`; most callers want `load_tokenizer`.
+
+        Args:
+          tokenizer_json: text of a `tokenizer.json`.
+          eos_id: see the class, as are `bos_id`, `pad_id`, `stop_ids` and `chat_template`.
+          settings: the folder's `tokenizer_config.json`, written back by `save`.
+        """
+        self._json = tokenizer_json
+        self._settings = dict(settings or {})
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        self.pad_id = eos_id if pad_id is None else pad_id
+        self.stop_ids = tuple(dict.fromkeys((eos_id, *stop_ids)))
+        self.chat_template = chat_template
+        self._plain = _build(tokenizer_json, encode_special_tokens=True)
+        added = self._plain.get_added_tokens_decoder()
+        self._specials = {token.content: index for index, token in added.items() if token.special}
+        self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
+
+    @functools.cached_property
+    def _with_specials(self) -> tokenizers.Tokenizer:
+        # A second object, because switching one between the two modes would not be safe among threads.
+        return _build(self._json, encode_special_tokens=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The library's own pickling forgets `encode_special_tokens`, which is the point of `_plain`.
+        make = functools.partial(
+            Tokenizer,
+            eos_id=self.eos_id,
+            bos_id=self.bos_id,
+            pad_id=self.pad_id,
+            stop_ids=self.stop_ids,
+            chat_template=self.chat_template,
+            settings=self._settings,
+        )
+        return make, (self._json,)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Control tokens and their ids."""
+        return dict(self._specials)
+
+    def encode(self, text: str, *, add_bos: bool = False, allow_special: bool = False) -> list[int]:
+        """Encodes `text`; nothing is added that was not asked for.
+
+        Args:
+          text: any string.
+          add_bos: put `bos_id` in front.
+          allow_special: map the strings of control tokens to their ids. Only for text that the program wrote.
+
+        Returns:
+          Token ids.
+
+        Raises:
+          UserError: `add_bos` with a tokenizer that has no such token.
+        """
+        if add_bos and self.bos_id is None:
+            raise UserError("this tokenizer has no beginning-of-sequence token; encode without add_bos")
+        if allow_special:
+            ids = self._with_specials.encode(text, add_special_tokens=False).ids
+        else:
+            ids = self._encode_plain(text)
+        return [self.bos_id, *ids] if add_bos else ids  # type: ignore[list-item]
+
+    def _encode_plain(self, text: str) -> list[int]:
+        ids = self._plain.encode(text, add_special_tokens=False).ids
+        if self._specials.keys().isdisjoint(_occurring(self._specials, text)):
+            return ids
+        if set(ids).isdisjoint(self._specials.values()):
+            return ids
+        # Some models hold the control token as an ordinary vocabulary entry too, and reach it by that way.
+        # Cut such strings after their first character: no piece can then be the whole token.
+        for special in _occurring(self._specials, text):
+            if len(special) > 1 and special in text:
+                cut = text.index(special) + 1
+                return self._encode_plain(text[:cut]) + self._encode_plain(text[cut:])
+        return [index for index in ids if index not in self._specials.values()]
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Returns the text of `ids`; control tokens are left out unless `skip_special` is False."""
+        return self._plain.decode([int(index) for index in ids], skip_special_tokens=skip_special)
+
+    def token_id(self, token: str) -> int:
+        """Returns the id of one token.
+
+        Raises:
+          UserError: the vocabulary has no such token.
+        """
+        index = self._plain.token_to_id(token)
+        if index is None:
+            raise UserError(f"the tokenizer has no token {token!r}; use the one this model was trained with")
+        return index
+
+    def token(self, index: int) -> str | None:
+        """Returns the token with this id as the vocabulary spells it, or None."""
+        return self._plain.id_to_token(index)
+
+    def save(self, directory: PathLike) -> None:
+        """Writes an HF folder that `load_tokenizer` and transformers open.
+
+        Raises:
+          UserError: the folder cannot be written.
+        """
+        directory = as_path(directory)
+        names = {f"{role}_token": getattr(self, f"{role}_id") for role in _ROLES}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self._settings}
+        settings.update({key: self.token(index) for key, index in names.items() if index is not None})
+        write_text_atomic(directory / "tokenizer.json", self._json)
+        write_text_atomic(directory / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+        ids = {"bos_token_id": self.bos_id, "eos_token_id": list(self.stop_ids), "pad_token_id": self.pad_id}
+        write_text_atomic(directory / "generation_config.json", json.dumps(ids, indent=2) + "\n")
+        if self.chat_template is not None:
+            write_text_atomic(directory / "chat_template.jinja", self.chat_template)
+
+
+def _occurring(specials: Mapping[str, int], text: str) -> list[str]:
+    return [special for special in specials if special in text]
+
+
+def _build(tokenizer_json: str, *, encode_special_tokens: bool) -> tokenizers.Tokenizer:
+    built = tokenizers.Tokenizer.from_str(tokenizer_json)
+    # A file saved after a training run may carry that run's truncation or padding, which corrupt silently.
+    built.no_truncation()
+    built.no_padding()
+    built.encode_special_tokens = encode_special_tokens
+    return built
+
+
+def load_tokenizer(directory: PathLike) -> Tokenizer:
+    """Opens the tokenizer of a Hugging Face model folder.
+
+    Reads `tokenizer.json`; the special tokens come from `tokenizer_config.json`, `special_tokens_map.json`,
+    `generation_config.json` or `config.json`, in this order.
+
+    Args:
+      directory: local folder or `gs://` prefix.
+
+    Raises:
+      UserError: the folder or a file is missing or broken, or no file names the end-of-sequence token.
+    """
+    folder = as_path(directory)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such tokenizer folder; check the path")
+    source = folder / "tokenizer.json"
+    if not source.exists():
+        hint = "it has only tokenizer.model: " if (folder / "tokenizer.model").exists() else ""
+        raise UserError(
+            f"{folder}: no tokenizer.json in this folder; {hint}save the model's fast tokenizer there "
+            "(transformers: AutoTokenizer.from_pretrained(...).save_pretrained(folder))"
+        )
+    text = _read_text(source)
+    try:
+        built = tokenizers.Tokenizer.from_str(text)
+        declared = json.loads(text).get("added_tokens") or []
+    except Exception as error:  # the library raises plain Exception for every parse error
+        raise UserError(f"{source}: not a readable tokenizer ({error}); download it again") from error
+    for entry in declared:
+        # The library renumbers added tokens that do not fit on its vocabulary, which would shift every id.
+        if built.token_to_id(entry["content"]) != entry["id"]:
+            raise UserError(
+                f"{source}: added token {entry['content']!r} claims id {entry['id']} but would get "
+                f"{built.token_to_id(entry['content'])}; the vocabulary has a hole, download the file again"
+            )
+
+    settings = _read_json(folder / "tokenizer_config.json")
+    by_name = [settings, _read_json(folder / "special_tokens_map.json")]
+    by_id = [_read_json(folder / "generation_config.json"), _read_json(folder / "config.json")]
+    found = {role: _special_id(role, built, folder, by_name, by_id) for role in _ROLES}
+    if found["eos"] is None:
+        raise UserError(
+            f"{folder}: no end-of-sequence token; add eos_token to tokenizer_config.json "
+            "or eos_token_id to config.json"
+        )
+    stops = [index for values in by_id for index in _ids(values.get("eos_token_id"))]
+    template_file = folder / "chat_template.jinja"
+    template = _read_text(template_file) if template_file.exists() else settings.get("chat_template")
+    return Tokenizer(
+        text,
+        eos_id=found["eos"],
+        bos_id=found["bos"],
+        pad_id=found["pad"],
+        stop_ids=stops,
+        chat_template=template if isinstance(template, str) else None,
+        settings=settings,
+    )
+
+
+def _read_text(path: PathLike) -> str:
+    try:
+        return read_bytes(path, _MAX_FILE_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text; download it again") from error
+
+
+def _read_json(path: Any) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object was expected; download it again")
+    return value
+
+
+def _ids(value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [index for index in values if isinstance(index, int) and index >= 0]
+
+
+def _special_id(
+    role: str,
+    built: tokenizers.Tokenizer,
+    folder: Any,
+    by_name: Sequence[Mapping[str, Any]],
+    by_id: Sequence[Mapping[str, Any]],
+) -> int | None:
+    for values in by_name:
+        name = values.get(f"{role}_token")
+        if isinstance(name, dict):  # transformers also writes the token with its matching rules
+            name = name.get("content")
+        if isinstance(name, str):
+            index = built.token_to_id(name)
+            if index is None:
+                raise UserError(
+                    f"{folder}: {role}_token {name!r} is not in tokenizer.json; are the files of one model?"
+                )
+            return index
+    for values in by_id:
+        if ids := _ids(values.get(f"{role}_token_id")):
+            return ids[0]
+    return None
+
+
+def train_bpe(
+    texts: Iterable[str],
+    vocab_size: int,
+    out_dir: PathLike,
+    special_tokens: Sequence[str] = CHATML_SPECIALS,
+) -> Tokenizer:
+    """Trains a byte-level BPE and saves it as an HF folder; meant for small models trained from scratch.
+
+    Numbers are split digit by digit, as in SmolLM2 and Llama 2, so that measurements share their tokens.
+
+    Args:
+      texts: training texts.
+      vocab_size: size of the whole vocabulary; at least 256 bytes plus the special tokens. A small corpus may
+        yield fewer.
+      out_dir: folder to write.
+      special_tokens: (padding, beginning, end, further control tokens...), which get the first ids.
+
+    Returns:
+      The tokenizer, as `load_tokenizer(out_dir)` gives it.
+
+    Raises:
+      UserError: `vocab_size` is too small, or fewer than three distinct special tokens.
+    """
+    if len(special_tokens) < 3 or len(set(special_tokens)) != len(special_tokens):
+        raise UserError(f"special_tokens {list(special_tokens)}: three or more different tokens are needed")
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(alphabet) + len(special_tokens)
+    if vocab_size < smallest:
+        raise UserError(f"vocab_size {vocab_size}: {smallest} is the least for bytes and special tokens")
+    built = tokenizers.Tokenizer(models.BPE())
+    built.pre_tokenizer = digit_byte_level()
+    built.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    built.train_from_iterator(texts, trainer)
+    ids = {
+        role: built.token_to_id(token)
+        for role, token in zip(("pad", "bos", "eos"), special_tokens, strict=False)
+    }
+    result = Tokenizer(built.to_str(), eos_id=ids["eos"], bos_id=ids["bos"], pad_id=ids["pad"])
+    result.save(out_dir)
+    return load_tokenizer(out_dir)
+
+
+def digit_byte_level() -> pre_tokenizers.PreTokenizer:
+    """Returns SmolLM2's pre-tokenizer: every digit alone, then GPT-2's byte-level split."""
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )

@@ -30,8 +30,8 @@ class Tokenizer:
     Attributes:
       bos_id: id put in front with `add_bos`, or None where the model has none (Qwen).
       eos_id: id that ends an answer.
-      pad_id: id for unused positions; `eos_id` where the folder names none (Llama 3). Padding is told from text
-        by masks, never by this id.
+      pad_id: id for unused positions; `eos_id` where the folder names none (Llama 3). Padding is told
+        from text by masks, never by this id.
       stop_ids: every id at which generation stops; `eos_id` is the first.
       chat_template: the folder's Jinja template, or None. Kept for export; we render our own templates.
     """
@@ -150,16 +150,16 @@ class Tokenizer:
         Raises:
           UserError: the folder cannot be written.
         """
-        directory = as_path(directory)
+        folder = as_path(directory)
         names = {f"{role}_token": getattr(self, f"{role}_id") for role in _ROLES}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self._settings}
         settings.update({key: self.token(index) for key, index in names.items() if index is not None})
-        write_text_atomic(directory / "tokenizer.json", self._json)
-        write_text_atomic(directory / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+        write_text_atomic(folder / "tokenizer.json", self._json)
+        write_text_atomic(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
         ids = {"bos_token_id": self.bos_id, "eos_token_id": list(self.stop_ids), "pad_token_id": self.pad_id}
-        write_text_atomic(directory / "generation_config.json", json.dumps(ids, indent=2) + "\n")
+        write_text_atomic(folder / "generation_config.json", json.dumps(ids, indent=2) + "\n")
         if self.chat_template is not None:
-            write_text_atomic(directory / "chat_template.jinja", self.chat_template)
+            write_text_atomic(folder / "chat_template.jinja", self.chat_template)
 
 
 def _occurring(specials: Mapping[str, int], text: str) -> list[str]:

@@ -1,0 +1,17 @@
+"""Stage 2a, alignment: only the projector learns, on captions, between a frozen tower and a frozen LLM."""
+
+from ml_collections import ConfigDict
+
+from vilam3_jax import config as config_lib
+from vilam3_jax.configs import models
+
+
+def get_config(arg: str = "tiny") -> ConfigDict:
+    """`arg` names a model of configs/models."""
+    config = config_lib.base_config()
+    config.name = "stage2a_align"
+    config.model = models.get(arg)
+    config.data.mixture = (("captions", 1.0),)
+    config.trainable = ((r"projector/.*", 1.0), (r".*", 0.0))
+    config.schedule.peak = 1e-3
+    return config

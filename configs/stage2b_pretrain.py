@@ -1,0 +1,17 @@
+"""Stage 2b, vision-language pre-training: projector and LLM on captions and text-only reports."""
+
+from ml_collections import ConfigDict
+
+from vilam3_jax import config as config_lib
+from vilam3_jax.configs import models
+
+
+def get_config(arg: str = "tiny") -> ConfigDict:
+    """`arg` names a model of configs/models."""
+    config = config_lib.base_config()
+    config.name = "stage2b_pretrain"
+    config.model = models.get(arg)
+    config.data.mixture = (("captions", 0.7), ("reports", 0.3))
+    config.trainable = ((r"vision_tower/.*", 0.0), (r".*", 1.0))
+    config.schedule.peak = 5e-5
+    return config

@@ -1,0 +1,16 @@
+"""Stage 3, instruction tuning: tower, projector and LLM on dialogues without experts."""
+
+from ml_collections import ConfigDict
+
+from vilam3_jax import config as config_lib
+from vilam3_jax.configs import models
+
+
+def get_config(arg: str = "tiny") -> ConfigDict:
+    """`arg` names a model of configs/models."""
+    config = config_lib.base_config()
+    config.name = "stage3_instruct"
+    config.model = models.get(arg)
+    config.data.mixture = (("instruct", 1.0),)
+    config.schedule.peak = 1e-4
+    return config

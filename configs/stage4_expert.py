@@ -1,0 +1,14 @@
+"""Stage 4, expert-guided instruction tuning: half of the dialogues call an expert and read its answer."""
+
+from ml_collections import ConfigDict
+
+from vilam3_jax.configs import stage3_instruct
+
+
+def get_config(arg: str = "tiny") -> ConfigDict:
+    """`arg` names a model of configs/models."""
+    config = stage3_instruct.get_config(arg)
+    config.name = "stage4_expert"
+    config.data.experts = "mixed"
+    config.schedule.peak = 2e-5
+    return config

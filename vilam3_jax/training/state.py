@@ -1,0 +1,121 @@
+"""The state of a run: fresh, from earlier exports, placed on the mesh from the start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from vilam3_jax import checkpoints
+from vilam3_jax.errors import UserError
+from vilam3_jax.models import trees, vila
+from vilam3_jax.training import mesh as mesh_lib
+
+State = dict[str, Any]
+
+
+def abstract_state(
+    config: ConfigDict, mesh: Mesh, optimizer: optax.GradientTransformation, rates: Mapping[str, float]
+) -> State:
+    """Shapes, dtypes and shardings of the whole state, without memory.
+
+    `trainable` and `frozen` are flat (path → leaf). Optimizer state follows the sharding of the parameter
+    it belongs to.
+    """
+    _, nested = vila.abstract_model(config.model, config.kind)
+    shapes = trees.flatten(nested)
+    placed = mesh_lib.parameter_shardings(shapes, config.parameter_rules, mesh)
+    params = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[path])
+        for path, leaf in shapes.items()
+    }
+    trainable = {path: leaf for path, leaf in params.items() if rates[path]}
+    whole = mesh_lib.replicated(mesh)
+    opt_state = jax.eval_shape(optimizer.init, trainable)
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda leaf, like: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=like.sharding if leaf.shape == like.shape else whole
+        ),
+        opt_state,
+        trainable,
+        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+    )
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    return {
+        "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        "rng": jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
+        "trainable": trainable,
+        "frozen": {path: leaf for path, leaf in params.items() if not rates[path]},
+        "opt_state": opt_state,
+    }
+
+
+def shardings(abstract: State) -> State:
+    """The sharding of every leaf of an abstract state."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def initial_state(
+    config: ConfigDict, abstract: State, optimizer: optax.GradientTransformation
+) -> tuple[State, dict[str, str]]:
+    """Initialises on the mesh, then takes over the components named in `config.init`.
+
+    Returns:
+      The state, and component → the export it came from ('fresh' if initialised here).
+
+    Raises:
+      UserError: an export lacks a component, or holds one of other shapes.
+    """
+    origin = dict.fromkeys(_components(abstract), "fresh")
+    loaded: dict[str, jax.Array] = {}
+    wanted = {**abstract["frozen"], **abstract["trainable"]}
+    for component, source in config.init.items():
+        if not source:
+            continue
+        prefix = "" if component == "everything" else component + "/"
+        part = {path: leaf for path, leaf in wanted.items() if path.startswith(prefix)}
+        if not part:
+            raise UserError(f"config init.{component}: this model has no {component}")
+        optional = {path for path in part if "/lora_" in path} | set(_fresh_ok(config, part))
+        found = checkpoints.load_params(source, part, optional=optional)
+        loaded.update(found)
+        for path in found:
+            origin[path.split("/")[0]] = source
+
+    placed = {path: leaf.sharding for path, leaf in wanted.items()}
+
+    # Only what no export gave is initialised; the rest is never materialised twice.
+    def fresh(key: jax.Array) -> dict[str, jax.Array]:
+        params = trees.flatten(vila.init_params(config.model, config.kind, key))
+        return {path: leaf for path, leaf in params.items() if path not in loaded}
+
+    missing: dict[str, NamedSharding] = {path: s for path, s in placed.items() if path not in loaded}
+    key = jax.random.key(config.seed)
+    params = {**loaded, **jax.jit(fresh, out_shardings=missing)(key)}
+    trainable = {path: params[path] for path in abstract["trainable"]}
+    opt_state = jax.jit(
+        optimizer.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract["opt_state"])
+    )(trainable)
+    state = {
+        "step": jnp.zeros((), jnp.int32),
+        "rng": jax.random.key_data(key),
+        "trainable": trainable,
+        "frozen": {path: params[path] for path in abstract["frozen"]},
+        "opt_state": opt_state,
+    }
+    return jax.device_put(state, shardings(abstract)), origin
+
+
+def _components(abstract: State) -> list[str]:
+    return sorted({path.split("/")[0] for path in (*abstract["frozen"], *abstract["trainable"])})
+
+
+def _fresh_ok(config: ConfigDict, part: Mapping[str, Any]) -> list[str]:
+    """A component that has an export of its own need not be in the one for `everything`."""
+    return [path for path in part if config.init.get(path.split("/")[0])]

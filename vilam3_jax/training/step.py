@@ -1,0 +1,135 @@
+"""The train step: pure, from (state, batch) to (state, metrics)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from vilam3_jax.models import trees, vila
+from vilam3_jax.ops import losses
+
+Flat = dict[str, jax.Array]
+Batch = dict[str, jax.Array]
+State = dict[str, Any]
+LossFn = Callable[[Flat, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def make_loss(config: ConfigDict, graphdef: Any) -> LossFn:
+    """Returns `loss(flat params, batch) -> (summed loss, {'weight', 'correct'})`.
+
+    Generative: cross entropy summed over supervised tokens; `weight` is their number, `correct` the number
+    predicted by arg max. Contrastive: sigmoid loss summed over pairs; `correct` counts images whose own
+    text scores highest. Dividing sums by `weight` gives the global mean whatever the packing.
+    """
+
+    def generative(params: Flat, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        model = vila.merge(graphdef, trees.unflatten(params))
+        hidden = model(
+            batch["tokens"],
+            batch["segment_ids"],
+            batch["positions"],
+            batch.get("images"),
+            batch.get("image_valid"),
+            batch["visual_index"],
+        )
+        total, weight, correct = losses.chunked_cross_entropy(
+            hidden,
+            model.head_kernel(),
+            batch["tokens"],
+            batch["loss_weights"],
+            batch["segment_ids"],
+            chunk=config.loss_chunk,
+        )
+        return total, {"weight": weight, "correct": correct}
+
+    def contrastive(params: Flat, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        model = vila.merge(graphdef, trees.unflatten(params))
+        image, text = model(batch["images"], batch["text_tokens"], batch["text_valid"])
+        valid = batch["text_valid"].any(axis=1)
+        weight = valid.sum().astype(jnp.float32)
+        loss = losses.sigmoid_contrastive_loss(
+            image, text, model.logit_scale[...], model.logit_bias[...], valid
+        )
+        best = jnp.argmax(jnp.where(valid[None, :], image @ text.T, -jnp.inf), axis=1)
+        correct = jnp.sum((best == jnp.arange(best.shape[0])) & valid).astype(jnp.float32)
+        return loss * weight, {"weight": weight, "correct": correct}
+
+    return generative if config.kind == "generative" else contrastive
+
+
+def make_train_step(
+    config: ConfigDict, loss_fn: LossFn, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+    """Returns the step. State: `step`, `trainable` and `frozen` (flat parameters), `opt_state`, `rng`.
+
+    Gradients are sums over tokens, accumulated over `grad_accum` micro-batches and divided once by the
+    global number of supervised tokens, so accumulation does not change the result.
+    """
+
+    def gradients(trainable: Flat, frozen: Flat, batch: Batch) -> tuple[Flat, dict[str, jax.Array]]:
+        def summed(part: Flat) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return loss_fn({**frozen, **part}, batch)
+
+        (loss, sums), grads = jax.value_and_grad(summed, has_aux=True)(trainable)
+        return grads, {"loss": loss, **sums}
+
+    def accumulated(trainable: Flat, frozen: Flat, batch: Batch) -> tuple[Flat, dict[str, jax.Array]]:
+        if config.grad_accum == 1:
+            return gradients(trainable, frozen, batch)
+        micro = _split(batch, config.grad_accum, config.data.rows_per_group)
+        first = jax.tree.map(lambda x: x[0], micro)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, trainable, frozen, first)
+        )
+
+        def body(carry: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, carry, gradients(trainable, frozen, part)), None
+
+        return jax.lax.scan(body, zeros, micro)[0]
+
+    def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        grads, sums = accumulated(state["trainable"], state["frozen"], batch)
+        weight = jnp.maximum(sums["weight"], 1.0)
+        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["trainable"])
+        trainable = optax.apply_updates(state["trainable"], updates)
+        metrics = {
+            "loss": sums["loss"] / weight,
+            "accuracy": sums["correct"] / weight,
+            "supervised": sums["weight"],
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": schedule(state["step"]),
+        }
+        return {**state, "step": state["step"] + 1, "trainable": trainable, "opt_state": opt_state}, metrics
+
+    return train_step
+
+
+def make_eval_step(loss_fn: LossFn) -> Callable[[State, Batch], dict[str, jax.Array]]:
+    """Returns `eval_step(state, batch) -> {'loss', 'weight', 'correct'}`, all sums."""
+
+    def eval_step(state: State, batch: Batch) -> dict[str, jax.Array]:
+        loss, sums = loss_fn({**state["frozen"], **state["trainable"]}, batch)
+        return {"loss": loss, **sums}
+
+    return eval_step
+
+
+def _split(batch: Batch, parts: int, rows_per_group: int) -> Batch:
+    """Splits leading axes into micro-batches of whole groups.
+
+    Consecutive groups go to different micro-batches, so that each device's share of every micro-batch is
+    rows it already holds.
+    """
+
+    def split(name: str, x: jax.Array) -> jax.Array:
+        rows = rows_per_group if name in ("tokens", "segment_ids", "positions", "loss_weights", "visual_index") else 1
+        groups = x.reshape(x.shape[0] // (rows * parts), parts, rows, *x.shape[1:])
+        return jnp.moveaxis(groups, 1, 0).reshape(parts, -1, *x.shape[1:])
+
+    return {name: split(name, x) for name, x in batch.items()}

@@ -1,0 +1,47 @@
+"""Tables of (regular expression → setting) over parameter paths.
+
+Freezing, learning rates, decay and sharding are all such tables. The first matching row wins; every
+parameter must match and every row must be used, so that a renamed parameter cannot slip through.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from vilam3_jax.errors import UserError
+
+
+def resolve(
+    table: Sequence[tuple[str, Any]], paths: Iterable[str], name: str, *, unused_ok: bool = False
+) -> dict[str, Any]:
+    """Looks every path up in `table` by full match.
+
+    Args:
+      table: rows of (regex, setting).
+      paths: parameter paths.
+      name: config key of the table, for messages.
+      unused_ok: a shared default table may have rows for parts that this model lacks.
+
+    Raises:
+      UserError: a path without a row, or a row without a path; lists them.
+    """
+    rows = [(re.compile(pattern), setting) for pattern, setting in table]
+    used: set[int] = set()
+    settings: dict[str, Any] = {}
+    unmatched = []
+    for path in paths:
+        for index, (pattern, setting) in enumerate(rows):
+            if pattern.fullmatch(path):
+                settings[path] = setting
+                used.add(index)
+                break
+        else:
+            unmatched.append(path)
+    if unmatched:
+        raise UserError(f"config {name}: no row matches {', '.join(sorted(unmatched))}; add one")
+    unused = [pattern.pattern for index, (pattern, _) in enumerate(rows) if index not in used]
+    if unused and not unused_ok:
+        raise UserError(f"config {name}: no parameter matches the row(s) {', '.join(unused)}; remove or mend")
+    return settings

@@ -1,294 +1,52 @@
-"""What an expert said of one image or volume, and the store it is kept in.
+"""The store of what experts said, as ArrayRecord shards with an index each.
 
-An `Annotation` is a typed, schema-versioned record: probabilities, the lossless label map, and the figures of
-every segment. Texts and overlays are rendered from it when an example is loaded, never stored.
-
+The record itself is in `annotation_record`, wrong records on purpose are in `falsify`; both are offered here too.
 This module imports neither jax nor flax nor torch: the expert processes write it, the training hosts read it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import os
 import tempfile
 import threading
 import time
 import uuid
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-import msgpack
-import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from vilam3_jax import paths
+from vilam3_jax.data.annotation_record import (
+    MAX_RECORD_BYTES,
+    SCHEMA_VERSION,
+    Annotation,
+    Key,
+    LabelMap,
+    Segment,
+    failed,
+    segments_on_slice,
+)
+from vilam3_jax.data.falsify import falsify
 from vilam3_jax.errors import UserError
 
-SCHEMA_VERSION = 1
-MAX_RECORD_BYTES = 1 << 30
-MAX_LABEL_VOXELS = 1 << 29
+__all__ = [
+    "SCHEMA_VERSION",
+    "Annotation",
+    "AnnotationStore",
+    "AnnotationWriter",
+    "Key",
+    "LabelMap",
+    "Segment",
+    "failed",
+    "falsify",
+    "segments_on_slice",
+]
+
 _INDEX_SUFFIX = ".index.json"
 _SHARD_SUFFIX = ".array_record"
-_LABEL_DTYPES = ("uint8", "uint16")
-
-Key = tuple[str, str, str]
-"""(content key of the input, expert name, expert arguments)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """One label of a label map, measured over the whole volume.
-
-    Attributes:
-      label_id: value in the label map, > 0.
-      name: the expert's own name of the label.
-      voxels: number of voxels.
-      volume_ml: volume in millilitres.
-      components: number of 26-connected components.
-      bbox: (x0, y0, z0, x1, y1, z1) in voxels, upper ends excluded.
-    """
-
-    label_id: int
-    name: str
-    voxels: int
-    volume_ml: float
-    components: int
-    bbox: tuple[int, int, int, int, int, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class LabelMap:
-    """A label volume compressed plane by plane along axis 2.
-
-    Attributes:
-      shape: (X, Y, Z), the grid of the canonical (RAS) volume it belongs to.
-      dtype: 'uint8' or 'uint16'.
-      affine: 16 floats, row by row: voxel index to RAS millimetres.
-      offsets: Z + 1 positions in `blob`; plane z is `blob[offsets[z]:offsets[z + 1]]`.
-      blob: zlib streams, one a plane, C order of [X, Y], little endian.
-    """
-
-    shape: tuple[int, int, int]
-    dtype: str
-    affine: tuple[float, ...]
-    offsets: tuple[int, ...]
-    blob: bytes
-
-    def __post_init__(self) -> None:
-        if len(self.shape) != 3 or min(self.shape) < 1 or math.prod(self.shape) > MAX_LABEL_VOXELS:
-            raise ValueError(f"label map of shape {self.shape}")
-        if self.dtype not in _LABEL_DTYPES:
-            raise ValueError(f"label map of dtype {self.dtype!r}, expected one of {_LABEL_DTYPES}")
-        if len(self.affine) != 16 or not all(math.isfinite(v) for v in self.affine):
-            raise ValueError("label map affine must be 16 finite numbers")
-        ends = self.offsets
-        if len(ends) != self.shape[2] + 1 or ends[0] != 0 or ends[-1] != len(self.blob):
-            raise ValueError("label map offsets do not fit its planes")
-        if any(a > b for a, b in zip(ends, ends[1:], strict=False)):
-            raise ValueError("label map offsets are not in order")
-
-    @classmethod
-    def encode(cls, labels: np.ndarray, affine: np.ndarray) -> LabelMap:
-        """Compresses `labels` ([X, Y, Z], any integer dtype, values 0..65535).
-
-        Raises:
-          ValueError: not three-dimensional, not integer, or values out of range.
-        """
-        if labels.ndim != 3 or not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(f"label map must be a 3-D integer array, got {labels.dtype} {labels.shape}")
-        low, high = (int(labels.min()), int(labels.max())) if labels.size else (0, 0)
-        if low < 0 or high > 65535:
-            raise ValueError(f"label values {low}..{high} do not fit 0..65535")
-        dtype = "uint8" if high < 256 else "uint16"
-        little = np.dtype(dtype).newbyteorder("<")
-        planes = [
-            zlib.compress(np.ascontiguousarray(labels[:, :, z], dtype=little).tobytes(), 6)
-            for z in range(labels.shape[2])
-        ]
-        offsets = (0, *np.cumsum([len(p) for p in planes]).tolist())
-        flat = tuple(float(v) for v in np.asarray(affine, np.float64).reshape(16))
-        return cls(tuple(int(n) for n in labels.shape), dtype, flat, offsets, b"".join(planes))
-
-    def plane(self, z: int) -> np.ndarray:
-        """Returns plane `z` along axis 2, [X, Y]; touches no other plane.
-
-        Raises:
-          IndexError: `z` outside the map.
-          ValueError: the stored bytes are damaged.
-        """
-        if not 0 <= z < self.shape[2]:
-            raise IndexError(f"plane {z} of a label map with {self.shape[2]} planes")
-        size = self.shape[0] * self.shape[1] * np.dtype(self.dtype).itemsize
-        stream = zlib.decompressobj()
-        try:
-            # The bound keeps a hostile record from inflating without end.
-            raw = stream.decompress(self.blob[self.offsets[z] : self.offsets[z + 1]], size + 1)
-        except zlib.error as error:
-            raise ValueError(f"plane {z} of the label map is damaged: {error}") from error
-        if len(raw) != size:
-            raise ValueError(f"plane {z} of the label map holds {len(raw)} bytes, expected {size}")
-        little = np.dtype(self.dtype).newbyteorder("<")
-        return np.frombuffer(raw, little).reshape(self.shape[:2]).astype(self.dtype)
-
-    def decode(self) -> np.ndarray:
-        """Returns the whole map, [X, Y, Z], uint8 or uint16."""
-        out = np.empty(self.shape, self.dtype)
-        for z in range(self.shape[2]):
-            out[:, :, z] = self.plane(z)
-        return out
-
-
-@dataclasses.dataclass(frozen=True)
-class Annotation:
-    """One expert's result on one input.
-
-    Attributes:
-      input_key: content key of the decoded image or volume (sha256, hex).
-      expert: expert name as in its card.
-      args: expert arguments, '' for none.
-      status: 'ok' or 'failed'.
-      reason: why it failed; '' when ok.
-      version: expert version.
-      weights_sha256: what the expert's weights hash to, '' if it has none.
-      probabilities: class name to probability.
-      segments: the labels found in the whole volume.
-      labels: the compressed label map, or None.
-      seconds: time the expert took.
-      schema_version: version of this record type.
-    """
-
-    input_key: str
-    expert: str
-    args: str = ""
-    status: str = "ok"
-    reason: str = ""
-    version: str = ""
-    weights_sha256: str = ""
-    probabilities: dict[str, float] = dataclasses.field(default_factory=dict)
-    segments: tuple[Segment, ...] = ()
-    labels: LabelMap | None = None
-    seconds: float = 0.0
-    schema_version: int = SCHEMA_VERSION
-
-    def __post_init__(self) -> None:
-        if self.status not in ("ok", "failed"):
-            raise ValueError(f"status {self.status!r}, expected 'ok' or 'failed'")
-        if self.status == "failed" and not self.reason:
-            raise ValueError("a failed annotation needs its reason")
-        if not self.input_key or not self.expert:
-            raise ValueError("input_key and expert must not be empty")
-        for name, value in self.probabilities.items():
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"probability of {name!r} is {value}")
-        ids = [s.label_id for s in self.segments]
-        if len(set(ids)) != len(ids) or any(i < 1 for i in ids):
-            raise ValueError(f"segment label ids must be distinct and positive, got {ids}")
-
-    @property
-    def key(self) -> Key:
-        return (self.input_key, self.expert, self.args)
-
-    @property
-    def label_shape(self) -> tuple[int, int, int] | None:
-        """(X, Y, Z) of the label map, None without one."""
-        return self.labels.shape if self.labels else None
-
-    @property
-    def label_affine(self) -> np.ndarray | None:
-        """float64 [4, 4], voxel index to RAS millimetres, None without a label map."""
-        return np.array(self.labels.affine).reshape(4, 4) if self.labels else None
-
-    @property
-    def label_names(self) -> dict[int, str]:
-        """Label id to name, of the labels present in the volume."""
-        return {s.label_id: s.name for s in self.segments}
-
-    def label_map(self) -> np.ndarray:
-        """Returns the label map, uint8 or uint16 [X, Y, Z].
-
-        Raises:
-          ValueError: this annotation has none.
-        """
-        return self._need_labels().decode()
-
-    def label_slice(self, axis: int, index: int) -> np.ndarray:
-        """Returns one plane of the label map in voxel order (not turned for display).
-
-        Axis 2 decompresses that plane alone; axes 0 and 1 need the whole map.
-
-        Raises:
-          ValueError: no label map, or a wrong axis.
-          IndexError: `index` outside the map.
-        """
-        labels = self._need_labels()
-        if axis == 2:
-            return labels.plane(index)
-        if axis not in (0, 1):
-            raise ValueError(f"axis {axis}, expected 0, 1 or 2")
-        if not 0 <= index < labels.shape[axis]:
-            raise IndexError(f"slice {index} of axis {axis}, which has {labels.shape[axis]}")
-        return np.take(labels.decode(), index, axis=axis)
-
-    def _need_labels(self) -> LabelMap:
-        if self.labels is None:
-            raise ValueError(f"annotation of {self.expert} on {self.input_key[:12]} has no label map")
-        return self.labels
-
-    def to_bytes(self) -> bytes:
-        """Serialises to msgpack."""
-        return msgpack.packb(dataclasses.asdict(self), use_bin_type=True)
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Annotation:
-        """Reads `to_bytes` output.
-
-        Raises:
-          UserError: damaged, or written by a newer schema.
-        """
-        try:
-            fields = msgpack.unpackb(data, raw=False, max_buffer_size=MAX_RECORD_BYTES)
-            found = fields["schema_version"]
-            if found != SCHEMA_VERSION:
-                raise UserError(
-                    f"annotation record has schema {found}, this version reads {SCHEMA_VERSION}; "
-                    "annotate again or upgrade vilam3-jax"
-                )
-            fields["segments"] = tuple(
-                Segment(**{**s, "bbox": tuple(s["bbox"])}) for s in fields["segments"]
-            )
-            if fields["labels"] is not None:
-                labels = fields["labels"]
-                for name in ("shape", "affine", "offsets"):
-                    labels[name] = tuple(labels[name])
-                fields["labels"] = LabelMap(**labels)
-            return cls(**fields)
-        except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
-            raise UserError(f"annotation record is damaged ({error}); annotate this input again") from error
-
-
-def failed(input_key: str, expert: str, args: str, reason: str, **fields: Any) -> Annotation:
-    """Returns the annotation that stands for an expert that could not answer."""
-    return Annotation(input_key, expert, args, status="failed", reason=reason or "no reason given", **fields)
-
-
-def segments_on_slice(annotation: Annotation, axis: int, index: int) -> list[tuple[int, str, int]]:
-    """Returns (label id, name, voxels on that slice) of every named label there, by label id.
-
-    Args:
-      annotation: a record with a label map.
-      axis: 0, 1 or 2 of the canonical volume.
-      index: slice along `axis`.
-
-    Raises:
-      ValueError, IndexError: as `Annotation.label_slice`.
-    """
-    names = annotation.label_names
-    ids, counts = np.unique(annotation.label_slice(axis, index), return_counts=True)
-    return [(int(i), names[int(i)], int(n)) for i, n in zip(ids, counts, strict=True) if int(i) in names]
 
 
 class AnnotationWriter:
@@ -321,8 +79,12 @@ class AnnotationWriter:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{directory}: cannot be created ({error}); choose another folder") from error
-        self._present = {key: entry["status"] for key, entry in _read_indexes(self.directory).items()}
+            raise UserError(
+                f"{directory}: cannot be created ({error}); choose another folder"
+            ) from error
+        self._present = {
+            key: entry["status"] for key, entry in _read_indexes(self.directory).items()
+        }
         self._limits = (records_per_shard, seconds_per_shard, bytes_per_shard)
         self._run = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
         self._shards = 0
@@ -381,9 +143,15 @@ class AnnotationWriter:
             }
             for i, (a, _) in enumerate(self._pending)
         ]
-        index = {"schema_version": SCHEMA_VERSION, "shard": name + _SHARD_SUFFIX, "entries": entries}
+        index = {
+            "schema_version": SCHEMA_VERSION,
+            "shard": name + _SHARD_SUFFIX,
+            "entries": entries,
+        }
         _write_shard(self.directory, name + _SHARD_SUFFIX, [data for _, data in self._pending])
-        paths.write_text_atomic(self.directory / (name + _INDEX_SUFFIX), json.dumps(index, indent=1) + "\n")
+        paths.write_text_atomic(
+            self.directory / (name + _INDEX_SUFFIX), json.dumps(index, indent=1) + "\n"
+        )
         self._shards += 1
         self._pending, self._bytes = [], 0
 
@@ -395,7 +163,10 @@ class AnnotationWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         # Also after an error: every pending record is complete by itself.
         self.flush()
@@ -412,7 +183,9 @@ class AnnotationStore:
         """
         self.directory = paths.as_path(directory)
         if not self.directory.is_dir():
-            raise UserError(f"{directory}: no such annotation store; run `vilam3-experts annotate` first")
+            raise UserError(
+                f"{directory}: no such annotation store; run `vilam3-experts annotate` first"
+            )
         self._entries = _read_indexes(self.directory)
         self._reset()
 
@@ -465,7 +238,9 @@ class AnnotationStore:
             ) from error
         annotation = Annotation.from_bytes(data)
         if annotation.key != (input_key, expert, args):
-            raise UserError(f"{self.directory / shard}: record {entry['record']} is not what its index says")
+            raise UserError(
+                f"{self.directory / shard}: record {entry['record']} is not what its index says"
+            )
         return annotation
 
     def _open_shard(self, shard: str) -> ArrayRecordReader:
@@ -486,7 +261,9 @@ class AnnotationStore:
 def _write_shard(directory: Any, name: str, records: Sequence[bytes]) -> None:
     remote = "://" in os.fspath(directory)
     with tempfile.TemporaryDirectory(prefix="vilam3-shard-") as scratch:
-        temporary = os.path.join(scratch, name) if remote else os.fspath(directory / f".{name}.partial")
+        temporary = (
+            os.path.join(scratch, name) if remote else os.fspath(directory / f".{name}.partial")
+        )
         try:
             # One record a group: looking one up reads nothing else. Planes are compressed already.
             writer = ArrayRecordWriter(temporary, "group_size:1,uncompressed")
@@ -528,7 +305,13 @@ def _read_indexes(directory: Any) -> dict[Key, dict[str, Any]]:
                 key = (str(e["input_key"]), str(e["expert"]), str(e["args"]))
                 if key in merged and merged[key]["status"] == "ok" and e["status"] != "ok":
                     continue
-                merged[key] = {"shard": shard, "record": int(e["record"]), "status": str(e["status"])}
+                merged[key] = {
+                    "shard": shard,
+                    "record": int(e["record"]),
+                    "status": str(e["status"]),
+                }
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: damaged index ({error}); delete it and annotate again") from error
+            raise UserError(
+                f"{path}: damaged index ({error}); delete it and annotate again"
+            ) from error
     return merged

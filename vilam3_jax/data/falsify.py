@@ -8,10 +8,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vilam3_jax.data.annotations import Annotation, LabelMap, Segment
+from vilam3_jax.data.annotation_record import Annotation, LabelMap, Segment
 
 
-def falsify(annotation: Annotation, seed: int, label_universe: Mapping[int, str] | None = None) -> Annotation:
+def falsify(
+    annotation: Annotation, seed: int, label_universe: Mapping[int, str] | None = None
+) -> Annotation:
     """Returns a plausible record whose answers differ from `annotation`'s.
 
     Class probabilities are exchanged so that another class is on top (independent findings: so that the set of
@@ -38,7 +40,9 @@ def falsify(annotation: Annotation, seed: int, label_universe: Mapping[int, str]
     changes: dict[str, object] = {"version": f"{annotation.version}+falsified.{seed}"}
     if annotation.probabilities:
         changes["probabilities"] = _falsify_probabilities(annotation.probabilities, rng)
-    if universe and (annotation.labels is not None or annotation.segments or not annotation.probabilities):
+    if universe and (
+        annotation.labels is not None or annotation.segments or not annotation.probabilities
+    ):
         changes["segments"], changes["labels"] = _falsify_segments(annotation, universe, rng)
     return dataclasses.replace(annotation, **changes)
 
@@ -67,7 +71,9 @@ def _falsify_probabilities(truth: dict[str, float], rng: np.random.Generator) ->
         rest = [n for n in others if n != chosen]
         for name, source in zip(rest, rng.permutation(len(rest)), strict=True):
             result[name] = truth[rest[int(source)]]
-        if any(result[n] >= result[chosen] for n in names if n != chosen):  # a tie, exchange changes nothing
+        if any(
+            result[n] >= result[chosen] for n in names if n != chosen
+        ):  # a tie, exchange changes nothing
             result = {n: 0.9 if n == chosen else 0.1 / len(others) for n in names}
     elif negative:
         result[top], result[chosen] = truth[chosen], truth[top]

@@ -1,0 +1,185 @@
+"""Reads the Indiana University chest X-ray reports (findings and impression) out of their archive.
+
+The archive is untrusted input: XML with a document type or an entity is refused (a few declared
+entities can expand to gigabytes), and members, sizes and nesting are limited.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import re
+import tarfile
+import xml.parsers.expat
+import zlib
+
+from vilam3_jax.errors import UserError
+from vilam3_jax.paths import PathLike, as_path, read_bytes
+
+MAX_ARCHIVE_BYTES = 64 << 20
+MAX_MEMBERS = 50_000
+MAX_REPORT_BYTES = 1 << 20
+MAX_TOTAL_BYTES = 512 << 20
+MAX_DEPTH = 64
+_MASKED = re.compile(r"X{4,}")  # what the publisher put in place of words that could identify
+_SECTIONS = ("FINDINGS", "IMPRESSION")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """One report.
+
+    Attributes:
+      id: the collection's own number, for example `CXR1001`.
+      findings: text, may be empty.
+      impression: text, may be empty.
+      licence: what the file itself names.
+    """
+
+    id: str
+    findings: str
+    impression: str
+    licence: str
+
+    @property
+    def text(self) -> str:
+        """Both sections with their headings; a section without text is left out."""
+        parts = [("Findings", self.findings), ("Impression", self.impression)]
+        return "\n".join(f"{head}: {body}" for head, body in parts if body)
+
+    @property
+    def masked_fraction(self) -> float:
+        """Share of the words that the publisher masked."""
+        words = f"{self.findings} {self.impression}".split()
+        return sum(bool(_MASKED.search(word)) for word in words) / len(words) if words else 0.0
+
+
+class _ReportHandler:
+    """Collects the text of the few elements that are needed, whatever surrounds them."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.depth = 0
+        self.fields: dict[str, list[str]] = {}
+        self.report_id = ""
+        self._open: tuple[str, int] | None = None
+
+    def start(self, tag: str, attributes: dict[str, str]) -> None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise UserError(f"{self.name}: XML nested deeper than {MAX_DEPTH}; not a report")
+        if tag == "uId":
+            self.report_id = self.report_id or attributes.get("id", "")
+        elif tag == "licenseURL":
+            self._open = (tag, self.depth)
+        elif tag == "AbstractText" and attributes.get("Label", "").upper() in _SECTIONS:
+            self._open = (attributes["Label"].upper(), self.depth)
+
+    def end(self, tag: str) -> None:
+        if self._open is not None and self._open[1] == self.depth:
+            self._open = None
+        self.depth -= 1
+
+    def text(self, data: str) -> None:
+        if self._open is not None:
+            self.fields.setdefault(self._open[0], []).append(data)
+
+    def refuse(self, *_: object) -> None:
+        raise UserError(f"{self.name}: declares a document type or an entity; refused, reports have none")
+
+    def field(self, key: str) -> str:
+        return " ".join("".join(self.fields.get(key, [])).split())
+
+
+def parse_report(data: bytes, name: str = "report") -> Report:
+    """Parses one report.
+
+    Args:
+      data: the XML file.
+      name: used in messages, and as the id when the file carries none.
+
+    Raises:
+      UserError: not well formed, too large, nested too deep, or with a document type or entities.
+    """
+    if len(data) > MAX_REPORT_BYTES:
+        raise UserError(f"{name}: {len(data)} bytes, more than the limit of {MAX_REPORT_BYTES}")
+    handler = _ReportHandler(name)
+    parser = xml.parsers.expat.ParserCreate()
+    parser.StartElementHandler = handler.start
+    parser.EndElementHandler = handler.end
+    parser.CharacterDataHandler = handler.text
+    parser.StartDoctypeDeclHandler = handler.refuse
+    parser.EntityDeclHandler = handler.refuse
+    parser.ExternalEntityRefHandler = handler.refuse
+    try:
+        parser.Parse(data, True)
+    except xml.parsers.expat.ExpatError as error:
+        raise UserError(f"{name}: not well-formed XML ({error})") from error
+    return Report(
+        id=handler.report_id or name,
+        findings=handler.field("FINDINGS"),
+        impression=handler.field("IMPRESSION"),
+        licence=handler.field("licenseURL") or "none stated",
+    )
+
+
+def read_reports(
+    archive: PathLike, *, max_masked: float = 0.0, min_words: int = 5
+) -> tuple[list[Report], collections.Counter[str]]:
+    """Reads every usable report of a `.tgz`, in the order of their ids.
+
+    Args:
+      archive: the archive; only its regular `.xml` members are read, nothing is written to disk.
+      max_masked: largest share of masked words; 0 keeps only reports without any, so that a model
+        never learns to write the mask.
+      min_words: shorter reports are left out.
+
+    Returns:
+      The reports, and how many were left out for which reason.
+
+    Raises:
+      UserError: not an archive, damaged, or over a limit; names the file.
+    """
+    path = as_path(archive)
+    data = read_bytes(path, MAX_ARCHIVE_BYTES)
+    reports: dict[str, Report] = {}
+    left_out: collections.Counter[str] = collections.Counter()
+    total = 0
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r|gz") as members:
+            for number, member in enumerate(members):
+                total += member.size
+                if number >= MAX_MEMBERS or total > MAX_TOTAL_BYTES:
+                    raise UserError(
+                        f"{path}: more than {MAX_MEMBERS} members or {MAX_TOTAL_BYTES} bytes unpacked; "
+                        "not the report collection"
+                    )
+                if not member.isfile() or not member.name.endswith(".xml"):
+                    continue
+                if member.size > MAX_REPORT_BYTES:
+                    raise UserError(f"{path}: member {member.name} has {member.size} bytes; refused")
+                handle = members.extractfile(member)
+                report = parse_report(handle.read(), f"{path.name}:{member.name}")
+                if reason := _unusable(report, reports, max_masked, min_words):
+                    left_out[reason] += 1
+                else:
+                    reports[report.id] = report
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be unpacked ({error}); fetch it again") from error
+    return [reports[key] for key in sorted(reports)], left_out
+
+
+def _unusable(
+    report: Report, known: dict[str, Report], max_masked: float, min_words: int
+) -> str | None:
+    words = len(f"{report.findings} {report.impression}".split())
+    if not words:
+        return "report: no findings and no impression"
+    if words < min_words:
+        return f"report: fewer than {min_words} words"
+    if report.masked_fraction > max_masked:
+        return "report: words masked by the publisher"
+    if report.id in known:
+        return "report: id seen before"
+    return None

@@ -1,0 +1,241 @@
+"""Items, limits and answer parsers of the evaluation protocols."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vilam3_jax.data.examples import Example, ImageRef, Turn
+from vilam3_jax.errors import UserError
+from vilam3_jax.evals import protocol as protocols
+
+QUICKSTART = protocols.get_protocol("quickstart@1")
+VOLUMES = ("less than 50 ml", "50 to 200 ml", "more than 200 ml")
+
+
+def qa(question="Is the liver visible?", answer="yes", **changes):
+    return {
+        "question": question,
+        "answer": answer,
+        "type": "organ_present",
+        "label_source": "mask",
+        "options": ["yes", "no"],
+        "expert": "VISTA3D",
+        "args": "organs",
+        "oracle": True,
+        **changes,
+    }
+
+
+def example(name="e1", split="heldout", patient="p1", questions=None):
+    return Example(
+        id=name,
+        format="conversation",
+        images=(ImageRef(data=b"png"),),
+        turns=(Turn("user", "<image>\nIs the liver visible?"), Turn("assistant", "yes", True)),
+        meta={
+            "split": split,
+            "patient": patient,
+            "input_key": "ab" * 32,
+            "modality": "CT",
+            "qa": [qa()] if questions is None else questions,
+        },
+    )
+
+
+def test_hash_is_pinned_so_that_a_change_needs_a_new_version():
+    """If this fails, the meaning of quickstart@1 changed: make it quickstart@2 instead."""
+    assert QUICKSTART.hash == "d374810c1703c7376b1ea59bf0836b665cfb5b28c49f3f8ab20c5c0199049fd4"
+
+
+def test_every_field_enters_the_hash():
+    for field in dataclasses.fields(QUICKSTART):
+        value = getattr(QUICKSTART, field.name)
+        grown = {int: lambda v: v + 1, str: lambda v: v + "x", tuple: lambda v: (*v, ("x", "y"))}
+        other = grown[type(value)](value)
+        assert dataclasses.replace(QUICKSTART, **{field.name: other}).hash != QUICKSTART.hash
+
+
+def test_json_round_trip():
+    back = protocols.protocol_from_json(QUICKSTART.to_json())
+    assert back == QUICKSTART and back.hash == QUICKSTART.hash
+    with pytest.raises(UserError, match="another version"):
+        protocols.protocol_from_json({"id": "x"})
+
+
+def test_unknown_protocol_lists_the_known():
+    with pytest.raises(UserError, match="quickstart@1"):
+        protocols.get_protocol("quickstart@9")
+
+
+def test_items_are_the_questions_of_the_split():
+    data = [
+        example(
+            "a",
+            questions=[
+                qa(),
+                qa("Which modality?", "CT", type="modality", options=["CT", "MRI"], expert=None),
+            ],
+        ),
+        example("b", split="train"),
+        example("c", questions=[]),
+    ]
+    items = protocols.items_of(data, QUICKSTART)
+    assert [item.id for item in items] == ["a/q0", "a/q1"]
+    assert items[0].oracle and items[0].expert == "VISTA3D" and items[0].args == "organs"
+    assert items[1].expert is None and items[1].options == ("CT", "MRI")
+    only = dataclasses.replace(QUICKSTART, question_types=("modality",))
+    assert [item.id for item in protocols.items_of(data, only)] == ["a/q1"]
+
+
+def test_items_name_what_is_wrong():
+    broken = qa()
+    del broken["label_source"]
+    with pytest.raises(UserError, match=r"example 'e1', question 0.*label_source"):
+        protocols.items_of([example(questions=[broken])], QUICKSTART)
+    with pytest.raises(UserError, match="'e1/q0': stands twice"):
+        protocols.items_of([example(), example()], QUICKSTART)
+    with pytest.raises(UserError, match="no question in split 'heldout'"):
+        protocols.items_of([example(split="train")], QUICKSTART)
+
+
+def test_limit_spreads_over_clusters_and_is_deterministic():
+    data = [example(f"e{p}-{k}", patient=f"p{p}") for p in range(4) for k in range(p + 1)]
+    items = protocols.items_of(data, QUICKSTART)
+    kept = protocols.limit_items(items, 6)
+    assert Counter(item.cluster for item in kept) in (
+        Counter(p0=1, p1=2, p2=2, p3=1),
+        Counter(p0=1, p1=2, p2=1, p3=2),
+        Counter(p0=1, p1=1, p2=2, p3=2),
+    )
+    assert {item.id for item in kept} == {item.id for item in protocols.limit_items(items[::-1], 6)}
+    assert [item.id for item in kept] == [item.id for item in items if item in kept]
+    assert protocols.limit_items(items, None) == items
+    assert len(protocols.limit_items(items, 1000)) == len(items)
+    with pytest.raises(UserError, match="at least 1"):
+        protocols.limit_items(items, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("yes", "yes"),
+        (" Yes.", "yes"),
+        ("No, there is none.", "no"),
+        ("A lung nodule is present.", None),
+        ("There is an abnormal opacity", None),
+        ("abnormal", None),
+        ("none", None),
+        ("not seen", None),
+        ("No evidence ... yes", "no"),
+        ("yesterday", None),
+        ("", None),
+    ],
+)
+def test_yes_no_is_anchored(text, expected):
+    assert protocols.parse_yes_no(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("no tumor", "no tumor"),
+        ("No tumor is seen.", "no tumor"),
+        ("glioma", "glioma"),
+        ("Glioma.", "glioma"),
+        ("glioma grade 2", "glioma grade 2"),
+        ("glioma grade 2, probably", "glioma grade 2"),
+        ("gliomatosis", None),
+        ("glioma-like", None),
+        ("It is a glioma", None),
+        ("", None),
+    ],
+)
+def test_options_match_at_the_start_longest_first(text, expected):
+    assert protocols.parse_option(text, ["glioma", "glioma grade 2", "no tumor"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("50 to 200 ml", "50 to 200 ml"),
+        ("50-200 ml.", "50 to 200 ml"),
+        ("between 50 and 200 ml", "50 to 200 ml"),
+        ("120 ml", "50 to 200 ml"),
+        ("about 50 ml", "50 to 200 ml"),
+        ("200", "more than 200 ml"),
+        ("under 50 ml", "less than 50 ml"),
+        ("> 200 ml", "more than 200 ml"),
+        ("3.5 ml", "less than 50 ml"),
+        ("100 to 300 ml", None),
+        ("30-", None),
+        ("large", None),
+        ("50mls", None),
+    ],
+)
+def test_number_ranges(text, expected):
+    assert protocols.parse_number_range(text, VOLUMES) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("spleen, liver", "liver, spleen"),
+        ("Liver and spleen.", "liver, spleen"),
+        ("liver", "liver"),
+        ("none", "none"),
+        ("liver, aorta", None),
+        ("the liver", None),
+        ("", None),
+    ],
+)
+def test_subset_of_options(text, expected):
+    assert protocols.parse_subset(text, ["liver", "spleen", "kidney", "none"]) == expected
+
+
+def test_question_type_overrides_the_parser():
+    organs = qa(answer="spleen, liver", options=["liver", "spleen", "kidney", "none"], type="which_organs")
+    item = protocols.items_of([example(questions=[organs])], QUICKSTART)[0]
+    assert protocols.score(QUICKSTART, item, "liver, spleen").correct
+    assert not protocols.score(QUICKSTART, item, "spleen").correct
+
+
+def test_parser_is_chosen_by_options():
+    parse = protocols.parse_by_options
+    assert parse("no, unlikely", ["Yes", "No"]) == "no"
+    assert parse("no, unlikely", ["no tumor", "tumor"]) is None
+    assert parse("70 ml", VOLUMES) == "50 to 200 ml"
+    assert parse("Spleen and liver, aorta.", []) == "aorta, liver, spleen"
+    assert parse(" . ", []) is None
+
+
+def item_of(answer, options):
+    return protocols.items_of([example(questions=[qa(answer=answer, options=options)])], QUICKSTART)[0]
+
+
+def test_score():
+    assert protocols.score(QUICKSTART, item_of("yes", ["yes", "no"]), "Yes, it is.").correct
+    unparsed = protocols.score(QUICKSTART, item_of("yes", ["yes", "no"]), "The liver")
+    assert unparsed.unparsed and not unparsed.correct and unparsed.gold == "yes"
+    assert protocols.score(QUICKSTART, item_of("liver, spleen", []), "Spleen and liver.").correct
+    assert not protocols.score(QUICKSTART, item_of("liver, spleen", []), "Spleen").correct
+    with pytest.raises(UserError, match=r"e1/q0.*'maybe' is none of"):
+        protocols.score(QUICKSTART, item_of("maybe", ["yes", "no"]), "yes")
+
+
+@given(st.text(max_size=40), st.lists(st.text(min_size=1, max_size=12), max_size=4))
+def test_parsers_never_raise_and_return_options(text, options):
+    for name, parse in protocols.PARSERS.items():
+        found = parse(text, options)
+        assert found is None or found
+        if name in ("option", "number_range"):
+            assert found is None or found in options
+
+
+@given(st.sampled_from(VOLUMES))
+def test_right_answers_score_right(answer):
+    assert protocols.score(QUICKSTART, item_of(answer, list(VOLUMES)), answer).correct

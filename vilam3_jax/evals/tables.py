@@ -1,0 +1,132 @@
+"""Tables of results: the main one, whose labels no expert made, and the oracle one, kept apart on purpose."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from vilam3_jax.evals.statistics import ALL_TYPES, Difference, Summary
+
+MAIN_TITLE = "Questions whose labels the experts did not make"
+ORACLE_TITLE = "Oracle by construction: the expert returns the very map these questions are scored against"
+ORACLE_NOTE = (
+    "This table shows whether the model reads what its expert says, not whether the expert is right. "
+    "Compare the falsified row: a model that reads its expert follows it into the wrong answer."
+)
+MAIN_NOTE = (
+    "Unparsed answers count as wrong. Intervals: 95 %, bootstrap over patients. "
+    "The experts are stand-ins of public-package quality. Not for clinical use."
+)
+COLUMNS = ("question type", "label source", "arm", "accuracy", "95 % interval", "n", "volumes", "unparsed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Text cells under a title, with notes below.
+
+    Attributes:
+      title: what the table shows.
+      columns: names.
+      rows: one text per column.
+      notes: sentences a reader needs.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and texts."""
+        return {
+            "title": self.title,
+            "columns": list(self.columns),
+            "rows": [list(row) for row in self.rows],
+            "notes": list(self.notes),
+        }
+
+    def to_markdown(self) -> str:
+        """A Markdown section; a `|` inside a cell is escaped."""
+
+        def line(cells: Iterable[str]) -> str:
+            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+        lines = [f"### {self.title}", "", line(self.columns), line("---" for _ in self.columns)]
+        lines += [line(row) for row in self.rows]
+        for note in self.notes:
+            lines += ["", note]
+        return "\n".join(lines) + "\n"
+
+    def to_text(self) -> str:
+        """Columns padded with spaces, for a terminal."""
+        grid = [self.columns, *self.rows]
+        widths = [max(len(row[i]) for row in grid) for i in range(len(self.columns))]
+        rule = tuple("-" * width for width in widths)
+        lines = [self.title, ""]
+        for row in (self.columns, rule, *self.rows):
+            lines.append("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+        lines += ["", *self.notes] if self.notes else []
+        return "\n".join(lines) + "\n"
+
+
+def interval_text(summary: Summary | Difference) -> str:
+    """`0.61 to 0.88`, or why there is none, with the value of each volume."""
+    if summary.interval is not None:
+        low, high = summary.interval
+        return f"{low:.2f} to {high:.2f}" + (f" ({summary.note})" if summary.note else "")
+    values = ", ".join(f"{value:.2f}" for value in sorted(summary.per_cluster.values()))
+    return f"{summary.note}: {values}"
+
+
+def _row(summary: Summary) -> tuple[str, ...]:
+    return (
+        summary.question_type,
+        summary.label_source,
+        summary.arm,
+        f"{summary.accuracy:.3f}",
+        interval_text(summary),
+        str(summary.n),
+        str(summary.clusters),
+        str(summary.unparsed),
+    )
+
+
+def _table(title: str, summaries: Sequence[Summary], notes: tuple[str, ...]) -> Table:
+    arms = {summary.arm: None for summary in summaries}
+    order = {arm: position for position, arm in enumerate(arms)}
+
+    def key(summary: Summary) -> tuple[Any, ...]:
+        kind = summary.question_type
+        return kind != ALL_TYPES, kind, summary.label_source, order[summary.arm]
+
+    return Table(title, COLUMNS, tuple(_row(s) for s in sorted(summaries, key=key)), notes)
+
+
+def main_table(summaries: Sequence[Summary]) -> Table:
+    """Arms one under the other for each question type, without any question whose label its expert made."""
+    return _table(MAIN_TITLE, [s for s in summaries if not s.oracle], (MAIN_NOTE,))
+
+
+def oracle_table(summaries: Sequence[Summary]) -> Table:
+    """The questions whose label is what the expert replays, arms one under the other."""
+    return _table(ORACLE_TITLE, [s for s in summaries if s.oracle], (ORACLE_NOTE, MAIN_NOTE))
+
+
+def difference_table(differences: Sequence[tuple[str, Difference]]) -> Table:
+    """Paired differences, each with the name of the group of questions it was taken over."""
+    rows = tuple(
+        (
+            group,
+            f"{d.first} - {d.second}",
+            f"{d.difference:+.3f}",
+            interval_text(d),
+            str(d.n),
+            str(d.clusters),
+            str(d.left_out),
+        )
+        for group, d in differences
+    )
+    columns = ("questions", "arms", "difference", "95 % interval", "n", "volumes", "left out")
+    note = "Paired by question, bootstrap over patients; an interval that excludes 0 shows a difference."
+    return Table("Differences in accuracy", columns, rows, (note,))

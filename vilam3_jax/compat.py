@@ -27,3 +27,14 @@ def make_mesh(sizes: Sequence[int], names: Sequence[str], devices: Sequence[Any]
 def pure_dict(state: nnx.State) -> dict[str, Any]:
     """Turns an NNX state into nested dicts of arrays."""
     return nnx.to_pure_dict(state)
+
+
+def split(module: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """Splits a module into its structure and nested dicts of arrays (or of ShapeDtypeStructs)."""
+    graphdef, state = nnx.split(module)
+    return graphdef, pure_dict(state)
+
+
+def merge(graphdef: nnx.GraphDef, params: dict[str, Any]) -> Any:
+    """Builds the module of `graphdef` around nested dicts of arrays, as `split` returns them."""
+    return nnx.merge(graphdef, params)

@@ -1,0 +1,44 @@
+"""The two towers of stage 1: images and texts in one embedding space."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vilam3_jax.models.siglip import SiglipText, SiglipVision
+
+
+class TwoTower(nnx.Module):
+    """SigLIP. `logit_scale` is a logarithm; both it and `logit_bias` start at the paper's values, log 10 and -10."""
+
+    def __init__(self, cfg: Any, *, rngs: nnx.Rngs):
+        kwargs = dict(rngs=rngs, dtype=cfg.dtype, param_dtype=cfg.param_dtype, remat=cfg.remat)
+        self.vision_tower = SiglipVision(cfg.vision_tower, **kwargs)
+        self.text_tower = SiglipText(cfg.text_tower, self.vision_tower.width, **kwargs)
+        self.logit_scale = nnx.Param(jnp.log(jnp.asarray(10.0, cfg.param_dtype)))
+        self.logit_bias = nnx.Param(jnp.asarray(-10.0, cfg.param_dtype))
+
+    def __call__(
+        self, images: jax.Array, text_tokens: jax.Array, text_valid: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Embeds a PairBatch.
+
+        Args:
+          images: uint8 [B, S, S, 3].
+          text_tokens: int [B, T].
+          text_valid: bool [B, T], False for padding on the right.
+
+        Returns:
+          Image and text embeddings, float32 [B, E], each of unit length.
+        """
+        image = self.vision_tower.pooled(images)
+        text = self.text_tower(text_tokens, text_valid)
+        return _unit(image), _unit(text)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) + 1e-12)

@@ -1,0 +1,227 @@
+"""Building blocks of all towers.
+
+Every module takes `stack`: leading axes of its parameters. `stack=(num_layers,)` makes one module hold the parameters of all
+layers, which `run_stack` then scans over; calling a stacked module directly is meaningless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from vilam3_jax import compat
+from vilam3_jax.errors import UserError
+from vilam3_jax.ops.attention import attention
+from vilam3_jax.ops.partition import shard
+
+Stack = tuple[int, ...]
+Init = Callable[..., jax.Array]
+
+REMAT_TAGS = ("qkv", "mlp")
+
+
+def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Glorot uniform over the last two axes; leading axes are layers."""
+    init = jax.nn.initializers.xavier_uniform(batch_axis=tuple(range(len(shape) - 2)))
+    return init(key, shape, dtype)
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`, with an optional low-rank addition (LoRA, arXiv:2106.09685).
+
+    Parameters: kernel [in, out]; bias [out] if `use_bias`; lora_a [in, r] and lora_b [r, out] if `lora_rank` > 0.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any,
+        param_dtype: Any,
+        kernel_init: Init = xavier_uniform,
+        use_bias: bool = True,
+        stack: Stack = (),
+        lora_rank: int = 0,
+        lora_alpha: float = 1.0,
+    ):
+        self.dtype = jnp.dtype(dtype)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (*stack, in_dim, out_dim), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((*stack, out_dim), param_dtype)) if use_bias else None
+        self.lora_scale = lora_alpha / lora_rank if lora_rank else None
+        if lora_rank:
+            # B starts at zero: a fresh adapter changes nothing.
+            noise = jax.random.normal(rngs.lora(), (*stack, in_dim, lora_rank), param_dtype)
+            self.lora_a = nnx.Param(noise * in_dim**-0.5)
+            self.lora_b = nnx.Param(jnp.zeros((*stack, lora_rank, out_dim), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(self.dtype)
+        y = x @ self.kernel[...].astype(self.dtype)
+        if self.lora_scale is not None:
+            low = x @ self.lora_a[...].astype(self.dtype)
+            y = y + (low @ self.lora_b[...].astype(self.dtype)) * jnp.asarray(self.lora_scale, self.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)
+        return y
+
+
+class Embed(nnx.Module):
+    """Table look-up: ids [...] -> [..., width] in `dtype`."""
+
+    def __init__(
+        self, num: int, width: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, stddev: float = 0.02
+    ):
+        self.dtype = jnp.dtype(dtype)
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (num, width), param_dtype) * stddev)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        # Cast after the look-up, so that gradients of repeated tokens add up in the type of the parameter.
+        return jnp.take(self.embedding[...], ids, axis=0).astype(self.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis, computed in float32."""
+
+    def __init__(self, width: int, *, eps: float, dtype: Any, param_dtype: Any, stack: Stack = ()):
+        self.eps = float(eps)
+        self.dtype = jnp.dtype(dtype)
+        self.scale = nnx.Param(jnp.ones((*stack, width), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((*stack, width), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x - x.mean(axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.eps)
+        return (x * self.scale[...] + self.bias[...]).astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation over the last axis, computed in float32."""
+
+    def __init__(self, width: int, *, eps: float, dtype: Any, param_dtype: Any, stack: Stack = ()):
+        self.eps = float(eps)
+        self.dtype = jnp.dtype(dtype)
+        self.scale = nnx.Param(jnp.ones((*stack, width), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.eps)
+        return (x * self.scale[...]).astype(self.dtype)
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head attention with biases, no causal mask: x [B, L, D] -> [B, L, D]. `query` may differ from x (pooling heads)."""
+
+    def __init__(
+        self, width: int, num_heads: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, stack: Stack = ()
+    ):
+        if width % num_heads:
+            raise UserError(
+                f"hidden_size {width} is no multiple of num_heads {num_heads}; change one of them"
+            )
+        self.num_heads = num_heads
+        kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, stack=stack)
+        self.q = Linear(width, width, **kwargs)
+        self.k = Linear(width, width, **kwargs)
+        self.v = Linear(width, width, **kwargs)
+        self.o = Linear(width, width, **kwargs)
+
+    def __call__(
+        self, x: jax.Array, segment_ids: jax.Array | None = None, query: jax.Array | None = None
+    ) -> jax.Array:
+        source = x if query is None else query
+
+        def heads(y: jax.Array) -> jax.Array:
+            y = y.reshape(*y.shape[:-1], self.num_heads, -1)
+            return checkpoint_name(shard(y, "batch", None, "heads", None), "qkv")
+
+        q, k, v = heads(self.q(source)), heads(self.k(x)), heads(self.v(x))
+        out = attention(q, k, v, segment_ids_q=segment_ids, segment_ids_kv=segment_ids, causal=False)
+        return self.o(out.reshape(*out.shape[:2], -1))
+
+
+class GeluMLP(nnx.Module):
+    """fc1 -> tanh-approximated GELU -> fc2."""
+
+    def __init__(
+        self, width: int, mlp_dim: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, stack: Stack = ()
+    ):
+        kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, stack=stack)
+        self.fc1 = Linear(width, mlp_dim, **kwargs)
+        self.fc2 = Linear(mlp_dim, width, **kwargs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = checkpoint_name(shard(self.fc1(x), "batch", None, "mlp"), "mlp")
+        return self.fc2(jax.nn.gelu(hidden, approximate=True))
+
+
+class EncoderBlock(nnx.Module):
+    """Pre-norm transformer block of SigLIP's two towers."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_dim: int,
+        *,
+        eps: float,
+        rngs: nnx.Rngs,
+        dtype: Any,
+        param_dtype: Any,
+        stack: Stack = (),
+    ):
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, stack=stack)
+        self.norm1 = LayerNorm(width, eps=eps, **kwargs)
+        self.attn = SelfAttention(width, num_heads, rngs=rngs, **kwargs)
+        self.norm2 = LayerNorm(width, eps=eps, **kwargs)
+        self.mlp = GeluMLP(width, mlp_dim, rngs=rngs, **kwargs)
+
+    def __call__(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        x = x + self.attn(self.norm1(x), segment_ids)
+        x = x + self.mlp(self.norm2(x))
+        return shard(x, "batch", None, "embed")
+
+
+def remat_layer(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """Wraps the body of a layer scan so that the backward pass recomputes what is not worth keeping.
+
+    Args:
+      body: scan body of one layer.
+      remat: 'none' keeps everything; 'full' keeps only layer inputs; else tags joined by '+', such as 'qkv' or 'qkv+mlp':
+        layer inputs and the tagged activations are kept.
+
+    Raises:
+      UserError: unknown policy.
+    """
+    if remat == "none":
+        return body
+    if remat == "full":
+        return jax.checkpoint(body, prevent_cse=False)
+    tags = remat.split("+")
+    if not set(tags) <= set(REMAT_TAGS):
+        raise UserError(
+            f"model.remat={remat!r} is unknown; use 'none', 'full' or tags joined by '+' from {REMAT_TAGS}"
+        )
+    policy = jax.checkpoint_policies.save_only_these_names(*tags)
+    return jax.checkpoint(body, prevent_cse=False, policy=policy)
+
+
+def run_stack(
+    blocks: nnx.Module, x: jax.Array, *args: Any, remat: str, count: int | None = None
+) -> jax.Array:
+    """Runs x through the first `count` (default: all) layers of a stacked module; `args` go to every layer."""
+    graphdef, params = compat.split(blocks)
+    if count is not None:
+        params = jax.tree.map(lambda p: p[:count], params)
+
+    def body(carry: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+        return compat.merge(graphdef, layer)(carry, *args), None
+
+    return jax.lax.scan(remat_layer(body, remat), x, params)[0]

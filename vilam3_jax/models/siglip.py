@@ -1,0 +1,151 @@
+"""SigLIP's image and text towers (arXiv:2303.15343; layout of Hugging Face's SiglipModel)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vilam3_jax.errors import UserError
+from vilam3_jax.models.layers import Embed, EncoderBlock, GeluMLP, LayerNorm, Linear, SelfAttention, run_stack
+from vilam3_jax.ops.partition import shard
+
+
+class PatchEmbed(nnx.Module):
+    """Convolution whose stride is its kernel, VALID padding: border pixels that fill no patch are dropped.
+
+    Parameters: kernel HWIO [p, p, 3, D], bias [D].
+    """
+
+    def __init__(self, patch_size: int, width: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+        self.patch_size = patch_size
+        self.dtype = jnp.dtype(dtype)
+        init = jax.nn.initializers.lecun_normal(in_axis=(0, 1, 2), out_axis=3)
+        self.kernel = nnx.Param(init(rngs.params(), (patch_size, patch_size, 3, width), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Images [N, S, S, 3] -> [N, (S // p)**2, D], patches row by row."""
+        p = self.patch_size
+        n, height, width, channels = images.shape
+        rows, columns = height // p, width // p
+        x = images[:, : rows * p, : columns * p].reshape(n, rows, p, columns, p, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(n, rows * columns, p * p * channels)
+        kernel = self.kernel[...].astype(self.dtype)
+        return x.astype(self.dtype) @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...].astype(self.dtype)
+
+
+class AttentionPool(nnx.Module):
+    """Multi-head attention pooling: a learned probe asks all tokens once, then a residual MLP."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_dim: int,
+        *,
+        eps: float,
+        rngs: nnx.Rngs,
+        dtype: Any,
+        param_dtype: Any,
+    ):
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype)
+        self.probe = nnx.Param(jax.random.normal(rngs.params(), (1, 1, width), param_dtype) * width**-0.5)
+        self.attn = SelfAttention(width, num_heads, rngs=rngs, **kwargs)
+        self.norm = LayerNorm(width, eps=eps, **kwargs)
+        self.mlp = GeluMLP(width, mlp_dim, rngs=rngs, **kwargs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[N, T, D] -> [N, D]."""
+        probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
+        x = self.attn(x, query=probe)
+        return (x + self.mlp(self.norm(x)))[:, 0]
+
+
+class SiglipVision(nnx.Module):
+    """Image tower. The last block, `post_norm` and `head` exist always; `features` uses them only as `select_layer` demands."""
+
+    def __init__(self, cfg: Any, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, remat: str):
+        self.image_size = cfg.image_size
+        self.grid = cfg.image_size // cfg.patch_size
+        self.width = cfg.hidden_size
+        self.remat = remat
+        self.num_layers = cfg.num_layers
+        # Hidden state 0 is the embedding, state i the output of block i, as in Hugging Face's list.
+        states = cfg.num_layers + 1
+        self.num_feature_layers = cfg.select_layer % states
+        if not -states <= cfg.select_layer < states:
+            raise UserError(
+                f"model.vision_tower.select_layer={cfg.select_layer} is outside the {states} hidden states; use -{states}..{states - 1}"
+            )
+        kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.patch_embed = PatchEmbed(cfg.patch_size, cfg.hidden_size, **kwargs)
+        table = jax.random.normal(rngs.params(), (self.grid**2, cfg.hidden_size), param_dtype)
+        self.pos_embed = nnx.Param(table * cfg.hidden_size**-0.5)
+        shape = (cfg.hidden_size, cfg.num_heads, cfg.mlp_dim)
+        self.blocks = EncoderBlock(*shape, eps=cfg.norm_eps, stack=(cfg.num_layers,), **kwargs)
+        self.post_norm = LayerNorm(cfg.hidden_size, eps=cfg.norm_eps, dtype=dtype, param_dtype=param_dtype)
+        self.head = AttentionPool(*shape, eps=cfg.norm_eps, **kwargs)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per image before the projector."""
+        return self.grid**2
+
+    def _run(self, images: jax.Array, count: int) -> jax.Array:
+        if images.dtype != jnp.uint8 or images.shape[1:] != (self.image_size, self.image_size, 3):
+            raise ValueError(
+                f"images must be uint8 [N, {self.image_size}, {self.image_size}, 3], not {images.dtype} {images.shape}"
+            )
+        x = images.astype(jnp.float32) / 127.5 - 1.0
+        x = self.patch_embed(x)
+        x = shard(x + self.pos_embed[...].astype(x.dtype), "batch", None, "embed")
+        return run_stack(self.blocks, x, remat=self.remat, count=count)
+
+    def features(self, images: jax.Array) -> jax.Array:
+        """Patch features for the projector: uint8 [N, S, S, 3] -> [N, T, D], no final norm; later blocks are not computed."""
+        return self._run(images, self.num_feature_layers)
+
+    def pooled(self, images: jax.Array) -> jax.Array:
+        """Image embedding for contrastive training: uint8 [N, S, S, 3] -> [N, D], not normalised."""
+        return self.head(self.post_norm(self._run(images, self.num_layers)))
+
+
+class SiglipText(nnx.Module):
+    """Text tower: bidirectional; the last valid token is the summary.
+
+    SigLIP pads to a fixed length and lets padding take part; that is what `text_valid` all True gives. Where padding is
+    marked, it is neither attended to nor pooled.
+    """
+
+    def __init__(self, cfg: Any, out_dim: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, remat: str):
+        self.max_length = cfg.max_length
+        self.remat = remat
+        kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        stddev = cfg.hidden_size**-0.5
+        self.embed = Embed(cfg.vocab_size, cfg.hidden_size, stddev=stddev, **kwargs)
+        table = jax.random.normal(rngs.params(), (cfg.max_length, cfg.hidden_size), param_dtype)
+        self.pos_embed = nnx.Param(table * stddev)
+        self.blocks = EncoderBlock(
+            cfg.hidden_size, cfg.num_heads, cfg.mlp_dim, eps=cfg.norm_eps, stack=(cfg.num_layers,), **kwargs
+        )
+        self.final_norm = LayerNorm(cfg.hidden_size, eps=cfg.norm_eps, dtype=dtype, param_dtype=param_dtype)
+        self.head = Linear(cfg.hidden_size, out_dim, **kwargs)
+
+    def __call__(self, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+        """Tokens int [B, T], valid bool [B, T] (padding on the right) -> [B, E], not normalised.
+
+        Raises:
+          ValueError: T exceeds the position table.
+        """
+        length = tokens.shape[1]
+        if length > self.max_length:
+            raise ValueError(f"text of {length} tokens, but model.text_tower.max_length is {self.max_length}")
+        x = self.embed(tokens)
+        x = shard(x + self.pos_embed[:length].astype(x.dtype), "batch", None, "embed")
+        x = run_stack(self.blocks, x, valid.astype(jnp.int32), remat=self.remat)
+        last = jnp.where(valid, jnp.arange(length), 0).max(axis=1)
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+        return self.head(self.final_norm(x))

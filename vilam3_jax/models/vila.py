@@ -1,0 +1,138 @@
+"""VILA: a vision tower, a projector and a language model; and how models are built, abstractly and for real."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vilam3_jax import compat
+from vilam3_jax.errors import UserError
+from vilam3_jax.models.contrastive import TwoTower
+from vilam3_jax.models.llama import Llama
+from vilam3_jax.models.projector import Projector
+from vilam3_jax.models.siglip import SiglipVision
+from vilam3_jax.ops.partition import shard
+
+VISION_TOWERS = {"siglip": SiglipVision}
+LLMS = {"llama": Llama}
+
+
+class Vila(nnx.Module):
+    """Vision-language model: images become tokens that stand in the text stream."""
+
+    def __init__(self, cfg: Any, *, rngs: nnx.Rngs):
+        kwargs = dict(rngs=rngs, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
+        tower = _family(VISION_TOWERS, "vision_tower", cfg.vision_tower.type)
+        llm = _family(LLMS, "llm", cfg.llm.type)
+        self.vision_tower = tower(cfg.vision_tower, remat=cfg.remat, **kwargs)
+        self.projector = Projector(cfg.projector, cfg.vision_tower.hidden_size, cfg.llm.hidden_size, **kwargs)
+        self.llm = llm(cfg.llm, remat=cfg.remat, **kwargs)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """T: tokens one image occupies in the text stream."""
+        return self.projector.num_tokens(self.vision_tower.grid)
+
+    def encode_images(self, images: jax.Array) -> jax.Array:
+        """Uint8 [N, S, S, 3] -> [N, T, D], ready to stand among text embeddings."""
+        return self.projector(self.vision_tower.features(images))
+
+    def embed(
+        self,
+        tokens: jax.Array,
+        images: jax.Array | None = None,
+        image_valid: jax.Array | None = None,
+        visual_index: jax.Array | None = None,
+    ) -> jax.Array:
+        """Text embeddings with image tokens in their places.
+
+        Args:
+          tokens: int [B, L]; what stands under an image token is ignored.
+          images: uint8 [G, M, S, S, 3], or None for text only. Rows g*B/G .. (g+1)*B/G - 1 form group g.
+          image_valid: bool [G, M]; slots that are False hold nothing.
+          visual_index: int [B, L]: which of the group's M*T image tokens stands here; -1 for text. An index beyond M*T gives
+            NaN, and so shows itself.
+
+        Returns:
+          [B, L, D].
+
+        Raises:
+          ValueError: the rows do not divide into groups, or only some of the three image arguments are given.
+        """
+        given = [x is not None for x in (images, image_valid, visual_index)]
+        if images is not None and not all(given):
+            raise ValueError("images need image_valid and visual_index")
+        text = shard(self.llm.embed(tokens), "batch", "length", "embed")
+        if images is None:
+            return text
+        groups, slots = images.shape[:2]
+        rows, length = tokens.shape
+        if rows % groups:
+            raise ValueError(f"{rows} rows do not divide into {groups} groups")
+        visual = self.encode_images(images.reshape(groups * slots, *images.shape[2:]))
+        visual = jnp.where(image_valid.reshape(-1, 1, 1), visual, 0)
+        visual = visual.reshape(groups, -1, visual.shape[-1])
+        index = visual_index.reshape(groups, -1, 1)
+        placed = jnp.take_along_axis(visual, jnp.maximum(index, 0), axis=1).reshape(rows, length, -1)
+        return shard(jnp.where(visual_index[..., None] >= 0, placed, text), "batch", "length", "embed")
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array,
+        positions: jax.Array,
+        images: jax.Array | None = None,
+        image_valid: jax.Array | None = None,
+        visual_index: jax.Array | None = None,
+    ) -> jax.Array:
+        """Hidden states [B, L, D] after the final norm; arguments as in `embed` and `Llama.__call__`."""
+        return self.llm(self.embed(tokens, images, image_valid, visual_index), segment_ids, positions)
+
+    def head_kernel(self) -> jax.Array:
+        """[D, V], for the loss."""
+        return self.llm.head_kernel()
+
+
+KINDS = {"generative": Vila, "contrastive": TwoTower}
+
+
+def build(cfg: Any, kind: str, key: jax.Array) -> nnx.Module:
+    """Makes a model with random parameters.
+
+    Args:
+      cfg: `config.model`.
+      kind: 'generative' (Vila) or 'contrastive' (TwoTower).
+      key: random key; LoRA draws from a stream of its own, so base parameters do not depend on the rank.
+
+    Raises:
+      UserError: unknown kind or family, or sizes that do not fit.
+    """
+    model = _family(KINDS, "kind", kind)
+    return model(cfg, rngs=nnx.Rngs(params=key, lora=jax.random.fold_in(key, 1)))
+
+
+def abstract_model(cfg: Any, kind: str) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """Structure and parameter shapes (nested dict of ShapeDtypeStruct) of a model; allocates nothing."""
+    return compat.split(nnx.eval_shape(lambda: build(cfg, kind, jax.random.key(0))))
+
+
+def init_params(cfg: Any, kind: str, key: jax.Array) -> dict[str, Any]:
+    """Random parameters as a nested dict.
+
+    Pure: jit it with `out_shardings`, and every device makes only its own part.
+    """
+    return compat.split(build(cfg, kind, key))[1]
+
+
+def merge(graphdef: nnx.GraphDef, params: dict[str, Any]) -> Any:
+    """The model of `graphdef` with `params`; the inverse of taking them apart."""
+    return compat.merge(graphdef, params)
+
+
+def _family(table: dict[str, Any], key: str, name: str) -> Any:
+    if name not in table:
+        raise UserError(f"{key} {name!r} is unknown; choose from {sorted(table)}")
+    return table[name]

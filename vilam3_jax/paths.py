@@ -17,6 +17,12 @@ def as_path(path: PathLike) -> epath.Path:
     return epath.Path(os.fspath(path)).expanduser()
 
 
+def file_size(path: PathLike) -> int:
+    """Size of a file in bytes. Works in containers where the owner of a local file has no name (epath's `stat` fails)."""
+    path = as_path(path)
+    return path.stat().length if "://" in str(path) else os.stat(path).st_size
+
+
 def read_bytes(path: PathLike, max_bytes: int) -> bytes:
     """Reads a whole file.
 
@@ -32,7 +38,7 @@ def read_bytes(path: PathLike, max_bytes: int) -> bytes:
         raise UserError(f"{path}: no such file; check the path")
     if path.is_dir():
         raise UserError(f"{path}: is a folder, a file was expected")
-    size = path.stat().length
+    size = file_size(path)
     if size > max_bytes:
         raise UserError(f"{path}: {size} bytes, more than the limit of {max_bytes}; use a smaller file")
     return path.read_bytes()

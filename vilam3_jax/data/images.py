@@ -1,0 +1,105 @@
+"""2-D images: decode what users have into 8-bit RGB, resize as the vision tower expects, encode, identify."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vilam3_jax.errors import UserError
+from vilam3_jax.paths import PathLike, as_path, read_bytes
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # no format whose decoder starts another program
+_MAX_FILM_BYTES = 512 << 20
+
+
+def decode_image(data: bytes, *, max_pixels: float = 64e6) -> np.ndarray:
+    """Decodes PNG, JPEG, WebP, BMP or TIFF.
+
+    Args:
+      data: the whole file.
+      max_pixels: larger images are refused by their header, before decoding.
+
+    Returns:
+      [H, W, 3] uint8 RGB. Grey is repeated; 16-bit, 32-bit and float grey are stretched from their own smallest to largest
+      value; CMYK is converted; transparent pixels become black; the EXIF orientation is applied.
+
+    Raises:
+      UserError: not an image, damaged, or too large. The caller adds which record it was.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise UserError(f"image of {width} x {height} pixels, more than the limit of {max_pixels:.0f}; scale it down")
+            if image.mode.startswith(("I", "F")):
+                return np.repeat(_stretch(np.asarray(image))[..., None], 3, axis=-1)
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+            return np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"not a readable PNG, JPEG, WebP, BMP or TIFF image ({error}); save it again as PNG") from error
+
+
+def _stretch(values: np.ndarray) -> np.ndarray:
+    from vilam3_jax.data.scaling import as_stored_values, window_to_uint8
+
+    values = as_stored_values(values)
+    if values is None:
+        raise UserError("image without one finite pixel; save it again as PNG")
+    return window_to_uint8(values, None, (float(values.min()), float(values.max())))
+
+
+def load_film(path: PathLike) -> np.ndarray:
+    """Reads one 2-D image file, a DICOM film (CR, DX) included.
+
+    Args:
+      path: anything `decode_image` reads, or a DICOM file of one grey frame; MONOCHROME1 is inverted.
+
+    Returns:
+      [H, W, 3] uint8.
+
+    Raises:
+      UserError: names the file.
+    """
+    path = as_path(path)
+    data = read_bytes(path, _MAX_FILM_BYTES)
+    if data[128:132] == b"DICM":
+        from vilam3_jax.data import dicom
+
+        return np.repeat(dicom.read_film(path)[..., None], 3, axis=-1)
+    try:
+        return decode_image(data)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """Scales to a square by PIL's bicubic filter on 8-bit values, without keeping the aspect ratio (VILA's `resize` mode).
+
+    Args:
+      image: [H, W, 3] uint8.
+      size: side of the result in pixels.
+
+    Returns:
+      [size, size, 3] uint8.
+    """
+    return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """Encodes [H, W, 3] or [H, W] uint8 as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def image_content_key(image: np.ndarray) -> str:
+    """sha256 (hex) of shape and pixels of an [H, W, 3] uint8 image: the same picture as PNG and as BMP has one key."""
+    digest = hashlib.sha256(f"{image.dtype.name}{image.shape}".encode())
+    digest.update(np.ascontiguousarray(image))
+    return digest.hexdigest()

@@ -12,7 +12,7 @@ from vilam3_jax.models.siglip import SiglipText, SiglipVision
 
 
 class TwoTower(nnx.Module):
-    """SigLIP. `logit_scale` is a logarithm; both it and `logit_bias` start at the paper's values, log 10 and -10."""
+    """SigLIP. `logit_scale` is a logarithm; it starts at log 10 and `logit_bias` at -10, as in the paper."""
 
     def __init__(self, cfg: Any, *, rngs: nnx.Rngs):
         kwargs = dict(rngs=rngs, dtype=cfg.dtype, param_dtype=cfg.param_dtype, remat=cfg.remat)

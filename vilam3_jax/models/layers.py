@@ -1,7 +1,7 @@
 """Building blocks of all towers.
 
-Every module takes `stack`: leading axes of its parameters. `stack=(num_layers,)` makes one module hold the parameters of all
-layers, which `run_stack` then scans over; calling a stacked module directly is meaningless.
+Every module takes `stack`: leading axes of its parameters. `stack=(num_layers,)` makes one module hold the
+parameters of all layers, which `run_stack` then scans over; calling a stacked module directly is meaningless.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Ar
 class Linear(nnx.Module):
     """`x @ kernel + bias`, with an optional low-rank addition (LoRA, arXiv:2106.09685).
 
-    Parameters: kernel [in, out]; bias [out] if `use_bias`; lora_a [in, r] and lora_b [r, out] if `lora_rank` > 0.
+    Parameters: kernel [in, out]; bias [out] if `use_bias`; lora_a [in, r] and lora_b [r, out] if
+    `lora_rank` > 0.
     """
 
     def __init__(
@@ -117,7 +118,10 @@ class RMSNorm(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head attention with biases, no causal mask: x [B, L, D] -> [B, L, D]. `query` may differ from x (pooling heads)."""
+    """Bidirectional multi-head attention with biases: x [B, L, D] -> [B, L, D].
+
+    A pooling head gives a `query` [B, Q, D] of its own and gets [B, Q, D].
+    """
 
     def __init__(
         self, width: int, num_heads: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, stack: Stack = ()
@@ -194,8 +198,8 @@ def remat_layer(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
 
     Args:
       body: scan body of one layer.
-      remat: 'none' keeps everything; 'full' keeps only layer inputs; else tags joined by '+', such as 'qkv' or 'qkv+mlp':
-        layer inputs and the tagged activations are kept.
+      remat: 'none' keeps everything; 'full' keeps only layer inputs; else tags joined by '+', such as
+        'qkv' or 'qkv+mlp': layer inputs and the tagged activations are kept.
 
     Raises:
       UserError: unknown policy.
@@ -216,7 +220,7 @@ def remat_layer(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
 def run_stack(
     blocks: nnx.Module, x: jax.Array, *args: Any, remat: str, count: int | None = None
 ) -> jax.Array:
-    """Runs x through the first `count` (default: all) layers of a stacked module; `args` go to every layer."""
+    """Runs x through the first `count` layers (default: all) of a stacked module; each gets `args` too."""
     graphdef, params = compat.split(blocks)
     if count is not None:
         params = jax.tree.map(lambda p: p[:count], params)

@@ -38,7 +38,7 @@ def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates [B, L, heads, hd] in float32; channel i is paired with channel i + hd/2 (the rotate-half layout)."""
+    """Rotates [B, L, heads, hd] in float32; channel i pairs with channel i + hd/2 (rotate-half layout)."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -131,10 +131,11 @@ class LlamaLayer(nnx.Module):
         layer: jax.Array,
         slots: jax.Array,
     ) -> tuple[jax.Array, Cache]:
-        """A chunk that continues cached rows: writes its keys and values into `slots` [B, Q], attends to slots up to its own."""
+        """A chunk that continues cached rows; token i of row b writes slot `slots[b, i]` and sees it and all before."""
         q, k, v = self.attn.project(self.attn_norm(x), rope)
         rows = jnp.arange(x.shape[0])[:, None]
-        # 'drop', because a row near its end may carry padding beyond the cache; clamping would overwrite real slots.
+        # 'drop', because a row near its end may carry padding beyond the cache; clamping would overwrite
+        # real slots.
         cache = {
             "k": cache["k"].at[layer, rows, slots].set(k.astype(cache["k"].dtype), mode="drop"),
             "v": cache["v"].at[layer, rows, slots].set(v.astype(cache["v"].dtype), mode="drop"),
@@ -208,11 +209,11 @@ class Llama(nnx.Module):
     def forward_cached(
         self, embeds: jax.Array, positions: jax.Array, cache: Cache, write_at: jax.Array
     ) -> tuple[jax.Array, Cache]:
-        """Continues rows whose earlier tokens are in the cache; for prefill in chunks and for single steps alike.
+        """Continues rows whose earlier tokens are cached: prefill, whole or in chunks, and single steps alike.
 
-        Token i of row b goes to slot `write_at[b] + i` and sees slots 0 .. `write_at[b] + i`. A chunk shorter than Q is padded
-        on the right: advance `write_at` by its true length, and the next call overwrites what the padding left. Writes beyond
-        the cache are dropped.
+        Token i of row b goes to slot `write_at[b] + i` and sees slots 0 .. `write_at[b] + i`. A chunk
+        shorter than Q is padded on the right: advance `write_at` by its true length, and the next call
+        overwrites what the padding left. Writes beyond the cache are dropped.
 
         Args:
           embeds: [B, Q, D].

@@ -18,9 +18,10 @@ _NORM_EPS = 1e-5  # PyTorch's default, with which the released projectors were t
 class Projector(nnx.Module):
     """[N, grid**2, C] -> [N, T, D].
 
-    `type`: 'identity'; 'linear'; 'mlpNx_gelu' (N layers, exact GELU between them); 'mlp_downsample' (2x2 neighbours joined
-    into one token, LayerNorm, two layers). An odd grid gets a zero row at the bottom, then a zero column at the right.
-    `token_order` says how the downsampled grid is read: 'column' (VILA-1.5 and VILA-M3) or 'row' (NVILA).
+    `type`: 'identity'; 'linear'; 'mlpNx_gelu' (N layers, exact GELU between them); 'mlp_downsample' (2x2
+    neighbours joined into one token, LayerNorm, two layers). An odd grid gets a zero row at the bottom,
+    then a zero column at the right. `token_order` says how the downsampled grid is read: 'column'
+    (VILA-1.5 and VILA-M3) or 'row' (NVILA).
     """
 
     def __init__(self, cfg: Any, in_dim: int, out_dim: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
@@ -39,7 +40,8 @@ class Projector(nnx.Module):
             self.depth = int(cfg.type == "linear")
         else:
             raise UserError(
-                f"model.projector.type={cfg.type!r} is unknown; use mlp_downsample, mlp2x_gelu (any N), linear or identity"
+                f"model.projector.type={cfg.type!r} is unknown; "
+                "use mlp_downsample, mlp2x_gelu (any number of layers), linear or identity"
             )
         if not self.depth and in_dim != out_dim:
             raise UserError(

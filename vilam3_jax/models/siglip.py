@@ -65,7 +65,10 @@ class AttentionPool(nnx.Module):
 
 
 class SiglipVision(nnx.Module):
-    """Image tower. The last block, `post_norm` and `head` exist always; `features` uses them only as `select_layer` demands."""
+    """Image tower.
+
+    All blocks, `post_norm` and `head` exist always, so that stage 1 and later stages share parameters.
+    """
 
     def __init__(self, cfg: Any, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, remat: str):
         self.image_size = cfg.image_size
@@ -78,7 +81,8 @@ class SiglipVision(nnx.Module):
         self.num_feature_layers = cfg.select_layer % states
         if not -states <= cfg.select_layer < states:
             raise UserError(
-                f"model.vision_tower.select_layer={cfg.select_layer} is outside the {states} hidden states; use -{states}..{states - 1}"
+                f"model.vision_tower.select_layer={cfg.select_layer} is none of the {states} hidden states; "
+                f"use {-states} to {states - 1}"
             )
         kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.patch_embed = PatchEmbed(cfg.patch_size, cfg.hidden_size, **kwargs)
@@ -97,7 +101,8 @@ class SiglipVision(nnx.Module):
     def _run(self, images: jax.Array, count: int) -> jax.Array:
         if images.dtype != jnp.uint8 or images.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(
-                f"images must be uint8 [N, {self.image_size}, {self.image_size}, 3], not {images.dtype} {images.shape}"
+                f"images must be uint8 [N, {self.image_size}, {self.image_size}, 3], "
+                f"not {images.dtype} {images.shape}"
             )
         x = images.astype(jnp.float32) / 127.5 - 1.0
         x = self.patch_embed(x)
@@ -105,7 +110,10 @@ class SiglipVision(nnx.Module):
         return run_stack(self.blocks, x, remat=self.remat, count=count)
 
     def features(self, images: jax.Array) -> jax.Array:
-        """Patch features for the projector: uint8 [N, S, S, 3] -> [N, T, D], no final norm; later blocks are not computed."""
+        """Patch features for the projector: uint8 [N, S, S, 3] -> [N, T, D], hidden state `select_layer`.
+
+        There is no norm after it, and later blocks are not computed.
+        """
         return self._run(images, self.num_feature_layers)
 
     def pooled(self, images: jax.Array) -> jax.Array:
@@ -116,8 +124,8 @@ class SiglipVision(nnx.Module):
 class SiglipText(nnx.Module):
     """Text tower: bidirectional; the last valid token is the summary.
 
-    SigLIP pads to a fixed length and lets padding take part; that is what `text_valid` all True gives. Where padding is
-    marked, it is neither attended to nor pooled.
+    SigLIP pads to a fixed length and lets padding take part; that is what `text_valid` all True gives.
+    Where padding is marked, it is neither attended to nor pooled.
     """
 
     def __init__(self, cfg: Any, out_dim: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, remat: str):

@@ -1,4 +1,4 @@
-"""VILA: a vision tower, a projector and a language model; and how models are built, abstractly and for real."""
+"""VILA: a vision tower, a projector and a language model; and how models are built."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Vila(nnx.Module):
           tokens: int [B, L]; what stands under an image token is ignored.
           images: uint8 [G, M, S, S, 3], or None for text only. Rows g*B/G .. (g+1)*B/G - 1 form group g.
           image_valid: bool [G, M]; slots that are False hold nothing.
-          visual_index: int [B, L]: which of the group's M*T image tokens stands here; -1 for text. An index beyond M*T gives
-            NaN, and so shows itself.
+          visual_index: int [B, L]: which of the group's M*T image tokens stands here; -1 for text. An
+            index beyond M*T gives NaN, and so shows itself.
 
         Returns:
           [B, L, D].

@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-# Causal self-attention is cut into query blocks of this many positions, each seeing only the keys up to its own end: about half
-# the multiplications and a fraction of the score memory of the full square.
+# Causal self-attention is cut into query blocks of this many positions, each seeing only the keys up to
+# its own end: about half the multiplications and a fraction of the score memory of the full square.
 QUERY_BLOCK = 256
-_MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite; exp underflows to an exact zero beside any real score
+# Finite, so that a row with nothing to attend to stays finite; beside any real score its exp is an exact zero.
+_MASKED = -1e30
 
 
 def attention(
@@ -25,8 +26,9 @@ def attention(
 ) -> jax.Array:
     """Grouped-query attention with packing and causal masks; softmax in float32.
 
-    A query attends to a key iff their segment ids are equal and not 0 and, when causal, the key's position is not beyond the
-    query's. A query with no key at all (padding) gives zeros. Keys and values are never repeated over the query heads.
+    A query attends to a key iff their segment ids are equal and not 0 and, when causal, the key's position
+    is not beyond the query's. A query with no key at all (padding) gives zeros. Keys and values are never
+    repeated over the query heads.
 
     Args:
       q: [B, Lq, H, hd].
@@ -43,7 +45,8 @@ def attention(
       [B, Lq, H, hd] in the type of `q`.
 
     Raises:
-      ValueError: heads do not divide, only one of a pair of arguments is given, or a causal call has Lq != Lk and no positions.
+      ValueError: heads do not divide, only one of a pair of arguments is given, or a causal call has Lq !=
+        Lk and no positions.
     """
     batch, q_len, heads, head_dim = q.shape
     kv_len, kv_heads = k.shape[1:3]

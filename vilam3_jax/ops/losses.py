@@ -1,4 +1,4 @@
-"""The two training losses: next-token cross entropy that never holds all logits, and SigLIP's pairwise sigmoid."""
+"""The training losses: next-token cross entropy that never holds all logits, SigLIP's pairwise sigmoid."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def chunked_cross_entropy(
     """Weighted next-token cross entropy over packed rows.
 
     The state at t-1 predicts token t iff both lie in the same segment and that is not 0; the term counts with
-    `loss_weights[t]`. Positions without a loss cost nothing: each row's supervised positions are moved to its front, and
-    only as many chunks are computed as the fullest row needs. At most `[B, chunk, V]` logits exist at a time. The gradient is
-    taken in the same pass as the value (logits are not computed again) and is exact; `loss_weights` are constants.
+    `loss_weights[t]`. Positions without a loss cost nothing: each row's supervised positions are moved to
+    its front, and only as many chunks are computed as the fullest row needs. At most `[B, chunk, V]`
+    logits exist at a time. The gradient is taken in the same pass as the value (logits are not computed
+    again) and is exact; `loss_weights` are constants.
 
     Args:
       hidden: [B, L, D], states after the last norm.
@@ -35,7 +36,8 @@ def chunked_cross_entropy(
       chunk: positions of every row whose logits are held at a time.
 
     Returns:
-      (sum of weighted losses, sum of weights, sum of weights where the most probable token is the target), float32 scalars.
+      (sum of weighted losses, sum of weights, sum of weights where the most probable token is the target),
+      float32 scalars.
 
     Raises:
       ValueError: `chunk` is not positive.
@@ -76,8 +78,8 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def _scan_chunks(hidden, head_kernel, targets, weights, chunk, *, with_gradient):
-    """Returns loss sum, weighted count of right answers, d loss / d hidden and d loss / d kernel (None without gradient)."""
-    batch, length, width = hidden.shape
+    """Returns the sums of losses and of right answers, and the gradients by hidden and kernel (or None)."""
+    length = hidden.shape[1]
     chunk = min(chunk, length)
     padded = -(-length // chunk) * chunk
     supervised = weights != 0
@@ -146,7 +148,8 @@ def sigmoid_contrastive_loss(
       valid: bool [B]; a row that is False takes part in no pair. None: all are real.
 
     Returns:
-      float32 scalar: -log sigmoid summed over all pairs of valid rows, divided by the number of valid rows (0 if there is none).
+      float32 scalar: -log sigmoid summed over all pairs of valid rows, divided by the number of valid rows
+      (0 if there is none).
     """
     valid = jnp.ones(img.shape[0], bool) if valid is None else valid
     scale = jnp.exp(jnp.asarray(logit_scale, jnp.float32))

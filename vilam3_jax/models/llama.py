@@ -131,7 +131,7 @@ class LlamaLayer(nnx.Module):
         layer: jax.Array,
         slots: jax.Array,
     ) -> tuple[jax.Array, Cache]:
-        """A chunk that continues cached rows; token i of row b writes slot `slots[b, i]` and sees it and all before."""
+        """Continues cached rows: token i of row b writes slot `slots[b, i]` and sees it and all before."""
         q, k, v = self.attn.project(self.attn_norm(x), rope)
         rows = jnp.arange(x.shape[0])[:, None]
         # 'drop', because a row near its end may carry padding beyond the cache; clamping would overwrite
@@ -209,7 +209,7 @@ class Llama(nnx.Module):
     def forward_cached(
         self, embeds: jax.Array, positions: jax.Array, cache: Cache, write_at: jax.Array
     ) -> tuple[jax.Array, Cache]:
-        """Continues rows whose earlier tokens are cached: prefill, whole or in chunks, and single steps alike.
+        """Continues rows whose earlier tokens are cached: whole prefill, chunked prefill and single steps.
 
         Token i of row b goes to slot `write_at[b] + i` and sees slots 0 .. `write_at[b] + i`. A chunk
         shorter than Q is padded on the right: advance `write_at` by its true length, and the next call

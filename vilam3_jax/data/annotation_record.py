@@ -9,6 +9,7 @@ This module imports neither jax nor flax nor torch: the expert processes write i
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import zlib
 from typing import Any
@@ -76,7 +77,7 @@ class LabelMap:
         ends = self.offsets
         if len(ends) != self.shape[2] + 1 or ends[0] != 0 or ends[-1] != len(self.blob):
             raise ValueError("label map offsets do not fit its planes")
-        if any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+        if any(a > b for a, b in itertools.pairwise(ends)):
             raise ValueError("label map offsets are not in order")
 
     @classmethod
@@ -87,9 +88,7 @@ class LabelMap:
           ValueError: not three-dimensional, not integer, or values out of range.
         """
         if labels.ndim != 3 or not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(
-                f"label map must be a 3-D integer array, got {labels.dtype} {labels.shape}"
-            )
+            raise ValueError(f"label map must be a 3-D integer array, got {labels.dtype} {labels.shape}")
         low, high = (int(labels.min()), int(labels.max())) if labels.size else (0, 0)
         if low < 0 or high > 65535:
             raise ValueError(f"label values {low}..{high} do not fit 0..65535")
@@ -225,9 +224,7 @@ class Annotation:
 
     def _need_labels(self) -> LabelMap:
         if self.labels is None:
-            raise ValueError(
-                f"annotation of {self.expert} on {self.input_key[:12]} has no label map"
-            )
+            raise ValueError(f"annotation of {self.expert} on {self.input_key[:12]} has no label map")
         return self.labels
 
     def to_bytes(self) -> bytes:
@@ -251,9 +248,7 @@ class Annotation:
                     f"annotation record has schema {found}, this version reads {SCHEMA_VERSION}; "
                     "annotate again or upgrade vilam3-jax"
                 )
-            fields["segments"] = tuple(
-                Segment(**{**s, "bbox": tuple(s["bbox"])}) for s in fields["segments"]
-            )
+            fields["segments"] = tuple(Segment(**{**s, "bbox": tuple(s["bbox"])}) for s in fields["segments"])
             if fields["labels"] is not None:
                 labels = fields["labels"]
                 for name in ("shape", "affine", "offsets"):
@@ -261,16 +256,12 @@ class Annotation:
                 fields["labels"] = LabelMap(**labels)
             return cls(**fields)
         except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
-            raise UserError(
-                f"annotation record is damaged ({error}); annotate this input again"
-            ) from error
+            raise UserError(f"annotation record is damaged ({error}); annotate this input again") from error
 
 
 def failed(input_key: str, expert: str, args: str, reason: str, **fields: Any) -> Annotation:
     """Returns the annotation that stands for an expert that could not answer."""
-    return Annotation(
-        input_key, expert, args, status="failed", reason=reason or "no reason given", **fields
-    )
+    return Annotation(input_key, expert, args, status="failed", reason=reason or "no reason given", **fields)
 
 
 def segments_on_slice(annotation: Annotation, axis: int, index: int) -> list[tuple[int, str, int]]:
@@ -286,6 +277,4 @@ def segments_on_slice(annotation: Annotation, axis: int, index: int) -> list[tup
     """
     names = annotation.label_names
     ids, counts = np.unique(annotation.label_slice(axis, index), return_counts=True)
-    return [
-        (int(i), names[int(i)], int(n)) for i, n in zip(ids, counts, strict=True) if int(i) in names
-    ]
+    return [(int(i), names[int(i)], int(n)) for i, n in zip(ids, counts, strict=True) if int(i) in names]

@@ -1,6 +1,6 @@
 """The store of what experts said, as ArrayRecord shards with an index each.
 
-The record itself is in `annotation_record`, wrong records on purpose are in `falsify`; both are offered here too.
+The record is in `annotation_record`, records wrong on purpose are in `falsify`; both are offered here too.
 This module imports neither jax nor flax nor torch: the expert processes write it, the training hosts read it.
 """
 
@@ -79,12 +79,8 @@ class AnnotationWriter:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"{directory}: cannot be created ({error}); choose another folder"
-            ) from error
-        self._present = {
-            key: entry["status"] for key, entry in _read_indexes(self.directory).items()
-        }
+            raise UserError(f"{directory}: cannot be created ({error}); choose another folder") from error
+        self._present = {key: entry["status"] for key, entry in _read_indexes(self.directory).items()}
         self._limits = (records_per_shard, seconds_per_shard, bytes_per_shard)
         self._run = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
         self._shards = 0
@@ -149,9 +145,7 @@ class AnnotationWriter:
             "entries": entries,
         }
         _write_shard(self.directory, name + _SHARD_SUFFIX, [data for _, data in self._pending])
-        paths.write_text_atomic(
-            self.directory / (name + _INDEX_SUFFIX), json.dumps(index, indent=1) + "\n"
-        )
+        paths.write_text_atomic(self.directory / (name + _INDEX_SUFFIX), json.dumps(index, indent=1) + "\n")
         self._shards += 1
         self._pending, self._bytes = [], 0
 
@@ -183,9 +177,7 @@ class AnnotationStore:
         """
         self.directory = paths.as_path(directory)
         if not self.directory.is_dir():
-            raise UserError(
-                f"{directory}: no such annotation store; run `vilam3-experts annotate` first"
-            )
+            raise UserError(f"{directory}: no such annotation store; run `vilam3-experts annotate` first")
         self._entries = _read_indexes(self.directory)
         self._reset()
 
@@ -234,13 +226,12 @@ class AnnotationStore:
                 (data,) = reader.read([entry["record"]])
         except (OSError, ValueError, IndexError, RuntimeError) as error:
             raise UserError(
-                f"{self.directory / shard}: cannot be read ({error}); delete it with its index and annotate again"
+                f"{self.directory / shard}: cannot be read ({error}); "
+                "delete it with its index and annotate again"
             ) from error
         annotation = Annotation.from_bytes(data)
         if annotation.key != (input_key, expert, args):
-            raise UserError(
-                f"{self.directory / shard}: record {entry['record']} is not what its index says"
-            )
+            raise UserError(f"{self.directory / shard}: record {entry['record']} is not what its index says")
         return annotation
 
     def _open_shard(self, shard: str) -> ArrayRecordReader:
@@ -261,9 +252,7 @@ class AnnotationStore:
 def _write_shard(directory: Any, name: str, records: Sequence[bytes]) -> None:
     remote = "://" in os.fspath(directory)
     with tempfile.TemporaryDirectory(prefix="vilam3-shard-") as scratch:
-        temporary = (
-            os.path.join(scratch, name) if remote else os.fspath(directory / f".{name}.partial")
-        )
+        temporary = os.path.join(scratch, name) if remote else os.fspath(directory / f".{name}.partial")
         try:
             # One record a group: looking one up reads nothing else. Planes are compressed already.
             writer = ArrayRecordWriter(temporary, "group_size:1,uncompressed")
@@ -311,7 +300,5 @@ def _read_indexes(directory: Any) -> dict[Key, dict[str, Any]]:
                     "status": str(e["status"]),
                 }
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}: damaged index ({error}); delete it and annotate again"
-            ) from error
+            raise UserError(f"{path}: damaged index ({error}); delete it and annotate again") from error
     return merged

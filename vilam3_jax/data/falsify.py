@@ -11,15 +11,13 @@ import numpy as np
 from vilam3_jax.data.annotation_record import Annotation, LabelMap, Segment
 
 
-def falsify(
-    annotation: Annotation, seed: int, label_universe: Mapping[int, str] | None = None
-) -> Annotation:
+def falsify(annotation: Annotation, seed: int, label_universe: Mapping[int, str] | None = None) -> Annotation:
     """Returns a plausible record whose answers differ from `annotation`'s.
 
-    Class probabilities are exchanged so that another class is on top (independent findings: so that the set of
-    positive ones differs). Within `label_universe`, labels that are present become absent ones and the other
-    way round, in the label map too, and volumes move out of the range [1/2, 2] of the truth. Labels outside
-    the universe stay. A failed annotation says nothing and is returned as it is.
+    Class probabilities are exchanged so that another class is on top (independent findings: so that the set
+    of positive ones differs). Within `label_universe`, labels that are present become absent ones and the
+    other way round, in the label map too, and volumes move out of the range [1/2, 2] of the truth. Labels
+    outside the universe stay. A failed annotation says nothing and is returned as it is.
 
     Args:
       annotation: the true record.
@@ -40,9 +38,7 @@ def falsify(
     changes: dict[str, object] = {"version": f"{annotation.version}+falsified.{seed}"}
     if annotation.probabilities:
         changes["probabilities"] = _falsify_probabilities(annotation.probabilities, rng)
-    if universe and (
-        annotation.labels is not None or annotation.segments or not annotation.probabilities
-    ):
+    if universe and (annotation.labels is not None or annotation.segments or not annotation.probabilities):
         changes["segments"], changes["labels"] = _falsify_segments(annotation, universe, rng)
     return dataclasses.replace(annotation, **changes)
 
@@ -71,10 +67,8 @@ def _falsify_probabilities(truth: dict[str, float], rng: np.random.Generator) ->
         rest = [n for n in others if n != chosen]
         for name, source in zip(rest, rng.permutation(len(rest)), strict=True):
             result[name] = truth[rest[int(source)]]
-        if any(
-            result[n] >= result[chosen] for n in names if n != chosen
-        ):  # a tie, exchange changes nothing
-            result = {n: 0.9 if n == chosen else 0.1 / len(others) for n in names}
+        if any(result[n] >= result[chosen] for n in names if n != chosen):  # a tie, exchange changes nothing
+            result = {n: 0.9 if n == chosen else 0.1 / len(others) for n in truth}
     elif negative:
         result[top], result[chosen] = truth[chosen], truth[top]
     elif truth[top] > 0.5:
@@ -132,7 +126,7 @@ def _rescale(segment: Segment, label_id: int, name: str, rng: np.random.Generato
 def _invent(
     label_id: int, name: str, labels: np.ndarray | None, annotation: Annotation
 ) -> tuple[Segment, np.ndarray | None]:
-    """A box of half the volume's extent for a label that is not there; on its background when there is any."""
+    """A box of half the volume's extent for a label that is not there; on background if there is any."""
     if labels is None:
         return Segment(label_id, name, 20000, 20.0, 1, (0, 0, 0, 1, 1, 1)), None
     low = [n // 4 for n in labels.shape]

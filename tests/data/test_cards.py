@@ -1,0 +1,120 @@
+"""Cards and triggers: the published text to the byte, and a parser that survives what models write."""
+
+import importlib.resources
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vilam3_jax.data.cards import (
+    Card,
+    load_cards,
+    parse_cards,
+    parse_trigger,
+    render_cards,
+)
+from vilam3_jax.errors import UserError
+
+CARDS = load_cards("vila_m3")
+
+
+def test_published_text_is_reproduced():
+    text = (importlib.resources.files("vilam3_jax.data") / "cards" / "vila_m3.txt").read_bytes()
+    assert len(text) == 1373
+    assert render_cards(parse_cards(text.decode())).encode() == text
+    assert [c.name for c in CARDS] == ["BRATS", "VISTA3D", "VISTA2D", "CXR"]
+    assert CARDS[1].args[:2] == ("everything", "hepatic tumor") and len(CARDS[1].args) == 10
+    assert CARDS[1].accuracy == "127 organs: 0.792 Dice on average"
+    assert CARDS[0].args == () and not any(c.stand_in for c in CARDS)
+
+
+def test_quickstart_cards_are_short_and_say_what_they_are():
+    cards = load_cards("quickstart")
+    assert {c.name: c.args for c in cards} == {
+        "VISTA3D": ("organs",), "BRAINSEG": (), "BRAINTUMOR": (), "CXR": (),
+    }  # fmt: skip
+    assert all(c.stand_in and "stand-in" in c.render() for c in cards)
+    assert all(len(c.render()) <= 125 for c in cards)
+    assert parse_cards(render_cards(cards)) == cards
+
+
+words = st.text("abcdefgh XYZ:.-()", min_size=0, max_size=20)
+cards = st.builds(
+    Card,
+    name=st.from_regex(r"[A-Z][A-Z0-9]{0,8}", fullmatch=True),
+    args=st.lists(st.from_regex(r"[a-z][a-z ]{0,8}", fullmatch=True), max_size=4).map(tuple),
+    modality=words,
+    task=words,
+    overview=words,
+    accuracy=words,
+)
+
+
+@given(st.lists(cards, max_size=4))
+def test_any_cards_survive_their_text(some):
+    assert parse_cards(render_cards(some)) == some
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"name": "lower"},
+        {"overview": "two\nlines"},
+        {"task": "x, Accuracy: forged"},
+        {"args": ("a)>",)},
+        {"stand_in": True},
+        {"overview": "a stand-in"},
+    ],
+)
+def test_cards_that_would_not_parse_are_refused(fields):
+    good = {"name": "A", "args": (), "modality": "m", "task": "t", "overview": "o", "accuracy": "a"}
+    with pytest.raises(ValueError):
+        Card(**{**good, **fields})
+
+
+def test_card_files(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps([{"name": "A", "args": ["x"], "modality": "m", "task": "t",
+                                 "overview": "o", "accuracy": "a"}]))  # fmt: skip
+    assert load_cards(str(path))[0].args == ("x",)
+    path.write_text('[{"name": "A"}]')
+    for name in (str(path), "nonexistent", str(tmp_path / "none.txt")):
+        with pytest.raises(UserError):
+            load_cards(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("This looks like an chest x-ray. Let me first trigger <CXR()>.", ("CXR", "")),
+        ("Let me trigger <VISTA3D(hepatic tumor)>. ", ("VISTA3D", "hepatic tumor")),
+        ("<VISTA3D('organs')> and <CXR()>", ("VISTA3D", "organs")),
+        ("<VISTA3D( muscles )>", ("VISTA3D", "muscles")),
+        ("a < b <image> <BRATS()>", ("BRATS", "")),
+        ("<vista3d(organs)>", None),
+        ("<VISTA3D(organs)", None),
+        ("<VISTA3D>", None),
+        ("<VISTA3D(a\nb)>", None),
+        ("", None),
+    ],
+)
+def test_triggers(text, expected):
+    assert parse_trigger(text) == expected
+    assert parse_trigger(text, CARDS) == expected
+
+
+def test_unknown_experts_and_arguments_are_no_trigger_given_cards():
+    assert parse_trigger("<NOSUCH(x)>") == ("NOSUCH", "x")
+    assert parse_trigger("<NOSUCH(x)>", CARDS) is None
+    assert parse_trigger("<VISTA3D(left toe)>", CARDS) is None
+    assert parse_trigger("<VISTA3D()>", CARDS) is None
+    assert parse_trigger("<CXR(args)>", CARDS) == ("CXR", "")
+
+
+@given(st.text())
+def test_any_text_is_parsed_without_an_error(text):
+    for wrapped in (text, f"<A({text})>", "<A(" * 200 + text):
+        found = parse_trigger(wrapped)
+        assert found is None or found[0].isupper()
+    assert parse_trigger(text.replace("<", "") + "<CXR()>" + text) == ("CXR", "")

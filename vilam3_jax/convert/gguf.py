@@ -1,0 +1,298 @@
+"""GGUF files (llama.cpp's format) of Llama decoders as sources, with the tokenizer that they carry."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+
+from vilam3_jax.convert.sources import Source, llama_rules
+from vilam3_jax.data.tokenizer import Tokenizer, digit_byte_level
+from vilam3_jax.errors import UserError
+
+# GGUF's names → Hugging Face's.
+_OUTER = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_INNER = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+# Llama 3's split, as published with its tokenizer.
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# What a damaged header makes the reader raise.
+_DAMAGE = (
+    ValueError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+    AttributeError,
+    struct.error,
+)
+
+
+class GgufFile:
+    """An open GGUF file: metadata, and tensors that are dequantised one at a time under Hugging Face's names.
+
+    Attributes:
+      path: the file.
+      shapes: Hugging Face's tensor name → shape.
+      dtypes: storage types found.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Reads the metadata; the weights are only mapped.
+
+        Raises:
+          UserError: not a GGUF file, truncated, damaged, one of several parts, or not a Llama.
+        """
+        self.path = path
+        try:
+            self._reader = gguf.GGUFReader(path)
+        except _DAMAGE as error:
+            raise UserError(f"{path}: not a whole GGUF file ({_line(error)}); download it again") from error
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+        architecture = self.get("general.architecture", "")
+        if architecture != "llama":
+            raise UserError(f"{path}: architecture {architecture!r} is not supported, only 'llama' is")
+        if int(self.get("split.count", 1)) > 1:
+            raise UserError(f"{path}: one of several parts; join them with `llama-gguf-split --merge` first")
+        self._tensors = {_hugging_face_name(tensor.name): tensor for tensor in self._reader.tensors}
+        # GGUF lists the fastest axis first, numpy last.
+        self.shapes = {
+            name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()
+        }
+        self.dtypes = tuple(sorted({tensor.tensor_type.name for tensor in self._reader.tensors}))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Returns the metadata value of `key`.
+
+        Raises:
+          UserError: absent, and no `default` was given; or unreadable.
+        """
+        found = self._reader.fields.get(key)
+        if found is None:
+            if default is None:
+                raise UserError(f"{self.path}: has no {key}; it is not a complete model, download it again")
+            return default
+        try:
+            return found.contents()
+        except _DAMAGE as error:
+            raise UserError(f"{self.path}: {key} is damaged ({_line(error)}); download it again") from error
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._reader.fields
+
+    def __call__(self, name: str) -> np.ndarray:
+        """Dequantises one tensor to float32, heads in the rotate-half layout.
+
+        Raises:
+          UserError: a quantisation that the gguf package cannot undo.
+        """
+        tensor = self._tensors[name]
+        try:
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise UserError(
+                f"{self.path}: {tensor.name} is stored as {tensor.tensor_type.name}, which cannot be "
+                "dequantised; take another quantisation (Q4_0 ... Q8_0, K-quants, F16, BF16)"
+            ) from error
+        if name.endswith("self_attn.q_proj.weight"):
+            return unpermute(values, int(self.get("llama.attention.head_count")))
+        if name.endswith("self_attn.k_proj.weight"):
+            return unpermute(values, _kv_heads(self))
+        return values
+
+
+def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Undoes llama.cpp's reordering of query and key rows.
+
+    llama.cpp rotates neighbouring pairs (0,1), (2,3), ... of a head; Hugging Face and this package rotate the
+    two halves against each other. Row 2i + h of a head in GGUF is row h * head_dim / 2 + i here.
+
+    Args:
+      weight: `[heads * head_dim, in]`.
+      heads: number of heads in these rows.
+    """
+    rows, columns = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def open_gguf(path: Path) -> Source:
+    """Opens a GGUF file of a Llama decoder.
+
+    Raises:
+      UserError: see `GgufFile`; or a setting that this package's Llama does not have.
+    """
+    file = GgufFile(path)
+    tie = "lm_head.weight" not in file.shapes
+    config = _llm_config(file, tie)
+    licence = {
+        key: str(file.get(f"general.{field}"))
+        for key, field in (("name", "license"), ("text", "license.name"), ("link", "license.link"))
+        if f"general.{field}" in file
+    }
+    return Source(
+        component="llm",
+        config=config,
+        tensors=file.shapes,
+        rules=llama_rules(config["num_layers"], tie),
+        reader=file,
+        files=[path],
+        licence=licence,
+        dtypes=file.dtypes,
+        tokenizer=lambda: gguf_tokenizer(file),
+    )
+
+
+def _llm_config(file: GgufFile, tie: bool) -> dict[str, Any]:
+    if file.get("llama.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in file.shapes:
+        raise UserError(f"{file.path}: uses rope scaling (Llama 3.1 and later), which is not supported")
+    if int(file.get("llama.expert_count", 0)) > 0:
+        raise UserError(f"{file.path}: a mixture of experts, which is not supported")
+    heads = int(file.get("llama.attention.head_count"))
+    hidden = int(file.get("llama.embedding_length"))
+    if heads <= 0 or hidden <= 0:
+        raise UserError(f"{file.path}: {heads} heads of width {hidden}; damaged, download it again")
+    head_dim = int(file.get("llama.attention.key_length", hidden // heads))
+    if int(file.get("llama.rope.dimension_count", head_dim)) != head_dim:
+        raise UserError(f"{file.path}: rotates only a part of each head, which is not supported")
+    # The embedding, not llama.vocab_size (often absent), says how many rows there are.
+    vocab_size = file.shapes.get("model.embed_tokens.weight", (0,))[0]
+    return {
+        "type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": hidden,
+        "num_layers": int(file.get("llama.block_count")),
+        "num_heads": heads,
+        "num_kv_heads": _kv_heads(file),
+        "head_dim": head_dim,
+        "mlp_dim": int(file.get("llama.feed_forward_length")),
+        "rope_theta": float(file.get("llama.rope.freq_base", 10_000.0)),
+        # The file holds float32; the shortest decimal that rounds to it is what was meant (1e-05).
+        "norm_eps": float(str(np.float32(file.get("llama.attention.layer_norm_rms_epsilon")))),
+        "tie_embeddings": tie,
+        "lora_rank": 0,
+        "lora_alpha": 16.0,
+        "lora_targets": (),
+    }
+
+
+def _kv_heads(file: GgufFile) -> int:
+    value = file.get("llama.attention.head_count_kv", file.get("llama.attention.head_count"))
+    if isinstance(value, list):
+        raise UserError(
+            f"{file.path}: another number of key-value heads in each layer, which is not supported"
+        )
+    return int(value)
+
+
+def gguf_tokenizer(file: GgufFile) -> Tokenizer:
+    """Rebuilds the byte-level BPE tokenizer that a GGUF file carries.
+
+    The pre-tokenizer is the one that the file names, so that ids are those of the original model.
+    transformers 5.23 takes GPT-2's for every file; SmolLM2's differs where white space precedes a number.
+
+    Raises:
+      UserError: SentencePiece, an unknown pre-tokenizer, or damaged lists.
+    """
+    hint = "give a Hugging Face tokenizer folder with --tokenizer"
+    kind = file.get("tokenizer.ggml.model", "none")
+    if kind != "gpt2":
+        raise UserError(f"{file.path}: tokenizer of type {kind!r} is not supported; {hint}")
+    pre = file.get("tokenizer.ggml.pre", "default")
+    if pre not in ("smollm", "gpt-2", "llama-bpe"):
+        raise UserError(f"{file.path}: pre-tokenizer {pre!r} is not supported; {hint}")
+    tokens: list[str] = file.get("tokenizer.ggml.tokens")
+    types: list[int] = file.get("tokenizer.ggml.token_type")
+    merges = [tuple(merge.split(" ")) for merge in file.get("tokenizer.ggml.merges")]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    if len(types) != len(tokens) or len(vocab) != len(tokens):
+        raise UserError(f"{file.path}: token lists do not fit each other; damaged, download it again")
+    try:
+        built = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(
+            f"{file.path}: merges do not fit the vocabulary ({_line(error)}); download it again"
+        ) from error
+    built.pre_tokenizer = _pre_tokenizer(pre)
+    built.decoder = decoders.ByteLevel()
+    control = {gguf.TokenType.CONTROL, gguf.TokenType.UNKNOWN}
+    built.add_tokens(
+        [
+            AddedToken(token, special=kind in control, normalized=False)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind in control or kind == gguf.TokenType.USER_DEFINED
+        ]
+    )
+    ids = {
+        role: _token_id(file, f"tokenizer.ggml.{name}_token_id", len(tokens))
+        for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("turn", "eot"))
+    }
+    if ids["eos"] is None:
+        raise UserError(f"{file.path}: has no tokenizer.ggml.eos_token_id; {hint}")
+    return Tokenizer(
+        built.to_str(),
+        eos_id=ids["eos"],
+        bos_id=ids["bos"],
+        pad_id=ids["pad"],
+        stop_ids=[] if ids["turn"] is None else [ids["turn"]],
+        chat_template=file.get("tokenizer.chat_template", "") or None,
+        settings={"add_bos_token": bool(file.get("tokenizer.ggml.add_bos_token", False))},
+    )
+
+
+def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
+    if name == "smollm":
+        return digit_byte_level()
+    if name == "gpt-2":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _token_id(file: GgufFile, key: str, size: int) -> int | None:
+    if key not in file:
+        return None
+    index = int(file.get(key))
+    if not 0 <= index < size:
+        raise UserError(f"{file.path}: {key}={index} is outside the vocabulary of {size}; download it again")
+    return index
+
+
+def _hugging_face_name(name: str) -> str:
+    if name in _OUTER:
+        return _OUTER[name]
+    parts: Sequence[str] = name.split(".")
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _INNER:
+        return f"model.layers.{parts[1]}.{_INNER[parts[2]]}.{parts[3]}"
+    return name
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

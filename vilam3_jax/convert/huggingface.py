@@ -1,0 +1,281 @@
+"""Hugging Face folders (config.json and safetensors) as sources: Llama decoders and SigLIP vision towers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from vilam3_jax.convert.sources import Source, llama_rules, siglip_rules
+from vilam3_jax.data.tokenizer import load_tokenizer
+from vilam3_jax.errors import UserError
+from vilam3_jax.paths import read_bytes
+
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_MAX_JSON_BYTES = 64 << 20
+_MAX_LICENCE_BYTES = 1 << 20
+_LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
+
+
+class SafetensorsFolder:
+    """The tensors of one model folder, in one file or in shards, read one at a time through memory maps.
+
+    Attributes:
+      shapes: tensor name → shape.
+      files: the safetensors files, sorted.
+      dtypes: storage types found.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Opens every shard and checks its header against its length.
+
+        Raises:
+          UserError: no weights, a missing or truncated shard, or an index that does not fit its shards.
+        """
+        index = folder / _INDEX
+        if index.exists():
+            expected = read_config(index).get("weight_map")
+            if not isinstance(expected, dict):
+                raise UserError(f"{index}: has no weight_map; download it again")
+            names = sorted(set(expected.values()))
+        else:
+            expected, names = None, [_SINGLE]
+        self.files = [_inside(folder, name) for name in names]
+        for file in self.files:
+            if not file.exists():
+                raise UserError(f"{folder}: {_missing_weights(folder, file.name)}")
+        self._entries: dict[str, tuple[np.memmap, Mapping[str, Any]]] = {}
+        for file in self.files:
+            self._open(file)
+        if expected is not None and set(expected) != set(self._entries):
+            odd = sorted(set(expected) ^ set(self._entries))
+            raise UserError(
+                f"{index}: does not fit its shards: {odd[0]} (of {len(odd)}) is only in one; download again"
+            )
+        self.shapes = {name: tuple(entry["shape"]) for name, (_, entry) in self._entries.items()}
+        self.dtypes = tuple(sorted({entry["dtype"] for _, entry in self._entries.values()}))
+
+    def _open(self, file: Path) -> None:
+        try:
+            # The library checks that the header is sane and covers the file exactly. It cannot give bfloat16 as
+            # numpy, so the bytes are mapped here.
+            with safe_open(file, framework="numpy"):
+                pass
+            with file.open("rb") as handle:
+                size = int.from_bytes(handle.read(8), "little")
+                header = json.loads(handle.read(size))
+            data = np.memmap(file, np.uint8, mode="r", offset=8 + size)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{file}: truncated or damaged ({error}); download it again") from error
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if name in self._entries:
+                raise UserError(f"{file}: tensor {name} is also in another shard; remove the stale file")
+            self._entries[name] = (data, entry)
+
+    def __call__(self, name: str) -> np.ndarray:
+        """Returns one tensor in its stored dtype.
+
+        Raises:
+          UserError: stored as integers or in an unknown type.
+        """
+        data, entry = self._entries[name]
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise UserError(
+                f"{name}: stored as {entry['dtype']}, not as floating point; import the unquantised model"
+            )
+        begin, end = entry["data_offsets"]
+        return data[begin:end].view(dtype).reshape(entry["shape"])
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      UserError: missing or not a JSON object.
+    """
+    try:
+        value = json.loads(read_bytes(path, _MAX_JSON_BYTES))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object was expected; download it again")
+    return value
+
+
+def open_llama(folder: Path) -> Source:
+    """Opens a folder that transformers would load as LlamaForCausalLM.
+
+    Raises:
+      UserError: a setting that this package's Llama does not have, or broken files.
+    """
+    config_file = folder / "config.json"
+    values = read_config(config_file)
+    llm = llama_config(values, config_file)
+    weights = SafetensorsFolder(folder)
+    has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    unused = {
+        name: "recomputed from rope_theta" for name in weights.shapes if name.endswith("rotary_emb.inv_freq")
+    }
+    if llm["tie_embeddings"] and "lm_head.weight" in weights.shapes:
+        if not np.array_equal(weights("lm_head.weight"), weights("model.embed_tokens.weight")):
+            raise UserError(
+                f"{config_file}: says tie_word_embeddings, but lm_head.weight differs from the embedding; "
+                "set tie_word_embeddings to false"
+            )
+        unused["lm_head.weight"] = "the same as the embedding"
+    return Source(
+        component="llm",
+        config=llm,
+        tensors=weights.shapes,
+        rules=llama_rules(llm["num_layers"], llm["tie_embeddings"]),
+        reader=weights,
+        files=[config_file, *weights.files],
+        unused=unused,
+        licence=_licence(folder),
+        dtypes=weights.dtypes,
+        tokenizer=(lambda: load_tokenizer(folder)) if has_tokenizer else None,
+    )
+
+
+def llama_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """Translates a `config.json` of a Llama into our `llm` section (no LoRA).
+
+    Args:
+      values: the file's content.
+      where: its path, for messages.
+
+    Raises:
+      UserError: a key is missing, or asks for what this package's Llama does not do.
+    """
+    rope = values.get("rope_parameters") or {}
+    scaling = values.get("rope_scaling") or rope
+    refused = {
+        "hidden_act": values.get("hidden_act", "silu") != "silu",
+        "attention_bias": bool(values.get("attention_bias")),
+        "mlp_bias": bool(values.get("mlp_bias")),
+        "rope_scaling": scaling.get("rope_type", scaling.get("type", "default")) != "default",
+        "quantization_config": values.get("quantization_config") is not None,
+    }
+    for key, wrong in refused.items():
+        if wrong:
+            raise UserError(
+                f"{where}: {key}={values.get(key, rope)!r} is not supported; choose another model"
+            )
+    heads = _positive(values, "num_attention_heads", where)
+    hidden = _positive(values, "hidden_size", where)
+    kv_heads = values.get("num_key_value_heads")
+    return {
+        "type": "llama",
+        "vocab_size": _positive(values, "vocab_size", where),
+        "hidden_size": hidden,
+        "num_layers": _positive(values, "num_hidden_layers", where),
+        "num_heads": heads,
+        "num_kv_heads": heads if kv_heads is None else int(kv_heads),
+        "head_dim": int(values.get("head_dim") or hidden // heads),
+        "mlp_dim": _positive(values, "intermediate_size", where),
+        "rope_theta": float(values.get("rope_theta", rope.get("rope_theta", 10_000.0))),
+        "norm_eps": float(values.get("rms_norm_eps", 1e-6)),
+        "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
+        "lora_rank": 0,
+        "lora_alpha": 16.0,
+        "lora_targets": (),
+    }
+
+
+def open_siglip(folder: Path) -> Source:
+    """Opens a SigLIP folder (the vision tower alone, or both towers) and takes the vision tower.
+
+    Raises:
+      UserError: a setting that this package's tower does not have, or broken files.
+    """
+    config_file = folder / "config.json"
+    values = read_config(config_file)
+    vision = dict(values.get("vision_config") or values)
+    if vision.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
+        raise UserError(
+            f"{config_file}: hidden_act={vision['hidden_act']!r} is not supported; choose another model"
+        )
+    if vision.get("num_channels", 3) != 3:
+        raise UserError(f"{config_file}: num_channels={vision['num_channels']} is not supported, only 3 is")
+    # Folders on the hub leave out what equals transformers' defaults, which are the base model's.
+    layers = int(vision.get("num_hidden_layers", 12))
+    weights = SafetensorsFolder(folder)
+    first = "embeddings.patch_embedding.weight"
+    prefixes = [name.removesuffix(first) for name in weights.shapes if name.endswith(first)]
+    if len(prefixes) != 1:
+        raise UserError(
+            f"{folder}: {len(prefixes)} tensors end in {first}, one was expected; is it a SigLIP?"
+        )
+    # transformers pools by default; a folder without the head says so or simply lacks it.
+    with_head = f"{prefixes[0]}head.probe" in weights.shapes
+    outside = [name for name in weights.shapes if name.startswith(("text_model.", "logit_"))]
+    size = int(vision.get("image_size", 224))
+    return Source(
+        component="vision_tower",
+        config={
+            "type": "siglip",
+            "image_size": size,
+            "patch_size": int(vision.get("patch_size", 16)),
+            "hidden_size": int(vision.get("hidden_size", 768)),
+            "num_layers": layers,
+            "num_heads": int(vision.get("num_attention_heads", 12)),
+            "mlp_dim": int(vision.get("intermediate_size", 3072)),
+            "norm_eps": float(vision.get("layer_norm_eps", 1e-6)),
+            "select_layer": -2,
+        },
+        tensors=weights.shapes,
+        rules=siglip_rules(layers, prefixes[0], with_head),
+        reader=weights,
+        files=[config_file, *weights.files],
+        unused={
+            **{name: "text tower and its logit scale: only the vision tower is imported" for name in outside},
+            **{name: "0, 1, 2, ...: computed" for name in weights.shapes if name.endswith("position_ids")},
+        },
+        licence=_licence(folder),
+        dtypes=weights.dtypes,
+    )
+
+
+def _positive(values: Mapping[str, Any], key: str, where: Path) -> int:
+    value = values.get(key)
+    if not isinstance(value, int) or value <= 0:
+        raise UserError(f"{where}: {key} is {value!r}, a positive number was expected; download it again")
+    return value
+
+
+def _inside(folder: Path, name: str) -> Path:
+    if Path(name).name != name:
+        raise UserError(f"{folder / _INDEX}: shard {name!r} lies outside the folder; download it again")
+    return folder / name
+
+
+def _missing_weights(folder: Path, name: str) -> str:
+    if name != _SINGLE:
+        return f"shard {name} is missing; download it into the folder"
+    if list(folder.glob("pytorch_model*.bin")):
+        return "has only pytorch_model.bin, which can run code when opened; save it as safetensors"
+    return f"neither {_SINGLE} nor {_INDEX} is here; download the weights"
+
+
+def _licence(folder: Path) -> dict[str, str]:
+    for name in _LICENCE_FILES:
+        if (folder / name).is_file():
+            text = read_bytes(folder / name, _MAX_LICENCE_BYTES).decode(errors="replace")
+            return {"name": name, "text": text}
+    return {}

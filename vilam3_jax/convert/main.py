@@ -1,0 +1,80 @@
+"""`vilam3 convert`: checkpoints of other tools → the layout of this package."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+
+from tqdm import tqdm
+
+from vilam3_jax.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    """Runs `vilam3 convert import ...`.
+
+    Args:
+      argv: arguments after `convert`.
+
+    Returns:
+      Exit code: 0, or 2 after a message on stderr.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return _import(arguments)
+    except UserError as error:
+        print(f"vilam3 convert: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vilam3 convert", description="Convert checkpoints of other tools to the layout of this package."
+    )
+    commands = parser.add_subparsers(dest="action", required=True)
+    command = commands.add_parser(
+        "import",
+        help="read a Hugging Face folder or a GGUF file",
+        description="Read a language model (Llama: Hugging Face folder or GGUF file) or a SigLIP vision "
+        "tower and write a folder that training can start from (--config.init.llm=DIR).",
+    )
+    command.add_argument("--source", required=True, help="GGUF file or Hugging Face model folder")
+    command.add_argument("--out", required=True, help="folder to create; may be gs://...")
+    command.add_argument("--format", default="auto", help="auto, gguf, hf_llama or siglip (default: auto)")
+    command.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: float32)")
+    command.add_argument("--tokenizer", help="tokenizer folder to use instead of the source's own")
+    return parser
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from vilam3_jax.convert.importer import import_model
+
+    summary = import_model(
+        arguments.source,
+        arguments.out,
+        source_format=arguments.format,
+        dtype=arguments.dtype,
+        tokenizer=arguments.tokenizer,
+        progress=functools.partial(tqdm, desc="importing", unit="param", file=sys.stderr),
+    )
+    rows = [
+        ("component", summary.component),
+        ("stored as", ", ".join(summary.dtypes)),
+        ("tensors read", f"{summary.tensors:,}"),
+        ("tensors left out", f"{len(summary.unused):,}"),
+        ("parameters", f"{summary.parameters:,}"),
+        ("bytes", f"{summary.bytes:,} ({arguments.dtype})"),
+        ("tokenizer", "yes" if summary.tokenizer else "none"),
+        ("seconds", f"{summary.seconds:.1f}"),
+    ]
+    for name, value in rows:
+        print(f"{name:<17} {value}")
+    for name, reason in sorted(summary.unused.items()):
+        print(f"left out {name}: {reason}")
+    print(f"written to {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,167 @@
+"""What a foreign checkpoint offers, whatever its file format, and how a parameter of ours is made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from vilam3_jax.data.tokenizer import Tokenizer
+
+Transform = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one parameter of ours is made.
+
+    Attributes:
+      target: path of the parameter.
+      sources: tensor names; one per layer where `stacked`, else exactly one.
+      transform: foreign layout → ours, for one tensor.
+      stacked: the parameter has a leading layer axis.
+    """
+
+    target: str
+    sources: tuple[str, ...]
+    transform: Transform
+    stacked: bool = False
+
+
+class Reader(Protocol):
+    """Reads one tensor by name, in the source's layout and a floating dtype."""
+
+    def __call__(self, name: str) -> np.ndarray: ...
+
+
+@dataclass
+class Source:
+    """One opened checkpoint.
+
+    Attributes:
+      component: 'llm' or 'vision_tower', the key of its parameters in ours.
+      config: the `llm` or `vision_tower` section of our model config.
+      tensors: name → shape, as the rules see them. Reading happens tensor by tensor through `reader`.
+      rules: how our parameters are made.
+      unused: name → why a tensor is rightly left out.
+      files: every file read for the weights; their hashes go into the provenance.
+      licence: what the source says of its licence (`name`, `text`).
+      dtypes: storage types found, for the table.
+      tokenizer: makes the tokenizer that came along; None where there is none.
+    """
+
+    component: str
+    config: dict[str, Any]
+    tensors: Mapping[str, tuple[int, ...]]
+    rules: list[Rule]
+    reader: Reader
+    files: list[Path]
+    unused: dict[str, str] = field(default_factory=dict)
+    licence: dict[str, str] = field(default_factory=dict)
+    dtypes: tuple[str, ...] = ()
+    tokenizer: Callable[[], Tokenizer] | None = None
+
+
+def keep(tensor: np.ndarray) -> np.ndarray:
+    """The layouts agree."""
+    return tensor
+
+
+def transpose(tensor: np.ndarray) -> np.ndarray:
+    """PyTorch's `[out, in]` → our `[in, out]`."""
+    return tensor.T
+
+
+def llama_rules(num_layers: int, tie_embeddings: bool) -> list[Rule]:
+    """Rules for a Llama decoder under Hugging Face's names.
+
+    Query and key columns are in the rotate-half layout, as Hugging Face stores them.
+
+    Args:
+      num_layers: decoder layers.
+      tie_embeddings: the output kernel is the embedding, so that there is no `lm_head`.
+    """
+    rules = [
+        Rule("llm/embed/embedding", ("model.embed_tokens.weight",), keep),
+        Rule("llm/final_norm/scale", ("model.norm.weight",), keep),
+    ]
+    if not tie_embeddings:
+        rules.append(Rule("llm/lm_head/kernel", ("lm_head.weight",), transpose))
+    layers: list[tuple[str, str, Transform]] = [
+        ("attn_norm/scale", "input_layernorm", keep),
+        ("mlp_norm/scale", "post_attention_layernorm", keep),
+        *((f"attn/{name}/kernel", f"self_attn.{name}_proj", transpose) for name in "qkvo"),
+        *((f"mlp/{name}/kernel", f"mlp.{name}_proj", transpose) for name in ("gate", "up", "down")),
+    ]
+    for target, source, transform in layers:
+        names = tuple(f"model.layers.{layer}.{source}.weight" for layer in range(num_layers))
+        rules.append(Rule(f"llm/layers/{target}", names, transform, stacked=True))
+    return rules
+
+
+def siglip_rules(num_layers: int, prefix: str, with_head: bool) -> list[Rule]:
+    """Rules for a SigLIP vision tower under Hugging Face's names.
+
+    Args:
+      num_layers: encoder layers.
+      prefix: what stands before `embeddings.` in the source's names.
+      with_head: the source has the attention-pooling head.
+    """
+
+    def one(target: str, source: str, transform: Transform) -> Rule:
+        return Rule(f"vision_tower/{target}", (prefix + source,), transform)
+
+    def dense(target: str, source: str) -> list[Rule]:
+        return [
+            one(f"{target}/kernel", f"{source}.weight", transpose),
+            one(f"{target}/bias", f"{source}.bias", keep),
+        ]
+
+    def norm(target: str, source: str) -> list[Rule]:
+        return [
+            one(f"{target}/scale", f"{source}.weight", keep),
+            one(f"{target}/bias", f"{source}.bias", keep),
+        ]
+
+    rules = [
+        # PyTorch's [out, in, height, width] → [height, width, in, out].
+        one("patch_embed/kernel", "embeddings.patch_embedding.weight", lambda t: t.transpose(2, 3, 1, 0)),
+        one("patch_embed/bias", "embeddings.patch_embedding.bias", keep),
+        one("pos_embed", "embeddings.position_embedding.weight", keep),
+        *norm("post_norm", "post_layernorm"),
+    ]
+    if with_head:
+        rules.append(one("head/probe", "head.probe", keep))
+        rules += _pooling_attention(one)
+        rules += [*dense("head/attn/o", "head.attention.out_proj"), *norm("head/norm", "head.layernorm")]
+        rules += [*dense("head/mlp/fc1", "head.mlp.fc1"), *dense("head/mlp/fc2", "head.mlp.fc2")]
+    blocks = {
+        "norm1": ("layer_norm1", "scale", keep),
+        "norm2": ("layer_norm2", "scale", keep),
+        **{f"attn/{name}": (f"self_attn.{name}_proj", "kernel", transpose) for name in "qkv"},
+        "attn/o": ("self_attn.out_proj", "kernel", transpose),
+        "mlp/fc1": ("mlp.fc1", "kernel", transpose),
+        "mlp/fc2": ("mlp.fc2", "kernel", transpose),
+    }
+    for target, (source, weight, transform) in blocks.items():
+        stem = [f"{prefix}encoder.layers.{layer}.{source}" for layer in range(num_layers)]
+        path = f"vision_tower/blocks/{target}"
+        rules.append(Rule(f"{path}/{weight}", tuple(f"{s}.weight" for s in stem), transform, stacked=True))
+        rules.append(Rule(f"{path}/bias", tuple(f"{s}.bias" for s in stem), keep, stacked=True))
+    return rules
+
+
+def _pooling_attention(one: Callable[[str, str, Transform], Rule]) -> list[Rule]:
+    """PyTorch's MultiheadAttention keeps query, key and value in one tensor, in this order."""
+    rules = []
+    for index, name in enumerate("qkv"):
+
+        def third(tensor: np.ndarray, index: int = index) -> np.ndarray:
+            return np.split(tensor, 3)[index].T
+
+        rules.append(one(f"head/attn/{name}/kernel", "head.attention.in_proj_weight", third))
+        rules.append(one(f"head/attn/{name}/bias", "head.attention.in_proj_bias", third))
+    return rules

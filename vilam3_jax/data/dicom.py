@@ -28,17 +28,21 @@ def read_series(path: PathLike, *, max_bytes: int, max_voxels: int) -> tuple[np.
       max_voxels: limit of the grid, checked by the headers before any pixel is decoded.
 
     Returns:
-      values [columns, rows, slices], rescaled (HU for CT), and the [4, 4] affine from that index to DICOM's LPS millimetres.
+      values [columns, rows, slices], rescaled (HU for CT), and the [4, 4] affine from that index to DICOM's
+      LPS millimetres.
 
     Raises:
-      UserError: no slices, several series or geometries in one folder, doubled or missing slices, no orientation.
+      UserError: no slices, several series or geometries in one folder, doubled or missing slices, no
+        orientation.
     """
     path = as_path(path)
     folder = path.is_dir()
     files = sorted(p for p in path.iterdir() if p.is_file()) if folder else [path]
     total = sum(file_size(p) for p in files)
     if len(files) > _MAX_SLICES or total > max_bytes:
-        raise UserError(f"{path}: {len(files)} files of {total} bytes, over the limit; point at the folder of one series")
+        raise UserError(
+            f"{path}: {len(files)} files of {total} bytes, over the limit; point at the folder of one series"
+        )
     slices = []
     for file in files:
         header = _read(file, max_bytes, pixels=False)
@@ -72,15 +76,19 @@ def read_film(path: PathLike) -> np.ndarray:
       path: a DICOM file of one frame.
 
     Returns:
-      [H, W] uint8, bright where tissue is dense: MONOCHROME1, which stores the opposite, is inverted. Scaled by the
-      file's first window, or by percentiles where it has none.
+      [H, W] uint8, bright where tissue is dense: MONOCHROME1, which stores the opposite, is inverted. Scaled
+      by the file's first window, or by percentiles where it has none.
 
     Raises:
       UserError: colour, several frames, or pixels that cannot be decoded.
     """
     path = as_path(path)
     dataset = _read(path, _MAX_FILM_BYTES, pixels=True)
-    if dataset is None or int(dataset.get("NumberOfFrames") or 1) > 1 or int(dataset.get("SamplesPerPixel", 1)) != 1:
+    if (
+        dataset is None
+        or int(dataset.get("NumberOfFrames") or 1) > 1
+        or int(dataset.get("SamplesPerPixel", 1)) != 1
+    ):
         raise UserError(f"{path}: not a grey DICOM image of one frame; export it as PNG or as a volume")
     values = as_stored_values(_rescale(_pixels(dataset, path), dataset))
     center, width = (_first(dataset.get(key)) for key in ("WindowCenter", "WindowWidth"))
@@ -115,7 +123,9 @@ def _check_one_geometry(slices: list[tuple[pydicom.Dataset, Any]], path: PathLik
     for header, file in slices:
         missing = [key for key in _NEEDED if not header.get(key)]
         if missing:
-            raise UserError(f"{file}: DICOM image without {', '.join(missing)}; only volumes with a position can be read")
+            raise UserError(
+                f"{file}: DICOM image without {', '.join(missing)}; only volumes with a position can be read"
+            )
         if int(header.get("NumberOfFrames") or 1) > 1 or int(header.get("SamplesPerPixel", 1)) != 1:
             raise UserError(f"{file}: multi-frame or colour DICOM; convert it to .nii.gz first")
 
@@ -142,7 +152,8 @@ def _slice_step(positions: np.ndarray, normal: np.ndarray, thickness: float, pat
     worst = int(np.abs(distances - middle).argmax())
     if abs(distances[worst] - middle) > max(_POSITION_TOLERANCE * middle, 0.02):
         raise UserError(
-            f"{path}: {distances[worst]:.2f} mm between slices {worst} and {worst + 1}, elsewhere {middle:.2f} mm; a slice "
+            f"{path}: {distances[worst]:.2f} mm between slices {worst} and {worst + 1}, elsewhere "
+            f"{middle:.2f} mm; a slice "
             "is missing, export the series again"
         )
     return (positions[-1] - positions[0]) / (len(positions) - 1)
@@ -161,13 +172,15 @@ def _pixels(dataset: pydicom.Dataset, path: PathLike) -> np.ndarray:
     except (RuntimeError, ValueError, AttributeError, NotImplementedError, TypeError, OSError) as error:
         syntax = dataset.file_meta.get("TransferSyntaxUID")
         raise UserError(
-            f"{path}: pixels of transfer syntax {getattr(syntax, 'name', syntax)} cannot be decoded ({error}); fetch it again, or "
+            f"{path}: pixels of transfer syntax {getattr(syntax, 'name', syntax)} cannot be decoded "
+            f"({error}); fetch it again, or "
             "`pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg`"
         ) from error
 
 
 def _rescale(values: np.ndarray, dataset: pydicom.Dataset) -> np.ndarray:
-    # float32 first: a NIfTI header can store no more, and the two files of one scan must give the same numbers.
+    # float32 first: a NIfTI header can store no more, and the two files of one scan must give the same
+    # numbers.
     slope = np.float64(np.float32(dataset.get("RescaleSlope", 1) or 1))
     intercept = np.float64(np.float32(dataset.get("RescaleIntercept", 0) or 0))
     return values if (slope, intercept) == (1, 0) else values.astype(np.float64) * slope + intercept

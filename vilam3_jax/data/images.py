@@ -23,8 +23,9 @@ def decode_image(data: bytes, *, max_pixels: float = 64e6) -> np.ndarray:
       max_pixels: larger images are refused by their header, before decoding.
 
     Returns:
-      [H, W, 3] uint8 RGB. Grey is repeated; 16-bit, 32-bit and float grey are stretched from their own smallest to largest
-      value; CMYK is converted; transparent pixels become black; the EXIF orientation is applied.
+      [H, W, 3] uint8 RGB. Grey is repeated; 16-bit, 32-bit and float grey are stretched from their own
+      smallest to largest value; CMYK is converted; transparent pixels become black; the EXIF orientation is
+      applied.
 
     Raises:
       UserError: not an image, damaged, or too large. The caller adds which record it was.
@@ -33,7 +34,10 @@ def decode_image(data: bytes, *, max_pixels: float = 64e6) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
-                raise UserError(f"image of {width} x {height} pixels, more than the limit of {max_pixels:.0f}; scale it down")
+                raise UserError(
+                    f"image of {width} x {height} pixels, more than the limit of {max_pixels:.0f}; scale "
+                    "it down"
+                )
             if image.mode.startswith(("I", "F")):
                 return np.repeat(_stretch(np.asarray(image))[..., None], 3, axis=-1)
             image = ImageOps.exif_transpose(image)
@@ -42,7 +46,9 @@ def decode_image(data: bytes, *, max_pixels: float = 64e6) -> np.ndarray:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
             return np.array(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"not a readable PNG, JPEG, WebP, BMP or TIFF image ({error}); save it again as PNG") from error
+        raise UserError(
+            f"not a readable PNG, JPEG, WebP, BMP or TIFF image ({error}); save it again as PNG"
+        ) from error
 
 
 def _stretch(values: np.ndarray) -> np.ndarray:
@@ -79,7 +85,8 @@ def load_film(path: PathLike) -> np.ndarray:
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Scales to a square by PIL's bicubic filter on 8-bit values, without keeping the aspect ratio (VILA's `resize` mode).
+    """Scales to a square by PIL's bicubic filter on 8-bit values, without keeping the aspect ratio (VILA's
+    `resize` mode).
 
     Args:
       image: [H, W, 3] uint8.
@@ -99,7 +106,9 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def image_content_key(image: np.ndarray) -> str:
-    """sha256 (hex) of shape and pixels of an [H, W, 3] uint8 image: the same picture as PNG and as BMP has one key."""
+    """sha256 (hex) of shape and pixels of an [H, W, 3] uint8 image: the same picture as PNG and as BMP has
+    one key.
+    """
     digest = hashlib.sha256(f"{image.dtype.name}{image.shape}".encode())
     digest.update(np.ascontiguousarray(image))
     return digest.hexdigest()

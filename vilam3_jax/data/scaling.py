@@ -14,8 +14,8 @@ def as_stored_values(values: np.ndarray) -> np.ndarray | None:
       values: numbers of any type and shape, already rescaled.
 
     Returns:
-      int16 if all are whole and fit, else int32 if all are whole and fit, else float32. NaN and -inf are replaced by the smallest finite
-      value, +inf by the largest, -0 by 0. None if nothing is finite.
+      int16 if all are whole and fit, else int32 if all are whole and fit, else float32. NaN and -inf are
+      replaced by the smallest finite value, +inf by the largest, -0 by 0. None if nothing is finite.
     """
     if values.dtype.kind == "f":
         finite = np.isfinite(values)
@@ -50,8 +50,8 @@ def window_to_uint8(
     Args:
       plane: numbers of any shape, usually [H, W].
       window: (centre, width) in the unit of `plane`: (50, 400) shows -150..250.
-      limits: (black, white), needed if and only if `window` is None: `Volume.limits` of the *volume*, so that all its
-        slices are scaled alike.
+      limits: (black, white), needed if and only if `window` is None: `Volume.limits` of the *volume*, so that
+        all its slices are scaled alike.
 
     Returns:
       uint8 of the same shape; values are cut off, not rounded, as in the reference pipeline.

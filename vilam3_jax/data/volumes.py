@@ -1,9 +1,10 @@
 """CT and MRI volumes: read any common format into one orientation, and cut the slices people know.
 
-A volume is held in RAS canonical orientation: index 0 grows to the patient's right, index 1 to the front, index 2 to the
-head, whatever order the file stores. Voxel values follow one rule, so that a scan has one `content_key` in all formats:
-slope and intercept are rounded to float32 (NIfTI can store no more) and applied in float64; if all results are
-whole numbers they are int16, or int32 where int16 is too narrow; otherwise float32.
+A volume is held in RAS canonical orientation: index 0 grows to the patient's right, index 1 to the front,
+index 2 to the head, whatever order the file stores. Voxel values follow one rule, so that a scan has one
+`content_key` in all formats: slope and intercept are rounded to float32 (NIfTI can store no more) and applied
+in float64; if all results are whole numbers they are int16, or int32 where int16 is too narrow; otherwise
+float32.
 """
 
 from __future__ import annotations
@@ -92,11 +93,14 @@ class Volume:
 
     @functools.cached_property
     def content_key(self) -> str:
-        """sha256 (hex) of dtype, shape, rounded affine and voxels: the same scan in any file format has one key."""
+        """sha256 (hex) of dtype, shape, rounded affine and voxels: the same scan in any file format has one
+        key.
+        """
         digest = hashlib.sha256()
         digest.update(f"{self.voxels.dtype.name}{self.voxels.shape}".encode())
-        # Direction columns to 1e-3 mm, the origin to 1e-2: float32 headers are no better at 500 mm. The odd offset keeps
-        # the borders between roundings away from the short decimals and binary fractions that scanners write.
+        # Direction columns to 1e-3 mm, the origin to 1e-2: float32 headers are no better at 500 mm. The odd
+        # offset keeps the borders between roundings away from the short decimals and binary fractions that
+        # scanners write.
         steps = np.array([1e-3, 1e-3, 1e-3, 1e-2])
         digest.update(np.floor(self.affine[:3] / steps + 0.15).astype("<i8").tobytes())
         plain = self.voxels.astype(self.voxels.dtype.newbyteorder("<"), copy=False)
@@ -108,7 +112,8 @@ def load_volume(path: PathLike, *, max_bytes: int = 2 << 30, max_voxels: int = 1
     """Reads a 3-D scan.
 
     Args:
-      path: `.nii`, `.nii.gz`, `.nrrd`, a DICOM file of one slice, or a folder with the slices of one DICOM series.
+      path: `.nii`, `.nii.gz`, `.nrrd`, a DICOM file of one slice, or a folder with the slices of one DICOM
+        series.
       max_bytes: refuse larger files (the sum, for a folder) before reading.
       max_voxels: refuse larger grids, judged by the header before anything is decoded.
 
@@ -116,8 +121,9 @@ def load_volume(path: PathLike, *, max_bytes: int = 2 << 30, max_voxels: int = 1
       The volume. NaN and -inf become the smallest finite value, +inf the largest.
 
     Raises:
-      UserError: names the file or folder and what is wrong: unknown format, over a limit, truncated, not 3-D, no
-        orientation (left and right would be a guess), several series in one folder, missing or doubled slices.
+      UserError: names the file or folder and what is wrong: unknown format, over a limit, truncated, not 3-D,
+        no orientation (left and right would be a guess), several series in one folder, missing or doubled
+        slices.
     """
     path = as_path(path)
     if not path.exists():
@@ -127,7 +133,9 @@ def load_volume(path: PathLike, *, max_bytes: int = 2 << 30, max_voxels: int = 1
         return _canonical(values, _LPS_TO_RAS @ affine, path)
     size = file_size(path)
     if size > max_bytes:
-        raise UserError(f"{path}: {size} bytes, more than the limit of {max_bytes}; crop it or raise max_bytes")
+        raise UserError(
+            f"{path}: {size} bytes, more than the limit of {max_bytes}; crop it or raise max_bytes"
+        )
     with path.open("rb") as file:
         start = file.read(132)
         file.seek(0)
@@ -141,8 +149,18 @@ def load_volume(path: PathLike, *, max_bytes: int = 2 << 30, max_voxels: int = 1
                 values, affine = _read_nifti(file, path, max_voxels)
             else:
                 raise UserError(f"{path}: not NIfTI, NRRD or DICOM; convert it to .nii.gz")
-        except (OSError, EOFError, ValueError, KeyError, zlib.error, nrrd.NRRDError, nib.spatialimages.HeaderDataError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); the file is damaged, fetch or export it again") from error
+        except (
+            OSError,
+            EOFError,
+            ValueError,
+            KeyError,
+            zlib.error,
+            nrrd.NRRDError,
+            nib.spatialimages.HeaderDataError,
+        ) as error:
+            raise UserError(
+                f"{path}: cannot be read ({error}); the file is damaged, fetch or export it again"
+            ) from error
     return _canonical(values, affine, path)
 
 
@@ -157,17 +175,28 @@ def load_label_map(path: PathLike, grid: Volume) -> np.ndarray:
       [X, Y, Z] uint8, or uint16 where ids exceed 255.
 
     Raises:
-      UserError: other shape or position than `grid` (more than a tenth of a voxel apart), negative or fractional ids.
+      UserError: other shape or position than `grid` (more than a tenth of a voxel apart), negative or
+        fractional ids.
     """
     labels = load_volume(path)
     if labels.voxels.shape != grid.voxels.shape:
-        raise UserError(f"{path}: label map of {labels.voxels.shape} voxels, {grid.source} has {grid.voxels.shape}; resample it")
-    corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)]) * [*grid.voxels.shape, 1]
+        raise UserError(
+            f"{path}: label map of {labels.voxels.shape} voxels, {grid.source} has {grid.voxels.shape}; "
+            "resample it"
+        )
+    corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)]) * [
+        *grid.voxels.shape,
+        1,
+    ]
     distance = np.abs(corners @ (labels.affine - grid.affine).T).max()
     if distance > 0.1 * grid.spacing.min():
-        raise UserError(f"{path}: label map lies {distance:.2f} mm away from {grid.source}; resample it to that grid")
+        raise UserError(
+            f"{path}: label map lies {distance:.2f} mm away from {grid.source}; resample it to that grid"
+        )
     if labels.voxels.dtype.kind != "i" or labels.voxels.min() < 0 or labels.voxels.max() > 65535:
-        raise UserError(f"{path}: label ids must be whole numbers from 0 to 65535; store a label map, not probabilities")
+        raise UserError(
+            f"{path}: label ids must be whole numbers from 0 to 65535; store a label map, not probabilities"
+        )
     return labels.voxels.astype(np.uint8 if labels.voxels.max() < 256 else np.uint16)
 
 
@@ -180,14 +209,16 @@ def slice_2d(voxels: np.ndarray, axis: int, index: int) -> np.ndarray:
       index: slice number along `axis`.
 
     Returns:
-      [H, W] view. Axial: front on top, patient's right on the image's left. Coronal: head on top, patient's right on the
-      left. Sagittal: head on top, front on the left.
+      [H, W] view. Axial: front on top, patient's right on the image's left. Coronal: head on top, patient's
+      right on the left. Sagittal: head on top, front on the left.
 
     Raises:
       UserError: `axis` or `index` outside the volume.
     """
     if axis not in (0, 1, 2) or not 0 <= index < voxels.shape[axis]:
-        raise UserError(f"slice {index} along axis {axis} is outside a volume of {voxels.shape}; choose another index")
+        raise UserError(
+            f"slice {index} along axis {axis} is outside a volume of {voxels.shape}; choose another index"
+        )
     # All three planes are read from high to low index along both remaining axes; rows are the higher one.
     return np.take(voxels, index, axis=axis).T[::-1, ::-1]
 
@@ -195,7 +226,8 @@ def slice_2d(voxels: np.ndarray, axis: int, index: int) -> np.ndarray:
 def volume_to_slice_image(
     volume: Volume, axis: int, index: int, window: tuple[float, float] | None, size: int
 ) -> np.ndarray:
-    """One slice as the model sees it: display orientation, windowed, resized without keeping the aspect ratio.
+    """One slice as the model sees it: display orientation, windowed, resized without keeping the aspect
+    ratio.
 
     Args:
       volume: the scan.
@@ -207,13 +239,17 @@ def volume_to_slice_image(
     Returns:
       [size, size, 3] uint8.
     """
-    plane = window_to_uint8(slice_2d(volume.voxels, axis, index), window, volume.limits if window is None else None)
+    plane = window_to_uint8(
+        slice_2d(volume.voxels, axis, index), window, volume.limits if window is None else None
+    )
     return resize(np.repeat(plane[..., None], 3, axis=-1), size)
 
 
 def _canonical(values: np.ndarray, affine: np.ndarray, path: PathLike) -> Volume:
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise UserError(f"{path}: its affine is singular or not finite; correct the header's spacing and direction")
+        raise UserError(
+            f"{path}: its affine is singular or not finite; correct the header's spacing and direction"
+        )
     orientation = nib.orientations.io_orientation(affine)
     voxels = nib.orientations.apply_orientation(values, orientation)
     affine = affine @ nib.orientations.inv_ornt_aff(orientation, values.shape)
@@ -225,7 +261,10 @@ def _canonical(values: np.ndarray, affine: np.ndarray, path: PathLike) -> Volume
 
 def _check_voxels(shape: tuple[int, ...], path: PathLike, max_voxels: int) -> None:
     if len(shape) != 3 or min(shape) < 1:
-        raise UserError(f"{path}: {len(shape)}-D data of shape {shape}, a 3-D volume is needed; save one volume to its own file")
+        raise UserError(
+            f"{path}: {len(shape)}-D data of shape {shape}, a 3-D volume is needed; save one volume to its "
+            "own file"
+        )
     # Python integers: a hostile header must not overflow the product.
     count = int(shape[0]) * int(shape[1]) * int(shape[2])
     if count > max_voxels:
@@ -235,7 +274,9 @@ def _check_voxels(shape: tuple[int, ...], path: PathLike, max_voxels: int) -> No
 def _read_exactly(file: BinaryIO, count: int, path: PathLike) -> bytes:
     data = file.read(count)
     if len(data) < count:
-        raise UserError(f"{path}: ends after {len(data)} of {count} data bytes; the file is cut short, fetch it again")
+        raise UserError(
+            f"{path}: ends after {len(data)} of {count} data bytes; the file is cut short, fetch it again"
+        )
     file.read(1)  # reaches the end of a compressed stream, where its checksum is compared
     return data
 
@@ -257,10 +298,15 @@ def _read_nifti(file: BinaryIO, path: PathLike, max_voxels: int) -> tuple[np.nda
     shape = shape[:3] if all(n == 1 for n in shape[3:]) else shape
     _check_voxels(shape, path, max_voxels)
     if header["qform_code"] == 0 and header["sform_code"] == 0:
-        raise UserError(f"{path}: the header has no orientation (qform and sform codes are 0); set it where the scan was converted")
+        raise UserError(
+            f"{path}: the header has no orientation (qform and sform codes are 0); set it where the scan "
+            "was converted"
+        )
     dtype = header.get_data_dtype()
     if dtype.kind not in "iuf":
-        raise UserError(f"{path}: voxels of type {dtype}, numbers are needed; convert colour or complex data first")
+        raise UserError(
+            f"{path}: voxels of type {dtype}, numbers are needed; convert colour or complex data first"
+        )
     offset = int(header.get_data_offset())
     if not 348 <= offset <= _MAX_HEADER_BYTES:
         raise UserError(f"{path}: data offset {offset} makes no sense; convert the file again")
@@ -286,20 +332,31 @@ def _read_nrrd(file: BinaryIO, path: PathLike, max_voxels: int) -> tuple[np.ndar
     head = file.read(_MAX_HEADER_BYTES)
     ends = [(head.find(mark), len(mark)) for mark in (b"\n\n", b"\r\n\r\n") if mark in head]
     if not ends:
-        raise UserError(f"{path}: NRRD header without its closing empty line (or detached); save data and header in one file")
+        raise UserError(
+            f"{path}: NRRD header without its closing empty line (or detached); save data and header in "
+            "one file"
+        )
     position, width = min(ends)
     header = nrrd.read_header(io.BytesIO(head[: position + width]))
     if "data file" in header or "datafile" in header or header.get("line skip") or header.get("byte skip"):
-        raise UserError(f"{path}: NRRD with its data elsewhere (detached or skipped); save data and header in one file")
+        raise UserError(
+            f"{path}: NRRD with its data elsewhere (detached or skipped); save data and header in one file"
+        )
     shape = tuple(int(n) for n in header["sizes"])
     _check_voxels(shape, path, max_voxels)
     signs = _NRRD_SPACES.get(str(header.get("space", "")).lower())
     if signs is None or "space directions" not in header or "space origin" not in header:
-        raise UserError(f"{path}: NRRD without a patient space, directions and origin; export it with its orientation")
+        raise UserError(
+            f"{path}: NRRD without a patient space, directions and origin; export it with its orientation"
+        )
     dtype = _nrrd_dtype(header, path)
     file.seek(position + width)
     encoding = str(header.get("encoding", "")).lower()
-    streams = {"raw": lambda: file, "gzip": lambda: gzip.GzipFile(fileobj=file), "bzip2": lambda: bz2.BZ2File(file)}
+    streams = {
+        "raw": lambda: file,
+        "gzip": lambda: gzip.GzipFile(fileobj=file),
+        "bzip2": lambda: bz2.BZ2File(file),
+    }
     streams |= {"gz": streams["gzip"], "bz2": streams["bzip2"]}
     if encoding not in streams:
         raise UserError(f"{path}: NRRD encoding {encoding!r} is not read here; save it as raw or gzip")
@@ -315,4 +372,6 @@ def _nrrd_dtype(header: dict, path: PathLike) -> np.dtype:
     name = str(header["type"])
     if name not in _NRRD_TYPES:
         raise UserError(f"{path}: NRRD type {name!r} is not read here; save it as short, int or float")
-    return np.dtype(_NRRD_TYPES[name]).newbyteorder(">" if str(header.get("endian")).lower() == "big" else "<")
+    return np.dtype(_NRRD_TYPES[name]).newbyteorder(
+        ">" if str(header.get("endian")).lower() == "big" else "<"
+    )

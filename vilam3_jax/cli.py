@@ -1,0 +1,83 @@
+"""`vilam3 COMMAND ...`: finds the command's module and runs its `main`; nothing else is imported."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+import vilam3_jax
+from vilam3_jax.errors import UserError
+
+# Command → (module with `main(argv) -> int`, what it does for the user).
+COMMANDS = {
+    "prepare": ("vilam3_jax.datasets.prepare", "turn a data set you downloaded into training records"),
+    "data": ("vilam3_jax.data.show", "look at training records"),
+    "train": ("vilam3_jax.train", "run or resume a training stage"),
+    "convert": ("vilam3_jax.convert.main", "read Hugging Face and GGUF checkpoints"),
+    "evaluate": ("vilam3_jax.evals.main", "measure a model on a protocol, and compare results"),
+    "chat": ("vilam3_jax.inference.chat", "ask a model about an image"),
+    "report": ("vilam3_jax.report.main", "put a run's plots and tables into one HTML file"),
+}
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command.
+
+    Args:
+      argv: command and its arguments, without the program's name.
+
+    Returns:
+      Exit code: the command's own; 2 for a `UserError` or an unknown command; 130 for an interrupt.
+    """
+    if not argv:
+        print(_help(), file=sys.stderr)
+        return 2
+    name, *rest = argv
+    if name in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if name == "--version":
+        print(f"vilam3 {vilam3_jax.__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        print(f"vilam3: unknown command {name!r}; {hint}commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(COMMANDS[name][0]).main(rest)
+    except UserError as error:
+        print(f"vilam3 {name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"vilam3 {name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def run() -> None:
+    """Entry point of the `vilam3` program."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: vilam3 COMMAND [ARGUMENTS]",
+            "",
+            "A medical vision-language model that asks domain experts for help.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`vilam3 COMMAND --help` explains one command.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    run()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import vilam3_jax
 from vilam3_jax.errors import UserError
@@ -47,13 +47,18 @@ def main(argv: Sequence[str]) -> int:
         hint = f"did you mean {near[0]}? " if near else ""
         print(f"vilam3: unknown command {name!r}; {hint}commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    return guarded(f"vilam3 {name}", lambda rest: importlib.import_module(COMMANDS[name][0]).main(rest), rest)
+
+
+def guarded(program: str, command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Runs `command(argv)`; the user's errors become one line on stderr and exit code 2, an interrupt 130."""
     try:
-        return importlib.import_module(COMMANDS[name][0]).main(rest)
+        return command(argv)
     except UserError as error:
-        print(f"vilam3 {name}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"vilam3 {name}: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 

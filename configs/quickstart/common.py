@@ -1,0 +1,51 @@
+"""What the five quickstart runs share, and their lengths by size.
+
+`default` fits 15 minutes on 2 CPU cores, `full` 90; `smoke` is the tiny model on generated phantoms.
+Same code in all three: only step counts and widths differ.
+"""
+
+from ml_collections import ConfigDict
+
+from vilam3_jax.configs import models
+from vilam3_jax.errors import UserError
+
+SIZES = ("smoke", "default", "full")
+
+# LoRA learns, the LLM's own weights stay.
+LLM_LORA = ((r"llm/.*lora_[ab]", 1.0), (r"llm/.*", 0.0))
+
+
+def model_name(size: str) -> str:
+    """The model of a size."""
+    if size not in SIZES:
+        raise UserError(f"quickstart size {size!r}: unknown; known sizes are {', '.join(SIZES)}")
+    return "tiny" if size == "smoke" else "smollm2_135m"
+
+
+def shape(config: ConfigDict, size: str, steps: dict[str, int], peak: float) -> ConfigDict:
+    """Applies the quickstart's rows, mesh and length to a stage's config.
+
+    Args:
+      config: a stage's own recipe.
+      size: one of SIZES.
+      steps: size → number of optimizer steps.
+      peak: learning rate at the top of the schedule.
+    """
+    config.model = models.get(model_name(size))
+    config.mesh.fsdp, config.mesh.tensor, config.mesh.cpu_devices = 2, 2, 4
+    config.num_steps = steps[size]
+    config.schedule.peak = peak
+    config.schedule.warmup_fraction = 0.1
+    config.data.loader_shards = 2
+    config.data.seq_len = 512
+    config.data.global_rows = 2
+    config.data.images_per_group = 6
+    config.data.prefetch = 2
+    config.loss_chunk = 64
+    config.eval_every = config.num_steps
+    config.eval_batches = 6 if size == "default" else 12
+    config.checkpoint_every = max(20, config.num_steps // 4)
+    # 9 query and 3 key-value heads do not split in two; the attention of each row stays on one device.
+    config.activation_rules.heads = None
+    config.activation_rules.kv_heads = None
+    return config

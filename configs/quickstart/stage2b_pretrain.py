@@ -1,0 +1,16 @@
+"""Quickstart, stage 2b: projector and LoRA on captions and text-only reports."""
+
+from ml_collections import ConfigDict
+
+from vilam3_jax.configs import stage2b_pretrain
+from vilam3_jax.configs.quickstart import common
+
+
+def get_config(arg: str = "default") -> ConfigDict:
+    """`arg` is a size: smoke, default or full."""
+    config = stage2b_pretrain.get_config(common.model_name(arg))
+    config = common.shape(config, arg, dict(smoke=30, default=30, full=150), peak=1e-3)
+    config.data.seq_len = 256
+    if arg != "smoke":
+        config.trainable = ((r"vision_tower/.*", 0.0), (r"projector/.*", 1.0), *common.LLM_LORA)
+    return config

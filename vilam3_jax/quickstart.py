@@ -1,0 +1,282 @@
+"""`make quickstart`: from real images to an answering model and a report, as a chain of the project's commands.
+
+Every step is an ordinary command in a process of its own, so what is shown here is what a user would type.
+A step that finished with the same command, inputs and code is reused; a training run resumes from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from vilam3_jax import checkpoints, paths
+from vilam3_jax import config as config_lib
+from vilam3_jax.errors import UserError
+
+STAGES = ("stage1_vision", "stage2a_align", "stage2b_pretrain", "stage3_instruct", "stage4_expert")
+EXPERTS = ("VISTA3D", "BRAINSEG", "BRAINTUMOR", "CXR")
+PHANTOM_EXPERTS = ("VISTA3D",)
+MARKER = "quickstart.json"
+EVAL_LIMIT = {"smoke": 6, "default": 12, "full": 40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One command of the chain.
+
+    Attributes:
+      name: unique; also the name of its log file.
+      argv: the command; its first word is a module of this project or `vilam3-experts`.
+      makes: file or folder that exists when the step has finished.
+      after: names of the steps whose results it reads.
+      resumable: the command itself continues what an interrupted run left in `makes`.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    makes: Path
+    after: tuple[str, ...] = ()
+    resumable: bool = False
+
+
+def plan(run: Path, samples: Path, size: str) -> list[Step]:
+    """The chain of a size."""
+    phantoms = size == "smoke"
+    data, annotations = run / "data", run / "annotations"
+    vilam3 = ("-m", "vilam3_jax.cli")
+    source = "phantoms" if phantoms else "samples"
+    steps = [
+        Step("samples", ("-m", f"vilam3_jax.datasets.{source}", "--out", str(samples)), samples / "samples.json"),
+        Step(
+            "prepare",
+            (*vilam3, "prepare", "quickstart", "--source", str(samples), "--out", str(data), "--size", size),
+            data,
+            ("samples",),
+        ),
+    ]
+    for expert in PHANTOM_EXPERTS if phantoms else EXPERTS:
+        argv = ("-m", "vilam3_experts.cli", "annotate", "--expert", expert, "--data", str(samples))
+        name = f"annotate_{expert.lower()}"
+        steps.append(Step(name, (*argv, "--out", str(annotations)), annotations, ("samples",), resumable=True))
+    if phantoms:
+        tokenizer = run / "tokenizer"
+        argv = ("-m", "vilam3_jax.data.tokenizer", "--data", str(data), "--out", str(tokenizer), "--vocab_size=2048")
+        steps.append(Step("tokenizer", argv, tokenizer, ("prepare",)))
+    else:
+        llm = run / "llm"
+        tokenizer = llm / "tokenizer"
+        gguf = samples / "assets.json"
+        argv = (*vilam3, "convert", "import", "--source", str(_gguf(samples, gguf)), "--out", str(llm))
+        steps.append(Step("import_llm", argv, llm, ("samples",)))
+    annotated = tuple(step.name for step in steps if step.name.startswith("annotate"))
+    base = ("prepare", *annotated, "tokenizer" if phantoms else "import_llm")
+    for index, stage in enumerate(STAGES):
+        argv = [*vilam3, "train", f"--config=configs/quickstart/{stage}.py:{size}"]
+        argv += [f"--workdir={run / 'stages' / stage}", f"--config.data.path={data}"]
+        argv += [f"--config.data.annotations={annotations}", f"--config.model.tokenizer={tokenizer}"]
+        if stage == "stage2a_align":
+            argv.append(f"--config.init.vision_tower={run / 'stages' / STAGES[0] / 'export'}")
+            if not phantoms:
+                argv.append(f"--config.init.llm={run / 'llm'}")
+        elif index > 1:
+            argv.append(f"--config.init.everything={run / 'stages' / STAGES[index - 1] / 'export'}")
+        before = (*base, STAGES[index - 1]) if index else base
+        steps.append(Step(stage, tuple(argv), run / "stages" / stage / "result.json", before, resumable=True))
+    steps += _evaluation(run, data, annotations, size, base)
+    report = (*vilam3, "report", f"--workdir={run}")
+    steps.append(Step("report", report, run / "report.html", tuple(step.name for step in steps)))
+    return steps
+
+
+def _gguf(samples: Path, index: Path) -> Path:
+    """The language model among the samples; known only by name until they are fetched."""
+    from vilam3_jax.datasets import samples as samples_lib
+
+    del index
+    return samples_lib.asset_path(samples, "smollm2_gguf")
+
+
+def _evaluation(run: Path, data: Path, annotations: Path, size: str, base: tuple[str, ...]) -> list[Step]:
+    evaluate = ("-m", "vilam3_jax.cli", "evaluate", f"--data={data}")
+    exports = {stage: run / "stages" / stage / "export" for stage in STAGES}
+    out = run / "eval"
+    retrieval = (*evaluate, f"--checkpoint={exports['stage1_vision']}", "--protocol=retrieval@1")
+    steps = [
+        Step(
+            "eval_retrieval",
+            (*retrieval, f"--out={out / 'retrieval.json'}"),
+            out / "retrieval.json",
+            (*base, "stage1_vision"),
+        )
+    ]
+    arms = {
+        "stage3": ("stage3_instruct", ("--experts=off",)),
+        "stage4_no_experts": ("stage4_expert", ("--experts=off",)),
+        "stage4_experts": ("stage4_expert", ("--experts=on",)),
+        "stage4_falsified": ("stage4_expert", ("--experts=falsified",)),
+        "stage4_blank": ("stage4_expert", ("--experts=off", "--images=blank")),
+        "majority": ("stage4_expert", ()),
+    }
+    for arm, (stage, flags) in arms.items():
+        argv = (*evaluate, f"--checkpoint={exports[stage]}", "--protocol=quickstart@1", f"--arm={arm}", *flags)
+        argv = (*argv, f"--annotations={annotations}", f"--limit={EVAL_LIMIT[size]}", f"--out={out / arm}")
+        steps.append(Step(f"eval_{arm}", argv, out / arm / "result.json", (*base, stage)))
+    return steps
+
+
+def run_chain(run: Path, samples: Path, size: str, fresh: bool) -> None:
+    """Runs what is missing or stale, in order.
+
+    Raises:
+      UserError: a step failed; it has printed why.
+    """
+    run, samples = run.absolute(), samples.absolute()
+    _claim(run, fresh)
+    record = json.loads((run / MARKER).read_text())
+    began = time.monotonic()
+    steps = plan(run, samples, size)
+    prints: dict[str, str] = {}
+    code = _code_hash()
+    for number, step in enumerate(steps, 1):
+        prints[step.name] = _fingerprint(step, prints, code)
+        done = record["steps"].get(step.name, {})
+        head = f"[{number}/{len(steps)}] {step.name}"
+        if done.get("fingerprint") == prints[step.name] and done.get("finished") and step.makes.exists():
+            print(f"{head}: reused", flush=True)
+            continue
+        stale = done.get("fingerprint") != prints[step.name]
+        if step.name != "samples" and (stale or not step.resumable):
+            _remove(step)
+        _record(run, record, step, prints[step.name], None)
+        print(f"{head}: {_shown(step)}", flush=True)
+        started = time.monotonic()
+        _execute(step, run / "logs" / f"{step.name}.log", record)
+        _record(run, record, step, prints[step.name], time.monotonic() - started)
+        print(f"{head}: {time.monotonic() - started:.0f} s, {time.monotonic() - began:.0f} s in all", flush=True)
+    print(f"report: {run / 'report.html'}")
+    print(f"summary: {run / 'summary.json'}")
+
+
+def _claim(run: Path, fresh: bool) -> None:
+    """Makes the run folder, or refuses one that something else owns."""
+    if run.exists() and any(run.iterdir()) and not (run / MARKER).exists():
+        raise UserError(f"{run}: exists and is no quickstart run; choose another --out")
+    if fresh and run.exists():
+        shutil.rmtree(run)
+    run.mkdir(parents=True, exist_ok=True)
+    if not (run / MARKER).exists():
+        paths.write_text_atomic(run / MARKER, json.dumps({"steps": {}}))
+
+
+def _fingerprint(step: Step, prints: dict[str, str], code: str) -> str:
+    parts = [code, *step.argv, *(prints[name] for name in step.after)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _code_hash() -> str:
+    """Hash of everything whose change could change a result."""
+    digest = hashlib.sha256(json.dumps(checkpoints.versions(), sort_keys=True).encode())
+    package = Path(__file__).parent
+    for root in (package, config_lib.configs_root()):
+        for file in sorted(root.rglob("*.py")):
+            # The report only shows results; editing it must not retrain.
+            if "report" not in file.relative_to(root).parts[:1] and file != Path(__file__):
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _remove(step: Step) -> None:
+    target = step.makes.parent if step.name in STAGES else step.makes
+    if target.name == "annotations":
+        return  # several experts share the store; present keys are checked by the command
+    if target.is_dir():
+        shutil.rmtree(target)
+    elif target.exists():
+        target.unlink()
+
+
+def _execute(step: Step, log: Path, record: dict) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1", TF_CPP_MIN_LOG_LEVEL="3")
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(log.parent.parent / "compiled")
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            [sys.executable, *step.argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+        )
+        assert process.stdout is not None
+        try:
+            while chunk := process.stdout.read1(4096):
+                file.write(chunk)
+                sys.stdout.buffer.write(chunk)
+                sys.stdout.buffer.flush()
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    record["peak_rss"] = max(record.get("peak_rss", 0), children)
+    if code:
+        raise UserError(f"step {step.name} failed with exit code {code}; its output is in {log}")
+
+
+def _record(run: Path, record: dict, step: Step, fingerprint: str, seconds: float | None) -> None:
+    record["steps"][step.name] = {
+        "fingerprint": fingerprint,
+        "finished": seconds is not None,
+        "seconds": seconds,
+        "command": _shown(step),
+    }
+    record["machine"] = {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+    record["versions"] = checkpoints.versions()
+    paths.write_text_atomic(run / MARKER, json.dumps(record, indent=1))
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _shown(step: Step) -> str:
+    """The command as a user would type it."""
+    text = " ".join(("python", *step.argv))
+    return text.replace("python -m vilam3_jax.cli", "vilam3").replace("python -m vilam3_experts.cli", "vilam3-experts")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry of `python -m vilam3_jax.quickstart`."""
+    parser = argparse.ArgumentParser(prog="quickstart", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", default="runs/quickstart", help="folder of the run; resumed or reused")
+    parser.add_argument("--samples", default=".cache/samples", help="folder of the fetched samples; kept")
+    parser.add_argument("--size", default="default", choices=("smoke", "default", "full"))
+    parser.add_argument("--fresh", action="store_true", help="start over (the samples are kept)")
+    options = parser.parse_args(argv)
+    run_chain(Path(options.out), Path(options.samples), options.size, options.fresh)
+    return 0
+
+
+if __name__ == "__main__":
+    from vilam3_jax.cli import guarded
+
+    sys.exit(guarded("quickstart", main, sys.argv[1:]))

@@ -48,13 +48,9 @@ def conversations(draw: st.DrawFn) -> Example:
     requests = []
     if images and draw(st.booleans()):
         requests = [
-            ExpertRequest(
-                "CXR", "a b", 0, len(turns) - 1, draw(st.sampled_from(["always", "optional"]))
-            )
+            ExpertRequest("CXR", "a b", 0, len(turns) - 1, draw(st.sampled_from(["always", "optional"])))
         ]
-    meta = draw(
-        st.dictionaries(st.text(max_size=5), st.one_of(st.integers(-9, 9), TEXT), max_size=3)
-    )
+    meta = draw(st.dictionaries(st.text(max_size=5), st.one_of(st.integers(-9, 9), TEXT), max_size=3))
     name = draw(st.text(st.characters(blacklist_categories=["Cs"]), min_size=1, max_size=8))
     return Example(name, "conversation", images, turns, requests, meta)
 
@@ -69,9 +65,7 @@ def test_instruction_round_trip(example: Example) -> None:
     item, files = to_instruction(example)
     again = from_instruction(json.loads(json.dumps(item)))
     filled = [
-        dataclasses.replace(image, path=None, data=files[image.path])
-        if image.path in files
-        else image
+        dataclasses.replace(image, path=None, data=files[image.path]) if image.path in files else image
         for image in again.images
     ]
     assert dataclasses.replace(again, images=tuple(filled)) == example
@@ -128,9 +122,7 @@ def test_broken_examples_are_refused_with_id_and_reason(changes: dict, reason: s
 
 def test_good_formats_pass() -> None:
     image = (ImageRef(data=b"1"),)
-    Example(
-        "a", "pair", image, (Turn("user", "<image>"), Turn("assistant", "cap", True))
-    ).validate()
+    Example("a", "pair", image, (Turn("user", "<image>"), Turn("assistant", "cap", True))).validate()
     Example("b", "document", image, (Turn("assistant", "one <image> two", True),)).validate()
     conversation(expert_requests=(ExpertRequest("CXR"),)).validate()
 
@@ -166,7 +158,7 @@ def test_plain_vila_items() -> None:
     assert example.images == (ImageRef(path="a/b.png"),) and example.id == "7"
     led = [{"from": "gpt", "value": "Hello"}, *talk]
     assert from_instruction({"id": "t", "conversations": led}).turns[0] == Turn("user", "What?")
-    with pytest.raises(UserError, match="'bad'.*VILA form"):
+    with pytest.raises(UserError, match=r"'bad'.*VILA form"):
         from_instruction({"id": "bad", "conversations": [{"from": "alien", "value": ""}]})
     with pytest.raises(UserError, match="leaves the data root"):
         from_instruction({"id": "p", "image": "../a.png", "conversations": talk})

@@ -141,8 +141,7 @@ class Example:
                 "images": [[i.data, i.path, i.axis, i.index, i.window] for i in self.images],
                 "turns": [[t.role, t.text, t.supervised] for t in self.turns],
                 "experts": [
-                    [r.expert, r.args, r.image, r.before_turn, r.policy]
-                    for r in self.expert_requests
+                    [r.expert, r.args, r.image, r.before_turn, r.policy] for r in self.expert_requests
                 ],
                 "meta": self.meta,
             },
@@ -181,12 +180,7 @@ class Example:
 def path_problem(path: str) -> str | None:
     """Returns why `path` may not be followed below a data root, or None."""
     parts = path.replace("\\", "/").split("/")
-    if (
-        not path
-        or path.startswith(("/", "\\", "~"))
-        or "://" in path
-        or re.match(r"[A-Za-z]:", path)
-    ):
+    if not path or path.startswith(("/", "\\", "~")) or "://" in path or re.match(r"[A-Za-z]:", path):
         return f"path {path!r} is not relative to the data root"
     if ".." in parts or "\0" in path:
         return f"path {path!r} leaves the data root"
@@ -227,9 +221,7 @@ def _role_problem(example: Example) -> str | None:
             return f"a {example.format} is a user turn '{IMAGE_MARKER}' and an assistant turn"
         return None
     if example.format == "document":
-        if any(role != "assistant" for role in roles) or not all(
-            t.supervised for t in example.turns
-        ):
+        if any(role != "assistant" for role in roles) or not all(t.supervised for t in example.turns):
             return "a document has supervised assistant turns only"
         return None
     spoken = roles[1:] if roles[0] == "system" else roles
@@ -318,9 +310,7 @@ def from_instruction(item: Mapping[str, Any], *, normalise: bool = True) -> Exam
     return example.validate()
 
 
-def _as_vila_reads(
-    turns: list[tuple[str, str]], has_images: bool, normalise: bool
-) -> list[tuple[str, str]]:
+def _as_vila_reads(turns: list[tuple[str, str]], has_images: bool, normalise: bool) -> list[tuple[str, str]]:
     if turns and turns[0][0] == "assistant":
         turns = turns[1:]
     if has_images and turns and not any(IMAGE_MARKER in text for _, text in turns):
@@ -349,9 +339,7 @@ def to_instruction(example: Example) -> tuple[dict[str, Any], dict[str, bytes]]:
     item: dict[str, Any] = {"id": example.id}
     if paths:
         item |= {"image": paths[0]} if len(paths) == 1 else {"images": paths}
-    item["conversations"] = [
-        {"from": _FROM_ROLE[turn.role], "value": turn.text} for turn in example.turns
-    ]
+    item["conversations"] = [{"from": _FROM_ROLE[turn.role], "value": turn.text} for turn in example.turns]
     item[_EXTENSION_KEY] = {
         "format": example.format,
         "roles": [turn.role for turn in example.turns],

@@ -1,0 +1,87 @@
+"""Datasets on disk: what is written can be counted and read back, and nothing half-written is seen."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, Turn
+from vilam3_jax.data.records import ExampleSource, ExampleWriter, read_info
+from vilam3_jax.errors import UserError
+
+
+def example(number: int) -> Example:
+    return Example(
+        f"e{number}",
+        "conversation",
+        (ImageRef(data=b"x" * 100),),
+        (Turn("user", "<image>\nWhat?"), Turn("assistant", f"Number {number}.", True)),
+        (ExpertRequest("CXR"),),
+        {"licence": "CC0", "modality": "chest X-ray", "question_types": ["yes_no"]},
+    )
+
+
+def test_round_trip_over_several_shards(tmp_path) -> None:
+    with ExampleWriter(
+        tmp_path / "d", "train", name="films", provenance={"a": 1}, bytes_per_shard=500
+    ) as writer:
+        for number in range(10):
+            writer.write(example(number))
+    with ExampleWriter(tmp_path / "d", "heldout", provenance={"b": 2}) as writer:
+        writer.write(example(99))
+    source = ExampleSource(tmp_path / "d", "train")
+    assert [source[i] for i in range(len(source))] == [example(i) for i in range(10)]
+    assert len(source.info["splits"]["train"]["shards"]) > 2
+    assert ExampleSource(tmp_path / "d", "heldout")[0] == example(99)
+    assert source.info["provenance"] == {"a": 1, "b": 2} and source.info["licences"] == ["CC0"]
+    assert source.info["splits"]["train"]["counts"]["experts"] == {"CXR": 10}
+    assert source.find("e7") == 7 and source.data_root == tmp_path / "d"
+    with pytest.raises(UserError, match="no example 'e10'"):
+        source.find("e10")
+    with pytest.raises(IndexError):
+        source[10]
+    with pytest.raises(UserError, match="no split 'test'; it has heldout, train"):
+        ExampleSource(tmp_path / "d", "test")
+
+
+def test_refusals(tmp_path) -> None:
+    with pytest.raises(UserError, match="no example for split"), ExampleWriter(tmp_path, "train"):
+        pass
+    with pytest.raises(UserError, match="written twice"), ExampleWriter(tmp_path, "train") as writer:
+        writer.write(example(0))
+        writer.write(example(0))
+    with ExampleWriter(tmp_path, "train") as writer:
+        writer.write(example(0))
+    with pytest.raises(UserError, match="already has a split"):
+        ExampleWriter(tmp_path, "train")
+    with pytest.raises(UserError, match="lower-case"):
+        ExampleWriter(tmp_path, "../train")
+
+
+def test_an_interrupted_split_does_not_exist(tmp_path) -> None:
+    with pytest.raises(RuntimeError), ExampleWriter(tmp_path, "train", bytes_per_shard=300) as writer:
+        for number in range(4):
+            writer.write(example(number))
+        raise RuntimeError("stop")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="vilam3 prepare"):
+        ExampleSource(tmp_path, "train")
+
+
+def test_damage_is_named(tmp_path) -> None:
+    with ExampleWriter(tmp_path, "train") as writer:
+        writer.write(example(0))
+    shard = tmp_path / "train-00000.array_record"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"train-00000\.array_record: cannot be read"):
+        ExampleSource(tmp_path, "train")[0]
+    shard.unlink()
+    with pytest.raises(UserError, match="no such file"):
+        ExampleSource(tmp_path, "train")[0]
+    info = read_info(tmp_path)
+    info["splits"]["train"]["shards"][0]["file"] = "../x"
+    (tmp_path / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="damaged"):
+        read_info(tmp_path)

@@ -8,6 +8,8 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
+from vilam3_jax.data import dicom
+from vilam3_jax.data.scaling import as_stored_values, window_to_uint8
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import PathLike, as_path, read_bytes
 
@@ -52,8 +54,6 @@ def decode_image(data: bytes, *, max_pixels: float = 64e6) -> np.ndarray:
 
 
 def _stretch(values: np.ndarray) -> np.ndarray:
-    from vilam3_jax.data.scaling import as_stored_values, window_to_uint8
-
     values = as_stored_values(values)
     if values is None:
         raise UserError("image without one finite pixel; save it again as PNG")
@@ -75,8 +75,6 @@ def load_film(path: PathLike) -> np.ndarray:
     path = as_path(path)
     data = read_bytes(path, _MAX_FILM_BYTES)
     if data[128:132] == b"DICM":
-        from vilam3_jax.data import dicom
-
         return np.repeat(dicom.read_film(path)[..., None], 3, axis=-1)
     try:
         return decode_image(data)
@@ -106,9 +104,7 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def image_content_key(image: np.ndarray) -> str:
-    """sha256 (hex) of shape and pixels of an [H, W, 3] uint8 image: the same picture as PNG and as BMP has
-    one key.
-    """
+    """sha256 (hex) of shape and pixels of [H, W, 3] uint8: the same picture as PNG and as BMP has one key."""
     digest = hashlib.sha256(f"{image.dtype.name}{image.shape}".encode())
     digest.update(np.ascontiguousarray(image))
     return digest.hexdigest()

@@ -93,9 +93,7 @@ class Volume:
 
     @functools.cached_property
     def content_key(self) -> str:
-        """sha256 (hex) of dtype, shape, rounded affine and voxels: the same scan in any file format has one
-        key.
-        """
+        """sha256 of dtype, shape, rounded affine and voxels: one key a scan, in any file format."""
         digest = hashlib.sha256()
         digest.update(f"{self.voxels.dtype.name}{self.voxels.shape}".encode())
         # Direction columns to 1e-3 mm, the origin to 1e-2: float32 headers are no better at 500 mm. The odd

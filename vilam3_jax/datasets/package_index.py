@@ -45,9 +45,7 @@ Progress = Callable[[int], None]
 
 @dataclasses.dataclass(frozen=True)
 class IndexSettings:
-    """Where packages come from: index URLs in the order in which they are asked, and the CA bundle to
-    trust.
-    """
+    """Where packages come from: index URLs, asked in this order, and the CA bundle to trust."""
 
     urls: tuple[str, ...]
     cert: str | None

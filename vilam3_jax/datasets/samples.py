@@ -433,9 +433,7 @@ def parse_class_map(source: str, task: str) -> dict[int, str]:
 
 
 def _in_words(name: str) -> str:
-    """`lung_lower_lobe_left` -> `left lung lower lobe`, `rib_left_3` -> `left rib 3`: the names VISTA3D
-    uses.
-    """
+    """`lung_lower_lobe_left` -> `left lung lower lobe`, `rib_left_3` -> `left rib 3`."""
     words = name.split("_")
     side = [word for word in words if word in ("left", "right")]
     text = " ".join(side + [word for word in words if word not in side])

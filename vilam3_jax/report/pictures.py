@@ -1,0 +1,132 @@
+"""Finds and draws what a row is about: its slice, the expert's labels on it, and where the sample came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vilam3_jax import paths
+from vilam3_jax.data import expert_turns, images, volumes
+from vilam3_jax.data.annotations import Annotation, AnnotationStore
+from vilam3_jax.data.cards import parse_trigger
+from vilam3_jax.data.examples import Example, ImageRef
+from vilam3_jax.data.falsify import falsify
+from vilam3_jax.data.records import INFO_NAME, ExampleSource, read_info
+from vilam3_jax.data.scaling import window_to_uint8
+from vilam3_jax.errors import UserError
+from vilam3_jax.report.dialogues import Pictures
+
+SIDE = 288  # pixels of the longer side: sharp enough on a phone, and two dozen of them stay below 2 MB
+PLANES = ("sagittal", "coronal", "axial")
+_CSS = {name: "rgb({:.0f} {:.0f} {:.0f})".format(*(255 * c for c in rgb)) for name, rgb in expert_turns.PALETTE}
+_MAX_IMAGE_BYTES = 64 << 20
+
+
+class Source:
+    """Pictures and licences out of a quickstart folder: `data/` and `annotations/`."""
+
+    def __init__(self, folder: paths.PathLike) -> None:
+        """Opens the data sets; reads no image yet.
+
+        Raises:
+          UserError: no data set below `folder/data`, or a damaged one.
+        """
+        folder = paths.as_path(folder)
+        data = folder / "data"
+        candidates = [data, *sorted(p for p in data.iterdir() if p.is_dir())] if data.is_dir() else []
+        found = [path for path in candidates if (path / INFO_NAME).exists()]
+        if not found:
+            raise UserError(f"{data}: no data set ({INFO_NAME}) in it or right below it; run the quickstart again")
+        self._sources = [ExampleSource(path, split) for path in found for split in sorted(read_info(path)["splits"])]
+        store = folder / "annotations"
+        self._store = AnnotationStore(store) if store.is_dir() else None
+        self._volume: tuple[str, volumes.Volume] | None = None
+        self._examples: dict[str, tuple[Example, ExampleSource]] = {}
+        samples: dict[str, tuple[str, str, str, str]] = {}
+        for source in self._sources:
+            for example in source:
+                meta = example.meta
+                if meta.get("qa"):
+                    self._examples[example.id] = (example, source)
+                name = str(meta.get("sample") or meta.get("dataset") or source.name)
+                facts = (meta.get("modality"), meta.get("licence"), meta.get("origin"))
+                samples.setdefault(name, (name, *(str(fact or "not stated") for fact in facts)))
+        self._samples = samples
+
+    def licences(self) -> list[tuple[str, str, str, str]]:
+        """(sample, modality, licence, origin) of every sample in the data sets, by name."""
+        return [self._samples[name] for name in sorted(self._samples)]
+
+    def pictures(self, row: Mapping[str, Any]) -> Pictures:
+        """Draws the slice or film that a row asks about, and the labels of the expert that was called.
+
+        Raises:
+          UserError: the data set does not have the row's example, or an image is missing or damaged.
+        """
+        item = str(row["item"])
+        name = item.rsplit("/q", 1)[0]
+        if name not in self._examples:
+            raise UserError(f"evaluation item {item!r}: no such example in the data set; evaluate again")
+        example, source = self._examples[name]
+        qa = example.meta["qa"][int(item.rsplit("/q", 1)[1])]
+        ref = example.images[qa.get("image", 0)]
+        shown, words = self._slice(ref, source)
+        record = self._record(row, str(example.meta["input_key"]))
+        if record is None or record.labels is None or ref.axis is None:
+            return Pictures(images.encode_png(shown), words)
+        coloured = expert_turns.expert_overlay(record, shown, axis=ref.axis, index=ref.index)
+        visible = expert_turns.visible_segments(record, axis=ref.axis, index=ref.index)
+        legend = expert_turns.legend({i: n for i, n, _, _ in visible}, [i for i, *_ in visible])
+        false = " (falsified)" if row.get("arm") == "stage4_falsified" else ""
+        return Pictures(
+            image=images.encode_png(shown),
+            image_words=words,
+            overlay=images.encode_png(coloured),
+            overlay_words=f"labels of {record.expert}{false}",
+            legend=tuple((_CSS[colour], label) for colour, label in legend.items()),
+        )
+
+    def _record(self, row: Mapping[str, Any], input_key: str) -> Annotation | None:
+        """What the expert said in this row, falsified as it was then; None if none was called."""
+        called = parse_trigger(str(row.get("trigger") or ""))
+        if called is None or self._store is None:
+            return None
+        record = self._store.get(input_key, *called)
+        if record is None or record.status != "ok":
+            return None
+        if row.get("arm") == "stage4_falsified":
+            universe = expert_turns.label_universe(*called) or None
+            record = falsify(expert_turns.restrict_to_group(record), int(row.get("falsify_seed", 0)), universe)
+        return record
+
+    def _slice(self, ref: ImageRef, source: ExampleSource) -> tuple[np.ndarray, str]:
+        """(uint8 [H, W, 3] in true proportions, what it is)."""
+        if ref.axis is None or ref.index is None:
+            data = ref.data or paths.read_bytes(source.data_root / str(ref.path), _MAX_IMAGE_BYTES)
+            film = images.decode_image(data)
+            return _fit(film, film.shape[0], film.shape[1]), "film"
+        volume = self._load(str(source.data_root / str(ref.path)))
+        plane = window_to_uint8(
+            volumes.slice_2d(volume.voxels, ref.axis, ref.index),
+            ref.window,
+            volume.limits if ref.window is None else None,
+        )
+        across, up = [spacing for axis, spacing in enumerate(volume.spacing) if axis != ref.axis]
+        grey = np.repeat(plane[:, :, None], 3, axis=2)
+        height, width = plane.shape[0] * float(up), plane.shape[1] * float(across)
+        return _fit(grey, height, width), f"{PLANES[ref.axis]} slice {ref.index}"
+
+    def _load(self, path: str) -> volumes.Volume:
+        if self._volume is None or self._volume[0] != path:
+            self._volume = (path, volumes.load_volume(path))
+        return self._volume[1]
+
+
+def _fit(picture: np.ndarray, height: float, width: float) -> np.ndarray:
+    """Resizes to `SIDE` on the longer side, with the given proportions."""
+    scale = SIDE / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))

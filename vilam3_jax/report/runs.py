@@ -1,0 +1,165 @@
+"""Reads what a run left on disk: a quickstart folder (stages and evaluation), or one training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+
+from vilam3_jax import paths
+from vilam3_jax.errors import UserError
+
+STAGES = ("stage1_vision", "stage2a_align", "stage2b_pretrain", "stage3_instruct", "stage4_expert")
+ARMS = ("stage3", "stage4_no_experts", "stage4_experts", "stage4_falsified", "stage4_blank", "majority")
+ROW_KEYS = ("item", "cluster", "correct", "unparsed", "question_type", "label_source", "oracle")
+_MAX_BYTES = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training run.
+
+    Attributes:
+      name: of the run.
+      result: `result.json`; empty while the run is not finished.
+      metrics: lines of `metrics.jsonl`.
+      config: `config.json`, empty when there is none.
+      provenance: `export/provenance.json`, empty when there is none.
+    """
+
+    name: str
+    result: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One run of the evaluation: `rows.jsonl` and `result.json`."""
+
+    name: str
+    rows: list[dict[str, Any]]
+    result: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A whole quickstart folder.
+
+    Attributes:
+      folder: where it lies.
+      stages: in the order of training.
+      arms: in the order of `ARMS`.
+      retrieval: `eval/retrieval.json`.
+    """
+
+    folder: epath.Path
+    stages: list[Stage]
+    arms: list[Arm]
+    retrieval: dict[str, Any]
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      UserError: missing, damaged, or not an object.
+    """
+    data = paths.read_bytes(path, _MAX_BYTES)
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise UserError(f"{path}: damaged JSON ({error}); make the file again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object was expected, found {type(value).__name__}; make the file again")
+    return value
+
+
+def read_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """Reads a file of one JSON object a line; a torn last line (the writer was killed) is left out.
+
+    Raises:
+      UserError: missing, or damaged anywhere else.
+    """
+    lines = paths.read_bytes(path, _MAX_BYTES).decode("utf-8", "replace").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}: line {number} is damaged ({error}); make the file again") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: line {number} is not a JSON object; make the file again")
+        rows.append(row)
+    return rows
+
+
+def _if_there(path: epath.Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def read_stage(folder: paths.PathLike, *, finished: bool) -> Stage:
+    """Reads one training run.
+
+    Args:
+      folder: the run's workdir.
+      finished: demand `result.json`, which is written at the end.
+
+    Raises:
+      UserError: a file is missing or damaged.
+    """
+    folder = paths.as_path(folder)
+    metrics = read_lines(folder / "metrics.jsonl")
+    for number, row in enumerate(metrics, 1):
+        if not isinstance(row.get("step"), int):
+            raise UserError(f"{folder / 'metrics.jsonl'}: line {number} has no whole-number 'step'; train again")
+    result = read_json(folder / "result.json") if finished else _if_there(folder / "result.json")
+    config = _if_there(folder / "config.json")
+    name = str(result.get("name") or config.get("name") or folder.name)
+    return Stage(name, result, metrics, config, _if_there(folder / "export" / "provenance.json"))
+
+
+def read_arm(folder: epath.Path) -> Arm:
+    """Reads one run of the evaluation.
+
+    Raises:
+      UserError: a file is missing or damaged, there are no rows, or a row lacks a key.
+    """
+    path = folder / "rows.jsonl"
+    rows = read_lines(path)
+    if not rows:
+        raise UserError(f"{path}: no rows; run `vilam3 evaluate --out {folder}` again")
+    for number, row in enumerate(rows, 1):
+        missing = [key for key in ROW_KEYS if key not in row]
+        if missing:
+            raise UserError(f"{path}: line {number} lacks {', '.join(missing)}; evaluate again")
+    # The folder names the arm: two arms may have been written by the same settings.
+    return Arm(folder.name, [{**row, "arm": folder.name} for row in rows], read_json(folder / "result.json"))
+
+
+def is_quickstart(folder: epath.Path) -> bool:
+    """Whether `folder` holds stages, rather than being one training run."""
+    return (folder / "stages").is_dir()
+
+
+def read_run(folder: paths.PathLike) -> Run:
+    """Reads a quickstart folder: five stages, the arms, retrieval.
+
+    Raises:
+      UserError: something is missing or damaged; the message names the file.
+    """
+    folder = paths.as_path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the folder of a run")
+    stages = [
+        dataclasses.replace(read_stage(folder / "stages" / name, finished=True), name=name) for name in STAGES
+    ]
+    found = sorted(p.name for p in (folder / "eval").iterdir() if p.is_dir()) if (folder / "eval").is_dir() else []
+    extra = [name for name in found if name not in ARMS and (folder / "eval" / name / "rows.jsonl").exists()]
+    arms = [read_arm(folder / "eval" / name) for name in (*ARMS, *extra)]
+    return Run(folder, stages, arms, read_json(folder / "eval" / "retrieval.json"))

@@ -170,11 +170,11 @@ class Llama(nnx.Module):
         self.embed = Embed(cfg.vocab_size, cfg.hidden_size, **kwargs)
         self.layers = LlamaLayer(cfg, stack=(cfg.num_layers,), **kwargs)
         self.final_norm = RMSNorm(cfg.hidden_size, eps=cfg.norm_eps, dtype=dtype, param_dtype=param_dtype)
-        self.lm_head = None
-        if not cfg.tie_embeddings:
-            self.lm_head = Linear(
-                cfg.hidden_size, cfg.vocab_size, kernel_init=_INIT, use_bias=False, **kwargs
-            )
+        self.lm_head = (
+            None
+            if cfg.tie_embeddings
+            else Linear(cfg.hidden_size, cfg.vocab_size, kernel_init=_INIT, use_bias=False, **kwargs)
+        )
 
     def head_kernel(self) -> jax.Array:
         """[D, V] in the parameters' type; the transposed embedding if tied."""

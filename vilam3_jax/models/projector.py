@@ -54,7 +54,7 @@ class Projector(nnx.Module):
 
     def num_tokens(self, grid: int) -> int:
         """Tokens per image for a tower of grid x grid patches."""
-        return (-(-grid // 2)) ** 2 if self.downsample else grid**2
+        return grid_tokens(grid, self.downsample)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.downsample:
@@ -62,6 +62,11 @@ class Projector(nnx.Module):
         for i in range(self.depth):
             x = getattr(self, f"fc{i + 1}")(jax.nn.gelu(x, approximate=False) if i else x)
         return x
+
+
+def grid_tokens(grid: int, downsample: bool) -> int:
+    """Tokens left of a grid x grid map; an odd grid is padded before 2x2 patches are joined."""
+    return ((grid + 1) // 2) ** 2 if downsample else grid**2
 
 
 def join_neighbours(x: jax.Array, *, column_order: bool) -> jax.Array:

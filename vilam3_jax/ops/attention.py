@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-# Causal self-attention is cut into up to MAX_QUERY_BLOCKS blocks of queries, each seeing only the keys up to its
-# own end: 9/16 of the multiplications and about an eighth of the score memory of the full square. On two CPU
-# cores forward and backward are 3 times as fast as jax.nn.dot_product_attention (8 x 512 and 2 x 1024 tokens).
+# Causal self-attention is cut into up to MAX_QUERY_BLOCKS blocks of queries, each seeing only the keys up to
+# its own end: 9/16 of the multiplications and less score memory than the full square.
+# benchmarks/attention_cpu.py measures it.
 MAX_QUERY_BLOCKS = 8
 MIN_QUERY_BLOCK = 64
-# Finite, so that a row with nothing to attend to stays finite; beside a real score its exp is an exact zero.
+# Finite, so that a row with nothing to attend to stays finite; beside real scores its exp is an exact zero.
 _MASKED = -1e30
 
 

@@ -22,10 +22,14 @@ REGIONS = ("abdomen", "chest", "head")
 TUMOR_CLASSES = ("glioma", "meningioma", "pituitary", "no tumor")
 NONE_VISIBLE = "none"
 # Round sizes in ml that a volume question may compare with.
-VOLUME_STEPS = (20, 50, 100, 200, 500, 1000, 1500, 2000)
+VOLUME_STEPS = (5, 10, 20, 50, 100, 200, 300, 500, 750, 1000, 1250, 1500, 2000, 2500, 3000, 4000)
 # A size this close to a limit is not asked about: rounding would decide the answer.
 _VOLUME_MARGIN = 0.12
-_SLACK = 2  # by how much a yes may outnumber a no of the same kind while training
+_SLACK = 2  # by how much one answer may lead the rarest other one of its kind,
+_ORGAN_SLACK, _ORGAN_SHARE = (
+    3,
+    0.15,
+)  # and for one organ while training: 3 and 15 % of the times it was asked for
 
 # The first wording of each type is the canonical one: held-out questions use no other.
 PHRASES: dict[str, tuple[str, ...]] = {
@@ -54,8 +58,8 @@ PHRASES: dict[str, tuple[str, ...]] = {
         "Name those of {names} that are visible here.",
     ),
     "organ_volume_range": (
-        "What is the volume of the {name} in this scan? Options: {options}.",
-        "How large is the {name} in this scan? Options: {options}.",
+        "What is the volume of the {name} in this scan? Options: {choices}.",
+        "How large is the {name} in this scan? Options: {choices}.",
     ),
     "tumor_present": (
         "Is a tumor visible in this image?",
@@ -63,8 +67,8 @@ PHRASES: dict[str, tuple[str, ...]] = {
         "Can you see a tumor?",
     ),
     "tumor_class": (
-        "What does this brain image show? Options: {options}.",
-        "Which of these fits the brain image: {options}?",
+        "What does this brain image show? Options: {choices}.",
+        "Which of these fits the brain image: {choices}?",
     ),
     "tumor_kind": (
         "Is a {name} tumor visible in this image?",
@@ -80,8 +84,8 @@ PHRASES: dict[str, tuple[str, ...]] = {
         "Does this image show the brain?",
     ),
     "brain_volume_range": (
-        "What is the volume of the brain in this scan? Options: {options}.",
-        "How large is the brain in this scan? Options: {options}.",
+        "What is the volume of the brain in this scan? Options: {choices}.",
+        "How large is the brain in this scan? Options: {choices}.",
     ),
 }
 
@@ -124,6 +128,7 @@ class Facts:
       modality: one of `MODALITIES`.
       region: one of `REGIONS`.
       plane: one of `PLANES`; None for films.
+      position: which third of the scan a slice is in, in words for captions.
       organs: name -> visible in this slice. Names that are doubtful here are missing.
       volumes_ml: name -> volume in the whole scan, in ml, for organs visible here.
       organ_source: whose word `organs` and `volumes_ml` are.
@@ -135,8 +140,10 @@ class Facts:
       film_source: whose word `pneumonia` is.
       brain: the brain is in this image.
       brain_source: whose word `brain` is.
+      brain_oracle: `brain` is the expert's own record.
       brain_ml: volume of the brain in the whole scan, ml.
       brain_volume_source: whose word `brain_ml` is.
+      brain_volume_oracle: `brain_ml` is the expert's own record.
       expert: the expert that fits this image, or None.
       expert_args: what it is called with.
     """
@@ -145,6 +152,7 @@ class Facts:
     modality: str
     region: str
     plane: str | None = None
+    position: str = ""
     organs: Mapping[str, bool] = dataclasses.field(default_factory=dict)
     volumes_ml: Mapping[str, float] = dataclasses.field(default_factory=dict)
     organ_source: str = ""
@@ -156,8 +164,10 @@ class Facts:
     film_source: str = ""
     brain: bool | None = None
     brain_source: str = ""
+    brain_oracle: bool = False
     brain_ml: float | None = None
     brain_volume_source: str = ""
+    brain_volume_oracle: bool = False
     expert: str | None = None
     expert_args: str = ""
 
@@ -168,8 +178,9 @@ class Balance:
     A key is whatever must not be guessable from the question alone: the type, or type and organ.
     """
 
-    def __init__(self, slack: int = _SLACK):
-        self.slack = slack
+    def __init__(self, slack: int = _SLACK, share: float = 0.0):
+        """Starts at nothing; a lead may reach `slack` plus `share` of all answers of the key."""
+        self.slack, self.share = slack, share
         self.counts: collections.Counter[tuple[Hashable, str]] = collections.Counter()
 
     def surplus(self, key: Hashable, answer: str, options: Sequence[str] = YES_NO) -> int:
@@ -179,7 +190,8 @@ class Balance:
 
     def allows(self, key: Hashable, answer: str, options: Sequence[str] = YES_NO) -> bool:
         """Whether one more `answer` keeps its lead within the slack."""
-        return self.surplus(key, answer, options) < self.slack
+        total = sum(self.counts[key, option] for option in options)
+        return self.surplus(key, answer, options) < self.slack + self.share * total
 
     def add(self, key: Hashable, answer: str) -> None:
         """Counts a question that was asked."""
@@ -235,6 +247,7 @@ class QuestionMaker:
         """
         self.rng, self.training, self.limit = rng, training, limit
         self.balance = Balance()
+        self.organ_balance = Balance(_ORGAN_SLACK, _ORGAN_SHARE)
         self.unasked: collections.Counter[str] = collections.Counter()
 
     def dialogue(self, facts: Facts) -> list[Question]:
@@ -267,12 +280,10 @@ class QuestionMaker:
             oracle=oracle and known,
         )
 
-    def _balanced(
-        self, facts: Facts, kind: str, truth: bool, source: str, **kw: Any
-    ) -> list[Question]:
+    def _balanced(self, facts: Facts, kind: str, truth: bool, source: str, **kw: Any) -> list[Question]:
         answer = "yes" if truth else "no"
-        # Whether the picture alone settles it differs between films, CT and MRI: each has its own scale.
-        key = (kind, facts.modality, facts.plane is None, kw.get("name"))
+        # Films and volumes differ at a glance, and so do CT and MRI volumes: each has its own scale.
+        key = (kind, "film" if facts.plane is None else facts.modality)
         if not self.balance.allows(key, answer):
             self.unasked[f"{kind}: {answer} already in the majority"] += 1
             return []
@@ -291,7 +302,8 @@ class QuestionMaker:
     def _film(self, facts: Facts) -> list[Question]:
         out = []
         if facts.pneumonia is not None:
-            out += self._balanced(facts, "pneumonia", facts.pneumonia, facts.film_source, expert=True)
+            answer = "yes" if facts.pneumonia else "no"
+            out.append(self._ask(facts, "pneumonia", answer, YES_NO, facts.film_source, expert=True))
         if facts.tumor_class is not None:
             options = list(TUMOR_CLASSES)
             if self.training:
@@ -299,7 +311,7 @@ class QuestionMaker:
             out.append(
                 self._ask(
                     facts, "tumor_class", facts.tumor_class, options, facts.tumor_source,
-                    expert=True, options=", ".join(options),
+                    expert=True, choices=", ".join(options),
                 )
             )  # fmt: skip
             kinds = [c for c in TUMOR_CLASSES if c != "no tumor"]
@@ -322,12 +334,13 @@ class QuestionMaker:
         if facts.brain is not None:
             out += self._balanced(
                 facts, "brain_visible", facts.brain, facts.brain_source,
-                expert=facts.expert == "BRAINSEG",
+                expert=facts.expert == "BRAINSEG", oracle=facts.brain_oracle,
             )  # fmt: skip
         if facts.brain_ml is not None and facts.brain:
             out += self._volume(
-                facts, "brain_volume_range", "brain", facts.brain_ml, facts.brain_volume_source
-            )
+                facts, "brain_volume_range", "brain", facts.brain_ml, facts.brain_volume_source,
+                facts.brain_volume_oracle,
+            )  # fmt: skip
         return out
 
     def _tumor(self, facts: Facts) -> list[Question]:
@@ -349,7 +362,7 @@ class QuestionMaker:
             return [
                 self._ask(
                     facts, kind, answer, options, source, expert=True, oracle=oracle,
-                    name=name, options=", ".join(options),
+                    name=name, choices=", ".join(options),
                 )
             ]  # fmt: skip
         return []
@@ -361,13 +374,11 @@ class QuestionMaker:
         out: list[Question] = []
         if facts.volumes_ml and room >= 3:
             name = self.rng.choice(sorted(facts.volumes_ml))
-            out += self._volume(
-                facts, "organ_volume_range", name, facts.volumes_ml[name], source, oracle
-            )
+            out += self._volume(facts, "organ_volume_range", name, facts.volumes_ml[name], source, oracle)
         if len(facts.organs) >= 3 and room >= 3:
             out.append(self._which(facts))
         per_slice = room - len(out)
-        for name, visible in self._choose(facts.organs, per_slice):
+        for name, visible in self._choose(facts, per_slice):
             out.append(
                 self._ask(
                     facts, "organ_present", "yes" if visible else "no", YES_NO, source,
@@ -392,40 +403,38 @@ class QuestionMaker:
             expert=True, oracle=facts.organ_oracle, names=f"{names[0]}, {names[1]} and {names[2]}",
         )  # fmt: skip
 
-    def _choose(self, organs: Mapping[str, bool], count: int) -> list[tuple[str, bool]]:
+    def _choose(self, facts: Facts, count: int) -> list[tuple[str, bool]]:
         """Picks organs to ask for: nearly as many visible as not, the least balanced names first."""
+        # While training a name's own answers are balanced too, over all scans that one modality has.
+        scope = facts.modality if self.training else facts.group
         chosen: list[tuple[str, bool]] = []
-        left = dict(organs)
+        left = dict(facts.organs)
         while left and len(chosen) < count:
             # A coin with a pull to the middle: exact halves would let the last answer be counted out.
-            lead = self.balance.counts["organs", "yes"] - self.balance.counts["organs", "no"]
+            lead = self.balance.surplus(("organs", scope), "yes")
             truth = self.rng.random() < (0.5 if lead == 0 else 0.25 if lead > 0 else 0.75)
-            found = self._next(left, truth)
+            found = self._next(left, truth, scope)
             if found is None:
-                # The other answer may still be asked while the whole stays balanced.
                 truth = not truth
-                if lead * (1 if truth else -1) >= self.balance.slack or (
-                    found := self._next(left, truth)
-                ) is None:
+                allowed = self.balance.allows(("organs", scope), "yes" if truth else "no")
+                if not allowed or (found := self._next(left, truth, scope)) is None:
                     self.unasked["organ_present: would unbalance the answers"] += len(left)
                     break
             answer = "yes" if truth else "no"
-            self.balance.add("organs", answer)
-            self.balance.add(("organ", found), answer)
+            self.balance.add(("organs", scope), answer)
+            self.organ_balance.add((scope, found), answer)
             chosen.append((found, truth))
             del left[found]
         return chosen
 
-    def _next(self, left: Mapping[str, bool], truth: bool) -> str | None:
+    def _next(self, left: Mapping[str, bool], truth: bool, scope: str) -> str | None:
         answer = "yes" if truth else "no"
         names = sorted(name for name, visible in left.items() if visible == truth)
         if self.training:
-            names = [n for n in names if self.balance.allows(("organ", n), answer)]
+            names = [n for n in names if self.organ_balance.allows((scope, n), answer)]
         if not names:
             return None
-        return min(
-            names, key=lambda n: (self.balance.surplus(("organ", n), answer), self.rng.random())
-        )
+        return min(names, key=lambda n: (self.organ_balance.surplus((scope, n), answer), self.rng.random()))
 
 
 def dialogue_turns(questions: Sequence[Question], opening: str = "") -> tuple[Turn, ...]:

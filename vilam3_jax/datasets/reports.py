@@ -170,9 +170,7 @@ def read_reports(
     return [reports[key] for key in sorted(reports)], left_out
 
 
-def _unusable(
-    report: Report, known: dict[str, Report], max_masked: float, min_words: int
-) -> str | None:
+def _unusable(report: Report, known: dict[str, Report], max_masked: float, min_words: int) -> str | None:
     words = len(f"{report.findings} {report.impression}".split())
     if not words:
         return "report: no findings and no impression"

@@ -1,0 +1,57 @@
+"""A thread-safe least-recently-used cache with a byte budget."""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+Value = TypeVar("Value")
+
+
+class ByteLRU(Generic[Value]):
+    """Keeps the values used last, as many as the budget holds; at least the newest one."""
+
+    def __init__(self, budget: int, size_of: Callable[[Value], int]) -> None:
+        """Makes an empty cache.
+
+        Args:
+          budget: bytes to hold.
+          size_of: bytes of one value.
+        """
+        self._budget = budget
+        self._size_of = size_of
+        self._values: collections.OrderedDict[Hashable, Value] = collections.OrderedDict()
+        self._lock = threading.Lock()
+        self._making: dict[Hashable, threading.Lock] = {}
+        self.bytes = 0
+        self.hits = 0
+        self.misses = 0
+
+    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """Returns the value of `key`, made at most once at a time however many threads ask."""
+        with self._lock:
+            if key in self._values:
+                self.hits += 1
+                self._values.move_to_end(key)
+                return self._values[key]
+            making = self._making.setdefault(key, threading.Lock())
+        with making:
+            with self._lock:
+                if key in self._values:
+                    self.hits += 1
+                    return self._values[key]
+                self.misses += 1
+            try:
+                value = make()
+                with self._lock:
+                    self._values[key] = value
+                    self.bytes += self._size_of(value)
+                    while self.bytes > self._budget and len(self._values) > 1:
+                        _, old = self._values.popitem(last=False)
+                        self.bytes -= self._size_of(old)
+            finally:
+                with self._lock:
+                    self._making.pop(key, None)
+        return value

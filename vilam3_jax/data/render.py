@@ -1,0 +1,283 @@
+"""From a stored example to what the model reads: turns with or without experts, and decoded images.
+
+Cards, triggers, expert turns and overlays come into being here, at load time. The same functions write the
+turns at inference, so that a model meets the very text it was trained on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from vilam3_jax.data import expert_turns
+from vilam3_jax.data.annotation_record import Annotation
+from vilam3_jax.data.caches import ByteLRU
+from vilam3_jax.data.cards import Card, render_cards
+from vilam3_jax.data.examples import IMAGE_MARKER, Example, ExpertRequest, ImageRef, Turn, path_problem
+from vilam3_jax.data.falsify import falsify
+from vilam3_jax.data.images import decode_image, load_film, resize
+from vilam3_jax.data.templates import (
+    PLAIN,
+    Encoded,
+    Template,
+    TokenizerLike,
+    encode_conversation,
+    encode_document,
+)
+from vilam3_jax.data.volumes import Volume, load_volume, volume_to_slice_image
+from vilam3_jax.errors import UserError
+
+EXPERT_MODES = ("on", "off", "falsified", "mixed")
+IMAGE_CACHE_BYTES = 1 << 30
+VOLUME_CACHE_BYTES = 1 << 30
+_ANNOTATION_CACHE_BYTES = 256 << 20
+_MODALITY_WORDS = {"CT": "a CT image", "MRI": "an MRI image", "CXR": "a chest X-ray"}
+
+
+class Annotations(Protocol):
+    """What rendering needs of an `AnnotationStore`."""
+
+    def get(self, input_key: str, expert: str, args: str = "") -> Annotation | None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """An example as the model meets it.
+
+    Attributes:
+      turns: with cards, triggers and expert turns where experts are on.
+      images: uint8 [S, S, 3] each, in the order of the markers.
+      experts: names of the experts that spoke.
+    """
+
+    turns: tuple[Turn, ...]
+    images: tuple[np.ndarray, ...]
+    experts: tuple[str, ...] = ()
+
+
+class ImageReader:
+    """Decodes and resizes the images of examples; keeps what was decoded, within byte budgets."""
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        image_cache_bytes: int = IMAGE_CACHE_BYTES,
+        volume_cache_bytes: int = VOLUME_CACHE_BYTES,
+    ) -> None:
+        """Makes empty caches.
+
+        Args:
+          size: side of the images in pixels.
+          image_cache_bytes: for resized uint8 images, so that later epochs decode nothing.
+          volume_cache_bytes: for whole volumes; the newest is kept even if larger.
+        """
+        self.size = size
+        self.images: ByteLRU[np.ndarray] = ByteLRU(image_cache_bytes, lambda image: image.nbytes)
+        self._volumes: ByteLRU[Volume] = ByteLRU(volume_cache_bytes, lambda volume: volume.voxels.nbytes)
+
+    def read(self, image: ImageRef, data_root: Any) -> np.ndarray:
+        """Returns the image, uint8 [S, S, 3]; shared, so do not write into it.
+
+        Args:
+          image: bytes, or a path below `data_root`.
+          data_root: folder of the dataset's files.
+
+        Raises:
+          UserError: the path leaves `data_root`, or the file is missing, damaged or no image.
+        """
+        if image.path is not None and (reason := path_problem(image.path)):
+            raise UserError(f"image {reason}")
+        source = (
+            hashlib.sha256(image.data).hexdigest() if image.path is None else (str(data_root), image.path)
+        )
+        key = (source, image.axis, image.index, image.window, self.size)
+        return self.images.get(key, lambda: self._decode(image, data_root))
+
+    def _decode(self, image: ImageRef, data_root: Any) -> np.ndarray:
+        if image.path is None:
+            return resize(decode_image(image.data), self.size)
+        path = data_root / image.path
+        if image.axis is None:
+            return resize(load_film(path), self.size)
+        volume = self._volumes.get(str(path), lambda: load_volume(path))
+        return volume_to_slice_image(volume, image.axis, image.index, image.window, self.size)
+
+
+def with_cards(turns: Sequence[Turn], cards: Sequence[Card]) -> list[Turn]:
+    """Puts the card list in front of the first user turn."""
+    turns = list(turns)
+    first = next(i for i, turn in enumerate(turns) if turn.role == "user")
+    turns[first] = dataclasses.replace(turns[first], text=render_cards(cards) + turns[first].text)
+    return turns
+
+
+def trigger_turn(card: Card, args: str) -> Turn:
+    """The assistant's turn that asks for an expert; a target."""
+    what = _MODALITY_WORDS.get(card.modality, f"an image of the modality {card.modality}")
+    return Turn(
+        "assistant", f"This looks like {what}. Let me trigger <{card.name}({args})>.", supervised=True
+    )
+
+
+def question_of(turn: Turn) -> str:
+    """A user turn's text without image markers, as the expert's turn repeats it."""
+    return re.sub(rf"[ ]?{IMAGE_MARKER}[ \n]?", "", turn.text).strip()
+
+
+class Renderer:
+    """Renders and encodes examples under one setting of the experts."""
+
+    def __init__(
+        self,
+        *,
+        image_reader: ImageReader,
+        experts: str = "off",
+        cards: Sequence[Card] = (),
+        annotations: Annotations | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Checks the setting.
+
+        Args:
+          image_reader: decodes images; may be shared.
+          experts: 'on', 'off', 'falsified' (records wrong on purpose) or 'mixed' (half of the samples on).
+          cards: the experts that the model is told of.
+          annotations: what the experts said; needed unless experts are off.
+          seed: of the coin of 'mixed' and of the falsification.
+
+        Raises:
+          UserError: unknown mode, or experts without annotations or cards.
+        """
+        if experts not in EXPERT_MODES:
+            raise UserError(f"experts={experts!r}: use one of {', '.join(EXPERT_MODES)}")
+        if experts != "off" and (annotations is None or not cards):
+            raise UserError(f"experts={experts}: needs annotations and cards; set data.annotations")
+        self._reader = image_reader
+        self._experts = experts
+        self._cards = {card.name: card for card in cards}
+        self._store = annotations
+        self._seed = seed
+        self._annotations: ByteLRU[Annotation | None] = ByteLRU(_ANNOTATION_CACHE_BYTES, _annotation_bytes)
+        self._texts: ByteLRU[str] = ByteLRU(16 << 20, len)
+
+    def render(self, example: Example, data_root: Any, coin: int = 0) -> Rendered:
+        """Returns the turns and images of one example.
+
+        Args:
+          example: a valid example.
+          data_root: folder its image paths are relative to.
+          coin: with 'mixed', decides together with the seed: the sample's position in its stream, so that
+            over the epochs an example is met both ways.
+
+        Raises:
+          UserError: an image cannot be read, or an expert's result that must be there is not.
+        """
+        images = [self._reader.read(image, data_root) for image in example.images]
+        if not example.expert_requests or not self._experts_on(coin):
+            return Rendered(example.turns, tuple(images))
+        found = {}
+        for request in example.expert_requests:
+            annotation = self._annotation(example, request)
+            if annotation is not None:
+                found[request.before_turn] = (request, annotation)
+        if not found:
+            return Rendered(example.turns, tuple(images))
+        turns: list[Turn] = []
+        shown: list[np.ndarray] = []
+        waiting = list(images)
+        for position, turn in enumerate(example.turns):
+            if position in found:
+                request, annotation = found[position]
+                card = self._cards[request.expert]
+                text, overlay = self._speak(
+                    example, request, annotation, card, question_of(turns[-1]), images
+                )
+                turns += [trigger_turn(card, request.args), Turn("expert", text)]
+                shown += overlay
+            turns.append(turn)
+            for _ in range(turn.text.count(IMAGE_MARKER)):
+                shown.append(waiting.pop(0))
+        names = tuple(request.expert for request, _ in found.values())
+        return Rendered(tuple(with_cards(turns, list(self._cards.values()))), tuple(shown), names)
+
+    def _experts_on(self, coin: int) -> bool:
+        if self._experts != "mixed":
+            return self._experts != "off"
+        return bool(hashlib.sha256(f"{self._seed}/{coin}".encode()).digest()[0] & 1)
+
+    def _annotation(self, example: Example, request: ExpertRequest) -> Annotation | None:
+        keys = example.meta.get("input_key")
+        key = keys[request.image] if isinstance(keys, list) else keys
+        name = f"{request.expert}({request.args})"
+        if request.expert not in self._cards:
+            raise UserError(f"expert {request.expert} has no card; choose a card list that names it")
+        if not isinstance(key, str) or not key:
+            raise UserError(f"no meta.input_key to look up {name} with; prepare the dataset again")
+        annotation = self._annotations.get(
+            (key, request.expert, request.args), lambda: self._look_up(key, request.expert, request.args)
+        )
+        if annotation is None and request.policy == "always":
+            raise UserError(f"no annotation of {name} for input {key[:12]}; run `vilam3-experts annotate`")
+        return annotation
+
+    def _look_up(self, key: str, expert: str, args: str) -> Annotation | None:
+        annotation = self._store.get(key, expert, args)
+        if annotation is None or self._experts != "falsified":
+            return annotation
+        universe = expert_turns.label_universe(expert, args) or None
+        return falsify(expert_turns.restrict_to_group(annotation), self._seed, universe)
+
+    def _speak(
+        self,
+        example: Example,
+        request: ExpertRequest,
+        annotation: Annotation,
+        card: Card,
+        question: str,
+        images: Sequence[np.ndarray],
+    ) -> tuple[str, list[np.ndarray]]:
+        image = example.images[request.image]
+        where: dict[str, Any] = {"axis": image.axis, "index": image.index}
+        kind = card.task
+        if kind not in ("segmentation", "classification"):
+            raise UserError(
+                f"card {card.name}: task {kind!r} cannot be rendered; segmentation or classification"
+            )
+        key = (annotation.key, annotation.version, image.axis, image.index)
+        # The question closes the turn, so one text serves all questions about a slice.
+        said = self._texts.get(
+            key, lambda: expert_turns.render_expert_turn(annotation, "", kind=kind, **where)
+        )
+        if not expert_turns.shows_image(annotation, kind):
+            return said + question, []
+        base = images[request.image]
+        picture = self._reader.images.get(
+            ("overlay", *key, image.window, self._reader.size),
+            lambda: expert_turns.expert_overlay(annotation, base, **where),
+        )
+        return said + question, [picture]
+
+
+def _annotation_bytes(annotation: Annotation | None) -> int:
+    return 1024 + (len(annotation.labels.blob) if annotation and annotation.labels else 0)
+
+
+def encode_example(
+    tokenizer: TokenizerLike, template: Template, form: str, turns: Sequence[Turn], tokens_per_image: int
+) -> Encoded:
+    """Encodes rendered turns by the example's format.
+
+    Pairs and captions have the plain form (image, caption, line end), whatever the model's chat template;
+    documents have no roles.
+    """
+    if form == "document":
+        return encode_document(tokenizer, turns, tokens_per_image)
+    return encode_conversation(
+        tokenizer, PLAIN if form in ("pair", "caption") else template, turns, tokens_per_image
+    )

@@ -65,5 +65,6 @@ def window_to_uint8(
         low, high = window[0] - window[1] / 2, window[0] + window[1] / 2
     else:
         low, high = limits
-    scale = 255.0 / max(high - low, 1e-6)
-    return np.clip((plane.astype(np.float64) - low) * scale, 0, 255).astype(np.uint8)
+    # Divide first: with a ready factor of 255 / width the white end itself would come out as 254.99.
+    share = (plane.astype(np.float64) - low) / max(high - low, 1e-6)
+    return (np.clip(share, 0, 1) * 255).astype(np.uint8)

@@ -40,6 +40,7 @@ __all__ = [
 
 _NIFTI_HEADER_BYTES = 540  # NIfTI-2; NIfTI-1 has 348
 _MAX_HEADER_BYTES = 1 << 20
+_SPACING_MM = (1e-4, 1e4)  # microscopes to whole-body scouts; anything else is a damaged header
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # NRRD `space` -> signs that turn its axes into RAS.
 _NRRD_SPACES = {
@@ -244,9 +245,11 @@ def volume_to_slice_image(
 
 
 def _canonical(values: np.ndarray, affine: np.ndarray, path: PathLike) -> Volume:
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    usable = np.isfinite(affine).all() and ((spacing > _SPACING_MM[0]) & (spacing < _SPACING_MM[1])).all()
+    if not usable or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
         raise UserError(
-            f"{path}: its affine is singular or not finite; correct the header's spacing and direction"
+            f"{path}: its affine is singular or absurd; correct the header's spacing and direction"
         )
     orientation = nib.orientations.io_orientation(affine)
     voxels = nib.orientations.apply_orientation(values, orientation)
@@ -286,7 +289,7 @@ def _read_nifti(file: BinaryIO, path: PathLike, max_voxels: int) -> tuple[np.nda
     head = stream.read(_NIFTI_HEADER_BYTES)
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
         if kind.may_contain_header(head):
-            header = kind(head[: kind.template_dtype.itemsize])
+            header = kind(head[: kind.template_dtype.itemsize], check=False)  # no silent repairs
             break
     else:
         raise UserError(f"{path}: no NIfTI header inside; convert the file again")

@@ -19,7 +19,6 @@ from vilam3_jax.report.runs import ARMS, STAGES
 
 ORGANS = {1: "liver", 3: "spleen", 6: "aorta", 11: "bladder"}
 SHARE = dict(zip(ARMS, (0.45, 0.55, 0.85, 0.3, 0.5, 0.4), strict=True))
-EXTRA = {"wall_seconds": 803.2, "commit": "0123abc", "full": False}
 
 
 def phantom(seed, side=40):
@@ -102,11 +101,15 @@ def make_data(folder, films=12, licence="CC-BY-4.0"):
         notes[key] = Annotation(key, "CXR", "", probabilities=chances)
         qa = [
             question("Which modality is this?", "chest X-ray", "modality", "image header"),
-            question("Is there pneumonia?", "yes" if sick else "no", "pneumonia", "class name of the film", "CXR"),
+            question(
+                "Is there pneumonia?", "yes" if sick else "no", "pneumonia", "class name of the film", "CXR"
+            ),
         ]
         ref = ImageRef(data=encode_png(picture))
         examples.append(example(f"instruct/film{number}/0", ref, key, "chest X-ray", qa, licence))
-    with ExampleWriter(folder / "data" / "instruct", "heldout", name="quickstart/instruct", data_root="..") as writer:
+    with ExampleWriter(
+        folder / "data" / "instruct", "heldout", name="quickstart/instruct", data_root=".."
+    ) as writer:
         for one in examples:
             writer.write(one)
     with AnnotationWriter(folder / "annotations") as writer:
@@ -123,14 +126,21 @@ def make_row(arm, one, position, qa, note):
     unparsed = not right and rng.random() < 0.1
     output = qa["answer"] if right else "I see an image." if unparsed else others[0]
     row = {
-        "item": f"{one.id}/q{position}", "cluster": one.meta["patient"], "arm": arm, "modality": one.meta["modality"],
+        "item": f"{one.id}/q{position}", "cluster": one.meta["patient"], "arm": arm,
+        "modality": one.meta["modality"],
         "question_type": qa["type"], "label_source": qa["label_source"], "oracle": qa["oracle"],
-        "question": qa["question"], "gold": qa["answer"], "output": output, "correct": right, "unparsed": unparsed,
-        "expert": qa["expert"], "trigger": "", "expert_text": "",
+        "question": qa["question"], "gold": qa["answer"], "output": output,
+        "correct": right, "unparsed": unparsed,
+        "expert": qa["expert"],
     }  # fmt: skip
+    if arm == "majority":
+        return row
+    row |= {"trigger": None, "expert_called": None, "expert_right": False if qa["expert"] else None}
+    row |= {"expert_text": None, "falsify_seed": 7 if arm == "stage4_falsified" else None}
     if called:
         ref = one.images[0]
         kind = "segmentation" if qa["expert"] == "VISTA3D" else "classification"
+        row |= {"expert_called": qa["expert"], "expert_right": True}
         row["trigger"] = f"<{qa['expert']}({qa['args']})>"
         row["expert_text"] = expert_turns.render_expert_turn(
             note, qa["question"], axis=ref.axis, index=ref.index, kind=kind
@@ -146,15 +156,26 @@ def make_stage(folder, number, steps=60):
     for step in range(0, steps + 1):
         loss = floor + (start - floor) * math.exp(-4 * step / steps)
         if step % 15 == 0:
-            rows.append({"step": step, "heldout_true": loss + 0.1, "heldout_swapped": loss + 0.1 + 0.8 * step / steps})
+            rows.append(
+                {"step": step, "heldout_true": loss + 0.1, "heldout_swapped": loss + 0.1 + 0.8 * step / steps}
+            )
         if step:
             speed = 160 + rng.gauss(0, 6)
-            rows.append({"step": step, "loss": loss + rng.gauss(0, 0.1), "tokens": 512 * step, "tokens_per_second": speed})
+            rows.append(
+                {
+                    "step": step,
+                    "loss": loss + rng.gauss(0, 0.1),
+                    "tokens": 512 * step,
+                    "tokens_per_second": speed,
+                }
+            )
     heldout = [row for row in rows if "heldout_true" in row]
     result = {
-        "name": STAGES[number], "steps": steps, "tokens": 512 * steps, "loss_first": start, "loss_last": floor,
+        "name": STAGES[number], "steps": steps, "tokens": 512 * steps, "loss_first": start,
+        "loss_last": floor,
         "heldout_first": heldout[0]["heldout_true"], "heldout_true": heldout[-1]["heldout_true"],
-        "heldout_swapped": heldout[-1]["heldout_swapped"], "seconds": 90.0 + number, "tokens_per_second": 160.0,
+        "heldout_swapped": heldout[-1]["heldout_swapped"], "seconds": 90.0 + number,
+        "tokens_per_second": 160.0,
         "peak_rss": 2 << 30, "finished": True,
     }  # fmt: skip
     model = {
@@ -163,7 +184,9 @@ def make_stage(folder, number, steps=60):
     }  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "result.json").write_text(json.dumps(result))
-    (folder / "config.json").write_text(json.dumps({"name": STAGES[number], "num_steps": steps, "model": model}))
+    (folder / "config.json").write_text(
+        json.dumps({"name": STAGES[number], "num_steps": steps, "model": model})
+    )
 
 
 def make_run(folder, **data):
@@ -180,6 +203,20 @@ def make_run(folder, **data):
         (folder / "eval" / arm).mkdir(parents=True)
         (folder / "eval" / arm / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "eval" / arm / "result.json").write_text(json.dumps({"arm": arm}))
-    retrieval = {"accuracy": 0.86, "chance": 0.25, "n": 36}
+    steps = {
+        "samples": {"finished": True, "seconds": 500.0, "command": "python -m vilam3_jax.datasets.samples"},
+        "prepare": {"finished": True, "seconds": 20.5, "command": "vilam3 prepare quickstart --size default"},
+        "stage1_vision": {"finished": True, "seconds": 90.0, "command": "vilam3 train"},
+        "report": {"finished": False, "seconds": None, "command": "vilam3 report"},
+    }
+    machine = {"platform": "Linux-6.1", "processor": "a processor", "cores": 2, "memory_bytes": 8 << 30}
+    record = {
+        "steps": steps,
+        "machine": machine,
+        "versions": {"python": "3.11.7", "jax": "0.10.2"},
+        "peak_rss": 3 << 30,
+    }
+    (folder / "quickstart.json").write_text(json.dumps(record))
+    retrieval = {"accuracy": 0.86, "chance": 0.25, "n": 36, "protocol": {"id": "retrieval"}}
     (folder / "eval" / "retrieval.json").write_text(json.dumps(retrieval))
     return folder

@@ -76,8 +76,9 @@ class Dialogue:
 def choose(arms: Sequence[runs.Arm], plan: Sequence[tuple[str, int]] = PLAN) -> list[Row]:
     """Picks rows for variety, by a rule that does not ask whether they look good.
 
-    One after the other, the row is taken whose modality, question type, outcome and expert call have been shown
-    least so far; ties go by the hash of the item. Falsified rows prefer items that are shown with the true expert.
+    One after the other, the row is taken whose modality, question type, outcome and expert call have been
+    shown least so far; ties go by the hash of the item. Falsified rows prefer items that are shown with the
+    true expert.
 
     Returns:
       Rows in the order of the plan; fewer where an arm has fewer.
@@ -144,7 +145,11 @@ def dialogues(rows: Iterable[Row], pictures: Callable[[Row], Pictures]) -> list[
                 answer=str(row.get("output") or ""),
                 gold=str(row.get("gold") or ""),
                 correct=bool(row["correct"]),
-                **{f.name: getattr(found, f.name) for found in [pictures(row)] for f in dataclasses.fields(found)},
+                **{
+                    f.name: getattr(found, f.name)
+                    for found in [pictures(row)]
+                    for f in dataclasses.fields(found)
+                },
             )
         )
     return out

@@ -1,11 +1,11 @@
-"""The page: one self-contained HTML text made of a run's figures. Everything that comes from files is escaped."""
+"""The page: one self-contained HTML text made of a run's figures. What comes from files is escaped."""
 
 from __future__ import annotations
 
 import base64
 import datetime
 import importlib.resources
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -51,14 +51,18 @@ def page(title: str, eyebrow: str, body: Sequence[str], sections: Sequence[tuple
         + (f'<nav aria-label="Sections">{links}</nav>' if links else "")
         + "</header>\n<main>"
         + "\n".join(body)
-        + f"</main>\n<footer>Made {made} by <code>vilam3 report</code>. One file; it loads nothing from anywhere."
-        "</footer></div></body></html>\n"
+        + f"</main>\n<footer>Made {made} by <code>vilam3 report</code>. One file; it loads nothing from "
+        "anywhere.</footer></div></body></html>\n"
     )
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> str:
-    """A list of terms and values."""
-    return '<dl class="facts">' + "".join(f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in pairs) + "</dl>"
+    """A list of terms and values; a long value takes a row of its own."""
+    items = (
+        f'<div class="{"wide" if len(v) > 100 else ""}"><dt>{text(k)}</dt><dd>{text(v)}</dd></div>'
+        for k, v in pairs
+    )
+    return f'<dl class="facts">{"".join(items)}</dl>'
 
 
 def section(anchor: str, title: str, *parts: str) -> str:
@@ -72,7 +76,12 @@ def figure(content: str, caption: str) -> str:
 
 
 def table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "", wordy: Sequence[int] = (), kind: str = ""
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    caption: str = "",
+    wordy: Sequence[int] = (),
+    kind: str = "",
 ) -> str:
     """A plain table; the first column is the row's name, numbers are flush right.
 
@@ -100,10 +109,11 @@ def _wordy(index: int, wordy: Sequence[int]) -> str:
 
 
 def _table(head: str, body: str, caption: str, kind: str) -> str:
-    above = f"<caption>{text(caption)}</caption>" if caption else ""
+    # Above the table, not in it: a caption inside would scroll away with a wide table.
+    above = f'<p class="caption">{text(caption)}</p>' if caption else ""
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{text(caption or "table")}">'
-        f'<table class="{text(kind)}">{above}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'{above}<div class="scroll" tabindex="0" role="region" aria-label="{text(caption or "table")}">'
+        f'<table class="{text(kind)}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
 
@@ -137,7 +147,9 @@ def loss_panels(stages: Sequence[runs.Stage]) -> str:
             ("swapped", "held-out, images exchanged"),
         )
     )
-    return figure(f'<ul class="legend">{legend}</ul><div class="panels">{"".join(panels)}</div>', words.LOSS_CAPTION)
+    return figure(
+        f'<ul class="legend">{legend}</ul><div class="panels">{"".join(panels)}</div>', words.LOSS_CAPTION
+    )
 
 
 def throughput_panels(stages: Sequence[runs.Stage]) -> str:
@@ -147,7 +159,11 @@ def throughput_panels(stages: Sequence[runs.Stage]) -> str:
         rows = [row for row in stage.metrics if words.is_number(row.get("tokens_per_second"))]
         series = [Series("speed", [r["step"] for r in rows], [r["tokens_per_second"] for r in rows], "train")]
         chart = plots.line_chart(
-            series, title=f"Speed of {stage.name}", x_label="step", y_label="tokens per second", from_zero=True
+            series,
+            title=f"Speed of {stage.name}",
+            x_label="step",
+            y_label="tokens per second",
+            from_zero=True,
         )
         panels.append(f"<div><h4>{text(words.stage_title(stage.name))}</h4>{chart}</div>")
     return figure(f'<div class="panels">{"".join(panels)}</div>', words.SPEED_CAPTION)
@@ -155,7 +171,17 @@ def throughput_panels(stages: Sequence[runs.Stage]) -> str:
 
 def stage_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
     """Steps, tokens, losses and seconds of each run."""
-    head = ("Run", "Steps", "Tokens", "Tokens / s", "Loss, first", "Loss, last", "Held-out, true", "Held-out, exchanged", "Time")  # fmt: skip
+    head = (
+        "Run",
+        "Steps",
+        "Tokens",
+        "Tokens / s",
+        "Loss, first",
+        "Loss, last",
+        "Held-out, true",
+        "Held-out, exchanged",
+        "Time",
+    )
     rows = [
         (
             words.stage_title(name),
@@ -182,7 +208,7 @@ def retrieval_table(retrieval: Mapping[str, Any]) -> str:
         ("Stage 1, nearest text", words.percent(retrieval["accuracy"]), words.count(retrieval["n"])),
         ("Chance", words.percent(retrieval["chance"]), ""),
     ]
-    return table(("", "Right", "Images"), rows, caption=words.RETRIEVAL_CAPTION)
+    return table(("", "Right", "Images"), rows, caption=words.RETRIEVAL_CAPTION, kind="narrow")
 
 
 def arms_figure(entries: Sequence[Document], *, oracle: bool) -> str:
@@ -201,7 +227,9 @@ def arms_figure(entries: Sequence[Document], *, oracle: bool) -> str:
         for one in totals
     ]
     name = "Oracle questions" if oracle else "Main questions"
-    chart = plots.dot_chart(dots, title=f"{name}: share of right answers by arm", x_label="right answers, percent")
+    chart = plots.dot_chart(
+        dots, title=f"{name}: share of right answers by arm", x_label="right answers, percent"
+    )
     return f"<div><h4>{name}, all types ({totals[0]['n']})</h4>{chart}</div>"
 
 
@@ -250,7 +278,8 @@ def arms_table(entries: Sequence[Document], *, oracle: bool, caption: str) -> st
             wordy=(1,),
             kind="arms",
         )
-        out += f"<details><summary>Values of the single volumes ({len(details)} rows)</summary>{per_volume}</details>"
+        title = f"Values of the single volumes ({len(details)} rows)"
+        out += f"<details><summary>{title}</summary>{per_volume}</details>"
     return out
 
 
@@ -272,54 +301,62 @@ def _arm_cell(one: Document | None, arm: str, few: bool, same: bool) -> str:
     strong = " strong" if arm == "stage4_experts" else ""
     note = f' title="{text(one["note"])}"' if one.get("note") else ""
     return (
-        f'<td class="cell{strong}"{note}>{share:.0f} %<span class="bar"><i style="--v:{share:.1f}"></i></span>'
+        f'<td class="cell{strong}"{note}>{words.percent(one["accuracy"])}'
+        f'<span class="bar"><i style="--v:{share:.1f}"></i></span>'
         + (f"<small>{text(below)}</small>" if below else "")
         + "</td>"
     )
 
 
 def comparisons_table(comparisons: Sequence[Document]) -> str:
-    """Paired differences, with interval or the reason why there is none."""
-    rows = []
-    for one in comparisons:
-        if one["interval"]:
-            interval = " to ".join(f"{100 * end:+.0f}" for end in one["interval"])
-        else:
-            interval = words.TOO_FEW
-        rows.append(
-            (
-                f"{words.arm_title(one['first'])} − {words.arm_title(one['second'])}",
-                words.GROUPS[one["group"]],
-                f"{100 * one['difference']:+.0f} points",
-                interval,
-                words.count(one["n"]),
-                words.count(one["clusters"]),
-            )
-        )
-    head = ("Arms", "Questions", "Difference", "95 % interval", "n", "Volumes")
-    return table(head, rows, caption=words.COMPARISON_CAPTION, wordy=(1,))
+    """Paired differences, groups of questions across, with interval or the reason why there is none."""
+    groups = [name for name in words.GROUPS if any(one["group"] == name for one in comparisons)]
+    if not groups:
+        return "<p>No two arms answered a question in common.</p>"
+    cells = {(one["first"], one["second"], one["group"]): one for one in comparisons}
+    body = []
+    for first, second in dict.fromkeys((one["first"], one["second"]) for one in comparisons):
+        line = f'<tr><th scope="row">{text(words.arm_title(first))} − {text(words.arm_title(second))}</th>'
+        for group in groups:
+            one = cells.get((first, second, group))
+            line += f"<td>{_difference(one) if one else words.NONE}</td>"
+        body.append(line + "</tr>")
+    head = '<th scope="col">Arms</th>' + "".join(
+        f'<th scope="col">{text(words.GROUPS[g])}</th>' for g in groups
+    )
+    return _table(head, "".join(body), words.COMPARISON_CAPTION, "arms")
+
+
+def _difference(one: Document) -> str:
+    interval = " to ".join(map(words.points, one["interval"])) if one["interval"] else words.TOO_FEW
+    return (
+        f"{words.points(one['difference'])}<small>{text(interval)}</small>"
+        f"<small>n {one['n']}, {one['clusters']} volumes</small>"
+    )
 
 
 def behaviour_table(arms: Sequence[runs.Arm]) -> str:
-    """Share of answers that could not be parsed and of questions in which an expert was called."""
+    """Shares of answers that could not be parsed, and of questions in which an expert was called."""
     rows = []
     for arm in arms:
         n = len(arm.rows)
-        unparsed = sum(bool(row["unparsed"]) for row in arm.rows)
-        called = sum(bool(row.get("trigger")) for row in arm.rows)
-        could = [row for row in arm.rows if row.get("expert")]
-        called_could = sum(bool(row.get("trigger")) for row in could)
+        spoke = [row for row in arm.rows if "trigger" in row]
+        could = [row for row in spoke if row.get("expert")]
         rows.append(
             (
                 words.arm_title(arm.name),
                 words.count(n),
-                words.percent(unparsed / n),
-                words.percent(called / n),
-                words.percent(called_could / len(could)) if could else "",
+                words.percent(sum(bool(row["unparsed"]) for row in arm.rows) / n),
+                _share(spoke, lambda row: bool(row["trigger"])),
+                _share(could, lambda row: row.get("expert_right") is True),
             )
         )
-    head = ("Arm", "Questions", "Unparsed", "Expert called", "Called, where one could answer")
+    head = ("Arm", "Questions", "Unparsed", "Expert called", "Right expert")
     return table(head, rows, caption=words.BEHAVIOUR_CAPTION)
+
+
+def _share(rows: Sequence[Document], holds: Callable[[Document], bool]) -> str:
+    return words.percent(sum(map(holds, rows)) / len(rows)) if rows else words.NONE
 
 
 # --- dialogues
@@ -328,16 +365,20 @@ def behaviour_table(arms: Sequence[runs.Arm]) -> str:
 def dialogue_card(one: Dialogue) -> str:
     """One question with its pictures and everything that was said."""
     right = one.correct
-    mark = '<span class="verdict right">✓ right</span>' if right else '<span class="verdict wrong">✗ wrong</span>'
-    pictures = ""
-    if one.image:
-        pictures += f'<figure><img alt="{text(one.image_words)}" src="{data_uri(one.image)}"><figcaption>{text(one.image_words)}</figcaption></figure>'
-    if one.overlay:
-        pictures += (
-            f'<figure><img alt="The same slice with the expert\'s labels" src="{data_uri(one.overlay)}">'
-            f"<figcaption>{text(one.overlay_words)}</figcaption></figure>"
-        )
-    swatches = "".join(f'<li><i style="background:{text(colour)}"></i>{text(name)}</li>' for colour, name in one.legend)
+    mark = (
+        '<span class="verdict right">✓ right</span>'
+        if right
+        else '<span class="verdict wrong">✗ wrong</span>'
+    )
+    pictures = "".join(
+        f'<figure><img alt="{text(said)}" src="{data_uri(png)}">'
+        f"<figcaption>{text(said)}</figcaption></figure>"
+        for png, said in ((one.image, one.image_words), (one.overlay, one.overlay_words))
+        if png
+    )
+    swatches = "".join(
+        f'<li><i style="background:{text(colour)}"></i>{text(name)}</li>' for colour, name in one.legend
+    )
     turns = [("Asked", "", one.question)]
     if one.trigger:
         turns.append(("Trigger", "", one.trigger))
@@ -351,7 +392,8 @@ def dialogue_card(one: Dialogue) -> str:
         for name, kind, said in turns
     )
     return (
-        f'<article class="dialogue"><header><span>{text(words.arm_title(one.arm))} · {text(one.kind_words)}</span>{mark}</header>'
+        f'<article class="dialogue"><header><span>{text(words.arm_title(one.arm))} · {text(one.kind_words)}'
+        f"</span>{mark}</header>"
         + (f'<div class="pictures">{pictures}</div>' if pictures else "")
         + (f'<ul class="swatches">{swatches}</ul>' if swatches else "")
         + f'<dl class="turns">{lines}</dl></article>'
@@ -365,12 +407,18 @@ def dialogue_cards(dialogues: Sequence[Dialogue]) -> str:
 
 def licence_table(licences: Sequence[tuple[str, str, str, str]]) -> str:
     """(sample, modality, licence, origin) of what was used."""
-    return table(("Sample", "Modality", "Licence", "From"), licences, caption=words.LICENCE_CAPTION, wordy=(1, 2, 3))
+    return table(
+        ("Sample", "Modality", "Licence", "From"), licences, caption=words.LICENCE_CAPTION, wordy=(1, 2, 3)
+    )
 
 
 def footnotes(notes: Sequence[tuple[str, str]]) -> str:
     """Terms explained."""
-    return '<dl class="footnotes">' + "".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in notes) + "</dl>"
+    return (
+        '<dl class="footnotes">'
+        + "".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in notes)
+        + "</dl>"
+    )
 
 
 MAIN_HEADING = tables.MAIN_TITLE

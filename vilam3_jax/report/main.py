@@ -49,7 +49,9 @@ def quickstart_page(run: runs.Run, document: dict[str, Any], source: pictures.So
             "<h3>Speed</h3>",
             html.throughput_panels(run.stages),
         ),
-        html.section("retrieval", "Did the vision tower learn anything?", html.retrieval_table(run.retrieval)),
+        html.section(
+            "retrieval", "Did the vision tower learn anything?", html.retrieval_table(run.retrieval)
+        ),
         html.section(
             "main",
             html.MAIN_HEADING,
@@ -71,13 +73,18 @@ def quickstart_page(run: runs.Run, document: dict[str, Any], source: pictures.So
             html.arms_table(entries, oracle=True, caption=words.ORACLE_CAPTION),
         ),
         html.section(
-            "dialogues", "Sample dialogues", f"<p>{html.text(words.DIALOGUE_TEXT)}</p>", html.dialogue_cards(shown)
+            "dialogues",
+            "Sample dialogues",
+            f"<p>{html.text(words.DIALOGUE_TEXT)}</p>",
+            html.dialogue_cards(shown),
         ),
         html.section("licences", "Licences of the samples", html.licence_table(source.licences())),
         html.section("notes", "What the words mean", html.footnotes(words.FOOTNOTES)),
     ]
-    kind = "full run" if document.get("full") else "short run"
-    return html.page("A small VILA-M3, trained from end to end", f"vilam3_jax · quickstart · {kind}", body, _SECTIONS)
+    kind = words.SIZES.get(document.get("size", ""), "run")
+    return html.page(
+        "A small VILA-M3, trained from end to end", f"vilam3_jax · quickstart · {kind}", body, _SECTIONS
+    )
 
 
 def headline(document: dict[str, Any]) -> str:
@@ -97,26 +104,29 @@ def headline(document: dict[str, Any]) -> str:
         if None not in values:
             one = totals[names[0], oracle]
             parts.append(
-                f"On {one['n']} held-out {where} (from {one['clusters']} volumes), the last model is right in {values[0]} "
-                f"with its experts, {values[1]} without, {values[2]} when the experts are falsified; "
+                f"On {one['n']} held-out {where} (from {one['clusters']} volumes), the last model is right "
+                f"in {values[0]} with its experts, {values[1]} without, {values[2]} when they are falsified; "
                 f"the majority answer gets {values[3]}."
             )
     return " ".join(parts)
 
 
 def _facts(run: runs.Run, document: dict[str, Any]) -> list[tuple[str, str]]:
-    machine, versions = document["machine"], document["versions"]
+    machine = document["machine"]
     trained = sum(stage["seconds"] for stage in document["stages"].values())
-    pairs = [("Model", _model_words(run.stages[-1].config.get("model", {})))]
-    pairs.append(("Machine", f"{machine['processor']}, {machine['cores']} cores, {words.size(machine['memory'])}"))
-    pairs.append(("System", str(machine["system"])))
-    if "wall_seconds" in document:
-        pairs.append(("Whole run", words.duration(document["wall_seconds"])))
-    pairs += [
+    pairs = [
+        ("Model", _model_words(run.stages[-1].config.get("model", {}))),
+        (
+            "Machine",
+            f"{machine['processor']}, {machine['cores']} cores, {words.size(machine['memory_bytes'])}",
+        ),
+        ("System", str(machine["platform"])),
         ("Training, five runs", words.duration(trained)),
         ("Peak memory of a process", words.size(document["peak_rss"])),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in document["versions"].items())),
     ]
+    if "wall_seconds" in document:
+        pairs.insert(3, ("Everything, without fetching", words.duration(document["wall_seconds"])))
     if document.get("commit"):
         pairs.append(("Source", str(document["commit"])))
     return pairs
@@ -171,7 +181,7 @@ def write_report(workdir: paths.PathLike, out: paths.PathLike | None = None) -> 
     target = paths.as_path(out) if out else folder / REPORT_FILE
     if runs.is_quickstart(folder):
         run = runs.read_run(folder)
-        document = summary.summary_of(run, summary.read_kept(folder))
+        document = summary.summary_of(run, {})
         page = quickstart_page(run, document, pictures.Source(folder))
         summary.write_summary(folder, document)
     elif (folder / "metrics.jsonl").exists():
@@ -188,7 +198,8 @@ def write_report(workdir: paths.PathLike, out: paths.PathLike | None = None) -> 
 def main(argv: Sequence[str]) -> int:
     """Entry of `vilam3 report`."""
     parser = argparse.ArgumentParser(
-        prog="vilam3 report", description="Plots and tables of a run as one HTML file that needs nothing else."
+        prog="vilam3 report",
+        description="Plots and tables of a run as one HTML file that needs nothing else.",
     )
     parser.add_argument("--workdir", required=True, help="folder of a quickstart run or of one training run")
     parser.add_argument("--out", help="the HTML file to write (default: WORKDIR/report.html)")

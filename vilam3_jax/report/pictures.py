@@ -1,4 +1,4 @@
-"""Finds and draws what a row is about: its slice, the expert's labels on it, and where the sample came from."""
+"""Finds and draws what a row is about: its slice, the expert's labels on it; and lists the samples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from vilam3_jax.report.dialogues import Pictures
 
 SIDE = 288  # pixels of the longer side: sharp enough on a phone, and two dozen of them stay below 2 MB
 PLANES = ("sagittal", "coronal", "axial")
-_CSS = {name: "rgb({:.0f} {:.0f} {:.0f})".format(*(255 * c for c in rgb)) for name, rgb in expert_turns.PALETTE}
+_CSS = {
+    name: "rgb({:.0f} {:.0f} {:.0f})".format(*(255 * c for c in rgb)) for name, rgb in expert_turns.PALETTE
+}
 _MAX_IMAGE_BYTES = 64 << 20
 
 
@@ -39,8 +41,12 @@ class Source:
         candidates = [data, *sorted(p for p in data.iterdir() if p.is_dir())] if data.is_dir() else []
         found = [path for path in candidates if (path / INFO_NAME).exists()]
         if not found:
-            raise UserError(f"{data}: no data set ({INFO_NAME}) in it or right below it; run the quickstart again")
-        self._sources = [ExampleSource(path, split) for path in found for split in sorted(read_info(path)["splits"])]
+            raise UserError(
+                f"{data}: no data set ({INFO_NAME}) in it or right below it; run the quickstart again"
+            )
+        self._sources = [
+            ExampleSource(path, split) for path in found for split in sorted(read_info(path)["splits"])
+        ]
         store = folder / "annotations"
         self._store = AnnotationStore(store) if store.is_dir() else None
         self._volume: tuple[str, volumes.Volume] | None = None
@@ -99,7 +105,9 @@ class Source:
             return None
         if row.get("arm") == "stage4_falsified":
             universe = expert_turns.label_universe(*called) or None
-            record = falsify(expert_turns.restrict_to_group(record), int(row.get("falsify_seed", 0)), universe)
+            record = falsify(
+                expert_turns.restrict_to_group(record), int(row.get("falsify_seed", 0)), universe
+            )
         return record
 
     def _slice(self, ref: ImageRef, source: ExampleSource) -> tuple[np.ndarray, str]:

@@ -121,7 +121,9 @@ def line_chart(
     for tick in y_ticks:
         y = at_y(tick)
         out.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}"/>')
-        out.append(f'<text class="tick" x="{_LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{short(tick)}</text>')
+        out.append(
+            f'<text class="tick" x="{_LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{short(tick)}</text>'
+        )
     for tick in x_ticks:
         out.append(
             f'<text class="tick" x="{at_x(tick):.1f}" y="{HEIGHT - _BOTTOM + 16}" '
@@ -160,7 +162,9 @@ def key_mark(kind: str) -> str:
     """The small picture of a series for a legend."""
     line = f'<path class="line {kind}" d="M1 7H25"/>'
     mark = _mark(kind, 13, 7) if kind in ("true", "swapped") else ""
-    return f'<svg class="key" viewBox="0 0 26 14" width="26" height="14" aria-hidden="true">{line}{mark}</svg>'
+    return (
+        f'<svg class="key" viewBox="0 0 26 14" width="26" height="14" aria-hidden="true">{line}{mark}</svg>'
+    )
 
 
 def dot_chart(dots: Sequence[Dot], *, title: str, x_label: str) -> str:
@@ -169,7 +173,7 @@ def dot_chart(dots: Sequence[Dot], *, title: str, x_label: str) -> str:
     Returns:
       An `<svg>` element.
     """
-    left, row, width = 148, 28, 400
+    left, row, width = 162, 28, 400
     height = len(dots) * row + 46
     bottom = height - 38
 
@@ -180,24 +184,29 @@ def dot_chart(dots: Sequence[Dot], *, title: str, x_label: str) -> str:
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
         out.append(f'<path class="grid" d="M{at(tick):.1f} 4V{bottom}"/>')
         out.append(
-            f'<text class="tick" x="{at(tick):.1f}" y="{bottom + 15}" text-anchor="middle">{tick * 100:.0f}</text>'
+            f'<text class="tick" x="{at(tick):.1f}" y="{bottom + 15}" text-anchor="middle">'
+            f"{tick * 100:.0f}</text>"
         )
     middle = (at(0) + at(1)) / 2
     out.append(
-        f'<text class="axis-name" x="{middle:.1f}" y="{height - 5}" text-anchor="middle">{escape(x_label)}</text>'
+        f'<text class="axis-name" x="{middle:.1f}" y="{height - 5}" text-anchor="middle">'
+        f"{escape(x_label)}</text>"
     )
     for position, dot in enumerate(dots):
         y = 4 + row * (position + 0.5)
         strong = " strong" if dot.strong else ""
         said = f"<title>{escape(dot.label)}: {100 * dot.value:.0f} %</title>"
-        out.append(f'<text class="name{strong}" x="{left - 12}" y="{y + 4:.1f}" text-anchor="end">{escape(dot.label)}</text>')
+        out.append(
+            f'<text class="name{strong}" x="{left - 12}" y="{y + 4:.1f}" text-anchor="end">'
+            f"{escape(dot.label)}</text>"
+        )
         if dot.interval:
             low, high = (at(end) for end in dot.interval)
-            out.append(
-                f'<path class="whisker{strong}" d="M{low:.1f} {y - 4:.1f}v8m0 -4H{high:.1f}m0 -4v8"/>'
-            )
+            out.append(f'<path class="whisker{strong}" d="M{low:.1f} {y - 4:.1f}v8m0 -4H{high:.1f}m0 -4v8"/>')
         out += [f'<circle class="part" cx="{at(part):.1f}" cy="{y:.1f}" r="3"/>' for part in dot.parts]
-        out.append(f'<circle class="value{strong}" cx="{at(dot.value):.1f}" cy="{y:.1f}" r="5.5">{said}</circle>')
+        out.append(
+            f'<circle class="value{strong}" cx="{at(dot.value):.1f}" cy="{y:.1f}" r="5.5">{said}</circle>'
+        )
     return "".join(out) + "</svg>"
 
 
@@ -221,10 +230,10 @@ def pipeline(*, vertical: bool) -> str:
     if vertical:
         width, height = 330, len(_BOXES) * box_h + (len(_BOXES) - 1) * gap + 2 + len(_RUNS) * runs_h + 12
     else:
-        width, height = len(_BOXES) * box_w + (len(_BOXES) - 1) * gap + 2, 200
+        width, height = len(_BOXES) * box_w + (len(_BOXES) - 1) * gap + 2, box_h + len(_RUNS) * runs_h + 12
     title = (
-        "Pipeline: samples go to experts, which run offline and write annotations; annotations and questions make "
-        "the data; five runs train on it, each from the one before; the evaluation asks held-out questions."
+        "Pipeline: samples go to experts, which run offline and write annotations; annotations and questions "
+        "make the data; five runs train on it, one after the other; the evaluation asks about held-out volumes."
     )
     out.append(_open(width, height, title).replace('class="chart"', 'class="pipeline"'))
     x, y = 1.0, 1.0
@@ -237,7 +246,8 @@ def pipeline(*, vertical: bool) -> str:
         centre = left + box_w / 2
         for line, (text, kind) in enumerate(((name, "head"), (first, "small"), (second, "small"))):
             out.append(
-                f'<text class="{kind}" x="{centre}" y="{y + 22 + line * 17}" text-anchor="middle">{escape(text)}</text>'
+                f'<text class="{kind}" x="{centre}" y="{y + 22 + line * 17}" text-anchor="middle">'
+                f"{escape(text)}</text>"
             )
         if runs:
             for k, run in enumerate(_RUNS):
@@ -256,20 +266,19 @@ def pipeline(*, vertical: bool) -> str:
                 middle = y + box_h / 2
                 out.append(_arrow(x + box_w, middle, x + box_w + gap, middle))
                 x += box_w + gap
-        elif not vertical:
-            # Experts also speak while the evaluation runs: their records are looked up, never computed live.
-            start = 1 + box_w + gap + box_w / 2
-            end = x + box_w / 2
-            low = height - 3
-            out.append(f'<path class="wire dashed" d="M{start} {y + box_h}V{low - 9}H{_run_left(box_w, gap) - 6}"/>')
-            out.append(f'<path class="wire dashed" d="M{_run_left(box_w, gap) + box_w + 6} {low - 9}H{end}V{y + box_h + 6}"/>')
-            out.append(f'<path class="head-of-wire" d="M{end - 4} {y + box_h + 8}L{end} {y + box_h + 1}L{end + 4} {y + box_h + 8}z"/>')
-            out.append(f'<text class="small" x="{start + 10}" y="{low - 16}">annotations are read again</text>')
+
+    if not vertical:
+        # What experts said is looked up again and again: by the last run and by the evaluation.
+        step = box_w + gap
+        middle, runs, last = 1 + step + box_w / 2, 1 + 3 * step, 1 + 4 * step + box_w / 2
+        low = 1 + box_h + (len(_RUNS) - 1) * runs_h + 10
+        out.append(f'<path class="wire dashed" d="M{middle} {1 + box_h}V{low}H{runs + 14}"/>')
+        out.append(f'<path class="head-of-wire" d="M{runs + 11} {low - 4}l7 4l-7 4z"/>')
+        out.append(f'<path class="wire dashed" d="M{runs + box_w} {low}H{last}V{box_h + 8}"/>')
+        out.append(f'<path class="head-of-wire" d="M{last - 4} {box_h + 9}l4 -7l4 7z"/>')
+        words = "looked up when a question is loaded"
+        out.append(f'<text class="small" x="{middle + 12}" y="{low - 8}">{words}</text>')
     return "".join(out) + "</svg>"
-
-
-def _run_left(box_w: float, gap: float) -> float:
-    return 1 + 3 * (box_w + gap)
 
 
 def _arrow(x0: float, y0: float, x1: float, y1: float) -> str:

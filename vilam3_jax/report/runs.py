@@ -74,7 +74,9 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: damaged JSON ({error}); make the file again") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object was expected, found {type(value).__name__}; make the file again")
+        raise UserError(
+            f"{path}: a JSON object was expected, found {type(value).__name__}; make the file again"
+        )
     return value
 
 
@@ -117,7 +119,9 @@ def read_stage(folder: paths.PathLike, *, finished: bool) -> Stage:
     metrics = read_lines(folder / "metrics.jsonl")
     for number, row in enumerate(metrics, 1):
         if not isinstance(row.get("step"), int):
-            raise UserError(f"{folder / 'metrics.jsonl'}: line {number} has no whole-number 'step'; train again")
+            raise UserError(
+                f"{folder / 'metrics.jsonl'}: line {number} has no whole-number 'step'; train again"
+            )
     result = read_json(folder / "result.json") if finished else _if_there(folder / "result.json")
     config = _if_there(folder / "config.json")
     name = str(result.get("name") or config.get("name") or folder.name)
@@ -159,7 +163,11 @@ def read_run(folder: paths.PathLike) -> Run:
     stages = [
         dataclasses.replace(read_stage(folder / "stages" / name, finished=True), name=name) for name in STAGES
     ]
-    found = sorted(p.name for p in (folder / "eval").iterdir() if p.is_dir()) if (folder / "eval").is_dir() else []
+    found = (
+        sorted(p.name for p in (folder / "eval").iterdir() if p.is_dir())
+        if (folder / "eval").is_dir()
+        else []
+    )
     extra = [name for name in found if name not in ARMS and (folder / "eval" / name / "rows.jsonl").exists()]
     arms = [read_arm(folder / "eval" / name) for name in (*ARMS, *extra)]
     return Run(folder, stages, arms, read_json(folder / "eval" / "retrieval.json"))

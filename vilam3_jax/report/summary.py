@@ -1,4 +1,4 @@
-"""`summary.json`: the figures of a quickstart run for programs, checked against its schema before it is written."""
+"""`summary.json`: figures of a quickstart run for programs, checked against a schema before writing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,8 @@ from vilam3_jax.report import runs
 SUMMARY_FILE = "summary.json"
 SCHEMA_FILE = "summary.schema.json"
 SCHEMA_VERSION = 1
-KEPT = ("machine", "versions", "peak_rss", "wall_seconds", "commit", "full")
+DRIVER_FILE = "quickstart.json"
+EXTRA = ("machine", "versions", "peak_rss", "wall_seconds", "commit", "size")
 
 _STAGE_KEYS = (
     "steps",
@@ -36,13 +38,25 @@ _STAGE_KEYS = (
     "tokens_per_second",
     "peak_rss",
 )
-_PACKAGES = ("vilam3-jax", "vilam3-experts", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "torch")  # fmt: skip
+_RETRIEVAL_KEYS = ("accuracy", "chance", "n", "clusters", "interval")
+_PACKAGES = (
+    "vilam3-jax",
+    "vilam3-experts",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "torch",
+)
 _PAIRS = (
     ("stage4_experts", "stage4_no_experts"),
     ("stage4_falsified", "stage4_experts"),
     ("stage4_experts", "stage3"),
     ("stage4_experts", "majority"),
-    ("stage4_experts", "stage4_blank"),
+    ("stage4_no_experts", "stage4_blank"),
 )
 
 
@@ -53,19 +67,23 @@ def schema() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What this machine is: system, processor, cores, memory in bytes."""
+    """What this machine is: platform, processor, cores, memory in bytes."""
     model = platform.processor() or platform.machine()
     # Linux leaves platform.processor() empty or says only the architecture.
     cpuinfo = paths.as_path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         model = names[0] if names else model
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
-        "system": f"{platform.system()} {platform.release()}",
+        "platform": platform.platform(),
         "processor": model or "unknown",
         "cores": usable,
-        "memory": psutil.virtual_memory().total,
+        "memory_bytes": psutil.virtual_memory().total,
     }
 
 
@@ -106,13 +124,35 @@ def comparisons(arms: Sequence[runs.Arm]) -> list[dict[str, Any]]:
     return out
 
 
+def recorded(run_dir: paths.PathLike) -> dict[str, Any]:
+    """What the quickstart's own record (`quickstart.json`) tells of machine, versions, memory, time and size.
+
+    `wall_seconds` is the time of all finished steps but the fetching of samples.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = paths.as_path(run_dir) / DRIVER_FILE
+    if not path.exists():
+        return {}
+    record = runs.read_json(path)
+    out = {key: record[key] for key in ("machine", "versions", "peak_rss") if key in record}
+    try:
+        steps = {name: step for name, step in record["steps"].items() if step["finished"]}
+        out["wall_seconds"] = float(sum(step["seconds"] for name, step in steps.items() if name != "samples"))
+        found = re.search(r"--size (\w+)", steps.get("prepare", {}).get("command", ""))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); run the quickstart again") from error
+    return out | ({"size": found[1]} if found else {})
+
+
 def build_summary(run_dir: paths.PathLike, extra: Mapping[str, Any]) -> dict[str, Any]:
     """Gathers the figures of a quickstart run.
 
     Args:
       run_dir: folder with `stages/` and `eval/`.
-      extra: values that no file of the run tells, which win over what is found here: `machine`, `versions`,
-        `peak_rss` (bytes; else the largest of the stages), `wall_seconds`, `commit`, `full`.
+      extra: values that win over what the run's files and this machine tell: `machine`, `versions`,
+        `peak_rss` (bytes), `wall_seconds`, `commit`, `size`.
 
     Returns:
       The document, valid under `schema()`.
@@ -125,19 +165,22 @@ def build_summary(run_dir: paths.PathLike, extra: Mapping[str, Any]) -> dict[str
 
 def summary_of(run: runs.Run, extra: Mapping[str, Any]) -> dict[str, Any]:
     """`build_summary` for a run that has been read already."""
-    unknown = sorted(set(extra) - set(KEPT))
+    unknown = sorted(set(extra) - set(EXTRA))
     if unknown:
-        raise UserError(f"summary: unknown extra value {unknown[0]!r}; known are {', '.join(KEPT)}")
+        raise UserError(f"summary: unknown extra value {unknown[0]!r}; known are {', '.join(EXTRA)}")
     stages = {s.name: {k: s.result[k] for k in _STAGE_KEYS if k in s.result} for s in run.stages}
+    known = recorded(run.folder)
+    peaks = [known.get("peak_rss", 0), *(stage.get("peak_rss", 0) for stage in stages.values())]
     document = {
         "schema_version": SCHEMA_VERSION,
         "stages": stages,
-        "retrieval": dict(run.retrieval),
+        "retrieval": {k: run.retrieval[k] for k in _RETRIEVAL_KEYS if k in run.retrieval},
         "evaluation": [one.to_json() for one in evaluation(run.arms)],
         "comparisons": comparisons(run.arms),
         "machine": machine(),
         "versions": versions(),
-        "peak_rss": max((s.get("peak_rss", 0) for s in stages.values()), default=0),
+        **known,
+        "peak_rss": max(peaks),
         **extra,
     }
     check(document)
@@ -152,12 +195,15 @@ def check(document: Mapping[str, Any]) -> None:
     """
     for path, value in _leaves(document, "$"):
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"summary {path}: {value} is not a number that JSON knows; find out why it came out so")
+            raise UserError(
+                f"summary {path}: {value} is not a number that JSON knows; find out why it came out so"
+            )
     validator = jsonschema.Draft202012Validator(schema())
     errors = sorted(validator.iter_errors(document), key=lambda error: [str(part) for part in error.path])
     if errors:
         raise UserError(
-            f"summary {errors[0].json_path}: {errors[0].message:.300}; see docs/{SCHEMA_FILE} for what belongs there"
+            f"summary {errors[0].json_path}: {errors[0].message:.300}; "
+            f"see docs/{SCHEMA_FILE} for what belongs there"
         )
 
 
@@ -167,13 +213,6 @@ def _leaves(value: Any, path: str) -> list[tuple[str, Any]]:
     if isinstance(value, list | tuple):
         return [leaf for i, inner in enumerate(value) for leaf in _leaves(inner, f"{path}[{i}]")]
     return [(path, value)]
-
-
-def read_kept(run_dir: paths.PathLike) -> dict[str, Any]:
-    """Values of an existing `summary.json` that cannot be found again; empty without one."""
-    path = paths.as_path(run_dir) / SUMMARY_FILE
-    old = runs.read_json(path) if path.exists() else {}
-    return {key: old[key] for key in KEPT if key in old}
 
 
 def write_summary(run_dir: paths.PathLike, document: Mapping[str, Any]) -> None:

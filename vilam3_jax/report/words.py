@@ -8,52 +8,69 @@ from typing import Any
 from vilam3_jax.evals.statistics import TOO_FEW as TOO_FEW
 
 NONE = "–"
+_NARROW = "\u202f"  # narrow no-break space
 BANNER = (
-    "A demonstration on a few public samples. The experts are stand-ins of public-package quality, not the experts "
-    "of VILA-M3: what they say may be wrong, and so may every answer below."
+    "A demonstration on a few public samples. The experts are stand-ins of public-package quality, not the"
+    " experts of VILA-M3: what they say may be wrong, and so may every answer below."
 )
 LOSS_CAPTION = (
-    "Loss by optimizer step. Discs: held-out volumes with their own images; diamonds: the same questions with the images "
-    "exchanged between samples. A model that looks at its images has the discs below the diamonds."
+    "Loss by optimizer step. Discs: held-out volumes with their own images; diamonds: the same questions "
+    "with the images exchanged between samples. A model that looks at its images has the discs below the "
+    "diamonds."
 )
-SPEED_CAPTION = "Tokens per second between two logged steps, image tokens included, padding excluded. The axis starts at 0."
-STAGE_CAPTION = "The runs. First and last: mean of the first and the last tenth of the logged steps. Held-out: after the last step."
+SPEED_CAPTION = (
+    "Tokens per second between two logged steps, image tokens included, padding excluded. The axis starts "
+    "at 0."
+)
+STAGE_CAPTION = (
+    "The runs. First and last: mean of the first and the last tenth of the logged steps. Held-out: after "
+    "the last step."
+)
 RETRIEVAL_CAPTION = (
-    "Zero-shot retrieval on held-out volumes: each image picks, among one text a modality, the one nearest to it. No label of "
-    "these volumes was seen in training."
+    "Zero-shot retrieval on held-out volumes: each image picks, among one text a modality, the one nearest"
+    " to it. No label of these volumes was seen in training."
 )
 PER_VOLUME_CAPTION = "Percent right by volume, for the rows above that have too few volumes for an interval."
 COMPARISON_CAPTION = (
-    "Paired differences in percentage points, over the questions that both arms answered. An interval that excludes 0 shows a difference."
+    "Paired differences in percentage points, over the questions that both arms answered. An interval that"
+    " excludes 0 shows a difference."
 )
 BEHAVIOUR_CAPTION = (
-    "How the arms answered. Unparsed: the answer holds nothing that counts as one; it is scored wrong. Expert called: the model "
-    "wrote a trigger."
+    "How the arms answered. Unparsed: the answer holds nothing that counts as one; it is scored wrong. "
+    "Expert called: the model wrote a trigger. Right expert: of the questions that an expert could answer,"
+    " the share for which exactly that one was called."
 )
 LICENCE_CAPTION = "Samples in the data set, with the licence their package states."
 PIPELINE_CAPTION = (
-    "The way of the data. Experts run once, in a process of their own, and write typed annotations; what they said is joined to a "
-    "question when it is loaded, in training as in the evaluation."
+    "The way of the data. Experts run once, in a process of their own, and write typed annotations; what "
+    "they said is joined to a question when it is loaded, in training as in the evaluation."
 )
 ARMS_CAPTION = (
-    "Right answers by arm. Whiskers: 95 % interval over volumes; open rings instead: the single volumes, where there are too few "
-    "of them. The two groups of questions are never added up."
+    "Right answers by arm. Whiskers: 95 % interval over volumes; open rings instead: the single volumes, "
+    "where there are too few of them. The two groups of questions are never added up."
 )
-MAIN_CAPTION = "Percent right. The right answers were not made by the experts. Bars start at 0 and end at 100."
-ORACLE_CAPTION = "Percent right, beside the falsified arm. These figures say nothing about how good the expert is."
+MAIN_CAPTION = (
+    "Percent right. The right answers were not made by the experts. Bars start at 0 and end at 100."
+)
+ORACLE_CAPTION = (
+    "Percent right, beside the falsified arm. These figures say nothing about how good the expert is."
+)
 ORACLE_TEXT = (
-    "Here the right answers come from the map that the expert replays, so an expert that is read is right by construction. The table "
-    "shows whether the model reads what it is told: where the expert's record is falsified, such a model must fall."
+    "Here the right answers come from the map that the expert replays, so an expert that is read is right "
+    "by construction. The table shows whether the model reads what it is told: where the expert's record "
+    "is falsified, such a model must fall."
 )
 DIALOGUE_TEXT = (
-    "A dozen answers, chosen for variety by a fixed rule: different modalities, types of question, volumes and outcomes, right and "
-    "wrong. Their share of right answers is no measure of the model; the tables are."
+    "A dozen answers, chosen for variety by a fixed rule: different modalities, types of question, volumes"
+    " and outcomes, right and wrong. Their share of right answers is no measure of the model; the tables "
+    "are."
 )
 GROUPS = {
-    "main": "main table",
-    "answerable": "main table, an expert could answer",
-    "oracle": "oracle table",
+    "main": "Main table",
+    "answerable": "Main table, an expert could answer",
+    "oracle": "Oracle table",
 }
+SIZES = {"smoke": "smoke run on phantoms", "default": "short run", "full": "full run"}
 _STAGES = {
     "stage1_vision": "Stage 1, vision",
     "stage2a_align": "Stage 2a, align",
@@ -74,37 +91,55 @@ FOOTNOTES = (
     ("Stage 4, no experts", "The last model, told of no expert: it answers from the image alone."),
     (
         "Stage 4, experts",
-        "The last model, told of the experts. When it writes a trigger, it is shown what that expert said of this image, then answers.",
+        "The last model, told of the experts. When it writes a trigger, it is shown what that expert said "
+        "of this image, then answers.",
     ),
     (
         "Stage 4, falsified",
-        "The same, but what the expert says is made wrong on purpose: another class on top, present structures exchanged with absent "
-        "ones. A model that reads its expert must get worse here; one that does not has learnt to ignore it.",
+        "The same, but what the expert says is made wrong on purpose: another class on top, present "
+        "structures exchanged with absent ones. A model that reads its expert must get worse here; one "
+        "that does not has learnt to ignore it.",
     ),
-    ("Stage 4, blank images", "The last model with every image, the expert's included, replaced by a blank one: what can be guessed from the question alone."),
-    ("Majority answer", "No model: for each type of question the answer most frequent in the training data. What counting gets."),
+    (
+        "Stage 4, blank images",
+        "The last model, told of no expert, with every image replaced by an evenly grey one: what the "
+        "question alone gives away. Compare it with “Stage 4, no experts”.",
+    ),
+    (
+        "Majority answer",
+        "No model: the answer that was most often right in the training data to the same words or, where "
+        "they are new, to the same type of question. What counting gets.",
+    ),
     ("n", "Questions asked in that row."),
     (
         "Volumes",
-        "Scans, films or patients behind the questions. Questions about one volume resemble each other, so their number says little; "
-        "the number of volumes says how far the figure carries.",
+        "Scans, films or patients behind the questions. Questions about one volume resemble each other, so"
+        " their number says little; the number of volumes says how far the figure carries.",
     ),
     (
         "Interval",
-        "95 % bootstrap interval: whole volumes are drawn again with replacement, ten thousand times. Below ten volumes it would promise "
-        f"more than it knows; then the words “{TOO_FEW}” stand there, and the values of the single volumes below the table.",
+        "95 % bootstrap interval: whole volumes are drawn again with replacement, ten thousand times. Below "
+        "ten volumes it would promise "
+        f"more than it knows; then the words “{TOO_FEW}” stand there, and the values of the single volumes "
+        "below the table.",
     ),
     (
         "Main and oracle table",
-        "In the main table the right answers come from radiologists' masks, class names of films or the geometry of the scan: the experts "
-        "did not make them. In the oracle table the right answers come from the map that the expert returns, so an expert is right by "
-        "construction: it shows only whether the model reads what it is told.",
+        "In the main table the right answers come from radiologists' masks, class names of films or the "
+        "geometry of the scan: the experts did not make them. In the oracle table the right answers come "
+        "from the map that the expert returns, so an expert is right by construction: it shows only "
+        "whether the model reads what it is told.",
     ),
     (
         "Held-out, images exchanged",
-        "Loss on held-out samples when each one gets the images of another. The distance to the loss with the true images is what the model takes from images.",
+        "Loss on held-out samples when each one gets the images of another. The distance to the loss with "
+        "the true images is what the model takes from images.",
     ),
-    ("Tokens", "Text and image tokens that went through the model, padding excluded. Stage 1 counts the text tokens of its pairs."),
+    (
+        "Tokens",
+        "Text and image tokens that went through the model, padding excluded. Stage 1 counts the text "
+        "tokens of its pairs.",
+    ),
     ("Peak memory", "Largest resident size of one process of the run."),
 )
 
@@ -130,8 +165,8 @@ def type_title(name: str) -> str:
 
 
 def count(value: Any) -> str:
-    """A whole number with thin groups: `12 345`."""
-    return f"{round(value):,}".replace(",", " ") if is_number(value) else NONE
+    """A whole number in groups of three."""
+    return f"{round(value):,}".replace(",", _NARROW) if is_number(value) else NONE
 
 
 def loss(value: Any) -> str:
@@ -141,7 +176,12 @@ def loss(value: Any) -> str:
 
 def percent(value: Any) -> str:
     """A share as whole percent."""
-    return f"{100 * value:.0f} %" if is_number(value) else NONE
+    return f"{100 * value:.0f}{_NARROW}%" if is_number(value) else NONE
+
+
+def points(value: float) -> str:
+    """A difference of shares in percentage points, with its sign."""
+    return f"{100 * value:+.0f}".replace("-", "−")
 
 
 def duration(seconds: Any) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 import pytest
-
 from vilam3_jax.configs import models
+
 from vilam3_jax.data.tokenizer import train_bpe
 from vilam3_jax.models import vila
 

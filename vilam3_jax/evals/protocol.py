@@ -35,7 +35,8 @@ class Item:
       expert: the expert that could answer it, or None.
       args: the arguments with which that expert is called.
       oracle: that expert returns the very labels the answer was made from.
-      cluster: patient key; questions of one cluster are not independent.
+      cluster: key of the patient, or of the group that patients were split by; questions of one cluster are
+        not independent.
     """
 
     id: str
@@ -158,7 +159,8 @@ def items_of(examples: Iterable[Example], protocol: Protocol) -> list[Item]:
     """Makes the items of `protocol`, in the order of the examples.
 
     Reads `meta["qa"]`: a list of {question, answer, type, label_source, options, expert, args, oracle} and,
-    where it is not the first image, `image`; and `meta["patient"]`, `meta["input_key"]`, `meta["modality"]`.
+    where it is not the first image, `image`; and `meta["input_key"]`, `meta["modality"]`, `meta["group"]` or
+    else `meta["patient"]`.
 
     Raises:
       UserError: an example of the protocol's split lacks a key; two items share an id; nothing is left.
@@ -205,7 +207,7 @@ def _item(example: Example, position: int, qa: dict[str, Any]) -> Item:
         expert=qa["expert"],
         args=str(qa.get("args") or ""),
         oracle=bool(qa["oracle"]),
-        cluster=str(example.meta["patient"]),
+        cluster=str(example.meta.get("group") or example.meta["patient"]),
     )
 
 

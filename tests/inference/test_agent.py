@@ -1,0 +1,227 @@
+"""The agent loop: the model is fed exactly what it was trained on, and failures are ordinary turns."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vilam3_jax.data.annotation_record import Annotation, LabelMap, Segment
+from vilam3_jax.data.cards import load_cards
+from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, Turn
+from vilam3_jax.data.render import ImageReader, Renderer, trigger_turn
+from vilam3_jax.data.templates import CHATML, encode_conversation
+from vilam3_jax.errors import UserError
+from vilam3_jax.inference import agent as agent_lib
+from vilam3_jax.inference.generate import Decoded, Generator
+
+SIDE, PER_IMAGE = 32, 4
+CARDS = load_cards("quickstart")
+KEY = "ab" * 32
+QUESTION = "Is the liver visible in this slice?"
+
+
+class ScriptedSession:
+    """Records what is appended, and says what the script says, row by row and turn by turn."""
+
+    def __init__(self, tokenizer, script):
+        self.tokenizer, self.script = tokenizer, script
+        self.tokens = [[] for _ in script]
+        self.visual = [[] for _ in script]
+        self.images = [[] for _ in script]
+        self.turn = 0
+        self.asked = []
+
+    def append(self, chunks):
+        for row, chunk in enumerate(chunks):
+            if chunk is not None:
+                shift = len(self.images[row]) * PER_IMAGE
+                self.tokens[row] += chunk.tokens.tolist()
+                self.visual[row] += [v + shift if v >= 0 else -1 for v in chunk.visual_index.tolist()]
+                self.images[row] += chunk.images
+
+    def decode(self, max_new_tokens, stop_ids, *, active, sampling):
+        self.asked.append((max_new_tokens, tuple(stop_ids), tuple(active)))
+        out = []
+        for row, lines in enumerate(self.script):
+            ids = self.tokenizer.encode(lines[self.turn]) if active[row] else []
+            self.tokens[row] += ids
+            self.visual[row] += [-1] * len(ids)
+            out.append(Decoded(ids, True))
+        self.turn += 1
+        return out
+
+
+class ScriptedGenerator:
+    tokens_per_image, image_size, batch_size = PER_IMAGE, SIDE, 8
+
+    def __init__(self, tokenizer, script):
+        self.tokenizer = tokenizer
+        self.session = ScriptedSession(tokenizer, script)
+
+    def start(self, rows):
+        assert rows == len(self.session.script)
+        return self.session
+
+
+class Store(dict):
+    def get(self, input_key, expert, args=""):
+        return super().get((input_key, expert, args))
+
+
+def segmentation():
+    labels = np.zeros((12, 10, 4), np.int32)
+    labels[2:8, 2:8, 1:3] = 1
+    labels[9:, 8:, 2] = 3
+    segments = (
+        Segment(1, "liver", 72, 720.0, 1, (2, 2, 1, 8, 8, 3)),
+        Segment(3, "spleen", 6, 60.0, 1, (9, 8, 2, 12, 10, 3)),
+    )
+    return Annotation(KEY, "VISTA3D", "organs", segments=segments, labels=LabelMap.encode(labels, np.eye(4)))
+
+
+@pytest.fixture
+def store():
+    classes = {"pneumonia": 0.9, "normal": 0.1}
+    return Store(
+        {
+            (KEY, "VISTA3D", "organs"): segmentation(),
+            (KEY, "CXR", ""): Annotation(KEY, "CXR", probabilities=classes),
+        }
+    )
+
+
+@pytest.fixture
+def image():
+    return np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+
+
+def ask(tokenizer, script, queries, provider, **options):
+    generator = ScriptedGenerator(tokenizer, script)
+    agent = agent_lib.Agent(generator, CHATML, cards=CARDS, provider=provider, **options)
+    return generator.session, agent.run(queries)
+
+
+def trigger(name="VISTA3D", args="organs"):
+    return f"This looks like a CT image. Let me trigger <{name}({args})>."
+
+
+def query(image, **changes):
+    values = {"question": QUESTION, "image": image, "input_key": KEY, "axis": 2, "index": 2, **changes}
+    return agent_lib.Query(**values)
+
+
+def test_tokens_and_images_are_those_of_training(tokenizer, store, image, tmp_path):
+    """The whole dialogue that the cache sees equals the rendered training sequence, token by token."""
+    volume_slice = ImageRef(path="scan.nii", axis=2, index=2)
+    example = Example(
+        "e",
+        "conversation",
+        (volume_slice,),
+        (Turn("user", f"<image>\n{QUESTION}"), Turn("assistant", "yes", True)),
+        (ExpertRequest("VISTA3D", "organs"),),
+        {"input_key": KEY},
+    )
+    reader = ImageReader(SIDE)
+    reader.read = lambda ref, root: image
+    rendered = Renderer(image_reader=reader, experts="on", cards=CARDS, annotations=store).render(
+        example, tmp_path
+    )
+    encoded = encode_conversation(tokenizer, CHATML, rendered.turns, PER_IMAGE)
+    called = trigger_turn(CARDS[0], "organs").text
+    session, (transcript,) = ask(
+        tokenizer, [[called, "yes"]], [query(image)], agent_lib.AnnotationProvider(store)
+    )
+    # The dialogue ends with the answer; training goes on with its stop and line end.
+    tail = len(tokenizer.encode("\n")) + 1
+    assert session.tokens[0] == encoded.tokens.tolist()[:-tail]
+    where = encoded.image_of_token * PER_IMAGE + encoded.visual_offset
+    assert session.visual[0] == np.where(encoded.image_of_token >= 0, where, -1).tolist()[:-tail]
+    for fed, trained in zip(session.images[0], rendered.images, strict=True):
+        assert np.array_equal(fed, trained)
+    assert transcript.answer == "yes"
+    assert transcript.trigger == ("VISTA3D", "organs")
+    assert transcript.trigger_text == called
+    assert "liver 720" in transcript.expert_text
+    assert np.array_equal(transcript.overlay, rendered.images[1])
+    assert [turn.role for turn in transcript.turns] == ["user", "assistant", "expert", "assistant"]
+
+
+def test_without_experts_the_prompt_is_that_of_training_without(tokenizer, image):
+    turns = (Turn("user", f"<image>\n{QUESTION}"), Turn("assistant", trigger(), True))
+    encoded = encode_conversation(tokenizer, CHATML, turns, PER_IMAGE)
+    session, (transcript,) = ask(tokenizer, [[trigger()]], [query(image)], None)
+    assert session.tokens[0] == encoded.tokens.tolist()[: -len(tokenizer.encode("\n")) - 1]
+    assert transcript.answer == trigger() and transcript.trigger is None
+    assert "available expert models" not in transcript.prompt
+
+
+def test_rows_go_their_own_ways(tokenizer, store, image):
+    script = [[trigger(), "yes"], ["no", "unused"], [trigger("CXR", ""), "no"]]
+    queries = [query(image), query(image, question="Which plane?"), query(image, axis=None, index=None)]
+    session, transcripts = ask(tokenizer, script, queries, agent_lib.AnnotationProvider(store))
+    assert [t.answer for t in transcripts] == ["yes", "no", "no"]
+    assert [t.trigger for t in transcripts] == [("VISTA3D", "organs"), None, ("CXR", "")]
+    assert session.asked[1][2] == (True, False, True)
+    assert "pneumonia: yes (0.90)" in transcripts[2].expert_text
+    assert transcripts[2].overlay is None
+
+
+@pytest.mark.parametrize(
+    ("called", "changes", "reason"),
+    [
+        (("NOBODY", "x"), {}, "no expert NOBODY"),
+        (("VISTA3D", "feet"), {}, "does not take the argument 'feet'"),
+        (("BRAINSEG", ""), {}, "no stored result"),
+        (("VISTA3D", "organs"), {"input_key": "cd" * 32}, "no stored result"),
+        (("VISTA3D", "organs"), {"axis": None, "index": None}, "does not fit this image"),
+        (("VISTA3D", "organs"), {"index": 99}, "does not fit this image"),
+        (("VISTA3D", "organs"), {"image": None}, "about no image"),
+    ],
+)
+def test_a_failed_call_is_an_ordinary_turn(tokenizer, store, image, called, changes, reason):
+    script = [[trigger(*called), "I cannot tell"]]
+    asked = query(**{"image": image, **changes})
+    _, (transcript,) = ask(tokenizer, script, [asked], agent_lib.AnnotationProvider(store))
+    assert transcript.annotation.status == "failed" and reason in transcript.annotation.reason
+    assert "could not analyse" in transcript.expert_text and QUESTION in transcript.expert_text
+    assert transcript.answer == "I cannot tell"
+
+
+def test_experts_are_asked_at_most_as_often_as_allowed(tokenizer, store, image):
+    script = [[trigger(), trigger(), trigger()]]
+    _, (once,) = ask(tokenizer, script, [query(image)], agent_lib.AnnotationProvider(store))
+    assert [t.role for t in once.turns].count("expert") == 1 and once.answer == trigger()
+    _, (twice,) = ask(tokenizer, script, [query(image)], agent_lib.AnnotationProvider(store), max_rounds=2)
+    assert [t.role for t in twice.turns].count("expert") == 2
+    _, (never,) = ask(tokenizer, script, [query(image)], agent_lib.AnnotationProvider(store), max_rounds=0)
+    assert [t.role for t in never.turns] == ["user", "assistant"]
+
+
+def test_falsified_experts_say_something_else(tokenizer, store, image):
+    script = [[trigger(), "yes"]]
+    _, (true,) = ask(tokenizer, script, [query(image)], agent_lib.AnnotationProvider(store))
+    _, (false,) = ask(tokenizer, script, [query(image)], agent_lib.AnnotationProvider(store, falsify_seed=0))
+    assert "liver" in true.expert_text.split("Use this")[0]
+    assert "liver" not in false.expert_text.split("Use this")[0]
+    assert false.annotation.version != true.annotation.version
+
+
+def test_an_image_marker_in_a_question_is_refused(tokenizer, image):
+    with pytest.raises(UserError, match="holds <image>"):
+        ask(tokenizer, [["yes"]], [query(image, question="What is <image>?")], None)
+
+
+def test_experts_without_cards_are_refused(tokenizer, store):
+    with pytest.raises(UserError, match="no cards"):
+        agent_lib.Agent(
+            ScriptedGenerator(tokenizer, [[]]), CHATML, provider=agent_lib.AnnotationProvider(store)
+        )
+
+
+def test_a_real_model_holds_a_dialogue(model_config, params, tokenizer, store, image):
+    generator = Generator(model_config, params, tokenizer, max_length=512, batch_size=2)
+    agent = agent_lib.Agent(generator, CHATML, cards=CARDS, provider=agent_lib.AnnotationProvider(store))
+    queries = [query(image), query(None)]
+    transcripts = agent.run(queries, max_new_tokens=5)
+    assert [t.turns[0].role for t in transcripts] == ["user", "user"]
+    assert agent.run(queries, max_new_tokens=5)[0].answer == transcripts[0].answer

@@ -195,8 +195,11 @@ def _existing(out: epath.Path, identity: dict[str, Any]) -> dict[str, Any] | Non
 
 def _source_digest(source: epath.Path) -> str:
     """Of the index and of every file the build reads."""
-    files = [source / INDEX_NAME, asset(source, quickstart.REPORTS_ASSET)]
-    for sample in read_samples(source):
+    samples = read_samples(source)
+    files = [source / INDEX_NAME]
+    if any(sample.origin != quickstart.GENERATED for sample in samples):
+        files.append(asset(source, quickstart.REPORTS_ASSET))
+    for sample in samples:
         for path in (sample.path, sample.label_map):
             if path is not None:
                 files += sorted(path.iterdir()) if path.is_dir() else [path]

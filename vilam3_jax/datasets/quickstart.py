@@ -22,7 +22,7 @@ from vilam3_jax.data.images import encode_png, image_content_key, load_film
 from vilam3_jax.datasets import captions as wording
 from vilam3_jax.datasets.films import film_facts, film_variant
 from vilam3_jax.datasets.questions import Facts, Question, QuestionMaker, dialogue_turns
-from vilam3_jax.datasets.reports import read_reports
+from vilam3_jax.datasets.reports import Report, generated_reports, read_reports
 from vilam3_jax.datasets.samples import Sample, asset, read_samples
 from vilam3_jax.datasets.slices import BRAIN_EXPERT, MIN_PIXELS, PLANE_OF_AXIS, LabelledVolume
 from vilam3_jax.errors import UserError
@@ -31,6 +31,7 @@ VERSION = 1
 DATASETS = ("pairs", "captions", "reports", "instruct")
 SPLITS = ("train", "heldout")
 REPORTS_ASSET = "iu_reports"
+GENERATED = "generated"  # the origin of phantoms
 
 # Public samples need no secret: the salt keeps the key from being read as the subject's name.
 _PATIENT_SALT = b"vilam3 quickstart"
@@ -46,7 +47,7 @@ _TRAIN_GROUPS = frozenset(
 _SAME_HEADS = {"nibabel-anatomy": "mni152"}
 _HELD_OUT_FILMS = 0.6  # of the patients of a class: two classes of eight give ten clusters
 _HELD_OUT_REPORTS = 0.1
-# Slices of one sample in which the brain surely is, or surely is not, looked up by eye: (plane, slices, answer).
+# Slices of one sample in which the brain surely is, or surely is not, by eye: (plane, slices, answer).
 _READ_BY_EYE: Mapping[str, tuple[tuple[str, range, bool], ...]] = {
     "pyradiomics_brain1": (("axial", range(0, 2), False), ("axial", range(3, 23), True)),
     "pyradiomics_brain2": (("axial", range(0, 1), False), ("axial", range(3, 21), True)),
@@ -122,8 +123,9 @@ class Build:
           out: where the images go.
           size: how much to make.
           seed: of every choice; the same seed gives the same records.
-          annotations: if given, training scans of heads without a reference mask get brain questions labelled from
-            the brain expert's own record (`label_source` says so). Held-out labels never come from an expert.
+          annotations: if given, training scans of heads without a reference mask get brain questions labelled
+            from the brain expert's own record (`label_source` says so). Held-out labels never come from an
+            expert.
 
         Raises:
           UserError: the samples cannot be read.
@@ -291,9 +293,7 @@ class Build:
         }
 
     def _reports(self) -> Iterator[tuple[str, str, Example]]:
-        path = asset(self.source, REPORTS_ASSET)
-        reports, left_out = read_reports(path)
-        self.left_out += left_out
+        reports, origin = self._report_texts()
         self._rng("reports").shuffle(reports)
         held_out = max(1, round(min(len(reports), self.size.reports) * _HELD_OUT_REPORTS))
         parts = {"heldout": reports[:held_out], "train": reports[held_out:][: self.size.reports]}
@@ -308,10 +308,18 @@ class Build:
                     "patient": hashed(report.id),
                     "group": hashed(report.id),
                     "licence": report.licence,
-                    "origin": "Indiana University chest X-ray collection",
+                    "origin": origin,
                 }
                 turns = (Turn("assistant", report.text, True),)
                 yield "reports", split, Example(f"reports/{report.id}", "document", (), turns, (), meta)
+
+    def _report_texts(self) -> tuple[list[Report], str]:
+        if all(sample.origin == GENERATED for sample in self.samples):
+            # Phantoms come without texts, and real ones would need the network.
+            return generated_reports(self.size.reports * 2, self._rng("report texts")), GENERATED
+        reports, left_out = read_reports(asset(self.source, REPORTS_ASSET))
+        self.left_out += left_out
+        return reports, "Indiana University chest X-ray collection"
 
     def _write(self, path: str, data: bytes) -> None:
         target = self.out / path
@@ -372,16 +380,16 @@ def _from_record(facts: Facts, record: tuple[list[np.ndarray], float], axis: int
 def assign_splits(samples: Iterable[Sample], seed: int) -> dict[str, str]:
     """Decides for every split group, as a whole, on which side it is.
 
-    Films of one class are drawn, most of them held out, so that intervals over patients exist. Volumes are few:
-    the known ones have a fixed side, of others every second group with the same kind, region and label source is
-    held out.
+    Films of one class are drawn, most of them held out, so that intervals over patients exist. Volumes are
+    few: the known ones have a fixed side, of others every second group with the same kind, region and label
+    source is held out.
 
     Args:
       samples: all samples.
       seed: of the draw.
 
     Returns:
-      split group -> `train` or `heldout`; a group that is alone in its stratum trains.
+      split group -> `train` or `heldout`; a group that has no other to be drawn with trains.
     """
     strata: dict[str, tuple] = {}
     for sample in samples:
@@ -393,6 +401,9 @@ def assign_splits(samples: Iterable[Sample], seed: int) -> dict[str, str]:
     members: dict[tuple, list[str]] = {}
     for group, stratum in sorted(strata.items()):
         members.setdefault(stratum, []).append(group)
+    for stratum in [s for s, groups in members.items() if s[0] == "film" and len(groups) == 1]:
+        # Alone in its class: drawn together with the others of its region that are.
+        members.setdefault((*stratum[:2], "alone", ""), []).extend(members.pop(stratum))
     out: dict[str, str] = {}
     for stratum, groups in sorted(members.items()):
         fixed = [g for g in groups if g in _HELD_OUT_GROUPS | _TRAIN_GROUPS]

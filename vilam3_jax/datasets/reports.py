@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import io
+import random
 import re
 import tarfile
 import xml.parsers.expat
@@ -168,6 +169,33 @@ def read_reports(
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise UserError(f"{path}: cannot be unpacked ({error}); fetch it again") from error
     return [reports[key] for key in sorted(reports)], left_out
+
+
+_GENERATED = {
+    "findings": (
+        "The heart is {size}.",
+        "The lungs are {air}.",
+        "There is {effusion} pleural effusion.",
+        "There is no pneumothorax.",
+        "The bony structures are intact.",
+    ),
+    "size": ("of normal size", "mildly enlarged", "enlarged"),
+    "air": ("clear", "hypoinflated", "well expanded"),
+    "effusion": ("no", "a small left", "a small right"),
+}
+
+
+def generated_reports(count: int, rng: random.Random) -> list[Report]:
+    """Made-up reports in the form of the real ones, for phantoms: their text stands for no image."""
+    reports = []
+    for number in range(count):
+        chosen = {key: rng.choice(_GENERATED[key]) for key in ("size", "air", "effusion")}
+        sentences = [sentence.format(**chosen) for sentence in _GENERATED["findings"]]
+        rng.shuffle(sentences)
+        normal = chosen == {key: _GENERATED[key][0] for key in chosen}
+        impression = "No acute disease." if normal else "Changes as described, no acute disease."
+        reports.append(Report(f"generated-{number:05d}", " ".join(sentences), impression, "generated"))
+    return reports
 
 
 def _unusable(report: Report, known: dict[str, Report], max_masked: float, min_words: int) -> str | None:

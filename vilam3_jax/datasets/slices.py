@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 
 import numpy as np
@@ -20,6 +21,7 @@ _POSITIONS = (
     ("lower third", "middle", "upper third"),
 )
 MIN_PIXELS = 20  # a structure with fewer pixels, and with some, is doubtful: nobody asks about it
+_MIN_BRAIN_MM2 = 400.0  # brain masks are generous at the rim of the skull
 _MIN_SIDE = 32
 _MAX_ANISOTROPY = 2.0
 _MIN_BODY = 0.25  # of the fullest slice of the same plane
@@ -88,7 +90,7 @@ def pick(candidates: list[int], count: int, rng: random.Random) -> list[int]:
     if len(candidates) <= count:
         return list(candidates)
     edges = np.linspace(0, len(candidates), count + 1).astype(int)
-    return [candidates[rng.randrange(a, b)] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [candidates[rng.randrange(a, b)] for a, b in itertools.pairwise(edges)]
 
 
 @dataclasses.dataclass
@@ -98,7 +100,8 @@ class LabelledVolume:
     Attributes:
       sample: where it comes from.
       volume: the scan.
-      pixels: per axis, name -> [n] labelled pixels in every slice. Names known to be absent are there, all zero.
+      pixels: per axis, name -> [n] labelled pixels in every slice. Names known to be absent are there, all
+        zero.
       volumes_ml: name -> ml in the whole scan.
     """
 
@@ -141,8 +144,8 @@ class LabelledVolume:
         """Picks (axis, index) pairs.
 
         Args:
-          count: slices per plane; twice as many of a scan that is good for one plane only. Half of them show the
-            tumour, or the brain of a masked head, and half do not, as far as the scan has such slices.
+          count: slices per plane; twice as many of a scan that is good for one plane only. Half of them show
+            the tumour, or the brain of a masked head, and half do not, as far as the scan has such slices.
           rng: source of the choice.
         """
         axes = usable_axes(self.volume.voxels.shape, self.volume.spacing)
@@ -178,11 +181,18 @@ class LabelledVolume:
             return None
         return bool(counts[index])
 
+    def least_pixels(self, name: str, axis: int) -> int:
+        """How many pixels make a structure visible in a slice along `axis`."""
+        if name != "brain":
+            return MIN_PIXELS
+        pixel = np.delete(self.volume.spacing, axis).prod()
+        return max(MIN_PIXELS, int(np.ceil(_MIN_BRAIN_MM2 / pixel)))
+
     def visible(self, axis: int, index: int) -> dict[str, bool]:
-        """Name -> visible in the slice; names with 1 to `MIN_PIXELS` - 1 pixels are left out."""
+        """Name -> visible in the slice; left out with some pixels, but fewer than `least_pixels`."""
         out = {}
         for name, counts in self.pixels[axis].items():
-            if counts[index] == 0 or counts[index] >= MIN_PIXELS:
+            if counts[index] == 0 or counts[index] >= self.least_pixels(name, axis):
                 out[name] = bool(counts[index])
         return out
 
@@ -202,10 +212,7 @@ class LabelledVolume:
             position=_POSITIONS[axis][3 * index // self.volume.voxels.shape[axis]],
         )
         visible = self.visible(axis, index)
-        if sample.kind == "ct":
-            facts = self._ct_facts(visible)
-        else:
-            facts = self._mr_facts(visible)
+        facts = self._ct_facts(visible) if sample.kind == "ct" else self._mr_facts(visible)
         tumor = self.tumor_visible(axis, index)
         if tumor is not None:
             facts |= {"tumor": tumor, "tumor_source": sample.label_source or ""}

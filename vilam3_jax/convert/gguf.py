@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from vilam3_jax.convert.sources import Source, llama_rules
+from vilam3_jax.convert.sources import Source, layer_count, llama_rules, whole
 from vilam3_jax.data.tokenizer import Tokenizer, digit_byte_level
 from vilam3_jax.errors import UserError
 
@@ -76,7 +76,7 @@ class GgufFile:
         architecture = self.get("general.architecture", "")
         if architecture != "llama":
             raise UserError(f"{path}: architecture {architecture!r} is not supported, only 'llama' is")
-        if int(self.get("split.count", 1)) > 1:
+        if self.get("split.count", 0) not in (0, 1):
             raise UserError(f"{path}: one of several parts; join them with `llama-gguf-split --merge` first")
         self._tensors = {_hugging_face_name(tensor.name): tensor for tensor in self._reader.tensors}
         # GGUF lists the fastest axis first, numpy last.
@@ -101,6 +101,17 @@ class GgufFile:
         except _DAMAGE as error:
             raise UserError(f"{self.path}: {key} is damaged ({_line(error)}); download it again") from error
 
+    def whole(self, key: str, default: int | None = None) -> int:
+        """Returns a positive size, with the errors of `get`."""
+        return whole(self.get(key, default), f"{self.path}: {key}")
+
+    def strings(self, key: str) -> list[str]:
+        """Returns a list of strings, with the errors of `get`."""
+        value = self.get(key)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise UserError(f"{self.path}: {key} is not a list of strings; damaged, download it again")
+        return value
+
     def __contains__(self, key: str) -> bool:
         return key in self._reader.fields
 
@@ -119,10 +130,17 @@ class GgufFile:
                 "dequantised; take another quantisation (Q4_0 ... Q8_0, K-quants, F16, BF16)"
             ) from error
         if name.endswith("self_attn.q_proj.weight"):
-            return unpermute(values, int(self.get("llama.attention.head_count")))
-        if name.endswith("self_attn.k_proj.weight"):
-            return unpermute(values, _kv_heads(self))
-        return values
+            heads = self.whole("llama.attention.head_count")
+        elif name.endswith("self_attn.k_proj.weight"):
+            heads = _kv_heads(self)
+        else:
+            return values
+        if len(values) % (2 * heads):
+            raise UserError(
+                f"{self.path}: {tensor.name} has {len(values)} rows, which {heads} heads cannot share; damaged, "
+                "download it again"
+            )
+        return unpermute(values, heads)
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -169,29 +187,34 @@ def open_gguf(path: Path) -> Source:
 def _llm_config(file: GgufFile, tie: bool) -> dict[str, Any]:
     if file.get("llama.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in file.shapes:
         raise UserError(f"{file.path}: uses rope scaling (Llama 3.1 and later), which is not supported")
-    if int(file.get("llama.expert_count", 0)) > 0:
+    if file.get("llama.expert_count", 0) != 0:
         raise UserError(f"{file.path}: a mixture of experts, which is not supported")
-    heads = int(file.get("llama.attention.head_count"))
-    hidden = int(file.get("llama.embedding_length"))
-    if heads <= 0 or hidden <= 0:
-        raise UserError(f"{file.path}: {heads} heads of width {hidden}; damaged, download it again")
-    head_dim = int(file.get("llama.attention.key_length", hidden // heads))
-    if int(file.get("llama.rope.dimension_count", head_dim)) != head_dim:
+    heads = file.whole("llama.attention.head_count")
+    hidden = file.whole("llama.embedding_length")
+    head_dim = file.whole("llama.attention.key_length", hidden // heads)
+    if file.whole("llama.rope.dimension_count", head_dim) != head_dim:
         raise UserError(f"{file.path}: rotates only a part of each head, which is not supported")
     # The embedding, not llama.vocab_size (often absent), says how many rows there are.
-    vocab_size = file.shapes.get("model.embed_tokens.weight", (0,))[0]
+    embedding = file.shapes.get("model.embed_tokens.weight", (0,))
+    try:
+        theta = float(file.get("llama.rope.freq_base", 10_000.0))
+        # The file holds float32; the shortest decimal that rounds to it is what was meant (1e-05).
+        epsilon = float(str(np.float32(file.get("llama.attention.layer_norm_rms_epsilon"))))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file.path}: a setting is damaged ({_line(error)}); download it again") from error
     return {
         "type": "llama",
-        "vocab_size": vocab_size,
+        "vocab_size": whole(embedding[0], f"{file.path}: rows of token_embd.weight"),
         "hidden_size": hidden,
-        "num_layers": int(file.get("llama.block_count")),
+        "num_layers": layer_count(
+            file.get("llama.block_count"), file.shapes, f"{file.path}: llama.block_count"
+        ),
         "num_heads": heads,
         "num_kv_heads": _kv_heads(file),
         "head_dim": head_dim,
-        "mlp_dim": int(file.get("llama.feed_forward_length")),
-        "rope_theta": float(file.get("llama.rope.freq_base", 10_000.0)),
-        # The file holds float32; the shortest decimal that rounds to it is what was meant (1e-05).
-        "norm_eps": float(str(np.float32(file.get("llama.attention.layer_norm_rms_epsilon")))),
+        "mlp_dim": file.whole("llama.feed_forward_length"),
+        "rope_theta": theta,
+        "norm_eps": epsilon,
         "tie_embeddings": tie,
         "lora_rank": 0,
         "lora_alpha": 16.0,
@@ -200,12 +223,12 @@ def _llm_config(file: GgufFile, tie: bool) -> dict[str, Any]:
 
 
 def _kv_heads(file: GgufFile) -> int:
-    value = file.get("llama.attention.head_count_kv", file.get("llama.attention.head_count"))
-    if isinstance(value, list):
+    key = "llama.attention.head_count_kv"
+    if isinstance(file.get(key, 0), list):
         raise UserError(
             f"{file.path}: another number of key-value heads in each layer, which is not supported"
         )
-    return int(value)
+    return file.whole(key, file.whole("llama.attention.head_count"))
 
 
 def gguf_tokenizer(file: GgufFile) -> Tokenizer:
@@ -224,11 +247,12 @@ def gguf_tokenizer(file: GgufFile) -> Tokenizer:
     pre = file.get("tokenizer.ggml.pre", "default")
     if pre not in ("smollm", "gpt-2", "llama-bpe"):
         raise UserError(f"{file.path}: pre-tokenizer {pre!r} is not supported; {hint}")
-    tokens: list[str] = file.get("tokenizer.ggml.tokens")
-    types: list[int] = file.get("tokenizer.ggml.token_type")
-    merges = [tuple(merge.split(" ")) for merge in file.get("tokenizer.ggml.merges")]
+    tokens = file.strings("tokenizer.ggml.tokens")
+    types = file.get("tokenizer.ggml.token_type")
+    cut = (merge.partition(" ") for merge in file.strings("tokenizer.ggml.merges"))
+    merges = [(left, right) for left, _, right in cut]
     vocab = {token: index for index, token in enumerate(tokens)}
-    if len(types) != len(tokens) or len(vocab) != len(tokens):
+    if not isinstance(types, list) or len(types) != len(tokens) or len(vocab) != len(tokens):
         raise UserError(f"{file.path}: token lists do not fit each other; damaged, download it again")
     try:
         built = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
@@ -279,9 +303,11 @@ def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
 def _token_id(file: GgufFile, key: str, size: int) -> int | None:
     if key not in file:
         return None
-    index = int(file.get(key))
-    if not 0 <= index < size:
-        raise UserError(f"{file.path}: {key}={index} is outside the vocabulary of {size}; download it again")
+    index = file.get(key)
+    if not isinstance(index, int) or not 0 <= index < size:
+        raise UserError(
+            f"{file.path}: {key}={index!r} is outside the vocabulary of {size}; download it again"
+        )
     return index
 
 

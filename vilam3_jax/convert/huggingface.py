@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from vilam3_jax.convert.sources import Source, llama_rules, siglip_rules
+from vilam3_jax.convert.sources import Source, layer_count, llama_rules, siglip_rules, whole
 from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import read_bytes
@@ -126,8 +126,9 @@ def open_llama(folder: Path) -> Source:
     """
     config_file = folder / "config.json"
     values = read_config(config_file)
-    llm = llama_config(values, config_file)
     weights = SafetensorsFolder(folder)
+    llm = llama_config(values, config_file)
+    layer_count(llm["num_layers"], weights.shapes, f"{config_file}: num_hidden_layers")
     has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
     unused = {
         name: "recomputed from rope_theta" for name in weights.shapes if name.endswith("rotary_emb.inv_freq")
@@ -179,18 +180,17 @@ def llama_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
             )
     heads = _positive(values, "num_attention_heads", where)
     hidden = _positive(values, "hidden_size", where)
-    kv_heads = values.get("num_key_value_heads")
     return {
         "type": "llama",
         "vocab_size": _positive(values, "vocab_size", where),
         "hidden_size": hidden,
         "num_layers": _positive(values, "num_hidden_layers", where),
         "num_heads": heads,
-        "num_kv_heads": heads if kv_heads is None else int(kv_heads),
-        "head_dim": int(values.get("head_dim") or hidden // heads),
+        "num_kv_heads": _positive(values, "num_key_value_heads", where, heads),
+        "head_dim": _positive(values, "head_dim", where, hidden // heads),
         "mlp_dim": _positive(values, "intermediate_size", where),
-        "rope_theta": float(values.get("rope_theta", rope.get("rope_theta", 10_000.0))),
-        "norm_eps": float(values.get("rms_norm_eps", 1e-6)),
+        "rope_theta": _number({**rope, **values}, "rope_theta", where, 10_000.0),
+        "norm_eps": _number(values, "rms_norm_eps", where, 1e-6),
         "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
         "lora_rank": 0,
         "lora_alpha": 16.0,
@@ -214,8 +214,10 @@ def open_siglip(folder: Path) -> Source:
     if vision.get("num_channels", 3) != 3:
         raise UserError(f"{config_file}: num_channels={vision['num_channels']} is not supported, only 3 is")
     # Folders on the hub leave out what equals transformers' defaults, which are the base model's.
-    layers = int(vision.get("num_hidden_layers", 12))
     weights = SafetensorsFolder(folder)
+    layers = layer_count(
+        vision.get("num_hidden_layers", 12), weights.shapes, f"{config_file}: num_hidden_layers"
+    )
     first = "embeddings.patch_embedding.weight"
     prefixes = [name.removesuffix(first) for name in weights.shapes if name.endswith(first)]
     if len(prefixes) != 1:
@@ -225,18 +227,17 @@ def open_siglip(folder: Path) -> Source:
     # transformers pools by default; a folder without the head says so or simply lacks it.
     with_head = f"{prefixes[0]}head.probe" in weights.shapes
     outside = [name for name in weights.shapes if name.startswith(("text_model.", "logit_"))]
-    size = int(vision.get("image_size", 224))
     return Source(
         component="vision_tower",
         config={
             "type": "siglip",
-            "image_size": size,
-            "patch_size": int(vision.get("patch_size", 16)),
-            "hidden_size": int(vision.get("hidden_size", 768)),
+            "image_size": _positive(vision, "image_size", config_file, 224),
+            "patch_size": _positive(vision, "patch_size", config_file, 16),
+            "hidden_size": _positive(vision, "hidden_size", config_file, 768),
             "num_layers": layers,
-            "num_heads": int(vision.get("num_attention_heads", 12)),
-            "mlp_dim": int(vision.get("intermediate_size", 3072)),
-            "norm_eps": float(vision.get("layer_norm_eps", 1e-6)),
+            "num_heads": _positive(vision, "num_attention_heads", config_file, 12),
+            "mlp_dim": _positive(vision, "intermediate_size", config_file, 3072),
+            "norm_eps": _number(vision, "layer_norm_eps", config_file, 1e-6),
             "select_layer": -2,
         },
         tensors=weights.shapes,
@@ -252,11 +253,16 @@ def open_siglip(folder: Path) -> Source:
     )
 
 
-def _positive(values: Mapping[str, Any], key: str, where: Path) -> int:
+def _positive(values: Mapping[str, Any], key: str, where: Path, default: int | None = None) -> int:
     value = values.get(key)
-    if not isinstance(value, int) or value <= 0:
+    return whole(default if value is None else value, f"{where}: {key}")
+
+
+def _number(values: Mapping[str, Any], key: str, where: Path, default: float) -> float:
+    value = values.get(key, default)
+    if not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise UserError(f"{where}: {key} is {value!r}, a positive number was expected; download it again")
-    return value
+    return float(value)
 
 
 def _inside(folder: Path, name: str) -> Path:

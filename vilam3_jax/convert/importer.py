@@ -150,17 +150,19 @@ def fill(source: Source, dtype: Any = np.float32, progress: Progress = iter) -> 
     _check_coverage(source, expected)
     params: dict[str, np.ndarray] = {}
     for rule in progress(source.rules):
-        result = np.empty(expected[rule.target], dtype)
-        if rule.stacked and len(rule.sources) != len(result):
-            raise UserError(f"{rule.target}: {len(result)} layers, but the source has {len(rule.sources)}")
+        shape = expected[rule.target]
         for index, name in enumerate(rule.sources):
-            place = result[index] if rule.stacked else result
             tensor = rule.transform(source.reader(name))
-            if tensor.shape != place.shape:
+            needed = shape[1:] if rule.stacked else shape
+            if tensor.shape != needed:
                 raise UserError(
                     f"{source.files[-1]}: {name} gives shape {tensor.shape}, but {rule.target} needs "
-                    f"{place.shape}; config and weights are of different models"
+                    f"{needed}; config and weights are of different models"
                 )
+            # Only now, so that a config that lies cannot make us ask for absurd memory.
+            if rule.target not in params:
+                params[rule.target] = np.empty(shape, dtype)
+            place = params[rule.target][index] if rule.stacked else params[rule.target]
             # Beyond the range of the new dtype means infinite: the check below reports it.
             with np.errstate(over="ignore"):
                 place[...] = tensor
@@ -169,7 +171,6 @@ def fill(source: Source, dtype: Any = np.float32, progress: Progress = iter) -> 
                     f"{source.files[-1]}: {name} holds values that are not finite as {np.dtype(dtype)}; "
                     "the file is damaged, download it again"
                 )
-        params[rule.target] = result
     return params
 
 
@@ -262,7 +263,8 @@ def _check_coverage(source: Source, expected: Mapping[str, tuple[int, ...]]) -> 
 
 
 def _names(names: set[str]) -> str:
-    shown = sorted(names)[:_NAMES_SHOWN]
+    # A damaged file may name its tensors with line breaks or terminal codes.
+    shown = [name if name.isprintable() else repr(name) for name in sorted(names)[:_NAMES_SHOWN]]
     more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
     return (", ".join(shown) or "none") + more
 

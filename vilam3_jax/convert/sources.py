@@ -10,6 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from vilam3_jax.data.tokenizer import Tokenizer
+from vilam3_jax.errors import UserError
+
+_LARGEST_SIZE = 1 << 24
 
 Transform = Callable[[np.ndarray], np.ndarray]
 
@@ -63,6 +66,27 @@ class Source:
     licence: dict[str, str] = field(default_factory=dict)
     dtypes: tuple[str, ...] = ()
     tokenizer: Callable[[], Tokenizer] | None = None
+
+
+def whole(value: Any, what: str) -> int:
+    """Checks a size that a file states.
+
+    Raises:
+      UserError: not a positive number, or absurdly large; names `what`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 < value <= _LARGEST_SIZE:
+        raise UserError(
+            f"{what} is {value!r}, a positive size was expected; the file is damaged, download it again"
+        )
+    return int(value)
+
+
+def layer_count(value: Any, tensors: Mapping[str, Any], what: str) -> int:
+    """`whole` for a number of layers, each of which has at least one tensor."""
+    count = whole(value, what)
+    if count > len(tensors):
+        raise UserError(f"{what} is {count}, but there are only {len(tensors)} tensors; download it again")
+    return count
 
 
 def keep(tensor: np.ndarray) -> np.ndarray:

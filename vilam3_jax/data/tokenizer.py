@@ -321,11 +321,8 @@ def train_bpe(
         show_progress=False,
     )
     built.train_from_iterator(texts, trainer)
-    ids = {
-        role: built.token_to_id(token)
-        for role, token in zip(("pad", "bos", "eos"), special_tokens, strict=False)
-    }
-    result = Tokenizer(built.to_str(), eos_id=ids["eos"], bos_id=ids["bos"], pad_id=ids["pad"])
+    # The trainer numbers the special tokens first, in their order.
+    result = Tokenizer(built.to_str(), pad_id=0, bos_id=1, eos_id=2)
     result.save(out_dir)
     return load_tokenizer(out_dir)
 

@@ -137,7 +137,7 @@ class GgufFile:
             return values
         if len(values) % (2 * heads):
             raise UserError(
-                f"{self.path}: {tensor.name} has {len(values)} rows, which {heads} heads cannot share; damaged, "
+                f"{self.path}: {tensor.name} has {len(values)} rows for {heads} heads; damaged, "
                 "download it again"
             )
         return unpermute(values, heads)

@@ -1,0 +1,136 @@
+"""Imports of what transformers saved: the same logits, features and token ids as transformers computes."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from ml_collections import ConfigDict
+
+from vilam3_jax import compat
+from vilam3_jax.convert.importer import fill, open_source
+from vilam3_jax.models import trees
+from vilam3_jax.models.llama import Llama
+from vilam3_jax.models.siglip import SiglipVision
+
+SETTINGS = dict(dtype="float32", param_dtype="float32", remat="none")
+
+
+def build(family, source):
+    """The imported model of one component."""
+    graphdef, _ = compat.split(
+        nnx.eval_shape(lambda: family(ConfigDict(source.config), rngs=nnx.Rngs(0), **SETTINGS))
+    )
+    params = trees.unflatten({name: jnp.asarray(value) for name, value in fill(source).items()})
+    return compat.merge(graphdef, params[source.component])
+
+
+def llama_logits(source, tokens):
+    """Float32 [B, L, V] of the imported model; every row is one segment."""
+    model = build(Llama, source)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(model.logits(model(model.embed(tokens), jnp.ones_like(tokens), positions)))
+
+
+def check_logits(source, reference):
+    tokens = np.random.default_rng(0).integers(0, source.config["vocab_size"], (2, 40)).astype(np.int32)
+    with torch.no_grad():
+        expected = reference.eval()(torch.from_numpy(tokens).long()).logits.numpy()
+    actual = llama_logits(source, tokens)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=2e-5)
+    np.testing.assert_array_equal(actual.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
+def test_llama_saved_by_transformers(tmp_path, tied, shard_size):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        rope_parameters={"rope_theta": 500.0, "rope_type": "default"},
+        rms_norm_eps=1e-3,
+        initializer_range=0.3,
+        tie_word_embeddings=tied,
+    )
+    reference = transformers.LlamaForCausalLM(config)
+    reference.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert (tmp_path / "model.safetensors").exists() == (shard_size == "5GB")
+    check_logits(open_source(tmp_path), reference)
+
+
+def test_siglip_saved_by_transformers(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.SiglipVisionConfig(
+        hidden_size=48,
+        intermediate_size=72,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+        layer_norm_eps=1e-3,
+    )
+    reference = transformers.SiglipVisionModel(config).eval()
+    for parameter in reference.parameters():  # fresh biases are zero and would hide a mix-up
+        torch.nn.init.normal_(parameter, std=0.3)
+    reference.save_pretrained(tmp_path)
+    model = build(SiglipVision, open_source(tmp_path))
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    pixels = torch.from_numpy((images / 127.5 - 1).astype(np.float32).transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        expected = reference(pixels, output_hidden_states=True)
+    with jax.default_matmul_precision("highest"):
+        features, pooled = model.features(images), model.pooled(images)
+    np.testing.assert_allclose(features, expected.hidden_states[-2].numpy(), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(pooled, expected.pooler_output.numpy(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "convert")
+        foreign = importlib.import_module("foreign")
+        weights = {name: value * 0.3 for name, value in foreign.llama_weights().items()}
+        return foreign.write_gguf(tmp_path_factory.mktemp("gguf") / "model.gguf", weights)
+
+
+def test_gguf_read_by_transformers(gguf_file):
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32
+    )
+    check_logits(open_source(gguf_file), reference)
+
+
+def test_gguf_tokenizer_read_by_transformers(gguf_file):
+    theirs = transformers.AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    ours = open_source(gguf_file).tokenizer()
+    texts = [
+        "There is a moderate left pleural effusion, 12345 ml (3.14 cm x 2).",
+        "<|im_start|>user\nWhat's this?<|im_end|>\n<|im_start|>assistant\n",
+        "naïve café 日本語 🫁\t\ttabs\r\n\r\nlines   spaces  ",
+        "don't I'll we've a1b2c3 2024-11-21 <|endoftext|>",
+        "",
+    ]
+    for text in texts:
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text, allow_special=True) == ids
+        assert ours.decode(ids, skip_special=False) == theirs.decode(ids)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (
+        theirs.bos_token_id,
+        theirs.eos_token_id,
+        theirs.pad_token_id,
+    )
+    # Where transformers departs from the original: it does not know of SmolLM2's own split.
+    assert ours.encode("  7") != theirs.encode("  7", add_special_tokens=False)

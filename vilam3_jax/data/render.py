@@ -127,7 +127,7 @@ def trigger_turn(card: Card, args: str) -> Turn:
 
 def question_of(turn: Turn) -> str:
     """A user turn's text without image markers, as the expert's turn repeats it."""
-    return re.sub(rf"[ ]?{IMAGE_MARKER}[ \n]?", "", turn.text).strip()
+    return re.sub(rf" ?{IMAGE_MARKER}", "", turn.text).strip()
 
 
 class Renderer:

@@ -1,0 +1,394 @@
+"""The loader: exact resume, honest mixtures, finite evaluation, and bad records that end nothing."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from data_worlds import (
+    TOKENS_PER_IMAGE,
+    annotate,
+    config,
+    ct_annotation,
+    ct_example,
+    ct_volume,
+    film,
+    pair,
+    picture,
+    report,
+    tokenizer,
+    write,
+)
+
+from vilam3_jax.data import loader as loader_lib
+from vilam3_jax.data.examples import Example, ImageRef, Turn
+from vilam3_jax.data.loader import build_loader
+from vilam3_jax.errors import UserError
+
+KEYS = {
+    "tokens",
+    "segment_ids",
+    "positions",
+    "loss_weights",
+    "images",
+    "image_valid",
+    "visual_index",
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    write(folder / "films", [film(i, rng) for i in range(37)])
+    write(folder / "films", [film(100 + i, rng) for i in range(11)], "heldout")
+    write(folder / "reports", [report(i, rng) for i in range(23)])
+    write(folder / "pairs", [pair(i) for i in range(20)])
+    write(folder / "pairs", [pair(i) for i in range(5)], "heldout")
+    return folder
+
+
+def build(cfg, split="train", **settings):
+    return build_loader(cfg, split, tokens_per_image=TOKENS_PER_IMAGE, tokenizer=tokenizer(), **settings)
+
+
+def take(loader, count):
+    batches = list(itertools.islice(loader, count))
+    return batches
+
+
+def same(left, right) -> bool:
+    assert len(left) == len(right)
+    return all(
+        a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def pictures(batch) -> list[int]:
+    return batch["images"][batch["image_valid"]][:, 0, 0, 0].tolist()
+
+
+def test_batch_contract(root) -> None:
+    loader = build(config(root))
+    (batch,) = take(loader, 1)
+    loader.close()
+    assert batch.keys() == KEYS
+    assert all(
+        batch[k].shape == (8, 96)
+        for k in ("tokens", "segment_ids", "positions", "loss_weights", "visual_index")
+    )
+    assert batch["images"].shape == (4, 4, 8, 8, 3) and batch["images"].dtype == np.uint8
+    assert batch["image_valid"].shape == (4, 4) and batch["loss_weights"].dtype == np.float32
+    assert batch["visual_index"].max() < 4 * TOKENS_PER_IMAGE
+    assert (batch["loss_weights"][batch["segment_ids"] == 0] == 0).all() and batch["loss_weights"].any()
+    assert loader.provenance[0]["name"] == "films" and loader.provenance[0]["licences"] == ["CC0"]
+
+
+@pytest.mark.parametrize("shards", [1, 3, 4, 16])
+@pytest.mark.parametrize("cut", [1, 5])
+def test_resume_is_bitwise(root, shards: int, cut: int) -> None:
+    cfg = config(root, (("films", 2.0), ("reports", 1.0)), loader_shards=shards)
+    loader = build(cfg)
+    whole = take(loader, 9)
+    loader.close()
+    first = build(cfg)
+    begun = take(first, cut)
+    state = json.loads(json.dumps(first.get_state()))
+    assert same(begun + take(first, 1), whole[: cut + 1])  # iterating on continues, too
+    first.close()
+    cfg.data.prefetch = 0 if cut == 1 else 7
+    resumed = build(cfg)
+    resumed.set_state(state)
+    assert resumed.get_state() == state
+    assert same(take(resumed, 9 - cut), whole[cut:])
+    resumed.close()
+    assert set(state) == {str(s) for s in range(shards)} and state["0"].keys() == {
+        "next",
+        "pending",
+        "groups",
+        "order",
+    }
+
+
+def test_state_belongs_to_the_batch_returned_last(root) -> None:
+    cfg = config(root, prefetch=6)
+    loader = build(cfg)
+    batches = iter(loader)
+    next(batches)
+    state = loader.get_state()
+    threading.Event().wait(0.3)  # the thread runs ahead meanwhile
+    assert loader.get_state() == state
+    second = next(batches)
+    loader.set_state(state)
+    assert same(take(loader, 1), [second])
+    loader.close()
+
+
+def test_every_record_once_an_epoch_in_another_order(root) -> None:
+    loader = build(config(root, images_per_group=4), "train")
+    seen: list[int] = []
+    for batch in loader:
+        seen += pictures(batch)
+        if len(seen) > 4 * 37:
+            break
+    state = loader.get_state()
+    waiting = sum(len(s["pending"]) for s in state.values())
+    loader.close()
+    counts = collections.Counter(seen)
+    # Whatever waits for a place is at most the samples of the epochs begun.
+    drawn = len(seen) + waiting
+    assert set(counts) == set(range(37)) and max(counts.values()) <= -(-drawn // 37)
+    order = [loader._samples.address(i)[1] for i in range(74)]
+    assert sorted(order[:37]) == sorted(order[37:]) == list(range(37)) and order[:37] != order[37:]
+
+
+def test_mixture_follows_its_weights(root) -> None:
+    loader = build(config(root, (("films", 3.0), ("reports", 1.0))))
+    addresses = [loader._samples.address(i) for i in range(400)]
+    loader.close()
+    assert sum(dataset == 0 for dataset, _ in addresses) == 300
+    assert collections.Counter(r for d, r in addresses if d == 1).most_common(1)[0][1] == 5  # 100 draws of 23
+
+
+def test_seed_changes_the_order(root) -> None:
+    cfg = config(root)
+    batches = []
+    for seed in (0, 0, 1):
+        cfg.seed = seed
+        loader = build(cfg)
+        batches.append(take(loader, 1))
+        loader.close()
+    assert same(batches[0], batches[1]) and not same(batches[0], batches[2])
+
+
+def test_state_of_other_data_is_refused(root) -> None:
+    cfg = config(root)
+    loader = build(cfg)
+    state = loader.get_state()
+    loader.close()
+    cfg.seed = 1
+    other = build(cfg)
+    with pytest.raises(UserError, match="other data"):
+        other.set_state(state)
+    other.close()
+    cfg.seed, cfg.data.loader_shards = 0, 8
+    other = build(cfg)
+    with pytest.raises(UserError, match="shards 0, 1, 2, 3, this run has 8"):
+        other.set_state(state)
+    other.close()
+
+
+def test_processes_take_whole_shards_and_may_change_in_number(root) -> None:
+    cfg = config(root, (("films", 2.0), ("reports", 1.0)))
+    whole = build(cfg)
+    batches = take(whole, 4)
+    parts = [build(cfg, process_index=i, process_count=2) for i in range(2)]
+    halves = [take(part, 2) for part in parts]
+    states = {key: value for part in parts for key, value in part.get_state().items()}
+    for step in range(2):
+        rows = np.concatenate([halves[i][step]["tokens"] for i in range(2)])
+        assert rows.shape == batches[step]["tokens"].shape
+        assert sorted(map(bytes, rows)) == sorted(map(bytes, batches[step]["tokens"]))
+    whole.set_state(states)
+    assert same(take(whole, 2), batches[2:])
+    with pytest.raises(UserError, match="cannot be dealt to 3 processes"):
+        build(cfg, process_count=3)
+    for loader in (whole, *parts):
+        loader.close()
+
+
+def test_heldout_is_one_pass_each_time(root) -> None:
+    cfg = config(root, (("films", 2.0), ("reports", 1.0)), global_rows=4)
+    loader = build(cfg, "heldout")
+    first, again = list(loader), list(loader)
+    assert same(first, again)
+    seen = sorted(p for batch in first for p in pictures(batch))
+    assert seen == list(range(100, 111))
+    assert {b["tokens"].shape for b in first} == {(4, 96)}
+    assert loader.stats.samples == 22
+    halves = [build(cfg, "heldout", process_index=i, process_count=2) for i in range(2)]
+    for batch, left, right in zip(first, *halves, strict=True):
+        joined = {k: np.concatenate([left[k], right[k]]) for k in left}
+        assert same([joined], [batch])
+    for one in (loader, *halves):
+        one.close()
+
+
+def test_swapped_images_come_from_other_patients(root) -> None:
+    cfg = config(root)
+    true, swapped = build(cfg, "heldout"), build(cfg, "heldout", swap_images=True)
+    for right, wrong in zip(true, swapped, strict=True):
+        for key in KEYS - {"images"}:
+            assert np.array_equal(right[key], wrong[key])
+        for own, other in zip(pictures(right), pictures(wrong), strict=True):
+            assert own // 2 != other // 2 and 100 <= other < 111
+    true.close()
+    swapped.close()
+
+
+def test_bad_records_are_named_and_do_not_end_the_run(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    long = Example("long", "document", (), (Turn("assistant", "what is shown here? " * 60, True),))
+    many = Example(
+        "many",
+        "conversation",
+        tuple(ImageRef(data=picture(i)) for i in range(5)),
+        (Turn("user", "<image>" * 5), Turn("assistant", "x", True)),
+    )
+    broken = Example("broken", "conversation", (ImageRef(data=b"not an image"),), film(0, rng).turns)
+    write(tmp_path / "films", [film(0, rng), long, broken, many, film(1, rng)])
+    loader = build(config(tmp_path))
+    take(loader, 3)
+    loader.close()
+    reasons = dict(loader.stats.skipped)
+    assert len(reasons) == 3 and loader.stats.skipped_total >= 3
+    text = "\n".join(f"{name}: {reason}" for name, reason in reasons.items())
+    assert "films/train record 1 (long)" in text and "raise data.seq_len" in text
+    assert "films/train record 2: example broken" in text and "image" in text
+    assert "(many): 5 images, a group has 4" in text
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_only_bad_records_is_an_error(tmp_path, split: str) -> None:
+    turns = film(0, np.random.default_rng(0)).turns
+    bad = [Example(f"b{i}", "conversation", (ImageRef(data=b"junk"),), turns) for i in range(3)]
+    write(tmp_path / "films", bad, split)
+    loader = build(config(tmp_path), split)
+    with pytest.raises(UserError, match="no usable record.*example b"):
+        take(loader, 1)
+    loader.close()
+
+
+def test_program_errors_name_the_record(root, monkeypatch) -> None:
+    def fail(*args):
+        raise TypeError("oops")
+
+    monkeypatch.setattr(loader_lib, "encode_example", fail)
+    loader = build(config(root))
+    with pytest.raises(RuntimeError, match=r"films/train record \d+: TypeError: oops"):
+        take(loader, 1)
+    loader.close()
+
+
+def test_close_joins_threads(root) -> None:
+    before = set(threading.enumerate())
+    loader = build(config(root))
+    batches = iter(loader)
+    next(batches)
+    assert any(t.name.startswith("vilam3") for t in set(threading.enumerate()) - before)
+    loader.close()
+    assert not set(threading.enumerate()) - before
+    assert list(batches) == []
+
+
+def test_stats_and_fill(root) -> None:
+    loader = build(config(root, (("films", 1.0), ("reports", 1.0)), images_per_group=8))
+    batches = take(loader, 6)
+    loader.close()
+    real = sum(int((b["segment_ids"] > 0).sum()) for b in batches)
+    assert loader.stats.tokens == real and loader.stats.batches == 6
+    assert loader.stats.images == sum(int(b["image_valid"].sum()) for b in batches)
+    assert loader.stats.token_fill == real / (6 * 8 * 96) > 0.9
+
+
+def test_pairs(root) -> None:
+    cfg = config(root, (("pairs", 1.0),), global_pairs=8, text_len=16)
+    cfg.kind = "contrastive"
+    loader = build(cfg)
+    whole = take(loader, 4)
+    loader.close()
+    first = build(cfg)
+    take(first, 2)
+    second = build(cfg)
+    second.set_state(json.loads(json.dumps(first.get_state())))
+    assert same(take(second, 2), whole[2:])
+    batch = whole[0]
+    assert batch.keys() == {"images", "text_tokens", "text_valid"}
+    assert batch["images"].shape == (8, 8, 8, 3) and batch["text_tokens"].shape == (8, 16)
+    tok = tokenizer()
+    for image, ids, valid in zip(batch["images"], batch["text_tokens"], batch["text_valid"], strict=True):
+        assert tok.decode(ids[valid]) == f"film number {image[0, 0, 0]}" and ids[valid][-1] == tok.eos_id
+        assert (ids[~valid] == tok.pad_id).all()
+    heldout = build(cfg, "heldout")
+    (last,) = list(heldout)
+    assert last["text_valid"].any(axis=1).sum() == 5 and last["images"].shape[0] == 8
+    for one in (first, second, heldout):
+        one.close()
+
+
+def test_experts_mixed_half_on(tmp_path) -> None:
+    key = ct_volume(tmp_path / "films")
+    write(tmp_path / "films", [ct_example(key, i, axis=i % 3, index=3 + i % 5) for i in range(12)])
+    annotate(tmp_path / "said", [ct_annotation(key)])
+    cfg = config(tmp_path, seq_len=900, annotations=str(tmp_path / "said"), experts="mixed")
+    loader = build(cfg)
+    take(loader, 3)
+    loader.close()
+    assert not loader.stats.skipped
+    assert loader.stats.samples < loader.stats.images < 2 * loader.stats.samples
+    off = build(cfg, experts="off")
+    take(off, 1)
+    off.close()
+    assert off.stats.images == off.stats.samples
+    cfg.data.annotations = ""
+    with pytest.raises(UserError, match=r"data\.annotations is empty"):
+        build(cfg)
+
+
+def test_user_errors_name_the_key(root, tmp_path) -> None:
+    for cfg, reason in (
+        (config(root, (("nothing", 1.0),)), "vilam3 prepare"),
+        (config(root, (("films", 0.0),)), "must be positive"),
+        (config("", ()), r"data\.path is empty"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            build(cfg)
+    with pytest.raises(UserError, match="no dataset of the mixture has a split 'heldout'"):
+        build(config(root, (("reports", 1.0),)), "heldout")
+    small = config(root)
+    small.model.llm.vocab_size = 10
+    with pytest.raises(UserError, match="the model 10"):
+        build(small)
+    with pytest.raises(UserError, match=r"model\.tokenizer is empty"):
+        build_loader(config(root), "train", tokens_per_image=4)
+
+
+def test_resume_in_a_new_process(root, tmp_path) -> None:
+    cfg = config(root)
+    tokenizer().save(tmp_path / "tok")
+    cfg.model.tokenizer = str(tmp_path / "tok")
+    loader = build_loader(cfg, "train", tokens_per_image=TOKENS_PER_IMAGE)
+    take(loader, 2)
+    state = loader.get_state()
+    expected = take(loader, 1)[0]
+    loader.close()
+    np.savez(tmp_path / "expected.npz", **expected)
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    (tmp_path / "cfg.json").write_text(cfg.to_json())
+    code = (
+        "import json, sys, numpy, ml_collections\n"
+        "from vilam3_jax.data.loader import build_loader\n"
+        "folder = sys.argv[1]\n"
+        "cfg = ml_collections.ConfigDict(json.load(open(folder + '/cfg.json')))\n"
+        f"loader = build_loader(cfg, 'train', tokens_per_image={TOKENS_PER_IMAGE})\n"
+        "loader.set_state(json.load(open(folder + '/state.json')))\n"
+        "batch = next(iter(loader)); loader.close()\n"
+        "expected = numpy.load(folder + '/expected.npz')\n"
+        "assert all(numpy.array_equal(expected[k], batch[k]) for k in batch)\n"
+        "print('same')\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.stdout.strip() == "same", run.stderr

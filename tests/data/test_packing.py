@@ -1,0 +1,146 @@
+"""Packing: nothing lost, nothing cut, nothing mixed, no budget exceeded."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vilam3_jax.data.packing import (
+    GroupShape,
+    Sample,
+    assemble_group,
+    next_group,
+    oversize_reason,
+    stack_groups,
+)
+from vilam3_jax.data.templates import Encoded
+
+T = 3
+SHAPE = GroupShape(rows=2, seq_len=24, images=3, tokens_per_image=T, image_size=2, pad_id=9)
+
+
+def sample(number: int, text: int, images: int) -> Sample:
+    """`text` tokens `100 + number`, then the images; image pixels tell number and ordinal."""
+    length = text + images * T
+    which = np.array([-1] * text + [i for i in range(images) for _ in range(T)], np.int32)
+    offset = np.array([0] * text + list(range(T)) * images, np.int32)
+    encoded = Encoded(
+        np.full(length, 100 + number, np.int32), np.ones(length, np.float32), which, offset, images
+    )
+    pixels = tuple(np.full((2, 2, 3), 10 * number + i, np.uint8) for i in range(images))
+    return Sample(f"s{number}", number, encoded, pixels)
+
+
+SIZES = st.lists(st.tuples(st.integers(1, 15), st.integers(0, 3)), min_size=1, max_size=60)
+
+
+def pack_all(samples: list[Sample], lookahead: int = 8):
+    stream, waiting = iter(samples), []
+    while True:
+        rows, waiting = next_group(SHAPE, waiting, lambda: next(stream, None), lookahead)
+        if not any(rows):
+            assert not waiting
+            return
+        yield rows
+
+
+@settings(deadline=None)
+@given(SIZES, st.integers(1, 12))
+def test_every_sample_appears_once_and_whole(sizes: list[tuple[int, int]], lookahead: int) -> None:
+    samples = [s for i, (t, m) in enumerate(sizes[:20]) if not oversize_reason(SHAPE, s := sample(i, t, m))]
+    seen: list[int] = []
+    for rows in pack_all(samples, lookahead):
+        group = assemble_group(SHAPE, rows)
+        assert group["tokens"].shape == (2, 24) and group["images"].shape == (3, 2, 2, 3)
+        assert group["image_valid"].sum() == sum(len(s.images) for row in rows for s in row) <= SHAPE.images
+        table = group["images"][:, 0, 0, 0]
+        for row in range(SHAPE.rows):
+            segments = group["segment_ids"][row]
+            used = int((segments > 0).sum())
+            assert (segments[:used] > 0).all() and (np.diff(segments[:used]) >= 0).all()
+            assert sorted(set(segments[:used])) == list(range(1, len(rows[row]) + 1))
+            assert (group["tokens"][row, used:] == 9).all() and (
+                group["visual_index"][row, used:] == -1
+            ).all()
+            assert not group["loss_weights"][row, used:].any()
+            for number, packed in enumerate(rows[row], start=1):
+                at = np.flatnonzero(segments == number)
+                assert np.array_equal(group["tokens"][row, at], packed.encoded.tokens)
+                assert group["positions"][row, at].tolist() == list(range(len(at)))
+                assert group["loss_weights"][row, at].tolist() == [0.0] + [1.0] * (len(at) - 1)
+                visual = group["visual_index"][row, at]
+                shown = packed.encoded.image_of_token >= 0
+                assert (visual[~shown] == -1).all()
+                assert (visual[shown] % T == packed.encoded.visual_offset[shown]).all()
+                expected = 10 * packed.index + packed.encoded.image_of_token[shown]
+                assert (table[visual[shown] // T] == expected).all()
+                assert group["image_valid"][visual[shown] // T].all()
+                seen.append(packed.index)
+    assert sorted(seen) == [s.index for s in samples]
+
+
+@settings(deadline=None)
+@given(SIZES)
+def test_the_oldest_is_never_left_behind(sizes: list[tuple[int, int]]) -> None:
+    samples = [s for i, (t, m) in enumerate(sizes) if not oversize_reason(SHAPE, s := sample(i, t, m))]
+    placed: set[int] = set()
+    for rows in pack_all(samples):
+        oldest = min(s.index for s in samples if s.index not in placed)
+        placed |= {s.index for row in rows for s in row}
+        assert oldest in placed
+
+
+@settings(deadline=None)
+@given(SIZES, st.integers(0, 3))
+def test_packing_resumes_from_what_waits(sizes: list[tuple[int, int]], cut: int) -> None:
+    samples = [s for i, (t, m) in enumerate(sizes) if not oversize_reason(SHAPE, s := sample(i, t, m))]
+    whole = [[[s.index for s in row] for row in rows] for rows in pack_all(samples)]
+    taken: list[Sample] = []
+    stream = iter(samples)
+
+    def pull() -> Sample | None:
+        one = next(stream, None)
+        taken.extend([one] if one else [])
+        return one
+
+    waiting: list[Sample] = []
+    for _ in range(cut):
+        _, waiting = next_group(SHAPE, waiting, pull, 8)
+    state = (len(taken), [s.index for s in waiting])
+    rest = iter(samples[state[0] :])
+    by_index = {s.index: s for s in samples}
+    rows, _ = next_group(SHAPE, [by_index[i] for i in state[1]], lambda: next(rest, None), 8)
+    got = [[s.index for s in row] for row in rows]
+    assert got == (whole[cut] if cut < len(whole) else [[], []])
+
+
+def test_oversized_samples_are_named() -> None:
+    assert "25 tokens, a row has 24" in oversize_reason(SHAPE, sample(0, 25, 0))
+    assert "4 images, a group has 3" in oversize_reason(SHAPE, sample(0, 1, 4))
+    assert oversize_reason(SHAPE, sample(0, 24, 0)) is None
+
+
+def test_lookahead_fills_the_gaps() -> None:
+    rng = np.random.default_rng(0)
+    samples = [sample(i % 20, int(rng.integers(3, 16)), 0) for i in range(400)]
+
+    def fill(lookahead: int) -> float:
+        groups = [sum(len(s.encoded) for row in rows for s in row) for rows in pack_all(samples, lookahead)]
+        return sum(groups) / (len(groups) * 48)
+
+    assert fill(32) > 0.95 > fill(1)
+
+
+def test_batches_put_groups_one_after_another() -> None:
+    groups = [assemble_group(SHAPE, [[sample(i, 5, 1)], []]) for i in range(2)]
+    batch = stack_groups(groups)
+    assert batch["tokens"].shape == (4, 24) and batch["images"].shape == (2, 3, 2, 2, 3)
+    assert batch["tokens"][2, 0] == 101 and batch["image_valid"].tolist() == [[True, False, False]] * 2
+
+
+@pytest.mark.parametrize("end", [0, 1])
+def test_an_empty_stream_gives_empty_rows(end: int) -> None:
+    rows, waiting = next_group(SHAPE, [sample(0, 2, 0)] * end, lambda: None)
+    assert [len(row) for row in rows] == [end, 0] and waiting == []

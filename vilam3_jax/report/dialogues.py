@@ -141,7 +141,7 @@ def dialogues(rows: Iterable[Row], pictures: Callable[[Row], Pictures]) -> list[
                 question=str(row.get("question") or ""),
                 trigger=str(row.get("trigger") or ""),
                 expert_words=str(row.get("expert_text") or ""),
-                falsified=row["arm"] == "stage4_falsified",
+                falsified=row.get("falsify_seed") is not None,
                 answer=str(row.get("output") or ""),
                 gold=str(row.get("gold") or ""),
                 correct=bool(row["correct"]),

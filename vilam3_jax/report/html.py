@@ -12,6 +12,7 @@ from typing import Any
 from vilam3_jax.evals import tables
 from vilam3_jax.report import plots, runs, words
 from vilam3_jax.report.dialogues import Dialogue
+from vilam3_jax.report.pictures import Licence
 from vilam3_jax.report.plots import Series
 
 Document = Mapping[str, Any]
@@ -164,6 +165,7 @@ def throughput_panels(stages: Sequence[runs.Stage]) -> str:
             x_label="step",
             y_label="tokens per second",
             from_zero=True,
+            height=140,
         )
         panels.append(f"<div><h4>{text(words.stage_title(stage.name))}</h4>{chart}</div>")
     return figure(f'<div class="panels">{"".join(panels)}</div>', words.SPEED_CAPTION)
@@ -405,11 +407,11 @@ def dialogue_cards(dialogues: Sequence[Dialogue]) -> str:
     return f'<div class="dialogues">{"".join(map(dialogue_card, dialogues))}</div>'
 
 
-def licence_table(licences: Sequence[tuple[str, str, str, str]]) -> str:
-    """(sample, modality, licence, origin) of what was used."""
-    return table(
-        ("Sample", "Modality", "Licence", "From"), licences, caption=words.LICENCE_CAPTION, wordy=(1, 2, 3)
-    )
+def licence_table(licences: Sequence[Licence]) -> str:
+    """What was used, under which licence, and where it came from."""
+    rows = [(one.origin, one.licence, one.modality, words.count(len(one.samples))) for one in licences]
+    head = ("From", "Licence", "Modality", "Samples")
+    return table(head, rows, caption=words.LICENCE_CAPTION, wordy=(1, 2), kind="sources")
 
 
 def footnotes(notes: Sequence[tuple[str, str]]) -> str:

@@ -83,7 +83,7 @@ def quickstart_page(run: runs.Run, document: dict[str, Any], source: pictures.So
     ]
     kind = words.SIZES.get(document.get("size", ""), "run")
     return html.page(
-        "A small VILA-M3, trained from end to end", f"vilam3_jax · quickstart · {kind}", body, _SECTIONS
+        "A small VILA\u2011M3, trained from end to end", f"vilam3_jax · quickstart · {kind}", body, _SECTIONS
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,16 @@ _CSS = {
     name: "rgb({:.0f} {:.0f} {:.0f})".format(*(255 * c for c in rgb)) for name, rgb in expert_turns.PALETTE
 }
 _MAX_IMAGE_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Licence:
+    """Samples of one origin, licence and modality, by name."""
+
+    origin: str
+    licence: str
+    modality: str
+    samples: tuple[str, ...]
 
 
 class Source:
@@ -51,20 +62,22 @@ class Source:
         self._store = AnnotationStore(store) if store.is_dir() else None
         self._volume: tuple[str, volumes.Volume] | None = None
         self._examples: dict[str, tuple[Example, ExampleSource]] = {}
-        samples: dict[str, tuple[str, str, str, str]] = {}
+        samples: dict[tuple[str, str, str], set[str]] = {}
         for source in self._sources:
             for example in source:
                 meta = example.meta
                 if meta.get("qa"):
                     self._examples[example.id] = (example, source)
-                name = str(meta.get("sample") or meta.get("dataset") or source.name)
-                facts = (meta.get("modality"), meta.get("licence"), meta.get("origin"))
-                samples.setdefault(name, (name, *(str(fact or "not stated") for fact in facts)))
+                facts = (meta.get("origin"), meta.get("licence"), meta.get("modality"))
+                key = tuple(str(fact or "not stated") for fact in facts)
+                samples.setdefault(key, set()).add(
+                    str(meta.get("sample") or meta.get("dataset") or example.id)
+                )
         self._samples = samples
 
-    def licences(self) -> list[tuple[str, str, str, str]]:
-        """(sample, modality, licence, origin) of every sample in the data sets, by name."""
-        return [self._samples[name] for name in sorted(self._samples)]
+    def licences(self) -> list[Licence]:
+        """Where the samples of all data sets came from, by origin."""
+        return [Licence(*key, tuple(sorted(self._samples[key]))) for key in sorted(self._samples)]
 
     def pictures(self, row: Mapping[str, Any]) -> Pictures:
         """Draws the slice or film that a row asks about, and the labels of the expert that was called.
@@ -86,7 +99,7 @@ class Source:
         coloured = expert_turns.expert_overlay(record, shown, axis=ref.axis, index=ref.index)
         visible = expert_turns.visible_segments(record, axis=ref.axis, index=ref.index)
         legend = expert_turns.legend({i: n for i, n, _, _ in visible}, [i for i, *_ in visible])
-        false = " (falsified)" if row.get("arm") == "stage4_falsified" else ""
+        false = "" if row.get("falsify_seed") is None else " (falsified)"
         return Pictures(
             image=images.encode_png(shown),
             image_words=words,
@@ -98,16 +111,14 @@ class Source:
     def _record(self, row: Mapping[str, Any], input_key: str) -> Annotation | None:
         """What the expert said in this row, falsified as it was then; None if none was called."""
         called = parse_trigger(str(row.get("trigger") or ""))
-        if called is None or self._store is None:
+        if called is None or self._store is None or row.get("expert_status") == "failed":
             return None
         record = self._store.get(input_key, *called)
         if record is None or record.status != "ok":
             return None
-        if row.get("arm") == "stage4_falsified":
+        if row.get("falsify_seed") is not None:
             universe = expert_turns.label_universe(*called) or None
-            record = falsify(
-                expert_turns.restrict_to_group(record), int(row.get("falsify_seed", 0)), universe
-            )
+            record = falsify(expert_turns.restrict_to_group(record), int(row["falsify_seed"]), universe)
         return record
 
     def _slice(self, ref: ImageRef, source: ExampleSource) -> tuple[np.ndarray, str]:

@@ -86,7 +86,13 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def line_chart(
-    series: Sequence[Series], *, title: str, x_label: str, y_label: str, from_zero: bool = False
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    from_zero: bool = False,
+    height: int = HEIGHT,
 ) -> str:
     """Draws lines and points over common axes.
 
@@ -96,6 +102,7 @@ def line_chart(
       x_label: below the x axis.
       y_label: above the y axis, with its unit.
       from_zero: start the y axis at 0.
+      height: of the picture; its width is `WIDTH`.
 
     Returns:
       An `<svg>` element; a note in words when no series has a value.
@@ -105,7 +112,7 @@ def line_chart(
         return '<p class="empty">Nothing was logged.</p>'
     xs = [x for s in series for x in s.xs]
     ys = [y for s in series for y in s.ys]
-    y_ticks = ticks(0.0 if from_zero else min(ys), max(ys))
+    y_ticks = ticks(0.0 if from_zero else min(ys), max(ys), 5 if height > 160 else 3)
     x_ticks = [t for t in ticks(min(xs), max(xs)) if t <= max(xs) * 1.001]
     x_low, x_high = min(min(xs), x_ticks[0]), max(max(xs), x_ticks[-1])
     y_low, y_high = y_ticks[0], y_ticks[-1]
@@ -114,9 +121,9 @@ def line_chart(
         return _LEFT + (x - x_low) / ((x_high - x_low) or 1.0) * (WIDTH - _LEFT - _RIGHT)
 
     def at_y(y: float) -> float:
-        return HEIGHT - _BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - _TOP - _BOTTOM)
+        return height - _BOTTOM - (y - y_low) / (y_high - y_low) * (height - _TOP - _BOTTOM)
 
-    out = [_open(WIDTH, HEIGHT, title)]
+    out = [_open(WIDTH, height, title)]
     out.append(f'<text class="axis-name" x="2" y="12">{escape(y_label)}</text>')
     for tick in y_ticks:
         y = at_y(tick)
@@ -126,12 +133,12 @@ def line_chart(
         )
     for tick in x_ticks:
         out.append(
-            f'<text class="tick" x="{at_x(tick):.1f}" y="{HEIGHT - _BOTTOM + 16}" '
+            f'<text class="tick" x="{at_x(tick):.1f}" y="{height - _BOTTOM + 16}" '
             f'text-anchor="middle">{short(tick)}</text>'
         )
     middle = (_LEFT + WIDTH - _RIGHT) / 2
     out.append(
-        f'<text class="axis-name" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>'
+        f'<text class="axis-name" x="{middle}" y="{height - 4}" text-anchor="middle">{escape(x_label)}</text>'
     )
     for one in series:
         points = [(at_x(x), at_y(y)) for x, y in zip(one.xs, one.ys, strict=True)]
@@ -233,7 +240,7 @@ def pipeline(*, vertical: bool) -> str:
         width, height = len(_BOXES) * box_w + (len(_BOXES) - 1) * gap + 2, box_h + len(_RUNS) * runs_h + 12
     title = (
         "Pipeline: samples go to experts, which run offline and write annotations; annotations and questions "
-        "make the data; five runs train on it, one after the other; the evaluation asks about held-out volumes."
+        "make the data; five runs train on it, one after the other; the evaluation follows."
     )
     out.append(_open(width, height, title).replace('class="chart"', 'class="pipeline"'))
     x, y = 1.0, 1.0

@@ -1,0 +1,17 @@
+"""A made-up run, written once for all tests that only read it."""
+
+import shutil
+
+import fake_run
+import pytest
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    return fake_run.make_run(tmp_path_factory.mktemp("runs") / "quickstart")
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(made, tmp_path / "run")

@@ -1,0 +1,313 @@
+"""The page holds what it must, asks nothing of the network, and shows hostile text as text."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import fake_run
+import numpy as np
+import pytest
+from PIL import Image
+
+from vilam3_jax import cli
+from vilam3_jax.errors import UserError
+from vilam3_jax.report import dialogues, main, pictures, runs
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+HOSTILE = '</script><img src=x onerror="alert(1)">\'"&<svg/onload=alert(2)>'
+
+
+class Page(HTMLParser):
+    """Collects tags, texts and whatever points elsewhere; checks that tags nest."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.texts, self.links, self.images, self.open = [], [], [], [], []
+        self.handlers, self.cards = [], 0
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        attrs = dict(attrs)
+        self.links += [
+            value for key, value in attrs.items() if key in ("src", "href", "action", "xlink:href")
+        ]
+        self.handlers += [key for key in attrs if key.startswith("on")]
+        self.cards += attrs.get("class") == "dialogue"
+        if tag == "img":
+            assert attrs["alt"]
+            self.images.append(attrs["src"])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+@pytest.fixture(scope="module")
+def written(made, tmp_path_factory):
+    folder = shutil.copytree(made, tmp_path_factory.mktemp("page") / "run")
+    assert main.main([f"--workdir={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(written):
+    return Page((written / "report.html").read_text())
+
+
+def test_loads_nothing_from_anywhere(page, written):
+    assert page.links
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert page.handlers == []
+    text = (written / "report.html").read_text()
+    assert "url(" not in text and "@import" not in text
+    assert "default-src 'none'" in text
+    assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
+
+
+def test_links_inside_the_page_have_their_target(written):
+    text = (written / "report.html").read_text()
+    anchors = [link[1:] for link in Page(text).links if link.startswith("#")]
+    assert len(anchors) == 7
+    assert all(f'id="{anchor}"' in text for anchor in anchors)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Not for clinical use.",
+        "stand-ins of public-package quality",
+        "Questions whose labels the experts did not make",
+        "Oracle by construction: the expert returns the very map the label came from",
+        "too few volumes for an interval",
+        "Stage 2b, pre-train",
+        "tokens per second",
+        "Held-out, exchanged",
+        "Stage 4, falsified",
+        "Majority answer",
+        "Chance 25 %",
+        "Peak memory of a process 3.0 GiB",
+        "python 3.11.7, jax 0.10.2",
+        "a processor, 2 cores, 8.0 GiB",
+        "Expert called",
+        "Unparsed",
+        "CC-BY-4.0",
+        "Values of the single volumes",
+        "patient-ct0",
+        "<VISTA3D(organs)>",
+        "The results are <image>. The colors in this image describe",
+        "labels of VISTA3D (falsified)",
+    ],
+)
+def test_holds(page, words):
+    assert words in page.text
+
+
+def test_a_dozen_dialogues_right_and_wrong_with_pictures(page):
+    assert page.cards == 12
+    assert "✓ right" in page.texts and "✗ wrong" in page.texts
+    assert len(page.images) > 15
+    for uri in page.images:
+        picture = Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1])))
+        assert max(picture.size) == pictures.SIDE
+
+
+def test_five_charts_of_loss_and_of_speed_and_two_of_arms(written):
+    text = (written / "report.html").read_text()
+    assert text.count('aria-label="Loss of ') == text.count('aria-label="Speed of ') == 5
+    assert text.count("share of right answers by arm") == 2
+    assert text.count('class="mark swapped"') > 20 and text.count('class="mark true"') > 20
+    assert not re.search(r"\bnan\b", re.sub(r'"data:[^"]*"', "", text), re.IGNORECASE)
+
+
+def test_summary_is_written_beside_the_page(written):
+    assert json.loads((written / "summary.json").read_text())["schema_version"] == 1
+    assert not [path.name for path in written.iterdir() if path.name.startswith(".")]
+
+
+def test_hostile_text_is_shown_as_text(run):
+    path = run / "eval" / "stage4_experts" / "rows.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row |= {"output": HOSTILE, "question": HOSTILE, "expert_text": HOSTILE, "gold": HOSTILE}
+        row |= {"question_type": HOSTILE, "label_source": HOSTILE, "cluster": HOSTILE, "modality": HOSTILE}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "quickstart.json").write_text(
+        json.dumps(
+            {
+                "steps": {},
+                "machine": {"platform": HOSTILE, "processor": HOSTILE, "cores": 1, "memory_bytes": 1},
+                "versions": {"python": HOSTILE, "jax": "1"},
+            }
+        )
+    )
+    main.main([f"--workdir={run}"])
+    text = (run / "report.html").read_text()
+    page = Page(text)
+    assert HOSTILE in page.text
+    assert page.handlers == [] and "script" not in page.tags
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
+    assert "<svg/onload" not in text
+
+
+def test_hostile_names_in_the_data_are_shown_as_text(tmp_path):
+    folder = fake_run.make_run(tmp_path / "run", films=1, licence=HOSTILE)
+    main.main([f"--workdir={folder}"])
+    page = Page((folder / "report.html").read_text())
+    assert HOSTILE in page.text and page.handlers == []
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "stages/stage2a_align/metrics.jsonl",
+        "stages/stage4_expert/result.json",
+        "eval/stage4_falsified/rows.jsonl",
+        "eval/majority/result.json",
+        "eval/retrieval.json",
+        "data/instruct/dataset.json",
+    ],
+)
+def test_a_missing_file_is_named_and_nothing_is_written(run, capsys, missing):
+    (run / missing).unlink()
+    assert cli.main(["report", f"--workdir={run}"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert missing.rsplit("/", 2)[-1] in error and missing.split("/")[0] in error and "\n" not in error
+    assert not (run / "report.html").exists() and not (run / "summary.json").exists()
+
+
+def test_damaged_files_are_named(run):
+    path = run / "eval" / "stage3" / "rows.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], "{oops", *lines[2:]]))
+    with pytest.raises(UserError, match=r"stage3/rows\.jsonl: line 2 is damaged"):
+        main.write_report(run)
+    row = json.loads(lines[0])
+    del row["oracle"]
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl: line 1 lacks oracle"):
+        main.write_report(run)
+    path.write_text("")
+    with pytest.raises(UserError, match=r"rows\.jsonl: no rows"):
+        main.write_report(run)
+
+
+def test_an_item_that_the_data_does_not_have_is_named(run):
+    for arm in runs.ARMS:
+        path = run / "eval" / arm / "rows.jsonl"
+        path.write_text(path.read_text().replace("instruct/film", "instruct/gone"))
+    with pytest.raises(UserError, match="instruct/gone"):
+        main.write_report(run)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="neither stages/"):
+        main.write_report(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        main.write_report(tmp_path / "none")
+
+
+def test_one_training_run_while_it_trains_and_after(made, tmp_path):
+    folder = shutil.copytree(made / "stages" / "stage3_instruct", tmp_path / "one")
+    (folder / "result.json").unlink()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 61, "lo')  # the trainer is writing this very line
+    out = tmp_path / "elsewhere.html"
+    main.main([f"--workdir={folder}", f"--out={out}"])
+    before = Page(out.read_text())
+    assert "60 of 60" in before.text and "Loss, first" not in before.text
+    assert before.tags.count("svg") == 2 + 3  # two charts and the keys of the legend
+    assert not (folder / "report.html").exists() and not (folder / "summary.json").exists()
+    shutil.copy(made / "stages" / "stage3_instruct" / "result.json", folder)
+    main.main([f"--workdir={folder}"])
+    assert "Loss, first" in Page((folder / "report.html").read_text()).text
+
+
+# --- choice and pictures
+
+
+def test_choice_is_varied_and_the_same_every_time(made):
+    arms = runs.read_run(made).arms
+    chosen = dialogues.choose(arms)
+    assert [row["arm"] for row in chosen] == [arm for arm, count in dialogues.PLAN for _ in range(count)]
+    assert len({(row["arm"], row["item"]) for row in chosen}) == 12
+    first = chosen[:7]
+    assert {row["modality"] for row in first} == {"CT", "chest X-ray"}
+    assert {row["correct"] for row in first} == {True, False}
+    falsified = [row for row in chosen if row["arm"] == "stage4_falsified"]
+    assert any(row["item"] in {other["item"] for other in first} for row in falsified)
+    assert all(row["trigger"] for row in falsified[:2])
+    assert dialogues.choose([*reversed(arms)]) == chosen
+    assert dialogues.choose([]) == []
+
+
+def picked(made, arm, expert):
+    (found,) = [a for a in runs.read_run(made).arms if a.name == arm]
+    return next(
+        row for row in found.rows if (row["expert_called"] == expert and "/axial/20/" in row["item"]) or
+        (expert == "CXR" and row["expert_called"] == expert)
+    )  # fmt: skip
+
+
+def colours(png):
+    picture = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+    return int((np.ptp(picture, axis=2) > 20).sum())
+
+
+def test_overlay_and_legend_are_what_the_expert_said(made):
+    source = pictures.Source(made)
+    row = picked(made, "stage4_experts", "VISTA3D")
+    true = source.pictures(row)
+    assert true.image_words == "axial slice 20" and colours(true.image) == 0
+    assert colours(true.overlay) > 1000
+    assert [name for _, name in true.legend] == ["liver", "spleen", "aorta"]
+    assert true.legend[0][0] == "rgb(255 0 0)"
+    false = source.pictures(picked(made, "stage4_falsified", "VISTA3D"))
+    assert not {"liver", "spleen", "aorta"} & {name for _, name in false.legend}
+    assert "falsified" in false.overlay_words
+
+
+def test_no_overlay_without_a_label_map_a_call_or_a_result(made):
+    source = pictures.Source(made)
+    film = source.pictures(picked(made, "stage4_experts", "CXR"))
+    assert film.image and film.overlay is None and film.legend == ()
+    row = picked(made, "stage4_experts", "VISTA3D")
+    assert source.pictures({**row, "trigger": None}).overlay is None
+    assert source.pictures({**row, "expert_status": "failed"}).overlay is None
+    assert source.pictures({**row, "trigger": "<VISTA3D(bones)>"}).overlay is None
+
+
+def test_slices_keep_their_proportions(made):
+    """The phantom's voxels are 8 x 8 x 10 mm: 40 of them are 320 by 400 mm in a coronal slice."""
+    source = pictures.Source(made)
+    row = picked(made, "stage4_experts", "VISTA3D")
+    example, data = source._examples[row["item"].rsplit("/q", 1)[0]]
+    ref = fake_run.ImageRef(path=example.images[0].path, axis=1, index=20, window=(50.0, 400.0))
+    shown, words = source._slice(ref, data)
+    assert words == "coronal slice 20"
+    assert shown.shape == (pictures.SIDE, round(pictures.SIDE * 0.8), 3)
+
+
+def test_licences_are_grouped(made):
+    found = pictures.Source(made).licences()
+    assert [(one.modality, len(one.samples)) for one in found] == [("CT", 2), ("chest X-ray", 12)]

@@ -53,29 +53,33 @@ def prepare_quickstart(
     Raises:
       UserError: unreadable samples, `out` holds something else, or the disk is full.
     """
-    source, out = paths.as_path(source), paths.as_path(out)
+    source_dir, target = paths.as_path(source), paths.as_path(out)
     store = None if annotations is None else AnnotationStore.open(annotations)
     identity = {
         "dataset": "quickstart",
         "version": quickstart.VERSION,
         "size": size,
         "seed": seed,
-        "source_sha256": _source_digest(source),
+        "source_sha256": _source_digest(source_dir),
         "annotations_sha256": None if store is None else _store_digest(store),
     }
-    known = _existing(out, identity)
+    known = _existing(target, identity)
     if known is not None:
         return known | {"reused": True}
     with tempfile.TemporaryDirectory(prefix="vilam3-prepare-") as scratch:
-        remote = "://" in str(out)
+        remote = "://" in str(target)
         # Beside the target, so that the last step is a rename.
-        work = epath.Path(scratch) if remote else out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
+        work = (
+            epath.Path(scratch)
+            if remote
+            else target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+        )
         try:
-            build = _write(source, work, identity, store)
-            _publish(work, out, remote)
+            build = _write(source_dir, work, identity, store)
+            _publish(work, target, remote)
         except OSError as error:
             raise UserError(
-                f"{out}: cannot be written ({error}); free space or choose another folder"
+                f"{target}: cannot be written ({error}); free space or choose another folder"
             ) from error
         finally:
             if not remote:
@@ -127,21 +131,21 @@ def verify(folder: paths.PathLike) -> list[dict[str, Any]]:
     Raises:
       UserError: a broken record, a missing image, or a subject on both sides.
     """
-    folder = paths.as_path(folder)
+    root = paths.as_path(folder)
     rows = []
     sides: dict[str, str] = {}
     present: set[str] = set()
     for dataset in quickstart.DATASETS:
         for split in quickstart.SPLITS:
             subjects, images, questions, records = set(), set(), 0, 0
-            for example in ExampleSource(folder / dataset, split):
+            for example in ExampleSource(root / dataset, split):
                 example.validate()
                 group = example.meta["group"]
                 if sides.setdefault(group, split) != split:
                     raise UserError(f"example {example.id!r}: its subject is in train and in heldout")
                 for image in example.images:
-                    if image.path not in present:
-                        if not (folder / image.path).exists():
+                    if image.path is not None and image.path not in present:
+                        if not (root / image.path).exists():
                             raise UserError(f"example {example.id!r}: image {image.path} is missing")
                         present.add(image.path)
                     images.add((image.path, image.axis, image.index))

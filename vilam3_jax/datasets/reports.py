@@ -112,7 +112,6 @@ def parse_report(data: bytes, name: str = "report") -> Report:
     parser.CharacterDataHandler = handler.text
     parser.StartDoctypeDeclHandler = handler.refuse
     parser.EntityDeclHandler = handler.refuse
-    parser.ExternalEntityRefHandler = handler.refuse
     try:
         parser.Parse(data, True)
     except xml.parsers.expat.ExpatError as error:
@@ -161,7 +160,8 @@ def read_reports(
                 if member.size > MAX_REPORT_BYTES:
                     raise UserError(f"{path}: member {member.name} has {member.size} bytes; refused")
                 handle = members.extractfile(member)
-                report = parse_report(handle.read(), f"{path.name}:{member.name}")
+                content = handle.read() if handle is not None else b""
+                report = parse_report(content, f"{path.name}:{member.name}")
                 if reason := _unusable(report, reports, max_masked, min_words):
                     left_out[reason] += 1
                 else:

@@ -219,7 +219,7 @@ def test_experts_without_cards_are_refused(tokenizer, store):
 
 
 def test_a_real_model_holds_a_dialogue(model_config, params, tokenizer, store, image):
-    generator = Generator(model_config, params, tokenizer, max_length=512, batch_size=2)
+    generator = Generator(model_config, params, tokenizer, max_length=1024, batch_size=2)
     agent = agent_lib.Agent(generator, CHATML, cards=CARDS, provider=agent_lib.AnnotationProvider(store))
     queries = [query(image), query(None)]
     transcripts = agent.run(queries, max_new_tokens=5)

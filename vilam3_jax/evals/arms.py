@@ -145,9 +145,9 @@ def row_of(
 
     Keys: `arm`, `item`, `cluster`, `question_type`, `label_source`, `oracle`, `modality`, `question`,
     `options`, `expert` and `args` (who could answer), `prompt` (the first turn, cards included), `output`
-    (the answer), `parsed`, `gold`, `correct`, `unparsed`, `trigger` (the turn in which the model called an expert,
-    or None), `expert_called`, `expert_right` (called the expert that could answer; None where none could),
-    `expert_status` ('ok', 'failed' or None), `expert_text` (what it was told), `expert_version`,
+    (the answer), `parsed`, `gold`, `correct`, `unparsed`, `trigger` (the turn in which the model called an
+    expert, or None), `expert_called`, `expert_right` (called the expert that could answer; None where none
+    could), `expert_status` ('ok', 'failed' or None), `expert_text` (what it was told), `expert_version`,
     `falsify_seed` (or None) and `truncated`.
     """
     return {

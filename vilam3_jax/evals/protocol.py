@@ -100,8 +100,13 @@ class Protocol:
     @property
     def hash(self) -> str:
         """sha256 (hex) of the canonical JSON of all fields."""
-        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return content_hash(self.to_json())
+
+
+def content_hash(record: dict[str, Any]) -> str:
+    """sha256 (hex) of the canonical JSON of `record`."""
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 PROTOCOLS = {

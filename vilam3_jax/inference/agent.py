@@ -18,6 +18,7 @@ from vilam3_jax.data import expert_turns
 from vilam3_jax.data.annotations import Annotation, AnnotationStore
 from vilam3_jax.data.cards import Card, parse_trigger
 from vilam3_jax.data.examples import IMAGE_MARKER, Turn
+from vilam3_jax.data.expert_host import ExpertHost
 from vilam3_jax.data.render import with_cards
 from vilam3_jax.data.templates import Encoded, Template, encode_prompt, get_template
 from vilam3_jax.data.tokenizer import load_tokenizer
@@ -37,7 +38,8 @@ class Query:
       input_key: content key of the decoded image or volume, under which annotations are found.
       axis: which axis of the volume the image cuts; None for a 2-D image.
       index: which plane along it.
-      source: path of the image or volume, for a live expert.
+      volume_path: file or folder of the scan, for a live expert; '' without one.
+      png: the 2-D image in its own size, for a live expert; b'' without one.
     """
 
     question: str
@@ -45,7 +47,8 @@ class Query:
     input_key: str = ""
     axis: int | None = None
     index: int | None = None
-    source: str = ""
+    volume_path: str = ""
+    png: bytes = b""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +129,41 @@ class AnnotationProvider:
             return found
         universe = expert_turns.label_universe(expert, args) or None
         return annotation_lib.falsify(expert_turns.restrict_to_group(found), self._falsify_seed, universe)
+
+
+class HostProvider:
+    """Answers from a live expert host."""
+
+    def __init__(self, host: ExpertHost):
+        """Wraps a host, which stays the caller's to close."""
+        self._host = host
+
+    def annotate(self, query: Query, expert: str, args: str) -> Annotation:
+        """See `Provider`."""
+        if query.volume_path:
+            where = {"volume_path": query.volume_path}
+        elif query.png:
+            where = {"image_bytes": query.png}
+        else:
+            reason = "the expert host needs the scan's file or the picture"
+            return annotation_lib.failed(query.input_key or "unknown", expert, args, reason)
+        return self._host.ask(expert, args, input_key=query.input_key, **where)
+
+
+class Providers:
+    """Asks several providers in turn, until one succeeds."""
+
+    def __init__(self, providers: Sequence[Provider]):
+        """Takes at least one provider, the preferred one first."""
+        self._providers = list(providers)
+
+    def annotate(self, query: Query, expert: str, args: str) -> Annotation:
+        """See `Provider`; if all fail, what the last one said."""
+        for provider in self._providers:
+            annotation = provider.annotate(query, expert, args)
+            if annotation.status == "ok":
+                break
+        return annotation
 
 
 class Agent:

@@ -1,0 +1,336 @@
+"""`vilam3 evaluate`: measure an export on a protocol, and compare results."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from vilam3_jax import checkpoints, paths
+from vilam3_jax.data.annotations import AnnotationStore
+from vilam3_jax.data.cards import load_cards
+from vilam3_jax.data.examples import Example
+from vilam3_jax.data.records import INFO_NAME, ExampleSource, read_info
+from vilam3_jax.data.render import ImageReader
+from vilam3_jax.data.tokenizer import load_tokenizer
+from vilam3_jax.errors import UserError
+from vilam3_jax.evals import arms as arm_lib
+from vilam3_jax.evals import protocol as protocols
+from vilam3_jax.evals import retrieval, statistics, tables
+from vilam3_jax.inference.agent import Agent, AnnotationProvider, load_generator
+
+ROWS_FILE = "rows.jsonl"
+RESULT_FILE = "result.json"
+TABLES_FILE = "tables.md"
+_MAX_BYTES = 1 << 30
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry of `vilam3 evaluate`."""
+    if argv and argv[0] == "compare":
+        return _compare(argv[1:])
+    options = _parser().parse_args(argv)
+    if options.protocol == retrieval.RETRIEVAL.name:
+        _retrieve(options)
+    else:
+        _evaluate(options)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    known = ", ".join([*sorted(protocols.PROTOCOLS), retrieval.RETRIEVAL.name])
+    parser = argparse.ArgumentParser(
+        prog="vilam3 evaluate",
+        description="Measure an export on a protocol. `vilam3 evaluate compare A B ...` compares results.",
+    )
+    parser.add_argument("--checkpoint", help="export folder of a training run; not for --arm=majority")
+    parser.add_argument("--protocol", required=True, help=f"what is asked and how it is scored: {known}")
+    parser.add_argument("--data", required=True, help="folder that `vilam3 prepare` wrote")
+    parser.add_argument(
+        "--out", required=True, help=f"folder for {ROWS_FILE}, {RESULT_FILE}; retrieval: a JSON file"
+    )
+    parser.add_argument("--annotations", help="annotation store; needed unless experts are off")
+    parser.add_argument(
+        "--experts", choices=("on", "off", "falsified"), help="default: as the arm says, or off"
+    )
+    parser.add_argument("--images", choices=("true", "blank"), help="default: as the arm says, or true")
+    parser.add_argument("--arm", help=f"name on the rows: {', '.join(arm_lib.ARMS)}, or your own")
+    parser.add_argument("--limit", type=int, help="most questions of each type, spread over patients")
+    parser.add_argument("--cards", help="card list shown to the model (default: the one it was trained with)")
+    parser.add_argument("--batch_size", type=int, default=16, help="dialogues at once (default 16)")
+    parser.add_argument("--max_length", type=int, default=2048, help="most positions of a dialogue")
+    parser.add_argument("--seed", type=int, default=0, help="of bootstrap and falsification")
+    return parser
+
+
+# --- data
+
+
+def data_sets(folder: paths.PathLike) -> list[paths.PathLike]:
+    """The data set at `folder`, or those right below it.
+
+    Raises:
+      UserError: there is none.
+    """
+    root = paths.as_path(folder)
+    if (root / INFO_NAME).exists():
+        return [root]
+    children = sorted(root.iterdir()) if root.is_dir() else []
+    found = [path for path in children if path.is_dir() and (path / INFO_NAME).exists()]
+    if not found:
+        raise UserError(f"{folder}: no data set ({INFO_NAME}) in it or right below it; run `vilam3 prepare`")
+    return found
+
+
+def read_split(folder: paths.PathLike, split: str) -> list[tuple[Example, Any]]:
+    """(example, data root) of one split of all data sets at `folder`.
+
+    Raises:
+      UserError: no data set has the split, or a record is damaged.
+    """
+    found = [path for path in data_sets(folder) if split in read_info(path)["splits"]]
+    if not found:
+        raise UserError(f"{folder}: no data set has a split {split!r}; prepare one")
+    sources = [ExampleSource(path, split) for path in found]
+    return [(example, source.data_root) for source in sources for example in source]
+
+
+def _model_config(options: argparse.Namespace, kind: str) -> Any:
+    if not options.checkpoint:
+        raise UserError("--checkpoint is missing; give the export folder of a training run")
+    config = checkpoints.load_model_config(options.checkpoint)
+    if config.get("kind") != kind:
+        raise UserError(
+            f"{options.checkpoint}: holds a {config.get('kind')} model, protocol {options.protocol} needs a "
+            f"{kind} one; give the export of another stage"
+        )
+    return config
+
+
+# --- one arm
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    protocol = protocols.get_protocol(options.protocol)
+    arm = arm_lib.arm_of(options.arm, options.experts, options.images)
+    if options.batch_size < 1:
+        raise UserError(f"--batch_size={options.batch_size}: must be at least 1")
+    if arm.experts != "off" and not options.annotations:
+        raise UserError(
+            f"--experts={arm.experts} needs --annotations=DIR, which `vilam3-experts annotate` writes"
+        )
+    out = paths.as_path(options.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; --out names a folder here")
+    examples = read_split(options.data, protocol.split)
+    roots = {example.id: root for example, root in examples}
+    everything = protocols.items_of((example for example, _ in examples), protocol)
+    items = protocols.limit_items(everything, options.limit)
+    started = time.monotonic()
+    if arm.name == arm_lib.MAJORITY:
+        training = (example for example, _ in read_split(options.data, "train"))
+        rows = arm_lib.majority_rows(protocol, items, training)
+    else:
+        agent, reader = _agent(options, arm)
+
+        def load_image(item: protocols.Item) -> np.ndarray:
+            return reader.read(item.image, roots[item.id.rsplit("/q", 1)[0]])
+
+        answered = arm_lib.answer_items(agent, protocol, arm, items, load_image, falsify_seed=options.seed)
+        rows = list(tqdm(answered, total=len(items), desc=f"evaluating {arm.name}", unit="question"))
+    summaries = statistics.summarise(rows, seed=options.seed)
+    result = {
+        "arm": {"name": arm.name, "experts": arm.experts, "images": arm.images},
+        "protocol": protocol.to_json(),
+        "protocol_hash": protocol.hash,
+        "items_hash": arm_lib.item_set_hash(items),
+        "items": len(items),
+        "items_without_limit": len(everything),
+        "limit": options.limit,
+        "seed": options.seed,
+        "checkpoint": None if arm.name == arm_lib.MAJORITY else str(options.checkpoint),
+        "data": str(options.data),
+        "annotations": options.annotations,
+        "seconds": time.monotonic() - started,
+        "finished": _now(),
+        "versions": checkpoints.versions(),
+        "summaries": [summary.to_json() for summary in summaries],
+    }
+    shown = [tables.main_table(summaries), tables.oracle_table(summaries)]
+    shown = [table for table in shown if table.rows]
+    paths.write_text_atomic(
+        out / ROWS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    )
+    paths.write_text_atomic(out / TABLES_FILE, "\n".join(table.to_markdown() for table in shown))
+    # Last, since its presence says that the others are complete.
+    paths.write_text_atomic(out / RESULT_FILE, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    for table in shown:
+        print(table.to_text())
+    print(f"protocol {protocol.name} ({protocol.hash[:12]}), arm {arm.name}, {len(rows)} questions: {out}")
+
+
+def _agent(options: argparse.Namespace, arm: arm_lib.Arm) -> tuple[Agent, ImageReader]:
+    config = _model_config(options, "generative")
+    provider, cards = None, ()
+    if arm.experts != "off":
+        store = AnnotationStore(options.annotations)
+        seed = options.seed if arm.experts == "falsified" else None
+        provider = AnnotationProvider(store, falsify_seed=seed)
+        cards = load_cards(options.cards or config.get("cards", "quickstart"))
+    generator, template = load_generator(
+        options.checkpoint, max_length=options.max_length, batch_size=options.batch_size
+    )
+    agent = Agent(generator, template, cards=cards, provider=provider)
+    return agent, ImageReader(generator.image_size)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+# --- retrieval
+
+
+def _retrieve(options: argparse.Namespace) -> None:
+    protocol = retrieval.RETRIEVAL
+    for flag in ("experts", "images", "arm", "limit", "annotations", "cards"):
+        if getattr(options, flag) is not None:
+            raise UserError(f"--{flag}: means nothing for protocol {protocol.name}; leave it out")
+    out = paths.as_path(options.out)
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; --out names a JSON file here")
+    config = _model_config(options, "contrastive")
+    examples = read_split(options.data, protocol.split)
+    roots = {example.id: root for example, root in examples}
+    items = retrieval.retrieval_items(example for example, _ in examples)
+    params, config, tokenizer_folder = checkpoints.load_export(options.checkpoint)
+    embedder = retrieval.TwoTowerEmbedder(
+        config, params, load_tokenizer(tokenizer_folder), options.batch_size
+    )
+    reader = ImageReader(config.image_size)
+    pixels = [
+        reader.read(item.example.images[0], roots[item.example.id])
+        for item in tqdm(items, desc="reading images", unit="image")
+    ]
+    classes = sorted({item.modality for item in items})
+    texts = retrieval.class_embeddings(embedder.texts, classes, protocol.prompts)
+    result = retrieval.evaluate_retrieval(items, embedder.images(pixels), classes, texts, seed=options.seed)
+    result |= {
+        "protocol": protocol.to_json(),
+        "protocol_hash": protocol.hash,
+        "checkpoint": str(options.checkpoint),
+        "data": str(options.data),
+        "seed": options.seed,
+        "finished": _now(),
+        "versions": checkpoints.versions(),
+    }
+    paths.write_text_atomic(out, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    print(
+        f"zero-shot modality retrieval: {result['accuracy']:.3f} of {result['n']} images from "
+        f"{result['clusters']} patients (chance {result['chance']:.3f}, most frequent class {result['majority']:.3f}): {out}"
+    )
+
+
+# --- comparison
+
+
+def _compare(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="vilam3 evaluate compare", description="One table of several results, and paired differences."
+    )
+    parser.add_argument("results", nargs="+", help="folders written by `vilam3 evaluate --out`, two or more")
+    parser.add_argument("--out", help="also write the tables: FILE.md, or FILE.json")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    options = parser.parse_args(argv)
+    if len(options.results) < 2:
+        raise UserError("compare needs two results or more")
+    shown = compare([_read_result(folder) for folder in options.results], seed=options.seed)
+    for table in shown:
+        print(table.to_text())
+    if options.out:
+        text = "\n".join(table.to_markdown() for table in shown)
+        if str(options.out).endswith(".json"):
+            text = json.dumps([table.to_json() for table in shown], indent=1, ensure_ascii=False) + "\n"
+        paths.write_text_atomic(options.out, text)
+    return 0
+
+
+def _read_result(folder: paths.PathLike) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
+    """(name of the folder, `result.json`, rows)."""
+    root = paths.as_path(folder)
+    if not (root / RESULT_FILE).exists():
+        raise UserError(f"{folder}: no {RESULT_FILE}; give a folder that `vilam3 evaluate --out` wrote")
+    try:
+        result = json.loads(paths.read_bytes(root / RESULT_FILE, _MAX_BYTES))
+        lines = paths.read_bytes(root / ROWS_FILE, _MAX_BYTES).decode().splitlines()
+        rows = [json.loads(line) for line in lines]
+        if not rows or not isinstance(result["protocol_hash"], str):
+            raise ValueError("no rows")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: damaged result ({error!r}); evaluate again") from error
+    return root.name, result, rows
+
+
+def compare(
+    results: Sequence[tuple[str, dict[str, Any], list[dict[str, Any]]]], *, seed: int = 0
+) -> list[tables.Table]:
+    """The main table, the oracle table, and differences of all later results to the first.
+
+    Args:
+      results: (name, result, rows) each; where two have the same arm, the name tells them apart.
+      seed: of the bootstrap.
+
+    Raises:
+      UserError: different protocols, or no common question.
+    """
+    first_name, first, _ = results[0]
+    for name, result, _ in results[1:]:
+        if result["protocol_hash"] != first["protocol_hash"]:
+            raise UserError(
+                f"{name}: protocol {result['protocol_hash'][:12]} is not that of {first_name}, "
+                f"{first['protocol_hash'][:12]}; figures of different protocols cannot be compared"
+            )
+    names = [str(rows[0]["arm"]) for _, _, rows in results]
+    if len(set(names)) < len(names):
+        names = [name for name, _, _ in results]
+    renamed = [
+        [{**row, "arm": arm} for row in rows] for arm, (_, _, rows) in zip(names, results, strict=True)
+    ]
+    summaries = statistics.summarise((row for rows in renamed for row in rows), seed=seed)
+    groups: tuple[tuple[str, Callable[[dict[str, Any]], bool]], ...] = (
+        ("main", lambda row: not row["oracle"]),
+        ("answerable by an expert, not oracle", lambda row: not row["oracle"] and bool(row["expert"])),
+        ("oracle", lambda row: bool(row["oracle"])),
+    )
+    differences = []
+    for group, belongs in groups:
+        base = _only(renamed[0], belongs)
+        for rows in renamed[1:]:
+            own = _only(rows, belongs)
+            if {row["item"] for row in own} & {row["item"] for row in base}:
+                differences.append((group, statistics.paired_difference(own, base, seed=seed)))
+    if not differences:
+        raise UserError("the results have no question in common; use the same --data and --limit")
+    shown = [
+        tables.main_table(summaries),
+        tables.oracle_table(summaries),
+        tables.difference_table(differences),
+    ]
+    return [table for table in shown if table.rows]
+
+
+def _only(rows: Iterable[dict[str, Any]], belongs: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    return [row for row in rows if belongs(row)]
+
+
+if __name__ == "__main__":
+    from vilam3_jax.cli import guarded
+
+    sys.exit(guarded("evaluate", main, sys.argv[1:]))

@@ -1,0 +1,224 @@
+"""Zero-shot retrieval of the modality: does an image lie nearest to the texts that name what it is?
+
+Measures the two towers of stage 1, before any language model: every held-out image is compared with one text
+embedding per modality, each the mean over the same wordings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from vilam3_jax.data.examples import Example
+from vilam3_jax.data.templates import TokenizerLike, encode_caption
+from vilam3_jax.errors import UserError
+from vilam3_jax.evals import statistics
+from vilam3_jax.evals.protocol import content_hash
+from vilam3_jax.models import vila
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalProtocol:
+    """What is compared.
+
+    Attributes:
+      id: name without version.
+      version: grows with any change of meaning.
+      items: `images_of_pairs`: every distinct image of the split's image-text pairs, once.
+      split: `meta["split"]` of the Examples used.
+      classes: `modality`: the classes are the values of `meta["modality"]` among the items.
+      prompts: wordings with `{modality}`, the same for each class, averaged after normalisation.
+      metric: `accuracy` of the nearest class by cosine.
+    """
+
+    id: str
+    version: int
+    items: str
+    split: str
+    classes: str
+    prompts: tuple[str, ...]
+    metric: str
+
+    @property
+    def name(self) -> str:
+        """`id@version`."""
+        return f"{self.id}@{self.version}"
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, as plain JSON values."""
+        return {**dataclasses.asdict(self), "prompts": list(self.prompts)}
+
+    @property
+    def hash(self) -> str:
+        """sha256 (hex) of the canonical JSON of all fields."""
+        return content_hash(self.to_json())
+
+
+RETRIEVAL = RetrievalProtocol(
+    id="retrieval",
+    version=1,
+    items="images_of_pairs",
+    split="heldout",
+    classes="modality",
+    # Planes and regions are crossed with every modality alike: they must not give the class away.
+    prompts=(
+        "{modality} image.",
+        *(f"{plane} {{modality}} slice of the {region}." for plane in ("Axial", "Coronal", "Sagittal")
+          for region in ("abdomen", "chest", "head")),
+        *(f"{{modality}} image of the {region}." for region in ("abdomen", "chest", "head")),
+    ),
+    metric="accuracy",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalItem:
+    """One image: its example (for reading it), its modality, and its cluster."""
+
+    example: Example
+    modality: str
+    cluster: str
+
+
+def retrieval_items(
+    examples: Iterable[Example], protocol: RetrievalProtocol = RETRIEVAL
+) -> list[RetrievalItem]:
+    """Distinct images of the pairs of the protocol's split, in the order of the examples.
+
+    Raises:
+      UserError: no pair is left, all are of one modality, or an example lacks a meta key.
+    """
+    items: dict[tuple[Any, ...], RetrievalItem] = {}
+    for example in examples:
+        if example.meta.get("split") != protocol.split or example.format not in ("pair", "caption"):
+            continue
+        try:
+            meta = example.meta
+            cluster = str(meta.get("group") or meta["patient"])
+            key = (meta["input_key"], example.images[0].axis, example.images[0].index)
+            items.setdefault(key, RetrievalItem(example, str(meta["modality"]), cluster))
+        except (KeyError, IndexError) as error:
+            raise UserError(
+                f"example {example.id!r}: {error!r} in its meta; prepare the data set again"
+            ) from error
+    kinds = {item.modality for item in items.values()}
+    if len(kinds) < 2:
+        raise UserError(
+            f"protocol {protocol.name}: {len(items)} image-text pairs of {len(kinds)} modalities in split "
+            f"{protocol.split!r}; at least two modalities are needed"
+        )
+    return list(items.values())
+
+
+def prompt_tokens(
+    tokenizer: TokenizerLike, texts: Sequence[str], length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32 [N, length] and their validity bool [N, length], as the training loader makes them."""
+    tokens = np.full((len(texts), length), tokenizer.pad_id, np.int32)
+    valid = np.zeros((len(texts), length), bool)
+    for row, text in enumerate(texts):
+        ids = encode_caption(tokenizer, text, length).tokens
+        tokens[row, : len(ids)], valid[row, : len(ids)] = ids, True
+    return tokens, valid
+
+
+class TwoTowerEmbedder:
+    """Embeds images and texts with a contrastive model, in batches of one shape."""
+
+    def __init__(self, model_config: Any, params: Any, tokenizer: TokenizerLike, batch_size: int = 32):
+        """Prepares the model; compiled at first use."""
+        graphdef, _ = vila.abstract_model(model_config, "contrastive")
+        self._params, self._tokenizer, self._batch = params, tokenizer, batch_size
+        self._length = int(model_config.text_tower.max_length)
+        self._images = jax.jit(lambda p, x: vila.merge(graphdef, p).vision_tower.pooled(x))
+        self._texts = jax.jit(lambda p, t, v: vila.merge(graphdef, p).text_tower(t, v))
+
+    def images(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """Uint8 [S, S, 3] each -> float32 [N, E], unit length."""
+        out = []
+        for start in range(0, len(pixels), self._batch):
+            batch = np.stack(pixels[start : start + self._batch])
+            padded = np.pad(batch, ((0, self._batch - len(batch)), (0, 0), (0, 0), (0, 0)))
+            out.append(np.asarray(self._images(self._params, padded), np.float32)[: len(batch)])
+        return _unit(np.concatenate(out))
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Texts -> float32 [N, E], unit length."""
+        tokens, valid = prompt_tokens(self._tokenizer, texts, self._length)
+        return _unit(np.asarray(self._texts(self._params, tokens, valid), np.float32))
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def class_embeddings(
+    texts: Callable[[Sequence[str]], np.ndarray], classes: Sequence[str], prompts: Sequence[str]
+) -> np.ndarray:
+    """Float32 [C, E], unit length: for each class the mean of its wordings' embeddings."""
+    every = texts([prompt.format(modality=name) for name in classes for prompt in prompts])
+    return _unit(every.reshape(len(classes), len(prompts), -1).mean(axis=1))
+
+
+def evaluate_retrieval(
+    items: Sequence[RetrievalItem],
+    images: np.ndarray,
+    classes: Sequence[str],
+    class_embedding: np.ndarray,
+    *,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Scores nearest-class retrieval.
+
+    Args:
+      items: [N].
+      images: float32 [N, E], unit length.
+      classes: [C] names; every item's modality is one of them.
+      class_embedding: float32 [C, E], unit length.
+      seed: of the bootstrap.
+
+    Returns:
+      `accuracy`; `balanced_accuracy` (mean over classes); `chance` (1 / C); `majority` (share of the most
+      frequent class); `n`; `clusters`; `interval` (over clusters, None if too few); `per_cluster`; `note`;
+      `per_class` (class -> n, clusters, accuracy); `confusion` (true class -> predicted class -> count).
+    """
+    predicted = [classes[i] for i in np.argmax(images @ class_embedding.T, axis=1)]
+    rows = [
+        {
+            "item": item.example.id,
+            "cluster": item.cluster,
+            "correct": guess == item.modality,
+            "unparsed": False,
+        }
+        for item, guess in zip(items, predicted, strict=True)
+    ]
+    whole = statistics.summarise_group(
+        rows, arm="stage1", question_type="modality", label_source="image header", oracle=False, seed=seed
+    )
+    per_class: dict[str, dict[str, Any]] = {}
+    confusion: dict[str, dict[str, int]] = {}
+    for name in classes:
+        own = [i for i, item in enumerate(items) if item.modality == name]
+        per_class[name] = {
+            "n": len(own),
+            "clusters": len({items[i].cluster for i in own}),
+            "accuracy": float(np.mean([rows[i]["correct"] for i in own])),
+        }
+        confusion[name] = {other: sum(predicted[i] == other for i in own) for other in classes}
+    return {
+        "accuracy": whole.accuracy,
+        "balanced_accuracy": float(np.mean([one["accuracy"] for one in per_class.values()])),
+        "chance": 1 / len(classes),
+        "majority": max(one["n"] for one in per_class.values()) / len(items),
+        "n": whole.n,
+        "clusters": whole.clusters,
+        "interval": None if whole.interval is None else list(whole.interval),
+        "per_cluster": whole.per_cluster,
+        "note": whole.note,
+        "per_class": per_class,
+        "confusion": confusion,
+    }

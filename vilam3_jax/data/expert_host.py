@@ -1,0 +1,239 @@
+"""Live experts from the model's side: a child process that may live in another virtual environment.
+
+Frames are a 4-byte big-endian length and a msgpack map. Request: {id, expert, args, volume_path |
+image_bytes}; response: {id, annotation | error}. A host that crashes, hangs or answers nonsense gives a
+failed annotation, and the next request starts a fresh one.
+
+This module imports neither jax nor flax nor torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import struct
+import subprocess
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import msgpack
+
+from vilam3_jax.data.annotations import Annotation, failed
+from vilam3_jax.errors import UserError
+
+Message = dict[str, Any]
+
+MAX_FRAME_BYTES = 256 << 20
+DEFAULT_COMMAND = ("vilam3-experts", "host")
+_STDERR_TAIL = 300
+
+
+class FrameError(Exception):
+    """The other side sent what is no frame."""
+
+
+def write_frame(sink: BinaryIO, message: Message) -> None:
+    """Sends one message.
+
+    Raises:
+      FrameError: larger than the limit.
+      OSError: the other side is gone.
+    """
+    body = msgpack.packb(message, use_bin_type=True)
+    if len(body) > MAX_FRAME_BYTES:
+        raise FrameError(f"message of {len(body)} bytes, the limit is {MAX_FRAME_BYTES}")
+    sink.write(struct.pack(">I", len(body)) + body)
+    sink.flush()
+
+
+def read_frame(source: BinaryIO) -> Message | None:
+    """Reads one message; None at the end of the stream.
+
+    Raises:
+      FrameError: too large, cut short, or no msgpack map with text keys.
+    """
+    head = source.read(4)
+    if not head:
+        return None
+    if len(head) < 4:
+        raise FrameError("frame cut short")
+    (size,) = struct.unpack(">I", head)
+    if size > MAX_FRAME_BYTES:
+        raise FrameError(f"frame of {size} bytes, the limit is {MAX_FRAME_BYTES}")
+    body = source.read(size)
+    if len(body) < size:
+        raise FrameError("frame cut short")
+    try:
+        message = msgpack.unpackb(body, raw=False)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise FrameError(f"frame is not msgpack ({error})") from error
+    if not isinstance(message, dict) or not all(isinstance(k, str) for k in message):
+        raise FrameError("frame is not a map with text keys")
+    return message
+
+
+class ExpertHost:
+    """Starts the host at the first request; requests are answered one at a time.
+
+    Use as a context manager, or call `close`.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str] = DEFAULT_COMMAND,
+        *,
+        weights: str | os.PathLike[str] | None = None,
+        timeout: float = 300.0,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Prepares a host.
+
+        Args:
+          command: how to start it; the path of another virtual environment's `vilam3-experts` works.
+          weights: folder of the model files, passed on as `--weights`.
+          timeout: seconds for one answer, the loading of the expert included; then the host is killed.
+          environment: variables for the host instead of this process's.
+        """
+        self._command = [*command, *(("--weights", os.fspath(weights)) if weights is not None else ())]
+        self._timeout = timeout
+        self._environment = None if environment is None else dict(environment)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stderr: Any = None
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+
+    def ask(
+        self,
+        expert: str,
+        args: str = "",
+        *,
+        input_key: str,
+        volume_path: str | os.PathLike[str] | None = None,
+        image_bytes: bytes | None = None,
+    ) -> Annotation:
+        """Lets an expert analyse one scan.
+
+        Args:
+          expert: name of the expert.
+          args: its arguments.
+          input_key: content key of the scan; the answer must be about it.
+          volume_path: a local file or DICOM folder that the host can read; or
+          image_bytes: an encoded image.
+
+        Returns:
+          The annotation; a failed one with its reason if the host could not give any.
+
+        Raises:
+          ValueError: neither or both of the inputs given.
+        """
+        if (volume_path is None) == (image_bytes is None):
+            raise ValueError("give either volume_path or image_bytes")
+        request: Message = {"id": next(self._numbers), "expert": expert, "args": args}
+        if volume_path is not None:
+            request["volume_path"] = os.fspath(volume_path)
+        else:
+            request["image_bytes"] = image_bytes
+        with self._lock:
+            try:
+                response = self._exchange(request)
+            except FrameError as error:
+                self._stop()
+                return failed(input_key, expert, args, f"expert host: {error}")
+            except OSError as error:
+                reason = self._obituary(error)
+                self._stop()
+                return failed(input_key, expert, args, reason)
+        if "annotation" not in response:
+            return failed(input_key, expert, args, str(response.get("error")))
+        try:
+            annotation = Annotation.from_bytes(response["annotation"])
+        except UserError as error:
+            return failed(input_key, expert, args, f"expert host: {error}")
+        if annotation.key != (input_key, expert, args):
+            return failed(input_key, expert, args, "expert host: the answer is about another input")
+        return annotation
+
+    def _exchange(self, request: Message) -> Message:
+        if self._process is None or self._process.poll() is not None:
+            self._stop()
+            self._start()
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        timed_out = threading.Event()
+
+        def expire() -> None:
+            timed_out.set()
+            process.kill()
+
+        # The kill ends whichever of the two blocking calls is waiting.
+        timer = threading.Timer(self._timeout, expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            write_frame(process.stdin, request)
+            response = read_frame(process.stdout)
+        except (OSError, FrameError) as error:
+            if timed_out.is_set():
+                raise FrameError(f"no answer within {self._timeout:g} s") from error
+            raise
+        finally:
+            timer.cancel()
+        if timed_out.is_set():
+            raise FrameError(f"no answer within {self._timeout:g} s")
+        if response is None:
+            raise OSError("it ended without an answer")
+        if response.get("id") != request["id"]:
+            raise FrameError(f"answer out of order ({response.get('error')})")
+        return response
+
+    def _start(self) -> None:
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the process
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=self._environment,
+        )
+
+    def _obituary(self, error: OSError) -> str:
+        if self._process is None:
+            return f"expert host does not start ({error}); install vilam3-experts or give its path"
+        try:
+            code: int | None = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            code = None
+        self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(0, self._stderr.tell() - _STDERR_TAIL))
+        last = self._stderr.read().decode(errors="replace").strip().splitlines()[-1:]
+        return f"expert host crashed (exit code {code}): {' '.join(last) or error}"
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            for pipe in (self._process.stdin, self._process.stdout):
+                # A pipe to a dead process may still hold bytes that nobody will take.
+                with contextlib.suppress(OSError):
+                    pipe.close()  # type: ignore[union-attr]
+            self._process.wait()
+            self._process = None
+        if self._stderr is not None:
+            self._stderr.close()
+            self._stderr = None
+
+    def close(self) -> None:
+        """Ends the host."""
+        with self._lock:
+            self._stop()
+
+    def __enter__(self) -> ExpertHost:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

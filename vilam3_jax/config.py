@@ -133,13 +133,13 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues) -> ConfigDict:
     for index, item in enumerate(argv):
         if item.startswith("--config=") or item.startswith("-config="):
             argv[index] = "--config=" + recipe_path(item.split("=", 1)[1])
-    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=flag_values)
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=flag_values, sys_argv=["", *argv])
     try:
         flag_values(["vilam3", *argv])
+    except (flags.UnrecognizedFlagError, AttributeError, KeyError) as error:
+        raise UserError(_unknown_key(argv, error)) from error
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from error
-    except (AttributeError, KeyError) as error:
-        raise UserError(_unknown_key(argv, error)) from error
     except (TypeError, ValueError) as error:
         raise UserError(f"config: {' '.join(str(error).split())}") from error
     config = flag_values["config"].value

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from vilam3_jax import checkpoints, paths
 from vilam3_jax import config as config_lib
+from vilam3_jax.datasets import samples as samples_lib
 from vilam3_jax.errors import UserError
 
 STAGES = ("stage1_vision", "stage2a_align", "stage2b_pretrain", "stage3_instruct", "stage4_expert")
@@ -50,25 +51,26 @@ class Step:
     resumable: bool = False
 
 
+def samples_step(samples: Path, size: str) -> Step:
+    """Fetches the samples, or draws phantoms for the smoke run."""
+    module = "vilam3_jax.datasets.phantoms" if size == "smoke" else "vilam3_jax.datasets.samples"
+    return Step("samples", ("-m", module, "--out", str(samples)), samples / "samples.json", resumable=True)
+
+
 def plan(run: Path, samples: Path, size: str) -> list[Step]:
-    """The chain of a size."""
+    """The chain of a size, after the samples are there."""
     phantoms = size == "smoke"
     data, annotations = run / "data", run / "annotations"
     vilam3 = ("-m", "vilam3_jax.cli")
-    source = "phantoms" if phantoms else "samples"
-    steps = [
-        Step("samples", ("-m", f"vilam3_jax.datasets.{source}", "--out", str(samples)), samples / "samples.json"),
-        Step(
-            "prepare",
-            (*vilam3, "prepare", "quickstart", "--source", str(samples), "--out", str(data), "--size", size),
-            data,
-            ("samples",),
-        ),
-    ]
+    steps = []
     for expert in PHANTOM_EXPERTS if phantoms else EXPERTS:
         argv = ("-m", "vilam3_experts.cli", "annotate", "--expert", expert, "--data", str(samples))
         name = f"annotate_{expert.lower()}"
         steps.append(Step(name, (*argv, "--out", str(annotations)), annotations, ("samples",), resumable=True))
+    annotated = tuple(step.name for step in steps if step.name.startswith("annotate"))
+    argv = (*vilam3, "prepare", "quickstart", "--source", str(samples), "--out", str(data), "--size", size)
+    argv = (*argv, "--annotations", str(annotations))
+    steps.append(Step("prepare", argv, data, annotated))
     if phantoms:
         tokenizer = run / "tokenizer"
         argv = ("-m", "vilam3_jax.data.tokenizer", "--data", str(data), "--out", str(tokenizer), "--vocab_size=2048")
@@ -76,11 +78,10 @@ def plan(run: Path, samples: Path, size: str) -> list[Step]:
     else:
         llm = run / "llm"
         tokenizer = llm / "tokenizer"
-        gguf = samples / "assets.json"
-        argv = (*vilam3, "convert", "import", "--source", str(_gguf(samples, gguf)), "--out", str(llm))
+        gguf = samples_lib.asset(samples, "smollm2_gguf")
+        argv = (*vilam3, "convert", "import", "--source", str(gguf), "--out", str(llm))
         steps.append(Step("import_llm", argv, llm, ("samples",)))
-    annotated = tuple(step.name for step in steps if step.name.startswith("annotate"))
-    base = ("prepare", *annotated, "tokenizer" if phantoms else "import_llm")
+    base = ("prepare", "tokenizer" if phantoms else "import_llm")
     for index, stage in enumerate(STAGES):
         argv = [*vilam3, "train", f"--config=configs/quickstart/{stage}.py:{size}"]
         argv += [f"--workdir={run / 'stages' / stage}", f"--config.data.path={data}"]
@@ -97,14 +98,6 @@ def plan(run: Path, samples: Path, size: str) -> list[Step]:
     report = (*vilam3, "report", f"--workdir={run}")
     steps.append(Step("report", report, run / "report.html", tuple(step.name for step in steps)))
     return steps
-
-
-def _gguf(samples: Path, index: Path) -> Path:
-    """The language model among the samples; known only by name until they are fetched."""
-    from vilam3_jax.datasets import samples as samples_lib
-
-    del index
-    return samples_lib.asset_path(samples, "smollm2_gguf")
 
 
 def _evaluation(run: Path, data: Path, annotations: Path, size: str, base: tuple[str, ...]) -> list[Step]:
@@ -144,28 +137,38 @@ def run_chain(run: Path, samples: Path, size: str, fresh: bool) -> None:
     run, samples = run.absolute(), samples.absolute()
     _claim(run, fresh)
     record = json.loads((run / MARKER).read_text())
-    began = time.monotonic()
-    steps = plan(run, samples, size)
     prints: dict[str, str] = {}
     code = _code_hash()
-    for number, step in enumerate(steps, 1):
+    steps = [samples_step(samples, size)]
+    number = 0
+    while number < len(steps):
+        step = steps[number]
+        number += 1
         prints[step.name] = _fingerprint(step, prints, code)
         done = record["steps"].get(step.name, {})
-        head = f"[{number}/{len(steps)}] {step.name}"
+        total = len(steps) if number > 1 else "..."
+        head = f"[{number}/{total}] {step.name}"
         if done.get("fingerprint") == prints[step.name] and done.get("finished") and step.makes.exists():
             print(f"{head}: reused", flush=True)
-            continue
-        stale = done.get("fingerprint") != prints[step.name]
-        if step.name != "samples" and (stale or not step.resumable):
-            _remove(step)
-        _record(run, record, step, prints[step.name], None)
-        print(f"{head}: {_shown(step)}", flush=True)
-        started = time.monotonic()
-        _execute(step, run / "logs" / f"{step.name}.log", record)
-        _record(run, record, step, prints[step.name], time.monotonic() - started)
-        print(f"{head}: {time.monotonic() - started:.0f} s, {time.monotonic() - began:.0f} s in all", flush=True)
+        else:
+            _run_step(run, record, step, prints[step.name], head)
+        if number == 1:
+            steps += plan(run, samples, size)
     print(f"report: {run / 'report.html'}")
     print(f"summary: {run / 'summary.json'}")
+
+
+def _run_step(run: Path, record: dict, step: Step, fingerprint: str, head: str) -> None:
+    done = record["steps"].get(step.name, {})
+    if step.name != "samples" and (done.get("fingerprint") != fingerprint or not step.resumable):
+        _remove(step)
+    _record(run, record, step, fingerprint, None)
+    print(f"{head}: {_shown(step)}", flush=True)
+    started = time.monotonic()
+    _execute(step, run / "logs" / f"{step.name}.log", record)
+    seconds = time.monotonic() - started
+    _record(run, record, step, fingerprint, seconds)
+    print(f"{head}: {seconds:.0f} s", flush=True)
 
 
 def _claim(run: Path, fresh: bool) -> None:

@@ -1,0 +1,76 @@
+"""Every shipped recipe, fully resolved, against its snapshot: a changed default is a visible diff."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from vilam3_jax import config as config_lib
+from vilam3_jax.errors import UserError
+
+SNAPSHOTS = Path(__file__).parent / "snapshots"
+STAGES = ("stage1_vision", "stage2a_align", "stage2b_pretrain", "stage3_instruct", "stage4_expert")
+RECIPES = [f"configs/{stage}.py:tiny" for stage in STAGES] + [
+    f"configs/quickstart/{stage}.py:{size}" for stage in STAGES for size in ("smoke", "default", "full")
+]
+
+
+def snapshot_file(recipe):
+    return SNAPSHOTS / (recipe.removeprefix("configs/").replace("/", "-").replace(".py:", "-") + ".txt")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_snapshot(recipe):
+    expected = snapshot_file(recipe).read_text()
+    assert config_lib.snapshot(config_lib.load(recipe)) == expected, (
+        f"{recipe} resolves differently; if that is meant: python -m tests.test_configs --update"
+    )
+
+
+def test_no_recipe_and_no_snapshot_is_forgotten():
+    root = config_lib.configs_root()
+    stages = {f"configs/{p.relative_to(root)}" for p in root.rglob("stage*.py")}
+    assert stages == {recipe.partition(":")[0] for recipe in RECIPES}
+    assert {p.name for p in SNAPSHOTS.glob("*.txt")} == {snapshot_file(recipe).name for recipe in RECIPES}
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--config=configs/stage9.py"], "configs/stage9.py: no such config.*stage3_instruct.py"),
+        (["--config=configs/stage3_instruct.py:giant"], "'giant'.*tiny"),
+        (["--config=configs/quickstart/stage3_instruct.py:huge"], "'huge'.*default"),
+        (["--config=configs/stage3_instruct.py:tiny", "--config.num_step=3"], "num_step.*num_steps"),
+        (["--config=configs/stage3_instruct.py:tiny", "--config.num_steps=many"], "num_steps"),
+        (["--config=configs/stage3_instruct.py:tiny", "--config.kind=dreaming"], "kind='dreaming'"),
+        (["--config=configs/stage3_instruct.py:tiny", "--nonsense=1"], "nonsense"),
+        ([], "--config"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    from absl import flags
+
+    with pytest.raises(UserError, match=message):
+        config_lib.parse(arguments, flags.FlagValues())
+
+
+def test_overrides_reach_the_model():
+    from absl import flags
+
+    config = config_lib.parse(
+        ["--config=configs/stage3_instruct.py:tiny", "--config.model.llm.num_layers=5"], flags.FlagValues()
+    )
+    assert config.model.llm.num_layers == 5
+    assert config_lib.load("configs/stage3_instruct.py:tiny", {"seed": 7}).seed == 7
+    with pytest.raises(UserError, match="sead.*seed"):
+        config_lib.load("configs/stage3_instruct.py:tiny", {"sead": 7})
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--update"]:
+        sys.exit("usage: python -m tests.test_configs --update")
+    SNAPSHOTS.mkdir(exist_ok=True)
+    for stale in SNAPSHOTS.glob("*.txt"):
+        stale.unlink()
+    for name in RECIPES:
+        snapshot_file(name).write_text(config_lib.snapshot(config_lib.load(name)))

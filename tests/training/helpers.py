@@ -1,0 +1,88 @@
+"""Batches and runs for the trainer's tests."""
+
+import jax
+import numpy as np
+
+from vilam3_jax import config as config_lib
+from vilam3_jax.configs import models
+from vilam3_jax.models import trees, vila
+from vilam3_jax.ops import partition
+from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.training import optimizer as optimizer_lib
+from vilam3_jax.training import state as state_lib
+from vilam3_jax.training import step as step_lib
+
+
+def tiny_config(kind="generative", **mesh_axes):
+    config = config_lib.base_config()
+    config.kind = kind
+    config.model = models.get("tiny")
+    config.mesh.update(dict(fsdp=1) | mesh_axes)
+    config.num_steps = 20
+    config.schedule.peak = 3e-3
+    config.loss_chunk = 16
+    return config
+
+
+def packed_batch(seed, rows=8, length=48, slots=2, rows_per_group=1):
+    """Rows of two samples each, one image a sample, uneven numbers of supervised tokens."""
+    rng = np.random.default_rng(seed)
+    tokens_per_image = vila.tokens_per_image(models.get("tiny"))
+    groups = rows // rows_per_group
+    batch = {
+        "tokens": rng.integers(0, 2000, (rows, length), dtype=np.int32),
+        "segment_ids": np.zeros((rows, length), np.int32),
+        "positions": np.zeros((rows, length), np.int32),
+        "loss_weights": np.zeros((rows, length), np.float32),
+        "visual_index": np.full((rows, length), -1, np.int32),
+        "images": rng.integers(0, 256, (groups, slots * rows_per_group, 32, 32, 3), dtype=np.uint8),
+        "image_valid": np.ones((groups, slots * rows_per_group), bool),
+    }
+    for row in range(rows):
+        start = 0
+        for sample in range(2):
+            size = int(rng.integers(14, 24))
+            place = slice(start, start + size)
+            batch["segment_ids"][row, place] = sample + 1
+            batch["positions"][row, place] = np.arange(size)
+            batch["loss_weights"][row, place] = rng.random(size) < 0.4
+            slot = (row % rows_per_group) * slots + sample
+            visual = slice(start + 1, start + 1 + tokens_per_image)
+            batch["visual_index"][row, visual] = slot * tokens_per_image + np.arange(tokens_per_image)
+            start += size
+    return batch
+
+
+def pair_batch(seed, rows=8, length=12):
+    rng = np.random.default_rng(seed)
+    return {
+        "images": rng.integers(0, 256, (rows, 32, 32, 3), dtype=np.uint8),
+        "text_tokens": rng.integers(0, 2000, (rows, length), dtype=np.int32),
+        "text_valid": np.arange(length)[None] < rng.integers(4, length, (rows, 1)),
+    }
+
+
+class Run:
+    """A trainer without files: state, step and losses."""
+
+    def __init__(self, config, devices=None):
+        self.config = config
+        self.mesh = mesh_lib.build_mesh(config.mesh) if devices is None else devices
+        graphdef, nested = vila.abstract_model(config.model, config.kind)
+        rates = optimizer_lib.multipliers(config, list(trees.flatten(nested)))
+        self.optimizer = optimizer_lib.make_optimizer(config, {p: r for p, r in rates.items() if r})
+        self.abstract = state_lib.abstract_state(config, self.mesh, self.optimizer, rates)
+        self.state, self.origin = state_lib.initial_state(config, self.abstract, self.optimizer)
+        loss = step_lib.make_loss(config, graphdef)
+        schedule = optimizer_lib.learning_rate(config)
+        self._step = step_lib.make_train_step(config, loss, self.optimizer, schedule)
+        self._compiled = None
+
+    def step(self, batch):
+        placed = state_lib.shardings(self.abstract)
+        batch = jax.device_put(batch, mesh_lib.batch_shardings(batch, self.mesh))
+        with partition.activation_rules(self.mesh, self.config.activation_rules.to_dict()):
+            if self._compiled is None:
+                self._compiled = jax.jit(self._step, out_shardings=(placed, None)).lower(self.state, batch).compile()
+            self.state, metrics = self._compiled(self.state, batch)
+        return {key: float(value) for key, value in metrics.items()}

@@ -1,0 +1,115 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.training.helpers import Run, packed_batch, pair_batch, tiny_config
+from vilam3_jax import compat
+from vilam3_jax.config import MESH_AXES
+from vilam3_jax.models import trees, vila
+from vilam3_jax.training import step as step_lib
+
+
+def one_device():
+    return compat.make_mesh([1] * len(MESH_AXES), MESH_AXES, jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+    "kind,axes",
+    [("generative", dict(fsdp=4, tensor=2)), ("generative", dict(data=2, fsdp=2, tensor=2)), ("contrastive", dict(fsdp=4, tensor=2))],
+)
+def test_sharded_equals_unsharded_for_ten_steps(kind, axes):
+    make = packed_batch if kind == "generative" else pair_batch
+    whole, split = Run(tiny_config(kind), one_device()), Run(tiny_config(kind, **axes))
+    for path, leaf in split.state["trainable"].items():
+        np.testing.assert_array_equal(leaf, whole.state["trainable"][path], err_msg=path)
+        if leaf.size >= 2048:
+            assert len({str(s.index) for s in leaf.addressable_shards}) > 1, f"{path} is not split"
+    moments = [x for x in jax.tree.leaves(split.state["opt_state"]) if x.size >= 2048]
+    assert moments and all(not m.sharding.is_fully_replicated for m in moments)
+    for index in range(10):
+        batch = make(index)
+        one, many = whole.step(batch), split.step(batch)
+        np.testing.assert_allclose(many["loss"], one["loss"], rtol=1e-5)
+        assert many["supervised"] == one["supervised"]
+
+
+def test_activations_are_split_inside_the_step():
+    run = Run(tiny_config(fsdp=4, tensor=2))
+    run.step(packed_batch(0))
+    text = run._compiled.as_text()
+    rows, length = packed_batch(0)["tokens"].shape
+    mlp = run.config.model.llm.mlp_dim
+    assert f"f32[{rows // 4},{length},{mlp // 2}]" in text, "the MLP's hidden activations are not split over fsdp x tensor"
+    assert f"f32[{rows},{length},{mlp}]" not in text
+
+
+def test_the_loss_falls_on_a_repeated_batch():
+    config = tiny_config(fsdp=4, tensor=2)
+    config.num_steps = 60
+    run, batch = Run(config), packed_batch(0)
+    losses = [run.step(batch)["loss"] for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_accumulation_equals_one_large_batch():
+    plain, parts = tiny_config(fsdp=2, tensor=4), tiny_config(fsdp=2, tensor=4)
+    parts.grad_accum = 4
+    one, four = Run(plain), Run(parts)
+    for index in range(4):
+        batch = packed_batch(index)
+        np.testing.assert_allclose(four.step(batch)["loss"], one.step(batch)["loss"], rtol=1e-5)
+
+
+def test_accumulation_keeps_groups_of_rows_whole():
+    plain, parts = tiny_config(fsdp=2, tensor=4), tiny_config(fsdp=2, tensor=4)
+    for config in (plain, parts):
+        config.data.rows_per_group = 2
+    parts.grad_accum = 2
+    batch = packed_batch(0, rows_per_group=2)
+    np.testing.assert_allclose(Run(parts).step(batch)["loss"], Run(plain).step(batch)["loss"], rtol=1e-5)
+
+
+def test_frozen_parameters_do_not_move_and_have_no_optimizer_state():
+    config = tiny_config(fsdp=4, tensor=2)
+    config.trainable = ((r"projector/.*", 1.0), (r".*", 0.0))
+    run = Run(config)
+    before = {path: np.asarray(leaf) for path, leaf in {**run.state["frozen"], **run.state["trainable"]}.items()}
+    run.step(packed_batch(0))
+    run.step(packed_batch(1))
+    assert set(run.state["trainable"]) == {path for path in before if path.startswith("projector/")}
+    for path, leaf in run.state["frozen"].items():
+        np.testing.assert_array_equal(leaf, before[path], err_msg=path)
+    assert all(np.any(np.asarray(leaf) != before[path]) for path, leaf in run.state["trainable"].items())
+    trained = sum(leaf.size for leaf in run.state["trainable"].values())
+    held = sum(leaf.size for leaf in jax.tree.leaves(run.state["opt_state"]))
+    assert held <= 2 * trained + 8
+
+
+def test_a_group_multiplier_scales_its_update():
+    slow, fast = tiny_config(), tiny_config()
+    for config, rate in ((slow, 0.25), (fast, 1.0)):
+        config.trainable = ((r"projector/.*", rate), (r".*", 0.0))
+        config.schedule.name, config.schedule.warmup_fraction = "constant", 0.0
+    moved = []
+    for config in (slow, fast):
+        run = Run(config, one_device())
+        start = {path: np.asarray(leaf) for path, leaf in run.state["trainable"].items()}
+        run.step(packed_batch(0))
+        run.step(packed_batch(0))
+        moved.append({path: np.abs(np.asarray(leaf) - start[path]).max() for path, leaf in run.state["trainable"].items()})
+    for path in moved[0]:
+        assert moved[0][path] == pytest.approx(0.25 * moved[1][path], rel=0.05)
+
+
+def test_the_loss_is_the_token_mean_over_the_global_batch():
+    config = tiny_config()
+    graphdef, _ = vila.abstract_model(config.model, "generative")
+    params = trees.flatten(vila.init_params(config.model, "generative", jax.random.key(0)))
+    loss = step_lib.make_loss(config, graphdef)
+    batch = jax.tree.map(jnp.asarray, packed_batch(3))
+    total, sums = loss(params, batch)
+    halves = [{key: value[part] for key, value in batch.items()} for part in (slice(0, 4), slice(4, 8))]
+    parts = [loss(params, half) for half in halves]
+    np.testing.assert_allclose(total, parts[0][0] + parts[1][0], rtol=1e-5)
+    assert float(sums["weight"]) == sum(float(part[1]["weight"]) for part in parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 
@@ -18,7 +19,7 @@ def as_path(path: PathLike) -> epath.Path:
 
 
 def file_size(path: PathLike) -> int:
-    """Size of a file in bytes. Works in containers where the owner of a local file has no name (epath's `stat` fails)."""
+    """Size of a file in bytes, also where the owner of a local file has no name (epath's `stat` fails)."""
     path = as_path(path)
     return path.stat().length if "://" in str(path) else os.stat(path).st_size
 
@@ -57,7 +58,8 @@ def write_bytes_atomic(path: PathLike, data: bytes) -> None:
         temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder itself may be what cannot be written
+            temporary.unlink(missing_ok=True)
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder"
         ) from error

@@ -234,7 +234,7 @@ def _locked(partial: pathlib.Path) -> Iterator[BinaryIO]:
 
 def _download_into(file: BinaryIO, url: str, name: str, settings: IndexSettings, progress: Progress) -> None:
     """Appends to `file` until the server's length is reached."""
-    failures = 0
+    failures, furthest = 0, file.seek(0, os.SEEK_END)
     while True:
         start = file.seek(0, os.SEEK_END)
         try:
@@ -254,10 +254,14 @@ def _download_into(file: BinaryIO, url: str, name: str, settings: IndexSettings,
             ):  # the partial file is already complete, or longer than the archive: the hash decides
                 return
             reason = f"HTTP {error.code}"
-            failures += error.code < 500 and error.code != 429  # asking again will not help
+            if error.code < 500 and error.code not in (408, 429):  # asking again will not help
+                failures = _ATTEMPTS_WITHOUT_PROGRESS
         except _NETWORK_ERRORS as error:
             reason = _reason(error)
-        failures = failures + 1 if file.seek(0, os.SEEK_END) <= start else 0
+        # A server without ranges starts over each time: only getting further than ever before is progress.
+        reached = file.seek(0, os.SEEK_END)
+        failures = failures + 1 if reached <= furthest else 0
+        furthest = max(furthest, reached)
         if failures >= _ATTEMPTS_WITHOUT_PROGRESS:
             raise UserError(
                 f"{name}: download from {redacted(url)} fails ({reason}); run again, it continues where it "

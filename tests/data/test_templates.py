@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from data_worlds import TOKENS_PER_IMAGE as T
 from data_worlds import tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vilam3_jax.data.examples import Turn
 from vilam3_jax.data.templates import (

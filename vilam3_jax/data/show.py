@@ -1,0 +1,182 @@
+"""`vilam3 data show`: an example as the model meets it, with its images and what is a target."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vilam3_jax import paths
+from vilam3_jax.data.annotations import AnnotationStore
+from vilam3_jax.data.cards import load_cards
+from vilam3_jax.data.examples import IMAGE_MARKER, Example
+from vilam3_jax.data.images import encode_png
+from vilam3_jax.data.records import INFO_NAME, ExampleSource
+from vilam3_jax.data.render import ImageReader, Rendered, Renderer
+from vilam3_jax.errors import UserError
+
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+    "section{border-left:4px solid #bbb;margin:1rem 0;padding:.2rem 1rem;white-space:pre-wrap}"
+    "section.target{border-color:#2a7;background:#f1faf5}section.expert{border-color:#57c}"
+    "h2{font-size:.85rem;margin:0;color:#555}img{display:block;margin:.5rem 0;max-width:100%}"
+    "table{border-collapse:collapse}td{border:1px solid #ddd;padding:.1rem .6rem;vertical-align:top}"
+)
+
+
+def to_text(example: Example, rendered: Rendered) -> str:
+    """Returns the example for a terminal: one block a turn; `>` marks the lines that are targets."""
+    lines = [f"example {example.id} ({example.format}), {len(rendered.images)} images"]
+    lines += [f"  {key}: {value}" for key, value in _facts(example)]
+    number = 0
+    for turn in rendered.turns:
+        lines += ["", f"[{turn.role}{', target' if turn.supervised else ''}]"]
+        text = ""
+        for position, chunk in enumerate(turn.text.split(IMAGE_MARKER)):
+            if position:
+                number += 1
+                text += f"<image {number}>"
+            text += chunk
+        lines += [("> " if turn.supervised else "  ") + line for line in text.split("\n")]
+    return "\n".join(lines) + "\n"
+
+
+def to_html(example: Example, rendered: Rendered) -> str:
+    """Returns the example as one page that needs nothing else; texts are escaped."""
+    blocks, images = [], iter(rendered.images)
+    for turn in rendered.turns:
+        chunks = [html.escape(chunk) for chunk in turn.text.split(IMAGE_MARKER)]
+        body = chunks[0] + "".join(_img(next(images)) + chunk for chunk in chunks[1:])
+        kind = f"{turn.role}{' target' if turn.supervised else ''}"
+        title = f"{turn.role}{' (target)' if turn.supervised else ''}"
+        blocks.append(f'<section class="{kind}"><h2>{title}</h2>{body}</section>')
+    rows = "".join(
+        f"<tr><td>{html.escape(key)}</td><td>{html.escape(value)}</td></tr>" for key, value in _facts(example)
+    )
+    title = html.escape(f"{example.id} ({example.format})")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{_STYLE}</style></head><body><h1>{title}</h1>{''.join(blocks)}<table>{rows}</table></body></html>\n"
+    )
+
+
+def _img(image: np.ndarray) -> str:
+    data = base64.b64encode(encode_png(image)).decode()
+    height, width = image.shape[:2]
+    return f'<img src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="image">'
+
+
+def _facts(example: Example) -> list[tuple[str, str]]:
+    facts = [
+        ("expert request", f"{r.expert}({r.args}) on image {r.image} before turn {r.before_turn}, {r.policy}")
+        for r in example.expert_requests
+    ]
+    for key, value in example.meta.items():
+        if value not in (None, "", [], {}):
+            facts.append((key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+    return facts
+
+
+def contact_sheet(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Puts images of one height side by side, uint8 [H, W, 3]."""
+    return np.concatenate(list(images), axis=1)
+
+
+def _open(data: str, dataset: str | None, split: str) -> ExampleSource:
+    root = paths.as_path(data)
+    if dataset is None and not (root / INFO_NAME).exists() and root.is_dir():
+        found = sorted(p.name for p in root.iterdir() if (p / INFO_NAME).exists())
+        if len(found) > 1:
+            raise UserError(f"{data}: holds {', '.join(found)}; choose one with --dataset")
+        dataset = found[0] if found else None
+    return ExampleSource(root / dataset if dataset else root, split)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vilam3 data show", description="Show one example of a dataset as the model meets it."
+    )
+    parser.add_argument("--data", required=True, help="folder that `vilam3 prepare` wrote")
+    parser.add_argument("--dataset", help="which dataset, where the folder holds several")
+    parser.add_argument("--split", default="train", help="split to read (default: train)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--index", type=int, default=0, help="number of the example (default: 0)")
+    which.add_argument("--id", help="id of the example")
+    parser.add_argument(
+        "--annotations", default="", help="what the experts said, for --experts on or falsified"
+    )
+    parser.add_argument(
+        "--experts",
+        choices=("on", "off", "falsified"),
+        default="off",
+        help="with experts or without (default: off)",
+    )
+    parser.add_argument("--cards", default="quickstart", help="card list: quickstart, vila_m3 or a file")
+    parser.add_argument("--size", type=int, default=384, help="side of the images in pixels (default: 384)")
+    parser.add_argument(
+        "--out", help="FILE.html: the whole example as a page; FILE.png: its images side by side"
+    )
+    return parser
+
+
+def show(args: Any) -> str:
+    """Does what `main` promises; returns the text for the terminal.
+
+    Raises:
+      UserError: no such data, example or annotation, or a file name that is neither .html nor .png.
+    """
+    if args.out and not args.out.endswith((".html", ".png")):
+        raise UserError(f"--out {args.out}: must end in .html or .png")
+    if args.size < 1:
+        raise UserError(f"--size {args.size}: must be positive")
+    source = _open(args.data, args.dataset, args.split)
+    index = args.index if args.id is None else source.find(args.id)
+    if not 0 <= index < len(source):
+        raise UserError(f"--index {index}: {args.data} has {len(source)} examples in split {args.split}")
+    store = None
+    if args.experts != "off":
+        if not args.annotations:
+            raise UserError(f"--experts {args.experts}: give the folder of annotations with --annotations")
+        store = AnnotationStore(args.annotations)
+    renderer = Renderer(
+        image_reader=ImageReader(args.size),
+        experts=args.experts,
+        cards=load_cards(args.cards),
+        annotations=store,
+    )
+    example = source[index].validate()
+    try:
+        rendered = renderer.render(example, source.data_root)
+    except UserError as error:
+        raise UserError(f"example {example.id}: {error}") from error
+    text = to_text(example, rendered)
+    if store is not None and example.expert_requests and not rendered.experts:
+        text += "\n(no annotation for this example: shown without expert)\n"
+    if args.out and args.out.endswith(".html"):
+        paths.write_text_atomic(args.out, to_html(example, rendered))
+    elif args.out:
+        if not rendered.images:
+            raise UserError(f"--out {args.out}: example {example.id} has no images; use .html")
+        paths.write_bytes_atomic(args.out, encode_png(contact_sheet(rendered.images)))
+    return text + (f"\nwritten: {args.out}\n" if args.out else "")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `vilam3 data show`; returns the exit code (2: bad input, said in one line)."""
+    args = _parser().parse_args(argv)
+    try:
+        sys.stdout.write(show(args))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,13 +6,12 @@ import pathlib
 import subprocess
 import sys
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
 import vilam3_experts
+from expert_helpers import write_png
+
 import vilam3_jax
 
 PLUGIN = """
@@ -76,11 +75,6 @@ def environment(plugin_path, tmp_path):
     return {**os.environ, "PYTHONPATH": path, "FAKE_MARK": str(tmp_path / "mark")}
 
 
-def write_png(path, level, size=(9, 7)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((*size, 3), level, np.uint8)).save(path)
-
-
 @pytest.fixture
 def pictures(tmp_path):
     """Folder of three pictures, one of them damaged."""
@@ -89,18 +83,6 @@ def pictures(tmp_path):
     write_png(folder / "deeper" / "c bright.png", 204)
     (folder / "b damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
     return folder
-
-
-def head_volume(path, shape=(40, 48, 36)):
-    """A bright ball with a hole inside, and a small bright blob apart from it; returns the ball's mask, filled."""
-    grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), -1)
-    distance = np.linalg.norm(grid - np.array(shape) / 2, axis=-1)
-    values = np.random.default_rng(0).uniform(0, 40, shape)
-    values[distance < 12] = 1000
-    values[distance < 3] = 0
-    values[:3, :3, :3] = 1000
-    nib.save(nib.Nifti1Image(values.astype(np.int16), np.diag([2.0, 2.0, 2.0, 1.0])), path)
-    return distance < 12
 
 
 class Threshold(torch.nn.Module):
@@ -150,7 +132,10 @@ def _node(operator, inputs, output):
 
 @pytest.fixture(scope="session")
 def onnx_bytes():
-    """Mean colour times a matrix, softmax: red is class 0, green 1, blue 2, black 3. Written without the onnx package."""
+    """Softmax of mean colour times a matrix: red is class 0, green 1, blue 2, black 3.
+
+    Spelled out field by field, so that the tests do not need the onnx package.
+    """
     matrix = np.array([[9, 0, 0, 1], [0, 9, 0, 1], [0, 0, 9, 1]], np.float32)
     graph = (
         _field(1, _node("ReduceMean", ["input", "axes"], "mean"))

@@ -7,13 +7,13 @@ import subprocess
 import sys
 import time
 
-import conftest
+import expert_helpers
 import pytest
-
 from vilam3_experts import descriptors
 from vilam3_experts.annotate import annotate
 from vilam3_experts.cli import main
 from vilam3_experts.inputs import find_inputs
+
 from vilam3_jax.data.annotations import AnnotationStore
 from vilam3_jax.data.cards import load_cards
 from vilam3_jax.errors import UserError
@@ -129,7 +129,7 @@ def test_plain_folders(tmp_path):
     for name in ("x.nii.gz", "y.NRRD", "z/w.nii", "note.txt", ".hidden.nii"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"?")
-    conftest.write_png(tmp_path / "picture.png", 1)
+    expert_helpers.write_png(tmp_path / "picture.png", 1)
     dicom = b"\0" * 128 + b"DICM"
     for name in ("series/CT.1.2.3", "series/CT.1.2.4", "film/one.dcm"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from vilam3_experts.host import serve
+
 from vilam3_jax.data import expert_host
 from vilam3_jax.data.expert_host import ExpertHost, FrameError, read_frame, write_frame
 from vilam3_jax.data.images import encode_png, image_content_key

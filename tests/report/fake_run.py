@@ -18,6 +18,7 @@ from vilam3_jax.data.volumes import load_volume
 from vilam3_jax.report.runs import ARMS, STAGES
 
 ORGANS = {1: "liver", 3: "spleen", 6: "aorta", 11: "bladder"}
+EXPERTS = {"stage4_experts": "on", "stage4_falsified": "falsified"}
 SHARE = dict(zip(ARMS, (0.45, 0.55, 0.85, 0.3, 0.5, 0.4), strict=True))
 
 
@@ -202,7 +203,15 @@ def make_run(folder, **data):
         ]
         (folder / "eval" / arm).mkdir(parents=True)
         (folder / "eval" / arm / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / "eval" / arm / "result.json").write_text(json.dumps({"arm": arm}))
+        (folder / "eval" / arm / "result.json").write_text(
+            json.dumps(
+                {
+                    "arm": {"name": arm, "experts": EXPERTS.get(arm, "off")},
+                    "protocol_hash": "p",
+                    "items_hash": "i",
+                }
+            )
+        )
     steps = {
         "samples": {"finished": True, "seconds": 500.0, "command": "python -m vilam3_jax.datasets.samples"},
         "prepare": {"finished": True, "seconds": 20.5, "command": "vilam3 prepare quickstart --size default"},
@@ -217,6 +226,10 @@ def make_run(folder, **data):
         "peak_rss": 3 << 30,
     }
     (folder / "quickstart.json").write_text(json.dumps(record))
-    retrieval = {"accuracy": 0.86, "chance": 0.25, "n": 36, "protocol": {"id": "retrieval"}}
+    retrieval = {
+        "accuracy": 0.86, "balanced_accuracy": 0.8, "chance": 0.5, "majority": 0.6, "n": 36, "clusters": 14,
+        "interval": [0.7, 0.95], "per_cluster": {}, "note": "", "protocol": {"id": "retrieval"},
+        "per_class": {"CT": {"n": 20, "clusters": 2, "accuracy": 0.9}}, "confusion": {},
+    }  # fmt: skip
     (folder / "eval" / "retrieval.json").write_text(json.dumps(retrieval))
     return folder

@@ -105,7 +105,8 @@ def test_links_inside_the_page_have_their_target(written):
         "Held-out, exchanged",
         "Stage 4, falsified",
         "Majority answer",
-        "Chance 25 %",
+        "Chance: one of the modalities at random 50 %",
+        "70 to 95",
         "Peak memory of a process 3.0 GiB",
         "python 3.11.7, jax 0.10.2",
         "a processor, 2 cores, 8.0 GiB",
@@ -130,6 +131,15 @@ def test_a_dozen_dialogues_right_and_wrong_with_pictures(page):
     for uri in page.images:
         picture = Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1])))
         assert max(picture.size) == pictures.SIDE
+
+
+def test_calls_are_counted_where_experts_were_offered(page, made):
+    rows = next(arm for arm in runs.read_run(made).arms if arm.name == "stage4_experts").rows
+    called = sum(bool(row["trigger"]) for row in rows)
+    could = [row["expert_right"] for row in rows if row["expert"]]
+    shares = f"{100 * called / len(rows):.0f} % {100 * sum(could) / len(could):.0f} %"
+    assert re.search(rf"Stage 4, experts {len(rows)} \d+ % {shares}", page.text)
+    assert re.search(rf"Stage 3 {len(rows)} \d+ % – –", page.text)
 
 
 def test_five_charts_of_loss_and_of_speed_and_two_of_arms(written):
@@ -209,6 +219,14 @@ def test_damaged_files_are_named(run):
         main.write_report(run)
     path.write_text("")
     with pytest.raises(UserError, match=r"rows\.jsonl: no rows"):
+        main.write_report(run)
+
+
+@pytest.mark.parametrize("key", ["protocol_hash", "items_hash"])
+def test_arms_that_were_asked_different_things_are_not_compared(run, key):
+    path = run / "eval" / "stage4_blank" / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: "another"}))
+    with pytest.raises(UserError, match=r"stage4_blank/result\.json: .* than in stage3"):
         main.write_report(run)
 
 

@@ -205,12 +205,30 @@ def stage_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def retrieval_table(retrieval: Mapping[str, Any]) -> str:
-    """Retrieval accuracy beside chance."""
+    """Retrieval accuracy, as a whole and by modality, beside what guessing gets."""
     rows = [
-        ("Stage 1, nearest text", words.percent(retrieval["accuracy"]), words.count(retrieval["n"])),
-        ("Chance", words.percent(retrieval["chance"]), ""),
+        (
+            "All images",
+            words.percent(retrieval["accuracy"]),
+            _interval_words(retrieval.get("interval")) if "interval" in retrieval else "",
+            words.count(retrieval["n"]),
+            words.count(retrieval.get("clusters")),
+        )
     ]
-    return table(("", "Right", "Images"), rows, caption=words.RETRIEVAL_CAPTION, kind="narrow")
+    for name, one in (retrieval.get("per_class") or {}).items():
+        counts = (words.count(one["n"]), words.count(one["clusters"]))
+        rows.append((f"of these, {name}", words.percent(one["accuracy"]), "", *counts))
+    if "balanced_accuracy" in retrieval:
+        rows.append(("Mean over modalities", words.percent(retrieval["balanced_accuracy"]), "", "", ""))
+    rows.append(("Chance: one of the modalities at random", words.percent(retrieval["chance"]), "", "", ""))
+    if "majority" in retrieval:
+        rows.append(("Always the most frequent modality", words.percent(retrieval["majority"]), "", "", ""))
+    head = ("Stage 1, nearest text", "Right", "95 % interval", "Images", "Volumes")
+    return table(head, rows, caption=words.RETRIEVAL_CAPTION, kind="narrow")
+
+
+def _interval_words(interval: Sequence[float] | None) -> str:
+    return words.TOO_FEW if interval is None else f"{100 * interval[0]:.0f} to {100 * interval[1]:.0f}"
 
 
 def arms_figure(entries: Sequence[Document], *, oracle: bool) -> str:
@@ -293,11 +311,7 @@ def _arm_cell(one: Document | None, arm: str, few: bool, same: bool) -> str:
     if one is None:
         return '<td class="cell">not asked</td>'
     share = 100 * one["accuracy"]
-    if one["interval"]:
-        low, high = one["interval"]
-        below = f"{100 * low:.0f} to {100 * high:.0f}"
-    else:
-        below = "" if few else words.TOO_FEW
+    below = "" if few else _interval_words(one["interval"])
     if not same:
         below = f"n {one['n']}, {one['clusters']} volumes" + (f"; {below}" if below else "")
     strong = " strong" if arm == "stage4_experts" else ""
@@ -342,7 +356,8 @@ def behaviour_table(arms: Sequence[runs.Arm]) -> str:
     rows = []
     for arm in arms:
         n = len(arm.rows)
-        spoke = [row for row in arm.rows if "trigger" in row]
+        offered = (arm.result.get("arm") or {}).get("experts") != "off"
+        spoke = [row for row in arm.rows if "trigger" in row and offered]
         could = [row for row in spoke if row.get("expert")]
         rows.append(
             (

@@ -56,7 +56,7 @@ def quickstart_page(run: runs.Run, document: dict[str, Any], source: pictures.So
             "main",
             html.MAIN_HEADING,
             html.figure(
-                f'<div class="panels">{html.arms_figure(entries, oracle=False)}'
+                f'<div class="panels broad">{html.arms_figure(entries, oracle=False)}'
                 f"{html.arms_figure(entries, oracle=True)}</div>",
                 words.ARMS_CAPTION,
             ),

@@ -126,7 +126,7 @@ class Source:
         if ref.axis is None or ref.index is None:
             data = ref.data or paths.read_bytes(source.data_root / str(ref.path), _MAX_IMAGE_BYTES)
             film = images.decode_image(data)
-            return _fit(film, film.shape[0], film.shape[1]), "film"
+            return _fit(film, film.shape[0], film.shape[1]), "2-D image"
         volume = self._load(str(source.data_root / str(ref.path)))
         plane = window_to_uint8(
             volumes.slice_2d(volume.voxels, ref.axis, ref.index),

@@ -155,7 +155,7 @@ def read_run(folder: paths.PathLike) -> Run:
     """Reads a quickstart folder: five stages, the arms, retrieval.
 
     Raises:
-      UserError: something is missing or damaged; the message names the file.
+      UserError: something is missing or damaged, or the arms were asked different questions; names the file.
     """
     folder = paths.as_path(folder)
     if not folder.is_dir():
@@ -170,4 +170,11 @@ def read_run(folder: paths.PathLike) -> Run:
     )
     extra = [name for name in found if name not in ARMS and (folder / "eval" / name / "rows.jsonl").exists()]
     arms = [read_arm(folder / "eval" / name) for name in (*ARMS, *extra)]
+    for arm in arms[1:]:
+        for key, what in (("protocol_hash", "another protocol"), ("items_hash", "other questions")):
+            if arm.result.get(key) != arms[0].result.get(key):
+                raise UserError(
+                    f"{folder / 'eval' / arm.name / 'result.json'}: {what} than in {arms[0].name}; "
+                    "evaluate both again with the same data, protocol and limit"
+                )
     return Run(folder, stages, arms, read_json(folder / "eval" / "retrieval.json"))

@@ -38,7 +38,17 @@ _STAGE_KEYS = (
     "tokens_per_second",
     "peak_rss",
 )
-_RETRIEVAL_KEYS = ("accuracy", "chance", "n", "clusters", "interval")
+_RETRIEVAL_KEYS = (
+    "accuracy",
+    "balanced_accuracy",
+    "chance",
+    "majority",
+    "n",
+    "clusters",
+    "interval",
+    "per_cluster",
+    "per_class",
+)
 _PACKAGES = (
     "vilam3-jax",
     "vilam3-experts",

@@ -27,8 +27,8 @@ STAGE_CAPTION = (
     "the last step."
 )
 RETRIEVAL_CAPTION = (
-    "Zero-shot retrieval on held-out volumes: each image picks, among one text a modality, the one nearest"
-    " to it. No label of these volumes was seen in training."
+    "Zero-shot retrieval on held-out images: each one picks, among one text for each modality, the nearest. "
+    "None of these volumes and films was seen in training."
 )
 PER_VOLUME_CAPTION = "Percent right by volume, for the rows above that have too few volumes for an interval."
 COMPARISON_CAPTION = (

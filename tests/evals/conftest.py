@@ -1,0 +1,11 @@
+"""Fixtures of the evaluation tests."""
+
+from tests.inference.tiny import (  # noqa: F401
+    export,
+    model_config,
+    params,
+    tokenizer,
+    tokenizer_dir,
+    towers_export,
+    world,
+)

@@ -1,0 +1,196 @@
+"""Asking an export from Python and from the shell."""
+
+from __future__ import annotations
+
+import sys
+
+import nibabel
+import numpy as np
+import pytest
+
+import vilam3_jax
+from vilam3_jax.cli import guarded
+from vilam3_jax.data.annotations import AnnotationStore
+from vilam3_jax.data.images import load_film, resize
+from vilam3_jax.data.volumes import load_volume, volume_to_slice_image
+from vilam3_jax.errors import UserError
+from vilam3_jax.inference import agent as agent_lib
+from vilam3_jax.inference import chat, images
+from vilam3_jax.inference.agent import Spoken, Transcript
+
+PROMPT = "Is the liver visible in this slice?"
+
+
+@pytest.fixture(scope="module")
+def assistant(export, world):
+    with vilam3_jax.load(
+        export, annotations=world.annotations, expert_host="off", max_length=1024
+    ) as assistant:
+        yield assistant
+
+
+def test_load_answers_about_a_scan_and_a_film(assistant, world):
+    reply = assistant.ask(world.volume, PROMPT, experts=False, max_new_tokens=4)
+    assert isinstance(reply.answer, str) and str(reply) == reply.answer
+    assert reply.description == "axial slice 8 of 0 to 15, window 50, 400"
+    volume = load_volume(world.volume)
+    assert np.array_equal(reply.image, volume_to_slice_image(volume, 2, 8, (50.0, 400.0), 32))
+    assert chat.NOT_CLINICAL in reply.notes
+    assert reply.transcript.prompt == f"<image>\n{PROMPT}"
+    film = assistant.ask(str(world.film), PROMPT, max_new_tokens=4)
+    assert film.description == "image of 30 x 40 pixels"
+    assert "<VISTA3D(args)>" in film.transcript.prompt
+    again = assistant.ask(load_film(world.film), PROMPT, max_new_tokens=4)
+    assert (again.answer, again.notes) == (film.answer, film.notes)
+
+
+def test_the_picture_has_what_experts_need(world):
+    store = AnnotationStore(world.annotations)
+    cut = images.open_picture(world.volume, 32, axis="coronal", index=3)
+    assert (cut.axis, cut.index, cut.volume_path, cut.png) == (1, 3, str(world.volume), b"")
+    assert store.get(cut.input_key, "VISTA3D", "organs") is not None
+    film = images.open_picture(world.film, 32)
+    assert (film.axis, film.volume_path) == (None, "") and film.png.startswith(b"\x89PNG")
+    assert store.get(film.input_key, "CXR") is not None
+    assert np.array_equal(film.pixels, resize(load_film(world.film), 32))
+
+
+def test_scans_without_air_use_their_own_limits(tmp_path):
+    path = tmp_path / "mr.nii"
+    nibabel.save(nibabel.Nifti1Image(np.arange(4096, dtype=np.int16).reshape(16, 16, 16), np.eye(4)), path)
+    assert "its own percentiles" in images.open_picture(path, 32).description
+    assert "window 40, 80" in images.open_picture(path, 32, window=(40, 80)).description
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image": "missing.png"}, "missing.png: no such file"),
+        ({"index": 99}, r"scan.nii.gz: slice 99: it has axial slices 0 to 15"),
+        ({"axis": "oblique"}, "axis 'oblique'"),
+        ({"image": np.zeros((4, 4), np.uint8)}, r"must be uint8 \[H, W, 3\]"),
+        ({"image": np.zeros((4, 4, 3), np.uint8), "index": 1}, "is a 2-D image"),
+        ({"prompt": "  "}, "prompt is empty"),
+        ({"prompt": "See <image>"}, "leave it out"),
+    ],
+)
+def test_bad_questions_are_named(assistant, world, arguments, message):
+    values = {"image": world.volume, "prompt": PROMPT, **arguments}
+    with pytest.raises(UserError, match=message):
+        assistant.ask(values.pop("image"), values.pop("prompt"), experts=False, **values)
+
+
+def test_a_damaged_image_is_named(assistant, tmp_path):
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"\x89PNG nothing")
+    with pytest.raises(UserError, match=r"broken\.png"):
+        assistant.ask(path, PROMPT, experts=False)
+
+
+def test_wrong_checkpoints_are_named(towers_export, tmp_path):
+    with pytest.raises(UserError, match="contrastive model, which cannot speak"):
+        vilam3_jax.load(towers_export)
+    with pytest.raises(UserError, match=r"model\.json is missing"):
+        vilam3_jax.load(tmp_path / "nowhere")
+
+
+def test_experts_need_a_source(export, world):
+    assistant = vilam3_jax.load(export, expert_host="off")
+    with pytest.raises(UserError, match="experts are on, but there are none"):
+        assistant.ask(world.film, PROMPT)
+
+
+def test_host_command(monkeypatch, tmp_path):
+    assert chat.host_command("off", required=True) == []
+    assert chat.host_command("/venv/bin/vilam3-experts host --verbose", required=True)[1:] == [
+        "host",
+        "--verbose",
+    ]
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert chat.host_command("auto", required=False) == []
+    with pytest.raises(UserError, match="vilam3-experts is not installed"):
+        chat.host_command("auto", required=True)
+    program = tmp_path / "vilam3-experts"
+    program.write_text("")
+    assert chat.host_command("auto", required=True) == [str(program), "host"]
+
+
+class FakeHost:
+    def __init__(self, status):
+        self.status, self.asked = status, []
+
+    def ask(self, expert, args, **where):
+        self.asked.append((expert, args, where))
+        if self.status == "ok":
+            return agent_lib.Annotation(where["input_key"], expert, args, probabilities={"pneumonia": 0.7})
+        return agent_lib.annotation_lib.failed(where["input_key"], expert, args, "crashed")
+
+
+def test_the_store_is_asked_before_the_host(world):
+    host = FakeHost("ok")
+    stored = agent_lib.AnnotationProvider(AnnotationStore(world.annotations))
+    provider = agent_lib.Providers([stored, agent_lib.HostProvider(host)])
+    film = images.open_picture(world.film, 32)
+    query = agent_lib.Query(PROMPT, film.pixels, film.input_key, png=film.png)
+    assert provider.annotate(query, "CXR", "").probabilities["pneumonia"] == 0.2
+    assert host.asked == []
+    assert provider.annotate(query, "BRAINTUMOR", "").probabilities["pneumonia"] == 0.7
+    assert host.asked == [("BRAINTUMOR", "", {"input_key": film.input_key, "image_bytes": film.png})]
+    cut = images.open_picture(world.volume, 32)
+    query = agent_lib.Query(PROMPT, cut.pixels, cut.input_key, 2, 8, volume_path=cut.volume_path)
+    provider.annotate(query, "BRAINSEG", "")
+    assert host.asked[-1][2] == {"input_key": cut.input_key, "volume_path": str(world.volume)}
+    nothing = agent_lib.Query(PROMPT, cut.pixels, cut.input_key)
+    assert "needs the scan's file" in provider.annotate(nothing, "BRAINSEG", "").reason
+
+
+def test_a_crashed_host_is_a_failed_annotation(world):
+    provider = agent_lib.Providers([agent_lib.HostProvider(FakeHost("failed"))])
+    film = images.open_picture(world.film, 32)
+    query = agent_lib.Query(PROMPT, film.pixels, film.input_key, png=film.png)
+    assert provider.annotate(query, "CXR", "").reason == "crashed"
+
+
+def test_the_dialogue_names_expert_stand_in_failure_and_no_clinical_use(assistant):
+    failed = agent_lib.annotation_lib.failed("k", "CXR", "", "out of memory")
+    turns = (
+        Spoken("user", "Q"),
+        Spoken("assistant", "<CXR()>"),
+        Spoken("expert", "E"),
+        Spoken("assistant", "A"),
+    )
+    transcript = Transcript(turns, "A", ("CXR", ""), "<CXR()>", failed, True)
+    notes = chat._notes(transcript, assistant._cards)
+    reply = chat.Reply("A", transcript, np.zeros((2, 2, 3), np.uint8), None, "film", notes)
+    text = chat.render_dialogue(reply)
+    assert "Expert CXR: E" in text and "Model: A" in text and "[image] film" in text
+    assert "CXR is a stand-in" in text
+    assert "The expert CXR failed: out of memory." in text
+    assert "cut off" in text
+    assert text.endswith(chat.NOT_CLINICAL)
+
+
+def test_the_command_prints_the_dialogue_and_saves_what_was_seen(export, world, tmp_path, capsys):
+    arguments = [f"--checkpoint={export}", f"--image={world.volume}", f"--prompt={PROMPT}", "--experts=off"]
+    arguments += ["--max_new_tokens=3", "--slice=5", "--window=40,80", f"--save_images={tmp_path / 'seen'}"]
+    assert guarded("chat", chat.main, arguments) == 0
+    out = capsys.readouterr().out
+    assert "axial slice 5 of 0 to 15, window 40, 80" in out and "Not for clinical use" in out
+    assert load_film(tmp_path / "seen" / "image.png").shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--window=40"], "must be CENTRE,WIDTH"),
+        (["--window=40,-1"], "width must be above 0"),
+        (["--max_new_tokens=0"], "at least 1"),
+        (["--image=nothing.nii"], "nothing.nii: no such file"),
+    ],
+)
+def test_the_command_fails_in_one_line(export, world, capsys, extra, message):
+    arguments = [f"--checkpoint={export}", f"--image={world.volume}", f"--prompt={PROMPT}", "--experts=off"]
+    assert guarded("chat", chat.main, [*arguments, *extra]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

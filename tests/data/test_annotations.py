@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from etils.epath import testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -224,6 +225,36 @@ def test_store_crosses_processes(tmp_path):
     store = AnnotationStore(tmp_path)
     store.get("key7", "CXR")
     assert copy.deepcopy(store).get("key7", "CXR") == make(7)
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    """`gs://bucket` lies below a local folder."""
+
+    def local(path):
+        return str(path).replace("gs://", str(tmp_path) + "/")
+
+    def one(function, path, *args, **kwargs):
+        return function(local(path), *args, **kwargs)
+
+    def two(function, path, target, *args, **kwargs):
+        return function(local(path), local(target), *args, **kwargs)
+
+    names = ("exists", "glob", "isdir", "listdir", "makedirs", "mkdir", "open", "remove", "stat")
+    with testing.mock_epath(**dict.fromkeys(names, one), **dict.fromkeys(("copy", "rename", "replace"), two)):
+        yield tmp_path / "bucket"
+
+
+def test_store_in_a_bucket(bucket):
+    with AnnotationWriter("gs://bucket/store", records_per_shard=1) as writer:
+        writer.write(make(1))
+        writer.write(make(2))
+    assert len(list((bucket / "store").glob("*.array_record"))) == 2
+    with AnnotationWriter("gs://bucket/store") as writer:
+        assert not writer.write(make(1))
+    store = AnnotationStore("gs://bucket/store")
+    assert [store.get(f"key{i}", "CXR") for i in (1, 2, 1)] == [make(1), make(2), make(1)]
+    assert not [p for p in (bucket / "store").iterdir() if p.name.startswith(".")]
 
 
 def test_import_brings_neither_jax_nor_torch():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import struct
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pydicom
-from pydicom.errors import InvalidDicomError
+from etils import epath
+from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from vilam3_jax.data.scaling import as_stored_values, percentile_limits, window_to_uint8
 from vilam3_jax.errors import UserError
@@ -17,6 +21,31 @@ _MAX_SLICES = 10_000
 _POSITION_TOLERANCE = 0.02  # relative: how far slice distances may differ before a slice counts as missing
 _MAX_FILM_BYTES = 512 << 20
 _NEEDED = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns")
+
+
+# What pydicom lets through where bytes are damaged, often only when an element is looked at.
+_DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    OverflowError,
+    BytesLengthException,
+    struct.error,
+)
+
+
+@contextlib.contextmanager
+def _naming(path: PathLike) -> Iterator[None]:
+    """Turns damage of any kind into one line that names `path`."""
+    try:
+        yield
+    except _DAMAGE as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: damaged DICOM data ({reason:.200}); export it again") from error
 
 
 def read_series(path: PathLike, *, max_bytes: int, max_voxels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -35,9 +64,12 @@ def read_series(path: PathLike, *, max_bytes: int, max_voxels: int) -> tuple[np.
       UserError: no slices, several series or geometries in one folder, doubled or missing slices, no
         orientation.
     """
-    path = as_path(path)
-    folder = path.is_dir()
-    files = sorted(p for p in path.iterdir() if p.is_file()) if folder else [path]
+    with _naming(path):
+        return _read_series(as_path(path), max_bytes, max_voxels)
+
+
+def _read_series(path: epath.Path, max_bytes: int, max_voxels: int) -> tuple[np.ndarray, np.ndarray]:
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     total = sum(file_size(p) for p in files)
     if len(files) > _MAX_SLICES or total > max_bytes:
         raise UserError(
@@ -82,7 +114,11 @@ def read_film(path: PathLike) -> np.ndarray:
     Raises:
       UserError: colour, several frames, or pixels that cannot be decoded.
     """
-    path = as_path(path)
+    with _naming(path):
+        return _read_film(as_path(path))
+
+
+def _read_film(path: epath.Path) -> np.ndarray:
     dataset = _read(path, _MAX_FILM_BYTES, pixels=True)
     if (
         dataset is None
@@ -115,8 +151,6 @@ def _read(path: PathLike, max_bytes: int, *, pixels: bool) -> pydicom.Dataset | 
         return pydicom.dcmread(io.BytesIO(read_bytes(path, max_bytes)))
     except InvalidDicomError:
         return None
-    except (OSError, EOFError, ValueError, AttributeError, KeyError, TypeError, NotImplementedError) as error:
-        raise UserError(f"{path}: damaged DICOM file ({error}); export it again") from error
 
 
 def _check_one_geometry(slices: list[tuple[pydicom.Dataset, Any]], path: PathLike) -> None:

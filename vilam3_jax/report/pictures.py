@@ -47,8 +47,8 @@ class Source:
         Raises:
           UserError: no data set below `folder/data`, or a damaged one.
         """
-        folder = paths.as_path(folder)
-        data = folder / "data"
+        root = paths.as_path(folder)
+        data = root / "data"
         candidates = [data, *sorted(p for p in data.iterdir() if p.is_dir())] if data.is_dir() else []
         found = [path for path in candidates if (path / INFO_NAME).exists()]
         if not found:
@@ -58,7 +58,7 @@ class Source:
         self._sources = [
             ExampleSource(path, split) for path in found for split in sorted(read_info(path)["splits"])
         ]
-        store = folder / "annotations"
+        store = root / "annotations"
         self._store = AnnotationStore(store) if store.is_dir() else None
         self._volume: tuple[str, volumes.Volume] | None = None
         self._examples: dict[str, tuple[Example, ExampleSource]] = {}
@@ -69,7 +69,8 @@ class Source:
                 if meta.get("qa"):
                     self._examples[example.id] = (example, source)
                 facts = (meta.get("origin"), meta.get("licence"), meta.get("modality"))
-                key = tuple(str(fact or "not stated") for fact in facts)
+                origin, licence, modality = (str(fact or "not stated") for fact in facts)
+                key = (origin, licence, modality)
                 samples.setdefault(key, set()).add(
                     str(meta.get("sample") or meta.get("dataset") or example.id)
                 )

@@ -115,17 +115,17 @@ def read_stage(folder: paths.PathLike, *, finished: bool) -> Stage:
     Raises:
       UserError: a file is missing or damaged.
     """
-    folder = paths.as_path(folder)
-    metrics = read_lines(folder / "metrics.jsonl")
+    root = paths.as_path(folder)
+    metrics = read_lines(root / "metrics.jsonl")
     for number, row in enumerate(metrics, 1):
         if not isinstance(row.get("step"), int):
             raise UserError(
-                f"{folder / 'metrics.jsonl'}: line {number} has no whole-number 'step'; train again"
+                f"{root / 'metrics.jsonl'}: line {number} has no whole-number 'step'; train again"
             )
-    result = read_json(folder / "result.json") if finished else _if_there(folder / "result.json")
-    config = _if_there(folder / "config.json")
-    name = str(result.get("name") or config.get("name") or folder.name)
-    return Stage(name, result, metrics, config, _if_there(folder / "export" / "provenance.json"))
+    result = read_json(root / "result.json") if finished else _if_there(root / "result.json")
+    config = _if_there(root / "config.json")
+    name = str(result.get("name") or config.get("name") or root.name)
+    return Stage(name, result, metrics, config, _if_there(root / "export" / "provenance.json"))
 
 
 def read_arm(folder: epath.Path) -> Arm:
@@ -157,24 +157,22 @@ def read_run(folder: paths.PathLike) -> Run:
     Raises:
       UserError: something is missing or damaged, or the arms were asked different questions; names the file.
     """
-    folder = paths.as_path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the folder of a run")
+    root = paths.as_path(folder)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; give the folder of a run")
     stages = [
-        dataclasses.replace(read_stage(folder / "stages" / name, finished=True), name=name) for name in STAGES
+        dataclasses.replace(read_stage(root / "stages" / name, finished=True), name=name) for name in STAGES
     ]
     found = (
-        sorted(p.name for p in (folder / "eval").iterdir() if p.is_dir())
-        if (folder / "eval").is_dir()
-        else []
+        sorted(p.name for p in (root / "eval").iterdir() if p.is_dir()) if (root / "eval").is_dir() else []
     )
-    extra = [name for name in found if name not in ARMS and (folder / "eval" / name / "rows.jsonl").exists()]
-    arms = [read_arm(folder / "eval" / name) for name in (*ARMS, *extra)]
+    extra = [name for name in found if name not in ARMS and (root / "eval" / name / "rows.jsonl").exists()]
+    arms = [read_arm(root / "eval" / name) for name in (*ARMS, *extra)]
     for arm in arms[1:]:
         for key, what in (("protocol_hash", "another protocol"), ("items_hash", "other questions")):
             if arm.result.get(key) != arms[0].result.get(key):
                 raise UserError(
-                    f"{folder / 'eval' / arm.name / 'result.json'}: {what} than in {arms[0].name}; "
+                    f"{root / 'eval' / arm.name / 'result.json'}: {what} than in {arms[0].name}; "
                     "evaluate both again with the same data, protocol and limit"
                 )
-    return Run(folder, stages, arms, read_json(folder / "eval" / "retrieval.json"))
+    return Run(root, stages, arms, read_json(root / "eval" / "retrieval.json"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vilam3_jax.data.annotation_record import Annotation, LabelMap, Segment
-from vilam3_jax.data.cards import load_cards
+from vilam3_jax.data.cards import load_cards, render_cards
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, Turn
 from vilam3_jax.data.render import ImageReader, Renderer, trigger_turn
 from vilam3_jax.data.templates import CHATML, encode_conversation
@@ -58,8 +58,12 @@ class ScriptedGenerator:
         self.tokenizer = tokenizer
         self.session = ScriptedSession(tokenizer, script)
 
-    def start(self, rows):
+    def start(self, rows, prefix=()):
         assert rows == len(self.session.script)
+        self.shared = len(prefix)
+        for row in range(rows):
+            self.session.tokens[row] += [int(token) for token in prefix]
+            self.session.visual[row] += [-1] * len(prefix)
         return self.session
 
 
@@ -144,6 +148,17 @@ def test_tokens_and_images_are_those_of_training(tokenizer, store, image, tmp_pa
     assert "liver 720" in transcript.expert_text
     assert np.array_equal(transcript.overlay, rendered.images[1])
     assert [turn.role for turn in transcript.turns] == ["user", "assistant", "expert", "assistant"]
+
+
+def test_cards_are_computed_once_for_all_rows(tokenizer, store, image):
+    generator = ScriptedGenerator(tokenizer, [["no"], ["no"]])
+    agent = agent_lib.Agent(generator, CHATML, cards=CARDS, provider=agent_lib.AnnotationProvider(store))
+    agent.run([query(image), query(image, question="Which plane?")])
+    cards = tokenizer.encode(render_cards(CARDS))
+    start = generator.session.tokens[0].index(cards[0], 1)
+    assert generator.session.tokens[0][start : start + len(cards)] == cards
+    assert generator.shared >= start + len(cards)
+    assert generator.session.visual[0][generator.shared] == 0, "the shared part ends where the image begins"
 
 
 def test_without_experts_the_prompt_is_that_of_training_without(tokenizer, image):

@@ -150,6 +150,25 @@ def test_a_row_does_not_depend_on_its_neighbours(generator, tokenizer):
         assert alone.decode(6, stop_ids=[]) == [expected]
 
 
+def test_a_shared_prefix_changes_nothing(generator, tokenizer):
+    rng = np.random.default_rng(4)
+    prefix = random_text(rng, 20, tokenizer)
+    tails = [random_text(rng, n, tokenizer) for n in (3, 9, 7)]
+    whole = generator.start(3)
+    whole.append([generate.Chunk.text(prefix + tail) for tail in tails])
+    expected = whole.decode(6, stop_ids=[])
+    for _ in range(2):  # the second time the prefix is known
+        session = generator.start(3, prefix)
+        assert session.lengths.tolist() == [20] * 3
+        session.append([generate.Chunk.text(tail) for tail in tails])
+        assert session.decode(6, stop_ids=[]) == expected
+        assert session.lengths.tolist() == whole.lengths.tolist()
+    only = generator.start(1, prefix)
+    alone = generator.start(1)
+    alone.append([generate.Chunk.text(prefix)])
+    assert only.decode(6, stop_ids=[]) == alone.decode(6, stop_ids=[])
+
+
 def test_the_cache_grows_and_its_end_stops_a_row(generator, tokenizer):
     rng = np.random.default_rng(2)
     session = generator.start(2)

@@ -234,7 +234,8 @@ def _retrieve(options: argparse.Namespace) -> None:
     paths.write_text_atomic(out, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(
         f"zero-shot modality retrieval: {result['accuracy']:.3f} of {result['n']} images from "
-        f"{result['clusters']} patients (chance {result['chance']:.3f}, most frequent class {result['majority']:.3f}): {out}"
+        f"{result['clusters']} patients (chance {result['chance']:.3f}, most frequent class "
+        f"{result['majority']:.3f}): {out}"
     )
 
 

@@ -26,6 +26,7 @@ from vilam3_jax.errors import UserError
 from vilam3_jax.inference.generate import GREEDY, Chunk, Generator, Sampling
 
 DEFAULT_MAX_NEW_TOKENS = 128
+_MIN_SHARED = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +232,6 @@ class Agent:
           UserError: too many queries, or a dialogue longer than the model's cache.
         """
         rows = [_Row(query) for query in queries]
-        session = self._generator.start(len(rows))
         chunks = []
         for row in rows:
             turn = Turn(
@@ -241,7 +241,9 @@ class Agent:
             pictures = () if row.query.image is None else (row.query.image,)
             row.turns.append(Spoken("user", turn.text, pictures))
             chunks.append(self._chunk(self._encode([turn]), pictures))
-        session.append(chunks)
+        shared = _shared_prefix(chunks)
+        session = self._generator.start(len(rows), chunks[0].tokens[:shared])
+        session.append([_without(chunk, shared) for chunk in chunks])
         active = [True] * len(rows)
         for round_number in range(self._max_rounds + 1):
             decoded = session.decode(max_new_tokens, self._stops, active=active, sampling=sampling)
@@ -316,6 +318,19 @@ class Agent:
             raise UserError(f"the question holds {IMAGE_MARKER}; leave it out, the image is put in by itself")
         index = encoded.image_of_token * self._generator.tokens_per_image + encoded.visual_offset
         return Chunk(encoded.tokens, np.where(encoded.image_of_token >= 0, index, -1), pictures)
+
+
+def _shared_prefix(chunks: Sequence[Chunk]) -> int:
+    """How many text tokens all chunks begin with, leaving one to each; 0 if too few to be worth it."""
+    length = min(len(chunk.tokens) for chunk in chunks) - 1
+    alike = np.stack([chunk.tokens[:length] for chunk in chunks]) == chunks[0].tokens[:length]
+    text = np.stack([chunk.visual_index[:length] for chunk in chunks]) < 0
+    length = int(np.append(np.all(alike & text, axis=0), False).argmin())
+    return length if length >= _MIN_SHARED else 0
+
+
+def _without(chunk: Chunk, count: int) -> Chunk:
+    return dataclasses.replace(chunk, tokens=chunk.tokens[count:], visual_index=chunk.visual_index[count:])
 
 
 class _Row:

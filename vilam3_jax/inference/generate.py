@@ -115,9 +115,11 @@ class Generator:
         self.image_size = int(model_config.image_size)
         self.max_length, self.batch_size = max_length, batch_size
         self._params = params
+        self._known_prefix: tuple[tuple[int, ...], Session] | None = None
         graphdef, _ = vila.abstract_model(model_config, "generative")
         self.tokens_per_image = int(vila.merge(graphdef, dict(params)).num_image_tokens)
         self._start = jax.jit(functools.partial(_start, graphdef), static_argnums=(1, 2))
+        self._repeat = jax.jit(_repeat, static_argnums=2)
         known = min(tokenizer.vocab_size, int(model_config.llm.vocab_size))
         self._prefill = jax.jit(functools.partial(_prefill, graphdef, known), donate_argnums=1)
         self._decode = jax.jit(
@@ -126,15 +128,27 @@ class Generator:
             static_argnames=("size", "sampling"),
         )
 
-    def start(self, rows: int) -> Session:
-        """An empty session.
+    def start(self, rows: int, prefix: Sequence[int] = ()) -> Session:
+        """A session whose rows all begin with the same text.
+
+        Args:
+          rows: number of dialogues.
+          prefix: tokens that every row starts with, for example the cards. They are computed once, not once a
+            row, and kept for later sessions with the same prefix.
 
         Raises:
-          UserError: more rows than `batch_size`.
+          UserError: more rows than `batch_size`, or a prefix longer than `max_length`.
         """
         if not 1 <= rows <= self.batch_size:
             raise UserError(f"{rows} rows: must be 1 to the batch size, {self.batch_size}")
-        return Session(self, rows)
+        tokens = tuple(int(token) for token in prefix)
+        if not tokens:
+            return Session(self, rows)
+        if self._known_prefix is None or self._known_prefix[0] != tokens:
+            single = Session(self, 1)
+            single.append([Chunk.text(tokens)])
+            self._known_prefix = (tokens, single)
+        return Session(self, rows, self._known_prefix[1])
 
 
 class Session:
@@ -145,8 +159,8 @@ class Session:
       lengths: int64 [rows], positions cached of each.
     """
 
-    def __init__(self, generator: Generator, rows: int):
-        """Made by `Generator.start`."""
+    def __init__(self, generator: Generator, rows: int, prefix: Session | None = None):
+        """Made by `Generator.start`; `prefix` is a session of one row to begin from."""
         self.rows = rows
         self.lengths = np.zeros(rows, np.int64)
         self._generator = generator
@@ -154,6 +168,9 @@ class Session:
         self._size = 0
         self._cache: Any = None
         self._logits: jax.Array | None = None
+        if prefix is not None:
+            self._size, self.lengths = prefix._size, np.repeat(prefix.lengths, rows)
+            self._cache, self._logits = generator._repeat(prefix._cache, prefix._logits, self._batch)
 
     def append(self, chunks: Sequence[Chunk | None]) -> None:
         """Adds one chunk to each row; None or an empty chunk leaves a row as it is.
@@ -298,6 +315,11 @@ def _start(graphdef: Any, params: Any, rows: int, size: int) -> tuple[Any, jax.A
     """An empty cache and logits [rows, V]."""
     llm = vila.merge(graphdef, params).llm
     return llm.init_cache(rows, size), jnp.zeros((rows, llm.head_kernel().shape[1]), jnp.float32)
+
+
+def _repeat(cache: Any, logits: jax.Array, rows: int) -> tuple[Any, jax.Array]:
+    """Copies the only row of a cache and its logits `rows` times."""
+    return jax.tree.map(lambda x: jnp.repeat(x, rows, axis=1), cache), jnp.repeat(logits, rows, axis=0)
 
 
 def _last_logits(model: Any, hidden: jax.Array, known: int) -> jax.Array:

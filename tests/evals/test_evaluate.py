@@ -1,0 +1,153 @@
+"""The command: a tiny export on a tiny world, from data sets to tables."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from vilam3_jax.cli import guarded
+from vilam3_jax.evals import main as evaluate
+from vilam3_jax.evals import protocol as protocols
+from vilam3_jax.evals import retrieval
+
+
+def run(*arguments):
+    return guarded("evaluate", evaluate.main, [str(argument) for argument in arguments])
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, export, world):
+    """Folders of three arms."""
+    root = tmp_path_factory.mktemp("eval")
+    common = ["--protocol=quickstart@1", f"--data={world.data}", "--batch_size=4", "--max_length=1536"]
+    given = [f"--checkpoint={export}", f"--annotations={world.annotations}"]
+    for arm in ("stage4_no_experts", "stage4_blank"):
+        assert run(*common, *given, f"--arm={arm}", f"--out={root / arm}") == 0
+    assert run(*common, "--arm=majority", f"--out={root / 'majority'}") == 0
+    return root
+
+
+def test_rows_and_result(results, export):
+    rows = rows_of(results / "stage4_no_experts")
+    assert len(rows) == 12
+    assert {row["question_type"] for row in rows} == {"organ_present", "modality", "pneumonia"}
+    assert {row["item"] for row in rows} == {
+        f"instruct/heldout/{kind}{person}/q{question}"
+        for kind in ("scan", "film")
+        for person in range(3)
+        for question in range(2)
+    }
+    oracle = [row for row in rows if row["oracle"]]
+    assert len(oracle) == 3 and all(row["question_type"] == "organ_present" for row in oracle)
+    assert all(row["prompt"].startswith("<image>\n") and isinstance(row["output"], str) for row in rows)
+    result = json.loads((results / "stage4_no_experts" / "result.json").read_text())
+    assert result["protocol_hash"] == protocols.get_protocol("quickstart@1").hash
+    assert protocols.protocol_from_json(result["protocol"]).hash == result["protocol_hash"]
+    assert result["checkpoint"] == str(export) and result["items"] == 12
+    assert {summary["arm"] for summary in result["summaries"]} == {"stage4_no_experts"}
+    blank = json.loads((results / "stage4_blank" / "result.json").read_text())
+    assert blank["items_hash"] == result["items_hash"]
+    assert "Oracle by construction" in (results / "stage4_no_experts" / "tables.md").read_text()
+
+
+def test_blank_images_reach_the_model(results):
+    true, blank = (
+        {r["item"]: r["output"] for r in rows_of(results / a)} for a in ("stage4_no_experts", "stage4_blank")
+    )
+    assert true.keys() == blank.keys()
+    # Of blank images only the question can tell answers apart.
+    assert len({blank[item] for item in blank if item.endswith("/q1")}) == 1
+
+
+def test_the_majority_arm_needs_no_checkpoint(results):
+    rows = rows_of(results / "majority")
+    right = {row["question_type"]: row["output"] for row in rows if row["correct"]}
+    assert right["organ_present"] == "yes" and right["pneumonia"] == "no"
+
+
+def test_experts_on_shows_cards_and_limit_is_kept(export, world, tmp_path):
+    arguments = [
+        "--protocol=quickstart@1",
+        f"--data={world.data}",
+        f"--checkpoint={export}",
+        "--max_length=1536",
+    ]
+    arguments += [f"--annotations={world.annotations}", "--experts=falsified", "--limit=1", "--seed=5"]
+    assert run(*arguments, f"--out={tmp_path / 'falsified'}") == 0
+    rows = rows_of(tmp_path / "falsified")
+    assert sorted(row["question_type"] for row in rows) == ["modality", "organ_present", "pneumonia"]
+    assert all("<VISTA3D(args)>" in row["prompt"] and row["falsify_seed"] == 5 for row in rows)
+    assert {row["arm"] for row in rows} == {"experts_falsified_images_true"}
+
+
+def test_compare(results, tmp_path, capsys):
+    folders = [results / arm for arm in ("stage4_no_experts", "stage4_blank", "majority")]
+    assert run("compare", *folders, f"--out={tmp_path / 'compared.json'}") == 0
+    out = capsys.readouterr().out
+    assert "majority - stage4_no_experts" in out and "too few volumes" in out
+    shown = json.loads((tmp_path / "compared.json").read_text())
+    assert [table["title"].split(" ")[0] for table in shown] == ["Questions", "Oracle", "Differences"]
+    assert run("compare", folders[0], folders[0]) == 0
+    assert run("compare", folders[0]) == 2
+    assert "two results" in capsys.readouterr().err
+
+
+def test_compare_refuses_another_protocol(results, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "rows.jsonl").write_text((results / "majority" / "rows.jsonl").read_text())
+    result = json.loads((results / "majority" / "result.json").read_text())
+    (other / "result.json").write_text(json.dumps({**result, "protocol_hash": "f" * 64}))
+    assert run("compare", results / "majority", other) == 2
+    assert "other: protocol ffffffffffff is not that of majority" in capsys.readouterr().err
+    (other / "rows.jsonl").write_text("{")
+    assert run("compare", results / "majority", other) == 2
+    assert "damaged result" in capsys.readouterr().err
+
+
+def test_retrieval(towers_export, world, tmp_path, capsys):
+    out = tmp_path / "retrieval.json"
+    arguments = [f"--checkpoint={towers_export}", f"--data={world.data}", "--protocol=retrieval@1"]
+    assert run(*arguments, f"--out={out}", "--batch_size=4") == 0
+    result = json.loads(out.read_text())
+    # Three slices of one scan and one film, which three patients share.
+    assert (result["n"], result["chance"]) == (4, 0.5)
+    assert result["protocol_hash"] == retrieval.RETRIEVAL.hash
+    assert "chance 0.500" in capsys.readouterr().out
+    assert run(*arguments, f"--out={out}", "--limit=3") == 2
+    assert "--limit: means nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--protocol=quickstart@9"], "protocol 'quickstart@9': not known"),
+        (["--data=/nowhere"], "/nowhere: no data set"),
+        (["--experts=on"], "needs --annotations"),
+        (["--arm=stage4_no_experts", "--experts=on"], "means --experts=off"),
+        (["--limit=0"], "limit 0"),
+        (["--batch_size=0"], "--batch_size=0"),
+        (["--checkpoint=/nowhere"], "model.json is missing"),
+        (["--checkpoint="], "--checkpoint is missing"),
+        (["--cards=unheard", "--experts=on", "--annotations=ANNOTATIONS"], "no card list 'unheard'"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(export, world, tmp_path, capsys, extra, message):
+    out = tmp_path / "out"
+    arguments = ["--protocol=quickstart@1", f"--data={world.data}", f"--checkpoint={export}", f"--out={out}"]
+    extra = [word.replace("ANNOTATIONS", str(world.annotations)) for word in extra]
+    assert run(*arguments, *extra) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_checkpoint_of_another_kind_is_refused(towers_export, world, tmp_path, capsys):
+    arguments = ["--protocol=quickstart@1", f"--data={world.data}", f"--out={tmp_path / 'out'}"]
+    assert run(*arguments, f"--checkpoint={towers_export}") == 2
+    assert "holds a contrastive model" in capsys.readouterr().err

@@ -1,0 +1,53 @@
+"""The two towers: unit embeddings, padding that says nothing."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.models.tiny_model import make, model_config
+from vilam3_jax.models import vila
+
+
+@pytest.fixture(scope="module")
+def towers():
+    graphdef, params = make(model_config(), "contrastive")
+    return partial(jax.jit(lambda params, *batch: vila.merge(graphdef, params)(*batch)), params)
+
+
+def pairs():
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.integers(0, 256, (3, 20, 20, 3), dtype=np.uint8))
+    tokens = jnp.asarray(rng.integers(0, 41, (3, 8)))
+    return images, tokens, jnp.asarray(np.arange(8) < np.array([[8], [5], [0]]))
+
+
+def test_embeddings_have_unit_length(towers):
+    img, txt = towers(*pairs())
+    assert img.dtype == txt.dtype == jnp.float32 and img.shape == txt.shape == (3, 16)
+    np.testing.assert_allclose(jnp.linalg.norm(img, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(txt, axis=1), 1, atol=1e-5)  # the empty text too
+
+
+def test_padding_tokens_change_nothing(towers):
+    images, tokens, valid = pairs()
+    _, one = towers(images, tokens, valid)
+    _, two = towers(images, jnp.where(valid, tokens, 7), valid)
+    np.testing.assert_array_equal(one[:2], two[:2])
+    _, three = towers(images, tokens.at[1, 4].set(0), valid)  # the last valid token of row 1
+    assert np.abs(one[1] - three[1]).max() > 1e-3
+
+
+def test_initial_scale_and_bias_are_the_papers():
+    params = jax.jit(partial(vila.init_params, model_config(), "contrastive"))(jax.random.key(0))
+    assert float(params["logit_scale"]) == pytest.approx(np.log(10))
+    assert float(params["logit_bias"]) == -10
+
+
+def test_text_longer_than_the_table_is_refused(towers):
+    with pytest.raises(ValueError, match="9 tokens"):
+        towers(pairs()[0], jnp.zeros((3, 9), int), jnp.ones((3, 9), bool))

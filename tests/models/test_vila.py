@@ -1,0 +1,180 @@
+"""The whole model: images in their places, nothing from empty slots, building without memory."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.models.tiny_model import make, model_config
+from vilam3_jax.errors import UserError
+from vilam3_jax.models import vila
+
+TOKENS = 9  # per image of the tiny model
+GROUPS, SLOTS, ROWS, LENGTH = 2, 3, 4, 24
+
+
+@pytest.fixture(scope="module")
+def model():
+    graphdef, params = make(model_config())
+    return graphdef, params
+
+
+def batch(seed=0):
+    """Two groups of two rows. Row 0 shows (group 0, slot 1), row 1 (0, 0), row 2 nothing, row 3 (1, 2)."""
+    rng = np.random.default_rng(seed)
+    visual = np.full((ROWS, LENGTH), -1)
+    visual[0, 2:11] = 1 * TOKENS + np.arange(TOKENS)
+    visual[1, 10:19] = 0 * TOKENS + np.arange(TOKENS)
+    visual[3, 0:9] = 2 * TOKENS + np.arange(TOKENS)
+    segments = np.ones((ROWS, LENGTH), int)
+    segments[2, 12:] = 2
+    segments[:, -2:] = 0
+    return dict(
+        tokens=jnp.asarray(rng.integers(0, 41, (ROWS, LENGTH))),
+        segment_ids=jnp.asarray(segments),
+        positions=jnp.arange(LENGTH)[None].repeat(ROWS, 0),
+        images=jnp.asarray(rng.integers(0, 256, (GROUPS, SLOTS, 20, 20, 3), dtype=np.uint8)),
+        image_valid=jnp.asarray([[True, True, False], [False, True, True]]),
+        visual_index=jnp.asarray(visual),
+    )
+
+
+@pytest.fixture(scope="module")
+def step(model):
+    """(params, images) -> (a loss over real positions, its gradient); compiled once for the module."""
+    graphdef, _ = model
+    data = batch()
+
+    @jax.jit
+    @jax.value_and_grad
+    def run(params, images):
+        hidden = vila.merge(graphdef, params)(**{**data, "images": images})
+        return jnp.square(hidden * (data["segment_ids"] != 0)[..., None]).sum()
+
+    return run
+
+
+def embed(model, data):
+    graphdef, params = model
+    names = ("tokens", "images", "image_valid", "visual_index")
+    return np.asarray(_embed(graphdef, params, *(data[n] for n in names)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _embed(graphdef, params, *args):
+    return vila.merge(graphdef, params).embed(*args)
+
+
+def test_every_image_stands_in_its_place(model):
+    graphdef, params = model
+    data = batch()
+    built = vila.merge(graphdef, params)
+    assert built.num_image_tokens == TOKENS == vila.tokens_per_image(model_config())
+    got = embed(model, data)
+    text = np.array(built.llm.embed(data["tokens"]))
+    encode = jax.jit(built.encode_images)
+    for row, group, slot, start in ((0, 0, 1, 2), (1, 0, 0, 10), (3, 1, 2, 0)):
+        alone = encode(data["images"][group, slot][None])[0]
+        np.testing.assert_allclose(got[row, start : start + TOKENS], alone, atol=1e-5)
+        text[row, start : start + TOKENS] = got[row, start : start + TOKENS]
+    np.testing.assert_array_equal(got, text)
+
+
+def test_empty_slots_change_nothing(model, step):
+    _, params = model
+    images = batch()["images"]
+    one, two = step(params, images), step(params, images.at[0, 2].set(255).at[1, 0].set(7))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    assert step(params, images.at[0, 1].set(255))[0] != one[0]
+
+
+def test_an_index_into_an_empty_slot_reads_zeros(model):
+    data = batch()
+    data["visual_index"] = data["visual_index"].at[2, 5].set(3)  # group 1, slot 0: empty
+    np.testing.assert_array_equal(embed(model, data)[2, 5], 0)
+
+
+def test_an_index_beyond_the_group_shows_itself(model):
+    data = batch()
+    data["visual_index"] = data["visual_index"].at[2, 5].set(SLOTS * TOKENS)
+    assert np.isnan(embed(model, data)[2, 5]).all()
+
+
+def test_unused_tower_parts_get_no_gradient(model, step):
+    gradient = step(model[1], batch()["images"])[1]
+    tower = gradient["vision_tower"]
+    kernel = np.asarray(tower["blocks"]["attn"]["q"]["kernel"])
+    assert not kernel[-1].any() and all(kernel[i].any() for i in range(len(kernel) - 1))
+    assert not any(np.any(x) for x in jax.tree.leaves([tower["head"], tower["post_norm"]]))
+    assert all(
+        np.any(x) for x in jax.tree.leaves([gradient["projector"], gradient["llm"], tower["patch_embed"]])
+    )
+
+
+def test_text_alone_needs_no_images(model):
+    graphdef, params = model
+    data = batch()
+    built = vila.merge(graphdef, params)
+    rest = (data["tokens"], data["segment_ids"], data["positions"])
+    run = jax.jit(built.__call__)
+    text_only = run(*rest)
+    nothing = run(*rest, data["images"], data["image_valid"], jnp.full((ROWS, LENGTH), -1))
+    np.testing.assert_allclose(text_only, nothing, atol=1e-6)
+
+
+def test_bad_batches_are_refused(model):
+    graphdef, params = model
+    built = vila.merge(graphdef, params)
+    data = batch()
+    with pytest.raises(ValueError, match="image_valid"):
+        built.embed(data["tokens"], data["images"])
+    with pytest.raises(ValueError, match="4 rows do not divide into 3 groups"):
+        images = jnp.zeros((3, 1, 20, 20, 3), jnp.uint8)
+        built.embed(data["tokens"], images, jnp.ones((3, 1), bool), data["visual_index"])
+    with pytest.raises(ValueError, match="uint8"):
+        built.encode_images(jnp.zeros((1, 20, 20, 3)))
+
+
+@pytest.mark.parametrize("kind", ["generative", "contrastive"])
+def test_building_is_abstract_deterministic_and_jittable(kind):
+    cfg = model_config(lora_rank=2, tie_embeddings=False)
+    _, abstract = vila.abstract_model(cfg, kind)
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(abstract))
+    init = jax.jit(partial(vila.init_params, cfg, kind))
+    one, two, other = init(jax.random.key(0)), init(jax.random.key(0)), init(jax.random.key(1))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    same_shape = jax.tree.map(lambda x, a: x.shape == a.shape and x.dtype == a.dtype, one, abstract)
+    assert all(jax.tree.leaves(same_shape))
+    kernel = "llm" if kind == "generative" else "text_tower"
+    first, second = (jax.tree.leaves(x[kernel]["embed"])[0] for x in (one, other))
+    assert np.abs(first - second).max() > 0
+
+
+def test_bfloat16_compute_stays_near_float32():
+    cfg = model_config()
+    graphdef, params = make(cfg)
+    want = jax.jit(vila.merge(graphdef, params).__call__)(**batch())
+    cfg.dtype = "bfloat16"
+    low = vila.merge(vila.abstract_model(cfg, "generative")[0], params)
+    got = jax.jit(low.__call__)(**batch())
+    assert got.dtype == jnp.bfloat16
+    real = np.asarray(batch()["segment_ids"] != 0)
+    error = np.abs(got.astype(jnp.float32) - want)[real]
+    assert np.mean(error) < 0.03 * np.abs(want).std()
+
+
+def test_unknown_families_are_refused():
+    cfg = model_config()
+    with pytest.raises(UserError, match="generative"):
+        vila.abstract_model(cfg, "both")
+    cfg.llm.type = "mamba"
+    with pytest.raises(UserError, match="llama"):
+        vila.abstract_model(cfg, "generative")
+    cfg = model_config()
+    cfg.vision_tower.select_layer = -5
+    with pytest.raises(UserError, match="select_layer=-5"):
+        vila.abstract_model(cfg, "generative")

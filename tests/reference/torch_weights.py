@@ -1,0 +1,135 @@
+"""Moves random PyTorch weights of transformers' models into our parameter layout, for parity tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Gives every parameter, norms and biases too, a random value: zeros and ones would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            fan_in = parameter.shape[-1] if parameter.ndim > 1 else 25
+            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(centre + noise * fan_in**-0.5)
+    return model.eval()
+
+
+def numpy_state(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
+
+
+def linear(state: dict[str, np.ndarray], name: str) -> dict[str, Any]:
+    out = {"kernel": jnp.asarray(state[f"{name}.weight"].T)}
+    if f"{name}.bias" in state:
+        out["bias"] = jnp.asarray(state[f"{name}.bias"])
+    return out
+
+
+def norm(state: dict[str, np.ndarray], name: str) -> dict[str, Any]:
+    out = {"scale": jnp.asarray(state[f"{name}.weight"])}
+    if f"{name}.bias" in state:
+        out["bias"] = jnp.asarray(state[f"{name}.bias"])
+    return out
+
+
+def stack(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stacks equal nested dicts along a new leading axis."""
+    first = layers[0]
+    if not isinstance(first, dict):
+        return jnp.stack(layers)
+    return {key: stack([layer[key] for layer in layers]) for key in first}
+
+
+def llama(model: Any) -> dict[str, Any]:
+    """LlamaForCausalLM -> the `llm` subtree."""
+    state = numpy_state(model)
+
+    def layer(i: int) -> dict[str, Any]:
+        at = f"model.layers.{i}."
+        return {
+            "attn_norm": norm(state, at + "input_layernorm"),
+            "mlp_norm": norm(state, at + "post_attention_layernorm"),
+            "attn": {n: linear(state, f"{at}self_attn.{n}_proj") for n in "qkvo"},
+            "mlp": {n: linear(state, f"{at}mlp.{n}_proj") for n in ("gate", "up", "down")},
+        }
+
+    out = {
+        "embed": {"embedding": jnp.asarray(state["model.embed_tokens.weight"])},
+        "layers": stack([layer(i) for i in range(model.config.num_hidden_layers)]),
+        "final_norm": norm(state, "model.norm"),
+    }
+    if not model.config.tie_word_embeddings:
+        out["lm_head"] = linear(state, "lm_head")
+    return out
+
+
+def _mlp(state: dict[str, np.ndarray], at: str) -> dict[str, Any]:
+    return {n: linear(state, f"{at}.{n}") for n in ("fc1", "fc2")}
+
+
+def _blocks(state: dict[str, np.ndarray], at: str, count: int) -> dict[str, Any]:
+    names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
+
+    def block(i: int) -> dict[str, Any]:
+        here = f"{at}encoder.layers.{i}."
+        return {
+            "norm1": norm(state, here + "layer_norm1"),
+            "norm2": norm(state, here + "layer_norm2"),
+            "attn": {ours: linear(state, f"{here}self_attn.{theirs}") for ours, theirs in names.items()},
+            "mlp": _mlp(state, here + "mlp"),
+        }
+
+    return stack([block(i) for i in range(count)])
+
+
+def _prefix(state: dict[str, np.ndarray], leaf: str) -> str:
+    """What stands before `leaf` in the only name that ends with it; wrappers differ between versions."""
+    (name,) = [n for n in state if n.endswith(leaf)]
+    return name.removesuffix(leaf)
+
+
+def siglip_vision(state: dict[str, np.ndarray], layers: int) -> dict[str, Any]:
+    """SiglipVisionModel (or the vision part of SiglipModel) -> the `vision_tower` subtree."""
+    at = _prefix(state, "embeddings.patch_embedding.weight")
+    width = state[at + "post_layernorm.weight"].shape[0]
+    packed = state[at + "head.attention.in_proj_weight"].reshape(3, width, width)
+    packed_bias = state[at + "head.attention.in_proj_bias"].reshape(3, width)
+    attention = {
+        n: {"kernel": jnp.asarray(packed[i].T), "bias": jnp.asarray(packed_bias[i])}
+        for i, n in enumerate("qkv")
+    }
+    attention["o"] = linear(state, at + "head.attention.out_proj")
+    return {
+        "patch_embed": {
+            "kernel": jnp.asarray(state[at + "embeddings.patch_embedding.weight"].transpose(2, 3, 1, 0)),
+            "bias": jnp.asarray(state[at + "embeddings.patch_embedding.bias"]),
+        },
+        "pos_embed": jnp.asarray(state[at + "embeddings.position_embedding.weight"]),
+        "blocks": _blocks(state, at, layers),
+        "post_norm": norm(state, at + "post_layernorm"),
+        "head": {
+            "probe": jnp.asarray(state[at + "head.probe"]),
+            "attn": attention,
+            "norm": norm(state, at + "head.layernorm"),
+            "mlp": _mlp(state, at + "head.mlp"),
+        },
+    }
+
+
+def siglip_text(state: dict[str, np.ndarray], layers: int) -> dict[str, Any]:
+    """SiglipTextModel (or the text part of SiglipModel) -> the `text_tower` subtree."""
+    at = _prefix(state, "embeddings.token_embedding.weight")
+    return {
+        "embed": {"embedding": jnp.asarray(state[at + "embeddings.token_embedding.weight"])},
+        "pos_embed": jnp.asarray(state[at + "embeddings.position_embedding.weight"]),
+        "blocks": _blocks(state, at, layers),
+        "final_norm": norm(state, at + "final_layer_norm"),
+        "head": linear(state, at + "head"),
+    }

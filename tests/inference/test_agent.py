@@ -171,7 +171,7 @@ def test_without_experts_the_prompt_is_that_of_training_without(tokenizer, image
 
 
 def test_rows_go_their_own_ways(tokenizer, store, image):
-    script = [[trigger(), "yes"], ["no", "unused"], [trigger("CXR", ""), "no"]]
+    script = [[trigger(), "yes"], ["no", "unused"], [trigger("CXR", "anything"), "no"]]
     queries = [query(image), query(image, question="Which plane?"), query(image, axis=None, index=None)]
     session, transcripts = ask(tokenizer, script, queries, agent_lib.AnnotationProvider(store))
     assert [t.answer for t in transcripts] == ["yes", "no", "no"]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from vilam3_jax import checkpoints, paths
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 # --- data
 
 
-def data_sets(folder: paths.PathLike) -> list[paths.PathLike]:
+def data_sets(folder: paths.PathLike) -> list[epath.Path]:
     """The data set at `folder`, or those right below it.
 
     Raises:

@@ -91,8 +91,8 @@ class Difference:
 
 
 def cluster_interval(
-    values: Sequence[float],
-    clusters: Sequence[str],
+    values: Sequence[float] | np.ndarray,
+    clusters: Sequence[str] | np.ndarray,
     *,
     repetitions: int = 10_000,
     confidence: float = 0.95,

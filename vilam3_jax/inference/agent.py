@@ -142,13 +142,11 @@ class HostProvider:
     def annotate(self, query: Query, expert: str, args: str) -> Annotation:
         """See `Provider`."""
         if query.volume_path:
-            where = {"volume_path": query.volume_path}
-        elif query.png:
-            where = {"image_bytes": query.png}
-        else:
-            reason = "the expert host needs the scan's file or the picture"
-            return annotation_lib.failed(query.input_key or "unknown", expert, args, reason)
-        return self._host.ask(expert, args, input_key=query.input_key, **where)
+            return self._host.ask(expert, args, input_key=query.input_key, volume_path=query.volume_path)
+        if query.png:
+            return self._host.ask(expert, args, input_key=query.input_key, image_bytes=query.png)
+        reason = "the expert host needs the scan's file or the picture"
+        return annotation_lib.failed(query.input_key or "unknown", expert, args, reason)
 
 
 class Providers:
@@ -267,7 +265,13 @@ class Agent:
         called = parse_trigger(text)
         if called is None or self._provider is None:
             return None
-        annotation = self._ask(row.query, *called)
+        card = self._cards.get(called[0])
+        if card is not None and not card.args:
+            called = (
+                called[0],
+                "",
+            )  # whatever stands in the brackets of an expert without arguments is dropped
+        annotation = self._ask(self._provider, row.query, *called)
         spoken, annotation = self._speak(row.query, annotation)
         row.trigger, row.trigger_text, row.annotation = called, text, annotation
         row.turns.append(spoken)
@@ -280,7 +284,7 @@ class Agent:
         }
         return self._chunk(dataclasses.replace(encoded, **body), spoken.images)
 
-    def _ask(self, query: Query, expert: str, args: str) -> Annotation:
+    def _ask(self, provider: Provider, query: Query, expert: str, args: str) -> Annotation:
         key = query.input_key or "unknown"
         card = self._cards.get(expert)
         if card is None:
@@ -289,24 +293,33 @@ class Agent:
             return annotation_lib.failed(key, expert, args, f"{expert} does not take the argument {args!r}")
         if query.image is None:
             return annotation_lib.failed(key, expert, args, "the question is about no image")
-        return self._provider.annotate(query, expert, args)
+        return provider.annotate(query, expert, args)
 
     def _speak(self, query: Query, annotation: Annotation) -> tuple[Spoken, Annotation]:
         """The expert's turn; a result that cannot be shown on this image counts as failed."""
         card = self._cards.get(annotation.expert)
-        kind = "segmentation" if card is not None and card.task == "segmentation" else "classification"
-        where = {"axis": query.axis, "index": query.index}
+        kind: expert_turns.Kind = "classification"
+        if card is not None and card.task == "segmentation":
+            kind = "segmentation"
+        pictures: tuple[np.ndarray, ...] = ()
+
+        def render() -> str:
+            return expert_turns.render_expert_turn(
+                annotation, query.question, axis=query.axis, index=query.index, kind=kind
+            )
+
         try:
-            text = expert_turns.render_expert_turn(annotation, query.question, kind=kind, **where)
-            pictures = ()
+            text = render()
             if expert_turns.shows_image(annotation, kind):
-                pictures = (expert_turns.expert_overlay(annotation, query.image, **where),)
+                assert query.image is not None and query.axis is not None and query.index is not None
+                pictures = (
+                    expert_turns.expert_overlay(annotation, query.image, axis=query.axis, index=query.index),
+                )
         except (ValueError, IndexError) as error:
             annotation = annotation_lib.failed(
                 *annotation.key, f"its result does not fit this image: {error}"
             )
-            text = expert_turns.render_expert_turn(annotation, query.question, kind=kind, **where)
-            pictures = ()
+            text = render()
         return Spoken("expert", text, pictures), annotation
 
     def _encode(self, turns: Sequence[Turn]) -> Encoded:

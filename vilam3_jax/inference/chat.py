@@ -75,7 +75,7 @@ class Assistant:
     ):
         """See `load`."""
         self._generator, self._template = load_generator(checkpoint, max_length=max_length, batch_size=1)
-        self._cards = load_cards(checkpoints.load_model_config(checkpoint).get("cards", "quickstart"))
+        self._cards = load_cards(str(checkpoints.load_model_config(checkpoint).get("cards", "quickstart")))
         self._annotations, self._expert_host, self._weights = annotations, expert_host, expert_weights
         self._host: ExpertHost | None = None
         self._agents: dict[bool, Agent] = {}

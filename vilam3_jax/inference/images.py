@@ -71,12 +71,12 @@ def open_picture(
     """
     if axis not in AXES:
         raise UserError(f"axis {axis!r}: choose one of {', '.join(AXES)}")
-    volume, path = _as_volume(image)
-    if volume is not None:
-        return _slice(volume, path, size, AXES[axis], axis, index, window)
+    opened, path = _open(image)
+    if isinstance(opened, Volume):
+        return _slice(opened, path, size, AXES[axis], axis, index, window)
     if index is not None or window is not None:
         raise UserError(f"{_name(image)}: is a 2-D image, so it has no slice and no window; leave them out")
-    pixels = image if isinstance(image, np.ndarray) else load_film(image)
+    pixels = opened
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise UserError(f"image array {pixels.dtype} {pixels.shape}: must be uint8 [H, W, 3]")
     height, width = pixels.shape[:2]
@@ -91,17 +91,16 @@ def open_picture(
     )
 
 
-def _as_volume(image: ImageLike) -> tuple[Volume | None, str]:
-    if isinstance(image, Volume):
+def _open(image: ImageLike) -> tuple[Volume | np.ndarray, str]:
+    """(scan or 2-D pixels, the scan's path or '')."""
+    if isinstance(image, Volume | np.ndarray):
         return image, ""
-    if isinstance(image, np.ndarray):
-        return None, ""
     path = as_path(image)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; check --image")
     if path.is_dir() or path.name.lower().endswith(VOLUME_SUFFIXES) or _is_cross_section(path):
         return load_volume(path), os.fspath(path)
-    return None, ""
+    return load_film(path), ""
 
 
 def _is_cross_section(path: PathLike) -> bool:
@@ -127,20 +126,20 @@ def _slice(
     window: tuple[float, float] | None,
 ) -> Picture:
     count = volume.voxels.shape[axis]
-    index = count // 2 if index is None else index
-    if not 0 <= index < count:
-        raise UserError(f"{volume.source}: slice {index}: it has {plane} slices 0 to {count - 1}")
+    number = count // 2 if index is None else index
+    if not 0 <= number < count:
+        raise UserError(f"{volume.source}: slice {number}: it has {plane} slices 0 to {count - 1}")
     if window is None and volume.limits[0] < _AIR_HU:
         window = CT_WINDOW
     shown = "its own percentiles" if window is None else f"window {window[0]:g}, {window[1]:g}"
     return Picture(
-        pixels=volume_to_slice_image(volume, axis, index, window, size),
+        pixels=volume_to_slice_image(volume, axis, number, window, size),
         input_key=volume.content_key,
         axis=axis,
-        index=index,
+        index=number,
         volume_path=path,
         png=b"",
-        description=f"{plane} slice {index} of 0 to {count - 1}, {shown}",
+        description=f"{plane} slice {number} of 0 to {count - 1}, {shown}",
     )
 
 

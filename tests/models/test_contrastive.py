@@ -42,12 +42,6 @@ def test_padding_tokens_change_nothing(towers):
     assert np.abs(one[1] - three[1]).max() > 1e-3
 
 
-def test_initial_scale_and_bias_are_the_papers():
-    params = jax.jit(partial(vila.init_params, model_config(), "contrastive"))(jax.random.key(0))
-    assert float(params["logit_scale"]) == pytest.approx(np.log(10))
-    assert float(params["logit_bias"]) == -10
-
-
 def test_text_longer_than_the_table_is_refused(towers):
     with pytest.raises(ValueError, match="9 tokens"):
         towers(pairs()[0], jnp.zeros((3, 9), int), jnp.ones((3, 9), bool))

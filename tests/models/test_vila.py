@@ -152,6 +152,8 @@ def test_building_is_abstract_deterministic_and_jittable(kind):
     kernel = "llm" if kind == "generative" else "text_tower"
     first, second = (jax.tree.leaves(x[kernel]["embed"])[0] for x in (one, other))
     assert np.abs(first - second).max() > 0
+    if kind == "contrastive":  # the paper's start
+        assert float(one["logit_scale"]) == pytest.approx(np.log(10)) and float(one["logit_bias"]) == -10
 
 
 def test_bfloat16_compute_stays_near_float32():

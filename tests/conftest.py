@@ -5,9 +5,6 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import jax
+from vilam3_jax import compat
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
-# Programs of several virtual devices that overlap can wait for each other for ever when cores are few.
-jax.config.update("jax_cpu_enable_async_dispatch", False)
+compat.use_cpu_devices(8)

@@ -19,7 +19,7 @@ ALLOWED = {
     "models": {"ops", "compat"},
     "data": {"models", "ops", "compat"},
     "checkpoints": {"models", "ops", "compat"},
-    "datasets": {"data"},
+    "datasets": {"data", "cli"},
     "training": BASE,
     "inference": BASE,
     "convert": BASE,

@@ -5,12 +5,27 @@ Supported pairs: jax 0.10.2 with flax 0.12.8 (Python 3.11) and jax 0.12 with fla
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import AxisType, Mesh
+
+
+def use_cpu_devices(count: int) -> None:
+    """Makes `count` virtual CPU devices stand in for a mesh; must come before the first use of a device.
+
+    A collective blocks a thread of XLA's pool until its partners arrive, and a device may wait in several at
+    once. The pool has as many threads as there are cores (read from NPROC) or devices; on a small machine
+    all of them can end up waiting, and XLA then aborts the process. A larger pool cannot run dry.
+    """
+    os.environ["NPROC"] = str(max(16 * count, os.cpu_count() or 1))
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+    # Two programs of several devices in flight could wait for each other in the same way.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def make_mesh(sizes: Sequence[int], names: Sequence[str], devices: Sequence[Any] | None = None) -> Mesh:

@@ -64,7 +64,7 @@ def plan(run: Path, samples: Path, size: str) -> list[Step]:
     vilam3 = ("-m", "vilam3_jax.cli")
     steps = []
     for expert in PHANTOM_EXPERTS if phantoms else EXPERTS:
-        argv = ("-m", "vilam3_experts.cli", "annotate", "--expert", expert, "--data", str(samples))
+        argv = ("-m", "vilam3_experts", "annotate", "--expert", expert, "--data", str(samples))
         name = f"annotate_{expert.lower()}"
         steps.append(Step(name, (*argv, "--out", str(annotations)), annotations, ("samples",), resumable=True))
     annotated = tuple(step.name for step in steps if step.name.startswith("annotate"))
@@ -73,7 +73,7 @@ def plan(run: Path, samples: Path, size: str) -> list[Step]:
     steps.append(Step("prepare", argv, data, annotated))
     if phantoms:
         tokenizer = run / "tokenizer"
-        argv = ("-m", "vilam3_jax.data.tokenizer", "--data", str(data), "--out", str(tokenizer), "--vocab_size=2048")
+        argv = ("-m", "vilam3_jax.datasets.train_tokenizer", "--data", str(data), "--out", str(tokenizer), "--vocab_size=2048")
         steps.append(Step("tokenizer", argv, tokenizer, ("prepare",)))
     else:
         llm = run / "llm"
@@ -230,6 +230,8 @@ def _execute(step: Step, log: Path, record: dict) -> None:
             raise
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     record["peak_rss"] = max(record.get("peak_rss", 0), children)
+    if not code and not step.makes.exists():
+        raise UserError(f"step {step.name} ended without {step.makes}; its output is in {log}")
     if code:
         raise UserError(f"step {step.name} failed with exit code {code}; its output is in {log}")
 
@@ -264,7 +266,7 @@ def _processor() -> str:
 def _shown(step: Step) -> str:
     """The command as a user would type it."""
     text = " ".join(("python", *step.argv))
-    return text.replace("python -m vilam3_jax.cli", "vilam3").replace("python -m vilam3_experts.cli", "vilam3-experts")
+    return text.replace("python -m vilam3_jax.cli", "vilam3").replace("python -m vilam3_experts", "vilam3-experts")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from vilam3_jax import checkpoints, paths
+from vilam3_jax import checkpoints, compat, paths
 from vilam3_jax import config as config_lib
 from vilam3_jax.data import loader as loader_lib
 from vilam3_jax.errors import UserError
@@ -72,12 +72,13 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
       UserError: the config, data, mesh or an earlier checkpoint does not fit.
     """
     workdir = paths.as_path(workdir)
-    mesh_lib.set_cpu_devices(config.mesh.cpu_devices)
+    if config.mesh.cpu_devices:
+        compat.use_cpu_devices(config.mesh.cpu_devices)
     mesh = mesh_lib.build_mesh(config.mesh)
 
     # Data.
     graphdef, nested = vila.abstract_model(config.model, config.kind)
-    image_tokens = vila.num_image_tokens(config.model)
+    image_tokens = vila.tokens_per_image(config.model)
     loader = loader_lib.build_loader(config, "train", tokens_per_image=image_tokens, experts=config.data.experts)
 
     # Optimizer and step.

@@ -18,13 +18,6 @@ from vilam3_jax.training import tables
 BATCH_AXES = ("data", "fsdp")
 
 
-def set_cpu_devices(count: int) -> None:
-    """Asks for `count` virtual CPU devices; must come before the first use of JAX devices."""
-    if count:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", count)
-
-
 def build_mesh(mesh_config: ConfigDict) -> Mesh:
     """Lays all devices out over the axes of `mesh_config`; one axis may be -1 and takes what is left.
 

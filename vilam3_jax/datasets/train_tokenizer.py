@@ -1,0 +1,47 @@
+"""A tokenizer for models trained from nothing: `python -m vilam3_jax.datasets.train_tokenizer --data DIR --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+
+from vilam3_jax import paths
+from vilam3_jax.data import cards
+from vilam3_jax.data.records import ExampleSource
+from vilam3_jax.data.tokenizer import train_bpe
+from vilam3_jax.errors import UserError
+
+
+def dataset_texts(root: paths.PathLike) -> Iterator[str]:
+    """Texts of every training record below `root`, and of the expert cards.
+
+    Raises:
+      UserError: `root` holds no data set.
+    """
+    folders = [folder for folder in paths.as_path(root).iterdir() if (folder / "dataset.json").exists()]
+    if not folders:
+        raise UserError(f"{root}: holds no data set; give the --out folder of `vilam3 prepare`")
+    yield cards.render_cards(cards.load_cards("quickstart"))
+    for folder in sorted(folders):
+        source = ExampleSource(folder, "train")
+        for index in range(len(source)):
+            yield from (turn.text for turn in source[index].turns)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Trains and saves the tokenizer."""
+    parser = argparse.ArgumentParser(prog="train_tokenizer", description="Train a byte-level BPE on data sets.")
+    parser.add_argument("--data", required=True, help="folder of data sets, as `vilam3 prepare` writes it")
+    parser.add_argument("--out", required=True, help="tokenizer folder to write")
+    parser.add_argument("--vocab_size", type=int, default=2048)
+    options = parser.parse_args(argv)
+    tokenizer = train_bpe(dataset_texts(options.data), options.vocab_size, options.out)
+    print(f"{options.out}: {tokenizer.vocab_size} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    from vilam3_jax.cli import guarded
+
+    sys.exit(guarded("train_tokenizer", main, sys.argv[1:]))

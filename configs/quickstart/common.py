@@ -39,7 +39,7 @@ def shape(config: ConfigDict, size: str, steps: dict[str, int], peak: float) -> 
     config.data.loader_shards = 2
     config.data.seq_len = 512
     config.data.global_rows = 2
-    config.data.images_per_group = 6
+    config.data.images_per_group = 4
     config.data.prefetch = 2
     config.loss_chunk = 64
     config.eval_every = config.num_steps

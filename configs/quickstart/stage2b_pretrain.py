@@ -11,6 +11,7 @@ def get_config(arg: str = "default") -> ConfigDict:
     config = stage2b_pretrain.get_config(common.model_name(arg))
     config = common.shape(config, arg, dict(smoke=30, default=30, full=150), peak=1e-3)
     config.data.seq_len = 256
+    config.data.images_per_group = 8
     if arg != "smoke":
         config.trainable = ((r"vision_tower/.*", 0.0), (r"projector/.*", 1.0), *common.LLM_LORA)
     return config

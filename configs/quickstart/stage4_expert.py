@@ -10,6 +10,8 @@ def get_config(arg: str = "default") -> ConfigDict:
     """`arg` is a size: smoke, default or full."""
     config = stage4_expert.get_config(common.model_name(arg))
     config = common.shape(config, arg, dict(smoke=60, default=50, full=330), peak=1e-3)
+    config.data.seq_len = 768
+    config.data.images_per_group = 6
     if arg != "smoke":
         config.trainable = ((r"vision_tower/.*", 0.3), (r"projector/.*", 1.0), *common.LLM_LORA)
     return config

@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from vilam3_jax.ops.partition import shard
 
@@ -55,29 +56,35 @@ def chunked_cross_entropy(
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _cross_entropy(hidden, head_kernel, targets, weights, chunk):
-    loss_sum, correct_sum, _, _ = _scan_chunks(
-        hidden, head_kernel, targets, weights, chunk, with_gradient=False
-    )
+    loss_sum, correct_sum, _, _ = _scan_chunks(hidden, head_kernel, targets, weights, chunk, False, False)
     return loss_sum, correct_sum
 
 
 def _cross_entropy_forward(hidden, head_kernel, targets, weights, chunk):
     loss_sum, correct_sum, d_hidden, d_kernel = _scan_chunks(
-        hidden, head_kernel, targets, weights, chunk, with_gradient=True
+        hidden.value,
+        head_kernel.value,
+        targets.value,
+        weights.value,
+        chunk,
+        hidden.perturbed,
+        head_kernel.perturbed,  # a frozen head costs no product for its gradient
     )
     return (loss_sum, correct_sum), (d_hidden, d_kernel)
 
 
 def _cross_entropy_backward(chunk, gradients, cotangents):
     d_loss, _ = cotangents  # the count of right answers is piecewise constant
-    d_hidden, d_kernel = gradients
-    return (d_hidden * d_loss).astype(d_hidden.dtype), (d_kernel * d_loss).astype(d_kernel.dtype), None, None
+    if isinstance(d_loss, SymbolicZero):
+        return None, None, None, None
+    d_hidden, d_kernel = (None if g is None else (g * d_loss).astype(g.dtype) for g in gradients)
+    return d_hidden, d_kernel, None, None
 
 
-_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward, symbolic_zeros=True)
 
 
-def _scan_chunks(hidden, head_kernel, targets, weights, chunk, *, with_gradient):
+def _scan_chunks(hidden, head_kernel, targets, weights, chunk, hidden_gradient, kernel_gradient):
     """Returns the sums of losses and of right answers, and the gradients by hidden and kernel (or None)."""
     length = hidden.shape[1]
     chunk = min(chunk, length)
@@ -109,26 +116,30 @@ def _scan_chunks(hidden, head_kernel, targets, weights, chunk, *, with_gradient)
         loss = jnp.log(total[..., 0]) + peak[..., 0] - target_logit
         loss_sum += (loss * weight).sum()
         correct_sum += jnp.where(target_logit >= peak[..., 0], weight, 0.0).sum()
-        if with_gradient:
+        if hidden_gradient or kernel_gradient:
             d_logits = (exponentials / total - is_target) * weight[..., None]
             d_logits = shard(d_logits.astype(hidden.dtype), "batch", None, "vocab")
+        if hidden_gradient:
             d_x = jnp.einsum("blv,dv->bld", d_logits, kernel, preferred_element_type=jnp.float32)
             d_states = jax.lax.dynamic_update_slice_in_dim(
                 d_states, d_x.astype(d_states.dtype), i * chunk, axis=1
             )
+        if kernel_gradient:
             d_kernel += jnp.einsum("bld,blv->dv", x, d_logits, preferred_element_type=jnp.float32)
         return loss_sum, correct_sum, d_states, d_kernel
 
     zero = jnp.zeros((), jnp.float32)
-    carry = (zero, zero, None, None)
-    if with_gradient:
-        carry = (zero, zero, jnp.zeros_like(states), jnp.zeros(head_kernel.shape, jnp.float32))
+    d_states = jnp.zeros_like(states) if hidden_gradient else None
+    d_kernel = jnp.zeros(head_kernel.shape, jnp.float32) if kernel_gradient else None
+    carry = (zero, zero, d_states, d_kernel)
     loss_sum, correct_sum, d_states, d_kernel = jax.lax.fori_loop(0, used_chunks, body, carry)
-    if not with_gradient:
-        return loss_sum, correct_sum, None, None
-    back = jnp.argsort(order, axis=1)[..., None]  # the inverse permutation
-    d_hidden = jnp.take_along_axis(d_states[:, :length], back, axis=1)
-    return loss_sum, correct_sum, d_hidden, d_kernel.astype(head_kernel.dtype)
+    d_hidden = None
+    if hidden_gradient:
+        back = jnp.argsort(order, axis=1)[..., None]  # the inverse permutation
+        d_hidden = jnp.take_along_axis(d_states[:, :length], back, axis=1)
+    if kernel_gradient:
+        d_kernel = d_kernel.astype(head_kernel.dtype)
+    return loss_sum, correct_sum, d_hidden, d_kernel
 
 
 def sigmoid_contrastive_loss(

@@ -1,0 +1,18 @@
+"""`vilam3 data`: look at data sets."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from vilam3_jax.data import show
+
+_COMMANDS = {"show": show.main}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry of `vilam3 data`."""
+    parser = argparse.ArgumentParser(prog="vilam3 data", description="Look at data sets.")
+    parser.add_argument("command", choices=sorted(_COMMANDS), help="show: one example as the model meets it")
+    options = parser.parse_args(argv[:1])
+    return _COMMANDS[options.command](argv[1:])

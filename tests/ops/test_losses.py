@@ -69,6 +69,23 @@ def test_all_logits_never_exist():
     assert "[2,64,1000]" not in text and "[128,1000]" not in text
 
 
+@pytest.mark.parametrize("wanted, products", [((0, 1), 3), ((0,), 2), ((1,), 2)])
+def test_a_gradient_nobody_asks_for_is_not_computed(wanted, products):
+    data = batch(0, 2, 16)
+
+    def loss(hidden, kernel):
+        return chunked_cross_entropy(**{**data, "hidden": hidden, "head_kernel": kernel}, chunk=8)[0]
+
+    program = jax.make_jaxpr(jax.grad(loss, wanted))(data["hidden"], data["head_kernel"])
+    assert str(program).count("dot_general[") == products
+
+
+def test_the_count_of_right_answers_has_no_slope():
+    data = batch(0, 2, 16)
+    gradient = jax.grad(lambda h: chunked_cross_entropy(**{**data, "hidden": h}, chunk=8)[2])(data["hidden"])
+    assert not np.any(gradient)
+
+
 def test_no_supervised_token_gives_zero_and_zero_gradients():
     data = batch(1, 2, 8)
     data["loss_weights"] = jnp.zeros_like(data["loss_weights"])

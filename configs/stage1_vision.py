@@ -1,9 +1,9 @@
 """Stage 1, vision pre-training: image and text towers meet in a sigmoid contrastive loss."""
 
 from ml_collections import ConfigDict
+from vilam3_jax.configs import models
 
 from vilam3_jax import config as config_lib
-from vilam3_jax.configs import models
 
 
 def get_config(arg: str = "tiny") -> ConfigDict:

@@ -1,9 +1,9 @@
 """Stage 2a, alignment: only the projector learns, on captions, between a frozen tower and a frozen LLM."""
 
 from ml_collections import ConfigDict
+from vilam3_jax.configs import models
 
 from vilam3_jax import config as config_lib
-from vilam3_jax.configs import models
 
 
 def get_config(arg: str = "tiny") -> ConfigDict:

@@ -1,9 +1,9 @@
 """Stage 3, instruction tuning: tower, projector and LLM on dialogues without experts."""
 
 from ml_collections import ConfigDict
+from vilam3_jax.configs import models
 
 from vilam3_jax import config as config_lib
-from vilam3_jax.configs import models
 
 
 def get_config(arg: str = "tiny") -> ConfigDict:

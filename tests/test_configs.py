@@ -62,7 +62,7 @@ def test_overrides_reach_the_model():
     )
     assert config.model.llm.num_layers == 5
     assert config_lib.load("configs/stage3_instruct.py:tiny", {"seed": 7}).seed == 7
-    with pytest.raises(UserError, match="sead.*seed"):
+    with pytest.raises(UserError, match=r"sead.*seed"):
         config_lib.load("configs/stage3_instruct.py:tiny", {"sead": 7})
 
 

@@ -33,7 +33,17 @@ ALLOWED = {
     "errors": set(),
     "__init__": {"inference"},
 }
-WITHOUT_JAX = ("record", "images", "volumes", "annotations", "cards", "expert_turns", "expert_host", "dicom", "falsify")
+WITHOUT_JAX = (
+    "record",
+    "images",
+    "volumes",
+    "annotations",
+    "cards",
+    "expert_turns",
+    "expert_host",
+    "dicom",
+    "falsify",
+)
 
 
 def imported_modules(file):

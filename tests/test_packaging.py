@@ -29,7 +29,11 @@ def test_every_data_file_is_packaged():
     patterns = lines(read_cfg(ROOT / "setup.cfg")["options.package_data"]["vilam3_jax"])
     package = ROOT / "vilam3_jax"
     packaged = {file for pattern in patterns for file in package.glob(pattern)}
-    data = {f for f in package.rglob("*") if f.is_file() and f.suffix not in (".py", ".pyc") and "__pycache__" not in f.parts}
+    data = {
+        f
+        for f in package.rglob("*")
+        if f.is_file() and f.suffix not in (".py", ".pyc") and "__pycache__" not in f.parts
+    }
     assert data == packaged
 
 

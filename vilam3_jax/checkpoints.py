@@ -97,8 +97,8 @@ class RunCheckpoints:
             items = self._manager.load_checkpointables(step, {"state": abstract, "data": None, "run": None})
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{self._root / str(step)}: does not fit this config ({_first_line(error)}); it is a checkpoint "
-                "of another model, use another --workdir"
+                f"{self._root / str(step)}: does not fit this config ({_first_line(error)}); it is "
+                "a checkpoint of another model, use another --workdir"
             ) from error
         return items["state"], json.loads(items["data"]["json"]), json.loads(items["run"]["json"])
 
@@ -155,8 +155,8 @@ def load_model_config(export: paths.PathLike) -> ConfigDict:
     for name in EXPORT_FILES:
         if not (export / name).exists():
             raise UserError(
-                f"{export}: {name} is missing, so this is no export; give the `export` folder of a run or the "
-                "--out folder of `vilam3 convert import`"
+                f"{export}: {name} is missing, so this is no export; give the `export` folder of a run "
+                "or the --out folder of `vilam3 convert import`"
             )
     try:
         return _tuples(ConfigDict(json.loads(paths.read_bytes(export / "model.json", _MAX_JSON))))
@@ -189,10 +189,12 @@ def load_params(
     for path, leaf in present.items():
         if tuple(stored[path].shape) != tuple(leaf.shape):
             raise UserError(
-                f"{export}: {path} has shape {tuple(stored[path].shape)}, this model needs {tuple(leaf.shape)}; "
-                "it is an export of another model"
+                f"{export}: {path} has shape {tuple(stored[path].shape)}, this model needs "
+                f"{tuple(leaf.shape)}; it is an export of another model"
             )
-    with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))):
+    with ocp.Context(
+        pytree_options=ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
+    ):
         return dict(ocp.load(folder, present))
 
 

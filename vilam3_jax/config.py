@@ -84,9 +84,7 @@ def base_config() -> ConfigDict:
             parameter_rules=PARAMETER_RULES,
             activation_rules=dict(ACTIVATION_RULES),
             trainable=((r".*", 1.0),),
-            optimizer=dict(
-                name="adamw", b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.0, clip_norm=1.0
-            ),
+            optimizer=dict(name="adamw", b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.0, clip_norm=1.0),
             schedule=dict(name="cosine", peak=1e-4, warmup_fraction=0.03, end_fraction=0.1),
             num_steps=100,
             grad_accum=1,
@@ -144,7 +142,9 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues) -> ConfigDict:
         raise UserError(f"config: {' '.join(str(error).split())}") from error
     config = flag_values["config"].value
     if config is None:
-        raise UserError("--config=FILE[:ARG] is missing, for example --config=configs/stage3_instruct.py:tiny")
+        raise UserError(
+            "--config=FILE[:ARG] is missing, for example --config=configs/stage3_instruct.py:tiny"
+        )
     check(config)
     return config
 
@@ -159,7 +159,7 @@ def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     values = flags.FlagValues()
     config = parse([f"--config={spec}"], values)
     if overrides:
-        for key, value in overrides.items():
+        for key in overrides:
             if key not in flatten(config) and not _is_section(config, key):
                 raise UserError(f"config key {key}: unknown{_suggest(key, flatten(config))}")
         config.update_from_flattened_dict(dict(overrides))

@@ -1,7 +1,8 @@
-"""`make quickstart`: from real images to an answering model and a report, as a chain of the project's commands.
+"""`make quickstart`: from real images to an answering model and a report, a chain of the project's commands.
 
 Every step is an ordinary command in a process of its own, so what is shown here is what a user would type.
-A step that finished with the same command, inputs and code is reused; a training run resumes from its checkpoint.
+A step that finished with the same command, inputs and code is reused; a training run resumes from its
+checkpoint.
 """
 
 from __future__ import annotations
@@ -66,14 +67,24 @@ def plan(run: Path, samples: Path, size: str) -> list[Step]:
     for expert in PHANTOM_EXPERTS if phantoms else EXPERTS:
         argv = ("-m", "vilam3_experts", "annotate", "--expert", expert, "--data", str(samples))
         name = f"annotate_{expert.lower()}"
-        steps.append(Step(name, (*argv, "--out", str(annotations)), annotations, ("samples",), resumable=True))
+        steps.append(
+            Step(name, (*argv, "--out", str(annotations)), annotations, ("samples",), resumable=True)
+        )
     annotated = tuple(step.name for step in steps if step.name.startswith("annotate"))
     argv = (*vilam3, "prepare", "quickstart", "--source", str(samples), "--out", str(data), "--size", size)
     argv = (*argv, "--annotations", str(annotations))
     steps.append(Step("prepare", argv, data, annotated))
     if phantoms:
         tokenizer = run / "tokenizer"
-        argv = ("-m", "vilam3_jax.datasets.train_tokenizer", "--data", str(data), "--out", str(tokenizer), "--vocab_size=2048")
+        argv = (
+            "-m",
+            "vilam3_jax.datasets.train_tokenizer",
+            "--data",
+            str(data),
+            "--out",
+            str(tokenizer),
+            "--vocab_size=2048",
+        )
         steps.append(Step("tokenizer", argv, tokenizer, ("prepare",)))
     else:
         llm = run / "llm"
@@ -122,7 +133,13 @@ def _evaluation(run: Path, data: Path, annotations: Path, size: str, base: tuple
         "majority": ("stage4_expert", ()),
     }
     for arm, (stage, flags) in arms.items():
-        argv = (*evaluate, f"--checkpoint={exports[stage]}", "--protocol=quickstart@1", f"--arm={arm}", *flags)
+        argv = (
+            *evaluate,
+            f"--checkpoint={exports[stage]}",
+            "--protocol=quickstart@1",
+            f"--arm={arm}",
+            *flags,
+        )
         argv = (*argv, f"--annotations={annotations}", f"--limit={EVAL_LIMIT[size]}", f"--out={out / arm}")
         steps.append(Step(f"eval_{arm}", argv, out / arm / "result.json", (*base, stage)))
     return steps
@@ -266,7 +283,9 @@ def _processor() -> str:
 def _shown(step: Step) -> str:
     """The command as a user would type it."""
     text = " ".join(("python", *step.argv))
-    return text.replace("python -m vilam3_jax.cli", "vilam3").replace("python -m vilam3_experts", "vilam3-experts")
+    return text.replace("python -m vilam3_jax.cli", "vilam3").replace(
+        "python -m vilam3_experts", "vilam3-experts"
+    )
 
 
 def main(argv: Sequence[str]) -> int:

@@ -79,7 +79,9 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
     # Data.
     graphdef, nested = vila.abstract_model(config.model, config.kind)
     image_tokens = vila.tokens_per_image(config.model)
-    loader = loader_lib.build_loader(config, "train", tokens_per_image=image_tokens, experts=config.data.experts)
+    loader = loader_lib.build_loader(
+        config, "train", tokens_per_image=image_tokens, experts=config.data.experts
+    )
 
     # Optimizer and step.
     shapes = trees.flatten(nested)
@@ -130,8 +132,10 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
                     stepped = time.perf_counter()
                 state, metrics = compiled(state, device_batch)
                 step += 1
-                tokens = int(np.sum(batch["segment_ids"] > 0)) if "segment_ids" in batch else int(
-                    np.sum(batch["text_valid"])
+                tokens = (
+                    int(np.sum(batch["segment_ids"] > 0))
+                    if "segment_ids" in batch
+                    else int(np.sum(batch["text_valid"]))
                 )
                 clock["tokens"] += tokens
                 if step % config.log_every == 0 or step == last:
@@ -279,7 +283,9 @@ def main(argv: list[str]) -> int:
     """Entry of `vilam3 train`."""
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Folder of the run; created, or resumed from.", flag_values=values)
-    flags.DEFINE_integer("stop_after", 0, "Save and stop after this step (0: to the end).", flag_values=values)
+    flags.DEFINE_integer(
+        "stop_after", 0, "Save and stop after this step (0: to the end).", flag_values=values
+    )
     flags.DEFINE_boolean("quiet", False, "No progress bar.", flag_values=values)
     config = config_lib.parse(argv, values)
     if not values["workdir"].value:

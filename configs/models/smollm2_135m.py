@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 
 def get_model() -> ConfigDict:
-    """Returns the `model` section: 96-pixel tower of 5+1 blocks (9 tokens an image), SmolLM2-135M with LoRA."""
+    """Returns the `model` section: a 96-pixel tower (9 tokens an image) and SmolLM2-135M with LoRA."""
     return ConfigDict(
         dict(
             name="smollm2_135m",

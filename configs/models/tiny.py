@@ -26,7 +26,13 @@ def get_model() -> ConfigDict:
                 select_layer=-2,
             ),
             text_tower=dict(
-                vocab_size=2048, hidden_size=48, num_layers=2, num_heads=4, mlp_dim=96, max_length=32, norm_eps=1e-6
+                vocab_size=2048,
+                hidden_size=48,
+                num_layers=2,
+                num_heads=4,
+                mlp_dim=96,
+                max_length=32,
+                norm_eps=1e-6,
             ),
             projector=dict(type="mlp_downsample", token_order="row"),
             llm=dict(

@@ -5,8 +5,8 @@ Same code in all three: only step counts and widths differ.
 """
 
 from ml_collections import ConfigDict
-
 from vilam3_jax.configs import models
+
 from vilam3_jax.errors import UserError
 
 SIZES = ("smoke", "default", "full")

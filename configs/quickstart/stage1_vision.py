@@ -1,7 +1,6 @@
 """Quickstart, stage 1: a small tower learns from slices and their captions."""
 
 from ml_collections import ConfigDict
-
 from vilam3_jax.configs import stage1_vision
 from vilam3_jax.configs.quickstart import common
 

@@ -1,7 +1,6 @@
 """Quickstart, stage 2a: the projector learns to speak to SmolLM2."""
 
 from ml_collections import ConfigDict
-
 from vilam3_jax.configs import stage2a_align
 from vilam3_jax.configs.quickstart import common
 

@@ -1,7 +1,6 @@
 """Quickstart, stage 2b: projector and LoRA on captions and text-only reports."""
 
 from ml_collections import ConfigDict
-
 from vilam3_jax.configs import stage2b_pretrain
 from vilam3_jax.configs.quickstart import common
 

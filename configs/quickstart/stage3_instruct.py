@@ -1,7 +1,6 @@
 """Quickstart, stage 3: tower, projector and LoRA on dialogues without experts."""
 
 from ml_collections import ConfigDict
-
 from vilam3_jax.configs import stage3_instruct
 from vilam3_jax.configs.quickstart import common
 

@@ -1,7 +1,6 @@
 """Quickstart, stage 4: half of the dialogues ask an expert and read its answer."""
 
 from ml_collections import ConfigDict
-
 from vilam3_jax.configs import stage4_expert
 from vilam3_jax.configs.quickstart import common
 

@@ -2,9 +2,9 @@
 
 import jax
 import numpy as np
+from vilam3_jax.configs import models
 
 from vilam3_jax import config as config_lib
-from vilam3_jax.configs import models
 from vilam3_jax.models import trees, vila
 from vilam3_jax.ops import partition
 from vilam3_jax.training import mesh as mesh_lib
@@ -83,6 +83,8 @@ class Run:
         batch = jax.device_put(batch, mesh_lib.batch_shardings(batch, self.mesh))
         with partition.activation_rules(self.mesh, self.config.activation_rules.to_dict()):
             if self._compiled is None:
-                self._compiled = jax.jit(self._step, out_shardings=(placed, None)).lower(self.state, batch).compile()
+                self._compiled = (
+                    jax.jit(self._step, out_shardings=(placed, None)).lower(self.state, batch).compile()
+                )
             self.state, metrics = self._compiled(self.state, batch)
         return {key: float(value) for key, value in metrics.items()}

@@ -2,9 +2,9 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from vilam3_jax.configs import models
 
 from vilam3_jax import config as config_lib
-from vilam3_jax.configs import models
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import trees, vila
 from vilam3_jax.training import mesh as mesh_lib
@@ -21,7 +21,9 @@ def test_open_axis_takes_what_is_left():
     assert mesh.shape == {"data": 1, "fsdp": jax.device_count() // 2, "context": 1, "tensor": 2}
 
 
-@pytest.mark.parametrize("axes", [dict(fsdp=3), dict(fsdp=-1, tensor=3), dict(fsdp=0), dict(data=-1, fsdp=-1)])
+@pytest.mark.parametrize(
+    "axes", [dict(fsdp=3), dict(fsdp=-1, tensor=3), dict(fsdp=0), dict(data=-1, fsdp=-1)]
+)
 def test_a_mesh_that_does_not_fit_names_the_axes(axes):
     with pytest.raises(UserError, match="mesh"):
         mesh_lib.build_mesh(mesh_config(**axes))

@@ -16,7 +16,11 @@ def one_device():
 
 @pytest.mark.parametrize(
     "kind,axes",
-    [("generative", dict(fsdp=4, tensor=2)), ("generative", dict(data=2, fsdp=2, tensor=2)), ("contrastive", dict(fsdp=4, tensor=2))],
+    [
+        ("generative", dict(fsdp=4, tensor=2)),
+        ("generative", dict(data=2, fsdp=2, tensor=2)),
+        ("contrastive", dict(fsdp=4, tensor=2)),
+    ],
 )
 def test_sharded_equals_unsharded_for_ten_steps(kind, axes):
     make = packed_batch if kind == "generative" else pair_batch
@@ -40,7 +44,9 @@ def test_activations_are_split_inside_the_step():
     text = run._compiled.as_text()
     rows, length = packed_batch(0)["tokens"].shape
     mlp = run.config.model.llm.mlp_dim
-    assert f"f32[{rows // 4},{length},{mlp // 2}]" in text, "the MLP's hidden activations are not split over fsdp x tensor"
+    assert f"f32[{rows // 4},{length},{mlp // 2}]" in text, (
+        "the MLP's hidden activations are not split over fsdp x tensor"
+    )
     assert f"f32[{rows},{length},{mlp}]" not in text
 
 
@@ -74,7 +80,9 @@ def test_frozen_parameters_do_not_move_and_have_no_optimizer_state():
     config = tiny_config(fsdp=4, tensor=2)
     config.trainable = ((r"projector/.*", 1.0), (r".*", 0.0))
     run = Run(config)
-    before = {path: np.asarray(leaf) for path, leaf in {**run.state["frozen"], **run.state["trainable"]}.items()}
+    before = {
+        path: np.asarray(leaf) for path, leaf in {**run.state["frozen"], **run.state["trainable"]}.items()
+    }
     run.step(packed_batch(0))
     run.step(packed_batch(1))
     assert set(run.state["trainable"]) == {path for path in before if path.startswith("projector/")}
@@ -97,7 +105,12 @@ def test_a_group_multiplier_scales_its_update():
         start = {path: np.asarray(leaf) for path, leaf in run.state["trainable"].items()}
         run.step(packed_batch(0))
         run.step(packed_batch(0))
-        moved.append({path: np.abs(np.asarray(leaf) - start[path]).max() for path, leaf in run.state["trainable"].items()})
+        moved.append(
+            {
+                path: np.abs(np.asarray(leaf) - start[path]).max()
+                for path, leaf in run.state["trainable"].items()
+            }
+        )
     for path in moved[0]:
         assert moved[0][path] == pytest.approx(0.25 * moved[1][path], rel=0.05)
 

@@ -1,4 +1,7 @@
-"""A tokenizer for models trained from nothing: `python -m vilam3_jax.datasets.train_tokenizer --data DIR --out DIR`."""
+"""A tokenizer for models trained from nothing.
+
+python -m vilam3_jax.datasets.train_tokenizer --data DIR --out DIR
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,9 @@ def dataset_texts(root: paths.PathLike) -> Iterator[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Trains and saves the tokenizer."""
-    parser = argparse.ArgumentParser(prog="train_tokenizer", description="Train a byte-level BPE on data sets.")
+    parser = argparse.ArgumentParser(
+        prog="train_tokenizer", description="Train a byte-level BPE on data sets."
+    )
     parser.add_argument("--data", required=True, help="folder of data sets, as `vilam3 prepare` writes it")
     parser.add_argument("--out", required=True, help="tokenizer folder to write")
     parser.add_argument("--vocab_size", type=int, default=2048)

@@ -128,7 +128,11 @@ def _split(batch: Batch, parts: int, rows_per_group: int) -> Batch:
     """
 
     def split(name: str, x: jax.Array) -> jax.Array:
-        rows = rows_per_group if name in ("tokens", "segment_ids", "positions", "loss_weights", "visual_index") else 1
+        rows = (
+            rows_per_group
+            if name in ("tokens", "segment_ids", "positions", "loss_weights", "visual_index")
+            else 1
+        )
         groups = x.reshape(x.shape[0] // (rows * parts), parts, rows, *x.shape[1:])
         return jnp.moveaxis(groups, 1, 0).reshape(parts, -1, *x.shape[1:])
 

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arm", help=f"name on the rows: {', '.join(arm_lib.ARMS)}, or your own")
     parser.add_argument("--limit", type=int, help="most questions of each type, spread over patients")
     parser.add_argument("--cards", help="card list shown to the model (default: the one it was trained with)")
-    parser.add_argument("--batch_size", type=int, default=16, help="dialogues at once (default 16)")
+    parser.add_argument("--batch_size", type=int, default=32, help="dialogues at once (default 32)")
     parser.add_argument("--max_length", type=int, default=2048, help="most positions of a dialogue")
     parser.add_argument("--seed", type=int, default=0, help="of bootstrap and falsification")
     return parser

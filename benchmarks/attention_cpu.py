@@ -27,7 +27,7 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> j
     return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True)
 
 
-def milliseconds(function: Callable[..., Any], *args: jax.Array, repeats: int = 5) -> float:
+def milliseconds(function: Callable[..., Any], *args: jax.Array, repeats: int = 3) -> float:
     """Best of `repeats` runs after one that compiles."""
     jax.block_until_ready(function(*args))
     best = float("inf")
@@ -44,7 +44,7 @@ def squared(function: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
 
 def main() -> None:
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; milliseconds, float32")
-    for batch, length in ((8, 512), (2, 1024), (1, 2048)):
+    for batch, length in ((8, 512), (2, 1024)):
         keys = jax.random.split(jax.random.key(0), 3)
         q = jax.random.normal(keys[0], (batch, length, HEADS, HEAD_DIM))
         k, v = (jax.random.normal(key, (batch, length, KV_HEADS, HEAD_DIM)) for key in keys[1:])

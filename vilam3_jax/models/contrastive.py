@@ -15,7 +15,9 @@ class TwoTower(nnx.Module):
     """SigLIP. `logit_scale` is a logarithm; it starts at log 10 and `logit_bias` at -10, as in the paper."""
 
     def __init__(self, cfg: Any, *, rngs: nnx.Rngs):
-        kwargs = dict(rngs=rngs, dtype=cfg.dtype, param_dtype=cfg.param_dtype, remat=cfg.remat)
+        kwargs: dict[str, Any] = dict(
+            rngs=rngs, dtype=cfg.dtype, param_dtype=cfg.param_dtype, remat=cfg.remat
+        )
         self.vision_tower = SiglipVision(cfg.vision_tower, **kwargs)
         self.text_tower = SiglipText(cfg.text_tower, self.vision_tower.width, **kwargs)
         self.logit_scale = nnx.Param(jnp.log(jnp.asarray(10.0, cfg.param_dtype)))

@@ -131,7 +131,7 @@ class SelfAttention(nnx.Module):
                 f"hidden_size {width} is no multiple of num_heads {num_heads}; change one of them"
             )
         self.num_heads = num_heads
-        kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, stack=stack)
+        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, stack=stack)
         self.q = Linear(width, width, **kwargs)
         self.k = Linear(width, width, **kwargs)
         self.v = Linear(width, width, **kwargs)
@@ -157,7 +157,7 @@ class GeluMLP(nnx.Module):
     def __init__(
         self, width: int, mlp_dim: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, stack: Stack = ()
     ):
-        kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, stack=stack)
+        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, stack=stack)
         self.fc1 = Linear(width, mlp_dim, **kwargs)
         self.fc2 = Linear(mlp_dim, width, **kwargs)
 
@@ -181,7 +181,7 @@ class EncoderBlock(nnx.Module):
         param_dtype: Any,
         stack: Stack = (),
     ):
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype, stack=stack)
+        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, stack=stack)
         self.norm1 = LayerNorm(width, eps=eps, **kwargs)
         self.attn = SelfAttention(width, num_heads, rngs=rngs, **kwargs)
         self.norm2 = LayerNorm(width, eps=eps, **kwargs)

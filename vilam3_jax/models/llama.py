@@ -111,7 +111,7 @@ class LlamaLayer(nnx.Module):
                 lora_alpha=cfg.get("lora_alpha", 1.0),
             )
 
-        norm = dict(eps=cfg.norm_eps, dtype=dtype, param_dtype=param_dtype, stack=stack)
+        norm: dict[str, Any] = dict(eps=cfg.norm_eps, dtype=dtype, param_dtype=param_dtype, stack=stack)
         self.attn_norm = RMSNorm(cfg.hidden_size, **norm)
         self.attn = LlamaAttention(cfg, linear)
         self.mlp_norm = RMSNorm(cfg.hidden_size, **norm)
@@ -166,7 +166,7 @@ class Llama(nnx.Module):
         self.rope_theta = float(cfg.rope_theta)
         self.num_layers = cfg.num_layers
         self.num_kv_heads = cfg.num_kv_heads
-        kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.embed = Embed(cfg.vocab_size, cfg.hidden_size, **kwargs)
         self.layers = LlamaLayer(cfg, stack=(cfg.num_layers,), **kwargs)
         self.final_norm = RMSNorm(cfg.hidden_size, eps=cfg.norm_eps, dtype=dtype, param_dtype=param_dtype)

@@ -47,7 +47,7 @@ class Projector(nnx.Module):
             raise UserError(
                 f"an identity projector needs equal widths, but the tower has {in_dim} and the LLM {out_dim}"
             )
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype)
+        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.norm = LayerNorm(in_dim, eps=_NORM_EPS, **kwargs) if self.downsample else None
         for i in range(self.depth):
             setattr(self, f"fc{i + 1}", Linear(out_dim if i else in_dim, out_dim, rngs=rngs, **kwargs))
@@ -57,7 +57,7 @@ class Projector(nnx.Module):
         return grid_tokens(grid, self.downsample)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.downsample:
+        if self.norm is not None:
             x = self.norm(join_neighbours(x, column_order=self.column_order))
         for i in range(self.depth):
             x = getattr(self, f"fc{i + 1}")(jax.nn.gelu(x, approximate=False) if i else x)

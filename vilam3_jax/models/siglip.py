@@ -51,7 +51,7 @@ class AttentionPool(nnx.Module):
         dtype: Any,
         param_dtype: Any,
     ):
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype)
+        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.probe = nnx.Param(jax.random.normal(rngs.params(), (1, 1, width), param_dtype) * width**-0.5)
         self.attn = SelfAttention(width, num_heads, rngs=rngs, **kwargs)
         self.norm = LayerNorm(width, eps=eps, **kwargs)
@@ -84,7 +84,7 @@ class SiglipVision(nnx.Module):
                 f"model.vision_tower.select_layer={cfg.select_layer} is none of the {states} hidden states; "
                 f"use {-states} to {states - 1}"
             )
-        kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.patch_embed = PatchEmbed(cfg.patch_size, cfg.hidden_size, **kwargs)
         table = jax.random.normal(rngs.params(), (self.grid**2, cfg.hidden_size), param_dtype)
         self.pos_embed = nnx.Param(table * cfg.hidden_size**-0.5)
@@ -131,7 +131,7 @@ class SiglipText(nnx.Module):
     def __init__(self, cfg: Any, out_dim: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, remat: str):
         self.max_length = cfg.max_length
         self.remat = remat
-        kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         stddev = cfg.hidden_size**-0.5
         self.embed = Embed(cfg.vocab_size, cfg.hidden_size, stddev=stddev, **kwargs)
         table = jax.random.normal(rngs.params(), (cfg.max_length, cfg.hidden_size), param_dtype)

@@ -24,7 +24,7 @@ class Vila(nnx.Module):
     """Vision-language model: images become tokens that stand in the text stream."""
 
     def __init__(self, cfg: Any, *, rngs: nnx.Rngs):
-        kwargs = dict(rngs=rngs, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
+        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
         tower = _family(VISION_TOWERS, "vision_tower", cfg.vision_tower.type)
         llm = _family(LLMS, "llm", cfg.llm.type)
         self.vision_tower = tower(cfg.vision_tower, remat=cfg.remat, **kwargs)
@@ -60,14 +60,13 @@ class Vila(nnx.Module):
           [B, L, D].
 
         Raises:
-          ValueError: the rows do not divide into groups, or only some of the three image arguments are given.
+          ValueError: the rows do not divide into groups, or images come without their validity or index.
         """
-        given = [x is not None for x in (images, image_valid, visual_index)]
-        if images is not None and not all(given):
-            raise ValueError("images need image_valid and visual_index")
         text = shard(self.llm.embed(tokens), "batch", "length", "embed")
         if images is None:
             return text
+        if image_valid is None or visual_index is None:
+            raise ValueError("images need image_valid and visual_index")
         groups, slots = images.shape[:2]
         rows, length = tokens.shape
         if rows % groups:

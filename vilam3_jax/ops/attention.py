@@ -101,10 +101,10 @@ def _mask(
 ) -> jax.Array | None:
     """Returns bool [B or 1, Lq, Lk], True where attention is allowed; None if it is allowed everywhere."""
     mask = None
-    if segment_ids_q is not None:
+    if segment_ids_q is not None and segment_ids_kv is not None:
         same = segment_ids_q[:, :, None] == segment_ids_kv[:, None, :]
         mask = same & (segment_ids_q != 0)[:, :, None]
-    if q_positions is not None:
+    if q_positions is not None and kv_positions is not None:
         ordered = q_positions[:, :, None] >= kv_positions[:, None, :]
         mask = ordered if mask is None else mask & ordered
     return mask

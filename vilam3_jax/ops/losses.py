@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +51,8 @@ def chunked_cross_entropy(
     # The last position predicts nothing; it keeps a zero weight so that the length stays L.
     weights = jax.lax.stop_gradient(jnp.pad(weights, ((0, 0), (0, 1))))
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-    loss_sum, correct_sum = _cross_entropy(hidden, head_kernel, targets, weights, chunk)
-    return loss_sum, weights.sum(), correct_sum
+    sums: Any = _cross_entropy(hidden, head_kernel, targets, weights, chunk)
+    return sums[0], weights.sum(), sums[1]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

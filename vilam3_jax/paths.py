@@ -14,8 +14,12 @@ PathLike = str | os.PathLike[str]
 
 
 def as_path(path: PathLike) -> epath.Path:
-    """Returns `path` (local, `gs://`, `s3://`) as an `epath.Path`, with `~` expanded."""
-    return epath.Path(os.fspath(path)).expanduser()
+    """Returns `path` as an `epath.Path`: `~` expanded, local paths absolute, object stores as they are.
+
+    Absolute, because Orbax takes nothing else.
+    """
+    text = os.fspath(path)
+    return epath.Path(text) if "://" in text else epath.Path(os.path.abspath(os.path.expanduser(text)))
 
 
 def file_size(path: PathLike) -> int:

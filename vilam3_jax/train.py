@@ -119,7 +119,7 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
             saved.save(step, state, loader.get_state(), _run_record(config, clock))
 
         if not start and config.eval_every:
-            writer.write(0, evaluate(state))
+            writer.write(0, evaluate(state, swapped=False))
         with _preemption() as preempted:
             step = start
             while step < last and not preempted.is_set():
@@ -162,6 +162,9 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
             save(step)
         saved.wait()
     finished = step >= config.num_steps
+    if loader.stats.skipped_total and not quiet:
+        name, reason = loader.stats.skipped[0]
+        print(f"put aside {loader.stats.skipped_total} record(s), the first: {name}: {reason}")
     loader.close()
     if finished:
         params = {**state["frozen"], **state["trainable"]}
@@ -192,8 +195,8 @@ def _compile(train_step: Callable[..., Any], state: Any, placed: Any, batch: dic
 
 def _heldout_evaluator(
     config: ConfigDict, mesh: jax.sharding.Mesh, loss_fn: step_lib.LossFn, placed: Any, image_tokens: int
-) -> Callable[[Any], dict[str, float]]:
-    """Returns `evaluate(state) -> {'heldout_true', 'heldout_swapped'}` over the same batches every time."""
+) -> Callable[..., dict[str, float]]:
+    """Returns `evaluate(state, swapped=True) -> {'heldout_true', 'heldout_swapped'}`, always the same batches."""
     jitted = jax.jit(step_lib.make_eval_step(loss_fn), in_shardings=(placed, None))
 
     def batches(swap: bool) -> Iterator[dict[str, np.ndarray]]:
@@ -216,7 +219,11 @@ def _heldout_evaluator(
             weight += float(sums["weight"])
         return loss / max(weight, 1.0)
 
-    return lambda state: {"heldout_true": mean_loss(state, False), "heldout_swapped": mean_loss(state, True)}
+    def evaluate(state: Any, swapped: bool = True) -> dict[str, float]:
+        values = {"heldout_true": mean_loss(state, False)}
+        return values | {"heldout_swapped": mean_loss(state, True)} if swapped else values
+
+    return evaluate
 
 
 class _preemption:

@@ -82,6 +82,7 @@ def initial_state(
         part = {path: leaf for path, leaf in wanted.items() if path.startswith(prefix)}
         if not part:
             raise UserError(f"config init.{component}: this model has no {component}")
+        _check_architecture(source, config.model, {path.split("/")[0] for path in part})
         optional = {path for path in part if "/lora_" in path} | set(_fresh_ok(config, part))
         found = checkpoints.load_params(source, part, optional=optional)
         loaded.update(found)
@@ -110,6 +111,19 @@ def initial_state(
         "opt_state": opt_state,
     }
     return jax.device_put(state, shardings(abstract)), origin
+
+
+def _check_architecture(source: str, model: ConfigDict, components: set[str]) -> None:
+    """Same shapes do not make the same model: a rotary base or a norm's epsilon has none."""
+    stored = checkpoints.load_model_config(source)
+    for component in sorted(components & set(stored)):
+        for key, value in stored[component].items():
+            wanted = model[component].get(key, value)
+            if not key.startswith("lora_") and wanted != value:
+                raise UserError(
+                    f"{source}: its {component} has {key}={value}, this config {wanted}; it is an export of "
+                    "another model"
+                )
 
 
 def _components(abstract: State) -> list[str]:

@@ -1,0 +1,212 @@
+"""The train program on small real files: resume after a signal, after SIGKILL, export, wrong inputs."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from vilam3_jax import checkpoints, train
+from vilam3_jax import config as config_lib
+from vilam3_jax.datasets import phantoms, prepare, train_tokenizer
+from vilam3_jax.errors import UserError
+from vilam3_jax.training import telemetry
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Phantoms, their data sets and a tokenizer."""
+    root = tmp_path_factory.mktemp("world")
+    phantoms.make_phantoms(root / "samples", seed=1, num=3)
+    arguments = [
+        "quickstart",
+        "--source",
+        str(root / "samples"),
+        "--out",
+        str(root / "data"),
+        "--size",
+        "smoke",
+    ]
+    assert prepare.main(arguments) == 0
+    train_tokenizer.main(["--data", str(root / "data"), "--out", str(root / "tokenizer"), "--vocab_size=600"])
+    return root
+
+
+def arguments(world, workdir, stage="stage3_instruct", **overrides):
+    settings = {
+        "data.path": world / "data",
+        "model.tokenizer": world / "tokenizer",
+        "data.seq_len": 128,
+        "data.global_rows": 4,
+        "data.loader_shards": 2,
+        "data.global_pairs": 8,
+        "data.experts": "off",
+        "mesh.fsdp": 2,
+        "mesh.tensor": 2,
+        "mesh.cpu_devices": 4,
+        "num_steps": STEPS,
+        "loss_chunk": 32,
+        **overrides,
+    }
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    return [f"--config=configs/{stage}.py:tiny", f"--workdir={workdir}", "--quiet", *flags]
+
+
+def run(*argv, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "vilam3_jax.train", *argv],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **options,
+    )
+
+
+def losses(workdir):
+    return {row["step"]: row["loss"] for row in telemetry.read_metrics(workdir) if "loss" in row}
+
+
+def exported(workdir):
+    params, _, _ = checkpoints.load_export(workdir / "export")
+    return params
+
+
+def assert_same_run(one, two):
+    assert losses(one) == losses(two)
+    import jax
+
+    for a, b in zip(jax.tree.leaves(exported(one)), jax.tree.leaves(exported(two)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world):
+    workdir = world / "uninterrupted"
+    result = run(*arguments(world, workdir))
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.strip().splitlines()[-1])["finished"]
+    assert len(losses(workdir)) == STEPS
+    return workdir
+
+
+def test_stopped_and_resumed_equals_uninterrupted(world, uninterrupted):
+    workdir = world / "stopped"
+    assert run(*arguments(world, workdir), "--stop_after=3").returncode == 0
+    assert max(losses(workdir)) == 3 and not (workdir / "export").exists()
+    assert run(*arguments(world, workdir)).returncode == 0
+    assert_same_run(workdir, uninterrupted)
+
+
+def start_and_wait(argv, workdir, step):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vilam3_jax.train", *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if max(losses(workdir), default=0) >= step:
+            return process
+        time.sleep(0.02)
+    raise AssertionError(f"never reached step {step}: {process.stderr.read() if process.stderr else ''}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent,code", [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
+def test_killed_and_resumed_equals_uninterrupted(world, sent, code):
+    longer = {"num_steps": 300, "checkpoint_every": 40}
+    whole, killed = world / "whole_long", world / f"killed_{sent.name}"
+    if not (whole / "export").exists():
+        assert run(*arguments(world, whole, **longer)).returncode == 0
+    argv = arguments(world, killed, **longer)
+    process = start_and_wait(argv, killed, step=90)
+    process.send_signal(sent)
+    assert process.wait(timeout=120) == code
+    assert max(losses(killed)) < 300, "the run ended before the signal came"
+    assert run(*argv).returncode == 0
+    assert_same_run(killed, whole)
+
+
+def test_each_stage_starts_from_the_one_before(world):
+    one = world / "stage1"
+    assert run(*arguments(world, one, "stage1_vision", num_steps=2)).returncode == 0
+    two = world / "stage2a"
+    tower = f"--config.init.vision_tower={one / 'export'}"
+    assert run(*arguments(world, two, "stage2a_align", num_steps=2), tower).returncode == 0
+    before, after = exported(one)["vision_tower"], exported(two)["vision_tower"]
+    np.testing.assert_array_equal(before["patch_embed"]["kernel"], after["patch_embed"]["kernel"])
+    assert np.any(exported(two)["projector"]["fc1"]["kernel"] != 0)
+
+
+def test_another_model_is_refused_by_name(world, uninterrupted):
+    config = config_lib.load(
+        "configs/stage3_instruct.py:tiny",
+        {
+            "data.path": str(world / "data"),
+            "model.tokenizer": str(world / "tokenizer"),
+            "model.llm.mlp_dim": 64,
+            "init.everything": str(uninterrupted / "export"),
+            "mesh.fsdp": 8,
+        },
+    )
+    with pytest.raises(UserError, match=r"mlp_dim=128.*64.*another model"):
+        train.train(config, world / "refused", quiet=True)
+    assert not (world / "refused" / "checkpoints").exists() or not any(
+        (world / "refused" / "checkpoints").iterdir()
+    )
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"mesh.fsdp": 3}, "mesh"),
+        ({"data.path": "/nowhere"}, "/nowhere"),
+        ({"model.tokenizer": "/nowhere"}, "/nowhere"),
+        ({"init.llm": "/nowhere"}, "/nowhere"),
+        ({"data.global_rows": 3, "data.loader_shards": 1}, "global_rows"),
+    ],
+)
+def test_bad_settings_are_one_line_and_exit_code_2(world, tmp_path, change, message):
+    result = run(*arguments(world, tmp_path / "run", **change))
+    assert result.returncode == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_result_is_complete(uninterrupted):
+    result = json.loads((uninterrupted / train.RESULT_FILE).read_text())
+    assert set(result) == {field.name for field in dataclasses.fields(train.Result)}
+    assert result["steps"] == STEPS and result["tokens"] > 0
+
+
+def test_no_torch_after_tokenizer_step_and_generation(world, uninterrupted):
+    """In an environment that has torch: the JAX side never loads it."""
+    script = f"""
+import sys
+from pathlib import Path
+import numpy as np
+from PIL import Image
+import vilam3_jax
+from vilam3_jax import train
+assert train.main({arguments(world, world / "no_torch", num_steps=1)!r}) == 0
+Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save({str(world / "grey.png")!r})
+assistant = vilam3_jax.load({str(uninterrupted / "export")!r})
+reply = assistant.ask({str(world / "grey.png")!r}, "What is this?", experts=False)
+assert isinstance(reply.answer, str)
+loaded = {{m.split(".")[0] for m in sys.modules}}
+assert "jax" in loaded
+print(sorted(loaded & {{"torch", "transformers", "tensorflow", "vilam3_experts"}}))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, JAX_PLATFORMS="cpu"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().splitlines()[-1] == "[]"

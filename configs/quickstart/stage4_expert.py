@@ -8,7 +8,7 @@ from vilam3_jax.configs.quickstart import common
 def get_config(arg: str = "default") -> ConfigDict:
     """`arg` is a size: smoke, default or full."""
     config = stage4_expert.get_config(common.model_name(arg))
-    config = common.shape(config, arg, dict(smoke=60, default=50, full=330), peak=1e-3)
+    config = common.shape(config, arg, dict(smoke=60, default=18, full=150), peak=1e-3)
     config.data.seq_len = 768
     config.data.images_per_group = 6
     if arg != "smoke":

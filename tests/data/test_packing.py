@@ -29,7 +29,7 @@ def sample(number: int, text: int, images: int) -> Sample:
     encoded = Encoded(
         np.full(length, 100 + number, np.int32), np.ones(length, np.float32), which, offset, images
     )
-    pixels = tuple(np.full((2, 2, 3), 10 * number + i, np.uint8) for i in range(images))
+    pixels = tuple(np.full((2, 2, 3), (10 * number + i) % 256, np.uint8) for i in range(images))
     return Sample(f"s{number}", number, encoded, pixels)
 
 

@@ -20,6 +20,7 @@ def one_device():
         ("generative", dict(fsdp=4, tensor=2)),
         ("generative", dict(data=2, fsdp=2, tensor=2)),
         ("contrastive", dict(fsdp=4, tensor=2)),
+        ("contrastive", dict(data=2, fsdp=2, tensor=2)),
     ],
 )
 def test_sharded_equals_unsharded_for_ten_steps(kind, axes):

@@ -73,9 +73,10 @@ class Vila(nnx.Module):
             raise ValueError(f"{rows} rows do not divide into {groups} groups")
         visual = self.encode_images(images.reshape(groups * slots, *images.shape[2:]))
         visual = jnp.where(image_valid.reshape(-1, 1, 1), visual, 0)
-        visual = visual.reshape(groups, -1, visual.shape[-1])
-        index = visual_index.reshape(groups, -1, 1)
-        placed = jnp.take_along_axis(visual, jnp.maximum(index, 0), axis=1).reshape(rows, length, -1)
+        visual = shard(visual.reshape(groups, -1, visual.shape[-1]), "batch", None, "embed")
+        index = shard(visual_index.reshape(groups, -1, 1), "batch", None, None)
+        placed = jnp.take_along_axis(visual, jnp.maximum(index, 0), axis=1)
+        placed = shard(placed, "batch", None, "embed").reshape(rows, length, -1)
         return shard(jnp.where(visual_index[..., None] >= 0, placed, text), "batch", "length", "embed")
 
     def __call__(

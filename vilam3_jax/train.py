@@ -196,7 +196,7 @@ def _compile(train_step: Callable[..., Any], state: Any, placed: Any, batch: dic
 def _heldout_evaluator(
     config: ConfigDict, mesh: jax.sharding.Mesh, loss_fn: step_lib.LossFn, placed: Any, image_tokens: int
 ) -> Callable[..., dict[str, float]]:
-    """Returns `evaluate(state, swapped=True) -> {'heldout_true', 'heldout_swapped'}`, always the same batches."""
+    """Returns `evaluate(state, swapped=True)` -> held-out losses, always over the same batches."""
     jitted = jax.jit(step_lib.make_eval_step(loss_fn), in_shardings=(placed, None))
 
     def batches(swap: bool) -> Iterator[dict[str, np.ndarray]]:

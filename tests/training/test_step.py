@@ -25,7 +25,10 @@ def one_device():
 )
 def test_sharded_equals_unsharded_for_ten_steps(kind, axes):
     make = packed_batch if kind == "generative" else pair_batch
-    whole, split = Run(tiny_config(kind), one_device()), Run(tiny_config(kind, **axes))
+    configs = tiny_config(kind), tiny_config(kind, **axes)
+    for config in configs:
+        config.model.llm.lora_rank, config.model.llm.lora_targets = 4, ("q", "v", "o", "up", "down")
+    whole, split = Run(configs[0], one_device()), Run(configs[1])
     for path, leaf in split.state["trainable"].items():
         np.testing.assert_array_equal(leaf, whole.state["trainable"][path], err_msg=path)
         if leaf.size >= 2048:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vilam3_jax.models.siglip import SiglipText, SiglipVision
+from vilam3_jax.ops.partition import shard
 
 
 class TwoTower(nnx.Module):
@@ -38,7 +39,7 @@ class TwoTower(nnx.Module):
         """
         image = self.vision_tower.pooled(images)
         text = self.text_tower(text_tokens, text_valid)
-        return _unit(image), _unit(text)
+        return shard(_unit(image), "batch", "embed"), shard(_unit(text), "batch", "embed")
 
 
 def _unit(x: jax.Array) -> jax.Array:

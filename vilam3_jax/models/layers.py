@@ -66,7 +66,7 @@ class Linear(nnx.Module):
         x = x.astype(self.dtype)
         y = x @ self.kernel[...].astype(self.dtype)
         if self.lora_scale is not None:
-            low = x @ self.lora_a[...].astype(self.dtype)
+            low = shard(x @ self.lora_a[...].astype(self.dtype), "batch", *(None,) * (x.ndim - 1))
             y = y + (low @ self.lora_b[...].astype(self.dtype)) * jnp.asarray(self.lora_scale, self.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)

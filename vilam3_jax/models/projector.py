@@ -65,8 +65,8 @@ class Projector(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.norm is not None:
             x = self.norm(join_neighbours(x, column_order=self.column_order))
-        # Every product's placement is stated: left to itself, the partitioner got the gradient between the two
-        # layers wrong on a mesh of three axes (data x fsdp x tensor; jax 0.10.2).
+        # Every product's placement is stated: left to itself, the partitioner got the gradient between the
+        # two layers wrong on a mesh of three axes (data x fsdp x tensor; jax 0.10.2).
         x = shard(x, "batch", None, None)
         for i in range(self.depth):
             x = getattr(self, f"fc{i + 1}")(jax.nn.gelu(x, approximate=False) if i else x)

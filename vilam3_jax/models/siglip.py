@@ -60,8 +60,9 @@ class AttentionPool(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, T, D] -> [N, D]."""
         probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
-        x = self.attn(x, query=probe)
-        return (x + self.mlp(self.norm(x)))[:, 0]
+        # Placements are stated, as everywhere between two products: see `projector`.
+        x = shard(self.attn(x, query=shard(probe, "batch", None, "embed")), "batch", None, "embed")
+        return shard(x + self.mlp(self.norm(x)), "batch", None, "embed")[:, 0]
 
 
 class SiglipVision(nnx.Module):
@@ -155,5 +156,5 @@ class SiglipText(nnx.Module):
         x = shard(x + self.pos_embed[:length].astype(x.dtype), "batch", None, "embed")
         x = run_stack(self.blocks, x, valid.astype(jnp.int32), remat=self.remat)
         last = jnp.where(valid, jnp.arange(length), 0).max(axis=1)
-        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-        return self.head(self.final_norm(x))
+        x = shard(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0], "batch", "embed")
+        return shard(self.head(self.final_norm(x)), "batch", "embed")

@@ -286,6 +286,19 @@ def _print_start(
         print(f"  {component}: {source}")
 
 
+def _usage(values: flags.FlagValues) -> str:
+    lines = [
+        "usage: vilam3 train --config=FILE[:ARG] --workdir=DIR [--config.KEY=VALUE ...]",
+        "",
+        "Trains any stage; run the same command again to resume.",
+        "",
+        "  --config=FILE[:ARG]  recipe and its argument, such as configs/stage3_instruct.py:tiny",
+        "  --config.KEY=VALUE   change one key, such as --config.num_steps=10 or --config.mesh.fsdp=4",
+    ]
+    lines += [f"  --{name:<18} {values[name].help}" for name in ("workdir", "stop_after", "quiet")]
+    return "\n".join(lines)
+
+
 def main(argv: list[str]) -> int:
     """Entry of `vilam3 train`."""
     values = flags.FlagValues()
@@ -294,6 +307,9 @@ def main(argv: list[str]) -> int:
         "stop_after", 0, "Save and stop after this step (0: to the end).", flag_values=values
     )
     flags.DEFINE_boolean("quiet", False, "No progress bar.", flag_values=values)
+    if {"-h", "--help", "--helpfull"} & set(argv):
+        print(_usage(values))
+        return 0
     config = config_lib.parse(argv, values)
     if not values["workdir"].value:
         raise UserError("--workdir=DIR is missing; the run's checkpoints and export go there")

@@ -18,10 +18,10 @@ from typing import Any
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
 from vilam3_jax import paths
+from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import trees
 

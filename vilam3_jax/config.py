@@ -9,9 +9,9 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 from absl import flags
@@ -19,7 +19,21 @@ from ml_collections import config_flags
 
 from vilam3_jax.errors import UserError
 
-ConfigDict = ml_collections.ConfigDict
+if TYPE_CHECKING:
+
+    class ConfigDict:
+        """ml_collections declares every value as a union of all types, which no use of a value fits."""
+
+        def __init__(self, initial: Any = None) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
+        def __getitem__(self, key: str) -> Any: ...
+        def __setitem__(self, key: str, value: Any) -> None: ...
+        def __contains__(self, key: str) -> bool: ...
+        def __iter__(self) -> Iterator[str]: ...
+
+else:
+    ConfigDict = ml_collections.ConfigDict
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 COMPONENTS = ("vision_tower", "text_tower", "projector", "llm", "everything")

@@ -19,10 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
 from vilam3_jax import checkpoints, compat, paths
 from vilam3_jax import config as config_lib
+from vilam3_jax.config import ConfigDict
 from vilam3_jax.data import loader as loader_lib
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import trees, vila

@@ -15,8 +15,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from ml_collections import ConfigDict
 
+from vilam3_jax.config import ConfigDict
 from vilam3_jax.convert.gguf import open_gguf
 from vilam3_jax.convert.huggingface import open_llama, open_siglip, read_config
 from vilam3_jax.convert.sources import Rule, Source

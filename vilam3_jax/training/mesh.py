@@ -8,10 +8,9 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from vilam3_jax import compat
-from vilam3_jax.config import MESH_AXES
+from vilam3_jax.config import MESH_AXES, ConfigDict
 from vilam3_jax.errors import UserError
 from vilam3_jax.training import tables
 

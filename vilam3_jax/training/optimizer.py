@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
+from vilam3_jax.config import ConfigDict
 from vilam3_jax.training import tables
 
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
 
 from vilam3_jax import checkpoints
+from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import trees, vila
 from vilam3_jax.training import mesh as mesh_lib

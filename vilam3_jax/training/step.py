@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
+from vilam3_jax.config import ConfigDict
 from vilam3_jax.models import trees, vila
 from vilam3_jax.ops import losses
 

@@ -52,8 +52,9 @@ class RunCheckpoints:
         self._root.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.training.Checkpointer(
             self._root,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(kept),
+            # Orbax's own policies, which its protocols do not admit.
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # pyright: ignore[reportArgumentType]
+            preservation_policy=ocp.training.preservation_policies.LatestN(kept),  # pyright: ignore[reportArgumentType]
         )
 
     def latest(self) -> int | None:
@@ -128,7 +129,9 @@ def export_model(
     temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
         temporary.mkdir(parents=True)
-        flat = trees.flatten(params) if any(isinstance(v, Mapping) for v in params.values()) else dict(params)
+        flat = dict(params)
+        if any(isinstance(v, Mapping) for v in flat.values()):
+            flat = trees.flatten(flat)
         ocp.save(temporary / "params", flat)
         (temporary / "model.json").write_text(json.dumps(model_config, indent=1, sort_keys=True))
         (temporary / "provenance.json").write_text(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import platform
@@ -234,7 +235,7 @@ def _execute(step: Step, log: Path, record: dict) -> None:
         process = subprocess.Popen(
             [sys.executable, *step.argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
         )
-        assert process.stdout is not None
+        assert isinstance(process.stdout, io.BufferedReader)
         try:
             while chunk := process.stdout.read1(4096):
                 file.write(chunk)

@@ -13,8 +13,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -299,7 +299,7 @@ def _usage(values: flags.FlagValues) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """Entry of `vilam3 train`."""
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Folder of the run; created, or resumed from.", flag_values=values)
@@ -313,7 +313,8 @@ def main(argv: list[str]) -> int:
     config = config_lib.parse(argv, values)
     if not values["workdir"].value:
         raise UserError("--workdir=DIR is missing; the run's checkpoints and export go there")
-    result = train(config, values["workdir"].value, values["stop_after"].value, values["quiet"].value)
+    stop_after, quiet = cast(int, values["stop_after"].value), cast(bool, values["quiet"].value)
+    result = train(config, values["workdir"].value, stop_after, quiet)
     print(json.dumps(dataclasses.asdict(result)))
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from scipy import ndimage
@@ -49,6 +49,7 @@ class Expert(Protocol):
         Raises:
           ExpertFailure: no answer for this input.
         """
+        ...
 
 
 def content_key(data: Data) -> str:
@@ -80,9 +81,9 @@ def measure(labels: np.ndarray, names: dict[int, str], affine: np.ndarray) -> tu
             raise ValueError(f"label {label_id} has no name")
         mask = labels[box] == label_id
         voxels = int(mask.sum())
-        components = int(ndimage.label(mask, neighbours)[1])
+        _, components = cast(tuple[np.ndarray, int], ndimage.label(mask, neighbours))
         bbox = (*(s.start for s in box), *(s.stop for s in box))
-        segments.append(Segment(label_id, names[label_id], voxels, voxels * voxel_ml, components, bbox))
+        segments.append(Segment(label_id, names[label_id], voxels, voxels * voxel_ml, int(components), bbox))
     return tuple(segments)
 
 
@@ -108,7 +109,7 @@ def annotate_one(
     key = key or content_key(data)
     start = time.perf_counter()
 
-    def fields() -> dict[str, object]:
+    def fields() -> dict[str, Any]:
         seconds = time.perf_counter() - start
         return {"version": descriptor.version, "weights_sha256": weights_sha256, "seconds": seconds}
 

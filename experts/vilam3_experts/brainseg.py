@@ -9,6 +9,7 @@ both directions.
 from __future__ import annotations
 
 import io
+from typing import cast
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ class BrainSeg:
         if not mask.any():
             raise ExpertFailure("no brain found")
         labels = np.zeros(voxels.shape, np.uint8)
-        labels[box] = ndimage.binary_fill_holes(largest_component(mask))
+        labels[box] = cast(np.ndarray, ndimage.binary_fill_holes(largest_component(mask)))
         return Output(labels=labels, label_names={1: "brain"})
 
     def _probability(self, network: torch.jit.ScriptModule, values: np.ndarray) -> np.ndarray:
@@ -87,7 +88,7 @@ def standardise(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 def largest_component(mask: np.ndarray) -> np.ndarray:
     """The largest 26-connected part of a mask that is not empty."""
-    labels, _ = ndimage.label(mask, _NEIGHBOURS)
+    labels, _ = cast(tuple[np.ndarray, int], ndimage.label(mask, _NEIGHBOURS))
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     return labels == sizes.argmax()

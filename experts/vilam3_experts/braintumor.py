@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import onnxruntime
 from PIL import Image
@@ -28,6 +30,6 @@ class BrainTumor:
         del args  # the card has none
         image = Image.fromarray(data).resize(_SIZE, Image.Resampling.BICUBIC)
         batch = np.asarray(image, np.float32)[None] / 255.0
-        (values,) = self._session.run(None, {self._input: batch})[0]
+        (values,) = cast(np.ndarray, self._session.run(None, {self._input: batch})[0])
         probabilities = np.clip(np.asarray(values, np.float64), 0.0, 1.0)
         return Output(probabilities=dict(zip(CLASSES, probabilities.tolist(), strict=True)))

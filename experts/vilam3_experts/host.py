@@ -44,7 +44,11 @@ class Host:
         path, image = request.get("volume_path"), request.get("image_bytes")
         if (path is None) == (image is None):
             raise UserError("a request holds either volume_path or image_bytes")
-        data = load_volume(path) if path is not None else decode_image(image)
+        if path is not None:
+            data = load_volume(path)
+        else:
+            assert image is not None
+            data = decode_image(image)
         if descriptor.name not in self._experts:
             weights = load_weights(descriptor, self._folder)
             self._experts[descriptor.name] = (create_expert(descriptor, weights), weights)

@@ -17,6 +17,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from vilam3_jax.data import wire
 from vilam3_jax.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -100,7 +101,8 @@ class LabelMap:
         ]
         offsets = (0, *np.cumsum([len(p) for p in planes]).tolist())
         flat = tuple(float(v) for v in np.asarray(affine, np.float64).reshape(16))
-        return cls(tuple(int(n) for n in labels.shape), dtype, flat, offsets, b"".join(planes))
+        x, y, z = labels.shape
+        return cls((int(x), int(y), int(z)), dtype, flat, offsets, b"".join(planes))
 
     def plane(self, z: int) -> np.ndarray:
         """Returns plane `z` along axis 2, [X, Y]; touches no other plane.
@@ -229,7 +231,7 @@ class Annotation:
 
     def to_bytes(self) -> bytes:
         """Serialises to msgpack."""
-        return msgpack.packb(dataclasses.asdict(self), use_bin_type=True)
+        return wire.pack(dataclasses.asdict(self))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Annotation:

@@ -12,6 +12,7 @@ import numpy as np
 import pydicom
 from etils import epath
 from pydicom.errors import BytesLengthException, InvalidDicomError
+from pydicom.multival import MultiValue
 
 from vilam3_jax.data.scaling import as_stored_values, percentile_limits, window_to_uint8
 from vilam3_jax.errors import UserError
@@ -127,6 +128,8 @@ def _read_film(path: epath.Path) -> np.ndarray:
     ):
         raise UserError(f"{path}: not a grey DICOM image of one frame; export it as PNG or as a volume")
     values = as_stored_values(_rescale(_pixels(dataset, path), dataset))
+    if values is None:
+        raise ValueError("not one pixel is a finite number")
     center, width = (_first(dataset.get(key)) for key in ("WindowCenter", "WindowWidth"))
     if center is not None and width is not None and width > 1:
         grey = window_to_uint8(values, (center, width))
@@ -138,7 +141,7 @@ def _read_film(path: epath.Path) -> np.ndarray:
 def _first(value: Any) -> float | None:
     if value is None or value == "":
         return None
-    return float(value[0] if isinstance(value, pydicom.multival.MultiValue) else value)
+    return float(value[0] if isinstance(value, MultiValue) else value)
 
 
 def _read(path: PathLike, max_bytes: int, *, pixels: bool) -> pydicom.Dataset | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgpack
 
+from vilam3_jax.data import wire
 from vilam3_jax.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -66,6 +67,7 @@ class ImageRef:
         if self.axis is not None:
             if self.data is not None:
                 return "axis and index are for volumes, which are given by path"
+            assert self.index is not None  # as the axis is not
             if self.axis not in (0, 1, 2) or self.index < 0:
                 return f"axis {self.axis}, index {self.index} is no slice"
         if self.window is not None and (len(self.window) != 2 or not self.window[1] > 0):
@@ -133,7 +135,7 @@ class Example:
 
     def to_bytes(self) -> bytes:
         """Returns the schema-versioned msgpack form."""
-        return msgpack.packb(
+        return wire.pack(
             {
                 "v": SCHEMA_VERSION,
                 "id": self.id,
@@ -144,8 +146,7 @@ class Example:
                     [r.expert, r.args, r.image, r.before_turn, r.policy] for r in self.expert_requests
                 ],
                 "meta": self.meta,
-            },
-            use_bin_type=True,
+            }
         )
 
     @classmethod
@@ -332,6 +333,7 @@ def to_instruction(example: Example) -> tuple[dict[str, Any], dict[str, bytes]]:
         if image.path is not None:
             paths.append(image.path)
             continue
+        assert image.data is not None  # an image without a path
         stem = re.sub(r"[^A-Za-z0-9_-]", lambda match: f"%{ord(match[0]):x}.", example.id)
         path = f"images/{stem}_{position}{_suffix(image.data)}"
         files[path] = image.data

@@ -18,10 +18,11 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import msgpack
 
+from vilam3_jax.data import wire
 from vilam3_jax.data.annotations import Annotation, failed
 from vilam3_jax.errors import UserError
 
@@ -36,21 +37,21 @@ class FrameError(Exception):
     """The other side sent what is no frame."""
 
 
-def write_frame(sink: BinaryIO, message: Message) -> None:
+def write_frame(sink: IO[bytes], message: Message) -> None:
     """Sends one message.
 
     Raises:
       FrameError: larger than the limit.
       OSError: the other side is gone.
     """
-    body = msgpack.packb(message, use_bin_type=True)
+    body = wire.pack(message)
     if len(body) > MAX_FRAME_BYTES:
         raise FrameError(f"message of {len(body)} bytes, the limit is {MAX_FRAME_BYTES}")
     sink.write(struct.pack(">I", len(body)) + body)
     sink.flush()
 
 
-def read_frame(source: BinaryIO) -> Message | None:
+def read_frame(source: IO[bytes]) -> Message | None:
     """Reads one message; None at the end of the stream.
 
     Raises:

@@ -13,7 +13,7 @@ import functools
 import importlib.resources
 import json
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
@@ -110,7 +110,7 @@ def restrict_to_group(annotation: Annotation) -> Annotation:
         box = s.bbox
         if seen:
             low, high = np.minimum(seen.bbox[:3], box[:3]), np.maximum(seen.bbox[3:], box[3:])
-            box = tuple(int(v) for v in (*low, *high))
+            box = cast(tuple[int, int, int, int, int, int], tuple(int(v) for v in (*low, *high)))
         merged[into] = Segment(
             into,
             group.names[into],
@@ -119,9 +119,9 @@ def restrict_to_group(annotation: Annotation) -> Annotation:
             s.components + (seen.components if seen else 0),
             box,
         )
-    labels = annotation.labels
-    if labels is not None:
-        labels = LabelMap.encode(_apply(group, annotation.label_map()), annotation.label_affine)
+    labels, affine = annotation.labels, annotation.label_affine
+    if affine is not None:
+        labels = LabelMap.encode(_apply(group, annotation.label_map()), affine)
     segments = tuple(merged[i] for i in sorted(merged))
     return dataclasses.replace(annotation, segments=segments, labels=labels)
 

@@ -106,9 +106,10 @@ def _falsify_segments(
             segments.append(_rescale(segment, label_id, universe[label_id], rng))
         labels = table[labels] if labels is not None else None
     segments.sort(key=lambda s: s.label_id)
-    if labels is None:
+    affine = annotation.label_affine
+    if labels is None or affine is None:
         return tuple(segments), None
-    return tuple(segments), LabelMap.encode(labels, annotation.label_affine)
+    return tuple(segments), LabelMap.encode(labels, affine)
 
 
 def _rescale(segment: Segment, label_id: int, name: str, rng: np.random.Generator) -> Segment:
@@ -127,7 +128,8 @@ def _invent(
     label_id: int, name: str, labels: np.ndarray | None, annotation: Annotation
 ) -> tuple[Segment, np.ndarray | None]:
     """A box of half the volume's extent for a label that is not there; on background if there is any."""
-    if labels is None:
+    affine = annotation.label_affine
+    if labels is None or affine is None:
         return Segment(label_id, name, 20000, 20.0, 1, (0, 0, 0, 1, 1, 1)), None
     low = [n // 4 for n in labels.shape]
     high = [max(a + 1, a + n // 2) for a, n in zip(low, labels.shape, strict=True)]
@@ -137,5 +139,5 @@ def _invent(
     free = target == 0
     target[free if free.any() else ...] = label_id
     voxels = int((out == label_id).sum())
-    voxel_ml = abs(float(np.linalg.det(annotation.label_affine[:3, :3]))) / 1000.0
+    voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000.0
     return Segment(label_id, name, voxels, voxels * voxel_ml, 1, (*low, *high)), out

@@ -54,10 +54,10 @@ def decode_image(data: bytes, *, max_pixels: float = 64e6) -> np.ndarray:
 
 
 def _stretch(values: np.ndarray) -> np.ndarray:
-    values = as_stored_values(values)
-    if values is None:
+    stored = as_stored_values(values)
+    if stored is None:
         raise UserError("image without one finite pixel; save it again as PNG")
-    return window_to_uint8(values, None, (float(values.min()), float(values.max())))
+    return window_to_uint8(stored, None, (float(stored.min()), float(stored.max())))
 
 
 def load_film(path: PathLike) -> np.ndarray:
@@ -106,5 +106,5 @@ def encode_png(image: np.ndarray) -> bytes:
 def image_content_key(image: np.ndarray) -> str:
     """sha256 (hex) of shape and pixels of [H, W, 3] uint8: the same picture as PNG and as BMP has one key."""
     digest = hashlib.sha256(f"{image.dtype.name}{image.shape}".encode())
-    digest.update(np.ascontiguousarray(image))
+    digest.update(np.ascontiguousarray(image).data)
     return digest.hexdigest()

@@ -208,8 +208,7 @@ class Loader:
         self._skipped_total = 0
         self._bad_run = 0
         self._producer: Producer | None = None
-        self._state: State | None = None
-        self._state = self._snapshot(self._new_shards(None))
+        self._state: State = self._snapshot(self._new_shards(None))
 
     def _shard_numbers(self) -> range:
         index, count = self._process
@@ -420,18 +419,17 @@ def build_loader(
             f"tokenizer {model.tokenizer} has {tokenizer.vocab_size} tokens, the model {table}; "
             "use the tokenizer of this model or set the model's vocab_size"
         )
-    experts = data.experts if experts is None else experts
-    experts = "off" if pairs else experts
+    mode: str = "off" if pairs else data.experts if experts is None else experts
     store = None
-    if experts != "off":
+    if mode != "off":
         if not data.annotations:
             raise UserError(
-                f"config data.annotations is empty, but experts are {experts}; set it, or experts=off"
+                f"config data.annotations is empty, but experts are {mode}; set it, or experts=off"
             )
         store = AnnotationStore(data.annotations)
     reader = ImageReader(model.image_size)
     cards = load_cards(model.get("cards", "quickstart")) if store is not None else ()
-    renderer = Renderer(image_reader=reader, experts=experts, cards=cards, annotations=store, seed=cfg.seed)
+    renderer = Renderer(image_reader=reader, experts=mode, cards=cards, annotations=store, seed=cfg.seed)
     samples = stream.SampleStream(
         stream.open_sources(data.path, tuple(data.mixture), split), cfg.seed, endless=split == "train"
     )

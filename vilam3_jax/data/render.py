@@ -93,18 +93,22 @@ class ImageReader:
         """
         if image.path is not None and (reason := path_problem(image.path)):
             raise UserError(f"image {reason}")
-        source = (
-            hashlib.sha256(image.data).hexdigest() if image.path is None else (str(data_root), image.path)
-        )
+        if image.path is None:
+            assert image.data is not None
+            source = hashlib.sha256(image.data).hexdigest()
+        else:
+            source = (str(data_root), image.path)
         key = (source, image.axis, image.index, image.window, self.size)
         return self.images.get(key, lambda: self._decode(image, data_root))
 
     def _decode(self, image: ImageRef, data_root: Any) -> np.ndarray:
         if image.path is None:
+            assert image.data is not None
             return resize(decode_image(image.data), self.size)
         path = data_root / image.path
         if image.axis is None:
             return resize(load_film(path), self.size)
+        assert image.index is not None  # as the axis is not
         volume = self._volumes.get(str(path), lambda: load_volume(path))
         return volume_to_slice_image(volume, image.axis, image.index, image.window, self.size)
 
@@ -227,6 +231,7 @@ class Renderer:
         return annotation
 
     def _look_up(self, key: str, expert: str, args: str) -> Annotation | None:
+        assert self._store is not None  # experts are on
         annotation = self._store.get(key, expert, args)
         if annotation is None or self._experts != "falsified":
             return annotation

@@ -64,6 +64,7 @@ def window_to_uint8(
     if window is not None:
         low, high = window[0] - window[1] / 2, window[0] + window[1] / 2
     else:
+        assert limits is not None
         low, high = limits
     # Divide first: with a ready factor of 255 / width the white end itself would come out as 254.99.
     share = (plane.astype(np.float64) - low) / max(high - low, 1e-6)

@@ -90,7 +90,9 @@ class SampleStream:
 
     def address(self, position: int) -> tuple[int, int]:
         """Returns (number of the dataset, record in it)."""
-        return self._order[position]
+        address = self._order[position]
+        assert address is not None  # None is for filtered datasets
+        return address
 
     def name(self, address: tuple[int, int]) -> str:
         """Names a record in messages."""

@@ -18,10 +18,11 @@ from vilam3_jax.errors import UserError
 
 
 class TokenizerLike(Protocol):
-    """What templates need of `data.tokenizer.Tokenizer`."""
+    """What templates and loaders need of `data.tokenizer.Tokenizer`."""
 
     eos_id: int
     pad_id: int
+    vocab_size: int
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -75,7 +76,7 @@ def _chatml() -> Template:
     )
 
 
-_SILENT = dict.fromkeys(("system", "user", "assistant", "expert"), ())
+_SILENT: Mapping[str, tuple[Part, ...]] = dict.fromkeys(("system", "user", "assistant", "expert"), ())
 
 CHATML = _chatml()
 PLAIN = Template(name="plain", headers=_SILENT, ends=_SILENT, stop=("\n",))

@@ -16,11 +16,12 @@ import gzip
 import hashlib
 import io
 import zlib
-from typing import BinaryIO
+from typing import IO, cast
 
 import nibabel as nib
 import nrrd
 import numpy as np
+from nibabel.spatialimages import HeaderDataError
 
 from vilam3_jax.data import dicom
 from vilam3_jax.data.images import resize
@@ -103,7 +104,7 @@ class Volume:
         steps = np.array([1e-3, 1e-3, 1e-3, 1e-2])
         digest.update(np.floor(self.affine[:3] / steps + 0.15).astype("<i8").tobytes())
         plain = self.voxels.astype(self.voxels.dtype.newbyteorder("<"), copy=False)
-        digest.update(np.ascontiguousarray(plain))
+        digest.update(np.ascontiguousarray(plain).data)
         return digest.hexdigest()
 
 
@@ -155,7 +156,7 @@ def load_volume(path: PathLike, *, max_bytes: int = 2 << 30, max_voxels: int = 1
             KeyError,
             zlib.error,
             nrrd.NRRDError,
-            nib.spatialimages.HeaderDataError,
+            HeaderDataError,
         ) as error:
             raise UserError(
                 f"{path}: cannot be read ({error}); the file is damaged, fetch or export it again"
@@ -272,7 +273,7 @@ def _check_voxels(shape: tuple[int, ...], path: PathLike, max_voxels: int) -> No
         raise UserError(f"{path}: {count} voxels, more than the limit of {max_voxels}; crop or resample it")
 
 
-def _read_exactly(file: BinaryIO, count: int, path: PathLike) -> bytes:
+def _read_exactly(file: IO[bytes], count: int, path: PathLike) -> bytes:
     data = file.read(count)
     if len(data) < count:
         raise UserError(
@@ -282,10 +283,10 @@ def _read_exactly(file: BinaryIO, count: int, path: PathLike) -> bytes:
     return data
 
 
-def _read_nifti(file: BinaryIO, path: PathLike, max_voxels: int) -> tuple[np.ndarray, np.ndarray]:
+def _read_nifti(file: IO[bytes], path: PathLike, max_voxels: int) -> tuple[np.ndarray, np.ndarray]:
     packed = file.read(2) == b"\x1f\x8b"
     file.seek(0)
-    stream: BinaryIO = gzip.GzipFile(fileobj=file) if packed else file  # type: ignore[assignment]
+    stream = cast(IO[bytes], gzip.GzipFile(fileobj=file)) if packed else file
     head = stream.read(_NIFTI_HEADER_BYTES)
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
         if kind.may_contain_header(head):
@@ -293,7 +294,7 @@ def _read_nifti(file: BinaryIO, path: PathLike, max_voxels: int) -> tuple[np.nda
             break
     else:
         raise UserError(f"{path}: no NIfTI header inside; convert the file again")
-    if header["magic"].item().startswith(b"ni"):
+    if cast(bytes, header["magic"].item()).startswith(b"ni"):
         raise UserError(f"{path}: header of a .hdr/.img pair; convert both into one .nii.gz")
     shape = tuple(int(n) for n in header.get_data_shape())
     shape = shape[:3] if all(n == 1 for n in shape[3:]) else shape
@@ -316,20 +317,20 @@ def _read_nifti(file: BinaryIO, path: PathLike, max_voxels: int) -> tuple[np.nda
     raw = _read_exactly(stream, count * dtype.itemsize, path)
     values = np.frombuffer(raw, dtype).reshape(shape, order="F")
     slope, intercept = header.get_slope_inter()
-    affine = header.get_best_affine().astype(np.float64)
-    affine[:3] *= _MM_PER_UNIT[header.get_xyzt_units()[0]]
+    affine = cast(np.ndarray, header.get_best_affine()).astype(np.float64)
+    affine[:3] *= _MM_PER_UNIT[cast(str, header.get_xyzt_units()[0])]
     return _rescale(values, slope, intercept), affine
 
 
 def _rescale(values: np.ndarray, slope: float | None, intercept: float | None) -> np.ndarray:
-    slope = np.float32(1 if slope is None else slope)
-    intercept = np.float32(0 if intercept is None else intercept)
-    if slope == 1 and intercept == 0:
+    factor = np.float32(1 if slope is None else slope)
+    offset = np.float32(0 if intercept is None else intercept)
+    if factor == 1 and offset == 0:
         return values
-    return values.astype(np.float64) * np.float64(slope) + np.float64(intercept)
+    return values.astype(np.float64) * np.float64(factor) + np.float64(offset)
 
 
-def _read_nrrd(file: BinaryIO, path: PathLike, max_voxels: int) -> tuple[np.ndarray, np.ndarray]:
+def _read_nrrd(file: IO[bytes], path: PathLike, max_voxels: int) -> tuple[np.ndarray, np.ndarray]:
     head = file.read(_MAX_HEADER_BYTES)
     ends = [(head.find(mark), len(mark)) for mark in (b"\n\n", b"\r\n\r\n") if mark in head]
     if not ends:

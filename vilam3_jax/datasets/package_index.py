@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import html.parser
 import http.client
+import io
 import json
 import os
 import pathlib
@@ -40,7 +41,7 @@ _ATTEMPTS_WITHOUT_PROGRESS = 4
 _ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
 _NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, OSError)
 
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +224,7 @@ def download(
 
 
 @contextlib.contextmanager
-def _locked(partial: pathlib.Path) -> Iterator[BinaryIO]:
+def _locked(partial: pathlib.Path) -> Iterator[io.BufferedRandom]:
     with partial.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

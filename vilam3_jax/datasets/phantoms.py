@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import gzip
 import sys
-from typing import Any
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -99,7 +99,8 @@ def _grid(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
 
 
 def _ellipsoid(grid: tuple[np.ndarray, ...], center: np.ndarray, radii: np.ndarray) -> np.ndarray:
-    return sum(((g - c) / r) ** 2 for g, c, r in zip(grid, center, radii, strict=True)) <= 1
+    squares = (((g - c) / r) ** 2 for g, c, r in zip(grid, center, radii, strict=True))
+    return cast(np.ndarray, sum(squares)) <= 1
 
 
 def _save_volume(path: epath.Path, voxels: np.ndarray, spacing: float, flips: tuple[bool, ...]) -> None:

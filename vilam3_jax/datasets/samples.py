@@ -257,14 +257,14 @@ def parse_manifest(manifest: dict[str, Any]) -> tuple[Entry, ...]:
     for record in manifest["samples"] + manifest["assets"]:
         package = packages[record["package"]]
         labels = record.get("labels") or {}
-        members: list[Member] = []
+        chosen: list[Member] = []
         for path in (record["path"], record.get("label_map"), labels.get("file")):
             found = package.select(path) if path else []
             if path and not found:
                 raise ValueError(f"{record['name']}: {path} is not among the files of {package.package}")
-            members += found
+            chosen += found
         kind, group = record.get("kind", "asset"), record.get("split_group", "")
-        entries.append(Entry(record["name"], kind, package, record["path"], group, record, tuple(members)))
+        entries.append(Entry(record["name"], kind, package, record["path"], group, record, tuple(chosen)))
     if len({e.name for e in entries}) < len(entries):
         raise ValueError("a name stands twice in the manifest")
     return tuple(entries)

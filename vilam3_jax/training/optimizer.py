@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -66,8 +67,9 @@ def _matrices(params: dict[str, jax.Array]) -> dict[str, bool]:
 
 
 def _scale_by_group(rates: Mapping[str, float]) -> optax.GradientTransformation:
-    def update(updates: dict[str, jax.Array], params: object) -> dict[str, jax.Array]:
+    def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         del params
-        return {path: value * jnp.asarray(rates[path], value.dtype) for path, value in updates.items()}
+        flat = cast(dict[str, jax.Array], updates)
+        return {path: value * jnp.asarray(rates[path], value.dtype) for path, value in flat.items()}
 
     return optax.stateless(update)

@@ -8,8 +8,8 @@ from vilam3_jax.configs.quickstart import common
 def get_config(arg: str = "default") -> ConfigDict:
     """`arg` is a size: smoke, default or full."""
     config = stage4_expert.get_config(common.model_name(arg))
-    config = common.shape(config, arg, dict(smoke=60, default=18, full=150), peak=1e-3)
-    config.data.seq_len = 768
+    config = common.shape(config, arg, dict(smoke=60, default=27, full=225), peak=1e-3)
+    # Rows of 768 would hold the longest dialogues too, but took 10 GB; those over 512 tokens are put aside.
     config.data.images_per_group = 6
     if arg != "smoke":
         config.trainable = ((r"vision_tower/.*", 0.3), (r"projector/.*", 1.0), *common.LLM_LORA)

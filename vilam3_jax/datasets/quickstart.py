@@ -43,8 +43,6 @@ _HELD_OUT_GROUPS = frozenset(
 _TRAIN_GROUPS = frozenset(
     {"totalseg-1", "totalseg-4", "ct-head-atlas", "pyradiomics-lung2", "pyradiomics-brain1"}
 )
-# nibabel calls it "someone's anatomy", but its folds are those of the MNI152 average: the same heads.
-_SAME_HEADS = {"nibabel-anatomy": "mni152"}
 _HELD_OUT_FILMS = 0.6  # of the patients of a class: two classes of eight give ten clusters
 _HELD_OUT_REPORTS = 0.1
 # Slices of one sample in which the brain surely is, or surely is not, by eye: (plane, slices, answer).
@@ -132,7 +130,7 @@ class Build:
         """
         self.source, self.out, self.size, self.seed = source, out, size, seed
         self.annotations = annotations
-        self.samples = [_with_true_group(sample) for sample in read_samples(source)]
+        self.samples = list(read_samples(source))
         self.splits = assign_splits(self.samples, seed)
         self.left_out: collections.Counter[str] = collections.Counter()
 
@@ -342,11 +340,6 @@ class Build:
 def hashed(patient: str) -> str:
     """A key that groups the records of a subject without naming it."""
     return hashlib.blake2b(patient.encode(), key=_PATIENT_SALT, digest_size=8).hexdigest()
-
-
-def _with_true_group(sample: Sample) -> Sample:
-    group = _SAME_HEADS.get(sample.split_group, sample.split_group)
-    return dataclasses.replace(sample, split_group=group)
 
 
 def _suffix(path: epath.Path) -> str:

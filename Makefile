@@ -47,7 +47,7 @@ format: install
 	$(BIN)/ruff format .
 
 types: install
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf runs .cache build experts/build *.egg-info experts/*.egg-info

@@ -297,6 +297,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--size", default="default", choices=("smoke", "default", "full"))
     parser.add_argument("--fresh", action="store_true", help="start over (the samples are kept)")
     options = parser.parse_args(argv)
+    if options.size == "smoke":
+        # Programs that run for seconds are not worth LLVM's optimising.
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
     run_chain(Path(options.out), Path(options.samples), options.size, options.fresh)
     return 0
 

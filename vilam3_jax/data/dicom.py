@@ -206,7 +206,7 @@ def _rescaled_pixels(path: PathLike, max_bytes: int) -> np.ndarray:
 def _pixels(dataset: pydicom.Dataset, path: PathLike) -> np.ndarray:
     try:
         return dataset.pixel_array
-    except (RuntimeError, ValueError, AttributeError, NotImplementedError, TypeError, OSError) as error:
+    except (*_DAMAGE, RuntimeError) as error:
         syntax = dataset.file_meta.get("TransferSyntaxUID")
         raise UserError(
             f"{path}: pixels of transfer syntax {getattr(syntax, 'name', syntax)} cannot be decoded "

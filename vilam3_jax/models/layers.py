@@ -188,9 +188,8 @@ class EncoderBlock(nnx.Module):
         self.mlp = GeluMLP(width, mlp_dim, rngs=rngs, **kwargs)
 
     def __call__(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-        x = x + self.attn(self.norm1(x), segment_ids)
-        x = x + self.mlp(self.norm2(x))
-        return shard(x, "batch", None, "embed")
+        x = shard(x + self.attn(self.norm1(x), segment_ids), "batch", None, "embed")
+        return shard(x + self.mlp(self.norm2(x)), "batch", None, "embed")
 
 
 def remat_layer(body: Callable[..., Any], remat: str) -> Callable[..., Any]:

@@ -85,6 +85,7 @@ def base_config() -> ConfigDict:
                 annotations="",
                 mixture=(),
                 experts="off",
+                augment=False,
                 seq_len=512,
                 rows_per_group=1,
                 images_per_group=4,

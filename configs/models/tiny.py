@@ -33,6 +33,7 @@ def get_model() -> ConfigDict:
                 mlp_dim=96,
                 max_length=32,
                 norm_eps=1e-6,
+                logit_bias=-3.5,  # -log of 32 pairs a batch
             ),
             projector=dict(type="mlp_downsample", token_order="row"),
             llm=dict(

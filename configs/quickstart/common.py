@@ -36,6 +36,7 @@ def shape(config: ConfigDict, size: str, steps: dict[str, int], peak: float) -> 
     config.num_steps = steps[size]
     config.schedule.peak = peak
     config.schedule.warmup_fraction = 0.1
+    config.data.augment = True
     config.data.loader_shards = 2
     config.data.seq_len = 512
     config.data.global_rows = 2

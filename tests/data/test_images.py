@@ -14,7 +14,7 @@ from PIL import Image
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from vilam3_jax.data.images import decode_image, encode_png, image_content_key, load_film, resize
+from vilam3_jax.data.images import augment, decode_image, encode_png, image_content_key, load_film, resize
 from vilam3_jax.errors import UserError
 
 
@@ -157,3 +157,26 @@ def test_film_files_that_are_pictures(tmp_path):
     path.write_bytes(b"text")
     with pytest.raises(UserError, match=r"film\.png"):
         load_film(path)
+
+
+def test_augment_treats_the_images_of_a_sample_alike_and_keeps_sides():
+    """Left stays left under every draw, and two equal pictures stay equal."""
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[8:56, 8:56] = 60
+    picture[24:40, 12:24] = 250  # a bright block in the left half only
+    seen = set()
+    for seed in range(50):
+        first, second = augment([picture, picture], np.random.default_rng(seed))
+        np.testing.assert_array_equal(first, second)
+        assert first.dtype == np.uint8 and first.shape == picture.shape
+        bright = np.argwhere(first[..., 0] > 0.6 * first.max())
+        assert abs(bright[:, 1].mean() - 17.5) < 10 and abs(bright[:, 0].mean() - 31.5) < 10
+        assert not first[0, 0].any()  # what is black stays black
+        seen.add(first.tobytes())
+    assert len(seen) == 50
+
+
+def test_augment_is_repeatable():
+    picture = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    draws = [augment([picture], np.random.default_rng((7, 3)))[0] for _ in range(2)]
+    np.testing.assert_array_equal(*draws)

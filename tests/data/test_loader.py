@@ -168,6 +168,29 @@ def test_seed_changes_the_order(root) -> None:
     assert same(batches[0], batches[1]) and not same(batches[0], batches[2])
 
 
+def test_augment_changes_training_pictures_only_and_resumes(root) -> None:
+    cfg = config(root, (("films", 1.0),))
+    plain = build(cfg)
+    clean = take(plain, 4)
+    plain.close()
+    cfg.data.augment = True
+    loader = build(cfg)
+    altered = take(loader, 2)
+    state = loader.get_state()
+    altered += take(loader, 2)
+    loader.close()
+    assert [b["tokens"].tobytes() for b in altered] == [b["tokens"].tobytes() for b in clean]
+    assert not same(altered, clean)
+    again = build(cfg)
+    again.set_state(state)
+    assert same(take(again, 2), altered[2:])
+    again.close()
+    held = [build(c, "heldout") for c in (cfg, config(root, (("films", 1.0),)))]
+    assert same(take(held[0], 1), take(held[1], 1))
+    for loader in held:
+        loader.close()
+
+
 def test_state_of_other_data_is_refused(root) -> None:
     cfg = config(root)
     loader = build(cfg)

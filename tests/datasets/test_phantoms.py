@@ -29,14 +29,14 @@ def by_kind(folder, kind):
 def test_variety(folder):
     samples = read_samples(folder)
     assert {(s.kind, s.modality): 0 for s in samples} == {
-        ("ct", "CT"): 0, ("mr", "MRI"): 0, ("film", "chest X-ray"): 0, ("film", "brain MRI slice"): 0,
+        ("ct", "CT"): 0, ("mr", "MRI"): 0, ("film", "X-ray"): 0, ("film", "brain MRI slice"): 0,
     }  # fmt: skip
     assert len(samples) == 6 * NUM
-    assert {s.class_name for s in samples if s.modality == "chest X-ray"} == {"normal", "pneumonia"}
+    assert {s.class_name for s in samples if s.modality == "X-ray"} == {"normal", "pneumonia"}
     brain = {s.class_name for s in samples if s.modality == "brain MRI slice"}
     assert brain == {"no tumor", "glioma", "meningioma", "pituitary"}
     assert {s.body_region for s in samples} == {"abdomen", "chest", "head"}
-    films = [s for s in samples if s.modality == "chest X-ray"]
+    films = [s for s in samples if s.modality == "X-ray"]
     assert len({s.split_group for s in films}) == NUM, "two films of one patient share a group"
     assert len({load_volume(s.path).content_key for s in samples if s.kind != "film"}) == 2 * NUM
 
@@ -80,7 +80,7 @@ def test_every_second_head_has_a_tumour(folder):
 
 
 def test_sick_films_look_sick(folder):
-    films = [s for s in by_kind(folder, "film") if s.modality == "chest X-ray"]
+    films = [s for s in by_kind(folder, "film") if s.modality == "X-ray"]
     means = {"normal": [], "pneumonia": []}
     for sample in films:
         film = load_film(sample.path)

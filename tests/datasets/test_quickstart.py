@@ -179,7 +179,7 @@ def test_formats_and_counts(build):
 
 def film(name, class_name, group=None):
     return Sample(
-        name, as_epath("x.jpg"), "film", "chest X-ray", group or name, group or name, "", "test", "chest",
+        name, as_epath("x.jpg"), "film", "X-ray", group or name, group or name, "", "test", "chest",
         class_name=class_name, label_source="class name of the film",
     )  # fmt: skip
 

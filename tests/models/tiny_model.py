@@ -38,6 +38,7 @@ def model_config(**llm: Any) -> ConfigDict:
                 mlp_dim=20,
                 max_length=8,
                 norm_eps=1e-6,
+                logit_bias=-10.0,
             ),
             projector=dict(type="mlp_downsample", token_order="column"),
             llm={

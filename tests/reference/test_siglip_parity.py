@@ -17,7 +17,8 @@ from vilam3_jax.models import vila
 from vilam3_jax.ops.losses import sigmoid_contrastive_loss
 
 SIZE, PATCH, WIDTH, LAYERS, HEADS, MLP = 31, 6, 36, 3, 3, 50  # 25 patches; a 1-pixel border is dropped
-TEXT = dict(vocab_size=40, hidden_size=28, num_layers=2, num_heads=2, mlp_dim=44, max_length=9, norm_eps=1e-6)
+TEXT = dict(vocab_size=40, hidden_size=28, num_layers=2, num_heads=2, mlp_dim=44, max_length=9, norm_eps=1e-6,
+            logit_bias=-10.0)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ import numpy as np
 from vilam3_jax.data import packing, stream
 from vilam3_jax.data.annotations import AnnotationStore
 from vilam3_jax.data.cards import load_cards
+from vilam3_jax.data.images import augment
 from vilam3_jax.data.packing import GroupShape, Sample
 from vilam3_jax.data.prefetch import Producer
 from vilam3_jax.data.render import ImageReader, Renderer, encode_example
@@ -391,7 +392,7 @@ def build_loader(
 
     Args:
       cfg: the run's config.
-      split: 'train' is endless; any other split is one pass in order, its last batch padded with empty rows.
+      split: 'train' is endless; any other split is one pass in a fixed order, its last batch padded with empty rows.
       tokens_per_image: T, the projector's output length.
       swap_images: every sample takes the images of another one, of another patient where possible.
       experts: 'on', 'off', 'falsified' or 'mixed'; None: as the config says.
@@ -454,6 +455,8 @@ def build_loader(
             other = samples.sources[donors[address][0]]
             taken = renderer.render(other[donors[address][1]], other.data_root, position).images
             images = tuple(taken[i % len(taken)] for i in range(len(images)))
+        if data.augment and split == "train":
+            images = augment(images, np.random.default_rng((cfg.seed, position)))
         return example.id, encoded, images
 
     shape = GroupShape(

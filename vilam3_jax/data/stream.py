@@ -20,6 +20,8 @@ from vilam3_jax.data.examples import IMAGE_MARKER, Example
 from vilam3_jax.data.records import INFO_NAME, ExampleSource, read_info
 from vilam3_jax.errors import UserError
 
+_HELD_OUT_SEED = 0
+
 Mixture = Sequence[tuple[str, float]]
 
 
@@ -70,7 +72,8 @@ class SampleStream:
         Args:
           sources: datasets and weights.
           seed: of the shuffles.
-          endless: True: shuffled every epoch, repeated, mixed by weight. False: every record once, in order.
+          endless: True: shuffled every epoch, repeated, mixed by weight. False: every record once, in
+            an order that is the same for every seed.
         """
         self.sources = [source for source, _ in sources]
         self.records = sum(len(source) for source in self.sources)
@@ -86,7 +89,8 @@ class SampleStream:
             orders = [a.seed(_seed(seed, n)).shuffle().repeat() for n, a in enumerate(addresses)]
             self._order = grain.MapDataset.mix(orders, [weight for _, weight in sources])
         else:
-            self._order = grain.MapDataset.concatenate(addresses)
+            # Neighbours are slices of one scan: in order, the first batches would be a patient or two.
+            self._order = grain.MapDataset.concatenate(addresses).seed(_HELD_OUT_SEED).shuffle()
 
     def address(self, position: int) -> tuple[int, int]:
         """Returns (number of the dataset, record in it)."""

@@ -33,10 +33,13 @@ def join_names(names: Sequence[str]) -> str:
     return named[0] if len(named) == 1 else ", ".join(named[:-1]) + " and " + named[-1]
 
 
-def pair_caption(facts: Facts, structures: Sequence[str]) -> str:
-    """One line for contrastive training: what it is, from where, and what tells it from its neighbours."""
-    opening = (_OPENINGS if facts.plane else _FILM_OPENINGS)[0]
-    return _capital(_fill(opening, facts) + _content(facts, structures, short=True)) + "."
+def pair_caption(facts: Facts) -> str:
+    """One line for contrastive training: modality, plane and region.
+
+    Nothing of position, organs or findings: equal lines are one class to the loss, and what tells the slices of
+    a few scans apart does not carry over to the next patient (held-out loss rose while the training loss fell).
+    """
+    return _capital(_fill((_OPENINGS if facts.plane else _FILM_OPENINGS)[0], facts)) + "."
 
 
 def captions(facts: Facts, structures: Sequence[str], rng: random.Random, count: int) -> list[str]:
@@ -52,7 +55,7 @@ def captions(facts: Facts, structures: Sequence[str], rng: random.Random, count:
     rng.shuffle(openings)
     out = []
     for opening in openings[:count]:
-        text = _fill(opening, facts) + _content(facts, structures, short=False) + "."
+        text = _fill(opening, facts) + _content(facts, structures) + "."
         if facts.volumes_ml and structures:
             name = structures[0]
             text += f" The largest of them is the {name}." if len(structures) > 1 else ""
@@ -64,10 +67,10 @@ def _fill(opening: str, facts: Facts) -> str:
     return opening.format(plane=facts.plane, modality=facts.modality, region=facts.region)
 
 
-def _content(facts: Facts, structures: Sequence[str], *, short: bool) -> str:
+def _content(facts: Facts, structures: Sequence[str]) -> str:
     words = [f", {facts.position}"] if facts.position else []
     if structures:
-        words.append(" showing " + join_names(structures[: 4 if short else _MOST_STRUCTURES]))
+        words.append(" showing " + join_names(structures[:_MOST_STRUCTURES]))
     if facts.tumor_class is not None:
         kinds = {"no tumor": " without a tumor", "pituitary": " showing a pituitary tumor"}
         words.append(kinds.get(facts.tumor_class, f" showing a {facts.tumor_class}"))

@@ -246,7 +246,7 @@ def _chest_film(out: epath.Path, seed: int, index: int) -> Sample:
         name,
         path,
         "film",
-        "chest X-ray",
+        "X-ray",
         f"phantom-{seed}-chest-{patient}",
         "chest",
         label_source="class name of the film",

@@ -16,7 +16,7 @@ from typing import Any
 from vilam3_jax.data.examples import IMAGE_MARKER, Turn
 
 YES_NO = ("yes", "no")
-MODALITIES = ("CT", "MRI", "chest X-ray")
+MODALITIES = ("CT", "MRI", "X-ray")
 PLANES = ("axial", "coronal", "sagittal")
 REGIONS = ("abdomen", "chest", "head")
 TUMOR_CLASSES = ("glioma", "meningioma", "pituitary", "no tumor")

@@ -45,6 +45,9 @@ _TRAIN_GROUPS = frozenset(
 )
 _HELD_OUT_FILMS = 0.6  # of the patients of a class: two classes of eight give ten clusters
 _HELD_OUT_REPORTS = 0.1
+# Soft tissue, lung, bone, narrow soft tissue: (centre, width) in HU. A few training scans in one window each
+# would teach that a chest in another window is no CT.
+_CT_WINDOWS = ((50.0, 400.0), (-600.0, 1500.0), (400.0, 1800.0), (40.0, 250.0))
 # Slices of one sample in which the brain surely is, or surely is not, by eye: (plane, slices, answer).
 _READ_BY_EYE: Mapping[str, tuple[tuple[str, range, bool], ...]] = {
     "pyradiomics_brain1": (("axial", range(0, 2), False), ("axial", range(3, 23), True)),
@@ -72,13 +75,13 @@ class Size:
     captions: int
     dialogues: int
     reports: int
-    questions: int = 14
+    questions: int = 9
 
 
 SIZES = {
     "smoke": Size(slices=3, heldout_slices=2, films=2, captions=1, dialogues=1, reports=40),
-    "default": Size(slices=24, heldout_slices=12, films=12, captions=2, dialogues=1, reports=600),
-    "full": Size(slices=72, heldout_slices=20, films=40, captions=3, dialogues=2, reports=1800),
+    "default": Size(slices=24, heldout_slices=12, films=12, captions=2, dialogues=2, reports=600),
+    "full": Size(slices=72, heldout_slices=20, films=40, captions=3, dialogues=3, reports=1800),
 }
 
 
@@ -198,13 +201,20 @@ class Build:
             facts = _read_by_eye(sample, axis, index, labelled.facts(axis, index))
             if record is not None:
                 facts = _from_record(facts, record, axis, index)
-            ref = ImageRef(path=path, axis=axis, index=index, window=sample.window)
+            window = self._window(sample, split, rng)
+            ref = ImageRef(path=path, axis=axis, index=index, window=window)
             key = f"{sample.name}/{PLANE_OF_AXIS[axis]}/{index}"
             names = tuple(labelled.structures(axis, index))
             pictures.append(Picture(key, ref, facts, names, sample, labelled.volume.content_key))
         if not pictures:
             self.left_out[f"volume {sample.name}: no slice with enough of the body"] += 1
         return pictures
+
+    def _window(self, sample: Sample, split: str, rng: random.Random) -> tuple[float, float] | None:
+        """The scan's own window; every other training slice of a CT in another one that is usual."""
+        if split != "train" or sample.kind != "ct" or rng.random() < 0.5:
+            return sample.window
+        return rng.choice([window for window in _CT_WINDOWS if window != sample.window])
 
     def _heldout_count(self, sample: Sample) -> int:
         """Slices per plane; several scans of the same subject share its number."""
@@ -229,7 +239,7 @@ class Build:
 
     def _described(self, pictures: list[Picture], split: str) -> Iterator[tuple[str, str, Example]]:
         for picture in pictures:
-            text = wording.pair_caption(picture.facts, picture.structures)
+            text = wording.pair_caption(picture.facts)
             yield "pairs", split, self._caption("pairs", "pair", picture, split, 0, text)
             count = self.size.captions if split == "train" else 1
             rng = self._rng("captions", picture.key)
@@ -301,7 +311,7 @@ class Build:
                 meta = {
                     "dataset": "quickstart/reports",
                     "split": split,
-                    "modality": "chest X-ray",
+                    "modality": "X-ray",
                     "region": "chest",
                     "patient": hashed(report.id),
                     "group": hashed(report.id),

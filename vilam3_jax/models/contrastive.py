@@ -13,7 +13,8 @@ from vilam3_jax.ops.partition import shard
 
 
 class TwoTower(nnx.Module):
-    """SigLIP. `logit_scale` is a logarithm; it starts at log 10 and `logit_bias` at -10, as in the paper."""
+    """SigLIP. `logit_scale` is a logarithm and starts at log 10, as in the paper; `logit_bias` where
+    `text_tower.logit_bias` says: -10 in the paper, for batches of 32 thousand; about -log(batch) in general."""
 
     def __init__(self, cfg: Any, *, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = dict(
@@ -22,7 +23,7 @@ class TwoTower(nnx.Module):
         self.vision_tower = SiglipVision(cfg.vision_tower, **kwargs)
         self.text_tower = SiglipText(cfg.text_tower, self.vision_tower.width, **kwargs)
         self.logit_scale = nnx.Param(jnp.log(jnp.asarray(10.0, cfg.param_dtype)))
-        self.logit_bias = nnx.Param(jnp.asarray(-10.0, cfg.param_dtype))
+        self.logit_bias = nnx.Param(jnp.asarray(cfg.text_tower.logit_bias, cfg.param_dtype))
 
     def __call__(
         self, images: jax.Array, text_tokens: jax.Array, text_valid: jax.Array

@@ -149,6 +149,7 @@ def sigmoid_contrastive_loss(
     logit_scale: jax.Array,
     logit_bias: jax.Array,
     valid: jax.Array | None = None,
+    positive: jax.Array | None = None,
 ) -> jax.Array:
     """SigLIP's loss (arXiv:2303.15343): every image-text pair of the batch is its own yes/no question.
 
@@ -158,6 +159,7 @@ def sigmoid_contrastive_loss(
       logit_scale: scalar, the logarithm of the inverse temperature.
       logit_bias: scalar.
       valid: bool [B]; a row that is False takes part in no pair. None: all are real.
+      positive: bool [B, B], image i and text j belong together. None: where i = j, as in the paper.
 
     Returns:
       float32 scalar: -log sigmoid summed over all pairs of valid rows, divided by the number of valid rows
@@ -167,7 +169,8 @@ def sigmoid_contrastive_loss(
     scale = jnp.exp(jnp.asarray(logit_scale, jnp.float32))
     logits = jnp.einsum("ie,je->ij", img, txt, preferred_element_type=jnp.float32) * scale + logit_bias
     logits = shard(logits, "batch", None)
-    sign = 2.0 * jnp.eye(img.shape[0], dtype=jnp.float32) - 1.0
+    positive = jnp.eye(img.shape[0], dtype=bool) if positive is None else positive
+    sign = jnp.where(positive, 1.0, -1.0)
     pairs = valid[:, None] & valid[None, :]
     total = -jnp.where(pairs, jax.nn.log_sigmoid(sign * logits), 0.0).sum()
     return total / jnp.maximum(valid.sum(), 1)

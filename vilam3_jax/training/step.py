@@ -24,7 +24,7 @@ def make_loss(config: ConfigDict, graphdef: Any) -> LossFn:
 
     Generative: cross entropy summed over supervised tokens; `weight` is their number, `correct` the number
     predicted by arg max. Contrastive: sigmoid loss summed over pairs; `correct` counts images whose own
-    text scores highest. Dividing sums by `weight` gives the global mean whatever the packing.
+    text (or an equal one) scores highest. Dividing sums by `weight` gives the global mean whatever the packing.
     """
 
     def generative(params: Flat, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -52,11 +52,15 @@ def make_loss(config: ConfigDict, graphdef: Any) -> LossFn:
         image, text = model(batch["images"], batch["text_tokens"], batch["text_valid"])
         valid = batch["text_valid"].any(axis=1)
         weight = valid.sum().astype(jnp.float32)
+        # Reports and captions repeat each other word for word; a text is right for all images that have it.
+        tokens = batch["text_tokens"]
+        same_text = (tokens[:, None, :] == tokens[None, :, :]).all(axis=-1)
         loss = losses.sigmoid_contrastive_loss(
-            image, text, model.logit_scale[...], model.logit_bias[...], valid
+            image, text, model.logit_scale[...], model.logit_bias[...], valid, same_text
         )
         best = jnp.argmax(jnp.where(valid[None, :], image @ text.T, -jnp.inf), axis=1)
-        correct = jnp.sum((best == jnp.arange(best.shape[0])) & valid).astype(jnp.float32)
+        own = jnp.take_along_axis(same_text, best[:, None], axis=1)[:, 0]
+        correct = jnp.sum(own & valid).astype(jnp.float32)
         return loss * weight, {"weight": weight, "correct": correct}
 
     return generative if config.kind == "generative" else contrastive

@@ -74,6 +74,8 @@ def attention(
 
     by_row_index = causal and q_positions is None
     block = max(MIN_QUERY_BLOCK, -(-q_len // MAX_QUERY_BLOCKS)) if by_row_index else q_len
+    # Scores are computed again for the gradient: kept, they would be the largest thing a step holds.
+    attend = jax.checkpoint(_attend) if by_row_index else _attend
     outputs = []
     for start in range(0, q_len, block):
         stop = min(start + block, q_len)
@@ -84,7 +86,7 @@ def attention(
             _row_positions(q_positions, start, stop) if causal else None,
             _row_positions(kv_positions, 0, seen) if causal else None,
         )
-        outputs.append(_attend(q[:, :, :, start:stop], k[:, :, :seen], v[:, :, :seen], mask))
+        outputs.append(attend(q[:, :, :, start:stop], k[:, :, :seen], v[:, :, :seen], mask))
     out = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=3)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, q_len, heads, head_dim)
 

@@ -165,7 +165,7 @@ CXR = Descriptor(
         ),
     ),
     sample_kind="film",
-    modality="chest X-ray",
+    modality="X-ray",
 )
 BUILT_IN = (VISTA3D, BRAINSEG, BRAINTUMOR, CXR)
 

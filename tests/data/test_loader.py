@@ -168,6 +168,18 @@ def test_seed_changes_the_order(root) -> None:
     assert same(batches[0], batches[1]) and not same(batches[0], batches[2])
 
 
+def test_held_out_order_mixes_patients_and_does_not_depend_on_the_seed(root) -> None:
+    cfg = config(root, (("films", 1.0),))
+    orders = []
+    for seed in (0, 5):
+        cfg.seed = seed
+        loader = build(cfg, "heldout")
+        orders.append([loader._samples.address(i) for i in range(11)])
+        loader.close()
+    assert orders[0] == orders[1]
+    assert orders[0] != sorted(orders[0]) and len(set(orders[0])) == 11
+
+
 def test_augment_changes_training_pictures_only_and_resumes(root) -> None:
     cfg = config(root, (("films", 1.0),))
     plain = build(cfg)

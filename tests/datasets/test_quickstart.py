@@ -149,6 +149,25 @@ def test_film_answers_equal_the_class_name(build, phantoms):
     assert len(held_out["chest"]) >= 2 and len(held_out["head"]) >= 2
 
 
+def test_training_scans_are_shown_in_several_windows_and_held_out_ones_in_their_own(build, phantoms):
+    by_sample = {s.name: s for s in read_samples(phantoms)}
+    windows = collections.defaultdict(set)
+    for name, split, example in build[2]:
+        sample = by_sample.get(example.meta.get("sample"))
+        if name == "pairs" and sample is not None and sample.kind == "ct":
+            windows[split, sample.window].add(example.images[0].window)
+    assert any(split == "train" and len(seen) > 2 for (split, _), seen in windows.items())
+    for (split, own), seen in windows.items():
+        assert own in seen and (split == "train" or seen == {own})
+
+
+def test_pair_captions_name_modality_plane_and_region_only(build):
+    seen = {e.turns[1].text for name, _, e in build[2] if name == "pairs"}
+    assert "Axial CT slice of the abdomen." in seen
+    pattern = r"(Axial|Coronal|Sagittal) (CT|MRI) slice of the \w+\.|(MRI|X-ray) image of the \w+\."
+    assert all(re.fullmatch(pattern, text) for text in seen)
+
+
 def test_images_are_inside_the_output(build):
     out, _, examples = build
     shown = {image.path for _, _, e in examples for image in e.images}

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.models.tiny_model import make, model_config
-from vilam3_jax.models import vila
+from vilam3_jax.models import siglip, vila
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +46,14 @@ def test_padding_tokens_change_nothing(towers):
 def test_text_longer_than_the_table_is_refused(towers):
     with pytest.raises(ValueError, match="9 tokens"):
         towers(pairs()[0], jnp.zeros((3, 9), int), jnp.ones((3, 9), bool))
+
+
+@pytest.mark.parametrize(("patch", "width"), [(14, 1152), (16, 192), (8, 48), (2, 16)])
+def test_first_filters_see_structure_more_than_a_flat_grey(patch, width):
+    embed = siglip.PatchEmbed(patch, width, rngs=nnx.Rngs(params=0), dtype="float32", param_dtype="float32")
+    kernel = np.asarray(embed.kernel[...])
+    assert kernel.shape == (patch, patch, 3, width)
+    assert np.linalg.matrix_rank(kernel.reshape(-1, width)) == min(width, 3 * patch**2)
+    ramp = np.broadcast_to(np.linspace(-1, 1, patch)[:, None, None], (1, patch, patch, 3))
+    flat, sloped = (np.asarray(embed(x.astype(np.float32))) for x in (np.full_like(ramp, -1.0), ramp))
+    assert np.abs(flat).mean() < 1.5 and np.abs(sloped).mean() > np.abs(flat).mean()

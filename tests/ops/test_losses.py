@@ -133,3 +133,15 @@ def test_contrastive_counts_only_valid_pairs():
     )
     assert not np.any(gradient[~valid]) and np.all(np.any(gradient[valid] != 0, axis=1))
     assert sigmoid_contrastive_loss(img, txt, scale, bias, np.zeros(5, bool)) == 0
+
+
+def test_contrastive_positives_may_lie_off_the_diagonal():
+    """Rows 0 and 2 have equal texts: each image belongs to both."""
+    rng = np.random.default_rng(1)
+    img, txt = (rng.normal(size=(3, 4)).astype(np.float32) for _ in range(2))
+    together = np.array([[1, 0, 1], [0, 1, 0], [1, 0, 1]], bool)
+    logits = np.exp(0.3) * img @ txt.T - 1.0
+    want = np.where(together, np.log1p(np.exp(-logits)), np.log1p(np.exp(logits))).sum() / 3
+    got = sigmoid_contrastive_loss(img, txt, np.float32(0.3), np.float32(-1.0), positive=together)
+    assert got == pytest.approx(want, rel=1e-5)
+    assert got != pytest.approx(float(sigmoid_contrastive_loss(img, txt, np.float32(0.3), np.float32(-1.0))))

@@ -22,9 +22,9 @@ def measure(fsdp: int, tensor: int, steps: int) -> float:
     """Best tokens per second of `steps` steps after compilation."""
     import jax
     import numpy as np
+    from vilam3_jax.configs.quickstart import stage4_expert
 
     from vilam3_jax import compat
-    from vilam3_jax.configs.quickstart import stage4_expert
     from vilam3_jax.models import trees, vila
     from vilam3_jax.ops import partition
     from vilam3_jax.training import mesh as mesh_lib

@@ -15,6 +15,7 @@ import zipfile
 
 import pytest
 
+from vilam3_jax.cli import guarded
 from vilam3_jax.datasets import package_index, samples
 from vilam3_jax.datasets.package_index import IndexSettings, Member
 from vilam3_jax.errors import UserError
@@ -467,11 +468,12 @@ def test_command_line(index, tmp_path, capsys):
         "--only",
         "nibabel_anatomy",
     ]
-    assert samples.main(arguments) == 2
+    assert guarded("samples", samples.main, arguments) == 2
     shown = capsys.readouterr()
     assert shown.out.startswith("nibabel==5.4.2: licence MIT;") and shown.out.count("\n") == 1
-    assert shown.err.splitlines()[-1].startswith("error: nibabel-5.4.2.tar.gz: not found")
-    assert samples.main(["--out", str(tmp_path), "--only", "nothing"]) == 2
+    assert shown.err.splitlines()[-1].startswith("samples: error: nibabel-5.4.2.tar.gz: not found")
+    with pytest.raises(UserError, match="nothing"):
+        samples.main(["--out", str(tmp_path), "--only", "nothing"])
 
 
 def test_reading_a_folder_that_is_none(tmp_path):

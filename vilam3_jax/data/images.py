@@ -100,7 +100,7 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 def augment(images: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[np.ndarray, ...]:
     """Moves, turns, scales and re-tones the pictures of one sample, all of them alike.
 
-    Small enough that what a caption or an answer says stays true: at most 15 degrees, 20 % in size, 8 % of the
+    Small enough that what captions and answers say stays true: at most 15 degrees, 20 % in size, 8 % of the
     side; contrast and brightness by at most 30 %. Never mirrored: left and right are part of the meaning.
 
     Args:

@@ -392,7 +392,8 @@ def build_loader(
 
     Args:
       cfg: the run's config.
-      split: 'train' is endless; any other split is one pass in a fixed order, its last batch padded with empty rows.
+      split: 'train' is endless; any other split is one pass in a fixed order, its last batch padded with
+        empty rows.
       tokens_per_image: T, the projector's output length.
       swap_images: every sample takes the images of another one, of another patient where possible.
       experts: 'on', 'off', 'falsified' or 'mixed'; None: as the config says.

@@ -36,8 +36,8 @@ def join_names(names: Sequence[str]) -> str:
 def pair_caption(facts: Facts) -> str:
     """One line for contrastive training: modality, plane and region.
 
-    Nothing of position, organs or findings: equal lines are one class to the loss, and what tells the slices of
-    a few scans apart does not carry over to the next patient (held-out loss rose while the training loss fell).
+    Nothing of position, organs or findings: equal lines are one class to the loss, and what tells the slices
+    of a few scans apart does not carry over to the next patient: held-out loss rose while training loss fell.
     """
     return _capital(_fill((_OPENINGS if facts.plane else _FILM_OPENINGS)[0], facts)) + "."
 

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import gzip
 import sys
+from collections.abc import Sequence
 from typing import Any, cast
 
 import nibabel as nib
@@ -290,8 +291,8 @@ def _brain_slice(out: epath.Path, seed: int, index: int) -> Sample:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code (2: the user can mend it)."""
+def main(argv: Sequence[str]) -> int:
+    """Command line of this module."""
     parser = argparse.ArgumentParser(
         prog="python -m vilam3_jax.datasets.phantoms",
         description="Generate small samples, without any network.",
@@ -299,15 +300,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="folder for the files and samples.json")
     parser.add_argument("--seed", type=int, default=0, help="other seeds give other phantoms")
     parser.add_argument("--num", type=int, default=6, help="CT and MRI volumes; twice as many films")
-    options = parser.parse_args(arguments)
-    try:
-        paths = make_phantoms(options.out, options.seed, options.num)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = parser.parse_args(argv)
+    paths = make_phantoms(options.out, options.seed, options.num)
     print(f"{len(paths)} phantoms in {options.out}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from vilam3_jax.cli import guarded
+
+    sys.exit(guarded("phantoms", main, sys.argv[1:]))

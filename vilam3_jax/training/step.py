@@ -24,7 +24,8 @@ def make_loss(config: ConfigDict, graphdef: Any) -> LossFn:
 
     Generative: cross entropy summed over supervised tokens; `weight` is their number, `correct` the number
     predicted by arg max. Contrastive: sigmoid loss summed over pairs; `correct` counts images whose own
-    text (or an equal one) scores highest. Dividing sums by `weight` gives the global mean whatever the packing.
+    text, or an equal one, scores highest. Dividing sums by `weight` gives the global mean whatever the
+    packing.
     """
 
     def generative(params: Flat, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:

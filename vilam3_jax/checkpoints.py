@@ -25,7 +25,8 @@ from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import trees
 
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax logs every error that it also raises, with the stacks of all its threads.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 Flat = dict[str, jax.Array]
 EXPORT_FILES = ("model.json", "params")

@@ -15,8 +15,8 @@ from vilam3_jax.ops.partition import shard
 class TwoTower(nnx.Module):
     """SigLIP. `logit_scale` is a logarithm and starts at log 10, as in the paper.
 
-    `logit_bias` starts at `text_tower.logit_bias`: the paper's -10 suits batches of 32 thousand, about -log(B)
-    those of B pairs.
+    `logit_bias` starts at `text_tower.logit_bias`: the paper's -10 suits batches of 32 thousand, about
+    -log(B) those of B pairs.
     """
 
     def __init__(self, cfg: Any, *, rngs: nnx.Rngs):

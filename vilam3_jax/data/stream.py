@@ -115,8 +115,8 @@ def _seed(seed: int, number: int) -> int:
 def choose_donors(sources: Sequence[ExampleSource]) -> dict[tuple[int, int], tuple[int, int]]:
     """For every record with images, whose images it takes when images are exchanged.
 
-    A donor is of another patient and, as far as there is one, of the same modality and plane with as many
-    images: the exchange shall not be noticed by anything but what the picture shows.
+    A donor is of another patient and, as far as there is one, has as many images. It may be of another modality
+    or region: that is the least a model that looks at its images must notice.
 
     Returns:
       Address to address; records without a possible donor are missing.
@@ -126,16 +126,15 @@ def choose_donors(sources: Sequence[ExampleSource]) -> dict[tuple[int, int], tup
         for record, example in enumerate(source):
             meta = example.meta
             if example.images:
-                kind = (len(example.images), meta.get("modality"), meta.get("plane"))
                 person = meta.get("group") or meta.get("patient") or f"record {number} {record}"
-                known.append(_Known((number, record), kind, person))
+                known.append(_Known((number, record), len(example.images), person))
     rings: dict[Any, list[_Known]] = collections.defaultdict(list)
     for entry in known:
-        for ring in (entry.kind, entry.kind[0], None):
+        for ring in (entry.images, None):
             rings[ring].append(entry)
     donors = {}
     for entry in known:
-        choices = (_other(entry, rings[ring]) for ring in (entry.kind, entry.kind[0], None))
+        choices = (_other(entry, rings[ring]) for ring in (entry.images, None))
         choice = next((c for c in choices if c is not None), None)
         if choice is None and len(known) > 1:
             choice = known[known.index(entry) - 1]
@@ -147,7 +146,7 @@ def choose_donors(sources: Sequence[ExampleSource]) -> dict[tuple[int, int], tup
 @dataclasses.dataclass(frozen=True)
 class _Known:
     address: tuple[int, int]
-    kind: tuple[Any, ...]
+    images: int
     person: str
 
 

@@ -115,8 +115,8 @@ def _seed(seed: int, number: int) -> int:
 def choose_donors(sources: Sequence[ExampleSource]) -> dict[tuple[int, int], tuple[int, int]]:
     """For every record with images, whose images it takes when images are exchanged.
 
-    A donor is of another patient and, as far as there is one, has as many images. It may be of another modality
-    or region: that is the least a model that looks at its images must notice.
+    A donor is of another patient and, as far as there is one, has as many images. It may be of another
+    modality or region: that is the least a model that looks at its images must notice.
 
     Returns:
       Address to address; records without a possible donor are missing.

@@ -66,6 +66,9 @@ ACTIVATION_RULES = {
     "embed": None,
     "heads": "tensor",
     "kv_heads": "tensor",
+    # Where heads do not divide by `tensor`: heads, kv_heads None and this "tensor", so that each device attends
+    # for a part of the queries instead of all.
+    "queries": None,
     "mlp": "tensor",
     "vocab": "tensor",
 }

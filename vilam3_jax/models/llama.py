@@ -68,7 +68,7 @@ class LlamaAttention(nnx.Module):
         return checkpoint_name(q, "qkv"), checkpoint_name(k, "qkv"), checkpoint_name(v, "qkv")
 
     def output(self, x: jax.Array) -> jax.Array:
-        return self.o(x.reshape(*x.shape[:2], -1))
+        return self.o(shard(x.reshape(*x.shape[:2], -1), "batch", "length", "heads"))
 
 
 class LlamaMLP(nnx.Module):

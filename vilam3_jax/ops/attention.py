@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+
+from vilam3_jax.ops import partition
 
 # Causal self-attention is cut into up to MAX_QUERY_BLOCKS blocks of queries, each seeing only the keys up to
 # its own end: 9/16 of the multiplications and less score memory than the full square.
@@ -60,39 +67,109 @@ def attention(
         raise ValueError("give positions of both queries and keys, or of neither")
     if causal and q_positions is None and q_len != kv_len:
         raise ValueError(f"causal attention of {q_len} queries over {kv_len} keys needs positions")
-    scale = head_dim**-0.5 if scale is None else scale
+    if causal and q_positions is None:
+        q_positions = kv_positions = jnp.arange(q_len)[None]
+        block = max(MIN_QUERY_BLOCK, -(-q_len // MAX_QUERY_BLOCKS))
+        growing = True
+    else:
+        block, growing = q_len, False
+    block = -(-block // partition.ways("queries")) * partition.ways("queries")
 
-    groups = heads // kv_heads
-    # [B, K, G, L, hd]: the query heads of one key head become rows of one matrix product.
-    q = (
-        (q * jnp.asarray(scale, q.dtype))
-        .reshape(batch, q_len, kv_heads, groups, head_dim)
-        .transpose(0, 2, 3, 1, 4)
+    def blocks(x: jax.Array | None, fill: int) -> jax.Array | None:
+        """[B, Lq, ...] -> [B, blocks, block, ...], so that each device can have a part of every block."""
+        if x is None:
+            return None
+        pad = -q_len % block
+        x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
+        return x.reshape(x.shape[0], -1, block, *x.shape[2:])
+
+    local = partial(
+        _attend_blocks,
+        block=block if growing else None,
+        scale=head_dim**-0.5 if scale is None else scale,
     )
-    k = k.transpose(0, 2, 1, 3)
-    v = v.transpose(0, 2, 1, 3)
+    k, v = _match_heads(k, heads), _match_heads(v, heads)
+    arguments = (
+        blocks(q, 0), k, v,
+        blocks(segment_ids_q, 0), segment_ids_kv,
+        blocks(q_positions, -1) if causal else None, kv_positions if causal else None,
+    )  # fmt: skip
+    out = _on_devices(local, arguments)(*arguments)
+    return out.reshape(batch, -1, heads, head_dim)[:, :q_len]
 
-    by_row_index = causal and q_positions is None
-    block = max(MIN_QUERY_BLOCK, -(-q_len // MAX_QUERY_BLOCKS)) if by_row_index else q_len
-    # Scores are computed again for the gradient: kept, they would be the largest thing a step holds.
-    attend = jax.checkpoint(_attend) if by_row_index else _attend
-    outputs = []
-    for start in range(0, q_len, block):
-        stop = min(start + block, q_len)
-        seen = stop if by_row_index else kv_len
-        mask = _mask(
-            None if segment_ids_q is None else segment_ids_q[:, start:stop],
-            None if segment_ids_kv is None else segment_ids_kv[:, :seen],
-            _row_positions(q_positions, start, stop) if causal else None,
-            _row_positions(kv_positions, 0, seen) if causal else None,
+
+def _match_heads(x: jax.Array, heads: int) -> jax.Array:
+    """Repeats key heads where there are fewer than parts that the query heads are cut into."""
+    ways, kv_heads = partition.ways("heads"), x.shape[2]
+    repeats = math.lcm(ways, kv_heads) // kv_heads
+    if heads % (kv_heads * repeats):
+        raise ValueError(
+            f"{heads} query and {kv_heads} key heads do not split into {ways}; set activation_rules.heads and "
+            "kv_heads to None, queries to the axis that had them"
         )
-        outputs.append(attend(q[:, :, :, start:stop], k[:, :, :seen], v[:, :, :seen], mask))
-    out = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=3)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, q_len, heads, head_dim)
+    return jnp.repeat(x, repeats, axis=2) if repeats > 1 else x
 
 
-def _row_positions(positions: jax.Array | None, start: int, stop: int) -> jax.Array:
-    return jnp.arange(start, stop)[None] if positions is None else positions
+def _on_devices(local: Callable[..., jax.Array], arguments: tuple[jax.Array | None, ...]) -> Any:
+    """`local`, run by every device on its rows, heads and queries.
+
+    Left to the partitioner, the reshapes inside cost some fifty small collectives a layer and direction.
+    """
+    placed = partition.placement()
+    if placed is None:
+        return local
+    mesh, spec = placed
+
+    def rows(x: jax.Array | None, *axes: str | None) -> Any:
+        # Positions may be the same for all rows: [1, ...].
+        return None if x is None else spec("batch" if x.shape[0] == arguments[0].shape[0] else None, *axes)
+
+    q, k, v, segment_ids_q, segment_ids_kv, q_positions, kv_positions = arguments
+    out = rows(q, None, "queries", "heads", None)
+    in_specs = (
+        out, rows(k, None, "heads", None), rows(v, None, "heads", None),
+        rows(segment_ids_q, None, "queries"), rows(segment_ids_kv, None),
+        rows(q_positions, None, "queries"), rows(kv_positions, None),
+    )  # fmt: skip
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out)
+
+
+def _attend_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids_q: jax.Array | None,
+    segment_ids_kv: jax.Array | None,
+    q_positions: jax.Array | None,
+    kv_positions: jax.Array | None,
+    *,
+    block: int | None,
+    scale: float,
+) -> jax.Array:
+    """Attention of blocks of queries [B, n, b, H, hd] -> the same; block i sees the keys up to its own end.
+
+    `block`: how many keys each further block sees more (b, or more where devices share a block); None: every
+    block sees all keys.
+    """
+    batch, count, length, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    # [n, B, K, G, b, hd]: the query heads of one key head become rows of one matrix product.
+    q = q * jnp.asarray(scale, q.dtype)
+    q = q.reshape(batch, count, length, kv_heads, -1, head_dim).transpose(1, 0, 3, 4, 2, 5)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    # Scores are computed again for the gradient: kept, they would be the largest thing a step holds.
+    attend = _attend if block is None else jax.checkpoint(_attend)
+    outputs = []
+    for i in range(count):
+        seen = k.shape[2] if block is None else min((i + 1) * block, k.shape[2])
+        mask = _mask(
+            None if segment_ids_q is None else segment_ids_q[:, i],
+            None if segment_ids_kv is None else segment_ids_kv[:, :seen],
+            None if q_positions is None else q_positions[:, i],
+            None if kv_positions is None else kv_positions[:, :seen],
+        )
+        outputs.append(attend(q[i], k[:, :, :seen], v[:, :, :seen], mask))
+    return jnp.stack(outputs).transpose(1, 0, 4, 2, 3, 5).reshape(batch, count, length, heads, head_dim)
 
 
 def _mask(

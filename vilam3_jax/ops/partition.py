@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -22,6 +23,12 @@ class _Context:
     mesh: Mesh
     rules: Mapping[str, MeshAxes]
 
+    def spec(self, *logical_axes: str | None) -> PartitionSpec:
+        unknown = [name for name in logical_axes if name is not None and name not in self.rules]
+        if unknown:
+            raise ValueError(f"no activation rule for {unknown}; known: {sorted(self.rules)}")
+        return PartitionSpec(*(None if name is None else self.rules[name] for name in logical_axes))
+
 
 _context: contextvars.ContextVar[_Context | None] = contextvars.ContextVar("activation_rules", default=None)
 
@@ -34,6 +41,21 @@ def activation_rules(mesh: Mesh, rules: Mapping[str, MeshAxes]) -> Iterator[None
         yield
     finally:
         _context.reset(token)
+
+
+def placement() -> tuple[Mesh, Callable[..., PartitionSpec]] | None:
+    """(mesh, logical axes -> PartitionSpec) of the step being traced, for `shard_map`; None outside one."""
+    context = _context.get()
+    return None if context is None else (context.mesh, context.spec)
+
+
+def ways(logical_axis: str) -> int:
+    """Into how many parts an axis of this name is cut; 1 outside `activation_rules`."""
+    context = _context.get()
+    axes = None if context is None else context.rules[logical_axis]
+    if context is None or axes is None:
+        return 1
+    return math.prod(context.mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes))
 
 
 def shard(x: jax.Array, *logical_axes: str | None) -> jax.Array:
@@ -51,8 +73,4 @@ def shard(x: jax.Array, *logical_axes: str | None) -> jax.Array:
         return x
     if len(logical_axes) != x.ndim:
         raise ValueError(f"{len(logical_axes)} axis names for an array of rank {x.ndim}: {logical_axes}")
-    unknown = [name for name in logical_axes if name is not None and name not in context.rules]
-    if unknown:
-        raise ValueError(f"no activation rule for {unknown}; known: {sorted(context.rules)}")
-    spec = PartitionSpec(*(None if name is None else context.rules[name] for name in logical_axes))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(context.mesh, spec))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(context.mesh, context.spec(*logical_axes)))

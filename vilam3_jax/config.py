@@ -66,7 +66,7 @@ ACTIVATION_RULES = {
     "embed": None,
     "heads": "tensor",
     "kv_heads": "tensor",
-    # Where heads do not divide by `tensor`: heads, kv_heads None and this "tensor", so that each device attends
+    # Where heads do not divide by `tensor`, set both to None and this to "tensor": each device then attends
     # for a part of the queries instead of all.
     "queries": None,
     "mlp": "tensor",

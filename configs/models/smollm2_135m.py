@@ -53,7 +53,7 @@ def get_model() -> ConfigDict:
                 tie_embeddings=True,
                 lora_rank=16,
                 lora_alpha=32.0,
-                lora_targets=("q", "k", "v", "o", "gate", "up", "down"),
+                lora_targets=("q", "k", "v", "o"),
             ),
         )
     )

@@ -8,7 +8,7 @@ from vilam3_jax.configs.quickstart import common
 def get_config(arg: str = "default") -> ConfigDict:
     """`arg` is a size: smoke, default or full."""
     config = stage4_expert.get_config(common.model_name(arg))
-    config = common.shape(config, arg, dict(smoke=20, default=28, full=140), peak=1e-3)
+    config = common.shape(config, arg, dict(smoke=20, default=24, full=220), peak=1e-3)
     # An expert's cards, words and picture fill half of a row: every dialogue that may have them has them.
     config.data.experts = "on"
     config.data.seq_len = 640

@@ -183,8 +183,13 @@ class Renderer:
           UserError: an image cannot be read, or an expert's result that must be there is not.
         """
         images = [self._reader.read(image, data_root) for image in example.images]
-        if not example.expert_requests or not self._experts_on(coin):
+        if not self._experts_on(coin):
             return Rendered(example.turns, tuple(images))
+        if not example.expert_requests:
+            # The agent shows its cards with every question; that most of them need no expert is learned here.
+            spoken = example.format == "conversation"
+            shown = with_cards(example.turns, list(self._cards.values())) if spoken else example.turns
+            return Rendered(tuple(shown), tuple(images))
         found = {}
         for request in example.expert_requests:
             annotation = self._annotation(example, request)
@@ -193,7 +198,7 @@ class Renderer:
         if not found:
             return Rendered(example.turns, tuple(images))
         turns: list[Turn] = []
-        shown: list[np.ndarray] = []
+        pictures: list[np.ndarray] = []
         waiting = list(images)
         for position, turn in enumerate(example.turns):
             if position in found:
@@ -203,12 +208,12 @@ class Renderer:
                     example, request, annotation, card, question_of(turns[-1]), images
                 )
                 turns += [trigger_turn(card, request.args), Turn("expert", text)]
-                shown += overlay
+                pictures += overlay
             turns.append(turn)
             for _ in range(turn.text.count(IMAGE_MARKER)):
-                shown.append(waiting.pop(0))
+                pictures.append(waiting.pop(0))
         names = tuple(request.expert for request, _ in found.values())
-        return Rendered(tuple(with_cards(turns, list(self._cards.values()))), tuple(shown), names)
+        return Rendered(tuple(with_cards(turns, list(self._cards.values()))), tuple(pictures), names)
 
     def _experts_on(self, coin: int) -> bool:
         if self._experts != "mixed":

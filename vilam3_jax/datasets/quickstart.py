@@ -48,6 +48,7 @@ _HELD_OUT_REPORTS = 0.1
 # Soft tissue, lung, bone, narrow soft tissue: (centre, width) in HU. A few training scans in one window each
 # would teach that a chest in another window is no CT.
 _CT_WINDOWS = ((50.0, 400.0), (-600.0, 1500.0), (400.0, 1800.0), (40.0, 250.0))
+_MOST_ROUNDS = 4  # over the pictures of an expert that has few, so that choosing it can be learned
 # Slices of one sample in which the brain surely is, or surely is not, by eye: (plane, slices, answer).
 _READ_BY_EYE: Mapping[str, tuple[tuple[str, range, bool], ...]] = {
     "pyradiomics_brain1": (("axial", range(0, 2), False), ("axial", range(3, 23), True)),
@@ -211,7 +212,7 @@ class Build:
         return pictures
 
     def _window(self, sample: Sample, split: str, rng: random.Random) -> tuple[float, float] | None:
-        """The scan's own window; every other training slice of a CT in another one that is usual."""
+        """The scan's own window; about half of the training slices of a CT in another one that is usual."""
         if split != "train" or sample.kind != "ct" or rng.random() < 0.5:
             return sample.window
         return rng.choice([window for window in _CT_WINDOWS if window != sample.window])
@@ -257,15 +258,26 @@ class Build:
     def _dialogues(self, pictures: list[Picture], split: str) -> Iterator[tuple[str, str, Example]]:
         training = split == "train"
         maker = QuestionMaker(self._rng("questions", split), training=training, limit=self.size.questions)
-        for number in range(self.size.dialogues if training else 1):
+        made: collections.Counter[str] = collections.Counter()
+        rounds = self.size.dialogues if training else 1
+        for number in range(_MOST_ROUNDS * rounds if training else 1):
             # Mixed order: balance is kept question by question, and neighbours are alike.
-            order = list(pictures)
+            order = [p for p in pictures if number < rounds or self._is_rare(p.facts.expert, made)]
+            if training and number:
+                order = [p for p in order if p.facts.expert is not None]
             self._rng("order", split, number).shuffle(order)
             for picture in order:
-                questions = maker.dialogue(picture.facts)
-                yield "instruct", split, self._dialogue(picture, split, number, questions)
+                example = self._dialogue(picture, split, number, maker.dialogue(picture.facts))
+                if number < rounds or example.expert_requests:
+                    made.update(request.expert for request in example.expert_requests)
+                    yield "instruct", split, example
         for reason, count in maker.unasked.items():
             self.left_out[f"{split}: question not asked, {reason}"] += count
+
+    @staticmethod
+    def _is_rare(expert: str | None, made: Mapping[str, int]) -> bool:
+        """Whether an expert is met less than half as often in training as the most frequent one."""
+        return made.get(expert or "", 0) < 0.5 * max(made.values(), default=0)
 
     def _dialogue(self, picture: Picture, split: str, number: int, questions: list[Question]) -> Example:
         facts = picture.facts

@@ -15,7 +15,7 @@ from vilam3_jax.ops import partition
 # Causal self-attention is cut into up to MAX_QUERY_BLOCKS blocks of queries, each seeing only the keys up to
 # its own end: 9/16 of the multiplications and less score memory than the full square.
 # benchmarks/attention_cpu.py measures it.
-MAX_QUERY_BLOCKS = 8
+MAX_QUERY_BLOCKS = 4
 MIN_QUERY_BLOCK = 64
 # Finite, so that a row with nothing to attend to stays finite; beside real scores its exp is an exact zero.
 _MASKED = -1e30
@@ -104,8 +104,8 @@ def _match_heads(x: jax.Array, heads: int) -> jax.Array:
     repeats = math.lcm(ways, kv_heads) // kv_heads
     if heads % (kv_heads * repeats):
         raise ValueError(
-            f"{heads} query and {kv_heads} key heads do not split into {ways}; set activation_rules.heads and "
-            "kv_heads to None, queries to the axis that had them"
+            f"{heads} query and {kv_heads} key heads do not split into {ways}; set activation_rules.heads "
+            "and kv_heads to None, queries to the axis that had them"
         )
     return jnp.repeat(x, repeats, axis=2) if repeats > 1 else x
 
@@ -119,12 +119,13 @@ def _on_devices(local: Callable[..., jax.Array], arguments: tuple[jax.Array | No
     if placed is None:
         return local
     mesh, spec = placed
+    q, k, v, segment_ids_q, segment_ids_kv, q_positions, kv_positions = arguments
+    batch = None if q is None else q.shape[0]
 
     def rows(x: jax.Array | None, *axes: str | None) -> Any:
         # Positions may be the same for all rows: [1, ...].
-        return None if x is None else spec("batch" if x.shape[0] == arguments[0].shape[0] else None, *axes)
+        return None if x is None else spec("batch" if x.shape[0] == batch else None, *axes)
 
-    q, k, v, segment_ids_q, segment_ids_kv, q_positions, kv_positions = arguments
     out = rows(q, None, "queries", "heads", None)
     in_specs = (
         out, rows(k, None, "heads", None), rows(v, None, "heads", None),

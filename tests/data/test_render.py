@@ -71,6 +71,15 @@ def test_experts_off_answers_directly(ct) -> None:
     assert out.turns == example.turns and len(out.images) == 1 and out.experts == ()
 
 
+def test_a_dialogue_that_needs_no_expert_shows_the_cards_all_the_same(ct) -> None:
+    root, example, annotation = ct
+    plain = dataclasses.replace(example, expert_requests=())
+    out = renderer("on", store(annotation)).render(plain, root)
+    assert out.turns[0].text == render_cards(CARDS) + example.turns[0].text
+    assert out.turns[1:] == example.turns[1:] and out.experts == ()
+    assert renderer("off").render(plain, root).turns == example.turns
+
+
 def test_classification_dialogue_has_no_overlay(tmp_path) -> None:
     example = film(3, np.random.default_rng(0), expert=True)
     said = Annotation("key3", "CXR", probabilities={"Lung_Opacity": 0.75, "Normal": 0.25})

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vilam3_jax import compat
+from vilam3_jax.config import ACTIVATION_RULES
+from vilam3_jax.ops import partition
 from vilam3_jax.ops.attention import attention
 
 
@@ -132,4 +135,44 @@ def test_half_given_arguments_are_refused(change, message):
 def test_heads_that_do_not_divide_are_refused():
     q, k, v = inputs(heads=5, kv_heads=2)
     with pytest.raises(ValueError, match="5 query heads"):
+        attention(q, k, v, causal=True)
+
+
+@pytest.mark.parametrize(
+    "rules, heads, kv_heads, length",
+    [
+        (dict(), 8, 4, 150),  # heads over 4 devices
+        (dict(), 8, 2, 65),  # fewer key heads than devices
+        (dict(heads=None, kv_heads=None, queries="tensor"), 9, 3, 150),  # heads that do not divide
+        (dict(heads=None, kv_heads=None, queries="tensor"), 3, 3, 7),
+        (dict(heads=None, kv_heads=None), 3, 1, 30),  # the same on all
+    ],
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_mesh_changes_neither_result_nor_gradient(rules, heads, kv_heads, length, causal):
+    mesh = compat.make_mesh((2, 4), ("fsdp", "tensor"), jax.devices()[:8])
+    rules = {**ACTIVATION_RULES, "batch": "fsdp", **rules}
+    values = inputs(q_len=length, heads=heads, kv_heads=kv_heads)
+    ids = jnp.asarray(packed(length))
+
+    def total(q, k, v):
+        out = attention(q, k, v, segment_ids_q=ids, segment_ids_kv=ids, causal=causal)
+        return jnp.square(out).sum(), out
+
+    both = jax.value_and_grad(total, (0, 1, 2), has_aux=True)
+    (_, want), want_gradients = jax.jit(both)(*values)
+    with partition.activation_rules(mesh, rules):
+        (_, got), gradients = jax.jit(both)(*values)
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    for name, gradient, expected in zip("qkv", gradients, want_gradients, strict=True):
+        np.testing.assert_allclose(gradient, expected, atol=2e-5, err_msg=name)
+
+
+def test_heads_that_the_mesh_cannot_split_are_refused():
+    mesh = compat.make_mesh((2, 4), ("fsdp", "tensor"), jax.devices()[:8])
+    q, k, v = inputs(heads=6, kv_heads=3)
+    with (
+        partition.activation_rules(mesh, {**ACTIVATION_RULES, "batch": "fsdp"}),
+        pytest.raises(ValueError, match="6 query and 3 key heads do not split into 4"),
+    ):
         attention(q, k, v, causal=True)

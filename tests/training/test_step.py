@@ -42,6 +42,18 @@ def test_sharded_equals_unsharded_for_ten_steps(kind, axes):
         assert many["supervised"] == one["supervised"]
 
 
+@pytest.mark.parametrize("kind", ["generative", "contrastive"])
+def test_queries_over_tensor_equal_one_device(kind):
+    make = packed_batch if kind == "generative" else pair_batch
+    config = tiny_config(kind, data=2, fsdp=2, tensor=2)
+    config.activation_rules.update(dict(queries="tensor"))
+    with config.activation_rules.ignore_type():
+        config.activation_rules.heads = config.activation_rules.kv_heads = None
+    one, many = Run(tiny_config(kind), one_device()), Run(config)
+    for index in range(5):
+        np.testing.assert_allclose(many.step(make(index))["loss"], one.step(make(index))["loss"], rtol=1e-5)
+
+
 def test_activations_are_split_inside_the_step():
     run = Run(tiny_config(fsdp=4, tensor=2))
     run.step(packed_batch(0))

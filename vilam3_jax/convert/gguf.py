@@ -124,7 +124,7 @@ class GgufFile:
         tensor = self._tensors[name]
         try:
             values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # what gguf raises for a quantisation it cannot undo
             raise UserError(
                 f"{self.path}: {tensor.name} is stored as {tensor.tensor_type.name}, which cannot be "
                 "dequantised; take another quantisation (Q4_0 ... Q8_0, K-quants, F16, BF16)"

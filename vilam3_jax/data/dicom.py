@@ -32,7 +32,7 @@ _DAMAGE = (
     TypeError,
     AttributeError,
     LookupError,
-    NotImplementedError,
+    NotImplementedError,  # pydicom: an encoding or compression that it knows of but cannot read
     OverflowError,
     BytesLengthException,
     struct.error,

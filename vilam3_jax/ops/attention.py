@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from vilam3_jax.ops import partition
 
 # Causal self-attention is cut into up to MAX_QUERY_BLOCKS blocks of queries, each seeing only the keys up to
-# its own end: 9/16 of the multiplications and less score memory than the full square.
-# benchmarks/attention_cpu.py measures it.
+# its own end: 5/8 of the multiplications and less score memory than the full square, measured in
+# benchmarks/attention_cpu.py. More blocks save little more and compile longer.
 MAX_QUERY_BLOCKS = 4
 MIN_QUERY_BLOCK = 64
 # Finite, so that a row with nothing to attend to stays finite; beside real scores its exp is an exact zero.
@@ -36,8 +36,10 @@ def attention(
     """Grouped-query attention with packing and causal masks; softmax in float32.
 
     A query attends to a key iff their segment ids are equal and not 0 and, when causal, the key's position
-    is not beyond the query's. A query with no key at all (padding) gives zeros. Keys and values are never
-    repeated over the query heads.
+    is not beyond the query's. A query with no key at all (padding) gives zeros.
+
+    In a sharded step (`partition.activation_rules`) every device attends for its own rows, heads and queries.
+    Keys and values are repeated only where there are fewer key heads than parts that the heads are cut into.
 
     Args:
       q: [B, Lq, H, hd].
@@ -54,8 +56,8 @@ def attention(
       [B, Lq, H, hd] in the type of `q`.
 
     Raises:
-      ValueError: heads do not divide, only one of a pair of arguments is given, or a causal call has Lq !=
-        Lk and no positions.
+      ValueError: heads do not divide (by key heads, or by the mesh), only one of a pair of arguments is given,
+        or a causal call has Lq != Lk and no positions.
     """
     batch, q_len, heads, head_dim = q.shape
     kv_len, kv_heads = k.shape[1:3]
@@ -67,15 +69,14 @@ def attention(
         raise ValueError("give positions of both queries and keys, or of neither")
     if causal and q_positions is None and q_len != kv_len:
         raise ValueError(f"causal attention of {q_len} queries over {kv_len} keys needs positions")
-    if causal and q_positions is None:
+    by_row_index = causal and q_positions is None
+    block = q_len
+    if by_row_index:
         q_positions = kv_positions = jnp.arange(q_len)[None]
-        block = max(MIN_QUERY_BLOCK, -(-q_len // MAX_QUERY_BLOCKS))
-        growing = True
-    else:
-        block, growing = q_len, False
-    block = -(-block // partition.ways("queries")) * partition.ways("queries")
+        block = min(q_len, max(MIN_QUERY_BLOCK, -(-q_len // MAX_QUERY_BLOCKS)))
+    block += -block % partition.ways("queries")
 
-    def blocks(x: jax.Array | None, fill: int) -> jax.Array | None:
+    def blocks(x: Any, fill: int) -> Any:
         """[B, Lq, ...] -> [B, blocks, block, ...], so that each device can have a part of every block."""
         if x is None:
             return None
@@ -85,16 +86,18 @@ def attention(
 
     local = partial(
         _attend_blocks,
-        block=block if growing else None,
+        keys_per_block=block if by_row_index else None,
         scale=head_dim**-0.5 if scale is None else scale,
     )
     k, v = _match_heads(k, heads), _match_heads(v, heads)
-    arguments = (
+    if not causal:
+        q_positions = kv_positions = None
+    out = _on_devices(
+        local,
         blocks(q, 0), k, v,
         blocks(segment_ids_q, 0), segment_ids_kv,
-        blocks(q_positions, -1) if causal else None, kv_positions if causal else None,
+        blocks(q_positions, -1), kv_positions,
     )  # fmt: skip
-    out = _on_devices(local, arguments)(*arguments)
     return out.reshape(batch, -1, heads, head_dim)[:, :q_len]
 
 
@@ -110,21 +113,29 @@ def _match_heads(x: jax.Array, heads: int) -> jax.Array:
     return jnp.repeat(x, repeats, axis=2) if repeats > 1 else x
 
 
-def _on_devices(local: Callable[..., jax.Array], arguments: tuple[jax.Array | None, ...]) -> Any:
-    """`local`, run by every device on its rows, heads and queries.
+def _on_devices(
+    local: Callable[..., jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids_q: jax.Array | None,
+    segment_ids_kv: jax.Array | None,
+    q_positions: jax.Array | None,
+    kv_positions: jax.Array | None,
+) -> jax.Array:
+    """Calls `local` with all that follows; on a mesh every device with its own rows, heads and queries.
 
     Left to the partitioner, the reshapes inside cost some fifty small collectives a layer and direction.
     """
+    arguments = (q, k, v, segment_ids_q, segment_ids_kv, q_positions, kv_positions)
     placed = partition.placement()
     if placed is None:
-        return local
+        return local(*arguments)
     mesh, spec = placed
-    q, k, v, segment_ids_q, segment_ids_kv, q_positions, kv_positions = arguments
-    batch = None if q is None else q.shape[0]
 
     def rows(x: jax.Array | None, *axes: str | None) -> Any:
         # Positions may be the same for all rows: [1, ...].
-        return None if x is None else spec("batch" if x.shape[0] == batch else None, *axes)
+        return None if x is None else spec("batch" if x.shape[0] == q.shape[0] else None, *axes)
 
     out = rows(q, None, "queries", "heads", None)
     in_specs = (
@@ -132,7 +143,7 @@ def _on_devices(local: Callable[..., jax.Array], arguments: tuple[jax.Array | No
         rows(segment_ids_q, None, "queries"), rows(segment_ids_kv, None),
         rows(q_positions, None, "queries"), rows(kv_positions, None),
     )  # fmt: skip
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out)
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out)(*arguments)
 
 
 def _attend_blocks(
@@ -144,13 +155,13 @@ def _attend_blocks(
     q_positions: jax.Array | None,
     kv_positions: jax.Array | None,
     *,
-    block: int | None,
+    keys_per_block: int | None,
     scale: float,
 ) -> jax.Array:
-    """Attention of blocks of queries [B, n, b, H, hd] -> the same; block i sees the keys up to its own end.
+    """One device's share: queries [B, n, b, H, hd] in n blocks -> the same shape.
 
-    `block`: how many keys each further block sees more (b, or more where devices share a block); None: every
-    block sees all keys.
+    Block i sees the first (i + 1) * `keys_per_block` keys, or all of them if that is None; b is less than
+    `keys_per_block` where devices share a block.
     """
     batch, count, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
@@ -159,10 +170,10 @@ def _attend_blocks(
     q = q.reshape(batch, count, length, kv_heads, -1, head_dim).transpose(1, 0, 3, 4, 2, 5)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     # Scores are computed again for the gradient: kept, they would be the largest thing a step holds.
-    attend = _attend if block is None else jax.checkpoint(_attend)
+    attend = _attend if keys_per_block is None else jax.checkpoint(_attend)
     outputs = []
     for i in range(count):
-        seen = k.shape[2] if block is None else min((i + 1) * block, k.shape[2])
+        seen = k.shape[2] if keys_per_block is None else min((i + 1) * keys_per_block, k.shape[2])
         mask = _mask(
             None if segment_ids_q is None else segment_ids_q[:, i],
             None if segment_ids_kv is None else segment_ids_kv[:, :seen],

@@ -1,9 +1,10 @@
-"""Tokens per second of the quickstart's stage-4 step on virtual devices, with and without huge pages.
+"""Tokens per second of the quickstart's stage-4 step on virtual devices: as configured, and without a gain.
 
-Run: python benchmarks/step_cpu.py [--fsdp=2] [--tensor=2] [--pairs=2]
+Run: python benchmarks/step_cpu.py [--fsdp=2] [--tensor=2] [--rounds=2] [--only=VARIANT]
 
-Random weights of SmolLM2-135M's shape and a random batch; each measurement is a process of its own, taken in
-turn, because malloc reads its settings at start. Prints the rate of each and their ratio.
+Random weights of SmolLM2-135M's shape and a random batch. Each measurement is a process of its own, taken in
+turn, because malloc reads its settings at start and the machine's speed drifts. Prints rates, and ratios to
+the first.
 """
 
 from __future__ import annotations
@@ -15,17 +16,21 @@ import subprocess
 import sys
 import time
 
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
+AS_CONFIGURED = "as configured"
+SMALL_PAGES = "small pages"
+WHOLE_ATTENTION = "every device attends for all queries"
+LORA_EVERYWHERE = "LoRA on all seven matrices"
+VARIANTS = (AS_CONFIGURED, SMALL_PAGES, WHOLE_ATTENTION, LORA_EVERYWHERE)
 
 
-def measure(fsdp: int, tensor: int, steps: int) -> float:
+def measure(variant: str, fsdp: int, tensor: int, steps: int) -> float:
     """Best tokens per second of `steps` steps after compilation."""
     import jax
     import numpy as np
     from vilam3_jax.configs.quickstart import stage4_expert
 
     from vilam3_jax import compat
-    from vilam3_jax.models import trees, vila
+    from vilam3_jax.models import llama, trees, vila
     from vilam3_jax.ops import partition
     from vilam3_jax.training import mesh as mesh_lib
     from vilam3_jax.training import optimizer as optimizer_lib
@@ -34,6 +39,10 @@ def measure(fsdp: int, tensor: int, steps: int) -> float:
 
     config = stage4_expert.get_config("default")
     config.mesh.fsdp, config.mesh.tensor, config.mesh.cpu_devices = fsdp, tensor, fsdp * tensor
+    if variant == WHOLE_ATTENTION:
+        config.activation_rules.queries = None
+    if variant == LORA_EVERYWHERE:
+        config.model.llm.lora_targets = llama.LORA_TARGETS
     compat.use_cpu_devices(fsdp * tensor)
     mesh = mesh_lib.build_mesh(config.mesh)
     graphdef, abstract_model = vila.abstract_model(config.model, "generative")
@@ -43,7 +52,7 @@ def measure(fsdp: int, tensor: int, steps: int) -> float:
     state, _ = state_lib.initial_state(config, abstract, optimizer)
 
     rows, length, images = config.data.global_rows, config.data.seq_len, config.data.images_per_group
-    side, per_image = config.model.image_size, 9
+    side, per_image = config.model.image_size, vila.tokens_per_image(config.model)
     rng = np.random.default_rng(0)
     batch = {
         "tokens": rng.integers(0, 49_000, (rows, length), np.int32),
@@ -82,22 +91,25 @@ def main() -> None:
     parser.add_argument("--fsdp", type=int, default=2)
     parser.add_argument("--tensor", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--pairs", type=int, default=2)
-    parser.add_argument("--one", action="store_true", help="measure once, in this process")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", choices=VARIANTS, help="measure this one once, in this process")
     options = parser.parse_args()
-    if options.one:
-        print(measure(options.fsdp, options.tensor, options.steps))
+    if options.only:
+        print(measure(options.only, options.fsdp, options.tensor, options.steps))
         return
-    found: dict[str, list[float]] = {"": [], HUGE_PAGES: []}
-    for _ in range(options.pairs):
-        for tunables, rates in found.items():
+    found: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    for _ in range(options.rounds):
+        for variant, rates in found.items():
+            tunables = "" if variant == SMALL_PAGES else "glibc.malloc.hugetlb=1"
             environment = dict(os.environ, JAX_PLATFORMS="cpu", GLIBC_TUNABLES=tunables)
-            command = [sys.executable, __file__, "--one"]
+            command = [sys.executable, __file__, f"--only={variant}"]
             command += [f"--{name}={getattr(options, name)}" for name in ("fsdp", "tensor", "steps")]
             output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
             rates.append(float(output.stdout.split()[-1]))
-    plain, huge = (statistics.median(rates) for rates in found.values())
-    print(f"small pages {plain:.0f} tokens/s, huge pages {huge:.0f} tokens/s, ratio {huge / plain:.2f}")
+    first = statistics.median(found[AS_CONFIGURED])
+    for variant, rates in found.items():
+        rate = statistics.median(rates)
+        print(f"{variant:<40} {rate:6.0f} tokens/s  {rate / first:.2f}")
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def attention(
       [B, Lq, H, hd] in the type of `q`.
 
     Raises:
-      ValueError: heads do not divide (by key heads, or by the mesh), only one of a pair of arguments is given,
-        or a causal call has Lq != Lk and no positions.
+      ValueError: heads do not divide (by key heads, or by the mesh), only one of a pair of arguments is
+        given, or a causal call has Lq != Lk and no positions.
     """
     batch, q_len, heads, head_dim = q.shape
     kv_len, kv_heads = k.shape[1:3]

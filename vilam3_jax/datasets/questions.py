@@ -251,7 +251,11 @@ class QuestionMaker:
         self.unasked: collections.Counter[str] = collections.Counter()
 
     def dialogue(self, facts: Facts) -> list[Question]:
-        """Returns the questions of one image, those an expert can answer first."""
+        """Returns the questions of one image.
+
+        Those that an expert can answer stand together. By a coin the others come before them, so that neither
+        an answer nor a call can be told from the questions before it alone: the picture is needed.
+        """
         first = [
             *self._film(facts),
             *self._brain(facts),
@@ -262,7 +266,7 @@ class QuestionMaker:
         answerable = first + self._organs(facts, room)
         self.rng.shuffle(answerable)
         answerable.sort(key=lambda q: q.expert is None)
-        return answerable + general
+        return general + answerable if self.rng.random() < 0.5 else answerable + general
 
     def _ask(self, facts: Facts, kind: str, answer: str, options: Sequence[str], source: str,
              *, expert: bool = False, oracle: bool = False, **words: str) -> Question:  # fmt: skip
@@ -413,6 +417,8 @@ class QuestionMaker:
             # A coin with a pull to the middle: exact halves would let the last answer be counted out.
             lead = self.balance.surplus(("organs", scope), "yes")
             truth = self.rng.random() < (0.5 if lead == 0 else 0.25 if lead > 0 else 0.75)
+            if not self.balance.allows(("organs", scope), "yes" if truth else "no"):
+                truth = not truth
             found = self._next(left, truth, scope)
             if found is None:
                 truth = not truth

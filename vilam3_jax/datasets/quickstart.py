@@ -282,8 +282,10 @@ class Build:
     def _dialogue(self, picture: Picture, split: str, number: int, questions: list[Question]) -> Example:
         facts = picture.facts
         requests = ()
-        if any(question.expert is not None for question in questions):
-            requests = (ExpertRequest(str(facts.expert), facts.expert_args, 0, 1, "optional"),)
+        first = next((i for i, question in enumerate(questions) if question.expert is not None), None)
+        if first is not None:
+            # The expert speaks before the answer to the first question that it helps with.
+            requests = (ExpertRequest(str(facts.expert), facts.expert_args, 0, 2 * first + 1, "optional"),)
         return Example(
             f"instruct/{picture.key}/{number}",
             "conversation",

@@ -31,7 +31,7 @@ STAGES = ("stage1_vision", "stage2a_align", "stage2b_pretrain", "stage3_instruct
 EXPERTS = ("VISTA3D", "BRAINSEG", "BRAINTUMOR", "CXR")
 PHANTOM_EXPERTS = ("VISTA3D",)
 MARKER = "quickstart.json"
-EVAL_LIMIT = {"smoke": 6, "default": 6, "full": 20}
+EVAL_LIMIT = {"smoke": 6, "default": 5, "full": 20}
 
 
 @dataclasses.dataclass(frozen=True)

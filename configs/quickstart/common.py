@@ -44,7 +44,7 @@ def shape(config: ConfigDict, size: str, steps: dict[str, int], peak: float) -> 
     config.data.prefetch = 2
     config.loss_chunk = 64
     config.eval_every = config.num_steps
-    config.eval_batches = 8 if size == "full" else 3
+    config.eval_batches = 8 if size == "full" else 2
     config.checkpoint_every = max(20, config.num_steps // 4)
     # 9 query and 3 key-value heads do not split in two; the queries do.
     config.activation_rules.heads = None

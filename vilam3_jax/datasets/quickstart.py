@@ -81,7 +81,9 @@ class Size:
 
 SIZES = {
     "smoke": Size(slices=3, heldout_slices=2, films=2, captions=1, dialogues=1, reports=40),
-    "default": Size(slices=24, heldout_slices=12, films=12, captions=2, dialogues=2, reports=600, questions=6),
+    "default": Size(
+        slices=24, heldout_slices=12, films=12, captions=2, dialogues=2, reports=600, questions=6
+    ),
     "full": Size(slices=72, heldout_slices=20, films=40, captions=3, dialogues=3, reports=1800),
 }
 

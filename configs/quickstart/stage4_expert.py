@@ -9,8 +9,6 @@ def get_config(arg: str = "default") -> ConfigDict:
     """`arg` is a size: smoke, default or full."""
     config = stage4_expert.get_config(common.model_name(arg))
     config = common.shape(config, arg, dict(smoke=20, default=18, full=220), peak=1e-3)
-    # An expert's cards, words and picture fill half of a row: every dialogue that may have them has them.
-    config.data.experts = "on"
     config.data.seq_len = 592 if arg == "default" else 640  # the longest dialogue of 6 or 9 questions
     config.data.images_per_group = 8
     if arg != "smoke":

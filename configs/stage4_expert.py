@@ -1,4 +1,4 @@
-"""Stage 4, expert-guided instruction tuning: half of the dialogues call an expert and read its answer."""
+"""Stage 4, expert-guided instruction tuning: three of four dialogues call an expert and read its answer."""
 
 from ml_collections import ConfigDict
 from vilam3_jax.configs import stage3_instruct

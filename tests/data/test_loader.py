@@ -358,7 +358,7 @@ def test_pairs(root) -> None:
         one.close()
 
 
-def test_experts_mixed_half_on(tmp_path) -> None:
+def test_experts_mixed_on_for_some(tmp_path) -> None:
     key = ct_volume(tmp_path / "films")
     write(tmp_path / "films", [ct_example(key, i, axis=i % 3, index=3 + i % 5) for i in range(12)])
     annotate(tmp_path / "said", [ct_annotation(key)])

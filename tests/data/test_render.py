@@ -141,7 +141,7 @@ def test_falsified_says_something_else_and_the_same_each_time(ct) -> None:
     assert lies[0].turns[3] == truth.turns[3]  # the answer stays true
 
 
-def test_mixed_is_a_fair_coin_of_position_and_seed(ct) -> None:
+def test_mixed_is_on_for_three_of_four_by_position_and_seed(ct) -> None:
     root, example, annotation = ct
 
     def spoken(seed: int) -> list[bool]:
@@ -149,7 +149,7 @@ def test_mixed_is_a_fair_coin_of_position_and_seed(ct) -> None:
         return [bool(render(example, root, coin).experts) for coin in range(200)]
 
     assert spoken(1) == spoken(1) != spoken(2)
-    assert 70 < sum(spoken(1)) < 130
+    assert 130 < sum(spoken(1)) < 170
 
 
 @pytest.mark.parametrize("path", ["../out.png", "/etc/hostname", "a/../../b.png", "gs://x/y.png"])

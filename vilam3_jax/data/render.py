@@ -150,7 +150,8 @@ class Renderer:
 
         Args:
           image_reader: decodes images; may be shared.
-          experts: 'on', 'off', 'falsified' (records wrong on purpose) or 'mixed' (half of the samples on).
+          experts: 'on', 'off', 'falsified' (records wrong on purpose) or 'mixed' (three of four samples
+            on).
           cards: the experts that the model is told of.
           annotations: what the experts said; needed unless experts are off.
           seed: of the coin of 'mixed' and of the falsification.
@@ -218,7 +219,7 @@ class Renderer:
     def _experts_on(self, coin: int) -> bool:
         if self._experts != "mixed":
             return self._experts != "off"
-        return bool(hashlib.sha256(f"{self._seed}/{coin}".encode()).digest()[0] & 1)
+        return bool(hashlib.sha256(f"{self._seed}/{coin}".encode()).digest()[0] & 3)
 
     def _annotation(self, example: Example, request: ExpertRequest) -> Annotation | None:
         keys = example.meta.get("input_key")

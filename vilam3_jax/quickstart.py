@@ -232,7 +232,7 @@ def _execute(step: Step, log: Path, record: dict) -> None:
     environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1", TF_CPP_MIN_LOG_LEVEL="3")
     environment["JAX_COMPILATION_CACHE_DIR"] = str(log.parent.parent / "compiled")
     # XLA gives a step's buffers back to malloc and malloc to the kernel; with huge pages getting them again
-    # is cheaper: a step takes about a seventh less (benchmarks/step_cpu.py). Other C libraries do not read this.
+    # is cheaper: a step takes a seventh less (benchmarks/step_cpu.py). Other C libraries do not read this.
     environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     with log.open("ab") as file:
         process = subprocess.Popen(

@@ -32,7 +32,7 @@ _DAMAGE = (
     TypeError,
     AttributeError,
     LookupError,
-    NotImplementedError,  # pydicom: an encoding or compression that it knows of but cannot read
+    NotImplementedError,  # pydicom: an unknown value representation or pixel compression
     OverflowError,
     BytesLengthException,
     struct.error,

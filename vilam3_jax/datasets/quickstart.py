@@ -261,25 +261,27 @@ class Build:
         training = split == "train"
         maker = QuestionMaker(self._rng("questions", split), training=training, limit=self.size.questions)
         made: collections.Counter[str] = collections.Counter()
-        rounds = self.size.dialogues if training else 1
-        for number in range(_MOST_ROUNDS * rounds if training else 1):
+        for number in range(_MOST_ROUNDS * self.size.dialogues if training else 1):
             # Mixed order: balance is kept question by question, and neighbours are alike.
-            order = [p for p in pictures if number < rounds or self._is_rare(p.facts.expert, made)]
-            if training and number:
-                order = [p for p in order if p.facts.expert is not None]
+            order = [p for p in pictures if self._asked_in(number, p.facts.expert, made)]
             self._rng("order", split, number).shuffle(order)
             for picture in order:
                 example = self._dialogue(picture, split, number, maker.dialogue(picture.facts))
-                if number < rounds or example.expert_requests:
+                if number < self.size.dialogues or example.expert_requests:
                     made.update(request.expert for request in example.expert_requests)
                     yield "instruct", split, example
         for reason, count in maker.unasked.items():
             self.left_out[f"{split}: question not asked, {reason}"] += count
 
-    @staticmethod
-    def _is_rare(expert: str | None, made: Mapping[str, int]) -> bool:
-        """Whether an expert is met less than half as often in training as the most frequent one."""
-        return made.get(expert or "", 0) < 0.5 * max(made.values(), default=0)
+    def _asked_in(self, number: int, expert: str | None, made: Mapping[str, int]) -> bool:
+        """Whether a picture with this expert, or none, is asked about in a round.
+
+        All are in the first; those with an expert in as many as the size says; later those whose expert
+        was met less than half as often as the most frequent one.
+        """
+        if number == 0 or expert is None:
+            return number == 0
+        return number < self.size.dialogues or made.get(expert, 0) < 0.5 * max(made.values(), default=0)
 
     def _dialogue(self, picture: Picture, split: str, number: int, questions: list[Question]) -> Example:
         facts = picture.facts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,12 +92,8 @@ def attention(
     k, v = _match_heads(k, heads), _match_heads(v, heads)
     if not causal:
         q_positions = kv_positions = None
-    out = _on_devices(
-        local,
-        blocks(q, 0), k, v,
-        blocks(segment_ids_q, 0), segment_ids_kv,
-        blocks(q_positions, -1), kv_positions,
-    )  # fmt: skip
+    marks = _Marks(blocks(segment_ids_q, 0), segment_ids_kv, blocks(q_positions, -1), kv_positions)
+    out = _on_devices(local, blocks(q, 0), k, v, marks)
     return out.reshape(batch, -1, heads, head_dim)[:, :q_len]
 
 
@@ -113,24 +109,25 @@ def _match_heads(x: jax.Array, heads: int) -> jax.Array:
     return jnp.repeat(x, repeats, axis=2) if repeats > 1 else x
 
 
+class _Marks(NamedTuple):
+    """Who may attend to whom: int [B or 1, n, b] for blocks of queries, [B or 1, Lk] for keys, or None."""
+
+    segment_ids_q: Any
+    segment_ids_kv: Any
+    q_positions: Any
+    kv_positions: Any
+
+
 def _on_devices(
-    local: Callable[..., jax.Array],
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids_q: jax.Array | None,
-    segment_ids_kv: jax.Array | None,
-    q_positions: jax.Array | None,
-    kv_positions: jax.Array | None,
+    local: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, marks: _Marks
 ) -> jax.Array:
-    """Calls `local` with all that follows; on a mesh every device with its own rows, heads and queries.
+    """Calls `local(q, k, v, marks)`; on a mesh every device with its own rows, heads and queries.
 
     Left to the partitioner, the reshapes inside cost some fifty small collectives a layer and direction.
     """
-    arguments = (q, k, v, segment_ids_q, segment_ids_kv, q_positions, kv_positions)
     placed = partition.placement()
     if placed is None:
-        return local(*arguments)
+        return local(q, k, v, marks)
     mesh, spec = placed
 
     def rows(x: jax.Array | None, *axes: str | None) -> Any:
@@ -138,22 +135,21 @@ def _on_devices(
         return None if x is None else spec("batch" if x.shape[0] == q.shape[0] else None, *axes)
 
     out = rows(q, None, "queries", "heads", None)
-    in_specs = (
-        out, rows(k, None, "heads", None), rows(v, None, "heads", None),
-        rows(segment_ids_q, None, "queries"), rows(segment_ids_kv, None),
-        rows(q_positions, None, "queries"), rows(kv_positions, None),
-    )  # fmt: skip
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out)(*arguments)
+    keys = rows(k, None, "heads", None)
+    marked = _Marks(
+        rows(marks.segment_ids_q, None, "queries"),
+        rows(marks.segment_ids_kv, None),
+        rows(marks.q_positions, None, "queries"),
+        rows(marks.kv_positions, None),
+    )
+    return jax.shard_map(local, mesh=mesh, in_specs=(out, keys, keys, marked), out_specs=out)(q, k, v, marks)
 
 
 def _attend_blocks(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    segment_ids_q: jax.Array | None,
-    segment_ids_kv: jax.Array | None,
-    q_positions: jax.Array | None,
-    kv_positions: jax.Array | None,
+    marks: _Marks,
     *,
     keys_per_block: int | None,
     scale: float,
@@ -164,7 +160,7 @@ def _attend_blocks(
     `keys_per_block` where devices share a block.
     """
     batch, count, length, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
+    kv_len, kv_heads = k.shape[1:3]
     # [n, B, K, G, b, hd]: the query heads of one key head become rows of one matrix product.
     q = q * jnp.asarray(scale, q.dtype)
     q = q.reshape(batch, count, length, kv_heads, -1, head_dim).transpose(1, 0, 3, 4, 2, 5)
@@ -173,12 +169,12 @@ def _attend_blocks(
     attend = _attend if keys_per_block is None else jax.checkpoint(_attend)
     outputs = []
     for i in range(count):
-        seen = k.shape[2] if keys_per_block is None else min((i + 1) * keys_per_block, k.shape[2])
+        seen = kv_len if keys_per_block is None else min((i + 1) * keys_per_block, kv_len)
         mask = _mask(
-            None if segment_ids_q is None else segment_ids_q[:, i],
-            None if segment_ids_kv is None else segment_ids_kv[:, :seen],
-            None if q_positions is None else q_positions[:, i],
-            None if kv_positions is None else kv_positions[:, :seen],
+            None if marks.segment_ids_q is None else marks.segment_ids_q[:, i],
+            None if marks.segment_ids_kv is None else marks.segment_ids_kv[:, :seen],
+            None if marks.q_positions is None else marks.q_positions[:, i],
+            None if marks.kv_positions is None else marks.kv_positions[:, :seen],
         )
         outputs.append(attend(q[i], k[:, :, :seen], v[:, :, :seen], mask))
     return jnp.stack(outputs).transpose(1, 0, 4, 2, 3, 5).reshape(batch, count, length, heads, head_dim)

@@ -116,7 +116,7 @@ def _evaluation(run: Path, data: Path, annotations: Path, size: str, base: tuple
     evaluate = ("-m", "vilam3_jax.cli", "evaluate", f"--data={data}")
     exports = {stage: run / "stages" / stage / "export" for stage in STAGES}
     out = run / "eval"
-    retrieval = (*evaluate, f"--checkpoint={exports['stage1_vision']}", "--protocol=retrieval@1")
+    retrieval = (*evaluate, f"--checkpoint={exports['stage1_vision']}", "--protocol=retrieval@2")
     steps = [
         Step(
             "eval_retrieval",

@@ -422,7 +422,7 @@ def test_manifest_paths_stay_inside(path):
 def test_the_real_manifest_is_sound():
     manifest = samples.load_manifest()
     packages = {e.package.package: e.package for e in manifest}
-    assert len(packages) == 12
+    assert len(packages) == 13
     for package in packages.values():
         assert package.licence and package.data_origin and package.version in package.archive
         for digest in [package.sha256] + [m.sha256 for m in package.members]:

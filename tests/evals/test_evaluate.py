@@ -112,7 +112,7 @@ def test_compare_refuses_another_protocol(results, tmp_path, capsys):
 
 def test_retrieval(towers_export, world, tmp_path, capsys):
     out = tmp_path / "retrieval.json"
-    arguments = [f"--checkpoint={towers_export}", f"--data={world.data}", "--protocol=retrieval@1"]
+    arguments = [f"--checkpoint={towers_export}", f"--data={world.data}", "--protocol=retrieval@2"]
     assert run(*arguments, f"--out={out}", "--batch_size=4") == 0
     result = json.loads(out.read_text())
     # Three slices of one scan and one film, which three patients share.

@@ -63,8 +63,8 @@ def test_wordings_are_averaged_per_class():
 
 def test_prompts_treat_all_modalities_alike():
     protocol = retrieval.RETRIEVAL
-    assert protocol.name == "retrieval@1" and len(protocol.hash) == 64
-    assert len(set(protocol.prompts)) == len(protocol.prompts) == 13
+    assert protocol.name == "retrieval@2" and len(protocol.hash) == 64
+    assert len(set(protocol.prompts)) == len(protocol.prompts) == 4
     assert all("{modality}" in prompt for prompt in protocol.prompts)
 
 

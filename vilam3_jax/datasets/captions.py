@@ -34,12 +34,14 @@ def join_names(names: Sequence[str]) -> str:
 
 
 def pair_caption(facts: Facts) -> str:
-    """One line for contrastive training: modality, plane and region.
+    """One line for contrastive training: plane and modality.
 
-    Nothing of position, organs or findings: equal lines are one class to the loss, and what tells the slices
-    of a few scans apart does not carry over to the next patient: held-out loss rose while training loss fell.
+    Nothing of region, position, organs or findings: equal lines are one class to the loss, and where a class
+    is a scan or two, what tells it apart does not carry over to the next patient: held-out loss rose while
+    training loss fell.
     """
-    return _capital(_fill((_OPENINGS if facts.plane else _FILM_OPENINGS)[0], facts)) + "."
+    plane = f"{facts.plane} " if facts.plane else ""
+    return _capital(f"{plane}{facts.modality} image.")
 
 
 def captions(facts: Facts, structures: Sequence[str], rng: random.Random, count: int) -> list[str]:

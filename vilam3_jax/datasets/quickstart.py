@@ -41,13 +41,24 @@ _HELD_OUT_GROUPS = frozenset(
     {"totalseg-2", "totalseg-3", "mni152", "pyradiomics-lung1", "pyradiomics-brain2"}
 )
 _TRAIN_GROUPS = frozenset(
-    {"totalseg-1", "totalseg-4", "ct-head-atlas", "pyradiomics-lung2", "pyradiomics-brain1"}
+    {
+        "totalseg-1",
+        "totalseg-4",
+        "ct-head-atlas",
+        "pyradiomics-lung2",
+        "pyradiomics-brain1",
+        "pydeface-mean",
+    }
 )
 _HELD_OUT_FILMS = 0.6  # of the patients of a class: two classes of eight give ten clusters
 _HELD_OUT_REPORTS = 0.1
-# Soft tissue, lung, bone, narrow soft tissue: (centre, width) in HU. A few training scans in one window each
-# would teach that a chest in another window is no CT.
-_CT_WINDOWS = ((50.0, 400.0), (-600.0, 1500.0), (400.0, 1800.0), (40.0, 250.0))
+# (centre, width) in HU that are usual for a region. A few training scans in one window each would teach that
+# a chest in another window is no CT; a head in the window for lungs is a picture that nobody takes.
+_CT_WINDOWS = {
+    "head": ((40.0, 80.0), (35.0, 120.0), (80.0, 200.0)),
+    "chest": ((-600.0, 1500.0), (50.0, 400.0), (40.0, 250.0)),
+    "abdomen": ((50.0, 400.0), (40.0, 250.0), (60.0, 600.0), (400.0, 1800.0)),
+}
 _MOST_ROUNDS = 4  # over the pictures of an expert that has few, so that choosing it can be learned
 # Slices of one sample in which the brain surely is, or surely is not, by eye: (plane, slices, answer).
 _READ_BY_EYE: Mapping[str, tuple[tuple[str, range, bool], ...]] = {
@@ -217,7 +228,8 @@ class Build:
         """The scan's own window; about half of the training slices of a CT in another one that is usual."""
         if split != "train" or sample.kind != "ct" or rng.random() < 0.5:
             return sample.window
-        return rng.choice([window for window in _CT_WINDOWS if window != sample.window])
+        usual = _CT_WINDOWS.get(sample.body_region, ())
+        return rng.choice([window for window in usual if window != sample.window] or [sample.window])
 
     def _heldout_count(self, sample: Sample) -> int:
         """Slices per plane; several scans of the same subject share its number."""

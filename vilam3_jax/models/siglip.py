@@ -13,6 +13,12 @@ from vilam3_jax.models.layers import Embed, EncoderBlock, GeluMLP, LayerNorm, Li
 from vilam3_jax.ops.partition import shard
 
 _SMOOTH_NORM = 4.0  # of a first filter's smooth part; its white part has norm 1
+# Of a new position table: half the size of a patch's embedding after these filters. A small one (0.07) takes
+# long to be heard in the pooled mean: 13 classes of slices were at a loss of 2.6 on held-out patients after
+# 100 steps, with this one at 2.0.
+_POSITION_STD = 3.0
+# Of new text embeddings, in units of width**-0.5: words count for more than where they stand.
+_WORD_GAIN = 5.0
 
 
 class PatchEmbed(nnx.Module):
@@ -107,7 +113,7 @@ class SiglipVision(nnx.Module):
         kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.patch_embed = PatchEmbed(cfg.patch_size, cfg.hidden_size, **kwargs)
         table = jax.random.normal(rngs.params(), (self.grid**2, cfg.hidden_size), param_dtype)
-        self.pos_embed = nnx.Param(table * cfg.hidden_size**-0.5)
+        self.pos_embed = nnx.Param(table * _POSITION_STD)
         shape = (cfg.hidden_size, cfg.num_heads, cfg.mlp_dim)
         self.blocks = EncoderBlock(*shape, eps=cfg.norm_eps, stack=(cfg.num_layers,), **kwargs)
         self.post_norm = LayerNorm(cfg.hidden_size, eps=cfg.norm_eps, dtype=dtype, param_dtype=param_dtype)
@@ -153,7 +159,7 @@ class SiglipText(nnx.Module):
         self.remat = remat
         kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         stddev = cfg.hidden_size**-0.5
-        self.embed = Embed(cfg.vocab_size, cfg.hidden_size, stddev=stddev, **kwargs)
+        self.embed = Embed(cfg.vocab_size, cfg.hidden_size, stddev=_WORD_GAIN * stddev, **kwargs)
         table = jax.random.normal(rngs.params(), (cfg.max_length, cfg.hidden_size), param_dtype)
         self.pos_embed = nnx.Param(table * stddev)
         self.blocks = EncoderBlock(

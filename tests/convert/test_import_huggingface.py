@@ -142,10 +142,11 @@ def test_missing_and_unknown_tensors_are_both_listed(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported, only llama, siglip"),
-        ({"attention_bias": True}, "attention_bias=True"),
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported, only llama, qwen2, qwen3, siglip"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling="),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling: low_freq_factor is 0"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling="),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
         ({"hidden_size": None}, "hidden_size is None"),

@@ -14,6 +14,7 @@ import transformers
 from flax import nnx
 from ml_collections import ConfigDict
 
+from tests.reference import torch_weights
 from vilam3_jax import compat
 from vilam3_jax.convert.importer import fill, open_source
 from vilam3_jax.models import trees
@@ -32,19 +33,20 @@ def build(family, source):
     return compat.merge(graphdef, params[source.component])
 
 
-def llama_logits(source, tokens):
-    """Float32 [B, L, V] of the imported model; every row is one segment."""
+def llama_logits(source, tokens, first=0):
+    """Float32 [B, L, V] of the imported model; every row is one segment whose positions count from `first`."""
     model = build(Llama, source)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    positions = jnp.broadcast_to(first + jnp.arange(tokens.shape[1]), tokens.shape)
     with jax.default_matmul_precision("highest"):
         return np.asarray(model.logits(model(model.embed(tokens), jnp.ones_like(tokens), positions)))
 
 
-def check_logits(source, reference):
+def check_logits(source, reference, first=0):
     tokens = np.random.default_rng(0).integers(0, source.config["vocab_size"], (2, 40)).astype(np.int32)
     with torch.no_grad():
-        expected = reference.eval()(torch.from_numpy(tokens).long()).logits.numpy()
-    actual = llama_logits(source, tokens)
+        positions = torch.arange(first, first + 40)[None]
+        expected = reference.eval()(torch.from_numpy(tokens).long(), position_ids=positions).logits.numpy()
+    actual = llama_logits(source, tokens, first)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=2e-5)
     np.testing.assert_array_equal(actual.argmax(-1), expected.argmax(-1))
 
@@ -69,6 +71,46 @@ def test_llama_saved_by_transformers(tmp_path, tied, shard_size):
     reference.save_pretrained(tmp_path, max_shard_size=shard_size)
     assert (tmp_path / "model.safetensors").exists() == (shard_size == "5GB")
     check_logits(open_source(tmp_path), reference)
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("Qwen2", {}),
+        ("Qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 6}),
+        ("Qwen3", {"head_dim": 10}),
+        ("Qwen3", {"head_dim": 8, "attention_bias": True}),
+        ("Llama", {"attention_bias": True}),
+        ("Llama", {"rope_parameters": LLAMA3_ROPE}),
+        ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}}),
+    ],
+)
+@pytest.mark.parametrize("first", [0, 4096])
+def test_decoder_variants_saved_by_transformers(tmp_path, family, changes, first):
+    sizes = dict(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+    )
+    config = getattr(transformers, f"{family}Config")(**{**sizes, **changes})
+    reference = torch_weights.randomise(getattr(transformers, f"{family}ForCausalLM")(config))
+    reference.save_pretrained(tmp_path)
+    check_logits(open_source(tmp_path), reference, first)
 
 
 def test_siglip_saved_by_transformers(tmp_path):

@@ -175,7 +175,7 @@ def open_gguf(path: Path) -> Source:
         component="llm",
         config=config,
         tensors=file.shapes,
-        rules=llama_rules(config["num_layers"], tie),
+        rules=llama_rules(config),
         reader=file,
         files=[path],
         licence=licence,

@@ -1,4 +1,4 @@
-"""Hugging Face folders (config.json and safetensors) as sources: Llama decoders and SigLIP vision towers."""
+"""Hugging Face folders (config.json and safetensors) as sources: Llama and Qwen decoders, SigLIP vision towers."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def open_llama(folder: Path) -> Source:
-    """Opens a folder that transformers would load as LlamaForCausalLM.
+    """Opens a folder that transformers would load as Llama-, Qwen2- or Qwen3ForCausalLM.
 
     Raises:
       UserError: a setting that this package's Llama does not have, or broken files.
@@ -144,7 +144,7 @@ def open_llama(folder: Path) -> Source:
         component="llm",
         config=llm,
         tensors=weights.shapes,
-        rules=llama_rules(llm["num_layers"], llm["tie_embeddings"]),
+        rules=llama_rules(llm),
         reader=weights,
         files=[config_file, *weights.files],
         unused=unused,
@@ -155,7 +155,7 @@ def open_llama(folder: Path) -> Source:
 
 
 def llama_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """Translates a `config.json` of a Llama into our `llm` section (no LoRA).
+    """Translates a `config.json` of a Llama, Qwen2 or Qwen3 into our `llm` section (no LoRA).
 
     Args:
       values: the file's content.
@@ -164,20 +164,18 @@ def llama_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
     Raises:
       UserError: a key is missing, or asks for what this package's Llama does not do.
     """
+    family = values.get("model_type", "llama")
     rope = values.get("rope_parameters") or {}
-    scaling = values.get("rope_scaling") or rope
     refused = {
         "hidden_act": values.get("hidden_act", "silu") != "silu",
-        "attention_bias": bool(values.get("attention_bias")),
         "mlp_bias": bool(values.get("mlp_bias")),
-        "rope_scaling": scaling.get("rope_type", scaling.get("type", "default")) != "default",
+        "use_sliding_window": bool(values.get("use_sliding_window")),
         "quantization_config": values.get("quantization_config") is not None,
     }
     for key, wrong in refused.items():
         if wrong:
-            raise UserError(
-                f"{where}: {key}={values.get(key, rope)!r} is not supported; choose another model"
-            )
+            raise UserError(f"{where}: {key}={values[key]!r} is not supported; choose another model")
+    attention_bias = bool(values.get("attention_bias"))
     heads = _positive(values, "num_attention_heads", where)
     hidden = _positive(values, "hidden_size", where)
     return {
@@ -190,12 +188,32 @@ def llama_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
         "head_dim": _positive(values, "head_dim", where, hidden // heads),
         "mlp_dim": _positive(values, "intermediate_size", where),
         "rope_theta": _number({**rope, **values}, "rope_theta", where, 10_000.0),
+        "rope_scaling": _rope_scaling(values.get("rope_scaling") or rope, where),
         "norm_eps": _number(values, "rms_norm_eps", where, 1e-6),
+        # Qwen2 has the first always and says so nowhere.
+        "qkv_bias": attention_bias or family == "qwen2",
+        "o_bias": attention_bias and family != "qwen2",
+        "qk_norm": family == "qwen3",
         "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
         "lora_rank": 0,
         "lora_alpha": 16.0,
         "lora_targets": (),
     }
+
+
+def _rope_scaling(values: Mapping[str, Any], where: Path) -> dict[str, Any] | None:
+    kind = values.get("rope_type", values.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3"):
+        raise UserError(f"{where}: rope_scaling={dict(values)!r} is not supported; choose another model")
+    at = where.with_name(f"{where.name}: rope_scaling")
+    scaling: dict[str, Any] = {"type": kind, "factor": _number(values, "factor", at, 0.0)}
+    if kind == "llama3":
+        scaling["low_freq_factor"] = _number(values, "low_freq_factor", at, 0.0)
+        scaling["high_freq_factor"] = _number(values, "high_freq_factor", at, 0.0)
+        scaling["original_max_positions"] = _positive(values, "original_max_position_embeddings", at)
+    return scaling
 
 
 def open_siglip(folder: Path) -> Source:

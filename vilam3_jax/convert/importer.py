@@ -30,7 +30,13 @@ FORMATS: dict[str, Callable[[Path], Source]] = {
     "siglip": open_siglip,
 }
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
-_MODEL_TYPES = {"llama": "hf_llama", "siglip": "siglip", "siglip_vision_model": "siglip"}
+_MODEL_TYPES = {
+    "llama": "hf_llama",
+    "qwen2": "hf_llama",
+    "qwen3": "hf_llama",
+    "siglip": "siglip",
+    "siglip_vision_model": "siglip",
+}
 _NAMES_SHOWN = 12
 
 Progress = Callable[[Iterable[Rule]], Iterable[Rule]]

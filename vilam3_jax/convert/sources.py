@@ -99,29 +99,33 @@ def transpose(tensor: np.ndarray) -> np.ndarray:
     return tensor.T
 
 
-def llama_rules(num_layers: int, tie_embeddings: bool) -> list[Rule]:
-    """Rules for a Llama decoder under Hugging Face's names.
+def llama_rules(config: Mapping[str, Any]) -> list[Rule]:
+    """Rules for a Llama, Qwen2 or Qwen3 decoder under Hugging Face's names.
 
     Query and key columns are in the rotate-half layout, as Hugging Face stores them.
 
     Args:
-      num_layers: decoder layers.
-      tie_embeddings: the output kernel is the embedding, so that there is no `lm_head`.
+      config: our `llm` section: its `num_layers`, `tie_embeddings` (there is no `lm_head`), `qkv_bias`, `o_bias`
+        and `qk_norm`.
     """
     rules = [
         Rule("llm/embed/embedding", ("model.embed_tokens.weight",), keep),
         Rule("llm/final_norm/scale", ("model.norm.weight",), keep),
     ]
-    if not tie_embeddings:
+    if not config["tie_embeddings"]:
         rules.append(Rule("llm/lm_head/kernel", ("lm_head.weight",), transpose))
+    biased = "qkv" * config.get("qkv_bias", False) + "o" * config.get("o_bias", False)
+    normed = "qk" * config.get("qk_norm", False)
     layers: list[tuple[str, str, Transform]] = [
-        ("attn_norm/scale", "input_layernorm", keep),
-        ("mlp_norm/scale", "post_attention_layernorm", keep),
-        *((f"attn/{name}/kernel", f"self_attn.{name}_proj", transpose) for name in "qkvo"),
-        *((f"mlp/{name}/kernel", f"mlp.{name}_proj", transpose) for name in ("gate", "up", "down")),
+        ("attn_norm/scale", "input_layernorm.weight", keep),
+        ("mlp_norm/scale", "post_attention_layernorm.weight", keep),
+        *((f"attn/{name}/kernel", f"self_attn.{name}_proj.weight", transpose) for name in "qkvo"),
+        *((f"attn/{name}/bias", f"self_attn.{name}_proj.bias", keep) for name in biased),
+        *((f"attn/{name}_norm/scale", f"self_attn.{name}_norm.weight", keep) for name in normed),
+        *((f"mlp/{name}/kernel", f"mlp.{name}_proj.weight", transpose) for name in ("gate", "up", "down")),
     ]
     for target, source, transform in layers:
-        names = tuple(f"model.layers.{layer}.{source}.weight" for layer in range(num_layers))
+        names = tuple(f"model.layers.{layer}.{source}" for layer in range(config["num_layers"]))
         rules.append(Rule(f"llm/layers/{target}", names, transform, stacked=True))
     return rules
 

@@ -1,4 +1,11 @@
-"""Llama: the language model family of VILA-1.5 and VILA-M3 (layout of Hugging Face's LlamaForCausalLM)."""
+"""The language models of VILA-1.5, VILA-M3 and NVILA: Llama, and by config Qwen2 and Qwen3.
+
+Layouts are those of Hugging Face's LlamaForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM. `config.model.llm` may
+have, beside the sizes:
+  qkv_bias, o_bias: biases in the attention projections (Qwen2: the first).
+  qk_norm: RMS norm of each query and key head before it is rotated (Qwen3).
+  rope_scaling: how rotary frequencies are stretched, see `rope_frequencies`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -21,18 +29,46 @@ _INIT = jax.nn.initializers.normal(0.02)
 Cache = dict[str, jax.Array]
 
 
-def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines for rotary positions (arXiv:2104.09864).
+def rope_frequencies(head_dim: int, theta: float, scaling: Any = None) -> np.ndarray:
+    """Angles per position of the pairs of a head (arXiv:2104.09864).
+
+    Args:
+      head_dim: even width of a head.
+      theta: base of the frequencies.
+      scaling: None, or a mapping with `type`. 'linear' divides all by `factor`. 'llama3' (Llama 3.1) divides
+        those by `factor` whose wave is longer than `original_max_positions / low_freq_factor`, keeps those
+        whose wave is shorter than `original_max_positions / high_freq_factor`, and goes over in between.
+
+    Returns:
+      float32 [head_dim / 2].
+
+    Raises:
+      UserError: unknown type.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = np.float32(1) / np.float32(theta) ** exponents
+    if not scaling:
+        return frequencies
+    if scaling["type"] == "linear":
+        return frequencies / np.float32(scaling["factor"])
+    if scaling["type"] != "llama3":
+        raise UserError(f"model.llm.rope_scaling.type={scaling['type']!r} is unknown; use 'linear' or 'llama3'")
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_positions"] * frequencies / (2 * np.pi)  # over the original context
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return ((1 - kept) * frequencies / scaling["factor"] + kept * frequencies).astype(np.float32)
+
+
+def rope_tables(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines for rotary positions.
 
     Args:
       positions: int [B, L].
-      head_dim: even width of a head.
-      theta: base of the frequencies.
+      frequencies: float32 [head_dim / 2], from `rope_frequencies`.
 
     Returns:
       Two float32 arrays [B, L, 1, head_dim / 2].
     """
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -46,13 +82,17 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 class LlamaAttention(nnx.Module):
     """Grouped-query self-attention: projections only; the layer decides what is attended to."""
 
-    def __init__(self, cfg: Any, linear: Any):
+    def __init__(self, cfg: Any, linear: Any, norm: dict[str, Any]):
         self.head_dim = cfg.head_dim
         q_dim, kv_dim = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-        self.q = linear("q", cfg.hidden_size, q_dim)
-        self.k = linear("k", cfg.hidden_size, kv_dim)
-        self.v = linear("v", cfg.hidden_size, kv_dim)
-        self.o = linear("o", q_dim, cfg.hidden_size)
+        qkv_bias = cfg.get("qkv_bias", False)
+        self.q = linear("q", cfg.hidden_size, q_dim, qkv_bias)
+        self.k = linear("k", cfg.hidden_size, kv_dim, qkv_bias)
+        self.v = linear("v", cfg.hidden_size, kv_dim, qkv_bias)
+        self.o = linear("o", q_dim, cfg.hidden_size, cfg.get("o_bias", False))
+        with_norm = cfg.get("qk_norm", False)
+        self.q_norm = RMSNorm(cfg.head_dim, **norm) if with_norm else None
+        self.k_norm = RMSNorm(cfg.head_dim, **norm) if with_norm else None
 
     def project(
         self, x: jax.Array, rope: tuple[jax.Array, jax.Array]
@@ -62,8 +102,10 @@ class LlamaAttention(nnx.Module):
         def heads(y: jax.Array, axis: str) -> jax.Array:
             return shard(y.reshape(*y.shape[:2], -1, self.head_dim), "batch", "length", axis, None)
 
-        q = apply_rope(heads(self.q(x), "heads"), *rope)
-        k = apply_rope(heads(self.k(x), "kv_heads"), *rope)
+        q, k = heads(self.q(x), "heads"), heads(self.k(x), "kv_heads")
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         v = heads(self.v(x), "kv_heads")
         return checkpoint_name(q, "qkv"), checkpoint_name(k, "qkv"), checkpoint_name(v, "qkv")
 
@@ -97,7 +139,7 @@ class LlamaLayer(nnx.Module):
         if unknown:
             raise UserError(f"model.llm.lora_targets has unknown {unknown}; choose from {LORA_TARGETS}")
 
-        def linear(name: str, in_dim: int, out_dim: int) -> Linear:
+        def linear(name: str, in_dim: int, out_dim: int, use_bias: bool = False) -> Linear:
             return Linear(
                 in_dim,
                 out_dim,
@@ -105,7 +147,7 @@ class LlamaLayer(nnx.Module):
                 dtype=dtype,
                 param_dtype=param_dtype,
                 kernel_init=_INIT,
-                use_bias=False,
+                use_bias=use_bias,
                 stack=stack,
                 lora_rank=rank if name in targets else 0,
                 lora_alpha=cfg.get("lora_alpha", 1.0),
@@ -113,7 +155,7 @@ class LlamaLayer(nnx.Module):
 
         norm: dict[str, Any] = dict(eps=cfg.norm_eps, dtype=dtype, param_dtype=param_dtype, stack=stack)
         self.attn_norm = RMSNorm(cfg.hidden_size, **norm)
-        self.attn = LlamaAttention(cfg, linear)
+        self.attn = LlamaAttention(cfg, linear, norm)
         self.mlp_norm = RMSNorm(cfg.hidden_size, **norm)
         self.mlp = LlamaMLP(cfg, linear)
 
@@ -163,7 +205,10 @@ class Llama(nnx.Module):
         self.remat = remat
         self.dtype = jnp.dtype(dtype)
         self.head_dim = cfg.head_dim
-        self.rope_theta = float(cfg.rope_theta)
+        # A tuple: what is not a parameter is part of the structure, which must be hashable.
+        self.rope_frequencies = tuple(
+            rope_frequencies(cfg.head_dim, float(cfg.rope_theta), cfg.get("rope_scaling")).tolist()
+        )
         self.num_layers = cfg.num_layers
         self.num_kv_heads = cfg.num_kv_heads
         kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
@@ -195,7 +240,7 @@ class Llama(nnx.Module):
         Returns:
           [B, L, D] after the final norm; meaningless but finite at padding.
         """
-        rope = rope_tables(positions, self.head_dim, self.rope_theta)
+        rope = rope_tables(positions, np.float32(self.rope_frequencies))
         x = shard(embeds.astype(self.dtype), "batch", "length", "embed")
         x = run_stack(self.layers, x, segment_ids, rope, remat=self.remat)
         return self.final_norm(x)
@@ -224,7 +269,7 @@ class Llama(nnx.Module):
         Returns:
           (hidden [B, Q, D] after the final norm, the new cache).
         """
-        rope = rope_tables(positions, self.head_dim, self.rope_theta)
+        rope = rope_tables(positions, np.float32(self.rope_frequencies))
         slots = write_at[:, None] + jnp.arange(embeds.shape[1])[None]
         graphdef, params = compat.split(self.layers)
 

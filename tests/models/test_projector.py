@@ -25,22 +25,33 @@ def test_neighbours_by_hand():
     x = jnp.arange(1, 10).reshape(1, 9, 1)
     top_left, top_right, bottom_left, bottom_right = [1, 2, 4, 5], [3, 0, 6, 0], [7, 8, 0, 0], [9, 0, 0, 0]
     np.testing.assert_array_equal(
-        join_neighbours(x, column_order=False)[0], [top_left, top_right, bottom_left, bottom_right]
+        join_neighbours(x, 2, column_order=False)[0], [top_left, top_right, bottom_left, bottom_right]
     )
     np.testing.assert_array_equal(
-        join_neighbours(x, column_order=True)[0], [top_left, bottom_left, top_right, bottom_right]
+        join_neighbours(x, 2, column_order=True)[0], [top_left, bottom_left, top_right, bottom_right]
     )
 
 
 def test_column_order_walks_down_the_columns():
     """Old token t covers grid row t % 14, column t // 14 (27 x 27 SigLIP patches)."""
     patches = np.stack(np.meshgrid(np.arange(27), np.arange(27), indexing="ij"), axis=-1).reshape(1, 729, 2)
-    tokens = np.asarray(join_neighbours(jnp.asarray(patches), column_order=True))[0]
+    tokens = np.asarray(join_neighbours(jnp.asarray(patches), 2, column_order=True))[0]
     t = np.arange(196)
     np.testing.assert_array_equal(tokens[:, :2], np.stack([2 * (t % 14), 2 * (t // 14)], axis=1))
 
 
-@pytest.mark.parametrize("kind, tokens", [("mlp_downsample", 196), ("mlp2x_gelu", 729), ("linear", 729)])
+@pytest.mark.parametrize(
+    "kind, tokens",
+    [
+        ("mlp_downsample", 196),
+        ("mlp_downsample_2x2_fix", 196),
+        ("mlp_downsample_3x3_fix", 81),
+        ("mlp_downsample_3x3_s2", 81),
+        ("mlp_downsample_3x3_s2_new", 81),
+        ("mlp2x_gelu", 729),
+        ("linear", 729),
+    ],
+)
 def test_token_count_is_what_comes_out(kind, tokens):
     projector = make(kind)
     assert projector.num_tokens(27) == tokens
@@ -49,8 +60,8 @@ def test_token_count_is_what_comes_out(kind, tokens):
 
 def test_layers_by_formula():
     projector = make("mlp_downsample", "row")
-    projector.norm.scale[...] = jnp.linspace(0.5, 2, 12)
-    projector.norm.bias[...] = jnp.linspace(-1, 1, 12)
+    projector.norm1.scale[...] = jnp.linspace(0.5, 2, 12)
+    projector.norm1.bias[...] = jnp.linspace(-1, 1, 12)
     projector.fc1.bias[...] = jnp.linspace(-1, 1, 5)
     x = np.random.default_rng(0).normal(size=(1, 4, 3))
     joined = x.reshape(1, 1, 12)
@@ -72,7 +83,8 @@ def test_identity_returns_its_input():
     [
         (("mlp0x_gelu",), "mlp_downsample"),
         (("mlp_downsample", "diagonal"), "token_order"),
-        (("identity",), "equal widths"),
+        (("identity",), "the tower has 3 and the LLM 5"),
+        (("mlp_downsample_3x3_s2", "row", 4), "4 channels do not divide by 3"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments, message):

@@ -52,7 +52,9 @@ def rope_frequencies(head_dim: int, theta: float, scaling: Any = None) -> np.nda
     if scaling["type"] == "linear":
         return frequencies / np.float32(scaling["factor"])
     if scaling["type"] != "llama3":
-        raise UserError(f"model.llm.rope_scaling.type={scaling['type']!r} is unknown; use 'linear' or 'llama3'")
+        raise UserError(
+            f"model.llm.rope_scaling.type={scaling['type']!r} is unknown; use 'linear' or 'llama3'"
+        )
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_positions"] * frequencies / (2 * np.pi)  # over the original context
     kept = np.clip((turns - low) / (high - low), 0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -17,89 +18,150 @@ _NORM_EPS = 1e-5  # PyTorch's default, with which the released projectors were t
 # Visual tokens should start at the size of text embeddings (rms 0.02 to 0.15 in trained language models); the
 # usual initialisation gives 0.7, and the first steps go into shrinking it.
 _SMALL_INIT = jax.nn.initializers.variance_scaling(0.04, "fan_in", "truncated_normal")
+TYPES = (
+    "identity",
+    "linear",
+    "mlp2x_gelu (any number of layers)",
+    "mlp_downsample",
+    "mlp_downsample_2x2_fix",
+    "mlp_downsample_3x3_fix",
+    "mlp_downsample_3x3_s2",
+    "mlp_downsample_3x3_s2_new",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a projector's type means.
+
+    Attributes:
+      block: side of the square of patches that become one token; 1 keeps all patches.
+      widths: of the input of the first layer, then of the output of each; exact GELU between layers.
+      norms: how many layers, from the first, have a LayerNorm before them.
+    """
+
+    block: int
+    widths: tuple[int, ...]
+    norms: int
+
+    @property
+    def depth(self) -> int:
+        """Number of linear layers."""
+        return len(self.widths) - 1
+
+
+def plan(kind: str, in_dim: int, out_dim: int) -> Plan:
+    """Widths and norms of a projector type.
+
+    Args:
+      kind: one of `TYPES`, VILA's `mm_projector_type`.
+      in_dim: channels of a patch, C.
+      out_dim: width of the language model, H.
+
+    Raises:
+      UserError: unknown type, or widths that it cannot join.
+    """
+    c, h = in_dim, out_dim
+    mlp = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
+    if mlp:
+        return Plan(1, (c, *(h,) * int(mlp[1])), 0)
+    plans = {
+        "identity": Plan(1, (c,), 0),
+        "linear": Plan(1, (c, h), 0),
+        "mlp_downsample": Plan(2, (4 * c, h, h), 1),
+        "mlp_downsample_2x2_fix": Plan(2, (4 * c, h, h), 1),
+        "mlp_downsample_3x3_fix": Plan(3, (9 * c, 3 * c, h, h), 2),
+        "mlp_downsample_3x3_s2": Plan(3, (9 * c, 3 * c, c, c // 3, h, h), 4),
+        "mlp_downsample_3x3_s2_new": Plan(3, (9 * c, 4 * c, 2 * c, c, c // 3, h, h), 5),
+    }
+    if kind not in plans:
+        raise UserError(f"model.projector.type={kind!r} is unknown; use one of {', '.join(TYPES)}")
+    if kind == "identity" and c != h:
+        raise UserError(
+            f"an identity projector needs equal widths, but the tower has {c} and the LLM {h}; "
+            "use model.projector.type=linear"
+        )
+    if "s2" in kind and c % 3:
+        raise UserError(
+            f"model.projector.type={kind!r} is for three scales, but {c} channels do not divide by 3"
+        )
+    return plans[kind]
 
 
 class Projector(nnx.Module):
-    """[N, grid**2, C] -> [N, T, D].
+    """[N, grid**2, C] -> [N, T, H].
 
-    `type`: 'identity'; 'linear'; 'mlpNx_gelu' (N layers, exact GELU between them); 'mlp_downsample' (2x2
-    neighbours joined into one token, LayerNorm, two layers). An odd grid gets a zero row at the bottom,
-    then a zero column at the right. `token_order` says how the downsampled grid is read: 'column'
-    (VILA-1.5 and VILA-M3) or 'row' (NVILA).
+    `type` is one of `TYPES`; `plan` says what it means. A grid that the block does not divide gets zero rows at
+    the bottom and zero columns at the right. `token_order` says how the grid of tokens of 'mlp_downsample' is
+    read: 'column' (VILA-1.5 and VILA-M3) or 'row' (NVILA); all other types are read row by row.
+
+    Parameters: norm1, fc1, norm2, ... in the order of use.
     """
 
     def __init__(self, cfg: Any, in_dim: int, out_dim: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
-        self.downsample = cfg.type == "mlp_downsample"
-        self.column_order = cfg.token_order == "column"
         if cfg.token_order not in ("column", "row"):
             raise UserError(
                 f"model.projector.token_order={cfg.token_order!r} is unknown; use 'column' or 'row'"
             )
-        mlp = re.fullmatch(r"mlp([1-9]\d*)x_gelu", cfg.type)
-        if self.downsample:
-            in_dim, self.depth = 4 * in_dim, 2
-        elif mlp:
-            self.depth = int(mlp[1])
-        elif cfg.type in ("linear", "identity"):
-            self.depth = int(cfg.type == "linear")
-        else:
-            raise UserError(
-                f"model.projector.type={cfg.type!r} is unknown; "
-                "use mlp_downsample, mlp2x_gelu (any number of layers), linear or identity"
-            )
-        if not self.depth and in_dim != out_dim:
-            raise UserError(
-                f"an identity projector needs equal widths, but the tower has {in_dim} and the LLM {out_dim}"
-            )
+        self.plan = plan(cfg.type, in_dim, out_dim)
+        self.column_order = cfg.token_order == "column" and cfg.type == "mlp_downsample"
         kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
-        self.norm = LayerNorm(in_dim, eps=_NORM_EPS, **kwargs) if self.downsample else None
-        for i in range(self.depth):
-            init = _SMALL_INIT if i == self.depth - 1 else jax.nn.initializers.lecun_normal()
-            layer = Linear(out_dim if i else in_dim, out_dim, rngs=rngs, kernel_init=init, **kwargs)
+        widths = self.plan.widths
+        for i in range(self.plan.depth):
+            if i < self.plan.norms:
+                setattr(self, f"norm{i + 1}", LayerNorm(widths[i], eps=_NORM_EPS, **kwargs))
+            init = _SMALL_INIT if i == self.plan.depth - 1 else jax.nn.initializers.lecun_normal()
+            layer = Linear(widths[i], widths[i + 1], rngs=rngs, kernel_init=init, **kwargs)
             setattr(self, f"fc{i + 1}", layer)
 
     def num_tokens(self, grid: int) -> int:
         """Tokens per image for a tower of grid x grid patches."""
-        return grid_tokens(grid, self.downsample)
+        return grid_tokens(grid, self.plan.block)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.norm is not None:
-            x = self.norm(join_neighbours(x, column_order=self.column_order))
-        # Every product's placement is stated: left to itself, the partitioner got the gradient between the
-        # two layers wrong on a mesh of three axes (data x fsdp x tensor; jax 0.10.2).
+        x = join_neighbours(x, self.plan.block, column_order=self.column_order)
+        # Every product's placement is stated: left to itself, the partitioner got the gradient between two
+        # layers wrong on a mesh of three axes (data x fsdp x tensor; jax 0.10.2).
         x = shard(x, "batch", None, None)
-        for i in range(self.depth):
-            x = getattr(self, f"fc{i + 1}")(jax.nn.gelu(x, approximate=False) if i else x)
-            x = shard(x, "batch", None, "mlp" if i < self.depth - 1 else "embed")
+        for i in range(self.plan.depth):
+            if i:
+                x = jax.nn.gelu(x, approximate=False)
+            if i < self.plan.norms:
+                x = shard(getattr(self, f"norm{i + 1}")(x), "batch", None, None)
+            x = getattr(self, f"fc{i + 1}")(x)
+            x = shard(x, "batch", None, "mlp" if i < self.plan.depth - 1 else "embed")
         return x
 
 
-def grid_tokens(grid: int, downsample: bool) -> int:
-    """Tokens left of a grid x grid map; an odd grid is padded before 2x2 patches are joined."""
-    return ((grid + 1) // 2) ** 2 if downsample else grid**2
+def grid_tokens(grid: int, block: int) -> int:
+    """Tokens left of a grid x grid map whose block x block patches are joined, after padding."""
+    return (-(-grid // block)) ** 2
 
 
-def join_neighbours(x: jax.Array, *, column_order: bool) -> jax.Array:
-    """Joins 2x2 patches into one token.
+def join_neighbours(x: jax.Array, block: int, *, column_order: bool) -> jax.Array:
+    """Joins block x block patches into one token.
 
     Args:
       x: [N, g*g, C], row by row.
+      block: side of a block, b; 1 changes nothing.
       column_order: whether tokens run down the columns of the new grid first.
 
     Returns:
-      [N, ceil(g/2)**2, 4C]; channels of the top left, top right, bottom left, bottom right patch.
+      [N, ceil(g/b)**2, b*b*C]; channels of the block's patches row by row.
 
     Raises:
       ValueError: the patches form no square.
     """
+    if block == 1:
+        return x
     n, tokens, channels = x.shape
     grid = round(tokens**0.5)
     if grid**2 != tokens:
         raise ValueError(f"{tokens} patches form no square grid")
+    side = -(-grid // block)
+    short = side * block - grid
     x = x.reshape(n, grid, grid, channels)
-    odd = grid % 2
-    x = jnp.pad(x, ((0, 0), (0, odd), (0, odd), (0, 0)))
-    half = (grid + odd) // 2
-    x = x.reshape(n, half, 2, half, 2, channels)  # [N, row, in row, column, in column, C]
+    x = jnp.pad(x, ((0, 0), (0, short), (0, short), (0, 0)))
+    x = x.reshape(n, side, block, side, block, channels)  # [N, row, in row, column, in column, C]
     order = (0, 3, 1, 2, 4, 5) if column_order else (0, 1, 3, 2, 4, 5)
-    return x.transpose(order).reshape(n, half * half, 4 * channels)
+    return x.transpose(order).reshape(n, side * side, block * block * channels)

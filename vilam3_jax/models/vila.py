@@ -12,7 +12,7 @@ from vilam3_jax import compat
 from vilam3_jax.errors import UserError
 from vilam3_jax.models.contrastive import TwoTower
 from vilam3_jax.models.llama import Llama
-from vilam3_jax.models.projector import Projector, grid_tokens
+from vilam3_jax.models.projector import Projector, grid_tokens, plan
 from vilam3_jax.models.siglip import SiglipVision
 from vilam3_jax.ops.partition import shard
 
@@ -141,4 +141,5 @@ def _family(table: dict[str, Any], key: str, name: str) -> Any:
 def tokens_per_image(cfg: Any) -> int:
     """T of a `config.model`, without building it."""
     grid = cfg.vision_tower.image_size // cfg.vision_tower.patch_size
-    return grid_tokens(grid, cfg.projector.type == "mlp_downsample")
+    block = plan(cfg.projector.type, cfg.vision_tower.hidden_size, cfg.llm.hidden_size).block
+    return grid_tokens(grid, block)

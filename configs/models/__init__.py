@@ -1,20 +1,78 @@
-"""Model sizes as data: one module each, with `get_model()`."""
+"""Model sizes as data: one module each, with `get_model()`; parts to swap are in `parts`."""
 
 import importlib
 import pkgutil
+from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
+from vilam3_jax.configs.models.parts import llms, towers
 
 from vilam3_jax.errors import UserError
 
 
-def get(name: str) -> ConfigDict:
-    """Returns the `model` section of a size.
+def get(spec: str) -> ConfigDict:
+    """Returns the `model` section of a size, with parts swapped if asked for.
+
+    Args:
+      spec: `NAME`, or `NAME,tower=TOWER,llm=LLM,projector=TYPE,template=TEMPLATE` with any of the four;
+        towers and LLMs are those of `parts.towers` and `parts.llms`.
 
     Raises:
-      UserError: there is no such size; lists those there are.
+      UserError: an unknown name; lists those there are.
     """
-    known = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    name, *swaps = spec.split(",")
+    known = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
     if name not in known:
         raise UserError(f"model {name!r}: unknown; known sizes are {', '.join(known)}")
-    return importlib.import_module(f"{__name__}.{name}").get_model()
+    model = importlib.import_module(f"{__name__}.{name}").get_model()
+    for swap in swaps:
+        _swap(model, swap)
+    return model
+
+
+def assemble(name: str, tower: ConfigDict, llm: ConfigDict, *, template: str) -> ConfigDict:
+    """A `model` section in the layout of VILA-1.5: mlp_downsample, tokens in columns.
+
+    Args:
+      name: of the size.
+      tower: from `parts.towers`.
+      llm: from `parts.llms`.
+      template: what the LLM was tuned with.
+    """
+    return ConfigDict(
+        dict(
+            name=name,
+            image_size=tower.image_size,
+            template=template,
+            tokenizer="",
+            dtype="bfloat16",
+            param_dtype="float32",
+            remat="full",
+            vision_tower=tower,
+            text_tower=towers.text_tower_of(tower),
+            projector=dict(type="mlp_downsample", token_order="column"),
+            llm=llm,
+        )
+    )
+
+
+def _swap(model: ConfigDict, swap: str) -> None:
+    part, _, name = swap.partition("=")
+    if part == "llm":
+        model.llm = _part(llms.LLMS, "llm", name)
+    elif part == "tower":
+        model.vision_tower = _part(towers.TOWERS, "tower", name)
+        model.text_tower = towers.text_tower_of(model.vision_tower)
+        model.image_size = model.vision_tower.image_size
+    elif part == "projector":
+        model.projector.type = name
+    elif part == "template":
+        model.template = name
+    else:
+        raise UserError(f"model part {swap!r}: use tower=, llm=, projector= or template=")
+
+
+def _part(makers: Mapping[str, Callable[[], ConfigDict]], part: str, name: str) -> ConfigDict:
+    if name not in makers:
+        raise UserError(f"{part} {name!r}: unknown; known are {', '.join(sorted(makers))}")
+    return makers[name]()

@@ -34,7 +34,7 @@ def build(family, source):
 
 
 def llama_logits(source, tokens, first=0):
-    """Float32 [B, L, V] of the imported model; every row is one segment whose positions count from `first`."""
+    """Float32 [B, L, V] of the imported model; every row is one segment, its positions from `first`."""
     model = build(Llama, source)
     positions = jnp.broadcast_to(first + jnp.arange(tokens.shape[1]), tokens.shape)
     with jax.default_matmul_precision("highest"):

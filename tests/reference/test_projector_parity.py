@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,7 +51,7 @@ def layers(kind):
     hidden = {"3x3_fix": (9, 3), "3x3_s2": (9, 3, 1, 1 / 3), "3x3_s2_new": (9, 4, 2, 1, 1 / 3)}
     widths = [round(C * share) for share in hidden[kind.removeprefix("mlp_downsample_")]] + [H]
     stack = joined
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in itertools.pairwise(widths):
         stack += [LayerNorm(before), Linear(before, after), GELU()]
     return [*stack, Linear(H, H)]
 

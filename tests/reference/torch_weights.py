@@ -133,3 +133,34 @@ def siglip_text(state: dict[str, np.ndarray], layers: int) -> dict[str, Any]:
         "final_norm": norm(state, at + "final_layer_norm"),
         "head": linear(state, at + "head"),
     }
+
+
+def intern_vit(model: Any) -> dict[str, Any]:
+    """InternVLVisionModel -> the `vision_tower` subtree."""
+    state = numpy_state(model)
+
+    def block(i: int) -> dict[str, Any]:
+        at = f"encoder.layer.{i}."
+        names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "projection_layer"}
+        attention = {ours: linear(state, f"{at}attention.{theirs}") for ours, theirs in names.items()}
+        attention |= {f"{n}_norm": norm(state, f"{at}attention.{n}_norm") for n in "qk"}
+        return {
+            "norm1": norm(state, at + "layernorm_before"),
+            "norm2": norm(state, at + "layernorm_after"),
+            "attn": attention,
+            "scale1": jnp.asarray(state[at + "lambda_1"]),
+            "scale2": jnp.asarray(state[at + "lambda_2"]),
+            "mlp": _mlp(state, at + "mlp"),
+        }
+
+    return {
+        "class_embed": jnp.asarray(state["embeddings.cls_token"][0]),
+        "pos_embed": jnp.asarray(state["embeddings.position_embeddings"][0]),
+        "patch_embed": {
+            "kernel": jnp.asarray(
+                state["embeddings.patch_embeddings.projection.weight"].transpose(2, 3, 1, 0)
+            ),
+            "bias": jnp.asarray(state["embeddings.patch_embeddings.projection.bias"]),
+        },
+        "blocks": stack([block(i) for i in range(model.config.num_hidden_layers)]),
+    }

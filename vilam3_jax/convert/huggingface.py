@@ -1,4 +1,4 @@
-"""Hugging Face folders (config.json and safetensors) as sources: Llama and Qwen decoders, SigLIP vision towers."""
+"""Hugging Face folders (config.json and safetensors): Llama and Qwen decoders, SigLIP vision towers."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "import",
         help="read a Hugging Face folder or a GGUF file",
-        description="Read a language model (Llama, Qwen2, Qwen3: Hugging Face folder; Llama: GGUF file) or a SigLIP vision "
-        "tower and write a folder that training can start from (--config.init.llm=DIR).",
+        description="Read a language model (Llama, Qwen2, Qwen3: Hugging Face folder; Llama: GGUF file) "
+        "or a SigLIP vision tower and write a folder that training can start from (--config.init.llm=DIR).",
     )
     command.add_argument("--source", required=True, help="GGUF file or Hugging Face model folder")
     command.add_argument("--out", required=True, help="folder to create; may be gs://...")

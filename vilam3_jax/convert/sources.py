@@ -105,8 +105,8 @@ def llama_rules(config: Mapping[str, Any]) -> list[Rule]:
     Query and key columns are in the rotate-half layout, as Hugging Face stores them.
 
     Args:
-      config: our `llm` section: its `num_layers`, `tie_embeddings` (there is no `lm_head`), `qkv_bias`, `o_bias`
-        and `qk_norm`.
+      config: our `llm` section: its `num_layers`, `tie_embeddings` (there is no `lm_head`), `qkv_bias`,
+        `o_bias` and `qk_norm`.
     """
     rules = [
         Rule("llm/embed/embedding", ("model.embed_tokens.weight",), keep),

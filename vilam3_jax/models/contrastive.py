@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vilam3_jax.errors import UserError
 from vilam3_jax.models.siglip import SiglipText, SiglipVision
 from vilam3_jax.ops.partition import shard
 
@@ -23,6 +24,11 @@ class TwoTower(nnx.Module):
         kwargs: dict[str, Any] = dict(
             rngs=rngs, dtype=cfg.dtype, param_dtype=cfg.param_dtype, remat=cfg.remat
         )
+        if cfg.vision_tower.type != "siglip":
+            raise UserError(
+                f"model.vision_tower.type={cfg.vision_tower.type!r} has no pooled output to train "
+                "against texts; use 'siglip' for kind='contrastive'"
+            )
         self.vision_tower = SiglipVision(cfg.vision_tower, **kwargs)
         self.text_tower = SiglipText(cfg.text_tower, self.vision_tower.width, **kwargs)
         self.logit_scale = nnx.Param(jnp.log(jnp.asarray(10.0, cfg.param_dtype)))

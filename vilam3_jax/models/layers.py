@@ -152,18 +152,27 @@ class SelfAttention(nnx.Module):
 
 
 class GeluMLP(nnx.Module):
-    """fc1 -> tanh-approximated GELU -> fc2."""
+    """fc1 -> GELU, by default the one approximated with tanh -> fc2."""
 
     def __init__(
-        self, width: int, mlp_dim: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, stack: Stack = ()
+        self,
+        width: int,
+        mlp_dim: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any,
+        param_dtype: Any,
+        stack: Stack = (),
+        approximate: bool = True,
     ):
+        self.approximate = approximate
         kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, stack=stack)
         self.fc1 = Linear(width, mlp_dim, **kwargs)
         self.fc2 = Linear(mlp_dim, width, **kwargs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden = checkpoint_name(shard(self.fc1(x), "batch", None, "mlp"), "mlp")
-        return self.fc2(jax.nn.gelu(hidden, approximate=True))
+        return self.fc2(jax.nn.gelu(hidden, approximate=self.approximate))
 
 
 class EncoderBlock(nnx.Module):

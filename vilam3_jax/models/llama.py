@@ -1,7 +1,7 @@
 """The language models of VILA-1.5, VILA-M3 and NVILA: Llama, and by config Qwen2 and Qwen3.
 
-Layouts are those of Hugging Face's LlamaForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM. `config.model.llm` may
-have, beside the sizes:
+Layouts are those of Hugging Face's LlamaForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM.
+`config.model.llm` may have, beside the sizes:
   qkv_bias, o_bias: biases in the attention projections (Qwen2: the first).
   qk_norm: RMS norm of each query and key head before it is rotated (Qwen3).
   rope_scaling: how rotary frequencies are stretched, see `rope_frequencies`.

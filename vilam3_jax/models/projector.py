@@ -82,18 +82,16 @@ def plan(kind: str, in_dim: int, out_dim: int) -> Plan:
             "use model.projector.type=linear"
         )
     if "s2" in kind and c % 3:
-        raise UserError(
-            f"model.projector.type={kind!r} is for three scales, but {c} channels do not divide by 3"
-        )
+        raise UserError(f"model.projector.type={kind!r} is for three scales; {c} channels do not divide by 3")
     return plans[kind]
 
 
 class Projector(nnx.Module):
     """[N, grid**2, C] -> [N, T, H].
 
-    `type` is one of `TYPES`; `plan` says what it means. A grid that the block does not divide gets zero rows at
-    the bottom and zero columns at the right. `token_order` says how the grid of tokens of 'mlp_downsample' is
-    read: 'column' (VILA-1.5 and VILA-M3) or 'row' (NVILA); all other types are read row by row.
+    `type` is one of `TYPES`; `plan` says what it means. A grid that the block does not divide gets zero rows
+    at the bottom and zero columns at the right. `token_order` says how the grid of tokens of 'mlp_downsample'
+    is read: 'column' (VILA-1.5 and VILA-M3) or 'row' (NVILA); all other types are read row by row.
 
     Parameters: norm1, fc1, norm2, ... in the order of use.
     """

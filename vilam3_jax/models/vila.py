@@ -11,12 +11,13 @@ from flax import nnx
 from vilam3_jax import compat
 from vilam3_jax.errors import UserError
 from vilam3_jax.models.contrastive import TwoTower
+from vilam3_jax.models.intern_vit import InternViT
 from vilam3_jax.models.llama import Llama
 from vilam3_jax.models.projector import Projector, grid_tokens, plan
 from vilam3_jax.models.siglip import SiglipVision
 from vilam3_jax.ops.partition import shard
 
-VISION_TOWERS = {"siglip": SiglipVision}
+VISION_TOWERS = {"siglip": SiglipVision, "intern_vit": InternViT}
 LLMS = {"llama": Llama}
 
 

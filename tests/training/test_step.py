@@ -54,6 +54,29 @@ def test_queries_over_tensor_equal_one_device(kind):
         np.testing.assert_allclose(many.step(make(index))["loss"], one.step(make(index))["loss"], rtol=1e-5)
 
 
+def other_families(**mesh_axes):
+    """InternViT, a projector with norms between its layers, a Llama with all that Qwen adds."""
+    config = tiny_config(**mesh_axes)
+    with config.unlocked():
+        config.model.vision_tower.type = "intern_vit"
+        config.model.projector.type = "mlp_downsample_3x3_fix"
+        config.model.llm.update(dict(qkv_bias=True, o_bias=True, qk_norm=True, tie_embeddings=False))
+        scaling = dict(type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
+        with config.model.llm.ignore_type():
+            config.model.llm.rope_scaling = dict(scaling, original_max_positions=16)
+    return config
+
+
+@pytest.mark.parametrize("axes", [dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, tensor=2)])
+def test_other_families_sharded_equal_one_device(axes):
+    one, many = Run(other_families(), one_device()), Run(other_families(**axes))
+    for index in range(5):
+        batch = packed_batch(index)
+        np.testing.assert_allclose(many.step(batch)["loss"], one.step(batch)["loss"], rtol=1e-5)
+    for path, leaf in many.state["trainable"].items():
+        np.testing.assert_allclose(leaf, one.state["trainable"][path], atol=2e-5, err_msg=path)
+
+
 def test_activations_are_split_inside_the_step():
     run = Run(tiny_config(fsdp=4, tensor=2))
     run.step(packed_batch(0))

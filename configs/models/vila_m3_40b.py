@@ -7,4 +7,4 @@ from vilam3_jax.configs.models.parts import llms, towers
 
 def get_model() -> ConfigDict:
     """Returns the `model` section."""
-    return assemble("vila_m3_40b", towers.intern_vit_6b_448(), llms.yi_34b(), template="hermes_2")
+    return assemble("vila_m3_40b", towers.intern_vit_6b_448(), llms.yi_34b(), template="hermes-2")

@@ -1,8 +1,9 @@
 """Wire formats: how turns become tokens, which of them are targets, and where images stand.
 
 A template is data. Its control tokens are inserted as ids; what people wrote is encoded as plain text, so no
-text can open or close a turn. Every piece is encoded on its own: a prompt for generation is the exact prefix
-of the training sequence, and supervision needs no search for borders.
+text can open or close a turn. Text between control tokens and images is encoded as one, but an assistant's
+text always on its own: a prompt for generation is the exact prefix of the training sequence, and supervision
+needs no search for borders.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from vilam3_jax.errors import UserError
 class TokenizerLike(Protocol):
     """What templates and loaders need of `data.tokenizer.Tokenizer`."""
 
+    bos_id: int | None
     eos_id: int
     pad_id: int
     vocab_size: int
 
     def encode(self, text: str) -> list[int]: ...
+
+    def encode_continued(self, text: str) -> list[int]: ...
 
     def token_id(self, token: str) -> int: ...
 
@@ -36,7 +40,17 @@ class Special:
     token: str
 
 
-Part = str | Special
+@dataclasses.dataclass(frozen=True)
+class Bos:
+    """The tokenizer's beginning of a sequence; nothing where it has none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Eos:
+    """The tokenizer's end of a sequence."""
+
+
+Part = str | Special | Bos | Eos
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +63,10 @@ class Template:
       ends: role → what stands after its text (not the assistant).
       stop: what ends an assistant's text; supervised with it.
       after_stop: what follows, not supervised.
+      start: what a sequence begins with.
+      system: text of the system turn that is put before dialogues that begin without one; None for none.
+      gap: what stands between an assistant's header and its text, as a part of the text.
+      last_stop: what ends a dialogue's last turn, where that is not `stop`.
     """
 
     name: str
@@ -56,31 +74,92 @@ class Template:
     ends: Mapping[str, tuple[Part, ...]]
     stop: tuple[Part, ...]
     after_stop: tuple[Part, ...] = ()
+    start: tuple[Part, ...] = ()
+    system: str | None = None
+    gap: str = ""
+    last_stop: tuple[Part, ...] | None = None
 
     def stop_ids(self, tokenizer: TokenizerLike) -> tuple[int, ...]:
         """Ids at which an answer ends."""
-        control = (tokenizer.token_id(part.token) for part in self.stop if isinstance(part, Special))
+        parts = (*self.stop, *(self.last_stop or ()))
+        control = (tokenizer.token_id(part.token) for part in parts if isinstance(part, Special))
         return tuple(dict.fromkeys((*control, tokenizer.eos_id)))
 
 
-def _chatml() -> Template:
+# An expert speaks under the user's header, as in VILA-M3.
+_WRITTEN = {"system": "system", "user": "user", "assistant": "assistant", "expert": "user"}
+_SILENT: Mapping[str, tuple[Part, ...]] = dict.fromkeys(_WRITTEN, ())
+_CURIOUS = "A chat between a curious {person} and an artificial intelligence assistant. " + (
+    "The assistant gives helpful, detailed, and polite answers to the {person}'s questions."
+)
+
+
+def _chatml(name: str, system: str | None = None, after: tuple[Part, ...] = ("\n",)) -> Template:
+    """`<|im_start|>role`, a line end, the text, `<|im_end|>`, and `after` between turns."""
     start, end = Special("<|im_start|>"), Special("<|im_end|>")
-    # An expert speaks under the user's header, as in VILA-M3.
-    written = {"system": "system", "user": "user", "assistant": "assistant", "expert": "user"}
     return Template(
-        name="chatml",
-        headers={role: (start, f"{name}\n") for role, name in written.items()},
-        ends={role: (end, "\n") for role in ("system", "user", "expert")},
+        name=name,
+        headers={role: (start, f"{written}\n") for role, written in _WRITTEN.items()},
+        ends={role: (end, *after) for role in ("system", "user", "expert")},
         stop=(end,),
-        after_stop=("\n",),
+        after_stop=after,
+        system=system,
     )
 
 
-_SILENT: Mapping[str, tuple[Part, ...]] = dict.fromkeys(("system", "user", "assistant", "expert"), ())
+def _llama_3() -> Template:
+    """Llama 3's headers with VILA's system text; the last turn of a training dialogue ends the text."""
+    open_, close = Special("<|start_header_id|>"), Special("<|end_header_id|>")
+    end = (Special("<|eot_id|>"),)
+    return Template(
+        name="llama_3",
+        headers={role: (open_, written, close, "\n\n") for role, written in _WRITTEN.items()},
+        ends=dict.fromkeys(("system", "user", "expert"), end),
+        stop=end,
+        start=(Special("<|begin_of_text|>"),),
+        system="You are a helpful language and vision assistant. You are able to understand the visual "
+        "content that the user provides, and assist the user with a variety of tasks using natural language.",
+        last_stop=(Special("<|end_of_text|>"),),
+    )
 
-CHATML = _chatml()
+
+def _vicuna(name: str, system: str) -> Template:
+    """`USER: ... ASSISTANT: ...</s>`: words, not control tokens, open the turns."""
+    asks = ("USER: ",)
+    return Template(
+        name=name,
+        headers={"system": (), "user": asks, "expert": asks, "assistant": ("ASSISTANT:",)},
+        ends=dict.fromkeys(("system", "user", "expert"), (" ",)),
+        stop=(Eos(),),
+        start=(Bos(),),
+        system=system,
+        gap=" ",
+    )
+
+
+CHATML = _chatml("chatml")
 PLAIN = Template(name="plain", headers=_SILENT, ends=_SILENT, stop=("\n",))
-TEMPLATES = {template.name: template for template in (CHATML, PLAIN)}
+# VILA's conversation modes, under its names; `v1` is its other name for vicuna_v1.
+TEMPLATES = {
+    template.name: template
+    for template in (
+        CHATML,
+        PLAIN,
+        _llama_3(),
+        _vicuna("v1", _CURIOUS.format(person="user")),
+        _vicuna("vicuna_v1", _CURIOUS.format(person="user")),
+        _vicuna("vicuna_v1_nosys", ""),
+        _vicuna("llava_v1", _CURIOUS.format(person="human")),
+        _chatml("hermes-2", "Answer the questions.", after=()),
+        _chatml(
+            "mpt",
+            "A conversation between a user and an LLM-based AI assistant. "
+            "The assistant gives helpful and honest answers.",
+            after=(),
+        ),
+        _chatml("qwen2", "You are a helpful assistant"),
+    )
+}
 
 
 def get_template(name: str) -> Template:
@@ -117,7 +196,7 @@ class Encoded:
 
 
 class _Builder:
-    def __init__(self, tokenizer: TokenizerLike, tokens_per_image: int) -> None:
+    def __init__(self, tokenizer: TokenizerLike, tokens_per_image: int, continued: bool = False) -> None:
         self._tokenizer = tokenizer
         self._tokens_per_image = tokens_per_image
         self._tokens: list[int] = []
@@ -125,28 +204,55 @@ class _Builder:
         self._image: list[int] = []
         self._offset: list[int] = []
         self._images = 0
+        self._text = ""
+        self._text_supervised = False
+        self._at_start = not continued
 
     def ids(self, ids: Sequence[int], supervised: bool) -> None:
-        self._tokens += ids
-        self._mask += [float(supervised)] * len(ids)
-        self._image += [-1] * len(ids)
-        self._offset += [0] * len(ids)
+        self.cut()
+        self._append(ids, supervised)
+        self._at_start = False
 
     def parts(self, parts: Sequence[Part], supervised: bool) -> None:
         for part in parts:
-            if isinstance(part, Special):
+            if isinstance(part, str):
+                self._add(part, supervised)
+            elif isinstance(part, Special):
                 self.ids([self._tokenizer.token_id(part.token)], supervised)
-            else:
-                self.ids(self._tokenizer.encode(part), supervised)
+            elif isinstance(part, Eos):
+                self.ids([self._tokenizer.eos_id], supervised)
+            elif self._tokenizer.bos_id is not None:
+                # Tokenizers put their first space after the beginning, too: what follows is still the start.
+                self._append([self._tokenizer.bos_id], supervised)
 
     def text(self, text: str, supervised: bool) -> None:
         for position, chunk in enumerate(text.split(IMAGE_MARKER)):
             if position:
                 self._place_image()
-            if chunk:
-                self.ids(self._tokenizer.encode(chunk), supervised)
+            self._add(chunk, supervised)
+
+    def cut(self) -> None:
+        """Encodes the text so far: what comes next is encoded apart from it."""
+        if self._text:
+            encode = self._tokenizer.encode if self._at_start else self._tokenizer.encode_continued
+            self._append(encode(self._text), self._text_supervised)
+            self._text, self._at_start = "", False
+
+    def _add(self, text: str, supervised: bool) -> None:
+        if supervised != self._text_supervised:
+            self.cut()
+            self._text_supervised = supervised
+        self._text += text
+
+    def _append(self, ids: Sequence[int], supervised: bool) -> None:
+        self._tokens += ids
+        self._mask += [float(supervised)] * len(ids)
+        self._image += [-1] * len(ids)
+        self._offset += [0] * len(ids)
 
     def _place_image(self) -> None:
+        self.cut()
+        self._at_start = False
         count = self._tokens_per_image
         self._tokens += [self._tokenizer.pad_id] * count
         self._mask += [0.0] * count
@@ -155,6 +261,7 @@ class _Builder:
         self._images += 1
 
     def done(self) -> Encoded:
+        self.cut()
         return Encoded(
             np.asarray(self._tokens, np.int32),
             np.asarray(self._mask, np.float32),
@@ -164,15 +271,25 @@ class _Builder:
         )
 
 
-def _turns(build: _Builder, template: Template, turns: Sequence[Turn]) -> None:
+def _start(build: _Builder, template: Template, turns: Sequence[Turn]) -> None:
+    build.parts(template.start, False)
+    if template.system is not None and (not turns or turns[0].role != "system"):
+        _turns(build, template, [Turn("system", template.system)])
+
+
+def _turns(build: _Builder, template: Template, turns: Sequence[Turn], *, whole: bool = False) -> None:
+    """Writes turns; those of a `whole` dialogue end as `template.last_stop` says."""
     for turn in turns:
         build.parts(template.headers[turn.role], False)
-        build.text(turn.text, turn.supervised)
-        if turn.role == "assistant":
-            build.parts(template.stop, turn.supervised)
-            build.parts(template.after_stop, False)
-        else:
+        if turn.role != "assistant":
+            build.text(turn.text, turn.supervised)
             build.parts(template.ends[turn.role], False)
+            continue
+        build.cut()
+        build.text(template.gap + turn.text if turn.text else "", turn.supervised)
+        last = whole and turn is turns[-1]
+        build.parts((template.last_stop if last else None) or template.stop, turn.supervised)
+        build.parts(template.after_stop, False)
 
 
 def encode_conversation(
@@ -189,7 +306,8 @@ def encode_conversation(
       tokens_per_image: the projector's output length.
     """
     build = _Builder(tokenizer, tokens_per_image)
-    _turns(build, template, turns)
+    _start(build, template, turns)
+    _turns(build, template, turns, whole=True)
     return build.done()
 
 
@@ -203,11 +321,29 @@ def encode_document(tokenizer: TokenizerLike, turns: Sequence[Turn], tokens_per_
 
 
 def encode_prompt(
-    tokenizer: TokenizerLike, template: Template, turns: Sequence[Turn], tokens_per_image: int
+    tokenizer: TokenizerLike,
+    template: Template,
+    turns: Sequence[Turn],
+    tokens_per_image: int,
+    *,
+    continued: bool = False,
 ) -> Encoded:
-    """Encodes turns for generation: they end with the assistant's header; nothing is a target."""
-    build = _Builder(tokenizer, tokens_per_image)
-    _turns(build, template, [dataclasses.replace(turn, supervised=False) for turn in turns])
+    """Encodes turns for generation: they end with the assistant's header; nothing is a target.
+
+    Args:
+      tokenizer: as for `encode_conversation`, as are `template`, `turns` and `tokens_per_image`.
+      continued: the turns follow an assistant's header that was encoded before; the first one is an
+        assistant's, whose text is what is still missing of it.
+    """
+    build = _Builder(tokenizer, tokens_per_image, continued)
+    turns = [dataclasses.replace(turn, supervised=False) for turn in turns]
+    if continued:
+        build.text(turns[0].text, False)
+        build.parts((*template.stop, *template.after_stop), False)
+        turns = turns[1:]
+    else:
+        _start(build, template, turns)
+    _turns(build, template, turns)
     build.parts(template.headers["assistant"], False)
     return build.done()
 

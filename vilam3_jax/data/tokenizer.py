@@ -111,6 +111,24 @@ class Tokenizer:
             ids = self._encode_plain(text)
         return [self.bos_id, *ids] if add_bos else ids  # type: ignore[list-item]
 
+    def encode_continued(self, text: str) -> list[int]:
+        """Encodes text that follows other tokens: without the space that SentencePiece puts before a text.
+
+        Raises:
+          UserError: the tokenizer joins a line end with what follows it, so they cannot be told apart.
+        """
+        if not text or not self._adds_space:
+            return self._encode_plain(text)
+        # A line end is a byte of its own in these vocabularies: nothing merges with it.
+        anchor, ids = self._encode_plain("\n"), self._encode_plain("\n" + text)
+        if ids[: len(anchor)] != anchor:
+            raise UserError("this tokenizer cannot encode the continuation of a text; use its fast version")
+        return ids[len(anchor) :]
+
+    @functools.cached_property
+    def _adds_space(self) -> bool:
+        return self._plain.encode("a", add_special_tokens=False).tokens[0].startswith("▁")
+
     def _encode_plain(self, text: str) -> list[int]:
         ids = self._plain.encode(text, add_special_tokens=False).ids
         if self._specials.keys().isdisjoint(_occurring(self._specials, text)):

@@ -197,7 +197,6 @@ class Agent:
         self._cards = {card.name: card for card in cards} if provider is not None else {}
         self._max_rounds = max_rounds if provider is not None else 0
         self._stops = template.stop_ids(generator.tokenizer)
-        self._header = len(self._encode([]).tokens)
 
     @property
     def batch_size(self) -> int:
@@ -277,12 +276,7 @@ class Agent:
         row.turns.append(spoken)
         # The model's own words are cached without their ending: close its turn, then the expert speaks.
         turns = [Turn("assistant", ""), Turn("expert", spoken.text)]
-        encoded = self._encode(turns)
-        body = {
-            name: getattr(encoded, name)[self._header :]
-            for name in ("tokens", "loss_mask", "image_of_token", "visual_offset")
-        }
-        return self._chunk(dataclasses.replace(encoded, **body), spoken.images)
+        return self._chunk(self._encode(turns, continued=True), spoken.images)
 
     def _ask(self, provider: Provider, query: Query, expert: str, args: str) -> Annotation:
         key = query.input_key or "unknown"
@@ -322,9 +316,10 @@ class Agent:
             text = render()
         return Spoken("expert", text, pictures), annotation
 
-    def _encode(self, turns: Sequence[Turn]) -> Encoded:
+    def _encode(self, turns: Sequence[Turn], *, continued: bool = False) -> Encoded:
         generator = self._generator
-        return encode_prompt(generator.tokenizer, self._template, turns, generator.tokens_per_image)
+        count = generator.tokens_per_image
+        return encode_prompt(generator.tokenizer, self._template, turns, count, continued=continued)
 
     def _chunk(self, encoded: Encoded, pictures: tuple[np.ndarray, ...]) -> Chunk:
         if encoded.num_images != len(pictures):

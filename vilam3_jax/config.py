@@ -57,7 +57,7 @@ PARAMETER_RULES = (
     (r"text_tower/(embed/embedding|head/kernel)", (None, "fsdp")),
     (r"vision_tower/head/.*kernel", ("fsdp", "tensor")),
     (r"projector/(fc\d*|linear)/kernel", ("fsdp", "tensor")),
-    (r".*(scale|scale[12]|bias|pos_embed|class_embed|probe|logit_\w+)", ()),
+    (r".*(scale[12]?|bias|pos_embed|class_embed|probe|logit_\w+)", ()),
 )
 
 ACTIVATION_RULES = {

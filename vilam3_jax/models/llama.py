@@ -242,7 +242,7 @@ class Llama(nnx.Module):
         Returns:
           [B, L, D] after the final norm; meaningless but finite at padding.
         """
-        rope = rope_tables(positions, np.float32(self.rope_frequencies))
+        rope = rope_tables(positions, np.asarray(self.rope_frequencies, np.float32))
         x = shard(embeds.astype(self.dtype), "batch", "length", "embed")
         x = run_stack(self.layers, x, segment_ids, rope, remat=self.remat)
         return self.final_norm(x)
@@ -271,7 +271,7 @@ class Llama(nnx.Module):
         Returns:
           (hidden [B, Q, D] after the final norm, the new cache).
         """
-        rope = rope_tables(positions, np.float32(self.rope_frequencies))
+        rope = rope_tables(positions, np.asarray(self.rope_frequencies, np.float32))
         slots = write_at[:, None] + jnp.arange(embeds.shape[1])[None]
         graphdef, params = compat.split(self.layers)
 

@@ -56,6 +56,17 @@ def test_bad_arguments_are_named(arguments, message):
         config_lib.parse(arguments, flags.FlagValues())
 
 
+def test_parts_are_swapped_and_then_overridden():
+    from absl import flags
+
+    spec = "configs/stage3_instruct.py:vila_m3_8b,llm=qwen3_8b,tower=siglip_so400m_448,template=qwen2"
+    config = config_lib.parse([f"--config={spec}", "--config.model.llm.num_layers=2"], flags.FlagValues())
+    llm = config.model.llm
+    assert (llm.num_layers, llm.qk_norm, llm.hidden_size) == (2, True, 4096)
+    assert config.model.image_size == config.model.vision_tower.image_size == 448
+    assert config.model.template == "qwen2"
+
+
 def test_overrides_reach_the_model():
     from absl import flags
 

@@ -153,9 +153,7 @@ def test_prompts_are_prefixes_and_continue(name):
     assert whole[: len(first)] == first
     said = encode_conversation(tok, template, DIALOGUE[:2], T)
     answer = said.tokens[len(first) :][said.loss_mask[len(first) :] > 0][:-1].tolist()  # without its stop
-    rest = encode_prompt(
-        tok, template, [Turn("assistant", ""), DIALOGUE[2]], T, continued=True
-    ).tokens.tolist()
+    rest = encode_prompt(tok, template, [DIALOGUE[2]], T, after_answer=True).tokens.tolist()
     assert whole[: len(first) + len(answer) + len(rest)] == first + answer + rest
 
 

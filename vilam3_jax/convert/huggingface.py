@@ -207,7 +207,7 @@ def _rope_scaling(values: Mapping[str, Any], where: Path) -> dict[str, Any] | No
         return None
     if kind not in ("linear", "llama3"):
         raise UserError(f"{where}: rope_scaling={dict(values)!r} is not supported; choose another model")
-    at = where.with_name(f"{where.name}: rope_scaling")
+    at = f"{where}: rope_scaling"
     scaling: dict[str, Any] = {"type": kind, "factor": _number(values, "factor", at, 0.0)}
     if kind == "llama3":
         scaling["low_freq_factor"] = _number(values, "low_freq_factor", at, 0.0)
@@ -271,12 +271,12 @@ def open_siglip(folder: Path) -> Source:
     )
 
 
-def _positive(values: Mapping[str, Any], key: str, where: Path, default: int | None = None) -> int:
+def _positive(values: Mapping[str, Any], key: str, where: Path | str, default: int | None = None) -> int:
     value = values.get(key)
     return whole(default if value is None else value, f"{where}: {key}")
 
 
-def _number(values: Mapping[str, Any], key: str, where: Path, default: float) -> float:
+def _number(values: Mapping[str, Any], key: str, where: Path | str, default: float) -> float:
     value = values.get(key, default)
     if not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise UserError(f"{where}: {key} is {value!r}, a positive number was expected; download it again")

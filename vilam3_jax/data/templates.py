@@ -89,7 +89,8 @@ class Template:
 # An expert speaks under the user's header, as in VILA-M3.
 _WRITTEN = {"system": "system", "user": "user", "assistant": "assistant", "expert": "user"}
 _SILENT: Mapping[str, tuple[Part, ...]] = dict.fromkeys(_WRITTEN, ())
-_CURIOUS = "A chat between a curious {person} and an artificial intelligence assistant. " + (
+_CURIOUS = (
+    "A chat between a curious {person} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the {person}'s questions."
 )
 
@@ -196,7 +197,7 @@ class Encoded:
 
 
 class _Builder:
-    def __init__(self, tokenizer: TokenizerLike, tokens_per_image: int, continued: bool = False) -> None:
+    def __init__(self, tokenizer: TokenizerLike, tokens_per_image: int, at_start: bool = True) -> None:
         self._tokenizer = tokenizer
         self._tokens_per_image = tokens_per_image
         self._tokens: list[int] = []
@@ -206,7 +207,7 @@ class _Builder:
         self._images = 0
         self._text = ""
         self._text_supervised = False
-        self._at_start = not continued
+        self._at_start = at_start
 
     def ids(self, ids: Sequence[int], supervised: bool) -> None:
         self.cut()
@@ -326,21 +327,18 @@ def encode_prompt(
     turns: Sequence[Turn],
     tokens_per_image: int,
     *,
-    continued: bool = False,
+    after_answer: bool = False,
 ) -> Encoded:
     """Encodes turns for generation: they end with the assistant's header; nothing is a target.
 
     Args:
       tokenizer: as for `encode_conversation`, as are `template`, `turns` and `tokens_per_image`.
-      continued: the turns follow an assistant's header that was encoded before; the first one is an
-        assistant's, whose text is what is still missing of it.
+      after_answer: the turns follow an answer that was generated without its stop: that comes first.
     """
-    build = _Builder(tokenizer, tokens_per_image, continued)
+    build = _Builder(tokenizer, tokens_per_image, at_start=not after_answer)
     turns = [dataclasses.replace(turn, supervised=False) for turn in turns]
-    if continued:
-        build.text(turns[0].text, False)
+    if after_answer:
         build.parts((*template.stop, *template.after_stop), False)
-        turns = turns[1:]
     else:
         _start(build, template, turns)
     _turns(build, template, turns)

@@ -275,8 +275,7 @@ class Agent:
         row.trigger, row.trigger_text, row.annotation = called, text, annotation
         row.turns.append(spoken)
         # The model's own words are cached without their ending: close its turn, then the expert speaks.
-        turns = [Turn("assistant", ""), Turn("expert", spoken.text)]
-        return self._chunk(self._encode(turns, continued=True), spoken.images)
+        return self._chunk(self._encode([Turn("expert", spoken.text)], after_answer=True), spoken.images)
 
     def _ask(self, provider: Provider, query: Query, expert: str, args: str) -> Annotation:
         key = query.input_key or "unknown"
@@ -316,10 +315,10 @@ class Agent:
             text = render()
         return Spoken("expert", text, pictures), annotation
 
-    def _encode(self, turns: Sequence[Turn], *, continued: bool = False) -> Encoded:
+    def _encode(self, turns: Sequence[Turn], *, after_answer: bool = False) -> Encoded:
         generator = self._generator
         count = generator.tokens_per_image
-        return encode_prompt(generator.tokenizer, self._template, turns, count, continued=continued)
+        return encode_prompt(generator.tokenizer, self._template, turns, count, after_answer=after_answer)
 
     def _chunk(self, encoded: Encoded, pictures: tuple[np.ndarray, ...]) -> Chunk:
         if encoded.num_images != len(pictures):

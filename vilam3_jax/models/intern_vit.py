@@ -7,12 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
-from vilam3_jax.errors import UserError
-from vilam3_jax.models.layers import GeluMLP, Linear, RMSNorm, run_stack
-from vilam3_jax.models.siglip import PatchEmbed
-from vilam3_jax.ops.attention import attention
+from vilam3_jax.models.layers import GeluMLP, RMSNorm, SelfAttention, run_stack
+from vilam3_jax.models.siglip import PatchEmbed, check_images, feature_layers
 from vilam3_jax.ops.partition import shard
 
 # ImageNet's, with which the released tower was trained; of pixels in 0..1.
@@ -21,48 +18,17 @@ _STD = (0.229, 0.224, 0.225)
 _LAYER_SCALE = 0.1
 
 
-class InternAttention(nnx.Module):
-    """Bidirectional attention; queries and keys are normalised over the full width, before heads are split.
+class InternBlock(nnx.Module):
+    """Pre-norm block whose two branches are scaled per channel (LayerScale, arXiv:2103.17239).
 
     The checkpoint's one `qkv` matrix is three here, so that each divides over devices by heads.
     """
-
-    def __init__(self, width: int, num_heads: int, *, eps: float, rngs: nnx.Rngs, **kwargs: Any):
-        if width % num_heads:
-            raise UserError(
-                f"hidden_size {width} is no multiple of num_heads {num_heads}; change one of them"
-            )
-        self.num_heads = num_heads
-        self.q = Linear(width, width, use_bias=False, rngs=rngs, **kwargs)
-        self.k = Linear(width, width, use_bias=False, rngs=rngs, **kwargs)
-        self.v = Linear(width, width, use_bias=False, rngs=rngs, **kwargs)
-        self.o = Linear(width, width, rngs=rngs, **kwargs)
-        self.q_norm = RMSNorm(width, eps=eps, **kwargs)
-        self.k_norm = RMSNorm(width, eps=eps, **kwargs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, L, D] -> [B, L, D]."""
-
-        def heads(y: jax.Array) -> jax.Array:
-            y = y.reshape(*y.shape[:-1], self.num_heads, -1)
-            return checkpoint_name(shard(y, "batch", None, "heads", None), "qkv")
-
-        # The mean of squares runs over all heads: with heads over devices it is a sum across them.
-        q = heads(self.q_norm(shard(self.q(x), "batch", None, "heads")))
-        k = heads(self.k_norm(shard(self.k(x), "batch", None, "heads")))
-        v = heads(self.v(x))
-        out = attention(q, k, v, causal=False)
-        return self.o(shard(out.reshape(*out.shape[:2], -1), "batch", None, "heads"))
-
-
-class InternBlock(nnx.Module):
-    """Pre-norm block whose two branches are scaled per channel (LayerScale, arXiv:2103.17239)."""
 
     def __init__(self, cfg: Any, *, rngs: nnx.Rngs, stack: tuple[int, ...], dtype: Any, param_dtype: Any):
         kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, stack=stack)
         width, eps = cfg.hidden_size, cfg.norm_eps
         self.norm1 = RMSNorm(width, eps=eps, **kwargs)
-        self.attn = InternAttention(width, cfg.num_heads, eps=eps, rngs=rngs, **kwargs)
+        self.attn = SelfAttention(width, cfg.num_heads, qkv_bias=False, qk_norm_eps=eps, rngs=rngs, **kwargs)
         self.scale1 = nnx.Param(jnp.full((*stack, width), _LAYER_SCALE, param_dtype))
         self.norm2 = RMSNorm(width, eps=eps, **kwargs)
         self.mlp = GeluMLP(width, cfg.mlp_dim, approximate=False, rngs=rngs, **kwargs)
@@ -84,13 +50,7 @@ class InternViT(nnx.Module):
         self.grid = cfg.image_size // cfg.patch_size
         self.width = cfg.hidden_size
         self.remat = remat
-        states = cfg.num_layers + 1
-        if not -states <= cfg.select_layer < states:
-            raise UserError(
-                f"model.vision_tower.select_layer={cfg.select_layer} is none of the {states} hidden states; "
-                f"use {-states} to {states - 1}"
-            )
-        self.num_feature_layers = cfg.select_layer % states
+        self.num_feature_layers = feature_layers(cfg)
         kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.patch_embed = PatchEmbed(cfg.patch_size, cfg.hidden_size, **kwargs)
         stddev = cfg.hidden_size**-0.5
@@ -105,11 +65,7 @@ class InternViT(nnx.Module):
 
         There is no norm after it, and later blocks are not computed.
         """
-        if images.dtype != jnp.uint8 or images.shape[1:] != (self.image_size, self.image_size, 3):
-            raise ValueError(
-                f"images must be uint8 [N, {self.image_size}, {self.image_size}, 3], "
-                f"not {images.dtype} {images.shape}"
-            )
+        check_images(images, self.image_size)
         x = (images.astype(jnp.float32) / 255 - jnp.asarray(_MEAN)) / jnp.asarray(_STD)
         x = self.patch_embed(x)
         token = jnp.broadcast_to(self.class_embed[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))

@@ -118,24 +118,36 @@ class RMSNorm(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Bidirectional multi-head attention with biases: x [B, L, D] -> [B, L, D].
+    """Bidirectional multi-head attention: x [B, L, D] -> [B, L, D].
 
-    A pooling head gives a `query` [B, Q, D] of its own and gets [B, Q, D].
+    A pooling head gives a `query` [B, Q, D] of its own and gets [B, Q, D]. With `qk_norm_eps`, queries and
+    keys are RMS-normalised over the full width, before heads are split.
     """
 
     def __init__(
-        self, width: int, num_heads: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, stack: Stack = ()
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any,
+        param_dtype: Any,
+        stack: Stack = (),
+        qkv_bias: bool = True,
+        qk_norm_eps: float | None = None,
     ):
         if width % num_heads:
             raise UserError(
                 f"hidden_size {width} is no multiple of num_heads {num_heads}; change one of them"
             )
         self.num_heads = num_heads
-        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, stack=stack)
-        self.q = Linear(width, width, **kwargs)
-        self.k = Linear(width, width, **kwargs)
-        self.v = Linear(width, width, **kwargs)
-        self.o = Linear(width, width, **kwargs)
+        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, stack=stack)
+        self.q = Linear(width, width, rngs=rngs, use_bias=qkv_bias, **kwargs)
+        self.k = Linear(width, width, rngs=rngs, use_bias=qkv_bias, **kwargs)
+        self.v = Linear(width, width, rngs=rngs, use_bias=qkv_bias, **kwargs)
+        self.o = Linear(width, width, rngs=rngs, **kwargs)
+        self.q_norm = None if qk_norm_eps is None else RMSNorm(width, eps=qk_norm_eps, **kwargs)
+        self.k_norm = None if qk_norm_eps is None else RMSNorm(width, eps=qk_norm_eps, **kwargs)
 
     def __call__(
         self, x: jax.Array, segment_ids: jax.Array | None = None, query: jax.Array | None = None
@@ -146,7 +158,12 @@ class SelfAttention(nnx.Module):
             y = y.reshape(*y.shape[:-1], self.num_heads, -1)
             return checkpoint_name(shard(y, "batch", None, "heads", None), "qkv")
 
-        q, k, v = heads(self.q(source)), heads(self.k(x)), heads(self.v(x))
+        q, k = self.q(source), self.k(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            # The mean of squares runs over all heads: with heads over devices it is a sum across them.
+            q = self.q_norm(shard(q, "batch", None, "heads"))
+            k = self.k_norm(shard(k, "batch", None, "heads"))
+        q, k, v = heads(q), heads(k), heads(self.v(x))
         out = attention(q, k, v, segment_ids_q=segment_ids, segment_ids_kv=segment_ids, causal=False)
         return self.o(out.reshape(*out.shape[:2], -1))
 

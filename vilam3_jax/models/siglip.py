@@ -62,6 +62,29 @@ def _first_filters(key: jax.Array, patch_size: int, width: int, dtype: Any) -> j
     return (smooth + white).astype(dtype)
 
 
+def feature_layers(cfg: Any) -> int:
+    """How many blocks run before hidden state `cfg.select_layer`.
+
+    State 0 is the embedding, state i the output of block i, as in Hugging Face's list.
+
+    Raises:
+      UserError: there is no such state.
+    """
+    states = cfg.num_layers + 1
+    if not -states <= cfg.select_layer < states:
+        raise UserError(
+            f"model.vision_tower.select_layer={cfg.select_layer} is none of the {states} hidden states; "
+            f"use {-states} to {states - 1}"
+        )
+    return cfg.select_layer % states
+
+
+def check_images(images: jax.Array, size: int) -> None:
+    """Raises ValueError if `images` are not uint8 [N, size, size, 3]."""
+    if images.dtype != jnp.uint8 or images.shape[1:] != (size, size, 3):
+        raise ValueError(f"images must be uint8 [N, {size}, {size}, 3], not {images.dtype} {images.shape}")
+
+
 class AttentionPool(nnx.Module):
     """Multi-head attention pooling: a learned probe asks all tokens once, then a residual MLP."""
 
@@ -102,14 +125,7 @@ class SiglipVision(nnx.Module):
         self.width = cfg.hidden_size
         self.remat = remat
         self.num_layers = cfg.num_layers
-        # Hidden state 0 is the embedding, state i the output of block i, as in Hugging Face's list.
-        states = cfg.num_layers + 1
-        self.num_feature_layers = cfg.select_layer % states
-        if not -states <= cfg.select_layer < states:
-            raise UserError(
-                f"model.vision_tower.select_layer={cfg.select_layer} is none of the {states} hidden states; "
-                f"use {-states} to {states - 1}"
-            )
+        self.num_feature_layers = feature_layers(cfg)
         kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.patch_embed = PatchEmbed(cfg.patch_size, cfg.hidden_size, **kwargs)
         table = jax.random.normal(rngs.params(), (self.grid**2, cfg.hidden_size), param_dtype)
@@ -125,11 +141,7 @@ class SiglipVision(nnx.Module):
         return self.grid**2
 
     def _run(self, images: jax.Array, count: int) -> jax.Array:
-        if images.dtype != jnp.uint8 or images.shape[1:] != (self.image_size, self.image_size, 3):
-            raise ValueError(
-                f"images must be uint8 [N, {self.image_size}, {self.image_size}, 3], "
-                f"not {images.dtype} {images.shape}"
-            )
+        check_images(images, self.image_size)
         x = images.astype(jnp.float32) / 127.5 - 1.0
         x = self.patch_embed(x)
         x = shard(x + self.pos_embed[...].astype(x.dtype), "batch", None, "embed")

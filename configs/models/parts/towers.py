@@ -20,7 +20,7 @@ def siglip2_so400m_384() -> ConfigDict:
 
 def siglip_base_224() -> ConfigDict:
     """google/siglip-base-patch16-224: 14 x 14 tokens of 768."""
-    return _siglip(image_size=224, patch_size=16, hidden_size=768, num_layers=12, num_heads=12, mlp_dim=3072)
+    return siglip(image_size=224, patch_size=16, hidden_size=768, num_layers=12, num_heads=12, mlp_dim=3072)
 
 
 def intern_vit_6b_448() -> ConfigDict:
@@ -41,28 +41,21 @@ def intern_vit_6b_448() -> ConfigDict:
 
 
 def _so400m(image_size: int) -> ConfigDict:
-    return _siglip(
+    return siglip(
         image_size=image_size, patch_size=14, hidden_size=1152, num_layers=27, num_heads=16, mlp_dim=4304
     )
 
 
-def _siglip(**sizes: int) -> ConfigDict:
+def siglip(**sizes: int) -> ConfigDict:
+    """A SigLIP-shaped tower that gives hidden state -2."""
     return ConfigDict(dict(type="siglip", norm_eps=1e-6, select_layer=-2, **sizes))
 
 
-def text_tower_of(tower: ConfigDict) -> ConfigDict:
-    """The text tower that SigLIP trains beside `tower`, of the same width: `model.text_tower`."""
+def text_tower_of(tower: ConfigDict, **changes: float) -> ConfigDict:
+    """The text tower that SigLIP trains beside `tower`: of its sizes, save for `changes`."""
+    sizes = {key: tower[key] for key in ("hidden_size", "num_layers", "num_heads", "mlp_dim")}
     return ConfigDict(
-        dict(
-            vocab_size=32_000,
-            hidden_size=tower.hidden_size,
-            num_layers=tower.num_layers,
-            num_heads=tower.num_heads,
-            mlp_dim=tower.mlp_dim,
-            max_length=64,
-            norm_eps=1e-6,
-            logit_bias=-10.0,
-        )
+        dict(vocab_size=32_000, max_length=64, norm_eps=1e-6, logit_bias=-10.0) | sizes | changes
     )
 
 

@@ -59,3 +59,16 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any]]:
 def merge(graphdef: nnx.GraphDef, params: dict[str, Any]) -> Any:
     """Builds the module of `graphdef` around nested dicts of arrays, as `split` returns them."""
     return nnx.merge(graphdef, params)
+
+
+def equally_varying(*values: jax.Array) -> tuple[jax.Array, ...]:
+    """Inside `shard_map`: marks all as varying over every mesh axis over which one of them does.
+
+    `custom_vjp` demands gradients that vary over the same axes as its arguments do.
+    """
+    varying = [jax.typeof(value).manual_axis_type.varying for value in values]
+    everywhere = frozenset().union(*varying)
+    return tuple(
+        jax.lax.pcast(value, tuple(everywhere - own), to="varying") if everywhere - own else value
+        for value, own in zip(values, varying, strict=True)
+    )

@@ -18,6 +18,7 @@ from vilam3_jax import compat
 from vilam3_jax.errors import UserError
 from vilam3_jax.ops.attention import attention
 from vilam3_jax.ops.partition import shard
+from vilam3_jax.ops.products import einsum
 
 Stack = tuple[int, ...]
 Init = Callable[..., jax.Array]
@@ -64,10 +65,15 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(self.dtype)
-        y = x @ self.kernel[...].astype(self.dtype)
+
+        def times(x: jax.Array, kernel: nnx.Param) -> jax.Array:
+            axes = "abc"[: x.ndim - 1]
+            return einsum(f"{axes}i,io->{axes}o", x, kernel[...].astype(self.dtype))
+
+        y = times(x, self.kernel)
         if self.lora_scale is not None:
-            low = shard(x @ self.lora_a[...].astype(self.dtype), "batch", *(None,) * (x.ndim - 1))
-            y = y + (low @ self.lora_b[...].astype(self.dtype)) * jnp.asarray(self.lora_scale, self.dtype)
+            low = shard(times(x, self.lora_a), "batch", *(None,) * (x.ndim - 1))
+            y = y + times(low, self.lora_b) * jnp.asarray(self.lora_scale, self.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         return y

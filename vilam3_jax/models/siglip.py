@@ -11,6 +11,7 @@ from flax import nnx
 from vilam3_jax.errors import UserError
 from vilam3_jax.models.layers import Embed, EncoderBlock, GeluMLP, LayerNorm, Linear, SelfAttention, run_stack
 from vilam3_jax.ops.partition import shard
+from vilam3_jax.ops.products import einsum
 
 _SMOOTH_NORM = 4.0  # of a first filter's smooth part; its white part has norm 1
 # Of a new position table: half the size of a patch's embedding after these filters. A small one (0.07) takes
@@ -41,7 +42,8 @@ class PatchEmbed(nnx.Module):
         x = images[:, : rows * p, : columns * p].reshape(n, rows, p, columns, p, channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(n, rows * columns, p * p * channels)
         kernel = self.kernel[...].astype(self.dtype)
-        return x.astype(self.dtype) @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...].astype(self.dtype)
+        x = einsum("npi,io->npo", x.astype(self.dtype), kernel.reshape(-1, kernel.shape[-1]))
+        return x + self.bias[...].astype(self.dtype)
 
 
 def _first_filters(key: jax.Array, patch_size: int, width: int, dtype: Any) -> jax.Array:

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vilam3_jax import compat
 from vilam3_jax.ops import partition
+from vilam3_jax.ops.products import einsum
 
 # Causal self-attention is cut into up to MAX_QUERY_BLOCKS blocks of queries, each seeing only the keys up to
 # its own end: 5/8 of the multiplications and less score memory than the full square, measured in
@@ -84,11 +86,8 @@ def attention(
         x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
         return x.reshape(x.shape[0], -1, block, *x.shape[2:])
 
-    local = partial(
-        _attend_blocks,
-        keys_per_block=block if by_row_index else None,
-        scale=head_dim**-0.5 if scale is None else scale,
-    )
+    how = _How(block if by_row_index else None, head_dim**-0.5 if scale is None else scale)
+    local = partial(_attend_blocks, how=how)
     k, v = _match_heads(k, heads), _match_heads(v, heads)
     if not causal:
         q_positions = kv_positions = None
@@ -145,73 +144,101 @@ def _on_devices(
     return jax.shard_map(local, mesh=mesh, in_specs=(out, keys, keys, marked), out_specs=out)(q, k, v, marks)
 
 
-def _attend_blocks(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    marks: _Marks,
-    *,
-    keys_per_block: int | None,
-    scale: float,
-) -> jax.Array:
+class _How(NamedTuple):
+    """Block i sees the first (i + 1) * `keys_per_block` keys, or all of them if that is None."""
+
+    keys_per_block: int | None
+    scale: float
+
+
+def _attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, marks: _Marks, *, how: _How) -> jax.Array:
     """One device's share: queries [B, n, b, H, hd] in n blocks -> the same shape.
 
-    Block i sees the first (i + 1) * `keys_per_block` keys, or all of them if that is None; b is less than
-    `keys_per_block` where devices share a block.
+    b is less than `keys_per_block` where devices share a block.
     """
-    batch, count, length, heads, head_dim = q.shape
-    kv_len, kv_heads = k.shape[1:3]
-    # [n, B, K, G, b, hd]: the query heads of one key head become rows of one matrix product.
-    q = q * jnp.asarray(scale, q.dtype)
-    q = q.reshape(batch, count, length, kv_heads, -1, head_dim).transpose(1, 0, 3, 4, 2, 5)
+    batch, count, length, _, head_dim = q.shape
+    kv_heads = k.shape[2]
+    # [n, B, K, G * b, hd]: the queries of all heads that read one key head are rows of one matrix product.
+    rows = q.reshape(batch, count, length, kv_heads, -1, head_dim).transpose(1, 0, 3, 4, 2, 5)
+    rows = rows.reshape(count, batch, kv_heads, -1, head_dim) * jnp.asarray(how.scale, q.dtype)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    # Scores are computed again for the gradient: kept, they would be the largest thing a step holds.
-    attend = _attend if keys_per_block is None else jax.checkpoint(_attend)
-    outputs = []
-    for i in range(count):
-        seen = kv_len if keys_per_block is None else min((i + 1) * keys_per_block, kv_len)
-        mask = _mask(
-            None if marks.segment_ids_q is None else marks.segment_ids_q[:, i],
-            None if marks.segment_ids_kv is None else marks.segment_ids_kv[:, :seen],
-            None if marks.q_positions is None else marks.q_positions[:, i],
-            None if marks.kv_positions is None else marks.kv_positions[:, :seen],
+    out: Any = _attend(*compat.equally_varying(rows, k, v), marks, how)
+    out = out.reshape(count, batch, kv_heads, -1, length, head_dim).transpose(1, 0, 4, 2, 3, 5)
+    return out.reshape(q.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, marks: _Marks, how: _How) -> jax.Array:
+    """Queries, already scaled, [n, B, K, G * b, hd], k and v [B, K, Lk, hd] -> like the queries.
+
+    Scores are computed again for the gradient (arXiv:2205.14135): kept, they would be the largest thing a
+    step holds.
+    """
+    return _attend_forward(q, k, v, marks, how)[0]
+
+
+def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, marks: _Marks, how: _How) -> tuple[Any, Any]:
+    outputs, log_totals = [], []
+    for i, rows in enumerate(q):
+        seen = _seen(i, k, how)
+        scores = einsum("bknd,bksd->bkns", rows, k[:, :, :seen], jnp.float32)
+        mask = _mask(i, seen, rows, marks)
+        if mask is not None:
+            scores = jnp.where(mask, scores, _MASKED)
+        peak = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - peak)
+        total = weights.sum(axis=-1, keepdims=True)
+        out = einsum("bkns,bksd->bknd", weights.astype(v.dtype), v[:, :, :seen], jnp.float32)
+        # Dividing the [b, hd] result costs less than dividing the [b, Lk] weights.
+        outputs.append(jnp.where(peak > _MASKED, out / total, 0.0).astype(q.dtype))
+        # A query without any key: exp(score - log_total) is 0 for all.
+        log_totals.append(jnp.where(peak > _MASKED, peak + jnp.log(total), -_MASKED))
+    out, log_total = jnp.stack(outputs), jnp.stack(log_totals)
+    return out, (q, k, v, marks, out, log_total)
+
+
+def _attend_backward(how: _How, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
+    q, k, v, marks, out, log_total = kept
+    # The derivative of the softmax subtracts sum(weights * d_weights), which is this.
+    mean = (d_out.astype(jnp.float32) * out).sum(axis=-1, keepdims=True)
+    d_q = []
+    d_k, d_v = jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32)
+    for i, rows in enumerate(q):
+        seen = _seen(i, k, how)
+        keys, values = k[:, :, :seen], v[:, :, :seen]
+        # [keys, queries]: so only the last product has to turn an array of this size.
+        scores = einsum("bksd,bknd->bksn", keys, rows, jnp.float32)
+        mask = _mask(i, seen, rows, marks)
+        if mask is not None:
+            scores = jnp.where(mask.mT, scores, _MASKED)
+        weights = jnp.exp(scores - log_total[i].mT)
+        d_weights = einsum("bksd,bknd->bksn", values, d_out[i], jnp.float32)
+        d_scores = (weights * (d_weights - mean[i].mT)).astype(q.dtype)
+        d_v = d_v.at[:, :, :seen].add(
+            einsum("bksn,bknd->bksd", weights.astype(v.dtype), d_out[i], jnp.float32)
         )
-        outputs.append(attend(q[i], k[:, :, :seen], v[:, :, :seen], mask))
-    return jnp.stack(outputs).transpose(1, 0, 4, 2, 3, 5).reshape(batch, count, length, heads, head_dim)
+        d_k = d_k.at[:, :, :seen].add(einsum("bksn,bknd->bksd", d_scores, rows, jnp.float32))
+        d_q.append(einsum("bksn,bksd->bknd", d_scores, keys, jnp.float32).astype(q.dtype))
+    return jnp.stack(d_q), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
-def _mask(
-    segment_ids_q: jax.Array | None,
-    segment_ids_kv: jax.Array | None,
-    q_positions: jax.Array | None,
-    kv_positions: jax.Array | None,
-) -> jax.Array | None:
-    """Returns bool [B or 1, Lq, Lk], True where attention is allowed; None if it is allowed everywhere."""
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _seen(i: int, k: jax.Array, how: _How) -> int:
+    """How many keys the queries of block i may see at most."""
+    return k.shape[2] if how.keys_per_block is None else min((i + 1) * how.keys_per_block, k.shape[2])
+
+
+def _mask(i: int, seen: int, rows: jax.Array, marks: _Marks) -> jax.Array | None:
+    """Bool [B or 1, 1, G * b, seen], True where rows of block i may look; None if they may everywhere."""
     mask = None
-    if segment_ids_q is not None and segment_ids_kv is not None:
-        same = segment_ids_q[:, :, None] == segment_ids_kv[:, None, :]
-        mask = same & (segment_ids_q != 0)[:, :, None]
-    if q_positions is not None and kv_positions is not None:
-        ordered = q_positions[:, :, None] >= kv_positions[:, None, :]
+    if marks.segment_ids_q is not None and marks.segment_ids_kv is not None:
+        own, theirs = marks.segment_ids_q[:, i, :, None], marks.segment_ids_kv[:, None, :seen]
+        mask = (own == theirs) & (own != 0)
+    if marks.q_positions is not None and marks.kv_positions is not None:
+        ordered = marks.q_positions[:, i, :, None] >= marks.kv_positions[:, None, :seen]
         mask = ordered if mask is None else mask & ordered
-    return mask
-
-
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """q [B, K, G, Lq, hd], k and v [B, K, Lk, hd], mask [B or 1, Lq, Lk] -> [B, K, G, Lq, hd]."""
-    batch, kv_heads, groups, q_len, head_dim = q.shape
-    rows = q.reshape(batch, kv_heads, groups * q_len, head_dim)
-    scores = jnp.einsum("bknd,bksd->bkns", rows, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, kv_heads, groups, q_len, -1)
-    if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, _MASKED)
-    peak = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-    weights = jnp.exp(scores - peak)
-    # Dividing the [Lq, hd] result costs less than dividing the [Lq, Lk] weights.
-    total = weights.sum(axis=-1, keepdims=True)
-    weights = weights.astype(v.dtype).reshape(batch, kv_heads, groups * q_len, -1)
-    out = jnp.einsum("bkns,bksd->bknd", weights, v, preferred_element_type=jnp.float32)
-    out = out.reshape(batch, kv_heads, groups, q_len, head_dim) / total
-    if mask is not None:
-        out = jnp.where(mask.any(axis=-1)[:, None, None, :, None], out, 0.0)
-    return out.astype(q.dtype)
+    if mask is None:
+        return None
+    return jnp.tile(mask, (1, rows.shape[2] // mask.shape[1], 1))[:, None]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from vilam3_jax.ops.partition import shard
+from vilam3_jax.ops.products import einsum
 
 
 def chunked_cross_entropy(
@@ -107,7 +108,7 @@ def _scan_chunks(hidden, head_kernel, targets, weights, chunk, hidden_gradient, 
     def body(i, carry):
         loss_sum, correct_sum, d_states, d_kernel = carry
         x, target, weight = take(states, i), take(targets, i), take(weights, i)
-        logits = jnp.einsum("bld,dv->blv", x, kernel, preferred_element_type=jnp.float32)
+        logits = einsum("bld,dv->blv", x, kernel, preferred_element_type=jnp.float32)
         logits = shard(logits, "batch", None, "vocab")
         peak = logits.max(axis=-1, keepdims=True)
         exponentials = jnp.exp(logits - peak)
@@ -121,12 +122,12 @@ def _scan_chunks(hidden, head_kernel, targets, weights, chunk, hidden_gradient, 
             d_logits = (exponentials / total - is_target) * weight[..., None]
             d_logits = shard(d_logits.astype(hidden.dtype), "batch", None, "vocab")
         if hidden_gradient:
-            d_x = jnp.einsum("blv,dv->bld", d_logits, kernel, preferred_element_type=jnp.float32)
+            d_x = einsum("blv,dv->bld", d_logits, kernel, preferred_element_type=jnp.float32)
             d_states = jax.lax.dynamic_update_slice_in_dim(
                 d_states, d_x.astype(d_states.dtype), i * chunk, axis=1
             )
         if kernel_gradient:
-            d_kernel += jnp.einsum("bld,blv->dv", x, d_logits, preferred_element_type=jnp.float32)
+            d_kernel += einsum("bld,blv->dv", x, d_logits, preferred_element_type=jnp.float32)
         return loss_sum, correct_sum, d_states, d_kernel
 
     zero = jnp.zeros((), jnp.float32)

@@ -18,9 +18,10 @@ import time
 
 AS_CONFIGURED = "as configured"
 SMALL_PAGES = "small pages"
+FLOAT32_PRODUCTS = "products of float32 factors"
 WHOLE_ATTENTION = "every device attends for all queries"
 LORA_EVERYWHERE = "LoRA on all seven matrices"
-VARIANTS = (AS_CONFIGURED, SMALL_PAGES, WHOLE_ATTENTION, LORA_EVERYWHERE)
+VARIANTS = (AS_CONFIGURED, SMALL_PAGES, FLOAT32_PRODUCTS, WHOLE_ATTENTION, LORA_EVERYWHERE)
 
 
 def measure(variant: str, fsdp: int, tensor: int, steps: int) -> float:
@@ -41,6 +42,8 @@ def measure(variant: str, fsdp: int, tensor: int, steps: int) -> float:
     config.mesh.fsdp, config.mesh.tensor, config.mesh.cpu_devices = fsdp, tensor, fsdp * tensor
     if variant == WHOLE_ATTENTION:
         config.activation_rules.queries = None
+    if variant == FLOAT32_PRODUCTS:
+        config.matmul_precision = "highest"
     if variant == LORA_EVERYWHERE:
         config.model.llm.lora_targets = llama.LORA_TARGETS
     compat.use_cpu_devices(fsdp * tensor)
@@ -64,7 +67,10 @@ def measure(variant: str, fsdp: int, tensor: int, steps: int) -> float:
         "visual_index": np.full((rows, length), -1, np.int32),
     }
     batch["visual_index"][:, 10 : 10 + per_image * images] = np.arange(per_image * images)
-    with partition.activation_rules(mesh, config.activation_rules.to_dict()):
+    with (
+        partition.activation_rules(mesh, config.activation_rules.to_dict()),
+        jax.default_matmul_precision(config.matmul_precision),
+    ):
         placed = jax.device_put(batch, mesh_lib.batch_shardings(batch, mesh))
         shardings = state_lib.shardings(abstract)
         step = jax.jit(

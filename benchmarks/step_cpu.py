@@ -42,8 +42,6 @@ def measure(variant: str, fsdp: int, tensor: int, steps: int) -> float:
     config.mesh.fsdp, config.mesh.tensor, config.mesh.cpu_devices = fsdp, tensor, fsdp * tensor
     if variant == WHOLE_ATTENTION:
         config.activation_rules.queries = None
-    if variant == FLOAT32_PRODUCTS:
-        config.matmul_precision = "highest"
     if variant == LORA_EVERYWHERE:
         config.model.llm.lora_targets = llama.LORA_TARGETS
     compat.use_cpu_devices(fsdp * tensor)
@@ -67,10 +65,7 @@ def measure(variant: str, fsdp: int, tensor: int, steps: int) -> float:
         "visual_index": np.full((rows, length), -1, np.int32),
     }
     batch["visual_index"][:, 10 : 10 + per_image * images] = np.arange(per_image * images)
-    with (
-        partition.activation_rules(mesh, config.activation_rules.to_dict()),
-        jax.default_matmul_precision(config.matmul_precision),
-    ):
+    with partition.activation_rules(mesh, config.activation_rules.to_dict()):
         placed = jax.device_put(batch, mesh_lib.batch_shardings(batch, mesh))
         shardings = state_lib.shardings(abstract)
         step = jax.jit(
@@ -107,7 +102,9 @@ def main() -> None:
     for _ in range(options.rounds):
         for variant, rates in found.items():
             tunables = "" if variant == SMALL_PAGES else "glibc.malloc.hugetlb=1"
+            precision = "float32" if variant == FLOAT32_PRODUCTS else "bfloat16"
             environment = dict(os.environ, JAX_PLATFORMS="cpu", GLIBC_TUNABLES=tunables)
+            environment["JAX_DEFAULT_MATMUL_PRECISION"] = precision
             command = [sys.executable, __file__, f"--only={variant}"]
             command += [f"--{name}={getattr(options, name)}" for name in ("fsdp", "tensor", "steps")]
             output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)

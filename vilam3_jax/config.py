@@ -36,7 +36,6 @@ else:
     ConfigDict = ml_collections.ConfigDict
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
-MATMUL_PRECISIONS = ("", "default", "high", "highest", "BF16_BF16_F32")
 COMPONENTS = ("vision_tower", "text_tower", "projector", "llm", "everything")
 
 # Weights are split over `fsdp` on one dimension and over `tensor` on the other; small vectors are replicated.
@@ -107,7 +106,6 @@ def base_config() -> ConfigDict:
             schedule=dict(name="cosine", peak=1e-4, warmup_fraction=0.03, end_fraction=0.1),
             num_steps=100,
             grad_accum=1,
-            matmul_precision="",  # of the train step; "": as JAX is set
             loss_chunk=1024,
             eval_every=0,
             eval_batches=4,
@@ -199,11 +197,6 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config schedule.name={config.schedule.name!r}: cosine or constant")
     if config.optimizer.name not in ("adamw", "adafactor", "lion"):
         raise UserError(f"config optimizer.name={config.optimizer.name!r}: adamw, adafactor or lion")
-    if config.matmul_precision not in MATMUL_PRECISIONS:
-        raise UserError(
-            f"config matmul_precision={config.matmul_precision!r}: {', '.join(MATMUL_PRECISIONS[1:])}, or "
-            "empty for what JAX is set to"
-        )
     rows, group = config.data.global_rows, config.data.rows_per_group
     if config.kind == "generative" and rows % (group * config.grad_accum):
         raise UserError(

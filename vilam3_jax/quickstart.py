@@ -31,6 +31,9 @@ STAGES = ("stage1_vision", "stage2a_align", "stage2b_pretrain", "stage3_instruct
 EXPERTS = ("VISTA3D", "BRAINSEG", "BRAINTUMOR", "CXR")
 PHANTOM_EXPERTS = ("VISTA3D",)
 MARKER = "quickstart.json"
+# Of matrix products, as on a TPU; with a processor's bfloat16 units a step takes two thirds of the time
+# (benchmarks/step_cpu.py).
+MATMUL_PRECISION = "bfloat16"
 EVAL_LIMIT = {"smoke": 6, "default": 5, "full": 20}
 
 
@@ -234,6 +237,7 @@ def _execute(step: Step, log: Path, record: dict) -> None:
     # XLA gives a step's buffers back to malloc and malloc to the kernel; with huge pages getting them again
     # is cheaper: a step takes a seventh less (benchmarks/step_cpu.py). Other C libraries do not read this.
     environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    environment.setdefault("JAX_DEFAULT_MATMUL_PRECISION", MATMUL_PRECISION)
     with log.open("ab") as file:
         process = subprocess.Popen(
             [sys.executable, *step.argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment

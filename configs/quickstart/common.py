@@ -43,8 +43,6 @@ def shape(config: ConfigDict, size: str, steps: dict[str, int], peak: float) -> 
     config.data.images_per_group = 4
     config.data.prefetch = 2
     config.loss_chunk = 64
-    # As on a TPU; on processors with bfloat16 units a step takes two thirds of the time.
-    config.matmul_precision = "BF16_BF16_F32"
     config.eval_every = config.num_steps
     config.eval_batches = 8 if size == "full" else 2
     config.checkpoint_every = max(20, config.num_steps // 4)

@@ -175,7 +175,8 @@ def test_images_are_decoded_once_and_within_budget(tmp_path) -> None:
 def test_captions_take_the_plain_form_whatever_the_template() -> None:
     turns = (Turn("user", "<image>"), Turn("assistant", WORDS, True))
     encoded = encode_example(tokenizer(), CHATML, "caption", turns, 4)
-    assert tokenizer().decode(encoded.tokens[4:], skip_special=False) == WORDS + "\n"
+    assert encoded.tokens[0] == tokenizer().bos_id and not encoded.loss_mask[:5].any()
+    assert tokenizer().decode(encoded.tokens[5:], skip_special=False) == WORDS + "\n"
 
 
 def test_questions_lose_their_markers() -> None:

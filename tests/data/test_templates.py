@@ -77,14 +77,15 @@ def test_plain_supervises_caption_and_line_end() -> None:
     encoded = encode_conversation(
         TOK, PLAIN, (Turn("user", "<image>"), Turn("assistant", "a chest", True)), T
     )
-    assert written(encoded) == "####a chest\n"
-    assert encoded.loss_mask.tolist() == [0.0] * T + [1.0] * (len(encoded) - T)
+    assert written(encoded) == "<|im_start|>####a chest\n"
+    assert encoded.loss_mask.tolist() == [0.0] * (1 + T) + [1.0] * (len(encoded) - 1 - T)
 
 
 def test_document_supervises_all_text_and_ends() -> None:
     encoded = encode_document(TOK, (Turn("assistant", "left <image> lung"), Turn("assistant", " two")), T)
-    assert written(encoded) == "left #### lung two<|im_end|>"
-    assert np.array_equal(encoded.loss_mask, (encoded.image_of_token < 0).astype(np.float32))
+    assert written(encoded) == "<|im_start|>left #### lung two<|im_end|>"
+    assert np.array_equal(encoded.loss_mask[1:], (encoded.image_of_token[1:] < 0).astype(np.float32))
+    assert encoded.loss_mask[0] == 0
 
 
 @given(

@@ -32,7 +32,7 @@ def compiled_types(function, *arguments):
 @pytest.mark.parametrize("spec, first, second", SPECS)
 def test_factors_are_rounded_and_sums_are_not(spec, first, second):
     x, y = normal(first, 0), normal(second, 1)
-    with jax.default_matmul_precision("BF16_BF16_F32"):
+    with jax.default_matmul_precision("bfloat16"):
         out, back = jax.vjp(lambda x, y: einsum(spec, x, y), x, y)
         gradient = normal(out.shape, 2)
         d_x, d_y = back(gradient)
@@ -58,7 +58,7 @@ def test_other_settings_leave_factors_alone(precision):
 
 def test_a_frozen_factor_costs_no_product():
     x, y = normal((5, 7), 0), normal((7, 3), 1)
-    with jax.default_matmul_precision("BF16_BF16_F32"):
+    with jax.default_matmul_precision("bfloat16"):
         text = compiled_types(jax.grad(lambda x: einsum("ai,io->ao", x, y).sum()), x)
     assert text.count("dot_general") == 1, text  # the value itself is not asked for
 
@@ -74,7 +74,7 @@ def test_the_loss_rounds_its_products_too():
     exact = jax.value_and_grad(loss, (0, 1))(hidden, kernel)
     on_grid = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), (hidden, kernel))
     want = jax.value_and_grad(loss, (0, 1))(*on_grid)
-    with jax.default_matmul_precision("BF16_BF16_F32"):
+    with jax.default_matmul_precision("bfloat16"):
         got = jax.value_and_grad(loss, (0, 1))(hidden, kernel)
     assert got[0] == pytest.approx(float(want[0]), rel=1e-6) and got[0] != exact[0]
     for part, expected in zip(got[1], want[1], strict=True):

@@ -139,7 +139,9 @@ def _vicuna(name: str, system: str) -> Template:
 
 
 CHATML = _chatml("chatml")
-PLAIN = Template(name="plain", headers=_SILENT, ends=_SILENT, stop=("\n",))
+# The beginning matters: an LLM parks its attention on the first token, and that must not be what a projector
+# from nothing makes of an image (docs/training.md, "What comes first").
+PLAIN = Template(name="plain", headers=_SILENT, ends=_SILENT, start=(Bos(),), stop=("\n",))
 # VILA's conversation modes, under its names; `v1` is its other name for vicuna_v1.
 TEMPLATES = {
     template.name: template
@@ -313,8 +315,12 @@ def encode_conversation(
 
 
 def encode_document(tokenizer: TokenizerLike, turns: Sequence[Turn], tokens_per_image: int) -> Encoded:
-    """Encodes interleaved text and images without roles; all text and the closing eos are targets."""
+    """Encodes interleaved text and images without roles; all text and the closing eos are targets.
+
+    It begins as the tokenizer's sequences do, see `Bos`.
+    """
     build = _Builder(tokenizer, tokens_per_image)
+    build.parts((Bos(),), False)
     for turn in turns:
         build.text(turn.text, True)
     build.ids([tokenizer.eos_id], True)

@@ -1,6 +1,6 @@
 """Matrix products in the precision that JAX is set to, on CPUs too.
 
-With `jax_default_matmul_precision="BF16_BF16_F32"` factors are rounded to bfloat16 and sums are float32: what
+With `jax_default_matmul_precision="bfloat16"` factors are rounded to bfloat16 and sums are float32: what
 a TPU does with float32 arrays by default. XLA for CPUs accepts the setting and computes in float32 all the
 same, but uses a processor's bfloat16 units where it is given bfloat16 factors (with AMX four to five times as
 fast). Here the factors are rounded by ourselves, those of the gradients' products too.
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-_ROUNDED = "BF16_BF16_F32"
+_ROUNDED = "bfloat16"
 _TYPE = jnp.bfloat16
 
 

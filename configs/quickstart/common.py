@@ -44,7 +44,7 @@ def shape(config: ConfigDict, size: str, steps: dict[str, int], peak: float) -> 
     config.data.prefetch = 2
     config.loss_chunk = 64
     config.eval_every = config.num_steps
-    config.eval_batches = 8 if size == "full" else 2
+    config.eval_batches = dict(smoke=2, default=4, full=8)[size]
     config.checkpoint_every = max(20, config.num_steps // 4)
     # 9 query and 3 key-value heads do not split in two; the queries do.
     config.activation_rules.heads = None

@@ -8,7 +8,7 @@ from vilam3_jax.configs.quickstart import common
 def get_config(arg: str = "default") -> ConfigDict:
     """`arg` is a size: smoke, default or full."""
     config = stage4_expert.get_config(common.model_name(arg))
-    config = common.shape(config, arg, dict(smoke=20, default=20, full=220), peak=1e-3)
+    config = common.shape(config, arg, dict(smoke=20, default=28, full=220), peak=1e-3)
     config.data.seq_len = 592 if arg == "default" else 640  # the longest dialogue of 6 or 9 questions
     config.data.images_per_group = 8
     if arg != "smoke":

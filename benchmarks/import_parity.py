@@ -61,7 +61,7 @@ def main() -> None:
         expected = reference(torch.from_numpy(tokens).long()).logits.numpy()
 
     settings = dict(dtype="float32", param_dtype="float32", remat="none")
-    model = nnx.eval_shape(lambda: Llama(ConfigDict(source.config), rngs=nnx.Rngs(0), **settings))
+    model = nnx.eval_shape(lambda: Llama(ConfigDict(source.parts[0].config), rngs=nnx.Rngs(0), **settings))
     params = {path.removeprefix("llm/"): jnp.asarray(value) for path, value in flat.items()}
     graphdef, _ = compat.split(model)
 

@@ -15,13 +15,13 @@ from vilam3_jax.convert.main import main
 from vilam3_jax.data.tokenizer import load_tokenizer, train_bpe
 
 
-def load(out, component):
+def load(out, source):
     """Reads an export back as run start-up does."""
     import jax
 
     config = checkpoints.load_model_config(out)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = target_shapes(component, config[component].to_dict())
+    shapes = target_shapes(open_source(source))
     wanted = {
         path: jax.ShapeDtypeStruct(shape, config.param_dtype, sharding=place)
         for path, shape in shapes.items()
@@ -34,7 +34,7 @@ def test_gguf_import_writes_a_whole_export(tmp_path, capsys, dtype):
     file = write_gguf(tmp_path / "model.gguf", llama_weights())
     out = tmp_path / "out"
     assert main(["import", "--source", str(file), "--out", str(out), "--dtype", dtype]) == 0
-    config, params = load(out, "llm")
+    config, params = load(out, file)
     expected = fill(open_source(file))
     assert config.kind == "llm" and config.llm.num_kv_heads == 2
     for name, value in expected.items():
@@ -42,8 +42,9 @@ def test_gguf_import_writes_a_whole_export(tmp_path, capsys, dtype):
         np.testing.assert_array_equal(np.asarray(params[name]), value.astype(params[name].dtype))
     assert load_tokenizer(out / "tokenizer").eos_id == 2
     provenance = json.loads((out / "provenance.json").read_text())
-    assert provenance["licence"] == {"name": "apache-2.0"} and "jax" in provenance["versions"]
-    assert provenance["source"] == [
+    part = provenance["parts"]["llm"]
+    assert part["licence"] == {"name": "apache-2.0"} and "jax" in provenance["versions"]
+    assert part["source"] == [
         {
             "file": "model.gguf",
             "bytes": file.stat().st_size,
@@ -63,10 +64,11 @@ def test_siglip_import_keeps_the_licence_and_needs_no_tokenizer(tmp_path, capsys
     out = tmp_path / "out"
     out.mkdir()  # an empty folder is fine
     assert main(["import", "--source", str(folder), "--out", str(out)]) == 0
-    config, params = load(out, "vision_tower")
+    config, params = load(out, folder)
     assert config.vision_tower.select_layer == -2 and len(params) == len(fill(open_source(folder)))
     provenance = json.loads((out / "provenance.json").read_text())
-    assert provenance["licence"] == {"name": "LICENSE", "text": "Apache License"}
+    licence = provenance["parts"]["vision_tower"]["licence"]
+    assert licence == {"name": "LICENSE", "text": "Apache License"}
     assert "tokenizer         none" in capsys.readouterr().out
 
 

@@ -42,8 +42,8 @@ def test_same_parameters_as_the_hugging_face_folder(tmp_path, tied):
     assert ours.keys() == theirs.keys() and ("llm/lm_head/kernel" in ours) == (not tied)
     for name, value in ours.items():
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
-    assert source.config["norm_eps"] == 1e-5 and source.config["tie_embeddings"] is tied
-    assert source.licence == {"name": "apache-2.0"}
+    assert source.parts[0].config["norm_eps"] == 1e-5 and source.parts[0].config["tie_embeddings"] is tied
+    assert source.parts[0].licence == {"name": "apache-2.0"}
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_same_parameters_as_the_hugging_face_folder(tmp_path, tied):
 def test_quantised_weights_come_back_close(tmp_path, weights, kind, tolerance):
     source = open_source(write_gguf(tmp_path / "model.gguf", weights, kind))
     params = fill(source)
-    assert set(source.dtypes) == {"F32", kind.name}
+    assert set(source.parts[0].dtypes) == {"F32", kind.name}
     for name in "qkvo":
         expected = weights[f"model.layers.1.self_attn.{name}_proj.weight"].T
         error = np.abs(params[f"llm/layers/attn/{name}/kernel"][1] - expected).max()
@@ -111,7 +111,7 @@ def test_folder_with_several_files_is_refused(tmp_path, weights):
     with pytest.raises(UserError, match=r"holds 2 \.gguf files"):
         open_source(tmp_path)
     (tmp_path / "b.gguf").unlink()
-    assert open_source(tmp_path).files[0].name == "a.gguf"
+    assert open_source(tmp_path).parts[0].files[0].name == "a.gguf"
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -38,14 +38,14 @@ def test_llama(tmp_path, shards):
     params = fill(source)
     check_llama(params, weights)
     np.testing.assert_array_equal(params["llm/lm_head/kernel"], weights["lm_head.weight"].T)
-    assert {path: value.shape for path, value in params.items()} == target_shapes("llm", source.config)
-    assert source.config["num_kv_heads"] == 2 and source.config["head_dim"] == 8
+    assert {path: value.shape for path, value in params.items()} == target_shapes(source)
+    assert source.parts[0].config["num_kv_heads"] == 2 and source.parts[0].config["head_dim"] == 8
 
 
 def test_newer_folders_keep_theta_elsewhere(tmp_path):
     config = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
     config["rope_parameters"] = {"rope_theta": 5e5, "rope_type": "default"}
-    assert open_source(write_folder(tmp_path, config, llama_weights())).config["rope_theta"] == 5e5
+    assert open_source(write_folder(tmp_path, config, llama_weights())).parts[0].config["rope_theta"] == 5e5
 
 
 def test_bfloat16_is_read_and_written_bit_by_bit(tmp_path):
@@ -53,7 +53,7 @@ def test_bfloat16_is_read_and_written_bit_by_bit(tmp_path):
     folder = write_folder(tmp_path, LLAMA, weights, shards=2, dtype=ml_dtypes.bfloat16)
     rounded = {name: value.astype(ml_dtypes.bfloat16) for name, value in weights.items()}
     source = open_source(folder)
-    assert source.dtypes == ("BF16",)
+    assert source.parts[0].dtypes == ("BF16",)
     check_llama(fill(source, ml_dtypes.bfloat16), rounded)
     check_llama(fill(source, np.float32), {name: v.astype(np.float32) for name, v in rounded.items()})
 
@@ -64,7 +64,7 @@ def test_tied_embeddings_have_no_head(tmp_path):
     assert "llm/lm_head/kernel" not in fill(open_source(write_folder(tmp_path / "a", config, weights)))
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     source = open_source(write_folder(tmp_path / "b", config, weights))
-    assert source.unused == {"lm_head.weight": "the same as the embedding"}
+    assert source.parts[0].unused == {"lm_head.weight": "the same as the embedding"}
     check_llama(fill(source), weights)
     weights["lm_head.weight"] = weights["lm_head.weight"] + 1
     with pytest.raises(UserError, match=r"lm_head\.weight differs"):
@@ -76,9 +76,7 @@ def test_siglip(tmp_path, prefix):
     weights = siglip_weights(prefix)
     source = open_source(write_folder(tmp_path, SIGLIP, weights))
     params = fill(source)
-    assert {path: value.shape for path, value in params.items()} == target_shapes(
-        "vision_tower", source.config
-    )
+    assert {path: value.shape for path, value in params.items()} == target_shapes(source)
     get = {name.removeprefix(prefix): value for name, value in weights.items()}
     kernel = params["vision_tower/patch_embed/kernel"]
     assert kernel[1, 2, 0, 5] == get["embeddings.patch_embedding.weight"][5, 0, 1, 2]
@@ -114,8 +112,8 @@ def test_siglip_with_both_towers_lists_the_text_tower_as_unused(tmp_path):
     weights |= {"text_model.x.weight": np.ones(3, np.float32), "logit_bias": np.ones(1, np.float32)}
     config = {"model_type": "siglip", "vision_config": {**SIGLIP, "model_type": "siglip_vision_model"}}
     source = open_source(write_folder(tmp_path, config, weights))
-    assert set(source.unused) == {"text_model.x.weight", "logit_bias"}
-    assert len(fill(source)) == len(target_shapes("vision_tower", source.config))
+    assert set(source.parts[0].unused) == {"text_model.x.weight", "logit_bias"}
+    assert len(fill(source)) == len(target_shapes(source))
 
 
 def test_siglip_without_its_head_lists_what_stays_empty(tmp_path):
@@ -142,7 +140,10 @@ def test_missing_and_unknown_tensors_are_both_listed(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported, only llama, qwen2, qwen3, siglip"),
+        (
+            {"model_type": "mamba"},
+            "model_type 'mamba' is not supported, only intern_vit_6b, llama, qwen2, qwen3, siglip",
+        ),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
@@ -226,5 +227,5 @@ def test_integer_tensors_are_refused(tmp_path):
 def test_a_folder_in_parts_names_them(tmp_path):
     (tmp_path / "llm").mkdir()
     (tmp_path / "config.json").write_text('{"model_type": "llava_llama"}')
-    with pytest.raises(UserError, match="import its folders one by one: llm"):
+    with pytest.raises(UserError, match=r"vision_tower: has no config\.json"):
         open_source(tmp_path)

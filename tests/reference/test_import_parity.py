@@ -27,10 +27,10 @@ SETTINGS = dict(dtype="float32", param_dtype="float32", remat="none")
 def build(family, source):
     """The imported model of one component."""
     graphdef, _ = compat.split(
-        nnx.eval_shape(lambda: family(ConfigDict(source.config), rngs=nnx.Rngs(0), **SETTINGS))
+        nnx.eval_shape(lambda: family(ConfigDict(source.parts[0].config), rngs=nnx.Rngs(0), **SETTINGS))
     )
     params = trees.unflatten({name: jnp.asarray(value) for name, value in fill(source).items()})
-    return compat.merge(graphdef, params[source.component])
+    return compat.merge(graphdef, params[source.parts[0].component])
 
 
 def llama_logits(source, tokens, first=0):
@@ -42,7 +42,9 @@ def llama_logits(source, tokens, first=0):
 
 
 def check_logits(source, reference, first=0):
-    tokens = np.random.default_rng(0).integers(0, source.config["vocab_size"], (2, 40)).astype(np.int32)
+    tokens = (
+        np.random.default_rng(0).integers(0, source.parts[0].config["vocab_size"], (2, 40)).astype(np.int32)
+    )
     with torch.no_grad():
         positions = torch.arange(first, first + 40)[None]
         expected = reference.eval()(torch.from_numpy(tokens).long(), position_ids=positions).logits.numpy()

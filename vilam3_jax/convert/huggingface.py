@@ -1,4 +1,4 @@
-"""Hugging Face folders (config.json and safetensors): Llama and Qwen decoders, SigLIP vision towers."""
+"""Hugging Face folders (config.json and safetensors): Llama and Qwen decoders, SigLIP and InternViT."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from vilam3_jax.convert.sources import Source, layer_count, llama_rules, siglip_rules, whole
+from vilam3_jax.convert.sources import (
+    Source,
+    intern_vit_rules,
+    layer_count,
+    llama_rules,
+    siglip_rules,
+    whole,
+)
 from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import read_bytes
@@ -148,7 +155,7 @@ def open_llama(folder: Path) -> Source:
         reader=weights,
         files=[config_file, *weights.files],
         unused=unused,
-        licence=_licence(folder),
+        licence=licence(folder),
         dtypes=weights.dtypes,
         tokenizer=(lambda: load_tokenizer(folder)) if has_tokenizer else None,
     )
@@ -266,7 +273,43 @@ def open_siglip(folder: Path) -> Source:
             **{name: "text tower and its logit scale: only the vision tower is imported" for name in outside},
             **{name: "0, 1, 2, ...: computed" for name in weights.shapes if name.endswith("position_ids")},
         },
-        licence=_licence(folder),
+        licence=licence(folder),
+        dtypes=weights.dtypes,
+    )
+
+
+def open_intern_vit(folder: Path) -> Source:
+    """Opens an InternViT folder as OpenGVLab releases it.
+
+    Raises:
+      UserError: a setting that this package's tower does not have, or broken files.
+    """
+    config_file = folder / "config.json"
+    values = read_config(config_file)
+    expected = {"hidden_act": "gelu", "qkv_bias": False, "qk_normalization": True, "norm_type": "rms_norm"}
+    for key, value in expected.items():
+        if values.get(key, value) != value:
+            raise UserError(f"{config_file}: {key}={values[key]!r} is not supported, only {value!r} is")
+    weights = SafetensorsFolder(folder)
+    layers = layer_count(values.get("num_hidden_layers"), weights.shapes, f"{config_file}: num_hidden_layers")
+    return Source(
+        component="vision_tower",
+        config={
+            "type": "intern_vit",
+            "image_size": _positive(values, "image_size", config_file),
+            "patch_size": _positive(values, "patch_size", config_file),
+            "hidden_size": _positive(values, "hidden_size", config_file),
+            "num_layers": layers,
+            "num_heads": _positive(values, "num_attention_heads", config_file),
+            "mlp_dim": _positive(values, "intermediate_size", config_file),
+            "norm_eps": _number(values, "layer_norm_eps", config_file, 1e-6),
+            "select_layer": -1,
+        },
+        tensors=weights.shapes,
+        rules=intern_vit_rules(layers),
+        reader=weights,
+        files=[config_file, *weights.files],
+        licence=licence(folder),
         dtypes=weights.dtypes,
     )
 
@@ -297,7 +340,8 @@ def _missing_weights(folder: Path, name: str) -> str:
     return f"neither {_SINGLE} nor {_INDEX} is here; download the weights"
 
 
-def _licence(folder: Path) -> dict[str, str]:
+def licence(folder: Path) -> dict[str, str]:
+    """Name and text of the licence file in a folder; empty where there is none."""
     for name in _LICENCE_FILES:
         if (folder / name).is_file():
             text = read_bytes(folder / name, _MAX_LICENCE_BYTES).decode(errors="replace")

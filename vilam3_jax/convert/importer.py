@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,19 @@ import numpy as np
 
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.convert.gguf import open_gguf
-from vilam3_jax.convert.huggingface import open_llama, open_siglip, read_config
-from vilam3_jax.convert.sources import Rule, Source
+from vilam3_jax.convert.huggingface import open_intern_vit, open_llama, open_siglip, read_config
+from vilam3_jax.convert.sources import Checkpoint, Rule, Source
+from vilam3_jax.convert.vila import PARTS, open_vila
 from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import PathLike, as_path
 
-FORMATS: dict[str, Callable[[Path], Source]] = {
+FORMATS: dict[str, Callable[[Path], Source | Checkpoint]] = {
     "gguf": open_gguf,
     "hf_llama": open_llama,
     "siglip": open_siglip,
+    "intern_vit": open_intern_vit,
+    "vila": open_vila,
 }
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 _MODEL_TYPES = {
@@ -36,10 +39,11 @@ _MODEL_TYPES = {
     "qwen3": "hf_llama",
     "siglip": "siglip",
     "siglip_vision_model": "siglip",
+    "intern_vit_6b": "intern_vit",
 }
 _NAMES_SHOWN = 12
 
-Progress = Callable[[Iterable[Rule]], Iterable[Rule]]
+Progress = Callable[[Iterable[tuple[Source, Rule]]], Iterable[tuple[Source, Rule]]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Summary:
     """What an import did.
 
     Attributes:
-      component: 'llm' or 'vision_tower'.
+      component: 'llm', 'vision_tower', or 'generative' for a whole model.
       tensors: tensors read from the source.
       parameters: numbers in the result.
       bytes: size of the result in memory.
@@ -88,12 +92,11 @@ def detect_format(source: Path) -> str:
             return "gguf"
         raise UserError(f"{source}: not a GGUF file; --source is a GGUF file or a Hugging Face model folder")
     if (source / "config.json").exists():
+        if any((source / name).is_dir() for name in PARTS.values()):
+            return "vila"
         model_type = read_config(source / "config.json").get("model_type")
         if model_type in _MODEL_TYPES:
             return _MODEL_TYPES[model_type]
-        parts = [name for name in ("llm", "vision_tower") if (source / name).is_dir()]
-        if parts:
-            raise UserError(f"{source}: a model in parts; import its folders one by one: {', '.join(parts)}")
         known = ", ".join(sorted(_MODEL_TYPES))
         raise UserError(f"{source / 'config.json'}: model_type {model_type!r} is not supported, only {known}")
     if list(source.glob("*.gguf")):
@@ -101,7 +104,7 @@ def detect_format(source: Path) -> str:
     raise UserError(f"{source}: neither config.json nor a .gguf file is here; check --source")
 
 
-def open_source(source: PathLike, source_format: str = "auto") -> Source:
+def open_source(source: PathLike, source_format: str = "auto") -> Checkpoint:
     """Opens a checkpoint without reading its weights.
 
     Args:
@@ -121,28 +124,34 @@ def open_source(source: PathLike, source_format: str = "auto") -> Source:
         path = _single_gguf(path)
     elif not path.is_dir():
         raise UserError(f"{path}: --format {chosen} needs a model folder")
-    return FORMATS[chosen](path)
+    opened = FORMATS[chosen](path)
+    return opened if isinstance(opened, Checkpoint) else Checkpoint.of(opened)
 
 
-def target_shapes(component: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Returns path → shape of every parameter that this package's model has under `config`."""
+def target_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Returns path → shape of every parameter that this package's model of `checkpoint` has."""
     from flax import nnx
 
     from vilam3_jax import compat
     from vilam3_jax.models import trees, vila
 
-    family = {"llm": vila.LLMS, "vision_tower": vila.VISION_TOWERS}[component][config["type"]]
+    if checkpoint.kind == "generative":
+        model = ConfigDict({**checkpoint.config, "param_dtype": "float32"})
+        shapes = vila.abstract_model(model, checkpoint.kind)[1]
+        return {path: tuple(leaf.shape) for path, leaf in trees.flatten(shapes).items()}
+    config = checkpoint.config[checkpoint.kind]
+    family = {"llm": vila.LLMS, "vision_tower": vila.VISION_TOWERS}[checkpoint.kind][config["type"]]
     settings = dict(dtype="float32", param_dtype="float32", remat="none")
     model = nnx.eval_shape(lambda: family(ConfigDict(dict(config)), rngs=nnx.Rngs(0), **settings))
     _, shapes = compat.split(model)
-    return {f"{component}/{path}": tuple(leaf.shape) for path, leaf in trees.flatten(shapes).items()}
+    return {f"{checkpoint.kind}/{path}": tuple(leaf.shape) for path, leaf in trees.flatten(shapes).items()}
 
 
-def fill(source: Source, dtype: Any = np.float32, progress: Progress = iter) -> dict[str, np.ndarray]:
+def fill(checkpoint: Checkpoint, dtype: Any = np.float32, progress: Progress = iter) -> dict[str, np.ndarray]:
     """Makes every parameter of the target model.
 
     Args:
-      source: opened checkpoint.
+      checkpoint: opened.
       dtype: dtype of the result.
       progress: wraps the rules as they are worked off (a progress bar).
 
@@ -152,32 +161,40 @@ def fill(source: Source, dtype: Any = np.float32, progress: Progress = iter) -> 
     Raises:
       UserError: a tensor is left over, a parameter is left empty, a shape differs, or a value is not finite.
     """
-    expected = target_shapes(source.component, source.config)
-    _check_coverage(source, expected)
+    expected = target_shapes(checkpoint)
+    for part in checkpoint.parts:
+        own = {path for path in expected if path.split("/")[0] == part.component}
+        _check_coverage(part, own)
+    work = [(part, rule) for part in checkpoint.parts for rule in part.rules]
     params: dict[str, np.ndarray] = {}
-    for rule in progress(source.rules):
-        shape = expected[rule.target]
-        for index, name in enumerate(rule.sources):
-            tensor = rule.transform(source.reader(name))
-            needed = shape[1:] if rule.stacked else shape
-            if tensor.shape != needed:
-                raise UserError(
-                    f"{source.files[-1]}: {name} gives shape {tensor.shape}, but {rule.target} needs "
-                    f"{needed}; config and weights are of different models"
-                )
-            # Only now, so that a config that lies cannot make us ask for absurd memory.
-            if rule.target not in params:
-                params[rule.target] = np.empty(shape, dtype)
-            place = params[rule.target][index] if rule.stacked else params[rule.target]
-            # Beyond the range of the new dtype means infinite: the check below reports it.
-            with np.errstate(over="ignore"):
-                place[...] = tensor
-            if not np.isfinite(place).all():
-                raise UserError(
-                    f"{source.files[-1]}: {name} holds values that are not finite as {np.dtype(dtype)}; "
-                    "the file is damaged, download it again"
-                )
+    for part, rule in progress(work):
+        _fill_one(part, rule, expected[rule.target], dtype, params)
     return params
+
+
+def _fill_one(
+    source: Source, rule: Rule, shape: tuple[int, ...], dtype: Any, params: dict[str, np.ndarray]
+) -> None:
+    for index, name in enumerate(rule.sources):
+        tensor = rule.transform(source.reader(name))
+        needed = shape[1:] if rule.stacked else shape
+        if tensor.shape != needed:
+            raise UserError(
+                f"{source.files[-1]}: {name} gives shape {tensor.shape}, but {rule.target} needs "
+                f"{needed}; config and weights are of different models"
+            )
+        # Only now, so that a config that lies cannot make us ask for absurd memory.
+        if rule.target not in params:
+            params[rule.target] = np.empty(shape, dtype)
+        place = params[rule.target][index] if rule.stacked else params[rule.target]
+        # Beyond the range of the new dtype means infinite: the check below reports it.
+        with np.errstate(over="ignore"):
+            place[...] = tensor
+        if not np.isfinite(place).all():
+            raise UserError(
+                f"{source.files[-1]}: {name} holds values that are not finite as {np.dtype(dtype)}; "
+                "the file is damaged, download it again"
+            )
 
 
 def import_model(
@@ -213,40 +230,47 @@ def import_model(
     opened = open_source(source, source_format)
     # First, because it fails fast.
     words = load_tokenizer(tokenizer) if tokenizer else opened.tokenizer() if opened.tokenizer else None
-    if words is not None and opened.component == "llm" and words.vocab_size > opened.config["vocab_size"]:
+    llm = opened.config.get("llm")
+    if words is not None and llm is not None and words.vocab_size > llm["vocab_size"]:
         raise UserError(
             f"{tokenizer or source}: the tokenizer has {words.vocab_size} tokens, the model only "
-            f"{opened.config['vocab_size']}; use the tokenizer this model was trained with"
+            f"{llm['vocab_size']}; use the tokenizer this model was trained with"
         )
     params = fill(opened, DTYPES[dtype], progress)
-    provenance = {
-        "source": [
-            {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)} for file in opened.files
-        ],
-        "storage": list(opened.dtypes),
-        "licence": opened.licence,
-        "unused_tensors": opened.unused,
-    }
+    provenance = {"parts": {part.component: _provenance(part) for part in opened.parts}}
     model_config = {
-        "name": Path(as_path(source)).stem if "://" not in str(source) else str(source),
-        "kind": opened.component,
+        "name": Path(as_path(source)).stem,
+        "kind": opened.kind,
         "param_dtype": dtype,
-        opened.component: opened.config,
+        **opened.config,
     }
     with tempfile.TemporaryDirectory() as folder:
         if words is not None:
             words.save(folder)
         export_model(target, params, model_config, folder if words is not None else None, provenance)
     return Summary(
-        component=opened.component,
-        tensors=sum(len(rule.sources) for rule in opened.rules),
+        component=opened.kind,
+        tensors=len(
+            {(id(part), name) for part in opened.parts for rule in part.rules for name in rule.sources}
+        ),
         parameters=sum(value.size for value in params.values()),
         bytes=sum(value.nbytes for value in params.values()),
         seconds=time.perf_counter() - start,
-        dtypes=opened.dtypes,
-        unused=opened.unused,
+        dtypes=tuple(sorted({dtype for part in opened.parts for dtype in part.dtypes})),
+        unused={name: reason for part in opened.parts for name, reason in part.unused.items()},
         tokenizer=words is not None,
     )
+
+
+def _provenance(part: Source) -> dict[str, Any]:
+    return {
+        "source": [
+            {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)} for file in part.files
+        ],
+        "storage": list(part.dtypes),
+        "licence": part.licence,
+        "unused_tensors": part.unused,
+    }
 
 
 def sha256(path: Path) -> str:
@@ -255,11 +279,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _check_coverage(source: Source, expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_coverage(source: Source, expected: Set[str]) -> None:
     wanted = {name for rule in source.rules for name in rule.sources}
     missing = wanted - set(source.tensors)
     made = {rule.target for rule in source.rules if missing.isdisjoint(rule.sources)}
-    empty = set(expected) - made
+    empty = expected - made
     left_over = set(source.tensors) - wanted - set(source.unused)
     if empty or left_over or missing:
         raise UserError(
@@ -268,7 +292,7 @@ def _check_coverage(source: Source, expected: Mapping[str, tuple[int, ...]]) -> 
         )
 
 
-def _names(names: set[str]) -> str:
+def _names(names: Set[str]) -> str:
     # A damaged file may name its tensors with line breaks or terminal codes.
     shown = [name if name.isprintable() else repr(name) for name in sorted(names)[:_NAMES_SHOWN]]
     more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""

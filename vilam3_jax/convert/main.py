@@ -36,12 +36,15 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "import",
         help="read a Hugging Face folder or a GGUF file",
-        description="Read a language model (Llama, Qwen2, Qwen3: Hugging Face folder; Llama: GGUF file) "
-        "or a SigLIP vision tower and write a folder that training can start from (--config.init.llm=DIR).",
+        description="Read a language model (Llama, Qwen2, Qwen3: Hugging Face folder; Llama: GGUF file), a "
+        "SigLIP or InternViT vision tower, or a whole VILA folder, and write a folder that training can "
+        "start from (--config.init.llm=DIR, .vision_tower, .everything).",
     )
     command.add_argument("--source", required=True, help="GGUF file or Hugging Face model folder")
     command.add_argument("--out", required=True, help="folder to create; may be gs://...")
-    command.add_argument("--format", default="auto", help="auto, gguf, hf_llama or siglip (default: auto)")
+    command.add_argument(
+        "--format", default="auto", help="auto, gguf, hf_llama, siglip, intern_vit or vila (default: auto)"
+    )
     command.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: float32)")
     command.add_argument("--tokenizer", help="tokenizer folder to use instead of the source's own")
     return parser

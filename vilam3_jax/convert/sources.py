@@ -11,6 +11,7 @@ import numpy as np
 
 from vilam3_jax.data.tokenizer import Tokenizer
 from vilam3_jax.errors import UserError
+from vilam3_jax.models.projector import Plan
 
 _LARGEST_SIZE = 1 << 24
 
@@ -42,11 +43,11 @@ class Reader(Protocol):
 
 @dataclass
 class Source:
-    """One opened checkpoint.
+    """One opened checkpoint of one component.
 
     Attributes:
-      component: 'llm' or 'vision_tower', the key of its parameters in ours.
-      config: the `llm` or `vision_tower` section of our model config.
+      component: 'llm', 'vision_tower' or 'projector', the key of its parameters in ours.
+      config: the section of that name in our model config.
       tensors: name → shape, as the rules see them. Reading happens tensor by tensor through `reader`.
       rules: how our parameters are made.
       unused: name → why a tensor is rightly left out.
@@ -66,6 +67,31 @@ class Source:
     licence: dict[str, str] = field(default_factory=dict)
     dtypes: tuple[str, ...] = ()
     tokenizer: Callable[[], Tokenizer] | None = None
+
+
+@dataclass
+class Checkpoint:
+    """What one import makes an export of: a component, or a whole model in parts.
+
+    Attributes:
+      kind: 'generative', or the component's name.
+      config: our model config, without `kind`, `name` and `param_dtype`.
+      parts: the components.
+    """
+
+    kind: str
+    config: dict[str, Any]
+    parts: list[Source]
+
+    @classmethod
+    def of(cls, source: Source) -> Checkpoint:
+        """One component alone."""
+        return cls(source.component, {source.component: source.config}, [source])
+
+    @property
+    def tokenizer(self) -> Callable[[], Tokenizer] | None:
+        """Makes the tokenizer that came along with a part; None where there is none."""
+        return next((part.tokenizer for part in self.parts if part.tokenizer), None)
 
 
 def whole(value: Any, what: str) -> int:
@@ -179,6 +205,62 @@ def siglip_rules(num_layers: int, prefix: str, with_head: bool) -> list[Rule]:
         path = f"vision_tower/blocks/{target}"
         rules.append(Rule(f"{path}/{weight}", tuple(f"{s}.weight" for s in stem), transform, stacked=True))
         rules.append(Rule(f"{path}/bias", tuple(f"{s}.bias" for s in stem), keep, stacked=True))
+    return rules
+
+
+def intern_vit_rules(num_layers: int) -> list[Rule]:
+    """Rules for an InternViT under OpenGVLab's names; query, key and value are one matrix there."""
+
+    def third(index: int) -> Transform:
+        return lambda tensor: np.split(tensor, 3)[index].T
+
+    rules = [
+        Rule("vision_tower/class_embed", ("embeddings.class_embedding",), lambda t: t[0]),
+        Rule("vision_tower/pos_embed", ("embeddings.position_embedding",), lambda t: t[0]),
+        Rule(
+            "vision_tower/patch_embed/kernel",
+            ("embeddings.patch_embedding.weight",),
+            lambda t: t.transpose(2, 3, 1, 0),
+        ),
+        Rule("vision_tower/patch_embed/bias", ("embeddings.patch_embedding.bias",), keep),
+    ]
+    blocks: list[tuple[str, str, Transform]] = [
+        ("norm1/scale", "norm1.weight", keep),
+        ("norm2/scale", "norm2.weight", keep),
+        ("scale1", "ls1", keep),
+        ("scale2", "ls2", keep),
+        *((f"attn/{name}/kernel", "attn.qkv.weight", third(i)) for i, name in enumerate("qkv")),
+        ("attn/q_norm/scale", "attn.q_norm.weight", keep),
+        ("attn/k_norm/scale", "attn.k_norm.weight", keep),
+        ("attn/o/kernel", "attn.proj.weight", transpose),
+        ("attn/o/bias", "attn.proj.bias", keep),
+        *((f"mlp/{name}/kernel", f"mlp.{name}.weight", transpose) for name in ("fc1", "fc2")),
+        *((f"mlp/{name}/bias", f"mlp.{name}.bias", keep) for name in ("fc1", "fc2")),
+    ]
+    for target, source, transform in blocks:
+        names = tuple(f"encoder.layers.{layer}.{source}" for layer in range(num_layers))
+        rules.append(Rule(f"vision_tower/blocks/{target}", names, transform, stacked=True))
+    return rules
+
+
+def projector_rules(kind: str, plan: Plan) -> list[Rule]:
+    """Rules for VILA's `mm_projector`, a torch.nn.Sequential: members without weights count, too.
+
+    Args:
+      kind: `mm_projector_type`.
+      plan: what that means.
+    """
+    rules = []
+    place = 1 if plan.block > 1 else 0  # the joining of patches comes first
+    for layer in range(1, plan.depth + 1):
+        if layer <= plan.norms:
+            rules.append(Rule(f"projector/norm{layer}/scale", (f"layers.{place}.weight",), keep))
+            rules.append(Rule(f"projector/norm{layer}/bias", (f"layers.{place}.bias",), keep))
+            place += 1
+        stem = "layers" if kind == "linear" else f"layers.{place}"
+        rules.append(Rule(f"projector/fc{layer}/kernel", (f"{stem}.weight",), transpose))
+        rules.append(Rule(f"projector/fc{layer}/bias", (f"{stem}.bias",), keep))
+        place += 2  # GELU
     return rules
 
 

@@ -1,0 +1,132 @@
+"""VILA, VILA-1.5, VILA-M3 and NVILA folders: `llm/`, `vision_tower/` and `mm_projector/`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vilam3_jax.convert.huggingface import (
+    SafetensorsFolder,
+    licence,
+    open_intern_vit,
+    open_llama,
+    open_siglip,
+    read_config,
+)
+from vilam3_jax.convert.sources import Checkpoint, Source, projector_rules
+from vilam3_jax.errors import UserError
+from vilam3_jax.models.projector import plan
+
+PARTS = {"vision_tower": "vision_tower", "projector": "mm_projector", "llm": "llm"}
+_TOWERS: dict[str, Callable[[Path], Source]] = {
+    "siglip": open_siglip,
+    "siglip_vision_model": open_siglip,
+    "intern_vit_6b": open_intern_vit,
+}
+# Which hidden states VILA keeps: SigLIP has no class token to drop, InternViT has one.
+_SELECTED = {"siglip": "cls_patch", "intern_vit": "patch"}
+
+
+def open_vila(folder: Path) -> Checkpoint:
+    """Opens a model folder in parts.
+
+    The root's config says which hidden state of the tower counts. It does not say the conversation mode nor
+    the order of the visual tokens; both follow from the LLM: see `_template` and `_token_order`.
+
+    Raises:
+      UserError: a part is missing, or the model needs what this package does not have.
+    """
+    config_file = folder / "config.json"
+    root = read_config(config_file)
+    for name in PARTS.values():
+        if not (folder / name / "config.json").exists():
+            raise UserError(f"{folder / name}: has no config.json; download the whole model folder")
+    _check_root(root, config_file)
+    llm = open_llama(folder / PARTS["llm"])
+    tower = _open_tower(folder / PARTS["vision_tower"], root, config_file)
+    projector = _open_projector(folder / PARTS["projector"], tower.config, llm)
+    for part in (llm, tower, projector):
+        part.licence = part.licence or licence(folder)
+    config = {
+        "image_size": tower.config["image_size"],
+        "template": _template(llm),
+        "tokenizer": "",
+        "dtype": "bfloat16",
+        "remat": "none",
+        "vision_tower": tower.config,
+        "projector": projector.config,
+        "llm": llm.config,
+    }
+    return Checkpoint("generative", config, [tower, projector, llm])
+
+
+def _check_root(root: Mapping[str, Any], where: Path) -> None:
+    mode = root.get("image_aspect_ratio", "resize")
+    if mode != "resize":
+        raise UserError(
+            f"{where}: image_aspect_ratio={mode!r} is not supported yet, only 'resize' (one image, one tile)"
+        )
+    if root.get("s2"):
+        raise UserError(f"{where}: s2={root['s2']!r} (several scales of an image) is not supported yet")
+    for key in ("mm_use_im_start_end", "mm_use_im_patch_token"):
+        if root.get(key):
+            raise UserError(f"{where}: {key}={root[key]!r} is not supported; no released VILA has it")
+
+
+def _open_tower(folder: Path, root: Mapping[str, Any], where: Path) -> Source:
+    kind = read_config(folder / "config.json").get("model_type")
+    if kind not in _TOWERS:
+        known = ", ".join(sorted(_TOWERS))
+        raise UserError(f"{folder / 'config.json'}: model_type {kind!r} is not supported, only {known}")
+    tower = _TOWERS[kind](folder)
+    selected = root.get("mm_vision_select_feature", _SELECTED[tower.config["type"]])
+    if selected != _SELECTED[tower.config["type"]]:
+        raise UserError(
+            f"{where}: mm_vision_select_feature={selected!r} with a {tower.config['type']} tower would "
+            f"drop or keep the wrong token; {_SELECTED[tower.config['type']]!r} was expected"
+        )
+    layer = root.get("mm_vision_select_layer", tower.config["select_layer"])
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise UserError(f"{where}: mm_vision_select_layer={layer!r} is no whole number; download it again")
+    tower.config["select_layer"] = layer
+    return tower
+
+
+def _open_projector(folder: Path, tower: Mapping[str, Any], llm: Source) -> Source:
+    config_file = folder / "config.json"
+    kind = read_config(config_file).get("mm_projector_type")
+    if not isinstance(kind, str):
+        raise UserError(f"{config_file}: mm_projector_type is {kind!r}, a name was expected")
+    weights = SafetensorsFolder(folder)
+    meaning = plan(kind, tower["hidden_size"], llm.config["hidden_size"])
+    return Source(
+        component="projector",
+        config={"type": kind, "token_order": _token_order(kind, llm)},
+        tensors=weights.shapes,
+        rules=projector_rules(kind, meaning),
+        reader=weights,
+        files=[config_file, *weights.files],
+        dtypes=weights.dtypes,
+    )
+
+
+def _is_qwen(llm: Source) -> bool:
+    return llm.config["qkv_bias"] or llm.config["qk_norm"]
+
+
+def _token_order(kind: str, llm: Source) -> str:
+    """'mlp_downsample' ran down the columns until NVILA, whose LLMs are Qwens."""
+    return "column" if kind == "mlp_downsample" and not _is_qwen(llm) else "row"
+
+
+def _template(llm: Source) -> str:
+    """The mode that VILA's releases were trained with, by the control tokens of the LLM's tokenizer."""
+    if _is_qwen(llm):
+        return "qwen2"
+    tokenizer = llm.tokenizer() if llm.tokenizer else None
+    if tokenizer is None:
+        raise UserError(f"{llm.files[0].parent}: has no tokenizer; download the whole model folder")
+    if "<|start_header_id|>" in tokenizer.special_tokens:
+        return "llama_3"
+    return "hermes-2" if "<|im_start|>" in tokenizer.special_tokens else "v1"

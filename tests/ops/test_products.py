@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vilam3_jax.ops.attention import attention
 from vilam3_jax.ops.losses import chunked_cross_entropy
 from vilam3_jax.ops.products import einsum
 
@@ -25,7 +26,7 @@ def rounded(x):
     return np.asarray(x.astype(jnp.bfloat16), np.float64)
 
 
-def compiled_types(function, *arguments):
+def lowered(function, *arguments):
     return jax.jit(function).lower(*arguments).as_text()
 
 
@@ -52,14 +53,14 @@ def test_other_settings_leave_factors_alone(precision):
     x, y = normal((5, 7), 0), normal((7, 3), 1)
     with jax.default_matmul_precision(precision):
         out = einsum("ai,io->ao", x, y)
-        assert "bf16" not in compiled_types(lambda x, y: einsum("ai,io->ao", x, y), x, y)
+        assert "bf16" not in lowered(lambda x, y: einsum("ai,io->ao", x, y), x, y)
     np.testing.assert_allclose(out, np.asarray(x, np.float64) @ np.asarray(y, np.float64), atol=1e-5)
 
 
 def test_a_frozen_factor_costs_no_product():
     x, y = normal((5, 7), 0), normal((7, 3), 1)
     with jax.default_matmul_precision("bfloat16"):
-        text = compiled_types(jax.grad(lambda x: einsum("ai,io->ao", x, y).sum()), x)
+        text = lowered(jax.grad(lambda x: einsum("ai,io->ao", x, y).sum()), x)
     assert text.count("dot_general") == 1, text  # the value itself is not asked for
 
 
@@ -79,3 +80,23 @@ def test_the_loss_rounds_its_products_too():
     assert got[0] == pytest.approx(float(want[0]), rel=1e-6) and got[0] != exact[0]
     for part, expected in zip(got[1], want[1], strict=True):
         np.testing.assert_allclose(part, expected, atol=0.02 * np.abs(expected).max())
+
+
+def test_attention_rounds_its_products_too():
+    q, k, v = normal((2, 150, 6, 8), 0), normal((2, 150, 2, 8), 1), normal((2, 150, 2, 8), 2)
+    direction = normal((2, 150, 6, 8), 3)
+    ids = jnp.asarray(np.repeat([[1] * 90 + [2] * 40 + [0] * 20], 2, axis=0))
+
+    def total(q, k, v):
+        return (attention(q, k, v, segment_ids_q=ids, segment_ids_kv=ids, causal=True) * direction).sum()
+
+    # A function each: the setting is read while tracing.
+    want = jax.jit(jax.grad(lambda *x: total(*x), (0, 1, 2)))(q, k, v)
+    with jax.default_matmul_precision("bfloat16"):
+        gradient = jax.jit(jax.grad(lambda *x: total(*x), (0, 1, 2)))
+        got = gradient(q, k, v)
+        products = [line for line in gradient.lower(q, k, v).as_text().splitlines() if "dot_general" in line]
+    assert products and all("xbf16>, tensor<" in line and "-> tensor<" in line for line in products)
+    for ours, exact in zip(got, want, strict=True):
+        error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
+        assert 1e-4 < error < 1e-2, error

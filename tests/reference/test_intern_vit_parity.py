@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from ml_collections import ConfigDict
-from transformers import InternVLVisionConfig, InternVLVisionModel
 
 from tests.reference import torch_weights
 from vilam3_jax import compat
@@ -24,22 +23,14 @@ def exact_matmul():
 
 
 def reference_model():
-    config = InternVLVisionConfig(
+    return torch_weights.intern_vit_model(
         hidden_size=WIDTH,
         num_hidden_layers=LAYERS,
         num_attention_heads=5,
         intermediate_size=56,
         image_size=(SIZE, SIZE),
         patch_size=(PATCH, PATCH),
-        norm_type="rms_norm",
-        use_qk_norm=True,
-        attention_bias=False,
-        hidden_act="gelu",
-        layer_norm_eps=1e-6,
-        use_absolute_position_embeddings=True,
-        attn_implementation="eager",
     )
-    return torch_weights.randomise(InternVLVisionModel(config), seed=2)
 
 
 def ours(reference, select_layer=-1, remat="none"):

@@ -22,6 +22,7 @@ from vilam3_jax.errors import UserError
 from vilam3_jax.models import vila
 
 SIZE, PATCH, VOCAB = 22, 4, 300  # 5 x 5 patches, an odd grid; a border of 2 pixels is dropped
+TOWER = dict(hidden_size=C, num_hidden_layers=3, num_attention_heads=2, intermediate_size=9)
 LLM = dict(
     vocab_size=VOCAB,
     hidden_size=H,
@@ -40,13 +41,7 @@ LLMS = {
 
 def siglip():
     config = transformers.SiglipVisionConfig(
-        hidden_size=C,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=9,
-        image_size=SIZE,
-        patch_size=PATCH,
-        attn_implementation="eager",
+        **TOWER, image_size=SIZE, patch_size=PATCH, attn_implementation="eager"
     )
     model = torch_weights.randomise(transformers.SiglipVisionModel(config))
     values = {**config.to_dict(), "model_type": "siglip_vision_model"}
@@ -63,21 +58,7 @@ def siglip():
 
 
 def intern_vit():
-    config = transformers.InternVLVisionConfig(
-        hidden_size=C,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=9,
-        image_size=(SIZE, SIZE),
-        patch_size=(PATCH, PATCH),
-        norm_type="rms_norm",
-        use_qk_norm=True,
-        attention_bias=False,
-        layer_norm_eps=1e-6,
-        use_absolute_position_embeddings=True,
-        attn_implementation="eager",
-    )
-    model = torch_weights.randomise(transformers.InternVLVisionModel(config))
+    model = torch_weights.intern_vit_model(**TOWER, image_size=(SIZE, SIZE), patch_size=(PATCH, PATCH))
     theirs = torch_weights.numpy_state(model)
     # The names and the fused matrix of OpenGVLab's own files.
     state = {
@@ -104,10 +85,7 @@ def intern_vit():
         state |= {new + to: theirs[old + name] for name, to in renamed.items()}
     values = dict(
         model_type="intern_vit_6b",
-        hidden_size=C,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=9,
+        **TOWER,
         image_size=SIZE,
         patch_size=PATCH,
         layer_norm_eps=1e-6,

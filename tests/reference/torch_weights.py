@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import torch
+import transformers
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -133,6 +134,21 @@ def siglip_text(state: dict[str, np.ndarray], layers: int) -> dict[str, Any]:
         "final_norm": norm(state, at + "final_layer_norm"),
         "head": linear(state, at + "head"),
     }
+
+
+def intern_vit_model(**sizes: Any) -> torch.nn.Module:
+    """transformers' InternVLVisionModel with the settings of InternViT-6B and random weights."""
+    config = transformers.InternVLVisionConfig(
+        norm_type="rms_norm",
+        use_qk_norm=True,
+        attention_bias=False,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+        use_absolute_position_embeddings=True,
+        attn_implementation="eager",
+        **sizes,
+    )
+    return randomise(transformers.InternVLVisionModel(config), seed=2)
 
 
 def intern_vit(model: Any) -> dict[str, Any]:

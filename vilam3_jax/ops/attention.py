@@ -86,8 +86,11 @@ def attention(
         x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
         return x.reshape(x.shape[0], -1, block, *x.shape[2:])
 
-    how = _How(block if by_row_index else None, head_dim**-0.5 if scale is None else scale)
-    local = partial(_attend_blocks, how=how)
+    local = partial(
+        _attend_blocks,
+        keys_per_block=block if by_row_index else None,
+        scale=head_dim**-0.5 if scale is None else scale,
+    )
     k, v = _match_heads(k, heads), _match_heads(v, heads)
     if not causal:
         q_positions = kv_positions = None
@@ -144,43 +147,47 @@ def _on_devices(
     return jax.shard_map(local, mesh=mesh, in_specs=(out, keys, keys, marked), out_specs=out)(q, k, v, marks)
 
 
-class _How(NamedTuple):
-    """Block i sees the first (i + 1) * `keys_per_block` keys, or all of them if that is None."""
-
-    keys_per_block: int | None
-    scale: float
-
-
-def _attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, marks: _Marks, *, how: _How) -> jax.Array:
+def _attend_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    marks: _Marks,
+    *,
+    keys_per_block: int | None,
+    scale: float,
+) -> jax.Array:
     """One device's share: queries [B, n, b, H, hd] in n blocks -> the same shape.
 
-    b is less than `keys_per_block` where devices share a block.
+    Block i sees the first (i + 1) * `keys_per_block` keys, or all of them if that is None; b is less than
+    `keys_per_block` where devices share a block.
     """
     batch, count, length, _, head_dim = q.shape
     kv_heads = k.shape[2]
     # [n, B, K, G * b, hd]: the queries of all heads that read one key head are rows of one matrix product.
     rows = q.reshape(batch, count, length, kv_heads, -1, head_dim).transpose(1, 0, 3, 4, 2, 5)
-    rows = rows.reshape(count, batch, kv_heads, -1, head_dim) * jnp.asarray(how.scale, q.dtype)
+    rows = rows.reshape(count, batch, kv_heads, -1, head_dim) * jnp.asarray(scale, q.dtype)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    out: Any = _attend(*compat.equally_varying(rows, k, v), marks, how)
+    out: Any = _attend(*compat.equally_varying(rows, k, v), marks, keys_per_block)
     out = out.reshape(count, batch, kv_heads, -1, length, head_dim).transpose(1, 0, 4, 2, 3, 5)
     return out.reshape(q.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, marks: _Marks, how: _How) -> jax.Array:
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, marks: _Marks, keys_per_block: int | None) -> jax.Array:
     """Queries, already scaled, [n, B, K, G * b, hd], k and v [B, K, Lk, hd] -> like the queries.
 
     Scores are computed again for the gradient (arXiv:2205.14135): kept, they would be the largest thing a
     step holds.
     """
-    return _attend_forward(q, k, v, marks, how)[0]
+    return _attend_forward(q, k, v, marks, keys_per_block)[0]
 
 
-def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, marks: _Marks, how: _How) -> tuple[Any, Any]:
+def _attend_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, marks: _Marks, keys_per_block: int | None
+) -> tuple[Any, Any]:
     outputs, log_totals = [], []
     for i, rows in enumerate(q):
-        seen = _seen(i, k, how)
+        seen = _seen(i, k, keys_per_block)
         scores = einsum("bknd,bksd->bkns", rows, k[:, :, :seen], jnp.float32)
         mask = _mask(i, seen, rows, marks)
         if mask is not None:
@@ -197,14 +204,14 @@ def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, marks: _Marks, how
     return out, (q, k, v, marks, out, log_total)
 
 
-def _attend_backward(how: _How, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
+def _attend_backward(keys_per_block: int | None, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
     q, k, v, marks, out, log_total = kept
     # The derivative of the softmax subtracts sum(weights * d_weights), which is this.
     mean = (d_out.astype(jnp.float32) * out).sum(axis=-1, keepdims=True)
     d_q = []
     d_k, d_v = jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32)
     for i, rows in enumerate(q):
-        seen = _seen(i, k, how)
+        seen = _seen(i, k, keys_per_block)
         keys, values = k[:, :, :seen], v[:, :, :seen]
         # [keys, queries]: so only the last product has to turn an array of this size.
         scores = einsum("bksd,bknd->bksn", keys, rows, jnp.float32)
@@ -225,9 +232,9 @@ def _attend_backward(how: _How, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _seen(i: int, k: jax.Array, how: _How) -> int:
+def _seen(i: int, k: jax.Array, keys_per_block: int | None) -> int:
     """How many keys the queries of block i may see at most."""
-    return k.shape[2] if how.keys_per_block is None else min((i + 1) * how.keys_per_block, k.shape[2])
+    return k.shape[2] if keys_per_block is None else min((i + 1) * keys_per_block, k.shape[2])
 
 
 def _mask(i: int, seen: int, rows: jax.Array, marks: _Marks) -> jax.Array | None:

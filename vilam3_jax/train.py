@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from vilam3_jax import checkpoints, compat, paths
+from vilam3_jax import checkpoints, compat, exports, paths
 from vilam3_jax import config as config_lib
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.data import loader as loader_lib
@@ -169,7 +169,7 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
     if finished:
         params = {**state["frozen"], **state["trainable"]}
         model_config = {**config.model.to_dict(), "kind": config.kind}
-        checkpoints.export_model(
+        exports.export_model(
             workdir / "export",
             params,
             model_config,

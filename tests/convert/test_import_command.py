@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from foreign import LLAMA, SIGLIP, llama_weights, siglip_weights, write_folder, write_gguf
 
-from vilam3_jax import checkpoints
-from vilam3_jax.convert.importer import fill, open_source, target_shapes
+from vilam3_jax import exports
+from vilam3_jax.convert.importer import check_rules, fill, open_source
 from vilam3_jax.convert.main import main
 from vilam3_jax.data.tokenizer import load_tokenizer, train_bpe
 
@@ -19,14 +19,14 @@ def load(out, source):
     """Reads an export back as run start-up does."""
     import jax
 
-    config = checkpoints.load_model_config(out)
+    config = exports.load_model_config(out)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = target_shapes(open_source(source))
+    shapes = check_rules(open_source(source))
     wanted = {
         path: jax.ShapeDtypeStruct(shape, config.param_dtype, sharding=place)
         for path, shape in shapes.items()
     }
-    return config, checkpoints.load_params(out, wanted)
+    return config, exports.load_params(out, wanted)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -111,7 +111,7 @@ def test_out_in_use_is_refused_and_untouched(tmp_path, capsys):
         (["--source", "text.txt", "--format", "onnx"], "--format onnx: unknown; choose from auto, gguf"),
         (["--source", "text.txt", "--format", "siglip"], "needs a model folder"),
         (["--source", "text.txt", "--format", "gguf"], "not a whole GGUF file"),
-        (["--source", "text.txt", "--dtype", "int8"], "--dtype int8: unknown; choose from float32, bfloat16"),
+        (["--source", "text.txt", "--dtype", "int8"], "--dtype int8: unknown; choose from auto, float32, bfloat16"),
     ],
 )
 def test_bad_requests_are_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys, arguments, message):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vilam3_jax import checkpoints
+from vilam3_jax import exports
 from vilam3_jax.data.examples import Example, ImageRef, Turn
 from vilam3_jax.errors import UserError
 from vilam3_jax.evals import retrieval
@@ -69,7 +69,7 @@ def test_prompts_treat_all_modalities_alike():
 
 
 def test_embeddings_are_those_of_the_training_model(towers_export, tokenizer):
-    params, config, _ = checkpoints.load_export(towers_export)
+    params, config, _ = exports.load_export(towers_export)
     embedder = retrieval.TwoTowerEmbedder(config, params, tokenizer, batch_size=4)
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(6)]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from vilam3_jax.configs import models
 
-from vilam3_jax import checkpoints
+from vilam3_jax import exports
 from vilam3_jax.data.annotations import Annotation, AnnotationWriter, LabelMap, Segment
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, Turn
 from vilam3_jax.data.images import encode_png, image_content_key
@@ -56,9 +56,7 @@ def params(model_config):
 def export(tmp_path_factory, model_config, params, tokenizer_dir):
     """An export of the generative model."""
     folder = tmp_path_factory.mktemp("exports") / "generative"
-    checkpoints.export_model(
-        folder, params, {**model_config.to_dict(), "kind": "generative"}, tokenizer_dir, {}
-    )
+    exports.export_model(folder, params, {**model_config.to_dict(), "kind": "generative"}, tokenizer_dir, {})
     return folder
 
 
@@ -67,9 +65,7 @@ def towers_export(tmp_path_factory, model_config, tokenizer_dir):
     """An export of a contrastive model."""
     params = jax.jit(lambda key: vila.init_params(model_config, "contrastive", key))(jax.random.key(1))
     folder = tmp_path_factory.mktemp("exports") / "contrastive"
-    checkpoints.export_model(
-        folder, params, {**model_config.to_dict(), "kind": "contrastive"}, tokenizer_dir, {}
-    )
+    exports.export_model(folder, params, {**model_config.to_dict(), "kind": "contrastive"}, tokenizer_dir, {})
     return folder
 
 

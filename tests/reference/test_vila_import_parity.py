@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from tests.reference import torch_weights
 from tests.reference.test_projector_parity import C, H, layers
-from vilam3_jax import checkpoints
+from vilam3_jax import exports
 from vilam3_jax.convert import main as convert
 from vilam3_jax.convert.importer import import_model
 from vilam3_jax.data.tokenizer import train_bpe
@@ -159,7 +159,7 @@ def write_vila(folder, llm, kind, tower, specials=("<s>", "</s>", "<pad>")):
 def test_logits_of_an_imported_folder(tmp_path, llm, kind, tower, template):
     expected = write_vila(tmp_path / "vila", llm, kind, tower)
     import_model(tmp_path / "vila", tmp_path / "out")
-    params, config, tokenizer = checkpoints.load_export(tmp_path / "out")
+    params, config, tokenizer = exports.load_export(tmp_path / "out")
     assert config.template == template and (tokenizer / "tokenizer.json").exists()
     count = vila.tokens_per_image(config)
     rng = np.random.default_rng(0)
@@ -194,7 +194,7 @@ def test_logits_of_an_imported_folder(tmp_path, llm, kind, tower, template):
 def test_the_tokenizer_tells_the_conversation_mode(tmp_path, specials, template):
     write_vila(tmp_path / "vila", "llama", "mlp_downsample", siglip, specials)
     import_model(tmp_path / "vila", tmp_path / "out")
-    assert checkpoints.load_model_config(tmp_path / "out").template == template
+    assert exports.load_model_config(tmp_path / "out").template == template
 
 
 @pytest.mark.parametrize(

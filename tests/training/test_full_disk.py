@@ -9,7 +9,7 @@ import textwrap
 PROGRAM = """
     import resource, sys
     import jax
-    from vilam3_jax import checkpoints
+    from vilam3_jax import checkpoints, exports
     from vilam3_jax.errors import UserError
 
     workdir = sys.argv[1]
@@ -23,7 +23,7 @@ PROGRAM = """
         saved.save(2, {"w": large}, {}, {})
         saved.wait()
     def export():
-        checkpoints.export_model(workdir + "/export", {"w": large}, {"kind": "x"}, None, {})
+        exports.export_model(workdir + "/export", {"w": large}, {"kind": "x"}, None, {})
     for action in (save, export):
         try:
             action()

@@ -11,8 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from vilam3_jax import checkpoints, train
 from vilam3_jax import config as config_lib
+from vilam3_jax import exports, train
 from vilam3_jax.datasets import phantoms, prepare, train_tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.training import telemetry
@@ -74,7 +74,7 @@ def losses(workdir):
 
 
 def exported(workdir):
-    params, _, _ = checkpoints.load_export(workdir / "export")
+    params, _, _ = exports.load_export(workdir / "export")
     return params
 
 

@@ -115,8 +115,8 @@ class GgufFile:
     def __contains__(self, key: str) -> bool:
         return key in self._reader.fields
 
-    def __call__(self, name: str) -> np.ndarray:
-        """Dequantises one tensor to float32, heads in the rotate-half layout.
+    def __call__(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Returns rows `start` to `stop` of a tensor, dequantised to float32, heads in rotate-half layout.
 
         Raises:
           UserError: a quantisation that the gguf package cannot undo.
@@ -134,13 +134,13 @@ class GgufFile:
         elif name.endswith("self_attn.k_proj.weight"):
             heads = _kv_heads(self)
         else:
-            return values
+            return values[start:stop]
         if len(values) % (2 * heads):
             raise UserError(
                 f"{self.path}: {tensor.name} has {len(values)} rows for {heads} heads; damaged, "
                 "download it again"
             )
-        return unpermute(values, heads)
+        return unpermute(values, heads)[start:stop]
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:

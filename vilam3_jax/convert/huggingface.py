@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from vilam3_jax.convert.safetensors_files import SafetensorsFolder, read_config
 from vilam3_jax.convert.sources import (
     Source,
     intern_vit_rules,
@@ -23,106 +21,9 @@ from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import read_bytes
 
-_DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
-}
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_MAX_JSON_BYTES = 64 << 20
+_EQUAL_ROWS = 4096  # compared at a time
 _MAX_LICENCE_BYTES = 1 << 20
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
-
-
-class SafetensorsFolder:
-    """The tensors of one model folder, in one file or in shards, read one at a time through memory maps.
-
-    Attributes:
-      shapes: tensor name → shape.
-      files: the safetensors files, sorted.
-      dtypes: storage types found.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Opens every shard and checks its header against its length.
-
-        Raises:
-          UserError: no weights, a missing or truncated shard, or an index that does not fit its shards.
-        """
-        index = folder / _INDEX
-        if index.exists():
-            expected = read_config(index).get("weight_map")
-            if not isinstance(expected, dict):
-                raise UserError(f"{index}: has no weight_map; download it again")
-            names = sorted(set(expected.values()))
-        else:
-            expected, names = None, [_SINGLE]
-        self.files = [_inside(folder, name) for name in names]
-        for file in self.files:
-            if not file.exists():
-                raise UserError(f"{folder}: {_missing_weights(folder, file.name)}")
-        self._entries: dict[str, tuple[np.memmap, Mapping[str, Any]]] = {}
-        for file in self.files:
-            self._open(file)
-        if expected is not None and set(expected) != set(self._entries):
-            odd = sorted(set(expected) ^ set(self._entries))
-            raise UserError(
-                f"{index}: does not fit its shards: {odd[0]} (of {len(odd)}) is only in one; download again"
-            )
-        self.shapes = {name: tuple(entry["shape"]) for name, (_, entry) in self._entries.items()}
-        self.dtypes = tuple(sorted({entry["dtype"] for _, entry in self._entries.values()}))
-
-    def _open(self, file: Path) -> None:
-        try:
-            # The library checks that the header is sane and covers the file exactly. It cannot give bfloat16
-            # as numpy, so the bytes are mapped here.
-            with safe_open(file, framework="numpy"):
-                pass
-            with file.open("rb") as handle:
-                size = int.from_bytes(handle.read(8), "little")
-                header = json.loads(handle.read(size))
-            data = np.memmap(file, np.uint8, mode="r", offset=8 + size)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{file}: truncated or damaged ({error}); download it again") from error
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            if name in self._entries:
-                raise UserError(f"{file}: tensor {name} is also in another shard; remove the stale file")
-            self._entries[name] = (data, entry)
-
-    def __call__(self, name: str) -> np.ndarray:
-        """Returns one tensor in its stored dtype.
-
-        Raises:
-          UserError: stored as integers or in an unknown type.
-        """
-        data, entry = self._entries[name]
-        dtype = _DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise UserError(
-                f"{name}: stored as {entry['dtype']}, not as floating point; import the unquantised model"
-            )
-        begin, end = entry["data_offsets"]
-        return data[begin:end].view(dtype).reshape(entry["shape"])
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-      UserError: missing or not a JSON object.
-    """
-    try:
-        value = json.loads(read_bytes(path, _MAX_JSON_BYTES))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object was expected; download it again")
-    return value
 
 
 def open_llama(folder: Path) -> Source:
@@ -141,7 +42,7 @@ def open_llama(folder: Path) -> Source:
         name: "recomputed from rope_theta" for name in weights.shapes if name.endswith("rotary_emb.inv_freq")
     }
     if llm["tie_embeddings"] and "lm_head.weight" in weights.shapes:
-        if not np.array_equal(weights("lm_head.weight"), weights("model.embed_tokens.weight")):
+        if not _equal(weights, "lm_head.weight", "model.embed_tokens.weight"):
             raise UserError(
                 f"{config_file}: says tie_word_embeddings, but lm_head.weight differs from the embedding; "
                 "set tie_word_embeddings to false"
@@ -158,6 +59,18 @@ def open_llama(folder: Path) -> Source:
         licence=licence(folder),
         dtypes=weights.dtypes,
         tokenizer=(lambda: load_tokenizer(folder)) if has_tokenizer else None,
+    )
+
+
+def _equal(weights: SafetensorsFolder, one: str, other: str) -> bool:
+    if weights.shapes[one] != weights.shapes.get(other):
+        return False
+    rows = weights.shapes[one][0]
+    starts = range(0, rows, _EQUAL_ROWS)
+    ends = (min(start + _EQUAL_ROWS, rows) for start in starts)
+    return all(
+        np.array_equal(weights(one, start, end), weights(other, start, end))
+        for start, end in zip(starts, ends, strict=True)
     )
 
 
@@ -324,20 +237,6 @@ def _number(values: Mapping[str, Any], key: str, where: Path | str, default: flo
     if not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise UserError(f"{where}: {key} is {value!r}, a positive number was expected; download it again")
     return float(value)
-
-
-def _inside(folder: Path, name: str) -> Path:
-    if Path(name).name != name:
-        raise UserError(f"{folder / _INDEX}: shard {name!r} lies outside the folder; download it again")
-    return folder / name
-
-
-def _missing_weights(folder: Path, name: str) -> str:
-    if name != _SINGLE:
-        return f"shard {name} is missing; download it into the folder"
-    if list(folder.glob("pytorch_model*.bin")):
-        return "has only pytorch_model.bin, which can run code when opened; save it as safetensors"
-    return f"neither {_SINGLE} nor {_INDEX} is here; download the weights"
 
 
 def licence(folder: Path) -> dict[str, str]:

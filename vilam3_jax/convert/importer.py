@@ -1,37 +1,45 @@
 """Foreign checkpoint → export folder: which format it is, filling every parameter, writing.
 
-Memory: the imported parameters in their final dtype plus one tensor of the source.
+Memory: one stored leaf in its final dtype (see `exports`) and a few blocks of the source.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
+import itertools
+import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.convert.gguf import open_gguf
-from vilam3_jax.convert.huggingface import open_intern_vit, open_llama, open_siglip, read_config
-from vilam3_jax.convert.sources import Checkpoint, Rule, Source
+from vilam3_jax.convert.huggingface import open_intern_vit, open_llama, open_siglip
+from vilam3_jax.convert.safetensors_files import copy_into, read_config
+from vilam3_jax.convert.sources import Checkpoint, Index, Rule, Source
 from vilam3_jax.convert.vila import PARTS, open_vila
-from vilam3_jax.data.tokenizer import load_tokenizer
+from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vilam3_jax.errors import UserError
+from vilam3_jax.exports import Leaf, host_sharding, stored_leaves, write_export
 from vilam3_jax.paths import PathLike, as_path
 
-FORMATS: dict[str, Callable[[Path], Source | Checkpoint]] = {
+COMPONENTS: dict[str, Callable[[Path], Source]] = {
     "gguf": open_gguf,
     "hf_llama": open_llama,
     "siglip": open_siglip,
     "intern_vit": open_intern_vit,
-    "vila": open_vila,
 }
+FORMATS = (*COMPONENTS, "vila")
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 _MODEL_TYPES = {
     "llama": "hf_llama",
@@ -43,7 +51,11 @@ _MODEL_TYPES = {
 }
 _NAMES_SHOWN = 12
 
-Progress = Callable[[Iterable[tuple[Source, Rule]]], Iterable[tuple[Source, Rule]]]
+_READERS = 2
+_BLOCK_BYTES = 64 << 20  # read at a time by each of them
+_ALIGNMENT = 64
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,8 @@ class Summary:
       component: 'llm', 'vision_tower', or 'generative' for a whole model.
       tensors: tensors read from the source.
       parameters: numbers in the result.
-      bytes: size of the result in memory.
+      bytes: size of the result.
+      dtype: of the result.
       seconds: wall time.
       dtypes: storage types of the source.
       unused: tensors left out, with the reason.
@@ -65,6 +78,7 @@ class Summary:
     tensors: int
     parameters: int
     bytes: int
+    dtype: str
     seconds: float
     dtypes: tuple[str, ...]
     unused: dict[str, str]
@@ -104,18 +118,21 @@ def detect_format(source: Path) -> str:
     raise UserError(f"{source}: neither config.json nor a .gguf file is here; check --source")
 
 
-def open_source(source: PathLike, source_format: str = "auto") -> Checkpoint:
+def open_source(
+    source: PathLike, source_format: str = "auto", tokenizer: Tokenizer | None = None
+) -> Checkpoint:
     """Opens a checkpoint without reading its weights.
 
     Args:
       source: GGUF file, folder with one GGUF file, or Hugging Face model folder; on a local disk.
       source_format: a key of `FORMATS`, or 'auto'.
+      tokenizer: used instead of the source's own.
 
     Raises:
       UserError: missing, damaged, or an architecture that is not supported.
     """
     if "://" in str(source):
-        raise UserError(f"{source}: weights are read through memory maps; copy them to a local disk first")
+        raise UserError(f"{source}: weights are read from a local disk; copy them there first")
     path = Path(as_path(source))
     chosen = detect_format(path) if source_format == "auto" else source_format
     if chosen not in FORMATS:
@@ -124,77 +141,139 @@ def open_source(source: PathLike, source_format: str = "auto") -> Checkpoint:
         path = _single_gguf(path)
     elif not path.is_dir():
         raise UserError(f"{path}: --format {chosen} needs a model folder")
-    opened = FORMATS[chosen](path)
-    return opened if isinstance(opened, Checkpoint) else Checkpoint.of(opened)
+    return open_vila(path, tokenizer) if chosen == "vila" else Checkpoint.of(COMPONENTS[chosen](path))
 
 
-def target_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Returns path → shape of every parameter that this package's model of `checkpoint` has."""
+def target_shapes(kind: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Path → shape of every parameter that this package's model has.
+
+    Args:
+      kind: 'generative', 'llm' or 'vision_tower'.
+      config: the `model` section, or as much of it as this kind needs.
+    """
     from flax import nnx
 
     from vilam3_jax import compat
     from vilam3_jax.models import trees, vila
 
-    if checkpoint.kind == "generative":
-        model = ConfigDict({**checkpoint.config, "param_dtype": "float32"})
-        shapes = vila.abstract_model(model, checkpoint.kind)[1]
+    if kind == "generative":
+        shapes = vila.abstract_model(ConfigDict({**config, "param_dtype": "float32"}), kind)[1]
         return {path: tuple(leaf.shape) for path, leaf in trees.flatten(shapes).items()}
-    config = checkpoint.config[checkpoint.kind]
-    family = {"llm": vila.LLMS, "vision_tower": vila.VISION_TOWERS}[checkpoint.kind][config["type"]]
+    section = config[kind]
+    family = {"llm": vila.LLMS, "vision_tower": vila.VISION_TOWERS}[kind][section["type"]]
     settings = dict(dtype="float32", param_dtype="float32", remat="none")
-    model = nnx.eval_shape(lambda: family(ConfigDict(dict(config)), rngs=nnx.Rngs(0), **settings))
+    model = nnx.eval_shape(lambda: family(ConfigDict(dict(section)), rngs=nnx.Rngs(0), **settings))
     _, shapes = compat.split(model)
-    return {f"{checkpoint.kind}/{path}": tuple(leaf.shape) for path, leaf in trees.flatten(shapes).items()}
+    return {f"{kind}/{path}": tuple(leaf.shape) for path, leaf in trees.flatten(shapes).items()}
 
 
-def fill(checkpoint: Checkpoint, dtype: Any = np.float32, progress: Progress = iter) -> dict[str, np.ndarray]:
-    """Makes every parameter of the target model.
-
-    Args:
-      checkpoint: opened.
-      dtype: dtype of the result.
-      progress: wraps the rules as they are worked off (a progress bar).
+def check_rules(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Checks, before anything is read, that every parameter is filled and every tensor used or excused.
 
     Returns:
-      Parameter path → array.
+      Path → shape of every parameter.
 
     Raises:
-      UserError: a tensor is left over, a parameter is left empty, a shape differs, or a value is not finite.
+      UserError: a tensor is left over, a parameter is left empty, or a shape differs.
     """
-    expected = target_shapes(checkpoint)
+    expected = target_shapes(checkpoint.kind, checkpoint.config)
     for part in checkpoint.parts:
         own = {path for path in expected if path.split("/")[0] == part.component}
         _check_coverage(part, own)
-    work = [(part, rule) for part in checkpoint.parts for rule in part.rules]
-    params: dict[str, np.ndarray] = {}
-    for part, rule in progress(work):
-        _fill_one(part, rule, expected[rule.target], dtype, params)
-    return params
+        for rule in part.rules:
+            needed = expected[rule.target][1:] if rule.stacked else expected[rule.target]
+            for name in rule.sources:
+                if rule.layout.ours(part.tensors[name]) != needed:
+                    raise UserError(
+                        f"{part.files[-1]}: {name} is {part.tensors[name]}, which does not give the {needed} "
+                        f"of {rule.target}; config and weights are of different models"
+                    )
+    return expected
 
 
-def _fill_one(
-    source: Source, rule: Rule, shape: tuple[int, ...], dtype: Any, params: dict[str, np.ndarray]
-) -> None:
-    for index, name in enumerate(rule.sources):
-        tensor = rule.transform(source.reader(name))
-        needed = shape[1:] if rule.stacked else shape
-        if tensor.shape != needed:
-            raise UserError(
-                f"{source.files[-1]}: {name} gives shape {tensor.shape}, but {rule.target} needs "
-                f"{needed}; config and weights are of different models"
-            )
-        # Only now, so that a config that lies cannot make us ask for absurd memory.
-        if rule.target not in params:
-            params[rule.target] = np.empty(shape, dtype)
-        place = params[rule.target][index] if rule.stacked else params[rule.target]
-        # Beyond the range of the new dtype means infinite: the check below reports it.
-        with np.errstate(over="ignore"):
-            place[...] = tensor
-        if not np.isfinite(place).all():
-            raise UserError(
-                f"{source.files[-1]}: {name} holds values that are not finite as {np.dtype(dtype)}; "
-                "the file is damaged, download it again"
-            )
+def fill(checkpoint: Checkpoint, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """Reads every parameter of the target model into memory: path → array.
+
+    Raises:
+      UserError: see `check_rules` and `read_leaf`.
+    """
+    rules = {rule.target: (part, rule) for part in checkpoint.parts for rule in part.rules}
+    return {
+        path: np.asarray(read_leaf(*rules[path], Leaf(path, path, 0, shape, dtype)))
+        for path, shape in check_rules(checkpoint).items()
+    }
+
+
+def read_leaf(part: Source, rule: Rule, leaf: Leaf) -> jax.Array:
+    """Reads a stored leaf onto the hosts' memory, each process its own share of it.
+
+    Raises:
+      UserError: a value is not finite in the dtype of `leaf`.
+    """
+    sharding = host_sharding(leaf.shape)
+    blocks = []
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        where = tuple(
+            slice(*axis.indices(size)[:2]) for axis, size in zip(index or (), leaf.shape, strict=True)
+        )
+        block = _aligned([axis.stop - axis.start for axis in where], leaf.dtype)
+        with ThreadPoolExecutor(_READERS) as pool:
+            for _ in pool.map(
+                lambda job: _read_block(part, rule, *job), _jobs(part, rule, leaf, where, block)
+            ):
+                pass
+        # The memory of `block` becomes that of the array: nothing is held twice.
+        blocks.append(jax.device_put(block, device, may_alias=True))
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, blocks)
+
+
+def _jobs(
+    part: Source, rule: Rule, leaf: Leaf, where: Index, block: np.ndarray
+) -> Iterator[tuple[str, Index, np.ndarray]]:
+    """Yields tensor name, what is wanted of it (in our layout), and the place for it in `block`."""
+    first = slice(leaf.start + where[0].start, leaf.start + where[0].stop)
+    if not rule.stacked:
+        yield from _cut(part, rule, rule.sources[0], (first, *where[1:]), block)
+        return
+    for row in range(first.start, first.stop):
+        yield from _cut(part, rule, rule.sources[row], where[1:], block[row - first.start])
+
+
+def _cut(
+    part: Source, rule: Rule, name: str, where: Index, place: np.ndarray
+) -> Iterator[tuple[str, Index, np.ndarray]]:
+    """Cuts a tensor into blocks of foreign rows of at most `_BLOCK_BYTES`."""
+    axis = rule.layout.axes.index(0) if rule.layout.axes else 0
+    shape = part.tensors[name]
+    rows = shape[0] if rule.layout.leading else max(1, _BLOCK_BYTES // (8 * math.prod(shape[1:])))
+    wanted = where[axis]
+    for start in range(wanted.start, wanted.stop, rows):
+        piece = slice(start, min(start + rows, wanted.stop))
+        inside = (*(slice(None),) * axis, slice(piece.start - wanted.start, piece.stop - wanted.start))
+        yield name, (*where[:axis], piece, *where[axis + 1 :]), place[inside]
+
+
+def _read_block(part: Source, rule: Rule, name: str, where: Index, place: np.ndarray) -> None:
+    shape = rule.layout.ours(part.tensors[name])
+    assert shape is not None  # `check_rules` saw to it
+    copy_into(place, rule.layout.read(functools.partial(part.reader, name), shape, where))
+    if not np.isfinite(place).all():
+        raise UserError(
+            f"{part.files[-1]}: {name} holds values that are not finite as {place.dtype}; "
+            "the file is damaged, download it again"
+        )
+
+
+def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """An array at an address that XLA can use without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _silent(written: int, total: int) -> None:
+    pass
 
 
 def import_model(
@@ -202,74 +281,126 @@ def import_model(
     out: PathLike,
     *,
     source_format: str = "auto",
-    dtype: str = "float32",
+    dtype: str = "auto",
     tokenizer: PathLike | None = None,
-    progress: Progress = iter,
+    verify: bool = True,
+    progress: Progress = _silent,
 ) -> Summary:
     """Imports a checkpoint into a new export folder, complete or not at all.
+
+    Holds one stored leaf at a time (at most 4 GB, see `exports`). An interrupted import goes on where it was
+    when it is called again in the same way.
 
     Args:
       source: see `open_source`.
       out: folder to create; must not exist or be empty.
       source_format: see `open_source`.
-      dtype: a key of `DTYPES`.
+      dtype: a key of `DTYPES`, or 'auto': bfloat16 where all of the source is, else float32.
       tokenizer: Hugging Face tokenizer folder to use instead of the one in the source.
-      progress: see `fill`.
+      verify: hash the source's files and every leaf, and read the leaves again at the end.
+      progress: told of the bytes written so far, and of all bytes.
 
     Raises:
       UserError: bad source, `out` in use, or disk full.
     """
-    from vilam3_jax.checkpoints import export_model
-
     start = time.perf_counter()
     target = as_path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: already exists; choose another --out or remove it")
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: unknown; choose from {', '.join(DTYPES)}")
-    opened = open_source(source, source_format)
-    # First, because it fails fast.
-    words = load_tokenizer(tokenizer) if tokenizer else opened.tokenizer() if opened.tokenizer else None
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: unknown; choose from auto, {', '.join(DTYPES)}")
+    words = load_tokenizer(tokenizer) if tokenizer else None
+    opened = open_source(source, source_format, words)
+    words = words or (opened.tokenizer() if opened.tokenizer else None)
     llm = opened.config.get("llm")
     if words is not None and llm is not None and words.vocab_size > llm["vocab_size"]:
         raise UserError(
             f"{tokenizer or source}: the tokenizer has {words.vocab_size} tokens, the model only "
             f"{llm['vocab_size']}; use the tokenizer this model was trained with"
         )
-    params = fill(opened, DTYPES[dtype], progress)
-    provenance = {"parts": {part.component: _provenance(part) for part in opened.parts}}
+    shapes = check_rules(opened)
+    stored = sorted({dtype for part in opened.parts for dtype in part.dtypes})
+    if dtype == "auto":
+        dtype = "bfloat16" if stored == ["BF16"] else "float32"
+    abstract = {path: jax.ShapeDtypeStruct(shape, DTYPES[dtype]) for path, shape in shapes.items()}
     model_config = {
         "name": Path(as_path(source)).stem,
         "kind": opened.kind,
         "param_dtype": dtype,
         **opened.config,
     }
-    with tempfile.TemporaryDirectory() as folder:
+    rules = {rule.target: (part, rule) for part in opened.parts for rule in part.rules}
+    total = sum(leaf.bytes for leaf in stored_leaves(abstract))
+    written = 0
+
+    def make(leaf: Leaf) -> jax.Array:
+        nonlocal written
+        array = read_leaf(*rules[leaf.path], leaf)
+        written += leaf.bytes
+        progress(written, total)
+        return array
+
+    with tempfile.TemporaryDirectory() as folder, _cancelled_on_error(ThreadPoolExecutor(1)) as pool:
+        files = [file for part in opened.parts for file in part.files]
+        facts = [pool.submit(_file_facts, file, verify) for file in files]
         if words is not None:
             words.save(folder)
-        export_model(target, params, model_config, folder if words is not None else None, provenance)
+        write_export(
+            target,
+            abstract,
+            make,
+            model_config,
+            folder if words is not None else None,
+            lambda: {"parts": _provenance(opened.parts, [fact.result() for fact in facts])},
+            resume={"source": _stamps(opened.parts), "model": model_config, "verify": verify},
+            verify=verify,
+        )
     return Summary(
         component=opened.kind,
-        tensors=len(
-            {(id(part), name) for part in opened.parts for rule in part.rules for name in rule.sources}
-        ),
-        parameters=sum(value.size for value in params.values()),
-        bytes=sum(value.nbytes for value in params.values()),
+        tensors=len({(part.component, name) for part, rule in rules.values() for name in rule.sources}),
+        parameters=sum(math.prod(shape) for shape in shapes.values()),
+        bytes=total,
+        dtype=dtype,
         seconds=time.perf_counter() - start,
-        dtypes=tuple(sorted({dtype for part in opened.parts for dtype in part.dtypes})),
+        dtypes=tuple(stored),
         unused={name: reason for part in opened.parts for name, reason in part.unused.items()},
         tokenizer=words is not None,
     )
 
 
-def _provenance(part: Source) -> dict[str, Any]:
+@contextlib.contextmanager
+def _cancelled_on_error(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
+    """Who waits for an error message should not wait for the hashes of files."""
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _stamps(parts: Sequence[Source]) -> list[list[Any]]:
+    """Tells whether the source's files are still those of an interrupted import."""
+    found = []
+    for file in (file for part in parts for file in part.files):
+        status = file.stat()
+        found.append([str(file), status.st_size, status.st_mtime_ns])
+    return found
+
+
+def _file_facts(file: Path, verify: bool) -> dict[str, Any]:
+    known = {"file": file.name, "bytes": file.stat().st_size}
+    return {**known, "sha256": sha256(file)} if verify else known
+
+
+def _provenance(parts: Sequence[Source], facts: list[dict[str, Any]]) -> dict[str, Any]:
+    left = iter(facts)
     return {
-        "source": [
-            {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)} for file in part.files
-        ],
-        "storage": list(part.dtypes),
-        "licence": part.licence,
-        "unused_tensors": part.unused,
+        part.component: {
+            "source": list(itertools.islice(left, len(part.files))),
+            "storage": list(part.dtypes),
+            "licence": part.licence,
+            "unused_tensors": part.unused,
+        }
+        for part in parts
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 
 from tqdm import tqdm
@@ -45,29 +44,44 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--format", default="auto", help="auto, gguf, hf_llama, siglip, intern_vit or vila (default: auto)"
     )
-    command.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: float32)")
+    command.add_argument(
+        "--dtype", default="auto", help="float32, bfloat16 or auto: bfloat16 if the source is (default: auto)"
+    )
     command.add_argument("--tokenizer", help="tokenizer folder to use instead of the source's own")
+    command.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="hash what is read and written, and read the result again (default: yes)",
+    )
     return parser
 
 
 def _import(arguments: argparse.Namespace) -> int:
     from vilam3_jax.convert.importer import import_model
 
-    summary = import_model(
-        arguments.source,
-        arguments.out,
-        source_format=arguments.format,
-        dtype=arguments.dtype,
-        tokenizer=arguments.tokenizer,
-        progress=functools.partial(tqdm, desc="importing", unit="param", file=sys.stderr),
-    )
+    with tqdm(desc="importing", unit="B", unit_scale=True, delay=0.5, file=sys.stderr) as bar:
+
+        def progress(written: int, total: int) -> None:
+            bar.total = total
+            bar.update(written - bar.n)
+
+        summary = import_model(
+            arguments.source,
+            arguments.out,
+            source_format=arguments.format,
+            dtype=arguments.dtype,
+            tokenizer=arguments.tokenizer,
+            verify=arguments.verify,
+            progress=progress,
+        )
     rows = [
         ("component", summary.component),
         ("stored as", ", ".join(summary.dtypes)),
         ("tensors read", f"{summary.tensors:,}"),
         ("tensors left out", f"{len(summary.unused):,}"),
         ("parameters", f"{summary.parameters:,}"),
-        ("bytes", f"{summary.bytes:,} ({arguments.dtype})"),
+        ("bytes", f"{summary.bytes:,} ({summary.dtype})"),
         ("tokenizer", "yes" if summary.tokenizer else "none"),
         ("seconds", f"{summary.seconds:.1f}"),
     ]

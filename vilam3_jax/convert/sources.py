@@ -15,30 +15,102 @@ from vilam3_jax.models.projector import Plan
 
 _LARGEST_SIZE = 1 << 24
 
-Transform = Callable[[np.ndarray], np.ndarray]
+Shape = tuple[int, ...]
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a foreign tensor holds an array of ours; reads in one direction, writes in the other.
+
+    Foreign → ours: one of `parts` equal parts of the first axis, its axes reordered; or all of it, without a
+    leading axis of 1.
+
+    Attributes:
+      axes: foreign axis of each of ours; None keeps their order.
+      part: which part of the first axis is ours.
+      parts: number of them.
+      leading: the foreign tensor has one more axis in front, of size 1; not with the others.
+    """
+
+    axes: tuple[int, ...] | None = None
+    part: int = 0
+    parts: int = 1
+    leading: bool = False
+
+    def ours(self, shape: Shape) -> Shape | None:
+        """Returns the shape of ours in a foreign tensor of `shape`; None if it cannot be there."""
+        if self.leading:
+            return shape[1:] if shape[:1] == (1,) else None
+        if not shape or shape[0] % self.parts or (self.axes and len(self.axes) != len(shape)):
+            return None
+        shape = (shape[0] // self.parts, *shape[1:])
+        return tuple(shape[axis] for axis in self.axes) if self.axes else shape
+
+    def foreign(self, shape: Shape) -> Shape:
+        """Returns the shape of the whole foreign tensor for ours of `shape`."""
+        if self.leading:
+            return (1, *shape)
+        shape = self._reordered(shape)
+        return (shape[0] * self.parts, *shape[1:])
+
+    def read(self, rows: Callable[[int, int], np.ndarray], shape: Shape, where: Index) -> np.ndarray:
+        """Reads a block of ours, and no more foreign rows than it needs.
+
+        Args:
+          rows: gives rows start to stop of the foreign tensor's first axis.
+          shape: of ours.
+          where: a slice with a start and a stop for each axis of ours.
+
+        Returns:
+          The block, usually a view that is not contiguous.
+        """
+        if self.leading:
+            return rows(0, 1)[0][where]
+        foreign = self._reordered(where)
+        offset = self.part * self._reordered(shape)[0]
+        block = rows(offset + foreign[0].start, offset + foreign[0].stop)[(slice(None), *foreign[1:])]
+        return block.transpose(self.axes) if self.axes else block
+
+    def write(self, array: np.ndarray) -> tuple[np.ndarray, int]:
+        """Returns what the foreign tensor holds of `array`, ours and whole, and from which row on."""
+        if self.leading:
+            return array[None], 0
+        if self.axes:
+            array = array.transpose(np.argsort(self.axes))
+        return array, self.part * array.shape[0]
+
+    def _reordered(self, ours: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(ours[place] for place in np.argsort(self.axes)) if self.axes else ours
+
+
+KEEP = Layout()
+TRANSPOSE = Layout(axes=(1, 0))  # PyTorch's [out, in] → our [in, out]
+LEADING = Layout(leading=True)
+PATCHES = Layout(axes=(2, 3, 1, 0))  # PyTorch's [out, in, height, width] → [height, width, in, out]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How one parameter of ours is made.
+    """Where one parameter of ours comes from, and where it goes on export.
 
     Attributes:
       target: path of the parameter.
       sources: tensor names; one per layer where `stacked`, else exactly one.
-      transform: foreign layout → ours, for one tensor.
+      layout: how each of these tensors holds it.
       stacked: the parameter has a leading layer axis.
     """
 
     target: str
     sources: tuple[str, ...]
-    transform: Transform
+    layout: Layout
     stacked: bool = False
 
 
 class Reader(Protocol):
-    """Reads one tensor by name, in the source's layout and a floating dtype."""
+    """Reads rows `start` to `stop` (of the first axis) of one tensor, in the source's layout, as floats."""
 
-    def __call__(self, name: str) -> np.ndarray: ...
+    def __call__(self, name: str, start: int, stop: int) -> np.ndarray: ...
 
 
 @dataclass
@@ -115,16 +187,6 @@ def layer_count(value: Any, tensors: Mapping[str, Any], what: str) -> int:
     return count
 
 
-def keep(tensor: np.ndarray) -> np.ndarray:
-    """The layouts agree."""
-    return tensor
-
-
-def transpose(tensor: np.ndarray) -> np.ndarray:
-    """PyTorch's `[out, in]` → our `[in, out]`."""
-    return tensor.T
-
-
 def llama_rules(config: Mapping[str, Any]) -> list[Rule]:
     """Rules for a Llama, Qwen2 or Qwen3 decoder under Hugging Face's names.
 
@@ -135,24 +197,24 @@ def llama_rules(config: Mapping[str, Any]) -> list[Rule]:
         `o_bias` and `qk_norm`.
     """
     rules = [
-        Rule("llm/embed/embedding", ("model.embed_tokens.weight",), keep),
-        Rule("llm/final_norm/scale", ("model.norm.weight",), keep),
+        Rule("llm/embed/embedding", ("model.embed_tokens.weight",), KEEP),
+        Rule("llm/final_norm/scale", ("model.norm.weight",), KEEP),
     ]
     if not config["tie_embeddings"]:
-        rules.append(Rule("llm/lm_head/kernel", ("lm_head.weight",), transpose))
+        rules.append(Rule("llm/lm_head/kernel", ("lm_head.weight",), TRANSPOSE))
     biased = "qkv" * config.get("qkv_bias", False) + "o" * config.get("o_bias", False)
     normed = "qk" * config.get("qk_norm", False)
-    layers: list[tuple[str, str, Transform]] = [
-        ("attn_norm/scale", "input_layernorm.weight", keep),
-        ("mlp_norm/scale", "post_attention_layernorm.weight", keep),
-        *((f"attn/{name}/kernel", f"self_attn.{name}_proj.weight", transpose) for name in "qkvo"),
-        *((f"attn/{name}/bias", f"self_attn.{name}_proj.bias", keep) for name in biased),
-        *((f"attn/{name}_norm/scale", f"self_attn.{name}_norm.weight", keep) for name in normed),
-        *((f"mlp/{name}/kernel", f"mlp.{name}_proj.weight", transpose) for name in ("gate", "up", "down")),
+    layers: list[tuple[str, str, Layout]] = [
+        ("attn_norm/scale", "input_layernorm.weight", KEEP),
+        ("mlp_norm/scale", "post_attention_layernorm.weight", KEEP),
+        *((f"attn/{name}/kernel", f"self_attn.{name}_proj.weight", TRANSPOSE) for name in "qkvo"),
+        *((f"attn/{name}/bias", f"self_attn.{name}_proj.bias", KEEP) for name in biased),
+        *((f"attn/{name}_norm/scale", f"self_attn.{name}_norm.weight", KEEP) for name in normed),
+        *((f"mlp/{name}/kernel", f"mlp.{name}_proj.weight", TRANSPOSE) for name in ("gate", "up", "down")),
     ]
-    for target, source, transform in layers:
+    for target, source, layout in layers:
         names = tuple(f"model.layers.{layer}.{source}" for layer in range(config["num_layers"]))
-        rules.append(Rule(f"llm/layers/{target}", names, transform, stacked=True))
+        rules.append(Rule(f"llm/layers/{target}", names, layout, stacked=True))
     return rules
 
 
@@ -165,81 +227,80 @@ def siglip_rules(num_layers: int, prefix: str, with_head: bool) -> list[Rule]:
       with_head: the source has the attention-pooling head.
     """
 
-    def one(target: str, source: str, transform: Transform) -> Rule:
-        return Rule(f"vision_tower/{target}", (prefix + source,), transform)
+    def one(target: str, source: str, layout: Layout) -> Rule:
+        return Rule(f"vision_tower/{target}", (prefix + source,), layout)
 
     def dense(target: str, source: str) -> list[Rule]:
         return [
-            one(f"{target}/kernel", f"{source}.weight", transpose),
-            one(f"{target}/bias", f"{source}.bias", keep),
+            one(f"{target}/kernel", f"{source}.weight", TRANSPOSE),
+            one(f"{target}/bias", f"{source}.bias", KEEP),
         ]
 
     def norm(target: str, source: str) -> list[Rule]:
         return [
-            one(f"{target}/scale", f"{source}.weight", keep),
-            one(f"{target}/bias", f"{source}.bias", keep),
+            one(f"{target}/scale", f"{source}.weight", KEEP),
+            one(f"{target}/bias", f"{source}.bias", KEEP),
         ]
 
     rules = [
         # PyTorch's [out, in, height, width] → [height, width, in, out].
-        one("patch_embed/kernel", "embeddings.patch_embedding.weight", lambda t: t.transpose(2, 3, 1, 0)),
-        one("patch_embed/bias", "embeddings.patch_embedding.bias", keep),
-        one("pos_embed", "embeddings.position_embedding.weight", keep),
+        one("patch_embed/kernel", "embeddings.patch_embedding.weight", PATCHES),
+        one("patch_embed/bias", "embeddings.patch_embedding.bias", KEEP),
+        one("pos_embed", "embeddings.position_embedding.weight", KEEP),
         *norm("post_norm", "post_layernorm"),
     ]
     if with_head:
-        rules.append(one("head/probe", "head.probe", keep))
+        rules.append(one("head/probe", "head.probe", KEEP))
         rules += _pooling_attention(one)
         rules += [*dense("head/attn/o", "head.attention.out_proj"), *norm("head/norm", "head.layernorm")]
         rules += [*dense("head/mlp/fc1", "head.mlp.fc1"), *dense("head/mlp/fc2", "head.mlp.fc2")]
     blocks = {
-        "norm1": ("layer_norm1", "scale", keep),
-        "norm2": ("layer_norm2", "scale", keep),
-        **{f"attn/{name}": (f"self_attn.{name}_proj", "kernel", transpose) for name in "qkv"},
-        "attn/o": ("self_attn.out_proj", "kernel", transpose),
-        "mlp/fc1": ("mlp.fc1", "kernel", transpose),
-        "mlp/fc2": ("mlp.fc2", "kernel", transpose),
+        "norm1": ("layer_norm1", "scale", KEEP),
+        "norm2": ("layer_norm2", "scale", KEEP),
+        **{f"attn/{name}": (f"self_attn.{name}_proj", "kernel", TRANSPOSE) for name in "qkv"},
+        "attn/o": ("self_attn.out_proj", "kernel", TRANSPOSE),
+        "mlp/fc1": ("mlp.fc1", "kernel", TRANSPOSE),
+        "mlp/fc2": ("mlp.fc2", "kernel", TRANSPOSE),
     }
-    for target, (source, weight, transform) in blocks.items():
+    for target, (source, weight, layout) in blocks.items():
         stem = [f"{prefix}encoder.layers.{layer}.{source}" for layer in range(num_layers)]
         path = f"vision_tower/blocks/{target}"
-        rules.append(Rule(f"{path}/{weight}", tuple(f"{s}.weight" for s in stem), transform, stacked=True))
-        rules.append(Rule(f"{path}/bias", tuple(f"{s}.bias" for s in stem), keep, stacked=True))
+        rules.append(Rule(f"{path}/{weight}", tuple(f"{s}.weight" for s in stem), layout, stacked=True))
+        rules.append(Rule(f"{path}/bias", tuple(f"{s}.bias" for s in stem), KEEP, stacked=True))
     return rules
 
 
 def intern_vit_rules(num_layers: int) -> list[Rule]:
     """Rules for an InternViT under OpenGVLab's names; query, key and value are one matrix there."""
-
-    def third(index: int) -> Transform:
-        return lambda tensor: np.split(tensor, 3)[index].T
-
     rules = [
-        Rule("vision_tower/class_embed", ("embeddings.class_embedding",), lambda t: t[0]),
-        Rule("vision_tower/pos_embed", ("embeddings.position_embedding",), lambda t: t[0]),
+        Rule("vision_tower/class_embed", ("embeddings.class_embedding",), LEADING),
+        Rule("vision_tower/pos_embed", ("embeddings.position_embedding",), LEADING),
         Rule(
             "vision_tower/patch_embed/kernel",
             ("embeddings.patch_embedding.weight",),
-            lambda t: t.transpose(2, 3, 1, 0),
+            PATCHES,
         ),
-        Rule("vision_tower/patch_embed/bias", ("embeddings.patch_embedding.bias",), keep),
+        Rule("vision_tower/patch_embed/bias", ("embeddings.patch_embedding.bias",), KEEP),
     ]
-    blocks: list[tuple[str, str, Transform]] = [
-        ("norm1/scale", "norm1.weight", keep),
-        ("norm2/scale", "norm2.weight", keep),
-        ("scale1", "ls1", keep),
-        ("scale2", "ls2", keep),
-        *((f"attn/{name}/kernel", "attn.qkv.weight", third(i)) for i, name in enumerate("qkv")),
-        ("attn/q_norm/scale", "attn.q_norm.weight", keep),
-        ("attn/k_norm/scale", "attn.k_norm.weight", keep),
-        ("attn/o/kernel", "attn.proj.weight", transpose),
-        ("attn/o/bias", "attn.proj.bias", keep),
-        *((f"mlp/{name}/kernel", f"mlp.{name}.weight", transpose) for name in ("fc1", "fc2")),
-        *((f"mlp/{name}/bias", f"mlp.{name}.bias", keep) for name in ("fc1", "fc2")),
+    blocks: list[tuple[str, str, Layout]] = [
+        ("norm1/scale", "norm1.weight", KEEP),
+        ("norm2/scale", "norm2.weight", KEEP),
+        ("scale1", "ls1", KEEP),
+        ("scale2", "ls2", KEEP),
+        *(
+            (f"attn/{name}/kernel", "attn.qkv.weight", Layout(axes=(1, 0), part=i, parts=3))
+            for i, name in enumerate("qkv")
+        ),
+        ("attn/q_norm/scale", "attn.q_norm.weight", KEEP),
+        ("attn/k_norm/scale", "attn.k_norm.weight", KEEP),
+        ("attn/o/kernel", "attn.proj.weight", TRANSPOSE),
+        ("attn/o/bias", "attn.proj.bias", KEEP),
+        *((f"mlp/{name}/kernel", f"mlp.{name}.weight", TRANSPOSE) for name in ("fc1", "fc2")),
+        *((f"mlp/{name}/bias", f"mlp.{name}.bias", KEEP) for name in ("fc1", "fc2")),
     ]
-    for target, source, transform in blocks:
+    for target, source, layout in blocks:
         names = tuple(f"encoder.layers.{layer}.{source}" for layer in range(num_layers))
-        rules.append(Rule(f"vision_tower/blocks/{target}", names, transform, stacked=True))
+        rules.append(Rule(f"vision_tower/blocks/{target}", names, layout, stacked=True))
     return rules
 
 
@@ -254,24 +315,21 @@ def projector_rules(kind: str, plan: Plan) -> list[Rule]:
     place = 1 if plan.block > 1 else 0  # the joining of patches comes first
     for layer in range(1, plan.depth + 1):
         if layer <= plan.norms:
-            rules.append(Rule(f"projector/norm{layer}/scale", (f"layers.{place}.weight",), keep))
-            rules.append(Rule(f"projector/norm{layer}/bias", (f"layers.{place}.bias",), keep))
+            rules.append(Rule(f"projector/norm{layer}/scale", (f"layers.{place}.weight",), KEEP))
+            rules.append(Rule(f"projector/norm{layer}/bias", (f"layers.{place}.bias",), KEEP))
             place += 1
         stem = "layers" if kind == "linear" else f"layers.{place}"
-        rules.append(Rule(f"projector/fc{layer}/kernel", (f"{stem}.weight",), transpose))
-        rules.append(Rule(f"projector/fc{layer}/bias", (f"{stem}.bias",), keep))
+        rules.append(Rule(f"projector/fc{layer}/kernel", (f"{stem}.weight",), TRANSPOSE))
+        rules.append(Rule(f"projector/fc{layer}/bias", (f"{stem}.bias",), KEEP))
         place += 2  # GELU
     return rules
 
 
-def _pooling_attention(one: Callable[[str, str, Transform], Rule]) -> list[Rule]:
+def _pooling_attention(one: Callable[[str, str, Layout], Rule]) -> list[Rule]:
     """PyTorch's MultiheadAttention keeps query, key and value in one tensor, in this order."""
     rules = []
-    for index, name in enumerate("qkv"):
-
-        def third(tensor: np.ndarray, index: int = index) -> np.ndarray:
-            return np.split(tensor, 3)[index].T
-
-        rules.append(one(f"head/attn/{name}/kernel", "head.attention.in_proj_weight", third))
-        rules.append(one(f"head/attn/{name}/bias", "head.attention.in_proj_bias", third))
+    for part, name in enumerate("qkv"):
+        kernel, bias = Layout(axes=(1, 0), part=part, parts=3), Layout(part=part, parts=3)
+        rules.append(one(f"head/attn/{name}/kernel", "head.attention.in_proj_weight", kernel))
+        rules.append(one(f"head/attn/{name}/bias", "head.attention.in_proj_bias", bias))
     return rules

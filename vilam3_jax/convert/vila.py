@@ -6,15 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vilam3_jax.convert.huggingface import (
-    SafetensorsFolder,
-    licence,
-    open_intern_vit,
-    open_llama,
-    open_siglip,
-    read_config,
-)
+from vilam3_jax.convert.huggingface import licence, open_intern_vit, open_llama, open_siglip
+from vilam3_jax.convert.safetensors_files import SafetensorsFolder, read_config
 from vilam3_jax.convert.sources import Checkpoint, Source, projector_rules
+from vilam3_jax.data.tokenizer import Tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.models.projector import plan
 
@@ -28,11 +23,15 @@ _TOWERS: dict[str, Callable[[Path], Source]] = {
 _SELECTED = {"siglip": "cls_patch", "intern_vit": "patch"}
 
 
-def open_vila(folder: Path) -> Checkpoint:
+def open_vila(folder: Path, tokenizer: Tokenizer | None = None) -> Checkpoint:
     """Opens a model folder in parts.
 
     The root's config says which hidden state of the tower counts. It does not say the conversation mode nor
     the order of the visual tokens; both follow from the LLM: see `_template` and `_token_order`.
+
+    Args:
+      folder: with `config.json` and the parts.
+      tokenizer: used instead of the folder's own.
 
     Raises:
       UserError: a part is missing, or the model needs what this package does not have.
@@ -50,7 +49,7 @@ def open_vila(folder: Path) -> Checkpoint:
         part.licence = part.licence or licence(folder)
     config = {
         "image_size": tower.config["image_size"],
-        "template": _template(llm),
+        "template": _template(llm, tokenizer),
         "tokenizer": "",
         "dtype": "bfloat16",
         "remat": "none",
@@ -120,13 +119,16 @@ def _token_order(kind: str, llm: Source) -> str:
     return "column" if kind == "mlp_downsample" and not _is_qwen(llm) else "row"
 
 
-def _template(llm: Source) -> str:
+def _template(llm: Source, tokenizer: Tokenizer | None) -> str:
     """The mode that VILA's releases were trained with, by the control tokens of the LLM's tokenizer."""
     if _is_qwen(llm):
         return "qwen2"
-    tokenizer = llm.tokenizer() if llm.tokenizer else None
+    if tokenizer is None and llm.tokenizer is not None:
+        tokenizer = llm.tokenizer()
     if tokenizer is None:
-        raise UserError(f"{llm.files[0].parent}: has no tokenizer; download the whole model folder")
+        raise UserError(
+            f"{llm.files[0].parent}: has no tokenizer; download the whole model folder or give --tokenizer"
+        )
     if "<|start_header_id|>" in tokenizer.special_tokens:
         return "llama_3"
     return "hermes-2" if "<|im_start|>" in tokenizer.special_tokens else "v1"

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from vilam3_jax import checkpoints, paths
+from vilam3_jax import checkpoints, exports, paths
 from vilam3_jax.data.annotations import AnnotationStore
 from vilam3_jax.data.cards import load_cards
 from vilam3_jax.data.examples import Example
@@ -106,7 +106,7 @@ def read_split(folder: paths.PathLike, split: str) -> list[tuple[Example, Any]]:
 def _model_config(options: argparse.Namespace, kind: str) -> Any:
     if not options.checkpoint:
         raise UserError("--checkpoint is missing; give the export folder of a training run")
-    config = checkpoints.load_model_config(options.checkpoint)
+    config = exports.load_model_config(options.checkpoint)
     if config.get("kind") != kind:
         raise UserError(
             f"{options.checkpoint}: holds a {config.get('kind')} model, protocol {options.protocol} needs a "
@@ -211,7 +211,7 @@ def _retrieve(options: argparse.Namespace) -> None:
     examples = read_split(options.data, protocol.split)
     roots = {example.id: root for example, root in examples}
     items = retrieval.retrieval_items(example for example, _ in examples)
-    params, config, tokenizer_folder = checkpoints.load_export(options.checkpoint)
+    params, config, tokenizer_folder = exports.load_export(options.checkpoint)
     embedder = retrieval.TwoTowerEmbedder(
         config, params, load_tokenizer(tokenizer_folder), options.batch_size
     )

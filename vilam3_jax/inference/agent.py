@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from vilam3_jax import checkpoints, paths
+from vilam3_jax import exports, paths
 from vilam3_jax.data import annotations as annotation_lib
 from vilam3_jax.data import expert_turns
 from vilam3_jax.data.annotations import Annotation, AnnotationStore
@@ -375,13 +375,13 @@ def load_generator(
     Raises:
       UserError: no export, of a contrastive model, or without a tokenizer.
     """
-    config = checkpoints.load_model_config(checkpoint)
+    config = exports.load_model_config(checkpoint)
     if config.get("kind") != "generative":
         raise UserError(
             f"{checkpoint}: holds a {config.get('kind')} model, which cannot speak; "
             "give the export of a later stage"
         )
     tokenizer = load_tokenizer(paths.as_path(checkpoint) / "tokenizer")
-    params, config, _ = checkpoints.load_export(checkpoint)
+    params, config, _ = exports.load_export(checkpoint)
     generator = Generator(config, params, tokenizer, max_length=max_length, batch_size=batch_size)
     return generator, get_template(config.template)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vilam3_jax import checkpoints, paths
+from vilam3_jax import exports, paths
 from vilam3_jax.data.annotations import AnnotationStore
 from vilam3_jax.data.cards import Card, load_cards
 from vilam3_jax.data.expert_host import ExpertHost
@@ -75,7 +75,7 @@ class Assistant:
     ):
         """See `load`."""
         self._generator, self._template = load_generator(checkpoint, max_length=max_length, batch_size=1)
-        self._cards = load_cards(str(checkpoints.load_model_config(checkpoint).get("cards", "quickstart")))
+        self._cards = load_cards(str(exports.load_model_config(checkpoint).get("cards", "quickstart")))
         self._annotations, self._expert_host, self._weights = annotations, expert_host, expert_weights
         self._host: ExpertHost | None = None
         self._agents: dict[bool, Agent] = {}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from vilam3_jax import checkpoints
+from vilam3_jax import exports
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import trees, vila
@@ -84,7 +84,7 @@ def initial_state(
             raise UserError(f"config init.{component}: this model has no {component}")
         _check_architecture(source, config.model, {path.split("/")[0] for path in part})
         optional = {path for path in part if "/lora_" in path} | set(_fresh_ok(config, part))
-        found = checkpoints.load_params(source, part, optional=optional)
+        found = exports.load_params(source, part, optional=optional)
         loaded.update(found)
         for path in found:
             origin[path.split("/")[0]] = source
@@ -115,7 +115,7 @@ def initial_state(
 
 def _check_architecture(source: str, model: ConfigDict, components: set[str]) -> None:
     """Same shapes do not make the same model: a rotary base or a norm's epsilon has none."""
-    stored = checkpoints.load_model_config(source)
+    stored = exports.load_model_config(source)
     for component in sorted(components & set(stored)):
         for key, value in stored[component].items():
             wanted = model[component].get(key, value)

@@ -1,0 +1,88 @@
+"""What the first token of a caption does to the first gradient of a new projector.
+
+Run after `make quickstart`: python benchmarks/first_token.py [--run=runs/quickstart]
+
+Takes the first batch of the quickstart's stage 2a with its tower and SmolLM2 and a projector from nothing, on one
+device, with `<bos>` in front of the image (as it is) and without. Prints the norm of the projector's gradient,
+summed over the batch, and the cosine between float32 and products of factors rounded to bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from vilam3_jax import config as config_lib
+from vilam3_jax import exports
+from vilam3_jax.data import loader as loader_lib
+from vilam3_jax.data import render, templates
+from vilam3_jax.models import trees, vila
+from vilam3_jax.training import step as step_lib
+
+
+def parameters(run: Path, model: Any) -> dict[str, jax.Array]:
+    """Flat: stage 1's tower, the imported LLM, and what neither has as it is initialised."""
+    flat = trees.flatten(vila.init_params(model, "generative", jax.random.key(0)))
+    sources = {"vision_tower": run / "stages" / "stage1_vision" / "export", "llm": run / "llm"}
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for component, source in sources.items():
+        wanted = {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+            for path, leaf in flat.items()
+            if path.startswith(f"{component}/")
+        }
+        optional = {path for path in wanted if "/lora_" in path}
+        flat |= exports.load_params(source, wanted, optional=optional)
+    return flat
+
+
+def first_gradients(
+    config: Any, loss: Callable[..., Any], params: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Matmul precision -> the projector's gradient as one vector."""
+    image_tokens = vila.tokens_per_image(config.model)
+    loader = loader_lib.build_loader(config, "train", tokens_per_image=image_tokens, experts="off")
+    batch = jax.tree.map(jnp.asarray, next(iter(loader)))
+    loader.close()
+    trained = {path: leaf for path, leaf in params.items() if path.startswith("projector/")}
+    frozen = {path: leaf for path, leaf in params.items() if path not in trained}
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        with jax.default_matmul_precision(precision):
+            # A new function each time: the precision is read while tracing.
+            gradient = jax.jit(jax.grad(lambda part, rest, batch: loss({**rest, **part}, batch)[0]))
+            found[precision] = ravel_pytree(gradient(trained, frozen, batch))[0]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="folder of a finished run")
+    run = parser.parse_args().run.absolute()
+    config = config_lib.load(
+        "configs/quickstart/stage2a_align.py:default",
+        {
+            "data.path": str(run / "data"),
+            "data.annotations": str(run / "annotations"),
+            "model.tokenizer": str(run / "llm" / "tokenizer"),
+        },
+    )
+    graphdef, _ = vila.abstract_model(config.model, "generative")
+    loss = step_lib.make_loss(config, graphdef)
+    params = parameters(run, config.model)
+    for name, start in (("<bos><image>", templates.PLAIN.start), ("<image>", ())):
+        render.PLAIN = dataclasses.replace(templates.PLAIN, start=start)
+        exact, rounded = first_gradients(config, loss, params).values()
+        cosine = exact @ rounded / jnp.linalg.norm(exact) / jnp.linalg.norm(rounded)
+        print(f"{name:<14} norm {jnp.linalg.norm(exact):8.0f}   cosine {cosine:6.3f}")
+
+
+if __name__ == "__main__":
+    main()

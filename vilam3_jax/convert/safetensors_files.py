@@ -1,0 +1,226 @@
+"""Safetensors folders, in one file or in shards with an index: rows of tensors in, whole tensors out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from vilam3_jax.errors import UserError
+from vilam3_jax.paths import read_bytes, write_text_atomic
+
+DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_MAX_JSON_BYTES = 64 << 20
+_CACHED_COLUMNS = 128
+
+
+class SafetensorsFolder:
+    """The tensors of one model folder, in one file or in shards; only the rows asked for are read.
+
+    Attributes:
+      shapes: tensor name → shape.
+      files: the safetensors files, sorted.
+      dtypes: storage types found.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Opens every shard and checks its header against its length.
+
+        Raises:
+          UserError: no weights, a missing or truncated shard, or an index that does not fit its shards.
+        """
+        index = folder / _INDEX
+        if index.exists():
+            expected = read_config(index).get("weight_map")
+            if not isinstance(expected, dict):
+                raise UserError(f"{index}: has no weight_map; download it again")
+            names = sorted(set(expected.values()))
+        else:
+            expected, names = None, [_SINGLE]
+        self.files = [_inside(folder, name) for name in names]
+        for file in self.files:
+            if not file.exists():
+                raise UserError(f"{folder}: {_missing_weights(folder, file.name)}")
+        self._entries: dict[str, tuple[Path, int, Mapping[str, Any]]] = {}
+        for file in self.files:
+            self._open(file)
+        if expected is not None and set(expected) != set(self._entries):
+            odd = sorted(set(expected) ^ set(self._entries))
+            raise UserError(
+                f"{index}: does not fit its shards: {odd[0]} (of {len(odd)}) is only in one; download again"
+            )
+        self.shapes = {name: tuple(entry["shape"]) for name, (_, _, entry) in self._entries.items()}
+        self.dtypes = tuple(sorted({entry["dtype"] for _, _, entry in self._entries.values()}))
+
+    def _open(self, file: Path) -> None:
+        try:
+            # The library checks that the header is sane and covers the file exactly. It cannot give bfloat16
+            # as numpy, so the bytes are read here.
+            with safe_open(file, framework="numpy"):
+                pass
+            with file.open("rb") as handle:
+                size = int.from_bytes(handle.read(8), "little")
+                header = json.loads(handle.read(size))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{file}: truncated or damaged ({error}); download it again") from error
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if name in self._entries:
+                raise UserError(f"{file}: tensor {name} is also in another shard; remove the stale file")
+            self._entries[name] = (file, 8 + size, entry)
+
+    def __call__(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Returns rows `start` to `stop` of one tensor in its stored dtype.
+
+        Raises:
+          UserError: stored as integers or in an unknown type; or the file shrank or cannot be read.
+        """
+        file, data, entry = self._entries[name]
+        dtype = DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise UserError(
+                f"{name}: stored as {entry['dtype']}, not as floating point; import the unquantised model"
+            )
+        shape = (stop - start, *entry["shape"][1:])
+        rows = np.empty(shape, dtype)
+        wanted = rows.reshape(-1).view(np.uint8).data
+        row_bytes = math.prod(shape[1:]) * rows.itemsize
+        try:
+            with file.open("rb", buffering=0) as handle:
+                handle.seek(data + entry["data_offsets"][0] + start * row_bytes)
+                while wanted:
+                    count = handle.readinto(wanted)
+                    if not count:
+                        raise OSError("it ends too early")
+                    wanted = wanted[count:]
+        except OSError as error:
+            raise UserError(f"{file}: {name} cannot be read ({error}); download it again") from error
+        return rows
+
+
+class SafetensorsWriter:
+    """Writes a model folder's tensors by rows, in any order, into files whose sizes are known beforehand."""
+
+    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: Any, file_bytes: int):
+        """Lays out the files, named as transformers names them, and writes their headers and the index.
+
+        Args:
+          folder: exists; gets the files.
+          shapes: tensor name → shape, in the order of writing.
+          dtype: of all of them.
+          file_bytes: a new file begins where this would be exceeded.
+        """
+        self._dtype = np.dtype(dtype)
+        self._kind = next(kind for kind, dtype in DTYPES.items() if np.dtype(dtype) == self._dtype)
+        self._shapes = dict(shapes)
+        self._places: dict[str, tuple[Path, int]] = {}
+        groups: list[dict[str, int]] = [{}]
+        for name, shape in self._shapes.items():
+            size = math.prod(shape) * self._dtype.itemsize
+            if groups[-1] and sum(groups[-1].values()) + size > file_bytes:
+                groups.append({})
+            groups[-1][name] = size
+        for index, group in enumerate(groups, 1):
+            name = _SINGLE if len(groups) == 1 else f"model-{index:05}-of-{len(groups):05}.safetensors"
+            self._lay_out(folder / name, group)
+        if len(groups) > 1:
+            total = sum(sum(group.values()) for group in groups)
+            where = {name: file.name for name, (file, _) in self._places.items()}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+            write_text_atomic(folder / _INDEX, json.dumps(index, indent=2) + "\n")
+
+    def _lay_out(self, file: Path, group: Mapping[str, int]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, size in group.items():
+            shape = list(self._shapes[name])
+            header[name] = {"dtype": self._kind, "shape": shape, "data_offsets": [end, end + size]}
+            end += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        for name in group:
+            self._places[name] = (file, start + header[name]["data_offsets"][0])
+        with file.open("wb") as handle:
+            handle.write(len(text).to_bytes(8, "little") + text)
+            handle.truncate(start + end)
+
+    def write(self, name: str, start: int, rows: np.ndarray) -> None:
+        """Writes rows of one tensor, from row `start` on, cast to the files' dtype."""
+        file, offset = self._places[name]
+        row_bytes = math.prod(self._shapes[name][1:]) * self._dtype.itemsize
+        with file.open("r+b", buffering=0) as handle:
+            handle.seek(offset + start * row_bytes)
+            left = contiguous(rows, self._dtype).reshape(-1).view(np.uint8).data
+            while left:
+                left = left[handle.write(left) :]
+
+
+def contiguous(block: np.ndarray, dtype: Any) -> np.ndarray:
+    """Returns `block` in row-major order with this dtype; a copy only where it is needed."""
+    if block.dtype == dtype and block.flags.c_contiguous:
+        return block
+    out = np.empty(block.shape, dtype)
+    copy_into(out, block)
+    return out
+
+
+def copy_into(out: np.ndarray, block: np.ndarray) -> None:
+    """Copies with a cast.
+
+    A few columns at a time where `block` is transposed, as many as a cache holds: four times as fast. As bits
+    where there is no cast, because numpy copies bfloat16 value by value.
+    """
+    if out.dtype == block.dtype:
+        bits = np.dtype(f"u{out.itemsize}")
+        out, block = out.view(bits), block.view(bits)
+    step = block.shape[-1] if block.ndim < 2 or block.flags.c_contiguous else _CACHED_COLUMNS
+    # Beyond the range of the new dtype means infinite: whoever cares looks at the result.
+    with np.errstate(over="ignore"):
+        for start in range(0, block.shape[-1], step):
+            columns = (..., slice(start, start + step))
+            out[columns] = block[columns].astype(out.dtype, order="K", copy=False)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      UserError: missing or not a JSON object.
+    """
+    try:
+        value = json.loads(read_bytes(path, _MAX_JSON_BYTES))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object was expected; download it again")
+    return value
+
+
+def _inside(folder: Path, name: str) -> Path:
+    if Path(name).name != name:
+        raise UserError(f"{folder / _INDEX}: shard {name!r} lies outside the folder; download it again")
+    return folder / name
+
+
+def _missing_weights(folder: Path, name: str) -> str:
+    if name != _SINGLE:
+        return f"shard {name} is missing; download it into the folder"
+    if list(folder.glob("pytorch_model*.bin")):
+        return "has only pytorch_model.bin, which can run code when opened; save it as safetensors"
+    return f"neither {_SINGLE} nor {_INDEX} is here; download the weights"

@@ -1,0 +1,443 @@
+"""Exports of models: parameters, config and tokenizer in one folder, which `vilam3_jax.load(path)` opens.
+
+`params/00000`, `params/00001`, ... are Orbax checkpoints; each holds a flat dict of stored leaves. A
+parameter of more than 4 GB is cut along its first axis into leaves `path@row`: no host need hold one whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import shutil
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from vilam3_jax import paths
+from vilam3_jax.checkpoints import UNCOMPRESSED, disk_message, first_line, versions
+from vilam3_jax.config import ConfigDict
+from vilam3_jax.errors import UserError
+from vilam3_jax.models import trees
+
+EXPORT_FILES = ("model.json", "params")
+LEAF_BYTES = 4_000_000_000
+# Leaves are saved together up to this size, or that of the largest leaf: what a writer holds at a time.
+_PART_BYTES = 1 << 29
+_MAX_JSON = 64 << 20
+
+Flat = dict[str, jax.Array]
+Abstract = Mapping[str, jax.ShapeDtypeStruct]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """What is stored as one array: a parameter, or a range of its rows.
+
+    Attributes:
+      key: its name in the checkpoint.
+      path: of the parameter.
+      start: first row; 0 for a whole parameter.
+      shape: of the array.
+      dtype: of the array.
+    """
+
+    key: str
+    path: str
+    start: int
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def stored_leaves(abstract: Abstract) -> list[Leaf]:
+    """Cuts what is larger than `LEAF_BYTES` into ranges of rows of about equal size.
+
+    Args:
+      abstract: path → shape and dtype.
+    """
+    leaves = []
+    for path, leaf in sorted(abstract.items()):
+        shape = tuple(leaf.shape)
+        size = math.prod(shape) * np.dtype(leaf.dtype).itemsize
+        if size <= LEAF_BYTES:
+            leaves.append(Leaf(path, path, 0, shape, leaf.dtype))
+            continue
+        rows = -(-shape[0] // -(-size // LEAF_BYTES))
+        for start in range(0, shape[0], rows):
+            part = (min(rows, shape[0] - start), *shape[1:])
+            leaves.append(Leaf(f"{path}@{start}", path, start, part, leaf.dtype))
+    return leaves
+
+
+def export_model(
+    out: paths.PathLike,
+    params: Mapping[str, Any],
+    model_config: Mapping[str, Any],
+    tokenizer_dir: paths.PathLike | None,
+    extra: Mapping[str, Any],
+) -> None:
+    """Writes an export of parameters in memory; see `write_export`.
+
+    Args:
+      out: folder to create; an earlier export there is replaced only once the new one is complete.
+      params: nested or flat dict of arrays.
+      model_config: the `model` section of a config, plus `kind`.
+      tokenizer_dir: Hugging Face tokenizer folder to copy, or None.
+      extra: provenance (sources, licences, data).
+
+    Raises:
+      UserError: `out` is something else, or the disk is full.
+    """
+    flat = dict(params)
+    if any(isinstance(v, Mapping) for v in flat.values()):
+        flat = trees.flatten(flat)
+
+    def make(leaf: Leaf) -> Any:
+        if leaf.key == leaf.path:
+            return flat[leaf.path]
+        return flat[leaf.path][leaf.start : leaf.start + leaf.shape[0]]
+
+    abstract = {path: jax.ShapeDtypeStruct(value.shape, value.dtype) for path, value in flat.items()}
+    write_export(out, abstract, make, model_config, tokenizer_dir, lambda: extra)
+
+
+def write_export(
+    out: paths.PathLike,
+    abstract: Abstract,
+    make: Callable[[Leaf], Any],
+    model_config: Mapping[str, Any],
+    tokenizer_dir: paths.PathLike | None,
+    extra: Callable[[], Mapping[str, Any]],
+    *,
+    resume: Mapping[str, Any] | None = None,
+    verify: bool = False,
+) -> None:
+    """Writes an export part by part into `.<name>.partial` beside `out`, then moves it there.
+
+    All processes call it alike. An error leaves nothing behind; what an interruption leaves is cleared, or
+    with `resume` continued, by the next call.
+
+    Args:
+      out: folder to create; an earlier export there is replaced only once the new one is complete.
+      abstract: path → shape and dtype of every parameter.
+      make: gives a leaf; only those of one part are held at a time.
+      model_config: the `model` section of a config, plus `kind`.
+      tokenizer_dir: Hugging Face tokenizer folder to copy, or None.
+      extra: gives the provenance, after the last part.
+      resume: what identifies this export (JSON): parts of an interrupted one that had the same are kept.
+      verify: hash every leaf on its way out, read everything again at the end, and compare.
+
+    Raises:
+      UserError: `out` is something else, the disk is full, or it did not keep what was written.
+    """
+    out = paths.as_path(out)
+    if out.exists() and any(out.iterdir()) and not (out / "model.json").exists():
+        raise UserError(f"{out}: exists and is no export; choose another folder")
+    temporary = out.parent / f".{out.name}.partial"
+    try:
+        _begin(temporary, resume)
+        digests: dict[str, str] = {}
+        parts = list(_parts(stored_leaves(abstract)))
+        for index, part in enumerate(parts):
+            digests |= _write_part(temporary, index, part, make, verify)
+        if verify:
+            for index, part in enumerate(parts):
+                _verify_part(out, temporary / "params" / f"{index:05}", part, digests)
+        if jax.process_index() == 0:
+            _finish(temporary, model_config, tokenizer_dir, {**extra(), "sha256": digests})
+            _replace_folder(temporary, out)
+        _meet(f"export {out}")
+    except (OSError, ValueError) as error:
+        temporary.rmtree(missing_ok=True)
+        raise UserError(disk_message(out, error)) from error
+    except KeyboardInterrupt:
+        if resume is None:
+            temporary.rmtree(missing_ok=True)
+        raise
+    except Exception:
+        temporary.rmtree(missing_ok=True)
+        raise
+
+
+def _parts(leaves: Sequence[Leaf]) -> Iterator[list[Leaf]]:
+    limit = max(_PART_BYTES, max((leaf.bytes for leaf in leaves), default=0))
+    part: list[Leaf] = []
+    for leaf in leaves:
+        if part and sum(other.bytes for other in part) + leaf.bytes > limit:
+            yield part
+            part = []
+        part.append(leaf)
+    if part:
+        yield part
+
+
+def _begin(temporary: epath.Path, resume: Mapping[str, Any] | None) -> None:
+    if jax.process_index() == 0:
+        mark = temporary / "journal" / "resume.json"
+        said = json.dumps(resume, sort_keys=True)
+        if resume is None or not mark.exists() or mark.read_text() != said:
+            temporary.rmtree(missing_ok=True)
+            mark.parent.mkdir(parents=True)
+            (temporary / "params").mkdir()
+            mark.write_text(said)
+    _meet(f"begin {temporary}")
+
+
+def _write_part(
+    temporary: epath.Path, index: int, part: list[Leaf], make: Callable[[Leaf], Any], verify: bool
+) -> dict[str, str]:
+    """Saves one part, unless the journal says that it was; returns key → digest."""
+    journal = temporary / "journal" / f"{index:05}.{jax.process_index()}.json"
+    if journal.exists():
+        return json.loads(journal.read_text())
+    folder = temporary / "params" / f"{index:05}"
+    if jax.process_index() == 0:
+        folder.rmtree(missing_ok=True)
+    _meet(f"part {folder}")
+    arrays = {leaf.key: make(leaf) for leaf in part}
+    with ThreadPoolExecutor(1) as pool, ocp.Context(array_options=UNCOMPRESSED):
+        hashing = pool.submit(
+            lambda: {key: _digest(array) for key, array in arrays.items()} if verify else {}
+        )
+        ocp.save(folder, arrays)
+        digests = hashing.result()
+    journal.write_text(json.dumps(digests))
+    return digests
+
+
+def _digest(array: Any) -> str:
+    """SHA-256 of the rows that this process holds, each once."""
+    found = hashlib.sha256()
+    own = {str(shard.index): shard for shard in array.addressable_shards}
+    for _, shard in sorted(own.items()):
+        found.update(np.ascontiguousarray(shard.data).reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
+
+
+def _verify_part(out: epath.Path, folder: epath.Path, part: list[Leaf], digests: Mapping[str, str]) -> None:
+    for leaf in part:
+        wanted = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host_sharding(leaf.shape))
+        if _digest(_load(folder, {leaf.key: wanted})[leaf.key]) != digests[leaf.key]:
+            raise UserError(f"{out}: {leaf.key} reads back as other bytes than were written; check the disk")
+
+
+def host_sharding(shape: Sequence[int]) -> jax.sharding.Sharding:
+    """On the hosts' own memory, over all processes along the first axis that they divide, or each whole."""
+    processes = jax.process_count()
+    if processes == 1:
+        return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    first = {device.process_index: device for device in reversed(jax.devices("cpu"))}
+    mesh = jax.sharding.Mesh(np.array([first[index] for index in range(processes)]), ("hosts",))
+    divided = next((axis for axis, size in enumerate(shape) if not size % processes), None)
+    spec = () if divided is None else (*(None,) * divided, "hosts")
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+
+def _finish(
+    temporary: epath.Path,
+    model_config: Mapping[str, Any],
+    tokenizer_dir: paths.PathLike | None,
+    provenance: Mapping[str, Any],
+) -> None:
+    (temporary / "model.json").write_text(json.dumps(model_config, indent=1, sort_keys=True))
+    (temporary / "provenance.json").write_text(
+        json.dumps({"versions": versions(), **provenance}, indent=1, sort_keys=True)
+    )
+    if tokenizer_dir:
+        (temporary / "tokenizer").mkdir(exist_ok=True)
+        for file in paths.as_path(tokenizer_dir).iterdir():
+            if not file.is_dir():
+                file.copy(temporary / "tokenizer" / file.name, overwrite=True)
+    (temporary / "journal").rmtree()
+
+
+def _replace_folder(new: epath.Path, out: epath.Path) -> None:
+    old = None
+    if out.exists():
+        old = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.old"
+        out.rename(old)
+    new.rename(out)
+    if old is not None:
+        shutil.rmtree(old) if "://" not in str(old) else old.rmtree()
+
+
+def _meet(name: str) -> None:
+    """Waits for the other processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def load_model_config(export: paths.PathLike) -> ConfigDict:
+    """Reads the model config of an export.
+
+    Raises:
+      UserError: `export` is no export.
+    """
+    export = paths.as_path(export)
+    for name in EXPORT_FILES:
+        if not (export / name).exists():
+            raise UserError(
+                f"{export}: {name} is missing, so this is no export; give the `export` folder of a run "
+                "or the --out folder of `vilam3 convert import`"
+            )
+    try:
+        return _tuples(ConfigDict(json.loads(paths.read_bytes(export / "model.json", _MAX_JSON))))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{export / 'model.json'}: is damaged ({error}); export the model again") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredRows:
+    """Rows of a parameter as they lie on the disk.
+
+    Attributes:
+      folder: the Orbax checkpoint.
+      key: their name in it.
+      start: the first row; 0 for a whole parameter.
+      shape: of the array.
+      dtype: of the array.
+    """
+
+    folder: epath.Path
+    key: str
+    start: int
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def read(self) -> np.ndarray:
+        """Reads them into memory, once."""
+        wanted = jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=host_sharding(()))
+        return np.asarray(_load(self.folder, {self.key: wanted})[self.key])
+
+
+def stored_rows(export: paths.PathLike) -> dict[str, list[StoredRows]]:
+    """Path → how an export holds this parameter, by rows.
+
+    Raises:
+      UserError: `export` is no export, or its parameters are damaged.
+    """
+    load_model_config(export)
+    found: dict[str, list[StoredRows]] = {}
+    try:
+        for folder in sorted((paths.as_path(export) / "params").iterdir()):
+            for key, leaf in ocp.metadata(folder).metadata.items():
+                path, _, start = key.partition("@")
+                rows = StoredRows(folder, key, int(start or 0), tuple(leaf.shape), leaf.dtype)
+                found.setdefault(path, []).append(rows)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{export}: its params are damaged ({first_line(error)}); export it again") from error
+    for ranges in found.values():
+        ranges.sort(key=lambda part: part.start)
+    return found
+
+
+def parameter_shape(ranges: Sequence[StoredRows]) -> tuple[int, ...]:
+    """Shape of the whole parameter."""
+    first, last = ranges[0].shape, ranges[-1]
+    return (last.start + last.shape[0], *first[1:]) if len(ranges) > 1 else first
+
+
+def load_params(export: paths.PathLike, wanted: Abstract, optional: Collection[str] = ()) -> Flat:
+    """Reads just the wanted parameters, each straight onto its sharding.
+
+    Args:
+      export: export folder.
+      wanted: path → ShapeDtypeStruct; dtypes are converted, shapes must agree.
+      optional: paths that may be absent and are then left out of the result.
+
+    Raises:
+      UserError: a wanted parameter is missing or has another shape.
+    """
+    stored = stored_rows(export)
+    absent = [path for path in wanted if path not in stored and path not in optional]
+    if absent:
+        raise UserError(
+            f"{export}: holds no {absent[0]} (and {len(absent) - 1} more); it is an export of another model"
+        )
+    present = {path: leaf for path, leaf in wanted.items() if path in stored}
+    together: dict[epath.Path, dict[str, jax.ShapeDtypeStruct]] = {}
+    for path, leaf in present.items():
+        if parameter_shape(stored[path]) != tuple(leaf.shape):
+            raise UserError(
+                f"{export}: {path} has shape {parameter_shape(stored[path])}, this model needs "
+                f"{tuple(leaf.shape)}; it is an export of another model"
+            )
+        if len(stored[path]) == 1:
+            together.setdefault(stored[path][0].folder, {})[path] = leaf
+    found: Flat = {}
+    for folder, leaves in together.items():
+        found |= _load(folder, leaves)
+    for path, leaf in present.items():
+        if len(stored[path]) > 1:
+            found[path] = _load_ranges(stored[path], leaf)
+    return found
+
+
+def _load(folder: epath.Path, leaves: dict[str, jax.ShapeDtypeStruct]) -> Flat:
+    loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
+    with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
+        return dict(ocp.load(folder, leaves))
+
+
+def _load_ranges(ranges: Sequence[StoredRows], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """Fills a parameter range by range: one range is held beside it."""
+    sharding = leaf.sharding
+    rows_sharding = sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):  # a range need not divide as the whole does
+        rows_sharding = sharding.update(spec=jax.sharding.PartitionSpec(None, *sharding.spec[1:]))
+    whole = jax.jit(functools.partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=sharding)()
+    put = jax.jit(
+        lambda whole, rows, start: jax.lax.dynamic_update_slice_in_dim(whole, rows, start, 0),
+        donate_argnums=0,
+        out_shardings=sharding,
+    )
+    for part in ranges:
+        wanted = jax.ShapeDtypeStruct(part.shape, leaf.dtype, sharding=rows_sharding)
+        whole = put(whole, _load(part.folder, {part.key: wanted})[part.key], part.start)
+    return whole
+
+
+def load_export(
+    export: paths.PathLike, sharding: jax.sharding.Sharding | None = None
+) -> tuple[dict[str, Any], ConfigDict, epath.Path]:
+    """Opens an export on one device (or on `sharding`).
+
+    Returns:
+      Nested parameters, model config, tokenizer folder.
+    """
+    from vilam3_jax.models import vila  # the models import nothing from here, but their import is slow
+
+    config = load_model_config(export)
+    place = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    _, nested = vila.abstract_model(config, config.kind)
+    wanted = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        for path, leaf in trees.flatten(nested).items()
+    }
+    return trees.unflatten(load_params(export, wanted)), config, paths.as_path(export) / "tokenizer"
+
+
+def _tuples(config: ConfigDict) -> ConfigDict:
+    """JSON has no tuples; configs hold no lists."""
+    for key, value in list(config.items()):
+        if isinstance(value, ConfigDict):
+            _tuples(value)
+        elif isinstance(value, list):
+            with config.ignore_type():
+                config[key] = tuple(value)
+    return config

@@ -36,6 +36,7 @@ def get_model() -> ConfigDict:
                 head_dim=64,
                 mlp_dim=1536,
                 rope_theta=100_000.0,
+                max_positions=8192,
                 tie_embeddings=True,
                 lora_rank=16,
                 lora_alpha=32.0,

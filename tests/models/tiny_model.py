@@ -29,6 +29,7 @@ def model_config(**llm: Any) -> ConfigDict:
                 mlp_dim=24,
                 norm_eps=1e-6,
                 select_layer=-2,
+                head=True,
             ),
             text_tower=dict(
                 vocab_size=41,

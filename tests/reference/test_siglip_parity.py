@@ -79,6 +79,7 @@ def two_towers():
                 mlp_dim=MLP,
                 norm_eps=1e-6,
                 select_layer=-2,
+                head=True,
             ),
             text_tower=TEXT,
         )

@@ -215,6 +215,7 @@ def _llm_config(file: GgufFile, tie: bool) -> dict[str, Any]:
         "mlp_dim": file.whole("llama.feed_forward_length"),
         "rope_theta": theta,
         "norm_eps": epsilon,
+        "max_positions": file.whole("llama.context_length", 2048),
         "tie_embeddings": tie,
         "lora_rank": 0,
         "lora_alpha": 16.0,

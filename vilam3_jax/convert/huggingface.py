@@ -17,10 +17,13 @@ from vilam3_jax.convert.sources import (
     siglip_rules,
     whole,
 )
-from vilam3_jax.data.tokenizer import load_tokenizer
+from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import read_bytes
 
+_DECODERS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# What an InternViT may say of itself, and all of OpenGVLab's 6B do.
+_INTERN_VIT = {"hidden_act": "gelu", "qkv_bias": False, "qk_normalization": True, "norm_type": "rms_norm"}
 _EQUAL_ROWS = 4096  # compared at a time
 _MAX_LICENCE_BYTES = 1 << 20
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
@@ -110,6 +113,7 @@ def llama_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
         "rope_theta": _number({**rope, **values}, "rope_theta", where, 10_000.0),
         "rope_scaling": _rope_scaling(values.get("rope_scaling") or rope, where),
         "norm_eps": _number(values, "rms_norm_eps", where, 1e-6),
+        "max_positions": _positive(values, "max_position_embeddings", where, 2048),
         # Qwen2 has the first always and says so nowhere.
         "qkv_bias": attention_bias or family == "qwen2",
         "o_bias": attention_bias and family != "qwen2",
@@ -119,6 +123,59 @@ def llama_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
         "lora_alpha": 16.0,
         "lora_targets": (),
     }
+
+
+def llama_folder_config(llm: Mapping[str, Any], tokenizer: Tokenizer | None, dtype: str) -> dict[str, Any]:
+    """The `config.json` that says the same as our `llm` section; `llama_config` reads it back.
+
+    Args:
+      llm: our section.
+      tokenizer: names the control tokens.
+      dtype: of the weights.
+
+    Raises:
+      UserError: no architecture of Hugging Face's has this mixture of biases.
+    """
+    biases = bool(llm.get("qkv_bias")), bool(llm.get("o_bias"))
+    family = "qwen3" if llm.get("qk_norm") else "qwen2" if biases == (True, False) else "llama"
+    if biases[0] != biases[1] and family != "qwen2":
+        raise UserError(
+            f"model.llm: qkv_bias={biases[0]} with o_bias={biases[1]} and qk_norm={bool(llm.get('qk_norm'))} "
+            "has no name among Hugging Face's models, so it cannot be exported"
+        )
+    config: dict[str, Any] = {
+        "architectures": [_DECODERS[family]],
+        "model_type": family,
+        "vocab_size": llm["vocab_size"],
+        "hidden_size": llm["hidden_size"],
+        "num_hidden_layers": llm["num_layers"],
+        "num_attention_heads": llm["num_heads"],
+        "num_key_value_heads": llm["num_kv_heads"],
+        "head_dim": llm["head_dim"],
+        "intermediate_size": llm["mlp_dim"],
+        "hidden_act": "silu",
+        "rms_norm_eps": llm["norm_eps"],
+        "rope_theta": llm["rope_theta"],
+        "max_position_embeddings": llm["max_positions"],
+        "tie_word_embeddings": llm["tie_embeddings"],
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    if family != "qwen2":
+        config["attention_bias"] = biases[0]
+    if scaling := llm.get("rope_scaling"):
+        theirs = {"rope_type": scaling["type"], **scaling}
+        del theirs["type"]
+        if "original_max_positions" in theirs:
+            theirs["original_max_position_embeddings"] = theirs.pop("original_max_positions")
+        config["rope_scaling"] = theirs
+    if tokenizer is not None:
+        config |= {
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+            "pad_token_id": tokenizer.pad_id,
+        }
+    return config
 
 
 def _rope_scaling(values: Mapping[str, Any], where: Path) -> dict[str, Any] | None:
@@ -162,7 +219,7 @@ def open_siglip(folder: Path) -> Source:
         raise UserError(
             f"{folder}: {len(prefixes)} tensors end in {first}, one was expected; is it a SigLIP?"
         )
-    # transformers pools by default; a folder without the head says so or simply lacks it.
+    # transformers pools by default; PaliGemma's towers, which NVILA has, lack the head.
     with_head = f"{prefixes[0]}head.probe" in weights.shapes
     outside = [name for name in weights.shapes if name.startswith(("text_model.", "logit_"))]
     return Source(
@@ -177,6 +234,7 @@ def open_siglip(folder: Path) -> Source:
             "mlp_dim": _positive(vision, "intermediate_size", config_file, 3072),
             "norm_eps": _number(vision, "layer_norm_eps", config_file, 1e-6),
             "select_layer": -2,
+            "head": with_head,
         },
         tensors=weights.shapes,
         rules=siglip_rules(layers, prefixes[0], with_head),
@@ -191,6 +249,43 @@ def open_siglip(folder: Path) -> Source:
     )
 
 
+def siglip_folder_config(tower: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The `config.json` of a SigLIP vision tower; `open_siglip` reads it back."""
+    return {
+        "architectures": ["SiglipVisionModel"],
+        "model_type": "siglip_vision_model",
+        "image_size": tower["image_size"],
+        "patch_size": tower["patch_size"],
+        "num_channels": 3,
+        "hidden_size": tower["hidden_size"],
+        "num_hidden_layers": tower["num_layers"],
+        "num_attention_heads": tower["num_heads"],
+        "intermediate_size": tower["mlp_dim"],
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": tower["norm_eps"],
+        "attention_dropout": 0.0,
+        "vision_use_head": tower["head"],
+        "torch_dtype": dtype,
+    }
+
+
+def siglip_preprocessor(tower: Mapping[str, Any]) -> dict[str, Any]:
+    """The `preprocessor_config.json` of a SigLIP: a square, then -1 to 1."""
+    return {
+        "image_processor_type": "SiglipImageProcessor",
+        "processor_class": "SiglipProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": tower["image_size"], "width": tower["image_size"]},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+
+
 def open_intern_vit(folder: Path) -> Source:
     """Opens an InternViT folder as OpenGVLab releases it.
 
@@ -199,8 +294,7 @@ def open_intern_vit(folder: Path) -> Source:
     """
     config_file = folder / "config.json"
     values = read_config(config_file)
-    expected = {"hidden_act": "gelu", "qkv_bias": False, "qk_normalization": True, "norm_type": "rms_norm"}
-    for key, value in expected.items():
+    for key, value in _INTERN_VIT.items():
         if values.get(key, value) != value:
             raise UserError(f"{config_file}: {key}={values[key]!r} is not supported, only {value!r} is")
     weights = SafetensorsFolder(folder)
@@ -225,6 +319,24 @@ def open_intern_vit(folder: Path) -> Source:
         licence=licence(folder),
         dtypes=weights.dtypes,
     )
+
+
+def intern_vit_folder_config(tower: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The `config.json` of an InternViT; `open_intern_vit` reads it back."""
+    return {
+        "architectures": ["InternVisionModel"],
+        "model_type": "intern_vit_6b",
+        "image_size": tower["image_size"],
+        "patch_size": tower["patch_size"],
+        "num_channels": 3,
+        "hidden_size": tower["hidden_size"],
+        "num_hidden_layers": tower["num_layers"],
+        "num_attention_heads": tower["num_heads"],
+        "intermediate_size": tower["mlp_dim"],
+        "layer_norm_eps": tower["norm_eps"],
+        "torch_dtype": dtype,
+        **_INTERN_VIT,
+    }
 
 
 def _positive(values: Mapping[str, Any], key: str, where: Path | str, default: int | None = None) -> int:

@@ -58,6 +58,10 @@ _ALIGNMENT = 64
 Progress = Callable[[int, int], None]
 
 
+def silent(written: int, total: int) -> None:
+    """Reports to nobody."""
+
+
 @dataclass(frozen=True)
 class Summary:
     """What an import did.
@@ -132,7 +136,7 @@ def open_source(
       UserError: missing, damaged, or an architecture that is not supported.
     """
     if "://" in str(source):
-        raise UserError(f"{source}: weights are read from a local disk; copy them there first")
+        raise UserError(f"{source}: weights are read in place; copy them to a local disk first")
     path = Path(as_path(source))
     chosen = detect_format(path) if source_format == "auto" else source_format
     if chosen not in FORMATS:
@@ -272,10 +276,6 @@ def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _silent(written: int, total: int) -> None:
-    pass
-
-
 def import_model(
     source: PathLike,
     out: PathLike,
@@ -284,7 +284,7 @@ def import_model(
     dtype: str = "auto",
     tokenizer: PathLike | None = None,
     verify: bool = True,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Summary:
     """Imports a checkpoint into a new export folder, complete or not at all.
 

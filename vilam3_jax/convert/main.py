@@ -1,17 +1,21 @@
-"""`vilam3 convert`: checkpoints of other tools → the layout of this package."""
+"""`vilam3 convert`: checkpoints of other tools → the layout of this package, and back."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
 from vilam3_jax.errors import UserError
 
+Progress = Callable[[int, int], None]
+
 
 def main(argv: list[str]) -> int:
-    """Runs `vilam3 convert import ...`.
+    """Runs `vilam3 convert import|export ...`.
 
     Args:
       argv: arguments after `convert`.
@@ -21,7 +25,7 @@ def main(argv: list[str]) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        return _import(arguments)
+        return _ACTIONS[arguments.action](arguments)
     except UserError as error:
         print(f"vilam3 convert: error: {error}", file=sys.stderr)
         return 2
@@ -29,7 +33,8 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="vilam3 convert", description="Convert checkpoints of other tools to the layout of this package."
+        prog="vilam3 convert",
+        description="Convert checkpoints of other tools to the layout of this package, and back.",
     )
     commands = parser.add_subparsers(dest="action", required=True)
     command = commands.add_parser(
@@ -48,24 +53,46 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", default="auto", help="float32, bfloat16 or auto: bfloat16 if the source is (default: auto)"
     )
     command.add_argument("--tokenizer", help="tokenizer folder to use instead of the source's own")
+    _add_verify(command)
+    command = commands.add_parser(
+        "export",
+        help="write Hugging Face folders",
+        description="Write an export of a run or of an import as a VILA folder (llm/, vision_tower/ and "
+        "mm_projector/, each a Hugging Face folder), or as one such folder if it holds one component.",
+    )
+    command.add_argument("--source", required=True, help="export folder")
+    command.add_argument("--out", required=True, help="folder to create, on a local disk")
+    command.add_argument(
+        "--dtype", default="auto", help="float32, bfloat16 or auto: that of the export (default: auto)"
+    )
+    _add_verify(command)
+    return parser
+
+
+def _add_verify(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="hash what is read and written, and read the result again (default: yes)",
     )
-    return parser
 
 
-def _import(arguments: argparse.Namespace) -> int:
-    from vilam3_jax.convert.importer import import_model
-
-    with tqdm(desc="importing", unit="B", unit_scale=True, delay=0.5, file=sys.stderr) as bar:
+@contextlib.contextmanager
+def _bar(description: str) -> Iterator[Progress]:
+    with tqdm(desc=description, unit="B", unit_scale=True, delay=0.5, file=sys.stderr) as bar:
 
         def progress(written: int, total: int) -> None:
             bar.total = total
             bar.update(written - bar.n)
 
+        yield progress
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from vilam3_jax.convert.importer import import_model
+
+    with _bar("importing") as progress:
         summary = import_model(
             arguments.source,
             arguments.out,
@@ -85,13 +112,42 @@ def _import(arguments: argparse.Namespace) -> int:
         ("tokenizer", "yes" if summary.tokenizer else "none"),
         ("seconds", f"{summary.seconds:.1f}"),
     ]
-    for name, value in rows:
-        print(f"{name:<17} {value}")
+    _print(rows)
     for name, reason in sorted(summary.unused.items()):
         print(f"left out {name}: {reason}")
     print(f"written to {arguments.out}")
     return 0
 
+
+def _export(arguments: argparse.Namespace) -> int:
+    from vilam3_jax.convert.exporter import export_folder
+
+    with _bar("exporting") as progress:
+        summary = export_folder(
+            arguments.source,
+            arguments.out,
+            dtype=arguments.dtype,
+            verify=arguments.verify,
+            progress=progress,
+        )
+    rows = [
+        ("folders", ", ".join(summary.folders)),
+        ("tensors", f"{summary.tensors:,}"),
+        ("bytes", f"{summary.bytes:,} ({summary.dtype})"),
+        ("LoRAs merged", f"{summary.merged:,}"),
+        ("seconds", f"{summary.seconds:.1f}"),
+    ]
+    _print(rows)
+    print(f"written to {arguments.out}")
+    return 0
+
+
+def _print(rows: list[tuple[str, str]]) -> None:
+    for name, value in rows:
+        print(f"{name:<17} {value}")
+
+
+_ACTIONS = {"import": _import, "export": _export}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from vilam3_jax.convert.huggingface import licence, open_intern_vit, open_llama, open_siglip
 from vilam3_jax.convert.safetensors_files import SafetensorsFolder, read_config
 from vilam3_jax.convert.sources import Checkpoint, Source, projector_rules
+from vilam3_jax.data.templates import TEMPLATES
 from vilam3_jax.data.tokenizer import Tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.models.projector import plan
@@ -26,8 +27,8 @@ _SELECTED = {"siglip": "cls_patch", "intern_vit": "patch"}
 def open_vila(folder: Path, tokenizer: Tokenizer | None = None) -> Checkpoint:
     """Opens a model folder in parts.
 
-    The root's config says which hidden state of the tower counts. It does not say the conversation mode nor
-    the order of the visual tokens; both follow from the LLM: see `_template` and `_token_order`.
+    The root's config says which hidden state of the tower counts. VILA's own do not say the conversation mode
+    nor the order of the visual tokens; both follow from the LLM: see `_template` and `_token_order`.
 
     Args:
       folder: with `config.json` and the parts.
@@ -44,12 +45,13 @@ def open_vila(folder: Path, tokenizer: Tokenizer | None = None) -> Checkpoint:
     _check_root(root, config_file)
     llm = open_llama(folder / PARTS["llm"])
     tower = _open_tower(folder / PARTS["vision_tower"], root, config_file)
-    projector = _open_projector(folder / PARTS["projector"], tower.config, llm)
+    order = _own(root, "token_order", ("column", "row"), config_file)
+    projector = _open_projector(folder / PARTS["projector"], tower.config, llm, order)
     for part in (llm, tower, projector):
         part.licence = part.licence or licence(folder)
     config = {
         "image_size": tower.config["image_size"],
-        "template": _template(llm, tokenizer),
+        "template": _own(root, "template", TEMPLATES, config_file) or _template(llm, tokenizer),
         "tokenizer": "",
         "dtype": "bfloat16",
         "remat": "none",
@@ -58,6 +60,55 @@ def open_vila(folder: Path, tokenizer: Tokenizer | None = None) -> Checkpoint:
         "llm": llm.config,
     }
     return Checkpoint("generative", config, [tower, projector, llm])
+
+
+def vila_folder_config(
+    model: Mapping[str, Any], dtype: str, parts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The root's `config.json`; `open_vila` reads it back.
+
+    Args:
+      model: our model config.
+      dtype: of the weights.
+      parts: sub-folder → its `config.json`.
+    """
+    tower = model["vision_tower"]
+    return {
+        "architectures": ["LlavaLlamaModel"],
+        "model_type": "llava_llama",
+        "llm_cfg": parts[PARTS["llm"]],
+        "vision_tower_cfg": parts[PARTS["vision_tower"]],
+        "mm_projector_cfg": parts[PARTS["projector"]],
+        "resume_path": None,
+        "hidden_size": model["llm"]["hidden_size"],
+        "mm_hidden_size": tower["hidden_size"],
+        "mm_vision_select_layer": tower["select_layer"],
+        "mm_vision_select_feature": _SELECTED[tower["type"]],
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "resize",
+        "s2": False,
+        "num_video_frames": 8,
+        "fps": 0.0,
+        "vision_resolution": -1,
+        "interpolate_mode": "linear",
+        "drop_path_rate": 0.0,
+        "tune_language_model": True,
+        "tune_vision_tower": True,
+        "tune_mm_projector": True,
+        "model_dtype": f"torch.{dtype}",
+        # VILA ignores keys that it does not know; these two it takes for granted.
+        "vilam3_jax": {"template": model["template"], "token_order": model["projector"]["token_order"]},
+    }
+
+
+def _own(root: Mapping[str, Any], key: str, choices: Collection[str], where: Path) -> str | None:
+    """What a folder that `vila_folder_config` wrote says of itself."""
+    said = root.get("vilam3_jax")
+    value = said.get(key) if isinstance(said, dict) else None
+    if value is not None and value not in choices:
+        raise UserError(f"{where}: vilam3_jax.{key}={value!r} is unknown; use one of {', '.join(choices)}")
+    return value
 
 
 def _check_root(root: Mapping[str, Any], where: Path) -> None:
@@ -92,7 +143,7 @@ def _open_tower(folder: Path, root: Mapping[str, Any], where: Path) -> Source:
     return tower
 
 
-def _open_projector(folder: Path, tower: Mapping[str, Any], llm: Source) -> Source:
+def _open_projector(folder: Path, tower: Mapping[str, Any], llm: Source, order: str | None) -> Source:
     config_file = folder / "config.json"
     kind = read_config(config_file).get("mm_projector_type")
     if not isinstance(kind, str):
@@ -101,7 +152,7 @@ def _open_projector(folder: Path, tower: Mapping[str, Any], llm: Source) -> Sour
     meaning = plan(kind, tower["hidden_size"], llm.config["hidden_size"])
     return Source(
         component="projector",
-        config={"type": kind, "token_order": _token_order(kind, llm)},
+        config={"type": kind, "token_order": order or _token_order(kind, llm)},
         tensors=weights.shapes,
         rules=projector_rules(kind, meaning),
         reader=weights,

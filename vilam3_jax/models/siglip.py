@@ -118,7 +118,8 @@ class AttentionPool(nnx.Module):
 class SiglipVision(nnx.Module):
     """Image tower.
 
-    All blocks, `post_norm` and `head` exist always, so that stage 1 and later stages share parameters.
+    All blocks, `post_norm` and, with `cfg.head`, the pooling head exist in every stage, so that stage 1 and
+    later ones share parameters.
     """
 
     def __init__(self, cfg: Any, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, remat: str):
@@ -135,7 +136,7 @@ class SiglipVision(nnx.Module):
         shape = (cfg.hidden_size, cfg.num_heads, cfg.mlp_dim)
         self.blocks = EncoderBlock(*shape, eps=cfg.norm_eps, stack=(cfg.num_layers,), **kwargs)
         self.post_norm = LayerNorm(cfg.hidden_size, eps=cfg.norm_eps, dtype=dtype, param_dtype=param_dtype)
-        self.head = AttentionPool(*shape, eps=cfg.norm_eps, **kwargs)
+        self.head = AttentionPool(*shape, eps=cfg.norm_eps, **kwargs) if cfg.head else None
 
     @property
     def num_tokens(self) -> int:
@@ -157,7 +158,13 @@ class SiglipVision(nnx.Module):
         return self._run(images, self.num_feature_layers)
 
     def pooled(self, images: jax.Array) -> jax.Array:
-        """Image embedding for contrastive training: uint8 [N, S, S, 3] -> [N, D], not normalised."""
+        """Image embedding for contrastive training: uint8 [N, S, S, 3] -> [N, D], not normalised.
+
+        Raises:
+          UserError: the tower has no head.
+        """
+        if self.head is None:
+            raise UserError("model.vision_tower.head=False: there is nothing to pool with; set it to True")
         return self.head(self.post_norm(self._run(images, self.num_layers)))
 
 

@@ -17,6 +17,8 @@ from vilam3_jax.models import trees, vila
 from vilam3_jax.training import mesh as mesh_lib
 
 State = dict[str, Any]
+# Settings of an LLM with which the same weights still are the same model.
+_NO_ARCHITECTURE = ("lora_", "max_positions")
 
 
 def abstract_state(
@@ -119,7 +121,7 @@ def _check_architecture(source: str, model: ConfigDict, components: set[str]) ->
     for component in sorted(components & set(stored)):
         for key, value in stored[component].items():
             wanted = model[component].get(key, value)
-            if not key.startswith("lora_") and wanted != value:
+            if not key.startswith(_NO_ARCHITECTURE) and wanted != value:
                 raise UserError(
                     f"{source}: its {component} has {key}={value}, this config {wanted}; it is an export of "
                     "another model"

@@ -9,8 +9,8 @@ def siglip_so400m_384() -> ConfigDict:
 
 
 def siglip_so400m_448() -> ConfigDict:
-    """PaliGemma's so400m at 448 pixels: 32 x 32 tokens of 1152; NVILA."""
-    return _so400m(448)
+    """PaliGemma's so400m at 448 pixels: 32 x 32 tokens of 1152, no pooling head; NVILA."""
+    return _so400m(448, head=False)
 
 
 def siglip2_so400m_384() -> ConfigDict:
@@ -40,15 +40,14 @@ def intern_vit_6b_448() -> ConfigDict:
     )
 
 
-def _so400m(image_size: int) -> ConfigDict:
-    return siglip(
-        image_size=image_size, patch_size=14, hidden_size=1152, num_layers=27, num_heads=16, mlp_dim=4304
-    )
+def _so400m(image_size: int, head: bool = True) -> ConfigDict:
+    sizes = dict(patch_size=14, hidden_size=1152, num_layers=27, num_heads=16, mlp_dim=4304)
+    return siglip(image_size=image_size, head=head, **sizes)
 
 
-def siglip(**sizes: int) -> ConfigDict:
-    """A SigLIP-shaped tower that gives hidden state -2."""
-    return ConfigDict(dict(type="siglip", norm_eps=1e-6, select_layer=-2, **sizes))
+def siglip(*, head: bool = True, **sizes: int) -> ConfigDict:
+    """A SigLIP-shaped tower that gives hidden state -2; `head`: it has the pooling head of stage 1."""
+    return ConfigDict(dict(type="siglip", norm_eps=1e-6, select_layer=-2, head=head, **sizes))
 
 
 def text_tower_of(tower: ConfigDict, **changes: float) -> ConfigDict:

@@ -1,0 +1,90 @@
+"""What we export, transformers loads: the same model as before the import."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tests.reference import torch_weights
+from vilam3_jax.convert.exporter import export_folder
+from vilam3_jax.convert.importer import import_model
+
+SIZES = dict(
+    vocab_size=80,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    attn_implementation="eager",
+)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+    rope_theta=5e3,
+)
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("Llama", {}),
+        ("Llama", dict(tie_word_embeddings=True, head_dim=10)),
+        ("Llama", dict(attention_bias=True)),
+        ("Llama", dict(rope_parameters=LLAMA3_ROPE)),
+        ("Llama", dict(rope_parameters=dict(rope_type="linear", factor=3.0, rope_theta=2e4))),
+        ("Qwen2", dict(tie_word_embeddings=True)),
+        ("Qwen3", dict(head_dim=8)),
+    ],
+)
+def test_decoders(tmp_path, family, changes):
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **changes})
+    model = torch_weights.randomise(getattr(transformers, f"{family}ForCausalLM")(config)).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    import_model(tmp_path / "theirs", tmp_path / "ours")
+    export_folder(tmp_path / "ours", tmp_path / "back")
+    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "back", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(loaded) is type(model) and loaded.config.max_position_embeddings == 64
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        np.testing.assert_array_equal(loaded.eval()(tokens).logits, model(tokens).logits)
+
+
+def test_siglip(tmp_path):
+    config = transformers.SiglipVisionConfig(
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        image_size=20,
+        patch_size=4,
+        attn_implementation="eager",
+    )
+    model = torch_weights.randomise(transformers.SiglipVisionModel(config)).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    import_model(tmp_path / "theirs", tmp_path / "ours")
+    export_folder(tmp_path / "ours", tmp_path / "back")
+    loaded, report = transformers.SiglipVisionModel.from_pretrained(
+        tmp_path / "back", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    pixels = torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = (
+            m(pixels, output_hidden_states=True, interpolate_pos_encoding=False)
+            for m in (loaded.eval(), model)
+        )
+    np.testing.assert_array_equal(found.pooler_output, expected.pooler_output)
+    np.testing.assert_array_equal(found.hidden_states[-2], expected.hidden_states[-2])
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "back", use_fast=False)
+    grey = processor(np.full((30, 50, 3), 255, np.uint8), return_tensors="np").pixel_values
+    assert grey.shape == (1, 3, 20, 20) and np.allclose(grey, 1)

@@ -1,0 +1,308 @@
+"""Export folder → the folders that transformers and VILA read, written leaf by leaf."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vilam3_jax.convert.huggingface import (
+    intern_vit_folder_config,
+    llama_folder_config,
+    siglip_folder_config,
+    siglip_preprocessor,
+)
+from vilam3_jax.convert.importer import DTYPES, Progress, silent
+from vilam3_jax.convert.safetensors_files import SafetensorsFolder, SafetensorsWriter, contiguous
+from vilam3_jax.convert.sources import (
+    Rule,
+    intern_vit_rules,
+    llama_rules,
+    projector_rules,
+    siglip_rules,
+)
+from vilam3_jax.convert.vila import PARTS, vila_folder_config
+from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
+from vilam3_jax.errors import UserError
+from vilam3_jax.exports import StoredRows, load_model_config, parameter_shape, stored_rows
+from vilam3_jax.models.projector import plan
+from vilam3_jax.paths import PathLike, as_path, write_text_atomic
+
+FILE_BYTES = 5_000_000_000  # transformers' own default
+
+Stored = Mapping[str, Sequence[StoredRows]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an export did.
+
+    Attributes:
+      folders: of Hugging Face's layout, relative to the result.
+      tensors: written.
+      bytes: of them.
+      dtype: of them.
+      merged: kernels into which a LoRA was merged.
+      seconds: wall time.
+    """
+
+    folders: tuple[str, ...]
+    tensors: int
+    bytes: int
+    dtype: str
+    merged: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One Hugging Face folder to be written."""
+
+    folder: str
+    rules: list[Rule]
+    config: dict[str, Any]
+
+
+def export_folder(
+    source: PathLike,
+    out: PathLike,
+    *,
+    dtype: str = "auto",
+    verify: bool = True,
+    file_bytes: int = FILE_BYTES,
+    progress: Progress = silent,
+) -> Summary:
+    """Writes an export as a VILA folder, or as one Hugging Face folder where it holds one component.
+
+    LoRAs are merged into their kernels. Holds one stored leaf at a time. Complete or not at all.
+
+    Args:
+      source: export folder of a run or of an import.
+      out: folder to create on a local disk; must not exist or be empty.
+      dtype: a key of `DTYPES`, or 'auto': that of the export.
+      verify: hash every tensor on its way out, read all files again at the end, and compare.
+      file_bytes: a new safetensors file begins where this would be exceeded.
+      progress: told of the bytes written so far, and of all bytes.
+
+    Raises:
+      UserError: `source` is no export or of a kind without such a layout, `out` is in use, the disk is full.
+    """
+    start = time.perf_counter()
+    if "://" in str(out):
+        raise UserError(f"{out}: files are written in any order; give a folder on a local disk")
+    target = Path(as_path(out))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: already exists; choose another --out or remove it")
+    model = load_model_config(source).to_dict()
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: unknown; choose from auto, {', '.join(DTYPES)}")
+    dtype = model["param_dtype"] if dtype == "auto" else dtype
+    tokenizer_folder = as_path(source) / "tokenizer"
+    tokenizer = load_tokenizer(tokenizer_folder) if tokenizer_folder.exists() else None
+    parts, root = _plan(source, model, tokenizer, dtype)
+    stored = stored_rows(source)
+    _check_coverage(source, parts, stored)
+
+    temporary = target.parent / f".{target.name}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        total = sum(math.prod(parameter_shape(stored[rule.target])) for part in parts for rule in part.rules)
+        written = _Counter(total * np.dtype(DTYPES[dtype]).itemsize, progress)
+        tensors = 0
+        for part in parts:
+            folder = temporary / part.folder
+            folder.mkdir(parents=True)
+            tensors += _write_part(folder, part, model, stored, DTYPES[dtype], file_bytes, verify, written)
+        if root is not None:
+            _write_json(temporary / "config.json", root)
+        if tokenizer is not None:
+            tokenizer.save(temporary / (PARTS["llm"] if root is not None else "."))
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"{target}: cannot be written ({reason}); free space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Summary(
+        folders=tuple(part.folder for part in parts),
+        tensors=tensors,
+        bytes=written.total,
+        dtype=dtype,
+        merged=sum(path.endswith("/lora_a") for path in stored),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _plan(
+    source: PathLike, model: Mapping[str, Any], tokenizer: Tokenizer | None, dtype: str
+) -> tuple[list[_Part], dict[str, Any] | None]:
+    """The folders to write, and the root's config where they are parts of a VILA folder."""
+    kind = model["kind"]
+    if kind == "llm":
+        return [_llm(".", model["llm"], tokenizer, dtype)], None
+    if kind == "vision_tower":
+        return [_vision_tower(".", model["vision_tower"], dtype)], None
+    if kind != "generative":
+        raise UserError(
+            f"{source}: an export of kind {kind!r} has no layout of Hugging Face's to be written in"
+        )
+    parts = [
+        _vision_tower(PARTS["vision_tower"], model["vision_tower"], dtype),
+        _projector(PARTS["projector"], model, dtype),
+        _llm(PARTS["llm"], model["llm"], tokenizer, dtype),
+    ]
+    return parts, vila_folder_config(model, dtype, {part.folder: part.config for part in parts})
+
+
+def _llm(folder: str, llm: Mapping[str, Any], tokenizer: Tokenizer | None, dtype: str) -> _Part:
+    return _Part(folder, llama_rules(llm), llama_folder_config(llm, tokenizer, dtype))
+
+
+def _vision_tower(folder: str, tower: Mapping[str, Any], dtype: str) -> _Part:
+    if tower["type"] == "intern_vit":
+        return _Part(folder, intern_vit_rules(tower["num_layers"]), intern_vit_folder_config(tower, dtype))
+    rules = siglip_rules(tower["num_layers"], "vision_model.", tower["head"])
+    return _Part(folder, rules, siglip_folder_config(tower, dtype))
+
+
+def _projector(folder: str, model: Mapping[str, Any], dtype: str) -> _Part:
+    kind = model["projector"]["type"]
+    meaning = plan(kind, model["vision_tower"]["hidden_size"], model["llm"]["hidden_size"])
+    config = {
+        "architectures": ["MultimodalProjector"],
+        "model_type": "v2l_projector",
+        "mm_projector_type": kind,
+        "torch_dtype": dtype,
+    }
+    return _Part(folder, projector_rules(kind, meaning), config)
+
+
+def _check_coverage(source: PathLike, parts: Sequence[_Part], stored: Stored) -> None:
+    wanted = {rule.target for part in parts for rule in part.rules}
+    held = {path for path in stored if not path.endswith(("/lora_a", "/lora_b"))}
+    if wanted != held:
+        raise UserError(
+            f"{source}: does not fit its model.json; parameters missing: {sorted(wanted - held)[:12]}; "
+            f"parameters not exported: {sorted(held - wanted)[:12]}; export the model again"
+        )
+
+
+class _Counter:
+    def __init__(self, total: int, progress: Progress) -> None:
+        self.total = total
+        self._done = 0
+        self._progress = progress
+
+    def add(self, count: int) -> None:
+        self._done += count
+        self._progress(self._done, self.total)
+
+
+def _write_part(
+    folder: Path,
+    part: _Part,
+    model: Mapping[str, Any],
+    stored: Stored,
+    dtype: Any,
+    file_bytes: int,
+    verify: bool,
+    written: _Counter,
+) -> int:
+    """Writes weights and configs of one folder; returns the number of tensors."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for rule in part.rules:
+        shape = parameter_shape(stored[rule.target])
+        for name in rule.sources:
+            shapes[name] = rule.layout.foreign(shape[1:] if rule.stacked else shape)
+    writer = SafetensorsWriter(
+        folder, {name: shapes[name] for name in sorted(shapes, key=_natural)}, dtype, file_bytes
+    )
+    digests: dict[tuple[str, int, int], str] = {}
+
+    def write(job: tuple[str, int, np.ndarray]) -> int:
+        name, row, rows = job
+        rows = contiguous(rows, dtype)
+        writer.write(name, row, rows)
+        if verify:
+            digests[name, row, row + rows.shape[0]] = _digest(rows)
+        return rows.nbytes
+
+    with ThreadPoolExecutor(2) as pool:
+        for rule in part.rules:
+            for jobs in _foreign_rows(rule, model, stored):
+                for count in pool.map(write, jobs):
+                    written.add(count)
+    if verify:
+        read = SafetensorsFolder(folder)
+        for (name, start, stop), digest in digests.items():
+            if _digest(read(name, start, stop)) != digest:
+                raise UserError(
+                    f"{folder}: {name} reads back as other bytes than were written; check the disk"
+                )
+    _write_json(folder / "config.json", part.config)
+    if part.config["model_type"] == "siglip_vision_model":
+        _write_json(folder / "preprocessor_config.json", siglip_preprocessor(model["vision_tower"]))
+    elif part.config["model_type"] == "intern_vit_6b":
+        _write_json(folder / "preprocessor_config.json", {"image_processor_type": "InternVisionPreprocessor"})
+    return len(shapes)
+
+
+def _foreign_rows(
+    rule: Rule, model: Mapping[str, Any], stored: Stored
+) -> Iterator[list[tuple[str, int, np.ndarray]]]:
+    """Yields lists of tensor name, first row and rows; one list for each stored leaf of a stack."""
+    ranges = stored[rule.target]
+    if not rule.stacked:
+        whole = np.concatenate([rows.read() for rows in ranges]) if len(ranges) > 1 else ranges[0].read()
+        rows, first = rule.layout.write(whole)
+        yield [(rule.sources[0], first, rows)]
+        return
+    for rows in ranges:
+        stack = rows.read()
+        low_rank = _low_rank(rule.target, model, stored)
+        jobs = []
+        for index, layer in enumerate(stack):
+            if low_rank is not None:
+                layer = layer.astype(np.float32) + low_rank(rows.start + index)
+            array, first = rule.layout.write(layer)
+            jobs.append((rule.sources[rows.start + index], first, array))
+        yield jobs
+
+
+def _low_rank(path: str, model: Mapping[str, Any], stored: Stored) -> Any:
+    """What the LoRA of a stack of kernels adds to layer i, in float32; None if it has none."""
+    stem = path.removesuffix("/kernel")
+    if f"{stem}/lora_a" not in stored:
+        return None
+    a, b = (
+        np.concatenate([rows.read() for rows in stored[f"{stem}/lora_{name}"]]).astype(np.float32)
+        for name in "ab"
+    )
+    scale = model["llm"]["lora_alpha"] / model["llm"]["lora_rank"]
+    return lambda layer: scale * (a[layer] @ b[layer])
+
+
+def _natural(name: str) -> list[Any]:
+    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name)]
+
+
+def _digest(rows: np.ndarray) -> str:
+    return hashlib.sha256(rows.reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    write_text_atomic(file, json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -2,9 +2,9 @@
 
 Run after `make quickstart`: python benchmarks/first_token.py [--run=runs/quickstart]
 
-Takes the first batch of the quickstart's stage 2a with its tower and SmolLM2 and a projector from nothing, on one
-device, with `<bos>` in front of the image (as it is) and without. Prints the norm of the projector's gradient,
-summed over the batch, and the cosine between float32 and products of factors rounded to bfloat16.
+Takes the first batch of the quickstart's stage 2a with its tower and SmolLM2 and a projector from nothing, on
+one device, with `<bos>` in front of the image (as it is) and without. Prints the norm of the projector's
+gradient, summed over the batch, and the cosine between float32 and products of factors rounded to bfloat16.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ class TextRules:
         unknown = section.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise UserError(
-                f"text rule {min(unknown)!r}: unknown; use {CLEAN} or {AS_TRAINED}, for all or as split=, bos= "
-                "and spaces="
+                f"text rule {min(unknown)!r}: unknown; use {CLEAN} or {AS_TRAINED} for all, or for one of "
+                "split=, bos= and spaces="
             )
         return cls(**section)
 

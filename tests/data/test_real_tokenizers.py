@@ -101,6 +101,19 @@ def test_ids_and_targets_of_vilas_own_tokenizers(row, tokenizer):
     assert encoded.loss_mask.tolist() == targets.tolist()
 
 
+def test_the_same_from_the_file_that_transformers_saves(folders, tmp_path):
+    """Its Llama 2 puts no space before a space; VILA's pieces that begin with one need it all the same."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(folders("llama2")).save_pretrained(tmp_path)
+    tok = load_tokenizer(tmp_path)
+    assert tok.adds_bos and tok.encode(" a") == tok.encode("a")
+    for row in ROWS:
+        if row["tokenizer"] == "llama2":
+            template, turns = template_of(row["mode"], row["rules"]), turns_of(DIALOGUES[row["dialogue"]])
+            assert ids_of(encode_conversation(tok, template, turns, 1)) == row["ids"]
+
+
 FRAGMENTS = [
     "<image>",
     "\n",

@@ -4,7 +4,11 @@ Whole strings, split on `<image>`, one call of the tokenizer for each piece, lab
 dialogue whose answers are replaced. Slow and simple; nothing of vilam3_jax is used. As a program it writes
 the golden ids of `goldens/vila_tokens.json`, in an environment with VILA's own transformers:
 
-    python tests/data/vila_reference.py llama2=FOLDER llama3=FOLDER [qwen3=FOLDER]
+    python tests/data/vila_reference.py llama2=FOLDER llama3=FOLDER
+
+(`qwen3=FOLDER` in another, whose tokenizers read its file.) For llama2 the folder had a SentencePiece model
+made of the package's vocabulary: byte pieces, scores falling with the id, runs of spaces last, as in the order
+of its merges.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ the golden ids of `goldens/vila_tokens.json`, in an environment with VILA's own 
     python tests/data/vila_reference.py llama2=FOLDER llama3=FOLDER
 
 (`qwen3=FOLDER` in another, whose tokenizers read its file.) For llama2 the folder had a SentencePiece model
-made of the package's vocabulary: byte pieces, scores falling with the id, runs of spaces last, as in the order
-of its merges.
+made of the package's vocabulary: byte pieces, scores falling with the id, runs of spaces last, as in the
+order of its merges.
 """
 
 from __future__ import annotations

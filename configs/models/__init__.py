@@ -1,5 +1,6 @@
 """Model sizes as data: one module each, with `get_model()`; parts to swap are in `parts`."""
 
+import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -7,6 +8,7 @@ from collections.abc import Callable, Mapping
 from ml_collections import ConfigDict
 from vilam3_jax.configs.models.parts import llms, towers
 
+from vilam3_jax.data.text_rules import TextRules
 from vilam3_jax.errors import UserError
 
 
@@ -14,8 +16,9 @@ def get(spec: str) -> ConfigDict:
     """Returns the `model` section of a size, with parts swapped if asked for.
 
     Args:
-      spec: `NAME`, or `NAME,tower=TOWER,llm=LLM,projector=TYPE,template=TEMPLATE` with any of the four;
-        towers and LLMs are those of `parts.towers` and `parts.llms`.
+      spec: `NAME`, or `NAME,tower=TOWER,llm=LLM,projector=TYPE,template=TEMPLATE,text=RULES` with any of the
+        five; towers and LLMs are those of `parts.towers` and `parts.llms`, RULES is clean, as_trained or one
+        rule (`spaces=as_trained`), see `vilam3_jax.data.text_rules`.
 
     Raises:
       UserError: an unknown name; lists those there are.
@@ -25,6 +28,7 @@ def get(spec: str) -> ConfigDict:
     if name not in known:
         raise UserError(f"model {name!r}: unknown; known sizes are {', '.join(known)}")
     model = importlib.import_module(f"{__name__}.{name}").get_model()
+    model.text = ConfigDict(dataclasses.asdict(TextRules()))
     for swap in swaps:
         _swap(model, swap)
     return model
@@ -68,8 +72,10 @@ def _swap(model: ConfigDict, swap: str) -> None:
         model.projector.type = name
     elif part == "template":
         model.template = name
+    elif part == "text":
+        model.text = ConfigDict(dataclasses.asdict(TextRules().changed(name)))
     else:
-        raise UserError(f"model part {swap!r}: use tower=, llm=, projector= or template=")
+        raise UserError(f"model part {swap!r}: use tower=, llm=, projector=, template= or text=")
 
 
 def _part(makers: Mapping[str, Callable[[], ConfigDict]], part: str, name: str) -> ConfigDict:

@@ -118,7 +118,7 @@ def test_a_disk_that_forgets_is_noticed(tmp_path, small_leaves, monkeypatch):
         return seen[-1] if len(seen) != 45 else "0" * 64
 
     monkeypatch.setattr(exports, "_digest", forgetful)
-    with pytest.raises(UserError, match="llm/.* reads back as other bytes than were written"):
+    with pytest.raises(UserError, match=r"llm/.* reads back as other bytes than were written"):
         import_model(source, tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
     seen.clear()

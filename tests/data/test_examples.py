@@ -16,9 +16,9 @@ from vilam3_jax.data.examples import (
     ImageRef,
     Turn,
     from_instruction,
-    normalise_markers,
     to_instruction,
 )
+from vilam3_jax.data.text_rules import normalise_markers
 from vilam3_jax.errors import UserError
 
 TEXT = st.text(st.characters(blacklist_categories=["Cs"]), max_size=30).map(

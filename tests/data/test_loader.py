@@ -91,6 +91,23 @@ def test_batch_contract(root) -> None:
     assert loader.provenance[0]["name"] == "films" and loader.provenance[0]["licences"] == ["CC0"]
 
 
+def test_text_rules_of_the_model_are_kept(root) -> None:
+    def after_images(rule: str) -> set[str]:
+        cfg = config(root)
+        cfg.model.text.bos = rule
+        loader = build(cfg)
+        (batch,) = take(loader, 1)
+        loader.close()
+        tokens, visual = batch["tokens"].ravel(), batch["visual_index"].ravel()
+        ends = np.flatnonzero((visual[:-1] >= 0) & (visual[1:] < 0)) + 1
+        return {tokenizer().decode([token]) for token in tokens[ends]}
+
+    # The tokenizer's BOS is <|im_start|>, with which the template begins: VILA's rule takes the line end.
+    assert after_images("clean") == {"\n"} and "\n" not in after_images("as_trained")
+    with pytest.raises(UserError, match="text rule bos='no'"):
+        after_images("no")
+
+
 @pytest.mark.parametrize("shards", [1, 3, 4, 16])
 @pytest.mark.parametrize("cut", [1, 5])
 def test_resume_is_bitwise(root, shards: int, cut: int) -> None:

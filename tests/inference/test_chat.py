@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
 import sys
 
 import nibabel
@@ -12,6 +15,7 @@ import vilam3_jax
 from vilam3_jax.cli import guarded
 from vilam3_jax.data.annotations import AnnotationStore
 from vilam3_jax.data.images import load_film, resize
+from vilam3_jax.data.text_rules import TextRules
 from vilam3_jax.data.volumes import load_volume, volume_to_slice_image
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import agent as agent_lib
@@ -92,6 +96,18 @@ def test_wrong_checkpoints_are_named(towers_export, tmp_path):
         vilam3_jax.load(towers_export)
     with pytest.raises(UserError, match=r"model\.json is missing"):
         vilam3_jax.load(tmp_path / "nowhere")
+
+
+def test_an_export_carries_its_text_rules(export, tmp_path):
+    folder = shutil.copytree(export, tmp_path / "trained")
+    config = json.loads((folder / "model.json").read_text())
+    assert config["text"] == {"split": "clean", "bos": "clean", "spaces": "clean"}
+    config["text"] = dict.fromkeys(config["text"], "as_trained")
+    (folder / "model.json").write_text(json.dumps(config))
+    rules = TextRules("as_trained", "as_trained", "as_trained")
+    assert agent_lib.load_generator(folder)[1].rules == rules
+    changed = agent_lib.load_generator(folder, text="spaces=clean")[1].rules
+    assert changed == dataclasses.replace(rules, spaces="clean")
 
 
 def test_experts_need_a_source(export, world):
@@ -186,6 +202,7 @@ def test_the_command_prints_the_dialogue_and_saves_what_was_seen(export, world, 
         (["--window=40"], "must be CENTRE,WIDTH"),
         (["--window=40,-1"], "width must be above 0"),
         (["--max_new_tokens=0"], "at least 1"),
+        (["--text=trained"], "'trained': unknown; use clean or as_trained"),
         (["--image=nothing.nii"], "nothing.nii: no such file"),
     ],
 )

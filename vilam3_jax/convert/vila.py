@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from vilam3_jax.convert.huggingface import licence, open_intern_vit, open_llama,
 from vilam3_jax.convert.safetensors_files import SafetensorsFolder, read_config
 from vilam3_jax.convert.sources import Checkpoint, Source, projector_rules
 from vilam3_jax.data.templates import TEMPLATES
+from vilam3_jax.data.text_rules import TextRules
 from vilam3_jax.data.tokenizer import Tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.models.projector import plan
@@ -52,6 +54,7 @@ def open_vila(folder: Path, tokenizer: Tokenizer | None = None) -> Checkpoint:
     config = {
         "image_size": tower.config["image_size"],
         "template": _own(root, "template", TEMPLATES, config_file) or _template(llm, tokenizer),
+        "text": dataclasses.asdict(_text_rules(root, config_file)),
         "tokenizer": "",
         "dtype": "bfloat16",
         "remat": "none",
@@ -97,9 +100,24 @@ def vila_folder_config(
         "tune_vision_tower": True,
         "tune_mm_projector": True,
         "model_dtype": f"torch.{dtype}",
-        # VILA ignores keys that it does not know; these two it takes for granted.
-        "vilam3_jax": {"template": model["template"], "token_order": model["projector"]["token_order"]},
+        # VILA ignores keys that it does not know; these it takes for granted.
+        "vilam3_jax": {
+            "template": model["template"],
+            "text": model["text"],
+            "token_order": model["projector"]["token_order"],
+        },
     }
+
+
+def _text_rules(root: Mapping[str, Any], where: Path) -> TextRules:
+    """VILA's own folders were trained with its rules, ours with those they state."""
+    said = root.get("vilam3_jax")
+    if not isinstance(said, dict):
+        return TextRules().changed("as_trained")
+    try:
+        return TextRules(**said.get("text", {}))
+    except (TypeError, UserError) as error:
+        raise UserError(f"{where}: vilam3_jax.text={said['text']!r} is unknown ({error})") from error
 
 
 def _own(root: Mapping[str, Any], key: str, choices: Collection[str], where: Path) -> str | None:

@@ -252,27 +252,16 @@ def _request_problem(example: Example) -> str | None:
     return None
 
 
-def normalise_markers(text: str) -> str:
-    """VILA's text normalisation of one turn (spec §1.7, steps 2 and 3; commit 355fda9)."""
-    if IMAGE_MARKER not in text:
-        return text
-    chunks = [chunk.strip() for chunk in text.split(IMAGE_MARKER)]
-    chunks = [chunk + " " for chunk in chunks[:-1]] + chunks[-1:]
-    text = f"{IMAGE_MARKER}\n".join(chunks).strip()
-    text = text.replace(IMAGE_MARKER, f"{IMAGE_MARKER}\n")
-    return text.replace(f"{IMAGE_MARKER}\n\n", f"{IMAGE_MARKER}\n")
-
-
-def from_instruction(item: Mapping[str, Any], *, normalise: bool = True) -> Example:
+def from_instruction(item: Mapping[str, Any]) -> Example:
     """Reads one item of a VILA instruction JSON.
 
     A leading message of the assistant is dropped and a sample that names images but has no
-    marker gets one `<image>` in front, as VILA does.
+    marker gets one `<image>` in front, as VILA does. Spaces stay as they are: what becomes of them around an
+    image is a rule of the model (`text_rules.TextRules.spaces`).
 
     Args:
       item: `id`, `conversations` of `from`/`value`, and `image` or `images` (paths below the
         image folder); our own extension key carries what VILA has no word for.
-      normalise: apply VILA's normalisation of the text around markers.
 
     Raises:
       UserError: names the item's id and what is wrong.
@@ -284,7 +273,7 @@ def from_instruction(item: Mapping[str, Any], *, normalise: bool = True) -> Exam
         paths = [paths] if isinstance(paths, str) else list(paths)
         turns = [(_TO_ROLE[turn["from"]], turn["value"]) for turn in item["conversations"]]
         if not extension:
-            turns = _as_vila_reads(turns, bool(paths), normalise)
+            turns = _as_vila_reads(turns, bool(paths))
         roles = extension.get("roles", [role for role, _ in turns])
         supervised = extension.get("supervised", [role == "assistant" for role in roles])
         slices = extension.get("slices", [None] * len(paths))
@@ -311,14 +300,12 @@ def from_instruction(item: Mapping[str, Any], *, normalise: bool = True) -> Exam
     return example.validate()
 
 
-def _as_vila_reads(turns: list[tuple[str, str]], has_images: bool, normalise: bool) -> list[tuple[str, str]]:
+def _as_vila_reads(turns: list[tuple[str, str]], has_images: bool) -> list[tuple[str, str]]:
     if turns and turns[0][0] == "assistant":
         turns = turns[1:]
     if has_images and turns and not any(IMAGE_MARKER in text for _, text in turns):
         role, text = turns[0]
         turns = [(role, f"{IMAGE_MARKER}\n{text}"), *turns[1:]]
-    if has_images and normalise:
-        turns = [(role, normalise_markers(text)) for role, text in turns]
     return turns
 
 

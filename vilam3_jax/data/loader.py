@@ -25,7 +25,7 @@ from vilam3_jax.data.images import augment
 from vilam3_jax.data.packing import GroupShape, Sample
 from vilam3_jax.data.prefetch import Producer
 from vilam3_jax.data.render import ImageReader, Renderer, encode_example
-from vilam3_jax.data.templates import Encoded, TokenizerLike, encode_caption, get_template
+from vilam3_jax.data.templates import Encoded, TokenizerLike, encode_caption, model_template
 from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.errors import UserError
 
@@ -436,7 +436,7 @@ def build_loader(
         stream.open_sources(data.path, tuple(data.mixture), split), cfg.seed, endless=split == "train"
     )
     donors = stream.choose_donors(samples.sources) if swap_images else {}
-    template = get_template(model.template)
+    template = model_template(model)
 
     def load(address: tuple[int, int], position: int) -> tuple[str, Encoded, tuple[np.ndarray, ...]]:
         source = samples.sources[address[0]]

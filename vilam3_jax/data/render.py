@@ -285,10 +285,10 @@ def encode_example(
     """Encodes rendered turns by the example's format.
 
     Pairs and captions have the plain form (image, caption, line end), whatever the model's chat template;
-    documents have no roles.
+    documents have no roles. The rules for text around images are the template's in any case.
     """
     if form == "document":
-        return encode_document(tokenizer, turns, tokens_per_image)
-    return encode_conversation(
-        tokenizer, PLAIN if form in ("pair", "caption") else template, turns, tokens_per_image
-    )
+        return encode_document(tokenizer, turns, tokens_per_image, template.rules)
+    if form in ("pair", "caption"):
+        template = dataclasses.replace(PLAIN, rules=template.rules)
+    return encode_conversation(tokenizer, template, turns, tokens_per_image)

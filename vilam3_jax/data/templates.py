@@ -3,18 +3,19 @@
 A template is data. Its control tokens are inserted as ids; what people wrote is encoded as plain text, so no
 text can open or close a turn. Text between control tokens and images is encoded as one, but an assistant's
 text always on its own: a prompt for generation is the exact prefix of the training sequence, and supervision
-needs no search for borders.
+needs no search for borders. How text around images is treated is a matter of the template's `rules`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from vilam3_jax.data.examples import IMAGE_MARKER, Turn
+from vilam3_jax.data.text_rules import ALL_CLEAN, AS_TRAINED, TextRules, normalise_markers
 from vilam3_jax.errors import UserError
 
 
@@ -25,8 +26,11 @@ class TokenizerLike(Protocol):
     eos_id: int
     pad_id: int
     vocab_size: int
+    adds_bos: bool
 
     def encode(self, text: str) -> list[int]: ...
+
+    def encode_opening(self, text: str) -> list[int]: ...
 
     def encode_continued(self, text: str) -> list[int]: ...
 
@@ -53,6 +57,15 @@ class Eos:
 Part = str | Special | Bos | Eos
 
 
+def _as_it_is(text: str) -> str:
+    return text
+
+
+def _stripped(text: str) -> str:
+    """NVILA's spaces: VILA's, then none at the ends of any turn."""
+    return normalise_markers(text).strip()
+
+
 @dataclasses.dataclass(frozen=True)
 class Template:
     """A chat format.
@@ -66,7 +79,9 @@ class Template:
       start: what a sequence begins with.
       system: text of the system turn that is put before dialogues that begin without one; None for none.
       gap: what stands between an assistant's header and its text, as a part of the text.
-      last_stop: what ends a dialogue's last turn, where that is not `stop`.
+      last_stop: what ends a dialogue's last turn, where that is not what ends the others.
+      trained_spaces: what VILA's training made of a turn's text, see `TextRules.spaces`.
+      rules: how text around images becomes tokens.
     """
 
     name: str
@@ -78,6 +93,8 @@ class Template:
     system: str | None = None
     gap: str = ""
     last_stop: tuple[Part, ...] | None = None
+    trained_spaces: Callable[[str], str] = normalise_markers
+    rules: TextRules = ALL_CLEAN
 
     def stop_ids(self, tokenizer: TokenizerLike) -> tuple[int, ...]:
         """Ids at which an answer ends."""
@@ -124,7 +141,18 @@ def _llama_3() -> Template:
     )
 
 
-def _vicuna(name: str, system: str) -> Template:
+def _without_system(template: Template) -> Template:
+    """As VILA renders its vflan data: of the system turn only the ending is left, spaces stay."""
+    return dataclasses.replace(
+        template,
+        name=f"{template.name}_nosys",
+        start=template.ends["system"],
+        system=None,
+        trained_spaces=_as_it_is,
+    )
+
+
+def _vicuna(name: str, system: str, trained_spaces: Callable[[str], str] = normalise_markers) -> Template:
     """`USER: ... ASSISTANT: ...</s>`: words, not control tokens, open the turns."""
     asks = ("USER: ",)
     return Template(
@@ -135,32 +163,39 @@ def _vicuna(name: str, system: str) -> Template:
         start=(Bos(),),
         system=system,
         gap=" ",
+        trained_spaces=trained_spaces,
     )
 
 
 CHATML = _chatml("chatml")
 # The beginning matters: an LLM parks its attention on the first token, and that must not be what a projector
 # from nothing makes of an image (docs/training.md, "What comes first").
-PLAIN = Template(name="plain", headers=_SILENT, ends=_SILENT, start=(Bos(),), stop=("\n",))
+PLAIN = Template(
+    name="plain", headers=_SILENT, ends=_SILENT, start=(Bos(),), stop=("\n",), trained_spaces=_as_it_is
+)
+_LLAMA_3 = _llama_3()
+_HERMES_2 = _chatml("hermes-2", "Answer the questions.", after=())
 # VILA's conversation modes, under its names; `v1` is its other name for vicuna_v1.
 TEMPLATES = {
     template.name: template
     for template in (
         CHATML,
         PLAIN,
-        _llama_3(),
+        _LLAMA_3,
+        _without_system(_LLAMA_3),
         _vicuna("v1", _CURIOUS.format(person="user")),
         _vicuna("vicuna_v1", _CURIOUS.format(person="user")),
-        _vicuna("vicuna_v1_nosys", ""),
+        _vicuna("vicuna_v1_nosys", "", _as_it_is),
         _vicuna("llava_v1", _CURIOUS.format(person="human")),
-        _chatml("hermes-2", "Answer the questions.", after=()),
+        _HERMES_2,
+        _without_system(_HERMES_2),
         _chatml(
             "mpt",
             "A conversation between a user and an LLM-based AI assistant. "
             "The assistant gives helpful and honest answers.",
             after=(),
         ),
-        _chatml("qwen2", "You are a helpful assistant"),
+        dataclasses.replace(_chatml("qwen2", "You are a helpful assistant"), trained_spaces=_stripped),
     )
 }
 
@@ -174,6 +209,20 @@ def get_template(name: str) -> Template:
     if name not in TEMPLATES:
         raise UserError(f"template {name!r}: unknown; known are {', '.join(sorted(TEMPLATES))}")
     return TEMPLATES[name]
+
+
+def model_template(model: Any, changes: str = "") -> Template:
+    """Returns the template of a `config.model`, with its text rules.
+
+    Args:
+      model: has `template` and may have `text`.
+      changes: of the rules, see `TextRules.changed`.
+
+    Raises:
+      UserError: an unknown template, rule or value.
+    """
+    rules = TextRules.of(model.get("text")).changed(changes)
+    return dataclasses.replace(get_template(model.template), rules=rules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,9 +248,15 @@ class Encoded:
 
 
 class _Builder:
-    def __init__(self, tokenizer: TokenizerLike, tokens_per_image: int, at_start: bool = True) -> None:
+    """Appends parts and texts; what opens a sequence or a piece after an image follows the rules."""
+
+    def __init__(
+        self, tokenizer: TokenizerLike, template: Template, tokens_per_image: int, *, at_start: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
         self._tokens_per_image = tokens_per_image
+        self._split = template.rules.split == AS_TRAINED
+        self._loses_first = template.rules.bos == AS_TRAINED and _loses_first(tokenizer, template)
         self._tokens: list[int] = []
         self._mask: list[float] = []
         self._image: list[int] = []
@@ -210,6 +265,16 @@ class _Builder:
         self._text = ""
         self._text_supervised = False
         self._at_start = at_start
+        self._after_image = False
+
+    def start(self, template: Template) -> None:
+        """Appends what a sequence begins with."""
+        if template.rules.bos != AS_TRAINED:
+            self.parts(template.start, False)
+            return
+        if self._tokenizer.adds_bos:
+            self.parts((Bos(),), False)
+        self.parts([part for part in template.start if not isinstance(part, Bos)], False)
 
     def ids(self, ids: Sequence[int], supervised: bool) -> None:
         self.cut()
@@ -237,7 +302,7 @@ class _Builder:
     def cut(self) -> None:
         """Encodes the text so far: what comes next is encoded apart from it."""
         if self._text:
-            encode = self._tokenizer.encode if self._at_start else self._tokenizer.encode_continued
+            encode = self._tokenizer.encode_opening if self._at_start else self._tokenizer.encode_continued
             self._append(encode(self._text), self._text_supervised)
             self._text, self._at_start = "", False
 
@@ -248,6 +313,9 @@ class _Builder:
         self._text += text
 
     def _append(self, ids: Sequence[int], supervised: bool) -> None:
+        if self._after_image and ids:
+            ids = ids[1:] if self._loses_first else ids
+            self._after_image = False
         self._tokens += ids
         self._mask += [float(supervised)] * len(ids)
         self._image += [-1] * len(ids)
@@ -255,7 +323,7 @@ class _Builder:
 
     def _place_image(self) -> None:
         self.cut()
-        self._at_start = False
+        self._at_start, self._after_image = self._split, True
         count = self._tokens_per_image
         self._tokens += [self._tokenizer.pad_id] * count
         self._mask += [0.0] * count
@@ -274,24 +342,36 @@ class _Builder:
         )
 
 
+def _loses_first(tokenizer: TokenizerLike, template: Template) -> bool:
+    """Whether VILA's rule takes a token of the text after an image.
+
+    It drops the first id of every piece once the first piece begins with BOS. Where the tokenizer puts BOS
+    before every piece by itself, that is what goes; where the template wrote it, a token of the text goes.
+    """
+    opening = [part for part in (*template.start, *template.headers["user"]) if not isinstance(part, Bos)][:1]
+    written = [tokenizer.token_id(part.token) for part in opening if isinstance(part, Special)]
+    return not tokenizer.adds_bos and written == [tokenizer.bos_id]
+
+
 def _start(build: _Builder, template: Template, turns: Sequence[Turn]) -> None:
-    build.parts(template.start, False)
+    build.start(template)
     if template.system is not None and (not turns or turns[0].role != "system"):
         _turns(build, template, [Turn("system", template.system)])
 
 
 def _turns(build: _Builder, template: Template, turns: Sequence[Turn], *, whole: bool = False) -> None:
     """Writes turns; those of a `whole` dialogue end as `template.last_stop` says."""
-    for turn in turns:
+    for number, turn in enumerate(turns, start=1):
+        text = template.trained_spaces(turn.text) if template.rules.spaces == AS_TRAINED else turn.text
+        last_stop = template.last_stop if whole and number == len(turns) else None
         build.parts(template.headers[turn.role], False)
         if turn.role != "assistant":
-            build.text(turn.text, turn.supervised)
-            build.parts(template.ends[turn.role], False)
+            build.text(text, turn.supervised)
+            build.parts(last_stop or template.ends[turn.role], False)
             continue
         build.cut()
-        build.text(template.gap + turn.text if turn.text else "", turn.supervised)
-        last = whole and turn is turns[-1]
-        build.parts((template.last_stop if last else None) or template.stop, turn.supervised)
+        build.text(template.gap + text if text else "", turn.supervised)
+        build.parts(last_stop or template.stop, turn.supervised)
         build.parts(template.after_stop, False)
 
 
@@ -308,19 +388,22 @@ def encode_conversation(
       turns: any roles; every `<image>` in a text becomes `tokens_per_image` positions.
       tokens_per_image: the projector's output length.
     """
-    build = _Builder(tokenizer, tokens_per_image)
+    build = _Builder(tokenizer, template, tokens_per_image)
     _start(build, template, turns)
     _turns(build, template, turns, whole=True)
     return build.done()
 
 
-def encode_document(tokenizer: TokenizerLike, turns: Sequence[Turn], tokens_per_image: int) -> Encoded:
+def encode_document(
+    tokenizer: TokenizerLike, turns: Sequence[Turn], tokens_per_image: int, rules: TextRules = ALL_CLEAN
+) -> Encoded:
     """Encodes interleaved text and images without roles; all text and the closing eos are targets.
 
-    It begins as the tokenizer's sequences do, see `Bos`.
+    It begins as captions do, with `Bos`.
     """
-    build = _Builder(tokenizer, tokens_per_image)
-    build.parts((Bos(),), False)
+    plain = dataclasses.replace(PLAIN, rules=rules)
+    build = _Builder(tokenizer, plain, tokens_per_image)
+    build.start(plain)
     for turn in turns:
         build.text(turn.text, True)
     build.ids([tokenizer.eos_id], True)
@@ -341,7 +424,7 @@ def encode_prompt(
       tokenizer: as for `encode_conversation`, as are `template`, `turns` and `tokens_per_image`.
       after_answer: the turns follow an answer that was generated without its stop: that comes first.
     """
-    build = _Builder(tokenizer, tokens_per_image, at_start=not after_answer)
+    build = _Builder(tokenizer, template, tokens_per_image, at_start=not after_answer)
     turns = [dataclasses.replace(turn, supervised=False) for turn in turns]
     if after_answer:
         build.parts((*template.stop, *template.after_stop), False)

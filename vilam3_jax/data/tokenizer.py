@@ -29,6 +29,7 @@ class Tokenizer:
 
     Attributes:
       bos_id: id put in front with `add_bos`, or None where the model has none (Qwen).
+      adds_bos: whether the file's own post-processor puts `bos_id` in front of a text; `encode` never does.
       eos_id: id that ends an answer.
       pad_id: id for unused positions; `eos_id` where the folder names none (Llama 3). Padding is told
         from text by masks, never by this id.
@@ -64,6 +65,7 @@ class Tokenizer:
         self._plain = _build(tokenizer_json, encode_special_tokens=True)
         added = self._plain.get_added_tokens_decoder()
         self._specials = {token.content: index for index, token in added.items() if token.special}
+        self.adds_bos = self._plain.encode("", add_special_tokens=True).ids[:1] == [bos_id]
         self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
 
     @functools.cached_property
@@ -110,6 +112,14 @@ class Tokenizer:
         else:
             ids = self._encode_plain(text)
         return [self.bos_id, *ids] if add_bos else ids  # type: ignore[list-item]
+
+    def encode_opening(self, text: str) -> list[int]:
+        """Encodes text that begins a sequence: SentencePiece puts a space before it, even before a space.
+
+        Files made for the fast tokenizers of transformers may leave that second space out; SentencePiece
+        itself, with which VILA trained, does not.
+        """
+        return self.encode_continued(f" {text}") if text and self._adds_space else self._encode_plain(text)
 
     def encode_continued(self, text: str) -> list[int]:
         """Encodes text that follows other tokens: without the space that SentencePiece puts before a text.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import sys
@@ -20,6 +21,7 @@ from vilam3_jax.data.cards import load_cards
 from vilam3_jax.data.examples import Example
 from vilam3_jax.data.records import INFO_NAME, ExampleSource, read_info
 from vilam3_jax.data.render import ImageReader
+from vilam3_jax.data.text_rules import TEXT_HELP, TextRules
 from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.evals import arms as arm_lib
@@ -65,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arm", help=f"name on the rows: {', '.join(arm_lib.ARMS)}, or your own")
     parser.add_argument("--limit", type=int, help="most questions of each type, spread over patients")
     parser.add_argument("--cards", help="card list shown to the model (default: the one it was trained with)")
+    parser.add_argument("--text", help=TEXT_HELP)
     parser.add_argument("--batch_size", type=int, default=32, help="dialogues at once (default 32)")
     parser.add_argument("--max_length", type=int, default=2048, help="most positions of a dialogue")
     parser.add_argument("--seed", type=int, default=0, help="of bootstrap and falsification")
@@ -138,7 +141,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     if arm.name == arm_lib.MAJORITY:
         training = (example for example, _ in read_split(options.data, "train"))
         rows = arm_lib.majority_rows(protocol, items, training)
+        rules = None
     else:
+        rules = TextRules.of(_model_config(options, "generative").get("text")).changed(options.text or "")
         agent, reader = _agent(options, arm)
 
         def load_image(item: protocols.Item) -> np.ndarray:
@@ -157,6 +162,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         "limit": options.limit,
         "seed": options.seed,
         "checkpoint": None if arm.name == arm_lib.MAJORITY else str(options.checkpoint),
+        "text": rules and dataclasses.asdict(rules),
         "data": str(options.data),
         "annotations": options.annotations,
         "seconds": time.monotonic() - started,
@@ -186,7 +192,10 @@ def _agent(options: argparse.Namespace, arm: arm_lib.Arm) -> tuple[Agent, ImageR
         provider = AnnotationProvider(store, falsify_seed=seed)
         cards = load_cards(options.cards or config.get("cards", "quickstart"))
     generator, template = load_generator(
-        options.checkpoint, max_length=options.max_length, batch_size=options.batch_size
+        options.checkpoint,
+        max_length=options.max_length,
+        batch_size=options.batch_size,
+        text=options.text or "",
     )
     agent = Agent(generator, template, cards=cards, provider=provider)
     return agent, ImageReader(generator.image_size)
@@ -201,7 +210,7 @@ def _now() -> str:
 
 def _retrieve(options: argparse.Namespace) -> None:
     protocol = retrieval.RETRIEVAL
-    for flag in ("experts", "images", "arm", "limit", "annotations", "cards"):
+    for flag in ("experts", "images", "arm", "limit", "annotations", "cards", "text"):
         if getattr(options, flag) is not None:
             raise UserError(f"--{flag}: means nothing for protocol {protocol.name}; leave it out")
     out = paths.as_path(options.out)

@@ -20,7 +20,7 @@ from vilam3_jax.data.cards import Card, parse_trigger
 from vilam3_jax.data.examples import IMAGE_MARKER, Turn
 from vilam3_jax.data.expert_host import ExpertHost
 from vilam3_jax.data.render import with_cards
-from vilam3_jax.data.templates import Encoded, Template, encode_prompt, get_template
+from vilam3_jax.data.templates import Encoded, Template, encode_prompt, model_template
 from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference.generate import GREEDY, Chunk, Generator, Sampling
@@ -363,7 +363,7 @@ class _Row:
 
 
 def load_generator(
-    checkpoint: paths.PathLike, *, max_length: int = 2048, batch_size: int = 16
+    checkpoint: paths.PathLike, *, max_length: int = 2048, batch_size: int = 16, text: str = ""
 ) -> tuple[Generator, Template]:
     """Opens an export of a generative model.
 
@@ -371,9 +371,10 @@ def load_generator(
       checkpoint: export folder.
       max_length: most positions of one dialogue.
       batch_size: most dialogues at once.
+      text: changes of the export's text rules, see `TextRules.changed`.
 
     Raises:
-      UserError: no export, of a contrastive model, or without a tokenizer.
+      UserError: no export, of a contrastive model, or without a tokenizer; an unknown text rule.
     """
     config = exports.load_model_config(checkpoint)
     if config.get("kind") != "generative":
@@ -381,7 +382,8 @@ def load_generator(
             f"{checkpoint}: holds a {config.get('kind')} model, which cannot speak; "
             "give the export of a later stage"
         )
+    template = model_template(config, text)
     tokenizer = load_tokenizer(paths.as_path(checkpoint) / "tokenizer")
     params, config, _ = exports.load_export(checkpoint)
     generator = Generator(config, params, tokenizer, max_length=max_length, batch_size=batch_size)
-    return generator, get_template(config.template)
+    return generator, template

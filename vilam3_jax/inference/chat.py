@@ -18,6 +18,7 @@ from vilam3_jax.data.annotations import AnnotationStore
 from vilam3_jax.data.cards import Card, load_cards
 from vilam3_jax.data.expert_host import ExpertHost
 from vilam3_jax.data.images import encode_png
+from vilam3_jax.data.text_rules import TEXT_HELP
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference.agent import (
     DEFAULT_MAX_NEW_TOKENS,
@@ -72,9 +73,12 @@ class Assistant:
         expert_host: str = "auto",
         expert_weights: paths.PathLike | None = None,
         max_length: int = 2048,
+        text: str = "",
     ):
         """See `load`."""
-        self._generator, self._template = load_generator(checkpoint, max_length=max_length, batch_size=1)
+        self._generator, self._template = load_generator(
+            checkpoint, max_length=max_length, batch_size=1, text=text
+        )
         self._cards = load_cards(str(exports.load_model_config(checkpoint).get("cards", "quickstart")))
         self._annotations, self._expert_host, self._weights = annotations, expert_host, expert_weights
         self._host: ExpertHost | None = None
@@ -205,6 +209,7 @@ def load(
     expert_host: str = "auto",
     expert_weights: paths.PathLike | None = None,
     max_length: int = 2048,
+    text: str = "",
 ) -> Assistant:
     """Opens an export.
 
@@ -215,9 +220,10 @@ def load(
         that starts one, for example of another virtual environment.
       expert_weights: folder of the experts' model files, for the host.
       max_length: most positions (text and image tokens) of one dialogue.
+      text: changes of the export's text rules: `as_trained`, `clean`, or for example `spaces=clean`.
 
     Raises:
-      UserError: no export, or one of a model that cannot speak.
+      UserError: no export, or one of a model that cannot speak; an unknown text rule.
     """
     return Assistant(
         path,
@@ -225,6 +231,7 @@ def load(
         expert_host=expert_host,
         expert_weights=expert_weights,
         max_length=max_length,
+        text=text,
     )
 
 
@@ -278,6 +285,7 @@ def _parser() -> argparse.ArgumentParser:
         "--expert_host", default="auto", help="auto (the installed vilam3-experts), off, or a command"
     )
     parser.add_argument("--expert_weights", help="folder of the experts' model files, for the host")
+    parser.add_argument("--text", default="", help=TEXT_HELP)
     parser.add_argument(
         "--max_new_tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, help="bound on each turn"
     )
@@ -311,6 +319,7 @@ def main(argv: Sequence[str]) -> int:
         annotations=options.annotations,
         expert_host=options.expert_host,
         expert_weights=options.expert_weights,
+        text=options.text,
     )
     with assistant:
         reply = assistant.ask(

@@ -133,6 +133,7 @@ def test_a_whole_model_there_and_back(tmp_path, monkeypatch, capsys, order, leaf
     assert files(tmp_path / "vila1") == files(tmp_path / "vila2")
     again, config, tokenizer = exports.load_export(tmp_path / "again1")
     assert config.template == "chatml" and config.projector.token_order == order
+    assert set(config.text.values()) == {"clean"}
     assert (tokenizer / "tokenizer.json").exists()
     for path, value in trees.flatten(again).items():
         np.testing.assert_array_equal(value, params[path], err_msg=path)

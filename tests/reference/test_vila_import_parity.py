@@ -161,6 +161,7 @@ def test_logits_of_an_imported_folder(tmp_path, llm, kind, tower, template):
     import_model(tmp_path / "vila", tmp_path / "out")
     params, config, tokenizer = exports.load_export(tmp_path / "out")
     assert config.template == template and (tokenizer / "tokenizer.json").exists()
+    assert set(config.text.values()) == {"as_trained"}
     count = vila.tokens_per_image(config)
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (2, SIZE, SIZE, 3), np.uint8)
@@ -206,6 +207,9 @@ def test_the_tokenizer_tells_the_conversation_mode(tmp_path, specials, template)
         ({"mm_vision_select_layer": -9}, "select_layer=-9 is none of"),
         ({"mm_vision_select_layer": "last"}, "no whole number"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
+        ({"vilam3_jax": {"template": "x"}}, "vilam3_jax.template='x' is unknown"),
+        ({"vilam3_jax": {"text": {"split": "x"}}}, "vilam3_jax.text: text rule split='x'"),
+        ({"vilam3_jax": {"text": 3}}, "vilam3_jax.text"),
     ],
 )
 def test_roots_that_ask_for_more_are_refused(tmp_path, change, message):

@@ -103,7 +103,7 @@ def vila_folder_config(
         # VILA ignores keys that it does not know; these it takes for granted.
         "vilam3_jax": {
             "template": model["template"],
-            "text": model["text"],
+            "text": dataclasses.asdict(TextRules.of(model.get("text"))),
             "token_order": model["projector"]["token_order"],
         },
     }
@@ -115,9 +115,9 @@ def _text_rules(root: Mapping[str, Any], where: Path) -> TextRules:
     if not isinstance(said, dict):
         return TextRules().changed("as_trained")
     try:
-        return TextRules(**said.get("text", {}))
-    except (TypeError, UserError) as error:
-        raise UserError(f"{where}: vilam3_jax.text={said['text']!r} is unknown ({error})") from error
+        return TextRules.of(said.get("text"))
+    except (TypeError, ValueError, UserError) as error:
+        raise UserError(f"{where}: vilam3_jax.text: {error}") from error
 
 
 def _own(root: Mapping[str, Any], key: str, choices: Collection[str], where: Path) -> str | None:

@@ -136,6 +136,16 @@ def siglip_text(state: dict[str, np.ndarray], layers: int) -> dict[str, Any]:
     }
 
 
+def projector(modules: torch.nn.Sequential) -> dict[str, Any]:
+    """LayerNorms and Linears in the order of use -> the `projector` subtree."""
+    state = numpy_state(modules)
+    out: dict[str, Any] = {}
+    for kind, stem, take in ((torch.nn.LayerNorm, "norm", norm), (torch.nn.Linear, "fc", linear)):
+        numbers = [i for i, module in enumerate(modules) if isinstance(module, kind)]
+        out |= {f"{stem}{count}": take(state, str(i)) for count, i in enumerate(numbers, 1)}
+    return out
+
+
 def intern_vit_model(**sizes: Any) -> torch.nn.Module:
     """transformers' InternVLVisionModel with the settings of InternViT-6B and random weights."""
     config = transformers.InternVLVisionConfig(

@@ -66,7 +66,7 @@ def _swap(model: ConfigDict, swap: str) -> None:
         model.llm = _part(llms.LLMS, "llm", name)
     elif part == "tower":
         model.vision_tower = _part(towers.TOWERS, "tower", name)
-        model.text_tower = towers.text_tower_of(model.vision_tower)
+        model.text_tower = towers.text_tower_of(model.vision_tower, **towers.TEXT_CHANGES.get(name, {}))
         model.image_size = model.vision_tower.image_size
     elif part == "projector":
         model.projector.type = name

@@ -6,11 +6,18 @@ import math
 
 import jax
 import pytest
+from absl import flags
 from vilam3_jax.configs import models
 from vilam3_jax.configs.models.parts import llms, towers
 
+from vilam3_jax import config as config_lib
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import trees, vila
+from vilam3_jax.ops import partition
+from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.training import optimizer as optimizer_lib
+from vilam3_jax.training import state as state_lib
+from vilam3_jax.training import step as step_lib
 
 SIZES = ("vila_m3_3b", "vila_m3_8b", "vila_m3_13b", "vila_m3_40b")
 # Projectors: arithmetic over the released shapes; 8B and 13B are the released files' sizes in bf16. LLMs: the
@@ -46,57 +53,109 @@ def test_released_file_sizes():
     assert 2 * got["llm"] / 1e9 == pytest.approx(4.97 + 0.429, abs=0.01)
 
 
-def reference_config(llm):
-    import transformers
+# Sizes as in the checkpoints' own config.json, put down apart from ours; the totals are those that the model
+# cards round (Qwen2.5 7.61B and 1.54B, Qwen3 8.2B), or of the files' bytes in bf16.
+PUBLISHED_LLMS = {
+    "sheared_llama_2_7b": ("Llama", (32_000, 2560, 6912, 32, 20, 20), {}, 2_701_560_320),
+    "llama3_8b": ("Llama", (128_257, 4096, 14_336, 32, 32, 8), {}, 8_030_261_248 + 2 * 4096),
+    "llama3_1_8b": ("Llama", (128_256, 4096, 14_336, 32, 32, 8), {}, 8_030_261_248),
+    "vicuna_13b": ("Llama", (32_000, 5120, 13_824, 40, 40, 40), {}, 13_015_864_320),
+    "yi_34b": ("Llama", (64_000, 7168, 20_480, 60, 56, 8), {}, 34_388_917_248),
+    "qwen2_5_7b": ("Qwen2", (152_064, 3584, 18_944, 28, 28, 4), {}, 7_615_616_512),
+    "qwen2_5_1_5b": (
+        "Qwen2",
+        (151_936, 1536, 8960, 28, 12, 2),
+        {"tie_word_embeddings": True},
+        1_543_714_304,
+    ),
+    "qwen3_8b": ("Qwen3", (151_936, 4096, 12_288, 36, 32, 8), {"head_dim": 128}, 8_190_735_360),
+}
+SIZE_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 
-    common = dict(
-        vocab_size=llm.vocab_size,
-        hidden_size=llm.hidden_size,
-        intermediate_size=llm.mlp_dim,
-        num_hidden_layers=llm.num_layers,
-        num_attention_heads=llm.num_heads,
-        num_key_value_heads=llm.num_kv_heads,
-        tie_word_embeddings=llm.tie_embeddings,
-    )
-    if llm.qk_norm:
-        return transformers.Qwen3Config(head_dim=llm.head_dim, **common)
-    return (transformers.Qwen2Config if llm.qkv_bias else transformers.LlamaConfig)(**common)
+
+def number_of_parameters(build):
+    """Parameters of a PyTorch model without its memory."""
+    torch = pytest.importorskip("torch")
+    with torch.device("meta"):
+        return sum(p.numel() for p in build().parameters())
 
 
 @pytest.mark.parametrize("name", sorted(llms.LLMS))
 def test_llm_counts_equal_transformers(name):
-    torch = pytest.importorskip("torch")
-    import transformers
+    family, sizes, others, total = PUBLISHED_LLMS[name]
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{family}Config")(
+        **dict(zip(SIZE_KEYS, sizes, strict=True)), **{"tie_word_embeddings": False, **others}
+    )
+    model = getattr(transformers, f"{family}ForCausalLM")
+    assert number_of_parameters(lambda: model(config)) == total
+    assert counts(models.get(f"vila_m3_3b,llm={name}"))["llm"] == total
 
-    cfg = models.get(f"vila_m3_3b,llm={name}")
-    with torch.device("meta"):
-        reference = transformers.AutoModelForCausalLM.from_config(reference_config(cfg.llm))
-    assert counts(cfg)["llm"] == sum(p.numel() for p in reference.parameters())
+
+def test_smollm2_count():
+    """134,515,008: the published model, tied."""
+    config = models.get("smollm2_135m")
+    config.llm.lora_rank = 0
+    assert counts(config)["llm"] == 134_515_008
+
+
+# image size, patch, hidden, MLP, layers, heads; text vocabulary.
+PUBLISHED_SIGLIPS = {
+    "siglip_so400m_384": ((384, 14, 1152, 4304, 27, 16), 32_000),
+    "siglip_so400m_448": ((448, 14, 1152, 4304, 27, 16), 32_000),
+    "siglip2_so400m_384": ((384, 14, 1152, 4304, 27, 16), 256_000),
+    "siglip_base_224": ((224, 16, 768, 3072, 12, 12), 32_000),
+}
 
 
 @pytest.mark.parametrize("name", sorted(set(towers.TOWERS) - {"intern_vit_6b_448"}))
 def test_siglip_counts_equal_transformers(name):
-    torch = pytest.importorskip("torch")
-    import transformers
-
-    cfg = models.get(f"vila_m3_3b,tower={name}")
-    tower = cfg.vision_tower
-    config = transformers.SiglipVisionConfig(
-        hidden_size=tower.hidden_size,
-        intermediate_size=tower.mlp_dim,
-        num_hidden_layers=tower.num_layers,
-        num_attention_heads=tower.num_heads,
-        image_size=tower.image_size,
-        patch_size=tower.patch_size,
+    """Both towers: each, and the two scalars."""
+    transformers = pytest.importorskip("transformers")
+    (image_size, patch_size, *rest), vocabulary = PUBLISHED_SIGLIPS[name]
+    sizes = dict(
+        zip(
+            ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+            rest,
+            strict=True,
+        )
     )
-    with torch.device("meta"):
-        reference = transformers.SiglipVisionModel(config)
-    assert counts(cfg)["vision_tower"] == sum(p.numel() for p in reference.parameters())
+    vision = dict(image_size=image_size, patch_size=patch_size, **sizes)
+    text = dict(vocab_size=vocabulary, **sizes)
+    config = transformers.SiglipConfig(vision_config=vision, text_config=text)
+    cfg = models.get(f"vila_m3_3b,tower={name}")
+    want = number_of_parameters(lambda: transformers.SiglipModel(config))
+    assert sum(counts(cfg, "contrastive").values()) == want
+    vision = number_of_parameters(lambda: transformers.SiglipVisionModel(config.vision_config))
+    assert counts(cfg)["vision_tower"] == vision
+    if name == "siglip_so400m_384":
+        assert vision == 428_225_600
 
 
 def test_intern_vit_count():
     """5.54 billion: shards of 4.99, 4.94 and 1.15 GB in bf16."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.InternVLVisionConfig(
+        hidden_size=3200,
+        num_hidden_layers=45,
+        num_attention_heads=25,
+        intermediate_size=12_800,
+        image_size=(448, 448),
+        patch_size=(14, 14),
+        norm_type="rms_norm",
+        use_qk_norm=True,
+        attention_bias=False,
+        use_absolute_position_embeddings=True,
+    )
     got = counts(models.get("vila_m3_40b"))["vision_tower"]
+    assert got == number_of_parameters(lambda: transformers.InternVLVisionModel(config))
     assert 2 * got / 1e9 == pytest.approx(4.99 + 4.94 + 1.15, abs=0.02)
 
 
@@ -141,3 +200,41 @@ def test_shapes_pass_through(name):
 def test_unknown_parts_are_named(spec, message):
     with pytest.raises(UserError, match=message):
         models.get(spec)
+
+
+def test_widths_that_do_not_meet_are_named():
+    with pytest.raises(UserError, match="tower has 1152 and the LLM 4096"):
+        counts(models.get("vila_m3_8b,projector=identity"))
+
+
+def test_one_number_of_a_published_size_is_overridden():
+    """`vilam3 train` with this command line, as far as shapes go: the sharded step, lowered."""
+    argv = ["--config=configs/stage3_instruct.py:vila_m3_8b", "--config.model.llm.num_layers=2"]
+    argv += ["--config.mesh.fsdp=8", "--config.data.seq_len=300"]
+    config = config_lib.parse(argv, flags.FlagValues())
+    mesh = mesh_lib.build_mesh(config.mesh)
+    graphdef, nested = vila.abstract_model(config.model, config.kind)
+    rates = optimizer_lib.multipliers(config, list(trees.flatten(nested)))
+    optimizer = optimizer_lib.make_optimizer(config, rates)
+    state = state_lib.abstract_state(config, mesh, optimizer, rates)
+    assert state["trainable"]["llm/layers/attn/q/kernel"].shape == (2, 4096, 4096)
+    rows, length, size = config.data.global_rows, config.data.seq_len, config.model.image_size
+    integers = ("tokens", "segment_ids", "positions", "visual_index")
+    tokens = {name: jax.ShapeDtypeStruct((rows, length), "int32") for name in integers}
+    batch = tokens | {
+        "loss_weights": jax.ShapeDtypeStruct((rows, length), "float32"),
+        "images": jax.ShapeDtypeStruct((rows, 1, size, size, 3), "uint8"),
+        "image_valid": jax.ShapeDtypeStruct((rows, 1), bool),
+    }
+    placed = mesh_lib.batch_shardings(batch, mesh)
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed[name]) for name, x in batch.items()}
+    step = step_lib.make_train_step(
+        config, step_lib.make_loss(config, graphdef), optimizer, optimizer_lib.learning_rate(config)
+    )
+    with partition.activation_rules(mesh, config.activation_rules.to_dict()):
+        lowered = jax.jit(step, out_shardings=(state_lib.shardings(state), None)).lower(state, batch)
+    after, metrics = lowered.out_info
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert metrics["loss"].shape == ()

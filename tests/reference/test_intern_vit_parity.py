@@ -1,4 +1,4 @@
-"""Our InternViT against transformers' InternVLVisionModel on random weights, in float32."""
+"""Our InternViT against transformers' InternVLVisionModel on random weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def reference_model():
     )
 
 
-def ours(reference, select_layer=-1, remat="none"):
+def ours(reference, select_layer=-1, remat="none", dtype="float32"):
     """(structure, parameters) of our tower with the reference's weights."""
     cfg = ConfigDict(
         dict(
@@ -50,7 +50,7 @@ def ours(reference, select_layer=-1, remat="none"):
 
     def build():
         rngs = compat.nnx.Rngs(0)
-        return InternViT(cfg, rngs=rngs, dtype="float32", param_dtype="float32", remat=remat)
+        return InternViT(cfg, rngs=rngs, dtype=dtype, param_dtype="float32", remat=remat)
 
     graphdef, abstract = compat.split(compat.nnx.eval_shape(build))
     params = torch_weights.intern_vit(reference)
@@ -85,12 +85,22 @@ def test_gradients():
     out = reference(theirs, output_hidden_states=True).hidden_states[-1][:, 1:]
     (out * torch.from_numpy(weights)).mean().backward()
     graphdef, params = ours(reference, remat="full")
-    gradients = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
-    with torch.no_grad():
-        for name, parameter in reference.named_parameters():
-            parameter.copy_(gradients.get(name, torch.zeros_like(parameter)))
+    torch_weights.gradients_as_weights(reference)
     want = torch_weights.intern_vit(reference)
     got = jax.jit(jax.grad(lambda p: (compat.merge(graphdef, p).features(pixels) * weights).mean()))(params)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4, rtol=0, err_msg=jax.tree_util.keystr(path))
-        assert np.any(b)
+    torch_weights.check_gradients(got, want)
+
+
+@pytest.mark.slow
+def test_bfloat16():
+    reference = reference_model()
+    pixels, theirs = images(4, seed=5)
+    low = torch_weights.in_bfloat16(reference)
+    with torch.no_grad():
+        exact, rounded = (
+            model(x, output_hidden_states=True).hidden_states[-1][:, 1:]
+            for model, x in ((reference, theirs), (low, theirs.bfloat16()))
+        )
+    graphdef, params = ours(reference, dtype="bfloat16")
+    got = jax.jit(lambda p: compat.merge(graphdef, p).features(pixels))(params)
+    torch_weights.check_rounding(got, rounded, exact)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from ml_collections import ConfigDict
 from torch.nn import GELU, LayerNorm, Linear, Sequential
 
 from tests.reference import torch_weights
+from vilam3_jax import compat
 from vilam3_jax.models.projector import Projector
 
 C, H = 6, 10
+WIDE = 18  # a third of it, as the types for three scales have, is not too narrow for a norm
 
 
 class Join(torch.nn.Module):
@@ -39,17 +42,17 @@ class Join(torch.nn.Module):
         return out
 
 
-def layers(kind):
+def layers(kind, c=C):
     """The modules in the order that gives the released tensors their numbers."""
     if kind == "linear":
-        return [Linear(C, H)]
+        return [Linear(c, H)]
     if kind == "mlp3x_gelu":
-        return [Linear(C, H), GELU(), Linear(H, H), GELU(), Linear(H, H)]
+        return [Linear(c, H), GELU(), Linear(H, H), GELU(), Linear(H, H)]
     joined = [Join(3 if "3x3" in kind else 2, columns=kind == "mlp_downsample")]
     if kind in ("mlp_downsample", "mlp_downsample_2x2_fix"):
-        return [*joined, LayerNorm(4 * C), Linear(4 * C, H), GELU(), Linear(H, H)]
+        return [*joined, LayerNorm(4 * c), Linear(4 * c, H), GELU(), Linear(H, H)]
     hidden = {"3x3_fix": (9, 3), "3x3_s2": (9, 3, 1, 1 / 3), "3x3_s2_new": (9, 4, 2, 1, 1 / 3)}
-    widths = [round(C * share) for share in hidden[kind.removeprefix("mlp_downsample_")]] + [H]
+    widths = [round(c * share) for share in hidden[kind.removeprefix("mlp_downsample_")]] + [H]
     stack = joined
     for before, after in itertools.pairwise(widths):
         stack += [LayerNorm(before), Linear(before, after), GELU()]
@@ -70,26 +73,37 @@ def layers(kind):
 )
 @pytest.mark.parametrize("grid", [4, 5, 6])
 def test_projector(kind, grid):
-    modules = layers(kind)
+    modules = layers(kind, WIDE)
     reference = torch_weights.randomise(Sequential(*modules))
     order = "column" if kind == "mlp_downsample" else "row"
     cfg = ConfigDict(dict(type=kind, token_order=order))
-    ours = Projector(cfg, C, H, rngs=nnx.Rngs(0), dtype="float32", param_dtype="float32")
-    state = torch_weights.numpy_state(reference)
-    norms = [i for i, m in enumerate(modules) if isinstance(m, LayerNorm)]
-    dense = [i for i, m in enumerate(modules) if isinstance(m, Linear)]
+    ours = Projector(cfg, WIDE, H, rngs=nnx.Rngs(0), dtype="float32", param_dtype="float32")
+    norms = [m for m in modules if isinstance(m, LayerNorm)]
+    dense = [m for m in modules if isinstance(m, Linear)]
     assert (ours.plan.norms, ours.plan.depth) == (len(norms), len(dense))
-    for number, i in enumerate(norms, 1):
-        part = torch_weights.norm(state, str(i))
-        norm = getattr(ours, f"norm{number}")
-        norm.scale[...], norm.bias[...] = part["scale"], part["bias"]
-    for number, i in enumerate(dense, 1):
-        part = torch_weights.linear(state, str(i))
-        layer = getattr(ours, f"fc{number}")
-        layer.kernel[...], layer.bias[...] = part["kernel"], part["bias"]
-    x = np.random.default_rng(grid).normal(size=(2, grid**2, C)).astype(np.float32)
-    with torch.no_grad():
-        want = reference(torch.from_numpy(x)).numpy()
-    got = np.asarray(ours(jnp.asarray(x)))
-    assert got.shape == (2, ours.num_tokens(grid), H) and np.ptp(want) > 0.5
+    graphdef, abstract = compat.split(ours)
+    params = torch_weights.projector(reference)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, abstract)
+    x = np.random.default_rng(grid).normal(size=(2, grid**2, WIDE)).astype(np.float32)
+    # Large, so that gradients are far above the tolerance.
+    weights = 10 * np.random.default_rng(grid + 9).normal(size=(2, ours.num_tokens(grid), H))
+    weights = weights.astype(np.float32)
+    given = torch.from_numpy(x).requires_grad_()
+    want = reference(given)
+    (want * torch.from_numpy(weights)).mean().backward()
+    want = want.detach().numpy()
+
+    @jax.jit
+    def run(params, x):
+        def scalar(params, x):
+            out = compat.merge(graphdef, params)(x)
+            return (out * weights).mean(), out
+
+        return jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True)(params, x)
+
+    (_, got), (d_params, d_x) = run(params, jnp.asarray(x))
+    assert got.shape == (2, ours.num_tokens(grid), H) and np.ptp(want) > 0.3
     np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(d_x, given.grad.numpy(), atol=1e-4, rtol=0)
+    torch_weights.gradients_as_weights(reference)
+    torch_weights.check_gradients(d_params, torch_weights.projector(reference))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -20,6 +21,53 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
             parameter.copy_(centre + noise * fan_in**-0.5)
     return model.eval()
+
+
+def in_bfloat16(model: Any) -> torch.nn.Module:
+    """A copy of a transformers model that keeps its weights and computes in bfloat16.
+
+    `model.to(bfloat16)` would round tables of frequencies too, which nobody does who loads a checkpoint.
+    """
+    copy = type(model)._from_config(model.config, dtype=torch.bfloat16)
+    copy.load_state_dict(model.state_dict())
+    return copy.eval()
+
+
+def check_rounding(ours: Any, theirs: torch.Tensor, exact: torch.Tensor) -> None:
+    """Asserts that our bfloat16 result is as near to float32's as transformers' own bfloat16 result.
+
+    Both round at every layer, at other places, so their errors are of one size and not equal: ours may be 1.5
+    times theirs, as root mean square over all elements. Where an operation needs float32 and has not got it,
+    such as the angle of a far position, the error is a multiple of that.
+    """
+    want = exact.numpy()
+    low = theirs.float().numpy()
+    got = np.asarray(ours, np.float32)
+    assert got.shape == want.shape
+
+    def error(x: np.ndarray) -> float:
+        return float(np.sqrt(np.square(x - want).mean()))
+
+    assert error(low) > 1e-4 * want.std()  # it is rounded
+    assert error(got) <= 1.5 * error(low), f"{error(got):.3g} against transformers' {error(low):.3g}"
+
+
+def gradients_as_weights(model: torch.nn.Module) -> None:
+    """Puts each parameter's gradient in its place, so that it can be taken over like weights."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+
+
+def check_gradients(ours: Any, theirs: Any, unused: tuple[str, ...] = ()) -> None:
+    """Asserts that two trees of gradients agree to 1e-4, and vanish only where a path holds an `unused`."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True)
+    for (path, got), want in pairs:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        np.testing.assert_allclose(got, want, atol=1e-4, rtol=0, err_msg=name)
+        size = float(np.abs(want).max())
+        assert (size < 1e-6) if any(part in name for part in unused) else (size > 1e-3), f"{name}: {size}"
 
 
 def numpy_state(model: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -49,15 +97,18 @@ def stack(layers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def llama(model: Any) -> dict[str, Any]:
-    """LlamaForCausalLM -> the `llm` subtree."""
+    """LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM -> the `llm` subtree."""
     state = numpy_state(model)
 
     def layer(i: int) -> dict[str, Any]:
         at = f"model.layers.{i}."
+        attention = {n: linear(state, f"{at}self_attn.{n}_proj") for n in "qkvo"}
+        if f"{at}self_attn.q_norm.weight" in state:
+            attention |= {f"{n}_norm": norm(state, f"{at}self_attn.{n}_norm") for n in "qk"}
         return {
             "attn_norm": norm(state, at + "input_layernorm"),
             "mlp_norm": norm(state, at + "post_attention_layernorm"),
-            "attn": {n: linear(state, f"{at}self_attn.{n}_proj") for n in "qkvo"},
+            "attn": attention,
             "mlp": {n: linear(state, f"{at}mlp.{n}_proj") for n in ("gate", "up", "down")},
         }
 
@@ -134,6 +185,16 @@ def siglip_text(state: dict[str, np.ndarray], layers: int) -> dict[str, Any]:
         "final_norm": norm(state, at + "final_layer_norm"),
         "head": linear(state, at + "head"),
     }
+
+
+def projector(modules: torch.nn.Sequential) -> dict[str, Any]:
+    """LayerNorms and Linears in the order of use -> the `projector` subtree."""
+    state = numpy_state(modules)
+    out: dict[str, Any] = {}
+    for kind, stem, take in ((torch.nn.LayerNorm, "norm", norm), (torch.nn.Linear, "fc", linear)):
+        numbers = [i for i, module in enumerate(modules) if isinstance(module, kind)]
+        out |= {f"{stem}{count}": take(state, str(i)) for count, i in enumerate(numbers, 1)}
+    return out
 
 
 def intern_vit_model(**sizes: Any) -> torch.nn.Module:

@@ -143,18 +143,25 @@ def test_each_stage_starts_from_the_one_before(world):
     assert np.any(exported(two)["projector"]["fc1"]["kernel"] != 0)
 
 
-def test_another_model_is_refused_by_name(world, uninterrupted):
+@pytest.mark.parametrize(
+    "key, value, init, message",
+    [
+        ("mlp_dim", 64, "everything", r"mlp_dim=128.*64.*another model"),
+        ("hidden_size", 96, "projector", r"projector/\S+ has shape \(.*64.* this model needs \(.*96"),
+    ],
+)
+def test_another_model_is_refused_by_name(world, uninterrupted, key, value, init, message):
     config = config_lib.load(
         "configs/stage3_instruct.py:tiny",
         {
             "data.path": str(world / "data"),
             "model.tokenizer": str(world / "tokenizer"),
-            "model.llm.mlp_dim": 64,
-            "init.everything": str(uninterrupted / "export"),
+            f"model.llm.{key}": value,
+            f"init.{init}": str(uninterrupted / "export"),
             "mesh.fsdp": 8,
         },
     )
-    with pytest.raises(UserError, match=r"mlp_dim=128.*64.*another model"):
+    with pytest.raises(UserError, match=message):
         train.train(config, world / "refused", quiet=True)
     assert not (world / "refused" / "checkpoints").exists() or not any(
         (world / "refused" / "checkpoints").iterdir()

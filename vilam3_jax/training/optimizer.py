@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from typing import cast
 
@@ -12,23 +14,25 @@ import optax
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.training import tables
 
+_NOT_DECAYED = re.compile(r".*(norm\d*/scale|bias|logit_scale)")
+
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:
-    """Linear warm-up to `schedule.peak`, then cosine to `end_fraction` of it, or constant."""
+    """Linear warm-up to `schedule.peak`, then cosine to `end_fraction` of it, or constant.
+
+    As in Hugging Face's Trainer, warm-up takes `warmup_fraction` of the steps, rounded up, and the first of
+    them has rate 0; a fraction of 0 starts at the peak.
+    """
     schedule = config.schedule
-    warmup = max(1, round(schedule.warmup_fraction * config.num_steps))
+    warmup = math.ceil(schedule.warmup_fraction * config.num_steps)
     if schedule.name == "constant":
-        return optax.join_schedules(
-            [optax.linear_schedule(0.0, schedule.peak, warmup), optax.constant_schedule(schedule.peak)],
-            [warmup],
-        )
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=schedule.peak,
-        warmup_steps=warmup,
-        decay_steps=max(config.num_steps, warmup + 1),
-        end_value=schedule.peak * schedule.end_fraction,
-    )
+        after = optax.constant_schedule(schedule.peak)
+    else:
+        steps = max(1, config.num_steps - warmup)
+        after = optax.cosine_decay_schedule(schedule.peak, steps, alpha=schedule.end_fraction)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, schedule.peak, warmup), after], [warmup])
 
 
 def multipliers(config: ConfigDict, paths: list[str]) -> dict[str, float]:
@@ -38,7 +42,10 @@ def multipliers(config: ConfigDict, paths: list[str]) -> dict[str, float]:
 
 
 def make_optimizer(config: ConfigDict, rates: Mapping[str, float]) -> optax.GradientTransformation:
-    """Clip → scale → decoupled decay (matrices only) → schedule × the group's multiplier.
+    """Clip → scale → decoupled decay → schedule × the group's multiplier.
+
+    Decay leaves out biases and the scales of norms, as Hugging Face's Trainer does, and the temperature of
+    the contrastive loss.
 
     Args:
       config: the run's config.
@@ -52,7 +59,7 @@ def make_optimizer(config: ConfigDict, rates: Mapping[str, float]) -> optax.Grad
     else:
         scale = optax.scale_by_factored_rms()
     clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity()
-    decay = optax.add_decayed_weights(settings.weight_decay, mask=_matrices)
+    decay = optax.add_decayed_weights(settings.weight_decay, mask=_decayed)
     return optax.chain(
         clip,
         scale,
@@ -62,8 +69,8 @@ def make_optimizer(config: ConfigDict, rates: Mapping[str, float]) -> optax.Grad
     )
 
 
-def _matrices(params: dict[str, jax.Array]) -> dict[str, bool]:
-    return {path: path.endswith(("kernel", "embedding", "lora_a", "lora_b")) for path in params}
+def _decayed(params: dict[str, jax.Array]) -> dict[str, bool]:
+    return {path: not _NOT_DECAYED.fullmatch(path) for path in params}
 
 
 def _scale_by_group(rates: Mapping[str, float]) -> optax.GradientTransformation:

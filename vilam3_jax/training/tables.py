@@ -1,6 +1,6 @@
 """Tables of (regular expression → setting) over parameter paths.
 
-Freezing, learning rates, decay and sharding are all such tables. The first matching row wins; every
+Freezing, learning rates and sharding are all such tables. The first matching row wins; every
 parameter must match and every row must be used, so that a renamed parameter cannot slip through.
 """
 

@@ -50,6 +50,10 @@ def siglip(*, head: bool = True, **sizes: int) -> ConfigDict:
     return ConfigDict(dict(type="siglip", norm_eps=1e-6, select_layer=-2, head=head, **sizes))
 
 
+# What a tower's text tower has of its own: SigLIP 2 reads Gemma's vocabulary.
+TEXT_CHANGES = {"siglip2_so400m_384": dict(vocab_size=256_000)}
+
+
 def text_tower_of(tower: ConfigDict, **changes: float) -> ConfigDict:
     """The text tower that SigLIP trains beside `tower`: of its sizes, save for `changes`."""
     sizes = {key: tower[key] for key in ("hidden_size", "num_layers", "num_heads", "mlp_dim")}

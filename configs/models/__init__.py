@@ -43,6 +43,7 @@ def assemble(name: str, tower: ConfigDict, llm: ConfigDict, *, template: str) ->
         dict(
             name=name,
             image_size=tower.image_size,
+            image_aspect_ratio="resize",
             template=template,
             tokenizer="",
             dtype="bfloat16",

@@ -16,6 +16,7 @@ def get_model() -> ConfigDict:
         dict(
             name="smollm2_135m",
             image_size=96,
+            image_aspect_ratio="resize",
             template="chatml",
             tokenizer="",
             dtype="float32",

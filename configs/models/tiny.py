@@ -11,6 +11,7 @@ def get_model() -> ConfigDict:
         dict(
             name="tiny",
             image_size=32,
+            image_aspect_ratio="resize",
             template="chatml",
             tokenizer="",
             dtype="float32",

@@ -28,7 +28,10 @@ from data_worlds import (
 
 from vilam3_jax.data import loader as loader_lib
 from vilam3_jax.data.examples import Example, ImageRef, Turn
+from vilam3_jax.data.expert_turns import expert_overlay
+from vilam3_jax.data.images import pad_to_square, resize
 from vilam3_jax.data.loader import build_loader
+from vilam3_jax.data.volumes import load_volume, volume_to_slice_image
 from vilam3_jax.errors import UserError
 
 KEYS = {
@@ -427,3 +430,23 @@ def test_resume_in_a_new_process(root, tmp_path) -> None:
         check=False,
     )
     assert run.stdout.strip() == "same", run.stderr
+
+
+def test_padded_images_and_overlays_keep_their_shape(tmp_path) -> None:
+    """Experts draw on the slice itself, which is padded after that: colours stay on their organs."""
+    key = ct_volume(tmp_path / "slices")
+    example, annotation = ct_example(key), ct_annotation(key)
+    write(tmp_path / "slices", [example])
+    annotate(tmp_path / "said", [annotation])
+    cfg = config(tmp_path, (("slices", 1.0),), experts="on", annotations=str(tmp_path / "said"), seq_len=2048)
+    cfg.model.image_aspect_ratio = "pad"
+    loader = build(cfg)
+    (batch,) = take(loader, 1)
+    loader.close()
+    volume = load_volume(tmp_path / "slices" / "ct.nii.gz")
+    plane = volume_to_slice_image(volume, 2, 5, (50.0, 400.0), None)
+    assert plane.shape == (12, 10, 3)
+    for got, shown in zip(
+        batch["images"][0], (plane, expert_overlay(annotation, plane, axis=2, index=5)), strict=False
+    ):
+        np.testing.assert_array_equal(got, resize(pad_to_square(shown, (127, 127, 127)), 8))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 
 import nibabel
@@ -15,7 +17,7 @@ from vilam3_jax.data.images import load_film, resize
 from vilam3_jax.data.volumes import load_volume, volume_to_slice_image
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import agent as agent_lib
-from vilam3_jax.inference import chat, images
+from vilam3_jax.inference import chat, generate, images
 from vilam3_jax.inference.agent import Spoken, Transcript
 
 PROMPT = "Is the liver visible in this slice?"
@@ -194,3 +196,32 @@ def test_the_command_fails_in_one_line(export, world, capsys, extra, message):
     assert guarded("chat", chat.main, [*arguments, *extra]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def inputs_of(monkeypatch, export, tmp_path, image, keys, **asked):
+    """What reaches the model when an export's `model.json` says `keys`: (encoder inputs, reply)."""
+    folder = tmp_path / "export"
+    shutil.copytree(export, folder)
+    config = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(config | keys))
+    seen = []
+    append = generate.Session.append
+
+    def spy(session, chunks):
+        seen.extend(chunk for chunk in chunks if chunk is not None)
+        append(session, chunks)
+
+    monkeypatch.setattr(generate.Session, "append", spy)
+    with vilam3_jax.load(folder, max_length=1024, **asked) as assistant:
+        reply = assistant.ask(image, PROMPT, experts="annotations" in asked, max_new_tokens=2)
+    return [chunk for chunk in seen if chunk.images], reply
+
+
+def test_an_export_that_pads_is_asked_with_padded_images(monkeypatch, export, world, tmp_path):
+    film = load_film(world.film)  # 40 rows, 30 columns
+    keys = {"image_aspect_ratio": "pad"}
+    (chunk,), reply = inputs_of(monkeypatch, export, tmp_path, world.film, keys, expert_host="off")
+    square = np.full((40, 40, 3), 127, np.uint8)
+    square[:, 5:35] = film
+    np.testing.assert_array_equal(chunk.images, [resize(square, 32)])
+    np.testing.assert_array_equal(reply.image, film)

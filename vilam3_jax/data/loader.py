@@ -21,6 +21,7 @@ import numpy as np
 from vilam3_jax.data import packing, stream
 from vilam3_jax.data.annotations import AnnotationStore
 from vilam3_jax.data.cards import load_cards
+from vilam3_jax.data.image_processor import image_processor
 from vilam3_jax.data.images import augment
 from vilam3_jax.data.packing import GroupShape, Sample
 from vilam3_jax.data.prefetch import Producer
@@ -429,7 +430,8 @@ def build_loader(
                 f"config data.annotations is empty, but experts are {mode}; set it, or experts=off"
             )
         store = AnnotationStore(data.annotations)
-    reader = ImageReader(model.image_size)
+    processor = image_processor(model)
+    reader = ImageReader(processor.kept_size)
     cards = load_cards(model.get("cards", "quickstart")) if store is not None else ()
     renderer = Renderer(image_reader=reader, experts=mode, cards=cards, annotations=store, seed=cfg.seed)
     samples = stream.SampleStream(
@@ -458,14 +460,14 @@ def build_loader(
             images = tuple(taken[i % len(taken)] for i in range(len(images)))
         if data.augment and split == "train":
             images = augment(images, np.random.default_rng((cfg.seed, position)))
-        return example.id, encoded, images
+        return example.id, encoded, tuple(i for image in images for i in processor.inputs(image))
 
     shape = GroupShape(
         rows=data.rows_per_group,
         seq_len=data.text_len if pairs else data.seq_len,
         images=1 if pairs else data.images_per_group,
         tokens_per_image=tokens_per_image,
-        image_size=model.image_size,
+        image_size=processor.size,
         pad_id=tokenizer.pad_id,
     )
     return Loader(

@@ -19,6 +19,7 @@ from vilam3_jax.data.annotations import Annotation, AnnotationStore
 from vilam3_jax.data.cards import Card, parse_trigger
 from vilam3_jax.data.examples import IMAGE_MARKER, Turn
 from vilam3_jax.data.expert_host import ExpertHost
+from vilam3_jax.data.image_processor import ImageProcessor
 from vilam3_jax.data.render import with_cards
 from vilam3_jax.data.templates import Encoded, Template, encode_prompt, get_template
 from vilam3_jax.data.tokenizer import load_tokenizer
@@ -35,7 +36,7 @@ class Query:
 
     Attributes:
       question: without image markers.
-      image: uint8 [S, S, 3] at the model's size, or None for a question about no image.
+      image: uint8 [H, W, 3], read at `Agent.processor.kept_size`, or None for a question about no image.
       input_key: content key of the decoded image or volume, under which annotations are found.
       axis: which axis of the volume the image cuts; None for a 2-D image.
       index: which plane along it.
@@ -94,7 +95,7 @@ class Transcript:
 
     @property
     def overlay(self) -> np.ndarray | None:
-        """The expert's picture, uint8 [S, S, 3], or None."""
+        """The expert's picture, uint8 [H, W, 3], or None."""
         pictures = [image for turn in self.turns if turn.role == "expert" for image in turn.images]
         return pictures[-1] if pictures else None
 
@@ -204,9 +205,9 @@ class Agent:
         return self._generator.batch_size
 
     @property
-    def image_size(self) -> int:
-        """Side in pixels of the images in queries."""
-        return self._generator.image_size
+    def processor(self) -> ImageProcessor:
+        """Makes the model's inputs of the pictures in queries."""
+        return self._generator.processor
 
     def run(
         self,
@@ -324,7 +325,8 @@ class Agent:
         if encoded.num_images != len(pictures):
             raise UserError(f"the question holds {IMAGE_MARKER}; leave it out, the image is put in by itself")
         index = encoded.image_of_token * self._generator.tokens_per_image + encoded.visual_offset
-        return Chunk(encoded.tokens, np.where(encoded.image_of_token >= 0, index, -1), pictures)
+        inputs = tuple(i for picture in pictures for i in self.processor.inputs(picture))
+        return Chunk(encoded.tokens, np.where(encoded.image_of_token >= 0, index, -1), inputs)
 
 
 def _shared_prefix(chunks: Sequence[Chunk]) -> int:

@@ -44,8 +44,8 @@ class Reply:
     Attributes:
       answer: the model's last words.
       transcript: the whole dialogue, expert included.
-      image: uint8 [S, S, 3], what the model looked at.
-      overlay: uint8 [S, S, 3], the expert's picture, or None.
+      image: uint8 [H, W, 3], what the model looked at, before it is padded.
+      overlay: uint8 [H, W, 3], the expert's picture, or None.
       description: what `image` is.
       notes: sentences a reader must see: stand-ins, failures, cut-off answers, no clinical use.
     """
@@ -113,7 +113,9 @@ class Assistant:
         """
         if not prompt.strip():
             raise UserError("the prompt is empty; ask something")
-        picture = open_picture(image, self._generator.image_size, axis=axis, index=index, window=window)
+        picture = open_picture(
+            image, self._generator.processor.kept_size, axis=axis, index=index, window=window
+        )
         agent = self._agent(experts)
         query = Query(
             question=prompt.strip(),

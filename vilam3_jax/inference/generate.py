@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vilam3_jax.data.image_processor import image_processor
 from vilam3_jax.data.tokenizer import Tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import vila
@@ -87,7 +88,8 @@ class Generator:
 
     Attributes:
       tokenizer: its tokenizer.
-      image_size: side in pixels of the images that `Chunk.images` must have.
+      processor: makes `Chunk.images` of pictures.
+      image_size: S, side in pixels of these.
       tokens_per_image: T, positions one image takes.
       max_length: most positions of one dialogue.
       batch_size: most rows of one session.
@@ -112,7 +114,8 @@ class Generator:
           batch_size: see the class.
         """
         self.tokenizer = tokenizer
-        self.image_size = int(model_config.image_size)
+        self.processor = image_processor(model_config)
+        self.image_size = self.processor.size
         self.max_length, self.batch_size = max_length, batch_size
         self._params = params
         self._known_prefix: tuple[tuple[int, ...], Session] | None = None

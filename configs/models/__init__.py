@@ -44,6 +44,7 @@ def assemble(name: str, tower: ConfigDict, llm: ConfigDict, *, template: str) ->
             name=name,
             image_size=tower.image_size,
             image_aspect_ratio="resize",
+            s2_scales=(),
             template=template,
             tokenizer="",
             dtype="bfloat16",

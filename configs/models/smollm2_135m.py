@@ -17,6 +17,7 @@ def get_model() -> ConfigDict:
             name="smollm2_135m",
             image_size=96,
             image_aspect_ratio="resize",
+            s2_scales=(),
             template="chatml",
             tokenizer="",
             dtype="float32",

@@ -12,6 +12,7 @@ def get_model() -> ConfigDict:
             name="tiny",
             image_size=32,
             image_aspect_ratio="resize",
+            s2_scales=(),
             template="chatml",
             tokenizer="",
             dtype="float32",

@@ -38,8 +38,22 @@ def test_pad_keeps_the_shape_and_centres(shape):
     assert processor(image_aspect_ratio="pad").kept_size is None
 
 
+def test_several_scales_take_the_largest():
+    assert processor(s2_scales=(16, 32)).size == 32
+    model = ConfigDict(dict(image_size=16, vision_tower=dict(type="siglip"), s2_scales=(16, 32)))
+    assert image_processor(model, pairs=True).size == 16
+
+
 @pytest.mark.parametrize(
-    "keys, message", [(dict(image_aspect_ratio="crop"), "'crop': use one of resize, pad")]
+    "keys, message",
+    [
+        (dict(image_aspect_ratio="crop"), "'crop': use one of resize, pad"),
+        (dict(s2_scales=(16,)), r"s2_scales=\(16,\).*tower's 16 pixels"),
+        (dict(s2_scales=(16, 40)), r"s2_scales=\(16, 40\).*tower's 16 pixels"),
+        (dict(s2_scales=(32, 16)), r"s2_scales=\(32, 16\).*tower's 16 pixels"),
+        (dict(s2_scales=(16, 32.0)), r"s2_scales=\(16, 32.0\).*tower's 16 pixels"),
+        (dict(s2_scales=(16, 16_000)), "1000 times the tower's 16 pixels, 1000000 tiles"),
+    ],
 )
 def test_what_cannot_be_is_refused(keys, message):
     with pytest.raises(UserError, match=message):

@@ -450,3 +450,12 @@ def test_padded_images_and_overlays_keep_their_shape(tmp_path) -> None:
         batch["images"][0], (plane, expert_overlay(annotation, plane, axis=2, index=5)), strict=False
     ):
         np.testing.assert_array_equal(got, resize(pad_to_square(shown, (127, 127, 127)), 8))
+
+
+def test_several_scales_are_one_input_of_the_largest(root) -> None:
+    cfg = config(root)
+    cfg.model.s2_scales = (8, 16)
+    loader = build(cfg)
+    (batch,) = take(loader, 1)
+    loader.close()
+    assert batch["images"].shape == (4, 4, 16, 16, 3) and batch["image_valid"].any()

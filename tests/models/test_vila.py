@@ -179,6 +179,10 @@ def test_unknown_families_are_refused():
     with pytest.raises(UserError, match="llama"):
         vila.abstract_model(cfg, "generative")
     cfg = model_config()
+    cfg.image_size = 24
+    with pytest.raises(UserError, match=r"image_size=24.*20"):
+        vila.abstract_model(cfg, "generative")
+    cfg = model_config()
     cfg.vision_tower.select_layer = -5
     with pytest.raises(UserError, match="select_layer=-5"):
         vila.abstract_model(cfg, "generative")

@@ -24,7 +24,7 @@ def tiny_config(kind="generative", **mesh_axes):
     return config
 
 
-def packed_batch(seed, rows=8, length=48, slots=2, rows_per_group=1):
+def packed_batch(seed, rows=8, length=48, slots=2, rows_per_group=1, side=32):
     """Rows of two samples each, one image a sample, uneven numbers of supervised tokens."""
     rng = np.random.default_rng(seed)
     tokens_per_image = vila.tokens_per_image(models.get("tiny"))
@@ -35,7 +35,7 @@ def packed_batch(seed, rows=8, length=48, slots=2, rows_per_group=1):
         "positions": np.zeros((rows, length), np.int32),
         "loss_weights": np.zeros((rows, length), np.float32),
         "visual_index": np.full((rows, length), -1, np.int32),
-        "images": rng.integers(0, 256, (groups, slots * rows_per_group, 32, 32, 3), dtype=np.uint8),
+        "images": rng.integers(0, 256, (groups, slots * rows_per_group, side, side, 3), dtype=np.uint8),
         "image_valid": np.ones((groups, slots * rows_per_group), bool),
     }
     for row in range(rows):

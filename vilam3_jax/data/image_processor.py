@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from vilam3_jax.config import image_layout
 from vilam3_jax.data.images import pad_to_square, resize
-from vilam3_jax.errors import UserError
 
-MODES = ("resize", "pad")
 # Of 'pad': the towers' mean pixel, cut off to whole numbers, as VILA fills the square.
 _BACKGROUND = {"siglip": (127, 127, 127), "intern_vit": (123, 116, 103)}
 
@@ -23,7 +22,7 @@ class ImageProcessor:
     of it what the model takes.
 
     Attributes:
-      mode: one of `MODES`.
+      mode: one of `config.IMAGE_MODES`.
       size: S, side of an input in pixels.
       background: RGB around a picture that is no square ('pad').
     """
@@ -44,13 +43,16 @@ class ImageProcessor:
         return (resize(picture, self.size),)
 
 
-def image_processor(model: Any) -> ImageProcessor:
+def image_processor(model: Any, *, pairs: bool = False) -> ImageProcessor:
     """The image processor of a `config.model`.
 
+    Args:
+      model: the section.
+      pairs: for contrastive training, where an image is one input of the tower's own size.
+
     Raises:
-      UserError: `image_aspect_ratio` is unknown.
+      UserError: see `image_layout`.
     """
-    mode = model.get("image_aspect_ratio", "resize")
-    if mode not in MODES:
-        raise UserError(f"config model.image_aspect_ratio={mode!r}: use one of {', '.join(MODES)}")
-    return ImageProcessor(mode, int(model.image_size), _BACKGROUND[model.vision_tower.type])
+    layout = image_layout(model)
+    size = layout.tile_size if pairs else layout.input_size
+    return ImageProcessor(layout.mode, size, _BACKGROUND[model.vision_tower.type])

@@ -430,7 +430,7 @@ def build_loader(
                 f"config data.annotations is empty, but experts are {mode}; set it, or experts=off"
             )
         store = AnnotationStore(data.annotations)
-    processor = image_processor(model)
+    processor = image_processor(model, pairs=pairs)
     reader = ImageReader(processor.kept_size)
     cards = load_cards(model.get("cards", "quickstart")) if store is not None else ()
     renderer = Renderer(image_reader=reader, experts=mode, cards=cards, annotations=store, seed=cfg.seed)

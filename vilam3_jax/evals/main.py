@@ -216,7 +216,7 @@ def _retrieve(options: argparse.Namespace) -> None:
     embedder = retrieval.TwoTowerEmbedder(
         config, params, load_tokenizer(tokenizer_folder), options.batch_size
     )
-    processor = image_processor(config)
+    processor = image_processor(config, pairs=True)
     reader = ImageReader(processor.kept_size)
     pixels = [
         processor.inputs(reader.read(item.example.images[0], roots[item.example.id]))[0]

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vilam3_jax import compat
+from vilam3_jax.config import ImageLayout, image_layout
 from vilam3_jax.errors import UserError
 from vilam3_jax.models.contrastive import TwoTower
 from vilam3_jax.models.intern_vit import InternViT
 from vilam3_jax.models.llama import Llama
 from vilam3_jax.models.projector import Projector, grid_tokens, plan
-from vilam3_jax.models.siglip import SiglipVision
+from vilam3_jax.models.scales import s2_features
+from vilam3_jax.models.siglip import SiglipVision, check_images
 from vilam3_jax.ops.partition import shard
 
 VISION_TOWERS = {"siglip": SiglipVision, "intern_vit": InternViT}
@@ -28,18 +30,23 @@ class Vila(nnx.Module):
         kwargs: dict[str, Any] = dict(rngs=rngs, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
         tower = _family(VISION_TOWERS, "vision_tower", cfg.vision_tower.type)
         llm = _family(LLMS, "llm", cfg.llm.type)
+        self.layout = _layout(cfg)
         self.vision_tower = tower(cfg.vision_tower, remat=cfg.remat, **kwargs)
-        self.projector = Projector(cfg.projector, cfg.vision_tower.hidden_size, cfg.llm.hidden_size, **kwargs)
+        self.projector = Projector(cfg.projector, projector_width(cfg), cfg.llm.hidden_size, **kwargs)
         self.llm = llm(cfg.llm, remat=cfg.remat, **kwargs)
 
     @property
     def num_image_tokens(self) -> int:
-        """T: tokens one image occupies in the text stream."""
+        """T: tokens one input occupies in the text stream."""
         return self.projector.num_tokens(self.vision_tower.grid)
 
     def encode_images(self, images: jax.Array) -> jax.Array:
         """Uint8 [N, S, S, 3] -> [N, T, D], ready to stand among text embeddings."""
-        return self.projector(self.vision_tower.features(images))
+        layout, tower = self.layout, self.vision_tower
+        if not layout.scales:
+            return self.projector(tower.features(images))
+        check_images(images, layout.input_size)
+        return self.projector(s2_features(tower.pixel_features, images, layout.tile_size, layout.scales))
 
     def embed(
         self,
@@ -139,8 +146,23 @@ def _family(table: dict[str, Any], key: str, name: str) -> Any:
     return table[name]
 
 
+def projector_width(cfg: Any) -> int:
+    """Channels of the features that the projector of a `config.model` takes."""
+    return cfg.vision_tower.hidden_size * image_layout(cfg).feature_maps
+
+
+def _layout(cfg: Any) -> ImageLayout:
+    layout = image_layout(cfg)
+    if layout.tile_size != cfg.vision_tower.image_size:
+        raise UserError(
+            f"config model.image_size={layout.tile_size}, but model.vision_tower.image_size="
+            f"{cfg.vision_tower.image_size}; make them equal"
+        )
+    return layout
+
+
 def tokens_per_image(cfg: Any) -> int:
     """T of a `config.model`, without building it."""
     grid = cfg.vision_tower.image_size // cfg.vision_tower.patch_size
-    block = plan(cfg.projector.type, cfg.vision_tower.hidden_size, cfg.llm.hidden_size).block
+    block = plan(cfg.projector.type, projector_width(cfg), cfg.llm.hidden_size).block
     return grid_tokens(grid, block)

@@ -1,0 +1,168 @@
+"""Several scales and tiles against PyTorch: transformers' SigLIP, torch's interpolation, cuts by hand."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from ml_collections import ConfigDict
+from torch.nn.functional import interpolate
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from tests.reference import torch_weights
+from vilam3_jax.models import scales as scales_lib
+from vilam3_jax.models import vila
+
+SIZE, PATCH, WIDTH, LAYERS, HEADS, MLP, OUT = 31, 6, 24, 3, 3, 40, 20  # 5 x 5 patches of a tile
+GRID = SIZE // PATCH
+
+
+@pytest.fixture(autouse=True)
+def exact_matmul():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+class Reference(torch.nn.Module):
+    """A SigLIP tower and mlp_downsample, in VILA's order of tokens."""
+
+    def __init__(self, maps, columns):
+        super().__init__()
+        self.tower = SiglipVisionModel(
+            SiglipVisionConfig(
+                image_size=SIZE,
+                patch_size=PATCH,
+                hidden_size=WIDTH,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=HEADS,
+                intermediate_size=MLP,
+                attn_implementation="eager",
+            )
+        )
+        width = 4 * maps * WIDTH
+        self.columns = columns
+        self.mlp = torch.nn.Sequential(
+            torch.nn.LayerNorm(width),
+            torch.nn.Linear(width, OUT),
+            torch.nn.GELU(),
+            torch.nn.Linear(OUT, OUT),
+        )
+        torch_weights.randomise(self, seed=3)
+
+    def features(self, tiles):
+        """[N, 3, S, S] -> [N, C, g, g], the state before the last block."""
+        state = self.tower(tiles, output_hidden_states=True).hidden_states[-2]
+        return state.transpose(1, 2).reshape(len(tiles), WIDTH, GRID, GRID)
+
+    def project(self, maps):
+        """[N, C, g, g] -> [N, side, side, OUT]: 2 x 2 neighbours to one token, zeros beyond the border."""
+        side = -(-maps.shape[-1] // 2)
+        short = 2 * side - maps.shape[-1]
+        maps = torch.nn.functional.pad(maps, (0, short, 0, short))
+        corners = [maps[:, :, r::2, c::2] for r in (0, 1) for c in (0, 1)]
+        return self.mlp(torch.cat(corners, dim=1).permute(0, 2, 3, 1))
+
+    def s2(self, pixels, scales):
+        """VILA-1.5's way, tile by tile."""
+        maps = []
+        for scale in scales:
+            picture = interpolate(pixels, size=(scale, scale), mode="bicubic", align_corners=False)
+            rows = []
+            for top in range(0, scale, SIZE):
+                tiles = [
+                    picture[:, :, top : top + SIZE, left : left + SIZE] for left in range(0, scale, SIZE)
+                ]
+                rows.append(torch.cat([self.features(tile) for tile in tiles], dim=3))
+            maps.append(interpolate(torch.cat(rows, dim=2), size=(GRID, GRID), mode="area"))
+        tokens = self.project(torch.cat(maps, dim=1))
+        return (tokens.transpose(1, 2) if self.columns else tokens).flatten(1, 2)
+
+
+def our_params(reference):
+    state = torch_weights.numpy_state(reference)
+    tower = {k.removeprefix("tower."): v for k, v in state.items() if k.startswith("tower.")}
+    return {
+        "vision_tower": torch_weights.siglip_vision(tower, LAYERS),
+        "projector": {
+            "norm1": torch_weights.norm(state, "mlp.0"),
+            "fc1": torch_weights.linear(state, "mlp.1"),
+            "fc2": torch_weights.linear(state, "mlp.3"),
+        },
+    }
+
+
+def our_model(order, **keys):
+    """(config, structure): only the tower and the projector matter here."""
+    cfg = ConfigDict(
+        dict(
+            dtype="float32",
+            param_dtype="float32",
+            remat="none",
+            image_size=SIZE,
+            **keys,
+            vision_tower=dict(
+                type="siglip", image_size=SIZE, patch_size=PATCH, hidden_size=WIDTH, num_layers=LAYERS,
+                num_heads=HEADS, mlp_dim=MLP, norm_eps=1e-6, select_layer=-2,
+            ),
+            projector=dict(type="mlp_downsample", token_order=order),
+            llm=dict(
+                type="llama", vocab_size=8, hidden_size=OUT, num_layers=1, num_heads=2, num_kv_heads=2,
+                head_dim=4, mlp_dim=8, rope_theta=1e4, norm_eps=1e-5, tie_embeddings=True, lora_rank=0,
+                lora_alpha=1.0, lora_targets=(),
+            ),
+        )
+    )  # fmt: skip
+    graphdef, abstract = vila.abstract_model(cfg, "generative")
+    llm = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract["llm"])
+    return cfg, lambda params: vila.merge(graphdef, {**params, "llm": llm})
+
+
+def pictures(count, side, seed=0):
+    """Uint8 for us, normalised [N, 3, S, S] for torch."""
+    ours = np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    theirs = (ours.astype(np.float32) / 255 - 0.5) / 0.5
+    return jnp.asarray(ours), torch.from_numpy(theirs.transpose(0, 3, 1, 2).copy())
+
+
+@pytest.mark.parametrize("scales, order", [((31, 62), "column"), ((31, 62, 93), "row")])
+def test_s2_features_and_gradients(scales, order):
+    reference = Reference(len(scales), order == "column")
+    ours, theirs = pictures(2, scales[-1])
+    want = reference.s2(theirs, scales)
+    cfg, model = our_model(order, s2_scales=scales)
+    assert vila.projector_width(cfg) == len(scales) * WIDTH and vila.tokens_per_image(cfg) == want.shape[1]
+    aim = np.random.default_rng(1).normal(size=want.shape).astype(np.float32)
+
+    @jax.jit
+    def step(params):
+        out, pullback = jax.vjp(lambda p: model(p).encode_images(ours), params)
+        return out, pullback(jnp.asarray(aim))[0]
+
+    got, gradient = step(our_params(reference))
+    assert float(want.detach().std()) > 0.2
+    np.testing.assert_allclose(got, want.detach(), atol=1e-4, rtol=0)
+    want.backward(torch.from_numpy(aim))
+    patch = next(p for n, p in reference.named_parameters() if n.endswith("patch_embedding.weight"))
+    for mine, their in (
+        (gradient["vision_tower"]["patch_embed"]["kernel"].transpose(3, 2, 0, 1), patch.grad),
+        (gradient["projector"]["fc1"]["kernel"].T, reference.mlp[1].weight.grad),
+    ):
+        assert their.abs().max() > 0.1
+        np.testing.assert_allclose(mine, their, atol=1e-4 * float(their.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("old, new", [(62, 31), (93, 31), (93, 62), (7, 20), (20, 7)])
+def test_bicubic(old, new):
+    x = np.random.default_rng(0).normal(size=(2, old, old, 3)).astype(np.float32)
+    theirs = torch.from_numpy(x).permute(0, 3, 1, 2)
+    want = interpolate(theirs, size=(new, new), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+    np.testing.assert_allclose(scales_lib.resize_bicubic(jnp.asarray(x), new), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("old, new", [((54, 54), (27, 27)), ((10, 10), (27, 27)), ((32, 64), (96, 128))])
+def test_area(old, new):
+    x = np.random.default_rng(0).normal(size=(2, *old, 3)).astype(np.float32)
+    want = interpolate(torch.from_numpy(x).permute(0, 3, 1, 2), size=new, mode="area").permute(0, 2, 3, 1)
+    np.testing.assert_allclose(scales_lib.resize_area(jnp.asarray(x), new), want, atol=1e-5)

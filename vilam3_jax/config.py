@@ -38,8 +38,9 @@ else:
     ConfigDict = ml_collections.ConfigDict
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
-IMAGE_MODES = ("resize", "pad")
-MAX_SCALE = 8  # times the tower's size: 64 tiles an image
+IMAGE_MODES = ("resize", "pad", "dynamic")
+MAX_SCALE = 8  # times the tower's size
+MAX_TILES = MAX_SCALE**2
 COMPONENTS = ("vision_tower", "text_tower", "projector", "llm", "everything")
 
 # Weights are split over `fsdp` on one dimension and over `tensor` on the other; small vectors are replicated.
@@ -218,11 +219,13 @@ class ImageLayout:
       mode: one of `IMAGE_MODES`.
       tile_size: S, side in pixels of what the vision tower sees.
       scales: sides at which a picture is encoded (S2); empty for once, at S.
+      max_tiles: most tiles of a picture ('dynamic'), its thumbnail not counted.
     """
 
     mode: str
     tile_size: int
     scales: tuple[int, ...] = ()
+    max_tiles: int = 1
 
     @property
     def input_size(self) -> int:
@@ -236,10 +239,10 @@ class ImageLayout:
 
 
 def image_layout(model: ConfigDict) -> ImageLayout:
-    """Reads `image_aspect_ratio` and `s2_scales` of a `config.model`, which older exports lack.
+    """Reads `image_aspect_ratio`, `s2_scales` and `max_tiles` of a `config.model`, which older exports lack.
 
     Raises:
-      UserError: an unknown mode, or scales that do not fit the tower.
+      UserError: an unknown mode, an absurd number of tiles, or scales that do not fit the tower or the mode.
     """
     mode = model.get("image_aspect_ratio", "resize")
     size = int(model.image_size if "image_size" in model else model.vision_tower.image_size)
@@ -248,7 +251,16 @@ def image_layout(model: ConfigDict) -> ImageLayout:
         raise UserError(f"config model.image_aspect_ratio={mode!r}: use one of {', '.join(IMAGE_MODES)}")
     if scales:
         _check_scales(scales, size)
-    return ImageLayout(mode, size, scales)
+    if mode != "dynamic":
+        return ImageLayout(mode, size, scales)
+    if scales:
+        raise UserError(
+            f"config model.s2_scales={scales}: image_aspect_ratio='dynamic' has no scales; leave them empty"
+        )
+    tiles = model.get("max_tiles", 12)
+    if not isinstance(tiles, int) or not 1 <= tiles <= MAX_TILES:
+        raise UserError(f"config model.max_tiles={tiles!r}: must be 1 to {MAX_TILES}")
+    return ImageLayout(mode, size, scales, tiles)
 
 
 def _check_scales(scales: tuple[int, ...], size: int) -> None:

@@ -45,6 +45,7 @@ def assemble(name: str, tower: ConfigDict, llm: ConfigDict, *, template: str) ->
             image_size=tower.image_size,
             image_aspect_ratio="resize",
             s2_scales=(),
+            max_tiles=12,
             template=template,
             tokenizer="",
             dtype="bfloat16",

@@ -13,6 +13,7 @@ def get_model() -> ConfigDict:
             image_size=32,
             image_aspect_ratio="resize",
             s2_scales=(),
+            max_tiles=12,
             template="chatml",
             tokenizer="",
             dtype="float32",

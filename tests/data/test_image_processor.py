@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ml_collections import ConfigDict
+from PIL import Image
 
+from vilam3_jax.data.examples import Turn
 from vilam3_jax.data.image_processor import image_processor
 from vilam3_jax.data.images import resize
 from vilam3_jax.errors import UserError
@@ -44,15 +50,85 @@ def test_several_scales_take_the_largest():
     assert image_processor(model, pairs=True).size == 16
 
 
+def dynamic(most=12):
+    return processor(image_aspect_ratio="dynamic", max_tiles=most)
+
+
+@pytest.mark.parametrize(
+    "height, width, most, grid",
+    [
+        (60, 80, 12, (3, 4)),  # the very shape, in 12 tiles
+        (40, 60, 12, (2, 3)),
+        (10, 30, 12, (1, 3)),  # 2 x 6 has its shape, too, but the picture has less than half the pixels
+        (23, 69, 12, (2, 6)),
+        (16, 16, 12, (1, 1)),
+        (23, 23, 12, (2, 2)),  # 529 pixels, more than half of 4 tiles
+        (40, 40, 12, (3, 3)),
+        (40, 40, 4, (2, 2)),
+        (900, 10, 12, (12, 1)),  # a shape beyond all grids
+        (60, 80, 1, (1, 1)),
+    ],
+)
+def test_the_grid_is_the_nearest_in_shape(height, width, most, grid):
+    assert dynamic(most).grid(np.zeros((height, width, 3), np.uint8)) == grid
+
+
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 16))
+def test_no_grid_is_nearer(height, width, most):
+    rows, columns = dynamic(most).grid(np.zeros((height, width, 3), np.uint8))
+    shape = Fraction(width, height)
+    every = [(r, c) for r in range(1, most + 1) for c in range(1, most + 1) if r * c <= most]
+    nearest = min(abs(shape - Fraction(c, r)) for r, c in every)
+    assert abs(shape - Fraction(columns, rows)) == nearest
+    area = {r * c for r, c in every if Fraction(c, r) == Fraction(columns, rows)}
+    fits = [n for n in area if 2 * width * height > 256 * n]
+    assert rows * columns == max([min(area), *fits])
+
+
+def test_tiles_run_row_by_row_and_the_whole_comes_last():
+    wide = picture(30, 50)
+    *tiles, whole = dynamic(6).inputs(wide)
+    scaled = np.asarray(Image.fromarray(wide).resize((48, 32)))
+    assert len(tiles) == 6
+    np.testing.assert_array_equal(
+        np.concatenate([np.concatenate(row, axis=1) for row in (tiles[:3], tiles[3:])]), scaled
+    )
+    np.testing.assert_array_equal(whole, resize(wide, 16))
+    assert dynamic(6).max_inputs == 7 and dynamic(1).max_inputs == 1
+
+
+def test_one_tile_is_the_plain_image():
+    for shape, most in (((9, 30), 1), ((16, 15), 12)):
+        image = picture(*shape)
+        (tile,) = dynamic(most).inputs(image)
+        np.testing.assert_array_equal(tile, processor().inputs(image)[0])
+        turns = [Turn("user", "<image> and text")]
+        assert dynamic(most).expand(turns, [dynamic(most).grid(image)]) == turns
+
+
+def test_every_tile_gets_a_line():
+    turns = [Turn("user", "<image>\nWhich? The results are <image>. Now <image>\n\nend")]
+    (turn,) = dynamic().expand(turns, [(1, 1), (1, 2), (2, 1)])
+    three = "<image>\n" * 3
+    assert turn.text == f"<image>\nWhich? The results are {three}. Now {three}\nend"
+    for grids, message in (([(1, 1)], "more markers than the 1"), ([(1, 1)] * 4, "fewer markers than the 4")):
+        with pytest.raises(ValueError, match=message):
+            dynamic().expand(turns, grids)
+
+
 @pytest.mark.parametrize(
     "keys, message",
     [
-        (dict(image_aspect_ratio="crop"), "'crop': use one of resize, pad"),
+        (dict(image_aspect_ratio="crop"), "'crop': use one of resize, pad, dynamic"),
         (dict(s2_scales=(16,)), r"s2_scales=\(16,\).*tower's 16 pixels"),
         (dict(s2_scales=(16, 40)), r"s2_scales=\(16, 40\).*tower's 16 pixels"),
         (dict(s2_scales=(32, 16)), r"s2_scales=\(32, 16\).*tower's 16 pixels"),
         (dict(s2_scales=(16, 32.0)), r"s2_scales=\(16, 32.0\).*tower's 16 pixels"),
         (dict(s2_scales=(16, 16_000)), "1000 times the tower's 16 pixels, 1000000 tiles"),
+        (dict(image_aspect_ratio="dynamic", max_tiles=0), "max_tiles=0: must be 1 to 64"),
+        (dict(image_aspect_ratio="dynamic", max_tiles=65), "max_tiles=65: must be 1 to 64"),
+        (dict(image_aspect_ratio="dynamic", max_tiles=2.5), "max_tiles=2.5: must be 1 to 64"),
+        (dict(image_aspect_ratio="dynamic", s2_scales=(16, 32)), r"\(16, 32\).*'dynamic' has no scales"),
     ],
 )
 def test_what_cannot_be_is_refused(keys, message):

@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 import torch
 from ml_collections import ConfigDict
+from PIL import Image
 from torch.nn.functional import interpolate
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from tests.reference import torch_weights
+from vilam3_jax.data.examples import Turn
+from vilam3_jax.data.image_processor import image_processor
+from vilam3_jax.data.packing import GroupShape, Sample, assemble_group, stack_groups
+from vilam3_jax.data.templates import encode_document
 from vilam3_jax.models import scales as scales_lib
 from vilam3_jax.models import vila
 
@@ -151,6 +156,63 @@ def test_s2_features_and_gradients(scales, order):
     ):
         assert their.abs().max() > 0.1
         np.testing.assert_allclose(mine, their, atol=1e-4 * float(their.abs().max()), rtol=0)
+
+
+def normalised(tiles):
+    """PIL images -> [N, 3, S, S]."""
+    values = (np.stack([np.asarray(tile, np.float32) for tile in tiles]) / 255 - 0.5) / 0.5
+    return torch.from_numpy(values.transpose(0, 3, 1, 2).copy())
+
+
+def cut(picture, rows, columns):
+    """PIL tiles row by row."""
+    scaled = picture.resize((columns * SIZE, rows * SIZE))
+    boxes = [
+        (c * SIZE, r * SIZE, (c + 1) * SIZE, (r + 1) * SIZE) for r in range(rows) for c in range(columns)
+    ]
+    return [scaled.crop(box) for box in boxes]
+
+
+def visual_tokens(cfg, params, model, dialogue, images):
+    """What stands at the image positions of one packed dialogue, in order: [tokens, OUT]."""
+    processor = image_processor(cfg)
+    grids = [processor.grid(image) for image in images]
+    count = vila.tokens_per_image(cfg)
+    encoded = encode_document(Letters(), processor.expand(dialogue, grids), count)
+    inputs = tuple(tile for image in images for tile in processor.inputs(image))
+    shape = GroupShape(1, len(encoded) + 3, len(inputs) + 2, count, processor.size)
+    group = stack_groups([assemble_group(shape, [[Sample("one", 0, encoded, inputs)]])])
+    names = ("tokens", "images", "image_valid", "visual_index")
+    embedded = jax.jit(lambda p, *batch: model(p).embed(*batch))(params, *(group[name] for name in names))
+    return np.asarray(embedded)[group["visual_index"] >= 0], encoded
+
+
+class Letters:
+    """A tokenizer of characters."""
+
+    bos_id, eos_id, pad_id, vocab_size = None, 1, 0, 8
+
+    def encode(self, text):
+        return [2 + "\n".count(letter) for letter in text]
+
+    encode_continued = encode
+
+
+def test_dynamic_tiling():
+    reference = Reference(1, columns=False)
+    cfg, model = our_model("row", image_aspect_ratio="dynamic", max_tiles=6)
+    wide, small = (np.asarray(pictures(1, 90, seed)[0][0, :60]) for seed in (1, 2))
+    small = small[:20, :20]
+    pil = Image.fromarray(wide)
+    tiles = [*cut(pil, 2, 3), pil.resize((SIZE, SIZE)), Image.fromarray(small).resize((SIZE, SIZE))]
+    with torch.no_grad():
+        want = reference.project(reference.features(normalised(tiles))).reshape(-1, OUT)
+    turns = [Turn("assistant", "ab<image>\nc<image>d", supervised=True)]
+    got, encoded = visual_tokens(cfg, our_params(reference), model, turns, [wide, small])
+    assert got.shape == want.shape == (8 * 9, OUT) and float(want.std()) > 0.2
+    np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
+    text = encoded.tokens[encoded.image_of_token < 0].tolist()
+    assert text == [2, 2, *[3] * 7, 2, 2, 1]  # a line end after each tile of the first, none after the second
 
 
 @pytest.mark.parametrize("old, new", [(62, 31), (93, 31), (93, 62), (7, 20), (20, 7)])

@@ -93,9 +93,14 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
     Returns:
       [size, size, 3] uint8.
     """
-    if image.shape[:2] == (size, size):
+    return resize_to(image, (size, size))
+
+
+def resize_to(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """`resize` to (height, width)."""
+    if image.shape[:2] == shape:
         return image
-    return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+    return np.array(Image.fromarray(image).resize(shape[::-1], Image.Resampling.BICUBIC))
 
 
 def pad_to_square(image: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:

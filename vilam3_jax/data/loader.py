@@ -423,6 +423,9 @@ def build_loader(
             "use the tokenizer of this model or set the model's vocab_size"
         )
     mode: str = "off" if pairs else data.experts if experts is None else experts
+    processor = image_processor(model, pairs=pairs)
+    if not pairs:
+        _check_room(data, processor.max_inputs, tokens_per_image)
     store = None
     if mode != "off":
         if not data.annotations:
@@ -430,7 +433,6 @@ def build_loader(
                 f"config data.annotations is empty, but experts are {mode}; set it, or experts=off"
             )
         store = AnnotationStore(data.annotations)
-    processor = image_processor(model, pairs=pairs)
     reader = ImageReader(processor.kept_size)
     cards = load_cards(model.get("cards", "quickstart")) if store is not None else ()
     renderer = Renderer(image_reader=reader, experts=mode, cards=cards, annotations=store, seed=cfg.seed)
@@ -445,12 +447,12 @@ def build_loader(
         example = source[address[1]].validate()
         try:
             rendered = renderer.render(example, source.data_root, position)
+            grids = [processor.grid(image) for image in rendered.images]
             if pairs:
                 encoded = encode_caption(tokenizer, stream.pair_caption(example), data.text_len)
             else:
-                encoded = encode_example(
-                    tokenizer, template, example.format, rendered.turns, tokens_per_image
-                )
+                turns = processor.expand(rendered.turns, grids)
+                encoded = encode_example(tokenizer, template, example.format, turns, tokens_per_image)
         except (UserError, ValueError, IndexError) as error:
             raise UserError(f"example {example.id}: {error}") from error
         images = rendered.images
@@ -460,7 +462,9 @@ def build_loader(
             images = tuple(taken[i % len(taken)] for i in range(len(images)))
         if data.augment and split == "train":
             images = augment(images, np.random.default_rng((cfg.seed, position)))
-        return example.id, encoded, tuple(i for image in images for i in processor.inputs(image))
+        # Images of another sample are cut as the text has room for.
+        inputs = (processor.inputs(image, grid) for image, grid in zip(images, grids, strict=True))
+        return example.id, encoded, tuple(tile for tiles in inputs for tile in tiles)
 
     shape = GroupShape(
         rows=data.rows_per_group,
@@ -481,3 +485,17 @@ def build_loader(
         process_index=process_index,
         process_count=process_count,
     )
+
+
+def _check_room(data: Any, inputs: int, tokens_per_image: int) -> None:
+    """Refuses sizes of groups in which a picture with the most tiles has no place."""
+    if inputs > max(data.images_per_group, 1):
+        raise UserError(
+            f"config data.images_per_group={data.images_per_group}, but an image may take {inputs} inputs "
+            "(model.max_tiles, and itself in small); raise it or lower model.max_tiles"
+        )
+    if inputs > 1 and inputs * tokens_per_image > data.seq_len:
+        raise UserError(
+            f"config data.seq_len={data.seq_len}, but an image may take {inputs} x {tokens_per_image} = "
+            f"{inputs * tokens_per_image} tokens; raise it or lower model.max_tiles"
+        )

@@ -283,6 +283,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max_new_tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, help="bound on each turn"
     )
+    parser.add_argument(
+        "--max_length", type=int, default=2048, help="most positions of the dialogue, images included"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest words (default)")
     parser.add_argument("--top_p", type=float, default=1.0, help="draw among words of this total probability")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
@@ -307,12 +310,15 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     if options.max_new_tokens < 1:
         raise UserError(f"--max_new_tokens={options.max_new_tokens}: must be at least 1")
+    if options.max_length < 1:
+        raise UserError(f"--max_length={options.max_length}: must be at least 1")
     window = _window(options.window)
     assistant = load(
         options.checkpoint,
         annotations=options.annotations,
         expert_host=options.expert_host,
         expert_weights=options.expert_weights,
+        max_length=options.max_length,
     )
     with assistant:
         reply = assistant.ask(

@@ -38,7 +38,7 @@ else:
     ConfigDict = ml_collections.ConfigDict
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
-IMAGE_MODES = ("resize", "pad", "dynamic")
+IMAGE_MODES = ("resize", "pad", "dynamic", "dynamic_s2")
 MAX_SCALE = 8  # times the tower's size
 MAX_TILES = MAX_SCALE**2
 COMPONENTS = ("vision_tower", "text_tower", "projector", "llm", "everything")
@@ -219,7 +219,7 @@ class ImageLayout:
       mode: one of `IMAGE_MODES`.
       tile_size: S, side in pixels of what the vision tower sees.
       scales: sides at which a picture is encoded (S2); empty for once, at S.
-      max_tiles: most tiles of a picture ('dynamic'), its thumbnail not counted.
+      max_tiles: most tiles of a picture ('dynamic', 'dynamic_s2'), its thumbnail or lower scales not counted.
     """
 
     mode: str
@@ -230,7 +230,8 @@ class ImageLayout:
     @property
     def input_size(self) -> int:
         """Side in pixels of the model's inputs."""
-        return self.scales[-1] if self.scales else self.tile_size
+        whole = self.scales and self.mode != "dynamic_s2"
+        return self.scales[-1] if whole else self.tile_size
 
     @property
     def feature_maps(self) -> int:
@@ -251,15 +252,26 @@ def image_layout(model: ConfigDict) -> ImageLayout:
         raise UserError(f"config model.image_aspect_ratio={mode!r}: use one of {', '.join(IMAGE_MODES)}")
     if scales:
         _check_scales(scales, size)
-    if mode != "dynamic":
+    if mode not in ("dynamic", "dynamic_s2"):
         return ImageLayout(mode, size, scales)
-    if scales:
+    if mode == "dynamic_s2" and not scales:
+        raise UserError(
+            "config model.s2_scales is empty, but image_aspect_ratio='dynamic_s2' needs scales, such as "
+            f"({size}, {2 * size}, {3 * size})"
+        )
+    if mode == "dynamic" and scales:
         raise UserError(
             f"config model.s2_scales={scales}: image_aspect_ratio='dynamic' has no scales; leave them empty"
         )
     tiles = model.get("max_tiles", 12)
     if not isinstance(tiles, int) or not 1 <= tiles <= MAX_TILES:
         raise UserError(f"config model.max_tiles={tiles!r}: must be 1 to {MAX_TILES}")
+    least = (scales[-1] // size) ** 2 if scales else 1
+    if 1 < tiles < least:
+        raise UserError(
+            f"config model.max_tiles={tiles}: the last of s2_scales={scales} alone has {least} tiles; set it "
+            f"to {least} or more, or to 1 for no tiles"
+        )
     return ImageLayout(mode, size, scales, tiles)
 
 

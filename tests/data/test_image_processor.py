@@ -14,6 +14,7 @@ from PIL import Image
 from vilam3_jax.data.examples import Turn
 from vilam3_jax.data.image_processor import image_processor
 from vilam3_jax.data.images import resize
+from vilam3_jax.data.templates import Encoded
 from vilam3_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -116,10 +117,51 @@ def test_every_tile_gets_a_line():
             dynamic().expand(turns, grids)
 
 
+def dynamic_s2(most=12):
+    return processor(image_aspect_ratio="dynamic_s2", max_tiles=most, s2_scales=(16, 32, 48))
+
+
+def test_dynamic_s2_cuts_every_scale():
+    tall = picture(70, 50)
+    assert dynamic_s2().size == 16 and dynamic_s2().grid(tall) == (4, 3)
+    inputs = dynamic_s2().inputs(tall)
+    assert len(inputs) == 1 + 4 + 12 == dynamic_s2().max_inputs and dynamic_s2().max_markers == 12
+    np.testing.assert_array_equal(inputs[0], resize(tall, 16))
+    scaled = resize(tall, 32)
+    np.testing.assert_array_equal(inputs[2], scaled[:16, 16:])
+    last = np.asarray(Image.fromarray(tall).resize((48, 64)))
+    np.testing.assert_array_equal(inputs[5 + 3 * 2 + 1], last[32:48, 16:32])
+    for shape, grid in (((50, 50), (3, 3)), ((9, 99), (1, 11)), ((90, 9), (10, 1))):
+        assert dynamic_s2().grid(picture(*shape)) == grid  # 9 to 12 tiles, whatever the size
+
+
+def test_dynamic_s2_maps_tiles_and_merges_rows():
+    grids = [(1, 1), (3, 4)]
+    table = dynamic_s2().tile_map(grids)
+    assert table.shape == (1 + 17, 5) and table[0].tolist() == [0, 1, 0, 1, 0]
+    assert (table[1:, 0] == 1).all() and (table[1:6, 1:] == (1, 0, 1, 0)).all()
+    assert table[6 + 4 * 2 + 3].tolist() == [1, 3, 2, 4, 3]
+    turns = [Turn("user", "a<image>\nb <image> c")]
+    (turn,) = dynamic_s2().expand(turns, grids)
+    assert turn.text == "a<image>\nb " + "<image>" * 12 + " c"
+    which = np.repeat(np.arange(13), 4)
+    encoded = Encoded(
+        np.zeros(54, np.int32), np.zeros(54, np.float32), np.concatenate([[-1], which, [-1]]),
+        np.concatenate([[0], np.tile(np.arange(4), 13), [0]]), 13,
+    )  # fmt: skip
+    merged = dynamic_s2().merge(encoded, grids, 4)
+    assert merged.num_images == 18 and merged.image_of_token[[0, -1]].tolist() == [-1, -1]
+    assert merged.image_of_token[1:5].tolist() == [0] * 4
+    # The first row of pixels of 4 tiles of 2 x 2 tokens, then the second.
+    assert merged.image_of_token[5:21].tolist() == [6, 6, 7, 7, 8, 8, 9, 9] * 2
+    assert merged.visual_offset[5:21].tolist() == [0, 1] * 4 + [2, 3] * 4
+    assert merged.image_of_token[-2] == 17 and merged.visual_offset[-2] == 3
+
+
 @pytest.mark.parametrize(
     "keys, message",
     [
-        (dict(image_aspect_ratio="crop"), "'crop': use one of resize, pad, dynamic"),
+        (dict(image_aspect_ratio="crop"), "'crop': use one of resize, pad, dynamic, dynamic_s2"),
         (dict(s2_scales=(16,)), r"s2_scales=\(16,\).*tower's 16 pixels"),
         (dict(s2_scales=(16, 40)), r"s2_scales=\(16, 40\).*tower's 16 pixels"),
         (dict(s2_scales=(32, 16)), r"s2_scales=\(32, 16\).*tower's 16 pixels"),
@@ -128,6 +170,11 @@ def test_every_tile_gets_a_line():
         (dict(image_aspect_ratio="dynamic", max_tiles=0), "max_tiles=0: must be 1 to 64"),
         (dict(image_aspect_ratio="dynamic", max_tiles=65), "max_tiles=65: must be 1 to 64"),
         (dict(image_aspect_ratio="dynamic", max_tiles=2.5), "max_tiles=2.5: must be 1 to 64"),
+        (dict(image_aspect_ratio="dynamic_s2"), r"s2_scales is empty.*\(16, 32, 48\)"),
+        (
+            dict(image_aspect_ratio="dynamic_s2", s2_scales=(16, 32, 48), max_tiles=8),
+            r"max_tiles=8.*\(16, 32, 48\) alone has 9 tiles",
+        ),
         (dict(image_aspect_ratio="dynamic", s2_scales=(16, 32)), r"\(16, 32\).*'dynamic' has no scales"),
     ],
 )

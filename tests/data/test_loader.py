@@ -532,3 +532,28 @@ def test_pairs_are_never_cut(root) -> None:
     (batch,) = take(loader, 1)
     loader.close()
     assert batch["images"].shape == (8, 8, 8, 3)
+
+
+def test_merged_tiles_know_their_picture(tmp_path) -> None:
+    write(tmp_path / "films", [strip(i, (36, 12)[i % 2]) for i in range(6)])
+    cfg = tiled(config(tmp_path, images_per_group=12, global_rows=4, seq_len=96), 4)
+    cfg.model.image_aspect_ratio, cfg.model.s2_scales = "dynamic_s2", (8, 16)
+    loader = build(cfg)
+    for batch in take(loader, 3):
+        assert batch["image_tiles"].shape == (2, 12, 5) and batch["image_tiles"].dtype == np.int32
+        for tiles, valid, visual in zip(
+            batch["image_tiles"], batch["image_valid"], batch["visual_index"].reshape(2, -1), strict=True
+        ):
+            own = np.unique(visual[visual >= 0] // TOKENS_PER_IMAGE)
+            firsts = np.unique(tiles[valid, 0])
+            assert len(firsts) * 5 == valid.sum() > 0  # the whole in small, and 4 tiles
+            for first in firsts:
+                assert (tiles[first : first + 5, 0] == first).all() and first not in own
+                grid = tiles[first + 1 : first + 5]
+                assert set(range(first + 1, first + 5)) <= set(own)
+                assert (grid[:, 2] * grid[:, 3] + grid[:, 4]).tolist() == [0, 1, 2, 3]
+            assert (tiles[~valid, 1:] == (1, 0, 1, 0)).all()
+    loader.close()
+    with pytest.raises(UserError, match=r"images_per_group=4.*5 inputs"):
+        cfg.data.images_per_group = 4
+        build(cfg)

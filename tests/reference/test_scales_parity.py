@@ -69,6 +69,21 @@ class Reference(torch.nn.Module):
         corners = [maps[:, :, r::2, c::2] for r in (0, 1) for c in (0, 1)]
         return self.mlp(torch.cat(corners, dim=1).permute(0, 2, 3, 1))
 
+    def dynamic_s2(self, picture, sides, grid):
+        """NVILA's way for one PIL picture: all scales at the size of the last; tiles projected, merged."""
+        grids = [(side, side) for side in sides[:-1]] + [grid]
+        maps = []
+        for rows, columns in grids:
+            tiles = self.features(normalised(cut(picture, rows, columns)))
+            lines = [torch.cat(list(tiles[r * columns : (r + 1) * columns]), dim=2) for r in range(rows)]
+            maps.append(torch.cat(lines, dim=1)[None])
+        whole = torch.cat([interpolate(m, size=maps[-1].shape[2:], mode="area") for m in maps], dim=1)
+        lines = []
+        for r in range(grid[0]):
+            cuts = [whole[:, :, r * GRID : (r + 1) * GRID, c * GRID : (c + 1) * GRID] for c in range(grid[1])]
+            lines.append(torch.cat([self.project(part) for part in cuts], dim=2))
+        return torch.cat(lines, dim=1).reshape(-1, OUT)
+
     def s2(self, pixels, scales):
         """VILA-1.5's way, tile by tile."""
         maps = []
@@ -179,11 +194,18 @@ def visual_tokens(cfg, params, model, dialogue, images):
     grids = [processor.grid(image) for image in images]
     count = vila.tokens_per_image(cfg)
     encoded = encode_document(Letters(), processor.expand(dialogue, grids), count)
+    encoded = processor.merge(encoded, grids, count)
     inputs = tuple(tile for image in images for tile in processor.inputs(image))
-    shape = GroupShape(1, len(encoded) + 3, len(inputs) + 2, count, processor.size)
-    group = stack_groups([assemble_group(shape, [[Sample("one", 0, encoded, inputs)]])])
-    names = ("tokens", "images", "image_valid", "visual_index")
-    embedded = jax.jit(lambda p, *batch: model(p).embed(*batch))(params, *(group[name] for name in names))
+    # A text before it and empty slots behind: nothing may depend on the place in the group.
+    shape = GroupShape(
+        1, len(encoded) + 8, len(inputs) + 4, count, processor.size, tiled=bool(processor.sides)
+    )
+    tiles = processor.tile_map(grids)
+    text = encode_document(Letters(), [Turn("assistant", "abc", supervised=True)], count)
+    packed = [Sample("text", 0, text), Sample("one", 1, encoded, inputs, tiles)]
+    group = stack_groups([assemble_group(shape, [packed])])
+    names = ("tokens", "images", "image_valid", "visual_index", "image_tiles")
+    embedded = jax.jit(lambda p, *batch: model(p).embed(*batch))(params, *(group.get(name) for name in names))
     return np.asarray(embedded)[group["visual_index"] >= 0], encoded
 
 
@@ -213,6 +235,47 @@ def test_dynamic_tiling():
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
     text = encoded.tokens[encoded.image_of_token < 0].tolist()
     assert text == [2, 2, *[3] * 7, 2, 2, 1]  # a line end after each tile of the first, none after the second
+
+
+@pytest.mark.parametrize("sides", [(1, 2, 3), (1, 3)])
+def test_dynamic_s2(sides):
+    reference = Reference(len(sides), columns=False)
+    scales = tuple(SIZE * side for side in sides)
+    cfg, model = our_model("row", image_aspect_ratio="dynamic_s2", max_tiles=12, s2_scales=scales)
+    shapes, grids = ((60, 80), (75, 70), (9, 80)), ((3, 4), (3, 3), (1, 9))
+    images = [np.asarray(pictures(1, 90, n)[0][0, :h, :w]) for n, (h, w) in enumerate(shapes)]
+    assert [image_processor(cfg).grid(image) for image in images] == list(grids)
+    with torch.no_grad():
+        want = torch.cat(
+            [reference.dynamic_s2(Image.fromarray(i), sides, g) for i, g in zip(images, grids, strict=True)]
+        )
+    turns = [Turn("assistant", "a<image>\nb<image><image>", supervised=True)]
+    got, encoded = visual_tokens(cfg, our_params(reference), model, turns, images)
+    assert got.shape == want.shape == (30 * 9, OUT) and float(want.std()) > 0.2
+    np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
+    assert encoded.tokens[encoded.image_of_token < 0].tolist() == [2, 3, 2, 1]
+
+
+def test_dynamic_s2_of_one_tile_is_the_plain_map_repeated():
+    """Bit for bit: an image that is not cut goes the way of an untiled one."""
+    reference = Reference(3, columns=False)
+    params = our_params(reference)
+    keys = dict(image_aspect_ratio="dynamic_s2", max_tiles=1, s2_scales=(SIZE, 2 * SIZE, 3 * SIZE))
+    cfg, model = our_model("row", **keys)
+    images = [np.asarray(pictures(1, 90, n)[0][0, :60]) for n in range(2)]
+    turns = [Turn("assistant", "a<image>\nb<image>", supervised=True)]
+    got, _ = visual_tokens(cfg, params, model, turns, images)
+
+    @jax.jit
+    def plain(params, inputs):
+        built = model(params)
+        features = built.vision_tower.features(inputs)
+        return built.projector(jnp.concatenate([features] * 3, axis=-1))
+
+    # As many slots as the group of `visual_tokens` has: a batch of another size may round differently.
+    slots = np.zeros((6, SIZE, SIZE, 3), np.uint8)
+    slots[:2] = [np.asarray(Image.fromarray(image).resize((SIZE, SIZE))) for image in images]
+    np.testing.assert_array_equal(got, np.asarray(plain(params, slots))[:2].reshape(-1, OUT))
 
 
 @pytest.mark.parametrize("old, new", [(62, 31), (93, 31), (93, 62), (7, 20), (20, 7)])

@@ -62,6 +62,25 @@ def pair_batch(seed, rows=8, length=12):
     }
 
 
+def tiled_batch(seed, rows=8, length=48):
+    """For two scales of 32 and 64 pixels: in each group a picture of 2 x 2 tiles and an uncut one."""
+    batch = packed_batch(seed, rows, length, slots=6)
+    grid = [[0, 2, r, 2, c] for r in range(2) for c in range(2)]
+    batch["image_tiles"] = np.tile(
+        np.asarray([[0, 1, 0, 1, 0], *grid, [5, 1, 0, 1, 0]], np.int32), (rows, 1, 1)
+    )
+    batch["visual_index"][:] = -1
+    tokens_per_image = vila.tokens_per_image(models.get("tiny"))
+    for row in range(rows):
+        first = np.arange(1, 5) * tokens_per_image
+        places = np.concatenate([first, first + 1])  # some tokens of each tile, those of two tiles in turn
+        second = np.flatnonzero(batch["segment_ids"][row] == 2)[0]
+        batch["visual_index"][row, 1 : 1 + len(places)] = places
+        own = 5 * tokens_per_image + np.arange(tokens_per_image)
+        batch["visual_index"][row, second + 1 : second + 1 + len(own)] = own
+    return batch
+
+
 class Run:
     """A trainer without files: state, step and losses."""
 

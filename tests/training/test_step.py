@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.training.helpers import Run, packed_batch, pair_batch, tiny_config
+from tests.training.helpers import Run, packed_batch, pair_batch, tiled_batch, tiny_config
 from vilam3_jax import compat
 from vilam3_jax.config import MESH_AXES
 from vilam3_jax.models import trees, vila
@@ -84,11 +84,16 @@ def two_scales(**mesh_axes):
     return config
 
 
-def test_two_scales_sharded_equal_one_device():
-    one, many = Run(two_scales(), one_device()), Run(two_scales(data=2, fsdp=2, tensor=2))
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["resize", "dynamic_s2"])
+def test_two_scales_sharded_equal_one_device(mode):
+    configs = two_scales(), two_scales(data=2, fsdp=2, tensor=2)
+    for config in configs:
+        config.model.image_aspect_ratio = mode
+    one, many = Run(configs[0], one_device()), Run(configs[1])
     before = np.asarray(one.state["trainable"]["vision_tower/patch_embed/kernel"])
     for index in range(5):
-        batch = packed_batch(index, side=64)
+        batch = packed_batch(index, side=64) if mode == "resize" else tiled_batch(index)
         np.testing.assert_allclose(many.step(batch)["loss"], one.step(batch)["loss"], rtol=1e-5)
     for path, leaf in many.state["trainable"].items():
         # What all keys share leaves a softmax as it is: such a gradient is rounding, which AdamW magnifies.

@@ -21,12 +21,12 @@ import numpy as np
 from vilam3_jax.data import packing, stream
 from vilam3_jax.data.annotations import AnnotationStore
 from vilam3_jax.data.cards import load_cards
-from vilam3_jax.data.image_processor import image_processor
+from vilam3_jax.data.image_processor import ImageProcessor, image_processor
 from vilam3_jax.data.images import augment
 from vilam3_jax.data.packing import GroupShape, Sample
 from vilam3_jax.data.prefetch import Producer
 from vilam3_jax.data.render import ImageReader, Renderer, encode_example
-from vilam3_jax.data.templates import Encoded, TokenizerLike, encode_caption, get_template
+from vilam3_jax.data.templates import TokenizerLike, encode_caption, get_template
 from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.errors import UserError
 
@@ -167,7 +167,7 @@ class Loader:
         self,
         *,
         samples: stream.SampleStream,
-        load: Callable[[tuple[int, int], int], tuple[str, Encoded, tuple[np.ndarray, ...]]],
+        load: Callable[[tuple[int, int], int], Sample],
         shape: GroupShape,
         pairs: bool,
         units: int,
@@ -261,8 +261,7 @@ class Loader:
         address = self._samples.address(position)
         name = self._samples.name(address)
         try:
-            name_or_id, encoded, images = self._load(address, position)
-            sample = Sample(name_or_id, index, encoded, images)
+            sample = dataclasses.replace(self._load(address, position), index=index)
         except (UserError, ValueError, IndexError) as error:
             return _Bad(name, str(error))
         except Exception as error:
@@ -404,7 +403,8 @@ def build_loader(
 
     Returns:
       The loader. Packed batches ('generative'): `tokens`, `segment_ids`, `positions`, `visual_index` int32
-      [B, L], `loss_weights` float32 [B, L], `images` uint8 [G, M, S, S, 3], `image_valid` bool [G, M]. Pairs
+      [B, L], `loss_weights` float32 [B, L], `images` uint8 [G, M, S, S, 3], `image_valid` bool [G, M] and,
+      with 'dynamic_s2', `image_tiles` int32 [G, M, 5]. Pairs
       ('contrastive'): `images` uint8 [B, S, S, 3], `text_tokens` int32 [B, T], `text_valid` bool [B, T].
 
     Raises:
@@ -425,7 +425,7 @@ def build_loader(
     mode: str = "off" if pairs else data.experts if experts is None else experts
     processor = image_processor(model, pairs=pairs)
     if not pairs:
-        _check_room(data, processor.max_inputs, tokens_per_image)
+        _check_room(data, processor, tokens_per_image)
     store = None
     if mode != "off":
         if not data.annotations:
@@ -442,7 +442,7 @@ def build_loader(
     donors = stream.choose_donors(samples.sources) if swap_images else {}
     template = get_template(model.template)
 
-    def load(address: tuple[int, int], position: int) -> tuple[str, Encoded, tuple[np.ndarray, ...]]:
+    def load(address: tuple[int, int], position: int) -> Sample:
         source = samples.sources[address[0]]
         example = source[address[1]].validate()
         try:
@@ -453,6 +453,7 @@ def build_loader(
             else:
                 turns = processor.expand(rendered.turns, grids)
                 encoded = encode_example(tokenizer, template, example.format, turns, tokens_per_image)
+                encoded = processor.merge(encoded, grids, tokens_per_image)
         except (UserError, ValueError, IndexError) as error:
             raise UserError(f"example {example.id}: {error}") from error
         images = rendered.images
@@ -464,7 +465,8 @@ def build_loader(
             images = augment(images, np.random.default_rng((cfg.seed, position)))
         # Images of another sample are cut as the text has room for.
         inputs = (processor.inputs(image, grid) for image, grid in zip(images, grids, strict=True))
-        return example.id, encoded, tuple(tile for tiles in inputs for tile in tiles)
+        tiles = tuple(tile for tiles in inputs for tile in tiles)
+        return Sample(example.id, position, encoded, tiles, processor.tile_map(grids))
 
     shape = GroupShape(
         rows=data.rows_per_group,
@@ -473,6 +475,7 @@ def build_loader(
         tokens_per_image=tokens_per_image,
         image_size=processor.size,
         pad_id=tokenizer.pad_id,
+        tiled=bool(processor.sides),
     )
     return Loader(
         samples=samples,
@@ -487,15 +490,16 @@ def build_loader(
     )
 
 
-def _check_room(data: Any, inputs: int, tokens_per_image: int) -> None:
+def _check_room(data: Any, processor: ImageProcessor, tokens_per_image: int) -> None:
     """Refuses sizes of groups in which a picture with the most tiles has no place."""
+    inputs, markers = processor.max_inputs, processor.max_markers
     if inputs > max(data.images_per_group, 1):
         raise UserError(
             f"config data.images_per_group={data.images_per_group}, but an image may take {inputs} inputs "
-            "(model.max_tiles, and itself in small); raise it or lower model.max_tiles"
+            f"({processor.max_tiles} tiles and the whole in small); raise it or lower model.max_tiles"
         )
-    if inputs > 1 and inputs * tokens_per_image > data.seq_len:
+    if inputs > 1 and markers * tokens_per_image > data.seq_len:
         raise UserError(
-            f"config data.seq_len={data.seq_len}, but an image may take {inputs} x {tokens_per_image} = "
-            f"{inputs * tokens_per_image} tokens; raise it or lower model.max_tiles"
+            f"config data.seq_len={data.seq_len}, but an image may take {markers} x {tokens_per_image} = "
+            f"{markers * tokens_per_image} tokens; raise it or lower model.max_tiles"
         )

@@ -321,11 +321,14 @@ class Agent:
             raise UserError(f"the question holds {IMAGE_MARKER}; leave it out, the image is put in by itself")
         generator, processor = self._generator, self.processor
         count = generator.tokens_per_image
-        turns = processor.expand([turn], [processor.grid(picture) for picture in pictures])
+        grids = [processor.grid(picture) for picture in pictures]
+        turns = processor.expand([turn], grids)
         encoded = encode_prompt(generator.tokenizer, self._template, turns, count, after_answer=after_answer)
+        encoded = processor.merge(encoded, grids, count)
         index = encoded.image_of_token * count + encoded.visual_offset
         inputs = tuple(tile for picture in pictures for tile in processor.inputs(picture))
-        return Chunk(encoded.tokens, np.where(encoded.image_of_token >= 0, index, -1), inputs)
+        visual = np.where(encoded.image_of_token >= 0, index, -1)
+        return Chunk(encoded.tokens, visual, inputs, processor.tile_map(grids))
 
 
 def _shared_prefix(chunks: Sequence[Chunk]) -> int:

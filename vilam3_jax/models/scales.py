@@ -48,6 +48,56 @@ def s2_features(
     return shard(joined.reshape(count, grid * grid, -1), "batch", None, None)
 
 
+def tile_features(features: jax.Array, tiles: jax.Array, sides: Sequence[int]) -> jax.Array:
+    """Sets beside each tile what the lower scales of its picture show there (NVILA's dynamic S2).
+
+    The same as putting every scale together, bringing it to the size of the last ('area') and cutting that
+    into tiles again, but in shapes that do not depend on the grids.
+
+    Args:
+      features: [G, M, g, g, C] of the tower; the tiles of a picture stand in a row, lower scales first.
+      tiles: int32 [G, M, 5]: first slot of the picture; rows, row, columns, column of the last scale's grid.
+        A picture of one tile has no lower scales: its own map takes their place.
+      sides: tiles along a side of each scale, from 1 on; of the last scale, what is not used.
+
+    Returns:
+      [G, M, g * g, C * len(sides)]; slots of lower scales hold nothing of use.
+    """
+    groups, slots, grid = features.shape[:3]
+    first_slot, rows, row, columns, column = jnp.moveaxis(tiles, -1, 0)
+    alone = (rows * columns == 1)[..., None, None, None]
+    maps, first = [], 0
+    for side in sides[:-1]:
+        wanted = first_slot[..., None] + first + jnp.arange(side * side)
+        first += side * side
+        index = jnp.minimum(wanted, slots - 1).reshape(groups, -1, 1, 1, 1)
+        lower = jnp.take_along_axis(features, index, axis=1)
+        lower = merge(lower.reshape(groups * slots, side * side, *features.shape[2:]), side)
+        lower = shard(lower, "batch", None, None, None)
+        down = _area_rows(side, grid, rows, row).reshape(-1, grid, side * grid)
+        across = _area_rows(side, grid, columns, column).reshape(-1, grid, side * grid)
+        exact = jax.lax.Precision.HIGHEST
+        lower = jnp.einsum("nph,nhwc->npwc", down, lower.astype(jnp.float32), precision=exact)
+        lower = jnp.einsum("nqw,npwc->npqc", across, lower, precision=exact)
+        lower = lower.reshape(features.shape).astype(features.dtype)
+        maps.append(jnp.where(alone, features, lower))
+    joined = jnp.concatenate([*maps, features], axis=-1)
+    return shard(joined.reshape(groups, slots, grid * grid, -1), "batch", None, None, None)
+
+
+def _area_rows(side: int, grid: int, count: jax.Array, place: jax.Array) -> jax.Array:
+    """Rows of `area_weights(side * grid, count * grid)` that belong to tile `place` of `count`.
+
+    Int [...] each -> float32 [..., grid, side * grid].
+    """
+    new = place[..., None] * grid + jnp.arange(grid)
+    first = new * side // count[..., None]
+    last = -(-(new + 1) * side // count[..., None])
+    old = jnp.arange(side * grid)
+    inside = (old >= first[..., None]) & (old < last[..., None])
+    return inside / (last - first)[..., None].astype(jnp.float32)
+
+
 def split(x: jax.Array, side: int) -> jax.Array:
     """[N, k*S, k*S, C] -> [N, k*k, S, S, C], tiles row by row; k is `side`."""
     count, length, _, channels = x.shape

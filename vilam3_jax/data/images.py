@@ -100,7 +100,8 @@ def resize_to(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """`resize` to (height, width)."""
     if image.shape[:2] == shape:
         return image
-    return np.array(Image.fromarray(image).resize(shape[::-1], Image.Resampling.BICUBIC))
+    height, width = shape
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def pad_to_square(image: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:

@@ -181,7 +181,8 @@ def _layout(cfg: Any) -> ImageLayout:
             f"config model.image_size={layout.tile_size}, but model.vision_tower.image_size="
             f"{cfg.vision_tower.image_size}; make them equal"
         )
-    if layout.mode == "dynamic_s2" and cfg.projector.token_order != "row":
+    columns = cfg.projector.type == "mlp_downsample" and cfg.projector.token_order == "column"
+    if layout.mode == "dynamic_s2" and columns:
         raise UserError(
             "config model.image_aspect_ratio='dynamic_s2' puts tokens of tiles together row by row, but "
             f"model.projector.token_order={cfg.projector.token_order!r}; set it to 'row'"

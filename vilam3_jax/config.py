@@ -6,6 +6,7 @@ A recipe is a Python file with `get_config(arg)` that starts from `base_config()
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib.resources
 import json
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         def __setattr__(self, name: str, value: Any) -> None: ...
         def __getitem__(self, key: str) -> Any: ...
         def __setitem__(self, key: str, value: Any) -> None: ...
+        def get(self, key: str, default: Any = None) -> Any: ...
         def __contains__(self, key: str) -> bool: ...
         def __iter__(self) -> Iterator[str]: ...
 
@@ -36,6 +38,9 @@ else:
     ConfigDict = ml_collections.ConfigDict
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
+IMAGE_MODES = ("resize", "pad", "dynamic", "dynamic_s2")
+MAX_SCALE = 8  # times the tower's size
+MAX_TILES = MAX_SCALE**2
 COMPONENTS = ("vision_tower", "text_tower", "projector", "llm", "everything")
 
 # Weights are split over `fsdp` on one dimension and over `tensor` on the other; small vectors are replicated.
@@ -197,11 +202,91 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config schedule.name={config.schedule.name!r}: cosine or constant")
     if config.optimizer.name not in ("adamw", "adafactor", "lion"):
         raise UserError(f"config optimizer.name={config.optimizer.name!r}: adamw, adafactor or lion")
+    image_layout(config.model)
     rows, group = config.data.global_rows, config.data.rows_per_group
     if config.kind == "generative" and rows % (group * config.grad_accum):
         raise UserError(
             f"config data.global_rows={rows} does not divide into groups of data.rows_per_group={group} "
             f"times grad_accum={config.grad_accum}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageLayout:
+    """How a model takes pictures; made by `image_layout`.
+
+    Attributes:
+      mode: one of `IMAGE_MODES`.
+      tile_size: S, side in pixels of what the vision tower sees.
+      scales: sides at which a picture is encoded (S2); empty for once, at S.
+      max_tiles: most tiles of a picture ('dynamic', 'dynamic_s2'), its thumbnail or lower scales not counted.
+    """
+
+    mode: str
+    tile_size: int
+    scales: tuple[int, ...] = ()
+    max_tiles: int = 1
+
+    @property
+    def input_size(self) -> int:
+        """Side in pixels of the model's inputs."""
+        whole = self.scales and self.mode != "dynamic_s2"
+        return self.scales[-1] if whole else self.tile_size
+
+    @property
+    def feature_maps(self) -> int:
+        """How many of the tower's maps stand side by side before the projector."""
+        return max(len(self.scales), 1)
+
+
+def image_layout(model: ConfigDict) -> ImageLayout:
+    """Reads `image_aspect_ratio`, `s2_scales` and `max_tiles` of a `config.model`, which older exports lack.
+
+    Raises:
+      UserError: an unknown mode, an absurd number of tiles, or scales that do not fit the tower or the mode.
+    """
+    mode = model.get("image_aspect_ratio", "resize")
+    size = int(model.image_size if "image_size" in model else model.vision_tower.image_size)
+    scales = tuple(model.get("s2_scales", ()))
+    if mode not in IMAGE_MODES:
+        raise UserError(f"config model.image_aspect_ratio={mode!r}: use one of {', '.join(IMAGE_MODES)}")
+    if scales:
+        _check_scales(scales, size)
+    if mode not in ("dynamic", "dynamic_s2"):
+        return ImageLayout(mode, size, scales)
+    if mode == "dynamic_s2" and not scales:
+        raise UserError(
+            "config model.s2_scales is empty, but image_aspect_ratio='dynamic_s2' needs scales, such as "
+            f"({size}, {2 * size}, {3 * size})"
+        )
+    if mode == "dynamic" and scales:
+        raise UserError(
+            f"config model.s2_scales={scales}: image_aspect_ratio='dynamic' has no scales; leave them empty"
+        )
+    tiles = model.get("max_tiles", 12)
+    if not isinstance(tiles, int) or not 1 <= tiles <= MAX_TILES:
+        raise UserError(f"config model.max_tiles={tiles!r}: must be 1 to {MAX_TILES}")
+    least = (scales[-1] // size) ** 2 if scales else 1
+    if 1 < tiles < least:
+        raise UserError(
+            f"config model.max_tiles={tiles}: the last of s2_scales={scales} alone has {least} tiles; set it "
+            f"to {least} or more, or to 1 for no tiles"
+        )
+    return ImageLayout(mode, size, scales, tiles)
+
+
+def _check_scales(scales: tuple[int, ...], size: int) -> None:
+    whole = all(isinstance(scale, int) and not scale % size for scale in scales)
+    rising = sorted(set(scales)) == list(scales)
+    if len(scales) < 2 or not whole or not rising or scales[0] != size:
+        raise UserError(
+            f"config model.s2_scales={scales}: must be two or more rising multiples of the tower's {size} "
+            f"pixels, the first of them {size}, such as ({size}, {2 * size})"
+        )
+    if scales[-1] > MAX_SCALE * size:
+        raise UserError(
+            f"config model.s2_scales={scales}: the last is {scales[-1] // size} times the tower's {size} "
+            f"pixels, {(scales[-1] // size) ** 2} tiles an image; at most {MAX_SCALE} times is supported"
         )
 
 

@@ -47,6 +47,9 @@ def assemble(name: str, tower: ConfigDict, llm: ConfigDict, *, template: str) ->
         dict(
             name=name,
             image_size=tower.image_size,
+            image_aspect_ratio="resize",
+            s2_scales=(),
+            max_tiles=12,
             template=template,
             tokenizer="",
             dtype="bfloat16",

@@ -16,6 +16,9 @@ def get_model() -> ConfigDict:
         dict(
             name="smollm2_135m",
             image_size=96,
+            image_aspect_ratio="resize",
+            s2_scales=(),
+            max_tiles=12,
             template="chatml",
             tokenizer="",
             dtype="float32",

@@ -11,6 +11,9 @@ def get_model() -> ConfigDict:
         dict(
             name="tiny",
             image_size=32,
+            image_aspect_ratio="resize",
+            s2_scales=(),
+            max_tiles=12,
             template="chatml",
             tokenizer="",
             dtype="float32",

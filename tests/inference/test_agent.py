@@ -8,6 +8,7 @@ import pytest
 from vilam3_jax.data.annotation_record import Annotation, LabelMap, Segment
 from vilam3_jax.data.cards import load_cards, render_cards
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, Turn
+from vilam3_jax.data.image_processor import ImageProcessor
 from vilam3_jax.data.render import ImageReader, Renderer, trigger_turn
 from vilam3_jax.data.templates import CHATML, encode_conversation
 from vilam3_jax.errors import UserError
@@ -52,7 +53,8 @@ class ScriptedSession:
 
 
 class ScriptedGenerator:
-    tokens_per_image, image_size, batch_size = PER_IMAGE, SIDE, 8
+    tokens_per_image, batch_size = PER_IMAGE, 8
+    processor = ImageProcessor("resize", SIDE)
 
     def __init__(self, tokenizer, script):
         self.tokenizer = tokenizer

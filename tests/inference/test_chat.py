@@ -10,17 +10,21 @@ import sys
 import nibabel
 import numpy as np
 import pytest
+from PIL import Image
 
 import vilam3_jax
 from vilam3_jax.cli import guarded
 from vilam3_jax.data.annotations import AnnotationStore
+from vilam3_jax.data.image_processor import ImageProcessor
 from vilam3_jax.data.images import load_film, resize
 from vilam3_jax.data.text_rules import TextRules
+from vilam3_jax.data.tokenizer import Tokenizer
 from vilam3_jax.data.volumes import load_volume, volume_to_slice_image
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import agent as agent_lib
-from vilam3_jax.inference import chat, images
+from vilam3_jax.inference import chat, generate, images
 from vilam3_jax.inference.agent import Spoken, Transcript
+from vilam3_jax.models import vila
 
 PROMPT = "Is the liver visible in this slice?"
 
@@ -211,3 +215,57 @@ def test_the_command_fails_in_one_line(export, world, capsys, extra, message):
     assert guarded("chat", chat.main, [*arguments, *extra]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def inputs_of(monkeypatch, export, tmp_path, image, keys, **asked):
+    """What reaches the model when an export's `model.json` says `keys`: (encoder inputs, reply)."""
+    folder = tmp_path / "export"
+    shutil.copytree(export, folder)
+    config = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(config | keys))
+    seen = []
+    append = generate.Session.append
+
+    def spy(session, chunks):
+        seen.extend(chunk for chunk in chunks if chunk is not None)
+        append(session, chunks)
+
+    monkeypatch.setattr(generate.Session, "append", spy)
+    with vilam3_jax.load(folder, max_length=1024, **asked) as assistant:
+        reply = assistant.ask(image, PROMPT, experts="annotations" in asked, max_new_tokens=2)
+    return [chunk for chunk in seen if chunk.images], reply
+
+
+def test_an_export_that_pads_is_asked_with_padded_images(monkeypatch, export, world, tmp_path):
+    film = load_film(world.film)  # 40 rows, 30 columns
+    keys = {"image_aspect_ratio": "pad"}
+    (chunk,), reply = inputs_of(monkeypatch, export, tmp_path, world.film, keys, expert_host="off")
+    square = np.full((40, 40, 3), 127, np.uint8)
+    square[:, 5:35] = film
+    np.testing.assert_array_equal(chunk.images, [resize(square, 32)])
+    np.testing.assert_array_equal(reply.image, film)
+
+
+def test_an_export_that_tiles_is_asked_tile_by_tile(monkeypatch, export, world, tmp_path, model_config):
+    film = load_film(world.film)  # 40 rows, 30 columns
+    keys = {"image_aspect_ratio": "dynamic", "max_tiles": 2}
+    asked = dict(expert_host="off", annotations=world.annotations)
+    (chunk,), reply = inputs_of(monkeypatch, export, tmp_path, world.film, keys, **asked)
+    tall = np.asarray(Image.fromarray(film).resize((32, 64)))
+    np.testing.assert_array_equal(chunk.images, [tall[:32], tall[32:], resize(film, 32)])
+    per_image = 3 * vila.tokens_per_image(model_config)
+    assert chunk.visual_index[chunk.visual_index >= 0].tolist() == list(range(per_image))
+    assert reply.transcript.prompt.endswith(f"<image>\n{PROMPT}")
+
+
+def test_an_export_that_tiles_shows_tiles_of_overlays(monkeypatch, export, world, tmp_path):
+    """The expert's picture is cut as the slice is."""
+    spoken = iter(["This looks like a CT image. Let me trigger <VISTA3D(organs)>.", "yes"])
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: next(spoken))
+    keys = {"image_aspect_ratio": "dynamic", "max_tiles": 2}
+    asked = dict(expert_host="off", annotations=world.annotations)
+    chunks, reply = inputs_of(monkeypatch, export, tmp_path, world.volume, keys, **asked)
+    assert reply.overlay.shape == reply.image.shape and reply.answer == "yes"
+    cut = ImageProcessor("dynamic", 32, max_tiles=2).inputs
+    for chunk, picture in zip(chunks, (reply.image, reply.overlay), strict=True):
+        np.testing.assert_array_equal(chunk.images, cut(picture))

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vilam3_jax.data.examples import Turn
+from vilam3_jax.data.packing import GroupShape, Sample, assemble_group, stack_groups
+from vilam3_jax.data.templates import encode_prompt, get_template
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import generate
 from vilam3_jax.models import vila
@@ -258,3 +261,52 @@ def test_wrong_calls_are_refused(generator):
     chunk = generate.Chunk(np.zeros(1, np.int32), np.zeros(1, np.int32), (picture,))
     with pytest.raises(ValueError, match="the model needs uint8"):
         session.append([chunk, None])
+
+
+def test_merged_tiles_equal_the_training_path(model_config, tokenizer):
+    """Two rows ask about one picture, one about another: logits are those of the packed training batch."""
+    config = model_config.copy_and_resolve_references()
+    config.update(dict(image_aspect_ratio="dynamic_s2", s2_scales=(32, 64), max_tiles=6))
+    params = jax.jit(lambda key: vila.init_params(config, "generative", key))(jax.random.key(3))
+    params = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
+    generator = generate.Generator(config, params, tokenizer, max_length=300, batch_size=4)
+    processor, count = generator.processor, generator.tokens_per_image
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in ((60, 90), (70, 70))]
+    chunks, samples = [], []
+    for number, shown in enumerate(((0,), (1, 0), (0,))):
+        images = [pictures[i] for i in shown]
+        grids = [processor.grid(image) for image in images]
+        turns = processor.expand([Turn("user", "<image>" * len(images) + "Is it seen? " * number)], grids)
+        encoded = encode_prompt(tokenizer, get_template("chatml"), turns, count)
+        encoded = processor.merge(encoded, grids, count)
+        inputs = tuple(tile for image in images for tile in processor.inputs(image))
+        tiles = processor.tile_map(grids)
+        visual = np.where(
+            encoded.image_of_token >= 0, encoded.image_of_token * count + encoded.visual_offset, -1
+        )
+        chunks.append(generate.Chunk(encoded.tokens, visual, inputs, tiles))
+        samples.append(Sample(str(number), number, encoded, inputs, tiles))
+    assert [len(chunk.images) for chunk in chunks] == [7, 12, 7]
+    session = generator.start(3)
+    session.append(chunks)
+    shape = GroupShape(3, max(map(len, (s.encoded for s in samples))), 26, count, 32, tiled=True)
+    batch = stack_groups([assemble_group(shape, [[sample] for sample in samples])])
+    graphdef, _ = vila.abstract_model(config, "generative")
+
+    @jax.jit
+    def logits(params, batch):
+        model = vila.merge(graphdef, params)
+        return model.llm.logits(model(**batch))
+
+    del batch["loss_weights"]
+    want = np.asarray(logits(params, batch))
+    for row, sample in enumerate(samples):
+        got = np.asarray(session._logits)[row, : tokenizer.vocab_size]
+        np.testing.assert_allclose(got, want[row, len(sample.encoded) - 1, : len(got)], atol=1e-5, rtol=0)
+    assert np.ptp(want, axis=-1).min() > 1
+    seen = generate._Pictures(processor)
+    placed = [seen.place(chunk) for chunk in chunks]
+    assert placed[0] == placed[2] == list(range(7)) and placed[1] == [*range(7, 12), *range(7)]
+    with pytest.raises(ValueError, match="needs one"):
+        seen.place(dataclasses.replace(chunks[0], tile_map=None))

@@ -135,6 +135,11 @@ def test_bad_batches_are_refused(model):
     with pytest.raises(ValueError, match="4 rows do not divide into 3 groups"):
         images = jnp.zeros((3, 1, 20, 20, 3), jnp.uint8)
         built.embed(data["tokens"], images, jnp.ones((3, 1), bool), data["visual_index"])
+    with pytest.raises(ValueError, match="image_tiles"):
+        vila.merge(graphdef, params).embed(
+            *(data[n] for n in ("tokens", "images", "image_valid", "visual_index")),
+            jnp.zeros((GROUPS, SLOTS, 5), int),
+        )
     with pytest.raises(ValueError, match="uint8"):
         built.encode_images(jnp.zeros((1, 20, 20, 3)))
 
@@ -177,6 +182,14 @@ def test_unknown_families_are_refused():
         vila.abstract_model(cfg, "both")
     cfg.llm.type = "mamba"
     with pytest.raises(UserError, match="llama"):
+        vila.abstract_model(cfg, "generative")
+    cfg = model_config()
+    cfg.image_size = 24
+    with pytest.raises(UserError, match=r"image_size=24.*20"):
+        vila.abstract_model(cfg, "generative")
+    cfg = model_config()
+    cfg.update(dict(image_aspect_ratio="dynamic_s2", s2_scales=(20, 40)))
+    with pytest.raises(UserError, match=r"'dynamic_s2'.*token_order='column'"):
         vila.abstract_model(cfg, "generative")
     cfg = model_config()
     cfg.vision_tower.select_layer = -5

@@ -16,7 +16,7 @@ import torch
 import transformers
 from vilam3_jax.configs import models
 
-from vilam3_jax import checkpoints
+from vilam3_jax import exports
 from vilam3_jax.convert.importer import import_model
 from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.datasets import reports, samples
@@ -96,7 +96,7 @@ def reference(files, text):
 def ours(export):
     """Config and parameters of a VILA with the imported LLM; its tower and projector are not used."""
     config = models.get("tiny")
-    config.llm = checkpoints.load_model_config(export).llm
+    config.llm = exports.load_model_config(export).llm
     wanted = trees.flatten(vila.abstract_model(config, "generative")[1])
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     llm = {
@@ -105,7 +105,7 @@ def ours(export):
         if path.startswith("llm/")
     }
     rest = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in wanted.items() if path not in llm}
-    return config, trees.unflatten(rest | checkpoints.load_params(export, llm))
+    return config, trees.unflatten(rest | exports.load_params(export, llm))
 
 
 def test_logits_of_real_reports(text, reference, ours, capsys):

@@ -24,7 +24,7 @@ def tiny_config(kind="generative", **mesh_axes):
     return config
 
 
-def packed_batch(seed, rows=8, length=48, slots=2, rows_per_group=1):
+def packed_batch(seed, rows=8, length=48, slots=2, rows_per_group=1, side=32):
     """Rows of two samples each, one image a sample, uneven numbers of supervised tokens."""
     rng = np.random.default_rng(seed)
     tokens_per_image = vila.tokens_per_image(models.get("tiny"))
@@ -35,7 +35,7 @@ def packed_batch(seed, rows=8, length=48, slots=2, rows_per_group=1):
         "positions": np.zeros((rows, length), np.int32),
         "loss_weights": np.zeros((rows, length), np.float32),
         "visual_index": np.full((rows, length), -1, np.int32),
-        "images": rng.integers(0, 256, (groups, slots * rows_per_group, 32, 32, 3), dtype=np.uint8),
+        "images": rng.integers(0, 256, (groups, slots * rows_per_group, side, side, 3), dtype=np.uint8),
         "image_valid": np.ones((groups, slots * rows_per_group), bool),
     }
     for row in range(rows):
@@ -60,6 +60,25 @@ def pair_batch(seed, rows=8, length=12):
         "text_tokens": rng.integers(0, 2000, (rows, length), dtype=np.int32),
         "text_valid": np.arange(length)[None] < rng.integers(4, length, (rows, 1)),
     }
+
+
+def tiled_batch(seed, rows=8, length=48):
+    """For two scales of 32 and 64 pixels: in each group a picture of 2 x 2 tiles and an uncut one."""
+    batch = packed_batch(seed, rows, length, slots=6)
+    grid = [[0, 2, r, 2, c] for r in range(2) for c in range(2)]
+    batch["image_tiles"] = np.tile(
+        np.asarray([[0, 1, 0, 1, 0], *grid, [5, 1, 0, 1, 0]], np.int32), (rows, 1, 1)
+    )
+    batch["visual_index"][:] = -1
+    tokens_per_image = vila.tokens_per_image(models.get("tiny"))
+    for row in range(rows):
+        first = np.arange(1, 5) * tokens_per_image
+        places = np.concatenate([first, first + 1])  # some tokens of each tile, those of two tiles in turn
+        second = np.flatnonzero(batch["segment_ids"][row] == 2)[0]
+        batch["visual_index"][row, 1 : 1 + len(places)] = places
+        own = 5 * tokens_per_image + np.arange(tokens_per_image)
+        batch["visual_index"][row, second + 1 : second + 1 + len(own)] = own
+    return batch
 
 
 class Run:

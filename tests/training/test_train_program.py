@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+import vilam3_jax
 from vilam3_jax import config as config_lib
 from vilam3_jax import exports, train
 from vilam3_jax.datasets import phantoms, prepare, train_tokenizer
@@ -189,6 +190,26 @@ def test_a_result_is_complete(uninterrupted):
     result = json.loads((uninterrupted / train.RESULT_FILE).read_text())
     assert set(result) == {field.name for field in dataclasses.fields(train.Result)}
     assert result["steps"] == STEPS and result["tokens"] > 0
+
+
+@pytest.mark.slow
+def test_a_model_of_merged_tiles_trains_and_its_export_answers(world):
+    workdir = world / "tiles"
+    changes = {
+        "model.image_aspect_ratio": "dynamic_s2",
+        "model.s2_scales": "(32,64)",
+        "model.max_tiles": 6,
+        "data.images_per_group": 14,
+        "data.seq_len": 192,
+    }
+    result = run(*arguments(world, workdir, num_steps=2, eval_every=2, **changes))
+    assert result.returncode == 0, result.stderr
+    assert len(losses(workdir)) == 2 and np.isfinite(list(losses(workdir).values())).all()
+    heldout = [row for row in telemetry.read_metrics(workdir) if "heldout_swapped" in row]
+    assert heldout and np.isfinite(heldout[-1]["heldout_swapped"])
+    with vilam3_jax.load(workdir / "export") as assistant:
+        grey = np.full((40, 70, 3), 90, np.uint8)
+        assert isinstance(assistant.ask(grey, "What is this?", experts=False, max_new_tokens=2).answer, str)
 
 
 def test_no_torch_after_tokenizer_step_and_generation(world, uninterrupted):

@@ -26,9 +26,9 @@ def decode_image(data: bytes, *, max_pixels: float = 64e6) -> np.ndarray:
       max_pixels: larger images are refused by their header, before decoding.
 
     Returns:
-      [H, W, 3] uint8 RGB. Grey is repeated; 16-bit, 32-bit and float grey are stretched from their own
-      smallest to largest value; CMYK is converted; transparent pixels become black; the EXIF orientation is
-      applied.
+      [H, W, 3] uint8 RGB, what PIL's `convert("RGB")` gives (grey is repeated, CMYK converted, transparency
+      ignored), but for two things: 16-bit, 32-bit and float grey is stretched from its own smallest to its
+      largest value, where PIL cuts all above 255; and the EXIF orientation is applied.
 
     Raises:
       UserError: not an image, damaged, or too large. The caller adds which record it was.
@@ -44,9 +44,8 @@ def decode_image(data: bytes, *, max_pixels: float = 64e6) -> np.ndarray:
             if image.mode.startswith(("I", "F")):
                 return np.repeat(_stretch(np.asarray(image))[..., None], 3, axis=-1)
             image = ImageOps.exif_transpose(image)
-            if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+            if image.mode == "La":  # the only mode that PIL does not bring to RGB in one go
+                image = image.convert("LA")
             return np.array(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise UserError(
@@ -94,7 +93,34 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
     Returns:
       [size, size, 3] uint8.
     """
-    return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+    return resize_to(image, (size, size))
+
+
+def resize_to(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """`resize` to (height, width)."""
+    if image.shape[:2] == shape:
+        return image
+    height, width = shape
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def pad_to_square(image: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
+    """Puts an image in the middle of a square of its longer side (VILA's `pad` mode); an odd row or column of
+    the rest goes below or right of it.
+
+    Args:
+      image: [H, W, 3] uint8.
+      background: RGB of the rest.
+
+    Returns:
+      [max(H, W), max(H, W), 3] uint8.
+    """
+    height, width = image.shape[:2]
+    side = max(height, width)
+    square = np.full((side, side, 3), background, np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = image
+    return square
 
 
 def augment(images: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[np.ndarray, ...]:
@@ -104,7 +130,7 @@ def augment(images: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[np.
     side; contrast and brightness by at most 30 %. Never mirrored: left and right are part of the meaning.
 
     Args:
-      images: [S, S, 3] uint8 each.
+      images: [H, W, 3] uint8 each.
       rng: source of the choice.
 
     Returns:
@@ -117,11 +143,11 @@ def augment(images: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[np.
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / stretch
     out = []
     for image in images:
-        side = len(image)
-        middle = np.full(2, side / 2)
-        origin = middle - turn @ middle + shift * side
+        size = image.shape[1::-1]
+        middle = np.array(size) / 2
+        origin = middle - turn @ middle + shift * size
         moved = Image.fromarray(image).transform(
-            (side, side),
+            size,
             Image.Transform.AFFINE,
             tuple(np.concatenate([turn, origin[:, None]], axis=1).ravel()),
             Image.Resampling.BILINEAR,

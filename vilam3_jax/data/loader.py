@@ -21,11 +21,12 @@ import numpy as np
 from vilam3_jax.data import packing, stream
 from vilam3_jax.data.annotations import AnnotationStore
 from vilam3_jax.data.cards import load_cards
+from vilam3_jax.data.image_processor import ImageProcessor, image_processor
 from vilam3_jax.data.images import augment
 from vilam3_jax.data.packing import GroupShape, Sample
 from vilam3_jax.data.prefetch import Producer
 from vilam3_jax.data.render import ImageReader, Renderer, encode_example
-from vilam3_jax.data.templates import Encoded, TokenizerLike, encode_caption, model_template
+from vilam3_jax.data.templates import TokenizerLike, encode_caption, model_template
 from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.errors import UserError
 
@@ -166,7 +167,7 @@ class Loader:
         self,
         *,
         samples: stream.SampleStream,
-        load: Callable[[tuple[int, int], int], tuple[str, Encoded, tuple[np.ndarray, ...]]],
+        load: Callable[[tuple[int, int], int], Sample],
         shape: GroupShape,
         pairs: bool,
         units: int,
@@ -260,8 +261,7 @@ class Loader:
         address = self._samples.address(position)
         name = self._samples.name(address)
         try:
-            name_or_id, encoded, images = self._load(address, position)
-            sample = Sample(name_or_id, index, encoded, images)
+            sample = dataclasses.replace(self._load(address, position), index=index)
         except (UserError, ValueError, IndexError) as error:
             return _Bad(name, str(error))
         except Exception as error:
@@ -403,7 +403,8 @@ def build_loader(
 
     Returns:
       The loader. Packed batches ('generative'): `tokens`, `segment_ids`, `positions`, `visual_index` int32
-      [B, L], `loss_weights` float32 [B, L], `images` uint8 [G, M, S, S, 3], `image_valid` bool [G, M]. Pairs
+      [B, L], `loss_weights` float32 [B, L], `images` uint8 [G, M, S, S, 3], `image_valid` bool [G, M] and,
+      with 'dynamic_s2', `image_tiles` int32 [G, M, 5]. Pairs
       ('contrastive'): `images` uint8 [B, S, S, 3], `text_tokens` int32 [B, T], `text_valid` bool [B, T].
 
     Raises:
@@ -422,6 +423,9 @@ def build_loader(
             "use the tokenizer of this model or set the model's vocab_size"
         )
     mode: str = "off" if pairs else data.experts if experts is None else experts
+    processor = image_processor(model, pairs=pairs)
+    if not pairs:
+        _check_room(data, processor, tokens_per_image)
     store = None
     if mode != "off":
         if not data.annotations:
@@ -429,7 +433,7 @@ def build_loader(
                 f"config data.annotations is empty, but experts are {mode}; set it, or experts=off"
             )
         store = AnnotationStore(data.annotations)
-    reader = ImageReader(model.image_size)
+    reader = ImageReader(processor.kept_size)
     cards = load_cards(model.get("cards", "quickstart")) if store is not None else ()
     renderer = Renderer(image_reader=reader, experts=mode, cards=cards, annotations=store, seed=cfg.seed)
     samples = stream.SampleStream(
@@ -438,17 +442,18 @@ def build_loader(
     donors = stream.choose_donors(samples.sources) if swap_images else {}
     template = model_template(model)
 
-    def load(address: tuple[int, int], position: int) -> tuple[str, Encoded, tuple[np.ndarray, ...]]:
+    def load(address: tuple[int, int], position: int) -> Sample:
         source = samples.sources[address[0]]
         example = source[address[1]].validate()
         try:
             rendered = renderer.render(example, source.data_root, position)
+            grids = [processor.grid(image) for image in rendered.images]
             if pairs:
                 encoded = encode_caption(tokenizer, stream.pair_caption(example), data.text_len)
             else:
-                encoded = encode_example(
-                    tokenizer, template, example.format, rendered.turns, tokens_per_image
-                )
+                turns = processor.expand(rendered.turns, grids)
+                encoded = encode_example(tokenizer, template, example.format, turns, tokens_per_image)
+                encoded = processor.merge(encoded, grids, tokens_per_image)
         except (UserError, ValueError, IndexError) as error:
             raise UserError(f"example {example.id}: {error}") from error
         images = rendered.images
@@ -458,15 +463,19 @@ def build_loader(
             images = tuple(taken[i % len(taken)] for i in range(len(images)))
         if data.augment and split == "train":
             images = augment(images, np.random.default_rng((cfg.seed, position)))
-        return example.id, encoded, images
+        # Images of another sample are cut as the text has room for.
+        inputs = (processor.inputs(image, grid) for image, grid in zip(images, grids, strict=True))
+        tiles = tuple(tile for tiles in inputs for tile in tiles)
+        return Sample(example.id, position, encoded, tiles, processor.tile_map(grids))
 
     shape = GroupShape(
         rows=data.rows_per_group,
         seq_len=data.text_len if pairs else data.seq_len,
         images=1 if pairs else data.images_per_group,
         tokens_per_image=tokens_per_image,
-        image_size=model.image_size,
+        image_size=processor.size,
         pad_id=tokenizer.pad_id,
+        tiled=bool(processor.sides),
     )
     return Loader(
         samples=samples,
@@ -479,3 +488,18 @@ def build_loader(
         process_index=process_index,
         process_count=process_count,
     )
+
+
+def _check_room(data: Any, processor: ImageProcessor, tokens_per_image: int) -> None:
+    """Refuses sizes of groups in which a picture with the most tiles has no place."""
+    inputs, markers = processor.max_inputs, processor.max_markers
+    if inputs > max(data.images_per_group, 1):
+        raise UserError(
+            f"config data.images_per_group={data.images_per_group}, but an image may take {inputs} inputs "
+            f"({processor.max_tiles} tiles and the whole in small); raise it or lower model.max_tiles"
+        )
+    if inputs > 1 and markers * tokens_per_image > data.seq_len:
+        raise UserError(
+            f"config data.seq_len={data.seq_len}, but an image may take {markers} x {tokens_per_image} = "
+            f"{markers * tokens_per_image} tokens; raise it or lower model.max_tiles"
+        )

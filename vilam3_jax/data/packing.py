@@ -13,6 +13,7 @@ import numpy as np
 
 from vilam3_jax.data.templates import Encoded
 
+NO_GRID = (1, 0, 1, 0)  # rows, row, columns, column of an input that is no tile of a grid
 LOOKAHEAD = 32  # samples kept waiting for a place; more would fill little better and hold more images
 
 
@@ -27,6 +28,7 @@ class GroupShape:
       tokens_per_image: T, positions an image takes.
       image_size: side of an image in pixels.
       pad_id: token id of empty positions.
+      tiled: whether samples have a tile map.
     """
 
     rows: int
@@ -35,6 +37,7 @@ class GroupShape:
     tokens_per_image: int
     image_size: int
     pad_id: int = 0
+    tiled: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,13 +48,15 @@ class Sample:
       id: the example's id.
       index: its position in the loader shard's order.
       encoded: its tokens.
-      images: its images in the order of their markers, each uint8 [S, S, 3].
+      images: its inputs of the vision tower in the order of their markers, each uint8 [S, S, 3].
+      tile_map: int32 [inputs, 5], see `ImageProcessor.tile_map`; None where tiles stay apart.
     """
 
     id: str
     index: int
     encoded: Encoded
     images: tuple[np.ndarray, ...] = ()
+    tile_map: np.ndarray | None = None
 
 
 def oversize_reason(shape: GroupShape, sample: Sample) -> str | None:
@@ -114,7 +119,8 @@ def assemble_group(shape: GroupShape, rows: Sequence[Sequence[Sample]]) -> dict[
     Returns:
       `tokens`, `segment_ids`, `positions`, `visual_index`: int32 [R, L]; `loss_weights`: float32 [R, L], the
       weight of each token as a target (the first of a segment is none); `images`: uint8 [M, S, S, 3];
-      `image_valid`: bool [M].
+      `image_valid`: bool [M]; if tiled, `image_tiles`: int32 [M, 5], tile maps whose first input is one
+      of the group's slots.
     """
     flat = (shape.rows, shape.seq_len)
     group = {
@@ -126,6 +132,8 @@ def assemble_group(shape: GroupShape, rows: Sequence[Sequence[Sample]]) -> dict[
         "image_valid": np.zeros(shape.images, bool),
         "visual_index": np.full(flat, -1, np.int32),
     }
+    if shape.tiled:
+        group["image_tiles"] = np.tile(np.asarray((0, *NO_GRID), np.int32), (shape.images, 1))
     slot = 0
     for row, samples in enumerate(rows):
         start = 0
@@ -139,6 +147,10 @@ def assemble_group(shape: GroupShape, rows: Sequence[Sequence[Sample]]) -> dict[
             group["loss_weights"][row, start] = 0.0
             index = (slot + encoded.image_of_token) * shape.tokens_per_image + encoded.visual_offset
             group["visual_index"][where] = np.where(encoded.image_of_token >= 0, index, -1)
+            if sample.tile_map is not None:
+                tiles = group["image_tiles"][slot : slot + len(sample.images)]
+                tiles[:] = sample.tile_map
+                tiles[:, 0] += slot
             for image in sample.images:
                 group["images"][slot] = image
                 group["image_valid"][slot] = True
@@ -149,7 +161,7 @@ def assemble_group(shape: GroupShape, rows: Sequence[Sequence[Sample]]) -> dict[
 
 def stack_groups(groups: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Joins groups into a batch: rows one after the other, `[B, L]`; images `[G, M, S, S, 3]`."""
-    joined = {
-        key: np.concatenate([g[key] for g in groups]) for key in groups[0] if not key.startswith("image")
+    return {
+        key: (np.stack if key.startswith("image") else np.concatenate)([g[key] for g in groups])
+        for key in groups[0]
     }
-    return joined | {key: np.stack([g[key] for g in groups]) for key in ("images", "image_valid")}

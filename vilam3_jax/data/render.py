@@ -51,7 +51,7 @@ class Rendered:
 
     Attributes:
       turns: with cards, triggers and expert turns where experts are on.
-      images: uint8 [S, S, 3] each, in the order of the markers.
+      images: uint8 [H, W, 3] each, as the image reader gave them, in the order of the markers.
       experts: names of the experts that spoke.
     """
 
@@ -65,7 +65,7 @@ class ImageReader:
 
     def __init__(
         self,
-        size: int,
+        size: int | None,
         *,
         image_cache_bytes: int = IMAGE_CACHE_BYTES,
         volume_cache_bytes: int = VOLUME_CACHE_BYTES,
@@ -73,7 +73,7 @@ class ImageReader:
         """Makes empty caches.
 
         Args:
-          size: side of the images in pixels.
+          size: side of the images in pixels; None: as they are, see `ImageProcessor.kept_size`.
           image_cache_bytes: for resized uint8 images, so that later epochs decode nothing.
           volume_cache_bytes: for whole volumes; the newest is kept even if larger.
         """
@@ -82,7 +82,7 @@ class ImageReader:
         self._volumes: ByteLRU[Volume] = ByteLRU(volume_cache_bytes, lambda volume: volume.voxels.nbytes)
 
     def read(self, image: ImageRef, data_root: Any) -> np.ndarray:
-        """Returns the image, uint8 [S, S, 3]; shared, so do not write into it.
+        """Returns the image, uint8 [S, S, 3] or [H, W, 3]; shared, so do not write into it.
 
         Args:
           image: bytes, or a path below `data_root`.
@@ -104,13 +104,16 @@ class ImageReader:
     def _decode(self, image: ImageRef, data_root: Any) -> np.ndarray:
         if image.path is None:
             assert image.data is not None
-            return resize(decode_image(image.data), self.size)
+            return self._scaled(decode_image(image.data))
         path = data_root / image.path
         if image.axis is None:
-            return resize(load_film(path), self.size)
+            return self._scaled(load_film(path))
         assert image.index is not None  # as the axis is not
         volume = self._volumes.get(str(path), lambda: load_volume(path))
         return volume_to_slice_image(volume, image.axis, image.index, image.window, self.size)
+
+    def _scaled(self, image: np.ndarray) -> np.ndarray:
+        return image if self.size is None else resize(image, self.size)
 
 
 def with_cards(turns: Sequence[Turn], cards: Sequence[Card]) -> list[Turn]:

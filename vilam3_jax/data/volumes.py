@@ -224,25 +224,25 @@ def slice_2d(voxels: np.ndarray, axis: int, index: int) -> np.ndarray:
 
 
 def volume_to_slice_image(
-    volume: Volume, axis: int, index: int, window: tuple[float, float] | None, size: int
+    volume: Volume, axis: int, index: int, window: tuple[float, float] | None, size: int | None
 ) -> np.ndarray:
-    """One slice as the model sees it: display orientation, windowed, resized without keeping the aspect
-    ratio.
+    """One slice as a picture: display orientation, windowed, resized without keeping the aspect ratio.
 
     Args:
       volume: the scan.
       axis: see `slice_2d`.
       index: see `slice_2d`.
       window: (centre, width) in voxel units; None takes the volume's own percentile limits.
-      size: side of the result in pixels.
+      size: side of the result in pixels; None: a pixel for each voxel.
 
     Returns:
-      [size, size, 3] uint8.
+      [size, size, 3] uint8, or [h, w, 3].
     """
     plane = window_to_uint8(
         slice_2d(volume.voxels, axis, index), window, volume.limits if window is None else None
     )
-    return resize(np.repeat(plane[..., None], 3, axis=-1), size)
+    picture = np.repeat(plane[..., None], 3, axis=-1)
+    return picture if size is None else resize(picture, size)
 
 
 def _canonical(values: np.ndarray, affine: np.ndarray, path: PathLike) -> Volume:

@@ -19,6 +19,7 @@ from vilam3_jax import checkpoints, exports, paths
 from vilam3_jax.data.annotations import AnnotationStore
 from vilam3_jax.data.cards import load_cards
 from vilam3_jax.data.examples import Example
+from vilam3_jax.data.image_processor import image_processor
 from vilam3_jax.data.records import INFO_NAME, ExampleSource, read_info
 from vilam3_jax.data.render import ImageReader
 from vilam3_jax.data.text_rules import TEXT_HELP, TextRules
@@ -198,7 +199,7 @@ def _agent(options: argparse.Namespace, arm: arm_lib.Arm) -> tuple[Agent, ImageR
         text=options.text or "",
     )
     agent = Agent(generator, template, cards=cards, provider=provider)
-    return agent, ImageReader(generator.image_size)
+    return agent, ImageReader(agent.processor.kept_size)
 
 
 def _now() -> str:
@@ -224,9 +225,10 @@ def _retrieve(options: argparse.Namespace) -> None:
     embedder = retrieval.TwoTowerEmbedder(
         config, params, load_tokenizer(tokenizer_folder), options.batch_size
     )
-    reader = ImageReader(config.image_size)
+    processor = image_processor(config, pairs=True)
+    reader = ImageReader(processor.kept_size)
     pixels = [
-        reader.read(item.example.images[0], roots[item.example.id])
+        processor.inputs(reader.read(item.example.images[0], roots[item.example.id]))[0]
         for item in tqdm(items, desc="reading images", unit="image")
     ]
     classes = sorted({item.modality for item in items})

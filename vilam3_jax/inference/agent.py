@@ -19,8 +19,9 @@ from vilam3_jax.data.annotations import Annotation, AnnotationStore
 from vilam3_jax.data.cards import Card, parse_trigger
 from vilam3_jax.data.examples import IMAGE_MARKER, Turn
 from vilam3_jax.data.expert_host import ExpertHost
+from vilam3_jax.data.image_processor import ImageProcessor
 from vilam3_jax.data.render import with_cards
-from vilam3_jax.data.templates import Encoded, Template, encode_prompt, model_template
+from vilam3_jax.data.templates import Template, encode_prompt, model_template
 from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference.generate import GREEDY, Chunk, Generator, Sampling
@@ -35,7 +36,7 @@ class Query:
 
     Attributes:
       question: without image markers.
-      image: uint8 [S, S, 3] at the model's size, or None for a question about no image.
+      image: uint8 [H, W, 3], read at `Agent.processor.kept_size`, or None for a question about no image.
       input_key: content key of the decoded image or volume, under which annotations are found.
       axis: which axis of the volume the image cuts; None for a 2-D image.
       index: which plane along it.
@@ -94,7 +95,7 @@ class Transcript:
 
     @property
     def overlay(self) -> np.ndarray | None:
-        """The expert's picture, uint8 [S, S, 3], or None."""
+        """The expert's picture, uint8 [H, W, 3], or None."""
         pictures = [image for turn in self.turns if turn.role == "expert" for image in turn.images]
         return pictures[-1] if pictures else None
 
@@ -204,9 +205,9 @@ class Agent:
         return self._generator.batch_size
 
     @property
-    def image_size(self) -> int:
-        """Side in pixels of the images in queries."""
-        return self._generator.image_size
+    def processor(self) -> ImageProcessor:
+        """Makes the model's inputs of the pictures in queries."""
+        return self._generator.processor
 
     def run(
         self,
@@ -237,7 +238,7 @@ class Agent:
             (turn,) = with_cards([turn], list(self._cards.values())) if self._cards else [turn]
             pictures = () if row.query.image is None else (row.query.image,)
             row.turns.append(Spoken("user", turn.text, pictures))
-            chunks.append(self._chunk(self._encode([turn]), pictures))
+            chunks.append(self._chunk(turn, pictures))
         shared = _shared_prefix(chunks)
         session = self._generator.start(len(rows), chunks[0].tokens[:shared])
         session.append([_without(chunk, shared) for chunk in chunks])
@@ -275,7 +276,7 @@ class Agent:
         row.trigger, row.trigger_text, row.annotation = called, text, annotation
         row.turns.append(spoken)
         # The model's own words are cached without their ending: close its turn, then the expert speaks.
-        return self._chunk(self._encode([Turn("expert", spoken.text)], after_answer=True), spoken.images)
+        return self._chunk(Turn("expert", spoken.text), spoken.images, after_answer=True)
 
     def _ask(self, provider: Provider, query: Query, expert: str, args: str) -> Annotation:
         key = query.input_key or "unknown"
@@ -315,16 +316,19 @@ class Agent:
             text = render()
         return Spoken("expert", text, pictures), annotation
 
-    def _encode(self, turns: Sequence[Turn], *, after_answer: bool = False) -> Encoded:
-        generator = self._generator
-        count = generator.tokens_per_image
-        return encode_prompt(generator.tokenizer, self._template, turns, count, after_answer=after_answer)
-
-    def _chunk(self, encoded: Encoded, pictures: tuple[np.ndarray, ...]) -> Chunk:
-        if encoded.num_images != len(pictures):
+    def _chunk(self, turn: Turn, pictures: tuple[np.ndarray, ...], *, after_answer: bool = False) -> Chunk:
+        if turn.text.count(IMAGE_MARKER) != len(pictures):
             raise UserError(f"the question holds {IMAGE_MARKER}; leave it out, the image is put in by itself")
-        index = encoded.image_of_token * self._generator.tokens_per_image + encoded.visual_offset
-        return Chunk(encoded.tokens, np.where(encoded.image_of_token >= 0, index, -1), pictures)
+        generator, processor = self._generator, self.processor
+        count = generator.tokens_per_image
+        grids = [processor.grid(picture) for picture in pictures]
+        turns = processor.expand([turn], grids)
+        encoded = encode_prompt(generator.tokenizer, self._template, turns, count, after_answer=after_answer)
+        encoded = processor.merge(encoded, grids, count)
+        index = encoded.image_of_token * count + encoded.visual_offset
+        inputs = tuple(tile for picture in pictures for tile in processor.inputs(picture))
+        visual = np.where(encoded.image_of_token >= 0, index, -1)
+        return Chunk(encoded.tokens, visual, inputs, processor.tile_map(grids))
 
 
 def _shared_prefix(chunks: Sequence[Chunk]) -> int:

@@ -45,8 +45,8 @@ class Reply:
     Attributes:
       answer: the model's last words.
       transcript: the whole dialogue, expert included.
-      image: uint8 [S, S, 3], what the model looked at.
-      overlay: uint8 [S, S, 3], the expert's picture, or None.
+      image: uint8 [H, W, 3], what the model looked at, before it is padded.
+      overlay: uint8 [H, W, 3], the expert's picture, or None.
       description: what `image` is.
       notes: sentences a reader must see: stand-ins, failures, cut-off answers, no clinical use.
     """
@@ -117,7 +117,9 @@ class Assistant:
         """
         if not prompt.strip():
             raise UserError("the prompt is empty; ask something")
-        picture = open_picture(image, self._generator.image_size, axis=axis, index=index, window=window)
+        picture = open_picture(
+            image, self._generator.processor.kept_size, axis=axis, index=index, window=window
+        )
         agent = self._agent(experts)
         query = Query(
             question=prompt.strip(),
@@ -289,6 +291,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max_new_tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, help="bound on each turn"
     )
+    parser.add_argument(
+        "--max_length", type=int, default=2048, help="most positions of the dialogue, images included"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest words (default)")
     parser.add_argument("--top_p", type=float, default=1.0, help="draw among words of this total probability")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
@@ -313,6 +318,8 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     if options.max_new_tokens < 1:
         raise UserError(f"--max_new_tokens={options.max_new_tokens}: must be at least 1")
+    if options.max_length < 1:
+        raise UserError(f"--max_length={options.max_length}: must be at least 1")
     window = _window(options.window)
     assistant = load(
         options.checkpoint,
@@ -320,6 +327,7 @@ def main(argv: Sequence[str]) -> int:
         expert_host=options.expert_host,
         expert_weights=options.expert_weights,
         text=options.text,
+        max_length=options.max_length,
     )
     with assistant:
         reply = assistant.ask(

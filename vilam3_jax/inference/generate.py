@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vilam3_jax.data.image_processor import ImageProcessor, image_processor
+from vilam3_jax.data.packing import NO_GRID
 from vilam3_jax.data.tokenizer import Tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import vila
@@ -34,12 +36,14 @@ class Chunk:
     Attributes:
       tokens: int32 [n]; what stands under an image token is ignored.
       visual_index: int32 [n], which of this chunk's image tokens stands here (image * T + offset); -1: text.
-      images: uint8 [S, S, 3] each, in the order of their markers.
+      images: the vision tower's inputs, uint8 [S, S, 3] each, in the order of their markers.
+      tile_map: int32 [inputs, 5], see `ImageProcessor.tile_map`.
     """
 
     tokens: np.ndarray
     visual_index: np.ndarray
     images: tuple[np.ndarray, ...] = ()
+    tile_map: np.ndarray | None = None
 
     @classmethod
     def text(cls, tokens: Sequence[int]) -> Chunk:
@@ -87,7 +91,8 @@ class Generator:
 
     Attributes:
       tokenizer: its tokenizer.
-      image_size: side in pixels of the images that `Chunk.images` must have.
+      processor: makes `Chunk.images` of pictures.
+      image_size: S, side in pixels of these.
       tokens_per_image: T, positions one image takes.
       max_length: most positions of one dialogue.
       batch_size: most rows of one session.
@@ -112,7 +117,8 @@ class Generator:
           batch_size: see the class.
         """
         self.tokenizer = tokenizer
-        self.image_size = int(model_config.image_size)
+        self.processor = image_processor(model_config)
+        self.image_size = self.processor.size
         self.max_length, self.batch_size = max_length, batch_size
         self._params = params
         self._known_prefix: tuple[tuple[int, ...], Session] | None = None
@@ -199,23 +205,21 @@ class Session:
         width = _round_up(int(sizes.max()), _MIN_CHUNK)
         tokens = np.zeros((self._batch, width), np.int32)
         visual = np.full((self._batch, width), -1, np.int32)
-        slots: dict[bytes, int] = {}
-        images: list[np.ndarray] = []
+        pictures = _Pictures(generator.processor)
         per_image = generator.tokens_per_image
         for row, chunk in enumerate(chunks):
             if chunk is None or not sizes[row]:
                 continue
             tokens[row, : sizes[row]] = chunk.tokens
             # Questions about one image share its encoding: each distinct image enters the tower once.
-            placed = [_slot(image, slots, images, generator.image_size) for image in chunk.images]
+            placed = pictures.place(chunk)
             index = np.asarray(chunk.visual_index)
             seen = index >= 0
             image, offset = np.divmod(index[seen], per_image)
             visual[row, : sizes[row]][seen] = np.asarray(placed, int)[image] * per_image + offset
-        picture = self._pictures(images)
         self._cache, self._logits = generator._prefill(
             generator._params, self._cache, self._logits, self._padded(self.lengths), self._padded(sizes),
-            tokens, visual if images else None, *picture,
+            tokens, *pictures.arrays(visual),
         )  # fmt: skip
         self.lengths = after
 
@@ -273,15 +277,6 @@ class Session:
         dtype = bool if values.dtype == bool else np.int32
         return np.pad(values, (0, self._batch - self.rows)).astype(dtype)
 
-    def _pictures(self, images: list[np.ndarray]) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Uint8 [1, M, S, S, 3] and bool [1, M]; one group, since every row may look at every image."""
-        if not images:
-            return None, None
-        count, side = _round_up(len(images), 1), self._generator.image_size
-        stacked = np.zeros((1, count, side, side, 3), np.uint8)
-        stacked[0, : len(images)] = np.stack(images)
-        return stacked, (np.arange(count) < len(images))[None]
-
     def _grow(self, needed: int) -> None:
         size = min(_round_up(needed, _MIN_CACHE), max(self._generator.max_length, _MIN_CACHE))
         if size <= self._size:
@@ -301,14 +296,56 @@ def _round_up(value: int, least: int) -> int:
     return power * 3 // 4 if power >= 4 and wanted <= power * 3 // 4 else power
 
 
-def _slot(image: np.ndarray, slots: dict[bytes, int], images: list[np.ndarray], side: int) -> int:
-    if image.shape != (side, side, 3) or image.dtype != np.uint8:
-        raise ValueError(f"image {image.dtype} {image.shape}: the model needs uint8 {(side, side, 3)}")
-    key = image.tobytes()
-    if key not in slots:
-        slots[key] = len(images)
-        images.append(image)
-    return slots[key]
+class _Pictures:
+    """The images of one `append`, each once; one group, since every row may look at every image."""
+
+    def __init__(self, processor: ImageProcessor):
+        self._side, self._tiled = processor.size, bool(processor.sides)
+        self._slots: dict[bytes, int] = {}
+        self._images: list[np.ndarray] = []
+        self._tiles: list[np.ndarray] = []
+
+    def place(self, chunk: Chunk) -> list[int]:
+        """The slots of a chunk's images.
+
+        Raises:
+          ValueError: an image of another size than the model's, or tiles without their map.
+        """
+        wanted = (self._side, self._side, 3)
+        for image in chunk.images:
+            if image.shape != wanted or image.dtype != np.uint8:
+                raise ValueError(f"image {image.dtype} {image.shape}: the model needs uint8 {wanted}")
+        if chunk.images and self._tiled == (chunk.tile_map is None):
+            raise ValueError(
+                f"tile_map {chunk.tile_map}: the model {'needs one' if self._tiled else 'has none'}"
+            )
+        count = len(chunk.images)
+        firsts = np.arange(count) if chunk.tile_map is None else chunk.tile_map[:, 0]
+        placed: list[int] = []
+        for first in np.unique(firsts):  # tiles that are merged stay together
+            place = np.flatnonzero(firsts == first)
+            key = b"".join(chunk.images[i].tobytes() for i in place)
+            if key not in self._slots:
+                start = self._slots[key] = len(self._images)
+                self._images += [chunk.images[i] for i in place]
+                if chunk.tile_map is not None:
+                    self._tiles += [np.append(start, chunk.tile_map[i, 1:]) for i in place]
+            placed += range(self._slots[key], self._slots[key] + len(place))
+        return placed
+
+    def arrays(self, visual: np.ndarray) -> tuple[np.ndarray | None, ...]:
+        """visual_index [B, L], images [1, M, S, S, 3], image_valid [1, M], image_tiles [1, M, 5] or None."""
+        if not self._images:
+            return None, None, None, None
+        count = _round_up(len(self._images), 1)
+        images = np.zeros((1, count, self._side, self._side, 3), np.uint8)
+        images[0, : len(self._images)] = np.stack(self._images)
+        valid = (np.arange(count) < len(self._images))[None]
+        if not self._tiled:
+            return visual, images, valid, None
+        tiles = np.tile(np.asarray((0, *NO_GRID), np.int32), (1, count, 1))
+        tiles[0, : len(self._tiles)] = np.stack(self._tiles)
+        return visual, images, valid, tiles
 
 
 def _start(graphdef: Any, params: Any, rows: int, size: int) -> tuple[Any, jax.Array]:
@@ -331,11 +368,11 @@ def _last_logits(model: Any, hidden: jax.Array, known: int) -> jax.Array:
 def _prefill(
     graphdef: Any, known: int, params: Any, cache: Any, logits: jax.Array, lengths: jax.Array,
     sizes: jax.Array, tokens: jax.Array, visual: jax.Array | None, images: jax.Array | None,
-    image_valid: jax.Array | None,
+    image_valid: jax.Array | None, image_tiles: jax.Array | None,
 ) -> tuple[Any, jax.Array]:  # fmt: skip
     """Writes a padded chunk behind what is cached; rows with size 0 keep their logits."""
     model = vila.merge(graphdef, params)
-    embeds = model.embed(tokens, images, image_valid, visual)
+    embeds = model.embed(tokens, images, image_valid, visual, image_tiles)
     positions = lengths[:, None] + jnp.arange(tokens.shape[1])[None]
     hidden, cache = model.llm.forward_cached(embeds, positions, cache, lengths)
     last = jnp.take_along_axis(hidden, jnp.maximum(sizes - 1, 0)[:, None, None], axis=1)[:, 0]

@@ -26,10 +26,10 @@ ImageLike = PathLike | np.ndarray | Volume
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """One image at the model's size.
+    """One image as the model's image processor wants it.
 
     Attributes:
-      pixels: uint8 [S, S, 3].
+      pixels: uint8 [H, W, 3].
       input_key: content key of the decoded image or volume.
       axis: which axis of the volume is cut; None for a 2-D image.
       index: which plane along it.
@@ -49,7 +49,7 @@ class Picture:
 
 def open_picture(
     image: ImageLike,
-    size: int,
+    size: int | None,
     *,
     axis: str = "axial",
     index: int | None = None,
@@ -60,7 +60,7 @@ def open_picture(
     Args:
       image: path of a picture (PNG, JPEG, ..., a DICOM film) or of a scan (.nii, .nii.gz, .nrrd, a DICOM
         slice or a folder with a DICOM series); or a uint8 [H, W, 3] array; or a `Volume`.
-      size: side in pixels that the model wants.
+      size: side in pixels; None: as the image is, see `ImageProcessor.kept_size`.
       axis: 'axial', 'coronal' or 'sagittal'; for scans.
       index: plane along that axis; the middle one by default.
       window: (centre, width) in the scan's units; by default (50, 400) for a scan with air in HU, else the
@@ -81,7 +81,7 @@ def open_picture(
         raise UserError(f"image array {pixels.dtype} {pixels.shape}: must be uint8 [H, W, 3]")
     height, width = pixels.shape[:2]
     return Picture(
-        pixels=resize(pixels, size),
+        pixels=pixels if size is None else resize(pixels, size),
         input_key=image_content_key(pixels),
         axis=None,
         index=None,
@@ -119,7 +119,7 @@ def _is_cross_section(path: PathLike) -> bool:
 def _slice(
     volume: Volume,
     path: str,
-    size: int,
+    size: int | None,
     axis: int,
     plane: str,
     index: int | None,

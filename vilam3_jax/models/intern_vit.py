@@ -66,7 +66,11 @@ class InternViT(nnx.Module):
         There is no norm after it, and later blocks are not computed.
         """
         check_images(images, self.image_size)
-        x = (images.astype(jnp.float32) / 255 - jnp.asarray(_MEAN)) / jnp.asarray(_STD)
+        return self.pixel_features(images.astype(jnp.float32))
+
+    def pixel_features(self, pixels: jax.Array) -> jax.Array:
+        """`features` of interpolated pixels: float32 [N, S, S, 3] on the scale of 0..255."""
+        x = (pixels / 255 - jnp.asarray(_MEAN)) / jnp.asarray(_STD)
         x = self.patch_embed(x)
         token = jnp.broadcast_to(self.class_embed[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
         x = jnp.concatenate([token, x], axis=1) + self.pos_embed[...].astype(x.dtype)

@@ -143,10 +143,8 @@ class SiglipVision(nnx.Module):
         """Tokens per image before the projector."""
         return self.grid**2
 
-    def _run(self, images: jax.Array, count: int) -> jax.Array:
-        check_images(images, self.image_size)
-        x = images.astype(jnp.float32) / 127.5 - 1.0
-        x = self.patch_embed(x)
+    def _run(self, pixels: jax.Array, count: int) -> jax.Array:
+        x = self.patch_embed(pixels / 127.5 - 1.0)
         x = shard(x + self.pos_embed[...].astype(x.dtype), "batch", None, "embed")
         return run_stack(self.blocks, x, remat=self.remat, count=count)
 
@@ -155,7 +153,12 @@ class SiglipVision(nnx.Module):
 
         There is no norm after it, and later blocks are not computed.
         """
-        return self._run(images, self.num_feature_layers)
+        check_images(images, self.image_size)
+        return self.pixel_features(images.astype(jnp.float32))
+
+    def pixel_features(self, pixels: jax.Array) -> jax.Array:
+        """`features` of interpolated pixels: float32 [N, S, S, 3] on the scale of 0..255."""
+        return self._run(pixels, self.num_feature_layers)
 
     def pooled(self, images: jax.Array) -> jax.Array:
         """Image embedding for contrastive training: uint8 [N, S, S, 3] -> [N, D], not normalised.
@@ -165,7 +168,8 @@ class SiglipVision(nnx.Module):
         """
         if self.head is None:
             raise UserError("model.vision_tower.head=False: there is nothing to pool with; set it to True")
-        return self.head(self.post_norm(self._run(images, self.num_layers)))
+        check_images(images, self.image_size)
+        return self.head(self.post_norm(self._run(images.astype(jnp.float32), self.num_layers)))
 
 
 class SiglipText(nnx.Module):

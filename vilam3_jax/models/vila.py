@@ -9,12 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vilam3_jax import compat
+from vilam3_jax.config import ImageLayout, image_layout
 from vilam3_jax.errors import UserError
 from vilam3_jax.models.contrastive import TwoTower
 from vilam3_jax.models.intern_vit import InternViT
 from vilam3_jax.models.llama import Llama
 from vilam3_jax.models.projector import Projector, grid_tokens, plan
-from vilam3_jax.models.siglip import SiglipVision
+from vilam3_jax.models.scales import s2_features, tile_features
+from vilam3_jax.models.siglip import SiglipVision, check_images
 from vilam3_jax.ops.partition import shard
 
 VISION_TOWERS = {"siglip": SiglipVision, "intern_vit": InternViT}
@@ -28,18 +30,37 @@ class Vila(nnx.Module):
         kwargs: dict[str, Any] = dict(rngs=rngs, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
         tower = _family(VISION_TOWERS, "vision_tower", cfg.vision_tower.type)
         llm = _family(LLMS, "llm", cfg.llm.type)
+        self.layout = _layout(cfg)
         self.vision_tower = tower(cfg.vision_tower, remat=cfg.remat, **kwargs)
-        self.projector = Projector(cfg.projector, cfg.vision_tower.hidden_size, cfg.llm.hidden_size, **kwargs)
+        self.projector = Projector(cfg.projector, projector_width(cfg), cfg.llm.hidden_size, **kwargs)
         self.llm = llm(cfg.llm, remat=cfg.remat, **kwargs)
 
     @property
     def num_image_tokens(self) -> int:
-        """T: tokens one image occupies in the text stream."""
+        """T: tokens one input occupies in the text stream."""
         return self.projector.num_tokens(self.vision_tower.grid)
 
     def encode_images(self, images: jax.Array) -> jax.Array:
         """Uint8 [N, S, S, 3] -> [N, T, D], ready to stand among text embeddings."""
-        return self.projector(self.vision_tower.features(images))
+        layout, tower = self.layout, self.vision_tower
+        if layout.mode == "dynamic_s2":
+            raise ValueError("inputs of 'dynamic_s2' belong together: use encode_tiles")
+        if not layout.scales:
+            return self.projector(tower.features(images))
+        check_images(images, layout.input_size)
+        return self.projector(s2_features(tower.pixel_features, images, layout.tile_size, layout.scales))
+
+    def encode_tiles(self, images: jax.Array, tiles: jax.Array) -> jax.Array:
+        """`encode_images` of 'dynamic_s2': uint8 [G, M, S, S, 3], int32 [G, M, 5] -> [G * M, T, D].
+
+        Tiles of lower scales get tokens, too, which are nobody's.
+        """
+        tower, layout = self.vision_tower, self.layout
+        features = tower.features(images.reshape(-1, *images.shape[2:]))
+        maps = features.reshape(*images.shape[:2], tower.grid, tower.grid, -1)
+        sides = [scale // layout.tile_size for scale in layout.scales]
+        joined = tile_features(maps, tiles, sides)
+        return self.projector(joined.reshape(-1, *joined.shape[2:]))
 
     def embed(
         self,
@@ -47,6 +68,7 @@ class Vila(nnx.Module):
         images: jax.Array | None = None,
         image_valid: jax.Array | None = None,
         visual_index: jax.Array | None = None,
+        image_tiles: jax.Array | None = None,
     ) -> jax.Array:
         """Text embeddings with image tokens in their places.
 
@@ -56,6 +78,7 @@ class Vila(nnx.Module):
           image_valid: bool [G, M]; slots that are False hold nothing.
           visual_index: int [B, L]: which of the group's M*T image tokens stands here; -1 for text. An
             index beyond M*T gives NaN, and so shows itself.
+          image_tiles: int [G, M, 5], for 'dynamic_s2' alone; see `tile_features`.
 
         Returns:
           [B, L, D].
@@ -72,7 +95,12 @@ class Vila(nnx.Module):
         rows, length = tokens.shape
         if rows % groups:
             raise ValueError(f"{rows} rows do not divide into {groups} groups")
-        visual = self.encode_images(images.reshape(groups * slots, *images.shape[2:]))
+        if (image_tiles is None) == (self.layout.mode == "dynamic_s2"):
+            raise ValueError(f"image_tiles and image_aspect_ratio={self.layout.mode!r} contradict each other")
+        if image_tiles is None:
+            visual = self.encode_images(images.reshape(groups * slots, *images.shape[2:]))
+        else:
+            visual = self.encode_tiles(images, image_tiles)
         visual = jnp.where(image_valid.reshape(-1, 1, 1), visual, 0)
         visual = shard(visual.reshape(groups, -1, visual.shape[-1]), "batch", None, "embed")
         index = shard(visual_index.reshape(groups, -1, 1), "batch", None, None)
@@ -88,9 +116,11 @@ class Vila(nnx.Module):
         images: jax.Array | None = None,
         image_valid: jax.Array | None = None,
         visual_index: jax.Array | None = None,
+        image_tiles: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states [B, L, D] after the final norm; arguments as in `embed` and `Llama.__call__`."""
-        return self.llm(self.embed(tokens, images, image_valid, visual_index), segment_ids, positions)
+        embedded = self.embed(tokens, images, image_valid, visual_index, image_tiles)
+        return self.llm(embedded, segment_ids, positions)
 
     def head_kernel(self) -> jax.Array:
         """[D, V], for the loss."""
@@ -139,8 +169,29 @@ def _family(table: dict[str, Any], key: str, name: str) -> Any:
     return table[name]
 
 
+def projector_width(cfg: Any) -> int:
+    """Channels of the features that the projector of a `config.model` takes."""
+    return cfg.vision_tower.hidden_size * image_layout(cfg).feature_maps
+
+
+def _layout(cfg: Any) -> ImageLayout:
+    layout = image_layout(cfg)
+    if layout.tile_size != cfg.vision_tower.image_size:
+        raise UserError(
+            f"config model.image_size={layout.tile_size}, but model.vision_tower.image_size="
+            f"{cfg.vision_tower.image_size}; make them equal"
+        )
+    columns = cfg.projector.type == "mlp_downsample" and cfg.projector.token_order == "column"
+    if layout.mode == "dynamic_s2" and columns:
+        raise UserError(
+            "config model.image_aspect_ratio='dynamic_s2' puts tokens of tiles together row by row, but "
+            f"model.projector.token_order={cfg.projector.token_order!r}; set it to 'row'"
+        )
+    return layout
+
+
 def tokens_per_image(cfg: Any) -> int:
     """T of a `config.model`, without building it."""
     grid = cfg.vision_tower.image_size // cfg.vision_tower.patch_size
-    block = plan(cfg.projector.type, cfg.vision_tower.hidden_size, cfg.llm.hidden_size).block
+    block = plan(cfg.projector.type, projector_width(cfg), cfg.llm.hidden_size).block
     return grid_tokens(grid, block)

@@ -37,6 +37,7 @@ def make_loss(config: ConfigDict, graphdef: Any) -> LossFn:
             batch.get("images"),
             batch.get("image_valid"),
             batch["visual_index"],
+            batch.get("image_tiles"),
         )
         total, weight, correct = losses.chunked_cross_entropy(
             hidden,

@@ -296,7 +296,7 @@ def load_model_config(export: paths.PathLike) -> ConfigDict:
                 "or the --out folder of `vilam3 convert import`"
             )
     try:
-        return _tuples(ConfigDict(json.loads(paths.read_bytes(export / "model.json", _MAX_JSON))))
+        return ConfigDict(_tuples(json.loads(paths.read_bytes(export / "model.json", _MAX_JSON))))
     except json.JSONDecodeError as error:
         raise UserError(f"{export / 'model.json'}: is damaged ({error}); export the model again") from error
 
@@ -432,12 +432,8 @@ def load_export(
     return trees.unflatten(load_params(export, wanted)), config, paths.as_path(export) / "tokenizer"
 
 
-def _tuples(config: ConfigDict) -> ConfigDict:
+def _tuples(value: Any) -> Any:
     """JSON has no tuples; configs hold no lists."""
-    for key, value in list(config.items()):
-        if isinstance(value, ConfigDict):
-            _tuples(value)
-        elif isinstance(value, list):
-            with config.ignore_type():
-                config[key] = tuple(value)
-    return config
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -111,13 +111,20 @@ def test_siglip_with_both_towers_lists_the_text_tower_as_unused(tmp_path):
     weights = siglip_weights()
     weights |= {"text_model.x.weight": np.ones(3, np.float32), "logit_bias": np.ones(1, np.float32)}
     config = {"model_type": "siglip", "vision_config": {**SIGLIP, "model_type": "siglip_vision_model"}}
-    source = open_source(write_folder(tmp_path, config, weights))
+    source = open_source(write_folder(tmp_path, config, weights), "siglip")
     assert set(source.parts[0].unused) == {"text_model.x.weight", "logit_bias"}
     assert len(fill(source)) == len(check_rules(source))
 
 
-def test_siglip_without_its_head_lists_what_stays_empty(tmp_path):
+def test_a_siglip_without_its_head(tmp_path):
     weights = {name: value for name, value in siglip_weights().items() if ".head." not in name}
+    source = open_source(write_folder(tmp_path, SIGLIP, weights))
+    assert source.parts[0].config["head"] is False
+    assert {path: value.shape for path, value in fill(source).items()} == check_rules(source)
+
+
+def test_a_siglip_with_half_its_head_lists_what_stays_empty(tmp_path):
+    weights = {name: value for name, value in siglip_weights().items() if "head.attention" not in name}
     with pytest.raises(
         UserError, match=r"not filled: vision_tower/head/attn/k/bias, .* tensors not used: none"
     ):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 import torch
 import transformers
 
 from tests.reference import torch_weights
+from vilam3_jax import exports
 from vilam3_jax.convert.exporter import export_folder
 from vilam3_jax.convert.importer import import_model
+from vilam3_jax.models import vila
 
 SIZES = dict(
     vocab_size=80,
@@ -88,3 +91,38 @@ def test_siglip(tmp_path):
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "back", use_fast=False)
     grey = processor(np.full((30, 50, 3), 255, np.uint8), return_tensors="np").pixel_values
     assert grey.shape == (1, 3, 20, 20) and np.allclose(grey, 1)
+
+
+def test_both_towers_of_a_siglip(tmp_path):
+    shape = dict(hidden_size=24, intermediate_size=40, num_attention_heads=3)
+    config = transformers.SiglipConfig(
+        text_config=dict(**shape, num_hidden_layers=2, vocab_size=50, max_position_embeddings=9),
+        vision_config=dict(**shape, num_hidden_layers=3, image_size=20, patch_size=4),
+        attn_implementation="eager",
+    )
+    model = torch_weights.randomise(transformers.SiglipModel(config)).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    summary = import_model(tmp_path / "theirs", tmp_path / "ours")
+    assert summary.component == "contrastive" and not summary.unused
+    params, settings, _ = exports.load_export(tmp_path / "ours")
+    settings.dtype = "float32"
+    ours = vila.merge(vila.abstract_model(settings, "contrastive")[0], params)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (2, 20, 20, 3), np.uint8)
+    tokens = rng.integers(0, 50, (3, 9))
+    with jax.default_matmul_precision("highest"):
+        image, text = ours(pixels, tokens, np.ones_like(tokens, bool))
+    logits = np.exp(ours.logit_scale[...]) * np.asarray(text) @ np.asarray(image).T + ours.logit_bias[...]
+    normal = torch.from_numpy((pixels / 127.5 - 1).transpose(0, 3, 1, 2).astype(np.float32))
+    with torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(tokens), pixel_values=normal).logits_per_text
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+    export_folder(tmp_path / "ours", tmp_path / "back")
+    loaded, report = transformers.SiglipModel.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    state = loaded.state_dict()
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(state[name], value, err_msg=name)
+    import_model(tmp_path / "theirs", tmp_path / "tower", source_format="siglip")
+    assert exports.load_model_config(tmp_path / "tower").kind == "vision_tower"

@@ -124,7 +124,7 @@ def our_model(order, **keys):
             **keys,
             vision_tower=dict(
                 type="siglip", image_size=SIZE, patch_size=PATCH, hidden_size=WIDTH, num_layers=LAYERS,
-                num_heads=HEADS, mlp_dim=MLP, norm_eps=1e-6, select_layer=-2,
+                num_heads=HEADS, mlp_dim=MLP, norm_eps=1e-6, select_layer=-2, head=True,
             ),
             projector=dict(type="mlp_downsample", token_order=order),
             llm=dict(
@@ -217,7 +217,7 @@ class Letters:
     def encode(self, text):
         return [2 + "\n".count(letter) for letter in text]
 
-    encode_continued = encode
+    encode_opening = encode_continued = encode
 
 
 def test_dynamic_tiling():

@@ -193,7 +193,13 @@ def our_run(params, weight_decay):
             param_dtype="float32",
             remat="qkv",
             vision_tower=dict(
-                type="siglip", image_size=SIZE, patch_size=PATCH, norm_eps=1e-6, select_layer=-2, **TOWER
+                type="siglip",
+                image_size=SIZE,
+                patch_size=PATCH,
+                norm_eps=1e-6,
+                select_layer=-2,
+                head=True,
+                **TOWER,
             ),
             projector=dict(type="mlp_downsample", token_order="column"),
             llm=dict(

@@ -201,8 +201,12 @@ def test_the_tokenizer_tells_the_conversation_mode(tmp_path, specials, template)
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"image_aspect_ratio": "dynamic"}, "image_aspect_ratio='dynamic'"),
-        ({"s2": True}, "several scales"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres'"),
+        ({"image_aspect_ratio": "dynamic", "min_tiles": 2}, "min_tiles=2"),
+        ({"s2": True}, "s2_scales=None"),
+        ({"s2": True, "s2_scales": "22,44"}, "config and weights are of different models"),
+        ({"s2": True, "s2_scales": "22,40"}, "rising multiples of the tower's 22"),
+        ({"s2": True, "s2_scales": "22,44", "s2_max_split_size": 44}, "s2_max_split_size=44"),
         ({"mm_vision_select_feature": "patch"}, "wrong token"),
         ({"mm_vision_select_layer": -9}, "select_layer=-9 is none of"),
         ({"mm_vision_select_layer": "last"}, "no whole number"),

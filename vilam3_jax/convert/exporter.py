@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from vilam3_jax.config import ConfigDict, image_layout
 from vilam3_jax.convert.huggingface import (
     intern_vit_folder_config,
     llama_folder_config,
     siglip_folder_config,
+    siglip_pair_folder_config,
     siglip_preprocessor,
 )
 from vilam3_jax.convert.importer import DTYPES, Progress, silent
@@ -30,6 +32,7 @@ from vilam3_jax.convert.sources import (
     llama_rules,
     projector_rules,
     siglip_rules,
+    siglip_text_rules,
 )
 from vilam3_jax.convert.vila import PARTS, vila_folder_config
 from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -95,7 +98,7 @@ def export_folder(
       progress: told of the bytes written so far, and of all bytes.
 
     Raises:
-      UserError: `source` is no export or of a kind without such a layout, `out` is in use, the disk is full.
+      UserError: `source` is no export, `out` is in use, or the disk is full.
     """
     start = time.perf_counter()
     if "://" in str(out):
@@ -156,10 +159,12 @@ def _plan(
         return [_llm(".", model["llm"], tokenizer, dtype)], None
     if kind == "vision_tower":
         return [_vision_tower(".", model["vision_tower"], dtype)], None
+    if kind == "contrastive":
+        rules = _vision_tower(".", model["vision_tower"], dtype).rules
+        rules += siglip_text_rules(model["text_tower"]["num_layers"])
+        return [_Part(".", rules, siglip_pair_folder_config(model, dtype))], None
     if kind != "generative":
-        raise UserError(
-            f"{source}: an export of kind {kind!r} has no layout of Hugging Face's to be written in"
-        )
+        raise UserError(f"{source}: an export of unknown kind {kind!r}; export the model again")
     parts = [
         _vision_tower(PARTS["vision_tower"], model["vision_tower"], dtype),
         _projector(PARTS["projector"], model, dtype),
@@ -181,7 +186,8 @@ def _vision_tower(folder: str, tower: Mapping[str, Any], dtype: str) -> _Part:
 
 def _projector(folder: str, model: Mapping[str, Any], dtype: str) -> _Part:
     kind = model["projector"]["type"]
-    meaning = plan(kind, model["vision_tower"]["hidden_size"], model["llm"]["hidden_size"])
+    width = model["vision_tower"]["hidden_size"] * image_layout(ConfigDict(dict(model))).feature_maps
+    meaning = plan(kind, width, model["llm"]["hidden_size"])
     config = {
         "architectures": ["MultimodalProjector"],
         "model_type": "v2l_projector",
@@ -254,7 +260,7 @@ def _write_part(
                     f"{folder}: {name} reads back as other bytes than were written; check the disk"
                 )
     _write_json(folder / "config.json", part.config)
-    if part.config["model_type"] == "siglip_vision_model":
+    if part.config["model_type"] in ("siglip", "siglip_vision_model"):
         _write_json(folder / "preprocessor_config.json", siglip_preprocessor(model["vision_tower"]))
     elif part.config["model_type"] == "intern_vit_6b":
         _write_json(folder / "preprocessor_config.json", {"image_processor_type": "InternVisionPreprocessor"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import numpy as np
 
 from vilam3_jax.convert.safetensors_files import SafetensorsFolder, read_config
 from vilam3_jax.convert.sources import (
+    Checkpoint,
     Source,
     intern_vit_rules,
     layer_count,
     llama_rules,
     siglip_rules,
+    siglip_text_rules,
     whole,
 )
 from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -247,6 +250,76 @@ def open_siglip(folder: Path) -> Source:
         licence=licence(folder),
         dtypes=weights.dtypes,
     )
+
+
+def open_siglip_pair(folder: Path) -> Checkpoint:
+    """Opens a SigLIP folder with both towers, whole: the model of stage 1.
+
+    Raises:
+      UserError: a setting that this package's towers do not have, or broken files.
+    """
+    config_file = folder / "config.json"
+    text = dict(read_config(config_file).get("text_config") or {})
+    if text.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
+        raise UserError(
+            f"{config_file}: hidden_act={text['hidden_act']!r} is not supported; choose another model"
+        )
+    vision = open_siglip(folder)
+    layers = layer_count(
+        text.get("num_hidden_layers", 12), vision.tensors, f"{config_file}: text_config.num_hidden_layers"
+    )
+    rules = [*vision.rules, *siglip_text_rules(layers)]
+    both = dataclasses.replace(
+        vision,
+        component="contrastive",
+        rules=rules,
+        unused={name: why for name, why in vision.unused.items() if name.endswith("position_ids")},
+        tokenizer=(lambda: load_tokenizer(folder)) if (folder / "tokenizer.json").exists() else None,
+    )
+    config = {
+        "image_size": vision.config["image_size"],
+        "dtype": "bfloat16",
+        "remat": "none",
+        "vision_tower": vision.config,
+        "text_tower": {
+            "vocab_size": _positive(text, "vocab_size", config_file, 32_000),
+            "max_length": _positive(text, "max_position_embeddings", config_file, 64),
+            "hidden_size": _positive(text, "hidden_size", config_file, 768),
+            "num_layers": layers,
+            "num_heads": _positive(text, "num_attention_heads", config_file, 12),
+            "mlp_dim": _positive(text, "intermediate_size", config_file, 3072),
+            "norm_eps": _number(text, "layer_norm_eps", config_file, 1e-6),
+            "logit_bias": -10.0,  # of a fresh model; the weights have their own
+        },
+    }
+    return Checkpoint("contrastive", config, [both])
+
+
+def siglip_pair_folder_config(model: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The `config.json` of a SigLIP with both towers; `open_siglip_pair` reads it back."""
+    tower, text = model["vision_tower"], model["text_tower"]
+    vision = siglip_folder_config(tower, dtype)
+    del vision["architectures"]
+    return {
+        "architectures": ["SiglipModel"],
+        "model_type": "siglip",
+        "vision_config": vision,
+        "text_config": {
+            "model_type": "siglip_text_model",
+            "vocab_size": text["vocab_size"],
+            "max_position_embeddings": text["max_length"],
+            "hidden_size": text["hidden_size"],
+            "num_hidden_layers": text["num_layers"],
+            "num_attention_heads": text["num_heads"],
+            "intermediate_size": text["mlp_dim"],
+            "layer_norm_eps": text["norm_eps"],
+            "hidden_act": "gelu_pytorch_tanh",
+            "attention_dropout": 0.0,
+            "projection_size": tower["hidden_size"],
+            "torch_dtype": dtype,
+        },
+        "torch_dtype": dtype,
+    }
 
 
 def siglip_folder_config(tower: Mapping[str, Any], dtype: str) -> dict[str, Any]:

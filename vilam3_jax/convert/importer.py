@@ -24,7 +24,7 @@ import numpy as np
 
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.convert.gguf import open_gguf
-from vilam3_jax.convert.huggingface import open_intern_vit, open_llama, open_siglip
+from vilam3_jax.convert.huggingface import open_intern_vit, open_llama, open_siglip, open_siglip_pair
 from vilam3_jax.convert.safetensors_files import copy_into, read_config
 from vilam3_jax.convert.sources import Checkpoint, Index, Rule, Source
 from vilam3_jax.convert.vila import PARTS, open_vila
@@ -33,19 +33,20 @@ from vilam3_jax.errors import UserError
 from vilam3_jax.exports import Leaf, host_sharding, stored_leaves, write_export
 from vilam3_jax.paths import PathLike, as_path
 
-COMPONENTS: dict[str, Callable[[Path], Source]] = {
+OPENERS: dict[str, Callable[[Path], Source | Checkpoint]] = {
     "gguf": open_gguf,
     "hf_llama": open_llama,
     "siglip": open_siglip,
+    "siglip_pair": open_siglip_pair,
     "intern_vit": open_intern_vit,
 }
-FORMATS = (*COMPONENTS, "vila")
+FORMATS = (*OPENERS, "vila")
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 _MODEL_TYPES = {
     "llama": "hf_llama",
     "qwen2": "hf_llama",
     "qwen3": "hf_llama",
-    "siglip": "siglip",
+    "siglip": "siglip_pair",
     "siglip_vision_model": "siglip",
     "intern_vit_6b": "intern_vit",
 }
@@ -67,7 +68,7 @@ class Summary:
     """What an import did.
 
     Attributes:
-      component: 'llm', 'vision_tower', or 'generative' for a whole model.
+      component: 'llm' or 'vision_tower'; 'generative' or 'contrastive' for a whole model.
       tensors: tensors read from the source.
       parameters: numbers in the result.
       bytes: size of the result.
@@ -145,14 +146,15 @@ def open_source(
         path = _single_gguf(path)
     elif not path.is_dir():
         raise UserError(f"{path}: --format {chosen} needs a model folder")
-    return open_vila(path, tokenizer) if chosen == "vila" else Checkpoint.of(COMPONENTS[chosen](path))
+    opened = open_vila(path, tokenizer) if chosen == "vila" else OPENERS[chosen](path)
+    return opened if isinstance(opened, Checkpoint) else Checkpoint.of(opened)
 
 
 def target_shapes(kind: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Path → shape of every parameter that this package's model has.
 
     Args:
-      kind: 'generative', 'llm' or 'vision_tower'.
+      kind: 'generative', 'contrastive', 'llm' or 'vision_tower'.
       config: the `model` section, or as much of it as this kind needs.
     """
     from flax import nnx
@@ -160,7 +162,7 @@ def target_shapes(kind: str, config: Mapping[str, Any]) -> dict[str, tuple[int, 
     from vilam3_jax import compat
     from vilam3_jax.models import trees, vila
 
-    if kind == "generative":
+    if kind in vila.KINDS:
         shapes = vila.abstract_model(ConfigDict({**config, "param_dtype": "float32"}), kind)[1]
         return {path: tuple(leaf.shape) for path, leaf in trees.flatten(shapes).items()}
     section = config[kind]
@@ -182,7 +184,8 @@ def check_rules(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """
     expected = target_shapes(checkpoint.kind, checkpoint.config)
     for part in checkpoint.parts:
-        own = {path for path in expected if path.split("/")[0] == part.component}
+        alone = len(checkpoint.parts) == 1
+        own = {path for path in expected if alone or path.split("/")[0] == part.component}
         _check_coverage(part, own)
         for rule in part.rules:
             needed = expected[rule.target][1:] if rule.stacked else expected[rule.target]
@@ -235,6 +238,9 @@ def _jobs(
     part: Source, rule: Rule, leaf: Leaf, where: Index, block: np.ndarray
 ) -> Iterator[tuple[str, Index, np.ndarray]]:
     """Yields tensor name, what is wanted of it (in our layout), and the place for it in `block`."""
+    if not leaf.shape:
+        yield rule.sources[0], (), block
+        return
     first = slice(leaf.start + where[0].start, leaf.start + where[0].stop)
     if not rule.stacked:
         yield from _cut(part, rule, rule.sources[0], (first, *where[1:]), block)

@@ -189,7 +189,10 @@ def copy_into(out: np.ndarray, block: np.ndarray) -> None:
     if out.dtype == block.dtype:
         bits = np.dtype(f"u{out.itemsize}")
         out, block = out.view(bits), block.view(bits)
-    step = block.shape[-1] if block.ndim < 2 or block.flags.c_contiguous else _CACHED_COLUMNS
+    if not block.ndim:
+        out[()] = block
+        return
+    step = block.shape[-1] if block.ndim == 1 or block.flags.c_contiguous else _CACHED_COLUMNS
     # Beyond the range of the new dtype means infinite: whoever cares looks at the result.
     with np.errstate(over="ignore"):
         for start in range(0, block.shape[-1], step):

@@ -226,34 +226,55 @@ def siglip_rules(num_layers: int, prefix: str, with_head: bool) -> list[Rule]:
       prefix: what stands before `embeddings.` in the source's names.
       with_head: the source has the attention-pooling head.
     """
-
-    def one(target: str, source: str, layout: Layout) -> Rule:
-        return Rule(f"vision_tower/{target}", (prefix + source,), layout)
-
-    def dense(target: str, source: str) -> list[Rule]:
-        return [
-            one(f"{target}/kernel", f"{source}.weight", TRANSPOSE),
-            one(f"{target}/bias", f"{source}.bias", KEEP),
-        ]
-
-    def norm(target: str, source: str) -> list[Rule]:
-        return [
-            one(f"{target}/scale", f"{source}.weight", KEEP),
-            one(f"{target}/bias", f"{source}.bias", KEEP),
-        ]
-
+    to = "vision_tower/"
     rules = [
-        # PyTorch's [out, in, height, width] → [height, width, in, out].
-        one("patch_embed/kernel", "embeddings.patch_embedding.weight", PATCHES),
-        one("patch_embed/bias", "embeddings.patch_embedding.bias", KEEP),
-        one("pos_embed", "embeddings.position_embedding.weight", KEEP),
-        *norm("post_norm", "post_layernorm"),
+        Rule(f"{to}patch_embed/kernel", (f"{prefix}embeddings.patch_embedding.weight",), PATCHES),
+        Rule(f"{to}patch_embed/bias", (f"{prefix}embeddings.patch_embedding.bias",), KEEP),
+        Rule(f"{to}pos_embed", (f"{prefix}embeddings.position_embedding.weight",), KEEP),
+        *_norm(f"{to}post_norm", f"{prefix}post_layernorm"),
+        *_encoder(f"{to}blocks", f"{prefix}encoder", num_layers),
     ]
     if with_head:
-        rules.append(one("head/probe", "head.probe", KEEP))
-        rules += _pooling_attention(one)
-        rules += [*dense("head/attn/o", "head.attention.out_proj"), *norm("head/norm", "head.layernorm")]
-        rules += [*dense("head/mlp/fc1", "head.mlp.fc1"), *dense("head/mlp/fc2", "head.mlp.fc2")]
+        rules += [
+            Rule(f"{to}head/probe", (f"{prefix}head.probe",), KEEP),
+            *_pooling_attention(f"{to}head/attn", f"{prefix}head.attention"),
+            *_norm(f"{to}head/norm", f"{prefix}head.layernorm"),
+            *_dense(f"{to}head/mlp/fc1", f"{prefix}head.mlp.fc1"),
+            *_dense(f"{to}head/mlp/fc2", f"{prefix}head.mlp.fc2"),
+        ]
+    return rules
+
+
+def siglip_text_rules(num_layers: int) -> list[Rule]:
+    """Rules for what a two-tower SigLIP has beside its vision tower."""
+    to, prefix = "text_tower/", "text_model."
+    return [
+        Rule(f"{to}embed/embedding", (f"{prefix}embeddings.token_embedding.weight",), KEEP),
+        Rule(f"{to}pos_embed", (f"{prefix}embeddings.position_embedding.weight",), KEEP),
+        *_encoder(f"{to}blocks", f"{prefix}encoder", num_layers),
+        *_norm(f"{to}final_norm", f"{prefix}final_layer_norm"),
+        *_dense(f"{to}head", f"{prefix}head"),
+        Rule("logit_scale", ("logit_scale",), LEADING),
+        Rule("logit_bias", ("logit_bias",), LEADING),
+    ]
+
+
+def _dense(target: str, source: str) -> list[Rule]:
+    return [
+        Rule(f"{target}/kernel", (f"{source}.weight",), TRANSPOSE),
+        Rule(f"{target}/bias", (f"{source}.bias",), KEEP),
+    ]
+
+
+def _norm(target: str, source: str) -> list[Rule]:
+    return [
+        Rule(f"{target}/scale", (f"{source}.weight",), KEEP),
+        Rule(f"{target}/bias", (f"{source}.bias",), KEEP),
+    ]
+
+
+def _encoder(target: str, source: str, num_layers: int) -> list[Rule]:
+    """The blocks of either tower."""
     blocks = {
         "norm1": ("layer_norm1", "scale", KEEP),
         "norm2": ("layer_norm2", "scale", KEEP),
@@ -262,11 +283,22 @@ def siglip_rules(num_layers: int, prefix: str, with_head: bool) -> list[Rule]:
         "mlp/fc1": ("mlp.fc1", "kernel", TRANSPOSE),
         "mlp/fc2": ("mlp.fc2", "kernel", TRANSPOSE),
     }
-    for target, (source, weight, layout) in blocks.items():
-        stem = [f"{prefix}encoder.layers.{layer}.{source}" for layer in range(num_layers)]
-        path = f"vision_tower/blocks/{target}"
-        rules.append(Rule(f"{path}/{weight}", tuple(f"{s}.weight" for s in stem), layout, stacked=True))
-        rules.append(Rule(f"{path}/bias", tuple(f"{s}.bias" for s in stem), KEEP, stacked=True))
+    rules = []
+    for ours, (theirs, weight, layout) in blocks.items():
+        stems = [f"{source}.layers.{layer}.{theirs}" for layer in range(num_layers)]
+        path = f"{target}/{ours}"
+        rules.append(Rule(f"{path}/{weight}", tuple(f"{s}.weight" for s in stems), layout, stacked=True))
+        rules.append(Rule(f"{path}/bias", tuple(f"{s}.bias" for s in stems), KEEP, stacked=True))
+    return rules
+
+
+def _pooling_attention(target: str, source: str) -> list[Rule]:
+    """PyTorch's MultiheadAttention keeps query, key and value in one tensor, in this order."""
+    rules = _dense(f"{target}/o", f"{source}.out_proj")
+    for part, name in enumerate("qkv"):
+        kernel, bias = Layout(axes=(1, 0), part=part, parts=3), Layout(part=part, parts=3)
+        rules.append(Rule(f"{target}/{name}/kernel", (f"{source}.in_proj_weight",), kernel))
+        rules.append(Rule(f"{target}/{name}/bias", (f"{source}.in_proj_bias",), bias))
     return rules
 
 
@@ -322,14 +354,4 @@ def projector_rules(kind: str, plan: Plan) -> list[Rule]:
         rules.append(Rule(f"projector/fc{layer}/kernel", (f"{stem}.weight",), TRANSPOSE))
         rules.append(Rule(f"projector/fc{layer}/bias", (f"{stem}.bias",), KEEP))
         place += 2  # GELU
-    return rules
-
-
-def _pooling_attention(one: Callable[[str, str, Layout], Rule]) -> list[Rule]:
-    """PyTorch's MultiheadAttention keeps query, key and value in one tensor, in this order."""
-    rules = []
-    for part, name in enumerate("qkv"):
-        kernel, bias = Layout(axes=(1, 0), part=part, parts=3), Layout(part=part, parts=3)
-        rules.append(one(f"head/attn/{name}/kernel", "head.attention.in_proj_weight", kernel))
-        rules.append(one(f"head/attn/{name}/bias", "head.attention.in_proj_bias", bias))
     return rules

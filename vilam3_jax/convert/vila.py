@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from vilam3_jax.config import ConfigDict, image_layout
 from vilam3_jax.convert.huggingface import licence, open_intern_vit, open_llama, open_siglip
 from vilam3_jax.convert.safetensors_files import SafetensorsFolder, read_config
 from vilam3_jax.convert.sources import Checkpoint, Source, projector_rules
@@ -44,15 +45,16 @@ def open_vila(folder: Path, tokenizer: Tokenizer | None = None) -> Checkpoint:
     for name in PARTS.values():
         if not (folder / name / "config.json").exists():
             raise UserError(f"{folder / name}: has no config.json; download the whole model folder")
-    _check_root(root, config_file)
     llm = open_llama(folder / PARTS["llm"])
     tower = _open_tower(folder / PARTS["vision_tower"], root, config_file)
     order = _own(root, "token_order", ("column", "row"), config_file)
-    projector = _open_projector(folder / PARTS["projector"], tower.config, llm, order)
+    images = _images(root, tower.config, config_file)
+    width = tower.config["hidden_size"] * image_layout(ConfigDict(images)).feature_maps
+    projector = _open_projector(folder / PARTS["projector"], width, llm, order)
     for part in (llm, tower, projector):
         part.licence = part.licence or licence(folder)
     config = {
-        "image_size": tower.config["image_size"],
+        **images,
         "template": _own(root, "template", TEMPLATES, config_file) or _template(llm, tokenizer),
         "text": dataclasses.asdict(_text_rules(root, config_file)),
         "tokenizer": "",
@@ -76,6 +78,7 @@ def vila_folder_config(
       parts: sub-folder → its `config.json`.
     """
     tower = model["vision_tower"]
+    layout = image_layout(ConfigDict(dict(model)))
     return {
         "architectures": ["LlavaLlamaModel"],
         "model_type": "llava_llama",
@@ -84,13 +87,16 @@ def vila_folder_config(
         "mm_projector_cfg": parts[PARTS["projector"]],
         "resume_path": None,
         "hidden_size": model["llm"]["hidden_size"],
-        "mm_hidden_size": tower["hidden_size"],
+        "mm_hidden_size": tower["hidden_size"] * layout.feature_maps,
         "mm_vision_select_layer": tower["select_layer"],
         "mm_vision_select_feature": _SELECTED[tower["type"]],
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
-        "image_aspect_ratio": "resize",
-        "s2": False,
+        "image_aspect_ratio": layout.mode,
+        **({"max_tiles": layout.max_tiles} if layout.mode.startswith("dynamic") else {}),
+        "s2": bool(layout.scales) and layout.mode != "dynamic_s2",
+        "s2_scales": ",".join(str(side) for side in layout.scales),
+        "s2_max_split_size": layout.tile_size,
         "num_video_frames": 8,
         "fps": 0.0,
         "vision_resolution": -1,
@@ -129,17 +135,42 @@ def _own(root: Mapping[str, Any], key: str, choices: Collection[str], where: Pat
     return value
 
 
-def _check_root(root: Mapping[str, Any], where: Path) -> None:
-    mode = root.get("image_aspect_ratio", "resize")
-    if mode != "resize":
-        raise UserError(
-            f"{where}: image_aspect_ratio={mode!r} is not supported yet, only 'resize' (one image, one tile)"
-        )
-    if root.get("s2"):
-        raise UserError(f"{where}: s2={root['s2']!r} (several scales of an image) is not supported yet")
+def _images(root: Mapping[str, Any], tower: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """How the root's config takes pictures, as keys of our model config.
+
+    Raises:
+      UserError: a way that no released VILA has, or that this package does not have.
+    """
     for key in ("mm_use_im_start_end", "mm_use_im_patch_token"):
         if root.get(key):
             raise UserError(f"{where}: {key}={root[key]!r} is not supported; no released VILA has it")
+    mode = root.get("image_aspect_ratio", "resize")
+    found: dict[str, Any] = {"image_size": tower["image_size"], "image_aspect_ratio": mode, "s2_scales": ()}
+    found["max_tiles"] = root.get("max_tiles", 12)
+    fixed = {"min_tiles": 1}
+    if root.get("s2") or mode == "dynamic_s2":
+        found["s2_scales"] = _scales(root.get("s2_scales"), where)
+        fixed["s2_max_split_size"] = tower["image_size"]
+        fixed["s2_resize_output_to_scale_idx"] = -1 if mode == "dynamic_s2" else 0
+    for key, value in fixed.items():
+        if root.get(key, value) != value:
+            raise UserError(f"{where}: {key}={root[key]!r} is not supported, only {value!r} is")
+    try:
+        image_layout(ConfigDict(found))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return found
+
+
+def _scales(value: Any, where: Path) -> tuple[int, ...]:
+    """VILA writes '384,768', NVILA sometimes a list."""
+    pieces = value.split(",") if isinstance(value, str) else value
+    try:
+        return tuple(int(piece) for piece in pieces)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{where}: s2_scales={value!r}, sides in pixels such as '384,768' were expected"
+        ) from error
 
 
 def _open_tower(folder: Path, root: Mapping[str, Any], where: Path) -> Source:
@@ -161,13 +192,13 @@ def _open_tower(folder: Path, root: Mapping[str, Any], where: Path) -> Source:
     return tower
 
 
-def _open_projector(folder: Path, tower: Mapping[str, Any], llm: Source, order: str | None) -> Source:
+def _open_projector(folder: Path, width: int, llm: Source, order: str | None) -> Source:
     config_file = folder / "config.json"
     kind = read_config(config_file).get("mm_projector_type")
     if not isinstance(kind, str):
         raise UserError(f"{config_file}: mm_projector_type is {kind!r}, a name was expected")
     weights = SafetensorsFolder(folder)
-    meaning = plan(kind, tower["hidden_size"], llm.config["hidden_size"])
+    meaning = plan(kind, width, llm.config["hidden_size"])
     return Source(
         component="projector",
         config={"type": kind, "token_order": order or _token_order(kind, llm)},

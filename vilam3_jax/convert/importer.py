@@ -27,6 +27,7 @@ from vilam3_jax.convert.gguf import open_gguf
 from vilam3_jax.convert.huggingface import open_intern_vit, open_llama, open_siglip, open_siglip_pair
 from vilam3_jax.convert.safetensors_files import copy_into, read_config
 from vilam3_jax.convert.sources import Checkpoint, Index, Rule, Source
+from vilam3_jax.convert.torch_files import with_safetensors
 from vilam3_jax.convert.vila import PARTS, open_vila
 from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vilam3_jax.errors import UserError
@@ -289,6 +290,7 @@ def import_model(
     source_format: str = "auto",
     dtype: str = "auto",
     tokenizer: PathLike | None = None,
+    torch_files: bool = False,
     verify: bool = True,
     progress: Progress = silent,
 ) -> Summary:
@@ -303,16 +305,23 @@ def import_model(
       source_format: see `open_source`.
       dtype: a key of `DTYPES`, or 'auto': bfloat16 where all of the source is, else float32.
       tokenizer: Hugging Face tokenizer folder to use instead of the one in the source.
+      torch_files: read weights pickled by PyTorch, in another process; see `torch_files`.
       verify: hash the source's files and every leaf, and read the leaves again at the end.
       progress: told of the bytes written so far, and of all bytes.
 
     Raises:
       UserError: bad source, `out` in use, or disk full.
     """
-    start = time.perf_counter()
     target = as_path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: already exists; choose another --out or remove it")
+    if torch_files:
+        # Beside the result, where there is room for the weights.
+        with tempfile.TemporaryDirectory(dir=_nearest(Path(target)), prefix=".torch_files.") as scratch:
+            mirror = with_safetensors(Path(as_path(source)), Path(scratch))
+            options: dict[str, Any] = dict(dtype=dtype, tokenizer=tokenizer, verify=verify, progress=progress)
+            return import_model(mirror, target, source_format=source_format, **options)
+    start = time.perf_counter()
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: unknown; choose from auto, {', '.join(DTYPES)}")
     words = load_tokenizer(tokenizer) if tokenizer else None
@@ -372,6 +381,11 @@ def import_model(
         unused={name: reason for part in opened.parts for name, reason in part.unused.items()},
         tokenizer=words is not None,
     )
+
+
+def _nearest(folder: Path) -> Path:
+    """The first of a folder and its parents that exists."""
+    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
 
 
 @contextlib.contextmanager

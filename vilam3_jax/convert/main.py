@@ -53,6 +53,12 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", default="auto", help="float32, bfloat16 or auto: bfloat16 if the source is (default: auto)"
     )
     command.add_argument("--tokenizer", help="tokenizer folder to use instead of the source's own")
+    command.add_argument(
+        "--torch_files",
+        action="store_true",
+        help="read weights pickled by PyTorch (.bin, .pt, .pth), in another process that builds only tensors "
+        "(needs the experts' package)",
+    )
     _add_verify(command)
     command = commands.add_parser(
         "export",
@@ -99,6 +105,7 @@ def _import(arguments: argparse.Namespace) -> int:
             source_format=arguments.format,
             dtype=arguments.dtype,
             tokenizer=arguments.tokenizer,
+            torch_files=arguments.torch_files,
             verify=arguments.verify,
             progress=progress,
         )

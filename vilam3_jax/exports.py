@@ -189,7 +189,7 @@ def _parts(leaves: Sequence[Leaf]) -> Iterator[list[Leaf]]:
 def _begin(temporary: epath.Path, resume: Mapping[str, Any] | None) -> None:
     if jax.process_index() == 0:
         mark = temporary / "journal" / "resume.json"
-        said = json.dumps(resume, sort_keys=True)
+        said = json.dumps({"processes": jax.process_count(), "resume": resume}, sort_keys=True)
         if resume is None or not mark.exists() or mark.read_text() != said:
             temporary.rmtree(missing_ok=True)
             mark.parent.mkdir(parents=True)
@@ -201,9 +201,10 @@ def _begin(temporary: epath.Path, resume: Mapping[str, Any] | None) -> None:
 def _write_part(
     temporary: epath.Path, index: int, part: list[Leaf], make: Callable[[Leaf], Any], verify: bool
 ) -> dict[str, str]:
-    """Saves one part, unless the journal says that it was; returns key → digest."""
-    journal = temporary / "journal" / f"{index:05}.{jax.process_index()}.json"
-    if journal.exists():
+    """Saves one part, unless the journal says that every process did; returns key → digest."""
+    journals = [temporary / "journal" / f"{index:05}.{p}.json" for p in range(jax.process_count())]
+    journal = journals[jax.process_index()]
+    if all(other.exists() for other in journals):
         return json.loads(journal.read_text())
     folder = temporary / "params" / f"{index:05}"
     if jax.process_index() == 0:

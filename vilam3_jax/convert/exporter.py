@@ -277,9 +277,9 @@ def _foreign_rows(
         rows, first = rule.layout.write(whole)
         yield [(rule.sources[0], first, rows)]
         return
+    low_rank = _low_rank(rule.target, model, stored)
     for rows in ranges:
         stack = rows.read()
-        low_rank = _low_rank(rule.target, model, stored)
         jobs = []
         for index, layer in enumerate(stack):
             if low_rank is not None:

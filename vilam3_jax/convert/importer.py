@@ -225,7 +225,7 @@ def read_leaf(part: Source, rule: Rule, leaf: Leaf) -> jax.Array:
             slice(*axis.indices(size)[:2]) for axis, size in zip(index or (), leaf.shape, strict=True)
         )
         block = _aligned([axis.stop - axis.start for axis in where], leaf.dtype)
-        with ThreadPoolExecutor(_READERS) as pool:
+        with _cancelled_on_error(ThreadPoolExecutor(_READERS)) as pool:
             for _ in pool.map(
                 lambda job: _read_block(part, rule, *job), _jobs(part, rule, leaf, where, block)
             ):
@@ -268,7 +268,9 @@ def _read_block(part: Source, rule: Rule, name: str, where: Index, place: np.nda
     shape = rule.layout.ours(part.tensors[name])
     assert shape is not None  # `check_rules` saw to it
     copy_into(place, rule.layout.read(functools.partial(part.reader, name), shape, where))
-    if not np.isfinite(place).all():
+    with np.errstate(invalid="ignore"):
+        finite = np.isfinite(place).all()
+    if not finite:
         raise UserError(
             f"{part.files[-1]}: {name} holds values that are not finite as {place.dtype}; "
             "the file is damaged, download it again"

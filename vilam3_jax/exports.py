@@ -1,16 +1,19 @@
 """Exports of models: parameters, config and tokenizer in one folder, which `vilam3_jax.load(path)` opens.
 
 `params/00000`, `params/00001`, ... are Orbax checkpoints; each holds a flat dict of stored leaves. A
-parameter of more than 4 GB is cut along its first axis into leaves `path@row`: no host need hold one whole.
+parameter of more than 1.2 GB is cut along its first axis into leaves `path@row`: no host need hold one whole.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import functools
+import gc
 import hashlib
 import json
 import math
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -31,10 +34,12 @@ from vilam3_jax.errors import UserError
 from vilam3_jax.models import trees
 
 EXPORT_FILES = ("model.json", "params")
-LEAF_BYTES = 4_000_000_000
+# Orbax holds what it reads twice: 1.2 GB keep a host below 1.5 leaves and a gigabyte.
+LEAF_BYTES = 1_200_000_000
 # Leaves are saved together up to this size, or that of the largest leaf: what a writer holds at a time.
 _PART_BYTES = 1 << 29
 _MAX_JSON = 64 << 20
+_COLLECTED_BYTES = 1 << 24
 
 Flat = dict[str, jax.Array]
 Abstract = Mapping[str, jax.ShapeDtypeStruct]
@@ -64,6 +69,9 @@ class Leaf:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
+Placement = Callable[[Leaf], jax.sharding.Sharding]
+
+
 def stored_leaves(abstract: Abstract) -> list[Leaf]:
     """Cuts what is larger than `LEAF_BYTES` into ranges of rows of about equal size.
 
@@ -77,7 +85,8 @@ def stored_leaves(abstract: Abstract) -> list[Leaf]:
         if size <= LEAF_BYTES:
             leaves.append(Leaf(path, path, 0, shape, leaf.dtype))
             continue
-        rows = -(-shape[0] // -(-size // LEAF_BYTES))
+        most = max(1, LEAF_BYTES * shape[0] // size)  # rows in a leaf
+        rows = -(-shape[0] // -(-shape[0] // most))
         for start in range(0, shape[0], rows):
             part = (min(rows, shape[0] - start), *shape[1:])
             leaves.append(Leaf(f"{path}@{start}", path, start, part, leaf.dtype))
@@ -124,6 +133,7 @@ def write_export(
     tokenizer_dir: paths.PathLike | None,
     extra: Callable[[], Mapping[str, Any]],
     *,
+    placement: Placement | None = None,
     resume: Mapping[str, Any] | None = None,
     verify: bool = False,
 ) -> None:
@@ -139,6 +149,7 @@ def write_export(
       model_config: the `model` section of a config, plus `kind`.
       tokenizer_dir: Hugging Face tokenizer folder to copy, or None.
       extra: gives the provenance, after the last part.
+      placement: where `make` puts a leaf; needed to verify.
       resume: what identifies this export (JSON): parts of an interrupted one that had the same are kept.
       verify: hash every leaf on its way out, read everything again at the end, and compare.
 
@@ -146,18 +157,21 @@ def write_export(
       UserError: `out` is something else, the disk is full, or it did not keep what was written.
     """
     out = paths.as_path(out)
-    if out.exists() and any(out.iterdir()) and not (out / "model.json").exists():
+    if out.exists() and not (out / "model.json").exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is no export; choose another folder")
     temporary = out.parent / f".{out.name}.partial"
+    parts = list(_parts(stored_leaves(abstract)))
+    mark = _mark(parts, resume)
+    lock = None
     try:
-        _begin(temporary, resume)
+        lock = _begin(temporary, mark if resume is not None else None)
         digests: dict[str, str] = {}
-        parts = list(_parts(stored_leaves(abstract)))
         for index, part in enumerate(parts):
             digests |= _write_part(temporary, index, part, make, verify)
-        if verify:
+        if verify and placement is not None:
             for index, part in enumerate(parts):
-                _verify_part(out, temporary / "params" / f"{index:05}", part, digests)
+                _verify_part(out, temporary / "params" / f"{index:05}", part, placement, digests)
+            _meet(f"verified {temporary}")
         if jax.process_index() == 0:
             _finish(temporary, model_config, tokenizer_dir, {**extra(), "sha256": digests})
             _replace_folder(temporary, out)
@@ -165,6 +179,8 @@ def write_export(
     except (OSError, ValueError) as error:
         temporary.rmtree(missing_ok=True)
         raise UserError(disk_message(out, error)) from error
+    except _InUseError:
+        raise
     except KeyboardInterrupt:
         if resume is None:
             temporary.rmtree(missing_ok=True)
@@ -172,6 +188,9 @@ def write_export(
     except Exception:
         temporary.rmtree(missing_ok=True)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def _parts(leaves: Sequence[Leaf]) -> Iterator[list[Leaf]]:
@@ -186,20 +205,56 @@ def _parts(leaves: Sequence[Leaf]) -> Iterator[list[Leaf]]:
         yield part
 
 
-def _begin(temporary: epath.Path, resume: Mapping[str, Any] | None) -> None:
+def _mark(parts: Sequence[Sequence[Leaf]], resume: Mapping[str, Any] | None) -> str:
+    """Tells this export from others: what the caller says of it, how it is cut, and by what it is written."""
+    leaves = [[(leaf.key, leaf.shape, np.dtype(leaf.dtype).name) for leaf in part] for part in parts]
+    said = {"versions": versions(), "processes": jax.process_count(), "leaves": leaves, "resume": resume}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+class _InUseError(UserError):
+    """Another process writes the same export."""
+
+
+def _begin(temporary: epath.Path, mark: str | None) -> int | None:
+    """Keeps what an interrupted export with the same mark left; clears anything else.
+
+    Returns:
+      What holds the lock on the folder; None where there is none (object stores, other processes).
+    """
+    lock = None
     if jax.process_index() == 0:
-        mark = temporary / "journal" / "resume.json"
-        said = json.dumps({"processes": jax.process_count(), "resume": resume}, sort_keys=True)
-        if resume is None or not mark.exists() or mark.read_text() != said:
+        local = "://" not in str(temporary)
+        if local and temporary.exists():
+            os.close(_locked(temporary))  # nobody is at it
+        file = temporary / "journal" / "mark"
+        if mark is None or not file.exists() or file.read_text() != mark:
             temporary.rmtree(missing_ok=True)
-            mark.parent.mkdir(parents=True)
+            (temporary / "journal").mkdir(parents=True)
             (temporary / "params").mkdir()
-            mark.write_text(said)
+            if mark is not None:
+                paths.write_text_atomic(file, mark)
+        lock = _locked(temporary) if local else None
     _meet(f"begin {temporary}")
+    return lock
+
+
+def _locked(folder: epath.Path) -> int:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise _InUseError(f"{folder}: another process is writing here; give each its own --out") from error
+    return descriptor
 
 
 def _write_part(
-    temporary: epath.Path, index: int, part: list[Leaf], make: Callable[[Leaf], Any], verify: bool
+    temporary: epath.Path,
+    index: int,
+    part: list[Leaf],
+    make: Callable[[Leaf], Any],
+    verify: bool,
 ) -> dict[str, str]:
     """Saves one part, unless the journal says that every process did; returns key → digest."""
     journals = [temporary / "journal" / f"{index:05}.{p}.json" for p in range(jax.process_count())]
@@ -210,15 +265,25 @@ def _write_part(
     if jax.process_index() == 0:
         folder.rmtree(missing_ok=True)
     _meet(f"part {folder}")
-    arrays = {leaf.key: make(leaf) for leaf in part}
+    digests = _save(folder, {leaf.key: make(leaf) for leaf in part}, verify)
+    _free(sum(leaf.bytes for leaf in part))
+    paths.write_text_atomic(journal, json.dumps(digests))
+    return digests
+
+
+def _save(folder: epath.Path, arrays: Mapping[str, Any], verify: bool) -> dict[str, str]:
     with ThreadPoolExecutor(1) as pool, ocp.Context(array_options=UNCOMPRESSED):
         hashing = pool.submit(
             lambda: {key: _digest(array) for key, array in arrays.items()} if verify else {}
         )
-        ocp.save(folder, arrays)
-        digests = hashing.result()
-    journal.write_text(json.dumps(digests))
-    return digests
+        ocp.save(folder, dict(arrays))
+        return hashing.result()
+
+
+def _free(size: int) -> None:
+    """Orbax leaves arrays in a cycle of references; large ones cannot wait to be collected."""
+    if size > _COLLECTED_BYTES:
+        gc.collect()
 
 
 def _digest(array: Any) -> str:
@@ -230,21 +295,33 @@ def _digest(array: Any) -> str:
     return found.hexdigest()
 
 
-def _verify_part(out: epath.Path, folder: epath.Path, part: list[Leaf], digests: Mapping[str, str]) -> None:
+def _verify_part(
+    out: epath.Path,
+    folder: epath.Path,
+    part: list[Leaf],
+    placement: Placement,
+    digests: Mapping[str, str],
+) -> None:
     for leaf in part:
-        wanted = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host_sharding(leaf.shape))
+        _free(leaf.bytes)
+        wanted = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement(leaf))
         if _digest(_load(folder, {leaf.key: wanted})[leaf.key]) != digests[leaf.key]:
             raise UserError(f"{out}: {leaf.key} reads back as other bytes than were written; check the disk")
 
 
-def host_sharding(shape: Sequence[int]) -> jax.sharding.Sharding:
-    """On the hosts' own memory, over all processes along the first axis that they divide, or each whole."""
+def host_sharding(shape: Sequence[int], axes: Sequence[int] = ()) -> jax.sharding.Sharding:
+    """On the hosts' own memory, over all processes along the first axis that they divide, or each whole.
+
+    Args:
+      shape: of the array.
+      axes: those to try first.
+    """
     processes = jax.process_count()
     if processes == 1:
         return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     first = {device.process_index: device for device in reversed(jax.devices("cpu"))}
     mesh = jax.sharding.Mesh(np.array([first[index] for index in range(processes)]), ("hosts",))
-    divided = next((axis for axis, size in enumerate(shape) if not size % processes), None)
+    divided = next((axis for axis in (*axes, *range(len(shape))) if not shape[axis] % processes), None)
     spec = () if divided is None else (*(None,) * divided, "hosts")
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
@@ -260,7 +337,8 @@ def _finish(
         json.dumps({"versions": versions(), **provenance}, indent=1, sort_keys=True)
     )
     if tokenizer_dir:
-        (temporary / "tokenizer").mkdir(exist_ok=True)
+        (temporary / "tokenizer").rmtree(missing_ok=True)
+        (temporary / "tokenizer").mkdir()
         for file in paths.as_path(tokenizer_dir).iterdir():
             if not file.is_dir():
                 file.copy(temporary / "tokenizer" / file.name, overwrite=True)
@@ -297,9 +375,12 @@ def load_model_config(export: paths.PathLike) -> ConfigDict:
                 "or the --out folder of `vilam3 convert import`"
             )
     try:
-        return ConfigDict(_tuples(json.loads(paths.read_bytes(export / "model.json", _MAX_JSON))))
-    except json.JSONDecodeError as error:
+        config = _tuples(json.loads(paths.read_bytes(export / "model.json", _MAX_JSON)))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{export / 'model.json'}: is damaged ({error}); export the model again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("kind"), str):
+        raise UserError(f"{export / 'model.json'}: says no kind of model; export the model again")
+    return ConfigDict(config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,6 +403,7 @@ class StoredRows:
 
     def read(self) -> np.ndarray:
         """Reads them into memory, once."""
+        _free(math.prod(self.shape) * np.dtype(self.dtype).itemsize)
         wanted = jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=host_sharding(()))
         return np.asarray(_load(self.folder, {self.key: wanted})[self.key])
 
@@ -340,7 +422,7 @@ def stored_rows(export: paths.PathLike) -> dict[str, list[StoredRows]]:
                 path, _, start = key.partition("@")
                 rows = StoredRows(folder, key, int(start or 0), tuple(leaf.shape), leaf.dtype)
                 found.setdefault(path, []).append(rows)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # Orbax and TensorStore raise whatever damaged files lead them to
         raise UserError(f"{export}: its params are damaged ({first_line(error)}); export it again") from error
     for ranges in found.values():
         ranges.sort(key=lambda part: part.start)
@@ -391,8 +473,11 @@ def load_params(export: paths.PathLike, wanted: Abstract, optional: Collection[s
 
 def _load(folder: epath.Path, leaves: dict[str, jax.ShapeDtypeStruct]) -> Flat:
     loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
-    with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
-        return dict(ocp.load(folder, leaves))
+    try:
+        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
+            return dict(ocp.load(folder, leaves))
+    except Exception as error:  # as above
+        raise UserError(f"{folder}: is damaged ({first_line(error)}); export the model again") from error
 
 
 def _load_ranges(ranges: Sequence[StoredRows], leaf: jax.ShapeDtypeStruct) -> jax.Array:

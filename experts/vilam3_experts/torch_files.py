@@ -8,37 +8,52 @@ from __future__ import annotations
 
 import json
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 _INDEX = "model.safetensors.index.json"
+_GROUP_BYTES = 1_000_000_000
 
 
 def convert(files: list[Path], out: Path) -> None:
-    """Writes one safetensors file for each of `files`, and the index.
+    """Writes the tensors of `files` as safetensors of about a gigabyte, and an index.
 
     Raises:
       ValueError: a file holds something else than a flat dict of tensors, or a tensor twice.
     """
     where: dict[str, str] = {}
-    for number, file in enumerate(files, 1):
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    group: dict[str, torch.Tensor] = {}
+    count = 0
+
+    def save() -> None:
+        nonlocal count
+        count += 1
+        name = f"from_pickle-{count:05}.safetensors"
+        # Copies, because safetensors refuses tensors that share memory, as tied embeddings do.
+        save_file(
+            {key: value.clone(memory_format=torch.contiguous_format) for key, value in group.items()},
+            out / name,
+        )
+        where.update(dict.fromkeys(group, name))
+        group.clear()
+
+    for file in files:
+        # Files older than PyTorch 1.6 are no archives and cannot be mapped.
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         if not isinstance(state, dict) or not all(
             isinstance(value, torch.Tensor) for value in state.values()
         ):
-            raise ValueError(f"{file}: holds something else than a dict of tensors")
-        doubled = sorted(where.keys() & state.keys())
-        if doubled:
-            raise ValueError(f"{file}: tensor {doubled[0]} is also in another file; remove the stale one")
-        name = f"model-{number:05}-of-{len(files):05}.safetensors"
-        # Copies, because safetensors refuses tensors that share memory, as tied embeddings do.
-        save_file(
-            {key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()},
-            out / name,
-        )
-        where |= dict.fromkeys(state, name)
+            raise ValueError(f"{file.name}: holds something else than a dict of tensors")
+        for key, value in state.items():
+            if key in where or key in group:
+                raise ValueError(f"{file.name}: tensor {key!r} is also in another file; remove the stale one")
+            group[key] = value
+            if sum(tensor.nbytes for tensor in group.values()) > _GROUP_BYTES:
+                save()
+    save()
     (out / _INDEX).write_text(json.dumps({"weight_map": where}))
 
 

@@ -20,6 +20,7 @@ from vilam3_jax.config import ConfigDict, image_layout
 from vilam3_jax.convert.exporter import export_folder
 from vilam3_jax.convert.importer import import_model
 from vilam3_jax.convert.main import main
+from vilam3_jax.convert.vila import vila_folder_config
 from vilam3_jax.data.tokenizer import train_bpe
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import trees, vila
@@ -178,6 +179,47 @@ def test_loras_are_merged(tmp_path):
         with jax.default_matmul_precision("highest"):
             outputs.append(np.asarray(model(*args)))
     np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
+
+
+def test_tokenizer_files_and_licence_go_along(tmp_path):
+    folder = write_folder(tmp_path / "theirs", LLAMA, llama_weights())
+    train_bpe(["liver spleen"], 270, folder, ("<s>", "</s>", "<pad>"))
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    (folder / "special_tokens_map.json").write_text('{"unk_token": "<s>"}')
+    (folder / "LICENSE").write_text("theirs")
+    import_model(folder, tmp_path / "ours")
+    export_folder(tmp_path / "ours", tmp_path / "back")
+    for name in ("tokenizer.model", "special_tokens_map.json", "LICENSE", "tokenizer.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_what_vila_reads_of_a_root(tmp_path):
+    """Keys by which NVILA's loader chooses the tower (its NVILA-8B has these values)."""
+    config = ConfigDict({**tiny.get_model().to_dict(), "image_aspect_ratio": "dynamic_s2"})
+    config.update(s2_scales=(32, 64, 96), max_tiles=12)
+    model = {**config.to_dict(), "kind": "generative"}
+    root = vila_folder_config(model, "bfloat16", {"llm": {}, "vision_tower": {}, "mm_projector": {}})
+    wanted = dict(dynamic_s2=True, s2=False, s2_scales="32,64,96", s2_resize_output_to_scale_idx=-1)
+    assert {key: root[key] for key in wanted} == wanted
+    assert root["mm_hidden_size"] == 3 * config.vision_tower.hidden_size
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ([1], "no kind of model"),
+        ({}, "no kind of model"),
+        ({"kind": "llm", "llm": 3, "param_dtype": "float32"}, "no llm"),
+        ({"kind": "llm", "llm": {}, "param_dtype": "float16"}, "param_dtype='float16'"),
+        ({"kind": "story", "param_dtype": "float32"}, "unknown kind"),
+    ],
+)
+def test_damaged_exports(tmp_path, capsys, model, message):
+    (tmp_path / "ours" / "params").mkdir(parents=True)
+    (tmp_path / "ours" / "model.json").write_text(json.dumps(model))
+    assert main(["export", "--source", str(tmp_path / "ours"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_dtypes(tmp_path):

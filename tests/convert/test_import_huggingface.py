@@ -204,7 +204,7 @@ def test_index_that_does_not_fit_or_leaves_the_folder_is_refused(tmp_path):
     index = folder / "model.safetensors.index.json"
     where = json.loads(index.read_text())["weight_map"]
     index.write_text(json.dumps({"weight_map": {**where, "extra": "model-00001-of-00002.safetensors"}}))
-    with pytest.raises(UserError, match="does not fit its shards: extra"):
+    with pytest.raises(UserError, match="does not fit its shards: 'extra'"):
         open_source(folder)
     index.write_text(json.dumps({"weight_map": {**where, "extra": "../secret.safetensors"}}))
     with pytest.raises(UserError, match="lies outside the folder"):
@@ -236,3 +236,53 @@ def test_a_folder_in_parts_names_them(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llava_llama"}')
     with pytest.raises(UserError, match=r"vision_tower: has no config\.json"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": ["llama"]},
+        {"model_type": "granite"},
+        {"model_type": {}},
+        {"rope_parameters": [1]},
+        {"rope_parameters": "x"},
+        {"rope_scaling": "linear"},
+        {"rope_scaling": [1]},
+        {"rope_theta": 10**400},
+        {"rope_theta": True},
+        {"rms_norm_eps": -1},
+        {"partial_rotary_factor": 0.5},
+        {"sliding_window": 4096},
+        {"vocab_size": "288"},
+        {"hidden_size": None},
+    ],
+)
+def test_settings_that_are_not_llamas(tmp_path, change):
+    folder = write_folder(tmp_path, {**LLAMA, **change}, llama_weights())
+    with pytest.raises(UserError, match=r"config\.json"):
+        open_source(folder)
+    with pytest.raises(UserError, match=r"config\.json"):
+        open_source(folder, "hf_llama")
+
+
+@pytest.mark.parametrize("value", ["abc", 5, [1]])
+@pytest.mark.parametrize("key", ["vision_config", "text_config"])
+def test_sections_that_are_no_objects(tmp_path, key, value):
+    config = {"model_type": "siglip", "vision_config": SIGLIP, key: value}
+    with pytest.raises(UserError, match=key):
+        open_source(write_folder(tmp_path, config, siglip_weights()))
+
+
+@pytest.mark.parametrize("name", [None, 3, [], "", "..", "x" * 300 + ".safetensors", "../model.safetensors"])
+def test_an_index_that_names_what_is_no_file(tmp_path, name):
+    folder = write_folder(tmp_path, LLAMA, llama_weights())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises(UserError, match=str(folder)):
+        open_source(folder)
+
+
+def test_deeply_nested_json(tmp_path):
+    folder = write_folder(tmp_path, LLAMA, llama_weights())
+    (folder / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not valid JSON"):
+        open_source(folder)

@@ -108,6 +108,44 @@ def test_what_another_import_left_is_not_used(tmp_path, small_leaves, change):
     same(load_all(tmp_path / "ours"), expected)
 
 
+def test_a_package_that_cuts_otherwise_starts_over(tmp_path, small_leaves, monkeypatch):
+    source = write_folder(tmp_path / "theirs", LLAMA, llama_weights())
+
+    def stop(written: int, total: int) -> None:
+        if written > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        import_model(source, tmp_path / "ours", progress=stop)
+    monkeypatch.setattr(exports, "_PART_BYTES", 30_000)
+    import_model(source, tmp_path / "ours", verify=False)
+    same(load_all(tmp_path / "ours"), fill(open_source(source)))
+
+
+def test_two_imports_into_one_place(tmp_path, small_leaves):
+    source = write_folder(tmp_path / "theirs", LLAMA, llama_weights())
+    other = write_folder(tmp_path / "others", LLAMA, llama_weights(seed=1))
+    said: list[str] = []
+
+    def second(written: int, total: int) -> None:
+        if not said:
+            with pytest.raises(UserError) as caught:
+                import_model(other, tmp_path / "ours")
+            said.append(str(caught.value))
+
+    import_model(source, tmp_path / "ours", progress=second)
+    assert "another process is writing here" in said[0]
+    same(load_all(tmp_path / "ours"), fill(open_source(source)))
+
+
+@pytest.mark.parametrize("shape", [(7, 11, 13), (1, 5000), (5000,), (3, 3000)])
+def test_no_leaf_is_larger_than_the_limit(small_leaves, shape):
+    leaves = exports.stored_leaves({"x": jax.ShapeDtypeStruct(shape, np.float32)})
+    assert sum(leaf.shape[0] for leaf in leaves) == shape[0]
+    row = 4 * int(np.prod(shape[1:]))
+    assert all(leaf.bytes <= max(9_000, row) for leaf in leaves)
+
+
 def test_a_disk_that_forgets_is_noticed(tmp_path, small_leaves, monkeypatch):
     source = write_folder(tmp_path / "theirs", LLAMA, llama_weights())
     digest = exports._digest
@@ -147,7 +185,7 @@ PROCESS = """
     jax.distributed.initialize(f"localhost:{port}", 2, process)
     from vilam3_jax import exports
     from vilam3_jax.convert import importer, safetensors_files
-    exports.LEAF_BYTES = exports._PART_BYTES = 9_000
+    exports.LEAF_BYTES, exports._PART_BYTES = 40_000, 9_000
     read, count = safetensors_files.SafetensorsFolder.__call__, 0
     def counted(self, name, start, stop):
         global count
@@ -182,19 +220,21 @@ def test_two_processes_share_the_reading(tmp_path):
     assert all(process.returncode == 0 for process in running), said
     size = (source / "model.safetensors").stat().st_size
     for out, _ in said:
-        assert int(out.split("bytes")[1]) < 0.7 * size  # the rows of lm_head's transpose are read by both
+        assert int(out.split("bytes")[1]) < 0.7 * size
     same(load_all(tmp_path / "ours"), fill(open_source(source)))
 
 
 MEMORY = """
-    import resource, sys
+    import re, sys
+    from pathlib import Path
     from vilam3_jax import exports
     from vilam3_jax.convert.exporter import export_folder
     from vilam3_jax.convert.importer import import_model
     import jax
     exports.LEAF_BYTES, exports._PART_BYTES = 100_000_000, 1 << 24
     jax.block_until_ready(jax.numpy.zeros(3))
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # getrusage would count the memory of the process that started this one.
+    peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
     start = peak()
     import_model(sys.argv[1], sys.argv[2])
     print("import", peak() - start)
@@ -227,5 +267,6 @@ def test_memory_is_that_of_a_leaf(tmp_path):
     assert done.returncode == 0, done.stderr
     peaks = dict(line.split() for line in done.stdout.splitlines())
     assert total > 800_000_000
-    assert int(peaks["import"]) < 1.5 * 100_000_000 + 300_000_000, peaks
-    assert int(peaks["export"]) < 1.5 * 100_000_000 + 400_000_000, peaks
+    print(peaks)
+    assert int(peaks["import"]) < 1.5 * 100_000_000 + 200_000_000, peaks
+    assert int(peaks["export"]) < 1.5 * 100_000_000 + 200_000_000, peaks

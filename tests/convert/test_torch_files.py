@@ -43,6 +43,18 @@ def test_pickled_weights(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
 
 
+def test_safetensors_beside_pickles_stay_as_they_are(tmp_path, capsys):
+    write(tmp_path / "theirs", llama_weights())
+    own = tmp_path / "theirs" / "from_pickle-00001.safetensors"
+    own.write_bytes(b"mine")
+    command = ["import", "--source", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")]
+    assert main([*command, "--torch_files"]) == 0
+    assert own.read_bytes() == b"mine"
+    missing = ["--source", str(tmp_path / "absent"), "--out", str(tmp_path / "x"), "--torch_files"]
+    assert main(["import", *missing]) == 2
+    assert "absent: no such folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("damage", ["code", "cut", "list", "twice"])
 def test_what_is_no_dict_of_tensors_is_refused(tmp_path, capsys, damage):
     write(tmp_path / "theirs", llama_weights())

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from vilam3_jax.config import ConfigDict, image_layout
 from vilam3_jax.convert.huggingface import (
+    CARRIED,
+    LICENCE_FILES,
     intern_vit_folder_config,
     llama_folder_config,
     siglip_folder_config,
@@ -39,11 +43,21 @@ from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.exports import StoredRows, load_model_config, parameter_shape, stored_rows
 from vilam3_jax.models.projector import plan
-from vilam3_jax.paths import PathLike, as_path, write_text_atomic
+from vilam3_jax.paths import PathLike, as_path, read_bytes, write_text_atomic
 
+_SECTIONS = {
+    "llm": ("llm",),
+    "vision_tower": ("vision_tower",),
+    "contrastive": ("vision_tower", "text_tower"),
+    "generative": ("vision_tower", "projector", "llm"),
+}
 FILE_BYTES = 5_000_000_000  # transformers' own default
+_MAX_CARRIED = 64 << 20
+_BLOCK_BYTES = 64 << 20
 
 Stored = Mapping[str, Sequence[StoredRows]]
+_Job = tuple[str, int, Callable[[], np.ndarray]]
+_LowRank = Callable[[int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -107,6 +121,10 @@ def export_folder(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: already exists; choose another --out or remove it")
     model = load_model_config(source).to_dict()
+    missing = [key for key in _SECTIONS.get(model["kind"], ()) if not isinstance(model.get(key), dict)]
+    if missing or model.get("param_dtype") not in DTYPES:
+        wrong = f"no {missing[0]}" if missing else f"param_dtype={model.get('param_dtype')!r}"
+        raise UserError(f"{source}: its model.json has {wrong}; export the model again")
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: unknown; choose from auto, {', '.join(DTYPES)}")
     dtype = model["param_dtype"] if dtype == "auto" else dtype
@@ -116,7 +134,7 @@ def export_folder(
     stored = stored_rows(source)
     _check_coverage(source, parts, stored)
 
-    temporary = target.parent / f".{target.name}.partial"
+    temporary = target.parent / f".{target.name}.exporting"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         total = sum(math.prod(parameter_shape(stored[rule.target])) for part in parts for rule in part.rules)
@@ -129,7 +147,8 @@ def export_folder(
         if root is not None:
             _write_json(temporary / "config.json", root)
         if tokenizer is not None:
-            tokenizer.save(temporary / (PARTS["llm"] if root is not None else "."))
+            _write_tokenizer(tokenizer, tokenizer_folder, temporary / (PARTS["llm"] if root else "."))
+        _write_licences(source, temporary, parts)
         if target.exists():
             target.rmdir()
         temporary.rename(target)
@@ -239,9 +258,9 @@ def _write_part(
     )
     digests: dict[tuple[str, int, int], str] = {}
 
-    def write(job: tuple[str, int, np.ndarray]) -> int:
-        name, row, rows = job
-        rows = contiguous(rows, dtype)
+    def write(job: _Job) -> int:
+        name, row, make = job
+        rows = contiguous(make(), dtype)
         writer.write(name, row, rows)
         if verify:
             digests[name, row, row + rows.shape[0]] = _digest(rows)
@@ -249,9 +268,11 @@ def _write_part(
 
     with ThreadPoolExecutor(2) as pool:
         for rule in part.rules:
-            for jobs in _foreign_rows(rule, model, stored):
-                for count in pool.map(write, jobs):
+            low_rank = _low_rank(rule.target, model, stored)
+            for first, array in _arrays(rule, stored):
+                for count in pool.map(write, _jobs(rule, first, array, low_rank)):
                     written.add(count)
+                del array  # before the next is read
     if verify:
         read = SafetensorsFolder(folder)
         for (name, start, stop), digest in digests.items():
@@ -267,29 +288,41 @@ def _write_part(
     return len(shapes)
 
 
-def _foreign_rows(
-    rule: Rule, model: Mapping[str, Any], stored: Stored
-) -> Iterator[list[tuple[str, int, np.ndarray]]]:
-    """Yields lists of tensor name, first row and rows; one list for each stored leaf of a stack."""
+def _arrays(rule: Rule, stored: Stored) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields first layer and layers of a stack, leaf by leaf; or 0 and the one array of another parameter."""
     ranges = stored[rule.target]
+    if rule.stacked:
+        for rows in ranges:
+            yield rows.start, rows.read()
+    else:
+        yield 0, np.concatenate([rows.read() for rows in ranges]) if len(ranges) > 1 else ranges[0].read()
+
+
+def _jobs(rule: Rule, first: int, array: np.ndarray, low_rank: _LowRank | None) -> Iterator[_Job]:
+    """Yields tensor name, first row, and what makes the rows: no more is held than is being written."""
+
+    def layer(index: int) -> np.ndarray:
+        kernel = array[index]
+        if low_rank is not None:
+            kernel = kernel.astype(np.float32) + low_rank(first + index)
+        return rule.layout.write(kernel)[0]
+
     if not rule.stacked:
-        whole = np.concatenate([rows.read() for rows in ranges]) if len(ranges) > 1 else ranges[0].read()
-        rows, first = rule.layout.write(whole)
-        yield [(rule.sources[0], first, rows)]
+        rows, row = rule.layout.write(array)
+        step = max(1, _BLOCK_BYTES // max(1, rows[0].nbytes))
+        for start in range(0, len(rows), step):
+            yield (
+                rule.sources[0],
+                row + start,
+                functools.partial(rows.__getitem__, slice(start, start + step)),
+            )
         return
-    low_rank = _low_rank(rule.target, model, stored)
-    for rows in ranges:
-        stack = rows.read()
-        jobs = []
-        for index, layer in enumerate(stack):
-            if low_rank is not None:
-                layer = layer.astype(np.float32) + low_rank(rows.start + index)
-            array, first = rule.layout.write(layer)
-            jobs.append((rule.sources[rows.start + index], first, array))
-        yield jobs
+    row = rule.layout.write(array[0])[1]
+    for index in range(len(array)):
+        yield rule.sources[first + index], row, functools.partial(layer, index)
 
 
-def _low_rank(path: str, model: Mapping[str, Any], stored: Stored) -> Any:
+def _low_rank(path: str, model: Mapping[str, Any], stored: Stored) -> _LowRank | None:
     """What the LoRA of a stack of kernels adds to layer i, in float32; None if it has none."""
     stem = path.removesuffix("/kernel")
     if f"{stem}/lora_a" not in stored:
@@ -300,6 +333,31 @@ def _low_rank(path: str, model: Mapping[str, Any], stored: Stored) -> Any:
     )
     scale = model["llm"]["lora_alpha"] / model["llm"]["lora_rank"]
     return lambda layer: scale * (a[layer] @ b[layer])
+
+
+def _write_tokenizer(tokenizer: Tokenizer, source: epath.Path, out: Path) -> None:
+    tokenizer.save(out)
+    # Files that slow tokenizers need and we only carry (VILA-1.5 opens Llama's tokenizer.model).
+    for name in CARRIED:
+        if (source / name).exists():
+            (out / name).write_bytes(read_bytes(source / name, _MAX_CARRIED))
+
+
+def _write_licences(source: PathLike, out: Path, parts: Sequence[_Part]) -> None:
+    """Puts the licences that came with imported weights beside what is made of them."""
+    file = as_path(source) / "provenance.json"
+    said = json.loads(read_bytes(file, _MAX_CARRIED)) if file.exists() else {}
+    components = {folder: component for component, folder in PARTS.items()}
+    for part in parts:
+        found = said.get("parts", {})
+        own = (
+            found.get(components[part.folder])
+            if part.folder in components
+            else next(iter(found.values()), {})
+        )
+        licence = (own or {}).get("licence", {})
+        if licence.get("name") in LICENCE_FILES:
+            (out / part.folder / licence["name"]).write_text(licence["text"])
 
 
 def _natural(name: str) -> list[Any]:

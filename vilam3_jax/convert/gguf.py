@@ -123,24 +123,30 @@ class GgufFile:
         """
         tensor = self._tensors[name]
         try:
-            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+            rows = self._rows(name)
+            # Rows are quantised each on its own.
+            data = tensor.data[start:stop] if rows is None else tensor.data[rows[start:stop]]
+            return gguf.dequantize(data, tensor.tensor_type)
         except NotImplementedError as error:  # what gguf raises for a quantisation it cannot undo
             raise UserError(
                 f"{self.path}: {tensor.name} is stored as {tensor.tensor_type.name}, which cannot be "
                 "dequantised; take another quantisation (Q4_0 ... Q8_0, K-quants, F16, BF16)"
             ) from error
+
+    def _rows(self, name: str) -> np.ndarray | None:
+        """Where the rows of a query or key weight are in the file; None for other tensors."""
         if name.endswith("self_attn.q_proj.weight"):
             heads = self.whole("llama.attention.head_count")
         elif name.endswith("self_attn.k_proj.weight"):
             heads = _kv_heads(self)
         else:
-            return values[start:stop]
-        if len(values) % (2 * heads):
+            return None
+        count = self.shapes[name][0]
+        if count % (2 * heads):
             raise UserError(
-                f"{self.path}: {tensor.name} has {len(values)} rows for {heads} heads; damaged, "
-                "download it again"
+                f"{self.path}: {name} has {count} rows for {heads} heads; damaged, download it again"
             )
-        return unpermute(values, heads)[start:stop]
+        return unpermute(np.arange(count)[:, None], heads)[:, 0]
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vilam3_jax.convert.safetensors_files import SafetensorsFolder, read_config
+from vilam3_jax.convert.safetensors_files import SafetensorsFolder, read_config, section
 from vilam3_jax.convert.sources import (
     Checkpoint,
     Source,
@@ -29,7 +29,9 @@ _DECODERS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": 
 _INTERN_VIT = {"hidden_act": "gelu", "qkv_bias": False, "qk_normalization": True, "norm_type": "rms_norm"}
 _EQUAL_ROWS = 4096  # compared at a time
 _MAX_LICENCE_BYTES = 1 << 20
-_LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
+# Beside tokenizer.json, for tools that take the slow tokenizer.
+CARRIED = ("tokenizer.model", "special_tokens_map.json", "added_tokens.json")
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
 
 
 def open_llama(folder: Path) -> Source:
@@ -91,11 +93,16 @@ def llama_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
       UserError: a key is missing, or asks for what this package's Llama does not do.
     """
     family = values.get("model_type", "llama")
-    rope = values.get("rope_parameters") or {}
+    if family not in tuple(_DECODERS):
+        raise UserError(f"{where}: model_type {family!r} is not supported, only {', '.join(_DECODERS)}")
+    rope = section(values, "rope_parameters", where)
     refused = {
         "hidden_act": values.get("hidden_act", "silu") != "silu",
         "mlp_bias": bool(values.get("mlp_bias")),
         "use_sliding_window": bool(values.get("use_sliding_window")),
+        # Qwen2's files name a window that `use_sliding_window` leaves off.
+        "sliding_window": family == "llama" and values.get("sliding_window") is not None,
+        "partial_rotary_factor": values.get("partial_rotary_factor", 1.0) != 1.0,
         "quantization_config": values.get("quantization_config") is not None,
     }
     for key, wrong in refused.items():
@@ -114,7 +121,7 @@ def llama_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
         "head_dim": _positive(values, "head_dim", where, hidden // heads),
         "mlp_dim": _positive(values, "intermediate_size", where),
         "rope_theta": _number({**rope, **values}, "rope_theta", where, 10_000.0),
-        "rope_scaling": _rope_scaling(values.get("rope_scaling") or rope, where),
+        "rope_scaling": _rope_scaling(section(values, "rope_scaling", where) or rope, where),
         "norm_eps": _number(values, "rms_norm_eps", where, 1e-6),
         "max_positions": _positive(values, "max_position_embeddings", where, 2048),
         # Qwen2 has the first always and says so nowhere.
@@ -160,6 +167,10 @@ def llama_folder_config(llm: Mapping[str, Any], tokenizer: Tokenizer | None, dty
         "rms_norm_eps": llm["norm_eps"],
         "rope_theta": llm["rope_theta"],
         "max_position_embeddings": llm["max_positions"],
+        # VILA's own keys.
+        "model_max_length": llm["max_positions"],
+        "tokenizer_model_max_length": llm["max_positions"],
+        "tokenizer_padding_side": "right",
         "tie_word_embeddings": llm["tie_embeddings"],
         "torch_dtype": dtype,
         "use_cache": True,
@@ -167,8 +178,10 @@ def llama_folder_config(llm: Mapping[str, Any], tokenizer: Tokenizer | None, dty
     if family != "qwen2":
         config["attention_bias"] = biases[0]
     if scaling := llm.get("rope_scaling"):
-        theirs = {"rope_type": scaling["type"], **scaling}
-        del theirs["type"]
+        theirs = dict(scaling)
+        # transformers 4.37, which VILA-1.5 uses, knows 'linear' only, and only under the older name.
+        if theirs["type"] != "linear":
+            theirs["rope_type"] = theirs.pop("type")
         if "original_max_positions" in theirs:
             theirs["original_max_position_embeddings"] = theirs.pop("original_max_positions")
         config["rope_scaling"] = theirs
@@ -204,13 +217,13 @@ def open_siglip(folder: Path) -> Source:
     """
     config_file = folder / "config.json"
     values = read_config(config_file)
-    vision = dict(values.get("vision_config") or values)
+    vision = section(values, "vision_config", config_file) or values
     if vision.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
         raise UserError(
             f"{config_file}: hidden_act={vision['hidden_act']!r} is not supported; choose another model"
         )
     if vision.get("num_channels", 3) != 3:
-        raise UserError(f"{config_file}: num_channels={vision['num_channels']} is not supported, only 3 is")
+        raise UserError(f"{config_file}: num_channels={vision['num_channels']!r} is not supported, only 3 is")
     # Folders on the hub leave out what equals transformers' defaults, which are the base model's.
     weights = SafetensorsFolder(folder)
     layers = layer_count(
@@ -259,7 +272,7 @@ def open_siglip_pair(folder: Path) -> Checkpoint:
       UserError: a setting that this package's towers do not have, or broken files.
     """
     config_file = folder / "config.json"
-    text = dict(read_config(config_file).get("text_config") or {})
+    text = section(read_config(config_file), "text_config", config_file)
     if text.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
         raise UserError(
             f"{config_file}: hidden_act={text['hidden_act']!r} is not supported; choose another model"
@@ -419,14 +432,14 @@ def _positive(values: Mapping[str, Any], key: str, where: Path | str, default: i
 
 def _number(values: Mapping[str, Any], key: str, where: Path | str, default: float) -> float:
     value = values.get(key, default)
-    if not isinstance(value, int | float) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
         raise UserError(f"{where}: {key} is {value!r}, a positive number was expected; download it again")
     return float(value)
 
 
 def licence(folder: Path) -> dict[str, str]:
     """Name and text of the licence file in a folder; empty where there is none."""
-    for name in _LICENCE_FILES:
+    for name in LICENCE_FILES:
         if (folder / name).is_file():
             text = read_bytes(folder / name, _MAX_LICENCE_BYTES).decode(errors="replace")
             return {"name": name, "text": text}

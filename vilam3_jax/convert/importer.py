@@ -24,7 +24,13 @@ import numpy as np
 
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.convert.gguf import open_gguf
-from vilam3_jax.convert.huggingface import open_intern_vit, open_llama, open_siglip, open_siglip_pair
+from vilam3_jax.convert.huggingface import (
+    CARRIED,
+    open_intern_vit,
+    open_llama,
+    open_siglip,
+    open_siglip_pair,
+)
 from vilam3_jax.convert.safetensors_files import copy_into, read_config
 from vilam3_jax.convert.sources import Checkpoint, Index, Rule, Source
 from vilam3_jax.convert.torch_files import with_safetensors
@@ -32,7 +38,7 @@ from vilam3_jax.convert.vila import PARTS, open_vila
 from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.exports import Leaf, host_sharding, stored_leaves, write_export
-from vilam3_jax.paths import PathLike, as_path
+from vilam3_jax.paths import PathLike, as_path, read_bytes
 
 OPENERS: dict[str, Callable[[Path], Source | Checkpoint]] = {
     "gguf": open_gguf,
@@ -56,6 +62,7 @@ _NAMES_SHOWN = 12
 _READERS = 2
 _BLOCK_BYTES = 64 << 20  # read at a time by each of them
 _ALIGNMENT = 64
+_MAX_CARRIED = 64 << 20
 
 Progress = Callable[[int, int], None]
 
@@ -115,7 +122,7 @@ def detect_format(source: Path) -> str:
         if any((source / name).is_dir() for name in PARTS.values()):
             return "vila"
         model_type = read_config(source / "config.json").get("model_type")
-        if model_type in _MODEL_TYPES:
+        if isinstance(model_type, str) and model_type in _MODEL_TYPES:
             return _MODEL_TYPES[model_type]
         known = ", ".join(sorted(_MODEL_TYPES))
         raise UserError(f"{source / 'config.json'}: model_type {model_type!r} is not supported, only {known}")
@@ -218,7 +225,7 @@ def read_leaf(part: Source, rule: Rule, leaf: Leaf) -> jax.Array:
     Raises:
       UserError: a value is not finite in the dtype of `leaf`.
     """
-    sharding = host_sharding(leaf.shape)
+    sharding = placement(rule, leaf)
     blocks = []
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         where = tuple(
@@ -233,6 +240,12 @@ def read_leaf(part: Source, rule: Rule, leaf: Leaf) -> jax.Array:
         # The memory of `block` becomes that of the array: nothing is held twice.
         blocks.append(jax.device_put(block, device, may_alias=True))
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, blocks)
+
+
+def placement(rule: Rule, leaf: Leaf) -> jax.sharding.Sharding:
+    """Over processes so that each reads its own rows of the source, where they divide."""
+    rows = rule.layout.axes.index(0) if rule.layout.axes else 0
+    return host_sharding(leaf.shape, (0, 1 + rows) if rule.stacked else (rows,) * bool(leaf.shape))
 
 
 def _jobs(
@@ -298,8 +311,8 @@ def import_model(
 ) -> Summary:
     """Imports a checkpoint into a new export folder, complete or not at all.
 
-    Holds one stored leaf at a time (at most 4 GB, see `exports`). An interrupted import goes on where it was
-    when it is called again in the same way.
+    Holds one stored leaf at a time (at most 1.2 GB, see `exports`). An interrupted import goes on where it
+    was when it is called again in the same way.
 
     Args:
       source: see `open_source`.
@@ -340,8 +353,9 @@ def import_model(
     if dtype == "auto":
         dtype = "bfloat16" if stored == ["BF16"] else "float32"
     abstract = {path: jax.ShapeDtypeStruct(shape, DTYPES[dtype]) for path, shape in shapes.items()}
+    name = Path(as_path(source)).name
     model_config = {
-        "name": Path(as_path(source)).stem,
+        "name": name.removesuffix(".gguf"),
         "kind": opened.kind,
         "param_dtype": dtype,
         **opened.config,
@@ -362,6 +376,7 @@ def import_model(
         facts = [pool.submit(_file_facts, file, verify) for file in files]
         if words is not None:
             words.save(folder)
+            _carry(Path(as_path(tokenizer)) if tokenizer else opened.tokenizer_folder, Path(folder))
         write_export(
             target,
             abstract,
@@ -369,7 +384,13 @@ def import_model(
             model_config,
             folder if words is not None else None,
             lambda: {"parts": _provenance(opened.parts, [fact.result() for fact in facts])},
-            resume={"source": _stamps(opened.parts), "model": model_config, "verify": verify},
+            placement=lambda leaf: placement(rules[leaf.path][1], leaf),
+            resume={
+                "source": _stamps(opened.parts),
+                "model": model_config,
+                "tokenizer": str(tokenizer),
+                "verify": verify,
+            },
             verify=verify,
         )
     return Summary(
@@ -397,6 +418,13 @@ def _cancelled_on_error(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _carry(source: Path | None, out: Path) -> None:
+    """Takes along what other tools read of a tokenizer."""
+    for name in CARRIED:
+        if source is not None and (source / name).is_file():
+            (out / name).write_bytes(read_bytes(source / name, _MAX_CARRIED))
 
 
 def _stamps(parts: Sequence[Source]) -> list[list[Any]]:

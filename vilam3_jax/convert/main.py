@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--source", required=True, help="GGUF file or Hugging Face model folder")
     command.add_argument("--out", required=True, help="folder to create; may be gs://...")
     command.add_argument(
-        "--format", default="auto", help="auto, gguf, hf_llama, siglip, intern_vit or vila (default: auto)"
+        "--format",
+        default="auto",
+        help="auto, gguf, hf_llama, siglip, siglip_pair, intern_vit or vila (default: auto)",
     )
     command.add_argument(
         "--dtype", default="auto", help="float32, bfloat16 or auto: bfloat16 if the source is (default: auto)"

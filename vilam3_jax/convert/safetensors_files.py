@@ -49,12 +49,14 @@ class SafetensorsFolder:
             expected = read_config(index).get("weight_map")
             if not isinstance(expected, dict):
                 raise UserError(f"{index}: has no weight_map; download it again")
+            if not all(isinstance(name, str) for name in expected.values()):
+                raise UserError(f"{index}: names a file that is no text; download it again")
             names = sorted(set(expected.values()))
         else:
             expected, names = None, [_SINGLE]
         self.files = [_inside(folder, name) for name in names]
         for file in self.files:
-            if not file.exists():
+            if not _is_file(file):
                 raise UserError(f"{folder}: {_missing_weights(folder, file.name)}")
         self._entries: dict[str, tuple[Path, int, Mapping[str, Any]]] = {}
         for file in self.files:
@@ -62,7 +64,7 @@ class SafetensorsFolder:
         if expected is not None and set(expected) != set(self._entries):
             odd = sorted(set(expected) ^ set(self._entries))
             raise UserError(
-                f"{index}: does not fit its shards: {odd[0]} (of {len(odd)}) is only in one; download again"
+                f"{index}: does not fit its shards: {odd[0]!r} (of {len(odd)}) is only in one; download again"
             )
         self.shapes = {name: tuple(entry["shape"]) for name, (_, _, entry) in self._entries.items()}
         self.dtypes = tuple(sorted({entry["dtype"] for _, _, entry in self._entries.values()}))
@@ -81,7 +83,7 @@ class SafetensorsFolder:
         header.pop("__metadata__", None)
         for name, entry in header.items():
             if name in self._entries:
-                raise UserError(f"{file}: tensor {name} is also in another shard; remove the stale file")
+                raise UserError(f"{file}: tensor {name!r} is also in another shard; remove the stale file")
             self._entries[name] = (file, 8 + size, entry)
 
     def __call__(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -94,7 +96,8 @@ class SafetensorsFolder:
         dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
             raise UserError(
-                f"{name}: stored as {entry['dtype']}, not as floating point; import the unquantised model"
+                f"{file}: {name!r} is stored as {entry['dtype']}, not as floating point; import the "
+                "unquantised model"
             )
         shape = (stop - start, *entry["shape"][1:])
         rows = np.empty(shape, dtype)
@@ -109,7 +112,7 @@ class SafetensorsFolder:
                         raise OSError("it ends too early")
                     wanted = wanted[count:]
         except OSError as error:
-            raise UserError(f"{file}: {name} cannot be read ({error}); download it again") from error
+            raise UserError(f"{file}: {name!r} cannot be read ({error}); download it again") from error
         return rows
 
 
@@ -208,15 +211,34 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(read_bytes(path, _MAX_JSON_BYTES))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: a JSON object was expected; download it again")
     return value
 
 
+def section(values: Mapping[str, Any], key: str, where: Path) -> dict[str, Any]:
+    """A JSON object inside another; empty where it is absent.
+
+    Raises:
+      UserError: it is something else.
+    """
+    value = values.get(key) or {}
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {key} is {value!r}, a JSON object was expected; download it again")
+    return value
+
+
+def _is_file(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError:  # a name longer than any file's
+        return False
+
+
 def _inside(folder: Path, name: str) -> Path:
-    if Path(name).name != name:
+    if Path(name).name != name or not name.endswith(".safetensors"):
         raise UserError(f"{folder / _INDEX}: shard {name!r} lies outside the folder; download it again")
     return folder / name
 

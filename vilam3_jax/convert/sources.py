@@ -118,7 +118,8 @@ class Source:
     """One opened checkpoint of one component.
 
     Attributes:
-      component: 'llm', 'vision_tower' or 'projector', the key of its parameters in ours.
+      component: 'llm', 'vision_tower' or 'projector', the key of its parameters in ours; or 'contrastive'
+        for all of a two-tower model.
       config: the section of that name in our model config.
       tensors: name → shape, as the rules see them. Reading happens tensor by tensor through `reader`.
       rules: how our parameters are made.
@@ -146,7 +147,7 @@ class Checkpoint:
     """What one import makes an export of: a component, or a whole model in parts.
 
     Attributes:
-      kind: 'generative', or the component's name.
+      kind: 'generative', 'contrastive', or the component's name.
       config: our model config, without `kind`, `name` and `param_dtype`.
       parts: the components.
     """
@@ -164,6 +165,11 @@ class Checkpoint:
     def tokenizer(self) -> Callable[[], Tokenizer] | None:
         """Makes the tokenizer that came along with a part; None where there is none."""
         return next((part.tokenizer for part in self.parts if part.tokenizer), None)
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """Where it is kept; the folder of the part's first file."""
+        return next((part.files[0].parent for part in self.parts if part.tokenizer), None)
 
 
 def whole(value: Any, what: str) -> int:

@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from vilam3_jax.convert.vila import PARTS
 from vilam3_jax.errors import UserError
 
 _PICKLES = (".bin", ".pt", ".pth")
-# What VILA and transformers leave beside the weights: states of a trainer, which are not weights.
-_NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+# What a trainer leaves beside the weights.
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 _PROCESS = "vilam3_experts.torch_files"
 
 
@@ -31,31 +32,33 @@ def with_safetensors(folder: Path, scratch: Path) -> Path:
     Raises:
       UserError: a file is damaged or holds more than tensors, or the experts' package is not installed.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; --torch_files needs a model folder")
     if importlib.util.find_spec(_PROCESS.split(".")[0]) is None:
         raise UserError("--torch_files needs PyTorch: pip install -e ./experts")
     mirror = scratch / folder.name
-    for place in (folder, *sorted(child for child in folder.iterdir() if child.is_dir())):
+    for place in (folder, *(folder / part for part in PARTS.values() if (folder / part).is_dir())):
         copy = mirror / place.relative_to(folder)
         copy.mkdir(parents=True)
-        pickled = False
-        for file in sorted(place.iterdir()):
-            if not file.is_file() or file.name in _NO_WEIGHTS:
-                continue
-            if file.suffix in _PICKLES:
-                pickled = True
-            elif not file.name.endswith(".index.json"):
+        files = [file for file in sorted(place.iterdir()) if file.is_file()]
+        pickles = [
+            file for file in files if file.suffix in _PICKLES and not file.name.startswith(_NO_WEIGHTS)
+        ]
+        for file in files:
+            # Where there are pickles, other weights are not touched: not read, and not linked for writing.
+            weights = file.suffix in (*_PICKLES, ".safetensors") or file.name.endswith(".index.json")
+            if not (pickles and weights):
                 (copy / file.name).symlink_to(file.resolve())
-        if pickled:
-            _convert(place, copy)
+        if pickles:
+            _convert(place, pickles, copy)
     return mirror
 
 
-def _convert(source: Path, out: Path) -> None:
+def _convert(source: Path, pickles: list[Path], out: Path) -> None:
     weights = out / "pickled"
     weights.mkdir()
-    for file in source.iterdir():
-        if file.suffix in _PICKLES and file.name not in _NO_WEIGHTS:
-            (weights / file.name).symlink_to(file.resolve())
+    for file in pickles:
+        (weights / file.name).symlink_to(file.resolve())
     done = subprocess.run(
         [sys.executable, "-m", _PROCESS, str(weights), str(out)], capture_output=True, text=True, check=False
     )

@@ -95,6 +95,8 @@ def vila_folder_config(
         "image_aspect_ratio": layout.mode,
         **({"max_tiles": layout.max_tiles} if layout.mode.startswith("dynamic") else {}),
         "s2": bool(layout.scales) and layout.mode != "dynamic_s2",
+        "dynamic_s2": layout.mode == "dynamic_s2",
+        "s2_resize_output_to_scale_idx": -1 if layout.mode == "dynamic_s2" else 0,
         "s2_scales": ",".join(str(side) for side in layout.scales),
         "s2_max_split_size": layout.tile_size,
         "num_video_frames": 8,
@@ -130,7 +132,7 @@ def _own(root: Mapping[str, Any], key: str, choices: Collection[str], where: Pat
     """What a folder that `vila_folder_config` wrote says of itself."""
     said = root.get("vilam3_jax")
     value = said.get(key) if isinstance(said, dict) else None
-    if value is not None and value not in choices:
+    if value is not None and value not in tuple(choices):
         raise UserError(f"{where}: vilam3_jax.{key}={value!r} is unknown; use one of {', '.join(choices)}")
     return value
 
@@ -141,20 +143,26 @@ def _images(root: Mapping[str, Any], tower: Mapping[str, Any], where: Path) -> d
     Raises:
       UserError: a way that no released VILA has, or that this package does not have.
     """
-    for key in ("mm_use_im_start_end", "mm_use_im_patch_token"):
-        if root.get(key):
-            raise UserError(f"{where}: {key}={root[key]!r} is not supported; no released VILA has it")
+    if root.get("mm_use_im_start_end"):
+        raise UserError(f"{where}: mm_use_im_start_end is not supported; no released VILA has it")
     mode = root.get("image_aspect_ratio", "resize")
     found: dict[str, Any] = {"image_size": tower["image_size"], "image_aspect_ratio": mode, "s2_scales": ()}
     found["max_tiles"] = root.get("max_tiles", 12)
+    # VILA's own defaults, where a key is absent.
+    absent = {"s2_resize_output_to_scale_idx": 0}
     fixed = {"min_tiles": 1}
+    if root.get("vision_resolution", -1) != -1:
+        fixed["vision_resolution"] = tower["image_size"]
     if root.get("s2") or mode == "dynamic_s2":
         found["s2_scales"] = _scales(root.get("s2_scales"), where)
         fixed["s2_max_split_size"] = tower["image_size"]
         fixed["s2_resize_output_to_scale_idx"] = -1 if mode == "dynamic_s2" else 0
     for key, value in fixed.items():
-        if root.get(key, value) != value:
-            raise UserError(f"{where}: {key}={root[key]!r} is not supported, only {value!r} is")
+        found_value = root.get(key, absent.get(key, value))
+        if isinstance(found_value, bool) or found_value != value:
+            raise UserError(f"{where}: {key}={found_value!r} is not supported, only {value!r} is")
+    if isinstance(found["max_tiles"], bool):
+        raise UserError(f"{where}: max_tiles={found['max_tiles']!r}, a number was expected")
     try:
         image_layout(ConfigDict(found))
     except UserError as error:
@@ -175,7 +183,7 @@ def _scales(value: Any, where: Path) -> tuple[int, ...]:
 
 def _open_tower(folder: Path, root: Mapping[str, Any], where: Path) -> Source:
     kind = read_config(folder / "config.json").get("model_type")
-    if kind not in _TOWERS:
+    if not isinstance(kind, str) or kind not in _TOWERS:
         known = ", ".join(sorted(_TOWERS))
         raise UserError(f"{folder / 'config.json'}: model_type {kind!r} is not supported, only {known}")
     tower = _TOWERS[kind](folder)

@@ -21,7 +21,7 @@ _SMALL_INIT = jax.nn.initializers.variance_scaling(0.04, "fan_in", "truncated_no
 TYPES = (
     "identity",
     "linear",
-    "mlp2x_gelu (any number of layers)",
+    "mlp2x_gelu (1 to 99 layers)",
     "mlp_downsample",
     "mlp_downsample_2x2_fix",
     "mlp_downsample_3x3_fix",
@@ -62,7 +62,7 @@ def plan(kind: str, in_dim: int, out_dim: int) -> Plan:
       UserError: unknown type, or widths that it cannot join.
     """
     c, h = in_dim, out_dim
-    mlp = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
+    mlp = re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind)
     if mlp:
         return Plan(1, (c, *(h,) * int(mlp[1])), 0)
     plans = {

@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import os
-import resource
+import re
 import shutil
 import subprocess
 import sys
@@ -73,7 +73,9 @@ def act(action: str, source: Path, out: Path) -> None:
     ACTIONS[action](source, out)
     os.sync()
     seconds = time.perf_counter() - start
-    print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+    # getrusage would count the memory of the process that started this one, too.
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    print(json.dumps([seconds, 1024 * int(peak[1]) if peak else 0]))
 
 
 def measure(action: str, source: Path, out: Path) -> tuple[float, int]:

@@ -243,9 +243,11 @@ def _locked(folder: epath.Path) -> int:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         os.close(descriptor)
         raise _InUseError(f"{folder}: another process is writing here; give each its own --out") from error
+    except OSError:
+        pass  # a file system without locks
     return descriptor
 
 

@@ -115,6 +115,9 @@ def main() -> None:
     source, ours = folder / "source", folder / "ours"
     write_source(source, llm)
     size = sum(file.stat().st_size for file in source.iterdir())
+    if shutil.disk_usage(folder).free < 2.1 * size:
+        shutil.rmtree(folder)
+        parser.error(f"--dir: {2.1 * size / 1e9:.0f} GB more are needed on this disk; try fewer --layers")
     print(f"{options.model}, {llm.num_layers} layers: {size / 1e9:.2f} GB in bfloat16")
     for _ in range(options.rounds):
         rows = {"copy": measure("copy", source, folder / "copied")}

@@ -133,9 +133,8 @@ def write_export(
     tokenizer_dir: paths.PathLike | None,
     extra: Callable[[], Mapping[str, Any]],
     *,
-    placement: Placement | None = None,
     resume: Mapping[str, Any] | None = None,
-    verify: bool = False,
+    verify: Placement | None = None,
 ) -> None:
     """Writes an export part by part into `.<name>.partial` beside `out`, then moves it there.
 
@@ -149,9 +148,9 @@ def write_export(
       model_config: the `model` section of a config, plus `kind`.
       tokenizer_dir: Hugging Face tokenizer folder to copy, or None.
       extra: gives the provenance, after the last part.
-      placement: where `make` puts a leaf; needed to verify.
       resume: what identifies this export (JSON): parts of an interrupted one that had the same are kept.
-      verify: hash every leaf on its way out, read everything again at the end, and compare.
+      verify: where `make` puts a leaf; if given, every leaf is hashed on its way out, and at the end all is
+        read again and compared.
 
     Raises:
       UserError: `out` is something else, the disk is full, or it did not keep what was written.
@@ -167,10 +166,10 @@ def write_export(
         lock = _begin(temporary, mark if resume is not None else None)
         digests: dict[str, str] = {}
         for index, part in enumerate(parts):
-            digests |= _write_part(temporary, index, part, make, verify)
-        if verify and placement is not None:
+            digests |= _write_part(temporary, index, part, make, verify is not None)
+        if verify is not None:
             for index, part in enumerate(parts):
-                _verify_part(out, temporary / "params" / f"{index:05}", part, placement, digests)
+                _verify_part(out, temporary / "params" / f"{index:05}", part, verify, digests)
             _meet(f"verified {temporary}")
         if jax.process_index() == 0:
             _finish(temporary, model_config, tokenizer_dir, {**extra(), "sha256": digests})

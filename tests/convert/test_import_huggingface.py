@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from foreign import LLAMA, SIGLIP, llama_weights, siglip_weights, write_folder
 
-from vilam3_jax.convert.importer import check_rules, fill, open_source
+from vilam3_jax.convert.importer import check_rules, fill, import_model, open_source
+from vilam3_jax.data.tokenizer import load_tokenizer, train_bpe
 from vilam3_jax.errors import UserError
 
 
@@ -170,7 +171,7 @@ def test_models_that_would_come_out_wrong_are_refused(tmp_path, change, message)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab_size": 300}, r"embed_tokens\.weight is \(288, 32\), .* not give the \(300, 32\) of llm"),
+        ({"intermediate_size": 60}, r"gate_proj\.weight is \(64, 32\), .* not give the \(32, 60\) of llm"),
         ({"num_hidden_layers": 2}, r"not used: model\.layers\.2"),
         ({"num_hidden_layers": 4}, r"missing: model\.layers\.3"),
         ({"num_key_value_heads": 4}, "of different models"),
@@ -180,6 +181,41 @@ def test_config_of_another_model_is_refused(tmp_path, change, message):
     source = open_source(write_folder(tmp_path, {**LLAMA, **change}, llama_weights()))
     with pytest.raises(UserError, match=message):
         fill(source)
+
+
+def test_the_vocabulary_is_what_the_embedding_has_rows_for(tmp_path):
+    weights = llama_weights(vocab_size=290)
+    source = open_source(write_folder(tmp_path, LLAMA, weights))
+    assert source.config["llm"]["vocab_size"] == 290
+    found = fill(source)["llm/embed/embedding"]
+    np.testing.assert_array_equal(found, weights["model.embed_tokens.weight"])
+
+
+def test_added_tokens_without_a_row_are_left_out(tmp_path):
+    corpus = ["There is a moderate left pleural effusion. The liver is 1125 ml. Heart size is normal."] * 20
+    train_bpe(corpus, 288, tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    values = json.loads(file.read_text())
+    values["added_tokens"] += [
+        {**values["added_tokens"][-1], "id": 288 + extra, "content": f"<media{extra}>"} for extra in range(3)
+    ]
+    file.write_text(json.dumps(values))
+    theirs = load_tokenizer(tmp_path / "tokenizer")
+    assert theirs.vocab_size == 291
+    source = write_folder(tmp_path / "theirs", LLAMA, llama_weights())
+    import_model(source, tmp_path / "ours", tokenizer=tmp_path / "tokenizer")
+    ours = load_tokenizer(tmp_path / "ours" / "tokenizer")
+    text = "a word<media1>"
+    assert max(theirs.encode(text, allow_special=True)) == 289
+    assert max(ours.encode(text, allow_special=True)) < 288
+    assert ours.decode(ours.encode(text)) == text
+    assert ours.special_tokens == {
+        word: index for word, index in theirs.special_tokens.items() if index < 288
+    }
+    smaller = write_folder(tmp_path / "smaller", LLAMA, llama_weights(vocab_size=280))
+    with pytest.raises(UserError, match="has 291 tokens, the model only 280"):
+        import_model(smaller, tmp_path / "none", tokenizer=tmp_path / "tokenizer")
+    assert not (tmp_path / "none").exists()
 
 
 def test_missing_shard_is_named(tmp_path):

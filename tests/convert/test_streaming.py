@@ -41,6 +41,12 @@ def same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
         np.testing.assert_array_equal(found[path], value, err_msg=path)
 
 
+def stop(written: int, total: int) -> None:
+    """A progress function that interrupts in the middle."""
+    if written > total / 2:
+        raise KeyboardInterrupt
+
+
 def test_large_parameters_are_stored_in_several_leaves(tmp_path, small_leaves):
     source = write_folder(tmp_path / "theirs", LLAMA, llama_weights())
     import_model(source, tmp_path / "ours")
@@ -74,10 +80,6 @@ def test_an_interrupted_import_goes_on(tmp_path, small_leaves, monkeypatch):
         lambda self, name, *rows: (reads.append(name), read(self, name, *rows))[1],
     )
 
-    def stop(written: int, total: int) -> None:
-        if written > total / 2:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         import_model(source, tmp_path / "ours", progress=stop)
     assert not (tmp_path / "ours").exists() and (tmp_path / ".ours.partial").exists()
@@ -94,10 +96,6 @@ def test_an_interrupted_import_goes_on(tmp_path, small_leaves, monkeypatch):
 def test_what_another_import_left_is_not_used(tmp_path, small_leaves, change):
     source = write_folder(tmp_path / "theirs", LLAMA, llama_weights())
 
-    def stop(written: int, total: int) -> None:
-        if written > total / 2:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         import_model(source, tmp_path / "ours", progress=stop)
     if change == "source":
@@ -110,10 +108,6 @@ def test_what_another_import_left_is_not_used(tmp_path, small_leaves, change):
 
 def test_a_package_that_cuts_otherwise_starts_over(tmp_path, small_leaves, monkeypatch):
     source = write_folder(tmp_path / "theirs", LLAMA, llama_weights())
-
-    def stop(written: int, total: int) -> None:
-        if written > total / 2:
-            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         import_model(source, tmp_path / "ours", progress=stop)
@@ -231,7 +225,7 @@ MEMORY = """
     from vilam3_jax.convert.exporter import export_folder
     from vilam3_jax.convert.importer import import_model
     import jax
-    exports.LEAF_BYTES, exports._PART_BYTES = 100_000_000, 1 << 24
+    exports.LEAF_BYTES, exports._PART_BYTES = 250_000_000, 1 << 24
     jax.block_until_ready(jax.numpy.zeros(3))
     # getrusage would count the memory of the process that started this one.
     peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
@@ -266,7 +260,9 @@ def test_memory_is_that_of_a_leaf(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     peaks = dict(line.split() for line in done.stdout.splitlines())
-    assert total > 800_000_000
     print(peaks)
-    assert int(peaks["import"]) < 1.5 * 100_000_000 + 250_000_000, peaks
-    assert int(peaks["export"]) < 1.5 * 100_000_000 + 250_000_000, peaks
+    largest = 24 * 1024 * 4096 * 2  # bytes of a stacked kernel, stored whole
+    assert total > 4 * largest
+    # Orbax holds what it writes or reads twice; a leaf that stays behind would be a third time.
+    for program in ("import", "export"):
+        assert int(peaks[program]) < 2.5 * largest + 100_000_000, peaks

@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from vilam3_jax.config import ConfigDict, image_layout
 from vilam3_jax.convert.huggingface import (
-    CARRIED,
     LICENCE_FILES,
     intern_vit_folder_config,
     llama_folder_config,
@@ -28,7 +26,7 @@ from vilam3_jax.convert.huggingface import (
     siglip_pair_folder_config,
     siglip_preprocessor,
 )
-from vilam3_jax.convert.importer import DTYPES, Progress, silent
+from vilam3_jax.convert.importer import DTYPES, Progress, carry, check_dtype, free_place, silent
 from vilam3_jax.convert.safetensors_files import SafetensorsFolder, SafetensorsWriter, contiguous
 from vilam3_jax.convert.sources import (
     Rule,
@@ -52,7 +50,7 @@ _SECTIONS = {
     "generative": ("vision_tower", "projector", "llm"),
 }
 FILE_BYTES = 5_000_000_000  # transformers' own default
-_MAX_CARRIED = 64 << 20
+_MAX_PROVENANCE = 64 << 20
 _BLOCK_BYTES = 64 << 20
 
 Stored = Mapping[str, Sequence[StoredRows]]
@@ -117,16 +115,13 @@ def export_folder(
     start = time.perf_counter()
     if "://" in str(out):
         raise UserError(f"{out}: files are written in any order; give a folder on a local disk")
-    target = Path(as_path(out))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target}: already exists; choose another --out or remove it")
+    target = Path(free_place(out))
+    check_dtype(dtype)
     model = load_model_config(source).to_dict()
     missing = [key for key in _SECTIONS.get(model["kind"], ()) if not isinstance(model.get(key), dict)]
     if missing or model.get("param_dtype") not in DTYPES:
         wrong = f"no {missing[0]}" if missing else f"param_dtype={model.get('param_dtype')!r}"
         raise UserError(f"{source}: its model.json has {wrong}; export the model again")
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: unknown; choose from auto, {', '.join(DTYPES)}")
     dtype = model["param_dtype"] if dtype == "auto" else dtype
     tokenizer_folder = as_path(source) / "tokenizer"
     tokenizer = load_tokenizer(tokenizer_folder) if tokenizer_folder.exists() else None
@@ -147,7 +142,9 @@ def export_folder(
         if root is not None:
             _write_json(temporary / "config.json", root)
         if tokenizer is not None:
-            _write_tokenizer(tokenizer, tokenizer_folder, temporary / (PARTS["llm"] if root else "."))
+            place = temporary / (PARTS["llm"] if root else ".")
+            tokenizer.save(place)
+            carry(tokenizer_folder, place)
         _write_licences(source, temporary, parts)
         if target.exists():
             target.rmdir()
@@ -335,18 +332,10 @@ def _low_rank(path: str, model: Mapping[str, Any], stored: Stored) -> _LowRank |
     return lambda layer: scale * (a[layer] @ b[layer])
 
 
-def _write_tokenizer(tokenizer: Tokenizer, source: epath.Path, out: Path) -> None:
-    tokenizer.save(out)
-    # Files that slow tokenizers need and we only carry (VILA-1.5 opens Llama's tokenizer.model).
-    for name in CARRIED:
-        if (source / name).exists():
-            (out / name).write_bytes(read_bytes(source / name, _MAX_CARRIED))
-
-
 def _write_licences(source: PathLike, out: Path, parts: Sequence[_Part]) -> None:
     """Puts the licences that came with imported weights beside what is made of them."""
     file = as_path(source) / "provenance.json"
-    said = json.loads(read_bytes(file, _MAX_CARRIED)) if file.exists() else {}
+    said = json.loads(read_bytes(file, _MAX_PROVENANCE)) if file.exists() else {}
     components = {folder: component for component, folder in PARTS.items()}
     for part in parts:
         found = said.get("parts", {})

@@ -29,8 +29,6 @@ _DECODERS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": 
 _INTERN_VIT = {"hidden_act": "gelu", "qkv_bias": False, "qk_normalization": True, "norm_type": "rms_norm"}
 _EQUAL_ROWS = 4096  # compared at a time
 _MAX_LICENCE_BYTES = 1 << 20
-# Beside tokenizer.json, for tools that take the slow tokenizer.
-CARRIED = ("tokenizer.model", "special_tokens_map.json", "added_tokens.json")
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
 
 
@@ -45,6 +43,9 @@ def open_llama(folder: Path) -> Source:
     weights = SafetensorsFolder(folder)
     llm = llama_config(values, config_file)
     layer_count(llm["num_layers"], weights.shapes, f"{config_file}: num_hidden_layers")
+    # The rows count: VILA grows vocabularies without always saying so (128,257 for Llama 3's 128,256).
+    rows = weights.shapes.get("model.embed_tokens.weight", ())
+    llm["vocab_size"] = rows[0] if len(rows) == 2 else llm["vocab_size"]
     has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
     unused = {
         name: "recomputed from rope_theta" for name in weights.shapes if name.endswith("rotary_emb.inv_freq")
@@ -335,11 +336,8 @@ def siglip_pair_folder_config(model: Mapping[str, Any], dtype: str) -> dict[str,
     }
 
 
-def siglip_folder_config(tower: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The `config.json` of a SigLIP vision tower; `open_siglip` reads it back."""
+def _vision_sizes(tower: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return {
-        "architectures": ["SiglipVisionModel"],
-        "model_type": "siglip_vision_model",
         "image_size": tower["image_size"],
         "patch_size": tower["patch_size"],
         "num_channels": 3,
@@ -347,11 +345,20 @@ def siglip_folder_config(tower: Mapping[str, Any], dtype: str) -> dict[str, Any]
         "num_hidden_layers": tower["num_layers"],
         "num_attention_heads": tower["num_heads"],
         "intermediate_size": tower["mlp_dim"],
-        "hidden_act": "gelu_pytorch_tanh",
         "layer_norm_eps": tower["norm_eps"],
+        "torch_dtype": dtype,
+    }
+
+
+def siglip_folder_config(tower: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The `config.json` of a SigLIP vision tower; `open_siglip` reads it back."""
+    return {
+        "architectures": ["SiglipVisionModel"],
+        "model_type": "siglip_vision_model",
+        **_vision_sizes(tower, dtype),
+        "hidden_act": "gelu_pytorch_tanh",
         "attention_dropout": 0.0,
         "vision_use_head": tower["head"],
-        "torch_dtype": dtype,
     }
 
 
@@ -412,15 +419,7 @@ def intern_vit_folder_config(tower: Mapping[str, Any], dtype: str) -> dict[str, 
     return {
         "architectures": ["InternVisionModel"],
         "model_type": "intern_vit_6b",
-        "image_size": tower["image_size"],
-        "patch_size": tower["patch_size"],
-        "num_channels": 3,
-        "hidden_size": tower["hidden_size"],
-        "num_hidden_layers": tower["num_layers"],
-        "num_attention_heads": tower["num_heads"],
-        "intermediate_size": tower["mlp_dim"],
-        "layer_norm_eps": tower["norm_eps"],
-        "torch_dtype": dtype,
+        **_vision_sizes(tower, dtype),
         **_INTERN_VIT,
     }
 

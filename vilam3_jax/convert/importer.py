@@ -21,11 +21,11 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from etils import epath
 
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.convert.gguf import open_gguf
 from vilam3_jax.convert.huggingface import (
-    CARRIED,
     open_intern_vit,
     open_llama,
     open_siglip,
@@ -62,6 +62,7 @@ _NAMES_SHOWN = 12
 _READERS = 2
 _BLOCK_BYTES = 64 << 20  # read at a time by each of them
 _ALIGNMENT = 64
+_CARRIED = ("tokenizer.model", "special_tokens_map.json", "added_tokens.json")
 _MAX_CARRIED = 64 << 20
 
 Progress = Callable[[int, int], None]
@@ -327,9 +328,8 @@ def import_model(
     Raises:
       UserError: bad source, `out` in use, or disk full.
     """
-    target = as_path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target}: already exists; choose another --out or remove it")
+    target = free_place(out)
+    check_dtype(dtype)
     if torch_files:
         # Beside the result, where there is room for the weights.
         with tempfile.TemporaryDirectory(dir=_nearest(Path(target)), prefix=".torch_files.") as scratch:
@@ -337,17 +337,15 @@ def import_model(
             options: dict[str, Any] = dict(dtype=dtype, tokenizer=tokenizer, verify=verify, progress=progress)
             return import_model(mirror, target, source_format=source_format, **options)
     start = time.perf_counter()
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: unknown; choose from auto, {', '.join(DTYPES)}")
     words = load_tokenizer(tokenizer) if tokenizer else None
     opened = open_source(source, source_format, words)
     words = words or (opened.tokenizer() if opened.tokenizer else None)
-    llm = opened.config.get("llm")
-    if words is not None and llm is not None and words.vocab_size > llm["vocab_size"]:
-        raise UserError(
-            f"{tokenizer or source}: the tokenizer has {words.vocab_size} tokens, the model only "
-            f"{llm['vocab_size']}; use the tokenizer this model was trained with"
-        )
+    reader = opened.config.get("llm") or opened.config.get("text_tower")
+    if words is not None and reader is not None and words.vocab_size > reader["vocab_size"]:
+        try:
+            words = words.limited_to(reader["vocab_size"])
+        except UserError as error:
+            raise UserError(f"{tokenizer or source}: {error}") from error
     shapes = check_rules(opened)
     stored = sorted({dtype for part in opened.parts for dtype in part.dtypes})
     if dtype == "auto":
@@ -376,7 +374,8 @@ def import_model(
         facts = [pool.submit(_file_facts, file, verify) for file in files]
         if words is not None:
             words.save(folder)
-            _carry(Path(as_path(tokenizer)) if tokenizer else opened.tokenizer_folder, Path(folder))
+            if came_from := tokenizer or opened.tokenizer_folder:
+                carry(came_from, Path(folder))
         write_export(
             target,
             abstract,
@@ -384,14 +383,13 @@ def import_model(
             model_config,
             folder if words is not None else None,
             lambda: {"parts": _provenance(opened.parts, [fact.result() for fact in facts])},
-            placement=lambda leaf: placement(rules[leaf.path][1], leaf),
             resume={
                 "source": _stamps(opened.parts),
                 "model": model_config,
                 "tokenizer": str(tokenizer),
                 "verify": verify,
             },
-            verify=verify,
+            verify=(lambda leaf: placement(rules[leaf.path][1], leaf)) if verify else None,
         )
     return Summary(
         component=opened.kind,
@@ -420,11 +418,29 @@ def _cancelled_on_error(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor
         pool.shutdown(cancel_futures=True)
 
 
-def _carry(source: Path | None, out: Path) -> None:
-    """Takes along what other tools read of a tokenizer."""
-    for name in CARRIED:
-        if source is not None and (source / name).is_file():
-            (out / name).write_bytes(read_bytes(source / name, _MAX_CARRIED))
+def free_place(out: PathLike) -> epath.Path:
+    """Where a conversion may write.
+
+    Raises:
+      UserError: something is there.
+    """
+    target = as_path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: already exists; choose another --out or remove it")
+    return target
+
+
+def check_dtype(name: str) -> None:
+    """Raises UserError if --dtype is neither 'auto' nor a key of `DTYPES`."""
+    if name != "auto" and name not in DTYPES:
+        raise UserError(f"--dtype {name}: unknown; choose from auto, {', '.join(DTYPES)}")
+
+
+def carry(source: PathLike, out: Path) -> None:
+    """Takes along what other tools read of a tokenizer beside `tokenizer.json` (VILA-1.5 the slow one)."""
+    for name in _CARRIED:
+        if (as_path(source) / name).exists():
+            (out / name).write_bytes(read_bytes(as_path(source) / name, _MAX_CARRIED))
 
 
 def _stamps(parts: Sequence[Source]) -> list[list[Any]]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from vilam3_jax.errors import UserError
 
-Progress = Callable[[int, int], None]
+if TYPE_CHECKING:  # the import of jax behind it is slow
+    from vilam3_jax.convert.importer import Progress
 
 
 def main(argv: list[str]) -> int:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import read_bytes, write_text_atomic
 
-DTYPES: dict[str, Any] = {
+STORED_DTYPES: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -93,7 +93,7 @@ class SafetensorsFolder:
           UserError: stored as integers or in an unknown type; or the file shrank or cannot be read.
         """
         file, data, entry = self._entries[name]
-        dtype = DTYPES.get(entry["dtype"])
+        dtype = STORED_DTYPES.get(entry["dtype"])
         if dtype is None:
             raise UserError(
                 f"{file}: {name!r} is stored as {entry['dtype']}, not as floating point; import the "
@@ -129,7 +129,7 @@ class SafetensorsWriter:
           file_bytes: a new file begins where this would be exceeded.
         """
         self._dtype = np.dtype(dtype)
-        self._kind = next(kind for kind, dtype in DTYPES.items() if np.dtype(dtype) == self._dtype)
+        self._kind = next(kind for kind, dtype in STORED_DTYPES.items() if np.dtype(dtype) == self._dtype)
         self._shapes = dict(shapes)
         self._places: dict[str, tuple[Path, int]] = {}
         groups: list[dict[str, int]] = [{}]

@@ -86,6 +86,25 @@ class Tokenizer:
         )
         return make, (self._json,)
 
+    def limited_to(self, size: int) -> Tokenizer:
+        """This tokenizer without its added tokens from id `size` on.
+
+        NVILA's has placeholders for media there, to which no row of the embedding belongs.
+
+        Raises:
+          UserError: more than `size` tokens remain, or one that the tokenizer needs is among the others.
+        """
+        values = json.loads(self._json)
+        values["added_tokens"] = [token for token in values.get("added_tokens") or [] if token["id"] < size]
+        make, _ = self.__reduce__()
+        limited = make(json.dumps(values, ensure_ascii=False))
+        if max(limited.vocab_size - 1, self.pad_id, *self.stop_ids, self.bos_id or 0) >= size:
+            raise UserError(
+                f"the tokenizer has {self.vocab_size} tokens, the model only {size}; use the tokenizer this "
+                "model was trained with"
+            )
+        return limited
+
     @property
     def special_tokens(self) -> dict[str, int]:
         """Control tokens and their ids."""

@@ -260,9 +260,9 @@ def test_memory_is_that_of_a_leaf(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     peaks = dict(line.split() for line in done.stdout.splitlines())
-    print(peaks)
     largest = 24 * 1024 * 4096 * 2  # bytes of a stacked kernel, stored whole
     assert total > 4 * largest
-    # Orbax holds what it writes or reads twice; a leaf that stays behind would be a third time.
+    # Orbax holds what it writes or reads twice, and two files are read ahead. Measured, in largest kernels:
+    # import 2.6 to 2.7, export 3.0 to 3.2; with one that is not let go 3.5 to 3.6 and 3.9 to 4.2.
     for program in ("import", "export"):
-        assert int(peaks[program]) < 2.5 * largest + 100_000_000, peaks
+        assert int(peaks[program]) < 3.35 * largest, peaks

@@ -21,6 +21,7 @@ from vilam3_jax.convert.exporter import export_folder
 from vilam3_jax.convert.importer import import_model
 from vilam3_jax.convert.main import main
 from vilam3_jax.convert.vila import vila_folder_config
+from vilam3_jax.data.text_rules import TextRules
 from vilam3_jax.data.tokenizer import train_bpe
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import trees, vila
@@ -133,7 +134,7 @@ def test_a_whole_model_there_and_back(tmp_path, monkeypatch, capsys, order, leaf
     assert files(tmp_path / "vila1") == files(tmp_path / "vila2")
     again, config, tokenizer = exports.load_export(tmp_path / "again1")
     assert config.template == "chatml" and config.projector.token_order == order
-    assert set(config.text.values()) == {"clean"}
+    assert TextRules.of(config.text) == TextRules()
     assert (tokenizer / "tokenizer.json").exists()
     for path, value in trees.flatten(again).items():
         np.testing.assert_array_equal(value, params[path], err_msg=path)

@@ -156,6 +156,17 @@ def test_dynamic_s2_maps_tiles_and_merges_rows():
     assert merged.image_of_token[5:21].tolist() == [6, 6, 7, 7, 8, 8, 9, 9] * 2
     assert merged.visual_offset[5:21].tolist() == [0, 1] * 4 + [2, 3] * 4
     assert merged.image_of_token[-2] == 17 and merged.visual_offset[-2] == 3
+    # What text rules put after every marker (`image_end`) is left after a whole picture only.
+    which = np.repeat(np.arange(13), 5)
+    ends = np.tile(np.arange(5), 13) == 4
+    ended = Encoded(
+        np.where(ends, 7, 0).astype(np.int32), np.zeros(65, np.float32), np.where(ends, -1, which),
+        np.where(ends, 0, np.tile(np.arange(5), 13)), 13,
+    )  # fmt: skip
+    joined = dynamic_s2().merge(ended, grids, 4)
+    assert np.flatnonzero(joined.tokens).tolist() == [4, 5 + 48]
+    assert np.delete(joined.image_of_token, [4, 53]).tolist() == merged.image_of_token[1:-1].tolist()
+    assert np.delete(joined.visual_offset, [4, 53]).tolist() == merged.visual_offset[1:-1].tolist()
 
 
 @pytest.mark.parametrize(

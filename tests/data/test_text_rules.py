@@ -37,6 +37,7 @@ def test_rules_are_changed_by_words(words, rules) -> None:
         ("space=clean", "'space': unknown"),
         ("spaces=dirty", "spaces='dirty': use clean or as_trained"),
         ("spaces", "spaces='': use clean"),
+        ("image_end=x", "image_end: belongs to the model"),
     ],
 )
 def test_wrong_words_are_named(words, message) -> None:
@@ -71,3 +72,27 @@ def test_nvila_strips_every_turn() -> None:
     stripped = [dataclasses.replace(turn, text=turn.text.strip()) for turn in turns]
     left, right = (encode_conversation(tokenizer(), template, each, 1) for each in (turns, stripped))
     assert left.tokens.tolist() == right.tokens.tolist()
+
+
+def test_what_follows_an_image_is_encoded_by_itself() -> None:
+    words = tokenizer()
+    turns = [Turn("user", "<image>\nwhat <image><image>?"), Turn("assistant", "lung", True)]
+    plain = dataclasses.replace(TEMPLATES["qwen2"], rules=TextRules(spaces="as_trained"))
+    ended = dataclasses.replace(plain, rules=TextRules(spaces="as_trained", image_end="\n"))
+    before, after = (encode_conversation(words, template, turns, 2) for template in (plain, ended))
+    (end,) = words.encode("\n")
+    expected, of_token = [], []
+    for position, token in enumerate(before.tokens.tolist()):
+        expected.append(token)
+        of_token.append(before.image_of_token[position])
+        if before.visual_offset[position] == 1:  # the last of an image
+            expected.append(end)
+            of_token.append(-1)
+    assert after.tokens.tolist() == expected and after.image_of_token.tolist() == of_token
+    assert after.loss_mask.sum() == before.loss_mask.sum()
+    kept = dataclasses.replace(ended.rules, split="as_trained")
+    assert ended.rules.changed("split=as_trained") == kept
+    assert TextRules(image_end="\n").changed("as_trained").image_end == "\n"
+    for wrong in (3, None, "<image>"):
+        with pytest.raises(UserError, match="image_end"):
+            TextRules(image_end=wrong)

@@ -105,8 +105,8 @@ def test_wrong_checkpoints_are_named(towers_export, tmp_path):
 def test_an_export_carries_its_text_rules(export, tmp_path):
     folder = shutil.copytree(export, tmp_path / "trained")
     config = json.loads((folder / "model.json").read_text())
-    assert config["text"] == {"split": "clean", "bos": "clean", "spaces": "clean"}
-    config["text"] = dict.fromkeys(config["text"], "as_trained")
+    assert config["text"] == {"split": "clean", "bos": "clean", "spaces": "clean", "image_end": ""}
+    config["text"] |= dict.fromkeys(("split", "bos", "spaces"), "as_trained")
     (folder / "model.json").write_text(json.dumps(config))
     rules = TextRules("as_trained", "as_trained", "as_trained")
     assert agent_lib.load_generator(folder)[1].rules == rules

@@ -17,6 +17,7 @@ from tests.reference.test_projector_parity import C, H, layers
 from vilam3_jax import exports
 from vilam3_jax.convert import main as convert
 from vilam3_jax.convert.importer import import_model
+from vilam3_jax.convert.vila import open_vila
 from vilam3_jax.data.tokenizer import train_bpe
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import vila
@@ -146,6 +147,28 @@ def write_vila(folder, llm, kind, tower, specials=("<s>", "</s>", "<pad>")):
 
 
 @pytest.mark.parametrize(
+    "said, end",
+    [
+        ('{"_target_": "llava.model.encoders.BasicImageEncoder"}', "\n"),
+        ({"_target_": "llava.model.encoders.BasicImageEncoder", "end_tokens": None}, ""),
+        ({"end_tokens": "<end>"}, "<end>"),
+        ("llava.model.encoders.BasicImageEncoder", "\n"),
+        ({"start_tokens": "x"}, None),
+        ({"end_tokens": 3}, None),
+    ],
+)
+def test_what_an_image_encoder_puts_after_an_image(tmp_path, said, end):
+    write_vila(tmp_path, "qwen2", "mlp_downsample_2x2_fix", siglip)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_encoder": said}))
+    if end is None:
+        with pytest.raises(UserError, match=r"config\.json: image_encoder"):
+            open_vila(tmp_path)
+    else:
+        assert open_vila(tmp_path).config["text"]["image_end"] == end
+
+
+@pytest.mark.parametrize(
     "llm, kind, tower, template",
     [
         ("llama", "mlp_downsample", siglip, "v1"),
@@ -161,7 +184,8 @@ def test_logits_of_an_imported_folder(tmp_path, llm, kind, tower, template):
     import_model(tmp_path / "vila", tmp_path / "out")
     params, config, tokenizer = exports.load_export(tmp_path / "out")
     assert config.template == template and (tokenizer / "tokenizer.json").exists()
-    assert set(config.text.values()) == {"as_trained"}
+    trained = dict.fromkeys(("split", "bos", "spaces"), "as_trained")
+    assert config.text.to_dict() == {**trained, "image_end": "\n" if llm == "qwen2" else ""}
     count = vila.tokens_per_image(config)
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (2, SIZE, SIZE, 3), np.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def open_vila(folder: Path, tokenizer: Tokenizer | None = None) -> Checkpoint:
     config = {
         **images,
         "template": _own(root, "template", TEMPLATES, config_file) or _template(llm, tokenizer),
-        "text": dataclasses.asdict(_text_rules(root, config_file)),
+        "text": dataclasses.asdict(_text_rules(root, llm, config_file)),
         "tokenizer": "",
         "dtype": "bfloat16",
         "remat": "none",
@@ -117,15 +118,34 @@ def vila_folder_config(
     }
 
 
-def _text_rules(root: Mapping[str, Any], where: Path) -> TextRules:
+def _text_rules(root: Mapping[str, Any], llm: Source, where: Path) -> TextRules:
     """VILA's own folders were trained with its rules, ours with those they state."""
     said = root.get("vilam3_jax")
     if not isinstance(said, dict):
-        return TextRules().changed("as_trained")
+        return dataclasses.replace(TextRules().changed("as_trained"), image_end=_image_end(root, llm, where))
     try:
         return TextRules.of(said.get("text"))
     except (TypeError, ValueError, UserError) as error:
         raise UserError(f"{where}: vilam3_jax.text: {error}") from error
+
+
+def _image_end(root: Mapping[str, Any], llm: Source, where: Path) -> str:
+    """What stands after every image: a line end in NVILA, unless its `image_encoder` says otherwise."""
+    encoder = root.get("image_encoder")
+    if isinstance(encoder, str):
+        try:
+            encoder = json.loads(encoder)
+        except ValueError:
+            encoder = {"_target_": encoder}
+    if not isinstance(encoder, dict):
+        return "\n" if _is_qwen(llm) else ""
+    start, end = encoder.get("start_tokens"), encoder.get("end_tokens", "\n")
+    if start or not isinstance(end, str | None):
+        raise UserError(
+            f"{where}: image_encoder has start_tokens={start!r}, end_tokens={end!r}; only text after an "
+            "image is supported"
+        )
+    return end or ""
 
 
 def _own(root: Mapping[str, Any], key: str, choices: Collection[str], where: Path) -> str | None:

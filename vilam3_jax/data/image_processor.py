@@ -150,22 +150,28 @@ class ImageProcessor:
           tokens_per_input: T, a square number; an input's tokens run row by row.
 
         Returns:
-          `encoded` with `image_of_token` counting inputs, of which those of lower scales have no token.
+          `encoded` with `image_of_token` counting inputs, of which those of lower scales have no token. What
+          text rules put after every marker stays only after the last one of a picture.
         """
         if not self.sides:
             return encoded
         side = math.isqrt(tokens_per_input)
         image, offset = encoded.image_of_token.copy(), encoded.visual_offset.copy()
+        kept = np.ones(len(encoded), bool)
         marker = first = 0
         for rows, columns in grids:
             tiles = rows * columns
             where = (encoded.image_of_token >= marker) & (encoded.image_of_token < marker + tiles)
-            row, column = np.divmod(np.arange(where.sum()), columns * side)
+            place = np.flatnonzero(where)
+            kept[place[0] : place[-1]] = where[place[0] : place[-1]]
+            row, column = np.divmod(np.arange(len(place)), columns * side)
             lower = self._count((rows, columns)) - tiles
             image[where] = first + lower + row // side * columns + column // side
             offset[where] = row % side * side + column % side
             marker, first = marker + tiles, first + lower + tiles
-        return dataclasses.replace(encoded, image_of_token=image, visual_offset=offset, num_images=first)
+        return Encoded(
+            encoded.tokens[kept], encoded.loss_mask[kept], image[kept], offset[kept], num_images=first
+        )
 
     def tile_map(self, grids: Sequence[Grid]) -> np.ndarray | None:
         """Where each input belongs ('dynamic_s2'), or None.

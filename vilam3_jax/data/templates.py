@@ -257,6 +257,8 @@ class _Builder:
         self._tokens_per_image = tokens_per_image
         self._split = template.rules.split == AS_TRAINED
         self._loses_first = template.rules.bos == AS_TRAINED and _loses_first(tokenizer, template)
+        end = template.rules.image_end
+        self._image_end = tokenizer.encode_continued(end) if end else []
         self._tokens: list[int] = []
         self._mask: list[float] = []
         self._image: list[int] = []
@@ -323,13 +325,15 @@ class _Builder:
 
     def _place_image(self) -> None:
         self.cut()
-        self._at_start, self._after_image = self._split, True
         count = self._tokens_per_image
         self._tokens += [self._tokenizer.pad_id] * count
         self._mask += [0.0] * count
         self._image += [self._images] * count
         self._offset += range(count)
         self._images += 1
+        self._after_image = False
+        self._append(self._image_end, False)
+        self._at_start, self._after_image = self._split, True
 
     def done(self) -> Encoded:
         self.cut()

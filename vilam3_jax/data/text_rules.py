@@ -1,4 +1,4 @@
-"""Three rules for text around images: as VILA's training had them, or clean.
+"""Rules for text around images: as VILA's training had them, or clean.
 
 Our own training is clean. Weights that were trained by VILA's rules (the released VILA-M3) want them in
 inference and fine-tuning, too. The rules stand in `config.model.text`, so that an export carries them.
@@ -21,7 +21,7 @@ TEXT_HELP = (
 
 @dataclasses.dataclass(frozen=True)
 class TextRules:
-    """Each rule is 'clean' or 'as_trained'.
+    """Three rules, each 'clean' or 'as_trained', and what follows an image.
 
     Attributes:
       split: as_trained: every piece of text between images is encoded as a text of its own, so that a
@@ -31,16 +31,21 @@ class TextRules:
         is lost. clean: one BOS where the template has one, and no token is lost.
       spaces: as_trained: VILA's normalisation of spaces and line ends, see `Template.trained_spaces`.
         clean: text stays as it is.
+      image_end: text encoded by itself after every image; never a target. NVILA has a line end (spec §3.6).
     """
 
     split: str = CLEAN
     bos: str = CLEAN
     spaces: str = CLEAN
+    image_end: str = ""
 
     def __post_init__(self) -> None:
-        for rule, value in dataclasses.asdict(self).items():
+        for rule in ("split", "bos", "spaces"):
+            value = getattr(self, rule)
             if value not in (CLEAN, AS_TRAINED):
                 raise UserError(f"text rule {rule}={value!r}: use {CLEAN} or {AS_TRAINED}")
+        if not isinstance(self.image_end, str) or IMAGE_MARKER in self.image_end:
+            raise UserError(f"text rule image_end={self.image_end!r}: must be plain text, such as '\\n'")
 
     @classmethod
     def of(cls, section: Any) -> TextRules:
@@ -63,14 +68,19 @@ class TextRules:
 
         Args:
           words: '' for none, `as_trained` or `clean` for all three, or `RULE=VALUE` joined by commas.
+            `image_end` belongs to the model and cannot be changed so.
 
         Raises:
           UserError: an unknown rule or value.
         """
         if words in (CLEAN, AS_TRAINED):
-            return TextRules(words, words, words)
+            return dataclasses.replace(self, split=words, bos=words, spaces=words)
         pairs = (word.partition("=") for word in words.split(",") if word)
         changes = {rule: value for rule, _, value in pairs}
+        if "image_end" in changes:
+            raise UserError(
+                "text rule image_end: belongs to the model; train one with config.model.text.image_end"
+            )
         return TextRules.of(dataclasses.asdict(self) | changes)
 
 

@@ -44,10 +44,11 @@ MAX_TILES = MAX_SCALE**2
 COMPONENTS = ("vision_tower", "text_tower", "projector", "llm", "everything")
 
 # Weights are split over `fsdp` on one dimension and over `tensor` on the other; small vectors are replicated.
-# The stacked layer axis leads and is never split.
+# The stacked layer axis leads and is never split. A row may go on with placements for parameters whose
+# dimensions do not divide by the one before: VILA's vocabularies are odd (128,257).
 PARAMETER_RULES = (
-    (r"llm/embed/embedding", ("tensor", "fsdp")),
-    (r"llm/lm_head/kernel", ("fsdp", "tensor")),
+    (r"llm/embed/embedding", ("tensor", "fsdp"), (None, ("fsdp", "tensor"))),
+    (r"llm/lm_head/kernel", ("fsdp", "tensor"), (("fsdp", "tensor"), None)),
     (r"llm/layers/attn/[qkv]/kernel", (None, "fsdp", "tensor")),
     (r"llm/layers/attn/o/kernel", (None, "tensor", "fsdp")),
     (r"llm/layers/mlp/(gate|up)/kernel", (None, "fsdp", "tensor")),
@@ -60,7 +61,8 @@ PARAMETER_RULES = (
     (r"(vision|text)_tower/blocks/mlp/fc2/kernel", (None, "tensor", "fsdp")),
     (r"vision_tower/patch_embed/kernel", (None, None, None, "fsdp")),
     (r"text_tower/(embed/embedding|head/kernel)", (None, "fsdp")),
-    (r"vision_tower/head/.*kernel", ("fsdp", "tensor")),
+    (r"vision_tower/head/(attn/[qkv]|mlp/fc1)/kernel", ("fsdp", "tensor")),
+    (r"vision_tower/head/(attn/o|mlp/fc2)/kernel", ("tensor", "fsdp")),
     (r"projector/(fc\d*|linear)/kernel", ("fsdp", "tensor")),
     (r".*(scale[12]?|bias|pos_embed|class_embed|probe|logit_\w+)", ()),
 )

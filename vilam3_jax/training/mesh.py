@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,33 +44,46 @@ def build_mesh(mesh_config: ConfigDict) -> Mesh:
 
 
 def parameter_shardings(
-    shapes: Mapping[str, Any], rules: tuple[tuple[str, tuple[Any, ...]], ...], mesh: Mesh
+    shapes: Mapping[str, Any], rules: Sequence[Sequence[Any]], mesh: Mesh
 ) -> dict[str, NamedSharding]:
     """Placement of each parameter.
 
     Args:
       shapes: path → array or ShapeDtypeStruct.
-      rules: rows of (regex, mesh axes per dimension); missing trailing dimensions are replicated.
+      rules: rows of (regex, mesh axes per dimension, ...); missing trailing dimensions are replicated. The
+        first placement of a row by which the parameter divides is taken.
       mesh: the device mesh.
 
     Raises:
-      UserError: no row matches a parameter, a row is longer than its parameter's rank, or a dimension
-        does not divide by its axes.
+      UserError: no row matches a parameter, a placement is longer than its parameter's rank, or a dimension
+        divides by none of its row's placements.
     """
+    table = [(row[0], row[1:]) for row in rules]
     placed = {}
-    for path, axes in tables.resolve(rules, shapes, "parameter_rules", unused_ok=True).items():
-        shape = shapes[path].shape
-        if len(axes) > len(shape):
-            raise UserError(f"config parameter_rules: {len(axes)} axes for {path} of shape {shape}")
-        for size, axis in zip(shape, axes, strict=False):
-            ways = math.prod(mesh.shape[a] for a in _names(axis))
-            if size % ways:
-                raise UserError(
-                    f"mesh: {path} of shape {tuple(shape)} does not split {ways} ways over {axis}; "
-                    "change the mesh or its row in parameter_rules"
-                )
-        placed[path] = NamedSharding(mesh, PartitionSpec(*axes))
+    for path, choices in tables.resolve(table, shapes, "parameter_rules", unused_ok=True).items():
+        shape = tuple(shapes[path].shape)
+        for axes in choices:
+            if len(axes) > len(shape):
+                raise UserError(f"config parameter_rules: {len(axes)} axes for {path} of shape {shape}")
+            if not _undivided(shape, axes, mesh):
+                placed[path] = NamedSharding(mesh, PartitionSpec(*axes))
+                break
+        else:
+            size, axis, ways = _undivided(shape, choices[0], mesh)[0]
+            raise UserError(
+                f"mesh: {path} of shape {shape} does not split {ways} ways over {axis}, as {size} does not "
+                "divide; make the axis smaller (mesh.data takes the rest) or change the row in parameter_rules"
+            )
     return placed
+
+
+def _undivided(shape: Sequence[int], axes: Sequence[Any], mesh: Mesh) -> list[tuple[int, Any, int]]:
+    """(size, mesh axes, number of parts) of the dimensions that `axes` cannot split evenly."""
+    parts = [
+        (size, axis, math.prod(mesh.shape[a] for a in _names(axis)))
+        for size, axis in zip(shape, axes, strict=False)
+    ]
+    return [(size, axis, ways) for size, axis, ways in parts if size % ways]
 
 
 def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:

@@ -25,10 +25,10 @@ from vilam3_jax import config as config_lib
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.data import loader as loader_lib
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import trees, vila
+from vilam3_jax.models import vila
 from vilam3_jax.ops import partition
 from vilam3_jax.training import mesh as mesh_lib
-from vilam3_jax.training import optimizer as optimizer_lib
+from vilam3_jax.training import program as program_lib
 from vilam3_jax.training import state as state_lib
 from vilam3_jax.training import step as step_lib
 from vilam3_jax.training import telemetry
@@ -76,37 +76,30 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
         compat.use_cpu_devices(config.mesh.cpu_devices)
     mesh = mesh_lib.build_mesh(config.mesh)
 
+    # Model, optimizer and step.
+    program = program_lib.build(config, mesh)
+
     # Data.
-    graphdef, nested = vila.abstract_model(config.model, config.kind)
     image_tokens = vila.tokens_per_image(config.model)
     loader = loader_lib.build_loader(
         config, "train", tokens_per_image=image_tokens, experts=config.data.experts
     )
-
-    # Optimizer and step.
-    shapes = trees.flatten(nested)
-    rates = optimizer_lib.multipliers(config, list(shapes))
-    optimizer = optimizer_lib.make_optimizer(config, {path: rate for path, rate in rates.items() if rate})
-    loss_fn = step_lib.make_loss(config, graphdef)
-    train_step = step_lib.make_train_step(config, loss_fn, optimizer, optimizer_lib.learning_rate(config))
-    abstract = state_lib.abstract_state(config, mesh, optimizer, rates)
-    placed = state_lib.shardings(abstract)
 
     # Restore, or start from the exports that the config names.
     saved = checkpoints.RunCheckpoints(workdir, config.checkpoints_kept)
     start = saved.latest() or 0
     clock = {"tokens": 0, "seconds": 0.0}
     if start:
-        state, data_state, run = saved.restore(start, abstract)
+        state, data_state, run = saved.restore(start, program.state)
         loader.set_state(data_state)
         clock = run["clock"]
     else:
-        state, origin = state_lib.initial_state(config, abstract, optimizer)
-        _print_start(config, mesh, shapes, rates, origin, quiet)
+        state, origin = state_lib.initial_state(config, program.state, program.optimizer)
+        _print_start(program, origin, quiet)
     paths.write_text_atomic(workdir / "config.json", config_lib.to_json(config))
 
     with partition.activation_rules(mesh, config.activation_rules.to_dict()):
-        evaluate = _heldout_evaluator(config, mesh, loss_fn, placed, image_tokens)
+        evaluate = _heldout_evaluator(program, image_tokens)
         compiled = None
         batches = iter(loader)
         writer = telemetry.MetricsWriter(workdir, start)
@@ -128,7 +121,7 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
                 device_batch = jax.device_put(batch, mesh_lib.batch_shardings(batch, mesh))
                 waited = time.perf_counter() - waited
                 if compiled is None:
-                    compiled = _compile(train_step, state, placed, device_batch)
+                    compiled = program.lower().compile()
                     stepped = time.perf_counter()
                 state, metrics = compiled(state, device_batch)
                 step += 1
@@ -182,22 +175,10 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
     return result
 
 
-def _compile(train_step: Callable[..., Any], state: Any, placed: Any, batch: dict[str, jax.Array]) -> Any:
-    """Compiles ahead of the loop, so that a shape or placement error comes before the first step."""
-    jitted = jax.jit(
-        train_step,
-        in_shardings=(placed, {name: value.sharding for name, value in batch.items()}),
-        out_shardings=(placed, None),
-        donate_argnums=0,
-    )
-    return jitted.lower(state, batch).compile()
-
-
-def _heldout_evaluator(
-    config: ConfigDict, mesh: jax.sharding.Mesh, loss_fn: step_lib.LossFn, placed: Any, image_tokens: int
-) -> Callable[..., dict[str, float]]:
+def _heldout_evaluator(program: program_lib.Program, image_tokens: int) -> Callable[..., dict[str, float]]:
     """Returns `evaluate(state, swapped=True)` -> held-out losses, always over the same batches."""
-    jitted = jax.jit(step_lib.make_eval_step(loss_fn), in_shardings=(placed, None))
+    config, placed = program.config, state_lib.shardings(program.state)
+    jitted = jax.jit(step_lib.make_eval_step(program.loss_fn), in_shardings=(placed, None))
 
     def batches(swap: bool) -> Iterator[dict[str, np.ndarray]]:
         loader = loader_lib.build_loader(
@@ -214,7 +195,7 @@ def _heldout_evaluator(
     def mean_loss(state: Any, swap: bool) -> float:
         loss = weight = 0.0
         for batch in batches(swap):
-            sums = jitted(state, jax.device_put(batch, mesh_lib.batch_shardings(batch, mesh)))
+            sums = jitted(state, jax.device_put(batch, mesh_lib.batch_shardings(batch, program.mesh)))
             loss += float(sums["loss"])
             weight += float(sums["weight"])
         return loss / max(weight, 1.0)
@@ -268,20 +249,15 @@ def _result(
     )
 
 
-def _print_start(
-    config: ConfigDict,
-    mesh: jax.sharding.Mesh,
-    shapes: dict[str, Any],
-    rates: dict[str, float],
-    origin: dict[str, str],
-    quiet: bool,
-) -> None:
+def _print_start(program: program_lib.Program, origin: dict[str, str], quiet: bool) -> None:
     if quiet:
         return
-    total = sum(leaf.size for leaf in shapes.values())
-    moving = sum(leaf.size for path, leaf in shapes.items() if rates[path])
-    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    print(f"{config.name}: {total / 1e6:.1f} M parameters, {moving / 1e6:.2f} M trained; mesh {axes}")
+    total = sum(leaf.size for leaf in program.shapes.values())
+    moving = sum(leaf.size for path, leaf in program.shapes.items() if program.rates[path])
+    axes = (
+        " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
+    )
+    print(f"{program.config.name}: {total / 1e6:.1f} M parameters, {moving / 1e6:.2f} M trained; mesh {axes}")
     for component, source in origin.items():
         print(f"  {component}: {source}")
 

@@ -26,7 +26,6 @@ from vilam3_jax.config import ConfigDict
 from vilam3_jax.data import loader as loader_lib
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import vila
-from vilam3_jax.ops import partition
 from vilam3_jax.training import mesh as mesh_lib
 from vilam3_jax.training import program as program_lib
 from vilam3_jax.training import state as state_lib
@@ -98,7 +97,7 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
         _print_start(program, origin, quiet)
     paths.write_text_atomic(workdir / "config.json", config_lib.to_json(config))
 
-    with partition.activation_rules(mesh, config.activation_rules.to_dict()):
+    with program.placing():
         evaluate = _heldout_evaluator(program, image_tokens)
         compiled = None
         batches = iter(loader)

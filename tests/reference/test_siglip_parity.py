@@ -157,7 +157,10 @@ def test_every_layer_of_the_text_tower():
     with torch.no_grad():
         want = reference.text_model(torch.from_numpy(ids), output_hidden_states=True).hidden_states
     tower = vila.merge(graphdef, params).text_tower
-    run = jax.jit(lambda x, count: run_stack(tower.blocks, x, remat="none", count=count), static_argnums=1)
+    run = jax.jit(
+        lambda x, count: run_stack(tower.blocks, x, path="vision_tower/blocks", remat="none", count=count),
+        static_argnums=1,
+    )
     embedded = tower.embed(jnp.asarray(ids)) + tower.pos_embed[...]
     for count in range(TEXT["num_layers"] + 1):
         np.testing.assert_allclose(run(embedded, count), want[count], atol=1e-5, rtol=0)

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from vilam3_jax import compat
 from vilam3_jax.errors import UserError
 from vilam3_jax.ops.attention import attention
-from vilam3_jax.ops.partition import shard
+from vilam3_jax.ops.partition import gather, shard
 from vilam3_jax.ops.products import einsum
 
 Stack = tuple[int, ...]
@@ -249,14 +249,19 @@ def remat_layer(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
 
 
 def run_stack(
-    blocks: nnx.Module, x: jax.Array, *args: Any, remat: str, count: int | None = None
+    blocks: nnx.Module, x: jax.Array, *args: Any, path: str, remat: str, count: int | None = None
 ) -> jax.Array:
-    """Runs x through the first `count` layers (default: all) of a stacked module; each gets `args` too."""
+    """Runs x through the first `count` layers (default: all) of a stacked module; each gets `args` too.
+
+    `path` is that of `blocks` in the model. A layer's weights are gathered when its turn comes, again in the
+    backward pass where the layer is computed again.
+    """
     graphdef, params = compat.split(blocks)
     if count is not None:
         params = jax.tree.map(lambda p: p[:count], params)
 
     def body(carry: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+        layer = gather(layer, path, x.dtype, stacked=True)
         return compat.merge(graphdef, layer)(carry, *args), None
 
     return jax.lax.scan(remat_layer(body, remat), x, params)[0]

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from vilam3_jax import compat
 from vilam3_jax.errors import UserError
 from vilam3_jax.models.layers import Embed, Linear, RMSNorm, run_stack
+from vilam3_jax.ops import partition
 from vilam3_jax.ops.attention import attention
 from vilam3_jax.ops.partition import shard
 
@@ -227,6 +229,13 @@ class Llama(nnx.Module):
         """[D, V] in the parameters' type; the transposed embedding if tied."""
         return self.embed.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
 
+    def head_stored(self) -> PartitionSpec | None:
+        """Where the kernel of `head_kernel` lies in a sharded step."""
+        if self.lm_head is not None:
+            return partition.stored("llm/lm_head/kernel")
+        table = partition.stored("llm/embed/embedding")
+        return None if table is None else PartitionSpec(*reversed((*table, None, None)[:2]))
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden [..., D] -> float32 [..., V]; for generation, where few positions are asked for."""
         return jnp.matmul(hidden, self.head_kernel().astype(hidden.dtype), preferred_element_type=jnp.float32)
@@ -244,7 +253,7 @@ class Llama(nnx.Module):
         """
         rope = rope_tables(positions, np.asarray(self.rope_frequencies, np.float32))
         x = shard(embeds.astype(self.dtype), "batch", "length", "embed")
-        x = run_stack(self.layers, x, segment_ids, rope, remat=self.remat)
+        x = run_stack(self.layers, x, segment_ids, rope, path="llm/layers", remat=self.remat)
         return self.final_norm(x)
 
     def init_cache(self, batch: int, size: int, dtype: Any = None) -> Cache:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from vilam3_jax import compat
 from vilam3_jax.config import ImageLayout, image_layout
@@ -125,6 +126,10 @@ class Vila(nnx.Module):
     def head_kernel(self) -> jax.Array:
         """[D, V], for the loss."""
         return self.llm.head_kernel()
+
+    def head_stored(self) -> PartitionSpec | None:
+        """Where that kernel lies in a sharded step."""
+        return self.llm.head_stored()
 
 
 KINDS = {"generative": Vila, "contrastive": TwoTower}

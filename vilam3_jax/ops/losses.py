@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
 
+from vilam3_jax.ops import partition
 from vilam3_jax.ops.partition import shard
 from vilam3_jax.ops.products import einsum
 
@@ -21,6 +23,7 @@ def chunked_cross_entropy(
     segment_ids: jax.Array,
     *,
     chunk: int,
+    kernel_stored: PartitionSpec | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Weighted next-token cross entropy over packed rows.
 
@@ -30,6 +33,10 @@ def chunked_cross_entropy(
     logits exist at a time. The gradient is taken in the same pass as the value (logits are not computed
     again) and is exact; `loss_weights` are constants.
 
+    In a sharded step (`partition.activation_rules`) every device works on its own rows, and on its part of
+    the vocabulary if that is split. The kernel is gathered once, its gradient summed and split once, at the
+    end.
+
     Args:
       hidden: [B, L, D], states after the last norm.
       head_kernel: [D, V]; it is used in the type of `hidden`, the logits are float32.
@@ -37,6 +44,7 @@ def chunked_cross_entropy(
       loss_weights: float [B, L], weight of token t as a target.
       segment_ids: int [B, L], 0 for padding.
       chunk: positions of every row whose logits are held at a time.
+      kernel_stored: where `head_kernel` lies in a sharded step; None if it is everywhere.
 
     Returns:
       (sum of weighted losses, sum of weights, sum of weights where the most probable token is the target),
@@ -52,30 +60,24 @@ def chunked_cross_entropy(
     # The last position predicts nothing; it keeps a zero weight so that the length stays L.
     weights = jax.lax.stop_gradient(jnp.pad(weights, ((0, 0), (0, 1))))
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-    sums: Any = _cross_entropy(hidden, head_kernel, targets, weights, chunk)
+    sums: Any = _cross_entropy(hidden, head_kernel, targets, weights, chunk, kernel_stored)
     return sums[0], weights.sum(), sums[1]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _cross_entropy(hidden, head_kernel, targets, weights, chunk):
-    loss_sum, correct_sum, _, _ = _scan_chunks(hidden, head_kernel, targets, weights, chunk, False, False)
-    return loss_sum, correct_sum
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _cross_entropy(hidden, head_kernel, targets, weights, chunk, stored):
+    sums, _ = _on_devices(hidden, head_kernel, targets, weights, chunk, stored, _Wanted(False, False))
+    return sums
 
 
-def _cross_entropy_forward(hidden, head_kernel, targets, weights, chunk):
-    loss_sum, correct_sum, d_hidden, d_kernel = _scan_chunks(
-        hidden.value,
-        head_kernel.value,
-        targets.value,
-        weights.value,
-        chunk,
-        hidden.perturbed,
-        head_kernel.perturbed,  # a frozen head costs no product for its gradient
-    )
-    return (loss_sum, correct_sum), (d_hidden, d_kernel)
+def _cross_entropy_forward(hidden, head_kernel, targets, weights, chunk, stored):
+    # A frozen head costs no product for its gradient.
+    wanted = _Wanted(hidden.perturbed, head_kernel.perturbed)
+    arrays = (value.value for value in (hidden, head_kernel, targets, weights))
+    return _on_devices(*arrays, chunk, stored, wanted)
 
 
-def _cross_entropy_backward(chunk, gradients, cotangents):
+def _cross_entropy_backward(chunk, stored, gradients, cotangents):
     d_loss, _ = cotangents  # the count of right answers is piecewise constant
     if isinstance(d_loss, SymbolicZero):
         return None, None, None, None
@@ -86,8 +88,52 @@ def _cross_entropy_backward(chunk, gradients, cotangents):
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward, symbolic_zeros=True)
 
 
-def _scan_chunks(hidden, head_kernel, targets, weights, chunk, hidden_gradient, kernel_gradient):
-    """Returns the sums of losses and of right answers, and the gradients by hidden and kernel (or None)."""
+class _Wanted(NamedTuple):
+    """Which gradients to compute."""
+
+    hidden: bool
+    kernel: bool
+
+
+class _Axes(NamedTuple):
+    """Mesh axes over which a device's tokens, columns of logits and stored rows of the kernel are split."""
+
+    tokens: tuple[str, ...] = ()
+    vocab: tuple[str, ...] = ()
+    kernel_rows: tuple[str, ...] = ()
+    columns_stored: bool = False  # whether the kernel is stored split over `vocab`
+
+
+def _on_devices(hidden, head_kernel, targets, weights, chunk, stored, wanted):
+    """Returns ((sum of losses, sum of right answers), (gradients by hidden and kernel, or None))."""
+    local = partial(_local_cross_entropy, chunk=chunk, wanted=wanted)
+    placed = partition.placement()
+    if placed is None:
+        return local(hidden, head_kernel, targets, weights, axes=_Axes())
+    mesh, spec = placed
+    rows, columns = (*(stored or ()), None, None)[:2]
+    tokens = spec("batch", "length")
+    axes = _Axes(
+        tokens=partition.mesh_axes("batch") + partition.mesh_axes("length"),
+        vocab=partition.mesh_axes("vocab"),
+        kernel_rows=partition.split_over(rows),
+        columns_stored=bool(partition.split_over(columns)),
+    )
+    if axes.columns_stored and partition.split_over(columns) != axes.vocab:
+        raise ValueError(f"the head's columns are stored over {columns}, logits are split over {axes.vocab}")
+    states, kernel = PartitionSpec(*tokens, None), PartitionSpec(rows, columns)
+    gradients = (states if wanted.hidden else None, kernel if wanted.kernel else None)
+    return jax.shard_map(
+        partial(local, axes=axes),
+        mesh=mesh,
+        in_specs=(states, kernel, tokens, tokens),
+        out_specs=((PartitionSpec(), PartitionSpec()), gradients),
+        check_vma=False,  # nothing is differentiated through it
+    )(hidden, head_kernel, targets, weights)
+
+
+def _local_cross_entropy(hidden, head_kernel, targets, weights, *, chunk, wanted, axes):
+    """One device's share of `_on_devices`: its tokens, and its part of the vocabulary."""
     length = hidden.shape[1]
     chunk = min(chunk, length)
     padded = -(-length // chunk) * chunk
@@ -99,7 +145,8 @@ def _scan_chunks(hidden, head_kernel, targets, weights, chunk, hidden_gradient, 
         return jnp.pad(x, ((0, 0), (0, padded - length)) + ((0, 0),) * (x.ndim - 2))
 
     states, targets, weights = compact(hidden), compact(targets), compact(weights)
-    kernel = head_kernel.astype(hidden.dtype)
+    kernel, first_column, vocab = _own_columns(head_kernel.astype(hidden.dtype), axes)
+    columns = first_column + jnp.arange(kernel.shape[1])
     used_chunks = (supervised.sum(axis=1).max() + chunk - 1) // chunk
 
     def take(x, i):
@@ -109,39 +156,75 @@ def _scan_chunks(hidden, head_kernel, targets, weights, chunk, hidden_gradient, 
         loss_sum, correct_sum, d_states, d_kernel = carry
         x, target, weight = take(states, i), take(targets, i), take(weights, i)
         logits = einsum("bld,dv->blv", x, kernel, preferred_element_type=jnp.float32)
-        logits = shard(logits, "batch", None, "vocab")
-        peak = logits.max(axis=-1, keepdims=True)
+        if kernel.shape[1] * partition.size(axes.vocab) > vocab:
+            logits = jnp.where(columns < vocab, logits, -jnp.inf)
+        peak = _over(jax.lax.pmax, logits.max(axis=-1, keepdims=True), axes.vocab)
         exponentials = jnp.exp(logits - peak)
+        is_target = columns == target[..., None]
         total = exponentials.sum(axis=-1, keepdims=True)
-        is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == target[..., None]
         target_logit = jnp.where(is_target, logits, 0.0).sum(axis=-1)
+        total, target_logit = _over(jax.lax.psum, (total, target_logit), axes.vocab)
         loss = jnp.log(total[..., 0]) + peak[..., 0] - target_logit
         loss_sum += (loss * weight).sum()
         correct_sum += jnp.where(target_logit >= peak[..., 0], weight, 0.0).sum()
-        if hidden_gradient or kernel_gradient:
-            d_logits = (exponentials / total - is_target) * weight[..., None]
-            d_logits = shard(d_logits.astype(hidden.dtype), "batch", None, "vocab")
-        if hidden_gradient:
+        if wanted.hidden or wanted.kernel:
+            d_logits = ((exponentials / total - is_target) * weight[..., None]).astype(hidden.dtype)
+        if wanted.hidden:
             d_x = einsum("blv,dv->bld", d_logits, kernel, preferred_element_type=jnp.float32)
-            d_states = jax.lax.dynamic_update_slice_in_dim(
-                d_states, d_x.astype(d_states.dtype), i * chunk, axis=1
-            )
-        if kernel_gradient:
+            d_x = _over(jax.lax.psum, d_x, axes.vocab).astype(d_states.dtype)
+            d_states = jax.lax.dynamic_update_slice_in_dim(d_states, d_x, i * chunk, axis=1)
+        if wanted.kernel:
             d_kernel += einsum("bld,blv->dv", x, d_logits, preferred_element_type=jnp.float32)
         return loss_sum, correct_sum, d_states, d_kernel
 
     zero = jnp.zeros((), jnp.float32)
-    d_states = jnp.zeros_like(states) if hidden_gradient else None
-    d_kernel = jnp.zeros(head_kernel.shape, jnp.float32) if kernel_gradient else None
+    d_states = jnp.zeros_like(states) if wanted.hidden else None
+    d_kernel = jnp.zeros(kernel.shape, jnp.float32) if wanted.kernel else None
     carry = (zero, zero, d_states, d_kernel)
     loss_sum, correct_sum, d_states, d_kernel = jax.lax.fori_loop(0, used_chunks, body, carry)
     d_hidden = None
-    if hidden_gradient:
+    if wanted.hidden:
         back = jnp.argsort(order, axis=1)[..., None]  # the inverse permutation
         d_hidden = jnp.take_along_axis(d_states[:, :length], back, axis=1)
-    if kernel_gradient:
-        d_kernel = d_kernel.astype(head_kernel.dtype)
-    return loss_sum, correct_sum, d_hidden, d_kernel
+    if wanted.kernel:
+        # Summed over devices in the type of the products, as the gradients of all other weights are.
+        d_kernel = _stored_gradient(d_kernel.astype(hidden.dtype), vocab, axes).astype(head_kernel.dtype)
+    return _over(jax.lax.psum, (loss_sum, correct_sum), axes.tokens), (d_hidden, d_kernel)
+
+
+def _over(collective, x, axes):
+    return collective(x, axes) if axes else x
+
+
+def _own_columns(kernel, axes):
+    """Returns (this device's columns [D, V / parts, rounded up], index of their first, V)."""
+    if axes.kernel_rows:
+        kernel = jax.lax.all_gather(kernel, axes.kernel_rows, axis=0, tiled=True)
+    if not axes.vocab:
+        return kernel, 0, kernel.shape[1]
+    parts, own = partition.size(axes.vocab), jax.lax.axis_index(axes.vocab)
+    if axes.columns_stored:
+        return kernel, own * kernel.shape[1], kernel.shape[1] * parts
+    vocab = kernel.shape[1]
+    width = -(-vocab // parts)
+    kernel = jnp.pad(kernel, ((0, 0), (0, width * parts - vocab)))
+    return jax.lax.dynamic_slice_in_dim(kernel, own * width, width, axis=1), own * width, vocab
+
+
+def _stored_gradient(gradient, vocab, axes):
+    """Sums the gradient by a device's columns over all tokens and brings it to where the kernel is stored."""
+    for axis in axes.kernel_rows:
+        if axis in axes.vocab:
+            gradient = jax.lax.all_to_all(gradient, axis, split_axis=0, concat_axis=1, tiled=True)
+        else:
+            gradient = jax.lax.psum_scatter(gradient, axis, scatter_dimension=0, tiled=True)
+    rest = tuple(axis for axis in axes.tokens if axis not in axes.kernel_rows)
+    gradient = _over(jax.lax.psum, gradient, rest)
+    if axes.vocab and not axes.columns_stored:
+        if not set(axes.vocab) & set(axes.kernel_rows):
+            gradient = jax.lax.all_gather(gradient, axes.vocab, axis=1, tiled=True)
+        gradient = gradient[:, :vocab]
+    return gradient
 
 
 def sigmoid_contrastive_loss(

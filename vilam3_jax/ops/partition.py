@@ -1,7 +1,7 @@
-"""Activation sharding by logical axis names.
+"""Where activations live, by logical axis names, and weights while they are used.
 
 Models say what an axis *is* (`batch`, `length`, `mlp` ...); the run's table says which mesh axes carry it.
-Outside `activation_rules` the helper does nothing, so models run unsharded in tests and notebooks.
+Outside `activation_rules` the helpers do nothing, so models run unsharded in tests and notebooks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import contextvars
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -22,6 +24,7 @@ MeshAxes = str | tuple[str, ...] | None
 class _Context:
     mesh: Mesh
     rules: Mapping[str, MeshAxes]
+    weights: Mapping[str, PartitionSpec]
 
     def spec(self, *logical_axes: str | None) -> PartitionSpec:
         unknown = [name for name in logical_axes if name is not None and name not in self.rules]
@@ -34,9 +37,18 @@ _context: contextvars.ContextVar[_Context | None] = contextvars.ContextVar("acti
 
 
 @contextlib.contextmanager
-def activation_rules(mesh: Mesh, rules: Mapping[str, MeshAxes]) -> Iterator[None]:
-    """Makes `shard` place activations on `mesh` by `rules` while the step is traced."""
-    token = _context.set(_Context(mesh, dict(rules)))
+def activation_rules(
+    mesh: Mesh, rules: Mapping[str, MeshAxes], weights: Mapping[str, NamedSharding] | None = None
+) -> Iterator[None]:
+    """Makes `shard` and `gather` place arrays on `mesh` while the step is traced.
+
+    Args:
+      mesh: the device mesh.
+      rules: logical axis → mesh axes that carry it.
+      weights: parameter path → where it is stored; `gather` leaves the others to the partitioner.
+    """
+    stored = {path: sharding.spec for path, sharding in (weights or {}).items()}
+    token = _context.set(_Context(mesh, dict(rules), stored))
     try:
         yield
     finally:
@@ -51,11 +63,38 @@ def placement() -> tuple[Mesh, Callable[..., PartitionSpec]] | None:
 
 def ways(logical_axis: str) -> int:
     """Into how many parts an axis of this name is cut; 1 outside `activation_rules`."""
+    return size(mesh_axes(logical_axis))
+
+
+def mesh_axes(logical_axis: str) -> tuple[str, ...]:
+    """The mesh axes that really split an axis of this name; () outside `activation_rules`."""
     context = _context.get()
-    axes = None if context is None else context.rules[logical_axis]
-    if context is None or axes is None:
-        return 1
-    return math.prod(context.mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes))
+    return () if context is None else split_over(context.rules[logical_axis])
+
+
+def split_over(axes: MeshAxes) -> tuple[str, ...]:
+    """Those of one dimension's mesh axes that have more than one device."""
+    context = _context.get()
+    return () if context is None else tuple(axis for axis in names(axes) if context.mesh.shape[axis] > 1)
+
+
+def size(axes: tuple[str, ...]) -> int:
+    """Number of devices along mesh axes."""
+    context = _context.get()
+    return 1 if context is None else math.prod(context.mesh.shape[axis] for axis in axes)
+
+
+def stored(path: str) -> PartitionSpec | None:
+    """Where a parameter is stored, as `activation_rules` was told; None if it was not."""
+    context = _context.get()
+    return None if context is None else context.weights.get(path)
+
+
+def names(axes: MeshAxes) -> tuple[str, ...]:
+    """The mesh axes of one dimension of a PartitionSpec."""
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 def shard(x: jax.Array, *logical_axes: str | None) -> jax.Array:
@@ -74,3 +113,49 @@ def shard(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     if len(logical_axes) != x.ndim:
         raise ValueError(f"{len(logical_axes)} axis names for an array of rank {x.ndim}: {logical_axes}")
     return jax.lax.with_sharding_constraint(x, NamedSharding(context.mesh, context.spec(*logical_axes)))
+
+
+def gather(params: Any, prefix: str, dtype: Any, *, stacked: bool = False) -> Any:
+    """Weights as a product uses them: in `dtype`, and whole over the mesh axes that carry the batch.
+
+    A weight is stored split over the batch's axes, too (ZeRO-3, FSDP): here it is put together, once per use
+    and in the smaller type. Its gradient goes the same way back: summed over the batch and split in one (a
+    reduce-scatter), never held whole on every device.
+
+    Args:
+      params: nested dict of arrays; vectors stay as they are.
+      prefix: path of `params` in the model, such as 'llm/layers'.
+      dtype: of the products.
+      stacked: whether these are one layer's slices of stacked parameters.
+    """
+    context = _context.get()
+    if context is None:
+        return params
+    batch = names(context.rules["batch"])
+
+    def used(path: Any, x: jax.Array) -> jax.Array:
+        stored = context.weights.get("/".join((prefix, *(part.key for part in path))))
+        if stored is None or x.ndim < 2:
+            return x
+        axes = stored[1:] if stacked else stored
+        kept = [tuple(a for a in names(axis) if a not in batch) or None for axis in axes]
+        places = (NamedSharding(context.mesh, PartitionSpec(*spec)) for spec in (kept, axes))
+        return _moved(x.astype(dtype), *places)
+
+    return jax.tree_util.tree_map_with_path(used, params)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _moved(x: jax.Array, used: NamedSharding, stored: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, used)
+
+
+def _moved_forward(x: jax.Array, used: NamedSharding, stored: NamedSharding) -> tuple[jax.Array, None]:
+    return _moved(x, used, stored), None
+
+
+def _moved_backward(used: NamedSharding, stored: NamedSharding, _: None, gradient: Any) -> tuple[Any]:
+    return (jax.lax.with_sharding_constraint(gradient, stored),)
+
+
+_moved.defvjp(_moved_forward, _moved_backward)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vilam3_jax import compat
 from vilam3_jax.config import MESH_AXES, ConfigDict
 from vilam3_jax.errors import UserError
+from vilam3_jax.ops import partition
 from vilam3_jax.training import tables
 
 BATCH_AXES = ("data", "fsdp")
@@ -77,7 +78,7 @@ def parameter_shardings(
             size, axis, ways = _undivided(shape, choices[0], mesh)[0]
             raise UserError(
                 f"mesh: {path} of shape {shape} does not split {ways} ways over {axis}, as {size} does not "
-                "divide; make the axis smaller (mesh.data takes the rest) or change the row in parameter_rules"
+                "divide; make the axis smaller (the rest to mesh.data) or change its row in parameter_rules"
             )
     return placed
 
@@ -85,7 +86,7 @@ def parameter_shardings(
 def _undivided(shape: Sequence[int], axes: Sequence[Any], mesh: Mesh) -> list[tuple[int, Any, int]]:
     """(size, mesh axes, number of parts) of the dimensions that `axes` cannot split evenly."""
     parts = [
-        (size, axis, math.prod(mesh.shape[a] for a in _names(axis)))
+        (size, axis, math.prod(mesh.shape[a] for a in partition.names(axis)))
         for size, axis in zip(shape, axes, strict=False)
     ]
     return [(size, axis, ways) for size, axis, ways in parts if size % ways]
@@ -117,9 +118,3 @@ def replicated_fraction(shapes: Mapping[str, Any], placed: Mapping[str, NamedSha
     size = {path: math.prod(leaf.shape) * leaf.dtype.itemsize for path, leaf in shapes.items()}
     whole = sum(size[path] for path, sharding in placed.items() if sharding.is_fully_replicated)
     return whole / max(1, sum(size.values()))
-
-
-def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    if axis is None:
-        return ()
-    return (axis,) if isinstance(axis, str) else tuple(axis)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -49,9 +50,14 @@ class Program:
     batch: dict[str, jax.ShapeDtypeStruct]
     step: Any
 
+    def placing(self) -> AbstractContextManager[None]:
+        """Context in which steps of this program are traced: where activations and weights live."""
+        weights = state_lib.shardings({**self.state["frozen"], **self.state["trainable"]})
+        return partition.activation_rules(self.mesh, self.config.activation_rules.to_dict(), weights)
+
     def lower(self) -> Any:
         """Traces the step; `.compile()` of the result is what runs, `.as_text()` its StableHLO."""
-        with partition.activation_rules(self.mesh, self.config.activation_rules.to_dict()):
+        with self.placing():
             return self.step.lower(self.state, self.batch)
 
 

@@ -46,6 +46,7 @@ def make_loss(config: ConfigDict, graphdef: Any) -> LossFn:
             batch["loss_weights"],
             batch["segment_ids"],
             chunk=config.loss_chunk,
+            kernel_stored=model.head_stored(),
         )
         return total, {"weight": weight, "correct": correct}
 

@@ -105,7 +105,7 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
         _print_start(config, mesh, shapes, rates, origin, quiet)
     paths.write_text_atomic(workdir / "config.json", config_lib.to_json(config))
 
-    with partition.activation_rules(mesh, config.activation_rules.to_dict()):
+    with partition.activation_rules(mesh, config.activation_rules.to_dict(), config.attention):
         evaluate = _heldout_evaluator(config, mesh, loss_fn, placed, image_tokens)
         compiled = None
         batches = iter(loader)

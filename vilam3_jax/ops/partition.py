@@ -22,6 +22,7 @@ MeshAxes = str | tuple[str, ...] | None
 class _Context:
     mesh: Mesh
     rules: Mapping[str, MeshAxes]
+    attention: str
 
     def spec(self, *logical_axes: str | None) -> PartitionSpec:
         unknown = [name for name in logical_axes if name is not None and name not in self.rules]
@@ -34,9 +35,15 @@ _context: contextvars.ContextVar[_Context | None] = contextvars.ContextVar("acti
 
 
 @contextlib.contextmanager
-def activation_rules(mesh: Mesh, rules: Mapping[str, MeshAxes]) -> Iterator[None]:
-    """Makes `shard` place activations on `mesh` by `rules` while the step is traced."""
-    token = _context.set(_Context(mesh, dict(rules)))
+def activation_rules(mesh: Mesh, rules: Mapping[str, MeshAxes], attention: str = "auto") -> Iterator[None]:
+    """Makes `shard` place activations on `mesh` by `rules` while the step is traced.
+
+    Args:
+      mesh: the step's devices, of this host or of a topology that is only compiled for.
+      rules: logical axis -> mesh axes.
+      attention: `config.attention`, which `ops.attention` reads.
+    """
+    token = _context.set(_Context(mesh, dict(rules), attention))
     try:
         yield
     finally:
@@ -47,6 +54,18 @@ def placement() -> tuple[Mesh, Callable[..., PartitionSpec]] | None:
     """(mesh, logical axes -> PartitionSpec) of the step being traced, for `shard_map`; None outside one."""
     context = _context.get()
     return None if context is None else (context.mesh, context.spec)
+
+
+def platform() -> str:
+    """'cpu', 'gpu' or 'tpu': what the step being traced is for; outside one, JAX's default."""
+    context = _context.get()
+    return jax.default_backend() if context is None else context.mesh.devices.flat[0].platform
+
+
+def attention_choice() -> str:
+    """`config.attention` of the step being traced; 'auto' outside one."""
+    context = _context.get()
+    return "auto" if context is None else context.attention
 
 
 def ways(logical_axis: str) -> int:

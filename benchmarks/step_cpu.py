@@ -65,7 +65,7 @@ def measure(variant: str, fsdp: int, tensor: int, steps: int) -> float:
         "visual_index": np.full((rows, length), -1, np.int32),
     }
     batch["visual_index"][:, 10 : 10 + per_image * images] = np.arange(per_image * images)
-    with partition.activation_rules(mesh, config.activation_rules.to_dict()):
+    with partition.activation_rules(mesh, config.activation_rules.to_dict(), config.attention):
         placed = jax.device_put(batch, mesh_lib.batch_shardings(batch, mesh))
         shardings = state_lib.shardings(abstract)
         step = jax.jit(

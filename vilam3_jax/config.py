@@ -38,6 +38,7 @@ else:
     ConfigDict = ml_collections.ConfigDict
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
+ATTENTIONS = ("auto", "xla", "splash")
 IMAGE_MODES = ("resize", "pad", "dynamic", "dynamic_s2")
 MAX_SCALE = 8  # times the tower's size
 MAX_TILES = MAX_SCALE**2
@@ -108,6 +109,7 @@ def base_config() -> ConfigDict:
             mesh=dict(data=1, fsdp=-1, context=1, tensor=1, cpu_devices=0),
             parameter_rules=PARAMETER_RULES,
             activation_rules=dict(ACTIVATION_RULES),
+            attention="auto",
             trainable=((r".*", 1.0),),
             optimizer=dict(name="adamw", b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.0, clip_norm=1.0),
             schedule=dict(name="cosine", peak=1e-4, warmup_fraction=0.03, end_fraction=0.1),
@@ -204,6 +206,8 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config schedule.name={config.schedule.name!r}: cosine or constant")
     if config.optimizer.name not in ("adamw", "adafactor", "lion"):
         raise UserError(f"config optimizer.name={config.optimizer.name!r}: adamw, adafactor or lion")
+    if config.attention not in ATTENTIONS:
+        raise UserError(f"config attention={config.attention!r}: must be one of {', '.join(ATTENTIONS)}")
     image_layout(config.model)
     rows, group = config.data.global_rows, config.data.rows_per_group
     if config.kind == "generative" and rows % (group * config.grad_accum):

@@ -233,7 +233,7 @@ def test_one_number_of_a_published_size_is_overridden():
     step = step_lib.make_train_step(
         config, step_lib.make_loss(config, graphdef), optimizer, optimizer_lib.learning_rate(config)
     )
-    with partition.activation_rules(mesh, config.activation_rules.to_dict()):
+    with partition.activation_rules(mesh, config.activation_rules.to_dict(), config.attention):
         lowered = jax.jit(step, out_shardings=(state_lib.shardings(state), None)).lower(state, batch)
     after, metrics = lowered.out_info
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(

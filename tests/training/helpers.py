@@ -100,8 +100,9 @@ class Run:
     def step(self, batch):
         placed = state_lib.shardings(self.abstract)
         batch = jax.device_put(batch, mesh_lib.batch_shardings(batch, self.mesh))
+        rules = self.config.activation_rules.to_dict()
         weights = {**placed["frozen"], **placed["trainable"]}
-        with partition.activation_rules(self.mesh, self.config.activation_rules.to_dict(), weights):
+        with partition.activation_rules(self.mesh, rules, self.config.attention, weights):
             if self._compiled is None:
                 self._compiled = (
                     jax.jit(self._step, out_shardings=(placed, None)).lower(self.state, batch).compile()

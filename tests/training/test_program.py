@@ -59,7 +59,7 @@ def test_the_step_from_the_config_alone_is_the_step_on_the_loaders_batches(world
     loader.close()
     batch = jax.device_put(batch, mesh_lib.batch_shardings(batch, mesh))
     state, _ = state_lib.initial_state(config, program.state, program.optimizer)
-    with partition.activation_rules(mesh, config.activation_rules.to_dict()):
+    with partition.activation_rules(mesh, config.activation_rules.to_dict(), config.attention):
         training = program_lib.build(config, mesh).step.lower(state, batch)
     assert program.lower().as_text() == training.as_text()
     assert jax.tree.map(lambda x: x.sharding, batch) == jax.tree.map(lambda x: x.sharding, program.batch)

@@ -5,22 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from vilam3_jax import compat
-from vilam3_jax.ops import partition
-from vilam3_jax.ops.products import einsum
+from vilam3_jax.errors import UserError
+from vilam3_jax.ops import attention_splash, partition
+from vilam3_jax.ops.attention_xla import MAX_QUERY_BLOCKS, MIN_QUERY_BLOCK, Marks, attend_blocks
 
-# Causal self-attention is cut into up to MAX_QUERY_BLOCKS blocks of queries, each seeing only the keys up to
-# its own end: 5/8 of the multiplications and less score memory than the full square, measured in
-# benchmarks/attention_cpu.py. More blocks save little more and compile longer.
-MAX_QUERY_BLOCKS = 4
-MIN_QUERY_BLOCK = 64
-# Finite, so that a row with nothing to attend to stays finite; beside real scores its exp is an exact zero.
-_MASKED = -1e30
+# Fewer queries (a pooling probe, short texts) have small scores, and padding to the kernel's blocks would
+# cost more than the kernel saves.
+MIN_SPLASH_QUERIES = 128
 
 
 def attention(
@@ -42,6 +40,8 @@ def attention(
 
     In a sharded step (`partition.activation_rules`) every device attends for its own rows, heads and queries.
     Keys and values are repeated only where there are fewer key heads than parts that the heads are cut into.
+    Which implementation runs is the step's choice (`config.attention`); calls with explicit positions, those
+    of cached generation, are always XLA's.
 
     Args:
       q: [B, Lq, H, hd].
@@ -60,8 +60,9 @@ def attention(
     Raises:
       ValueError: heads do not divide (by key heads, or by the mesh), only one of a pair of arguments is
         given, or a causal call has Lq != Lk and no positions.
+      UserError: the step's implementation does not run on its devices.
     """
-    batch, q_len, heads, head_dim = q.shape
+    _, q_len, heads, head_dim = q.shape
     kv_len, kv_heads = k.shape[1:3]
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads are no multiple of {kv_heads} key heads")
@@ -71,32 +72,25 @@ def attention(
         raise ValueError("give positions of both queries and keys, or of neither")
     if causal and q_positions is None and q_len != kv_len:
         raise ValueError(f"causal attention of {q_len} queries over {kv_len} keys needs positions")
-    by_row_index = causal and q_positions is None
-    block = q_len
-    if by_row_index:
-        q_positions = kv_positions = jnp.arange(q_len)[None]
-        block = min(q_len, max(MIN_QUERY_BLOCK, -(-q_len // MAX_QUERY_BLOCKS)))
-    block += -block % partition.ways("queries")
-
-    def blocks(x: Any, fill: int) -> Any:
-        """[B, Lq, ...] -> [B, blocks, block, ...], so that each device can have a part of every block."""
-        if x is None:
-            return None
-        pad = -q_len % block
-        x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
-        return x.reshape(x.shape[0], -1, block, *x.shape[2:])
-
-    local = partial(
-        _attend_blocks,
-        keys_per_block=block if by_row_index else None,
-        scale=head_dim**-0.5 if scale is None else scale,
-    )
+    # Rounded once, not twice: 1/sqrt(hd) is seldom a number of the queries' type.
+    q = (q.astype(jnp.float32) * (head_dim**-0.5 if scale is None else scale)).astype(q.dtype)
     k, v = _match_heads(k, heads), _match_heads(v, heads)
-    if not causal:
-        q_positions = kv_positions = None
-    marks = _Marks(blocks(segment_ids_q, 0), segment_ids_kv, blocks(q_positions, -1), kv_positions)
-    out = _on_devices(local, blocks(q, 0), k, v, marks)
-    return out.reshape(batch, -1, heads, head_dim)[:, :q_len]
+    if q_positions is None and _implementation(q_len) == "splash":
+        return _splash(q, k, v, segment_ids_q, segment_ids_kv, causal)
+    return _xla(q, k, v, Marks(segment_ids_q, segment_ids_kv, q_positions, kv_positions), causal)
+
+
+def _implementation(q_len: int) -> str:
+    """'xla' or 'splash', by the step's choice and the devices that it is for."""
+    choice, platform = partition.attention_choice(), partition.platform()
+    if choice == "splash" and platform != "tpu" and not attention_splash.INTERPRET:
+        raise UserError(
+            f"config attention='splash' is a kernel for TPUs, and the devices are {platform}; "
+            "set attention to 'auto' or 'xla'"
+        )
+    if choice == "auto":
+        return "splash" if platform == "tpu" and q_len >= MIN_SPLASH_QUERIES else "xla"
+    return choice
 
 
 def _match_heads(x: jax.Array, heads: int) -> jax.Array:
@@ -111,25 +105,36 @@ def _match_heads(x: jax.Array, heads: int) -> jax.Array:
     return jnp.repeat(x, repeats, axis=2) if repeats > 1 else x
 
 
-class _Marks(NamedTuple):
-    """Who may attend to whom: int [B or 1, n, b] for blocks of queries, [B or 1, Lk] for keys, or None."""
+def _pad(x: jax.Array, axis: int, length: int, fill: int = 0) -> jax.Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, widths, constant_values=fill)
 
-    segment_ids_q: Any
-    segment_ids_kv: Any
-    q_positions: Any
-    kv_positions: Any
+
+def _blocks(x: Any, block: int, fill: int = 0) -> Any:
+    """[B, Lq, ...] -> [B, blocks, block, ...], so that each device can have a part of every block."""
+    if x is None:
+        return None
+    x = _pad(x, 1, x.shape[1] + -x.shape[1] % block, fill)
+    return x.reshape(x.shape[0], -1, block, *x.shape[2:])
 
 
 def _on_devices(
-    local: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, marks: _Marks
+    local: Callable[..., jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    marks: Marks,
+    kernel: Any = None,
 ) -> jax.Array:
     """Calls `local(q, k, v, marks)`; on a mesh every device with its own rows, heads and queries.
 
     Left to the partitioner, the reshapes inside cost some fifty small collectives a layer and direction.
+    A splash `kernel` is the first argument, cut into the parts of the queries.
     """
     placed = partition.placement()
     if placed is None:
-        return local(q, k, v, marks)
+        return local(q, k, v, marks) if kernel is None else local(kernel, q, k, v, marks)
     mesh, spec = placed
 
     def rows(x: jax.Array | None, *axes: str | None) -> Any:
@@ -138,114 +143,77 @@ def _on_devices(
 
     out = rows(q, None, "queries", "heads", None)
     keys = rows(k, None, "heads", None)
-    marked = _Marks(
+    marked = Marks(
         rows(marks.segment_ids_q, None, "queries"),
         rows(marks.segment_ids_kv, None),
         rows(marks.q_positions, None, "queries"),
         rows(marks.kv_positions, None),
     )
-    return jax.shard_map(local, mesh=mesh, in_specs=(out, keys, keys, marked), out_specs=out)(q, k, v, marks)
+    specs: tuple[Any, ...] = (out, keys, keys, marked)
+    if kernel is None:
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out)(q, k, v, marks)
+    cut = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, *spec("queries"))))
+    # The kernel's outputs do not say over which axes they vary.
+    run = jax.shard_map(local, mesh=mesh, in_specs=(cut, *specs), out_specs=out, check_vma=False)
+    return run(kernel, q, k, v, marks)
 
 
-def _attend_blocks(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    marks: _Marks,
-    *,
-    keys_per_block: int | None,
-    scale: float,
-) -> jax.Array:
-    """One device's share: queries [B, n, b, H, hd] in n blocks -> the same shape.
-
-    Block i sees the first (i + 1) * `keys_per_block` keys, or all of them if that is None; b is less than
-    `keys_per_block` where devices share a block.
-    """
-    batch, count, length, _, head_dim = q.shape
-    kv_heads = k.shape[2]
-    # [n, B, K, G * b, hd]: the queries of all heads that read one key head are rows of one matrix product.
-    rows = q.reshape(batch, count, length, kv_heads, -1, head_dim).transpose(1, 0, 3, 4, 2, 5)
-    rows = rows.reshape(count, batch, kv_heads, -1, head_dim) * jnp.asarray(scale, q.dtype)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    out: Any = _attend(*compat.equally_varying(rows, k, v), marks, keys_per_block)
-    out = out.reshape(count, batch, kv_heads, -1, length, head_dim).transpose(1, 0, 4, 2, 3, 5)
-    return out.reshape(q.shape)
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, marks: Marks, causal: bool) -> jax.Array:
+    batch, q_len, heads, head_dim = q.shape
+    by_row_index = causal and marks.q_positions is None
+    block = q_len
+    if by_row_index:
+        index = jnp.arange(q_len)[None]
+        marks = marks._replace(q_positions=index, kv_positions=index)
+        block = min(q_len, max(MIN_QUERY_BLOCK, -(-q_len // MAX_QUERY_BLOCKS)))
+    if not causal:
+        marks = marks._replace(q_positions=None, kv_positions=None)
+    block += -block % partition.ways("queries")
+    marks = marks._replace(
+        segment_ids_q=_blocks(marks.segment_ids_q, block), q_positions=_blocks(marks.q_positions, block, -1)
+    )
+    local = partial(attend_blocks, keys_per_block=block if by_row_index else None)
+    out = _on_devices(local, _blocks(q, block), k, v, marks)
+    return out.reshape(batch, -1, heads, head_dim)[:, :q_len]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, marks: _Marks, keys_per_block: int | None) -> jax.Array:
-    """Queries, already scaled, [n, B, K, G * b, hd], k and v [B, K, Lk, hd] -> like the queries.
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, ids_q: Any, ids_kv: Any, causal: bool) -> jax.Array:
+    batch, q_len, heads, head_dim = q.shape
+    kv_len = k.shape[1]
+    parts = partition.ways("queries")
+    # Where devices share the queries, each has a part of every block: under a causal mask, equal work.
+    block = attention_splash.padded(-(-q_len // (MAX_QUERY_BLOCKS * parts))) * parts if parts > 1 else 0
+    block = block or attention_splash.padded(q_len)
+    has_key = None
+    if ids_q is None:
+        ids_q, ids_kv = jnp.ones((1, q_len), jnp.int32), jnp.ones((1, kv_len), jnp.int32)
+    else:
+        has_key = _has_key(ids_q, ids_kv, causal)
+    # Padding is a segment of its own, 0.
+    q, ids_q = _blocks(q, block), _blocks(ids_q, block)
+    padded = q.shape[1] * block if causal else attention_splash.padded(kv_len)
+    k, v, ids_kv = (_pad(x, 1, padded) for x in (k, v, ids_kv))
+    # [parts, blocks, block / parts]: the queries of each part, one after the other.
+    indices = np.arange(q.shape[1] * block).reshape(-1, parts, block // parts).swapaxes(0, 1).reshape(-1)
+    kernel = attention_splash.make_kernel(indices, padded, heads // partition.ways("heads"), causal, parts)
 
-    Scores are computed again for the gradient (arXiv:2205.14135): kept, they would be the largest thing a
-    step holds.
-    """
-    return _attend_forward(q, k, v, marks, keys_per_block)[0]
+    def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, marks: Marks) -> jax.Array:
+        flat = q.reshape(q.shape[0], -1, *q.shape[3:])
+        ids = marks.segment_ids_q.reshape(marks.segment_ids_q.shape[0], -1)
+        return attention_splash.attend(kernel, flat, k, v, ids, marks.segment_ids_kv).reshape(q.shape)
 
-
-def _attend_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, marks: _Marks, keys_per_block: int | None
-) -> tuple[Any, Any]:
-    outputs, log_totals = [], []
-    for i, rows in enumerate(q):
-        seen = _seen(i, k, keys_per_block)
-        scores = einsum("bknd,bksd->bkns", rows, k[:, :, :seen], jnp.float32)
-        mask = _mask(i, seen, rows, marks)
-        if mask is not None:
-            scores = jnp.where(mask, scores, _MASKED)
-        peak = scores.max(axis=-1, keepdims=True)
-        weights = jnp.exp(scores - peak)
-        total = weights.sum(axis=-1, keepdims=True)
-        out = einsum("bkns,bksd->bknd", weights.astype(v.dtype), v[:, :, :seen], jnp.float32)
-        # Dividing the [b, hd] result costs less than dividing the [b, Lk] weights.
-        outputs.append(jnp.where(peak > _MASKED, out / total, 0.0).astype(q.dtype))
-        # A query without any key: exp(score - log_total) is 0 for all.
-        log_totals.append(jnp.where(peak > _MASKED, peak + jnp.log(total), -_MASKED))
-    out, log_total = jnp.stack(outputs), jnp.stack(log_totals)
-    return out, (q, k, v, marks, out, log_total)
+    out = _on_devices(local, q, k, v, Marks(ids_q, ids_kv, None, None), kernel)
+    out = out.reshape(batch, -1, heads, head_dim)[:, :q_len]
+    return out if has_key is None else jnp.where(has_key[:, :, None, None], out, 0)
 
 
-def _attend_backward(keys_per_block: int | None, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
-    q, k, v, marks, out, log_total = kept
-    # The derivative of the softmax subtracts sum(weights * d_weights), which is this.
-    mean = (d_out.astype(jnp.float32) * out).sum(axis=-1, keepdims=True)
-    d_q = []
-    d_k, d_v = jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32)
-    for i, rows in enumerate(q):
-        seen = _seen(i, k, keys_per_block)
-        keys, values = k[:, :, :seen], v[:, :, :seen]
-        # [keys, queries]: so only the last product has to turn an array of this size.
-        scores = einsum("bksd,bknd->bksn", keys, rows, jnp.float32)
-        mask = _mask(i, seen, rows, marks)
-        if mask is not None:
-            scores = jnp.where(mask.mT, scores, _MASKED)
-        weights = jnp.exp(scores - log_total[i].mT)
-        d_weights = einsum("bksd,bknd->bksn", values, d_out[i], jnp.float32)
-        d_scores = (weights * (d_weights - mean[i].mT)).astype(q.dtype)
-        d_v = d_v.at[:, :, :seen].add(
-            einsum("bksn,bknd->bksd", weights.astype(v.dtype), d_out[i], jnp.float32)
-        )
-        d_k = d_k.at[:, :, :seen].add(einsum("bksn,bknd->bksd", d_scores, rows, jnp.float32))
-        d_q.append(einsum("bksn,bksd->bknd", d_scores, keys, jnp.float32).astype(q.dtype))
-    return jnp.stack(d_q), d_k.astype(k.dtype), d_v.astype(v.dtype), None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _seen(i: int, k: jax.Array, keys_per_block: int | None) -> int:
-    """How many keys the queries of block i may see at most."""
-    return k.shape[2] if keys_per_block is None else min((i + 1) * keys_per_block, k.shape[2])
-
-
-def _mask(i: int, seen: int, rows: jax.Array, marks: _Marks) -> jax.Array | None:
-    """Bool [B or 1, 1, G * b, seen], True where rows of block i may look; None if they may everywhere."""
-    mask = None
-    if marks.segment_ids_q is not None and marks.segment_ids_kv is not None:
-        own, theirs = marks.segment_ids_q[:, i, :, None], marks.segment_ids_kv[:, None, :seen]
-        mask = (own == theirs) & (own != 0)
-    if marks.q_positions is not None and marks.kv_positions is not None:
-        ordered = marks.q_positions[:, i, :, None] >= marks.kv_positions[:, None, :seen]
-        mask = ordered if mask is None else mask & ordered
-    if mask is None:
-        return None
-    return jnp.tile(mask, (1, rows.shape[2] // mask.shape[1], 1))[:, None]
+def _has_key(ids_q: jax.Array, ids_kv: jax.Array, causal: bool) -> jax.Array:
+    """Bool [B, Lq]: which queries see any key at all. Of a row with itself, all that are not padding."""
+    real = ids_q != 0
+    if ids_q is ids_kv:
+        return real
+    seen = ids_q[:, :, None] == ids_kv[:, None, :]
+    if causal:
+        index = jnp.arange(ids_q.shape[1])
+        seen &= index[:, None] >= index
+    return real & seen.any(axis=2)

@@ -25,6 +25,7 @@ class _Context:
     mesh: Mesh
     rules: Mapping[str, MeshAxes]
     weights: Mapping[str, PartitionSpec]
+    attention: str
 
     def spec(self, *logical_axes: str | None) -> PartitionSpec:
         unknown = [name for name in logical_axes if name is not None and name not in self.rules]
@@ -38,17 +39,21 @@ _context: contextvars.ContextVar[_Context | None] = contextvars.ContextVar("acti
 
 @contextlib.contextmanager
 def activation_rules(
-    mesh: Mesh, rules: Mapping[str, MeshAxes], weights: Mapping[str, NamedSharding] | None = None
+    mesh: Mesh,
+    rules: Mapping[str, MeshAxes],
+    attention: str = "auto",
+    weights: Mapping[str, NamedSharding] | None = None,
 ) -> Iterator[None]:
     """Makes `shard` and `gather` place arrays on `mesh` while the step is traced.
 
     Args:
-      mesh: the device mesh.
+      mesh: the step's devices, of this host or of a topology that is only compiled for.
       rules: logical axis → mesh axes that carry it.
+      attention: `config.attention`, which `ops.attention` reads.
       weights: parameter path → where it is stored; `gather` leaves the others to the partitioner.
     """
     stored = {path: sharding.spec for path, sharding in (weights or {}).items()}
-    token = _context.set(_Context(mesh, dict(rules), stored))
+    token = _context.set(_Context(mesh, dict(rules), stored, attention))
     try:
         yield
     finally:
@@ -59,6 +64,18 @@ def placement() -> tuple[Mesh, Callable[..., PartitionSpec]] | None:
     """(mesh, logical axes -> PartitionSpec) of the step being traced, for `shard_map`; None outside one."""
     context = _context.get()
     return None if context is None else (context.mesh, context.spec)
+
+
+def platform() -> str:
+    """'cpu', 'gpu' or 'tpu': what the step being traced is for; outside one, JAX's default."""
+    context = _context.get()
+    return jax.default_backend() if context is None else context.mesh.devices.flat[0].platform
+
+
+def attention_choice() -> str:
+    """`config.attention` of the step being traced; 'auto' outside one."""
+    context = _context.get()
+    return "auto" if context is None else context.attention
 
 
 def ways(logical_axis: str) -> int:

@@ -53,7 +53,8 @@ class Program:
     def placing(self) -> AbstractContextManager[None]:
         """Context in which steps of this program are traced: where activations and weights live."""
         weights = state_lib.shardings({**self.state["frozen"], **self.state["trainable"]})
-        return partition.activation_rules(self.mesh, self.config.activation_rules.to_dict(), weights)
+        rules = self.config.activation_rules.to_dict()
+        return partition.activation_rules(self.mesh, rules, self.config.attention, weights)
 
     def lower(self) -> Any:
         """Traces the step; `.compile()` of the result is what runs, `.as_text()` its StableHLO."""

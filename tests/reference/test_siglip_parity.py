@@ -158,7 +158,7 @@ def test_every_layer_of_the_text_tower():
         want = reference.text_model(torch.from_numpy(ids), output_hidden_states=True).hidden_states
     tower = vila.merge(graphdef, params).text_tower
     run = jax.jit(
-        lambda x, count: run_stack(tower.blocks, x, path="vision_tower/blocks", remat="none", count=count),
+        lambda x, count: run_stack(tower.blocks, x, remat="none", count=count),
         static_argnums=1,
     )
     embedded = tower.embed(jnp.asarray(ids)) + tower.pos_embed[...]

@@ -9,7 +9,6 @@ from vilam3_jax.data import loader as loader_lib
 from vilam3_jax.datasets import phantoms, prepare, train_tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import vila
-from vilam3_jax.ops import partition
 from vilam3_jax.training import mesh as mesh_lib
 from vilam3_jax.training import program as program_lib
 from vilam3_jax.training import state as state_lib
@@ -59,7 +58,7 @@ def test_the_step_from_the_config_alone_is_the_step_on_the_loaders_batches(world
     loader.close()
     batch = jax.device_put(batch, mesh_lib.batch_shardings(batch, mesh))
     state, _ = state_lib.initial_state(config, program.state, program.optimizer)
-    with partition.activation_rules(mesh, config.activation_rules.to_dict(), config.attention):
+    with program.placing():
         training = program_lib.build(config, mesh).step.lower(state, batch)
     assert program.lower().as_text() == training.as_text()
     assert jax.tree.map(lambda x: x.sharding, batch) == jax.tree.map(lambda x: x.sharding, program.batch)

@@ -75,6 +75,4 @@ class InternViT(nnx.Module):
         token = jnp.broadcast_to(self.class_embed[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
         x = jnp.concatenate([token, x], axis=1) + self.pos_embed[...].astype(x.dtype)
         x = shard(x, "batch", None, "embed")
-        return run_stack(
-            self.blocks, x, path="vision_tower/blocks", remat=self.remat, count=self.num_feature_layers
-        )[:, 1:]
+        return run_stack(self.blocks, x, remat=self.remat, count=self.num_feature_layers)[:, 1:]

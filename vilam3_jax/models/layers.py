@@ -16,14 +16,16 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vilam3_jax import compat
 from vilam3_jax.errors import UserError
+from vilam3_jax.ops import partition
 from vilam3_jax.ops.attention import attention
-from vilam3_jax.ops.partition import gather, shard
-from vilam3_jax.ops.products import einsum
+from vilam3_jax.ops.partition import shard
+from vilam3_jax.ops.products import GATHERED, linear
 
 Stack = tuple[int, ...]
 Init = Callable[..., jax.Array]
 
 REMAT_TAGS = ("qkv", "mlp")
+_WEIGHTS = ("kernel", "lora_a", "lora_b")
 
 
 def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -52,8 +54,11 @@ class Linear(nnx.Module):
         stack: Stack = (),
         lora_rank: int = 0,
         lora_alpha: float = 1.0,
+        lead: tuple[str | None, ...] = ("batch", None),
     ):
         self.dtype = jnp.dtype(dtype)
+        self.lead = lead  # logical axes of an input [batch, ..., in]
+        self.stored: tuple[tuple[str, Any], ...] = ()  # (parameter, mesh axes), see `find_weights`
         self.kernel = nnx.Param(kernel_init(rngs.params(), (*stack, in_dim, out_dim), param_dtype))
         self.bias = nnx.Param(jnp.zeros((*stack, out_dim), param_dtype)) if use_bias else None
         self.lora_scale = lora_alpha / lora_rank if lora_rank else None
@@ -65,15 +70,15 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(self.dtype)
+        lead = self.lead[: x.ndim - 1]
 
-        def times(x: jax.Array, kernel: nnx.Param) -> jax.Array:
-            axes = "abc"[: x.ndim - 1]
-            return einsum(f"{axes}i,io->{axes}o", x, kernel[...].astype(self.dtype))
+        def times(x: jax.Array, name: str) -> jax.Array:
+            return linear(x, getattr(self, name)[...], dict(self.stored).get(name), lead)
 
-        y = times(x, self.kernel)
+        y = times(x, "kernel")
         if self.lora_scale is not None:
-            low = shard(times(x, self.lora_a), "batch", *(None,) * (x.ndim - 1))
-            y = y + times(low, self.lora_b) * jnp.asarray(self.lora_scale, self.dtype)
+            low = shard(times(x, "lora_a"), *lead, None)
+            y = y + times(low, "lora_b") * jnp.asarray(self.lora_scale, self.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         return y
@@ -236,7 +241,11 @@ def remat_layer(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
       UserError: unknown policy.
     """
     if remat == "none":
-        return body
+        # But weights gathered from other devices: kept for every layer, they would be the whole model.
+        policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        return (
+            body if partition.placement() is None else jax.checkpoint(body, prevent_cse=False, policy=policy)
+        )
     if remat == "full":
         return jax.checkpoint(body, prevent_cse=False)
     tags = remat.split("+")
@@ -248,20 +257,28 @@ def remat_layer(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
     return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 
-def run_stack(
-    blocks: nnx.Module, x: jax.Array, *args: Any, path: str, remat: str, count: int | None = None
-) -> jax.Array:
-    """Runs x through the first `count` layers (default: all) of a stacked module; each gets `args` too.
+def find_weights(model: nnx.Module) -> None:
+    """Tells every `Linear` of a model where the step stores its weights (`partition.activation_rules`)."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Linear):
+            specs = {name: partition.stored("/".join((*map(str, path), name))) for name in _WEIGHTS}
+            layers = module.kernel[...].ndim - 2
+            module.stored = tuple(
+                (name, (*spec, None, None, None)[layers : layers + 2])
+                for name, spec in specs.items()
+                if spec is not None
+            )
 
-    `path` is that of `blocks` in the model. A layer's weights are gathered when its turn comes, again in the
-    backward pass where the layer is computed again.
-    """
+
+def run_stack(
+    blocks: nnx.Module, x: jax.Array, *args: Any, remat: str, count: int | None = None
+) -> jax.Array:
+    """Runs x through the first `count` layers (default: all) of a stacked module; each gets `args` too."""
     graphdef, params = compat.split(blocks)
     if count is not None:
         params = jax.tree.map(lambda p: p[:count], params)
 
     def body(carry: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-        layer = gather(layer, path, x.dtype, stacked=True)
         return compat.merge(graphdef, layer)(carry, *args), None
 
     return jax.lax.scan(remat_layer(body, remat), x, params)[0]

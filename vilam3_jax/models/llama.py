@@ -155,6 +155,7 @@ class LlamaLayer(nnx.Module):
                 stack=stack,
                 lora_rank=rank if name in targets else 0,
                 lora_alpha=cfg.get("lora_alpha", 1.0),
+                lead=("batch", "length"),
             )
 
         norm: dict[str, Any] = dict(eps=cfg.norm_eps, dtype=dtype, param_dtype=param_dtype, stack=stack)
@@ -253,7 +254,7 @@ class Llama(nnx.Module):
         """
         rope = rope_tables(positions, np.asarray(self.rope_frequencies, np.float32))
         x = shard(embeds.astype(self.dtype), "batch", "length", "embed")
-        x = run_stack(self.layers, x, segment_ids, rope, path="llm/layers", remat=self.remat)
+        x = run_stack(self.layers, x, segment_ids, rope, remat=self.remat)
         return self.final_norm(x)
 
     def init_cache(self, batch: int, size: int, dtype: Any = None) -> Cache:

@@ -146,7 +146,7 @@ class SiglipVision(nnx.Module):
     def _run(self, pixels: jax.Array, count: int) -> jax.Array:
         x = self.patch_embed(pixels / 127.5 - 1.0)
         x = shard(x + self.pos_embed[...].astype(x.dtype), "batch", None, "embed")
-        return run_stack(self.blocks, x, path="vision_tower/blocks", remat=self.remat, count=count)
+        return run_stack(self.blocks, x, remat=self.remat, count=count)
 
     def features(self, images: jax.Array) -> jax.Array:
         """Patch features for the projector: uint8 [N, S, S, 3] -> [N, T, D], hidden state `select_layer`.
@@ -204,7 +204,7 @@ class SiglipText(nnx.Module):
             raise ValueError(f"text of {length} tokens, but model.text_tower.max_length is {self.max_length}")
         x = self.embed(tokens)
         x = shard(x + self.pos_embed[:length].astype(x.dtype), "batch", None, "embed")
-        x = run_stack(self.blocks, x, valid.astype(jnp.int32), path="text_tower/blocks", remat=self.remat)
+        x = run_stack(self.blocks, x, valid.astype(jnp.int32), remat=self.remat)
         last = jnp.where(valid, jnp.arange(length), 0).max(axis=1)
         x = shard(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0], "batch", "embed")
         return shard(self.head(self.final_norm(x)), "batch", "embed")

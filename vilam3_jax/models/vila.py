@@ -14,6 +14,7 @@ from vilam3_jax.config import ImageLayout, image_layout
 from vilam3_jax.errors import UserError
 from vilam3_jax.models.contrastive import TwoTower
 from vilam3_jax.models.intern_vit import InternViT
+from vilam3_jax.models.layers import find_weights
 from vilam3_jax.models.llama import Llama
 from vilam3_jax.models.projector import Projector, grid_tokens, plan
 from vilam3_jax.models.scales import s2_features, tile_features
@@ -165,7 +166,9 @@ def init_params(cfg: Any, kind: str, key: jax.Array) -> dict[str, Any]:
 
 def merge(graphdef: nnx.GraphDef, params: dict[str, Any]) -> Any:
     """The model of `graphdef` with `params`; the inverse of taking them apart."""
-    return compat.merge(graphdef, params)
+    model = compat.merge(graphdef, params)
+    find_weights(model)
+    return model
 
 
 def _family(table: dict[str, Any], key: str, name: str) -> Any:

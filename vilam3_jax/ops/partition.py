@@ -11,8 +11,6 @@ import contextvars
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -44,13 +42,14 @@ def activation_rules(
     attention: str = "auto",
     weights: Mapping[str, NamedSharding] | None = None,
 ) -> Iterator[None]:
-    """Makes `shard` and `gather` place arrays on `mesh` while the step is traced.
+    """Makes `shard` place activations on `mesh` while the step is traced, and products find their weights.
 
     Args:
       mesh: the step's devices, of this host or of a topology that is only compiled for.
       rules: logical axis → mesh axes that carry it.
       attention: `config.attention`, which `ops.attention` reads.
-      weights: parameter path → where it is stored; `gather` leaves the others to the partitioner.
+      weights: parameter path → where it is stored, see `products.linear`; products of other weights are left
+        to the partitioner.
     """
     stored = {path: sharding.spec for path, sharding in (weights or {}).items()}
     token = _context.set(_Context(mesh, dict(rules), stored, attention))
@@ -130,49 +129,3 @@ def shard(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     if len(logical_axes) != x.ndim:
         raise ValueError(f"{len(logical_axes)} axis names for an array of rank {x.ndim}: {logical_axes}")
     return jax.lax.with_sharding_constraint(x, NamedSharding(context.mesh, context.spec(*logical_axes)))
-
-
-def gather(params: Any, prefix: str, dtype: Any, *, stacked: bool = False) -> Any:
-    """Weights as a product uses them: in `dtype`, and whole over the mesh axes that carry the batch.
-
-    A weight is stored split over the batch's axes, too (ZeRO-3, FSDP): here it is put together, once per use
-    and in the smaller type. Its gradient goes the same way back: summed over the batch and split in one (a
-    reduce-scatter), never held whole on every device.
-
-    Args:
-      params: nested dict of arrays; vectors stay as they are.
-      prefix: path of `params` in the model, such as 'llm/layers'.
-      dtype: of the products.
-      stacked: whether these are one layer's slices of stacked parameters.
-    """
-    context = _context.get()
-    if context is None:
-        return params
-    batch = names(context.rules["batch"])
-
-    def used(path: Any, x: jax.Array) -> jax.Array:
-        stored = context.weights.get("/".join((prefix, *(part.key for part in path))))
-        if stored is None or x.ndim < 2:
-            return x
-        axes = stored[1:] if stacked else stored
-        kept = [tuple(a for a in names(axis) if a not in batch) or None for axis in axes]
-        places = (NamedSharding(context.mesh, PartitionSpec(*spec)) for spec in (kept, axes))
-        return _moved(x.astype(dtype), *places)
-
-    return jax.tree_util.tree_map_with_path(used, params)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _moved(x: jax.Array, used: NamedSharding, stored: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, used)
-
-
-def _moved_forward(x: jax.Array, used: NamedSharding, stored: NamedSharding) -> tuple[jax.Array, None]:
-    return _moved(x, used, stored), None
-
-
-def _moved_backward(used: NamedSharding, stored: NamedSharding, _: None, gradient: Any) -> tuple[Any]:
-    return (jax.lax.with_sharding_constraint(gradient, stored),)
-
-
-_moved.defvjp(_moved_forward, _moved_backward)

@@ -1,4 +1,4 @@
-"""Matrix products in the precision that JAX is set to, on CPUs too.
+"""Matrix products with weights as a sharded step stores them, in the precision that JAX is set to.
 
 With `jax_default_matmul_precision="bfloat16"` factors are rounded to bfloat16 and sums are float32: what
 a TPU does with float32 arrays by default. XLA for CPUs accepts the setting and computes in float32 all the
@@ -13,8 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
 
+from vilam3_jax import compat
+from vilam3_jax.ops import partition
+
+GATHERED = "gathered"  # tag of weights that are put together for a product; no policy should keep them
 _ROUNDED = "bfloat16"
 _TYPE = jnp.bfloat16
 
@@ -31,6 +37,53 @@ def einsum(spec: str, x: jax.Array, y: jax.Array, preferred_element_type: Any = 
     if x.dtype == y.dtype == jnp.float32 and jax.config.jax_default_matmul_precision == _ROUNDED:  # pyright: ignore
         return _rounded_einsum(spec, x, y)
     return jnp.einsum(spec, x, y, preferred_element_type=preferred_element_type)
+
+
+def linear(
+    x: jax.Array, kernel: jax.Array, stored: tuple[Any, ...] | None, lead: tuple[str | None, ...]
+) -> jax.Array:
+    """`x @ kernel` in the type of `x`.
+
+    In a sharded step every device multiplies its own rows. The weight is stored split over the axes that
+    carry the batch, too (ZeRO-3, FSDP): here it is put together, in the type of the product and once per use.
+    Its gradient goes the same way back, summed over the batch and split at once (reduce-scatter). A weight
+    whose rows stay split (over `tensor`) takes an `x` split alike, and the products are summed.
+
+    Args:
+      x: [batch, ..., in].
+      kernel: [in, out].
+      stored: mesh axes of the kernel's two dimensions; None leaves the placement to the partitioner.
+      lead: logical axes of all dimensions of `x` but the last.
+
+    Returns:
+      [batch, ..., out].
+    """
+    placed = partition.placement()
+    axes = "abc"[: x.ndim - 1]
+    product = partial(einsum, f"{axes}i,io->{axes}o")
+    if placed is None or stored is None or x.shape[0] % partition.ways("batch"):
+        return product(x, kernel.astype(x.dtype))
+    mesh, spec = placed
+    batch = partition.mesh_axes("batch")
+    split = [partition.split_over(names) for names in stored]
+    rows, columns = (tuple(axis for axis in names if axis not in batch) or None for names in split)
+
+    def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        kernel = kernel.astype(x.dtype)
+        for dimension, names in enumerate(split):
+            # The last name of a dimension is the innermost.
+            for axis in reversed([axis for axis in names if axis in batch]):
+                kernel = jax.lax.all_gather(kernel, axis, axis=dimension, tiled=True)
+        y = product(*compat.equally_varying(x, checkpoint_name(kernel, GATHERED)))
+        return jax.lax.psum(y, rows) if rows else y
+
+    rest = spec(*lead)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(PartitionSpec(*rest, rows), PartitionSpec(*(names or None for names in split))),
+        out_specs=PartitionSpec(*rest, columns),
+    )(x, kernel)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -68,19 +68,23 @@ class Linear(nnx.Module):
             self.lora_a = nnx.Param(noise * in_dim**-0.5)
             self.lora_b = nnx.Param(jnp.zeros((*stack, lora_rank, out_dim), param_dtype))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, head_dim: int | None = None, from_heads: bool = False) -> jax.Array:
+        """[batch, ..., in] -> [batch, ..., out].
+
+        `from_heads` takes [batch, ..., heads, hd], `head_dim` gives [batch, ..., out / head_dim, head_dim].
+        """
         x = x.astype(self.dtype)
-        lead = self.lead[: x.ndim - 1]
+        lead = self.lead[: x.ndim - 1 - from_heads]
 
-        def times(x: jax.Array, name: str) -> jax.Array:
-            return linear(x, getattr(self, name)[...], dict(self.stored).get(name), lead)
+        def times(x: jax.Array, name: str, head_dim: int | None) -> jax.Array:
+            return linear(x, getattr(self, name)[...], dict(self.stored).get(name), lead, head_dim)
 
-        y = times(x, "kernel")
+        y = times(x, "kernel", head_dim)
         if self.lora_scale is not None:
-            low = shard(times(x, "lora_a"), *lead, None)
-            y = y + times(low, "lora_b") * jnp.asarray(self.lora_scale, self.dtype)
+            low = shard(times(x, "lora_a", None), *lead, None)
+            y = y + times(low, "lora_b", head_dim) * jnp.asarray(self.lora_scale, self.dtype)
         if self.bias is not None:
-            y = y + self.bias[...].astype(self.dtype)
+            y = y + self.bias[...].astype(self.dtype).reshape(y.shape[len(lead) :])
         return y
 
 

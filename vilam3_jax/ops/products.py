@@ -40,7 +40,11 @@ def einsum(spec: str, x: jax.Array, y: jax.Array, preferred_element_type: Any = 
 
 
 def linear(
-    x: jax.Array, kernel: jax.Array, stored: tuple[Any, ...] | None, lead: tuple[str | None, ...]
+    x: jax.Array,
+    kernel: jax.Array,
+    stored: tuple[Any, ...] | None,
+    lead: tuple[str | None, ...],
+    head_dim: int | None = None,
 ) -> jax.Array:
     """`x @ kernel` in the type of `x`.
 
@@ -50,23 +54,27 @@ def linear(
     whose rows stay split (over `tensor`) takes an `x` split alike, and the products are summed.
 
     Args:
-      x: [batch, ..., in].
+      x: [batch, ..., in], or [batch, ..., heads, hd] with heads * hd = in.
       kernel: [in, out].
       stored: mesh axes of the kernel's two dimensions; None leaves the placement to the partitioner.
-      lead: logical axes of all dimensions of `x` but the last.
+      lead: logical axes of [batch, ...].
+      head_dim: cut the result into heads; a TPU then writes them as attention reads them, without a copy.
 
     Returns:
-      [batch, ..., out].
+      [batch, ..., out], or [batch, ..., out / head_dim, head_dim].
     """
     placed = partition.placement()
-    axes = "abc"[: x.ndim - 1]
-    product = partial(einsum, f"{axes}i,io->{axes}o")
     if placed is None or stored is None or x.shape[0] % partition.ways("batch"):
-        return product(x, kernel.astype(x.dtype))
+        return _product(x, kernel.astype(x.dtype), len(lead), head_dim)
     mesh, spec = placed
     batch = partition.mesh_axes("batch")
     split = [partition.split_over(names) for names in stored]
     rows, columns = (tuple(axis for axis in names if axis not in batch) or None for names in split)
+    in_heads, out_heads = x.ndim > len(lead) + 1, head_dim is not None
+    if in_heads and x.shape[-2] % partition.size(rows or ()):
+        return linear(x.reshape(*x.shape[:-2], -1), kernel, stored, lead, head_dim)
+    if out_heads and kernel.shape[1] // head_dim % partition.size(columns or ()):
+        return linear(x, kernel, stored, lead).reshape(*x.shape[: len(lead)], -1, head_dim)
 
     def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
         kernel = kernel.astype(x.dtype)
@@ -74,16 +82,29 @@ def linear(
             # The last name of a dimension is the innermost.
             for axis in reversed([axis for axis in names if axis in batch]):
                 kernel = jax.lax.all_gather(kernel, axis, axis=dimension, tiled=True)
-        y = product(*compat.equally_varying(x, checkpoint_name(kernel, GATHERED)))
+        x, kernel = compat.equally_varying(x, checkpoint_name(kernel, GATHERED))
+        y = _product(x, kernel, len(lead), head_dim)
         return jax.lax.psum(y, rows) if rows else y
 
     rest = spec(*lead)
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(PartitionSpec(*rest, rows), PartitionSpec(*(names or None for names in split))),
-        out_specs=PartitionSpec(*rest, columns),
+        in_specs=(
+            PartitionSpec(*rest, rows, *(None,) * in_heads),
+            PartitionSpec(*(names or None for names in split)),
+        ),
+        out_specs=PartitionSpec(*rest, columns, *(None,) * out_heads),
     )(x, kernel)
+
+
+def _product(x: jax.Array, kernel: jax.Array, lead: int, head_dim: int | None) -> jax.Array:
+    axes, inner, outer = "abc"[:lead], "i", "o"
+    if x.ndim > lead + 1:
+        inner, kernel = "hi", kernel.reshape(*x.shape[-2:], -1)
+    if head_dim is not None:
+        outer, kernel = "jo", kernel.reshape(*kernel.shape[:-1], -1, head_dim)
+    return einsum(f"{axes}{inner},{inner}{outer}->{axes}{outer}", x, kernel)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

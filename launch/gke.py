@@ -187,7 +187,7 @@ def check_train(arguments: Sequence[str]) -> None:
     """
     if not flag_value(arguments, "config"):
         raise UsageError(
-            "--config=FILE[:ARG] is missing after --, for example --config=configs/stage4_expert.py:vila_m3_8b"
+            "--config=FILE[:ARG] is missing after --, such as --config=configs/stage4_expert.py:vila_m3_8b"
         )
     workdir = flag_value(arguments, "workdir")
     if not re.match(r"gs://.", workdir):
@@ -199,7 +199,9 @@ def check_train(arguments: Sequence[str]) -> None:
         key, _, value = argument.partition("=")
         local = value and not re.match(r"gs://.", value)
         if local and re.fullmatch(r"--config\.(data\.(path|annotations)|init\.\w+)", key):
-            raise UsageError(f"{argument}: must be gs://BUCKET/FOLDER; the machines see nothing else of yours")
+            raise UsageError(
+                f"{argument}: must be gs://BUCKET/FOLDER; the machines see nothing else of yours"
+            )
 
 
 def manifest(template: str, values: dict[str, object]) -> str:
@@ -220,7 +222,7 @@ def jobset(options: argparse.Namespace) -> str:
     chosen = parse_slice(options.accelerator)
     if options.slices > 1 and chosen.hosts == 1:
         raise UsageError(
-            f"--slices={options.slices}: several slices need several hosts each, {options.accelerator} has one"
+            f"--slices={options.slices}: slices that are joined have several hosts, {options.accelerator} one"
         )
     environment = {"JAX_COMPILATION_CACHE_DIR": _cache(options)}
     port = 8482  # JAX's own; shut by the firewall that some projects get between slices
@@ -271,7 +273,7 @@ def xpk(options: argparse.Namespace) -> list[str]:
         environment = {"JAX_COORDINATOR_PORT": "8476"} | environment
     for key, value in environment.items():
         command += ["--env", f"{key}={value}"]
-    # XPK replaces the image's entry point. It starts again after 143, which run.sh gives for an interrupted run.
+    # XPK replaces the image's entry point, and starts again after 143: run.sh's code for an interrupted run.
     return [*command, "--command", shlex.join([RUN, "vilam3", "train", *options.arguments])]
 
 
@@ -281,7 +283,12 @@ def _common(
     tolerations = []
     if options.spot:
         selector["cloud.google.com/gke-spot"] = "true"
-        spot = {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
+        spot = {
+            "key": "cloud.google.com/gke-spot",
+            "operator": "Equal",
+            "value": "true",
+            "effect": "NoSchedule",
+        }
         tolerations.append(spot)
     labels = {"app.kubernetes.io/name": "vilam3"}
     queue = {"kueue.x-k8s.io/queue-name": options.queue} if options.queue else {}
@@ -357,7 +364,9 @@ def parser() -> argparse.ArgumentParser:
     every = {name: commands.add_parser(name) for name in ("train", "xpk", "job", "status", "logs", "delete")}
     for name, command in every.items():
         command.add_argument("--name", required=True, type=NAME, help="name of the run in the cluster")
-        command.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+        command.add_argument(
+            "--dry-run", action="store_true", help="print what would be done, and do nothing"
+        )
         if name != "xpk":
             command.add_argument("--namespace", default="default", type=NAME, help="(default)")
         if name in ("status", "logs", "delete"):
@@ -370,12 +379,18 @@ def parser() -> argparse.ArgumentParser:
                 required=True,
                 help="slice: v5p-128 as it is rented, or v5p:4x4x4 in chips; v4, v5e, v5p, v6e, tpu7x",
             )
-            command.add_argument("--slices", default=1, type=_positive, help="slices joined over the network (1)")
             command.add_argument(
-                "--compile-cache", type=BUCKET, help="where compiled programs are kept (WORKDIR/compile_cache)"
+                "--slices", default=1, type=_positive, help="slices joined over the network (1)"
+            )
+            command.add_argument(
+                "--compile-cache",
+                type=BUCKET,
+                help="where compiled programs are kept (WORKDIR/compile_cache)",
             )
         if name in ("train", "job"):
-            command.add_argument("--shm-size", default="32Gi", type=QUANTITY, help="shared memory of a pod (32Gi)")
+            command.add_argument(
+                "--shm-size", default="32Gi", type=QUANTITY, help="shared memory of a pod (32Gi)"
+            )
             command.add_argument("--spot", action="store_true", help="run on spot nodes")
             command.add_argument("--queue", type=NAME, help="Kueue's LocalQueue, where the cluster has Kueue")
         if name == "job":
@@ -383,7 +398,9 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--cpu", default="8", help="CPUs asked for (8)")
             command.add_argument("--memory", default="32Gi", type=QUANTITY, help="memory (32Gi)")
             command.add_argument("--gpu", help="one GPU of this kind, such as nvidia-l4")
-    every["xpk"].add_argument("--cluster", required=True, type=NAME, help="cluster made by `xpk cluster create`")
+    every["xpk"].add_argument(
+        "--cluster", required=True, type=NAME, help="cluster made by `xpk cluster create`"
+    )
     every["xpk"].add_argument("--project", required=True, type=PROJECT)
     every["xpk"].add_argument("--zone", required=True, type=ZONE)
     return top
@@ -392,13 +409,21 @@ def parser() -> argparse.ArgumentParser:
 def _add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("--image", required=True, type=IMAGE, help="image with its tag or digest")
     command.add_argument(
-        "--env", action="append", default=[], type=SETTING, metavar="KEY=VALUE", help="environment; repeatable"
+        "--env",
+        action="append",
+        default=[],
+        type=SETTING,
+        metavar="KEY=VALUE",
+        help="environment; repeatable",
     )
     command.add_argument(
         "--max-restarts", default=20, type=_positive, help="how often to start again after a failure (20)"
     )
     command.add_argument(
-        "--stop-seconds", default=300, type=_positive, help="time to save after SIGTERM (300); spot nodes give less"
+        "--stop-seconds",
+        default=300,
+        type=_positive,
+        help="time to save after SIGTERM (300); spot nodes give less",
     )
 
 
@@ -418,17 +443,22 @@ def _main(argv: list[str]) -> int:
     if options.command in ("train", "xpk", "job"):
         options.env = dict(setting.split("=", 1) for setting in options.env)
         if options.command == "job" and not options.arguments:
-            raise UsageError("no command after --, such as -- vilam3 convert import --source gs://... --out gs://...")
+            raise UsageError(
+                "no command after --, such as -- vilam3 convert import --source gs://... --out gs://..."
+            )
         if options.command != "job":
             check_train(options.arguments)
-            _warn_of_cost(options)
     elif options.arguments:
         raise UsageError(f"{options.command} takes nothing after --")
     if options.command == "xpk":
-        return _run(options, xpk(options))
+        command = xpk(options)
+        _warn_of_cost(options)
+        return _run(options, command)
     if options.command in ("train", "job"):
         # `create`, not `apply`: a run of that name that is there already is an error, not a silent success.
         made = jobset(options) if options.command == "train" else job(options)
+        if options.command == "train":
+            _warn_of_cost(options)
         return _run(options, ["kubectl", "create", "-f", "-"], made)
     kind = "job" if options.job else "jobset"
     target = ["--namespace", options.namespace]
@@ -439,15 +469,19 @@ def _main(argv: list[str]) -> int:
     if options.command == "status":
         code = _run(options, ["kubectl", "get", kind, options.name, *target])
         return _run(options, ["kubectl", "get", "pods", "--output=wide", *target, *selector]) or code
-    first = "" if options.job else ",jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
-    return _run(options, ["kubectl", "logs", "--follow", "--tail=200", *target, selector[0], selector[1] + first])
+    first = (
+        "" if options.job else ",jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+    )
+    return _run(
+        options, ["kubectl", "logs", "--follow", "--tail=200", *target, selector[0], selector[1] + first]
+    )
 
 
 def _warn_of_cost(options: argparse.Namespace) -> None:
     chips = parse_slice(options.accelerator).chips * options.slices
     print(
-        f"gke.py: {chips} chips; their node pools are billed whether a run uses them or not; `vilam3 plan` says "
-        "how long and how dear a run is",
+        f"gke.py: {chips} chips; their node pools are billed, whether a run uses them or not; `vilam3 plan` "
+        "says how long and how dear a run is",
         file=sys.stderr,
     )
 
@@ -460,7 +494,9 @@ def _run(options: argparse.Namespace, command: list[str], text: str | None = Non
             print(shlex.join(command))
         return 0
     if not shutil.which(command[0]):
-        raise UsageError(f"{command[0]} is not installed or not on PATH; install it, or look first with --dry-run")
+        raise UsageError(
+            f"{command[0]} is not installed or not on PATH; install it, or look first with --dry-run"
+        )
     return subprocess.run(command, input=text, text=True, check=False).returncode
 
 

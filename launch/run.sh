@@ -36,7 +36,7 @@ fi
 
 wait "$child"
 code=$?
-while kill -0 "$child" 2>/dev/null; do # a signal ends `wait`, not the command, which is saving
+while [ -n "$(jobs -pr)" ]; do # a signal ends `wait`, not the command, which is saving
   wait "$child"
   code=$?
 done

@@ -220,13 +220,14 @@ start() {
   local docker=(sudo docker run --detach --name="$CONTAINER" --privileged --network=host --ulimit=memlock=-1
     --shm-size="$shm_size" --stop-timeout="$stop_seconds" --log-opt=max-size=1g
     --env="JAX_COMPILATION_CACHE_DIR=$cache")
-  local setting registry command_line run_id script
+  # Cloud TPU VMs tell JAX of each other through their metadata server; --distributed makes it ask.
+  local trainer=("$image" vilam3 train --distributed "${train[@]}") setting registry command_line run_id script
   # JAX's own port for its coordinator is shut by the firewall that some projects get between slices.
   [ "$slices" = 1 ] || docker+=(--env=JAX_COORDINATOR_PORT=8476)
   for setting in "${environment[@]}"; do docker+=(--env="$setting"); done
-  command_line=$(quoted "${docker[@]}" "$image" vilam3 train "${train[@]}")
+  command_line=$(quoted "${docker[@]}" "${trainer[@]}")
   run_id=$(printf '%s' "$command_line" | cksum | cut -d' ' -f1)
-  docker+=(--label="vilam3.run=$run_id" "$image" vilam3 train "${train[@]}")
+  docker+=(--label="vilam3.run=$run_id" "${trainer[@]}")
 
   script="set -e; "
   # A container with these very arguments goes on; one with others is not ours to end.
@@ -242,8 +243,13 @@ start() {
   on_workers all all "$script"
 }
 
+# attach: the exit code of the trainer. One process refuses its data with 2, and the others then end with 1: 2 it is.
 attach() {
-  on_workers all all "exit \$(sudo docker wait $CONTAINER)"
+  local said code=0
+  said=$(on_workers all all "code=\$(sudo docker wait $CONTAINER); echo \"trainer ended with \$code\"; exit \$code") || code=$?
+  printf '%s\n' "$said"
+  ! grep -q '^trainer ended with 2$' <<<"$said" || code=2
+  return "$code"
 }
 
 # finish CODE: the end of `up`.

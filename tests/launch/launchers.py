@@ -1,0 +1,96 @@
+"""How the tests of `launch/` run it."""
+
+import atexit
+import functools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
+TRAIN = ["--config=configs/stage4_expert.py:vila_m3_8b", "--workdir=gs://bucket/stage4"]
+
+
+@functools.cache
+def basics():
+    """A folder with what every system has, and none of gcloud, kubectl, xpk, sbatch and docker."""
+    folder = Path(tempfile.mkdtemp(prefix="vilam3-launch-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name in (
+        "bash",
+        "cat",
+        "cksum",
+        "cut",
+        "dirname",
+        "env",
+        "grep",
+        "printf",
+        "rm",
+        "sed",
+        "seq",
+        "sh",
+        "sleep",
+    ):
+        (folder / name).symlink_to(shutil.which(name))
+    return folder
+
+
+def launch(script, *arguments, path=None, **kwargs):
+    """Runs `launch/<script>`, with programs of `path` and `basics` only."""
+    environment = {
+        "PATH": f"{path}:{basics()}" if path else str(basics()),
+        "HOME": os.environ.get("HOME", "/"),
+    }
+    command = [str(LAUNCH / script), *arguments]
+    if script.endswith(".py"):
+        command[:0] = [sys.executable, "-IS"]  # the standard library alone
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+        **kwargs,
+    )
+
+
+def dry_run(script, *arguments, train=()):
+    """The commands that a dry run prints, split as a shell splits them."""
+    done = launch(script, *arguments, "--dry-run", *(["--", *train] if train else []))
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines() if line and not line.startswith("#")]
+
+
+def refused(script, *arguments):
+    """The one line with which a command line is refused."""
+    done = launch(script, *arguments)
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{script}: error: ")
+    return line
+
+
+def flags(command):
+    """`--name=value` and `--name value` of a split command, name → value (True for none)."""
+    found = {}
+    for index, word in enumerate(command):
+        if match := re.fullmatch(r"--([\w-]+)(?:=(.*))?", word, re.DOTALL):
+            following = command[index + 1] if index + 1 < len(command) else "--"
+            found[match[1]] = (
+                match[2] if match[2] is not None else (True if following.startswith("-") else following)
+            )
+    return found
+
+
+def program(name):
+    """A linter of the `dev` extra, beside this Python or on PATH."""
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.exists() else shutil.which(name)

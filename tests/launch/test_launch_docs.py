@@ -1,0 +1,55 @@
+"""The commands of the pages in docs/: ours run dry, Google's have the flags that gcloud knows."""
+
+import re
+import shlex
+import shutil
+import subprocess
+
+import pytest
+from launchers import ROOT, flags, launch
+
+PAGES = ["launch_tpu_vm", "launch_gke", "launch_slurm"]
+
+
+def commands(page):
+    """Commands in the page's blocks, continued lines joined, each split as a shell does."""
+    text = (ROOT / f"docs/{page}.md").read_text()
+    blocks = "\n".join(re.findall(r"^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
+    lines = re.sub(r"\\\n", " ", blocks).splitlines()
+    return [shlex.split(line) for line in lines if line]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_our_commands_run_dry(page):
+    ours = [command for command in commands(page) if command[0].startswith("launch/")]
+    assert ours
+    for command in ours:
+        end = command.index("--") if "--" in command else len(command)
+        script = command[0].removeprefix("launch/")
+        done = launch(script, *command[1:end], "--dry-run", *command[end:])
+        assert done.returncode == 0, (command, done.stderr)
+        assert done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_the_pages_name(page):
+    text = (ROOT / f"docs/{page}.md").read_text()
+    for name in re.findall(r"(?:launch|constraints|configs|docs)/[\w./-]*\w", text):
+        assert (ROOT / name.rstrip(".")).exists(), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("gcloud"), reason="no gcloud here")
+@pytest.mark.parametrize("page", PAGES[:2])
+def test_gcloud_knows_the_flags(page):
+    for command in commands(page):
+        if command[0] != "gcloud":
+            continue
+        first = next((i for i, word in enumerate(command) if word.startswith("--")), len(command))
+        for length in range(first, 1, -1):  # the last words may be arguments
+            done = subprocess.run([*command[:length], "--help"], capture_output=True, text=True, check=False)
+            if done.returncode == 0 and "SYNOPSIS" in done.stdout:
+                break
+        text = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+        known = set(re.findall(r"--(?:\[no-\])?([a-z-]+)", text)) | {"project", "quiet"}
+        assert set(flags(command)) <= known, (command, set(flags(command)) - known)

@@ -169,6 +169,7 @@ def _local_cross_entropy(hidden, head_kernel, targets, weights, *, chunk, wanted
         correct_sum += jnp.where(target_logit >= peak[..., 0], weight, 0.0).sum()
         if wanted.hidden or wanted.kernel:
             d_logits = ((exponentials / total - is_target) * weight[..., None]).astype(hidden.dtype)
+            d_logits = jax.lax.optimization_barrier(d_logits)
         if wanted.hidden:
             d_x = einsum("blv,dv->bld", d_logits, kernel, preferred_element_type=jnp.float32)
             d_x = _over(jax.lax.psum, d_x, axes.vocab).astype(d_states.dtype)

@@ -17,6 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 MeshAxes = str | tuple[str, ...] | None
 
+# The inner part of `fsdp` on a torus of three dimensions. XLA has no reduce-scatter over all three (it makes
+# an all-reduce of it, twice the bytes), but one over a plane, and one over the line across.
+FSDP_LINE = "fsdp_line"
+
 
 @dataclass(frozen=True)
 class _Context:
@@ -29,7 +33,7 @@ class _Context:
         unknown = [name for name in logical_axes if name is not None and name not in self.rules]
         if unknown:
             raise ValueError(f"no activation rule for {unknown}; known: {sorted(self.rules)}")
-        return PartitionSpec(*(None if name is None else self.rules[name] for name in logical_axes))
+        return place(self.mesh, *(None if name is None else self.rules[name] for name in logical_axes))
 
 
 _context: contextvars.ContextVar[_Context | None] = contextvars.ContextVar("activation_rules", default=None)
@@ -89,9 +93,11 @@ def mesh_axes(logical_axis: str) -> tuple[str, ...]:
 
 
 def split_over(axes: MeshAxes) -> tuple[str, ...]:
-    """Those of one dimension's mesh axes that have more than one device."""
+    """Those of one dimension's mesh axes that have more than one device, outermost first."""
     context = _context.get()
-    return () if context is None else tuple(axis for axis in names(axes) if context.mesh.shape[axis] > 1)
+    if context is None:
+        return ()
+    return tuple(axis for axis in names(axes, context.mesh) if context.mesh.shape[axis] > 1)
 
 
 def size(axes: tuple[str, ...]) -> int:
@@ -106,11 +112,20 @@ def stored(path: str) -> PartitionSpec | None:
     return None if context is None else context.weights.get(path)
 
 
-def names(axes: MeshAxes) -> tuple[str, ...]:
-    """The mesh axes of one dimension of a PartitionSpec."""
+def names(axes: MeshAxes, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes of one dimension; 'fsdp' is two of them where `mesh` has it in two (see `FSDP_LINE`)."""
     if axes is None:
         return ()
-    return (axes,) if isinstance(axes, str) else tuple(axes)
+    listed = (axes,) if isinstance(axes, str) else tuple(axes)
+    if FSDP_LINE not in mesh.shape or FSDP_LINE in listed:
+        return listed
+    return tuple(name for axis in listed for name in ((axis, FSDP_LINE) if axis == "fsdp" else (axis,)))
+
+
+def place(mesh: Mesh, *axes: MeshAxes) -> PartitionSpec:
+    """The PartitionSpec of a rule's mesh axes, one entry per dimension."""
+    listed = [names(axis, mesh) for axis in axes]
+    return PartitionSpec(*(found[0] if len(found) == 1 else found or None for found in listed))
 
 
 def shard(x: jax.Array, *logical_axes: str | None) -> jax.Array:

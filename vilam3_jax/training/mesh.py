@@ -46,7 +46,31 @@ def build_mesh(mesh_config: ConfigDict, devices: Sequence[Any] | None = None) ->
             f"config mesh ({shown}) does not divide the {count} device(s); change an axis, or "
             "mesh.cpu_devices for virtual CPU devices"
         )
-    return compat.make_mesh([sizes[axis] for axis in MESH_AXES], MESH_AXES, devices)
+    line = _line(sizes["fsdp"], devices)
+    if line > 1:
+        sizes = {
+            "data": sizes.pop("data"),
+            "fsdp": sizes.pop("fsdp") // line,
+            partition.FSDP_LINE: line,
+            **sizes,
+        }
+    try:
+        return compat.make_mesh(list(sizes.values()), list(sizes), devices)
+    except NotImplementedError as error:
+        shown = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise UserError(
+            f"config mesh ({shown}) cannot be laid on this torus: every axis must be a product of its sides; "
+            "change mesh.data and mesh.fsdp"
+        ) from error
+
+
+def _line(fsdp: int, devices: Sequence[Any]) -> int:
+    """How many devices of `fsdp` stand across the plane of the rest (`partition.FSDP_LINE`); 1: no line."""
+    if devices[0].platform != "tpu":
+        return 1
+    torus = sorted(len(set(places)) for places in zip(*(device.coords for device in devices), strict=True))
+    plane = torus[-1] * torus[-2]
+    return fsdp // plane if torus[0] > 1 and fsdp > plane and fsdp % plane == 0 else 1
 
 
 def parameter_shardings(
@@ -72,7 +96,7 @@ def parameter_shardings(
             if len(axes) > len(shape):
                 raise UserError(f"config parameter_rules: {len(axes)} axes for {path} of shape {shape}")
             if not _undivided(shape, axes, mesh):
-                placed[path] = NamedSharding(mesh, PartitionSpec(*axes))
+                placed[path] = NamedSharding(mesh, partition.place(mesh, *axes))
                 break
         else:
             size, axis, ways = _undivided(shape, choices[0], mesh)[0]
@@ -86,7 +110,7 @@ def parameter_shardings(
 def _undivided(shape: Sequence[int], axes: Sequence[Any], mesh: Mesh) -> list[tuple[int, Any, int]]:
     """(size, mesh axes, number of parts) of the dimensions that `axes` cannot split evenly."""
     parts = [
-        (size, axis, math.prod(mesh.shape[a] for a in partition.names(axis)))
+        (size, axis, math.prod(mesh.shape[a] for a in partition.names(axis, mesh)))
         for size, axis in zip(shape, axes, strict=False)
     ]
     return [(size, axis, ways) for size, axis, ways in parts if size % ways]
@@ -98,14 +122,14 @@ def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedShar
     Raises:
       UserError: a leading axis does not divide.
     """
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    ways = math.prod(mesh.shape[axis] for axis in partition.names(BATCH_AXES, mesh))
     for name, value in batch.items():
         if value.shape[0] % ways:
             raise UserError(
                 f"batch {name}: leading axis {value.shape[0]} does not divide over {ways} devices of "
                 "mesh.data x mesh.fsdp; change data.global_rows, data.rows_per_group or the mesh"
             )
-    return {name: NamedSharding(mesh, PartitionSpec(BATCH_AXES)) for name in batch}
+    return {name: NamedSharding(mesh, partition.place(mesh, BATCH_AXES)) for name in batch}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

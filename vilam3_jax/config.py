@@ -60,6 +60,7 @@ PARAMETER_RULES = (
     (r"(vision|text)_tower/blocks/mlp/fc2/kernel", (None, "tensor", "fsdp")),
     (r"vision_tower/patch_embed/kernel", (None, None, None, "fsdp")),
     (r"text_tower/(embed/embedding|head/kernel)", (None, "fsdp")),
+    (r"vision_tower/head/(attn/o|mlp/fc2)/kernel", ("tensor", "fsdp")),
     (r"vision_tower/head/.*kernel", ("fsdp", "tensor")),
     (r"projector/(fc\d*|linear)/kernel", ("fsdp", "tensor")),
     (r".*(scale[12]?|bias|pos_embed|class_embed|probe|logit_\w+)", ()),

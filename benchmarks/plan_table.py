@@ -42,10 +42,11 @@ def row(plan):
     place = f"{plan['run']} | {plan['model']} | {plan['topology']} ({plan['chips']} chips) | {needed}"
     if mfu is None:
         return f"| {place} | does not fit | | | |"
-    speed, tokens, hours = plan["speed"], plan["tokens_per_second"], plan["chip_hours"]
+    speed, hours = plan["speed"], plan["chip_hours"]
+    slow, fast = sorted(value / plan["chips"] for value in plan["tokens_per_second"])
     return (
         f"| {place} | {speed['best']:.2f} to {speed['worst']:.2f} | {mfu[1]:.0%} to {mfu[0]:.0%} | "
-        f"{tokens[1] / plan['chips']:,.0f} to {tokens[0] / plan['chips']:,.0f} | {hours[0]:,.0f} to {hours[1]:,.0f} |"
+        f"{slow:,.0f} to {fast:,.0f} | {hours[0]:,.0f} to {hours[1]:,.0f} |"
     )
 
 

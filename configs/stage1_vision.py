@@ -1,7 +1,7 @@
 """Stage 1, vision pre-training: image and text towers meet in a sigmoid contrastive loss."""
 
 from ml_collections import ConfigDict
-from vilam3_jax.configs import models
+from vilam3_jax.configs import models, pods
 
 from vilam3_jax import config as config_lib
 
@@ -15,4 +15,4 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.data.mixture = (("pairs", 1.0),)
     config.schedule.peak = 1e-3
     config.optimizer.weight_decay = 1e-4
-    return config
+    return pods.shape(config)

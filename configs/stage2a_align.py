@@ -1,7 +1,7 @@
 """Stage 2a, alignment: only the projector learns, on captions, between a frozen tower and a frozen LLM."""
 
 from ml_collections import ConfigDict
-from vilam3_jax.configs import models
+from vilam3_jax.configs import models, pods
 
 from vilam3_jax import config as config_lib
 
@@ -14,4 +14,4 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.data.mixture = (("captions", 1.0),)
     config.trainable = ((r"projector/.*", 1.0), (r".*", 0.0))
     config.schedule.peak = 1e-3
-    return config
+    return pods.shape(config, steps=130)  # 595 thousand captions of about 220 tokens, as VILA-1.5

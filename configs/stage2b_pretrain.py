@@ -1,7 +1,7 @@
 """Stage 2b, vision-language pre-training: projector and LLM on captions and text-only reports."""
 
 from ml_collections import ConfigDict
-from vilam3_jax.configs import models
+from vilam3_jax.configs import models, pods
 
 from vilam3_jax import config as config_lib
 
@@ -14,4 +14,4 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.data.mixture = (("captions", 0.7), ("reports", 0.3))
     config.trainable = ((r"vision_tower/.*", 0.0), (r".*", 1.0))
     config.schedule.peak = 5e-5
-    return config
+    return pods.shape(config)

@@ -1,7 +1,7 @@
 """Stage 3, instruction tuning: tower, projector and LLM on dialogues without experts."""
 
 from ml_collections import ConfigDict
-from vilam3_jax.configs import models
+from vilam3_jax.configs import models, pods
 
 from vilam3_jax import config as config_lib
 
@@ -13,4 +13,4 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.model = models.get(arg)
     config.data.mixture = (("instruct", 1.0),)
     config.schedule.peak = 1e-4
-    return config
+    return pods.shape(config)

@@ -1,7 +1,7 @@
 """Stage 4, expert-guided instruction tuning: three of four dialogues call an expert and read its answer."""
 
 from ml_collections import ConfigDict
-from vilam3_jax.configs import stage3_instruct
+from vilam3_jax.configs import pods, stage3_instruct
 
 
 def get_config(arg: str = "tiny") -> ConfigDict:
@@ -10,4 +10,5 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.name = "stage4_expert"
     config.data.experts = "mixed"
     config.schedule.peak = 2e-5
-    return config
+    # Two epochs of VILA-M3's 1,840,428 samples of about 770 tokens.
+    return pods.shape(config, steps=2800)

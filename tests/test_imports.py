@@ -29,7 +29,7 @@ ALLOWED = {
     "train": BASE | {"training", "cli"},
     "plan": BASE | {"training", "cli"},
     "quickstart": {"checkpoints", "datasets", "cli"},
-    "cli": {"evals", "train", "convert", "inference", "report", "datasets", "data"},
+    "cli": {"evals", "train", "plan", "convert", "inference", "report", "datasets", "data"},
     "config": set(),
     "paths": set(),
     "errors": set(),

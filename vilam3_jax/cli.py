@@ -15,6 +15,7 @@ COMMANDS = {
     "prepare": ("vilam3_jax.datasets.prepare", "turn a data set you downloaded into training records"),
     "data": ("vilam3_jax.data.main", "look at training records"),
     "train": ("vilam3_jax.train", "run or resume a training stage"),
+    "plan": ("vilam3_jax.plan.main", "compile a training step for TPUs: memory, speed, cost"),
     "convert": ("vilam3_jax.convert.main", "read Hugging Face and GGUF checkpoints"),
     "evaluate": ("vilam3_jax.evals.main", "measure a model on a protocol, and compare results"),
     "chat": ("vilam3_jax.inference.chat", "ask a model about an image"),

@@ -4,6 +4,11 @@ TPUs: "System architecture" pages of Google's Cloud TPU documentation, one for e
 compute, HBM, bidirectional ICI and DCN bandwidth per chip; read in November 2026). Where a page gives no
 DCN figure (v4, v5e, v6e): "How to Scale Your Model" (Austin et al. 2025), chapter on TPUs.
 GPUs: NVIDIA's data sheets, dense bf16 without sparsity.
+
+Clocks, in which the TPU compiler's estimates are read: v4, v5e and v5p from peak operations and the number of
+matrix units (v5p: 2 cores of 4 units of 128 x 128; v4 as many; v5e one core of 4). Of v6e and tpu7x we found
+no consistent count of units; theirs is set so that the estimate for a bf16 product of 16384 x 16384 (v6e) or
+8192 x 8192 (tpu7x) matrices lies as far above the time at peak as it does on v5p.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ class Chip:
       dcn_bandwidth: bytes per second between slices.
       devices: JAX devices of a chip.
       cores_in_name: whether a product's number (v5p-128) counts two cores for every chip.
-      clock: cycles per second in which the compiler estimates; None: not known, see `clock_hz`.
+      clock: cycles per second in which the compiler estimates, see above; 0 for GPUs.
     """
 
     name: str
@@ -41,14 +46,14 @@ class Chip:
     dcn_bandwidth: float = 0.0
     devices: int = 1
     cores_in_name: bool = False
-    clock: float | None = None
+    clock: float = 0.0
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1.2e12, 50e9, 3, 6.25e9, cores_in_name=True),
-        Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 0.8e12, 50e9, 2, 3.125e9),
+        Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1.2e12, 50e9, 3, 6.25e9, cores_in_name=True, clock=1.05e9),
+        Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 0.8e12, 50e9, 2, 3.125e9, clock=1.5e9),
         Chip(
             "v5p",
             ("TPU v5", "TPU v5p"),
@@ -61,8 +66,20 @@ CHIPS = {
             cores_in_name=True,
             clock=1.75e9,
         ),
-        Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1.6e12, 100e9, 2, 12.5e9),
-        Chip("tpu7x", ("TPU7x", "TPU v7x"), 2307e12, 192 * GIB, 7.38e12, 100e9, 3, 12.5e9, devices=2),
+        Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1.6e12, 100e9, 2, 12.5e9, clock=2.1e9),
+        Chip(
+            "tpu7x",
+            ("TPU7x", "TPU v7x"),
+            2307e12,
+            192 * GIB,
+            7.38e12,
+            100e9,
+            3,
+            12.5e9,
+            devices=2,
+            cores_in_name=True,
+            clock=2.45e9,
+        ),
         Chip("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 80 * GIB, 3.35e12),
         Chip("h200", ("NVIDIA H200",), 989e12, 141 * 10**9, 4.8e12),
         Chip("a100", ("NVIDIA A100-SXM4-80GB",), 312e12, 80 * GIB, 2.039e12),

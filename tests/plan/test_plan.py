@@ -1,0 +1,158 @@
+"""The command: its answers, its cache, its refusals."""
+
+import dataclasses
+import json
+
+import pytest
+
+from tests.training.helpers import tiny_config
+from vilam3_jax import cli
+from vilam3_jax.errors import UserError
+from vilam3_jax.plan import estimate, hlo, search, topology
+from vilam3_jax.plan import main as plan_main
+from vilam3_jax.training.chips import CHIPS, GIB
+
+
+def small(**changes):
+    """One narrow layer of each kind: compiles in seconds."""
+    config = tiny_config(fsdp=8)
+    config.name = "small"
+    config.model.llm.num_layers = 1
+    config.model.vision_tower.num_layers, config.model.vision_tower.select_layer = 1, -1
+    config.data.seq_len, config.loss_chunk = 128, 128
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return estimate.make_plan(small(), topology.parse("v5e:2x4"), price=2.0)
+
+
+@pytest.mark.slow
+def test_a_small_step_on_eight_chips(plan):
+    memory, speed = plan.memory, plan.speed
+    assert memory.fits and 0 < memory.parameters < memory.needed < memory.limit == 16 * GIB
+    assert memory.optimizer == pytest.approx(
+        2 * memory.parameters, rel=0.01
+    )  # Adam's two moments, and counts
+    assert speed.cycles / speed.clock == pytest.approx(speed.products + speed.others)
+    assert speed.products > 0 and speed.best <= speed.worst
+    assert speed.worst == pytest.approx(
+        speed.products + speed.others + speed.kernels + sum(speed.collectives.values())
+    )
+    assert plan.tokens_per_second[1] == pytest.approx(8 * 128 / speed.worst)
+    assert plan.mfu[1] == pytest.approx(plan.model_flops / (speed.worst * 8 * 197e12))
+    assert plan.cost[0] == pytest.approx(2 * plan.chip_hours[0])
+    assert plan.chip_hours[0] == pytest.approx(8 * 20 * speed.best / 3600)
+    text = plan_main.table(plan)
+    assert "8 chips" in text and "v5litepod-8" in text and "fits" in text and "cost" in text
+
+
+@pytest.mark.slow
+def test_the_search_ranks_goes_on_where_it_ended_and_keeps_its_bound(tmp_path, plan):
+    lines = []
+    cache = search.Cache(tmp_path)
+    wanted = topology.parse("v5e:2x2")
+    first = search.search(small(), wanted, cache, None, 2, lines.append)
+    assert cache.compiled == 2 and len(first) == 2
+    again = search.Cache(tmp_path)
+    more = search.search(small(), wanted, again, None, 1, lines.append)
+    assert again.compiled == 1 and len(more) == 3
+    speeds = [found.tokens_per_second[1] for found in more]
+    assert speeds == sorted(speeds, reverse=True)
+    assert all(found in more for found in first)
+
+
+def test_stored_plans_are_the_same_plans(tmp_path, monkeypatch):
+    memory = estimate.Memory(1, 2, 3, 4, 10, 16)
+    speed = estimate.Speed(1, 2, 3, 4, 5, {"all-gather": 1.0}, 6, {"all-gather": 2.0}, 7, 8, ["loop"], 0, [])
+    made = estimate.Plan(
+        "r", "m", "t", "p", 4, 4, {"fsdp": 4}, "full", 8, memory, speed, mfu=(0.5, 0.4), hours=(1.0, 2.0)
+    )
+    calls = []
+    monkeypatch.setattr(estimate, "make_plan", lambda *arguments: calls.append(arguments) or made)
+    for _ in range(2):
+        assert search.Cache(tmp_path).plan(small(), topology.parse("v5e:2x4"), None) == made
+    search.Cache(tmp_path).plan(small(num_steps=3), topology.parse("v5e:2x4"), None)
+    assert len(calls) == 2
+    assert search.Cache(tmp_path).plan(small(), topology.parse("v5e:2x4"), None).to_dict() == made.to_dict()
+
+
+@pytest.mark.parametrize(
+    "text,needed,limit",
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 27.8G of 15.75G hbm. E",
+            27.8,
+            15.75,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+            "(32.00G) exceeds available HBM (15.75G).",
+            32,
+            15.75,
+        ),
+        ("RESOURCE_EXHAUSTED: Used 512.00M of 2.00G hbm.", 0.5, 2),
+    ],
+)
+def test_too_little_memory_is_an_answer(text, needed, limit):
+    found = estimate._out_of_memory(RuntimeError(text), CHIPS["v5e"])
+    assert found == (pytest.approx(needed * GIB), pytest.approx(limit * GIB))
+    memory = dataclasses.replace(estimate.Memory(0, 0, 0, 0, 0, 0), needed=found[0], limit=found[1])
+    assert memory.fits == (needed < limit)
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_fit_says_how_far():
+    config = small(**{"data.seq_len": 65_536, "data.global_rows": 64, "loss_chunk": 65_536})
+    plan = estimate.make_plan(config, topology.parse("v5e:2x4"))
+    assert not plan.memory.fits and plan.memory.needed > plan.memory.limit
+    assert plan.speed is None and "does not fit: needs" in plan_main.table(plan)
+    json.dumps(plan.to_dict(), allow_nan=False)
+
+
+def test_other_errors_of_the_compiler_are_not_taken_for_that():
+    with pytest.raises(UserError, match="refuses this step: INTERNAL"):
+        estimate._out_of_memory(RuntimeError("INTERNAL: something else"), CHIPS["v5e"])
+
+
+def shapes(*dims):
+    return tuple(hlo.Shape("bf16", size) for size in dims)
+
+
+def test_attention_kernels_by_hand():
+    q, kv = (2, 32, 4096, 128), (2, 8, 4096, 128)
+    forward = hlo.Kernel("splash_mha_fwd_residuals", "", shapes(q, kv, kv), shapes(q))
+    whole = 2 * 2 * 2 * 32 * 4096**2 * 128
+    assert estimate.attention_flops(forward, 729) == whole
+    assert estimate.attention_flops(forward, 4096) == whole / 2
+    dq = hlo.Kernel("splash_mha_dq", "", shapes(q, kv, kv, q), shapes(q))
+    assert estimate.attention_flops(dq, 4096) == whole * 3 / 4
+    dkv = hlo.Kernel("splash_mha_dkv", "", shapes(q, kv, kv, q), shapes(kv, kv))
+    assert estimate.attention_flops(dkv, 4096) == whole
+    assert estimate.attention_flops(hlo.Kernel("other", "", shapes(q, kv, kv), ()), 4096) is None
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--topology=v9:4x4"], "v9:4x4"),
+        ([], "--topology=NAME is missing"),
+        (["--topology=v5e:2x4", "--config.mesh.fsdp=3"], "does not divide the 8 device"),
+        (["--topology=v5e:2x4", "--config.data.global_rows=4"], "data.global_rows"),
+        (["--topology=v5e:2x4", "--nonsense=1"], "nonsense"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, message, capsys, tmp_path):
+    argv = ["plan", "--config=configs/stage4_expert.py:tiny", f"--cache={tmp_path}", *arguments]
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("vilam3 plan: error:") and message in error
+
+
+def test_help_names_every_flag(capsys):
+    assert cli.main(["plan", "--help"]) == 0
+    text = capsys.readouterr().out
+    for name in ("topology", "slices", "price", "json", "search", "compiles", "cache"):
+        assert f"--{name}" in text

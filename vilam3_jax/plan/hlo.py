@@ -1,0 +1,458 @@
+"""Reads what a step costs out of a compiled TPU module's text.
+
+The compiler writes its own estimate of cycles at every fusion and copy, but counts no loop: here the bodies
+of loops are multiplied by their trips. Kernels (Pallas) and collectives have no estimate; they are listed
+with their shapes and groups for a roofline.
+
+How a TPU module says things:
+- An asynchronous collective is a pair of fusions around `AsyncCollectiveStart` and `...Done`; the fusions in
+  between, with which it overlaps, repeat it. It is one transfer, counted at its start.
+- A reduce-scatter is a fusion `all-reduce-scatter` of an all-reduce and a slice.
+- `backend_config` of kernels may contain line breaks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+_UNKNOWN = 2**63 - 1
+_BYTES = {
+    **dict.fromkeys(("f64", "s64", "u64", "c64"), 8),
+    **dict.fromkeys(("f32", "s32", "u32"), 4),
+    **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
+    **dict.fromkeys(("s8", "u8", "pred", "f8e4m3fn", "f8e5m2", "f8e4m3b11fnuz"), 1),
+    **dict.fromkeys(("s4", "u4", "f4e2m1fn"), 0.5),
+}
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
+KERNEL = "tpu_custom_call"
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = ")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([^\s(]+) \(.*\{\s*$")
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([0-9,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """An array of the module."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def bytes(self) -> float:
+        """Size without padding."""
+        return math.prod(self.dims) * _BYTES[self.dtype]
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line `%name = result opcode(operands), attributes`."""
+
+    name: str
+    result: tuple[Shape, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    text: str
+
+    def called(self, key: str) -> str | None:
+        """The computation that an attribute names."""
+        match = re.search(rf"\b{key}=%?([^\s,{{}}]+)", self.attributes)
+        return match[1] if match else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A transfer between devices.
+
+    Attributes:
+      kind: one of `COLLECTIVES`.
+      payload: bytes of the whole: the result of an all-gather, the operand of a reduction.
+      group: partition ids of one of its groups; of a permute, one pair.
+      overlapped: it runs beside other work.
+      source: JAX's name of the operation it serves.
+    """
+
+    kind: str
+    payload: float
+    group: tuple[int, ...]
+    overlapped: bool
+    source: str
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes that a device sends."""
+        return wire_bytes(self.kind, self.payload, len(self.group))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A Pallas kernel: its name, the operation it serves, and the shapes that go in and come out."""
+
+    name: str
+    source: str
+    operands: tuple[Shape, ...]
+    results: tuple[Shape, ...]
+
+
+@dataclasses.dataclass
+class Cost:
+    """What one step does on a device.
+
+    Attributes:
+      cycles: the compiler's estimates, added up.
+      product_cycles: the part of `cycles` in fusions with a matrix product.
+      without_estimate: fusions for which the compiler has none.
+      collectives: with how often each runs.
+      kernels: with how often each runs.
+      dynamic_loops: names of loops whose trips depend on data.
+    """
+
+    cycles: float = 0
+    product_cycles: float = 0
+    without_estimate: float = 0
+    collectives: list[tuple[Collective, float]] = dataclasses.field(default_factory=list)
+    kernels: list[tuple[Kernel, float]] = dataclasses.field(default_factory=list)
+    dynamic_loops: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, other: Cost, times: float = 1) -> None:
+        """Adds `other`, done `times` times."""
+        self.cycles += times * other.cycles
+        self.product_cycles += times * other.product_cycles
+        self.without_estimate += times * other.without_estimate
+        self.collectives += [(item, times * count) for item, count in other.collectives]
+        self.kernels += [(item, times * count) for item, count in other.kernels]
+        self.dynamic_loops += other.dynamic_loops
+
+    def wire_bytes(self) -> dict[str, float]:
+        """Bytes that a device sends, by kind of collective."""
+        total: dict[str, float] = {}
+        for item, count in self.collectives:
+            total[item.kind] = total.get(item.kind, 0.0) + count * item.wire_bytes
+        return {kind: total[kind] for kind in COLLECTIVES if total.get(kind)}
+
+
+def wire_bytes(kind: str, payload: float, devices: int) -> float:
+    """Bytes that each of `devices` sends for a collective of `payload` bytes (see `Collective.payload`)."""
+    if kind == "collective-permute":
+        return payload
+    share = (devices - 1) / devices
+    return payload * share * (2 if kind == "all-reduce" else 1)
+
+
+def read(text: str, dynamic_trips: int = 1) -> Cost:
+    """Adds up a module's step.
+
+    Args:
+      text: `compiled.as_text()`.
+      dynamic_trips: how often a loop runs whose bound depends on data.
+    """
+    return _Reader(text, dynamic_trips).entry_cost()
+
+
+class _Reader:
+    def __init__(self, text: str, dynamic_trips: int) -> None:
+        self._computations, self._entry = _parse(text)
+        self._dynamic_trips = dynamic_trips
+        self._devices = _device_count(text)
+        self._memo: dict[str, Cost] = {}
+        self._products: dict[str, bool] = {}
+        # Channels of asynchronous collectives: the fusions between start and done repeat them.
+        self._started = {
+            _channel(inner)
+            for body in self._computations.values()
+            if _async_marker(body)
+            for inner in body.values()
+            if _kind(inner.opcode)
+        }
+
+    def entry_cost(self) -> Cost:
+        return self._cost(self._entry)
+
+    def _cost(self, name: str) -> Cost:
+        if name not in self._memo:
+            cost = self._memo[name] = Cost()
+            body = self._computations.get(name, {})
+            for instruction in body.values():
+                self._count(cost, instruction, body)
+        return self._memo[name]
+
+    def _count(self, cost: Cost, inst: Instruction, body: dict[str, Instruction]) -> None:
+        estimate = re.search(r'"estimated_cycles":"?(\d+)', inst.attributes)
+        known = estimate is not None and int(estimate[1]) < _UNKNOWN
+        if known and estimate:
+            cycles = int(estimate[1])
+            cost.cycles += cycles
+            if self._has_product(inst):
+                cost.product_cycles += cycles
+        elif estimate:
+            cost.without_estimate += 1
+        opcode, called = inst.opcode, inst.called("calls") or inst.called("to_apply")
+        if kind := _kind(opcode):
+            cost.collectives.append((self._collective(kind, inst, overlapped=opcode.endswith("-start")), 1))
+        elif opcode == "custom-call" and f'custom_call_target="{KERNEL}"' in inst.attributes:
+            inputs = tuple(shape for name in inst.operands if name in body for shape in body[name].result)
+            cost.kernels.append((Kernel(_bare(inst.name), _source(inst), inputs, inst.result), 1))
+        elif opcode == "while":
+            self._count_while(cost, inst, body)
+        elif opcode == "conditional":
+            branches = [self._cost(name) for name in _branches(inst)]
+            if branches:
+                cost.add(max(branches, key=lambda branch: branch.cycles))
+        elif opcode == "fusion" and called:
+            self._count_fusion(cost, called, known)
+        elif opcode in ("call", "async-start") and called:
+            inner = self._cost(called)
+            if opcode == "async-start":
+                inner = dataclasses.replace(
+                    inner,
+                    collectives=[(dataclasses.replace(c, overlapped=True), n) for c, n in inner.collectives],
+                )
+            cost.add(inner)
+
+    def _count_fusion(self, cost: Cost, called: str, known: bool) -> None:
+        body = self._computations.get(called, {})
+        marker = _async_marker(body)
+        transfers = [inner for inner in body.values() if _kind(inner.opcode)]
+        if marker == "AsyncCollectiveDone":
+            return
+        if marker or transfers:
+            for inner in transfers:
+                kind = _kind(inner.opcode)
+                if not marker and _channel(inner) in self._started:
+                    continue
+                if kind == "all-reduce" and called.startswith("all-reduce-scatter"):
+                    kind = "reduce-scatter"
+                cost.collectives.append((self._collective(kind, inner, overlapped=bool(marker)), 1))
+        elif not known:
+            cost.add(self._cost(called))
+
+    def _count_while(self, cost: Cost, inst: Instruction, body: dict[str, Instruction]) -> None:
+        trips = self._trips(inst, body)
+        if trips is None:
+            cost.dynamic_loops.append(_source(inst) or inst.name)
+            trips = self._dynamic_trips
+        inner = inst.called("body")
+        if inner:
+            cost.add(self._cost(inner), trips)
+
+    def _trips(self, inst: Instruction, body: dict[str, Instruction]) -> int | None:
+        """Trips of a loop; None where its bound is computed."""
+        match = re.search(r'known_trip_count"?[:=]\{?"?n"?:"?(\d+)', inst.attributes)
+        if match:
+            return int(match[1])
+        condition = self._computations.get(inst.called("condition") or "", {})
+        bounds = [value for item in condition.values() if (value := _constant(item)) is not None]
+        if bounds:
+            return max(bounds)
+        # The bound may be carried: condition compares two elements of the tuple, counter and bound.
+        carried = [
+            int(index[1])
+            for item in condition.values()
+            if item.opcode == "get-tuple-element" and (index := re.search(r"index=(\d+)", item.attributes))
+        ]
+        start = body.get(inst.operands[0])
+        if start is None or start.opcode != "tuple":
+            return None
+        values = [_constant(_through_copies(body, start.operands[index])) for index in carried]
+        known = [value for value in values if value is not None]
+        return max(known) if len(known) == len(carried) >= 2 else None
+
+    def _collective(self, kind: str, inst: Instruction, overlapped: bool) -> Collective:
+        group = _group(inst.attributes, self._devices)
+        results = inst.result
+        if inst.opcode.endswith("-start"):
+            # (operands, results, contexts): the arrays of the second half.
+            arrays = [shape for shape in results if shape.dims]
+            results = tuple(arrays[len(arrays) // 2 :])
+        payload = sum(shape.bytes for shape in results)
+        if kind == "reduce-scatter" and inst.opcode.startswith("reduce-scatter"):
+            payload *= len(group)
+        return Collective(kind, payload, group, overlapped, _source(inst))
+
+    def _has_product(self, inst: Instruction) -> bool:
+        called = inst.called("calls") if inst.opcode == "fusion" else None
+        if called is None:
+            return inst.opcode in ("convolution", "dot")
+        if called not in self._products:
+            self._products[called] = False
+            body = self._computations.get(called, {})
+            self._products[called] = any(self._has_product(inner) for inner in body.values())
+        return self._products[called]
+
+
+def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry = ""
+    for is_entry, name, lines in _blocks(text):
+        computations[name] = {item.name: item for item in map(_instruction, lines)}
+        if is_entry:
+            entry = name
+    return computations, entry
+
+
+def _blocks(text: str) -> Iterator[tuple[bool, str, list[str]]]:
+    """Yields (is entry, name, instructions) of each computation; an instruction may have several lines."""
+    header: re.Match[str] | None = None
+    lines: list[str] = []
+    for line in text.splitlines():
+        if header is None:
+            if not line.startswith(" ") and (header := _COMPUTATION.match(line)):
+                lines = []
+            continue
+        if lines and _open_string(lines[-1]):
+            lines[-1] += "\n" + line
+        elif line.startswith("}"):
+            yield bool(header[1]), header[2], lines
+            header = None
+        elif _INSTRUCTION.match(line):
+            lines.append(line)
+        elif lines:
+            lines[-1] += "\n" + line
+
+
+def _open_string(text: str) -> bool:
+    return (text.count('"') - text.count('\\"')) % 2 == 1
+
+
+def _instruction(line: str) -> Instruction:
+    match = _INSTRUCTION.match(line)
+    assert match is not None
+    rest = line[match.end() :]
+    cut = _closing(rest) if rest.startswith("(") else rest.index(" ")
+    result, rest = rest[:cut], rest[cut:].lstrip()
+    opcode, rest = rest[: rest.index("(")], rest[rest.index("(") :]
+    cut = _closing(rest)
+    operands, attributes = rest[1 : cut - 1], rest[cut:]
+    names = tuple(re.findall(r"%([^\s,)]+)", operands))
+    return Instruction(match[1], _shapes(result), opcode, names, attributes, operands)
+
+
+def _closing(text: str) -> int:
+    """Where the bracket that `text` begins with is closed, one beyond."""
+    depth = 0
+    for place, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return place + 1
+    raise ValueError(f"unbalanced brackets: {text[:80]}")
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+    return tuple(
+        Shape(dtype, tuple(int(size) for size in dims.split(",") if size))
+        for dtype, dims in _SHAPE.findall(text)
+        if dtype in _BYTES
+    )
+
+
+def _kind(opcode: str) -> str:
+    """The collective that an opcode begins; '' if none."""
+    kind = opcode.removesuffix("-start")
+    return kind if kind in COLLECTIVES else ""
+
+
+def _async_marker(body: dict[str, Instruction]) -> str:
+    for item in body.values():
+        match = re.search(r'custom_call_target="(AsyncCollective(?:Start|Done))"', item.attributes)
+        if match:
+            return match[1]
+    return ""
+
+
+def _channel(inst: Instruction) -> str:
+    match = re.search(r"channel_id=(\d+)", inst.attributes)
+    return match[1] if match else inst.name
+
+
+def _source(inst: Instruction) -> str:
+    match = re.search(r'op_name="([^"]*)"', inst.attributes)
+    return match[1] if match else ""
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"[.\d]+$", "", name)
+
+
+def _constant(inst: Instruction | None) -> int | None:
+    """The value of an integer constant."""
+    if inst is None or inst.opcode != "constant" or not re.fullmatch(r"\d+", inst.text.strip()):
+        return None
+    return int(inst.text)
+
+
+def _through_copies(body: dict[str, Instruction], name: str) -> Instruction | None:
+    inst = body.get(name)
+    while inst is not None and inst.opcode in ("copy", "bitcast", "convert") and inst.operands:
+        inst = body.get(inst.operands[0])
+    return inst
+
+
+def _branches(inst: Instruction) -> list[str]:
+    match = re.search(r"branch_computations=\{([^}]*)\}", inst.attributes)
+    if match:
+        return re.findall(r"%?([^\s,]+)", match[1])
+    return [name for key in ("true_computation", "false_computation") if (name := inst.called(key))]
+
+
+def _device_count(text: str) -> int:
+    head = text[: text.find("\n")]
+    counts = [int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", head)]
+    return max(counts, default=1)
+
+
+def _group(attributes: str, devices: int) -> tuple[int, ...]:
+    """Partition ids of the first group, from any of the ways a module writes groups."""
+    match = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes)
+    if match:
+        return (int(match[1]), int(match[2]))
+    match = re.search(r"replica_groups=mesh\[([^\]]*)\](.*?)\{([^}]*)\}", attributes)
+    if match:
+        return _mesh_group(match[1], match[2], match[3])
+    match = re.search(r"replica_groups=(\[[^\s]*?\]<=\[[\d,]*\](?:T\([\d,]*\))?)", attributes)
+    if match:
+        return tuple(int(i) for i in _iota(match[1])[0])
+    match = re.search(r"replica_groups=\{\{([^}]*)\}", attributes)
+    if match:
+        return tuple(int(i) for i in match[1].split(","))
+    return tuple(range(devices))
+
+
+def _iota(text: str) -> np.ndarray:
+    """`[8,4]<=[4,8]T(1,0)`: counts up over [4, 8], transposed, then reshaped to [8, 4]."""
+    match = re.fullmatch(r"\[([\d,]*)\]<=\[([\d,]*)\](?:T\(([\d,]*)\))?", text)
+    assert match is not None, text
+    shape, source = _ints(match[1]), _ints(match[2])
+    ids = np.arange(math.prod(source)).reshape(source)
+    return (ids.transpose(_ints(match[3])) if match[3] else ids).reshape(shape)
+
+
+def _mesh_group(axes: str, order: str, grouped: str) -> tuple[int, ...]:
+    """`mesh['a'=4,'b'=2] {'b'}`, perhaps with `device_ids=([4,2]T(1,0))` and parts of axes, `'a':(2)2`."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+    ids = np.arange(math.prod(sizes.values()))
+    match = re.search(r"device_ids=\(?(\[[\d,]*\])(T\([\d,]*\))?", order)
+    if match:
+        ids = _iota(f"[{len(ids)}]<={match[1]}{match[2] or ''}")
+    # Every axis as (before, part, after), of which `part` is in the group.
+    parts = {name: (size, 1, 1) for name, size in sizes.items()}
+    for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", grouped):
+        first, size = int(before or 1), int(part or sizes[name])
+        parts[name] = (first, size, sizes[name] // (first * size))
+    ids = ids.reshape([n for triple in parts.values() for n in triple])
+    return tuple(int(i) for i in ids[(0, slice(None), 0) * len(parts)].ravel())
+
+
+def _ints(text: str) -> Sequence[int]:
+    return [int(n) for n in text.split(",") if n]

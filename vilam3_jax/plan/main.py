@@ -1,0 +1,191 @@
+"""`vilam3 plan`: compiles a run's own step for a TPU slice and says whether it fits, how fast, for how much.
+
+vilam3 plan --config=configs/stage4_expert.py:vila_m3_8b --topology=v5p:4x4x4
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, cast
+
+from absl import flags
+
+from vilam3_jax import config as config_lib
+from vilam3_jax import paths
+from vilam3_jax.errors import UserError
+from vilam3_jax.plan import search as search_lib
+from vilam3_jax.plan import topology as topology_lib
+from vilam3_jax.plan.estimate import Plan
+from vilam3_jax.plan.topology import Topology
+from vilam3_jax.training.chips import GIB
+
+_CACHE = "~/.cache/vilam3/plan"
+
+
+def table(plan: Plan) -> str:
+    """A plan for a person to read."""
+    memory, speed = plan.memory, plan.speed
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+    devices = f", {plan.devices} devices" if plan.devices != plan.chips else ""
+    lines = [
+        f"{plan.run} of {plan.model} on {plan.topology} ({plan.product}): {plan.chips} chips{devices}",
+        f"mesh {mesh}; {plan.rows} rows a step; remat {plan.remat}",
+        "",
+        f"memory of a chip      {_verdict(plan)}",
+        f"  parameters          {_gib(memory.parameters)}",
+        f"  optimizer           {_gib(memory.optimizer)}",
+        f"  batch               {_gib(memory.batch)}",
+        f"  gradients, activations, buffers {_gib(memory.temporary)}",
+    ]
+    if memory.fits:
+        lines += [f"  left                {_gib(memory.limit - memory.needed)}"]
+    if speed is None or plan.mfu is None or plan.tokens_per_second is None or plan.images_per_second is None:
+        return "\n".join(lines)
+    if plan.hours is None or plan.chip_hours is None:
+        return "\n".join(lines)
+    lines += [
+        "",
+        f"a step                {speed.best:.3f} s, {speed.worst:.3f} s if no transfer overlaps",
+        f"  matrix products     {speed.products:.3f} s  compiler's cycles at {speed.clock / 1e9:g} GHz",
+        f"  all else            {speed.others:.3f} s  compiler's cycles: element-wise, copies (HBM)",
+        f"  kernels             {speed.kernels:.3f} s  roofline",
+    ]
+    for kind, seconds in speed.collectives.items():
+        size = speed.wire_bytes.get(kind, 0.0)
+        lines.append(f"  {kind:<19} {seconds:.3f} s  roofline, {size / 1e9:.2f} GB a chip sends")
+    lines += [
+        f"  overlapped          {speed.overlapped:.3f} s of these transfers",
+        f"dominates             {plan.dominates}",
+        f"MFU at most           {plan.mfu[0]:.1%}, {plan.mfu[1]:.1%} without overlap  ({plan.accounting})",
+        f"tokens/s              {_span(plan.tokens_per_second)}",
+        f"  of a chip           {_span(plan.tokens_per_second, plan.chips)}",
+        f"images/s              {_span(plan.images_per_second)}",
+        f"{plan.steps:,} steps".ljust(22)
+        + f"{_span(plan.hours, digits=1)} hours, {_span(plan.chip_hours)} chip-hours",
+    ]
+    if plan.cost is not None:
+        lines.append(f"cost                  {_span(plan.cost)}")
+    lines += [f"note: {note}" for note in _notes(speed)]
+    return "\n".join(lines)
+
+
+def _notes(speed: Any) -> list[str]:
+    notes = []
+    if speed.dynamic_loops:
+        notes.append(
+            f"{len(speed.dynamic_loops)} loop(s) whose trips depend on the data are counted at their most "
+            "(the loss: every position has a target)"
+        )
+    if speed.without_estimate:
+        notes.append(
+            f"{speed.without_estimate:.0f} fusions without an estimate of the compiler count nothing"
+        )
+    if speed.unknown_kernels:
+        notes.append(f"kernels counted by the memory they touch alone: {', '.join(speed.unknown_kernels)}")
+    return notes
+
+
+def _verdict(plan: Plan) -> str:
+    memory = plan.memory
+    needed = f"{memory.needed / GIB:.2f} of {memory.limit / GIB:.2f} GiB"
+    return f"fits: {needed}" if memory.fits else f"does not fit: needs {needed}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:8.2f} GiB"
+
+
+def _span(pair: tuple[float, float], divisor: float = 1, digits: int = 0) -> str:
+    first, second = (f"{value / divisor:,.{digits}f}" for value in pair)
+    return first if first == second else f"{first} to {second}"
+
+
+def _usage(values: flags.FlagValues) -> str:
+    lines = [
+        "usage: vilam3 plan --config=FILE[:ARG] --topology=NAME[,NAME ...] [--config.KEY=VALUE ...]",
+        "",
+        "Compiles the training step for TPUs on this CPU: memory, speed at best, cost. Needs libtpu, no TPU.",
+        "",
+        "  --config=FILE[:ARG]  recipe and its argument, as for vilam3 train",
+        "  --config.KEY=VALUE   change one key, such as --config.mesh.fsdp=32",
+    ]
+    names = ("topology", "slices", "price", "json", "search", "compiles", "cache")
+    return "\n".join(lines + [f"  --{name:<18} {values[name].help}" for name in names])
+
+
+def _flags() -> flags.FlagValues:
+    values = flags.FlagValues()
+    text = {
+        "topology": "v5p:4x4x4 or v5p-128, 2xv5p-128 for two slices; several with commas, smallest first.",
+        "json": "Also write the plans to this file.",
+        "cache": "Folder of earlier results.",
+    }
+    for name, help_text in text.items():
+        flags.DEFINE_string(name, _CACHE if name == "cache" else None, help_text, flag_values=values)
+    flags.DEFINE_integer("slices", 0, "Number of slices, in place of the topology's.", flag_values=values)
+    flags.DEFINE_float("price", None, "Price of a chip-hour, in any currency.", flag_values=values)
+    flags.DEFINE_boolean(
+        "search", False, "Try meshes, remat policies and rows; the best that fit.", flag_values=values
+    )
+    flags.DEFINE_integer("compiles", 12, "Most compiles of a search, per topology.", flag_values=values)
+    return values
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry of `vilam3 plan`: 0 also where the answer is that it does not fit."""
+    values = _flags()
+    if {"-h", "--help", "--helpfull"} & set(argv):
+        print(_usage(values))
+        return 0
+    config = config_lib.parse(argv, values)
+    if not values["topology"].value:
+        raise UserError("--topology=NAME is missing, such as --topology=v5p:4x4x4 or --topology=v5p-128")
+    wanted = [topology_lib.parse(name) for name in cast(str, values["topology"].value).split(",")]
+    if slices := cast(int, values["slices"].value):
+        wanted = [dataclasses.replace(topology, slices=slices) for topology in wanted]
+    cache = search_lib.Cache(paths.as_path(cast(str, values["cache"].value)).expanduser())
+    price = cast("float | None", values["price"].value)
+    plans: list[Plan] = []
+    for topology in wanted:
+        plans += _answer(config, topology, cache, price, values)
+        if values["json"].value:  # after each, so that a long search leaves what it found
+            text = json.dumps([plan.to_dict() for plan in plans], indent=1)
+            paths.write_text_atomic(paths.as_path(cast(str, values["json"].value)), text + "\n")
+    if len(wanted) > 1:
+        fitting = [plan for plan in plans if plan.memory.fits]
+        smallest = min(fitting, key=lambda plan: plan.chips, default=None)
+        print(
+            f"\nsmallest that fits: {smallest.topology}, {smallest.chips} chips"
+            if smallest
+            else "\nnone fits"
+        )
+    return 0
+
+
+def _answer(
+    config: config_lib.ConfigDict,
+    topology: Topology,
+    cache: search_lib.Cache,
+    price: float | None,
+    values: flags.FlagValues,
+) -> list[Plan]:
+    if not values["search"].value:
+        plan = cache.plan(config, topology, price)
+        print(table(plan))
+        return [plan]
+    limit = cast(int, values["compiles"].value)
+    print(f"{topology.name}: at most {limit} compiles", file=sys.stderr)
+    before = cache.compiled
+    plans = search_lib.search(
+        config, topology, cache, price, limit, lambda line: print(f"  {line}", file=sys.stderr)
+    )
+    fitting = [plan for plan in plans if plan.memory.fits]
+    print(f"{topology.name}: {len(plans)} variants ({cache.compiled - before} compiled), {len(fitting)} fit")
+    for plan in fitting[:3]:
+        print("\n" + table(plan))
+    if not fitting and plans:
+        print("\n" + table(plans[0]))
+    return plans

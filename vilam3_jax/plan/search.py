@@ -1,0 +1,167 @@
+"""Tries settings one after the other, and keeps what was compiled: a search goes on where it ended."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vilam3_jax import config as config_lib
+from vilam3_jax import paths
+from vilam3_jax.config import ConfigDict
+from vilam3_jax.errors import UserError
+from vilam3_jax.models.layers import REMAT_TAGS
+from vilam3_jax.plan import estimate
+from vilam3_jax.plan.estimate import Memory, Plan, Speed
+from vilam3_jax.plan.topology import Topology
+
+_TENSOR = (1, 2, 4, 8)
+_CODE = ("models", "ops", "training", "plan", "config.py", "compat.py")  # what a result depends on
+
+
+class Cache:
+    """Plans on disk, by everything that they depend on: config, topology, price, our code, jax and libtpu."""
+
+    def __init__(self, folder: paths.PathLike) -> None:
+        self._folder = paths.as_path(folder)
+        self._versions = [jax.__version__, _version("libtpu"), _version("optax"), _code_hash()]
+        self.compiled = 0
+
+    def plan(self, config: ConfigDict, topology: Topology, price: float | None) -> Plan:
+        """`estimate.make_plan`, or what it gave before."""
+        key = json.dumps([config_lib.snapshot(config), topology.name, price, self._versions])
+        path = self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+        if path.exists():
+            return _from_dict(json.loads(path.read_text()))
+        plan = estimate.make_plan(config, topology, price)
+        self.compiled += 1
+        paths.write_text_atomic(path, json.dumps(plan.to_dict()))
+        return plan
+
+
+def search(
+    config: ConfigDict,
+    topology: Topology,
+    cache: Cache,
+    price: float | None,
+    limit: int,
+    report: Callable[[str], None],
+) -> list[Plan]:
+    """Compiles up to `limit` variants of `config`; the fastest that fit come first.
+
+    First mesh splits with the remat policy that holds least, then, on the best of these, policies that hold
+    more, then other numbers of rows (with as many rows in all, so that the run sees the same data). "Best" is
+    by tokens per second if nothing overlaps; before anything fits, by memory.
+
+    Args:
+      config: where to start.
+      topology: slice or slices.
+      cache: of earlier plans.
+      price: of a chip-hour.
+      limit: of compiles.
+      report: takes a line for each variant.
+    """
+    found: list[tuple[Plan, ConfigDict]] = []
+    stop = cache.compiled + limit
+
+    def attempt(changed: ConfigDict, what: str) -> None:
+        if cache.compiled >= stop:
+            return
+        try:
+            config_lib.check(changed)
+            plan = cache.plan(changed, topology, price)
+        except UserError as error:
+            report(f"{what}: left out: {error}")
+            return
+        found.append((plan, changed))
+        speed = f"{plan.tokens_per_second[1]:,.0f} tokens/s" if plan.tokens_per_second else "does not fit"
+        report(f"{what}: {plan.memory.needed / 2**30:.1f} GiB, {speed}")
+
+    def best() -> ConfigDict:
+        return min(found, key=lambda item: _rank(item[0]))[1] if found else config
+
+    for mesh in _meshes(topology.chips * topology.chip.devices, topology.slices):
+        attempt(_changed(config, {"model.remat": "full", **mesh}), _label({**mesh, "model.remat": "full"}))
+    start = best()
+    for tags in ("+".join(REMAT_TAGS[: n + 1]) for n in range(len(REMAT_TAGS))):
+        attempt(_changed(start, {"model.remat": tags}), f"model.remat={tags}")
+    attempt(_changed(start, {"model.remat": "none"}), "model.remat=none")
+    start = best()
+    for factor in (2, 4):
+        for rows in _rows(start, factor):
+            attempt(_changed(start, rows), _label(rows))
+    return [plan for plan, _ in sorted(found, key=lambda item: _rank(item[0]))]
+
+
+def _rank(plan: Plan) -> tuple[int, float]:
+    if plan.tokens_per_second is None:
+        return (1, plan.memory.needed)
+    return (0, -plan.tokens_per_second[1])
+
+
+def _meshes(devices: int, slices: int) -> Iterator[dict[str, int]]:
+    """All of a slice under `fsdp`, then parts of it under `tensor` or `data`."""
+    within = devices // slices
+    for tensor in _TENSOR:
+        for data in (1, 2, 4, 8):
+            fsdp, odd = divmod(within, tensor * data)
+            if not odd and (tensor == 1 or data == 1):
+                yield {
+                    "mesh.data": data * slices,
+                    "mesh.fsdp": fsdp,
+                    "mesh.context": 1,
+                    "mesh.tensor": tensor,
+                }
+
+
+def _rows(config: ConfigDict, factor: int) -> Iterator[dict[str, int]]:
+    """More rows in fewer steps, and fewer rows in more."""
+    key = "data.global_pairs" if config.kind == "contrastive" else "data.global_rows"
+    rows = config_lib.flatten(config)[key]
+    if config.num_steps % factor == 0 or config.num_steps > 100:
+        yield {key: rows * factor, "num_steps": max(1, config.num_steps // factor)}
+    if rows % factor == 0:
+        yield {key: rows // factor, "num_steps": config.num_steps * factor}
+
+
+def _changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
+    changed: Any = copy.deepcopy(config)
+    changed.update_from_flattened_dict(changes)
+    return changed
+
+
+def _label(changes: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in changes.items())
+
+
+def _from_dict(stored: dict[str, Any]) -> Plan:
+    speed = stored["speed"]
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in stored.items()
+        if key not in ("fits", "memory", "speed")
+    }
+    return Plan(memory=Memory(**stored["memory"]), speed=Speed(**speed) if speed else None, **fields)
+
+
+def _code_hash() -> str:
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for name in _CODE:
+        place = root / name
+        for file in sorted(place.glob("*.py")) if place.is_dir() else [place]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,131 @@
+"""TPU slices by name: `v5p:4x4x4`, as the hardware is wired, or `v5p-128`, as it is sold."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import math
+import re
+from typing import Any
+
+from jax.experimental import topologies
+
+from vilam3_jax.errors import UserError
+from vilam3_jax.training.chips import CHIPS, Chip
+
+_ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6lite": "v6e", "v7x": "tpu7x", "ironwood": "tpu7x"}
+_TPUS = tuple(name for name, chip in CHIPS.items() if chip.torus_axes)
+_EXAMPLES = ("v5e:16x16", "v5p:4x4x4", "v5p:4x8x8", "v6e:16x16", "tpu7x:4x4x4", "v5p-128", "v5litepod-256")
+_DEFAULT_HOST = (2, 2, 1)  # chips of a host, by which libtpu wants every slice to divide
+_HOSTS = {1: (1, 1, 1), 2: (1, 2, 1)}  # slices smaller than that
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """One or more equal slices.
+
+    Attributes:
+      chip: what it is made of.
+      shape: chips along each axis of the torus of one slice.
+      slices: number of slices, joined by the data-centre network.
+    """
+
+    chip: Chip
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def chips(self) -> int:
+        """Chips of all slices."""
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def name(self) -> str:
+        """`v5p:4x4x4`, with `2x` before it for two slices."""
+        slices = f"{self.slices}x" if self.slices > 1 else ""
+        return f"{slices}{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def product(self) -> str:
+        """The name it is sold by: `v5p-128`."""
+        name = "v5litepod" if self.chip.name == "v5e" else self.chip.name
+        number = math.prod(self.shape) * (2 if self.chip.cores_in_name else 1)
+        return f"{self.slices}x{name}-{number}" if self.slices > 1 else f"{name}-{number}"
+
+    def wrapped(self, axis: int) -> bool:
+        """Whether the links of a torus axis form a ring, as Google's pages on each generation say.
+
+        Three axes: in slices of whole cubes of 4x4x4. Two axes: where they are 16 long.
+        """
+        if self.chip.torus_axes == 3:
+            return all(size % 4 == 0 for size in self.shape)
+        return self.shape[axis] == 16
+
+    def devices(self) -> list[Any]:
+        """JAX's devices of this topology, which can be compiled for and not be run on.
+
+        Raises:
+          UserError: libtpu is not installed, or does not know such a slice.
+        """
+        if importlib.util.find_spec("libtpu") is None:
+            raise UserError(
+                "vilam3 plan compiles with libtpu, which is not installed: pip install "
+                "'vilam3-jax[tpu]' (Linux on x86; no TPU is needed)"
+            )
+        shape = (*self.shape, 1)[:3]
+        options: dict[str, Any] = {"chips_per_host_bounds": _HOSTS.get(math.prod(shape), _DEFAULT_HOST)}
+        if self.chip.name == "v4":
+            options["chip_config_name"] = "megacore"  # a chip is one device, as Cloud TPUs have it
+        if self.slices > 1:
+            options["num_slices"] = self.slices
+        name = f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+        try:
+            return list(topologies.get_topology_desc(name, platform="tpu", **options).devices)
+        except Exception as error:  # JAX's own class for this differs between versions
+            raise UserError(f"topology {name}: libtpu refuses it: {str(error).splitlines()[0]}") from error
+
+
+def parse(name: str) -> Topology:
+    """Reads a topology's or a product's name, with `2x` before it for two slices.
+
+    Raises:
+      UserError: no such name; says the nearest one.
+    """
+    match = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*?)(?::(\d+(?:x\d+){1,2})|-(\d+))", name.strip().lower())
+    generation = _ALIASES.get(match[2], match[2]) if match else ""
+    if not match or generation not in _TPUS:
+        near = difflib.get_close_matches(name, _EXAMPLES, n=1, cutoff=0.3) or ["v5p:4x4x4"]
+        raise UserError(
+            f"topology {name!r}: unknown; did you mean {near[0]}? Generations are {', '.join(_TPUS)}; write "
+            "v5p:4x4x4 (the torus) or v5p-128 (the product), 2xv5p-128 for two slices"
+        )
+    chip = CHIPS[generation]
+    slices = int(match[1] or 1)
+    if match[3]:
+        shape = tuple(int(size) for size in match[3].split("x"))
+        if len(shape) != chip.torus_axes:
+            raise UserError(
+                f"topology {name!r}: a {generation} slice has {chip.torus_axes} axes, such as "
+                f"{'4x4x4' if chip.torus_axes == 3 else '16x16'}"
+            )
+    else:
+        shape = _product_shape(name, chip, int(match[4]))
+    if slices < 1 or min(shape) < 1:
+        raise UserError(f"topology {name!r}: sizes are at least 1")
+    return Topology(chip, shape, slices)
+
+
+def _product_shape(name: str, chip: Chip, number: int) -> tuple[int, ...]:
+    """The usual torus of a product: as near to a cube or square as powers of two allow."""
+    chips, odd = divmod(number, 2) if chip.cores_in_name else (number, 0)
+    doublings = chips.bit_length() - 1
+    if odd or chips != 2**doublings or (chip.torus_axes == 3 and chips < 4):
+        what = "cores, two a chip" if chip.cores_in_name else "chips"
+        raise UserError(
+            f"topology {name!r}: the number counts {what}, and is a power of two; or name the torus"
+        )
+    if chip.torus_axes == 3 and chips == 4:
+        return (2, 2, 1)
+    base, longer = divmod(doublings, chip.torus_axes)
+    return tuple(2 ** (base + (axis >= chip.torus_axes - longer)) for axis in range(chip.torus_axes))

@@ -149,8 +149,10 @@ class _Watch:
 
     def fail(self, error: BaseException) -> NoReturn:
         """Ends this process, and says why to the others."""
-        known = isinstance(error, UserError)
-        message = str(error) if known else f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        known = isinstance(error, UserError | KeyboardInterrupt)
+        message = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        if known:
+            message = str(error) or "interrupted"
         # A broken connection is the consequence of what befell a partner, who may just be telling.
         cause = _try_get(self._client, _LAST_WORDS, 0 if known else _CAUSE_SECONDS)
         if cause is not None:
@@ -159,7 +161,7 @@ class _Watch:
         with contextlib.suppress(Exception):
             said = {"process": jax.process_index(), "message": message}
             self._client.key_value_set(_LAST_WORDS, json.dumps(said))
-        if not known and not isinstance(error, KeyboardInterrupt):
+        if not known:
             traceback.print_exception(error)
         others = [number for number in range(jax.process_count()) if number != jax.process_index()]
         silent = [n for n in others if _try_get(self._client, f"{_HEARD}/{n}", _HEARD_SECONDS) is None]

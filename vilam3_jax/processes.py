@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jax
 import numpy as np
@@ -87,8 +87,8 @@ def _join(values: flags.FlagValues) -> bool:
         )
     if not given and not (values["distributed"].value or _environment_tells(os.environ)):
         return False
-    count, number = values["num_processes"].value, values["process_id"].value
-    if given and not 0 <= number < count:
+    count, number = (cast(int | None, values[name].value) for name in ("num_processes", "process_id"))
+    if count is not None and number is not None and not 0 <= number < count:
         raise UserError(f"--process_id={number}: must be 0 to {count - 1}, below --num_processes")
     if count == 1:
         return False

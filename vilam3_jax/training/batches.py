@@ -35,8 +35,8 @@ class Placement:
         self._mesh = mesh
         unit = jax.ShapeDtypeStruct((self._units,), np.int32)
         sharding = mesh_lib.batch_shardings({"images": unit}, mesh)["images"]
-        parts = sharding.addressable_devices_indices_map(unit.shape).values()
-        self.held = sorted({number for (part, *_) in parts for number in range(*part.indices(self._units))})
+        parts = [index[0] for index in sharding.addressable_devices_indices_map(unit.shape).values() if index]
+        self.held = sorted({number for part in parts for number in range(*part.indices(self._units))})
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Makes global arrays of what this process loaded.

@@ -67,11 +67,11 @@ def start(root: Path, workdir: Path, processes: int) -> list[subprocess.Popen]:
     settings = {
         "data.path": root / "data",
         "model.tokenizer": root / "tokenizer",
-        "data.seq_len": 96,
+        "data.seq_len": 128,
         "data.global_rows": 4,
         "data.loader_shards": 4,
         "data.experts": "off",
-        "loss_chunk": 48,
+        "loss_chunk": 64,
         "mesh.cpu_devices": 2 // processes,
         "num_steps": STEPS,
         "checkpoint_every": 7,

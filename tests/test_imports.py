@@ -20,7 +20,7 @@ ALLOWED = {
     "data": {"models", "ops", "compat"},
     "processes": {"compat"},
     "checkpoints": {"processes"},
-    "exports": {"checkpoints", "models", "ops", "compat"},
+    "exports": {"checkpoints", "processes", "models", "ops", "compat"},
     "datasets": {"data", "cli"},
     "training": BASE,
     "inference": BASE,

@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -48,21 +48,36 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("distributed", False, FLAGS["distributed"], flag_values=values)
 
 
+def flag_values(values: flags.FlagValues) -> dict[str, Any]:
+    """What the user gave for `FLAGS`: keyword arguments of `group`."""
+    return {name: values[name].value for name in FLAGS}
+
+
 @contextlib.contextmanager
-def group(values: flags.FlagValues, program: str) -> Iterator[None]:
+def group(
+    program: str,
+    *,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    distributed: bool = False,
+) -> Iterator[None]:
     """Context of a program that may be one of several processes; enter it before any use of a device.
 
     An error in one process ends all of them: the first to fail says why, the others name it. None waits for a
     partner that will not come.
 
     Args:
-      values: with the flags of `define_flags`.
       program: its name, for messages.
+      coordinator_address: see `FLAGS`, as for the others.
+      num_processes: None: one process, or what the environment tells.
+      process_id: of this process.
+      distributed: several processes, though no known variable of the environment says so.
 
     Raises:
       UserError: the flags contradict each other, or the processes do not meet.
     """
-    if not _join(values):
+    if not _join(coordinator_address, num_processes, process_id, distributed):
         yield
         return
     watch = _Watch(program)
@@ -74,29 +89,22 @@ def group(values: flags.FlagValues, program: str) -> Iterator[None]:
     jax.distributed.shutdown()
 
 
-def _join(values: flags.FlagValues) -> bool:
-    given = [
-        name
-        for name in ("coordinator_address", "num_processes", "process_id")
-        if values[name].value is not None
-    ]
-    if 0 < len(given) < 3:
+def _join(address: str | None, count: int | None, number: int | None, distributed: bool) -> bool:
+    given = [value is not None for value in (address, count, number)]
+    if any(given) and not all(given):
         raise UserError(
-            f"--{given[0]} needs also --coordinator_address, --num_processes and --process_id; or give none "
-            "of them, and --distributed where the environment tells of the processes"
+            "--coordinator_address, --num_processes and --process_id go together; or give none of them, and "
+            "--distributed where the environment tells of the processes"
         )
-    if not given and not (values["distributed"].value or _environment_tells(os.environ)):
-        return False
-    count, number = (cast(int | None, values[name].value) for name in ("num_processes", "process_id"))
     if count is not None and number is not None and not 0 <= number < count:
         raise UserError(f"--process_id={number}: must be 0 to {count - 1}, below --num_processes")
-    if count == 1:
+    if count == 1 or not (any(given) or distributed or _environment_tells(os.environ)):
         return False
     # Only processors need it; other devices have collectives of their own.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
-            values["coordinator_address"].value,
+            address,
             count,
             number,
             initialization_timeout=MEET_SECONDS,

@@ -169,9 +169,9 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
             save(step)
         saved.wait()
     finished = step >= config.num_steps
-    if loader.stats.skipped_total and not quiet:
-        name, reason = loader.stats.skipped[0]
-        print(f"put aside {loader.stats.skipped_total} record(s), the first: {name}: {reason}")
+    aside = dict(record for part in processes.gather(loader.stats.skipped) for record in part)
+    if aside and not quiet:
+        print(f"put aside {len(aside)} record(s), the first: {': '.join(next(iter(aside.items())))}")
     loader.close()
     if finished:
         params = {**state["frozen"], **state["trainable"]}
@@ -319,7 +319,7 @@ def main(argv: Sequence[str]) -> int:
     if not values["workdir"].value:
         raise UserError("--workdir=DIR is missing; the run's checkpoints and export go there")
     stop_after, quiet = cast(int, values["stop_after"].value), cast(bool, values["quiet"].value)
-    with processes.group(values, "vilam3 train"):
+    with processes.group("vilam3 train", **processes.flag_values(values)):
         result = train(config, values["workdir"].value, stop_after, quiet)
         if processes.lead():
             print(json.dumps(dataclasses.asdict(result)))

@@ -136,7 +136,7 @@ SCRIPT = """
     values = flags.FlagValues()
     processes.define_flags(values)
     values(["test", *sys.argv[2:]])
-    with processes.group(values, "program"):
+    with processes.group("program", **processes.flag_values(values)):
         assert jax.process_count() == 2
         assert processes.gather({"a": "x" * jax.process_index()}) == [{"a": ""}, {"a": "x"}]
         assert processes.from_lead(jax.process_index() + 7) == 7

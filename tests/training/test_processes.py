@@ -154,11 +154,11 @@ SCRIPT = """
 """
 
 
-def pair(case: str) -> list[tuple[int, str, str]]:
+def pair(case: str, script: str = SCRIPT) -> list[tuple[int, str, str]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    program = [sys.executable, "-c", textwrap.dedent(SCRIPT), case]
+    program = [sys.executable, "-c", textwrap.dedent(script), case]
     flags = [f"--coordinator_address=localhost:{port}", "--num_processes=2"]
     running = [
         subprocess.Popen(
@@ -191,6 +191,41 @@ def test_an_error_in_one_process_ends_the_other_by_name(case, code, failing):
         reason = "another task died"
     assert reason in other, done
     assert ("Traceback" in done[failing][2]) == (case == "program")
+
+
+PLACED = """
+    import sys
+    from absl import flags
+    import numpy as np
+    from vilam3_jax import compat, config, processes
+    from vilam3_jax.training import batches, mesh
+    values = flags.FlagValues()
+    processes.define_flags(values)
+    values(["test", *sys.argv[2:]])
+    with processes.group("program", **processes.flag_values(values)):
+        compat.use_cpu_devices(2)
+        own = processes.jax.process_index()
+        cfg = config.base_config()
+        cfg.data.update(dict(global_rows=8, rows_per_group=2))
+        whole = {"tokens": np.arange(24).reshape(8, 3), "images": np.arange(8).reshape(4, 2)}
+        halves, everything = [[0, 1], [2, 3]][own], [0, 1, 2, 3]
+        for fsdp, context, tensor, held in ((4, 1, 1, halves), (2, 1, 2, halves), (1, 2, 2, everything)):
+            cfg.mesh.update(dict(fsdp=fsdp, context=context, tensor=tensor))
+            placement = batches.Placement(cfg, mesh.build_mesh(cfg.mesh))
+            assert placement.held == held, (placement.held, held)
+            rows = whole["tokens"].reshape(4, 2, 3)[held].reshape(-1, 3)
+            for name, array in placement.put({"tokens": rows, "images": whole["images"][held]}).items():
+                assert array.shape == whole[name].shape
+                for shard in array.addressable_shards:
+                    assert np.array_equal(shard.data, whole[name][shard.index]), (name, shard)
+    print("done")
+"""
+
+
+@pytest.mark.slow
+def test_each_process_holds_the_rows_of_its_devices():
+    done = pair("placed", PLACED)
+    assert [code for code, *_ in done] == [0, 0], done
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ class RunCheckpoints:
         return sorted(checkpoint.step for checkpoint in self._manager.checkpoints)
 
     def save(self, step: int, state: Any, data: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-        """Starts an asynchronous save; `state` may be donated right after.
+        """Starts an asynchronous save, unless the step has one; `state` may be donated right after.
 
         Args:
           step: finished optimizer steps.
@@ -105,6 +105,8 @@ class RunCheckpoints:
         Raises:
           UserError: the disk is full or cannot be written.
         """
+        if step in self.steps():  # SIGTERM came right after this step was saved
+            return
         everywhere = {
             number: place for part in processes.gather(dict(data)) for number, place in part.items()
         }

@@ -263,7 +263,7 @@ def _result(
         loss_last=float(np.mean(losses[-part:])) if losses else float("nan"),
         heldout_first=heldout[0]["heldout_true"] if heldout else None,
         heldout_true=heldout[-1]["heldout_true"] if heldout else None,
-        heldout_swapped=heldout[-1]["heldout_swapped"] if heldout else None,
+        heldout_swapped=heldout[-1].get("heldout_swapped") if heldout else None,
         seconds=clock["seconds"],
         tokens_per_second=clock["tokens"] / max(clock["seconds"], 1e-9),
         peak_rss=telemetry.peak_rss_bytes(),

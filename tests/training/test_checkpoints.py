@@ -56,6 +56,13 @@ def test_what_is_kept(tmp_path, keep, left):
     assert on_disk(tmp_path) == left and restore(tmp_path) == 5
 
 
+def test_a_step_is_saved_once(tmp_path):
+    save(tmp_path, 1, 2, 2)
+    assert restore(tmp_path) == 2
+    save(tmp_path, 2, 3)
+    assert restore(tmp_path) == 3
+
+
 def test_nothing_to_restore(tmp_path):
     assert checkpoints.RunCheckpoints(tmp_path).restore(abstract()) is None
 

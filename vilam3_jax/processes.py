@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
@@ -172,7 +173,12 @@ class _Watch:
         if not known:
             traceback.print_exception(error)
         others = [number for number in range(jax.process_count()) if number != jax.process_index()]
-        silent = [n for n in others if _try_get(self._client, f"{_HEARD}/{n}", _HEARD_SECONDS) is None]
+        deadline = time.monotonic() + _HEARD_SECONDS
+        silent = [
+            number
+            for number in others
+            if _try_get(self._client, f"{_HEARD}/{number}", max(deadline - time.monotonic(), 0)) is None
+        ]
         if silent:
             shown = ", ".join(map(str, silent))
             message += f" (no answer from process {shown}: killed, or its machine is gone)"

@@ -12,14 +12,15 @@ ROOT = Path(__file__).parents[1] / "vilam3_jax"
 
 # Package → the packages it may import. `config`, `paths`, `errors` may be imported anywhere.
 ANYWHERE = {"config", "paths", "errors", "configs"}
-BASE = {"checkpoints", "exports", "data", "models", "ops", "compat"}
+BASE = {"checkpoints", "exports", "processes", "data", "models", "ops", "compat"}
 ALLOWED = {
     "compat": set(),
     "ops": {"compat"},
     "models": {"ops", "compat"},
     "data": {"models", "ops", "compat"},
-    "checkpoints": set(),
-    "exports": {"checkpoints", "models", "ops", "compat"},
+    "processes": {"compat"},
+    "checkpoints": {"processes"},
+    "exports": {"checkpoints", "processes", "models", "ops", "compat"},
     "datasets": {"data", "cli"},
     "training": BASE,
     "inference": BASE,

@@ -1,7 +1,8 @@
 """Orbax checkpoints of runs; `exports` has those of models. No other module knows Orbax.
 
 A *run checkpoint* is one step directory with `state` (parameters, optimizer, step, rng), `data` (one JSON
-state per loader shard) and `run` (resolved config, versions, provenance).
+state per loader shard) and `run` (resolved config, versions, provenance). Once it is complete, `files.json`
+says which files of which size it has, so that a torn one is known before anything is read from it.
 """
 
 from __future__ import annotations
@@ -10,13 +11,18 @@ import importlib.metadata
 import json
 import logging
 import platform
+import re
+import sys
+import threading
+import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from vilam3_jax import paths
+from vilam3_jax import paths, processes
 from vilam3_jax.errors import UserError
 
 # Orbax logs every error that it also raises, with the stacks of all its threads.
@@ -24,6 +30,10 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 # Trained weights hardly compress; writing them takes a sixth of the time without, reading them half.
 UNCOMPRESSED = ocp.options.ArrayOptions(saving=ocp.options.ArrayOptions.Saving(use_compression=False))
+
+FILES = "files.json"
+_POLL_SECONDS = 0.1
+_UNFINISHED = re.compile(r"orbax-checkpoint-tmp")
 
 
 def versions() -> dict[str, str]:
@@ -38,33 +48,71 @@ def versions() -> dict[str, str]:
     return found
 
 
-class RunCheckpoints:
-    """Step directories of one run under `<workdir>/checkpoints`; newest kept, older removed."""
+class Restored(NamedTuple):
+    """What a checkpoint holds.
 
-    def __init__(self, workdir: paths.PathLike, kept: int = 1) -> None:
+    Attributes:
+      step: finished optimizer steps.
+      state: on the shardings asked for.
+      data: state of every loader shard.
+      run: config, versions, clock.
+    """
+
+    step: int
+    state: Any
+    data: dict[str, Any]
+    run: dict[str, Any]
+
+
+class RunCheckpoints:
+    """Step directories of one run under `<workdir>/checkpoints`; all processes call every method alike."""
+
+    def __init__(self, workdir: paths.PathLike, kept: int = 2, kept_every: int = 0) -> None:
+        """Opens the folder, created where it is missing.
+
+        Args:
+          workdir: folder of the run.
+          kept: how many of the newest to keep.
+          kept_every: keep also those of steps that this divides; 0: none.
+        """
         self._root = paths.as_path(workdir) / "checkpoints"
         self._root.mkdir(parents=True, exist_ok=True)
+        policies: list[Any] = [ocp.training.preservation_policies.LatestN(kept)]
+        if kept_every:
+            policies.append(ocp.training.preservation_policies.EveryNSteps(kept_every))
         self._manager = ocp.training.Checkpointer(
             self._root,
             # Orbax's own policies, which its protocols do not admit.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # pyright: ignore[reportArgumentType]
-            preservation_policy=ocp.training.preservation_policies.LatestN(kept),  # pyright: ignore[reportArgumentType]
+            preservation_policy=ocp.training.preservation_policies.AnyPreservationPolicy(policies),  # pyright: ignore[reportArgumentType]
         )
+        self._closed = threading.Event()
+        self._sealing: threading.Thread | None = None
 
-    def latest(self) -> int | None:
-        """Step of the newest complete checkpoint; an unfinished save does not count."""
-        latest = self._manager.latest
-        return None if latest is None else latest.step
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that Orbax takes for complete, rising."""
+        return sorted(checkpoint.step for checkpoint in self._manager.checkpoints)
 
     def save(self, step: int, state: Any, data: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-        """Starts an asynchronous save; `state` may be donated right after.
+        """Starts an asynchronous save, unless the step has one; `state` may be donated right after.
+
+        Args:
+          step: finished optimizer steps.
+          state: arrays.
+          data: states of the loader shards of this process; those of all processes are saved.
+          run: config, versions, clock.
 
         Raises:
           UserError: the disk is full or cannot be written.
         """
+        if step in self.steps():  # SIGTERM came right after this step was saved
+            return
+        everywhere = {
+            number: place for part in processes.gather(dict(data)) for number, place in part.items()
+        }
         items = {
             "state": state,
-            "data": {"json": json.dumps(data)},
+            "data": {"json": json.dumps(everywhere)},
             "run": {"json": json.dumps(run)},
         }
         try:
@@ -72,6 +120,17 @@ class RunCheckpoints:
                 self._manager.save_checkpointables_async(step, items, force=True)
         except (OSError, ValueError) as error:
             raise UserError(disk_message(self._root, error)) from error
+        if processes.lead():
+            self._sealing = threading.Thread(
+                target=self._seal_when_complete, args=(step,), name="vilam3-seal", daemon=True
+            )
+            self._sealing.start()
+
+    def _seal_when_complete(self, step: int) -> None:
+        while not _complete(self._root / str(step)):
+            if self._closed.wait(_POLL_SECONDS):
+                return
+        _seal(self._root / str(step))
 
     def wait(self) -> None:
         """Blocks until the save in flight is complete."""
@@ -79,24 +138,152 @@ class RunCheckpoints:
             self._manager.close()
         except (OSError, ValueError) as error:
             raise UserError(disk_message(self._root, error)) from error
+        finally:
+            if self._sealing is not None:
+                self._closed.set()
+                self._sealing.join()
+        for step in self.steps() if processes.lead() else ():
+            if not (self._root / str(step) / FILES).exists():
+                _seal(self._root / str(step))
 
-    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-        """Loads a step onto the shardings of `abstract`.
+    def restore(self, abstract: Any) -> Restored | None:
+        """Loads the newest whole checkpoint onto the shardings of `abstract`; None where there is none.
 
-        Returns:
-          state, data, run.
+        A torn one (files missing or too short) is passed over for the one before it, moved to
+        `<workdir>/checkpoints_damaged` and reported on stderr, as is an unfinished save.
 
         Raises:
-          UserError: it is a checkpoint of another model or optimizer.
+          UserError: it is a checkpoint of another model or optimizer, or all checkpoints are damaged.
         """
+        self._remove_unfinished()
+        damaged: dict[int, str] = {}
+        for step in reversed(processes.from_lead(self.steps())):
+            problem = processes.from_lead(_damage(self._root / str(step)) if processes.lead() else None)
+            restored, error = (None, problem) if problem else self._load(step, abstract)
+            if restored is not None:
+                self._set_aside(damaged, step)
+                return restored
+            damaged[step] = str(error)
+        if damaged:
+            told = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
+            raise UserError(
+                f"{self._root}: no checkpoint is whole ({told}); restore one from a copy, or start anew in "
+                "another --workdir"
+            )
+        return None
+
+    def _load(self, step: int, abstract: Any) -> tuple[Restored | None, str | None]:
+        items, error = None, None
         try:
             items = self._manager.load_checkpointables(step, {"state": abstract, "data": None, "run": None})
-        except (ValueError, KeyError, TypeError) as error:
+        except Exception as caught:  # Orbax and TensorStore raise whatever damaged files lead them to
+            error = first_line(caught)
+        errors = [e for e in processes.gather(error) if e is not None]
+        if items is not None and not errors:
+            data, run = json.loads(items["data"]["json"]), json.loads(items["run"]["json"])
+            return Restored(step, items["state"], data, run), None
+        if other := self._other_model(step, abstract):
             raise UserError(
-                f"{self._root / str(step)}: does not fit this config ({first_line(error)}); it is "
-                "a checkpoint of another model, use another --workdir"
-            ) from error
-        return items["state"], json.loads(items["data"]["json"]), json.loads(items["run"]["json"])
+                f"{self._root / str(step)}: does not fit this config ({other}); it is a checkpoint of "
+                "another model, use another --workdir"
+            )
+        return None, errors[0]
+
+    def _other_model(self, step: int, abstract: Any) -> str | None:
+        """What is stored with another name or shape; None where nothing is, or it cannot be told."""
+        try:
+            stored = _shapes(self._manager.checkpointables_metadata(step).metadata["state"])
+        except Exception:  # as above
+            return None
+        wanted = _shapes(abstract)
+        for name in sorted(stored.keys() ^ wanted.keys()):
+            return f"{name} is {'not in this model' if name in stored else 'missing'}"
+        for name, shape in wanted.items():
+            if stored[name] != shape:
+                return f"{name} has shape {stored[name]}, this model needs {shape}"
+        return None
+
+    def _remove_unfinished(self) -> None:
+        """What a save that was broken off left; it never counts, and its parts are of no use."""
+        if processes.lead():
+            for folder in sorted(self._root.iterdir()):
+                if _UNFINISHED.search(folder.name):
+                    folder.rmtree(missing_ok=True)
+                    _say(f"{folder}: an unfinished save, removed")
+        processes.meet(f"unfinished {self._root}")
+
+    def _set_aside(self, damaged: Mapping[int, str], used: int) -> None:
+        if not damaged:
+            return
+        if processes.lead():
+            for step, problem in damaged.items():
+                aside = self._root.parent / "checkpoints_damaged"
+                aside.mkdir(exist_ok=True)
+                target = aside / f"{step}.{int(time.time())}"
+                source = self._root / str(step)
+                source.rename(target)
+                _say(f"{source}: damaged ({problem}), moved to {target}; going on from step {used}")
+        processes.meet(f"aside {self._root}")
+        self._manager.reload()
+
+
+def _complete(folder: epath.Path) -> bool:
+    """Orbax renames a finished save; where renaming is no single operation, it leaves a marker."""
+    return (folder / "commit_success.txt").exists() if "://" in str(folder) else folder.exists()
+
+
+def _sizes(folder: epath.Path) -> dict[str, int]:
+    """Path in `folder` → bytes, of the files of its items."""
+    sizes = {}
+    for path in folder.iterdir():
+        if path.is_dir():
+            sizes |= {f"{path.name}/{name}": size for name, size in _sizes(path).items()}
+        else:
+            sizes[path.name] = paths.file_size(path)
+    return sizes
+
+
+def _seal(folder: epath.Path) -> None:
+    """Writes down what a complete checkpoint consists of."""
+    try:
+        sizes = {name: size for name, size in _sizes(folder).items() if "/" in name}
+        paths.write_text_atomic(folder / FILES, json.dumps(sizes))
+    except (OSError, UserError):
+        return  # removed meanwhile for a newer one, or the disk is full: without its seal it still counts
+
+
+def _damage(folder: epath.Path) -> str | None:
+    """What a sealed checkpoint lacks; None: nothing, or it was not sealed and only loading can tell."""
+    if not (folder / FILES).exists():
+        return None
+    try:
+        expected = json.loads((folder / FILES).read_text())
+    except ValueError:
+        return f"{FILES} is torn"
+    found = _sizes(folder)
+    for name, size in sorted(expected.items()):
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != size:
+            return f"{name} has {found[name]} of {size} bytes"
+    return None
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {"/".join(_key(entry) for entry in path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _key(entry: Any) -> str:
+    """Orbax stores named tuples and lists as dicts of names and numbers."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def _say(message: str) -> None:
+    print(f"checkpoints: {message}", file=sys.stderr, flush=True)
 
 
 def first_line(error: Exception) -> str:

@@ -34,6 +34,17 @@ def use_cpu_devices(count: int) -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
+def coordination_client() -> Any:
+    """The key-value store that the processes of a run share; None where there is one process.
+
+    JAX has no public name for it. Methods used: `key_value_set(key, value)`, `key_value_try_get(key)`,
+    `blocking_key_value_get(key, milliseconds)`.
+    """
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
 def make_mesh(sizes: Sequence[int], names: Sequence[str], devices: Sequence[Any] | None = None) -> Mesh:
     """Builds a mesh whose axes are all `Auto`.
 

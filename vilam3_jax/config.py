@@ -119,7 +119,8 @@ def base_config() -> ConfigDict:
             eval_every=0,
             eval_batches=4,
             checkpoint_every=0,
-            checkpoints_kept=1,
+            checkpoints_kept=2,
+            checkpoints_kept_every=0,
             log_every=1,
         )
     )
@@ -202,6 +203,12 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config data.experts={config.data.experts!r}: on, off, mixed or falsified")
     if config.num_steps < 1:
         raise UserError(f"config num_steps={config.num_steps}: must be at least 1")
+    if config.checkpoints_kept < 1 or config.checkpoints_kept_every < 0:
+        raise UserError(
+            f"config checkpoints_kept={config.checkpoints_kept}, "
+            f"checkpoints_kept_every={config.checkpoints_kept_every}: keep at least the newest one; 0 for "
+            "checkpoints_kept_every keeps no others"
+        )
     if config.schedule.name not in ("cosine", "constant"):
         raise UserError(f"config schedule.name={config.schedule.name!r}: cosine or constant")
     if config.optimizer.name not in ("adamw", "adafactor", "lion"):

@@ -24,10 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from vilam3_jax import paths
+from vilam3_jax import paths, processes
 from vilam3_jax.checkpoints import UNCOMPRESSED, disk_message, first_line, versions
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
@@ -170,11 +169,11 @@ def write_export(
         if verify is not None:
             for index, part in enumerate(parts):
                 _verify_part(out, temporary / "params" / f"{index:05}", part, verify, digests)
-            _meet(f"verified {temporary}")
+            processes.meet(f"verified {temporary}")
         if jax.process_index() == 0:
             _finish(temporary, model_config, tokenizer_dir, {**extra(), "sha256": digests})
             _replace_folder(temporary, out)
-        _meet(f"export {out}")
+        processes.meet(f"export {out}")
     except (OSError, ValueError) as error:
         temporary.rmtree(missing_ok=True)
         raise UserError(disk_message(out, error)) from error
@@ -234,7 +233,7 @@ def _begin(temporary: epath.Path, mark: str | None) -> int | None:
             if mark is not None:
                 paths.write_text_atomic(file, mark)
         lock = _locked(temporary) if local else None
-    _meet(f"begin {temporary}")
+    processes.meet(f"begin {temporary}")
     return lock
 
 
@@ -265,7 +264,7 @@ def _write_part(
     folder = temporary / "params" / f"{index:05}"
     if jax.process_index() == 0:
         folder.rmtree(missing_ok=True)
-    _meet(f"part {folder}")
+    processes.meet(f"part {folder}")
     digests = _save(folder, {leaf.key: make(leaf) for leaf in part}, verify)
     _free(sum(leaf.bytes for leaf in part))
     paths.write_text_atomic(journal, json.dumps(digests))
@@ -354,12 +353,6 @@ def _replace_folder(new: epath.Path, out: epath.Path) -> None:
     new.rename(out)
     if old is not None:
         shutil.rmtree(old) if "://" not in str(old) else old.rmtree()
-
-
-def _meet(name: str) -> None:
-    """Waits for the other processes."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def load_model_config(export: paths.PathLike) -> ConfigDict:

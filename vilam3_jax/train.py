@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -20,12 +18,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from vilam3_jax import checkpoints, compat, exports, paths
+from vilam3_jax import checkpoints, compat, exports, paths, processes
 from vilam3_jax import config as config_lib
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.data import loader as loader_lib
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import vila
+from vilam3_jax.training import batches as batches_lib
 from vilam3_jax.training import mesh as mesh_lib
 from vilam3_jax.training import program as program_lib
 from vilam3_jax.training import state as state_lib
@@ -67,6 +66,8 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
       stop_after: save and stop after this step of the configured run (0: run to the end).
       quiet: no progress bar.
 
+    Several processes call it alike; see `processes`. Only the lead one prints, and writes metrics.
+
     Raises:
       UserError: the config, data, mesh or an earlier checkpoint does not fit.
     """
@@ -74,68 +75,74 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
     if config.mesh.cpu_devices:
         compat.use_cpu_devices(config.mesh.cpu_devices)
     mesh = mesh_lib.build_mesh(config.mesh)
+    quiet = quiet or not processes.lead()
 
     # Model, optimizer and step.
     program = program_lib.build(config, mesh)
 
     # Data.
     image_tokens = vila.tokens_per_image(config.model)
+    placement = batches_lib.Placement(config, mesh)
     loader = loader_lib.build_loader(
-        config, "train", tokens_per_image=image_tokens, experts=config.data.experts
+        config, "train", tokens_per_image=image_tokens, experts=config.data.experts, held=placement.held
     )
 
     # Restore, or start from the exports that the config names.
-    saved = checkpoints.RunCheckpoints(workdir, config.checkpoints_kept)
-    start = saved.latest() or 0
-    clock = {"tokens": 0, "seconds": 0.0}
-    if start:
-        state, data_state, run = saved.restore(start, program.state)
-        loader.set_state(data_state)
-        clock = run["clock"]
+    saved = checkpoints.RunCheckpoints(workdir, config.checkpoints_kept, config.checkpoints_kept_every)
+    restored = saved.restore(program.state)
+    start, clock = 0, {"tokens": 0, "seconds": 0.0}
+    if restored:
+        start, state, clock = restored.step, restored.state, restored.run["clock"]
+        loader.set_state(restored.data)
     else:
         state, origin = state_lib.initial_state(config, program.state, program.optimizer)
         _print_start(program, origin, quiet)
-    paths.write_text_atomic(workdir / "config.json", config_lib.to_json(config))
+    if processes.lead():
+        paths.write_text_atomic(workdir / "config.json", config_lib.to_json(config))
 
     with program.placing():
-        evaluate = _heldout_evaluator(program, image_tokens)
+        evaluate = _heldout_evaluator(program, placement, image_tokens)
         compiled = None
         batches = iter(loader)
-        writer = telemetry.MetricsWriter(workdir, start)
+        writer = telemetry.MetricsWriter(workdir, start) if processes.lead() else telemetry.NoWriter()
         bar = telemetry.progress_bar(config.name, config.num_steps, start, not quiet)
         last = min(config.num_steps, stop_after or config.num_steps)
         began = time.perf_counter() - clock["seconds"]
 
+        uncounted: list[jax.Array] = []
+
+        def count_tokens() -> None:
+            clock["tokens"] += sum(int(tokens) for tokens in jax.device_get(uncounted))
+            uncounted.clear()
+
         def save(step: int) -> None:
             clock["seconds"] = time.perf_counter() - began
+            count_tokens()
             saved.save(step, state, loader.get_state(), _run_record(config, clock))
 
         if not start and config.eval_every:
             writer.write(0, evaluate(state, swapped=False))
-        with _preemption() as preempted:
+        with processes.Preemption() as preemption:
             step = start
-            while step < last and not preempted.is_set():
+            while step < last and not preemption.reached(step):
                 waited = time.perf_counter()
                 batch = next(batches)
-                device_batch = jax.device_put(batch, mesh_lib.batch_shardings(batch, mesh))
+                device_batch = placement.put(batch)
                 waited = time.perf_counter() - waited
                 if compiled is None:
                     compiled = program.lower().compile()
                     stepped = time.perf_counter()
                 state, metrics = compiled(state, device_batch)
                 step += 1
-                tokens = (
-                    int(np.sum(batch["segment_ids"] > 0))
-                    if "segment_ids" in batch
-                    else int(np.sum(batch["text_valid"]))
-                )
-                clock["tokens"] += tokens
+                uncounted.append(metrics.pop("tokens"))
                 if step % config.log_every == 0 or step == last:
                     values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+                    before = clock["tokens"]
+                    count_tokens()
                     now = time.perf_counter()
                     values |= {
                         "tokens": clock["tokens"],
-                        "tokens_per_second": tokens * config.log_every / (now - stepped),
+                        "tokens_per_second": (clock["tokens"] - before) / (now - stepped),
                         "input_wait": waited,
                         "seconds": now - began,
                     }
@@ -154,9 +161,9 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
             save(step)
         saved.wait()
     finished = step >= config.num_steps
-    if loader.stats.skipped_total and not quiet:
-        name, reason = loader.stats.skipped[0]
-        print(f"put aside {loader.stats.skipped_total} record(s), the first: {name}: {reason}")
+    aside = dict(record for part in processes.gather(loader.stats.skipped) for record in part)
+    if aside and not quiet:
+        print(f"put aside {len(aside)} record(s), the first: {': '.join(next(iter(aside.items())))}")
     loader.close()
     if finished:
         params = {**state["frozen"], **state["trainable"]}
@@ -169,32 +176,41 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
             {"run": config.name, "data": loader.provenance, "init": config.init.to_dict()},
         )
     result = _result(config, workdir, step, clock, finished)
-    if finished:
+    if finished and processes.lead():
         paths.write_text_atomic(workdir / RESULT_FILE, json.dumps(dataclasses.asdict(result), indent=1))
     return result
 
 
-def _heldout_evaluator(program: program_lib.Program, image_tokens: int) -> Callable[..., dict[str, float]]:
+def _heldout_evaluator(
+    program: program_lib.Program, placement: batches_lib.Placement, image_tokens: int
+) -> Callable[..., dict[str, float]]:
     """Returns `evaluate(state, swapped=True)` -> held-out losses, always over the same batches."""
     config, placed = program.config, state_lib.shardings(program.state)
     jitted = jax.jit(step_lib.make_eval_step(program.loss_fn), in_shardings=(placed, None))
 
     def batches(swap: bool) -> Iterator[dict[str, np.ndarray]]:
         loader = loader_lib.build_loader(
-            config, "heldout", tokens_per_image=image_tokens, swap_images=swap, experts=config.data.experts
+            config,
+            "heldout",
+            tokens_per_image=image_tokens,
+            swap_images=swap,
+            experts=config.data.experts,
+            held=placement.held,
         )
         try:
-            for index, batch in enumerate(loader):
-                if index == config.eval_batches:
+            own = iter(loader)
+            for _ in range(config.eval_batches):
+                batch = next(own, None)
+                if not any(processes.gather(batch is not None)):
                     break
-                yield batch
+                yield loader.empty_batch() if batch is None else batch
         finally:
             loader.close()
 
     def mean_loss(state: Any, swap: bool) -> float:
         loss = weight = 0.0
         for batch in batches(swap):
-            sums = jitted(state, jax.device_put(batch, mesh_lib.batch_shardings(batch, program.mesh)))
+            sums = jitted(state, placement.put(batch))
             loss += float(sums["loss"])
             weight += float(sums["weight"])
         return loss / max(weight, 1.0)
@@ -204,21 +220,6 @@ def _heldout_evaluator(program: program_lib.Program, image_tokens: int) -> Calla
         return values | {"heldout_swapped": mean_loss(state, True)} if swapped else values
 
     return evaluate
-
-
-class _preemption:
-    """Context in which SIGTERM sets an event instead of ending the process: the loop saves, then returns."""
-
-    def __enter__(self) -> threading.Event:
-        self._event = threading.Event()
-        self._in_main = threading.current_thread() is threading.main_thread()
-        if self._in_main:
-            self._previous = signal.signal(signal.SIGTERM, lambda *_: self._event.set())
-        return self._event
-
-    def __exit__(self, *_: object) -> None:
-        if self._in_main:
-            signal.signal(signal.SIGTERM, self._previous)
 
 
 def _run_record(config: ConfigDict, clock: dict[str, Any]) -> dict[str, Any]:
@@ -240,7 +241,7 @@ def _result(
         loss_last=float(np.mean(losses[-part:])) if losses else float("nan"),
         heldout_first=heldout[0]["heldout_true"] if heldout else None,
         heldout_true=heldout[-1]["heldout_true"] if heldout else None,
-        heldout_swapped=heldout[-1]["heldout_swapped"] if heldout else None,
+        heldout_swapped=heldout[-1].get("heldout_swapped") if heldout else None,
         seconds=clock["seconds"],
         tokens_per_second=clock["tokens"] / max(clock["seconds"], 1e-9),
         peak_rss=telemetry.peak_rss_bytes(),
@@ -270,7 +271,8 @@ def _usage(values: flags.FlagValues) -> str:
         "  --config=FILE[:ARG]  recipe and its argument, such as configs/stage3_instruct.py:tiny",
         "  --config.KEY=VALUE   change one key, such as --config.num_steps=10 or --config.mesh.fsdp=4",
     ]
-    lines += [f"  --{name:<18} {values[name].help}" for name in ("workdir", "stop_after", "quiet")]
+    names = ("workdir", "stop_after", "quiet", *processes.FLAGS)
+    lines += [f"  --{name:<20} {values[name].help}" for name in names]
     return "\n".join(lines)
 
 
@@ -282,6 +284,7 @@ def main(argv: Sequence[str]) -> int:
         "stop_after", 0, "Save and stop after this step (0: to the end).", flag_values=values
     )
     flags.DEFINE_boolean("quiet", False, "No progress bar.", flag_values=values)
+    processes.define_flags(values)
     if {"-h", "--help", "--helpfull"} & set(argv):
         print(_usage(values))
         return 0
@@ -289,8 +292,10 @@ def main(argv: Sequence[str]) -> int:
     if not values["workdir"].value:
         raise UserError("--workdir=DIR is missing; the run's checkpoints and export go there")
     stop_after, quiet = cast(int, values["stop_after"].value), cast(bool, values["quiet"].value)
-    result = train(config, values["workdir"].value, stop_after, quiet)
-    print(json.dumps(dataclasses.asdict(result)))
+    with processes.group("vilam3 train", **processes.flag_values(values)):
+        result = train(config, values["workdir"].value, stop_after, quiet)
+        if processes.lead():
+            print(json.dumps(dataclasses.asdict(result)))
     return 0
 
 

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -240,27 +241,49 @@ def test_state_of_other_data_is_refused(root) -> None:
     other.close()
 
 
-def test_processes_take_whole_shards_and_may_change_in_number(root) -> None:
-    cfg = config(root, (("films", 2.0), ("reports", 1.0)))
+@pytest.mark.parametrize("kind", ["generative", "contrastive"])
+@pytest.mark.parametrize("shards,units", [(4, 8), (8, 4), (4, 4), (1, 4), (6, 4)])
+def test_parts_of_a_batch_are_those_of_the_whole(root, kind, shards, units) -> None:
+    cfg = config(root, (("pairs" if kind == "contrastive" else "films", 1.0),), kind=kind)
+    cfg.data.loader_shards, cfg.data.global_pairs = shards, units
+    cfg.data.global_rows = units * cfg.data.rows_per_group
     whole = build(cfg)
     batches = take(whole, 4)
-    parts = [build(cfg, process_index=i, process_count=2) for i in range(2)]
-    halves = [take(part, 2) for part in parts]
-    states = {key: value for part in parts for key, value in part.get_state().items()}
-    for step in range(2):
-        rows = np.concatenate([halves[i][step]["tokens"] for i in range(2)])
-        assert rows.shape == batches[step]["tokens"].shape
-        assert sorted(map(bytes, rows)) == sorted(map(bytes, batches[step]["tokens"]))
-    whole.set_state(states)
-    assert same(take(whole, 2), batches[2:])
-    with pytest.raises(UserError, match="cannot be dealt to 3 processes"):
-        build(cfg, process_count=3)
-    for loader in (whole, *parts):
+    # Two processes take halves, three any devices; an uneven part needs a shard that another needs too.
+    for parts in ([range(units // 2), range(units // 2, units)], [(3, 0), (1,), (2, *range(4, units))]):
+        loaders = [build(cfg, held=part) for part in parts]
+        taken = [take(loader, 2) for loader in loaders]
+        states: dict[str, Any] = {}
+        for part, loader, own in zip(parts, loaders, taken, strict=True):
+            for batch, expected in zip(own, batches, strict=False):
+                for key, value in batch.items():
+                    rows = expected[key].reshape(units, -1, *expected[key].shape[1:])[sorted(part)]
+                    assert np.array_equal(value, rows.reshape(value.shape)), (key, part)
+            state = loader.get_state()
+            assert all(states.get(number, value) == value for number, value in state.items())
+            states |= state
+            loader.close()
+        assert len(states) == shards
+        whole.set_state(states)
+        assert same(take(whole, 2), batches[2:])
+    whole.close()
+
+
+def test_a_process_reads_only_its_shards(root) -> None:
+    cfg = config(root, (("films", 1.0),), global_rows=8)
+    cfg.data.loader_shards = 8 // cfg.data.rows_per_group
+    halves = [build(cfg, held=part) for part in np.split(np.arange(cfg.data.loader_shards), 2)]
+    for number, loader in enumerate(halves):
+        take(loader, 2)
+        assert len(loader.get_state()) == cfg.data.loader_shards // 2
+        assert (str(0) in loader.get_state()) == (number == 0)
         loader.close()
 
 
-def test_heldout_is_one_pass_each_time(root) -> None:
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_heldout_is_one_pass_each_time(root, shards) -> None:
     cfg = config(root, (("films", 2.0), ("reports", 1.0)), global_rows=4)
+    cfg.data.loader_shards = shards
     loader = build(cfg, "heldout")
     first, again = list(loader), list(loader)
     assert same(first, again)
@@ -268,8 +291,14 @@ def test_heldout_is_one_pass_each_time(root) -> None:
     assert seen == list(range(100, 111))
     assert {b["tokens"].shape for b in first} == {(4, 96)}
     assert loader.stats.samples == 22
-    halves = [build(cfg, "heldout", process_index=i, process_count=2) for i in range(2)]
-    for batch, left, right in zip(first, *halves, strict=True):
+    units = 4 // cfg.data.rows_per_group
+    halves = [build(cfg, "heldout", held=part) for part in np.split(np.arange(units), 2)]
+    parts = [list(half) for half in halves]
+    for number, batch in enumerate(first):
+        # A process may be through its records before another is.
+        left, right = (
+            p[number] if number < len(p) else h.empty_batch() for p, h in zip(parts, halves, strict=True)
+        )
         joined = {k: np.concatenate([left[k], right[k]]) for k in left}
         assert same([joined], [batch])
     for one in (loader, *halves):

@@ -29,7 +29,7 @@ PROGRAM = """
             action()
         except UserError as error:
             print(action.__name__, error)
-    print("latest", checkpoints.RunCheckpoints(workdir).latest())
+    print("latest", checkpoints.RunCheckpoints(workdir).steps()[-1])
 """
 
 

@@ -64,6 +64,11 @@ def _parser() -> argparse.ArgumentParser:
         "(needs the experts' package)",
     )
     _add_verify(command)
+    for name, kind in (("coordinator_address", str), ("num_processes", int), ("process_id", int)):
+        command.add_argument(
+            f"--{name}", type=kind, help="as in `vilam3 train`: several processes share the work"
+        )
+    command.add_argument("--distributed", action="store_true", help="the environment tells of the processes")
     command = commands.add_parser(
         "export",
         help="write Hugging Face folders",
@@ -100,9 +105,11 @@ def _bar(description: str) -> Iterator[Progress]:
 
 
 def _import(arguments: argparse.Namespace) -> int:
+    from vilam3_jax import processes
     from vilam3_jax.convert.importer import import_model
 
-    with _bar("importing") as progress:
+    shared = {name: getattr(arguments, name) for name in processes.FLAGS}
+    with processes.group("vilam3 convert", **shared), _bar("importing") as progress:
         summary = import_model(
             arguments.source,
             arguments.out,
@@ -113,6 +120,8 @@ def _import(arguments: argparse.Namespace) -> int:
             verify=arguments.verify,
             progress=progress,
         )
+        if not processes.lead():
+            return 0
     rows = [
         ("component", summary.component),
         ("stored as", ", ".join(summary.dtypes)),

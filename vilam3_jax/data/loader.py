@@ -1,9 +1,10 @@
 """Batches for training and evaluation, with an exact place to resume from.
 
 S loader shards, a constant of the config, walk the one order of samples: shard s takes positions s, s + S,
-... and packs them into groups. Group n comes from shard n mod S. A shard's state is the next position and the
-positions that wait for a place, so a resumed run sees bitwise the batches it would have seen, with any number
-of threads. Yields numpy arrays; what goes to which device is the caller's business.
+... and packs them into groups. What one shard gives to a batch lies together in it, so that a process whose
+devices hold a part of the batch runs only the shards of that part. A shard's state is the next position and
+the positions that wait for a place, so a resumed run sees bitwise the batches it would have seen, with any
+number of threads and processes. Yields numpy arrays; what goes to which device is the caller's business.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import collections
 import concurrent.futures
 import copy
 import dataclasses
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -143,6 +145,11 @@ class _Shard:
                 return sample
             self._loader.note_bad(sample)
 
+    def next_pair(self) -> Sample | None:
+        sample = self.pull()
+        self.groups += sample is not None
+        return sample
+
     def next_group(self, shape: GroupShape) -> Batch | None:
         rows, self.pending = packing.next_group(shape, self.pending, self.pull)
         if not any(rows):
@@ -173,8 +180,7 @@ class Loader:
         units: int,
         shards: int,
         prefetch: int,
-        process_index: int,
-        process_count: int,
+        held: Collection[int] | None,
     ) -> None:
         """See `build_loader`. `units` is the number of groups, or pairs, of the global batch."""
         self._samples = samples
@@ -183,15 +189,11 @@ class Loader:
         self._pairs = pairs
         self._units = units
         self._prefetch = prefetch
-        self._process = (process_index, process_count)
         self.length = samples.length
-        self.shard_count = shards if self.length is None else 1
-        dealt = self.length is not None or not (shards % process_count or units % shards)
-        if process_count > 1 and (units % process_count or not dealt):
-            raise UserError(
-                f"config data.loader_shards={shards} with {units} groups a batch cannot be dealt to "
-                f"{process_count} processes; these must divide loader_shards, and loader_shards the groups"
-            )
+        # Every run of units // streams units of the batch is fed by its own shards, which take turns.
+        self._streams = math.gcd(shards, units)
+        self._held = sorted(range(units) if held is None else held)
+        self.shard_count = shards if self.length is None else self._streams
         self.stats = Stats()
         self.fingerprint = samples.fingerprint
         self.provenance = [
@@ -212,14 +214,12 @@ class Loader:
         self._producer: Producer | None = None
         self._state: State = self._snapshot(self._new_shards(None))
 
-    def _shard_numbers(self) -> range:
-        index, count = self._process
-        if self.length is not None:
-            return range(
-                self.shard_count
-            )  # held-out data: every process packs all of it and yields its own part
-        each = self.shard_count // count
-        return range(index * each, (index + 1) * each)
+    def _own_streams(self) -> list[int]:
+        return sorted({unit * self._streams // self._units for unit in self._held})
+
+    def _shard_numbers(self) -> list[int]:
+        own = set(self._own_streams())
+        return [number for number in range(self.shard_count) if number % self._streams in own]
 
     def _new_shards(self, state: State | None) -> dict[int, _Shard]:
         shards = {number: _Shard(number, self) for number in self._shard_numbers()}
@@ -288,41 +288,33 @@ class Loader:
 
     def _batches(self, state: State | None) -> Iterator[tuple[Batch, State]]:
         shards = self._new_shards(state)
-        build = self._pair_batch if self._pairs else self._packed_batch
-        while (batch := build(shards)) is not None:
-            yield batch, self._snapshot(shards)
+        while any(units := self._next_units(shards)):
+            yield self._assemble(units), self._snapshot(shards)
 
-    def _turns(self, shards: Mapping[int, _Shard]) -> Iterator[_Shard]:
-        """Shards in turn for one batch of this process; their own counters say whose turn it is."""
-        ring = list(shards.values())
-        whole = self._units if self.length is not None else self._units // self._process[1]
-        first = sum(shard.groups for shard in ring)
-        return (ring[(first + turn) % len(ring)] for turn in range(whole))
+    def _next_units(self, shards: Mapping[int, _Shard]) -> list[Any]:
+        """The groups, or pairs, held of one batch; None where a held-out shard is at its end."""
+        each = self._units // self._streams
+        units: dict[int, Any] = {}
+        for stream_number in self._own_streams():
+            ring = [shards[n] for n in shards if n % self._streams == stream_number]
+            first = sum(shard.groups for shard in ring)  # the shards' own counters say whose turn it is
+            for turn in range(each):
+                shard = ring[(first + turn) % len(ring)]
+                unit = shard.next_pair() if self._pairs else shard.next_group(self._shape)
+                units[stream_number * each + turn] = unit
+        return [units[number] for number in self._held]
 
-    def _mine(self, units: list[Any]) -> list[Any]:
-        """The part of a held-out batch that belongs to this process."""
-        if self.length is None:
-            return units
-        index, count = self._process
-        each = self._units // count
-        return units[index * each : (index + 1) * each]
+    def empty_batch(self) -> Batch:
+        """A batch without a sample, for a process whose held-out shards end before those of others."""
+        return self._assemble([None] * len(self._held))
 
-    def _packed_batch(self, shards: Mapping[int, _Shard]) -> Batch | None:
-        groups = [shard.next_group(self._shape) for shard in self._turns(shards)]
-        if not any(groups):
-            return None
+    def _assemble(self, units: Sequence[Any]) -> Batch:
+        if self._pairs:
+            return self._pair_batch(units)
         empty = packing.assemble_group(self._shape, [[] for _ in range(self._shape.rows)])
-        return packing.stack_groups(self._mine([empty if group is None else group for group in groups]))
+        return packing.stack_groups([empty if group is None else group for group in units])
 
-    def _pair_batch(self, shards: Mapping[int, _Shard]) -> Batch | None:
-        samples = []
-        for shard in self._turns(shards):
-            sample = shard.pull()
-            shard.groups += sample is not None
-            samples.append(sample)
-        if not any(samples):
-            return None
-        samples = self._mine(samples)
+    def _pair_batch(self, samples: Sequence[Sample | None]) -> Batch:
         batch = _empty_pairs(self._shape, len(samples))
         for row, sample in enumerate(samples):
             if sample is not None:
@@ -351,7 +343,7 @@ class Loader:
         finally:
             producer.close()
         self._update_stats(None)
-        if not returned and not producer.called_off:
+        if not returned and not producer.called_off and len(self._own_streams()) == self._streams:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.stats.skipped[:3])
             raise UserError(f"no usable record in the held-out data: {reasons}")
 
@@ -379,8 +371,7 @@ def build_loader(
     tokens_per_image: int,
     swap_images: bool = False,
     experts: str | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    held: Collection[int] | None = None,
     tokenizer: TokenizerLike | None = None,
 ) -> Loader:
     """Opens the data of a run.
@@ -392,8 +383,8 @@ def build_loader(
       tokens_per_image: T, the projector's output length.
       swap_images: every sample takes the images of another one, of another patient where possible.
       experts: 'on', 'off', 'falsified' or 'mixed'; None: as the config says.
-      process_index: which part of the batch to yield.
-      process_count: number of parts; whole loader shards each.
+      held: which groups (pairs, for 'contrastive') of the global batch to yield, those that the devices of
+        this process hold; None: all. Only the loader shards that feed them are read.
       tokenizer: opened already; None: `cfg.model.tokenizer`.
 
     Returns:
@@ -471,8 +462,7 @@ def build_loader(
         units=_units(cfg),
         shards=data.loader_shards,
         prefetch=data.prefetch,
-        process_index=process_index,
-        process_count=process_count,
+        held=held,
     )
 
 

@@ -73,8 +73,8 @@ def _cross_entropy(hidden, head_kernel, targets, weights, chunk, stored):
 def _cross_entropy_forward(hidden, head_kernel, targets, weights, chunk, stored):
     # A frozen head costs no product for its gradient.
     wanted = _Wanted(hidden.perturbed, head_kernel.perturbed)
-    arrays = (value.value for value in (hidden, head_kernel, targets, weights))
-    return _on_devices(*arrays, chunk, stored, wanted)
+    hidden, head_kernel, targets, weights = (x.value for x in (hidden, head_kernel, targets, weights))
+    return _on_devices(hidden, head_kernel, targets, weights, chunk, stored, wanted)
 
 
 def _cross_entropy_backward(chunk, stored, gradients, cotangents):

@@ -73,7 +73,7 @@ def linear(
     in_heads, out_heads = x.ndim > len(lead) + 1, head_dim is not None
     if in_heads and x.shape[-2] % partition.size(rows or ()):
         return linear(x.reshape(*x.shape[:-2], -1), kernel, stored, lead, head_dim)
-    if out_heads and kernel.shape[1] // head_dim % partition.size(columns or ()):
+    if head_dim is not None and kernel.shape[1] // head_dim % partition.size(columns or ()):
         return linear(x, kernel, stored, lead).reshape(*x.shape[: len(lead)], -1, head_dim)
 
     def local(x: jax.Array, kernel: jax.Array) -> jax.Array:

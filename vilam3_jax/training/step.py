@@ -105,7 +105,9 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["trainable"])
         trainable = optax.apply_updates(state["trainable"], updates)
+        real = batch["segment_ids"] > 0 if "segment_ids" in batch else batch["text_valid"]
         metrics = {
+            "tokens": jnp.sum(real, dtype=jnp.int32),
             "loss": sums["loss"] / weight,
             "accuracy": sums["correct"] / weight,
             "supervised": sums["weight"],

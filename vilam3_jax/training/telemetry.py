@@ -33,6 +33,16 @@ class MetricsWriter:
         self._file.close()
 
 
+class NoWriter:
+    """Stands in for `MetricsWriter` in all processes but one."""
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes nothing."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 def read_metrics(workdir: paths.PathLike) -> list[dict[str, Any]]:
     """Reads the lines written so far; a torn last line (the process was killed) is dropped."""
     path = paths.as_path(workdir) / METRICS_FILE

@@ -1,0 +1,233 @@
+"""Two processes train as one does; what one of them meets, all of them know."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests.training.process_worlds import arguments, children, copy_run, losses, make_world, run, start
+from vilam3_jax import exports
+from vilam3_jax.training import telemetry
+
+STEPS = 20
+ONE = {"mesh.cpu_devices": 8, "num_steps": STEPS, "eval_every": 10}
+TWO = ONE | {"mesh.cpu_devices": 4}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def parameters(workdir: Path) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(exports.load_export(workdir / "export")[0])]
+
+
+def wait_for(process, workdir: Path, step: int) -> None:
+    deadline = time.monotonic() + 900
+    while max(losses(workdir), default=0) < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def in_two(world):
+    """An uninterrupted run of two processes."""
+    workdir = world / "in_two"
+    run(world, 2, arguments(world, workdir, **TWO))
+    return workdir
+
+
+def assert_nearly(one: Path, two: Path, rtol: float = 1e-5) -> None:
+    """The same samples in every step, and losses that differ by the order of sums only."""
+    rows = [{row["step"]: row for row in telemetry.read_metrics(w) if "loss" in row} for w in (one, two)]
+    assert rows[0].keys() == rows[1].keys() == set(range(1, STEPS + 1))
+    for step, row in rows[0].items():
+        assert all(rows[1][step][key] == row[key] for key in ("tokens", "supervised"))
+        np.testing.assert_allclose(rows[1][step]["loss"], row["loss"], rtol=rtol, err_msg=str(step))
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    assert losses(one) == losses(two)
+    for left, right in zip(parameters(one), parameters(two), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(world, in_two):
+    whole = world / "in_one"
+    run(world, 1, arguments(world, whole, **ONE))
+    assert_nearly(whole, in_two)
+    heldout = [[row for row in telemetry.read_metrics(w) if "heldout_true" in row] for w in (whole, in_two)]
+    assert len(heldout[0]) == len(heldout[1]) == 3
+    for left, right in zip(*heldout, strict=True):
+        for key in left.keys() & {"heldout_true", "heldout_swapped"}:
+            np.testing.assert_allclose(right[key], left[key], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_for_pairs(world):
+    workdirs = [world / "pairs_one", world / "pairs_two"]
+    for workdir, settings in zip(workdirs, (ONE, TWO), strict=True):
+        run(world, 1 + (settings is TWO), arguments(world, workdir, "stage1_vision", **settings))
+    assert_nearly(*workdirs)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(world, in_two):
+    workdir = world / "killed"
+    argv = arguments(world, workdir, **TWO, checkpoint_every=3)
+    process = start(world, 2, argv)
+    wait_for(process, workdir, 8)
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode and "no answer from process 1" in said, said
+    assert 8 <= max(losses(workdir)) < STEPS
+    run(world, 2, argv)
+    assert_same_run(workdir, in_two)
+
+
+@pytest.fixture(scope="module")
+def preempted(world, in_two):
+    """Two processes, one of which got a SIGTERM."""
+    workdir = world / "preempted"
+    process = start(world, 2, arguments(world, workdir, **TWO))
+    wait_for(process, workdir, 4)
+    os.kill(children(process.pid)[1], signal.SIGTERM)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert steps == [max(losses(workdir))] and 4 <= steps[0] < STEPS
+    return workdir
+
+
+@pytest.mark.slow
+def test_preempted_together_and_resumed(world, in_two, preempted):
+    workdir = copy_run(preempted, world / "preempted_two")
+    run(world, 2, arguments(world, workdir, **TWO))
+    assert_same_run(workdir, in_two)
+
+
+@pytest.mark.slow
+def test_goes_on_in_another_number_of_processes_on_another_mesh(world, in_two, preempted):
+    workdir = copy_run(preempted, world / "preempted_one")
+    other = {"mesh.cpu_devices": 4, "mesh.fsdp": 2, "mesh.tensor": 2, "data.prefetch": 0}
+    run(world, 1, arguments(world, workdir, **{**TWO, **other}))
+    assert_nearly(in_two, workdir, rtol=1e-4)
+
+
+SCRIPT = """
+    import os, signal, sys
+    from absl import flags
+    from vilam3_jax import processes
+    from vilam3_jax.errors import UserError
+    import jax
+    values = flags.FlagValues()
+    processes.define_flags(values)
+    values(["test", *sys.argv[2:]])
+    with processes.group("program", **processes.flag_values(values)):
+        assert jax.process_count() == 2
+        assert processes.gather({"a": "x" * jax.process_index()}) == [{"a": ""}, {"a": "x"}]
+        assert processes.from_lead(jax.process_index() + 7) == 7
+        if jax.process_index() == int(sys.argv[1][-1]):
+            match sys.argv[1][:-1]:
+                case "user":
+                    raise UserError("data: no such folder; check --data")
+                case "program":
+                    raise RuntimeError("a defect")
+                case "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+        if sys.argv[1] != "none9":
+            processes.meet("never")
+    print("done")
+"""
+
+
+def pair(case: str, script: str = SCRIPT) -> list[tuple[int, str, str]]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    program = [sys.executable, "-c", textwrap.dedent(script), case]
+    flags = [f"--coordinator_address=localhost:{port}", "--num_processes=2"]
+    running = [
+        subprocess.Popen(
+            [*program, *flags, f"--process_id={number}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )
+        for number in range(2)
+    ]
+    said = [process.communicate(timeout=300) for process in running]
+    return [(process.returncode, *texts) for process, texts in zip(running, said, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("case,code", [("user", 2), ("program", 1), ("killed", -signal.SIGKILL)])
+def test_an_error_in_one_process_ends_the_other_by_name(case, code, failing):
+    done = pair(f"{case}{failing}")
+    assert done[failing][0] == code, done
+    assert done[1 - failing][0] not in (0, -signal.SIGKILL), done
+    other = done[1 - failing][2]
+    reason = {
+        "user": f"process {1 - failing}: stopped, because process {failing} failed: data: no such",
+        "program": f"stopped, because process {failing} failed: RuntimeError: a defect",
+        "killed": f"no answer from process {failing}",
+    }[case]
+    if (case, failing) == ("killed", 0):  # with process 0 goes the service: JAX itself ends the others
+        reason = "another task died"
+    assert reason in other, done
+    assert ("Traceback" in done[failing][2]) == (case == "program")
+
+
+PLACED = """
+    import sys
+    from absl import flags
+    import numpy as np
+    from vilam3_jax import compat, config, processes
+    from vilam3_jax.training import batches, mesh
+    values = flags.FlagValues()
+    processes.define_flags(values)
+    values(["test", *sys.argv[2:]])
+    with processes.group("program", **processes.flag_values(values)):
+        compat.use_cpu_devices(2)
+        own = processes.jax.process_index()
+        cfg = config.base_config()
+        cfg.data.update(dict(global_rows=8, rows_per_group=2))
+        whole = {"tokens": np.arange(24).reshape(8, 3), "images": np.arange(8).reshape(4, 2)}
+        halves, everything = [[0, 1], [2, 3]][own], [0, 1, 2, 3]
+        for fsdp, context, tensor, held in ((4, 1, 1, halves), (2, 1, 2, halves), (1, 2, 2, everything)):
+            cfg.mesh.update(dict(fsdp=fsdp, context=context, tensor=tensor))
+            placement = batches.Placement(cfg, mesh.build_mesh(cfg.mesh))
+            assert placement.held == held, (placement.held, held)
+            rows = whole["tokens"].reshape(4, 2, 3)[held].reshape(-1, 3)
+            for name, array in placement.put({"tokens": rows, "images": whole["images"][held]}).items():
+                assert array.shape == whole[name].shape
+                for shard in array.addressable_shards:
+                    assert np.array_equal(shard.data, whole[name][shard.index]), (name, shard)
+    print("done")
+"""
+
+
+@pytest.mark.slow
+def test_each_process_holds_the_rows_of_its_devices():
+    done = pair("placed", PLACED)
+    assert [code for code, *_ in done] == [0, 0], done
+
+
+@pytest.mark.slow
+def test_processes_that_end_well():
+    assert [code for code, *_ in pair("none9")] == [0, 0]

@@ -26,7 +26,7 @@ ALLOWED = {
     "convert": BASE,
     "evals": BASE | {"inference", "cli"},
     "report": {"data", "checkpoints", "evals", "cli"},
-    "train": BASE | {"training", "cli"},
+    "train": BASE | {"training", "inference", "cli"},
     "quickstart": {"checkpoints", "datasets", "cli"},
     "cli": {"evals", "train", "convert", "inference", "report", "datasets", "data"},
     "config": set(),

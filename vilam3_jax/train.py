@@ -12,8 +12,7 @@ import json
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -25,13 +24,14 @@ from vilam3_jax import config as config_lib
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.data import loader as loader_lib
 from vilam3_jax.errors import UserError
+from vilam3_jax.inference import heldout
 from vilam3_jax.models import trees, vila
 from vilam3_jax.ops import partition
+from vilam3_jax.training import evaluation, telemetry, writers
 from vilam3_jax.training import mesh as mesh_lib
 from vilam3_jax.training import optimizer as optimizer_lib
 from vilam3_jax.training import state as state_lib
 from vilam3_jax.training import step as step_lib
-from vilam3_jax.training import telemetry
 
 RESULT_FILE = "result.json"
 
@@ -75,6 +75,7 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
     if config.mesh.cpu_devices:
         compat.use_cpu_devices(config.mesh.cpu_devices)
     mesh = mesh_lib.build_mesh(config.mesh)
+    writers.check(config)
 
     # Data.
     graphdef, nested = vila.abstract_model(config.model, config.kind)
@@ -95,69 +96,54 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
     # Restore, or start from the exports that the config names.
     saved = checkpoints.RunCheckpoints(workdir, config.checkpoints_kept)
     start = saved.latest() or 0
-    clock = {"tokens": 0, "seconds": 0.0}
+    clock = telemetry.Clock()
     if start:
         state, data_state, run = saved.restore(start, abstract)
         loader.set_state(data_state)
-        clock = run["clock"]
+        clock = telemetry.Clock.of(run["clock"])
     else:
         state, origin = state_lib.initial_state(config, abstract, optimizer)
         _print_start(config, mesh, shapes, rates, origin, quiet)
     paths.write_text_atomic(workdir / "config.json", config_lib.to_json(config))
 
-    with partition.activation_rules(mesh, config.activation_rules.to_dict()):
-        evaluate = _heldout_evaluator(config, mesh, loss_fn, placed, image_tokens)
-        compiled = None
-        batches = iter(loader)
-        writer = telemetry.MetricsWriter(workdir, start)
-        bar = telemetry.progress_bar(config.name, config.num_steps, start, not quiet)
-        last = min(config.num_steps, stop_after or config.num_steps)
-        began = time.perf_counter() - clock["seconds"]
+    evaluate = evaluation.Evaluation(
+        evaluation.heldout_losses(config, mesh, loss_fn, placed, image_tokens),
+        heldout.HeldoutAnswers(config, mesh, mesh_lib.BATCH_AXES) if config.eval_generate else None,
+        workdir,
+        start,
+    )
+    batches, compiled = iter(loader), None
+    last = min(config.num_steps, stop_after or config.num_steps)
+    step = start
+    with (
+        _preemption() as preempted,
+        telemetry.Telemetry(config, workdir, start, clock, rates, last=last, quiet=quiet) as monitor,
+    ):
 
         def save(step: int) -> None:
-            clock["seconds"] = time.perf_counter() - began
-            saved.save(step, state, loader.get_state(), _run_record(config, clock))
+            with monitor.aside("checkpoint_stall"):
+                saved.save(step, state, loader.get_state(), _run_record(config, monitor.clock))
 
         if not start and config.eval_every:
-            writer.write(0, evaluate(state, swapped=False))
-        with _preemption() as preempted:
-            step = start
-            while step < last and not preempted.is_set():
-                waited = time.perf_counter()
+            with monitor.aside("evaluation_seconds"):
+                monitor.write(0, evaluate(0, state, swapped=False))
+        while step < last and not preempted.is_set():
+            with monitor.input():
                 batch = next(batches)
-                device_batch = jax.device_put(batch, mesh_lib.batch_shardings(batch, mesh))
-                waited = time.perf_counter() - waited
-                if compiled is None:
-                    compiled = _compile(train_step, state, placed, device_batch)
-                    stepped = time.perf_counter()
-                state, metrics = compiled(state, device_batch)
-                step += 1
-                tokens = (
-                    int(np.sum(batch["segment_ids"] > 0))
-                    if "segment_ids" in batch
-                    else int(np.sum(batch["text_valid"]))
-                )
-                clock["tokens"] += tokens
-                if step % config.log_every == 0 or step == last:
-                    values = {key: float(value) for key, value in jax.device_get(metrics).items()}
-                    now = time.perf_counter()
-                    values |= {
-                        "tokens": clock["tokens"],
-                        "tokens_per_second": tokens * config.log_every / (now - stepped),
-                        "input_wait": waited,
-                        "seconds": now - began,
-                    }
-                    stepped = now
-                    writer.write(step, values)
-                    bar.set_postfix(loss=f"{values['loss']:.3f}", tok_s=f"{values['tokens_per_second']:.0f}")
-                bar.update(step - bar.n)
-                if config.eval_every and (step % config.eval_every == 0 or step == config.num_steps):
-                    writer.write(step, evaluate(state))
-                    stepped = time.perf_counter()
-                if config.checkpoint_every and step % config.checkpoint_every == 0 and step < last:
-                    save(step)
-        bar.close()
-        writer.close()
+                batch = jax.device_put(batch, mesh_lib.batch_shardings(batch, mesh))
+            if compiled is None:
+                with monitor.aside("compile_seconds"):
+                    with partition.activation_rules(mesh, config.activation_rules.to_dict()):
+                        compiled = _compile(train_step, state, placed, batch)
+            step += 1
+            with monitor.step(step):
+                state, metrics = compiled(state, batch)
+            monitor.dispatched(step, batch, metrics)
+            if config.eval_every and (step % config.eval_every == 0 or step == config.num_steps):
+                with monitor.aside("evaluation_seconds"):
+                    monitor.write(step, evaluate(step, state))
+            if config.checkpoint_every and step % config.checkpoint_every == 0 and step < last:
+                save(step)
         if step > start or not start:
             save(step)
         saved.wait()
@@ -193,39 +179,6 @@ def _compile(train_step: Callable[..., Any], state: Any, placed: Any, batch: dic
     return jitted.lower(state, batch).compile()
 
 
-def _heldout_evaluator(
-    config: ConfigDict, mesh: jax.sharding.Mesh, loss_fn: step_lib.LossFn, placed: Any, image_tokens: int
-) -> Callable[..., dict[str, float]]:
-    """Returns `evaluate(state, swapped=True)` -> held-out losses, always over the same batches."""
-    jitted = jax.jit(step_lib.make_eval_step(loss_fn), in_shardings=(placed, None))
-
-    def batches(swap: bool) -> Iterator[dict[str, np.ndarray]]:
-        loader = loader_lib.build_loader(
-            config, "heldout", tokens_per_image=image_tokens, swap_images=swap, experts=config.data.experts
-        )
-        try:
-            for index, batch in enumerate(loader):
-                if index == config.eval_batches:
-                    break
-                yield batch
-        finally:
-            loader.close()
-
-    def mean_loss(state: Any, swap: bool) -> float:
-        loss = weight = 0.0
-        for batch in batches(swap):
-            sums = jitted(state, jax.device_put(batch, mesh_lib.batch_shardings(batch, mesh)))
-            loss += float(sums["loss"])
-            weight += float(sums["weight"])
-        return loss / max(weight, 1.0)
-
-    def evaluate(state: Any, swapped: bool = True) -> dict[str, float]:
-        values = {"heldout_true": mean_loss(state, False)}
-        return values | {"heldout_swapped": mean_loss(state, True)} if swapped else values
-
-    return evaluate
-
-
 class _preemption:
     """Context in which SIGTERM sets an event instead of ending the process: the loop saves, then returns."""
 
@@ -241,12 +194,16 @@ class _preemption:
             signal.signal(signal.SIGTERM, self._previous)
 
 
-def _run_record(config: ConfigDict, clock: dict[str, Any]) -> dict[str, Any]:
-    return {"config": config.to_dict(), "versions": checkpoints.versions(), "clock": dict(clock)}
+def _run_record(config: ConfigDict, clock: telemetry.Clock) -> dict[str, Any]:
+    return {
+        "config": config.to_dict(),
+        "versions": checkpoints.versions(),
+        "clock": dataclasses.asdict(clock),
+    }
 
 
 def _result(
-    config: ConfigDict, workdir: paths.PathLike, step: int, clock: dict[str, Any], finished: bool
+    config: ConfigDict, workdir: paths.PathLike, step: int, clock: telemetry.Clock, finished: bool
 ) -> Result:
     rows = telemetry.read_metrics(workdir)
     losses = [row["loss"] for row in rows if "loss" in row]
@@ -255,14 +212,14 @@ def _result(
     return Result(
         name=config.name,
         steps=step,
-        tokens=clock["tokens"],
+        tokens=clock.tokens,
         loss_first=float(np.mean(losses[:part])) if losses else float("nan"),
         loss_last=float(np.mean(losses[-part:])) if losses else float("nan"),
         heldout_first=heldout[0]["heldout_true"] if heldout else None,
         heldout_true=heldout[-1]["heldout_true"] if heldout else None,
         heldout_swapped=heldout[-1]["heldout_swapped"] if heldout else None,
-        seconds=clock["seconds"],
-        tokens_per_second=clock["tokens"] / max(clock["seconds"], 1e-9),
+        seconds=clock.seconds,
+        tokens_per_second=clock.tokens / max(clock.seconds, 1e-9),
         peak_rss=telemetry.peak_rss_bytes(),
         finished=finished,
     )

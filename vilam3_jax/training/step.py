@@ -12,6 +12,7 @@ import optax
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.models import trees, vila
 from vilam3_jax.ops import losses
+from vilam3_jax.training import measures
 
 Flat = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
@@ -110,6 +111,8 @@ def make_train_step(
             "supervised": sums["weight"],
             "grad_norm": optax.global_norm(grads),
             "learning_rate": schedule(state["step"]),
+            **measures.component_norms(grads),
+            **measures.batch_counts(batch),
         }
         return {**state, "step": state["step"] + 1, "trainable": trainable, "opt_state": opt_state}, metrics
 

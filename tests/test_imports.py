@@ -27,6 +27,7 @@ ALLOWED = {
     "evals": BASE | {"inference", "cli"},
     "report": {"data", "checkpoints", "evals", "cli"},
     "train": BASE | {"training", "inference", "cli"},
+    "plan": BASE | {"training", "cli"},
     "quickstart": {"checkpoints", "datasets", "cli"},
     "cli": {"evals", "train", "convert", "inference", "report", "datasets", "data"},
     "config": set(),

@@ -236,8 +236,8 @@ def _check_telemetry(config: ConfigDict) -> None:
     possible = config.kind == "generative" and config.eval_every
     if config.eval_generate < 0 or (config.eval_generate and not possible):
         raise UserError(
-            f"config eval_generate={config.eval_generate}: must be 0, or for a generative run with eval_every "
-            "the number of held-out examples to answer"
+            f"config eval_generate={config.eval_generate}: must be 0, or for a generative run with "
+            "eval_every the number of held-out examples to answer"
         )
 
 

@@ -12,7 +12,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -25,13 +25,11 @@ from vilam3_jax.config import ConfigDict
 from vilam3_jax.data import loader as loader_lib
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import heldout
-from vilam3_jax.models import trees, vila
-from vilam3_jax.ops import partition
+from vilam3_jax.models import vila
 from vilam3_jax.training import evaluation, telemetry, writers
 from vilam3_jax.training import mesh as mesh_lib
-from vilam3_jax.training import optimizer as optimizer_lib
+from vilam3_jax.training import program as program_lib
 from vilam3_jax.training import state as state_lib
-from vilam3_jax.training import step as step_lib
 
 RESULT_FILE = "result.json"
 
@@ -77,37 +75,30 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
     mesh = mesh_lib.build_mesh(config.mesh)
     writers.check(config)
 
+    # Model, optimizer and step.
+    program = program_lib.build(config, mesh)
+
     # Data.
-    graphdef, nested = vila.abstract_model(config.model, config.kind)
     image_tokens = vila.tokens_per_image(config.model)
     loader = loader_lib.build_loader(
         config, "train", tokens_per_image=image_tokens, experts=config.data.experts
     )
-
-    # Optimizer and step.
-    shapes = trees.flatten(nested)
-    rates = optimizer_lib.multipliers(config, list(shapes))
-    optimizer = optimizer_lib.make_optimizer(config, {path: rate for path, rate in rates.items() if rate})
-    loss_fn = step_lib.make_loss(config, graphdef)
-    train_step = step_lib.make_train_step(config, loss_fn, optimizer, optimizer_lib.learning_rate(config))
-    abstract = state_lib.abstract_state(config, mesh, optimizer, rates)
-    placed = state_lib.shardings(abstract)
 
     # Restore, or start from the exports that the config names.
     saved = checkpoints.RunCheckpoints(workdir, config.checkpoints_kept)
     start = saved.latest() or 0
     clock = telemetry.Clock()
     if start:
-        state, data_state, run = saved.restore(start, abstract)
+        state, data_state, run = saved.restore(start, program.state)
         loader.set_state(data_state)
         clock = telemetry.Clock.of(run["clock"])
     else:
-        state, origin = state_lib.initial_state(config, abstract, optimizer)
-        _print_start(config, mesh, shapes, rates, origin, quiet)
+        state, origin = state_lib.initial_state(config, program.state, program.optimizer)
+        _print_start(program, origin, quiet)
     paths.write_text_atomic(workdir / "config.json", config_lib.to_json(config))
 
     evaluate = evaluation.Evaluation(
-        evaluation.heldout_losses(config, mesh, loss_fn, placed, image_tokens),
+        evaluation.heldout_losses(program, image_tokens),
         heldout.HeldoutAnswers(config, mesh, mesh_lib.BATCH_AXES) if config.eval_generate else None,
         workdir,
         start,
@@ -117,7 +108,7 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
     step = start
     with (
         _preemption() as preempted,
-        telemetry.Telemetry(config, workdir, start, clock, rates, last=last, quiet=quiet) as monitor,
+        telemetry.Telemetry(config, workdir, start, clock, program.rates, last=last, quiet=quiet) as monitor,
     ):
 
         def save(step: int) -> None:
@@ -133,8 +124,7 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
                 batch = jax.device_put(batch, mesh_lib.batch_shardings(batch, mesh))
             if compiled is None:
                 with monitor.aside("compile_seconds"):
-                    with partition.activation_rules(mesh, config.activation_rules.to_dict()):
-                        compiled = _compile(train_step, state, placed, batch)
+                    compiled = program.lower().compile()
             step += 1
             with monitor.step(step):
                 state, metrics = compiled(state, batch)
@@ -166,17 +156,6 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
     if finished:
         paths.write_text_atomic(workdir / RESULT_FILE, json.dumps(dataclasses.asdict(result), indent=1))
     return result
-
-
-def _compile(train_step: Callable[..., Any], state: Any, placed: Any, batch: dict[str, jax.Array]) -> Any:
-    """Compiles ahead of the loop, so that a shape or placement error comes before the first step."""
-    jitted = jax.jit(
-        train_step,
-        in_shardings=(placed, {name: value.sharding for name, value in batch.items()}),
-        out_shardings=(placed, None),
-        donate_argnums=0,
-    )
-    return jitted.lower(state, batch).compile()
 
 
 class _preemption:
@@ -225,20 +204,15 @@ def _result(
     )
 
 
-def _print_start(
-    config: ConfigDict,
-    mesh: jax.sharding.Mesh,
-    shapes: dict[str, Any],
-    rates: dict[str, float],
-    origin: dict[str, str],
-    quiet: bool,
-) -> None:
+def _print_start(program: program_lib.Program, origin: dict[str, str], quiet: bool) -> None:
     if quiet:
         return
-    total = sum(leaf.size for leaf in shapes.values())
-    moving = sum(leaf.size for path, leaf in shapes.items() if rates[path])
-    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    print(f"{config.name}: {total / 1e6:.1f} M parameters, {moving / 1e6:.2f} M trained; mesh {axes}")
+    total = sum(leaf.size for leaf in program.shapes.values())
+    moving = sum(leaf.size for path, leaf in program.shapes.items() if program.rates[path])
+    axes = (
+        " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
+    )
+    print(f"{program.config.name}: {total / 1e6:.1f} M parameters, {moving / 1e6:.2f} M trained; mesh {axes}")
     for component, source in origin.items():
         print(f"  {component}: {source}")
 

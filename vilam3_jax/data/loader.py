@@ -323,12 +323,7 @@ class Loader:
         if not any(samples):
             return None
         samples = self._mine(samples)
-        size, length = self._shape.image_size, self._shape.seq_len
-        batch = {
-            "images": np.zeros((len(samples), size, size, 3), np.uint8),
-            "text_tokens": np.full((len(samples), length), self._shape.pad_id, np.int32),
-            "text_valid": np.zeros((len(samples), length), bool),
-        }
+        batch = _empty_pairs(self._shape, len(samples))
         for row, sample in enumerate(samples):
             if sample is not None:
                 batch["images"][row] = sample.images[0]
@@ -468,26 +463,64 @@ def build_loader(
         tiles = tuple(tile for tiles in inputs for tile in tiles)
         return Sample(example.id, position, encoded, tiles, processor.tile_map(grids))
 
-    shape = GroupShape(
-        rows=data.rows_per_group,
-        seq_len=data.text_len if pairs else data.seq_len,
-        images=1 if pairs else data.images_per_group,
-        tokens_per_image=tokens_per_image,
-        image_size=processor.size,
-        pad_id=tokenizer.pad_id,
-        tiled=bool(processor.sides),
-    )
     return Loader(
         samples=samples,
         load=load,
-        shape=shape,
+        shape=_group_shape(cfg, processor, tokens_per_image, tokenizer.pad_id),
         pairs=pairs,
-        units=data.global_pairs if pairs else data.global_rows // data.rows_per_group,
+        units=_units(cfg),
         shards=data.loader_shards,
         prefetch=data.prefetch,
         process_index=process_index,
         process_count=process_count,
     )
+
+
+def batch_shapes(cfg: Any, tokens_per_image: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shapes and dtypes of the global batches of a config's loader; opens no data.
+
+    Raises:
+      UserError: a picture has no place in a group.
+    """
+    pairs = cfg.kind == "contrastive"
+    processor = image_processor(cfg.model, pairs=pairs)
+    shape = _group_shape(cfg, processor, tokens_per_image, pad_id=0)
+    if pairs:
+        unit = _empty_pairs(shape, 1)
+    else:
+        _check_room(cfg.data, processor, tokens_per_image)
+        unit = packing.stack_groups([packing.assemble_group(shape, [[] for _ in range(shape.rows)])])
+    units = _units(cfg)
+    return {name: ((units * x.shape[0], *x.shape[1:]), x.dtype) for name, x in unit.items()}
+
+
+def _units(cfg: Any) -> int:
+    """Groups, or pairs, of the global batch."""
+    data = cfg.data
+    return data.global_pairs if cfg.kind == "contrastive" else data.global_rows // data.rows_per_group
+
+
+def _group_shape(cfg: Any, processor: ImageProcessor, tokens_per_image: int, pad_id: int) -> GroupShape:
+    pairs = cfg.kind == "contrastive"
+    return GroupShape(
+        rows=cfg.data.rows_per_group,
+        seq_len=cfg.data.text_len if pairs else cfg.data.seq_len,
+        images=1 if pairs else cfg.data.images_per_group,
+        tokens_per_image=tokens_per_image,
+        image_size=processor.size,
+        pad_id=pad_id,
+        tiled=bool(processor.sides),
+    )
+
+
+def _empty_pairs(shape: GroupShape, count: int) -> Batch:
+    """A batch of pairs that are none yet."""
+    size, length = shape.image_size, shape.seq_len
+    return {
+        "images": np.zeros((count, size, size, 3), np.uint8),
+        "text_tokens": np.full((count, length), shape.pad_id, np.int32),
+        "text_valid": np.zeros((count, length), bool),
+    }
 
 
 def _check_room(data: Any, processor: ImageProcessor, tokens_per_image: int) -> None:

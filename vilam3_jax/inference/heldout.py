@@ -87,8 +87,8 @@ class HeldoutAnswers:
           params: path → array, as the train state has them.
 
         Returns:
-          One record a question with `id`, `turn`, `reference`, `answer`, `exact_match` and `token_f1`; and the
-          means, `generate_exact_match` and `generate_token_f1`.
+          One record a question with `id`, `turn`, `reference`, `answer`, `exact_match` and `token_f1`; and
+          the means, `generate_exact_match` and `generate_token_f1`.
         """
         self._generator.set_params(trees.unflatten(dict(params)))
         answers: dict[Question, str] = {}

@@ -9,11 +9,12 @@ import jax
 import numpy as np
 
 from vilam3_jax import paths
-from vilam3_jax.config import ConfigDict
 from vilam3_jax.data import loader as loader_lib
 from vilam3_jax.ops import partition
 from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.training import state as state_lib
 from vilam3_jax.training import step as step_lib
+from vilam3_jax.training.program import Program
 from vilam3_jax.training.writers import JsonLines
 
 GENERATIONS_FILE = "generations.jsonl"
@@ -49,28 +50,26 @@ class Evaluation:
         if self._answer is not None:
             rows, found = self._answer({**state["frozen"], **state["trainable"]})
             values |= found
-            for row in rows if self._file else ():
-                self._file.write(step, row)
+            if self._file is not None:
+                for row in rows:
+                    self._file.write(step, row)
         return values
 
 
-def heldout_losses(
-    config: ConfigDict, mesh: jax.sharding.Mesh, loss_fn: step_lib.LossFn, placed: Any, image_tokens: int
-) -> Callable[..., dict[str, float]]:
+def heldout_losses(program: Program, image_tokens: int) -> Callable[..., dict[str, float]]:
     """Returns `evaluate(state, swapped=True)` -> held-out losses, always over the same batches.
 
     Args:
-      config: the run's config.
-      mesh: that the state is split over.
-      loss_fn: of `step.make_loss`.
-      placed: shardings of the state.
+      program: of the run.
       image_tokens: T, the projector's output length.
 
     Returns:
       A function that gives `heldout_true` and, with `swapped`, `heldout_swapped`, means per supervised token
       (per pair for stage 1): with the true images and with images exchanged between samples.
     """
-    jitted = jax.jit(step_lib.make_eval_step(loss_fn), in_shardings=(placed, None))
+    config, mesh = program.config, program.mesh
+    placed = state_lib.shardings(program.state)
+    jitted = jax.jit(step_lib.make_eval_step(program.loss_fn), in_shardings=(placed, None))
 
     def batches(swap: bool) -> Iterator[dict[str, np.ndarray]]:
         loader = loader_lib.build_loader(

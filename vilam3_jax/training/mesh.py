@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,14 +17,19 @@ from vilam3_jax.training import tables
 BATCH_AXES = ("data", "fsdp")
 
 
-def build_mesh(mesh_config: ConfigDict) -> Mesh:
-    """Lays all devices out over the axes of `mesh_config`; one axis may be -1 and takes what is left.
+def build_mesh(mesh_config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
+    """Lays devices out over the axes of `mesh_config`; one axis may be -1 and takes what is left.
+
+    Args:
+      mesh_config: the sizes of the axes.
+      devices: None: all there are.
 
     Raises:
       UserError: the axes do not multiply to the number of devices.
     """
     sizes = {axis: mesh_config[axis] for axis in MESH_AXES}
-    count = len(jax.devices())
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     bad = [f"mesh.{axis}={size}" for axis, size in sizes.items() if size < 1 and size != -1]
     if bad:
@@ -40,7 +45,7 @@ def build_mesh(mesh_config: ConfigDict) -> Mesh:
             f"config mesh ({shown}) does not divide the {count} device(s); change an axis, or "
             "mesh.cpu_devices for virtual CPU devices"
         )
-    return compat.make_mesh([sizes[axis] for axis in MESH_AXES], MESH_AXES)
+    return compat.make_mesh([sizes[axis] for axis in MESH_AXES], MESH_AXES, devices)
 
 
 def parameter_shardings(

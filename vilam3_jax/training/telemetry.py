@@ -281,7 +281,7 @@ def learning_rate_groups(rates: Mapping[str, float]) -> dict[str, float]:
 
 
 def memory() -> dict[str, float]:
-    """Peaks so far, in bytes: `host_memory` of this process, `device_memory` of its fullest device if known."""
+    """Peaks so far, bytes: `host_memory` of this process, `device_memory` of its fullest device if known."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [one["peak_bytes_in_use"] for one in stats if one and "peak_bytes_in_use" in one]
     return {"host_memory": peak_rss_bytes(), **({"device_memory": max(peaks)} if peaks else {})}

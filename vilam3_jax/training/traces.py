@@ -16,7 +16,7 @@ _ON_SIGNAL = 3  # steps that a signal asks for
 
 
 class Traces:
-    """Starts and stops the profiler between steps; traces go to `<workdir>/profile`, every process its own."""
+    """Starts and stops the profiler between steps; traces go to `<workdir>/profile`, one a process."""
 
     def __init__(self, workdir: paths.PathLike, steps: tuple[int, ...]) -> None:
         """Traces the steps `steps[0]` to `steps[1]`, both included; an empty tuple: none but on SIGUSR1."""

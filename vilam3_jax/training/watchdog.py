@@ -35,7 +35,7 @@ class Watchdog:
         # The timer writes to a file descriptor; an object store has none, so its file is sent afterwards.
         self._remote = "://" in os.fspath(self._target)
         self._target.parent.mkdir(parents=True, exist_ok=True)
-        self._file: Any = tempfile.NamedTemporaryFile("a+") if self._remote else self._target.open("a+")
+        self._file: Any = tempfile.TemporaryFile("w+") if self._remote else self._target.open("a")  # noqa: SIM115
         self._thread = threading.Thread(target=self._watch, name="vilam3-watchdog", daemon=True)
         self._thread.start()
 

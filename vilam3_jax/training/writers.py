@@ -1,4 +1,4 @@
-"""Where a run's figures go: JSON lines always; TensorBoard, Weights & Biases and MLflow where the config names them.
+"""Where a run's figures go: JSON lines always; TensorBoard, Weights & Biases, MLflow where a config says so.
 
 A resumed run repeats the steps after its checkpoint. None of the writers shows a step twice: JSON lines and
 TensorBoard drop what came after the checkpoint, the two services keep what they were sent first.
@@ -136,9 +136,10 @@ class TensorBoard:
         import tensorboardX
 
         folder = paths.as_path(workdir) / "tensorboard"
-        # Two starts within a second would otherwise share a file.
-        suffix = f".{uuid.uuid4().hex[:8]}"
-        purge = start_step + 1 if folder.exists() else None
+        # Files are read in the order of their names, which begin with the second of their start.
+        before = len(list(folder.iterdir())) if folder.exists() else 0
+        suffix = f".{before:04d}"
+        purge = start_step + 1 if before else None
         self._writer = tensorboardX.SummaryWriter(
             os.fspath(folder), purge_step=purge, filename_suffix=suffix, flush_secs=30
         )
@@ -192,7 +193,7 @@ class Wandb:
 
 
 class Mlflow:
-    """A run of the MLflow experiment `telemetry.project`, at `MLFLOW_TRACKING_URI` or in `<workdir>/mlflow.db`."""
+    """A run of MLflow's experiment `telemetry.project`, at `MLFLOW_TRACKING_URI` or `<workdir>/mlflow.db`."""
 
     def __init__(
         self, config: ConfigDict, workdir: paths.PathLike, record: dict[str, Any], sent: Sent
@@ -257,8 +258,8 @@ def _local(workdir: paths.PathLike, what: str) -> str:
     folder = os.fspath(paths.as_path(workdir))
     if "://" in folder:
         raise UserError(
-            f"{folder}: {what} keeps files of its own beside the run, and only on a local disk; choose a local "
-            "--workdir, or leave it out of telemetry.writers"
+            f"{folder}: {what} keeps files of its own beside the run, and only on a local disk; choose a "
+            "local --workdir, or leave it out of telemetry.writers"
         )
     os.makedirs(folder, exist_ok=True)
     return folder

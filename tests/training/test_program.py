@@ -1,0 +1,87 @@
+"""The program from the config alone is the program that training runs."""
+
+import jax
+import pytest
+
+from tests.training.helpers import tiny_config
+from vilam3_jax import train
+from vilam3_jax.data import loader as loader_lib
+from vilam3_jax.datasets import phantoms, prepare, train_tokenizer
+from vilam3_jax.errors import UserError
+from vilam3_jax.models import vila
+from vilam3_jax.ops import partition
+from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.training import program as program_lib
+from vilam3_jax.training import state as state_lib
+
+CASES = {
+    "packed": {},
+    "groups of two rows": {"rows_per_group": 2, "images_per_group": 3},
+    "pairs": {"kind": "contrastive"},
+    "tiles": {"image_aspect_ratio": "dynamic_s2"},
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    phantoms.make_phantoms(root / "samples", seed=1, num=3)
+    arguments = ["quickstart", "--source", str(root / "samples"), "--out", str(root / "data")]
+    assert prepare.main([*arguments, "--size", "smoke"]) == 0
+    train_tokenizer.main(["--data", str(root / "data"), "--out", str(root / "tokenizer"), "--vocab_size=600"])
+    return root
+
+
+def make_config(world, changes):
+    config = tiny_config(changes.get("kind", "generative"), data=2, fsdp=2, tensor=2)
+    config.data.path, config.model.tokenizer = str(world / "data"), str(world / "tokenizer")
+    config.data.mixture = (("pairs", 1.0),) if config.kind == "contrastive" else (("instruct", 1.0),)
+    config.data.seq_len = 128
+    with config.unlocked():
+        if "image_aspect_ratio" in changes:
+            config.model.update(dict(image_aspect_ratio="dynamic_s2", s2_scales=(32, 64), max_tiles=4))
+            config.data.images_per_group = 5
+    for key in ("rows_per_group", "images_per_group"):
+        config.data[key] = changes.get(key, config.data[key])
+    return config
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+def test_the_step_from_the_config_alone_is_the_step_on_the_loaders_batches(world, changes):
+    """As training does it: state from `initial_state`, batch from the loader; the same StableHLO."""
+    config = make_config(world, changes)
+    mesh = mesh_lib.build_mesh(config.mesh)
+    program = program_lib.build(config, mesh)
+    loader = loader_lib.build_loader(
+        config, "train", tokens_per_image=vila.tokens_per_image(config.model), experts="off"
+    )
+    batch = next(iter(loader))
+    loader.close()
+    batch = jax.device_put(batch, mesh_lib.batch_shardings(batch, mesh))
+    state, _ = state_lib.initial_state(config, program.state, program.optimizer)
+    with partition.activation_rules(mesh, config.activation_rules.to_dict()):
+        training = program_lib.build(config, mesh).step.lower(state, batch)
+    assert program.lower().as_text() == training.as_text()
+    assert jax.tree.map(lambda x: x.sharding, batch) == jax.tree.map(lambda x: x.sharding, program.batch)
+    assert "sharding" in training.as_text()
+
+
+def test_training_takes_its_step_from_the_program(world, tmp_path, monkeypatch):
+    """What `train` compiles is `Program.lower`, called once."""
+    lowered = []
+    lower = program_lib.Program.lower
+    monkeypatch.setattr(
+        program_lib.Program, "lower", lambda self: lowered.append(lower(self).as_text()) or lower(self)
+    )
+    config = make_config(world, {})
+    config.num_steps = 2
+    train.train(config, tmp_path / "run", quiet=True)
+    mesh = mesh_lib.build_mesh(config.mesh)
+    assert lowered == [lower(program_lib.build(config, mesh)).as_text()]
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    config = tiny_config(data=2, fsdp=4)
+    config.data.global_rows = 4
+    with pytest.raises(UserError, match=r"data\.global_rows"):
+        program_lib.build(config, mesh_lib.build_mesh(config.mesh))

@@ -1,0 +1,96 @@
+"""The compiled program of a run, from config and mesh alone: what `train` runs and `plan` looks at.
+
+Nothing here reads data or allocates a parameter, so the devices of the mesh need not exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from vilam3_jax.config import ConfigDict
+from vilam3_jax.data import loader as loader_lib
+from vilam3_jax.models import trees, vila
+from vilam3_jax.ops import partition
+from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.training import optimizer as optimizer_lib
+from vilam3_jax.training import state as state_lib
+from vilam3_jax.training import step as step_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A run's step and the shapes that it works on; made by `build`.
+
+    Attributes:
+      config: the run's config.
+      mesh: of real devices, or of those of a topology that is only described.
+      shapes: path → ShapeDtypeStruct of every parameter.
+      rates: path → learning-rate multiplier, 0 for frozen parameters.
+      optimizer: over the trainable parameters.
+      loss_fn: (flat params, batch) → sums.
+      state: ShapeDtypeStructs with shardings of the whole state.
+      batch: ShapeDtypeStructs with shardings of the global batch.
+      step: jitted (state, batch) → (state, metrics); it donates the state.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    shapes: Mapping[str, Any]
+    rates: Mapping[str, float]
+    optimizer: optax.GradientTransformation
+    loss_fn: step_lib.LossFn
+    state: state_lib.State
+    batch: dict[str, jax.ShapeDtypeStruct]
+    step: Any
+
+    def lower(self) -> Any:
+        """Traces the step; `.compile()` of the result is what runs, `.as_text()` its StableHLO."""
+        with partition.activation_rules(self.mesh, self.config.activation_rules.to_dict()):
+            return self.step.lower(self.state, self.batch)
+
+
+def build(config: ConfigDict, mesh: Mesh) -> Program:
+    """Puts the program of a run together; neither traces nor compiles.
+
+    Raises:
+      UserError: model, tables, batch or mesh do not fit each other.
+    """
+    graphdef, nested = vila.abstract_model(config.model, config.kind)
+    shapes = trees.flatten(nested)
+    rates = optimizer_lib.multipliers(config, list(shapes))
+    optimizer = optimizer_lib.make_optimizer(config, {path: rate for path, rate in rates.items() if rate})
+    loss_fn = step_lib.make_loss(config, graphdef)
+    step = step_lib.make_train_step(config, loss_fn, optimizer, optimizer_lib.learning_rate(config))
+    state = state_lib.abstract_state(config, mesh, optimizer, rates)
+    batch = abstract_batch(config, mesh)
+    placed = state_lib.shardings(state)
+    jitted = jax.jit(
+        step,
+        in_shardings=(placed, {name: leaf.sharding for name, leaf in batch.items()}),
+        out_shardings=(placed, None),
+        donate_argnums=0,
+    )
+    return Program(config, mesh, shapes, rates, optimizer, loss_fn, state, batch, jitted)
+
+
+def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of the global batches that the loader of `config` yields.
+
+    Raises:
+      UserError: a leading axis does not divide over the mesh.
+    """
+    shapes = {
+        name: jax.ShapeDtypeStruct(*leaf)
+        for name, leaf in loader_lib.batch_shapes(config, vila.tokens_per_image(config.model)).items()
+    }
+    placed = mesh_lib.batch_shardings(shapes, mesh)
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[name])
+        for name, leaf in shapes.items()
+    }

@@ -1,0 +1,75 @@
+"""What accelerators can do, per chip, as their makers state it.
+
+TPUs: "System architecture" pages of Google's Cloud TPU documentation, one for each generation (peak bf16
+compute, HBM, bidirectional ICI and DCN bandwidth per chip; read in November 2026). Where a page gives no
+DCN figure (v4, v5e, v6e): "How to Scale Your Model" (Austin et al. 2025), chapter on TPUs.
+GPUs: NVIDIA's data sheets, dense bf16 without sparsity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One generation; all figures per chip.
+
+    Attributes:
+      name: as topologies and people say it.
+      kinds: what JAX calls its devices.
+      flops: peak bf16 operations per second.
+      hbm_bytes: memory.
+      hbm_bandwidth: bytes per second.
+      link_bandwidth: bytes per second of one ICI link in one direction; 0 for what has no torus.
+      torus_axes: axes of the ICI torus; a chip has two links on each.
+      dcn_bandwidth: bytes per second between slices.
+      devices: JAX devices of a chip.
+      cores_in_name: whether a product's number (v5p-128) counts two cores for every chip.
+      clock: cycles per second in which the compiler estimates; None: not known, see `clock_hz`.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    flops: float
+    hbm_bytes: int
+    hbm_bandwidth: float
+    link_bandwidth: float = 0.0
+    torus_axes: int = 0
+    dcn_bandwidth: float = 0.0
+    devices: int = 1
+    cores_in_name: bool = False
+    clock: float | None = None
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1.2e12, 50e9, 3, 6.25e9, cores_in_name=True),
+        Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 0.8e12, 50e9, 2, 3.125e9),
+        Chip(
+            "v5p",
+            ("TPU v5", "TPU v5p"),
+            459e12,
+            95 * GIB,
+            2.765e12,
+            100e9,
+            3,
+            6.25e9,
+            cores_in_name=True,
+            clock=1.75e9,
+        ),
+        Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1.6e12, 100e9, 2, 12.5e9),
+        Chip("tpu7x", ("TPU7x", "TPU v7x"), 2307e12, 192 * GIB, 7.38e12, 100e9, 3, 12.5e9, devices=2),
+        Chip("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 80 * GIB, 3.35e12),
+        Chip("h200", ("NVIDIA H200",), 989e12, 141 * 10**9, 4.8e12),
+        Chip("a100", ("NVIDIA A100-SXM4-80GB",), 312e12, 80 * GIB, 2.039e12),
+    )
+}
+
+
+def of_kind(device_kind: str) -> Chip | None:
+    """The chip that JAX calls `device_kind`, or None if it is not in the table (a CPU, say)."""
+    return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)

@@ -146,5 +146,5 @@ def test_a_missing_package_is_named_with_its_extra(name, monkeypatch):
 def test_services_that_need_a_local_folder_say_so(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(UserError, match="gs://bucket/run.*local"):
+    with pytest.raises(UserError, match=r"gs://bucket/run.*local"):
         writers._local("gs://bucket/run", name)

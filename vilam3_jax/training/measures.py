@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Sums over a batch; the loop adds them up over all steps, logged or not.
-COUNTS = ("tokens", "images", "attended")
+# Sums over a batch, as `flops.Work` has them; the loop adds them up over all steps, logged or not.
+COUNTS = ("tokens", "targets", "images", "attended")
 
 
 def component_norms(grads: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -22,31 +22,27 @@ def component_norms(grads: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     parts: dict[str, dict[str, jax.Array]] = {}
     for path, grad in grads.items():
         parts.setdefault(path.split("/")[0], {})[path] = grad
-    return {f"grad_norm/{name}": optax.global_norm(part) for name, part in parts.items()}
+    return {f"grad_norm/{name}": optax.tree.norm(part) for name, part in parts.items()}
 
 
 def batch_counts(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """What a batch really holds, over all hosts.
+    """`flops.batch_work` on the device, over all hosts.
 
     Returns:
-      `tokens`: int32, positions that are no padding, image tokens included; `images`: int32, filled image
-      slots; `attended`: float32, pairs of a query and a key that causal attention within samples has (in a
-      batch of pairs: without the mask, a text attends to all of itself).
+      float32 scalars: `tokens`, positions that are no padding, image tokens included; `targets`; `images`,
+      filled image slots; `attended`.
     """
     if "segment_ids" in batch:
         real = batch["segment_ids"] > 0
-        images = batch["image_valid"]
-        # Positions count from 0 in every sample, and a token sees itself and all before it.
-        attended = jnp.sum(jnp.where(real, batch["positions"] + 1, 0), dtype=jnp.float32)
+        images, targets = batch["image_valid"], batch["loss_weights"] != 0
+        # Positions count from 0 in every sample of n tokens: their sum and n / 2 are n**2 / 2.
+        attended = jnp.where(real, batch["positions"] + 0.5, 0.0)
     else:
         real = batch["text_valid"]
-        images = real.any(axis=1)
-        attended = jnp.sum(jnp.square(real.sum(axis=1, dtype=jnp.float32)))
-    return {
-        "tokens": jnp.sum(real, dtype=jnp.int32),
-        "images": jnp.sum(images, dtype=jnp.int32),
-        "attended": attended,
-    }
+        images, targets = real.any(axis=1), jnp.zeros((), bool)
+        attended = jnp.square(real.sum(axis=1, dtype=jnp.float32))
+    found = {"tokens": real, "targets": targets, "images": images, "attended": attended}
+    return {name: jnp.sum(value, dtype=jnp.float32) for name, value in found.items()}
 
 
 def slots(batch: Mapping[str, Any]) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from vilam3_jax import paths
 from vilam3_jax.config import ConfigDict
-from vilam3_jax.training import measures, writers
+from vilam3_jax.training import chips, flops, measures, writers
 from vilam3_jax.training.traces import Traces
 from vilam3_jax.training.watchdog import Watchdog
 
@@ -68,12 +68,9 @@ class _Window:
 
     elapsed: float = 0.0
     waited: float = 0.0
-    busy: float = 0.0
-    tokens: float = 0.0
-    images: float = 0.0
-    attended: float = 0.0
     token_slots: int = 0
     image_slots: int = 0
+    work: flops.Work = dataclasses.field(default_factory=lambda: flops.Work(0.0, 0.0, 0.0, 0.0))
 
 
 class Telemetry:
@@ -111,6 +108,7 @@ class Telemetry:
         self.clock = clock
         self._config, self._last, self._step = config, last, start_step
         self._groups = learning_rate_groups(rates)
+        self._speed = Speed(config)
         lead = jax.process_index() == 0
         self._writers = writers.open_writers(config, workdir, start_step) if lead else []
         self._first_start = writers.read_record(workdir)["first_start"]
@@ -219,7 +217,6 @@ class Telemetry:
         window, free = self._window, max(self._done, self._resumed)
         # The device had nothing to do from `free` on; it waited for input as far as the loop did, too.
         window.waited += max(0.0, step.dispatched - max(step.asked, free))
-        window.busy += now - max(step.dispatched, free)
         window.elapsed += now - free
         window.token_slots += step.slots[0]
         window.image_slots += step.slots[1]
@@ -232,10 +229,10 @@ class Telemetry:
 
     def _add_counts(self) -> None:
         counts, self._counts = jax.device_get(self._counts), []
-        for name in measures.COUNTS:
-            total = sum(float(one[name]) for one in counts)
-            setattr(self._window, name, getattr(self._window, name) + total)
-        self.clock.tokens += sum(int(one["tokens"]) for one in counts)
+        done = {name: sum(float(one[name]) for one in counts) for name in measures.COUNTS}
+        self.clock.tokens += int(done["tokens"])
+        before = dataclasses.asdict(self._window.work)
+        self._window.work = flops.Work(**{name: before[name] + done[name] for name in before})
 
     def _log(self, step: _Step, now: float) -> None:
         self._add_counts()
@@ -245,10 +242,11 @@ class Telemetry:
             values[f"learning_rate/{group}"] = values["learning_rate"] * rate
         values |= {
             "tokens": self.clock.tokens,
-            "tokens_per_second": window.tokens / window.elapsed,
-            "images_per_second": window.images / window.elapsed,
-            "token_fill": window.tokens / window.token_slots,
-            "image_fill": window.images / max(window.image_slots, 1),
+            "tokens_per_second": window.work.tokens / window.elapsed,
+            "images_per_second": window.work.images / window.elapsed,
+            **self._speed.of(window.work, window.elapsed),
+            "token_fill": window.work.tokens / window.token_slots,
+            "image_fill": window.work.images / max(window.image_slots, 1),
             "input_wait": window.waited / window.elapsed,
             "goodput": self.clock.productive / max(time.time() - self._first_start, 1e-9),
             "seconds": now - self._began,
@@ -258,6 +256,23 @@ class Telemetry:
         self._bar.set_postfix(
             loss=f"{values['loss']:.3f}", tok_s=f"{values['tokens_per_second']:.0f}", refresh=False
         )
+
+
+class Speed:
+    """Operations a second of the model's own products, in the accounting of `flops`."""
+
+    def __init__(self, config: ConfigDict) -> None:
+        """Looks up what the run's devices can do."""
+        self._flops = flops.model_flops(config)
+        self._devices = jax.device_count()
+        chip = chips.of_kind(jax.devices()[0].device_kind)
+        self._peak = None if chip is None else chip.flops / chip.devices
+
+    def of(self, work: flops.Work, seconds: float) -> dict[str, float]:
+        """`tflops_per_device`, and `mfu`, its share of the peak, where that is known."""
+        achieved = self._flops.of(work) / seconds / self._devices
+        found = {"tflops_per_device": achieved / 1e12}
+        return found if self._peak is None else found | {"mfu": achieved / self._peak}
 
 
 def learning_rate_groups(rates: Mapping[str, float]) -> dict[str, float]:

@@ -2,10 +2,10 @@
 
     python benchmarks/loop_overhead.py [--steps=20] [--rounds=6] [--rows=8] [--log_every=1]
 
-Both run the same compiled step on the same batches in one process, in turns. `bare` calls it and nothing else;
-`loop` does what `vilam3_jax/train.py` does around it: takes the batch, moves it to the device, follows the step
-and writes every figure (JSON lines and TensorBoard) at each logged step. Reading images from a disk is the
-loader's part and not in here. Prints the median of the rounds' ratios.
+Both run the same compiled step on the same batches in one process, in turns. `bare` calls it and nothing
+else; `loop` does what `vilam3_jax/train.py` does around it: takes the batch, moves it to the device, follows
+the step and writes every figure (JSON lines and TensorBoard) at each logged step. Reading images from a disk
+is the loader's part and not in here. Prints the median of the rounds' ratios.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ class Series:
       name: in words, shown when a point is hovered over.
       xs: positions on the x axis.
       ys: values; must be finite.
-      kind: CSS class and shape: `raw` (faint line), `train` (line), `true` (discs), `swapped` (diamonds).
+      kind: CSS class and shape: `raw` (faint line), `train` (line), `part1` to `part4` (lines of other colour
+        and dash), `true` (discs), `swapped` (diamonds).
     """
 
     name: str

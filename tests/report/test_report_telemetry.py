@@ -62,3 +62,11 @@ def test_lines_of_one_chart_differ_and_lie_where_the_axis_says(folder):
     lines = dict(re.findall(r'class="line (\w+)" d="M[\d.]+ ([\d.]+)', chart))
     assert float(lines["train"]) == pytest.approx(ticks["50"], abs=0.2)
     assert float(lines["part1"]) == pytest.approx(ticks["100"], abs=0.2)
+
+
+def test_a_figure_that_stays_at_zero_has_no_axis_below_it(folder):
+    add(folder, input_wait=0.0)
+    charts(folder)
+    page = (folder / "report.html").read_text()
+    (chart,) = re.findall(r'aria-label="Waiting for input by step">(.*?)</svg>', page, re.S)
+    assert re.findall(r'text-anchor="end">([^<]*)<', chart)[0] == "0"

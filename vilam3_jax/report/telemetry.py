@@ -22,14 +22,12 @@ class Chart:
       unit: beside its axis.
       keys: of the metrics; one that ends with '/' takes all that begin with it.
       scale: times the value.
-      from_zero: the axis starts at 0.
     """
 
     title: str
     unit: str
     keys: tuple[str, ...]
     scale: float = 1.0
-    from_zero: bool = True
 
 
 CHARTS = (
@@ -39,7 +37,7 @@ CHARTS = (
     Chart("Waiting for input", "percent of the time of steps", ("input_wait",), 100),
     Chart("Filled by packing", "percent", ("token_fill", "image_fill"), 100),
     Chart("Goodput", "percent of the time since the first start", ("goodput",), 100),
-    Chart("Learning rate", "", ("learning_rate/",)),
+    Chart("Learning rate", "millionths", ("learning_rate/",), 1e6),
     Chart("Gradient norm", "", ("grad_norm", "grad_norm/")),
     Chart("Held-out answers", "percent", ("generate_exact_match", "generate_token_f1"), 100),
 )
@@ -72,7 +70,7 @@ def _panel(chart: Chart, rows: Sequence[dict[str, Any]]) -> str:
         title=f"{chart.title} by step",
         x_label="step",
         y_label=chart.unit,
-        from_zero=chart.from_zero,
+        from_zero=True,
         height=_HEIGHT,
     )
     names = "".join(f"<li>{plots.key_mark(one.kind)}{html.text(one.name)}</li>" for one in series)

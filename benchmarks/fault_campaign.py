@@ -12,6 +12,7 @@ sample is lost, none comes twice. Prints a summary; exits with 1 on the first di
 from __future__ import annotations
 
 import argparse
+import collections
 import hashlib
 import json
 import os
@@ -35,21 +36,23 @@ PATIENCE = 900  # seconds for anything
 def worker(argv: list[str]) -> int:
     """The train program; its metrics also tell what was in the batch."""
     from vilam3_jax import train
-    from vilam3_jax.training import batches, telemetry
+    from vilam3_jax.training import batches, writers
 
-    put, write = batches.Placement.put, telemetry.MetricsWriter.write
-    digest = ""
+    put, write = batches.Placement.put, writers.JsonLines.write
+    digests = collections.deque()  # of batches on their way; every step is logged, in order
 
     def noted_put(self, batch):
-        nonlocal digest
         found = hashlib.sha256()
         for name in sorted(batch):
             found.update(np.ascontiguousarray(batch[name]).tobytes())
-        digest = found.hexdigest()
+        digests.append(found.hexdigest())
         return put(self, batch)
 
+    def noted_write(self, step, values):
+        write(self, step, {**values, "batch": digests.popleft()} if "loss" in values else values)
+
     batches.Placement.put = noted_put
-    telemetry.MetricsWriter.write = lambda self, step, values: write(self, step, {**values, "batch": digest})
+    writers.JsonLines.write = noted_write
     return train.main(argv)
 
 

@@ -27,7 +27,7 @@ ALLOWED = {
     "convert": BASE,
     "evals": BASE | {"inference", "cli"},
     "report": {"data", "checkpoints", "evals", "cli"},
-    "train": BASE | {"training", "cli"},
+    "train": BASE | {"training", "inference", "cli"},
     "plan": BASE | {"training", "cli"},
     "quickstart": {"checkpoints", "datasets", "cli"},
     "cli": {"evals", "train", "plan", "convert", "inference", "report", "datasets", "data"},

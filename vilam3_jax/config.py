@@ -40,6 +40,7 @@ else:
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 ATTENTIONS = ("auto", "xla", "splash")
 IMAGE_MODES = ("resize", "pad", "dynamic", "dynamic_s2")
+WRITERS = ("tensorboard", "wandb", "mlflow")
 MAX_SCALE = 8  # times the tower's size
 MAX_TILES = MAX_SCALE**2
 COMPONENTS = ("vision_tower", "text_tower", "projector", "llm", "everything")
@@ -118,10 +119,14 @@ def base_config() -> ConfigDict:
             loss_chunk=1024,
             eval_every=0,
             eval_batches=4,
+            eval_generate=0,
             checkpoint_every=0,
             checkpoints_kept=2,
             checkpoints_kept_every=0,
             log_every=1,
+            telemetry=dict(
+                writers=(), project="vilam3_jax", wandb_offline=False, stall_seconds=1800.0, profile_steps=()
+            ),
         )
     )
 
@@ -215,12 +220,37 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config optimizer.name={config.optimizer.name!r}: adamw, adafactor or lion")
     if config.attention not in ATTENTIONS:
         raise UserError(f"config attention={config.attention!r}: must be one of {', '.join(ATTENTIONS)}")
+    _check_telemetry(config)
     image_layout(config.model)
     rows, group = config.data.global_rows, config.data.rows_per_group
     if config.kind == "generative" and rows % (group * config.grad_accum):
         raise UserError(
             f"config data.global_rows={rows} does not divide into groups of data.rows_per_group={group} "
             f"times grad_accum={config.grad_accum}"
+        )
+
+
+def _check_telemetry(config: ConfigDict) -> None:
+    unknown = sorted(set(config.telemetry.writers) - set(WRITERS))
+    if unknown:
+        raise UserError(
+            f"config telemetry.writers names {', '.join(unknown)}; known are {', '.join(WRITERS)}"
+        )
+    if config.log_every < 1:
+        raise UserError(f"config log_every={config.log_every}: must be at least 1")
+    if config.telemetry.stall_seconds < 0:
+        raise UserError(f"config telemetry.stall_seconds={config.telemetry.stall_seconds}: 0 (off) or more")
+    steps = tuple(config.telemetry.profile_steps)
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        raise UserError(
+            f"config telemetry.profile_steps={steps}: must be the first and the last step to trace, such as "
+            "(10, 12)"
+        )
+    possible = config.kind == "generative" and config.eval_every
+    if config.eval_generate < 0 or (config.eval_generate and not possible):
+        raise UserError(
+            f"config eval_generate={config.eval_generate}: must be 0, or for a generative run with "
+            "eval_every the number of held-out examples to answer"
         )
 
 

@@ -10,11 +10,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
-import jax
 import numpy as np
 from absl import flags
 
@@ -23,13 +21,13 @@ from vilam3_jax import config as config_lib
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.data import loader as loader_lib
 from vilam3_jax.errors import UserError
+from vilam3_jax.inference import heldout
 from vilam3_jax.models import vila
 from vilam3_jax.training import batches as batches_lib
+from vilam3_jax.training import evaluation, telemetry, writers
 from vilam3_jax.training import mesh as mesh_lib
 from vilam3_jax.training import program as program_lib
 from vilam3_jax.training import state as state_lib
-from vilam3_jax.training import step as step_lib
-from vilam3_jax.training import telemetry
 
 RESULT_FILE = "result.json"
 
@@ -75,6 +73,7 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
     if config.mesh.cpu_devices:
         compat.use_cpu_devices(config.mesh.cpu_devices)
     mesh = mesh_lib.build_mesh(config.mesh)
+    writers.check(config)
     quiet = quiet or not processes.lead()
 
     # Model, optimizer and step.
@@ -90,9 +89,9 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
     # Restore, or start from the exports that the config names.
     saved = checkpoints.RunCheckpoints(workdir, config.checkpoints_kept, config.checkpoints_kept_every)
     restored = saved.restore(program.state)
-    start, clock = 0, {"tokens": 0, "seconds": 0.0}
+    start, clock = 0, telemetry.Clock()
     if restored:
-        start, state, clock = restored.step, restored.state, restored.run["clock"]
+        start, state, clock = restored.step, restored.state, telemetry.Clock.of(restored.run["clock"])
         loader.set_state(restored.data)
     else:
         state, origin = state_lib.initial_state(config, program.state, program.optimizer)
@@ -100,63 +99,42 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
     if processes.lead():
         paths.write_text_atomic(workdir / "config.json", config_lib.to_json(config))
 
-    with program.placing():
-        evaluate = _heldout_evaluator(program, placement, image_tokens)
-        compiled = None
-        batches = iter(loader)
-        writer = telemetry.MetricsWriter(workdir, start) if processes.lead() else telemetry.NoWriter()
-        bar = telemetry.progress_bar(config.name, config.num_steps, start, not quiet)
-        last = min(config.num_steps, stop_after or config.num_steps)
-        began = time.perf_counter() - clock["seconds"]
-
-        uncounted: list[jax.Array] = []
-
-        def count_tokens() -> None:
-            clock["tokens"] += sum(int(tokens) for tokens in jax.device_get(uncounted))
-            uncounted.clear()
+    evaluate = evaluation.Evaluation(
+        evaluation.heldout_losses(program, placement, image_tokens),
+        heldout.HeldoutAnswers(config, mesh, mesh_lib.BATCH_AXES) if config.eval_generate else None,
+        workdir,
+        start,
+    )
+    batches, compiled = iter(loader), None
+    last = min(config.num_steps, stop_after or config.num_steps)
+    step = start
+    with (
+        processes.Preemption() as preemption,
+        telemetry.Telemetry(config, workdir, start, clock, program.rates, last=last, quiet=quiet) as monitor,
+    ):
 
         def save(step: int) -> None:
-            clock["seconds"] = time.perf_counter() - began
-            count_tokens()
-            saved.save(step, state, loader.get_state(), _run_record(config, clock))
+            with monitor.aside("checkpoint_stall"):
+                saved.save(step, state, loader.get_state(), _run_record(config, monitor.clock))
 
         if not start and config.eval_every:
-            writer.write(0, evaluate(state, swapped=False))
-        with processes.Preemption() as preemption:
-            step = start
-            while step < last and not preemption.reached(step):
-                waited = time.perf_counter()
-                batch = next(batches)
-                device_batch = placement.put(batch)
-                waited = time.perf_counter() - waited
-                if compiled is None:
+            with monitor.aside("evaluation_seconds"):
+                monitor.write(0, evaluate(0, state, swapped=False))
+        while step < last and not preemption.reached(step):
+            with monitor.input():
+                batch = placement.put(next(batches))
+            if compiled is None:
+                with monitor.aside("compile_seconds"):
                     compiled = program.lower().compile()
-                    stepped = time.perf_counter()
-                state, metrics = compiled(state, device_batch)
-                step += 1
-                uncounted.append(metrics.pop("tokens"))
-                if step % config.log_every == 0 or step == last:
-                    values = {key: float(value) for key, value in jax.device_get(metrics).items()}
-                    before = clock["tokens"]
-                    count_tokens()
-                    now = time.perf_counter()
-                    values |= {
-                        "tokens": clock["tokens"],
-                        "tokens_per_second": (clock["tokens"] - before) / (now - stepped),
-                        "input_wait": waited,
-                        "seconds": now - began,
-                    }
-                    stepped = now
-                    writer.write(step, values)
-                    bar.set_postfix(loss=f"{values['loss']:.3f}", tok_s=f"{values['tokens_per_second']:.0f}")
-                bar.update(step - bar.n)
-                if config.eval_every and (step % config.eval_every == 0 or step == config.num_steps):
-                    writer.write(step, evaluate(state))
-                    stepped = time.perf_counter()
-                if config.checkpoint_every and step % config.checkpoint_every == 0 and step < last:
-                    save(step)
-        bar.close()
-        writer.close()
+            step += 1
+            with monitor.step(step):
+                state, metrics = compiled(state, batch)
+            monitor.dispatched(step, batch, metrics)
+            if config.eval_every and (step % config.eval_every == 0 or step == config.num_steps):
+                with monitor.aside("evaluation_seconds"):
+                    monitor.write(step, evaluate(step, state))
+            if config.checkpoint_every and step % config.checkpoint_every == 0 and step < last:
+                save(step)
         if step > start or not start:
             save(step)
         saved.wait()
@@ -181,53 +159,16 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
     return result
 
 
-def _heldout_evaluator(
-    program: program_lib.Program, placement: batches_lib.Placement, image_tokens: int
-) -> Callable[..., dict[str, float]]:
-    """Returns `evaluate(state, swapped=True)` -> held-out losses, always over the same batches."""
-    config, placed = program.config, state_lib.shardings(program.state)
-    jitted = jax.jit(step_lib.make_eval_step(program.loss_fn), in_shardings=(placed, None))
-
-    def batches(swap: bool) -> Iterator[dict[str, np.ndarray]]:
-        loader = loader_lib.build_loader(
-            config,
-            "heldout",
-            tokens_per_image=image_tokens,
-            swap_images=swap,
-            experts=config.data.experts,
-            held=placement.held,
-        )
-        try:
-            own = iter(loader)
-            for _ in range(config.eval_batches):
-                batch = next(own, None)
-                if not any(processes.gather(batch is not None)):
-                    break
-                yield loader.empty_batch() if batch is None else batch
-        finally:
-            loader.close()
-
-    def mean_loss(state: Any, swap: bool) -> float:
-        loss = weight = 0.0
-        for batch in batches(swap):
-            sums = jitted(state, placement.put(batch))
-            loss += float(sums["loss"])
-            weight += float(sums["weight"])
-        return loss / max(weight, 1.0)
-
-    def evaluate(state: Any, swapped: bool = True) -> dict[str, float]:
-        values = {"heldout_true": mean_loss(state, False)}
-        return values | {"heldout_swapped": mean_loss(state, True)} if swapped else values
-
-    return evaluate
-
-
-def _run_record(config: ConfigDict, clock: dict[str, Any]) -> dict[str, Any]:
-    return {"config": config.to_dict(), "versions": checkpoints.versions(), "clock": dict(clock)}
+def _run_record(config: ConfigDict, clock: telemetry.Clock) -> dict[str, Any]:
+    return {
+        "config": config.to_dict(),
+        "versions": checkpoints.versions(),
+        "clock": dataclasses.asdict(clock),
+    }
 
 
 def _result(
-    config: ConfigDict, workdir: paths.PathLike, step: int, clock: dict[str, Any], finished: bool
+    config: ConfigDict, workdir: paths.PathLike, step: int, clock: telemetry.Clock, finished: bool
 ) -> Result:
     rows = telemetry.read_metrics(workdir)
     losses = [row["loss"] for row in rows if "loss" in row]
@@ -236,14 +177,14 @@ def _result(
     return Result(
         name=config.name,
         steps=step,
-        tokens=clock["tokens"],
+        tokens=clock.tokens,
         loss_first=float(np.mean(losses[:part])) if losses else float("nan"),
         loss_last=float(np.mean(losses[-part:])) if losses else float("nan"),
         heldout_first=heldout[0]["heldout_true"] if heldout else None,
         heldout_true=heldout[-1]["heldout_true"] if heldout else None,
         heldout_swapped=heldout[-1].get("heldout_swapped") if heldout else None,
-        seconds=clock["seconds"],
-        tokens_per_second=clock["tokens"] / max(clock["seconds"], 1e-9),
+        seconds=clock.seconds,
+        tokens_per_second=clock.tokens / max(clock.seconds, 1e-9),
         peak_rss=telemetry.peak_rss_bytes(),
         finished=finished,
     )

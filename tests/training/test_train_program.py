@@ -105,6 +105,55 @@ def test_stopped_and_resumed_equals_uninterrupted(world, uninterrupted):
     assert_same_run(workdir, uninterrupted)
 
 
+@pytest.mark.slow
+def test_figures_and_answers_of_a_resumed_run_are_those_of_an_uninterrupted_one(world):
+    settings = {
+        "data.seq_len": 192,
+        "log_every": 2,
+        "eval_every": 4,
+        "eval_batches": 1,
+        "eval_generate": 3,
+        "checkpoint_every": 3,
+        "telemetry.writers": "('tensorboard',)",
+    }
+    whole, resumed = world / "figures_whole", world / "figures_resumed"
+    assert run(*arguments(world, whole, **settings)).returncode == 0
+    assert run(*arguments(world, resumed, **settings), "--stop_after=6").returncode == 0
+    # As after a kill between the checkpoint of step 6 and the next: lines that no checkpoint knows of.
+    with (resumed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss": 0.0}\n')
+    with (resumed / "generations.jsonl").open("a") as file:
+        file.write('{"step": 7, "id": "nobody"}\n')
+    assert run(*arguments(world, resumed, **settings)).returncode == 0
+
+    same = (
+        "loss",
+        "tokens",
+        "grad_norm/llm",
+        "learning_rate/llm",
+        "token_fill",
+        "heldout_true",
+        "heldout_swapped",
+    )
+    rows = [telemetry.read_metrics(folder) for folder in (whole, resumed)]
+    for key in same:
+        one, two = ([(row["step"], row[key]) for row in some if key in row] for some in rows)
+        assert one == two and len(one) >= 2, key
+    assert [row["step"] for row in rows[1] if "loss" in row] == [2, 4, 6, 8]
+    goodput = [row["goodput"] for row in rows[1] if "goodput" in row]
+    assert 0 < goodput[-1] < 1
+    assert {row["step"] for row in rows[1] if "checkpoint_stall" in row} == {3, 6, 8}
+    answers = [(folder / "generations.jsonl").read_text() for folder in (whole, resumed)]
+    assert answers[0] == answers[1] and len(answers[0].splitlines()) == 9
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(resumed / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4, 6, 8]
+    assert [event.step for event in events.Scalars("generate_token_f1")] == [0, 4, 8]
+
+
 def start_and_wait(argv, workdir, step):
     process = subprocess.Popen(
         [sys.executable, "-m", "vilam3_jax.train", *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from vilam3_jax.data.image_processor import ImageProcessor, image_processor
 from vilam3_jax.data.packing import NO_GRID
@@ -106,15 +107,18 @@ class Generator:
         *,
         max_length: int = 2048,
         batch_size: int = 16,
+        rows: NamedSharding | None = None,
     ):
         """Prepares a generative model; nothing is compiled before it is needed.
 
         Args:
           model_config: the `model` section of a config.
-          params: nested parameters, on their devices.
+          params: nested parameters, on their devices; shapes alone will do where `set_params` follows.
           tokenizer: the model's tokenizer.
           max_length: see the class.
           batch_size: see the class.
+          rows: where the rows of a session's cache live, on the mesh of the parameters; None: on the devices
+            that the parameters are on. A session must then have as many rows as divide over it.
         """
         self.tokenizer = tokenizer
         self.processor = image_processor(model_config)
@@ -124,15 +128,25 @@ class Generator:
         self._known_prefix: tuple[tuple[int, ...], Session] | None = None
         graphdef, _ = vila.abstract_model(model_config, "generative")
         self.tokens_per_image = int(vila.merge(graphdef, dict(params)).num_image_tokens)
-        self._start = jax.jit(functools.partial(_start, graphdef), static_argnums=(1, 2))
+        cached, logits, whole = _placement(rows)
+        self._start = jax.jit(
+            functools.partial(_start, graphdef), static_argnums=(1, 2), out_shardings=(cached, logits)
+        )
         self._repeat = jax.jit(_repeat, static_argnums=2)
         known = min(tokenizer.vocab_size, int(model_config.llm.vocab_size))
-        self._prefill = jax.jit(functools.partial(_prefill, graphdef, known), donate_argnums=1)
+        self._prefill = jax.jit(
+            functools.partial(_prefill, graphdef, known), donate_argnums=1, out_shardings=(cached, logits)
+        )
         self._decode = jax.jit(
             functools.partial(_decode, graphdef, known),
             donate_argnums=1,
             static_argnames=("size", "sampling"),
+            out_shardings=(cached, logits, whole, whole, whole),
         )
+
+    def set_params(self, params: Mapping[str, Any]) -> None:
+        """Speaks with other values of the same parameters from now on; sessions begun before are over."""
+        self._params, self._known_prefix = params, None
 
     def start(self, rows: int, prefix: Sequence[int] = ()) -> Session:
         """A session whose rows all begin with the same text.
@@ -346,6 +360,14 @@ class _Pictures:
         tiles = np.tile(np.asarray((0, *NO_GRID), np.int32), (1, count, 1))
         tiles[0, : len(self._tiles)] = np.stack(self._tiles)
         return visual, images, valid, tiles
+
+
+def _placement(rows: NamedSharding | None) -> tuple[Any, Any, Any]:
+    """Shardings of a cache, of logits, and of what every process must be able to read."""
+    if rows is None:
+        return None, None, None
+    cached = NamedSharding(rows.mesh, PartitionSpec(None, *rows.spec))  # layers come first
+    return {"k": cached, "v": cached}, rows, NamedSharding(rows.mesh, PartitionSpec())
 
 
 def _start(graphdef: Any, params: Any, rows: int, size: int) -> tuple[Any, jax.Array]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from vilam3_jax import paths
 from vilam3_jax.errors import UserError
-from vilam3_jax.report import dialogues, html, pictures, plots, runs, summary, words
+from vilam3_jax.report import dialogues, html, pictures, plots, runs, summary, telemetry, words
 
 REPORT_FILE = "report.html"
 _SECTIONS = (
@@ -153,9 +153,9 @@ def training_page(stage: runs.Stage) -> str:
     planned = stage.config.get("num_steps")
     steps = words.count(last) + (f" of {words.count(planned)}" if planned else "")
     body = [
-        html.facts([("Model", _model_words(model)), ("Step", steps)]),
+        html.facts([("Model", _model_words(model)), ("Step", steps), *telemetry.asides(stage)]),
         html.section("training", "Loss", html.loss_panels([stage])),
-        html.section("speed", "Speed", html.throughput_panels([stage])),
+        html.section("speed", "Speed, rates and waits", telemetry.panels(stage)),
     ]
     if stage.result:
         body.append(html.section("figures", "Figures", html.stage_table({stage.name: stage.result})))

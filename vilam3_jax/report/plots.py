@@ -23,7 +23,8 @@ class Series:
       name: in words, shown when a point is hovered over.
       xs: positions on the x axis.
       ys: values; must be finite.
-      kind: CSS class and shape: `raw` (faint line), `train` (line), `true` (discs), `swapped` (diamonds).
+      kind: CSS class and shape: `raw` (faint line), `train` (line), `part1` to `part4` (lines of other colour
+        and dash), `true` (discs), `swapped` (diamonds).
     """
 
     name: str
@@ -112,7 +113,8 @@ def line_chart(
         return '<p class="empty">Nothing was logged.</p>'
     xs = [x for s in series for x in s.xs]
     ys = [y for s in series for y in s.ys]
-    y_ticks = ticks(0.0 if from_zero else min(ys), max(ys), 5 if height > 160 else 3)
+    low, high = (0.0, max(ys) or 1.0) if from_zero else (min(ys), max(ys))
+    y_ticks = ticks(low, high, 5 if height > 160 else 3)
     x_ticks = [t for t in ticks(min(xs), max(xs)) if t <= max(xs) * 1.001]
     x_low, x_high = min(min(xs), x_ticks[0]), max(max(xs), x_ticks[-1])
     y_low, y_high = y_ticks[0], y_ticks[-1]

@@ -22,6 +22,24 @@ SPEED_CAPTION = (
     "Tokens per second between two logged steps, image tokens included, padding excluded. The axis starts "
     "at 0."
 )
+TELEMETRY_CAPTION = (
+    "By optimizer step, each point over the steps since the one before. Speed leaves out evaluations and "
+    "saves; MFU counts the products of vision tower, projector and language model, causal attention by half, "
+    "without padding and recomputation; goodput is the time in steps that counted, of all the time since the "
+    "run was first started."
+)
+FIGURES = {
+    "token_fill": "token positions",
+    "image_fill": "image slots",
+    "grad_norm": "all",
+    "generate_exact_match": "equal to the reference",
+    "generate_token_f1": "words in common (F1)",
+}
+ASIDES = {
+    "compile_seconds": "Compilations",
+    "evaluation_seconds": "Evaluations",
+    "checkpoint_stall": "Steps held up by saves",
+}
 STAGE_CAPTION = (
     "The runs. First and last: mean of the first and the last tenth of the logged steps. Held-out: after "
     "the last step."

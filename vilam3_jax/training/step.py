@@ -12,6 +12,7 @@ import optax
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.models import trees, vila
 from vilam3_jax.ops import losses
+from vilam3_jax.training import measures
 
 Flat = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
@@ -105,14 +106,14 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["trainable"])
         trainable = optax.apply_updates(state["trainable"], updates)
-        real = batch["segment_ids"] > 0 if "segment_ids" in batch else batch["text_valid"]
         metrics = {
-            "tokens": jnp.sum(real, dtype=jnp.int32),
             "loss": sums["loss"] / weight,
             "accuracy": sums["correct"] / weight,
             "supervised": sums["weight"],
             "grad_norm": optax.global_norm(grads),
             "learning_rate": schedule(state["step"]),
+            **measures.component_norms(grads),
+            **measures.batch_counts(batch),
         }
         return {**state, "step": state["step"] + 1, "trainable": trainable, "opt_state": opt_state}, metrics
 

@@ -1,0 +1,219 @@
+"""Answers of a model in training to held-out examples: the small generation protocol of the train loop.
+
+An example is read as in training. One of its supervised turns is left out and asked for: everything before it
+is the prompt, token for token what the model learns from, and what it says greedily is compared with the
+turn's own text.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vilam3_jax.config import ConfigDict
+from vilam3_jax.data.loader import build_loader
+from vilam3_jax.data.packing import Sample
+from vilam3_jax.data.templates import model_template
+from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
+from vilam3_jax.errors import UserError
+from vilam3_jax.inference.generate import Chunk, Generator
+from vilam3_jax.models import trees, vila
+
+_ROWS = 16  # of a batch, at least one for every part of the mesh
+_LEAST_PROMPT = 2  # tokens; a document's first text follows nothing but its <bos>
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Question:
+    """A turn to be generated.
+
+    Attributes:
+      id: the example's id.
+      turn: which of the example's supervised turns, from 0.
+      prompt: all that stands before it.
+      answer: its text.
+      stops: tokens that end it.
+      budget: tokens that it has, its stop included.
+    """
+
+    id: str
+    turn: int
+    prompt: Chunk
+    answer: str
+    stops: tuple[int, ...]
+    budget: int
+
+
+class HeldoutAnswers:
+    """The first examples of the held-out data, always the same ones, to be answered again and again."""
+
+    def __init__(self, config: ConfigDict, mesh: Mesh, batch_axes: tuple[str, ...]) -> None:
+        """Reads `config.eval_generate` examples.
+
+        Args:
+          config: the run's config.
+          mesh: that the parameters are split over.
+          batch_axes: its axes that the rows of a batch are split over.
+
+        Raises:
+          UserError: no held-out example can be asked, or there are several processes.
+        """
+        if jax.process_count() > 1:
+            raise UserError("config eval_generate: not with several processes yet; set it to 0")
+        self._tokenizer = load_tokenizer(config.model.tokenizer)
+        self.questions = read_questions(config, self._tokenizer)
+        ways = math.prod(mesh.shape[axis] for axis in batch_axes)
+        self._rows = ways * -(-min(len(self.questions), _ROWS) // ways)
+        _, shapes = vila.abstract_model(config.model, "generative")
+        self._generator = Generator(
+            config.model,
+            shapes,
+            self._tokenizer,
+            max_length=max(len(one.prompt.tokens) + one.budget for one in self.questions),
+            batch_size=self._rows,
+            rows=NamedSharding(mesh, PartitionSpec(batch_axes)),
+        )
+
+    def __call__(self, params: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """Asks all questions, greedily.
+
+        Args:
+          params: path → array, as the train state has them.
+
+        Returns:
+          One record a question with `id`, `turn`, `reference`, `answer`, `exact_match` and `token_f1`; and
+          the means, `generate_exact_match` and `generate_token_f1`.
+        """
+        self._generator.set_params(trees.unflatten(dict(params)))
+        answers: dict[Question, str] = {}
+        alike: dict[tuple[int, ...], list[Question]] = collections.defaultdict(list)
+        for question in self.questions:
+            alike[question.stops].append(question)
+        for stops, questions in alike.items():
+            for first in range(0, len(questions), self._rows):
+                batch = questions[first : first + self._rows]
+                answers |= zip(batch, self._ask(batch, stops), strict=True)
+        self._generator.set_params({})  # the next step overwrites them
+        rows = [_record(question, answers[question]) for question in self.questions]
+        return rows, {
+            f"generate_{name}": sum(row[name] for row in rows) / len(rows)
+            for name in ("exact_match", "token_f1")
+        }
+
+    def _ask(self, batch: Sequence[Question], stops: tuple[int, ...]) -> list[str]:
+        """What the model says to each; rows without a question stay empty."""
+        empty = self._rows - len(batch)
+        session = self._generator.start(self._rows)
+        session.append([*(question.prompt for question in batch), *[None] * empty])
+        said = session.decode(
+            max(question.budget for question in batch),
+            stops,
+            active=[True] * len(batch) + [False] * empty,
+        )
+        return [
+            self._tokenizer.decode(one.ids[: question.budget]).strip()
+            for question, one in zip(batch, said, strict=False)
+        ]
+
+
+def read_questions(config: ConfigDict, tokenizer: Tokenizer) -> list[Question]:
+    """The first `config.eval_generate` held-out examples that can be asked, fewer if there are no more.
+
+    Of a dialogue with several answers the first example leaves out the first, the second the second, and so
+    on, so that calls for experts, first answers and later ones are all asked for.
+
+    Raises:
+      UserError: there is none; names the reasons.
+    """
+    tokens_per_image = vila.tokens_per_image(config.model)
+    template_stops = model_template(config.model).stop_ids(tokenizer)
+    loader = build_loader(
+        config,
+        "heldout",
+        tokens_per_image=tokens_per_image,
+        experts=config.data.experts,
+        tokenizer=tokenizer,
+    )
+    questions: list[Question] = []
+    reasons = []
+    try:
+        for position in range(loader.length or 0):
+            if len(questions) == config.eval_generate:
+                break
+            sample = loader.load(position, position)
+            if not isinstance(sample, Sample):
+                reasons.append(f"{sample.name}: {sample.reason}")
+                continue
+            spans = [span for span in supervised_spans(sample.encoded.loss_mask) if span[0] >= _LEAST_PROMPT]
+            if spans:
+                turn = len(questions) % len(spans)
+                questions.append(
+                    _question(sample, turn, spans[turn], tokens_per_image, template_stops, tokenizer)
+                )
+    finally:
+        loader.close()
+    if not questions:
+        why = "; ".join(reasons[:3]) or "they are documents or empty"
+        raise UserError(f"config eval_generate: no held-out example can be asked ({why}); set it to 0")
+    return questions
+
+
+def supervised_spans(loss_mask: np.ndarray) -> list[tuple[int, int]]:
+    """(start, end) of the runs of targets in a sample, [n]."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], loss_mask > 0, [0]]).astype(np.int8)))
+    return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
+
+
+def _question(
+    sample: Sample,
+    turn: int,
+    span: tuple[int, int],
+    tokens_per_image: int,
+    template_stops: tuple[int, ...],
+    tokenizer: Tokenizer,
+) -> Question:
+    start, end = span
+    encoded = sample.encoded
+    visual = encoded.image_of_token * tokens_per_image + encoded.visual_offset
+    visual = np.where(encoded.image_of_token >= 0, visual, -1)[:start]
+    ids = [int(token) for token in encoded.tokens[start:end]]
+    # A caption ends with a line, a dialogue's turn with its template's stop.
+    stops = template_stops if ids[-1] in template_stops else (ids[-1], tokenizer.eos_id)
+    answer = tokenizer.decode(ids[:-1] if ids[-1] in stops else ids).strip()
+    prompt = Chunk(encoded.tokens[:start], visual, sample.images, sample.tile_map)
+    return Question(sample.id, turn, prompt, answer, stops, len(ids))
+
+
+def _record(question: Question, answer: str) -> dict[str, Any]:
+    return {
+        "id": question.id,
+        "turn": question.turn,
+        "reference": question.answer,
+        "answer": answer,
+        "exact_match": float(_words(answer) == _words(question.answer)),
+        "token_f1": token_f1(answer, question.answer),
+    }
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """Overlap of two texts' words, 0 to 1, as SQuAD scores answers (arXiv:1606.05250, section 6.1)."""
+    said, wanted = _words(answer), _words(reference)
+    if not said or not wanted:
+        return float(said == wanted)
+    shared = sum((collections.Counter(said) & collections.Counter(wanted)).values())
+    return 2 * shared / (len(said) + len(wanted))
+
+
+def _words(text: str) -> list[str]:
+    """Lower-case words without punctuation and articles."""
+    bare = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()

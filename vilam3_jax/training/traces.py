@@ -1,0 +1,59 @@
+"""XProf traces of some steps: of those that the config names, and of the next few after SIGUSR1."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import jax
+
+from vilam3_jax import paths
+
+FOLDER = "profile"
+_ON_SIGNAL = 3  # steps that a signal asks for
+
+
+class Traces:
+    """Starts and stops the profiler between steps; traces go to `<workdir>/profile`, one a process."""
+
+    def __init__(self, workdir: paths.PathLike, steps: tuple[int, ...]) -> None:
+        """Traces the steps `steps[0]` to `steps[1]`, both included; an empty tuple: none but on SIGUSR1."""
+        self._folder = os.fspath(paths.as_path(workdir) / FOLDER)
+        self._steps = steps
+        self._last: int | None = None  # of the trace that runs
+        self._asked = threading.Event()
+        self._previous: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGUSR1, lambda *_: self._asked.set())
+
+    def before(self, step: int) -> None:
+        """Called before a step is dispatched."""
+        if self._last is not None:
+            return
+        if self._steps and step == self._steps[0]:
+            self._start(self._steps[1])
+        elif self._asked.is_set():
+            self._asked.clear()
+            self._start(step + _ON_SIGNAL - 1)
+
+    def due(self, step: int) -> bool:
+        """Whether the trace ends with this step; the caller waits for the device, then calls `stop`."""
+        return self._last is not None and step >= self._last
+
+    def _start(self, last: int) -> None:
+        self._last = last
+        jax.profiler.start_trace(self._folder)
+
+    def stop(self) -> None:
+        """Ends the trace, if one runs, and writes it."""
+        if self._last is not None:
+            self._last = None
+            jax.profiler.stop_trace()
+
+    def close(self) -> None:
+        """Writes a trace that still runs, and gives the signal back."""
+        self.stop()
+        if self._previous is not None:
+            signal.signal(signal.SIGUSR1, self._previous)

@@ -1,0 +1,271 @@
+"""Where a run's figures go: JSON lines always; TensorBoard, Weights & Biases, MLflow where a config says so.
+
+A resumed run repeats the steps after its checkpoint. None of the writers shows a step twice: JSON lines and
+TensorBoard drop what came after the checkpoint, the two services keep what they were sent first.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import json
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from vilam3_jax import config as config_lib
+from vilam3_jax import paths
+from vilam3_jax.config import ConfigDict
+from vilam3_jax.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+# Beside the metrics: when the run was first started, and under which ids the services know it.
+RECORD_FILE = "telemetry.json"
+
+# Name → the package that it needs, which is also its extra in setup.cfg but for TensorBoard's.
+_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
+_MLFLOW_PARAMS = 100  # most that one request may carry
+_MLFLOW_CHARACTERS = 500  # of a parameter
+_MLFLOW_UNDER_WAY = 64  # requests without an answer
+
+Sent = frozenset[tuple[int, str]]
+
+
+class Writer(Protocol):
+    """Takes the figures of one step after the other."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """`step` counts finished optimizer steps; it may come again with other keys."""
+        ...
+
+    def close(self) -> None:
+        """Sends what is left."""
+        ...
+
+
+def check(config: ConfigDict) -> None:
+    """Looks for the packages of all writers, before anything is computed.
+
+    Raises:
+      UserError: a package is not installed.
+    """
+    for name in config.telemetry.writers:
+        package = _PACKAGES[name]
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"config telemetry.writers names {name!r}, but the package {package} is not installed; "
+                f"pip install 'vilam3-jax[{name}]', or leave {name!r} out"
+            )
+
+
+def open_writers(config: ConfigDict, workdir: paths.PathLike, start_step: int) -> list[Writer]:
+    """Opens JSON lines and the writers of `config.telemetry`.
+
+    Args:
+      config: the run's config.
+      workdir: folder of the run.
+      start_step: of the checkpoint that the run goes on from; 0 for a new run.
+
+    Raises:
+      UserError: a writer cannot be opened.
+    """
+    before = read_lines(workdir)
+    record = read_record(workdir)
+    writers: list[Writer] = [JsonLines(workdir, METRICS_FILE, start_step)]
+    sent: Sent = frozenset((row["step"], key) for row in before for key in row) if start_step else frozenset()
+    for name in config.telemetry.writers:
+        if name == "tensorboard":
+            writers.append(TensorBoard(config, workdir, start_step))
+        elif name == "wandb":
+            writers.append(Wandb(config, workdir, record, sent))
+        else:
+            writers.append(Mlflow(config, workdir, record, sent))
+    paths.write_text_atomic(paths.as_path(workdir) / RECORD_FILE, json.dumps(record))
+    return writers
+
+
+def read_record(workdir: paths.PathLike) -> dict[str, Any]:
+    """Reads `telemetry.json`; of a new run, what stands in it first.
+
+    Returns:
+      `first_start`: seconds since 1970 when the run was started first; `wandb`, `mlflow`: its ids there.
+    """
+    path = paths.as_path(workdir) / RECORD_FILE
+    return json.loads(path.read_text()) if path.exists() else {"first_start": time.time()}
+
+
+class JsonLines:
+    """One JSON object a line; a resumed run first drops the lines after its checkpoint."""
+
+    def __init__(self, workdir: paths.PathLike, name: str, start_step: int) -> None:
+        self._path = paths.as_path(workdir) / name
+        kept = [row for row in read_lines(workdir, name) if row["step"] <= start_step] if start_step else []
+        paths.write_text_atomic(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self._path.open("a")
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one line."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_lines(workdir: paths.PathLike, name: str = METRICS_FILE) -> list[dict[str, Any]]:
+    """Reads the lines written so far; a torn last line (the process was killed) is dropped."""
+    path = paths.as_path(workdir) / name
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class TensorBoard:
+    """Event files in `<workdir>/tensorboard`; a resumed run tells TensorBoard to drop the later steps."""
+
+    def __init__(self, config: ConfigDict, workdir: paths.PathLike, start_step: int) -> None:
+        import tensorboardX
+
+        folder = paths.as_path(workdir) / "tensorboard"
+        # Files are read in the order of their names, which begin with the second of their start.
+        before = len(list(folder.iterdir())) if folder.exists() else 0
+        suffix = f".{before:04d}"
+        purge = start_step + 1 if before else None
+        self._writer = tensorboardX.SummaryWriter(
+            os.fspath(folder), purge_step=purge, filename_suffix=suffix, flush_secs=30
+        )
+        if not start_step:
+            self._writer.add_text("config", f"```\n{config_lib.snapshot(config)}```", 0)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one scalar a key."""
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Writes what is buffered."""
+        self._writer.close()
+
+
+class Wandb:
+    """A run at Weights & Biases, or in `<workdir>/wandb`, to be sent later by `wandb sync`."""
+
+    def __init__(
+        self, config: ConfigDict, workdir: paths.PathLike, record: dict[str, Any], sent: Sent
+    ) -> None:
+        import wandb
+
+        run_id = record.setdefault("wandb", uuid.uuid4().hex[:12])
+        try:
+            self._run = wandb.init(
+                project=config.telemetry.project,
+                name=config.name,
+                id=run_id,
+                resume="allow",
+                mode="offline" if config.telemetry.wandb_offline else None,
+                dir=_local(workdir, "wandb"),
+                config=config.to_dict(),
+            )
+        except (wandb.errors.Error, OSError) as error:
+            raise UserError(
+                f"config telemetry.writers: W&B refuses the run ({' '.join(str(error).split())}); "
+                "`wandb login`, or set telemetry.wandb_offline=True"
+            ) from error
+        self._sent = sent
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Sends what was not sent before the restart."""
+        if new := _unsent(self._sent, step, values):
+            self._run.log(new, step=step)
+
+    def close(self) -> None:
+        """Waits until all is sent."""
+        self._run.finish()
+
+
+class Mlflow:
+    """A run of MLflow's experiment `telemetry.project`, at `MLFLOW_TRACKING_URI` or `<workdir>/mlflow.db`."""
+
+    def __init__(
+        self, config: ConfigDict, workdir: paths.PathLike, record: dict[str, Any], sent: Sent
+    ) -> None:
+        import mlflow
+
+        place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_local(workdir, 'mlflow')}/mlflow.db"
+        self._metric, self._sent = mlflow.entities.Metric, sent
+        self._under_way: collections.deque[Any] = collections.deque()
+        try:
+            self._client = mlflow.MlflowClient(place)
+            if "mlflow" not in record:
+                record["mlflow"] = self._new_run(config, mlflow.entities.Param)
+            self._run_id = record["mlflow"]
+            self._client.update_run(self._run_id, status="RUNNING")
+        except (mlflow.MlflowException, OSError) as error:
+            raise UserError(
+                f"config telemetry.writers: MLflow at {place} refuses the run "
+                f"({' '.join(str(error).split())[:300]}); set MLFLOW_TRACKING_URI"
+            ) from error
+
+    def _new_run(self, config: ConfigDict, param: Any) -> str:
+        project = config.telemetry.project
+        experiment = self._client.get_experiment_by_name(project)
+        number = self._client.create_experiment(project) if experiment is None else experiment.experiment_id
+        run_id = self._client.create_run(number, run_name=config.name).info.run_id
+        settings = [
+            param(key, json.dumps(value)[:_MLFLOW_CHARACTERS])
+            for key, value in sorted(config_lib.flatten(config).items())
+        ]
+        for first in range(0, len(settings), _MLFLOW_PARAMS):
+            self._client.log_batch(run_id, params=settings[first : first + _MLFLOW_PARAMS])
+        return run_id
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Sends, without waiting for an answer, what was not sent before the restart."""
+        now = int(time.time() * 1000)
+        new = _unsent(self._sent, step, values)
+        metrics = [self._metric(key, value, now, step) for key, value in new.items()]
+        if metrics:
+            self._under_way.append(self._client.log_batch(self._run_id, metrics=metrics, synchronous=False))
+            while len(self._under_way) > _MLFLOW_UNDER_WAY:
+                self._under_way.popleft().wait()
+
+    def close(self) -> None:
+        """Waits until all is sent."""
+        while self._under_way:
+            self._under_way.popleft().wait()
+        self._client.set_terminated(self._run_id)
+
+
+def _unsent(sent: Sent, step: int, values: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in values.items() if (step, key) not in sent}
+
+
+def _local(workdir: paths.PathLike, what: str) -> str:
+    """The run's folder, for packages that know local files only.
+
+    Raises:
+      UserError: it is in an object store.
+    """
+    folder = os.fspath(paths.as_path(workdir))
+    if "://" in folder:
+        raise UserError(
+            f"{folder}: {what} keeps files of its own beside the run, and only on a local disk; choose a "
+            "local --workdir, or leave it out of telemetry.writers"
+        )
+    os.makedirs(folder, exist_ok=True)
+    return folder
+
+
+def write_all(writers: Sequence[Writer], step: int, values: Mapping[str, float]) -> None:
+    """Writes one step's figures everywhere."""
+    for writer in writers:
+        writer.write(step, values)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import signal
 import sys
 import threading
@@ -31,7 +32,7 @@ from vilam3_jax.training import mesh as mesh_lib
 from vilam3_jax.training import optimizer as optimizer_lib
 from vilam3_jax.training import state as state_lib
 from vilam3_jax.training import step as step_lib
-from vilam3_jax.training import telemetry
+from vilam3_jax.training import step_guard, telemetry
 
 RESULT_FILE = "result.json"
 
@@ -149,6 +150,7 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
                     }
                     stepped = now
                     writer.write(step, values)
+                    step_guard.check_limit(config, step, values)
                     bar.set_postfix(loss=f"{values['loss']:.3f}", tok_s=f"{values['tokens_per_second']:.0f}")
                 bar.update(step - bar.n)
                 if config.eval_every and (step % config.eval_every == 0 or step == config.num_steps):
@@ -167,7 +169,7 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
         print(f"put aside {loader.stats.skipped_total} record(s), the first: {name}: {reason}")
     loader.close()
     if finished:
-        params = {**state["frozen"], **state["trainable"]}
+        params = state_lib.model_params(state)
         model_config = {**config.model.to_dict(), "kind": config.kind}
         exports.export_model(
             workdir / "export",
@@ -249,7 +251,7 @@ def _result(
     config: ConfigDict, workdir: paths.PathLike, step: int, clock: dict[str, Any], finished: bool
 ) -> Result:
     rows = telemetry.read_metrics(workdir)
-    losses = [row["loss"] for row in rows if "loss" in row]
+    losses = [row["loss"] for row in rows if "loss" in row and math.isfinite(row["loss"])]
     heldout = [row for row in rows if "heldout_true" in row]
     part = max(1, len(losses) // 10)
     return Result(

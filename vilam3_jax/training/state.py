@@ -42,8 +42,8 @@ def abstract_state(
 
     def beside_parameter(keys: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         like = next((trainable[k.key] for k in keys if getattr(k, "key", None) in trainable), None)
-        same = like is not None and like.shape == leaf.shape
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding if same else whole)
+        own = like.sharding if like is not None and like.shape == leaf.shape else whole
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own)
 
     opt_state = jax.tree_util.tree_map_with_path(beside_parameter, jax.eval_shape(optimizer.init, trainable))
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
@@ -120,7 +120,7 @@ def initial_state(
         "guard": step_guard.fresh(config),
     }
     if config.ema_decay:
-        # A copy: the step gives its old state away, and one buffer cannot be given away twice.
+        # A copy, because the step gives each buffer of its old state away.
         copied = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.copy(x).astype(jnp.float32), tree))
         state["ema"] = copied(trainable)
     return jax.device_put(state, shardings(abstract)), origin

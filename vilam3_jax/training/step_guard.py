@@ -23,9 +23,9 @@ def fresh(config: ConfigDict) -> Guard:
       `norms`: float32 [skip.window], those of the last steps taken, a ring. `taken`, `skipped`,
       `skipped_in_row`: int32 scalars.
     """
-    zero = jnp.zeros((), jnp.int32)
-    norms = jnp.zeros(config.skip.window, jnp.float32)
-    return {"norms": norms, "taken": zero, "skipped": zero, "skipped_in_row": zero}
+    # One array each: the step gives its old state away, and one buffer cannot be given away twice.
+    counters = {name: jnp.zeros((), jnp.int32) for name in ("taken", "skipped", "skipped_in_row")}
+    return {"norms": jnp.zeros(config.skip.window, jnp.float32), **counters}
 
 
 def judge(config: ConfigDict, guard: Guard, norm: jax.Array, loss: jax.Array) -> tuple[jax.Array, Guard]:

@@ -43,6 +43,13 @@ IMAGE_MODES = ("resize", "pad", "dynamic", "dynamic_s2")
 WRITERS = ("tensorboard", "wandb", "mlflow")
 MAX_SCALE = 8  # times the tower's size
 MAX_TILES = MAX_SCALE**2
+# Name → settings for the moments that it keeps.
+OPTIMIZERS = {
+    "adamw": ("mu_dtype", "nu_dtype"),
+    "adafactor": (),
+    "lion": ("mu_dtype",),
+    "muon": ("mu_dtype", "nu_dtype"),
+}
 COMPONENTS = ("vision_tower", "text_tower", "projector", "llm", "everything")
 
 # Weights are split over `fsdp` on one dimension and over `tensor` on the other; small vectors are replicated.
@@ -112,7 +119,21 @@ def base_config() -> ConfigDict:
             activation_rules=dict(ACTIVATION_RULES),
             attention="auto",
             trainable=((r".*", 1.0),),
-            optimizer=dict(name="adamw", b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.0, clip_norm=1.0),
+            optimizer=dict(
+                name="adamw",
+                b1=0.9,
+                b2=0.98,
+                eps=1e-8,
+                weight_decay=0.0,
+                clip_norm=1.0,
+                muon_momentum=0.95,
+                mu_dtype="",
+                nu_dtype="",
+            ),
+            # A step whose gradient is not finite, or (spike > 0) longer than `spike` times the median of the
+            # last `window` ones, changes nothing; `limit` of them in a row end the run.
+            skip=dict(spike=0.0, window=64, limit=20),
+            ema_decay=0.0,
             schedule=dict(name="cosine", peak=1e-4, warmup_fraction=0.03, end_fraction=0.1),
             num_steps=100,
             grad_accum=1,
@@ -216,11 +237,10 @@ def check(config: ConfigDict) -> None:
         )
     if config.schedule.name not in ("cosine", "constant"):
         raise UserError(f"config schedule.name={config.schedule.name!r}: cosine or constant")
-    if config.optimizer.name not in ("adamw", "adafactor", "lion"):
-        raise UserError(f"config optimizer.name={config.optimizer.name!r}: adamw, adafactor or lion")
     if config.attention not in ATTENTIONS:
         raise UserError(f"config attention={config.attention!r}: must be one of {', '.join(ATTENTIONS)}")
     _check_telemetry(config)
+    _check_optimizer(config)
     image_layout(config.model)
     rows, group = config.data.global_rows, config.data.rows_per_group
     if config.kind == "generative" and rows % (group * config.grad_accum):
@@ -252,6 +272,29 @@ def _check_telemetry(config: ConfigDict) -> None:
             f"config eval_generate={config.eval_generate}: must be 0, or for a generative run with "
             "eval_every the number of held-out examples to answer"
         )
+
+
+def _check_optimizer(config: ConfigDict) -> None:
+    settings, skip = config.optimizer, config.skip
+    if settings.name not in OPTIMIZERS:
+        raise UserError(f"config optimizer.name={settings.name!r}: {', '.join(OPTIMIZERS)}")
+    kept = OPTIMIZERS[settings.name]
+    for key in ("mu_dtype", "nu_dtype"):
+        if settings[key] not in ("", "float32", "bfloat16"):
+            raise UserError(f"config optimizer.{key}={settings[key]!r}: 'float32', 'bfloat16' or ''")
+        if settings[key] and key not in kept:
+            raise UserError(f"config optimizer.{key}: {settings.name} keeps no such moment; leave it empty")
+    if settings.nu_dtype == "bfloat16" and settings.b2 > 0.99:
+        raise UserError(
+            f"config optimizer.nu_dtype='bfloat16' with b2={settings.b2}: a step's change is less than "
+            "bfloat16 can hold, the second moment would never move; set b2 to 0.99 or less, or nu_dtype to ''"
+        )
+    if not 0 <= config.ema_decay < 1:
+        raise UserError(f"config ema_decay={config.ema_decay}: must be 0 (off) or more, and less than 1")
+    if skip.spike and skip.spike <= 1:
+        raise UserError(f"config skip.spike={skip.spike}: must be 0 (off) or more than 1")
+    if skip.window < 1 or skip.limit < 1:
+        raise UserError(f"config skip.window={skip.window}, skip.limit={skip.limit}: must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

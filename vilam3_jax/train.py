@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, cast
@@ -144,7 +145,7 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
         print(f"put aside {len(aside)} record(s), the first: {': '.join(next(iter(aside.items())))}")
     loader.close()
     if finished:
-        params = {**state["frozen"], **state["trainable"]}
+        params = state_lib.model_params(state)
         model_config = {**config.model.to_dict(), "kind": config.kind}
         exports.export_model(
             workdir / "export",
@@ -171,7 +172,7 @@ def _result(
     config: ConfigDict, workdir: paths.PathLike, step: int, clock: telemetry.Clock, finished: bool
 ) -> Result:
     rows = telemetry.read_metrics(workdir)
-    losses = [row["loss"] for row in rows if "loss" in row]
+    losses = [row["loss"] for row in rows if "loss" in row and math.isfinite(row["loss"])]
     heldout = [row for row in rows if "heldout_true" in row]
     part = max(1, len(losses) // 10)
     return Result(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vilam3_jax import compat
+from vilam3_jax.config import ACTIVATION_RULES, MESH_AXES
+from vilam3_jax.ops import partition
 from vilam3_jax.ops.losses import chunked_cross_entropy, sigmoid_contrastive_loss
 
 VOCAB, WIDTH = 23, 6
@@ -119,29 +124,88 @@ def test_chunk_must_be_positive():
         chunked_cross_entropy(**batch(0, 1, 4), chunk=0)
 
 
-def test_contrastive_counts_only_valid_pairs():
-    rng = np.random.default_rng(0)
-    img, txt = (rng.normal(size=(5, 7)).astype(np.float32) for _ in range(2))
-    valid = np.array([True, False, True, True, False])
-    scale, bias = np.float32(0.7), np.float32(-1.5)
-    logits = np.exp(scale) * img[valid] @ txt[valid].T + bias
-    want = np.log1p(np.exp(-(2 * np.eye(3) - 1) * logits)).sum() / 3
-    assert sigmoid_contrastive_loss(img, txt, scale, bias, valid) == pytest.approx(want, rel=1e-5)
-
-    gradient = jax.grad(lambda i: sigmoid_contrastive_loss(i, txt, scale, bias, jnp.asarray(valid)))(
-        jnp.asarray(img)
-    )
-    assert not np.any(gradient[~valid]) and np.all(np.any(gradient[valid] != 0, axis=1))
-    assert sigmoid_contrastive_loss(img, txt, scale, bias, np.zeros(5, bool)) == 0
+def pairs(seed, rows, width=7, classes=None):
+    """Unit embeddings, some rows not valid; labels of three columns, most of a few classes."""
+    rng = np.random.default_rng(seed)
+    img, txt = (rng.normal(size=(rows, width)).astype(np.float32) for _ in range(2))
+    img, txt = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (img, txt))
+    labels = rng.integers(0, classes or rows // 3, (rows, 1)).repeat(3, axis=1)
+    labels[:, 1] += rng.integers(0, 2, rows)  # equal in the first column does not make equal rows
+    return img, txt, np.float32(0.7), np.float32(-1.5), rng.random(rows) < 0.8, labels
 
 
-def test_contrastive_positives_may_lie_off_the_diagonal():
-    """Rows 0 and 2 have equal texts: each image belongs to both."""
-    rng = np.random.default_rng(1)
-    img, txt = (rng.normal(size=(3, 4)).astype(np.float32) for _ in range(2))
-    together = np.array([[1, 0, 1], [0, 1, 0], [1, 0, 1]], bool)
-    logits = np.exp(0.3) * img @ txt.T - 1.0
-    want = np.where(together, np.log1p(np.exp(-logits)), np.log1p(np.exp(logits))).sum() / 3
-    got = sigmoid_contrastive_loss(img, txt, np.float32(0.3), np.float32(-1.0), positive=together)
-    assert got == pytest.approx(want, rel=1e-5)
-    assert got != pytest.approx(float(sigmoid_contrastive_loss(img, txt, np.float32(0.3), np.float32(-1.0))))
+def dense_contrastive(img, txt, log_scale, bias, valid, labels):
+    """Loss, weight, right answers and gradients by the whole matrix, in float64."""
+    img, txt, valid = img.astype(np.float64)[valid], txt.astype(np.float64)[valid], np.flatnonzero(valid)
+    products, scale = img @ txt.T, np.exp(np.float64(log_scale))
+    same = (labels[valid][:, None] == labels[valid][None]).all(-1)
+    signed = np.where(same, 1, -1) * (products * scale + bias)
+    slope = -np.where(same, 1, -1) / (1 + np.exp(signed))
+    d_img, d_txt = np.zeros((2, len(labels), img.shape[1]))
+    d_img[valid], d_txt[valid] = slope @ txt * scale, slope.T @ img * scale
+    gradients = d_img, d_txt, (slope * products).sum() * scale, slope.sum()
+    right = same[np.arange(len(valid)), products.argmax(1)].sum()
+    return np.log1p(np.exp(-signed)).sum(), len(valid), right, gradients
+
+
+def ours(*arguments, axes=None):
+    """As `dense_contrastive`; with `axes` on a mesh of 8 devices. Also the compiled program."""
+    context = contextlib.nullcontext()
+    if axes:
+        context = partition.activation_rules(
+            compat.make_mesh([axes.get(a, 1) for a in MESH_AXES], MESH_AXES), ACTIVATION_RULES
+        )
+
+    def loss(*floats):
+        out = sigmoid_contrastive_loss(*floats, *arguments[4:])
+        return 3.0 * out[0], out
+
+    with context:
+        both = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True)).lower(*arguments[:4]).compile()
+        values = jax.jit(sigmoid_contrastive_loss)(*arguments)  # without a gradient
+    gradients, out = both(*arguments[:4])
+    np.testing.assert_allclose(values, out, rtol=1e-6)
+    return *out, [g / 3 for g in gradients], both
+
+
+@pytest.mark.parametrize("axes", [None, dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(tensor=8)])
+def test_contrastive_equals_the_full_matrix(axes):
+    arguments = pairs(1, 24)
+    loss, weight, right, gradients, compiled = ours(*arguments, axes=axes)
+    want_loss, want_weight, want_right, want_gradients = dense_contrastive(*arguments)
+    assert 0 < want_right < want_weight < 24
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
+    assert (float(weight), float(right)) == (want_weight, want_right)
+    for got, want in zip(gradients, want_gradients, strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-6, atol=5e-6)
+    text = compiled.as_text()
+    ways = 1 if axes is None else axes.get("data", 1) * axes.get("fsdp", 1)
+    assert f"f32[{24 // ways},{24 // ways}]" in text
+    if ways > 1:
+        assert "f32[24,24]" not in text and f"f32[{24 // ways},24]" not in text
+        assert "collective-permute" in text and "all-gather" not in text
+
+
+def test_contrastive_without_labels_pairs_row_with_row():
+    img, txt, scale, bias, valid, _ = pairs(2, 16)
+    want = dense_contrastive(img, txt, scale, bias, valid, np.arange(16)[:, None])
+    for axes in (None, dict(fsdp=8)):
+        got = ours(img, txt, scale, bias, valid, None, axes=axes)
+        np.testing.assert_allclose(got[:3], want[:3], rtol=1e-6)
+
+
+def test_contrastive_of_equal_scores_counts_the_first_text():
+    """Texts 1 and 5 are one point but not one label; image 5 is nearest to both, and text 1 comes first."""
+    img, txt, *scalars, _, _ = pairs(3, 8)
+    txt[5] = txt[1]
+    img[5] = txt[1]
+    for axes in (None, dict(fsdp=8)):
+        right = ours(img, txt, *scalars, np.ones(8, bool), np.arange(8)[:, None], axes=axes)[2]
+        assert right == (np.argmax(img @ txt.T, axis=1) == np.arange(8)).sum()
+
+
+@pytest.mark.parametrize("axes", [None, dict(fsdp=4, tensor=2)])
+def test_contrastive_without_valid_rows_is_zero(axes):
+    img, txt, scale, bias, _, labels = pairs(4, 8)
+    loss, weight, right, gradients, _ = ours(img, txt, scale, bias, np.zeros(8, bool), labels, axes=axes)
+    assert loss == weight == right == 0 and not any(np.any(g) for g in gradients)

@@ -109,3 +109,16 @@ class Run:
                 )
             self.state, metrics = self._compiled(self.state, batch)
         return {key: float(value) for key, value in metrics.items()}
+
+
+def equations(jaxpr, times=1):
+    """(equation, how often it runs) of a jaxpr and all programs inside it; unknown trips count once."""
+    for equation in jaxpr.eqns:
+        yield equation, times
+        inside = times * equation.params["length"] if equation.primitive.name == "scan" else times
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")
+        ):
+            program = getattr(value, "jaxpr", value)
+            if hasattr(program, "eqns"):
+                yield from equations(program, inside)

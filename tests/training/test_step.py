@@ -125,10 +125,17 @@ def test_the_loss_falls_on_a_repeated_batch():
 def test_accumulation_equals_one_large_batch():
     plain, parts = tiny_config(fsdp=2, tensor=4), tiny_config(fsdp=2, tensor=4)
     parts.grad_accum = 4
+    for config in (plain, parts):
+        config.ema_decay, config.skip.spike, config.skip.window = 0.9, 3.0, 2
     one, four = Run(plain), Run(parts)
     for index in range(4):
         batch = packed_batch(index)
-        np.testing.assert_allclose(four.step(batch)["loss"], one.step(batch)["loss"], rtol=1e-5)
+        whole, split = one.step(batch), four.step(batch)
+        for key in ("loss", "grad_norm", "skipped"):
+            np.testing.assert_allclose(split[key], whole[key], rtol=1e-5, err_msg=key)
+    for path, average in four.state["ema"].items():
+        assert average.sharding == four.state["trainable"][path].sharding
+        np.testing.assert_allclose(average, one.state["ema"][path], atol=2e-5, err_msg=path)
 
 
 def test_accumulation_keeps_groups_of_rows_whole():

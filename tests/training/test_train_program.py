@@ -54,6 +54,8 @@ def arguments(world, workdir, stage="stage3_instruct", **overrides):
         "mesh.cpu_devices": 4,
         "num_steps": STEPS,
         "loss_chunk": 32,
+        "ema_decay": 0.9,
+        "skip.spike": 50.0,
         **overrides,
     }
     flags = [f"--config.{key}={value}" for key, value in settings.items()]

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
+from vilam3_jax.compat import equally_varying
 from vilam3_jax.ops import partition
-from vilam3_jax.ops.partition import shard
+from vilam3_jax.ops.partition import placement
 from vilam3_jax.ops.products import einsum
 
 
@@ -234,9 +235,13 @@ def sigmoid_contrastive_loss(
     logit_scale: jax.Array,
     logit_bias: jax.Array,
     valid: jax.Array | None = None,
-    positive: jax.Array | None = None,
-) -> jax.Array:
+    labels: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """SigLIP's loss (arXiv:2303.15343): every image-text pair of the batch is its own yes/no question.
+
+    In a sharded step (`partition.activation_rules`) texts travel around the devices that share the batch, as
+    in the paper: a device holds the logits of its own images and one device's texts at a time. The gradient
+    is taken in the same pass as the value and is exact.
 
     Args:
       img: [B, E], unit length.
@@ -244,18 +249,122 @@ def sigmoid_contrastive_loss(
       logit_scale: scalar, the logarithm of the inverse temperature.
       logit_bias: scalar.
       valid: bool [B]; a row that is False takes part in no pair. None: all are real.
-      positive: bool [B, B], image i and text j belong together. None: where i = j, as in the paper.
+      labels: int [B, T]; image i and text j belong together where rows i and j are equal, such as the texts'
+        tokens. None: where i = j, as in the paper.
 
     Returns:
-      float32 scalar: -log sigmoid summed over all pairs of valid rows, divided by the number of valid rows
-      (0 if there is none).
+      float32 scalars: -log sigmoid summed over all pairs of valid rows; the number of valid rows; how many of
+      their images score highest with a text of their own label.
     """
-    valid = jnp.ones(img.shape[0], bool) if valid is None else valid
-    scale = jnp.exp(jnp.asarray(logit_scale, jnp.float32))
-    logits = jnp.einsum("ie,je->ij", img, txt, preferred_element_type=jnp.float32) * scale + logit_bias
-    logits = shard(logits, "batch", None)
-    positive = jnp.eye(img.shape[0], dtype=bool) if positive is None else positive
-    sign = jnp.where(positive, 1.0, -1.0)
-    pairs = valid[:, None] & valid[None, :]
-    total = -jnp.where(pairs, jax.nn.log_sigmoid(sign * logits), 0.0).sum()
-    return total / jnp.maximum(valid.sum(), 1)
+    batch = img.shape[0]
+    valid = jnp.ones(batch, bool) if valid is None else valid
+    labels = jnp.arange(batch)[:, None] if labels is None else labels
+    scalars = (jnp.asarray(x, jnp.float32) for x in (logit_scale, logit_bias))
+    sums: Any = _sigmoid_pairs(img, txt, *scalars, valid, labels)
+    return sums[0], valid.sum().astype(jnp.float32), sums[1]
+
+
+@jax.custom_vjp
+def _sigmoid_pairs(img, txt, log_scale, bias, valid, labels):
+    loss_sum, correct, _ = _ring_of_texts(img, txt, log_scale, bias, valid, labels, with_gradients=False)
+    return loss_sum, correct
+
+
+def _sigmoid_pairs_forward(img, txt, log_scale, bias, valid, labels):
+    loss_sum, correct, gradients = _ring_of_texts(
+        img, txt, log_scale, bias, valid, labels, with_gradients=True
+    )
+    return (loss_sum, correct), gradients
+
+
+def _sigmoid_pairs_backward(gradients, cotangents):
+    d_loss, _ = cotangents  # the count of right answers is piecewise constant
+    return *((g * d_loss).astype(g.dtype) for g in gradients), None, None
+
+
+_sigmoid_pairs.defvjp(_sigmoid_pairs_forward, _sigmoid_pairs_backward)
+
+
+def _ring_of_texts(img, txt, log_scale, bias, valid, labels, with_gradients):
+    """Returns the sums of losses and of right answers, and the gradients by the first four (or None)."""
+    placed = placement()
+    if placed is None:
+        return _meet_texts(img, txt, log_scale, bias, valid, labels, axes=(), with_gradients=with_gradients)
+    mesh, spec = placed
+    rows, one = spec("batch"), spec()
+    axes = rows[0] or ()
+    gradients = (rows, rows, one, one) if with_gradients else None
+    return jax.shard_map(
+        partial(
+            _meet_texts, axes=(axes,) if isinstance(axes, str) else tuple(axes), with_gradients=with_gradients
+        ),
+        mesh=mesh,
+        in_specs=(rows, rows, one, one, rows, rows),
+        out_specs=(one, one, gradients),
+    )(img, txt, log_scale, bias, valid, labels)
+
+
+def _meet_texts(img, txt, log_scale, bias, valid, labels, *, axes, with_gradients):
+    """One device's share: its images meet the texts of all devices along `axes`, one device's at a time."""
+    devices = jax.lax.axis_size(axes) if axes else 1
+    here = jax.lax.axis_index(axes) if axes else 0
+    count = img.shape[0]
+    scale = jnp.exp(log_scale)
+
+    def onwards(tree):
+        neighbours = [(i, (i - 1) % devices) for i in range(devices)]
+        return jax.lax.ppermute(tree, axes, neighbours) if axes else tree
+
+    def body(turn, carry):
+        texts, d_txt, sums, best = carry
+        their_txt, their_valid, their_labels = texts
+        products = jnp.einsum("ie,je->ij", img, their_txt, preferred_element_type=jnp.float32)
+        logits = products * scale + bias
+        same = (labels[:, None] == their_labels[None]).all(axis=-1)
+        sign = jnp.where(same, 1.0, -1.0)
+        pairs = valid[:, None] & their_valid[None]
+        loss = -jnp.where(pairs, jax.nn.log_sigmoid(sign * logits), 0.0).sum()
+
+        scores = jnp.where(their_valid[None], products, -jnp.inf)
+        column = jnp.argmax(scores, axis=1)[:, None]
+        score = jnp.take_along_axis(scores, column, axis=1)[:, 0]
+        found = (
+            score,
+            (here + turn) % devices * count + column[:, 0],
+            jnp.take_along_axis(same, column, 1)[:, 0],
+        )
+        # Of equal scores the first text of the global batch counts, wherever a device begins.
+        better = (score > best[0]) | ((score == best[0]) & (found[1] < best[1]))
+        best = tuple(jnp.where(better, new, old) for new, old in zip(found, best, strict=True))
+
+        if with_gradients:
+            d_logits = jnp.where(pairs, -sign * jax.nn.sigmoid(-sign * logits), 0.0)
+            d_products = d_logits * scale
+            d_img = jnp.einsum("ij,je->ie", d_products, their_txt, preferred_element_type=jnp.float32)
+            d_txt += jnp.einsum("ij,ie->je", d_products, img, preferred_element_type=jnp.float32)
+            more = loss, d_img, (d_products * products).sum(), d_logits.sum()
+        else:
+            more = (loss,)
+        sums = jax.tree.map(jnp.add, sums, more)
+        return onwards(texts), onwards(d_txt), sums, best
+
+    def everywhere(tree):
+        """A carry that starts alike on all devices but will differ."""
+        return jax.tree.map(lambda x: equally_varying(x, valid)[0], tree)
+
+    zero, rows = jnp.zeros((), jnp.float32), jnp.zeros(img.shape, jnp.float32)
+    sums = (zero, rows, zero, zero) if with_gradients else (zero,)
+    d_txt = rows if with_gradients else ()
+    best = jnp.full(count, -jnp.inf), jnp.full(count, devices * count), jnp.zeros(count, bool)
+    carry = (txt, valid, labels), *everywhere((d_txt, sums, best))
+    _, d_txt, sums, best = jax.lax.fori_loop(0, devices, body, carry)
+    correct = (best[2] & valid).sum().astype(jnp.float32)
+
+    def total(x):
+        return jax.lax.psum(x, axes) if axes else x
+
+    if not with_gradients:
+        return total(sums[0]), total(correct), None
+    loss, d_img, d_scale, d_bias = sums
+    gradients = d_img.astype(img.dtype), d_txt.astype(txt.dtype), total(d_scale), total(d_bias)
+    return total(loss), total(correct), gradients

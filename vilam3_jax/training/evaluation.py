@@ -46,7 +46,7 @@ class Evaluation:
         """Measures a state; `swapped` adds the loss with exchanged images."""
         values = self._losses(state, swapped)
         if self._answer is not None:
-            rows, found = self._answer({**state["frozen"], **state["trainable"]})
+            rows, found = self._answer(state_lib.model_params(state))
             values |= found
             if self._file is not None:
                 for row in rows:

@@ -15,6 +15,7 @@ from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import trees, vila
 from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.training import step_guard
 
 State = dict[str, Any]
 # Settings of an LLM with which the same weights still are the same model.
@@ -26,8 +27,8 @@ def abstract_state(
 ) -> State:
     """Shapes, dtypes and shardings of the whole state, without memory.
 
-    `trainable` and `frozen` are flat (path → leaf). Optimizer state follows the sharding of the parameter
-    it belongs to.
+    `trainable` and `frozen` are flat (path → leaf), so is `ema` (if `config.ema_decay`): the moving average
+    of the trainable ones, float32. Optimizer state follows the sharding of the parameter it belongs to.
     """
     _, nested = vila.abstract_model(config.model, config.kind)
     shapes = trees.flatten(nested)
@@ -38,24 +39,29 @@ def abstract_state(
     }
     trainable = {path: leaf for path, leaf in params.items() if rates[path]}
     whole = mesh_lib.replicated(mesh)
-    opt_state = jax.eval_shape(optimizer.init, trainable)
-    opt_state = optax.tree.map_params(
-        optimizer,
-        lambda leaf, like: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=like.sharding if leaf.shape == like.shape else whole
-        ),
-        opt_state,
-        trainable,
-        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-    )
+
+    def beside_parameter(keys: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        like = next((trainable[k.key] for k in keys if getattr(k, "key", None) in trainable), None)
+        own = like.sharding if like is not None and like.shape == leaf.shape else whole
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own)
+
+    opt_state = jax.tree_util.tree_map_with_path(beside_parameter, jax.eval_shape(optimizer.init, trainable))
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    return {
+    guard = jax.eval_shape(lambda: step_guard.fresh(config))
+    state = {
         "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         "rng": jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
         "trainable": trainable,
         "frozen": {path: leaf for path, leaf in params.items() if not rates[path]},
         "opt_state": opt_state,
+        "guard": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), guard),
     }
+    if config.ema_decay:
+        state["ema"] = {
+            path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
+            for path, leaf in trainable.items()
+        }
+    return state
 
 
 def shardings(abstract: State) -> State:
@@ -111,8 +117,19 @@ def initial_state(
         "trainable": trainable,
         "frozen": {path: params[path] for path in abstract["frozen"]},
         "opt_state": opt_state,
+        "guard": step_guard.fresh(config),
     }
+    if config.ema_decay:
+        # A copy, because the step gives each buffer of its old state away.
+        copied = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.copy(x).astype(jnp.float32), tree))
+        state["ema"] = copied(trainable)
     return jax.device_put(state, shardings(abstract)), origin
+
+
+def model_params(state: State) -> dict[str, jax.Array]:
+    """The parameters to evaluate and to export, flat: the moving average where there is one."""
+    average = {path: x.astype(state["trainable"][path].dtype) for path, x in state.get("ema", {}).items()}
+    return {**state["frozen"], **state["trainable"], **average}
 
 
 def _check_architecture(source: str, model: ConfigDict, components: set[str]) -> None:

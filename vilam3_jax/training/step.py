@@ -12,7 +12,8 @@ import optax
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.models import trees, vila
 from vilam3_jax.ops import losses
-from vilam3_jax.training import measures
+from vilam3_jax.training import measures, step_guard
+from vilam3_jax.training.state import model_params
 
 Flat = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
@@ -54,18 +55,16 @@ def make_loss(config: ConfigDict, graphdef: Any) -> LossFn:
     def contrastive(params: Flat, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = vila.merge(graphdef, trees.unflatten(params))
         image, text = model(batch["images"], batch["text_tokens"], batch["text_valid"])
-        valid = batch["text_valid"].any(axis=1)
-        weight = valid.sum().astype(jnp.float32)
         # Reports and captions repeat each other word for word; a text is right for all images that have it.
-        tokens = batch["text_tokens"]
-        same_text = (tokens[:, None, :] == tokens[None, :, :]).all(axis=-1)
-        loss = losses.sigmoid_contrastive_loss(
-            image, text, model.logit_scale[...], model.logit_bias[...], valid, same_text
+        total, weight, correct = losses.sigmoid_contrastive_loss(
+            image,
+            text,
+            model.logit_scale[...],
+            model.logit_bias[...],
+            valid=batch["text_valid"].any(axis=1),
+            labels=batch["text_tokens"],
         )
-        best = jnp.argmax(jnp.where(valid[None, :], image @ text.T, -jnp.inf), axis=1)
-        own = jnp.take_along_axis(same_text, best[:, None], axis=1)[:, 0]
-        correct = jnp.sum(own & valid).astype(jnp.float32)
-        return loss * weight, {"weight": weight, "correct": correct}
+        return total, {"weight": weight, "correct": correct}
 
     return generative if config.kind == "generative" else contrastive
 
@@ -73,10 +72,12 @@ def make_loss(config: ConfigDict, graphdef: Any) -> LossFn:
 def make_train_step(
     config: ConfigDict, loss_fn: LossFn, optimizer: optax.GradientTransformation, schedule: optax.Schedule
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
-    """Returns the step. State: `step`, `trainable` and `frozen` (flat parameters), `opt_state`, `rng`.
+    """Returns the step. State: `step`, `trainable` and `frozen` (flat parameters), `opt_state`, `rng`,
+    `guard`, and with `config.ema_decay` also `ema`.
 
-    Gradients are sums over tokens, accumulated over `grad_accum` micro-batches and divided once by the
-    global number of supervised tokens, so accumulation does not change the result.
+    Gradients are sums over tokens, accumulated in float32 over `grad_accum` micro-batches and divided once by
+    the global number of supervised tokens, so accumulation does not change the result. A step that the guard
+    refuses changes only `step` and the guard's counters; the schedule does not move on.
     """
 
     def gradients(trainable: Flat, frozen: Flat, batch: Batch) -> tuple[Flat, dict[str, jax.Array]]:
@@ -92,7 +93,7 @@ def make_train_step(
         micro = _split(batch, config.grad_accum, config.data.rows_per_group)
         first = jax.tree.map(lambda x: x[0], micro)
         zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, trainable, frozen, first)
+            lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(gradients, trainable, frozen, first)
         )
 
         def body(carry: Any, part: Batch) -> tuple[Any, None]:
@@ -100,31 +101,45 @@ def make_train_step(
 
         return jax.lax.scan(body, zeros, micro)[0]
 
+    def average(old: jax.Array, parameter: jax.Array) -> jax.Array:
+        return config.ema_decay * old + (1 - config.ema_decay) * parameter.astype(jnp.float32)
+
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         grads, sums = accumulated(state["trainable"], state["frozen"], batch)
         weight = jnp.maximum(sums["weight"], 1.0)
-        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grads)
+        loss, norm = sums["loss"] / weight, optax.tree.norm(grads)
+        take, guard = step_guard.judge(config, state["guard"], norm, loss)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["trainable"])
-        trainable = optax.apply_updates(state["trainable"], updates)
+        new = {"trainable": optax.apply_updates(state["trainable"], updates), "opt_state": opt_state}
+        if config.ema_decay:
+            new["ema"] = jax.tree.map(average, state["ema"], new["trainable"])
+        old = {name: state[name] for name in new}
+        new = jax.tree.map(lambda after, before: jnp.where(take, after, before), new, old)
         metrics = {
-            "loss": sums["loss"] / weight,
+            "loss": loss,
             "accuracy": sums["correct"] / weight,
             "supervised": sums["weight"],
-            "grad_norm": optax.global_norm(grads),
-            "learning_rate": schedule(state["step"]),
+            "grad_norm": norm,
+            "learning_rate": schedule(state["step"] - state["guard"]["skipped"]),
+            "skipped": guard["skipped"],
+            "skipped_in_row": guard["skipped_in_row"],
             **measures.component_norms(grads),
             **measures.batch_counts(batch),
         }
-        return {**state, "step": state["step"] + 1, "trainable": trainable, "opt_state": opt_state}, metrics
+        return {**state, **new, "step": state["step"] + 1, "guard": guard}, metrics
 
     return train_step
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable[[State, Batch], dict[str, jax.Array]]:
-    """Returns `eval_step(state, batch) -> {'loss', 'weight', 'correct'}`, all sums."""
+    """Returns `eval_step(state, batch) -> {'loss', 'weight', 'correct'}`, all sums.
+
+    If the state has a moving average, that is evaluated.
+    """
 
     def eval_step(state: State, batch: Batch) -> dict[str, jax.Array]:
-        loss, sums = loss_fn({**state["frozen"], **state["trainable"]}, batch)
+        loss, sums = loss_fn(model_params(state), batch)
         return {"loss": loss, **sums}
 
     return eval_step

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from vilam3_jax import paths
 from vilam3_jax.config import ConfigDict
-from vilam3_jax.training import chips, flops, measures, writers
+from vilam3_jax.training import chips, flops, measures, step_guard, writers
 from vilam3_jax.training.traces import Traces
 from vilam3_jax.training.watchdog import Watchdog
 
@@ -253,6 +253,7 @@ class Telemetry:
             **memory(),
         }
         writers.write_all(self._writers, step.number, values)
+        step_guard.check_limit(self._config, step.number, values)
         self._bar.set_postfix(
             loss=f"{values['loss']:.3f}", tok_s=f"{values['tokens_per_second']:.0f}", refresh=False
         )

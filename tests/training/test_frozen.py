@@ -1,0 +1,82 @@
+"""What is frozen costs no backward pass: products of the whole train step, counted in its program."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+
+from tests.training.helpers import equations, packed_batch, tiny_config
+from vilam3_jax.models import trees, vila
+from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.training import optimizer as optimizer_lib
+from vilam3_jax.training import state as state_lib
+from vilam3_jax.training import step as step_lib
+
+ALL = ((r".*", 1.0),)
+PROJECTOR = ((r"projector/.*", 1.0), (r".*", 0.0))  # stage 2a
+NO_TOWER = ((r"vision_tower/.*", 0.0), (r".*", 1.0))  # stage 2b
+
+
+def products(function, *arguments):
+    """Multiplications of all matrix products and convolutions, scans counted by their length."""
+    total = 0
+    for equation, times in equations(jax.make_jaxpr(function)(*arguments).jaxpr):
+        if equation.primitive.name == "dot_general":
+            (summed, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += times * equation.outvars[0].aval.size * math.prod(left[a] for a in summed)
+        assert equation.primitive.name != "conv_general_dilated"
+    return total
+
+
+@functools.cache
+def counted(trainable, remat="none"):
+    """Products of the train step, and of the parts of one forward pass."""
+    config = tiny_config(fsdp=8)
+    config.model.remat, config.trainable, config.loss_chunk = remat, trainable, 48
+    config.model.llm.num_layers = 4
+    graphdef, nested = vila.abstract_model(config.model, config.kind)
+    shapes = trees.flatten(nested)
+    rates = optimizer_lib.multipliers(config, list(shapes))
+    optimizer = optimizer_lib.make_optimizer(config, {p: r for p, r in rates.items() if r})
+    state = state_lib.abstract_state(config, mesh_lib.build_mesh(config.mesh), optimizer, rates)
+    batch = packed_batch(0)
+    loss = step_lib.make_loss(config, graphdef)
+    step = step_lib.make_train_step(config, loss, optimizer, optimizer_lib.learning_rate(config))
+    images = batch["images"].reshape(-1, 32, 32, 3)
+    tokens, llm = batch["tokens"].size, config.model.llm
+    states = jax.ShapeDtypeStruct((*batch["tokens"].shape, llm.hidden_size), "float32")
+    marks = batch["segment_ids"], batch["positions"]
+    forward = {
+        "tower": products(lambda p: vila.merge(graphdef, p).vision_tower.features(images), nested),
+        "encoded": products(lambda p: vila.merge(graphdef, p).encode_images(images), nested),
+        "llm": products(lambda p, x: vila.merge(graphdef, p).llm(x, *marks), nested, states),
+        "head": tokens * llm.hidden_size * llm.vocab_size,
+        # Without the two products of attention, whose gradient takes five.
+        "llm_weights": tokens
+        * sum(x.size for p, x in shapes.items() if p.startswith("llm/layers/") and p.endswith("kernel")),
+    }
+    forward["attention"] = (forward["llm"] - forward["llm_weights"]) // 2
+    forward["projector"] = forward["encoded"] - forward["tower"]
+    return products(step, state, batch), forward
+
+
+def test_only_the_projector_trains():
+    """Stage 2a: the tower forward; the LLM forward and back to its inputs, no product for a weight of it."""
+    step, part = counted(PROJECTOR)
+    least = part["tower"] + 2 * part["llm_weights"] + 7 * part["attention"] + 2 * part["head"]
+    assert 2 * part["projector"] <= step - least <= 3 * part["projector"]
+
+
+def test_a_frozen_tower_runs_forward_alone():
+    (frozen, part), (trained, _) = counted(NO_TOWER), counted(ALL)
+    least = part["tower"] + 3 * part["llm_weights"] + 7 * part["attention"] + 3 * part["head"]
+    assert 2 * part["projector"] <= frozen - least <= 3 * part["projector"]
+    assert 1.8 * part["tower"] < trained - frozen < 3 * part["tower"]  # attention goes back in five for two
+
+
+def test_recomputation_leaves_a_frozen_tower_alone():
+    (kept, part), (again, _) = counted(PROJECTOR), counted(PROJECTOR, "full")
+    assert 0.5 * part["llm"] < again - kept <= part["llm"]

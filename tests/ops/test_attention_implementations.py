@@ -25,7 +25,8 @@ def run(monkeypatch):
     monkeypatch.setattr(attention_splash, "INTERPRET", True)
     monkeypatch.setattr(attention_splash, "BLOCK", 128)
     monkeypatch.setattr(attention_splash, "COMPUTE_BLOCK", 128)
-    monkeypatch.setattr(attention_splash, "MAX_FUSED", 128)
+    monkeypatch.setattr(attention_splash, "FUSED_BLOCK", 128)
+    monkeypatch.setattr(attention_splash, "FUSED_PARTS", 1)
     monkeypatch.setattr(attention_blockwise, "BLOCK", 16)
 
     def run(implementation, function, *args, fsdp=1, context=2, tensor=1, **rules):
@@ -234,7 +235,7 @@ def test_the_path_to_cudnn_gives_what_xla_gives(run, monkeypatch, causal):
     mesh = compat.make_mesh((2, 2), ("fsdp", "tensor"), jax.devices()[:4])
     weight = np.random.default_rng(5).standard_normal(q.shape, np.float32)
     function = output_and_gradients(front(ids, causal), weight)
-    with partition.activation_rules(mesh, {**ACTIVATION_RULES, "batch": "fsdp"}):
+    with partition.activation_rules(mesh, {**ACTIVATION_RULES, "batch": "fsdp", "length": None}):
         got = jax.jit(lambda *x: function(*x))(q, k, v)
     assert seen == ["cudnn"]
     for name, value, want in zip(

@@ -59,7 +59,7 @@ def test_queries_over_tensor_equal_one_device(kind):
     [(dict(fsdp=2, context=2, tensor=2), "auto"), (dict(data=2, context=4), "ring")],
 )
 def test_rows_over_devices_equal_one_device(axes, attention):
-    """`auto` exchanges lengths for heads; the gradients' norm and Adam's steps show a gradient that is wrong."""
+    """`auto` exchanges lengths for heads. Adam hides a gradient's scale, which its norm shows."""
     config = tiny_config(**axes)
     config.attention = attention
     one, many = Run(tiny_config(), one_device()), Run(config)

@@ -117,8 +117,8 @@ def _implementation(q: jax.Array) -> str:
         return choice
     if platform == "tpu" and q.shape[1] >= MIN_KERNEL_QUERIES:
         return "splash"
-    fits = q.shape[1] >= MIN_KERNEL_QUERIES and not attention_cudnn.refusal(q)
-    return "cudnn" if platform == "gpu" and fits else "xla"
+    whole = q.shape[1] >= MIN_KERNEL_QUERIES and partition.ways("queries") == 1
+    return "cudnn" if platform == "gpu" and whole and not attention_cudnn.refusal(q) else "xla"
 
 
 def _match_heads(x: jax.Array, heads: int, parts: int) -> jax.Array:

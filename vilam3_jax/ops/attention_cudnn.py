@@ -62,7 +62,7 @@ def attend(
 
 def check_user_can_run(platform: str, q: Any) -> None:
     """Raises: UserError: devices, type or shape do not fit the kernel."""
-    if platform not in ("gpu", "cuda"):
+    if platform != "gpu":
         raise UserError(
             f"config attention='cudnn' is a kernel for NVIDIA GPUs, and the devices are {platform}; "
             "set attention to 'auto' or 'xla'"

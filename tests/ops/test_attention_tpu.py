@@ -1,4 +1,4 @@
-"""The TPU kernel compiled for a real topology, without a TPU, at the sizes of Llama-3-8B and SigLIP-So400m."""
+"""The TPU kernel compiled for a TPU topology, without a TPU, at the sizes of Llama-3-8B and SigLIP-So400m."""
 
 from __future__ import annotations
 

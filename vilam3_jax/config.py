@@ -38,7 +38,7 @@ else:
     ConfigDict = ml_collections.ConfigDict
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
-ATTENTIONS = ("auto", "xla", "splash")
+ATTENTIONS = ("auto", "xla", "splash", "cudnn", "ring")
 IMAGE_MODES = ("resize", "pad", "dynamic", "dynamic_s2")
 WRITERS = ("tensorboard", "wandb", "mlflow")
 MAX_SCALE = 8  # times the tower's size
@@ -78,7 +78,7 @@ PARAMETER_RULES = (
 
 ACTIVATION_RULES = {
     "batch": ("data", "fsdp"),
-    "length": None,
+    "length": "context",
     "embed": None,
     "heads": "tensor",
     "kv_heads": "tensor",

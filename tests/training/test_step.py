@@ -54,6 +54,25 @@ def test_queries_over_tensor_equal_one_device(kind):
         np.testing.assert_allclose(many.step(make(index))["loss"], one.step(make(index))["loss"], rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "axes, attention",
+    [(dict(fsdp=2, context=2, tensor=2), "auto"), (dict(data=2, context=4), "ring")],
+)
+def test_rows_over_devices_equal_one_device(axes, attention):
+    """`auto` exchanges lengths for heads. Adam hides a gradient's scale, which its norm shows."""
+    config = tiny_config(**axes)
+    config.attention = attention
+    one, many = Run(tiny_config(), one_device()), Run(config)
+    for index in range(3):
+        whole, split = one.step(packed_batch(index)), many.step(packed_batch(index))
+        np.testing.assert_allclose(split["loss"], whole["loss"], rtol=1e-5)
+        np.testing.assert_allclose(split["grad_norm"], whole["grad_norm"], rtol=1e-4)
+    for path, leaf in many.state["trainable"].items():
+        np.testing.assert_allclose(leaf, one.state["trainable"][path], atol=2e-5, err_msg=path)
+    moved = "all-to-all" if attention == "auto" else "collective-permute"
+    assert moved in many._compiled.as_text()
+
+
 def other_families(**mesh_axes):
     """InternViT, a projector with norms between its layers, a Llama with all that Qwen adds."""
     config = tiny_config(**mesh_axes)

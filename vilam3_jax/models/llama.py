@@ -191,7 +191,8 @@ class LlamaLayer(nnx.Module):
     def __call__(self, x: jax.Array, segment_ids: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
         """A whole packed row: x [B, L, D] -> [B, L, D]."""
         q, k, v = self.attn.project(self.attn_norm(x), rope)
-        out = attention(q, k, v, segment_ids_q=segment_ids, segment_ids_kv=segment_ids, causal=True)
+        ids = segment_ids
+        out = attention(q, k, v, segment_ids_q=ids, segment_ids_kv=ids, causal=True, length="length")
         return self._finish(x, out)
 
     def with_cache(

@@ -13,12 +13,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.ops import attention_splash, partition
+from vilam3_jax.ops import attention_blockwise, attention_cudnn, attention_splash, partition
 from vilam3_jax.ops.attention_xla import MAX_QUERY_BLOCKS, MIN_QUERY_BLOCK, Marks, attend_blocks
 
 # Fewer queries (a pooling probe, short texts) have small scores, and padding to the kernel's blocks would
 # cost more than the kernel saves.
-MIN_SPLASH_QUERIES = 128
+MIN_KERNEL_QUERIES = 128
+# Longer rows go blockwise: their scores would be the largest thing a step holds.
+MAX_SHORT = 1024
 
 
 def attention(
@@ -32,6 +34,7 @@ def attention(
     q_positions: jax.Array | None = None,
     kv_positions: jax.Array | None = None,
     scale: float | None = None,
+    length: str | None = None,
 ) -> jax.Array:
     """Grouped-query attention with packing and causal masks; softmax in float32.
 
@@ -53,6 +56,7 @@ def attention(
       q_positions: int [B, Lq], the index that `causal` compares; by default the place in the row.
       kv_positions: int [B, Lk]; given exactly when `q_positions` is.
       scale: multiplies the scores; 1/sqrt(hd) by default.
+      length: the logical axis along which a step may split Lq = Lk over devices; None if it never does.
 
     Returns:
       [B, Lq, H, hd] in the type of `q`.
@@ -74,35 +78,143 @@ def attention(
         raise ValueError(f"causal attention of {q_len} queries over {kv_len} keys needs positions")
     # Rounded once, not twice: 1/sqrt(hd) is seldom a number of the queries' type.
     q = (q.astype(jnp.float32) * (head_dim**-0.5 if scale is None else scale)).astype(q.dtype)
-    k, v = _match_heads(k, heads), _match_heads(v, heads)
-    if q_positions is None and _implementation(q_len) == "splash":
-        return _splash(q, k, v, segment_ids_q, segment_ids_kv, causal)
-    return _xla(q, k, v, Marks(segment_ids_q, segment_ids_kv, q_positions, kv_positions), causal)
+    marks = Marks(segment_ids_q, segment_ids_kv, q_positions, kv_positions)
+    if length is not None and partition.ways(length) > 1:
+        return _over_devices_of_a_row(q, k, v, marks, causal, length)
+    parts = partition.ways("heads")
+    k, v = _match_heads(k, heads, parts), _match_heads(v, heads, parts)
+    return _by_implementation(q, k, v, marks, causal, spread=True)
 
 
-def _implementation(q_len: int) -> str:
-    """'xla' or 'splash', by the step's choice and the devices that it is for."""
+def _by_implementation(
+    q: jax.Array, k: jax.Array, v: jax.Array, marks: Marks, causal: bool, spread: bool
+) -> jax.Array:
+    """Attention of whole rows.
+
+    Args:
+      q: [B, Lq, H, hd], scaled.
+      k: [B, Lk, K, hd].
+      v: [B, Lk, K, hd].
+      marks: segment ids and positions as `attention` got them.
+      causal: see `attention`.
+      spread: whether to spread the work over the step's mesh; False inside `shard_map`.
+    """
+    implementation = "xla" if marks.q_positions is not None else _implementation(q)
+    return {"xla": _xla, "splash": _splash, "cudnn": _cudnn}[implementation](q, k, v, marks, causal, spread)
+
+
+def _implementation(q: jax.Array) -> str:
+    """'xla', 'splash' or 'cudnn', by the step's choice and the devices that it is for."""
     choice, platform = partition.attention_choice(), partition.platform()
     if choice == "splash" and platform != "tpu" and not attention_splash.INTERPRET:
         raise UserError(
             f"config attention='splash' is a kernel for TPUs, and the devices are {platform}; "
             "set attention to 'auto' or 'xla'"
         )
-    if choice == "auto":
-        return "splash" if platform == "tpu" and q_len >= MIN_SPLASH_QUERIES else "xla"
-    return choice
+    if choice == "cudnn":
+        attention_cudnn.check_user_can_run(platform, q)
+    if choice not in ("auto", "ring"):
+        return choice
+    if platform == "tpu" and q.shape[1] >= MIN_KERNEL_QUERIES:
+        return "splash"
+    whole = q.shape[1] >= MIN_KERNEL_QUERIES and partition.ways("queries") == 1
+    return "cudnn" if platform == "gpu" and whole and not attention_cudnn.refusal(q) else "xla"
 
 
-def _match_heads(x: jax.Array, heads: int) -> jax.Array:
-    """Repeats key heads where there are fewer than parts that the query heads are cut into."""
-    ways, kv_heads = partition.ways("heads"), x.shape[2]
-    repeats = math.lcm(ways, kv_heads) // kv_heads
+def _match_heads(x: jax.Array, heads: int, parts: int) -> jax.Array:
+    """Repeats key heads where there are fewer than `parts` that the query heads are cut into."""
+    kv_heads = x.shape[2]
+    repeats = math.lcm(parts, kv_heads) // kv_heads
     if heads % (kv_heads * repeats):
         raise ValueError(
-            f"{heads} query and {kv_heads} key heads do not split into {ways}; set activation_rules.heads "
+            f"{heads} query and {kv_heads} key heads do not split into {parts}; set activation_rules.heads "
             "and kv_heads to None, queries to the axis that had them"
         )
     return jnp.repeat(x, repeats, axis=2) if repeats > 1 else x
+
+
+def _over_devices_of_a_row(
+    q: jax.Array, k: jax.Array, v: jax.Array, marks: Marks, causal: bool, length: str
+) -> jax.Array:
+    """Attention of rows of which each device along the axes of `length` holds a part.
+
+    Where heads divide, devices exchange lengths for heads before and after (arXiv:2309.14509); else, or if
+    the step asks for it, keys travel around a ring.
+    """
+    placed, size = partition.placement(), partition.ways(length)
+    assert placed is not None
+    mesh, spec = placed
+    choice = partition.attention_choice()
+    q_len, heads, kv_heads = q.shape[1], q.shape[2], k.shape[2]
+    if marks.q_positions is not None or k.shape[1] != q_len:
+        raise ValueError("a row over several devices attends to itself, by its own indices")
+    if q_len % size or partition.ways("queries") > 1:
+        raise ValueError(
+            f"rows of {q_len} do not split into {size} along activation_rules.{length}, or queries are split "
+            "too: set data.seq_len to a multiple, activation_rules.queries to None"
+        )
+    parts = partition.ways("heads") * size
+    exchange = choice != "ring" and heads % math.lcm(parts, kv_heads) == 0
+    if not exchange and choice in ("splash", "cudnn"):
+        raise UserError(
+            f"config attention={choice!r}: {heads} query and {kv_heads} key heads do not split into {parts}, "
+            f"mesh.tensor times mesh.context; change the mesh, or set attention to 'ring'"
+        )
+    if not exchange:
+        parts = partition.ways("heads")
+    k, v = _match_heads(k, heads, parts), _match_heads(v, heads, parts)
+    ids = marks.segment_ids_q, marks.segment_ids_kv
+    if marks.segment_ids_q is None:
+        ids = (jnp.ones((1, q_len), jnp.int32),) * 2
+    axis = spec(length)[0]
+
+    with_itself = ids[0] is ids[1]
+
+    def exchanging(
+        q: jax.Array, k: jax.Array, v: jax.Array, ids_q: jax.Array, ids_kv: jax.Array
+    ) -> jax.Array:
+        q, k, v = (jax.lax.all_to_all(x, axis, 2, 1, tiled=True) for x in (q, k, v))
+        ids_q = jax.lax.all_gather(ids_q, axis, axis=1, tiled=True)
+        ids_kv = ids_q if with_itself else jax.lax.all_gather(ids_kv, axis, axis=1, tiled=True)
+        out = _by_implementation(q, k, v, Marks(ids_q, ids_kv, None, None), causal, spread=False)
+        return jax.lax.all_to_all(out, axis, 1, 2, tiled=True)
+
+    def around(q: jax.Array, k: jax.Array, v: jax.Array, ids_q: jax.Array, ids_kv: jax.Array) -> jax.Array:
+        return _ring(q, k, v, ids_q, ids_kv, attention_blockwise.Ring(axis, size), causal)
+
+    rows = spec("batch", length, "heads", None)
+    id_specs = [spec("batch" if x.shape[0] == q.shape[0] else None, length) for x in ids]
+    return jax.shard_map(
+        exchanging if exchange else around,
+        mesh=mesh,
+        in_specs=(rows, rows, rows, *id_specs),
+        out_specs=rows,
+        # The kernels' outputs do not say over which axes they vary.
+        check_vma=not exchange,
+    )(q, k, v, *ids)
+
+
+def _ring(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    ids_q: jax.Array,
+    ids_kv: jax.Array,
+    ring: attention_blockwise.Ring,
+    causal: bool,
+) -> jax.Array:
+    part = q.shape[1]
+    index = (jax.lax.axis_index(ring.axis) * part + jnp.arange(part, dtype=jnp.int32))[None]
+    balanced = causal and part % 2 == 0
+    if balanced:
+        q, k, v, ids_q, ids_kv, index = (
+            attention_blockwise.balance(x, ring) for x in (q, k, v, ids_q, ids_kv, index)
+        )
+    block = min(attention_blockwise.BLOCK, -(-part // 2))
+    marks = Marks(_blocks(ids_q, block), ids_kv, _blocks(index, block), index)
+    out = attention_blockwise.attend(_blocks(q, block), k, v, marks, causal=causal, ring=ring)
+    out = out.reshape(q.shape[0], -1, *q.shape[2:])[:, :part]
+    return attention_blockwise.restore(out, ring) if balanced else out
 
 
 def _pad(x: jax.Array, axis: int, length: int, fill: int = 0) -> jax.Array:
@@ -126,19 +238,23 @@ def _on_devices(
     v: jax.Array,
     marks: Marks,
     kernel: Any = None,
+    *,
+    spread: bool,
+    check_vma: bool = True,
 ) -> jax.Array:
     """Calls `local(q, k, v, marks)`; on a mesh every device with its own rows, heads and queries.
 
     Left to the partitioner, the reshapes inside cost some fifty small collectives a layer and direction.
     A splash `kernel` is the first argument, cut into the parts of the queries.
     """
-    placed = partition.placement()
+    placed = partition.placement() if spread else None
+    first = () if kernel is None else (kernel,)
     if placed is None:
-        return local(q, k, v, marks) if kernel is None else local(kernel, q, k, v, marks)
+        return local(*first, q, k, v, marks)
     mesh, spec = placed
 
     def rows(x: jax.Array | None, *axes: str | None) -> Any:
-        # Positions may be the same for all rows: [1, ...].
+        # Marks may be the same for all rows: [1, ...].
         return None if x is None else spec("batch" if x.shape[0] == q.shape[0] else None, *axes)
 
     out = rows(q, None, "queries", "heads", None)
@@ -149,71 +265,110 @@ def _on_devices(
         rows(marks.q_positions, None, "queries"),
         rows(marks.kv_positions, None),
     )
-    specs: tuple[Any, ...] = (out, keys, keys, marked)
-    if kernel is None:
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out)(q, k, v, marks)
-    cut = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, *spec("queries"))))
-    # The kernel's outputs do not say over which axes they vary.
-    run = jax.shard_map(local, mesh=mesh, in_specs=(cut, *specs), out_specs=out, check_vma=False)
-    return run(kernel, q, k, v, marks)
+    in_specs: tuple[Any, ...] = (out, keys, keys, marked)
+    if kernel is not None:
+        over_queries = NamedSharding(mesh, PartitionSpec(None, *spec("queries")))
+        in_specs = (kernel.manual_sharding_spec(over_queries), *in_specs)
+    run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out, check_vma=check_vma)
+    return run(*first, q, k, v, marks)
 
 
-def _xla(q: jax.Array, k: jax.Array, v: jax.Array, marks: Marks, causal: bool) -> jax.Array:
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, marks: Marks, causal: bool, spread: bool) -> jax.Array:
     batch, q_len, heads, head_dim = q.shape
     by_row_index = causal and marks.q_positions is None
-    block = q_len
     if by_row_index:
-        index = jnp.arange(q_len)[None]
+        index = jnp.arange(q_len, dtype=jnp.int32)[None]
         marks = marks._replace(q_positions=index, kv_positions=index)
-        block = min(q_len, max(MIN_QUERY_BLOCK, -(-q_len // MAX_QUERY_BLOCKS)))
     if not causal:
         marks = marks._replace(q_positions=None, kv_positions=None)
-    block += -block % partition.ways("queries")
+    if q_len > MAX_SHORT:
+        block = attention_blockwise.BLOCK
+        marks = _all_given(marks, q_len, k.shape[1])
+        local = partial(attention_blockwise.attend, causal=causal)
+    else:
+        block = min(q_len, max(MIN_QUERY_BLOCK, -(-q_len // MAX_QUERY_BLOCKS))) if by_row_index else q_len
+    block += -block % (partition.ways("queries") if spread else 1)
+    if q_len <= MAX_SHORT:
+        local = partial(attend_blocks, keys_per_block=block if by_row_index else None)
     marks = marks._replace(
         segment_ids_q=_blocks(marks.segment_ids_q, block), q_positions=_blocks(marks.q_positions, block, -1)
     )
-    local = partial(attend_blocks, keys_per_block=block if by_row_index else None)
-    out = _on_devices(local, _blocks(q, block), k, v, marks)
+    out = _on_devices(local, _blocks(q, block), k, v, marks, spread=spread)
     return out.reshape(batch, -1, heads, head_dim)[:, :q_len]
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, ids_q: Any, ids_kv: Any, causal: bool) -> jax.Array:
+def _all_given(marks: Marks, q_len: int, kv_len: int) -> Marks:
+    """Marks that say the same without None."""
+    if marks.segment_ids_q is None:
+        marks = marks._replace(
+            segment_ids_q=jnp.ones((1, q_len), jnp.int32), segment_ids_kv=jnp.ones((1, kv_len), jnp.int32)
+        )
+    if marks.q_positions is None:
+        marks = marks._replace(
+            q_positions=jnp.zeros((1, q_len), jnp.int32), kv_positions=jnp.zeros((1, kv_len), jnp.int32)
+        )
+    return marks
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, marks: Marks, causal: bool, spread: bool) -> jax.Array:
     batch, q_len, heads, head_dim = q.shape
-    kv_len = k.shape[1]
-    parts = partition.ways("queries")
+    parts, head_parts = (partition.ways("queries"), partition.ways("heads")) if spread else (1, 1)
     # Where devices share the queries, each has a part of every block: under a causal mask, equal work.
-    block = attention_splash.padded(-(-q_len // (MAX_QUERY_BLOCKS * parts))) * parts if parts > 1 else 0
-    block = block or attention_splash.padded(q_len)
-    has_key = None
-    if ids_q is None:
-        ids_q, ids_kv = jnp.ones((1, q_len), jnp.int32), jnp.ones((1, kv_len), jnp.int32)
+    if parts > 1:
+        block = attention_splash.padded(-(-q_len // (MAX_QUERY_BLOCKS * parts))) * parts
     else:
-        has_key = _has_key(ids_q, ids_kv, causal)
+        block = attention_splash.padded(q_len)
+    ids_q, ids_kv, *_ = _all_given(marks, q_len, k.shape[1])
     # Padding is a segment of its own, 0.
-    q, ids_q = _blocks(q, block), _blocks(ids_q, block)
-    padded = q.shape[1] * block if causal else attention_splash.padded(kv_len)
-    k, v, ids_kv = (_pad(x, 1, padded) for x in (k, v, ids_kv))
-    # [parts, blocks, block / parts]: the queries of each part, one after the other.
-    indices = np.arange(q.shape[1] * block).reshape(-1, parts, block // parts).swapaxes(0, 1).reshape(-1)
-    kernel = attention_splash.make_kernel(indices, padded, heads // partition.ways("heads"), causal, parts)
+    rows, blocks_of_ids = _blocks(q, block), _blocks(ids_q, block)
+    kv_len = rows.shape[1] * block if causal else attention_splash.padded(k.shape[1])
+    k, v, padded_ids = (_pad(x, 1, kv_len) for x in (k, v, ids_kv))
+    # The queries of each part, one after the other.
+    indices = np.arange(rows.shape[1] * block).reshape(-1, parts, block // parts).swapaxes(0, 1).reshape(-1)
+    kernel = attention_splash.make_kernel(indices, kv_len, heads // head_parts, causal, parts)
 
     def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, marks: Marks) -> jax.Array:
         flat = q.reshape(q.shape[0], -1, *q.shape[3:])
         ids = marks.segment_ids_q.reshape(marks.segment_ids_q.shape[0], -1)
         return attention_splash.attend(kernel, flat, k, v, ids, marks.segment_ids_kv).reshape(q.shape)
 
-    out = _on_devices(local, q, k, v, Marks(ids_q, ids_kv, None, None), kernel)
+    padded_marks = Marks(blocks_of_ids, padded_ids, None, None)
+    out = _on_devices(local, rows, k, v, padded_marks, kernel, spread=spread, check_vma=False)
     out = out.reshape(batch, -1, heads, head_dim)[:, :q_len]
-    return out if has_key is None else jnp.where(has_key[:, :, None, None], out, 0)
+    return _zero_without_key(out, marks, causal)
 
 
-def _has_key(ids_q: jax.Array, ids_kv: jax.Array, causal: bool) -> jax.Array:
-    """Bool [B, Lq]: which queries see any key at all. Of a row with itself, all that are not padding."""
-    real = ids_q != 0
-    if ids_q is ids_kv:
-        return real
-    seen = ids_q[:, :, None] == ids_kv[:, None, :]
-    if causal:
-        index = jnp.arange(ids_q.shape[1])
-        seen &= index[:, None] >= index
-    return real & seen.any(axis=2)
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, marks: Marks, causal: bool, spread: bool) -> jax.Array:
+    batch, q_len, heads, head_dim = q.shape
+    if spread and partition.ways("queries") > 1:
+        raise UserError(
+            "config attention: cuDNN's kernel takes whole rows; set activation_rules.queries to None, or "
+            "attention to 'xla'"
+        )
+    ids_q, ids_kv, *_ = _all_given(marks, q_len, k.shape[1])
+    kv_len = k.shape[1] + -k.shape[1] % attention_cudnn.MULTIPLE
+    k, v, ids_kv = (_pad(x, 1, kv_len) for x in (k, v, ids_kv))
+    block = q_len + -q_len % attention_cudnn.MULTIPLE
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, marks: Marks) -> jax.Array:
+        ids = marks.segment_ids_q[:, 0], marks.segment_ids_kv
+        return attention_cudnn.attend(q[:, 0], k, v, *ids, causal=causal)[:, None]
+
+    padded_marks = Marks(_blocks(ids_q, block), ids_kv, None, None)
+    out = _on_devices(local, _blocks(q, block), k, v, padded_marks, spread=spread, check_vma=False)
+    return _zero_without_key(out.reshape(batch, -1, heads, head_dim)[:, :q_len], marks, causal)
+
+
+def _zero_without_key(out: jax.Array, marks: Marks, causal: bool) -> jax.Array:
+    """Zeros where a query sees no key; of a row with itself that is its padding."""
+    ids_q, ids_kv = marks.segment_ids_q, marks.segment_ids_kv
+    if ids_q is None:
+        return out
+    seen = ids_q != 0
+    if ids_q is not ids_kv:
+        pairs = ids_q[:, :, None] == ids_kv[:, None, :]
+        if causal:
+            index = jnp.arange(ids_q.shape[1])
+            pairs &= index[:, None] >= index
+        seen &= pairs.any(axis=2)
+    return jnp.where(seen[:, :, None, None], out, 0)

@@ -16,6 +16,8 @@ from vilam3_jax.ops import partition
 from vilam3_jax.training import tables
 
 BATCH_AXES = ("data", "fsdp")
+# Arrays [B, L] of packed rows, whose second axis lies over `context`.
+ROW_ARRAYS = ("tokens", "segment_ids", "positions", "loss_weights", "visual_index")
 
 
 def build_mesh(mesh_config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
@@ -117,10 +119,10 @@ def _undivided(shape: Sequence[int], axes: Sequence[Any], mesh: Mesh) -> list[tu
 
 
 def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Every leading axis of a batch is split over `data` and `fsdp`.
+    """Every leading axis of a batch is split over `data` and `fsdp`, the length of rows over `context`.
 
     Raises:
-      UserError: a leading axis does not divide.
+      UserError: a leading axis or the length does not divide.
     """
     ways = math.prod(mesh.shape[axis] for axis in partition.names(BATCH_AXES, mesh))
     for name, value in batch.items():
@@ -129,7 +131,17 @@ def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedShar
                 f"batch {name}: leading axis {value.shape[0]} does not divide over {ways} devices of "
                 "mesh.data x mesh.fsdp; change data.global_rows, data.rows_per_group or the mesh"
             )
-    return {name: NamedSharding(mesh, partition.place(mesh, BATCH_AXES)) for name in batch}
+        if name in ROW_ARRAYS and value.shape[1] % mesh.shape["context"]:
+            raise UserError(
+                f"batch {name}: rows of {value.shape[1]} do not divide over mesh.context="
+                f"{mesh.shape['context']}; change data.seq_len or the mesh"
+            )
+
+    def spec(name: str) -> PartitionSpec:
+        split = name in ROW_ARRAYS and mesh.shape["context"] > 1
+        return partition.place(mesh, BATCH_AXES, *(("context",) if split else ()))
+
+    return {name: NamedSharding(mesh, spec(name)) for name in batch}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -5,7 +5,9 @@
 Both run the same compiled step on the same batches in one process, in turns. `bare` calls it and nothing
 else; `loop` does what `vilam3_jax/train.py` does around it: takes the batch, moves it to the device, follows
 the step and writes every figure (JSON lines and TensorBoard) at each logged step. Reading images from a disk
-is the loader's part and not in here. Prints the median of the rounds' ratios.
+is the loader's part and not in here. Prints the median of the rounds' ratios, and the processor time that the
+loop takes on its own: on an accelerator it lies beside the step, on a CPU device it competes with it, and
+where other programs run it is the figure to trust.
 """
 
 from __future__ import annotations
@@ -76,36 +78,44 @@ def main() -> None:
         jax.block_until_ready((state, metrics))
         return state, time.perf_counter() - began
 
-    def looped(state: Any, workdir: str) -> tuple[Any, float]:
+    def looped(state: Any, workdir: str, run: Any = compiled) -> tuple[Any, float, float]:
         clock = telemetry.Clock()
         options: dict[str, Any] = dict(last=args.steps, quiet=True)
         with telemetry.Telemetry(config, workdir, 0, clock, program.rates, **options) as monitor:
-            began = time.perf_counter()
+            began, work = time.perf_counter(), time.process_time()
             for step in range(1, args.steps + 1):
                 with monitor.input():
                     batch = batches[step % len(batches)]
                     batch = jax.device_put(batch, mesh_lib.batch_shardings(batch, mesh))
                 with monitor.step(step):
-                    state, metrics = compiled(state, batch)
+                    state, metrics = run(state, batch)
                 monitor.dispatched(step, batch, metrics)
             monitor.flush()
-            return state, time.perf_counter() - began
+            return state, time.perf_counter() - began, time.process_time() - work
+
+    def host_work(folder: str) -> float:
+        """Processor seconds a step, all threads, of the loop around a step that is done at once."""
+        _, metrics = compiled(state, placed[0])
+        jax.block_until_ready(metrics)
+        return looped(None, folder, lambda state, batch: (state, metrics))[2] / args.steps
 
     ratios, alone = [], []
     with tempfile.TemporaryDirectory() as folder:
         state, _ = bare(state)
-        state, _ = looped(state, f"{folder}/first")
+        state, *_ = looped(state, f"{folder}/first")
         for number in range(args.rounds):
             # The machine drifts: what comes first changes from round to round.
             if number % 2:
-                state, seconds = looped(state, f"{folder}/{number}")
+                state, seconds, _ = looped(state, f"{folder}/{number}")
                 state, reference = bare(state)
             else:
                 state, reference = bare(state)
-                state, seconds = looped(state, f"{folder}/{number}")
+                state, seconds, _ = looped(state, f"{folder}/{number}")
             ratios.append(seconds / reference)
             alone.append(reference / args.steps)
             print(f"round {number}: bare {1e3 * alone[-1]:.1f} ms a step, through the loop x{ratios[-1]:.4f}")
+        work = host_work(f"{folder}/host")
+    print(f"host work of the loop: {1e3 * work:.2f} ms of processor time a step, while the device computes")
     kind = jax.devices()[0].device_kind
     print(
         f"{kind}: {1e3 * statistics.median(alone):.1f} ms a step; through the loop "

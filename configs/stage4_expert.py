@@ -2,6 +2,9 @@
 
 from ml_collections import ConfigDict
 from vilam3_jax.configs import stage3_instruct
+from vilam3_jax.configs.rows import use_published_rows
+
+_IMAGES_PER_GROUP = dict(vila_m3_3b=17, vila_m3_8b=18, vila_m3_13b=17, vila_m3_40b=15)
 
 
 def get_config(arg: str = "tiny") -> ConfigDict:
@@ -10,4 +13,5 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.name = "stage4_expert"
     config.data.experts = "mixed"
     config.schedule.peak = 2e-5
+    use_published_rows(config, arg, _IMAGES_PER_GROUP)
     return config

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from vilam3_jax.data import dicom
 from vilam3_jax.data.scaling import as_stored_values, window_to_uint8
@@ -33,6 +34,23 @@ def decode_image(data: bytes, *, max_pixels: float = 64e6) -> np.ndarray:
     Raises:
       UserError: not an image, damaged, or too large. The caller adds which record it was.
     """
+    with _opened(data, max_pixels) as image:
+        if _is_deep(image):
+            return np.repeat(_stretch(np.asarray(image))[..., None], 3, axis=-1)
+        return np.array(_upright(image).convert("RGB"))
+
+
+def image_shape(data: bytes, *, max_pixels: float = 64e6) -> tuple[int, int]:
+    """(H, W) of what `decode_image` returns, from the header alone; raises the same errors for a bad one."""
+    with _opened(data, max_pixels) as image:
+        width, height = image.size
+        turned = not _is_deep(image) and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (width, height) if turned else (height, width)
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, max_pixels: float) -> Iterator[Image.Image]:
+    """An image whose header is read; what goes wrong in the block is a `UserError` too."""
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = image.size
@@ -41,16 +59,22 @@ def decode_image(data: bytes, *, max_pixels: float = 64e6) -> np.ndarray:
                     f"image of {width} x {height} pixels, more than the limit of {max_pixels:.0f}; scale "
                     "it down"
                 )
-            if image.mode.startswith(("I", "F")):
-                return np.repeat(_stretch(np.asarray(image))[..., None], 3, axis=-1)
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "La":  # the only mode that PIL does not bring to RGB in one go
-                image = image.convert("LA")
-            return np.array(image.convert("RGB"))
+            yield image
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise UserError(
             f"not a readable PNG, JPEG, WebP, BMP or TIFF image ({error}); save it again as PNG"
         ) from error
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether its grey has more than 8 bits."""
+    return image.mode.startswith(("I", "F"))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF data says, in a mode that PIL brings to RGB in one go."""
+    image = ImageOps.exif_transpose(image)
+    return image.convert("LA") if image.mode == "La" else image
 
 
 def _stretch(values: np.ndarray) -> np.ndarray:

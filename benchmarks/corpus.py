@@ -222,9 +222,9 @@ class Texts:
             ("assistant", trigger),
             (
                 "user",
-                "The results are <image>. The colors in this image describe\nyellow and red: tumor core, only "
-                "yellow: enhancing tumor, all colors: whole tumor\nUse this result to respond to this prompt:\n"
-                f"{question}.",
+                "The results are <image>. The colors in this image describe\nyellow and red: tumor core, "
+                "only yellow: enhancing tumor, all colors: whole tumor\nUse this result to respond to this "
+                f"prompt:\n{question}.",
             ),
             ("assistant", answer),
         ]

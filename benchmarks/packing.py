@@ -38,6 +38,7 @@ MODELS = (
     "vila_m3_40b",
     "vila_m3_8b,projector=mlp_downsample_3x3_fix",
 )
+_SAMPLES_OF_A_SHARD = 5000  # what waits at the end is not counted, and shall be few of all
 TEMPLATES = {"llama_3": "llama_3", "vicuna_v1": "v1", "hermes-2": "v1"}  # whose measured lengths stand for it
 
 
@@ -46,7 +47,7 @@ def shards_of(config: config_lib.ConfigDict, mixture: str, samples: int, seed: i
     per_image = vila.tokens_per_image(config.model)
     order = corpus.stream(mixture, TEMPLATES[config.model.template], per_image, seed, samples)
     sizes = [Size(tokens, images) for _, tokens, images in order if tokens <= config.data.seq_len]
-    count = config.data.loader_shards
+    count = max(1, min(config.data.loader_shards, samples // _SAMPLES_OF_A_SHARD))
     each = range(len(sizes) // count)
     return [[sizes[stream.dealt_position(n, shard, count)] for n in each] for shard in range(count)]
 
@@ -132,8 +133,8 @@ def measure(recipe: str, mixture: str, samples: int, compare: bool) -> bool:
     ratio = counts / tokens * data.seq_len
     print(
         f"{recipe}, mixture {mixture}: {number} samples of {tokens / number:.0f} tokens and "
-        f"{counts / number:.2f} images, {vila.tokens_per_image(config.model)} tokens an image; {ratio:.2f} images for "
-        f"{data.seq_len} tokens"
+        f"{counts / number:.2f} images, {vila.tokens_per_image(config.model)} tokens an image; {ratio:.2f} images "
+        f"for {data.seq_len} tokens"
     )
     began = time.process_time()
     ours = stats.measure_fill(shards, data.seq_len, data.rows_per_group, data.images_per_group)

@@ -17,9 +17,10 @@ from vilam3_jax.paths import PathLike, as_path, read_bytes
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # no format whose decoder starts another program
 _MAX_FILM_BYTES = 512 << 20
+_MAX_PIXELS = 64e6
 
 
-def decode_image(data: bytes, *, max_pixels: float = 64e6) -> np.ndarray:
+def decode_image(data: bytes, *, max_pixels: float = _MAX_PIXELS) -> np.ndarray:
     """Decodes PNG, JPEG, WebP, BMP or TIFF.
 
     Args:
@@ -40,12 +41,31 @@ def decode_image(data: bytes, *, max_pixels: float = 64e6) -> np.ndarray:
         return np.array(_upright(image).convert("RGB"))
 
 
-def image_shape(data: bytes, *, max_pixels: float = 64e6) -> tuple[int, int]:
-    """(H, W) of what `decode_image` returns, from the header alone; raises the same errors for a bad one."""
+def decode_scaled(data: bytes, size: int) -> np.ndarray:
+    """`resize(decode_image(data), size)` to the bit, but 8-bit grey is scaled once, not thrice.
+
+    Returns:
+      [size, size, 3] uint8.
+    """
+    with _opened(data, _MAX_PIXELS) as image:
+        if not _is_deep(image):
+            upright = _upright(image)
+            upright = upright if upright.mode == "L" else upright.convert("RGB")
+            if upright.size != (size, size):
+                upright = upright.resize((size, size), Image.Resampling.BICUBIC)
+            return np.array(upright.convert("RGB"))
+    return resize(decode_image(data), size)
+
+
+def image_shape(data: bytes, *, max_pixels: float = _MAX_PIXELS) -> tuple[int, int]:
+    """(H, W) of what `decode_image` returns, from the header where that is enough; raises the same errors for a bad one."""
     with _opened(data, max_pixels) as image:
-        width, height = image.size
-        turned = not _is_deep(image) and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return (width, height) if turned else (height, width)
+        if image.format != "TIFF":  # whose size Pillow may have turned already
+            width, height = image.size
+            turned = not _is_deep(image) and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return (width, height) if turned else (height, width)
+    height, width = decode_image(data, max_pixels=max_pixels).shape[:2]
+    return height, width
 
 
 @contextlib.contextmanager
@@ -73,7 +93,7 @@ def _is_deep(image: Image.Image) -> bool:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF data says, in a mode that PIL brings to RGB in one go."""
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)  # which copies nothing where nothing is to be turned
     return image.convert("LA") if image.mode == "La" else image
 
 

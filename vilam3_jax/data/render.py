@@ -21,7 +21,7 @@ from vilam3_jax.data.caches import ByteLRU
 from vilam3_jax.data.cards import Card, render_cards
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ExpertRequest, ImageRef, Turn, path_problem
 from vilam3_jax.data.falsify import falsify
-from vilam3_jax.data.images import decode_image, image_shape, load_film, resize
+from vilam3_jax.data.images import decode_image, decode_scaled, image_shape, load_film, resize
 from vilam3_jax.data.templates import (
     PLAIN,
     Encoded,
@@ -136,7 +136,7 @@ class ImageReader:
     def _decode(self, image: ImageRef, data_root: Any) -> np.ndarray:
         if image.path is None:
             assert image.data is not None
-            return self._scaled(decode_image(image.data))
+            return decode_image(image.data) if self.size is None else decode_scaled(image.data, self.size)
         path = data_root / image.path
         if image.axis is None:
             return self._scaled(load_film(path))

@@ -2,10 +2,10 @@
 
 Run: taskset -c 0 python benchmarks/loader.py [--side=384] [--steps=100]
 
-Writes generated JPEGs (half of them grey, as films are) as a data set, then takes turns: our loader, and, where
-torch and transformers are installed, `torch.utils.data.DataLoader` with `SiglipImageProcessor` in this process
-and in one worker. The consumer sleeps 100 ms a step, as a host does while its accelerator works. Every record is
-new: nothing comes from a cache. Images a second of CPU time are of this process alone, not of the worker.
+Writes generated JPEGs (half of them grey, as films are) as a data set, then takes turns: our loader, and,
+where torch and transformers are installed, `torch.utils.data.DataLoader` with `SiglipImageProcessor` in this
+process and in one worker. The consumer sleeps 100 ms a step, as a host does while its accelerator works. Every
+record is new: nothing comes from a cache. CPU time is of this process, without the worker.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def consume(name: str, batches: Iterator[int]) -> None:
     wall, cpu = time.perf_counter() - began, time.process_time() - cpu
     late = np.mean(np.array(waits) > 0.01 * STEP_SECONDS)
     print(
-        f"  {name:28} {images / cpu:7.0f} images a second of CPU time, "
-        f"{cpu / len(waits) * 1e3:5.1f} ms CPU a step; waited for {sum(waits) / wall:6.2%} of the time, {late:.0%} of steps waited over 1 ms, "
+        f"  {name:28} {images / cpu:7.0f} images a second of CPU time, {cpu / len(waits) * 1e3:5.1f} ms CPU "
+        f"a step; waited for {sum(waits) / wall:6.2%} of the time, {late:.0%} of steps waited over 1 ms, "
         f"median wait {np.median(waits) * 1e3:.2f} ms",
         flush=True,
     )

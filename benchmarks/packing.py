@@ -31,13 +31,7 @@ RECIPES = (
     ("configs/stage3_instruct.py", "instruct"),
     ("configs/stage4_expert.py", "expert"),
 )
-MODELS = (
-    "vila_m3_3b",
-    "vila_m3_8b",
-    "vila_m3_13b",
-    "vila_m3_40b",
-    "vila_m3_8b,projector=mlp_downsample_3x3_fix",
-)
+MODELS = ("vila_m3_3b", "vila_m3_8b", "vila_m3_13b", "vila_m3_40b")
 _SAMPLES_OF_A_SHARD = 5000  # what waits at the end is not counted, and shall be few of all
 TEMPLATES = {"llama_3": "llama_3", "vicuna_v1": "v1", "hermes-2": "v1"}  # whose measured lengths stand for it
 
@@ -133,8 +127,8 @@ def measure(recipe: str, mixture: str, samples: int, compare: bool) -> bool:
     ratio = counts / tokens * data.seq_len
     print(
         f"{recipe}, mixture {mixture}: {number} samples of {tokens / number:.0f} tokens and "
-        f"{counts / number:.2f} images, {vila.tokens_per_image(config.model)} tokens an image; {ratio:.2f} images "
-        f"for {data.seq_len} tokens"
+        f"{counts / number:.2f} images, {vila.tokens_per_image(config.model)} tokens an image; "
+        f"{ratio:.2f} images for {data.seq_len} tokens"
     )
     began = time.process_time()
     ours = stats.measure_fill(shards, data.seq_len, data.rows_per_group, data.images_per_group)

@@ -58,7 +58,7 @@ def decode_scaled(data: bytes, size: int) -> np.ndarray:
 
 
 def image_shape(data: bytes, *, max_pixels: float = _MAX_PIXELS) -> tuple[int, int]:
-    """(H, W) of what `decode_image` returns, from the header where that is enough; raises the same errors for a bad one."""
+    """(H, W) of what `decode_image` returns, from the header where that is enough; raises the same errors."""
     with _opened(data, max_pixels) as image:
         if image.format != "TIFF":  # whose size Pillow may have turned already
             width, height = image.size

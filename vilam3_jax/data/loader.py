@@ -319,7 +319,7 @@ class Loader:
             raise UserError(f"no usable record in {tried} tried; the last: {bad.name}: {bad.reason}")
 
     def sizes(self, count: int) -> list[list[tuple[int, int]]]:
-        """(tokens, images) of the first samples of some loader shards, about `count` in all, images unread."""
+        """(tokens, images) of the first samples of some loader shards, about `count` in all."""
         shards = list(self._new_shards(None).values())
         shards = shards[: max(1, count // _SIZES_OF_A_SHARD)]
         each = -(-count // len(shards))

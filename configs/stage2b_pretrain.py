@@ -5,6 +5,8 @@ from vilam3_jax.configs import models, pods
 
 from vilam3_jax import config as config_lib
 
+_IMAGES_PER_GROUP = dict(vila_m3_3b=26, vila_m3_8b=26, vila_m3_13b=26, vila_m3_40b=22)
+
 
 def get_config(arg: str = "tiny") -> ConfigDict:
     """`arg` names a model of configs/models."""
@@ -14,4 +16,4 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.data.mixture = (("captions", 0.7), ("reports", 0.3))
     config.trainable = ((r"vision_tower/.*", 0.0), (r".*", 1.0))
     config.schedule.peak = 5e-5
-    return pods.shape(config)
+    return pods.shape(config, _IMAGES_PER_GROUP)

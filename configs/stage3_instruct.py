@@ -5,6 +5,8 @@ from vilam3_jax.configs import models, pods
 
 from vilam3_jax import config as config_lib
 
+_IMAGES_PER_GROUP = dict(vila_m3_3b=26, vila_m3_8b=26, vila_m3_13b=26, vila_m3_40b=22)
+
 
 def get_config(arg: str = "tiny") -> ConfigDict:
     """`arg` names a model of configs/models."""
@@ -13,4 +15,4 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.model = models.get(arg)
     config.data.mixture = (("instruct", 1.0),)
     config.schedule.peak = 1e-4
-    return pods.shape(config)
+    return pods.shape(config, _IMAGES_PER_GROUP)

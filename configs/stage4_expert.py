@@ -3,6 +3,8 @@
 from ml_collections import ConfigDict
 from vilam3_jax.configs import pods, stage3_instruct
 
+_IMAGES_PER_GROUP = dict(vila_m3_3b=17, vila_m3_8b=18, vila_m3_13b=17, vila_m3_40b=15)
+
 
 def get_config(arg: str = "tiny") -> ConfigDict:
     """`arg` names a model of configs/models."""
@@ -10,5 +12,5 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.name = "stage4_expert"
     config.data.experts = "mixed"
     config.schedule.peak = 2e-5
-    # Two epochs of VILA-M3's 1,840,428 samples of about 770 tokens.
-    return pods.shape(config, steps=2800)
+    # Two epochs of VILA-M3's 1,840,428 samples.
+    return pods.shape(config, _IMAGES_PER_GROUP, steps=3600)

@@ -12,7 +12,7 @@ SNAPSHOTS = Path(__file__).parent / "snapshots"
 STAGES = ("stage1_vision", "stage2a_align", "stage2b_pretrain", "stage3_instruct", "stage4_expert")
 RECIPES = (
     [f"configs/{stage}.py:tiny" for stage in STAGES]
-    + [f"configs/stage3_instruct.py:vila_m3_{size}" for size in ("3b", "8b", "13b", "40b")]
+    + [f"configs/{stage}.py:vila_m3_{size}" for stage in STAGES[1:] for size in ("3b", "8b", "13b", "40b")]
     + [f"configs/quickstart/{stage}.py:{size}" for stage in STAGES for size in ("smoke", "default", "full")]
 )
 

@@ -14,8 +14,40 @@ from PIL import Image
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from vilam3_jax.data.images import augment, decode_image, encode_png, image_content_key, load_film, resize
+from vilam3_jax.data.images import (
+    augment,
+    decode_image,
+    decode_scaled,
+    encode_png,
+    image_content_key,
+    image_shape,
+    load_film,
+    resize,
+)
 from vilam3_jax.errors import UserError
+
+
+def _encoded(picture: Image.Image, form: str, **settings) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **settings)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "CMYK", "I;16", "1"])
+def test_scaling_while_decoding_changes_no_bit(mode):
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (40, 57, 3), np.uint8)).convert(mode)
+    form = "TIFF" if mode == "CMYK" else "PNG"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    for data in (_encoded(picture, form), _encoded(picture, form, exif=exif)):
+        for size in (16, 40, 64):
+            assert np.array_equal(decode_scaled(data, size), resize(decode_image(data), size))
+        assert image_shape(data) == decode_image(data).shape[:2]
+    with pytest.raises(UserError, match="not a readable"):
+        image_shape(b"junk")
+    with pytest.raises(UserError, match="not a readable"):
+        decode_scaled(b"junk", 8)
 
 
 def encoded(image: Image.Image, format: str = "PNG", **more) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -32,6 +33,7 @@ from vilam3_jax.data.examples import Example, ImageRef, Turn
 from vilam3_jax.data.expert_turns import expert_overlay
 from vilam3_jax.data.images import encode_png, pad_to_square, resize
 from vilam3_jax.data.loader import build_loader
+from vilam3_jax.data.stream import dealt_position
 from vilam3_jax.data.volumes import load_volume, volume_to_slice_image
 from vilam3_jax.errors import UserError
 
@@ -168,6 +170,18 @@ def test_every_record_once_an_epoch_in_another_order(root) -> None:
     assert set(counts) == set(range(37)) and max(counts.values()) <= -(-drawn // 37)
     order = [loader._samples.address(i)[1] for i in range(74)]
     assert sorted(order[:37]) == sorted(order[37:]) == list(range(37)) and order[:37] != order[37:]
+
+
+def test_every_shard_sees_the_whole_mixture(root) -> None:
+    """A mixture of two halves repeats itself every two positions, and there is an even number of shards."""
+    loader = build(config(root, (("films", 1.0), ("reports", 1.0)), images_per_group=8))
+    take(loader, 8)
+    for number in range(4):
+        positions = [dealt_position(index, number, 4) for index in range(200)]
+        films = sum(loader._samples.address(position)[0] == 0 for position in positions)
+        assert 70 < films < 130
+    assert sorted(dealt_position(i, s, 4) for i in range(5) for s in range(4)) == list(range(20))
+    loader.close()
 
 
 def test_mixture_follows_its_weights(root) -> None:
@@ -339,6 +353,30 @@ def test_bad_records_are_named_and_do_not_end_the_run(tmp_path) -> None:
     assert "(many): 5 images, a group has 4" in text
 
 
+def test_an_unreadable_image_leaves_a_gap_and_the_run_resumes(tmp_path) -> None:
+    """It is found after its sample has a place; what else the batches hold does not change."""
+    rng = np.random.default_rng(0)
+    good = [film(i, rng) for i in range(12)]
+    broken = dataclasses.replace(good[5], id="broken", images=(ImageRef(data=b"\x89PNG junk"),))
+    write(tmp_path / "films", [*good[:5], broken, *good[6:]])
+    write(tmp_path / "clean" / "films", good)
+    loader, clean = build(config(tmp_path)), build(config(tmp_path / "clean"))
+    batches, expected = take(loader, 6), take(clean, 6)
+    lost = 0
+    for batch, whole in zip(batches, expected, strict=True):
+        lost += whole["image_valid"].sum() - batch["image_valid"].sum()
+        assert pictures(batch) == [number for number in pictures(whole) if number != 5]
+    assert lost == loader.stats.skipped_total > 0
+    assert dict(loader.stats.skipped).keys() == {"films/train record 5"}
+    first = build(config(tmp_path))
+    take(first, 3)
+    second = build(config(tmp_path))
+    second.set_state(json.loads(json.dumps(first.get_state())))
+    assert same(take(second, 3), batches[3:])
+    for one in (loader, clean, first, second):
+        one.close()
+
+
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_only_bad_records_is_an_error(tmp_path, split: str) -> None:
     turns = film(0, np.random.default_rng(0)).turns
@@ -346,7 +384,7 @@ def test_only_bad_records_is_an_error(tmp_path, split: str) -> None:
     write(tmp_path / "films", bad, split)
     loader = build(config(tmp_path), split)
     with pytest.raises(UserError, match=r"no usable record.*example b"):
-        take(loader, 1)
+        take(loader, 3)  # 16 must have been tried
     loader.close()
 
 

@@ -69,15 +69,16 @@ class ImageProcessor:
         return self.size if self.mode == "resize" else None
 
     def grid(self, picture: np.ndarray) -> Grid:
-        """The tiles of a picture: of all grids that are allowed, the one nearest in shape.
+        """The tiles of a picture, uint8 [H, W, 3]; see `grid_of`."""
+        return self.grid_of(picture.shape[:2])
+
+    def grid_of(self, shape: tuple[int, int]) -> Grid:
+        """The tiles of a picture of shape (H, W): of all grids that are allowed, the one nearest in shape.
 
         Among grids of one shape the larger is taken if the picture has more than half its pixels (the rule
         of InternVL and NVILA).
-
-        Args:
-          picture: uint8 [H, W, 3].
         """
-        height, width = picture.shape[:2]
+        height, width = shape
         best, best_distance = (1, 1), float("inf")
         least = self.sides[-1] ** 2 if self.sides else 1
         for rows, columns in _grids(min(least, self.max_tiles), self.max_tiles):

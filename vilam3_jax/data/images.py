@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from vilam3_jax.data import dicom
 from vilam3_jax.data.scaling import as_stored_values, window_to_uint8
@@ -16,9 +17,10 @@ from vilam3_jax.paths import PathLike, as_path, read_bytes
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # no format whose decoder starts another program
 _MAX_FILM_BYTES = 512 << 20
+_MAX_PIXELS = 64e6
 
 
-def decode_image(data: bytes, *, max_pixels: float = 64e6) -> np.ndarray:
+def decode_image(data: bytes, *, max_pixels: float = _MAX_PIXELS) -> np.ndarray:
     """Decodes PNG, JPEG, WebP, BMP or TIFF.
 
     Args:
@@ -33,6 +35,42 @@ def decode_image(data: bytes, *, max_pixels: float = 64e6) -> np.ndarray:
     Raises:
       UserError: not an image, damaged, or too large. The caller adds which record it was.
     """
+    with _opened(data, max_pixels) as image:
+        if _is_deep(image):
+            return np.repeat(_stretch(np.asarray(image))[..., None], 3, axis=-1)
+        return np.array(_upright(image).convert("RGB"))
+
+
+def decode_scaled(data: bytes, size: int) -> np.ndarray:
+    """`resize(decode_image(data), size)` to the bit, but 8-bit grey is scaled once, not thrice.
+
+    Returns:
+      [size, size, 3] uint8.
+    """
+    with _opened(data, _MAX_PIXELS) as image:
+        if not _is_deep(image):
+            upright = _upright(image)
+            upright = upright if upright.mode == "L" else upright.convert("RGB")
+            if upright.size != (size, size):
+                upright = upright.resize((size, size), Image.Resampling.BICUBIC)
+            return np.array(upright.convert("RGB"))
+    return resize(decode_image(data), size)
+
+
+def image_shape(data: bytes, *, max_pixels: float = _MAX_PIXELS) -> tuple[int, int]:
+    """(H, W) of what `decode_image` returns, from the header where that is enough; raises the same errors."""
+    with _opened(data, max_pixels) as image:
+        if image.format != "TIFF":  # whose size Pillow may have turned already
+            width, height = image.size
+            turned = not _is_deep(image) and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return (width, height) if turned else (height, width)
+    height, width = decode_image(data, max_pixels=max_pixels).shape[:2]
+    return height, width
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, max_pixels: float) -> Iterator[Image.Image]:
+    """An image whose header is read; what goes wrong in the block is a `UserError` too."""
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = image.size
@@ -41,16 +79,22 @@ def decode_image(data: bytes, *, max_pixels: float = 64e6) -> np.ndarray:
                     f"image of {width} x {height} pixels, more than the limit of {max_pixels:.0f}; scale "
                     "it down"
                 )
-            if image.mode.startswith(("I", "F")):
-                return np.repeat(_stretch(np.asarray(image))[..., None], 3, axis=-1)
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "La":  # the only mode that PIL does not bring to RGB in one go
-                image = image.convert("LA")
-            return np.array(image.convert("RGB"))
+            yield image
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise UserError(
             f"not a readable PNG, JPEG, WebP, BMP or TIFF image ({error}); save it again as PNG"
         ) from error
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether its grey has more than 8 bits."""
+    return image.mode.startswith(("I", "F"))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF data says, in a mode that PIL brings to RGB in one go."""
+    ImageOps.exif_transpose(image, in_place=True)  # which copies nothing where nothing is to be turned
+    return image.convert("LA") if image.mode == "La" else image
 
 
 def _stretch(values: np.ndarray) -> np.ndarray:

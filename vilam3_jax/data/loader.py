@@ -1,10 +1,12 @@
 """Batches for training and evaluation, with an exact place to resume from.
 
-S loader shards, a constant of the config, walk the one order of samples: shard s takes positions s, s + S,
-... and packs them into groups. What one shard gives to a batch lies together in it, so that a process whose
+S loader shards, a constant of the config, walk the one order of samples: of every S positions each takes one
+(`stream.dealt_position`), and packs them into groups. What one shard gives to a batch lies together in it, so
+that a process whose
 devices hold a part of the batch runs only the shards of that part. A shard's state is the next position and
 the positions that wait for a place, so a resumed run sees bitwise the batches it would have seen, with any
-number of threads and processes. Yields numpy arrays; what goes to which device is the caller's business.
+number of threads and processes. Texts are made first; images are read once their sample has a place, so what
+waits costs little memory. Yields numpy arrays; what goes to which device is the caller's business.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import collections
 import concurrent.futures
 import copy
 import dataclasses
+import functools
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +43,8 @@ _READ_AHEAD = 4  # samples rendered ahead, per shard
 _MAX_THREADS = 16
 _BAD_IN_A_ROW = 16  # at least; small datasets are walked through once before giving up
 _NAMED_RECORDS = 1000
+_SIZES_OF_A_SHARD = 1000
+_TEXT, _IMAGES = "text", "images"  # the two parts of a record, read one after the other
 
 
 @dataclasses.dataclass
@@ -91,8 +97,20 @@ class _Bad:
     reason: str
 
 
+class Unreadable(Exception):
+    """The images of a sample cannot be read."""
+
+    def __init__(self, bad: _Bad) -> None:
+        super().__init__(bad)
+        self.bad = bad
+
+
+_Images = Sequence[np.ndarray]
+_Placed = list[list[tuple[Sample, "concurrent.futures.Future[_Images]"]]]  # a group whose images are read
+
+
 class _Shard:
-    """One walk through every S-th position, with its packer's waiting samples."""
+    """One walk through a shard's positions, with its packer's waiting samples."""
 
     def __init__(self, number: int, loader: Loader) -> None:
         self._number = number
@@ -114,8 +132,9 @@ class _Shard:
         self._ahead.clear()
         self.next, self.groups = int(state["next"]), int(state["groups"])
         self.pending = []
-        for index in state["pending"]:
-            sample = self._loader.load(self._position(index), index)
+        for sample in self._loader.pool.map(
+            lambda index: self._loader.load(self._position(index), index), state["pending"]
+        ):
             if isinstance(sample, _Bad):
                 raise UserError(
                     f"{sample.name}: was read before the restart, now: {sample.reason}; restore the data"
@@ -123,7 +142,7 @@ class _Shard:
             self.pending.append(sample)
 
     def _position(self, index: int) -> int:
-        return index * self._loader.shard_count + self._number
+        return stream.dealt_position(index, self._number, self._loader.shard_count)
 
     def _read(self, index: int) -> Sample | _Bad | None:
         length = self._loader.length
@@ -141,21 +160,21 @@ class _Shard:
                 return None
             self.next += 1
             if isinstance(sample, Sample):
-                self._loader.note_good()
+                self._loader.note_good(_TEXT)
                 return sample
-            self._loader.note_bad(sample)
+            self._loader.note_bad(_TEXT, sample)
 
     def next_pair(self) -> Sample | None:
         sample = self.pull()
         self.groups += sample is not None
         return sample
 
-    def next_group(self, shape: GroupShape) -> Batch | None:
+    def next_group(self, shape: GroupShape) -> list[list[Sample]] | None:
         rows, self.pending = packing.next_group(shape, self.pending, self.pull)
         if not any(rows):
             return None
         self.groups += 1
-        return packing.assemble_group(shape, rows)
+        return rows
 
 
 class Loader:
@@ -210,8 +229,9 @@ class Loader:
         self.pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="vilam3-decode")
         self._skipped: collections.OrderedDict[str, str] = collections.OrderedDict()
         self._skipped_total = 0
-        self._bad_run = 0
-        self._producer: Producer | None = None
+        self._bad_run = {_TEXT: 0, _IMAGES: 0}
+        self._noting = threading.Lock()
+        self._producers: tuple[Producer, ...] = ()
         self._state: State = self._snapshot(self._new_shards(None))
 
     def _own_streams(self) -> list[int]:
@@ -261,35 +281,66 @@ class Loader:
         address = self._samples.address(position)
         name = self._samples.name(address)
         try:
-            sample = dataclasses.replace(self._load(address, position), index=index)
+            sample = self._load(address, position)
         except (UserError, ValueError, IndexError) as error:
             return _Bad(name, str(error))
         except Exception as error:
             raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
-        reason = packing.oversize_reason(self._shape, sample)
-        return _Bad(f"{name} ({sample.id})", reason) if reason else sample
+        if reason := packing.oversize_reason(self._shape, sample):
+            return _Bad(f"{name} ({sample.id})", reason)
+        read = functools.partial(self._read_images, name, sample.read_images)
+        return dataclasses.replace(sample, index=index, read_images=read)
 
-    def note_good(self) -> None:
-        """Notes that a sample could be used."""
-        self._bad_run = 0
+    def _read_images(self, name: str, read: Callable[[], _Images]) -> _Images:
+        try:
+            return read()
+        except (UserError, ValueError, IndexError) as error:
+            raise Unreadable(_Bad(name, str(error))) from error
+        except Exception as error:
+            raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
 
-    def note_bad(self, bad: _Bad) -> None:
+    def note_good(self, part: str) -> None:
+        """Notes that a part of a record, its text or its images, could be used."""
+        self._bad_run[part] = 0
+
+    def note_bad(self, part: str, bad: _Bad) -> None:
         """Counts a record that was set aside.
 
         Raises:
           UserError: a whole epoch without one good record.
         """
-        self._bad_run += 1
-        self._skipped_total += 1
-        if len(self._skipped) < _NAMED_RECORDS:
-            self._skipped.setdefault(bad.name, bad.reason)
-        if self._bad_run >= max(self._samples.records, _BAD_IN_A_ROW):
-            raise UserError(f"no usable record in {self._bad_run} tried; the last: {bad.name}: {bad.reason}")
+        with self._noting:
+            self._bad_run[part] += 1
+            self._skipped_total += 1
+            if len(self._skipped) < _NAMED_RECORDS:
+                self._skipped.setdefault(bad.name, bad.reason)
+        tried = self._bad_run[part]
+        if tried >= max(self._samples.records, _BAD_IN_A_ROW):
+            raise UserError(f"no usable record in {tried} tried; the last: {bad.name}: {bad.reason}")
 
-    def _batches(self, state: State | None) -> Iterator[tuple[Batch, State]]:
+    def sizes(self, count: int) -> list[list[tuple[int, int]]]:
+        """(tokens, images) of the first samples of some loader shards, about `count` in all."""
+        shards = list(self._new_shards(None).values())
+        shards = shards[: max(1, count // _SIZES_OF_A_SHARD)]
+        each = -(-count // len(shards))
+        drawn = [[shard.pull() for _ in range(each)] for shard in shards]
+        self._update_stats(None)
+        return [[(s.num_tokens, s.num_images) for s in samples if s is not None] for samples in drawn]
+
+    def _plans(self, state: State | None) -> Iterator[tuple[list[Any], State]]:
+        """Which samples stand where, batch by batch; their images are being read."""
         shards = self._new_shards(state)
         while any(units := self._next_units(shards)):
-            yield self._assemble(units), self._snapshot(shards)
+            if not self._pairs:
+                units = [None if rows is None else self._place(rows) for rows in units]
+            yield units, self._snapshot(shards)
+
+    def _place(self, rows: list[list[Sample]]) -> _Placed:
+        return [[(sample, self.pool.submit(sample.read_images)) for sample in row] for row in rows]
+
+    def _batches(self, plans: Iterable[tuple[list[Any], State]]) -> Iterator[tuple[Batch, State]]:
+        for units, state in plans:
+            yield self._assemble(units), state
 
     def _next_units(self, shards: Mapping[int, _Shard]) -> list[Any]:
         """The groups, or pairs, held of one batch; None where a held-out shard is at its end."""
@@ -311,14 +362,29 @@ class Loader:
     def _assemble(self, units: Sequence[Any]) -> Batch:
         if self._pairs:
             return self._pair_batch(units)
-        empty = packing.assemble_group(self._shape, [[] for _ in range(self._shape.rows)])
-        return packing.stack_groups([empty if group is None else group for group in units])
+        empty: _Placed = [[] for _ in range(self._shape.rows)]
+        return packing.stack_groups([self._group(empty if rows is None else rows) for rows in units])
+
+    def _group(self, rows: _Placed) -> Batch:
+        """A group without the samples whose images cannot be read; their places stay empty."""
+        readable: list[list[Sample]] = []
+        for row in rows:
+            readable.append([])
+            for sample, images in row:
+                try:
+                    images.result()
+                except Unreadable as error:
+                    self.note_bad(_IMAGES, error.bad)
+                    continue
+                self.note_good(_IMAGES)
+                readable[-1].append(dataclasses.replace(sample, read_images=images.result))
+        return packing.assemble_group(self._shape, readable)
 
     def _pair_batch(self, samples: Sequence[Sample | None]) -> Batch:
         batch = _empty_pairs(self._shape, len(samples))
         for row, sample in enumerate(samples):
             if sample is not None:
-                batch["images"][row] = sample.images[0]
+                (batch["images"][row],) = sample.read_images()
                 batch["text_tokens"][row, : len(sample.encoded)] = sample.encoded.tokens
                 batch["text_valid"][row, : len(sample.encoded)] = True
         return batch
@@ -331,19 +397,27 @@ class Loader:
           RuntimeError: a record met an error in the program; the message names the record.
         """
         self._stop()
-        source = self._batches(None if self.length is not None else self._state)
-        producer = self._producer = Producer(source, self._prefetch)
-        returned = 0
+        # Two threads: while the images of one batch are awaited, the samples of the next are found.
+        planner = Producer(
+            self._plans(None if self.length is not None else self._state), min(self._prefetch, 1)
+        )
+        producer = Producer(self._batches(planner), self._prefetch)
+        self._producers = (planner, producer)
+        before = self.stats.samples
         try:
             for batch, state in producer:
                 self._state = state
                 self._update_stats(batch)
-                returned += 1
                 yield batch
         finally:
+            planner.close()
             producer.close()
         self._update_stats(None)
-        if not returned and not producer.called_off and len(self._own_streams()) == self._streams:
+        if (
+            self.stats.samples == before
+            and not producer.called_off
+            and len(self._own_streams()) == self._streams
+        ):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.stats.skipped[:3])
             raise UserError(f"no usable record in the held-out data: {reasons}")
 
@@ -354,9 +428,9 @@ class Loader:
         self.stats.skipped_total = self._skipped_total
 
     def _stop(self) -> None:
-        if self._producer is not None:
-            self._producer.close()
-            self._producer = None
+        for producer in self._producers:
+            producer.close()
+        self._producers = ()
 
     def close(self) -> None:
         """Stops and joins all threads."""
@@ -428,31 +502,45 @@ def build_loader(
     donors = stream.choose_donors(samples.sources) if swap_images else {}
     template = model_template(model)
 
+    def read_inputs(
+        address: tuple[int, int], position: int, grids: tuple[tuple[int, int], ...]
+    ) -> tuple[np.ndarray, ...]:
+        source = samples.sources[address[0]]
+        example = source[address[1]]
+        try:
+            images = renderer.render(example, source.data_root, position).images
+            if images and address in donors:
+                other = samples.sources[donors[address][0]]
+                taken = renderer.render(other[donors[address][1]], other.data_root, position).images
+                images = tuple(taken[i % len(taken)] for i in range(len(images)))
+            if data.augment and split == "train":
+                images = augment(images, np.random.default_rng((cfg.seed, position)))
+            # Images of another sample are cut as the text has room for.
+            inputs = (processor.inputs(image, grid) for image, grid in zip(images, grids, strict=True))
+            return tuple(tile for tiles in inputs for tile in tiles)
+        except (UserError, ValueError, IndexError) as error:
+            raise UserError(f"example {example.id}: {error}") from error
+
     def load(address: tuple[int, int], position: int) -> Sample:
         source = samples.sources[address[0]]
         example = source[address[1]].validate()
         try:
-            rendered = renderer.render(example, source.data_root, position)
-            grids = [processor.grid(image) for image in rendered.images]
+            outline = renderer.outline(example, source.data_root, position)
+            shaped = processor.max_tiles > 1
+            grids = [processor.grid_of(p.shape()) if shaped else (1, 1) for p in outline.pictures]
             if pairs:
                 encoded = encode_caption(tokenizer, stream.pair_caption(example), data.text_len)
             else:
-                turns = processor.expand(rendered.turns, grids)
+                turns = processor.expand(outline.turns, grids)
                 encoded = encode_example(tokenizer, template, example.format, turns, tokens_per_image)
                 encoded = processor.merge(encoded, grids, tokens_per_image)
         except (UserError, ValueError, IndexError) as error:
             raise UserError(f"example {example.id}: {error}") from error
-        images = rendered.images
-        if images and address in donors:
-            other = samples.sources[donors[address][0]]
-            taken = renderer.render(other[donors[address][1]], other.data_root, position).images
-            images = tuple(taken[i % len(taken)] for i in range(len(images)))
-        if data.augment and split == "train":
-            images = augment(images, np.random.default_rng((cfg.seed, position)))
-        # Images of another sample are cut as the text has room for.
-        inputs = (processor.inputs(image, grid) for image, grid in zip(images, grids, strict=True))
-        tiles = tuple(tile for tiles in inputs for tile in tiles)
-        return Sample(example.id, position, encoded, tiles, processor.tile_map(grids))
+        # What waits for a place holds no image, encoded or not: the record is read again.
+        read = functools.partial(read_inputs, address, position, tuple(grids))
+        if pairs:  # which do not wait
+            read = functools.partial(tuple, read())
+        return Sample(example.id, position, encoded, read, processor.tile_map(grids))
 
     return Loader(
         samples=samples,

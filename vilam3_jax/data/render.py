@@ -7,9 +7,10 @@ turns at inference, so that a model meets the very text it was trained on.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,7 +21,7 @@ from vilam3_jax.data.caches import ByteLRU
 from vilam3_jax.data.cards import Card, render_cards
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ExpertRequest, ImageRef, Turn, path_problem
 from vilam3_jax.data.falsify import falsify
-from vilam3_jax.data.images import decode_image, load_film, resize
+from vilam3_jax.data.images import decode_image, decode_scaled, image_shape, load_film, resize
 from vilam3_jax.data.templates import (
     PLAIN,
     Encoded,
@@ -57,6 +58,28 @@ class Rendered:
 
     turns: tuple[Turn, ...]
     images: tuple[np.ndarray, ...]
+    experts: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image that is read when it is needed.
+
+    Attributes:
+      read: gives uint8 [H, W, 3].
+      shape: gives (H, W), where possible without decoding.
+    """
+
+    read: Callable[[], np.ndarray]
+    shape: Callable[[], tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """`Rendered` before its images are read; they come in the same order."""
+
+    turns: tuple[Turn, ...]
+    pictures: tuple[Picture, ...]
     experts: tuple[str, ...] = ()
 
 
@@ -101,10 +124,19 @@ class ImageReader:
         key = (source, image.axis, image.index, image.window, self.size)
         return self.images.get(key, lambda: self._decode(image, data_root))
 
+    def shape(self, image: ImageRef, data_root: Any) -> tuple[int, int]:
+        """(H, W) of what `read` returns; from the header where a file has one that is enough."""
+        if self.size is not None:
+            return self.size, self.size
+        if image.data is not None:
+            return image_shape(image.data)
+        height, width = self.read(image, data_root).shape[:2]
+        return height, width
+
     def _decode(self, image: ImageRef, data_root: Any) -> np.ndarray:
         if image.path is None:
             assert image.data is not None
-            return self._scaled(decode_image(image.data))
+            return decode_image(image.data) if self.size is None else decode_scaled(image.data, self.size)
         path = data_root / image.path
         if image.axis is None:
             return self._scaled(load_film(path))
@@ -186,23 +218,38 @@ class Renderer:
         Raises:
           UserError: an image cannot be read, or an expert's result that must be there is not.
         """
-        images = [self._reader.read(image, data_root) for image in example.images]
+        outline = self.outline(example, data_root, coin)
+        return Rendered(outline.turns, tuple(p.read() for p in outline.pictures), outline.experts)
+
+    def outline(self, example: Example, data_root: Any, coin: int = 0) -> Outline:
+        """`render` without reading an image.
+
+        Raises:
+          UserError: an expert's result that must be there is not. Images raise when they are read.
+        """
+        images = [
+            Picture(
+                functools.partial(self._reader.read, image, data_root),
+                functools.partial(self._reader.shape, image, data_root),
+            )
+            for image in example.images
+        ]
         if not self._experts_on(coin):
-            return Rendered(example.turns, tuple(images))
+            return Outline(example.turns, tuple(images))
         if not example.expert_requests:
             # The agent shows its cards with every question; that most of them need no expert is learned here.
             spoken = example.format == "conversation"
             shown = with_cards(example.turns, list(self._cards.values())) if spoken else example.turns
-            return Rendered(tuple(shown), tuple(images))
+            return Outline(tuple(shown), tuple(images))
         found = {}
         for request in example.expert_requests:
             annotation = self._annotation(example, request)
             if annotation is not None:
                 found[request.before_turn] = (request, annotation)
         if not found:
-            return Rendered(example.turns, tuple(images))
+            return Outline(example.turns, tuple(images))
         turns: list[Turn] = []
-        pictures: list[np.ndarray] = []
+        pictures: list[Picture] = []
         waiting = list(images)
         for position, turn in enumerate(example.turns):
             if position in found:
@@ -217,7 +264,7 @@ class Renderer:
             for _ in range(turn.text.count(IMAGE_MARKER)):
                 pictures.append(waiting.pop(0))
         names = tuple(request.expert for request, _ in found.values())
-        return Rendered(tuple(with_cards(turns, list(self._cards.values()))), tuple(pictures), names)
+        return Outline(tuple(with_cards(turns, list(self._cards.values()))), tuple(pictures), names)
 
     def _experts_on(self, coin: int) -> bool:
         if self._experts != "mixed":
@@ -254,8 +301,8 @@ class Renderer:
         annotation: Annotation,
         card: Card,
         question: str,
-        images: Sequence[np.ndarray],
-    ) -> tuple[str, list[np.ndarray]]:
+        images: Sequence[Picture],
+    ) -> tuple[str, list[Picture]]:
         image = example.images[request.image]
         where: dict[str, Any] = {"axis": image.axis, "index": image.index}
         kind = card.task
@@ -271,11 +318,14 @@ class Renderer:
         if not expert_turns.shows_image(annotation, kind):
             return said + question, []
         base = images[request.image]
-        picture = self._reader.images.get(
-            ("overlay", *key, image.window, self._reader.size),
-            lambda: expert_turns.expert_overlay(annotation, base, **where),
-        )
-        return said + question, [picture]
+
+        def coloured() -> np.ndarray:
+            return self._reader.images.get(
+                ("overlay", *key, image.window, self._reader.size),
+                lambda: expert_turns.expert_overlay(annotation, base.read(), **where),
+            )
+
+        return said + question, [Picture(coloured, base.shape)]
 
 
 def _annotation_bytes(annotation: Annotation | None) -> int:

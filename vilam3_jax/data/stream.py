@@ -21,6 +21,7 @@ from vilam3_jax.data.records import INFO_NAME, ExampleSource, read_info
 from vilam3_jax.errors import UserError
 
 _HELD_OUT_SEED = 0
+_DEALING = "turned"  # how positions go to shards; part of the fingerprint, as a state counts them
 
 Mixture = Sequence[tuple[str, float]]
 
@@ -57,6 +58,16 @@ def open_sources(path: paths.PathLike, mixture: Mixture, split: str) -> list[tup
     return found
 
 
+def dealt_position(index: int, shard: int, shards: int) -> int:
+    """Which position of the stream is the `index`-th of a loader shard.
+
+    Every run of `shards` positions goes to all shards once, turned by an amount that only `index` decides: a
+    mixture repeats itself, and a shard that took every n-th position might see one dataset alone.
+    """
+    turn = int.from_bytes(hashlib.blake2b(str(index).encode(), digest_size=8).digest(), "big")
+    return index * shards + (shard + turn) % shards
+
+
 class SampleStream:
     """Positions 0, 1, 2, ... to (dataset, record).
 
@@ -79,7 +90,9 @@ class SampleStream:
         self.records = sum(len(source) for source in self.sources)
         self.length = None if endless else self.records
         described = [[s.name, s.split, len(s), w, _digest(s)] for s, w in sources]
-        self.fingerprint = hashlib.sha256(json.dumps([described, seed, endless]).encode()).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256(
+            json.dumps([_DEALING, described, seed, endless]).encode()
+        ).hexdigest()[:16]
         addresses = [
             grain.MapDataset.source([(number, record) for record in range(len(source))])
             for number, source in enumerate(self.sources)

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vilam3_jax.config import ConfigDict
-from vilam3_jax.data.loader import build_loader
+from vilam3_jax.data.loader import Unreadable, build_loader
 from vilam3_jax.data.packing import Sample
 from vilam3_jax.data.templates import model_template
 from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -153,11 +153,16 @@ def read_questions(config: ConfigDict, tokenizer: Tokenizer) -> list[Question]:
             if not isinstance(sample, Sample):
                 reasons.append(f"{sample.name}: {sample.reason}")
                 continue
+            try:
+                images = tuple(sample.read_images())
+            except Unreadable as error:
+                reasons.append(str(error))
+                continue
             spans = [span for span in supervised_spans(sample.encoded.loss_mask) if span[0] >= _LEAST_PROMPT]
             if spans:
                 turn = len(questions) % len(spans)
                 questions.append(
-                    _question(sample, turn, spans[turn], tokens_per_image, template_stops, tokenizer)
+                    _question(sample, images, turn, spans[turn], tokens_per_image, template_stops, tokenizer)
                 )
     finally:
         loader.close()
@@ -175,6 +180,7 @@ def supervised_spans(loss_mask: np.ndarray) -> list[tuple[int, int]]:
 
 def _question(
     sample: Sample,
+    images: tuple[np.ndarray, ...],
     turn: int,
     span: tuple[int, int],
     tokens_per_image: int,
@@ -189,7 +195,7 @@ def _question(
     # A caption ends with a line, a dialogue's turn with its template's stop.
     stops = template_stops if ids[-1] in template_stops else (ids[-1], tokenizer.eos_id)
     answer = tokenizer.decode(ids[:-1] if ids[-1] in stops else ids).strip()
-    prompt = Chunk(encoded.tokens[:start], visual, sample.images, sample.tile_map)
+    prompt = Chunk(encoded.tokens[:start], visual, images, sample.tile_map)
     return Question(sample.id, turn, prompt, answer, stops, len(ids))
 
 

@@ -1,0 +1,193 @@
+"""`vilam3 data stats`: how large a run's samples are, how they pack, and what would fill groups better."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from absl import flags
+
+from vilam3_jax import config as config_lib
+from vilam3_jax.data.loader import build_loader
+from vilam3_jax.data.packing import LOOKAHEAD, GroupShape, next_group
+from vilam3_jax.errors import UserError
+
+TOKEN_TARGET, IMAGE_TARGET = 0.97, 0.95
+_ROWS = (1, 2, 4, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A sample's size; what packing needs to know."""
+
+    num_tokens: int
+    num_images: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Fill:
+    """How full groups are.
+
+    Attributes:
+      rows, images: R and M of the groups.
+      tokens: share of the token positions that hold a token.
+      slots: share of the image slots that hold an image.
+      longest_wait: most groups of its shard that a sample had to wait for a place.
+    """
+
+    rows: int
+    images: int
+    tokens: float
+    slots: float
+    longest_wait: int
+
+    @property
+    def shortfall(self) -> float:
+        """The emptier of the two, in units of what the targets allow; up to 1 both are met."""
+        return max((1 - self.tokens) / (1 - TOKEN_TARGET), (1 - self.slots) / (1 - IMAGE_TARGET))
+
+
+def measure_fill(
+    shards: Iterable[Sequence[Size]], seq_len: int, rows: int, images: int, lookahead: int = LOOKAHEAD
+) -> Fill:
+    """Packs as the loader does, shard by shard.
+
+    Args:
+      shards: the samples of each shard in their order; what is left at an end is not counted.
+      seq_len: L.
+      rows: R.
+      images: M.
+      lookahead: as in `next_group`.
+
+    Raises:
+      UserError: the samples do not fill one group.
+    """
+    shape = GroupShape(rows, seq_len, images, tokens_per_image=1, image_size=1)
+    groups = tokens = slots = longest = 0
+    for sizes in shards:
+        for number, placed in enumerate(_whole_groups(shape, sizes, lookahead)):
+            groups += 1
+            tokens += sum(sample.num_tokens for sample in placed)
+            slots += sum(sample.num_images for sample in placed)
+            longest = max(longest, *(number - sample.drawn_for for sample in placed))
+    if not groups:
+        raise UserError("too few samples to fill a group; measure more of them")
+    return Fill(rows, images, tokens / (groups * rows * seq_len), slots / (groups * images), longest)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn(Size):
+    drawn_for: int  # number of the group for which it was taken from the stream
+
+
+def _whole_groups(shape: GroupShape, sizes: Sequence[Size], lookahead: int) -> Iterator[list[_Drawn]]:
+    """The samples of each group until the shard's end, from where groups can no longer be full."""
+    order = iter(sizes)
+    waiting: list[_Drawn] = []
+    number = 0
+    ended = False
+
+    def pull() -> _Drawn | None:
+        nonlocal ended
+        size = next(order, None)
+        ended = size is None
+        return None if size is None else _Drawn(size.num_tokens, size.num_images, number)
+
+    while True:
+        packed, waiting = next_group(shape, waiting, pull, lookahead)
+        if ended:
+            return
+        yield [sample for row in packed for sample in row]
+        number += 1
+
+
+def recommend(shards: Sequence[Sequence[Size]], seq_len: int, rows: Sequence[int] = _ROWS) -> list[Fill]:
+    """For each number of rows in a group, the image slots that leave the least empty.
+
+    Args:
+      shards: as in `measure_fill`.
+      seq_len: L.
+      rows: the R to try.
+    """
+    sizes = [size for shard in shards for size in shard]
+    ratio = sum(size.num_images for size in sizes) / max(sum(size.num_tokens for size in sizes), 1)
+    least = max([1, *(size.num_images for size in sizes)])
+    best = []
+    for count in rows:
+        middle = ratio * seq_len * count
+        tried = {max(m, least) for m in range(math.floor(0.96 * middle), math.ceil(1.06 * middle) + 1)}
+        fills = [measure_fill(shards, seq_len, count, images) for images in sorted(tried)]
+        best.append(min(fills, key=lambda fill: fill.shortfall))
+    return best
+
+
+def _describe(data: config_lib.ConfigDict, sizes: Sequence[Size], skipped: int) -> list[str]:
+    lengths = np.array([size.num_tokens for size in sizes])
+    counts = np.array([size.num_images for size in sizes])
+    shares = ", ".join(f"{n}: {np.mean(counts == n):.1%}" for n in np.unique(counts))
+    low, middle, high = np.percentile(lengths, (5, 50, 95))
+    return [
+        f"{len(sizes)} samples, {skipped} refused",
+        f"tokens of a sample: {lengths.mean():.0f} on average, {low:.0f} / {middle:.0f} / {high:.0f} at "
+        f"5 / 50 / 95 %, {lengths.max()} at most; a row has {data.seq_len}",
+        f"images of a sample: {counts.mean():.2f} on average; {shares}",
+    ]
+
+
+def _line(name: str, fill: Fill) -> str:
+    return (
+        f"{name} data.rows_per_group={fill.rows} data.images_per_group={fill.images}: "
+        f"{fill.tokens:.1%} of tokens, {fill.slots:.1%} of image slots"
+    )
+
+
+def stats(config: config_lib.ConfigDict, samples: int) -> str:
+    """What `main` prints.
+
+    Raises:
+      UserError: stage 1 (its pairs are not packed), or data that cannot be read.
+    """
+    from vilam3_jax.models import vila  # jax is slow to import, and --help needs none of it
+
+    if config.kind != "generative":
+        raise UserError("config kind='contrastive': pairs are not packed, so there is nothing to fill")
+    if samples < 1:
+        raise UserError(f"--samples={samples}: must be at least 1")
+    loader = build_loader(config, "train", tokens_per_image=vila.tokens_per_image(config.model))
+    try:
+        found = loader.sizes(samples)
+        refused = loader.stats.skipped_total
+    finally:
+        loader.close()
+    shards = [[Size(*size) for size in shard] for shard in found]
+    data = config.data
+    lines = _describe(data, [size for shard in shards for size in shard], refused)
+    rows = tuple(dict.fromkeys((data.rows_per_group, *_ROWS)))
+    lines.append(
+        _line("now:      ", measure_fill(shards, data.seq_len, data.rows_per_group, data.images_per_group))
+    )
+    best = recommend(shards, data.seq_len, rows)
+    fit = next((fill for fill in sorted(best, key=lambda f: f.rows) if fill.shortfall <= 1), None)
+    lines += [_line("possible: ", fill) for fill in best]
+    chosen = fit or min(best, key=lambda fill: fill.shortfall)
+    lines.append(_line("take:     ", chosen))
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `vilam3 data stats`; raises `UserError` for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="vilam3 data stats",
+        description="Sizes of a run's samples, how full its groups are, and sizes of groups that would be "
+        "fuller. Takes --config=FILE:ARG and --config.key=value as `vilam3 train` does.",
+    )
+    parser.add_argument(
+        "--samples", type=int, default=4000, help="how many samples to look at (default: 4000)"
+    )
+    options, rest = parser.parse_known_args(argv)
+    sys.stdout.write(stats(config_lib.parse(rest, flags.FlagValues()), options.samples))
+    return 0

@@ -12,6 +12,7 @@ sample is lost, none comes twice. Prints a summary; exits with 1 on the first di
 from __future__ import annotations
 
 import argparse
+import collections
 import hashlib
 import json
 import os
@@ -180,7 +181,7 @@ def main() -> int:
     expected = rows(unbroken)
     print(f"unbroken: {len(expected)} steps, {time.monotonic() - began:.0f} s", flush=True)
 
-    counts = dict.fromkeys(("SIGKILL", "SIGTERM", "start", "steps", "save", "torn", "finished", "checked"), 0)
+    counts: collections.Counter[str] = collections.Counter()
     workdir = root / f"broken_{values.processes}"
     shutil.rmtree(workdir, ignore_errors=True)
     while counts["SIGKILL"] + counts["SIGTERM"] < values.kills:

@@ -183,7 +183,7 @@ def main() -> int:
     expected = rows(unbroken)
     print(f"unbroken: {len(expected)} steps, {time.monotonic() - began:.0f} s", flush=True)
 
-    counts = dict.fromkeys(("SIGKILL", "SIGTERM", "start", "steps", "save", "torn", "finished", "checked"), 0)
+    counts: collections.Counter[str] = collections.Counter()
     workdir = root / f"broken_{values.processes}"
     shutil.rmtree(workdir, ignore_errors=True)
     while counts["SIGKILL"] + counts["SIGTERM"] < values.kills:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from vilam3_jax.datasets import phantoms, prepare, train_tokenizer
 from vilam3_jax.training import telemetry
@@ -22,7 +23,7 @@ def make_world(root: Path) -> Path:
     return root
 
 
-def arguments(world: Path, workdir: Path, stage: str = "stage3_instruct", **settings) -> list[str]:
+def arguments(world: Path, workdir: Path, stage: str = "stage3_instruct", **settings: Any) -> list[str]:
     settings = {
         "data.path": world / "data",
         "model.tokenizer": world / "tokenizer",

@@ -201,3 +201,13 @@ def test_a_compiled_gather_sends_what_the_others_hold():
         "v5e:2x4", lambda x: jax.lax.with_sharding_constraint(x * 2, gathered), (1024, 1024), specs=[("x",)]
     )
     assert sum(hlo.read(text).wire_bytes().values()) == 1024 * 1024 * 2 * 7 / 8
+
+
+def test_attributes_with_line_breaks_do_not_end_a_computation():
+    kernel = (
+        '  %splash.1 = bf16[8,8]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", '
+        'frontend_attributes={kernel_metadata={\n}}, metadata={op_name="attend"}\n'
+    )
+    cost = hlo.read(HEAD + FUSED + entry(kernel + estimated("f1", 7, "a")))
+    assert [item.name for item, _ in cost.kernels] == ["splash"] and cost.cycles == 7
+    assert cost.product_flops == 2 * 8**3

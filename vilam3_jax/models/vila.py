@@ -76,7 +76,7 @@ class Vila(nnx.Module):
 
         Args:
           tokens: int [B, L]; what stands under an image token is ignored.
-          images: uint8 [G, M, S, S, 3], or None for text only. Rows g*B/G .. (g+1)*B/G - 1 form group g.
+          images: uint8 [G, M, S, S, 3]; None, or M = 0, for text only. Rows g*B/G .. (g+1)*B/G - 1 form group g.
           image_valid: bool [G, M]; slots that are False hold nothing.
           visual_index: int [B, L]: which of the group's M*T image tokens stands here; -1 for text. An
             index beyond M*T gives NaN, and so shows itself.
@@ -89,7 +89,7 @@ class Vila(nnx.Module):
           ValueError: the rows do not divide into groups, or images come without their validity or index.
         """
         text = shard(self.llm.embed(tokens), "batch", "length", "embed")
-        if images is None:
+        if images is None or not images.shape[1]:  # data.images_per_group=0
             return text
         if image_valid is None or visual_index is None:
             raise ValueError("images need image_valid and visual_index")

@@ -8,7 +8,8 @@ How a TPU module says things:
 - An asynchronous collective is a pair of fusions around `AsyncCollectiveStart` and `...Done`; the fusions in
   between, with which it overlaps, repeat it. It is one transfer, counted at its start.
 - A reduce-scatter is a fusion `all-reduce-scatter` of an all-reduce and a slice.
-- `backend_config` of kernels may contain line breaks.
+- `backend_config` and `frontend_attributes` of kernels may contain line breaks; a line of theirs may begin
+  with the bracket that also ends a computation.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ COLLECTIVES = (
     "collective-permute",
 )
 KERNEL = "tpu_custom_call"
+_PRODUCTS = ("convolution", "dot")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = ")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([^\s(]+) \(.*\{\s*$")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([0-9,]*)\]")
@@ -113,6 +115,7 @@ class Cost:
     Attributes:
       cycles: the compiler's estimates, added up.
       product_cycles: the part of `cycles` in fusions with a matrix product.
+      product_flops: operations of those products, two for a multiplication with an addition.
       without_estimate: fusions for which the compiler has none.
       collectives: with how often each runs.
       kernels: with how often each runs.
@@ -121,6 +124,7 @@ class Cost:
 
     cycles: float = 0
     product_cycles: float = 0
+    product_flops: float = 0
     without_estimate: float = 0
     collectives: list[tuple[Collective, float]] = dataclasses.field(default_factory=list)
     kernels: list[tuple[Kernel, float]] = dataclasses.field(default_factory=list)
@@ -130,6 +134,7 @@ class Cost:
         """Adds `other`, done `times` times."""
         self.cycles += times * other.cycles
         self.product_cycles += times * other.product_cycles
+        self.product_flops += times * other.product_flops
         self.without_estimate += times * other.without_estimate
         self.collectives += [(item, times * count) for item, count in other.collectives]
         self.kernels += [(item, times * count) for item, count in other.kernels]
@@ -167,7 +172,7 @@ class _Reader:
         self._dynamic_trips = dynamic_trips
         self._devices = _device_count(text)
         self._memo: dict[str, Cost] = {}
-        self._products: dict[str, bool] = {}
+        self._products: dict[str, float] = {}
         # Channels of asynchronous collectives: the fusions between start and done repeat them.
         self._started = {
             _channel(inner)
@@ -191,10 +196,12 @@ class _Reader:
     def _count(self, cost: Cost, inst: Instruction, body: dict[str, Instruction]) -> None:
         estimate = re.search(r'"estimated_cycles":"?(\d+)', inst.attributes)
         known = estimate is not None and int(estimate[1]) < _UNKNOWN
+        flops = self._product_flops(inst, body) if known or inst.opcode in _PRODUCTS else 0.0
+        cost.product_flops += flops
         if known and estimate:
             cycles = int(estimate[1])
             cost.cycles += cycles
-            if self._has_product(inst):
+            if flops:
                 cost.product_cycles += cycles
         elif estimate:
             cost.without_estimate += 1
@@ -281,15 +288,19 @@ class _Reader:
             payload *= len(group)
         return Collective(kind, payload, group, overlapped, _source(inst))
 
-    def _has_product(self, inst: Instruction) -> bool:
+    def _product_flops(self, inst: Instruction, body: dict[str, Instruction]) -> float:
+        """Operations of the products in an instruction; with batch dimensions they come out too high."""
         called = inst.called("calls") if inst.opcode == "fusion" else None
-        if called is None:
-            return inst.opcode in ("convolution", "dot")
-        if called not in self._products:
-            self._products[called] = False
-            body = self._computations.get(called, {})
-            self._products[called] = any(self._has_product(inner) for inner in body.values())
-        return self._products[called]
+        if called is not None:
+            if called not in self._products:
+                inside = self._computations.get(called, {})
+                self._products[called] = sum(self._product_flops(inner, inside) for inner in inside.values())
+            return self._products[called]
+        if inst.opcode not in _PRODUCTS:
+            return 0.0
+        # (m k) (k n) (m n) is the square of m k n, however the dimensions are named.
+        shapes = [inst.result[0], *(body[name].result[0] for name in inst.operands[:2])]
+        return 2 * math.sqrt(math.prod(math.prod(shape.dims) for shape in shapes))
 
 
 def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
@@ -313,7 +324,7 @@ def _blocks(text: str) -> Iterator[tuple[bool, str, list[str]]]:
             continue
         if lines and _open_string(lines[-1]):
             lines[-1] += "\n" + line
-        elif line.startswith("}"):
+        elif line == "}" or line.startswith("}, execution_thread"):
             yield bool(header[1]), header[2], lines
             header = None
         elif _INSTRUCTION.match(line):

@@ -2,14 +2,14 @@
 
     python benchmarks/vs_maxtext.py --maxtext=PYTHON [--dir=DIR] [--remat=full]
 
-PYTHON is the interpreter of an environment with `maxtext[tpu]`; this program runs in one with the same jax and
-libtpu (Python 3.12; `pip install "maxtext[tpu]==0.2.5"` there, `pip install -e .[dev]` here). Both compile text
-only: rows of 4,096 tokens, two a chip, bfloat16 products, float32 AdamW, 64 chips of v5p, all weights
-and gradients under one FSDP axis. Both modules are read by one parser (`vilam3_jax/plan/hlo.py`); the loop over
+PYTHON is the interpreter of an environment with MaxText; this program runs in one with the same jax and
+libtpu (Python 3.12; `pip install "maxtext[tpu]==0.2.5"` there, `pip install -e .[dev]` here). Both compile
+text only: rows of 4,096 tokens, two a chip, bfloat16 products, float32 AdamW, 64 chips of v5p, all weights and
+gradients under one FSDP axis. Both modules are read by one parser (`vilam3_jax/plan/hlo.py`); the loop over
 chunks of our loss runs as often as it ever can. Attention is a kernel in both, outside the estimate: its
 roofline is added.
 
-The comparison is refused if the products of the two differ by more than 3 % of the operations, or the kernels do.
+The comparison is refused if the products of the two differ by more than 3 % of the operations.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def noted(*args, **kwargs):
 train_compile.jit_and_compile = noted
 base = os.path.join(list(maxtext.__path__)[0], "configs", "base.yml")
 train_compile.main([
-    "train_compile", base, "model_name=llama3-8b", "compile_topology=" + PRODUCT, "compile_topology_num_slices=1",
+    "train_compile", base, "model_name=llama3-8b",
+    "compile_topology=" + PRODUCT, "compile_topology_num_slices=1",
     f"per_device_batch_size={ROWS}", f"max_target_length={LENGTH}", "remat_policy=" + remat,
     "enable_checkpointing=false", "dataset_type=synthetic", "run_name=x", "base_output_directory=" + out,
 ])
@@ -83,9 +84,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--maxtext", required=True, help="interpreter of an environment with maxtext[tpu]")
     parser.add_argument("--dir", type=Path, default=Path("vs_maxtext"), help="for the compiled modules")
-    parser.add_argument(
-        "--remat", default="full", choices=("full",), help="what the backward pass recomputes"
-    )
+    parser.add_argument("--remat", default="full", choices=("full",))
     values = parser.parse_args()
     values.dir.mkdir(parents=True, exist_ok=True)
     sides = {
@@ -143,10 +142,9 @@ def compare(folder: Path) -> int:
     if (ours["jax"], ours["libtpu"]) != (theirs["jax"], theirs["libtpu"]):
         print("not comparable: other versions of jax or libtpu")
         return 1
-    for key in ("product FLOPs", "kernel FLOPs"):
-        if abs(ours[key] / theirs[key] - 1) > 0.03:
-            print(f"not comparable: {key} differ by more than 3 %")
-            return 1
+    if abs(ours["product FLOPs"] / theirs["product FLOPs"] - 1) > 0.03:
+        print("not comparable: the products differ by more than 3 %")
+        return 1
     return 0
 
 

@@ -76,7 +76,8 @@ class Vila(nnx.Module):
 
         Args:
           tokens: int [B, L]; what stands under an image token is ignored.
-          images: uint8 [G, M, S, S, 3]; None, or M = 0, for text only. Rows g*B/G .. (g+1)*B/G - 1 form group g.
+          images: uint8 [G, M, S, S, 3]; None, or M = 0, for text only. Rows g*B/G .. (g+1)*B/G - 1 form
+            group g.
           image_valid: bool [G, M]; slots that are False hold nothing.
           visual_index: int [B, L]: which of the group's M*T image tokens stands here; -1 for text. An
             index beyond M*T gives NaN, and so shows itself.

@@ -128,9 +128,9 @@ def test_oversized_samples_are_named() -> None:
     assert oversize_reason(SHAPE, sample(0, 24, 0)) is None
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=200)
 @given(
-    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 2)), min_size=1, max_size=9),
+    st.lists(st.tuples(st.integers(1, 15), st.integers(0, 2)), min_size=1, max_size=8),
     st.integers(1, 4),
 )
 def test_a_row_is_the_best_of_all_sets(sizes: list[tuple[int, int]], slots: int) -> None:
@@ -176,8 +176,8 @@ def test_few_samples_wait(sizes: list[tuple[int, int]], lookahead: int) -> None:
         rows, waiting = next_group(SHAPE, waiting, lambda: next(stream, None), lookahead)
         if not any(rows):
             break
-        youngest = waiting[-1].num_tokens if waiting else 0
-        assert len(waiting) < lookahead or sum(s.num_tokens for s in waiting) - youngest < 2 * SHAPE.seq_len
+        # More than `lookahead` only while they were too short for two rows, when the last came.
+        assert len(waiting) <= lookahead or sum(s.num_tokens for s in waiting) < 3 * SHAPE.seq_len
 
 
 def test_lookahead_fills_the_gaps() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vilam3_jax.data import packing
@@ -133,6 +133,7 @@ def test_oversized_samples_are_named() -> None:
     st.lists(st.tuples(st.integers(1, 15), st.integers(0, 2)), min_size=1, max_size=8),
     st.integers(1, 4),
 )
+@example([(5, 0), (15, 0), (1, 1)], 2)  # full without the image, or with it and 11 tokens short
 def test_a_row_is_the_best_of_all_sets(sizes: list[tuple[int, int]], slots: int) -> None:
     """Against every subset that has the oldest sample: tokens first, 16 of them worth an image slot."""
     waiting = [sample(i, t, m) for i, (t, m) in enumerate(sizes)]

@@ -3,8 +3,8 @@
 Run: taskset -c 0 python benchmarks/loader.py [--side=384] [--steps=100]
 
 Writes generated JPEGs (half of them grey, as films are) as a data set, then takes turns: our loader, and,
-where torch and transformers are installed, `torch.utils.data.DataLoader` with `SiglipImageProcessor` in
-this process and in one worker. The consumer sleeps 100 ms a step, as a host does while its accelerator works.
+where torch and transformers are installed, `torch.utils.data.DataLoader` with `SiglipImageProcessor` in this
+process and in one worker. The consumer sleeps 100 ms a step, as a host does while its accelerator works.
 Every record is new: nothing comes from a cache. CPU time is of this process, without the worker.
 """
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vilam3_jax.data import packing
@@ -128,11 +128,12 @@ def test_oversized_samples_are_named() -> None:
     assert oversize_reason(SHAPE, sample(0, 24, 0)) is None
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=200)
 @given(
-    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 2)), min_size=1, max_size=9),
+    st.lists(st.tuples(st.integers(1, 15), st.integers(0, 2)), min_size=1, max_size=8),
     st.integers(1, 4),
 )
+@example([(5, 0), (15, 0), (1, 1)], 2)  # full without the image, or with it and 11 tokens short
 def test_a_row_is_the_best_of_all_sets(sizes: list[tuple[int, int]], slots: int) -> None:
     """Against every subset that has the oldest sample: tokens first, 16 of them worth an image slot."""
     waiting = [sample(i, t, m) for i, (t, m) in enumerate(sizes)]
@@ -176,8 +177,8 @@ def test_few_samples_wait(sizes: list[tuple[int, int]], lookahead: int) -> None:
         rows, waiting = next_group(SHAPE, waiting, lambda: next(stream, None), lookahead)
         if not any(rows):
             break
-        youngest = waiting[-1].num_tokens if waiting else 0
-        assert len(waiting) < lookahead or sum(s.num_tokens for s in waiting) - youngest < 2 * SHAPE.seq_len
+        # More than `lookahead` only while they were too short for two rows, when the last came.
+        assert len(waiting) <= lookahead or sum(s.num_tokens for s in waiting) < 3 * SHAPE.seq_len
 
 
 def test_lookahead_fills_the_gaps() -> None:

@@ -5,8 +5,8 @@
 PYTHON is the interpreter of an environment with MaxText; this program runs in one with the same jax and
 libtpu (Python 3.12; `pip install "maxtext[tpu]==0.2.5"` there, `pip install -e .[dev]` here). Both compile
 text only: rows of 4,096 tokens, two a chip, bfloat16 products, float32 AdamW, 64 chips of v5p, all weights
-and gradients under one FSDP axis. Both modules are read by one parser (`vilam3_jax/plan/hlo.py`); the loop over
-chunks of our loss runs as often as it ever can. Attention is a kernel in both, outside the estimate: its
+and gradients under one FSDP axis. Both modules are read by one parser (`vilam3_jax/plan/hlo.py`); the loop
+over chunks of our loss runs as often as it ever can. Attention is a kernel in both, outside the estimate: its
 roofline is added.
 
 The comparison is refused if the products of the two differ by more than 3 % of the operations.

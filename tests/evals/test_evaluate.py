@@ -49,7 +49,7 @@ def test_rows_and_result(results, export):
     assert result["protocol_hash"] == protocols.get_protocol("quickstart@1").hash
     assert protocols.protocol_from_json(result["protocol"]).hash == result["protocol_hash"]
     assert result["checkpoint"] == str(export) and result["items"] == 12
-    assert result["text"] == {"split": "clean", "bos": "clean", "spaces": "clean"}
+    assert result["text"] == {"split": "clean", "bos": "clean", "spaces": "clean", "image_end": ""}
     assert {summary["arm"] for summary in result["summaries"]} == {"stage4_no_experts"}
     blank = json.loads((results / "stage4_blank" / "result.json").read_text())
     assert blank["items_hash"] == result["items_hash"]

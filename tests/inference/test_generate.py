@@ -286,7 +286,7 @@ def test_merged_tiles_equal_the_training_path(model_config, tokenizer):
             encoded.image_of_token >= 0, encoded.image_of_token * count + encoded.visual_offset, -1
         )
         chunks.append(generate.Chunk(encoded.tokens, visual, inputs, tiles))
-        samples.append(Sample(str(number), number, encoded, inputs, tiles))
+        samples.append(Sample(str(number), number, encoded, lambda inputs=inputs: inputs, tiles))
     assert [len(chunk.images) for chunk in chunks] == [7, 12, 7]
     session = generator.start(3)
     session.append(chunks)

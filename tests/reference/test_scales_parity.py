@@ -202,7 +202,7 @@ def visual_tokens(cfg, params, model, dialogue, images):
     )
     tiles = processor.tile_map(grids)
     text = encode_document(Letters(), [Turn("assistant", "abc", supervised=True)], count)
-    packed = [Sample("text", 0, text), Sample("one", 1, encoded, inputs, tiles)]
+    packed = [Sample("text", 0, text), Sample("one", 1, encoded, lambda: inputs, tiles)]
     group = stack_groups([assemble_group(shape, [packed])])
     names = ("tokens", "images", "image_valid", "visual_index", "image_tiles")
     embedded = jax.jit(lambda p, *batch: model(p).embed(*batch))(params, *(group.get(name) for name in names))

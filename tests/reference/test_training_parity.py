@@ -95,7 +95,7 @@ def sample(rng, index):
         num_images=images,
     )
     pixels = tuple(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8) for _ in range(images))
-    return packing.Sample(f"sample {index}", index, encoded, pixels)
+    return packing.Sample(f"sample {index}", index, encoded, lambda: pixels)
 
 
 def _runs(where):
@@ -120,7 +120,7 @@ def batch_for_them(batch):
         )
 
     labels = [np.where(row.encoded.loss_mask > 0, row.encoded.tokens, -100) for row in rows]
-    pixels = np.stack([image for row in rows for image in row.images]).transpose(0, 3, 1, 2)
+    pixels = np.stack([image for row in rows for image in row.read_images()]).transpose(0, 3, 1, 2)
     return {
         "input_ids": padded([row.encoded.tokens for row in rows]).long(),
         "attention_mask": padded([np.ones(len(row.encoded), np.int64) for row in rows]),

@@ -46,7 +46,8 @@ def regression(params, batch):
 def batch_of(seed, scale=1.0):
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(16, 8)).astype(np.float32), rng.normal(size=(16, 4)).astype(np.float32)
-    return {"x": x * np.float32(scale), "y": y, "weights": rng.integers(0, 4, 16).astype(np.float32)}
+    weights = rng.integers(0, 4, 16).astype(np.float32)
+    return {"x": x * np.float32(scale), "y": y, "weights": weights, "text_valid": np.ones((16, 1), bool)}
 
 
 @cache

@@ -31,7 +31,12 @@ class Device:
         counts = vars(flops.batch_work(batch))
         return {
             name: Later(value, self._free)
-            for name, value in {"loss": float(step), "learning_rate": 0.5, **counts}.items()
+            for name, value in {
+                "loss": float(step),
+                "learning_rate": 0.5,
+                "skipped_in_row": 0.0,
+                **counts,
+            }.items()
         }
 
 

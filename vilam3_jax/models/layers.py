@@ -266,7 +266,7 @@ def find_weights(model: nnx.Module) -> None:
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
             specs = {name: partition.stored("/".join((*map(str, path), name))) for name in _WEIGHTS}
-            layers = module.kernel[...].ndim - 2
+            layers = len(module.kernel.shape) - 2
             module.stored = tuple(
                 (name, (*spec, None, None, None)[layers : layers + 2])
                 for name, spec in specs.items()

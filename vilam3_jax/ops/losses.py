@@ -200,8 +200,8 @@ def _over(collective, x, axes):
 
 def _own_columns(kernel, axes):
     """Returns (this device's columns [D, V / parts, rounded up], index of their first, V)."""
-    if axes.kernel_rows:
-        kernel = jax.lax.all_gather(kernel, axes.kernel_rows, axis=0, tiled=True)
+    for axis in reversed(axes.kernel_rows):  # one by one, as in `products.linear`
+        kernel = jax.lax.all_gather(kernel, axis, axis=0, tiled=True)
     if not axes.vocab:
         return kernel, 0, kernel.shape[1]
     parts, own = partition.size(axes.vocab), jax.lax.axis_index(axes.vocab)

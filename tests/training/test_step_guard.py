@@ -235,7 +235,7 @@ def test_resumed_equals_uninterrupted_with_average_and_counters(tmp_path):
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), resumed.state
     )
-    resumed.state, _, _ = checkpoints.RunCheckpoints(tmp_path).restore(5, abstract)
+    resumed.state = checkpoints.RunCheckpoints(tmp_path).restore(abstract).state
     for batch in batches[5:]:
         resumed.step(batch)
     assert str(resumed.log) == str(whole.log[5:])  # nan is nan there

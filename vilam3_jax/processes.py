@@ -154,11 +154,13 @@ class _Watch:
         self._ending.acquire()
         with contextlib.suppress(Exception):
             self._client.key_value_set(f"{_HEARD}/{jax.process_index()}", "")
-        self._end(f"stopped, because process {cause['process']} failed: {cause['message']}", 1)
+        # With the cause's code: a launcher starts again what crashed, not what a user must mend.
+        self._end(f"stopped, because process {cause['process']} failed: {cause['message']}", cause["code"])
 
     def fail(self, error: BaseException) -> NoReturn:
         """Ends this process, and says why to the others."""
         known = isinstance(error, UserError | KeyboardInterrupt)
+        code = 2 if known else 1
         message = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         if known:
             message = str(error) or "interrupted"
@@ -168,7 +170,7 @@ class _Watch:
             self._follow(json.loads(cause))
         self._ending.acquire()
         with contextlib.suppress(Exception):
-            said = {"process": jax.process_index(), "message": message}
+            said = {"process": jax.process_index(), "message": message, "code": code}
             self._client.key_value_set(_LAST_WORDS, json.dumps(said))
         if not known:
             traceback.print_exception(error)
@@ -182,7 +184,7 @@ class _Watch:
         if silent:
             shown = ", ".join(map(str, silent))
             message += f" (no answer from process {shown}: killed, or its machine is gone)"
-        self._end(message, 2 if known else 1)
+        self._end(message, code)
 
     def _end(self, message: str, code: int) -> NoReturn:
         # The ordinary way out of a program would wait for the other processes.

@@ -64,3 +64,41 @@ def test_batch_rows_must_divide():
     assert placed["tokens"].spec == PartitionSpec(("data", "fsdp"))
     with pytest.raises(UserError, match="global_rows"):
         mesh_lib.batch_shardings({"tokens": np.zeros((6, 3))}, mesh)
+
+
+class Chip:
+    """A device of a slice, as far as the mesh looks at it."""
+
+    def __init__(self, *coords, platform="tpu"):
+        self.coords, self.platform = coords, platform
+
+
+@pytest.mark.parametrize(
+    "torus, fsdp, line",
+    [
+        ((4, 4, 4), 64, 4),
+        ((4, 4, 4), 16, 1),  # the rest is `tensor`: a plane is left
+        ((4, 8, 8), 256, 4),
+        ((4, 8, 8), 64, 1),
+        ((8, 8, 8), 512, 8),
+        ((2, 2, 2), 8, 2),
+        ((16, 16, 1), 256, 1),
+        ((16, 16), 256, 1),
+    ],
+)
+def test_fsdp_over_a_torus_of_three_dimensions_is_a_plane_and_a_line(torus, fsdp, line):
+    assert mesh_lib._line(fsdp, [Chip(*place) for place in np.ndindex(*torus)]) == line
+    assert mesh_lib._line(fsdp, [Chip(*place, platform="cpu") for place in np.ndindex(*torus)]) == 1
+
+
+def test_rules_that_say_fsdp_mean_both_of_its_axes(monkeypatch):
+    monkeypatch.setattr(mesh_lib, "_line", lambda fsdp, devices: 2)
+    mesh = mesh_lib.build_mesh(mesh_config(fsdp=4, tensor=2))
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "fsdp_line": 2, "context": 1, "tensor": 2}
+    rules = ((r".*", ("tensor", "fsdp"), (None, ("fsdp", "tensor"))),)
+    shapes = {path: jax.ShapeDtypeStruct((size, 8), np.float32) for path, size in (("even", 4), ("odd", 3))}
+    placed = mesh_lib.parameter_shardings(shapes, rules, mesh)
+    assert placed["even"].spec == PartitionSpec("tensor", ("fsdp", "fsdp_line"))
+    assert placed["odd"].spec == PartitionSpec(None, ("fsdp", "fsdp_line", "tensor"))
+    tokens = mesh_lib.batch_shardings({"tokens": np.zeros((8, 3))}, mesh)["tokens"]
+    assert tokens.spec == PartitionSpec(("data", "fsdp", "fsdp_line"))

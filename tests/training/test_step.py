@@ -7,6 +7,7 @@ from tests.training.helpers import Run, packed_batch, pair_batch, tiled_batch, t
 from vilam3_jax import compat
 from vilam3_jax.config import MESH_AXES
 from vilam3_jax.models import trees, vila
+from vilam3_jax.training import mesh as mesh_lib
 from vilam3_jax.training import step as step_lib
 
 
@@ -216,3 +217,52 @@ def test_the_loss_is_the_token_mean_over_the_global_batch():
     parts = [loss(params, half) for half in halves]
     np.testing.assert_allclose(total, parts[0][0] + parts[1][0], rtol=1e-5)
     assert float(sums["weight"]) == sum(float(part[1]["weight"]) for part in parts)
+
+
+@pytest.mark.parametrize(
+    "axes, line, tied",
+    [
+        (dict(data=2, fsdp=2, tensor=2), 1, False),
+        (dict(data=2, fsdp=2, tensor=2), 1, True),
+        (dict(fsdp=4, tensor=2), 2, False),
+        (dict(tensor=8), 1, False),
+    ],
+)
+def test_an_odd_vocabulary_and_fsdp_in_two_axes_equal_one_device(axes, line, tied, monkeypatch):
+    configs = tiny_config(), tiny_config(**axes)
+    for config in configs:
+        config.model.llm.vocab_size += 1
+        config.model.llm.tie_embeddings = tied
+    one = Run(configs[0], one_device())
+    monkeypatch.setattr(mesh_lib, "_line", lambda fsdp, devices: line)
+    many = Run(configs[1])
+    table = many.state["trainable"]["llm/embed/embedding"].sharding.spec
+    assert table[0] is None and "tensor" in table[1]  # split over the width, by both
+    for index in range(5):
+        batch = packed_batch(index)
+        np.testing.assert_allclose(many.step(batch)["loss"], one.step(batch)["loss"], rtol=1e-5)
+    for path, leaf in many.state["trainable"].items():
+        np.testing.assert_allclose(leaf, one.state["trainable"][path], atol=2e-5, err_msg=path)
+
+
+def test_weights_are_gathered_and_gradients_scattered():
+    config = tiny_config(fsdp=8)
+    run = Run(config)
+    run.step(packed_batch(0))
+    text = run._compiled.as_text()
+    llm = config.model.llm
+    whole = f"[{llm.hidden_size},{llm.mlp_dim}]"
+    reduced = [line for line in text.splitlines() if " all-reduce(" in line and whole in line]
+    assert not reduced, "a weight's gradient is all-reduced"
+    assert " reduce-scatter(" in text and " all-gather(" in text
+
+
+def test_a_group_without_image_slots_is_text_alone():
+    config = tiny_config(fsdp=4)
+    batch = packed_batch(0)
+    batch["visual_index"] = np.full_like(batch["visual_index"], -1)
+    run = Run(config)
+    full = run.step(batch)["loss"]
+    none = Run(config)
+    batch = {**batch, "images": batch["images"][:, :0], "image_valid": batch["image_valid"][:, :0]}
+    np.testing.assert_allclose(none.step(batch)["loss"], full, rtol=1e-6)

@@ -25,8 +25,7 @@ def run(monkeypatch):
     monkeypatch.setattr(attention_splash, "INTERPRET", True)
     monkeypatch.setattr(attention_splash, "BLOCK", 128)
     monkeypatch.setattr(attention_splash, "COMPUTE_BLOCK", 128)
-    monkeypatch.setattr(attention_splash, "FUSED_BLOCK", 128)
-    monkeypatch.setattr(attention_splash, "FUSED_PARTS", 1)
+    monkeypatch.setattr(attention_splash, "MAX_FUSED", 128)
     monkeypatch.setattr(attention_blockwise, "BLOCK", 16)
 
     def run(implementation, function, *args, fsdp=1, context=2, tensor=1, **rules):

@@ -232,6 +232,8 @@ def test_an_odd_vocabulary_and_fsdp_in_two_axes_equal_one_device(axes, line, tie
     configs = tiny_config(), tiny_config(**axes)
     for config in configs:
         config.model.llm.vocab_size += 1
+        # By its default a gradient that is zero but for rounding becomes a whole step of AdamW.
+        config.optimizer.eps = 1e-3
         config.model.llm.tie_embeddings = tied
     one = Run(configs[0], one_device())
     monkeypatch.setattr(mesh_lib, "_line", lambda fsdp, devices: line)

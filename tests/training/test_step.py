@@ -225,7 +225,7 @@ def test_the_loss_is_the_token_mean_over_the_global_batch():
         (dict(data=2, fsdp=2, tensor=2), 1, False),
         (dict(data=2, fsdp=2, tensor=2), 1, True),
         (dict(fsdp=4, tensor=2), 2, False),
-        (dict(tensor=8), 1, False),
+        (dict(fsdp=2, tensor=4), 1, False),
     ],
 )
 def test_an_odd_vocabulary_and_fsdp_in_two_axes_equal_one_device(axes, line, tied, monkeypatch):
@@ -247,8 +247,9 @@ def test_an_odd_vocabulary_and_fsdp_in_two_axes_equal_one_device(axes, line, tie
         np.testing.assert_allclose(leaf, one.state["trainable"][path], atol=2e-5, err_msg=path)
 
 
-def test_weights_are_gathered_and_gradients_scattered():
-    config = tiny_config(fsdp=8)
+@pytest.mark.parametrize("axes", [dict(fsdp=8), dict(data=2, fsdp=4)])
+def test_weights_are_gathered_and_gradients_scattered(axes):
+    config = tiny_config(**axes)
     run = Run(config)
     run.step(packed_batch(0))
     text = run._compiled.as_text()
@@ -260,7 +261,7 @@ def test_weights_are_gathered_and_gradients_scattered():
 
 
 def test_a_group_without_image_slots_is_text_alone():
-    config = tiny_config(fsdp=4)
+    config = tiny_config(fsdp=8)
     batch = packed_batch(0)
     batch["visual_index"] = np.full_like(batch["visual_index"], -1)
     run = Run(config)

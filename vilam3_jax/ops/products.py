@@ -77,13 +77,14 @@ def linear(
         return linear(x, kernel, stored, lead).reshape(*x.shape[: len(lead)], -1, head_dim)
 
     def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        kernel = kernel.astype(x.dtype)
+        # Before the gathers: gradients are then scattered first, and summed over other axes as the part that
+        # is left.
+        x, kernel = compat.equally_varying(x, kernel.astype(x.dtype))
         for dimension, names in enumerate(split):
             # The last name of a dimension is the innermost.
             for axis in reversed([axis for axis in names if axis in batch]):
                 kernel = jax.lax.all_gather(kernel, axis, axis=dimension, tiled=True)
-        x, kernel = compat.equally_varying(x, checkpoint_name(kernel, GATHERED))
-        y = _product(x, kernel, len(lead), head_dim)
+        y = _product(x, checkpoint_name(kernel, GATHERED), len(lead), head_dim)
         return jax.lax.psum(y, rows) if rows else y
 
     rest = spec(*lead)

@@ -33,6 +33,7 @@ UNCOMPRESSED = ocp.options.ArrayOptions(saving=ocp.options.ArrayOptions.Saving(u
 
 FILES = "files.json"
 _POLL_SECONDS = 0.1
+_SEAL_SECONDS = 60
 _UNFINISHED = re.compile(r"orbax-checkpoint-tmp")
 
 
@@ -110,6 +111,10 @@ class RunCheckpoints:
         everywhere = {
             number: place for part in processes.gather(dict(data)) for number, place in part.items()
         }
+        if self._sealing is not None:
+            # Orbax removes old steps on its way, and must not meet a file that is just being written there. A
+            # save that failed is never sealed, so this does not wait for ever; Orbax then says why it failed.
+            self._sealing.join(_SEAL_SECONDS)
         items = {
             "state": state,
             "data": {"json": json.dumps(everywhere)},

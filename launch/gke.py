@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 HERE = Path(__file__).resolve().parent
-RUN = "/opt/vilam3/run.sh"  # launch/run.sh in the images
+RUN = "/vilam3/run.sh"  # launch/run.sh in the images
 USER_ERROR = 2
 
 DESCRIPTION = """\

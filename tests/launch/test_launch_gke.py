@@ -266,7 +266,7 @@ def test_xpk():
     assert given["docker-image"] == IMAGE.removeprefix("--image=")
     assert command[command.index("A=b c") - 1] == "--env"
     assert shlex.split(command[command.index("--command") + 1]) == [
-        "/opt/vilam3/run.sh",
+        "/vilam3/run.sh",
         "vilam3",
         "train",
         *TRAIN,

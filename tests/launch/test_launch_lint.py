@@ -69,7 +69,7 @@ def test_rules_of_images(file):
         for install in re.findall(r"pip install ([^&]*)", words):
             assert "-c constraints/py311.txt" in install
     entry = next(words for name, words in last if name == "ENTRYPOINT")
-    assert entry == '["/opt/vilam3/run.sh"]'
+    assert entry == '["/vilam3/run.sh"]'
 
 
 def test_torch_and_cuda_jax_are_never_in_one_image():
@@ -79,7 +79,7 @@ def test_torch_and_cuda_jax_are_never_in_one_image():
         has_accelerated_jax = bool(re.search(r"\[(\$\{ACCELERATOR\}|tpu|cuda)", words))
         assert has_torch != has_accelerated_jax, file
         # The image itself looks, when it is built.
-        looked = re.findall(r'! /opt/venv/bin/python -c "import (\w+)"', words)
+        looked = re.findall(r'! /vilam3/venv/bin/python -c "import (\w+)"', words)
         assert looked == (["jax_cuda12_plugin", "libtpu"] if has_torch else ["torch"])
 
 

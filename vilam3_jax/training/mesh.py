@@ -58,7 +58,7 @@ def build_mesh(mesh_config: ConfigDict, devices: Sequence[Any] | None = None) ->
         }
     try:
         return compat.make_mesh(list(sizes.values()), list(sizes), devices)
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # what JAX raises for axes that are no products of a torus's sides
         shown = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise UserError(
             f"config mesh ({shown}) cannot be laid on this torus: every axis must be a product of its sides; "

@@ -175,6 +175,19 @@ def recipe_path(spec: str) -> str:
     raise UserError(f"{path}: no such config; shipped ones are configs/ + {', '.join(known)}")
 
 
+def usage(command: str, needs: str, purpose: str, values: flags.FlagValues, names: Sequence[str]) -> str:
+    """The help of a command that takes a recipe: its form, its purpose, and the named flags of `values`."""
+    lines = [
+        f"usage: vilam3 {command} --config=FILE[:ARG] {needs} [--config.KEY=VALUE ...]",
+        "",
+        purpose,
+        "",
+        "  --config=FILE[:ARG]  recipe and its argument, such as configs/stage3_instruct.py:tiny",
+        "  --config.KEY=VALUE   change one key, such as --config.num_steps=10 or --config.mesh.fsdp=4",
+    ]
+    return "\n".join(lines + [f"  --{name:<18} {values[name].help}" for name in names])
+
+
 def parse(argv: Sequence[str], flag_values: flags.FlagValues) -> ConfigDict:
     """Parses `--config=FILE:ARG --config.key=value` and the flags already defined on `flag_values`.
 

@@ -204,20 +204,6 @@ def _print_start(program: program_lib.Program, origin: dict[str, str], quiet: bo
         print(f"  {component}: {source}")
 
 
-def _usage(values: flags.FlagValues) -> str:
-    lines = [
-        "usage: vilam3 train --config=FILE[:ARG] --workdir=DIR [--config.KEY=VALUE ...]",
-        "",
-        "Trains any stage; run the same command again to resume.",
-        "",
-        "  --config=FILE[:ARG]  recipe and its argument, such as configs/stage3_instruct.py:tiny",
-        "  --config.KEY=VALUE   change one key, such as --config.num_steps=10 or --config.mesh.fsdp=4",
-    ]
-    names = ("workdir", "stop_after", "quiet", *processes.FLAGS)
-    lines += [f"  --{name:<20} {values[name].help}" for name in names]
-    return "\n".join(lines)
-
-
 def main(argv: Sequence[str]) -> int:
     """Entry of `vilam3 train`."""
     values = flags.FlagValues()
@@ -228,7 +214,9 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_boolean("quiet", False, "No progress bar.", flag_values=values)
     processes.define_flags(values)
     if {"-h", "--help", "--helpfull"} & set(argv):
-        print(_usage(values))
+        purpose = "Trains any stage; run the same command again to resume."
+        names = ("workdir", "stop_after", "quiet", *processes.FLAGS)
+        print(config_lib.usage("train", "--workdir=DIR", purpose, values, names))
         return 0
     config = config_lib.parse(argv, values)
     if not values["workdir"].value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from vilam3_jax import config as config_lib
 from vilam3_jax.data.annotations import Annotation, AnnotationWriter, LabelMap, Segment
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, Turn
 from vilam3_jax.data.images import encode_png
+from vilam3_jax.data.loader import build_loader
 from vilam3_jax.data.records import ExampleWriter
 from vilam3_jax.data.tokenizer import Tokenizer, train_bpe
 from vilam3_jax.data.volumes import load_volume
@@ -121,3 +123,19 @@ def config(root: Path, mixture: tuple = (("films", 1.0),), **data) -> ml_collect
         | data
     )
     return cfg
+
+
+def build(cfg, split="train", **settings):
+    return build_loader(cfg, split, tokens_per_image=TOKENS_PER_IMAGE, tokenizer=tokenizer(), **settings)
+
+
+def take(loader, count):
+    return list(itertools.islice(loader, count))
+
+
+def same(left, right) -> bool:
+    assert len(left) == len(right)
+    return all(
+        a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+        for a, b in zip(left, right, strict=True)
+    )

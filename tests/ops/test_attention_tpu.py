@@ -29,9 +29,9 @@ def chips():
 @pytest.mark.parametrize(
     "length, heads, kv_heads, width, causal, axes, kernels, exchanges",
     [
-        (4096, 32, 8, 128, True, dict(fsdp=2, tensor=2), 2, False),  # forward, fused backward
-        (729, 16, 16, 72, False, dict(fsdp=4), 2, False),
-        (8192, 32, 8, 128, True, dict(fsdp=2, context=2), 3, True),  # forward, and two backward
+        (4096, 32, 8, 128, True, dict(fsdp=2, tensor=2), 3, False),  # forward, and two backward
+        (729, 16, 16, 72, False, dict(fsdp=4), 2, False),  # forward, fused backward
+        (8192, 32, 8, 128, True, dict(fsdp=2, context=2), 3, True),
     ],
 )
 def test_forward_and_backward_compile(

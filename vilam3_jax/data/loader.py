@@ -2,11 +2,11 @@
 
 S loader shards, a constant of the config, walk the one order of samples: of every S positions each takes one
 (`stream.dealt_position`), and packs them into groups. What one shard gives to a batch lies together in it, so
-that a process whose
-devices hold a part of the batch runs only the shards of that part. A shard's state is the next position and
-the positions that wait for a place, so a resumed run sees bitwise the batches it would have seen, with any
-number of threads and processes. Texts are made first; images are read once their sample has a place, so what
-waits costs little memory. Yields numpy arrays; what goes to which device is the caller's business.
+that a process whose devices hold a part of the batch runs only the shards of that part. A shard's state is
+the next position and the positions that wait for a place, so a resumed run sees bitwise the batches it would
+have seen, with any number of threads and processes. Texts are made first; images are read once their sample
+has a place, so what waits costs little memory. Yields numpy arrays; what goes to which device is the caller's
+business.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ import numpy as np
 
 from vilam3_jax.data import packing, stream
 from vilam3_jax.data.annotations import AnnotationStore
+from vilam3_jax.data.batch_layout import Batch, check_room, empty_pairs, global_units, group_shape
 from vilam3_jax.data.cards import load_cards
-from vilam3_jax.data.image_processor import ImageProcessor, image_processor
-from vilam3_jax.data.images import augment
+from vilam3_jax.data.image_processor import image_processor
 from vilam3_jax.data.packing import GroupShape, Sample
 from vilam3_jax.data.prefetch import Producer
-from vilam3_jax.data.render import ImageReader, Renderer, encode_example
-from vilam3_jax.data.templates import TokenizerLike, encode_caption, model_template
+from vilam3_jax.data.render import ImageReader, Renderer
+from vilam3_jax.data.sample_reader import SampleReader
+from vilam3_jax.data.templates import TokenizerLike
 from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.errors import UserError
 
-Batch = dict[str, np.ndarray]
 State = dict[str, dict[str, Any]]
 
 _READ_AHEAD = 4  # samples rendered ahead, per shard
@@ -381,7 +381,7 @@ class Loader:
         return packing.assemble_group(self._shape, readable)
 
     def _pair_batch(self, samples: Sequence[Sample | None]) -> Batch:
-        batch = _empty_pairs(self._shape, len(samples))
+        batch = empty_pairs(self._shape, len(samples))
         for row, sample in enumerate(samples):
             if sample is not None:
                 (batch["images"][row],) = sample.read_images()
@@ -485,7 +485,7 @@ def build_loader(
     mode: str = "off" if pairs else data.experts if experts is None else experts
     processor = image_processor(model, pairs=pairs)
     if not pairs:
-        _check_room(data, processor, tokens_per_image)
+        check_room(data, processor, tokens_per_image)
     store = None
     if mode != "off":
         if not data.annotations:
@@ -493,124 +493,34 @@ def build_loader(
                 f"config data.annotations is empty, but experts are {mode}; set it, or experts=off"
             )
         store = AnnotationStore(data.annotations)
-    reader = ImageReader(processor.kept_size)
     cards = load_cards(model.get("cards", "quickstart")) if store is not None else ()
-    renderer = Renderer(image_reader=reader, experts=mode, cards=cards, annotations=store, seed=cfg.seed)
+    renderer = Renderer(
+        image_reader=ImageReader(processor.kept_size),
+        experts=mode,
+        cards=cards,
+        annotations=store,
+        seed=cfg.seed,
+    )
     samples = stream.SampleStream(
         stream.open_sources(data.path, tuple(data.mixture), split), cfg.seed, endless=split == "train"
     )
-    donors = stream.choose_donors(samples.sources) if swap_images else {}
-    template = model_template(model)
-
-    def read_inputs(
-        address: tuple[int, int], position: int, grids: tuple[tuple[int, int], ...]
-    ) -> tuple[np.ndarray, ...]:
-        source = samples.sources[address[0]]
-        example = source[address[1]]
-        try:
-            images = renderer.render(example, source.data_root, position).images
-            if images and address in donors:
-                other = samples.sources[donors[address][0]]
-                taken = renderer.render(other[donors[address][1]], other.data_root, position).images
-                images = tuple(taken[i % len(taken)] for i in range(len(images)))
-            if data.augment and split == "train":
-                images = augment(images, np.random.default_rng((cfg.seed, position)))
-            # Images of another sample are cut as the text has room for.
-            inputs = (processor.inputs(image, grid) for image, grid in zip(images, grids, strict=True))
-            return tuple(tile for tiles in inputs for tile in tiles)
-        except (UserError, ValueError, IndexError) as error:
-            raise UserError(f"example {example.id}: {error}") from error
-
-    def load(address: tuple[int, int], position: int) -> Sample:
-        source = samples.sources[address[0]]
-        example = source[address[1]].validate()
-        try:
-            outline = renderer.outline(example, source.data_root, position)
-            shaped = processor.max_tiles > 1
-            grids = [processor.grid_of(p.shape()) if shaped else (1, 1) for p in outline.pictures]
-            if pairs:
-                encoded = encode_caption(tokenizer, stream.pair_caption(example), data.text_len)
-            else:
-                turns = processor.expand(outline.turns, grids)
-                encoded = encode_example(tokenizer, template, example.format, turns, tokens_per_image)
-                encoded = processor.merge(encoded, grids, tokens_per_image)
-        except (UserError, ValueError, IndexError) as error:
-            raise UserError(f"example {example.id}: {error}") from error
-        # What waits for a place holds no image, encoded or not: the record is read again.
-        read = functools.partial(read_inputs, address, position, tuple(grids))
-        if pairs:  # which do not wait
-            read = functools.partial(tuple, read())
-        return Sample(example.id, position, encoded, read, processor.tile_map(grids))
-
+    reader = SampleReader(
+        cfg,
+        samples=samples,
+        renderer=renderer,
+        processor=processor,
+        tokenizer=tokenizer,
+        tokens_per_image=tokens_per_image,
+        donors=stream.choose_donors(samples.sources) if swap_images else {},
+        alter=data.augment and split == "train",
+    )
     return Loader(
         samples=samples,
-        load=load,
-        shape=_group_shape(cfg, processor, tokens_per_image, tokenizer.pad_id),
+        load=reader.sample,
+        shape=group_shape(cfg, processor, tokens_per_image, tokenizer.pad_id),
         pairs=pairs,
-        units=_units(cfg),
+        units=global_units(cfg),
         shards=data.loader_shards,
         prefetch=data.prefetch,
         held=held,
     )
-
-
-def batch_shapes(cfg: Any, tokens_per_image: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shapes and dtypes of the global batches of a config's loader; opens no data.
-
-    Raises:
-      UserError: a picture has no place in a group.
-    """
-    pairs = cfg.kind == "contrastive"
-    processor = image_processor(cfg.model, pairs=pairs)
-    shape = _group_shape(cfg, processor, tokens_per_image, pad_id=0)
-    if pairs:
-        unit = _empty_pairs(shape, 1)
-    else:
-        _check_room(cfg.data, processor, tokens_per_image)
-        unit = packing.stack_groups([packing.assemble_group(shape, [[] for _ in range(shape.rows)])])
-    units = _units(cfg)
-    return {name: ((units * x.shape[0], *x.shape[1:]), x.dtype) for name, x in unit.items()}
-
-
-def _units(cfg: Any) -> int:
-    """Groups, or pairs, of the global batch."""
-    data = cfg.data
-    return data.global_pairs if cfg.kind == "contrastive" else data.global_rows // data.rows_per_group
-
-
-def _group_shape(cfg: Any, processor: ImageProcessor, tokens_per_image: int, pad_id: int) -> GroupShape:
-    pairs = cfg.kind == "contrastive"
-    return GroupShape(
-        rows=cfg.data.rows_per_group,
-        seq_len=cfg.data.text_len if pairs else cfg.data.seq_len,
-        images=1 if pairs else cfg.data.images_per_group,
-        tokens_per_image=tokens_per_image,
-        image_size=processor.size,
-        pad_id=pad_id,
-        tiled=bool(processor.sides),
-    )
-
-
-def _empty_pairs(shape: GroupShape, count: int) -> Batch:
-    """A batch of pairs that are none yet."""
-    size, length = shape.image_size, shape.seq_len
-    return {
-        "images": np.zeros((count, size, size, 3), np.uint8),
-        "text_tokens": np.full((count, length), shape.pad_id, np.int32),
-        "text_valid": np.zeros((count, length), bool),
-    }
-
-
-def _check_room(data: Any, processor: ImageProcessor, tokens_per_image: int) -> None:
-    """Refuses sizes of groups in which a picture with the most tiles has no place."""
-    inputs, markers = processor.max_inputs, processor.max_markers
-    if inputs > max(data.images_per_group, 1):
-        raise UserError(
-            f"config data.images_per_group={data.images_per_group}, but an image may take {inputs} inputs "
-            f"({processor.max_tiles} tiles and the whole in small); raise it or lower model.max_tiles"
-        )
-    if inputs > 1 and markers * tokens_per_image > data.seq_len:
-        raise UserError(
-            f"config data.seq_len={data.seq_len}, but an image may take {markers} x {tokens_per_image} = "
-            f"{markers * tokens_per_image} tokens; raise it or lower model.max_tiles"
-        )

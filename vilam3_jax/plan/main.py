@@ -103,19 +103,6 @@ def _span(pair: tuple[float, float], divisor: float = 1, digits: int = 0) -> str
     return first if first == second else f"{first} to {second}"
 
 
-def _usage(values: flags.FlagValues) -> str:
-    lines = [
-        "usage: vilam3 plan --config=FILE[:ARG] --topology=NAME[,NAME ...] [--config.KEY=VALUE ...]",
-        "",
-        "Compiles the training step for TPUs on this CPU: memory, speed at best, cost. Needs libtpu, no TPU.",
-        "",
-        "  --config=FILE[:ARG]  recipe and its argument, as for vilam3 train",
-        "  --config.KEY=VALUE   change one key, such as --config.mesh.fsdp=32",
-    ]
-    names = ("topology", "slices", "price", "json", "search", "compiles", "cache")
-    return "\n".join(lines + [f"  --{name:<18} {values[name].help}" for name in names])
-
-
 def _flags() -> flags.FlagValues:
     values = flags.FlagValues()
     text = {
@@ -138,7 +125,9 @@ def main(argv: Sequence[str]) -> int:
     """Entry of `vilam3 plan`: 0 also where the answer is that it does not fit."""
     values = _flags()
     if {"-h", "--help", "--helpfull"} & set(argv):
-        print(_usage(values))
+        purpose = "Compiles the training step for TPUs on this CPU: memory, speed, cost. Needs libtpu."
+        names = ("topology", "slices", "price", "json", "search", "compiles", "cache")
+        print(config_lib.usage("plan", "--topology=NAME[,NAME ...]", purpose, values, names))
         return 0
     config = config_lib.parse(argv, values)
     if not values["topology"].value:

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vilam3_jax.config import ConfigDict
+from vilam3_jax.data.batch_layout import global_units
 from vilam3_jax.training import mesh as mesh_lib
 
 
@@ -28,10 +29,7 @@ class Placement:
         Raises:
           UserError: the batch does not divide over the mesh.
         """
-        data = config.data
-        self._units = (
-            data.global_pairs if config.kind == "contrastive" else data.global_rows // data.rows_per_group
-        )
+        self._units = global_units(config)
         self._mesh = mesh
         unit = jax.ShapeDtypeStruct((self._units,), np.int32)
         sharding = mesh_lib.batch_shardings({"images": unit}, mesh)["images"]

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from vilam3_jax.config import ConfigDict
-from vilam3_jax.data import loader as loader_lib
+from vilam3_jax.data import batch_layout
 from vilam3_jax.models import trees, vila
 from vilam3_jax.ops import partition
 from vilam3_jax.training import mesh as mesh_lib
@@ -94,7 +94,7 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
     """
     shapes = {
         name: jax.ShapeDtypeStruct(*leaf)
-        for name, leaf in loader_lib.batch_shapes(config, vila.tokens_per_image(config.model)).items()
+        for name, leaf in batch_layout.batch_shapes(config, vila.tokens_per_image(config.model)).items()
     }
     placed = mesh_lib.batch_shardings(shapes, mesh)
     return {

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from vilam3_jax import paths
+from vilam3_jax import paths, processes
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.training import chips, flops, measures, step_guard, writers
 from vilam3_jax.training.traces import Traces
@@ -109,7 +109,7 @@ class Telemetry:
         self._config, self._last, self._step = config, last, start_step
         self._groups = learning_rate_groups(rates)
         self._speed = Speed(config)
-        lead = jax.process_index() == 0
+        lead = processes.lead()
         self._writers = writers.open_writers(config, workdir, start_step) if lead else []
         self._first_start = writers.read_record(workdir)["first_start"]
         self._watchdog = Watchdog(workdir, config.telemetry.stall_seconds, jax.process_index())

@@ -30,7 +30,7 @@ from data_worlds import (
     write,
 )
 
-from vilam3_jax.data import loader as loader_lib
+from vilam3_jax.data import sample_reader
 from vilam3_jax.data.examples import Example, ImageRef, Turn
 from vilam3_jax.data.loader import build_loader
 from vilam3_jax.data.stream import dealt_position
@@ -374,7 +374,7 @@ def test_program_errors_name_the_record(root, monkeypatch) -> None:
     def fail(*args):
         raise TypeError("oops")
 
-    monkeypatch.setattr(loader_lib, "encode_example", fail)
+    monkeypatch.setattr(sample_reader, "encode_example", fail)
     loader = build(config(root))
     with pytest.raises(RuntimeError, match=r"films/train record \d+: TypeError: oops"):
         take(loader, 1)

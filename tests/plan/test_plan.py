@@ -105,7 +105,7 @@ def test_too_little_memory_is_an_answer(text, needed, limit):
 
 @pytest.mark.slow
 def test_a_step_that_does_not_fit_says_how_far():
-    config = small(**{"data.seq_len": 65_536, "data.global_rows": 64, "loss_chunk": 65_536})
+    config = small(**{"data.seq_len": 65_536, "data.global_rows": 128, "loss_chunk": 65_536})
     plan = estimate.make_plan(config, topology.parse("v5e:2x4"))
     assert not plan.memory.fits and plan.memory.needed > plan.memory.limit
     assert plan.speed is None and "does not fit: needs" in plan_main.table(plan)

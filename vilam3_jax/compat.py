@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
@@ -54,6 +55,12 @@ def make_mesh(sizes: Sequence[int], names: Sequence[str], devices: Sequence[Any]
     return jax.make_mesh(
         tuple(sizes), tuple(names), axis_types=(AxisType.Auto,) * len(tuple(names)), devices=devices
     )
+
+
+def join_meshes(meshes: Sequence[Mesh]) -> Mesh:
+    """Equal meshes, one after another along their first axis."""
+    joined = np.concatenate([mesh.devices for mesh in meshes])
+    return Mesh(joined, meshes[0].axis_names, axis_types=meshes[0].axis_types)
 
 
 def pure_dict(state: nnx.State) -> dict[str, Any]:

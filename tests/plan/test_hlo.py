@@ -116,6 +116,28 @@ def test_wire_bytes_of_a_collective(opcode, result, groups, kind, sent):
 
 
 @pytest.mark.parametrize(
+    "kind,slices,sent",
+    [("ALL_REDUCE", "0,1", 128), ("ALL_GATHER", "1:4", 3 * 128), ("ONE_TO_ONE", "0,1", 128)],
+)
+@pytest.mark.parametrize("between", [True, False])
+def test_a_transfer_between_slices(kind, slices, sent, between):
+    text = f'_xla_host_transfer_rendezvous="r",_xla_megascale_target="{{{slices}}}x{{0:7}}",'
+    text = f'frontend_attributes={{{text}_xla_megascale_transfer_type="{kind}"}}'
+    lines = (
+        f"  %s = (f32[4,8]{{1,0}}, u32[], token[]) send(%a, %t), channel_id=5, {text}\n"
+        f"  %r = (f32[4,8]{{1,0}}, u32[], token[]) recv(%t), channel_id=4, {text}\n"
+    )
+    work = estimated("f", 3, "a") if between else ""
+    done = "  %d = (f32[4,8]{1,0}, token[]) recv-done(%r), channel_id=4\n"
+    cost = hlo.read(HEAD + FUSED + entry(lines + work + done + estimated("g", 4, "a")))
+    name = "collective-permute" if kind == "ONE_TO_ONE" else kind.lower().replace("_", "-")
+    assert cost.wire_bytes() == {name: sent}
+    ((item, count),) = cost.collectives
+    assert count == 1 and item.overlapped == between
+    assert item.group == ((0, 8) if slices == "0,1" else (0, 8, 16, 24))
+
+
+@pytest.mark.parametrize(
     "groups,ids",
     [
         ("replica_groups={{0,2},{1,3}}", (0, 2)),

@@ -112,6 +112,16 @@ def test_a_step_that_does_not_fit_says_how_far():
     json.dumps(plan.to_dict(), allow_nan=False)
 
 
+@pytest.mark.slow
+def test_two_slices_sum_gradients_over_the_network_between_them(plan):
+    config = small(**{"mesh.data": 2, "mesh.fsdp": 8, "data.global_rows": 2 * small().data.global_rows})
+    two = estimate.make_plan(config, topology.parse("2xv5e:2x4"))
+    assert two.chips == 16 and two.memory.fits and two.mesh["data"] == 2
+    reduced = [plan.speed.collectives.get("all-reduce", 0.0), two.speed.collectives["all-reduce"]]
+    # A chip's share of the parameters, from float32, at 3.125 GB/s to the other slice and back.
+    assert reduced[1] - reduced[0] > 0.5 * two.memory.parameters / 3.125e9
+
+
 def test_other_errors_of_the_compiler_are_not_taken_for_that():
     with pytest.raises(UserError, match="refuses this step: INTERNAL"):
         estimate._out_of_memory(RuntimeError("INTERNAL: something else"), CHIPS["v5e"])

@@ -7,6 +7,7 @@ from vilam3_jax.configs import models
 from vilam3_jax import config as config_lib
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import trees, vila
+from vilam3_jax.plan import topology
 from vilam3_jax.training import mesh as mesh_lib
 
 
@@ -102,3 +103,15 @@ def test_rules_that_say_fsdp_mean_both_of_its_axes(monkeypatch):
     assert placed["odd"].spec == PartitionSpec(None, ("fsdp", "fsdp_line", "tensor"))
     tokens = mesh_lib.batch_shardings({"tokens": np.zeros((8, 3))}, mesh)["tokens"]
     assert tokens.spec == PartitionSpec(("data", "fsdp", "fsdp_line"))
+
+
+@pytest.mark.parametrize("name", ["2xv5e:2x4", "2xv5p:2x2x2"])
+def test_slices_lie_along_data(name):
+    pytest.importorskip("libtpu")
+    devices = topology.parse(name).devices()
+    mesh = mesh_lib.build_mesh(mesh_config(data=-1, fsdp=4, tensor=2), devices[::2] + devices[1::2])
+    assert mesh.shape["data"] == 2 and mesh.size == 16
+    for index, part in enumerate(mesh.devices):
+        assert {device.slice_index for device in part.flat} == {index}
+    with pytest.raises(UserError, match=r"mesh\.data=1: 2 slices"):
+        mesh_lib.build_mesh(mesh_config(fsdp=-1, tensor=2), devices)

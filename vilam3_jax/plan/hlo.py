@@ -8,6 +8,8 @@ How a TPU module says things:
 - An asynchronous collective is a pair of fusions around `AsyncCollectiveStart` and `...Done`; the fusions in
   between, with which it overlaps, repeat it. It is one transfer, counted at its start.
 - A reduce-scatter is a fusion `all-reduce-scatter` of an all-reduce and a slice.
+- The part of a collective that runs between slices is a `send` and a `recv` of the hosts (`megascale`).
+  Partitions are numbered within a slice.
 - `backend_config` and `frontend_attributes` of kernels may contain line breaks; a line of theirs may begin
   with the bracket that also ends a computation.
 """
@@ -41,6 +43,7 @@ KERNEL = "tpu_custom_call"
 _PRODUCTS = ("convolution", "dot")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = ")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([^\s(]+) \(.*\{\s*$")
+_RANGE = re.compile(r"(\d+)(?::(\d+))?")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([0-9,]*)\]")
 
 
@@ -81,7 +84,8 @@ class Collective:
     Attributes:
       kind: one of `COLLECTIVES`.
       payload: bytes of the whole: the result of an all-gather, the operand of a reduction.
-      group: partition ids of one of its groups; of a permute, one pair.
+      group: partition ids of one of its groups; of a permute, one pair. A slice's follow those of the one
+        before.
       overlapped: it runs beside other work.
       source: JAX's name of the operation it serves.
     """
@@ -213,6 +217,8 @@ class _Reader:
             cost.kernels.append((Kernel(_bare(inst.name), _source(inst), inputs, inst.result), 1))
         elif opcode == "while":
             self._count_while(cost, inst, body)
+        elif opcode == "send" and (between := self._between_slices(inst, body)):
+            cost.collectives.append((between, 1))
         elif opcode == "conditional":
             branches = [self._cost(name) for name in _branches(inst)]
             if branches:
@@ -287,6 +293,24 @@ class _Reader:
         if kind == "reduce-scatter" and inst.opcode.startswith("reduce-scatter"):
             payload *= len(group)
         return Collective(kind, payload, group, overlapped, _source(inst))
+
+    def _between_slices(self, send: Instruction, body: dict[str, Instruction]) -> Collective | None:
+        """The collective between slices that a `send` begins; None for another host's transfer."""
+        kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
+        target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', send.attributes)
+        if kind is None or target is None:
+            return None
+        slices = sum(int(last or first) - int(first) + 1 for first, last in _RANGE.findall(target[1]))
+        name = "collective-permute" if kind[1] == "ONE_TO_ONE" else kind[1].lower().replace("_", "-")
+        payload = send.result[0].bytes * (slices if name == "all-gather" else 1)
+        group = tuple(index * self._devices for index in range(slices))
+        # Instructions stand in the order of execution; what comes before `recv-done` runs meanwhile.
+        overlapped = False
+        for inst in list(body.values())[list(body).index(send.name) :]:
+            if inst.opcode == "recv-done" and _rendezvous(body[inst.operands[0]]) == _rendezvous(send):
+                break
+            overlapped = overlapped or inst.opcode in ("fusion", "while", "convolution", "dot")
+        return Collective(name, payload, group, overlapped, _source(send))
 
     def _product_flops(self, inst: Instruction, body: dict[str, Instruction]) -> float:
         """Operations of the products in an instruction; with batch dimensions they come out too high."""
@@ -385,6 +409,11 @@ def _async_marker(body: dict[str, Instruction]) -> str:
 def _channel(inst: Instruction) -> str:
     match = re.search(r"channel_id=(\d+)", inst.attributes)
     return match[1] if match else inst.name
+
+
+def _rendezvous(inst: Instruction) -> str:
+    match = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', inst.attributes)
+    return match[1] if match else ""
 
 
 def _source(inst: Instruction) -> str:

@@ -23,12 +23,14 @@ ROW_ARRAYS = ("tokens", "segment_ids", "positions", "loss_weights", "visual_inde
 def build_mesh(mesh_config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     """Lays devices out over the axes of `mesh_config`; one axis may be -1 and takes what is left.
 
+    Several TPU slices lie along `data`, the outermost axis: gradients alone cross the network between them.
+
     Args:
       mesh_config: the sizes of the axes.
       devices: None: all there are.
 
     Raises:
-      UserError: the axes do not multiply to the number of devices.
+      UserError: the axes do not multiply to the number of devices, or `data` not to whole slices.
     """
     sizes = {axis: mesh_config[axis] for axis in MESH_AXES}
     devices = jax.devices() if devices is None else devices
@@ -48,7 +50,13 @@ def build_mesh(mesh_config: ConfigDict, devices: Sequence[Any] | None = None) ->
             f"config mesh ({shown}) does not divide the {count} device(s); change an axis, or "
             "mesh.cpu_devices for virtual CPU devices"
         )
-    line = _line(sizes["fsdp"], devices)
+    slices = _slices(devices)
+    if sizes["data"] % len(slices):
+        raise UserError(
+            f"config mesh.data={sizes['data']}: {len(slices)} slices lie along it, so it must be a multiple; "
+            "make mesh.fsdp at most a slice"
+        )
+    line = _line(sizes["fsdp"], slices[0])
     if line > 1:
         sizes = {
             "data": sizes.pop("data"),
@@ -57,13 +65,22 @@ def build_mesh(mesh_config: ConfigDict, devices: Sequence[Any] | None = None) ->
             **sizes,
         }
     try:
-        return compat.make_mesh(list(sizes.values()), list(sizes), devices)
+        within = [sizes["data"] // len(slices), *list(sizes.values())[1:]]
+        return compat.join_meshes([compat.make_mesh(within, list(sizes), devices) for devices in slices])
     except NotImplementedError as error:  # what JAX raises for axes that are no products of a torus's sides
         shown = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise UserError(
             f"config mesh ({shown}) cannot be laid on this torus: every axis must be a product of its sides; "
             "change mesh.data and mesh.fsdp"
         ) from error
+
+
+def _slices(devices: Sequence[Any]) -> list[list[Any]]:
+    """The devices of each slice; all together where they are no TPUs."""
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    return [slices[index] for index in sorted(slices)]
 
 
 def _line(fsdp: int, devices: Sequence[Any]) -> int:

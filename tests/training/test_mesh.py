@@ -105,6 +105,18 @@ def test_rules_that_say_fsdp_mean_both_of_its_axes(monkeypatch):
     assert tokens.spec == PartitionSpec(("data", "fsdp", "fsdp_line"))
 
 
+def test_what_does_not_divide_by_plane_and_line_is_split_over_the_plane(monkeypatch):
+    monkeypatch.setattr(mesh_lib, "_line", lambda fsdp, devices: 4)
+    mesh = mesh_lib.build_mesh(mesh_config(fsdp=8))
+    rules = ((r".*", (None, "fsdp", "tensor")),)
+    shapes = {path: jax.ShapeDtypeStruct((3, size, 8), np.float32) for path, size in (("a", 16), ("b", 18))}
+    placed = mesh_lib.parameter_shardings(shapes, rules, mesh)
+    assert placed["a"].spec == PartitionSpec(None, ("fsdp", "fsdp_line"), "tensor")
+    assert placed["b"].spec == PartitionSpec(None, "fsdp", "tensor")
+    with pytest.raises(UserError, match=r"\(3, 9, 8\) does not split 8 ways"):
+        mesh_lib.parameter_shardings({"c": jax.ShapeDtypeStruct((3, 9, 8), np.float32)}, rules, mesh)
+
+
 @pytest.mark.parametrize("name", ["2xv5e:2x4", "2xv5p:2x2x2"])
 def test_slices_lie_along_data(name):
     pytest.importorskip("libtpu")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -89,15 +89,15 @@ def ways(logical_axis: str) -> int:
 def mesh_axes(logical_axis: str) -> tuple[str, ...]:
     """The mesh axes that really split an axis of this name; () outside `activation_rules`."""
     context = _context.get()
-    return () if context is None else split_over(context.rules[logical_axis])
+    return () if context is None else split_over(names(context.rules[logical_axis], context.mesh))
 
 
 def split_over(axes: MeshAxes) -> tuple[str, ...]:
-    """Those of one dimension's mesh axes that have more than one device, outermost first."""
+    """The mesh axes of an entry of a PartitionSpec that have more than one device, outermost first."""
     context = _context.get()
     if context is None:
         return ()
-    return tuple(axis for axis in names(axes, context.mesh) if context.mesh.shape[axis] > 1)
+    return tuple(axis for axis in listed(axes) if context.mesh.shape[axis] > 1)
 
 
 def size(axes: tuple[str, ...]) -> int:
@@ -112,20 +112,29 @@ def stored(path: str) -> PartitionSpec | None:
     return None if context is None else context.weights.get(path)
 
 
-def names(axes: MeshAxes, mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes of one dimension; 'fsdp' is two of them where `mesh` has it in two (see `FSDP_LINE`)."""
+def listed(axes: MeshAxes) -> tuple[str, ...]:
+    """An entry of a PartitionSpec as a tuple."""
     if axes is None:
         return ()
-    listed = (axes,) if isinstance(axes, str) else tuple(axes)
-    if FSDP_LINE not in mesh.shape or FSDP_LINE in listed:
-        return listed
-    return tuple(name for axis in listed for name in ((axis, FSDP_LINE) if axis == "fsdp" else (axis,)))
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def names(axes: MeshAxes, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes of a rule's entry; 'fsdp' is two of them where `mesh` has it in two (see `FSDP_LINE`)."""
+    said = listed(axes)
+    if FSDP_LINE not in mesh.shape or FSDP_LINE in said:
+        return said
+    return tuple(name for axis in said for name in ((axis, FSDP_LINE) if axis == "fsdp" else (axis,)))
 
 
 def place(mesh: Mesh, *axes: MeshAxes) -> PartitionSpec:
     """The PartitionSpec of a rule's mesh axes, one entry per dimension."""
-    listed = [names(axis, mesh) for axis in axes]
-    return PartitionSpec(*(found[0] if len(found) == 1 else found or None for found in listed))
+    return entries(names(axis, mesh) for axis in axes)
+
+
+def entries(axes: Iterable[tuple[str, ...]]) -> PartitionSpec:
+    """A PartitionSpec from the mesh axes of each dimension."""
+    return PartitionSpec(*(found[0] if len(found) == 1 else found or None for found in axes))
 
 
 def shard(x: jax.Array, *logical_axes: str | None) -> jax.Array:

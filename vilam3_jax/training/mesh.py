@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -100,7 +100,8 @@ def parameter_shardings(
     Args:
       shapes: path → array or ShapeDtypeStruct.
       rules: rows of (regex, mesh axes per dimension, ...); missing trailing dimensions are replicated. The
-        first placement of a row by which the parameter divides is taken.
+        first placement of a row by which the parameter divides is taken; one over `fsdp` may leave out the
+        line of it (`partition.FSDP_LINE`).
       mesh: the device mesh.
 
     Raises:
@@ -114,25 +115,34 @@ def parameter_shardings(
         for axes in choices:
             if len(axes) > len(shape):
                 raise UserError(f"config parameter_rules: {len(axes)} axes for {path} of shape {shape}")
-            if not _undivided(shape, axes, mesh):
-                placed[path] = NamedSharding(mesh, partition.place(mesh, *axes))
-                break
-        else:
-            size, axis, ways = _undivided(shape, choices[0], mesh)[0]
+        specs = [spec for axes in choices for spec in _placements(mesh, axes)]
+        fitting = (spec for spec in specs if not _undivided(shape, spec, mesh))
+        if (spec := next(fitting, None)) is None:
+            size, axis, ways = _undivided(shape, specs[0], mesh)[0]
             raise UserError(
                 f"mesh: {path} of shape {shape} does not split {ways} ways over {axis}, as {size} does not "
                 "divide; make the axis smaller (the rest to mesh.data) or change its row in parameter_rules"
             )
+        placed[path] = NamedSharding(mesh, spec)
     return placed
 
 
-def _undivided(shape: Sequence[int], axes: Sequence[Any], mesh: Mesh) -> list[tuple[int, Any, int]]:
-    """(size, mesh axes, number of parts) of the dimensions that `axes` cannot split evenly."""
+def _placements(mesh: Mesh, axes: Sequence[Any]) -> Iterator[PartitionSpec]:
+    spec = partition.place(mesh, *axes)
+    yield spec
+    if partition.FSDP_LINE in mesh.shape:
+        yield partition.entries(
+            tuple(axis for axis in partition.listed(entry) if axis != partition.FSDP_LINE) for entry in spec
+        )
+
+
+def _undivided(shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> list[tuple[int, Any, int]]:
+    """(size, mesh axes, number of parts) of the dimensions that `spec` cannot split evenly."""
     parts = [
-        (size, axis, math.prod(mesh.shape[a] for a in partition.names(axis, mesh)))
-        for size, axis in zip(shape, axes, strict=False)
+        (size, axes, math.prod(mesh.shape[axis] for axis in partition.listed(axes)))
+        for size, axes in zip(shape, spec, strict=False)
     ]
-    return [(size, axis, ways) for size, axis, ways in parts if size % ways]
+    return [(size, axes, ways) for size, axes, ways in parts if size % ways]
 
 
 def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from tests.models.tiny_model import make, model_config
+from vilam3_jax import config as config_lib
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import vila
+from vilam3_jax.models import siglip, vila
+from vilam3_jax.ops import attention, partition
+from vilam3_jax.training import mesh as mesh_lib
 
 TOKENS = 9  # per image of the tiny model
 GROUPS, SLOTS, ROWS, LENGTH = 2, 3, 4, 24
@@ -195,3 +198,33 @@ def test_unknown_families_are_refused():
     cfg.vision_tower.select_layer = -5
     with pytest.raises(UserError, match="select_layer=-5"):
         vila.abstract_model(cfg, "generative")
+
+
+def test_a_tower_whose_rows_are_padded_sees_the_same(model, monkeypatch):
+    """As for TPU kernels: padding takes no part, forward and backward."""
+    graphdef, params = model
+    images = batch()["images"][0]
+
+    def features_of(params):
+        return vila.merge(graphdef, params).vision_tower.features(images) ** 3
+
+    def both():
+        return jax.jit(features_of)(params), jax.jit(jax.grad(lambda p: features_of(p).sum()))(params)
+
+    plain = both()
+    lengths = []
+    monkeypatch.setattr(siglip, "row_length", lambda tokens: lengths.append(tokens) or tokens + 7)
+    padded = both()
+    assert lengths and set(lengths) == {25}
+    for one, other in zip(plain, padded, strict=True):
+        # Rounding is that of the largest: the gradient of the keys' biases is zero but for it.
+        largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(one))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6 * largest), one, other)
+
+
+def test_rows_are_padded_for_kernels_where_it_costs_little():
+    mesh = mesh_lib.build_mesh(config_lib.base_config().mesh)
+    assert [attention.row_length(tokens) for tokens in (729, 1025)] == [729, 1025]
+    with partition.activation_rules(mesh, config_lib.ACTIVATION_RULES, "splash"):
+        lengths = [attention.row_length(tokens) for tokens in (100, 729, 768, 1024, 1025)]
+    assert lengths == [100, 768, 768, 1024, 1025]

@@ -155,7 +155,7 @@ class SelfAttention(nnx.Module):
             raise UserError(
                 f"hidden_size {width} is no multiple of num_heads {num_heads}; change one of them"
             )
-        self.num_heads = num_heads
+        self.num_heads, self.head_dim = num_heads, width // num_heads
         kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, stack=stack)
         self.q = Linear(width, width, rngs=rngs, use_bias=qkv_bias, **kwargs)
         self.k = Linear(width, width, rngs=rngs, use_bias=qkv_bias, **kwargs)
@@ -169,18 +169,20 @@ class SelfAttention(nnx.Module):
     ) -> jax.Array:
         source = x if query is None else query
 
-        def heads(y: jax.Array) -> jax.Array:
-            y = y.reshape(*y.shape[:-1], self.num_heads, -1)
+        def kept(y: jax.Array) -> jax.Array:
             return checkpoint_name(shard(y, "batch", None, "heads", None), "qkv")
 
-        q, k = self.q(source), self.k(x)
-        if self.q_norm is not None and self.k_norm is not None:
+        def heads(layer: Linear, norm: RMSNorm | None, x: jax.Array) -> jax.Array:
+            if norm is None:
+                return layer(x, head_dim=self.head_dim)
             # The mean of squares runs over all heads: with heads over devices it is a sum across them.
-            q = self.q_norm(shard(q, "batch", None, "heads"))
-            k = self.k_norm(shard(k, "batch", None, "heads"))
-        q, k, v = heads(q), heads(k), heads(self.v(x))
+            y = norm(shard(layer(x), "batch", None, "heads"))
+            return y.reshape(*y.shape[:-1], self.num_heads, self.head_dim)
+
+        q, k = kept(heads(self.q, self.q_norm, source)), kept(heads(self.k, self.k_norm, x))
+        v = kept(heads(self.v, None, x))
         out = attention(q, k, v, segment_ids_q=segment_ids, segment_ids_kv=segment_ids, causal=False)
-        return self.o(out.reshape(*out.shape[:2], -1))
+        return self.o(out, from_heads=True)
 
 
 class GeluMLP(nnx.Module):

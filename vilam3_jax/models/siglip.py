@@ -10,6 +10,7 @@ from flax import nnx
 
 from vilam3_jax.errors import UserError
 from vilam3_jax.models.layers import Embed, EncoderBlock, GeluMLP, LayerNorm, Linear, SelfAttention, run_stack
+from vilam3_jax.ops.attention import row_length
 from vilam3_jax.ops.partition import shard
 from vilam3_jax.ops.products import einsum
 
@@ -146,7 +147,12 @@ class SiglipVision(nnx.Module):
     def _run(self, pixels: jax.Array, count: int) -> jax.Array:
         x = self.patch_embed(pixels / 127.5 - 1.0)
         x = shard(x + self.pos_embed[...].astype(x.dtype), "batch", None, "embed")
-        return run_stack(self.blocks, x, remat=self.remat, count=count)
+        tokens, length = x.shape[1], row_length(x.shape[1])
+        if length == tokens:
+            return run_stack(self.blocks, x, remat=self.remat, count=count)
+        x = shard(jnp.pad(x, ((0, 0), (0, length - tokens), (0, 0))), "batch", None, "embed")
+        valid = jnp.broadcast_to(jnp.arange(length) < tokens, x.shape[:2]).astype(jnp.int32)
+        return run_stack(self.blocks, x, valid, remat=self.remat, count=count)[:, :tokens]
 
     def features(self, images: jax.Array) -> jax.Array:
         """Patch features for the projector: uint8 [N, S, S, 3] -> [N, T, D], hidden state `select_layer`.

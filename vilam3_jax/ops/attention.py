@@ -19,6 +19,8 @@ from vilam3_jax.ops.attention_xla import MAX_QUERY_BLOCKS, MIN_QUERY_BLOCK, Mark
 # Fewer queries (a pooling probe, short texts) have small scores, and padding to the kernel's blocks would
 # cost more than the kernel saves.
 MIN_KERNEL_QUERIES = 128
+# Of a tower's tokens, see `row_length`: 729 of SigLIP become 768, 1,025 of InternViT would become 1,536.
+MAX_ROW_PADDING = 1 / 16
 # Longer rows go blockwise: their scores would be the largest thing a step holds.
 MAX_SHORT = 1024
 
@@ -84,6 +86,20 @@ def attention(
     parts = partition.ways("heads")
     k, v = _match_heads(k, heads, parts), _match_heads(v, heads, parts)
     return _by_implementation(q, k, v, marks, causal, spread=True)
+
+
+def row_length(tokens: int) -> int:
+    """The length that a tower should give its rows of `tokens`, the rest as padding.
+
+    A kernel pads rows to whole blocks, in every layer and back; one padding of the tower's input is cheaper,
+    if it adds little to the other products.
+    """
+    choice = partition.attention_choice()
+    kernel = choice == "splash" or (choice in ("auto", "ring") and partition.platform() == "tpu")
+    if not kernel or tokens < MIN_KERNEL_QUERIES:
+        return tokens
+    padded = attention_splash.padded(tokens)
+    return padded if padded - tokens <= MAX_ROW_PADDING * tokens else tokens
 
 
 def _by_implementation(

@@ -208,13 +208,13 @@ PLACED = """
         own = processes.jax.process_index()
         cfg = config.base_config()
         cfg.data.update(dict(global_rows=8, rows_per_group=2))
-        whole = {"tokens": np.arange(24).reshape(8, 3), "images": np.arange(8).reshape(4, 2)}
+        whole = {"tokens": np.arange(32).reshape(8, 4), "images": np.arange(8).reshape(4, 2)}
         halves, everything = [[0, 1], [2, 3]][own], [0, 1, 2, 3]
         for fsdp, context, tensor, held in ((4, 1, 1, halves), (2, 1, 2, halves), (1, 2, 2, everything)):
             cfg.mesh.update(dict(fsdp=fsdp, context=context, tensor=tensor))
             placement = batches.Placement(cfg, mesh.build_mesh(cfg.mesh))
             assert placement.held == held, (placement.held, held)
-            rows = whole["tokens"].reshape(4, 2, 3)[held].reshape(-1, 3)
+            rows = whole["tokens"].reshape(4, 2, 4)[held].reshape(-1, 4)
             for name, array in placement.put({"tokens": rows, "images": whole["images"][held]}).items():
                 assert array.shape == whole[name].shape
                 for shard in array.addressable_shards:

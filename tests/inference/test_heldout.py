@@ -1,5 +1,6 @@
 """Answers to held-out examples with parameters in training: the right prompts, and what the model says."""
 
+import functools
 import json
 
 import jax
@@ -15,6 +16,7 @@ from vilam3_jax.inference import heldout
 from vilam3_jax.models import trees, vila
 from vilam3_jax.training import evaluation
 from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.training import program as program_lib
 
 
 @pytest.fixture
@@ -118,7 +120,8 @@ def test_sharded_parameters_say_what_the_model_says(config, params, tokenizer, s
     flat = trees.flatten(params)
     placed = mesh_lib.parameter_shardings(flat, config.parameter_rules, mesh)
     sharded = {path: jax.device_put(leaf, placed[path]) for path, leaf in flat.items()}
-    answers = heldout.HeldoutAnswers(config, mesh, mesh_lib.BATCH_AXES)
+    placing = functools.partial(program_lib.build(config, mesh).placing, whole_rows=True)
+    answers = heldout.HeldoutAnswers(config, mesh_lib.rows(mesh), placing)
     rows, values = answers(sharded)
     expected = [say(tokenizer, question) for question in answers.questions]
     assert [row["answer"] for row in rows] == expected

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -15,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.training.process_worlds import arguments, children, copy_run, losses, make_world, run, start
+from tests.training.process_worlds import arguments, children, copy_run, losses, make_world, run, run_script, start
 from vilam3_jax import exports
 from vilam3_jax.training import telemetry
 
@@ -155,23 +151,7 @@ SCRIPT = """
 
 
 def pair(case: str, script: str = SCRIPT) -> list[tuple[int, str, str]]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    program = [sys.executable, "-c", textwrap.dedent(script), case]
-    flags = [f"--coordinator_address=localhost:{port}", "--num_processes=2"]
-    running = [
-        subprocess.Popen(
-            [*program, *flags, f"--process_id={number}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        )
-        for number in range(2)
-    ]
-    said = [process.communicate(timeout=300) for process in running]
-    return [(process.returncode, *texts) for process, texts in zip(running, said, strict=True)]
+    return run_script(script, 2, case)
 
 
 @pytest.mark.slow

@@ -11,7 +11,16 @@ import jax
 import numpy as np
 import pytest
 
-from tests.training.process_worlds import arguments, children, copy_run, losses, make_world, run, run_script, start
+from tests.training.process_worlds import (
+    arguments,
+    children,
+    copy_run,
+    losses,
+    make_world,
+    run,
+    run_script,
+    start,
+)
 from vilam3_jax import exports
 from vilam3_jax.training import telemetry
 

@@ -410,9 +410,7 @@ def _repeat(cache: Any, logits: jax.Array, rows: int) -> tuple[Any, jax.Array]:
 
 def _lengthen(cache: Any, size: int) -> Any:
     """Room for `size` positions a row."""
-    return jax.tree.map(
-        lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[2]), (0, 0), (0, 0))), cache
-    )
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[2]), (0, 0), (0, 0))), cache)
 
 
 def _last_logits(model: Any, hidden: jax.Array, known: int) -> jax.Array:

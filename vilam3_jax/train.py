@@ -128,6 +128,7 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
             if compiled is None:
                 with monitor.aside("compile_seconds"):
                     compiled = program.lower().compile()
+                    processes.line_up("compiled")
             step += 1
             with monitor.step(step):
                 state, metrics = compiled(state, batch)

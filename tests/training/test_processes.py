@@ -218,6 +218,30 @@ def test_each_process_holds_the_rows_of_its_devices():
     assert [code for code, *_ in done] == [0, 0], done
 
 
+LATE = """
+    import sys, time
+    from absl import flags
+    from vilam3_jax import compat, processes
+    values = flags.FlagValues()
+    processes.define_flags(values)
+    values(["test", *sys.argv[2:]])
+    with processes.group("program", **processes.flag_values(values)):
+        compat.use_cpu_devices(2)
+        if processes.jax.process_index():
+            time.sleep(40)
+        if sys.argv[1] == "lined_up":
+            processes.line_up("step")
+        assert processes.gather(7) == [7, 7]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case, fails", [("lined_up", False), ("at_once", True)])
+def test_a_process_that_comes_late_to_a_program_is_waited_for(case, fails):
+    done = pair(case, LATE)
+    assert all((code != 0) == fails for code, *_ in done), done
+
+
 @pytest.mark.slow
 def test_processes_that_end_well():
     assert [code for code, *_ in pair("none9")] == [0, 0]

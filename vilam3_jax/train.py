@@ -8,6 +8,7 @@ mesh → data → model → optimizer → step → restore → loop (evaluate �
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -102,7 +103,7 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
 
     evaluate = evaluation.Evaluation(
         evaluation.heldout_losses(program, placement, image_tokens),
-        heldout.HeldoutAnswers(config, mesh, mesh_lib.BATCH_AXES) if config.eval_generate else None,
+        _answers(config, program),
         workdir,
         start,
     )
@@ -127,6 +128,7 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
             if compiled is None:
                 with monitor.aside("compile_seconds"):
                     compiled = program.lower().compile()
+                    processes.line_up("compiled")
             step += 1
             with monitor.step(step):
                 state, metrics = compiled(state, batch)
@@ -158,6 +160,13 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
     if finished and processes.lead():
         paths.write_text_atomic(workdir / RESULT_FILE, json.dumps(dataclasses.asdict(result), indent=1))
     return result
+
+
+def _answers(config: ConfigDict, program: program_lib.Program) -> evaluation.Answer | None:
+    if not config.eval_generate:
+        return None
+    placing = functools.partial(program.placing, whole_rows=True)
+    return heldout.HeldoutAnswers(config, mesh_lib.rows(program.mesh), placing)
 
 
 def _run_record(config: ConfigDict, clock: telemetry.Clock) -> dict[str, Any]:

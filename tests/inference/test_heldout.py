@@ -1,5 +1,6 @@
 """Answers to held-out examples with parameters in training: the right prompts, and what the model says."""
 
+import functools
 import json
 
 import jax
@@ -15,6 +16,7 @@ from vilam3_jax.inference import heldout
 from vilam3_jax.models import trees, vila
 from vilam3_jax.training import evaluation
 from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.training import program as program_lib
 
 
 @pytest.fixture
@@ -112,14 +114,29 @@ def say(model_config, params):
     return say
 
 
-def test_sharded_parameters_say_what_the_model_says(config, params, tokenizer, say, tmp_path):
+def test_sharded_parameters_say_what_the_model_says(config, params, tokenizer, say, tmp_path, monkeypatch):
     """8 devices, rows over 4 parts, heads over 2, 6 questions: two rows stay empty."""
     mesh = mesh_lib.build_mesh(config.mesh)
     flat = trees.flatten(params)
     placed = mesh_lib.parameter_shardings(flat, config.parameter_rules, mesh)
     sharded = {path: jax.device_put(leaf, placed[path]) for path, leaf in flat.items()}
-    answers = heldout.HeldoutAnswers(config, mesh, mesh_lib.BATCH_AXES)
+    placing = functools.partial(program_lib.build(config, mesh).placing, whole_rows=True)
+    answers = heldout.HeldoutAnswers(config, mesh_lib.rows(mesh), placing)
+    prefill, given = answers._generator._prefill, []
+    monkeypatch.setattr(
+        answers._generator, "_prefill", lambda *args: (given.append(args[5:9]), prefill(*args))[1]
+    )
     rows, values = answers(sharded)
+    shown = [question.prompt.images[0].tobytes() for question in answers.questions]
+    pictures = [len(set(shown[part::4])) for part in range(4)]
+    assert len(given) == 1 and max(pictures) == 2
+    for tokens, visual, images, valid in given:
+        # Questions go to the parts in turn, and their pictures, each once, lie where their rows do.
+        assert images.shape[:2] == valid.shape == (4, 2) and tokens.shape[0] == visual.shape[0] == 8
+        assert valid.sum(axis=1).tolist() == pictures
+        assert all(
+            array.addressable_shards[0].data.shape[0] == array.shape[0] // 4 for array in (images, tokens)
+        )
     expected = [say(tokenizer, question) for question in answers.questions]
     assert [row["answer"] for row in rows] == expected
     assert len(set(expected)) > 2, "texts that are all alike would prove little"

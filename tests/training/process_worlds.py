@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +70,30 @@ def run(world: Path, processes: int, argv: list[str], code: int = 0, timeout: fl
     out, err = process.communicate(timeout=timeout)
     assert process.returncode == code, (process.returncode, out[-2000:], err[-4000:])
     return err
+
+
+def run_script(
+    script: str, processes: int, *arguments: str, env: Mapping[str, str] | None = None
+) -> list[tuple[int, str, str]]:
+    """Runs a script that makes a group of processes; returns code, stdout and stderr of each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    program = [sys.executable, "-c", textwrap.dedent(script), *arguments]
+    flags = [f"--coordinator_address=localhost:{port}", f"--num_processes={processes}"]
+    running = [
+        subprocess.Popen(
+            [*program, *flags, f"--process_id={number}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**(env or os.environ), "JAX_PLATFORMS": "cpu"},
+            cwd=ROOT,
+        )
+        for number in range(processes)
+    ]
+    said = [process.communicate(timeout=900) for process in running]
+    return [(process.returncode, *texts) for process, texts in zip(running, said, strict=True)]
 
 
 def losses(workdir: Path) -> dict[int, float]:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -15,7 +11,16 @@ import jax
 import numpy as np
 import pytest
 
-from tests.training.process_worlds import arguments, children, copy_run, losses, make_world, run, start
+from tests.training.process_worlds import (
+    arguments,
+    children,
+    copy_run,
+    losses,
+    make_world,
+    run,
+    run_script,
+    start,
+)
 from vilam3_jax import exports
 from vilam3_jax.training import telemetry
 
@@ -155,23 +160,7 @@ SCRIPT = """
 
 
 def pair(case: str, script: str = SCRIPT) -> list[tuple[int, str, str]]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    program = [sys.executable, "-c", textwrap.dedent(script), case]
-    flags = [f"--coordinator_address=localhost:{port}", "--num_processes=2"]
-    running = [
-        subprocess.Popen(
-            [*program, *flags, f"--process_id={number}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        )
-        for number in range(2)
-    ]
-    said = [process.communicate(timeout=300) for process in running]
-    return [(process.returncode, *texts) for process, texts in zip(running, said, strict=True)]
+    return run_script(script, 2, case)
 
 
 @pytest.mark.slow
@@ -227,6 +216,30 @@ PLACED = """
 def test_each_process_holds_the_rows_of_its_devices():
     done = pair("placed", PLACED)
     assert [code for code, *_ in done] == [0, 0], done
+
+
+LATE = """
+    import sys, time
+    from absl import flags
+    from vilam3_jax import compat, processes
+    values = flags.FlagValues()
+    processes.define_flags(values)
+    values(["test", *sys.argv[2:]])
+    with processes.group("program", **processes.flag_values(values)):
+        compat.use_cpu_devices(2)
+        if processes.jax.process_index():
+            time.sleep(40)
+        if sys.argv[1] == "lined_up":
+            processes.line_up("step")
+        assert processes.gather(7) == [7, 7]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case, fails", [("lined_up", False), ("at_once", True)])
+def test_a_process_that_comes_late_to_a_program_is_waited_for(case, fails):
+    done = pair(case, LATE)
+    assert all((code != 0) == fails for code, *_ in done), done
 
 
 @pytest.mark.slow

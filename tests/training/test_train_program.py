@@ -156,6 +156,55 @@ def test_figures_and_answers_of_a_resumed_run_are_those_of_an_uninterrupted_one(
     assert [event.step for event in events.Scalars("generate_token_f1")] == [0, 4, 8]
 
 
+@pytest.mark.slow
+def test_answers_take_no_time_of_the_steps(world, monkeypatch):
+    """Asked for three times, each time for longer than all steps together take."""
+    asked, monitors = [], []
+
+    class Slow:
+        def __init__(self, *_):
+            pass
+
+        def __call__(self, params):
+            asked.append(sorted(params))
+            time.sleep(5)
+            return [], {"generate_token_f1": 0.0}
+
+    class Kept(telemetry.Telemetry):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            monitors.append(self)
+
+    monkeypatch.setattr(train.heldout, "HeldoutAnswers", Slow)
+    monkeypatch.setattr(train.telemetry, "Telemetry", Kept)
+    settings = {
+        "data.path": str(world / "data"),
+        "model.tokenizer": str(world / "tokenizer"),
+        "data.seq_len": 128,
+        "num_steps": 4,
+        "eval_every": 2,
+        "eval_batches": 1,
+        "eval_generate": 1,
+    }
+    config = config_lib.load("configs/stage3_instruct.py:tiny", settings)
+    train.train(config, world / "slow_answers", quiet=True)
+    assert len(asked) == 3 and asked[0] == asked[2]
+
+    rows = telemetry.read_metrics(world / "slow_answers")
+    evaluations = {row["step"]: row["evaluation_seconds"] for row in rows if "evaluation_seconds" in row}
+    assert evaluations.keys() == {0, 2, 4} and min(evaluations.values()) > 5
+    steps = [row for row in rows if "loss" in row]
+    before = [0, *(row["tokens"] for row in steps)]
+    seconds = [
+        (row["tokens"] - tokens) / row["tokens_per_second"]
+        for row, tokens in zip(steps, before, strict=False)
+    ]
+    assert len(seconds) == 4 and max(seconds) < 5, seconds
+    clock = monitors[0].clock
+    assert clock.productive <= clock.seconds - sum(evaluations.values())
+    assert clock.productive == pytest.approx(sum(seconds), rel=0.5)
+
+
 def start_and_wait(argv, workdir, step):
     process = subprocess.Popen(
         [sys.executable, "-m", "vilam3_jax.train", *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE

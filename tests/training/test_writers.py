@@ -4,9 +4,10 @@ import json
 import sys
 
 import pytest
+from etils.epath import testing
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.training import writers
+from vilam3_jax.training import telemetry, writers
 
 from . import helpers
 
@@ -132,6 +133,55 @@ def test_what_was_not_sent_before_the_kill_is_sent_after_it(tmp_path, monkeypatc
     (sent,) = fake.runs.values()
     assert [step for step, values in sent if "loss" in values] == [1, 2, 3, 4]
     assert [step for step, values in sent if "heldout_true" in values] == [4]
+
+
+def test_lines_in_an_object_store_that_cannot_append(tmp_path, monkeypatch):
+    """`gs://run` lies below a local folder; a file is shown when it is closed, and never appended to."""
+
+    def local(path):
+        return str(path).replace("gs://", f"{tmp_path}/")
+
+    def opened(function, path, mode):
+        assert mode in ("r", "rb", "w", "wb"), "gcsfs would begin a new file"
+        return function(local(path), mode)
+
+    def one(function, path, *args, **kwargs):
+        return function(local(path), *args, **kwargs)
+
+    def two(function, path, target, *args, **kwargs):
+        return function(local(path), local(target), *args, **kwargs)
+
+    def steps():
+        return [row["step"] for row in writers.read_lines("gs://run", "some.jsonl")]
+
+    ones = dict.fromkeys(("exists", "isdir", "makedirs", "mkdir", "remove", "stat"), one)
+    with testing.mock_epath(**ones, open=opened, **dict.fromkeys(("copy", "rename", "replace"), two)):
+        lines = writers.JsonLines("gs://run", "some.jsonl", 0)
+        for step in (1, 2, 3):
+            lines.write(step, {"loss": 1.0})
+        assert steps() == [], "an upload a line would be refused"
+        lines.flush()
+        assert steps() == [1, 2, 3]
+        monkeypatch.setattr(writers, "_REWRITE_SECONDS", 0)
+        lines.write(4, {"loss": 1.0})
+        assert steps() == [1, 2, 3, 4]  # and then the process is killed
+        resumed = writers.JsonLines("gs://run", "some.jsonl", 2)
+        assert steps() == [1, 2]
+        resumed.write(3, {"loss": 1.0})
+        resumed.close()
+        assert steps() == [1, 2, 3]
+
+
+def test_a_checkpoint_waits_until_the_figures_before_it_are_written(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(writers.JsonLines, "flush", lambda self: flushed.append("lines"))
+    clock = telemetry.Clock()
+    config = config_with()
+    with (
+        telemetry.Telemetry(config, tmp_path, 0, clock, {}, last=1, quiet=True) as monitor,
+        monitor.aside("checkpoint_stall"),
+    ):
+        assert flushed == ["lines"]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])

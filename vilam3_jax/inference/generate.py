@@ -87,6 +87,12 @@ class Decoded:
     stopped: bool
 
 
+def row_parts(rows: NamedSharding) -> int:
+    """Into how many equal parts rows are split, one after the other."""
+    devices = rows.mesh.size
+    return devices // rows.shard_shape((devices,))[0]
+
+
 class Generator:
     """A model ready to speak.
 
@@ -97,6 +103,7 @@ class Generator:
       tokens_per_image: T, positions one image takes.
       max_length: most positions of one dialogue.
       batch_size: most rows of one session.
+      parts: into how many equal parts these are split over devices.
     """
 
     def __init__(
@@ -117,8 +124,10 @@ class Generator:
           tokenizer: the model's tokenizer.
           max_length: see the class.
           batch_size: see the class.
-          rows: where the rows of a session's cache live, on the mesh of the parameters; None: on the devices
-            that the parameters are on. A session must then have as many rows as divide over it.
+          rows: how the rows of a session are split over the mesh of the parameters; None: they live on the
+            devices that the parameters are on. A session must then have as many rows as divide over it. With
+            several processes each calls the same methods with the same arguments; a device is given its own
+            rows and the images that these look at, and every process learns what all rows say.
         """
         self.tokenizer = tokenizer
         self.processor = image_processor(model_config)
@@ -128,11 +137,13 @@ class Generator:
         self._known_prefix: tuple[tuple[int, ...], Session] | None = None
         graphdef, _ = vila.abstract_model(model_config, "generative")
         self.tokens_per_image = int(vila.merge(graphdef, dict(params)).num_image_tokens)
+        self._rows, self.parts = rows, 1 if rows is None else row_parts(rows)
         cached, logits, whole = _placement(rows)
         self._start = jax.jit(
             functools.partial(_start, graphdef), static_argnums=(1, 2), out_shardings=(cached, logits)
         )
         self._repeat = jax.jit(_repeat, static_argnums=2)
+        self._lengthen = jax.jit(_lengthen, static_argnums=1, out_shardings=cached)
         known = min(tokenizer.vocab_size, int(model_config.llm.vocab_size))
         self._prefill = jax.jit(
             functools.partial(_prefill, graphdef, known), donate_argnums=1, out_shardings=(cached, logits)
@@ -147,6 +158,12 @@ class Generator:
     def set_params(self, params: Mapping[str, Any]) -> None:
         """Speaks with other values of the same parameters from now on; sessions begun before are over."""
         self._params, self._known_prefix = params, None
+
+    def _put(self, array: np.ndarray | None) -> Any:
+        """An array whose leading axis is that of the rows, or of their parts, on its devices."""
+        if array is None or self._rows is None:
+            return array
+        return jax.make_array_from_callback(array.shape, self._rows, lambda index: array[index])
 
     def start(self, rows: int, prefix: Sequence[int] = ()) -> Session:
         """A session whose rows all begin with the same text.
@@ -219,21 +236,22 @@ class Session:
         width = _round_up(int(sizes.max()), _MIN_CHUNK)
         tokens = np.zeros((self._batch, width), np.int32)
         visual = np.full((self._batch, width), -1, np.int32)
-        pictures = _Pictures(generator.processor)
+        pictures = [_Pictures(generator.processor) for _ in range(generator.parts)]
         per_image = generator.tokens_per_image
         for row, chunk in enumerate(chunks):
             if chunk is None or not sizes[row]:
                 continue
             tokens[row, : sizes[row]] = chunk.tokens
-            # Questions about one image share its encoding: each distinct image enters the tower once.
-            placed = pictures.place(chunk)
+            # Questions about one image share its encoding: each distinct image enters the tower once, or
+            # once for every part of the rows that looks at it.
+            placed = pictures[row * generator.parts // self._batch].place(chunk)
             index = np.asarray(chunk.visual_index)
             seen = index >= 0
             image, offset = np.divmod(index[seen], per_image)
             visual[row, : sizes[row]][seen] = np.asarray(placed, int)[image] * per_image + offset
         self._cache, self._logits = generator._prefill(
             generator._params, self._cache, self._logits, self._padded(self.lengths), self._padded(sizes),
-            tokens, *pictures.arrays(visual),
+            generator._put(tokens), *(generator._put(array) for array in _picture_arrays(pictures, visual)),
         )  # fmt: skip
         self.lengths = after
 
@@ -275,9 +293,9 @@ class Session:
             self._padded(self.lengths),
             self._padded(speaks),
             np.asarray(stops + [-1] * (_STOP_SLOTS - len(stops)), np.int32),
-            jnp.int32(max_new_tokens),
-            jnp.int32(min(self._size, generator.max_length)),
-            jax.random.key(sampling.seed),
+            np.int32(max_new_tokens),
+            np.int32(min(self._size, generator.max_length)),
+            np.asarray(jax.random.key_data(jax.random.key(sampling.seed))),
             size=_round_up(max_new_tokens, _MIN_NEW),
             sampling=dataclasses.replace(
                 sampling, seed=0
@@ -287,9 +305,9 @@ class Session:
         self.lengths = self.lengths + counts[: self.rows]
         return [Decoded(said[row, : counts[row]].tolist(), bool(stopped[row])) for row in range(self.rows)]
 
-    def _padded(self, values: np.ndarray) -> np.ndarray:
+    def _padded(self, values: np.ndarray) -> Any:
         dtype = bool if values.dtype == bool else np.int32
-        return np.pad(values, (0, self._batch - self.rows)).astype(dtype)
+        return self._generator._put(np.pad(values, (0, self._batch - self.rows)).astype(dtype))
 
     def _grow(self, needed: int) -> None:
         size = min(_round_up(needed, _MIN_CACHE), max(self._generator.max_length, _MIN_CACHE))
@@ -298,8 +316,7 @@ class Session:
         if self._cache is None:
             self._cache, self._logits = self._generator._start(self._generator._params, self._batch, size)
         else:
-            longer = ((0, 0), (0, 0), (0, size - self._size), (0, 0), (0, 0))
-            self._cache = jax.tree.map(lambda x: jnp.pad(x, longer), self._cache)
+            self._cache = self._generator._lengthen(self._cache, size)
         self._size = size
 
 
@@ -311,10 +328,10 @@ def _round_up(value: int, least: int) -> int:
 
 
 class _Pictures:
-    """The images of one `append`, each once; one group, since every row may look at every image."""
+    """The images that one part of the rows looks at in one `append`, each once."""
 
     def __init__(self, processor: ImageProcessor):
-        self._side, self._tiled = processor.size, bool(processor.sides)
+        self.side, self.tiled = processor.size, bool(processor.sides)
         self._slots: dict[bytes, int] = {}
         self._images: list[np.ndarray] = []
         self._tiles: list[np.ndarray] = []
@@ -325,13 +342,13 @@ class _Pictures:
         Raises:
           ValueError: an image of another size than the model's, or tiles without their map.
         """
-        wanted = (self._side, self._side, 3)
+        wanted = (self.side, self.side, 3)
         for image in chunk.images:
             if image.shape != wanted or image.dtype != np.uint8:
                 raise ValueError(f"image {image.dtype} {image.shape}: the model needs uint8 {wanted}")
-        if chunk.images and self._tiled == (chunk.tile_map is None):
+        if chunk.images and self.tiled == (chunk.tile_map is None):
             raise ValueError(
-                f"tile_map {chunk.tile_map}: the model {'needs one' if self._tiled else 'has none'}"
+                f"tile_map {chunk.tile_map}: the model {'needs one' if self.tiled else 'has none'}"
             )
         count = len(chunk.images)
         firsts = np.arange(count) if chunk.tile_map is None else chunk.tile_map[:, 0]
@@ -347,19 +364,29 @@ class _Pictures:
             placed += range(self._slots[key], self._slots[key] + len(place))
         return placed
 
-    def arrays(self, visual: np.ndarray) -> tuple[np.ndarray | None, ...]:
-        """visual_index [B, L], images [1, M, S, S, 3], image_valid [1, M], image_tiles [1, M, 5] or None."""
-        if not self._images:
-            return None, None, None, None
-        count = _round_up(len(self._images), 1)
-        images = np.zeros((1, count, self._side, self._side, 3), np.uint8)
-        images[0, : len(self._images)] = np.stack(self._images)
-        valid = (np.arange(count) < len(self._images))[None]
-        if not self._tiled:
-            return visual, images, valid, None
-        tiles = np.tile(np.asarray((0, *NO_GRID), np.int32), (1, count, 1))
-        tiles[0, : len(self._tiles)] = np.stack(self._tiles)
-        return visual, images, valid, tiles
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def fill(self, images: np.ndarray, tiles: np.ndarray) -> None:
+        """Writes them to the first slots of uint8 [M, S, S, 3], and of int32 [M, 5] where there are tiles."""
+        if self._images:
+            images[: len(self)] = np.stack(self._images)
+        if self._tiles:
+            tiles[: len(self)] = np.stack(self._tiles)
+
+
+def _picture_arrays(parts: Sequence[_Pictures], visual: np.ndarray) -> tuple[np.ndarray | None, ...]:
+    """visual_index [B, L], images [G, M, S, S, 3], image_valid [G, M], image_tiles [G, M, 5] or None."""
+    fullest = max(len(part) for part in parts)
+    if not fullest:
+        return None, None, None, None
+    slots, side = (len(parts), _round_up(fullest, 1)), parts[0].side
+    images = np.zeros((*slots, side, side, 3), np.uint8)
+    tiles = np.tile(np.asarray((0, *NO_GRID), np.int32), (*slots, 1))
+    for part, own_images, own_tiles in zip(parts, images, tiles, strict=True):
+        part.fill(own_images, own_tiles)
+    valid = np.arange(slots[1]) < np.asarray([len(part) for part in parts])[:, None]
+    return visual, images, valid, tiles if parts[0].tiled else None
 
 
 def _placement(rows: NamedSharding | None) -> tuple[Any, Any, Any]:
@@ -379,6 +406,11 @@ def _start(graphdef: Any, params: Any, rows: int, size: int) -> tuple[Any, jax.A
 def _repeat(cache: Any, logits: jax.Array, rows: int) -> tuple[Any, jax.Array]:
     """Copies the only row of a cache and its logits `rows` times."""
     return jax.tree.map(lambda x: jnp.repeat(x, rows, axis=1), cache), jnp.repeat(logits, rows, axis=0)
+
+
+def _lengthen(cache: Any, size: int) -> Any:
+    """Room for `size` positions a row."""
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[2]), (0, 0), (0, 0))), cache)
 
 
 def _last_logits(model: Any, hidden: jax.Array, known: int) -> jax.Array:
@@ -422,11 +454,12 @@ def _decode(
     active: jax.Array, stops: jax.Array, limit: jax.Array, room: jax.Array, key: jax.Array, *,
     size: int, sampling: Sampling,
 ) -> tuple[Any, jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """The loop on the device; ends when every row has stopped.
+    """The loop on the device; ends when every row has stopped. `key` holds the data of a random key.
 
     A row that is done keeps its length: what it writes later lands behind its end and is overwritten.
     """
     model = vila.merge(graphdef, params)
+    key = jax.random.wrap_key_data(key)
 
     def choose(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         token = _choose(logits, jax.random.fold_in(key, step), sampling)

@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import zip_longest
 from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
+from vilam3_jax import processes
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.data.loader import Unreadable, build_loader
 from vilam3_jax.data.packing import Sample
 from vilam3_jax.data.templates import model_template
 from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vilam3_jax.errors import UserError
-from vilam3_jax.inference.generate import Chunk, Generator
+from vilam3_jax.inference.generate import Chunk, Generator, row_parts
 from vilam3_jax.models import trees, vila
 
 _ROWS = 16  # of a batch, at least one for every part of the mesh
@@ -54,25 +55,33 @@ class Question:
 
 
 class HeldoutAnswers:
-    """The first examples of the held-out data, always the same ones, to be answered again and again."""
+    """The first examples of the held-out data, always the same ones, to be answered again and again.
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, batch_axes: tuple[str, ...]) -> None:
+    Several processes make and call it alike. All read the questions, a device is given those of its rows,
+    and all processes learn all answers.
+    """
+
+    def __init__(
+        self, config: ConfigDict, rows: NamedSharding, placing: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         """Reads `config.eval_generate` examples.
 
         Args:
           config: the run's config.
-          mesh: that the parameters are split over.
-          batch_axes: its axes that the rows of a batch are split over.
+          rows: how the rows of a batch are split over the mesh of the parameters.
+          placing: makes a context that says where activations and weights live while programs are traced.
 
         Raises:
-          UserError: no held-out example can be asked, or there are several processes.
+          UserError: no held-out example can be asked, or the processes do not read the same ones.
         """
-        if jax.process_count() > 1:
-            raise UserError("config eval_generate: not with several processes yet; set it to 0")
         self._tokenizer = load_tokenizer(config.model.tokenizer)
         self.questions = read_questions(config, self._tokenizer)
-        ways = math.prod(mesh.shape[axis] for axis in batch_axes)
-        self._rows = ways * -(-min(len(self.questions), _ROWS) // ways)
+        _check_alike(self.questions)
+        self._placing = placing
+        parts = row_parts(rows)
+        self._rows = parts * -(-min(len(self.questions), _ROWS) // parts)
+        # The next question goes to the next part: that its images are spread, too, when few are left.
+        self._order = np.arange(self._rows).reshape(parts, -1).T.reshape(-1)
         _, shapes = vila.abstract_model(config.model, "generative")
         self._generator = Generator(
             config.model,
@@ -80,7 +89,7 @@ class HeldoutAnswers:
             self._tokenizer,
             max_length=max(len(one.prompt.tokens) + one.budget for one in self.questions),
             batch_size=self._rows,
-            rows=NamedSharding(mesh, PartitionSpec(batch_axes)),
+            rows=rows,
         )
 
     def __call__(self, params: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -98,10 +107,11 @@ class HeldoutAnswers:
         alike: dict[tuple[int, ...], list[Question]] = collections.defaultdict(list)
         for question in self.questions:
             alike[question.stops].append(question)
-        for stops, questions in alike.items():
-            for first in range(0, len(questions), self._rows):
-                batch = questions[first : first + self._rows]
-                answers |= zip(batch, self._ask(batch, stops), strict=True)
+        with self._placing():
+            for stops, questions in alike.items():
+                for first in range(0, len(questions), self._rows):
+                    batch = questions[first : first + self._rows]
+                    answers |= zip(batch, self._ask(batch, stops), strict=True)
         self._generator.set_params({})  # the next step overwrites them
         rows = [_record(question, answers[question]) for question in self.questions]
         return rows, {
@@ -111,18 +121,37 @@ class HeldoutAnswers:
 
     def _ask(self, batch: Sequence[Question], stops: tuple[int, ...]) -> list[str]:
         """What the model says to each; rows without a question stay empty."""
-        empty = self._rows - len(batch)
+        asked: list[Question | None] = [None] * self._rows
+        for row, question in zip(self._order, batch, strict=False):
+            asked[row] = question
         session = self._generator.start(self._rows)
-        session.append([*(question.prompt for question in batch), *[None] * empty])
+        session.append([None if question is None else question.prompt for question in asked])
         said = session.decode(
             max(question.budget for question in batch),
             stops,
-            active=[True] * len(batch) + [False] * empty,
+            active=[question is not None for question in asked],
         )
         return [
-            self._tokenizer.decode(one.ids[: question.budget]).strip()
-            for question, one in zip(batch, said, strict=False)
+            self._tokenizer.decode(said[row].ids[: question.budget]).strip()
+            for row, question in zip(self._order, batch, strict=False)
         ]
+
+
+def _check_alike(questions: Sequence[Question]) -> None:
+    """All processes must run the same programs with the same questions.
+
+    Raises:
+      UserError: they read different ones.
+    """
+    read = processes.gather([[question.id, question.turn] for question in questions])
+    for number, others in enumerate(read):
+        if others != read[0]:
+            theirs = next(pair for pair in zip_longest(read[0], others) if pair[0] != pair[1])
+            shown = " and ".join("none" if one is None else repr(one[0]) for one in theirs)
+            raise UserError(
+                f"config eval_generate: processes 0 and {number} do not read the same held-out examples "
+                f"({shown} in the same place); check that all hosts see the same data"
+            )
 
 
 def read_questions(config: ConfigDict, tokenizer: Tokenizer) -> list[Question]:

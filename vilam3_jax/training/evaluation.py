@@ -51,6 +51,7 @@ class Evaluation:
             if self._file is not None:
                 for row in rows:
                     self._file.write(step, row)
+                self._file.flush()
         return values
 
 

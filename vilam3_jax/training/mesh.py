@@ -171,6 +171,11 @@ def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedShar
     return {name: NamedSharding(mesh, spec(name)) for name in batch}
 
 
+def rows(mesh: Mesh) -> NamedSharding:
+    """The placement of whole rows: split over `data` and `fsdp`."""
+    return NamedSharding(mesh, partition.place(mesh, BATCH_AXES))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The placement of scalars."""
     return NamedSharding(mesh, PartitionSpec())

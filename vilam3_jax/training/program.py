@@ -50,10 +50,14 @@ class Program:
     batch: dict[str, jax.ShapeDtypeStruct]
     step: Any
 
-    def placing(self) -> AbstractContextManager[None]:
-        """Context in which steps of this program are traced: where activations and weights live."""
+    def placing(self, whole_rows: bool = False) -> AbstractContextManager[None]:
+        """Context in which steps of this program are traced: where activations and weights live.
+
+        Args:
+          whole_rows: no row is split over devices, as for generation with a cache.
+        """
         weights = state_lib.shardings({**self.state["frozen"], **self.state["trainable"]})
-        rules = self.config.activation_rules.to_dict()
+        rules = self.config.activation_rules.to_dict() | ({"length": None} if whole_rows else {})
         return partition.activation_rules(self.mesh, rules, self.config.attention, weights)
 
     def lower(self) -> Any:

@@ -177,6 +177,8 @@ class Telemetry:
         """
         self._queue.join()
         self._raise()
+        for writer in self._writers:
+            writer.flush()
         self._add_counts()
         self.clock.seconds = time.perf_counter() - self._began
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import importlib.util
+import io
 import json
 import os
 import time
@@ -29,6 +30,7 @@ _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"
 _MLFLOW_PARAMS = 100  # most that one request may carry
 _MLFLOW_CHARACTERS = 500  # of a parameter
 _MLFLOW_UNDER_WAY = 64  # requests without an answer
+_REWRITE_SECONDS = 60.0  # a store allows a file to be written once a second
 
 Sent = frozenset[tuple[int, str]]
 
@@ -38,6 +40,10 @@ class Writer(Protocol):
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """`step` counts finished optimizer steps; it may come again with other keys."""
+        ...
+
+    def flush(self) -> None:
+        """Before a checkpoint: a run that goes on from it does not write again what came before."""
         ...
 
     def close(self) -> None:
@@ -97,21 +103,39 @@ def read_record(workdir: paths.PathLike) -> dict[str, Any]:
 
 
 class JsonLines:
-    """One JSON object a line; a resumed run first drops the lines after its checkpoint."""
+    """One JSON object a line; a resumed run first drops the lines after its checkpoint.
+
+    Object stores cannot append (gcsfs takes mode 'a' for 'w'), and show a file when it is closed. There the
+    whole file is written anew, at `flush`, `close`, and once a minute.
+    """
 
     def __init__(self, workdir: paths.PathLike, name: str, start_step: int) -> None:
         self._path = paths.as_path(workdir) / name
         kept = [row for row in read_lines(workdir, name) if row["step"] <= start_step] if start_step else []
-        paths.write_text_atomic(self._path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = self._path.open("a")
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        paths.write_text_atomic(self._path, text)
+        self._remote = "://" in os.fspath(self._path)
+        self._file: Any = io.StringIO() if self._remote else self._path.open("a")
+        if self._remote:
+            self._file.write(text)
+        self._written = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if not self._remote or time.monotonic() > self._written + _REWRITE_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Shows what was written."""
         self._file.flush()
+        if self._remote:
+            self._path.write_text(self._file.getvalue())
+            self._written = time.monotonic()
 
     def close(self) -> None:
         """Closes the file."""
+        self.flush()
         self._file.close()
 
 
@@ -151,6 +175,10 @@ class TensorBoard:
         for key, value in values.items():
             self._writer.add_scalar(key, value, step)
 
+    def flush(self) -> None:
+        """Writes what is buffered."""
+        self._writer.flush()
+
     def close(self) -> None:
         """Writes what is buffered."""
         self._writer.close()
@@ -186,6 +214,9 @@ class Wandb:
         """Sends what was not sent before the restart."""
         if new := _unsent(self._sent, step, values):
             self._run.log(new, step=step)
+
+    def flush(self) -> None:
+        """Nothing: a process of its own sends, and outlives this one."""
 
     def close(self) -> None:
         """Waits until all is sent."""
@@ -238,10 +269,14 @@ class Mlflow:
             while len(self._under_way) > _MLFLOW_UNDER_WAY:
                 self._under_way.popleft().wait()
 
-    def close(self) -> None:
+    def flush(self) -> None:
         """Waits until all is sent."""
         while self._under_way:
             self._under_way.popleft().wait()
+
+    def close(self) -> None:
+        """Waits until all is sent."""
+        self.flush()
         self._client.set_terminated(self._run_id)
 
 

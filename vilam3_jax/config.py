@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib.resources
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ else:
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 ATTENTIONS = ("auto", "xla", "splash", "cudnn", "ring")
+QUANTIZED_PRODUCTS = ("int8", "fp8")
 IMAGE_MODES = ("resize", "pad", "dynamic", "dynamic_s2")
 WRITERS = ("tensorboard", "wandb", "mlflow")
 MAX_SCALE = 8  # times the tower's size
@@ -135,6 +137,8 @@ def base_config() -> ConfigDict:
             skip=dict(spike=0.0, window=64, limit=20),
             ema_decay=0.0,
             schedule=dict(name="cosine", peak=1e-4, warmup_fraction=0.03, end_fraction=0.1),
+            # Products of these modules: '', 'int8' or 'fp8'; `gradients`: those of the backward pass, too.
+            quantization=dict(products="", gradients=False, modules=r"llm/layers/.*"),
             num_steps=100,
             grad_accum=1,
             loss_chunk=1024,
@@ -254,6 +258,7 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config attention={config.attention!r}: must be one of {', '.join(ATTENTIONS)}")
     _check_telemetry(config)
     _check_optimizer(config)
+    _check_quantization(config)
     image_layout(config.model)
     rows, group = config.data.global_rows, config.data.rows_per_group
     if config.kind == "generative" and rows % (group * config.grad_accum):
@@ -308,6 +313,23 @@ def _check_optimizer(config: ConfigDict) -> None:
         raise UserError(f"config skip.spike={skip.spike}: must be 0 (off) or more than 1")
     if skip.window < 1 or skip.limit < 1:
         raise UserError(f"config skip.window={skip.window}, skip.limit={skip.limit}: must be at least 1")
+
+
+def _check_quantization(config: ConfigDict) -> None:
+    settings = config.quantization
+    if settings.products not in ("", *QUANTIZED_PRODUCTS):
+        raise UserError(
+            f"config quantization.products={settings.products!r}: '', "
+            + " or ".join(map(repr, QUANTIZED_PRODUCTS))
+        )
+    if settings.gradients and not settings.products:
+        raise UserError("config quantization.gradients=True needs quantization.products")
+    try:
+        re.compile(settings.modules)
+    except re.error as error:
+        raise UserError(
+            f"config quantization.modules={settings.modules!r} is no regular expression: {error}"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

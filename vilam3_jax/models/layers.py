@@ -6,7 +6,9 @@ parameters of all layers, which `run_stack` then scans over; calling a stacked m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,10 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vilam3_jax import compat
 from vilam3_jax.errors import UserError
-from vilam3_jax.ops import partition
+from vilam3_jax.ops import partition, quantized
 from vilam3_jax.ops.attention import attention
 from vilam3_jax.ops.partition import shard
-from vilam3_jax.ops.products import GATHERED, linear
+from vilam3_jax.ops.products import GATHERED, einsum, linear
 
 Stack = tuple[int, ...]
 Init = Callable[..., jax.Array]
@@ -59,6 +61,7 @@ class Linear(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.lead = lead  # logical axes of an input [batch, ..., in]
         self.stored: tuple[tuple[str, Any], ...] = ()  # (parameter, mesh axes), see `find_weights`
+        self.products: quantized.QuantizedProducts | None = None  # of the kernel, see `quantize_products`
         self.kernel = nnx.Param(kernel_init(rngs.params(), (*stack, in_dim, out_dim), param_dtype))
         self.bias = nnx.Param(jnp.zeros((*stack, out_dim), param_dtype)) if use_bias else None
         self.lora_scale = lora_alpha / lora_rank if lora_rank else None
@@ -76,10 +79,11 @@ class Linear(nnx.Module):
         x = x.astype(self.dtype)
         lead = self.lead[: x.ndim - 1 - from_heads]
 
-        def times(x: jax.Array, name: str, head_dim: int | None) -> jax.Array:
-            return linear(x, getattr(self, name)[...], dict(self.stored).get(name), lead, head_dim)
+        def times(x: jax.Array, name: str, head_dim: int | None, product: Any = einsum) -> jax.Array:
+            return linear(x, getattr(self, name)[...], dict(self.stored).get(name), lead, head_dim, product)
 
-        y = times(x, "kernel", head_dim)
+        exact = self.products is None
+        y = times(x, "kernel", head_dim, einsum if exact else partial(quantized.einsum, self.products))
         if self.lora_scale is not None:
             low = shard(times(x, "lora_a", None), *lead, None)
             y = y + times(low, "lora_b", head_dim) * jnp.asarray(self.lora_scale, self.dtype)
@@ -272,6 +276,32 @@ def find_weights(model: nnx.Module) -> None:
                 for name, spec in specs.items()
                 if spec is not None
             )
+
+
+def quantize_products(model: nnx.Module, how: quantized.QuantizedProducts, modules: str) -> None:
+    """Quantises products of kernels in a model, but for those of its head; LoRA's stay as they are.
+
+    Args:
+      model: built or merged; changed in place.
+      how: types of the factors.
+      modules: regular expression of `Linear` modules, such as 'llm/layers/.*'.
+
+    Raises:
+      UserError: it matches none.
+    """
+    found = [m for path, m in linears(model).items() if re.fullmatch(modules, path)]
+    if not found:
+        raise UserError(
+            f"config quantization.modules={modules!r} matches none of {', '.join(linears(model))}"
+        )
+    for module in found:
+        module.products = how
+
+
+def linears(model: nnx.Module) -> dict[str, Linear]:
+    """Path → the `Linear` modules of a model, but for the LLM's head, whose product is the loss's."""
+    found = {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model) if isinstance(m, Linear)}
+    return {path: module for path, module in sorted(found.items()) if path != "llm/lm_head"}
 
 
 def run_stack(

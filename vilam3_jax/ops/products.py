@@ -8,6 +8,7 @@ fast). Here the factors are rounded by ourselves, those of the gradients' produc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -45,6 +46,7 @@ def linear(
     stored: tuple[Any, ...] | None,
     lead: tuple[str | None, ...],
     head_dim: int | None = None,
+    times: Callable[[str, jax.Array, jax.Array], jax.Array] = einsum,
 ) -> jax.Array:
     """`x @ kernel` in the type of `x`.
 
@@ -59,22 +61,23 @@ def linear(
       stored: mesh axes of the kernel's two dimensions; None leaves the placement to the partitioner.
       lead: logical axes of [batch, ...].
       head_dim: cut the result into heads; a TPU then writes them as attention reads them, without a copy.
+      times: (spec, x, kernel) → their product, for the part that a device holds.
 
     Returns:
       [batch, ..., out], or [batch, ..., out / head_dim, head_dim].
     """
     placed = partition.placement()
     if placed is None or stored is None or x.shape[0] % partition.ways("batch"):
-        return _product(x, kernel.astype(x.dtype), len(lead), head_dim)
+        return _product(x, kernel.astype(x.dtype), len(lead), head_dim, times)
     mesh, spec = placed
     batch = partition.mesh_axes("batch")
     split = [partition.split_over(names) for names in stored]
     rows, columns = (tuple(axis for axis in names if axis not in batch) or None for names in split)
     in_heads, out_heads = x.ndim > len(lead) + 1, head_dim is not None
     if in_heads and x.shape[-2] % partition.size(rows or ()):
-        return linear(x.reshape(*x.shape[:-2], -1), kernel, stored, lead, head_dim)
+        return linear(x.reshape(*x.shape[:-2], -1), kernel, stored, lead, head_dim, times)
     if head_dim is not None and kernel.shape[1] // head_dim % partition.size(columns or ()):
-        return linear(x, kernel, stored, lead).reshape(*x.shape[: len(lead)], -1, head_dim)
+        return linear(x, kernel, stored, lead, times=times).reshape(*x.shape[: len(lead)], -1, head_dim)
 
     def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
         # Before the gathers: gradients are then scattered first, and summed over other axes as the part that
@@ -84,7 +87,7 @@ def linear(
             # The last name of a dimension is the innermost.
             for axis in reversed([axis for axis in names if axis in batch]):
                 kernel = jax.lax.all_gather(kernel, axis, axis=dimension, tiled=True)
-        y = _product(x, checkpoint_name(kernel, GATHERED), len(lead), head_dim)
+        y = _product(x, checkpoint_name(kernel, GATHERED), len(lead), head_dim, times)
         return jax.lax.psum(y, rows) if rows else y
 
     rest = spec(*lead)
@@ -99,13 +102,19 @@ def linear(
     )(x, kernel)
 
 
-def _product(x: jax.Array, kernel: jax.Array, lead: int, head_dim: int | None) -> jax.Array:
+def _product(
+    x: jax.Array,
+    kernel: jax.Array,
+    lead: int,
+    head_dim: int | None,
+    times: Callable[[str, jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
     axes, inner, outer = "abc"[:lead], "i", "o"
     if x.ndim > lead + 1:
         inner, kernel = "hi", kernel.reshape(*x.shape[-2:], -1)
     if head_dim is not None:
         outer, kernel = "jo", kernel.reshape(*kernel.shape[:-1], -1, head_dim)
-    return einsum(f"{axes}{inner},{inner}{outer}->{axes}{outer}", x, kernel)
+    return times(f"{axes}{inner},{inner}{outer}->{axes}{outer}", x, kernel)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -41,6 +41,7 @@ else:
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 ATTENTIONS = ("auto", "xla", "splash", "cudnn", "ring")
 QUANTIZED_PRODUCTS = ("int8", "fp8")
+QUANTIZED_KERNELS = ("int8", "nf4")
 IMAGE_MODES = ("resize", "pad", "dynamic", "dynamic_s2")
 WRITERS = ("tensorboard", "wandb", "mlflow")
 MAX_SCALE = 8  # times the tower's size
@@ -138,7 +139,8 @@ def base_config() -> ConfigDict:
             ema_decay=0.0,
             schedule=dict(name="cosine", peak=1e-4, warmup_fraction=0.03, end_fraction=0.1),
             # Products of these modules: '', 'int8' or 'fp8'; `gradients`: those of the backward pass, too.
-            quantization=dict(products="", gradients=False, modules=r"llm/layers/.*"),
+            # `frozen`: how their kernels are stored, which may not learn: '', 'int8' or 'nf4'.
+            quantization=dict(products="", gradients=False, frozen="", modules=r"llm/layers/.*"),
             num_steps=100,
             grad_accum=1,
             loss_chunk=1024,
@@ -317,13 +319,17 @@ def _check_optimizer(config: ConfigDict) -> None:
 
 def _check_quantization(config: ConfigDict) -> None:
     settings = config.quantization
-    if settings.products not in ("", *QUANTIZED_PRODUCTS):
-        raise UserError(
-            f"config quantization.products={settings.products!r}: '', "
-            + " or ".join(map(repr, QUANTIZED_PRODUCTS))
-        )
+    for key, known in (("products", QUANTIZED_PRODUCTS), ("frozen", QUANTIZED_KERNELS)):
+        if settings[key] not in ("", *known):
+            names = " or ".join(map(repr, known))
+            raise UserError(f"config quantization.{key}={settings[key]!r}: '', {names}")
     if settings.gradients and not settings.products:
         raise UserError("config quantization.gradients=True needs quantization.products")
+    if settings.products and settings.frozen:
+        raise UserError(
+            f"config quantization.products={settings.products!r} and frozen={settings.frozen!r}: a kernel "
+            "that is stored quantised is multiplied dequantised; leave one of them empty"
+        )
     try:
         re.compile(settings.modules)
     except re.error as error:

@@ -82,14 +82,18 @@ class Linear(nnx.Module):
         def times(x: jax.Array, name: str, head_dim: int | None, product: Any = einsum) -> jax.Array:
             return linear(x, getattr(self, name)[...], dict(self.stored).get(name), lead, head_dim, product)
 
-        exact = self.products is None
-        y = times(x, "kernel", head_dim, einsum if exact else partial(quantized.einsum, self.products))
+        y = times(x, "kernel", head_dim, self._kernel_product())
         if self.lora_scale is not None:
             low = shard(times(x, "lora_a", None), *lead, None)
             y = y + times(low, "lora_b", head_dim) * jnp.asarray(self.lora_scale, self.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype).reshape(y.shape[len(lead) :])
         return y
+
+    def _kernel_product(self) -> Any:
+        if isinstance(self.kernel.get_value(), quantized.QuantizedKernel):
+            return quantized.frozen_einsum
+        return einsum if self.products is None else partial(quantized.einsum, self.products)
 
 
 class Embed(nnx.Module):
@@ -269,11 +273,15 @@ def find_weights(model: nnx.Module) -> None:
     """Tells every `Linear` of a model where the step stores its weights (`partition.activation_rules`)."""
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
-            specs = {name: partition.stored("/".join((*map(str, path), name))) for name in _WEIGHTS}
+            found = {name: partition.stored("/".join((*map(str, path), name))) for name in _WEIGHTS}
             layers = len(module.kernel.shape) - 2
+
+            def of_layer(spec: Any, layers: int = layers) -> tuple[Any, ...]:
+                return (*spec, None, None, None)[layers : layers + 2]
+
             module.stored = tuple(
-                (name, (*spec, None, None, None)[layers : layers + 2])
-                for name, spec in specs.items()
+                (name, tuple(map(of_layer, spec)) if isinstance(spec, list) else of_layer(spec))
+                for name, spec in found.items()
                 if spec is not None
             )
 
@@ -289,19 +297,22 @@ def quantize_products(model: nnx.Module, how: quantized.QuantizedProducts, modul
     Raises:
       UserError: it matches none.
     """
-    found = [m for path, m in linears(model).items() if re.fullmatch(modules, path)]
-    if not found:
-        raise UserError(
-            f"config quantization.modules={modules!r} matches none of {', '.join(linears(model))}"
-        )
-    for module in found:
+    for module in matching(model, modules).values():
         module.products = how
 
 
-def linears(model: nnx.Module) -> dict[str, Linear]:
-    """Path → the `Linear` modules of a model, but for the LLM's head, whose product is the loss's."""
+def matching(model: nnx.Module, modules: str) -> dict[str, Linear]:
+    """Path → the `Linear` modules that a regular expression names; never the LLM's head.
+
+    Raises:
+      UserError: it matches none.
+    """
     found = {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model) if isinstance(m, Linear)}
-    return {path: module for path, module in sorted(found.items()) if path != "llm/lm_head"}
+    possible = {path: module for path, module in sorted(found.items()) if path != "llm/lm_head"}
+    named = {path: module for path, module in possible.items() if re.fullmatch(modules, path)}
+    if not named:
+        raise UserError(f"config quantization.modules={modules!r} matches none of {', '.join(possible)}")
+    return named
 
 
 def run_stack(

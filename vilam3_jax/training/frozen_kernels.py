@@ -13,9 +13,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import layers, trees, vila
+from vilam3_jax.ops import partition
 from vilam3_jax.ops.quantized import NF4_TILE, QuantizedKernel, check_installed, quantize_kernel
 
-_SPLIT_OR_WHOLE = ("data", "fsdp", "fsdp_line")  # over these, a product gathers a kernel's arrays
+_GATHERED_OVER = ("data", "fsdp", partition.FSDP_LINE)  # by products, so an array may as well be whole
 
 
 def abstract(
@@ -63,7 +64,7 @@ def _placed(path: str, kernel: Any, kind: str) -> QuantizedKernel:
         for size, axes in zip(array.shape, (*kernel.sharding.spec, *[None] * array.ndim), strict=False):
             names = (axes,) if isinstance(axes, str) else tuple(axes or ())
             divides = size % math.prod(mesh.shape[name] for name in names) == 0
-            if not divides and size > 1 and not set(names) <= set(_SPLIT_OR_WHOLE):
+            if not divides and size > 1 and not set(names) <= set(_GATHERED_OVER):
                 raise UserError(
                     f"mesh: {path} in quantization.frozen={kind!r} has {size} tiles, which do not split over "
                     f"{axes}; make the axis smaller"

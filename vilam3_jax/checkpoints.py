@@ -39,7 +39,7 @@ _UNFINISHED = re.compile(r"orbax-checkpoint-tmp")
 
 def versions() -> dict[str, str]:
     """Versions of what can change a run's numbers."""
-    names = ("vilam3-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    names = ("vilam3-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "qwix")
     found = {"python": platform.python_version()}
     for name in names:
         try:

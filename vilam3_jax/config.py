@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib.resources
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ else:
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 ATTENTIONS = ("auto", "xla", "splash", "cudnn", "ring")
+QUANTIZED_PRODUCTS = ("int8", "fp8")
+QUANTIZED_KERNELS = ("int8", "nf4")
 IMAGE_MODES = ("resize", "pad", "dynamic", "dynamic_s2")
 WRITERS = ("tensorboard", "wandb", "mlflow")
 MAX_SCALE = 8  # times the tower's size
@@ -135,6 +138,9 @@ def base_config() -> ConfigDict:
             skip=dict(spike=0.0, window=64, limit=20),
             ema_decay=0.0,
             schedule=dict(name="cosine", peak=1e-4, warmup_fraction=0.03, end_fraction=0.1),
+            # Products of these modules: '', 'int8' or 'fp8'; `gradients`: those of the backward pass, too.
+            # `frozen`: how their kernels are stored, which may not learn: '', 'int8' or 'nf4'.
+            quantization=dict(products="", gradients=False, frozen="", modules=r"llm/layers/.*"),
             num_steps=100,
             grad_accum=1,
             loss_chunk=1024,
@@ -254,6 +260,7 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config attention={config.attention!r}: must be one of {', '.join(ATTENTIONS)}")
     _check_telemetry(config)
     _check_optimizer(config)
+    _check_quantization(config)
     image_layout(config.model)
     rows, group = config.data.global_rows, config.data.rows_per_group
     if config.kind == "generative" and rows % (group * config.grad_accum):
@@ -308,6 +315,27 @@ def _check_optimizer(config: ConfigDict) -> None:
         raise UserError(f"config skip.spike={skip.spike}: must be 0 (off) or more than 1")
     if skip.window < 1 or skip.limit < 1:
         raise UserError(f"config skip.window={skip.window}, skip.limit={skip.limit}: must be at least 1")
+
+
+def _check_quantization(config: ConfigDict) -> None:
+    settings = config.quantization
+    for key, known in (("products", QUANTIZED_PRODUCTS), ("frozen", QUANTIZED_KERNELS)):
+        if settings[key] not in ("", *known):
+            names = " or ".join(map(repr, known))
+            raise UserError(f"config quantization.{key}={settings[key]!r}: '', {names}")
+    if settings.gradients and not settings.products:
+        raise UserError("config quantization.gradients=True needs quantization.products")
+    if settings.products and settings.frozen:
+        raise UserError(
+            f"config quantization.products={settings.products!r} and frozen={settings.frozen!r}: a kernel "
+            "that is stored quantised is multiplied dequantised; leave one of them empty"
+        )
+    try:
+        re.compile(settings.modules)
+    except re.error as error:
+        raise UserError(
+            f"config quantization.modules={settings.modules!r} is no regular expression: {error}"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,7 @@ from vilam3_jax.checkpoints import UNCOMPRESSED, disk_message, first_line, versi
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import trees
+from vilam3_jax.ops.quantized import QuantizedKernel
 
 EXPORT_FILES = ("model.json", "params")
 # Orbax holds what it reads twice: 1.2 GB keep a host below 1.5 leaves and a gigabyte.
@@ -103,7 +104,7 @@ def export_model(
 
     Args:
       out: folder to create; an earlier export there is replaced only once the new one is complete.
-      params: nested or flat dict of arrays.
+      params: nested or flat dict of arrays; kernels that are stored quantised are written as arrays.
       model_config: the `model` section of a config, plus `kind`.
       tokenizer_dir: Hugging Face tokenizer folder to copy, or None.
       extra: provenance (sources, licences, data).
@@ -116,12 +117,18 @@ def export_model(
         flat = trees.flatten(flat)
 
     def make(leaf: Leaf) -> Any:
-        if leaf.key == leaf.path:
-            return flat[leaf.path]
-        return flat[leaf.path][leaf.start : leaf.start + leaf.shape[0]]
+        value = flat[leaf.path]
+        if leaf.key != leaf.path:
+            value = value[leaf.start : leaf.start + leaf.shape[0]]
+        return _dequantize(value) if isinstance(value, QuantizedKernel) else value
 
     abstract = {path: jax.ShapeDtypeStruct(value.shape, value.dtype) for path, value in flat.items()}
     write_export(out, abstract, make, model_config, tokenizer_dir, lambda: extra)
+
+
+@jax.jit
+def _dequantize(kernel: QuantizedKernel) -> jax.Array:
+    return kernel.dequantize()
 
 
 def write_export(

@@ -108,6 +108,27 @@ def test_stopped_and_resumed_equals_uninterrupted(world, uninterrupted):
 
 
 @pytest.mark.slow
+def test_a_run_over_quantised_kernels_resumes_and_exports_a_model(world):
+    pytest.importorskip("qwix")
+    settings = {
+        "quantization.frozen": "nf4",
+        "model.llm.lora_rank": 4,
+        "model.llm.lora_targets": "('q', 'down')",
+        "trainable": "(('llm/.*lora_[ab]', 1.0), ('.*', 0.0))",
+        "num_steps": 3,
+    }
+    whole, stopped = world / "qlora", world / "qlora_stopped"
+    result = run(*arguments(world, whole, **settings))
+    assert result.returncode == 0, result.stderr
+    assert run(*arguments(world, stopped, **settings), "--stop_after=1").returncode == 0
+    assert run(*arguments(world, stopped, **settings)).returncode == 0
+    assert_same_run(stopped, whole)
+    kernel = exported(whole)["llm"]["layers"]["attn"]["q"]["kernel"]
+    assert kernel.dtype == np.float32
+    assert len(np.unique(kernel[0, :, 0])) <= 16  # 64 rows, a tile: so many values has the type
+
+
+@pytest.mark.slow
 def test_figures_and_answers_of_a_resumed_run_are_those_of_an_uninterrupted_one(world):
     settings = {
         "data.seq_len": 192,

@@ -6,7 +6,9 @@ parameters of all layers, which `run_stack` then scans over; calling a stacked m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,10 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vilam3_jax import compat
 from vilam3_jax.errors import UserError
-from vilam3_jax.ops import partition
+from vilam3_jax.ops import partition, quantized
 from vilam3_jax.ops.attention import attention
 from vilam3_jax.ops.partition import shard
-from vilam3_jax.ops.products import GATHERED, linear
+from vilam3_jax.ops.products import GATHERED, einsum, linear
 
 Stack = tuple[int, ...]
 Init = Callable[..., jax.Array]
@@ -59,6 +61,7 @@ class Linear(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.lead = lead  # logical axes of an input [batch, ..., in]
         self.stored: tuple[tuple[str, Any], ...] = ()  # (parameter, mesh axes), see `find_weights`
+        self.products: quantized.QuantizedProducts | None = None  # of the kernel, see `quantize_products`
         self.kernel = nnx.Param(kernel_init(rngs.params(), (*stack, in_dim, out_dim), param_dtype))
         self.bias = nnx.Param(jnp.zeros((*stack, out_dim), param_dtype)) if use_bias else None
         self.lora_scale = lora_alpha / lora_rank if lora_rank else None
@@ -76,16 +79,21 @@ class Linear(nnx.Module):
         x = x.astype(self.dtype)
         lead = self.lead[: x.ndim - 1 - from_heads]
 
-        def times(x: jax.Array, name: str, head_dim: int | None) -> jax.Array:
-            return linear(x, getattr(self, name)[...], dict(self.stored).get(name), lead, head_dim)
+        def times(x: jax.Array, name: str, head_dim: int | None, product: Any = einsum) -> jax.Array:
+            return linear(x, getattr(self, name)[...], dict(self.stored).get(name), lead, head_dim, product)
 
-        y = times(x, "kernel", head_dim)
+        y = times(x, "kernel", head_dim, self._kernel_product())
         if self.lora_scale is not None:
             low = shard(times(x, "lora_a", None), *lead, None)
             y = y + times(low, "lora_b", head_dim) * jnp.asarray(self.lora_scale, self.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype).reshape(y.shape[len(lead) :])
         return y
+
+    def _kernel_product(self) -> Any:
+        if isinstance(self.kernel.get_value(), quantized.QuantizedKernel):
+            return quantized.frozen_einsum
+        return einsum if self.products is None else partial(quantized.einsum, self.products)
 
 
 class Embed(nnx.Module):
@@ -267,13 +275,46 @@ def find_weights(model: nnx.Module) -> None:
     """Tells every `Linear` of a model where the step stores its weights (`partition.activation_rules`)."""
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
-            specs = {name: partition.stored("/".join((*map(str, path), name))) for name in _WEIGHTS}
+            found = {name: partition.stored("/".join((*map(str, path), name))) for name in _WEIGHTS}
             layers = len(module.kernel.shape) - 2
+
+            def of_layer(spec: Any, layers: int = layers) -> tuple[Any, ...]:
+                return (*spec, None, None, None)[layers : layers + 2]
+
             module.stored = tuple(
-                (name, (*spec, None, None, None)[layers : layers + 2])
-                for name, spec in specs.items()
+                (name, tuple(map(of_layer, spec)) if isinstance(spec, list) else of_layer(spec))
+                for name, spec in found.items()
                 if spec is not None
             )
+
+
+def quantize_products(model: nnx.Module, how: quantized.QuantizedProducts, modules: str) -> None:
+    """Quantises products of kernels in a model, but for those of its head; LoRA's stay as they are.
+
+    Args:
+      model: built or merged; changed in place.
+      how: types of the factors.
+      modules: regular expression of `Linear` modules, such as 'llm/layers/.*'.
+
+    Raises:
+      UserError: it matches none.
+    """
+    for module in matching(model, modules).values():
+        module.products = how
+
+
+def matching(model: nnx.Module, modules: str) -> dict[str, Linear]:
+    """Path → the `Linear` modules that a regular expression names; never the LLM's head.
+
+    Raises:
+      UserError: it matches none.
+    """
+    found = {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model) if isinstance(m, Linear)}
+    possible = {path: module for path, module in sorted(found.items()) if path != "llm/lm_head"}
+    named = {path: module for path, module in possible.items() if re.fullmatch(modules, path)}
+    if not named:
+        raise UserError(f"config quantization.modules={modules!r} matches none of {', '.join(possible)}")
+    return named
 
 
 def run_stack(

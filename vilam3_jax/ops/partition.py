@@ -11,6 +11,7 @@ import contextvars
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -26,7 +27,7 @@ FSDP_LINE = "fsdp_line"
 class _Context:
     mesh: Mesh
     rules: Mapping[str, MeshAxes]
-    weights: Mapping[str, PartitionSpec]
+    weights: Mapping[str, PartitionSpec | list[PartitionSpec]]
     attention: str
 
     def spec(self, *logical_axes: str | None) -> PartitionSpec:
@@ -44,7 +45,7 @@ def activation_rules(
     mesh: Mesh,
     rules: Mapping[str, MeshAxes],
     attention: str = "auto",
-    weights: Mapping[str, NamedSharding] | None = None,
+    weights: Mapping[str, Any] | None = None,
 ) -> Iterator[None]:
     """Makes `shard` place activations on `mesh` while the step is traced, and products find their weights.
 
@@ -52,10 +53,15 @@ def activation_rules(
       mesh: the step's devices, of this host or of a topology that is only compiled for.
       rules: logical axis → mesh axes that carry it.
       attention: `config.attention`, which `ops.attention` reads.
-      weights: parameter path → where it is stored, see `products.linear`; products of other weights are left
-        to the partitioner.
+      weights: parameter path → where it (or each of its arrays) is stored, see `products.linear`; products of
+        other weights are left to the partitioner.
     """
-    stored = {path: sharding.spec for path, sharding in (weights or {}).items()}
+    stored = {
+        path: placed.spec
+        if isinstance(placed, NamedSharding)
+        else [part.spec for part in jax.tree.leaves(placed)]
+        for path, placed in (weights or {}).items()
+    }
     token = _context.set(_Context(mesh, dict(rules), stored, attention))
     try:
         yield
@@ -106,8 +112,11 @@ def size(axes: tuple[str, ...]) -> int:
     return 1 if context is None else math.prod(context.mesh.shape[axis] for axis in axes)
 
 
-def stored(path: str) -> PartitionSpec | None:
-    """Where a parameter is stored, as `activation_rules` was told; None if it was not."""
+def stored(path: str) -> Any:
+    """The PartitionSpec of a parameter, or a list of those of its arrays, as `activation_rules` was told.
+
+    None if it was not.
+    """
     context = _context.get()
     return None if context is None else context.weights.get(path)
 

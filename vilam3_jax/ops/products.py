@@ -8,6 +8,7 @@ fast). Here the factors are rounded by ourselves, those of the gradients' produc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -41,10 +42,11 @@ def einsum(spec: str, x: jax.Array, y: jax.Array, preferred_element_type: Any = 
 
 def linear(
     x: jax.Array,
-    kernel: jax.Array,
+    kernel: Any,
     stored: tuple[Any, ...] | None,
     lead: tuple[str | None, ...],
     head_dim: int | None = None,
+    times: Callable[[str, jax.Array, Any], jax.Array] = einsum,
 ) -> jax.Array:
     """`x @ kernel` in the type of `x`.
 
@@ -55,57 +57,72 @@ def linear(
 
     Args:
       x: [batch, ..., in], or [batch, ..., heads, hd] with heads * hd = in.
-      kernel: [in, out].
-      stored: mesh axes of the kernel's two dimensions; None leaves the placement to the partitioner.
+      kernel: [in, out], an array or a `quantized.QuantizedKernel`.
+      stored: mesh axes of the kernel's two dimensions, or those of each of its arrays; None leaves the
+        placement to the partitioner.
       lead: logical axes of [batch, ...].
       head_dim: cut the result into heads; a TPU then writes them as attention reads them, without a copy.
+      times: (spec, x, kernel) → their product, for the part that a device holds.
 
     Returns:
       [batch, ..., out], or [batch, ..., out / head_dim, head_dim].
     """
     placed = partition.placement()
     if placed is None or stored is None or x.shape[0] % partition.ways("batch"):
-        return _product(x, kernel.astype(x.dtype), len(lead), head_dim)
+        return _product(x, kernel.astype(x.dtype), len(lead), head_dim, times)
     mesh, spec = placed
     batch = partition.mesh_axes("batch")
-    split = [partition.split_over(names) for names in stored]
-    rows, columns = (tuple(axis for axis in names if axis not in batch) or None for names in split)
+    parts = (stored,) if isinstance(kernel, jax.Array) else stored
+    splits = [[partition.split_over(names) for names in part] for part in parts]
+    rows, columns = (tuple(axis for axis in names if axis not in batch) or None for names in splits[0])
     in_heads, out_heads = x.ndim > len(lead) + 1, head_dim is not None
     if in_heads and x.shape[-2] % partition.size(rows or ()):
-        return linear(x.reshape(*x.shape[:-2], -1), kernel, stored, lead, head_dim)
+        return linear(x.reshape(*x.shape[:-2], -1), kernel, stored, lead, head_dim, times)
     if head_dim is not None and kernel.shape[1] // head_dim % partition.size(columns or ()):
-        return linear(x, kernel, stored, lead).reshape(*x.shape[: len(lead)], -1, head_dim)
+        return linear(x, kernel, stored, lead, times=times).reshape(*x.shape[: len(lead)], -1, head_dim)
 
-    def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        # Before the gathers: gradients are then scattered first, and summed over other axes as the part that
-        # is left.
-        x, kernel = compat.equally_varying(x, kernel.astype(x.dtype))
+    def gathered(array: jax.Array, split: list[tuple[str, ...]]) -> jax.Array:
         for dimension, names in enumerate(split):
             # The last name of a dimension is the innermost.
             for axis in reversed([axis for axis in names if axis in batch]):
-                kernel = jax.lax.all_gather(kernel, axis, axis=dimension, tiled=True)
-        y = _product(x, checkpoint_name(kernel, GATHERED), len(lead), head_dim)
+                array = jax.lax.all_gather(array, axis, axis=dimension, tiled=True)
+        return checkpoint_name(array, GATHERED)
+
+    def local(x: jax.Array, kernel: Any) -> jax.Array:
+        arrays, structure = jax.tree.flatten(kernel.astype(x.dtype))
+        # Before the gathers: gradients are then scattered first, and summed over other axes as the part that
+        # is left.
+        x, *arrays = compat.equally_varying(x, *arrays)
+        kernel = jax.tree.unflatten(structure, map(gathered, arrays, splits))
+        y = _product(x, kernel, len(lead), head_dim, times)
         return jax.lax.psum(y, rows) if rows else y
 
     rest = spec(*lead)
+    specs = [PartitionSpec(*(names or None for names in split)) for split in splits]
     return jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(
             PartitionSpec(*rest, rows, *(None,) * in_heads),
-            PartitionSpec(*(names or None for names in split)),
+            jax.tree.unflatten(jax.tree.structure(kernel), specs),
         ),
         out_specs=PartitionSpec(*rest, columns, *(None,) * out_heads),
     )(x, kernel)
 
 
-def _product(x: jax.Array, kernel: jax.Array, lead: int, head_dim: int | None) -> jax.Array:
+def _product(
+    x: jax.Array,
+    kernel: Any,
+    lead: int,
+    head_dim: int | None,
+    times: Callable[[str, jax.Array, Any], jax.Array],
+) -> jax.Array:
     axes, inner, outer = "abc"[:lead], "i", "o"
     if x.ndim > lead + 1:
         inner, kernel = "hi", kernel.reshape(*x.shape[-2:], -1)
     if head_dim is not None:
         outer, kernel = "jo", kernel.reshape(*kernel.shape[:-1], -1, head_dim)
-    return einsum(f"{axes}{inner},{inner}{outer}->{axes}{outer}", x, kernel)
+    return times(f"{axes}{inner},{inner}{outer}->{axes}{outer}", x, kernel)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -75,6 +75,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
     graphdef, nested = vila.abstract_model(config.model, config.kind)
     shapes = trees.flatten(nested)
     rates = optimizer_lib.multipliers(config, list(shapes))
+    step_lib.check_quantization(config, graphdef, nested)
     optimizer = optimizer_lib.make_optimizer(config, {path: rate for path, rate in rates.items() if rate})
     loss_fn = step_lib.make_loss(config, graphdef)
     step = step_lib.make_train_step(config, loss_fn, optimizer, optimizer_lib.learning_rate(config))

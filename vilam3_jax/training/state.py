@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from vilam3_jax import exports
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import trees, vila
+from vilam3_jax.ops.quantized import QuantizedKernel, quantize_kernel
+from vilam3_jax.training import frozen_kernels, step_guard
 from vilam3_jax.training import mesh as mesh_lib
-from vilam3_jax.training import step_guard
 
 State = dict[str, Any]
 # Settings of an LLM with which the same weights still are the same model.
@@ -28,9 +30,10 @@ def abstract_state(
     """Shapes, dtypes and shardings of the whole state, without memory.
 
     `trainable` and `frozen` are flat (path → leaf), so is `ema` (if `config.ema_decay`): the moving average
-    of the trainable ones, float32. Optimizer state follows the sharding of the parameter it belongs to.
+    of the trainable ones, float32. A frozen leaf may be a `QuantizedKernel`. Optimizer state follows the
+    sharding of the parameter it belongs to.
     """
-    _, nested = vila.abstract_model(config.model, config.kind)
+    graphdef, nested = vila.abstract_model(config.model, config.kind)
     shapes = trees.flatten(nested)
     placed = mesh_lib.parameter_shardings(shapes, config.parameter_rules, mesh)
     params = {
@@ -38,6 +41,7 @@ def abstract_state(
         for path, leaf in shapes.items()
     }
     trainable = {path: leaf for path, leaf in params.items() if rates[path]}
+    quantized = frozen_kernels.abstract(config, graphdef, params, rates)
     whole = mesh_lib.replicated(mesh)
 
     def beside_parameter(keys: Any, leaf: Any) -> jax.ShapeDtypeStruct:
@@ -52,7 +56,7 @@ def abstract_state(
         "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         "rng": jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
         "trainable": trainable,
-        "frozen": {path: leaf for path, leaf in params.items() if not rates[path]},
+        "frozen": {path: quantized.get(path, leaf) for path, leaf in params.items() if not rates[path]},
         "opt_state": opt_state,
         "guard": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), guard),
     }
@@ -81,8 +85,9 @@ def initial_state(
       UserError: an export lacks a component, or holds one of other shapes.
     """
     origin = dict.fromkeys(_components(abstract), "fresh")
-    loaded: dict[str, jax.Array] = {}
+    loaded: dict[str, Any] = {}
     wanted = {**abstract["frozen"], **abstract["trainable"]}
+    quantized = {path: leaf for path, leaf in wanted.items() if isinstance(leaf, QuantizedKernel)}
     for component, source in config.init.items():
         if not source:
             continue
@@ -92,19 +97,23 @@ def initial_state(
             raise UserError(f"config init.{component}: this model has no {component}")
         _check_architecture(source, config.model, {path.split("/")[0] for path in part})
         optional = {path for path in part if "/lora_" in path} | set(_fresh_ok(config, part))
-        found = exports.load_params(source, part, optional=optional)
+        read = partial(exports.load_params, source, optional=optional)
+        found = read({path: leaf for path, leaf in part.items() if path not in quantized})
+        found |= frozen_kernels.load({path: quantized[path] for path in part if path in quantized}, read)
         loaded.update(found)
         for path in found:
             origin[path.split("/")[0]] = source
 
-    placed = {path: leaf.sharding for path, leaf in wanted.items()}
-
     # Only what no export gave is initialised; the rest is never materialised twice.
-    def fresh(key: jax.Array) -> dict[str, jax.Array]:
+    def fresh(key: jax.Array) -> dict[str, Any]:
         params = trees.flatten(vila.init_params(config.model, config.kind, key))
-        return {path: leaf for path, leaf in params.items() if path not in loaded}
+        return {
+            path: quantize_kernel(leaf, quantized[path].kind) if path in quantized else leaf
+            for path, leaf in params.items()
+            if path not in loaded
+        }
 
-    missing: dict[str, NamedSharding] = {path: s for path, s in placed.items() if path not in loaded}
+    missing = shardings({path: leaf for path, leaf in wanted.items() if path not in loaded})
     key = jax.random.key(config.seed)
     params = {**loaded, **jax.jit(fresh, out_shardings=missing)(key)}
     trainable = {path: params[path] for path in abstract["trainable"]}
@@ -126,8 +135,11 @@ def initial_state(
     return jax.device_put(state, shardings(abstract)), origin
 
 
-def model_params(state: State) -> dict[str, jax.Array]:
-    """The parameters to evaluate and to export, flat: the moving average where there is one."""
+def model_params(state: State) -> dict[str, Any]:
+    """The parameters to evaluate and to export, flat: the moving average where there is one.
+
+    Kernels that are stored quantised stay so.
+    """
     average = {path: x.astype(state["trainable"][path].dtype) for path, x in state.get("ema", {}).items()}
     return {**state["frozen"], **state["trainable"], **average}
 

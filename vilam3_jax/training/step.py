@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from vilam3_jax.config import ConfigDict
-from vilam3_jax.models import trees, vila
-from vilam3_jax.ops import losses
+from vilam3_jax.models import layers, trees, vila
+from vilam3_jax.ops import losses, quantized
 from vilam3_jax.training import measures, step_guard
 from vilam3_jax.training.state import model_params
 
@@ -31,7 +31,7 @@ def make_loss(config: ConfigDict, graphdef: Any) -> LossFn:
     """
 
     def generative(params: Flat, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        model = vila.merge(graphdef, trees.unflatten(params))
+        model = _merge(config, graphdef, params)
         hidden = model(
             batch["tokens"],
             batch["segment_ids"],
@@ -53,7 +53,7 @@ def make_loss(config: ConfigDict, graphdef: Any) -> LossFn:
         return total, {"weight": weight, "correct": correct}
 
     def contrastive(params: Flat, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        model = vila.merge(graphdef, trees.unflatten(params))
+        model = _merge(config, graphdef, params)
         image, text = model(batch["images"], batch["text_tokens"], batch["text_valid"])
         # Reports and captions repeat each other word for word; a text is right for all images that have it.
         total, weight, correct = losses.sigmoid_contrastive_loss(
@@ -67,6 +67,27 @@ def make_loss(config: ConfigDict, graphdef: Any) -> LossFn:
         return total, {"weight": weight, "correct": correct}
 
     return generative if config.kind == "generative" else contrastive
+
+
+def check_quantization(config: ConfigDict, graphdef: Any, nested: dict[str, Any]) -> None:
+    """Looks for the package and the modules that `config.quantization` needs.
+
+    Raises:
+      UserError: Qwix is not installed, or no module matches.
+    """
+    if config.quantization.products:
+        quantized.check_installed("quantization.products")
+        _merge(config, graphdef, trees.flatten(nested))
+
+
+def _merge(config: ConfigDict, graphdef: Any, params: Flat) -> Any:
+    """The model as training computes it: with quantised products where the config has them."""
+    model = vila.merge(graphdef, trees.unflatten(params))
+    settings = config.quantization
+    if settings.products:
+        how = quantized.QuantizedProducts(settings.products, settings.gradients)
+        layers.quantize_products(model, how, settings.modules)
+    return model
 
 
 def make_train_step(

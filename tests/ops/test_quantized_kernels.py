@@ -1,0 +1,91 @@
+"""Kernels stored quantised: against Qwix's own numbers, and sharded against unsharded."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vilam3_jax import compat
+from vilam3_jax.config import ACTIVATION_RULES, MESH_AXES
+from vilam3_jax.ops import partition
+from vilam3_jax.ops.products import linear
+from vilam3_jax.ops.quantized import NF4_TILE, QuantizedKernel, frozen_einsum, quantize_kernel
+
+qwix = pytest.importorskip("qwix")
+KINDS = ("int8", "nf4")
+BATCH, LENGTH, IN, OUT = 8, 6, 4 * NF4_TILE, 48
+
+
+def kernel_of(shape, seed=0, dtype=jnp.float32):
+    wide = jnp.exp(jax.random.normal(jax.random.key(seed + 1), (*shape[:-2], shape[-2] // 32, 1, shape[-1])))
+    noise = jax.random.normal(jax.random.key(seed), (*shape[:-2], shape[-2] // 32, 32, shape[-1]))
+    return (noise * wide).reshape(shape).astype(dtype)
+
+
+def by_qwix(kernel, kind):
+    tiles = {1: NF4_TILE} if kind == "nf4" else {}
+    found = qwix.quantize(kernel, "nf4" if tiles else jnp.int8, channelwise_axes=(0, 2), tiled_axes=tiles)
+    return qwix.dequantize(found)
+
+
+@pytest.mark.parametrize("kind, size, error", [("int8", 1.02, 0.03), ("nf4", 0.57, 0.2)])
+def test_numbers_are_those_of_qwix_in_less_memory(kind, size, error):
+    kernel = kernel_of((3, IN, OUT))
+    found = quantize_kernel(kernel, kind)
+    assert found.shape == kernel.shape and found.dtype == kernel.dtype
+    np.testing.assert_array_equal(found.dequantize(), by_qwix(kernel, kind))
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(found)) <= size * kernel.size
+    gap = np.linalg.norm(found.dequantize() - kernel) / np.linalg.norm(kernel)
+    assert 1e-3 < gap < error
+    np.testing.assert_array_equal(found[1:].dequantize(), found.dequantize()[1:])
+    assert found.astype(jnp.bfloat16).dequantize().dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("heads", ["none", "out", "in"])
+def test_a_product_is_that_of_the_dequantised_kernel(kind, heads):
+    kernel = quantize_kernel(kernel_of((IN, OUT)), kind)
+    x = jax.random.normal(jax.random.key(5), (BATCH, LENGTH, *((4, IN // 4) if heads == "in" else (IN,))))
+    head_dim = 16 if heads == "out" else None
+
+    def ours(x):
+        return linear(x, kernel, None, ("batch", None), head_dim, frozen_einsum)
+
+    def plain(x):
+        return linear(x, kernel.dequantize(), None, ("batch", None), head_dim)
+
+    (out, back), (want, want_back) = jax.vjp(ours, x), jax.vjp(plain, x)
+    np.testing.assert_array_equal(out, want)
+    np.testing.assert_array_equal(back(jnp.cos(want))[0], want_back(jnp.cos(want))[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stored", [("fsdp", "tensor"), ("tensor", "fsdp"), (("fsdp", "data"), None)])
+def test_sharded_is_unsharded(kind, stored):
+    """With tiles that divide, and (three-way) with scales that stay whole where the kernel is split."""
+    mesh = compat.make_mesh([2, 2, 1, 2], MESH_AXES, jax.devices()[:8])
+    kernel = quantize_kernel(kernel_of((IN, OUT)), kind)
+    if kind == "nf4" and stored[1] is None:
+        kernel = QuantizedKernel(kernel.qvalue[:NF4_TILE], kernel.scale[:2], kind, kernel.dtype)
+    x = jax.random.normal(jax.random.key(5), (BATCH, LENGTH, kernel.shape[0]))
+    scale_rows = stored[0] if kind == "nf4" and stored[1] else None
+    specs = PartitionSpec(*stored), PartitionSpec(scale_rows, stored[1])
+    placed = [NamedSharding(mesh, spec) for spec in specs]
+    kernel = jax.device_put(kernel, QuantizedKernel(*placed, kind, kernel.dtype))
+
+    def run(x, kernel):
+        out, back = jax.vjp(lambda x: linear(x, kernel, specs, ("batch", None), None, frozen_einsum), x)
+        return out, back(jnp.cos(out))[0]
+
+    want = x @ kernel.dequantize()
+    with partition.activation_rules(mesh, ACTIVATION_RULES):
+        compiled = jax.jit(run).lower(x, kernel).compile()
+    got, d_x = compiled(x, kernel)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+    want = jnp.cos(want) @ kernel.dequantize().T
+    np.testing.assert_allclose(d_x, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+    arrays = [line for line in compiled.as_text().splitlines() if " all-gather(" in line]
+    assert any("= s8[" in line or "= u8[" in line for line in arrays), "gathered as they are stored"

@@ -20,6 +20,7 @@ from vilam3_jax import compat
 from vilam3_jax.errors import UserError
 from vilam3_jax.ops import partition, quantized
 from vilam3_jax.ops.attention import attention
+from vilam3_jax.ops.lookup import lookup
 from vilam3_jax.ops.partition import shard
 from vilam3_jax.ops.products import GATHERED, einsum, linear
 
@@ -27,7 +28,7 @@ Stack = tuple[int, ...]
 Init = Callable[..., jax.Array]
 
 REMAT_TAGS = ("qkv", "mlp")
-_WEIGHTS = ("kernel", "lora_a", "lora_b")
+_WEIGHTS = ("kernel", "lora_a", "lora_b", "embedding")
 
 
 def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -97,17 +98,27 @@ class Linear(nnx.Module):
 
 
 class Embed(nnx.Module):
-    """Table look-up: ids [...] -> [..., width] in `dtype`."""
+    """Table look-up: ids [batch, length] -> [batch, length, width] in `dtype`."""
 
     def __init__(
-        self, num: int, width: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, stddev: float = 0.02
+        self,
+        num: int,
+        width: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any,
+        param_dtype: Any,
+        stddev: float = 0.02,
+        lead: tuple[str | None, ...] = ("batch", None),
     ):
+        self.lead = lead  # logical axes of the ids
         self.dtype = jnp.dtype(dtype)
+        self.stored: tuple[tuple[str, Any], ...] = ()  # as of `Linear`
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (num, width), param_dtype) * stddev)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        # Cast after the look-up, so that gradients of repeated tokens add up in the type of the parameter.
-        return jnp.take(self.embedding[...], ids, axis=0).astype(self.dtype)
+        stored = dict(self.stored).get("embedding")
+        return lookup(ids, self.embedding[...], self.dtype, stored, self.lead)
 
 
 class LayerNorm(nnx.Module):
@@ -272,11 +283,14 @@ def remat_layer(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
 
 
 def find_weights(model: nnx.Module) -> None:
-    """Tells every `Linear` of a model where the step stores its weights (`partition.activation_rules`)."""
+    """Tells every `Linear` and `Embed` of a model where the step stores its weights.
+
+    See `partition.activation_rules`.
+    """
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, Linear):
+        if isinstance(module, Linear | Embed):
             found = {name: partition.stored("/".join((*map(str, path), name))) for name in _WEIGHTS}
-            layers = len(module.kernel.shape) - 2
+            layers = len((module.kernel if isinstance(module, Linear) else module.embedding).shape) - 2
 
             def of_layer(spec: Any, layers: int = layers) -> tuple[Any, ...]:
                 return (*spec, None, None, None)[layers : layers + 2]

@@ -242,7 +242,7 @@ class Llama(nnx.Module):
         self.num_layers = cfg.num_layers
         self.num_kv_heads = cfg.num_kv_heads
         kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.embed = Embed(cfg.vocab_size, cfg.hidden_size, **kwargs)
+        self.embed = Embed(cfg.vocab_size, cfg.hidden_size, lead=("batch", "length"), **kwargs)
         self.layers = LlamaLayer(cfg, stack=(cfg.num_layers,), **kwargs)
         self.final_norm = RMSNorm(cfg.hidden_size, eps=cfg.norm_eps, dtype=dtype, param_dtype=param_dtype)
         self.lm_head = (

@@ -1,0 +1,71 @@
+"""Rows of a split table: the same numbers as a plain look-up, and no whole table anywhere."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vilam3_jax import compat
+from vilam3_jax.config import ACTIVATION_RULES, MESH_AXES
+from vilam3_jax.ops import partition
+from vilam3_jax.ops.lookup import lookup
+
+VOCAB, WIDTH, ROWS, LENGTH = 24, 16, 8, 6
+SPLIT = ("fsdp", partition.FSDP_LINE)
+
+
+def plain(ids, table):
+    return jnp.take(table, ids, axis=0).astype(jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "axes,stored,whole",
+    [
+        (dict(data=2, fsdp=4), (None, "fsdp"), False),
+        (dict(data=2, fsdp=2, tensor=2), ("tensor", "fsdp"), False),
+        (dict(fsdp=2, context=2, tensor=2), ("tensor", "fsdp"), False),
+        (dict(data=2, fsdp=2, fsdp_line=2), (None, SPLIT), False),
+        (dict(fsdp=2, tensor=4), ("tensor", None), False),
+        (dict(fsdp=4, tensor=2), (None, ("fsdp", "tensor")), True),  # XLA's
+        (dict(data=8), (None, None), True),
+    ],
+)
+def test_equals_a_plain_look_up(axes, stored, whole):
+    names = [*MESH_AXES[:2], partition.FSDP_LINE, *MESH_AXES[2:]]
+    mesh = compat.make_mesh([axes.get(name, 1) for name in names], names, jax.devices()[:8])
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(VOCAB, WIDTH)), jnp.float32)
+    ids = jnp.asarray(rng.integers(0, VOCAB, (ROWS, LENGTH)))
+    weights = jnp.asarray(rng.normal(size=(ROWS, LENGTH, WIDTH)), jnp.bfloat16)
+
+    def run(ids, table):
+        lead = ("batch", "length")
+        x, back = jax.vjp(lambda t: lookup(ids, t, jnp.bfloat16, stored, lead), table)
+        return x, back(weights)[0]
+
+    placed = (
+        NamedSharding(mesh, PartitionSpec(("data", *SPLIT))),
+        NamedSharding(mesh, PartitionSpec(*stored)),
+    )
+    with partition.activation_rules(mesh, ACTIVATION_RULES):
+        compiled = jax.jit(run, in_shardings=placed, out_shardings=placed).lower(ids, table).compile()
+    found, gradient = compiled(jax.device_put(ids, placed[0]), jax.device_put(table, placed[1]))
+    wanted, back = jax.vjp(lambda t: plain(ids, t), table)
+    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_allclose(gradient, back(weights)[0], rtol=1e-6, atol=1e-6)
+    assert whole or not re.search(rf"f32\[{VOCAB},{WIDTH}\]", compiled.as_text())
+
+
+def test_rows_that_do_not_divide_are_left_to_the_partitioner():
+    mesh = compat.make_mesh([1, 8, 1, 1], MESH_AXES, jax.devices()[:8])
+    ids, table = jnp.zeros((3, 2), int), jnp.ones((VOCAB, WIDTH))
+    with partition.activation_rules(mesh, ACTIVATION_RULES):
+        found = jax.jit(lambda ids, table: lookup(ids, table, jnp.float32, (None, "fsdp"), ("batch", None)))(
+            ids, table
+        )
+    np.testing.assert_array_equal(found, np.ones((3, 2, WIDTH)))

@@ -16,7 +16,7 @@ count=$1
 shift
 
 python=${PYTHON:-python3}
-grace=${GRACE_SECONDS:-60} # how long the others have to end by themselves
+grace=${GRACE_SECONDS:-150} # how long the others have to end by themselves: one that waits for a dead one takes 100
 address=localhost:$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 
 running=()

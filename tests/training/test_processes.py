@@ -97,7 +97,8 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(world, in_two):
     wait_for(process, workdir, 8)
     os.kill(children(process.pid)[1], signal.SIGKILL)
     _, said = process.communicate(timeout=300)
-    assert process.returncode and "no answer from process 1" in said, said
+    # By a collective that broke off; or, where devices of one process wait for each other, by JAX's service.
+    assert process.returncode and ("no answer from process 1" in said or "task died" in said), said
     assert 8 <= max(losses(workdir)) < STEPS
     run(world, 2, argv)
     assert_same_run(workdir, in_two)

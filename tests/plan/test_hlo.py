@@ -75,6 +75,14 @@ def test_carried_bounds_are_found_and_computed_ones_counted_as_told():
     assert cost.cycles == 28 and cost.dynamic_loops == ["jit(step)/loss/while"]
 
 
+@pytest.mark.parametrize("bound", [0, 6])
+def test_trips_that_were_peeled_off_are_not_counted_again(bound):
+    body = loop("layers", bound, estimated("f1", 7, "x.layers"))
+    lines = "  %one = s32[] constant(1)\n  %six = s32[] constant(6)\n" + estimated("peeled", 7, "a")
+    lines += "  %t = (s32[], s32[], bf16[8,8]{1,0}) tuple(%one, %six, %peeled)\n" + run("layers", "t")
+    assert hlo.read(HEAD + FUSED + body + entry(lines)).cycles == 42
+
+
 def collective(name, result, opcode, groups, operand="a"):
     return f"  %{name} = {result} {opcode}(%{operand}), channel_id=1, {groups}, dimensions={{0}}\n"
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from vilam3_jax import compat
@@ -24,6 +25,7 @@ from vilam3_jax.ops import partition
 GATHERED = "gathered"  # tag of weights that are put together for a product; no policy should keep them
 _ROUNDED = "bfloat16"
 _TYPE = jnp.bfloat16
+_LANES = 128  # of a TPU's registers
 
 
 def einsum(spec: str, x: jax.Array, y: jax.Array, preferred_element_type: Any = None) -> jax.Array:
@@ -83,9 +85,12 @@ def linear(
 
     def gathered(array: jax.Array, split: list[tuple[str, ...]]) -> jax.Array:
         for dimension, names in enumerate(split):
+            shared = [axis for axis in names if axis in batch]
             # The last name of a dimension is the innermost.
-            for axis in reversed([axis for axis in names if axis in batch]):
+            for axis in reversed(shared):
                 array = jax.lax.all_gather(array, axis, axis=dimension, tiled=True)
+            if shared and array.ndim == 2 and partition.platform() == "tpu":
+                array = _thin_slices(array, dimension, array.shape[dimension] // mesh.shape[shared[0]])
         return checkpoint_name(array, GATHERED)
 
     def local(x: jax.Array, kernel: Any) -> jax.Array:
@@ -108,6 +113,28 @@ def linear(
         ),
         out_specs=PartitionSpec(*rest, columns, *(None,) * out_heads),
     )(x, kernel)
+
+
+def _thin_slices(array: jax.Array, dimension: int, width: int) -> jax.Array:
+    """`array`; its gradient can be scattered in slices of `width` along `dimension`, on a TPU.
+
+    The last dimension in memory lies in lanes of 128, and XLA does not scatter to slices of fewer: it sums
+    the whole gradient for every device, twice the bytes. The gradient of a product with heads would lie so.
+    """
+    return _other_dimension_last(array, dimension) if width < _LANES else array
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _other_dimension_last(array: jax.Array, dimension: int) -> jax.Array:
+    return array
+
+
+_other_dimension_last.defvjp(
+    lambda array, dimension: (array, None),
+    lambda dimension, _, gradient: (
+        with_layout_constraint(gradient, Layout(major_to_minor=(dimension, 1 - dimension))),
+    ),
+)
 
 
 def _product(

@@ -267,9 +267,7 @@ class _Reader:
             return int(match[1])
         condition = self._computations.get(inst.called("condition") or "", {})
         bounds = [value for item in condition.values() if (value := _constant(item)) is not None]
-        if bounds:
-            return max(bounds)
-        # The bound may be carried: condition compares two elements of the tuple, counter and bound.
+        # The bound may be carried, as the counter is, which starts after 0 where trips were peeled off.
         carried = [
             int(index[1])
             for item in condition.values()
@@ -277,10 +275,12 @@ class _Reader:
         ]
         start = body.get(inst.operands[0])
         if start is None or start.opcode != "tuple":
-            return None
+            return max(bounds, default=None)
         values = [_constant(_through_copies(body, start.operands[index])) for index in carried]
-        known = [value for value in values if value is not None]
-        return max(known) if len(known) == len(carried) >= 2 else None
+        known = bounds + [value for value in values if value is not None]
+        if not bounds and len(known) < max(len(carried), 2):
+            return None
+        return max(known) - min(known) if len(known) > 1 else known[0]
 
     def _collective(self, kind: str, inst: Instruction, overlapped: bool) -> Collective:
         group = _group(inst.attributes, self._devices)

@@ -2,9 +2,10 @@
 
     python benchmarks/plan_table.py --out runs/plan_table [--only stage4_expert,vila_m3_8b]
 
-Two rows of 4,096 tokens a device, in as many steps as give the recipe's samples; parameters over 64 devices,
-and once more over the next 64. Most valuable cells first; a cell that is there is not compiled again. An 8B
-step takes about two minutes on two free cores.
+Two rows of 4,096 tokens a device, in as many steps as give the recipe's samples; parameters over 64
+devices, and once more over the next 64. Where that does not fit, parameters over all devices, and then one
+row a device in twice as many steps. Most valuable cells first; a cell that is there is not compiled again.
+A compilation takes one core one to three minutes.
 """
 
 import argparse
@@ -13,11 +14,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from vilam3_jax import config as config_lib
 from vilam3_jax.plan import topology as topology_lib
 
 MODELS = ("vila_m3_8b", "vila_m3_40b", "vila_m3_3b", "vila_m3_13b")
 STAGES = ("stage4_expert", "stage3_instruct", "stage2b_pretrain", "stage2a_align", "stage1_vision")
 TOPOLOGIES = ("v5p:4x4x4", "v5p:4x8x8", "v6e:16x16", "v5e:16x16", "tpu7x:4x4x4")
+COLUMNS = ("run", "model", "slice", "fsdp x data, rows a device", "GiB a chip", "s a step", "MFU at most")
+COLUMNS += ("tokens/s/chip", "chip-hours")
 RECIPE_ROWS = 128  # of configs/pods.py
 STEPS = {"stage4_expert": 3600, "stage2a_align": 260}  # of the recipes that have a length of their own
 NO_STAGE_1 = ("vila_m3_40b",)  # InternViT has no pooled output to train against texts
@@ -31,24 +35,47 @@ def cells():
                 yield from ((stage, model, topology) for topology in TOPOLOGIES)
 
 
+def attempts(stage, model, devices):
+    """Flags of the recipe on `devices`, and of what needs less memory."""
+    config = config_lib.load(f"configs/{stage}.py:{model}", {})
+    everywhere = ["--config.mesh.data=1", "--config.mesh.fsdp=-1"]
+    if config.kind == "contrastive":
+        return [[], everywhere]
+
+    def rows(per_device):
+        count = per_device * devices
+        length = [f"--config.num_steps={STEPS[stage] * RECIPE_ROWS // count}"] if stage in STEPS else []
+        return [f"--config.data.global_rows={count}", *length]
+
+    single = ["--config.data.rows_per_group=1"]
+    single += [f"--config.data.images_per_group={-(-config.data.images_per_group // 2)}"]
+    return [rows(2), rows(2) + everywhere, rows(1) + everywhere + single]
+
+
 def compile_cell(stage, model, topology, file):
-    """One `vilam3 plan`; returns what went wrong, or ''."""
-    argv = ["plan", f"--config=configs/{stage}.py:{model}", f"--topology={topology}", f"--json={file}"]
-    slices = topology_lib.parse(topology)
-    rows = 2 * slices.chips * slices.chip.devices
-    argv += [f"--config.data.global_rows={rows}"] if stage != "stage1_vision" else []
-    argv += [f"--config.num_steps={STEPS[stage] * RECIPE_ROWS // rows}"] if stage in STEPS else []
-    done = subprocess.run([sys.executable, "-m", "vilam3_jax.cli", *argv], capture_output=True, text=True)
-    return (
-        "" if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-    )
+    """`vilam3 plan` until it fits; returns what went wrong, or ''."""
+    slices, part = topology_lib.parse(topology), file.with_suffix(".part")
+    for flags in attempts(stage, model, slices.chips * slices.chip.devices):
+        argv = ["plan", f"--config=configs/{stage}.py:{model}", f"--topology={topology}", f"--json={part}"]
+        done = subprocess.run(
+            [sys.executable, "-m", "vilam3_jax.cli", *argv, *flags], capture_output=True, text=True
+        )
+        if done.returncode:
+            return (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+        if json.loads(part.read_text())[0]["fits"]:
+            break
+    part.rename(file)
+    return ""
 
 
 def row(plan):
     """A line of the table."""
     memory, mfu = plan["memory"], plan["mfu"]
     needed = f"{memory['needed'] / 2**30:.1f} of {memory['limit'] / 2**30:.1f}"
-    place = f"{plan['run']} | {plan['model']} | {plan['topology']} ({plan['chips']} chips) | {needed}"
+    fsdp = plan["mesh"]["fsdp"] * plan["mesh"].get("fsdp_line", 1)
+    split = f"{fsdp} x {plan['mesh']['data']}, {plan['rows'] / plan['devices']:g}"
+    slice_ = f"{plan['topology']} ({plan['chips']} chips)"
+    place = f"{plan['run']} | {plan['model']} | {slice_} | {split} | {needed}"
     if mfu is None:
         return f"| {place} | does not fit | | | |"
     speed = plan["speed"]
@@ -69,8 +96,7 @@ def main():
     parser.add_argument("--only", default="", help="words that a cell's name must all have, with commas")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    print("| run | model | slice | GiB a chip | s a step | MFU at most | tokens/s/chip | chip-hours |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     for stage, model, topology in cells():
         name = f"{stage}-{model}-{topology.replace(':', '-')}"
         if not all(word in name for word in arguments.only.split(",")):
@@ -78,7 +104,7 @@ def main():
         file = arguments.out / f"{name}.json"
         problem = "" if file.exists() else compile_cell(stage, model, topology, file)
         if problem:
-            print(f"| {stage} | {model} | {topology} | | {problem} | | | |", flush=True)
+            print(f"| {stage} | {model} | {topology} | | | {problem} | | | |", flush=True)
         else:
             print(row(json.loads(file.read_text())[0]), flush=True)
 

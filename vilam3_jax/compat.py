@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 
@@ -47,14 +48,21 @@ def coordination_client() -> Any:
 
 
 def make_mesh(sizes: Sequence[int], names: Sequence[str], devices: Sequence[Any] | None = None) -> Mesh:
-    """Builds a mesh whose axes are all `Auto`.
+    """Builds a mesh whose axes are all `Auto`, along whole sides of the devices' torus if it can be done.
 
     The sizes are passed by position, because their keyword changed between jax 0.10 and 0.11, and the axis
     type is stated, because `jax.make_mesh` and `Mesh` have different defaults.
+
+    Raises:
+      NotImplementedError: the axes cannot be laid on the torus, not along parts of its sides either.
     """
-    return jax.make_mesh(
-        tuple(sizes), tuple(names), axis_types=(AxisType.Auto,) * len(tuple(names)), devices=devices
-    )
+    sizes, names = tuple(sizes), tuple(names)
+    types = (AxisType.Auto,) * len(names)
+    try:
+        return jax.make_mesh(sizes, names, axis_types=types, devices=devices)
+    except NotImplementedError:
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(placed, names, axis_types=types)
 
 
 def join_meshes(meshes: Sequence[Mesh]) -> Mesh:

@@ -127,3 +127,20 @@ def test_slices_lie_along_data(name):
         assert {device.slice_index for device in part.flat} == {index}
     with pytest.raises(UserError, match=r"mesh\.data=1: 2 slices"):
         mesh_lib.build_mesh(mesh_config(fsdp=-1, tensor=2), devices)
+
+
+@pytest.mark.parametrize(
+    "name,axes,block",
+    [
+        ("v6e:16x16", dict(data=-1, fsdp=64), (16, 4, 1)),
+        ("v6e:8x16", dict(data=-1, fsdp=64), (4, 16, 1)),
+        ("v5p:4x8x8", dict(data=-1, fsdp=128), (2, 8, 8)),
+    ],
+)
+def test_parts_of_a_torus_hold_the_parameters_once_each(name, axes, block):
+    """Sides that `fsdp` does not fill are cut into neighbours, not into every other chip."""
+    pytest.importorskip("libtpu")
+    mesh = mesh_lib.build_mesh(mesh_config(**axes), topology.parse(name).devices())
+    for part in mesh.devices:
+        places = np.asarray([device.coords for device in part.flat])
+        assert tuple(np.ptp(places, axis=0) + 1) == block and len(np.unique(places, axis=0)) == len(places)

@@ -67,11 +67,11 @@ def build_mesh(mesh_config: ConfigDict, devices: Sequence[Any] | None = None) ->
     try:
         within = [sizes["data"] // len(slices), *list(sizes.values())[1:]]
         return compat.join_meshes([compat.make_mesh(within, list(sizes), devices) for devices in slices])
-    except NotImplementedError as error:  # what JAX raises for axes that are no products of a torus's sides
+    except NotImplementedError as error:
         shown = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise UserError(
-            f"config mesh ({shown}) cannot be laid on this torus: every axis must be a product of its sides; "
-            "change mesh.data and mesh.fsdp"
+            f"config mesh ({shown}) cannot be laid on this torus: every axis must be a product of its sides "
+            "or of parts of them; change mesh.data and mesh.fsdp"
         ) from error
 
 

@@ -144,6 +144,8 @@ def base_config() -> ConfigDict:
             num_steps=100,
             grad_accum=1,
             loss_chunk=1024,
+            # Rows of (name, value), over those of `program.compiler_options`.
+            compiler_options=(),
             eval_every=0,
             eval_batches=4,
             eval_generate=0,

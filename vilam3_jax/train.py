@@ -80,6 +80,7 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
 
     # Model, optimizer and step.
     program = program_lib.build(config, mesh)
+    program_lib.check_compiler_options(config, mesh)
 
     # Data.
     image_tokens = vila.tokens_per_image(config.model)

@@ -9,6 +9,7 @@ from vilam3_jax.data import loader as loader_lib
 from vilam3_jax.datasets import phantoms, prepare, train_tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import vila
+from vilam3_jax.plan import topology
 from vilam3_jax.training import mesh as mesh_lib
 from vilam3_jax.training import program as program_lib
 from vilam3_jax.training import state as state_lib
@@ -84,3 +85,28 @@ def test_a_batch_that_does_not_divide_is_refused():
     config.data.global_rows = 4
     with pytest.raises(UserError, match=r"data\.global_rows"):
         program_lib.build(config, mesh_lib.build_mesh(config.mesh))
+
+
+def test_a_tpu_is_told_to_gather_beside_products_and_the_config_has_the_last_word():
+    pytest.importorskip("libtpu")
+    config = tiny_config(fsdp=-1)
+    told = {}
+    for name in ("v5p:2x2x1", "v4:2x2x1"):
+        mesh = mesh_lib.build_mesh(config.mesh, topology.parse(name).devices())
+        told[name] = program_lib.compiler_options(config, mesh)
+        assert told[name]["xla_enable_async_all_gather"]
+        config.compiler_options = (("xla_enable_async_all_gather", False),)
+        assert not program_lib.compiler_options(config, mesh)["xla_enable_async_all_gather"]
+        config.compiler_options = ()
+    assert told["v5p:2x2x1"].keys() - told["v4:2x2x1"].keys() == {"xla_tpu_scoped_vmem_limit_kib"}
+    assert program_lib.compiler_options(config, mesh_lib.build_mesh(config.mesh)) == {}
+
+
+def test_an_option_that_the_compiler_does_not_know_is_refused_before_the_run():
+    config = tiny_config(fsdp=8)
+    mesh = mesh_lib.build_mesh(config.mesh)
+    config.compiler_options = (("xla_cpu_enable_fast_math", True),)
+    program_lib.check_compiler_options(config, mesh)
+    config.compiler_options = (("xla_no_such_thing", True),)
+    with pytest.raises(UserError, match="xla_no_such_thing"):
+        program_lib.check_compiler_options(config, mesh)

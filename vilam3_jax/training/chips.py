@@ -34,6 +34,8 @@ class Chip:
       devices: JAX devices of a chip.
       cores_in_name: whether a product's number (v5p-128) counts two cores for every chip.
       clock: cycles per second in which the compiler estimates, see above; 0 for GPUs.
+      scoped_vmem_kib: how much of a TPU core's vector memory one operation may use; 0 leaves the compiler's
+        choice (16 MiB, on v4 all there is).
     """
 
     name: str
@@ -47,13 +49,25 @@ class Chip:
     devices: int = 1
     cores_in_name: bool = False
     clock: float = 0.0
+    scoped_vmem_kib: int = 0
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1.2e12, 50e9, 3, 6.25e9, cores_in_name=True, clock=1.05e9),
-        Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 0.8e12, 50e9, 2, 3.125e9, clock=1.5e9),
+        Chip(
+            "v5e",
+            ("TPU v5 lite", "TPU v5e"),
+            197e12,
+            16 * GIB,
+            0.8e12,
+            50e9,
+            2,
+            3.125e9,
+            clock=1.5e9,
+            scoped_vmem_kib=32768,
+        ),
         Chip(
             "v5p",
             ("TPU v5", "TPU v5p"),
@@ -65,8 +79,20 @@ CHIPS = {
             6.25e9,
             cores_in_name=True,
             clock=1.75e9,
+            scoped_vmem_kib=32768,
         ),
-        Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1.6e12, 100e9, 2, 12.5e9, clock=2.1e9),
+        Chip(
+            "v6e",
+            ("TPU v6 lite", "TPU v6e"),
+            918e12,
+            32 * GIB,
+            1.6e12,
+            100e9,
+            2,
+            12.5e9,
+            clock=2.1e9,
+            scoped_vmem_kib=32768,
+        ),
         Chip(
             "tpu7x",
             ("TPU7x", "TPU v7x"),
@@ -79,6 +105,7 @@ CHIPS = {
             devices=2,
             cores_in_name=True,
             clock=2.45e9,
+            scoped_vmem_kib=32768,
         ),
         Chip("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 80 * GIB, 3.35e12),
         Chip("h200", ("NVIDIA H200",), 989e12, 141 * 10**9, 4.8e12),

@@ -13,7 +13,7 @@ from vilam3_jax.data import loader as loader_lib
 from vilam3_jax.training import state as state_lib
 from vilam3_jax.training import step as step_lib
 from vilam3_jax.training.batches import Placement
-from vilam3_jax.training.program import Program
+from vilam3_jax.training.program import Program, compiler_options
 from vilam3_jax.training.writers import JsonLines
 
 GENERATIONS_FILE = "generations.jsonl"
@@ -71,7 +71,11 @@ def heldout_losses(
     """
     config = program.config
     placed = state_lib.shardings(program.state)
-    jitted = jax.jit(step_lib.make_eval_step(program.loss_fn), in_shardings=(placed, None))
+    jitted = jax.jit(
+        step_lib.make_eval_step(program.loss_fn),
+        in_shardings=(placed, None),
+        compiler_options=compiler_options(config, program.mesh),
+    )
 
     def batches(swap: bool) -> Iterator[dict[str, np.ndarray]]:
         loader = loader_lib.build_loader(

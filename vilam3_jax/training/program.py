@@ -12,16 +12,24 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.data import batch_layout
+from vilam3_jax.errors import UserError
 from vilam3_jax.models import trees, vila
 from vilam3_jax.ops import partition
+from vilam3_jax.training import chips
 from vilam3_jax.training import mesh as mesh_lib
 from vilam3_jax.training import optimizer as optimizer_lib
 from vilam3_jax.training import state as state_lib
 from vilam3_jax.training import step as step_lib
+
+_OVERLAP = {
+    "xla_enable_async_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +95,36 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
         in_shardings=(placed, {name: leaf.sharding for name, leaf in batch.items()}),
         out_shardings=(placed, None),
         donate_argnums=0,
+        compiler_options=compiler_options(config, mesh),
     )
     return Program(config, mesh, shapes, rates, optimizer, loss_fn, state, batch, jitted)
+
+
+def compiler_options(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
+    """What XLA is told beside the program; `config.compiler_options` has the last word.
+
+    On TPUs weights are gathered while other products run, which XLA does not do by itself, and an operation
+    may use more of the vector memory.
+    """
+    chip = chips.of_kind(mesh.devices.flat[0].device_kind)
+    options: dict[str, Any] = dict(_OVERLAP) if chip is not None and chip.torus_axes else {}
+    if chip is not None and chip.scoped_vmem_kib:
+        options["xla_tpu_scoped_vmem_limit_kib"] = chip.scoped_vmem_kib
+    return options | dict(config.compiler_options)
+
+
+def check_compiler_options(config: ConfigDict, mesh: Mesh) -> None:
+    """Tries `config.compiler_options` on a program that does nothing.
+
+    Raises:
+      UserError: XLA does not know a name, or a value is not of its type.
+    """
+    placed = NamedSharding(mesh, PartitionSpec())
+    program = jax.jit(lambda: 0, out_shardings=placed, compiler_options=compiler_options(config, mesh))
+    try:
+        program.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"config compiler_options: {str(error).splitlines()[0]}") from error
 
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,13 +1,14 @@
 """The compiled train step of Llama-3-8B beside MaxText's, for the same TPU slice; no TPU is needed.
 
-    python benchmarks/vs_maxtext.py --maxtext=PYTHON [--dir=DIR] [--remat=full]
+    python benchmarks/vs_maxtext.py --maxtext=PYTHON [--dir=DIR] [--options=tuned|plain]
 
 PYTHON is the interpreter of an environment with MaxText; this program runs in one with the same jax and
 libtpu (Python 3.12; `pip install "maxtext[tpu]==0.2.5"` there, `pip install -e .[dev]` here). Both compile
 text only: rows of 4,096 tokens, two a chip, bfloat16 products, float32 AdamW, 64 chips of v5p, all weights
-and gradients under one FSDP axis. Both modules are read by one parser (`vilam3_jax/plan/hlo.py`); the loop
-over chunks of our loss runs as often as it ever can. Attention is a kernel in both, outside the estimate: its
-roofline is added.
+and gradients under one FSDP axis. Both are compiled with the same options: with those that training has
+(`program.compiler_options`), or with the compiler's own. Both modules are read by one parser
+(`vilam3_jax/plan/hlo.py`); the loop over chunks of our loss runs as often as it ever can. Attention is a
+kernel in both, outside the estimate: its roofline is added.
 
 The comparison is refused if the products of the two differ by more than 3 % of the operations.
 """
@@ -21,6 +22,15 @@ import sys
 from pathlib import Path
 
 TOPOLOGY, PRODUCT, ROWS, LENGTH, CHUNK = "v5p:4x4x4", "v5p-128", 2, 4096, 1024
+OPTIONS = {
+    "plain": {},
+    "tuned": {
+        "xla_enable_async_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+        "xla_tpu_scoped_vmem_limit_kib": 32768,
+    },
+}
 _ENVIRONMENT = """
 import json, os, sys
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
@@ -38,14 +48,15 @@ _OURS = """
 from vilam3_jax import config as config_lib
 from vilam3_jax.plan import topology
 from vilam3_jax.training import mesh, program
-out, remat, chunk = sys.argv[1], sys.argv[2], int(sys.argv[3])
+out, chunk, options = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+program.compiler_options = lambda config, mesh: options
 slice_ = topology.parse(TOPOLOGY)
 config = config_lib.load(
     "configs/stage3_instruct.py:vila_m3_8b",
     {
         "trainable": ((r"llm/.*", 1.0), (r".*", 0.0)),
         "model.llm.vocab_size": 128256,
-        "model.remat": remat,
+        "model.remat": "full",
         "data.images_per_group": 0,
         "data.rows_per_group": 1,
         "data.global_rows": ROWS * slice_.chips,
@@ -60,7 +71,8 @@ save(program.build(config, mesh.build_mesh(config.mesh, slice_.devices())).lower
 _MAXTEXT = """
 import maxtext
 from maxtext.trainers.pre_train import train_compile
-out, remat = sys.argv[1], sys.argv[2]
+out, options = sys.argv[1], json.loads(sys.argv[2])
+flags = " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())
 compile_ = train_compile.jit_and_compile
 
 def noted(*args, **kwargs):
@@ -73,7 +85,8 @@ base = os.path.join(list(maxtext.__path__)[0], "configs", "base.yml")
 train_compile.main([
     "train_compile", base, "model_name=llama3-8b",
     "compile_topology=" + PRODUCT, "compile_topology_num_slices=1",
-    f"per_device_batch_size={ROWS}", f"max_target_length={LENGTH}", "remat_policy=" + remat,
+    f"per_device_batch_size={ROWS}", f"max_target_length={LENGTH}", "remat_policy=full",
+    "compile_xla_flags=" + flags,
     "enable_checkpointing=false", "dataset_type=synthetic", "run_name=x", "base_output_directory=" + out,
 ])
 """
@@ -84,32 +97,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--maxtext", required=True, help="interpreter of an environment with maxtext[tpu]")
     parser.add_argument("--dir", type=Path, default=Path("vs_maxtext"), help="for the compiled modules")
-    parser.add_argument("--remat", default="full", choices=("full",))
+    parser.add_argument("--options", default="tuned", choices=OPTIONS)
     values = parser.parse_args()
     values.dir.mkdir(parents=True, exist_ok=True)
+    options = json.dumps(OPTIONS[values.options])
     sides = {
-        "ours": (sys.executable, _OURS, [values.remat, str(CHUNK)]),
-        "maxtext": (values.maxtext, _MAXTEXT, [values.remat]),
+        "ours": (sys.executable, _OURS, [str(CHUNK), options]),
+        "maxtext": (values.maxtext, _MAXTEXT, [options]),
     }
     constants = f"TOPOLOGY, PRODUCT, ROWS, LENGTH = {TOPOLOGY!r}, {PRODUCT!r}, {ROWS}, {LENGTH}\n"
     for name, (python, program, arguments) in sides.items():
-        out = values.dir.resolve() / name
+        out = values.dir.resolve() / f"{name}-{values.options}"
         if not out.with_suffix(".json").exists():
             print(f"compiling {name}", flush=True)
             code = _ENVIRONMENT + constants + program
             subprocess.run([python, "-c", code, str(out), *arguments], check=True)
-    return compare(values.dir)
+    return compare(values.dir, values.options)
 
 
-def compare(folder: Path) -> int:
+def compare(folder: Path, options: str) -> int:
     """Prints the two modules of a folder; returns 1 if they cannot be compared."""
     from vilam3_jax.plan import estimate, hlo, topology
 
     chip = topology.parse(TOPOLOGY).chip
     rows = {}
     for name in ("ours", "maxtext"):
-        said = json.loads((folder / f"{name}.json").read_text())
-        cost = hlo.read((folder / f"{name}.hlo").read_text(), dynamic_trips=-(-LENGTH // CHUNK))
+        said = json.loads((folder / f"{name}-{options}.json").read_text())
+        cost = hlo.read((folder / f"{name}-{options}.hlo").read_text(), dynamic_trips=-(-LENGTH // CHUNK))
         kernels = [(estimate.attention_flops(kernel, LENGTH), times) for kernel, times in cost.kernels]
         if any(flops is None for flops, _ in kernels):
             print(f"{name}: a kernel of unknown shape: {[kernel.name for kernel, _ in cost.kernels]}")

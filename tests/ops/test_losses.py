@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from vilam3_jax import compat
 from vilam3_jax.config import ACTIVATION_RULES, MESH_AXES
-from vilam3_jax.ops import partition
+from vilam3_jax.ops import losses, partition
 from vilam3_jax.ops.losses import chunked_cross_entropy, sigmoid_contrastive_loss
 
 VOCAB, WIDTH = 23, 6
@@ -59,6 +60,27 @@ def test_values_and_gradients_match_dense(rows, length, chunk):
         np.testing.assert_allclose(a, b, atol=2e-5)
     # Without a gradient another path computes the value.
     np.testing.assert_allclose(chunked_cross_entropy(**data, chunk=chunk), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("piece_bytes, pieces", [(losses._PIECE_BYTES, 1), (8 * WIDTH * 4, 3), (1, VOCAB)])
+def test_a_head_over_devices_gets_its_gradient_in_pieces(monkeypatch, piece_bytes, pieces):
+    monkeypatch.setattr(losses, "_PIECE_BYTES", piece_bytes)
+    axes = dict(data=4, fsdp=2)
+    mesh = compat.make_mesh([axes.get(name, 1) for name in MESH_AXES], MESH_AXES, jax.devices()[:8])
+    data = batch(4, 8, 8)
+    rest = [data[key] for key in ("tokens", "loss_weights", "segment_ids")]
+
+    def ours(hidden, kernel):
+        given = {**data, "hidden": hidden, "head_kernel": kernel}
+        return chunked_cross_entropy(**given, chunk=4, kernel_stored=PartitionSpec("fsdp"))[0]
+
+    arguments = data["hidden"], data["head_kernel"]
+    with partition.activation_rules(mesh, ACTIVATION_RULES):
+        compiled = jax.jit(jax.grad(ours, (0, 1))).lower(*arguments).compile()
+    want = jax.grad(lambda *args: dense_cross_entropy(*args, *rest)[0], (0, 1))(*arguments)
+    for one, other in zip(compiled(*arguments), want, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+    assert compiled.as_text().count(" reduce-scatter(") == pieces
 
 
 def test_all_logits_never_exist():

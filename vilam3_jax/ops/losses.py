@@ -15,6 +15,8 @@ from vilam3_jax.ops import partition
 from vilam3_jax.ops.partition import placement
 from vilam3_jax.ops.products import einsum
 
+_PIECE_BYTES = 2**28
+
 
 def chunked_cross_entropy(
     hidden: jax.Array,
@@ -215,11 +217,14 @@ def _own_columns(kernel, axes):
 
 def _stored_gradient(gradient, vocab, axes):
     """Sums the gradient by a device's columns over all tokens and brings it to where the kernel is stored."""
+    exchanged = [axis for axis in axes.kernel_rows if axis in axes.vocab]
+    pieces = _pieces(gradient) if axes.kernel_rows and not exchanged else [gradient]
     for axis in axes.kernel_rows:
-        if axis in axes.vocab:
-            gradient = jax.lax.all_to_all(gradient, axis, split_axis=0, concat_axis=1, tiled=True)
+        if axis in exchanged:
+            pieces = [jax.lax.all_to_all(x, axis, split_axis=0, concat_axis=1, tiled=True) for x in pieces]
         else:
-            gradient = jax.lax.psum_scatter(gradient, axis, scatter_dimension=0, tiled=True)
+            pieces = [jax.lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True) for x in pieces]
+    gradient = jnp.concatenate(pieces, axis=1)
     rest = tuple(axis for axis in axes.tokens if axis not in axes.kernel_rows)
     gradient = _over(jax.lax.psum, gradient, rest)
     if axes.vocab and not axes.columns_stored:
@@ -227,6 +232,13 @@ def _stored_gradient(gradient, vocab, axes):
             gradient = jax.lax.all_gather(gradient, axes.vocab, axis=1, tiled=True)
         gradient = gradient[:, :vocab]
     return gradient
+
+
+def _pieces(gradient):
+    """Cuts [D, V] into columns that XLA scatters; a whole gigabyte it would sum for every device of a TPU."""
+    fitting = _PIECE_BYTES // (gradient.shape[0] * gradient.dtype.itemsize)
+    width = 2 ** max(fitting.bit_length() - 1, 0)
+    return jnp.split(gradient, list(range(width, gradient.shape[1], width)), axis=1)
 
 
 def sigmoid_contrastive_loss(

@@ -22,15 +22,7 @@ import sys
 from pathlib import Path
 
 TOPOLOGY, PRODUCT, ROWS, LENGTH, CHUNK = "v5p:4x4x4", "v5p-128", 2, 4096, 1024
-OPTIONS = {
-    "plain": {},
-    "tuned": {
-        "xla_enable_async_all_gather": True,
-        "xla_tpu_enable_async_collective_fusion": True,
-        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-        "xla_tpu_scoped_vmem_limit_kib": 32768,
-    },
-}
+OPTIONS = {"plain": {}, "tuned": {"xla_tpu_scoped_vmem_limit_kib": 32768}}
 _ENVIRONMENT = """
 import json, os, sys
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")

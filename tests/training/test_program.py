@@ -87,18 +87,19 @@ def test_a_batch_that_does_not_divide_is_refused():
         program_lib.build(config, mesh_lib.build_mesh(config.mesh))
 
 
-def test_a_tpu_is_told_to_gather_beside_products_and_the_config_has_the_last_word():
+def test_a_tpu_gives_operations_more_vector_memory_and_the_config_has_the_last_word():
     pytest.importorskip("libtpu")
+    name = "xla_tpu_scoped_vmem_limit_kib"
     config = tiny_config(fsdp=-1)
-    told = {}
-    for name in ("v5p:2x2x1", "v4:2x2x1"):
-        mesh = mesh_lib.build_mesh(config.mesh, topology.parse(name).devices())
-        told[name] = program_lib.compiler_options(config, mesh)
-        assert told[name]["xla_enable_async_all_gather"]
-        config.compiler_options = (("xla_enable_async_all_gather", False),)
-        assert not program_lib.compiler_options(config, mesh)["xla_enable_async_all_gather"]
-        config.compiler_options = ()
-    assert told["v5p:2x2x1"].keys() - told["v4:2x2x1"].keys() == {"xla_tpu_scoped_vmem_limit_kib"}
+    meshes = {
+        generation: mesh_lib.build_mesh(config.mesh, topology.parse(f"{generation}:{shape}").devices())
+        for generation, shape in (("v4", "2x2x1"), ("v5p", "2x2x1"), ("v6e", "2x2"))
+    }
+    told = {key: program_lib.compiler_options(config, mesh) for key, mesh in meshes.items()}
+    assert told["v4"] == {} and 16384 < told["v5p"][name] < told["v6e"][name]
+    config.compiler_options = ((name, 16384),)
+    assert program_lib.compiler_options(config, meshes["v5p"]) == {name: 16384}
+    config.compiler_options = ()
     assert program_lib.compiler_options(config, mesh_lib.build_mesh(config.mesh)) == {}
 
 

@@ -25,12 +25,6 @@ from vilam3_jax.training import optimizer as optimizer_lib
 from vilam3_jax.training import state as state_lib
 from vilam3_jax.training import step as step_lib
 
-_OVERLAP = {
-    "xla_enable_async_all_gather": True,
-    "xla_tpu_enable_async_collective_fusion": True,
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -103,13 +97,11 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
 def compiler_options(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
     """What XLA is told beside the program; `config.compiler_options` has the last word.
 
-    On TPUs weights are gathered while other products run, which XLA does not do by itself, and an operation
-    may use more of the vector memory.
+    On TPUs an operation may use more of the vector memory than XLA gives it by itself.
     """
     chip = chips.of_kind(mesh.devices.flat[0].device_kind)
-    options: dict[str, Any] = dict(_OVERLAP) if chip is not None and chip.torus_axes else {}
-    if chip is not None and chip.scoped_vmem_kib:
-        options["xla_tpu_scoped_vmem_limit_kib"] = chip.scoped_vmem_kib
+    vmem = chip.scoped_vmem_kib if chip is not None else 0
+    options = {"xla_tpu_scoped_vmem_limit_kib": vmem} if vmem else {}
     return options | dict(config.compiler_options)
 
 

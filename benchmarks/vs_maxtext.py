@@ -78,7 +78,7 @@ train_compile.main([
     "train_compile", base, "model_name=llama3-8b",
     "compile_topology=" + PRODUCT, "compile_topology_num_slices=1",
     f"per_device_batch_size={ROWS}", f"max_target_length={LENGTH}", "remat_policy=full",
-    "compile_xla_flags=" + flags,
+    *(["compile_xla_flags=" + flags] if flags else []),
     "enable_checkpointing=false", "dataset_type=synthetic", "run_name=x", "base_output_directory=" + out,
 ])
 """

@@ -22,7 +22,7 @@ def test_gradients_of_products_with_heads_are_scattered_in_slices_thinner_than_t
     mesh_config = base_config().mesh
     mesh_config.fsdp = 512
     mesh = mesh_lib.build_mesh(mesh_config, topology.parse("v5p:8x8x8").devices())
-    assert WIDTH // mesh.shape["fsdp"] < products._LANES
+    assert WIDTH // mesh.shape["fsdp"] < products.LANES
 
     def argument(shape, kind, *names):
         return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, PartitionSpec(*names)))

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from vilam3_jax.compat import equally_varying
 from vilam3_jax.ops import partition
 from vilam3_jax.ops.partition import placement
-from vilam3_jax.ops.products import einsum
+from vilam3_jax.ops.products import LANES, einsum
 
 _PIECE_BYTES = 2**28
 
@@ -218,7 +218,8 @@ def _own_columns(kernel, axes):
 def _stored_gradient(gradient, vocab, axes):
     """Sums the gradient by a device's columns over all tokens and brings it to where the kernel is stored."""
     exchanged = [axis for axis in axes.kernel_rows if axis in axes.vocab]
-    pieces = _pieces(gradient) if axes.kernel_rows and not exchanged else [gradient]
+    thin = axes.kernel_rows and gradient.shape[0] // partition.size(axes.kernel_rows[:1]) < LANES
+    pieces = _pieces(gradient) if thin and not exchanged else [gradient]
     for axis in axes.kernel_rows:
         if axis in exchanged:
             pieces = [jax.lax.all_to_all(x, axis, split_axis=0, concat_axis=1, tiled=True) for x in pieces]
@@ -235,7 +236,7 @@ def _stored_gradient(gradient, vocab, axes):
 
 
 def _pieces(gradient):
-    """Cuts [D, V] into columns that XLA scatters; a whole gigabyte it would sum for every device of a TPU."""
+    """Cuts [D, V] into columns; of a whole gigabyte XLA scatters no thin slices, it sums all on every device."""
     fitting = _PIECE_BYTES // (gradient.shape[0] * gradient.dtype.itemsize)
     width = 2 ** max(fitting.bit_length() - 1, 0)
     return jnp.split(gradient, list(range(width, gradient.shape[1], width)), axis=1)

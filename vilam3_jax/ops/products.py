@@ -25,7 +25,7 @@ from vilam3_jax.ops import partition
 GATHERED = "gathered"  # tag of weights that are put together for a product; no policy should keep them
 _ROUNDED = "bfloat16"
 _TYPE = jnp.bfloat16
-_LANES = 128  # of a TPU's registers
+LANES = 128  # of a TPU's registers
 
 
 def einsum(spec: str, x: jax.Array, y: jax.Array, preferred_element_type: Any = None) -> jax.Array:
@@ -121,7 +121,7 @@ def _thin_slices(array: jax.Array, dimension: int, width: int) -> jax.Array:
     The last dimension in memory lies in lanes of 128, and XLA does not scatter to slices of fewer: it sums
     the whole gradient for every device, twice the bytes. The gradient of a product with heads would lie so.
     """
-    return _other_dimension_last(array, dimension) if width < _LANES else array
+    return _other_dimension_last(array, dimension) if width < LANES else array
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -236,7 +236,7 @@ def _stored_gradient(gradient, vocab, axes):
 
 
 def _pieces(gradient):
-    """Cuts [D, V] into columns; of a whole gigabyte XLA scatters no thin slices, it sums all on every device."""
+    """Cuts [D, V] into columns; of a whole gigabyte XLA scatters no thin slices but sums all everywhere."""
     fitting = _PIECE_BYTES // (gradient.shape[0] * gradient.dtype.itemsize)
     width = 2 ** max(fitting.bit_length() - 1, 0)
     return jnp.split(gradient, list(range(width, gradient.shape[1], width)), axis=1)

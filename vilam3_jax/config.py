@@ -260,6 +260,12 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config schedule.name={config.schedule.name!r}: cosine or constant")
     if config.attention not in ATTENTIONS:
         raise UserError(f"config attention={config.attention!r}: must be one of {', '.join(ATTENTIONS)}")
+    for row in config.compiler_options:
+        pair = isinstance(row, tuple | list) and len(row) == 2 and isinstance(row[0], str)
+        if not pair or not isinstance(row[1], str | bool | int | float):
+            raise UserError(
+                f"config compiler_options: {row!r} is no row (name, value); write (('xla_option', True),)"
+            )
     _check_telemetry(config)
     _check_optimizer(config)
     _check_quantization(config)

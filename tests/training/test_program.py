@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from tests.training.helpers import tiny_config
+from vilam3_jax import config as config_lib
 from vilam3_jax import train
 from vilam3_jax.data import loader as loader_lib
 from vilam3_jax.datasets import phantoms, prepare, train_tokenizer
@@ -111,3 +112,13 @@ def test_an_option_that_the_compiler_does_not_know_is_refused_before_the_run():
     config.compiler_options = (("xla_no_such_thing", True),)
     with pytest.raises(UserError, match="xla_no_such_thing"):
         program_lib.check_compiler_options(config, mesh)
+
+
+@pytest.mark.parametrize(
+    "rows", [("xla_option", True), (("xla_option",),), ((1, True),), (("xla_option", (1,)),)]
+)
+def test_compiler_options_are_rows_of_name_and_value(rows):
+    config = tiny_config()
+    config.compiler_options = rows
+    with pytest.raises(UserError, match="compiler_options"):
+        config_lib.check(config)

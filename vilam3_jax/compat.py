@@ -60,7 +60,7 @@ def make_mesh(sizes: Sequence[int], names: Sequence[str], devices: Sequence[Any]
     types = (AxisType.Auto,) * len(names)
     try:
         return jax.make_mesh(sizes, names, axis_types=types, devices=devices)
-    except NotImplementedError:
+    except NotImplementedError:  # what JAX raises for axes that are no products of a torus's sides
         placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return Mesh(placed, names, axis_types=types)
 

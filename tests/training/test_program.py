@@ -115,7 +115,7 @@ def test_an_option_that_the_compiler_does_not_know_is_refused_before_the_run():
 
 
 @pytest.mark.parametrize(
-    "rows", [("xla_option", True), (("xla_option",),), ((1, True),), (("xla_option", (1,)),)]
+    "rows", [("xla_option", True), (("xla_option",),), ((1, True),), (("xla_option", (1,)),), (7,)]
 )
 def test_compiler_options_are_rows_of_name_and_value(rows):
     config = tiny_config()

@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-from etils.epath import testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -225,24 +224,6 @@ def test_store_crosses_processes(tmp_path):
     store = AnnotationStore(tmp_path)
     store.get("key7", "CXR")
     assert copy.deepcopy(store).get("key7", "CXR") == make(7)
-
-
-@pytest.fixture
-def bucket(tmp_path):
-    """`gs://bucket` lies below a local folder."""
-
-    def local(path):
-        return str(path).replace("gs://", str(tmp_path) + "/")
-
-    def one(function, path, *args, **kwargs):
-        return function(local(path), *args, **kwargs)
-
-    def two(function, path, target, *args, **kwargs):
-        return function(local(path), local(target), *args, **kwargs)
-
-    names = ("exists", "glob", "isdir", "listdir", "makedirs", "mkdir", "open", "remove", "stat")
-    with testing.mock_epath(**dict.fromkeys(names, one), **dict.fromkeys(("copy", "rename", "replace"), two)):
-        yield tmp_path / "bucket"
 
 
 def test_store_in_a_bucket(bucket):

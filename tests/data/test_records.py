@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, Turn
 from vilam3_jax.data.records import ExampleSource, ExampleWriter, read_info
+from vilam3_jax.data.shards import ShardReaders
 from vilam3_jax.errors import UserError
 
 
@@ -45,6 +48,49 @@ def test_round_trip_over_several_shards(tmp_path) -> None:
         source[10]
     with pytest.raises(UserError, match="no split 'test'; it has heldout, train"):
         ExampleSource(tmp_path / "d", "test")
+
+
+def test_dataset_in_a_bucket(bucket) -> None:
+    with ExampleWriter("gs://bucket/films", "train", bytes_per_shard=300) as writer:
+        for number in range(6):
+            writer.write(example(number))
+    assert len(list((bucket / "films").glob("*.array_record"))) == len(writer._shards) > 2
+    source = ExampleSource("gs://bucket/films", "train")
+    assert source.name == "films"
+    assert [source[i] for i in (5, 0, 1, 2, 3, 4, 5)] == [example(i) for i in (5, 0, 1, 2, 3, 4, 5)]
+    (bucket / "films" / writer._shards[1]["file"]).unlink()
+    assert source[2] == example(2)  # fetched before
+    again = ExampleSource("gs://bucket/films", "train")
+    assert again[0] == example(0)
+    with pytest.raises(UserError, match=r"00001\.array_record: cannot be read \(no such file\)"):
+        again[writer._shards[0]["records"]]
+    with pytest.raises(UserError, match="no example for split"), ExampleWriter("gs://bucket/none", "train"):
+        pass
+    assert not list((bucket / "none").iterdir())
+
+
+def test_a_shard_under_way_does_not_hold_up_others(bucket, monkeypatch) -> None:
+    with ExampleWriter("gs://bucket/films", "train", bytes_per_shard=1) as writer:
+        writer.write(example(0))
+        writer.write(example(1))
+    source = ExampleSource("gs://bucket/films", "train")
+    fetch, slow, fetched = ShardReaders._fetched, threading.Event(), []
+
+    def fetched_in_time(self, path):
+        fetched.append(path.name)
+        assert "00000" not in path.name or slow.wait(60)
+        return fetch(self, path)
+
+    monkeypatch.setattr(ShardReaders, "_fetched", fetched_in_time)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(source.__getitem__, 0) for _ in range(2)]
+        try:
+            assert pool.submit(source.__getitem__, 1).result(60) == example(1)
+            assert not any(future.done() for future in waiting)
+        finally:
+            slow.set()
+        assert [future.result(60) for future in waiting] == [example(0)] * 2
+    assert sorted(fetched) == [shard["file"] for shard in writer._shards]  # once each
 
 
 def test_refusals(tmp_path) -> None:

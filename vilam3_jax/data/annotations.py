@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from vilam3_jax import paths
 from vilam3_jax.data.annotation_record import (
@@ -30,6 +29,7 @@ from vilam3_jax.data.annotation_record import (
     segments_on_slice,
 )
 from vilam3_jax.data.falsify import falsify
+from vilam3_jax.data.shards import ShardReaders
 from vilam3_jax.errors import UserError
 
 __all__ = [
@@ -179,26 +179,21 @@ class AnnotationStore:
         if not self.directory.is_dir():
             raise UserError(f"{directory}: no such annotation store; run `vilam3-experts annotate` first")
         self._entries = _read_indexes(self.directory)
-        self._reset()
+        self._readers = ShardReaders(self.directory)
 
     @classmethod
     def open(cls, directory: paths.PathLike) -> AnnotationStore:
         """Same as the constructor."""
         return cls(directory)
 
-    def _reset(self) -> None:
-        self._readers: dict[str, ArrayRecordReader] = {}
-        self._cache: tempfile.TemporaryDirectory[str] | None = None
-        self._lock = threading.Lock()
-
     def __getstate__(self) -> dict[str, Any]:
-        # Readers, locks and the download folder belong to one process.
+        # Open shards belong to one process.
         return {"directory": os.fspath(self.directory), "_entries": self._entries}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.directory = paths.as_path(state["directory"])
         self._entries = state["_entries"]
-        self._reset()
+        self._readers = ShardReaders(self.directory)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -221,9 +216,7 @@ class AnnotationStore:
             return None
         shard = entry["shard"]
         try:
-            with self._lock:
-                reader = self._readers.get(shard) or self._open_shard(shard)
-                (data,) = reader.read([entry["record"]])
+            data = self._readers.read(shard, entry["record"])
         except (OSError, ValueError, IndexError, RuntimeError) as error:
             raise UserError(
                 f"{self.directory / shard}: cannot be read ({error}); "
@@ -233,20 +226,6 @@ class AnnotationStore:
         if annotation.key != (input_key, expert, args):
             raise UserError(f"{self.directory / shard}: record {entry['record']} is not what its index says")
         return annotation
-
-    def _open_shard(self, shard: str) -> ArrayRecordReader:
-        path = self.directory / shard
-        if not path.exists():
-            raise OSError("no such file")
-        local = os.fspath(path)
-        if "://" in local:
-            # ArrayRecord reads local files only; a shard is fetched once a process.
-            self._cache = self._cache or tempfile.TemporaryDirectory(prefix="vilam3-annotations-")
-            local = os.path.join(self._cache.name, shard)
-            path.copy(local, overwrite=True)
-        reader = ArrayRecordReader(local, options="readahead_buffer_size:0,max_parallelism:0")
-        self._readers[shard] = reader
-        return reader
 
 
 def _write_shard(directory: Any, name: str, records: Sequence[bytes]) -> None:

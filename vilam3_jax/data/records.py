@@ -8,15 +8,15 @@ import json
 import os
 import re
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from vilam3_jax import paths
 from vilam3_jax.data.examples import SCHEMA_VERSION, Example
+from vilam3_jax.data.shards import ShardReaders, open_reader
 from vilam3_jax.errors import UserError
 
 INFO_NAME = "dataset.json"
@@ -194,7 +194,7 @@ class _ShardFile:
     def commit(self) -> dict[str, Any]:
         try:
             self._writer.close()
-            found = _open_reader(self._temporary).num_records()
+            found = open_reader(self._temporary).num_records()
             if found != self.records:
                 raise OSError(f"{found} of {self.records} records can be read back")
             digest, size = _file_digest(self._temporary)
@@ -230,10 +230,6 @@ def _file_digest(path: str) -> tuple[str, int]:
         while block := file.read(1 << 20):
             digest.update(block)
         return digest.hexdigest(), file.tell()
-
-
-def _open_reader(path: str) -> ArrayRecordReader:
-    return ArrayRecordReader(path, options="readahead_buffer_size:0,max_parallelism:0")
 
 
 def read_info(directory: paths.PathLike) -> dict[str, Any]:
@@ -288,9 +284,7 @@ class ExampleSource:
         self._starts = [0]
         for shard in self._shards:
             self._starts.append(self._starts[-1] + shard["records"])
-        self._readers: dict[int, ArrayRecordReader] = {}
-        self._download: tempfile.TemporaryDirectory[str] | None = None
-        self._lock = threading.Lock()
+        self._readers = ShardReaders(self.directory)
 
     @property
     def name(self) -> str:
@@ -310,17 +304,16 @@ class ExampleSource:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)} in {self.directory} {self.split}")
         number = next(i for i, start in enumerate(self._starts[1:]) if index < start)
-        path = self.directory / self._shards[number]["file"]
+        shard, record = self._shards[number], index - self._starts[number]
+        path = self.directory / shard["file"]
         try:
-            with self._lock:
-                reader = self._readers.get(number) or self._open(number, path)
-                (data,) = reader.read([index - self._starts[number]])
+            data = self._readers.read(shard["file"], record, shard["records"])
         except (OSError, ValueError, IndexError, RuntimeError) as error:
             raise UserError(f"{path}: cannot be read ({error}); prepare the dataset again") from error
         try:
             return Example.from_bytes(data)
         except UserError as error:
-            raise UserError(f"{path}, record {index - self._starts[number]}: {error}") from error
+            raise UserError(f"{path}, record {record}: {error}") from error
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
@@ -335,21 +328,6 @@ class ExampleSource:
             if example.id == example_id:
                 return index
         raise UserError(f"{self.directory}: no example {example_id!r} in split {self.split}; check the id")
-
-    def _open(self, number: int, path: Any) -> ArrayRecordReader:
-        if not path.exists():
-            raise OSError("no such file")
-        local = os.fspath(path)
-        if "://" in local:
-            # A shard is fetched once a process: reading records one by one over the network is slower.
-            self._download = self._download or tempfile.TemporaryDirectory(prefix="vilam3-examples-")
-            local = os.path.join(self._download.name, path.name)
-            path.copy(local, overwrite=True)
-        reader = _open_reader(local)
-        if reader.num_records() != self._shards[number]["records"]:
-            raise OSError(f"has {reader.num_records()} records, dataset.json says otherwise")
-        self._readers[number] = reader
-        return reader
 
 
 def _is_absolute(root: str) -> bool:

@@ -1,0 +1,80 @@
+"""Reading ArrayRecord shards, of a local folder or of an object store."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from typing import Any
+
+from array_record.python.array_record_module import ArrayRecordReader
+
+from vilam3_jax import paths
+
+
+class ShardReaders:
+    """The shards of one folder, each opened when it is first read; safe among threads.
+
+    ArrayRecord reads local files only, so a shard of an object store is fetched whole when it is first
+    needed, once a process, into the folder for temporary files; meanwhile other threads go on reading other
+    shards. The copies are removed with this object.
+    """
+
+    def __init__(self, directory: paths.PathLike) -> None:
+        """Opens nothing yet.
+
+        Args:
+          directory: local folder or `gs://` prefix.
+        """
+        self._directory = paths.as_path(directory)
+        self._readers: dict[str, ArrayRecordReader] = {}
+        self._copies: tempfile.TemporaryDirectory[str] | None = None
+        self._lock = threading.Lock()
+        self._opening: dict[str, threading.Lock] = {}
+
+    def read(self, name: str, record: int, records: int | None = None) -> bytes:
+        """Returns one record.
+
+        Args:
+          name: of the shard's file.
+          record: number of the record in the shard.
+          records: how many the shard must have; not checked if None.
+
+        Raises:
+          OSError, ValueError, IndexError, RuntimeError: the shard is missing, damaged, or cannot be fetched.
+        """
+        with self._lock:
+            reader = self._readers.get(name)
+            opening = self._opening.setdefault(name, threading.Lock())
+        if reader is None:
+            with opening:
+                reader = self._readers.get(name) or self._open(name, records)
+        with self._lock:
+            (data,) = reader.read([record])
+        return data
+
+    def _open(self, name: str, records: int | None) -> ArrayRecordReader:
+        path = self._directory / name
+        if not path.exists():
+            raise OSError("no such file")
+        reader = open_reader(self._fetched(path) if "://" in os.fspath(path) else os.fspath(path))
+        if records is not None and reader.num_records() != records:
+            raise OSError(f"has {reader.num_records()} records, {records} were written")
+        with self._lock:
+            self._readers[name] = reader
+        return reader
+
+    def _fetched(self, path: Any) -> str:
+        with self._lock:
+            self._copies = self._copies or tempfile.TemporaryDirectory(prefix="vilam3-shards-")
+        local = os.path.join(self._copies.name, path.name)
+        try:
+            path.copy(local, overwrite=True)
+        except OSError as error:
+            raise OSError(f"not fetched into {self._copies.name}, see TMPDIR: {error}") from error
+        return local
+
+
+def open_reader(path: str) -> ArrayRecordReader:
+    """Opens a local shard for reading single records: nothing is read ahead."""
+    return ArrayRecordReader(path, options="readahead_buffer_size:0,max_parallelism:0")

@@ -12,6 +12,32 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Most of the tests' time is LLVM optimising programs that run once.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
+import pytest
+from etils.epath import testing
+
 from vilam3_jax import compat
 
 compat.use_cpu_devices(8)
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    """`gs://bucket` lies below a local folder; files there are not appended to."""
+
+    def local(path):
+        return str(path).replace("gs://", f"{tmp_path}/")
+
+    def opened(function, path, mode):
+        assert mode in ("r", "rb", "w", "wb"), "gcsfs would begin a new file"
+        return function(local(path), mode)
+
+    def one(function, path, *args, **kwargs):
+        return function(local(path), *args, **kwargs)
+
+    def two(function, path, target, *args, **kwargs):
+        return function(local(path), local(target), *args, **kwargs)
+
+    names = ("exists", "glob", "isdir", "listdir", "makedirs", "mkdir", "remove", "stat")
+    both = ("copy", "rename", "replace")
+    with testing.mock_epath(**dict.fromkeys(names, one), **dict.fromkeys(both, two), open=opened):
+        yield tmp_path / "bucket"

@@ -211,8 +211,8 @@ class RunCheckpoints:
     def _remove_unfinished(self) -> None:
         """What a save that was broken off left; it never counts, and its parts are of no use."""
         if processes.lead():
-            for folder in sorted(self._root.iterdir()):
-                if _UNFINISHED.search(folder.name):
+            for folder in paths.children(self._root):
+                if _UNFINISHED.search(folder.name) or (folder.name.isdigit() and not _complete(folder)):
                     folder.rmtree(missing_ok=True)
                     _say(f"{folder}: an unfinished save, removed")
         processes.meet(f"unfinished {self._root}")
@@ -222,9 +222,9 @@ class RunCheckpoints:
             return
         if processes.lead():
             for step, problem in damaged.items():
-                aside = self._root.parent / "checkpoints_damaged"
-                aside.mkdir(exist_ok=True)
-                target = aside / f"{step}.{int(time.time())}"
+                target = self._root.parent / "checkpoints_damaged" / f"{step}.{int(time.time())}"
+                # First, as an object store renames only into folders that hold something.
+                paths.write_text_atomic(target.with_suffix(f"{target.suffix}.txt"), f"{problem}\n")
                 source = self._root / str(step)
                 source.rename(target)
                 _say(f"{source}: damaged ({problem}), moved to {target}; going on from step {used}")
@@ -233,14 +233,14 @@ class RunCheckpoints:
 
 
 def _complete(folder: epath.Path) -> bool:
-    """Orbax renames a finished save; where renaming is no single operation, it leaves a marker."""
-    return (folder / "commit_success.txt").exists() if "://" in str(folder) else folder.exists()
+    """Orbax renames a finished save; in gs://, where renaming is no single operation, it leaves a marker."""
+    return (folder / "commit_success.txt").exists() if str(folder).startswith("gs://") else folder.exists()
 
 
 def _sizes(folder: epath.Path) -> dict[str, int]:
     """Path in `folder` → bytes, of the files of its items."""
     sizes = {}
-    for path in folder.iterdir():
+    for path in paths.children(folder):
         if path.is_dir():
             sizes |= {f"{path.name}/{name}": size for name, size in _sizes(path).items()}
         else:

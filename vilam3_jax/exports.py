@@ -162,7 +162,7 @@ def write_export(
       UserError: `out` is something else, the disk is full, or it did not keep what was written.
     """
     out = paths.as_path(out)
-    if out.exists() and not (out / "model.json").exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out / "model.json").exists() and (not out.is_dir() or paths.children(out)):
         raise UserError(f"{out}: exists and is no export; choose another folder")
     temporary = out.parent / f".{out.name}.partial"
     parts = list(_parts(stored_leaves(abstract)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import posixpath
 import uuid
 
 from etils import epath
@@ -14,12 +16,38 @@ PathLike = str | os.PathLike[str]
 
 
 def as_path(path: PathLike) -> epath.Path:
-    """Returns `path` as an `epath.Path`: `~` expanded, local paths absolute, object stores as they are.
+    """Returns `path` as an `epath.Path`: `~` expanded, without `..`, and local paths absolute.
 
-    Absolute, because Orbax takes nothing else.
+    Absolute, because Orbax takes nothing else; without `..`, because to an object store that is a name.
     """
     text = os.fspath(path)
-    return epath.Path(text) if "://" in text else epath.Path(os.path.abspath(os.path.expanduser(text)))
+    if "://" in text:
+        _always_list_anew()
+        scheme, place = text.split("://", 1)
+        return epath.Path(f"{scheme}://{posixpath.normpath(place)}")
+    return epath.Path(os.path.abspath(os.path.expanduser(text)))
+
+
+@functools.cache
+def _always_list_anew() -> None:
+    """What TensorStore or another host wrote would be missing in the listings that fsspec keeps."""
+    try:
+        import fsspec
+    except ImportError:
+        return  # opening the path says what to install
+    for protocol in ("gcs", "gs", "s3"):
+        fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+
+
+def children(folder: PathLike) -> list[epath.Path]:
+    """What lies in `folder`, by name; nothing if it is no folder.
+
+    An object store has no empty folders, so one that was just made may be missing there.
+    """
+    try:
+        return sorted(as_path(folder).iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def file_size(path: PathLike) -> int:
@@ -50,20 +78,25 @@ def read_bytes(path: PathLike, max_bytes: int) -> bytes:
 
 
 def write_bytes_atomic(path: PathLike, data: bytes) -> None:
-    """Writes `data` beside `path`, then renames: a reader never sees half a file.
+    """Writes `data` so that a reader never sees half a file.
+
+    Beside `path`, then renamed; an object store shows an object when it is whole.
 
     Raises:
       UserError: the disk is full or the folder cannot be written.
     """
     path = as_path(path)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    remote = "://" in str(path)
+    temporary = path if remote else path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
-        temporary.replace(path)
+        if not remote:
+            temporary.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):  # the folder itself may be what cannot be written
-            temporary.unlink(missing_ok=True)
+        if not remote:
+            with contextlib.suppress(OSError):  # the folder itself may be what cannot be written
+                temporary.unlink(missing_ok=True)
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder"
         ) from error

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vilam3_jax.datasets import phantoms, prepare, train_tokenizer
+from vilam3_jax.paths import PathLike
 from vilam3_jax.training import telemetry
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,7 @@ def make_world(root: Path) -> Path:
     return root
 
 
-def arguments(world: Path, workdir: Path, stage: str = "stage3_instruct", **settings: Any) -> list[str]:
+def arguments(world: Path, workdir: PathLike, stage: str = "stage3_instruct", **settings: Any) -> list[str]:
     settings = {
         "data.path": world / "data",
         "model.tokenizer": world / "tokenizer",
@@ -96,7 +97,7 @@ def run_script(
     return [(process.returncode, *texts) for process, texts in zip(running, said, strict=True)]
 
 
-def losses(workdir: Path) -> dict[int, float]:
+def losses(workdir: PathLike) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in telemetry.read_metrics(workdir) if "loss" in row}
 
 

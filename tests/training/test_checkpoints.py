@@ -113,7 +113,8 @@ def test_a_torn_checkpoint_falls_back_and_is_kept_as_evidence(tmp_path, capsys, 
     assert restore(tmp_path) == 1
     said = capsys.readouterr().err
     assert "checkpoints/2: damaged (" in said and "going on from step 1" in said
-    (aside,) = (tmp_path / "checkpoints_damaged").iterdir()
+    aside, why = sorted((tmp_path / "checkpoints_damaged").iterdir())
+    assert why.name == f"{aside.name}.txt" and why.read_text().strip() in said
     assert aside.name.startswith("2.") and sorted(path.name for path in aside.rglob("*")) == left
     save(tmp_path, 2)  # the same step again
     assert restore(tmp_path) == 2

@@ -1,13 +1,13 @@
 """Writers of figures: what a resumed run leaves in them, and what a missing package says."""
 
 import json
+import os
 import sys
 
 import pytest
-from etils.epath import testing
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.training import telemetry, writers
+from vilam3_jax.training import writers
 
 from . import helpers
 
@@ -121,6 +121,16 @@ def test_wandb_gets_every_step_of_a_resumed_run_once(tmp_path, monkeypatch):
     assert fake.settings["config"]["model"]["llm"]["num_layers"] == 2
 
 
+def test_wandb_of_a_run_in_an_object_store(bucket, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    write_steps(config_with("wandb"), "gs://bucket/run", 0, 2)
+    assert [step for step, values in next(iter(fake.runs.values())) if "loss" in values] == [1, 2]
+    assert fake.settings["mode"] is None and not os.path.exists(fake.settings["dir"])
+    with pytest.raises(UserError, match=r"gs://bucket/run.*local"):  # nothing would be left to send later
+        write_steps(config_with("wandb", wandb_offline=True), "gs://bucket/run", 0, 2)
+
+
 def test_what_was_not_sent_before_the_kill_is_sent_after_it(tmp_path, monkeypatch):
     """Killed during the evaluation of step 4, whose training figures were sent."""
     fake = FakeWandb()
@@ -135,53 +145,24 @@ def test_what_was_not_sent_before_the_kill_is_sent_after_it(tmp_path, monkeypatc
     assert [step for step, values in sent if "heldout_true" in values] == [4]
 
 
-def test_lines_in_an_object_store_that_cannot_append(tmp_path, monkeypatch):
-    """`gs://run` lies below a local folder; a file is shown when it is closed, and never appended to."""
-
-    def local(path):
-        return str(path).replace("gs://", f"{tmp_path}/")
-
-    def opened(function, path, mode):
-        assert mode in ("r", "rb", "w", "wb"), "gcsfs would begin a new file"
-        return function(local(path), mode)
-
-    def one(function, path, *args, **kwargs):
-        return function(local(path), *args, **kwargs)
-
-    def two(function, path, target, *args, **kwargs):
-        return function(local(path), local(target), *args, **kwargs)
-
+def test_lines_in_an_object_store_that_cannot_append(bucket, monkeypatch):
     def steps():
-        return [row["step"] for row in writers.read_lines("gs://run", "some.jsonl")]
+        return [row["step"] for row in writers.read_lines("gs://bucket", "some.jsonl")]
 
-    ones = dict.fromkeys(("exists", "isdir", "makedirs", "mkdir", "remove", "stat"), one)
-    with testing.mock_epath(**ones, open=opened, **dict.fromkeys(("copy", "rename", "replace"), two)):
-        lines = writers.JsonLines("gs://run", "some.jsonl", 0)
-        for step in (1, 2, 3):
-            lines.write(step, {"loss": 1.0})
-        assert steps() == [], "an upload a line would be refused"
-        lines.flush()
-        assert steps() == [1, 2, 3]
-        monkeypatch.setattr(writers, "_REWRITE_SECONDS", 0)
-        lines.write(4, {"loss": 1.0})
-        assert steps() == [1, 2, 3, 4]  # and then the process is killed
-        resumed = writers.JsonLines("gs://run", "some.jsonl", 2)
-        assert steps() == [1, 2]
-        resumed.write(3, {"loss": 1.0})
-        resumed.close()
-        assert steps() == [1, 2, 3]
-
-
-def test_a_checkpoint_waits_until_the_figures_before_it_are_written(tmp_path, monkeypatch):
-    flushed = []
-    monkeypatch.setattr(writers.JsonLines, "flush", lambda self: flushed.append("lines"))
-    clock = telemetry.Clock()
-    config = config_with()
-    with (
-        telemetry.Telemetry(config, tmp_path, 0, clock, {}, last=1, quiet=True) as monitor,
-        monitor.aside("checkpoint_stall"),
-    ):
-        assert flushed == ["lines"]
+    lines = writers.JsonLines("gs://bucket", "some.jsonl", 0)
+    for step in (1, 2, 3):
+        lines.write(step, {"loss": 1.0})
+    assert steps() == [], "an upload a line would be refused"
+    lines.flush()
+    assert steps() == [1, 2, 3]
+    monkeypatch.setattr(writers, "_REWRITE_SECONDS", 0)
+    lines.write(4, {"loss": 1.0})
+    assert steps() == [1, 2, 3, 4]  # and then the process is killed
+    resumed = writers.JsonLines("gs://bucket", "some.jsonl", 2)
+    assert steps() == [1, 2]
+    resumed.write(3, {"loss": 1.0})
+    resumed.close()
+    assert steps() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])

@@ -254,7 +254,7 @@ def _write_shard(directory: Any, name: str, records: Sequence[bytes]) -> None:
 def _read_indexes(directory: Any) -> dict[Key, dict[str, Any]]:
     """Merges every index of the folder: successes win over failures, later runs over earlier ones."""
     merged: dict[Key, dict[str, Any]] = {}
-    names = sorted(p.name for p in directory.iterdir() if p.name.endswith(_INDEX_SUFFIX))
+    names = [p.name for p in paths.children(directory) if p.name.endswith(_INDEX_SUFFIX)]
     for name in names:
         if name.startswith("."):
             continue

@@ -279,7 +279,7 @@ class ExampleSource:
             known = ", ".join(sorted(self.info["splits"])) or "none"
             raise UserError(f"{directory}: no split {split!r}; it has {known}")
         root = self.info.get("data_root", ".")
-        self.data_root = paths.as_path(root) if _is_absolute(root) else self.directory / root
+        self.data_root = paths.as_path(root if _is_absolute(root) else self.directory / root)
         self._shards = self.info["splits"][split]["shards"]
         self._starts = [0]
         for shard in self._shards:

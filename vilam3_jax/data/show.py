@@ -90,8 +90,8 @@ def contact_sheet(images: Sequence[np.ndarray]) -> np.ndarray:
 
 def _open(data: str, dataset: str | None, split: str) -> ExampleSource:
     root = paths.as_path(data)
-    if dataset is None and not (root / INFO_NAME).exists() and root.is_dir():
-        found = sorted(p.name for p in root.iterdir() if (p / INFO_NAME).exists())
+    if dataset is None and not (root / INFO_NAME).exists():
+        found = [path.name for path in paths.children(root) if (path / INFO_NAME).exists()]
         if len(found) > 1:
             raise UserError(f"{data}: holds {', '.join(found)}; choose one with --dataset")
         dataset = found[0] if found else None

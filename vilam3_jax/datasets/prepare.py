@@ -6,6 +6,7 @@ import argparse
 import collections
 import hashlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -167,7 +168,7 @@ def _publish(work: epath.Path, out: epath.Path, remote: bool) -> None:
             out.rmdir()
         work.rename(out)
         return
-    files = sorted(path for path in work.glob("**/*") if not path.is_dir())
+    files = sorted(epath.Path(folder) / name for folder, _, names in os.walk(work) for name in names)
     # Object stores have no rename of folders: the file that makes the build complete goes last.
     for path in sorted(files, key=lambda p: p.name == BUILD_NAME):
         target = out / path.relative_to(work)
@@ -180,7 +181,7 @@ def _existing(out: epath.Path, identity: dict[str, Any]) -> dict[str, Any] | Non
         return None
     if not out.is_dir():
         raise UserError(f"{out}: is a file; choose another --out")
-    if not any(out.iterdir()):
+    if not paths.children(out):
         return None
     found: dict[str, Any] = {}
     if (out / BUILD_NAME).exists():

@@ -22,11 +22,11 @@ def dataset_texts(root: paths.PathLike) -> Iterator[str]:
     Raises:
       UserError: `root` holds no data set.
     """
-    folders = [folder for folder in paths.as_path(root).iterdir() if (folder / "dataset.json").exists()]
+    folders = [folder for folder in paths.children(root) if (folder / "dataset.json").exists()]
     if not folders:
         raise UserError(f"{root}: holds no data set; give the --out folder of `vilam3 prepare`")
     yield cards.render_cards(cards.load_cards("quickstart"))
-    for folder in sorted(folders):
+    for folder in folders:
         source = ExampleSource(folder, "train")
         for index in range(len(source)):
             yield from (turn.text for turn in source[index].turns)

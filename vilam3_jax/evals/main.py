@@ -87,8 +87,7 @@ def data_sets(folder: paths.PathLike) -> list[epath.Path]:
     root = paths.as_path(folder)
     if (root / INFO_NAME).exists():
         return [root]
-    children = sorted(root.iterdir()) if root.is_dir() else []
-    found = [path for path in children if path.is_dir() and (path / INFO_NAME).exists()]
+    found = [path for path in paths.children(root) if (path / INFO_NAME).exists()]
     if not found:
         raise UserError(f"{folder}: no data set ({INFO_NAME}) in it or right below it; run `vilam3 prepare`")
     return found

@@ -49,8 +49,7 @@ class Source:
         """
         root = paths.as_path(folder)
         data = root / "data"
-        candidates = [data, *sorted(p for p in data.iterdir() if p.is_dir())] if data.is_dir() else []
-        found = [path for path in candidates if (path / INFO_NAME).exists()]
+        found = [path for path in (data, *paths.children(data)) if (path / INFO_NAME).exists()]
         if not found:
             raise UserError(
                 f"{data}: no data set ({INFO_NAME}) in it or right below it; run the quickstart again"

@@ -163,9 +163,7 @@ def read_run(folder: paths.PathLike) -> Run:
     stages = [
         dataclasses.replace(read_stage(root / "stages" / name, finished=True), name=name) for name in STAGES
     ]
-    found = (
-        sorted(p.name for p in (root / "eval").iterdir() if p.is_dir()) if (root / "eval").is_dir() else []
-    )
+    found = [path.name for path in paths.children(root / "eval") if path.is_dir()]
     extra = [name for name in found if name not in ARMS and (root / "eval" / name / "rows.jsonl").exists()]
     arms = [read_arm(root / "eval" / name) for name in (*ARMS, *extra)]
     for arm in arms[1:]:

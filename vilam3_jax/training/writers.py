@@ -11,6 +11,7 @@ import importlib.util
 import io
 import json
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -185,7 +186,10 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run at Weights & Biases, or in `<workdir>/wandb`, to be sent later by `wandb sync`."""
+    """A run at Weights & Biases, or in `<workdir>/wandb`, to be sent later by `wandb sync`.
+
+    What is sent at once passes through a temporary folder where the workdir is in an object store.
+    """
 
     def __init__(
         self, config: ConfigDict, workdir: paths.PathLike, record: dict[str, Any], sent: Sent
@@ -193,6 +197,8 @@ class Wandb:
         import wandb
 
         run_id = record.setdefault("wandb", uuid.uuid4().hex[:12])
+        self._scratch = tempfile.TemporaryDirectory(prefix="vilam3-wandb-")
+        passing = "://" in os.fspath(workdir) and not config.telemetry.wandb_offline
         try:
             self._run = wandb.init(
                 project=config.telemetry.project,
@@ -200,7 +206,7 @@ class Wandb:
                 id=run_id,
                 resume="allow",
                 mode="offline" if config.telemetry.wandb_offline else None,
-                dir=_local(workdir, "wandb"),
+                dir=self._scratch.name if passing else _local(workdir, "wandb"),
                 config=config.to_dict(),
             )
         except (wandb.errors.Error, OSError) as error:
@@ -221,6 +227,7 @@ class Wandb:
     def close(self) -> None:
         """Waits until all is sent."""
         self._run.finish()
+        self._scratch.cleanup()
 
 
 class Mlflow:

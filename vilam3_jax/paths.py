@@ -32,11 +32,11 @@ def as_path(path: PathLike) -> epath.Path:
 def _always_list_anew() -> None:
     """What TensorStore or another host wrote would be missing in the listings that fsspec keeps."""
     try:
-        import fsspec
+        from fsspec import config
     except ImportError:
         return  # opening the path says what to install
     for protocol in ("gcs", "gs", "s3"):
-        fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+        config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
 
 
 def children(folder: PathLike) -> list[epath.Path]:

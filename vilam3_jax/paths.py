@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import posixpath
+import stat
 import uuid
 
 from etils import epath
@@ -51,9 +52,17 @@ def children(folder: PathLike) -> list[epath.Path]:
 
 
 def file_size(path: PathLike) -> int:
-    """Size of a file in bytes, also where the owner of a local file has no name (epath's `stat` fails)."""
-    path = as_path(path)
-    return path.stat().length if "://" in str(path) else os.stat(path).st_size
+    """Size of a file in bytes."""
+    return _look_up(as_path(path))[1]
+
+
+def _look_up(path: epath.Path) -> tuple[bool, int]:
+    """Whether `path` is a folder, and its size: one request to an object store."""
+    if "://" in str(path):
+        found = path.stat()
+        return found.is_directory, found.length
+    known = os.stat(path)  # epath's fails where the owner of a file has no name
+    return stat.S_ISDIR(known.st_mode), known.st_size
 
 
 def read_bytes(path: PathLike, max_bytes: int) -> bytes:
@@ -64,17 +73,20 @@ def read_bytes(path: PathLike, max_bytes: int) -> bytes:
       max_bytes: refuse larger files, so that a hostile file cannot exhaust memory.
 
     Raises:
-      UserError: missing, a folder, or larger than `max_bytes`.
+      UserError: missing, a folder, larger than `max_bytes`, or not to be read.
     """
     path = as_path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file; check the path")
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder, a file was expected")
-    size = file_size(path)
-    if size > max_bytes:
-        raise UserError(f"{path}: {size} bytes, more than the limit of {max_bytes}; use a smaller file")
-    return path.read_bytes()
+    try:
+        is_folder, size = _look_up(path)
+        if is_folder:
+            raise UserError(f"{path}: is a folder, a file was expected")
+        if size > max_bytes:
+            raise UserError(f"{path}: {size} bytes, more than the limit of {max_bytes}; use a smaller file")
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # the last: no name for a file
+        raise UserError(f"{path}: no such file; check the path") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}); check the path") from error
 
 
 def write_bytes_atomic(path: PathLike, data: bytes) -> None:

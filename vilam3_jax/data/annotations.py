@@ -6,12 +6,13 @@ This module imports neither jax nor flax nor torch: the expert processes write i
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -46,6 +47,7 @@ __all__ = [
 ]
 
 _INDEX_SUFFIX = ".index.json"
+_INDEXES_AT_ONCE = 32  # an object store answers each after a while
 _SHARD_SUFFIX = ".array_record"
 
 
@@ -253,14 +255,17 @@ def _write_shard(directory: Any, name: str, records: Sequence[bytes]) -> None:
 
 def _read_indexes(directory: Any) -> dict[Key, dict[str, Any]]:
     """Merges every index of the folder: successes win over failures, later runs over earlier ones."""
+    files = [p for p in paths.children(directory) if p.name.endswith(_INDEX_SUFFIX) and p.name[0] != "."]
+    with concurrent.futures.ThreadPoolExecutor(_INDEXES_AT_ONCE) as pool:
+        texts = pool.map(lambda path: paths.read_bytes(path, MAX_RECORD_BYTES), files)
+        return _merged(zip(files, texts, strict=True))
+
+
+def _merged(indexes: Iterable[tuple[Any, bytes]]) -> dict[Key, dict[str, Any]]:
     merged: dict[Key, dict[str, Any]] = {}
-    names = [p.name for p in paths.children(directory) if p.name.endswith(_INDEX_SUFFIX)]
-    for name in names:
-        if name.startswith("."):
-            continue
-        path = directory / name
+    for path, text in indexes:
         try:
-            index: Mapping[str, Any] = json.loads(paths.read_bytes(path, MAX_RECORD_BYTES))
+            index: Mapping[str, Any] = json.loads(text)
             if index["schema_version"] != SCHEMA_VERSION:
                 raise UserError(
                     f"{path}: schema {index['schema_version']}, this version reads {SCHEMA_VERSION}; "

@@ -1,0 +1,52 @@
+"""Paths that users give: local or in an object store, there or not."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from vilam3_jax import paths
+from vilam3_jax.errors import UserError
+
+
+def test_every_path_has_one_name(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    names = {
+        "a/../b": str(tmp_path / "b"),
+        "~/c/": "/home/someone/c",
+        "gs://bucket/a/../b/": "gs://bucket/b",
+        "gs://bucket": "gs://bucket",
+        "s3://bucket/a//b": "s3://bucket/a/b",
+    }
+    assert {given: os.fspath(paths.as_path(given)) for given in names} == names
+
+
+@pytest.mark.parametrize("root", ["", "gs://bucket"])
+def test_reading(tmp_path, bucket, root) -> None:
+    root = root or str(tmp_path / "local")
+    folder = paths.as_path(root) / "folder"
+    assert paths.children(folder) == []
+    paths.write_text_atomic(folder / "b", "four")
+    paths.write_text_atomic(folder / "a", "")
+    paths.write_text_atomic(folder / "b", "more")  # replaced
+    assert [path.name for path in paths.children(folder)] == ["a", "b"]
+    assert paths.children(folder / "a") == []
+    assert paths.read_bytes(folder / "b", 4) == b"more" and paths.file_size(folder / "b") == 4
+    with pytest.raises(UserError, match=r"folder/b: 4 bytes, more than the limit of 3"):
+        paths.read_bytes(folder / "b", 3)
+    with pytest.raises(UserError, match="folder: is a folder"):
+        paths.read_bytes(folder, 4)
+    for missing in (folder / "c", folder / "a" / "b", folder / "a\0"):
+        with pytest.raises(UserError, match="no such file"):
+            paths.read_bytes(missing, 4)
+    with pytest.raises(UserError, match=r"cannot be read .*too long"):
+        paths.read_bytes(folder / ("x" * 300), 4)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/a: cannot be written"):
+        paths.write_text_atomic(tmp_path / "file" / "a", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

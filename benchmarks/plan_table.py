@@ -4,8 +4,8 @@
 
 Two rows of 4,096 tokens a device, in as many steps as give the recipe's samples; parameters over 64
 devices, and once more over the next 64. Where that does not fit, parameters over as many devices as divide
-them, and then one row a device in twice as many steps. Most valuable cells first; a cell that is there is not
-compiled again. A compilation takes one core two to six minutes.
+them, and then one row a device in twice as many steps. A cell that is there is not compiled again. A
+compilation takes one core two to ten minutes.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from pathlib import Path
 from vilam3_jax import config as config_lib
 from vilam3_jax.plan import topology as topology_lib
 
-MODELS = ("vila_m3_8b", "vila_m3_40b", "vila_m3_3b", "vila_m3_13b")
+MODELS = ("vila_m3_3b", "vila_m3_8b", "vila_m3_13b", "vila_m3_40b")
 STAGES = ("stage4_expert", "stage3_instruct", "stage2b_pretrain", "stage2a_align", "stage1_vision")
-TOPOLOGIES = ("v5p:4x4x4", "v5p:4x8x8", "v6e:16x16", "v5e:16x16", "tpu7x:4x4x4")
+TOPOLOGIES = ("v5e:16x16", "v6e:16x16", "v5p:4x4x4", "v5p:4x8x8", "tpu7x:4x4x4")
 COLUMNS = ("run", "model", "slice", "fsdp x data, rows a device", "GiB a chip", "s a step", "MFU at most")
 COLUMNS += ("tokens/s/chip", "chip-hours")
 RECIPE_ROWS = 128  # of configs/pods.py
@@ -30,7 +30,7 @@ WIDEST = {"vila_m3_40b": 128}  # devices that share a parameter: InternViT's 3,2
 
 
 def cells():
-    """(stage, model, topology), the most asked for first."""
+    """(stage, model, topology), stage 4 first."""
     for stage in STAGES:
         for model in MODELS:
             if stage != "stage1_vision" or model == STAGE_1_MODEL:

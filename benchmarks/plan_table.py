@@ -79,7 +79,7 @@ def row(plan):
     split = f"{fsdp} x {plan['mesh']['data']}, {plan['rows'] / plan['devices']:g}"
     slice_ = f"{plan['topology']} ({plan['chips']} chips)"
     place = f"{plan['run']} | {plan['model']} | {slice_} | {split} | {needed}"
-    if mfu is None:
+    if not plan["fits"]:
         return f"| {place} | does not fit | | | |"
     speed = plan["speed"]
     hours = "{:,.0f} to {:,.0f}".format(*plan["chip_hours"]) if plan["run"] in STEPS else ""

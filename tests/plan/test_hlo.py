@@ -209,7 +209,7 @@ def compile_on(name, function, *shapes, specs=None):
         jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, spec(*axes)))
         for shape, axes in zip(shapes, specs or [()] * len(shapes), strict=True)
     ]
-    with mesh:
+    with jax.set_mesh(mesh):
         return jax.jit(function).lower(*arguments).compile().as_text()
 
 
@@ -225,12 +225,42 @@ def test_compiled_loops_count_their_trips():
     assert at_peak < cycles(6) < 2 * at_peak
 
 
-def test_a_compiled_gather_sends_what_the_others_hold():
-    gathered = jax.sharding.PartitionSpec()
-    text = compile_on(
-        "v5e:2x4", lambda x: jax.lax.with_sharding_constraint(x * 2, gathered), (1024, 1024), specs=[("x",)]
-    )
-    assert sum(hlo.read(text).wire_bytes().values()) == 1024 * 1024 * 2 * 7 / 8
+TRANSFERS = {
+    "all-gather": (1, lambda x: jax.lax.all_gather(x, "x", tiled=True)[:512]),
+    "reduce-scatter": (8, lambda x: jax.lax.psum_scatter(jnp.tile(x, (8, 1)), "x", tiled=True)),
+    "all-reduce": (2, lambda x: jax.lax.psum(x, "x")),
+    "all-to-all": (1 / 8, lambda x: jax.lax.all_to_all(x, "x", 0, 0, tiled=True)),
+}
+
+
+@pytest.mark.parametrize(
+    "chip",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("v5e:2x4", "v6e:2x4", "v5p:2x2x2")),
+        "tpu7x:2x2x1",
+    ],
+)
+@pytest.mark.parametrize("kind", TRANSFERS)
+def test_compiled_transfers_beside_products(chip, kind):
+    """Every chip has its ways to run a transfer meanwhile; whichever is taken, the bytes are these."""
+    times, transfer = TRANSFERS[kind]
+
+    def block(x, w):
+        moved = transfer(x)
+        for _ in range(4):  # to run beside
+            w = jnp.tanh(w @ w)
+        return moved + w[:512] if moved.shape == x.shape else moved.sum() + w
+
+    def step(x, w):
+        axes = jax.sharding.PartitionSpec("x")
+        return jax.shard_map(block, in_specs=(axes, axes), out_specs=axes)(x, w)
+
+    text = compile_on(chip, step, (8 * 512, 2048), (8 * 2048, 2048), specs=[("x",), ("x",)])
+    sent = sum(hlo.read(text).wire_bytes().values())
+    whole = 512 * 2048 * 2 * (8 if kind in ("all-gather", "all-to-all") else 1)
+    if (chip, kind) == ("v5p:2x2x2", "reduce-scatter"):
+        times = 2 * times  # over three axes of a torus it is an all-reduce and a slice
+    assert sent == whole * times * 7 / 8
 
 
 def test_attributes_with_line_breaks_do_not_end_a_computation():

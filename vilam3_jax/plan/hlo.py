@@ -6,7 +6,8 @@ with their shapes and groups for a roofline.
 
 How a TPU module says things:
 - An asynchronous collective is a pair of fusions around `AsyncCollectiveStart` and `...Done`; the fusions in
-  between, with which it overlaps, repeat it. It is one transfer, counted at its start.
+  between, with which it overlaps, repeat it. It is one transfer, counted at its start. Where it is left to
+  the sparse cores (TPU7x), it is a computation that `call-start` calls.
 - A reduce-scatter is a fusion `all-reduce-scatter` of an all-reduce and a slice.
 - The part of a collective that runs between slices is a `send` and a `recv` of the hosts (`megascale`).
   Partitions are numbered within a slice.
@@ -225,9 +226,9 @@ class _Reader:
                 cost.add(max(branches, key=lambda branch: branch.cycles))
         elif opcode == "fusion" and called:
             self._count_fusion(cost, called, known)
-        elif opcode in ("call", "async-start") and called:
+        elif opcode in ("call", "call-start", "async-start") and called:
             inner = self._cost(called)
-            if opcode == "async-start":
+            if opcode != "call":
                 inner = dataclasses.replace(
                     inner,
                     collectives=[(dataclasses.replace(c, overlapped=True), n) for c, n in inner.collectives],

@@ -4,8 +4,8 @@
 
 Two rows of 4,096 tokens a device, in as many steps as give the recipe's samples; parameters over 64
 devices, and once more over the next 64. Where that does not fit, parameters over as many devices as divide
-them, and then one row a device in twice as many steps. A cell that is there is not compiled again. A
-compilation takes one core two to ten minutes.
+them, then one row a device, then one row for two (`mesh.context`), in as many more steps. A cell that is there
+is not compiled again. A compilation takes one core two to ten minutes.
 """
 
 import argparse
@@ -46,13 +46,18 @@ def attempts(stage, model, devices):
         return [[], everywhere]
 
     def rows(per_device):
-        count = per_device * devices
+        count = int(per_device * devices)
         length = [f"--config.num_steps={STEPS[stage] * RECIPE_ROWS // count}"] if stage in STEPS else []
         return [f"--config.data.global_rows={count}", *length]
 
     single = ["--config.data.rows_per_group=1"]
     single += [f"--config.data.images_per_group={-(-config.data.images_per_group // 2)}"]
-    return [rows(2), rows(2) + everywhere, rows(1) + everywhere + single]
+    pairs = [
+        "--config.mesh.context=2",
+        "--config.mesh.data=-1",
+        f"--config.mesh.fsdp={min(fsdp, devices // 2)}",
+    ]
+    return [rows(2), rows(2) + everywhere, rows(1) + everywhere + single, rows(1 / 2) + pairs + single]
 
 
 def compile_cell(stage, model, topology, file):

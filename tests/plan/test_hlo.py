@@ -191,6 +191,25 @@ def test_an_asynchronous_transfer_counts_once_and_a_reduce_scatter_as_itself():
     assert cost.cycles == 50
 
 
+def test_of_what_the_sparse_cores_do_only_transfers_count():
+    groups = "replica_groups={{0,1,2,3,4,5,6,7}}"
+    aside = (
+        "%aside (p: bf16[8,8]) -> bf16[64,8] {\n  %p = bf16[8,8]{1,0} parameter(0)\n"
+        + estimated("f2", 100, "p")
+        + collective("g", "bf16[64,8]{1,0}", "all-gather", groups, "f2")
+        + '}, execution_thread="sparsecore"\n\n'
+    )
+    top = (
+        "  %s = ((bf16[8,8]), bf16[64,8]{1,0}) call-start(%a), "
+        'async_execution_thread="sparsecore", to_apply=%aside\n'
+        + estimated("m", 50, "a")
+        + "  ROOT %d = bf16[64,8]{1,0} call-done(%s)\n"
+    )
+    cost = hlo.read(HEAD + FUSED + aside + entry(top))
+    assert cost.cycles == 50 and cost.wire_bytes() == {"all-gather": 64 * 8 * 2 * 7 / 8}
+    assert [item.overlapped for item, _ in cost.collectives] == [True]
+
+
 def test_kernels_are_listed_with_their_shapes_though_their_configs_have_line_breaks():
     text = (
         '  %splash_mha_fwd.7 = bf16[4,32,8]{2,1,0} custom-call(%a), custom_call_target="tpu_custom_call", '

@@ -7,7 +7,7 @@ with their shapes and groups for a roofline.
 How a TPU module says things:
 - An asynchronous collective is a pair of fusions around `AsyncCollectiveStart` and `...Done`; the fusions in
   between, with which it overlaps, repeat it. It is one transfer, counted at its start. Where it is left to
-  the sparse cores (TPU7x), it is a computation that `call-start` calls.
+  the sparse cores (TPU7x), it is a computation that `call-start` calls; copies may be left to them, too.
 - A reduce-scatter is a fusion `all-reduce-scatter` of an all-reduce and a slice.
 - The part of a collective that runs between slices is a `send` and a `recv` of the hosts (`megascale`).
   Partitions are numbered within a slice.
@@ -228,11 +228,11 @@ class _Reader:
             self._count_fusion(cost, called, known)
         elif opcode in ("call", "call-start", "async-start") and called:
             inner = self._cost(called)
-            if opcode != "call":
-                inner = dataclasses.replace(
-                    inner,
-                    collectives=[(dataclasses.replace(c, overlapped=True), n) for c, n in inner.collectives],
-                )
+            beside = [(dataclasses.replace(item, overlapped=True), n) for item, n in inner.collectives]
+            if opcode == "call-start":  # of what a sparse core does, only the transfers count
+                inner = Cost(collectives=beside)
+            elif opcode == "async-start":
+                inner = dataclasses.replace(inner, collectives=beside)
             cost.add(inner)
 
     def _count_fusion(self, cost: Cost, called: str, known: bool) -> None:

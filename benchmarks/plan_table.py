@@ -4,8 +4,8 @@
 
 Two rows of 4,096 tokens a device, in as many steps as give the recipe's samples; parameters over 64
 devices, and once more over the next 64. Where that does not fit, parameters over as many devices as divide
-them, then one row a device, then one row for two (`mesh.context`), in as many more steps. A cell that is there
-is not compiled again. A compilation takes one core two to ten minutes.
+them, then one row a device, then one row for two (`mesh.context`), in as many more steps. A cell that is
+there is not compiled again. A compilation takes one core two to ten minutes.
 """
 
 import argparse

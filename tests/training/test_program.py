@@ -88,18 +88,23 @@ def test_a_batch_that_does_not_divide_is_refused():
         program_lib.build(config, mesh_lib.build_mesh(config.mesh))
 
 
-def test_a_tpu_gives_operations_more_vector_memory_and_the_config_has_the_last_word():
+def test_what_tpus_are_told_and_the_config_has_the_last_word():
     pytest.importorskip("libtpu")
     name = "xla_tpu_scoped_vmem_limit_kib"
+    offload = "xla_tpu_enable_sparse_core_collective_offload_all_gather"
     config = tiny_config(fsdp=-1)
     meshes = {
         generation: mesh_lib.build_mesh(config.mesh, topology.parse(f"{generation}:{shape}").devices())
-        for generation, shape in (("v4", "2x2x1"), ("v5p", "2x2x1"), ("v6e", "2x2"))
+        for generation, shape in (("v4", "2x2x1"), ("v5e", "2x2"), ("v5p", "2x2x1"), ("v6e", "2x2"))
     }
     told = {key: program_lib.compiler_options(config, mesh) for key, mesh in meshes.items()}
     assert told["v4"] == {} and 16384 < told["v5p"][name] < told["v6e"][name]
-    config.compiler_options = ((name, 16384),)
-    assert program_lib.compiler_options(config, meshes["v5p"]) == {name: 16384}
+    assert [key for key in told if told[key].get(offload)] == ["v5p", "v6e"] and offload not in told["v5e"]
+    config.compiler_options = ((name, 16384), (offload, False))
+    last = program_lib.compiler_options(config, meshes["v5p"])
+    assert (last[name], last[offload]) == (16384, False)
+    for mesh in meshes.values():
+        program_lib.check_compiler_options(config, mesh)
     config.compiler_options = ()
     assert program_lib.compiler_options(config, mesh_lib.build_mesh(config.mesh)) == {}
 

@@ -7,7 +7,7 @@ with their shapes and groups for a roofline.
 How a TPU module says things:
 - An asynchronous collective is a pair of fusions around `AsyncCollectiveStart` and `...Done`; the fusions in
   between, with which it overlaps, repeat it. It is one transfer, counted at its start. Where it is left to
-  the sparse cores (TPU7x), it is a computation that `call-start` calls; copies may be left to them, too.
+  the sparse cores, it is a computation that `call-start` or `custom-call-start` calls; copies may be, too.
 - A reduce-scatter is a fusion `all-reduce-scatter` of an all-reduce and a slice.
 - The part of a collective that runs between slices is a `send` and a `recv` of the hosts (`megascale`).
   Partitions are numbered within a slice.
@@ -42,6 +42,7 @@ COLLECTIVES = (
 )
 KERNEL = "tpu_custom_call"
 _PRODUCTS = ("convolution", "dot")
+_ASIDE = ("call-start", "custom-call-start")  # as libtpu 0.0.42 and 0.0.52 write it
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = ")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([^\s(]+) \(.*\{\s*$")
 _RANGE = re.compile(r"(\d+)(?::(\d+))?")
@@ -74,7 +75,7 @@ class Instruction:
 
     def called(self, key: str) -> str | None:
         """The computation that an attribute names."""
-        match = re.search(rf"\b{key}=%?([^\s,{{}}]+)", self.attributes)
+        match = re.search(rf"\b{key}=\{{?%?([^\s,{{}}]+)", self.attributes)
         return match[1] if match else None
 
 
@@ -210,7 +211,8 @@ class _Reader:
                 cost.product_cycles += cycles
         elif estimate:
             cost.without_estimate += 1
-        opcode, called = inst.opcode, inst.called("calls") or inst.called("to_apply")
+        opcode = inst.opcode
+        called = inst.called("calls") or inst.called("to_apply") or inst.called("called_computations")
         if kind := _kind(opcode):
             cost.collectives.append((self._collective(kind, inst, overlapped=opcode.endswith("-start")), 1))
         elif opcode == "custom-call" and f'custom_call_target="{KERNEL}"' in inst.attributes:
@@ -226,10 +228,10 @@ class _Reader:
                 cost.add(max(branches, key=lambda branch: branch.cycles))
         elif opcode == "fusion" and called:
             self._count_fusion(cost, called, known)
-        elif opcode in ("call", "call-start", "async-start") and called:
+        elif opcode in ("call", "async-start", *_ASIDE) and called:
             inner = self._cost(called)
             beside = [(dataclasses.replace(item, overlapped=True), n) for item, n in inner.collectives]
-            if opcode == "call-start":  # of what a sparse core does, only the transfers count
+            if opcode in _ASIDE:  # of what a sparse core does, only the transfers count
                 inner = Cost(collectives=beside)
             elif opcode == "async-start":
                 inner = dataclasses.replace(inner, collectives=beside)

@@ -36,6 +36,7 @@ class Chip:
       clock: cycles per second in which the compiler estimates, see above; 0 for GPUs.
       scoped_vmem_kib: how much of a TPU core's vector memory one operation may use, half of it where we know
         that this helps; 0 leaves the compiler's choice (16 MiB, v6e 32).
+      sparse_cores: XLA may be told to leave gathers and scatters to them (TPU7x does so by itself).
     """
 
     name: str
@@ -50,6 +51,7 @@ class Chip:
     cores_in_name: bool = False
     clock: float = 0.0
     scoped_vmem_kib: int = 0
+    sparse_cores: bool = False
 
 
 CHIPS = {
@@ -80,6 +82,7 @@ CHIPS = {
             cores_in_name=True,
             clock=1.75e9,
             scoped_vmem_kib=32768,
+            sparse_cores=True,
         ),
         Chip(
             "v6e",
@@ -92,6 +95,7 @@ CHIPS = {
             12.5e9,
             clock=2.1e9,
             scoped_vmem_kib=65536,
+            sparse_cores=True,
         ),
         Chip(
             "tpu7x",

@@ -94,14 +94,29 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
     return Program(config, mesh, shapes, rates, optimizer, loss_fn, state, batch, jitted)
 
 
+# The first two say how a program of both tensor cores shares the sparse cores; of the gathers, the second is
+# the one over a plane of the torus.
+_ON_SPARSE_CORES = (
+    "xla_sc_disable_megacore_partitioning",
+    "xla_tpu_use_tc_device_shape_on_sc",
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather",
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather",
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
+)
+
+
 def compiler_options(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
     """What XLA is told beside the program; `config.compiler_options` has the last word.
 
-    On TPUs an operation may use more of the vector memory than XLA gives it by itself.
+    On TPUs an operation may use more of the vector memory than XLA gives it by itself, and where there are
+    sparse cores, these gather weights and scatter gradients beside the products.
     """
     chip = chips.of_kind(mesh.devices.flat[0].device_kind)
-    vmem = chip.scoped_vmem_kib if chip is not None else 0
-    options = {"xla_tpu_scoped_vmem_limit_kib": vmem} if vmem else {}
+    options: dict[str, Any] = {}
+    if chip is not None and chip.scoped_vmem_kib:
+        options["xla_tpu_scoped_vmem_limit_kib"] = chip.scoped_vmem_kib
+    if chip is not None and chip.sparse_cores:
+        options |= dict.fromkeys(_ON_SPARSE_CORES, True)
     return options | dict(config.compiler_options)
 
 

@@ -21,8 +21,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from vilam3_jax.training.chips import CHIPS
+from vilam3_jax.training.program import ON_SPARSE_CORES
+
 TOPOLOGY, PRODUCT, ROWS, LENGTH, CHUNK = "v5p:4x4x4", "v5p-128", 2, 4096, 1024
-OPTIONS = {"plain": {}, "tuned": {"xla_tpu_scoped_vmem_limit_kib": 32768}}
+TUNED = dict.fromkeys(ON_SPARSE_CORES, True)
+TUNED["xla_tpu_scoped_vmem_limit_kib"] = CHIPS["v5p"].scoped_vmem_kib
+OPTIONS = {"plain": {}, "tuned": TUNED}
 _ENVIRONMENT = """
 import json, os, sys
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")

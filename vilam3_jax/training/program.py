@@ -96,7 +96,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
 
 # The first two say how a program of both tensor cores shares the sparse cores; of the gathers, the second is
 # the one over a plane of the torus.
-_ON_SPARSE_CORES = (
+ON_SPARSE_CORES = (
     "xla_sc_disable_megacore_partitioning",
     "xla_tpu_use_tc_device_shape_on_sc",
     "xla_tpu_enable_sparse_core_collective_offload_all_gather",
@@ -116,7 +116,7 @@ def compiler_options(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
     if chip is not None and chip.scoped_vmem_kib:
         options["xla_tpu_scoped_vmem_limit_kib"] = chip.scoped_vmem_kib
     if chip is not None and chip.sparse_cores:
-        options |= dict.fromkeys(_ON_SPARSE_CORES, True)
+        options |= dict.fromkeys(ON_SPARSE_CORES, True)
     return options | dict(config.compiler_options)
 
 

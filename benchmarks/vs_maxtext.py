@@ -126,6 +126,7 @@ def compare(folder: Path, options: str) -> int:
             print(f"{name}: a kernel of unknown shape: {[kernel.name for kernel, _ in cost.kernels]}")
             return 1
         attention = sum((flops or 0.0) * times for flops, times in kernels)
+        waiting = sum(item.wire_bytes * times for item, times in cost.collectives if not item.overlapped)
         rows[name] = {
             "cycles": cost.cycles,
             "kernels' roofline cycles": attention / chip.flops * chip.clock,
@@ -136,6 +137,7 @@ def compare(folder: Path, options: str) -> int:
             "argument bytes": said["argument"],
             **{f"wire bytes, {kind}": size for kind, size in cost.wire_bytes().items()},
             "wire bytes": sum(cost.wire_bytes().values()),
+            "wire bytes beside no work": waiting,
             "jax": said["jax"],
             "libtpu": said["libtpu"],
         }

@@ -34,6 +34,7 @@ UNCOMPRESSED = ocp.options.ArrayOptions(saving=ocp.options.ArrayOptions.Saving(u
 FILES = "files.json"
 _POLL_SECONDS = 0.1
 _SEAL_SECONDS = 60
+_MARKER = "commit_success.txt"  # Orbax's
 _UNFINISHED = re.compile(r"orbax-checkpoint-tmp")
 
 
@@ -209,10 +210,21 @@ class RunCheckpoints:
         return None
 
     def _remove_unfinished(self) -> None:
-        """What a save that was broken off left; it never counts, and its parts are of no use."""
+        """What a save that was broken off left; it never counts, and its parts are of no use.
+
+        Raises:
+          UserError: a complete checkpoint that Orbax would overlook.
+        """
         if processes.lead():
             for folder in paths.children(self._root):
-                if _UNFINISHED.search(folder.name) or (folder.name.isdigit() and not _complete(folder)):
+                unmarked = folder.name.isdigit() and not _complete(folder)
+                if unmarked and (folder / FILES).exists():
+                    raise UserError(
+                        f"{folder}: is complete but has no {_MARKER}, so it was copied here from a disk; "
+                        "put an empty file of that name into it and into its state, data and run to go on "
+                        "from it, or remove the folder"
+                    )
+                if unmarked or _UNFINISHED.search(folder.name):
                     folder.rmtree(missing_ok=True)
                     _say(f"{folder}: an unfinished save, removed")
         processes.meet(f"unfinished {self._root}")
@@ -224,7 +236,7 @@ class RunCheckpoints:
             for step, problem in damaged.items():
                 target = self._root.parent / "checkpoints_damaged" / f"{step}.{int(time.time())}"
                 # First, as an object store renames only into folders that hold something.
-                paths.write_text_atomic(target.with_suffix(f"{target.suffix}.txt"), f"{problem}\n")
+                paths.write_text_atomic(target.parent / f"{target.name}.txt", f"{problem}\n")
                 source = self._root / str(step)
                 source.rename(target)
                 _say(f"{source}: damaged ({problem}), moved to {target}; going on from step {used}")
@@ -234,7 +246,7 @@ class RunCheckpoints:
 
 def _complete(folder: epath.Path) -> bool:
     """Orbax renames a finished save; in gs://, where renaming is no single operation, it leaves a marker."""
-    return (folder / "commit_success.txt").exists() if str(folder).startswith("gs://") else folder.exists()
+    return (folder / _MARKER).exists() if str(folder).startswith("gs://") else folder.exists()
 
 
 def _sizes(folder: epath.Path) -> dict[str, int]:

@@ -22,7 +22,8 @@ class _Between:
 
     def __init__(self, storage: Any, query: dict[str, list[str]]) -> None:
         self._storage = storage
-        self._first, (self._end,) = query.get("startOffset", [""])[0], query.get("endOffset", [None])
+        self._first = query.get("startOffset", [""])[0]
+        self._end = query["endOffset"][0] if "endOffset" in query else None
 
     def get_file_list(self, *arguments: Any, **named: Any) -> tuple[list[dict[str, Any]], list[str]]:
         files, prefixes = self._storage.get_file_list(*arguments, **named)

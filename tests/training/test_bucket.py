@@ -54,10 +54,22 @@ def test_a_run_in_a_bucket_equals_one_on_a_disk(world, bucket):
     assert [path.name for path in paths.children(saved)] == ["4", "5"]
     assert losses(folder) == {step: loss for step, loss in losses(whole).items() if step <= 5}
 
-    # A process that is killed while it saves leaves the folder, without the marker that ends it.
-    (saved / "5" / "commit_success.txt").unlink()
+    # A copy from a disk has none of the markers that end a save here: it is not taken for an unfinished one.
+    for place in ("", "state", "data", "run"):
+        (saved / "5" / place / "commit_success.txt").unlink()
+    said = run(world, 1, in_bucket(world, bucket), code=2)
+    assert f"{saved / '5'}: is complete but has no commit_success.txt" in said
+    for place in ("", "state", "data", "run"):
+        (saved / "5" / place / "commit_success.txt").write_text("")
+    assert "damaged" not in run(world, 1, [*in_bucket(world, bucket), "--stop_after=7"])
+    assert [path.name for path in paths.children(saved)] == ["6", "7"]
+    assert losses(folder) == {step: loss for step, loss in losses(whole).items() if step <= 7}
+
+    # A process that is killed while it saves leaves the folder, without the marker and our list of files.
+    for name in ("commit_success.txt", "files.json"):
+        (saved / "7" / name).unlink()
     said = run(world, 1, in_bucket(world, bucket))
-    assert f"{saved / '5'}: an unfinished save, removed" in said
+    assert f"{saved / '7'}: an unfinished save, removed" in said
     assert losses(folder) == losses(whole)
     for left, right in zip(parameters(folder), parameters(whole), strict=True):
         np.testing.assert_array_equal(left, right)

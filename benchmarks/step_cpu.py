@@ -31,12 +31,10 @@ def measure(variant: str, fsdp: int, tensor: int, steps: int) -> float:
     from vilam3_jax.configs.quickstart import stage4_expert
 
     from vilam3_jax import compat
-    from vilam3_jax.models import llama, trees, vila
-    from vilam3_jax.ops import partition
+    from vilam3_jax.models import llama, vila
     from vilam3_jax.training import mesh as mesh_lib
-    from vilam3_jax.training import optimizer as optimizer_lib
+    from vilam3_jax.training import program as program_lib
     from vilam3_jax.training import state as state_lib
-    from vilam3_jax.training import step as step_lib
 
     config = stage4_expert.get_config("default")
     config.mesh.fsdp, config.mesh.tensor, config.mesh.cpu_devices = fsdp, tensor, fsdp * tensor
@@ -45,12 +43,8 @@ def measure(variant: str, fsdp: int, tensor: int, steps: int) -> float:
     if variant == LORA_EVERYWHERE:
         config.model.llm.lora_targets = llama.LORA_TARGETS
     compat.use_cpu_devices(fsdp * tensor)
-    mesh = mesh_lib.build_mesh(config.mesh)
-    graphdef, abstract_model = vila.abstract_model(config.model, "generative")
-    rates = optimizer_lib.multipliers(config, list(trees.flatten(abstract_model)))
-    optimizer = optimizer_lib.make_optimizer(config, {path: rate for path, rate in rates.items() if rate})
-    abstract = state_lib.abstract_state(config, mesh, optimizer, rates)
-    state, _ = state_lib.initial_state(config, abstract, optimizer)
+    program = program_lib.build(config, mesh_lib.build_mesh(config.mesh))
+    state, _ = state_lib.initial_state(config, program.state, program.optimizer)
 
     rows, length, images = config.data.global_rows, config.data.seq_len, config.data.images_per_group
     side, per_image = config.model.image_size, vila.tokens_per_image(config.model)
@@ -65,24 +59,13 @@ def measure(variant: str, fsdp: int, tensor: int, steps: int) -> float:
         "visual_index": np.full((rows, length), -1, np.int32),
     }
     batch["visual_index"][:, 10 : 10 + per_image * images] = np.arange(per_image * images)
-    with partition.activation_rules(mesh, config.activation_rules.to_dict(), config.attention):
-        placed = jax.device_put(batch, mesh_lib.batch_shardings(batch, mesh))
-        shardings = state_lib.shardings(abstract)
-        step = jax.jit(
-            step_lib.make_train_step(
-                config,
-                step_lib.make_loss(config, graphdef),
-                optimizer,
-                optimizer_lib.learning_rate(config),
-            ),
-            out_shardings=(shardings, None),
-            donate_argnums=0,
-        )
-        state, _ = jax.block_until_ready(step(state, placed))
+    placed = jax.device_put(batch, {name: leaf.sharding for name, leaf in program.batch.items()})
+    with program.placing():
+        state, _ = jax.block_until_ready(program.step(state, placed))
         seconds = []
         for _ in range(steps):
             start = time.perf_counter()
-            state, _ = jax.block_until_ready(step(state, placed))
+            state, _ = jax.block_until_ready(program.step(state, placed))
             seconds.append(time.perf_counter() - start)
     return rows * length / min(seconds)
 

@@ -93,6 +93,18 @@ def test_a_step_that_makes_nothing_is_an_error(chain, monkeypatch):
         go()
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("fma avx512_bf16 amx_bf16 amx_tile", "bfloat16"), ("fma avx512_bf16", "float32"), (None, "float32")],
+)
+def test_products_are_rounded_where_the_processor_gains_by_it(tmp_path, monkeypatch, flags, expected):
+    cpuinfo = tmp_path / "cpuinfo"
+    if flags is not None:
+        cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbogomips\t: 4000\n")
+    monkeypatch.setattr(quickstart, "CPUINFO", cpuinfo)
+    assert quickstart._matmul_precision() == expected
+
+
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")

@@ -31,9 +31,7 @@ STAGES = ("stage1_vision", "stage2a_align", "stage2b_pretrain", "stage3_instruct
 EXPERTS = ("VISTA3D", "BRAINSEG", "BRAINTUMOR", "CXR")
 PHANTOM_EXPERTS = ("VISTA3D",)
 MARKER = "quickstart.json"
-# Of matrix products, as on a TPU; with a processor's bfloat16 units a step takes two thirds of the time
-# (benchmarks/step_cpu.py).
-MATMUL_PRECISION = "bfloat16"
+CPUINFO = Path("/proc/cpuinfo")
 EVAL_LIMIT = {"smoke": 6, "default": 5, "full": 20}
 
 
@@ -230,6 +228,15 @@ def _remove(step: Step) -> None:
         target.unlink()
 
 
+def _matmul_precision() -> str:
+    """bfloat16 where the processor has matrix units for it (AMX; Linux lists them), else float32.
+
+    With these units a step takes two thirds of the time; without, rounding costs a fifth more
+    (benchmarks/step_cpu.py).
+    """
+    return "bfloat16" if CPUINFO.exists() and "amx_bf16" in CPUINFO.read_text().split() else "float32"
+
+
 def _execute(step: Step, log: Path, record: dict) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1", TF_CPP_MIN_LOG_LEVEL="3")
@@ -237,7 +244,7 @@ def _execute(step: Step, log: Path, record: dict) -> None:
     # XLA gives a step's buffers back to malloc and malloc to the kernel; with huge pages getting them again
     # is cheaper: a step takes a seventh less (benchmarks/step_cpu.py). Other C libraries do not read this.
     environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    environment.setdefault("JAX_DEFAULT_MATMUL_PRECISION", MATMUL_PRECISION)
+    environment.setdefault("JAX_DEFAULT_MATMUL_PRECISION", _matmul_precision())
     with log.open("ab") as file:
         process = subprocess.Popen(
             [sys.executable, *step.argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment

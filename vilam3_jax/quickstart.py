@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ from vilam3_jax import checkpoints, paths
 from vilam3_jax import config as config_lib
 from vilam3_jax.datasets import samples as samples_lib
 from vilam3_jax.errors import UserError
+from vilam3_jax.report import summary
 
 STAGES = ("stage1_vision", "stage2a_align", "stage2b_pretrain", "stage3_instruct", "stage4_expert")
 EXPERTS = ("VISTA3D", "BRAINSEG", "BRAINTUMOR", "CXR")
@@ -229,12 +229,13 @@ def _remove(step: Step) -> None:
 
 
 def _matmul_precision() -> str:
-    """bfloat16 where the processor has matrix units for it (AMX; Linux lists them), else float32.
+    """The user's, else bfloat16 where the processor has matrix units for it (Linux: amx_bf16), or float32.
 
     With these units a step takes two thirds of the time; without, rounding costs a fifth more
     (benchmarks/step_cpu.py).
     """
-    return "bfloat16" if CPUINFO.exists() and "amx_bf16" in CPUINFO.read_text().split() else "float32"
+    rounds = CPUINFO.exists() and "amx_bf16" in CPUINFO.read_text().split()
+    return os.environ.get("JAX_DEFAULT_MATMUL_PRECISION") or ("bfloat16" if rounds else "float32")
 
 
 def _execute(step: Step, log: Path, record: dict) -> None:
@@ -244,7 +245,7 @@ def _execute(step: Step, log: Path, record: dict) -> None:
     # XLA gives a step's buffers back to malloc and malloc to the kernel; with huge pages getting them again
     # is cheaper: a step takes a seventh less (benchmarks/step_cpu.py). Other C libraries do not read this.
     environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    environment.setdefault("JAX_DEFAULT_MATMUL_PRECISION", _matmul_precision())
+    environment["JAX_DEFAULT_MATMUL_PRECISION"] = _matmul_precision()
     with log.open("ab") as file:
         process = subprocess.Popen(
             [sys.executable, *step.argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
@@ -275,24 +276,9 @@ def _record(run: Path, record: dict, step: Step, fingerprint: str, seconds: floa
         "seconds": seconds,
         "command": _shown(step),
     }
-    record["machine"] = {
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    }
+    record["machine"] = summary.machine() | {"matmul_precision": _matmul_precision()}
     record["versions"] = checkpoints.versions()
     paths.write_text_atomic(run / MARKER, json.dumps(record, indent=1))
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _shown(step: Step) -> str:

@@ -219,6 +219,7 @@ def make_run(folder, **data):
         "report": {"finished": False, "seconds": None, "command": "vilam3 report"},
     }
     machine = {"platform": "Linux-6.1", "processor": "a processor", "cores": 2, "memory_bytes": 8 << 30}
+    machine["matmul_precision"] = "bfloat16"
     record = {
         "steps": steps,
         "machine": machine,

@@ -110,6 +110,7 @@ def test_links_inside_the_page_have_their_target(written):
         "Peak memory of a process 3.0 GiB",
         "python 3.11.7, jax 0.10.2",
         "a processor, 2 cores, 8.0 GiB",
+        "Factors of matrix products bfloat16",
         "Expert called",
         "Unparsed",
         "CC-BY-4.0",

@@ -121,6 +121,7 @@ def _facts(run: runs.Run, document: dict[str, Any]) -> list[tuple[str, str]]:
             f"{machine['processor']}, {machine['cores']} cores, {words.size(machine['memory_bytes'])}",
         ),
         ("System", str(machine["platform"])),
+        ("Factors of matrix products", str(machine.get("matmul_precision", "not recorded"))),
         ("Training, five runs", words.duration(trained)),
         ("Peak memory of a process", words.size(document["peak_rss"])),
         ("Versions", ", ".join(f"{name} {version}" for name, version in document["versions"].items())),

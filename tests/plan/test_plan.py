@@ -8,9 +8,11 @@ import pytest
 from tests.training.helpers import tiny_config
 from vilam3_jax import cli
 from vilam3_jax.errors import UserError
-from vilam3_jax.plan import estimate, hlo, search, topology
+from vilam3_jax.plan import compiler, estimate, hlo, search, topology
 from vilam3_jax.plan import main as plan_main
-from vilam3_jax.training.chips import CHIPS, GIB
+from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.training import program as program_lib
+from vilam3_jax.training.chips import GIB
 
 
 def small(**changes):
@@ -25,8 +27,13 @@ def small(**changes):
 
 
 @pytest.fixture(scope="module")
-def plan():
-    return estimate.make_plan(small(), topology.parse("v5e:2x4"), price=2.0)
+def cache(tmp_path_factory):
+    return compiler.Cache(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module")
+def plan(cache):
+    return estimate.make_plan(small(), topology.parse("v5e:2x4"), cache, price=2.0)
 
 
 @pytest.mark.slow
@@ -52,11 +59,11 @@ def test_a_small_step_on_eight_chips(plan):
 @pytest.mark.slow
 def test_the_search_ranks_goes_on_where_it_ended_and_keeps_its_bound(tmp_path, plan):
     lines = []
-    cache = search.Cache(tmp_path)
+    cache = compiler.Cache(tmp_path)
     wanted = topology.parse("v5e:2x2")
     first = search.search(small(), wanted, cache, None, 2, lines.append)
     assert cache.compiled == 2 and len(first) == 2
-    again = search.Cache(tmp_path)
+    again = compiler.Cache(tmp_path)
     more = search.search(small(), wanted, again, None, 1, lines.append)
     assert again.compiled == 1 and len(more) == 3
     speeds = [found.tokens_per_second[1] for found in more]
@@ -64,19 +71,38 @@ def test_the_search_ranks_goes_on_where_it_ended_and_keeps_its_bound(tmp_path, p
     assert all(found in more for found in first)
 
 
-def test_stored_plans_are_the_same_plans(tmp_path, monkeypatch):
-    memory = estimate.Memory(1, 2, 3, 4, 10, 16)
-    speed = estimate.Speed(1, 2, 3, 4, 5, {"all-gather": 1.0}, 6, {"all-gather": 2.0}, 7, 8, ["loop"], 0, [])
-    made = estimate.Plan(
-        "r", "m", "t", "p", 4, 4, {"fsdp": 4}, "full", 8, memory, speed, mfu=(0.5, 0.4), hours=(1.0, 2.0)
-    )
-    calls = []
-    monkeypatch.setattr(estimate, "make_plan", lambda *arguments: calls.append(arguments) or made)
-    for _ in range(2):
-        assert search.Cache(tmp_path).plan(small(), topology.parse("v5e:2x4"), None) == made
-    search.Cache(tmp_path).plan(small(num_steps=3), topology.parse("v5e:2x4"), None)
-    assert len(calls) == 2
-    assert search.Cache(tmp_path).plan(small(), topology.parse("v5e:2x4"), None).to_dict() == made.to_dict()
+@pytest.mark.slow
+def test_another_price_compiles_nothing(cache, plan):
+    before = cache.compiled
+    dear = estimate.make_plan(small(), topology.parse("v5e:2x4"), cache, price=20.0)
+    assert cache.compiled == before > 0 and dear.cost[0] == pytest.approx(10 * plan.cost[0])
+    assert dataclasses.replace(dear, cost=plan.cost) == plan
+
+
+def test_a_compiled_step_is_kept(tmp_path, monkeypatch):
+    calls, made = [], compiler.Compiled("HloModule m", 10.0, 4.0)
+    monkeypatch.setattr(compiler, "compile_lowered", lambda lowered: calls.append(lowered) or made)
+
+    def compiled(slice_="v5e:2x4", **changes):
+        config = small(**changes)
+        program = program_lib.build(config, mesh_lib.build_mesh(config.mesh))
+        assert compiler.Cache(tmp_path).compile(program, topology.parse(slice_)) == made
+        return len(calls)
+
+    assert compiled() == 1 == compiled(name="another", log_every=7)
+    assert compiled(loss_chunk=64) == 2
+    assert compiled("v6e:2x4") == 3
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_something=true")
+    assert compiled() == 4 == compiled()
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[:-5])
+    assert compiled() == 5 == compiled()
+
+
+def test_a_cache_that_cannot_be_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--cache .*file/folder: cannot be made"):
+        compiler.Cache(tmp_path / "file" / "folder")
 
 
 @pytest.mark.parametrize(
@@ -97,25 +123,25 @@ def test_stored_plans_are_the_same_plans(tmp_path, monkeypatch):
     ],
 )
 def test_too_little_memory_is_an_answer(text, needed, limit):
-    found = estimate._out_of_memory(RuntimeError(text), CHIPS["v5e"])
+    found = compiler._out_of_memory(RuntimeError(text))
     assert found == (pytest.approx(needed * GIB), pytest.approx(limit * GIB))
     memory = dataclasses.replace(estimate.Memory(0, 0, 0, 0, 0, 0), needed=found[0], limit=found[1])
     assert memory.fits == (needed < limit)
 
 
 @pytest.mark.slow
-def test_a_step_that_does_not_fit_says_how_far():
+def test_a_step_that_does_not_fit_says_how_far(cache):
     config = small(**{"data.seq_len": 65_536, "data.global_rows": 128, "loss_chunk": 65_536})
-    plan = estimate.make_plan(config, topology.parse("v5e:2x4"))
+    plan = estimate.make_plan(config, topology.parse("v5e:2x4"), cache)
     assert not plan.memory.fits and plan.memory.needed > plan.memory.limit
     assert plan.speed is None and "does not fit: needs" in plan_main.table(plan)
     json.dumps(plan.to_dict(), allow_nan=False)
 
 
 @pytest.mark.slow
-def test_two_slices_sum_gradients_over_the_network_between_them(plan):
+def test_two_slices_sum_gradients_over_the_network_between_them(plan, cache):
     config = small(**{"mesh.data": 2, "mesh.fsdp": 8, "data.global_rows": 2 * small().data.global_rows})
-    two = estimate.make_plan(config, topology.parse("2xv5e:2x4"))
+    two = estimate.make_plan(config, topology.parse("2xv5e:2x4"), cache)
     assert two.chips == 16 and two.memory.fits and two.mesh["data"] == 2
     reduced = [plan.speed.collectives.get("all-reduce", 0.0), two.speed.collectives["all-reduce"]]
     # A chip's share of the parameters, from float32, at 3.125 GB/s to the other slice and back.
@@ -124,7 +150,7 @@ def test_two_slices_sum_gradients_over_the_network_between_them(plan):
 
 def test_other_errors_of_the_compiler_are_not_taken_for_that():
     with pytest.raises(UserError, match="refuses this step: INTERNAL"):
-        estimate._out_of_memory(RuntimeError("INTERNAL: something else"), CHIPS["v5e"])
+        compiler._out_of_memory(RuntimeError("INTERNAL: something else"))
 
 
 def shapes(*dims):

@@ -11,13 +11,13 @@ from typing import Any
 import jax
 
 from vilam3_jax.config import ConfigDict
-from vilam3_jax.errors import UserError
 from vilam3_jax.plan import hlo
+from vilam3_jax.plan.compiler import Cache
 from vilam3_jax.plan.topology import Topology
 from vilam3_jax.training import flops as flops_lib
 from vilam3_jax.training import mesh as mesh_lib
 from vilam3_jax.training import program as program_lib
-from vilam3_jax.training.chips import GIB, Chip
+from vilam3_jax.training.chips import Chip
 
 ACCOUNTING = "ViT + projector + LLM, causal attention halved, padding and recomputation excluded"
 
@@ -115,12 +115,13 @@ class Plan:
         return {**dataclasses.asdict(self), "fits": self.memory.fits}
 
 
-def make_plan(config: ConfigDict, topology: Topology, price: float | None = None) -> Plan:
+def make_plan(config: ConfigDict, topology: Topology, cache: Cache, price: float | None = None) -> Plan:
     """Compiles the step of `config` for `topology` and reads it.
 
     Args:
       config: the run.
       topology: slice or slices.
+      cache: of compiled steps.
       price: of a chip-hour.
 
     Raises:
@@ -144,25 +145,14 @@ def make_plan(config: ConfigDict, topology: Topology, price: float | None = None
         memory=Memory(*held, 0.0, sum(held), chip.hbm_bytes),
         steps=config.num_steps,
     )
-    lowered = program.lower()
-    try:
-        compiled = lowered.compile()
-    except Exception as error:  # XlaRuntimeError's place differs between versions
-        needed, limit = _out_of_memory(error, chip)
-        temporary = max(needed - sum(held), 0.0)
-        return dataclasses.replace(plan, memory=Memory(*held, temporary, needed, limit))
-    stats = compiled.memory_analysis()
-    temporary = chip.devices * stats.temp_size_in_bytes
-    needed = chip.devices * (
-        stats.argument_size_in_bytes
-        + stats.output_size_in_bytes
-        - stats.alias_size_in_bytes
-        + stats.temp_size_in_bytes
-        + stats.generated_code_size_in_bytes
-    )
+    compiled = cache.compile(program, topology)
+    needed, temporary = chip.devices * compiled.needed, chip.devices * compiled.temporary
+    if not compiled.text:
+        memory = Memory(*held, max(needed - sum(held), 0.0), needed, chip.devices * compiled.limit)
+        return dataclasses.replace(plan, memory=memory)
     plan = dataclasses.replace(plan, memory=Memory(*held, temporary, needed, chip.hbm_bytes))
     trips = -(-config.data.seq_len // min(config.loss_chunk, config.data.seq_len))
-    cost = hlo.read(compiled.as_text(), dynamic_trips=trips)
+    cost = hlo.read(compiled.text, dynamic_trips=trips)
     return _with_speed(plan, config, topology, _speed(cost, topology, list(mesh.devices.flat), config), price)
 
 
@@ -301,28 +291,6 @@ def _shard_bytes(tree: Any) -> float:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-_PREFIXES = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
-_SIZE = r"([\d.]+)([KMGT]?)"
-_OUT_OF_MEMORY = (  # of different versions of libtpu
-    rf"Used {_SIZE} of {_SIZE} hbm",
-    rf"total memory required for \D*\({_SIZE}\) exceeds available HBM \({_SIZE}\)",
-)
-
-
-def _out_of_memory(error: Exception, chip: Chip) -> tuple[float, float]:
-    """(needed, allowed) bytes per chip of what the compiler says of a step that does not fit."""
-    text = str(error)
-    if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
-        raise UserError(f"the compiler refuses this step: {text.splitlines()[0]}") from error
-    for pattern in _OUT_OF_MEMORY:
-        if match := re.search(pattern, text):
-            needed, limit = (float(match[n]) * _PREFIXES[match[n + 1]] for n in (1, 3))
-            return chip.devices * needed, chip.devices * limit
-    raise UserError(
-        f"the compiler ran out of memory and does not say how far: {text.splitlines()[0]}"
-    ) from error
 
 
 def _pair(values: Any) -> tuple[float, float]:

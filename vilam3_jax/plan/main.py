@@ -16,6 +16,7 @@ from absl import flags
 from vilam3_jax import config as config_lib
 from vilam3_jax import paths
 from vilam3_jax.errors import UserError
+from vilam3_jax.plan import compiler, estimate
 from vilam3_jax.plan import search as search_lib
 from vilam3_jax.plan import topology as topology_lib
 from vilam3_jax.plan.estimate import Plan
@@ -108,7 +109,7 @@ def _flags() -> flags.FlagValues:
     text = {
         "topology": "v5p:4x4x4 or v5p-128, 2xv5p-128 for two slices; several with commas, smallest first.",
         "json": "Also write the plans to this file.",
-        "cache": "Folder of earlier results.",
+        "cache": "Folder of compiled steps.",
     }
     for name, help_text in text.items():
         flags.DEFINE_string(name, _CACHE if name == "cache" else None, help_text, flag_values=values)
@@ -135,7 +136,7 @@ def main(argv: Sequence[str]) -> int:
     wanted = [topology_lib.parse(name) for name in cast(str, values["topology"].value).split(",")]
     if slices := cast(int, values["slices"].value):
         wanted = [dataclasses.replace(topology, slices=slices) for topology in wanted]
-    cache = search_lib.Cache(paths.as_path(cast(str, values["cache"].value)).expanduser())
+    cache = compiler.Cache(paths.as_path(cast(str, values["cache"].value)).expanduser())
     price = cast("float | None", values["price"].value)
     plans: list[Plan] = []
     for topology in wanted:
@@ -157,12 +158,12 @@ def main(argv: Sequence[str]) -> int:
 def _answer(
     config: config_lib.ConfigDict,
     topology: Topology,
-    cache: search_lib.Cache,
+    cache: compiler.Cache,
     price: float | None,
     values: flags.FlagValues,
 ) -> list[Plan]:
     if not values["search"].value:
-        plan = cache.plan(config, topology, price)
+        plan = estimate.make_plan(config, topology, cache, price)
         print(table(plan))
         return [plan]
     limit = cast(int, values["compiles"].value)

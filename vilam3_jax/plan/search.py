@@ -1,48 +1,21 @@
-"""Tries settings one after the other, and keeps what was compiled: a search goes on where it ended."""
+"""Tries settings one after the other; what was compiled before is not compiled again."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import importlib.metadata
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import jax
-
 from vilam3_jax import config as config_lib
-from vilam3_jax import paths
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
 from vilam3_jax.models.layers import REMAT_TAGS
 from vilam3_jax.plan import estimate
-from vilam3_jax.plan.estimate import Memory, Plan, Speed
+from vilam3_jax.plan.compiler import Cache
+from vilam3_jax.plan.estimate import Plan
 from vilam3_jax.plan.topology import Topology
 
 _TENSOR = (1, 2, 4, 8)
-_CODE = ("models", "ops", "training", "plan", "config.py", "compat.py")  # what a result depends on
-
-
-class Cache:
-    """Plans on disk, by everything that they depend on: config, topology, price, our code, jax and libtpu."""
-
-    def __init__(self, folder: paths.PathLike) -> None:
-        self._folder = paths.as_path(folder)
-        self._versions = [jax.__version__, _version("libtpu"), _version("optax"), _code_hash()]
-        self.compiled = 0
-
-    def plan(self, config: ConfigDict, topology: Topology, price: float | None) -> Plan:
-        """`estimate.make_plan`, or what it gave before."""
-        key = json.dumps([config_lib.snapshot(config), topology.name, price, self._versions])
-        path = self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-        if path.exists():
-            return _from_dict(json.loads(path.read_text()))
-        plan = estimate.make_plan(config, topology, price)
-        self.compiled += 1
-        paths.write_text_atomic(path, json.dumps(plan.to_dict()))
-        return plan
 
 
 def search(
@@ -62,7 +35,7 @@ def search(
     Args:
       config: where to start.
       topology: slice or slices.
-      cache: of earlier plans.
+      cache: of compiled steps.
       price: of a chip-hour.
       limit: of compiles.
       report: takes a line for each variant.
@@ -75,7 +48,7 @@ def search(
             return
         try:
             config_lib.check(changed)
-            plan = cache.plan(changed, topology, price)
+            plan = estimate.make_plan(changed, topology, cache, price)
         except UserError as error:
             report(f"{what}: left out: {error}")
             return
@@ -138,30 +111,3 @@ def _changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
 
 def _label(changes: dict[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in changes.items())
-
-
-def _from_dict(stored: dict[str, Any]) -> Plan:
-    speed = stored["speed"]
-    fields: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in stored.items()
-        if key not in ("fits", "memory", "speed")
-    }
-    return Plan(memory=Memory(**stored["memory"]), speed=Speed(**speed) if speed else None, **fields)
-
-
-def _code_hash() -> str:
-    root = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for name in _CODE:
-        place = root / name
-        for file in sorted(place.glob("*.py")) if place.is_dir() else [place]:
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

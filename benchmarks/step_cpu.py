@@ -16,12 +16,14 @@ import subprocess
 import sys
 import time
 
+from vilam3_jax import quickstart
+
 AS_CONFIGURED = "as configured"
 SMALL_PAGES = "small pages"
-FLOAT32_PRODUCTS = "products of float32 factors"
+OTHER_PRECISION = "factors of products in the other precision"
 WHOLE_ATTENTION = "every device attends for all queries"
 LORA_EVERYWHERE = "LoRA on all seven matrices"
-VARIANTS = (AS_CONFIGURED, SMALL_PAGES, FLOAT32_PRODUCTS, WHOLE_ATTENTION, LORA_EVERYWHERE)
+VARIANTS = (AS_CONFIGURED, SMALL_PAGES, OTHER_PRECISION, WHOLE_ATTENTION, LORA_EVERYWHERE)
 
 
 def measure(variant: str, fsdp: int, tensor: int, steps: int) -> float:
@@ -81,13 +83,15 @@ def main() -> None:
     if options.only:
         print(measure(options.only, options.fsdp, options.tensor, options.steps))
         return
+    precision = quickstart.matmul_precision()
+    other = "float32" if precision == "bfloat16" else "bfloat16"
+    print(f"as configured: {precision}")
     found: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for _ in range(options.rounds):
         for variant, rates in found.items():
             tunables = "" if variant == SMALL_PAGES else "glibc.malloc.hugetlb=1"
-            precision = "float32" if variant == FLOAT32_PRODUCTS else "bfloat16"
             environment = dict(os.environ, JAX_PLATFORMS="cpu", GLIBC_TUNABLES=tunables)
-            environment["JAX_DEFAULT_MATMUL_PRECISION"] = precision
+            environment["JAX_DEFAULT_MATMUL_PRECISION"] = other if variant == OTHER_PRECISION else precision
             command = [sys.executable, __file__, f"--only={variant}"]
             command += [f"--{name}={getattr(options, name)}" for name in ("fsdp", "tensor", "steps")]
             output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)

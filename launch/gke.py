@@ -30,7 +30,7 @@ Trains on TPUs of a GKE cluster.
 commands:
   train    a JobSet: one Job a slice, one pod a host
   xpk      the same through `xpk workload create`
-  job      one pod for one command: prepare data, annotate, import weights, evaluate
+  job      one pod for one command: prepare data, annotate, evaluate
   status   what there is and how it does
   logs     follow the first host's output
   delete   stop: SIGTERM, save, end; the node pool stays, and costs
@@ -41,7 +41,8 @@ again, after `delete`, resumes. kubectl must point at the cluster: gcloud contai
 
 example:
   launch/gke.py train --name=m3 --accelerator=v5p-128 --image=us-docker.pkg.dev/my-project/vilam3/trainer:1 \\
-    -- --config=configs/stage4_expert.py:vila_m3_8b --workdir=gs://my-bucket/stage4 --config.data.path=gs://my-bucket/data
+    -- --config=configs/stage2a_align.py:vila_m3_8b --workdir=gs://my-bucket/stage2a \\
+    --config.data.path=gs://my-bucket/data --config.init.llm=gs://my-bucket/llm --config.model.tokenizer=gs://my-bucket/llm/tokenizer
 """
 
 
@@ -443,9 +444,7 @@ def _main(argv: list[str]) -> int:
     if options.command in ("train", "xpk", "job"):
         options.env = dict(setting.split("=", 1) for setting in options.env)
         if options.command == "job" and not options.arguments:
-            raise UsageError(
-                "no command after --, such as -- vilam3 convert import --source gs://... --out gs://..."
-            )
+            raise UsageError("no command after --, such as -- vilam3 data show --data gs://...")
         if options.command != "job":
             check_train(options.arguments)
     elif options.arguments:

@@ -22,7 +22,7 @@ options:
   --env=KEY=VALUE             environment of the trainer; may be repeated
   --compile-cache=DIR         where compiled programs are kept (WORKDIR/compile_cache)
   --stop-seconds=300          how long before the limit the trainer is told to save
-  --retries=20                how often to queue again after a crash or interruption
+  --retries=20                how often to queue again after a crash
   --dry-run                   print the batch job, and submit nothing
 
 TRAIN ARGUMENTS are those of `vilam3 train`; --workdir and data must be on a disk that all nodes share (absolute paths), or
@@ -30,7 +30,8 @@ in gs://. Watch with squeue and the log. scancel --signal=TERM JOBID saves and q
 
 example:
   launch/slurm_gpu.sh --nodes=4 --gpus-per-node=8 --time=12:00:00 --partition=h100 -- \
-    --config=configs/stage4_expert.py:vila_m3_8b --workdir=/shared/m3/stage4 --config.data.path=/shared/m3/data
+    --config=configs/stage2a_align.py:vila_m3_8b --workdir=/shared/m3/stage2a --config.data.path=/shared/m3/data \
+    --config.init.llm=/shared/m3/llm --config.model.tokenizer=/shared/m3/llm/tokenizer --config.mesh.data=1 --config.mesh.fsdp=-1
 TEXT
 }
 
@@ -155,17 +156,23 @@ srun --kill-on-bad-exit=0 --wait=$((2 * stop_seconds)) --cpus-per-task=$cpus --g
   $(quoted "$REPO/launch/run.sh" "$python" -m vilam3_jax.cli train "${train[@]}")
 code=\$?
 
+# Turns that reach the time limit are in Slurm's own count, so crashes are counted in a file beside the log.
+crashes="$job_name-\$SLURM_JOB_ID.crashes"
 if [ \$code -eq 0 ]; then
+  rm -f "\$crashes"
   echo "finished"
 elif [ \$code -eq 2 ]; then
   echo "the trainer refused its arguments or data; queueing again cannot help"
 elif [ \$taken -eq 1 ]; then
   echo "ended from outside; Slurm queues a preempted job again by itself"
-elif [ "\${SLURM_RESTART_COUNT:-0}" -lt $retries ]; then
+elif [ \$code -eq 143 ]; then
+  echo "told to save; queueing again"
+  scontrol requeue "\$SLURM_JOB_ID"
+elif echo "\$code" >>"\$crashes" && [ "\$(wc -l <"\$crashes")" -le $retries ]; then
   echo "ended with code \$code; queueing again"
   scontrol requeue "\$SLURM_JOB_ID"
 else
-  echo "ended with code \$code; given up after $retries turns"
+  echo "ended with code \$code; given up after $retries turns that crashed"
 fi
 exit "\$code"
 BODY

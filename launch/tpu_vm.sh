@@ -46,7 +46,8 @@ TRAIN ARGUMENTS are those of `vilam3 train`; --workdir and data must be in gs://
 example:
   launch/tpu_vm.sh up --name=m3 --project=my-project --zone=us-east5-a --accelerator-type=v5p-128 --spot \
     --image=us-east5-docker.pkg.dev/my-project/vilam3/trainer:1 -- \
-    --config=configs/stage4_expert.py:vila_m3_8b --workdir=gs://my-bucket/stage4 --config.data.path=gs://my-bucket/data
+    --config=configs/stage2a_align.py:vila_m3_8b --workdir=gs://my-bucket/stage2a --config.data.path=gs://my-bucket/data \
+    --config.init.llm=gs://my-bucket/llm --config.model.tokenizer=gs://my-bucket/llm/tokenizer
 TEXT
 }
 
@@ -243,7 +244,7 @@ start() {
   on_workers all all "$script"
 }
 
-# attach: the exit code of the trainer. One process refuses its data with 2, and the others then end with 1: 2 it is.
+# attach: the exit code of the trainer; 2 (refused arguments or data) if one worker says so, whatever the others died of.
 attach() {
   local said code=0
   said=$(on_workers all all "code=\$(sudo docker wait $CONTAINER); echo \"trainer ended with \$code\"; exit \$code") || code=$?

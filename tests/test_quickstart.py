@@ -103,9 +103,9 @@ def test_products_are_rounded_where_the_processor_gains_by_it(tmp_path, monkeypa
         cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbogomips\t: 4000\n")
     monkeypatch.setattr(quickstart, "CPUINFO", cpuinfo)
     monkeypatch.delenv("JAX_DEFAULT_MATMUL_PRECISION", raising=False)
-    assert quickstart._matmul_precision() == expected
+    assert quickstart.matmul_precision() == expected
     monkeypatch.setenv("JAX_DEFAULT_MATMUL_PRECISION", "highest")
-    assert quickstart._matmul_precision() == "highest"
+    assert quickstart.matmul_precision() == "highest"
 
 
 def test_a_foreign_folder_is_refused(tmp_path):

@@ -228,7 +228,7 @@ def _remove(step: Step) -> None:
         target.unlink()
 
 
-def _matmul_precision() -> str:
+def matmul_precision() -> str:
     """The user's, else bfloat16 where the processor has matrix units for it (Linux: amx_bf16), or float32.
 
     With these units a step takes two thirds of the time; without, rounding costs a fifth more
@@ -245,7 +245,7 @@ def _execute(step: Step, log: Path, record: dict) -> None:
     # XLA gives a step's buffers back to malloc and malloc to the kernel; with huge pages getting them again
     # is cheaper: a step takes a seventh less (benchmarks/step_cpu.py). Other C libraries do not read this.
     environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    environment["JAX_DEFAULT_MATMUL_PRECISION"] = _matmul_precision()
+    environment["JAX_DEFAULT_MATMUL_PRECISION"] = matmul_precision()
     with log.open("ab") as file:
         process = subprocess.Popen(
             [sys.executable, *step.argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
@@ -276,7 +276,7 @@ def _record(run: Path, record: dict, step: Step, fingerprint: str, seconds: floa
         "seconds": seconds,
         "command": _shown(step),
     }
-    record["machine"] = summary.machine() | {"matmul_precision": _matmul_precision()}
+    record["machine"] = summary.machine() | {"matmul_precision": matmul_precision()}
     record["versions"] = checkpoints.versions()
     paths.write_text_atomic(run / MARKER, json.dumps(record, indent=1))
 

@@ -32,6 +32,7 @@ def basics():
         "printf",
         "rm",
         "sed",
+        "wc",
         "seq",
         "sh",
         "sleep",

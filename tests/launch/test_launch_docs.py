@@ -6,7 +6,13 @@ import shutil
 import subprocess
 
 import pytest
+from absl import flags as flags_lib
 from launchers import ROOT, flags, launch
+
+from vilam3_jax import config as config_lib
+from vilam3_jax.plan import topology
+from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.training import program as program_lib
 
 PAGES = ["launch_tpu_vm", "launch_gke", "launch_slurm"]
 
@@ -29,6 +35,21 @@ def test_our_commands_run_dry(page):
         done = launch(script, *command[1:end], "--dry-run", *command[end:])
         assert done.returncode == 0, (command, done.stderr)
         assert done.stdout
+
+
+@pytest.mark.parametrize("page,slice_", list(zip(PAGES, ["v5p-128", "v5p-128", "v5e:4x8"], strict=True)))
+def test_the_runs_are_whole(page, slice_):
+    runs = [command[command.index("--") + 1 :] for command in commands(page) if "--" in command]
+    runs = [argv for argv in runs if any(word.startswith("--config=") for word in argv)]
+    assert runs
+    for argv in runs:
+        config = config_lib.parse(
+            [word for word in argv if not word.startswith("--workdir=")], flags_lib.FlagValues()
+        )
+        program_lib.build(config, mesh_lib.build_mesh(config.mesh, topology.parse(slice_).devices()))
+        assert config.init.everything and config.data.path
+        assert config.model.tokenizer and config.model.text.split == "as_trained"
+        assert config.data.annotations or config.data.experts == "off"
 
 
 @pytest.mark.parametrize("page", PAGES)

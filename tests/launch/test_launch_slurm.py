@@ -177,11 +177,11 @@ time.sleep(20)
     "turns, ends",
     [
         ("0", [0]),
-        ("told told 0", [143, 143, 0]),  # the time limit, twice
+        ("told told told told 0", [143, 143, 143, 143, 0]),  # the time limit, more often than --retries
         ("2 0", [2]),  # the user's error
         ("134 0", [134, 0]),  # a crash
         ("taken 0", [143]),  # scancel: cancelled is cancelled
-        ("1 1 1 1 1", [1, 1, 1]),  # --retries=2
+        ("1 told 1 told 1 1", [1, 143, 1, 143, 1]),  # --retries=2
     ],
 )
 def test_job_queues_again_until_it_is_finished(tmp_path, turns, ends):
@@ -190,7 +190,14 @@ def test_job_queues_again_until_it_is_finished(tmp_path, turns, ends):
         (tmp_path / name).chmod(stat.S_IRWXU)
     (tmp_path / "turns").write_text(turns)
     done = launch(
-        "slurm_gpu.sh", *SIZE, "--retries=2", f"--python={tmp_path}/python", "--", *TRAIN, path=tmp_path
+        "slurm_gpu.sh",
+        *SIZE,
+        "--retries=2",
+        f"--python={tmp_path}/python",
+        "--",
+        *TRAIN,
+        path=tmp_path,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert [int(code) for code in re.findall(r"turn \d ended with (\d+)", done.stdout)] == ends

@@ -166,7 +166,7 @@ def test_quantised_gradients_sharded(kind):
 
 def test_without_qwix_the_key_is_named(monkeypatch):
     monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"quantization\.products.*vilam3-jax\[quant\]"):
+    with pytest.raises(UserError, match=r"quantization\.products.*\.\[quant\]"):
         quantized.check_installed("quantization.products")
 
 

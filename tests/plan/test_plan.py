@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -77,6 +78,22 @@ def test_another_price_compiles_nothing(cache, plan):
     dear = estimate.make_plan(small(), topology.parse("v5e:2x4"), cache, price=20.0)
     assert cache.compiled == before > 0 and dear.cost[0] == pytest.approx(10 * plan.cost[0])
     assert dataclasses.replace(dear, cost=plan.cost) == plan
+
+
+@pytest.mark.parametrize("rows,steps", [(8, 20), (6, 20), (16, 20), (4, 20), (32, 20)])
+def test_a_search_gives_every_device_rows(monkeypatch, tmp_path, rows, steps):
+    asked, lines = [], []
+
+    def make_plan(config, wanted, cache, price):
+        asked.append((config.data.global_rows, config.num_steps))
+        raise UserError("not now")
+
+    monkeypatch.setattr(estimate, "make_plan", make_plan)
+    config = small(**{"data.global_rows": rows, "data.rows_per_group": 2, "num_steps": steps})
+    search.search(config, topology.parse("v5e:2x4"), compiler.Cache(tmp_path), None, 3, lines.append)
+    scaled, fewer = asked[0]
+    assert (scaled, fewer) == (math.lcm(rows, 16), steps * rows // math.lcm(rows, 16))
+    assert any("too few rows" in line for line in lines) == (scaled != rows)
 
 
 def test_a_compiled_step_is_kept(tmp_path, monkeypatch):

@@ -169,7 +169,7 @@ def test_lines_in_an_object_store_that_cannot_append(bucket, monkeypatch):
 def test_a_missing_package_is_named_with_its_extra(name, monkeypatch):
     monkeypatch.setattr(writers.importlib.util, "find_spec", lambda _: None)
     writers.check(config_with())
-    with pytest.raises(UserError, match=rf"'{name}'.*pip install 'vilam3-jax\[{name}\]'"):
+    with pytest.raises(UserError, match=rf"'{name}'.*pip install -e '\.\[{name}\]'"):
         writers.check(config_with(name))
 
 

@@ -53,7 +53,7 @@ def check_installed(key: str) -> None:
     """
     if importlib.util.find_spec("qwix") is None:
         raise UserError(
-            f"config {key} needs the package qwix, which is not installed; pip install 'vilam3-jax[quant]', "
+            f"config {key} needs the package qwix, which is not installed; pip install -e '.[quant]', "
             "or leave the key empty"
         )
 

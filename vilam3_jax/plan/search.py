@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,9 +29,10 @@ def search(
 ) -> list[Plan]:
     """Compiles up to `limit` variants of `config`; the fastest that fit come first.
 
-    First mesh splits with the remat policy that holds least, then, on the best of these, policies that hold
-    more, then other numbers of rows (with as many rows in all, so that the run sees the same data). "Best" is
-    by tokens per second if nothing overlaps; before anything fits, by memory.
+    Rows that do not give every device as many groups are multiplied first. Then come mesh splits with the
+    remat policy that holds least, on the best of these policies that hold more, and other numbers of rows;
+    always with as many rows in all, so that the run sees the same data. "Best" is by tokens per second if
+    nothing overlaps; before anything fits, by memory.
 
     Args:
       config: where to start.
@@ -40,6 +42,10 @@ def search(
       limit: of compiles.
       report: takes a line for each variant.
     """
+    devices = topology.chips * topology.chip.devices
+    if more := _enough_rows(config, devices):
+        report(f"too few rows for {devices} devices: {_label(more)}")
+        config = _changed(config, more)
     found: list[tuple[Plan, ConfigDict]] = []
     stop = cache.compiled + limit
 
@@ -59,7 +65,7 @@ def search(
     def best() -> ConfigDict:
         return min(found, key=lambda item: _rank(item[0]))[1] if found else config
 
-    for mesh in _meshes(topology.chips * topology.chip.devices, topology.slices):
+    for mesh in _meshes(devices, topology.slices):
         attempt(_changed(config, {"model.remat": "full", **mesh}), _label({**mesh, "model.remat": "full"}))
     start = best()
     for tags in ("+".join(REMAT_TAGS[: n + 1]) for n in range(len(REMAT_TAGS))):
@@ -91,6 +97,17 @@ def _meshes(devices: int, slices: int) -> Iterator[dict[str, int]]:
                     "mesh.context": 1,
                     "mesh.tensor": tensor,
                 }
+
+
+def _enough_rows(config: ConfigDict, devices: int) -> dict[str, int]:
+    """The least multiple of the rows that gives every device as many groups, in as many fewer steps."""
+    if config.kind == "contrastive":
+        key, groups = "data.global_pairs", config.data.global_pairs
+    else:
+        key, groups = "data.global_rows", config.data.global_rows // config.data.rows_per_group
+    factor = devices // math.gcd(groups, devices)
+    rows = config_lib.flatten(config)[key]
+    return {key: rows * factor, "num_steps": max(1, config.num_steps // factor)} if factor > 1 else {}
 
 
 def _rows(config: ConfigDict, factor: int) -> Iterator[dict[str, int]]:

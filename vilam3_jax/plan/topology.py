@@ -71,7 +71,7 @@ class Topology:
         if importlib.util.find_spec("libtpu") is None:
             raise UserError(
                 "vilam3 plan compiles with libtpu, which is not installed: pip install "
-                "'vilam3-jax[tpu]' (Linux on x86; no TPU is needed)"
+                "-e '.[tpu]' (Linux on x86; no TPU is needed)"
             )
         shape = (*self.shape, 1)[:3]
         options: dict[str, Any] = {"chips_per_host_bounds": _HOSTS.get(math.prod(shape), _DEFAULT_HOST)}

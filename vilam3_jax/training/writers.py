@@ -63,7 +63,7 @@ def check(config: ConfigDict) -> None:
         if importlib.util.find_spec(package) is None:
             raise UserError(
                 f"config telemetry.writers names {name!r}, but the package {package} is not installed; "
-                f"pip install 'vilam3-jax[{name}]', or leave {name!r} out"
+                f"pip install -e '.[{name}]', or leave {name!r} out"
             )
 
 

@@ -16,7 +16,7 @@ import shutil
 import string
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -305,11 +305,14 @@ def _common(
         "shm_size": options.shm_size,
         "node_selector": selector,
         "tolerations": tolerations,
-        "environment": [{"name": key, "value": value} for key, value in variables.items()],
+        "environment": [
+            {"name": key, "value": value}
+            for key, value in zip(variables, _literal(variables.values()), strict=True)
+        ],
     }
 
 
-def _literal(arguments: Sequence[str]) -> list[str]:
+def _literal(arguments: Iterable[str]) -> list[str]:
     """Kubernetes would put variables in the place of `$(NAME)`; `$$` is its way to write one dollar."""
     return [argument.replace("$(", "$$(") for argument in arguments]
 

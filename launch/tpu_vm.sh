@@ -237,7 +237,7 @@ start() {
   script+="true*) echo 'another run is training here; stop it first' >&2; exit 3;; esac; "
   registry=${image%%/*}
   case $registry in
-    *.pkg.dev | gcr.io | *.gcr.io) script+="sudo gcloud auth configure-docker $registry --quiet; " ;;
+    *.pkg.dev | gcr.io | *.gcr.io) script+="sudo gcloud auth configure-docker $(quoted "$registry") --quiet; " ;;
   esac
   script+="sudo docker pull --quiet $(quoted "$image"); sudo docker rm --force $CONTAINER >/dev/null 2>&1 || true; "
   script+=$(quoted "${docker[@]}")

@@ -78,7 +78,10 @@ class RunCheckpoints:
           kept_every: keep also those of steps that this divides; 0: none.
         """
         self._root = paths.as_path(workdir) / "checkpoints"
-        self._root.mkdir(parents=True, exist_ok=True)
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(disk_message(self._root, error)) from error
         policies: list[Any] = [ocp.training.preservation_policies.LatestN(kept)]
         if kept_every:
             policies.append(ocp.training.preservation_policies.EveryNSteps(kept_every))
@@ -225,7 +228,13 @@ class RunCheckpoints:
                         "from it, or remove the folder"
                     )
                 if unmarked or _UNFINISHED.search(folder.name):
-                    folder.rmtree(missing_ok=True)
+                    try:
+                        folder.rmtree(missing_ok=True)
+                    except OSError as error:
+                        raise UserError(
+                            f"{folder}: an unfinished save that cannot be removed ({error}); does another "
+                            "run write into this workdir?"
+                        ) from error
                     _say(f"{folder}: an unfinished save, removed")
         processes.meet(f"unfinished {self._root}")
 

@@ -208,13 +208,17 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues) -> ConfigDict:
             argv[index] = "--config=" + recipe_path(item.split("=", 1)[1])
     config_flags.DEFINE_config_file("config", lock_config=True, flag_values=flag_values, sys_argv=["", *argv])
     try:
-        flag_values(["vilam3", *argv])
+        left = flag_values(["vilam3", *argv])[1:]
     except (flags.UnrecognizedFlagError, AttributeError, KeyError) as error:
         raise UserError(_unknown_key(argv, error)) from error
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from error
     except (TypeError, ValueError) as error:
         raise UserError(f"config: {' '.join(str(error).split())}") from error
+    if left:
+        raise UserError(
+            f"{' '.join(left)}: not understood; options begin with --, such as --config.num_steps=7"
+        )
     config = flag_values["config"].value
     if config is None:
         raise UserError(
@@ -242,8 +246,40 @@ def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     return config
 
 
+# Key → the least and the most that it may be; None: no bound.
+_BOUNDS: dict[str, tuple[float, float | None]] = {
+    "grad_accum": (1, None),
+    "loss_chunk": (1, None),
+    "eval_every": (0, None),
+    "eval_batches": (1, None),
+    "checkpoint_every": (0, None),
+    "data.seq_len": (1, None),
+    "data.text_len": (1, None),
+    "data.rows_per_group": (1, None),
+    "data.images_per_group": (0, None),
+    "data.global_rows": (1, None),
+    "data.global_pairs": (1, None),
+    "data.loader_shards": (1, None),
+    "schedule.peak": (0, None),
+    "schedule.warmup_fraction": (0, 1),
+    "optimizer.clip_norm": (0, None),
+    "optimizer.weight_decay": (0, None),
+    "optimizer.b1": (0, 0.9999999),
+    "optimizer.b2": (0, 0.9999999),
+}
+
+
+def _check_bounds(config: ConfigDict) -> None:
+    values = flatten(config)
+    for key, (least, most) in _BOUNDS.items():
+        if not values[key] >= least or (most is not None and not values[key] <= most):
+            bound = f"at least {least:g}" if most is None else f"from {least:g} to {most:g}"
+            raise UserError(f"config {key}={values[key]}: must be {bound}")
+
+
 def check(config: ConfigDict) -> None:
     """Refuses a config that cannot run, with the key and the fix."""
+    _check_bounds(config)
     if config.kind not in ("generative", "contrastive"):
         raise UserError(f"config kind={config.kind!r}: must be 'generative' or 'contrastive'")
     if config.data.experts not in ("on", "off", "mixed", "falsified"):
@@ -270,6 +306,11 @@ def check(config: ConfigDict) -> None:
     _check_optimizer(config)
     _check_quantization(config)
     image_layout(config.model)
+    if config.kind == "contrastive" and config.grad_accum != 1:
+        raise UserError(
+            f"config grad_accum={config.grad_accum}: a contrastive run compares all pairs of a batch, "
+            "so it must be 1"
+        )
     rows, group = config.data.global_rows, config.data.rows_per_group
     if config.kind == "generative" and rows % (group * config.grad_accum):
         raise UserError(

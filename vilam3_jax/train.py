@@ -20,7 +20,7 @@ from absl import flags
 
 from vilam3_jax import checkpoints, compat, exports, paths, processes
 from vilam3_jax import config as config_lib
-from vilam3_jax.config import ConfigDict
+from vilam3_jax.config import COMPONENTS, ConfigDict
 from vilam3_jax.data import loader as loader_lib
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import heldout
@@ -94,6 +94,8 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
     restored = saved.restore(program.state)
     start, clock = 0, telemetry.Clock()
     if restored:
+        stored = restored.run["config"]["model"]
+        state_lib.check_architecture(f"{workdir}/checkpoints", stored, config.model, set(COMPONENTS))
         start, state, clock = restored.step, restored.state, telemetry.Clock.of(restored.run["clock"])
         loader.set_state(restored.data)
     else:

@@ -168,7 +168,7 @@ def test_what_the_jobset_asks_for():
     assert "command" not in container  # the image's run.sh
     assert container["args"] == ["vilam3", "train", *TRAIN]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
-    assert {"name": "B", "value": "c $(d)"} in container["env"]
+    assert {"name": "B", "value": "c $$(d)"} in container["env"]
     assert {"name": "JAX_COMPILATION_CACHE_DIR", "value": "gs://bucket/stage4/compile_cache"} in container[
         "env"
     ]

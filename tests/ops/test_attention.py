@@ -11,6 +11,7 @@ import pytest
 
 from vilam3_jax import compat
 from vilam3_jax.config import ACTIVATION_RULES
+from vilam3_jax.errors import UserError
 from vilam3_jax.ops import partition
 from vilam3_jax.ops.attention import attention
 
@@ -174,6 +175,6 @@ def test_heads_that_the_mesh_cannot_split_are_refused():
     q, k, v = inputs(heads=6, kv_heads=3)
     with (
         partition.activation_rules(mesh, {**ACTIVATION_RULES, "batch": "fsdp"}),
-        pytest.raises(ValueError, match="6 query and 3 key heads do not split into 4"),
+        pytest.raises(UserError, match="6 query and 3 key heads do not split into 4"),
     ):
         attention(q, k, v, causal=True)

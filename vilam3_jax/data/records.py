@@ -16,7 +16,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from vilam3_jax import paths
 from vilam3_jax.data.examples import SCHEMA_VERSION, Example
-from vilam3_jax.data.shards import ShardReaders, open_reader
+from vilam3_jax.data.shards import ShardReaders, check_sizes, open_reader
 from vilam3_jax.errors import UserError
 
 INFO_NAME = "dataset.json"
@@ -248,7 +248,7 @@ def read_info(directory: paths.PathLike) -> dict[str, Any]:
             for shard in split["shards"]:
                 if os.path.basename(shard["file"]) != shard["file"]:
                     raise ValueError(f"shard name {shard['file']!r}")
-                int(shard["records"])
+                int(shard["records"]), int(shard["bytes"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error!r}); prepare the dataset again") from error
     if version != SCHEMA_VERSION:
@@ -267,10 +267,10 @@ class ExampleSource:
     """
 
     def __init__(self, directory: paths.PathLike, split: str) -> None:
-        """Reads `dataset.json`; opens no shard yet.
+        """Reads `dataset.json` and looks that all shards are there, as long as they were written; opens none.
 
         Raises:
-          UserError: no such dataset or split; lists the splits there are.
+          UserError: no such dataset or split (lists the splits there are), or a shard is missing or cut off.
         """
         self.directory = paths.as_path(directory)
         self.split = split
@@ -284,6 +284,7 @@ class ExampleSource:
         self._starts = [0]
         for shard in self._shards:
             self._starts.append(self._starts[-1] + shard["records"])
+        check_sizes(self.directory, {shard["file"]: shard["bytes"] for shard in self._shards})
         self._readers = ShardReaders(self.directory)
 
     @property

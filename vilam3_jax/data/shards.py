@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import tempfile
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader
 
 from vilam3_jax import paths
+from vilam3_jax.errors import UserError
 
 
 class ShardReaders:
@@ -73,6 +76,32 @@ class ShardReaders:
         except OSError as error:
             raise OSError(f"not fetched into {self._copies.name}, see TMPDIR: {error}") from error
         return local
+
+
+def check_sizes(directory: paths.PathLike, sizes: Mapping[str, int]) -> None:
+    """Looks up every shard, 32 at a time.
+
+    Args:
+      directory: local folder or `gs://` prefix.
+      sizes: name of a shard's file → bytes.
+
+    Raises:
+      UserError: shards are missing or of another size; names the first of them.
+    """
+
+    def look(item: tuple[str, int]) -> str:
+        path = paths.as_path(directory) / item[0]
+        try:
+            found = paths.file_size(path)
+        except OSError as error:
+            return f"{path}: {error.strerror or 'no such file'}"
+        return "" if found == item[1] else f"{path}: has {found} bytes, {item[1]} were written"
+
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        wrong = [problem for problem in pool.map(look, sizes.items()) if problem]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more shards)" if len(wrong) > 1 else ""
+        raise UserError(f"{wrong[0]}{more}; copy the data set anew or prepare it again")
 
 
 def open_reader(path: str) -> ArrayRecordReader:

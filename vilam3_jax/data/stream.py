@@ -43,9 +43,14 @@ def open_sources(path: paths.PathLike, mixture: Mixture, split: str) -> list[tup
     if not mixture:
         return [(ExampleSource(root, split), 1.0)]
     found = []
-    for name, weight in mixture:
-        if not weight > 0:
-            raise UserError(f"config data.mixture: weight {weight} of {name!r} must be positive")
+    for row in mixture:
+        if not isinstance(row, tuple | list) or len(row) != 2 or not isinstance(row[0], str):
+            raise UserError(
+                f"config data.mixture: {row!r} is no row (data set, weight); a comma may be missing"
+            )
+        name, weight = row
+        if not isinstance(weight, int | float) or not weight > 0:
+            raise UserError(f"config data.mixture: weight {weight!r} of {name!r} must be positive")
         folder = root / name
         if not (folder / INFO_NAME).exists() and len(mixture) == 1 and (root / INFO_NAME).exists():
             folder = root

@@ -163,6 +163,11 @@ class LlamaLayer(nnx.Module):
     ):
         rank = cfg.get("lora_rank", 0)
         targets = cfg.get("lora_targets", LORA_TARGETS)
+        if rank < 0 or (rank and not targets):
+            raise UserError(
+                f"model.llm.lora_rank={rank} with lora_targets={tuple(targets)}: a rank of 0 (no LoRA) or "
+                f"more, and for more also targets, of {LORA_TARGETS}"
+            )
         unknown = sorted(set(targets) - set(LORA_TARGETS))
         if unknown:
             raise UserError(f"model.llm.lora_targets has unknown {unknown}; choose from {LORA_TARGETS}")

@@ -142,7 +142,7 @@ def _match_heads(x: jax.Array, heads: int, parts: int) -> jax.Array:
     kv_heads = x.shape[2]
     repeats = math.lcm(parts, kv_heads) // kv_heads
     if heads % (kv_heads * repeats):
-        raise ValueError(
+        raise UserError(
             f"{heads} query and {kv_heads} key heads do not split into {parts}; set activation_rules.heads "
             "and kv_heads to None, queries to the axis that had them"
         )
@@ -165,7 +165,7 @@ def _over_devices_of_a_row(
     if marks.q_positions is not None or k.shape[1] != q_len:
         raise ValueError("a row over several devices attends to itself, by its own indices")
     if q_len % size or partition.ways("queries") > 1:
-        raise ValueError(
+        raise UserError(
             f"rows of {q_len} do not split into {size} along activation_rules.{length}, or queries are split "
             "too: set data.seq_len to a multiple, activation_rules.queries to None"
         )

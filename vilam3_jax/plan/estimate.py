@@ -151,7 +151,8 @@ def make_plan(config: ConfigDict, topology: Topology, cache: Cache, price: float
         memory = Memory(*held, max(needed - sum(held), 0.0), needed, chip.devices * compiled.limit)
         return dataclasses.replace(plan, memory=memory)
     plan = dataclasses.replace(plan, memory=Memory(*held, temporary, needed, chip.hbm_bytes))
-    trips = -(-config.data.seq_len // min(config.loss_chunk, config.data.seq_len))
+    length = config.data.seq_len // int(mesh.shape["context"])
+    trips = -(-length // min(config.loss_chunk, length))
     cost = hlo.read(compiled.text, dynamic_trips=trips)
     return _with_speed(plan, config, topology, _speed(cost, topology, list(mesh.devices.flat), config), price)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, cast
@@ -113,12 +114,18 @@ def _flags() -> flags.FlagValues:
     }
     for name, help_text in text.items():
         flags.DEFINE_string(name, _CACHE if name == "cache" else None, help_text, flag_values=values)
-    flags.DEFINE_integer("slices", 0, "Number of slices, in place of the topology's.", flag_values=values)
-    flags.DEFINE_float("price", None, "Price of a chip-hour, in any currency.", flag_values=values)
+    flags.DEFINE_integer(
+        "slices", 0, "Number of slices, in place of the topology's.", lower_bound=0, flag_values=values
+    )
+    flags.DEFINE_float(
+        "price", None, "Price of a chip-hour, in any currency.", lower_bound=0, flag_values=values
+    )
     flags.DEFINE_boolean(
         "search", False, "Try meshes, remat policies and rows; the best that fit.", flag_values=values
     )
-    flags.DEFINE_integer("compiles", 12, "Most compiles of a search, per topology.", flag_values=values)
+    flags.DEFINE_integer(
+        "compiles", 12, "Most compiles of a search, per topology.", lower_bound=1, flag_values=values
+    )
     return values
 
 
@@ -138,6 +145,8 @@ def main(argv: Sequence[str]) -> int:
         wanted = [dataclasses.replace(topology, slices=slices) for topology in wanted]
     cache = compiler.Cache(paths.as_path(cast(str, values["cache"].value)).expanduser())
     price = cast("float | None", values["price"].value)
+    if price is not None and not math.isfinite(price):
+        raise UserError(f"--price={price}: must be a number")
     plans: list[Plan] = []
     for topology in wanted:
         plans += _answer(config, topology, cache, price, values)

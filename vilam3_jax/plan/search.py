@@ -104,7 +104,10 @@ def _enough_rows(config: ConfigDict, devices: int) -> dict[str, int]:
     if config.kind == "contrastive":
         key, groups = "data.global_pairs", config.data.global_pairs
     else:
-        key, groups = "data.global_rows", config.data.global_rows // config.data.rows_per_group
+        key, groups = (
+            "data.global_rows",
+            config.data.global_rows // (config.data.rows_per_group * config.grad_accum),
+        )
     factor = devices // math.gcd(groups, devices)
     rows = config_lib.flatten(config)[key]
     return {key: rows * factor, "num_steps": max(1, config.num_steps // factor)} if factor > 1 else {}

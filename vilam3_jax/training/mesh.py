@@ -108,6 +108,17 @@ def parameter_shardings(
       UserError: no row matches a parameter, a placement is longer than its parameter's rank, or a dimension
         divides by none of its row's placements.
     """
+    for row in rules:
+        if not isinstance(row, tuple | list) or len(row) < 2:
+            raise UserError(f"config parameter_rules: {row!r} is no row (regular expression, axes, ...)")
+        unknown = {axis for axes in row[1:] for entry in axes for axis in partition.listed(entry)} - set(
+            MESH_AXES
+        )
+        if unknown:
+            raise UserError(
+                f"config parameter_rules: {row!r} names {', '.join(sorted(map(str, unknown)))}; axes are "
+                f"{', '.join(MESH_AXES)}"
+            )
     table = [(row[0], row[1:]) for row in rules]
     placed = {}
     for path, choices in tables.resolve(table, shapes, "parameter_rules", unused_ok=True).items():

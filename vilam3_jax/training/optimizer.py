@@ -71,8 +71,15 @@ def groups(config: ConfigDict, paths: list[str]) -> dict[str, Group]:
 
 
 def multipliers(config: ConfigDict, paths: list[str]) -> dict[str, float]:
-    """Learning-rate multiplier of every parameter by `config.trainable`; 0 means frozen."""
-    return {path: group.rate for path, group in groups(config, paths).items()}
+    """Learning-rate multiplier of every parameter by `config.trainable`; 0 means frozen.
+
+    Raises:
+      UserError: as `groups`, or nothing would learn.
+    """
+    rates = {path: group.rate for path, group in groups(config, paths).items()}
+    if not any(rates.values()):
+        raise UserError("config trainable: every row has rate 0, so nothing would learn")
+    return rates
 
 
 def make_optimizer(config: ConfigDict, rates: Mapping[str, float]) -> optax.GradientTransformation:

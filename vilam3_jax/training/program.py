@@ -6,6 +6,7 @@ Nothing here reads data or allocates a parameter, so the devices of the mesh nee
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -145,6 +146,14 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
         for name, leaf in batch_layout.batch_shapes(config, vila.tokens_per_image(config.model)).items()
     }
     placed = mesh_lib.batch_shardings(shapes, mesh)
+    ways = math.prod(size for axis, size in mesh.shape.items() if axis not in ("context", "tensor"))
+    if config.kind == "generative":
+        groups = config.data.global_rows // config.data.rows_per_group // config.grad_accum
+        if groups % ways:
+            raise UserError(
+                f"config grad_accum={config.grad_accum}: {groups} groups of rows at a time do not divide "
+                f"over the {ways} devices of data x fsdp; raise data.global_rows or lower grad_accum"
+            )
     return {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[name])
         for name, leaf in shapes.items()

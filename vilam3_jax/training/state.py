@@ -95,7 +95,9 @@ def initial_state(
         part = {path: leaf for path, leaf in wanted.items() if path.startswith(prefix)}
         if not part:
             raise UserError(f"config init.{component}: this model has no {component}")
-        _check_architecture(source, config.model, {path.split("/")[0] for path in part})
+        check_architecture(
+            source, exports.load_model_config(source), config.model, {path.split("/")[0] for path in part}
+        )
         optional = {path for path in part if "/lora_" in path} | set(_fresh_ok(config, part))
         read = partial(exports.load_params, source, optional=optional)
         found = read({path: leaf for path, leaf in part.items() if path not in quantized})
@@ -144,15 +146,24 @@ def model_params(state: State) -> dict[str, Any]:
     return {**state["frozen"], **state["trainable"], **average}
 
 
-def _check_architecture(source: str, model: ConfigDict, components: set[str]) -> None:
-    """Same shapes do not make the same model: a rotary base or a norm's epsilon has none."""
-    stored = exports.load_model_config(source)
+def check_architecture(source: str, stored: Any, model: ConfigDict, components: set[str]) -> None:
+    """Same shapes do not make the same model: a rotary base or a norm's epsilon has none.
+
+    Args:
+      source: of the parameters, for the message.
+      stored: the model's config there.
+      model: the run's.
+      components: those that are taken over.
+
+    Raises:
+      UserError: a setting differs.
+    """
     for component in sorted(components & set(stored)):
         for key, value in stored[component].items():
             wanted = model[component].get(key, value)
             if not key.startswith(_NO_ARCHITECTURE) and wanted != value:
                 raise UserError(
-                    f"{source}: its {component} has {key}={value}, this config {wanted}; it is an export of "
+                    f"{source}: its {component} has {key}={value}, this config {wanted}; it holds "
                     "another model"
                 )
 

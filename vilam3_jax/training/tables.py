@@ -25,9 +25,9 @@ def resolve(
       unused_ok: a shared default table may have rows for parts that this model lacks.
 
     Raises:
-      UserError: a path without a row, or a row without a path; lists them.
+      UserError: a path without a row, or a row without a path; lists them. Or a row of another form.
     """
-    rows = [(re.compile(pattern), setting) for pattern, setting in table]
+    rows = [_row(row, name) for row in table]
     used: set[int] = set()
     settings: dict[str, Any] = {}
     unmatched = []
@@ -45,3 +45,14 @@ def resolve(
     if unused and not unused_ok:
         raise UserError(f"config {name}: no parameter matches the row(s) {', '.join(unused)}; remove or mend")
     return settings
+
+
+def _row(row: Any, name: str) -> tuple[re.Pattern[str], Any]:
+    if not isinstance(row, tuple | list) or len(row) != 2 or not isinstance(row[0], str):
+        raise UserError(
+            f"config {name}: {row!r} is no row (regular expression, setting); a comma may be missing"
+        )
+    try:
+        return re.compile(row[0]), row[1]
+    except re.error as error:
+        raise UserError(f"config {name}: {row[0]!r} is no regular expression: {error}") from error

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
 
 from vilam3_jax import config as config_lib
 from vilam3_jax.errors import UserError
@@ -50,10 +51,38 @@ def test_no_recipe_and_no_snapshot_is_forgotten():
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
-    from absl import flags
 
     with pytest.raises(UserError, match=message):
         config_lib.parse(arguments, flags.FlagValues())
+
+
+@pytest.mark.parametrize(
+    "key,value",
+    [
+        ("grad_accum", 0), ("loss_chunk", 0), ("eval_batches", 0), ("eval_every", -1),
+        ("checkpoint_every", -1),
+        ("data.seq_len", 0), ("data.rows_per_group", 0), ("data.global_rows", -8), ("data.loader_shards", 0),
+        ("schedule.peak", -1.0), ("schedule.peak", float("nan")), ("schedule.warmup_fraction", 2.0),
+        ("optimizer.clip_norm", -1.0), ("optimizer.b2", 2.0),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_bounds_are_refused(key, value):
+    with pytest.raises(UserError, match=rf"config {key}=.*: must be"):
+        config_lib.load("configs/stage3_instruct.py:tiny", {key: value})
+
+
+def test_activation_rules_are_set_on_the_command_line():
+    argv = ["--config=configs/stage3_instruct.py:tiny", "--config.activation_rules.heads="]
+    argv += ["--config.activation_rules.queries=tensor"]
+    rules = config_lib.parse(argv, flags.FlagValues()).activation_rules
+    assert rules.heads == "" and rules.queries == "tensor"
+    with pytest.raises(UserError, match=r"activation_rules\.heads='tensr': must be of data, fsdp"):
+        config_lib.parse([*argv[:1], "--config.activation_rules.heads=tensr"], flags.FlagValues())
+
+
+def test_pairs_are_not_accumulated():
+    with pytest.raises(UserError, match="grad_accum=2: a contrastive run"):
+        config_lib.load("configs/stage1_vision.py:tiny", {"grad_accum": 2})
 
 
 def test_parts_are_swapped_and_then_overridden():

@@ -85,9 +85,9 @@ ACTIVATION_RULES = {
     "embed": None,
     "heads": "tensor",
     "kv_heads": "tensor",
-    # Where heads do not divide by `tensor`, set both to None and this to "tensor": each device then attends
+    # Where heads do not divide by `tensor`, set both to "" and this to "tensor": each device then attends
     # for a part of the queries instead of all.
-    "queries": None,
+    "queries": "",
     "mlp": "tensor",
     "vocab": "tensor",
 }
@@ -280,6 +280,12 @@ def _check_bounds(config: ConfigDict) -> None:
 def check(config: ConfigDict) -> None:
     """Refuses a config that cannot run, with the key and the fix."""
     _check_bounds(config)
+    for name, axes in config.activation_rules.items():
+        unknown = set([axes] if isinstance(axes, str) else axes or ()) - {*MESH_AXES, ""}
+        if unknown:
+            raise UserError(
+                f"config activation_rules.{name}={axes!r}: must be of {', '.join(MESH_AXES)}, or '' for none"
+            )
     if config.kind not in ("generative", "contrastive"):
         raise UserError(f"config kind={config.kind!r}: must be 'generative' or 'contrastive'")
     if config.data.experts not in ("on", "off", "mixed", "falsified"):

@@ -128,9 +128,7 @@ def test_damage_is_named(tmp_path) -> None:
     with pytest.raises(UserError, match=r"train-00000\.array_record: cannot be read"):
         ExampleSource(tmp_path, "train")[0]
     shard.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(
-        UserError, match=rf"array_record: has {len(whole) // 2} bytes, {len(whole)} were"
-    ):
+    with pytest.raises(UserError, match=rf"array_record: has {len(whole) // 2} bytes, {len(whole)} were"):
         ExampleSource(tmp_path, "train")
     shard.unlink()
     with pytest.raises(UserError, match="No such file"):

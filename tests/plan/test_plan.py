@@ -195,6 +195,11 @@ def test_attention_kernels_by_hand():
         (["--topology=v5e:2x4", "--config.mesh.fsdp=3"], "does not divide the 8 device"),
         (["--topology=v5e:2x4", "--config.data.global_rows=4"], "data.global_rows"),
         (["--topology=v5e:2x4", "--nonsense=1"], "nonsense"),
+        (["--topology=v5e:2x4", "num_steps=7"], "num_steps=7: not understood"),
+        (["--topology=v5e:2x4", "--price=-3"], "price"),
+        (["--topology=v5e:2x4", "--price=nan"], "must be a number"),
+        (["--topology=v5e:2x4", "--slices=-2"], "slices"),
+        (["--topology=v5e:2x4", "--search", "--compiles=0"], "compiles"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message, capsys, tmp_path):

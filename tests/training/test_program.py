@@ -81,6 +81,32 @@ def test_training_takes_its_step_from_the_program(world, tmp_path, monkeypatch):
     assert lowered == [lower(program_lib.build(config, mesh)).as_text()]
 
 
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"grad_accum": 2}, r"grad_accum=2: 4 groups of rows at a time do not divide over the 8 devices"),
+        ({"trainable": ((r".*", 0.0),)}, "nothing would learn"),
+        ({"trainable": (r".*", 1.0)}, r"config trainable: '\.\*' is no row"),
+        ({"trainable": ((r"(", 1.0),)}, r"config trainable: '\(' is no regular expression"),
+        ({"parameter_rules": ((r".*", ("nope",)),)}, "parameter_rules.*names nope; axes are data"),
+        ({"parameter_rules": ((r".*",),)}, "parameter_rules.*is no row"),
+        ({"model.llm.lora_rank": 4, "model.llm.lora_targets": ()}, "lora_rank=4 with lora_targets"),
+        ({"model.llm.lora_rank": -4}, "lora_rank=-4"),
+    ],
+)
+def test_settings_that_cannot_run_are_one_clear_error(changes, message):
+    config = tiny_config(fsdp=8)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        program_lib.build(config, mesh_lib.build_mesh(config.mesh))
+
+
+def test_heads_that_the_mesh_cannot_split_are_one_clear_error():
+    config = tiny_config(tensor=8)
+    with pytest.raises(UserError, match="heads do not split into 8"):
+        program_lib.build(config, mesh_lib.build_mesh(config.mesh)).lower()
+
+
 def test_a_batch_that_does_not_divide_is_refused():
     config = tiny_config(data=2, fsdp=4)
     config.data.global_rows = 4

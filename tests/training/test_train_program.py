@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -305,6 +306,19 @@ def test_bad_settings_are_one_line_and_exit_code_2(world, tmp_path, change, mess
     assert result.returncode == 2
     assert message in result.stderr and "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_workdir_that_cannot_be_is_one_line(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run(*arguments(world, tmp_path / "file" / "run"))
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert str(tmp_path / "file" / "run") in result.stderr
+
+
+def test_a_checkpoint_of_another_architecture_is_not_gone_on_from(world, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    result = run(*arguments(world, tmp_path / "run", **{"model.llm.rope_theta": 5000.0}))
+    assert result.returncode == 2 and "rope_theta" in result.stderr and "another model" in result.stderr
 
 
 def test_a_result_is_complete(uninterrupted):

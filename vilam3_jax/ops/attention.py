@@ -144,7 +144,7 @@ def _match_heads(x: jax.Array, heads: int, parts: int) -> jax.Array:
     if heads % (kv_heads * repeats):
         raise UserError(
             f"{heads} query and {kv_heads} key heads do not split into {parts}; set activation_rules.heads "
-            "and kv_heads to None, queries to the axis that had them"
+            "and kv_heads to '', queries to the axis that had them"
         )
     return jnp.repeat(x, repeats, axis=2) if repeats > 1 else x
 
@@ -167,7 +167,7 @@ def _over_devices_of_a_row(
     if q_len % size or partition.ways("queries") > 1:
         raise UserError(
             f"rows of {q_len} do not split into {size} along activation_rules.{length}, or queries are split "
-            "too: set data.seq_len to a multiple, activation_rules.queries to None"
+            "too: set data.seq_len to a multiple, activation_rules.queries to ''"
         )
     parts = partition.ways("heads") * size
     exchange = choice != "ring" and heads % math.lcm(parts, kv_heads) == 0
@@ -358,7 +358,7 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, marks: Marks, causal: bool,
     batch, q_len, heads, head_dim = q.shape
     if spread and partition.ways("queries") > 1:
         raise UserError(
-            "config attention: cuDNN's kernel takes whole rows; set activation_rules.queries to None, or "
+            "config attention: cuDNN's kernel takes whole rows; set activation_rules.queries to '', or "
             "attention to 'xla'"
         )
     ids_q, ids_kv, *_ = _all_given(marks, q_len, k.shape[1])

@@ -51,7 +51,7 @@ def activation_rules(
 
     Args:
       mesh: the step's devices, of this host or of a topology that is only compiled for.
-      rules: logical axis → mesh axes that carry it.
+      rules: logical axis → mesh axes that carry it; None or "" for none.
       attention: `config.attention`, which `ops.attention` reads.
       weights: parameter path → where it (or each of its arrays) is stored, see `products.linear`; products of
         other weights are left to the partitioner.
@@ -62,7 +62,9 @@ def activation_rules(
         else [part.spec for part in jax.tree.leaves(placed)]
         for path, placed in (weights or {}).items()
     }
-    token = _context.set(_Context(mesh, dict(rules), stored, attention))
+    token = _context.set(
+        _Context(mesh, {name: axes or None for name, axes in rules.items()}, stored, attention)
+    )
     try:
         yield
     finally:

@@ -259,12 +259,12 @@ def _complete(folder: epath.Path) -> bool:
 
 
 def _sizes(folder: epath.Path) -> dict[str, int]:
-    """Path in `folder` → bytes, of the files of its items."""
+    """Path in `folder` → bytes, of the files of its items; markers of a finished save hold nothing."""
     sizes = {}
     for path in paths.children(folder):
         if path.is_dir():
             sizes |= {f"{path.name}/{name}": size for name, size in _sizes(path).items()}
-        else:
+        elif path.name != _MARKER:
             sizes[path.name] = paths.file_size(path)
     return sizes
 

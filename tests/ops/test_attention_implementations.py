@@ -202,7 +202,7 @@ def test_what_a_step_cannot_run_is_refused(run):
     ids = np.ones((2, 30), np.int32)
     with pytest.raises(UserError, match="3 query and 3 key heads do not split into 2"):
         run("exchange_splash", front(ids, True), q, k, v)
-    with pytest.raises(ValueError, match="rows of 30 do not split into 4"):
+    with pytest.raises(UserError, match="rows of 30 do not split into 4"):
         run("ring", front(ids, True), q, k, v, context=4)
 
 

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 from absl import flags
+from etils import epath
 
 from vilam3_jax import checkpoints, compat, exports, paths, processes
 from vilam3_jax import config as config_lib
@@ -30,6 +31,7 @@ from vilam3_jax.training import evaluation, telemetry, writers
 from vilam3_jax.training import mesh as mesh_lib
 from vilam3_jax.training import program as program_lib
 from vilam3_jax.training import state as state_lib
+from vilam3_jax.training import workdir as workdir_lib
 
 RESULT_FILE = "result.json"
 
@@ -69,11 +71,15 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
     Several processes call it alike; see `processes`. Only the lead one prints, and writes metrics.
 
     Raises:
-      UserError: the config, data, mesh or an earlier checkpoint does not fit.
+      UserError: the config, data, mesh or an earlier checkpoint does not fit, or another run has `workdir`.
     """
-    workdir = paths.as_path(workdir)
     if config.mesh.cpu_devices:
         compat.use_cpu_devices(config.mesh.cpu_devices)
+    with workdir_lib.claimed(workdir):
+        return _train(config, paths.as_path(workdir), stop_after, quiet)
+
+
+def _train(config: ConfigDict, workdir: epath.Path, stop_after: int, quiet: bool) -> Result:
     mesh = mesh_lib.build_mesh(config.mesh)
     writers.check(config)
     quiet = quiet or not processes.lead()
@@ -110,6 +116,7 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
         workdir,
         start,
     )
+    put_aside = workdir_lib.PutAside(workdir)
     batches, compiled = iter(loader), None
     last = min(config.num_steps, stop_after or config.num_steps)
     step = start
@@ -121,6 +128,8 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
         def save(step: int) -> None:
             with monitor.aside("checkpoint_stall"):
                 saved.save(step, state, loader.get_state(), _run_record(config, monitor.clock))
+                if counted := put_aside.add(loader.stats.skipped):
+                    monitor.write(step, counted)
 
         if not start and config.eval_every:
             with monitor.aside("evaluation_seconds"):
@@ -145,10 +154,10 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
             save(step)
         saved.wait()
     finished = step >= config.num_steps
-    aside = dict(record for part in processes.gather(loader.stats.skipped) for record in part)
-    if aside and not quiet:
-        print(f"put aside {len(aside)} record(s), the first: {': '.join(next(iter(aside.items())))}")
     loader.close()
+    if processes.lead() and put_aside.records:
+        named = workdir / workdir_lib.PUT_ASIDE_FILE
+        print(f"{len(put_aside.records)} record(s) were put aside, named in {named}", file=sys.stderr)
     if finished:
         params = state_lib.model_params(state)
         model_config = {**config.model.to_dict(), "kind": config.kind}

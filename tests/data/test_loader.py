@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from vilam3_jax.data import sample_reader
 from vilam3_jax.data.examples import Example, ImageRef, Turn
 from vilam3_jax.data.loader import build_loader
 from vilam3_jax.data.stream import dealt_position
+from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.errors import UserError
 
 KEYS = {
@@ -119,7 +121,26 @@ def test_resume_is_bitwise(root, shards: int, cut: int) -> None:
         "pending",
         "groups",
         "order",
+        "tokenizer",
     }
+
+
+def test_a_state_is_of_its_tokenizer(root, tmp_path) -> None:
+    loader = build(config(root))
+    state = loader.get_state()
+    loader.close()
+    tokenizer().save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    settings["model"]["merges"].pop()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    build_with = functools.partial(build_loader, config(root), "train", tokens_per_image=TOKENS_PER_IMAGE)
+    same_one = build_with(tokenizer=tokenizer())
+    same_one.set_state(state)
+    same_one.close()
+    other = build_with(tokenizer=load_tokenizer(tmp_path))
+    with pytest.raises(UserError, match=r"of another tokenizer; set model\.tokenizer"):
+        other.set_state(state)
+    other.close()
 
 
 def test_state_belongs_to_the_batch_returned_last(root) -> None:

@@ -315,6 +315,15 @@ def test_a_workdir_that_cannot_be_is_one_line(world, tmp_path):
     assert str(tmp_path / "file" / "run") in result.stderr
 
 
+def test_records_that_cannot_be_used_are_named(world, tmp_path):
+    result = run(*arguments(world, tmp_path / "run", num_steps=2, **{"data.seq_len": 96}))
+    assert result.returncode == 0, result.stderr
+    named = json.loads((tmp_path / "run" / "put_aside.json").read_text())
+    counts = [row.get("records_put_aside") for row in telemetry.read_metrics(tmp_path / "run")]
+    assert named and len(named) in counts and f"{len(named)} record(s) were put aside" in result.stderr
+    assert all("raise data.seq_len" in reason for reason in named.values())
+
+
 def test_a_checkpoint_of_another_architecture_is_not_gone_on_from(world, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
     result = run(*arguments(world, tmp_path / "run", **{"model.llm.rope_theta": 5000.0}))

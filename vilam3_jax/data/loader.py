@@ -126,6 +126,7 @@ class _Shard:
             "pending": [sample.index for sample in self.pending],
             "groups": self.groups,
             "order": self._loader.fingerprint,
+            "tokenizer": self._loader.tokenizer_fingerprint,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -187,6 +188,7 @@ class Loader:
       stats: counts of what was returned and set aside.
       provenance: name, split, records, licences and provenance of every dataset.
       fingerprint: hash of datasets, weights and seed; a state fits only this order.
+      tokenizer_fingerprint: of the tokenizer; a state fits only this one.
     """
 
     def __init__(
@@ -194,6 +196,7 @@ class Loader:
         *,
         samples: stream.SampleStream,
         load: Callable[[tuple[int, int], int], Sample],
+        tokenizer_fingerprint: str,
         shape: GroupShape,
         pairs: bool,
         units: int,
@@ -214,7 +217,7 @@ class Loader:
         self._held = sorted(range(units) if held is None else held)
         self.shard_count = shards if self.length is None else self._streams
         self.stats = Stats()
-        self.fingerprint = samples.fingerprint
+        self.fingerprint, self.tokenizer_fingerprint = samples.fingerprint, tokenizer_fingerprint
         self.provenance = [
             {
                 "name": source.name,
@@ -260,7 +263,7 @@ class Loader:
         """Goes to a place that `get_state` named, in whatever process.
 
         Raises:
-          UserError: the state is of other data, another mixture, seed or number of shards.
+          UserError: the state is of other data, another mixture, seed, tokenizer or number of shards.
         """
         self._stop()
         for number in self._shard_numbers():
@@ -273,6 +276,11 @@ class Loader:
                 raise UserError(
                     "data state is of other data; restore the datasets, data.mixture and seed as they were, "
                     "or start a new workdir"
+                )
+            if state[str(number)].get("tokenizer") != self.tokenizer_fingerprint:
+                raise UserError(
+                    "data state is of another tokenizer; set model.tokenizer to the one that the run began "
+                    "with, or start a new workdir"
                 )
         self._state = {str(n): copy.deepcopy(dict(state[str(n)])) for n in self._shard_numbers()}
 
@@ -517,6 +525,7 @@ def build_loader(
     return Loader(
         samples=samples,
         load=reader.sample,
+        tokenizer_fingerprint=tokenizer.fingerprint,
         shape=group_shape(cfg, processor, tokens_per_image, tokenizer.pad_id),
         pairs=pairs,
         units=global_units(cfg),

@@ -27,6 +27,7 @@ class TokenizerLike(Protocol):
     pad_id: int
     vocab_size: int
     adds_bos: bool
+    fingerprint: str
 
     def encode(self, text: str) -> list[int]: ...
 

@@ -1,0 +1,72 @@
+"""One run at a time in a folder, and what it put aside is named there."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from vilam3_jax.errors import UserError
+from vilam3_jax.training import workdir
+
+HOLD = """
+import sys
+from vilam3_jax.training import workdir
+with workdir.claimed(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    with process:
+        yield process
+        process.kill()
+
+
+def test_a_second_run_is_refused_and_the_first_is_named(tmp_path, holder, monkeypatch, capfd):
+    monkeypatch.setattr(workdir, "WAIT_SECONDS", 0.5)
+    refused = pytest.raises(UserError, match=f"process {holder.pid} of .* runs here")
+    with refused as told, workdir.claimed(tmp_path):
+        raise AssertionError("two runs in one folder")
+    assert str(tmp_path) in str(told.value) and "waiting for its end" in capfd.readouterr().err
+    with workdir.claimed(tmp_path / "other"):
+        pass
+
+
+def test_a_killed_run_leaves_its_folder_free(tmp_path, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    for _ in range(2):
+        with workdir.claimed(tmp_path):
+            pass
+
+
+def test_a_run_waits_for_one_that_ends(tmp_path, holder, monkeypatch):
+    def end_the_first(seconds):
+        holder.communicate()
+
+    monkeypatch.setattr(workdir.time, "sleep", end_the_first)
+    with workdir.claimed(tmp_path):
+        pass
+
+
+def test_records_put_aside_are_named_across_restarts(tmp_path):
+    first = workdir.PutAside(tmp_path)
+    assert first.add([]) == {} and not (tmp_path / workdir.PUT_ASIDE_FILE).exists()
+    assert first.add([("a/train record 1", "torn")]) == {"records_put_aside": 1}
+    again = workdir.PutAside(tmp_path)
+    assert again.add([("a/train record 1", "torn"), ("b/train record 2", "too long")]) == {
+        "records_put_aside": 2
+    }
+    named = json.loads((tmp_path / workdir.PUT_ASIDE_FILE).read_text())
+    assert named == {"a/train record 1": "torn", "b/train record 2": "too long"} == again.records
+    (tmp_path / workdir.PUT_ASIDE_FILE).write_text('{"a')
+    with pytest.raises(UserError, match=r"put_aside\.json: not readable"):
+        workdir.PutAside(tmp_path)

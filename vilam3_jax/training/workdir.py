@@ -1,0 +1,106 @@
+"""The folder of a run: one run at a time works in it, and the records that it put aside are named there."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from etils import epath
+
+from vilam3_jax import checkpoints, paths, processes
+from vilam3_jax.errors import UserError
+
+CLAIM_FILE = ".running"
+PUT_ASIDE_FILE = "put_aside.json"
+WAIT_SECONDS = 120.0  # file servers keep the lock of a lost host for about so long
+
+
+@contextlib.contextmanager
+def claimed(workdir: paths.PathLike) -> Iterator[None]:
+    """Context in which no other run goes on in `workdir`; it would remove the saves in flight of this one.
+
+    A lock of the operating system, which ends with the process, however that ends. Object stores and some
+    file systems have none; there nothing is checked.
+
+    Raises:
+      UserError: another run has the folder for longer than a lost one could, or it cannot be written.
+    """
+    folder = paths.as_path(workdir)
+    if not processes.lead() or "://" in str(folder):
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / CLAIM_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(checkpoints.disk_message(folder, error)) from error
+    try:
+        _lock(file, folder)
+        yield
+    finally:
+        os.close(file)
+
+
+def _lock(file: int, folder: epath.Path) -> None:
+    deadline, told = time.monotonic() + WAIT_SECONDS, False
+    while not _take(file):
+        holder = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
+        if time.monotonic() > deadline:
+            raise UserError(f"{folder}: {holder} runs here; wait for it, stop it, or use another --workdir")
+        if not told:
+            print(f"{folder}: {holder} runs here; waiting for its end", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(1.0)
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} of {socket.gethostname()}".encode(), 0)
+
+
+def _take(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks on this file system
+        return True
+    return True
+
+
+class PutAside:
+    """Records that the loaders of a run's processes put aside: `put_aside.json`, record to reason.
+
+    Attributes:
+      records: all so far, also before a restart; of the lead process.
+    """
+
+    def __init__(self, workdir: paths.PathLike) -> None:
+        """Goes on with what the folder names.
+
+        Raises:
+          UserError: the file is damaged.
+        """
+        self._path = paths.as_path(workdir) / PUT_ASIDE_FILE
+        self.records: dict[str, str] = {}
+        if processes.lead() and self._path.exists():
+            try:
+                self.records = dict(json.loads(self._path.read_text()))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{self._path}: not readable ({error}); remove it") from error
+
+    def add(self, skipped: Sequence[tuple[str, str]]) -> dict[str, float]:
+        """Adds (record, reason) of this process; every process must call it.
+
+        Returns:
+          The figure for the metrics, `records_put_aside`; empty while there are none.
+        """
+        known = len(self.records)
+        for part in processes.gather(skipped):
+            self.records |= dict(part)
+        if processes.lead() and len(self.records) > known:
+            paths.write_text_atomic(self._path, json.dumps(self.records, indent=1) + "\n")
+        return {"records_put_aside": len(self.records)} if self.records else {}

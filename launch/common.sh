@@ -68,20 +68,20 @@ need_config() {
     fail "--config=FILE[:ARG] is missing after --, for example --config=configs/stage4_expert.py:vila_m3_8b"
 }
 
+# The trainer's settings that are paths.
+PLACES=(config.data.path config.data.annotations config.model.tokenizer config.init.everything config.init.vision_tower
+  config.init.text_tower config.init.projector config.init.llm)
+
 # need_bucket ARGUMENT...: whatever the trainer reads or writes must be in a bucket.
 need_bucket() {
-  local argument key value workdir
+  local place value workdir
   workdir=$(flag_value workdir "$@")
   [ -n "$workdir" ] || fail "--workdir=gs://BUCKET/FOLDER is missing after --; the run's checkpoints go there"
   [[ $workdir == gs://?* ]] ||
     fail "--workdir=$workdir: must be gs://BUCKET/FOLDER; no machine sees another's disk, and the disks go with the machines"
-  for argument in "$@"; do
-    case $argument in
-      --config.data.path=* | --config.data.annotations=* | --config.init.*=*)
-        key=${argument%%=*} value=${argument#*=}
-        [[ -z $value || $value == gs://?* ]] ||
-          fail "$key=$value: must be gs://BUCKET/FOLDER; the machines see nothing else of yours"
-        ;;
-    esac
+  for place in "${PLACES[@]}"; do
+    value=$(flag_value "$place" "$@")
+    [[ -z $value || $value == gs://?* ]] ||
+      fail "--$place=$value: must be gs://BUCKET/FOLDER; the machines see nothing else of yours"
   done
 }

@@ -23,6 +23,11 @@ from typing import NoReturn
 HERE = Path(__file__).resolve().parent
 RUN = "/vilam3/run.sh"  # launch/run.sh in the images
 USER_ERROR = 2
+# The trainer's settings that are paths.
+PLACES = ("config.data.path", "config.data.annotations", "config.model.tokenizer")
+PLACES += tuple(
+    f"config.init.{part}" for part in ("everything", "vision_tower", "text_tower", "projector", "llm")
+)
 
 DESCRIPTION = """\
 Trains on TPUs of a GKE cluster.
@@ -196,12 +201,11 @@ def check_train(arguments: Sequence[str]) -> None:
             f"--workdir={workdir}: must be gs://BUCKET/FOLDER, after --; no machine sees another's disk, and "
             "the disks go with the machines"
         )
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        local = value and not re.match(r"gs://.", value)
-        if local and re.fullmatch(r"--config\.(data\.(path|annotations)|init\.\w+)", key):
+    for place in PLACES:
+        value = flag_value(arguments, place)
+        if value and not re.match(r"gs://.", value):
             raise UsageError(
-                f"{argument}: must be gs://BUCKET/FOLDER; the machines see nothing else of yours"
+                f"--{place}={value}: must be gs://BUCKET/FOLDER; the machines see nothing else of yours"
             )
 
 

@@ -71,6 +71,19 @@ parse() {
   done
 }
 
+# seconds LIMIT: of Slurm's MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS[:MINUTES[:SECONDS]].
+seconds() {
+  local days=0 clock=$1 parts
+  [[ $clock != *-* ]] || days=${clock%%-*} clock=${clock#*-}
+  IFS=: read -ra parts <<<"$clock"
+  if [[ $1 == *-* || ${#parts[@]} = 3 ]]; then
+    clock=$((10#${parts[0]} * 3600 + 10#${parts[1]:-0} * 60 + 10#${parts[2]:-0}))
+  else
+    clock=$((10#${parts[0]} * 60 + 10#${parts[1]:-0}))
+  fi
+  printf '%s' $((10#$days * 86400 + clock))
+}
+
 # need_shared KEY VALUE: a path that means the same on every node.
 need_shared() {
   [[ $2 == /* || $2 == gs://?* ]] ||
@@ -79,7 +92,7 @@ need_shared() {
 }
 
 check() {
-  local argument setting option
+  local place value setting option
   need_number --nodes "$nodes"
   need_number --gpus-per-node "$gpus"
   need_number --cpus-per-process "$cpus"
@@ -87,6 +100,8 @@ check() {
   [[ $retries =~ ^[0-9]+$ ]] || fail "--retries=$retries: must be a whole number"
   [[ $limit =~ ^([0-9]+-)?[0-9]+(:[0-5][0-9]){0,2}$ ]] ||
     fail "--time=$limit: needs a time limit as Slurm has it, such as 12:00:00 or 2-00:00:00"
+  [ "$(seconds "$limit")" -gt "$stop_seconds" ] ||
+    fail "--time=$limit: must be longer than the $stop_seconds seconds of --stop-seconds, which are for the save"
   case $processes in
     gpu | node) ;;
     *) fail "--processes=$processes: must be gpu or node" ;;
@@ -99,12 +114,9 @@ check() {
   need_shared --workdir "$(flag_value workdir "${train[@]}")"
   cache=${cache:-$(flag_value workdir "${train[@]}")/compile_cache}
   need_shared --compile-cache "$cache"
-  for argument in "${train[@]}"; do
-    case $argument in
-      --config.data.path=?* | --config.data.annotations=?* | --config.init.*=?*)
-        need_shared "${argument%%=*}" "${argument#*=}"
-        ;;
-    esac
+  for place in "${PLACES[@]}"; do
+    value=$(flag_value "$place" "${train[@]}")
+    [ -z "$value" ] || need_shared "--$place" "$value"
   done
   for setting in "${environment[@]}"; do
     [[ $setting =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env=$setting: must be KEY=VALUE"

@@ -302,6 +302,8 @@ def test_bad_arguments(change, told):
         (["--config=a"], "must be gs://"),
         (["--config=a", "--workdir=/x"], "must be gs://"),
         ([*TRAIN, "--config.data.annotations=/x"], "--config.data.annotations=/x"),
+        ([*TRAIN, "--config.data.path", "/x"], "--config.data.path=/x"),
+        ([*TRAIN, "--config.model.tokenizer=/x"], "--config.model.tokenizer=/x"),
         ([*TRAIN, "--config.init.llm=/x"], "--config.init.llm=/x"),
     ],
 )

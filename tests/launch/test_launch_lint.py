@@ -1,10 +1,13 @@
 """Shell scripts and Dockerfiles under their linters, and the rules of the project that no linter knows."""
 
 import re
+import runpy
 import subprocess
 
 import pytest
 from launchers import LAUNCH, ROOT, dry_run, launch, program
+
+from vilam3_jax import config as config_lib
 
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 DOCKERFILES = sorted((LAUNCH / "docker").glob("Dockerfile.*"))
@@ -114,3 +117,15 @@ def test_help_explains(script):
 
 def test_dry_run_needs_no_program():
     assert dry_run("tpu_vm.sh", "delete", "--name=m3", "--project=my-project", "--zone=us-east5-a")
+
+
+def test_the_launchers_know_the_paths_of_a_run():
+    """Those of the recipes that name a file or folder; a new one must not slip past the checks."""
+    done = subprocess.run(
+        ["bash", "-c", '. "$0" && printf "%s\\n" "${PLACES[@]}"', str(LAUNCH / "common.sh")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    gke = runpy.run_path(str(LAUNCH / "gke.py"))["PLACES"]
+    parts = (f"config.init.{component}" for component in config_lib.COMPONENTS)
+    expected = {"config.data.path", "config.data.annotations", "config.model.tokenizer", *parts}
+    assert set(done.stdout.split()) == set(gke) == expected

@@ -95,6 +95,10 @@ def test_awkward_words_arrive():
         (["--nodes=two"], "--nodes=two"),
         (["--gpus-per-node=0"], "--gpus-per-node=0"),
         (["--time=soon"], "--time=soon"),
+        *(
+            (["--time=" + limit], "longer than the 300 seconds")
+            for limit in ("5", "4:59", "0:05:00", "0-0:05")
+        ),
         (["--processes=chip"], "gpu or node"),
         (["--partition=a b"], "--partition=a b"),
         (["--job-name="], "--job-name="),
@@ -115,6 +119,7 @@ def test_bad_arguments(change, told):
         (["--workdir=/shared/x"], "--config=FILE"),
         (["--config=a"], "--workdir="),
         (["--config=a", "--workdir=runs/x"], "absolute path"),
+        ([*TRAIN, "--config.data.path", "data"], "--config.data.path=data"),
         (["--config=a", "--workdir=/tmp/x"], "/tmp of its own"),
         ([*TRAIN, "--config.data.path=data"], "--config.data.path=data"),
         ([*TRAIN, "--config.init.everything=export"], "--config.init.everything=export"),

@@ -118,6 +118,8 @@ def test_bad_arguments(change, told):
         (["--config=a", "--workdir=/home/me/run"], "must be gs://"),
         (["--config=a", "--workdir=gs://"], "must be gs://"),
         ([*TRAIN, "--config.data.path=data"], "--config.data.path=data"),
+        ([*TRAIN, "--config.data.path", "/x"], "--config.data.path=/x"),
+        ([*TRAIN, "--config.model.tokenizer=/x"], "--config.model.tokenizer=/x"),
         ([*TRAIN, "--config.init.llm=/exports/llm"], "--config.init.llm=/exports/llm"),
     ],
 )

@@ -47,6 +47,8 @@ def test_no_recipe_and_no_snapshot_is_forgotten():
         (["--config=configs/stage3_instruct.py:tiny", "--config.num_steps=many"], "num_steps"),
         (["--config=configs/stage3_instruct.py:tiny", "--config.kind=dreaming"], "kind='dreaming'"),
         (["--config=configs/stage3_instruct.py:tiny", "--nonsense=1"], "nonsense"),
+        (["--config", "configs/stage9.py"], "no such config"),
+        (["--config"], "no such config"),
         ([], "--config"),
     ],
 )
@@ -63,12 +65,38 @@ def test_bad_arguments_are_named(arguments, message):
         ("checkpoint_every", -1),
         ("data.seq_len", 0), ("data.rows_per_group", 0), ("data.global_rows", -8), ("data.loader_shards", 0),
         ("schedule.peak", -1.0), ("schedule.peak", float("nan")), ("schedule.warmup_fraction", 2.0),
-        ("optimizer.clip_norm", -1.0), ("optimizer.b2", 2.0),
+        ("optimizer.clip_norm", -1.0), ("optimizer.b2", 2.0), ("mesh.cpu_devices", -1), ("seed", -1),
+        ("model.llm.num_kv_heads", 0), ("model.vision_tower.patch_size", 0), ("model.llm.hidden_size", -4),
+        ("model.dtype", "float8"), ("model.param_dtype", "int8"),
     ],
 )  # fmt: skip
 def test_numbers_out_of_bounds_are_refused(key, value):
     with pytest.raises(UserError, match=rf"config {key}=.*: must be"):
         config_lib.load("configs/stage3_instruct.py:tiny", {key: value})
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("def get_config(arg=''):\n    return nothing\n", r"my run\.py:2: the recipe fails, NameError"),
+        ("import nowhere\n", r"my run\.py:1: the recipe fails, ModuleNotFoundError"),
+        ("def get_config(\n", "the recipe fails, SyntaxError"),
+        ("x = 1\n", r"no get_config\(arg\)"),
+        ("def get_config(arg=''):\n    pass\n", "must return a ConfigDict"),
+        (
+            "from vilam3_jax import config\n\n\ndef get_config(arg=''):\n    return config.base_config()\n",
+            "names no model",
+        ),
+    ],
+)
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_recipe_that_fails_is_named(tmp_path, text, message, joined):
+    file = tmp_path / "my run.py"
+    file.write_text(text)
+    arguments = [f"--config={file}"] if joined else ["--config", str(file)]
+    with pytest.raises(UserError, match=message) as told:
+        config_lib.parse(arguments, flags.FlagValues())
+    assert "\n" not in str(told.value)
 
 
 def test_activation_rules_are_set_on_the_command_line():

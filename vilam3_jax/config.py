@@ -11,6 +11,8 @@ import difflib
 import importlib.resources
 import json
 import re
+import runpy
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,10 +204,7 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues) -> ConfigDict:
     Raises:
       UserError: an unknown flag or config key (with the nearest known name), or a value of the wrong type.
     """
-    argv = list(argv)
-    for index, item in enumerate(argv):
-        if item.startswith("--config=") or item.startswith("-config="):
-            argv[index] = "--config=" + recipe_path(item.split("=", 1)[1])
+    argv = _with_recipes(argv)
     config_flags.DEFINE_config_file("config", lock_config=True, flag_values=flag_values, sys_argv=["", *argv])
     try:
         left = flag_values(["vilam3", *argv])[1:]
@@ -226,6 +225,40 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues) -> ConfigDict:
         )
     check(config)
     return config
+
+
+def _with_recipes(argv: Sequence[str]) -> list[str]:
+    """The arguments with `--config=FILE[:ARG]` for a file that exists and makes a config."""
+    found, rest = [], iter(argv)
+    for item in rest:
+        name, separator, spec = item.partition("=")
+        if name not in ("--config", "-config"):
+            found.append(item)
+            continue
+        spec = recipe_path(spec if separator else next(rest, ""))
+        _check_recipe(*spec.split(":", 1))
+        found.append(f"--config={spec}")
+    return found
+
+
+def _check_recipe(path: str, *argument: str) -> None:
+    """Runs a recipe by itself, so that its errors are told from those of overrides."""
+    made = None
+    try:
+        recipe = runpy.run_path(path)
+        if "get_config" not in recipe:
+            raise UserError(f"{path}: is no recipe, as it has no get_config(arg)")
+        made = recipe["get_config"](*argument)
+    except UserError:
+        raise
+    except Exception as error:  # a recipe is a program, which fails as programs do
+        lines = [
+            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path
+        ]
+        place = f"{path}:{lines[-1]}" if lines else path
+        raise UserError(f"{place}: the recipe fails, {type(error).__name__}: {error}") from error
+    if not isinstance(made, ml_collections.ConfigDict):
+        raise UserError(f"{path}: get_config must return a ConfigDict; start from config.base_config()")
 
 
 def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -260,17 +293,34 @@ _BOUNDS: dict[str, tuple[float, float | None]] = {
     "data.global_rows": (1, None),
     "data.global_pairs": (1, None),
     "data.loader_shards": (1, None),
+    "data.prefetch": (0, None),
+    "mesh.cpu_devices": (0, None),
+    "seed": (0, 2**32 - 1),
     "schedule.peak": (0, None),
     "schedule.warmup_fraction": (0, 1),
+    "schedule.end_fraction": (0, 1),
     "optimizer.clip_norm": (0, None),
     "optimizer.weight_decay": (0, None),
+    "optimizer.eps": (0, None),
     "optimizer.b1": (0, 0.9999999),
     "optimizer.b2": (0, 0.9999999),
 }
 
 
+# Sizes in any part of `model`.
+_SIZES = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size")
+_SIZES += ("image_size", "patch_size", "max_length", "max_positions")
+_DTYPES = ("float32", "bfloat16")
+
+
 def _check_bounds(config: ConfigDict) -> None:
     values = flatten(config)
+    for key, value in flatten(config.model, "model.").items():
+        if key.rpartition(".")[2] in _SIZES and not value >= 1:
+            raise UserError(f"config {key}={value}: must be at least 1")
+    for key in ("dtype", "param_dtype"):
+        if config.model.get(key, "float32") not in _DTYPES:
+            raise UserError(f"config model.{key}={config.model[key]!r}: must be {' or '.join(_DTYPES)}")
     for key, (least, most) in _BOUNDS.items():
         if not values[key] >= least or (most is not None and not values[key] <= most):
             bound = f"at least {least:g}" if most is None else f"from {least:g} to {most:g}"
@@ -279,6 +329,8 @@ def _check_bounds(config: ConfigDict) -> None:
 
 def check(config: ConfigDict) -> None:
     """Refuses a config that cannot run, with the key and the fix."""
+    if "llm" not in config.model:
+        raise UserError("config model: names no model; set it in the recipe, to one of configs/models")
     _check_bounds(config)
     for name, axes in config.activation_rules.items():
         unknown = set([axes] if isinstance(axes, str) else axes or ()) - {*MESH_AXES, ""}

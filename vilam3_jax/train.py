@@ -230,7 +230,7 @@ def main(argv: Sequence[str]) -> int:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Folder of the run; created, or resumed from.", flag_values=values)
     flags.DEFINE_integer(
-        "stop_after", 0, "Save and stop after this step (0: to the end).", flag_values=values
+        "stop_after", 0, "Save and stop after this step (0: to the end).", lower_bound=0, flag_values=values
     )
     flags.DEFINE_boolean("quiet", False, "No progress bar.", flag_values=values)
     processes.define_flags(values)

@@ -237,6 +237,10 @@ class Llama(nnx.Module):
             raise UserError(
                 f"model.llm.num_heads={cfg.num_heads} is no multiple of num_kv_heads={cfg.num_kv_heads}"
             )
+        if cfg.head_dim % 2:
+            raise UserError(
+                f"model.llm.head_dim={cfg.head_dim}: must be even, as rotary positions turn pairs"
+            )
         self.remat = remat
         self.dtype = jnp.dtype(dtype)
         self.head_dim = cfg.head_dim

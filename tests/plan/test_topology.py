@@ -37,6 +37,9 @@ def test_both_names_are_the_same_slice(name, other, chips):
         ("v5p:16x16", "3 axes"),
         ("v5e:4x4x4", "2 axes"),
         ("", "unknown"),
+        ("v5e-512", "at most 16x16 chips; name several, such as 2xv5e:16x16"),
+        ("v6e:32x8", "at most 16x16"),
+        ("v5p:2x2x3", "1, 2 and multiples of 4"),
     ],
 )
 def test_other_names_are_refused(name, message):

@@ -17,6 +17,7 @@ from vilam3_jax.training.chips import CHIPS, Chip
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6lite": "v6e", "v7x": "tpu7x", "ironwood": "tpu7x"}
 _TPUS = tuple(name for name, chip in CHIPS.items() if chip.torus_axes)
 _EXAMPLES = ("v5e:16x16", "v5p:4x4x4", "v5p:4x8x8", "v6e:16x16", "tpu7x:4x4x4", "v5p-128", "v5litepod-256")
+_WIDEST = 16  # chips along an axis of a torus of two axes
 _DEFAULT_HOST = (2, 2, 1)  # chips of a host, by which libtpu wants every slice to divide
 _HOSTS = {1: (1, 1, 1), 2: (1, 2, 1)}  # slices smaller than that
 
@@ -113,6 +114,13 @@ def parse(name: str) -> Topology:
         shape = _product_shape(name, chip, int(match[4]))
     if slices < 1 or min(shape) < 1:
         raise UserError(f"topology {name!r}: sizes are at least 1")
+    if chip.torus_axes == 2 and max(shape) > _WIDEST:
+        raise UserError(
+            f"topology {name!r}: a {generation} slice has at most {_WIDEST}x{_WIDEST} chips; name several, such "
+            f"as 2x{generation}:{_WIDEST}x{_WIDEST}"
+        )
+    if chip.torus_axes == 3 and any(size > 2 and size % 4 for size in shape):
+        raise UserError(f"topology {name!r}: sizes of a {generation} slice are 1, 2 and multiples of 4")
     return Topology(chip, shape, slices)
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from vilam3_jax.errors import UserError
 from vilam3_jax.plan import estimate, hlo, topology
+from vilam3_jax.training.chips import CHIPS
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_libtpu_knows_the_slices_and_their_chips():
 
 def test_a_slice_that_libtpu_refuses_and_a_missing_libtpu_are_named(monkeypatch):
     with pytest.raises(UserError, match="3x3x3"):
-        topology.parse("v5p:3x3x3").devices()
+        topology.Topology(CHIPS["v5p"], (3, 3, 3)).devices()
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"\.\[tpu\]"):
         topology.parse("v5p-16").devices()

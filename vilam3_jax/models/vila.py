@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from vilam3_jax.models.llama import Llama
 from vilam3_jax.models.projector import Projector, grid_tokens, plan
 from vilam3_jax.models.scales import s2_features, tile_features
 from vilam3_jax.models.siglip import SiglipVision, check_images
+from vilam3_jax.ops import partition
 from vilam3_jax.ops.partition import shard
 
 VISION_TOWERS = {"siglip": SiglipVision, "intern_vit": InternViT}
@@ -58,7 +60,7 @@ class Vila(nnx.Module):
         Tiles of lower scales get tokens, too, which are nobody's.
         """
         tower, layout = self.vision_tower, self.layout
-        features = tower.features(images.reshape(-1, *images.shape[2:]))
+        features = _over_all_devices(tower.features, images)
         maps = features.reshape(*images.shape[:2], tower.grid, tower.grid, -1)
         sides = [scale // layout.tile_size for scale in layout.scales]
         joined = tile_features(maps, tiles, sides)
@@ -94,14 +96,14 @@ class Vila(nnx.Module):
             return text
         if image_valid is None or visual_index is None:
             raise ValueError("images need image_valid and visual_index")
-        groups, slots = images.shape[:2]
+        groups = images.shape[0]
         rows, length = tokens.shape
         if rows % groups:
             raise ValueError(f"{rows} rows do not divide into {groups} groups")
         if (image_tiles is None) == (self.layout.mode == "dynamic_s2"):
             raise ValueError(f"image_tiles and image_aspect_ratio={self.layout.mode!r} contradict each other")
         if image_tiles is None:
-            visual = self.encode_images(images.reshape(groups * slots, *images.shape[2:]))
+            visual = _over_all_devices(self.encode_images, images)
         else:
             visual = self.encode_tiles(images, image_tiles)
         visual = jnp.where(image_valid.reshape(-1, 1, 1), visual, 0)
@@ -132,6 +134,28 @@ class Vila(nnx.Module):
     def head_stored(self) -> PartitionSpec | None:
         """Where that kernel lies in a sharded step."""
         return self.llm.head_stored()
+
+
+def _over_all_devices(encode: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:
+    """`encode` of each image alone, by the devices that share a row, too (`mesh.context`).
+
+    Args:
+      encode: [N, S, S, 3] -> [N, T, D].
+      images: [G, M, S, S, 3]; empty ones are added where the devices do not divide them.
+
+    Returns:
+      [G * M, T, D].
+    """
+    groups, slots = images.shape[:2]
+    if partition.ways("length") == 1:
+        return encode(images.reshape(groups * slots, *images.shape[2:]))
+    with partition.whole_rows():
+        devices = partition.ways("batch")
+        extra = next((n for n in range(devices) if groups * (slots + n) % devices == 0), 0)
+        padded = jnp.pad(images, ((0, 0), (0, extra), (0, 0), (0, 0), (0, 0)))
+        encoded = encode(shard(padded.reshape(-1, *images.shape[2:]), "batch", None, None, None))
+    encoded = shard(encoded.reshape(groups, slots + extra, *encoded.shape[1:]), "batch", None, None, None)
+    return encoded[:, :slots].reshape(groups * slots, *encoded.shape[2:])
 
 
 KINDS = {"generative": Vila, "contrastive": TwoTower}

@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -65,6 +65,21 @@ def activation_rules(
     token = _context.set(
         _Context(mesh, {name: axes or None for name, axes in rules.items()}, stored, attention)
     )
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+@contextlib.contextmanager
+def whole_rows() -> Iterator[None]:
+    """Inside, devices that share a row take different parts of the batch: for what has no length to split."""
+    context = _context.get()
+    if context is None or ways("length") == 1:
+        yield
+        return
+    batch = listed(context.rules["batch"]) + listed(context.rules["length"])
+    token = _context.set(replace(context, rules={**context.rules, "batch": batch, "length": None}))
     try:
         yield
     finally:

@@ -116,8 +116,8 @@ def parse(name: str) -> Topology:
         raise UserError(f"topology {name!r}: sizes are at least 1")
     if chip.torus_axes == 2 and max(shape) > _WIDEST:
         raise UserError(
-            f"topology {name!r}: a {generation} slice has at most {_WIDEST}x{_WIDEST} chips; name several, such "
-            f"as 2x{generation}:{_WIDEST}x{_WIDEST}"
+            f"topology {name!r}: a {generation} slice has at most {_WIDEST}x{_WIDEST} chips; name several, "
+            f"such as 2x{generation}:{_WIDEST}x{_WIDEST}"
         )
     if chip.torus_axes == 3 and any(size > 2 and size % 4 for size in shape):
         raise UserError(f"topology {name!r}: sizes of a {generation} slice are 1, 2 and multiples of 4")

@@ -124,8 +124,9 @@ def two_scales(**mesh_axes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["resize", "dynamic_s2"])
-def test_two_scales_sharded_equal_one_device(mode):
-    configs = two_scales(), two_scales(data=2, fsdp=2, tensor=2)
+@pytest.mark.parametrize("last", ["tensor", "context"])
+def test_two_scales_sharded_equal_one_device(mode, last):
+    configs = two_scales(), two_scales(data=2, fsdp=2, **{last: 2})
     for config in configs:
         config.model.image_aspect_ratio = mode
     one, many = Run(configs[0], one_device()), Run(configs[1])

@@ -193,8 +193,8 @@ class RunCheckpoints:
             return Restored(step, items["state"], data, run), None
         if other := self._other_model(step, abstract):
             raise UserError(
-                f"{self._root / str(step)}: does not fit this config ({other}); it is a checkpoint of "
-                "another model, use another --workdir"
+                f"{self._root / str(step)}: does not fit this config ({other}); it is of another model, "
+                "optimizer, ema_decay or skip.window: set them as they were, or use another --workdir"
             )
         return None, errors[0]
 

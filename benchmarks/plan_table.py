@@ -95,6 +95,37 @@ def row(plan):
     )
 
 
+def summary(stage, out):
+    """One run in short, models by slices: seconds a step, MFU at most, GiB a chip."""
+    lines = [f"| {stage} | {' | '.join(TOPOLOGIES)} |", "|---" * (len(TOPOLOGIES) + 1) + "|"]
+    for model in MODELS:
+        shown = []
+        for topology in TOPOLOGIES:
+            file = cell_file(out, stage, model, topology)
+            shown.append(short(json.loads(file.read_text())[0]) if file.exists() else "")
+        if any(shown):
+            lines.append(f"| {model} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def short(plan):
+    """A cell of `summary`."""
+    memory, mfu = plan["memory"], plan["mfu"]
+    needed = f"{memory['needed'] / 2**30:.1f} GiB"
+    if not plan["fits"]:
+        return f"does not fit, {needed}"
+    rows = plan["rows"] / plan["devices"]
+    fewer = "" if rows == 2 or plan["run"] == "stage1_vision" else f", {rows:g} rows a device"
+    speed = plan["speed"]
+    times = f"{speed['best']:.2f} to {speed['worst']:.2f} s"
+    return f"{times}, {100 * mfu[1]:.0f} to {mfu[0]:.0%}, {needed}{fewer}"
+
+
+def cell_file(out, stage, model, topology):
+    """Where a cell's plan is kept."""
+    return out / f"{stage}-{model}-{topology.replace(':', '-')}.json"
+
+
 def main():
     """Compiles what is missing, then prints the table of what is there."""
     parser = argparse.ArgumentParser(
@@ -106,15 +137,16 @@ def main():
     arguments.out.mkdir(parents=True, exist_ok=True)
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     for stage, model, topology in cells():
-        name = f"{stage}-{model}-{topology.replace(':', '-')}"
-        if not all(word in name for word in arguments.only.split(",")):
+        file = cell_file(arguments.out, stage, model, topology)
+        if not all(word in file.stem for word in arguments.only.split(",")):
             continue
-        file = arguments.out / f"{name}.json"
         problem = "" if file.exists() else compile_cell(stage, model, topology, file)
         if problem:
             print(f"| {stage} | {model} | {topology} | | | {problem} | | | |", flush=True)
         else:
             print(row(json.loads(file.read_text())[0]), flush=True)
+    for stage in STAGES:
+        print(f"\n{summary(stage, arguments.out)}")
 
 
 if __name__ == "__main__":

@@ -277,7 +277,8 @@ class Loader:
                     "data state is of other data; restore the datasets, data.mixture and seed as they were, "
                     "or start a new workdir"
                 )
-            if state[str(number)].get("tokenizer") != self.tokenizer_fingerprint:
+            # Checkpoints of before do not say.
+            if state[str(number)].get("tokenizer", self.tokenizer_fingerprint) != self.tokenizer_fingerprint:
                 raise UserError(
                     "data state is of another tokenizer; set model.tokenizer to the one that the run began "
                     "with, or start a new workdir"

@@ -57,8 +57,9 @@ def _lock(file: int, folder: epath.Path) -> None:
             print(f"{folder}: {holder} runs here; waiting for its end", file=sys.stderr, flush=True)
             told = True
         time.sleep(1.0)
-    os.ftruncate(file, 0)
-    os.pwrite(file, f"process {os.getpid()} of {socket.gethostname()}".encode(), 0)
+    with contextlib.suppress(OSError):  # a full disk; the lock holds without the name
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} of {socket.gethostname()}".encode(), 0)
 
 
 def _take(file: int) -> bool:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.training.helpers import tiny_config
 from vilam3_jax import cli
+from vilam3_jax import config as config_lib
 from vilam3_jax.errors import UserError
 from vilam3_jax.plan import compiler, estimate, hlo, search, topology
 from vilam3_jax.plan import main as plan_main
@@ -84,7 +85,7 @@ def test_another_price_compiles_nothing(cache, plan):
 def test_a_search_gives_every_device_rows(monkeypatch, tmp_path, rows, steps):
     asked, lines = [], []
 
-    def make_plan(config, wanted, cache, price):
+    def make_plan(config, wanted, cache, price, only_if_held):
         asked.append((config.data.global_rows, config.num_steps))
         raise UserError("not now")
 
@@ -94,6 +95,79 @@ def test_a_search_gives_every_device_rows(monkeypatch, tmp_path, rows, steps):
     scaled, fewer = asked[0]
     assert (scaled, fewer) == (math.lcm(rows, 16), steps * rows // math.lcm(rows, 16))
     assert any("too few rows" in line for line in lines) == (scaled != rows)
+
+
+def holding(limit):
+    """A `make_plan` whose steps need a GiB for every row that a device computes at a time."""
+    asked = []
+
+    def make_plan(config, wanted, cache, price, only_if_held):
+        mesh = mesh_lib.build_mesh(config.mesh, wanted.devices())
+        program_lib.build(config, mesh)  # refuses what does not divide
+        ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
+        needed = config.data.global_rows / (config.grad_accum * ways)
+        asked.append(config)
+        memory = estimate.Memory(0.1 * GIB, 0.1 * GIB, 0.0, needed * GIB, needed * GIB, limit * GIB)
+        speed = (2.0, 1.0) if memory.fits else None
+        return estimate.Plan(
+            "small", "small", wanted.name, wanted.product, 8, 8, dict(mesh.shape), config.model.remat,
+            config.data.global_rows, memory, tokens_per_second=speed,
+        )  # fmt: skip
+
+    return make_plan, asked
+
+
+@pytest.mark.parametrize(
+    "limit,changes",
+    [
+        (4, {}),
+        (2, {"grad_accum": 2}),
+        (1, {"grad_accum": 4, "data.rows_per_group": 1, "data.images_per_group": 3}),
+        (
+            0.25,
+            {
+                "grad_accum": 16,
+                "data.rows_per_group": 1,
+                "data.images_per_group": 3,
+                "mesh.context": 4,
+                "mesh.fsdp": 2,
+            },
+        ),
+    ],
+)
+def test_a_search_computes_less_at_a_time_until_it_fits(monkeypatch, tmp_path, limit, changes):
+    make_plan, asked = holding(limit)
+    monkeypatch.setattr(estimate, "make_plan", make_plan)
+    given = {"data.global_rows": 32, "data.rows_per_group": 2, "data.images_per_group": 5}
+    given |= {"model.remat": "full", "mesh.data": 1}
+    wanted = topology.parse("v5e:2x4")
+    plans = search.search(small(**given), wanted, compiler.Cache(tmp_path), None, 99, lambda line: None)
+    first = next(plan for plan in plans if plan.memory.fits)
+    assert first.changes == changes
+    assert config_lib.snapshot(small(**(given | changes))) in [config_lib.snapshot(one) for one in asked]
+    assert set(search.as_flags(changes).split()) <= set(plan_main.table(first).split())
+
+
+def test_a_search_that_finds_nothing_keeps_the_rows_and_tries_no_copies(monkeypatch, tmp_path):
+    make_plan, asked = holding(0.001)
+    monkeypatch.setattr(estimate, "make_plan", make_plan)
+    config = small(**{"data.global_rows": 32, "data.rows_per_group": 2, "data.images_per_group": 5})
+    plans = search.search(
+        config, topology.parse("v5e:2x4"), compiler.Cache(tmp_path), None, 99, lambda line: None
+    )
+    assert not any(plan.memory.fits for plan in plans) and len(plans) == len(asked)
+    assert all(one.mesh.data == 1 for one in asked)
+    assert plans[0].memory.needed == min(plan.memory.needed for plan in plans)
+
+
+def test_what_cannot_hold_its_parameters_is_not_compiled(tmp_path):
+    cache, lines = compiler.Cache(tmp_path), []
+    wanted = topology.parse("v5e:2x4")
+    wanted = dataclasses.replace(wanted, chip=dataclasses.replace(wanted.chip, hbm_bytes=1000))
+    plans = search.search(small(), wanted, cache, None, 12, lines.append)
+    assert cache.compiled == 0 and plans and not any(plan.memory.fits for plan in plans)
+    assert any("for parameters, optimizer and batch alone, does not fit" in line for line in lines)
+    assert "without gradients and activations" in plan_main.table(plans[0])
 
 
 def test_a_compiled_step_is_kept(tmp_path, monkeypatch):

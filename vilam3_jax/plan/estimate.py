@@ -85,7 +85,8 @@ class Speed:
 class Plan:
     """The answer for one config on one topology; all figures per chip where nothing else is said.
 
-    `speed` and what follows from it are None for a step that does not fit. Pairs are (best, worst).
+    `speed` and what follows from it are None for a step that does not fit. Pairs are (best, worst). `changes`
+    are settings, dotted, in which a search left the config that it was given.
     """
 
     run: str
@@ -109,13 +110,20 @@ class Plan:
     chip_hours: tuple[float, float] | None = None
     cost: tuple[float, float] | None = None
     accounting: str = ACCOUNTING
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
         return {**dataclasses.asdict(self), "fits": self.memory.fits}
 
 
-def make_plan(config: ConfigDict, topology: Topology, cache: Cache, price: float | None = None) -> Plan:
+def make_plan(
+    config: ConfigDict,
+    topology: Topology,
+    cache: Cache,
+    price: float | None = None,
+    only_if_held: bool = False,
+) -> Plan:
     """Compiles the step of `config` for `topology` and reads it.
 
     Args:
@@ -123,6 +131,8 @@ def make_plan(config: ConfigDict, topology: Topology, cache: Cache, price: float
       topology: slice or slices.
       cache: of compiled steps.
       price: of a chip-hour.
+      only_if_held: compile nothing where parameters, optimizer and batch do not fit by themselves; `needed`
+        is their sum then, and nothing is said of what the step holds beside them.
 
     Raises:
       UserError: config and topology do not go together, or libtpu is missing.
@@ -145,6 +155,8 @@ def make_plan(config: ConfigDict, topology: Topology, cache: Cache, price: float
         memory=Memory(*held, 0.0, sum(held), chip.hbm_bytes),
         steps=config.num_steps,
     )
+    if only_if_held and not plan.memory.fits:
+        return plan
     compiled = cache.compile(program, topology)
     needed, temporary = chip.devices * compiled.needed, chip.devices * compiled.temporary
     if not compiled.text:

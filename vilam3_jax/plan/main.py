@@ -35,6 +35,7 @@ def table(plan: Plan) -> str:
     lines = [
         f"{plan.run} of {plan.model} on {plan.topology} ({plan.product}): {plan.chips} chips{devices}",
         f"mesh {mesh}; {plan.rows} rows a step; remat {plan.remat}",
+        *([f"changed: {search_lib.as_flags(plan.changes)}"] if plan.changes else []),
         "",
         f"memory of a chip      {_verdict(plan)}",
         f"  parameters          {_gib(memory.parameters)}",
@@ -93,7 +94,10 @@ def _notes(speed: Any) -> list[str]:
 def _verdict(plan: Plan) -> str:
     memory = plan.memory
     needed = f"{memory.needed / GIB:.2f} of {memory.limit / GIB:.2f} GiB"
-    return f"fits: {needed}" if memory.fits else f"does not fit: needs {needed}"
+    if memory.fits:
+        return f"fits: {needed}"
+    alone = "" if memory.temporary else ", without gradients and activations"
+    return f"does not fit: needs {needed}{alone}"
 
 
 def _gib(size: float) -> str:

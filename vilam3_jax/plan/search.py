@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from vilam3_jax.plan.estimate import Plan
 from vilam3_jax.plan.topology import Topology
 
 _TENSOR = (1, 2, 4, 8)
+_MOST_CONTEXT = 4
 
 
 def search(
@@ -29,10 +31,12 @@ def search(
 ) -> list[Plan]:
     """Compiles up to `limit` variants of `config`; the fastest that fit come first.
 
-    Rows that do not give every device as many groups are multiplied first. Then come mesh splits with the
-    remat policy that holds least, on the best of these policies that hold more, and other numbers of rows;
-    always with as many rows in all, so that the run sees the same data. "Best" is by tokens per second if
-    nothing overlaps; before anything fits, by memory.
+    Rows that do not give every device as many groups are multiplied first. The first variant holds parameters
+    on as many devices as possible and recomputes all. While that does not fit, less is computed at a time
+    (`_smaller`). Then come other mesh splits, on the best of these remat policies that hold more, and other
+    numbers of rows; always with as many rows in all, so that the run sees the same data. "Best" is by tokens
+    per second if nothing overlaps; before anything fits, by memory. What cannot hold parameters and optimizer
+    is not compiled.
 
     Args:
       config: where to start.
@@ -43,6 +47,7 @@ def search(
       report: takes a line for each variant.
     """
     devices = topology.chips * topology.chip.devices
+    given = config
     if more := _enough_rows(config, devices):
         report(f"too few rows for {devices} devices: {_label(more)}")
         config = _changed(config, more)
@@ -54,28 +59,57 @@ def search(
             return
         try:
             config_lib.check(changed)
-            plan = estimate.make_plan(changed, topology, cache, price)
+            plan = estimate.make_plan(changed, topology, cache, price, only_if_held=True)
         except UserError as error:
             report(f"{what}: left out: {error}")
             return
-        found.append((plan, changed))
-        speed = f"{plan.tokens_per_second[1]:,.0f} tokens/s" if plan.tokens_per_second else "does not fit"
-        report(f"{what}: {plan.memory.needed / 2**30:.1f} GiB, {speed}")
+        found.append((dataclasses.replace(plan, changes=_changes(given, changed)), changed))
+        report(f"{what}: {_outcome(plan)}")
 
     def best() -> ConfigDict:
         return min(found, key=lambda item: _rank(item[0]))[1] if found else config
 
-    for mesh in _meshes(devices, topology.slices):
-        attempt(_changed(config, {"model.remat": "full", **mesh}), _label({**mesh, "model.remat": "full"}))
+    def fits() -> bool:
+        return any(plan.memory.fits for plan, _ in found)
+
+    meshes = list(_meshes(devices, topology.slices))
+    while meshes and not found:
+        mesh = {**meshes.pop(0), "model.remat": "full"}
+        attempt(_changed(config, mesh), _label(mesh))
     start = best()
-    for tags in ("+".join(REMAT_TAGS[: n + 1]) for n in range(len(REMAT_TAGS))):
-        attempt(_changed(start, {"model.remat": tags}), f"model.remat={tags}")
-    attempt(_changed(start, {"model.remat": "none"}), "model.remat=none")
+    for smaller in _smaller(start) if found else ():
+        memory = found[-1][0].memory
+        if memory.fits or not memory.temporary:
+            break
+        attempt(_changed(start, smaller), _label(smaller))
+    start = best()
+    for mesh in meshes:
+        if fits() or mesh["mesh.tensor"] > 1:  # copies over `data` hold more
+            attempt(_changed(start, mesh), _label(mesh))
+    start = best()
+    for remat in (*("+".join(REMAT_TAGS[: n + 1]) for n in range(len(REMAT_TAGS))), "none"):
+        if fits():
+            attempt(_changed(start, {"model.remat": remat}), f"model.remat={remat}")
     start = best()
     for factor in (2, 4):
         for rows in _rows(start, factor):
-            attempt(_changed(start, rows), _label(rows))
+            if fits() or config.kind == "contrastive":
+                attempt(_changed(start, rows), _label(rows))
     return [plan for plan, _ in sorted(found, key=lambda item: _rank(item[0]))]
+
+
+def as_flags(changes: dict[str, Any]) -> str:
+    """Changed settings as flags of `vilam3 plan` and `vilam3 train`."""
+    return " ".join(f"--config.{key}={value}" for key, value in changes.items())
+
+
+def _outcome(plan: Plan) -> str:
+    size = f"{plan.memory.needed / 2**30:.1f} GiB"
+    if plan.tokens_per_second:
+        return f"{size}, {plan.tokens_per_second[1]:,.0f} tokens/s"
+    if not plan.memory.temporary:
+        return f"{size} for parameters, optimizer and batch alone, does not fit"
+    return f"{size}, does not fit"
 
 
 def _rank(plan: Plan) -> tuple[int, float]:
@@ -97,6 +131,33 @@ def _meshes(devices: int, slices: int) -> Iterator[dict[str, int]]:
                     "mesh.context": 1,
                     "mesh.tensor": tensor,
                 }
+
+
+def _smaller(config: ConfigDict) -> Iterator[dict[str, int]]:
+    """What computes the same with less at a time, more and more so.
+
+    More steps of accumulation, down to a group a device; then groups of a row; then rows that devices share.
+    A run of pairs compares all of a batch at once and has nothing of the kind.
+    """
+    if config.kind == "contrastive":
+        return
+    data, mesh = config.data, dict(config.mesh)
+    accumulate, group, images = config.grad_accum, data.rows_per_group, data.images_per_group
+    changes: dict[str, int] = {}
+    while True:
+        groups = data.global_rows // (group * accumulate * mesh["data"] * mesh["fsdp"])
+        if groups > 1:
+            accumulate *= 2 if groups % 2 == 0 else groups
+        elif group % 2 == 0:
+            group, images, accumulate = group // 2, -(-images // 2), accumulate * 2
+            changes |= {"data.rows_per_group": group, "data.images_per_group": images}
+        elif mesh["context"] < _MOST_CONTEXT and mesh["fsdp"] % 2 == 0:
+            mesh["context"], mesh["fsdp"], accumulate = 2 * mesh["context"], mesh["fsdp"] // 2, accumulate * 2
+            changes |= {"mesh.context": mesh["context"], "mesh.fsdp": mesh["fsdp"]}
+        else:
+            return
+        changes |= {"grad_accum": accumulate}
+        yield dict(changes)
 
 
 def _enough_rows(config: ConfigDict, devices: int) -> dict[str, int]:
@@ -127,6 +188,11 @@ def _changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
     changed: Any = copy.deepcopy(config)
     changed.update_from_flattened_dict(changes)
     return changed
+
+
+def _changes(before: ConfigDict, after: ConfigDict) -> dict[str, Any]:
+    old = config_lib.flatten(before)
+    return {key: value for key, value in config_lib.flatten(after).items() if value != old[key]}
 
 
 def _label(changes: dict[str, Any]) -> str:

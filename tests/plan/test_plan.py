@@ -148,6 +148,22 @@ def test_a_search_computes_less_at_a_time_until_it_fits(monkeypatch, tmp_path, l
     assert set(search.as_flags(changes).split()) <= set(plan_main.table(first).split())
 
 
+def test_a_search_shares_rows_between_copies_of_the_parameters_first(monkeypatch, tmp_path):
+    make_plan, asked = holding(0.25)
+
+    def no_more_than_four(config, *arguments, **named):
+        if config.mesh.fsdp > 4:
+            raise UserError("a width does not divide")
+        return make_plan(config, *arguments, **named)
+
+    monkeypatch.setattr(estimate, "make_plan", no_more_than_four)
+    config = small(**{"data.global_rows": 32, "model.remat": "full"})
+    wanted = topology.parse("v5e:2x4")
+    plans = search.search(config, wanted, compiler.Cache(tmp_path), None, 99, lambda line: None)
+    fsdp = {one.mesh.context: one.mesh.fsdp for one in asked if one.mesh.tensor == 1}
+    assert fsdp[1] >= 4 and fsdp[2] == 4 and plans
+
+
 def test_a_search_that_finds_nothing_keeps_the_rows_and_tries_no_copies(monkeypatch, tmp_path):
     make_plan, asked = holding(0.001)
     monkeypatch.setattr(estimate, "make_plan", make_plan)

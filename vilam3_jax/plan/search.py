@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from vilam3_jax import config as config_lib
@@ -77,7 +77,7 @@ def search(
         mesh = {**meshes.pop(0), "model.remat": "full"}
         attempt(_changed(config, mesh), _label(mesh))
     start = best()
-    for smaller in _smaller(start) if found else ():
+    for smaller in _smaller(start, topology.slices) if found else ():
         memory = found[-1][0].memory
         if memory.fits or not memory.temporary:
             break
@@ -133,7 +133,7 @@ def _meshes(devices: int, slices: int) -> Iterator[dict[str, int]]:
                 }
 
 
-def _smaller(config: ConfigDict) -> Iterator[dict[str, int]]:
+def _smaller(config: ConfigDict, slices: int) -> Iterator[dict[str, int]]:
     """What computes the same with less at a time, more and more so.
 
     More steps of accumulation, down to a group a device; then groups of a row; then rows that devices share.
@@ -151,13 +151,20 @@ def _smaller(config: ConfigDict) -> Iterator[dict[str, int]]:
         elif group % 2 == 0:
             group, images, accumulate = group // 2, -(-images // 2), accumulate * 2
             changes |= {"data.rows_per_group": group, "data.images_per_group": images}
-        elif mesh["context"] < _MOST_CONTEXT and mesh["fsdp"] % 2 == 0:
-            mesh["context"], mesh["fsdp"], accumulate = 2 * mesh["context"], mesh["fsdp"] // 2, accumulate * 2
-            changes |= {"mesh.context": mesh["context"], "mesh.fsdp": mesh["fsdp"]}
+        elif mesh["context"] < _MOST_CONTEXT and (axis := _halved(mesh, slices)):
+            mesh["context"], mesh[axis], accumulate = 2 * mesh["context"], mesh[axis] // 2, accumulate * 2
+            changes |= {"mesh.context": mesh["context"], f"mesh.{axis}": mesh[axis]}
         else:
             return
         changes |= {"grad_accum": accumulate}
         yield dict(changes)
+
+
+def _halved(mesh: Mapping[str, int], slices: int) -> str:
+    """The axis that gives half of its devices to `context`: copies before parts of the parameters."""
+    if mesh["data"] % (2 * slices) == 0:
+        return "data"
+    return "fsdp" if mesh["fsdp"] % 2 == 0 else ""
 
 
 def _enough_rows(config: ConfigDict, devices: int) -> dict[str, int]:

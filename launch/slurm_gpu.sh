@@ -100,7 +100,7 @@ check() {
   [[ $retries =~ ^[0-9]+$ ]] || fail "--retries=$retries: must be a whole number"
   [[ $limit =~ ^([0-9]+-)?[0-9]+(:[0-5][0-9]){0,2}$ ]] ||
     fail "--time=$limit: needs a time limit as Slurm has it, such as 12:00:00 or 2-00:00:00"
-  [ "$(seconds "$limit")" -gt "$stop_seconds" ] ||
+  [ "$(seconds "$limit")" = 0 ] || [ "$(seconds "$limit")" -gt "$stop_seconds" ] || # 0: no limit
     fail "--time=$limit: must be longer than the $stop_seconds seconds of --stop-seconds, which are for the save"
   case $processes in
     gpu | node) ;;

@@ -122,6 +122,13 @@ def test_truncation_and_padding_in_the_file_are_ignored(tokenizer, folder, tmp_p
     loaded = load_tokenizer(tmp_path)
     assert loaded.encode(CORPUS[0]) == tokenizer.encode(CORPUS[0])
     assert loaded.stop_ids == (2, 0)
+    values = json.loads((folder / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values, indent=3))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [2, 1]}))
+    assert load_tokenizer(tmp_path).fingerprint == loaded.fingerprint
+    values["model"]["merges"].pop()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values, indent=3))
+    assert load_tokenizer(tmp_path).fingerprint != loaded.fingerprint
 
 
 def test_special_tokens_written_as_objects(folder, tmp_path):

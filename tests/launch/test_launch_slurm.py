@@ -53,6 +53,10 @@ def test_one_process_a_gpu():
     assert "export JAX_COMPILATION_CACHE_DIR=/shared/stage4/compile_cache" in lines
 
 
+def test_no_time_limit():
+    assert directives(batch("--time=0"))["time"] == "0"
+
+
 def test_one_process_a_node():
     lines = batch("--processes=node")
     assert directives(lines)["ntasks-per-node"] == "1"

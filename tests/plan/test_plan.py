@@ -176,6 +176,16 @@ def test_a_search_that_finds_nothing_keeps_the_rows_and_tries_no_copies(monkeypa
     assert plans[0].memory.needed == min(plan.memory.needed for plan in plans)
 
 
+def test_what_is_known_only_in_part_is_not_taken_for_the_nearest():
+    make_plan, _ = holding(1)
+    known = make_plan(small(), topology.parse("v5e:2x4"), None, None, True)
+    memory = dataclasses.replace(known.memory, temporary=9.0 * GIB, needed=18.1 * GIB)
+    compiled = dataclasses.replace(known, memory=memory, tokens_per_second=None)
+    only_held = dataclasses.replace(memory, temporary=0.0, needed=18.0 * GIB)
+    held_only = dataclasses.replace(compiled, memory=only_held)
+    assert sorted([held_only, compiled], key=search._rank) == [compiled, held_only]
+
+
 def test_what_cannot_hold_its_parameters_is_not_compiled(tmp_path):
     cache, lines = compiler.Cache(tmp_path), []
     wanted = topology.parse("v5e:2x4")

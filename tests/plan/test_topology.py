@@ -40,7 +40,12 @@ def test_both_names_are_the_same_slice(name, other, chips):
         ("", "unknown"),
         ("v5e-512", "at most 16x16 chips; name several, such as 2xv5e:16x16"),
         ("v6e:32x8", "at most 16x16"),
-        ("v5p:2x2x3", "1, 2 and multiples of 4"),
+        ("v5p:2x2x3", "no such slice; those of v5p are .*2x4x4, or multiples of 4"),
+        ("v5p:2x2x8", "no such slice"),
+        ("v5p:1x4x4", "no such slice"),
+        ("v5e:16x2", "no such slice; those of v5e are .*8x16, 16x16$"),
+        ("v6e:6x6", "no such slice"),
+        ("v5e-2", "no such slice"),
     ],
 )
 def test_other_names_are_refused(name, message):

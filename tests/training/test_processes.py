@@ -23,6 +23,7 @@ from tests.training.process_worlds import (
 )
 from vilam3_jax import exports
 from vilam3_jax.training import telemetry
+from vilam3_jax.training import workdir as workdir_lib
 
 STEPS = 20
 ONE = {"mesh.cpu_devices": 8, "num_steps": STEPS, "eval_every": 10}
@@ -102,6 +103,19 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(world, in_two):
     assert 8 <= max(losses(workdir)) < STEPS
     run(world, 2, argv)
     assert_same_run(workdir, in_two)
+
+
+@pytest.mark.slow
+def test_all_processes_wait_for_a_run_that_has_the_folder(world):
+    folder = world / "waited_for"
+    with workdir_lib.claimed(folder):
+        process = start(world, 2, arguments(world, folder, **TWO | {"num_steps": 2}))
+        time.sleep(60)  # a program of both processes would fail after 30
+        assert process.poll() is None
+        assert [entry.name for entry in folder.iterdir()] == [workdir_lib.CLAIM_FILE]
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 0 and f"process {os.getpid()} of" in said, said
+    assert sorted(losses(folder)) == [1, 2]
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,15 @@
 """One run at a time in a folder, and what it put aside is named there."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
 
+from tests.training.helpers import tiny_config
+from vilam3_jax import train
 from vilam3_jax.errors import UserError
 from vilam3_jax.training import workdir
 
@@ -49,12 +52,40 @@ def test_a_killed_run_leaves_its_folder_free(tmp_path, holder):
 
 
 def test_a_run_waits_for_one_that_ends(tmp_path, holder, monkeypatch):
+    waited = []
+
     def end_the_first(seconds):
-        holder.communicate()
+        waited.append(holder.communicate())
 
     monkeypatch.setattr(workdir.time, "sleep", end_the_first)
     with workdir.claimed(tmp_path):
-        pass
+        assert len(waited) == 1
+
+
+def test_training_claims_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir, "WAIT_SECONDS", 0.5)
+    refused = pytest.raises(UserError, match=f"process {os.getpid()} of .* runs here")
+    with workdir.claimed(tmp_path), refused:
+        train.train(tiny_config(), tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [workdir.CLAIM_FILE]
+
+
+def test_a_folder_is_claimed_from_a_colleague_whose_file_one_may_only_read(tmp_path, monkeypatch):
+    modes, open_as = [], os.open
+
+    def reading_only(path, flags, mode=0o777):
+        modes.append(mode)
+        if flags & os.O_RDWR and os.path.exists(path):
+            raise PermissionError(13, "Permission denied", path)
+        return open_as(path, flags, mode)
+
+    monkeypatch.setattr(workdir, "WAIT_SECONDS", 0.5)
+    with workdir.claimed(tmp_path):
+        monkeypatch.setattr(workdir.os, "open", reading_only)
+        with pytest.raises(UserError, match="runs here"), workdir.claimed(tmp_path):
+            raise AssertionError("two runs in one folder")
+    with workdir.claimed(tmp_path):
+        assert modes[0] == 0o666  # the umask decides who may write
 
 
 def test_records_put_aside_are_named_across_restarts(tmp_path):
@@ -67,6 +98,9 @@ def test_records_put_aside_are_named_across_restarts(tmp_path):
     }
     named = json.loads((tmp_path / workdir.PUT_ASIDE_FILE).read_text())
     assert named == {"a/train record 1": "torn", "b/train record 2": "too long"} == again.records
+    assert again.add([("a/train record 1", "torn"), ("b/train record 2", "too long")]) == {
+        "records_put_aside": 2
+    }
     (tmp_path / workdir.PUT_ASIDE_FILE).write_text('{"a')
     with pytest.raises(UserError, match=r"put_aside\.json: not readable"):
         workdir.PutAside(tmp_path)

@@ -11,11 +11,11 @@ business.
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import threading
@@ -42,7 +42,7 @@ State = dict[str, dict[str, Any]]
 _READ_AHEAD = 4  # samples rendered ahead, per shard
 _MAX_THREADS = 16
 _BAD_IN_A_ROW = 16  # at least; small datasets are walked through once before giving up
-_NAMED_RECORDS = 1000
+_NAMED_RECORDS = 100_000
 _SIZES_OF_A_SHARD = 1000
 _TEXT, _IMAGES = "text", "images"  # the two parts of a record, read one after the other
 
@@ -54,7 +54,7 @@ class Stats:
     Attributes:
       batches, samples, tokens, images: counts of what was returned.
       positions, slots: token positions and image slots of the batches, filled or not.
-      skipped: (id, reason) of the records set aside, each once, the first thousand.
+      skipped: (id, reason) of the records set aside, each once, the first hundred thousand.
       skipped_total: how often a record was set aside.
     """
 
@@ -230,7 +230,7 @@ class Loader:
         ]
         threads = min(_MAX_THREADS, os.cpu_count() or 1)
         self.pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="vilam3-decode")
-        self._skipped: collections.OrderedDict[str, str] = collections.OrderedDict()
+        self._skipped: dict[str, str] = {}
         self._skipped_total = 0
         self._bad_run = {_TEXT: 0, _IMAGES: 0}
         self._noting = threading.Lock()
@@ -322,7 +322,7 @@ class Loader:
             self._bad_run[part] += 1
             self._skipped_total += 1
             if len(self._skipped) < _NAMED_RECORDS:
-                self._skipped.setdefault(bad.name, bad.reason)
+                self._skipped.setdefault(bad.name, bad.reason)  # in the order in which they were met
         tried = self._bad_run[part]
         if tried >= max(self._samples.records, _BAD_IN_A_ROW):
             raise UserError(f"no usable record in {tried} tried; the last: {bad.name}: {bad.reason}")
@@ -433,7 +433,9 @@ class Loader:
     def _update_stats(self, batch: Batch | None) -> None:
         if batch is not None:
             self.stats._add(batch)
-        self.stats.skipped = list(self._skipped.items())
+        with self._noting:
+            named = itertools.islice(self._skipped.items(), len(self.stats.skipped), None)
+            self.stats.skipped.extend(named)
         self.stats.skipped_total = self._skipped_total
 
     def _stop(self) -> None:

@@ -27,7 +27,9 @@ class TokenizerLike(Protocol):
     pad_id: int
     vocab_size: int
     adds_bos: bool
-    fingerprint: str
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode(self, text: str) -> list[int]: ...
 

@@ -36,7 +36,6 @@ class Tokenizer:
         from text by masks, never by this id.
       stop_ids: every id at which generation stops; `eos_id` is the first.
       chat_template: the folder's Jinja template, or None. Kept for export; we render our own templates.
-      fingerprint: hash of what decides which ids a text becomes.
     """
 
     def __init__(
@@ -69,8 +68,14 @@ class Tokenizer:
         self._specials = {token.content: index for index, token in added.items() if token.special}
         self.adds_bos = self._plain.encode("", add_special_tokens=True).ids[:1] == [bos_id]
         self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
-        decisive = [tokenizer_json, self.bos_id, self.pad_id, *self.stop_ids]
-        self.fingerprint = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what decides which ids a text becomes; how the file is laid out does not."""
+        values = json.loads(self._json)
+        decisive = {key: value for key, value in values.items() if key not in ("truncation", "padding")}
+        text = json.dumps([decisive, self.bos_id, self.eos_id, self.pad_id], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @functools.cached_property
     def _with_specials(self) -> tokenizers.Tokenizer:

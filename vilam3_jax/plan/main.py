@@ -72,6 +72,8 @@ def table(plan: Plan) -> str:
     if plan.cost is not None:
         lines.append(f"cost                  {_span(plan.cost)}")
     lines += [f"note: {note}" for note in _notes(speed)]
+    if slots := plan.changes.get("data.images_per_group"):
+        lines.append(f"note: samples of more than {slots} images would be put aside; ask `vilam3 data stats`")
     return "\n".join(lines)
 
 

@@ -113,8 +113,8 @@ def _outcome(plan: Plan) -> str:
 
 
 def _rank(plan: Plan) -> tuple[int, float]:
-    if plan.tokens_per_second is None:
-        return (1, plan.memory.needed)
+    if plan.tokens_per_second is None:  # without temporary bytes: `needed` is only what is held
+        return (1 if plan.memory.temporary else 2, plan.memory.needed)
     return (0, -plan.tokens_per_second[1])
 
 
@@ -137,7 +137,8 @@ def _smaller(config: ConfigDict, slices: int) -> Iterator[dict[str, int]]:
     """What computes the same with less at a time, more and more so.
 
     More steps of accumulation, down to a group a device; then groups of a row; then rows that devices share.
-    A run of pairs compares all of a batch at once and has nothing of the kind.
+    Groups of a row have half of the image slots, so samples of many images may lose their place. A run of
+    pairs compares all of a batch at once and has nothing of the kind.
     """
     if config.kind == "contrastive":
         return

@@ -18,6 +18,10 @@ _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6lite": "v6e", "v7x": "tpu7x"
 _TPUS = tuple(name for name, chip in CHIPS.items() if chip.torus_axes)
 _EXAMPLES = ("v5e:16x16", "v5p:4x4x4", "v5p:4x8x8", "v6e:16x16", "tpu7x:4x4x4", "v5p-128", "v5litepod-256")
 _WIDEST = 16  # chips along an axis of a torus of two axes
+_SOLD = {  # sides, smallest first, by axes of the torus; larger ones of three axes are made of cubes of 4x4x4
+    2: ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
+    3: ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 4), (2, 4, 4)),
+}
 _DEFAULT_HOST = (2, 2, 1)  # chips of a host, by which libtpu wants every slice to divide
 _HOSTS = {1: (1, 1, 1), 2: (1, 2, 1)}  # slices smaller than that
 
@@ -119,8 +123,11 @@ def parse(name: str) -> Topology:
             f"topology {name!r}: a {generation} slice has at most {_WIDEST}x{_WIDEST} chips; name several, "
             f"such as 2x{generation}:{_WIDEST}x{_WIDEST}"
         )
-    if chip.torus_axes == 3 and any(size > 2 and size % 4 for size in shape):
-        raise UserError(f"topology {name!r}: sizes of a {generation} slice are 1, 2 and multiples of 4")
+    whole_cubes = chip.torus_axes == 3 and not any(size % 4 for size in shape)
+    if not whole_cubes and tuple(sorted(shape)) not in _SOLD[chip.torus_axes]:
+        sold = ", ".join("x".join(map(str, small)) for small in _SOLD[chip.torus_axes])
+        more = ", or multiples of 4 on every axis" if chip.torus_axes == 3 else ""
+        raise UserError(f"topology {name!r}: no such slice; those of {generation} are {sold}{more}")
     return Topology(chip, shape, slices)
 
 

@@ -32,19 +32,23 @@ def claimed(workdir: paths.PathLike) -> Iterator[None]:
       UserError: another run has the folder for longer than a lost one could, or it cannot be written.
     """
     folder = paths.as_path(workdir)
-    if not processes.lead() or "://" in str(folder):
+    with contextlib.ExitStack() as held:
+        if processes.lead() and "://" not in str(folder):
+            file = _opened(folder)
+            held.callback(os.close, file)
+            _lock(file, folder)
+        processes.line_up("claimed")
         yield
-        return
+
+
+def _opened(folder: epath.Path) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / CLAIM_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        with contextlib.suppress(PermissionError):
+            return os.open(folder / CLAIM_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        return os.open(folder / CLAIM_FILE, os.O_RDONLY)  # of a colleague; that is enough for a lock
     except OSError as error:
         raise UserError(checkpoints.disk_message(folder, error)) from error
-    try:
-        _lock(file, folder)
-        yield
-    finally:
-        os.close(file)
 
 
 def _lock(file: int, folder: epath.Path) -> None:
@@ -86,6 +90,7 @@ class PutAside:
           UserError: the file is damaged.
         """
         self._path = paths.as_path(workdir) / PUT_ASIDE_FILE
+        self._told = 0
         self.records: dict[str, str] = {}
         if processes.lead() and self._path.exists():
             try:
@@ -94,13 +99,17 @@ class PutAside:
                 raise UserError(f"{self._path}: not readable ({error}); remove it") from error
 
     def add(self, skipped: Sequence[tuple[str, str]]) -> dict[str, float]:
-        """Adds (record, reason) of this process; every process must call it.
+        """Adds what is new in `skipped`; every process must call it.
+
+        Args:
+          skipped: (record, reason) of this process since its start; it only grows.
 
         Returns:
           The figure for the metrics, `records_put_aside`; empty while there are none.
         """
         known = len(self.records)
-        for part in processes.gather(skipped):
+        new, self._told = skipped[self._told :], len(skipped)
+        for part in processes.gather(new):
             self.records |= dict(part)
         if processes.lead() and len(self.records) > known:
             paths.write_text_atomic(self._path, json.dumps(self.records, indent=1) + "\n")

@@ -30,6 +30,8 @@ def shape(
     config.data.loader_shards = 64
     config.data.text_len = config.model.text_tower.max_length
     config.data.global_pairs = 8192
+    if config.model.vision_tower.type == "intern_vit":  # 25 heads: over `tensor` it has its queries split
+        config.activation_rules.tower_heads, config.activation_rules.tower_queries = "", "tensor"
     # Whole groups of 64 under `fsdp`; what a slice has beyond that holds the same parameters again.
     config.mesh.data, config.mesh.fsdp = -1, 64
     config.checkpoint_every = 100

@@ -104,8 +104,29 @@ def test_activation_rules_are_set_on_the_command_line():
     argv += ["--config.activation_rules.queries=tensor"]
     rules = config_lib.parse(argv, flags.FlagValues()).activation_rules
     assert rules.heads == "" and rules.queries == "tensor"
-    with pytest.raises(UserError, match=r"activation_rules\.heads='tensr': must be of data, fsdp"):
+    with pytest.raises(UserError, match=r"activation_rules\.heads='tensr': must be tensor or '' for none"):
         config_lib.parse([*argv[:1], "--config.activation_rules.heads=tensr"], flags.FlagValues())
+
+
+@pytest.mark.parametrize(
+    "rules,message",
+    [
+        ({"vocab": "fsdp"}, "activation_rules.vocab='fsdp': must be tensor or '' for none"),
+        ({"mlp": "data"}, "activation_rules.mlp='data': must be tensor"),
+        ({"length": "tensor"}, "activation_rules.length='tensor': must be context or '' for none"),
+        ({"queries": "tensor"}, "heads and queries cannot both lie over tensor"),
+        ({"tower_queries": "tensor"}, "tower_heads and tower_queries cannot both"),
+        ({"heads": "", "queries": "tensor", "tower_heads": "tensor"}, "tower_heads and tower_queries"),
+        ({"tower_heads": "queries"}, "must be tensor or '' for none, or 'heads'"),
+        ({"batch": ["data"]}, "must be data and fsdp"),
+    ],
+)
+def test_activation_rules_that_contradict_the_batch_or_each_other(rules, message):
+    config = config_lib.load("configs/stage3_instruct.py:tiny")
+    with config.activation_rules.ignore_type():
+        config.activation_rules.update(rules)
+    with pytest.raises(UserError, match=message):
+        config_lib.check(config)
 
 
 def test_pairs_are_not_accumulated():

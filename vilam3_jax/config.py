@@ -92,6 +92,10 @@ ACTIVATION_RULES = {
     "queries": "",
     "mlp": "tensor",
     "vocab": "tensor",
+    # Vision and text towers have rules of their own where these name mesh axes ("" for none).
+    "tower_heads": "heads",
+    "tower_queries": "queries",
+    "tower_mlp": "mlp",
 }
 
 
@@ -327,17 +331,38 @@ def _check_bounds(config: ConfigDict) -> None:
             raise UserError(f"config {key}={values[key]}: must be {bound}")
 
 
+def _check_activation_rules(rules: Mapping[str, Any]) -> None:
+    """Batches lie over `data` and `fsdp`, rows over `context`; the rest of an array may lie over `tensor`."""
+
+    def mesh_axes(name: str) -> tuple[str, ...]:
+        axes = rules[name]
+        if isinstance(axes, str) and axes == name.removeprefix("tower_") != name:
+            return mesh_axes(axes)
+        return ((axes,) if axes else ()) if isinstance(axes, str) else tuple(axes or ())
+
+    for name, axes in rules.items():
+        allowed = [(), ("context",)] if name == "length" else [(), ("tensor",)]
+        allowed = [ACTIVATION_RULES[name]] if name == "batch" else allowed
+        if mesh_axes(name) not in allowed:
+            choices = [" and ".join(choice) or "'' for none" for choice in reversed(allowed)]
+            as_shared = f", or {name.removeprefix('tower_')!r}" if name.startswith("tower_") else ""
+            raise UserError(
+                f"config activation_rules.{name}={axes!r}: must be {' or '.join(choices)}{as_shared}"
+            )
+    for tower in ("", "tower_"):
+        if mesh_axes(f"{tower}heads") and mesh_axes(f"{tower}queries"):
+            raise UserError(
+                f"config activation_rules: {tower}heads and {tower}queries cannot both lie over tensor; set "
+                "one to ''"
+            )
+
+
 def check(config: ConfigDict) -> None:
     """Refuses a config that cannot run, with the key and the fix."""
     if "llm" not in config.model:
         raise UserError("config model: names no model; set it in the recipe, to one of configs/models")
     _check_bounds(config)
-    for name, axes in config.activation_rules.items():
-        unknown = set([axes] if isinstance(axes, str) else axes or ()) - {*MESH_AXES, ""}
-        if unknown:
-            raise UserError(
-                f"config activation_rules.{name}={axes!r}: must be of {', '.join(MESH_AXES)}, or '' for none"
-            )
+    _check_activation_rules(config.activation_rules.to_dict())
     if config.kind not in ("generative", "contrastive"):
         raise UserError(f"config kind={config.kind!r}: must be 'generative' or 'contrastive'")
     if config.data.experts not in ("on", "off", "mixed", "falsified"):

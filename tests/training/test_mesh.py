@@ -40,7 +40,25 @@ def test_every_large_parameter_is_split(kind):
         if leaf.size >= 2048:
             shard = placed[path].shard_shape(leaf.shape)
             assert np.prod(shard) < leaf.size, path
-    assert mesh_lib.replicated_fraction(shapes, placed) < 0.05
+    size = {path: leaf.size for path, leaf in shapes.items()}
+    whole = sum(size[path] for path, sharding in placed.items() if sharding.is_fully_replicated)
+    assert whole < 0.05 * sum(size.values())
+
+
+def test_rules_that_leave_a_model_whole_are_refused():
+    _, nested = vila.abstract_model(models.get("vila_m3_8b"), "generative")
+    shapes = trees.flatten(nested)
+    rules = ((r"llm/layers/.*", ()), *config_lib.PARAMETER_RULES)
+    with pytest.raises(UserError, match=r"MiB would be whole on every device, such as llm/layers/mlp/"):
+        mesh_lib.parameter_shardings(shapes, rules, mesh_lib.build_mesh(mesh_config(fsdp=8)))
+    mesh_lib.parameter_shardings(shapes, rules, mesh_lib.build_mesh(mesh_config(data=8, fsdp=1)))
+
+
+def test_a_row_of_ones_own_must_match():
+    _, nested = vila.abstract_model(models.get("tiny"), "generative")
+    rules = ((r"llm/layrs/.*", ("fsdp",)), *config_lib.PARAMETER_RULES)
+    with pytest.raises(UserError, match=r"no parameter matches the row\(s\) llm/layrs"):
+        mesh_lib.parameter_shardings(trees.flatten(nested), rules, mesh_lib.build_mesh(mesh_config(fsdp=8)))
 
 
 def test_a_rule_for_an_unknown_parameter_is_missing():

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 from tests.training.helpers import Run, packed_batch, pair_batch, tiled_batch, tiny_config
 from vilam3_jax import compat
 from vilam3_jax.config import MESH_AXES
+from vilam3_jax.errors import UserError
 from vilam3_jax.models import trees, vila
 from vilam3_jax.training import mesh as mesh_lib
 from vilam3_jax.training import step as step_lib
@@ -53,6 +56,48 @@ def test_queries_over_tensor_equal_one_device(kind):
     one, many = Run(tiny_config(kind), one_device()), Run(config)
     for index in range(5):
         np.testing.assert_allclose(many.step(make(index))["loss"], one.step(make(index))["loss"], rtol=1e-5)
+
+
+def tower_of_three_heads(kind, **mesh_axes):
+    config = tiny_config(kind, **mesh_axes)
+    config.model.vision_tower.hidden_size, config.model.vision_tower.num_heads = 48, 3
+    if kind == "contrastive":
+        config.model.text_tower.hidden_size, config.model.text_tower.num_heads = 48, 3
+    return config
+
+
+@pytest.mark.parametrize("kind", ["generative", "contrastive"])
+@pytest.mark.parametrize("queries", ["tensor", ""])
+def test_a_tower_has_rules_of_its_own(kind, queries):
+    """Three heads do not split in two; the LLM's do, and are split."""
+    make = packed_batch if kind == "generative" else pair_batch
+    config = tower_of_three_heads(kind, data=2, fsdp=2, tensor=2)
+    if queries:
+        with pytest.raises(UserError, match="tower_heads and tower_queries"):
+            Run(config).step(make(0))
+    config.activation_rules.update(dict(tower_heads="", tower_queries=queries))
+    one, many = Run(tower_of_three_heads(kind), one_device()), Run(config)
+    for index in range(3):
+        whole, split = one.step(make(index)), many.step(make(index))
+        np.testing.assert_allclose(split["loss"], whole["loss"], rtol=1e-5)
+        np.testing.assert_allclose(split["grad_norm"], whole["grad_norm"], rtol=1e-4)
+    if kind == "generative":
+        heads, text = config.model.llm.num_heads, many._compiled.as_text()
+        row = f"{make(0)['tokens'].shape[1]},{{}},{config.model.llm.head_dim}]"
+        assert re.search(rf"\[\d+,{row.format(heads // 2)}", text)
+        assert not re.search(rf"\[\d+,{row.format(heads)}", text)
+
+
+@pytest.mark.parametrize("rules", [dict(embed="tensor"), dict(mlp=""), dict(tower_mlp="")])
+def test_other_rules_equal_one_device(rules):
+    config = tiny_config(data=2, fsdp=2, tensor=2)
+    with config.activation_rules.ignore_type():
+        config.activation_rules.update(rules)
+    one, many = Run(tiny_config(), one_device()), Run(config)
+    for index in range(3):
+        whole, split = one.step(packed_batch(index)), many.step(packed_batch(index))
+        np.testing.assert_allclose(split["loss"], whole["loss"], rtol=1e-5)
+        np.testing.assert_allclose(split["grad_norm"], whole["grad_norm"], rtol=1e-4)
 
 
 @pytest.mark.parametrize(

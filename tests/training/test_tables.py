@@ -8,7 +8,7 @@ PATHS = ["llm/embed/embedding", "llm/layers/attn/q/kernel", "projector/fc1/kerne
 
 def test_first_matching_row_wins_and_matches_the_whole_path():
     table = ((r"llm/embed/.*", 0.5), (r"llm/.*", 0.0), (r"projector/fc1", 9.0), (r"projector/.*", 1.0))
-    found = tables.resolve(table, PATHS, "trainable", unused_ok=True)
+    found = tables.resolve(table, PATHS, "trainable", optional=[r"projector/fc1"])
     assert found == {PATHS[0]: 0.5, PATHS[1]: 0.0, PATHS[2]: 1.0}
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 
 from vilam3_jax.models.layers import GeluMLP, RMSNorm, SelfAttention, run_stack
 from vilam3_jax.models.siglip import PatchEmbed, check_images, feature_layers
+from vilam3_jax.ops import partition
 from vilam3_jax.ops.partition import shard
 
 # ImageNet's, with which the released tower was trained; of pixels in 0..1.
@@ -68,6 +69,7 @@ class InternViT(nnx.Module):
         check_images(images, self.image_size)
         return self.pixel_features(images.astype(jnp.float32))
 
+    @partition.of_a_tower()
     def pixel_features(self, pixels: jax.Array) -> jax.Array:
         """`features` of interpolated pixels: float32 [N, S, S, 3] on the scale of 0..255."""
         x = (pixels / 255 - jnp.asarray(_MEAN)) / jnp.asarray(_STD)

@@ -144,7 +144,7 @@ def _match_heads(x: jax.Array, heads: int, parts: int) -> jax.Array:
     if heads % (kv_heads * repeats):
         raise UserError(
             f"{heads} query and {kv_heads} key heads do not split into {parts}; set activation_rules.heads "
-            "and kv_heads to '', queries to the axis that had them"
+            "and kv_heads to '', queries to tensor (of a tower: tower_heads and tower_queries)"
         )
     return jnp.repeat(x, repeats, axis=2) if repeats > 1 else x
 

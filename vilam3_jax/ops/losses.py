@@ -11,6 +11,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from vilam3_jax.compat import equally_varying
+from vilam3_jax.errors import UserError
 from vilam3_jax.ops import partition
 from vilam3_jax.ops.partition import placement
 from vilam3_jax.ops.products import LANES, einsum
@@ -123,7 +124,10 @@ def _on_devices(hidden, head_kernel, targets, weights, chunk, stored, wanted):
         columns_stored=bool(partition.split_over(columns)),
     )
     if axes.columns_stored and partition.split_over(columns) != axes.vocab:
-        raise ValueError(f"the head's columns are stored over {columns}, logits are split over {axes.vocab}")
+        raise UserError(
+            f"config parameter_rules has the head's columns over {columns}, activation_rules.vocab the "
+            f"logits over {' and '.join(axes.vocab) or 'nothing'}; make them equal"
+        )
     states, kernel = PartitionSpec(*tokens, None), PartitionSpec(rows, columns)
     gradients = (states if wanted.hidden else None, kernel if wanted.kernel else None)
     return jax.shard_map(

@@ -23,6 +23,14 @@ MeshAxes = str | tuple[str, ...] | None
 FSDP_LINE = "fsdp_line"
 
 
+_OF_A_TOWER = {
+    "heads": "tower_heads",
+    "kv_heads": "tower_heads",
+    "queries": "tower_queries",
+    "mlp": "tower_mlp",
+}
+
+
 @dataclass(frozen=True)
 class _Context:
     mesh: Mesh
@@ -51,7 +59,8 @@ def activation_rules(
 
     Args:
       mesh: the step's devices, of this host or of a topology that is only compiled for.
-      rules: logical axis → mesh axes that carry it; None or "" for none.
+      rules: logical axis → mesh axes that carry it; None or "" for none; or the name of the logical axis that
+        it goes with.
       attention: `config.attention`, which `ops.attention` reads.
       weights: parameter path → where it (or each of its arrays) is stored, see `products.linear`; products of
         other weights are left to the partitioner.
@@ -62,9 +71,27 @@ def activation_rules(
         else [part.spec for part in jax.tree.leaves(placed)]
         for path, placed in (weights or {}).items()
     }
-    token = _context.set(
-        _Context(mesh, {name: axes or None for name, axes in rules.items()}, stored, attention)
-    )
+    resolved = {name: _resolved(rules, axes) for name, axes in rules.items()}
+    token = _context.set(_Context(mesh, resolved, stored, attention))
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def _resolved(rules: Mapping[str, MeshAxes], axes: MeshAxes) -> MeshAxes:
+    return (rules[axes] if isinstance(axes, str) and axes in rules else axes) or None
+
+
+@contextlib.contextmanager
+def of_a_tower() -> Iterator[None]:
+    """Inside, heads, queries and hidden units are placed by the towers' own rules (`tower_*`)."""
+    context = _context.get()
+    if context is None:
+        yield
+        return
+    own = {name: context.rules[rule] for name, rule in _OF_A_TOWER.items() if rule in context.rules}
+    token = _context.set(replace(context, rules={**context.rules, **own}))
     try:
         yield
     finally:

@@ -10,12 +10,14 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vilam3_jax import compat
-from vilam3_jax.config import MESH_AXES, ConfigDict
+from vilam3_jax.config import MESH_AXES, PARAMETER_RULES, ConfigDict
 from vilam3_jax.errors import UserError
 from vilam3_jax.ops import partition
 from vilam3_jax.training import tables
 
 BATCH_AXES = ("data", "fsdp")
+_MOST_REPLICATED = 0.05  # of the parameters' bytes; little is said of models smaller than the next
+_LEAST_REPLICATED_BYTES = 32 * 2**20
 # Arrays [B, L] of packed rows, whose second axis lies over `context`.
 ROW_ARRAYS = ("tokens", "segment_ids", "positions", "loss_weights", "visual_index")
 
@@ -105,8 +107,8 @@ def parameter_shardings(
       mesh: the device mesh.
 
     Raises:
-      UserError: no row matches a parameter, a placement is longer than its parameter's rank, or a dimension
-        divides by none of its row's placements.
+      UserError: no row matches a parameter, a row of one's own matches none, a placement is longer than its
+        parameter's rank, a dimension divides by none of its row's placements, or much stays whole.
     """
     for row in rules:
         if not isinstance(row, tuple | list) or len(row) < 2:
@@ -121,7 +123,8 @@ def parameter_shardings(
             )
     table = [(row[0], row[1:]) for row in rules]
     placed = {}
-    for path, choices in tables.resolve(table, shapes, "parameter_rules", unused_ok=True).items():
+    shared = [row[0] for row in PARAMETER_RULES]  # also for parts that this model lacks
+    for path, choices in tables.resolve(table, shapes, "parameter_rules", optional=shared).items():
         shape = tuple(shapes[path].shape)
         for axes in choices:
             if len(axes) > len(shape):
@@ -135,7 +138,23 @@ def parameter_shardings(
                 "divide; make the axis smaller (the rest to mesh.data) or change its row in parameter_rules"
             )
         placed[path] = NamedSharding(mesh, spec)
+    _check_replicated(shapes, placed, mesh)
     return placed
+
+
+def _check_replicated(shapes: Mapping[str, Any], placed: Mapping[str, NamedSharding], mesh: Mesh) -> None:
+    """Refuses rules that leave much whole on every device although there are axes to split it over."""
+    if mesh.size == mesh.shape["data"] * mesh.shape["context"]:
+        return
+    size = {path: math.prod(leaf.shape) * leaf.dtype.itemsize for path, leaf in shapes.items()}
+    whole = {path: size[path] for path, sharding in placed.items() if sharding.is_fully_replicated}
+    if sum(whole.values()) > max(_MOST_REPLICATED * sum(size.values()), _LEAST_REPLICATED_BYTES):
+        largest = sorted(whole, key=lambda path: -whole[path])[:3]
+        raise UserError(
+            f"config parameter_rules: {sum(whole.values()) / 2**20:,.0f} of "
+            f"{sum(size.values()) / 2**20:,.0f} MiB would be whole on every device, such as "
+            f"{', '.join(largest)}; give them rows with axes, or use mesh.data in place of mesh.fsdp"
+        )
 
 
 def _placements(mesh: Mesh, axes: Sequence[Any]) -> Iterator[PartitionSpec]:
@@ -190,10 +209,3 @@ def rows(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The placement of scalars."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def replicated_fraction(shapes: Mapping[str, Any], placed: Mapping[str, NamedSharding]) -> float:
-    """Share of parameter bytes whose array is not split at all (a watch on forgotten rules)."""
-    size = {path: math.prod(leaf.shape) * leaf.dtype.itemsize for path, leaf in shapes.items()}
-    whole = sum(size[path] for path, sharding in placed.items() if sharding.is_fully_replicated)
-    return whole / max(1, sum(size.values()))

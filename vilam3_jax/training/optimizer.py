@@ -66,7 +66,7 @@ def groups(config: ConfigDict, paths: list[str]) -> dict[str, Group]:
     Raises:
       UserError: a parameter without a row, a row without a parameter, or a setting of another form.
     """
-    resolved = tables.resolve(config.trainable, paths, "trainable", unused_ok=False)
+    resolved = tables.resolve(config.trainable, paths, "trainable")
     return {path: _group(setting) for path, setting in resolved.items()}
 
 
@@ -94,7 +94,8 @@ def make_optimizer(config: ConfigDict, rates: Mapping[str, float]) -> optax.Grad
       rates: path → learning-rate multiplier of the trainable parameters.
     """
     settings = config.optimizer
-    rows = tables.resolve(config.trainable, rates, "trainable", unused_ok=True)
+    frozen_rows = [row[0] for row in config.trainable]  # `groups` has seen all parameters
+    rows = tables.resolve(config.trainable, rates, "trainable", optional=frozen_rows)
     decays = {
         path: 0.0 if _NOT_DECAYED.fullmatch(path) else settings.weight_decay * _group(row).decay
         for path, row in rows.items()

@@ -7,14 +7,14 @@ parameter must match and every row must be used, so that a renamed parameter can
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from vilam3_jax.errors import UserError
 
 
 def resolve(
-    table: Sequence[tuple[str, Any]], paths: Iterable[str], name: str, *, unused_ok: bool = False
+    table: Sequence[tuple[str, Any]], paths: Iterable[str], name: str, *, optional: Collection[str] = ()
 ) -> dict[str, Any]:
     """Looks every path up in `table` by full match.
 
@@ -22,7 +22,7 @@ def resolve(
       table: rows of (regex, setting).
       paths: parameter paths.
       name: config key of the table, for messages.
-      unused_ok: a shared default table may have rows for parts that this model lacks.
+      optional: regular expressions of rows that may have no path: those of a table that models share.
 
     Raises:
       UserError: a path without a row, or a row without a path; lists them. Or a row of another form.
@@ -42,7 +42,8 @@ def resolve(
     if unmatched:
         raise UserError(f"config {name}: no row matches {', '.join(sorted(unmatched))}; add one")
     unused = [pattern.pattern for index, (pattern, _) in enumerate(rows) if index not in used]
-    if unused and not unused_ok:
+    unused = [pattern for pattern in unused if pattern not in optional]
+    if unused:
         raise UserError(f"config {name}: no parameter matches the row(s) {', '.join(unused)}; remove or mend")
     return settings
 

@@ -104,7 +104,8 @@ def summary(stage, out):
             file = cell_file(out, stage, model, topology)
             shown.append(short(json.loads(file.read_text())[0]) if file.exists() else "")
         if any(shown):
-            lines.append(f"| {model} | {' | '.join(shown)} |")
+            name = ", ".join(MODELS[:3]) if model == STAGE_1_MODEL and stage == "stage1_vision" else model
+            lines.append(f"| {name} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 

@@ -3,19 +3,42 @@
 #
 #   launch/local.sh 2 --config=configs/stage3_instruct.py:tiny --workdir=DIR --config.mesh.cpu_devices=4
 #
+# --dry-run (first, or after the number) prints the processes that it would start.
 # mesh.cpu_devices counts the devices of one process. SIGTERM and SIGINT are passed on. If one process fails,
 # the others end too, and so does this script with that process's code.
 set -euo pipefail
 set -m # children get their own process groups: a SIGINT of the terminal reaches them once, from here
 
+# shellcheck source=launch/common.sh
+. "$(dirname "$0")/common.sh"
+
+dry_run=0
+if [[ ${1:-} = --dry-run ]]; then
+    dry_run=1
+    shift
+fi
 if [[ ! ${1:-} =~ ^[1-9][0-9]*$ ]]; then
-    sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 count=$1
 shift
+if [[ ${1:-} = --dry-run ]]; then
+    dry_run=1
+    shift
+fi
 
 python=${PYTHON:-python3}
+train=("$python" -m vilam3_jax.train "$@")
+if ((dry_run)); then
+    for ((number = 0; number < count; number++)); do
+        quoted "${train[@]}" --coordinator_address=localhost:PORT --num_processes="$count" --process_id="$number"
+        printf '\n'
+    done
+    exit 0
+fi
+"$python" -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))' \
+    vilam3_jax jax || fail "$python has no vilam3_jax or no jax; activate its environment, or set PYTHON"
 grace=${GRACE_SECONDS:-150} # how long the others have to end by themselves: one that waits for a dead one takes 100
 address=localhost:$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 
@@ -30,7 +53,7 @@ trap 'pass_on INT' INT
 trap 'pass_on KILL' EXIT
 
 for ((number = 0; number < count; number++)); do
-    "$python" -m vilam3_jax.train "$@" \
+    "${train[@]}" \
         --coordinator_address="$address" --num_processes="$count" --process_id="$number" &
     running+=($!)
 done

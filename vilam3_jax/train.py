@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -170,7 +169,7 @@ def _train(config: ConfigDict, workdir: epath.Path, stop_after: int, quiet: bool
         )
     result = _result(config, workdir, step, clock, finished)
     if finished and processes.lead():
-        paths.write_text_atomic(workdir / RESULT_FILE, json.dumps(dataclasses.asdict(result), indent=1))
+        paths.write_text_atomic(workdir / RESULT_FILE, writers.json_text(dataclasses.asdict(result), 1))
     return result
 
 
@@ -246,7 +245,7 @@ def main(argv: Sequence[str]) -> int:
     with processes.group("vilam3 train", **processes.flag_values(values)):
         result = train(config, values["workdir"].value, stop_after, quiet)
         if processes.lead():
-            print(json.dumps(dataclasses.asdict(result)))
+            print(writers.json_text(dataclasses.asdict(result)))
     return 0
 
 

@@ -117,6 +117,23 @@ def test_help_explains(script):
 
 def test_dry_run_needs_no_program():
     assert dry_run("tpu_vm.sh", "delete", "--name=m3", "--project=my-project", "--zone=us-east5-a")
+    for arguments in (["2", "--dry-run"], ["--dry-run", "2"]):
+        done = launch("local.sh", *arguments, "--config=a", "--workdir=b c")
+        assert done.returncode == 0 and not done.stderr
+        lines = done.stdout.splitlines()
+        assert [line.split()[-1] for line in lines] == ["--process_id=0", "--process_id=1"]
+        assert all("-m vilam3_jax.train --config=a '--workdir=b c'" in line for line in lines)
+
+
+def test_an_environment_without_the_package_is_one_line(monkeypatch):
+    monkeypatch.setenv("PYTHON", "false")
+    done = subprocess.run(
+        [LAUNCH / "local.sh", "2", "--config=a"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "local.sh: error: false has no vilam3_jax or no jax; activate its environment, or set PYTHON\n"
+    )
 
 
 def test_the_launchers_know_the_paths_of_a_run():

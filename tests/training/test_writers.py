@@ -1,6 +1,7 @@
 """Writers of figures: what a resumed run leaves in them, and what a missing package says."""
 
 import json
+import math
 import os
 import sys
 
@@ -47,6 +48,23 @@ def test_a_new_run_in_an_old_folder_starts_its_figures_anew_but_not_its_first_st
     write_steps(config_with(), tmp_path, 0, 2)
     assert [row["step"] for row in writers.read_lines(tmp_path) if "loss" in row] == [1, 2]
     assert writers.read_record(tmp_path)["first_start"] == first
+
+
+def test_what_is_not_finite_is_null_and_read_as_nan(tmp_path):
+    lines = writers.JsonLines(tmp_path, writers.METRICS_FILE, 0)
+    lines.write(1, {"loss": math.nan, "grad_norm": -math.inf, "skipped": 1})
+    lines.close()
+    text = (tmp_path / writers.METRICS_FILE).read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "step": 1,
+        "loss": None,
+        "grad_norm": None,
+        "skipped": 1,
+    }
+    (row,) = writers.read_lines(tmp_path)
+    assert math.isnan(row["loss"]) and math.isnan(row["grad_norm"]) and row["skipped"] == 1
+    writers.JsonLines(tmp_path, writers.METRICS_FILE, 1).close()  # a resumed run keeps the line
+    assert (tmp_path / writers.METRICS_FILE).read_text() == text
 
 
 def scalars(folder, tag):

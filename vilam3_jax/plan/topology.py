@@ -22,6 +22,7 @@ _SOLD = {  # sides, smallest first, by axes of the torus; larger ones of three a
     2: ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
     3: ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 4), (2, 4, 4)),
 }
+_MOST_CUBES = 1024  # more than any pod has
 _DEFAULT_HOST = (2, 2, 1)  # chips of a host, by which libtpu wants every slice to divide
 _HOSTS = {1: (1, 1, 1), 2: (1, 2, 1)}  # slices smaller than that
 
@@ -132,15 +133,21 @@ def parse(name: str) -> Topology:
 
 
 def _product_shape(name: str, chip: Chip, number: int) -> tuple[int, ...]:
-    """The usual torus of a product: as near to a cube or square as powers of two allow."""
+    """The usual torus of a product: as near to a cube or square as can be."""
     chips, odd = divmod(number, 2) if chip.cores_in_name else (number, 0)
-    doublings = chips.bit_length() - 1
-    if odd or chips != 2**doublings or (chip.torus_axes == 3 and chips < 4):
+    shapes = [shape for shape in _SOLD[chip.torus_axes] if math.prod(shape) == chips]
+    cubes, rest = divmod(chips, 64)
+    if chip.torus_axes == 3 and 0 < cubes <= _MOST_CUBES and not rest:
+        sides = [side for side in range(1, cubes + 1) if cubes % side == 0]
+        pairs = [(a, b) for a in sides for b in sides if cubes % (a * b) == 0 and a <= b <= cubes // (a * b)]
+        shapes = [(4 * a, 4 * b, 4 * (cubes // (a * b))) for a, b in pairs]
+    if odd or not shapes:
         what = "cores, two a chip" if chip.cores_in_name else "chips"
+        sold = ", ".join(str(math.prod(shape)) for shape in _SOLD[chip.torus_axes])
+        more = " or a multiple of 64 chips" if chip.torus_axes == 3 else " chips"
         raise UserError(
-            f"topology {name!r}: the number counts {what}, and is a power of two; or name the torus"
+            f"topology {name!r}: the number counts {what}; slices have {sold}{more}. Several are named like "
+            f"2x{chip.name}:{'4x4x4' if chip.torus_axes == 3 else '16x16'}"
         )
-    if chip.torus_axes == 3 and chips == 4:
-        return (2, 2, 1)
-    base, longer = divmod(doublings, chip.torus_axes)
-    return tuple(2 ** (base + (axis >= chip.torus_axes - longer)) for axis in range(chip.torus_axes))
+    shape = min(shapes, key=sum)
+    return (2, 2, 1) if shape == (1, 2, 2) else shape

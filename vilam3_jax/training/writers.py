@@ -10,6 +10,7 @@ import collections
 import importlib.util
 import io
 import json
+import math
 import os
 import tempfile
 import time
@@ -113,7 +114,7 @@ class JsonLines:
     def __init__(self, workdir: paths.PathLike, name: str, start_step: int) -> None:
         self._path = paths.as_path(workdir) / name
         kept = [row for row in read_lines(workdir, name) if row["step"] <= start_step] if start_step else []
-        text = "".join(json.dumps(row) + "\n" for row in kept)
+        text = "".join(json_text(row) + "\n" for row in kept)
         paths.write_text_atomic(self._path, text)
         self._remote = "://" in os.fspath(self._path)
         self._file: Any = io.StringIO() if self._remote else self._path.open("a")
@@ -123,7 +124,7 @@ class JsonLines:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(json_text({"step": step, **values}) + "\n")
         if not self._remote or time.monotonic() > self._written + _REWRITE_SECONDS:
             self.flush()
 
@@ -140,15 +141,26 @@ class JsonLines:
         self._file.close()
 
 
+def json_text(values: Mapping[str, Any], indent: int | None = None) -> str:
+    """A JSON object; JSON has no NaN and no infinity, which become null."""
+    lost = {key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
+    finite = {key: None if key in lost else value for key, value in values.items()}
+    return json.dumps(finite, indent=indent, allow_nan=False)
+
+
 def read_lines(workdir: paths.PathLike, name: str = METRICS_FILE) -> list[dict[str, Any]]:
-    """Reads the lines written so far; a torn last line (the process was killed) is dropped."""
+    """Reads the lines written so far; a torn last line (the process was killed) is dropped.
+
+    A figure that was not finite, null in the file, is NaN.
+    """
     path = paths.as_path(workdir) / name
     if not path.exists():
         return []
     rows = []
     for line in path.read_text().splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            rows.append({key: math.nan if value is None else value for key, value in row.items()})
         except json.JSONDecodeError:
             continue
     return rows

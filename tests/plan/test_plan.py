@@ -196,6 +196,65 @@ def test_what_cannot_hold_its_parameters_is_not_compiled(tmp_path):
     assert "without gradients and activations" in plan_main.table(plans[0])
 
 
+def of_kernels(**changes):
+    """One layer of each kind, of the smallest sizes that TPUs compute as they do VILA-M3's."""
+    config = config_lib.load("configs/stage4_expert.py:vila_m3_8b")
+    llm = dict(num_layers=1, hidden_size=256, num_heads=2, num_kv_heads=1, mlp_dim=512, vocab_size=1031)
+    tower = dict(num_layers=1, select_layer=-1, hidden_size=256, num_heads=2, mlp_dim=512, image_size=112)
+    data = dict(global_rows=16, seq_len=512, images_per_group=2)
+    config.model.llm.update(llm)
+    config.model.vision_tower.update(tower)
+    config.data.update(data)
+    config.model.image_size, config.mesh.data, config.mesh.fsdp = 112, 1, -1
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+_LORA = {
+    "model.llm.lora_rank": 8,
+    "model.llm.lora_targets": ("q", "v", "o", "up"),
+    "trainable": ((r"llm/.*lora_[ab]", 1.0), (r".*", 0.0)),
+}
+_QUERIES = {
+    "activation_rules.heads": "",
+    "activation_rules.kv_heads": "",
+    "activation_rules.queries": "tensor",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    "name,changes",
+    [
+        ("v4:2x2x1", {}),
+        ("v5e:2x2", {}),
+        ("v6e:2x2", {}),
+        ("tpu7x:2x2x1", {}),
+        ("v5p:2x2x1", {"mesh.fsdp": 2, "mesh.context": 2}),
+        ("v5p:2x2x1", {"mesh.fsdp": 2, "mesh.context": 2, "attention": "ring"}),
+        ("v5p:2x2x1", {"mesh.fsdp": 2, "mesh.tensor": 2}),
+        ("v5p:2x2x1", {"mesh.fsdp": 2, "mesh.tensor": 2, **_QUERIES}),
+        ("v5p:2x2x2", {"mesh.fsdp": 2, "mesh.context": 2, "mesh.tensor": 2}),
+        ("2xv5p:2x2x1", {"mesh.data": 2}),
+        ("v5p:2x2x1", {"optimizer.name": "muon", "ema_decay": 0.9, "skip.spike": 5.0}),
+        ("v5e:2x2", {"quantization.products": "int8", "quantization.gradients": True}),
+        ("v5p:2x2x1", {"quantization.frozen": "nf4", **_LORA}),
+    ],
+)
+def test_what_a_run_may_ask_for_compiles_for_tpus(tmp_path, name, changes, accumulate):
+    config = of_kernels(**changes, grad_accum=accumulate)
+    config_lib.check(config)
+    plan = estimate.make_plan(config, topology.parse(name), compiler.Cache(tmp_path))
+    assert plan.memory.fits and plan.speed.products > 0
+
+
+def test_accumulation_compiles_for_tpus(tmp_path):
+    """XLA would move sums over devices out of the loop, and fails to in bfloat16."""
+    plan = estimate.make_plan(of_kernels(grad_accum=2), topology.parse("v5p:2x2x1"), compiler.Cache(tmp_path))
+    assert plan.memory.fits
+
+
 def test_a_compiled_step_is_kept(tmp_path, monkeypatch):
     calls, made = [], compiler.Compiled("HloModule m", 10.0, 4.0)
     monkeypatch.setattr(compiler, "compile_lowered", lambda lowered: calls.append(lowered) or made)

@@ -118,7 +118,10 @@ def make_train_step(
         )
 
         def body(carry: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, gradients(trainable, frozen, part)), None
+            # The barrier keeps XLA for TPUs from moving sums over devices out of the loop: it fails to where
+            # they are of bfloat16 (libtpu 0.0.42, "while_loop_all_reduce_code_motion").
+            grads = jax.lax.optimization_barrier(gradients(trainable, frozen, part))
+            return jax.tree.map(jnp.add, carry, grads), None
 
         return jax.lax.scan(body, zeros, micro)[0]
 

@@ -201,7 +201,7 @@ def of_kernels(**changes):
     config = config_lib.load("configs/stage4_expert.py:vila_m3_8b")
     llm = dict(num_layers=1, hidden_size=256, num_heads=2, num_kv_heads=1, mlp_dim=512, vocab_size=1031)
     tower = dict(num_layers=1, select_layer=-1, hidden_size=256, num_heads=2, mlp_dim=512, image_size=112)
-    data = dict(global_rows=16, seq_len=512, images_per_group=2)
+    data = dict(global_rows=32, seq_len=512, images_per_group=2)
     config.model.llm.update(llm)
     config.model.vision_tower.update(tower)
     config.data.update(data)

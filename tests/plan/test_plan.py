@@ -305,6 +305,15 @@ def test_too_little_memory_is_an_answer(text, needed, limit):
     assert memory.fits == (needed < limit)
 
 
+def test_arguments_count_beside_what_the_compiler_allows(tmp_path, monkeypatch):
+    made = compiler.Compiled("HloModule m", 17.0 * GIB, 15.0 * GIB)
+    monkeypatch.setattr(compiler, "compile_lowered", lambda lowered: made)
+    plan = estimate.make_plan(small(), topology.parse("v5e:2x4"), compiler.Cache(tmp_path))
+    assert not plan.memory.fits and plan.speed is None and plan.tokens_per_second is None
+    assert "does not fit: needs 17.00 of 16.00 GiB" in plan_main.table(plan)
+    assert search._rank(plan)[0] == 1 and "does not fit" in search._outcome(plan)
+
+
 @pytest.mark.slow
 def test_a_step_that_does_not_fit_says_how_far(cache):
     config = small(**{"data.seq_len": 65_536, "data.global_rows": 128, "loss_chunk": 65_536})

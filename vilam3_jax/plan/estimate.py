@@ -163,6 +163,8 @@ def make_plan(
         memory = Memory(*held, max(needed - sum(held), 0.0), needed, chip.devices * compiled.limit)
         return dataclasses.replace(plan, memory=memory)
     plan = dataclasses.replace(plan, memory=Memory(*held, temporary, needed, chip.hbm_bytes))
+    if not plan.memory.fits:  # the compiler lets temporary bytes alone take all there is
+        return plan
     length = config.data.seq_len // int(mesh.shape["context"])
     trips = -(-length // min(config.loss_chunk, length))
     cost = hlo.read(compiled.text, dynamic_trips=trips)

@@ -26,7 +26,7 @@ class Chip:
       name: as topologies and people say it.
       kinds: what JAX calls its devices.
       flops: peak bf16 operations per second.
-      hbm_bytes: memory.
+      hbm_bytes: memory; of TPUs what a program may use of it, as libtpu says when it refuses one.
       hbm_bandwidth: bytes per second.
       link_bandwidth: bytes per second of one ICI link in one direction; 0 for what has no torus.
       torus_axes: axes of the ICI torus; a chip has two links on each.
@@ -57,12 +57,23 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1.2e12, 50e9, 3, 6.25e9, cores_in_name=True, clock=1.05e9),
+        Chip(
+            "v4",
+            ("TPU v4",),
+            275e12,
+            int(30.75 * GIB),
+            1.2e12,
+            50e9,
+            3,
+            6.25e9,
+            cores_in_name=True,
+            clock=1.05e9,
+        ),
         Chip(
             "v5e",
             ("TPU v5 lite", "TPU v5e"),
             197e12,
-            16 * GIB,
+            int(15.75 * GIB),
             0.8e12,
             50e9,
             2,
@@ -74,7 +85,7 @@ CHIPS = {
             "v5p",
             ("TPU v5", "TPU v5p"),
             459e12,
-            95 * GIB,
+            int(95.74 * GIB),
             2.765e12,
             100e9,
             3,
@@ -88,7 +99,7 @@ CHIPS = {
             "v6e",
             ("TPU v6 lite", "TPU v6e"),
             918e12,
-            32 * GIB,
+            int(31.25 * GIB),
             1.6e12,
             100e9,
             2,
@@ -101,7 +112,7 @@ CHIPS = {
             "tpu7x",
             ("TPU7x", "TPU v7x"),
             2307e12,
-            192 * GIB,
+            int(2 * 94.75 * GIB),
             7.38e12,
             100e9,
             3,

@@ -5,6 +5,7 @@ Supported pairs: jax 0.10.2 with flax 0.12.8 (Python 3.11) and jax 0.12 with fla
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -47,6 +48,10 @@ def coordination_client() -> Any:
     return distributed.global_state.client
 
 
+class DoesNotFitTorus(ValueError):
+    """The axes of a mesh cannot be laid on the torus of the devices, not along parts of its sides either."""
+
+
 def make_mesh(sizes: Sequence[int], names: Sequence[str], devices: Sequence[Any] | None = None) -> Mesh:
     """Builds a mesh whose axes are all `Auto`, along whole sides of the devices' torus if it can be done.
 
@@ -54,15 +59,18 @@ def make_mesh(sizes: Sequence[int], names: Sequence[str], devices: Sequence[Any]
     type is stated, because `jax.make_mesh` and `Mesh` have different defaults.
 
     Raises:
-      NotImplementedError: the axes cannot be laid on the torus, not along parts of its sides either.
+      DoesNotFitTorus: see there.
     """
     sizes, names = tuple(sizes), tuple(names)
     types = (AxisType.Auto,) * len(names)
-    try:
+    # JAX says by NotImplementedError that axes are no products of a torus's sides, or of parts of them.
+    with contextlib.suppress(NotImplementedError):
         return jax.make_mesh(sizes, names, axis_types=types, devices=devices)
-    except NotImplementedError:  # what JAX raises for axes that are no products of a torus's sides
+    try:
         placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-        return Mesh(placed, names, axis_types=types)
+    except NotImplementedError as error:
+        raise DoesNotFitTorus(str(error)) from error
+    return Mesh(placed, names, axis_types=types)
 
 
 def join_meshes(meshes: Sequence[Mesh]) -> Mesh:

@@ -69,7 +69,7 @@ def build_mesh(mesh_config: ConfigDict, devices: Sequence[Any] | None = None) ->
     try:
         within = [sizes["data"] // len(slices), *list(sizes.values())[1:]]
         return compat.join_meshes([compat.make_mesh(within, list(sizes), devices) for devices in slices])
-    except NotImplementedError as error:  # JAX's, where parts of the torus's sides do not fit either
+    except compat.DoesNotFitTorus as error:
         shown = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise UserError(
             f"config mesh ({shown}) cannot be laid on this torus: every axis must be a product of its sides "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any, cast
@@ -192,7 +191,7 @@ def _result(
     config: ConfigDict, workdir: paths.PathLike, step: int, clock: telemetry.Clock, finished: bool
 ) -> Result:
     rows = telemetry.read_metrics(workdir)
-    losses = [row["loss"] for row in rows if "loss" in row and math.isfinite(row["loss"])]
+    losses = [row["loss"] for row in rows if row.get("loss") is not None]  # None: was not finite
     heldout = [row for row in rows if "heldout_true" in row]
     part = max(1, len(losses) // 10)
     return Result(

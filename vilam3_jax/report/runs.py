@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from typing import Any
 
 from etils import epath
@@ -117,9 +116,7 @@ def read_stage(folder: paths.PathLike, *, finished: bool) -> Stage:
       UserError: a file is missing or damaged.
     """
     root = paths.as_path(folder)
-    lines = read_lines(root / "metrics.jsonl")
-    # What was not finite is null there.
-    metrics = [{key: math.nan if value is None else value for key, value in row.items()} for row in lines]
+    metrics = read_lines(root / "metrics.jsonl")
     for number, row in enumerate(metrics, 1):
         if not isinstance(row.get("step"), int):
             raise UserError(

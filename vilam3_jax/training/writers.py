@@ -151,7 +151,7 @@ def json_text(values: Mapping[str, Any], indent: int | None = None) -> str:
 def read_lines(workdir: paths.PathLike, name: str = METRICS_FILE) -> list[dict[str, Any]]:
     """Reads the lines written so far; a torn last line (the process was killed) is dropped.
 
-    A figure that was not finite, null in the file, is NaN.
+    A figure that was not finite is None.
     """
     path = paths.as_path(workdir) / name
     if not path.exists():
@@ -159,8 +159,7 @@ def read_lines(workdir: paths.PathLike, name: str = METRICS_FILE) -> list[dict[s
     rows = []
     for line in path.read_text().splitlines():
         try:
-            row = json.loads(line)
-            rows.append({key: math.nan if value is None else value for key, value in row.items()})
+            rows.append(json.loads(line))
         except json.JSONDecodeError:
             continue
     return rows

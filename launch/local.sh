@@ -3,7 +3,7 @@
 #
 #   launch/local.sh 2 --config=configs/stage3_instruct.py:tiny --workdir=DIR --config.mesh.cpu_devices=4
 #
-# --dry-run (first, or after the number) prints the processes that it would start.
+# --dry-run prints the processes that it would start.
 # mesh.cpu_devices counts the devices of one process. SIGTERM and SIGINT are passed on. If one process fails,
 # the others end too, and so does this script with that process's code.
 set -euo pipefail
@@ -12,28 +12,23 @@ set -m # children get their own process groups: a SIGINT of the terminal reaches
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
 
-dry_run=0
-if [[ ${1:-} = --dry-run ]]; then
-    dry_run=1
-    shift
-fi
+words=()
+for word in "$@"; do
+    if [[ $word = --dry-run ]]; then DRY_RUN=1; else words+=("$word"); fi
+done
+set -- "${words[@]}"
 if [[ ! ${1:-} =~ ^[1-9][0-9]*$ ]]; then
     sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 count=$1
 shift
-if [[ ${1:-} = --dry-run ]]; then
-    dry_run=1
-    shift
-fi
 
 python=${PYTHON:-python3}
 train=("$python" -m vilam3_jax.train "$@")
-if ((dry_run)); then
+if [[ ${DRY_RUN:-0} = 1 ]]; then
     for ((number = 0; number < count; number++)); do
-        quoted "${train[@]}" --coordinator_address=localhost:PORT --num_processes="$count" --process_id="$number"
-        printf '\n'
+        run "${train[@]}" --coordinator_address=localhost:PORT --num_processes="$count" --process_id="$number"
     done
     exit 0
 fi

@@ -335,14 +335,14 @@ def _check_activation_rules(rules: Mapping[str, Any]) -> None:
     """Batches lie over `data` and `fsdp`, rows over `context`; the rest of an array may lie over `tensor`."""
 
     def mesh_axes(name: str) -> tuple[str, ...]:
-        axes = rules[name]
-        if isinstance(axes, str) and axes == name.removeprefix("tower_") != name:
-            return mesh_axes(axes)
-        return ((axes,) if axes else ()) if isinstance(axes, str) else tuple(axes or ())
+        axes, shared = rules[name], name.removeprefix("tower_")
+        if shared != name and axes == shared:
+            return mesh_axes(shared)
+        return (axes,) if isinstance(axes, str) and axes else tuple(axes or ())
 
+    own = {"batch": [ACTIVATION_RULES["batch"]], "length": [(), ("context",)]}
     for name, axes in rules.items():
-        allowed = [(), ("context",)] if name == "length" else [(), ("tensor",)]
-        allowed = [ACTIVATION_RULES[name]] if name == "batch" else allowed
+        allowed = own.get(name, [(), ("tensor",)])
         if mesh_axes(name) not in allowed:
             choices = [" and ".join(choice) or "'' for none" for choice in reversed(allowed)]
             as_shared = f", or {name.removeprefix('tower_')!r}" if name.startswith("tower_") else ""

@@ -88,7 +88,7 @@ def test_a_folder_is_claimed_from_a_colleague_whose_file_one_may_only_read(tmp_p
         assert modes[0] == 0o666  # the umask decides who may write
 
 
-def test_records_put_aside_are_named_across_restarts(tmp_path):
+def test_records_put_aside_are_named_across_restarts(tmp_path, monkeypatch):
     first = workdir.PutAside(tmp_path)
     assert first.add([]) == {} and not (tmp_path / workdir.PUT_ASIDE_FILE).exists()
     assert first.add([("a/train record 1", "torn")]) == {"records_put_aside": 1}
@@ -98,9 +98,11 @@ def test_records_put_aside_are_named_across_restarts(tmp_path):
     }
     named = json.loads((tmp_path / workdir.PUT_ASIDE_FILE).read_text())
     assert named == {"a/train record 1": "torn", "b/train record 2": "too long"} == again.records
-    assert again.add([("a/train record 1", "torn"), ("b/train record 2", "too long")]) == {
-        "records_put_aside": 2
-    }
+    sent = []
+    monkeypatch.setattr(workdir.processes, "gather", lambda new: sent.append(new) or [new])
+    three = [("a/train record 1", "torn"), ("b/train record 2", "too long"), ("c", "torn")]
+    assert again.add(three) == again.add(three) == {"records_put_aside": 3}
+    assert sent == [three[2:], []]  # each is handed over once
     (tmp_path / workdir.PUT_ASIDE_FILE).write_text('{"a')
     with pytest.raises(UserError, match=r"put_aside\.json: not readable"):
         workdir.PutAside(tmp_path)

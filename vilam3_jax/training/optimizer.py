@@ -94,8 +94,8 @@ def make_optimizer(config: ConfigDict, rates: Mapping[str, float]) -> optax.Grad
       rates: path → learning-rate multiplier of the trainable parameters.
     """
     settings = config.optimizer
-    frozen_rows = [row[0] for row in config.trainable]  # `groups` has seen all parameters
-    rows = tables.resolve(config.trainable, rates, "trainable", optional=frozen_rows)
+    of_frozen_parts_too = [row[0] for row in config.trainable]
+    rows = tables.resolve(config.trainable, rates, "trainable", optional=of_frozen_parts_too)
     decays = {
         path: 0.0 if _NOT_DECAYED.fullmatch(path) else settings.weight_decay * _group(row).decay
         for path, row in rows.items()

@@ -1,5 +1,6 @@
 # `make quickstart` and `make test` work in a fresh clone; nothing else is needed first.
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12)
+# The first that starts: a version manager may have a name for a Python that it does not run.
+PYTHON ?= $(shell for name in python3.11 python3.12; do $$name -c '' 2>/dev/null && command -v $$name && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart

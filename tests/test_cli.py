@@ -10,7 +10,7 @@ import types
 import pytest
 
 from vilam3_jax import cli
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UnavailableError, UserError
 
 
 @pytest.fixture
@@ -65,6 +65,15 @@ def test_user_error_is_one_line_with_exit_code_2(command, capsys):
     command(fail)
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == "vilam3 train: error: x.json: broken\n"
+
+
+def test_what_may_pass_has_a_code_that_launchers_start_again(command, capsys):
+    def fail(argv):
+        raise UnavailableError("x.array_record: no network")
+
+    command(fail)
+    assert cli.main(["train"]) == 1
+    assert capsys.readouterr().err == "vilam3 train: error: x.array_record: no network\n"
 
 
 def test_interrupt_has_the_shells_exit_code(command):

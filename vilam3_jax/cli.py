@@ -52,12 +52,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def guarded(program: str, command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Runs `command(argv)`; the user's errors become one line on stderr and exit code 2, an interrupt 130."""
+    """Runs `command(argv)`; the user's errors become one line on stderr and their code, an interrupt 130."""
     try:
         return command(argv)
     except UserError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return INTERRUPTED

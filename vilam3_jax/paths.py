@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import posixpath
@@ -11,9 +12,25 @@ import uuid
 
 from etils import epath
 
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UnavailableError, UserError
 
 PathLike = str | os.PathLike[str]
+
+# What says something of the disk, the network or this process, and nothing of the file.
+_PASSING = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.ECONNRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+}
 
 
 def as_path(path: PathLike) -> epath.Path:
@@ -74,6 +91,7 @@ def read_bytes(path: PathLike, max_bytes: int) -> bytes:
 
     Raises:
       UserError: missing, a folder, larger than `max_bytes`, or not to be read.
+      UnavailableError: the disk or the network fails.
     """
     path = as_path(path)
     try:
@@ -86,6 +104,10 @@ def read_bytes(path: PathLike, max_bytes: int) -> bytes:
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # the last: no name for a file
         raise UserError(f"{path}: no such file; check the path") from error
     except OSError as error:
+        if error.errno in _PASSING:
+            raise UnavailableError(
+                f"{path}: cannot be read now ({error}); check the disk or the network and start again"
+            ) from error
         raise UserError(f"{path}: cannot be read ({error}); check the path") from error
 
 

@@ -160,7 +160,7 @@ class _Watch:
     def fail(self, error: BaseException) -> NoReturn:
         """Ends this process, and says why to the others."""
         known = isinstance(error, UserError | KeyboardInterrupt)
-        code = 2 if known else 1
+        code = error.exit_code if isinstance(error, UserError) else 2 if known else 1
         message = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         if known:
             message = str(error) or "interrupted"

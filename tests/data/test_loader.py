@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import errno
 import functools
 import json
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,12 +33,14 @@ from data_worlds import (
     write,
 )
 
-from vilam3_jax.data import sample_reader
+from vilam3_jax import paths
+from vilam3_jax.data import sample_reader, shards
+from vilam3_jax.data.annotations import Annotation
 from vilam3_jax.data.examples import Example, ImageRef, Turn
 from vilam3_jax.data.loader import build_loader
 from vilam3_jax.data.stream import dealt_position
 from vilam3_jax.data.tokenizer import load_tokenizer
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UnavailableError, UserError
 
 KEYS = {
     "tokens",
@@ -389,6 +393,58 @@ def test_only_bad_records_is_an_error(tmp_path, split: str) -> None:
     loader = build(config(tmp_path), split)
     with pytest.raises(UserError, match=r"no usable record.*example b"):
         take(loader, 3)  # 16 must have been tried
+    loader.close()
+
+
+def test_a_dataset_without_a_good_record_is_an_error_beside_one_that_has_them(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    bad = [dataclasses.replace(film(i, rng), images=(ImageRef(data=b"junk"),)) for i in range(3)]
+    write(tmp_path / "films", bad)
+    write(tmp_path / "reports", [report(i, rng) for i in range(9)])
+    loader = build(config(tmp_path, (("films", 1.0), ("reports", 1.0))))
+    with pytest.raises(UserError, match=r"no usable record of films in 16 tried.*image"):
+        take(loader, 60)
+    loader.close()
+
+
+@pytest.mark.parametrize("shard", ["reports", "annotations"])
+def test_a_shard_that_cannot_be_read_ends_the_run(tmp_path, monkeypatch, shard: str) -> None:
+    """Its records are not bad ones: without them the run would go on with another mixture."""
+    rng = np.random.default_rng(0)
+    write(tmp_path / "films", [film(i, rng, expert=True) for i in range(9)])
+    write(tmp_path / "reports", [report(i, rng) for i in range(9)])
+    annotate(tmp_path / "annotations", [Annotation(f"key{i}", "CXR", "", version="t") for i in range(9)])
+    whole = shards.open_reader
+
+    def no_space(path: str):
+        if f"/{shard}/" in path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(path)
+
+    monkeypatch.setattr(shards, "open_reader", no_space)
+    cfg = config(tmp_path, (("films", 1.0), ("reports", 1.0)))
+    cfg.data.annotations, cfg.data.experts = str(tmp_path / "annotations"), "on"
+    loader = build(cfg)
+    with pytest.raises(UnavailableError, match=rf"{shard}/.*array_record: cannot be read .*No space left"):
+        take(loader, 10)
+    assert not loader.stats.skipped
+    loader.close()
+
+
+def test_an_image_that_cannot_be_read_now_is_not_put_aside(tmp_path, monkeypatch) -> None:
+    rng = np.random.default_rng(0)
+
+    def fail(path: Path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "x.png").write_bytes(picture(1))
+    write(tmp_path / "films", [dataclasses.replace(film(0, rng), images=(ImageRef(path="x.png"),))])
+    loader = build(config(tmp_path))
+    monkeypatch.setattr(paths, "_look_up", fail)
+    with pytest.raises(UnavailableError, match=r"x\.png: cannot be read now"):
+        take(loader, 2)
+    assert not loader.stats.skipped
     loader.close()
 
 

@@ -10,9 +10,10 @@ import threading
 
 import pytest
 
+from vilam3_jax.data import shards
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, Turn
 from vilam3_jax.data.records import ExampleSource, ExampleWriter, read_info
-from vilam3_jax.data.shards import ShardReaders
+from vilam3_jax.data.shards import ShardReaders, open_reader
 from vilam3_jax.errors import UserError
 
 
@@ -138,6 +139,36 @@ def test_damage_is_named(tmp_path) -> None:
     (tmp_path / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match="damaged"):
         read_info(tmp_path)
+
+
+def test_a_shard_that_its_file_server_forgot_is_opened_again(tmp_path, monkeypatch) -> None:
+    with ExampleWriter(tmp_path, "train") as writer:
+        for number in range(3):
+            writer.write(example(number))
+
+    class Stale:
+        def __init__(self, path: str) -> None:
+            self.reader = open_reader(path)
+
+        def num_records(self) -> int:
+            return self.reader.num_records()
+
+        def read(self, _: list[int]) -> list[bytes]:
+            raise RuntimeError("Stale file handle")
+
+    source = ExampleSource(tmp_path, "train")
+    monkeypatch.setattr(shards, "open_reader", Stale)
+    with pytest.raises(UserError, match=r"array_record, record 1: cannot be read \(Stale file handle"):
+        source[1]
+    opened: list[str] = []
+
+    def first_stale(path: str) -> object:
+        opened.append(path)
+        return Stale(path) if len(opened) == 1 else open_reader(path)
+
+    source = ExampleSource(tmp_path, "train")
+    monkeypatch.setattr(shards, "open_reader", first_stale)
+    assert [source[i] for i in (1, 2, 0)] == [example(i) for i in (1, 2, 0)] and len(opened) == 2
 
 
 def test_reading_and_showing_examples_needs_no_jax() -> None:

@@ -211,7 +211,8 @@ class AnnotationStore:
         """Returns the annotation, or None when there is none.
 
         Raises:
-          UserError: the shard is missing or damaged.
+          UnavailableError: the shard cannot be read.
+          UserError: the annotation is damaged.
         """
         entry = self._entries.get((input_key, expert, args))
         if entry is None:
@@ -219,9 +220,9 @@ class AnnotationStore:
         shard = entry["shard"]
         try:
             data = self._readers.read(shard, entry["record"])
-        except (OSError, ValueError, IndexError, RuntimeError) as error:
+        except (ValueError, IndexError, RuntimeError) as error:
             raise UserError(
-                f"{self.directory / shard}: cannot be read ({error}); "
+                f"{self.directory / shard}, record {entry['record']}: cannot be read ({error}); "
                 "delete it with its index and annotate again"
             ) from error
         annotation = Annotation.from_bytes(data)

@@ -11,6 +11,7 @@ business.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import copy
 import dataclasses
@@ -35,13 +36,14 @@ from vilam3_jax.data.render import ImageReader, Renderer
 from vilam3_jax.data.sample_reader import SampleReader
 from vilam3_jax.data.templates import TokenizerLike
 from vilam3_jax.data.tokenizer import load_tokenizer
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UnavailableError, UserError
 
 State = dict[str, dict[str, Any]]
 
 _READ_AHEAD = 4  # samples rendered ahead, per shard
 _MAX_THREADS = 16
-_BAD_IN_A_ROW = 16  # at least; small datasets are walked through once before giving up
+# Bad records of one dataset in a row before giving up: all of a small one, enough to know of a large one.
+_BAD_IN_A_ROW = (16, 1000)
 _NAMED_RECORDS = 100_000
 _SIZES_OF_A_SHARD = 1000
 _TEXT, _IMAGES = "text", "images"  # the two parts of a record, read one after the other
@@ -95,6 +97,7 @@ class Stats:
 class _Bad:
     name: str
     reason: str
+    source: int
 
 
 class Unreadable(Exception):
@@ -161,7 +164,7 @@ class _Shard:
                 return None
             self.next += 1
             if isinstance(sample, Sample):
-                self._loader.note_good(_TEXT)
+                self._loader.note_good(_TEXT, sample.source)
                 return sample
             self._loader.note_bad(_TEXT, sample)
 
@@ -232,7 +235,7 @@ class Loader:
         self.pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="vilam3-decode")
         self._skipped: dict[str, str] = {}
         self._skipped_total = 0
-        self._bad_run = {_TEXT: 0, _IMAGES: 0}
+        self._bad_run: collections.Counter[tuple[str, int]] = collections.Counter()
         self._noting = threading.Lock()
         self._producers: tuple[Producer, ...] = ()
         self._state: State = self._snapshot(self._new_shards(None))
@@ -286,46 +289,57 @@ class Loader:
         self._state = {str(n): copy.deepcopy(dict(state[str(n)])) for n in self._shard_numbers()}
 
     def load(self, position: int, index: int) -> Sample | _Bad:
-        """Renders and encodes a sample; what is wrong with a record is returned, not raised."""
+        """Renders and encodes a sample; what is wrong with a record is returned, not raised.
+
+        Raises:
+          UnavailableError: the data cannot be read now.
+        """
         address = self._samples.address(position)
-        name = self._samples.name(address)
+        name, source = self._samples.name(address), address[0]
         try:
             sample = self._load(address, position)
+        except UnavailableError:
+            raise
         except (UserError, ValueError, IndexError) as error:
-            return _Bad(name, str(error))
+            return _Bad(name, str(error), source)
         except Exception as error:
             raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
         if reason := packing.oversize_reason(self._shape, sample):
-            return _Bad(f"{name} ({sample.id})", reason)
-        read = functools.partial(self._read_images, name, sample.read_images)
-        return dataclasses.replace(sample, index=index, read_images=read)
+            return _Bad(f"{name} ({sample.id})", reason, source)
+        read = functools.partial(self._read_images, name, source, sample.read_images)
+        return dataclasses.replace(sample, index=index, source=source, read_images=read)
 
-    def _read_images(self, name: str, read: Callable[[], _Images]) -> _Images:
+    def _read_images(self, name: str, source: int, read: Callable[[], _Images]) -> _Images:
         try:
             return read()
+        except UnavailableError:
+            raise
         except (UserError, ValueError, IndexError) as error:
-            raise Unreadable(_Bad(name, str(error))) from error
+            raise Unreadable(_Bad(name, str(error), source)) from error
         except Exception as error:
             raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
 
-    def note_good(self, part: str) -> None:
-        """Notes that a part of a record, its text or its images, could be used."""
-        self._bad_run[part] = 0
+    def note_good(self, part: str, source: int) -> None:
+        """Notes that a part of a record of a dataset, its text or its images, could be used."""
+        self._bad_run[part, source] = 0
 
     def note_bad(self, part: str, bad: _Bad) -> None:
         """Counts a record that was set aside.
 
         Raises:
-          UserError: a whole epoch without one good record.
+          UserError: a dataset seems to have no good record.
         """
         with self._noting:
-            self._bad_run[part] += 1
+            self._bad_run[part, bad.source] += 1
             self._skipped_total += 1
             if len(self._skipped) < _NAMED_RECORDS:
                 self._skipped.setdefault(bad.name, bad.reason)  # in the order in which they were met
-        tried = self._bad_run[part]
-        if tried >= max(self._samples.records, _BAD_IN_A_ROW):
-            raise UserError(f"no usable record in {tried} tried; the last: {bad.name}: {bad.reason}")
+        tried, source = self._bad_run[part, bad.source], self._samples.sources[bad.source]
+        least, most = _BAD_IN_A_ROW
+        if tried >= max(least, min(len(source), most)):
+            raise UserError(
+                f"no usable record of {source.name} in {tried} tried; the last: {bad.name}: {bad.reason}"
+            )
 
     def sizes(self, count: int) -> list[list[tuple[int, int]]]:
         """(tokens, images) of the first samples of some loader shards, about `count` in all."""
@@ -385,7 +399,8 @@ class Loader:
                 except Unreadable as error:
                     self.note_bad(_IMAGES, error.bad)
                     continue
-                self.note_good(_IMAGES)
+                if sample.num_images:
+                    self.note_good(_IMAGES, sample.source)
                 readable[-1].append(dataclasses.replace(sample, read_images=images.result))
         return packing.assemble_group(self._shape, readable)
 
@@ -402,7 +417,8 @@ class Loader:
         """Yields batches; see the class.
 
         Raises:
-          UserError: not one record is usable.
+          UserError: a dataset seems to have no usable record.
+          UnavailableError: the data cannot be read now.
           RuntimeError: a record met an error in the program; the message names the record.
         """
         self._stop()

@@ -50,6 +50,7 @@ class Sample:
     Attributes:
       id: the example's id.
       index: its position in the loader shard's order.
+      source: number of its data set.
       encoded: its tokens.
       read_images: gives its inputs of the vision tower in the order of their markers, `num_images` times
         uint8 [S, S, 3]; called once, when it has a place.
@@ -61,6 +62,7 @@ class Sample:
     encoded: Encoded
     read_images: Callable[[], Sequence[np.ndarray]] = tuple
     tile_map: np.ndarray | None = None
+    source: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -300,7 +300,8 @@ class ExampleSource:
 
         Raises:
           IndexError: outside the split.
-          UserError: the shard is missing or damaged, or the record is no example.
+          UnavailableError: the shard cannot be read.
+          UserError: the record is damaged, or no example.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)} in {self.directory} {self.split}")
@@ -309,8 +310,10 @@ class ExampleSource:
         path = self.directory / shard["file"]
         try:
             data = self._readers.read(shard["file"], record, shard["records"])
-        except (OSError, ValueError, IndexError, RuntimeError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); prepare the dataset again") from error
+        except (ValueError, IndexError, RuntimeError) as error:
+            raise UserError(
+                f"{path}, record {record}: cannot be read ({error}); prepare the dataset again"
+            ) from error
         try:
             return Example.from_bytes(data)
         except UserError as error:

@@ -14,7 +14,7 @@ from vilam3_jax.data.images import augment
 from vilam3_jax.data.packing import Sample
 from vilam3_jax.data.render import Renderer, encode_example
 from vilam3_jax.data.templates import TokenizerLike, encode_caption, model_template
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UnavailableError, UserError
 
 Address = tuple[int, int]  # which dataset, which record of it
 _Grids = tuple[tuple[int, int], ...]
@@ -62,6 +62,7 @@ class SampleReader:
 
         Raises:
           UserError: the record cannot be used; names the example.
+          UnavailableError: the data cannot be read now.
         """
         source = self._samples.sources[address[0]]
         example = source[address[1]].validate()
@@ -79,6 +80,8 @@ class SampleReader:
                     self._tokenizer, self._template, example.format, turns, self._tokens_per_image
                 )
                 encoded = processor.merge(encoded, grids, self._tokens_per_image)
+        except UnavailableError:
+            raise
         except (UserError, ValueError, IndexError) as error:
             raise UserError(f"example {example.id}: {error}") from error
         # What waits for a place holds no image, encoded or not: the record is read again.
@@ -103,5 +106,7 @@ class SampleReader:
             # Images of another sample are cut as the text has room for.
             inputs = (self._processor.inputs(image, grid) for image, grid in zip(images, grids, strict=True))
             return tuple(tile for tiles in inputs for tile in tiles)
+        except UnavailableError:
+            raise
         except (UserError, ValueError, IndexError) as error:
             raise UserError(f"example {example.id}: {error}") from error

@@ -12,7 +12,7 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordReader
 
 from vilam3_jax import paths
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UnavailableError, UserError
 
 
 class ShardReaders:
@@ -30,6 +30,7 @@ class ShardReaders:
           directory: local folder or `gs://` prefix.
         """
         self._directory = paths.as_path(directory)
+        self._remote = "://" in os.fspath(self._directory)
         self._readers: dict[str, ArrayRecordReader] = {}
         self._copies: tempfile.TemporaryDirectory[str] | None = None
         self._lock = threading.Lock()
@@ -44,25 +45,49 @@ class ShardReaders:
           records: how many the shard must have; not checked if None.
 
         Raises:
-          OSError, ValueError, IndexError, RuntimeError: the shard is missing, damaged, or cannot be fetched.
+          UnavailableError: the shard is missing, damaged as a whole, or cannot be fetched.
+          ValueError, IndexError, RuntimeError: this record is damaged, or not there.
         """
-        with self._lock:
-            reader = self._readers.get(name)
-            opening = self._opening.setdefault(name, threading.Lock())
-        if reader is None:
-            with opening:
-                reader = self._readers.get(name) or self._open(name, records)
+        reader = self._reader(name, records)
+        try:
+            return self._record(reader, record)
+        except RuntimeError:
+            # The record is damaged, or a file server forgot the file; a copy is neither stale nor remote.
+            if self._remote or not self._forget(name, reader):
+                raise
+        return self._record(self._reader(name, records), record)
+
+    def _record(self, reader: ArrayRecordReader, record: int) -> bytes:
         with self._lock:
             (data,) = reader.read([record])
         return data
 
+    def _reader(self, name: str, records: int | None) -> ArrayRecordReader:
+        with self._lock:
+            reader = self._readers.get(name)
+            opening = self._opening.setdefault(name, threading.Lock())
+        if reader is not None:
+            return reader
+        with opening:
+            return self._readers.get(name) or self._open(name, records)
+
+    def _forget(self, name: str, reader: ArrayRecordReader) -> bool:
+        """Whether `reader` was the shard's until now."""
+        with self._lock:
+            return self._readers.get(name) is reader and bool(self._readers.pop(name))
+
     def _open(self, name: str, records: int | None) -> ArrayRecordReader:
         path = self._directory / name
-        if not path.exists():
-            raise OSError("no such file")
-        reader = open_reader(self._fetched(path) if "://" in os.fspath(path) else os.fspath(path))
-        if records is not None and reader.num_records() != records:
-            raise OSError(f"has {reader.num_records()} records, {records} were written")
+        try:
+            if not path.exists():
+                raise OSError("no such file")
+            reader = open_reader(self._fetched(path) if self._remote else os.fspath(path))
+            if records is not None and reader.num_records() != records:
+                raise OSError(f"has {reader.num_records()} records, {records} were written")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UnavailableError(
+                f"{path}: cannot be read ({error}); check its disk or network and start again, or restore it"
+            ) from error
         with self._lock:
             self._readers[name] = reader
         return reader

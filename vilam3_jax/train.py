@@ -99,7 +99,9 @@ def _train(config: ConfigDict, workdir: epath.Path, stop_after: int, quiet: bool
     start, clock = 0, telemetry.Clock()
     if restored:
         stored = restored.run["config"]["model"]
-        state_lib.check_architecture(f"{workdir}/checkpoints", stored, config.model, set(COMPONENTS))
+        state_lib.check_architecture(
+            f"{workdir}/checkpoints", stored, config.model, set(COMPONENTS), bool(config.model.llm.lora_rank)
+        )
         start, state, clock = restored.step, restored.state, telemetry.Clock.of(restored.run["clock"])
         loader.set_state(restored.data)
     else:

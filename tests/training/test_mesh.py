@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -145,6 +147,13 @@ def test_slices_lie_along_data(name):
         assert {device.slice_index for device in part.flat} == {index}
     with pytest.raises(UserError, match=r"mesh\.data=1: 2 slices"):
         mesh_lib.build_mesh(mesh_config(fsdp=-1, tensor=2), devices)
+
+
+def test_hosts_of_gpus_are_no_slices():
+    """XLA numbers the hosts of GPUs where TPUs have the numbers of their slices."""
+    gpu = dataclasses.make_dataclass("Gpu", ["id", "slice_index", ("platform", str, "gpu")])
+    devices = [gpu(number, number // 8) for number in range(16)]
+    assert mesh_lib._slices(devices) == [devices]
 
 
 @pytest.mark.parametrize(

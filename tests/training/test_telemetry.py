@@ -255,6 +255,14 @@ def test_a_stall_leaves_the_stacks_of_all_threads_and_goes_on(tmp_path, capfd):
     assert file.exists()
 
 
+def test_a_stall_before_the_first_step_is_said_too(tmp_path, capfd):
+    watchdog = Watchdog(tmp_path, 0.2)
+    time.sleep(1.0)
+    watchdog.close()
+    assert (tmp_path / "stacks-0.txt").read_text().count("no step for") == 1
+    assert "no step for" in capfd.readouterr().err
+
+
 def test_a_run_without_a_stall_leaves_no_file(tmp_path):
     Watchdog(tmp_path, 60.0).close()
     Watchdog(tmp_path, 0.0).close()

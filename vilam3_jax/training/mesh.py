@@ -78,7 +78,9 @@ def build_mesh(mesh_config: ConfigDict, devices: Sequence[Any] | None = None) ->
 
 
 def _slices(devices: Sequence[Any]) -> list[list[Any]]:
-    """The devices of each slice; all together where they are no TPUs."""
+    """The devices of each slice; all together where they are no TPUs: a GPU's `slice_index` is its host."""
+    if devices[0].platform != "tpu":
+        return [list(devices)]
     slices: dict[int, list[Any]] = {}
     for device in devices:
         slices.setdefault(getattr(device, "slice_index", 0), []).append(device)

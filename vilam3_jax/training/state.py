@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -20,8 +21,8 @@ from vilam3_jax.training import frozen_kernels, step_guard
 from vilam3_jax.training import mesh as mesh_lib
 
 State = dict[str, Any]
-# Settings of an LLM with which the same weights still are the same model.
-_NO_ARCHITECTURE = ("lora_", "max_positions")
+_LORA = "/lora_"
+_NO_ARCHITECTURE = "max_positions"  # a setting with which the same weights still are the same model
 
 
 def abstract_state(
@@ -82,7 +83,7 @@ def initial_state(
       The state, and component → the export it came from ('fresh' if initialised here).
 
     Raises:
-      UserError: an export lacks a component, or holds one of other shapes.
+      UserError: an export lacks a component, or holds one of other shapes or with other adapters.
     """
     origin = dict.fromkeys(_components(abstract), "fresh")
     loaded: dict[str, Any] = {}
@@ -95,10 +96,12 @@ def initial_state(
         part = {path: leaf for path, leaf in wanted.items() if path.startswith(prefix)}
         if not part:
             raise UserError(f"config init.{component}: this model has no {component}")
-        check_architecture(
-            source, exports.load_model_config(source), config.model, {path.split("/")[0] for path in part}
-        )
-        optional = {path for path in part if "/lora_" in path} | set(_fresh_ok(config, part))
+        taken = {path.split("/")[0] for path in part}
+        if component == "everything":
+            taken -= {name for name, own in config.init.items() if own}
+        adapters = any(_LORA in path and path.split("/")[0] in taken for path in exports.stored_rows(source))
+        check_architecture(source, exports.load_model_config(source), config.model, taken, adapters)
+        optional = {path for path in part if _LORA in path} | set(_fresh_ok(config, part))
         read = partial(exports.load_params, source, optional=optional)
         found = read({path: leaf for path, leaf in part.items() if path not in quantized})
         found |= frozen_kernels.load({path: quantized[path] for path in part if path in quantized}, read)
@@ -146,7 +149,9 @@ def model_params(state: State) -> dict[str, Any]:
     return {**state["frozen"], **state["trainable"], **average}
 
 
-def check_architecture(source: str, stored: Any, model: ConfigDict, components: set[str]) -> None:
+def check_architecture(
+    source: str, stored: Any, model: ConfigDict, components: set[str], adapters: bool
+) -> None:
     """Same shapes do not make the same model: a rotary base or a norm's epsilon has none.
 
     Args:
@@ -154,18 +159,29 @@ def check_architecture(source: str, stored: Any, model: ConfigDict, components: 
       stored: the model's config there.
       model: the run's.
       components: those that are taken over.
+      adapters: whether there are LoRA adapters among their parameters. They are taken over whole: with other
+        targets some would be lost, with another alpha all would count for more or less.
 
     Raises:
       UserError: a setting differs.
     """
     for component in sorted(components & set(stored)):
         for key, value in stored[component].items():
-            wanted = model[component].get(key, value)
-            if not key.startswith(_NO_ARCHITECTURE) and wanted != value:
-                raise UserError(
-                    f"{source}: its {component} has {key}={value}, this config {wanted}; it holds "
-                    "another model"
-                )
+            held, wanted = _plain(value), _plain(model[component].get(key, value))
+            lora = key.startswith("lora_")
+            if key == _NO_ARCHITECTURE or (lora and not adapters) or wanted == held:
+                continue
+            mend = (
+                "set it so, or merge the adapters by `vilam3 convert export` and import the result"
+                if lora
+                else "it holds another model"
+            )
+            raise UserError(f"{source}: its {component} has {key}={held}, this config {wanted}; {mend}")
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON gives it back: lists for tuples, dicts for configs."""
+    return json.loads(json.dumps(value, default=lambda config: config.to_dict()))
 
 
 def _components(abstract: State) -> list[str]:

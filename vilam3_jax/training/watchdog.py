@@ -44,7 +44,7 @@ class Watchdog:
         self._beaten = time.monotonic()
 
     def _watch(self) -> None:
-        said = self._beaten
+        said = None  # of which beat; the first steps can stall as well
         pause = self._seconds / _LOOKS
         self._arm(self._seconds)
         while not self._closed.wait(pause):

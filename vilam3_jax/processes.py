@@ -251,6 +251,7 @@ class Preemption:
     def __init__(self) -> None:
         self._event = threading.Event()
         # With several processes JAX catches the signal and finds the step at which all can stop.
+        self._asked, self._reached = 0, False
         self._own = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> Preemption:
@@ -266,4 +267,8 @@ class Preemption:
         """Whether to stop after `step` finished steps, alike in all processes; ask at every step."""
         if jax.process_count() == 1:
             return self._event.is_set()
-        return multihost_utils.reached_preemption_sync_point(step)
+        # JAX says so at one number only, the first that no process has asked for when the signal comes. Before
+        # a run that goes on has asked at all that is 1, so it asks for every number up to its own.
+        asking, self._asked = range(self._asked, step + 1), step + 1
+        self._reached |= any(multihost_utils.reached_preemption_sync_point(number) for number in asking)
+        return self._reached

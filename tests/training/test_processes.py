@@ -174,6 +174,44 @@ SCRIPT = """
 """
 
 
+PREEMPTED = """
+    import os, signal, sys, time
+    from absl import flags
+    from vilam3_jax import processes
+    import jax
+    values = flags.FlagValues()
+    processes.define_flags(values)
+    values(["test", *sys.argv[2:]])
+    start = signalled = int(sys.argv[1])
+    with processes.group("program", **processes.flag_values(values)), processes.Preemption() as preemption:
+        def terminate():
+            if jax.process_index() == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(3)
+        if sys.argv[1][0] == "0":
+            signalled += 5
+        else:
+            terminate()
+        step = start
+        while step < start + 100 and not preemption.reached(step):
+            processes.gather(step)
+            step += 1
+            if step == signalled:
+                terminate()
+    print(step - start)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start, latest", [("500", 1), ("0500", 10), ("00", 10)])
+def test_a_run_that_goes_on_hears_signals_from_its_beginning(start: str, latest: int):
+    """JAX counts the steps at which all can stop from the first one it was ever asked about."""
+    results = run_script(PREEMPTED, 2, start)
+    assert all(code == 0 for code, _, _ in results), results
+    stopped = {int(out.split()[-1]) for _, out, _ in results}
+    assert len(stopped) == 1 and stopped.pop() <= latest, results
+
+
 def pair(case: str, script: str = SCRIPT) -> list[tuple[int, str, str]]:
     return run_script(script, 2, case)
 

@@ -80,7 +80,7 @@ def main() -> None:
 
     def looped(state: Any, workdir: str, run: Any = compiled) -> tuple[Any, float, float]:
         clock = telemetry.Clock()
-        options: dict[str, Any] = dict(last=args.steps, quiet=True)
+        options: dict[str, Any] = dict(started=time.time(), last=args.steps, quiet=True)
         with telemetry.Telemetry(config, workdir, 0, clock, program.rates, **options) as monitor:
             began, work = time.perf_counter(), time.process_time()
             for step in range(1, args.steps + 1):

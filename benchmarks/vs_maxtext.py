@@ -121,7 +121,7 @@ def compare(folder: Path, options: str) -> int:
     for name in ("ours", "maxtext"):
         said = json.loads((folder / f"{name}-{options}.json").read_text())
         cost = hlo.read((folder / f"{name}-{options}.hlo").read_text(), dynamic_trips=-(-LENGTH // CHUNK))
-        kernels = [(estimate.attention_flops(kernel, LENGTH), times) for kernel, times in cost.kernels]
+        kernels = [(estimate.attention_flops(kernel), times) for kernel, times in cost.kernels]
         if any(flops is None for flops, _ in kernels):
             print(f"{name}: a kernel of unknown shape: {[kernel.name for kernel, _ in cost.kernels]}")
             return 1

@@ -57,7 +57,7 @@ class Restored(NamedTuple):
       step: finished optimizer steps.
       state: on the shardings asked for.
       data: state of every loader shard.
-      run: config, versions, clock.
+      run: config, versions, clock, provenance.
     """
 
     step: int
@@ -105,7 +105,7 @@ class RunCheckpoints:
           step: finished optimizer steps.
           state: arrays.
           data: states of the loader shards of this process; those of all processes are saved.
-          run: config, versions, clock.
+          run: config, versions, clock, provenance.
 
         Raises:
           UserError: the disk is full or cannot be written.

@@ -267,8 +267,8 @@ class Preemption:
         """Whether to stop after `step` finished steps, alike in all processes; ask at every step."""
         if jax.process_count() == 1:
             return self._event.is_set()
-        # JAX says so at one number only, the first that no process has asked for when the signal comes. Before
-        # a run that goes on has asked at all that is 1, so it asks for every number up to its own.
+        # JAX says so at one number only, the first that no process has asked for when the signal comes. That
+        # is 1 before a run that goes on has asked at all, so it asks for every number up to its own.
         asking, self._asked = range(self._asked, step + 1), step + 1
         self._reached |= any(multihost_utils.reached_preemption_sync_point(number) for number in asking)
         return self._reached

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -78,6 +79,7 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
 
 
 def _train(config: ConfigDict, workdir: epath.Path, stop_after: int, quiet: bool) -> Result:
+    started = time.time()
     mesh = mesh_lib.build_mesh(config.mesh)
     writers.check(config)
     quiet = quiet or not processes.lead()
@@ -103,31 +105,32 @@ def _train(config: ConfigDict, workdir: epath.Path, stop_after: int, quiet: bool
             f"{workdir}/checkpoints", stored, config.model, set(COMPONENTS), bool(config.model.llm.lora_rank)
         )
         start, state, clock = restored.step, restored.state, telemetry.Clock.of(restored.run["clock"])
+        # Checkpoints of before do not say.
+        origin = restored.run.get("provenance", {}).get("init", config.init.to_dict())
         loader.set_state(restored.data)
     else:
         state, origin = state_lib.initial_state(config, program.state, program.optimizer)
         _print_start(program, origin, quiet)
+    provenance = {"run": config.name, "data": loader.provenance, "init": origin}
     if processes.lead():
         paths.write_text_atomic(workdir / "config.json", config_lib.to_json(config))
 
-    evaluate = evaluation.Evaluation(
-        evaluation.heldout_losses(program, placement, image_tokens),
-        _answers(config, program),
-        workdir,
-        start,
-    )
+    heldout_losses = evaluation.HeldoutLosses(program, placement, image_tokens)
+    evaluate = evaluation.Evaluation(heldout_losses, _answers(config, program), workdir, start)
     put_aside = workdir_lib.PutAside(workdir)
     batches, compiled = iter(loader), None
     last = min(config.num_steps, stop_after or config.num_steps)
     step = start
     with (
         processes.Preemption() as preemption,
-        telemetry.Telemetry(config, workdir, start, clock, program.rates, last=last, quiet=quiet) as monitor,
+        telemetry.Telemetry(
+            config, workdir, start, clock, program.rates, started=started, last=last, quiet=quiet
+        ) as monitor,
     ):
 
         def save(step: int) -> None:
             with monitor.aside("checkpoint_stall"):
-                saved.save(step, state, loader.get_state(), _run_record(config, monitor.clock))
+                saved.save(step, state, loader.get_state(), _run_record(config, monitor.clock, provenance))
                 if counted := put_aside.add(loader.stats.skipped):
                     monitor.write(step, counted)
 
@@ -155,6 +158,7 @@ def _train(config: ConfigDict, workdir: epath.Path, stop_after: int, quiet: bool
         saved.wait()
     finished = step >= config.num_steps
     loader.close()
+    heldout_losses.close()
     if processes.lead() and put_aside.records:
         named = workdir / workdir_lib.PUT_ASIDE_FILE
         print(f"{len(put_aside.records)} record(s) were put aside, named in {named}", file=sys.stderr)
@@ -166,7 +170,7 @@ def _train(config: ConfigDict, workdir: epath.Path, stop_after: int, quiet: bool
             params,
             model_config,
             config.model.tokenizer or None,
-            {"run": config.name, "data": loader.provenance, "init": config.init.to_dict()},
+            provenance,
         )
     result = _result(config, workdir, step, clock, finished)
     if finished and processes.lead():
@@ -181,11 +185,12 @@ def _answers(config: ConfigDict, program: program_lib.Program) -> evaluation.Ans
     return heldout.HeldoutAnswers(config, mesh_lib.rows(program.mesh), placing)
 
 
-def _run_record(config: ConfigDict, clock: telemetry.Clock) -> dict[str, Any]:
+def _run_record(config: ConfigDict, clock: telemetry.Clock, provenance: dict[str, Any]) -> dict[str, Any]:
     return {
         "config": config.to_dict(),
         "versions": checkpoints.versions(),
         "clock": dataclasses.asdict(clock),
+        "provenance": provenance,
     }
 
 

@@ -99,6 +99,19 @@ def test_a_mesh_changes_neither_result_nor_gradient(interpreted, rules, heads, k
         np.testing.assert_allclose(gradient, expected, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("length", [150, 600])
+def test_devices_share_the_queries_of_a_tower(interpreted, length):
+    mesh = compat.make_mesh((2, 4), ("fsdp", "tensor"), jax.devices()[:8])
+    values = inputs(q_len=length, heads=3, kv_heads=3)
+    function = with_gradients(None, causal=False)
+    rules = dict(heads=None, kv_heads=None, queries="tensor")
+    (_, want), want_gradients = by("xla", one_device(), function, *values)
+    (_, got), gradients = by("splash", mesh, function, *values, **rules)
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    for name, gradient, expected in zip("qkv", gradients, want_gradients, strict=True):
+        np.testing.assert_allclose(gradient, expected, atol=2e-5, err_msg=name)
+
+
 def test_without_a_tpu_the_kernel_is_refused():
     q, k, v = inputs()
     with pytest.raises(UserError, match="kernel for TPUs, and the devices are cpu"):

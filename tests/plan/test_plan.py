@@ -4,12 +4,19 @@ import dataclasses
 import json
 import math
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.training.helpers import tiny_config
-from vilam3_jax import cli
+from vilam3_jax import cli, compat
 from vilam3_jax import config as config_lib
+from vilam3_jax.config import ACTIVATION_RULES, MESH_AXES
 from vilam3_jax.errors import UserError
+from vilam3_jax.ops import partition
+from vilam3_jax.ops.attention import attention
 from vilam3_jax.plan import compiler, estimate, hlo, search, topology
 from vilam3_jax.plan import main as plan_main
 from vilam3_jax.training import mesh as mesh_lib
@@ -186,6 +193,17 @@ def test_what_is_known_only_in_part_is_not_taken_for_the_nearest():
     assert sorted([held_only, compiled], key=search._rank) == [compiled, held_only]
 
 
+def test_a_moving_average_is_held_with_the_optimizers_state():
+    parts = {}
+    for decay in (0.0, 0.999):
+        config = tiny_config()
+        config.ema_decay, config.optimizer.mu_dtype = decay, "float32"
+        program = program_lib.build(config, mesh_lib.build_mesh(config.mesh, jax.devices()[:1]))
+        parts[decay] = estimate._held(program, topology.parse("v5e:1x1").chip)
+    assert parts[0.999][0] == parts[0.0][0] and parts[0.999][2] == parts[0.0][2]
+    np.testing.assert_allclose(parts[0.999][1] / parts[0.0][1], 1.5, rtol=1e-4)
+
+
 def test_what_cannot_hold_its_parameters_is_not_compiled(tmp_path):
     cache, lines = compiler.Cache(tmp_path), []
     wanted = topology.parse("v5e:2x4")
@@ -215,11 +233,8 @@ _LORA = {
     "model.llm.lora_targets": ("q", "v", "o", "up"),
     "trainable": ((r"llm/.*lora_[ab]", 1.0), (r".*", 0.0)),
 }
-_QUERIES = {
-    "activation_rules.heads": "",
-    "activation_rules.kv_heads": "",
-    "activation_rules.queries": "tensor",
-}
+_QUERY_RULES = {"heads": "", "kv_heads": "", "queries": "tensor"}
+_QUERIES = {f"activation_rules.{name}": axis for name, axis in _QUERY_RULES.items()}
 
 
 @pytest.mark.slow
@@ -353,15 +368,49 @@ def shapes(*dims):
 
 def test_attention_kernels_by_hand():
     q, kv = (2, 32, 4096, 128), (2, 8, 4096, 128)
-    forward = hlo.Kernel("splash_mha_fwd_residuals", "", shapes(q, kv, kv), shapes(q))
+    segments = tuple(hlo.Shape("s32", size) for size in ((2, 4096, 128), (2, 8, 4096)))
+    places = hlo.Shape("s32", (4096, 128))
+    forward = hlo.Kernel("splash_mha_fwd_residuals", "", shapes(q, kv, kv) + segments, shapes(q))
     whole = 2 * 2 * 2 * 32 * 4096**2 * 128
-    assert estimate.attention_flops(forward, 729) == whole
-    assert estimate.attention_flops(forward, 4096) == whole / 2
-    dq = hlo.Kernel("splash_mha_dq", "", shapes(q, kv, kv, q), shapes(q))
-    assert estimate.attention_flops(dq, 4096) == whole * 3 / 4
-    dkv = hlo.Kernel("splash_mha_dkv", "", shapes(q, kv, kv, q), shapes(kv, kv))
-    assert estimate.attention_flops(dkv, 4096) == whole
-    assert estimate.attention_flops(hlo.Kernel("other", "", shapes(q, kv, kv), ()), 4096) is None
+    assert estimate.attention_flops(forward) == whole
+
+    def causal(kernel):
+        return dataclasses.replace(kernel, operands=(*kernel.operands, places))
+
+    assert estimate.attention_flops(causal(forward)) == whole / 2
+    dq = hlo.Kernel("splash_mha_dq", "", shapes(q, kv, kv, q) + segments, shapes(q))
+    assert estimate.attention_flops(causal(dq)) == whole * 3 / 4
+    dkv = hlo.Kernel("splash_mha_dkv", "", shapes(q, kv, kv, q) + segments, shapes(kv, kv))
+    assert estimate.attention_flops(causal(dkv)) == whole
+    fused = dataclasses.replace(dkv, results=shapes((4096, 128), (2, 1, 32, 4096, 128), kv, kv))
+    assert estimate.attention_flops(causal(fused)) == whole * 5 / 4
+    assert estimate.attention_flops(hlo.Kernel("other", "", shapes(q, kv, kv), ())) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("split", ["heads", "queries"])
+def test_kernels_say_whether_they_are_causal(causal, split):
+    """Of rows that are padded, and of queries that devices share."""
+    axes = [dict(fsdp=2, tensor=2).get(axis, 1) for axis in MESH_AXES]
+    mesh = compat.make_mesh(axes, MESH_AXES, topology.parse("v5e:2x2").devices())
+    rules = {**ACTIVATION_RULES, **(_QUERY_RULES if split == "queries" else {})}
+
+    def argument(kind, *sizes):
+        placed = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        return jax.ShapeDtypeStruct(sizes, kind, sharding=placed)
+
+    q, ids = argument(jnp.bfloat16, 4, 700, 2, 128), argument(jnp.int32, 4, 700)
+
+    def total(q, k, v, ids):
+        out = attention(q, k, v, segment_ids_q=ids, segment_ids_kv=ids, causal=causal)
+        return out.astype(jnp.float32).sum()
+
+    with partition.activation_rules(mesh, rules):
+        text = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, q, q, ids).compile().as_text()
+    flops = sum(times * estimate.attention_flops(kernel) for kernel, times in hlo.read(text).kernels)
+    scores = 2 * 768 * 768  # of a device: two rows of a head, or two heads' rows of half the queries
+    assert flops == 2 * scores * 128 * (2 + 5) / (2 if causal else 1)
 
 
 @pytest.mark.parametrize(

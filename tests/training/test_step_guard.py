@@ -209,7 +209,7 @@ def test_the_average_is_what_is_evaluated_and_exported():
     assert set(params) == {KERNEL, BIAS, FROZEN}
     np.testing.assert_array_equal(params[KERNEL], toy.state["ema"][KERNEL])
     assert toy.state["ema"][KERNEL].sharding == toy.state["trainable"][KERNEL].sharding
-    evaluate = step_lib.make_eval_step(regression)
+    evaluate = step_lib.make_eval_step(config_of(), regression)
     held_out = batch_of(50)
     averaged, want = evaluate(toy.state, held_out)["loss"], regression(params, held_out)[0]
     np.testing.assert_allclose(averaged, want, rtol=1e-6)

@@ -80,7 +80,9 @@ def follow(tmp_path, steps, device, *, load=0.0, config=None, start=0, clock=Non
     batch = helpers.packed_batch(0)
     rates = {"llm/a": 1.0, "projector/b": 0.5, "vision_tower/c": 0.0}
     clock = clock or telemetry.Clock()
-    with telemetry.Telemetry(config, tmp_path, start, clock, rates, last=steps, quiet=True) as monitor:
+    with telemetry.Telemetry(
+        config, tmp_path, start, clock, rates, started=time.time(), last=steps, quiet=True
+    ) as monitor:
         for step in range(start + 1, steps + 1):
             with monitor.input():
                 time.sleep(load)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import time
 
 import pytest
 
@@ -22,7 +23,7 @@ def config_with(*names, **settings):
 
 def write_steps(config, workdir, start, last, offset=0.0):
     """A run, killed after `last`, in a world where values tell who wrote them."""
-    opened = writers.open_writers(config, workdir, start)
+    opened = writers.open_writers(config, workdir, start, started=time.time())
     for step in range(start + 1, last + 1):
         writers.write_all(opened, step, {"loss": step + offset, "grad_norm/llm": 1.0})
         if step % 2 == 0:
@@ -154,7 +155,7 @@ def test_what_was_not_sent_before_the_kill_is_sent_after_it(tmp_path, monkeypatc
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     config = config_with("wandb")
-    opened = writers.open_writers(config, tmp_path, 0)
+    opened = writers.open_writers(config, tmp_path, 0, started=0.0)
     for step in range(1, 5):
         writers.write_all(opened, step, {"loss": float(step)})
     write_steps(config, tmp_path, 3, 4)

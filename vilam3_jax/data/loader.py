@@ -20,7 +20,7 @@ import itertools
 import math
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -413,7 +413,7 @@ class Loader:
                 batch["text_valid"][row, : len(sample.encoded)] = True
         return batch
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         """Yields batches; see the class.
 
         Raises:

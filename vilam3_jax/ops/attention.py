@@ -256,12 +256,13 @@ def _on_devices(
     kernel: Any = None,
     *,
     spread: bool,
+    cut: bool = False,
     check_vma: bool = True,
 ) -> jax.Array:
     """Calls `local(q, k, v, marks)`; on a mesh every device with its own rows, heads and queries.
 
     Left to the partitioner, the reshapes inside cost some fifty small collectives a layer and direction.
-    A splash `kernel` is the first argument, cut into the parts of the queries.
+    A splash `kernel` is the first argument, `cut` into the parts of the queries or the same for all of them.
     """
     placed = partition.placement() if spread else None
     first = () if kernel is None else (kernel,)
@@ -283,7 +284,7 @@ def _on_devices(
     )
     in_specs: tuple[Any, ...] = (out, keys, keys, marked)
     if kernel is not None:
-        over_queries = NamedSharding(mesh, PartitionSpec(None, *spec("queries")))
+        over_queries = NamedSharding(mesh, PartitionSpec(None, *spec("queries" if cut else None)))
         in_specs = (kernel.manual_sharding_spec(over_queries), *in_specs)
     run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out, check_vma=check_vma)
     return run(*first, q, k, v, marks)
@@ -339,9 +340,10 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, marks: Marks, causal: bool
     rows, blocks_of_ids = _blocks(q, block), _blocks(ids_q, block)
     kv_len = rows.shape[1] * block if causal else attention_splash.padded(k.shape[1])
     k, v, padded_ids = (_pad(x, 1, kv_len) for x in (k, v, ids_kv))
-    # The queries of each part, one after the other.
+    # The queries of each part, one after the other. A full mask is the same for all parts, and JAX cuts none.
     indices = np.arange(rows.shape[1] * block).reshape(-1, parts, block // parts).swapaxes(0, 1).reshape(-1)
-    kernel = attention_splash.make_kernel(indices, kv_len, heads // head_parts, causal, parts)
+    indices, cuts = (indices, parts) if causal else (indices[: len(indices) // parts], 1)
+    kernel = attention_splash.make_kernel(indices, kv_len, heads // head_parts, causal, cuts)
 
     def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, marks: Marks) -> jax.Array:
         flat = q.reshape(q.shape[0], -1, *q.shape[3:])
@@ -349,7 +351,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, marks: Marks, causal: bool
         return attention_splash.attend(kernel, flat, k, v, ids, marks.segment_ids_kv).reshape(q.shape)
 
     padded_marks = Marks(blocks_of_ids, padded_ids, None, None)
-    out = _on_devices(local, rows, k, v, padded_marks, kernel, spread=spread, check_vma=False)
+    out = _on_devices(local, rows, k, v, padded_marks, kernel, spread=spread, cut=causal, check_vma=False)
     out = out.reshape(batch, -1, heads, head_dim)[:, :q_len]
     return _zero_without_key(out, marks, causal)
 

@@ -168,7 +168,7 @@ def make_plan(
     length = config.data.seq_len // int(mesh.shape["context"])
     trips = -(-length // min(config.loss_chunk, length))
     cost = hlo.read(compiled.text, dynamic_trips=trips)
-    return _with_speed(plan, config, topology, _speed(cost, topology, list(mesh.devices.flat), config), price)
+    return _with_speed(plan, config, topology, _speed(cost, topology, list(mesh.devices.flat)), price)
 
 
 def _with_speed(
@@ -198,10 +198,10 @@ def _with_speed(
     )
 
 
-def _speed(cost: hlo.Cost, topology: Topology, devices: Sequence[Any], config: ConfigDict) -> Speed:
+def _speed(cost: hlo.Cost, topology: Topology, devices: Sequence[Any]) -> Speed:
     chip = topology.chip
     rate = chip.clock
-    kernels, unknown = _kernel_seconds(cost, chip, config.data.seq_len)
+    kernels, unknown = _kernel_seconds(cost, chip)
     seconds: dict[str, float] = {}
     overlapped = 0.0
     for item, count in cost.collectives:
@@ -255,12 +255,12 @@ def transfer_seconds(item: hlo.Collective, topology: Topology, devices: Sequence
     return seconds
 
 
-def _kernel_seconds(cost: hlo.Cost, chip: Chip, causal_length: int) -> tuple[float, list[str]]:
+def _kernel_seconds(cost: hlo.Cost, chip: Chip) -> tuple[float, list[str]]:
     """Roofline of kernels: (seconds, names of those whose operations are not known)."""
     seconds, unknown = 0.0, set()
     for kernel, count in cost.kernels:
         touched = sum(shape.bytes for shape in (*kernel.operands, *kernel.results))
-        operations = attention_flops(kernel, causal_length)
+        operations = attention_flops(kernel)
         if operations is None:
             unknown.add(kernel.name)
         by_compute = (operations or 0.0) / (chip.flops / chip.devices)
@@ -273,10 +273,11 @@ def _kernel_seconds(cost: hlo.Cost, chip: Chip, causal_length: int) -> tuple[flo
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "dkv_fused": 5}
 
 
-def attention_flops(kernel: hlo.Kernel, causal_length: int) -> float | None:
+def attention_flops(kernel: hlo.Kernel) -> float | None:
     """Operations of a splash-attention kernel from its shapes; None for any other kernel.
 
-    Rows as long as the text rows are causal: half the square. Scores computed again count, as they take time.
+    A causal one computes half of the scores. It is told by the places of the queries, which it alone gets
+    beside the two arrays of segments. Scores computed again count, as they take time.
     """
     match = re.search(r"splash\w*?_(fwd|dq|dkv)", f"{kernel.name} {kernel.source}")
     arrays = [
@@ -286,18 +287,23 @@ def attention_flops(kernel: hlo.Kernel, causal_length: int) -> float | None:
         return None
     query, key, value = arrays[:3]
     phase = match[1]
-    if phase == "dkv" and any(shape.dims[-3:] == query[-3:] for shape in kernel.results[:1]):
+    # Only the fused kernel gives a gradient of the queries too: one for each block of keys.
+    if phase == "dkv" and any(len(shape.dims) > len(query) for shape in kernel.results):
         phase = "dkv_fused"
     scores = math.prod(query[:-1]) * key[-2]
-    if query[-2] == key[-2] == causal_length:
+    if sum(shape.dtype == "s32" for shape in kernel.operands) % 2:
         scores /= 2
     return 2 * scores * _SPLASH_PRODUCTS[phase] * (query[-1] + value[-1]) / 2
 
 
 def _held(program: program_lib.Program, chip: Chip) -> tuple[float, float, float]:
-    """Bytes per chip of parameters, optimizer state and batch, by their shardings."""
+    """Bytes per chip of parameters, optimizer state (and average) and batch, by their shardings."""
     state = program.state
-    parts = ((state["trainable"], state["frozen"]), state["opt_state"], program.batch)
+    parts = (
+        (state["trainable"], state["frozen"]),
+        (state["opt_state"], state.get("ema")),
+        program.batch,
+    )
     return tuple(chip.devices * _shard_bytes(part) for part in parts)  # pyright: ignore[reportReturnType]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -9,7 +11,8 @@ import jax
 import numpy as np
 
 from vilam3_jax import paths, processes
-from vilam3_jax.data import loader as loader_lib
+from vilam3_jax.data.loader import Loader, build_loader
+from vilam3_jax.errors import UserError
 from vilam3_jax.training import state as state_lib
 from vilam3_jax.training import step as step_lib
 from vilam3_jax.training.batches import Placement
@@ -34,7 +37,7 @@ class Evaluation:
         """Puts the parts together.
 
         Args:
-          losses: from `heldout_losses`.
+          losses: such as `HeldoutLosses`.
           answer: lets the model speak; None leaves it out.
           workdir: folder of the run; answers go to its `generations.jsonl`.
           start_step: of the checkpoint that the run goes on from; 0 for a new run.
@@ -55,58 +58,78 @@ class Evaluation:
         return values
 
 
-def heldout_losses(
-    program: Program, placement: Placement, image_tokens: int
-) -> Callable[..., dict[str, float]]:
-    """Returns `evaluate(state, swapped=True)` -> held-out losses, always over the same batches.
+class HeldoutLosses:
+    """`losses(state, swapped=True)` -> held-out losses, always over the same batches.
 
-    Args:
-      program: of the run.
-      placement: the part of a batch that this process loads.
-      image_tokens: T, the projector's output length.
-
-    Returns:
-      A function that gives `heldout_true` and, with `swapped`, `heldout_swapped`, means per supervised token
-      (per pair for stage 1): with the true images and with images exchanged between samples.
+    The data is opened once, when it is first needed: shards of an object store are fetched, and the records
+    whose images are exchanged are looked up.
     """
-    config = program.config
-    placed = state_lib.shardings(program.state)
-    jitted = jax.jit(
-        step_lib.make_eval_step(program.loss_fn),
-        in_shardings=(placed, None),
-        compiler_options=compiler_options(config, program.mesh),
-    )
 
-    def batches(swap: bool) -> Iterator[dict[str, np.ndarray]]:
-        loader = loader_lib.build_loader(
-            config,
-            "heldout",
-            tokens_per_image=image_tokens,
-            swap_images=swap,
-            experts=config.data.experts,
-            held=placement.held,
+    def __init__(self, program: Program, placement: Placement, image_tokens: int) -> None:
+        """Opens and compiles nothing yet.
+
+        Args:
+          program: of the run.
+          placement: the part of a batch that this process loads.
+          image_tokens: T, the projector's output length.
+        """
+        self._program, self._placement, self._image_tokens = program, placement, image_tokens
+        self._loaders: dict[bool, Loader] = {}
+        self._step = jax.jit(
+            step_lib.make_eval_step(program.config, program.loss_fn),
+            in_shardings=(state_lib.shardings(program.state), None),
+            compiler_options=compiler_options(program.config, program.mesh),
         )
-        try:
-            own = iter(loader)
-            for _ in range(config.eval_batches):
+
+    def __call__(self, state: Any, swapped: bool = True) -> dict[str, float]:
+        """Measures a state.
+
+        Returns:
+          `heldout_true` and, with `swapped`, `heldout_swapped`, means per supervised token (per pair for
+          stage 1): with the true images and with images exchanged between samples.
+
+        Raises:
+          UserError: there is no supervised token in the held-out batches.
+        """
+        values = {"heldout_true": self._mean(state, False)}
+        return values | {"heldout_swapped": self._mean(state, True)} if swapped else values
+
+    def close(self) -> None:
+        """Closes the data."""
+        for loader in self._loaders.values():
+            loader.close()
+
+    def _mean(self, state: Any, swap: bool) -> float:
+        loss = weight = 0.0
+        with self._program.placing():
+            for batch in self._batches(swap):
+                sums = self._step(state, self._placement.put(batch))
+                loss += float(sums["loss"])
+                weight += float(sums["weight"])
+        if not weight:
+            skipped = itertools.chain(*processes.gather(self._loaders[swap].stats.skipped[:3]))
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped) or "no text to learn"
+            raise UserError(f"no usable record in the held-out data: {reasons}; set eval_every=0 without any")
+        return loss / weight
+
+    def _batches(self, swap: bool) -> Iterator[dict[str, np.ndarray]]:
+        loader = self._loader(swap)
+        with contextlib.closing(iter(loader)) as own:  # nothing is read ahead while the run trains
+            for _ in range(self._program.config.eval_batches):
                 batch = next(own, None)
                 if not any(processes.gather(batch is not None)):
                     break
                 yield loader.empty_batch() if batch is None else batch
-        finally:
-            loader.close()
 
-    def mean_loss(state: Any, swap: bool) -> float:
-        loss = weight = 0.0
-        with program.placing():
-            for batch in batches(swap):
-                sums = jitted(state, placement.put(batch))
-                loss += float(sums["loss"])
-                weight += float(sums["weight"])
-        return loss / max(weight, 1.0)
-
-    def evaluate(state: Any, swapped: bool = True) -> dict[str, float]:
-        values = {"heldout_true": mean_loss(state, False)}
-        return values | {"heldout_swapped": mean_loss(state, True)} if swapped else values
-
-    return evaluate
+    def _loader(self, swap: bool) -> Loader:
+        if swap not in self._loaders:
+            config = self._program.config
+            self._loaders[swap] = build_loader(
+                config,
+                "heldout",
+                tokens_per_image=self._image_tokens,
+                swap_images=swap,
+                experts=config.data.experts,
+                held=self._placement.held,
+            )
+        return self._loaders[swap]

@@ -108,28 +108,13 @@ def make_train_step(
         (loss, sums), grads = jax.value_and_grad(summed, has_aux=True)(trainable)
         return grads, {"loss": loss, **sums}
 
-    def accumulated(trainable: Flat, frozen: Flat, batch: Batch) -> tuple[Flat, dict[str, jax.Array]]:
-        if config.grad_accum == 1:
-            return gradients(trainable, frozen, batch)
-        micro = _split(batch, config.grad_accum, config.data.rows_per_group)
-        first = jax.tree.map(lambda x: x[0], micro)
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(gradients, trainable, frozen, first)
-        )
-
-        def body(carry: Any, part: Batch) -> tuple[Any, None]:
-            # The barrier keeps XLA for TPUs from moving sums over devices out of the loop: it fails to where
-            # they are of bfloat16 (libtpu 0.0.42, "while_loop_all_reduce_code_motion").
-            grads = jax.lax.optimization_barrier(gradients(trainable, frozen, part))
-            return jax.tree.map(jnp.add, carry, grads), None
-
-        return jax.lax.scan(body, zeros, micro)[0]
-
     def average(old: jax.Array, parameter: jax.Array) -> jax.Array:
         return config.ema_decay * old + (1 - config.ema_decay) * parameter.astype(jnp.float32)
 
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        grads, sums = accumulated(state["trainable"], state["frozen"], batch)
+        grads, sums = _accumulated(
+            config, lambda part: gradients(state["trainable"], state["frozen"], part), batch
+        )
         weight = jnp.maximum(sums["weight"], 1.0)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grads)
         loss, norm = sums["loss"] / weight, optax.tree.norm(grads)
@@ -156,17 +141,37 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(loss_fn: LossFn) -> Callable[[State, Batch], dict[str, jax.Array]]:
+def make_eval_step(config: ConfigDict, loss_fn: LossFn) -> Callable[[State, Batch], dict[str, jax.Array]]:
     """Returns `eval_step(state, batch) -> {'loss', 'weight', 'correct'}`, all sums.
 
-    If the state has a moving average, that is evaluated.
+    If the state has a moving average, that is evaluated. As many micro-batches as in training, so that a step
+    that fits only with them is followed by an evaluation that fits.
     """
 
     def eval_step(state: State, batch: Batch) -> dict[str, jax.Array]:
-        loss, sums = loss_fn(model_params(state), batch)
-        return {"loss": loss, **sums}
+        def sums(part: Batch) -> dict[str, jax.Array]:
+            loss, others = loss_fn(model_params(state), part)
+            return {"loss": loss, **others}
+
+        return _accumulated(config, sums, batch)
 
     return eval_step
+
+
+def _accumulated(config: ConfigDict, compute: Callable[[Batch], Any], batch: Batch) -> Any:
+    """What `compute` gives for `config.grad_accum` micro-batches, one after the other, summed in float32."""
+    if config.grad_accum == 1:
+        return compute(batch)
+    micro = _split(batch, config.grad_accum, config.data.rows_per_group)
+    first = jax.tree.map(lambda x: x[0], micro)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(compute, first))
+
+    def body(carry: Any, part: Batch) -> tuple[Any, None]:
+        # The barrier keeps XLA for TPUs from moving sums over devices out of the loop: it fails to where they
+        # are of bfloat16 (libtpu 0.0.42, "while_loop_all_reduce_code_motion").
+        return jax.tree.map(jnp.add, carry, jax.lax.optimization_barrier(compute(part))), None
+
+    return jax.lax.scan(body, zeros, micro)[0]
 
 
 def _split(batch: Batch, parts: int, rows_per_group: int) -> Batch:

@@ -88,6 +88,7 @@ class Telemetry:
         clock: Clock,
         rates: Mapping[str, float],
         *,
+        started: float,
         last: int,
         quiet: bool = False,
     ) -> None:
@@ -99,6 +100,7 @@ class Telemetry:
           start_step: of the checkpoint that the run goes on from; 0 for a new run.
           clock: as the checkpoint has it.
           rates: path → learning-rate multiplier of every parameter, 0 where frozen.
+          started: when this start of the run began, in seconds since 1970.
           last: the step at which the loop will stop; it is always logged.
           quiet: no progress bar.
 
@@ -110,8 +112,8 @@ class Telemetry:
         self._groups = learning_rate_groups(rates)
         self._speed = Speed(config)
         lead = processes.lead()
-        self._writers = writers.open_writers(config, workdir, start_step) if lead else []
-        self._first_start = writers.read_record(workdir)["first_start"]
+        self._writers = writers.open_writers(config, workdir, start_step, started) if lead else []
+        self._first_start = writers.read_record(workdir).get("first_start", started)
         self._watchdog = Watchdog(workdir, config.telemetry.stall_seconds, jax.process_index())
         self._traces = Traces(workdir, config.telemetry.profile_steps)
         self._bar = progress_bar(config.name, config.num_steps, start_step, lead and not quiet)

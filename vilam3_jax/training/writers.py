@@ -68,19 +68,22 @@ def check(config: ConfigDict) -> None:
             )
 
 
-def open_writers(config: ConfigDict, workdir: paths.PathLike, start_step: int) -> list[Writer]:
+def open_writers(
+    config: ConfigDict, workdir: paths.PathLike, start_step: int, started: float
+) -> list[Writer]:
     """Opens JSON lines and the writers of `config.telemetry`.
 
     Args:
       config: the run's config.
       workdir: folder of the run.
       start_step: of the checkpoint that the run goes on from; 0 for a new run.
+      started: when this start of the run began, in seconds since 1970.
 
     Raises:
       UserError: a writer cannot be opened.
     """
     before = read_lines(workdir)
-    record = read_record(workdir)
+    record = read_record(workdir) or {"first_start": started}
     writers: list[Writer] = [JsonLines(workdir, METRICS_FILE, start_step)]
     sent: Sent = frozenset((row["step"], key) for row in before for key in row) if start_step else frozenset()
     for name in config.telemetry.writers:
@@ -95,13 +98,14 @@ def open_writers(config: ConfigDict, workdir: paths.PathLike, start_step: int) -
 
 
 def read_record(workdir: paths.PathLike) -> dict[str, Any]:
-    """Reads `telemetry.json`; of a new run, what stands in it first.
+    """Reads `telemetry.json`.
 
     Returns:
       `first_start`: seconds since 1970 when the run was started first; `wandb`, `mlflow`: its ids there.
+      Nothing of a new run.
     """
     path = paths.as_path(workdir) / RECORD_FILE
-    return json.loads(path.read_text()) if path.exists() else {"first_start": time.time()}
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 class JsonLines:

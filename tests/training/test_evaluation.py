@@ -1,0 +1,87 @@
+"""Held-out losses in the loop: sums over as much as training holds at a time, of data that is opened once."""
+
+from __future__ import annotations
+
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from tests.data.data_worlds import WORDS, config, film, write
+from tests.training.helpers import packed_batch, tiny_config
+from vilam3_jax.data import shards
+from vilam3_jax.data.tokenizer import train_bpe
+from vilam3_jax.errors import UserError
+from vilam3_jax.models import vila
+from vilam3_jax.training import batches, evaluation
+from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.training import program as program_lib
+from vilam3_jax.training import state as state_lib
+from vilam3_jax.training import step as step_lib
+
+
+def build(cfg):
+    return program_lib.build(cfg, mesh_lib.build_mesh(cfg.mesh, jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for split in ("train", "heldout"):
+        write(folder / "films", [film(i, rng) for i in range(12)], split)
+    train_bpe([WORDS] * 3, 400, folder / "tokenizer")
+    return folder
+
+
+def losses_of(root, **data):
+    cfg = config(root, **data)
+    cfg.model.tokenizer, cfg.eval_batches, cfg.model.image_size = str(root / "tokenizer"), 2, 32
+    program = build(cfg)
+    state, _ = state_lib.initial_state(cfg, program.state, program.optimizer)
+    placement = batches.Placement(cfg, program.mesh)
+    return evaluation.HeldoutLosses(program, placement, vila.tokens_per_image(cfg.model)), state
+
+
+def test_no_more_is_computed_at_a_time_than_in_training():
+    batch, memory, sums = packed_batch(0, rows=32), {}, {}
+    for accumulate in (1, 8):
+        cfg = tiny_config()
+        cfg.grad_accum, cfg.data.rows_per_group, cfg.data.global_rows = accumulate, 1, 32
+        program = build(cfg)
+        state, _ = state_lib.initial_state(cfg, program.state, program.optimizer)
+        with program.placing():
+            compiled = jax.jit(step_lib.make_eval_step(cfg, program.loss_fn)).lower(state, batch).compile()
+            sums[accumulate] = compiled(state, batch)
+        memory[accumulate] = compiled.memory_analysis().temp_size_in_bytes
+    assert memory[8] < memory[1] / 4, memory
+    for name, value in sums[1].items():
+        np.testing.assert_allclose(sums[8][name], value, rtol=1e-5, err_msg=name)
+    assert sums[1]["weight"] > 100
+
+
+def test_the_data_is_opened_once(root, monkeypatch):
+    opened = []
+    whole = shards.open_reader
+    monkeypatch.setattr(shards, "open_reader", lambda path: opened.append(path) or whole(path))
+    before = set(threading.enumerate())
+    losses, state = losses_of(root)
+    first = losses(state)
+    assert first.keys() == {"heldout_true", "heldout_swapped"} and np.isfinite(list(first.values())).all()
+    known = len(opened)
+    assert losses(state) == first and len(opened) == known
+    started = {thread.name for thread in set(threading.enumerate()) - before}
+    assert not any("vilam3-batches" in name for name in started), started  # nothing is read ahead meanwhile
+    losses.close()
+    assert not {t for t in set(threading.enumerate()) - before if t.name.startswith("vilam3")}
+
+
+def test_held_out_data_without_a_usable_record_is_an_error(root):
+    """Not a loss of nought; each of several processes sees a part of the data only and cannot tell."""
+    losses, state = losses_of(root, seq_len=16)
+    part = losses._loader(False)
+    part._held = part._held[:1]  # as where another process has the other groups
+    with pytest.raises(UserError, match=r"no usable record in the held-out data: films/heldout record"):
+        losses(state, swapped=False)
+    losses.close()

@@ -329,13 +329,35 @@ def test_too_little_memory_is_an_answer(text, needed, limit):
     assert memory.fits == (needed < limit)
 
 
-def test_arguments_count_beside_what_the_compiler_allows(tmp_path, monkeypatch):
+def test_what_exceeds_the_memory_of_the_chip_does_not_fit(tmp_path, monkeypatch):
     made = compiler.Compiled("HloModule m", 17.0 * GIB, 15.0 * GIB)
     monkeypatch.setattr(compiler, "compile_lowered", lambda lowered: made)
     plan = estimate.make_plan(small(), topology.parse("v5e:2x4"), compiler.Cache(tmp_path))
     assert not plan.memory.fits and plan.speed is None and plan.tokens_per_second is None
     assert "does not fit: needs 17.00 of 15.75 GiB" in plan_main.table(plan)
     assert search._rank(plan)[0] == 1 and "does not fit" in search._outcome(plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("held, fits", [(4, True), (10, False)])
+def test_what_fits_is_counted_as_the_compiler_counts_what_does_not(held, fits):
+    """By hand: an argument that the result takes the place of, another, and two products beside them."""
+    pytest.importorskip("libtpu")
+    (device, *_) = topology.parse("v5e:2x2").devices()
+    placed = jax.sharding.SingleDeviceSharding(device)
+    x = jax.ShapeDtypeStruct((held * GIB // 4096, 1024), jnp.float32, sharding=placed)
+    y = jax.ShapeDtypeStruct((40_960, 256), jnp.bfloat16, sharding=placed)
+
+    def step(x, y):
+        scores = jnp.tanh(y @ y.T)
+        return x * 2, ((scores @ scores) @ y).sum()
+
+    compiled = compiler.compile_lowered(jax.jit(step, donate_argnums=0).lower(x, y))
+    by_hand = held * GIB + 2 * y.size + 2 * 2 * 40_960**2
+    np.testing.assert_allclose(compiled.needed, by_hand, rtol=2e-3)
+    assert bool(compiled.text) == fits
+    if fits:
+        np.testing.assert_allclose(compiled.temporary, 2 * 2 * 40_960**2, rtol=2e-3)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -89,8 +88,3 @@ def test_the_number_of_processes_comes_first(start, argv):
     process = start(*argv)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 2 and "launch/local.sh 2 --config=" in message
-
-
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
-def test_shellcheck():
-    subprocess.run(["shellcheck", str(LOCAL)], check=True)

@@ -140,13 +140,13 @@ def test_what_is_no_step_is_left_out_of_the_speed_and_logged(tmp_path):
             with monitor.aside("checkpoint_stall"):
                 time.sleep(2.0)
 
-    rows, clock = follow(tmp_path, 6, Device(0.05), each=pause)
+    rows, clock = follow(tmp_path, 6, Device(0.5), each=pause)
     tokens = int((helpers.packed_batch(0)["segment_ids"] > 0).sum())
-    # With the pause in it a step would take 2.05 s; a busy machine may make one of 0.05 s much longer.
-    assert all(tokens / 2.0 < row["tokens_per_second"] < 1.5 * tokens / 0.05 for row in rows)
+    # With the pause in it a step would take 2.5 s. On a busy machine a step is seen to end late, the next soon.
+    assert all(tokens / 2.0 < row["tokens_per_second"] < 2 * tokens / 0.5 for row in rows)
     (stall,) = [row for row in writers.read_lines(tmp_path) if "checkpoint_stall" in row]
     assert stall["step"] == 3 and stall["checkpoint_stall"] >= 2.0
-    assert clock.seconds > 2.3 and clock.productive <= clock.seconds - stall["checkpoint_stall"]
+    assert clock.seconds > 4.5 and clock.productive <= clock.seconds - stall["checkpoint_stall"]
 
 
 def test_goodput_survives_a_restart_and_loses_what_was_not_saved(tmp_path):

@@ -250,8 +250,8 @@ class Preemption:
 
     def __init__(self) -> None:
         self._event = threading.Event()
-        # With several processes JAX catches the signal and finds the step at which all can stop.
         self._asked, self._reached = 0, False
+        # With several processes JAX catches the signal and finds the step at which all can stop.
         self._own = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> Preemption:

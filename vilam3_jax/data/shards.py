@@ -53,8 +53,11 @@ class ShardReaders:
             return self._record(reader, record)
         except RuntimeError:
             # The record is damaged, or a file server forgot the file; a copy is neither stale nor remote.
-            if self._remote or not self._forget(name, reader):
+            if self._remote:
                 raise
+        with self._lock:  # unless another thread has opened it again
+            if self._readers.get(name) is reader:
+                del self._readers[name]
         return self._record(self._reader(name, records), record)
 
     def _record(self, reader: ArrayRecordReader, record: int) -> bytes:
@@ -70,11 +73,6 @@ class ShardReaders:
             return reader
         with opening:
             return self._readers.get(name) or self._open(name, records)
-
-    def _forget(self, name: str, reader: ArrayRecordReader) -> bool:
-        """Whether `reader` was the shard's until now."""
-        with self._lock:
-            return self._readers.get(name) is reader and bool(self._readers.pop(name))
 
     def _open(self, name: str, records: int | None) -> ArrayRecordReader:
         path = self._directory / name

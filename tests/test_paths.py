@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
 import os
 
 import pytest
 
 from vilam3_jax import paths
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UnavailableError, UserError
 
 
 def test_every_path_has_one_name(tmp_path, monkeypatch) -> None:
@@ -43,6 +45,13 @@ def test_reading(tmp_path, bucket, root) -> None:
             paths.read_bytes(missing, 4)
     with pytest.raises(UserError, match=r"cannot be read .*too long"):
         paths.read_bytes(folder / ("x" * 300), 4)
+
+
+def test_a_failing_disk_is_told_from_a_damaged_file(tmp_path) -> None:
+    with pytest.raises(UnavailableError, match=r"x\.nii: cannot be read now \(\[Errno 5\] I/O"):
+        paths.check_passing(tmp_path / "x.nii", OSError(errno.EIO, "I/O"))
+    paths.check_passing(tmp_path / "x.nii", gzip.BadGzipFile("Not a gzipped file"))
+    paths.check_passing(tmp_path / "x.nii", OSError(errno.EACCES, "Permission denied"))
 
 
 def test_a_folder_that_cannot_be_written(tmp_path) -> None:

@@ -104,11 +104,20 @@ def read_bytes(path: PathLike, max_bytes: int) -> bytes:
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # the last: no name for a file
         raise UserError(f"{path}: no such file; check the path") from error
     except OSError as error:
-        if error.errno in _PASSING:
-            raise UnavailableError(
-                f"{path}: cannot be read now ({error}); check the disk or the network and start again"
-            ) from error
+        check_passing(path, error)
         raise UserError(f"{path}: cannot be read ({error}); check the path") from error
+
+
+def check_passing(path: PathLike, error: Exception) -> None:
+    """Tells a disk or a network that fails from a damaged file.
+
+    Raises:
+      UnavailableError: `error`, met while `path` was read, says nothing of the file.
+    """
+    if isinstance(error, OSError) and error.errno in _PASSING:
+        raise UnavailableError(
+            f"{path}: cannot be read now ({error}); check the disk or the network and start again"
+        ) from error
 
 
 def write_bytes_atomic(path: PathLike, data: bytes) -> None:

@@ -27,7 +27,7 @@ from vilam3_jax.data import dicom
 from vilam3_jax.data.images import resize
 from vilam3_jax.data.scaling import as_stored_values, percentile_limits, window_to_uint8
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike, as_path, file_size
+from vilam3_jax.paths import PathLike, as_path, check_passing, file_size
 
 __all__ = [
     "Volume",
@@ -121,6 +121,7 @@ def load_volume(path: PathLike, *, max_bytes: int = 2 << 30, max_voxels: int = 1
       The volume. NaN and -inf become the smallest finite value, +inf the largest.
 
     Raises:
+      UnavailableError: the disk or the network fails.
       UserError: names the file or folder and what is wrong: unknown format, over a limit, truncated, not 3-D,
         no orientation (left and right would be a guess), several series in one folder, missing or doubled
         slices.
@@ -158,6 +159,7 @@ def load_volume(path: PathLike, *, max_bytes: int = 2 << 30, max_voxels: int = 1
             nrrd.NRRDError,
             HeaderDataError,
         ) as error:
+            check_passing(path, error)
             raise UserError(
                 f"{path}: cannot be read ({error}); the file is damaged, fetch or export it again"
             ) from error

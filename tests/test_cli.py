@@ -58,22 +58,14 @@ def test_unknown_command_is_one_line(capsys):
     assert "'trian'" in error and "did you mean train?" in error and "convert" in error
 
 
-def test_user_error_is_one_line_with_exit_code_2(command, capsys):
+@pytest.mark.parametrize("error, code", [(UserError, 2), (UnavailableError, 1)])
+def test_user_error_is_one_line_with_its_exit_code(command, capsys, error, code):
     def fail(argv):
-        raise UserError("x.json: broken")
+        raise error("x.json: broken")
 
     command(fail)
-    assert cli.main(["train"]) == 2
+    assert cli.main(["train"]) == code
     assert capsys.readouterr().err == "vilam3 train: error: x.json: broken\n"
-
-
-def test_what_may_pass_has_a_code_that_launchers_start_again(command, capsys):
-    def fail(argv):
-        raise UnavailableError("x.array_record: no network")
-
-    command(fail)
-    assert cli.main(["train"]) == 1
-    assert capsys.readouterr().err == "vilam3 train: error: x.array_record: no network\n"
 
 
 def test_interrupt_has_the_shells_exit_code(command):

@@ -361,6 +361,18 @@ def test_what_fits_is_counted_as_the_compiler_counts_what_does_not(held, fits):
 
 
 @pytest.mark.slow
+def test_jax_counts_more_memory_than_the_compiler_assigns():
+    """Why `memory_analysis` is not the account of `plan`; where JAX mends that, it may be."""
+    pytest.importorskip("libtpu")
+    config = of_kernels(**{"data.global_rows": 128})
+    mesh = mesh_lib.build_mesh(config.mesh, topology.parse("v5e:2x2").devices())
+    lowered = program_lib.build(config, mesh).lower()
+    stats = lowered.compile().memory_analysis()
+    sizes = (stats.argument_size_in_bytes, stats.temp_size_in_bytes, stats.generated_code_size_in_bytes)
+    assert sum(sizes) > 1.03 * compiler.compile_lowered(lowered).needed
+
+
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_says_how_far(cache):
     config = small(**{"data.seq_len": 65_536, "data.global_rows": 128, "loss_chunk": 65_536})
     plan = estimate.make_plan(config, topology.parse("v5e:2x4"), cache)

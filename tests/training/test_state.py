@@ -12,7 +12,7 @@ from vilam3_jax.configs.models.parts.llms import LLMS
 
 from tests.training.helpers import tiny_config
 from vilam3_jax import exports
-from vilam3_jax.config import COMPONENTS
+from vilam3_jax.config import COMPONENTS, ConfigDict
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import trees, vila
 from vilam3_jax.training import mesh as mesh_lib
@@ -27,7 +27,7 @@ def test_a_model_is_the_one_that_its_checkpoint_names(llm):
     model.llm = LLMS[llm]()
     model.llm.update(dict(lora_rank=4, lora_targets=("q", "v")))
     stored = json.loads(json.dumps(model.to_dict()))
-    for form in (stored, exports.ConfigDict(exports._tuples(stored))):
+    for form in (stored, ConfigDict(exports._tuples(stored))):
         state_lib.check_architecture("runs/x", form, model, set(COMPONENTS), adapters=True)
     if stored["llm"]["rope_scaling"]:
         model.llm.rope_scaling.factor = 2.0

@@ -143,7 +143,7 @@ def test_what_is_no_step_is_left_out_of_the_speed_and_logged(tmp_path):
     rows, clock = follow(tmp_path, 6, Device(0.5), each=pause)
     tokens = int((helpers.packed_batch(0)["segment_ids"] > 0).sum())
     # With the pause in it a step would take 2.5 s. A busy machine sees a step end late, the next one soon.
-    assert all(tokens / 2.0 < row["tokens_per_second"] < 2 * tokens / 0.5 for row in rows)
+    assert all(tokens / 2.0 < row["tokens_per_second"] < 1.5 * tokens / 0.5 for row in rows)
     (stall,) = [row for row in writers.read_lines(tmp_path) if "checkpoint_stall" in row]
     assert stall["step"] == 3 and stall["checkpoint_stall"] >= 2.0
     assert clock.seconds > 4.5 and clock.productive <= clock.seconds - stall["checkpoint_stall"]

@@ -14,7 +14,6 @@ import zlib
 from typing import Any
 
 import jax
-from etils import epath
 
 from vilam3_jax import paths
 from vilam3_jax.errors import UserError
@@ -52,25 +51,45 @@ def compile_lowered(lowered: Any) -> Compiled:
         except Exception as error:  # XlaRuntimeError's place differs between versions
             needed, limit = _out_of_memory(error)
             return Compiled("", needed, limit=limit)
-        assigned = _assigned(paths.as_path(folder))
+        assigned = _assigned(folder)
     stats = compiled.memory_analysis()
     held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     return Compiled(
-        compiled.as_text(), assigned + stats.generated_code_size_in_bytes, max(assigned - held, 0.0)
+        compiled.as_text(),
+        assigned + stats.generated_code_size_in_bytes,
+        max(assigned - held, 0.0),
     )
 
 
-def _assigned(folder: epath.Path) -> float:
+# Other memories than HBM have a `color`.
+_ALLOCATION = re.compile(r"^allocation \d+: size (\d+),(?! color)(.*):$", re.MULTILINE)
+
+
+def _assigned(folder: paths.PathLike) -> float:
     """Bytes of HBM that the compiler assigned to buffers; by these it refuses what does not fit.
 
-    `memory_analysis` of what was compiled for TPUs counts some buffers twice: arguments and temporary bytes
-    together are 4 to 40 % more (libtpu 0.0.42.1), its peak leaves out the holes.
+    `memory_analysis` of libtpu 0.0.42.1 counts some buffers twice: arguments and temporary bytes together
+    are 4 to 40 % more; its peak leaves out the holes. The total of the compiler's report of memory has
+    buffers of its caller that a computation for the sparse cores uses once more ("thread-local"; libtpu
+    0.0.52: up to 50 %). Neither counts where the compiler refuses.
+
+    Args:
+      folder: where the compiler dumped one TPU program (`xla_dump_to`, with `xla_dump_hlo_as_text`).
+
+    Raises:
+      UserError: the folder has not one assignment of buffers.
     """
-    reports = [path for path in paths.children(folder) if path.name.endswith("-memory-usage-report.txt")]
-    found = [re.search(r"\(color=0\)\nTotal bytes: (\d+)", path.read_text()) for path in reports]
-    if len(found) != 1 or found[0] is None:
-        raise UserError("libtpu wrote no report of the step's memory; use the version of the constraints")
-    return float(found[0][1])
+    children = paths.children(paths.as_path(folder))
+    texts = [path.read_text() for path in children if path.name.endswith("-buffer-assignment.txt")]
+    sizes = [
+        int(match[1])
+        for text in texts
+        for match in _ALLOCATION.finditer(text)
+        if "thread-local" not in match[2]
+    ]
+    if len(texts) != 1 or not sizes:
+        raise UserError("libtpu wrote no account of the step's memory; use the version of the constraints")
+    return float(sum(sizes))
 
 
 class Cache:
@@ -114,7 +133,7 @@ def _key(program: program_lib.Program, topology: Topology, stablehlo: str) -> st
         sorted(program_lib.compiler_options(program.config, program.mesh).items()),
         [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")],
         [jax.__version__, _version("jaxlib"), _version("libtpu")],
-        "memory as assigned",  # earlier entries have another account
+        "memory as assigned, callers' buffers once",  # earlier entries have another account
     ]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
 

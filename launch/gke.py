@@ -270,7 +270,8 @@ def xpk(options: argparse.Namespace) -> list[str]:
         *("xpk", "workload", "create", "--workload", options.name, "--cluster", options.cluster),
         *("--project", options.project, "--zone", options.zone, "--tpu-type", chosen.xpk_type),
         *("--num-slices", str(options.slices), "--docker-image", options.image),
-        *("--max-restarts", str(options.max_restarts)),
+        # By itself XPK takes 1, a crash, for the end of the workload, as 2, an error of the user.
+        *("--max-restarts", str(options.max_restarts), "--restart-on-exit-codes", "1"),
         *("--termination-grace-period-seconds", str(options.stop_seconds)),
     ]
     environment = {"JAX_COMPILATION_CACHE_DIR": _cache(options)} | options.env

@@ -112,7 +112,8 @@ check() {
   [ -n "$job_name" ] || fail "--job-name= is empty; leave it out or give a name"
   need_config "${train[@]}"
   need_shared --workdir "$(flag_value workdir "${train[@]}")"
-  cache=${cache:-$(flag_value workdir "${train[@]}")/compile_cache}
+  folder=$(flag_value workdir "${train[@]}")
+  cache=${cache:-${folder%/}/compile_cache}
   need_shared --compile-cache "$cache"
   for place in "${PLACES[@]}"; do
     value=$(flag_value "$place" "${train[@]}")

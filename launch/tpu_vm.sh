@@ -127,7 +127,7 @@ check_accelerator() {
 }
 
 check() {
-  local setting
+  local setting folder
   case $command in
     "") fail "no command; one of up, create, wait, train, attach, status, logs, stop, delete" ;;
     up | create | wait | train | attach | status | logs | stop | delete) ;;
@@ -152,7 +152,8 @@ check() {
       for setting in "${environment[@]}"; do
         [[ $setting =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env=$setting: must be KEY=VALUE"
       done
-      cache=${cache:-$(flag_value workdir "${train[@]}")/compile_cache}
+      folder=$(flag_value workdir "${train[@]}")
+      cache=${cache:-${folder%/}/compile_cache}
       [[ $cache == gs://?* ]] || fail "--compile-cache=$cache: must be gs://BUCKET/FOLDER"
       ;;
     *) [ ${#train[@]} = 0 ] || fail "$command takes no arguments for the trainer; they belong to train and up" ;;
@@ -168,15 +169,17 @@ on_workers() {
 
 # state: what the queued resource is; NONE if there is none, UNKNOWN if Google Cloud gave no answer.
 state() {
-  local answer
-  if answer=$("${QUEUED[@]}" describe "$name" --project="$project" --zone="$zone" --format='value(state.state)' 2>&1); then
+  local answer errors  # apart: gcloud warns of its own age where it answers, too
+  errors=$(mktemp)
+  if answer=$("${QUEUED[@]}" describe "$name" --project="$project" --zone="$zone" --format='value(state.state)' 2>"$errors"); then
     printf '%s' "$answer"
-  elif [[ $answer == *NOT_FOUND* ]]; then
+  elif grep -q NOT_FOUND "$errors"; then
     printf 'NONE'
   else
-    printf '%s\n' "$answer" >&2
+    cat "$errors" >&2
     printf 'UNKNOWN'
   fi
+  rm -f "$errors"
 }
 
 create() {
@@ -247,7 +250,8 @@ start() {
 # attach: the exit code of the trainer; 2 (refused arguments or data) if one worker says so, whatever the others died of.
 attach() {
   local said code=0
-  said=$(on_workers all all "code=\$(sudo docker wait $CONTAINER); echo \"trainer ended with \$code\"; exit \$code") || code=$?
+  # Docker may fail, and say nothing: that is no end of the trainer.
+  said=$(on_workers all all "code=\$(sudo docker wait $CONTAINER) && [ -n \"\$code\" ] || exit 1; echo \"trainer ended with \$code\"; exit \$code") || code=$?
   printf '%s\n' "$said"
   ! grep -q '^trainer ended with 2$' <<<"$said" || code=2
   return "$code"

@@ -50,8 +50,20 @@ def test_reading(tmp_path, bucket, root) -> None:
 def test_a_failing_disk_is_told_from_a_damaged_file(tmp_path) -> None:
     with pytest.raises(UnavailableError, match=r"x\.nii: cannot be read now \(\[Errno 5\] I/O"):
         paths.check_passing(tmp_path / "x.nii", OSError(errno.EIO, "I/O"))
+    for text in ("UNAVAILABLE: CURL error", "UNKNOWN: Failed to read: I/O [os_error_code='5' x='y']"):
+        with pytest.raises(UnavailableError):  # TensorStore's
+            paths.check_passing(tmp_path, ValueError(text))
+    paths.check_passing(tmp_path, ValueError("PERMISSION_DENIED: Failed to open [os_error_code='13']"))
+    paths.check_passing(tmp_path, ValueError("a text that is UNAVAILABLE: here"))
     paths.check_passing(tmp_path / "x.nii", gzip.BadGzipFile("Not a gzipped file"))
     paths.check_passing(tmp_path / "x.nii", OSError(errno.EACCES, "Permission denied"))
+
+
+def test_a_failing_disk_is_told_from_a_full_one(tmp_path) -> None:
+    failing = RuntimeError("a save failed")
+    failing.__cause__ = OSError(errno.ESTALE, "Stale file handle")
+    for error, kind in ((OSError(errno.ENOSPC, "No space"), UserError), (failing, UnavailableError)):
+        assert type(paths.write_error(tmp_path, error)) is kind
 
 
 def test_a_folder_that_cannot_be_written(tmp_path) -> None:

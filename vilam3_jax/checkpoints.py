@@ -23,7 +23,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from vilam3_jax import paths, processes
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UnavailableError, UserError
 
 # Orbax logs every error that it also raises, with the stacks of all its threads.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -32,6 +32,7 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 UNCOMPRESSED = ocp.options.ArrayOptions(saving=ocp.options.ArrayOptions.Saving(use_compression=False))
 
 FILES = "files.json"
+_FILES_BYTES = 2**28
 _POLL_SECONDS = 0.1
 _SEAL_SECONDS = 60
 _MARKER = "commit_success.txt"  # Orbax's
@@ -81,7 +82,7 @@ class RunCheckpoints:
         try:
             self._root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(disk_message(self._root, error)) from error
+            raise paths.write_error(self._root, error) from error
         policies: list[Any] = [ocp.training.preservation_policies.LatestN(kept)]
         if kept_every:
             policies.append(ocp.training.preservation_policies.EveryNSteps(kept_every))
@@ -109,6 +110,7 @@ class RunCheckpoints:
 
         Raises:
           UserError: the disk is full or cannot be written.
+          UnavailableError: the disk or the network fails.
         """
         if step in self.steps():  # SIGTERM came right after this step was saved
             return
@@ -128,7 +130,7 @@ class RunCheckpoints:
             with ocp.Context(array_options=UNCOMPRESSED):
                 self._manager.save_checkpointables_async(step, items, force=True)
         except (OSError, ValueError) as error:
-            raise UserError(disk_message(self._root, error)) from error
+            raise paths.write_error(self._root, error) from error
         if processes.lead():
             self._sealing = threading.Thread(
                 target=self._seal_when_complete, args=(step,), name="vilam3-seal", daemon=True
@@ -146,7 +148,7 @@ class RunCheckpoints:
         try:
             self._manager.close()
         except (OSError, ValueError) as error:
-            raise UserError(disk_message(self._root, error)) from error
+            raise paths.write_error(self._root, error) from error
         finally:
             if self._sealing is not None:
                 self._closed.set()
@@ -163,6 +165,7 @@ class RunCheckpoints:
 
         Raises:
           UserError: it is a checkpoint of another model or optimizer, or all checkpoints are damaged.
+          UnavailableError: the disk or the network fails; nothing is moved.
         """
         self._remove_unfinished()
         damaged: dict[int, str] = {}
@@ -182,12 +185,19 @@ class RunCheckpoints:
         return None
 
     def _load(self, step: int, abstract: Any) -> tuple[Restored | None, str | None]:
-        items, error = None, None
+        items, error, passing = None, None, False
         try:
             items = self._manager.load_checkpointables(step, {"state": abstract, "data": None, "run": None})
         except Exception as caught:  # Orbax and TensorStore raise whatever damaged files lead them to
-            error = first_line(caught)
-        errors = [e for e in processes.gather(error) if e is not None]
+            error, passing = first_line(caught), paths.passes(caught)
+        everywhere = processes.gather([error, passing])
+        errors = [told for told, _ in everywhere if told is not None]
+        if any(others for _, others in everywhere):
+            (told, *_) = [told for told, others in everywhere if others]
+            raise UnavailableError(
+                f"{self._root / str(step)}: cannot be read now ({told}); check the disk or the network and "
+                "start again"
+            )
         if items is not None and not errors:
             data, run = json.loads(items["data"]["json"]), json.loads(items["run"]["json"])
             return Restored(step, items["state"], data, run), None
@@ -283,7 +293,7 @@ def _damage(folder: epath.Path) -> str | None:
     if not (folder / FILES).exists():
         return None
     try:
-        expected = json.loads((folder / FILES).read_text())
+        expected = json.loads(paths.read_bytes(folder / FILES, _FILES_BYTES))
     except ValueError:
         return f"{FILES} is torn"
     found = _sizes(folder)
@@ -315,8 +325,3 @@ def _say(message: str) -> None:
 def first_line(error: Exception) -> str:
     """The part of a message that a person reads."""
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-
-
-def disk_message(path: epath.Path, error: Exception) -> str:
-    """What to tell a user whose disk did not take it."""
-    return f"{path}: cannot be written ({first_line(error)}); free space or choose another folder"

@@ -403,7 +403,7 @@ def check(config: ConfigDict) -> None:
 
 
 def _check_telemetry(config: ConfigDict) -> None:
-    unknown = sorted(set(config.telemetry.writers) - set(WRITERS))
+    unknown = sorted({str(name) for name in config.telemetry.writers} - set(WRITERS))
     if unknown:
         raise UserError(
             f"config telemetry.writers names {', '.join(unknown)}; known are {', '.join(WRITERS)}"
@@ -413,7 +413,8 @@ def _check_telemetry(config: ConfigDict) -> None:
     if config.telemetry.stall_seconds < 0:
         raise UserError(f"config telemetry.stall_seconds={config.telemetry.stall_seconds}: 0 (off) or more")
     steps = tuple(config.telemetry.profile_steps)
-    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+    whole = all(isinstance(step, int) for step in steps)
+    if steps and not (len(steps) == 2 and whole and 1 <= steps[0] <= steps[1]):
         raise UserError(
             f"config telemetry.profile_steps={steps}: must be the first and the last step to trace, such as "
             "(10, 12)"

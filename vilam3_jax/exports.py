@@ -27,7 +27,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from vilam3_jax import paths, processes
-from vilam3_jax.checkpoints import UNCOMPRESSED, disk_message, first_line, versions
+from vilam3_jax.checkpoints import UNCOMPRESSED, first_line, versions
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import trees
@@ -183,7 +183,7 @@ def write_export(
         processes.meet(f"export {out}")
     except (OSError, ValueError) as error:
         temporary.rmtree(missing_ok=True)
-        raise UserError(disk_message(out, error)) from error
+        raise paths.write_error(out, error) from error
     except _InUseError:
         raise
     except KeyboardInterrupt:

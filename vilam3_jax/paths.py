@@ -7,6 +7,7 @@ import errno
 import functools
 import os
 import posixpath
+import re
 import stat
 import uuid
 
@@ -31,6 +32,9 @@ _PASSING = {
     errno.ENFILE,
     errno.ENOMEM,
 }
+# The same of TensorStore, which has ValueErrors: of an object store's answers, and of the operating system.
+_PASSING_STATUS = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|UNAUTHENTICATED")
+_OS_ERROR = re.compile(r"\[os_error_code='(\d+)'")
 
 
 def as_path(path: PathLike) -> epath.Path:
@@ -114,10 +118,32 @@ def check_passing(path: PathLike, error: Exception) -> None:
     Raises:
       UnavailableError: `error`, met while `path` was read, says nothing of the file.
     """
-    if isinstance(error, OSError) and error.errno in _PASSING:
+    if passes(error):
         raise UnavailableError(
             f"{path}: cannot be read now ({error}); check the disk or the network and start again"
         ) from error
+
+
+def passes(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, says nothing of the file: a disk or a network fails."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _PASSING:
+            return True
+        if isinstance(error, ValueError):
+            system = _OS_ERROR.search(str(error))
+            if _PASSING_STATUS.match(str(error)) or (system and int(system[1]) in _PASSING):
+                return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def write_error(path: PathLike, error: Exception) -> UserError:
+    """What to raise where `path` cannot be written: an `UnavailableError` if starting again may help."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    told = f"{path}: cannot be written ({text.splitlines()[0][:300]})"
+    if passes(error):
+        return UnavailableError(f"{told}; check the disk or the network and start again")
+    return UserError(f"{told}; free space or choose another folder")
 
 
 def write_bytes_atomic(path: PathLike, data: bytes) -> None:
@@ -127,6 +153,7 @@ def write_bytes_atomic(path: PathLike, data: bytes) -> None:
 
     Raises:
       UserError: the disk is full or the folder cannot be written.
+      UnavailableError: the disk or the network fails.
     """
     path = as_path(path)
     remote = "://" in str(path)
@@ -140,9 +167,7 @@ def write_bytes_atomic(path: PathLike, data: bytes) -> None:
         if not remote:
             with contextlib.suppress(OSError):  # the folder itself may be what cannot be written
                 temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder"
-        ) from error
+        raise write_error(path, error) from error
 
 
 def write_text_atomic(path: PathLike, text: str) -> None:

@@ -29,6 +29,7 @@ MEET_SECONDS = 1800  # hosts of a pod start minutes apart
 SILENT_SECONDS = 100  # a process that gives no sign of life for so long counts as gone
 _LAST_WORDS = "vilam3/failed"
 _HEARD = "vilam3/heard"
+_INTERRUPTED = 130  # as shells report SIGINT
 _POLL_SECONDS = 1.0
 _CAUSE_SECONDS = 5  # how long a process whose partner broke off waits to hear why
 _HEARD_SECONDS = 10  # how long a failed process waits until the others know
@@ -160,7 +161,7 @@ class _Watch:
     def fail(self, error: BaseException) -> NoReturn:
         """Ends this process, and says why to the others."""
         known = isinstance(error, UserError | KeyboardInterrupt)
-        code = error.exit_code if isinstance(error, UserError) else 2 if known else 1
+        code = error.exit_code if isinstance(error, UserError) else _INTERRUPTED if known else 1
         message = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         if known:
             message = str(error) or "interrupted"
@@ -172,6 +173,8 @@ class _Watch:
         with contextlib.suppress(Exception):
             said = {"process": jax.process_index(), "message": message, "code": code}
             self._client.key_value_set(_LAST_WORDS, json.dumps(said))
+            # Another that fails at the same time, as all do at Ctrl-C, need not wait for this one.
+            self._client.key_value_set(f"{_HEARD}/{jax.process_index()}", "")
         if not known:
             traceback.print_exception(error)
         others = [number for number in range(jax.process_count()) if number != jax.process_index()]
@@ -246,7 +249,10 @@ def from_lead(value: Any) -> Any:
 
 
 class Preemption:
-    """Context in which SIGTERM asks the run to save and stop, instead of ending the process."""
+    """Context in which SIGTERM asks the run to save and stop, instead of ending the process.
+
+    Also while a run starts, and while it exports: what is begun is finished, so that nothing is half-written.
+    """
 
     def __init__(self) -> None:
         self._event = threading.Event()

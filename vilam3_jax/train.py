@@ -74,11 +74,13 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
     """
     if config.mesh.cpu_devices:
         compat.use_cpu_devices(config.mesh.cpu_devices)
-    with workdir_lib.claimed(workdir):
-        return _train(config, paths.as_path(workdir), stop_after, quiet)
+    with workdir_lib.claimed(workdir), processes.Preemption() as preemption:
+        return _train(config, paths.as_path(workdir), stop_after, quiet, preemption)
 
 
-def _train(config: ConfigDict, workdir: epath.Path, stop_after: int, quiet: bool) -> Result:
+def _train(
+    config: ConfigDict, workdir: epath.Path, stop_after: int, quiet: bool, preemption: processes.Preemption
+) -> Result:
     started = time.time()
     mesh = mesh_lib.build_mesh(config.mesh)
     writers.check(config)
@@ -121,12 +123,11 @@ def _train(config: ConfigDict, workdir: epath.Path, stop_after: int, quiet: bool
     batches, compiled = iter(loader), None
     last = min(config.num_steps, stop_after or config.num_steps)
     step = start
-    with (
-        processes.Preemption() as preemption,
-        telemetry.Telemetry(
-            config, workdir, start, clock, program.rates, started=started, last=last, quiet=quiet
-        ) as monitor,
-    ):
+    if processes.lead() and step < last:
+        (workdir / RESULT_FILE).unlink(missing_ok=True)  # of a shorter run that goes on
+    with telemetry.Telemetry(
+        config, workdir, start, clock, program.rates, started=started, last=last, quiet=quiet
+    ) as monitor:
 
         def save(step: int) -> None:
             with monitor.aside("checkpoint_stall"):
@@ -134,7 +135,7 @@ def _train(config: ConfigDict, workdir: epath.Path, stop_after: int, quiet: bool
                 if counted := put_aside.add(loader.stats.skipped):
                     monitor.write(step, counted)
 
-        if not start and config.eval_every:
+        if not start and config.eval_every and not preemption.reached(0):
             with monitor.aside("evaluation_seconds"):
                 monitor.write(0, evaluate(0, state, swapped=False))
         while step < last and not preemption.reached(step):

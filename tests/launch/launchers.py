@@ -29,6 +29,7 @@ def basics():
         "dirname",
         "env",
         "grep",
+        "mktemp",
         "printf",
         "rm",
         "sed",

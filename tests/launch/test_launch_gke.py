@@ -264,6 +264,7 @@ def test_xpk():
     assert given["tpu-type"] == "v5litepod-256"
     assert given["num-slices"] == "2"
     assert given["docker-image"] == IMAGE.removeprefix("--image=")
+    assert given["restart-on-exit-codes"] == "1"  # beside XPK's own, 42 and 127 to 255
     assert command[command.index("A=b c") - 1] == "--env"
     assert shlex.split(command[command.index("--command") + 1]) == [
         "/vilam3/run.sh",
@@ -274,7 +275,7 @@ def test_xpk():
     # The flags of `xpk workload create` (src/xpk/parser/workload.py).
     assert set(given) - {"config"} <= {
         "workload", "cluster", "project", "zone", "tpu-type", "num-slices", "docker-image", "max-restarts",
-        "termination-grace-period-seconds", "env", "command",
+        "restart-on-exit-codes", "termination-grace-period-seconds", "env", "command",
     }  # fmt: skip
 
 

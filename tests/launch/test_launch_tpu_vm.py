@@ -185,6 +185,7 @@ case $1 in
     mapfile -t trainer <"$here/trainer"
     printf '%s\n' "${trainer[@]:1}" >"$here/trainer"
     read -r code after <<<"${trainer[0]}"
+    [ "$code" != lost ] || { echo "error waiting for container: unexpected EOF" >&2; exit 1; }
     [ -z "$after" ] || { echo "$after" >"$here/state"; rm -f "$here/container"; }
     [ ! -f "$here/container" ] || sed -i s/true/false/ "$here/container"
     echo "$code"
@@ -241,6 +242,26 @@ def test_crash_starts_again_on_the_same_machines(cloud):
     done, world = cloud(["134", "143", "0"], *UP)
     assert done.returncode == 0
     assert verbs(world) == ["create", "run", "wait", "run", "wait", "run", "wait", "delete"]
+
+
+def test_docker_that_fails_is_no_end_of_the_trainer(cloud):
+    done, world = cloud(["lost", "0"], *UP)
+    assert done.returncode == 0
+    assert verbs(world) == ["create", "run", "wait", "wait", "delete"]  # the trainer ran on
+
+
+def test_what_gcloud_warns_of_is_no_state(cloud, tmp_path):
+    warning = "echo 'WARNING: Python 3.9 will be deprecated, NOT_FOUND in 2027' >&2\nhere="
+    (tmp_path / "gcloud").write_text(GOOGLE.replace("here=", warning, 1))
+    done, world = cloud(["143 SUSPENDED", "0"], *UP)
+    assert done.returncode == 0, done.stderr
+    once = ["create", "run", "wait", "delete"]
+    assert verbs(world) == [*once, *once]
+
+
+def test_a_folder_has_one_cache_in_either_form():
+    (command,) = dry_run("tpu_vm.sh", "train", *WHERE, IMAGE, train=[*TRAIN[:1], "--workdir=gs://bucket/a/"])
+    assert "--env=JAX_COMPILATION_CACHE_DIR=gs://bucket/a/compile_cache" in container(command)[0]
 
 
 def test_users_error_is_not_tried_again(cloud):

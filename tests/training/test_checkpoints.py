@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from vilam3_jax import checkpoints
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UnavailableError, UserError
 
 
 def state(step: int) -> dict[str, jax.Array]:
@@ -133,6 +134,24 @@ def test_unfinished_saves_do_not_count(tmp_path, capsys):
     assert restore(tmp_path) == 1
     assert f"{unfinished}: an unfinished save, removed" in capsys.readouterr().err
     assert on_disk(tmp_path) == [1]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "I/O"), ValueError("UNAVAILABLE: no answer"), RuntimeError("of a thread")]
+)
+def test_a_disk_or_network_that_fails_is_no_damage(tmp_path, monkeypatch, error):
+    saved = save(tmp_path, 1, 2)
+    if isinstance(error, RuntimeError):
+        error.__cause__ = OSError(errno.ESTALE, "Stale file handle")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(type(saved._manager), "load_checkpointables", fail)
+    with pytest.raises(UnavailableError, match=r"checkpoints/2: cannot be read now .*start again"):
+        restore(tmp_path)
+    monkeypatch.undo()
+    assert on_disk(tmp_path) == [1, 2] and restore(tmp_path) == 2
 
 
 def test_without_a_whole_checkpoint_nothing_starts_and_nothing_is_touched(tmp_path):

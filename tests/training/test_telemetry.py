@@ -178,6 +178,31 @@ def test_an_error_on_the_device_or_in_a_writer_reaches_the_loop(tmp_path):
     assert not [thread for thread in threading.enumerate() if thread.name == "vilam3-telemetry"]
 
 
+def test_a_writer_that_fails_at_the_end_keeps_none_from_closing(tmp_path, monkeypatch):
+    closed = []
+
+    def failing(self):
+        raise UserError("metrics.jsonl: cannot be written")
+
+    class Other(writers.JsonLines):
+        def close(self):
+            closed.append(self)
+
+    monkeypatch.setattr(writers, "open_writers", lambda *_: [first, Other(tmp_path, "other.jsonl", 0)])
+    first = writers.JsonLines(tmp_path, writers.METRICS_FILE, 0)
+    monkeypatch.setattr(first, "close", failing.__get__(first))
+    with pytest.raises(UserError, match="cannot be written"):
+        follow(tmp_path, 2, Device(0.01))
+    assert len(closed) == 1
+
+    def broken(*_):
+        raise KeyError("of the loop")
+
+    with pytest.raises(KeyError, match="of the loop"):  # what ended the run is told
+        follow(tmp_path, 2, Device(0.01), each=broken)
+    assert len(closed) == 2
+
+
 def test_learning_rates_by_group(tmp_path):
     rows, _ = follow(tmp_path, 1, Device(0.01))
     assert rows[0]["learning_rate/llm"] == 0.5 and rows[0]["learning_rate/projector"] == 0.25
@@ -316,12 +341,23 @@ def test_traces_of_the_steps_that_the_config_names_and_on_a_signal(tmp_path):
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
+    (tmp_path / "profile").touch()
+    config = helpers.tiny_config()
+    config.telemetry.profile_steps = (2, 3)
+    rows, _ = follow(tmp_path, 4, Device(0.01), config=config)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert f"{tmp_path / 'profile'}: no trace (" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"telemetry.writers": ("tensorbord",)}, "tensorbord.*tensorboard"),
         ({"telemetry.profile_steps": (3,)}, "profile_steps"),
         ({"telemetry.profile_steps": (5, 3)}, "profile_steps"),
+        ({"telemetry.profile_steps": ("a", "b")}, "profile_steps"),
+        ({"telemetry.writers": (1,)}, "writers names 1"),
         ({"telemetry.stall_seconds": -1.0}, "stall_seconds"),
         ({"log_every": 0}, "log_every"),
         ({"eval_generate": 4}, "eval_generate.*eval_every"),

@@ -102,8 +102,11 @@ def uninterrupted(world):
 
 def test_stopped_and_resumed_equals_uninterrupted(world, uninterrupted):
     workdir = world / "stopped"
+    workdir.mkdir()
+    (workdir / train.RESULT_FILE).write_text("{}")  # of a run of fewer steps that goes on
     assert run(*arguments(world, workdir), "--stop_after=3").returncode == 0
     assert max(losses(workdir)) == 3 and not (workdir / "export").exists()
+    assert not (workdir / train.RESULT_FILE).exists()
     assert run(*arguments(world, workdir)).returncode == 0
     assert_same_run(workdir, uninterrupted)
 
@@ -253,6 +256,26 @@ def test_killed_and_resumed_equals_uninterrupted(world, sent, code):
     assert max(losses(killed)) < 300, "the run ended before the signal came"
     assert run(*argv).returncode == 0
     assert_same_run(killed, whole)
+
+
+def test_sigterm_while_a_run_starts_saves_and_ends(world, monkeypatch):
+    build = train.program_lib.build
+
+    def build_and_hear(*settings):
+        signal.raise_signal(signal.SIGTERM)
+        return build(*settings)
+
+    monkeypatch.setattr(train.program_lib, "build", build_and_hear)
+    settings = {"data.path": str(world / "data"), "model.tokenizer": str(world / "tokenizer")}
+    settings |= {"data.seq_len": 128, "data.global_rows": 8, "eval_every": 2, "num_steps": 4}
+    config = config_lib.load("configs/stage3_instruct.py:tiny", settings)
+    before = signal.getsignal(signal.SIGTERM)
+    result = train.train(config, world / "early", quiet=True)
+    assert (result.steps, result.finished) == (0, False)
+    assert (world / "early" / "checkpoints" / "0").is_dir() and not telemetry.read_metrics(world / "early")[
+        1:
+    ]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_each_stage_starts_from_the_one_before(world):

@@ -1,5 +1,7 @@
 """Writers of figures: what a resumed run leaves in them, and what a missing package says."""
 
+import errno
+import io
 import json
 import math
 import os
@@ -49,6 +51,31 @@ def test_a_new_run_in_an_old_folder_starts_its_figures_anew_but_not_its_first_st
     write_steps(config_with(), tmp_path, 0, 2)
     assert [row["step"] for row in writers.read_lines(tmp_path) if "loss" in row] == [1, 2]
     assert writers.read_record(tmp_path)["first_start"] == first
+
+
+def test_damaged_files_are_named_or_lose_the_damaged_line(tmp_path):
+    write_steps(config_with(), tmp_path, 0, 3)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 4, "lo\xff\xfe\n')
+    assert [row["step"] for row in writers.read_lines(tmp_path) if "loss" in row] == [1, 2, 3]
+    (tmp_path / "telemetry.json").write_text('{"first_')
+    with pytest.raises(UserError, match=r"telemetry\.json: not readable.*remove it"):
+        write_steps(config_with(), tmp_path, 0, 3)
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    lines = writers.JsonLines(tmp_path, writers.METRICS_FILE, 0)
+    lines._file.close()
+    lines._file = Full()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written \(No space"):
+        lines.write(1, {"loss": 1.0})
+    with pytest.raises(UserError, match="No space"):
+        lines.close()
+    assert lines._file.closed
 
 
 def test_what_is_not_finite_is_null(tmp_path):
@@ -138,6 +165,17 @@ def test_wandb_gets_every_step_of_a_resumed_run_once(tmp_path, monkeypatch):
     assert [step for step, values in sent if "heldout_true" in values] == [2, 4, 6]
     assert (fake.settings["mode"], fake.settings["project"], fake.finished) == ("offline", "ours", True)
     assert fake.settings["config"]["model"]["llm"]["num_layers"] == 2
+
+
+def test_services_get_every_step_once_however_often_a_run_starts(tmp_path, monkeypatch):
+    """Killed before the first checkpoint, then after one, and soon after going on from it."""
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for start, last in ((0, 2), (0, 8), (4, 5), (4, 9)):
+        write_steps(config_with("wandb"), tmp_path, start, last)
+    (sent,) = fake.runs.values()
+    assert [step for step, values in sent if "loss" in values] == list(range(1, 10))
+    assert [step for step, values in sent if "heldout_true" in values] == [2, 4, 6, 8]
 
 
 def test_wandb_of_a_run_in_an_object_store(bucket, monkeypatch):

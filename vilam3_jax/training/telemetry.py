@@ -190,13 +190,17 @@ class Telemetry:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._queue.put(None)
         self._thread.join()
-        self._traces.close()
-        self._watchdog.close()
-        self._bar.close()
-        for writer in self._writers:
-            writer.close()
+        closing = [self._traces.close, self._watchdog.close, self._bar.close]
+        failed = None
+        for close in (*closing, *(writer.close for writer in self._writers)):
+            try:
+                close()
+            except Exception as error:  # the others end well, and what ended the run is what is told
+                failed = failed or error
         if kind is None:
             self._raise()
+            if failed is not None:
+                raise failed
 
     # --- the thread that follows the device
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from typing import Any
 
@@ -16,7 +17,10 @@ _ON_SIGNAL = 3  # steps that a signal asks for
 
 
 class Traces:
-    """Starts and stops the profiler between steps; traces go to `<workdir>/profile`, one a process."""
+    """Starts and stops the profiler between steps; traces go to `<workdir>/profile`, one a process.
+
+    A trace that cannot be made or written is said on stderr, and the run goes on.
+    """
 
     def __init__(self, workdir: paths.PathLike, steps: tuple[int, ...]) -> None:
         """Traces the steps `steps[0]` to `steps[1]`, both included; an empty tuple: none but on SIGUSR1."""
@@ -43,14 +47,24 @@ class Traces:
         return self._last is not None and step >= self._last
 
     def _start(self, last: int) -> None:
-        self._last = last
-        jax.profiler.start_trace(self._folder)
+        try:
+            jax.profiler.start_trace(self._folder)
+            self._last = last
+        except Exception as error:  # whatever the profiler and its file system raise
+            self._say(error)
 
     def stop(self) -> None:
         """Ends the trace, if one runs, and writes it."""
         if self._last is not None:
             self._last = None
-            jax.profiler.stop_trace()
+            try:
+                jax.profiler.stop_trace()
+            except Exception as error:
+                self._say(error)
+
+    def _say(self, error: Exception) -> None:
+        told = " ".join(str(error).split())[:300]
+        print(f"{self._folder}: no trace ({told}); training goes on", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Writes a trace that still runs, and gives the signal back."""

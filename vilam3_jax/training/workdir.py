@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from etils import epath
 
-from vilam3_jax import checkpoints, paths, processes
+from vilam3_jax import paths, processes
 from vilam3_jax.errors import UserError
 
 CLAIM_FILE = ".running"
@@ -48,7 +48,7 @@ def _opened(folder: epath.Path) -> int:
             return os.open(folder / CLAIM_FILE, os.O_RDWR | os.O_CREAT, 0o666)
         return os.open(folder / CLAIM_FILE, os.O_RDONLY)  # of a colleague; that is enough for a lock
     except OSError as error:
-        raise UserError(checkpoints.disk_message(folder, error)) from error
+        raise paths.write_error(folder, error) from error
 
 
 def _lock(file: int, folder: epath.Path) -> None:

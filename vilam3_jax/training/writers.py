@@ -7,6 +7,8 @@ TensorBoard drop what came after the checkpoint, the two services keep what they
 from __future__ import annotations
 
 import collections
+import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
@@ -24,7 +26,7 @@ from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
-# Beside the metrics: when the run was first started, and under which ids the services know it.
+# Beside the metrics: when the run was first started, its ids at the services, and what they were sent.
 RECORD_FILE = "telemetry.json"
 
 # Name → the package that it needs, which is also its extra in setup.cfg but for TensorBoard's.
@@ -34,7 +36,29 @@ _MLFLOW_CHARACTERS = 500  # of a parameter
 _MLFLOW_UNDER_WAY = 64  # requests without an answer
 _REWRITE_SECONDS = 60.0  # a store allows a file to be written once a second
 
-Sent = frozenset[tuple[int, str]]
+_RECORD_BYTES = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """What services have by now: all figures before `step`, and of it those of `keys`."""
+
+    step: int = -1
+    keys: frozenset[str] = frozenset()
+
+    def has(self, step: int, key: str) -> bool:
+        """Whether a figure was sent."""
+        return step < self.step or (step == self.step and key in self.keys)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], before: Sequence[Mapping[str, Any]]) -> Sent:
+        """As the record of a run's last start and the lines written since have it."""
+        known = cls(record["sent"]["step"], frozenset(record["sent"]["keys"])) if "sent" in record else cls()
+        last = max((row["step"] for row in before), default=-1)
+        if last < known.step:
+            return known
+        keys = frozenset(key for row in before if row["step"] == last for key in row)
+        return cls(last, keys | (known.keys if last == known.step else frozenset()))
 
 
 class Writer(Protocol):
@@ -85,7 +109,9 @@ def open_writers(
     before = read_lines(workdir)
     record = read_record(workdir) or {"first_start": started}
     writers: list[Writer] = [JsonLines(workdir, METRICS_FILE, start_step)]
-    sent: Sent = frozenset((row["step"], key) for row in before for key in row) if start_step else frozenset()
+    # JSON lines drop what came after the checkpoint; that it was sent must outlast the next start, too.
+    sent = Sent.of(record, before)
+    record["sent"] = {"step": sent.step, "keys": sorted(sent.keys)}
     for name in config.telemetry.writers:
         if name == "tensorboard":
             writers.append(TensorBoard(config, workdir, start_step))
@@ -101,11 +127,21 @@ def read_record(workdir: paths.PathLike) -> dict[str, Any]:
     """Reads `telemetry.json`.
 
     Returns:
-      `first_start`: seconds since 1970 when the run was started first; `wandb`, `mlflow`: its ids there.
-      Nothing of a new run.
+      `first_start`: seconds since 1970 when the run was started first; `wandb`, `mlflow`: its ids there;
+      `sent`: what they had been sent when it was started last. Nothing of a new run.
+
+    Raises:
+      UserError: the file is damaged.
     """
     path = paths.as_path(workdir) / RECORD_FILE
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(paths.read_bytes(path, _RECORD_BYTES)))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path}: not readable ({error}); remove it, and W&B and MLflow get the run as a new one"
+        ) from error
 
 
 class JsonLines:
@@ -133,16 +169,27 @@ class JsonLines:
             self.flush()
 
     def flush(self) -> None:
-        """Shows what was written."""
-        self._file.flush()
-        if self._remote:
-            self._path.write_text(self._file.getvalue())
-            self._written = time.monotonic()
+        """Shows what was written.
+
+        Raises:
+          UserError: the disk is full or cannot be written.
+          UnavailableError: the disk or the network fails.
+        """
+        try:
+            self._file.flush()
+            if self._remote:
+                self._path.write_text(self._file.getvalue())
+                self._written = time.monotonic()
+        except OSError as error:
+            raise paths.write_error(self._path, error) from error
 
     def close(self) -> None:
         """Closes the file."""
-        self.flush()
-        self._file.close()
+        try:
+            self.flush()
+        finally:
+            with contextlib.suppress(OSError):  # the same, of the line that could not be written
+                self._file.close()
 
 
 def json_text(values: Mapping[str, Any], indent: int | None = None) -> str:
@@ -161,7 +208,7 @@ def read_lines(workdir: paths.PathLike, name: str = METRICS_FILE) -> list[dict[s
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().decode(errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -179,7 +226,8 @@ class TensorBoard:
         # Files are read in the order of their names, which begin with the second of their start.
         before = len(list(folder.iterdir())) if folder.exists() else 0
         suffix = f".{before:04d}"
-        purge = start_step + 1 if before else None
+        first = start_step + 1 if start_step else 0  # a new run measures before its first step
+        purge = first if before else None
         self._writer = tensorboardX.SummaryWriter(
             os.fspath(folder), purge_step=purge, filename_suffix=suffix, flush_secs=30
         )
@@ -303,7 +351,7 @@ class Mlflow:
 
 
 def _unsent(sent: Sent, step: int, values: Mapping[str, float]) -> dict[str, float]:
-    return {key: value for key, value in values.items() if (step, key) not in sent}
+    return {key: value for key, value in values.items() if not sent.has(step, key)}
 
 
 def _local(workdir: paths.PathLike, what: str) -> str:

@@ -221,6 +221,10 @@ def test_damaged_files_are_named(run):
     path.write_text("")
     with pytest.raises(UserError, match=r"rows\.jsonl: no rows"):
         main.write_report(run)
+    stage = run / "stages" / "stage3_instruct"
+    (stage / "config.json").write_text('{"model": [1]}')
+    with pytest.raises(UserError, match=r"config\.json: its 'model' is no object"):
+        main.write_report(stage)
 
 
 @pytest.mark.parametrize("key", ["protocol_hash", "items_hash"])

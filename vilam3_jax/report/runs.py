@@ -124,6 +124,8 @@ def read_stage(folder: paths.PathLike, *, finished: bool) -> Stage:
             )
     result = read_json(root / "result.json") if finished else _if_there(root / "result.json")
     config = _if_there(root / "config.json")
+    if not isinstance(config.get("model", {}), dict):
+        raise UserError(f"{root / 'config.json'}: its 'model' is no object; restore the file or train again")
     name = str(result.get("name") or config.get("name") or root.name)
     return Stage(name, result, metrics, config, _if_there(root / "export" / "provenance.json"))
 

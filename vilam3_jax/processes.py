@@ -184,7 +184,7 @@ class _Watch:
             for number in others
             if _try_get(self._client, f"{_HEARD}/{number}", max(deadline - time.monotonic(), 0)) is None
         ]
-        if silent:
+        if silent and code != _INTERRUPTED:  # Ctrl-C reaches all, and the first to end keeps the store
             shown = ", ".join(map(str, silent))
             message += f" (no answer from process {shown}: killed, or its machine is gone)"
         self._end(message, code)

@@ -155,6 +155,19 @@ def test_a_search_computes_less_at_a_time_until_it_fits(monkeypatch, tmp_path, l
     assert set(search.as_flags(changes).split()) <= set(plan_main.table(first).split())
 
 
+def test_a_search_keeps_the_rows_where_every_device_has_one(monkeypatch, tmp_path):
+    """Groups of two rows need sixteen; those of one need no more than there are, and no accumulation."""
+    make_plan, asked = holding(1)
+    monkeypatch.setattr(estimate, "make_plan", make_plan)
+    given = {"data.global_rows": 8, "data.rows_per_group": 2, "data.images_per_group": 5, "num_steps": 20}
+    config = small(**given, **{"model.remat": "full", "mesh.data": 1})
+    wanted = topology.parse("v5e:2x4")
+    plans = search.search(config, wanted, compiler.Cache(tmp_path), None, 99, lambda line: None)
+    assert [(one.data.global_rows, one.num_steps) for one in asked[:2]] == [(16, 10), (8, 20)]
+    (first, *_) = [plan for plan in plans if plan.memory.fits]
+    assert first.changes == {"data.rows_per_group": 1, "data.images_per_group": 3}
+
+
 def test_a_search_shares_rows_between_copies_of_the_parameters_first(monkeypatch, tmp_path):
     make_plan, asked = holding(0.5)
 

@@ -77,7 +77,7 @@ def search(
         mesh = {**meshes.pop(0), "model.remat": "full"}
         attempt(_changed(config, mesh), _label(mesh))
     start = best()
-    for smaller in _smaller(start, topology.slices) if found else ():
+    for smaller in _smaller(start, topology.slices, given.data.global_rows) if found else ():
         memory = found[-1][0].memory
         if memory.fits or not memory.temporary:
             break
@@ -133,25 +133,32 @@ def _meshes(devices: int, slices: int) -> Iterator[dict[str, int]]:
                 }
 
 
-def _smaller(config: ConfigDict, slices: int) -> Iterator[dict[str, int]]:
+def _smaller(config: ConfigDict, slices: int, own_rows: int) -> Iterator[dict[str, int]]:
     """What computes the same with less at a time, more and more so.
 
     More steps of accumulation, down to a group a device; then groups of a row; then rows that devices share.
-    Groups of a row have half of the image slots, so samples of many images may lose their place. A run of
-    pairs compares all of a batch at once and has nothing of the kind.
+    Groups of a row have half of the image slots, so samples of many images may lose their place. Where the
+    rows were multiplied for larger groups they go back towards `own_rows`, which takes no accumulation. A run
+    of pairs compares all of a batch at once and has nothing of the kind.
     """
     if config.kind == "contrastive":
         return
     data, mesh = config.data, dict(config.mesh)
     accumulate, group, images = config.grad_accum, data.rows_per_group, data.images_per_group
+    rows, steps = data.global_rows, config.num_steps
     changes: dict[str, int] = {}
     while True:
-        groups = data.global_rows // (group * accumulate * mesh["data"] * mesh["fsdp"])
+        groups = rows // (group * accumulate * mesh["data"] * mesh["fsdp"])
         if groups > 1:
             accumulate *= 2 if groups % 2 == 0 else groups
         elif group % 2 == 0:
-            group, images, accumulate = group // 2, -(-images // 2), accumulate * 2
+            group, images = group // 2, -(-images // 2)
             changes |= {"data.rows_per_group": group, "data.images_per_group": images}
+            if rows % 2 == 0 and rows // 2 >= own_rows:
+                rows, steps = rows // 2, steps * 2
+                changes |= {"data.global_rows": rows, "num_steps": steps}
+            else:
+                accumulate *= 2
         elif mesh["context"] < _MOST_CONTEXT and (axis := _halved(mesh, slices)):
             mesh["context"], mesh[axis], accumulate = 2 * mesh["context"], mesh[axis] // 2, accumulate * 2
             changes |= {"mesh.context": mesh["context"], f"mesh.{axis}": mesh[axis]}

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from vilam3_experts.descriptors import Descriptor
 from vilam3_jax.data.annotations import Annotation, LabelMap, Segment, failed
-from vilam3_jax.data.images import image_content_key
+from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.volumes import Volume
 from vilam3_jax.errors import UserError
 
@@ -54,7 +54,7 @@ class Expert(Protocol):
 
 def content_key(data: Data) -> str:
     """The key under which the annotation of `data` is stored."""
-    return data.content_key if isinstance(data, Volume) else image_content_key(data)
+    return data.content_key if isinstance(data, Volume) else image_key(data)
 
 
 def measure(labels: np.ndarray, names: dict[int, str], affine: np.ndarray) -> tuple[Segment, ...]:

@@ -14,12 +14,12 @@ from PIL import Image
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, generate_uid
 
+from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.images import (
     augment,
     decode_image,
     decode_scaled,
     encode_png,
-    image_content_key,
     image_shape,
     load_film,
     resize,
@@ -63,10 +63,10 @@ def test_png_round_trip_and_key():
     again = decode_image(encode_png(RGB))
     np.testing.assert_array_equal(again, RGB)
     as_bmp = decode_image(encoded(Image.fromarray(RGB), "BMP"))
-    assert image_content_key(as_bmp) == image_content_key(RGB)
+    assert image_key(as_bmp) == image_key(RGB)
     other = RGB.copy()
     other[0, 0, 0] ^= 1
-    keys = {image_content_key(x) for x in (RGB, other, RGB.reshape(7, 9, 3), RGB[::-1])}
+    keys = {image_key(x) for x in (RGB, other, RGB.reshape(7, 9, 3), RGB[::-1])}
     assert len(keys) == 4
 
 

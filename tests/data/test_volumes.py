@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
+from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.volumes import (
     Volume,
     load_label_map,
@@ -229,13 +230,13 @@ def test_non_finite_voxels(tmp_path):
 def test_limits_are_checked_before_decoding(tmp_path):
     path = save_nifti(tmp_path / "a.nii.gz", ct_voxels())
     with pytest.raises(UserError, match="210 voxels, more than the limit of 100"):
-        load_volume(path, max_voxels=100)
+        load_volume(path, limits=Limits(voxels=100))
     with pytest.raises(UserError, match="bytes, more than the limit"):
-        load_volume(path, max_bytes=10)
+        load_volume(path, limits=Limits(file_bytes=10))
     with pytest.raises(UserError, match="210 voxels"):
-        load_volume(save_nrrd(tmp_path / "a.nrrd", ct_voxels()), max_voxels=100)
+        load_volume(save_nrrd(tmp_path / "a.nrrd", ct_voxels()), limits=Limits(voxels=100))
     with pytest.raises(UserError, match="210 voxels"):
-        load_volume(save_dicom(tmp_path / "series", ct_voxels()), max_voxels=100)
+        load_volume(save_dicom(tmp_path / "series", ct_voxels()), limits=Limits(voxels=100))
     # A header that promises 10^12 voxels and has no data: refused by the header, nothing is allocated.
     header = nib.Nifti1Header()
     header.set_data_shape((10_000, 10_000, 10_000))

@@ -10,7 +10,8 @@ import pytest
 
 from vilam3_jax.data.annotation_record import Annotation, LabelMap, Segment
 from vilam3_jax.data.annotations import AnnotationStore, AnnotationWriter
-from vilam3_jax.data.images import image_content_key, load_film
+from vilam3_jax.data.content_keys import image_key
+from vilam3_jax.data.images import load_film
 from vilam3_jax.data.volumes import load_label_map, load_volume
 from vilam3_jax.datasets import quickstart
 from vilam3_jax.datasets.films import film_variant
@@ -137,7 +138,7 @@ def test_film_answers_equal_the_class_name(build, phantoms):
         if sample.kind != "film":
             continue
         # Altered copies share the record of the film they were made of.
-        assert example.meta["input_key"] == image_content_key(load_film(sample.path))
+        assert example.meta["input_key"] == image_key(load_film(sample.path))
         for q in example.meta["qa"]:
             assert not q["oracle"]
             if q["type"] == "pneumonia":

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from vilam3_experts.host import serve
 
 from vilam3_jax.data import expert_host
+from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.expert_host import ExpertHost, FrameError, read_frame, write_frame
-from vilam3_jax.data.images import encode_png, image_content_key
+from vilam3_jax.data.images import encode_png
 
 IMAGE = np.full((4, 5, 3), 51, np.uint8)
-PNG, KEY = encode_png(IMAGE), image_content_key(IMAGE)
+PNG, KEY = encode_png(IMAGE), image_key(IMAGE)
 COMMAND = (sys.executable, "-m", "vilam3_experts", "host")
 
 

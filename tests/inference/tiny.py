@@ -13,8 +13,9 @@ from vilam3_jax.configs import models
 
 from vilam3_jax import exports
 from vilam3_jax.data.annotations import Annotation, AnnotationWriter, LabelMap, Segment
+from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, Turn
-from vilam3_jax.data.images import encode_png, image_content_key
+from vilam3_jax.data.images import encode_png
 from vilam3_jax.data.records import ExampleWriter
 from vilam3_jax.data.tokenizer import load_tokenizer, train_bpe
 from vilam3_jax.data.volumes import load_volume
@@ -147,7 +148,7 @@ def world(tmp_path_factory):
         nibabel.save(nibabel.Nifti1Image(voxels, np.diag([2.0, 2.0, 3.0, 1.0])), images / "scan.nii.gz")
         (images / "film.png").write_bytes(encode_png(film))
     volume = root / "data" / "instruct" / "images" / "scan.nii.gz"
-    keys = load_volume(volume).content_key, image_content_key(film)
+    keys = load_volume(volume).content_key, image_key(film)
     for split in ("train", "heldout"):
         made = list(_examples(split, *keys))
         for name, examples in (("instruct", made), ("pairs", _pairs(made))):

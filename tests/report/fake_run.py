@@ -11,8 +11,9 @@ import numpy as np
 
 from vilam3_jax.data import expert_turns
 from vilam3_jax.data.annotations import Annotation, AnnotationWriter, LabelMap, Segment
+from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.examples import Example, ImageRef, Turn
-from vilam3_jax.data.images import encode_png, image_content_key
+from vilam3_jax.data.images import encode_png
 from vilam3_jax.data.records import ExampleWriter
 from vilam3_jax.data.volumes import load_volume
 from vilam3_jax.report.runs import ARMS, STAGES
@@ -96,7 +97,7 @@ def make_data(folder, films=12, licence="CC-BY-4.0"):
     for number in range(films):
         picture = np.random.default_rng(number).normal(110, 30, (24, 24, 3)).clip(0, 255).astype(np.uint8)
         picture = np.kron(picture, np.ones((4, 4, 1), np.uint8))
-        key = image_content_key(picture)
+        key = image_key(picture)
         sick = number % 2 == 0
         chances = {"normal": 0.1 + 0.8 * (not sick), "pneumonia": 0.9 - 0.8 * (not sick)}
         notes[key] = Annotation(key, "CXR", "", probabilities=chances)

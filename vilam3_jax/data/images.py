@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from vilam3_jax.data import dicom
-from vilam3_jax.data.scaling import as_stored_values, window_to_uint8
+from vilam3_jax.data.intensity import as_stored_values, window_to_uint8
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import PathLike, as_path, read_bytes
 
@@ -207,10 +206,3 @@ def encode_png(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def image_content_key(image: np.ndarray) -> str:
-    """sha256 (hex) of shape and pixels of [H, W, 3] uint8: the same picture as PNG and as BMP has one key."""
-    digest = hashlib.sha256(f"{image.dtype.name}{image.shape}".encode())
-    digest.update(np.ascontiguousarray(image).data)
-    return digest.hexdigest()

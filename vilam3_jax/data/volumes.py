@@ -1,4 +1,4 @@
-"""CT and MRI volumes: read any common format into one orientation, and cut the slices people know.
+"""CT, MRI and PET volumes: read any common format into one orientation, and cut the slices people know.
 
 A volume is held in RAS canonical orientation: index 0 grows to the patient's right, index 1 to the front,
 index 2 to the head, whatever order the file stores. Voxel values follow one rule, so that a scan has one
@@ -9,23 +9,29 @@ float32.
 
 from __future__ import annotations
 
-import bz2
 import dataclasses
 import functools
-import gzip
-import hashlib
-import io
 import zlib
-from typing import IO, cast
 
 import nibabel as nib
 import nrrd
 import numpy as np
+from etils import epath
 from nibabel.spatialimages import HeaderDataError
 
-from vilam3_jax.data import dicom
+from vilam3_jax.data import content_keys, dicom
 from vilam3_jax.data.images import resize
-from vilam3_jax.data.scaling import as_stored_values, percentile_limits, window_to_uint8
+from vilam3_jax.data.intensity import (
+    as_stored_values,
+    percentile_limits,
+    usable_values,
+    warn_of,
+    window_to_uint8,
+)
+from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
+from vilam3_jax.data.nifti import read_nifti
+from vilam3_jax.data.nrrd_format import read_nrrd
+from vilam3_jax.data.stored_volume import UNKNOWN, StoredVolume
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import PathLike, as_path, check_passing, file_size
 
@@ -39,49 +45,38 @@ __all__ = [
     "window_to_uint8",
 ]
 
-_NIFTI_HEADER_BYTES = 540  # NIfTI-2; NIfTI-1 has 348
-_MAX_HEADER_BYTES = 1 << 20
 _SPACING_MM = (1e-4, 1e4)  # microscopes to whole-body scouts; anything else is a damaged header
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-# NRRD `space` -> signs that turn its axes into RAS.
-_NRRD_SPACES = {
-    "left-posterior-superior": (-1, -1, 1),
-    "lps": (-1, -1, 1),
-    "right-anterior-superior": (1, 1, 1),
-    "ras": (1, 1, 1),
-    "left-anterior-superior": (-1, 1, 1),
-    "las": (-1, 1, 1),
-}
-_NRRD_TYPES = {
-    alias: code
-    for code, aliases in {
-        "i1": ("signed char", "int8", "int8_t"),
-        "u1": ("uchar", "unsigned char", "uint8", "uint8_t"),
-        "i2": ("short", "short int", "signed short", "signed short int", "int16", "int16_t"),
-        "u2": ("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"),
-        "i4": ("int", "signed int", "int32", "int32_t"),
-        "u4": ("uint", "unsigned int", "uint32", "uint32_t"),
-        "f4": ("float",),
-        "f8": ("double",),
-    }.items()
-    for alias in aliases
-}
-_MM_PER_UNIT = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Volume:
-    """One scan in RAS canonical orientation.
+    """One scan in RAS canonical orientation, with what its file states.
 
     Attributes:
-      voxels: [X, Y, Z], int16, int32 or float32 (see the module's rule), finite. HU for CT.
+      voxels: [X, Y, Z], int16, int32 or float32 (see the module's rule), finite. Voxels that measure nothing
+        (padding, NaN) hold the smallest valid value.
       affine: [4, 4] float64, voxel index -> RAS millimetres.
       source: name of the file or folder, without its path.
+      valid: [X, Y, Z] bool, False where the file stores padding or NaN; None: every voxel is a measurement.
+      modality: DICOM's code (CT, MR, PT, NM, ...) as the file or the caller states it, or "unknown". Never
+        derived from voxel values.
+      body_part: as the file states it, upper case, or "unknown".
+      units: of the voxels, such as "HU" or "SUVbw", or "unknown".
+      window: the file's own display window (centre, width) in `units`, or None.
+      stored_orientation: axis codes of the file's own index order, such as "LPS".
+      notes: what the reader assumed, repaired or skipped; for people, without patient data.
     """
 
     voxels: np.ndarray
     affine: np.ndarray
     source: str
+    valid: np.ndarray | None = None
+    modality: str = UNKNOWN
+    body_part: str = UNKNOWN
+    units: str = UNKNOWN
+    window: tuple[float, float] | None = None
+    stored_orientation: str = "RAS"
+    notes: tuple[str, ...] = ()
 
     @property
     def spacing(self) -> np.ndarray:
@@ -90,35 +85,33 @@ class Volume:
 
     @functools.cached_property
     def limits(self) -> tuple[float, float]:
-        """The 0.5 and 99.5 percentiles of the voxels, the display range where no window is known."""
-        return percentile_limits(self.voxels)
+        """The 0.5 and 99.5 percentiles of the valid voxels, the display range where no window is known."""
+        return percentile_limits(self.voxels, self.valid)
 
     @functools.cached_property
     def content_key(self) -> str:
-        """sha256 of dtype, shape, rounded affine and voxels: one key a scan, in any file format."""
-        digest = hashlib.sha256()
-        digest.update(f"{self.voxels.dtype.name}{self.voxels.shape}".encode())
-        # Direction columns to 1e-3 mm, the origin to 1e-2: float32 headers are no better at 500 mm. The odd
-        # offset keeps the borders between roundings away from the short decimals and binary fractions that
-        # scanners write.
-        steps = np.array([1e-3, 1e-3, 1e-3, 1e-2])
-        digest.update(np.floor(self.affine[:3] / steps + 0.15).astype("<i8").tobytes())
-        plain = self.voxels.astype(self.voxels.dtype.newbyteorder("<"), copy=False)
-        digest.update(np.ascontiguousarray(plain).data)
-        return digest.hexdigest()
+        """One key a scan, in any file format; see `content_keys.volume_key`."""
+        return content_keys.volume_key(self.voxels, self.affine)
 
 
-def load_volume(path: PathLike, *, max_bytes: int = 2 << 30, max_voxels: int = 1 << 29) -> Volume:
+def load_volume(
+    path: PathLike,
+    *,
+    modality: str | None = None,
+    series: str | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Volume:
     """Reads a 3-D scan.
 
     Args:
-      path: `.nii`, `.nii.gz`, `.nrrd`, a DICOM file of one slice, or a folder with the slices of one DICOM
-        series.
-      max_bytes: refuse larger files (the sum, for a folder) before reading.
-      max_voxels: refuse larger grids, judged by the header before anything is decoded.
+      path: `.nii`, `.nii.gz`, `.nrrd`, a DICOM file, or a folder with DICOM series.
+      modality: DICOM's code, for files that state none (NIfTI, NRRD). A file that states another is refused.
+      series: which series of a folder: its UID, or its identifier in the listing of `vilam3 data scan`.
+      limits: bounds, judged by headers before anything is decoded.
 
     Returns:
-      The volume. NaN and -inf become the smallest finite value, +inf the largest.
+      The volume. NaN and -inf become the smallest finite value, +inf the largest. Its `notes` are also issued
+      as `InputWarning`s.
 
     Raises:
       UnavailableError: the disk or the network fails.
@@ -129,27 +122,32 @@ def load_volume(path: PathLike, *, max_bytes: int = 2 << 30, max_voxels: int = 1
     path = as_path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; check the path")
+    volume = _canonical(_read(path, series, limits), path)
+    if modality is not None:
+        volume = _declared(volume, modality.upper(), path)
+    warn_of(volume.notes, path)
+    return volume
+
+
+def _read(path: epath.Path, series: str | None, limits: Limits) -> StoredVolume:
     if path.is_dir():
-        values, affine = dicom.read_series(path, max_bytes=max_bytes, max_voxels=max_voxels)
-        return _canonical(values, _LPS_TO_RAS @ affine, path)
+        return dicom.read_series(path, series=series, limits=limits)
     size = file_size(path)
-    if size > max_bytes:
+    if size > limits.file_bytes:
         raise UserError(
-            f"{path}: {size} bytes, more than the limit of {max_bytes}; crop it or raise max_bytes"
+            f"{path}: {size} bytes, more than the limit of {limits.file_bytes}; crop it or raise the limit"
         )
     with path.open("rb") as file:
         start = file.read(132)
         file.seek(0)
         try:
             if start[:4] == b"NRRD":
-                values, affine = _read_nrrd(file, path, max_voxels)
-            elif start[128:132] == b"DICM":
-                values, affine = dicom.read_series(path, max_bytes=max_bytes, max_voxels=max_voxels)
-                affine = _LPS_TO_RAS @ affine
-            elif path.name.endswith((".nii", ".nii.gz")):
-                values, affine = _read_nifti(file, path, max_voxels)
-            else:
-                raise UserError(f"{path}: not NIfTI, NRRD or DICOM; convert it to .nii.gz")
+                return read_nrrd(file, path, limits)
+            if start[128:132] == b"DICM":
+                return dicom.read_series(path, series=series, limits=limits)
+            if path.name.endswith((".nii", ".nii.gz")):
+                return read_nifti(file, path, limits)
+            raise UserError(f"{path}: not NIfTI, NRRD or DICOM; convert it to .nii.gz")
         except (
             OSError,
             EOFError,
@@ -163,7 +161,15 @@ def load_volume(path: PathLike, *, max_bytes: int = 2 << 30, max_voxels: int = 1
             raise UserError(
                 f"{path}: cannot be read ({error}); the file is damaged, fetch or export it again"
             ) from error
-    return _canonical(values, affine, path)
+
+
+def _declared(volume: Volume, modality: str, path: PathLike) -> Volume:
+    if volume.modality not in (UNKNOWN, modality):
+        raise UserError(
+            f"{path}: declared as {modality}, but the file states {volume.modality}; leave the modality out"
+        )
+    units = "HU" if modality == "CT" and volume.units == UNKNOWN else volume.units
+    return dataclasses.replace(volume, modality=modality, units=units)
 
 
 def load_label_map(path: PathLike, grid: Volume) -> np.ndarray:
@@ -247,7 +253,8 @@ def volume_to_slice_image(
     return picture if size is None else resize(picture, size)
 
 
-def _canonical(values: np.ndarray, affine: np.ndarray, path: PathLike) -> Volume:
+def _canonical(stored: StoredVolume, path: PathLike) -> Volume:
+    affine = stored.affine
     spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
     usable = np.isfinite(affine).all() and ((spacing > _SPACING_MM[0]) & (spacing < _SPACING_MM[1])).all()
     if not usable or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
@@ -255,127 +262,25 @@ def _canonical(values: np.ndarray, affine: np.ndarray, path: PathLike) -> Volume
             f"{path}: its affine is singular or absurd; correct the header's spacing and direction"
         )
     orientation = nib.orientations.io_orientation(affine)
-    voxels = nib.orientations.apply_orientation(values, orientation)
-    affine = affine @ nib.orientations.inv_ornt_aff(orientation, values.shape)
-    finite = as_stored_values(voxels)
-    if finite is None:
+
+    def turned(array: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(nib.orientations.apply_orientation(array, orientation))
+
+    values = turned(stored.values)
+    valid = None if stored.valid is None else turned(stored.valid)
+    voxels = as_stored_values(values, valid)
+    if voxels is None:
         raise UserError(f"{path}: not one voxel is a finite number; export it again")
-    return Volume(np.ascontiguousarray(finite), affine.astype(np.float64), as_path(path).name)
-
-
-def _check_voxels(shape: tuple[int, ...], path: PathLike, max_voxels: int) -> None:
-    if len(shape) != 3 or min(shape) < 1:
-        raise UserError(
-            f"{path}: {len(shape)}-D data of shape {shape}, a 3-D volume is needed; save one volume to its "
-            "own file"
-        )
-    # Python integers: a hostile header must not overflow the product.
-    count = int(shape[0]) * int(shape[1]) * int(shape[2])
-    if count > max_voxels:
-        raise UserError(f"{path}: {count} voxels, more than the limit of {max_voxels}; crop or resample it")
-
-
-def _read_exactly(file: IO[bytes], count: int, path: PathLike) -> bytes:
-    data = file.read(count)
-    if len(data) < count:
-        raise UserError(
-            f"{path}: ends after {len(data)} of {count} data bytes; the file is cut short, fetch it again"
-        )
-    file.read(1)  # reaches the end of a compressed stream, where its checksum is compared
-    return data
-
-
-def _read_nifti(file: IO[bytes], path: PathLike, max_voxels: int) -> tuple[np.ndarray, np.ndarray]:
-    packed = file.read(2) == b"\x1f\x8b"
-    file.seek(0)
-    stream = cast(IO[bytes], gzip.GzipFile(fileobj=file)) if packed else file
-    head = stream.read(_NIFTI_HEADER_BYTES)
-    for kind in (nib.Nifti1Header, nib.Nifti2Header):
-        if kind.may_contain_header(head):
-            header = kind(head[: kind.template_dtype.itemsize], check=False)  # no silent repairs
-            break
-    else:
-        raise UserError(f"{path}: no NIfTI header inside; convert the file again")
-    if cast(bytes, header["magic"].item()).startswith(b"ni"):
-        raise UserError(f"{path}: header of a .hdr/.img pair; convert both into one .nii.gz")
-    shape = tuple(int(n) for n in header.get_data_shape())
-    shape = shape[:3] if all(n == 1 for n in shape[3:]) else shape
-    _check_voxels(shape, path, max_voxels)
-    if header["qform_code"] == 0 and header["sform_code"] == 0:
-        raise UserError(
-            f"{path}: the header has no orientation (qform and sform codes are 0); set it where the scan "
-            "was converted"
-        )
-    dtype = header.get_data_dtype()
-    if dtype.kind not in "iuf":
-        raise UserError(
-            f"{path}: voxels of type {dtype}, numbers are needed; convert colour or complex data first"
-        )
-    offset = int(header.get_data_offset())
-    if not 348 <= offset <= _MAX_HEADER_BYTES:
-        raise UserError(f"{path}: data offset {offset} makes no sense; convert the file again")
-    count = int(np.prod(shape, dtype=np.int64))
-    stream.seek(offset)
-    raw = _read_exactly(stream, count * dtype.itemsize, path)
-    values = np.frombuffer(raw, dtype).reshape(shape, order="F")
-    slope, intercept = header.get_slope_inter()
-    affine = cast(np.ndarray, header.get_best_affine()).astype(np.float64)
-    affine[:3] *= _MM_PER_UNIT[cast(str, header.get_xyzt_units()[0])]
-    return _rescale(values, slope, intercept), affine
-
-
-def _rescale(values: np.ndarray, slope: float | None, intercept: float | None) -> np.ndarray:
-    factor = np.float32(1 if slope is None else slope)
-    offset = np.float32(0 if intercept is None else intercept)
-    if factor == 1 and offset == 0:
-        return values
-    return values.astype(np.float64) * np.float64(factor) + np.float64(offset)
-
-
-def _read_nrrd(file: IO[bytes], path: PathLike, max_voxels: int) -> tuple[np.ndarray, np.ndarray]:
-    head = file.read(_MAX_HEADER_BYTES)
-    ends = [(head.find(mark), len(mark)) for mark in (b"\n\n", b"\r\n\r\n") if mark in head]
-    if not ends:
-        raise UserError(
-            f"{path}: NRRD header without its closing empty line (or detached); save data and header in "
-            "one file"
-        )
-    position, width = min(ends)
-    header = nrrd.read_header(io.BytesIO(head[: position + width]))
-    if "data file" in header or "datafile" in header or header.get("line skip") or header.get("byte skip"):
-        raise UserError(
-            f"{path}: NRRD with its data elsewhere (detached or skipped); save data and header in one file"
-        )
-    shape = tuple(int(n) for n in header["sizes"])
-    _check_voxels(shape, path, max_voxels)
-    signs = _NRRD_SPACES.get(str(header.get("space", "")).lower())
-    if signs is None or "space directions" not in header or "space origin" not in header:
-        raise UserError(
-            f"{path}: NRRD without a patient space, directions and origin; export it with its orientation"
-        )
-    dtype = _nrrd_dtype(header, path)
-    file.seek(position + width)
-    encoding = str(header.get("encoding", "")).lower()
-    streams = {
-        "raw": lambda: file,
-        "gzip": lambda: gzip.GzipFile(fileobj=file),
-        "bzip2": lambda: bz2.BZ2File(file),
-    }
-    streams |= {"gz": streams["gzip"], "bz2": streams["bzip2"]}
-    if encoding not in streams:
-        raise UserError(f"{path}: NRRD encoding {encoding!r} is not read here; save it as raw or gzip")
-    count = int(np.prod(shape, dtype=np.int64))
-    raw = _read_exactly(streams[encoding](), count * dtype.itemsize, path)
-    affine = np.eye(4)
-    affine[:3, :3] = np.asarray(header["space directions"], np.float64).T
-    affine[:3, 3] = header["space origin"]
-    return np.frombuffer(raw, dtype).reshape(shape, order="F"), np.diag([*signs, 1]) @ affine
-
-
-def _nrrd_dtype(header: dict, path: PathLike) -> np.dtype:
-    name = str(header["type"])
-    if name not in _NRRD_TYPES:
-        raise UserError(f"{path}: NRRD type {name!r} is not read here; save it as short, int or float")
-    return np.dtype(_NRRD_TYPES[name]).newbyteorder(
-        ">" if str(header.get("endian")).lower() == "big" else "<"
+    canonical = affine @ nib.orientations.inv_ornt_aff(orientation, stored.values.shape)
+    return Volume(
+        voxels,
+        canonical.astype(np.float64),
+        as_path(path).name,
+        valid=usable_values(values, valid),
+        modality=stored.modality,
+        body_part=stored.body_part,
+        units=stored.units,
+        window=stored.window,
+        stored_orientation="".join(nib.orientations.aff2axcodes(affine)),
+        notes=stored.notes,
     )

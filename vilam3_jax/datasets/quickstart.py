@@ -17,8 +17,9 @@ import numpy as np
 from etils import epath
 
 from vilam3_jax.data.annotations import AnnotationStore
+from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ExpertRequest, ImageRef, Turn
-from vilam3_jax.data.images import encode_png, image_content_key, load_film
+from vilam3_jax.data.images import encode_png, load_film
 from vilam3_jax.datasets import captions as wording
 from vilam3_jax.datasets.films import film_facts, film_variant
 from vilam3_jax.datasets.questions import Facts, Question, QuestionMaker, dialogue_turns
@@ -186,7 +187,7 @@ class Build:
     def _film(self, sample: Sample, copies: int, rng: random.Random) -> list[Picture]:
         image = load_film(sample.path)
         # The expert sees the film once, as it was taken; altered copies of it share what it said.
-        input_key = image_content_key(image)
+        input_key = image_key(image)
         facts = film_facts(sample)
         pictures = []
         for number in range(copies):

@@ -9,7 +9,8 @@ import numpy as np
 import pydicom
 from pydicom.errors import InvalidDicomError
 
-from vilam3_jax.data.images import encode_png, image_content_key, load_film, resize
+from vilam3_jax.data.content_keys import image_key
+from vilam3_jax.data.images import encode_png, load_film, resize
 from vilam3_jax.data.volumes import Volume, load_volume, volume_to_slice_image
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import PathLike, as_path
@@ -82,7 +83,7 @@ def open_picture(
     height, width = pixels.shape[:2]
     return Picture(
         pixels=pixels if size is None else resize(pixels, size),
-        input_key=image_content_key(pixels),
+        input_key=image_key(pixels),
         axis=None,
         index=None,
         volume_path="",

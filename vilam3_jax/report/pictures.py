@@ -15,8 +15,8 @@ from vilam3_jax.data.annotations import Annotation, AnnotationStore
 from vilam3_jax.data.cards import parse_trigger
 from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.data.falsify import falsify
+from vilam3_jax.data.intensity import window_to_uint8
 from vilam3_jax.data.records import INFO_NAME, ExampleSource, read_info
-from vilam3_jax.data.scaling import window_to_uint8
 from vilam3_jax.errors import UserError
 from vilam3_jax.report.dialogues import Pictures
 

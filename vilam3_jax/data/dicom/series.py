@@ -14,7 +14,9 @@ from etils import epath
 from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.multival import MultiValue
 
-from vilam3_jax.data.scaling import as_stored_values, percentile_limits, window_to_uint8
+from vilam3_jax.data.intensity import as_stored_values, percentile_limits, window_to_uint8
+from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
+from vilam3_jax.data.stored_volume import StoredVolume
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import PathLike, as_path, file_size, read_bytes
 
@@ -49,24 +51,26 @@ def _naming(path: PathLike) -> Iterator[None]:
         raise UserError(f"{path}: damaged DICOM data ({reason:.200}); export it again") from error
 
 
-def read_series(path: PathLike, *, max_bytes: int, max_voxels: int) -> tuple[np.ndarray, np.ndarray]:
+def read_series(
+    path: PathLike, *, series: str | None = None, limits: Limits = DEFAULT_LIMITS
+) -> StoredVolume:
     """Reads the slices of one series.
 
     Args:
       path: folder with the slices (other files in it are passed over), or one file of one slice.
-      max_bytes: limit of the sum of file sizes.
-      max_voxels: limit of the grid, checked by the headers before any pixel is decoded.
+      series: which series of a folder, by its UID.
+      limits: bounds, checked by the headers before any pixel is decoded.
 
     Returns:
-      values [columns, rows, slices], rescaled (HU for CT), and the [4, 4] affine from that index to DICOM's
-      LPS millimetres.
+      values [columns, rows, slices], rescaled (HU for CT).
 
     Raises:
       UserError: no slices, several series or geometries in one folder, doubled or missing slices, no
         orientation.
     """
     with _naming(path):
-        return _read_series(as_path(path), max_bytes, max_voxels)
+        values, affine = _read_series(as_path(path), limits.file_bytes, limits.voxels)
+        return StoredVolume(values, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine)
 
 
 def _read_series(path: epath.Path, max_bytes: int, max_voxels: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,119 @@
+"""Voxel and pixel values: the one rule of their type, display windows, and the way to 8-bit grey."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+
+# (centre, width) in HU. Soft tissue is VILA-M3's own: -150 to 250.
+CT_WINDOWS: dict[str, tuple[tuple[float, float], ...]] = {
+    "soft_tissue": ((50.0, 400.0),),
+    "lung": ((-600.0, 1500.0),),
+    "bone": ((400.0, 1800.0),),
+    "brain": ((40.0, 80.0),),
+    # MedGemma shows three windows as red, green and blue: -1024..1024, -135..215 and 0..80 HU in its paper.
+    # Its maintainers name another wide one (width 2250 at level -100); set `ct_windows` to use that.
+    "medgemma": ((0.0, 2048.0), (40.0, 350.0), (40.0, 80.0)),
+}
+DISPLAY_PERCENTILES = (0.5, 99.5)
+
+_SAMPLED_ABOVE = 1 << 24  # percentiles of larger volumes are taken from every n-th voxel
+
+
+class InputWarning(UserWarning):
+    """Something about an input was assumed, repaired or skipped; the message names it and the file."""
+
+
+def warn_of(notes: tuple[str, ...], source: object, *, stacklevel: int = 3) -> None:
+    """Issues every note of a reader as an `InputWarning` that names the file."""
+    for note in notes:
+        warnings.warn(f"{source}: {note}", InputWarning, stacklevel=stacklevel)
+
+
+def as_stored_values(values: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray | None:
+    """Gives values the type that depends on nothing but the values.
+
+    Args:
+      values: numbers of any type and shape, already rescaled.
+      valid: bool of the same shape, False where a value measures nothing (padding); None: all valid.
+
+    Returns:
+      int16 if all are whole and fit, else int32 if all are whole and fit, else float32. Invalid values, NaN
+      and -inf are replaced by the smallest valid finite value, +inf by the largest, -0 by 0. None if no
+      value is valid and finite.
+    """
+    usable = usable_values(values, valid)
+    if usable is not None:
+        if not usable.any():
+            return None
+        low, high = values[usable].min(), values[usable].max()
+        filled = np.where(usable, values, low)
+        if values.dtype.kind == "f":
+            over = np.isposinf(values) if valid is None else np.isposinf(values) & valid
+            filled[over] = high
+        values = filled
+    low, high = values.min(), values.max()
+    for target in (np.int16, np.int32):
+        if np.iinfo(target).min <= low and high <= np.iinfo(target).max:
+            whole = values.astype(target)
+            if values.dtype.kind in "iub" or np.array_equal(whole, values):
+                return whole
+    return values.astype(np.float32) + np.float32(0)
+
+
+def usable_values(values: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray | None:
+    """Where values are valid and finite, bool of their shape; None if they are everywhere."""
+    if values.dtype.kind == "f":
+        finite = np.isfinite(values)
+        if not finite.all():
+            return finite if valid is None else finite & valid
+    return None if valid is None or valid.all() else valid
+
+
+def percentile_limits(
+    values: np.ndarray,
+    valid: np.ndarray | None = None,
+    percentiles: tuple[float, float] = DISPLAY_PERCENTILES,
+) -> tuple[float, float]:
+    """Two percentiles of the valid values, a display range that a few extreme voxels cannot spoil.
+
+    Args:
+      values: finite numbers of any shape.
+      valid: bool of the same shape; None: all valid.
+      percentiles: lower and upper, 0 to 100.
+    """
+    flat = values.reshape(-1) if valid is None else values[valid]
+    if flat.size > _SAMPLED_ABOVE:
+        flat = flat[:: -(-flat.size // _SAMPLED_ABOVE)]
+    low, high = np.percentile(flat, percentiles)
+    return float(low), float(high)
+
+
+def window_to_uint8(
+    plane: np.ndarray, window: tuple[float, float] | None, limits: tuple[float, float] | None = None
+) -> np.ndarray:
+    """Maps values to 8-bit grey, black below the window and white above.
+
+    Args:
+      plane: numbers of any shape, usually [H, W].
+      window: (centre, width) in the unit of `plane`: (50, 400) shows -150..250.
+      limits: (black, white), needed if and only if `window` is None: `Volume.limits` of the *volume*, so that
+        all its slices are scaled alike.
+
+    Returns:
+      uint8 of the same shape; values are cut off, not rounded, as in the reference pipeline.
+
+    Raises:
+      ValueError: both or neither of `window` and `limits` given.
+    """
+    if (window is None) == (limits is None):
+        raise ValueError("give either a window or the volume's limits")
+    if window is not None:
+        low, high = window[0] - window[1] / 2, window[0] + window[1] / 2
+    else:
+        assert limits is not None
+        low, high = limits
+    # Divide first: with a ready factor of 255 / width the white end itself would come out as 254.99.
+    share = (plane.astype(np.float64) - low) / max(high - low, 1e-6)
+    return (np.clip(share, 0, 1) * 255).astype(np.uint8)

@@ -17,16 +17,16 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from vilam3_jax.data import wire
+from vilam3_jax.data import content_keys, wire
 from vilam3_jax.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_RECORD_BYTES = 1 << 30
 MAX_LABEL_VOXELS = 1 << 29
 _LABEL_DTYPES = ("uint8", "uint16")
 
 Key = tuple[str, str, str]
-"""(content key of the input, expert name, expert arguments)."""
+"""(key of the input or inputs, see `content_keys.inputs_key`; expert name; expert arguments)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +138,8 @@ class Annotation:
     """One expert's result on one input.
 
     Attributes:
-      input_key: content key of the decoded image or volume (sha256, hex).
+      input_key: `content_keys.inputs_key` of what the expert looked at (sha256, hex): the content key of one
+        decoded image or volume, or the key of several.
       expert: expert name as in its card.
       args: expert arguments, '' for none.
       status: 'ok' or 'failed'.
@@ -149,6 +150,7 @@ class Annotation:
       segments: the labels found in the whole volume.
       labels: the compressed label map, or None.
       seconds: time the expert took.
+      inputs: of several inputs, the ordered (role, content key) pairs; empty for a single one.
       schema_version: version of this record type.
     """
 
@@ -163,6 +165,7 @@ class Annotation:
     segments: tuple[Segment, ...] = ()
     labels: LabelMap | None = None
     seconds: float = 0.0
+    inputs: tuple[tuple[str, str], ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -172,6 +175,8 @@ class Annotation:
             raise ValueError("a failed annotation needs its reason")
         if not self.input_key or not self.expert:
             raise ValueError("input_key and expert must not be empty")
+        if self.inputs and content_keys.inputs_key(self.inputs) != self.input_key:
+            raise ValueError("input_key is not the key of the inputs")
         for name, value in self.probabilities.items():
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"probability of {name!r} is {value}")
@@ -251,6 +256,7 @@ class Annotation:
                     "annotate again or upgrade vilam3-jax"
                 )
             fields["segments"] = tuple(Segment(**{**s, "bbox": tuple(s["bbox"])}) for s in fields["segments"])
+            fields["inputs"] = tuple((role, key) for role, key in fields["inputs"])
             if fields["labels"] is not None:
                 labels = fields["labels"]
                 for name in ("shape", "affine", "offsets"):

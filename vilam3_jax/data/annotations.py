@@ -29,6 +29,7 @@ from vilam3_jax.data.annotation_record import (
     failed,
     segments_on_slice,
 )
+from vilam3_jax.data.content_keys import DECODER_VERSION
 from vilam3_jax.data.falsify import falsify
 from vilam3_jax.data.shards import ShardReaders
 from vilam3_jax.errors import UserError
@@ -143,6 +144,7 @@ class AnnotationWriter:
         ]
         index = {
             "schema_version": SCHEMA_VERSION,
+            "decoder_version": DECODER_VERSION,
             "shard": name + _SHARD_SUFFIX,
             "entries": entries,
         }
@@ -271,6 +273,11 @@ def _merged(indexes: Iterable[tuple[Any, bytes]]) -> dict[Key, dict[str, Any]]:
                 raise UserError(
                     f"{path}: schema {index['schema_version']}, this version reads {SCHEMA_VERSION}; "
                     "annotate into a new folder"
+                )
+            if index["decoder_version"] != DECODER_VERSION:
+                raise UserError(
+                    f"{path}: annotations of images as decoder version {index['decoder_version']} read "
+                    f"them, this is version {DECODER_VERSION}; annotate into a new folder"
                 )
             shard = index["shard"]
             if os.path.basename(shard) != shard:

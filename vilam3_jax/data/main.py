@@ -1,13 +1,18 @@
-"""`vilam3 data`: look at data sets."""
+"""`vilam3 data`: look at data, before training and as training sees it."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Sequence
 
-from vilam3_jax.data import show, stats
-
-_COMMANDS = {"show": show.main, "stats": stats.main}
+# Command → (module with `main(argv) -> int`, what it does for the user). Only the chosen module is imported:
+# some need the whole loader.
+_COMMANDS = {
+    "scan": ("vilam3_jax.data.scan", "triage of a folder of DICOM, volumes and pictures"),
+    "show": ("vilam3_jax.data.show", "one example as the model meets it"),
+    "stats": ("vilam3_jax.data.stats", "sizes of samples and how they pack"),
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -16,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "command",
         choices=sorted(_COMMANDS),
-        help="show: one example as the model meets it; stats: sizes of samples and how they pack",
+        help="; ".join(f"{name}: {text}" for name, (_, text) in _COMMANDS.items()),
     )
     options = parser.parse_args(argv[:1])
-    return _COMMANDS[options.command](argv[1:])
+    return importlib.import_module(_COMMANDS[options.command][0]).main(argv[1:])

@@ -22,6 +22,7 @@ from nibabel.spatialimages import HeaderDataError
 from vilam3_jax.data import content_keys, dicom
 from vilam3_jax.data.images import resize
 from vilam3_jax.data.intensity import (
+    DISPLAY_PERCENTILES,
     as_stored_values,
     percentile_limits,
     usable_values,
@@ -45,6 +46,7 @@ __all__ = [
     "window_to_uint8",
 ]
 
+AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 _SPACING_MM = (1e-4, 1e4)  # microscopes to whole-body scouts; anything else is a damaged header
 
 
@@ -83,10 +85,20 @@ class Volume:
         """Millimetres between voxels along the three axes, [3] float64."""
         return np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0))
 
-    @functools.cached_property
+    @property
     def limits(self) -> tuple[float, float]:
         """The 0.5 and 99.5 percentiles of the valid voxels, the display range where no window is known."""
-        return percentile_limits(self.voxels, self.valid)
+        return self.percentile_limits(DISPLAY_PERCENTILES)
+
+    def percentile_limits(self, percentiles: tuple[float, float]) -> tuple[float, float]:
+        """Two percentiles of the valid voxels; computed once for all slices of the volume."""
+        if percentiles not in self._known_limits:
+            self._known_limits[percentiles] = percentile_limits(self.voxels, self.valid, percentiles)
+        return self._known_limits[percentiles]
+
+    @functools.cached_property
+    def _known_limits(self) -> dict[tuple[float, float], tuple[float, float]]:
+        return {}
 
     @functools.cached_property
     def content_key(self) -> str:

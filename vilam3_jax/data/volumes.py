@@ -38,6 +38,7 @@ from vilam3_jax.paths import PathLike, as_path, check_passing, file_size
 
 __all__ = [
     "Volume",
+    "VolumeSource",
     "load_label_map",
     "load_volume",
     "percentile_limits",
@@ -104,6 +105,19 @@ class Volume:
     def content_key(self) -> str:
         """One key a scan, in any file format; see `content_keys.volume_key`."""
         return content_keys.volume_key(self.voxels, self.affine)
+
+
+@dataclasses.dataclass(frozen=True)
+class VolumeSource:
+    """Where a volume lies, and what its caller states of it; see `load_volume`."""
+
+    path: str
+    series: str | None = None
+    modality: str | None = None
+
+    def load(self, limits: Limits = DEFAULT_LIMITS) -> Volume:
+        """Reads the volume; raises what `load_volume` raises."""
+        return load_volume(self.path, modality=self.modality, series=self.series, limits=limits)
 
 
 def load_volume(

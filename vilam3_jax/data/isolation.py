@@ -1,0 +1,415 @@
+"""Decoding in a child process: a file that crashes, hangs or bloats a decoder costs one error message.
+
+Decoders of medical formats are C code that reads whatever a file says. `DecoderProcess` runs the readers of
+this package in a process of its own, with a limit on time and memory, and turns whatever happens there into a
+`UserError`. Requests and answers are frames of `expert_host`; arrays travel through an anonymous file in
+memory that both processes hold. The parent copies and never maps it, so the child cannot fault the parent.
+
+This protects a long-running process (a chat, an expert host) from accidents. It is not a sandbox: the child
+runs as the same user and can read what this user can read.
+
+This module imports neither jax nor flax nor torch. Run it as a program only through `DecoderProcess`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+
+from vilam3_jax.data import images, volumes
+from vilam3_jax.data.expert_host import FrameError, Message, read_frame, write_frame
+from vilam3_jax.data.intensity import InputWarning
+from vilam3_jax.data.limits import Limits
+from vilam3_jax.data.volumes import Volume
+from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.paths import PathLike, as_path
+
+DEFAULT_SECONDS = 60.0
+DEFAULT_MEMORY_BYTES = 8 << 30
+
+_START_SECONDS = 60.0
+_GRACE_SECONDS = 5.0  # after the parent's limit, the child ends by itself: its parent is gone
+_CHILD = (sys.executable, "-P", "-m", "vilam3_jax.data.isolation")
+# Everything else stays behind: tokens and credentials are passed in variables.
+_ENVIRONMENT = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PATH", "PYTHONPATH", "TMPDIR")
+# Thread pools reserve memory for each core, and one file at a time is decoded.
+_ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+_MAX_OPEN_FILES = 64
+
+
+class DecoderProcess:
+    """A child process that reads volumes and pictures. It starts at the first request and is reused.
+
+    After a crash, a time-out or a memory error, the next request starts a fresh one. Requests of several
+    threads are answered one at a time. Use as a context manager, or call `close`.
+    """
+
+    def __init__(
+        self,
+        *,
+        timeout: float = DEFAULT_SECONDS,
+        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        command: Sequence[str] = _CHILD,
+    ) -> None:
+        """Prepares a process.
+
+        Args:
+          timeout: seconds for one file; then the process is killed.
+          memory_bytes: what decoding may allocate beyond the interpreter and its libraries, and how large the
+            result may be. Enforced on Linux only.
+          command: how to start the child.
+        """
+        self._timeout = timeout
+        self._memory_bytes = memory_bytes
+        self._command = (*command,)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._store: IO[bytes] | None = None
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+
+    def load_volume(self, path: PathLike, **keywords: Any) -> Volume:
+        """`volumes.load_volume` in the child: same arguments, result, warnings and errors.
+
+        Raises:
+          UnavailableError: the disk fails, or the process cannot be started.
+          UserError: also if decoding takes too long, needs too much memory, or crashes the decoder. Names the
+            file. Paths of object stores are refused, because the child holds no credentials.
+        """
+        result = self._decode("volume", path, keywords)
+        if not isinstance(result, Volume):
+            raise TypeError(f"expected a Volume, got {type(result).__name__}")
+        return result
+
+    def load_picture(self, path: PathLike, **keywords: Any) -> np.ndarray:
+        """`images.load_film` in the child: same arguments, result, warnings and errors.
+
+        Returns:
+          [H, W, 3] uint8.
+
+        Raises:
+          UnavailableError: see `load_volume`.
+          UserError: see `load_volume`.
+        """
+        result = self._decode("picture", path, keywords)
+        if not isinstance(result, np.ndarray):
+            raise TypeError(f"expected an array, got {type(result).__name__}")
+        return result
+
+    def _decode(self, reader: str, path: PathLike, keywords: dict[str, Any]) -> Volume | np.ndarray:
+        path = as_path(path)
+        if "://" in str(path):
+            raise UserError(
+                f"{path}: a decoder process reads local files only; copy it to a local disk, or read it "
+                "without a decoder process"
+            )
+        request: Message = {
+            "id": next(self._numbers),
+            "reader": reader,
+            "path": os.fspath(path),
+            "seconds": self._timeout,
+            "keywords": {
+                key: dataclasses.asdict(value) if isinstance(value, Limits) else _plain(value)
+                for key, value in keywords.items()
+            },
+        }
+        with self._lock:
+            try:
+                answer = self._exchange(request)
+                result = None if "error" in answer else _unpacked(answer["result"], self._store)
+            except _ChildError as error:
+                self._stop()
+                raise UserError(
+                    f"{path}: {error}; the file is damaged or too large, export it again"
+                ) from None
+            except (FrameError, KeyError, TypeError, ValueError) as error:
+                self._stop()
+                raise UserError(
+                    f"{path}: the decoder gave an answer that makes no sense; the file is damaged, export it "
+                    "again"
+                ) from error
+            except OSError as error:
+                self._stop()
+                raise UnavailableError(
+                    f"{path}: the decoder process does not start ({error}); check the installation and the "
+                    "free memory"
+                ) from error
+        for text in answer["warnings"]:
+            warnings.warn(text, InputWarning, stacklevel=3)
+        if result is None:
+            raise (UnavailableError if answer["passing"] else UserError)(answer["error"])
+        return result
+
+    def _exchange(self, request: Message) -> Message:
+        if self._process is None or self._process.poll() is not None:
+            self._stop()
+            self._start()
+        answer = self._receive(request, self._timeout, f"decoding took more than {self._timeout:g} s")
+        if answer.get("id") != request["id"]:
+            raise FrameError("answer out of order")
+        if "out_of_memory" in answer:
+            raise _ChildError(f"decoding needs more than {self._memory_bytes / 2**30:.3g} GiB of memory")
+        return answer
+
+    def _start(self) -> None:
+        self._store = _anonymous_file()
+        number = self._store.fileno()
+        self._process = subprocess.Popen(
+            [*self._command, str(number), str(self._memory_bytes)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=_child_environment(),
+            pass_fds=(number,),
+            start_new_session=True,  # Ctrl-C is the parent's
+        )
+        try:
+            self._receive(None, _START_SECONDS, f"loading took more than {_START_SECONDS:g} s")
+        except _ChildError as error:
+            raise OSError(str(error)) from None
+
+    def _receive(self, request: Message | None, seconds: float, too_late: str) -> Message:
+        """Sends `request`, if any, and waits for a frame."""
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        timed_out = threading.Event()
+
+        def expire() -> None:
+            timed_out.set()
+            process.kill()
+
+        # The kill ends whichever of the two blocking calls is waiting.
+        timer = threading.Timer(seconds, expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            if request is not None:
+                write_frame(process.stdin, request)
+            answer = read_frame(process.stdout)
+        except BrokenPipeError:
+            answer = None
+        except FrameError:
+            if not timed_out.is_set():
+                raise
+            answer = None
+        finally:
+            timer.cancel()
+        if answer is not None and not timed_out.is_set():
+            return answer
+        if timed_out.is_set():
+            raise _ChildError(too_late)
+        raise _ChildError(_obituary(process))
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            for pipe in (self._process.stdin, self._process.stdout):
+                # A pipe to a dead process may still hold bytes that nobody will take.
+                with contextlib.suppress(OSError):
+                    pipe.close()  # type: ignore[union-attr]
+            self._process.wait()
+            self._process = None
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    def close(self) -> None:
+        """Ends the process."""
+        with self._lock:
+            self._stop()
+
+    def __enter__(self) -> DecoderProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _ChildError(Exception):
+    """What happened to the child, as a part of a sentence."""
+
+
+def _obituary(process: subprocess.Popen[bytes]) -> str:
+    """How a process ended that closed its pipe."""
+    try:
+        code = process.wait(timeout=_GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        return "the decoder stopped answering"
+    if code == -signal.SIGKILL:
+        return "the decoder was killed (signal 9), most likely because memory ran out"
+    if code < 0:
+        return f"the decoder crashed (signal {-code})"
+    return f"the decoder ended with exit code {code}"
+
+
+def _child_environment() -> dict[str, str]:
+    package = str(Path(__file__).parents[2])
+    kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    search = [package, *filter(None, [kept.get("PYTHONPATH")])]
+    return kept | _ONE_THREAD | {"PYTHONPATH": os.pathsep.join(search)}
+
+
+def _anonymous_file() -> IO[bytes]:
+    """A file without a name that holds the arrays of one answer, in memory where the system can."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("decoded"), "w+b", buffering=0)
+    return tempfile.TemporaryFile(buffering=0)
+
+
+def _packed(result: Volume | np.ndarray, store: IO[bytes]) -> Message:
+    """Describes `result` as msgpack values; its arrays go to `store`, one after the other."""
+    named = {"": result} if isinstance(result, np.ndarray) else _shallow_dict(result)
+    arrays = {key: value for key, value in named.items() if isinstance(value, np.ndarray)}
+    store.seek(0)
+    for array in arrays.values():
+        rest = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        while rest:
+            rest = rest[store.write(rest) :]
+    return {
+        "arrays": [[key, array.dtype.str, array.shape] for key, array in arrays.items()],
+        "fields": {key: _plain(value) for key, value in named.items() if key not in arrays},
+    }
+
+
+def _unpacked(message: Message, store: IO[bytes] | None) -> Volume | np.ndarray:
+    """The inverse of `_packed`; empties `store`.
+
+    Raises:
+      FrameError: sizes that disagree with what is stored.
+      KeyError, TypeError, ValueError: not what `_packed` wrote.
+    """
+    assert store is not None
+    left = os.fstat(store.fileno()).st_size
+    store.seek(0)
+    named: dict[str, Any] = {key: _tuples(value) for key, value in message["fields"].items()}
+    for key, code, shape in message["arrays"]:
+        dtype = np.dtype(code)
+        count = dtype.itemsize * int(np.prod([int(n) for n in shape], dtype=object))
+        if dtype.kind not in "biuf" or min(shape, default=0) < 0 or count > left:
+            raise FrameError(f"an array of {dtype} {shape} does not fit {left} bytes")
+        left -= count
+        array = np.empty(shape, dtype)
+        rest = array.reshape(-1).view(np.uint8).data
+        while rest:
+            got = store.readinto(rest)  # type: ignore[attr-defined]
+            if not got:
+                raise FrameError("array cut short")
+            rest = rest[got:]
+        named[key] = array
+    store.truncate(0)
+    return named[""] if "" in named else Volume(**named)
+
+
+def _shallow_dict(volume: Volume) -> dict[str, Any]:
+    return {field.name: getattr(volume, field.name) for field in dataclasses.fields(volume)}
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers as Python's, which msgpack can write."""
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples, which msgpack does not tell apart."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _serve(requests: IO[bytes], answers: IO[bytes], store: IO[bytes]) -> None:
+    """Answers requests until the parent closes the pipe."""
+    write_frame(answers, {"ready": True})
+    while (request := read_frame(requests)) is not None:
+        signal.setitimer(signal.ITIMER_REAL, request["seconds"] + _GRACE_SECONDS)
+        answer = _answer(request, store)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        write_frame(answers, answer)
+
+
+def _answer(request: Message, store: IO[bytes]) -> Message:
+    path, keywords = request["path"], {key: _tuples(value) for key, value in request["keywords"].items()}
+    if "limits" in keywords:
+        keywords["limits"] = Limits(**keywords["limits"])
+    read = volumes.load_volume if request["reader"] == "volume" else images.load_film
+    answer: Message = {"id": request["id"]}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            answer["result"] = _packed(read(path, **keywords), store)
+        except MemoryError:
+            answer["out_of_memory"] = True
+        except UserError as error:
+            answer |= {"error": str(error), "passing": isinstance(error, UnavailableError)}
+        except Exception as error:
+            # Without its text, which may quote the file.
+            reason = f"{type(error).__name__} in the reader"
+            answer |= {
+                "error": f"{path}: cannot be decoded ({reason}); the file is damaged, export it again",
+                "passing": False,
+            }
+    # What libraries warn of may quote the file.
+    answer["warnings"] = [str(w.message) for w in caught if issubclass(w.category, InputWarning)]
+    return answer
+
+
+def _limit_resources(memory_bytes: int) -> None:
+    """Bounds what this process may allocate, write and open from now on."""
+    wanted = {
+        resource.RLIMIT_AS: _address_space() + memory_bytes,
+        resource.RLIMIT_FSIZE: memory_bytes,
+        resource.RLIMIT_NOFILE: _MAX_OPEN_FILES,
+        resource.RLIMIT_CORE: 0,
+    }
+    for kind, most in wanted.items():
+        hard = resource.getrlimit(kind)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        with contextlib.suppress(ValueError, OSError):  # a system without this limit, such as macOS
+            resource.setrlimit(kind, (most, most))
+
+
+def _address_space() -> int:
+    """Bytes of address space in use; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """The child: answers requests on its standard input.
+
+    Args:
+      argv: number of the open file that takes arrays, and bytes of memory that decoding may allocate.
+
+    Returns:
+      Exit code 0, once the parent has closed the pipe.
+    """
+    store_number, memory_bytes = (int(word) for word in argv)
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    # Decoders print to standard output and error, and what they print may quote the file.
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(nothing, number)
+    _limit_resources(memory_bytes)
+    with requests, answers, os.fdopen(store_number, "r+b", buffering=0) as store:
+        _serve(requests, answers, store)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,371 @@
+"""DICOM headers: recognised by content, bounded, and reduced to what reading an image needs.
+
+Nothing that identifies a patient is read: elements outside the lists below are skipped in the file. The lists
+hold no names, dates of birth, descriptions, comments or private elements. Acquisition times and the patient's
+weight are in them, because standardized uptake values are computed from them; they belong in no message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from typing import IO, Any, cast
+
+import pydicom
+from etils import epath
+from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
+from pydicom.dataelem import RawDataElement
+from pydicom.dataset import FileMetaDataset
+from pydicom.filereader import read_partial
+from pydicom.uid import DeflatedExplicitVRLittleEndian, MediaStorageDirectoryStorage
+from pydicom.valuerep import VR
+
+from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
+from vilam3_jax.errors import UserError
+from vilam3_jax.paths import PathLike, as_path, check_passing, file_size
+
+_META = """
+    MediaStorageSOPClassUID MediaStorageSOPInstanceUID TransferSyntaxUID
+"""
+_OBJECT = """
+    SpecificCharacterSet ImageType SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID
+    FrameOfReferenceUID Modality Manufacturer ManufacturerModelName BodyPartExamined PatientPosition
+    ViewPosition ImageLaterality Laterality PatientOrientation AnatomicRegionSequence CodeValue
+    CodingSchemeDesignator SeriesNumber AcquisitionNumber InstanceNumber ConversionType BurnedInAnnotation
+    RecognizableVisualFeatures ContentLabel LossyImageCompression LossyImageCompressionMethod
+"""
+_GEOMETRY = """
+    ImagePositionPatient ImageOrientationPatient PixelSpacing ImagerPixelSpacing
+    NominalScannedPixelSpacing PixelSpacingCalibrationType EstimatedRadiographicMagnificationFactor
+    PixelAspectRatio SliceThickness SpacingBetweenSlices SliceLocation GantryDetectorTilt
+    VolumetricProperties VolumeBasedCalculationTechnique
+"""
+_ACQUISITION = """
+    ScanningSequence SequenceVariant ScanOptions MRAcquisitionType SequenceName EchoTime EchoNumbers
+    RepetitionTime InversionTime FlipAngle ImagingFrequency DiffusionBValue DiffusionGradientOrientation
+    TemporalPositionIdentifier NumberOfTemporalPositions TemporalPositionIndex TriggerTime
+    NominalPercentageOfCardiacPhase StackID InStackPositionNumber ConvolutionKernel KVP FrameTime
+    FrameTimeVector CineRate RecommendedDisplayFrameRate StartTrim StopTrim PhaseNumber
+    ComplexImageComponent AcquisitionContrast FrameReferenceTime ActualFrameDuration NumberOfSlices
+    NumberOfTimeSlices SeriesType Units CountsSource DecayCorrection DecayFactor CorrectedImage SUVType
+    RandomsCorrectionMethod ReconstructionMethod AttenuationCorrectionMethod ScatterCorrectionMethod
+    SeriesDate SeriesTime AcquisitionDate AcquisitionTime AcquisitionDateTime ContentDate ContentTime
+    PatientWeight RadiopharmaceuticalInformationSequence RadionuclideTotalDose RadionuclideHalfLife
+    RadiopharmaceuticalStartTime RadiopharmaceuticalStartDateTime
+"""
+_PIXEL_DESCRIPTION = """
+    SamplesPerPixel PhotometricInterpretation PlanarConfiguration NumberOfFrames FrameIncrementPointer
+    Rows Columns BitsAllocated BitsStored HighBit PixelRepresentation SmallestImagePixelValue
+    LargestImagePixelValue PixelPaddingValue PixelPaddingRangeLimit RescaleIntercept RescaleSlope
+    RescaleType WindowCenter WindowWidth VOILUTFunction PresentationLUTShape PixelIntensityRelationship
+    PixelIntensityRelationshipSign PixelPresentation QualityControlImage
+"""
+_DIMENSIONS = """
+    DimensionOrganizationType DimensionIndexSequence DimensionIndexPointer FunctionalGroupPointer
+    ConcatenationUID InConcatenationNumber InConcatenationTotalNumber ConcatenationFrameOffsetNumber
+"""
+_FUNCTIONAL_GROUPS = """
+    SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence FrameContentSequence
+    FrameAcquisitionNumber DimensionIndexValues PlanePositionSequence PlaneOrientationSequence
+    PixelMeasuresSequence PixelValueTransformationSequence FrameVOILUTSequence FrameAnatomySequence
+    FrameLaterality MRImageFrameTypeSequence CTImageFrameTypeSequence PETFrameTypeSequence
+    XRay3DFrameTypeSequence FrameType MRDiffusionSequence DiffusionDirectionality
+    DiffusionGradientDirectionSequence MREchoSequence EffectiveEchoTime
+    MRTimingAndRelatedParametersSequence CardiacSynchronizationSequence NominalCardiacTriggerDelayTime
+    TemporalPositionSequence TemporalPositionTimeOffset CTAcquisitionDetailsSequence CTPositionSequence
+    FrameReferenceDateTime FrameAcquisitionDateTime FrameAcquisitionDuration SegmentIdentificationSequence
+    ReferencedSegmentNumber RealWorldValueMappingSequence
+"""
+_PIXELS = """
+    PixelData FloatPixelData DoubleFloatPixelData ExtendedOffsetTable ExtendedOffsetTableLengths
+    FloatPixelPaddingValue FloatPixelPaddingRangeLimit DoubleFloatPixelPaddingValue
+    DoubleFloatPixelPaddingRangeLimit ModalityLUTSequence ModalityLUTType VOILUTSequence
+    PresentationLUTSequence LUTDescriptor LUTData RedPaletteColorLookupTableDescriptor
+    GreenPaletteColorLookupTableDescriptor BluePaletteColorLookupTableDescriptor
+    RedPaletteColorLookupTableData GreenPaletteColorLookupTableData BluePaletteColorLookupTableData
+    SegmentedRedPaletteColorLookupTableData SegmentedGreenPaletteColorLookupTableData
+    SegmentedBluePaletteColorLookupTableData PaletteColorLookupTableUID
+"""
+
+
+def _tags(*lists: str) -> frozenset[int]:
+    tags = {keyword: tag_for_keyword(keyword) for keyword in " ".join(lists).split()}
+    unknown = [keyword for keyword, tag in tags.items() if tag is None]
+    assert not unknown, unknown
+    return frozenset(cast(dict[str, int], tags).values())
+
+
+_META_TAGS = _tags(_META)
+_HEADER_TAGS = _tags(_OBJECT, _GEOMETRY, _ACQUISITION, _PIXEL_DESCRIPTION, _DIMENSIONS)
+_FRAME_TAGS = _HEADER_TAGS | _tags(_FUNCTIONAL_GROUPS)
+_OVERLAY_ROWS = frozenset(0x60000010 + (plane << 17) for plane in range(16))
+_DATASET_TAGS = _FRAME_TAGS | _tags(_PIXELS) | _OVERLAY_ROWS
+_SEQUENCE_TAGS = frozenset(
+    tag for tag in _DATASET_TAGS if dictionary_has_tag(tag) and dictionary_VR(tag) == "SQ"
+)
+# These may be long; any other value is a few numbers or words.
+_LONG_TAGS = _tags(_PIXELS)
+_MAX_VALUE_BYTES = 1 << 16
+
+_HEAD_BYTES = 1024
+_DIRECTORY_RECORDS = 0x00041220
+_FUNCTIONAL_GROUP = 0x5200
+_PIXEL_GROUP = 0x7FE0
+
+# What one element or item costs, pydicom reads at most three times for it.
+_MAX_HEADER_READS = 1_000_000
+_MAX_FRAME_READS = 12_000_000
+_MAX_HEADER_BYTES = 64 << 20
+_MAX_FRAME_HEADER_BYTES = 512 << 20
+
+_Stop = Callable[[int, str | None, int], bool]
+_VALUE_REPRESENTATIONS = frozenset(str(vr).encode() for vr in VR if len(str(vr)) == 2)
+
+
+@contextlib.contextmanager
+def naming(path: PathLike) -> Iterator[None]:
+    """Turns damage of any kind into one line that names `path`, and silences pydicom's warnings.
+
+    The warnings quote values of the file, which may identify a patient.
+
+    Raises:
+      UnavailableError: the disk or the network fails.
+      UserError: anything else that the block raises.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"pydicom\.")
+            yield
+    except UserError:
+        raise
+    except RecursionError as error:
+        raise UserError(
+            f"{path}: damaged DICOM data (sequences nested too deeply); export it again"
+        ) from error
+    except MemoryError as error:
+        raise UserError(
+            f"{path}: damaged DICOM data (needs more memory than there is); export it again"
+        ) from error
+    except Exception as error:  # pydicom and its decoders let through whatever a damaged byte leads to
+        check_passing(path, error)
+        raise UserError(f"{path}: damaged DICOM data ({short(error)}); export it again") from error
+
+
+def short(error: BaseException) -> str:
+    """What a library's error says, as a part of one line: no line breaks, object addresses or long values."""
+    text = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "an object", " ".join(str(error).split()))
+    return f"{text:.160}" if text else type(error).__name__
+
+
+def is_directory(header: pydicom.Dataset) -> bool:
+    """Whether a header is a DICOMDIR's, which lists other files and has no pixels."""
+    named = header.file_meta.get("MediaStorageSOPClassUID") or header.get("SOPClassUID")
+    return named == MediaStorageDirectoryStorage
+
+
+def read_header(
+    path: PathLike, *, limits: Limits = DEFAULT_LIMITS, frames: bool = False
+) -> pydicom.Dataset | None:
+    """Reads what describes the image, without its pixels.
+
+    Args:
+      path: any file. DICOM is recognised by content: with its preamble, or without it (old archives) by the
+        first elements, in implicit or explicit VR, little or big endian. The suffix does not matter.
+      limits: `nesting` bounds sequences; lengths and the number of elements have bounds of their own.
+      frames: also the functional groups of a multi-frame object (shared and per frame).
+
+    Returns:
+      The elements of the allow-list, with `file_meta`; None if the file is not DICOM. A DICOMDIR yields a
+      header too, see `is_directory`.
+
+    Raises:
+      UnavailableError: the disk or the network fails.
+      UserError: no such file, or a damaged header.
+    """
+    tags = _FRAME_TAGS if frames else _HEADER_TAGS
+    last = _PIXEL_GROUP if frames else _FUNCTIONAL_GROUP
+
+    def stop(tag: int, vr: str | None, length: int) -> bool:
+        return tag >> 16 >= last or tag == _DIRECTORY_RECORDS
+
+    reads = _MAX_FRAME_READS if frames else _MAX_HEADER_READS
+    size = _MAX_FRAME_HEADER_BYTES if frames else _MAX_HEADER_BYTES
+    return _read(path, tags, stop, reads, size, limits)
+
+
+def read_dataset(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> pydicom.Dataset:
+    """Reads a whole image, pixels as stored included: the elements of the allow-list, for `pixels`.
+
+    Raises:
+      UnavailableError: the disk or the network fails.
+      UserError: no such file, not DICOM, larger than `limits.file_bytes`, or damaged.
+    """
+    size = file_size_of(path)
+    if size > limits.file_bytes:
+        raise UserError(
+            f"{path}: {size} bytes, more than the limit of {limits.file_bytes}; split it or raise the limit"
+        )
+    dataset = _read(path, _DATASET_TAGS, None, _MAX_FRAME_READS, limits.decoded_bytes, limits)
+    if dataset is None:
+        raise UserError(f"{path}: not a DICOM file; check what it is")
+    return dataset
+
+
+def file_size_of(path: PathLike) -> int:
+    """Size of a file in bytes; a `UserError` that names it where it is missing."""
+    try:
+        return file_size(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise UserError(f"{path}: no such file; check the path") from error
+    except OSError as error:
+        check_passing(path, error)
+        raise UserError(f"{path}: cannot be read ({short(error)}); check the path") from error
+
+
+def _read(
+    path: PathLike, tags: frozenset[int], stop: _Stop | None, max_reads: int, max_bytes: int, limits: Limits
+) -> pydicom.Dataset | None:
+    path = as_path(path)
+    with naming(path), _opened(path) as stored:
+        head = stored.read(_HEAD_BYTES)
+        if not _looks_like_dicom(head):
+            return None
+        file, meta = _inflated(stored, head, max_bytes)
+        file.seek(0)
+        guard = _Guard(file, max_reads, max_bytes)
+        read = read_partial(
+            cast(Any, guard), cast(Any, stop), force=True, specific_tags=cast(Any, list(tags))
+        )
+        dataset = pydicom.Dataset(read)  # without the file, which a FileDataset keeps open
+        encoding = read.original_encoding
+        dataset.set_original_encoding(encoding[0], encoding[1], read.original_character_set)
+        dataset.file_meta = read.file_meta if meta is None else meta
+        for tag in set(dataset.file_meta.keys()) - _META_TAGS:
+            del dataset.file_meta[tag]
+        if guard.tell() > guard.size or _cut_short(dataset):
+            raise UserError(f"{path}: ends inside an element; the file is cut short, fetch it again")
+        _reduce(dataset, tags, limits.nesting)
+        with_preamble = head[128:132] == b"DICM"
+        if not (with_preamble or "SOPClassUID" in dataset or "Rows" in dataset):
+            return None
+        return dataset
+
+
+@contextlib.contextmanager
+def _opened(path: epath.Path) -> Iterator[IO[bytes]]:
+    file_size_of(path)  # says in our words what is missing
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        check_passing(path, error)
+        raise UserError(f"{path}: cannot be read ({short(error)}); check the path") from error
+    with file:
+        yield cast(IO[bytes], file)
+
+
+class _Guard:
+    """A file that pydicom may read: as often, and as much at once, as the bounds allow."""
+
+    def __init__(self, file: IO[bytes], max_reads: int, max_bytes: int) -> None:
+        self._read = file.read
+        self._reads_left = max_reads
+        self._max_bytes = max_bytes
+        position = file.tell()
+        self.size = file.seek(0, io.SEEK_END)
+        file.seek(position)
+        self.tell = file.tell
+        self.seek = file.seek
+
+    def read(self, count: int = -1) -> bytes:
+        self._reads_left -= 1
+        if self._reads_left < 0:
+            raise ValueError("more elements than any header has")
+        if count > 8192 or count < 0:
+            rest = max(self.size - self.tell(), 0)
+            count = rest if count < 0 else min(count, rest)
+            if count > self._max_bytes:
+                raise ValueError(f"an element of {count} bytes in the header")
+        return self._read(count)
+
+
+def _looks_like_dicom(head: bytes) -> bool:
+    if head[128:132] == b"DICM":
+        return True
+    return any(_plausible_start(head, order) for order in "<>")
+
+
+def _plausible_start(head: bytes, order: str) -> bool:
+    """Whether a file without a preamble starts with two elements of groups 0002 or 0008, in their order."""
+    place, previous = 0, -1
+    for _ in range(2):
+        if place + 12 > len(head):
+            return False
+        group, element, vr, length = struct.unpack_from(f"{order}HH2sH", head, place)
+        tag = group << 16 | element
+        if group not in (0x0002, 0x0008) or tag <= previous or not (element == 0 or dictionary_has_tag(tag)):
+            return False
+        if vr in _VALUE_REPRESENTATIONS:
+            place += 8
+        elif order == "<":
+            (length,) = struct.unpack_from("<L", head, place + 4)
+            place += 8
+        else:
+            return False
+        if length > 256:
+            return False
+        place, previous = place + length, tag
+    return True
+
+
+def _inflated(file: IO[bytes], head: bytes, max_bytes: int) -> tuple[IO[bytes], FileMetaDataset | None]:
+    """The data set of a deflated file and its meta information; any other file as it is, and None.
+
+    pydicom would inflate without a bound.
+    """
+    if str(DeflatedExplicitVRLittleEndian).encode() not in head or head[128:138] != b"DICM\2\0\0\0UL":
+        return file, None
+    (length,) = struct.unpack_from("<L", head, 140)
+    start = 144 + length
+    file.seek(0)
+    meta = pydicom.dcmread(io.BytesIO(file.read(min(start, _MAX_VALUE_BYTES)))).file_meta
+    if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+        return file, None
+    file.seek(start)
+    inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), max_bytes)
+    return io.BytesIO(inflated), meta
+
+
+def _cut_short(dataset: pydicom.Dataset) -> bool:
+    values = (dataset.get_item(tag) for tag in list(dataset.keys()))  # to iterate over it would decode all
+    return any(
+        isinstance(raw, RawDataElement) and raw.value is not None and len(raw.value) < raw.length < 0xFFFFFFFF
+        for raw in values
+    )
+
+
+def _reduce(item: pydicom.Dataset, tags: frozenset[int], nesting: int) -> None:
+    """Removes from `item` and its sequences, in place, all that is not in `tags`."""
+    if nesting < 0:
+        raise ValueError("sequences nested too deeply")
+    for tag in list(item.keys()):
+        if tag not in tags:
+            del item[tag]
+            continue
+        raw = item.get_item(tag)
+        is_raw = isinstance(raw, RawDataElement)
+        if is_raw and raw.VR != "SQ" and tag not in _SEQUENCE_TAGS:
+            if raw.value is not None and len(raw.value) > _MAX_VALUE_BYTES and tag not in _LONG_TAGS:
+                raise ValueError(f"an element of {len(raw.value)} bytes in the header")
+            continue
+        element = item[tag]
+        if element.VR != "SQ":
+            if tag in _SEQUENCE_TAGS:
+                del item[tag]
+            continue
+        for child in cast(Any, element.value) or ():
+            _reduce(child, tags, nesting - 1)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from ml_collections import ConfigDict
 from vilam3_jax.configs.models.parts import llms, towers
 
+from vilam3_jax.data.preprocessing import Preprocessing, preset_windows
 from vilam3_jax.data.text_rules import TextRules
 from vilam3_jax.errors import UserError
 
@@ -16,9 +17,10 @@ def get(spec: str) -> ConfigDict:
     """Returns the `model` section of a size, with parts swapped if asked for.
 
     Args:
-      spec: `NAME`, or `NAME,tower=TOWER,llm=LLM,projector=TYPE,template=TEMPLATE,text=RULES` with any of the
-        five; towers and LLMs are those of `parts.towers` and `parts.llms`, RULES is clean, as_trained or one
-        rule (`spaces=as_trained`), see `vilam3_jax.data.text_rules`.
+      spec: `NAME`, or `NAME,tower=TOWER,llm=LLM,projector=TYPE,template=TEMPLATE,text=RULES,windows=PRESET`
+        with any of the six; towers and LLMs are those of `parts.towers` and `parts.llms`, RULES is clean,
+        as_trained or one rule (`spaces=as_trained`), see `vilam3_jax.data.text_rules`, PRESET is one of
+        `vilam3_jax.data.intensity.CT_WINDOWS`.
 
     Raises:
       UserError: an unknown name; lists those there are.
@@ -29,6 +31,7 @@ def get(spec: str) -> ConfigDict:
         raise UserError(f"model {name!r}: unknown; known sizes are {', '.join(known)}")
     model = importlib.import_module(f"{__name__}.{name}").get_model()
     model.text = ConfigDict(dataclasses.asdict(TextRules()))
+    model.preprocessing = ConfigDict(dataclasses.asdict(Preprocessing()))
     for swap in swaps:
         _swap(model, swap)
     return model
@@ -77,8 +80,10 @@ def _swap(model: ConfigDict, swap: str) -> None:
         model.template = name
     elif part == "text":
         model.text = ConfigDict(dataclasses.asdict(TextRules().changed(name)))
+    elif part == "windows":
+        model.preprocessing.ct_windows = preset_windows(name)
     else:
-        raise UserError(f"model part {swap!r}: use tower=, llm=, projector=, template= or text=")
+        raise UserError(f"model part {swap!r}: use tower=, llm=, projector=, template=, text= or windows=")
 
 
 def _part(makers: Mapping[str, Callable[[], ConfigDict]], part: str, name: str) -> ConfigDict:

@@ -12,6 +12,7 @@ from vilam3_jax.config import ConfigDict, image_layout
 from vilam3_jax.convert.huggingface import licence, open_intern_vit, open_llama, open_siglip
 from vilam3_jax.convert.safetensors_files import SafetensorsFolder, read_config
 from vilam3_jax.convert.sources import Checkpoint, Source, projector_rules
+from vilam3_jax.data.preprocessing import Preprocessing
 from vilam3_jax.data.templates import TEMPLATES
 from vilam3_jax.data.text_rules import TextRules
 from vilam3_jax.data.tokenizer import Tokenizer
@@ -58,6 +59,7 @@ def open_vila(folder: Path, tokenizer: Tokenizer | None = None) -> Checkpoint:
         **images,
         "template": _own(root, "template", TEMPLATES, config_file) or _template(llm, tokenizer),
         "text": dataclasses.asdict(_text_rules(root, llm, config_file)),
+        "preprocessing": dataclasses.asdict(_preprocessing(root, config_file)),
         "tokenizer": "",
         "dtype": "bfloat16",
         "remat": "none",
@@ -113,6 +115,7 @@ def vila_folder_config(
         "vilam3_jax": {
             "template": model["template"],
             "text": dataclasses.asdict(TextRules.of(model.get("text"))),
+            "preprocessing": dataclasses.asdict(Preprocessing.of(model.get("preprocessing"))),
             "token_order": model["projector"]["token_order"],
         },
     }
@@ -127,6 +130,15 @@ def _text_rules(root: Mapping[str, Any], llm: Source, where: Path) -> TextRules:
         return TextRules.of(said.get("text"))
     except (TypeError, ValueError, UserError) as error:
         raise UserError(f"{where}: vilam3_jax.text: {error}") from error
+
+
+def _preprocessing(root: Mapping[str, Any], where: Path) -> Preprocessing:
+    """VILA's own folders state none; VILA-M3's window is the default."""
+    said = root.get("vilam3_jax")
+    try:
+        return Preprocessing.of(said.get("preprocessing") if isinstance(said, dict) else None)
+    except (TypeError, ValueError, UserError) as error:
+        raise UserError(f"{where}: vilam3_jax.preprocessing: {error}") from error
 
 
 def _image_end(root: Mapping[str, Any], llm: Source, where: Path) -> str:

@@ -15,6 +15,7 @@ from vilam3_jax.config import image_layout
 from vilam3_jax.data.examples import IMAGE_MARKER, Turn
 from vilam3_jax.data.images import pad_to_square, resize, resize_to
 from vilam3_jax.data.packing import NO_GRID
+from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
 from vilam3_jax.data.templates import Encoded
 
 Grid = tuple[int, int]  # rows, columns
@@ -27,8 +28,8 @@ _BACKGROUND = {"siglip": (127, 127, 127), "intern_vit": (123, 116, 103)}
 class ImageProcessor:
     """One model's way of preparing pictures; made by `image_processor`.
 
-    A picture is kept as `ImageReader(processor.kept_size)` gives it, experts draw on that, `inputs` makes of
-    it what the model takes, and `expand` and `merge` make room for that in the text.
+    An `ImageReader` reads a picture by `kept_size` and `preprocessing`, experts draw on that, `inputs` makes
+    of it what the model takes, and `expand` and `merge` make room for that in the text.
 
     Attributes:
       mode: one of `config.IMAGE_MODES`.
@@ -36,6 +37,7 @@ class ImageProcessor:
       background: RGB around a picture that is no square ('pad').
       max_tiles: most tiles of a picture ('dynamic', 'dynamic_s2').
       sides: tiles along a side of each scale ('dynamic_s2'); the last says the fewest tiles of a grid.
+      preprocessing: how scans become pictures before any of this.
     """
 
     mode: str
@@ -43,6 +45,7 @@ class ImageProcessor:
     background: tuple[int, int, int] = (127, 127, 127)
     max_tiles: int = 1
     sides: tuple[int, ...] = ()
+    preprocessing: Preprocessing = DEFAULT_PREPROCESSING
 
     @property
     def max_inputs(self) -> int:
@@ -217,13 +220,17 @@ def image_processor(model: Any, *, pairs: bool = False) -> ImageProcessor:
       pairs: for contrastive training, where a picture is one input of the tower's own size.
 
     Raises:
-      UserError: see `image_layout`.
+      UserError: see `image_layout` and `Preprocessing`.
     """
     layout = image_layout(model)
+    preprocessing = Preprocessing.of(model.get("preprocessing"))
     background = _BACKGROUND[model.vision_tower.type]
     if pairs:
-        return ImageProcessor("pad" if layout.mode == "pad" else "resize", layout.tile_size, background)
+        mode = "pad" if layout.mode == "pad" else "resize"
+        return ImageProcessor(mode, layout.tile_size, background, preprocessing=preprocessing)
     sides = ()
     if layout.mode == "dynamic_s2":
         sides = tuple(scale // layout.tile_size for scale in layout.scales)
-    return ImageProcessor(layout.mode, layout.input_size, background, layout.max_tiles, sides)
+    return ImageProcessor(
+        layout.mode, layout.input_size, background, layout.max_tiles, sides, preprocessing=preprocessing
+    )

@@ -1,0 +1,198 @@
+"""How a model sees scans: windows, channels, planes. A part of the model config, so that exports carry it.
+
+Training and inference both make pictures here. A window is chosen by the modality that a file, a data set or
+the caller states, never by voxel values; without a stated modality a volume is shown between percentiles.
+
+This module imports neither jax nor flax nor torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vilam3_jax.data.images import resize
+from vilam3_jax.data.intensity import CT_WINDOWS, DISPLAY_PERCENTILES, window_to_uint8
+from vilam3_jax.data.stored_volume import UNKNOWN
+from vilam3_jax.data.volumes import AXES, Volume, slice_2d
+from vilam3_jax.errors import UserError
+
+Window = tuple[float, float]
+_CHANNELS = ("red", "green", "blue")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """The `preprocessing` section of a model config.
+
+    Attributes:
+      ct_windows: (centre, width) in HU: one is shown as grey, three as red, green and blue; see
+        `intensity.CT_WINDOWS` for presets.
+      percentiles: of the whole volume, black and white of every volume that is not a CT.
+      alpha: what is made of transparent pictures, see `images.decode_image`.
+      orientation: of the volume that is cut into slices; only RAS is implemented.
+      plane: which slices inference shows if the caller names none: axial, coronal or sagittal.
+      slice: which of them: only "middle" is implemented.
+      modalities: DICOM's codes of what the model was trained on; empty: not stated, nothing is checked.
+      spacing: smallest and largest voxel spacing in mm of the training volumes; empty: not stated. Slices are
+        not resampled.
+    """
+
+    ct_windows: tuple[Window, ...] = CT_WINDOWS["soft_tissue"]
+    percentiles: tuple[float, float] = DISPLAY_PERCENTILES
+    alpha: str = "white"
+    orientation: str = "RAS"
+    plane: str = "axial"
+    slice: str = "middle"
+    modalities: tuple[str, ...] = ()
+    spacing: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if problem := _problem(self):
+            raise UserError(f"config model.preprocessing.{problem}")
+
+    @classmethod
+    def of(cls, section: Any) -> Preprocessing:
+        """Reads a `config.model.preprocessing`; the defaults where it is absent, as in older exports.
+
+        Raises:
+          UserError: an unknown key or an impossible value.
+        """
+        section = dict(section or {})
+        unknown = section.keys() - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise UserError(f"config model.preprocessing.{min(unknown)}: unknown key")
+        return cls(**{key: _tuples(value) for key, value in section.items()})
+
+    def windows(self, volume: Volume, window: Window | None = None) -> tuple[Window, ...]:
+        """The windows that show a volume: `window` if given, those of CT for a CT, () for percentiles."""
+        if window is not None:
+            return (window,)
+        return self.ct_windows if volume.modality == "CT" else ()
+
+    def slice_picture(
+        self, volume: Volume, axis: int, index: int, window: Window | None = None, size: int | None = None
+    ) -> np.ndarray:
+        """One slice as a picture: display orientation, windowed, resized without keeping the aspect ratio.
+
+        Args:
+          volume: the scan.
+          axis: see `volumes.slice_2d`.
+          index: see `volumes.slice_2d`.
+          window: (centre, width) in voxel units instead of the model's own.
+          size: side of the result in pixels; None: a pixel for each voxel.
+
+        Returns:
+          [size, size, 3] uint8, or [h, w, 3]. Voxels that measure nothing are black.
+
+        Raises:
+          UserError: `axis` or `index` outside the volume.
+        """
+        plane = slice_2d(volume.voxels, axis, index)
+        windows = self.windows(volume, window)
+        if windows:
+            channels = [window_to_uint8(plane, shown) for shown in windows]
+        else:
+            channels = [window_to_uint8(plane, None, volume.percentile_limits(self.percentiles))]
+        picture = np.stack(channels * (3 // len(channels)), axis=-1)
+        if volume.valid is not None:
+            picture[~slice_2d(volume.valid, axis, index)] = 0
+        return picture if size is None else resize(picture, size)
+
+    def describe(self, volume: Volume, window: Window | None = None) -> str:
+        """How `slice_picture` shows a volume, for people: "window 50, 400"."""
+        windows = self.windows(volume, window)
+        texts = [f"{centre:g}, {width:g}" for centre, width in windows]
+        if len(texts) == 1:
+            return f"window {texts[0]}"
+        if texts:
+            return "windows " + "; ".join(
+                f"{text} as {colour}" for text, colour in zip(texts, _CHANNELS, strict=True)
+            )
+        low, high = self.percentiles
+        return f"between its {low:g} and {high:g} percentiles"
+
+    def notes(self, modality: str, volume: Volume | None = None, window: Window | None = None) -> list[str]:
+        """What a reader of the answer must know about the input.
+
+        Args:
+          modality: of the image, as stated, or "unknown".
+          volume: the scan, if the image is a slice of one.
+          window: the window that the caller chose, if any.
+
+        Returns:
+          Sentences; empty if the input is of the kind that the model was trained on.
+        """
+        notes = []
+        if modality == UNKNOWN:
+            if volume is not None and window is None:
+                notes.append(
+                    f"The file states no modality, so the volume is shown {self.describe(volume)}; state the "
+                    "modality if you know it."
+                )
+        elif self.modalities and modality not in self.modalities:
+            known = ", ".join(self.modalities)
+            notes.append(f"The image is {modality}, but this model was trained on {known}.")
+        if volume is not None and self.spacing:
+            low, high = self.spacing
+            if volume.spacing.min() < low or volume.spacing.max() > high:
+                found = " x ".join(f"{value:.3g}" for value in volume.spacing)
+                notes.append(
+                    f"The voxel spacing is {found} mm, but the model was trained on {low:g} to {high:g} mm."
+                )
+        return notes
+
+
+def preset_windows(name: str) -> tuple[Window, ...]:
+    """The CT windows of a preset.
+
+    Raises:
+      UserError: an unknown preset; lists those there are.
+    """
+    if name not in CT_WINDOWS:
+        raise UserError(f"CT windows {name!r}: unknown; presets are {', '.join(sorted(CT_WINDOWS))}")
+    return CT_WINDOWS[name]
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _problem(rules: Preprocessing) -> str | None:
+    windows = rules.ct_windows
+    pairs = isinstance(windows, tuple) and all(_numbers(window, 2) for window in windows)
+    if not pairs or len(windows) not in (1, 3) or not all(width > 0 for _, width in windows):
+        return (
+            f"ct_windows={windows!r}: give one or three windows of (centre, width > 0), such as "
+            "((50.0, 400.0),)"
+        )
+    if not _numbers(rules.percentiles, 2) or not 0 <= rules.percentiles[0] < rules.percentiles[1] <= 100:
+        return f"percentiles={rules.percentiles!r}: give two rising numbers from 0 to 100"
+    for key, known in (
+        ("alpha", ("white", "ignore")),
+        ("orientation", ("RAS",)),
+        ("plane", tuple(AXES)),
+        ("slice", ("middle",)),
+    ):
+        if getattr(rules, key) not in known:
+            return f"{key}={getattr(rules, key)!r}: use {' or '.join(known)}"
+    if not all(isinstance(code, str) and code.isupper() for code in rules.modalities):
+        return f"modalities={rules.modalities!r}: give DICOM's codes, such as ('CT', 'MR')"
+    if rules.spacing and not (_numbers(rules.spacing, 2) and 0 < rules.spacing[0] <= rules.spacing[1]):
+        return f"spacing={rules.spacing!r}: give the smallest and the largest in mm, or ()"
+    return None
+
+
+def _numbers(values: Sequence[Any], count: int) -> bool:
+    return (
+        isinstance(values, tuple)
+        and len(values) == count
+        and all(isinstance(v, numbers.Real) and not isinstance(v, bool) and np.isfinite(v) for v in values)
+    )
+
+
+DEFAULT_PREPROCESSING = Preprocessing()

@@ -1,32 +1,75 @@
-"""NRRD volumes."""
+"""NRRD volumes, with their voxels in the same file or in one beside it.
+
+Format: https://teem.sourceforge.net/nrrd/format.html. The header is parsed here: pynrrd takes key/value pairs
+for fields, truncates fractional sizes, follows data files into other folders and raises IndexError for an
+empty field.
+"""
 
 from __future__ import annotations
 
 import bz2
+import dataclasses
 import gzip
-import io
-from typing import IO
+import math
+import re
+from typing import IO, cast
 
-import nrrd
 import numpy as np
+from etils import epath
 
 from vilam3_jax.data.limits import Limits
-from vilam3_jax.data.stored_volume import StoredVolume
-from vilam3_jax.data.volume_checks import check_grid, read_exactly
+from vilam3_jax.data.stored_volume import UNKNOWN, StoredVolume
+from vilam3_jax.data.volume_checks import (
+    BZIP2_RATIO,
+    DEFLATE_RATIO,
+    METRE,
+    MICROMETRE,
+    MILLIMETRE,
+    NO_UNIT_NOTE,
+    body_part_name,
+    check_available,
+    check_extent,
+    check_file_size,
+    check_grid,
+    converted_note,
+    data_file,
+    geometry_notes,
+    modality_code,
+    read_exactly,
+    read_over,
+    read_rest,
+    several_volumes,
+    stated_units,
+)
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike
+from vilam3_jax.paths import PathLike, as_path
 
 _MAX_HEADER_BYTES = 1 << 20
+_MAX_SKIPPED_LINES = 10_000
 # NRRD `space` -> signs that turn its axes into RAS.
-_NRRD_SPACES = {
-    "left-posterior-superior": (-1, -1, 1),
-    "lps": (-1, -1, 1),
-    "right-anterior-superior": (1, 1, 1),
-    "ras": (1, 1, 1),
-    "left-anterior-superior": (-1, 1, 1),
-    "las": (-1, 1, 1),
+_SPACES = {
+    alias: signs
+    for names, signs in {
+        ("left-posterior-superior", "lps"): (-1, -1, 1),
+        ("right-anterior-superior", "ras"): (1, 1, 1),
+        ("left-anterior-superior", "las"): (-1, 1, 1),
+    }.items()
+    for name in names
+    for alias in (name, f"{name}-time" if "-" in name else f"{name}t")
 }
-_NRRD_TYPES = {
+_UNITS = {
+    "m": (METRE, 1e3),
+    "meter": (METRE, 1e3),
+    "metre": (METRE, 1e3),
+    "mm": (MILLIMETRE, 1.0),
+    "millimeter": (MILLIMETRE, 1.0),
+    "millimetre": (MILLIMETRE, 1.0),
+    "um": (MICROMETRE, 1e-3),
+    "micron": (MICROMETRE, 1e-3),
+    "micrometer": (MICROMETRE, 1e-3),
+    "cm": ("centimetre", 10.0),
+}
+_TYPES = {
     alias: code
     for code, aliases in {
         "i1": ("signed char", "int8", "int8_t"),
@@ -35,57 +78,310 @@ _NRRD_TYPES = {
         "u2": ("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"),
         "i4": ("int", "signed int", "int32", "int32_t"),
         "u4": ("uint", "unsigned int", "uint32", "uint32_t"),
+        "i8": (
+            "longlong",
+            "long long",
+            "long long int",
+            "signed long long",
+            "signed long long int",
+            "int64",
+            "int64_t",
+        ),
+        "u8": ("ulonglong", "unsigned long long", "unsigned long long int", "uint64", "uint64_t"),
         "f4": ("float",),
         "f8": ("double",),
     }.items()
     for alias in aliases
 }
+_ENCODINGS = {
+    "raw": "raw",
+    "txt": "text",
+    "text": "text",
+    "ascii": "text",
+    "hex": "hex",
+    "gz": "gzip",
+    "gzip": "gzip",
+    "bz2": "bzip2",
+    "bzip2": "bzip2",
+}
+_RATIOS = {"raw": 1, "gzip": DEFLATE_RATIO, "bzip2": BZIP2_RATIO}
+_ALIASES = {"datafile": "data file", "lineskip": "line skip", "byteskip": "byte skip"}
+_VECTOR = re.compile(r"\(([^()]*)\)|(none)\b", re.IGNORECASE)
 
 
-def read_nrrd(file: IO[bytes], path: PathLike, limits: Limits) -> StoredVolume:
-    head = file.read(_MAX_HEADER_BYTES)
-    ends = [(head.find(mark), len(mark)) for mark in (b"\n\n", b"\r\n\r\n") if mark in head]
-    if not ends:
-        raise UserError(
-            f"{path}: NRRD header without its closing empty line (or detached); save data and header in "
-            "one file"
-        )
-    position, width = min(ends)
-    header = nrrd.read_header(io.BytesIO(head[: position + width]))
-    if "data file" in header or "datafile" in header or header.get("line skip") or header.get("byte skip"):
-        raise UserError(
-            f"{path}: NRRD with its data elsewhere (detached or skipped); save data and header in one file"
-        )
-    shape = tuple(int(n) for n in header["sizes"])
-    check_grid(shape, path, limits)
-    signs = _NRRD_SPACES.get(str(header.get("space", "")).lower())
-    if signs is None or "space directions" not in header or "space origin" not in header:
-        raise UserError(
-            f"{path}: NRRD without a patient space, directions and origin; export it with its orientation"
-        )
-    dtype = _nrrd_dtype(header, path)
-    file.seek(position + width)
-    encoding = str(header.get("encoding", "")).lower()
-    streams = {
-        "raw": lambda: file,
-        "gzip": lambda: gzip.GzipFile(fileobj=file),
-        "bzip2": lambda: bz2.BZ2File(file),
-    }
-    streams |= {"gz": streams["gzip"], "bz2": streams["bzip2"]}
-    if encoding not in streams:
-        raise UserError(f"{path}: NRRD encoding {encoding!r} is not read here; save it as raw or gzip")
-    count = int(np.prod(shape, dtype=np.int64))
-    raw = read_exactly(streams[encoding](), count * dtype.itemsize, path)
-    affine = np.eye(4)
-    affine[:3, :3] = np.asarray(header["space directions"], np.float64).T
-    affine[:3, 3] = header["space origin"]
-    return StoredVolume(np.frombuffer(raw, dtype).reshape(shape, order="F"), np.diag([*signs, 1]) @ affine)
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    """Fields (`name: value`) and key/value pairs (`key:=value`), names in lower case, values as text."""
+
+    fields: dict[str, str]
+    pairs: dict[str, str]
+    end: int  # of the header, in bytes
+
+    def get(self, name: str) -> str:
+        """A field's text; "" if it is absent or empty."""
+        return self.fields.get(name, "")
+
+    def pair(self, *names: str) -> str:
+        """The text of the first of several key/value pairs that is there; "" if none is."""
+        return next((self.pairs[name] for name in names if self.pairs.get(name)), "")
 
 
-def _nrrd_dtype(header: dict, path: PathLike) -> np.dtype:
-    name = str(header["type"])
-    if name not in _NRRD_TYPES:
-        raise UserError(f"{path}: NRRD type {name!r} is not read here; save it as short, int or float")
-    return np.dtype(_NRRD_TYPES[name]).newbyteorder(
-        ">" if str(header.get("endian")).lower() == "big" else "<"
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+    """Sizes of the axes in space and their affine, in the order of the file."""
+
+    shape: tuple[int, ...]
+    affine: np.ndarray
+    unit: str
+    notes: tuple[str, ...]
+
+
+def read_nrrd(path: PathLike, limits: Limits) -> StoredVolume:
+    """Reads an NRRD volume; modality and body part from the DICOM keys that Slicer and others write.
+
+    Args:
+      path: a .nrrd file, or a .nhdr header with its one data file beside it.
+      limits: checked by the header.
+
+    Raises:
+      UserError: several values per voxel, no patient space, data in other folders or several files, a header
+        that makes no sense, or a damaged file.
+    """
+    path = as_path(path)
+    with path.open("rb") as file:
+        header = _header(file.read(_MAX_HEADER_BYTES), path)
+    sizes = _integers(header.get("sizes"), "sizes", path)
+    grid = _grid(header, sizes, path)
+    dtype = _dtype(header, path)
+    count = check_grid(grid.shape, dtype.itemsize, path, limits)
+    check_extent(grid.affine, grid.shape, grid.unit, path)
+    values, notes = _values(header, dtype, count, path, limits)
+    modality = modality_code(header.pair("dicom_0008_0060_modality", "0008|0060", "modality"))
+    return StoredVolume(
+        values.reshape(grid.shape, order="F"),
+        grid.affine,
+        modality=modality,
+        body_part=body_part_name(header.pair("dicom_0018_0015_bodypartexamined", "0018|0015")),
+        units=stated_units(header.get("sample units").strip('"'), modality),
+        notes=(*grid.notes, *geometry_notes(grid.affine), *notes),
     )
+
+
+def _header(head: bytes, path: PathLike) -> _Header:
+    fields: dict[str, str] = {}
+    pairs: dict[str, str] = {}
+    position, number = 0, 0
+    while True:
+        end = head.find(b"\n", position)
+        # A detached header may end with the file; in any other file no data would follow.
+        line = head[position : len(head) if end < 0 else end].decode("utf-8", "replace").rstrip()
+        position = len(head) if end < 0 else end + 1
+        number += 1
+        if number == 1:
+            if not re.fullmatch(r"NRRD000[1-5]", line):
+                raise UserError(f"{path}: its first line names no known version of NRRD; export it again")
+        elif line and not line.startswith("#"):
+            _add(line, number, fields, pairs, path)
+        if end < 0 and "data file" not in fields:
+            raise UserError(f"{path}: NRRD header without the empty line that ends it; fetch the file again")
+        if end < 0 or not line or fields.get("data file", "").startswith("LIST"):
+            return _Header(fields, pairs, position)
+
+
+def _add(line: str, number: int, fields: dict[str, str], pairs: dict[str, str], path: PathLike) -> None:
+    # The text is not repeated in errors: it may name the patient.
+    match = re.match(r"([^:]+):(=?)\s*(.*)", line)
+    if match is None:
+        raise UserError(f"{path}: line {number} of its NRRD header is no field; export it again")
+    name = match[1].strip().lower()
+    name = name if match[2] else _ALIASES.get(name, name)
+    if match[2]:
+        pairs[name] = match[3] if pairs.get(name, match[3]) == match[3] else ""  # two values state nothing
+        return
+    if fields.get(name, match[3]) != match[3]:
+        raise UserError(f"{path}: states the NRRD field on line {number} twice; export it again")
+    fields[name] = match[3]
+
+
+def _dtype(header: _Header, path: PathLike) -> np.dtype:
+    code = _TYPES.get(header.get("type").lower())
+    if code is None:
+        raise UserError(f"{path}: its NRRD type is none that is read; save it as short, int or float")
+    dtype = np.dtype(code)
+    if dtype.itemsize == 1 or _encoding(header, path) == "text":
+        return dtype
+    endian = header.get("endian").lower()
+    if endian not in ("little", "big"):
+        raise UserError(f"{path}: does not state the order of its bytes (NRRD field endian); export it again")
+    return dtype.newbyteorder("<" if endian == "little" else ">")
+
+
+def _encoding(header: _Header, path: PathLike) -> str:
+    encoding = _ENCODINGS.get(header.get("encoding").lower())
+    if encoding is None:
+        raise UserError(f"{path}: its NRRD encoding is none that is read; save it as raw or gzip")
+    return encoding
+
+
+def _grid(header: _Header, sizes: list[int], path: PathLike) -> _Grid:
+    if _integers(header.get("dimension"), "dimension", path) != [len(sizes)]:
+        raise UserError(f"{path}: its NRRD fields dimension and sizes disagree; export it again")
+    signs = _SPACES.get(header.get("space").lower())
+    vectors = _vectors(header.get("space directions"), "space directions", path)
+    if signs is None or not vectors:
+        raise UserError(
+            f"{path}: NRRD without a patient space (such as left-posterior-superior) and space directions, "
+            "so left and right would be a guess; export it with its orientation"
+        )
+    axes = _spatial_axes(vectors, sizes, header, path)
+    unit, scale, notes = _unit(header, path)
+    affine = np.eye(4)
+    for column, axis in enumerate(axes):
+        affine[:3, column] = vectors[axis][:3]
+    if len(axes) == 2:
+        normal = np.cross(affine[:3, 0], affine[:3, 1])
+        affine[:3, 2] = normal / (np.sqrt((normal**2).sum()) or 1.0) / scale
+        notes.append("is a 2-D image, taken as one slice of a volume; a thickness of 1 mm is assumed")
+    origin = _vectors(header.get("space origin"), "space origin", path)
+    if origin:
+        affine[:3, 3] = origin[0][:3]
+    else:
+        notes.append("states no origin; 0, 0, 0 is assumed")
+    if not np.isfinite(affine).all() or not affine[:3, :3].any(axis=0).all():
+        raise UserError(
+            f"{path}: its NRRD space directions or origin hold zero vectors or no finite numbers; correct "
+            "them"
+        )
+    _check_spacings(header, axes, affine, path)
+    affine[:3] *= scale
+    shape = tuple(sizes[axis] for axis in axes)
+    return _Grid(shape if len(axes) == 3 else (*shape, 1), np.diag([*signs, 1]) @ affine, unit, tuple(notes))
+
+
+def _spatial_axes(
+    vectors: list[tuple[float, ...]], sizes: list[int], header: _Header, path: PathLike
+) -> list[int]:
+    """Which axes lie in space. The others (vector "none", or only time) must have one entry."""
+    origin = _vectors(header.get("space origin"), "space origin", path)
+    lengths = {len(vector) for vector in (*vectors, *origin) if vector}
+    dimension = 4 if header.get("space").lower().endswith(("time", "t")) else 3
+    if len(vectors) != len(sizes) or lengths - {dimension} or len(origin) > 1:
+        raise UserError(
+            f"{path}: its NRRD fields sizes, space, space directions and space origin disagree; export it "
+            "again"
+        )
+    axes = [i for i, vector in enumerate(vectors) if vector and not (dimension == 4 and not any(vector[:3]))]
+    others = [i for i in range(len(sizes)) if i not in axes]
+    count = math.prod(sizes[i] for i in others)
+    if others and count != 1:
+        kinds = header.get("kinds").lower().split()
+        kinds = {kinds[i] for i in others} if len(kinds) == len(sizes) else set()
+        is_series = kinds <= {"list", "time", "domain", "space", "none", "???"}
+        raise several_volumes(count, "volumes" if is_series else "values per voxel", path)
+    if len(axes) not in (2, 3) or (dimension == 4 and any(vectors[i][3] for i in axes)):
+        raise UserError(f"{path}: NRRD with {len(axes)} axes in space, a 3-D volume is needed")
+    return axes
+
+
+def _unit(header: _Header, path: PathLike) -> tuple[str, float, list[str]]:
+    text = header.get("space units")
+    stated = re.findall(r'"([^"]*)"', text) or text.split()
+    names = {name.strip().lower() for name in stated[:3]}
+    if len(names) > 1:
+        raise UserError(f"{path}: its axes have different units of length; correct the NRRD space units")
+    unit, scale = _UNITS.get(names.pop() if names else "", (UNKNOWN, 1.0))
+    if unit == UNKNOWN:
+        return unit, scale, [NO_UNIT_NOTE]
+    return unit, scale, [] if unit == MILLIMETRE else [converted_note(unit)]
+
+
+def _check_spacings(header: _Header, axes: list[int], affine: np.ndarray, path: PathLike) -> None:
+    """Refuses `spacings` that contradict the space directions; the format allows only one of the two."""
+    words = header.get("spacings").split()
+    for column, axis in enumerate(axes):
+        stated = abs(_number(words[axis], "spacings", path)) if axis < len(words) else 0.0
+        length = float(np.sqrt((affine[:3, column] ** 2).sum()))
+        if stated > 0 and abs(stated / length - 1) > 0.01:  # not for NaN, which says nothing
+            raise UserError(
+                f"{path}: its NRRD spacings and space directions contradict each other ({stated:.4g} and "
+                f"{length:.4g}); remove the spacings"
+            )
+
+
+def _values(
+    header: _Header, dtype: np.dtype, count: int, path: epath.Path, limits: Limits
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The voxels in the order of the file, and notes. `count` is their size in bytes."""
+    name = header.get("data file")
+    source = data_file(path, name) if name else path
+    size = check_file_size(source, limits)
+    encoding = _encoding(header, path)
+    skip = _integers(header.get("byte skip") or "0", "byte skip", path)[0]
+    lines = _integers(header.get("line skip") or "0", "line skip", path)[0]
+    lowest = -1 if encoding == "raw" else 0
+    if not lowest <= skip <= limits.decoded_bytes or not 0 <= lines <= _MAX_SKIPPED_LINES:
+        raise UserError(
+            f"{path}: its NRRD line skip or byte skip makes no sense; save data and header in one file"
+        )
+    with source.open("rb") as file:
+        file.seek(0 if name else header.end)
+        for _ in range(lines):
+            file.readline(_MAX_HEADER_BYTES)
+        if encoding in ("text", "hex"):
+            return _written_out(file.read()[skip:], encoding, dtype, count, path), ()
+        check_available(count, size - file.tell(), path, ratio=_RATIOS[encoding])
+        if skip == -1:  # the data is the end of the file
+            skip = size - file.tell() - count
+        stream = _unpacked(file, encoding)
+        read_over(stream, skip)
+        raw = read_exactly(stream, count, path)
+        return np.frombuffer(raw, dtype), read_rest(stream, path)
+
+
+def _unpacked(file: IO[bytes], encoding: str) -> IO[bytes]:
+    if encoding == "gzip":
+        return cast(IO[bytes], gzip.GzipFile(fileobj=file))
+    return cast(IO[bytes], bz2.BZ2File(file)) if encoding == "bzip2" else file
+
+
+def _written_out(text: bytes, encoding: str, dtype: np.dtype, count: int, path: PathLike) -> np.ndarray:
+    """Voxels that are written as decimal numbers or as hexadecimal bytes."""
+    if encoding == "hex":
+        values = np.frombuffer(bytes.fromhex(text.decode("ascii")), dtype)
+    else:
+        wide = np.fromstring(text, dtype if dtype.itemsize == 8 else np.float64, sep=" ")
+        values = wide.astype(dtype)
+        if dtype.kind != "f" and not np.array_equal(values, wide):
+            raise UserError(f"{path}: holds numbers that its NRRD type cannot; save it as float")
+    if values.nbytes != count:
+        raise UserError(
+            f"{path}: {values.size} numbers where its header promises {count // dtype.itemsize}; fetch it "
+            "again"
+        )
+    return values
+
+
+def _integers(text: str, field: str, path: PathLike) -> list[int]:
+    words = text.split()
+    if not words or not all(re.fullmatch(r"[+-]?\d{1,18}", word) for word in words):
+        raise UserError(
+            f"{path}: its NRRD field {field} is missing or holds no whole numbers; export it again"
+        )
+    return [int(word) for word in words]
+
+
+def _number(text: str, field: str, path: PathLike) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{path}: its NRRD field {field} holds no numbers; export it again") from None
+
+
+def _vectors(text: str, field: str, path: PathLike) -> list[tuple[float, ...]]:
+    """Vectors such as "(1,0,0) none (0,0,1)"; an empty one for "none"."""
+    if _VECTOR.sub("", text).strip():
+        raise UserError(f"{path}: its NRRD field {field} holds no vectors; export it again")
+    return [
+        tuple(_number(word, field, path) for word in match[1].split(",")) if match[1] is not None else ()
+        for match in _VECTOR.finditer(text)
+    ]

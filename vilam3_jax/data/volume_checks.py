@@ -1,43 +1,308 @@
-"""Checks that every reader of volumes makes."""
+"""What the readers of volumes share: bounds, voxel data, companion files, stated words, and damage."""
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import re
+from collections.abc import Iterator, Sequence
 from typing import IO
 
+import numpy as np
+from etils import epath
+
 from vilam3_jax.data.limits import Limits
+from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike
+from vilam3_jax.paths import PathLike, check_passing, children, file_size
+
+# The most bytes that one byte of a stream can become.
+DEFLATE_RATIO = 1032
+BZIP2_RATIO = 1 << 21  # a block of some 40 bytes can hold a run of 46 million
+
+NO_UNIT_NOTE = "the file states no unit of length; millimetres are assumed"
+METRE, MILLIMETRE, MICROMETRE = "metre", "millimetre", "micrometre"
+
+_DRAINED_BYTES = 64 << 20
+
+_MODALITIES = frozenset(
+    [
+        "BDUS",
+        "BI",
+        "CR",
+        "CT",
+        "DX",
+        "ECG",
+        "EEG",
+        "ES",
+        "GM",
+        "IO",
+        "IVOCT",
+        "IVUS",
+        "MG",
+        "MR",
+        "NM",
+        "OCT",
+        "OP",
+        "OPT",
+        "OT",
+        "PT",
+        "PX",
+        "RF",
+        "RG",
+        "SC",
+        "SM",
+        "TG",
+        "US",
+        "XA",
+        "XC",
+    ]
+)
+_MODALITY_ALIASES = {"MRI": "MR", "PET": "PT"}
 
 
-def check_grid(shape: tuple[int, ...], path: PathLike, limits: Limits) -> None:
-    """Refuses what is not 3-D, empty, or larger than `limits.voxels`.
+def converted_note(unit: str) -> str:
+    """A note that lengths were converted."""
+    return f"its unit of length is the {unit}; converted to millimetres"
+
+
+@contextlib.contextmanager
+def naming_damage(path: PathLike) -> Iterator[None]:
+    """Turns whatever a parser raises into one line that names `path`.
+
+    Third-party parsers document few of their exceptions, and a damaged file finds the others.
+
+    Raises:
+      UnavailableError: the disk or the network fails.
+      UserError: anything else.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except MemoryError as error:
+        raise UserError(f"{path}: needs more memory than this machine has; crop or resample it") from error
+    except Exception as error:
+        check_passing(path, error)
+        raise UserError(
+            f"{path}: cannot be read ({one_line(error)}); the file is damaged, fetch or export it again"
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """The message of another library's error without line breaks and object addresses."""
+    text = re.sub(r" ?(at )?\b0x[0-9a-fA-F]{6,}\b", "", " ".join(str(error).split()))
+    return text[:200] or type(error).__name__
+
+
+def check_file_size(path: PathLike, limits: Limits) -> int:
+    """Size of a file in bytes.
+
+    Raises:
+      UserError: more than `limits.file_bytes`.
+    """
+    size = file_size(path)
+    if size > limits.file_bytes:
+        raise UserError(
+            f"{path}: {size} bytes, more than the limit of {limits.file_bytes}; crop it or raise the limit"
+        )
+    return size
+
+
+def check_grid(shape: Sequence[int], itemsize: int, path: PathLike, limits: Limits) -> int:
+    """Refuses what is not 3-D, empty, or larger than `limits.voxels` and `limits.decoded_bytes`.
+
+    Returns:
+      Bytes of all voxels.
 
     Raises:
       UserError: names the file.
     """
     if len(shape) != 3 or min(shape) < 1:
-        raise UserError(
-            f"{path}: {len(shape)}-D data of shape {shape}, a 3-D volume is needed; save one volume to its "
-            "own file"
-        )
+        raise UserError(f"{path}: {len(shape)}-D data of shape {tuple(shape)}, a 3-D volume is needed")
     # Python integers: a hostile header must not overflow the product.
     count = int(shape[0]) * int(shape[1]) * int(shape[2])
     if count > limits.voxels:
         raise UserError(
             f"{path}: {count} voxels, more than the limit of {limits.voxels}; crop or resample it"
         )
+    if count * itemsize > limits.decoded_bytes:
+        raise UserError(
+            f"{path}: {count * itemsize} bytes of voxels, more than the limit of {limits.decoded_bytes}; "
+            "crop or resample it"
+        )
+    return count * itemsize
 
 
-def read_exactly(file: IO[bytes], count: int, path: PathLike) -> bytes:
-    """Reads `count` bytes of voxels, and the end of a compressed stream, where its checksum is compared.
+def several_volumes(count: int, what: str, path: PathLike) -> UserError:
+    """The error for a file that holds several values per voxel."""
+    return UserError(f"{path}: 4-D data with {count} {what}; save one 3-D volume to a file of its own")
+
+
+def check_available(count: int, available: int, path: PathLike, *, ratio: int = 1) -> None:
+    """Refuses a header that promises more bytes than the file can hold, before anything is allocated.
+
+    Args:
+      count: bytes of voxels.
+      available: bytes of the file that can hold them.
+      path: file to name.
+      ratio: the most bytes that one byte of the file can become, see `DEFLATE_RATIO`.
 
     Raises:
-      UserError: the file ends before.
+      UserError: names the file.
     """
-    data = file.read(count)
+    if count > max(0, available) * ratio:
+        raise UserError(
+            f"{path}: {available} bytes of {'compressed ' if ratio > 1 else ''}data where the header "
+            f"promises {count}; the file is cut short, fetch it again"
+        )
+
+
+def read_over(stream: IO[bytes], count: int) -> None:
+    """Reads `count` bytes and drops them, or all that are left."""
+    while count > 0 and (chunk := stream.read(min(count, 1 << 20))):
+        count -= len(chunk)
+
+
+def read_exactly(stream: IO[bytes], count: int, path: PathLike) -> bytes:
+    """Reads `count` bytes.
+
+    Raises:
+      UserError: the stream ends before.
+    """
+    try:
+        data = stream.read(count)
+    except EOFError as error:  # a compressed stream without its end
+        raise UserError(f"{path}: its compressed data is cut short; fetch the file again") from error
     if len(data) < count:
         raise UserError(
             f"{path}: ends after {len(data)} of {count} data bytes; the file is cut short, fetch it again"
         )
-    file.read(1)
     return data
+
+
+def read_rest(stream: IO[bytes], path: PathLike) -> tuple[str, ...]:
+    """Reads what follows the voxels, so that a compressed stream compares its checksum.
+
+    Returns:
+      A note where something follows.
+    """
+    count = 0
+    try:
+        while count < _DRAINED_BYTES and (chunk := stream.read(1 << 20)):
+            count += len(chunk)
+    except gzip.BadGzipFile as error:
+        if "Not a gzipped file" not in str(error):  # a wrong checksum or length
+            raise
+        return ("bytes after the compressed data are ignored",)
+    except EOFError as error:
+        raise UserError(f"{path}: its compressed data is cut short; fetch the file again") from error
+    return trailing_note(count)
+
+
+def trailing_note(count: int) -> tuple[str, ...]:
+    """A note that `count` bytes follow the voxels; nothing for 0."""
+    return (f"at least {count} bytes after the voxels are ignored",) if count > 0 else ()
+
+
+def sibling(path: epath.Path, name: str) -> epath.Path | None:
+    """The file called `name` in the folder of `path`, or None.
+
+    Found by listing, because `name` may come from the text of a file, which must not become a path.
+    """
+    beside = children(path.parent)
+    same = [p for p in beside if p.name == name]
+    return (same or [p for p in beside if p.name.casefold() == name.casefold()] or [None])[0]
+
+
+def data_file(path: epath.Path, name: str) -> epath.Path:
+    """The data file that the header `path` names.
+
+    Raises:
+      UserError: `name` is a path, a list or a pattern, or no such file lies beside `path`.
+    """
+    name = name.removeprefix("./")
+    if re.match(r"LIST\b", name) or "%" in name:
+        raise UserError(f"{path}: its voxels lie in several files; save data and header in one file")
+    if "/" in name or "\\" in name:
+        raise UserError(
+            f"{path}: names a data file in another folder, which is not followed; put it beside the header "
+            "and state its bare name"
+        )
+    found = sibling(path, name)
+    if found is None or found == path:
+        raise UserError(
+            f"{path}: the data file that this header names does not lie beside it; put it there under that "
+            "name"
+        )
+    return found
+
+
+def check_extent(affine: np.ndarray, shape: Sequence[int], unit: str, path: PathLike) -> None:
+    """Refuses a grid whose size in millimetres shows that its unit of length is wrong.
+
+    Args:
+      affine: [4, 4], index to millimetres.
+      shape: voxels along the three axes.
+      unit: what the file states: METRE, MILLIMETRE, MICROMETRE, or UNKNOWN, which is taken as millimetres.
+      path: file to name.
+
+    Raises:
+      UserError: voxels of centimetres to metres, or a whole grid of less than a few millimetres.
+    """
+    spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    extent = spacing * np.asarray(shape)
+    said = "no unit of length" if unit == UNKNOWN else f"{unit} as its unit"
+    if unit in (UNKNOWN, MILLIMETRE) and spacing.max() < 0.01 and extent.max() < 3:
+        raise UserError(
+            f"{path}: states {said}, and its whole grid is {extent.max():.3g} mm long; it is probably in "
+            "metres, correct the unit in the header"
+        )
+    if spacing.min() > 100:
+        likely = "millimetres" if unit == METRE else "micrometres"
+        raise UserError(
+            f"{path}: states {said}, and its voxels are {spacing.min():.4g} mm wide; it is probably in "
+            f"{likely}, correct the unit in the header"
+        )
+
+
+def geometry_notes(affine: np.ndarray) -> tuple[str, ...]:
+    """A note where the axes of a grid are not at right angles (more than 0.5 degrees off)."""
+    axes = affine[:3, :3] / np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    skew = np.rad2deg(np.arcsin(min(1.0, float(np.abs(axes.T @ axes - np.eye(3)).max()))))
+    if skew <= 0.5:
+        return ()
+    return (f"its axes are {skew:.1f} degrees off right angles; the geometry is kept as it is",)
+
+
+def rescale(values: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    """`values * slope + intercept` in float64, with both factors rounded to float32 as NIfTI stores them."""
+    factor, offset = np.float32(slope), np.float32(intercept)
+    if factor == 1 and offset == 0:
+        return values
+    return values.astype(np.float64) * np.float64(factor) + np.float64(offset)
+
+
+def modality_code(text: str) -> str:
+    """DICOM's code of a modality that a file states in words; "unknown" if it is none."""
+    code = text.strip().upper()
+    code = _MODALITY_ALIASES.get(code, code)
+    return code if code in _MODALITIES else UNKNOWN
+
+
+def stated_units(text: str, modality: str) -> str:
+    """Units of the voxels as a file states them; HU for a CT that states none."""
+    text = text.strip()
+    if text.lower() in ("hu", "hounsfield", "hounsfield unit", "hounsfield units") or (
+        not text and modality == "CT"
+    ):
+        return "HU"
+    if text.lower() == "bq/ml":
+        return "Bq/ml"
+    return text if re.fullmatch(r"[A-Za-z0-9/%^*. ()-]{1,16}", text) else UNKNOWN
+
+
+def body_part_name(text: str) -> str:
+    """Body part as a file states it, upper case; "unknown" if it is no such word."""
+    name = " ".join(text.split()).upper()
+    return name if re.fullmatch(r"[A-Z][A-Z0-9 _/&-]{1,31}", name) else UNKNOWN

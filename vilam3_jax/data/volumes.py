@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import zlib
 
 import nibabel as nib
-import nrrd
 import numpy as np
 from etils import epath
-from nibabel.spatialimages import HeaderDataError
 
-from vilam3_jax.data import content_keys, dicom
+from vilam3_jax.data import content_keys, dicom, file_kinds, nifti
 from vilam3_jax.data.images import resize
 from vilam3_jax.data.intensity import (
     DISPLAY_PERCENTILES,
@@ -30,11 +27,12 @@ from vilam3_jax.data.intensity import (
     window_to_uint8,
 )
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
-from vilam3_jax.data.nifti import read_nifti
+from vilam3_jax.data.metaimage import read_metaimage
 from vilam3_jax.data.nrrd_format import read_nrrd
 from vilam3_jax.data.stored_volume import UNKNOWN, StoredVolume
+from vilam3_jax.data.volume_checks import check_file_size, modality_code, naming_damage, stated_units
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike, as_path, check_passing, file_size
+from vilam3_jax.paths import PathLike, as_path
 
 __all__ = [
     "Volume",
@@ -48,6 +46,7 @@ __all__ = [
 ]
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
+_WHOLE = 1e-3  # how far a stored label may be from a whole number
 _SPACING_MM = (1e-4, 1e4)  # microscopes to whole-body scouts; anything else is a damaged header
 
 
@@ -94,7 +93,7 @@ class Volume:
     def percentile_limits(self, percentiles: tuple[float, float]) -> tuple[float, float]:
         """Two percentiles of the valid voxels; computed once for all slices of the volume."""
         if percentiles not in self._known_limits:
-            self._known_limits[percentiles] = percentile_limits(self.voxels, self.valid, percentiles)
+            self._known_limits[percentiles] = _display_limits(self.voxels, self.valid, percentiles)
         return self._known_limits[percentiles]
 
     @functools.cached_property
@@ -127,11 +126,12 @@ def load_volume(
     series: str | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Volume:
-    """Reads a 3-D scan.
+    """Reads a 3-D scan. What a file is decides its content, not its name; see `file_kinds`.
 
     Args:
-      path: `.nii`, `.nii.gz`, `.nrrd`, a DICOM file, or a folder with DICOM series.
-      modality: DICOM's code, for files that state none (NIfTI, NRRD). A file that states another is refused.
+      path: NIfTI (also either half of a .hdr/.img pair), NRRD, MetaImage, a DICOM file, or a folder with
+        DICOM series.
+      modality: DICOM's code, for files that state none. A file that states another is refused.
       series: which series of a folder: its UID, or its identifier in the listing of `vilam3 data scan`.
       limits: bounds, judged by headers before anything is decoded.
 
@@ -141,52 +141,37 @@ def load_volume(
 
     Raises:
       UnavailableError: the disk or the network fails.
-      UserError: names the file or folder and what is wrong: unknown format, over a limit, truncated, not 3-D,
-        no orientation (left and right would be a guess), several series in one folder, missing or doubled
-        slices.
+      UserError: names the file or folder and what is wrong: unknown format, over a limit, damaged, not 3-D,
+        no orientation (left and right would be a guess) or a contradictory one, several series in one folder,
+        missing or doubled slices.
     """
     path = as_path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; check the path")
     volume = _canonical(_read(path, series, limits), path)
     if modality is not None:
-        volume = _declared(volume, modality.upper(), path)
+        known = modality_code(modality)
+        volume = _declared(volume, modality.upper() if known == UNKNOWN else known, path)
     warn_of(volume.notes, path)
     return volume
 
 
 def _read(path: epath.Path, series: str | None, limits: Limits) -> StoredVolume:
     if path.is_dir():
-        return dicom.read_series(path, series=series, limits=limits)
-    size = file_size(path)
-    if size > limits.file_bytes:
-        raise UserError(
-            f"{path}: {size} bytes, more than the limit of {limits.file_bytes}; crop it or raise the limit"
-        )
-    with path.open("rb") as file:
-        start = file.read(132)
-        file.seek(0)
-        try:
-            if start[:4] == b"NRRD":
-                return read_nrrd(file, path, limits)
-            if start[128:132] == b"DICM":
-                return dicom.read_series(path, series=series, limits=limits)
-            if path.name.endswith((".nii", ".nii.gz")):
-                return read_nifti(file, path, limits)
-            raise UserError(f"{path}: not NIfTI, NRRD or DICOM; convert it to .nii.gz")
-        except (
-            OSError,
-            EOFError,
-            ValueError,
-            KeyError,
-            zlib.error,
-            nrrd.NRRDError,
-            HeaderDataError,
-        ) as error:
-            check_passing(path, error)
-            raise UserError(
-                f"{path}: cannot be read ({error}); the file is damaged, fetch or export it again"
-            ) from error
+        with naming_damage(path):
+            return dicom.read_series(path, series=series, limits=limits)
+    kind = file_kinds.identify(nifti.pair_header(path) or path)
+    if kind.reader is None or kind.reader == "picture":
+        raise file_kinds.refusal(path, kind)
+    check_file_size(path, limits)
+    with naming_damage(path):
+        if kind.reader == "nrrd":
+            return read_nrrd(path, limits)
+        if kind.reader == "metaimage":
+            return read_metaimage(path, limits)
+        if kind.reader == "dicom":
+            return dicom.read_series(path, series=series, limits=limits)
+        return nifti.read_nifti(path, limits)
 
 
 def _declared(volume: Volume, modality: str, path: PathLike) -> Volume:
@@ -194,7 +179,7 @@ def _declared(volume: Volume, modality: str, path: PathLike) -> Volume:
         raise UserError(
             f"{path}: declared as {modality}, but the file states {volume.modality}; leave the modality out"
         )
-    units = "HU" if modality == "CT" and volume.units == UNKNOWN else volume.units
+    units = stated_units("", modality) if volume.units == UNKNOWN else volume.units
     return dataclasses.replace(volume, modality=modality, units=units)
 
 
@@ -206,7 +191,7 @@ def load_label_map(path: PathLike, grid: Volume) -> np.ndarray:
       grid: the scan that the labels belong to.
 
     Returns:
-      [X, Y, Z] uint8, or uint16 where ids exceed 255.
+      [X, Y, Z] uint8, or uint16 where ids exceed 255. Voxels without a value (NaN) are 0.
 
     Raises:
       UserError: other shape or position than `grid` (more than a tenth of a voxel apart), negative or
@@ -227,11 +212,13 @@ def load_label_map(path: PathLike, grid: Volume) -> np.ndarray:
         raise UserError(
             f"{path}: label map lies {distance:.2f} mm away from {grid.source}; resample it to that grid"
         )
-    if labels.voxels.dtype.kind != "i" or labels.voxels.min() < 0 or labels.voxels.max() > 65535:
+    voxels = labels.voxels if labels.valid is None else np.where(labels.valid, labels.voxels, 0)
+    whole = np.rint(voxels)  # a stored slope of 0.1 does not give whole numbers to the last digit
+    if np.abs(whole - voxels).max() > _WHOLE or whole.min() < 0 or whole.max() > 65535:
         raise UserError(
             f"{path}: label ids must be whole numbers from 0 to 65535; store a label map, not probabilities"
         )
-    return labels.voxels.astype(np.uint8 if labels.voxels.max() < 256 else np.uint16)
+    return whole.astype(np.uint8 if whole.max() < 256 else np.uint16)
 
 
 def slice_2d(voxels: np.ndarray, axis: int, index: int) -> np.ndarray:
@@ -270,13 +257,29 @@ def volume_to_slice_image(
       size: side of the result in pixels; None: a pixel for each voxel.
 
     Returns:
-      [size, size, 3] uint8, or [h, w, 3].
+      [size, size, 3] uint8, or [h, w, 3]. Voxels that measure nothing are black.
     """
     plane = window_to_uint8(
         slice_2d(volume.voxels, axis, index), window, volume.limits if window is None else None
     )
+    if volume.valid is not None:
+        plane[~slice_2d(volume.valid, axis, index)] = 0
     picture = np.repeat(plane[..., None], 3, axis=-1)
     return picture if size is None else resize(picture, size)
+
+
+def _display_limits(
+    voxels: np.ndarray, valid: np.ndarray | None, percentiles: tuple[float, float]
+) -> tuple[float, float]:
+    """`percentile_limits`; where nearly all voxels have one value, those of the others and that value."""
+    low, high = percentile_limits(voxels, valid, percentiles)
+    if low < high:
+        return low, high
+    others = voxels != low if valid is None else (voxels != low) & valid
+    if not others.any():
+        return low, high
+    lowest, highest = percentile_limits(voxels, others, percentiles)
+    return min(low, lowest), max(high, highest)
 
 
 def _canonical(stored: StoredVolume, path: PathLike) -> Volume:
@@ -297,6 +300,9 @@ def _canonical(stored: StoredVolume, path: PathLike) -> Volume:
     voxels = as_stored_values(values, valid)
     if voxels is None:
         raise UserError(f"{path}: not one voxel is a finite number; export it again")
+    notes = stored.notes
+    if values.dtype.kind in "iu" and voxels.dtype.kind == "f" and (values != voxels.astype(np.float64)).any():
+        notes += ("whole numbers beyond 24 bits are rounded to float32",)
     canonical = affine @ nib.orientations.inv_ornt_aff(orientation, stored.values.shape)
     return Volume(
         voxels,
@@ -308,5 +314,5 @@ def _canonical(stored: StoredVolume, path: PathLike) -> Volume:
         units=stored.units,
         window=stored.window,
         stored_orientation="".join(nib.orientations.aff2axcodes(affine)),
-        notes=stored.notes,
+        notes=notes,
     )

@@ -1,0 +1,223 @@
+"""Orientation of NIfTI volumes: the sform, the qform, and what to do where they disagree.
+
+Formulas: the comments of nifti1.h, "3D IMAGE (VOLUME) ORIENTATION AND LOCATION IN SPACE".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import nibabel as nib
+import numpy as np
+from nibabel.quaternions import fillpositive, quat2mat
+
+from vilam3_jax.data.stored_volume import UNKNOWN
+from vilam3_jax.data.volume_checks import METRE, MICROMETRE, MILLIMETRE, NO_UNIT_NOTE, converted_note
+from vilam3_jax.errors import UserError
+from vilam3_jax.paths import PathLike
+
+_UNITS = {1: (METRE, 1e3), 2: (MILLIMETRE, 1.0), 3: (MICROMETRE, 1e-3)}
+_SPACES = {1: "scanner", 2: "aligned", 3: "Talairach", 4: "MNI152", 5: "template"}
+_TEMPLATES = (3, 4, 5)
+
+_SAME_VOXELS = 0.1  # apart at the volume's corners: what float32 and a quaternion lose
+_SAME_LENGTH = 0.01
+_OTHER_LENGTH = 2.0  # beyond it, no registration explains two voxel sizes
+_OTHER_AXES_DEGREES = 45.0
+_QUATERNION_REPAIR = 1e-3
+_SINGULAR = 1e-3
+
+Header = nib.Nifti1Header | nib.Nifti2Header
+
+
+class _Unusable(Exception):
+    """Why a transform of the header cannot be used."""
+
+
+def read_affine(
+    header: Header, shape: Sequence[int], path: PathLike
+) -> tuple[np.ndarray, str, tuple[str, ...]]:
+    """The affine of a NIfTI header.
+
+    Args:
+      header: as stored, unchecked.
+      shape: voxels along the three axes.
+      path: file to name.
+
+    Returns:
+      [4, 4] float64, index to RAS millimetres; the stated unit of length; notes.
+
+    Raises:
+      UserError: neither the sform nor the qform can be used, or they contradict each other.
+    """
+    unit, scale, notes = _unit(header)
+    one_slice = shape[2] == 1
+    sform, sform_fault = _usable(_sform, header, one_slice)
+    qform, qform_fault = _usable(_qform, header, one_slice)
+    if sform is None and sform_fault and qform is not None:
+        notes.append(f"the sform is not usable ({sform_fault}); the qform is used")
+    if qform is None and qform_fault and sform is not None:
+        notes.append(f"the qform is not usable ({qform_fault}); the sform is used")
+    if sform is None and qform is None:
+        raise _no_orientation(sform_fault, qform_fault, path)
+    if sform is not None and qform is not None:
+        notes += _compared(sform, qform, header, shape, scale, path)
+    elif sform is not None:
+        notes += _compared_lengths(sform, header, scale, path)
+    affine = qform if sform is None else sform
+    assert affine is not None
+    affine[:3] *= scale
+    if one_slice and not float(header["pixdim"][3]) > 0:
+        length = np.sqrt((affine[:3, 2] ** 2).sum())
+        notes.append(f"the header gives its one slice no thickness; {length:.3g} mm is assumed")
+    return affine, unit, tuple(notes)
+
+
+def _unit(header: Header) -> tuple[str, float, list[str]]:
+    code = int(header["xyzt_units"]) & 7  # the other bits are the unit of time
+    unit, scale = _UNITS.get(code, (UNKNOWN, 1.0))
+    if code == 0:
+        return unit, scale, [NO_UNIT_NOTE]
+    if unit == UNKNOWN:
+        return unit, scale, [f"its code {code} is no unit of length; millimetres are assumed"]
+    if unit != MILLIMETRE:
+        return unit, scale, [converted_note(unit)]
+    return unit, scale, []
+
+
+def _usable(
+    read: Callable[[Header, bool], np.ndarray | None], header: Header, one_slice: bool
+) -> tuple[np.ndarray | None, str]:
+    """(transform, "") or (None, why not); (None, "") where its code says that there is none."""
+    try:
+        return read(header, one_slice), ""
+    except _Unusable as error:
+        return None, str(error)
+
+
+def _sform(header: Header, one_slice: bool) -> np.ndarray | None:
+    if int(header["sform_code"]) <= 0:
+        return None
+    affine = np.eye(4)
+    affine[:3] = [header["srow_x"], header["srow_y"], header["srow_z"]]
+    if not np.isfinite(affine).all():
+        raise _Unusable("its rows are not finite numbers")
+    if not affine[:3].any():
+        raise _Unusable("its rows are all zero")
+    if one_slice and not affine[:3, 2].any():
+        affine[:3, 2] = _normal(affine) * _thickness(header)
+    lengths = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    if not lengths.all() or abs(np.linalg.det(affine[:3, :3] / lengths)) < _SINGULAR:
+        raise _Unusable("its rows are singular")
+    return affine
+
+
+def _qform(header: Header, one_slice: bool) -> np.ndarray | None:
+    if int(header["qform_code"]) <= 0:
+        return None
+    vector = np.array([float(header[f"quatern_{axis}"]) for axis in "bcd"])
+    offset = np.array([float(header[f"qoffset_{axis}"]) for axis in "xyz"])
+    handedness, *spacing = (float(n) for n in header["pixdim"][:4])
+    if one_slice and not spacing[2] > 0:
+        spacing[2] = _thickness(header)
+    if not np.isfinite([*vector, *offset, *spacing, handedness]).all():
+        raise _Unusable("it holds numbers that are not finite")
+    if min(spacing) <= 0:
+        raise _Unusable(f"pixdim has a voxel size of {min(spacing):g}")
+    norm = np.sqrt((vector**2).sum())
+    if norm > 1 + _QUATERNION_REPAIR:
+        raise _Unusable(f"its quaternion has the length {norm:.3f} instead of 1")
+    affine = np.eye(4)
+    rotation = quat2mat(fillpositive(vector / max(norm, 1.0), header.quaternion_threshold))
+    # nifti1.h: qfac 0 counts as 1.
+    affine[:3, :3] = np.asarray(rotation, np.float64) @ np.diag(
+        [*spacing[:2], -spacing[2] if handedness < 0 else spacing[2]]
+    )
+    affine[:3, 3] = offset
+    return affine
+
+
+def _normal(affine: np.ndarray) -> np.ndarray:
+    normal = np.cross(affine[:3, 0], affine[:3, 1])
+    length = np.sqrt((normal**2).sum())
+    return normal / length if length > 0 else normal
+
+
+def _thickness(header: Header) -> float:
+    thickness = float(header["pixdim"][3])
+    return thickness if np.isfinite(thickness) and thickness > 0 else 1.0
+
+
+def _no_orientation(sform_fault: str, qform_fault: str, path: PathLike) -> UserError:
+    faults = [f"{name}: {fault}" for name, fault in (("sform", sform_fault), ("qform", qform_fault)) if fault]
+    why = "; ".join(faults) or "qform and sform codes are 0"
+    return UserError(
+        f"{path}: the header has no orientation ({why}), and left and right would be a guess; convert the "
+        "scan again, or set its sform where the orientation is known"
+    )
+
+
+def _compared(
+    sform: np.ndarray,
+    qform: np.ndarray,
+    header: Header,
+    shape: Sequence[int],
+    scale: float,
+    path: PathLike,
+) -> list[str]:
+    """Notes on two usable transforms; the sform is used, as nibabel, FSL and SPM do."""
+    corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)]) * [
+        *(n - 1 for n in shape),
+        1,
+    ]
+    apart = np.sqrt((((corners @ (sform - qform).T)[:, :3]) ** 2).sum(axis=1)).max()
+    lengths, others = (np.sqrt((a[:3, :3] ** 2).sum(axis=0)) for a in (sform, qform))
+    if apart <= _SAME_VOXELS * lengths.min() and np.abs(lengths / others - 1).max() <= _SAME_LENGTH:
+        return []
+    cosines = ((sform[:3, :3] / lengths) * (qform[:3, :3] / others)).sum(axis=0)
+    angle = float(np.rad2deg(np.arccos(np.clip(cosines.min(), -1, 1))))
+    if angle > _OTHER_AXES_DEGREES or np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0:
+        codes = ["".join(nib.orientations.aff2axcodes(a)) for a in (sform, qform)]
+        raise UserError(
+            f"{path}: sform ({codes[0]}) and qform ({codes[1]}) contradict each other by {angle:.0f} degrees "
+            "or a mirror image; set the code of the wrong one to 0"
+        )
+    _check_lengths(lengths, others, "qform", scale, path)
+    spaces = [_SPACES.get(int(header[f"{name}_code"]), "unknown space") for name in ("sform", "qform")]
+    note = (
+        f"sform ({spaces[0]}) and qform ({spaces[1]}) differ by up to {apart * scale:.3g} mm and "
+        f"{angle:.2g} degrees; the sform is used"
+    )
+    if int(header["sform_code"]) in _TEMPLATES and np.abs(lengths / others - 1).max() > _SAME_LENGTH:
+        note += ", so lengths are those of the template and not of the patient"
+    return [note]
+
+
+def _compared_lengths(sform: np.ndarray, header: Header, scale: float, path: PathLike) -> list[str]:
+    """Notes on an sform without a usable qform beside the voxel sizes in pixdim, which it makes redundant."""
+    lengths = np.sqrt((sform[:3, :3] ** 2).sum(axis=0))
+    stated = np.abs(np.asarray(header["pixdim"][1:4], np.float64))
+    stated = np.where(np.isfinite(stated) & (stated > 0), stated, lengths)
+    if np.abs(lengths / stated - 1).max() <= _SAME_LENGTH:
+        return []
+    if not (header["pixdim"][1:4] == 1).all():  # 1, 1, 1 is what writers leave there that fill in nothing
+        _check_lengths(lengths, stated, "pixdim", scale, path)
+    return [
+        f"voxels of {_product(lengths, scale)} by the sform and of {_product(stated, scale)} by pixdim; the "
+        "sform is used"
+    ]
+
+
+def _check_lengths(
+    lengths: np.ndarray, others: np.ndarray, other_name: str, scale: float, path: PathLike
+) -> None:
+    ratio = lengths / others
+    if max(ratio.max(), 1 / ratio.min()) > _OTHER_LENGTH:
+        raise UserError(
+            f"{path}: voxels of {_product(lengths, scale)} by the sform, but of {_product(others, scale)} by "
+            f"the {other_name}; correct the wrong one in the header"
+        )
+
+
+def _product(lengths: np.ndarray, scale: float) -> str:
+    return " x ".join(f"{length * scale:.4g}" for length in lengths) + " mm"

@@ -1,8 +1,9 @@
 """DICOM headers: recognised by content, bounded, and reduced to what reading an image needs.
 
 Nothing that identifies a patient is read: elements outside the lists below are skipped in the file. The lists
-hold no names, dates of birth, descriptions, comments or private elements. Acquisition times and the patient's
-weight are in them, because standardized uptake values are computed from them; they belong in no message.
+hold no names, dates of birth, descriptions or comments, and of private elements only those of PET. Acquisition
+times and the patient's weight are in them, because standardized uptake values are computed from them; they
+belong in no message.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ _ACQUISITION = """
     RandomsCorrectionMethod ReconstructionMethod AttenuationCorrectionMethod ScatterCorrectionMethod
     SeriesDate SeriesTime AcquisitionDate AcquisitionTime AcquisitionDateTime ContentDate ContentTime
     PatientWeight RadiopharmaceuticalInformationSequence RadionuclideTotalDose RadionuclideHalfLife
-    RadiopharmaceuticalStartTime RadiopharmaceuticalStartDateTime
+    RadiopharmaceuticalStartTime RadiopharmaceuticalStartDateTime DetectorInformationSequence SliceVector
+    EnergyWindowVector DetectorVector RRIntervalVector TimeSlotVector PhaseVector
 """
 _PIXEL_DESCRIPTION = """
     SamplesPerPixel PhotometricInterpretation PlanarConfiguration NumberOfFrames FrameIncrementPointer
@@ -100,8 +102,12 @@ def _tags(*lists: str) -> frozenset[int]:
     return frozenset(cast(dict[str, int], tags).values())
 
 
+# The creators and elements from which `suv` computes uptake values: PET scan time (GE), SUV and activity
+# factors (Philips).
+_PRIVATE_TAGS = frozenset({0x00090010, 0x0009100D, 0x70530010, 0x70531000, 0x70531009})
+
 _META_TAGS = _tags(_META)
-_HEADER_TAGS = _tags(_OBJECT, _GEOMETRY, _ACQUISITION, _PIXEL_DESCRIPTION, _DIMENSIONS)
+_HEADER_TAGS = _tags(_OBJECT, _GEOMETRY, _ACQUISITION, _PIXEL_DESCRIPTION, _DIMENSIONS) | _PRIVATE_TAGS
 _FRAME_TAGS = _HEADER_TAGS | _tags(_FUNCTIONAL_GROUPS)
 _OVERLAY_ROWS = frozenset(0x60000010 + (plane << 17) for plane in range(16))
 _DATASET_TAGS = _FRAME_TAGS | _tags(_PIXELS) | _OVERLAY_ROWS

@@ -1,227 +1,366 @@
-"""DICOM: the slices of one series as a volume, and single films."""
+"""DICOM series: which series a folder holds, and the slices of one of them as a volume."""
 
 from __future__ import annotations
 
-import contextlib
+import collections
+import dataclasses
 import io
-import struct
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pydicom
 from etils import epath
-from pydicom.errors import BytesLengthException, InvalidDicomError
-from pydicom.multival import MultiValue
 
-from vilam3_jax.data.intensity import as_stored_values, percentile_limits, window_to_uint8
-from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
-from vilam3_jax.data.stored_volume import StoredVolume
-from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike, as_path, file_size, read_bytes
-
-_MAX_SLICES = 10_000
-_POSITION_TOLERANCE = 0.02  # relative: how far slice distances may differ before a slice counts as missing
-_MAX_FILM_BYTES = 512 << 20
-_NEEDED = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns")
-
-
-# What pydicom lets through where bytes are damaged, often only when an element is looked at.
-_DAMAGE = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,  # pydicom: an unknown value representation or pixel compression
-    OverflowError,
-    BytesLengthException,
-    struct.error,
+from vilam3_jax.data.dicom import frames, pixels, suv
+from vilam3_jax.data.dicom.grouping import (
+    VOLUME,
+    Member,
+    Series,
+    Skipped,
+    group_headers,
+    skipped_notes,
 )
+from vilam3_jax.data.dicom.headers import file_size_of, is_directory, naming, read_dataset, read_header
+from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
+from vilam3_jax.data.scan.walk import list_files
+from vilam3_jax.data.stored_volume import UNKNOWN, StoredVolume
+from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.paths import PathLike, as_path
 
-
-@contextlib.contextmanager
-def _naming(path: PathLike) -> Iterator[None]:
-    """Turns damage of any kind into one line that names `path`."""
-    try:
-        yield
-    except _DAMAGE as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: damaged DICOM data ({reason:.200}); export it again") from error
+_LISTED = 10  # series or files that a message names
+_SUFFIX = re.compile(r"\.[a-z0-9]{1,5}")
+_UNIT = re.compile(r"[A-Za-z0-9_/%^*.-]{1,16}")
 
 
 def read_series(
     path: PathLike, *, series: str | None = None, limits: Limits = DEFAULT_LIMITS
 ) -> StoredVolume:
-    """Reads the slices of one series.
+    """Reads the slices of one series as a volume.
 
     Args:
-      path: folder with the slices (other files in it are passed over), or one file of one slice.
-      series: which series of a folder, by its UID.
-      limits: bounds, checked by the headers before any pixel is decoded.
+      path: a folder (subfolders included), a file of one slice or of a multi-frame volume, or a DICOMDIR,
+        which stands for its folder.
+      series: which series of a folder: its SeriesInstanceUID or `Series.identifier`. None: the only volume.
+      limits: bounds on files, their bytes and voxels, checked by the headers before any pixel is decoded.
 
     Returns:
-      values [columns, rows, slices], rescaled (HU for CT).
+      values [columns, rows, slices], rescaled; `valid` is False where a file stores padding. Units are "HU" for
+      CT and "SUVbw" for PET where the header allows it. `notes` say what was skipped and assumed.
 
     Raises:
-      UserError: no slices, several series or geometries in one folder, doubled or missing slices, no
-        orientation.
+      UnavailableError: the disk or the network fails.
+      UserError: no volume, several to choose from (they are listed), missing or doubled slices, no regular
+        geometry, damaged files, or over a limit.
     """
-    with _naming(path):
-        values, affine = _read_series(as_path(path), limits.file_bytes, limits.voxels)
-        return StoredVolume(values, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine)
-
-
-def _read_series(path: epath.Path, max_bytes: int, max_voxels: int) -> tuple[np.ndarray, np.ndarray]:
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    total = sum(file_size(p) for p in files)
-    if len(files) > _MAX_SLICES or total > max_bytes:
-        raise UserError(
-            f"{path}: {len(files)} files of {total} bytes, over the limit; point at the folder of one series"
-        )
-    slices = []
-    for file in files:
-        header = _read(file, max_bytes, pixels=False)
-        if header is not None and "Rows" in header:
-            slices.append((header, file))
-    if not slices:
-        raise UserError(f"{path}: no DICOM images here; point at the folder that holds the slices")
-    _check_one_geometry(slices, path)
-    first = slices[0][0]
-    count = int(first.Rows) * int(first.Columns) * len(slices)
-    if count > max_voxels:
-        raise UserError(f"{path}: {count} voxels, more than the limit of {max_voxels}; crop or resample it")
-
-    across, down = np.asarray(first.ImageOrientationPatient, np.float64).reshape(2, 3)
-    normal = np.cross(across, down)
-    slices.sort(key=lambda item: float(np.dot(normal, np.asarray(item[0].ImagePositionPatient, np.float64))))
-    positions = np.asarray([item[0].ImagePositionPatient for item in slices], np.float64)
-    affine = np.eye(4)
-    affine[:3, 0] = across * float(first.PixelSpacing[1])
-    affine[:3, 1] = down * float(first.PixelSpacing[0])
-    affine[:3, 2] = _slice_step(positions, normal, float(first.get("SliceThickness") or 1.0), path)
-    affine[:3, 3] = positions[0]
-    values = np.stack([_rescaled_pixels(file, max_bytes).T for _, file in slices], axis=-1)
-    return values, affine
-
-
-def read_film(path: PathLike) -> np.ndarray:
-    """Reads a single projection image (CR, DX, mammography).
-
-    Args:
-      path: a DICOM file of one frame.
-
-    Returns:
-      [H, W] uint8, bright where tissue is dense: MONOCHROME1, which stores the opposite, is inverted. Scaled
-      by the file's first window, or by percentiles where it has none.
-
-    Raises:
-      UserError: colour, several frames, or pixels that cannot be decoded.
-    """
-    with _naming(path):
-        return _read_film(as_path(path))
-
-
-def _read_film(path: epath.Path) -> np.ndarray:
-    dataset = _read(path, _MAX_FILM_BYTES, pixels=True)
-    if (
-        dataset is None
-        or int(dataset.get("NumberOfFrames") or 1) > 1
-        or int(dataset.get("SamplesPerPixel", 1)) != 1
-    ):
-        raise UserError(f"{path}: not a grey DICOM image of one frame; export it as PNG or as a volume")
-    values = as_stored_values(_rescale(_pixels(dataset, path), dataset))
-    if values is None:
-        raise ValueError("not one pixel is a finite number")
-    center, width = (_first(dataset.get(key)) for key in ("WindowCenter", "WindowWidth"))
-    if center is not None and width is not None and width > 1:
-        grey = window_to_uint8(values, (center, width))
-    else:
-        grey = window_to_uint8(values, None, percentile_limits(values))
-    return 255 - grey if dataset.PhotometricInterpretation == "MONOCHROME1" else grey
-
-
-def _first(value: Any) -> float | None:
-    if value is None or value == "":
-        return None
-    return float(value[0] if isinstance(value, MultiValue) else value)
-
-
-def _read(path: PathLike, max_bytes: int, *, pixels: bool) -> pydicom.Dataset | None:
-    """The data set; None if the file is not DICOM."""
     path = as_path(path)
-    try:
-        if not pixels:
-            with path.open("rb") as file:
-                return pydicom.dcmread(file, stop_before_pixels=True)
-        return pydicom.dcmread(io.BytesIO(read_bytes(path, max_bytes)))
-    except InvalidDicomError:
-        return None
+    found, skipped = survey(path, limits=limits)
+    chosen, notes = _choose(found, skipped, series, path, limits)
+    return _read(chosen, path, [*notes, *skipped_notes(skipped)], limits)
 
 
-def _check_one_geometry(slices: list[tuple[pydicom.Dataset, Any]], path: PathLike) -> None:
-    for header, file in slices:
-        missing = [key for key in _NEEDED if not header.get(key)]
-        if missing:
-            raise UserError(
-                f"{file}: DICOM image without {', '.join(missing)}; only volumes with a position can be read"
-            )
-        if int(header.get("NumberOfFrames") or 1) > 1 or int(header.get("SamplesPerPixel", 1)) != 1:
-            raise UserError(f"{file}: multi-frame or colour DICOM; convert it to .nii.gz first")
+def list_series(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> list[Series]:
+    """The series of a folder with its subfolders, by their headers.
 
-    def distinct(*keys: str) -> int:
-        return len({tuple(str(header.get(key)) for key in keys) for header, _ in slices})
-
-    if (series := distinct("SeriesInstanceUID")) > 1:
-        raise UserError(f"{path}: {series} DICOM series in one folder; give each series a folder of its own")
-    if (grids := distinct("Rows", "Columns", "PixelSpacing")) > 1:
-        raise UserError(f"{path}: slices of {grids} different grids in one folder; keep one series only")
-    turns = np.asarray([header.ImageOrientationPatient for header, _ in slices], np.float64)
-    if np.abs(turns - turns[0]).max() > 1e-3:
-        raise UserError(f"{path}: slices point in different directions (a localizer?); keep one series only")
+    Raises:
+      UserError: no such folder, or more files than `limits.files`.
+    """
+    return survey(path, limits=limits)[0]
 
 
-def _slice_step(positions: np.ndarray, normal: np.ndarray, thickness: float, path: PathLike) -> np.ndarray:
-    """Vector from one slice to the next, [3] mm."""
-    if len(positions) == 1:
-        return normal * thickness
-    distances = np.diff(positions @ normal)
-    middle = float(np.median(distances))
-    if distances.min() < 1e-3:
-        raise UserError(f"{path}: two slices at one position (two phases or series?); keep one series only")
-    worst = int(np.abs(distances - middle).argmax())
-    if abs(distances[worst] - middle) > max(_POSITION_TOLERANCE * middle, 0.02):
+def survey(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> tuple[list[Series], list[Skipped]]:
+    """`list_series`, and the files that belong to no series, with the reason."""
+    path = as_path(path)
+    skipped: list[Skipped] = []
+    if not path.is_dir():
+        header = read_header(path, limits=limits, frames=True)
+        if header is None:
+            raise UserError(f"{path}: not a DICOM file; give a DICOM file or folder")
+        if not is_directory(header):
+            return group_headers([(path, header)]), skipped
+        path = path.parent
+    listing = list_files(path, limits.files, lambda: None)
+    found = group_headers(_headers(listing.files, skipped, limits))
+    skipped += [(path, reason) for reason, count in listing.skipped.items() for _ in range(count)]
+    return found, skipped
+
+
+def _headers(
+    files: Sequence[PathLike], skipped: list[Skipped], limits: Limits
+) -> Iterator[tuple[PathLike, pydicom.Dataset]]:
+    for file in files:
+        try:
+            header = read_header(file, limits=limits, frames=True)
+        except UnavailableError:
+            raise
+        except UserError:
+            skipped.append((file, "a damaged DICOM header"))
+            continue
+        if header is None:
+            skipped.append((file, f"not DICOM ({_suffix(file)})"))
+        elif is_directory(header):
+            skipped.append((file, "a DICOMDIR; its paths are not followed"))
+        else:
+            yield file, header
+
+
+def _suffix(file: PathLike) -> str:
+    path = as_path(file)
+    if path.name.startswith("."):
+        return "a hidden file"
+    suffix = path.suffix.lower()
+    return suffix if _SUFFIX.fullmatch(suffix) else "no suffix"
+
+
+def _choose(
+    found: Sequence[Series], skipped: Sequence[Skipped], wanted: str | None, path: epath.Path, limits: Limits
+) -> tuple[Series, list[str]]:
+    """The series to read, and notes about the others."""
+    if wanted is not None:
+        candidates = [series for series in found if wanted in (series.identifier, *_uids(series))]
+        candidates = candidates or [series for series in found if series.uid == wanted]
+        candidates = candidates or [s for s in found if s.identifier.partition("/")[0] == wanted]
+        if not candidates:
+            raise UserError(f"{path}: no series {wanted:.70} here; there {_list(found) or 'is none'}")
+    else:
+        candidates = _main_volumes(found)
+        if not candidates:
+            raise UserError(f"{path}: no DICOM volume here{_instead(found, skipped)}")
+    chosen = candidates[0]
+    if len(candidates) > 1 and not _all_equal(candidates, limits):
         raise UserError(
-            f"{path}: {distances[worst]:.2f} mm between slices {worst} and {worst + 1}, elsewhere "
-            f"{middle:.2f} mm; a slice "
-            "is missing, export the series again"
+            f"{path}: {len(candidates)} volumes to choose from; name one of them as series: {_list(candidates)}"
         )
-    return (positions[-1] - positions[0]) / (len(positions) - 1)
+    if chosen.problem is not None:
+        raise UserError(f"{path}: series {chosen} cannot be read as a volume: {chosen.problem}")
+    others = [s for s in found if s is not chosen and s not in candidates]
+    notes = [f"{len(candidates) - 1} equal copies of the series skipped"] if len(candidates) > 1 else []
+    if wanted is None and others:
+        shown = ", ".join(str(series) for series in others[:_LISTED])
+        more = f" and {len(others) - _LISTED} more" if len(others) > _LISTED else ""
+        notes.append(f"{len(others)} other series skipped: {shown}{more}")
+    return chosen, notes
 
 
-def _rescaled_pixels(path: PathLike, max_bytes: int) -> np.ndarray:
-    dataset = _read(path, max_bytes, pixels=True)
-    if dataset is None:
-        raise UserError(f"{path}: changed while it was read; try again")
-    return _rescale(_pixels(dataset, path), dataset)
+def _uids(series: Series) -> tuple[str, ...]:
+    """A full UID also with the number of a stack: 1.2.3/2."""
+    return (series.uid + series.identifier[12:],) if series.uid else ()
 
 
-def _pixels(dataset: pydicom.Dataset, path: PathLike) -> np.ndarray:
-    try:
-        return dataset.pixel_array
-    except (*_DAMAGE, RuntimeError) as error:
-        syntax = dataset.file_meta.get("TransferSyntaxUID")
+def _main_volumes(found: Sequence[Series]) -> list[Series]:
+    """The volumes among which a user would have to choose: no localizers or single slices beside a stack."""
+    volumes = [series for series in found if series.kind == VOLUME]
+    for worth in (lambda s: not s.localizer, lambda s: s.slices > 1):
+        volumes = [series for series in volumes if worth(series)] or volumes
+    return volumes
+
+
+def _list(found: Sequence[Series]) -> str:
+    if not found:
+        return ""
+    shown = [
+        f"{series}{f' {series.uid}' if series.uid else ''}{f', but {series.problem}' if series.problem else ''}"
+        for series in found[:_LISTED]
+    ]
+    more = [f"{len(found) - _LISTED} more"] if len(found) > _LISTED else []
+    return "; ".join([*shown, *more])
+
+
+def _instead(found: Sequence[Series], skipped: Sequence[Skipped]) -> str:
+    reasons = [f"{series}: {series.problem}" for series in found] + skipped_notes(skipped)
+    if not reasons:
+        return "; the folder is empty"
+    more = f"; and {len(reasons) - _LISTED} more" if len(reasons) > _LISTED else ""
+    return f" ({'; '.join(reasons[:_LISTED])}{more}); point at the folder that holds the slices"
+
+
+def _all_equal(candidates: Sequence[Series], limits: Limits) -> bool:
+    """Whether stacks of one series are copies of each other, slice by slice."""
+    first, *others = candidates
+    return all(
+        other.uid == first.uid
+        and other.affine is not None
+        and first.affine is not None
+        and len(other.members) == len(first.members)
+        and np.allclose(other.affine, first.affine, atol=1e-3)
+        and all(_equal(*pair, limits) for pair in zip(first.members, other.members, strict=True))
+        for other in others
+    )
+
+
+def _equal(one: Member, other: Member, limits: Limits) -> bool:
+    values = []
+    for member in (one, other):
+        dataset = read_dataset(member.path, limits=limits)
+        with naming(member.path):
+            values.append(_frame_values(dataset, member.frame, member.path, limits=limits)[0])
+    return np.array_equal(*values)
+
+
+@dataclasses.dataclass
+class _Slices:
+    """Decoded slices, and what their files state."""
+
+    values: np.ndarray | None = None
+    valid: np.ndarray | None = None
+    windows: dict[int, tuple[float, float] | None] = dataclasses.field(default_factory=dict)
+    rescale_types: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    pet: list[suv.PetFacts] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+def _read(series: Series, path: epath.Path, notes: Sequence[str], limits: Limits) -> StoredVolume:
+    _check_limits(series, path, limits)
+    notes = [*series.notes, *notes, *_check_copies(series, path, limits)]
+    slices = _Slices()
+    for file, members in _by_file(series).items():
+        dataset = read_dataset(file, limits=limits)
+        with naming(file):
+            for index, member in members:
+                _decode(slices, series, dataset, index, member, limits)
+            if series.modality == "PT":
+                slices.pet.append(suv.facts_of(dataset))
+    assert slices.values is not None and series.affine is not None
+    factor, units = _units(series, slices)
+    values = slices.values if factor == 1 else slices.values.astype(np.float64) * factor
+    window = _window(slices)
+    return StoredVolume(
+        values.transpose(2, 1, 0),
+        series.affine,
+        valid=None if slices.valid is None else slices.valid.transpose(2, 1, 0),
+        modality=series.modality,
+        body_part=series.body_part,
+        units=units,
+        window=None if window is None else (window[0] * factor, window[1] * factor),
+        notes=(*notes, *slices.notes),
+    )
+
+
+def _check_limits(series: Series, path: epath.Path, limits: Limits) -> None:
+    voxels = series.rows * series.columns * series.slices
+    if voxels > limits.voxels:
         raise UserError(
-            f"{path}: pixels of transfer syntax {getattr(syntax, 'name', syntax)} cannot be decoded "
-            f"({error}); fetch it again, or "
-            "`pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg`"
-        ) from error
+            f"{path}: {voxels} voxels, more than the limit of {limits.voxels}; crop or resample it"
+        )
+    size = sum(file_size_of(file) for file in _by_file(series))
+    if size > limits.file_bytes:
+        raise UserError(
+            f"{path}: {size} bytes in one series, more than the limit of {limits.file_bytes}; raise the limit"
+        )
 
 
-def _rescale(values: np.ndarray, dataset: pydicom.Dataset) -> np.ndarray:
-    # float32 first: a NIfTI header can store no more, and the two files of one scan must give the same
-    # numbers.
-    slope = np.float64(np.float32(dataset.get("RescaleSlope", 1) or 1))
-    intercept = np.float64(np.float32(dataset.get("RescaleIntercept", 0) or 0))
-    return values if (slope, intercept) == (1, 0) else values.astype(np.float64) * slope + intercept
+def _by_file(series: Series) -> dict[PathLike, list[tuple[int, Member]]]:
+    """The slices (index in the volume, member) of each file, so that each is read once."""
+    files: dict[PathLike, list[tuple[int, Member]]] = {}
+    for index, member in enumerate(series.members):
+        files.setdefault(member.path, []).append((index, member))
+    return files
+
+
+def _check_copies(series: Series, path: epath.Path, limits: Limits) -> list[str]:
+    for kept, other in series.copies:
+        if not _equal(kept, other, limits):
+            raise UserError(
+                f"{path}: series {series} has different slices at one position which no header value tells "
+                f"apart ({as_path(kept.path).name} and {as_path(other.path).name}); keep one of each"
+            )
+    count = len(series.copies)
+    return [f"{count} slice{'s' if count > 1 else ''} skipped: equal to another at its position"] * (
+        count > 0
+    )
+
+
+def _decode(
+    slices: _Slices, series: Series, dataset: pydicom.Dataset, index: int, member: Member, limits: Limits
+) -> None:
+    values, valid = _frame_values(dataset, member.frame, member.path, limits=limits)
+    shape = (len(series.members), series.rows, series.columns)
+    if values.shape != shape[1:]:
+        raise UserError(f"{member.path}: changed while it was read; try again")
+    if slices.values is None:
+        slices.values = np.empty(shape, values.dtype)
+    if (dtype := np.result_type(slices.values, values)) != slices.values.dtype:
+        slices.values = slices.values.astype(dtype)
+    slices.values[index] = values
+    if valid is not None:
+        if slices.valid is None:
+            slices.valid = np.ones(shape, bool)
+        slices.valid[index] = valid
+    places = frames.places(dataset, member.frame)
+    slices.windows[index] = _own_window(places)
+    slices.rescale_types[_rescale_type(places)] += 1
+
+
+def _own_window(places: Sequence[Any]) -> tuple[float, float] | None:
+    """The first window (centre, width) of a slice, unless it is no linear one."""
+    if str(frames.find(places, "VOILUTFunction") or "LINEAR").upper() not in ("LINEAR", "LINEAR_EXACT"):
+        return None
+    centre, width = (frames.first_number(frames.find(places, f"Window{k}")) for k in ("Center", "Width"))
+    return (centre, width) if centre is not None and width is not None and width > 1 else None
+
+
+def _rescale_type(places: Sequence[Any]) -> str:
+    if frames.find(places, "RescaleSlope") is None and frames.find(places, "ModalityLUTSequence") is None:
+        return "no rescale"
+    text = str(frames.find(places, "RescaleType") or frames.find(places, "ModalityLUTType") or "").strip()
+    return text if _UNIT.fullmatch(text) or not text else UNKNOWN
+
+
+def _units(series: Series, slices: _Slices) -> tuple[float, str]:
+    """Factor to the units of the volume, and their name."""
+    if series.modality == "PT":
+        uptake = suv.uptake(slices.pet)
+        slices.notes += [uptake.note] if uptake.note else []
+        return uptake.factor, uptake.units
+    if len(slices.rescale_types) > 1:
+        slices.notes.append("slices state different rescale types; units are unknown")
+        return 1.0, UNKNOWN
+    (stated,) = slices.rescale_types
+    if stated == "no rescale":
+        if series.modality == "CT":
+            slices.notes.append("no rescale slope and intercept; stored values are taken for HU")
+            return 1.0, "HU"
+        return 1.0, UNKNOWN
+    if series.modality == "CT" and stated in ("", "HU"):
+        return 1.0, "HU"
+    if stated in ("", "US", UNKNOWN):  # US: unspecified
+        return 1.0, UNKNOWN
+    return 1.0, stated
+
+
+def _window(slices: _Slices) -> tuple[float, float] | None:
+    """The window that all slices state, otherwise that of the middle slice."""
+    windows = set(slices.windows.values())
+    return windows.pop() if len(windows) == 1 else slices.windows[len(slices.windows) // 2]
+
+
+# INTERIM: until `pixels` decodes.
+
+
+def _frame_values(dataset, frame, path, *, limits):
+    try:
+        return pixels.frame_values(dataset, frame, path, limits=limits)
+    except NotImplementedError:
+        values = dataset.pixel_array
+        values = values[frame] if values.ndim == 3 else values
+        places = frames.places(dataset, frame)
+        slope = np.float64(np.float32(frames.find(places, "RescaleSlope") or 1))
+        intercept = np.float64(np.float32(frames.find(places, "RescaleIntercept") or 0))
+        values = values if (slope, intercept) == (1, 0) else values.astype(np.float64) * slope + intercept
+        return values, None
+
+
+def read_film(path):
+    from vilam3_jax.data.intensity import as_stored_values, percentile_limits, window_to_uint8
+    from vilam3_jax.paths import read_bytes
+
+    with naming(path):
+        dataset = pydicom.dcmread(io.BytesIO(read_bytes(path, 512 << 20)))
+        if int(dataset.get("NumberOfFrames") or 1) > 1 or int(dataset.get("SamplesPerPixel", 1)) != 1:
+            raise UserError(f"{path}: not a grey DICOM image of one frame; export it as PNG or as a volume")
+        values = as_stored_values(_frame_values(dataset, 0, path, limits=DEFAULT_LIMITS)[0])
+        assert values is not None
+        window = _own_window([dataset])
+        grey = window_to_uint8(values, window, None if window else percentile_limits(values))
+        return 255 - grey if dataset.PhotometricInterpretation == "MONOCHROME1" else grey

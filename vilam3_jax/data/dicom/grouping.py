@@ -1,8 +1,8 @@
 """Groups DICOM headers into series, and the slices of a series into stacks, without looking at pixels.
 
-One odd file never stops a series: slices are grouped by grid (as numbers), orientation and kind of object, the
-one large group is the volume, and what is put aside is listed with its reason. Where several groups are equally
-good, each becomes a series of its own with a numbered identifier, for the user to choose from.
+One odd file never stops a series: slices are grouped by grid (as numbers), orientation and kind of object,
+the one large group is the volume, and what is put aside is listed with its reason. Where several groups are
+equally good, each becomes a series of its own with a numbered identifier, for the user to choose from.
 """
 
 from __future__ import annotations
@@ -393,8 +393,9 @@ def _parts_by_order(frames: list[Frame], places: np.ndarray, most: int) -> list[
         order = sorted(range(len(frames)), key=lambda i: (places[i], values[i]))
         rows = [order[i : i + most] for i in range(0, len(order), most)]
         if all(len({values[i] for i in row}) == most for row in rows):
+            word = "repetition" if keyword == "InstanceNumber" else "time point"
             return [
-                _Group([frames[row[n]] for row in rows], f"time point {n + 1} of {most}") for n in range(most)
+                _Group([frames[row[n]] for row in rows], f"{word} {n + 1} of {most}") for n in range(most)
             ]
     return []
 

@@ -1,9 +1,9 @@
 """DICOM headers: recognised by content, bounded, and reduced to what reading an image needs.
 
 Nothing that identifies a patient is read: elements outside the lists below are skipped in the file. The lists
-hold no names, dates of birth, descriptions or comments, and of private elements only those of PET. Acquisition
-times and the patient's weight are in them, because standardized uptake values are computed from them; they
-belong in no message.
+hold no names, dates of birth, descriptions or comments, and of private elements only those of PET.
+Acquisition times and the patient's weight are in them, because standardized uptake values are computed from
+them; they belong in no message.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ def read_series(
       limits: bounds on files, their bytes and voxels, checked by the headers before any pixel is decoded.
 
     Returns:
-      values [columns, rows, slices], rescaled; `valid` is False where a file stores padding. Units are "HU" for
-      CT and "SUVbw" for PET where the header allows it. `notes` say what was skipped and assumed.
+      values [columns, rows, slices], rescaled; `valid` is False where a file stores padding. Units are "HU"
+      for CT and "SUVbw" for PET where the header allows it. `notes` say what was skipped and assumed.
 
     Raises:
       UnavailableError: the disk or the network fails.
@@ -122,7 +122,7 @@ def _choose(
         candidates = candidates or [series for series in found if series.uid == wanted]
         candidates = candidates or [s for s in found if s.identifier.partition("/")[0] == wanted]
         if not candidates:
-            raise UserError(f"{path}: no series {wanted:.70} here; there {_list(found) or 'is none'}")
+            raise UserError(f"{path}: no series {wanted:.70} here{_instead(found, skipped)}")
     else:
         candidates = _main_volumes(found)
         if not candidates:
@@ -130,7 +130,8 @@ def _choose(
     chosen = candidates[0]
     if len(candidates) > 1 and not _all_equal(candidates, limits):
         raise UserError(
-            f"{path}: {len(candidates)} volumes to choose from; name one of them as series: {_list(candidates)}"
+            f"{path}: {len(candidates)} volumes to choose from; name one of them as the series: "
+            f"{_list(candidates)}"
         )
     if chosen.problem is not None:
         raise UserError(f"{path}: series {chosen} cannot be read as a volume: {chosen.problem}")
@@ -157,10 +158,8 @@ def _main_volumes(found: Sequence[Series]) -> list[Series]:
 
 
 def _list(found: Sequence[Series]) -> str:
-    if not found:
-        return ""
     shown = [
-        f"{series}{f' {series.uid}' if series.uid else ''}{f', but {series.problem}' if series.problem else ''}"
+        " ".join(filter(None, [str(series), series.uid, f"({series.problem})" if series.problem else ""]))
         for series in found[:_LISTED]
     ]
     more = [f"{len(found) - _LISTED} more"] if len(found) > _LISTED else []

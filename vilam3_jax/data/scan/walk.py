@@ -1,0 +1,107 @@
+"""The files below a folder, found without opening one."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import stat
+from collections.abc import Callable, Iterator
+
+from vilam3_jax.errors import UserError
+from vilam3_jax.paths import PathLike, as_path
+
+LINKED_FOLDER = "symbolic link to a folder, not followed"
+BROKEN_LINK = "symbolic link that leads nowhere"
+SPECIAL = "pipe, socket or device, not opened"
+CLOSED_FOLDER = "folder that cannot be read; check its permissions"
+
+
+@dataclasses.dataclass
+class Listing:
+    """What lies below a folder.
+
+    Attributes:
+      files: paths of regular files, also of those that symbolic links lead to; sorted folder by folder.
+      skipped: reason -> how many entries are neither files nor folders that can be read.
+    """
+
+    files: list[str]
+    skipped: collections.Counter[str]
+
+
+def list_files(folder: PathLike, max_files: int, tick: Callable[[], object]) -> Listing:
+    """Lists the files of a folder and its subfolders, hidden ones included.
+
+    Symbolic links to folders are not followed: they may form loops, and would count a folder twice.
+
+    Args:
+      folder: local or on an object store.
+      max_files: how many files are accepted.
+      tick: called for each file, for a progress bar.
+
+    Raises:
+      UserError: no such folder, a file, no permission to list it, or more than `max_files`.
+    """
+    root = as_path(folder)
+    remote = "://" in str(root)
+    if not remote:
+        _check_root(str(root))
+    listing = Listing([], collections.Counter())
+    for path in _remote(root) if remote else _local(str(root), listing.skipped):
+        listing.files.append(path)
+        tick()
+        if len(listing.files) > max_files:
+            raise UserError(
+                f"{folder}: more than {max_files} files, over the limit; give its subfolders one by one"
+            )
+    if remote and not listing.files:
+        raise UserError(f"{folder}: no such folder, or nothing in it; check the path")
+    return listing
+
+
+def _check_root(root: str) -> None:
+    try:
+        os.scandir(root).close()
+    except NotADirectoryError:
+        raise UserError(f"{root}: is a file; give the folder that holds it") from None
+    except FileNotFoundError:
+        raise UserError(f"{root}: no such folder; check the path") from None
+    except (OSError, ValueError) as error:  # the last: a null byte in the name
+        reason = getattr(error, "strerror", None) or "not a name for a folder"
+        raise UserError(f"{root}: cannot be listed ({reason}); check its permissions") from error
+
+
+def _local(root: str, skipped: collections.Counter[str]) -> Iterator[str]:
+    waiting = [root]
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError:
+            skipped[CLOSED_FOLDER] += 1
+            continue
+        folders = []
+        for entry in entries:
+            try:
+                mode = entry.stat().st_mode  # of a link: of what it leads to
+            except OSError:
+                skipped[BROKEN_LINK if entry.is_symlink() else "vanished during the scan"] += 1
+                continue
+            if stat.S_ISREG(mode):
+                yield entry.path
+            elif not stat.S_ISDIR(mode):
+                skipped[SPECIAL] += 1
+            elif entry.is_symlink():
+                skipped[LINKED_FOLDER] += 1
+            else:
+                folders.append(entry.path)
+        waiting += reversed(folders)
+
+
+def _remote(root: os.PathLike[str]) -> Iterator[str]:
+    for folder, folders, names in as_path(root).walk():
+        folders.sort()
+        for name in sorted(names):
+            if name:  # object stores may list a marker of the folder itself
+                yield f"{folder}/{name}"

@@ -106,6 +106,27 @@ class Series:
         return f"{self.identifier} ({', '.join(words)})"
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class FileFrames:
+    """What the header of one file says for grouping. It is small and can be pickled.
+
+    Attributes:
+      path: the file.
+      uid: SeriesInstanceUID, or "".
+      study: StudyInstanceUID, or "".
+      modality: DICOM's code, or "unknown".
+      frames: empty if `reason` is given.
+      reason: why the file is put aside, or None.
+    """
+
+    path: PathLike
+    uid: str
+    study: str
+    modality: str
+    frames: tuple[Frame, ...]
+    reason: str | None
+
+
 @dataclasses.dataclass
 class _Found:
     """The files of one SeriesInstanceUID."""
@@ -137,26 +158,38 @@ def group_headers(items: Iterable[tuple[PathLike, pydicom.Dataset]]) -> list[Ser
       Series in the order of their first file; several for a series whose slices form several stacks. Files
       whose headers are damaged are in `skipped` of their series.
     """
+    return group_files(file_frames(path, header) for path, header in items)
+
+
+def file_frames(path: PathLike, header: pydicom.Dataset) -> FileFrames:
+    """Reduces a header to what `group_files` needs.
+
+    Raises:
+      UnavailableError: the disk or the network fails.
+    """
+    uid = study = ""
+    modality = UNKNOWN
+    try:
+        with naming(path):
+            uid, study = series_uid(header), str(header.get("StudyInstanceUID") or "")
+            modality = code_of(header.get("Modality"))
+            reason = not_an_image(header)
+            frames = () if reason else tuple(frames_of(header, path))
+            return FileFrames(path, uid, study, modality, frames, reason)
+    except UnavailableError:
+        raise
+    except UserError:
+        return FileFrames(path, uid, study, modality, (), "a damaged header")
+
+
+def group_files(files: Iterable[FileFrames]) -> list[Series]:
+    """`group_headers` for headers that `file_frames` has reduced."""
     found: dict[str, _Found] = {}
-    for path, header in items:
-        uid = study = ""
-        modality = UNKNOWN
-        frames: list[Frame] = []
-        reason = None
-        try:
-            with naming(path):
-                uid, study = series_uid(header), str(header.get("StudyInstanceUID") or "")
-                modality = code_of(header.get("Modality"))
-                reason = not_an_image(header)
-                frames = [] if reason else list(frames_of(header, path))
-        except UnavailableError:
-            raise
-        except UserError:
-            reason = "a damaged header"
-        series = found.setdefault(uid, _Found(study, modality))
-        series.frames += frames
-        series.skipped += [(path, reason)] if reason else []
-    return [series for uid, files in found.items() for series in _series_of(uid, files)]
+    for file in files:
+        series = found.setdefault(file.uid, _Found(file.study, file.modality))
+        series.frames += file.frames
+        series.skipped += [(file.path, file.reason)] if file.reason else []
+    return [series for uid, series_files in found.items() for series in _series_of(uid, series_files)]
 
 
 def skipped_notes(skipped: Sequence[Skipped]) -> list[str]:

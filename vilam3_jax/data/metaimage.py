@@ -39,6 +39,7 @@ from vilam3_jax.data.volume_checks import (
     several_volumes,
     stated_units,
     trailing_note,
+    without_voxels,
 )
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import PathLike, as_path
@@ -111,12 +112,13 @@ class _Header:
         )
 
 
-def read_metaimage(path: PathLike, limits: Limits) -> StoredVolume:
+def read_metaimage(path: PathLike, limits: Limits, *, voxels: bool = True) -> StoredVolume:
     """Reads a MetaImage volume.
 
     Args:
       path: a .mha file, or a .mhd header with its one data file beside it.
       limits: checked by the header.
+      voxels: False reads the header alone; `values` are zeros then.
 
     Raises:
       UserError: several values per voxel, no orientation or voxel size, data in other folders or several
@@ -130,12 +132,15 @@ def read_metaimage(path: PathLike, limits: Limits) -> StoredVolume:
     dtype = _dtype(header)
     count = check_grid(shape, dtype.itemsize, path, limits)
     check_extent(affine, shape, unit, path)
-    raw, data_notes = _data(header, count, limits)
-    values = np.frombuffer(raw, dtype).reshape(shape, order="F")
     slope, intercept, scale_notes = _scale(header)
+    raw, data_notes = _data(header, count, limits, voxels)
+    if voxels:
+        values = rescale(np.frombuffer(raw, dtype).reshape(shape, order="F"), slope, intercept)
+    else:
+        values = without_voxels(shape, dtype)
     modality = modality_code(header.get("Modality").removeprefix("MET_MOD_") or header.get("0008|0060"))
     return StoredVolume(
-        rescale(values, slope, intercept),
+        values,
         affine,
         modality=modality,
         units=stated_units("", modality),
@@ -255,7 +260,8 @@ def _scale(header: _Header) -> tuple[float, float, tuple[str, ...]]:
     return slope[0], intercept[0], (note,)
 
 
-def _data(header: _Header, count: int, limits: Limits) -> tuple[bytes, tuple[str, ...]]:
+def _data(header: _Header, count: int, limits: Limits, voxels: bool) -> tuple[bytes, tuple[str, ...]]:
+    """The bytes of the voxels, none where they are not wanted, and notes."""
     path = as_path(header.path)
     name = header.get("ElementDataFile")
     inside = name.upper() == "LOCAL"
@@ -267,6 +273,8 @@ def _data(header: _Header, count: int, limits: Limits) -> tuple[bytes, tuple[str
         raise header.error("HeaderSize")
     start = size - count if skip == -1 else skip or (header.end if inside else 0)
     check_available(count, size - max(0, start), path, ratio=DEFLATE_RATIO if packed else 1)
+    if not voxels:
+        return b"", ()
     with source.open("rb") as file:
         file.seek(start)
         if packed:

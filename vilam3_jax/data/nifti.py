@@ -28,6 +28,7 @@ from vilam3_jax.data.volume_checks import (
     read_rest,
     rescale,
     several_volumes,
+    without_voxels,
 )
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import PathLike, as_path, children, file_size
@@ -61,12 +62,13 @@ _OTHER_TYPES = {
 }
 
 
-def read_nifti(path: PathLike, limits: Limits) -> StoredVolume:
+def read_nifti(path: PathLike, limits: Limits, *, voxels: bool = True) -> StoredVolume:
     """Reads a NIfTI volume, with modality and units from the JSON sidecar beside it.
 
     Args:
       path: a single file, whatever its name, or either half of a pair.
       limits: checked by the header.
+      voxels: False reads the header alone; `values` are zeros then.
 
     Raises:
       UserError: several volumes, colours or complex numbers, no orientation or a contradictory one, a header
@@ -89,14 +91,16 @@ def read_nifti(path: PathLike, limits: Limits) -> StoredVolume:
     offset, offset_notes = _offset(header, is_pair, path)
     with _opened(voxels_path) as (stream, packed):
         check_available(offset + count, file_size(voxels_path), path, ratio=DEFLATE_RATIO if packed else 1)
-        stream.seek(offset)
-        raw = read_exactly(stream, count, path)
-        rest_notes = read_rest(stream, path)
-    values = np.frombuffer(raw, dtype).reshape(shape, order="F")
+        values, rest_notes = without_voxels(shape, dtype), ()
+        if voxels:
+            stream.seek(offset)
+            raw = read_exactly(stream, count, path)
+            values = rescale(np.frombuffer(raw, dtype).reshape(shape, order="F"), slope, intercept)
+            rest_notes = read_rest(stream, path)
     match = _NAME.fullmatch(path.name)
     sidecar = read_sidecar(path, match["stem"] if match else path.name)
     return StoredVolume(
-        rescale(values, slope, intercept),
+        values,
         affine,
         modality=sidecar.modality,
         body_part=sidecar.body_part,

@@ -40,6 +40,7 @@ from vilam3_jax.data.volume_checks import (
     read_rest,
     several_volumes,
     stated_units,
+    without_voxels,
 )
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import PathLike, as_path
@@ -136,12 +137,13 @@ class _Grid:
     notes: tuple[str, ...]
 
 
-def read_nrrd(path: PathLike, limits: Limits) -> StoredVolume:
+def read_nrrd(path: PathLike, limits: Limits, *, voxels: bool = True) -> StoredVolume:
     """Reads an NRRD volume; modality and body part from the DICOM keys that Slicer and others write.
 
     Args:
       path: a .nrrd file, or a .nhdr header with its one data file beside it.
       limits: checked by the header.
+      voxels: False reads the header alone; `values` are zeros then.
 
     Raises:
       UserError: several values per voxel, no patient space, data in other folders or several files, a header
@@ -155,10 +157,11 @@ def read_nrrd(path: PathLike, limits: Limits) -> StoredVolume:
     dtype = _dtype(header, path)
     count = check_grid(grid.shape, dtype.itemsize, path, limits)
     check_extent(grid.affine, grid.shape, grid.unit, path)
-    values, notes = _values(header, dtype, count, path, limits)
+    values, notes = _values(header, dtype, count, path, limits, voxels)
+    values = values.reshape(grid.shape, order="F") if voxels else without_voxels(grid.shape, dtype)
     modality = modality_code(header.pair("dicom_0008_0060_modality", "0008|0060", "modality"))
     return StoredVolume(
-        values.reshape(grid.shape, order="F"),
+        values,
         grid.affine,
         modality=modality,
         body_part=body_part_name(header.pair("dicom_0018_0015_bodypartexamined", "0018|0015")),
@@ -309,9 +312,12 @@ def _check_spacings(header: _Header, axes: list[int], affine: np.ndarray, path: 
 
 
 def _values(
-    header: _Header, dtype: np.dtype, count: int, path: epath.Path, limits: Limits
+    header: _Header, dtype: np.dtype, count: int, path: epath.Path, limits: Limits, voxels: bool
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The voxels in the order of the file, and notes. `count` is their size in bytes."""
+    """The voxels in the order of the file, none where they are not wanted, and notes.
+
+    `count` is their size in bytes.
+    """
     name = header.get("data file")
     source = data_file(path, name) if name else path
     size = check_file_size(source, limits)
@@ -328,8 +334,12 @@ def _values(
         for _ in range(lines):
             file.readline(_MAX_HEADER_BYTES)
         if encoding in ("text", "hex"):
+            if not voxels:
+                return np.empty(0, dtype), ()
             return _written_out(file.read()[skip:], encoding, dtype, count, path), ()
         check_available(count, size - file.tell(), path, ratio=_RATIOS[encoding])
+        if not voxels:
+            return np.empty(0, dtype), ()
         if skip == -1:  # the data is the end of the file
             skip = size - file.tell() - count
         stream = _unpacked(file, encoding)

@@ -275,6 +275,11 @@ def geometry_notes(affine: np.ndarray) -> tuple[str, ...]:
     return (f"its axes are {skew:.1f} degrees off right angles; the geometry is kept as it is",)
 
 
+def without_voxels(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Stands for voxels that are not read: `shape` zeros in the memory of one."""
+    return np.broadcast_to(np.zeros((), dtype), tuple(shape))
+
+
 def rescale(values: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     """`values * slope + intercept` in float64, with both factors rounded to float32 as NIfTI stores them."""
     factor, offset = np.float32(slope), np.float32(intercept)

@@ -37,6 +37,7 @@ from vilam3_jax.paths import PathLike, as_path
 __all__ = [
     "Volume",
     "VolumeSource",
+    "describe_volume",
     "load_label_map",
     "load_volume",
     "percentile_limits",
@@ -156,7 +157,22 @@ def load_volume(
     return volume
 
 
-def _read(path: epath.Path, series: str | None, limits: Limits) -> StoredVolume:
+def describe_volume(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> StoredVolume:
+    """Reads the header of a NIfTI, NRRD or MetaImage file, and makes every check that needs no voxel.
+
+    Returns:
+      What the file states. `values` are zeros of the stored type, without memory.
+
+    Raises:
+      What `load_volume` raises for this header.
+    """
+    path = as_path(path)
+    stored = _read(path, None, limits, voxels=False)
+    _check_affine(stored.affine, path)
+    return stored
+
+
+def _read(path: epath.Path, series: str | None, limits: Limits, *, voxels: bool = True) -> StoredVolume:
     if path.is_dir():
         with naming_damage(path):
             return dicom.read_series(path, series=series, limits=limits)
@@ -166,12 +182,12 @@ def _read(path: epath.Path, series: str | None, limits: Limits) -> StoredVolume:
     check_file_size(path, limits)
     with naming_damage(path):
         if kind.reader == "nrrd":
-            return read_nrrd(path, limits)
+            return read_nrrd(path, limits, voxels=voxels)
         if kind.reader == "metaimage":
-            return read_metaimage(path, limits)
+            return read_metaimage(path, limits, voxels=voxels)
         if kind.reader == "dicom":
             return dicom.read_series(path, series=series, limits=limits)
-        return nifti.read_nifti(path, limits)
+        return nifti.read_nifti(path, limits, voxels=voxels)
 
 
 def _declared(volume: Volume, modality: str, path: PathLike) -> Volume:
@@ -282,14 +298,18 @@ def _display_limits(
     return min(low, lowest), max(high, highest)
 
 
-def _canonical(stored: StoredVolume, path: PathLike) -> Volume:
-    affine = stored.affine
+def _check_affine(affine: np.ndarray, path: PathLike) -> None:
     spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
     usable = np.isfinite(affine).all() and ((spacing > _SPACING_MM[0]) & (spacing < _SPACING_MM[1])).all()
     if not usable or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
         raise UserError(
             f"{path}: its affine is singular or absurd; correct the header's spacing and direction"
         )
+
+
+def _canonical(stored: StoredVolume, path: PathLike) -> Volume:
+    affine = stored.affine
+    _check_affine(affine, path)
     orientation = nib.orientations.io_orientation(affine)
 
     def turned(array: np.ndarray) -> np.ndarray:

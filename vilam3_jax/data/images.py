@@ -3,126 +3,337 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
+import imagecodecs
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageChops
 
-from vilam3_jax.data import dicom
-from vilam3_jax.data.intensity import as_stored_values, window_to_uint8
+from vilam3_jax.data import dicom, file_kinds
+from vilam3_jax.data.deep_pictures import to_eight_bits, with_alpha
+from vilam3_jax.data.file_kinds import FileKind
+from vilam3_jax.data.intensity import warn_of
+from vilam3_jax.data.jpeg_headers import ends_early, frame_header
+from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
+from vilam3_jax.data.picture_checks import check_pixels, choose_frame
+from vilam3_jax.data.stored_volume import UNKNOWN
+from vilam3_jax.data.tiff_format import read_tiff
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import PathLike, as_path, read_bytes
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # no format whose decoder starts another program
-_MAX_FILM_BYTES = 512 << 20
-_MAX_PIXELS = 64e6
+Alpha = Literal["white", "ignore"]
+
+_KIND_BYTES = 1 << 16
+# Pillow's name of each format; no other decoder is tried.
+_PILLOW = {
+    file_kinds.PNG: "PNG",
+    file_kinds.JPEG: "JPEG",
+    file_kinds.WEBP: "WEBP",
+    file_kinds.BMP: "BMP",
+    file_kinds.GIF: "GIF",
+}
+_ANIMATED = ("PNG", "WEBP", "GIF")  # an MPO is one photo of a phone, with previews
+_COUNTED_BYTES = 2 << 20  # frames of larger animations are not counted: Pillow walks through all of them
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ASIDE = (5, 6, 7, 8)  # orientations that exchange height and width
 
 
-def decode_image(data: bytes, *, max_pixels: float = _MAX_PIXELS) -> np.ndarray:
-    """Decodes PNG, JPEG, WebP, BMP or TIFF.
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedPicture:
+    """A picture as the model may see it, with what its file states.
+
+    Attributes:
+      pixels: [H, W, 3] uint8.
+      modality: DICOM's code as the file states it, or "unknown".
+      frame: which frame or page this is, from 0.
+      frames: how many the file holds.
+      notes: sentences about what was assumed, repaired or skipped; they name no patient.
+    """
+
+    pixels: np.ndarray
+    modality: str = UNKNOWN
+    frame: int = 0
+    frames: int = 1
+    notes: tuple[str, ...] = ()
+
+
+def decode_image(
+    data: bytes, *, alpha: Alpha = "white", frame: int | None = None, limits: Limits = DEFAULT_LIMITS
+) -> np.ndarray:
+    """Decodes PNG, JPEG, WebP, BMP, GIF or TIFF; docs/formats/pictures.md has the rules.
+
+    8-bit pictures come as they are stored: grey is repeated, CMYK converted, colour profiles are ignored.
+    Grey of more bits is stretched between its 0.5 and 99.5 percentiles, colour of more bits is divided by its
+    full scale. The EXIF orientation is applied.
 
     Args:
       data: the whole file.
-      max_pixels: larger images are refused by their header, before decoding.
+      alpha: "white" puts transparent pixels on white paper; "ignore" drops the transparency, as VILA does.
+      frame: which page of a TIFF or frame of an animation, from 0; needed where there are several.
+      limits: judged by the header, before decoding.
 
     Returns:
-      [H, W, 3] uint8 RGB, what PIL's `convert("RGB")` gives (grey is repeated, CMYK converted, transparency
-      ignored), but for two things: 16-bit, 32-bit and float grey is stretched from its own smallest to its
-      largest value, where PIL cuts all above 255; and the EXIF orientation is applied.
+      [H, W, 3] uint8 RGB.
 
     Raises:
-      UserError: not an image, damaged, or too large. The caller adds which record it was.
+      UserError: no picture, damaged, cut short, several frames, or over a limit. The caller adds which record
+        or file it was.
     """
-    with _opened(data, max_pixels) as image:
-        if _is_deep(image):
-            return np.repeat(_stretch(np.asarray(image))[..., None], 3, axis=-1)
-        return np.array(_upright(image).convert("RGB"))
+    decoded = _decode(data, alpha, frame, limits)
+    warn_of(decoded.notes, "picture")
+    return np.array(decoded.image.convert("RGB"))
 
 
-def decode_scaled(data: bytes, size: int) -> np.ndarray:
-    """`resize(decode_image(data), size)` to the bit, but 8-bit grey is scaled once, not thrice.
+def decode_scaled(data: bytes, size: int, *, alpha: Alpha = "white") -> np.ndarray:
+    """`resize(decode_image(data, alpha=alpha), size)` to the bit, but grey is scaled once, not thrice.
 
     Returns:
       [size, size, 3] uint8.
     """
-    with _opened(data, _MAX_PIXELS) as image:
-        if not _is_deep(image):
-            upright = _upright(image)
-            upright = upright if upright.mode == "L" else upright.convert("RGB")
-            if upright.size != (size, size):
-                upright = upright.resize((size, size), Image.Resampling.BICUBIC)
-            return np.array(upright.convert("RGB"))
-    return resize(decode_image(data), size)
+    decoded = _decode(data, alpha, None, DEFAULT_LIMITS)
+    warn_of(decoded.notes, "picture")
+    image = decoded.image
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.array(image.convert("RGB"))
 
 
-def image_shape(data: bytes, *, max_pixels: float = _MAX_PIXELS) -> tuple[int, int]:
+def image_shape(data: bytes, *, limits: Limits = DEFAULT_LIMITS) -> tuple[int, int]:
     """(H, W) of what `decode_image` returns, from the header where that is enough; raises the same errors."""
-    with _opened(data, max_pixels) as image:
-        if image.format != "TIFF":  # whose size Pillow may have turned already
-            width, height = image.size
-            turned = not _is_deep(image) and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return (width, height) if turned else (height, width)
-    height, width = decode_image(data, max_pixels=max_pixels).shape[:2]
-    return height, width
+    kind = _picture_kind(data)
+    if kind == file_kinds.TIFF:
+        width, height = _decode(data, "ignore", None, limits).image.size
+        return height, width
+    with _one_error(data, kind), _opened(data, kind, limits) as (image, _):
+        _choose(image, len(data), None)
+        width, height = image.size
+        return (width, height) if _orientation(image, []) in _ASIDE else (height, width)
+
+
+def load_picture(
+    path: PathLike, *, frame: int | None = None, alpha: Alpha = "white", limits: Limits = DEFAULT_LIMITS
+) -> LoadedPicture:
+    """Reads one 2-D image file with what it states.
+
+    Args:
+      path: anything `decode_image` reads, or a DICOM file.
+      frame: which frame of a DICOM file, page of a TIFF or frame of an animation, from 0. None: the only one,
+        or what `dicom.read_picture` chooses.
+      alpha: see `decode_image`.
+      limits: see `decode_image`.
+
+    Raises:
+      UserError: names the file, what it is and what to do.
+    """
+    path = as_path(path)
+    data = read_bytes(path, limits.file_bytes)
+    kind = file_kinds.identify_bytes(data[:_KIND_BYTES], path.name)
+    if kind.reader == "dicom":
+        return _load_dicom(path, frame, limits)
+    if kind.reader is None:
+        raise file_kinds.refusal(path, kind)
+    try:
+        decoded = _decode(data, alpha, frame, limits)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    pixels = np.array(decoded.image.convert("RGB"))
+    return LoadedPicture(pixels, UNKNOWN, decoded.frame, decoded.frames, decoded.notes)
+
+
+def load_film(
+    path: PathLike, *, frame: int | None = None, alpha: Alpha = "white", limits: Limits = DEFAULT_LIMITS
+) -> np.ndarray:
+    """The pixels of `load_picture`, [H, W, 3] uint8; its notes become `InputWarning`s."""
+    picture = load_picture(path, frame=frame, alpha=alpha, limits=limits)
+    warn_of(picture.notes, path)
+    return picture.pixels
+
+
+def _load_dicom(path: PathLike, frame: int | None, limits: Limits) -> LoadedPicture:
+    return LoadedPicture(np.repeat(dicom.read_film(path)[..., None], 3, axis=-1))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Decoded:
+    """image: "L" or "RGB", upright; the rest as in `LoadedPicture`."""
+
+    image: Image.Image
+    frame: int
+    frames: int
+    notes: tuple[str, ...]
+
+
+def _decode(data: bytes, alpha: Alpha, frame: int | None, limits: Limits) -> _Decoded:
+    kind = _picture_kind(data)
+    notes: list[str] = []
+    with _one_error(data, kind):
+        if kind == file_kinds.TIFF:
+            page = read_tiff(data, frame, limits)
+            notes += page.notes
+            image = _flat(page.image, alpha, notes)
+            return _Decoded(_turned(image, page.orientation), page.page, page.pages, tuple(notes))
+        if kind == file_kinds.JPEG and data.endswith(bytes(64)) and ends_early(data):
+            raise UserError("JPEG picture that is cut short; fetch it again")  # the rest is zero bytes
+        with _opened(data, kind, limits) as (image, deep):
+            number, count = _choose(image, len(data), frame)
+            orientation = _orientation(image, notes)
+            if deep:
+                image = _deep(data, kind, number)
+            else:
+                _repair(image, data, notes)
+            return _Decoded(_turned(_flat(image, alpha, notes), orientation), number, count, tuple(notes))
+
+
+def _picture_kind(data: bytes) -> FileKind:
+    kind = file_kinds.identify_bytes(data[:_KIND_BYTES], "")
+    if kind.reader is None:
+        raise UserError(f"{kind.name}; {kind.advice}")
+    if kind.reader != "picture":
+        raise UserError(f"{kind.name}, not a picture; open it as a scan")
+    return kind
 
 
 @contextlib.contextmanager
-def _opened(data: bytes, max_pixels: float) -> Iterator[Image.Image]:
-    """An image whose header is read; what goes wrong in the block is a `UserError` too."""
+def _one_error(data: bytes, kind: FileKind) -> Iterator[None]:
+    """Whatever a decoder raises becomes one line without its words."""
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise UserError(
-                    f"image of {width} x {height} pixels, more than the limit of {max_pixels:.0f}; scale "
-                    "it down"
-                )
-            yield image
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"not a readable PNG, JPEG, WebP, BMP or TIFF image ({error}); save it again as PNG"
-        ) from error
+        yield
+    except UserError:
+        raise
+    except MemoryError as error:
+        raise UserError(f"{kind.name} that needs more memory than there is; scale it down") from error
+    except Exception as error:
+        fault = (
+            "is cut short; fetch it again"
+            if _ends_early(data, kind)
+            else "is damaged; fetch or export it again"
+        )
+        raise UserError(f"{kind.name} that {fault}") from error
 
 
-def _is_deep(image: Image.Image) -> bool:
-    """Whether its grey has more than 8 bits."""
-    return image.mode.startswith(("I", "F"))
+def _ends_early(data: bytes, kind: FileKind) -> bool:
+    if kind == file_kinds.PNG:
+        return b"IEND" not in data
+    if kind == file_kinds.JPEG:
+        return ends_early(data)
+    if kind == file_kinds.WEBP:
+        return int.from_bytes(data[4:8], "little") + 8 > len(data)
+    if kind == file_kinds.BMP:
+        return int.from_bytes(data[2:6], "little") > len(data)
+    return kind == file_kinds.GIF and not data.rstrip(b"\0").endswith(b";")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF data says, in a mode that PIL brings to RGB in one go."""
-    ImageOps.exif_transpose(image, in_place=True)  # which copies nothing where nothing is to be turned
-    return image.convert("LA") if image.mode == "La" else image
-
-
-def _stretch(values: np.ndarray) -> np.ndarray:
-    stored = as_stored_values(values)
-    if stored is None:
-        raise UserError("image without one finite pixel; save it again as PNG")
-    return window_to_uint8(stored, None, (float(stored.min()), float(stored.max())))
-
-
-def load_film(path: PathLike) -> np.ndarray:
-    """Reads one 2-D image file, a DICOM film (CR, DX) included.
-
-    Args:
-      path: anything `decode_image` reads, or a DICOM file of one grey frame; MONOCHROME1 is inverted.
-
-    Returns:
-      [H, W, 3] uint8.
-
-    Raises:
-      UserError: names the file.
-    """
-    path = as_path(path)
-    data = read_bytes(path, _MAX_FILM_BYTES)
-    if data[128:132] == b"DICM":
-        return np.repeat(dicom.read_film(path)[..., None], 3, axis=-1)
+@contextlib.contextmanager
+def _opened(data: bytes, kind: FileKind, limits: Limits) -> Iterator[tuple[Image.Image, bool]]:
+    """A picture whose header is read, and whether it has samples that Pillow would cut down or refuse."""
+    deep = False
+    if kind == file_kinds.PNG:
+        check_pixels(int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big"), limits)
+        deep = data[24:25] == b"\x10"
+    elif kind == file_kinds.JPEG and (header := frame_header(data)) is not None:
+        check_pixels(header.width, header.height, limits)
+        deep = header.precision != 8
+        if deep:  # so that Pillow reads the EXIF data
+            data = data[: header.place] + b"\x08" + data[header.place + 1 :]
     try:
-        return decode_image(data)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        image = Image.open(io.BytesIO(data), formats=(_PILLOW[kind],))
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{kind.name} of more than {limits.pixels} pixels; scale it down") from error
+    with image:
+        check_pixels(*image.size, limits)
+        yield image, deep
+
+
+def _choose(image: Image.Image, file_bytes: int, frame: int | None) -> tuple[int, int]:
+    """Goes to the chosen frame; returns its number and how many there are."""
+    animated = image.format in _ANIMATED and getattr(image, "is_animated", False)
+    if not animated:
+        return choose_frame(frame, 1, f"{image.format} picture", "frames"), 1
+    if file_bytes > _COUNTED_BYTES:
+        raise UserError(f"{image.format} animation; save the frame to look at as PNG")
+    count = int(getattr(image, "n_frames", 1))
+    number = choose_frame(frame, count, f"{image.format} animation", "frames")
+    image.seek(number)
+    return number, count
+
+
+def _orientation(image: Image.Image, notes: list[str]) -> int:
+    """The EXIF orientation, 1 to 8; 1 where it is absent or means nothing."""
+    if image.format == "PNG":
+        image.load()  # the EXIF data may follow the pixels
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # its parser raises many kinds of errors
+        notes.append("the EXIF data are damaged; the picture was taken as upright")
+        return 1
+    return value if isinstance(value, int) and value in _TURNS else 1
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    turn = _TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
+def _deep(data: bytes, kind: FileKind, number: int) -> Image.Image:
+    """ "L", "LA", "RGB" or "RGBA" of what Pillow cannot decode without loss."""
+    if number:
+        raise UserError("animation of 16 bits; save the frame to look at as PNG")
+    if kind == file_kinds.JPEG:
+        if ends_early(data):
+            raise UserError("JPEG picture that is cut short; fetch it again")  # the decoder would fill up
+        samples, bits = imagecodecs.jpeg_decode(data), 16
+    else:
+        samples, bits = imagecodecs.png_decode(data), 16
+    samples = samples[..., None] if samples.ndim == 2 else samples
+    alpha = samples[..., -1] / np.float32(65535) if samples.shape[-1] in (2, 4) else None
+    if kind == file_kinds.JPEG and alpha is not None:
+        raise UserError("JPEG picture of more than 8 bits in CMYK; save it as PNG")
+    colours = samples if alpha is None else samples[..., :-1]
+    valid = None if alpha is None or alpha.all() else alpha > 0
+    return with_alpha(to_eight_bits(colours, valid, bits=bits), alpha)
+
+
+def _repair(image: Image.Image, data: bytes, notes: list[str]) -> None:
+    """Where Pillow takes a file's numbers for something else."""
+    transparent = image.info.get("transparency")
+    if image.format == "PNG" and image.mode == "L" and isinstance(transparent, int) and data[24] in (2, 4):
+        image.info["transparency"] = (
+            transparent * 255 // (2 ** data[24] - 1)
+        )  # samples are scaled, this is not
+    if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
+        image.load()
+        image.im = ImageChops.invert(image).im  # Pillow takes every CMYK JPEG for an inverted one of Adobe's
+    if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
+        image.putalpha(255)
+        notes.append("the BMP is transparent everywhere; its transparency was ignored, as Windows does")
+
+
+def _flat(image: Image.Image, alpha: Alpha, notes: list[str]) -> Image.Image:
+    """ "L" or "RGB" without transparency."""
+    image.load()
+    if alpha == "white" and (
+        image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info
+    ):
+        visible = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        least, most = visible.getchannel("A").getextrema()
+        if most == 0:
+            notes.append("the picture is transparent everywhere, so all of it is white")
+        if least != 255:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), visible)
+    if image.mode == "L":
+        return image
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGB")
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:

@@ -27,12 +27,13 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
 from vilam3_jax.data import images, volumes
 from vilam3_jax.data.expert_host import FrameError, Message, read_frame, write_frame
+from vilam3_jax.data.images import LoadedPicture
 from vilam3_jax.data.intensity import InputWarning
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.volumes import Volume
@@ -50,6 +51,8 @@ _ENVIRONMENT = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PATH",
 # Thread pools reserve memory for each core, and one file at a time is decoded.
 _ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 _MAX_OPEN_FILES = 64
+
+_Result = TypeVar("_Result", Volume, LoadedPicture)
 
 
 class DecoderProcess:
@@ -90,27 +93,18 @@ class DecoderProcess:
           UserError: also if decoding takes too long, needs too much memory, or crashes the decoder. Names the
             file. Paths of object stores are refused, because the child holds no credentials.
         """
-        result = self._decode("volume", path, keywords)
-        if not isinstance(result, Volume):
-            raise TypeError(f"expected a Volume, got {type(result).__name__}")
-        return result
+        return self._decode(Volume, path, keywords)
 
-    def load_picture(self, path: PathLike, **keywords: Any) -> np.ndarray:
-        """`images.load_film` in the child: same arguments, result, warnings and errors.
-
-        Returns:
-          [H, W, 3] uint8.
+    def load_picture(self, path: PathLike, **keywords: Any) -> LoadedPicture:
+        """`images.load_picture` in the child: same arguments, result, warnings and errors.
 
         Raises:
           UnavailableError: see `load_volume`.
           UserError: see `load_volume`.
         """
-        result = self._decode("picture", path, keywords)
-        if not isinstance(result, np.ndarray):
-            raise TypeError(f"expected an array, got {type(result).__name__}")
-        return result
+        return self._decode(LoadedPicture, path, keywords)
 
-    def _decode(self, reader: str, path: PathLike, keywords: dict[str, Any]) -> Volume | np.ndarray:
+    def _decode(self, kind: type[_Result], path: PathLike, keywords: dict[str, Any]) -> _Result:
         path = as_path(path)
         if "://" in str(path):
             raise UserError(
@@ -119,7 +113,7 @@ class DecoderProcess:
             )
         request: Message = {
             "id": next(self._numbers),
-            "reader": reader,
+            "kind": kind.__name__,
             "path": os.fspath(path),
             "seconds": self._timeout,
             "keywords": {
@@ -130,7 +124,9 @@ class DecoderProcess:
         with self._lock:
             try:
                 answer = self._exchange(request)
-                result = None if "error" in answer else _unpacked(answer["result"], self._store)
+                notes = [str(text) for text in answer["warnings"]]
+                error = _carried_error(answer) if "error" in answer else None
+                result = None if error is not None else _unpacked(kind, answer["result"], self._store)
             except _ChildError as error:
                 self._stop()
                 raise UserError(
@@ -148,10 +144,11 @@ class DecoderProcess:
                     f"{path}: the decoder process does not start ({error}); check the installation and the "
                     "free memory"
                 ) from error
-        for text in answer["warnings"]:
-            warnings.warn(text, InputWarning, stacklevel=3)
+        for note in notes:
+            warnings.warn(note, InputWarning, stacklevel=3)
         if result is None:
-            raise (UnavailableError if answer["passing"] else UserError)(answer["error"])
+            assert error is not None
+            raise error
         return result
 
     def _exchange(self, request: Message) -> Message:
@@ -244,6 +241,10 @@ class _ChildError(Exception):
     """What happened to the child, as a part of a sentence."""
 
 
+def _carried_error(answer: Message) -> UserError:
+    return (UnavailableError if answer["passing"] else UserError)(str(answer["error"]))
+
+
 def _obituary(process: subprocess.Popen[bytes]) -> str:
     """How a process ended that closed its pipe."""
     try:
@@ -271,9 +272,9 @@ def _anonymous_file() -> IO[bytes]:
     return tempfile.TemporaryFile(buffering=0)
 
 
-def _packed(result: Volume | np.ndarray, store: IO[bytes]) -> Message:
+def _packed(result: Volume | LoadedPicture, store: IO[bytes]) -> Message:
     """Describes `result` as msgpack values; its arrays go to `store`, one after the other."""
-    named = {"": result} if isinstance(result, np.ndarray) else _shallow_dict(result)
+    named = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     arrays = {key: value for key, value in named.items() if isinstance(value, np.ndarray)}
     store.seek(0)
     for array in arrays.values():
@@ -286,7 +287,7 @@ def _packed(result: Volume | np.ndarray, store: IO[bytes]) -> Message:
     }
 
 
-def _unpacked(message: Message, store: IO[bytes] | None) -> Volume | np.ndarray:
+def _unpacked(kind: type[_Result], message: Message, store: IO[bytes] | None) -> _Result:
     """The inverse of `_packed`; empties `store`.
 
     Raises:
@@ -312,11 +313,7 @@ def _unpacked(message: Message, store: IO[bytes] | None) -> Volume | np.ndarray:
             rest = rest[got:]
         named[key] = array
     store.truncate(0)
-    return named[""] if "" in named else Volume(**named)
-
-
-def _shallow_dict(volume: Volume) -> dict[str, Any]:
-    return {field.name: getattr(volume, field.name) for field in dataclasses.fields(volume)}
+    return kind(**named)
 
 
 def _plain(value: Any) -> Any:
@@ -345,7 +342,7 @@ def _answer(request: Message, store: IO[bytes]) -> Message:
     path, keywords = request["path"], {key: _tuples(value) for key, value in request["keywords"].items()}
     if "limits" in keywords:
         keywords["limits"] = Limits(**keywords["limits"])
-    read = volumes.load_volume if request["reader"] == "volume" else images.load_film
+    read = volumes.load_volume if request["kind"] == Volume.__name__ else images.load_picture
     answer: Message = {"id": request["id"]}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

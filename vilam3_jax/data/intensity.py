@@ -18,6 +18,7 @@ CT_WINDOWS: dict[str, tuple[tuple[float, float], ...]] = {
 }
 DISPLAY_PERCENTILES = (0.5, 99.5)
 
+_LARGEST = np.finfo(np.float32).max  # what is larger would become infinite
 _SAMPLED_ABOVE = 1 << 24  # percentiles of larger volumes are taken from every n-th voxel
 
 
@@ -40,8 +41,8 @@ def as_stored_values(values: np.ndarray, valid: np.ndarray | None = None) -> np.
 
     Returns:
       int16 if all are whole and fit, else int32 if all are whole and fit, else float32. Invalid values, NaN
-      and -inf are replaced by the smallest valid finite value, +inf by the largest, -0 by 0. None if no
-      value is valid and finite.
+      and -inf are replaced by the smallest valid finite value, +inf by the largest, -0 by 0; what float32
+      cannot hold counts as infinite. None if no value is valid and finite.
     """
     usable = usable_values(values, valid)
     if usable is not None:
@@ -50,7 +51,7 @@ def as_stored_values(values: np.ndarray, valid: np.ndarray | None = None) -> np.
         low, high = values[usable].min(), values[usable].max()
         filled = np.where(usable, values, low)
         if values.dtype.kind == "f":
-            over = np.isposinf(values) if valid is None else np.isposinf(values) & valid
+            over = values > _LARGEST if valid is None else (values > _LARGEST) & valid
             filled[over] = high
         values = filled
     low, high = values.min(), values.max()
@@ -63,9 +64,9 @@ def as_stored_values(values: np.ndarray, valid: np.ndarray | None = None) -> np.
 
 
 def usable_values(values: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray | None:
-    """Where values are valid and finite, bool of their shape; None if they are everywhere."""
+    """Where values are valid and finite in float32, bool of their shape; None if they are everywhere."""
     if values.dtype.kind == "f":
-        finite = np.isfinite(values)
+        finite = (values <= _LARGEST) & (values >= -_LARGEST)  # NaN is neither
         if not finite.all():
             return finite if valid is None else finite & valid
     return None if valid is None or valid.all() else valid

@@ -1,0 +1,496 @@
+"""Damages small files of every format and checks that each reader takes or refuses them, and no more.
+
+    python benchmarks/fuzz_readers.py [--inputs=200000] [--workers=2] [--seed=0] [--only=FORMAT]
+    python benchmarks/fuzz_readers.py --reproduce=NUMBER [--seed=0] [--save=FOLDER]
+
+Every input is one seed of `fuzz_seeds.py`, damaged by `fuzz_mutations.py`, and goes through all public entry
+points that take its kind of file. A finding is
+
+  crash    any exception but a `UserError`
+  died     the process ended: a fault in C code
+  hang     more than 2 s of processor time, or 60 s by the clock
+  memory   more than 1 GiB at the peak
+  message  an error or warning of several lines, with an object's address, or with what identifies a patient
+  result   a volume or picture that breaks the contract of its type
+
+Inputs are numbered: the seed and the number of a finding give the same bytes again. Prints progress, a table
+by format and the findings; exits with 1 if there are any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import json
+import logging
+import mmap
+import os
+import random
+import re
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import fuzz_mutations
+import fuzz_seeds
+import numpy as np
+
+from vilam3_jax.data import file_kinds, images
+from vilam3_jax.data.limits import Limits
+from vilam3_jax.data.volumes import Volume, load_volume
+from vilam3_jax.errors import UserError
+from vilam3_jax.inference.images import open_picture
+
+LIMITS = Limits(
+    file_bytes=8 << 20, decoded_bytes=64 << 20, pixels=4_000_000, voxels=4_000_000, frames=500, files=100
+)
+CPU_SECONDS = 2.0
+MEMORY_BYTES = 1 << 30
+_WALL_SECONDS = 60.0
+_ADDRESS_SPACE = 6 << 30
+_MESSAGE_LENGTH = 1000
+
+EntryPoint = Callable[[Path], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What went wrong with one input.
+
+    Attributes:
+      kind: see the module's docstring.
+      entry: name of the entry point.
+      where: exception and line for a crash, otherwise what was measured; findings alike are counted together.
+      detail: the message, or the traceback.
+    """
+
+    kind: str
+    entry: str
+    where: str
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What the entry points made of one input.
+
+    Attributes:
+      accepted: whether any gave a volume or picture.
+      seconds: processor time of the slowest.
+      grown: bytes of memory at the peak, beyond those before.
+      findings: empty if all is well.
+    """
+
+    accepted: bool
+    seconds: float
+    grown: int
+    findings: tuple[Finding, ...]
+
+
+class _TooLong(BaseException):
+    """Not an `Exception`, so that no reader takes it for damage."""
+
+
+def entry_points(seed: fuzz_seeds.Seed) -> dict[str, EntryPoint]:
+    """Name → call with the path of the input."""
+    common: dict[str, EntryPoint] = {"open_picture": lambda path: open_picture(path, 32)}
+    if seed.kind != "folder":
+        common["identify"] = file_kinds.identify
+    if seed.kind == "picture":
+        return common | {
+            "decode_image": lambda path: images.decode_image(path.read_bytes(), limits=LIMITS),
+            "decode_scaled": lambda path: images.decode_scaled(path.read_bytes(), 32),
+            "image_shape": lambda path: images.image_shape(path.read_bytes(), limits=LIMITS),
+            "load_picture": lambda path: images.load_picture(path, limits=LIMITS),
+        }
+    common["load_volume"] = lambda path: load_volume(path, limits=LIMITS)
+    if seed.kind == "dicom":
+        common["load_picture"] = lambda path: images.load_picture(path, limits=LIMITS)
+    return common
+
+
+def input_of(
+    campaign: int, number: int, seeds: Sequence[fuzz_seeds.Seed]
+) -> tuple[fuzz_seeds.Seed, dict[str, bytes]]:
+    """The seed of an input, and its damaged files."""
+    rng = random.Random(f"{campaign}/{number}")
+    seed = seeds[number % len(seeds)]
+    others = [content for other in rng.sample(seeds, 3) for content in other.files.values()]
+    return seed, fuzz_mutations.mutate(seed.files, others, rng)
+
+
+@contextlib.contextmanager
+def written(files: dict[str, bytes], folder: Path) -> Iterator[None]:
+    """Puts the files of an input into an empty folder, and takes them away again."""
+    made = []
+    for name, content in files.items():
+        path = folder / name
+        if path.parent != folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        made.append(path)
+    try:
+        yield
+    finally:
+        for path in made:
+            path.unlink()
+
+
+def try_input(
+    seed: fuzz_seeds.Seed, files: dict[str, bytes], folder: Path, mark: Callable[[str], object] = str
+) -> Outcome:
+    """Sends one input through all its entry points.
+
+    Args:
+      seed: what the input was made from.
+      files: its files.
+      folder: an empty folder.
+      mark: is told the name of each entry point before it is called.
+    """
+    findings: list[Finding] = []
+    accepted, slowest, grown = False, 0.0, 0
+    with written(files, folder):
+        for name, call in entry_points(seed).items():
+            mark(name)
+            before = _resident_bytes()
+            start = time.process_time()
+            took, found = _call(name, call, folder / seed.entry)
+            seconds, peak = time.process_time() - start, _peak_bytes() - before
+            accepted |= took and name not in ("identify", "image_shape", "list_series")
+            findings += found
+            if seconds > CPU_SECONDS and not any(finding.kind == "hang" for finding in found):
+                findings.append(Finding("hang", name, "in C code", f"{seconds:.1f} s"))
+            if peak > MEMORY_BYTES:
+                findings.append(Finding("memory", name, f"{peak / 2**30:.0f} GiB"))
+            slowest, grown = max(slowest, seconds), max(grown, peak)
+    return Outcome(accepted, slowest, grown, tuple(findings))
+
+
+def _call(name: str, call: EntryPoint, path: Path) -> tuple[bool, list[Finding]]:
+    """Whether an entry point took the input, and what is wrong with its answer."""
+    texts: list[str] = []
+    findings: list[Finding] = []
+    took = False
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        try:
+            result = call(path)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            took = True
+            texts += getattr(result, "notes", ())
+            if fault := _fault(result):
+                findings.append(Finding("result", name, fault))
+        except UserError as error:
+            texts.append(str(error))
+        except _TooLong:
+            findings.append(Finding("hang", name, _where(), traceback.format_exc()))
+        except Exception as error:
+            where = f"{type(error).__name__} {_where()}"
+            findings.append(Finding("crash", name, where, traceback.format_exc()))
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    texts += [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+    for text in texts:
+        if fault := _fault_of_text(text):
+            findings.append(Finding("message", name, f"{fault}: {_pattern(text, path)}", text))
+    return took, findings
+
+
+def _fault(result: object) -> str:
+    """How a result breaks the contract of its type; "" if it does not."""
+    if isinstance(result, Volume):
+        if result.voxels.ndim != 3 or result.voxels.dtype not in (np.int16, np.int32, np.float32):
+            return f"voxels {result.voxels.dtype} {result.voxels.ndim}-D"
+        if not (np.isfinite(result.voxels).all() and np.isfinite(result.affine).all()):
+            return "numbers that are not finite"
+        if np.linalg.det(result.affine[:3, :3]) == 0:
+            return "singular affine"
+        result.content_key  # noqa: B018  computes
+        return ""
+    pixels = result if isinstance(result, np.ndarray) else getattr(result, "pixels", None)
+    if pixels is not None and (pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or 0 in pixels.shape):
+        return f"pixels {pixels.dtype} {pixels.ndim}-D"
+    return ""
+
+
+def _fault_of_text(text: str) -> str:
+    if "\n" in text or "\r" in text:
+        return "several lines"
+    if re.search(r" at 0x[0-9a-f]{6}", text):
+        return "an address"
+    if any(secret in text for secret in fuzz_seeds.SECRETS):
+        return "identifies a patient"
+    if len(text) > _MESSAGE_LENGTH:
+        return "long"
+    if not text.isprintable():
+        return "not printable"
+    return ""
+
+
+def _pattern(text: str, path: Path) -> str:
+    """A message without what differs from file to file."""
+    return re.sub(r"[0-9]+", "N", text.replace(str(path), "PATH").replace(str(path.parent), "PATH"))[:80]
+
+
+def _where() -> str:
+    """The innermost line of this package that an exception went through, and the innermost of all."""
+    frames = traceback.extract_tb(sys.exc_info()[2])
+    own = [frame for frame in frames if "vilam3_jax" in frame.filename]
+    named = [*own[-1:], *frames[-1:]]
+    return " < ".join(dict.fromkeys(f"{Path(frame.filename).name}:{frame.lineno}" for frame in named))
+
+
+def _expire(number: int, frame: object) -> None:
+    raise _TooLong
+
+
+def prepare_process() -> None:
+    """What `try_input` needs of a process: its timer, and silent libraries."""
+    signal.signal(signal.SIGPROF, _expire)
+    logging.disable()
+    _peak_bytes()
+
+
+def _resident_bytes() -> int:
+    """Memory in use; starts a new measurement of the peak."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def _peak_bytes() -> int:
+    found = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
+    return int(found[1]) << 10 if found else 0
+
+
+# The campaign: workers that may die, and the process that watches them.
+
+
+_MARK = struct.Struct("<qd32s")  # number, time, entry point
+
+
+def work(campaign: int, first: int, stop: int, step: int, only: str, mark_path: str) -> None:
+    """A worker: tries every `step`-th input and prints a line of JSON for each."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 1)
+    os.dup2(nothing, 2)
+    prepare_process()
+    seeds = fuzz_seeds.all_seeds()
+    with (
+        open(mark_path, "r+b") as file,
+        mmap.mmap(file.fileno(), _MARK.size) as marks,
+        tempfile.TemporaryDirectory(dir=_memory_folder()) as folder,
+    ):
+        for seed in {seed.kind: seed for seed in seeds}.values():  # so that imports are not charged to inputs
+            try_input(seed, dict(seed.files), Path(folder))
+        _limit_address_space()
+        for number in range(first, stop, step):
+            if only and seeds[number % len(seeds)].format != only:
+                continue
+            seed, files = input_of(campaign, number, seeds)
+
+            def mark(entry: str, number: int = number) -> None:
+                marks[:] = _MARK.pack(number, time.time(), entry.encode())
+
+            outcome = try_input(seed, files, Path(folder), mark)
+            answers.write(
+                json.dumps({"number": number, "format": seed.format, **dataclasses.asdict(outcome)}) + "\n"
+            )
+        marks[:] = _MARK.pack(-1, time.time(), b"")
+
+
+def _memory_folder() -> str | None:
+    return "/dev/shm" if os.path.isdir("/dev/shm") else None
+
+
+def _limit_address_space() -> None:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + _ADDRESS_SPACE, used + _ADDRESS_SPACE))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+class Worker(threading.Thread):
+    """Runs a worker process over its inputs, and a new one after each that died."""
+
+    def __init__(
+        self, index: int, options: argparse.Namespace, take: Callable[[dict[str, Any]], None]
+    ) -> None:
+        super().__init__(daemon=True)
+        self._index = index
+        self._options = options
+        self._take = take
+        self._process: subprocess.Popen[str] | None = None
+        self._mark = tempfile.NamedTemporaryFile(dir=_memory_folder())  # noqa: SIM115  lives as long as this
+        self._mark.write(bytes(_MARK.size))
+        self._mark.flush()
+
+    def run(self) -> None:
+        options, first = self._options, self._index
+        while first < options.inputs:
+            self._put_mark(-1)
+            range_ = (first, options.inputs, options.workers)
+            arguments = [options.seed, *range_, options.only, self._mark.name]
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, "--worker", json.dumps(arguments)],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            assert self._process.stdout is not None
+            for line in self._process.stdout:
+                self._take(json.loads(line))
+            code = self._process.wait()
+            number, _, entry = self._read_mark()
+            if code == 0:
+                return
+            if number < 0:
+                raise RuntimeError(f"a worker ended with {code} before its first input")
+            kind = "hang" if code == -signal.SIGKILL else "died"
+            finding = Finding(kind, entry, f"signal {-code}" if code < 0 else f"exit code {code}")
+            seeds = fuzz_seeds.all_seeds()
+            outcome = Outcome(False, 0.0, 0, (finding,))
+            self._take(
+                {"number": number, "format": seeds[number % len(seeds)].format, **dataclasses.asdict(outcome)}
+            )
+            first = number + options.workers
+
+    def kill_if_stuck(self) -> None:
+        number, since, _ = self._read_mark()
+        if number >= 0 and time.time() - since > _WALL_SECONDS and self._process is not None:
+            self._process.kill()
+
+    def _put_mark(self, number: int) -> None:
+        with open(self._mark.name, "r+b") as file:
+            file.write(_MARK.pack(number, time.time(), b""))
+
+    def _read_mark(self) -> tuple[int, float, str]:
+        with open(self._mark.name, "rb") as file:
+            number, since, entry = _MARK.unpack(file.read())
+        return number, since, entry.rstrip(b"\0").decode()
+
+
+class Tally:
+    """Counts outcomes by format, and findings that are alike."""
+
+    def __init__(self) -> None:
+        self.formats: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        self.slowest: dict[str, tuple[float, int]] = {}
+        self.grown: dict[str, int] = collections.defaultdict(int)
+        self.findings: dict[tuple[str, str, str], list[tuple[int, str, str]]] = collections.defaultdict(list)
+        self.inputs = 0
+        self._lock = threading.Lock()
+
+    def add(self, row: dict[str, Any]) -> None:
+        with self._lock:
+            self.inputs += 1
+            counts, format_ = self.formats[row["format"]], row["format"]
+            counts["inputs"] += 1
+            counts["accepted" if row["accepted"] else "refused"] += 1
+            self.slowest[format_] = max(self.slowest.get(format_, (0.0, 0)), (row["seconds"], row["number"]))
+            self.grown[format_] = max(self.grown[format_], row["grown"])
+            for finding in row["findings"]:
+                counts["findings"] += 1
+                alike = self.findings[finding["kind"], finding["entry"], finding["where"]]
+                alike.append((row["number"], format_, finding["detail"]))
+                if len(alike) == 1:
+                    about = f"{finding['kind']} in {finding['entry']} ({finding['where']})"
+                    print(f"finding: {about}, input {row['number']}", flush=True)
+
+    def table(self) -> str:
+        columns = ("inputs", "accepted", "refused", "findings")
+        rows = [f"{'format':18}{''.join(f'{name:>10}' for name in columns)}{'slowest':>20}{'memory':>10}"]
+        for name, counts in sorted(self.formats.items()):
+            seconds, number = self.slowest[name]
+            numbers = "".join(f"{counts[column]:10}" for column in columns)
+            slowest = f"{seconds * 1000:.0f} ms ({number})"
+            rows.append(f"{name:18}{numbers}{slowest:>20}{self.grown[name] >> 20:6} MiB")
+        return "\n".join(rows)
+
+
+def run(options: argparse.Namespace) -> int:
+    """The whole campaign.
+
+    Returns:
+      Exit code: 1 if there are findings.
+    """
+    tally, start = Tally(), time.monotonic()
+    workers = [Worker(index, options, tally.add) for index in range(options.workers)]
+    for worker in workers:
+        worker.start()
+    shown = time.monotonic()
+    while any(worker.is_alive() for worker in workers):
+        time.sleep(0.5)
+        for worker in workers:
+            worker.kill_if_stuck()
+        if time.monotonic() - shown > 30:
+            shown = time.monotonic()
+            rate = tally.inputs / (shown - start)
+            print(f"{tally.inputs} inputs, {rate:.0f}/s, {len(tally.findings)} findings", flush=True)
+    seconds = time.monotonic() - start
+    print(
+        f"\nseed {options.seed}: {tally.inputs} inputs in {seconds:.0f} s, {tally.inputs / seconds:.0f}/s\n"
+    )
+    print(tally.table())
+    for (kind, entry, where), alike in sorted(tally.findings.items()):
+        number, format_, detail = alike[0]
+        print(f"\n{kind} in {entry} ({where}): {len(alike)} inputs, such as {number} ({format_})")
+        print("    " + "\n    ".join(detail.strip().splitlines()[-8:]))
+        print(f"    python {sys.argv[0]} --seed={options.seed} --reproduce={number}")
+    return 1 if tally.findings else 0
+
+
+def reproduce(options: argparse.Namespace) -> int:
+    """Tries one input in this process and prints what happens.
+
+    Returns:
+      Exit code: 1 if there is a finding.
+    """
+    prepare_process()
+    seed, files = input_of(options.seed, options.reproduce, fuzz_seeds.all_seeds())
+    sizes = ", ".join(f"{name} of {len(content)} bytes" for name, content in files.items())
+    print(f"input {options.reproduce}: {seed.format} {seed.name}, {sizes}")
+    if options.save:
+        for name, content in files.items():
+            path = Path(options.save, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = try_input(seed, files, Path(folder), lambda entry: print(f"  {entry}", flush=True))
+    for finding in outcome.findings:
+        print(f"{finding.kind} in {finding.entry} ({finding.where})\n{finding.detail}")
+    print(f"accepted: {outcome.accepted}, {outcome.seconds * 1000:.0f} ms, {outcome.grown >> 20} MiB")
+    return 1 if outcome.findings else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--inputs", type=int, default=200_000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="one format of the table")
+    parser.add_argument("--reproduce", type=int, metavar="NUMBER", help="try one input in this process")
+    parser.add_argument("--save", help="folder for the files of --reproduce")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(*json.loads(options.worker))
+        return 0
+    return run(options) if options.reproduce is None else reproduce(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, cast
 
 import pydicom
@@ -22,7 +23,7 @@ from etils import epath
 from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import FileMetaDataset
-from pydicom.filereader import read_partial
+from pydicom.filereader import data_element_generator, read_partial
 from pydicom.uid import DeflatedExplicitVRLittleEndian, MediaStorageDirectoryStorage
 from pydicom.valuerep import VR
 
@@ -122,12 +123,16 @@ _HEAD_BYTES = 1024
 _DIRECTORY_RECORDS = 0x00041220
 _FUNCTIONAL_GROUP = 0x5200
 _PIXEL_GROUP = 0x7FE0
+_PIXEL_TAGS = _tags("PixelData FloatPixelData DoubleFloatPixelData")
 
 # What one element or item costs, pydicom reads at most three times for it.
 _MAX_HEADER_READS = 1_000_000
 _MAX_FRAME_READS = 12_000_000
 _MAX_HEADER_BYTES = 64 << 20
 _MAX_FRAME_HEADER_BYTES = 512 << 20
+
+# What pydicom logs and warns of quotes values of the file, which may identify a patient.
+logging.getLogger("pydicom").propagate = False
 
 _Stop = Callable[[int, str | None, int], bool]
 _VALUE_REPRESENTATIONS = frozenset(str(vr).encode() for vr in VR if len(str(vr)) == 2)
@@ -136,8 +141,6 @@ _VALUE_REPRESENTATIONS = frozenset(str(vr).encode() for vr in VR if len(str(vr))
 @contextlib.contextmanager
 def naming(path: PathLike) -> Iterator[None]:
     """Turns damage of any kind into one line that names `path`, and silences pydicom's warnings.
-
-    The warnings quote values of the file, which may identify a patient.
 
     Raises:
       UnavailableError: the disk or the network fails.
@@ -149,6 +152,8 @@ def naming(path: PathLike) -> Iterator[None]:
             yield
     except UserError:
         raise
+    except EOFError as error:
+        raise UserError(f"{path}: ends inside an element; the file is cut short, fetch it again") from error
     except RecursionError as error:
         raise UserError(
             f"{path}: damaged DICOM data (sequences nested too deeply); export it again"
@@ -166,6 +171,57 @@ def short(error: BaseException) -> str:
     """What a library's error says, as a part of one line: no line breaks, object addresses or long values."""
     text = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "an object", " ".join(str(error).split()))
     return f"{text:.160}" if text else type(error).__name__
+
+
+def numbers(item: pydicom.Dataset, keyword: str) -> list[float | None]:
+    """The numbers of an element: empty where it is absent or empty, None in place of what is not a number.
+
+    pydicom gives up the whole element for one bad value of it.
+    """
+    raw = item.get_item(keyword)
+    if raw is None:
+        return []
+    if (
+        isinstance(raw, RawDataElement)
+        and raw.VR in ("DS", "IS", None)
+        and dictionary_VR(raw.tag) in ("DS", "IS")
+    ):
+        texts = (raw.value or b"").decode("latin-1").strip(" \0").split("\\")
+        values: list[Any] = [] if texts == [""] else texts
+    else:
+        value = cast(Any, item[keyword].value)
+        values = [] if value is None or value == "" else [value]
+        if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+            values = list(value)
+    return [_number(value) for value in values]
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def functional_group(dataset: pydicom.Dataset, frame: int, keyword: str) -> pydicom.Dataset | None:
+    """The functional group macro of one frame: its own, or the one that all frames share."""
+    own = items(dataset, "PerFrameFunctionalGroupsSequence")
+    shared = items(dataset, "SharedFunctionalGroupsSequence")
+    for groups in (own[frame : frame + 1], shared[:1]):
+        for group in groups:
+            if found := items(group, keyword):
+                return found[0]
+    return None
+
+
+def items(dataset: pydicom.Dataset, keyword: str) -> list[pydicom.Dataset]:
+    """The items of a sequence, none where it is absent."""
+    return list(cast(Any, dataset[keyword].value) or ()) if keyword in dataset else []
+
+
+def overlay_planes(dataset: pydicom.Dataset) -> int:
+    """How many overlay planes a data set has."""
+    return sum(tag in dataset for tag in _OVERLAY_ROWS)
 
 
 def is_directory(header: pydicom.Dataset) -> bool:
@@ -216,10 +272,14 @@ def read_dataset(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> pydicom.
         raise UserError(
             f"{path}: {size} bytes, more than the limit of {limits.file_bytes}; split it or raise the limit"
         )
-    dataset = _read(path, _DATASET_TAGS, None, _MAX_FRAME_READS, limits.decoded_bytes, limits)
+    dataset = _read(path, _DATASET_TAGS, _before_pixels, _MAX_FRAME_READS, limits.decoded_bytes, limits)
     if dataset is None:
         raise UserError(f"{path}: not a DICOM file; check what it is")
     return dataset
+
+
+def _before_pixels(tag: int, vr: str | None, length: int) -> bool:
+    return tag in _PIXEL_TAGS
 
 
 def file_size_of(path: PathLike) -> int:
@@ -234,7 +294,7 @@ def file_size_of(path: PathLike) -> int:
 
 
 def _read(
-    path: PathLike, tags: frozenset[int], stop: _Stop | None, max_reads: int, max_bytes: int, limits: Limits
+    path: PathLike, tags: frozenset[int], stop: _Stop, max_reads: int, max_bytes: int, limits: Limits
 ) -> pydicom.Dataset | None:
     path = as_path(path)
     with naming(path), _opened(path) as stored:
@@ -243,23 +303,40 @@ def _read(
             return None
         file, meta = _inflated(stored, head, max_bytes)
         file.seek(0)
-        guard = _Guard(file, max_reads, max_bytes)
-        read = read_partial(
-            cast(Any, guard), cast(Any, stop), force=True, specific_tags=cast(Any, list(tags))
-        )
+        guard = cast(Any, _Guard(file, max_reads, max_bytes))
+        read = read_partial(guard, cast(Any, stop), force=True, specific_tags=cast(Any, list(tags)))
         dataset = pydicom.Dataset(read)  # without the file, which a FileDataset keeps open
-        encoding = read.original_encoding
-        dataset.set_original_encoding(encoding[0], encoding[1], read.original_character_set)
+        implicit, little = _encoding(read)
+        dataset.set_original_encoding(implicit, little, read.original_character_set)
         dataset.file_meta = read.file_meta if meta is None else meta
         for tag in set(dataset.file_meta.keys()) - _META_TAGS:
             del dataset.file_meta[tag]
-        if guard.tell() > guard.size or _cut_short(dataset):
-            raise UserError(f"{path}: ends inside an element; the file is cut short, fetch it again")
+        if stop is _before_pixels:
+            for element in data_element_generator(guard, implicit, little):
+                if element.tag in _PIXEL_TAGS:
+                    dataset[element.tag] = element
+                    break
+        if guard.tell() > guard.size or _is_cut_short(dataset):
+            raise EOFError
+        if not len(dataset) and not is_directory(dataset):  # pydicom gives up all where the end surprises it
+            raise UserError(
+                f"{path}: DICOM without one element of an image; it may be cut short, fetch it again"
+            )
         _reduce(dataset, tags, limits.nesting)
         with_preamble = head[128:132] == b"DICM"
         if not (with_preamble or "SOPClassUID" in dataset or "Rows" in dataset):
             return None
         return dataset
+
+
+def _encoding(read: pydicom.FileDataset) -> tuple[bool, bool]:
+    """(implicit VR, little endian) as the elements have it, which the transfer syntax may deny."""
+    for tag in list(read.keys()):
+        raw = read.get_item(tag)
+        if isinstance(raw, RawDataElement):
+            return raw.is_implicit_VR, raw.is_little_endian
+    implicit, little = read.original_encoding
+    return bool(implicit), bool(little)
 
 
 @contextlib.contextmanager
@@ -333,8 +410,10 @@ def _inflated(file: IO[bytes], head: bytes, max_bytes: int) -> tuple[IO[bytes], 
 
     pydicom would inflate without a bound.
     """
-    if str(DeflatedExplicitVRLittleEndian).encode() not in head or head[128:138] != b"DICM\2\0\0\0UL":
+    if str(DeflatedExplicitVRLittleEndian).encode() not in head:
         return file, None
+    if head[128:138] != b"DICM\2\0\0\0UL":
+        raise ValueError("deflated, without the length of its meta information")
     (length,) = struct.unpack_from("<L", head, 140)
     start = 144 + length
     file.seek(0)
@@ -346,7 +425,8 @@ def _inflated(file: IO[bytes], head: bytes, max_bytes: int) -> tuple[IO[bytes], 
     return io.BytesIO(inflated), meta
 
 
-def _cut_short(dataset: pydicom.Dataset) -> bool:
+def _is_cut_short(dataset: pydicom.Dataset) -> bool:
+    """Whether an element has fewer bytes than it promises."""
     values = (dataset.get_item(tag) for tag in list(dataset.keys()))  # to iterate over it would decode all
     return any(
         isinstance(raw, RawDataElement) and raw.value is not None and len(raw.value) < raw.length < 0xFFFFFFFF

@@ -1,0 +1,199 @@
+"""Decoders of compressed DICOM frames, by imagecodecs, and by pydicom's plugins where that lacks a codec."""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import imagecodecs
+import numpy as np
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.uid import (
+    HTJ2K,
+    JPEG2000,
+    UID,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+)
+
+_JPEG = (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1)
+_JPEG_LS = (JPEGLSLossless, JPEGLSNearLossless)
+JPEG_2000 = (JPEG2000Lossless, JPEG2000, HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K)
+
+_START_OF_FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
+_MAX_RLE_PADDING = 256  # bytes that some writers add to a segment
+
+
+class NoDecoderError(Exception):
+    """No installed package decodes the transfer syntax."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """What a compressed frame says of itself.
+
+    Attributes:
+      rows, columns: of the coded picture.
+      components: samples per pixel.
+      precision: bits of a sample.
+      signed: whether the samples are signed, which only JPEG 2000 can say.
+      colour: "RGB" or "YBR_FULL" where a marker, the component names or subsampled chroma settle it.
+    """
+
+    rows: int
+    columns: int
+    components: int
+    precision: int
+    signed: bool = False
+    colour: str | None = None
+
+
+def is_known(syntax: UID) -> bool:
+    """Whether `inspect` can read frames of this transfer syntax."""
+    return syntax in (*_JPEG, *_JPEG_LS, *JPEG_2000, RLELossless)
+
+
+def inspect(coded: bytes, syntax: UID) -> Frame | None:
+    """Reads the header of a coded frame; None for RLE, whose header says nothing of the picture.
+
+    Raises:
+      ValueError: not the format that the transfer syntax promises, or cut short.
+    """
+    if syntax == RLELossless:
+        return None
+    try:
+        return _inspect_jpeg_2000(coded) if syntax in JPEG_2000 else _inspect_jpeg(coded)
+    except (struct.error, IndexError) as error:
+        raise ValueError("the compressed frame ends inside its header") from error
+
+
+def _inspect_jpeg_2000(coded: bytes) -> Frame:
+    start = coded.find(b"\xff\x4f\xff\x51")  # a JP2 file may enclose the codestream
+    if start < 0:
+        raise ValueError("no JPEG 2000 codestream inside")
+    x1, y1, x0, y0 = struct.unpack_from(">4L", coded, start + 8)
+    (components,) = struct.unpack_from(">H", coded, start + 40)
+    depth = coded[start + 42]
+    return Frame(y1 - y0, x1 - x0, components, (depth & 0x7F) + 1, bool(depth & 0x80))
+
+
+def _inspect_jpeg(coded: bytes) -> Frame:
+    if coded[:2] != b"\xff\xd8":
+        raise ValueError("no JPEG codestream inside")
+    jfif, adobe = False, None
+    place = 2
+    while True:
+        if coded[place] != 0xFF:
+            raise ValueError("a damaged JPEG codestream")
+        marker = coded[place + 1]
+        if marker == 0xFF:  # a fill byte
+            place += 1
+            continue
+        (length,) = struct.unpack_from(">H", coded, place + 2)
+        body = coded[place + 4 : place + 2 + length]
+        if marker in _START_OF_FRAME:
+            break
+        if marker == 0xE0 and body.startswith(b"JFIF"):
+            jfif = True
+        if marker == 0xEE and body.startswith(b"Adobe") and len(body) >= 12:
+            adobe = body[11]
+        place += 2 + length
+    precision, rows, columns, components = struct.unpack_from(">BHHB", body)
+    names = bytes(body[6 : 6 + 3 * components : 3])
+    sampling = body[7 : 7 + 3 * components : 3]
+    colour = None
+    if components == 3:
+        if names in (b"RGB", b"rgb") or adobe == 0:
+            colour = "RGB"
+        elif jfif or adobe == 1 or len(set(sampling)) > 1:
+            colour = "YBR_FULL"
+    return Frame(rows, columns, components, precision, False, colour)
+
+
+def decode(coded: bytes, syntax: UID, options: dict[str, Any]) -> np.ndarray:
+    """Decodes one frame; components stay as they were coded (no conversion of YCbCr to RGB).
+
+    JPEG 2000 undoes its own component transform, so YBR_ICT and YBR_RCT come out as RGB.
+
+    Args:
+      coded: the frame's fragments, joined.
+      syntax: the transfer syntax.
+      options: what pydicom's decoders need (rows, columns, samples_per_pixel, ...).
+
+    Returns:
+      [rows, columns] or [rows, columns, 3] integers.
+
+    Raises:
+      NoDecoderError: nothing installed decodes this syntax.
+      Exception: damaged data; what is raised depends on the codec.
+    """
+    decoder = _decoder(syntax)
+    if decoder is not None:
+        return decoder(coded, options)
+    try:
+        plugins = get_decoder(syntax)
+    except NotImplementedError as error:
+        raise NoDecoderError from error
+    if not plugins.is_available:
+        raise NoDecoderError
+    options = options | {"number_of_frames": 1, "pixel_keyword": "PixelData", "extended_offsets": None}
+    return plugins.as_array(encapsulated(coded), index=0, raw=True, **options)[0]
+
+
+def encapsulated(coded: bytes) -> bytes:
+    """`coded` as the only frame of encapsulated pixel data."""
+    padded = coded + b"\0" * (len(coded) % 2)
+    return b"\xfe\xff\0\xe0\0\0\0\0" + struct.pack("<HHL", 0xFFFE, 0xE000, len(padded)) + padded
+
+
+_Decoder = Callable[[bytes, dict[str, Any]], np.ndarray]
+
+
+def _decoder(syntax: UID) -> _Decoder | None:
+    if syntax in _JPEG and imagecodecs.JPEG8.available:
+        return _decode_jpeg
+    if syntax in _JPEG_LS and imagecodecs.JPEGLS.available:
+        return lambda coded, options: imagecodecs.jpegls_decode(coded)
+    if syntax in JPEG_2000 and imagecodecs.JPEG2K.available:
+        return lambda coded, options: imagecodecs.jpeg2k_decode(coded)
+    if syntax == RLELossless and imagecodecs.PACKBITS.available:
+        return _decode_rle
+    return None
+
+
+def _decode_jpeg(coded: bytes, options: dict[str, Any]) -> np.ndarray:
+    if options["samples_per_pixel"] == 1:
+        return imagecodecs.jpeg8_decode(coded)
+    # The same name on both sides: libjpeg converts nothing, whatever the markers say.
+    return imagecodecs.jpeg8_decode(coded, colorspace="YCBCR", outcolorspace="YCBCR")
+
+
+def _decode_rle(coded: bytes, options: dict[str, Any]) -> np.ndarray:
+    """Byte planes, most significant first, each packed as PackBits (PS3.5 annex G)."""
+    rows, columns, samples = options["rows"], options["columns"], options["samples_per_pixel"]
+    width = max(options["bits_allocated"] // 8, 1)
+    count, *offsets = struct.unpack_from("<16L", coded)
+    if count != samples * width:
+        raise ValueError(f"{count} RLE segments, {samples * width} were expected")
+    size = rows * columns
+    offsets = [*offsets[:count], len(coded)]
+    planes = np.empty((samples, width, size), np.uint8)
+    for index in range(count):
+        segment = coded[offsets[index] : offsets[index + 1]]
+        unpacked = imagecodecs.packbits_decode(segment, out=size + _MAX_RLE_PADDING)
+        if len(unpacked) < size:
+            raise ValueError(f"an RLE segment of {len(unpacked)} bytes, {size} were expected")
+        planes[index // width, index % width] = np.frombuffer(unpacked, np.uint8, size)
+    values = np.moveaxis(planes, 1, -1).copy().view(f">u{width}")[..., 0].astype(f"u{width}")
+    grid = np.moveaxis(values.reshape(samples, rows, columns), 0, -1)
+    return grid[..., 0] if samples == 1 else np.ascontiguousarray(grid)

@@ -67,9 +67,9 @@ def read_affine(
     affine = qform if sform is None else sform
     assert affine is not None
     affine[:3] *= scale
-    if one_slice and not float(header["pixdim"][3]) > 0:
+    if one_slice and (int(header["dim"][0]) == 2 or not float(header["pixdim"][3]) > 0):
         length = np.sqrt((affine[:3, 2] ** 2).sum())
-        notes.append(f"the header gives its one slice no thickness; {length:.3g} mm is assumed")
+        notes.append(f"the header states no thickness of its one slice; {length:.3g} mm is assumed")
     return affine, unit, tuple(notes)
 
 

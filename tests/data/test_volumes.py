@@ -324,37 +324,6 @@ def test_nifti_units_are_turned_into_millimetres(tmp_path):
     np.testing.assert_allclose(load_volume(tmp_path / "m.nii").spacing, [1, 1, 2], rtol=1e-6)
 
 
-def test_folder_of_two_series_is_refused(tmp_path):
-    folder = save_dicom(tmp_path / "mixed", ct_voxels())
-    save_dicom(folder, ct_voxels(seed=3), order=[20 + k for k in range(7)])
-    with pytest.raises(UserError, match="mixed: 2 DICOM series"):
-        load_volume(folder)
-
-
-def test_missing_and_doubled_slices_are_noticed(tmp_path):
-    folder = save_dicom(tmp_path / "gap", ct_voxels())
-    (folder / "003.dcm").unlink()
-    with pytest.raises(UserError, match=r"gap: 5\.00 mm between slices 2 and 3"):
-        load_volume(folder)
-    uid = generate_uid()
-    twice = save_dicom(tmp_path / "twice", ct_voxels(), series=uid)
-    save_dicom(twice, ct_voxels(), series=uid, order=[20 + k for k in range(7)])
-    with pytest.raises(UserError, match="twice: two slices at one position"):
-        load_volume(twice)
-
-
-def test_one_dicom_slice_and_other_files_beside_it(tmp_path):
-    folder = save_dicom(tmp_path / "one", ct_voxels((5, 6, 1)))
-    (folder / "LICENSE.txt").write_text("text")
-    volume = load_volume(folder)
-    np.testing.assert_array_equal(volume.voxels, ct_voxels((5, 6, 1)))
-    assert load_volume(folder / "000.dcm").content_key == volume.content_key
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    with pytest.raises(UserError, match="empty: no DICOM images"):
-        load_volume(empty)
-
-
 def test_label_map_must_lie_on_the_grid(tmp_path):
     scan = load_volume(save_nifti(tmp_path / "scan.nii", ct_voxels()))
     labels = np.random.default_rng(2).integers(0, 4, SHAPE)

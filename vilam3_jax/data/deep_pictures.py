@@ -43,9 +43,10 @@ def to_eight_bits(values: np.ndarray, valid: np.ndarray | None = None, *, bits: 
         if bits < 8:
             eight = (eight.astype(np.uint16) * 255 // (2**bits - 1)).astype(np.uint8)
         return eight[..., 0] if eight.shape[-1] == 1 else eight
-    if values.dtype.kind == "f" and values.dtype != np.float32:
-        beyond = np.isfinite(values) & (np.abs(values) > _MAX_FLOAT32)
-        values = np.where(beyond, np.nan, values).astype(np.float32)
+    if values.dtype.kind == "f":
+        if values.dtype.itemsize > 4:
+            values = np.where(np.isfinite(values) & (np.abs(values) > _MAX_FLOAT32), np.nan, values)
+        values = values.astype(np.float32)
     grey = values[..., 0]
     if values.shape[-1] == 1 or all(np.array_equal(grey, values[..., i], equal_nan=True) for i in (1, 2)):
         return _stretched(grey, valid)

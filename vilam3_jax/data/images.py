@@ -12,8 +12,9 @@ import imagecodecs
 import numpy as np
 from PIL import ExifTags, Image, ImageChops
 
-from vilam3_jax.data import dicom, file_kinds
+from vilam3_jax.data import file_kinds
 from vilam3_jax.data.deep_pictures import to_eight_bits, with_alpha
+from vilam3_jax.data.dicom.pixels import read_picture
 from vilam3_jax.data.file_kinds import FileKind
 from vilam3_jax.data.intensity import warn_of
 from vilam3_jax.data.jpeg_headers import ends_early, frame_header
@@ -129,7 +130,7 @@ def load_picture(
     Args:
       path: anything `decode_image` reads, or a DICOM file.
       frame: which frame of a DICOM file, page of a TIFF or frame of an animation, from 0. None: the only one,
-        or what `dicom.read_picture` chooses.
+        or what `dicom.pixels.read_picture` chooses.
       alpha: see `decode_image`.
       limits: see `decode_image`.
 
@@ -161,7 +162,11 @@ def load_film(
 
 
 def _load_dicom(path: PathLike, frame: int | None, limits: Limits) -> LoadedPicture:
-    return LoadedPicture(np.repeat(dicom.read_film(path)[..., None], 3, axis=-1))
+    picture = read_picture(path, frame=frame, limits=limits)
+    pixels = picture.pixels
+    if pixels.ndim == 2:
+        pixels = np.repeat(pixels[..., None], 3, axis=-1)
+    return LoadedPicture(pixels, picture.modality, picture.frame, picture.frames, picture.notes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

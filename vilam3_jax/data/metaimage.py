@@ -22,6 +22,7 @@ from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.stored_volume import UNKNOWN, StoredVolume
 from vilam3_jax.data.volume_checks import (
     DEFLATE_RATIO,
+    DRAINED_BYTES,
     METRE,
     MICROMETRE,
     MILLIMETRE,
@@ -283,17 +284,20 @@ def _data(header: _Header, count: int, limits: Limits, voxels: bool) -> tuple[by
 
 
 def _inflated(file: IO[bytes], count: int, path: PathLike) -> tuple[bytes, tuple[str, ...]]:
-    """`count` bytes out of a zlib or gzip stream, whose checksum is compared."""
+    """`count` bytes out of a zlib or gzip stream, read to its end, where its checksum is compared."""
     unpack = zlib.decompressobj(wbits=47)
     data = bytearray()
-    packed = b""
-    while not unpack.eof and len(data) <= count:
+    excess = 0
+    while not unpack.eof and excess < DRAINED_BYTES:
         packed = unpack.unconsumed_tail or file.read(_CHUNK)
         if not packed:
             raise UserError(f"{path}: its compressed data is cut short; fetch the file again")
-        data += unpack.decompress(packed, count + 1 - len(data))
+        chunk = unpack.decompress(packed, _CHUNK)
+        wanted = count - len(data)
+        data += chunk[:wanted]
+        excess += len(chunk) - len(chunk[:wanted])
     if len(data) < count:
         raise UserError(
             f"{path}: ends after {len(data)} of {count} data bytes; the file is cut short, fetch it again"
         )
-    return bytes(data[:count]), trailing_note(len(data) - count)
+    return bytes(data), trailing_note(excess)

@@ -23,7 +23,7 @@ BZIP2_RATIO = 1 << 21  # a block of some 40 bytes can hold a run of 46 million
 NO_UNIT_NOTE = "the file states no unit of length; millimetres are assumed"
 METRE, MILLIMETRE, MICROMETRE = "metre", "millimetre", "micrometre"
 
-_DRAINED_BYTES = 64 << 20
+DRAINED_BYTES = 64 << 20  # after the voxels, on the way to a checksum
 
 _MODALITIES = frozenset(
     [
@@ -189,7 +189,7 @@ def read_rest(stream: IO[bytes], path: PathLike) -> tuple[str, ...]:
     """
     count = 0
     try:
-        while count < _DRAINED_BYTES and (chunk := stream.read(1 << 20)):
+        while count < DRAINED_BYTES and (chunk := stream.read(1 << 20)):
             count += len(chunk)
     except gzip.BadGzipFile as error:
         if "Not a gzipped file" not in str(error):  # a wrong checksum or length

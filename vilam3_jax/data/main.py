@@ -9,6 +9,7 @@ from collections.abc import Sequence
 # Command → (module with `main(argv) -> int`, what it does for the user). Only the chosen module is imported:
 # some need the whole loader.
 _COMMANDS = {
+    "deidentify": ("vilam3_jax.data.deidentify.main", "copies of DICOM images without identifiers"),
     "scan": ("vilam3_jax.data.scan.main", "triage of a folder of DICOM, volumes and pictures"),
     "show": ("vilam3_jax.data.show", "one example as the model meets it"),
     "stats": ("vilam3_jax.data.stats", "sizes of samples and how they pack"),

@@ -1,0 +1,5 @@
+"""Removes what identifies a patient from DICOM images: `vilam3 data deidentify`, see docs/deidentify.md."""
+
+from vilam3_jax.data.deidentify.run import deidentify
+
+__all__ = ["deidentify"]

@@ -1,0 +1,437 @@
+"""Makes a copy of a DICOM image that holds only what the tables of `profile` allow.
+
+The copy is built from nothing: only numbers, words of closed vocabularies, times of day, shifted dates, new
+UIDs and pixels reach it. What is not understood is left out.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import datetime
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, cast
+
+from pydicom.datadict import dictionary_has_tag, dictionary_keyword, dictionary_VR
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.multival import MultiValue
+from pydicom.sequence import Sequence
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
+from pydicom.tag import BaseTag, Tag
+from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+from vilam3_jax.data.deidentify import burned_in, codestreams, pixels, profile
+from vilam3_jax.data.deidentify.pseudonyms import Pseudonyms
+from vilam3_jax.data.limits import Limits
+
+REMOVED, EMPTIED, REPLACED = "removed", "emptied", "replaced"
+PRIVATE, UNKNOWN = "private attributes", "attributes that are not in the dictionary"
+
+_DUMMY_TEXT = "REMOVED"
+_DUMMIES = {
+    "AS": "000Y",
+    "DA": "19000101",
+    "DT": "19000101000000",
+    "TM": "000000",
+    "UR": "about:blank",
+    "OB": b"\0\0",
+    "OW": b"\0\0",
+    "UN": b"\0\0",
+}
+_TEXT = frozenset({"AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UT"})
+
+_DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
+_INTEGER = re.compile(r"[+-]?\d{1,10}")
+_AGE = re.compile(r"\d{3}[DWMY]")
+_UID = re.compile(r"\d+(\.\d+)+")
+_DATES = {
+    "DA": re.compile(r"(?!0)\d{4}\.?\d{2}\.?\d{2}"),
+    "TM": re.compile(r"\d{2}(:?\d{2}(:?\d{2}(\.\d{1,6})?)?)?"),
+    "DT": re.compile(r"(?!0)\d{8}(\d{2}(\d{2}(\d{2}(\.\d{1,6})?)?)?([+-]\d{4})?)?"),
+}
+_OLDEST = 89  # years; HIPAA's safe harbor joins all above
+
+_CODE_TAGS = frozenset({0x00080100, 0x00080102, 0x00080104})
+_IDENTITY_TAGS = frozenset({0x00100010, 0x00100020})  # PatientName, PatientID: replaced once, at the top
+_PIXEL_GROUP = 0x7FE0
+# Type 2 in the modules of patient, study, series and equipment: must be there, and may be empty.
+_TYPE_2 = (
+    "StudyDate",
+    "StudyTime",
+    "AccessionNumber",
+    "ReferringPhysicianName",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyID",
+    "SeriesNumber",
+    "InstanceNumber",
+    "Manufacturer",
+)
+_SCHEMES = {"SNM3": "SRT", "99SDM": "SRT"}  # older names of one scheme
+# PS3.16 CID 7050.
+_BASIC_PROFILE = ("113100", "Basic Application Confidentiality Profile")
+_MODIFIED_DATES = ("113107", "Retain Longitudinal Temporal Information Modified Dates Option")
+_CHARACTERISTICS = ("113108", "Retain Patient Characteristics Option")
+
+
+class Skipped(Exception):
+    """An object that is left out; the message is the reason, a fixed text without values of the file."""
+
+
+@dataclasses.dataclass
+class Cleaned:
+    """An object without its identifiers.
+
+    Attributes:
+      dataset: the copy, with file meta information.
+      patient: `token` of who the patient is.
+      original_patient: PatientID of the source, for the mapping.
+      suspicions: why pixels may show text that identifies the patient; empty if nothing points to it.
+      actions: action (removed, emptied, replaced) -> attribute -> how often.
+      notes: what else was done, for the report.
+    """
+
+    dataset: Dataset
+    patient: str
+    original_patient: str
+    suspicions: list[str]
+    actions: dict[str, collections.Counter[str]]
+    notes: list[str]
+
+
+def clean(source: Dataset, pseudonyms: Pseudonyms, keep_characteristics: bool, limits: Limits) -> Cleaned:
+    """Makes a copy without identifiers.
+
+    Args:
+      source: an object as `pydicom.dcmread` returns it; not modified.
+      pseudonyms: replaces identifiers.
+      keep_characteristics: also keep age, sex, size and weight of the patient.
+      limits: of pixels, frames and nesting.
+
+    Raises:
+      Skipped: an object that cannot be cleaned, with the reason.
+    """
+    sop_class = UID(str(source.get("SOPClassUID") or ""))
+    if sop_class not in profile.allow_list().image_classes:
+        raise Skipped(f"not an image that can be cleaned: {_name(sop_class)}")
+    transfer_syntax = _transfer_syntax(source)
+    if transfer_syntax not in codestreams.NATIVE | codestreams.ENCAPSULATED:
+        raise Skipped(f"pixels in a format that cannot be cleaned: {_name(transfer_syntax)}")
+
+    builder = _Builder(keep_characteristics, limits.nesting)
+    image = builder.copy(source, 0)
+    for keyword in ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"):
+        if not image.get(keyword):
+            raise Skipped(f"damaged: no {keyword}")
+    try:
+        pixels.check_size(image, limits)
+        notes, suspicions = pixels.clean(image, source, transfer_syntax)
+    except pixels.PixelError as error:
+        raise Skipped(str(error)) from error
+
+    original_patient = str(source.get("PatientID") or "").strip(" \0")
+    if original_patient:
+        patient = pseudonyms.token("patient", original_patient)
+    else:
+        patient = pseudonyms.token("patient of study", image.StudyInstanceUID)
+        notes.append("no PatientID: each study counts as a patient")
+    _file_meta(image, transfer_syntax)
+    pseudonyms.apply(image, patient)
+    builder.add_placeholders()
+    suspicions += burned_in.of_attributes(source) + burned_in.of_pixels(image, limits)
+    _state_what_was_done(image, keep_characteristics, suspected=bool(suspicions))
+    return Cleaned(image, patient, original_patient, suspicions, builder.actions, notes)
+
+
+def _name(uid: UID) -> str:
+    """The standard's name; what the file states stays out of the report."""
+    return uid.name if uid.name != uid else "unknown"
+
+
+def _transfer_syntax(source: Dataset) -> UID:
+    meta = getattr(source, "file_meta", None)
+    if meta and meta.get("TransferSyntaxUID"):
+        return UID(str(meta.TransferSyntaxUID))
+    implicit, little_endian = source.original_encoding
+    if implicit:
+        return ImplicitVRLittleEndian
+    return ExplicitVRLittleEndian if little_endian else ExplicitVRBigEndian
+
+
+def _file_meta(image: Dataset, transfer_syntax: UID) -> None:
+    image.preamble = bytes(128)
+    image.file_meta = FileMetaDataset()
+    image.file_meta.TransferSyntaxUID = transfer_syntax
+    image.file_meta.MediaStorageSOPClassUID = image.SOPClassUID
+    image.file_meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID
+
+
+def _state_what_was_done(image: Dataset, keep_characteristics: bool, suspected: bool) -> None:
+    image.PatientName = image.PatientID
+    for keyword in _TYPE_2:
+        if keyword not in image:
+            setattr(image, keyword, "")
+    if "FrameOfReferenceUID" in image:
+        image.PositionReferenceIndicator = ""
+    # PS3.3: identity was removed from the attributes *and* from the pixels.
+    image.PatientIdentityRemoved = "NO" if suspected else "YES"
+    image.DeidentificationMethod = ["vilam3 data deidentify", f"DICOM {profile.EDITION} Basic Profile"]
+    used = [_BASIC_PROFILE, _MODIFIED_DATES] + [_CHARACTERISTICS] * keep_characteristics
+    image.DeidentificationMethodCodeSequence = [_code_item(value, "DCM", meaning) for value, meaning in used]
+    image.LongitudinalTemporalInformationModified = "MODIFIED"
+
+
+def _code_item(value: str, scheme: str, meaning: str) -> Dataset:
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, meaning
+    return item
+
+
+class _Builder:
+    """Copies what is allowed, and counts what is not."""
+
+    def __init__(self, keep_characteristics: bool, nesting: int) -> None:
+        self._keep_characteristics = keep_characteristics
+        self._nesting = nesting
+        self._placeholders: list[tuple[Dataset, DataElement]] = []
+        self.actions = {name: collections.Counter[str]() for name in (REMOVED, EMPTIED, REPLACED)}
+
+    def copy(self, source: Dataset, depth: int, leave: frozenset[int] = frozenset()) -> Dataset:
+        """The allowed part of a data set or of an item of a sequence, without the tags in `leave`."""
+        if depth > self._nesting:
+            raise Skipped("damaged: sequences nested too deeply")
+        result = Dataset()
+        for tag in sorted(source.keys()):
+            if tag in leave or tag.element == 0:
+                continue
+            if depth == 0 and tag in _IDENTITY_TAGS:
+                self._count(REPLACED, tag)
+                continue
+            element = self._allowed(source, tag, depth)
+            if element is not None:
+                result.add(element)
+            else:
+                self._follow_profile(source, tag, result)
+        return result
+
+    def add_placeholders(self) -> None:
+        """Adds the empty and dummy values: after dates and IDs were replaced, because they are none."""
+        for item, element in self._placeholders:
+            item.add(element)
+
+    def _count(self, action: str, tag: BaseTag) -> None:
+        if tag.is_private:
+            name = PRIVATE
+        elif tag.group >> 8 in (0x50, 0x60):
+            name = "overlays and curves"
+        elif dictionary_has_tag(tag):
+            name = f"({tag.group:04X},{tag.element:04X}) {dictionary_keyword(tag)}"
+        else:
+            name = UNKNOWN
+        self.actions[action][name] += 1
+
+    def _allowed(self, source: Dataset, tag: BaseTag, depth: int) -> DataElement | None:
+        """The element if its attribute and its value are allowed."""
+        kind = profile.allow_list().kinds.get(tag)
+        if (
+            kind is None
+            or (kind == profile.PATIENT and not self._keep_characteristics)
+            or (tag.group == _PIXEL_GROUP and depth > 0)
+        ):
+            return None
+        element = _readable(source, tag)
+        if element is None or element.VR not in dictionary_VR(tag).split(" or "):
+            return None
+        if kind == profile.SEQUENCE:
+            return self._sequence(element, lambda item: self.copy(item, depth + 1))
+        if kind == profile.CODES:
+            return self._sequence(element, lambda item: self._code(item, depth + 1))
+        if kind == profile.WORD:
+            return self._words(element)
+        if kind == profile.BINARY and element.VR.startswith("O"):
+            return self._binary(element, source)
+        values = _listed(element.value)
+        if values and not (kind == profile.DATE and len(values) > 1):
+            rule = _RULES.get(kind, _number)
+            values = [rule(value, element.VR) for value in values]
+            if None in values:
+                return None
+        if kind in (profile.UID, profile.DATE) and values:
+            self._count(REPLACED, tag)
+        return DataElement(tag, element.VR, values)
+
+    def _sequence(self, element: DataElement, copy: Callable[[Dataset], Dataset]) -> DataElement:
+        items = [copy(item) for item in element.value or ()]
+        return DataElement(element.tag, "SQ", Sequence(item for item in items if len(item)))
+
+    def _code(self, item: Dataset, depth: int) -> Dataset:
+        """A code that the standard's dictionaries know, with their meaning instead of the file's."""
+        value, scheme = (str(item.get(keyword) or "") for keyword in ("CodeValue", "CodingSchemeDesignator"))
+        meaning = _meaning(scheme, value)
+        if meaning is None:
+            return self.copy(item, depth)
+        copied = self.copy(item, depth, leave=_CODE_TAGS)
+        copied.update(_code_item(value, scheme, meaning))
+        return copied
+
+    def _words(self, element: DataElement) -> DataElement | None:
+        vocabulary = profile.allow_list().vocabularies[element.tag]
+        words = [str(value).strip(" \0") for value in _listed(element.value)]
+        if element.VR == "CS":
+            words = [word.upper() if word.upper() in vocabulary else word for word in words]
+        kept = [word if word in vocabulary else "" for word in words]
+        if kept != words:
+            self._count(REPLACED, element.tag)
+        while kept and not kept[-1]:
+            kept.pop()
+        if any(words) and not kept:
+            return None
+        return DataElement(element.tag, element.VR, kept)
+
+    def _binary(self, element: DataElement, source: Dataset) -> DataElement | None:
+        if not isinstance(element.value, bytes):
+            return None
+        entries = _table_entries(source, element.keyword)
+        if entries is not None and len(element.value) > 2 * entries + 1:
+            return None
+        return DataElement(element.tag, element.VR, element.value)
+
+    def _follow_profile(self, source: Dataset, tag: BaseTag, result: Dataset) -> None:
+        """Does with an attribute that is not kept what the basic profile demands.
+
+        Where the profile leaves a choice, the result fits every object definition: a dummy rather than an
+        empty value, an empty value rather than none. Sequences are removed where they may be.
+        """
+        action = profile.basic_profile().get(tag, "X")
+        vr = dictionary_VR(tag).split(" or ")[0] if action != "X" and dictionary_has_tag(tag) else ""
+        if action == "U":
+            element = _readable(source, tag)
+            uids = [_uid(value, "UI") for value in _listed(element.value)] if element is not None else []
+            if uids and None not in uids:
+                result.add(DataElement(tag, "UI", uids))
+                self._count(REPLACED, tag)
+                return
+        if (
+            not vr
+            or action in ("X", "U", "X/Z/U*")
+            or (vr == "SQ" and action.startswith("X") and "D" in action)
+        ):
+            self._count(REMOVED, tag)
+            return
+        dummy = "D" in action and not ("Z" in action and _is_empty(source, tag))
+        value: Any = _dummy(vr) if dummy else ([] if vr == "SQ" else None)
+        self._placeholders.append((result, DataElement(tag, vr, value)))
+        self._count(REPLACED if dummy else EMPTIED, tag)
+
+
+def _readable(source: Dataset, tag: BaseTag) -> DataElement | None:
+    try:
+        return source[tag]
+    except RecursionError:
+        raise Skipped("damaged: sequences nested too deeply") from None
+    except Exception:  # a damaged value, which the copy must not hold anyway; its text stays out of messages
+        return None
+
+
+def _is_empty(source: Dataset, tag: BaseTag) -> bool:
+    element = _readable(source, tag)
+    return element is not None and element.is_empty
+
+
+def _dummy(vr: str) -> Any:
+    if vr == "SQ":
+        return [Dataset()]
+    return _DUMMY_TEXT if vr in _TEXT else _DUMMIES.get(vr)
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None or value == "":
+        return []
+    return list(value) if isinstance(value, (MultiValue, list, tuple)) else [value]
+
+
+def _number(value: Any, vr: str) -> Any:
+    """A number; strings keep their digits, so that geometry stays the same to the last one."""
+    if vr == "DS":
+        text = str(value).strip(" \0")
+        return text if not text or _DECIMAL.fullmatch(text) else None
+    if vr == "IS":
+        text = str(value if value == "" else int(value))
+        return text if not text or _INTEGER.fullmatch(text) else None
+    if vr == "AT":
+        return Tag(value)
+    return value if isinstance(value, (int, float)) else None
+
+
+def _date(value: Any, vr: str) -> str | None:
+    text = str(value).strip(" \0")
+    if not _DATES[vr].fullmatch(text):
+        return None
+    text = text.replace(":", "")  # ACR-NEMA's way, as are the points in its dates
+    if vr == "DA":
+        text = text.replace(".", "")
+    if vr != "TM":
+        try:
+            datetime.datetime.strptime(text[:8], "%Y%m%d")
+        except ValueError:
+            return None
+    return text
+
+
+def _uid(value: Any, vr: str) -> str | None:
+    text = str(value).strip(" \0")
+    return text if len(text) <= 64 and _UID.fullmatch(text) else None
+
+
+def _class_uid(value: Any, vr: str) -> str | None:
+    return str(value) if UID(str(value)).name != str(value) else None
+
+
+def _characteristic(value: Any, vr: str) -> Any:
+    if vr == "AS":
+        return _age(str(value).strip(" \0"))
+    if vr == "CS":
+        return value if value in ("M", "F", "O") else None
+    return _number(value, vr)
+
+
+def _age(text: str) -> str | None:
+    if not _AGE.fullmatch(text):
+        return None
+    return f"{_OLDEST + 1:03d}Y" if text[3] == "Y" and int(text[:3]) > _OLDEST else text
+
+
+_RULES: dict[str, Callable[[Any, str], Any]] = {
+    profile.NUMBER: _number,
+    profile.DATE: _date,
+    profile.UID: _uid,
+    profile.CLASS_UID: _class_uid,
+    profile.PATIENT: _characteristic,
+}
+
+
+def _table_entries(source: Dataset, keyword: str) -> int | None:
+    """How many entries a look-up table has by its descriptor; None for data that is not such a table."""
+    if not keyword.endswith(("LUTData", "LookupTableData")) or keyword.startswith("Segmented"):
+        return None
+    descriptor = source.get(keyword.replace("Data", "Descriptor"))
+    try:
+        return int(cast(Any, descriptor)[0]) or 1 << 16
+    except (TypeError, ValueError, LookupError):
+        return 0
+
+
+@functools.lru_cache(maxsize=4096)
+def _meaning(scheme: str, value: str) -> str | None:
+    """The meaning of a code in pydicom's copy of PS3.16; None if it is not there."""
+    wanted = Code(value, _SCHEMES.get(scheme, scheme), "")
+    scheme = (
+        "SCT" if wanted.scheme_designator == "SRT" else scheme
+    )  # pydicom compares the two by SNOMED's table
+    if scheme not in codes.schemes():
+        return None
+    return next((code.meaning for code in getattr(codes, scheme).concepts.values() if code == wanted), None)

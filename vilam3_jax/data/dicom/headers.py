@@ -15,18 +15,22 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, MutableSequence, Sequence
 from typing import IO, Any, cast
 
 import pydicom
 from etils import epath
+from pydicom.charset import convert_encodings, default_encoding
 from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import FileMetaDataset
 from pydicom.filereader import data_element_generator, read_partial
+from pydicom.tag import BaseTag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, MediaStorageDirectoryStorage
 from pydicom.valuerep import VR
+from pydicom.values import convert_string
 
+from vilam3_jax.data.dicom import header_walk
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import PathLike, as_path, check_passing, file_size
@@ -120,21 +124,20 @@ _LONG_TAGS = _tags(_PIXELS)
 _MAX_VALUE_BYTES = 1 << 16
 
 _HEAD_BYTES = 1024
+_CHARACTER_SET = 0x00080005
 _DIRECTORY_RECORDS = 0x00041220
 _FUNCTIONAL_GROUP = 0x5200
 _PIXEL_GROUP = 0x7FE0
 _PIXEL_TAGS = _tags("PixelData FloatPixelData DoubleFloatPixelData")
 
-# What one element or item costs, pydicom reads at most three times for it.
-_MAX_HEADER_READS = 1_000_000
+# What a header may cost, by where its reading ends; pydicom reads at most three times for an element or item.
 _MAX_FRAME_READS = 12_000_000
-_MAX_HEADER_BYTES = 64 << 20
-_MAX_FRAME_HEADER_BYTES = 512 << 20
+_MAX_READS = {_FUNCTIONAL_GROUP: 1_000_000, _PIXEL_GROUP: _MAX_FRAME_READS}
+_MAX_BYTES = {_FUNCTIONAL_GROUP: 64 << 20, _PIXEL_GROUP: 512 << 20}
 
 # What pydicom logs and warns of quotes values of the file, which may identify a patient.
 logging.getLogger("pydicom").propagate = False
 
-_Stop = Callable[[int, str | None, int], bool]
 _VALUE_REPRESENTATIONS = frozenset(str(vr).encode() for vr in VR if len(str(vr)) == 2)
 
 
@@ -249,15 +252,9 @@ def read_header(
       UnavailableError: the disk or the network fails.
       UserError: no such file, or a damaged header.
     """
-    tags = _FRAME_TAGS if frames else _HEADER_TAGS
-    last = _PIXEL_GROUP if frames else _FUNCTIONAL_GROUP
-
-    def stop(tag: int, vr: str | None, length: int) -> bool:
-        return tag >> 16 >= last or tag == _DIRECTORY_RECORDS
-
-    reads = _MAX_FRAME_READS if frames else _MAX_HEADER_READS
-    size = _MAX_FRAME_HEADER_BYTES if frames else _MAX_HEADER_BYTES
-    return _read(path, tags, stop, reads, size, limits)
+    if frames:
+        return _read(path, _FRAME_TAGS, _PIXEL_GROUP, limits)
+    return _read(path, _HEADER_TAGS, _FUNCTIONAL_GROUP, limits)
 
 
 def read_dataset(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> pydicom.Dataset:
@@ -272,14 +269,10 @@ def read_dataset(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> pydicom.
         raise UserError(
             f"{path}: {size} bytes, more than the limit of {limits.file_bytes}; split it or raise the limit"
         )
-    dataset = _read(path, _DATASET_TAGS, _before_pixels, _MAX_FRAME_READS, limits.decoded_bytes, limits)
+    dataset = _read(path, _DATASET_TAGS, None, limits)
     if dataset is None:
         raise UserError(f"{path}: not a DICOM file; check what it is")
     return dataset
-
-
-def _before_pixels(tag: int, vr: str | None, length: int) -> bool:
-    return tag in _PIXEL_TAGS
 
 
 def file_size_of(path: PathLike) -> int:
@@ -294,39 +287,80 @@ def file_size_of(path: PathLike) -> int:
 
 
 def _read(
-    path: PathLike, tags: frozenset[int], stop: _Stop, max_reads: int, max_bytes: int, limits: Limits
+    path: PathLike, tags: frozenset[int], last_group: int | None, limits: Limits
 ) -> pydicom.Dataset | None:
+    """Reads the elements of `tags` before `last_group`; None: all of them, the pixels too."""
     path = as_path(path)
     with naming(path), _opened(path) as stored:
         head = stored.read(_HEAD_BYTES)
         if not _looks_like_dicom(head):
             return None
-        file, meta = _inflated(stored, head, max_bytes)
-        file.seek(0)
-        guard = cast(Any, _Guard(file, max_reads, max_bytes))
-        read = read_partial(guard, cast(Any, stop), force=True, specific_tags=cast(Any, list(tags)))
-        dataset = pydicom.Dataset(read)  # without the file, which a FileDataset keeps open
-        implicit, little = _encoding(read)
-        dataset.set_original_encoding(implicit, little, read.original_character_set)
-        dataset.file_meta = read.file_meta if meta is None else meta
+        with_preamble = head[128:132] == b"DICM"
+        dataset = None
+        if with_preamble and last_group is not None:
+            dataset = _walk(stored, tags, last_group)
+        if dataset is None:
+            dataset = _parse(stored, head, tags, last_group, limits)
         for tag in set(dataset.file_meta.keys()) - _META_TAGS:
             del dataset.file_meta[tag]
-        if stop is _before_pixels:
-            for element in data_element_generator(guard, implicit, little):
-                if element.tag in _PIXEL_TAGS:
-                    dataset[element.tag] = element
-                    break
-        if guard.tell() > guard.size or _is_cut_short(dataset):
-            raise EOFError
         if not len(dataset) and not is_directory(dataset):  # pydicom gives up all where the end surprises it
             raise UserError(
                 f"{path}: DICOM without one element of an image; it may be cut short, fetch it again"
             )
         _reduce(dataset, tags, limits.nesting)
-        with_preamble = head[128:132] == b"DICM"
         if not (with_preamble or "SOPClassUID" in dataset or "Rows" in dataset):
             return None
         return dataset
+
+
+def _walk(stored: IO[bytes], tags: frozenset[int], last_group: int) -> pydicom.Dataset | None:
+    """Reads an ordinary header; None if it is none."""
+    found = header_walk.walk(stored, tags, last_group)
+    if found is None:
+        return None
+    meta, elements, implicit = found
+    dataset = pydicom.Dataset(cast(Any, elements))
+    encoding: str | MutableSequence[str] = default_encoding
+    if (named := elements.get(BaseTag(_CHARACTER_SET))) is not None:
+        encoding = convert_encodings(cast(str, convert_string(cast(bytes, named.value or b""), True)))
+    dataset.set_original_encoding(implicit, True, encoding)
+    dataset.file_meta = FileMetaDataset(cast(Any, meta))
+    return dataset
+
+
+def _parse(
+    stored: IO[bytes], head: bytes, tags: frozenset[int], last_group: int | None, limits: Limits
+) -> pydicom.Dataset:
+    """Reads any DICOM data set.
+
+    Raises:
+      EOFError: it is cut short.
+    """
+    reads, most = _MAX_FRAME_READS, limits.decoded_bytes
+    if last_group is not None:
+        reads, most = _MAX_READS[last_group], _MAX_BYTES[last_group]
+
+    def stop(tag: int, vr: str | None, length: int) -> bool:
+        if last_group is None:
+            return tag in _PIXEL_TAGS
+        return tag >> 16 >= last_group or tag == _DIRECTORY_RECORDS
+
+    file, meta = _inflated(stored, head, most)
+    file.seek(0)
+    guard = cast(Any, _Guard(file, reads, most))
+    read = read_partial(guard, cast(Any, stop), force=True, specific_tags=cast(Any, list(tags)))
+    dataset = pydicom.Dataset(read)  # without the file, which a FileDataset keeps open
+    implicit, little = _encoding(read)
+    dataset.set_original_encoding(implicit, little, read.original_character_set)
+    dataset.file_meta = read.file_meta if meta is None else meta
+    if last_group is None:
+        for element in data_element_generator(guard, implicit, little):
+            if element.tag in _PIXEL_TAGS:
+                dataset[element.tag] = element
+                break
+    if guard.tell() > guard.size or _is_cut_short(dataset):
+        raise EOFError
+    return dataset
 
 
 def _encoding(read: pydicom.FileDataset) -> tuple[bool, bool]:

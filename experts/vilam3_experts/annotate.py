@@ -15,6 +15,7 @@ from vilam3_experts.inputs import Input, find_inputs
 from vilam3_experts.weights import Weights, is_samples_folder, load_weights
 from vilam3_jax import paths
 from vilam3_jax.data.annotations import Annotation, AnnotationWriter
+from vilam3_jax.data.volumes import Volume
 from vilam3_jax.errors import UserError
 
 
@@ -27,10 +28,12 @@ class Summary:
         (nothing to
         store: the input has no content key), each with its number.
       problems: input name, and why it failed or could not be read.
+      notes: input name, and what its reader assumed, repaired or skipped.
     """
 
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    notes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def line(self) -> str:
         """One line for people."""
@@ -52,7 +55,8 @@ def annotate(
     """Annotates every input of `data` that `descriptor` is meant for.
 
     May be stopped at any moment and started again: what is stored is skipped. An input that cannot be read
-    or analysed is counted, named in `problems-<EXPERT>.json` of the store, and the run goes on.
+    or analysed is counted, named in `problems-<EXPERT>.json` of the store, and the run goes on. What readers
+    assumed or skipped is in `notes-<EXPERT>.json`.
 
     Args:
       descriptor: the expert.
@@ -84,6 +88,8 @@ def annotate(
                 summary.counts["unreadable"] += 1
                 summary.problems.append((item.name, f"{error}"))
                 continue
+            if isinstance(scan, Volume):
+                summary.notes += [(item.name, note) for note in scan.notes]
             stored = writer.status(key, descriptor.name, chosen)
             if stored == "ok" or (stored == "failed" and not retry_failed):
                 summary.counts["skipped"] += 1
@@ -99,7 +105,7 @@ def annotate(
                 summary.counts["annotated"] += 1
             if show is not None:
                 show(item, annotation)
-    _put_aside(out, descriptor.name, summary)
+    _write_lists(out, descriptor.name, summary)
     return summary
 
 
@@ -132,10 +138,12 @@ def create_expert(descriptor: Descriptor, weights: Weights) -> Expert:
         raise UserError(f"{descriptor.name} cannot start ({type(error).__name__}: {error})") from error
 
 
-def _put_aside(out: paths.PathLike, name: str, summary: Summary) -> None:
-    path = paths.as_path(out) / f"problems-{name}.json"
-    if summary.problems:
-        rows = [{"input": item, "reason": reason} for item, reason in summary.problems]
-        paths.write_text_atomic(path, json.dumps(rows, indent=1) + "\n")
-    elif summary.counts["skipped"] == 0:
-        path.unlink(missing_ok=True)
+def _write_lists(out: paths.PathLike, name: str, summary: Summary) -> None:
+    """Writes problems and notes beside the store; an earlier run's stay if this one looked at nothing new."""
+    for kind, rows in (("problems", summary.problems), ("notes", summary.notes)):
+        path = paths.as_path(out) / f"{kind}-{name}.json"
+        if rows:
+            listed = [{"input": item, "reason": reason} for item, reason in rows]
+            paths.write_text_atomic(path, json.dumps(listed, indent=1) + "\n")
+        elif summary.counts["skipped"] == 0:
+            path.unlink(missing_ok=True)

@@ -71,6 +71,9 @@ def _annotate(options: argparse.Namespace) -> int:
     )
     for name, reason in summary.problems:
         print(f"problem: {name}: {reason}", file=sys.stderr)
+    if summary.notes:
+        scans = len({name for name, _ in summary.notes})
+        print(f"{scans} scans with notes on what was assumed or skipped: notes-{options.expert}.json")
     print(f"{options.expert}: {summary.line()}; store {options.out}")
     done = summary.counts["annotated"] + summary.counts["skipped"]
     return 0 if done else 1

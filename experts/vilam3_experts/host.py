@@ -17,7 +17,7 @@ from vilam3_jax import paths
 from vilam3_jax.data.annotations import Annotation
 from vilam3_jax.data.expert_host import FrameError, Message, read_frame, write_frame
 from vilam3_jax.data.images import decode_image
-from vilam3_jax.data.volumes import load_volume
+from vilam3_jax.data.volumes import VolumeSource
 from vilam3_jax.errors import UserError
 
 
@@ -29,7 +29,7 @@ class Host:
         self._experts: dict[str, tuple[Expert, Weights]] = {}
 
     def answer(self, request: Message) -> Message:
-        """Turns a request {id, expert, args, volume_path | image_bytes} into {id, annotation | error}."""
+        """Turns a request {id, expert, args, volume | image_bytes} into {id, annotation | error}."""
         number = request.get("id")
         try:
             return {"id": number, "annotation": self._annotate(request).to_bytes()}
@@ -41,11 +41,11 @@ class Host:
     def _annotate(self, request: Message) -> Annotation:
         descriptor = registry.get(str(request.get("expert")))
         args = descriptor.check_args(request.get("args"))
-        path, image = request.get("volume_path"), request.get("image_bytes")
-        if (path is None) == (image is None):
-            raise UserError("a request holds either volume_path or image_bytes")
-        if path is not None:
-            data = load_volume(path)
+        volume, image = request.get("volume"), request.get("image_bytes")
+        if (volume is None) == (image is None):
+            raise UserError("a request holds either volume or image_bytes")
+        if volume is not None:
+            data = VolumeSource(**volume).read()
         else:
             assert image is not None
             data = decode_image(image)

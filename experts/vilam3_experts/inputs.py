@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from typing import Literal
 
@@ -12,13 +13,22 @@ from etils import epath
 from vilam3_experts.descriptors import Descriptor
 from vilam3_experts.weights import is_samples_folder
 from vilam3_jax import paths
+from vilam3_jax.data import dicom, file_kinds
 from vilam3_jax.data.images import load_film
-from vilam3_jax.data.volumes import Volume, load_volume
-from vilam3_jax.datasets.samples import read_samples
+from vilam3_jax.data.limits import DEFAULT_LIMITS
+from vilam3_jax.data.scan.walk import list_files
+from vilam3_jax.data.volumes import Volume, read_listed_series, read_volume
+from vilam3_jax.datasets.samples import MODALITY_CODES, read_samples
 from vilam3_jax.errors import UserError
 
-VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+Kind = Literal["volume", "image"]
+_READERS = {"volume": ("nifti", "nifti pair", "nrrd", "metaimage"), "image": ("picture",)}
+# Files with these names are listed even if their content is not recognised: they are damaged, and named.
+_SUFFIXES = {
+    "volume": (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd"),
+    "image": (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"),
+}
+_DATA_OF_HEADER = (".img", ".img.gz", ".raw", ".zraw")  # the halves that come with a header file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +39,15 @@ class Input:
       name: unique among the inputs; a sample's name or the path below the data folder.
       path: file, or the folder of a DICOM series.
       kind: how it is read.
+      modality: DICOM's code, where the data set states what the file does not.
+      series: what the headers of a DICOM folder say; None for everything else.
     """
 
     name: str
     path: epath.Path
-    kind: Literal["volume", "image"]
+    kind: Kind
+    modality: str | None = None
+    series: dicom.Series | None = None
 
     def load(self) -> Volume | np.ndarray:
         """Reads and decodes it.
@@ -41,15 +55,19 @@ class Input:
         Raises:
           UserError: names the file and what is wrong with it.
         """
-        return load_volume(self.path) if self.kind == "volume" else load_film(self.path)
+        if self.kind == "image":
+            return load_film(self.path)
+        if self.series is not None:
+            return read_listed_series(self.series, self.path)
+        return read_volume(self.path, modality=self.modality)
 
 
 def find_inputs(data: paths.PathLike, descriptor: Descriptor) -> list[Input]:
     """Lists what `descriptor` is meant for, in a fixed order.
 
-    Of a samples folder: the samples of the expert's kind, region and modality. Of any other folder: every
-    file of a type the expert reads, in all folders below; two DICOM files or more in one folder are one
-    series for a volume expert.
+    Of a samples folder: the samples of the expert's kind, region and modality. Of any other folder, with its
+    subfolders: every file that the expert reads, recognised by its content, and every DICOM series. Damaged
+    files and series that cannot be read are listed, too, so that they are counted and named.
 
     Raises:
       UserError: no such folder or file, or nothing in it for this expert.
@@ -60,7 +78,7 @@ def find_inputs(data: paths.PathLike, descriptor: Descriptor) -> list[Input]:
     if root.is_dir() and is_samples_folder(root):
         found = list(_from_samples(root, descriptor))
     elif root.is_dir():
-        found = list(_from_folder(root, root, descriptor.input))
+        found = sorted(_from_folder(root, descriptor.input), key=lambda item: item.name)
     else:
         found = [Input(root.name, root, descriptor.input)]
     if not found:
@@ -80,28 +98,33 @@ def _from_samples(root: epath.Path, descriptor: Descriptor) -> Iterator[Input]:
         if (sample.kind == "film") == (descriptor.input == "volume"):
             continue
         if all(value is None or getattr(sample, field) == value for field, value in wanted.items()):
-            yield Input(sample.name, sample.path, descriptor.input)
+            yield Input(sample.name, sample.path, descriptor.input, MODALITY_CODES.get(sample.kind))
 
 
-def _from_folder(root: epath.Path, folder: epath.Path, kind: Literal["volume", "image"]) -> Iterator[Input]:
-    entries = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
-    suffixes = VOLUME_SUFFIXES if kind == "volume" else IMAGE_SUFFIXES
-    dicoms = []
-    for path in entries:
-        if path.is_dir():
-            yield from _from_folder(root, path, kind)
-        elif path.name.lower().endswith(suffixes):
-            yield Input(path.relative_to(root).as_posix(), path, kind)
-        elif _is_dicom(path):
-            dicoms.append(path)
-    if kind == "volume" and len(dicoms) > 1:
-        name = folder.relative_to(root).as_posix()
-        yield Input(folder.name if name == "." else name, folder, kind)
-    else:
-        yield from (Input(p.relative_to(root).as_posix(), p, kind) for p in dicoms)
+def _from_folder(root: epath.Path, kind: Kind) -> Iterator[Input]:
+    files = list_files(root, DEFAULT_LIMITS.files, lambda: None).files
+    has_dicom = False
+    for file in map(epath.Path, files):
+        name = file.relative_to(root).as_posix()
+        if file.name.startswith(".") or (kind == "volume" and name.lower().endswith(_DATA_OF_HEADER)):
+            continue
+        reader = file_kinds.identify(file).reader
+        has_dicom |= reader == "dicom"
+        if reader in _READERS[kind] or (reader is None and name.lower().endswith(_SUFFIXES[kind])):
+            yield Input(name, file, kind)
+    if has_dicom:
+        yield from _from_dicom(root, kind)
 
 
-def _is_dicom(path: epath.Path) -> bool:
-    # Series often have no file name extension, or one number after another behind dots.
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+def _from_dicom(root: epath.Path, kind: Kind) -> Iterator[Input]:
+    found, skipped = dicom.survey(root)
+    for series in found:
+        members = [epath.Path(member.path) for member in series.members]
+        if kind == "volume" and series.kind == "volume":
+            folder = epath.Path(os.path.commonpath([os.fspath(member.parent) for member in members]))
+            name = (folder.relative_to(root) / series.identifier).as_posix()
+            yield Input(name, folder, kind, series=series)
+        elif kind == "image" and series.kind == "picture":
+            yield from (Input(m.relative_to(root).as_posix(), m, kind) for m in members)
+    damaged = [epath.Path(path) for path, reason in skipped if reason == dicom.DAMAGED_HEADER]
+    yield from (Input(path.relative_to(root).as_posix(), path, kind) for path in damaged)

@@ -25,7 +25,8 @@ from data_worlds import (
 from vilam3_jax.data.examples import Example, ImageRef, Turn
 from vilam3_jax.data.expert_turns import expert_overlay
 from vilam3_jax.data.images import encode_png, pad_to_square, resize
-from vilam3_jax.data.volumes import load_volume, volume_to_slice_image
+from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING
+from vilam3_jax.data.volumes import load_volume
 from vilam3_jax.errors import UserError
 
 
@@ -50,7 +51,7 @@ def test_padded_images_and_overlays_keep_their_shape(tmp_path) -> None:
     (batch,) = take(loader, 1)
     loader.close()
     volume = load_volume(tmp_path / "slices" / "ct.nii.gz")
-    plane = volume_to_slice_image(volume, 2, 5, (50.0, 400.0), None)
+    plane = DEFAULT_PREPROCESSING.slice_picture(volume, 2, 5, (50.0, 400.0))
     assert plane.shape == (12, 10, 3)
     for got, shown in zip(
         batch["images"][0], (plane, expert_overlay(annotation, plane, axis=2, index=5)), strict=False

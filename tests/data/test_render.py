@@ -12,9 +12,10 @@ from vilam3_jax.data.annotations import Annotation, failed
 from vilam3_jax.data.cards import load_cards, parse_trigger, render_cards
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, Turn
 from vilam3_jax.data.expert_turns import expert_overlay, render_expert_turn
+from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING
 from vilam3_jax.data.render import ImageReader, Renderer, encode_example, question_of
 from vilam3_jax.data.templates import CHATML
-from vilam3_jax.data.volumes import load_volume, volume_to_slice_image
+from vilam3_jax.data.volumes import load_volume
 from vilam3_jax.errors import UserError
 
 CARDS = load_cards("quickstart")
@@ -57,7 +58,7 @@ def test_segmentation_dialogue_with_expert(ct) -> None:
     expected = render_expert_turn(annotation, "Is the liver here?", axis=2, index=5, kind="segmentation")
     assert expert == Turn("expert", expected) and "liver" in expert.text
     assert answer == example.turns[1] and out.experts == ("VISTA3D",)
-    plane = volume_to_slice_image(load_volume(root / "ct.nii.gz"), 2, 5, (50.0, 400.0), SIZE)
+    plane = DEFAULT_PREPROCESSING.slice_picture(load_volume(root / "ct.nii.gz"), 2, 5, (50.0, 400.0), SIZE)
     assert np.array_equal(out.images[0], plane)
     assert np.array_equal(out.images[1], expert_overlay(annotation, plane, axis=2, index=5))
     assert not np.array_equal(out.images[0], out.images[1])

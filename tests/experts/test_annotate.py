@@ -8,6 +8,8 @@ import sys
 import time
 
 import expert_helpers
+import numpy as np
+import pydicom
 import pytest
 from vilam3_experts import descriptors
 from vilam3_experts.annotate import annotate
@@ -125,18 +127,41 @@ def test_two_experts_of_one_name_are_refused(plugin, monkeypatch):
         descriptors.registry()
 
 
+def write_ct(path, series, z):
+    header = pydicom.Dataset()
+    header.file_meta = pydicom.dataset.FileMetaDataset()
+    header.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    header.SOPClassUID, header.SOPInstanceUID = pydicom.uid.CTImageStorage, pydicom.uid.generate_uid()
+    header.SeriesInstanceUID, header.Modality = series, "CT"
+    header.Rows = header.Columns = 4
+    header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
+    header.BitsAllocated = header.BitsStored = 16
+    header.HighBit, header.PixelRepresentation = 15, 1
+    header.RescaleSlope, header.RescaleIntercept = 1, 0
+    header.ImagePositionPatient, header.ImageOrientationPatient = [0, 0, z], [1, 0, 0, 0, 1, 0]
+    header.PixelSpacing, header.PixelData = [1, 1], np.full(16, z, "<i2").tobytes()
+    path.parent.mkdir(exist_ok=True)
+    header.save_as(path, enforce_file_format=True)
+
+
 def test_plain_folders(tmp_path):
     for name in ("x.nii.gz", "y.NRRD", "z/w.nii", "note.txt", ".hidden.nii"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"?")
     expert_helpers.write_png(tmp_path / "picture.png", 1)
-    dicom = b"\0" * 128 + b"DICM"
-    for name in ("series/CT.1.2.3", "series/CT.1.2.4", "film/one.dcm"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(dicom)
+    (tmp_path / "damaged.dcm").write_bytes(b"\0" * 128 + b"DICM")
+    for series in ("1.2.3", "1.2.4"):
+        for z in range(3):
+            write_ct(tmp_path / "study" / f"{series}_{z}", series, z)
     volumes = find_inputs(tmp_path, descriptors.BRAINSEG)
-    assert [i.name for i in volumes] == ["film/one.dcm", "series", "x.nii.gz", "y.NRRD", "z/w.nii"]
+    names = [item.name for item in volumes]
+    both = [name for name in names if name.startswith("study/")]
+    assert names == ["damaged.dcm", *both, "x.nii.gz", "y.NRRD", "z/w.nii"]
+    assert [item.load().voxels.shape for item in volumes if item.series] == [(4, 4, 3), (4, 4, 3)]
+    for damaged in (item for item in volumes if item.series is None):
+        with pytest.raises(UserError, match=damaged.path.name):
+            damaged.load()
     images = find_inputs(tmp_path, descriptors.CXR)
-    assert [i.name for i in images] == ["film/one.dcm", "picture.png", "series/CT.1.2.3", "series/CT.1.2.4"]
+    assert [item.name for item in images] == ["damaged.dcm", "picture.png"]
     (single,) = find_inputs(tmp_path / "picture.png", descriptors.CXR)
     assert single.name == "picture.png"

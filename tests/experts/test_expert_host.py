@@ -20,6 +20,7 @@ from vilam3_jax.data import expert_host
 from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.expert_host import ExpertHost, FrameError, read_frame, write_frame
 from vilam3_jax.data.images import encode_png
+from vilam3_jax.data.volumes import VolumeSource
 
 IMAGE = np.full((4, 5, 3), 51, np.uint8)
 PNG, KEY = encode_png(IMAGE), image_key(IMAGE)
@@ -83,7 +84,7 @@ def test_what_the_host_refuses_is_told(host, tmp_path):
     assert "no expert 'NOSUCH'" in host.ask("NOSUCH", input_key=KEY, image_bytes=PNG).reason
     assert "no argument" in ask(host, "bogus").reason
     assert "another input" in ask(host, "fine", key="0" * 64).reason
-    missing = host.ask("BRAINSEG", input_key=KEY, volume_path=tmp_path / "none.nii")
+    missing = host.ask("BRAINSEG", input_key=KEY, volume=VolumeSource(str(tmp_path / "none.nii")))
     assert missing.status == "failed" and "none.nii" in missing.reason
     assert host.ask("FAKE", "fine", input_key=KEY, image_bytes=b"no image").status == "failed"
     assert host.ask("CXR", input_key=KEY, image_bytes=PNG).reason.startswith("CXR needs files")

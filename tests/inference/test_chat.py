@@ -17,9 +17,10 @@ from vilam3_jax.cli import guarded
 from vilam3_jax.data.annotations import AnnotationStore
 from vilam3_jax.data.image_processor import ImageProcessor
 from vilam3_jax.data.images import load_film, resize
+from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
 from vilam3_jax.data.text_rules import TextRules
 from vilam3_jax.data.tokenizer import Tokenizer
-from vilam3_jax.data.volumes import load_volume, volume_to_slice_image
+from vilam3_jax.data.volumes import VolumeSource, load_volume
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import agent as agent_lib
 from vilam3_jax.inference import chat, generate, images
@@ -38,11 +39,11 @@ def assistant(export, world):
 
 
 def test_load_answers_about_a_scan_and_a_film(assistant, world):
-    reply = assistant.ask(world.volume, PROMPT, experts=False, max_new_tokens=4)
+    reply = assistant.ask(world.volume, PROMPT, experts=False, modality="CT", max_new_tokens=4)
     assert isinstance(reply.answer, str) and str(reply) == reply.answer
     assert reply.description == "axial slice 8 of 0 to 15, window 50, 400"
     volume = load_volume(world.volume)
-    assert np.array_equal(reply.image, volume_to_slice_image(volume, 2, 8, (50.0, 400.0), 32))
+    assert np.array_equal(reply.image, DEFAULT_PREPROCESSING.slice_picture(volume, 2, 8, (50.0, 400.0), 32))
     assert chat.NOT_CLINICAL in reply.notes
     assert reply.transcript.prompt == f"<image>\n{PROMPT}"
     film = assistant.ask(str(world.film), PROMPT, max_new_tokens=4)
@@ -55,19 +56,40 @@ def test_load_answers_about_a_scan_and_a_film(assistant, world):
 def test_the_picture_has_what_experts_need(world):
     store = AnnotationStore(world.annotations)
     cut = images.open_picture(world.volume, 32, axis="coronal", index=3)
-    assert (cut.axis, cut.index, cut.volume_path, cut.png) == (1, 3, str(world.volume), b"")
+    assert (cut.axis, cut.index, cut.volume, cut.png) == (1, 3, VolumeSource(str(world.volume)), b"")
     assert store.get(cut.input_key, "VISTA3D", "organs") is not None
     film = images.open_picture(world.film, 32)
-    assert (film.axis, film.volume_path) == (None, "") and film.png.startswith(b"\x89PNG")
+    assert (film.axis, film.volume) == (None, None) and film.png.startswith(b"\x89PNG")
     assert store.get(film.input_key, "CXR") is not None
     assert np.array_equal(film.pixels, resize(load_film(world.film), 32))
 
 
-def test_scans_without_air_use_their_own_limits(tmp_path):
-    path = tmp_path / "mr.nii"
-    nibabel.save(nibabel.Nifti1Image(np.arange(4096, dtype=np.int16).reshape(16, 16, 16), np.eye(4)), path)
-    assert "its own percentiles" in images.open_picture(path, 32).description
+def test_the_declared_modality_chooses_the_window(tmp_path):
+    path = tmp_path / "scan.nii"
+    values = np.arange(-2048, 2048, dtype=np.int16).reshape(16, 16, 16)  # with "air", whatever it is
+    image = nibabel.Nifti1Image(values, np.eye(4))
+    image.header.set_xyzt_units("mm")
+    nibabel.save(image, path)
+    unknown = images.open_picture(path, 32)
+    assert "between its 0.5 and 99.5 percentiles" in unknown.description
+    assert any("states no modality" in note for note in unknown.notes)
+    ct = images.open_picture(path, 32, modality="ct")
+    assert "window 50, 400" in ct.description
+    assert (ct.modality, ct.notes) == ("CT", ())
+    assert "percentiles" in images.open_picture(path, 32, modality="MR").description
     assert "window 40, 80" in images.open_picture(path, 32, window=(40, 80)).description
+    assert ct.input_key == unknown.input_key  # what is stated about a scan is not its content
+
+
+def test_the_models_preprocessing_is_applied_and_checked(world):
+    rules = Preprocessing(
+        ct_windows=((0.0, 2048.0), (40.0, 350.0), (40.0, 80.0)), plane="coronal", modalities=("MR",)
+    )
+    picture = images.open_picture(world.volume, None, modality="CT", preprocessing=rules)
+    assert picture.axis == 1
+    volume = load_volume(world.volume, modality="CT")
+    assert np.array_equal(picture.pixels, rules.slice_picture(volume, 1, picture.index))
+    assert "The image is CT, but this model was trained on MR." in picture.notes
 
 
 @pytest.mark.parametrize(
@@ -158,9 +180,9 @@ def test_the_store_is_asked_before_the_host(world):
     assert provider.annotate(query, "BRAINTUMOR", "").probabilities["pneumonia"] == 0.7
     assert host.asked == [("BRAINTUMOR", "", {"input_key": film.input_key, "image_bytes": film.png})]
     cut = images.open_picture(world.volume, 32)
-    query = agent_lib.Query(PROMPT, cut.pixels, cut.input_key, 2, 8, volume_path=cut.volume_path)
+    query = agent_lib.Query(PROMPT, cut.pixels, cut.input_key, 2, 8, volume=cut.volume)
     provider.annotate(query, "BRAINSEG", "")
-    assert host.asked[-1][2] == {"input_key": cut.input_key, "volume_path": str(world.volume)}
+    assert host.asked[-1][2] == {"input_key": cut.input_key, "volume": VolumeSource(str(world.volume))}
     nothing = agent_lib.Query(PROMPT, cut.pixels, cut.input_key)
     assert "needs the scan's file" in provider.annotate(nothing, "BRAINSEG", "").reason
 

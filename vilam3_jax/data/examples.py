@@ -45,7 +45,10 @@ class ImageRef:
         `axis` is given.
       axis: which axis of the canonical (RAS) volume is cut: 0, 1 or 2.
       index: which plane along `axis`, in voxels.
-      window: (centre, width) in the volume's intensity unit (HU for CT); None: by percentiles.
+      window: (centre, width) in the volume's intensity unit (HU for CT); None: as the model's preprocessing
+        shows its modality.
+      modality: DICOM's code of a volume whose file states none, such as "CT" for a NIfTI file; None: as the
+        file states.
     """
 
     data: bytes | None = None
@@ -53,6 +56,7 @@ class ImageRef:
     axis: int | None = None
     index: int | None = None
     window: tuple[float, float] | None = None
+    modality: str | None = None
 
     def problem(self) -> str | None:
         """Returns why this reference cannot be used, or None."""
@@ -72,6 +76,8 @@ class ImageRef:
                 return f"axis {self.axis}, index {self.index} is no slice"
         if self.window is not None and (len(self.window) != 2 or not self.window[1] > 0):
             return f"window {self.window} is not (centre, width > 0)"
+        if self.modality is not None and (self.axis is None or not self.modality.isupper()):
+            return f"modality {self.modality!r} is not a DICOM code of a volume, such as CT"
         return None
 
 
@@ -140,7 +146,7 @@ class Example:
                 "v": SCHEMA_VERSION,
                 "id": self.id,
                 "format": self.format,
-                "images": [[i.data, i.path, i.axis, i.index, i.window] for i in self.images],
+                "images": [[i.data, i.path, i.axis, i.index, i.window, i.modality] for i in self.images],
                 "turns": [[t.role, t.text, t.supervised] for t in self.turns],
                 "experts": [
                     [r.expert, r.args, r.image, r.before_turn, r.policy] for r in self.expert_requests
@@ -167,8 +173,8 @@ class Example:
                 id=raw["id"],
                 format=raw["format"],
                 images=tuple(
-                    ImageRef(blob, path, axis, index, None if window is None else tuple(window))
-                    for blob, path, axis, index, window in raw["images"]
+                    ImageRef(blob, path, axis, index, None if window is None else tuple(window), *modality)
+                    for blob, path, axis, index, window, *modality in raw["images"]
                 ),
                 turns=tuple(Turn(*turn) for turn in raw["turns"]),
                 expert_requests=tuple(ExpertRequest(*request) for request in raw["experts"]),
@@ -283,7 +289,7 @@ def from_instruction(item: Mapping[str, Any]) -> Example:
             images=tuple(
                 ImageRef(path=path)
                 if cut is None
-                else ImageRef(None, path, cut[0], cut[1], None if cut[2] is None else tuple(cut[2]))
+                else ImageRef(None, path, *cut[:2], None if cut[2] is None else tuple(cut[2]), *cut[3:])
                 for path, cut in zip(paths, slices, strict=True)
             ),
             turns=tuple(
@@ -334,7 +340,7 @@ def to_instruction(example: Example) -> tuple[dict[str, Any], dict[str, bytes]]:
         "roles": [turn.role for turn in example.turns],
         "supervised": [turn.supervised for turn in example.turns],
         "slices": [
-            None if i.axis is None and i.window is None else [i.axis, i.index, i.window]
+            None if i.axis is None and i.window is None else [i.axis, i.index, i.window, i.modality]
             for i in example.images
         ],
         "experts": [list(dataclasses.astuple(request)) for request in example.expert_requests],

@@ -1,8 +1,8 @@
 """Live experts from the model's side: a child process that may live in another virtual environment.
 
-Frames are a 4-byte big-endian length and a msgpack map. Request: {id, expert, args, volume_path |
-image_bytes}; response: {id, annotation | error}. A host that crashes, hangs or answers nonsense gives a
-failed annotation, and the next request starts a fresh one.
+Frames are a 4-byte big-endian length and a msgpack map. Request: {id, expert, args, volume | image_bytes},
+where a volume is {path, series, modality}; response: {id, annotation | error}. A host that crashes, hangs or
+answers nonsense gives a failed annotation, and the next request starts a fresh one.
 
 This module imports neither jax nor flax nor torch.
 """
@@ -10,6 +10,7 @@ This module imports neither jax nor flax nor torch.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import struct
@@ -24,6 +25,7 @@ import msgpack
 
 from vilam3_jax.data import wire
 from vilam3_jax.data.annotations import Annotation, failed
+from vilam3_jax.data.volumes import VolumeSource
 from vilam3_jax.errors import UserError
 
 Message = dict[str, Any]
@@ -113,7 +115,7 @@ class ExpertHost:
         args: str = "",
         *,
         input_key: str,
-        volume_path: str | os.PathLike[str] | None = None,
+        volume: VolumeSource | None = None,
         image_bytes: bytes | None = None,
     ) -> Annotation:
         """Lets an expert analyse one scan.
@@ -122,7 +124,7 @@ class ExpertHost:
           expert: name of the expert.
           args: its arguments.
           input_key: content key of the scan; the answer must be about it.
-          volume_path: a local file or DICOM folder that the host can read; or
+          volume: a local file or DICOM folder that the host can read; or
           image_bytes: an encoded image.
 
         Returns:
@@ -131,11 +133,11 @@ class ExpertHost:
         Raises:
           ValueError: neither or both of the inputs given.
         """
-        if (volume_path is None) == (image_bytes is None):
-            raise ValueError("give either volume_path or image_bytes")
+        if (volume is None) == (image_bytes is None):
+            raise ValueError("give either volume or image_bytes")
         request: Message = {"id": next(self._numbers), "expert": expert, "args": args}
-        if volume_path is not None:
-            request["volume_path"] = os.fspath(volume_path)
+        if volume is not None:
+            request["volume"] = dataclasses.asdict(volume)
         else:
             request["image_bytes"] = image_bytes
         with self._lock:

@@ -522,7 +522,7 @@ def build_loader(
         store = AnnotationStore(data.annotations)
     cards = load_cards(model.get("cards", "quickstart")) if store is not None else ()
     renderer = Renderer(
-        image_reader=ImageReader(processor.kept_size),
+        image_reader=ImageReader(processor.kept_size, processor.preprocessing),
         experts=mode,
         cards=cards,
         annotations=store,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from etils import epath
 
 from vilam3_jax.data import expert_turns
 from vilam3_jax.data.annotation_record import Annotation
@@ -22,6 +23,8 @@ from vilam3_jax.data.cards import Card, render_cards
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ExpertRequest, ImageRef, Turn, path_problem
 from vilam3_jax.data.falsify import falsify
 from vilam3_jax.data.images import decode_image, decode_scaled, image_shape, load_film, resize
+from vilam3_jax.data.intensity import warn_of
+from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
 from vilam3_jax.data.templates import (
     PLAIN,
     Encoded,
@@ -30,13 +33,14 @@ from vilam3_jax.data.templates import (
     encode_conversation,
     encode_document,
 )
-from vilam3_jax.data.volumes import Volume, load_volume, volume_to_slice_image
+from vilam3_jax.data.volumes import Volume, read_volume
 from vilam3_jax.errors import UserError
 
 EXPERT_MODES = ("on", "off", "falsified", "mixed")
 IMAGE_CACHE_BYTES = 1 << 30
 VOLUME_CACHE_BYTES = 1 << 30
 _ANNOTATION_CACHE_BYTES = 256 << 20
+_MAX_NOTED = 100  # kinds of notes about volumes that one reader warns of
 _MODALITY_WORDS = {"CT": "a CT image", "MRI": "an MRI image", "CXR": "a chest X-ray"}
 
 
@@ -89,6 +93,7 @@ class ImageReader:
     def __init__(
         self,
         size: int | None,
+        preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
         *,
         image_cache_bytes: int = IMAGE_CACHE_BYTES,
         volume_cache_bytes: int = VOLUME_CACHE_BYTES,
@@ -97,11 +102,13 @@ class ImageReader:
 
         Args:
           size: side of the images in pixels; None: as they are, see `ImageProcessor.kept_size`.
+          preprocessing: how the model sees scans and transparent pictures.
           image_cache_bytes: for resized uint8 images, so that later epochs decode nothing.
           volume_cache_bytes: for whole volumes; the newest is kept even if larger.
         """
-        self.size = size
+        self.size, self.preprocessing = size, preprocessing
         self.images: ByteLRU[np.ndarray] = ByteLRU(image_cache_bytes, lambda image: image.nbytes)
+        self._noted: set[str] = set()
         self._volumes: ByteLRU[Volume] = ByteLRU(volume_cache_bytes, lambda volume: volume.voxels.nbytes)
 
     def read(self, image: ImageRef, data_root: Any) -> np.ndarray:
@@ -121,7 +128,7 @@ class ImageReader:
             source = hashlib.sha256(image.data).hexdigest()
         else:
             source = (str(data_root), image.path)
-        key = (source, image.axis, image.index, image.window, self.size)
+        key = (source, image.axis, image.index, image.window, image.modality, self.size)
         return self.images.get(key, lambda: self._decode(image, data_root))
 
     def shape(self, image: ImageRef, data_root: Any) -> tuple[int, int]:
@@ -134,15 +141,29 @@ class ImageReader:
         return height, width
 
     def _decode(self, image: ImageRef, data_root: Any) -> np.ndarray:
+        alpha = self.preprocessing.alpha
         if image.path is None:
             assert image.data is not None
-            return decode_image(image.data) if self.size is None else decode_scaled(image.data, self.size)
+            if self.size is None:
+                return decode_image(image.data, alpha=alpha)
+            return decode_scaled(image.data, self.size, alpha=alpha)
         path = data_root / image.path
         if image.axis is None:
-            return self._scaled(load_film(path))
+            return self._scaled(load_film(path, alpha=alpha))
         assert image.index is not None  # as the axis is not
-        volume = self._volumes.get(str(path), lambda: load_volume(path))
-        return volume_to_slice_image(volume, image.axis, image.index, image.window, self.size)
+        volume = self._volumes.get(
+            (str(path), image.modality), lambda: self._read_volume(path, image.modality)
+        )
+        return self.preprocessing.slice_picture(volume, image.axis, image.index, image.window, self.size)
+
+    def _read_volume(self, path: epath.Path, modality: str | None) -> Volume:
+        """Warns of each kind of note once: a data set may have it in a million files."""
+        volume = read_volume(path, modality=modality)
+        new = [note for note in volume.notes if note not in self._noted]
+        if new and len(self._noted) < _MAX_NOTED:
+            self._noted.update(new)
+            warn_of(tuple(f"{note}; further files are not named" for note in new), path)
+        return volume
 
     def _scaled(self, image: np.ndarray) -> np.ndarray:
         return image if self.size is None else resize(image, self.size)

@@ -41,6 +41,8 @@ __all__ = [
     "load_label_map",
     "load_volume",
     "percentile_limits",
+    "read_listed_series",
+    "read_volume",
     "slice_2d",
     "volume_to_slice_image",
     "window_to_uint8",
@@ -115,9 +117,9 @@ class VolumeSource:
     series: str | None = None
     modality: str | None = None
 
-    def load(self, limits: Limits = DEFAULT_LIMITS) -> Volume:
-        """Reads the volume; raises what `load_volume` raises."""
-        return load_volume(self.path, modality=self.modality, series=self.series, limits=limits)
+    def read(self, limits: Limits = DEFAULT_LIMITS) -> Volume:
+        """`read_volume` of this source."""
+        return read_volume(self.path, modality=self.modality, series=self.series, limits=limits)
 
 
 def load_volume(
@@ -146,6 +148,19 @@ def load_volume(
         no orientation (left and right would be a guess) or a contradictory one, several series in one folder,
         missing or doubled slices.
     """
+    volume = read_volume(path, modality=modality, series=series, limits=limits)
+    warn_of(volume.notes, as_path(path))
+    return volume
+
+
+def read_volume(
+    path: PathLike,
+    *,
+    modality: str | None = None,
+    series: str | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Volume:
+    """`load_volume` without warnings, for callers that show `Volume.notes` themselves."""
     path = as_path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; check the path")
@@ -153,8 +168,15 @@ def load_volume(
     if modality is not None:
         known = modality_code(modality)
         volume = _declared(volume, modality.upper() if known == UNKNOWN else known, path)
-    warn_of(volume.notes, path)
     return volume
+
+
+def read_listed_series(series: dicom.Series, folder: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> Volume:
+    """`read_volume` of a series that `dicom.survey(folder)` found; the folder is not listed again."""
+    folder = as_path(folder)
+    with naming_damage(folder):
+        stored = dicom.read_listed(series, folder, limits=limits)
+    return _canonical(stored, folder)
 
 
 def describe_volume(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> StoredVolume:

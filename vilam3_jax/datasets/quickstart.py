@@ -24,7 +24,7 @@ from vilam3_jax.datasets import captions as wording
 from vilam3_jax.datasets.films import film_facts, film_variant
 from vilam3_jax.datasets.questions import Facts, Question, QuestionMaker, dialogue_turns
 from vilam3_jax.datasets.reports import Report, generated_reports, read_reports
-from vilam3_jax.datasets.samples import Sample, asset, read_samples
+from vilam3_jax.datasets.samples import MODALITY_CODES, Sample, asset, read_samples
 from vilam3_jax.datasets.slices import BRAIN_EXPERT, MIN_PIXELS, PLANE_OF_AXIS, LabelledVolume
 from vilam3_jax.errors import UserError
 
@@ -217,7 +217,8 @@ class Build:
             if record is not None:
                 facts = _from_record(facts, record, axis, index)
             window = self._window(sample, split, rng)
-            ref = ImageRef(path=path, axis=axis, index=index, window=window)
+            modality = MODALITY_CODES[sample.kind]
+            ref = ImageRef(path=path, axis=axis, index=index, window=window, modality=modality)
             key = f"{sample.name}/{PLANE_OF_AXIS[axis]}/{index}"
             names = tuple(labelled.structures(axis, index))
             pictures.append(Picture(key, ref, facts, names, sample, labelled.volume.content_key))

@@ -33,6 +33,7 @@ INDEX_VERSION = 1
 _MAX_INDEX_BYTES = 64 << 20
 
 Kind = Literal["ct", "mr", "film"]
+MODALITY_CODES = {"ct": "CT", "mr": "MR"}  # DICOM's, of the kinds that are volumes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -198,7 +198,7 @@ def _agent(options: argparse.Namespace, arm: arm_lib.Arm) -> tuple[Agent, ImageR
         text=options.text or "",
     )
     agent = Agent(generator, template, cards=cards, provider=provider)
-    return agent, ImageReader(agent.processor.kept_size)
+    return agent, ImageReader(agent.processor.kept_size, agent.processor.preprocessing)
 
 
 def _now() -> str:
@@ -225,7 +225,7 @@ def _retrieve(options: argparse.Namespace) -> None:
         config, params, load_tokenizer(tokenizer_folder), options.batch_size
     )
     processor = image_processor(config, pairs=True)
-    reader = ImageReader(processor.kept_size)
+    reader = ImageReader(processor.kept_size, processor.preprocessing)
     pixels = [
         processor.inputs(reader.read(item.example.images[0], roots[item.example.id]))[0]
         for item in tqdm(items, desc="reading images", unit="image")

@@ -23,6 +23,7 @@ from vilam3_jax.data.image_processor import ImageProcessor
 from vilam3_jax.data.render import with_cards
 from vilam3_jax.data.templates import Template, encode_prompt, model_template
 from vilam3_jax.data.tokenizer import load_tokenizer
+from vilam3_jax.data.volumes import VolumeSource
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference.generate import GREEDY, Chunk, Generator, Sampling
 
@@ -40,7 +41,7 @@ class Query:
       input_key: content key of the decoded image or volume, under which annotations are found.
       axis: which axis of the volume the image cuts; None for a 2-D image.
       index: which plane along it.
-      volume_path: file or folder of the scan, for a live expert; '' without one.
+      volume: where a live expert finds the scan; None without one.
       png: the 2-D image in its own size, for a live expert; b'' without one.
     """
 
@@ -49,7 +50,7 @@ class Query:
     input_key: str = ""
     axis: int | None = None
     index: int | None = None
-    volume_path: str = ""
+    volume: VolumeSource | None = None
     png: bytes = b""
 
 
@@ -142,8 +143,8 @@ class HostProvider:
 
     def annotate(self, query: Query, expert: str, args: str) -> Annotation:
         """See `Provider`."""
-        if query.volume_path:
-            return self._host.ask(expert, args, input_key=query.input_key, volume_path=query.volume_path)
+        if query.volume is not None:
+            return self._host.ask(expert, args, input_key=query.input_key, volume=query.volume)
         if query.png:
             return self._host.ask(expert, args, input_key=query.input_key, image_bytes=query.png)
         reason = "the expert host needs the scan's file or the picture"

@@ -19,6 +19,7 @@ from vilam3_jax.data.cards import Card, load_cards
 from vilam3_jax.data.expert_host import ExpertHost
 from vilam3_jax.data.images import encode_png
 from vilam3_jax.data.text_rules import TEXT_HELP
+from vilam3_jax.data.volumes import AXES
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference.agent import (
     DEFAULT_MAX_NEW_TOKENS,
@@ -32,7 +33,7 @@ from vilam3_jax.inference.agent import (
     load_generator,
 )
 from vilam3_jax.inference.generate import Sampling
-from vilam3_jax.inference.images import AXES, ImageLike, open_picture
+from vilam3_jax.inference.images import ImageLike, open_picture
 
 NOT_CLINICAL = "Not for clinical use: a research model; its answers and its experts' results may be wrong."
 HOST_PROGRAM = "vilam3-experts"
@@ -48,7 +49,8 @@ class Reply:
       image: uint8 [H, W, 3], what the model looked at, before it is padded.
       overlay: uint8 [H, W, 3], the expert's picture, or None.
       description: what `image` is.
-      notes: sentences a reader must see: stand-ins, failures, cut-off answers, no clinical use.
+      notes: sentences a reader must see: what was assumed about the image, stand-ins, failures, cut-off
+        answers, no clinical use.
     """
 
     answer: str
@@ -90,9 +92,12 @@ class Assistant:
         prompt: str,
         *,
         experts: bool = True,
-        axis: str = "axial",
+        axis: str | None = None,
         index: int | None = None,
         window: tuple[float, float] | None = None,
+        modality: str | None = None,
+        series: str | None = None,
+        frame: int | None = None,
         max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -104,9 +109,12 @@ class Assistant:
           image: path of a picture or a scan, a uint8 [H, W, 3] array, or a `Volume`; see `open_picture`.
           prompt: the question.
           experts: whether the model may ask experts.
-          axis: plane of a scan: 'axial', 'coronal' or 'sagittal'.
+          axis: plane of a scan: 'axial', 'coronal' or 'sagittal'; by default the model's own.
           index: slice of a scan; the middle one by default.
-          window: (centre, width) of a scan in its own units.
+          window: (centre, width) of a scan in its own units; by default as the model's preprocessing says.
+          modality: DICOM's code of an image whose file states none, such as "CT".
+          series: which series of a DICOM folder.
+          frame: which frame of a cine or page of a TIFF.
           max_new_tokens: bound on each turn of the model.
           temperature: 0 for the likeliest words; above it words are drawn.
           top_p: draw among the likeliest words of this total probability.
@@ -117,8 +125,17 @@ class Assistant:
         """
         if not prompt.strip():
             raise UserError("the prompt is empty; ask something")
+        processor = self._generator.processor
         picture = open_picture(
-            image, self._generator.processor.kept_size, axis=axis, index=index, window=window
+            image,
+            processor.kept_size,
+            axis=axis,
+            index=index,
+            window=window,
+            modality=modality,
+            series=series,
+            frame=frame,
+            preprocessing=processor.preprocessing,
         )
         agent = self._agent(experts)
         query = Query(
@@ -127,7 +144,7 @@ class Assistant:
             input_key=picture.input_key,
             axis=picture.axis,
             index=picture.index,
-            volume_path=picture.volume_path,
+            volume=picture.volume,
             png=picture.png,
         )
         sampling = Sampling(temperature, top_p, seed)
@@ -138,7 +155,7 @@ class Assistant:
             image=picture.pixels,
             overlay=transcript.overlay,
             description=picture.description,
-            notes=_notes(transcript, self._cards),
+            notes=(*picture.notes, *_notes(transcript, self._cards)),
         )
 
     def close(self) -> None:
@@ -273,14 +290,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--checkpoint", required=True, help="export folder of a training run")
     parser.add_argument(
-        "--image", required=True, help="picture, or scan: .nii, .nii.gz, .nrrd, DICOM file or folder"
+        "--image",
+        required=True,
+        help="picture, or scan: NIfTI, NRRD, MetaImage, DICOM file or folder",
     )
     parser.add_argument("--prompt", required=True, help="the question")
     parser.add_argument(
-        "--axis", default="axial", choices=sorted(AXES), help="plane of a scan (default axial)"
+        "--axis", choices=sorted(AXES), help="plane of a scan (default: the model's own, usually axial)"
     )
     parser.add_argument("--slice", type=int, help="slice of a scan (default: the middle one)")
-    parser.add_argument("--window", help="CENTRE,WIDTH of a scan (default: 50,400 for CT, else percentiles)")
+    parser.add_argument("--window", help="CENTRE,WIDTH of a scan (default: the model's for CT, percentiles)")
+    parser.add_argument("--modality", help="DICOM's code (CT, MR, ...) of an image whose file states none")
+    parser.add_argument("--series", help="series of a DICOM folder, as `vilam3 data scan` lists it")
+    parser.add_argument("--frame", type=int, help="frame of a cine (default: the middle one) or page")
     parser.add_argument("--experts", default="on", choices=("on", "off"), help="may the model ask experts?")
     parser.add_argument("--annotations", help="store of what experts said before; looked at first")
     parser.add_argument(
@@ -337,6 +359,9 @@ def main(argv: Sequence[str]) -> int:
             axis=options.axis,
             index=options.slice,
             window=window,
+            modality=options.modality,
+            series=options.series,
+            frame=options.frame,
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             top_p=options.top_p,

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 
 import numpy as np
-import pydicom
-from pydicom.errors import InvalidDicomError
 
+from vilam3_jax.data import dicom, file_kinds
 from vilam3_jax.data.content_keys import image_key
-from vilam3_jax.data.images import encode_png, load_film, resize
-from vilam3_jax.data.volumes import Volume, load_volume, volume_to_slice_image
+from vilam3_jax.data.images import encode_png, load_picture, resize
+from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing, Window
+from vilam3_jax.data.stored_volume import UNKNOWN
+from vilam3_jax.data.volumes import AXES, Volume, VolumeSource
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import PathLike, as_path
-
-AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
-VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd")
-# VILA-M3's display window of CT (spec of its slice extraction: -150 to 250 HU).
-CT_WINDOW = (50.0, 400.0)
-# Air in HU; no other modality stores values this low.
-_AIR_HU = -500.0
 
 ImageLike = PathLike | np.ndarray | Volume
 
@@ -34,50 +29,100 @@ class Picture:
       input_key: content key of the decoded image or volume.
       axis: which axis of the volume is cut; None for a 2-D image.
       index: which plane along it.
-      volume_path: the scan's file or folder for a live expert; '' if it has none.
+      volume: where a live expert finds the scan; None without a file.
       png: the 2-D image in its own size for a live expert; b'' for a slice.
-      description: for people, such as 'axial slice 57 of 114'.
+      modality: DICOM's code as stated, or "unknown".
+      description: for people, such as 'axial slice 57 of 0 to 113, window 50, 400'.
+      notes: what was assumed or skipped while reading, and how the input differs from the training data.
     """
 
     pixels: np.ndarray
     input_key: str
     axis: int | None
     index: int | None
-    volume_path: str
+    volume: VolumeSource | None
     png: bytes
+    modality: str
     description: str
+    notes: tuple[str, ...]
 
 
 def open_picture(
     image: ImageLike,
     size: int | None,
     *,
-    axis: str = "axial",
+    axis: str | None = None,
     index: int | None = None,
-    window: tuple[float, float] | None = None,
+    window: Window | None = None,
+    modality: str | None = None,
+    series: str | None = None,
+    frame: int | None = None,
+    preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
 ) -> Picture:
     """Reads what was given, and cuts the slice if it is a scan.
 
     Args:
-      image: path of a picture (PNG, JPEG, ..., a DICOM film) or of a scan (.nii, .nii.gz, .nrrd, a DICOM
-        slice or a folder with a DICOM series); or a uint8 [H, W, 3] array; or a `Volume`.
+      image: path of a picture (PNG, JPEG, ..., a DICOM picture) or of a scan (NIfTI, NRRD, MetaImage, a DICOM
+        file or a folder with DICOM series); or a uint8 [H, W, 3] array; or a `Volume`.
       size: side in pixels; None: as the image is, see `ImageProcessor.kept_size`.
-      axis: 'axial', 'coronal' or 'sagittal'; for scans.
+      axis: 'axial', 'coronal' or 'sagittal', for scans; the model's own plane by default.
       index: plane along that axis; the middle one by default.
-      window: (centre, width) in the scan's units; by default (50, 400) for a scan with air in HU, else the
-        scan's own 0.5 and 99.5 percentiles.
+      window: (centre, width) in the scan's units; by default as `preprocessing` says.
+      modality: DICOM's code, for files that state none; another one than the file states is refused.
+      series: which series of a DICOM folder, see `load_volume`.
+      frame: which frame of a cine or page of a TIFF; the middle frame of a cine by default.
+      preprocessing: of the model.
 
     Raises:
-      UserError: no such file, no image, a slice outside the scan, or slice options for a 2-D image.
+      UserError: no such file, no image, a slice outside the scan, or options that do not fit the image.
     """
+    axis = axis or preprocessing.plane
     if axis not in AXES:
         raise UserError(f"axis {axis!r}: choose one of {', '.join(AXES)}")
-    opened, path = _open(image)
-    if isinstance(opened, Volume):
-        return _slice(opened, path, size, AXES[axis], axis, index, window)
-    if index is not None or window is not None:
-        raise UserError(f"{_name(image)}: is a 2-D image, so it has no slice and no window; leave them out")
-    pixels = opened
+    if isinstance(image, Volume):
+        return _slice(image, None, size, axis, index, window, preprocessing)
+    if isinstance(image, np.ndarray):
+        _refuse_slice_options("image array", index, window, series)
+        return _picture(image, modality or UNKNOWN, size, "", (), preprocessing)
+    path = as_path(image)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; check --image")
+    if _is_volume(path, series):
+        if frame is not None:
+            raise UserError(f"{path}: is a volume, which has slices and no frames; choose a slice")
+        source = VolumeSource(os.fspath(path), series, modality)
+        return _slice(source.read(), source, size, axis, index, window, preprocessing)
+    _refuse_slice_options(str(path), index, window, series)
+    opened = load_picture(path, frame=frame, alpha=preprocessing.alpha)
+    if modality is not None and opened.modality not in (UNKNOWN, modality.upper()):
+        raise UserError(f"{path}: declared as {modality}, but the file states {opened.modality}")
+    stated = opened.modality if modality is None else modality.upper()
+    which = f"frame {opened.frame} of 0 to {opened.frames - 1}, " if opened.frames > 1 else ""
+    return _picture(opened.pixels, stated, size, which, opened.notes, preprocessing)
+
+
+def _is_volume(path: PathLike, series: str | None) -> bool:
+    if series is not None or as_path(path).is_dir():
+        return True
+    kind = file_kinds.identify(path)
+    if kind.reader == "dicom":
+        return dicom.is_volume(path)
+    return kind.reader in ("nifti", "nifti pair", "nrrd", "metaimage")
+
+
+def _refuse_slice_options(name: str, index: int | None, window: Window | None, series: str | None) -> None:
+    if index is not None or window is not None or series is not None:
+        raise UserError(f"{name}: is a 2-D image, which has no slices and no window; leave these options out")
+
+
+def _picture(
+    pixels: np.ndarray,
+    modality: str,
+    size: int | None,
+    which: str,
+    notes: Sequence[str],
+    preprocessing: Preprocessing,
+) -> Picture:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise UserError(f"image array {pixels.dtype} {pixels.shape}: must be uint8 [H, W, 3]")
     height, width = pixels.shape[:2]
@@ -86,63 +131,36 @@ def open_picture(
         input_key=image_key(pixels),
         axis=None,
         index=None,
-        volume_path="",
+        volume=None,
         png=encode_png(pixels),
-        description=f"image of {width} x {height} pixels",
+        modality=modality,
+        description=f"{which}image of {width} x {height} pixels",
+        notes=(*notes, *preprocessing.notes(modality)),
     )
-
-
-def _open(image: ImageLike) -> tuple[Volume | np.ndarray, str]:
-    """(scan or 2-D pixels, the scan's path or '')."""
-    if isinstance(image, Volume | np.ndarray):
-        return image, ""
-    path = as_path(image)
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder; check --image")
-    if path.is_dir() or path.name.lower().endswith(VOLUME_SUFFIXES) or _is_cross_section(path):
-        return load_volume(path), os.fspath(path)
-    return load_film(path), ""
-
-
-def _is_cross_section(path: PathLike) -> bool:
-    """Whether a file is a DICOM image of a scanner rather than a film: its header decides, not its name."""
-    with as_path(path).open("rb") as file:
-        if file.read(132)[128:] != b"DICM":
-            return False
-        file.seek(0)
-        try:
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["Modality"])
-        except (InvalidDicomError, OSError, ValueError) as error:
-            raise UserError(f"{path}: damaged DICOM file ({error}); export it again") from error
-    return str(header.get("Modality", "")) in ("CT", "MR", "PT", "NM")
 
 
 def _slice(
     volume: Volume,
-    path: str,
+    source: VolumeSource | None,
     size: int | None,
-    axis: int,
-    plane: str,
+    axis: str,
     index: int | None,
-    window: tuple[float, float] | None,
+    window: Window | None,
+    preprocessing: Preprocessing,
 ) -> Picture:
-    count = volume.voxels.shape[axis]
+    along = AXES[axis]
+    count = volume.voxels.shape[along]
     number = count // 2 if index is None else index
     if not 0 <= number < count:
-        raise UserError(f"{volume.source}: slice {number}: it has {plane} slices 0 to {count - 1}")
-    if window is None and volume.limits[0] < _AIR_HU:
-        window = CT_WINDOW
-    shown = "its own percentiles" if window is None else f"window {window[0]:g}, {window[1]:g}"
+        raise UserError(f"{volume.source}: slice {number}: it has {axis} slices 0 to {count - 1}")
     return Picture(
-        pixels=volume_to_slice_image(volume, axis, number, window, size),
+        pixels=preprocessing.slice_picture(volume, along, number, window, size),
         input_key=volume.content_key,
-        axis=axis,
+        axis=along,
         index=number,
-        volume_path=path,
+        volume=source,
         png=b"",
-        description=f"{plane} slice {number} of 0 to {count - 1}, {shown}",
+        modality=volume.modality,
+        description=f"{axis} slice {number} of 0 to {count - 1}, {preprocessing.describe(volume, window)}",
+        notes=(*volume.notes, *preprocessing.notes(volume.modality, volume, window)),
     )
-
-
-def _name(image: ImageLike) -> str:
-    return "image array" if isinstance(image, np.ndarray | Volume) else os.fspath(image)

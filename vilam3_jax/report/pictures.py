@@ -15,7 +15,7 @@ from vilam3_jax.data.annotations import Annotation, AnnotationStore
 from vilam3_jax.data.cards import parse_trigger
 from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.data.falsify import falsify
-from vilam3_jax.data.intensity import window_to_uint8
+from vilam3_jax.data.preprocessing import Preprocessing
 from vilam3_jax.data.records import INFO_NAME, ExampleSource, read_info
 from vilam3_jax.errors import UserError
 from vilam3_jax.report.dialogues import Pictures
@@ -26,6 +26,7 @@ _CSS = {
     name: "rgb({:.0f} {:.0f} {:.0f})".format(*(255 * c for c in rgb)) for name, rgb in expert_turns.PALETTE
 }
 _MAX_IMAGE_BYTES = 64 << 20
+_PREPROCESSING = Preprocessing()  # the quickstart's models have the default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,20 +128,15 @@ class Source:
             data = ref.data or paths.read_bytes(source.data_root / str(ref.path), _MAX_IMAGE_BYTES)
             film = images.decode_image(data)
             return _fit(film, film.shape[0], film.shape[1]), "2-D image"
-        volume = self._load(str(source.data_root / str(ref.path)))
-        plane = window_to_uint8(
-            volumes.slice_2d(volume.voxels, ref.axis, ref.index),
-            ref.window,
-            volume.limits if ref.window is None else None,
-        )
+        volume = self._load(str(source.data_root / str(ref.path)), ref.modality)
+        shown = _PREPROCESSING.slice_picture(volume, ref.axis, ref.index, ref.window)
         across, up = [spacing for axis, spacing in enumerate(volume.spacing) if axis != ref.axis]
-        grey = np.repeat(plane[:, :, None], 3, axis=2)
-        height, width = plane.shape[0] * float(up), plane.shape[1] * float(across)
-        return _fit(grey, height, width), f"{PLANES[ref.axis]} slice {ref.index}"
+        height, width = shown.shape[0] * float(up), shown.shape[1] * float(across)
+        return _fit(shown, height, width), f"{PLANES[ref.axis]} slice {ref.index}"
 
-    def _load(self, path: str) -> volumes.Volume:
+    def _load(self, path: str, modality: str | None) -> volumes.Volume:
         if self._volume is None or self._volume[0] != path:
-            self._volume = (path, volumes.load_volume(path))
+            self._volume = (path, volumes.load_volume(path, modality=modality))
         return self._volume[1]
 
 

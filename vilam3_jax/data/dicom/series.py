@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import io
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,6 +28,8 @@ from vilam3_jax.data.stored_volume import UNKNOWN, StoredVolume
 from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.paths import PathLike, as_path
 
+DAMAGED_HEADER = "a damaged DICOM header"
+_DAMAGED_SHARE = 0.02
 _LISTED = 10  # series or files that a message names
 _SUFFIX = re.compile(r"\.[a-z0-9]{1,5}")
 _UNIT = re.compile(r"[A-Za-z0-9_/%^*.-]{1,16}")
@@ -57,7 +58,20 @@ def read_series(
     path = as_path(path)
     found, skipped = survey(path, limits=limits)
     chosen, notes = _choose(found, skipped, series, path, limits)
-    return _read(chosen, path, [*notes, *skipped_notes(skipped)], limits)
+    stored = read_listed(chosen, path, limits=limits)
+    return dataclasses.replace(stored, notes=(*notes, *skipped_notes(skipped), *stored.notes))
+
+
+def read_listed(series: Series, path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> StoredVolume:
+    """Reads a series that `list_series` found in the folder `path`, without listing the folder again.
+
+    Raises:
+      UnavailableError: see `read_series`.
+      UserError: see `read_series`.
+    """
+    if series.problem is not None:
+        raise UserError(f"{path}: series {series} cannot be read as a volume: {series.problem}")
+    return _read(series, as_path(path), limits)
 
 
 def list_series(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> list[Series]:
@@ -95,7 +109,7 @@ def _headers(
         except UnavailableError:
             raise
         except UserError:
-            skipped.append((file, "a damaged DICOM header"))
+            skipped.append((file, DAMAGED_HEADER))
             continue
         if header is None:
             skipped.append((file, f"not DICOM ({_suffix(file)})"))
@@ -133,8 +147,6 @@ def _choose(
             f"{path}: {len(candidates)} volumes to choose from; name one of them as the series: "
             f"{_list(candidates)}"
         )
-    if chosen.problem is not None:
-        raise UserError(f"{path}: series {chosen} cannot be read as a volume: {chosen.problem}")
     others = [s for s in found if s is not chosen and s not in candidates]
     notes = [f"{len(candidates) - 1} equal copies of the series skipped"] if len(candidates) > 1 else []
     if wanted is None and others:
@@ -193,47 +205,80 @@ def _equal(one: Member, other: Member, limits: Limits) -> bool:
     for member in (one, other):
         dataset = read_dataset(member.path, limits=limits)
         with naming(member.path):
-            values.append(_frame_values(dataset, member.frame, member.path, limits=limits)[0])
+            values.append(pixels.frame_values(dataset, member.frame, member.path, limits=limits)[0])
     return np.array_equal(*values)
 
 
 @dataclasses.dataclass
 class _Slices:
-    """Decoded slices, and what their files state."""
+    """Decoded slices, and what their files state.
+
+    Attributes:
+      values: [slices, rows, columns] of the type that holds all slices.
+      valid: [slices, rows, columns] bool, or None where no file stores padding.
+      failed: why a slice could not be decoded, by its index.
+      windows: (centre, width) of each slice.
+      rescale_types: how often each RescaleType occurs.
+      pet: facts of each file.
+      notes: about values and units, without repetitions.
+    """
 
     values: np.ndarray | None = None
     valid: np.ndarray | None = None
+    failed: dict[int, UserError] = dataclasses.field(default_factory=dict)
     windows: dict[int, tuple[float, float] | None] = dataclasses.field(default_factory=dict)
     rescale_types: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     pet: list[suv.PetFacts] = dataclasses.field(default_factory=list)
-    notes: list[str] = dataclasses.field(default_factory=list)
+    notes: dict[str, None] = dataclasses.field(default_factory=dict)
 
 
-def _read(series: Series, path: epath.Path, notes: Sequence[str], limits: Limits) -> StoredVolume:
+def _read(series: Series, path: epath.Path, limits: Limits) -> StoredVolume:
     _check_limits(series, path, limits)
-    notes = [*series.notes, *notes, *_check_copies(series, path, limits)]
+    notes = [*series.notes, *_check_copies(series, path, limits)]
     slices = _Slices()
     for file, members in _by_file(series).items():
-        dataset = read_dataset(file, limits=limits)
-        with naming(file):
-            for index, member in members:
-                _decode(slices, series, dataset, index, member, limits)
-            if series.modality == "PT":
-                slices.pet.append(suv.facts_of(dataset))
+        try:
+            dataset = read_dataset(file, limits=limits)
+            with naming(file):
+                for index, member in members:
+                    _decode(slices, series, dataset, index, member, limits)
+                slices.notes |= dict.fromkeys(pixels.value_notes(dataset, file, limits=limits))
+                if series.modality == "PT":
+                    slices.pet.append(suv.facts_of(dataset))
+        except UnavailableError:
+            raise
+        except UserError as error:
+            slices.failed |= {index: error for index, _ in members}
+    kept = _without_failed(slices, len(series.members))
     assert slices.values is not None and series.affine is not None
+    affine = series.affine.copy()
+    affine[:3, 3] += kept.start * affine[:3, 2]
     factor, units = _units(series, slices)
-    values = slices.values if factor == 1 else slices.values.astype(np.float64) * factor
+    values = slices.values[kept] if factor == 1 else slices.values[kept].astype(np.float64) * factor
     window = _window(slices)
     return StoredVolume(
         values.transpose(2, 1, 0),
-        series.affine,
-        valid=None if slices.valid is None else slices.valid.transpose(2, 1, 0),
+        affine,
+        valid=None if slices.valid is None else slices.valid[kept].transpose(2, 1, 0),
         modality=series.modality,
         body_part=series.body_part,
         units=units,
         window=None if window is None else (window[0] * factor, window[1] * factor),
         notes=(*notes, *slices.notes),
     )
+
+
+def _without_failed(slices: _Slices, count: int) -> slice:
+    """The stack without damaged slices at its ends; one inside, or many, stop the reading."""
+    if not slices.failed:
+        return slice(0, count)
+    good = [index for index in range(count) if index not in slices.failed]
+    whole = bool(good) and good[-1] - good[0] + 1 == len(good)
+    if not whole or len(slices.failed) > max(1, _DAMAGED_SHARE * count):
+        raise next(iter(slices.failed.values()))
+    number = len(slices.failed)
+    slices.notes[f"{number} slice{'s' if number > 1 else ''} at the end of the stack skipped: damaged"] = None
+    return slice(good[0], good[-1] + 1)
 
 
 def _check_limits(series: Series, path: epath.Path, limits: Limits) -> None:
@@ -273,7 +318,7 @@ def _check_copies(series: Series, path: epath.Path, limits: Limits) -> list[str]
 def _decode(
     slices: _Slices, series: Series, dataset: pydicom.Dataset, index: int, member: Member, limits: Limits
 ) -> None:
-    values, valid = _frame_values(dataset, member.frame, member.path, limits=limits)
+    values, valid = pixels.frame_values(dataset, member.frame, member.path, limits=limits)
     shape = (len(series.members), series.rows, series.columns)
     if values.shape != shape[1:]:
         raise UserError(f"{member.path}: changed while it was read; try again")
@@ -310,15 +355,15 @@ def _units(series: Series, slices: _Slices) -> tuple[float, str]:
     """Factor to the units of the volume, and their name."""
     if series.modality == "PT":
         uptake = suv.uptake(slices.pet)
-        slices.notes += [uptake.note] if uptake.note else []
+        slices.notes |= {uptake.note: None} if uptake.note else {}
         return uptake.factor, uptake.units
     if len(slices.rescale_types) > 1:
-        slices.notes.append("slices state different rescale types; units are unknown")
+        slices.notes["slices state different rescale types; units are unknown"] = None
         return 1.0, UNKNOWN
     (stated,) = slices.rescale_types
     if stated == "no rescale":
         if series.modality == "CT":
-            slices.notes.append("no rescale slope and intercept; stored values are taken for HU")
+            slices.notes["no rescale slope and intercept; stored values are taken for HU"] = None
             return 1.0, "HU"
         return 1.0, UNKNOWN
     if series.modality == "CT" and stated in ("", "HU"):
@@ -332,34 +377,3 @@ def _window(slices: _Slices) -> tuple[float, float] | None:
     """The window that all slices state, otherwise that of the middle slice."""
     windows = set(slices.windows.values())
     return windows.pop() if len(windows) == 1 else slices.windows[len(slices.windows) // 2]
-
-
-# INTERIM: until `pixels` decodes.
-
-
-def _frame_values(dataset, frame, path, *, limits):
-    try:
-        return pixels.frame_values(dataset, frame, path, limits=limits)
-    except NotImplementedError:
-        values = dataset.pixel_array
-        values = values[frame] if values.ndim == 3 else values
-        places = frames.places(dataset, frame)
-        slope = np.float64(np.float32(frames.find(places, "RescaleSlope") or 1))
-        intercept = np.float64(np.float32(frames.find(places, "RescaleIntercept") or 0))
-        values = values if (slope, intercept) == (1, 0) else values.astype(np.float64) * slope + intercept
-        return values, None
-
-
-def read_film(path):
-    from vilam3_jax.data.intensity import as_stored_values, percentile_limits, window_to_uint8
-    from vilam3_jax.paths import read_bytes
-
-    with naming(path):
-        dataset = pydicom.dcmread(io.BytesIO(read_bytes(path, 512 << 20)))
-        if int(dataset.get("NumberOfFrames") or 1) > 1 or int(dataset.get("SamplesPerPixel", 1)) != 1:
-            raise UserError(f"{path}: not a grey DICOM image of one frame; export it as PNG or as a volume")
-        values = as_stored_values(_frame_values(dataset, 0, path, limits=DEFAULT_LIMITS)[0])
-        assert values is not None
-        window = _own_window([dataset])
-        grey = window_to_uint8(values, window, None if window else percentile_limits(values))
-        return 255 - grey if dataset.PhotometricInterpretation == "MONOCHROME1" else grey

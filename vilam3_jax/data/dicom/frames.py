@@ -26,6 +26,7 @@ MARKS: dict[str, str] = {
     "EchoTime": "echo time",
     "DiffusionBValue": "b-value",
     "DiffusionGradientOrientation": "",
+    "DiffusionDirectionality": "",
     "ImageType": "image type",
     "ComplexImageComponent": "component",
     "InversionTime": "inversion time",
@@ -60,6 +61,8 @@ _NOT_READ = {
 }
 _NM_IMAGE = "1.2.840.10008.5.1.4.1.1.20"
 _NM_VECTORS = ("EnergyWindowVector", "DetectorVector", "RRIntervalVector", "TimeSlotVector", "PhaseVector")
+_MIN_SPACING_MM, _MAX_SPACING_MM = 1e-4, 1e4
+_MAX_POSITION_MM = 1e6
 _CODE = re.compile(r"[A-Z0-9][A-Z0-9 _/-]{0,15}")
 _Values = pydicom.Dataset | dict[str, Any]
 
@@ -181,7 +184,7 @@ def frames_of(header: pydicom.Dataset, path: PathLike) -> Iterator[Frame]:
     Raises:
       Exception: whatever pydicom raises on damaged values; call it inside `headers.naming`.
     """
-    count = int(header.get("NumberOfFrames") or 1)
+    count = max(int(header.get("NumberOfFrames") or 1), 1)
     per_frame = header.get("PerFrameFunctionalGroupsSequence")
     if per_frame or header.get("SharedFunctionalGroupsSequence"):
         yield from _enhanced(header, path, count, per_frame or [])
@@ -191,17 +194,19 @@ def frames_of(header: pydicom.Dataset, path: PathLike) -> Iterator[Frame]:
         facts = _facts(header, path, count, [header], [header])
         if count > 1:
             facts["fault"] = f"a file of {count} frames without the position of each"
-        for number in range(count if facts["fault"] is None else 1):
-            yield Frame(number=number, **facts)
+        yield Frame(number=0, **facts)
 
 
 def _enhanced(
     header: pydicom.Dataset, path: PathLike, count: int, per_frame: Sequence[pydicom.Dataset]
 ) -> Iterator[Frame]:
     shared = _flat((header.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()])[0])
-    for number in range(count):
-        own = _flat(per_frame[number]) if number < len(per_frame) else {}
-        yield Frame(number=number, **_facts(header, path, count, [own, shared, header], [own, shared]))
+    groups = [_flat(group) for group in per_frame[:count]]
+    for number, own in enumerate(groups or [{}]):
+        facts = _facts(header, path, count, [own, shared, header], [own, shared])
+        if len(groups) < count > 1:
+            facts["fault"] = f"a file of {count} frames with functional groups for {len(groups)}"
+        yield Frame(number=number, **facts)
 
 
 def _flat(group: pydicom.Dataset) -> dict[str, Any]:
@@ -303,14 +308,16 @@ def _fault(
         if find([header], "ImagerPixelSpacing") not in (None, ""):
             return "no PixelSpacing (ImagerPixelSpacing is measured at the detector)"
         return "no PixelSpacing"
-    if min(spacing) <= 0:
-        return "a PixelSpacing that is not positive"
+    if not _MIN_SPACING_MM <= min(spacing) <= max(spacing) <= _MAX_SPACING_MM:
+        return "a PixelSpacing that is zero, negative or absurd"
+    if max(abs(p) for p in position) > _MAX_POSITION_MM:
+        return "an absurd slice position"
     return None
 
 
 def _marks(places: Sequence[_Values], image_type: tuple[str, ...]) -> dict[str, Any]:
     marks: dict[str, Any] = {}
-    for keyword in (*MARKS, *ORDER):
+    for keyword in _MARK_KEYWORDS:
         value = find(places, keyword)
         if value not in (None, ""):
             marks[keyword] = _plain(value)
@@ -323,6 +330,7 @@ def _marks(places: Sequence[_Values], image_type: tuple[str, ...]) -> dict[str, 
     return marks
 
 
+_MARK_KEYWORDS = tuple(keyword for keyword in (*MARKS, *ORDER) if keyword != "NuclearVectors")
 # The same facts have other names in the functional groups.
 _FUNCTIONAL_NAMES = {
     "AcquisitionNumber": "FrameAcquisitionNumber",

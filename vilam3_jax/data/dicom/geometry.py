@@ -149,7 +149,7 @@ def stack_slices(
     else:
         step = (positions[-1] - positions[0]) / (len(positions) - 1)
         problem = _uneven(positions @ plane.normal, _decimal_step(positions), notes)
-        problem = problem or _sideways(positions, plane, pixel_spacing)
+        problem = problem or _sideways(positions, plane, pixel_spacing) or _slanted(step, plane)
     if problem is None and len(positions) > 1:
         _compare_header(float(step @ plane.normal), distance, thickness, notes)
     if problem is None:
@@ -223,6 +223,19 @@ def _sideways(positions: np.ndarray, plane: Plane, pixel_spacing: tuple[float, f
     )
 
 
+def _slanted(step: np.ndarray, plane: Plane) -> str | None:
+    along, sideways = _parts(step, plane)
+    if sideways > along * math.tan(math.radians(_MAX_TILT_DEGREES)):
+        return f"each slice is shifted {sideways:.2f} mm sideways but advances {along:.2f} mm only"
+    return None
+
+
+def _parts(step: np.ndarray, plane: Plane) -> tuple[float, float]:
+    """How far a step goes along the normal, and within the plane."""
+    along = float(step @ plane.normal)
+    return along, float(np.linalg.norm(step - along * plane.normal))
+
+
 def _off_line(numbers: np.ndarray) -> float:
     """How far evenly numbered values lie from a straight line: half the range about it."""
     steps = np.arange(len(numbers))
@@ -238,8 +251,7 @@ def _report_tilt(
     pixel_spacing: tuple[float, float],
     notes: list[str],
 ) -> None:
-    along = float(step @ plane.normal)
-    sideways = float(np.linalg.norm(step - along * plane.normal))
+    along, sideways = _parts(step, plane)
     angle = math.degrees(math.atan2(sideways, along))
     drifts = sideways * (slices - 1) > _SIDEWAYS_PIXELS * min(pixel_spacing)
     tilted = drifts and angle >= _TILT_NOTED_DEGREES

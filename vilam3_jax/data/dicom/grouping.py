@@ -39,6 +39,7 @@ _SPACING_TOLERANCE = 5e-3  # relative: 0.49 is 0.488281 rounded
 _ORIENTATION_TOLERANCE = 1e-3  # of a direction cosine
 _ROTATING_ABOVE = 8  # more orientations than this are no set of stacks
 _STRAY_SHARE = 0.05
+_ONE_PLACE = 8  # more slices at one position than this are a time series or have lost their positions
 _PROJECTIONS = {"MIP", "MINIP", "PROJECTION IMAGE", "MAXIMUM", "MINIMUM"}
 
 Skipped = tuple[PathLike, str]
@@ -70,7 +71,7 @@ class Series:
       spacing: millimetres between columns, rows and slices; None unless `kind` is "volume".
       orientation: "axial", "coronal", "sagittal" or "oblique"; "unknown" unless `kind` is "volume".
       affine: [4, 4] float64, index (column, row, slice) to RAS millimetres; None unless the series is usable.
-      members: the slices in the order of `affine`; files and frames as they come for pictures and cines.
+      members: the slices in the order of `affine`; the files in their own order for pictures and cines.
       label: what tells the stack from the others of its series ("echo 2"), or "".
       localizer: every slice is a localizer (scout).
       notes: sentences about what was assumed or put aside; no patient data.
@@ -239,8 +240,8 @@ def _without_slices(uid: str, found: _Found) -> Series:
         kind=CINE if first.frames > 1 else PICTURE,
         rows=first.rows,
         columns=first.columns,
-        slices=sum(frame.frames for frame in found.frames),
-        members=tuple(Member(frame.path, n) for frame in found.frames for n in range(frame.frames)),
+        slices=sum({frame.path: frame.frames for frame in found.frames}.values()),
+        members=tuple(Member(frame.path, frame.number) for frame in found.frames),
         localizer=all(_is_localizer(frame) for frame in found.frames),
         notes=tuple(skipped_notes(found.skipped)),
         problem=faults.most_common(1)[0][0],
@@ -363,7 +364,8 @@ def _stacks(group: _Group) -> list[_Group]:
     places = places_along(plane.normal, np.array([frame.position for frame in frames]))
     most = int(np.bincount(places).max())
     if most > 1:
-        parts = _parts_by_marks(frames, places, most) or _parts_by_order(frames, places, most)
+        parts = [] if places.max() == 0 and most > _ONE_PLACE else _parts_by_marks(frames, places, most)
+        parts = parts or (_parts_by_order(frames, places, most) if places.max() else [])
         if not parts:
             return [_with_pending_copies(group, places)]
     else:
@@ -410,8 +412,10 @@ def _partition(frames: list[Frame], keys: Sequence[str]) -> list[_Group]:
 
 
 def _sortable(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A key that sorts numbers as numbers, and values of different types at all."""
     return tuple(
-        (value is not None, isinstance(value, str), str(type(value)), value or 0) for value in values
+        (1, value, "") if isinstance(value, float) else (2 if value else 0, 0.0, str(value))
+        for value in values
     )
 
 
@@ -529,7 +533,7 @@ def _volume(uid: str, found: _Found, group: _Group, suffix: str) -> Series:
         affine=stack.affine,
         members=tuple(_member(frames[index]) for index in stack.order),
         notes=tuple(notes),
-        problem=_missing_parts(frames) or stack.problem,
+        problem=_missing_parts(frames) or stack.problem or _one_place(group),
     )
 
 
@@ -546,6 +550,12 @@ def _inconsistencies(frames: list[Frame]) -> list[str]:
     if (spaces := len({frame.marks.get("FrameOfReferenceUID") for frame in frames})) > 1:
         notes.append(f"the slices name {spaces} frames of reference")
     return notes
+
+
+def _one_place(group: _Group) -> str | None:
+    if len(group.frames) == 1 and len(group.copies) >= _ONE_PLACE:
+        return f"{len(group.copies) + 1} slices at one position (one slice over time, or lost positions)"
+    return None
 
 
 def _missing_parts(frames: list[Frame]) -> str | None:

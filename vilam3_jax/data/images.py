@@ -17,9 +17,9 @@ from vilam3_jax.data.deep_pictures import to_eight_bits, with_alpha
 from vilam3_jax.data.dicom.pixels import read_picture
 from vilam3_jax.data.file_kinds import FileKind
 from vilam3_jax.data.intensity import warn_of
-from vilam3_jax.data.jpeg_headers import ends_early, frame_header
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.picture_checks import check_pixels, choose_frame
+from vilam3_jax.data.picture_headers import gif_frames, jpeg_ends_early, jpeg_frame, webp_size
 from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.data.tiff_format import read_tiff
 from vilam3_jax.errors import UserError
@@ -37,7 +37,7 @@ _PILLOW = {
     file_kinds.GIF: "GIF",
 }
 _ANIMATED = ("PNG", "WEBP", "GIF")  # an MPO is one photo of a phone, with previews
-_COUNTED_BYTES = 2 << 20  # frames of larger animations are not counted: Pillow walks through all of them
+_MAX_GIF_BYTES = 32 << 20  # its blocks are walked through one by one
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -117,7 +117,7 @@ def image_shape(data: bytes, *, limits: Limits = DEFAULT_LIMITS) -> tuple[int, i
         width, height = _decode(data, "ignore", None, limits).image.size
         return height, width
     with _one_error(data, kind), _opened(data, kind, limits) as (image, _):
-        _choose(image, len(data), None)
+        _choose(image, None, limits)
         width, height = image.size
         return (width, height) if _orientation(image, []) in _ASIDE else (height, width)
 
@@ -188,10 +188,10 @@ def _decode(data: bytes, alpha: Alpha, frame: int | None, limits: Limits) -> _De
             notes += page.notes
             image = _flat(page.image, alpha, notes)
             return _Decoded(_turned(image, page.orientation), page.page, page.pages, tuple(notes))
-        if kind == file_kinds.JPEG and data.endswith(bytes(64)) and ends_early(data):
+        if kind == file_kinds.JPEG and data.endswith(bytes(64)) and jpeg_ends_early(data):
             raise UserError("JPEG picture that is cut short; fetch it again")  # the rest is zero bytes
         with _opened(data, kind, limits) as (image, deep):
-            number, count = _choose(image, len(data), frame)
+            number, count = _choose(image, frame, limits)
             orientation = _orientation(image, notes)
             if deep:
                 image = _deep(data, kind, number)
@@ -231,7 +231,7 @@ def _ends_early(data: bytes, kind: FileKind) -> bool:
     if kind == file_kinds.PNG:
         return b"IEND" not in data
     if kind == file_kinds.JPEG:
-        return ends_early(data)
+        return jpeg_ends_early(data)
     if kind == file_kinds.WEBP:
         return int.from_bytes(data[4:8], "little") + 8 > len(data)
     if kind == file_kinds.BMP:
@@ -246,11 +246,15 @@ def _opened(data: bytes, kind: FileKind, limits: Limits) -> Iterator[tuple[Image
     if kind == file_kinds.PNG:
         check_pixels(int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big"), limits)
         deep = data[24:25] == b"\x10"
-    elif kind == file_kinds.JPEG and (header := frame_header(data)) is not None:
+    elif kind == file_kinds.JPEG and (header := jpeg_frame(data)) is not None:
         check_pixels(header.width, header.height, limits)
         deep = header.precision != 8
         if deep:  # so that Pillow reads the EXIF data
             data = data[: header.place] + b"\x08" + data[header.place + 1 :]
+    elif kind == file_kinds.WEBP:
+        check_pixels(*webp_size(data), limits)
+    elif kind == file_kinds.GIF:
+        _check_gif(data, limits)
     try:
         image = Image.open(io.BytesIO(data), formats=(_PILLOW[kind],))
     except Image.DecompressionBombError as error:
@@ -260,16 +264,28 @@ def _opened(data: bytes, kind: FileKind, limits: Limits) -> Iterator[tuple[Image
         yield image, deep
 
 
-def _choose(image: Image.Image, file_bytes: int, frame: int | None) -> tuple[int, int]:
+def _check_gif(data: bytes, limits: Limits) -> None:
+    """Pillow enlarges a GIF to the size of its frames, and walks through all of them to count them."""
+    if len(data) > _MAX_GIF_BYTES:
+        raise UserError(f"GIF of {len(data)} bytes; save the frame to look at as PNG")
+    frames = gif_frames(data, limits.frames + 1)
+    if len(frames) > limits.frames:
+        raise UserError(f"GIF animation of more than {limits.frames} frames; save the one to look at as PNG")
+    frames.append((int.from_bytes(data[6:8], "little"), int.from_bytes(data[8:10], "little")))
+    rights, bottoms = zip(*frames, strict=True)
+    check_pixels(max(rights), max(bottoms), limits)
+
+
+def _choose(image: Image.Image, frame: int | None, limits: Limits) -> tuple[int, int]:
     """Goes to the chosen frame; returns its number and how many there are."""
-    animated = image.format in _ANIMATED and getattr(image, "is_animated", False)
-    if not animated:
-        return choose_frame(frame, 1, f"{image.format} picture", "frames"), 1
-    if file_bytes > _COUNTED_BYTES:
-        raise UserError(f"{image.format} animation; save the frame to look at as PNG")
-    count = int(getattr(image, "n_frames", 1))
-    number = choose_frame(frame, count, f"{image.format} animation", "frames")
-    image.seek(number)
+    count = int(getattr(image, "n_frames", 1)) if image.format in _ANIMATED else 1
+    name = f"{image.format} animation" if count > 1 else f"{image.format} picture"
+    number = choose_frame(frame, count, name, "frames")
+    if number:
+        width, height = image.size
+        if (number + 1) * width * height * 4 > limits.decoded_bytes:  # the frames before are decoded, too
+            raise UserError(f"{name}: frame {number} lies too far back; save it as PNG")
+        image.seek(number)
     return number, count
 
 
@@ -295,7 +311,7 @@ def _deep(data: bytes, kind: FileKind, number: int) -> Image.Image:
     if number:
         raise UserError("animation of 16 bits; save the frame to look at as PNG")
     if kind == file_kinds.JPEG:
-        if ends_early(data):
+        if jpeg_ends_early(data):
             raise UserError("JPEG picture that is cut short; fetch it again")  # the decoder would fill up
         samples, bits = imagecodecs.jpeg_decode(data), 16
     else:

@@ -13,9 +13,9 @@ import tifffile
 from PIL import Image
 
 from vilam3_jax.data.deep_pictures import to_eight_bits, with_alpha
-from vilam3_jax.data.jpeg_headers import ends_early, frame_header
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.picture_checks import check_pixels, choose_frame
+from vilam3_jax.data.picture_headers import jpeg_ends_early, jpeg_frame
 from vilam3_jax.errors import UserError
 
 # What it logs about a damaged file is either harmless or becomes an error here.
@@ -184,16 +184,16 @@ def _check_jpeg(page: tifffile.TiffPage, data: bytes) -> None:
     """JPEG streams bring sizes of their own, which the decoder would believe."""
     height = page.tilelength or page.rowsperstrip or page.imagelength
     width = page.tilewidth or page.imagewidth
-    if page.jpegtables and frame_header(page.jpegtables) is not None:
+    if page.jpegtables and jpeg_frame(page.jpegtables) is not None:
         raise UserError("TIFF picture with damaged JPEG tables; export it again")
     if int(page.compression) == 6 and len(page.dataoffsets) > 1:
         raise UserError("TIFF picture in old-style JPEG strips; save it as PNG")
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
         segment = data[offset : offset + count]
-        header = frame_header(segment)
+        header = jpeg_frame(segment)
         if header is None or header.height > height + _MCU or header.width > width + _MCU:
             raise UserError("TIFF picture with a damaged JPEG strip or tile; export it again")
-        if ends_early(segment):
+        if jpeg_ends_early(segment):
             raise UserError("TIFF picture that is cut short; fetch it again")
 
 

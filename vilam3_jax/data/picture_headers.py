@@ -1,0 +1,116 @@
+"""What JPEG, GIF and WebP files state about size and frames, read without decoding anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import struct
+from collections.abc import Iterator
+
+_MAX_SEGMENTS = 10_000
+_START_OF_SCAN, _END = 0xDA, b"\xff\xd9"
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {
+    0xC4,
+    0xC8,
+    0xCC,
+}  # what is left: tables, a reserved one, arithmetic
+_GIF_BLOCK = re.compile(rb"[!,;]")
+_WITHOUT_LENGTH = frozenset((0x01, *range(0xD0, 0xD9)))
+
+
+@dataclasses.dataclass(frozen=True)
+class JpegFrame:
+    """The start-of-frame marker.
+
+    Attributes:
+      precision: bits of a sample.
+      height: rows.
+      width: columns.
+      components: samples of a pixel.
+      place: offset of the precision's byte.
+    """
+
+    precision: int
+    height: int
+    width: int
+    components: int
+    place: int
+
+
+def jpeg_frame(data: bytes) -> JpegFrame | None:
+    """The first start-of-frame marker before the pixels; None if there is none."""
+    for marker, place in _jpeg_segments(data):
+        if marker in _FRAMES and len(data) >= place + 8:
+            height = int.from_bytes(data[place + 3 : place + 5], "big")
+            width = int.from_bytes(data[place + 5 : place + 7], "big")
+            return JpegFrame(data[place + 2], height, width, data[place + 7], place + 2)
+    return None
+
+
+def jpeg_ends_early(data: bytes) -> bool:
+    """Whether the end marker is missing after the first scan."""
+    start = next((place for marker, place in _jpeg_segments(data) if marker == _START_OF_SCAN), None)
+    return start is None or data.find(_END, start) < 0
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yields marker and offset of its length field, up to the first scan; finds markers as libjpeg does."""
+    place = 0
+    for _ in range(_MAX_SEGMENTS):
+        place = data.find(b"\xff", place) + 1
+        if place == 0 or place >= len(data):
+            return
+        marker = data[place]
+        if marker in (0x00, 0xFF):
+            place += marker == 0
+            continue
+        place += 1
+        if marker in _WITHOUT_LENGTH:
+            continue
+        yield marker, place
+        if marker in (_START_OF_SCAN, 0xD9):
+            return
+        place += max(2, int.from_bytes(data[place : place + 2], "big"))
+
+
+def gif_frames(data: bytes, most: int) -> list[tuple[int, int]]:
+    """Where each frame of a GIF ends: (right, bottom) in pixels, which may lie outside its screen.
+
+    Stops after `most` frames.
+    """
+    frames: list[tuple[int, int]] = []
+    place = 13 + _colour_table(data[10:11])
+    while len(frames) < most and (block := _GIF_BLOCK.search(data, place)) is not None:
+        place = block.start()
+        if block[0] == b"!":
+            place = _after_blocks(data, place + 2)
+        elif block[0] == b"," and len(data) >= place + 10:
+            left, top, width, height = struct.unpack_from("<4H", data, place + 1)
+            frames.append((left + width, top + height))
+            place = _after_blocks(data, place + 11 + _colour_table(data[place + 9 : place + 10]))
+        else:
+            break
+    return frames
+
+
+def _colour_table(flags: bytes) -> int:
+    return 3 << ((flags[0] & 7) + 1) if flags and flags[0] & 0x80 else 0
+
+
+def _after_blocks(data: bytes, place: int) -> int:
+    while place < len(data) and data[place]:
+        place += data[place] + 1
+    return place + 1
+
+
+def webp_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of a WebP's canvas; (0, 0) if its first chunk is of no known kind."""
+    kind = data[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if kind == b"VP8L":
+        packed = int.from_bytes(data[21:25], "little")
+        return 1 + (packed & 0x3FFF), 1 + (packed >> 14 & 0x3FFF)
+    if kind == b"VP8 ":
+        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+    return 0, 0

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vilam3_jax.data.images import resize
+from vilam3_jax.data.images import Alpha, resize
 from vilam3_jax.data.intensity import CT_WINDOWS, DISPLAY_PERCENTILES, window_to_uint8
 from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.data.volumes import AXES, Volume, slice_2d
@@ -44,7 +44,7 @@ class Preprocessing:
 
     ct_windows: tuple[Window, ...] = CT_WINDOWS["soft_tissue"]
     percentiles: tuple[float, float] = DISPLAY_PERCENTILES
-    alpha: str = "white"
+    alpha: Alpha = "white"
     orientation: str = "RAS"
     plane: str = "axial"
     slice: str = "middle"

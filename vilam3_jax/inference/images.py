@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
+from etils import epath
 
 from vilam3_jax.data import dicom, file_kinds
 from vilam3_jax.data.content_keys import image_key
@@ -87,7 +88,8 @@ def open_picture(
     path = as_path(image)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; check --image")
-    if _is_volume(path, series):
+    path, is_volume = _what_is_meant(path, series)
+    if is_volume:
         if frame is not None:
             raise UserError(f"{path}: is a volume, which has slices and no frames; choose a slice")
         source = VolumeSource(os.fspath(path), series, modality)
@@ -101,13 +103,29 @@ def open_picture(
     return _picture(opened.pixels, stated, size, which, opened.notes, preprocessing)
 
 
-def _is_volume(path: PathLike, series: str | None) -> bool:
-    if series is not None or as_path(path).is_dir():
-        return True
-    kind = file_kinds.identify(path)
-    if kind.reader == "dicom":
-        return dicom.is_volume(path)
-    return kind.reader in ("nifti", "nifti pair", "nrrd", "metaimage")
+def _what_is_meant(path: epath.Path, series: str | None) -> tuple[epath.Path, bool]:
+    """The file or folder to open, and whether it is read as a volume. A folder may hold a single picture."""
+    if series is not None:
+        return path, True
+    if path.is_dir() or file_kinds.identify(path).reader == "dicom":
+        return _dicom(path)
+    return path, file_kinds.identify(path).reader in ("nifti", "nifti pair", "nrrd", "metaimage")
+
+
+def _dicom(path: epath.Path) -> tuple[epath.Path, bool]:
+    found, _ = dicom.survey(path)
+    pictures = [as_path(file) for one in found if one.kind in ("picture", "cine") for file in _files(one)]
+    if not path.is_dir():
+        return path, found[0].kind == "volume"
+    if any(one.kind == "volume" for one in found) or not pictures:
+        return path, True  # the reader of volumes says what else is in the folder
+    if len(pictures) > 1:
+        raise UserError(f"{path}: {len(pictures)} DICOM pictures and no volume; give one of the files")
+    return pictures[0], False
+
+
+def _files(series: dicom.Series) -> list[PathLike]:
+    return list(dict.fromkeys(member.path for member in series.members))
 
 
 def _refuse_slice_options(name: str, index: int | None, window: Window | None, series: str | None) -> None:

@@ -9,7 +9,7 @@ This module imports neither jax nor flax nor torch.
 from __future__ import annotations
 
 import dataclasses
-import numbers
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -191,7 +191,7 @@ def _numbers(values: Sequence[Any], count: int) -> bool:
     return (
         isinstance(values, tuple)
         and len(values) == count
-        and all(isinstance(v, numbers.Real) and not isinstance(v, bool) and np.isfinite(v) for v in values)
+        and all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
     )
 
 

@@ -397,6 +397,13 @@ def test_pairs_are_found_from_either_half(tmp_path):
         load_volume(tmp_path / "UPPER.HDR")
 
 
+def test_a_single_file_header_beside_an_img_is_refused(tmp_path):
+    save(tmp_path / "a.hdr")  # which says that it holds the voxels itself
+    (tmp_path / "a.img").write_bytes(VOXELS.tobytes(order="F") + bytes(400))
+    with pytest.raises(UserError, match=r"a\.img: the \.hdr beside it says that the voxels lie in it"):
+        load_volume(tmp_path / "a.img")
+
+
 def test_analyze_is_refused(tmp_path):
     nib.AnalyzeImage(VOXELS, AFFINE).to_filename(tmp_path / "old.img")
     for name in ("old.img", "old.hdr"):

@@ -79,6 +79,10 @@ def read_nifti(path: PathLike, limits: Limits, *, voxels: bool = True) -> Stored
     with _opened(header_path) as (stream, _):
         head = stream.read(_HEADER_BYTES)
     header, is_pair = _header(head, path)
+    if header_path != path and not is_pair:
+        raise UserError(
+            f"{path}: the .hdr beside it says that the voxels lie in it and not here; convert it again"
+        )
     voxels_path = _other_half(header_path, "img") if is_pair else path
     check_file_size(voxels_path, limits)
 

@@ -107,6 +107,23 @@ _ENCODINGS = {
 }
 _RATIOS = {"raw": 1, "gzip": DEFLATE_RATIO, "bzip2": BZIP2_RATIO}
 _ALIASES = {"datafile": "data file", "lineskip": "line skip", "byteskip": "byte skip"}
+_READ = frozenset(
+    (
+        "dimension",
+        "type",
+        "sizes",
+        "endian",
+        "encoding",
+        "kinds",
+        "space",
+        "space directions",
+        "space origin",
+        "space units",
+        "spacings",
+        "sample units",
+        *_ALIASES.values(),
+    )
+)
 _VECTOR = re.compile(r"\(([^()]*)\)|(none)\b", re.IGNORECASE)
 
 
@@ -193,17 +210,18 @@ def _header(head: bytes, path: PathLike) -> _Header:
 
 def _add(line: str, number: int, fields: dict[str, str], pairs: dict[str, str], path: PathLike) -> None:
     # The text is not repeated in errors: it may name the patient.
-    match = re.match(r"([^:]+):(=?)\s*(.*)", line)
-    if match is None:
+    if ":" not in line:
         raise UserError(f"{path}: line {number} of its NRRD header is no field; export it again")
-    name = match[1].strip().lower()
-    name = name if match[2] else _ALIASES.get(name, name)
-    if match[2]:
-        pairs[name] = match[3] if pairs.get(name, match[3]) == match[3] else ""  # two values state nothing
+    is_pair = ":=" in line and ": " not in line[: line.index(":=")]  # keys may hold colons
+    name, _, value = line.partition(":=" if is_pair else ":")
+    name, value = name.strip().lower(), value.strip()
+    if is_pair:
+        pairs[name] = value if pairs.get(name, value) == value else ""  # two values state nothing
         return
-    if fields.get(name, match[3]) != match[3]:
-        raise UserError(f"{path}: states the NRRD field on line {number} twice; export it again")
-    fields[name] = match[3]
+    name = _ALIASES.get(name, name)
+    if name in _READ and fields.get(name, value) != value:
+        raise UserError(f"{path}: states the NRRD field {name} twice; export it again")
+    fields[name] = value
 
 
 def _dtype(header: _Header, path: PathLike) -> np.dtype:

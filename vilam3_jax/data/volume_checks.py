@@ -222,7 +222,7 @@ def data_file(path: epath.Path, name: str) -> epath.Path:
       UserError: `name` is a path, a list or a pattern, or no such file lies beside `path`.
     """
     name = name.removeprefix("./")
-    if re.match(r"LIST\b", name) or "%" in name:
+    if re.match(r"LIST\b", name) or re.search(r"%\d*[di]", name):
         raise UserError(f"{path}: its voxels lie in several files; save data and header in one file")
     if "/" in name or "\\" in name:
         raise UserError(

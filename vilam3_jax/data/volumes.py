@@ -162,8 +162,6 @@ def read_volume(
 ) -> Volume:
     """`load_volume` without warnings, for callers that show `Volume.notes` themselves."""
     path = as_path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder; check the path")
     volume = _canonical(_read(path, series, limits), path)
     if modality is not None:
         known = modality_code(modality)
@@ -195,6 +193,8 @@ def describe_volume(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> Store
 
 
 def _read(path: epath.Path, series: str | None, limits: Limits, *, voxels: bool = True) -> StoredVolume:
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; check the path")
     if path.is_dir():
         with naming_damage(path):
             return dicom.read_series(path, series=series, limits=limits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import os
+import re
 
 import pytest
 
@@ -20,9 +21,52 @@ def test_every_path_has_one_name(tmp_path, monkeypatch) -> None:
         "~/c/": "/home/someone/c",
         "gs://bucket/a/../b/": "gs://bucket/b",
         "gs://bucket": "gs://bucket",
-        "s3://bucket/a//b": "s3://bucket/a/b",
+        "gs://bucket/a//b": "gs://bucket/a/b",
+        "GS://bucket/a": "gs://bucket/a",
+        "file:///data/a%20b": "/data/a b",
+        "file://localhost/data": "/data",
+        "a:b": str(tmp_path / "a:b"),
     }
     assert {given: os.fspath(paths.as_path(given)) for given in names} == names
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("hdfs://host/x", "hdfs:// is not read here; copy it to a local disk or to gs://"),
+        ("foo://x", "foo:// is not read here"),
+        ("https://host/x.nii", "download it and give the local file"),
+        ("hf://nvidia/x", "hf download"),
+        ("gcs://bucket/x", "write gs:// instead"),
+        ("gs:/bucket/x", "two slashes"),
+        ("C:\\scans\\x.dcm", "a Windows path"),
+        ("c:/scans/x.dcm", "a Windows path"),
+        ("\\\\server\\scans", "a Windows path"),
+    ],
+)
+def test_paths_of_other_schemes_are_refused_everywhere(path, words) -> None:
+    for function in (
+        paths.as_path,
+        paths.children,
+        paths.file_size,
+        lambda path: paths.read_bytes(path, 9),
+        lambda path: paths.write_bytes_atomic(path, b""),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)) as caught:
+            function(path)
+        assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+def test_object_stores_name_the_package_that_is_missing(monkeypatch) -> None:
+    monkeypatch.setattr(paths, "_is_installed", lambda package: False)
+    with pytest.raises(
+        UserError, match=r"gs://b/x: gs:// needs the package gcsfs; pip install 'vilam3-jax\[gcs\]'"
+    ):
+        paths.as_path("gs://b/x")
+    with pytest.raises(UserError, match="s3:// needs the package s3fs; pip install s3fs"):
+        paths.as_path("s3://b/x")
+    monkeypatch.setattr(paths, "_is_installed", lambda package: True)
+    assert os.fspath(paths.as_path("s3://b/x/../y")) == "s3://b/y"
 
 
 @pytest.mark.parametrize("root", ["", "gs://bucket"])

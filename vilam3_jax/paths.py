@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import importlib.util
 import os
 import posixpath
 import re
 import stat
+import urllib.parse
 import uuid
 
 from etils import epath
@@ -16,6 +18,22 @@ from etils import epath
 from vilam3_jax.errors import UnavailableError, UserError
 
 PathLike = str | os.PathLike[str]
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_ONE_SLASH = re.compile(r"(gs|s3|https?|hdfs|az|hf):/")  # pathlib.Path("gs://...") drops the other
+_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+# Object stores: the package that opens them, and how to install it.
+_STORES = {
+    "gs": ("gcsfs", "pip install 'vilam3-jax[gcs]'"),
+    "s3": ("s3fs", "pip install s3fs"),
+}
+_INSTEAD = {
+    "http": "download it and give the local file",
+    "https": "download it and give the local file",
+    "hf": "download it with `hf download` and give the local folder",
+    "gcs": "write gs:// instead",
+    "s3a": "write s3:// instead",
+}
 
 # What says something of the disk, the network or this process, and nothing of the file.
 _PASSING = {
@@ -41,13 +59,37 @@ def as_path(path: PathLike) -> epath.Path:
     """Returns `path` as an `epath.Path`: `~` expanded, without `..`, and local paths absolute.
 
     Absolute, because Orbax takes nothing else; without `..`, because to an object store that is a name.
+
+    Raises:
+      UserError: a scheme that is not read here, or whose package is missing; a Windows path.
     """
     text = os.fspath(path)
-    if "://" in text:
+    if match := _SCHEME.match(text):
+        scheme, place = match[1].lower(), text[match.end() :]
+        if scheme == "file":
+            return epath.Path(os.path.abspath(urllib.parse.unquote(place.removeprefix("localhost"))))
+        _check_store(text, scheme)
         _always_list_anew()
-        scheme, place = text.split("://", 1)
         return epath.Path(f"{scheme}://{posixpath.normpath(place)}")
+    if match := _ONE_SLASH.match(text):
+        raise UserError(f"{text}: {match[1]}: needs two slashes; give it as text, because pathlib drops one")
+    if os.name != "nt" and _WINDOWS.match(text):
+        raise UserError(f"{text}: a Windows path; give the path that this machine has for it")
     return epath.Path(os.path.abspath(os.path.expanduser(text)))
+
+
+def _check_store(text: str, scheme: str) -> None:
+    if scheme not in _STORES:
+        instead = _INSTEAD.get(scheme, "copy it to a local disk or to gs://")
+        raise UserError(f"{text}: {scheme}:// is not read here; {instead}")
+    package, install = _STORES[scheme]
+    if not _is_installed(package):
+        raise UserError(f"{text}: {scheme}:// needs the package {package}; {install}")
+
+
+@functools.cache
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 @functools.cache

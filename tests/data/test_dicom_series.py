@@ -376,6 +376,25 @@ def test_a_digit_of_rounding_does_not_stop_a_series(tmp_path, changes):
     np.testing.assert_array_equal(volume.affine[:3, 1], [0, -0.5, 0])
 
 
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"PixelSpacing": ["0.502", "0.75"]}, "pixel spacings differ by 0.4%"),
+        ({"ImageOrientationPatient": [1, 0, 0, 0, 1, 0.004]}, "slice orientations differ by 0.23 degrees"),
+        ({"FrameOfReferenceUID": "1.2.88"}, "the slices name 2 frames of reference"),
+        ({"PhotometricInterpretation": "MONOCHROME1"}, "inverted display (MONOCHROME1)"),
+        ({"RescaleSlope": 0}, "a Rescale Slope of 0 is taken as 1"),
+    ],
+)
+def test_a_slice_that_differs_a_little_is_kept_and_noted(tmp_path, changes, note):
+    save_stack(tmp_path)
+    save(plain_slice(6, **changes), tmp_path / "6.dcm")
+    volume = read_series(tmp_path)
+    assert volume.values.shape[2] == 7 and volume.values[0, 0, 6] == 600
+    (found,) = volume.notes
+    assert note in found
+
+
 def test_files_that_belong_to_no_series_are_counted_by_kind(tmp_path):
     save_stack(tmp_path / "a" / "b")
     (tmp_path / "LICENSE.txt").write_text("text")

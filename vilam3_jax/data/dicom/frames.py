@@ -82,6 +82,7 @@ class Frame:
       rows: pixels.
       columns: pixels.
       grey: one sample per pixel, no palette.
+      inverted: MONOCHROME1.
       image_type: the values of ImageType or FrameType.
       position: ImagePositionPatient, mm.
       orientation: ImageOrientationPatient.
@@ -104,6 +105,7 @@ class Frame:
     rows: int
     columns: int
     grey: bool
+    inverted: bool
     image_type: tuple[str, ...]
     position: tuple[float, ...] | None
     orientation: tuple[float, ...] | None
@@ -257,9 +259,8 @@ def _facts(
     position = _numbers(find(geometry, "ImagePositionPatient"), 3)
     orientation = _numbers(find(geometry, "ImageOrientationPatient"), 6)
     spacing = _numbers(find(geometry, "PixelSpacing"), 2)
-    grey = int(header.get("SamplesPerPixel") or 1) == 1 and "MONOCHROME" in str(
-        header.get("PhotometricInterpretation") or "MONOCHROME2"
-    )
+    photometric = str(header.get("PhotometricInterpretation") or "MONOCHROME2")
+    grey = int(header.get("SamplesPerPixel") or 1) == 1 and photometric.startswith("MONOCHROME")
     words = tuple(str(word).upper() for word in _listed(image_type))
     parts = header.get("InConcatenationTotalNumber"), header.get("InConcatenationNumber")
     return {
@@ -272,6 +273,7 @@ def _facts(
         "rows": int(header.get("Rows") or 0),
         "columns": int(header.get("Columns") or 0),
         "grey": grey,
+        "inverted": photometric == "MONOCHROME1",
         "image_type": words,
         "position": position,
         "orientation": orientation,

@@ -36,7 +36,8 @@ VOLUME, PICTURE, CINE, NO_IMAGE = "volume", "picture", "cine", "not an image"
 
 _CLEARLY_LARGER = 2  # times the next group
 _SPACING_TOLERANCE = 5e-3  # relative: 0.49 is 0.488281 rounded
-_ORIENTATION_TOLERANCE = 1e-3  # of a direction cosine
+_ORIENTATION_TOLERANCE = 5e-3  # of a direction cosine: two decimals, 0.3 degrees
+_NOTED_SPREAD = 1e-3
 _ROTATING_ABOVE = 8  # more orientations than this are no set of stacks
 _STRAY_SHARE = 0.05
 _ONE_PLACE = 8  # more slices at one position than this are a time series or have lost their positions
@@ -102,7 +103,8 @@ class Series:
 
     def __str__(self) -> str:
         """One line for lists: identifier, modality, size and label."""
-        words = [self.modality, f"{self.slices} slices" if self.kind == VOLUME else self.kind]
+        slices = f"{self.slices} slice{'s' if self.slices != 1 else ''}"
+        words = [self.modality, slices if self.kind == VOLUME else self.kind]
         words += [self.label] if self.label else []
         return f"{self.identifier} ({', '.join(words)})"
 
@@ -545,8 +547,15 @@ def _inconsistencies(frames: list[Frame]) -> list[str]:
     notes = []
     spacings = np.array([frame.spacing for frame in frames])
     spread = float((np.ptp(spacings, axis=0) / spacings.min(axis=0)).max())
-    if spread > 1e-3:
+    if spread > _NOTED_SPREAD:
         notes.append(f"pixel spacings differ by {spread:.1%} between slices; the most common one is used")
+    turn = float(np.ptp(np.array([frame.orientation for frame in frames]), axis=0).max())
+    if turn > _NOTED_SPREAD:
+        notes.append(
+            f"slice orientations differ by {np.degrees(turn):.2f} degrees; the most common one is used"
+        )
+    if any(frame.inverted for frame in frames):
+        notes.append("the files ask for an inverted display (MONOCHROME1); the values are as stored")
     if (spaces := len({frame.marks.get("FrameOfReferenceUID") for frame in frames})) > 1:
         notes.append(f"the slices name {spaces} frames of reference")
     return notes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -269,16 +269,33 @@ def _read(series: Series, path: epath.Path, limits: Limits) -> StoredVolume:
 
 
 def _without_failed(slices: _Slices, count: int) -> slice:
-    """The stack without damaged slices at its ends; one inside, or many, stop the reading."""
-    if not slices.failed:
-        return slice(0, count)
-    good = [index for index in range(count) if index not in slices.failed]
-    whole = bool(good) and good[-1] - good[0] + 1 == len(good)
-    if not whole or len(slices.failed) > max(1, _DAMAGED_SHARE * count):
+    """The stack without damaged slices at its ends."""
+    kept = without_damaged(slices.failed, count)
+    if kept is None:
         raise next(iter(slices.failed.values()))
-    number = len(slices.failed)
-    slices.notes[f"{number} slice{'s' if number > 1 else ''} at the end of the stack skipped: damaged"] = None
+    if slices.failed:
+        slices.notes[damaged_note(len(slices.failed))] = None
+    return kept
+
+
+def without_damaged(damaged: Collection[int], count: int) -> slice | None:
+    """Which of `count` slices are read if those at the indices `damaged` cannot be decoded.
+
+    Damaged slices at the ends of a stack are left out. None: one lies inside, or there are many, and the volume
+    is refused.
+    """
+    if not damaged:
+        return slice(0, count)
+    good = [index for index in range(count) if index not in damaged]
+    whole = bool(good) and good[-1] - good[0] + 1 == len(good)
+    if not whole or len(damaged) > max(1, _DAMAGED_SHARE * count):
+        return None
     return slice(good[0], good[-1] + 1)
+
+
+def damaged_note(count: int) -> str:
+    """The note that `without_damaged` left out `count` slices."""
+    return f"{count} slice{'s' if count > 1 else ''} at the end of the stack skipped: damaged"
 
 
 def _check_limits(series: Series, path: epath.Path, limits: Limits) -> None:

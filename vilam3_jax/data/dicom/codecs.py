@@ -63,6 +63,16 @@ def is_known(syntax: UID) -> bool:
     return syntax in (*_JPEG, *_JPEG_LS, *JPEG_2000, RLELossless)
 
 
+def is_decodable(syntax: UID) -> bool:
+    """Whether an installed package decodes frames of this transfer syntax."""
+    if _decoder(syntax) is not None:
+        return True
+    try:
+        return get_decoder(syntax).is_available
+    except NotImplementedError:
+        return False
+
+
 def inspect(coded: bytes, syntax: UID) -> Frame | None:
     """Reads the header of a coded frame; None for RLE, whose header says nothing of the picture.
 

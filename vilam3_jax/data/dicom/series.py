@@ -281,8 +281,8 @@ def _without_failed(slices: _Slices, count: int) -> slice:
 def without_damaged(damaged: Collection[int], count: int) -> slice | None:
     """Which of `count` slices are read if those at the indices `damaged` cannot be decoded.
 
-    Damaged slices at the ends of a stack are left out. None: one lies inside, or there are many, and the volume
-    is refused.
+    Damaged slices at the ends of a stack are left out. None: one lies inside, or there are many, and the
+    volume is refused.
     """
     if not damaged:
         return slice(0, count)

@@ -461,7 +461,7 @@ def test_several_series_are_listed_and_one_is_chosen(tmp_path):
             volume = read_series(tmp_path, series=wanted)
             assert volume.values.shape[2] == series.slices and volume.notes == ()
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"no series 1\.2\.5 here"):
+    with pytest.raises(UserError, match=r"no series '1\.2\.5'; choose from"):
         read_series(tmp_path, series="1.2.5")
 
 

@@ -14,6 +14,8 @@ from etils import epath
 
 from vilam3_jax.data.dicom import frames, pixels, suv
 from vilam3_jax.data.dicom.grouping import (
+    CINE,
+    PICTURE,
     VOLUME,
     Member,
     Series,
@@ -136,7 +138,8 @@ def _choose(
         candidates = candidates or [series for series in found if series.uid == wanted]
         candidates = candidates or [s for s in found if s.identifier.partition("/")[0] == wanted]
         if not candidates:
-            raise UserError(f"{path}: no series {wanted:.70} here{_instead(found, skipped)}")
+            there = f"choose from {_list(found)}" if found else "no DICOM images are here"
+            raise UserError(f"{path}: no series {wanted[:70]!r}; {there}")
     else:
         candidates = _main_volumes(found)
         if not candidates:
@@ -179,11 +182,14 @@ def _list(found: Sequence[Series]) -> str:
 
 
 def _instead(found: Sequence[Series], skipped: Sequence[Skipped]) -> str:
+    """What is there where no volume is, and what to do."""
     reasons = [f"{series}: {series.problem}" for series in found] + skipped_notes(skipped)
     if not reasons:
         return "; the folder is empty"
     more = f"; and {len(reasons) - _LISTED} more" if len(reasons) > _LISTED else ""
-    return f" ({'; '.join(reasons[:_LISTED])}{more}); point at the folder that holds the slices"
+    pictures = any(series.kind in (PICTURE, CINE) for series in found)
+    advice = "read them as pictures" if pictures else "point at the folder that holds the slices"
+    return f" ({'; '.join(reasons[:_LISTED])}{more}); {advice}"
 
 
 def _all_equal(candidates: Sequence[Series], limits: Limits) -> bool:

@@ -126,7 +126,8 @@ def _pixel_keyword(dataset: pydicom.Dataset, path: PathLike) -> str:
     if present:
         raise UserError(f"{path}: holds {' and '.join(present)}, only one may be there; export it again")
     kind = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID")
-    name = kind.name if isinstance(kind, UID) and not kind.is_private else "unknown class"
+    known = isinstance(kind, UID) and kind.is_valid and not kind.is_private
+    name = kind.name if known else "unknown class"
     raise UserError(f"{path}: a DICOM object without pixels ({name:.80}); give an image instead")
 
 
@@ -139,8 +140,9 @@ def _photometric(dataset: pydicom.Dataset, path: PathLike) -> str:
             "correct the header"
         )
     if name not in (*GREY, *COLOUR, PALETTE):
+        shown = name if name.isprintable() and len(name) <= 16 else "that it states"  # 16: DICOM's limit
         raise UserError(
-            f"{path}: the photometric interpretation {name:.40} is not read here; export it as MONOCHROME2 "
+            f"{path}: the photometric interpretation {shown} is not read here; export it as MONOCHROME2 "
             "or RGB"
         )
     return name
@@ -163,7 +165,8 @@ def _transfer_syntax(dataset: pydicom.Dataset, keyword: str, path: PathLike) -> 
         stated_encapsulated = syntax.is_encapsulated
     except ValueError as error:
         raise UserError(
-            f"{path}: the transfer syntax {syntax!s:.64} is not known; export it as Explicit VR Little Endian"
+            f"{path}: the transfer syntax {syntax if syntax.is_valid else 'that it states'} is not known; "
+            "export it as Explicit VR Little Endian"
         ) from error
     if is_encapsulated and not stated_encapsulated:
         raise UserError(

@@ -235,7 +235,7 @@ def load_label_map(path: PathLike, grid: Volume) -> np.ndarray:
       UserError: other shape or position than `grid` (more than a tenth of a voxel apart), negative or
         fractional ids.
     """
-    labels = load_volume(path)
+    labels = read_volume(path)
     if labels.voxels.shape != grid.voxels.shape:
         raise UserError(
             f"{path}: label map of {labels.voxels.shape} voxels, {grid.source} has {grid.voxels.shape}; "
@@ -250,7 +250,10 @@ def load_label_map(path: PathLike, grid: Volume) -> np.ndarray:
         raise UserError(
             f"{path}: label map lies {distance:.2f} mm away from {grid.source}; resample it to that grid"
         )
-    voxels = labels.voxels if labels.valid is None else np.where(labels.valid, labels.voxels, 0)
+    voxels = labels.voxels
+    if labels.valid is not None:
+        warn_of(("voxels without a value are background",), as_path(path))
+        voxels = np.where(labels.valid, voxels, 0)
     whole = np.rint(voxels)  # a stored slope of 0.1 does not give whole numbers to the last digit
     if np.abs(whole - voxels).max() > _WHOLE or whole.min() < 0 or whole.max() > 65535:
         raise UserError(

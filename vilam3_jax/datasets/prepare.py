@@ -17,6 +17,7 @@ from etils import epath
 
 from vilam3_jax import paths
 from vilam3_jax.data.annotations import AnnotationStore
+from vilam3_jax.data.content_keys import DECODER_VERSION
 from vilam3_jax.data.examples import Example
 from vilam3_jax.data.records import ExampleSource, ExampleWriter
 from vilam3_jax.datasets import quickstart
@@ -59,6 +60,7 @@ def prepare_quickstart(
     identity = {
         "dataset": "quickstart",
         "version": quickstart.VERSION,
+        "decoder_version": DECODER_VERSION,
         "size": size,
         "seed": seed,
         "source_sha256": _source_digest(source_dir),
@@ -111,6 +113,7 @@ def _write(
         **identity,
         "counts": verify(work),
         "left_out": dict(sorted(builder.left_out.items())),
+        "notes": dict(sorted(builder.notes.items())),
         "samples": [
             {"name": s.name, "split": builder.splits[s.split_group], "licence": s.licence, "origin": s.origin}
             for s in builder.samples
@@ -233,6 +236,7 @@ def table(build: dict[str, Any]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += [f"left out: {count:6d}  {reason}" for reason, count in build["left_out"].items() if count]
+    lines += [f"note: {count:6d}  volumes: {note}" for note, count in build["notes"].items()]
     return "\n".join(lines)
 
 

@@ -151,6 +151,7 @@ class Build:
         self.samples = list(read_samples(source))
         self.splits = assign_splits(self.samples, seed)
         self.left_out: collections.Counter[str] = collections.Counter()
+        self.notes: collections.Counter[str] = collections.Counter()
 
     def examples(self) -> Iterator[tuple[str, str, Example]]:
         """Yields (dataset, split, example)."""
@@ -207,6 +208,7 @@ class Build:
 
     def _volume(self, sample: Sample, split: str, rng: random.Random) -> list[Picture]:
         labelled = LabelledVolume.load(sample)
+        self.notes.update(labelled.volume.notes)
         path = f"images/{sample.name}{_suffix(sample.path)}"
         self._copy(sample.path, path)
         record = self._brain_record(labelled, split)

@@ -9,7 +9,7 @@ import random
 import numpy as np
 
 from vilam3_jax.data.expert_turns import label_universe
-from vilam3_jax.data.volumes import Volume, load_label_map, load_volume
+from vilam3_jax.data.volumes import Volume, load_label_map, read_volume
 from vilam3_jax.datasets.questions import Facts
 from vilam3_jax.datasets.samples import MODALITY_CODES, Sample
 
@@ -77,10 +77,11 @@ def usable_axes(shape: tuple[int, ...], spacing: np.ndarray) -> list[int]:
 def body_profile(volume: Volume, axis: int) -> np.ndarray:
     """Share of foreground pixels of every slice along `axis`, [n] float64.
 
-    Foreground is above -300 HU in a CT, else above a tenth of the display range.
+    Foreground is above -300 HU in a CT with air around the body, else above a tenth of the display range: CT
+    templates have an empty background of 0.
     """
     low, high = volume.limits
-    threshold = -300.0 if volume.modality == "CT" else low + 0.1 * (high - low)
+    threshold = -300.0 if volume.modality == "CT" and low < -500 else low + 0.1 * (high - low)
     rest = tuple(i for i in range(3) if i != axis)
     return (volume.voxels > threshold).mean(axis=rest)
 
@@ -117,7 +118,7 @@ class LabelledVolume:
         Raises:
           UserError: a file cannot be read, or the map lies on another grid.
         """
-        volume = load_volume(sample.path, modality=MODALITY_CODES[sample.kind])
+        volume = read_volume(sample.path, modality=MODALITY_CODES[sample.kind])
         pixels: list[dict[str, np.ndarray]] = [{}, {}, {}]
         volumes_ml: dict[str, float] = {}
         if sample.label_map is not None and sample.label_names:

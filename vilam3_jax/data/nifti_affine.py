@@ -20,7 +20,11 @@ _UNITS = {1: (METRE, 1e3), 2: (MILLIMETRE, 1.0), 3: (MICROMETRE, 1e-3)}
 _SPACES = {1: "scanner", 2: "aligned", 3: "Talairach", 4: "MNI152", 5: "template"}
 _TEMPLATES = (3, 4, 5)
 
-_SAME_VOXELS = 0.1  # apart at the volume's corners: what float32 and a quaternion lose
+# What float32 loses between two equal transforms: little at the volume's corners, or, near half a turn, an
+# angle that a quaternion cannot tell (its real part is known to 6e-4).
+_SAME_VOXELS = 0.1
+_SAME_DEGREES = 0.08
+_SAME_SCALE = 1e-4
 _SAME_LENGTH = 0.01
 _OTHER_LENGTH = 2.0  # beyond it, no registration explains two voxel sizes
 _OTHER_AXES_DEGREES = 45.0
@@ -170,12 +174,16 @@ def _compared(
         *(n - 1 for n in shape),
         1,
     ]
-    apart = np.sqrt((((corners @ (sform - qform).T)[:, :3]) ** 2).sum(axis=1)).max()
+    distances = np.sqrt((((corners @ (sform - qform).T)[:, :3]) ** 2).sum(axis=1))  # the origin's first
+    apart = distances.max()
     lengths, others = (np.sqrt((a[:3, :3] ** 2).sum(axis=0)) for a in (sform, qform))
-    if apart <= _SAME_VOXELS * lengths.min() and np.abs(lengths / others - 1).max() <= _SAME_LENGTH:
-        return []
     cosines = ((sform[:3, :3] / lengths) * (qform[:3, :3] / others)).sum(axis=0)
     angle = float(np.rad2deg(np.arccos(np.clip(cosines.min(), -1, 1))))
+    scaled = np.abs(lengths / others - 1).max()
+    same = _SAME_VOXELS * lengths.min()
+    turned_by_rounding = distances[0] <= same and angle <= _SAME_DEGREES and scaled <= _SAME_SCALE
+    if turned_by_rounding or (apart <= same and scaled <= _SAME_LENGTH):
+        return []
     if angle > _OTHER_AXES_DEGREES or np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0:
         codes = ["".join(nib.orientations.aff2axcodes(a)) for a in (sform, qform)]
         raise UserError(
@@ -188,7 +196,7 @@ def _compared(
         f"sform ({spaces[0]}) and qform ({spaces[1]}) differ by up to {apart * scale:.3g} mm and "
         f"{angle:.2g} degrees; the sform is used"
     )
-    if int(header["sform_code"]) in _TEMPLATES and np.abs(lengths / others - 1).max() > _SAME_LENGTH:
+    if int(header["sform_code"]) in _TEMPLATES and scaled > _SAME_LENGTH:
         note += ", so lengths are those of the template and not of the patient"
     return [note]
 

@@ -23,8 +23,9 @@ from pydicom.valuerep import EXPLICIT_VR_LENGTH_32, VR
 Elements = dict[BaseTag, RawDataElement]
 
 _META_START = 132
-_META_GROUP = 0x0002
+_META_GROUP = b"\x02\x00"
 _TRANSFER_SYNTAX = 0x00020010
+_DIRECTORY_RECORDS, _REPORT_CONTENT, _RADIOTHERAPY = 0x00041220, 0x0040A730, range(0x3002, 0x3100)
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _UNDEFINED = 0xFFFFFFFF
 _OTHER_ENCODINGS = {str(uid).encode() for uid in (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian)}
@@ -41,6 +42,13 @@ _unpack_implicit = struct.Struct("<HHL").unpack_from
 _unpack_length = struct.Struct("<L").unpack_from
 
 
+def ends_header(tag: int, last_group: int) -> bool:
+    """Whether nothing that describes an image follows: `last_group`, or what only objects without pixels hold
+    before it, of any length: directory records, content of reports, and structures of radiotherapy."""
+    group = tag >> 16
+    return group >= last_group or tag in (_DIRECTORY_RECORDS, _REPORT_CONTENT) or group in _RADIOTHERAPY
+
+
 class _NotOrdinary(Exception):
     """pydicom has to look at this file."""
 
@@ -51,7 +59,7 @@ def walk(file: IO[bytes], tags: frozenset[int], last_group: int) -> tuple[Elemen
     Args:
       file: at any position.
       tags: wanted elements.
-      last_group: the walk ends at the first element of this group or a later one.
+      last_group: where the walk ends, see `ends_header`.
 
     Returns:
       (meta information, wanted elements, whether they are in implicit VR); None if the file is not ordinary:
@@ -59,7 +67,7 @@ def walk(file: IO[bytes], tags: frozenset[int], last_group: int) -> tuple[Elemen
     """
     try:
         walker = _Walker(file)
-        meta, place = walker.elements(_META_START, False, _META_GROUP + 1, None)
+        meta, place = walker.elements(_META_START, False, last_group, None)
         syntax = meta.get(BaseTag(_TRANSFER_SYNTAX))
         if syntax is None or not syntax.value:
             return None
@@ -83,13 +91,15 @@ class _Walker:
     def elements(
         self, place: int, implicit: bool, last_group: int, tags: frozenset[int] | None
     ) -> tuple[Elements, int]:
-        """The wanted elements (None: all) from `place` on, and where the next one starts."""
+        """The wanted elements from `place` on, and where the next one starts; None: the meta information."""
         found: Elements = {}
         if implicit and self._at(place, 6)[4:6].isalpha():
             raise _NotOrdinary  # explicit VR, whatever the transfer syntax says
         while place + 8 <= self._size:
+            if tags is None and self._at(place, 2) != _META_GROUP:
+                return found, place  # what follows may be in implicit VR
             tag, vr, start, length = self._element(place, implicit)
-            if tag >> 16 >= last_group:
+            if ends_header(tag, last_group):
                 return found, place
             if length == _UNDEFINED:
                 if tags is None or tag in tags:

@@ -70,7 +70,7 @@ _PIXEL_DESCRIPTION = """
     Rows Columns BitsAllocated BitsStored HighBit PixelRepresentation SmallestImagePixelValue
     LargestImagePixelValue PixelPaddingValue PixelPaddingRangeLimit RescaleIntercept RescaleSlope
     RescaleType WindowCenter WindowWidth VOILUTFunction PresentationLUTShape PixelIntensityRelationship
-    PixelIntensityRelationshipSign PixelPresentation QualityControlImage
+    PixelIntensityRelationshipSign PixelPresentation PresentationIntentType QualityControlImage
 """
 _DIMENSIONS = """
     DimensionOrganizationType DimensionIndexSequence DimensionIndexPointer FunctionalGroupPointer
@@ -125,14 +125,13 @@ _MAX_VALUE_BYTES = 1 << 16
 
 _HEAD_BYTES = 1024
 _CHARACTER_SET = 0x00080005
-_DIRECTORY_RECORDS = 0x00041220
 _FUNCTIONAL_GROUP = 0x5200
 _PIXEL_GROUP = 0x7FE0
 _PIXEL_TAGS = _tags("PixelData FloatPixelData DoubleFloatPixelData")
 
 # What a header may cost, by where its reading ends; pydicom reads at most three times for an element or item.
-_MAX_FRAME_READS = 12_000_000
-_MAX_READS = {_FUNCTIONAL_GROUP: 1_000_000, _PIXEL_GROUP: _MAX_FRAME_READS}
+_MAX_FRAME_READS = 4_000_000
+_MAX_READS = {_FUNCTIONAL_GROUP: 300_000, _PIXEL_GROUP: _MAX_FRAME_READS}
 _MAX_BYTES = {_FUNCTIONAL_GROUP: 64 << 20, _PIXEL_GROUP: 512 << 20}
 
 # What pydicom logs and warns of quotes values of the file, which may identify a patient.
@@ -246,7 +245,7 @@ def read_header(
 
     Returns:
       The elements of the allow-list, with `file_meta`; None if the file is not DICOM. A DICOMDIR yields a
-      header too, see `is_directory`.
+      header too, see `is_directory`. Values are decoded when they are looked at: do that inside `naming`.
 
     Raises:
       UnavailableError: the disk or the network fails.
@@ -301,8 +300,11 @@ def _read(
             dataset = _walk(stored, tags, last_group)
         if dataset is None:
             dataset = _parse(stored, head, tags, last_group, limits)
-        for tag in set(dataset.file_meta.keys()) - _META_TAGS:
-            del dataset.file_meta[tag]
+        for tag in list(dataset.file_meta.keys()):
+            if tag in _META_TAGS:
+                dataset.file_meta[tag]  # converted here, where damage is named
+            else:
+                del dataset.file_meta[tag]
         if not len(dataset) and not is_directory(dataset):  # pydicom gives up all where the end surprises it
             raise UserError(
                 f"{path}: DICOM without one element of an image; it may be cut short, fetch it again"
@@ -343,7 +345,7 @@ def _parse(
     def stop(tag: int, vr: str | None, length: int) -> bool:
         if last_group is None:
             return tag in _PIXEL_TAGS
-        return tag >> 16 >= last_group or tag == _DIRECTORY_RECORDS
+        return header_walk.ends_header(tag, last_group)
 
     file, meta = _inflated(stored, head, most)
     file.seek(0)

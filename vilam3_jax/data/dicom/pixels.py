@@ -225,6 +225,8 @@ def _native_samples(
         )
     if spare > 1:
         notes.append(f"{spare} bytes after the last frame that Number of Frames counts are left out")
+    if layout.bits_allocated == 1:
+        return _Samples(_packed_bits(data, layout, frame), layout.photometric)
     options = layout.options(photometric) | {
         "number_of_frames": layout.frames,
         "pixel_keyword": layout.keyword,
@@ -234,9 +236,19 @@ def _native_samples(
     }
     raw, _ = get_decoder(layout.syntax).as_array(data, index=frame, raw=True, **options)
     raw = raw.astype(raw.dtype.newbyteorder("="), copy=False)
-    if raw.dtype.kind == "f" or layout.bits_allocated == 1:
+    if raw.dtype.kind == "f":
         return _Samples(raw, layout.photometric)
     return _Samples(_used_bits(raw, layout), layout.photometric, raw)
+
+
+def _packed_bits(data: bytes, layout: Layout, frame: int) -> np.ndarray:
+    """One frame of single bits; it may start and end inside a byte, where pydicom loses the last bits."""
+    size = layout.rows * layout.columns
+    start, offset = divmod(frame * size, 8)
+    packed = np.frombuffer(data, np.uint8, -(-(offset + size) // 8), start)
+    return np.unpackbits(packed, bitorder="little")[offset : offset + size].reshape(
+        layout.rows, layout.columns
+    )
 
 
 def _used_bits(raw: np.ndarray, layout: Layout) -> np.ndarray:

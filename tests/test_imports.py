@@ -29,7 +29,7 @@ ALLOWED = {
     "report": {"data", "checkpoints", "evals", "cli"},
     "train": BASE | {"training", "inference", "cli"},
     "plan": BASE | {"training", "cli"},
-    "quickstart": {"checkpoints", "datasets", "report", "cli"},
+    "quickstart": {"checkpoints", "data", "datasets", "report", "cli"},
     "cli": {"evals", "train", "plan", "convert", "inference", "report", "datasets", "data"},
     "config": set(),
     "paths": set(),

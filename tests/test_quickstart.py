@@ -5,6 +5,7 @@ import json
 import pytest
 
 from vilam3_jax import quickstart
+from vilam3_jax.data.annotations import Annotation, AnnotationStore, AnnotationWriter
 from vilam3_jax.errors import UserError
 
 
@@ -126,3 +127,15 @@ def test_the_plan_is_whole(tmp_path, monkeypatch, size):
         assert set(step.after) <= {"samples", *names[:position]}, step.name
     assert [name for name in names if name in quickstart.STAGES] == list(quickstart.STAGES)
     assert names[-1] == "report" and sum(name.startswith("eval_") for name in names) == 7
+
+
+def test_annotations_of_another_decoder_are_removed(tmp_path, monkeypatch):
+    store = tmp_path / "annotations"
+    step = quickstart.Step("annotate_cxr", ("-m", "x"), store, resumable=True)
+    with AnnotationWriter(store) as writer:
+        writer.write(Annotation("a" * 64, "CXR", probabilities={"pneumonia": 0.5}))
+    quickstart._remove(step)
+    assert len(AnnotationStore(store)) == 1  # several experts share it
+    monkeypatch.setattr("vilam3_jax.data.annotations.DECODER_VERSION", 0)
+    quickstart._remove(step)
+    assert not store.exists()

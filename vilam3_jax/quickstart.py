@@ -23,6 +23,7 @@ from pathlib import Path
 
 from vilam3_jax import checkpoints, paths
 from vilam3_jax import config as config_lib
+from vilam3_jax.data.annotations import AnnotationStore
 from vilam3_jax.datasets import samples as samples_lib
 from vilam3_jax.errors import UserError
 from vilam3_jax.report import summary
@@ -220,12 +221,21 @@ def _code_hash() -> str:
 
 def _remove(step: Step) -> None:
     target = step.makes.parent if step.name in STAGES else step.makes
-    if target.name == "annotations":
+    if target.name == "annotations" and _is_current(target):
         return  # several experts share the store; present keys are checked by the command
     if target.is_dir():
         shutil.rmtree(target)
     elif target.exists():
         target.unlink()
+
+
+def _is_current(store: Path) -> bool:
+    """Whether this version reads the annotations; those of another decoder are made again."""
+    try:
+        AnnotationStore(store)
+    except UserError:
+        return False
+    return True
 
 
 def matmul_precision() -> str:

@@ -105,8 +105,8 @@ def test_out_in_use_is_refused_and_untouched(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--source", "absent.gguf"], "absent.gguf: no such file or folder"),
-        (["--source", "text.txt"], "text.txt: not a GGUF file"),
-        (["--source", "empty"], "empty: neither config.json nor a .gguf file"),
+        (["--source", "text.txt"], "text.txt: text file, not a GGUF file"),
+        (["--source", "empty"], "empty: an empty folder"),
         (["--source", "gs://bucket/model"], "copy them to a local disk first"),
         (["--source", "text.txt", "--format", "onnx"], "--format onnx: unknown; choose from auto, gguf"),
         (["--source", "text.txt", "--format", "siglip"], "needs a model folder"),

@@ -157,7 +157,7 @@ def test_missing_and_unknown_tensors_are_both_listed(tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling: low_freq_factor is 0"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling="),
-        ({"quantization_config": {"bits": 4}}, "quantization_config="),
+        ({"quantization_config": {"bits": 4}}, r"weights are quantised \(4 bits\)"),
         ({"hidden_size": None}, "hidden_size is None"),
     ],
 )

@@ -32,6 +32,7 @@ from vilam3_jax.convert.huggingface import (
     open_siglip_pair,
 )
 from vilam3_jax.convert.safetensors_files import copy_into, read_config
+from vilam3_jax.convert.source_checks import check_folder, check_weights, refuse_file
 from vilam3_jax.convert.sources import Checkpoint, Index, Rule, Source
 from vilam3_jax.convert.torch_files import with_safetensors
 from vilam3_jax.convert.vila import PARTS, open_vila
@@ -118,7 +119,7 @@ def detect_format(source: Path) -> str:
             magic = handle.read(4)
         if magic == b"GGUF":
             return "gguf"
-        raise UserError(f"{source}: not a GGUF file; --source is a GGUF file or a Hugging Face model folder")
+        raise refuse_file(source)
     if (source / "config.json").exists():
         if any((source / name).is_dir() for name in PARTS.values()):
             return "vila"
@@ -148,6 +149,8 @@ def open_source(
     if "://" in str(source):
         raise UserError(f"{source}: weights are read in place; copy them to a local disk first")
     path = Path(as_path(source))
+    if path.is_dir():
+        check_folder(path)
     chosen = detect_format(path) if source_format == "auto" else source_format
     if chosen not in FORMATS:
         raise UserError(f"--format {chosen}: unknown; choose from auto, {', '.join(FORMATS)}")
@@ -155,6 +158,8 @@ def open_source(
         path = _single_gguf(path)
     elif not path.is_dir():
         raise UserError(f"{path}: --format {chosen} needs a model folder")
+    for part in {"gguf": (), "vila": PARTS.values()}.get(chosen, (".",)):
+        check_weights(path / part)
     opened = open_vila(path, tokenizer) if chosen == "vila" else OPENERS[chosen](path)
     return opened if isinstance(opened, Checkpoint) else Checkpoint.of(opened)
 

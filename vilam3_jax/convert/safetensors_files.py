@@ -246,9 +246,4 @@ def _inside(folder: Path, name: str) -> Path:
 def _missing_weights(folder: Path, name: str) -> str:
     if name != _SINGLE:
         return f"shard {name} is missing; download it into the folder"
-    if list(folder.glob("pytorch_model*.bin")):
-        return (
-            "has only pytorch_model.bin, which can run code when opened; save it as safetensors, or import "
-            "with --torch_files"
-        )
     return f"neither {_SINGLE} nor {_INDEX} is here; download the weights"

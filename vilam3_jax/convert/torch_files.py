@@ -13,7 +13,7 @@ from vilam3_jax.errors import UserError
 
 _PICKLES = (".bin", ".pt", ".pth")
 # What a trainer leaves beside the weights.
-_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 _PROCESS = "vilam3_experts.torch_files"
 
 
@@ -41,9 +41,7 @@ def with_safetensors(folder: Path, scratch: Path) -> Path:
         copy = mirror / place.relative_to(folder)
         copy.mkdir(parents=True)
         files = [file for file in sorted(place.iterdir()) if file.is_file()]
-        pickles = [
-            file for file in files if file.suffix in _PICKLES and not file.name.startswith(_NO_WEIGHTS)
-        ]
+        pickles = [file for file in files if file.suffix in _PICKLES and not file.name.startswith(NO_WEIGHTS)]
         for file in files:
             # Where there are pickles, other weights are not touched: not read, and not linked for writing.
             weights = file.suffix in (*_PICKLES, ".safetensors") or file.name.endswith(".index.json")

@@ -64,6 +64,13 @@ PNG, JPEG, WEBP, BMP, GIF, TIFF = (
 )
 WHOLE_SLIDE = FileKind("whole-slide image", None, "export the region to look at as PNG")
 GIT_LFS = FileKind("Git LFS pointer, not the file itself", None, "run `git lfs pull` where it came from")
+GIT_ANNEX = FileKind("git-annex pointer, not the file itself", None, "run `git annex get` first")
+GIT_XET = FileKind("Git Xet pointer, not the file itself", None, "fetch the file itself")
+WEB_PAGE = FileKind(
+    "web page (HTML), not the file itself", None, "fetch the file again, logged in if need be"
+)
+STORE_ERROR = FileKind("error message of an object store, not the file itself", None, "fetch it again")
+STAND_INS = (GIT_LFS, GIT_ANNEX, GIT_XET, WEB_PAGE, STORE_ERROR)  # what lies there in place of the file
 TEXT = FileKind("text file", None, _SCAN_OR_PICTURE)
 UNKNOWN = FileKind("file of an unknown kind", None, _SCAN_OR_PICTURE)
 
@@ -194,12 +201,8 @@ _MARKS: tuple[tuple[int, bytes, FileKind], ...] = (
     (0, b"L\0\0\0\x01\x14\x02\0", FileKind("Windows shortcut", None, "give the file that it points to")),
     (0, b"Salted__", FileKind("encrypted file", None, "decrypt it first")),
     (0, b"version https://git-lfs", GIT_LFS),
-    (
-        0,
-        b"/annex/objects/",
-        FileKind("git-annex pointer, not the file itself", None, "run `git annex get` first"),
-    ),
-    (0, b"# xet version", FileKind("Git Xet pointer, not the file itself", None, "fetch the file itself")),
+    (0, b"/annex/objects/", GIT_ANNEX),
+    (0, b"# xet version", GIT_XET),
     (0, b"\xff\x0a", _picture("JPEG XL picture")),
 )
 
@@ -516,9 +519,7 @@ def _text(start: bytes, name: str) -> FileKind | None:
         return None
     lower = head.lower()
     if lower.startswith((b"<!doctype html", b"<html")) or b"<html" in lower[:512]:
-        return FileKind(
-            "web page (HTML), not the file itself", None, "fetch the file again, logged in if need be"
-        )
+        return WEB_PAGE
     if lower.startswith(b"<"):
         return _xml(lower)
     if lower.startswith((b"{", b"[{", b"[\n", b"[ ", b'["', b"[[")):
@@ -538,10 +539,7 @@ def _xml(lower: bytes) -> FileKind:
         (b"<vtkfile", _volume("VTK file")),
         (b"<gifti", _MESH),
         (b"<nativedicommodel", FileKind("DICOM data as XML", None, "export it as a DICOM file")),
-        (
-            b"<error>",
-            FileKind("error message of an object store, not the file itself", None, "fetch it again"),
-        ),
+        (b"<error>", STORE_ERROR),
     ):
         if mark in lower:
             return kind

@@ -26,7 +26,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
-_JPEG = (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1)
+_PROGRESSIVE_JPEG = (UID("1.2.840.10008.1.2.4.53"), UID("1.2.840.10008.1.2.4.55"))  # retired
+_LOSSLESS_JPEG = (JPEGLossless, JPEGLosslessSV1)
+_JPEG = (JPEGBaseline8Bit, JPEGExtended12Bit, *_PROGRESSIVE_JPEG, *_LOSSLESS_JPEG)
 _JPEG_LS = (JPEGLSLossless, JPEGLSNearLossless)
 JPEG_2000 = (JPEG2000Lossless, JPEG2000, HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K)
 
@@ -34,8 +36,20 @@ _START_OF_FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
 _MAX_RLE_PADDING = 256  # bytes that some writers add to a segment
 
 
+# Lossless codecs of whole cells: what lies beside the stored bits survives in them.
+KEEPS_CELLS = (*_LOSSLESS_JPEG, JPEGLSLossless)
+
+
 class NoDecoderError(Exception):
-    """No installed package decodes the transfer syntax."""
+    """No installed package decodes the transfer syntax.
+
+    Attributes:
+      is_known: whether there are packages that do.
+    """
+
+    def __init__(self, *, is_known: bool) -> None:
+        super().__init__()
+        self.is_known = is_known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +61,8 @@ class Frame:
       components: samples per pixel.
       precision: bits of a sample.
       signed: whether the samples are signed, which only JPEG 2000 can say.
-      colour: "RGB" or "YBR_FULL" where a marker, the component names or subsampled chroma settle it.
+      colour: "RGB" or "YBR_FULL" where a marker, the component names, subsampled chroma or the transform of
+        JPEG 2000 settle it.
     """
 
     rows: int
@@ -94,12 +109,20 @@ def _inspect_jpeg_2000(coded: bytes) -> Frame:
     x1, y1, x0, y0 = struct.unpack_from(">4L", coded, start + 8)
     (components,) = struct.unpack_from(">H", coded, start + 40)
     depth = coded[start + 42]
-    return Frame(y1 - y0, x1 - x0, components, (depth & 0x7F) + 1, bool(depth & 0x80))
+    place = start + 2
+    while coded[place : place + 2] != b"\xff\x52":  # coding style, a part of every main header
+        if coded[place] != 0xFF or coded[place + 1] == 0x90:
+            raise ValueError("a damaged JPEG 2000 codestream")
+        place += 2 + struct.unpack_from(">H", coded, place + 2)[0]
+    colour = "RGB" if components == 3 and coded[place + 8] else None  # the decoder undoes this transform
+    return Frame(y1 - y0, x1 - x0, components, (depth & 0x7F) + 1, bool(depth & 0x80), colour)
 
 
 def _inspect_jpeg(coded: bytes) -> Frame:
     if coded[:2] != b"\xff\xd8":
         raise ValueError("no JPEG codestream inside")
+    if b"\xff\xd9" not in coded[-10:]:  # libjpeg would make up what is missing
+        raise ValueError("the compressed frame is cut short")
     jfif, adobe = False, None
     place = 2
     while True:
@@ -153,9 +176,9 @@ def decode(coded: bytes, syntax: UID, options: dict[str, Any]) -> np.ndarray:
     try:
         plugins = get_decoder(syntax)
     except NotImplementedError as error:
-        raise NoDecoderError from error
+        raise NoDecoderError(is_known=syntax in _PROGRESSIVE_JPEG) from error
     if not plugins.is_available:
-        raise NoDecoderError
+        raise NoDecoderError(is_known=True)
     options = options | {"number_of_frames": 1, "pixel_keyword": "PixelData", "extended_offsets": None}
     return plugins.as_array(encapsulated(coded), index=0, raw=True, **options)[0]
 

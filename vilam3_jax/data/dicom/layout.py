@@ -81,7 +81,7 @@ def read_layout(dataset: pydicom.Dataset, path: PathLike, limits: Limits) -> Lay
     keyword = _pixel_keyword(dataset, path)
     notes: list[str] = []
     photometric = _photometric(dataset, path)
-    samples = _whole(dataset, "SamplesPerPixel", path, 3 if photometric in COLOUR else 1)
+    samples = _stated(dataset, "SamplesPerPixel", path, 3 if photometric in COLOUR else 1, notes)
     if samples != (3 if photometric in COLOUR else 1):
         raise UserError(
             f"{path}: Samples per Pixel of {samples} contradicts the photometric interpretation "
@@ -97,7 +97,7 @@ def read_layout(dataset: pydicom.Dataset, path: PathLike, limits: Limits) -> Lay
     frames = _frames(dataset, path)
     if keyword == "PixelData":
         bits = _bits(dataset, path, notes)
-        signed = _whole(dataset, "PixelRepresentation", path, 0)
+        signed = _stated(dataset, "PixelRepresentation", path, 0, notes)
         if signed not in (0, 1):
             raise UserError(f"{path}: Pixel Representation of {signed} makes no sense; export it again")
     else:
@@ -190,7 +190,7 @@ def _frames(dataset: pydicom.Dataset, path: PathLike) -> int:
 
 def _bits(dataset: pydicom.Dataset, path: PathLike, notes: list[str]) -> tuple[int, int, int]:
     allocated = _whole(dataset, "BitsAllocated", path)
-    stored = _whole(dataset, "BitsStored", path, allocated)
+    stored = _stated(dataset, "BitsStored", path, allocated, notes)
     high = _whole(dataset, "HighBit", path, stored - 1)
     if allocated not in (1, 8, 16, 32, 64) or not 1 <= stored <= allocated:
         raise UserError(
@@ -222,6 +222,15 @@ def check_frame(frame: int, layout: Layout, path: PathLike) -> None:
     """Raises a `UserError` if there is no such frame."""
     if not 0 <= frame < layout.frames:
         raise UserError(f"{path}: no frame {frame}; choose one of 0 to {layout.frames - 1}")
+
+
+def _stated(dataset: pydicom.Dataset, keyword: str, path: PathLike, default: int, notes: list[str]) -> int:
+    """A whole number that every image should state; its absence is noted."""
+    number = _whole(dataset, keyword, path, -1)
+    if number == -1:
+        notes.append(f"{keyword} is not stated and taken as {default}")
+        return default
+    return number
 
 
 def _whole(dataset: pydicom.Dataset, keyword: str, path: PathLike, default: int | None = None) -> int:

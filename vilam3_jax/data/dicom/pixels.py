@@ -17,7 +17,7 @@ from pydicom.encaps import get_frame, parse_basic_offsets
 from pydicom.multival import MultiValue
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import convert_color_space
-from pydicom.uid import RLELossless
+from pydicom.uid import RLELossless, VLWholeSlideMicroscopyImageStorage
 
 from vilam3_jax.data.dicom import codecs, display
 from vilam3_jax.data.dicom.headers import (
@@ -168,6 +168,9 @@ def value_notes(
         layout = read_layout(dataset, path, limits)
         notes = [*layout.notes]
         _modality(dataset, layout, 0, notes)
+        mapping = "RealWorldValueMappingSequence"
+        if items(dataset, mapping) or functional_group(dataset, 0, mapping):
+            notes.append("the Real World Value Mapping is not applied")
         return tuple(dict.fromkeys(notes))
 
 
@@ -282,15 +285,21 @@ def _compressed_samples(
                 f"{path}: a compressed frame of {seen.rows} x {seen.columns} with {seen.components} samples, "
                 f"the header says {layout.rows} x {layout.columns} with {layout.samples}; export it again"
             )
-        if seen.colour and (seen.colour == "RGB") != (photometric == "RGB"):
+        if seen.precision > layout.bits_allocated:
+            raise UserError(
+                f"{path}: a compressed frame of {seen.precision} bits, the header allocates "
+                f"{layout.bits_allocated}; export it again"
+            )
+        is_rgb = photometric in ("RGB", "YBR_ICT", "YBR_RCT")  # the last two after decoding
+        if seen.colour and (seen.colour == "RGB") != is_rgb:
             notes.append(f"the compressed frame holds {seen.colour}, the header says {photometric}")
             photometric = seen.colour
     try:
         values = codecs.decode(coded, layout.syntax, layout.options(photometric))
     except codecs.NoDecoderError as error:
+        fix = "`pip install 'vilam3-jax[dicom]'`, or export" if error.is_known else "export"
         raise UserError(
-            f"{path}: no decoder for the transfer syntax {name}; `pip install 'vilam3-jax[dicom]'`, or "
-            "export it as Explicit VR Little Endian"
+            f"{path}: no decoder for the transfer syntax {name}; {fix} it as Explicit VR Little Endian"
         ) from error
     except Exception as error:  # each codec has errors of its own
         raise UserError(f"{path}: damaged pixels of {name} ({short(error)}); fetch it again") from error
@@ -303,7 +312,15 @@ def _compressed_samples(
         photometric = "RGB"  # the decoder undid the transform
     if layout.syntax == RLELossless:
         return _Samples(_used_bits(values, layout), photometric, values)
-    return _Samples(_signed(values, layout, seen), photometric)
+    values = _signed(values, layout, seen)
+    if (
+        layout.samples == 1
+        and not layout.stored_range[0] <= values.min() <= values.max() <= layout.stored_range[1]
+    ):
+        notes.append(
+            f"values need more than the {layout.bits_stored} bits that the header states; all are kept"
+        )
+    return _Samples(values, photometric)
 
 
 def _coded_frame(dataset: pydicom.Dataset, layout: Layout, frame: int, notes: list[str]) -> bytes:
@@ -320,7 +337,7 @@ def _coded_frame(dataset: pydicom.Dataset, layout: Layout, frame: int, notes: li
 def _signed(values: np.ndarray, layout: Layout, seen: codecs.Frame | None) -> np.ndarray:
     """Gives samples the sign that the header states; JPEG and JPEG-LS store bit patterns without one."""
     precision = seen.precision if seen is not None else layout.bits_stored
-    if layout.syntax not in codecs.JPEG_2000:
+    if layout.syntax in codecs.KEEPS_CELLS:
         precision = min(precision, layout.bits_stored)
     width = 8 * values.dtype.itemsize
     if (values.dtype.kind == "i") == layout.signed and layout.syntax in codecs.JPEG_2000:
@@ -529,6 +546,8 @@ def _general_notes(dataset: pydicom.Dataset) -> list[str]:
         notes.append("the Presentation LUT Sequence is not applied")
     if str(dataset.get("PresentationIntentType") or "").strip().upper() == "FOR PROCESSING":
         notes.append("the file holds data for processing, not for presentation")
+    if dataset.get("SOPClassUID") == VLWholeSlideMicroscopyImageStorage:
+        notes.append("a frame of a whole-slide image is one tile of it")
     for keyword, name in (("PixelAspectRatio", "Pixel Aspect Ratio"), ("PixelSpacing", "Pixel Spacing")):
         pair = numbers(dataset, keyword)
         if len(pair) == 2 and None not in pair:

@@ -19,7 +19,7 @@ import numpy as np
 import pydicom
 import tifffile
 from PIL import Image
-from pydicom.uid import UID
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
 from vilam3_jax.data import file_kinds
 from vilam3_jax.data.dicom.codecs import is_decodable
@@ -247,7 +247,7 @@ def _pixel_fault(header: pydicom.Dataset, size: int, path: str, limits: Limits) 
                     _known_layouts.clear()
                 _known_layouts[key] = _layout_fault(header, path, limits)
             fault, least = _known_layouts[key]
-            return fault or ("the pixel data is cut short" if size < least else None)
+            return fault or ("the pixel data is cut short" if size < _last_value(header) + least else None)
     except UnavailableError:
         raise
     except UserError as error:
@@ -269,8 +269,18 @@ def _layout_fault(header: pydicom.Dataset, path: str, limits: Limits) -> tuple[s
     layout = read_layout(header, path, limits)
     if encapsulated:
         return None if is_decodable(layout.syntax) else _no_decoder(layout.syntax), 0
+    if syntax == DeflatedExplicitVRLittleEndian:
+        return None, 0
     bits = layout.rows * layout.columns * layout.samples * layout.bits_allocated * layout.frames
     return None, bits * (2 if "422" in layout.photometric else 3) // 3 // 8
+
+
+def _last_value(header: pydicom.Dataset) -> int:
+    """Where the last value of the header starts in the file; the pixels come later."""
+    elements = (header.get_item(tag) for tag in header.keys())  # noqa: SIM118 (to iterate would decode all)
+    return max(
+        (getattr(e, "value_tell", None) or getattr(e, "file_tell", None) or 0 for e in elements), default=0
+    )
 
 
 def _no_decoder(syntax: UID) -> str:
@@ -379,7 +389,7 @@ def _series(series: Series, facts: dict[Any, _FileFacts], limits: Limits) -> Ser
         thickness=thickness[0][0] if thickness else None,
         localizer=series.localizer,
         files=tuple(file.index for file in files),
-        problem=None if problem is None else plain_words.reason(problem),
+        problem=problem,
         notes=tuple(plain_words.reason(note) for note in notes),
         skipped={why: tuple(indices) for why, indices in skipped.items()},
     )
@@ -389,11 +399,12 @@ def _usable(
     series: Series, members: list[_FileFacts], limits: Limits
 ) -> tuple[list[_FileFacts], str | None, list[str]]:
     """The slices that a reader would use, why it would use none, and a note about those it leaves out."""
+    problem = None if series.problem is None else plain_words.reason(series.problem)
     faults = {place: file.fault for place, file in enumerate(members) if file.fault}
     if series.kind != VOLUME:
         good = [file for file in members if not file.fault]
-        return good, series.problem if good else next(iter(faults.values()), series.problem), []
-    problem = series.problem or _over_limits(series, members, limits)
+        return good, problem if good else next(iter(faults.values()), problem), []
+    problem = problem or _over_limits(series, members, limits)
     kept = without_damaged(faults, len(members))
     if problem is not None or kept is None:
         return members, problem or next(iter(faults.values())), []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -84,7 +85,7 @@ def _fates(found: Found) -> dict[int, str]:
 
 
 def _series_json(number: int, one: SeriesRecord, studies: dict[str, int]) -> dict[str, Any]:
-    spacing = None if one.spacing is None else [_rounded(mm) for mm in one.spacing]
+    thickness = _rounded(None if one.thickness is None else [one.thickness])
     return {
         "number": number,
         "id": one.identifier,
@@ -97,9 +98,9 @@ def _series_json(number: int, one: SeriesRecord, studies: dict[str, int]) -> dic
         "columns": one.columns,
         "rows": one.rows,
         "slices": one.slices,
-        "spacing_mm": spacing,
+        "spacing_mm": _rounded(one.spacing),
         "plane": one.plane,
-        "thickness_mm": None if one.thickness is None else _rounded(one.thickness),
+        "thickness_mm": thickness[0] if thickness else None,
         "localizer": one.localizer,
         "problem": one.problem,
         "notes": list(one.notes),
@@ -114,7 +115,7 @@ def _volume_json(number: int, record: FileRecord) -> dict[str, Any]:
         "kind": record.kind,
         "use": AS_VOLUME if record.problem is None else NOT_USED,
         "shape": list(grid.shape) if grid else None,
-        "spacing_mm": [_rounded(mm) for mm in grid.spacing] if grid else None,
+        "spacing_mm": _rounded(grid.spacing) if grid else None,
         "orientation": grid.orientation if grid else UNKNOWN,
         "modality": grid.modality if grid else UNKNOWN,
         "body_part": grid.body_part if grid else UNKNOWN,
@@ -367,8 +368,11 @@ def dumps(document: dict[str, Any]) -> str:
     return json.dumps(document, indent=1) + "\n"
 
 
-def _rounded(number: float) -> float:
-    return float(f"{number:.4g}")
+def _rounded(lengths: Sequence[float] | None) -> list[float] | None:
+    """Millimetres to four digits; None where one is no finite number, which JSON cannot hold."""
+    if lengths is None or not all(map(math.isfinite, lengths)):
+        return None
+    return [float(f"{mm:.4g}") for mm in lengths]
 
 
 def _product(spacing: Sequence[float] | None) -> str:

@@ -8,6 +8,8 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 
+from etils import epath
+
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import PathLike, as_path
 
@@ -99,9 +101,13 @@ def _local(root: str, skipped: collections.Counter[str]) -> Iterator[str]:
         waiting += reversed(folders)
 
 
-def _remote(root: os.PathLike[str]) -> Iterator[str]:
-    for folder, folders, names in as_path(root).walk():
+def _remote(root: epath.Path) -> Iterator[str]:
+    scheme = str(root).partition("://")[0]
+    for folder, folders, names in root.walk():
         folders.sort()
+        place = str(folder)
+        if "://" not in place:  # as fsspec has it
+            place = f"{scheme}://{place.lstrip('/')}"
         for name in sorted(names):
             if name:  # object stores may list a marker of the folder itself
-                yield f"{folder}/{name}"
+                yield f"{place}/{name}"

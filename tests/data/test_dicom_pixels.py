@@ -848,6 +848,12 @@ def test_a_component_transform_of_jpeg_2000_is_undone_once(shown):
         (transformed, "RGB", False),
         (transformed, "YBR_FULL", True),  # the codestream knows better
         (imagecodecs.jpeg2k_encode(plain, level=0, codecformat="j2k", mct=False), "YBR_FULL", False),
+        (imagecodecs.jpeg2k_encode(plain, level=0, codecformat="jp2", mct=False), "YBR_FULL", False),
+        (
+            imagecodecs.jpeg2k_encode(plain, level=0, codecformat="jp2", colorspace="SYCC", mct=False),
+            "YBR_FULL",
+            False,
+        ),
     ):
         picture = shown(coded, stated, syntax=JPEG2000Lossless, **TAGS_COLOURS)
         np.testing.assert_allclose(picture.pixels, COLOURS, atol=2)

@@ -103,9 +103,7 @@ def inspect(coded: bytes, syntax: UID) -> Frame | None:
 
 
 def _inspect_jpeg_2000(coded: bytes) -> Frame:
-    start = coded.find(b"\xff\x4f\xff\x51")  # a JP2 file may enclose the codestream
-    if start < 0:
-        raise ValueError("no JPEG 2000 codestream inside")
+    start = _codestream_start(coded)
     x1, y1, x0, y0 = struct.unpack_from(">4L", coded, start + 8)
     (components,) = struct.unpack_from(">H", coded, start + 40)
     depth = coded[start + 42]
@@ -114,8 +112,17 @@ def _inspect_jpeg_2000(coded: bytes) -> Frame:
         if coded[place] != 0xFF or coded[place + 1] == 0x90:
             raise ValueError("a damaged JPEG 2000 codestream")
         place += 2 + struct.unpack_from(">H", coded, place + 2)[0]
-    colour = "RGB" if components == 3 and coded[place + 8] else None  # the decoder undoes this transform
+    # The decoder undoes the component transform, and converts components of different sampling.
+    sampling = {coded[start + 43 + 3 * index : start + 45 + 3 * index] for index in range(components)}
+    colour = "RGB" if components == 3 and (coded[place + 8] or len(sampling) > 1) else None
     return Frame(y1 - y0, x1 - x0, components, (depth & 0x7F) + 1, bool(depth & 0x80), colour)
+
+
+def _codestream_start(coded: bytes) -> int:
+    start = coded.find(b"\xff\x4f\xff\x51")  # some writers enclose it in a JP2 file
+    if start < 0:
+        raise ValueError("no JPEG 2000 codestream inside")
+    return start
 
 
 def _inspect_jpeg(coded: bytes) -> Frame:
@@ -198,7 +205,8 @@ def _decoder(syntax: UID) -> _Decoder | None:
     if syntax in _JPEG_LS and imagecodecs.JPEGLS.available:
         return lambda coded, options: imagecodecs.jpegls_decode(coded)
     if syntax in JPEG_2000 and imagecodecs.JPEG2K.available:
-        return lambda coded, options: imagecodecs.jpeg2k_decode(coded)
+        # Without the JP2 file around it, whose colour space would make the decoder convert.
+        return lambda coded, options: imagecodecs.jpeg2k_decode(coded[_codestream_start(coded) :])
     if syntax == RLELossless and imagecodecs.PACKBITS.available:
         return _decode_rle
     return None

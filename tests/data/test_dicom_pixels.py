@@ -357,6 +357,17 @@ def test_without_a_setting_deep_values_are_stretched_without_their_extremes(show
     )
 
 
+def test_values_of_any_size_are_stretched(shown):
+    tags = {"PixelData": None, "Rows": 16, "Columns": 16, "SamplesPerPixel": 1, "BitsAllocated": 32}
+    pixels = RAMP.astype(np.float32)
+    expected = shown(b"", FloatPixelData=pixels.tobytes(), **tags).pixels
+    assert np.ptp(expected) == 255
+    for factor in (1e-12, 1e12):
+        scaled = (pixels * np.float32(factor)).tobytes()
+        np.testing.assert_allclose(shown(b"", FloatPixelData=scaled, **tags).pixels, expected, atol=1)
+    assert not shown(np.full((4, 4), 500, np.uint16)).pixels.any()
+
+
 def test_a_nearly_empty_picture_shows_what_differs(shown):
     pixels = np.zeros((64, 64), np.uint16)
     pixels[5, 5], pixels[6, 6] = 1000, 500

@@ -47,6 +47,12 @@ class Display:
         return np.clip((values - self.centre) / self.width + 0.5, 0, 1)
 
 
+def between(low: float, high: float) -> Display:
+    """The setting that shows `low` as black and `high` as white; all black if they are equal."""
+    width = high - low if high > low else 1.0
+    return Display("", centre=low + width / 2, width=width, function="LINEAR_EXACT")
+
+
 def choose(
     dataset: pydicom.Dataset,
     frame: int,

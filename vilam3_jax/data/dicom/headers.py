@@ -209,16 +209,15 @@ def functional_group(dataset: pydicom.Dataset, frame: int, keyword: str) -> pydi
     """The functional group macro of one frame: its own, or the one that all frames share."""
     own = items(dataset, "PerFrameFunctionalGroupsSequence")
     shared = items(dataset, "SharedFunctionalGroupsSequence")
-    for groups in (own[frame : frame + 1], shared[:1]):
-        for group in groups:
-            if found := items(group, keyword):
-                return found[0]
+    for groups, place in ((own, frame), (shared, 0)):
+        if place < len(groups) and (found := items(groups[place], keyword)):
+            return found[0]
     return None
 
 
-def items(dataset: pydicom.Dataset, keyword: str) -> list[pydicom.Dataset]:
+def items(dataset: pydicom.Dataset, keyword: str) -> Sequence[pydicom.Dataset]:
     """The items of a sequence, none where it is absent."""
-    return list(cast(Any, dataset[keyword].value) or ()) if keyword in dataset else []
+    return cast(Any, dataset[keyword].value) or () if keyword in dataset else ()
 
 
 def overlay_planes(dataset: pydicom.Dataset) -> int:

@@ -38,6 +38,7 @@ from vilam3_jax.errors import UserError
 from vilam3_jax.paths import PathLike
 
 _ASPECT_TOLERANCE = 0.01
+_PIXELS_AT_ONCE = 1 << 20  # brought to grey, in float64
 # From YCbCr of the range 16..235 (16..240 for chroma) to RGB: the inverse of PS3.3 C.7.6.3.1.2.
 _FROM_YBR_PARTIAL = np.linalg.inv(
     [[0.2568, 0.5041, 0.0979], [-0.1482, -0.2910, 0.4392], [0.4392, -0.3678, -0.0714]]
@@ -473,10 +474,11 @@ def _grey_picture(
     if setting is None:
         is_display_value = layout.bits_stored <= 8 and bounds == (0, layout.stored_range[1])
         low, high = bounds if is_display_value else _limits(values, usable)
-        shown = np.clip((values.astype(np.float64) - low) / max(high - low, 1e-6), 0, 1)
-    else:
-        shown = setting.apply(values)
-    grey = np.rint(shown * 255).astype(np.uint8)
+        setting = display.between(low, high)
+    grey = np.empty(values.shape, np.uint8)
+    step = max(_PIXELS_AT_ONCE // layout.columns, 1)
+    for row in range(0, layout.rows, step):
+        grey[row : row + step] = np.rint(setting.apply(values[row : row + step]) * 255)
     if _is_inverted(dataset, layout, notes):
         grey = 255 - grey
     if usable is not None:

@@ -11,8 +11,9 @@ import dataclasses
 import datetime
 import functools
 import re
+import struct
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from pydicom.datadict import dictionary_has_tag, dictionary_keyword, dictionary_VR
 from pydicom.dataelem import DataElement
@@ -46,6 +47,7 @@ _TEXT = frozenset({"AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UT"})
 
 _DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
 _INTEGER = re.compile(r"[+-]?\d{1,10}")
+_ORDINAL = re.compile(r"[+-]?\d{1,7}")  # some devices number series by date and time, or by the accession
 _AGE = re.compile(r"\d{3}[DWMY]")
 _UID = re.compile(r"\d+(\.\d+)+")
 _DATES = {
@@ -254,12 +256,9 @@ class _Builder:
             return self._words(element)
         if kind == profile.BINARY and element.VR.startswith("O"):
             return self._binary(element, source)
-        values = _listed(element.value)
-        if values and not (kind == profile.DATE and len(values) > 1):
-            rule = _RULES.get(kind, _number)
-            values = [rule(value, element.VR) for value in values]
-            if None in values:
-                return None
+        values = _ruled(_listed(element.value), _RULES.get(kind, _number), element.VR)
+        if None in values or (kind == profile.DATE and len(values) > 1):
+            return None
         if kind in (profile.UID, profile.DATE) and values:
             self._count(REPLACED, tag)
         return DataElement(tag, element.VR, values)
@@ -295,8 +294,7 @@ class _Builder:
     def _binary(self, element: DataElement, source: Dataset) -> DataElement | None:
         if not isinstance(element.value, bytes):
             return None
-        entries = _table_entries(source, element.keyword)
-        if entries is not None and len(element.value) > 2 * entries + 1:
+        if element.keyword.endswith(("LUTData", "TableData")) and not _is_table(element, source):
             return None
         return DataElement(element.tag, element.VR, element.value)
 
@@ -308,7 +306,7 @@ class _Builder:
         """
         action = profile.basic_profile().get(tag, "X")
         vr = dictionary_VR(tag).split(" or ")[0] if action != "X" and dictionary_has_tag(tag) else ""
-        if action == "U":
+        if action == "U" or (vr == "UI" and "D" in action):
             element = _readable(source, tag)
             uids = [_uid(value, "UI") for value in _listed(element.value)] if element is not None else []
             if uids and None not in uids:
@@ -354,6 +352,14 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (MultiValue, list, tuple)) else [value]
 
 
+def _ruled(values: list[Any], rule: Callable[[Any, str], Any], vr: str) -> list[Any]:
+    """What `rule` makes of each value; None of one that it does not accept."""
+    try:
+        return [rule(value, vr) for value in values]
+    except (ValueError, TypeError, OverflowError):  # pydicom passes on text where numbers belong
+        return [None]
+
+
 def _number(value: Any, vr: str) -> Any:
     """A number; strings keep their digits, so that geometry stays the same to the last one."""
     if vr == "DS":
@@ -365,6 +371,11 @@ def _number(value: Any, vr: str) -> Any:
     if vr == "AT":
         return Tag(value)
     return value if isinstance(value, (int, float)) else None
+
+
+def _ordinal(value: Any, vr: str) -> Any:
+    number = _number(value, vr)
+    return None if vr == "IS" and number and not _ORDINAL.fullmatch(number) else number
 
 
 def _date(value: Any, vr: str) -> str | None:
@@ -406,7 +417,7 @@ def _age(text: str) -> str | None:
 
 
 _RULES: dict[str, Callable[[Any, str], Any]] = {
-    profile.NUMBER: _number,
+    profile.ORDINAL: _ordinal,
     profile.DATE: _date,
     profile.UID: _uid,
     profile.CLASS_UID: _class_uid,
@@ -414,15 +425,29 @@ _RULES: dict[str, Callable[[Any, str], Any]] = {
 }
 
 
-def _table_entries(source: Dataset, keyword: str) -> int | None:
-    """How many entries a look-up table has by its descriptor; None for data that is not such a table."""
-    if not keyword.endswith(("LUTData", "LookupTableData")) or keyword.startswith("Segmented"):
-        return None
-    descriptor = source.get(keyword.replace("Data", "Descriptor"))
+def _is_table(element: DataElement, source: Dataset) -> bool:
+    """Whether look-up table data are as long as their descriptor says, or segments (PS3.3, C.7.9.2)."""
+    name = element.keyword.removeprefix("Segmented").replace("Data", "Descriptor")
     try:
-        return int(cast(Any, descriptor)[0]) or 1 << 16
-    except (TypeError, ValueError, LookupError):
-        return 0
+        entries, _, bits = (int(number) for number in source[name].value)
+    except Exception:  # no descriptor, or a damaged one
+        return False
+    if element.keyword.startswith("Segmented"):
+        order = "<" if source.original_encoding[1] else ">"
+        return _are_segments(element.value, "B" if bits == 8 else f"{order}H")
+    return len(element.value) <= 2 * (entries or 1 << 16) + 1
+
+
+def _are_segments(data: bytes, number: str) -> bool:
+    size = struct.calcsize(number)
+    numbers = [value for (value,) in struct.iter_unpack(number, data[: len(data) // size * size])]
+    place = 0
+    while place + 1 < len(numbers):
+        kind, count = numbers[place : place + 2]
+        if kind > 2 or (kind == 2 and size == 1):
+            return False
+        place += 2 + {0: count, 1: 1, 2: 2}[kind]  # discrete values, a line, a reference to other segments
+    return place == len(numbers) or (size == 1 and place == len(numbers) - 1)  # padded to an even length
 
 
 @functools.lru_cache(maxsize=4096)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pydicom.uid import (
     HTJ2K,
@@ -62,34 +64,57 @@ _JP2_START = b"\0\0\0\x0cjP  "
 _JP2_BOXES = frozenset({b"jP  ", b"ftyp", b"rreq", b"jp2h"})
 
 
-def without_comments(pixel_data: bytes, transfer_syntax: str) -> bytes:
+def without_comments(pixel_data: bytes, transfer_syntax: str, frame_pixels: int) -> bytes:
     """Overwrites what a decoder does not need: comments, application data, bytes after the end of a frame.
 
     Args:
       pixel_data: an encapsulated PixelData element: items, the first of them the offset table.
       transfer_syntax: one of `ENCAPSULATED`.
+      frame_pixels: rows times columns.
 
     Returns:
-      As many bytes; those of the pixels are unchanged.
+      The same items, their frames of the same length. An offset table that cannot be one becomes empty.
 
     Raises:
       ValueError: the items or the compressed frames are not well-formed.
     """
-    fragments = _fragments(pixel_data)
+    table, *fragments = _fragments(pixel_data)
     if transfer_syntax == RLELossless:
-        return pixel_data
-    clean = _clean_jpeg if transfer_syntax in _JPEG else _clean_jpeg_2000
+        clean = functools.partial(_clean_rle, frame_pixels)
+    else:
+        clean = _clean_jpeg if transfer_syntax in _JPEG else _clean_jpeg_2000
     stream = bytearray().join(pixel_data[start:end] for start, end in fragments)
     _clean_frames(stream, [end - start for start, end in fragments], clean)
     result, place = bytearray(pixel_data), 0
     for start, end in fragments:
         result[start:end] = stream[place : place + end - start]
         place += end - start
+    if not _is_offset_table(pixel_data[slice(*table)], len(pixel_data)):
+        result[: table[1]] = _ITEM + bytes(4)
     return bytes(result)
 
 
+def _is_offset_table(data: bytes, size: int) -> bool:
+    if len(data) % 4:
+        return False
+    offsets = struct.unpack(f"<{len(data) // 4}L", data)
+    return not offsets or (offsets[0] == 0 and offsets[-1] < size and _is_ascending(offsets))
+
+
+def _is_ascending(values: Sequence[int]) -> bool:
+    return all(a < b for a, b in itertools.pairwise(values))
+
+
+def is_extended_offset_table(starts: bytes, lengths: bytes, frames: int, size: int) -> bool:
+    """Whether ExtendedOffsetTable and its lengths can be those of `frames` in `size` bytes of PixelData."""
+    if not len(starts) == len(lengths) == 8 * frames:
+        return False
+    numbers = [struct.unpack(f"<{frames}Q", data) for data in (starts, lengths)]
+    return numbers[0][0] == 0 and _is_ascending(numbers[0]) and max(max(row) for row in numbers) <= size
+
+
 def _fragments(data: bytes) -> list[tuple[int, int]]:
-    """Start and end of each item's value, without the offset table."""
+    """Start and end of the value of each item; the first is the offset table."""
     found, place = [], 0
     while data[place : place + 4] == _ITEM:
         (length,) = struct.unpack_from("<L", data, place + 4)
@@ -102,7 +127,7 @@ def _fragments(data: bytes) -> list[tuple[int, int]]:
         raise ValueError("bytes between fragments")
     if len(found) < 2:
         raise ValueError("no fragments")
-    return found[1:]
+    return found
 
 
 _Clean = Callable[[bytearray, int, int], int]
@@ -110,12 +135,12 @@ _Clean = Callable[[bytearray, int, int], int]
 
 def _clean_frames(stream: bytearray, lengths: list[int], clean: _Clean) -> None:
     """Cleans each frame; a frame starts with a fragment and may go on in the next ones."""
-    bounds = [0]
-    for length in lengths:
-        bounds.append(bounds[-1] + length)
+    bounds = [0, *itertools.accumulate(lengths)]
     place = 0
     while place < len(stream):
         after = clean(stream, place, _frame_limit(stream, place, bounds))
+        if after > len(stream):
+            raise ValueError("a frame is cut short")
         place = next(bound for bound in bounds if bound >= after)
         stream[after:place] = bytes(place - after)
 
@@ -221,4 +246,33 @@ def _clean_jp2(stream: bytearray, start: int, limit: int) -> int:
         elif kind not in _JP2_BOXES:
             stream[place + 8 : end] = bytes(end - place - 8)
         place = end
+    return place
+
+
+def _clean_rle(frame_pixels: int, stream: bytearray, start: int, limit: int) -> int:
+    """An RLE frame (PS3.5, annex G): a header of offsets, and a segment for each byte of a pixel."""
+    count, *offsets = struct.unpack_from("<16L", stream, start)
+    if not 1 <= count <= 15 or offsets[0] != 64 or sorted(offsets[:count]) != offsets[:count]:
+        raise ValueError("not an RLE frame")
+    struct.pack_into(f"<{15 - count}L", stream, start + 4 + 4 * count, *[0] * (15 - count))
+    end = start + 64
+    for offset in offsets[:count]:
+        if start + offset < end:
+            raise ValueError("RLE segments overlap")
+        stream[end : start + offset] = bytes(start + offset - end)
+        end = _rle_segment_end(stream, start + offset, frame_pixels)
+    return end
+
+
+def _rle_segment_end(stream: bytearray, place: int, bytes_left: int) -> int:
+    while bytes_left > 0:
+        if place >= len(stream):
+            raise ValueError("an RLE segment is cut short")
+        control = stream[place]
+        if control < 128:
+            bytes_left -= control + 1
+            place += control + 2
+        else:  # 128 does nothing, and has no byte after it
+            bytes_left -= 257 - control if control > 128 else 0
+            place += 2 if control > 128 else 1
     return place

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 from pydicom.dataset import Dataset
 from pydicom.pixels.utils import get_expected_length
@@ -10,7 +12,9 @@ from pydicom.uid import ExplicitVRBigEndian
 from vilam3_jax.data.deidentify import codestreams
 from vilam3_jax.data.limits import Limits
 
-_WORDS = ("FloatPixelData", "DoubleFloatPixelData")
+_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+_EXTENDED_OFFSETS = (0x7FE00001, 0x7FE00002)  # the table and the lengths
+TAGS = frozenset({0x7FE00010, 0x7FE00008, 0x7FE00009})  # of these attributes
 _NEEDED = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "PhotometricInterpretation")
 
 GRAPHICS_REMOVED = "graphics in unused bits of pixels removed"
@@ -50,7 +54,7 @@ def clean(image: Dataset, source: Dataset, transfer_syntax: str) -> tuple[list[s
     Raises:
       PixelError: the stored bytes are not the pixels that the header describes.
     """
-    keyword = next((name for name in ("PixelData", *_WORDS) if name in image), None)
+    keyword = next((name for name in _KEYWORDS if name in image), None)
     if keyword is None:
         raise PixelError("no pixels")
     element = image[keyword]
@@ -58,10 +62,13 @@ def clean(image: Dataset, source: Dataset, transfer_syntax: str) -> tuple[list[s
     if not isinstance(data, bytes) or not data:
         raise PixelError("no pixels")
     embedded = _overlays_in_pixels(source)
+    _check_extended_offsets(image, transfer_syntax in codestreams.ENCAPSULATED, len(data))
     if transfer_syntax in codestreams.ENCAPSULATED:
         try:
-            element.value = codestreams.without_comments(data, transfer_syntax)
-        except ValueError as error:
+            element.value = codestreams.without_comments(
+                data, transfer_syntax, int(image.Rows) * int(image.Columns)
+            )
+        except (ValueError, struct.error) as error:
             raise PixelError("damaged: compressed pixels that are not well-formed") from error
         element.is_undefined_length = True
         return [], ["overlay graphics inside compressed pixels"] if embedded else []
@@ -82,6 +89,15 @@ def clean(image: Dataset, source: Dataset, transfer_syntax: str) -> tuple[list[s
             suspicions.append("unused bits of the pixels are not empty")
     element.value = data
     return done, suspicions
+
+
+def _check_extended_offsets(image: Dataset, encapsulated: bool, size: int) -> None:
+    """Removes the extended offset table, which decoders do without, unless it can be one."""
+    frames = int(image.get("NumberOfFrames") or 1)
+    starts, lengths = (image[tag].value if tag in image else b"" for tag in _EXTENDED_OFFSETS)
+    if not encapsulated or not codestreams.is_extended_offset_table(starts, lengths, frames, size):
+        for tag in _EXTENDED_OFFSETS:
+            image.pop(tag, None)
 
 
 def _float_length(image: Dataset) -> int:

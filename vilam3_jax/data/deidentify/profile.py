@@ -15,8 +15,9 @@ from pydicom.datadict import tag_for_keyword
 EDITION = "PS3.15 2026c"
 
 # The kinds of attributes in the allow-list: each has a rule of its own for values.
-NUMBER, WORD, DATE, UID, CLASS_UID, CODES, SEQUENCE, BINARY, PATIENT = (
+NUMBER, ORDINAL, WORD, DATE, UID, CLASS_UID, CODES, SEQUENCE, BINARY, PATIENT = (
     "numbers",
+    "order",
     "words",
     "dates",
     "uids",
@@ -74,7 +75,8 @@ def allow_list() -> AllowList:
         for kind in (DATE, UID, CLASS_UID, CODES, SEQUENCE, BINARY, PATIENT)
         for keyword in stored[kind]
     }
-    kinds |= {_tag(keyword): NUMBER for keywords in stored[NUMBER].values() for keyword in keywords}
+    for group, keywords in stored[NUMBER].items():
+        kinds |= dict.fromkeys(map(_tag, keywords), ORDINAL if group == ORDINAL else NUMBER)
     kinds |= {_tag(keyword): WORD for keyword in stored[WORD]}
     vocabularies = {
         _tag(keyword): Vocabulary(

@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -31,7 +32,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from vilam3_jax import paths
 from vilam3_jax.data import file_kinds
-from vilam3_jax.data.deidentify import cleaning, profile, pseudonyms
+from vilam3_jax.data.deidentify import cleaning, pixels, profile, pseudonyms
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.scan.walk import list_files
 from vilam3_jax.errors import UnavailableError, UserError
@@ -71,7 +72,7 @@ class Options:
     def fingerprint(self) -> str:
         """Changes with the salt and with each option."""
         options = [profile.EDITION, self.keep_characteristics, self.refuse_suspects]
-        return pseudonyms.Pseudonyms(self.salt).token("run", json.dumps(options))[:32]
+        return _keys(self.salt).token("run", json.dumps(options))[:32]
 
 
 @dataclasses.dataclass
@@ -97,6 +98,11 @@ class Outcome:
     actions: dict[str, collections.Counter[str]] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
     original_patient: str = ""
+
+
+@functools.lru_cache(maxsize=2)
+def _keys(salt: bytes) -> pseudonyms.Pseudonyms:
+    return pseudonyms.Pseudonyms(salt)  # remembers patients
 
 
 def deidentify(
@@ -315,7 +321,7 @@ def clean_file(path: str, options: Options) -> Outcome:
         cleaned, copy = _cleaned(data, options)
     except cleaning.Skipped as error:
         return Outcome(path, reason=str(error))
-    image, keys = cleaned.dataset, pseudonyms.Pseudonyms(options.salt)
+    image, keys = cleaned.dataset, _keys(options.salt)
     outcome = Outcome(
         path,
         patient=str(image.PatientID),
@@ -346,7 +352,7 @@ def _cleaned(data: bytes, options: Options) -> tuple[cleaning.Cleaned, bytes]:
         try:
             source = _read(data, options.limits)
             cleaned = cleaning.clean(
-                source, pseudonyms.Pseudonyms(options.salt), options.keep_characteristics, options.limits
+                source, _keys(options.salt), options.keep_characteristics, options.limits
             )
             copy = io.BytesIO()
             pydicom.dcmwrite(copy, cleaned.dataset, enforce_file_format=True)
@@ -393,11 +399,15 @@ def _read(data: bytes, limits: Limits) -> Dataset:
         raise cleaning.Skipped("not a DICOM file")
     _check_deflated(data, limits)
     source = pydicom.dcmread(_BoundedFile(data), force=True)
-    for tag in list(source.keys()):
-        raw = source.get_item(tag)
-        if isinstance(raw, RawDataElement) and len(raw.value or b"") < raw.length < 0xFFFFFFFF:
-            raise cleaning.Skipped("damaged: ends inside an element")
+    cut_short = {tag for tag in source.keys() if _is_cut_short(source.get_item(tag))}  # noqa: SIM118
+    has_pixels = any(tag in source for tag in pixels.TAGS)
+    if cut_short and (not has_pixels or cut_short & pixels.TAGS):  # else they are bytes behind the image
+        raise cleaning.Skipped("damaged: ends inside an element")
     return source
+
+
+def _is_cut_short(raw: object) -> bool:
+    return isinstance(raw, RawDataElement) and len(raw.value or b"") < raw.length < 0xFFFFFFFF
 
 
 def _check_deflated(data: bytes, limits: Limits) -> None:
@@ -424,7 +434,7 @@ def _outcomes(files: list[str], options: Options, workers: int) -> Iterator[Outc
     while waiting:
         done = 0
         try:
-            with _pool(workers) as pool:
+            with _pool(min(workers, len(waiting))) as pool:
                 for outcomes in pool.map(_clean_batch, waiting, [options] * len(waiting)):
                     yield from outcomes
                     done += 1

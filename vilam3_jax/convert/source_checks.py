@@ -15,7 +15,8 @@ from vilam3_jax.errors import UserError
 
 _ORIGINAL = "import the unquantised model that it was made from"
 _HUGGING_FACE = "give the Hugging Face folder of that model (config.json and safetensors)"
-_TORCH_FILES = "can run code when opened; save it as safetensors, or import with --torch_files"
+_TORCH_FILES = "save it as safetensors, or import with --torch_files"
+_PICKLES = ("bin", "pt", "pth")
 # Folders that are known by a file, whatever else they hold: pattern of its name, what they are, what to do.
 _FOLDERS = (
     (
@@ -38,40 +39,44 @@ _FOLDERS = (
     ("quantize_config.json", "holds weights quantised by GPTQ", _ORIGINAL),
     ("hf_quant_config.json", "holds weights quantised by ModelOpt", _ORIGINAL),
 )
+_SAVE = "save the model as safetensors"
+_ORIGIN = "give the model that it was made from"
+# Weights and graphs of other programs, by the suffixes of their files.
+_FOREIGN = (
+    ("*.ckpt", "PyTorch or TensorFlow weights", _SAVE),
+    ("*.ckpt.index", "TensorFlow weights", _SAVE),
+    ("*.h5", "TensorFlow or Keras weights", _SAVE),
+    ("*.keras", "Keras weights", _SAVE),
+    ("*.msgpack", "Flax weights (msgpack)", _SAVE),
+    ("*.npz", "NumPy arrays", _SAVE),
+    ("*.onnx", "an ONNX graph", _ORIGIN),
+    ("openvino_model.xml", "an OpenVINO graph", _ORIGIN),
+    ("*.engine", "a TensorRT engine", _ORIGIN),
+    ("*.tflite", "a TensorFlow Lite graph", _ORIGIN),
+)
+_UNFINISHED = ("*.incomplete", "*.crdownload", "*.part")
 # Folders without safetensors, by the weights that they have instead.
 _WEIGHTS = (
     ("*.gguf", "its weights are in a GGUF file", "give that file as --source"),
-    ("pytorch_model*.bin", "has only pytorch_model.bin, which", _TORCH_FILES),
-    ("consolidated*.pth", "is in Meta's own layout", _HUGGING_FACE),
-    ("*.bin", "has only PyTorch weights, which", _TORCH_FILES),
-    ("*.pt", "has only PyTorch weights, which", _TORCH_FILES),
-    ("*.pth", "has only PyTorch weights, which", _TORCH_FILES),
-    ("*.ckpt", "has only PyTorch or TensorFlow weights", "save the model as safetensors"),
-    ("*.ckpt.index", "has only TensorFlow weights", "save the model as safetensors"),
-    ("*.h5", "has only TensorFlow or Keras weights", "save the model as safetensors"),
-    ("*.keras", "has only Keras weights", "save the model as safetensors"),
-    ("saved_model.pb", "is a TensorFlow SavedModel", "save the model as safetensors"),
-    ("*.msgpack", "has only Flax weights (msgpack)", "save the model as safetensors"),
-    ("*.onnx", "has only an ONNX graph", "give the model that it was exported from"),
-    ("openvino_model.xml", "has only an OpenVINO graph", "give the model that it was exported from"),
-    ("*.engine", "has only a TensorRT engine", "give the model that it was built from"),
-    ("*.tflite", "has only a TensorFlow Lite graph", "give the model that it was exported from"),
-    ("*.npz", "has only NumPy arrays", "give the model in transformers' layout"),
-    ("*.incomplete", "is a download that did not end", "download it again"),
-    ("*.crdownload", "is a download that did not end", "download it again"),
-    ("*.part", "is a download that did not end", "download it again"),
+    ("pytorch_model*.bin", "has only pytorch_model.bin, which can run code when opened", _TORCH_FILES),
+    *(
+        (f"*.{kind}", "has only PyTorch weights, which can run code when opened", _TORCH_FILES)
+        for kind in _PICKLES
+    ),
+    *((pattern, f"has only {what}", advice) for pattern, what, advice in _FOREIGN),
+    ("saved_model.pb", "is a TensorFlow SavedModel", _SAVE),
+    *((pattern, "is a download that did not end", "download it again") for pattern in _UNFINISHED),
 )
 _FILES = (
     ("*.safetensors", "is one file of weights", "give the folder that also holds its config.json"),
     ("*.index.json", "is the index of a model", "give its folder"),
     ("config.json", "is the config of a model", "give its folder"),
-    ("*.bin", "is a file of PyTorch weights", "give its folder with --torch_files"),
-    ("*.pt", "is a file of PyTorch weights", "give its folder with --torch_files"),
-    ("*.pth", "is a file of PyTorch weights", "give its folder with --torch_files"),
     *(
-        (pattern, what.replace("has only ", "is a file of "), advice)
-        for pattern, what, advice in _WEIGHTS[7:]
+        (f"*.{kind}", "is a file of PyTorch weights", "give its folder with --torch_files")
+        for kind in _PICKLES
     ),
+    *((pattern, f"is a file of {what}", advice) for pattern, what, advice in _FOREIGN),
+    *((pattern, "is a download that did not end", "download it again") for pattern in _UNFINISHED),
 )
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -131,8 +136,7 @@ def check_weights(folder: Path) -> None:
         raise _unreachable(folder, weights)
     for pattern, what, advice in _WEIGHTS:
         if fnmatch.filter(names, pattern):
-            joint = " " if what.endswith(", which") else "; "
-            raise UserError(f"{folder}: {what}{joint}{advice}")
+            raise UserError(f"{folder}: {what}; {advice}")
 
 
 def _check_hub_cache(folder: Path, names: Sequence[str]) -> None:

@@ -12,8 +12,8 @@ import struct
 import zlib
 from typing import Literal
 
-from etils import epath
-
+from vilam3_jax.data.nifti import pair_header
+from vilam3_jax.data.picture_headers import is_jpeg_ls
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import PathLike, as_path, check_passing
 
@@ -122,7 +122,6 @@ _MARKS: tuple[tuple[int, bytes, FileKind], ...] = (
     (0, b"NRRD00", NRRD),
     (0, b"\x89PNG\r\n\x1a\n", PNG),
     (0, b"\x8aMNG\r\n\x1a\n", _video("MNG animation")),
-    (0, b"\xff\xd8\xff\xf7", _picture("JPEG-LS picture")),
     (0, b"\xff\xd8\xff", JPEG),
     (0, b"GIF87a", GIF),
     (0, b"GIF89a", GIF),
@@ -206,6 +205,7 @@ _MARKS: tuple[tuple[int, bytes, FileKind], ...] = (
     (0, b"\xff\x0a", _picture("JPEG XL picture")),
 )
 
+_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f]")
 _RIFF = {b"WEBP": WEBP, b"AVI ": _video("AVI video"), b"WAVE": _other("WAV sound")}
 # Brands of ISO base media files; any other is a video.
 _BRANDS = {
@@ -270,7 +270,7 @@ def identify(path: PathLike) -> FileKind:
             return FOLDER
         with path.open("rb") as file:
             start = file.read(_START_BYTES)
-        if header := _pair_header(path):
+        if header := pair_header(path):
             with header.open("rb") as file:
                 kind = identify_bytes(file.read(_START_BYTES), header.name)
             if kind in (NIFTI_PAIR, ANALYZE):
@@ -297,19 +297,17 @@ def identify_bytes(start: bytes, name: str) -> FileKind:
 
 
 def refusal(path: PathLike, kind: FileKind) -> UserError:
-    """The error for a file that is not read: one sentence with what it is and what to do."""
-    return UserError(f"{path}: {kind.name}; {kind.advice or _SCAN_OR_PICTURE}")
+    """The error for a file that cannot be taken here: one sentence with what it is and what to do."""
+    return UserError(f"{path}: {sentence(kind)}")
 
 
-def _pair_header(path: epath.Path) -> epath.Path | None:
-    """The .hdr that belongs to a .img, if there is one."""
-    match = re.search(r"\.(img)(\.gz)?$", path.name, re.IGNORECASE)
-    if match is None:
-        return None
-    stem, packed = path.name[: match.start()], match[2] or ""
-    suffix = ".HDR" if match[1].isupper() else ".hdr"
-    header = path.parent / f"{stem}{suffix}{packed}"
-    return header if header.exists() else None
+def sentence(kind: FileKind) -> str:
+    """What the file is and what to do, where a picture was given for a scan or the other way round, too."""
+    if kind.reader == "picture":
+        return f"{kind.name}, not a scan; give a NIfTI, NRRD, MetaImage or DICOM file"
+    if kind.reader is not None:
+        return f"{kind.name}, not a picture; open it as a scan"
+    return f"{kind.name}; {kind.advice or _SCAN_OR_PICTURE}"
 
 
 def _by_content(start: bytes, name: str) -> FileKind | None:
@@ -370,6 +368,8 @@ def _refined(kind: FileKind, start: bytes, name: str) -> FileKind:
             return WHOLE_SLIDE
         if name.endswith(_RAW_PHOTO_SUFFIXES) or start[8:10] == b"CR":
             return _picture("raw photo of a camera")
+    if kind is JPEG and is_jpeg_ls(start):
+        return _picture("JPEG-LS picture")
     if kind is JPEG and name.endswith(".mrxs"):
         return WHOLE_SLIDE
     if kind is _HDF5 and name.endswith((".mnc", ".mnc2")):
@@ -511,15 +511,15 @@ def _text(start: bytes, name: str) -> FileKind | None:
     head = start[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
     if re.match(rb"\w+\s*=", head) and re.search(rb"^NDims\s*=\s*\d", head, re.MULTILINE):
         return METAIMAGE  # whose voxels may follow at once
-    if re.match(rb"P[1-7]\s", head) or head.startswith((b"PF\n", b"Pf\n")):
+    if re.match(rb"P[1-6]\s+(#[^\n]*\n\s*)*\d+\s+\d+|P7\nWIDTH|P[Ff]\n\d", head):
         return _picture("PNM picture")
     if head.startswith(b"solid ") and (b"facet" in head or name.endswith(".stl")):
         return _MESH
-    if b"\0" in head or not _is_utf8(head):
-        return None
     lower = head.lower()
     if lower.startswith((b"<!doctype html", b"<html")) or b"<html" in lower[:512]:
         return WEB_PAGE
+    if not _is_plain(head):
+        return None
     if lower.startswith(b"<"):
         return _xml(lower)
     if lower.startswith((b"{", b"[{", b"[\n", b"[ ", b'["', b"[[")):
@@ -546,14 +546,16 @@ def _xml(lower: bytes) -> FileKind:
     return _other("XML text")
 
 
-def _is_utf8(head: bytes) -> bool:
+def _is_plain(head: bytes) -> bool:
+    """Whether these are letters in UTF-8 or in an older encoding of Europe."""
+    if not head or _CONTROL.search(head):
+        return False
+    high = sum(byte >= 0x80 for byte in head)
     try:
-        text = head.decode()
+        head.decode()
     except UnicodeDecodeError as error:
-        if len(head) < 4000 or error.start < len(head) - 4:  # a character may be cut at the end
-            return False
-        text = head[: error.start].decode()
-    return all(sign.isprintable() or sign in "\t\n\r\f" for sign in text)
+        return error.start >= len(head) - 3 or high < 0.3 * len(head)  # a character may be cut at the end
+    return True
 
 
 def _zeros(start: bytes) -> FileKind | None:

@@ -142,7 +142,7 @@ def load_picture(
     kind = file_kinds.identify_bytes(data[:_KIND_BYTES], path.name)
     if kind.reader == "dicom":
         return _load_dicom(path, frame, limits)
-    if kind.reader is None:
+    if kind.reader != "picture":
         raise file_kinds.refusal(path, kind)
     try:
         decoded = _decode(data, alpha, frame, limits)
@@ -202,10 +202,8 @@ def _decode(data: bytes, alpha: Alpha, frame: int | None, limits: Limits) -> _De
 
 def _picture_kind(data: bytes) -> FileKind:
     kind = file_kinds.identify_bytes(data[:_KIND_BYTES], "")
-    if kind.reader is None:
-        raise UserError(f"{kind.name}; {kind.advice}")
     if kind.reader != "picture":
-        raise UserError(f"{kind.name}, not a picture; open it as a scan")
+        raise UserError(file_kinds.sentence(kind))
     return kind
 
 

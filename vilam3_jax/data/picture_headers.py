@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator
 
 _MAX_SEGMENTS = 10_000
-_START_OF_SCAN, _END = 0xDA, b"\xff\xd9"
+_START_OF_SCAN, _JPEG_LS, _END = 0xDA, 0xF7, b"\xff\xd9"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {
     0xC4,
     0xC8,
@@ -45,6 +45,11 @@ def jpeg_frame(data: bytes) -> JpegFrame | None:
             width = int.from_bytes(data[place + 5 : place + 7], "big")
             return JpegFrame(data[place + 2], height, width, data[place + 7], place + 2)
     return None
+
+
+def is_jpeg_ls(data: bytes) -> bool:
+    """Whether a stream with JPEG's marks is JPEG-LS, another codec."""
+    return any(marker == _JPEG_LS for marker, _ in _jpeg_segments(data))
 
 
 def jpeg_ends_early(data: bytes) -> bool:

@@ -312,8 +312,8 @@ def named(tmp_path) -> Path:
             place = len(start) if place < 0 else place
             path.write_bytes(start[:place] + raw + start[place:])
     for number, name in enumerate(("label", "kernel")):  # what tells two stacks apart
-        for z in range(4):
-            one = image("6", ImagePositionPatient=[0, 0, z], ConvolutionKernel=SECRETS[number], StackID=name)
+        for z in range(4 + 5 * number):
+            one = image("66", ImagePositionPatient=[0, 0, z], ConvolutionKernel=SECRETS[number], StackID=name)
             save(inner / f"{name}{z}.dcm", one)
     nifti(
         folder / "Wilhelmina.nii.gz", descrip=b"SMITHSON 19480229", intent_name=b"MRN4711", db_name=b"geheim"
@@ -363,6 +363,7 @@ def test_nothing_that_is_printed_identifies_a_patient(named, tmp_path, capsys) -
     assert len(result["series"]) >= 4 and len(result["volumes"]) >= 12  # something was looked at
     assert {"unlisted"} <= {one["modality"] for one in result["series"]}
     assert {"unlisted"} <= {one["body_part"] for one in result["series"]}
+    assert {"reason": "another stack", "files": 4} in result["skipped"]  # without the kernel that says which
 
 
 def test_errors_of_the_run_name_no_file_either(named, tmp_path, capsys) -> None:

@@ -168,6 +168,12 @@ def test_deep_colour_is_divided_by_one_full_scale(depth):
     np.testing.assert_array_equal(decode_image(deep_png(stored))[1:], colours[1:])
 
 
+def test_little_colour_on_black_keeps_its_hue():
+    colours = np.zeros((40, 40, 3), np.uint16)
+    colours[1, 1], colours[2, 2] = (51 * 257, 0, 255 * 257), (257, 2 * 257, 0)
+    np.testing.assert_array_equal(decode_image(deep_png(colours)), colours // 257)
+
+
 def test_transparency_of_sixteen_bits():
     key = chunk(b"tRNS", struct.pack(">H", int(RAMP[7, 7, 0])))
     out = decode_image(deep_png(RAMP, key))[..., 0]

@@ -186,7 +186,8 @@ def test_alpha_and_other_extra_samples(dtype):
     tags = {"b": bits(*[depth] * 4), "p": photometric(2), "s": samples(4)}
     for extra in ({"e": (338, (0,))}, {}):  # a fourth sample that nobody calls alpha
         data = by_hand(RGB.shape[1], RGB.shape[0], raw, order, **tags, **extra)
-        np.testing.assert_array_equal(decode_image(data), colours)
+        with pytest.warns(InputWarning, match="1 of 4 samples of each pixel have no stated meaning"):
+            np.testing.assert_array_equal(decode_image(data), colours)
     ignored = decode_image(tiff(whole, photometric="rgb", extrasamples=["unassalpha"]), alpha="ignore")
     np.testing.assert_array_equal(ignored[4:8], colours[4:8])
 
@@ -274,6 +275,25 @@ def test_pages_are_refused_or_chosen():
         writer.write(RGB[:5, :5], photometric="rgb", subfiletype=1)
     np.testing.assert_array_equal(decode_image(buffer.getvalue()), RGB)
     np.testing.assert_array_equal(decode_image(tiff(RGB, photometric="rgb", subfiletype=1)), RGB)
+
+
+@pytest.mark.parametrize("options", [{"imagej": True}, {"metadata": {"axes": "ZYX"}}])
+def test_stacks_behind_one_page(options):
+    stack = np.zeros((4, 8, 8), np.uint8)
+    with pytest.raises(UserError, match="4 pages"):
+        decode_image(tiff(stack, photometric="minisblack", **options))
+    for frame in (None, 0):
+        with pytest.raises(UserError, match="only some of its planes"):
+            decode_image(tiff(stack, photometric="minisblack", truncate=True, **options), frame=frame)
+
+
+def test_predictors_of_floats_and_a_strip_of_unstated_length():
+    values = np.linspace(0, 1, 660).astype(np.float32).reshape(20, 33)
+    np.testing.assert_array_equal(
+        decode_image(tiff(values, compression="zlib", predictor=True)), decode_image(tiff(values))
+    )
+    data = by_hand(33, 20, GREY.tobytes(), b=bits(8), p=photometric(1), n=(279, (0,)))
+    np.testing.assert_array_equal(decode_image(data), as_rgb(GREY))
 
 
 def test_what_the_file_does_not_say_is_noted():

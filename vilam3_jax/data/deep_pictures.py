@@ -80,6 +80,7 @@ def _divided(values: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
     if not usable.size:
         raise UserError("picture without one pixel of a finite value; export it again")
     top = percentile_limits(usable)[1]
+    top = top if top > 0 else float(usable.max())
     if values.dtype.kind == "f":
         full = max(1.0, top)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
+import re
 import struct
 from typing import Any
 
@@ -78,6 +79,7 @@ def read_tiff(data: bytes, page: int | None, limits: Limits) -> TiffPicture:
         if file.is_svs or file.is_ndpi or file.is_scn or file.is_bif or file.is_qpi or file.is_philips:
             raise UserError("whole-slide image; export the region to look at as PNG")
         pages = _pages(file)
+        _refuse_stack(pages)
         number = choose_frame(page, len(pages), "TIFF picture", "pages")
         chosen = pages[number]
         _check_tags(chosen, data)
@@ -92,7 +94,7 @@ def read_tiff(data: bytes, page: int | None, limits: Limits) -> TiffPicture:
             if _ends_early(chosen, len(data)):
                 raise UserError("TIFF picture that is cut short; fetch it again") from error
             raise
-        image = _picture(chosen, photometric, samples)
+        image = _picture(chosen, photometric, samples, notes)
         orientation = _number(chosen, 274, 1)
     return TiffPicture(image, orientation, number, len(pages), tuple(notes))
 
@@ -110,6 +112,19 @@ def _pages(file: tifffile.TiffFile) -> list[tifffile.TiffPage]:
     if not pages:
         raise UserError("TIFF file without a picture; export it again")
     return [page for page in pages if not int(page.subfiletype) & (_REDUCED | _MASK)] or pages
+
+
+def _refuse_stack(pages: list[tifffile.TiffPage]) -> None:
+    """ImageJ, tifffile and MetaMorph can store a stack behind the tags of its first plane."""
+    first = pages[0]
+    stated = re.search(r"^images=(\d{1,9})$", first.description, re.MULTILINE)
+    planes = int(stated[1]) if stated and first.description.startswith("ImageJ=") else 1
+    if '"truncated": true' in first.description:
+        planes = len(pages) + 1
+    if (metamorph := first.tags.get(33629)) is not None:
+        planes = max(planes, metamorph.count)
+    if planes > len(pages):
+        raise UserError("TIFF stack that describes only some of its planes; save the one to look at as PNG")
 
 
 def _check_tags(page: tifffile.TiffPage, data: bytes) -> None:
@@ -167,7 +182,8 @@ def _check(page: tifffile.TiffPage, photometric: int, file_bytes: int, limits: L
     segments = len(page.dataoffsets)
     if segments > _MAX_SEGMENTS:
         raise UserError(f"TIFF picture in {segments} pieces; save it as PNG")
-    if segments < int(np.prod(page.chunked, dtype=object)) or 0 in page.databytecounts[:segments]:
+    counts = (1,) if page.is_contiguous else page.databytecounts  # which one strip need not state
+    if segments < int(np.prod(page.chunked, dtype=object)) or 0 in (*counts, *page.dataoffsets):
         raise UserError("TIFF picture with missing strips or tiles; export it again")
     if sum(page.databytecounts) > file_bytes * 2 or len(page.databytecounts) < segments:
         raise UserError("TIFF picture that is cut short or damaged; fetch it again")
@@ -206,7 +222,7 @@ def _number(page: tifffile.TiffPage, code: int, default: int) -> int:
     return int(value) if isinstance(value, int | np.integer) else default
 
 
-def _picture(page: tifffile.TiffPage, photometric: int, samples: np.ndarray) -> Image.Image:
+def _picture(page: tifffile.TiffPage, photometric: int, samples: np.ndarray, notes: list[str]) -> Image.Image:
     """Args: samples: [S, 1, H, W, 1] of separate planes, or [1, 1, H, W, S]."""
     samples = np.moveaxis(samples[:, 0, ..., 0], 0, -1) if samples.shape[0] > 1 else samples[0, 0]
     channels, bits = _CHANNELS[photometric], int(page.bitspersample)
@@ -219,6 +235,11 @@ def _picture(page: tifffile.TiffPage, photometric: int, samples: np.ndarray) -> 
             if int(meaning) == _ASSOCIATED:
                 values = _unassociated(values, alpha)
             break
+    unused = samples.shape[-1] - channels - (alpha is not None)
+    if unused:
+        notes.append(
+            f"{unused} of {samples.shape[-1]} samples of each pixel have no stated meaning; left out"
+        )
     valid = None if alpha is None or alpha.all() else alpha > 0
     if photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB):
         eight = to_eight_bits(values, valid, bits=bits)

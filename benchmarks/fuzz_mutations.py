@@ -636,6 +636,8 @@ def jpeg(data: bytes, rng: random.Random) -> bytes | None:
 
 def tiff(data: bytes, rng: random.Random) -> bytes | None:
     """Changes an entry of a directory: tag, type, count or value; or the directories' order."""
+    if len(data) < 8:
+        return None
     order = "<" if data[:2] == b"II" else ">"
     entries, links = [], [4]
     (place,) = struct.unpack_from(f"{order}I", data, 4)

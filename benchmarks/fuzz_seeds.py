@@ -60,7 +60,7 @@ _PYDICOM_FILES = (
     *("JPEG2000.dcm", "JPEG-lossy.dcm", "JPGExtended.dcm", "JPEGLSNearLossless_08.dcm", "image_dfl.dcm"),
     *("JPEGLSNearLossless_16.dcm", "SC_rgb_jls_lossy_line.dcm", "SC_rgb_small_odd.dcm", "SC_rgb_rle.dcm"),
     *("SC_rgb_small_odd_big_endian.dcm", "SC_rgb_small_odd_jpeg.dcm", "SC_rgb_rle_16bit_2frame.dcm"),
-    *("SC_rgb_jpeg_dcmtk.dcm", "SC_rgb_dcmtk_+eb+cy+s4.dcm", "SC_jpeg_no_color_transform.dcm", "no_meta.dcm"),
+    *("SC_rgb_jpeg_dcmtk.dcm", "SC_rgb_dcmtk_+eb+cy+s4.dcm", "SC_jpeg_no_color_transform.dcm", "test-SR.dcm"),
     *(
         "SC_ybr_full_422_uncompressed.dcm",
         "SC_rgb_rle_32bit.dcm",
@@ -68,8 +68,7 @@ _PYDICOM_FILES = (
         "rtdose_rle.dcm",
         "rtplan.dcm",
     ),
-    *("rtstruct.dcm", "test-SR.dcm", "reportsi.dcm", "badVR.dcm", "nested_priv_SQ.dcm", "UN_sequence.dcm"),
-    *("ExplVR_BigEndNoMeta.dcm", "meta_missing_tsyntax.dcm", "GDCMJ2K_TextGBR.dcm", "liver_1frame.dcm"),
+    *("badVR.dcm", "nested_priv_SQ.dcm", "UN_sequence.dcm", "GDCMJ2K_TextGBR.dcm", "liver_1frame.dcm"),
 )
 
 

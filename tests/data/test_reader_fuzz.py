@@ -1,0 +1,169 @@
+"""Damaged inputs: a slice of the campaign of benchmarks/fuzz_readers.py, and what all of it once found."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from pydicom.data import get_testdata_file
+from pydicom.encaps import encapsulate, get_frame
+
+from vilam3_jax.data import dicom
+from vilam3_jax.data.images import load_picture
+from vilam3_jax.data.intensity import as_stored_values
+from vilam3_jax.data.volumes import describe_volume, load_volume
+from vilam3_jax.errors import UserError
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SLICE = 474  # three inputs of each seed
+
+
+@pytest.fixture(scope="module")
+def fuzz():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        import fuzz_readers
+
+        yield fuzz_readers
+    for name in ("fuzz_readers", "fuzz_seeds", "fuzz_mutations"):
+        sys.modules.pop(name, None)
+
+
+# What the campaign found.
+
+
+@pytest.mark.parametrize("far", [1e300, -1e300, 3.5e38])
+def test_numbers_beyond_float32_do_not_become_infinite(tmp_path, far):
+    """NIfTI of float64, one byte of an exponent changed."""
+    values = np.array([1.5, -2.5, 7.0, far])
+    stored = as_stored_values(values)
+    assert stored is not None
+    np.testing.assert_array_equal(stored, np.float32([1.5, -2.5, 7, 7 if far > 0 else -2.5]))
+    path = tmp_path / "scan.nii"
+    nib.Nifti1Image(np.resize(values, (3, 4, 5)), np.eye(4)).to_filename(path)
+    volume = load_volume(path)
+    assert np.isfinite(volume.voxels).all() and volume.valid is not None
+    np.testing.assert_array_equal(volume.valid, np.abs(np.resize(values, (3, 4, 5))) < 1e38)
+
+
+def test_a_pair_whose_voxels_are_missing(tmp_path):
+    nib.Nifti1Pair(np.zeros((3, 4, 5), np.int16), np.eye(4)).to_filename(tmp_path / "scan.hdr")
+    (tmp_path / "scan.img").unlink()
+    for read in (load_volume, describe_volume):
+        for name in ("scan.hdr", "scan.img"):
+            with pytest.raises(UserError, match="scan"):
+                read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("stated", "damaged"),
+    [
+        (b"1.2.840.10008.1.2.4.80", b"1.2.840.10\x00\x008.1.2.4.80"),  # transfer syntax
+        (b"MONOCHROME2 ", b"MONOCHR\x00\n\xffE2"),
+    ],
+)
+def test_what_a_damaged_header_states_is_not_repeated(fuzz, tmp_path, stated, damaged):
+    seed = next(seed for seed in fuzz.fuzz_seeds.all_seeds() if seed.name == "jls.dcm")
+    path = tmp_path / seed.entry
+    path.write_bytes(seed.files[seed.entry].replace(stated, damaged))
+    for read in (dicom.read_picture, load_volume, load_picture):
+        with pytest.raises(UserError) as error:
+            read(path)
+        assert str(error.value).isprintable()
+
+
+def test_damaged_file_meta_information_is_met_where_the_header_is_read(fuzz, tmp_path):
+    """The VR of its SOP class is none that exists."""
+    seed = next(seed for seed in fuzz.fuzz_seeds.all_seeds() if seed.name == "explicit.dcm")
+    path = tmp_path / seed.entry
+    path.write_bytes(seed.files[seed.entry].replace(b"\x02\0\x02\0UI", b"\x02\0\x02\0U\x80"))
+    for read in (dicom.list_series, load_volume, load_picture):
+        with pytest.raises(UserError, match="damaged DICOM data"):
+            read(path)
+
+
+def test_jpeg_ls_data_on_which_charls_loops(tmp_path):
+    """Two bytes inserted into the scan, no end marker: CharLS 2.4 counts for 6 s."""
+    source = get_testdata_file("SC_rgb_jls_lossy_line.dcm", read=True, download=False)
+    frame = get_frame(source.PixelData, 0, number_of_frames=1)
+    source.PixelData = encapsulate([frame[:82] + b"\xff\x7f" + frame[82:508]])
+    source.save_as(tmp_path / "film.dcm")
+    start = time.thread_time()
+    with pytest.raises(UserError, match="cut short"):
+        dicom.read_picture(tmp_path / "film.dcm")
+    assert time.thread_time() - start < 1
+
+
+# The campaign itself.
+
+
+def test_inputs_are_reproducible(fuzz):
+    seeds, again = fuzz.fuzz_seeds.all_seeds(), fuzz.fuzz_seeds.all_seeds()
+    assert seeds == again
+    damaged = [fuzz.input_of(7, number, seeds)[1] for number in range(0, SLICE, 5)]
+    assert damaged == [fuzz.input_of(7, number, again)[1] for number in range(0, SLICE, 5)]
+    changed = [
+        files != dict(seeds[n % len(seeds)].files)
+        for n, files in zip(range(0, SLICE, 5), damaged, strict=True)
+    ]
+    assert np.mean(changed) > 0.9
+
+
+def test_findings_are_noticed(fuzz, tmp_path, monkeypatch):
+    """A reader with every fault."""
+    faults = {
+        "crash": lambda path: 1 / 0,
+        "hang": lambda path: [None for _ in iter(int, 1)],
+        "memory": lambda path: np.ones(fuzz.MEMORY_BYTES + (64 << 20), np.uint8).sum(),
+        "message": lambda path: raise_(fuzz.UserError(f"{path}: of Doe^Jane")),
+        "result": lambda path: np.zeros((2, 2), np.int16),
+        "fine": lambda path: np.zeros((2, 2), np.uint8),
+    }
+    monkeypatch.setattr(fuzz, "entry_points", lambda seed: faults)
+    monkeypatch.setattr(fuzz, "CPU_SECONDS", 0.2)
+    fuzz.prepare_process()
+    outcome = fuzz.try_input(fuzz.fuzz_seeds.all_seeds()[0], {}, tmp_path)
+    assert {(finding.kind, finding.entry) for finding in outcome.findings} - {("hang", "memory")} == {
+        (kind, kind) for kind in faults if kind != "fine"
+    }
+
+
+def raise_(error):
+    raise error
+
+
+def test_a_slice_of_the_campaign_finds_nothing(fuzz, tmp_path):
+    fuzz.prepare_process()
+    seeds = fuzz.fuzz_seeds.all_seeds()
+    accepted = 0
+    for number in range(SLICE):
+        outcome = fuzz.try_input(*fuzz.input_of(0, number, seeds), tmp_path)
+        assert not outcome.findings, f"--reproduce={number}: {outcome.findings}"
+        accepted += outcome.accepted
+    assert accepted > SLICE / 10  # damage that is noticed at once tests little
+
+
+def test_undamaged_inputs_are_taken(fuzz, tmp_path):
+    fuzz.prepare_process()
+    for seed in fuzz.fuzz_seeds.all_seeds():
+        outcome = fuzz.try_input(seed, dict(seed.files), tmp_path)
+        assert not outcome.findings, seed.name
+        assert outcome.accepted == (seed.name not in REFUSED), seed.name
+
+
+REFUSED = {
+    *(
+        "series.nii",
+        "colour.nii",
+        "two_series",
+        "pydicom_test-SR.dcm",
+        "pydicom_rtplan.dcm",
+        "pydicom_badVR.dcm",
+    ),
+    *("pydicom_nested_priv_SQ.dcm", "pydicom_UN_sequence.dcm"),  # no images
+    *("moving.png", "pages.tiff", "ome.tiff", "moving.webp", "moving.gif"),
+}

@@ -871,6 +871,13 @@ def test_a_component_transform_of_jpeg_2000_is_undone_once(shown):
         assert bool(picture.notes) == noted
 
 
+def test_components_of_different_sampling_are_refused(shown):
+    coded = bytearray(imagecodecs.jpeg2k_encode(COLOURS, level=0, codecformat="j2k"))
+    coded[coded.index(b"\xff\x4f\xff\x51") + 46] = 2  # the second component's horizontal sampling
+    with pytest.raises(UserError, match="components of different sampling"):
+        shown(bytes(coded), "RGB", syntax=JPEG2000Lossless, **TAGS_COLOURS)
+
+
 @pytest.mark.parametrize("lossless", [False, True])
 def test_jpeg_frames_that_are_cut_short_are_refused(shown, lossless):
     coded = imagecodecs.jpeg8_encode(RAMP, lossless=lossless)

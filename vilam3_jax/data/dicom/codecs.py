@@ -112,9 +112,10 @@ def _inspect_jpeg_2000(coded: bytes) -> Frame:
         if coded[place] != 0xFF or coded[place + 1] == 0x90:
             raise ValueError("a damaged JPEG 2000 codestream")
         place += 2 + struct.unpack_from(">H", coded, place + 2)[0]
-    # The decoder undoes the component transform, and converts components of different sampling.
     sampling = {coded[start + 43 + 3 * index : start + 45 + 3 * index] for index in range(components)}
-    colour = "RGB" if components == 3 and (coded[place + 8] or len(sampling) > 1) else None
+    if len(sampling) > 1:  # DICOM knows no such thing, and the decoder would convert it
+        raise ValueError("components of different sampling")
+    colour = "RGB" if components == 3 and coded[place + 8] else None  # the decoder undoes this transform
     return Frame(y1 - y0, x1 - x0, components, (depth & 0x7F) + 1, bool(depth & 0x80), colour)
 
 

@@ -71,7 +71,9 @@ def ct_volume(folder: Path) -> str:
     """Writes a small CT and returns its content key."""
     voxels = np.random.default_rng(0).integers(-200, 300, (10, 12, 14)).astype(np.int16)
     folder.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(voxels, np.diag([-1.0, -1.0, 2.0, 1.0])), folder / "ct.nii.gz")
+    image = nib.Nifti1Image(voxels, np.diag([-1.0, -1.0, 2.0, 1.0]))
+    image.header.set_xyzt_units("mm")
+    nib.save(image, folder / "ct.nii.gz")
     return load_volume(folder / "ct.nii.gz").content_key
 
 

@@ -402,7 +402,7 @@ def test_a_dataset_without_a_good_record_is_an_error_beside_one_that_has_them(tm
     write(tmp_path / "films", bad)
     write(tmp_path / "reports", [report(i, rng) for i in range(9)])
     loader = build(config(tmp_path, (("films", 1.0), ("reports", 1.0))))
-    with pytest.raises(UserError, match=r"no usable record of films in 16 tried.*image"):
+    with pytest.raises(UserError, match=r"no usable record of films in 16 tried.*text file"):
         take(loader, 60)
     loader.close()
 

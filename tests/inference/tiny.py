@@ -145,7 +145,9 @@ def world(tmp_path_factory):
     for name in ("instruct", "pairs"):
         images = root / "data" / name / "images"
         images.mkdir(parents=True)
-        nibabel.save(nibabel.Nifti1Image(voxels, np.diag([2.0, 2.0, 3.0, 1.0])), images / "scan.nii.gz")
+        image = nibabel.Nifti1Image(voxels, np.diag([2.0, 2.0, 3.0, 1.0]))
+        image.header.set_xyzt_units("mm")
+        nibabel.save(image, images / "scan.nii.gz")
         (images / "film.png").write_bytes(encode_png(film))
     volume = root / "data" / "instruct" / "images" / "scan.nii.gz"
     keys = load_volume(volume).content_key, image_key(film)

@@ -19,6 +19,7 @@ import numpy as np
 import pydicom
 import tifffile
 from PIL import Image
+from pydicom.tag import Tag
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
 from vilam3_jax.data import file_kinds
@@ -53,17 +54,20 @@ DICOMDIR = "a DICOMDIR; its paths are not followed"
 OTHER_HALF = "voxels of a .hdr/.img pair, counted with the .hdr"
 
 _ITEM_TAG = b"\xfe\xff\x00\xe0"
-_LAYOUT_KEYWORDS = (
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-    "PlanarConfiguration",
-    "NumberOfFrames",
-    "Rows",
-    "Columns",
-    "BitsAllocated",
-    "BitsStored",
-    "HighBit",
-    "PixelRepresentation",
+_LAYOUT_TAGS = tuple(
+    Tag(keyword)
+    for keyword in (
+        "SamplesPerPixel",
+        "PhotometricInterpretation",
+        "PlanarConfiguration",
+        "NumberOfFrames",
+        "Rows",
+        "Columns",
+        "BitsAllocated",
+        "BitsStored",
+        "HighBit",
+        "PixelRepresentation",
+    )
 )
 # The slices of a series share one layout, and to check it takes as long as to group a slice.
 _known_layouts: dict[tuple[Any, ...], tuple[str | None, int]] = {}
@@ -240,7 +244,8 @@ def _pixel_fault(header: pydicom.Dataset, size: int, path: str, limits: Limits) 
     """Why the pixels cannot be decoded, as far as the header and the size of the file tell."""
     try:
         with naming(path):
-            stated = tuple(str(header[key].value) if key in header else None for key in _LAYOUT_KEYWORDS)
+            items = (header.get_item(tag) for tag in _LAYOUT_TAGS)  # which decodes nothing
+            stated = tuple(None if item is None else str(item.value) for item in items)
             key = (str(header.file_meta.get("TransferSyntaxUID")), *stated, limits)
             if key not in _known_layouts:
                 if len(_known_layouts) >= _MAX_KNOWN_LAYOUTS:

@@ -115,6 +115,8 @@ _PICKLE = FileKind(
     "Python pickle, which is never opened because it can run programs", None, "save it as NIfTI or PNG"
 )
 
+_RAW_NUMBERS = FileKind("file of raw numbers", None, "give the header (.mhd or .nhdr) that belongs to it")
+
 # (offset, bytes, kind), the first that matches. Ambiguous short marks stand last.
 _MARKS: tuple[tuple[int, bytes, FileKind], ...] = (
     (128, b"DICM", DICOM),
@@ -162,8 +164,8 @@ _MARKS: tuple[tuple[int, bytes, FileKind], ...] = (
     (0, b"# === DATA DESCRIPTION FILE", _volume("Philips PAR/REC volume")),
     (0, b"#!/usr/local/fdf", _volume("Varian FDF volume")),
     (0, b"# vtk DataFile", _volume("VTK file")),
-    (0, b"ZISRAWFILE", _picture("Zeiss CZI microscope file")),
-    (0, b"\xda\xce\xbe\x0a", _picture("Nikon ND2 microscope file")),
+    (0, b"ZISRAWFILE", FileKind("Zeiss CZI microscope file", None, WHOLE_SLIDE.advice)),
+    (0, b"\xda\xce\xbe\x0a", FileKind("Nikon ND2 microscope file", None, WHOLE_SLIDE.advice)),
     (0, b"\xff\xff\xfe", _MESH),  # FreeSurfer
     (0, b"ply\n", _MESH),
     (0, b"ply\r\n", _MESH),
@@ -220,8 +222,8 @@ _BRANDS = {
 # What has no mark of its own: believed only where the content is unknown.
 _SUFFIXES = {
     ".nhdr": _volume("damaged NRRD header"),
-    ".raw": _volume("file of raw numbers without a header"),
-    ".zraw": _volume("file of raw numbers without a header"),
+    ".raw": _RAW_NUMBERS,
+    ".zraw": _RAW_NUMBERS,
     ".rec": _volume("Philips PAR/REC volume"),
     ".brik": _volume("AFNI volume"),
     ".head": _volume("AFNI volume"),

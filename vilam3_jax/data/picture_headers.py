@@ -49,7 +49,7 @@ def jpeg_frame(data: bytes) -> JpegFrame | None:
 
 def is_jpeg_ls(data: bytes) -> bool:
     """Whether a stream with JPEG's marks is JPEG-LS, another codec."""
-    return any(marker == _JPEG_LS for marker, _ in _jpeg_segments(data))
+    return b"\xff\xf7" in data and any(marker == _JPEG_LS for marker, _ in _jpeg_segments(data))
 
 
 def jpeg_ends_early(data: bytes) -> bool:

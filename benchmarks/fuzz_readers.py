@@ -42,17 +42,24 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import fuzz_mutations
 import fuzz_seeds
 import numpy as np
+import pydicom
 
 from vilam3_jax.data import dicom, file_kinds, images
-from vilam3_jax.data.limits import Limits
+from vilam3_jax.data.deidentify import burned_in
+from vilam3_jax.data.deidentify.run import Options, clean_file
+from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
+from vilam3_jax.data.scan import report
+from vilam3_jax.data.scan.collect import collect
 from vilam3_jax.data.volumes import Volume, describe_volume, load_volume
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference.images import open_picture
 
+# So low that an input which keeps to them takes no second.
 LIMITS = Limits(
     file_bytes=8 << 20, decoded_bytes=64 << 20, pixels=4_000_000, voxels=4_000_000, frames=500, files=100
 )
@@ -62,7 +69,8 @@ _WALL_SECONDS = 60.0
 _ADDRESS_SPACE = 6 << 30
 _MESSAGE_LENGTH = 1000
 
-_ABOUT = ("identify", "image_shape", "list_series", "describe_volume")  # give no volume or picture
+# These give no volume or picture.
+_ABOUT = ("identify", "image_shape", "list_series", "describe_volume", "scan", "deidentify")
 
 EntryPoint = Callable[[Path], object]
 
@@ -107,26 +115,40 @@ class _TooLong(BaseException):
 
 def entry_points(seed: fuzz_seeds.Seed) -> dict[str, EntryPoint]:
     """Name → call with the path of the input."""
-    common: dict[str, EntryPoint] = {"open_picture": lambda path: open_picture(path, 32)}
-    volume: dict[str, EntryPoint] = {"load_volume": lambda path: load_volume(path, limits=LIMITS)}
-    picture: dict[str, EntryPoint] = {"load_picture": lambda path: images.load_picture(path, limits=LIMITS)}
+    entry: dict[str, EntryPoint] = {"open_picture": lambda path: open_picture(path, 32), "scan": _scanned}
     if seed.kind != "folder":
-        common["identify"] = file_kinds.identify
+        entry["identify"] = file_kinds.identify
+    if seed.kind != "picture":
+        entry["load_volume"] = load_volume
     if seed.kind == "volume":
-        volume["describe_volume"] = lambda path: describe_volume(path, limits=LIMITS)
-        return common | volume
-    if seed.kind == "picture":
-        picture |= {
-            "decode_image": lambda path: images.decode_image(path.read_bytes(), limits=LIMITS),
-            "decode_scaled": lambda path: images.decode_scaled(path.read_bytes(), 32),
-            "image_shape": lambda path: images.image_shape(path.read_bytes(), limits=LIMITS),
-        }
-        return common | picture
-    common["list_series"] = lambda path: dicom.list_series(path, limits=LIMITS)
+        entry["describe_volume"] = describe_volume
+    if seed.kind in ("dicom", "folder"):
+        entry["list_series"] = dicom.list_series
+    if seed.kind in ("dicom", "picture"):
+        entry["load_picture"] = images.load_picture
     if seed.kind == "dicom":
-        common["read_picture"] = lambda path: dicom.read_picture(path, limits=LIMITS)
-        return common | volume | picture
-    return common | volume
+        entry["read_picture"] = dicom.read_picture
+        entry["deidentify"] = _deidentified
+    if seed.kind == "picture":
+        entry["decode_image"] = lambda path: images.decode_image(path.read_bytes())
+        entry["decode_scaled"] = lambda path: images.decode_scaled(path.read_bytes(), 32)
+        entry["image_shape"] = lambda path: images.image_shape(path.read_bytes())
+    return entry
+
+
+def _scanned(path: Path) -> dict[str, Any]:
+    result = report.to_json(collect(path if path.is_dir() else path.parent, 1, LIMITS), 0.0)
+    return result | {"text": report.to_text(result)}
+
+
+def _deidentified(path: Path) -> pydicom.Dataset | None:
+    """Without the search for text in pixels: pydicom's decoders may abort there, for which it has workers."""
+    with (
+        mock.patch.object(burned_in, "of_pixels", return_value=[]),
+        tempfile.TemporaryDirectory(dir=_memory_folder()) as folder,
+    ):
+        copy = clean_file(str(path), Options(folder, b"salt" * 8, False, False, LIMITS)).output
+        return pydicom.dcmread(Path(folder, copy), stop_before_pixels=True) if copy else None
 
 
 def input_of(
@@ -228,6 +250,8 @@ def _fault(result: object) -> str:
             return "singular affine"
         result.content_key  # noqa: B018  computes
         return ""
+    if isinstance(result, dict | pydicom.Dataset):
+        return "identifies a patient" if _has_secret(str(result)) else ""
     pixels = result if isinstance(result, np.ndarray) else getattr(result, "pixels", None)
     if pixels is not None and (pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or 0 in pixels.shape):
         return f"pixels {pixels.dtype} {pixels.ndim}-D"
@@ -239,13 +263,17 @@ def _fault_of_text(text: str) -> str:
         return "several lines"
     if re.search(r" at 0x[0-9a-f]{6}", text):
         return "an address"
-    if any(secret in text for secret in fuzz_seeds.SECRETS):
+    if _has_secret(text):
         return "identifies a patient"
     if len(text) > _MESSAGE_LENGTH:
         return "long"
     if not text.isprintable():
         return "not printable"
     return ""
+
+
+def _has_secret(text: str) -> bool:
+    return any(secret in text for secret in fuzz_seeds.SECRETS)
 
 
 def _pattern(text: str, path: Path) -> str:
@@ -278,7 +306,9 @@ def _expire(number: int, frame: object) -> None:
 
 
 def prepare_process() -> None:
-    """What `try_input` needs of a process: its timer, and silent libraries."""
+    """What `try_input` needs of a process: its timer, low limits everywhere, and silent libraries."""
+    for field in dataclasses.fields(Limits):  # the object that is the default argument of every reader
+        object.__setattr__(DEFAULT_LIMITS, field.name, getattr(LIMITS, field.name))
     signal.signal(signal.SIGALRM, _expire)
     logging.disable()
     _peak_bytes()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import signal
 import sys
 import time
 from pathlib import Path
@@ -15,6 +18,7 @@ from pydicom.encaps import encapsulate, get_frame
 from vilam3_jax.data import dicom
 from vilam3_jax.data.images import load_picture
 from vilam3_jax.data.intensity import as_stored_values
+from vilam3_jax.data.limits import DEFAULT_LIMITS
 from vilam3_jax.data.volumes import describe_volume, load_volume
 from vilam3_jax.errors import UserError
 
@@ -31,6 +35,22 @@ def fuzz():
         yield fuzz_readers
     for name in ("fuzz_readers", "fuzz_seeds", "fuzz_mutations"):
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def prepared(fuzz):
+    """The process of a worker."""
+    limits, handler, disabled = (
+        dataclasses.asdict(DEFAULT_LIMITS),
+        signal.getsignal(signal.SIGALRM),
+        logging.root.manager.disable,
+    )
+    fuzz.prepare_process()
+    yield fuzz
+    for name, value in limits.items():
+        object.__setattr__(DEFAULT_LIMITS, name, value)
+    signal.signal(signal.SIGALRM, handler)
+    logging.disable(disabled)
 
 
 # What the campaign found.
@@ -113,20 +133,19 @@ def test_inputs_are_reproducible(fuzz):
     assert np.mean(changed) > 0.9
 
 
-def test_findings_are_noticed(fuzz, tmp_path, monkeypatch):
+def test_findings_are_noticed(prepared, tmp_path, monkeypatch):
     """A reader with every fault."""
     faults = {
         "crash": lambda path: 1 / 0,
         "hang": lambda path: [None for _ in iter(int, 1)],
-        "memory": lambda path: np.ones(fuzz.MEMORY_BYTES + (64 << 20), np.uint8).sum(),
-        "message": lambda path: raise_(fuzz.UserError(f"{path}: of Doe^Jane")),
+        "memory": lambda path: np.ones(prepared.MEMORY_BYTES + (64 << 20), np.uint8).sum(),
+        "message": lambda path: raise_(prepared.UserError(f"{path}: of Doe^Jane")),
         "result": lambda path: np.zeros((2, 2), np.int16),
         "fine": lambda path: np.zeros((2, 2), np.uint8),
     }
-    monkeypatch.setattr(fuzz, "entry_points", lambda seed: faults)
-    monkeypatch.setattr(fuzz, "CPU_SECONDS", 0.2)
-    fuzz.prepare_process()
-    outcome = fuzz.try_input(fuzz.fuzz_seeds.all_seeds()[0], {}, tmp_path)
+    monkeypatch.setattr(prepared, "entry_points", lambda seed: faults)
+    monkeypatch.setattr(prepared, "CPU_SECONDS", 0.2)
+    outcome = prepared.try_input(prepared.fuzz_seeds.all_seeds()[0], {}, tmp_path)
     assert {(finding.kind, finding.entry) for finding in outcome.findings} - {("hang", "memory")} == {
         (kind, kind) for kind in faults if kind != "fine"
     }
@@ -136,21 +155,19 @@ def raise_(error):
     raise error
 
 
-def test_a_slice_of_the_campaign_finds_nothing(fuzz, tmp_path):
-    fuzz.prepare_process()
-    seeds = fuzz.fuzz_seeds.all_seeds()
+def test_a_slice_of_the_campaign_finds_nothing(prepared, tmp_path):
+    seeds = prepared.fuzz_seeds.all_seeds()
     accepted = 0
     for number in range(SLICE):
-        outcome = fuzz.try_input(*fuzz.input_of(0, number, seeds), tmp_path)
+        outcome = prepared.try_input(*prepared.input_of(0, number, seeds), tmp_path)
         assert not outcome.findings, f"--reproduce={number}: {outcome.findings}"
         accepted += outcome.accepted
     assert accepted > SLICE / 10  # damage that is noticed at once tests little
 
 
-def test_undamaged_inputs_are_taken(fuzz, tmp_path):
-    fuzz.prepare_process()
-    for seed in fuzz.fuzz_seeds.all_seeds():
-        outcome = fuzz.try_input(seed, dict(seed.files), tmp_path)
+def test_undamaged_inputs_are_taken(prepared, tmp_path):
+    for seed in prepared.fuzz_seeds.all_seeds():
+        outcome = prepared.try_input(seed, dict(seed.files), tmp_path)
         assert not outcome.findings, seed.name
         assert outcome.accepted == (seed.name not in REFUSED), seed.name
 

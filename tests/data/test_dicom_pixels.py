@@ -957,7 +957,7 @@ def test_cine(shown):
         ("the photometric interpretation CMYK", COLOURS, {"photometric": "CMYK"}),
         ("the photometric interpretation XYB", COLOURS, {"photometric": "XYB"}),
         ("the photometric interpretation YBR_PARTIAL_420", COLOURS, {"photometric": "YBR_PARTIAL_420"}),
-        ("the Photometric Interpretation is empty", RAMP, {"photometric": ""}),
+        ("Photometric Interpretation is empty", RAMP, {"photometric": ""}),
         ("YBR_RCT belongs to JPEG 2000", COLOURS, {"photometric": "YBR_RCT"}),
         ("Samples per Pixel of 3 contradicts", COLOURS, {}),
         ("Samples per Pixel of 1 contradicts", RAMP, {"photometric": "RGB"}),

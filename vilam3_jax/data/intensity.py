@@ -116,5 +116,5 @@ def window_to_uint8(
         assert limits is not None
         low, high = limits
     # Divide first: with a ready factor of 255 / width the white end itself would come out as 254.99.
-    share = (plane.astype(np.float64) - low) / max(high - low, 1e-6)
+    share = (plane.astype(np.float64) - low) / (high - low or 1.0)
     return (np.clip(share, 0, 1) * 255).astype(np.uint8)

@@ -418,14 +418,16 @@ def _looks_like_dicom(head: bytes) -> bool:
 
 
 def _plausible_start(head: bytes, order: str) -> bool:
-    """Whether a file without a preamble starts with two elements of groups 0002 or 0008, in their order."""
+    """Whether a file without a preamble starts with two known elements, the first of group 0002 or 0008."""
     place, previous = 0, -1
-    for _ in range(2):
+    for number in range(2):
         if place + 12 > len(head):
             return False
         group, element, vr, length = struct.unpack_from(f"{order}HH2sH", head, place)
         tag = group << 16 | element
-        if group not in (0x0002, 0x0008) or tag <= previous or not (element == 0 or dictionary_has_tag(tag)):
+        if tag <= previous or not (element == 0 or dictionary_has_tag(tag)):
+            return False
+        if number == 0 and group not in (0x0002, 0x0008):
             return False
         if vr in _VALUE_REPRESENTATIONS:
             place += 8

@@ -555,6 +555,7 @@ REAL = [
     "MR2_J2KI.dcm",
     "GDCMJ2K_TextGBR.dcm",
     "image_dfl.dcm",
+    "gdcm-US-ALOKA-16.dcm",  # segmented palette
 ]
 GEOMETRY = (
     "ImagePositionPatient",
@@ -584,6 +585,8 @@ def test_real_images_keep_pixels_and_geometry(tmp_path, name) -> None:
     assert copy.file_meta.TransferSyntaxUID == source.file_meta.TransferSyntaxUID
     assert np.array_equal(pixel_array(copy), pixel_array(source))
     assert {k: str(copy.get(k)) for k in GEOMETRY} == {k: str(source.get(k)) for k in GEOMETRY}
+    for keyword in source.dir("TableData", "TableDescriptor", "LUTData"):
+        assert copy[keyword].value == source[keyword].value
     for sequence in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
         for before, after in zip(source.get(sequence, []), copy.get(sequence, []), strict=True):
             for group, keyword in (

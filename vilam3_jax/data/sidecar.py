@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from vilam3_jax.data.stored_volume import UNKNOWN
-from vilam3_jax.data.volume_checks import body_part_name, modality_code, sibling, stated_units
+from vilam3_jax.data.volume_checks import body_part_name, modality_code, stated_units
 from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.paths import read_bytes
 
@@ -35,7 +35,9 @@ def read_sidecar(path: epath.Path, stem: str) -> Sidecar:
     Raises:
       UnavailableError: the disk or the network fails.
     """
-    found = sibling(path, f"{stem}.json")
+    # Not by listing: a folder may hold thousands of volumes, and `stem` is no text of a file.
+    names = (path.parent / f"{stem}{suffix}" for suffix in (".json", ".JSON"))
+    found = next((name for name in names if name.exists()), None)
     if found is None:
         return Sidecar()
     try:

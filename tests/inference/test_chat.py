@@ -17,6 +17,7 @@ from vilam3_jax.cli import guarded
 from vilam3_jax.data.annotations import AnnotationStore
 from vilam3_jax.data.image_processor import ImageProcessor
 from vilam3_jax.data.images import load_film, resize
+from vilam3_jax.data.isolation import DecoderProcess
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
 from vilam3_jax.data.text_rules import TextRules
 from vilam3_jax.data.tokenizer import Tokenizer
@@ -79,6 +80,19 @@ def test_the_declared_modality_chooses_the_window(tmp_path):
     assert "percentiles" in images.open_picture(path, 32, modality="MR").description
     assert "window 40, 80" in images.open_picture(path, 32, window=(40, 80)).description
     assert ct.input_key == unknown.input_key  # what is stated about a scan is not its content
+
+
+def test_a_decoder_process_gives_the_same_picture(world):
+    with DecoderProcess() as decoder:
+        for image, options in ((world.volume, {"modality": "CT", "index": 3}), (world.film, {})):
+            here = images.open_picture(image, 32, **options)
+            there = images.open_picture(image, 32, decoder=decoder, **options)
+            assert np.array_equal(here.pixels, there.pixels)
+            assert (here.input_key, here.description, here.notes) == (
+                there.input_key,
+                there.description,
+                there.notes,
+            )
 
 
 def test_the_models_preprocessing_is_applied_and_checked(world):

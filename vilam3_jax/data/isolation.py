@@ -34,7 +34,6 @@ import numpy as np
 from vilam3_jax.data import images, volumes
 from vilam3_jax.data.expert_host import FrameError, Message, read_frame, write_frame
 from vilam3_jax.data.images import LoadedPicture
-from vilam3_jax.data.intensity import InputWarning
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.volumes import Volume
 from vilam3_jax.errors import UnavailableError, UserError
@@ -85,8 +84,8 @@ class DecoderProcess:
         self._numbers = itertools.count()
         self._lock = threading.Lock()
 
-    def load_volume(self, path: PathLike, **keywords: Any) -> Volume:
-        """`volumes.load_volume` in the child: same arguments, result, warnings and errors.
+    def read_volume(self, path: PathLike, **keywords: Any) -> Volume:
+        """`volumes.read_volume` in the child: same arguments, result and errors.
 
         Raises:
           UnavailableError: the disk fails, or the process cannot be started.
@@ -96,11 +95,11 @@ class DecoderProcess:
         return self._decode(Volume, path, keywords)
 
     def load_picture(self, path: PathLike, **keywords: Any) -> LoadedPicture:
-        """`images.load_picture` in the child: same arguments, result, warnings and errors.
+        """`images.load_picture` in the child: same arguments, result and errors.
 
         Raises:
-          UnavailableError: see `load_volume`.
-          UserError: see `load_volume`.
+          UnavailableError: see `read_volume`.
+          UserError: see `read_volume`.
         """
         return self._decode(LoadedPicture, path, keywords)
 
@@ -124,7 +123,6 @@ class DecoderProcess:
         with self._lock:
             try:
                 answer = self._exchange(request)
-                notes = [str(text) for text in answer["warnings"]]
                 error = _carried_error(answer) if "error" in answer else None
                 result = None if error is not None else _unpacked(kind, answer["result"], self._store)
             except _ChildError as error:
@@ -144,8 +142,6 @@ class DecoderProcess:
                     f"{path}: the decoder process does not start ({error}); check the installation and the "
                     "free memory"
                 ) from error
-        for note in notes:
-            warnings.warn(note, InputWarning, stacklevel=3)
         if result is None:
             assert error is not None
             raise error
@@ -342,10 +338,10 @@ def _answer(request: Message, store: IO[bytes]) -> Message:
     path, keywords = request["path"], {key: _tuples(value) for key, value in request["keywords"].items()}
     if "limits" in keywords:
         keywords["limits"] = Limits(**keywords["limits"])
-    read = volumes.load_volume if request["kind"] == Volume.__name__ else images.load_picture
+    read = volumes.read_volume if request["kind"] == Volume.__name__ else images.load_picture
     answer: Message = {"id": request["id"]}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what libraries warn of may quote the file
         try:
             answer["result"] = _packed(read(path, **keywords), store)
         except MemoryError:
@@ -359,8 +355,6 @@ def _answer(request: Message, store: IO[bytes]) -> Message:
                 "error": f"{path}: cannot be decoded ({reason}); the file is damaged, export it again",
                 "passing": False,
             }
-    # What libraries warn of may quote the file.
-    answer["warnings"] = [str(w.message) for w in caught if issubclass(w.category, InputWarning)]
     return answer
 
 

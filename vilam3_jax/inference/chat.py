@@ -18,6 +18,7 @@ from vilam3_jax.data.annotations import AnnotationStore
 from vilam3_jax.data.cards import Card, load_cards
 from vilam3_jax.data.expert_host import ExpertHost
 from vilam3_jax.data.images import encode_png
+from vilam3_jax.data.isolation import DecoderProcess
 from vilam3_jax.data.text_rules import TEXT_HELP
 from vilam3_jax.data.volumes import AXES
 from vilam3_jax.errors import UserError
@@ -76,6 +77,7 @@ class Assistant:
         expert_weights: paths.PathLike | None = None,
         max_length: int = 2048,
         text: str = "",
+        isolate: bool = False,
     ):
         """See `load`."""
         self._generator, self._template = load_generator(
@@ -84,6 +86,7 @@ class Assistant:
         self._cards = load_cards(str(exports.load_model_config(checkpoint).get("cards", "quickstart")))
         self._annotations, self._expert_host, self._weights = annotations, expert_host, expert_weights
         self._host: ExpertHost | None = None
+        self._decoder = DecoderProcess() if isolate else None
         self._agents: dict[bool, Agent] = {}
 
     def ask(
@@ -136,6 +139,7 @@ class Assistant:
             series=series,
             frame=frame,
             preprocessing=processor.preprocessing,
+            decoder=self._decoder,
         )
         agent = self._agent(experts)
         query = Query(
@@ -159,7 +163,9 @@ class Assistant:
         )
 
     def close(self) -> None:
-        """Ends the expert host, if one was started."""
+        """Ends the expert host and the decoder process, if they were started."""
+        if self._decoder is not None:
+            self._decoder.close()
         if self._host is not None:
             self._host.close()
             self._host = None
@@ -229,6 +235,7 @@ def load(
     expert_weights: paths.PathLike | None = None,
     max_length: int = 2048,
     text: str = "",
+    isolate: bool = False,
 ) -> Assistant:
     """Opens an export.
 
@@ -240,6 +247,7 @@ def load(
       expert_weights: folder of the experts' model files, for the host.
       max_length: most positions (text and image tokens) of one dialogue.
       text: changes of the export's text rules: `as_trained`, `clean`, or for example `spaces=clean`.
+      isolate: decode images in a process of its own, with limits on time and memory.
 
     Raises:
       UserError: no export, or one of a model that cannot speak; an unknown text rule.
@@ -251,6 +259,7 @@ def load(
         expert_weights=expert_weights,
         max_length=max_length,
         text=text,
+        isolate=isolate,
     )
 
 
@@ -303,6 +312,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--modality", help="DICOM's code (CT, MR, ...) of an image whose file states none")
     parser.add_argument("--series", help="series of a DICOM folder, as `vilam3 data scan` lists it")
     parser.add_argument("--frame", type=int, help="frame of a cine (default: the middle one) or page")
+    parser.add_argument(
+        "--isolate", action="store_true", help="decode the image in a process with limits on time and memory"
+    )
     parser.add_argument("--experts", default="on", choices=("on", "off"), help="may the model ask experts?")
     parser.add_argument("--annotations", help="store of what experts said before; looked at first")
     parser.add_argument(
@@ -350,6 +362,7 @@ def main(argv: Sequence[str]) -> int:
         expert_weights=options.expert_weights,
         text=options.text,
         max_length=options.max_length,
+        isolate=options.isolate,
     )
     with assistant:
         reply = assistant.ask(

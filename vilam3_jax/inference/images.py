@@ -12,6 +12,7 @@ from etils import epath
 from vilam3_jax.data import dicom, file_kinds, nifti
 from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.images import encode_png, load_picture, resize
+from vilam3_jax.data.isolation import DecoderProcess
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing, Window
 from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.data.volumes import AXES, Volume, VolumeSource
@@ -59,6 +60,7 @@ def open_picture(
     series: str | None = None,
     frame: int | None = None,
     preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
+    decoder: DecoderProcess | None = None,
 ) -> Picture:
     """Reads what was given, and cuts the slice if it is a scan.
 
@@ -73,6 +75,7 @@ def open_picture(
       series: which series of a DICOM folder, see `load_volume`.
       frame: which frame of a cine or page of a TIFF; the middle frame of a cine by default.
       preprocessing: of the model.
+      decoder: decodes the file in a process of its own; None: in this one.
 
     Raises:
       UserError: no such file, no image, a slice outside the scan, or options that do not fit the image.
@@ -93,9 +96,11 @@ def open_picture(
         if frame is not None:
             raise UserError(f"{path}: is a volume, which has slices and no frames; choose a slice")
         source = VolumeSource(os.fspath(path), series, modality)
-        return _slice(source.read(), source, size, axis, index, window, preprocessing)
+        volume = source.read() if decoder is None else decoder.read_volume(**dataclasses.asdict(source))
+        return _slice(volume, source, size, axis, index, window, preprocessing)
     _refuse_slice_options(str(path), index, window, series)
-    opened = load_picture(path, frame=frame, alpha=preprocessing.alpha)
+    load = load_picture if decoder is None else decoder.load_picture
+    opened = load(path, frame=frame, alpha=preprocessing.alpha)
     if modality is not None and opened.modality not in (UNKNOWN, modality.upper()):
         raise UserError(f"{path}: declared as {modality}, but the file states {opened.modality}")
     stated = opened.modality if modality is None else modality.upper()

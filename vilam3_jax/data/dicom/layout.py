@@ -136,8 +136,8 @@ def _photometric(dataset: pydicom.Dataset, path: PathLike) -> str:
     name = str(value or "").strip().upper()
     if not name:
         raise UserError(
-            f"{path}: DICOM image whose Photometric Interpretation is empty, so grey and colour cannot be told "
-            "apart; correct the header"
+            f"{path}: DICOM image whose Photometric Interpretation is empty, so grey and colour cannot be "
+            "told apart; correct the header"
         )
     if name not in (*GREY, *COLOUR, PALETTE):
         shown = name if name.isprintable() and len(name) <= 16 else "that it states"  # 16: DICOM's limit

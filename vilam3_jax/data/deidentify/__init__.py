@@ -1,4 +1,4 @@
-"""Removes what identifies a patient from DICOM images: `vilam3 data deidentify`, see docs/deidentify.md."""
+"""Removes patient identifiers from DICOM images: `vilam3 data deidentify`, see docs/deidentify.md."""
 
 from vilam3_jax.data.deidentify.run import deidentify
 

@@ -43,7 +43,7 @@ _MAX_SHAPES = 4000  # more are noise
 
 
 def of_attributes(source: Dataset) -> list[str]:
-    """What an object's attributes say, as fixed texts. Values that cannot be read count as absent."""
+    """Signs of text in the attributes of an object, as fixed texts. Unreadable values count as absent."""
     stated, modality = _text(source, "BurnedInAnnotation"), _text(source, "Modality")
     sop_class, image_type = _text(source, "SOPClassUID"), _text(source, "ImageType").split("\\")
     signs = {
@@ -71,7 +71,7 @@ def _text(source: Dataset, keyword: str) -> str:
 
 
 def of_pixels(image: Dataset, limits: Limits) -> list[str]:
-    """What the frame in the middle shows, as fixed texts."""
+    """Signs of text in the middle frame, as fixed texts."""
     if int(image.Rows) * int(image.Columns) > limits.pixels:
         return ["pixels too many to look for text"]
     try:

@@ -1,7 +1,7 @@
-"""Makes a copy of a DICOM image that holds only what the tables of `profile` allow.
+"""Makes a copy of a DICOM image from the attributes that the tables of `profile` allow.
 
 The copy is built from nothing: only numbers, words of closed vocabularies, times of day, shifted dates, new
-UIDs and pixels reach it. What is not understood is left out.
+UIDs and pixels reach it. Everything else is left out.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Cleaned:
 
     Attributes:
       dataset: the copy, with file meta information.
-      patient: `token` of who the patient is.
+      patient: `token` of the patient's identity.
       original_patient: PatientID of the source, for the mapping.
       suspicions: why pixels may show text that identifies the patient; empty if nothing points to it.
       actions: action (removed, emptied, replaced) -> attribute -> how often.
@@ -150,7 +150,7 @@ def clean(source: Dataset, pseudonyms: Pseudonyms, keep_characteristics: bool, l
 
 
 def _name(uid: UID) -> str:
-    """The standard's name; what the file states stays out of the report."""
+    """Name of a UID in the standard; a UID that only the file knows stays out of the report."""
     return uid.name if uid.name != uid else "unknown"
 
 
@@ -194,7 +194,7 @@ def _code_item(value: str, scheme: str, meaning: str) -> Dataset:
 
 
 class _Builder:
-    """Copies what is allowed, and counts what is not."""
+    """Copies allowed attributes and counts all others."""
 
     def __init__(self, keep_characteristics: bool, nesting: int) -> None:
         self._keep_characteristics = keep_characteristics
@@ -221,7 +221,7 @@ class _Builder:
         return result
 
     def add_placeholders(self) -> None:
-        """Adds the empty and dummy values: after dates and IDs were replaced, because they are none."""
+        """Adds empty and dummy values, after the replacement of dates and IDs, which must not change them."""
         for item, element in self._placeholders:
             item.add(element)
 
@@ -299,7 +299,7 @@ class _Builder:
         return DataElement(element.tag, element.VR, element.value)
 
     def _follow_profile(self, source: Dataset, tag: BaseTag, result: Dataset) -> None:
-        """Does with an attribute that is not kept what the basic profile demands.
+        """Applies the action of the basic profile to an attribute that is not kept.
 
         Where the profile leaves a choice, the result fits every object definition: a dummy rather than an
         empty value, an empty value rather than none. Sequences are removed where they may be.

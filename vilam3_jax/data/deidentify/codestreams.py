@@ -65,7 +65,7 @@ _JP2_BOXES = frozenset({b"jP  ", b"ftyp", b"rreq", b"jp2h"})
 
 
 def without_comments(pixel_data: bytes, transfer_syntax: str, frame_pixels: int) -> bytes:
-    """Overwrites what a decoder does not need: comments, application data, bytes after the end of a frame.
+    """Overwrites bytes that no decoder needs: comments, application data, the rest after the end of a frame.
 
     Args:
       pixel_data: an encapsulated PixelData element: items, the first of them the offset table.
@@ -188,7 +188,7 @@ def _clean_jpeg(stream: bytearray, start: int, limit: int) -> int:
 
 
 def _blank_application_data(stream: bytearray, marker: int, value: int, end: int) -> None:
-    """Keeps what decides about colour: JFIF, Adobe's transform, HP's transform of JPEG-LS."""
+    """Keeps the segments that decide colour: JFIF, Adobe's transform, HP's transform of JPEG-LS."""
     if marker == 0xE0 and stream[value : value + 5] == b"JFIF\0":
         value += 14  # a thumbnail follows
     elif marker == 0xEE and stream[value : value + 5] == b"Adobe":

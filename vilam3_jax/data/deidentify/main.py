@@ -1,4 +1,4 @@
-"""`vilam3 data deidentify`: copies of DICOM images without what identifies the patient."""
+"""`vilam3 data deidentify`: copies of DICOM images without patient identifiers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vilam3_jax.errors import UserError
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vilam3 data deidentify",
-        description="Copy the DICOM images of a folder without what identifies the patients. Text in the "
+        description="Copy the DICOM images of a folder without patient identifiers. Text in the "
         "pixels is looked for and listed, not removed. No tool guarantees anonymity: see docs/deidentify.md.",
     )
     parser.add_argument("--source", required=True, help="folder with DICOM files; it is not changed")

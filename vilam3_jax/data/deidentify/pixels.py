@@ -1,4 +1,4 @@
-"""Pixel data of the copy: the same values, without what only lies beside them."""
+"""Pixel data of the copy: the same values, without hidden bytes around them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def clean(image: Dataset, source: Dataset, transfer_syntax: str) -> tuple[list[s
       transfer_syntax: of both.
 
     Returns:
-      What was done, and what makes burned-in text likely.
+      Notes on removed bytes, and signs of burned-in text.
 
     Raises:
       PixelError: the stored bytes are not the pixels that the header describes.

@@ -62,8 +62,8 @@ class Pseudonyms:
         UIDs of anything but classes are mapped. Dates must be well-formed.
 
         Args:
-          dataset: what is kept of an object.
-          patient: a `token` of who the patient is.
+          dataset: the copy of an object.
+          patient: a `token` of the patient's identity.
         """
         dataset.PatientID = patient
         self._of_patient(patient).anonymize(dataset)

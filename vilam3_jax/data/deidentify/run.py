@@ -1,4 +1,4 @@
-"""A folder of DICOM files without identifiers, file by file, and a report of what was done."""
+"""Copies a folder of DICOM files without identifiers, and reports counts and reasons."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _BATCH = 64
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What decides the result for a file.
+    """Everything that decides the result for a file.
 
     Attributes:
       out: folder of the copies.
@@ -77,12 +77,12 @@ class Options:
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of a file.
+    """The result for one file.
 
     Attributes:
       path: the source. Like `original_patient`, only for the mapping.
-      output: the copy, relative to the folder; None if there is none.
-      reason: why there is none; a fixed text.
+      output: the copy, relative to the folder; None if the file was skipped.
+      reason: why the file was skipped; a fixed text.
       patient, study, series: new identifiers.
       suspicions, actions, notes: see `cleaning.Cleaned`.
       original_patient: PatientID of the source.
@@ -117,10 +117,10 @@ def deidentify(
     limits: Limits = DEFAULT_LIMITS,
     tick: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
-    """Writes copies of the DICOM images in `source` to `out`, without what identifies a patient.
+    """Writes copies of the DICOM images in `source` to `out`, without patient identifiers.
 
     Files are named `PATIENT/SERIES/FILE.dcm` by keyed hashes. The same salt and options give the same files
-    again. See docs/deidentify.md for what is kept.
+    again. docs/deidentify.md lists the attributes that are kept.
 
     Args:
       source: folder; read with its subfolders, never written. Symbolic links are not followed.
@@ -439,7 +439,7 @@ def _outcomes(files: list[str], options: Options, workers: int) -> Iterator[Outc
                     yield from outcomes
                     done += 1
         except BrokenProcessPool:
-            # Whoever broke it is in the first batch without an answer, or in one that ran beside it.
+            # The file that broke it is in the first batch without an answer, or in one beside it.
             for path in waiting[done]:
                 yield _clean_alone(path, options)
             done += 1

@@ -55,7 +55,7 @@ def encoded(image, form):
 
 
 def ours(data, mode, tower="siglip"):
-    (pixels,) = image_processor(model(mode, tower)).inputs(decode_image(data))
+    (pixels,) = image_processor(model(mode, tower)).inputs(decode_image(data, alpha="ignore"))  # as VILA does
     assert pixels.shape == (SIZE, SIZE, 3) and pixels.dtype == np.uint8
     return pixels.astype(float)
 
@@ -85,13 +85,13 @@ def test_pad_has_the_background_of_the_towers_mean():
 
 
 @pytest.mark.parametrize("mode", ["resize", "pad"])
-def test_sixteen_bits_of_the_range_of_eight_are_equal(mode):
-    """Where PIL's cut at 255 and our stretch over the image's own range say the same."""
+def test_sixteen_bits_of_the_range_of_eight_are_alike(mode):
+    """Where PIL's cut at 255 and our stretch between two percentiles differ by those percentiles only."""
     values = np.random.default_rng(0).integers(0, 256, (61, 83)).astype(np.uint16)
     values[0, :2] = 0, 255
     image = Image.fromarray(values)
     assert image.mode == "I;16"
-    np.testing.assert_allclose(ours(encoded(image, "PNG"), mode), theirs(image, mode), atol=1)
+    np.testing.assert_allclose(ours(encoded(image, "PNG"), mode), theirs(image, mode), atol=3)
 
 
 def test_sixteen_bits_of_a_wider_range_are_stretched_where_pil_cuts():
@@ -99,7 +99,8 @@ def test_sixteen_bits_of_a_wider_range_are_stretched_where_pil_cuts():
     values = np.random.default_rng(0).integers(0, 4096, (61, 83)).astype(np.uint16)
     values[0, :2] = 0, 4095
     image = Image.fromarray(values)
-    stretched = Image.fromarray((values / 4095 * 255).astype(np.uint8))
+    low, high = np.percentile(values, (0.5, 99.5))
+    stretched = Image.fromarray((np.clip((values - low) / (high - low), 0, 1) * 255).astype(np.uint8))
     got = ours(encoded(image, "PNG"), "resize")
     np.testing.assert_allclose(got, theirs(stretched, "resize"), atol=1)
     assert (theirs(image, "resize") > 250).mean() > 0.8 > 0.1 > (got > 250).mean()

@@ -17,14 +17,12 @@ import numpy as np
 from etils import epath
 
 from vilam3_jax.data import content_keys, dicom, file_kinds, nifti
-from vilam3_jax.data.images import resize
 from vilam3_jax.data.intensity import (
     DISPLAY_PERCENTILES,
     as_stored_values,
     percentile_limits,
     usable_values,
     warn_of,
-    window_to_uint8,
 )
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.metaimage import read_metaimage
@@ -33,20 +31,6 @@ from vilam3_jax.data.stored_volume import UNKNOWN, StoredVolume
 from vilam3_jax.data.volume_checks import check_file_size, modality_code, naming_damage, stated_units
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import PathLike, as_path
-
-__all__ = [
-    "Volume",
-    "VolumeSource",
-    "describe_volume",
-    "load_label_map",
-    "load_volume",
-    "percentile_limits",
-    "read_listed_series",
-    "read_volume",
-    "slice_2d",
-    "volume_to_slice_image",
-    "window_to_uint8",
-]
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 _WHOLE = 1e-3  # how far a stored label may be from a whole number
@@ -283,30 +267,6 @@ def slice_2d(voxels: np.ndarray, axis: int, index: int) -> np.ndarray:
         )
     # All three planes are read from high to low index along both remaining axes; rows are the higher one.
     return np.take(voxels, index, axis=axis).T[::-1, ::-1]
-
-
-def volume_to_slice_image(
-    volume: Volume, axis: int, index: int, window: tuple[float, float] | None, size: int | None
-) -> np.ndarray:
-    """One slice as a picture: display orientation, windowed, resized without keeping the aspect ratio.
-
-    Args:
-      volume: the scan.
-      axis: see `slice_2d`.
-      index: see `slice_2d`.
-      window: (centre, width) in voxel units; None takes the volume's own percentile limits.
-      size: side of the result in pixels; None: a pixel for each voxel.
-
-    Returns:
-      [size, size, 3] uint8, or [h, w, 3]. Voxels that measure nothing are black.
-    """
-    plane = window_to_uint8(
-        slice_2d(volume.voxels, axis, index), window, volume.limits if window is None else None
-    )
-    if volume.valid is not None:
-        plane[~slice_2d(volume.valid, axis, index)] = 0
-    picture = np.repeat(plane[..., None], 3, axis=-1)
-    return picture if size is None else resize(picture, size)
 
 
 def _display_limits(

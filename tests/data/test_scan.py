@@ -34,9 +34,10 @@ from pydicom.uid import (
 
 from vilam3_jax import cli
 from vilam3_jax.data.dicom import list_series, read_listed, read_picture
+from vilam3_jax.data.dicom.frames import short_identifier
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.scan import collect as collect_lib
-from vilam3_jax.data.scan import plain_words, records, walk
+from vilam3_jax.data.scan import plain_words, records, report, walk
 from vilam3_jax.data.scan.collect import collect
 from vilam3_jax.data.volumes import load_volume
 from vilam3_jax.errors import UserError
@@ -341,6 +342,8 @@ def named(tmp_path) -> Path:
          (turn + "AnatomicalOrientation = SMI\n", "MET_SHORT", "LOCAL"), ("", "MET_SHORT", "../MRN4711"))
     ):  # fmt: skip
         (folder / f"StMary{number}.mha").write_bytes(meta.format(*words).encode() + bytes(16))
+    Image.new("L", (5, 6)).save(folder / "SMITHSON.tif")
+    (folder / "SMITHSON2.tif").write_bytes((folder / "SMITHSON.tif").read_bytes()[:-60])
     (folder / "SMITHSON.png").write_bytes(b"\x89PNG\r\n\x1a\nSMITHSON")
     (folder / "MRN4711.txt").write_text("SMITHSON")
     (folder / "geheim.SMITHSON").write_bytes(b"\x01\x02SMITHSON")
@@ -349,10 +352,13 @@ def named(tmp_path) -> Path:
     return folder
 
 
-def test_nothing_that_is_printed_identifies_a_patient(named, tmp_path, capsys) -> None:
+def test_nothing_that_is_printed_identifies_a_patient(named, tmp_path, capsys, caplog, recwarn) -> None:
     out = tmp_path / "result.json"
+    caplog.clear()
+    recwarn.clear()
     assert cli.main(["data", "scan", str(named), "--json", str(out)]) == 0
     printed = capsys.readouterr()
+    assert not caplog.text and not recwarn.list
     jsonschema.validate(json.loads(out.read_text()), SCHEMA)
     for text in (printed.out, printed.err, out.read_text()):
         for secret in (*SECRETS, "4711", "1.2.840", "093Y"):
@@ -487,6 +493,44 @@ def test_a_disk_that_fails_costs_one_file(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(records.file_kinds, "identify", failing)
     found = collect(tmp_path, 1, DEFAULT_LIMITS)
     assert [r.problem for r in found.files] == [records.FAILING, None, None, None, None]
+
+
+@pytest.mark.parametrize("function", ["identify", "group"])
+def test_an_error_that_nobody_expects_costs_one_file_or_series(tmp_path, monkeypatch, function) -> None:
+    first = stack(tmp_path, "1")[0]
+    stack(tmp_path, "2")
+
+    def broken(*arguments):
+        raise KeyError("SMITHSON")
+
+    if function == "identify":
+        identify = records.file_kinds.identify
+        monkeypatch.setattr(
+            records.file_kinds, "identify", lambda path: (broken if path == str(first) else identify)(path)
+        )
+    else:
+        group = records.group_files
+        monkeypatch.setattr(
+            records,
+            "group_files",
+            lambda files: (broken if (f := [*files])[0].uid == "1.2.3.1" else group)(f),
+        )
+    found = collect(tmp_path, 1, DEFAULT_LIMITS)
+    result = report.to_json(found, 0)
+    jsonschema.validate(result, SCHEMA)
+    assert [s.use for s in found.series if s.identifier == short_identifier("1.2.3.2")] == ["volume"]
+    (skipped,) = result["skipped"]
+    assert skipped["files"] == (1 if function == "identify" else 5) and "(KeyError)" in skipped["reason"]
+    assert "SMITHSON" not in report.to_text(result)
+
+
+def test_a_header_with_absurd_numbers_is_damaged(tmp_path, capsys) -> None:
+    with pydicom.config.disable_value_validation():
+        dataset = image("1", ImagePositionPatient=[0, 0, 0])
+        dataset.add_new("NumberOfFrames", "IS", "9" * 30)
+        save(tmp_path / "in" / "a.dcm", dataset)
+    result, _ = scan(tmp_path / "in", tmp_path, capsys)
+    assert result["skipped"] == [{"reason": records.DAMAGED_DICOM, "files": 1}]
 
 
 def test_other_readable_files(tmp_path, capsys) -> None:

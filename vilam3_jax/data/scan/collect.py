@@ -6,11 +6,13 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import logging
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -63,7 +65,7 @@ def collect(folder: PathLike, workers: int, limits: Limits) -> Found:
     with _bar("listing", None, "file") as bar:
         listing = list_files(folder, limits.files, bar.update)
     files = list(enumerate(listing.files))
-    with _executor("://" in str(as_path(folder)), workers, len(files)) as run:
+    with _silent(), _executor("://" in str(as_path(folder)), workers, len(files)) as run:
         records: list[FileRecord] = []
         chunks = [files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK)]
         with _bar("reading headers", len(files), "file") as bar:
@@ -125,7 +127,7 @@ def _executor(remote: bool, workers: int, files: int) -> Iterator[_Run]:
         context = multiprocessing.get_context(
             "spawn"
         )  # a fork would copy the threads' locks of the libraries
-        executor = ProcessPoolExecutor(width, context, _ignore_interrupts)
+        executor = ProcessPoolExecutor(width, context, _start_worker)
     try:
         yield lambda function, chunks, limits: _results(executor, width, function, chunks, limits)
     except concurrent.futures.BrokenExecutor as error:
@@ -140,9 +142,22 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches all processes of a terminal; the main one ends the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps what libraries warn of and log from stderr: they quote the files and their names."""
+    level = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(level)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one ends the others
+    _silent().__enter__()
 
 
 def _results(

@@ -9,7 +9,6 @@ import collections
 import contextlib
 import dataclasses
 import re
-import warnings
 from collections.abc import Sequence
 from typing import IO, Any, cast
 
@@ -24,7 +23,7 @@ from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
 from vilam3_jax.data import file_kinds
 from vilam3_jax.data.dicom.codecs import is_decodable
-from vilam3_jax.data.dicom.frames import Frame
+from vilam3_jax.data.dicom.frames import Frame, short_identifier
 from vilam3_jax.data.dicom.grouping import (
     CINE,
     PICTURE,
@@ -171,9 +170,7 @@ class SeriesRecord:
 
 def look(files: Sequence[tuple[int, str]], limits: Limits) -> list[FileRecord]:
     """Looks at the headers of some files; see `FileRecord`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # libraries quote the files in their warnings
-        return [_look_at(index, path, limits) for index, path in files]
+    return [_look_at(index, path, limits) for index, path in files]
 
 
 def _look_at(index: int, path: str, limits: Limits) -> FileRecord:
@@ -194,6 +191,12 @@ def _look_at(index: int, path: str, limits: Limits) -> FileRecord:
     except (UserError, OSError):
         record = FileRecord(index, "unknown", problem=CLOSED)
         return record if _is_there(path) else _gone(record)
+    except Exception as error:  # one file in 100,000 must not end the scan
+        return FileRecord(index, "unknown", problem=_unexpected(error))
+
+
+def _unexpected(error: Exception) -> str:
+    return f"met an error that no reader expects ({type(error).__name__}); please report it"
 
 
 def _gone(record: FileRecord) -> FileRecord:
@@ -220,7 +223,10 @@ def _dicom(record: FileRecord, path: str, limits: Limits) -> FileRecord:
         return dataclasses.replace(record, problem=DICOMDIR)
     frames = file_frames(path, header)
     fault = None if frames.reason else _pixel_fault(header, record.size, path, limits)
-    return dataclasses.replace(record, series=frames.uid, header=_packed(frames, fault))
+    try:
+        return dataclasses.replace(record, series=frames.uid, header=_packed(frames, fault))
+    except OverflowError:  # a number of frames of more than 64 bits
+        return dataclasses.replace(record, problem=DAMAGED_DICOM)
 
 
 def _packed(file: FileFrames, fault: str | None) -> bytes:
@@ -354,7 +360,14 @@ def describe(files: Sequence[tuple[int, int, bytes]], limits: Limits) -> list[Se
         frames.path: _FileFacts(index, size, fault, frames.frames[0].thickness if frames.frames else None)
         for (index, size, _), (frames, fault) in zip(files, headers, strict=True)
     }
-    return [_series(series, facts, limits) for series in group_files(frames for frames, _ in headers)]
+    try:
+        return [_series(series, facts, limits) for series in group_files(frames for frames, _ in headers)]
+    except Exception as error:  # nor must one series
+        indices = tuple(file.index for file in facts.values())
+        uid, study = headers[0][0].uid, headers[0][0].study
+        failed = Series(short_identifier(uid), uid, short_identifier(study), problem=_unexpected(error))
+        record = _series(failed, facts, limits)
+        return [dataclasses.replace(record, problem=failed.problem, files=indices)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ IMAGE = st.one_of(
         axis=st.integers(0, 2),
         index=st.integers(0, 500),
         window=st.one_of(st.none(), st.tuples(st.floats(-500, 500), st.floats(1, 2000))),
+        modality=st.sampled_from([None, "CT", "MR"]),
     ),
 )
 
@@ -105,6 +106,8 @@ def conversation(**changes) -> Example:
         ({"images": (ImageRef(path="a", axis=3, index=0),)}, "no slice"),
         ({"images": (ImageRef(path="a", data=b"1"),)}, "not both"),
         ({"images": (ImageRef(path="a", axis=0, index=0, window=(0.0, 0.0)),)}, "width > 0"),
+        ({"images": (ImageRef(path="a", axis=0, index=0, modality="ct"),)}, "not a DICOM code"),
+        ({"images": (ImageRef(path="a", modality="CT"),)}, "of a volume"),
         ({"expert_requests": (ExpertRequest("CXR", image=1),)}, "image 1 of 1"),
         ({"expert_requests": (ExpertRequest("CXR", before_turn=0),)}, "no assistant speaks"),
         ({"expert_requests": (ExpertRequest("CXR", before_turn=7),)}, "turn 7 of 2"),
@@ -162,3 +165,18 @@ def test_plain_vila_items() -> None:
         from_instruction({"id": "bad", "conversations": [{"from": "alien", "value": ""}]})
     with pytest.raises(UserError, match="leaves the data root"):
         from_instruction({"id": "p", "image": "../a.png", "conversations": talk})
+
+
+def test_records_without_a_modality_are_read() -> None:
+    example = Example(
+        "a",
+        "caption",
+        (ImageRef(path="v.nii.gz", axis=2, index=3, window=(50.0, 400.0)),),
+        (Turn("user", "<image>"), Turn("assistant", "A liver.", True)),
+    )
+    older = msgpack.unpackb(example.to_bytes())
+    older["images"] = [image[:5] for image in older["images"]]
+    assert Example.from_bytes(msgpack.packb(older)) == example
+    item, _ = to_instruction(example)
+    item["vilam3"]["slices"] = [cut[:3] for cut in item["vilam3"]["slices"]]
+    assert from_instruction(item) == example

@@ -287,9 +287,7 @@ def from_instruction(item: Mapping[str, Any]) -> Example:
             id=name,
             format=extension.get("format", "conversation"),
             images=tuple(
-                ImageRef(path=path)
-                if cut is None
-                else ImageRef(None, path, *cut[:2], None if cut[2] is None else tuple(cut[2]), *cut[3:])
+                ImageRef(path=path) if cut is None else _slice_of(path, *cut)
                 for path, cut in zip(paths, slices, strict=True)
             ),
             turns=tuple(
@@ -304,6 +302,13 @@ def from_instruction(item: Mapping[str, Any]) -> Example:
             f"instruction item {name!r}: not in the VILA form ({type(error).__name__}: {error})"
         ) from error
     return example.validate()
+
+
+def _slice_of(
+    path: str, axis: int, index: int, window: list[float] | None, modality: str | None = None
+) -> ImageRef:
+    """A slice as `to_instruction` writes it; older files state no modality."""
+    return ImageRef(None, path, axis, index, None if window is None else (window[0], window[1]), modality)
 
 
 def _as_vila_reads(turns: list[tuple[str, str]], has_images: bool) -> list[tuple[str, str]]:

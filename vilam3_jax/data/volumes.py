@@ -182,7 +182,7 @@ def _read(path: epath.Path, series: str | None, limits: Limits, *, voxels: bool 
     if path.is_dir():
         with naming_damage(path):
             return dicom.read_series(path, series=series, limits=limits)
-    kind = file_kinds.identify(nifti.pair_header(path) or path)
+    kind = file_kinds.identify(path)
     if kind.reader is None or kind.reader == "picture":
         raise file_kinds.refusal(path, kind)
     check_file_size(path, limits)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from vilam3_jax.data import dicom, file_kinds, nifti
+from vilam3_jax.data import dicom, file_kinds
 from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.images import encode_png, load_picture, resize
 from vilam3_jax.data.isolation import DecoderProcess
@@ -112,7 +112,7 @@ def _what_is_meant(path: epath.Path, series: str | None) -> tuple[epath.Path, bo
     """The file or folder to open, and whether it is read as a volume. A folder may hold a single picture."""
     if series is not None:
         return path, True
-    reader = "dicom" if path.is_dir() else file_kinds.identify(nifti.pair_header(path) or path).reader
+    reader = "dicom" if path.is_dir() else file_kinds.identify(path).reader
     if reader == "dicom":
         return _dicom(path)
     return path, reader in ("nifti", "nifti pair", "nrrd", "metaimage")

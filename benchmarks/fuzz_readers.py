@@ -145,7 +145,7 @@ def _deidentified(path: Path) -> pydicom.Dataset | None:
     """Without the search for text in pixels: pydicom's decoders may abort there, for which it has workers."""
     with (
         mock.patch.object(burned_in, "of_pixels", return_value=[]),
-        tempfile.TemporaryDirectory(dir=_memory_folder()) as folder,
+        tempfile.TemporaryDirectory() as folder,
     ):
         copy = clean_file(str(path), Options(folder, b"salt" * 8, False, False, LIMITS)).output
         return pydicom.dcmread(Path(folder, copy), stop_before_pixels=True) if copy else None
@@ -331,8 +331,12 @@ def _peak_bytes() -> int:
 _MARK = struct.Struct("<qd32s")  # number, time, entry point
 
 
-def work(campaign: int, first: int, stop: int, step: int, only: str, mark_path: str) -> None:
-    """A worker: tries every `step`-th input and prints a line of JSON for each."""
+def work(campaign: int, first: int, stop: int, step: int, only: str, folder: str) -> None:
+    """A worker: tries every `step`-th input and prints a line of JSON for each.
+
+    It keeps its files below `folder`, which its parent removes, and writes there what it is doing.
+    """
+    tempfile.tempdir = folder
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     sys.stderr = os.fdopen(os.dup(2), "w")  # for faults of the campaign itself; decoders' noise goes nowhere
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -341,12 +345,12 @@ def work(campaign: int, first: int, stop: int, step: int, only: str, mark_path: 
     prepare_process()
     seeds = fuzz_seeds.all_seeds()
     with (
-        open(mark_path, "r+b") as file,
+        Path(folder, "mark").open("r+b") as file,
         mmap.mmap(file.fileno(), _MARK.size) as marks,
-        tempfile.TemporaryDirectory(dir=_memory_folder()) as folder,
+        tempfile.TemporaryDirectory() as place,
     ):
         for seed in {seed.kind: seed for seed in seeds}.values():  # so that imports are not charged to inputs
-            try_input(seed, dict(seed.files), Path(folder))
+            try_input(seed, dict(seed.files), Path(place))
         _limit_address_space()
         for number in range(first, stop, step):
             if only and seeds[number % len(seeds)].format != only:
@@ -356,15 +360,11 @@ def work(campaign: int, first: int, stop: int, step: int, only: str, mark_path: 
             def mark(entry: str, number: int = number) -> None:
                 marks[:] = _MARK.pack(number, time.time(), entry.encode())
 
-            outcome = try_input(seed, files, Path(folder), mark)
+            outcome = try_input(seed, files, Path(place), mark)
             answers.write(
                 json.dumps({"number": number, "format": seed.format, **dataclasses.asdict(outcome)}) + "\n"
             )
         marks[:] = _MARK.pack(-1, time.time(), b"")
-
-
-def _memory_folder() -> str | None:
-    return "/dev/shm" if os.path.isdir("/dev/shm") else None
 
 
 def _limit_address_space() -> None:
@@ -377,23 +377,27 @@ class Worker(threading.Thread):
     """Runs a worker process over its inputs, and a new one after each that died."""
 
     def __init__(
-        self, index: int, options: argparse.Namespace, take: Callable[[dict[str, Any]], None]
+        self,
+        index: int,
+        options: argparse.Namespace,
+        folder: Path,
+        take: Callable[[dict[str, Any]], None],
     ) -> None:
         super().__init__(daemon=True)
         self._index = index
         self._options = options
         self._take = take
         self._process: subprocess.Popen[str] | None = None
-        self._mark = tempfile.NamedTemporaryFile(dir=_memory_folder())  # noqa: SIM115  lives as long as this
-        self._mark.write(bytes(_MARK.size))
-        self._mark.flush()
+        self._folder = folder
+        self._folder.mkdir()
+        self._put_mark(-1)
 
     def run(self) -> None:
         options, first = self._options, self._index
         while first < options.inputs:
             self._put_mark(-1)
             range_ = (first, options.inputs, options.workers)
-            arguments = [options.seed, *range_, options.only, self._mark.name]
+            arguments = [options.seed, *range_, options.only, str(self._folder)]
             self._process = subprocess.Popen(
                 [sys.executable, __file__, "--worker", json.dumps(arguments)],
                 stdout=subprocess.PIPE,
@@ -419,16 +423,18 @@ class Worker(threading.Thread):
 
     def kill_if_stuck(self) -> None:
         number, since, _ = self._read_mark()
-        if number >= 0 and time.time() - since > _WALL_SECONDS and self._process is not None:
+        if number >= 0 and time.time() - since > _WALL_SECONDS:
+            self.kill()
+
+    def kill(self) -> None:
+        if self._process is not None:
             self._process.kill()
 
     def _put_mark(self, number: int) -> None:
-        with open(self._mark.name, "r+b") as file:
-            file.write(_MARK.pack(number, time.time(), b""))
+        (self._folder / "mark").write_bytes(_MARK.pack(number, time.time(), b""))
 
     def _read_mark(self) -> tuple[int, float, str]:
-        with open(self._mark.name, "rb") as file:
-            number, since, entry = _MARK.unpack(file.read())
+        number, since, entry = _MARK.unpack((self._folder / "mark").read_bytes())
         return number, since, entry.rstrip(b"\0").decode()
 
 
@@ -470,14 +476,8 @@ class Tally:
         return "\n".join(rows)
 
 
-def run(options: argparse.Namespace) -> int:
-    """The whole campaign.
-
-    Returns:
-      Exit code: 1 if there are findings.
-    """
-    tally, start = Tally(), time.monotonic()
-    workers = [Worker(index, options, tally.add) for index in range(options.workers)]
+def watch(workers: Sequence[Worker], tally: Tally, start: float) -> None:
+    """Starts all workers and waits for their end; prints progress."""
     for worker in workers:
         worker.start()
     shown = time.monotonic()
@@ -489,6 +489,25 @@ def run(options: argparse.Namespace) -> int:
             shown = time.monotonic()
             rate = tally.inputs / (shown - start)
             print(f"{tally.inputs} inputs, {rate:.0f}/s, {len(tally.findings)} findings", flush=True)
+
+
+def run(options: argparse.Namespace) -> int:
+    """The whole campaign.
+
+    Returns:
+      Exit code: 1 if there are findings.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that the folder is removed
+    tally, start = Tally(), time.monotonic()
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        workers = [
+            Worker(index, options, Path(folder, str(index)), tally.add) for index in range(options.workers)
+        ]
+        try:
+            watch(workers, tally, start)
+        finally:
+            for worker in workers:
+                worker.kill()
     seconds = time.monotonic() - start
     print(
         f"\nseed {options.seed}: {tally.inputs} inputs in {seconds:.0f} s, {tally.inputs / seconds:.0f}/s\n"

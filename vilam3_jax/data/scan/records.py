@@ -144,7 +144,7 @@ class SeriesRecord:
       thickness: of the slices in millimetres, or None.
       localizer: every slice is a localizer.
       files: indices of the files it consists of.
-      problem: why it is no volume, or None.
+      problem: why it cannot be read as a volume, or None.
       notes: what the reader would assume.
       skipped: reason -> indices of files of the series that are put aside.
     """
@@ -253,11 +253,12 @@ def _pixel_fault(header: pydicom.Dataset, size: int, path: str, limits: Limits) 
             items = (header.get_item(tag) for tag in _LAYOUT_TAGS)  # which decodes nothing
             stated = tuple(None if item is None else str(item.value) for item in items)
             key = (str(header.file_meta.get("TransferSyntaxUID")), *stated, limits)
-            if key not in _known_layouts:
+            known = _known_layouts.get(key)
+            if known is None:
                 if len(_known_layouts) >= _MAX_KNOWN_LAYOUTS:
                     _known_layouts.clear()
-                _known_layouts[key] = _layout_fault(header, path, limits)
-            fault, least = _known_layouts[key]
+                known = _known_layouts[key] = _layout_fault(header, path, limits)
+            fault, least = known
             return fault or ("the pixel data is cut short" if size < _last_value(header) + least else None)
     except UnavailableError:
         raise
@@ -362,7 +363,7 @@ def describe(files: Sequence[tuple[int, int, bytes]], limits: Limits) -> list[Se
     }
     try:
         return [_series(series, facts, limits) for series in group_files(frames for frames, _ in headers)]
-    except Exception as error:  # nor must one series
+    except Exception as error:  # the other series are still worth a report
         indices = tuple(file.index for file in facts.values())
         uid, study = headers[0][0].uid, headers[0][0].study
         failed = Series(short_identifier(uid), uid, short_identifier(study), problem=_unexpected(error))

@@ -162,20 +162,20 @@ def _problems(series: Sequence[SeriesRecord], volumes: Sequence[FileRecord]) -> 
 def to_text(result: dict[str, Any]) -> str:
     """The result of `to_json` for a terminal of 110 columns; long lists are cut, with a count."""
     summary = result["summary"]
-    size = summary["bytes"] / 1e9
     lines = [
-        f"{summary['files']:,} files, {size:,.2f} GB, looked at in {summary['seconds']:,.1f} s; headers only",
-        f"  DICOM      {summary['dicom_files']:,} files, {summary['studies']:,} studies, "
+        f"{_count(summary['files'], 'file')}, {summary['bytes'] / 1e9:,.2f} GB, "
+        f"headers read in {summary['seconds']:,.1f} s",
+        f"  DICOM      {_count(summary['dicom_files'], 'file')}, {_count(summary['studies'], 'study')}, "
         f"{summary['series']:,} series",
-        f"  usable     {summary['usable_volumes']:,} volumes, {summary['usable_pictures']:,} pictures, "
-        f"of {summary['used_files']:,} files",
-        f"  skipped    {summary['skipped_files']:,} files, with reasons below",
-        f"  other      {summary['other_files']:,} files of kinds that are not read",
+        f"  usable     {_count(summary['usable_volumes'], 'volume')} and "
+        f"{_count(summary['usable_pictures'], 'picture')} out of {_count(summary['used_files'], 'file')}",
+        f"  skipped    {_count(summary['skipped_files'], 'file')}",
+        f"  other      {_count(summary['other_files'], 'file')} of kinds that are not read",
     ]
     if summary["undecided_volumes"]:
         lines.append(
-            f"  undecided  {summary['undecided_volumes']:,} volumes with two slices at one position, read "
-            "only if both are equal"
+            f"  undecided  {_count(summary['undecided_volumes'], 'volume')} with two slices at one position, "
+            "read only if both are equal"
         )
     reason_numbers = {entry["reason"]: number for number, entry in enumerate(result["problems"], 1)}
     lines += _table("DICOM series", _SERIES_HEADS, _series_rows(result["series"], reason_numbers))
@@ -334,9 +334,7 @@ def _next(result: dict[str, Any]) -> list[str]:
     if series or own_files:
         lines.append("  vilam3-experts annotate --expert=NAME --data=FOLDER --out=ANNOTATIONS")
     if result["summary"]["dicom_files"]:
-        lines.append(
-            "  vilam3 data deidentify --source=FOLDER --out=COPY, before anything leaves the hospital"
-        )
+        lines.append("  vilam3 data deidentify --source=FOLDER --out=COPY  # before you share anything")
     return lines or ["  nothing here can be read; give the folder that holds the images"]
 
 
@@ -369,10 +367,16 @@ def dumps(document: dict[str, Any]) -> str:
 
 
 def _rounded(lengths: Sequence[float] | None) -> list[float] | None:
-    """Millimetres to four digits; None where one is no finite number, which JSON cannot hold."""
+    """Millimetres to four digits; None where one is infinite or NaN, which JSON cannot hold."""
     if lengths is None or not all(map(math.isfinite, lengths)):
         return None
     return [float(f"{mm:.4g}") for mm in lengths]
+
+
+def _count(number: int, name: str) -> str:
+    if number != 1:
+        name = f"{name.removesuffix('y')}ies" if name.endswith("y") else f"{name}s"
+    return f"{number:,} {name}"
 
 
 def _product(spacing: Sequence[float] | None) -> str:

@@ -214,7 +214,7 @@ def test_one_slice(tmp_path):
     assert "a thickness of 1 mm is assumed" in volume.notes[0]
 
 
-@pytest.mark.parametrize("name", nrrd.reader._TYPEMAP_NRRD2NUMPY.keys() - {"block"})
+@pytest.mark.parametrize("name", sorted(nrrd.reader._TYPEMAP_NRRD2NUMPY.keys() - {"block"}))
 @pytest.mark.parametrize("endian", ["little", "big"])
 def test_types_and_byte_orders(tmp_path, name, endian):
     code = nrrd.reader._TYPEMAP_NRRD2NUMPY[name]

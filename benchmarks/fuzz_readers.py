@@ -302,6 +302,7 @@ def _start_timer() -> None:
 def _expire(number: int, frame: object) -> None:
     """Ends the call if it used up its processor time, not if the machine is busy."""
     if time.thread_time() > _deadline:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # or it might interrupt what reports the finding
         raise _TooLong
 
 

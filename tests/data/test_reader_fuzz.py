@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import signal
+import struct
 import sys
 import time
 from pathlib import Path
@@ -19,11 +20,12 @@ from vilam3_jax.data import dicom
 from vilam3_jax.data.images import load_picture
 from vilam3_jax.data.intensity import as_stored_values
 from vilam3_jax.data.limits import DEFAULT_LIMITS
+from vilam3_jax.data.scan.collect import collect
 from vilam3_jax.data.volumes import describe_volume, load_volume
 from vilam3_jax.errors import UserError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SLICE = 474  # three inputs of each seed
+SLICE = 306  # two inputs of each seed
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,20 @@ def test_damaged_file_meta_information_is_met_where_the_header_is_read(fuzz, tmp
     path.write_bytes(seed.files[seed.entry].replace(b"\x02\0\x02\0UI", b"\x02\0\x02\0U\x80"))
     for read in (dicom.list_series, load_volume, load_picture):
         with pytest.raises(UserError, match="damaged DICOM data"):
+            read(path)
+
+
+def test_a_number_of_frames_that_no_integer_holds(fuzz, tmp_path):
+    """The scan failed to pack it for the process that groups series."""
+    seed = next(seed for seed in fuzz.fuzz_seeds.all_seeds() if seed.name == "capture.dcm")
+    path = tmp_path / seed.entry
+    stated = struct.pack("<HHL2s", 0x28, 8, 2, b"2 ")
+    assert stated in seed.files[seed.entry]
+    path.write_bytes(seed.files[seed.entry].replace(stated, struct.pack("<HHL4s", 0x28, 8, 4, b"1e30")))
+    found = collect(tmp_path, 1, DEFAULT_LIMITS)
+    assert len(found.files) == 1
+    for read in (load_picture, load_volume):
+        with pytest.raises(UserError, match=r"capture\.dcm"):
             read(path)
 
 

@@ -14,9 +14,9 @@ from vilam3_experts.descriptors import Descriptor
 from vilam3_experts.weights import is_samples_folder
 from vilam3_jax import paths
 from vilam3_jax.data import dicom, file_kinds
+from vilam3_jax.data.folder_walk import list_files
 from vilam3_jax.data.images import load_film
 from vilam3_jax.data.limits import DEFAULT_LIMITS
-from vilam3_jax.data.scan.walk import list_files
 from vilam3_jax.data.volumes import Volume, read_listed_series, read_volume
 from vilam3_jax.datasets.samples import MODALITY_CODES, read_samples
 from vilam3_jax.errors import UserError

@@ -33,11 +33,12 @@ from pydicom.uid import (
 )
 
 from vilam3_jax import cli
+from vilam3_jax.data import folder_walk
 from vilam3_jax.data.dicom import list_series, read_listed, read_picture
 from vilam3_jax.data.dicom.frames import short_identifier
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.scan import collect as collect_lib
-from vilam3_jax.data.scan import plain_words, records, report, walk
+from vilam3_jax.data.scan import plain_words, records, report
 from vilam3_jax.data.scan.collect import collect
 from vilam3_jax.data.volumes import load_volume
 from vilam3_jax.errors import UserError
@@ -436,9 +437,9 @@ def test_odd_entries_are_counted_and_never_opened(tmp_path, capsys) -> None:
         server.bind(str(folder / "s"))
         result, text = scan(folder, tmp_path, capsys, "--paths", str(tmp_path / "p.json"))
     assert {entry["reason"]: entry["entries"] for entry in result["not_files"]} == {
-        walk.SPECIAL: 2,
-        walk.LINKED_FOLDER: 1,
-        walk.BROKEN_LINK: 1,
+        folder_walk.SPECIAL: 2,
+        folder_walk.LINKED_FOLDER: 1,
+        folder_walk.BROKEN_LINK: 1,
     }
     assert result["summary"]["files"] == 9 and result["series"][0]["files"] == 5
     assert {e["kind"] for e in result["other_files"]} == {"empty file", "text file"}
@@ -473,10 +474,10 @@ def test_folders_and_files_that_cannot_be_read(tmp_path, capsys, monkeypatch) ->
             raise UserError(f"{path}: cannot be read (Permission denied); check the path")
         return identify(path)
 
-    monkeypatch.setattr(walk.os, "scandir", forbidden)
+    monkeypatch.setattr(folder_walk.os, "scandir", forbidden)
     monkeypatch.setattr(records.file_kinds, "identify", identified)
     result, _ = scan(folder, tmp_path, capsys)
-    assert result["not_files"] == [{"reason": walk.CLOSED_FOLDER, "entries": 1}]
+    assert result["not_files"] == [{"reason": folder_walk.CLOSED_FOLDER, "entries": 1}]
     assert {entry["reason"] for entry in result["skipped"]} == {records.CLOSED, records.VANISHED}
     assert result["series"][0]["slices"] == 3
 

@@ -33,8 +33,8 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 from vilam3_jax import paths
 from vilam3_jax.data import file_kinds
 from vilam3_jax.data.deidentify import cleaning, pixels, profile, pseudonyms
+from vilam3_jax.data.folder_walk import list_files
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
-from vilam3_jax.data.scan.walk import list_files
 from vilam3_jax.errors import UnavailableError, UserError
 
 REPORT_NAME = "report.json"

@@ -12,8 +12,23 @@ from typing import Any
 
 import pydicom
 from pydicom.tag import BaseTag, Tag
-from pydicom.uid import UID
+from pydicom.uid import (
+    UID,
+    ComputedRadiographyImageStorage,
+    DigitalIntraOralXRayImageStorageForPresentation,
+    DigitalIntraOralXRayImageStorageForProcessing,
+    DigitalMammographyXRayImageStorageForPresentation,
+    DigitalMammographyXRayImageStorageForProcessing,
+    DigitalXRayImageStorageForPresentation,
+    DigitalXRayImageStorageForProcessing,
+    EnhancedXAImageStorage,
+    EnhancedXRFImageStorage,
+    RTImageStorage,
+    XRayAngiographicImageStorage,
+    XRayRadiofluoroscopicImageStorage,
+)
 
+from vilam3_jax.data.dicom.headers import as_number
 from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.paths import PathLike
 
@@ -61,7 +76,25 @@ _NOT_READ = {
     "1.2.840.10008.5.1.4.1.1.77.1.6": "a whole slide image, which is not read",
     "1.2.840.10008.1.3.10": "a DICOMDIR; its paths are not followed",
 }
+# Pictures in projection. Some state a position and an orientation, but they are no slices.
+_PROJECTIONS = frozenset(
+    {
+        ComputedRadiographyImageStorage,
+        DigitalIntraOralXRayImageStorageForPresentation,
+        DigitalIntraOralXRayImageStorageForProcessing,
+        DigitalMammographyXRayImageStorageForPresentation,
+        DigitalMammographyXRayImageStorageForProcessing,
+        DigitalXRayImageStorageForPresentation,
+        DigitalXRayImageStorageForProcessing,
+        EnhancedXAImageStorage,
+        EnhancedXRFImageStorage,
+        RTImageStorage,
+        XRayAngiographicImageStorage,
+        XRayRadiofluoroscopicImageStorage,
+    }
+)
 _NM_IMAGE = "1.2.840.10008.5.1.4.1.1.20"
+_PLANAR_NM = {"STATIC", "DYNAMIC", "GATED", "WHOLE BODY", "TOMO", "GATED TOMO"}  # third value of ImageType
 _NM_VECTORS = ("EnergyWindowVector", "DetectorVector", "RRIntervalVector", "TimeSlotVector", "PhaseVector")
 _MIN_SPACING_MM, _MAX_SPACING_MM = 1e-4, 1e4
 _MAX_POSITION_MM = 1e6
@@ -146,8 +179,8 @@ def class_name(sop_class: str) -> str:
 
 
 def code_of(value: Any) -> str:
-    """A code string of a header, upper case; "unknown" if it is empty or could be free text."""
-    text = str(value or "").strip().upper()
+    """The first code string of a header value, upper case; "unknown" if it is empty or could be free text."""
+    text = str(next(iter(_listed(value)), "")).strip().upper()
     return text if _CODE.fullmatch(text) else UNKNOWN
 
 
@@ -271,7 +304,7 @@ def _facts(
     position = _numbers(find(geometry, "ImagePositionPatient"), 3)
     orientation = _numbers(find(geometry, "ImageOrientationPatient"), 6)
     spacing = _numbers(find(geometry, "PixelSpacing"), 2)
-    photometric = str(header.get("PhotometricInterpretation") or "MONOCHROME2")
+    photometric = str(header.get("PhotometricInterpretation") or "MONOCHROME2").strip().upper()
     grey = int(header.get("SamplesPerPixel") or 1) == 1 and photometric.startswith("MONOCHROME")
     words = tuple(str(word).upper() for word in _listed(image_type))
     parts = header.get("InConcatenationTotalNumber"), header.get("InConcatenationNumber")
@@ -312,13 +345,20 @@ def _fault(
         return "a colour picture"
     if "MOSAIC" in words:
         return "a mosaic of slices in one picture; convert it with dcm2niix"
-    if header.get("Modality") == "CT" and "LOCALIZER" in words:
+    if "LOCALIZER" in words and code_of(header.get("Modality")) == "CT":
         return "a localizer (scout)"
-    if position is None or orientation is None:
-        return "no slice position" if position is None else "no slice orientation"
+    sop_class = sop_class_of(header)
+    if sop_class in _PROJECTIONS:
+        return "a picture in projection, not a slice"
+    if sop_class == _NM_IMAGE and _PLANAR_NM & set(words[2:3]):
+        return "a planar picture of nuclear medicine, not a slice"
+    if position is None:
+        return _unusable(geometry, "ImagePositionPatient") or "no slice position"
+    if orientation is None:
+        return _unusable(geometry, "ImageOrientationPatient") or "no slice orientation"
     if spacing is None:
-        if find(geometry, "PixelSpacing") not in (None, ""):
-            return "an unusable PixelSpacing"
+        if unusable := _unusable(geometry, "PixelSpacing"):
+            return unusable
         if find([header], "ImagerPixelSpacing") not in (None, ""):
             return "no PixelSpacing (ImagerPixelSpacing is measured at the detector)"
         return "no PixelSpacing"
@@ -327,6 +367,11 @@ def _fault(
     if max(abs(p) for p in position) > _MAX_POSITION_MM:
         return "an absurd slice position"
     return None
+
+
+def _unusable(geometry: Sequence[_Values], keyword: str) -> str | None:
+    """That a value is there, though it is not the right number of finite numbers."""
+    return f"an unusable {keyword}" if _listed(find(geometry, keyword)) else None
 
 
 def _marks(places: Sequence[_Values], image_type: tuple[str, ...]) -> dict[str, Any]:
@@ -369,9 +414,9 @@ def _plain(value: Any) -> Any:
 
 
 def _numbers(value: Any, count: int) -> tuple[float, ...] | None:
-    """`count` finite numbers; None if the header has none or another number of them."""
-    numbers = tuple(float(v) for v in _listed(value) if v is not None)
-    return numbers if len(numbers) == count and all(math.isfinite(v) for v in numbers) else None
+    """`count` finite numbers; None if the header has none, another number of them, or other text."""
+    numbers = tuple(number for number in finite_numbers(value) if number is not None)
+    return numbers if len(numbers) == len(_listed(value)) == count else None
 
 
 def _number(value: Any) -> float | None:
@@ -383,6 +428,7 @@ def _whole_numbers(value: Any) -> list[int]:
     return [int(v) for v in _listed(value)]
 
 
-def first_number(value: Any) -> float | None:
-    """The first of the finite numbers of a header value, None if there is none."""
-    return next((float(v) for v in _listed(value) if v is not None and math.isfinite(float(v))), None)
+def finite_numbers(value: Any) -> list[float | None]:
+    """The numbers of a header value, None in place of what is no finite number."""
+    numbers = [as_number(v) for v in _listed(value)]
+    return [None if number is None or not math.isfinite(number) else number for number in numbers]

@@ -195,10 +195,11 @@ def numbers(item: pydicom.Dataset, keyword: str) -> list[float | None]:
         values = [] if value is None or value == "" else [value]
         if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
             values = list(value)
-    return [_number(value) for value in values]
+    return [as_number(value) for value in values]
 
 
-def _number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
+    """A value of a header as a number, None if it is none."""
     try:
         return float(value)
     except (TypeError, ValueError):

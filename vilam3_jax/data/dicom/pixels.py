@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pydicom
 from pydicom.encaps import get_frame, parse_basic_offsets
-from pydicom.multival import MultiValue
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import convert_color_space
 from pydicom.uid import RLELossless, VLWholeSlideMicroscopyImageStorage
 
 from vilam3_jax.data.dicom import codecs, display
+from vilam3_jax.data.dicom.frames import code_of
 from vilam3_jax.data.dicom.headers import (
     functional_group,
     items,
@@ -33,11 +32,16 @@ from vilam3_jax.data.dicom.layout import GREY, PALETTE, Layout, check_frame, rea
 from vilam3_jax.data.dicom.lookup_tables import Table, palette, read_table
 from vilam3_jax.data.intensity import percentile_limits, usable_values, warn_of
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
-from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import PathLike
 
 _ASPECT_TOLERANCE = 0.01
+_PIXEL_SHAPES = {
+    "PixelAspectRatio": "Pixel Aspect Ratio",
+    "PixelSpacing": "Pixel Spacing",
+    "ImagerPixelSpacing": "Imager Pixel Spacing",
+    "NominalScannedPixelSpacing": "Nominal Scanned Pixel Spacing",
+}
 _PIXELS_AT_ONCE = 1 << 20  # brought to grey, in float64
 # From YCbCr of the range 16..235 (16..240 for chroma) to RGB: the inverse of PS3.3 C.7.6.3.1.2.
 _FROM_YBR_PARTIAL = np.linalg.inv(
@@ -122,8 +126,8 @@ def read_picture(
         notes += _general_notes(dataset)
         return DicomPicture(
             pixels,
-            _word(dataset, "Modality"),
-            _word(dataset, "BodyPartExamined"),
+            code_of(dataset.get("Modality")),
+            code_of(dataset.get("BodyPartExamined")),
             frame,
             layout.frames,
             tuple(dict.fromkeys(notes)),
@@ -550,7 +554,7 @@ def _general_notes(dataset: pydicom.Dataset) -> list[str]:
         notes.append("the file holds data for processing, not for presentation")
     if dataset.get("SOPClassUID") == VLWholeSlideMicroscopyImageStorage:
         notes.append("a frame of a whole-slide image is one tile of it")
-    for keyword, name in (("PixelAspectRatio", "Pixel Aspect Ratio"), ("PixelSpacing", "Pixel Spacing")):
+    for keyword, name in _PIXEL_SHAPES.items():
         pair = numbers(dataset, keyword)
         if len(pair) == 2 and None not in pair:
             down, across = cast(list[float], pair)
@@ -560,9 +564,3 @@ def _general_notes(dataset: pydicom.Dataset) -> list[str]:
                 )
                 break
     return notes
-
-
-def _word(dataset: pydicom.Dataset, keyword: str) -> str:
-    value: Any = dataset.get(keyword)
-    first = value[0] if isinstance(value, (MultiValue, Sequence)) and not isinstance(value, str) else value
-    return str(first or "").strip().upper()[:16] or UNKNOWN

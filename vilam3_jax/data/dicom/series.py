@@ -24,9 +24,10 @@ from vilam3_jax.data.dicom.grouping import (
     skipped_notes,
 )
 from vilam3_jax.data.dicom.headers import file_size_of, is_directory, naming, read_dataset, read_header
+from vilam3_jax.data.folder_walk import list_files
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
-from vilam3_jax.data.scan.walk import list_files
 from vilam3_jax.data.stored_volume import UNKNOWN, StoredVolume
+from vilam3_jax.data.volume_checks import stated_units
 from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.paths import PathLike, as_path
 
@@ -34,7 +35,6 @@ DAMAGED_HEADER = "a damaged DICOM header"
 _DAMAGED_SHARE = 0.02
 _LISTED = 10  # series or files that a message names
 _SUFFIX = re.compile(r"\.[a-z0-9]{1,5}")
-_UNIT = re.compile(r"[A-Za-z0-9_/%^*.-]{1,16}")
 
 
 def read_series(
@@ -360,18 +360,22 @@ def _decode(
 
 
 def _own_window(places: Sequence[Any]) -> tuple[float, float] | None:
-    """The first window (centre, width) of a slice, unless it is no linear one."""
-    if str(frames.find(places, "VOILUTFunction") or "LINEAR").upper() not in ("LINEAR", "LINEAR_EXACT"):
+    """The first usable window (centre, width) of a slice, unless it is no linear one."""
+    function = str(frames.find(places, "VOILUTFunction") or "LINEAR").strip().upper()
+    if function not in ("LINEAR", "LINEAR_EXACT"):
         return None
-    centre, width = (frames.first_number(frames.find(places, f"Window{k}")) for k in ("Center", "Width"))
-    return (centre, width) if centre is not None and width is not None and width > 1 else None
+    centres, widths = (frames.finite_numbers(frames.find(places, f"Window{k}")) for k in ("Center", "Width"))
+    for centre, width in zip(centres, widths, strict=False):
+        if centre is not None and width is not None and width > 1:
+            return centre, width
+    return None
 
 
 def _rescale_type(places: Sequence[Any]) -> str:
     if frames.find(places, "RescaleSlope") is None and frames.find(places, "ModalityLUTSequence") is None:
         return "no rescale"
     text = str(frames.find(places, "RescaleType") or frames.find(places, "ModalityLUTType") or "").strip()
-    return text if _UNIT.fullmatch(text) or not text else UNKNOWN
+    return stated_units(text, UNKNOWN) if text else ""
 
 
 def _units(series: Series, slices: _Slices) -> tuple[float, str]:

@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from vilam3_jax.data.folder_walk import list_files
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.scan.records import FileRecord, SeriesRecord, describe, look
-from vilam3_jax.data.scan.walk import list_files
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import PathLike, as_path
 

@@ -13,7 +13,7 @@ from vilam3_jax.errors import UserError
 # Command → (module with `main(argv) -> int`, what it does for the user).
 COMMANDS = {
     "prepare": ("vilam3_jax.datasets.prepare", "turn a data set you downloaded into training records"),
-    "data": ("vilam3_jax.data.main", "look at training records"),
+    "data": ("vilam3_jax.data.main", "scan folders, look at training records, strip identifiers"),
     "train": ("vilam3_jax.train", "run or resume a training stage"),
     "plan": ("vilam3_jax.plan.main", "compile a training step for TPUs: memory, speed, cost"),
     "convert": ("vilam3_jax.convert.main", "read Hugging Face and GGUF checkpoints"),

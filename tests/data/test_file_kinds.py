@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import bz2
 import gzip
 import io
@@ -81,6 +82,7 @@ READ = [
     ("dicom", "DICOM file", b"II*\0" + bytes(124) + b"DICM"),  # a TIFF at the same time
     ("nifti", "NIfTI volume", NIFTI),
     ("nifti", "NIfTI volume", gzip.compress(NIFTI, mtime=0)),
+    ("nifti", "NIfTI volume", gzip.compress(NIFTI[:300], mtime=0) + gzip.compress(NIFTI[300:], mtime=0)),
     (
         "nifti",
         "NIfTI volume",
@@ -146,12 +148,18 @@ NOT_READ = [
     ("", zipped("1.dcm"), "zip"),
     ("", zipped("[Content_Types].xml"), "Microsoft Office"),
     ("", zipped("archive/data.pkl"), "PyTorch"),
+    ("", zipped("1.dcm")[:6] + b"\x01" + zipped("1.dcm")[7:], "encrypted zip"),
     ("", b"7z\xbc\xaf\x27\x1c" + bytes(20), "7z"),
     ("", b"Rar!\x1a\x07\x01\0", "RAR"),
     ("", tarred(), "tar archive"),
     ("", gzip.compress(tarred(), mtime=0), "tar.gz"),
     ("", gzip.compress(READ[0][2], mtime=0), "gzip-compressed file with a DICOM file inside"),
     ("", gzip.compress(b"", mtime=0), "gzip file with nothing inside"),
+    ("a.nii.gz", gzip.compress(gzip.compress(NIFTI, mtime=0), mtime=0), "compressed twice with gzip"),
+    ("a.nii.gz", gzip.compress(b"<!DOCTYPE html><html>", mtime=0), "gzip-compressed web page"),
+    ("a.nii.gz", gzip.compress(b"\x07\x03" * 500, mtime=0), "named .nii without NIfTI"),
+    ("a.nii.gz", gzip.compress(bytes(500), mtime=0), "gzip-compressed file of zero bytes"),
+    ("", gzip.compress(b"mrtrix image\ndim: 3,3,3\n", mtime=0), "MRtrix"),
     ("a.nii.gz", gzip.compress(NIFTI, mtime=0)[:8], "damaged gzip|nothing inside|gzip"),
     ("", bz2.compress(NIFTI), "bzip2"),
     ("", lzma.compress(NIFTI), "xz"),
@@ -165,7 +173,20 @@ NOT_READ = [
     ("", b'<VTKFile type="ImageData">', "VTK"),
     ("", b"solid part\nfacet normal 0 0 1\n", "mesh"),
     ("a.stl", bytes(80) + b"\x01\0\0\0" + bytes(range(50)), "mesh"),
-    ("", b'{"a": 1}', "JSON"),
+    ("", b'{"a": 1}', "JSON text"),
+    ("", b"[1, 2]", "JSON text"),
+    ("", b'[{"00080060": {"vr": "CS", "Value": ["CT"]}}]', "DICOM data as JSON"),
+    ("a.png", base64.b64encode(picture("PNG")), "base64"),
+    ("a.png", b"data:image/png;base64," + base64.b64encode(picture("PNG")), "base64"),
+    ("a.nii.gz", b"../../.git/annex/objects/Xx/Yy/MD5E-s9--0.nii.gz\n", "git-annex pointer"),
+    ("", b"-----BEGIN PGP MESSAGE-----\n", "encrypted"),
+    ("", b"mrtrix image\ndim: 3,3,3\n", "MRtrix"),
+    ("", b"mrtrix tracks\ncount: 0\n", "tractogram"),
+    ("", b"TRACK\0" + bytes(994), "tractogram"),
+    ("", picture("ICO"), "Windows icon"),
+    ("", b"#?RGBE\nFORMAT=32-bit_rle_rgbe\n\n", "Radiance"),
+    ("", b"\n\n%PDF-1.4\n", "PDF"),
+    ("", b"<head><title>403</title></head>", "web page"),
     ("a.csv", b"id,age\n1,2\n", "CSV"),
     ("", "Größe; Länge\n".encode("cp1252"), "text file"),
     ("", "Größe".encode("utf-16"), "text file"),

@@ -110,11 +110,13 @@ _NPZ = FileKind(
 )
 _HDF5 = FileKind("HDF5 file", None, "save the array in it as NIfTI with its affine")
 _MESH = FileKind("surface mesh", None, "give the scan that it was made from")
+_TRACTS = FileKind("tractogram", None, "give the scan that it was made from")
 _CHECKPOINT = FileKind("model checkpoint", None, _SCAN_OR_PICTURE)
 _PICKLE = FileKind(
     "Python pickle, which is never opened because it can run programs", None, "save it as NIfTI or PNG"
 )
 
+_ENCRYPTED = FileKind("encrypted file", None, "decrypt it first")
 _RAW_NUMBERS = FileKind("file of raw numbers", None, "give the header (.mhd or .nhdr) that belongs to it")
 
 # (offset, bytes, kind), the first that matches. Ambiguous short marks stand last.
@@ -141,10 +143,13 @@ _MARKS: tuple[tuple[int, bytes, FileKind], ...] = (
     (0, b"gimp xcf", _picture("GIMP picture (XCF)")),
     (0, b"\x76\x2f\x31\x01", _picture("OpenEXR picture")),
     (0, b"#?RADIANCE", _picture("Radiance HDR picture")),
+    (0, b"#?RGBE", _picture("Radiance HDR picture")),
     (0, b"qoif", _picture("QOI picture")),
     (0, b"DDS ", _picture("DDS texture")),
     (0, b"FUJIFILMCCD-RAW", _picture("Fujifilm raw photo")),
     (0, b"icns", _picture("Apple icon")),
+    (0, b"\xd7\xcd\xc6\x9a", _picture("Windows metafile")),
+    (40, b" EMF", _picture("Windows metafile")),
     (0, b"SIMPLE  =", _picture("FITS picture")),
     (0, b"%PDF", _document("PDF document")),
     (0, b"%!PS", _document("PostScript document")),
@@ -164,6 +169,10 @@ _MARKS: tuple[tuple[int, bytes, FileKind], ...] = (
     (0, b"# === DATA DESCRIPTION FILE", _volume("Philips PAR/REC volume")),
     (0, b"#!/usr/local/fdf", _volume("Varian FDF volume")),
     (0, b"# vtk DataFile", _volume("VTK file")),
+    (0, b"mrtrix image", _volume("MRtrix volume")),
+    (0, b"CTDATA-HEADER_V1", _volume("Scanco volume")),
+    (0, b"mrtrix tracks", _TRACTS),
+    (0, b"TRACK\0", _TRACTS),
     (0, b"ZISRAWFILE", FileKind("Zeiss CZI microscope file", None, WHOLE_SLIDE.advice)),
     (0, b"\xda\xce\xbe\x0a", FileKind("Nikon ND2 microscope file", None, WHOLE_SLIDE.advice)),
     (0, b"\xff\xff\xfe", _MESH),  # FreeSurfer
@@ -200,7 +209,8 @@ _MARKS: tuple[tuple[int, bytes, FileKind], ...] = (
     ),
     (0, b"\0\0\0\x01Bud1", _other("macOS folder settings (.DS_Store)")),
     (0, b"L\0\0\0\x01\x14\x02\0", FileKind("Windows shortcut", None, "give the file that it points to")),
-    (0, b"Salted__", FileKind("encrypted file", None, "decrypt it first")),
+    (0, b"Salted__", _ENCRYPTED),
+    (0, b"-----BEGIN PGP MESSAGE", _ENCRYPTED),
     (0, b"version https://git-lfs", GIT_LFS),
     (0, b"/annex/objects/", GIT_ANNEX),
     (0, b"# xet version", GIT_XET),
@@ -339,6 +349,8 @@ def _by_content(start: bytes, name: str) -> FileKind | None:
         or _mgh(start, name)
         or (DICOM_WITHOUT_PREAMBLE if _is_bare_dicom(start) else None)
         or _checkpoint(start)
+        or _icon(start)
+        or _late_pdf(start)
         or _text(start, name)
         or _zeros(start)
     )
@@ -460,9 +472,11 @@ def _mgh(start: bytes, name: str) -> FileKind | None:
 
 def _gzip(start: bytes, name: str) -> FileKind:
     try:
-        unpacked = zlib.decompressobj(wbits=31).decompress(start, _UNPACKED_BYTES)
+        unpacked = _unpacked_start(start)
     except zlib.error:
         return FileKind("damaged gzip file", None, _FETCH)
+    if unpacked.startswith(b"\x1f\x8b"):
+        return _archive("file that was compressed twice with gzip")
     inner = name if name.endswith(".mgz") else name.removesuffix(".gz")
     kind = _by_content(unpacked, inner) or _by_suffix(inner)
     if kind is EMPTY:
@@ -471,11 +485,28 @@ def _gzip(start: bytes, name: str) -> FileKind:
         return kind
     if kind.name == "tar archive":
         return _archive("tar.gz archive")
-    known = "" if kind is UNKNOWN or kind.reader is None else f" with a {kind.name} inside"
-    return _archive(f"gzip-compressed file{known}")
+    if kind in (UNKNOWN, TEXT):
+        return _archive("gzip-compressed file")
+    if kind.reader is not None:
+        return _archive(f"gzip-compressed file with a {kind.name} inside")
+    return FileKind(f"gzip-compressed {kind.name}", None, kind.advice)
+
+
+def _unpacked_start(start: bytes) -> bytes:
+    """The first bytes inside a gzip file, which may consist of many small members."""
+    unpacked = b""
+    while start.startswith(b"\x1f\x8b") and len(unpacked) < _UNPACKED_BYTES:
+        member = zlib.decompressobj(wbits=31)
+        unpacked += member.decompress(start, _UNPACKED_BYTES - len(unpacked))
+        start = member.unused_data
+    return unpacked
 
 
 def _zip(start: bytes) -> FileKind:
+    if start[6:7] and start[6] & 1:
+        return FileKind(
+            "encrypted zip archive", None, "unpack it with its password and give the file or folder inside"
+        )
     length = int.from_bytes(start[26:28], "little")
     first = start[30 : 30 + length]
     if first.endswith(b".npy"):
@@ -507,6 +538,20 @@ def _checkpoint(start: bytes) -> FileKind | None:
     return None
 
 
+def _icon(start: bytes) -> FileKind | None:
+    """A Windows icon or cursor, by its first entry: its mark alone is too short."""
+    if start[:4] not in (b"\0\0\1\0", b"\0\0\2\0") or len(start) < 22:
+        return None
+    count, place = struct.unpack_from("<H", start, 4)[0], struct.unpack_from("<I", start, 18)[0]
+    is_entry = start[9] == 0 and 0 < count <= 256 and 6 + 16 * count <= place < 1 << 24
+    return _picture("Windows icon") if is_entry else None
+
+
+def _late_pdf(start: bytes) -> FileKind | None:
+    """PDF readers look for the mark in the first 1024 bytes."""
+    return _document("PDF document") if re.search(rb"%PDF-\d\.\d", start[:1024]) else None
+
+
 def _text(start: bytes, name: str) -> FileKind | None:
     if start.startswith((b"\xff\xfe", b"\xfe\xff")) and len(start) % 2 == 0:
         return TEXT  # UTF-16
@@ -518,14 +563,20 @@ def _text(start: bytes, name: str) -> FileKind | None:
     if head.startswith(b"solid ") and (b"facet" in head or name.endswith(".stl")):
         return _MESH
     lower = head.lower()
-    if lower.startswith((b"<!doctype html", b"<html")) or b"<html" in lower[:512]:
+    if lower.startswith((b"<!doctype html", b"<head", b"<body")) or b"<html" in lower[:512]:
         return WEB_PAGE
     if not _is_plain(head):
         return None
     if lower.startswith(b"<"):
         return _xml(lower)
-    if lower.startswith((b"{", b"[{", b"[\n", b"[ ", b'["', b"[[")):
+    if re.match(rb'[\[{\s]*"[0-9a-f]{8}"\s*:\s*\{', lower):
+        return FileKind("DICOM data as JSON", None, "export it as a DICOM file")
+    if re.match(rb'\{|\[\s*[\[{"\d\]-]', lower):
         return _other("JSON text")
+    if lower.startswith(b"data:image/") or head.startswith((b"iVBORw0KGgo", b"/9j/")):
+        return FileKind("picture written as base64 text", None, "decode it to a PNG or JPEG file")
+    if re.fullmatch(rb"[^\n]*\.git/annex/objects/[^\n]*\n?", head):
+        return GIT_ANNEX  # a symbolic link that became a file
     if re.match(rb"type\s*=\s*(string|integer|float)-attribute", lower):
         return _volume("AFNI volume")
     if name.endswith(".obj") and re.search(rb"^v ", head, re.MULTILINE):

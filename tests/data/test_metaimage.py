@@ -214,6 +214,11 @@ def test_what_is_assumed_is_said(tmp_path):
     volume = load_volume(save(tmp_path / "d.mha", DistanceUnits="cm", **tenth))
     np.testing.assert_allclose(volume.affine, AFFINE)
     assert volume.notes == ("its unit of length is the centimetre; converted to millimetres",)
+    assert load_volume(save(tmp_path / "e.mha", DistanceUnits="?")).notes == (NO_UNIT,)
+    refused(
+        save(tmp_path / "f.mha", DistanceUnits="inch"),
+        "unit of length in its field DistanceUnits is not known",
+    )
 
 
 def test_intensity_function(tmp_path):

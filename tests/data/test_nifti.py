@@ -435,9 +435,12 @@ def test_content_decides_and_not_the_suffix(tmp_path):
 def test_gzip_members_and_what_follows_them(tmp_path):
     data = save(tmp_path / "a.nii").read_bytes()
     path = tmp_path / "b.nii.gz"
-    path.write_bytes(gzip.compress(data[:400]) + gzip.compress(data[400:500]) + gzip.compress(data[500:]))
+    path.write_bytes(gzip.compress(data[:300]) + gzip.compress(data[300:500]) + gzip.compress(data[500:]))
     np.testing.assert_array_equal(load_volume(path).voxels, VOXELS)
     path.write_bytes(gzip.compress(data) + b"garbage")
+    assert notes(path) == ("bytes after the compressed data are ignored",)
+    tiny = save(tmp_path / "d.nii", VOXELS[:2, :2, :2]).read_bytes()  # shorter than a header of NIfTI-2
+    path.write_bytes(gzip.compress(tiny) + b"garbage")
     assert notes(path) == ("bytes after the compressed data are ignored",)
     path.write_bytes(gzip.compress(data + bytes(30)))
     assert notes(path) == ("at least 30 bytes after the voxels are ignored",)
@@ -448,10 +451,24 @@ def test_gzip_members_and_what_follows_them(tmp_path):
         path.write_bytes(gzip.compress(data)[:-cut])
         with pytest.raises(UserError, match=r"b\.nii\.gz: .*(cut short|damaged)"):
             load_volume(path)
+    path.write_bytes(gzip.compress(gzip.compress(data)))
+    with pytest.raises(UserError, match="compressed twice"):
+        load_volume(path)
     wrong = bytearray(gzip.compress(data))
     wrong[-6] ^= 1  # the checksum
     path.write_bytes(wrong)
     with pytest.raises(UserError, match=r"b\.nii\.gz: .*damaged"):
+        load_volume(path)
+
+
+def test_cifti_is_called_by_its_name(tmp_path):
+    axes = (
+        nib.cifti2.ScalarAxis(["a", "b"]),
+        nib.cifti2.BrainModelAxis.from_surface(np.arange(10), 10, "CORTEX_LEFT"),
+    )
+    path = tmp_path / "x.dscalar.nii"
+    nib.Cifti2Image(np.zeros((2, 10), np.float32), header=axes).to_filename(path)
+    with pytest.raises(UserError, match=r"x\.dscalar\.nii: CIFTI file with values on brain surfaces"):
         load_volume(path)
 
 

@@ -171,6 +171,48 @@ def test_units_and_origin_that_are_not_stated(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("unit", "factor", "name"),
+    [
+        ("MM", 1.0, None),
+        ("millimeters", 1.0, None),
+        ("um", 1e3, "micrometre"),
+        ("microns", 1e3, "micrometre"),
+        ("\u00b5m", 1e3, "micrometre"),  # MICRO SIGN
+        ("\u03bcm", 1e3, "micrometre"),  # GREEK SMALL LETTER MU
+        ("nm", 1e6, "nanometre"),
+        ("cm", 0.1, "centimetre"),
+    ],
+)
+def test_units_of_length(tmp_path, unit, factor, name):
+    directions = f"({0.8 * factor},0,0) (0,{0.8 * factor},0) (0,0,{2.5 * factor})"
+    path = save(
+        tmp_path / "a.nrrd",
+        space_units=" ".join([f'"{unit}"'] * 3),
+        space_directions=directions,
+        space_origin=None,
+    )
+    volume = load_volume(path)
+    np.testing.assert_allclose(volume.spacing, [0.8, 0.8, 2.5])
+    converted = () if name is None else (f"its unit of length is the {name}; converted to millimetres",)
+    assert volume.notes == (*converted, "states no origin; 0, 0, 0 is assumed")
+    path.write_bytes(path.read_bytes().replace(unit.encode(), b"furlongs"))
+    refused(path, "unit of length in its field space units is not known; state mm")
+
+
+def test_nan_stands_for_what_is_not_known(tmp_path):
+    volume = load_volume(save(tmp_path / "a.nrrd", space_origin="(nan,NaN,nan)"))
+    assert volume.notes == ("states no origin; 0, 0, 0 is assumed",)
+    path = save(
+        tmp_path / "b.nrrd",
+        dimension="4",
+        sizes="1 4 5 6",
+        space_directions="(nan,nan,nan) (0.8,0,0) (0,0.8,0) (0,0,2.5)",
+    )
+    np.testing.assert_array_equal(load_volume(path).affine, AFFINE)
+    refused(save(tmp_path / "c.nrrd", space_origin="(nan,0,0)"), "no finite numbers")
+
+
+@pytest.mark.parametrize(
     ("sizes", "directions", "kinds"),
     [
         ("1 4 5 6", "none (0.8,0,0) (0,0.8,0) (0,0,2.5)", "vector domain domain domain"),
@@ -256,7 +298,11 @@ def test_encodings(tmp_path, encoding):
 def test_encoded_data_with_other_text_or_checksum(tmp_path):
     refused(save(tmp_path / "a.nrrd", _text(VOXELS) + b" 70000", encoding="text"), "numbers")
     refused(save(tmp_path / "a.nrrd", _text(VOXELS + 0.5), encoding="text"), "cannot")
-    refused(save(tmp_path / "b.nrrd", _text(VOXELS)[:-4] + b"word", encoding="text"), "")
+    refused(
+        save(tmp_path / "b.nrrd", _text(VOXELS)[:-4] + b"word", encoding="text"), "not all written as numbers"
+    )
+    path = save(tmp_path / "e.nrrd", _text(VOXELS).replace(b" ", b", "), encoding="text")
+    np.testing.assert_array_equal(load_volume(path).voxels, VOXELS)  # as teem reads it
     wrong = bytearray(gzip.compress(RAW))
     wrong[-6] ^= 1
     refused(save(tmp_path / "c.nrrd", bytes(wrong), encoding="gzip"), "CRC check failed")

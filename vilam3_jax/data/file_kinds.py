@@ -285,7 +285,7 @@ def identify(path: PathLike) -> FileKind:
         if header := pair_header(path):
             with header.open("rb") as file:
                 kind = identify_bytes(file.read(_START_BYTES), header.name)
-            if kind in (NIFTI_PAIR, ANALYZE):
+            if kind in (NIFTI, NIFTI_PAIR, ANALYZE):  # the reader refuses the first, which has its own voxels
                 return kind
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # the last: no name for a file
         raise UserError(f"{path}: no such file; check the path") from error

@@ -19,21 +19,17 @@ from typing import IO
 import numpy as np
 
 from vilam3_jax.data.limits import Limits
-from vilam3_jax.data.stored_volume import UNKNOWN, StoredVolume
+from vilam3_jax.data.stored_volume import StoredVolume
 from vilam3_jax.data.volume_checks import (
     DEFLATE_RATIO,
     DRAINED_BYTES,
-    METRE,
-    MICROMETRE,
-    MILLIMETRE,
-    NO_UNIT_NOTE,
     check_available,
     check_extent,
     check_file_size,
     check_grid,
-    converted_note,
     data_file,
     geometry_notes,
+    length_unit,
     modality_code,
     read_exactly,
     rescale,
@@ -62,12 +58,6 @@ _TYPES = {
     "MET_ULONG_LONG": "u8",
     "MET_FLOAT": "f4",
     "MET_DOUBLE": "f8",
-}
-_UNITS = {
-    "um": (MICROMETRE, 1e-3),
-    "mm": (MILLIMETRE, 1.0),
-    "cm": ("centimetre", 10.0),
-    "m": (METRE, 1e3),
 }
 _LPS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "I": (2, 1), "S": (2, -1)}  # letter: "from"
 
@@ -211,11 +201,8 @@ def _affine(header: _Header, shape: tuple[int, ...]) -> tuple[np.ndarray, str, l
     center = header.numbers("CenterOfRotation")
     if any(center) and not np.array_equal(directions, np.eye(axes)):
         notes.append("its CenterOfRotation is ignored, as ITK ignores it")
-    unit, scale = _UNITS.get(header.get("DistanceUnits").lower(), (UNKNOWN, 1.0))
-    if unit == UNKNOWN:
-        notes.append(NO_UNIT_NOTE)
-    elif unit != MILLIMETRE:
-        notes.append(converted_note(unit))
+    unit, scale, unit_notes = length_unit(header.get("DistanceUnits"), "DistanceUnits", header.path)
+    notes += unit_notes
     affine = np.eye(4)
     affine[:3, :3] = directions[:3, :3] * spacing[:3]
     affine[:3, 3] = offset[:3]

@@ -33,9 +33,10 @@ from vilam3_jax.data.volume_checks import (
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import PathLike, as_path, children, file_size
 
-_HEADER_BYTES = 540  # NIfTI-2; NIfTI-1 has 348
+_HEADER_BYTES, _HEADER_BYTES_2 = 348, 540  # of NIfTI-1 and NIfTI-2; both start with this number
 _MAX_OFFSET = 256 << 20  # header extensions carry whole DICOM headers
 _EOL_CHECKS = (b"\r\n\x1a\n", bytes(4))  # of NIfTI-2; anything else went through a text-mode transfer
+_CIFTI_INTENTS = range(3000, 3100)
 _NAME = re.compile(r"(?P<stem>.+?)\.(?P<suffix>nii|hdr|img)(?P<packed>\.gz)?", re.IGNORECASE)
 
 # nifti1.h, codes of `datatype`.
@@ -77,7 +78,7 @@ def read_nifti(path: PathLike, limits: Limits, *, voxels: bool = True) -> Stored
     path = as_path(path)
     header_path = pair_header(path) or path
     with _opened(header_path) as (stream, _):
-        head = stream.read(_HEADER_BYTES)
+        head = _head(stream, path)
     header, is_pair = _header(head, path)
     if header_path != path and not is_pair:
         raise UserError(
@@ -160,6 +161,14 @@ def _opened(path: epath.Path) -> Iterator[tuple[IO[bytes], bool]]:
         yield cast(IO[bytes], gzip.GzipFile(fileobj=file) if packed else file), packed
 
 
+def _head(stream: IO[bytes], path: PathLike) -> bytes:
+    """The bytes of the header and no more: in a short file, garbage may follow the compressed data."""
+    head = read_exactly(stream, _HEADER_BYTES, path)
+    sizes = (int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big"))
+    rest = _HEADER_BYTES_2 - _HEADER_BYTES if _HEADER_BYTES_2 in sizes else 0
+    return head + read_exactly(stream, rest, path)
+
+
 def _header(head: bytes, path: PathLike) -> tuple[Header, bool]:
     """(the header without nibabel's repairs, whether it belongs to a pair)."""
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
@@ -175,6 +184,8 @@ def _header(head: bytes, path: PathLike) -> tuple[Header, bool]:
 
 def _shape(header: Header, path: PathLike) -> tuple[tuple[int, int, int], list[str]]:
     """The three spatial sizes; a 2-D image is one slice."""
+    if int(header["intent_code"]) in _CIFTI_INTENTS:
+        raise UserError(f"{path}: CIFTI file with values on brain surfaces; give the scan it belongs to")
     dims = [int(n) for n in header["dim"]]
     axes = dims[0]
     if not 2 <= axes <= 7:

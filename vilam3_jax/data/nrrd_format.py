@@ -18,22 +18,18 @@ import numpy as np
 from etils import epath
 
 from vilam3_jax.data.limits import Limits
-from vilam3_jax.data.stored_volume import UNKNOWN, StoredVolume
+from vilam3_jax.data.stored_volume import StoredVolume
 from vilam3_jax.data.volume_checks import (
     BZIP2_RATIO,
     DEFLATE_RATIO,
-    METRE,
-    MICROMETRE,
-    MILLIMETRE,
-    NO_UNIT_NOTE,
     body_part_name,
     check_available,
     check_extent,
     check_file_size,
     check_grid,
-    converted_note,
     data_file,
     geometry_notes,
+    length_unit,
     modality_code,
     read_exactly,
     read_over,
@@ -57,18 +53,6 @@ _SPACES = {
     }.items()
     for name in names
     for alias in (name, f"{name}-time" if "-" in name else f"{name}t")
-}
-_UNITS = {
-    "m": (METRE, 1e3),
-    "meter": (METRE, 1e3),
-    "metre": (METRE, 1e3),
-    "mm": (MILLIMETRE, 1.0),
-    "millimeter": (MILLIMETRE, 1.0),
-    "millimetre": (MILLIMETRE, 1.0),
-    "um": (MICROMETRE, 1e-3),
-    "micron": (MICROMETRE, 1e-3),
-    "micrometer": (MICROMETRE, 1e-3),
-    "cm": ("centimetre", 10.0),
 }
 _TYPES = {
     alias: code
@@ -263,7 +247,7 @@ def _grid(header: _Header, sizes: list[int], path: PathLike) -> _Grid:
         normal = np.cross(affine[:3, 0], affine[:3, 1])
         affine[:3, 2] = normal / (np.sqrt((normal**2).sum()) or 1.0) / scale
         notes.append("is a 2-D image, taken as one slice of a volume; a thickness of 1 mm is assumed")
-    origin = _vectors(header.get("space origin"), "space origin", path)
+    origin = _origin(header, path)
     if origin:
         affine[:3, 3] = origin[0][:3]
     else:
@@ -283,7 +267,7 @@ def _spatial_axes(
     vectors: list[tuple[float, ...]], sizes: list[int], header: _Header, path: PathLike
 ) -> list[int]:
     """Which axes lie in space. The others (vector "none", or only time) must have one entry."""
-    origin = _vectors(header.get("space origin"), "space origin", path)
+    origin = _origin(header, path)
     lengths = {len(vector) for vector in (*vectors, *origin) if vector}
     dimension = 4 if header.get("space").lower().endswith(("time", "t")) else 3
     if len(vectors) != len(sizes) or lengths - {dimension} or len(origin) > 1:
@@ -310,10 +294,7 @@ def _unit(header: _Header, path: PathLike) -> tuple[str, float, list[str]]:
     names = {name.strip().lower() for name in stated[:3]}
     if len(names) > 1:
         raise UserError(f"{path}: its axes have different units of length; correct the NRRD space units")
-    unit, scale = _UNITS.get(names.pop() if names else "", (UNKNOWN, 1.0))
-    if unit == UNKNOWN:
-        return unit, scale, [NO_UNIT_NOTE]
-    return unit, scale, [] if unit == MILLIMETRE else [converted_note(unit)]
+    return length_unit(names.pop() if names else "", "space units", path)
 
 
 def _check_spacings(header: _Header, axes: list[int], affine: np.ndarray, path: PathLike) -> None:
@@ -374,13 +355,19 @@ def _unpacked(file: IO[bytes], encoding: str) -> IO[bytes]:
 
 def _written_out(text: bytes, encoding: str, dtype: np.dtype, count: int, path: PathLike) -> np.ndarray:
     """Voxels that are written as decimal numbers or as hexadecimal bytes."""
-    if encoding == "hex":
-        values = np.frombuffer(bytes.fromhex(text.decode("ascii")), dtype)
-    else:
-        wide = np.fromstring(text, dtype if dtype.itemsize == 8 else np.float64, sep=" ")
-        values = wide.astype(dtype)
-        if dtype.kind != "f" and not np.array_equal(values, wide):
-            raise UserError(f"{path}: holds numbers that its NRRD type cannot; save it as float")
+    try:
+        if encoding == "hex":
+            values = wide = np.frombuffer(bytes.fromhex(text.decode("ascii")), dtype)
+        else:
+            text = text.replace(b",", b" ")  # teem reads over commas
+            wide = np.fromstring(text, dtype if dtype.itemsize == 8 else np.float64, sep=" ")
+            values = wide.astype(dtype)
+    except ValueError as error:
+        raise UserError(
+            f"{path}: its voxels are not all written as numbers; it is damaged, fetch or export it again"
+        ) from error
+    if dtype.kind != "f" and not np.array_equal(values, wide):
+        raise UserError(f"{path}: holds numbers that its NRRD type cannot; save it as float")
     if values.nbytes != count:
         raise UserError(
             f"{path}: {values.size} numbers where its header promises {count // dtype.itemsize}; fetch it "
@@ -405,11 +392,17 @@ def _number(text: str, field: str, path: PathLike) -> float:
         raise UserError(f"{path}: its NRRD field {field} holds no numbers; export it again") from None
 
 
+def _origin(header: _Header, path: PathLike) -> list[tuple[float, ...]]:
+    """The vectors of the field, of which there should be one; none if it is absent or NaN."""
+    return [vector for vector in _vectors(header.get("space origin"), "space origin", path) if vector]
+
+
 def _vectors(text: str, field: str, path: PathLike) -> list[tuple[float, ...]]:
-    """Vectors such as "(1,0,0) none (0,0,1)"; an empty one for "none"."""
+    """Vectors such as "(1,0,0) none (0,0,1)"; an empty one for "none", which some programs write as NaN."""
     if _VECTOR.sub("", text).strip():
         raise UserError(f"{path}: its NRRD field {field} holds no vectors; export it again")
-    return [
+    vectors = [
         tuple(_number(word, field, path) for word in match[1].split(",")) if match[1] is not None else ()
         for match in _VECTOR.finditer(text)
     ]
+    return [() if all(math.isnan(number) for number in vector) else vector for vector in vectors]

@@ -23,6 +23,16 @@ BZIP2_RATIO = 1 << 21  # a block of some 40 bytes can hold a run of 46 million
 NO_UNIT_NOTE = "the file states no unit of length; millimetres are assumed"
 METRE, MILLIMETRE, MICROMETRE = "metre", "millimetre", "micrometre"
 
+# Units of length as words of a header, in lower case and singular -> (name, millimetres).
+_LENGTHS = {
+    **dict.fromkeys(("m", "meter", "metre"), (METRE, 1e3)),
+    **dict.fromkeys(("cm", "centimeter", "centimetre"), ("centimetre", 10.0)),
+    **dict.fromkeys(("mm", "millimeter", "millimetre"), (MILLIMETRE, 1.0)),
+    **dict.fromkeys(("um", "micron", "micrometer", "micrometre"), (MICROMETRE, 1e-3)),
+    **dict.fromkeys(("nm", "nanometer", "nanometre"), ("nanometre", 1e-6)),
+    **dict.fromkeys(("", "?", "???", "none", "unknown"), (UNKNOWN, 1.0)),
+}
+
 DRAINED_BYTES = 64 << 20  # after the voxels, on the way to a checksum
 
 _MODALITIES = frozenset(
@@ -64,6 +74,32 @@ _MODALITY_ALIASES = {"MRI": "MR", "PET": "PT"}
 def converted_note(unit: str) -> str:
     """A note that lengths were converted."""
     return f"its unit of length is the {unit}; converted to millimetres"
+
+
+def length_unit(text: str, field: str, path: PathLike) -> tuple[str, float, list[str]]:
+    """The unit of length that a header states in words.
+
+    Args:
+      text: such as "mm" or "microns"; "" if the file states none.
+      field: name of the header's field.
+      path: file to name.
+
+    Returns:
+      The unit's name or "unknown", its millimetres, and notes.
+
+    Raises:
+      UserError: a unit that is not known; millimetres would be wrong.
+    """
+    # MICRO SIGN and GREEK SMALL LETTER MU; in Latin-1, the former is no UTF-8.
+    word = re.sub("[\u00b5\u03bc\ufffd]", "u", text.strip().lower())
+    if word not in _LENGTHS and len(word) > 3:
+        word = word.removesuffix("s")
+    if word not in _LENGTHS:
+        raise UserError(f"{path}: the unit of length in its field {field} is not known; state mm there")
+    unit, scale = _LENGTHS[word]
+    if unit == UNKNOWN:
+        return unit, scale, [NO_UNIT_NOTE]
+    return unit, scale, [] if unit == MILLIMETRE else [converted_note(unit)]
 
 
 @contextlib.contextmanager

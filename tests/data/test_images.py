@@ -174,6 +174,15 @@ def test_little_colour_on_black_keeps_its_hue():
     np.testing.assert_array_equal(decode_image(deep_png(colours)), colours // 257)
 
 
+def test_a_smaller_full_scale_than_that_of_the_file_is_said():
+    colours = np.random.default_rng(1).integers(0, 4096, (30, 30, 3)).astype(np.uint16)
+    with pytest.warns(InputWarning, match="colours of 16 bits that reach only 40.*4095 was taken"):
+        decode_image(deep_png(colours))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode_image(deep_png(colours * 16))
+
+
 def test_transparency_of_sixteen_bits():
     key = chunk(b"tRNS", struct.pack(">H", int(RAMP[7, 7, 0])))
     out = decode_image(deep_png(RAMP, key))[..., 0]
@@ -243,6 +252,12 @@ def test_pictures_that_are_transparent_everywhere_are_noted(tmp_path):
     path.write_bytes(encoded(Image.new("RGBA", (4, 4), (1, 2, 3, 0))))
     with pytest.warns(InputWarning, match=r"blank\.png: the picture is transparent everywhere"):
         assert (load_film(path) == 255).all()
+    path.write_bytes(deep_png(np.concatenate([RAMP, 0 * RAMP], axis=-1)))
+    with pytest.warns(InputWarning, match=r"blank\.png: the picture is transparent everywhere"):
+        assert (load_film(path) == 255).all()
+    np.testing.assert_array_equal(
+        decode_image(path.read_bytes(), alpha="ignore"), decode_image(deep_png(RAMP))
+    )
     # Windows ignores an alpha channel that nobody filled.
     head = struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 138, 0, 0, 122, 108, 2, 2, 1, 32, 3, 16, 0, 0, 0, 0)
     masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs" + bytes(48)
@@ -426,6 +441,7 @@ def test_cut_short_files_are_never_half_decoded(name):
         try:
             out = decode_image(data[:length])
         except UserError as error:
+            assert "0 x 0" not in str(error)
             if length > 200:
                 assert f"{name.split()[-1]} picture that is cut short" in str(error)
         else:

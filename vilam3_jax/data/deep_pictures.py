@@ -23,7 +23,9 @@ _FULL_SCALES = (255.0, 1023.0, 4095.0, 16383.0, 65535.0)  # 8, 10, 12, 14 and 16
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
-def to_eight_bits(values: np.ndarray, valid: np.ndarray | None = None, *, bits: int) -> np.ndarray:
+def to_eight_bits(
+    values: np.ndarray, valid: np.ndarray | None = None, *, bits: int, notes: list[str]
+) -> np.ndarray:
     """Brings samples to 8 bits.
 
     Args:
@@ -31,6 +33,7 @@ def to_eight_bits(values: np.ndarray, valid: np.ndarray | None = None, *, bits: 
       valid: [H, W] bool, False where nothing is visible; None: everywhere.
       bits: of a sample as the file stores it. Unsigned samples of up to 8 bits use their full scale; all
         others follow the rules of this module. Three equal channels are grey.
+      notes: gets a sentence if colours were divided by less than the full scale of `bits`.
 
     Returns:
       [H, W] or [H, W, 3] uint8.
@@ -50,7 +53,12 @@ def to_eight_bits(values: np.ndarray, valid: np.ndarray | None = None, *, bits: 
     grey = values[..., 0]
     if values.shape[-1] == 1 or all(np.array_equal(grey, values[..., i], equal_nan=True) for i in (1, 2)):
         return _stretched(grey, valid)
-    return _divided(values, valid)
+    return _divided(values, valid, bits, notes)
+
+
+def visible(alpha: np.ndarray | None) -> np.ndarray | None:
+    """Where `alpha` lets something be seen, bool of its shape; None if that is everywhere or nowhere."""
+    return None if alpha is None or alpha.all() or not alpha.any() else alpha > 0
 
 
 def with_alpha(eight: np.ndarray, alpha: np.ndarray | None) -> Image.Image:
@@ -69,11 +77,11 @@ def _stretched(grey: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
     if low == high:  # nearly all pixels are alike, so the few others are the picture
         low, high = float(stored.min()), float(stored.max())
     if low == high:
-        return _divided(stored, None)
+        return _divided(stored, None, 0, [])
     return window_to_uint8(stored, None, (low, high))
 
 
-def _divided(values: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
+def _divided(values: np.ndarray, valid: np.ndarray | None, bits: int, notes: list[str]) -> np.ndarray:
     """By the smallest full scale that holds nearly all values; for floats, by 1 or by that percentile."""
     usable = values if valid is None else values[valid]
     usable = usable[np.isfinite(usable)]
@@ -85,5 +93,9 @@ def _divided(values: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
         full = max(1.0, top)
     else:
         full = next((scale for scale in _FULL_SCALES if top <= scale), float(np.iinfo(values.dtype).max))
+        if full < 2**bits - 1:
+            notes.append(
+                f"colours of {bits} bits that reach only {top:.0f}; {full:.0f} was taken for the brightest"
+            )
     share = np.clip(np.nan_to_num(values.astype(np.float32)) * np.float32(255 / full), 0, 255)
     return np.rint(share).astype(np.uint8)

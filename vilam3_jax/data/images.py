@@ -13,7 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageChops
 
 from vilam3_jax.data import file_kinds
-from vilam3_jax.data.deep_pictures import to_eight_bits, with_alpha
+from vilam3_jax.data.deep_pictures import to_eight_bits, visible, with_alpha
 from vilam3_jax.data.dicom.pixels import read_picture
 from vilam3_jax.data.file_kinds import FileKind
 from vilam3_jax.data.intensity import warn_of
@@ -36,6 +36,7 @@ _PILLOW = {
     file_kinds.BMP: "BMP",
     file_kinds.GIF: "GIF",
 }
+_SHORTEST = 26  # bytes of the smallest sound picture, a WebP
 _ANIMATED = ("PNG", "WEBP", "GIF")  # an MPO is one photo of a phone, with previews
 _MAX_GIF_BYTES = 32 << 20  # its blocks are walked through one by one
 _TURNS = {
@@ -194,7 +195,7 @@ def _decode(data: bytes, alpha: Alpha, frame: int | None, limits: Limits) -> _De
             number, count = _choose(image, frame, limits)
             orientation = _orientation(image, notes)
             if deep:
-                image = _deep(data, kind, number)
+                image = _deep(data, kind, number, notes)
             else:
                 _repair(image, data, notes)
             return _Decoded(_turned(_flat(image, alpha, notes), orientation), number, count, tuple(notes))
@@ -241,6 +242,8 @@ def _ends_early(data: bytes, kind: FileKind) -> bool:
 def _opened(data: bytes, kind: FileKind, limits: Limits) -> Iterator[tuple[Image.Image, bool]]:
     """A picture whose header is read, and whether it has samples that Pillow would cut down or refuse."""
     deep = False
+    if len(data) < _SHORTEST:
+        raise UserError(f"{kind.name} that is cut short; fetch it again")
     if kind == file_kinds.PNG:
         check_pixels(int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big"), limits)
         deep = data[24:25] == b"\x10"
@@ -304,14 +307,15 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _deep(data: bytes, kind: FileKind, number: int) -> Image.Image:
+def _deep(data: bytes, kind: FileKind, number: int, notes: list[str]) -> Image.Image:
     """ "L", "LA", "RGB" or "RGBA" of what Pillow cannot decode without loss."""
     if number:
         raise UserError("animation of 16 bits; save the frame to look at as PNG")
     if kind == file_kinds.JPEG:
         if jpeg_ends_early(data):
             raise UserError("JPEG picture that is cut short; fetch it again")  # the decoder would fill up
-        samples, bits = imagecodecs.jpeg_decode(data), 16
+        header = jpeg_frame(data)
+        samples, bits = imagecodecs.jpeg_decode(data), header.precision if header else 16
     else:
         samples, bits = imagecodecs.png_decode(data), 16
     samples = samples[..., None] if samples.ndim == 2 else samples
@@ -319,8 +323,7 @@ def _deep(data: bytes, kind: FileKind, number: int) -> Image.Image:
     if kind == file_kinds.JPEG and alpha is not None:
         raise UserError("JPEG picture of more than 8 bits in CMYK; save it as PNG")
     colours = samples if alpha is None else samples[..., :-1]
-    valid = None if alpha is None or alpha.all() else alpha > 0
-    return with_alpha(to_eight_bits(colours, valid, bits=bits), alpha)
+    return with_alpha(to_eight_bits(colours, visible(alpha), bits=bits, notes=notes), alpha)
 
 
 def _repair(image: Image.Image, data: bytes, notes: list[str]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from vilam3_jax.data.deep_pictures import to_eight_bits, with_alpha
+from vilam3_jax.data.deep_pictures import to_eight_bits, visible, with_alpha
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.picture_checks import check_pixels, choose_frame
 from vilam3_jax.data.picture_headers import jpeg_ends_early, jpeg_frame
@@ -240,14 +240,14 @@ def _picture(page: tifffile.TiffPage, photometric: int, samples: np.ndarray, not
         notes.append(
             f"{unused} of {samples.shape[-1]} samples of each pixel have no stated meaning; left out"
         )
-    valid = None if alpha is None or alpha.all() else alpha > 0
+    valid = visible(alpha)
     if photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB):
-        eight = to_eight_bits(values, valid, bits=bits)
+        eight = to_eight_bits(values, valid, bits=bits, notes=notes)
         return with_alpha(255 - eight if photometric == _WHITE_IS_ZERO else eight, alpha)
     if photometric == _PALETTE:
         return with_alpha(_coloured(page, values[..., 0]), alpha)
     if int(page.compression) in _JPEG and photometric == _YCBCR:
-        return with_alpha(to_eight_bits(values, valid, bits=bits), alpha)  # the decoder gave RGB
+        return with_alpha(to_eight_bits(values, valid, bits=bits, notes=notes), alpha)  # the decoder gave RGB
     return with_alpha(np.asarray(_converted(values, photometric, bits)), alpha)
 
 

@@ -6,8 +6,10 @@ import errno
 import gzip
 import os
 import re
+import socket
 
 import pytest
+from etils import epath
 
 from vilam3_jax import paths
 from vilam3_jax.errors import UnavailableError, UserError
@@ -101,6 +103,29 @@ def test_a_failing_disk_is_told_from_a_damaged_file(tmp_path) -> None:
     paths.check_passing(tmp_path, ValueError("a text that is UNAVAILABLE: here"))
     paths.check_passing(tmp_path / "x.nii", gzip.BadGzipFile("Not a gzipped file"))
     paths.check_passing(tmp_path / "x.nii", OSError(errno.EACCES, "Permission denied"))
+
+
+def test_an_object_store_that_does_not_answer(tmp_path, monkeypatch) -> None:
+    assert paths.exists(tmp_path) and not paths.exists(tmp_path / "x") and not paths.exists("a\0b")
+    no_network = ConnectionError("Cannot connect to host storage.googleapis.com:443")
+    no_network.__cause__ = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    for error, kind, words in (
+        (no_network, UnavailableError, "gs://b/x: cannot be read now .*start again"),
+        (
+            RuntimeError("Anonymous caller\nhas no access"),
+            UserError,
+            r"gs://b/x: cannot be looked up \(RuntimeError",
+        ),
+    ):
+
+        def fail(path, error=error):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(epath.Path("gs://b/x")), "exists", fail)
+            with pytest.raises(UserError, match=words) as caught:
+                paths.exists("gs://b/x")
+        assert type(caught.value) is kind and "\n" not in str(caught.value)
 
 
 def test_a_failing_disk_is_told_from_a_full_one(tmp_path) -> None:

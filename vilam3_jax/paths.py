@@ -9,6 +9,7 @@ import importlib.util
 import os
 import posixpath
 import re
+import socket
 import stat
 import urllib.parse
 import uuid
@@ -114,6 +115,23 @@ def children(folder: PathLike) -> list[epath.Path]:
         return []
 
 
+def exists(path: PathLike) -> bool:
+    """Whether a file or folder is there.
+
+    Raises:
+      UnavailableError: the disk or the network fails.
+      UserError: the object store does not say, for example because it asks for credentials.
+    """
+    path = as_path(path)
+    try:
+        return path.exists()
+    except Exception as error:  # object stores raise classes of their own
+        check_passing(path, error)
+        raise UserError(
+            f"{path}: cannot be looked up ({type(error).__name__}); check the path and your access to it"
+        ) from error
+
+
 def file_size(path: PathLike) -> int:
     """Size of a file in bytes."""
     return _look_up(as_path(path))[1]
@@ -169,8 +187,8 @@ def check_passing(path: PathLike, error: Exception) -> None:
 def passes(error: BaseException | None) -> bool:
     """Whether an error, or one that led to it, says nothing of the file: a disk or a network fails."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _PASSING:
-            return True
+        if isinstance(error, socket.gaierror) or (isinstance(error, OSError) and error.errno in _PASSING):
+            return True  # the former: no name server
         if isinstance(error, ValueError):
             system = _OS_ERROR.search(str(error))
             if _PASSING_STATUS.match(str(error)) or (system and int(system[1]) in _PASSING):

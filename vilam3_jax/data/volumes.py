@@ -30,7 +30,7 @@ from vilam3_jax.data.nrrd_format import read_nrrd
 from vilam3_jax.data.stored_volume import UNKNOWN, StoredVolume
 from vilam3_jax.data.volume_checks import check_file_size, modality_code, naming_damage, stated_units
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike, as_path
+from vilam3_jax.paths import PathLike, as_path, exists
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 _WHOLE = 1e-3  # how far a stored label may be from a whole number
@@ -177,7 +177,7 @@ def describe_volume(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> Store
 
 
 def _read(path: epath.Path, series: str | None, limits: Limits, *, voxels: bool = True) -> StoredVolume:
-    if not path.exists():
+    if not exists(path):
         raise UserError(f"{path}: no such file or folder; check the path")
     if path.is_dir():
         with naming_damage(path):

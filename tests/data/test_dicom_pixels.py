@@ -1056,6 +1056,7 @@ def test_colours_are_no_values(tmp_path):
     [
         ({"PixelAspectRatio": [4, 3]}, "pixels are not square (Pixel Aspect Ratio 4 to 3)"),
         ({"PixelSpacing": [0.5, 0.25]}, "pixels are not square (Pixel Spacing 0.5 to 0.25)"),
+        ({"ImagerPixelSpacing": [0.2, 0.1]}, "pixels are not square (Imager Pixel Spacing 0.2 to 0.1)"),
         ({"PresentationIntentType": "FOR PROCESSING"}, "not for presentation"),
         ({"PixelPresentation": "COLOR"}, "the supplemental colour palette is not applied"),
         ({"PresentationLUTSequence": [lut([0, 1])]}, "the Presentation LUT Sequence is not applied"),
@@ -1077,7 +1078,7 @@ def test_notes(shown, tags, note):
 def test_what_the_file_states(shown):
     picture = shown(RAMP, BodyPartExamined="CHEST", PixelAspectRatio=[1, 1])
     assert (picture.modality, picture.body_part, picture.notes) == ("DX", "CHEST", ())
-    picture = shown(RAMP, Modality=None)
+    picture = shown(RAMP, Modality=None, BodyPartExamined="Doe^Jane")  # may name anybody
     assert (picture.modality, picture.body_part) == ("unknown", "unknown")
 
 

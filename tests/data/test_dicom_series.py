@@ -16,10 +16,14 @@ from highdicom.spatial import PixelToReferenceTransformer, get_volume_positions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.data import get_testdata_file
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.tag import Tag
 from pydicom.uid import (
     BasicTextSRStorage,
     CTImageStorage,
+    DigitalXRayImageStorageForPresentation,
     EnhancedMRImageStorage,
     ExplicitVRLittleEndian,
     NuclearMedicineImageStorage,
@@ -63,6 +67,9 @@ def plain_slice(k=0, z=None, **changes):
     for keyword, value in changes.items():
         if value is None:
             d.pop(keyword, None)
+        elif isinstance(value, bytes) and keyword != "PixelData":  # as it stands in a file, valid or not
+            tag = Tag(keyword)
+            d[tag] = RawDataElement(tag, dictionary_VR(tag), len(value), value, 0, False, True)
         else:
             setattr(d, keyword, value)
     d.file_meta.MediaStorageSOPClassUID = d.SOPClassUID
@@ -298,6 +305,37 @@ def test_orientation_is_repaired_or_refused():
         assert isinstance(plane_of(bad), str)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"SliceThickness": b"2.5mm "},
+        {"SpacingBetweenSlices": b"- "},
+        {"GantryDetectorTilt": b"0 deg "},
+        {"SliceLocation": b"??"},
+        {"WindowCenter": b"40,0", "WindowWidth": b"400,0 "},
+        {"WindowCenter": b"\\40 ", "WindowWidth": b"\\400"},
+        {"KVP": b"120 kV"},
+        {"EchoTime": b"none"},
+        {"InstanceNumber": b"A1"},
+        {"AcquisitionNumber": b"1.5 "},
+        {"ContentTime": b"99:99 "},
+        {"PhotometricInterpretation": b" monochrome2"},
+        {"RescaleType": b"hu"},
+        {"RescaleType": b"Hounsfield Units"},
+        {"Modality": b"ct"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+@pytest.mark.parametrize("which", ["all", "one"])
+def test_a_bad_word_or_number_that_is_not_needed_stops_nothing(tmp_path, changes, which):
+    save_stack(tmp_path)
+    for k in range(6) if which == "all" else [2]:
+        save(plain_slice(k, **changes), tmp_path / f"{k:03d}.dcm")
+    volume = read_series(tmp_path)
+    assert (volume.modality, volume.units) == ("CT", "HU")
+    assert volume.values[0, 0].tolist() == [0, 100, 200, 300, 400, 500]
+
+
 # One odd file
 
 
@@ -305,8 +343,9 @@ ODD = {
     "coronal scout": ({"ImageOrientationPatient": CORONAL}, "another orientation (coronal)"),
     "localizer": ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "a localizer (scout)"),
     "screen capture": ({"ImagePositionPatient": None}, "no slice position"),
+    "position of text": ({"ImagePositionPatient": b"0\\0\\5,5 "}, "an unusable ImagePositionPatient"),
     "empty position": ({"ImagePositionPatient": []}, "no slice position"),
-    "position of two numbers": ({"ImagePositionPatient": [0, 6]}, "no slice position"),
+    "position of two numbers": ({"ImagePositionPatient": [0, 6]}, "an unusable ImagePositionPatient"),
     "colour": (
         {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0},
         "a colour picture",
@@ -321,6 +360,15 @@ ODD = {
     "no spacing": ({"PixelSpacing": None}, "no PixelSpacing"),
     "zero spacing": ({"PixelSpacing": [0, 0]}, "a PixelSpacing that is zero, negative or absurd"),
     "one spacing": ({"PixelSpacing": [0.5]}, "an unusable PixelSpacing"),
+    "spacing with commas": ({"PixelSpacing": b"0,5\\0,75"}, "an unusable PixelSpacing"),
+    "radiograph with a position": (
+        {"SOPClassUID": DigitalXRayImageStorageForPresentation, "Modality": "DX"},
+        "a picture in projection, not a slice",
+    ),
+    "planar picture of nuclear medicine": (
+        {"SOPClassUID": NuclearMedicineImageStorage, "ImageType": ["ORIGINAL", "PRIMARY", "WHOLE BODY"]},
+        "a planar picture of nuclear medicine, not a slice",
+    ),
     "detector spacing": (
         {"PixelSpacing": None, "ImagerPixelSpacing": [0.5, 0.5]},
         "no PixelSpacing (ImagerPixelSpacing is measured at the detector)",
@@ -595,6 +643,52 @@ def test_copies_are_dropped_and_noted(tmp_path):
         read_series(tmp_path)
 
 
+def test_copies_must_be_equal_or_damaged(tmp_path):
+    save_stack(tmp_path)
+    uid = pydicom.dcmread(tmp_path / "003.dcm").SOPInstanceUID
+    short = plain_slice(3, SOPInstanceUID=uid, PixelData=bytes(4))
+    save(short, tmp_path / "zzz.dcm")
+    volume = read_series(tmp_path)
+    assert volume.notes[-1] == "1 slice skipped: a damaged copy of another"
+    assert volume.values[0, 0].tolist() == [0, 100, 200, 300, 400, 500]
+    save(plain_slice(3, SOPInstanceUID=uid, PixelData=bytes(2 * ROWS * COLUMNS)), tmp_path / "zzz.dcm")
+    with pytest.raises(UserError, match=r"different slices .* \(003.dcm and zzz.dcm\)"):
+        read_series(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "word"), [("StudyInstanceUID", "study"), ("FrameOfReferenceUID", "frame of reference")]
+)
+@pytest.mark.parametrize("shift", [5.0, 0.5, 2.0, 0.0])
+def test_positions_of_two_studies_or_spaces_are_never_compared(tmp_path, keyword, word, shift):
+    save_stack(tmp_path / "a", 5)
+    save_stack(tmp_path / "b", 5, z=lambda k: k + shift, PixelData=bytes(40), **{keyword: "1.2.77"})
+    with pytest.raises(UserError, match=f"2 volumes to choose from.*{word} 1 of 2.*{word} 2 of 2"):
+        read_series(tmp_path)
+    for number, series in enumerate(list_series(tmp_path)):
+        values = read_series(tmp_path, series=series.identifier).values
+        assert values.shape[2] == 5 and values.any() == (number == 0)
+    save_stack(tmp_path / "a", 6, first=20, z=lambda k: k + 5)  # one is now clearly the volume
+    volume = read_series(tmp_path)
+    assert volume.values.shape[2] == 11
+    assert volume.notes == ("5 files skipped: another study or frame of reference",)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "words"), [("StudyInstanceUID", "studies"), ("FrameOfReferenceUID", "frames of reference")]
+)
+def test_identifiers_that_differ_in_every_file_say_nothing(tmp_path, keyword, words):
+    save_stack(tmp_path, **{keyword: lambda k: f"1.2.{k + 1}"})
+    volume = read_series(tmp_path)
+    assert volume.values.shape[2] == 6 and volume.notes == (f"the slices name 6 {words}",)
+
+
+def test_slices_without_a_frame_of_reference_join_the_others(tmp_path):
+    save_stack(tmp_path, FrameOfReferenceUID=lambda k: "1.2.8" if k % 2 else None)
+    volume = read_series(tmp_path)
+    assert volume.values.shape[2] == 6 and not volume.notes
+
+
 def test_equal_stacks_under_other_numbers_are_one(tmp_path):
     save_stack(tmp_path)
     save_stack(tmp_path / "again", AcquisitionNumber=2)
@@ -850,6 +944,7 @@ def test_units(tmp_path, changes, units, note):
         ({"WindowCenter": lambda k: 10 * k, "WindowWidth": 100}, (30, 100)),
         ({"WindowCenter": 40, "WindowWidth": 400, "VOILUTFunction": "SIGMOID"}, None),
         ({"WindowCenter": 40, "WindowWidth": 0}, None),
+        ({"WindowCenter": b"40 HU\\-600", "WindowWidth": b"400\\1500"}, (-600, 1500)),  # never 400 about -600
         ({}, None),
     ],
 )

@@ -82,6 +82,20 @@ def test_the_declared_modality_chooses_the_window(tmp_path):
     assert ct.input_key == unknown.input_key  # what is stated about a scan is not its content
 
 
+@pytest.mark.parametrize(("axis", "plane"), list(enumerate(("sagittal", "coronal", "axial"))))
+def test_a_scan_of_one_slice_is_shown_in_its_own_plane(tmp_path, axis, plane):
+    path, shape = tmp_path / "scan.nii", [5, 6, 7]
+    shape[axis] = 1
+    nibabel.save(
+        nibabel.Nifti1Image(np.arange(np.prod(shape), dtype=np.int16).reshape(shape), np.eye(4)), path
+    )
+    picture = images.open_picture(path, None)
+    assert (picture.axis, min(picture.pixels.shape[:2]) > 1) == (axis, True)
+    assert picture.description.startswith(f"{plane} slice 0 of 0 to 0")
+    asked = "sagittal" if plane == "axial" else "axial"
+    assert images.open_picture(path, None, axis=asked).description.startswith(asked)
+
+
 def test_a_decoder_process_gives_the_same_picture(world):
     with DecoderProcess() as decoder:
         for image, options in ((world.volume, {"modality": "CT", "index": 3}), (world.film, {})):

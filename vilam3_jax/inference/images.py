@@ -68,7 +68,7 @@ def open_picture(
       image: path of a picture (PNG, JPEG, ..., a DICOM picture) or of a scan (NIfTI, NRRD, MetaImage, a DICOM
         file or a folder with DICOM series); or a uint8 [H, W, 3] array; or a `Volume`.
       size: side in pixels; None: as the image is, see `ImageProcessor.kept_size`.
-      axis: 'axial', 'coronal' or 'sagittal', for scans; the model's own plane by default.
+      axis: 'axial', 'coronal' or 'sagittal', for scans; by default that of the only slice or the model's own.
       index: plane along that axis; the middle one by default.
       window: (centre, width) in the scan's units; by default as `preprocessing` says.
       modality: DICOM's code, for files that state none; another one than the file states is refused.
@@ -80,8 +80,7 @@ def open_picture(
     Raises:
       UserError: no such file, no image, a slice outside the scan, or options that do not fit the image.
     """
-    axis = axis or preprocessing.plane
-    if axis not in AXES:
+    if axis is not None and axis not in AXES:
         raise UserError(f"axis {axis!r}: choose one of {', '.join(AXES)}")
     if isinstance(image, Volume):
         return _slice(image, None, size, axis, index, window, preprocessing)
@@ -163,15 +162,22 @@ def _picture(
     )
 
 
+def _own_plane(volume: Volume) -> str | None:
+    """The plane of a scan of one slice, which any other plane would cut into a line; None otherwise."""
+    thin = [axis for axis, along in AXES.items() if volume.voxels.shape[along] == 1]
+    return thin[0] if len(thin) == 1 else None
+
+
 def _slice(
     volume: Volume,
     source: VolumeSource | None,
     size: int | None,
-    axis: str,
+    axis: str | None,
     index: int | None,
     window: Window | None,
     preprocessing: Preprocessing,
 ) -> Picture:
+    axis = axis or _own_plane(volume) or preprocessing.plane
     along = AXES[axis]
     count = volume.voxels.shape[along]
     number = count // 2 if index is None else index

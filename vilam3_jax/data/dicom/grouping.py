@@ -41,6 +41,7 @@ _NOTED_SPREAD = 1e-3
 _ROTATING_ABOVE = 8  # more orientations than this are no set of stacks
 _STRAY_SHARE = 0.05
 _ONE_PLACE = 8  # more slices at one position than this are a time series or have lost their positions
+_SPACES = {"StudyInstanceUID": "study", "FrameOfReferenceUID": "frame of reference"}
 _PROJECTIONS = {"MIP", "MINIP", "PROJECTION IMAGE", "MAXIMUM", "MINIMUM"}
 
 Skipped = tuple[PathLike, str]
@@ -79,6 +80,7 @@ class Series:
       problem: why the series cannot be read as a volume, or None.
       skipped: (file, reason) of what was put aside.
       copies: (kept, other) slices at one position which no header tells apart: they must have equal pixels.
+      duplicates: (kept, other) slices of one SOPInstanceUID at one position: they should have equal pixels.
     """
 
     identifier: str
@@ -100,6 +102,7 @@ class Series:
     problem: str | None = None
     skipped: tuple[Skipped, ...] = ()
     copies: tuple[tuple[Member, Member], ...] = ()
+    duplicates: tuple[tuple[Member, Member], ...] = ()
 
     def __str__(self) -> str:
         """One line for lists: identifier, modality, size and label."""
@@ -142,11 +145,12 @@ class _Found:
 
 @dataclasses.dataclass
 class _Group:
-    """Frames of one grid and orientation, and what was put aside from them."""
+    """Frames that may form a stack, and what was put aside from them."""
 
     frames: list[Frame]
     label: str = ""
     copies: list[tuple[Frame, Frame]] = dataclasses.field(default_factory=list)
+    duplicates: list[tuple[Frame, Frame]] = dataclasses.field(default_factory=list)
     aside: list[tuple[Frame, str]] = dataclasses.field(default_factory=list)
 
 
@@ -206,20 +210,26 @@ def _series_of(uid: str, found: _Found) -> list[Series]:
     if not slices:
         return [_without_slices(uid, found)]
     aside = [(frame, frame.fault) for frame in found.frames if frame.fault is not None]
-    slices, copies = _without_copies(slices)
-    groups, others = _main_groups(_grids(slices))
-    if len(groups) > _ROTATING_ABOVE or (len(groups) > 3 and len(groups[0].frames) < 3):
-        return [_rotating(uid, found, len(groups))]
-    stacks = [stack for group in groups for stack in _stacks(group)]
+    slices, duplicates = _without_duplicates(slices)
+    aside += [(other, "a copy of another file (same SOPInstanceUID)") for _, other in duplicates]
+    spaces, others = _main_spaces(_spaces(slices))
+    aside += others
+    stacks = []
+    for space in spaces:
+        groups, others = _main_groups(_grids(space.frames))
+        aside += others
+        if len(groups) > _ROTATING_ABOVE or (len(groups) > 3 and len(groups[0].frames) < 3):
+            return [_rotating(uid, found, len(groups))]
+        for stack in (stack for group in groups for stack in _stacks(group)):
+            stack.label = ", ".join(filter(None, [space.label, stack.label]))
+            stacks.append(stack)
+    for stack in stacks:
+        stack.aside = [*stack.aside, *aside]
+        kept = set(map(id, stack.frames))
+        stack.duplicates = [pair for pair in duplicates if id(pair[0]) in kept]
     named = len(stacks) > 1
     return [
-        _volume(
-            uid,
-            found,
-            dataclasses.replace(stack, aside=[*stack.aside, *aside, *others, *copies]),
-            f"/{number}" if named else "",
-        )
-        for number, stack in enumerate(stacks, 1)
+        _volume(uid, found, stack, f"/{number}" if named else "") for number, stack in enumerate(stacks, 1)
     ]
 
 
@@ -258,18 +268,52 @@ def _rotating(uid: str, found: _Found, orientations: int) -> Series:
     )
 
 
-def _without_copies(slices: list[Frame]) -> tuple[list[Frame], list[tuple[Frame, str]]]:
-    """Drops second copies of the same instance at the same position."""
+def _without_duplicates(slices: list[Frame]) -> tuple[list[Frame], list[tuple[Frame, Frame]]]:
+    """The first slice of each instance at each position, and (kept, other) for those that are left out."""
     first: dict[Any, Frame] = {}
-    copies = []
+    duplicates = []
     for frame in slices:
         # Positions too: there are anonymisers that give all slices one UID.
         key = (frame.uid, frame.number, frame.position, frame.orientation) if frame.uid else id(frame)
-        if key in first:
-            copies.append((frame, "a copy of another file (same SOPInstanceUID)"))
-        else:
-            first[key] = frame
-    return list(first.values()), copies
+        kept = first.setdefault(key, frame)
+        duplicates += [(kept, frame)] if kept is not frame else []
+    return list(first.values()), duplicates
+
+
+def _spaces(slices: list[Frame]) -> list[_Group]:
+    """Groups of slices whose positions can be compared: of one study and one frame of reference.
+
+    A broken anonymiser gives every file an identifier of its own, so one that a single slice names means
+    nothing.
+    """
+    groups = [_Group(slices)]
+    for keyword, word in _SPACES.items():
+        groups = [part for group in groups for part in _named_parts(group, keyword, word)]
+    return groups
+
+
+def _named_parts(group: _Group, keyword: str, word: str) -> list[_Group]:
+    counts = collections.Counter(frame.marks.get(keyword) for frame in group.frames)
+    names = [name for name, count in counts.items() if name is not None and count > 1]
+    if len(names) < 2:
+        return [group]
+    usual = max(names, key=counts.__getitem__)
+    parts: dict[Any, list[Frame]] = {name: [] for name in names}
+    for frame in group.frames:
+        parts.get(frame.marks.get(keyword), parts[usual]).append(frame)
+    return [
+        _Group(frames, ", ".join(filter(None, [group.label, f"{word} {number} of {len(parts)}"])))
+        for number, frames in enumerate(parts.values(), 1)
+    ]
+
+
+def _main_spaces(spaces: list[_Group]) -> tuple[list[_Group], list[tuple[Frame, str]]]:
+    if not _clearly_first([len(space.frames) for space in spaces]):
+        return spaces, []
+    main = max(spaces, key=lambda space: len(space.frames))
+    main.label = ""
+    reason = "another study or frame of reference"
+    return [main], [(frame, reason) for space in spaces if space is not main for frame in space.frames]
 
 
 def _grids(slices: list[Frame]) -> list[_Group]:
@@ -523,6 +567,7 @@ def _volume(uid: str, found: _Found, group: _Group, suffix: str) -> Series:
         localizer=_is_localizer(first),
         skipped=tuple(skipped),
         copies=tuple((_member(kept), _member(other)) for kept, other in group.copies),
+        duplicates=tuple((_member(kept), _member(other)) for kept, other in group.duplicates),
     )
     if isinstance(plane, str):
         return dataclasses.replace(series, problem=plane, members=tuple(map(_member, frames)))
@@ -556,8 +601,10 @@ def _inconsistencies(frames: list[Frame]) -> list[str]:
         )
     if any(frame.inverted for frame in frames):
         notes.append("the files ask for an inverted display (MONOCHROME1); the values are as stored")
-    if (spaces := len({frame.marks.get("FrameOfReferenceUID") for frame in frames})) > 1:
-        notes.append(f"the slices name {spaces} frames of reference")
+    for keyword, words in (("StudyInstanceUID", "studies"), ("FrameOfReferenceUID", "frames of reference")):
+        names = {frame.marks.get(keyword) for frame in frames} - {None}
+        if len(names) > 1:
+            notes.append(f"the slices name {len(names)} {words}")
     return notes
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -201,18 +201,41 @@ def _all_equal(candidates: Sequence[Series], limits: Limits) -> bool:
         and first.affine is not None
         and len(other.members) == len(first.members)
         and np.allclose(other.affine, first.affine, atol=1e-3)
-        and all(_equal(*pair, limits) for pair in zip(first.members, other.members, strict=True))
+        and not any(True for _ in _differing(zip(first.members, other.members, strict=True), limits))
         for other in others
     )
 
 
-def _equal(one: Member, other: Member, limits: Limits) -> bool:
-    values = []
-    for member in (one, other):
-        dataset = read_dataset(member.path, limits=limits)
-        with naming(member.path):
-            values.append(pixels.frame_values(dataset, member.frame, member.path, limits=limits)[0])
-    return np.array_equal(*values)
+def _differing(
+    pairs: Iterable[tuple[Member, Member]], limits: Limits
+) -> Iterator[tuple[Member, Member, bool]]:
+    """Pairs of slices whose values differ, and whether the second one is damaged."""
+    one, other = _LastFile(limits), _LastFile(limits)
+    for first, second in pairs:
+        values, copy = one.values(first), other.values(second)
+        if values is not None and (copy is None or not np.array_equal(values, copy)):
+            yield first, second, copy is None
+
+
+class _LastFile:
+    """Decodes slices and keeps the file of the last one: slices of a multi-frame file follow each other."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._path: PathLike | None = None
+        self._dataset = pydicom.Dataset()
+
+    def values(self, member: Member) -> np.ndarray | None:
+        """The values of a slice, None if it is damaged."""
+        try:
+            if member.path != self._path:
+                self._dataset = read_dataset(member.path, limits=self._limits)
+                self._path = member.path
+            return pixels.frame_values(self._dataset, member.frame, member.path, limits=self._limits)[0]
+        except UnavailableError:
+            raise
+        except UserError:
+            return None
 
 
 @dataclasses.dataclass
@@ -326,16 +349,17 @@ def _by_file(series: Series) -> dict[PathLike, list[tuple[int, Member]]]:
 
 
 def _check_copies(series: Series, path: epath.Path, limits: Limits) -> list[str]:
-    for kept, other in series.copies:
-        if not _equal(kept, other, limits):
+    damaged = set()
+    for kept, other, is_damaged in _differing((*series.copies, *series.duplicates), limits):
+        if not is_damaged:
             raise UserError(
                 f"{path}: series {series} has different slices at one position which no header value tells "
                 f"apart ({as_path(kept.path).name} and {as_path(other.path).name}); keep one of each"
             )
-    count = len(series.copies)
-    return [f"{count} slice{'s' if count > 1 else ''} skipped: equal to another at its position"] * (
-        count > 0
-    )
+        damaged.add(other)
+    equal = {other for _, other in series.copies} - damaged
+    counts = {"equal to another at its position": len(equal), "a damaged copy of another": len(damaged)}
+    return [f"{n} slice{'s' if n > 1 else ''} skipped: {reason}" for reason, n in counts.items() if n]
 
 
 def _decode(

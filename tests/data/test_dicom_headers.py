@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import struct
@@ -23,6 +24,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from vilam3_jax.data import dicom
 from vilam3_jax.data.dicom import header_walk
 from vilam3_jax.data.dicom.headers import functional_group, is_directory, naming, read_dataset, read_header
 from vilam3_jax.data.limits import Limits
@@ -239,6 +241,14 @@ def test_damaged_headers_read_alike_or_end_in_one_line(tmp_path_factory, which, 
         assert fast == slow
     if isinstance(fast, str):
         assert "d.dcm" in fast and "\n" not in fast
+
+
+def test_a_class_with_an_unknown_value_representation_is_no_directory(tmp_path):
+    raw = written(image(SYNTAXES[0])).replace(b"\x02\0\x02\0UI", b"\x02\0\x02\0\x0fI", 1)
+    path = tmp_path / "d.dcm"
+    path.write_bytes(raw)
+    with contextlib.suppress(UserError):  # NotImplementedError before: pydicom decodes lazily
+        assert [series.kind for series in dicom.survey(path)[0]] != []
 
 
 # ---- bounds

@@ -228,8 +228,16 @@ def overlay_planes(dataset: pydicom.Dataset) -> int:
 
 def is_directory(header: pydicom.Dataset) -> bool:
     """Whether a header is a DICOMDIR's, which lists other files and has no pixels."""
-    named = header.file_meta.get("MediaStorageSOPClassUID") or header.get("SOPClassUID")
+    named = _stored_uid(header.file_meta, "MediaStorageSOPClassUID") or _stored_uid(header, "SOPClassUID")
     return named == MediaStorageDirectoryStorage
+
+
+def _stored_uid(dataset: pydicom.Dataset, keyword: str) -> str:
+    """A UID as it is stored: a damaged value representation cannot be decoded."""
+    element = dataset.get_item(keyword)
+    value = b"" if element is None else element.value
+    text = value.decode("ascii", "replace") if isinstance(value, bytes) else str(value or "")
+    return text.strip("\0 ")
 
 
 def read_header(

@@ -445,6 +445,15 @@ def test_understated_bits_of_a_lut_are_corrected_and_said(shown):
     assert "a lookup table states 8 bits, its entries have 12 and are read so" in picture.notes
 
 
+def test_overstated_bits_of_a_voi_lut_are_corrected_and_said(shown):
+    entries = (4 * np.arange(256)).tolist()  # 10 bits, stated as 16
+    picture = shown(RAMP, VOILUTSequence=[lut(entries, bits=16)])
+    np.testing.assert_array_equal(picture.pixels, np.rint(4 * RAMP.astype(float) / 1023 * 255))
+    assert picture.notes == ("a VOI LUT states 16 bits, its entries have 10 and are read so",)
+    dim = shown(RAMP, VOILUTSequence=[lut([40] * 256, bits=8)])
+    assert (dim.pixels == 40).all() and not dim.notes
+
+
 def test_a_short_modality_lut_is_refused(shown):
     table = lut([1, 2, 3])
     table.LUTDescriptor = [4, 0, 16]

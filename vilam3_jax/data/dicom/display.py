@@ -105,7 +105,9 @@ def _settings(
     for place, table in enumerate(items(item, "VOILUTSequence")):
         name = f"VOI LUT {place}"
         try:
-            settings.append(Display(name, table=read_table(table, bounds, dataset, notes)))
+            settings.append(
+                Display(name, table=_within_its_bits(read_table(table, bounds, dataset, notes), notes))
+            )
         except ValueError as error:
             settings.append(Display(name, problem=short(error)))
     centres, widths = (numbers(item, key) for key in ("WindowCenter", "WindowWidth"))
@@ -121,6 +123,15 @@ def _settings(
     for centre, width in zip(centres, widths, strict=False):
         settings.append(_window(centre, width, function, notes))
     return settings
+
+
+def _within_its_bits(table: Table, notes: list[str]) -> Table:
+    """Some writers state 16 bits for entries of 8 or 12, which would leave the picture black."""
+    used = int(table.entries.max()).bit_length()
+    if table.bits <= 8 or not 0 < used < table.bits - 1:
+        return table
+    notes.append(f"a VOI LUT states {table.bits} bits, its entries have {used} and are read so")
+    return dataclasses.replace(table, bits=used)
 
 
 def _window(centre: float | None, width: float | None, function: str, notes: list[str]) -> Display:

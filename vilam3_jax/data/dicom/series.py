@@ -134,6 +134,7 @@ def _choose(
 ) -> tuple[Series, list[str]]:
     """The series to read, and notes about the others."""
     if wanted is not None:
+        wanted = wanted.strip()
         candidates = [series for series in found if wanted in (series.identifier, *_uids(series))]
         candidates = candidates or [series for series in found if series.uid == wanted]
         candidates = candidates or [s for s in found if s.identifier.partition("/")[0] == wanted]

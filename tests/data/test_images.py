@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import tracemalloc
 import warnings
 import zlib
 
@@ -408,13 +409,34 @@ def test_too_many_pixels_are_refused_by_the_header():
 
 
 @pytest.mark.parametrize("kind", [b"iCCP", b"zTXt", b"iTXt"])
-def test_compressed_text_cannot_fill_the_memory(kind):
-    packed = zlib.compress(bytes(80 << 20), 9)
-    text = {b"iCCP": b"name\0\0", b"zTXt": b"name\0\0", b"iTXt": b"name\0\x01\0\0\0"}[kind] + packed
+def test_compressed_texts_of_any_size_do_no_harm(kind):
+    """Pillow refuses PNGs with one of more than 1 MiB; Photoshop and ImageMagick write such."""
+    head = {b"iCCP": b"name\0\0", b"zTXt": b"name\0\0", b"iTXt": b"name\0\x01\0\0\0"}[kind]
+    text = chunk(kind, head + zlib.compress(bytes(80 << 20), 9))
+    plain, deep = encoded(Image.fromarray(RGB)), deep_png(RAMP)
+    for data, (start, rest) in ((plain, (plain[:33], plain[33:])), (deep, (deep[:33], deep[33:]))):
+        tracemalloc.start()
+        out = decode_image(start + text + rest)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 20 << 20
+        np.testing.assert_array_equal(out, decode_image(data))
+        if kind != b"iCCP":  # which stands before the pixels
+            end = chunk(b"IEND", b"")
+            np.testing.assert_array_equal(decode_image(data.removesuffix(end) + text + end), out)
+
+
+def test_compressed_exif_data_cannot_fill_the_memory():
+    text = b"Raw profile type exif\0\0" + zlib.compress(bytes(80 << 20), 9)
     data = encoded(Image.fromarray(RGB))
-    for bomb in (data[:33] + chunk(kind, text) + data[33:], deep_png(RAMP, chunk(kind, text))):
-        with pytest.raises(UserError, match="PNG picture that is damaged"):
-            decode_image(bomb)
+    with pytest.raises(UserError, match="PNG picture that is damaged"):
+        decode_image(data[:33] + chunk(b"zTXt", text) + data[33:])
+    exif = Image.Exif()
+    exif[274] = 6
+    hexadecimal = (b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")).hex().encode()
+    profile = b"\nexif\n%8d\n%s\n" % (len(hexadecimal) // 2, hexadecimal)  # as ImageMagick writes it
+    text = chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile))
+    np.testing.assert_array_equal(decode_image(data[:33] + text + data[33:]), np.rot90(RGB, -1))
 
 
 def truncations() -> dict[str, bytes]:
@@ -449,6 +471,42 @@ def test_cut_short_files_are_never_half_decoded(name):
     if "JPEG" in name:
         with pytest.raises(UserError, match="cut short"):  # space was reserved, but not all was written
             decode_image(data[: len(data) // 2] + bytes(len(data) // 2))
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_png_that_ends_in_the_middle_with_all_its_marks(interlaced):
+    pixels = np.random.default_rng(0).integers(1, 256, (13, 11)).astype(np.uint8)
+    passes = [
+        (0, 0, 8, 8),
+        (4, 0, 8, 8),
+        (0, 4, 4, 8),
+        (2, 0, 4, 4),
+        (0, 2, 2, 4),
+        (1, 0, 2, 2),
+        (0, 1, 1, 2),
+    ]
+    parts = [pixels[y::dy, x::dx] for x, y, dx, dy in passes] if interlaced else [pixels]
+    rows = [b"\0" + row.tobytes() for part in parts for row in part]
+
+    def png(rows):
+        head = chunk(b"IHDR", struct.pack(">IIBBBBB", 11, 13, 8, 0, 0, 0, int(interlaced)))
+        packed = zlib.compress(b"".join(rows))
+        data = b"".join(chunk(b"IDAT", packed[i : i + 9]) for i in range(0, len(packed), 9))
+        return b"\x89PNG\r\n\x1a\n" + head + data + chunk(b"IEND", b"")
+
+    np.testing.assert_array_equal(decode_image(png(rows))[..., 0], pixels)
+    for count in (1, 2, len(rows) - 1):
+        with pytest.raises(UserError, match="cut short"):
+            decode_image(png(rows[:count]))
+    pixels[-1] = 0  # looks like a missing row
+    rows = [b"\0" + row.tobytes() for part in parts for row in part]
+    np.testing.assert_array_equal(decode_image(png(rows))[..., 0], pixels)
+
+
+def test_png_without_its_palette():
+    values = np.array([[0, 1, 2, 1]], np.uint8)
+    with pytest.raises(UserError, match="without its palette"):
+        decode_image(few_bits_png(values, 2, 3))
 
 
 @pytest.mark.parametrize(

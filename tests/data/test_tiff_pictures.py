@@ -225,6 +225,10 @@ def test_other_colour_spaces():
         )
         with Image.open(buffer) as by_pillow:
             np.testing.assert_array_equal(decode_image(buffer.getvalue()), by_pillow.convert("RGB"))
+    buffer = io.BytesIO()
+    Image.new("LAB", (64, 64), (180, 150, 110)).save(buffer, "TIFF", compression="jpeg")
+    with pytest.raises(UserError, match=r"L\*a\*b\* colours with JPEG"):
+        decode_image(buffer.getvalue())
     for options in ({"tile": (32, 32)}, {"rowsperstrip": 16}):
         data = tiff(np.asarray(smooth), photometric="rgb", compression="jpeg", **options)  # YCbCr inside
         np.testing.assert_array_equal(decode_image(data), tifffile.imread(io.BytesIO(data)))

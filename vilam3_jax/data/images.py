@@ -19,7 +19,14 @@ from vilam3_jax.data.file_kinds import FileKind
 from vilam3_jax.data.intensity import warn_of
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.picture_checks import check_pixels, choose_frame
-from vilam3_jax.data.picture_headers import gif_frames, jpeg_ends_early, jpeg_frame, webp_size
+from vilam3_jax.data.picture_headers import (
+    gif_frames,
+    jpeg_ends_early,
+    jpeg_frame,
+    lacks_rows,
+    webp_size,
+    without_profiles,
+)
 from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.data.tiff_format import read_tiff
 from vilam3_jax.errors import UserError
@@ -197,6 +204,7 @@ def _decode(data: bytes, alpha: Alpha, frame: int | None, limits: Limits) -> _De
             if deep:
                 image = _deep(data, kind, number, notes)
             else:
+                _check_png(image, data, number)
                 _repair(image, data, notes)
             return _Decoded(_turned(_flat(image, alpha, notes), orientation), number, count, tuple(notes))
 
@@ -247,6 +255,7 @@ def _opened(data: bytes, kind: FileKind, limits: Limits) -> Iterator[tuple[Image
     if kind == file_kinds.PNG:
         check_pixels(int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big"), limits)
         deep = data[24:25] == b"\x10"
+        data = without_profiles(data)
     elif kind == file_kinds.JPEG and (header := jpeg_frame(data)) is not None:
         check_pixels(header.width, header.height, limits)
         deep = header.precision != 8
@@ -317,13 +326,26 @@ def _deep(data: bytes, kind: FileKind, number: int, notes: list[str]) -> Image.I
         header = jpeg_frame(data)
         samples, bits = imagecodecs.jpeg_decode(data), header.precision if header else 16
     else:
-        samples, bits = imagecodecs.png_decode(data), 16
+        samples, bits = imagecodecs.png_decode(without_profiles(data)), 16
     samples = samples[..., None] if samples.ndim == 2 else samples
     alpha = samples[..., -1] / np.float32(65535) if samples.shape[-1] in (2, 4) else None
     if kind == file_kinds.JPEG and alpha is not None:
         raise UserError("JPEG picture of more than 8 bits in CMYK; save it as PNG")
     colours = samples if alpha is None else samples[..., :-1]
     return with_alpha(to_eight_bits(colours, visible(alpha), bits=bits, notes=notes), alpha)
+
+
+def _check_png(image: Image.Image, data: bytes, number: int) -> None:
+    """Refuses what Pillow shows as black: missing rows, counted where the last is black, and no palette."""
+    if image.format != "PNG" or number:
+        return
+    image.load()
+    last = image.crop((0, image.height - 1, image.width, image.height))
+    is_interlaced = data[28] == 1
+    if (is_interlaced or last.getbbox(alpha_only=False) is None) and lacks_rows(data):
+        raise UserError("PNG picture that is cut short; fetch it again")
+    if image.mode == "P" and image.palette is None:
+        raise UserError("PNG picture without its palette; export it again")
 
 
 def _repair(image: Image.Image, data: bytes, notes: list[str]) -> None:

@@ -1,10 +1,11 @@
-"""What JPEG, GIF and WebP files state about size and frames, read without decoding anything."""
+"""What the files of pictures state about their size and frames, and what of them is not there."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 import struct
+import zlib
 from collections.abc import Iterator
 
 _MAX_SEGMENTS = 10_000
@@ -14,6 +15,10 @@ _FRAMES = frozenset(range(0xC0, 0xD0)) - {
     0xC8,
     0xCC,
 }  # what is left: tables, a reserved one, arithmetic
+_PNG_START = 8
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # colour type -> samples of a pixel
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+_INFLATED = 1 << 20
 _GIF_BLOCK = re.compile(rb"[!,;]")
 _WITHOUT_LENGTH = frozenset((0x01, *range(0xD0, 0xD9)))
 
@@ -76,6 +81,46 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
         if marker in (_START_OF_SCAN, 0xD9):
             return
         place += max(2, int.from_bytes(data[place : place + 2], "big"))
+
+
+def without_profiles(data: bytes) -> bytes:
+    """A PNG without ICC profile and compressed texts, for whose size Pillow would refuse the picture.
+
+    The EXIF data that ImageMagick writes as a text stay.
+    """
+    kept, place = [], 0
+    for kind, start, end in _png_chunks(data):
+        body = data[start + 8 : end - 4]
+        is_text = kind == b"zTXt" or (kind == b"iTXt" and body.partition(b"\0")[2][:1] == b"\1")
+        if kind == b"iCCP" or (is_text and not body.startswith(b"Raw profile type exif")):
+            kept.append(data[place:start])
+            place = end
+    return b"".join([*kept, data[place:]]) if kept else data
+
+
+def lacks_rows(data: bytes) -> bool:
+    """Whether the pixels of a sound PNG end before its last row; Pillow leaves the other rows at 0."""
+    width, height, depth, colour, *_, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    missing = 0
+    for left, top, across, down in _ADAM7 if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -(-(width - left) // across), -(-(height - top) // down)
+        if columns > 0 and rows > 0:
+            missing += rows * (1 + (columns * _PNG_CHANNELS[colour] * depth + 7) // 8)
+    stream = zlib.decompressobj()
+    for kind, start, end in _png_chunks(data):
+        packed = data[start + 8 : end - 4] if kind == b"IDAT" else b""
+        while packed and missing > 0:
+            missing -= len(stream.decompress(packed, _INFLATED))
+            packed = stream.unconsumed_tail
+    return missing > 0
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yields type, start and end of each chunk, as far as they are whole."""
+    place = _PNG_START
+    while (end := place + 12 + int.from_bytes(data[place : place + 4], "big")) <= len(data):
+        yield data[place + 4 : place + 8], place, end
+        place = end
 
 
 def gif_frames(data: bytes, most: int) -> list[tuple[int, int]]:

@@ -173,6 +173,8 @@ def _check(page: tifffile.TiffPage, photometric: int, file_bytes: int, limits: L
         )
     if photometric == _YCBCR and int(page.compression) not in _JPEG and _subsampling(page) != (1, 1):
         raise UserError("TIFF picture with subsampled colour but no JPEG compression; save it as PNG")
+    if photometric in (_CIELAB, _ICCLAB) and int(page.compression) in _JPEG:
+        raise UserError("TIFF picture of L*a*b* colours with JPEG compression; save it as PNG")
     if photometric == _CMYK and _number(page, 332, 1) != 1:
         raise UserError("TIFF picture of inks other than CMYK; save it as RGB")
     sample_bytes = page.dtype.itemsize * page.samplesperpixel

@@ -80,7 +80,7 @@ class Series:
       problem: why the series cannot be read as a volume, or None.
       skipped: (file, reason) of what was put aside.
       copies: (kept, other) slices at one position which no header tells apart: they must have equal pixels.
-      duplicates: (kept, other) slices of one SOPInstanceUID at one position: they should have equal pixels.
+      duplicates: (kept, other) slices of one SOPInstanceUID at one position; differing pixels are noted.
     """
 
     identifier: str

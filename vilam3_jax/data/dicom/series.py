@@ -350,16 +350,22 @@ def _by_file(series: Series) -> dict[PathLike, list[tuple[int, Member]]]:
 
 
 def _check_copies(series: Series, path: epath.Path, limits: Limits) -> list[str]:
-    damaged = set()
+    same_uid, damaged, unlike = set(series.duplicates), set(), set()
     for kept, other, is_damaged in _differing((*series.copies, *series.duplicates), limits):
-        if not is_damaged:
+        if is_damaged:
+            damaged.add(other)
+        elif (kept, other) in same_uid:
+            unlike.add(other)
+        else:
             raise UserError(
                 f"{path}: series {series} has different slices at one position which no header value tells "
                 f"apart ({as_path(kept.path).name} and {as_path(other.path).name}); keep one of each"
             )
-        damaged.add(other)
-    equal = {other for _, other in series.copies} - damaged
-    counts = {"equal to another at its position": len(equal), "a damaged copy of another": len(damaged)}
+    counts = {
+        "equal to another at its position": len({other for _, other in series.copies} - damaged),
+        "a damaged copy of another": len(damaged),
+        "the SOPInstanceUID of another, which is used, but other pixels": len(unlike),
+    }
     return [f"{n} slice{'s' if n > 1 else ''} skipped: {reason}" for reason, n in counts.items() if n]
 
 

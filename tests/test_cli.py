@@ -6,11 +6,12 @@ import importlib
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 
 from vilam3_jax import cli
-from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.errors import InputWarning, UnavailableError, UserError
 
 
 @pytest.fixture
@@ -88,3 +89,13 @@ def test_other_errors_are_not_hidden(command):
 def test_help_is_fast_because_jax_is_not_imported():
     code = "import sys; from vilam3_jax import cli; cli.main(['--help']); sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_notes_on_inputs_are_one_line(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    assert cli.guarded("vilam3 test", lambda argv: 0, []) == 0
+    shown = warnings.formatwarning(InputWarning("scan.nii: millimetres are assumed"), InputWarning, "a.py", 1)
+    assert shown == "note: scan.nii: millimetres are assumed\n"
+    assert "a.py:1: UserWarning: other" in warnings.formatwarning(
+        UserWarning("other"), UserWarning, "a.py", 1
+    )

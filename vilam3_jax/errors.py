@@ -1,6 +1,8 @@
-"""The one error that is the user's to mend."""
+"""Errors that the user can fix, and warnings about what was assumed of an input."""
 
 from __future__ import annotations
+
+import warnings
 
 
 class UserError(Exception):
@@ -20,3 +22,29 @@ class UnavailableError(UserError):
     """
 
     exit_code = 1
+
+
+class InputWarning(UserWarning):
+    """Something about an input was assumed, repaired or skipped; the message names it and the file."""
+
+
+def warn_of(notes: tuple[str, ...], source: object, *, stacklevel: int = 3) -> None:
+    """Issues every note of a reader as an `InputWarning` that names the file."""
+    for note in notes:
+        warnings.warn(f"{source}: {note}", InputWarning, stacklevel=stacklevel)
+
+
+_plain_format = warnings.formatwarning
+
+
+def _one_line_notes(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if issubclass(category, InputWarning):
+        return f"note: {message}\n"
+    return _plain_format(message, category, filename, lineno, line)
+
+
+def use_one_line_notes() -> None:
+    """Lets a command print each `InputWarning` as one line, without the source line that issued it."""
+    warnings.formatwarning = _one_line_notes

@@ -16,7 +16,7 @@ from vilam3_experts.host import serve_stdio
 from vilam3_experts.inputs import Input
 from vilam3_experts.weights import locate, read_checked
 from vilam3_jax.data.annotations import Annotation
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UserError, use_one_line_notes
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,6 +121,7 @@ def _host(options: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = _parser().parse_args(argv)
+    use_one_line_notes()
     # A scheduler's SIGTERM must leave through the writer, which commits what is done.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

@@ -40,9 +40,8 @@ from vilam3_jax.data.dicom import codecs, read_film
 from vilam3_jax.data.dicom.headers import read_dataset
 from vilam3_jax.data.dicom.lookup_tables import read_table
 from vilam3_jax.data.dicom.pixels import frame_values, read_picture, value_notes
-from vilam3_jax.data.intensity import InputWarning
 from vilam3_jax.data.limits import Limits
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import InputWarning, UserError
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 TAGS8 = {"Rows": 16, "Columns": 16, "SamplesPerPixel": 1, "BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}

@@ -29,9 +29,8 @@ from vilam3_jax.data.images import (
     load_picture,
     resize,
 )
-from vilam3_jax.data.intensity import InputWarning
 from vilam3_jax.data.limits import Limits
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import InputWarning, UserError
 
 
 def _encoded(picture: Image.Image, form: str, **settings) -> bytes:

@@ -16,18 +16,17 @@ from PIL import Image
 
 from vilam3_jax.data import isolation
 from vilam3_jax.data.images import LoadedPicture, load_picture
-from vilam3_jax.data.intensity import InputWarning
 from vilam3_jax.data.isolation import DecoderProcess
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.volumes import read_volume
-from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.errors import InputWarning, UnavailableError, UserError
 
 # A child whose reader of volumes misbehaves as the name of the file says.
 FAKE = """
 import ctypes, os, sys, time, warnings
 import numpy as np
 from vilam3_jax.data import isolation, volumes
-from vilam3_jax.data.intensity import InputWarning
+from vilam3_jax.errors import InputWarning
 from vilam3_jax.data.volumes import Volume
 from vilam3_jax.errors import UnavailableError, UserError
 

@@ -14,9 +14,8 @@ import tifffile
 from PIL import Image
 
 from vilam3_jax.data.images import decode_image, image_shape
-from vilam3_jax.data.intensity import InputWarning
 from vilam3_jax.data.limits import Limits
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import InputWarning, UserError
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (20, 33, 3)).astype(np.uint8)

@@ -16,7 +16,6 @@ from vilam3_jax.data import file_kinds
 from vilam3_jax.data.deep_pictures import to_eight_bits, visible, with_alpha
 from vilam3_jax.data.dicom.pixels import read_picture
 from vilam3_jax.data.file_kinds import FileKind
-from vilam3_jax.data.intensity import warn_of
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.picture_checks import check_pixels, choose_frame
 from vilam3_jax.data.picture_headers import (
@@ -29,7 +28,7 @@ from vilam3_jax.data.picture_headers import (
 )
 from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.data.tiff_format import read_tiff
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UserError, warn_of
 from vilam3_jax.paths import PathLike, as_path, read_bytes
 
 Alpha = Literal["white", "ignore"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 
 # (centre, width) in HU. Soft tissue is VILA-M3's own: -150 to 250.
@@ -20,16 +18,6 @@ DISPLAY_PERCENTILES = (0.5, 99.5)
 
 _LARGEST = np.finfo(np.float32).max  # what is larger would become infinite
 _SAMPLED_ABOVE = 1 << 24  # percentiles of larger volumes are taken from every n-th voxel
-
-
-class InputWarning(UserWarning):
-    """Something about an input was assumed, repaired or skipped; the message names it and the file."""
-
-
-def warn_of(notes: tuple[str, ...], source: object, *, stacklevel: int = 3) -> None:
-    """Issues every note of a reader as an `InputWarning` that names the file."""
-    for note in notes:
-        warnings.warn(f"{source}: {note}", InputWarning, stacklevel=stacklevel)
 
 
 def as_stored_values(values: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray | None:

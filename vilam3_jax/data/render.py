@@ -23,7 +23,6 @@ from vilam3_jax.data.cards import Card, render_cards
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ExpertRequest, ImageRef, Turn, path_problem
 from vilam3_jax.data.falsify import falsify
 from vilam3_jax.data.images import decode_image, decode_scaled, image_shape, load_film, resize
-from vilam3_jax.data.intensity import warn_of
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
 from vilam3_jax.data.templates import (
     PLAIN,
@@ -34,7 +33,7 @@ from vilam3_jax.data.templates import (
     encode_document,
 )
 from vilam3_jax.data.volumes import Volume, read_volume
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UserError, warn_of
 
 EXPERT_MODES = ("on", "off", "falsified", "mixed")
 IMAGE_CACHE_BYTES = 1 << 30

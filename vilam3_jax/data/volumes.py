@@ -22,14 +22,13 @@ from vilam3_jax.data.intensity import (
     as_stored_values,
     percentile_limits,
     usable_values,
-    warn_of,
 )
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.metaimage import read_metaimage
 from vilam3_jax.data.nrrd_format import read_nrrd
 from vilam3_jax.data.stored_volume import UNKNOWN, StoredVolume
 from vilam3_jax.data.volume_checks import check_file_size, modality_code, naming_damage, stated_units
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UserError, warn_of
 from vilam3_jax.paths import PathLike, as_path, exists
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
@@ -148,8 +147,7 @@ def read_volume(
     path = as_path(path)
     volume = _canonical(_read(path, series, limits), path)
     if modality is not None:
-        known = modality_code(modality)
-        volume = _declared(volume, modality.upper() if known == UNKNOWN else known, path)
+        volume = _declared(volume, modality, path)
     return volume
 
 
@@ -196,7 +194,10 @@ def _read(path: epath.Path, series: str | None, limits: Limits, *, voxels: bool 
         return nifti.read_nifti(path, limits, voxels=voxels)
 
 
-def _declared(volume: Volume, modality: str, path: PathLike) -> Volume:
+def _declared(volume: Volume, stated: str, path: PathLike) -> Volume:
+    modality = modality_code(stated)
+    if modality == UNKNOWN:
+        raise UserError(f"modality {stated!r}: not a code of DICOM; use CT, MR, PT or another one")
     if volume.modality not in (UNKNOWN, modality):
         raise UserError(
             f"{path}: declared as {modality}, but the file states {volume.modality}; leave the modality out"

@@ -30,9 +30,9 @@ from vilam3_jax.data.dicom.headers import (
 )
 from vilam3_jax.data.dicom.layout import GREY, PALETTE, Layout, check_frame, read_layout
 from vilam3_jax.data.dicom.lookup_tables import Table, palette, read_table
-from vilam3_jax.data.intensity import percentile_limits, usable_values, warn_of
+from vilam3_jax.data.intensity import percentile_limits, usable_values
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UserError, warn_of
 from vilam3_jax.paths import PathLike
 
 _ASPECT_TOLERANCE = 0.01

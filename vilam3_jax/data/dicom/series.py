@@ -190,6 +190,8 @@ def _instead(found: Sequence[Series], skipped: Sequence[Skipped]) -> str:
     more = f"; and {len(reasons) - _LISTED} more" if len(reasons) > _LISTED else ""
     pictures = any(series.kind in (PICTURE, CINE) for series in found)
     advice = "read them as pictures" if pictures else "point at the folder that holds the slices"
+    if not found:
+        advice = "give one of its files, or a folder of DICOM slices"
     return f" ({'; '.join(reasons[:_LISTED])}{more}); {advice}"
 
 

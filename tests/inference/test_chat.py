@@ -319,3 +319,11 @@ def test_an_export_that_tiles_shows_tiles_of_overlays(monkeypatch, export, world
     cut = ImageProcessor("dynamic", 32, max_tiles=2).inputs
     for chunk, picture in zip(chunks, (reply.image, reply.overlay), strict=True):
         np.testing.assert_array_equal(chunk.images, cut(picture))
+
+
+def test_a_modality_is_a_code_and_no_contradiction(world, tmp_path):
+    with pytest.raises(UserError, match="modality 'banana': not a code of DICOM"):
+        images.open_picture(world.volume, 32, modality="banana")
+    with pytest.raises(UserError, match="modality 'banana'"):
+        images.open_picture(world.film, 32, modality="banana")
+    assert images.open_picture(world.film, 32, modality="dx").modality == "DX"

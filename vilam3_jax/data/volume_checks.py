@@ -331,6 +331,25 @@ def modality_code(text: str) -> str:
     return code if code in _MODALITIES else UNKNOWN
 
 
+def declared_modality(declared: str, stated: str, path: PathLike) -> str:
+    """DICOM's code of a modality that the caller declares.
+
+    Args:
+      declared: in words or as a code.
+      stated: what the file states, or "unknown".
+      path: of the file, for the message.
+
+    Raises:
+      UserError: no modality that DICOM knows, or another one than the file states.
+    """
+    code = modality_code(declared)
+    if code == UNKNOWN:
+        raise UserError(f"modality {declared!r}: not a code of DICOM; use CT, MR, PT or another one")
+    if stated not in (UNKNOWN, code):
+        raise UserError(f"{path}: declared as {code}, but the file states {stated}; leave the modality out")
+    return code
+
+
 def stated_units(text: str, modality: str) -> str:
     """Units of the voxels as a file states them; HU for a CT that states none."""
     text = text.strip()

@@ -27,7 +27,7 @@ from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.metaimage import read_metaimage
 from vilam3_jax.data.nrrd_format import read_nrrd
 from vilam3_jax.data.stored_volume import UNKNOWN, StoredVolume
-from vilam3_jax.data.volume_checks import check_file_size, modality_code, naming_damage, stated_units
+from vilam3_jax.data.volume_checks import check_file_size, declared_modality, naming_damage, stated_units
 from vilam3_jax.errors import UserError, warn_of
 from vilam3_jax.paths import PathLike, as_path, exists
 
@@ -194,14 +194,8 @@ def _read(path: epath.Path, series: str | None, limits: Limits, *, voxels: bool 
         return nifti.read_nifti(path, limits, voxels=voxels)
 
 
-def _declared(volume: Volume, stated: str, path: PathLike) -> Volume:
-    modality = modality_code(stated)
-    if modality == UNKNOWN:
-        raise UserError(f"modality {stated!r}: not a code of DICOM; use CT, MR, PT or another one")
-    if volume.modality not in (UNKNOWN, modality):
-        raise UserError(
-            f"{path}: declared as {modality}, but the file states {volume.modality}; leave the modality out"
-        )
+def _declared(volume: Volume, declared: str, path: PathLike) -> Volume:
+    modality = declared_modality(declared, volume.modality, path)
     units = stated_units("", modality) if volume.units == UNKNOWN else volume.units
     return dataclasses.replace(volume, modality=modality, units=units)
 

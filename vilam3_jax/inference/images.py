@@ -15,6 +15,7 @@ from vilam3_jax.data.images import encode_png, load_picture, resize
 from vilam3_jax.data.isolation import DecoderProcess
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing, Window
 from vilam3_jax.data.stored_volume import UNKNOWN
+from vilam3_jax.data.volume_checks import declared_modality
 from vilam3_jax.data.volumes import AXES, Volume, VolumeSource
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import PathLike, as_path, exists
@@ -86,7 +87,8 @@ def open_picture(
         return _slice(image, None, size, axis, index, window, preprocessing)
     if isinstance(image, np.ndarray):
         _refuse_slice_options("image array", index, window, series)
-        return _picture(image, modality or UNKNOWN, size, "", (), preprocessing)
+        stated = UNKNOWN if modality is None else declared_modality(modality, UNKNOWN, "image array")
+        return _picture(image, stated, size, "", (), preprocessing)
     path = as_path(image)
     if not exists(path):
         raise UserError(f"{path}: no such file or folder; check --image")
@@ -100,9 +102,7 @@ def open_picture(
     _refuse_slice_options(str(path), index, window, series)
     load = load_picture if decoder is None else decoder.load_picture
     opened = load(path, frame=frame, alpha=preprocessing.alpha)
-    if modality is not None and opened.modality not in (UNKNOWN, modality.upper()):
-        raise UserError(f"{path}: declared as {modality}, but the file states {opened.modality}")
-    stated = opened.modality if modality is None else modality.upper()
+    stated = opened.modality if modality is None else declared_modality(modality, opened.modality, path)
     which = f"frame {opened.frame} of 0 to {opened.frames - 1}, " if opened.frames > 1 else ""
     return _picture(opened.pixels, stated, size, which, opened.notes, preprocessing)
 

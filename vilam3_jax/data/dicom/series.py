@@ -175,7 +175,11 @@ def _main_volumes(found: Sequence[Series]) -> list[Series]:
 
 def _list(found: Sequence[Series]) -> str:
     shown = [
-        " ".join(filter(None, [str(series), series.uid, f"({series.problem})" if series.problem else ""]))
+        " ".join(
+            filter(
+                None, [str(series), ascii(series.uid)[1:-1], f"({series.problem})" if series.problem else ""]
+            )
+        )
         for series in found[:_LISTED]
     ]
     more = [f"{len(found) - _LISTED} more"] if len(found) > _LISTED else []

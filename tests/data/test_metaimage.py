@@ -15,7 +15,7 @@ from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.volumes import load_volume
 from vilam3_jax.errors import UserError
 
-pytestmark = pytest.mark.filterwarnings("ignore::vilam3_jax.data.intensity.InputWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::vilam3_jax.errors.InputWarning")
 
 SHAPE = (4, 5, 6)
 VOXELS = np.random.default_rng(0).integers(-1000, 1500, SHAPE).astype(np.int16)

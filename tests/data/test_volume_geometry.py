@@ -16,7 +16,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from vilam3_jax.data.volumes import load_volume
 
-pytestmark = pytest.mark.filterwarnings("ignore::vilam3_jax.data.intensity.InputWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::vilam3_jax.errors.InputWarning")
 
 SHAPE = (4, 5, 3)
 MARKED = (3, 1, 2)

@@ -118,7 +118,8 @@ def _settings(
     function = str(item.get("VOILUTFunction") or "LINEAR").strip().upper() or "LINEAR"
     if centres and widths and function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
         raise UserError(
-            f"{path}: the VOI LUT Function {ascii(function)[1:-1]:.40} is not read here; export it with LINEAR"
+            f"{path}: the VOI LUT Function {ascii(function)[1:-1]:.40} is not read here; export it with "
+            "LINEAR"
         )
     for centre, width in zip(centres, widths, strict=False):
         settings.append(_window(centre, width, function, notes))

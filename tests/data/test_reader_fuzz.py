@@ -8,6 +8,7 @@ import signal
 import struct
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import nibabel as nib
@@ -15,8 +16,10 @@ import numpy as np
 import pytest
 from pydicom.data import get_testdata_file
 from pydicom.encaps import encapsulate, get_frame
+from pydicom.uid import RLELossless
 
 from vilam3_jax.data import dicom
+from vilam3_jax.data.deidentify.codestreams import without_comments
 from vilam3_jax.data.images import load_picture
 from vilam3_jax.data.intensity import as_stored_values
 from vilam3_jax.data.limits import DEFAULT_LIMITS
@@ -124,6 +127,29 @@ def test_a_number_of_frames_that_no_integer_holds(fuzz, tmp_path):
     for read in (load_picture, load_volume):
         with pytest.raises(UserError, match=r"capture\.dcm"):
             read(path)
+
+
+def test_a_jpeg_of_no_bits(fuzz, tmp_path):
+    """The decoder gives an empty picture for it."""
+    seed = next(seed for seed in fuzz.fuzz_seeds.all_seeds() if seed.name == "grey.jpeg")
+    path = tmp_path / seed.entry
+    stated = b"\xff\xc0\0\x0b\x08"
+    assert stated in seed.files[seed.entry]
+    path.write_bytes(seed.files[seed.entry].replace(stated, b"\xff\xc0\0\x0b\0"))
+    with pytest.raises(UserError, match="damaged"):
+        load_picture(path)
+
+
+def test_rle_segments_far_outside_the_frame_cost_no_memory():
+    """De-identification filled the gap before a segment with zeros, up to 4 GiB."""
+    header = struct.pack("<16L", 2, 64, 1 << 31, *[0] * 13)
+    frame = header + b"\x03abcd"
+    data = encapsulate([frame])
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="outside"):
+        without_comments(data, RLELossless, 4)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
 
 
 def test_jpeg_ls_data_on_which_charls_loops(tmp_path):

@@ -322,8 +322,10 @@ def _deep(data: bytes, kind: FileKind, number: int, notes: list[str]) -> Image.I
     if kind == file_kinds.JPEG:
         if jpeg_ends_early(data):
             raise UserError("JPEG picture that is cut short; fetch it again")  # the decoder would fill up
-        header = jpeg_frame(data)
-        samples, bits = imagecodecs.jpeg_decode(data), header.precision if header else 16
+        header, samples = jpeg_frame(data), imagecodecs.jpeg_decode(data)
+        if header is None or samples.shape[:2] != (header.height, header.width):
+            raise ValueError("another size than the header states")
+        bits = header.precision
     else:
         samples, bits = imagecodecs.png_decode(without_profiles(data)), 16
     samples = samples[..., None] if samples.ndim == 2 else samples

@@ -257,8 +257,8 @@ def _clean_rle(frame_pixels: int, stream: bytearray, start: int, limit: int) -> 
     struct.pack_into(f"<{15 - count}L", stream, start + 4 + 4 * count, *[0] * (15 - count))
     end = start + 64
     for offset in offsets[:count]:
-        if start + offset < end:
-            raise ValueError("RLE segments overlap")
+        if not end <= start + offset <= len(stream):
+            raise ValueError("RLE segments overlap or lie outside")
         stream[end : start + offset] = bytes(start + offset - end)
         end = _rle_segment_end(stream, start + offset, frame_pixels)
     return end

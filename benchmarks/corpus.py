@@ -269,8 +269,8 @@ def datasets() -> list[str]:
 
 def measure(reports: Path, tokenizers: dict[str, Path]) -> dict:
     """Template -> dataset -> [[tokens of the text, images], ...], evenly spaced over the sorted sizes."""
-    from vilam3_jax.data.cards import load_cards, render_cards
     from vilam3_jax.data.examples import Turn
+    from vilam3_jax.data.experts.cards import load_cards, render_cards
     from vilam3_jax.data.render import encode_example
     from vilam3_jax.data.templates import get_template
     from vilam3_jax.data.tokenizer import load_tokenizer

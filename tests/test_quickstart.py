@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vilam3_jax import quickstart
-from vilam3_jax.data.annotations import Annotation, AnnotationStore, AnnotationWriter
+from vilam3_jax.data.experts.store import Annotation, AnnotationStore, AnnotationWriter
 from vilam3_jax.errors import UserError
 
 
@@ -136,6 +136,6 @@ def test_annotations_of_another_decoder_are_removed(tmp_path, monkeypatch):
         writer.write(Annotation("a" * 64, "CXR", probabilities={"pneumonia": 0.5}))
     quickstart._remove(step)
     assert len(AnnotationStore(store)) == 1  # several experts share it
-    monkeypatch.setattr("vilam3_jax.data.annotations.DECODER_VERSION", 0)
+    monkeypatch.setattr("vilam3_jax.data.experts.store.DECODER_VERSION", 0)
     quickstart._remove(step)
     assert not store.exists()

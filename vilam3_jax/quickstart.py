@@ -23,7 +23,7 @@ from pathlib import Path
 
 from vilam3_jax import checkpoints, paths
 from vilam3_jax import config as config_lib
-from vilam3_jax.data.annotations import AnnotationStore
+from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.datasets import samples as samples_lib
 from vilam3_jax.errors import UserError
 from vilam3_jax.report import summary

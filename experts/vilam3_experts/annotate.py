@@ -14,7 +14,7 @@ from vilam3_experts.descriptors import Descriptor
 from vilam3_experts.inputs import Input, find_inputs
 from vilam3_experts.weights import Weights, is_samples_folder, load_weights
 from vilam3_jax import paths
-from vilam3_jax.data.annotations import Annotation, AnnotationWriter
+from vilam3_jax.data.experts.store import Annotation, AnnotationWriter
 from vilam3_jax.data.volumes import Volume
 from vilam3_jax.errors import UserError
 

@@ -10,8 +10,8 @@ import numpy as np
 from scipy import ndimage
 
 from vilam3_experts.descriptors import Descriptor
-from vilam3_jax.data.annotations import Annotation, LabelMap, Segment, failed
 from vilam3_jax.data.content_keys import image_key
+from vilam3_jax.data.experts.store import Annotation, LabelMap, Segment, failed
 from vilam3_jax.data.volumes import Volume
 from vilam3_jax.errors import UserError
 

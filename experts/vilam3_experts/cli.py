@@ -15,7 +15,7 @@ from vilam3_experts.annotate import annotate
 from vilam3_experts.host import serve_stdio
 from vilam3_experts.inputs import Input
 from vilam3_experts.weights import locate, read_checked
-from vilam3_jax.data.annotations import Annotation
+from vilam3_jax.data.experts.store import Annotation
 from vilam3_jax.errors import UserError, use_one_line_notes
 
 

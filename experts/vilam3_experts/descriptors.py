@@ -11,7 +11,7 @@ import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any, Literal
 
-from vilam3_jax.data.cards import Card, load_cards
+from vilam3_jax.data.experts.cards import Card, load_cards
 from vilam3_jax.errors import UserError
 
 if TYPE_CHECKING:

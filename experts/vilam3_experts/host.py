@@ -1,6 +1,6 @@
 """The live expert host: answers requests over a pipe, so that the model's process never holds torch.
 
-The frames and the client are in `vilam3_jax.data.expert_host`.
+The frames and the client are in `vilam3_jax.data.experts.host_client`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from vilam3_experts.annotate import create_expert
 from vilam3_experts.base import Expert, annotate_one
 from vilam3_experts.weights import Weights, load_weights
 from vilam3_jax import paths
-from vilam3_jax.data.annotations import Annotation
-from vilam3_jax.data.expert_host import FrameError, Message, read_frame, write_frame
+from vilam3_jax.data.experts.host_client import FrameError, Message, read_frame, write_frame
+from vilam3_jax.data.experts.store import Annotation
 from vilam3_jax.data.images import decode_image
 from vilam3_jax.data.volumes import VolumeSource
 from vilam3_jax.errors import UserError

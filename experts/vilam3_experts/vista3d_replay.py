@@ -14,7 +14,7 @@ import numpy as np
 from vilam3_experts.base import ExpertFailure, Output
 from vilam3_experts.weights import Weights, is_samples_folder
 from vilam3_jax import paths
-from vilam3_jax.data.expert_turns import label_table
+from vilam3_jax.data.experts.turns import label_table
 from vilam3_jax.data.volumes import Volume, load_label_map, load_volume
 from vilam3_jax.datasets.samples import Sample, read_samples
 from vilam3_jax.errors import UserError

@@ -13,8 +13,8 @@ import numpy as np
 from vilam3_jax.configs import models
 
 from vilam3_jax import config as config_lib
-from vilam3_jax.data.annotations import Annotation, AnnotationWriter, LabelMap, Segment
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, Turn
+from vilam3_jax.data.experts.store import Annotation, AnnotationWriter, LabelMap, Segment
 from vilam3_jax.data.images import encode_png
 from vilam3_jax.data.loader import build_loader
 from vilam3_jax.data.records import ExampleWriter
@@ -89,7 +89,7 @@ def ct_example(key: str, number: int = 0, axis: int = 2, index: int = 5, policy:
 
 
 def ct_annotation(key: str, shape: tuple[int, int, int] = (10, 12, 14)) -> Annotation:
-    from vilam3_jax.data.expert_turns import label_table
+    from vilam3_jax.data.experts.turns import label_table
 
     names = {name: number for number, name in label_table("VISTA3D").items()}
     liver, spleen = names["liver"], names["spleen"]

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vilam3_jax.data import annotation_record, annotations
-from vilam3_jax.data.annotations import (
+from vilam3_jax.data.experts import record as annotation_record
+from vilam3_jax.data.experts import store as annotations
+from vilam3_jax.data.experts.store import (
     Annotation,
     AnnotationStore,
     AnnotationWriter,
@@ -185,7 +186,7 @@ def test_shard_without_index_does_not_exist(tmp_path, monkeypatch):
 def test_killed_writer_loses_only_the_open_shard(tmp_path):
     code = f"""
 import os, signal
-from vilam3_jax.data.annotations import Annotation, AnnotationWriter
+from vilam3_jax.data.experts.store import Annotation, AnnotationWriter
 w = AnnotationWriter({str(tmp_path)!r}, records_per_shard=3)
 for i in range(8):
     w.write(Annotation(f"key{{i}}", "CXR"))
@@ -240,7 +241,7 @@ def test_store_in_a_bucket(bucket):
 
 def test_import_brings_neither_jax_nor_torch():
     code = (
-        "import sys, vilam3_jax.data.annotations, vilam3_jax.data.cards;"
+        "import sys, vilam3_jax.data.experts.store, vilam3_jax.data.experts.cards;"
         "print([m for m in ('jax', 'flax', 'torch') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vilam3_jax.data.cards import (
+from vilam3_jax.data.experts.cards import (
     Card,
     load_cards,
     parse_cards,
@@ -20,7 +20,7 @@ CARDS = load_cards("vila_m3")
 
 
 def test_published_text_is_reproduced():
-    text = (importlib.resources.files("vilam3_jax.data") / "cards" / "vila_m3.txt").read_bytes()
+    text = (importlib.resources.files("vilam3_jax.data.experts") / "tables" / "vila_m3.txt").read_bytes()
     assert len(text) == 1373
     assert render_cards(parse_cards(text.decode())).encode() == text
     assert [c.name for c in CARDS] == ["BRATS", "VISTA3D", "VISTA2D", "CXR"]

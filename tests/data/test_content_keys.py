@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from vilam3_jax.data import content_keys
-from vilam3_jax.data.annotations import Annotation, AnnotationStore, AnnotationWriter
 from vilam3_jax.data.content_keys import image_key, inputs_key, volume_key
+from vilam3_jax.data.experts.store import Annotation, AnnotationStore, AnnotationWriter
 from vilam3_jax.errors import UserError
 
 VOXELS = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
@@ -61,7 +61,7 @@ def test_annotations_of_an_older_decoder_are_refused(tmp_path, monkeypatch):
     with AnnotationWriter(tmp_path) as writer:
         writer.write(Annotation("a" * 64, "CXR", probabilities={"pneumonia": 0.5}))
     assert len(AnnotationStore(tmp_path)) == 1
-    monkeypatch.setattr("vilam3_jax.data.annotations.DECODER_VERSION", content_keys.DECODER_VERSION + 1)
+    monkeypatch.setattr("vilam3_jax.data.experts.store.DECODER_VERSION", content_keys.DECODER_VERSION + 1)
     for opened in (AnnotationStore, AnnotationWriter):
         with pytest.raises(UserError, match="annotate into a new folder"):
             opened(tmp_path)

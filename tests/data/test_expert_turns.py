@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from vilam3_jax.data.annotations import Annotation, LabelMap, Segment, failed, falsify
-from vilam3_jax.data.expert_turns import (
+from vilam3_jax.data.experts.store import Annotation, LabelMap, Segment, failed, falsify
+from vilam3_jax.data.experts.turns import (
     PALETTE,
     expert_overlay,
     label_group,

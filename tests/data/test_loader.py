@@ -35,8 +35,8 @@ from data_worlds import (
 
 from vilam3_jax import paths
 from vilam3_jax.data import sample_reader, shards
-from vilam3_jax.data.annotations import Annotation
 from vilam3_jax.data.examples import Example, ImageRef, Turn
+from vilam3_jax.data.experts.store import Annotation
 from vilam3_jax.data.loader import build_loader
 from vilam3_jax.data.stream import dealt_position
 from vilam3_jax.data.tokenizer import load_tokenizer

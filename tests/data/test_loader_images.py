@@ -23,7 +23,7 @@ from data_worlds import (
 )
 
 from vilam3_jax.data.examples import Example, ImageRef, Turn
-from vilam3_jax.data.expert_turns import expert_overlay
+from vilam3_jax.data.experts.turns import expert_overlay
 from vilam3_jax.data.images import encode_png, pad_to_square, resize
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING
 from vilam3_jax.data.volumes import load_volume

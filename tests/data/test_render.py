@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from data_worlds import WORDS, ct_annotation, ct_example, ct_volume, film, picture, tokenizer
 
-from vilam3_jax.data.annotations import Annotation, failed
-from vilam3_jax.data.cards import load_cards, parse_trigger, render_cards
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, Turn
-from vilam3_jax.data.expert_turns import expert_overlay, render_expert_turn
+from vilam3_jax.data.experts.cards import load_cards, parse_trigger, render_cards
+from vilam3_jax.data.experts.store import Annotation, failed
+from vilam3_jax.data.experts.turns import expert_overlay, render_expert_turn
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING
 from vilam3_jax.data.render import ImageReader, Renderer, encode_example, question_of
 from vilam3_jax.data.templates import CHATML

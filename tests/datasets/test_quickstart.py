@@ -8,9 +8,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from vilam3_jax.data.annotation_record import Annotation, LabelMap, Segment
-from vilam3_jax.data.annotations import AnnotationStore, AnnotationWriter
 from vilam3_jax.data.content_keys import image_key
+from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment
+from vilam3_jax.data.experts.store import AnnotationStore, AnnotationWriter
 from vilam3_jax.data.images import load_film
 from vilam3_jax.data.volumes import load_label_map, load_volume
 from vilam3_jax.datasets import quickstart

@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from vilam3_jax.data.annotations import Annotation
 from vilam3_jax.data.examples import Example, ImageRef, Turn
+from vilam3_jax.data.experts.store import Annotation
 from vilam3_jax.errors import UserError
 from vilam3_jax.evals import arms
 from vilam3_jax.evals import protocol as protocols

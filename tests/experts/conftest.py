@@ -18,7 +18,7 @@ PLUGIN = """
 import os, pathlib, time
 from vilam3_experts.base import ExpertFailure, Output
 from vilam3_experts.descriptors import Descriptor
-from vilam3_jax.data.cards import Card
+from vilam3_jax.data.experts.cards import Card
 
 ARGS = ("fine", "crash", "hang", "noise", "raise", "decline", "dim only")
 FAKE = Descriptor(

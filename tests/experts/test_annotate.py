@@ -16,8 +16,8 @@ from vilam3_experts.annotate import annotate
 from vilam3_experts.cli import main
 from vilam3_experts.inputs import find_inputs
 
-from vilam3_jax.data.annotations import AnnotationStore
-from vilam3_jax.data.cards import load_cards
+from vilam3_jax.data.experts.cards import load_cards
+from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.errors import UserError
 
 

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vilam3_experts.host import serve
 
-from vilam3_jax.data import expert_host
 from vilam3_jax.data.content_keys import image_key
-from vilam3_jax.data.expert_host import ExpertHost, FrameError, read_frame, write_frame
+from vilam3_jax.data.experts import host_client as expert_host
+from vilam3_jax.data.experts.host_client import ExpertHost, FrameError, read_frame, write_frame
 from vilam3_jax.data.images import encode_png
 from vilam3_jax.data.volumes import VolumeSource
 

@@ -16,7 +16,7 @@ from vilam3_experts.base import ExpertFailure, annotate_one, measure
 from vilam3_experts.vista3d_replay import vista3d_ids
 from vilam3_experts.weights import Weights, load_weights
 
-from vilam3_jax.data.expert_turns import label_table
+from vilam3_jax.data.experts.turns import label_table
 from vilam3_jax.data.volumes import Volume, load_volume
 from vilam3_jax.datasets.samples import Sample, write_index
 from vilam3_jax.errors import UserError

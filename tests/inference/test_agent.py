@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vilam3_jax.data.annotation_record import Annotation, LabelMap, Segment
-from vilam3_jax.data.cards import load_cards, render_cards
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, Turn
+from vilam3_jax.data.experts.cards import load_cards, render_cards
+from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment
 from vilam3_jax.data.image_processor import ImageProcessor
 from vilam3_jax.data.render import ImageReader, Renderer, trigger_turn
 from vilam3_jax.data.templates import CHATML, encode_conversation

@@ -14,7 +14,7 @@ from PIL import Image
 
 import vilam3_jax
 from vilam3_jax.cli import guarded
-from vilam3_jax.data.annotations import AnnotationStore
+from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.image_processor import ImageProcessor
 from vilam3_jax.data.images import load_film, resize
 from vilam3_jax.data.isolation import DecoderProcess

@@ -9,10 +9,10 @@ import random
 import nibabel as nib
 import numpy as np
 
-from vilam3_jax.data import expert_turns
-from vilam3_jax.data.annotations import Annotation, AnnotationWriter, LabelMap, Segment
 from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.examples import Example, ImageRef, Turn
+from vilam3_jax.data.experts import turns as expert_turns
+from vilam3_jax.data.experts.store import Annotation, AnnotationWriter, LabelMap, Segment
 from vilam3_jax.data.images import encode_png
 from vilam3_jax.data.records import ExampleWriter
 from vilam3_jax.data.volumes import load_volume

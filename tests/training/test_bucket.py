@@ -10,7 +10,7 @@ from tests.data.data_worlds import ct_annotation
 from tests.training.bucket_server import serve
 from tests.training.process_worlds import arguments, losses, make_world, run
 from vilam3_jax import exports, paths
-from vilam3_jax.data.annotations import AnnotationStore, AnnotationWriter
+from vilam3_jax.data.experts.store import AnnotationStore, AnnotationWriter
 from vilam3_jax.datasets import prepare, train_tokenizer
 from vilam3_jax.report import main as report
 

@@ -32,7 +32,7 @@ from typing import IO, Any, TypeVar
 import numpy as np
 
 from vilam3_jax.data import images, volumes
-from vilam3_jax.data.expert_host import FrameError, Message, read_frame, write_frame
+from vilam3_jax.data.experts.host_client import FrameError, Message, read_frame, write_frame
 from vilam3_jax.data.images import LoadedPicture
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.volumes import Volume

@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from vilam3_jax.data import packing, stream
-from vilam3_jax.data.annotations import AnnotationStore
 from vilam3_jax.data.batch_layout import Batch, check_room, empty_pairs, global_units, group_shape
-from vilam3_jax.data.cards import load_cards
+from vilam3_jax.data.experts.cards import load_cards
+from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.image_processor import image_processor
 from vilam3_jax.data.packing import GroupShape, Sample
 from vilam3_jax.data.prefetch import Producer

@@ -16,12 +16,12 @@ from typing import Any, Protocol
 import numpy as np
 from etils import epath
 
-from vilam3_jax.data import expert_turns
-from vilam3_jax.data.annotation_record import Annotation
 from vilam3_jax.data.caches import ByteLRU
-from vilam3_jax.data.cards import Card, render_cards
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ExpertRequest, ImageRef, Turn, path_problem
-from vilam3_jax.data.falsify import falsify
+from vilam3_jax.data.experts import turns as expert_turns
+from vilam3_jax.data.experts.cards import Card, render_cards
+from vilam3_jax.data.experts.falsify import falsify
+from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.data.images import decode_image, decode_scaled, image_shape, load_film, resize
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
 from vilam3_jax.data.templates import (

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from vilam3_jax import paths
-from vilam3_jax.data.annotations import AnnotationStore
-from vilam3_jax.data.cards import load_cards
 from vilam3_jax.data.examples import IMAGE_MARKER, Example
+from vilam3_jax.data.experts.cards import load_cards
+from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.images import encode_png
 from vilam3_jax.data.records import INFO_NAME, ExampleSource
 from vilam3_jax.data.render import ImageReader, Rendered, Renderer

@@ -16,9 +16,9 @@ from typing import Any
 from etils import epath
 
 from vilam3_jax import paths
-from vilam3_jax.data.annotations import AnnotationStore
 from vilam3_jax.data.content_keys import DECODER_VERSION
 from vilam3_jax.data.examples import Example
+from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.records import ExampleSource, ExampleWriter
 from vilam3_jax.datasets import quickstart
 from vilam3_jax.datasets.samples import INDEX_NAME, asset, read_samples

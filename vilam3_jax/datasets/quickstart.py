@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 from etils import epath
 
-from vilam3_jax.data.annotations import AnnotationStore
 from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ExpertRequest, ImageRef, Turn
+from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.images import encode_png, load_film
 from vilam3_jax.datasets import captions as wording
 from vilam3_jax.datasets.films import film_facts, film_variant

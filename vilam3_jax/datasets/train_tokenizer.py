@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from vilam3_jax import paths
-from vilam3_jax.data import cards
+from vilam3_jax.data.experts import cards
 from vilam3_jax.data.records import ExampleSource
 from vilam3_jax.data.tokenizer import train_bpe
 from vilam3_jax.errors import UserError

@@ -16,9 +16,9 @@ from etils import epath
 from tqdm import tqdm
 
 from vilam3_jax import checkpoints, exports, paths
-from vilam3_jax.data.annotations import AnnotationStore
-from vilam3_jax.data.cards import load_cards
 from vilam3_jax.data.examples import Example
+from vilam3_jax.data.experts.cards import load_cards
+from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.image_processor import image_processor
 from vilam3_jax.data.records import INFO_NAME, ExampleSource, read_info
 from vilam3_jax.data.render import ImageReader

@@ -13,12 +13,12 @@ from typing import Protocol
 import numpy as np
 
 from vilam3_jax import exports, paths
-from vilam3_jax.data import annotations as annotation_lib
-from vilam3_jax.data import expert_turns
-from vilam3_jax.data.annotations import Annotation, AnnotationStore
-from vilam3_jax.data.cards import Card, parse_trigger
 from vilam3_jax.data.examples import IMAGE_MARKER, Turn
-from vilam3_jax.data.expert_host import ExpertHost
+from vilam3_jax.data.experts import store as annotation_lib
+from vilam3_jax.data.experts import turns as expert_turns
+from vilam3_jax.data.experts.cards import Card, parse_trigger
+from vilam3_jax.data.experts.host_client import ExpertHost
+from vilam3_jax.data.experts.store import Annotation, AnnotationStore
 from vilam3_jax.data.image_processor import ImageProcessor
 from vilam3_jax.data.render import with_cards
 from vilam3_jax.data.templates import Template, encode_prompt, model_template

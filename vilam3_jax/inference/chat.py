@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from vilam3_jax import exports, paths
-from vilam3_jax.data.annotations import AnnotationStore
-from vilam3_jax.data.cards import Card, load_cards
-from vilam3_jax.data.expert_host import ExpertHost
+from vilam3_jax.data.experts.cards import Card, load_cards
+from vilam3_jax.data.experts.host_client import ExpertHost
+from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.images import encode_png
 from vilam3_jax.data.isolation import DecoderProcess
 from vilam3_jax.data.text_rules import TEXT_HELP

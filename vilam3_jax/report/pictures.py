@@ -10,11 +10,12 @@ import numpy as np
 from PIL import Image
 
 from vilam3_jax import paths
-from vilam3_jax.data import expert_turns, images, volumes
-from vilam3_jax.data.annotations import Annotation, AnnotationStore
-from vilam3_jax.data.cards import parse_trigger
+from vilam3_jax.data import images, volumes
 from vilam3_jax.data.examples import Example, ImageRef
-from vilam3_jax.data.falsify import falsify
+from vilam3_jax.data.experts import turns as expert_turns
+from vilam3_jax.data.experts.cards import parse_trigger
+from vilam3_jax.data.experts.falsify import falsify
+from vilam3_jax.data.experts.store import Annotation, AnnotationStore
 from vilam3_jax.data.preprocessing import Preprocessing
 from vilam3_jax.data.records import INFO_NAME, ExampleSource, read_info
 from vilam3_jax.errors import UserError

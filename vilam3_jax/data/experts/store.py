@@ -19,7 +19,9 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from vilam3_jax import paths
-from vilam3_jax.data.annotation_record import (
+from vilam3_jax.data.content_keys import DECODER_VERSION
+from vilam3_jax.data.experts.falsify import falsify
+from vilam3_jax.data.experts.record import (
     MAX_RECORD_BYTES,
     SCHEMA_VERSION,
     Annotation,
@@ -29,8 +31,6 @@ from vilam3_jax.data.annotation_record import (
     failed,
     segments_on_slice,
 )
-from vilam3_jax.data.content_keys import DECODER_VERSION
-from vilam3_jax.data.falsify import falsify
 from vilam3_jax.data.shards import ShardReaders
 from vilam3_jax.errors import UserError
 

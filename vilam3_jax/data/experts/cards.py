@@ -121,7 +121,7 @@ def load_cards(name: str) -> list[Card]:
       UserError: no such list, or it is malformed.
     """
     if re.fullmatch(r"[a-z0-9_]+", name):
-        folder = importlib.resources.files("vilam3_jax.data") / "cards"
+        folder = importlib.resources.files("vilam3_jax.data.experts") / "tables"
         found = [f for f in (folder / f"{name}.json", folder / f"{name}.txt") if f.is_file()]
         if not found:
             raise UserError(f"no card list {name!r}; use 'quickstart', 'vila_m3' or a path to a file")

@@ -24,7 +24,7 @@ from typing import IO, Any
 import msgpack
 
 from vilam3_jax.data import wire
-from vilam3_jax.data.annotations import Annotation, failed
+from vilam3_jax.data.experts.store import Annotation, failed
 from vilam3_jax.data.volumes import VolumeSource
 from vilam3_jax.errors import UserError
 

@@ -17,7 +17,7 @@ from typing import Literal, cast
 
 import numpy as np
 
-from vilam3_jax.data.annotation_record import Annotation, LabelMap, Segment, segments_on_slice
+from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment, segments_on_slice
 from vilam3_jax.data.volumes import slice_2d
 
 Kind = Literal["segmentation", "classification"]
@@ -61,7 +61,7 @@ class LabelGroup:
 
 @functools.cache
 def _label_data() -> dict[str, dict[str, dict]]:
-    data = importlib.resources.files("vilam3_jax.data") / "cards" / "labels.json"
+    data = importlib.resources.files("vilam3_jax.data.experts") / "tables" / "labels.json"
     return json.loads(data.read_text(encoding="utf-8"))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vilam3_jax.data.annotation_record import Annotation, LabelMap, Segment
+from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment
 
 
 def falsify(annotation: Annotation, seed: int, label_universe: Mapping[int, str] | None = None) -> Annotation:

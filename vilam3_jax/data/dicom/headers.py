@@ -3,7 +3,8 @@
 Nothing that identifies a patient is read: elements outside the lists below are skipped in the file. The lists
 hold no names, dates of birth, descriptions or comments, and of private elements only those of PET.
 Acquisition times and the patient's weight are in them, because standardized uptake values are computed from
-them; they belong in no message.
+them; they belong in no message. Only `read_mr_header` reads descriptions, from which an MRI sequence is
+recognised.
 """
 
 from __future__ import annotations
@@ -112,12 +113,18 @@ def _tags(*lists: str) -> frozenset[int]:
 _PRIVATE_TAGS = frozenset({0x00090010, 0x0009100D, 0x70530010, 0x70531000, 0x70531009})
 
 _META_TAGS = _tags(_META)
+# From which an MRI sequence is recognised. Free text, which may identify a patient: `read_mr_header` alone.
+_MR_SEQUENCE = """
+    SeriesDescription ProtocolName ContrastBolusAgent ContrastBolusAgentSequence CodeMeaning
+    MRModifierSequence InversionTimes
+"""
 _HEADER_TAGS = _tags(_OBJECT, _GEOMETRY, _ACQUISITION, _PIXEL_DESCRIPTION, _DIMENSIONS) | _PRIVATE_TAGS
 _FRAME_TAGS = _HEADER_TAGS | _tags(_FUNCTIONAL_GROUPS)
+_MR_TAGS = _FRAME_TAGS | _tags(_MR_SEQUENCE)
 _OVERLAY_ROWS = frozenset(0x60000010 + (plane << 17) for plane in range(16))
 _DATASET_TAGS = _FRAME_TAGS | _tags(_PIXELS) | _OVERLAY_ROWS
 _SEQUENCE_TAGS = frozenset(
-    tag for tag in _DATASET_TAGS if dictionary_has_tag(tag) and dictionary_VR(tag) == "SQ"
+    tag for tag in _DATASET_TAGS | _MR_TAGS if dictionary_has_tag(tag) and dictionary_VR(tag) == "SQ"
 )
 # These may be long; any other value is a few numbers or words.
 _LONG_TAGS = _tags(_PIXELS)
@@ -262,6 +269,18 @@ def read_header(
     if frames:
         return _read(path, _FRAME_TAGS, _PIXEL_GROUP, limits)
     return _read(path, _HEADER_TAGS, _FUNCTIONAL_GROUP, limits)
+
+
+def read_mr_header(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> pydicom.Dataset | None:
+    """`read_header` with functional groups, descriptions and the contrast agent.
+
+    The descriptions may identify a patient: whoever reads them must neither show nor store them.
+
+    Raises:
+      UnavailableError: the disk or the network fails.
+      UserError: no such file, or a damaged header.
+    """
+    return _read(path, _MR_TAGS, _PIXEL_GROUP, limits)
 
 
 def read_dataset(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> pydicom.Dataset:

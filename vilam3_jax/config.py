@@ -113,6 +113,7 @@ def base_config() -> ConfigDict:
                 annotations="",
                 mixture=(),
                 experts="off",
+                expert_share=0.75,
                 augment=False,
                 seq_len=512,
                 rows_per_group=1,

@@ -22,6 +22,7 @@ from vilam3_jax import checkpoints, compat, exports, paths, processes
 from vilam3_jax import config as config_lib
 from vilam3_jax.config import COMPONENTS, ConfigDict
 from vilam3_jax.data import loader as loader_lib
+from vilam3_jax.data.experts.cards import with_card_list
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import heldout
 from vilam3_jax.models import vila
@@ -165,7 +166,7 @@ def _train(
         print(f"{len(put_aside.records)} record(s) were put aside, named in {named}", file=sys.stderr)
     if finished:
         params = state_lib.model_params(state)
-        model_config = {**config.model.to_dict(), "kind": config.kind}
+        model_config = {**with_card_list(config.model.to_dict()), "kind": config.kind}
         exports.export_model(
             workdir / "export",
             params,

@@ -32,6 +32,8 @@ def get(spec: str) -> ConfigDict:
     model = importlib.import_module(f"{__name__}.{name}").get_model()
     model.text = ConfigDict(dataclasses.asdict(TextRules()))
     model.preprocessing = ConfigDict(dataclasses.asdict(Preprocessing()))
+    # The experts that the model is told of, how it is told, and whether checks of their results are told.
+    model.cards, model.expert_wording, model.expert_verdicts = "experts", "plain", False
     for swap in swaps:
         _swap(model, swap)
     return model

@@ -32,6 +32,7 @@ def shape(config: ConfigDict, size: str, steps: dict[str, int], peak: float) -> 
       peak: learning rate at the top of the schedule.
     """
     config.model = models.get(model_name(size))
+    config.model.cards = "quickstart"
     config.model.preprocessing.modalities = ("CT", "MR", "CR", "DX")
     config.mesh.fsdp, config.mesh.tensor, config.mesh.cpu_devices = 2, 2, 4
     config.num_steps = steps[size]

@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from vilam3_experts.base import Expert, annotate_one, content_key
+from vilam3_experts.base import Expert, annotate_one
 from vilam3_experts.descriptors import Descriptor
 from vilam3_experts.inputs import Input, find_inputs
 from vilam3_experts.weights import Weights, is_samples_folder, load_weights
 from vilam3_jax import paths
+from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.data.experts.store import Annotation, AnnotationWriter
-from vilam3_jax.data.volumes import Volume
 from vilam3_jax.errors import UserError
 
 
@@ -83,20 +83,17 @@ def annotate(
             progress.set_postfix_str(item.name[-40:], refresh=False)
             try:
                 scan = item.load()
-                key = content_key(scan)
+                key = inputs_key(scan.keys)
             except Exception as error:  # one bad file must not end a run over a hundred thousand
                 summary.counts["unreadable"] += 1
                 summary.problems.append((item.name, f"{error}"))
                 continue
-            if isinstance(scan, Volume):
-                summary.notes += [(item.name, note) for note in scan.notes]
+            summary.notes += [(item.name, note) for note in scan.notes]
             stored = writer.status(key, descriptor.name, chosen)
             if stored == "ok" or (stored == "failed" and not retry_failed):
                 summary.counts["skipped"] += 1
                 continue
-            annotation = annotate_one(
-                runner.expert(), descriptor, scan, chosen, weights_sha256=loaded.sha256, key=key
-            )
+            annotation = annotate_one(runner.expert(), descriptor, scan, chosen, weights_sha256=loaded.sha256)
             writer.write(annotation)
             if annotation.status == "failed":
                 summary.counts["failed"] += 1

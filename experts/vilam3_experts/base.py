@@ -10,13 +10,60 @@ import numpy as np
 from scipy import ndimage
 
 from vilam3_experts.descriptors import Descriptor
-from vilam3_jax.data.content_keys import image_key
-from vilam3_jax.data.experts.store import Annotation, LabelMap, Segment, failed
+from vilam3_jax.data.content_keys import image_key, inputs_key
+from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment, Verdict, failed
 from vilam3_jax.data.volumes import Volume
 from vilam3_jax.errors import UserError
 
 Data = Volume | np.ndarray
 _MAX_REASON = 500
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExpertInputs:
+    """What one call looks at.
+
+    Attributes:
+      items: (role, `Volume` or image uint8 [H, W, 3]) in the order of the expert's roles; the role of a
+        single input is "".
+    """
+
+    items: tuple[tuple[str, Data], ...]
+
+    @classmethod
+    def of(cls, data: Data) -> ExpertInputs:
+        """A single input."""
+        return cls((("", data),))
+
+    @property
+    def keys(self) -> tuple[tuple[str, str], ...]:
+        """(role, content key) of each."""
+        return tuple((role, content_key(data)) for role, data in self.items)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Their roles."""
+        return tuple(role for role, _ in self.items)
+
+    @property
+    def first(self) -> Data:
+        """The first input: a label map lies on its grid."""
+        return self.items[0][1]
+
+    @property
+    def data(self) -> Data | dict[str, Data]:
+        """What `Expert.run` is given: the only input, or role to input."""
+        return self.first if self.roles == ("",) else dict(self.items)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the readers assumed, repaired or skipped."""
+        return tuple(
+            f"{role}: {note}" if role else note
+            for role, data in self.items
+            if isinstance(data, Volume)
+            for note in data.notes
+        )
 
 
 class ExpertFailure(Exception):
@@ -32,19 +79,21 @@ class Output:
       labels: integers [X, Y, Z] on the grid of the input volume, 0 is background.
       label_names: label id to name, for every id in `labels`.
       weights_sha256: instead of the digest of the expert's files.
+      verdicts: what the expert itself doubts.
     """
 
     probabilities: dict[str, float] = dataclasses.field(default_factory=dict)
     labels: np.ndarray | None = None
     label_names: dict[int, str] = dataclasses.field(default_factory=dict)
     weights_sha256: str | None = None
+    verdicts: tuple[Verdict, ...] = ()
 
 
 class Expert(Protocol):
     """What a descriptor's factory builds."""
 
-    def run(self, data: Data, args: str) -> Output:
-        """Analyses one volume or image ([H, W, 3] uint8).
+    def run(self, data: Any, args: str) -> Output:
+        """Analyses one volume, one image (uint8 [H, W, 3]), or a dict of roles to volumes.
 
         Raises:
           ExpertFailure: no answer for this input.
@@ -90,40 +139,49 @@ def measure(labels: np.ndarray, names: dict[int, str], affine: np.ndarray) -> tu
 def annotate_one(
     expert: Expert,
     descriptor: Descriptor,
-    data: Data,
+    inputs: ExpertInputs,
     args: str,
     *,
     weights_sha256: str,
-    key: str | None = None,
 ) -> Annotation:
     """Runs an expert on one input. Whatever goes wrong becomes a failed annotation with its reason.
 
     Args:
       expert: built by `descriptor.create`.
       descriptor: its descriptor.
-      data: a `Volume`, or an image uint8 [H, W, 3].
+      inputs: what it looks at.
       args: already checked arguments.
       weights_sha256: digest of the expert's files.
-      key: content key of `data`, if already known.
     """
-    key = key or content_key(data)
+    keys = inputs.keys
+    key = inputs_key(keys)
     start = time.perf_counter()
 
     def fields() -> dict[str, Any]:
         seconds = time.perf_counter() - start
-        return {"version": descriptor.version, "weights_sha256": weights_sha256, "seconds": seconds}
+        return {
+            "version": descriptor.version,
+            "weights_sha256": weights_sha256,
+            "seconds": seconds,
+            "inputs": () if inputs.roles == ("",) else keys,
+        }
 
     try:
-        if isinstance(data, Volume) != (descriptor.input == "volume"):
-            raise ExpertFailure(f"{descriptor.name} reads {descriptor.input}s, and this is none")
-        output = expert.run(data, args)
+        for _, data in inputs.items:
+            if isinstance(data, Volume) != (descriptor.input == "volume"):
+                raise ExpertFailure(f"{descriptor.name} reads {descriptor.input}s, and this is none")
+        if inputs.roles != descriptor.card.roles:
+            wanted = ", ".join(descriptor.card.roles) or "one scan"
+            raise ExpertFailure(f"{descriptor.name} reads {wanted}, and was given {', '.join(inputs.roles)}")
+        output = expert.run(inputs.data, args)
         segments: tuple[Segment, ...] = ()
         labels = None
         if output.labels is not None:
-            if not isinstance(data, Volume) or output.labels.shape != data.voxels.shape:
+            first = inputs.first
+            if not isinstance(first, Volume) or output.labels.shape != first.voxels.shape:
                 raise ValueError(f"label map of shape {output.labels.shape} is not on the grid of the input")
-            segments = measure(output.labels, output.label_names, data.affine)
-            labels = LabelMap.encode(output.labels, data.affine)
+            segments = measure(output.labels, output.label_names, first.affine)
+            labels = LabelMap.encode(output.labels, first.affine)
         known = fields()
         if output.weights_sha256 is not None:
             known["weights_sha256"] = output.weights_sha256
@@ -134,6 +192,7 @@ def annotate_one(
             probabilities={name: float(p) for name, p in output.probabilities.items()},
             segments=segments,
             labels=labels,
+            verdicts=output.verdicts,
             **known,
         )
     except (ExpertFailure, UserError) as error:

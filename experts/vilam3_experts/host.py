@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from vilam3_experts import descriptors as registry
 from vilam3_experts.annotate import create_expert
-from vilam3_experts.base import Expert, annotate_one
+from vilam3_experts.base import Data, Expert, ExpertInputs, annotate_one
 from vilam3_experts.weights import Weights, load_weights
 from vilam3_jax import paths
 from vilam3_jax.data.experts.host_client import FrameError, Message, read_frame, write_frame
@@ -29,7 +29,7 @@ class Host:
         self._experts: dict[str, tuple[Expert, Weights]] = {}
 
     def answer(self, request: Message) -> Message:
-        """Turns a request {id, expert, args, volume | image_bytes} into {id, annotation | error}."""
+        """Turns a request {id, expert, args, inputs} into {id, annotation | error}."""
         number = request.get("id")
         try:
             return {"id": number, "annotation": self._annotate(request).to_bytes()}
@@ -41,19 +41,23 @@ class Host:
     def _annotate(self, request: Message) -> Annotation:
         descriptor = registry.get(str(request.get("expert")))
         args = descriptor.check_args(request.get("args"))
-        volume, image = request.get("volume"), request.get("image_bytes")
-        if (volume is None) == (image is None):
-            raise UserError("a request holds either volume or image_bytes")
-        if volume is not None:
-            data = VolumeSource(**volume).read()
-        else:
-            assert image is not None
-            data = decode_image(image)
+        inputs = ExpertInputs(tuple(map(_read, request.get("inputs") or ())))
+        if not inputs.items:
+            raise UserError("a request without inputs; give a volume or image_bytes")
         if descriptor.name not in self._experts:
             weights = load_weights(descriptor, self._folder)
             self._experts[descriptor.name] = (create_expert(descriptor, weights), weights)
         expert, weights = self._experts[descriptor.name]
-        return annotate_one(expert, descriptor, data, args, weights_sha256=weights.sha256)
+        return annotate_one(expert, descriptor, inputs, args, weights_sha256=weights.sha256)
+
+
+def _read(item: Message) -> tuple[str, Data]:
+    """One input of a request, {role, volume | image_bytes}."""
+    volume, image = item.get("volume"), item.get("image_bytes")
+    if (volume is None) == (image is None):
+        raise UserError("an input holds either volume or image_bytes")
+    data = decode_image(image) if image is not None else VolumeSource(**volume).read()
+    return str(item.get("role", "")), data
 
 
 def serve(weights: paths.PathLike | None, source: BinaryIO, sink: BinaryIO) -> int:

@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator
 from typing import Literal
 
-import numpy as np
 from etils import epath
 
+from vilam3_experts.base import ExpertInputs
 from vilam3_experts.descriptors import Descriptor
 from vilam3_experts.weights import is_samples_folder
 from vilam3_jax import paths
@@ -17,7 +17,7 @@ from vilam3_jax.data import dicom, file_kinds
 from vilam3_jax.data.folder_walk import list_files
 from vilam3_jax.data.images import load_film
 from vilam3_jax.data.limits import DEFAULT_LIMITS
-from vilam3_jax.data.volumes import Volume, read_listed_series, read_volume
+from vilam3_jax.data.volumes import read_listed_series, read_volume
 from vilam3_jax.datasets.samples import MODALITY_CODES, read_samples
 from vilam3_jax.errors import UserError
 
@@ -49,17 +49,17 @@ class Input:
     modality: str | None = None
     series: dicom.Series | None = None
 
-    def load(self) -> Volume | np.ndarray:
+    def load(self) -> ExpertInputs:
         """Reads and decodes it.
 
         Raises:
           UserError: names the file and what is wrong with it.
         """
         if self.kind == "image":
-            return load_film(self.path)
+            return ExpertInputs.of(load_film(self.path))
         if self.series is not None:
-            return read_listed_series(self.series, self.path)
-        return read_volume(self.path, modality=self.modality)
+            return ExpertInputs.of(read_listed_series(self.series, self.path))
+        return ExpertInputs.of(read_volume(self.path, modality=self.modality))
 
 
 def find_inputs(data: paths.PathLike, descriptor: Descriptor) -> list[Input]:

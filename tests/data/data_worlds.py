@@ -13,7 +13,7 @@ import numpy as np
 from vilam3_jax.configs import models
 
 from vilam3_jax import config as config_lib
-from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, Turn
+from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, RequestImage, Turn
 from vilam3_jax.data.experts.store import Annotation, AnnotationWriter, LabelMap, Segment
 from vilam3_jax.data.images import encode_png
 from vilam3_jax.data.loader import build_loader
@@ -46,7 +46,7 @@ def film(number: int, rng: np.random.Generator, expert: bool = False, policy: st
         "conversation",
         (ImageRef(data=picture(number)),),
         (Turn("user", "<image>\nWhat is shown?"), Turn("assistant", text, True)),
-        (ExpertRequest("CXR", "", 0, 1, policy),) if expert else (),
+        (ExpertRequest("CXR", "", (RequestImage(),), 1, policy),) if expert else (),
         {"patient": f"p{number // 2}", "modality": "CXR", "licence": "CC0", "input_key": f"key{number}"},
     )
 
@@ -83,7 +83,7 @@ def ct_example(key: str, number: int = 0, axis: int = 2, index: int = 5, policy:
         "conversation",
         (ImageRef(path="ct.nii.gz", axis=axis, index=index, window=(50.0, 400.0)),),
         (Turn("user", "<image>\nIs the liver here?"), Turn("assistant", "Yes.", True)),
-        (ExpertRequest("VISTA3D", "organs", 0, 1, policy),),
+        (ExpertRequest("VISTA3D", "organs", (RequestImage(),), 1, policy),),
         {"patient": "p", "modality": "CT", "input_key": key},
     )
 

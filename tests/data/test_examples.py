@@ -14,6 +14,7 @@ from vilam3_jax.data.examples import (
     Example,
     ExpertRequest,
     ImageRef,
+    RequestImage,
     Turn,
     from_instruction,
     to_instruction,
@@ -49,7 +50,7 @@ def conversations(draw: st.DrawFn) -> Example:
     requests = []
     if images and draw(st.booleans()):
         requests = [
-            ExpertRequest("CXR", "a b", 0, len(turns) - 1, draw(st.sampled_from(["always", "optional"])))
+            ExpertRequest("CXR", "a b", (RequestImage(),), len(turns) - 1, draw(st.sampled_from(["always", "optional"])))
         ]
     meta = draw(st.dictionaries(st.text(max_size=5), st.one_of(st.integers(-9, 9), TEXT), max_size=3))
     name = draw(st.text(st.characters(blacklist_categories=["Cs"]), min_size=1, max_size=8))
@@ -108,11 +109,11 @@ def conversation(**changes) -> Example:
         ({"images": (ImageRef(path="a", axis=0, index=0, window=(0.0, 0.0)),)}, "width > 0"),
         ({"images": (ImageRef(path="a", axis=0, index=0, modality="ct"),)}, "not a DICOM code"),
         ({"images": (ImageRef(path="a", modality="CT"),)}, "of a volume"),
-        ({"expert_requests": (ExpertRequest("CXR", image=1),)}, "image 1 of 1"),
+        ({"expert_requests": (ExpertRequest("CXR", images=(RequestImage(1),)),)}, "image 1 of 1"),
         ({"expert_requests": (ExpertRequest("CXR", before_turn=0),)}, "no assistant speaks"),
         ({"expert_requests": (ExpertRequest("CXR", before_turn=7),)}, "turn 7 of 2"),
-        ({"expert_requests": (ExpertRequest("CXR"), ExpertRequest("B"))}, "two expert requests"),
-        ({"expert_requests": (ExpertRequest("CXR", ")>"),)}, "written as a trigger"),
+        ({"expert_requests": (ExpertRequest("CXR"), ExpertRequest("CXR"))}, "made twice"),
+        ({"expert_requests": (ExpertRequest("CXR", ")>"),)}, "cannot be written"),
         ({"expert_requests": (ExpertRequest("CXR", policy="never"),)}, "policy 'never'"),
     ],
 )

@@ -7,11 +7,11 @@ import dataclasses
 import numpy as np
 import pytest
 from data_worlds import WORDS, ct_annotation, ct_example, ct_volume, film, picture, tokenizer
+from vilam3_jax.data.experts.turns import expert_overlay, render_expert_turn
 
-from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, Turn
+from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, RequestImage, Turn
 from vilam3_jax.data.experts.cards import load_cards, parse_trigger, render_cards
 from vilam3_jax.data.experts.store import Annotation, failed
-from vilam3_jax.data.experts.turns import expert_overlay, render_expert_turn
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING
 from vilam3_jax.data.render import ImageReader, Renderer, encode_example, question_of
 from vilam3_jax.data.templates import CHATML
@@ -99,7 +99,7 @@ def test_images_keep_the_order_of_their_markers(ct) -> None:
     markers = [turn.text.count("<image>") for turn in out.turns]
     assert markers == [1, 0, 1, 0, 1, 0]
     later = dataclasses.replace(
-        example, expert_requests=(ExpertRequest("VISTA3D", "organs", 0, 3, "always"),)
+        example, expert_requests=(ExpertRequest("VISTA3D", "organs", (RequestImage(),), 3, "always"),)
     )
     out = renderer(annotations=store(annotation)).render(later.validate(), root)
     assert [t.role for t in out.turns] == ["user", "assistant", "user", "assistant", "expert", "assistant"]

@@ -34,7 +34,7 @@ def host(environment):
 
 
 def ask(host, args, key=KEY):
-    return host.ask("FAKE", args, input_key=key, image_bytes=PNG)
+    return host.ask("FAKE", args, input_key=key, inputs=[("", PNG)])
 
 
 def test_answers_cross_the_pipe_whatever_is_printed(host):
@@ -81,13 +81,13 @@ def test_timeout_is_a_failed_annotation(host):
 
 
 def test_what_the_host_refuses_is_told(host, tmp_path):
-    assert "no expert 'NOSUCH'" in host.ask("NOSUCH", input_key=KEY, image_bytes=PNG).reason
+    assert "no expert 'NOSUCH'" in host.ask("NOSUCH", input_key=KEY, inputs=[("", PNG)]).reason
     assert "no argument" in ask(host, "bogus").reason
     assert "another input" in ask(host, "fine", key="0" * 64).reason
-    missing = host.ask("BRAINSEG", input_key=KEY, volume=VolumeSource(str(tmp_path / "none.nii")))
+    missing = host.ask("BRAINSEG", input_key=KEY, inputs=[("", VolumeSource(str(tmp_path / "none.nii")))])
     assert missing.status == "failed" and "none.nii" in missing.reason
-    assert host.ask("FAKE", "fine", input_key=KEY, image_bytes=b"no image").status == "failed"
-    assert host.ask("CXR", input_key=KEY, image_bytes=PNG).reason.startswith("CXR needs files")
+    assert host.ask("FAKE", "fine", input_key=KEY, inputs=[("", b"no image")]).status == "failed"
+    assert host.ask("CXR", input_key=KEY, inputs=[("", PNG)]).reason.startswith("CXR needs files")
     assert ask(host, "fine").status == "ok"  # all this by one process
     with pytest.raises(ValueError, match="either"):
         host.ask("FAKE", input_key=KEY)

@@ -7,9 +7,11 @@ import pytest
 
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, Turn
 from vilam3_jax.data.experts.cards import load_cards, render_cards
+from vilam3_jax.data.experts.exchange import call_turn
+from vilam3_jax.data.experts.grammar import Call
 from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment
 from vilam3_jax.data.image_processor import ImageProcessor
-from vilam3_jax.data.render import ImageReader, Renderer, trigger_turn
+from vilam3_jax.data.render import ImageReader, Renderer
 from vilam3_jax.data.templates import CHATML, encode_conversation
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import agent as agent_lib
@@ -112,8 +114,12 @@ def trigger(name="VISTA3D", args="organs"):
 
 
 def query(image, **changes):
-    values = {"question": QUESTION, "image": image, "input_key": KEY, "axis": 2, "index": 2, **changes}
-    return agent_lib.Query(**values)
+    question = changes.pop("question", QUESTION)
+    if image is None:
+        return agent_lib.Query(question)
+    return agent_lib.Query(
+        question, (agent_lib.Scan(**{"image": image, "input_key": KEY, "axis": 2, "index": 2, **changes}),)
+    )
 
 
 def test_tokens_and_images_are_those_of_training(tokenizer, store, image, tmp_path):
@@ -133,7 +139,7 @@ def test_tokens_and_images_are_those_of_training(tokenizer, store, image, tmp_pa
         example, tmp_path
     )
     encoded = encode_conversation(tokenizer, CHATML, rendered.turns, PER_IMAGE)
-    called = trigger_turn(CARDS[0], "organs").text
+    called = call_turn([CARDS[0]], [Call("VISTA3D", "organs")]).text
     session, (transcript,) = ask(
         tokenizer, [[called, "yes"]], [query(image)], agent_lib.AnnotationProvider(store)
     )

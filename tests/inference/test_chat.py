@@ -194,7 +194,7 @@ class FakeHost:
         self.asked.append((expert, args, where))
         if self.status == "ok":
             return agent_lib.Annotation(where["input_key"], expert, args, probabilities={"pneumonia": 0.7})
-        return agent_lib.annotation_lib.failed(where["input_key"], expert, args, "crashed")
+        return agent_lib.failed(where["input_key"], expert, args, "crashed")
 
 
 def test_the_store_is_asked_before_the_host(world):
@@ -202,35 +202,35 @@ def test_the_store_is_asked_before_the_host(world):
     stored = agent_lib.AnnotationProvider(AnnotationStore(world.annotations))
     provider = agent_lib.Providers([stored, agent_lib.HostProvider(host)])
     film = images.open_picture(world.film, 32)
-    query = agent_lib.Query(PROMPT, film.pixels, film.input_key, png=film.png)
+    query = agent_lib.Query(PROMPT, (agent_lib.Scan(film.pixels, film.input_key, png=film.png),))
     assert provider.annotate(query, "CXR", "").probabilities["pneumonia"] == 0.2
     assert host.asked == []
     assert provider.annotate(query, "BRAINTUMOR", "").probabilities["pneumonia"] == 0.7
-    assert host.asked == [("BRAINTUMOR", "", {"input_key": film.input_key, "image_bytes": film.png})]
+    assert host.asked == [("BRAINTUMOR", "", {"input_key": film.input_key, "inputs": [("", film.png)]})]
     cut = images.open_picture(world.volume, 32)
-    query = agent_lib.Query(PROMPT, cut.pixels, cut.input_key, 2, 8, volume=cut.volume)
+    query = agent_lib.Query(PROMPT, (agent_lib.Scan(cut.pixels, cut.input_key, 2, 8, volume=cut.volume),))
     provider.annotate(query, "BRAINSEG", "")
-    assert host.asked[-1][2] == {"input_key": cut.input_key, "volume": VolumeSource(str(world.volume))}
-    nothing = agent_lib.Query(PROMPT, cut.pixels, cut.input_key)
+    assert host.asked[-1][2] == {"input_key": cut.input_key, "inputs": [("", VolumeSource(str(world.volume)))]}
+    nothing = agent_lib.Query(PROMPT, (agent_lib.Scan(cut.pixels, cut.input_key),))
     assert "needs the scan's file" in provider.annotate(nothing, "BRAINSEG", "").reason
 
 
 def test_a_crashed_host_is_a_failed_annotation(world):
     provider = agent_lib.Providers([agent_lib.HostProvider(FakeHost("failed"))])
     film = images.open_picture(world.film, 32)
-    query = agent_lib.Query(PROMPT, film.pixels, film.input_key, png=film.png)
+    query = agent_lib.Query(PROMPT, (agent_lib.Scan(film.pixels, film.input_key, png=film.png),))
     assert provider.annotate(query, "CXR", "").reason == "crashed"
 
 
 def test_the_dialogue_names_expert_stand_in_failure_and_no_clinical_use(assistant):
-    failed = agent_lib.annotation_lib.failed("k", "CXR", "", "out of memory")
+    failed = agent_lib.failed("k", "CXR", "", "out of memory")
     turns = (
         Spoken("user", "Q"),
         Spoken("assistant", "<CXR()>"),
         Spoken("expert", "E"),
         Spoken("assistant", "A"),
     )
-    transcript = Transcript(turns, "A", ("CXR", ""), "<CXR()>", failed, True)
+    transcript = Transcript(turns, "A", (failed,), "<CXR()>", True)
     notes = chat._notes(transcript, assistant._cards)
     reply = chat.Reply("A", transcript, np.zeros((2, 2, 3), np.uint8), None, "film", notes)
     text = chat.render_dialogue(reply)

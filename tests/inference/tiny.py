@@ -13,7 +13,7 @@ from vilam3_jax.configs import models
 
 from vilam3_jax import exports
 from vilam3_jax.data.content_keys import image_key
-from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, Turn
+from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, RequestImage, Turn
 from vilam3_jax.data.experts.store import Annotation, AnnotationWriter, LabelMap, Segment
 from vilam3_jax.data.images import encode_png
 from vilam3_jax.data.records import ExampleWriter
@@ -125,7 +125,7 @@ def _dialogue(name, images, meta, questions):
         turns.append(Turn("user", ("" if position else "<image>\n") + one["question"]))
         turns.append(Turn("assistant", one["answer"], True))
     first = questions[0]
-    requests = (ExpertRequest(first["expert"], first["args"], 0, 1, "optional"),)
+    requests = (ExpertRequest(first["expert"], first["args"], (RequestImage(),), 1, "optional"),)
     return Example(name, "conversation", tuple(images), tuple(turns), requests, {**meta, "qa": questions})
 
 

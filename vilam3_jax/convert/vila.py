@@ -12,6 +12,8 @@ from vilam3_jax.config import ConfigDict, image_layout
 from vilam3_jax.convert.huggingface import licence, open_intern_vit, open_llama, open_siglip
 from vilam3_jax.convert.safetensors_files import SafetensorsFolder, read_config
 from vilam3_jax.convert.sources import Checkpoint, Source, projector_rules
+from vilam3_jax.data.experts.cards import with_card_list
+from vilam3_jax.data.experts.wording import WORDINGS
 from vilam3_jax.data.preprocessing import Preprocessing
 from vilam3_jax.data.templates import TEMPLATES
 from vilam3_jax.data.text_rules import TextRules
@@ -60,6 +62,7 @@ def open_vila(folder: Path, tokenizer: Tokenizer | None = None) -> Checkpoint:
         "template": _own(root, "template", TEMPLATES, config_file) or _template(llm, tokenizer),
         "text": dataclasses.asdict(_text_rules(root, llm, config_file)),
         "preprocessing": dataclasses.asdict(_preprocessing(root, config_file)),
+        **_experts(root, config_file),
         "tokenizer": "",
         "dtype": "bfloat16",
         "remat": "none",
@@ -117,8 +120,33 @@ def vila_folder_config(
             "text": dataclasses.asdict(TextRules.of(model.get("text"))),
             "preprocessing": dataclasses.asdict(Preprocessing.of(model.get("preprocessing"))),
             "token_order": model["projector"]["token_order"],
+            **{key: model[key] for key in ("card_list", "expert_wording", "expert_verdicts") if key in model},
         },
     }
+
+
+def _experts(root: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """Which experts the model knows and how it is told of them; VILA-M3's own unless the folder says so.
+
+    Raises:
+      UserError: the folder states something else than cards and a wording.
+    """
+    said = root.get("vilam3_jax")
+    said = said if isinstance(said, dict) else {}
+    wording = said.get("expert_wording", "vila_m3")
+    verdicts = said.get("expert_verdicts", False)
+    if wording not in WORDINGS or not isinstance(verdicts, bool):
+        raise UserError(
+            f"{where}: vilam3_jax: expert_wording {wording!r} must be one of {', '.join(WORDINGS)} and "
+            f"expert_verdicts {verdicts!r} true or false"
+        )
+    known = {"cards": "vila_m3", "expert_wording": wording, "expert_verdicts": verdicts}
+    if "card_list" in said:
+        known["card_list"] = said["card_list"]
+    try:
+        return with_card_list(known)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _text_rules(root: Mapping[str, Any], llm: Source, where: Path) -> TextRules:

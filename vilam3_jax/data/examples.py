@@ -15,15 +15,15 @@ from typing import Any
 import msgpack
 
 from vilam3_jax.data import wire
+from vilam3_jax.data.experts.grammar import Call
 from vilam3_jax.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 IMAGE_MARKER = "<image>"
 FORMATS = ("pair", "caption", "document", "conversation")
 ROLES = ("system", "user", "assistant", "expert")
 POLICIES = ("always", "optional")
 
-_EXPERT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*\Z")
 _FROM_ROLE = {"user": "human", "assistant": "gpt", "system": "system", "expert": "human"}
 _TO_ROLE = {
     "human": "user",
@@ -91,23 +91,47 @@ class Turn:
 
 
 @dataclasses.dataclass(frozen=True)
+class RequestImage:
+    """One input of an expert.
+
+    Attributes:
+      image: which of the example's images.
+      role: what the expert takes it for, such as "t1c"; "" for the only input.
+    """
+
+    image: int = 0
+    role: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class ExpertRequest:
     """A place where an expert's result belongs.
 
     Attributes:
       expert: the expert's name, as on its card.
-      args: the trigger's arguments, e.g. "organs"; "" for none.
-      image: which of the example's images the expert sees.
-      before_turn: index of the assistant turn that the result comes before.
+      args: the call's arguments, e.g. "organs"; "" for none.
+      images: what the expert sees, in the order of its roles.
+      before_turn: index of the assistant turn that the result comes before. Requests before the same turn are
+        made in one turn, in their order here.
       policy: "always": without a result the example is put aside; "optional": it is then
         rendered without the expert.
     """
 
     expert: str
     args: str = ""
-    image: int = 0
+    images: tuple[RequestImage, ...] = (RequestImage(),)
     before_turn: int = 1
     policy: str = "always"
+
+    @classmethod
+    def of(cls, expert: str, args: str, images: Any, *rest: Any) -> ExpertRequest:
+        """Reads the plain values of `wire_values`."""
+        return cls(expert, args, tuple(RequestImage(*image) for image in images), *rest)
+
+    def wire_values(self) -> list[Any]:
+        """Plain values, for msgpack and JSON."""
+        images = [[image.image, image.role] for image in self.images]
+        return [self.expert, self.args, images, self.before_turn, self.policy]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +172,7 @@ class Example:
                 "format": self.format,
                 "images": [[i.data, i.path, i.axis, i.index, i.window, i.modality] for i in self.images],
                 "turns": [[t.role, t.text, t.supervised] for t in self.turns],
-                "experts": [
-                    [r.expert, r.args, r.image, r.before_turn, r.policy] for r in self.expert_requests
-                ],
+                "experts": [request.wire_values() for request in self.expert_requests],
                 "meta": self.meta,
             }
         )
@@ -177,7 +199,7 @@ class Example:
                     for blob, path, axis, index, window, *modality in raw["images"]
                 ),
                 turns=tuple(Turn(*turn) for turn in raw["turns"]),
-                expert_requests=tuple(ExpertRequest(*request) for request in raw["experts"]),
+                expert_requests=tuple(ExpertRequest.of(*request) for request in raw["experts"]),
                 meta=raw["meta"],
             )
         except (msgpack.UnpackException, ValueError, KeyError, TypeError) as error:
@@ -239,22 +261,27 @@ def _role_problem(example: Example) -> str | None:
 
 
 def _request_problem(example: Example) -> str | None:
-    taken: set[int] = set()
+    taken: set[tuple[int, str, str]] = set()
     for request in example.expert_requests:
         name = f"request for {request.expert!r}"
-        if not _EXPERT_NAME.match(request.expert) or re.search(r"[<>()\n]", request.args):
-            return f"{name} with arguments {request.args!r} cannot be written as a trigger"
+        if reason := Call(request.expert, request.args).problem():
+            return f"{name}: {reason}"
         if request.policy not in POLICIES:
             return f"{name} has policy {request.policy!r}, none of {', '.join(POLICIES)}"
-        if not 0 <= request.image < len(example.images):
-            return f"{name} is for image {request.image} of {len(example.images)}"
+        roles = [image.role for image in request.images]
+        if not roles or len(set(roles)) != len(roles):
+            return f"{name} has images of the roles {roles}; each role is needed once"
+        for image in request.images:
+            if not 0 <= image.image < len(example.images):
+                return f"{name} is for image {image.image} of {len(example.images)}"
         if not 0 <= request.before_turn < len(example.turns):
             return f"{name} is before turn {request.before_turn} of {len(example.turns)}"
         if example.turns[request.before_turn].role != "assistant":
             return f"{name} is before turn {request.before_turn}, which no assistant speaks"
-        if request.before_turn in taken:
-            return f"two expert requests before turn {request.before_turn}"
-        taken.add(request.before_turn)
+        call = (request.before_turn, request.expert, request.args)
+        if call in taken:
+            return f"{name} is made twice before turn {request.before_turn}"
+        taken.add(call)
     return None
 
 
@@ -294,7 +321,7 @@ def from_instruction(item: Mapping[str, Any]) -> Example:
                 Turn(role, text, bool(target))
                 for role, (_, text), target in zip(roles, turns, supervised, strict=True)
             ),
-            expert_requests=tuple(ExpertRequest(*r) for r in extension.get("experts", [])),
+            expert_requests=tuple(ExpertRequest.of(*r) for r in extension.get("experts", [])),
             meta=dict(extension.get("meta", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -348,7 +375,7 @@ def to_instruction(example: Example) -> tuple[dict[str, Any], dict[str, bytes]]:
             None if i.axis is None and i.window is None else [i.axis, i.index, i.window, i.modality]
             for i in example.images
         ],
-        "experts": [list(dataclasses.astuple(request)) for request in example.expert_requests],
+        "experts": [request.wire_values() for request in example.expert_requests],
         "meta": example.meta,
     }
     return item, files

@@ -27,7 +27,8 @@ import numpy as np
 
 from vilam3_jax.data import packing, stream
 from vilam3_jax.data.batch_layout import Batch, check_room, empty_pairs, global_units, group_shape
-from vilam3_jax.data.experts.cards import load_cards
+from vilam3_jax.data.experts.cards import card_list
+from vilam3_jax.data.experts.exchange import Style
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.image_processor import image_processor
 from vilam3_jax.data.packing import GroupShape, Sample
@@ -520,12 +521,13 @@ def build_loader(
                 f"config data.annotations is empty, but experts are {mode}; set it, or experts=off"
             )
         store = AnnotationStore(data.annotations)
-    cards = load_cards(model.get("cards", "quickstart")) if store is not None else ()
     renderer = Renderer(
         image_reader=ImageReader(processor.kept_size, processor.preprocessing),
         experts=mode,
-        cards=cards,
+        expert_share=data.expert_share,
+        cards=() if store is None else card_list(model),
         annotations=store,
+        style=Style.of(model),
         seed=cfg.seed,
     )
     samples = stream.SampleStream(

@@ -1,7 +1,7 @@
 """From a stored example to what the model reads: turns with or without experts, and decoded images.
 
-Cards, triggers, expert turns and overlays come into being here, at load time. The same functions write the
-turns at inference, so that a model meets the very text it was trained on.
+Cards, calls, expert turns and overlays come into being here, at load time; `data/experts/exchange.py` writes
+them, as at inference.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -17,11 +16,25 @@ import numpy as np
 from etils import epath
 
 from vilam3_jax.data.caches import ByteLRU
+from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ExpertRequest, ImageRef, Turn, path_problem
-from vilam3_jax.data.experts import turns as expert_turns
-from vilam3_jax.data.experts.cards import Card, render_cards
+from vilam3_jax.data.experts.cards import Card
+from vilam3_jax.data.experts.exchange import (
+    DEFAULT_STYLE,
+    Exchange,
+    Overlay,
+    Result,
+    Style,
+    call_turn,
+    exchange,
+    question_of,
+    with_cards,
+)
 from vilam3_jax.data.experts.falsify import falsify
+from vilam3_jax.data.experts.grammar import Call
+from vilam3_jax.data.experts.labels import label_universe, restrict_to_group
 from vilam3_jax.data.experts.record import Annotation
+from vilam3_jax.data.experts.wording import Plane
 from vilam3_jax.data.images import decode_image, decode_scaled, image_shape, load_film, resize
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
 from vilam3_jax.data.templates import (
@@ -39,8 +52,8 @@ EXPERT_MODES = ("on", "off", "falsified", "mixed")
 IMAGE_CACHE_BYTES = 1 << 30
 VOLUME_CACHE_BYTES = 1 << 30
 _ANNOTATION_CACHE_BYTES = 256 << 20
+_QUESTION = "\0"  # stands for the question in what is cached; no text holds it
 _MAX_NOTED = 100  # kinds of notes about volumes that one reader warns of
-_MODALITY_WORDS = {"CT": "a CT image", "MRI": "an MRI image", "CXR": "a chest X-ray"}
 
 
 class Annotations(Protocol):
@@ -168,27 +181,6 @@ class ImageReader:
         return image if self.size is None else resize(image, self.size)
 
 
-def with_cards(turns: Sequence[Turn], cards: Sequence[Card]) -> list[Turn]:
-    """Puts the card list in front of the first user turn."""
-    turns = list(turns)
-    first = next(i for i, turn in enumerate(turns) if turn.role == "user")
-    turns[first] = dataclasses.replace(turns[first], text=render_cards(cards) + turns[first].text)
-    return turns
-
-
-def trigger_turn(card: Card, args: str) -> Turn:
-    """The assistant's turn that asks for an expert; a target."""
-    what = _MODALITY_WORDS.get(card.modality, f"an image of the modality {card.modality}")
-    return Turn(
-        "assistant", f"This looks like {what}. Let me trigger <{card.name}({args})>.", supervised=True
-    )
-
-
-def question_of(turn: Turn) -> str:
-    """A user turn's text without image markers, as the expert's turn repeats it."""
-    return re.sub(rf" ?{IMAGE_MARKER}", "", turn.text).strip()
-
-
 class Renderer:
     """Renders and encodes examples under one setting of the experts."""
 
@@ -197,34 +189,39 @@ class Renderer:
         *,
         image_reader: ImageReader,
         experts: str = "off",
+        expert_share: float = 0.75,
         cards: Sequence[Card] = (),
         annotations: Annotations | None = None,
+        style: Style = DEFAULT_STYLE,
         seed: int = 0,
     ) -> None:
         """Checks the setting.
 
         Args:
           image_reader: decodes images; may be shared.
-          experts: 'on', 'off', 'falsified' (records wrong on purpose) or 'mixed' (three of four samples
-            on).
+          experts: 'on', 'off', 'falsified' (records wrong on purpose) or 'mixed' (some samples on, some off).
+          expert_share: with 'mixed', the share of the samples with experts, 0 to 1.
           cards: the experts that the model is told of.
           annotations: what the experts said; needed unless experts are off.
+          style: how it is told.
           seed: of the coin of 'mixed' and of the falsification.
 
         Raises:
-          UserError: unknown mode, or experts without annotations or cards.
+          UserError: unknown mode, a share outside 0 to 1, or experts without annotations or cards.
         """
         if experts not in EXPERT_MODES:
             raise UserError(f"experts={experts!r}: use one of {', '.join(EXPERT_MODES)}")
+        if not 0 <= expert_share <= 1:
+            raise UserError(f"expert_share={expert_share}: must be from 0 to 1")
         if experts != "off" and (annotations is None or not cards):
             raise UserError(f"experts={experts}: needs annotations and cards; set data.annotations")
         self._reader = image_reader
-        self._experts = experts
+        self._experts, self._share = experts, expert_share
         self._cards = {card.name: card for card in cards}
-        self._store = annotations
+        self._store, self._style = annotations, style
         self._seed = seed
         self._annotations: ByteLRU[Annotation | None] = ByteLRU(_ANNOTATION_CACHE_BYTES, _annotation_bytes)
-        self._texts: ByteLRU[str] = ByteLRU(16 << 20, len)
+        self._exchanges: ByteLRU[Exchange] = ByteLRU(16 << 20, lambda one: len(one.text) + 256)
 
     def render(self, example: Example, data_root: Any, coin: int = 0) -> Rendered:
         """Returns the turns and images of one example.
@@ -261,11 +258,11 @@ class Renderer:
             spoken = example.format == "conversation"
             shown = with_cards(example.turns, list(self._cards.values())) if spoken else example.turns
             return Outline(tuple(shown), tuple(images))
-        found = {}
+        found: dict[int, list[tuple[ExpertRequest, Annotation]]] = {}
         for request in example.expert_requests:
             annotation = self._annotation(example, request)
             if annotation is not None:
-                found[request.before_turn] = (request, annotation)
+                found.setdefault(request.before_turn, []).append((request, annotation))
         if not found:
             return Outline(example.turns, tuple(images))
         turns: list[Turn] = []
@@ -273,32 +270,26 @@ class Renderer:
         waiting = list(images)
         for position, turn in enumerate(example.turns):
             if position in found:
-                request, annotation = found[position]
-                card = self._cards[request.expert]
-                text, overlay = self._speak(
-                    example, request, annotation, card, question_of(turns[-1]), images
-                )
-                turns += [trigger_turn(card, request.args), Turn("expert", text)]
-                pictures += overlay
+                made, overlays = self._exchange(example, found[position], question_of(turns[-1]), images)
+                turns += made
+                pictures += overlays
             turns.append(turn)
             for _ in range(turn.text.count(IMAGE_MARKER)):
                 pictures.append(waiting.pop(0))
-        names = tuple(request.expert for request, _ in found.values())
+        names = tuple(request.expert for pairs in found.values() for request, _ in pairs)
         return Outline(tuple(with_cards(turns, list(self._cards.values()))), tuple(pictures), names)
 
     def _experts_on(self, coin: int) -> bool:
         if self._experts != "mixed":
             return self._experts != "off"
-        return bool(hashlib.sha256(f"{self._seed}/{coin}".encode()).digest()[0] & 3)
+        digest = hashlib.sha256(f"{self._seed}/{coin}".encode()).digest()
+        return int.from_bytes(digest[:6], "big") < self._share * (1 << 48)
 
     def _annotation(self, example: Example, request: ExpertRequest) -> Annotation | None:
-        keys = example.meta.get("input_key")
-        key = keys[request.image] if isinstance(keys, list) else keys
         name = f"{request.expert}({request.args})"
         if request.expert not in self._cards:
             raise UserError(f"expert {request.expert} has no card; choose a card list that names it")
-        if not isinstance(key, str) or not key:
-            raise UserError(f"no meta.input_key to look up {name} with; prepare the dataset again")
+        key = request_key(example, request)
         annotation = self._annotations.get(
             (key, request.expert, request.args), lambda: self._look_up(key, request.expert, request.args)
         )
@@ -311,41 +302,63 @@ class Renderer:
         annotation = self._store.get(key, expert, args)
         if annotation is None or self._experts != "falsified":
             return annotation
-        universe = expert_turns.label_universe(expert, args) or None
-        return falsify(expert_turns.restrict_to_group(annotation), self._seed, universe)
+        universe = label_universe(expert, args) or None
+        return falsify(restrict_to_group(annotation), self._seed, universe)
 
-    def _speak(
+    def _exchange(
         self,
         example: Example,
-        request: ExpertRequest,
-        annotation: Annotation,
-        card: Card,
+        made: Sequence[tuple[ExpertRequest, Annotation]],
         question: str,
         images: Sequence[Picture],
-    ) -> tuple[str, list[Picture]]:
-        image = example.images[request.image]
-        where: dict[str, Any] = {"axis": image.axis, "index": image.index}
-        kind = card.task
-        if kind not in ("segmentation", "classification"):
-            raise UserError(
-                f"card {card.name}: task {kind!r} cannot be rendered; segmentation or classification"
-            )
-        key = (annotation.key, annotation.version, image.axis, image.index)
-        # The question closes the turn, so one text serves all questions about a slice.
-        said = self._texts.get(
-            key, lambda: expert_turns.render_expert_turn(annotation, "", kind=kind, **where)
+    ) -> tuple[list[Turn], list[Picture]]:
+        """The turns of the call and of the experts, and the pictures of the latter."""
+        results, bases = [], []
+        for request, annotation in made:
+            ref = example.images[request.images[0].image]
+            plane = Plane(ref.axis, ref.index)
+            results.append(Result(annotation, self._cards[request.expert].task, plane))
+            if results[-1].shows_overlay:
+                bases.append(request.images[0].image)
+        key = tuple((r.annotation.key, r.annotation.version, r.plane) for r in results)
+        # One text serves all questions about a slice: the question is put in afterwards.
+        try:
+            said = self._exchanges.get(key, lambda: exchange(results, _QUESTION, self._style))
+        except ValueError as error:
+            raise UserError(f"its expert's result cannot be shown: {error}") from error
+        called = call_turn(
+            [self._cards[request.expert] for request, _ in made],
+            [Call(request.expert, request.args) for request, _ in made],
+            self._style,
         )
-        if not expert_turns.shows_image(annotation, kind):
-            return said + question, []
-        base = images[request.image]
+        pictures = [
+            self._coloured(overlay, images[base], ("overlay", n, key, example.images[base].window))
+            for n, (overlay, base) in enumerate(zip(said.overlays, bases, strict=True))
+        ]
+        return [called, Turn("expert", said.text.replace(_QUESTION, question))], pictures
 
-        def coloured() -> np.ndarray:
-            return self._reader.images.get(
-                ("overlay", *key, image.window, self._reader.size),
-                lambda: expert_turns.expert_overlay(annotation, base.read(), **where),
-            )
+    def _coloured(self, overlay: Overlay, base: Picture, key: tuple[Any, ...]) -> Picture:
+        def read() -> np.ndarray:
+            return self._reader.images.get((*key, self._reader.size), lambda: overlay(base.read()))
 
-        return said + question, [Picture(coloured, base.shape)]
+        return Picture(read, base.shape)
+
+
+def request_key(example: Example, request: ExpertRequest) -> str:
+    """The key of what an expert saw, from the content keys of the example's images (`meta.input_key`).
+
+    Raises:
+      UserError: the example does not state them.
+    """
+    keys = example.meta.get("input_key")
+    if isinstance(keys, str):
+        keys = [keys] * len(example.images)
+    try:
+        return inputs_key([(image.role, keys[image.image]) for image in request.images])  # type: ignore[index]
+    except (TypeError, IndexError, ValueError):
+        raise UserError(
+            f"no meta.input_key to look up {request.expert}({request.args}) with; prepare the dataset again"
+        ) from None
 
 
 def _annotation_bytes(annotation: Annotation | None) -> int:

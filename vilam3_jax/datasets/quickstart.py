@@ -305,7 +305,10 @@ class Build:
         first = next((i for i, question in enumerate(questions) if question.expert is not None), None)
         if first is not None:
             # The expert speaks before the answer to the first question that it helps with.
-            requests = (ExpertRequest(str(facts.expert), facts.expert_args, 0, 2 * first + 1, "optional"),)
+            request = ExpertRequest(
+                str(facts.expert), facts.expert_args, before_turn=2 * first + 1, policy="optional"
+            )
+            requests = (request,)
         return Example(
             f"instruct/{picture.key}/{number}",
             "conversation",

@@ -8,7 +8,7 @@ import random
 
 import numpy as np
 
-from vilam3_jax.data.experts.turns import label_universe
+from vilam3_jax.data.experts.labels import label_universe
 from vilam3_jax.data.volumes import Volume, load_label_map, read_volume
 from vilam3_jax.datasets.questions import Facts
 from vilam3_jax.datasets.samples import MODALITY_CODES, Sample

@@ -16,7 +16,7 @@ import numpy as np
 from vilam3_jax.data.examples import Example
 from vilam3_jax.errors import UserError
 from vilam3_jax.evals import protocol as protocols
-from vilam3_jax.inference.agent import Agent, Query, Transcript
+from vilam3_jax.inference.agent import Agent, Query, Scan, Transcript
 
 Experts = Literal["on", "off", "falsified"]
 Images = Literal["true", "blank"]
@@ -124,15 +124,13 @@ def answer_items(
         queries = []
         for item in batch:
             image = load_image(item)
-            queries.append(
-                Query(
-                    question=item.question,
-                    image=blank(image) if arm.images == "blank" else image,
-                    input_key=item.input_key,
-                    axis=item.image.axis,
-                    index=item.image.index,
-                )
+            scan = Scan(
+                image=blank(image) if arm.images == "blank" else image,
+                input_key=item.input_key,
+                axis=item.image.axis,
+                index=item.image.index,
             )
+            queries.append(Query(item.question, (scan,)))
         transcripts = agent.run(queries, max_new_tokens=protocol.max_new_tokens)
         for item, transcript in zip(batch, transcripts, strict=True):
             yield row_of(protocol, arm, item, transcript, falsify_seed=falsify_seed)
@@ -148,7 +146,8 @@ def row_of(
     (the answer), `parsed`, `gold`, `correct`, `unparsed`, `trigger` (the turn in which the model called an
     expert, or None), `expert_called`, `expert_right` (called the expert that could answer; None where none
     could), `expert_status` ('ok', 'failed' or None), `expert_text` (what it was told), `expert_version`,
-    `falsify_seed` (or None) and `truncated`.
+    `falsify_seed` (or None), `truncated`, `cut` (characters that the model wrote between its call and the
+    expert's turn) and `not_made` (calls that nobody answered).
     """
     return {
         **_scored(protocol, arm, item, transcript.answer),
@@ -161,6 +160,8 @@ def row_of(
         "expert_version": None if transcript.annotation is None else transcript.annotation.version,
         "falsify_seed": falsify_seed if arm.experts == "falsified" else None,
         "truncated": transcript.truncated,
+        "cut": sum(map(len, transcript.cut)),
+        "not_made": [str(call) for call in transcript.not_made],
     }
 
 

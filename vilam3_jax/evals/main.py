@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from vilam3_jax import checkpoints, exports, paths
 from vilam3_jax.data.examples import Example
-from vilam3_jax.data.experts.cards import load_cards
+from vilam3_jax.data.experts.cards import card_list, load_cards
+from vilam3_jax.data.experts.exchange import Style
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.image_processor import image_processor
 from vilam3_jax.data.records import INFO_NAME, ExampleSource, read_info
@@ -190,14 +191,14 @@ def _agent(options: argparse.Namespace, arm: arm_lib.Arm) -> tuple[Agent, ImageR
         store = AnnotationStore(options.annotations)
         seed = options.seed if arm.experts == "falsified" else None
         provider = AnnotationProvider(store, falsify_seed=seed)
-        cards = load_cards(options.cards or config.get("cards", "quickstart"))
+        cards = load_cards(options.cards) if options.cards else card_list(config)
     generator, template = load_generator(
         options.checkpoint,
         max_length=options.max_length,
         batch_size=options.batch_size,
         text=options.text or "",
     )
-    agent = Agent(generator, template, cards=cards, provider=provider)
+    agent = Agent(generator, template, cards=cards, provider=provider, style=Style.of(config))
     return agent, ImageReader(agent.processor.kept_size, agent.processor.preprocessing)
 
 

@@ -1,7 +1,7 @@
 """The agent loop: question, the model's call for an expert, the expert's words, the answer.
 
 Many dialogues run side by side in one `Session`; after the expert's turn the model goes on from its cache.
-Turns are written by the same functions as in training (`data/render.py`, `data/expert_turns.py`).
+Turns are written by the same functions as in training (`data/experts/exchange.py`).
 """
 
 from __future__ import annotations
@@ -13,45 +13,85 @@ from typing import Protocol
 import numpy as np
 
 from vilam3_jax import exports, paths
+from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.data.examples import IMAGE_MARKER, Turn
-from vilam3_jax.data.experts import store as annotation_lib
-from vilam3_jax.data.experts import turns as expert_turns
-from vilam3_jax.data.experts.cards import Card, parse_trigger
+from vilam3_jax.data.experts.cards import Card
+from vilam3_jax.data.experts.exchange import DEFAULT_STYLE, Result, Style, exchange, with_cards
+from vilam3_jax.data.experts.falsify import falsify
+from vilam3_jax.data.experts.grammar import Call, CallingTurn, parse_turn
 from vilam3_jax.data.experts.host_client import ExpertHost
+from vilam3_jax.data.experts.labels import label_universe, restrict_to_group
+from vilam3_jax.data.experts.record import failed
 from vilam3_jax.data.experts.store import Annotation, AnnotationStore
+from vilam3_jax.data.experts.wording import Plane
 from vilam3_jax.data.image_processor import ImageProcessor
-from vilam3_jax.data.render import with_cards
 from vilam3_jax.data.templates import Template, encode_prompt, model_template
-from vilam3_jax.data.tokenizer import load_tokenizer
+from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vilam3_jax.data.volumes import VolumeSource
 from vilam3_jax.errors import UserError
-from vilam3_jax.inference.generate import GREEDY, Chunk, Generator, Sampling
+from vilam3_jax.inference.generate import GREEDY, Chunk, Decoded, Generator, Sampling, Session
 
 DEFAULT_MAX_NEW_TOKENS = 128
 _MIN_SHARED = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class Query:
-    """One question about one image.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scan:
+    """An image that a question is about.
 
     Attributes:
-      question: without image markers.
-      image: uint8 [H, W, 3], read at `Agent.processor.kept_size`, or None for a question about no image.
+      image: uint8 [H, W, 3], read at `Agent.processor.kept_size`.
       input_key: content key of the decoded image or volume, under which annotations are found.
       axis: which axis of the volume the image cuts; None for a 2-D image.
       index: which plane along it.
       volume: where a live expert finds the scan; None without one.
       png: the 2-D image in its own size, for a live expert; b'' without one.
+      role: what it is among several, such as "t1c"; "" otherwise.
     """
 
-    question: str
-    image: np.ndarray | None = None
+    image: np.ndarray
     input_key: str = ""
     axis: int | None = None
     index: int | None = None
     volume: VolumeSource | None = None
     png: bytes = b""
+    role: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """One question about an image, about several that belong together, or about none.
+
+    Attributes:
+      question: without image markers.
+      scans: in the order in which they are shown.
+    """
+
+    question: str
+    scans: tuple[Scan, ...] = ()
+
+    @property
+    def input_key(self) -> str:
+        """Key of all scans together; `unknown` if one of them has none."""
+        if not self.scans or not all(scan.input_key for scan in self.scans):
+            return "unknown"
+        return inputs_key([(scan.role, scan.input_key) for scan in self.scans])
+
+    def for_expert(self, card: Card) -> Query:
+        """The question with the scans that an expert looks at, under its roles.
+
+        Raises:
+          ValueError: there is no image, or one of the expert's roles is missing.
+        """
+        if not self.scans:
+            raise ValueError("the question is about no image")
+        if card.roles == ("",):
+            return dataclasses.replace(self, scans=(dataclasses.replace(self.scans[0], role=""),))
+        shown = {scan.role: scan for scan in self.scans}
+        missing = [role for role in card.roles if role not in shown]
+        if missing:
+            raise ValueError(f"it needs {', '.join(card.roles)}, and {', '.join(missing)} is missing")
+        return dataclasses.replace(self, scans=tuple(shown[role] for role in card.roles))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,18 +110,31 @@ class Transcript:
     Attributes:
       turns: all of it, in order.
       answer: the last words of the model.
-      trigger: (expert, arguments) of the last call that was answered, or None.
-      trigger_text: the turn in which the model called, or None.
-      annotation: what the expert said, a failed one included, or None.
-      truncated: the model was cut off rather than stopping by itself.
+      annotations: what the experts said, in the order of the calls, failed ones included.
+      trigger_text: the last turn in which the model called and was answered, or None.
+      truncated: the model was stopped rather than stopping by itself.
+      cut: what the model wrote after its calls, before the experts had spoken; taken out of the dialogue.
+      not_made: calls that nobody answered: behind what was cut, in the answer, or without experts.
     """
 
     turns: tuple[Spoken, ...]
     answer: str
-    trigger: tuple[str, str] | None
-    trigger_text: str | None
-    annotation: Annotation | None
-    truncated: bool
+    annotations: tuple[Annotation, ...] = ()
+    trigger_text: str | None = None
+    truncated: bool = False
+    cut: tuple[str, ...] = ()
+    not_made: tuple[Call, ...] = ()
+
+    @property
+    def annotation(self) -> Annotation | None:
+        """What the last expert said, a failure included, or None."""
+        return self.annotations[-1] if self.annotations else None
+
+    @property
+    def trigger(self) -> tuple[str, str] | None:
+        """(expert, arguments) of the last call that was answered, or None."""
+        last = self.annotation
+        return None if last is None else (last.expert, last.args)
 
     @property
     def prompt(self) -> str:
@@ -105,7 +158,10 @@ class Provider(Protocol):
     """Where experts' results come from."""
 
     def annotate(self, query: Query, expert: str, args: str) -> Annotation:
-        """The result of one expert on one query; if there is none, a failed annotation, never an error."""
+        """The result of one expert on a query that holds the expert's scans.
+
+        If there is none, a failed annotation, never an error.
+        """
         ...
 
 
@@ -127,11 +183,11 @@ class AnnotationProvider:
         found = self._store.get(query.input_key, expert, args)
         if found is None:
             reason = f"no stored result of {expert}({args}) on this input"
-            return annotation_lib.failed(query.input_key or "unknown", expert, args, reason)
+            return failed(query.input_key, expert, args, reason)
         if self._falsify_seed is None or found.status == "failed":
             return found
-        universe = expert_turns.label_universe(expert, args) or None
-        return annotation_lib.falsify(expert_turns.restrict_to_group(found), self._falsify_seed, universe)
+        universe = label_universe(expert, args) or None
+        return falsify(restrict_to_group(found), self._falsify_seed, universe)
 
 
 class HostProvider:
@@ -143,12 +199,11 @@ class HostProvider:
 
     def annotate(self, query: Query, expert: str, args: str) -> Annotation:
         """See `Provider`."""
-        if query.volume is not None:
-            return self._host.ask(expert, args, input_key=query.input_key, volume=query.volume)
-        if query.png:
-            return self._host.ask(expert, args, input_key=query.input_key, image_bytes=query.png)
-        reason = "the expert host needs the scan's file or the picture"
-        return annotation_lib.failed(query.input_key or "unknown", expert, args, reason)
+        sources = [(scan.role, scan.volume or scan.png) for scan in query.scans]
+        if not all(source for _, source in sources):
+            reason = "the expert host needs the scan's file or the picture"
+            return failed(query.input_key, expert, args, reason)
+        return self._host.ask(expert, args, input_key=query.input_key, inputs=sources)
 
 
 class Providers:
@@ -177,6 +232,7 @@ class Agent:
         *,
         cards: Sequence[Card] = (),
         provider: Provider | None = None,
+        style: Style = DEFAULT_STYLE,
         max_rounds: int = 1,
     ):
         """Puts the parts together.
@@ -186,7 +242,8 @@ class Agent:
           template: the wire format it was trained with.
           cards: experts it is told of; ignored without a provider.
           provider: None asks the model alone: no cards, and what looks like a call is just an answer.
-          max_rounds: how many expert calls one question may make.
+          style: how experts' results are told; as in training.
+          max_rounds: how many turns with expert calls one question may have.
 
         Raises:
           UserError: a provider without cards, or a negative `max_rounds`.
@@ -197,6 +254,7 @@ class Agent:
             raise UserError(f"max_rounds {max_rounds}: must be 0 or more")
         self._generator, self._template, self._provider = generator, template, provider
         self._cards = {card.name: card for card in cards} if provider is not None else {}
+        self._style = style
         self._max_rounds = max_rounds if provider is not None else 0
         self._stops = template.stop_ids(generator.tokenizer)
 
@@ -233,89 +291,92 @@ class Agent:
         rows = [_Row(query) for query in queries]
         chunks = []
         for row in rows:
-            turn = Turn(
-                "user", (f"{IMAGE_MARKER}\n" if row.query.image is not None else "") + row.query.question
-            )
+            scans = row.query.scans
+            shown = self._style.wording.inputs([scan.role for scan in scans]) if scans else ""
+            turn = Turn("user", shown + row.query.question)
             (turn,) = with_cards([turn], list(self._cards.values())) if self._cards else [turn]
-            pictures = () if row.query.image is None else (row.query.image,)
+            pictures = tuple(scan.image for scan in scans)
             row.turns.append(Spoken("user", turn.text, pictures))
             chunks.append(self._chunk(turn, pictures))
         shared = _shared_prefix(chunks)
-        session = self._generator.start(len(rows), chunks[0].tokens[:shared])
-        session.append([_without(chunk, shared) for chunk in chunks])
+        prefix = chunks[0].tokens[:shared]
+        session = self._generator.start(len(rows), prefix)
+        for row, chunk in zip(rows, chunks, strict=True):
+            row.cached.append(_without(chunk, shared))
+        session.append([row.cached[0] for row in rows])
         active = [True] * len(rows)
         for round_number in range(self._max_rounds + 1):
             decoded = session.decode(max_new_tokens, self._stops, active=active, sampling=sampling)
             for row, said, speaks in zip(rows, decoded, active, strict=True):
                 if speaks:
-                    text = self._generator.tokenizer.decode(said.ids).strip()
-                    row.turns.append(Spoken("assistant", text))
-                    row.truncated = not said.stopped
+                    row.hear(self._generator.tokenizer, said)
             if round_number == self._max_rounds:
                 break
-            calls = [self._call(row) if speaks else None for row, speaks in zip(rows, active, strict=True)]
-            active = [call is not None for call in calls]
+            turns = [
+                row.read_calls(self._generator.tokenizer) if speaks else None
+                for row, speaks in zip(rows, active, strict=True)
+            ]
+            active = [turn is not None for turn in turns]
             if not any(active):
                 break
-            session.append(calls)
+            if any(turn.cut for turn in turns if turn is not None):
+                # The cache holds what was cut: begin again with the words that stay.
+                session = self._restart(prefix, rows)
+            session.append(
+                [
+                    None if turn is None else self._answer(row, turn)
+                    for row, turn in zip(rows, turns, strict=True)
+                ]
+            )
         return [row.transcript() for row in rows]
 
-    def _call(self, row: _Row) -> Chunk | None:
-        """The expert's turn after the model's last words, or None if they call nobody."""
-        text = row.turns[-1].text
-        called = parse_trigger(text)
-        if called is None or self._provider is None:
-            return None
-        card = self._cards.get(called[0])
-        if card is not None and not card.args:
-            called = (
-                called[0],
-                "",
-            )  # whatever stands in the brackets of an expert without arguments is dropped
-        annotation = self._ask(self._provider, row.query, *called)
-        spoken, annotation = self._speak(row.query, annotation)
-        row.trigger, row.trigger_text, row.annotation = called, text, annotation
-        row.turns.append(spoken)
+    def _restart(self, prefix: np.ndarray, rows: Sequence[_Row]) -> Session:
+        session = self._generator.start(len(rows), prefix)
+        for number in range(max(len(row.cached) for row in rows)):
+            session.append([row.cached[number] if number < len(row.cached) else None for row in rows])
+        return session
+
+    def _answer(self, row: _Row, turn: CallingTurn) -> Chunk:
+        """The experts' turn after the model's calls."""
+        results = [self._result(row.query, call) for call in turn.calls]
+        said = exchange(results, row.query.question, self._style)
+        bases = [self._base(row.query, result) for result in results if result.shows_overlay]
+        pictures = tuple(overlay(base) for overlay, base in zip(said.overlays, bases, strict=True))
+        row.annotations += [result.annotation for result in results]
+        row.trigger_text = turn.kept
+        row.turns.append(Spoken("expert", said.text, pictures))
         # The model's own words are cached without their ending: close its turn, then the expert speaks.
-        return self._chunk(Turn("expert", spoken.text), spoken.images, after_answer=True)
+        chunk = self._chunk(Turn("expert", said.text), pictures, after_answer=True)
+        row.cached.append(chunk)
+        return chunk
 
-    def _ask(self, provider: Provider, query: Query, expert: str, args: str) -> Annotation:
-        key = query.input_key or "unknown"
-        card = self._cards.get(expert)
+    def _result(self, query: Query, call: Call) -> Result:
+        """What an expert says; a result that cannot be shown on this image counts as failed."""
+        card = self._cards.get(call.expert)
+        if card is not None and not card.args:
+            call = Call(call.expert)  # its brackets mean nothing
+        key, why = query.input_key, ""
         if card is None:
-            return annotation_lib.failed(key, expert, args, f"there is no expert {expert}")
-        if args not in (card.args or ("",)):
-            return annotation_lib.failed(key, expert, args, f"{expert} does not take the argument {args!r}")
-        if query.image is None:
-            return annotation_lib.failed(key, expert, args, "the question is about no image")
-        return provider.annotate(query, expert, args)
+            why = f"there is no expert {call.expert}"
+        elif call.args not in (card.args or ("",)):
+            why = f"{call.expert} does not take the argument {call.args!r}"
+        else:
+            try:
+                query = query.for_expert(card)
+            except ValueError as error:
+                why = str(error)
+        if card is None or why or self._provider is None:
+            return Result(failed(key, call.expert, call.args, why), "classification")
+        annotation = self._provider.annotate(query, call.expert, call.args)
+        result = Result(annotation, card.task, Plane(query.scans[0].axis, query.scans[0].index))
+        if problem := result.problem():
+            reason = f"its result does not fit this image: {problem}"
+            return dataclasses.replace(result, annotation=failed(*annotation.key, reason))
+        return result
 
-    def _speak(self, query: Query, annotation: Annotation) -> tuple[Spoken, Annotation]:
-        """The expert's turn; a result that cannot be shown on this image counts as failed."""
-        card = self._cards.get(annotation.expert)
-        kind: expert_turns.Kind = "classification"
-        if card is not None and card.task == "segmentation":
-            kind = "segmentation"
-        pictures: tuple[np.ndarray, ...] = ()
-
-        def render() -> str:
-            return expert_turns.render_expert_turn(
-                annotation, query.question, axis=query.axis, index=query.index, kind=kind
-            )
-
-        try:
-            text = render()
-            if expert_turns.shows_image(annotation, kind):
-                assert query.image is not None and query.axis is not None and query.index is not None
-                pictures = (
-                    expert_turns.expert_overlay(annotation, query.image, axis=query.axis, index=query.index),
-                )
-        except (ValueError, IndexError) as error:
-            annotation = annotation_lib.failed(
-                *annotation.key, f"its result does not fit this image: {error}"
-            )
-            text = render()
-        return Spoken("expert", text, pictures), annotation
+    def _base(self, query: Query, result: Result) -> np.ndarray:
+        """The picture under an overlay: the expert's first scan."""
+        return query.for_expert(self._cards[result.annotation.expert]).scans[0].image
 
     def _chunk(self, turn: Turn, pictures: tuple[np.ndarray, ...], *, after_answer: bool = False) -> Chunk:
         if turn.text.count(IMAGE_MARKER) != len(pictures):
@@ -346,24 +407,45 @@ def _without(chunk: Chunk, count: int) -> Chunk:
 
 
 class _Row:
-    """One dialogue while it takes place."""
+    """One dialogue while it takes place; `cached` is what the model has read and said, behind the prefix."""
 
     def __init__(self, query: Query):
         self.query = query
         self.turns: list[Spoken] = []
-        self.trigger: tuple[str, str] | None = None
+        self.cached: list[Chunk] = []
+        self.annotations: list[Annotation] = []
         self.trigger_text: str | None = None
-        self.annotation: Annotation | None = None
         self.truncated = False
+        self.cut: list[str] = []
+        self.not_made: list[Call] = []
+
+    def hear(self, tokenizer: Tokenizer, said: Decoded) -> None:
+        """Takes down a turn of the model."""
+        self.turns.append(Spoken("assistant", tokenizer.decode(said.ids).strip()))
+        self.cached.append(Chunk.text(said.ids))
+        self.truncated = not said.stopped
+
+    def read_calls(self, tokenizer: Tokenizer) -> CallingTurn | None:
+        """The last turn if it calls experts; takes what follows the calls out of the dialogue."""
+        turn = parse_turn(self.turns[-1].text)
+        if not turn.calls:
+            return None
+        if turn.cut:
+            self.turns[-1] = Spoken("assistant", turn.kept)
+            self.cached[-1] = Chunk.text(tokenizer.encode(turn.kept))
+            self.cut.append(turn.cut)
+            self.not_made += turn.dropped
+        return turn
 
     def transcript(self) -> Transcript:
         return Transcript(
             tuple(self.turns),
             self.turns[-1].text,
-            self.trigger,
+            tuple(self.annotations),
             self.trigger_text,
-            self.annotation,
             self.truncated,
+            tuple(self.cut),
+            (*self.not_made, *parse_turn(self.turns[-1].text).calls),
         )
 
 

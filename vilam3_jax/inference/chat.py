@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from vilam3_jax import exports, paths
-from vilam3_jax.data.experts.cards import Card, load_cards
+from vilam3_jax.data.experts.cards import Card, card_list
+from vilam3_jax.data.experts.exchange import Style
 from vilam3_jax.data.experts.host_client import ExpertHost
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.images import encode_png
@@ -30,6 +31,7 @@ from vilam3_jax.inference.agent import (
     Provider,
     Providers,
     Query,
+    Scan,
     Transcript,
     load_generator,
 )
@@ -83,7 +85,8 @@ class Assistant:
         self._generator, self._template = load_generator(
             checkpoint, max_length=max_length, batch_size=1, text=text
         )
-        self._cards = load_cards(str(exports.load_model_config(checkpoint).get("cards", "quickstart")))
+        model = exports.load_model_config(checkpoint)
+        self._cards, self._style = card_list(model), Style.of(model)
         self._annotations, self._expert_host, self._weights = annotations, expert_host, expert_weights
         self._host: ExpertHost | None = None
         self._decoder = DecoderProcess() if isolate else None
@@ -142,8 +145,7 @@ class Assistant:
             decoder=self._decoder,
         )
         agent = self._agent(experts)
-        query = Query(
-            question=prompt.strip(),
+        scan = Scan(
             image=picture.pixels,
             input_key=picture.input_key,
             axis=picture.axis,
@@ -151,6 +153,7 @@ class Assistant:
             volume=picture.volume,
             png=picture.png,
         )
+        query = Query(prompt.strip(), (scan,))
         sampling = Sampling(temperature, top_p, seed)
         (transcript,) = agent.run([query], max_new_tokens=max_new_tokens, sampling=sampling)
         return Reply(
@@ -181,7 +184,11 @@ class Assistant:
         if experts not in self._agents:
             provider = self._provider() if experts else None
             self._agents[experts] = Agent(
-                self._generator, self._template, cards=self._cards if experts else (), provider=provider
+                self._generator,
+                self._template,
+                cards=self._cards if experts else (),
+                provider=provider,
+                style=self._style,
             )
         return self._agents[experts]
 
@@ -265,16 +272,27 @@ def load(
 
 def _notes(transcript: Transcript, cards: Sequence[Card]) -> tuple[str, ...]:
     notes = []
-    if transcript.trigger is not None:
-        card = next((card for card in cards if card.name == transcript.trigger[0]), None)
-        if card is not None and card.stand_in:
+    stand_ins = {card.name for card in cards if card.stand_in}
+    for annotation in transcript.annotations:
+        if annotation.expert in stand_ins:
+            stand_ins.remove(annotation.expert)
             notes.append(
-                f"{card.name} is a stand-in of public-package quality, "
-                "not the expert that VILA-M3 was trained with."
+                f"{annotation.expert} is a stand-in of public-package quality, "
+                "not an expert that VILA-M3 was trained with."
             )
-    annotation = transcript.annotation
-    if annotation is not None and annotation.status == "failed":
-        notes.append(f"The expert {annotation.expert} failed: {annotation.reason}.")
+        if annotation.status == "failed":
+            notes.append(f"The expert {annotation.expert} failed: {annotation.reason}.")
+        notes += [
+            f"A check of {annotation.expert} says: {verdict.message}"
+            for verdict in annotation.verdicts
+            if verdict.status in ("warn", "fail") and verdict.message != annotation.reason
+        ]
+    if transcript.cut:
+        letters = sum(map(len, transcript.cut))
+        notes.append(f"{letters} characters that the model wrote before the expert had spoken were cut.")
+    if transcript.not_made:
+        calls = ", ".join(dict.fromkeys(map(str, transcript.not_made)))
+        notes.append(f"The model also wrote {calls}, a call that was not made.")
     if transcript.truncated:
         notes.append("The answer was cut off at the bound on new tokens.")
     return (*notes, NOT_CLINICAL)
@@ -286,8 +304,8 @@ def render_dialogue(reply: Reply) -> str:
     lines = [f"[image] {reply.description}"]
     for turn in reply.transcript.turns:
         name = names[turn.role]
-        if turn.role == "expert" and reply.transcript.trigger is not None:
-            name = f"Expert {reply.transcript.trigger[0]}"
+        if turn.role == "expert":
+            name = "Expert " + " and ".join(dict.fromkeys(a.expert for a in reply.transcript.annotations))
         lines.append(f"{name}: {turn.text}")
     return "\n".join([*lines, "", *(f"Note: {note}" for note in reply.notes)])
 

@@ -12,9 +12,10 @@ from PIL import Image
 from vilam3_jax import paths
 from vilam3_jax.data import images, volumes
 from vilam3_jax.data.examples import Example, ImageRef
-from vilam3_jax.data.experts import turns as expert_turns
-from vilam3_jax.data.experts.cards import parse_trigger
 from vilam3_jax.data.experts.falsify import falsify
+from vilam3_jax.data.experts.grammar import parse_turn
+from vilam3_jax.data.experts.labels import label_universe, restrict_to_group, visible_segments
+from vilam3_jax.data.experts.overlays import PALETTE, expert_overlay, legend
 from vilam3_jax.data.experts.store import Annotation, AnnotationStore
 from vilam3_jax.data.preprocessing import Preprocessing
 from vilam3_jax.data.records import INFO_NAME, ExampleSource, read_info
@@ -23,9 +24,7 @@ from vilam3_jax.report.dialogues import Pictures
 
 SIDE = 288  # pixels of the longer side: sharp enough on a phone, and two dozen of them stay below 2 MB
 PLANES = ("sagittal", "coronal", "axial")
-_CSS = {
-    name: "rgb({:.0f} {:.0f} {:.0f})".format(*(255 * c for c in rgb)) for name, rgb in expert_turns.PALETTE
-}
+_CSS = {name: "rgb({:.0f} {:.0f} {:.0f})".format(*(255 * c for c in rgb)) for name, rgb in PALETTE}
 _MAX_IMAGE_BYTES = 64 << 20
 _PREPROCESSING = Preprocessing()  # the quickstart's models have the default
 
@@ -98,29 +97,30 @@ class Source:
         record = self._record(row, str(example.meta["input_key"]))
         if record is None or record.labels is None or ref.axis is None:
             return Pictures(images.encode_png(shown), words)
-        coloured = expert_turns.expert_overlay(record, shown, axis=ref.axis, index=ref.index)
-        visible = expert_turns.visible_segments(record, axis=ref.axis, index=ref.index)
-        legend = expert_turns.legend({i: n for i, n, _, _ in visible}, [i for i, *_ in visible])
+        coloured = expert_overlay(record, shown, axis=ref.axis, index=ref.index)
+        visible = visible_segments(record, axis=ref.axis, index=ref.index)
+        colours = legend({i: n for i, n, _, _ in visible}, [i for i, *_ in visible])
         false = "" if row.get("falsify_seed") is None else " (falsified)"
         return Pictures(
             image=images.encode_png(shown),
             image_words=words,
             overlay=images.encode_png(coloured),
             overlay_words=f"labels of {record.expert}{false}",
-            legend=tuple((_CSS[colour], label) for colour, label in legend.items()),
+            legend=tuple((_CSS[colour], label) for colour, label in colours.items()),
         )
 
     def _record(self, row: Mapping[str, Any], input_key: str) -> Annotation | None:
         """What the expert said in this row, falsified as it was then; None if none was called."""
-        called = parse_trigger(str(row.get("trigger") or ""))
-        if called is None or self._store is None or row.get("expert_status") == "failed":
+        calls = parse_turn(str(row.get("trigger") or "")).calls
+        if not calls or self._store is None or row.get("expert_status") == "failed":
             return None
+        called = calls[-1].expert, calls[-1].args
         record = self._store.get(input_key, *called)
         if record is None or record.status != "ok":
             return None
         if row.get("falsify_seed") is not None:
-            universe = expert_turns.label_universe(*called) or None
-            record = falsify(expert_turns.restrict_to_group(record), int(row["falsify_seed"]), universe)
+            universe = label_universe(*called) or None
+            record = falsify(restrict_to_group(record), int(row["falsify_seed"]), universe)
         return record
 
     def _slice(self, ref: ImageRef, source: ExampleSource) -> tuple[np.ndarray, str]:

@@ -1,7 +1,8 @@
 """Expert cards: how a model learns which experts there are, and how it asks for one.
 
-Cards are data (`cards/*.json`, `cards/*.txt`), rendered in one fixed grammar. The text that the released
-VILA-M3 checkpoints were trained on is kept byte for byte as `vila_m3`.
+Cards are data (`tables/*.json`, `tables/*.txt`), rendered in one fixed text. The text that the released
+VILA-M3 checkpoints were trained on is kept byte for byte as `vila_m3`. What a card states beyond its text
+(roles, modalities, regions, checks) comes from `tables/facts.json` unless the card list states it itself.
 
 This module imports neither jax nor flax nor torch.
 """
@@ -9,38 +10,59 @@ This module imports neither jax nor flax nor torch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.resources
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vilam3_jax import paths
+from vilam3_jax.data.experts.grammar import NAME
 from vilam3_jax.errors import UserError
 
 HEADER = "Here is a list of available expert models:\n"
 FOOTER = "Give the model <NAME(args)> when selecting a suitable expert model.\n"
 STAND_IN = "stand-in"
 
-_NAME = "[A-Z][A-Z0-9_]{0,31}"
 _SEPARATORS = ("\n", ", Task: ", ", Overview: ", ", Accuracy: ", ", Valid args are: ")
 _LINE = re.compile(
-    rf"<({_NAME})\(args\)> Modality: (.*?), Task: (.*?), Overview: (.*?), "
+    rf"<({NAME})\(args\)> Modality: (.*?), Task: (.*?), Overview: (.*?), "
     r"Accuracy: (.*?), Valid args are: (.*)"
 )
-# The bound on the arguments keeps a stray '<A(' from scanning a long text again and again.
-_TRIGGER = re.compile(rf"<({_NAME})\(([^()<>\n]{{0,200}})\)>")
 _MAX_CARDS_BYTES = 1 << 20
+_FACTS = ("roles", "modalities", "regions", "checks")
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A check of an expert's result, see `verify`.
+
+    Attributes:
+      kind: which check, such as `volume_ml`.
+      subject: the label or class it is about; '' for all.
+      low, high: what is plausible, in the unit of the check; None for no bound.
+    """
+
+    kind: str
+    subject: str = ""
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What a model is told of one expert.
+    """What a model is told of one expert, and what is required of its input and its result.
 
     Attributes:
-      name: upper case, as in the trigger `<NAME(args)>`.
+      name: upper case, as in the call `<NAME(args)>`.
       args: the arguments it takes; empty for none.
       modality, task, overview, accuracy: free text on one line.
       stand_in: a public-package substitute, not the expert it is named after; the overview must say so.
+      roles: of its inputs, in order, such as ("t1c", "t1", "t2", "flair"); ("",) for a single input.
+      modalities: DICOM's codes of what it reads; empty for any.
+      regions: body regions it reads; empty for any.
+      checks: of its results.
     """
 
     name: str
@@ -50,17 +72,39 @@ class Card:
     overview: str
     accuracy: str
     stand_in: bool = False
+    roles: tuple[str, ...] = ("",)
+    modalities: tuple[str, ...] = ()
+    regions: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = ()
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(_NAME, self.name):
+        if not re.fullmatch(NAME, self.name):
             raise ValueError(f"card name {self.name!r} must be upper case letters, digits and '_'")
         for text in (self.modality, self.task, self.overview, self.accuracy):
             if any(s in text for s in _SEPARATORS):
                 raise ValueError(f"card {self.name}: {text!r} holds a line break or a field name")
         if any(not re.fullmatch(r"[^()<>'\n]{1,200}", a) or a == "None" for a in self.args):
-            raise ValueError(f"card {self.name}: arguments {self.args} cannot be written in a trigger")
+            raise ValueError(f"card {self.name}: arguments {self.args} cannot be written in a call")
         if self.stand_in != (STAND_IN in self.overview):
             raise ValueError(f"card {self.name}: the overview of a stand-in must hold {STAND_IN!r}")
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Card:
+        """Reads what `to_dict` wrote; facts that are missing come from `tables/facts.json`.
+
+        Raises:
+          TypeError, KeyError, ValueError: not a card.
+        """
+        fields = {**facts(row["name"]), **row}
+        for name in ("args", "roles", "modalities", "regions"):
+            if name in fields:
+                fields[name] = tuple(map(str, fields[name]))
+        fields["checks"] = tuple(Check(**check) for check in fields.get("checks", ()))
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
 
     def render(self) -> str:
         """The card's line, without line end."""
@@ -73,6 +117,44 @@ class Card:
             f"<{self.name}(args)> Modality: {self.modality}, Task: {self.task}, "
             f"Overview: {self.overview}, Accuracy: {self.accuracy}, Valid args are: {args}"
         )
+
+
+@functools.cache
+def _all_facts() -> dict[str, dict[str, Any]]:
+    data = importlib.resources.files("vilam3_jax.data.experts") / "tables" / "facts.json"
+    return json.loads(data.read_text(encoding="utf-8"))
+
+
+def facts(name: str) -> dict[str, Any]:
+    """What `tables/facts.json` states of an expert beyond its card's text; empty for an unknown one."""
+    return {key: value for key, value in _all_facts().get(name, {}).items() if key in _FACTS}
+
+
+def card_list(model: Mapping[str, Any]) -> list[Card]:
+    """The cards of a model: those inside an export (`card_list`), otherwise the list that `cards` names.
+
+    Args:
+      model: the `model` section of a config.
+
+    Raises:
+      UserError: no such list, or it is malformed.
+    """
+    rows = model.get("card_list")
+    if rows is None:
+        return load_cards(str(model["cards"]))
+    try:
+        return [Card.from_dict(dict(row)) for row in rows]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"card_list of the model: {error}; export it again") from error
+
+
+def with_card_list(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's config with its cards inside, for an export that needs no card file.
+
+    Raises:
+      UserError: as `card_list`.
+    """
+    return {**model, "card_list": [card.to_dict() for card in card_list(model)]}
 
 
 def render_cards(cards: Sequence[Card]) -> str:
@@ -95,14 +177,16 @@ def parse_cards(text: str) -> list[Card]:
             raise ValueError(f"not a card: {line[:80]!r}")
         name, modality, task, overview, accuracy, args = match.groups()
         cards.append(
-            Card(
-                name,
-                tuple(re.findall(r"'([^']*)'", args)),
-                modality,
-                task,
-                overview,
-                accuracy,
-                STAND_IN in overview,
+            Card.from_dict(
+                {
+                    "name": name,
+                    "args": re.findall(r"'([^']*)'", args),
+                    "modality": modality,
+                    "task": task,
+                    "overview": overview,
+                    "accuracy": accuracy,
+                    "stand_in": STAND_IN in overview,
+                }
             )
         )
     if render_cards(cards) != text:
@@ -131,31 +215,6 @@ def load_cards(name: str) -> list[Card]:
     try:
         if not is_json:
             return parse_cards(data.decode())
-        return [Card(**{**row, "args": tuple(row["args"])}) for row in json.loads(data)]
+        return [Card.from_dict(row) for row in json.loads(data)]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"card list {name}: {error}; correct the file") from error
-
-
-def parse_trigger(text: str, cards: Sequence[Card] | None = None) -> tuple[str, str] | None:
-    """Finds the first `<NAME(args)>` in a model's answer.
-
-    Args:
-      text: what the model wrote; anything at all.
-      cards: if given, an expert or an argument that no card names counts as no trigger. Whatever stands
-        between the brackets of an expert without arguments is dropped.
-
-    Returns:
-      (name, args), args without outer blanks and quotes; or None.
-    """
-    match = _TRIGGER.search(text)
-    if match is None:
-        return None
-    name, args = match[1], match[2].strip().strip("'\"").strip()
-    if cards is None:
-        return name, args
-    card = next((c for c in cards if c.name == name), None)
-    if card is None:
-        return None
-    if not card.args:
-        return name, ""
-    return (name, args) if args in card.args else None

@@ -1,8 +1,9 @@
 """Live experts from the model's side: a child process that may live in another virtual environment.
 
-Frames are a 4-byte big-endian length and a msgpack map. Request: {id, expert, args, volume | image_bytes},
-where a volume is {path, series, modality}; response: {id, annotation | error}. A host that crashes, hangs or
-answers nonsense gives a failed annotation, and the next request starts a fresh one.
+Frames are a 4-byte big-endian length and a msgpack map. Request: {id, expert, args, inputs}, where an input
+is {role, volume} or {role, image_bytes} and a volume is {path, series, modality}; response:
+{id, annotation | error}. A host that crashes, hangs or answers nonsense gives a failed annotation, and the next
+request starts a fresh one.
 
 This module imports neither jax nor flax nor torch.
 """
@@ -115,31 +116,27 @@ class ExpertHost:
         args: str = "",
         *,
         input_key: str,
-        volume: VolumeSource | None = None,
-        image_bytes: bytes | None = None,
+        inputs: Sequence[tuple[str, VolumeSource | bytes]],
     ) -> Annotation:
-        """Lets an expert analyse one scan.
+        """Lets an expert analyse one scan, or several that belong together.
 
         Args:
           expert: name of the expert.
           args: its arguments.
-          input_key: content key of the scan; the answer must be about it.
-          volume: a local file or DICOM folder that the host can read; or
-          image_bytes: an encoded image.
+          input_key: `content_keys.inputs_key` of the inputs; the answer must be about them.
+          inputs: (role, local file or DICOM folder that the host can read, or an encoded image), in the order
+            of the expert's roles; the role of a single input is "".
 
         Returns:
           The annotation; a failed one with its reason if the host could not give any.
-
-        Raises:
-          ValueError: neither or both of the inputs given.
         """
-        if (volume is None) == (image_bytes is None):
-            raise ValueError("give either volume or image_bytes")
-        request: Message = {"id": next(self._numbers), "expert": expert, "args": args}
-        if volume is not None:
-            request["volume"] = dataclasses.asdict(volume)
-        else:
-            request["image_bytes"] = image_bytes
+        sent = [
+            {"role": role, "image_bytes": source}
+            if isinstance(source, bytes)
+            else {"role": role, "volume": dataclasses.asdict(source)}
+            for role, source in inputs
+        ]
+        request: Message = {"id": next(self._numbers), "expert": expert, "args": args, "inputs": sent}
         with self._lock:
             try:
                 response = self._exchange(request)

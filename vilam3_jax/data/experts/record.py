@@ -20,9 +20,10 @@ import numpy as np
 from vilam3_jax.data import content_keys, wire
 from vilam3_jax.errors import UserError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MAX_RECORD_BYTES = 1 << 30
 MAX_LABEL_VOXELS = 1 << 29
+VERDICTS = ("pass", "warn", "fail", "unknown")
 _LABEL_DTYPES = ("uint8", "uint16")
 
 Key = tuple[str, str, str]
@@ -48,6 +49,55 @@ class Segment:
     volume_ml: float
     components: int
     bbox: tuple[int, int, int, int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What one check found.
+
+    Attributes:
+      check: kind of the check, such as `modality` or `volume_ml`.
+      status: 'pass', 'warn' (doubtful), 'fail' (implausible) or 'unknown' (no evidence to judge by).
+      stage: 'before' the expert ran, of its input; or 'after', of its result.
+      subject: the label or class it is about; '' for the whole.
+      value: what was measured, in the unit of the check; None if nothing was.
+      low, high: what is plausible; None for no bound.
+      message: a sentence for people and the model, with no identifier of a patient or file.
+    """
+
+    check: str
+    status: str
+    stage: str = "after"
+    subject: str = ""
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    message: str = ""
+
+    def __post_init__(self) -> None:
+        if self.status not in VERDICTS:
+            raise ValueError(f"verdict {self.status!r}, expected one of {VERDICTS}")
+        if self.stage not in ("before", "after"):
+            raise ValueError(f"stage {self.stage!r}, expected 'before' or 'after'")
+
+
+@dataclasses.dataclass(frozen=True)
+class Disagreement:
+    """Where another expert says something else about the same input.
+
+    Attributes:
+      expert, args, version: the other expert.
+      subject: the label or class both speak of.
+      measure: what is compared, `dice` or `probability difference`.
+      value: of the measure.
+    """
+
+    expert: str
+    args: str
+    version: str
+    subject: str
+    measure: str
+    value: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +200,10 @@ class Annotation:
       segments: the labels found in the whole volume.
       labels: the compressed label map, or None.
       seconds: time the expert took.
+      verdicts: what the checks of input and result found.
+      calibrated: class name to calibrated probability; empty without a calibration.
+      calibration: which calibration (method and digest of the fit), '' for none.
+      disagreements: of other experts on the same input.
       inputs: of several inputs, the ordered (role, content key) pairs; empty for a single one.
       schema_version: version of this record type.
     """
@@ -165,6 +219,10 @@ class Annotation:
     segments: tuple[Segment, ...] = ()
     labels: LabelMap | None = None
     seconds: float = 0.0
+    verdicts: tuple[Verdict, ...] = ()
+    calibrated: dict[str, float] = dataclasses.field(default_factory=dict)
+    calibration: str = ""
+    disagreements: tuple[Disagreement, ...] = ()
     inputs: tuple[tuple[str, str], ...] = ()
     schema_version: int = SCHEMA_VERSION
 
@@ -177,7 +235,7 @@ class Annotation:
             raise ValueError("input_key and expert must not be empty")
         if self.inputs and content_keys.inputs_key(self.inputs) != self.input_key:
             raise ValueError("input_key is not the key of the inputs")
-        for name, value in self.probabilities.items():
+        for name, value in (*self.probabilities.items(), *self.calibrated.items()):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"probability of {name!r} is {value}")
         ids = [s.label_id for s in self.segments]
@@ -256,6 +314,8 @@ class Annotation:
                     "annotate again or upgrade vilam3-jax"
                 )
             fields["segments"] = tuple(Segment(**{**s, "bbox": tuple(s["bbox"])}) for s in fields["segments"])
+            fields["verdicts"] = tuple(Verdict(**v) for v in fields["verdicts"])
+            fields["disagreements"] = tuple(Disagreement(**d) for d in fields["disagreements"])
             fields["inputs"] = tuple((role, key) for role, key in fields["inputs"])
             if fields["labels"] is not None:
                 labels = fields["labels"]

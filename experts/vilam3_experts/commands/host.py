@@ -1,0 +1,19 @@
+"""`vilam3-experts host`: serve experts over standard input and output."""
+
+from __future__ import annotations
+
+import argparse
+
+from vilam3_experts.host import serve_stdio
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Declares the command."""
+    parser = commands.add_parser("host", help="serve experts over standard input and output")
+    parser.add_argument("--weights", help="folder of the model files")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command."""
+    return serve_stdio(options.weights)

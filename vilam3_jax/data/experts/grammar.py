@@ -1,0 +1,95 @@
+"""The one grammar in which a model calls experts: `<NAME(arguments)>`, written and parsed here.
+
+This module imports neither jax nor flax nor torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+NAME = "[A-Z][A-Z0-9_]{0,31}"
+# The bound on the arguments keeps a stray '<A(' from scanning a long text again and again.
+ARGS = r"[^()<>\n]{0,200}"
+_CALL = re.compile(rf"<({NAME})\(({ARGS})\)>")
+_JOINER = re.compile(r"[\s,;.&+]*(?:(?:and|then|also|or|plus)\b[\s,;]*)*")
+_CLOSING = re.compile(r"[.!]?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of an expert.
+
+    Attributes:
+      expert: name, as on its card.
+      args: its arguments, '' for none.
+    """
+
+    expert: str
+    args: str = ""
+
+    def __str__(self) -> str:
+        return f"<{self.expert}({self.args})>"
+
+    def problem(self) -> str | None:
+        """Why this call cannot be written, or None."""
+        if not re.fullmatch(NAME, self.expert):
+            return f"expert name {self.expert!r} must be upper case letters, digits and '_'"
+        if not re.fullmatch(ARGS, self.args):
+            return f"arguments {self.args!r} cannot be written in a call"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class CallingTurn:
+    """A turn of the model, read for calls.
+
+    Attributes:
+      calls: to be answered, in order; empty where the turn is an answer.
+      kept: the text up to the last of `calls` and the full stop that closes it; all of it without calls.
+      cut: what the model wrote after that: a result it invented, or further calls behind it.
+      dropped: calls in `cut`, which nobody makes.
+    """
+
+    calls: tuple[Call, ...]
+    kept: str
+    cut: str = ""
+    dropped: tuple[Call, ...] = ()
+
+
+def write_calls(calls: Sequence[Call]) -> str:
+    """Lists calls in a sentence: `<A()>`, `<A()> and <B()>`, `<A()>, <B()> and <C()>`."""
+    *first, last = map(str, calls)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def parse_turn(text: str) -> CallingTurn:
+    """Reads the calls of one turn.
+
+    Calls that follow each other, with nothing but punctuation and 'and' between them, are made in order.
+    Anything else after a call is not the model's to say before the expert has spoken, so it is cut.
+
+    Args:
+      text: what the model wrote; anything at all. Outer blanks and quotes of arguments are dropped.
+    """
+    found = list(_CALL.finditer(text))
+    if not found:
+        return CallingTurn((), text)
+    made = [found[0]]
+    for match in found[1:]:
+        if not _JOINER.fullmatch(text, made[-1].end(), match.start()):
+            break
+        made.append(match)
+    closing = _CLOSING.match(text, made[-1].end())
+    assert closing is not None  # it may be empty
+    return CallingTurn(
+        tuple(map(_call, made)),
+        text[: closing.end()],
+        text[closing.end() :].strip(),
+        tuple(map(_call, found[len(made) :])),
+    )
+
+
+def _call(match: re.Match[str]) -> Call:
+    return Call(match[1], match[2].strip().strip("'\"").strip())

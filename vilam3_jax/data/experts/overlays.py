@@ -1,0 +1,115 @@
+"""The slice with coloured labels that stands for `<image>` in a segmentation expert's turn.
+
+This module imports neither jax nor flax nor torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from vilam3_jax.data.experts.labels import apply_group, label_group
+from vilam3_jax.data.experts.record import Annotation
+from vilam3_jax.data.volumes import slice_2d
+
+ALPHA = 0.3
+# VILA-M3's colours in VILA-M3's order (`orange` stands twice there), with the CSS values of scikit-image.
+PALETTE: tuple[tuple[str, tuple[float, float, float]], ...] = (
+    ("red", (1.0, 0.0, 0.0)),
+    ("blue", (0.0, 0.0, 1.0)),
+    ("yellow", (1.0, 1.0, 0.0)),
+    ("magenta", (1.0, 0.0, 1.0)),
+    ("green", (0.0, 0.502, 0.0)),
+    ("indigo", (0.294, 0.0, 0.51)),
+    ("darkorange", (1.0, 0.549, 0.0)),
+    ("cyan", (0.0, 1.0, 1.0)),
+    ("pink", (1.0, 0.753, 0.796)),
+    ("brown", (0.647, 0.165, 0.165)),
+    ("orange", (1.0, 0.647, 0.0)),
+    ("lime", (0.0, 1.0, 0.0)),
+    ("orange", (1.0, 0.647, 0.0)),
+    ("gold", (1.0, 0.843, 0.0)),
+    ("yellowgreen", (0.604, 0.804, 0.196)),
+    ("darkgreen", (0.0, 0.392, 0.0)),
+)
+
+
+def palette_of(present: Sequence[int]) -> dict[int, str]:
+    """Label id to its colour's name; colours cycle over the ids `present` on a slice, in sorted order."""
+    return {label_id: PALETTE[i % len(PALETTE)][0] for i, label_id in enumerate(sorted(present))}
+
+
+def legend(names: Mapping[int, str], present: list[int]) -> dict[str, str]:
+    """Colour to what it shows; colours cycle over the label ids `present` on the slice, in sorted order.
+
+    Args:
+      names: label id to name. A label without a name takes a colour but is not listed.
+      present: label ids on the slice, without 0.
+    """
+    out: dict[str, str] = {}
+    for label_id, colour in palette_of(present).items():
+        if label_id in names:
+            # Beyond 16 labels (12, for orange) colours repeat: both names are told, none is lost.
+            known = out.get(colour)
+            out[colour] = f"{known} and {names[label_id]}" if known else names[label_id]
+    return out
+
+
+def overlay(
+    image: np.ndarray, label_slice: np.ndarray, names: Mapping[int, str], alpha: float = ALPHA
+) -> tuple[np.ndarray, dict[str, str]]:
+    """Colours the labels of a slice; the background keeps the image.
+
+    Same formula as scikit-image's `label2rgb(kind='overlay', bg_label=0, bg_color=None)`, whose result on
+    grey images is matched to one grey level (it takes a detour through HSV).
+
+    Args:
+      image: uint8 [H, W, 3].
+      label_slice: integers [h, w], 0 is background; brought to H x W by nearest neighbour.
+      names: label id to name.
+      alpha: share of the colour.
+
+    Returns:
+      (uint8 [H, W, 3], colour to name of what is visible).
+
+    Raises:
+      ValueError: wrong dtype or shape.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or label_slice.ndim != 2:
+        raise ValueError(
+            f"overlay needs uint8 [H, W, 3] and labels [h, w], got {image.dtype} {image.shape} "
+            f"and {label_slice.shape}"
+        )
+    rows, columns = (
+        np.minimum(((np.arange(n) + 0.5) * m / n).astype(int), m - 1)
+        for n, m in zip(image.shape[:2], label_slice.shape, strict=True)
+    )
+    present = [int(i) for i in np.unique(label_slice) if i]
+    labels = label_slice[rows[:, None], columns[None, :]]
+    out = image.copy()
+    for i, label_id in enumerate(present):
+        where = labels == label_id
+        colour = np.array(PALETTE[i % len(PALETTE)][1])
+        out[where] = ((colour * alpha + image[where] / 255.0 * (1.0 - alpha)) * 255.0).astype(np.uint8)
+    return out, legend(names, present)
+
+
+def expert_overlay(annotation: Annotation, image: np.ndarray, *, axis: int, index: int) -> np.ndarray:
+    """The picture that stands for `<image>` in a segmentation expert's turn.
+
+    Args:
+      annotation: a successful record with a label map.
+      image: uint8 [H, W, 3], the slice in display orientation (`volumes.slice_2d`), of any size.
+      axis, index: which slice `image` is.
+
+    Returns:
+      uint8 [H, W, 3].
+
+    Raises:
+      ValueError: no label map. IndexError: no such slice.
+    """
+    group = label_group(annotation.expert, annotation.args)
+    plane = apply_group(group, annotation.label_slice(axis, index))
+    shown = slice_2d(np.expand_dims(plane, axis), axis, 0)
+    return overlay(image, shown, group.names if group else annotation.label_names)[0]

@@ -1,0 +1,178 @@
+"""The words of an expert exchange: how a model calls, and how it is told what experts said.
+
+`PLAIN` is this project's own wording; `VILA_M3` is the one that the released checkpoints were trained on, kept
+to the letter, slips included (the reference's `m3/data_prepare/experts`).
+
+This module imports neither jax nor flax nor torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from vilam3_jax.data.examples import IMAGE_MARKER
+from vilam3_jax.data.experts.brats_legend import brats_legend
+from vilam3_jax.data.experts.cards import Card
+from vilam3_jax.data.experts.grammar import Call, write_calls
+from vilam3_jax.data.experts.labels import visible_segments
+from vilam3_jax.data.experts.overlays import legend, palette_of
+from vilam3_jax.data.experts.record import Annotation, Verdict
+from vilam3_jax.errors import UserError
+
+_MODALITY_WORDS = {"CT": "a CT image", "MRI": "an MRI image", "CXR": "a chest X-ray"}
+_ROLE_WORDS = {"t1c": "T1(contrast enhanced)", "t1": "T1", "t2": "T2", "flair": "FLAIR"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plane:
+    """The slice of a volume that a model sees; nothing for a 2-D image."""
+
+    axis: int | None = None
+    index: int | None = None
+
+
+class Wording(Protocol):
+    """What differs between the two."""
+
+    def call(self, cards: Sequence[Card], calls: Sequence[Call]) -> str:
+        """The assistant's turn that makes `calls`, of the experts `cards`."""
+        ...
+
+    def inputs(self, roles: Sequence[str]) -> str:
+        """The image markers before a question, one for each role."""
+        ...
+
+    def segmentation(self, annotation: Annotation, plane: Plane) -> str:
+        """A label map on a slice, with one image marker."""
+        ...
+
+    def classification(self, annotation: Annotation, threshold: float) -> str:
+        """Class probabilities."""
+        ...
+
+    def failure(self, annotation: Annotation) -> str:
+        """No result."""
+        ...
+
+    def question(self, question: str, tasks: Sequence[str]) -> str:
+        """Asks again, after results of `tasks` (`segmentation`, `classification` or `failure`)."""
+        ...
+
+
+class _Plain:
+    def call(self, cards: Sequence[Card], calls: Sequence[Call]) -> str:
+        modality = cards[0].modality
+        what = _MODALITY_WORDS.get(modality, f"an image of the modality {modality}")
+        return f"This looks like {what}. Let me trigger {write_calls(calls)}."
+
+    def inputs(self, roles: Sequence[str]) -> str:
+        if len(roles) == 1:
+            return f"{IMAGE_MARKER}\n"
+        return ", ".join(f"{_ROLE_WORDS.get(r, r)}: {IMAGE_MARKER}" for r in roles) + "\n"
+
+    def segmentation(self, annotation: Annotation, plane: Plane) -> str:
+        visible = _visible(annotation, plane)
+        if not visible:
+            return f"The results are {IMAGE_MARKER}. No labelled structure is visible in this image. "
+        if annotation.expert == "BRATS":
+            colours = brats_legend(palette_of([i for i, *_ in visible]), "correct")
+        else:
+            colours = ", ".join(f"{colour}: {name}" for colour, name in _colours(visible).items())
+        volumes = ", ".join(f"{name} {_millilitres(ml)}" for _, name, _, ml in visible)
+        return (
+            f"The results are {IMAGE_MARKER}. The colors in this image describe {colours}. "
+            f"Volumes in ml: {volumes}. "
+        )
+
+    def classification(self, annotation: Annotation, threshold: float) -> str:
+        told = annotation.calibrated or annotation.probabilities
+        lines = [f"{_class(n)}: {'yes' if p > threshold else 'no'} ({p:.2f})\n" for n, p in told.items()]
+        return "The resulting predictions are:\n" + "".join(lines)
+
+    def failure(self, annotation: Annotation) -> str:
+        del annotation  # its reason may hold anything; a verdict says what a model may be told
+        return "The expert could not analyse this image. "
+
+    def question(self, question: str, tasks: Sequence[str]) -> str:
+        if all(task == "failure" for task in tasks):
+            return f"Respond to this prompt:\n{question}"
+        if len(tasks) > 1:
+            return f"Use these results to respond to this prompt:\n{question}"
+        if tasks[0] == "segmentation":
+            return f"Use this result to respond to this prompt:\n{question}"
+        return (
+            "Analyze the image and take these predictions into account when responding to this prompt:\n"
+            + question
+        )
+
+
+class _VilaM3(_Plain):
+    def call(self, cards: Sequence[Card], calls: Sequence[Call]) -> str:
+        what, first = {
+            "CXR": ("an chest x-ray", "first "),
+            "MRI": ("an MRI image sequence", "first "),
+        }.get(cards[0].modality.split(" (")[0].replace("chest x-ray", "CXR"), ("a CT image", ""))
+        return f"This looks like {what}. Let me {first}trigger {write_calls(calls)}."
+
+    def inputs(self, roles: Sequence[str]) -> str:
+        if len(roles) == 1:
+            return f"{IMAGE_MARKER}\n"
+        return super().inputs(roles).rstrip("\n") + " These are different MRI modalities.\n"
+
+    def segmentation(self, annotation: Annotation, plane: Plane) -> str:
+        visible = _visible(annotation, plane)
+        if annotation.expert == "BRATS":
+            words = brats_legend(palette_of([i for i, *_ in visible]), "trained")
+            return f"The results are {IMAGE_MARKER}. The colors in this image describe\n{words}\n"
+        words = ", ".join(f"{colour}: {name}" for colour, name in _colours(visible).items())
+        return f"The results are {IMAGE_MARKER}. The colors in this image describe {words}. "
+
+    def classification(self, annotation: Annotation, threshold: float) -> str:
+        lines = [
+            f"{_class(n)}: {'yes' if p > threshold else 'no'}\n" for n, p in annotation.probabilities.items()
+        ]
+        return "The resulting predictions are:\n" + "".join(lines) + ". "
+
+    def question(self, question: str, tasks: Sequence[str]) -> str:
+        stop = "." if tasks == ["segmentation"] else ""
+        return super().question(question, tasks) + stop
+
+
+PLAIN, VILA_M3 = _Plain(), _VilaM3()
+WORDINGS: Mapping[str, Wording] = {"plain": PLAIN, "vila_m3": VILA_M3}
+
+
+def wording_named(name: str) -> Wording:
+    """The wording of `model.expert_wording`.
+
+    Raises:
+      UserError: there is none of this name.
+    """
+    if name not in WORDINGS:
+        raise UserError(f"config model.expert_wording={name!r}: use one of {', '.join(WORDINGS)}")
+    return WORDINGS[name]
+
+
+def doubts(verdicts: Sequence[Verdict]) -> str:
+    """A sentence on the checks that found something; '' where all passed or nothing is known."""
+    found = [v.message for v in verdicts if v.status in ("warn", "fail") and v.message]
+    return f"Checks doubt this: {'; '.join(found)}. " if found else ""
+
+
+def _visible(annotation: Annotation, plane: Plane) -> list[tuple[int, str, int, float]]:
+    assert plane.axis is not None and plane.index is not None  # see Result.problem
+    return visible_segments(annotation, axis=plane.axis, index=plane.index)
+
+
+def _colours(visible: Sequence[tuple[int, str, int, float]]) -> dict[str, str]:
+    return legend({i: name for i, name, *_ in visible}, [i for i, *_ in visible])
+
+
+def _class(name: str) -> str:
+    return name.lower().replace("_", " ")
+
+
+def _millilitres(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"

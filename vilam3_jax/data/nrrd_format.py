@@ -43,6 +43,7 @@ from vilam3_jax.paths import PathLike, as_path
 
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_SKIPPED_LINES = 10_000
+_MAX_LAYERS = 256
 # NRRD `space` -> signs that turn its axes into RAS.
 _SPACES = {
     alias: signs
@@ -171,6 +172,41 @@ def read_nrrd(path: PathLike, limits: Limits, *, voxels: bool = True) -> StoredV
     )
 
 
+def read_nrrd_layers(path: PathLike, limits: Limits) -> tuple[list[StoredVolume], dict[str, str]]:
+    """Reads an NRRD segmentation, which may hold several label maps on one grid (3D Slicer's layers).
+
+    Args:
+      path: as for `read_nrrd`.
+      limits: checked by the header.
+
+    Returns:
+      The layers, one of a plain volume, and the file's key/value pairs, keys in lower case.
+
+    Raises:
+      What `read_nrrd` raises, except for several values per voxel.
+    """
+    path = as_path(path)
+    with path.open("rb") as file:
+        header = _header(file.read(_MAX_HEADER_BYTES), path)
+    sizes = _integers(header.get("sizes"), "sizes", path)
+    grid = _grid(header, sizes, path, layered=True)
+    dtype = _dtype(header, path)
+    check_grid(grid.shape, dtype.itemsize, path, limits)
+    layers = math.prod(sizes) // math.prod(grid.shape)
+    if layers > _MAX_LAYERS or layers * math.prod(grid.shape) > limits.voxels:
+        raise UserError(f"{path}: {layers} layers of label maps are too many; save fewer segments per file")
+    check_extent(grid.affine, grid.shape, grid.unit, path)
+    count = layers * math.prod(grid.shape) * dtype.itemsize
+    values, notes = _values(header, dtype, count, path, limits, True)
+    values = values.reshape(sizes, order="F")
+    vectors = _vectors(header.get("space directions"), "space directions", path)
+    axes = _axes_in_space(vectors, header)
+    values = np.moveaxis(values, axes, range(-len(axes), 0))
+    notes = (*grid.notes, *geometry_notes(grid.affine), *notes)
+    stack = values.reshape(layers, *grid.shape)
+    return [StoredVolume(layer, grid.affine, notes=notes) for layer in stack], dict(header.pairs)
+
+
 def _header(head: bytes, path: PathLike) -> _Header:
     fields: dict[str, str] = {}
     pairs: dict[str, str] = {}
@@ -228,7 +264,7 @@ def _encoding(header: _Header, path: PathLike) -> str:
     return encoding
 
 
-def _grid(header: _Header, sizes: list[int], path: PathLike) -> _Grid:
+def _grid(header: _Header, sizes: list[int], path: PathLike, *, layered: bool = False) -> _Grid:
     if _integers(header.get("dimension"), "dimension", path) != [len(sizes)]:
         raise UserError(f"{path}: its NRRD fields dimension and sizes disagree; export it again")
     signs = _SPACES.get(header.get("space").lower())
@@ -238,7 +274,7 @@ def _grid(header: _Header, sizes: list[int], path: PathLike) -> _Grid:
             f"{path}: NRRD without a patient space (such as left-posterior-superior) and space directions, "
             "so left and right would be a guess; export it with its orientation"
         )
-    axes = _spatial_axes(vectors, sizes, header, path)
+    axes = _spatial_axes(vectors, sizes, header, path, layered)
     unit, scale, notes = _unit(header, path)
     affine = np.eye(4)
     for column, axis in enumerate(axes):
@@ -264,21 +300,21 @@ def _grid(header: _Header, sizes: list[int], path: PathLike) -> _Grid:
 
 
 def _spatial_axes(
-    vectors: list[tuple[float, ...]], sizes: list[int], header: _Header, path: PathLike
+    vectors: list[tuple[float, ...]], sizes: list[int], header: _Header, path: PathLike, layered: bool
 ) -> list[int]:
-    """Which axes lie in space. The others (vector "none", or only time) must have one entry."""
+    """Which axes lie in space. The others (vector "none", or only time) must have one entry, or be layers."""
     origin = _origin(header, path)
     lengths = {len(vector) for vector in (*vectors, *origin) if vector}
-    dimension = 4 if header.get("space").lower().endswith(("time", "t")) else 3
+    dimension = _space_dimension(header)
     if len(vectors) != len(sizes) or lengths - {dimension} or len(origin) > 1:
         raise UserError(
             f"{path}: its NRRD fields sizes, space, space directions and space origin disagree; export it "
             "again"
         )
-    axes = [i for i, vector in enumerate(vectors) if vector and not (dimension == 4 and not any(vector[:3]))]
+    axes = _axes_in_space(vectors, header)
     others = [i for i in range(len(sizes)) if i not in axes]
     count = math.prod(sizes[i] for i in others)
-    if others and count != 1:
+    if others and count != 1 and not layered:
         kinds = header.get("kinds").lower().split()
         kinds = {kinds[i] for i in others} if len(kinds) == len(sizes) else set()
         is_series = kinds <= {"list", "time", "domain", "space", "none", "???"}
@@ -286,6 +322,15 @@ def _spatial_axes(
     if len(axes) not in (2, 3) or (dimension == 4 and any(vectors[i][3] for i in axes)):
         raise UserError(f"{path}: NRRD with {len(axes)} axes in space, a 3-D volume is needed")
     return axes
+
+
+def _space_dimension(header: _Header) -> int:
+    return 4 if header.get("space").lower().endswith(("time", "t")) else 3
+
+
+def _axes_in_space(vectors: list[tuple[float, ...]], header: _Header) -> list[int]:
+    is_timed = _space_dimension(header) == 4
+    return [i for i, vector in enumerate(vectors) if vector and not (is_timed and not any(vector[:3]))]
 
 
 def _unit(header: _Header, path: PathLike) -> tuple[str, float, list[str]]:

@@ -32,6 +32,7 @@ from vilam3_jax.errors import UserError, warn_of
 from vilam3_jax.paths import PathLike, as_path, exists
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
+GRID_TOLERANCE = 0.1  # voxels between grids that count as one
 _WHOLE = 1e-3  # how far a stored label may be from a whole number
 _SPACING_MM = (1e-4, 1e4)  # microscopes to whole-body scouts; anything else is a damaged header
 
@@ -220,25 +221,49 @@ def load_label_map(path: PathLike, grid: Volume) -> np.ndarray:
             f"{path}: label map of {labels.voxels.shape} voxels, {grid.source} has {grid.voxels.shape}; "
             "resample it"
         )
-    corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)]) * [
-        *grid.voxels.shape,
-        1,
-    ]
-    distance = np.abs(corners @ (labels.affine - grid.affine).T).max()
-    if distance > 0.1 * grid.spacing.min():
+    distance = grid_distance(labels.affine, grid)
+    if distance > GRID_TOLERANCE * grid.spacing.min():
         raise UserError(
             f"{path}: label map lies {distance:.2f} mm away from {grid.source}; resample it to that grid"
         )
-    voxels = labels.voxels
     if labels.valid is not None:
         warn_of(("voxels without a value are background",), as_path(path))
-        voxels = np.where(labels.valid, voxels, 0)
+    return whole_labels(labels, path)
+
+
+def grid_distance(affine: np.ndarray, grid: Volume) -> float:
+    """How far apart two grids of one shape lie, at most: millimetres between their corners, along an axis.
+
+    Args:
+      affine: [4, 4], voxel index to RAS millimetres.
+      grid: the scan to compare with.
+    """
+    corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)])
+    return float(np.abs(corners * [*grid.voxels.shape, 1] @ (affine - grid.affine).T).max())
+
+
+def whole_labels(labels: Volume, path: PathLike) -> np.ndarray:
+    """The label ids of a volume that was read: uint8, or uint16 where they exceed 255; NaN is background.
+
+    Raises:
+      UserError: negative, fractional or larger ids.
+    """
+    voxels = labels.voxels if labels.valid is None else np.where(labels.valid, labels.voxels, 0)
     whole = np.rint(voxels)  # a stored slope of 0.1 does not give whole numbers to the last digit
     if np.abs(whole - voxels).max() > _WHOLE or whole.min() < 0 or whole.max() > 65535:
         raise UserError(
             f"{path}: label ids must be whole numbers from 0 to 65535; store a label map, not probabilities"
         )
     return whole.astype(np.uint8 if whole.max() < 256 else np.uint16)
+
+
+def canonical_volume(stored: StoredVolume, path: PathLike) -> Volume:
+    """Turns what a format's reader returned into a `Volume`.
+
+    Raises:
+      UserError: a singular affine, or no voxel that is a finite number.
+    """
+    return _canonical(stored, path)
 
 
 def slice_2d(voxels: np.ndarray, axis: int, index: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-import json
+import errno
 import subprocess
 import sys
 
@@ -171,12 +171,13 @@ def test_shard_without_index_does_not_exist(tmp_path, monkeypatch):
     writer = AnnotationWriter(tmp_path)
     writer.write(make(1))
 
-    def full(*_):
-        raise UserError("no space left")
+    def full(path, _):
+        raise OSError(errno.ENOSPC, "no space left", str(path))
 
-    monkeypatch.setattr(annotations.paths, "write_text_atomic", full)
-    with pytest.raises(UserError, match="no space"):
+    monkeypatch.setattr(annotations.epath.Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"index: cannot be written \(no space left\); free space"):
         writer.flush()
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".array_record"]
     assert len(AnnotationStore(tmp_path)) == 0
     monkeypatch.undo()
     writer.close()  # what was pending is still pending
@@ -209,14 +210,15 @@ def test_damaged_stores_name_the_file(tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match=shard.name):
         store.get("key1", "CXR")
-    (index,) = tmp_path.glob("*.index.json")
-    fields = json.loads(index.read_text())
-    index.write_text(json.dumps({**fields, "shard": "../elsewhere"}))
-    with pytest.raises(UserError, match=index.name):
-        AnnotationStore(tmp_path)
-    index.write_text("{")
-    with pytest.raises(UserError, match=index.name):
-        AnnotationStore(tmp_path)
+    (index,) = tmp_path.glob("*.index")
+    whole = index.read_bytes()
+    for damaged in (b"", b"{}", whole[:-1], whole[:200] + b"?" + whole[201:]):
+        index.write_bytes(damaged)
+        for opened in (AnnotationStore, AnnotationWriter):
+            with pytest.raises(
+                UserError, match=rf"{index.name}: damaged index .*; delete it and annotate again"
+            ):
+                opened(tmp_path)
 
 
 def test_store_crosses_processes(tmp_path):

@@ -153,7 +153,7 @@ def test_a_shard_that_its_file_server_forgot_is_opened_again(tmp_path, monkeypat
         def num_records(self) -> int:
             return self.reader.num_records()
 
-        def read(self, _: list[int]) -> list[bytes]:
+        def read(self, *_: int) -> list[bytes]:
             raise RuntimeError("Stale file handle")
 
     source = ExampleSource(tmp_path, "train")

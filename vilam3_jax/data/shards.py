@@ -14,6 +14,8 @@ from array_record.python.array_record_module import ArrayRecordReader
 from vilam3_jax import paths
 from vilam3_jax.errors import UnavailableError, UserError
 
+_MAX_OPEN = 256  # each is an open file, and memory for the positions of its records
+
 
 class ShardReaders:
     """The shards of one folder, each opened when it is first read; safe among threads.
@@ -21,6 +23,8 @@ class ShardReaders:
     ArrayRecord reads local files only, so a shard of an object store is fetched whole when it is first
     needed, once a process, into the folder for temporary files; meanwhile other threads go on reading other
     shards. The copies are removed with this object.
+
+    The `_MAX_OPEN` shards that were used last stay open; a copy is removed when its shard is closed.
     """
 
     def __init__(self, directory: paths.PathLike) -> None:
@@ -31,7 +35,7 @@ class ShardReaders:
         """
         self._directory = paths.as_path(directory)
         self._remote = "://" in os.fspath(self._directory)
-        self._readers: dict[str, ArrayRecordReader] = {}
+        self._readers: dict[str, ArrayRecordReader] = {}  # the last used one is the last
         self._copies: tempfile.TemporaryDirectory[str] | None = None
         self._lock = threading.Lock()
         self._opening: dict[str, threading.Lock] = {}
@@ -62,12 +66,15 @@ class ShardReaders:
 
     def _record(self, reader: ArrayRecordReader, record: int) -> bytes:
         with self._lock:
-            (data,) = reader.read([record])
+            # As a range: for a list of records the reader walks through all of the shard's groups first.
+            (data,) = reader.read(record, record + 1)
         return data
 
     def _reader(self, name: str, records: int | None) -> ArrayRecordReader:
         with self._lock:
-            reader = self._readers.get(name)
+            reader = self._readers.pop(name, None)
+            if reader is not None:
+                self._readers[name] = reader
             opening = self._opening.setdefault(name, threading.Lock())
         if reader is not None:
             return reader
@@ -88,6 +95,11 @@ class ShardReaders:
             ) from error
         with self._lock:
             self._readers[name] = reader
+            if len(self._readers) > _MAX_OPEN:
+                oldest = next(iter(self._readers))
+                del self._readers[oldest]  # closed when the last thread that reads it is done
+                if self._copies is not None:
+                    os.unlink(os.path.join(self._copies.name, oldest))
         return reader
 
     def _fetched(self, path: Any) -> str:

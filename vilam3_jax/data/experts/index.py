@@ -1,0 +1,450 @@
+"""The index of an annotation store: which record of which shard answers which key.
+
+One file format serves the sidecar of a single shard and the merged index of a whole store:
+
+    8 bytes  magic
+    8 bytes  length of the header, little endian
+    header   msgpack: versions, names of shards, calls, input keys that are not sha256, number of rows
+    rows     `ROW` each, sorted by input; begins at a multiple of 64 bytes
+    4 bytes  CRC-32 of all before, little endian
+
+A row is 60 bytes. A merged index on a local disk is mapped, not read: processes of a host share its pages.
+
+Merging is a union that keeps the best row of each key: a success beats a failure, then the later one wins. It
+does not depend on the order or the grouping of the files, so files that overlap, as they do while a store is
+compacted, cannot change what is found.
+
+This module imports neither jax nor flax nor torch.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import dataclasses
+import hashlib
+import mmap
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import msgpack
+import numpy as np
+from etils import epath
+
+from vilam3_jax import paths
+from vilam3_jax.data import wire
+from vilam3_jax.data.experts.record import Key
+from vilam3_jax.errors import UserError
+
+MAX_INDEX_BYTES = 16 << 30
+_MAGIC = b"VL3INDEX"
+_ALIGN = 64
+_SHA256 = re.compile("[0-9a-f]{64}")
+_SHARD_NAME = re.compile(r"annotations-[0-9A-Za-z-]+\.array_record")
+
+ROW = np.dtype(
+    [
+        ("input", ">u8", (4,)),  # `_input_bytes`, as numbers that sort like the bytes
+        ("stamp", "<u8"),  # when the record was committed, nanoseconds since 1970
+        ("content", "<u8"),  # the first 8 bytes of `Annotation` content's sha256
+        ("call", "<u4"),  # position in the table of calls
+        ("shard", "<u4"),  # position in the table of shards
+        ("record", "<u4"),  # number of the record in its shard
+    ]
+)
+_INPUT_BYTES = 32
+# Among the rows of one key and of equal success, the largest is the best: the later, then any fixed one.
+_RANKS = ("stamp", "content", "shard", "record")
+_MAPPED_BYTES = 1 << 20  # what is smaller is read
+
+
+class Call(NamedTuple):
+    """What was called and how it ended: few of these occur in a store."""
+
+    expert: str
+    args: str
+    version: str
+    status: str
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+
+class Shard(NamedTuple):
+    """A file of records: its name, how many records it has, and its size in bytes."""
+
+    name: str
+    records: int
+    size: int
+
+
+class Found(NamedTuple):
+    """Where a record lies, and what is known without reading it."""
+
+    shard: str
+    record: int
+    call: Call
+    stamp: int
+
+
+class Entry(NamedTuple):
+    """A record as its writer indexes it.
+
+    Attributes:
+      key: (input key, expert, arguments).
+      version: of the expert.
+      status: 'ok' or 'failed'.
+      content: sha256 of the record without its time, 32 bytes.
+      stamp: nanoseconds since 1970.
+    """
+
+    key: Key
+    version: str
+    status: str
+    content: bytes
+    stamp: int
+
+
+class DamagedIndex(ValueError):
+    """The bytes are no index that this version writes."""
+
+
+@dataclasses.dataclass
+class Versions:
+    """What a store must have been written with."""
+
+    schema: int
+    decoder: int
+
+
+def _input_bytes(input_key: str) -> bytes:
+    """32 bytes for an input key: its own if it is a sha256, as content keys are, else its text's sha256."""
+    if _SHA256.fullmatch(input_key):
+        return bytes.fromhex(input_key)
+    return hashlib.sha256(b"text:" + input_key.encode()).digest()
+
+
+class Index:
+    """Rows in sorted layers, over common tables of calls and shards.
+
+    Several layers, so that a mapped file of millions of rows is not copied when a few rows are added.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.shards: list[Shard] = []
+        self._texts: dict[bytes, str] = {}  # input keys that are no sha256
+        self._layers: list[np.ndarray] = []
+        self._call_codes: dict[Call, int] = {}
+        self._shard_codes: dict[str, int] = {}
+        self._merged: np.ndarray | None = None
+
+    # Building
+
+    def add_file(self, data: bytes | mmap.mmap, versions: Versions) -> None:
+        """Adds what an index file holds.
+
+        Args:
+          data: the file's bytes; a mapping stays in use.
+          versions: that the file must have.
+
+        Raises:
+          DamagedIndex: damaged.
+          UserError: of another schema or decoder; the message lacks the file's name.
+        """
+        header, rows = _parse(data, versions)
+        calls = [self._call_code(Call(*map(str, fields))) for fields in header["calls"]]
+        shards = [self._shard_code(Shard(str(n), int(r), int(s))) for n, r, s in header["shards"]]
+        self._texts |= {_input_bytes(text): text for text in header["texts"]}
+        # The first file's numbers are the table's own: it stays mapped.
+        if calls != list(range(len(calls))) or shards != list(range(len(shards))):
+            rows = rows.copy()
+            rows["call"] = np.asarray(calls, "<u4")[rows["call"]]
+            rows["shard"] = np.asarray(shards, "<u4")[rows["shard"]]
+        self._add_layer(rows)
+
+    def add_shard(self, shard: Shard, entries: Sequence[Entry]) -> None:
+        """Adds the records of a shard, in their order."""
+        code = self._shard_code(shard)
+        rows = np.zeros(len(entries), ROW)
+        for number, entry in enumerate(entries):
+            input_key, expert, args = entry.key
+            digest = _input_bytes(input_key)
+            if not _SHA256.fullmatch(input_key):
+                self._texts[digest] = input_key
+            call = self._call_code(Call(expert, args, entry.version, entry.status))
+            content = int.from_bytes(entry.content[:8], "little")
+            rows[number] = (np.frombuffer(digest, ">u8"), entry.stamp, content, call, code, number)
+        self._add_layer(self._best(rows))
+
+    def relocated(self, rows: np.ndarray, shards: Sequence[Shard]) -> Index:
+        """The index of the same records at other places.
+
+        Args:
+          rows: of this index; shard numbers from `len(self.shards)` on mean `shards`.
+          shards: that this index does not have.
+        """
+        new = Index()
+        new._texts = self._texts
+        for call in self.calls:
+            new._call_code(call)
+        for shard in (*self.shards, *shards):
+            new._shard_code(shard)
+        new._add_layer(new._best(rows))
+        return new
+
+    def used_shards(self) -> set[str]:
+        """Names of the shards that hold the record of some key."""
+        return {self.shards[code].name for code in np.unique(self.rows()["shard"])}
+
+    def settle(self, keep_first: bool) -> None:
+        """Merges the layers into one, or all but the first and largest into one."""
+        start = 1 if keep_first else 0
+        if len(self._layers) > start + 1:
+            self._layers[start:] = [self._best(joined(self._layers[start:]))]
+
+    def _add_layer(self, rows: np.ndarray) -> None:
+        self._merged = None
+        if len(rows):
+            self._layers.append(rows)
+
+    def balance(self) -> None:
+        """Merges layers of similar size: few of them stay, and each row is copied a few times at most."""
+        layers = self._layers
+        while len(layers) > 1 and len(layers[-2]) < 2 * len(layers[-1]):
+            layers[-2:] = [self._best(joined(layers[-2:]))]
+
+    def _call_code(self, call: Call) -> int:
+        code = self._call_codes.setdefault(call, len(self.calls))
+        if code == len(self.calls):
+            self.calls.append(call)
+        return code
+
+    def _shard_code(self, shard: Shard) -> int:
+        code = self._shard_codes.setdefault(shard.name, len(self.shards))
+        if code == len(self.shards):
+            self.shards.append(shard)
+        return code
+
+    def _best(self, rows: np.ndarray) -> np.ndarray:
+        """The best row of each key, sorted by input, then by expert and arguments."""
+        pairs = sorted({call[:2] for call in self.calls})
+        numbers = {pair: number for number, pair in enumerate(pairs)}
+        pair = np.array([numbers[call[:2]] for call in self.calls], np.uint32)[rows["call"]]
+        ok = np.array([call.ok for call in self.calls])[rows["call"]]
+        words = np.ascontiguousarray(rows["input"].T, np.uint64)
+        ranks = (rows[name] for name in reversed(_RANKS))
+        order = np.lexsort((*ranks, ok, pair, *words[::-1]))
+        rows, pair = rows[order], pair[order]
+        last = np.ones(len(rows), bool)
+        last[:-1] = (rows["input"][1:] != rows["input"][:-1]).any(axis=1) | (pair[1:] != pair[:-1])
+        return rows[last]
+
+    # Looking up
+
+    def find(self, key: Key) -> Found | None:
+        """Returns where the record of a key lies, or None."""
+        input_key, expert, args = key
+        digest = _input_bytes(input_key)
+        best: tuple[Any, ...] | None = None
+        for rows in self._layers:
+            for row in _rows_of(rows, digest):
+                call = self.calls[row["call"]]
+                if (call.expert, call.args) == (expert, args):
+                    rank = (call.ok, *(int(row[name]) for name in _RANKS), call)
+                    best = rank if best is None else max(best, rank)
+        if best is None:
+            return None
+        _, stamp, _, shard, record, call = best
+        return Found(self.shards[shard].name, record, call, stamp)
+
+    def rows(self) -> np.ndarray:
+        """The best row of each key, `ROW`, sorted by input, expert and arguments."""
+        if self._merged is None:
+            if len(self._layers) == 1:
+                self._merged = self._layers[0]
+            else:
+                self._merged = self._best(joined(self._layers))
+        return self._merged
+
+    def __len__(self) -> int:
+        return len(self.rows())
+
+    def keys(self) -> Iterator[Key]:
+        """Yields every key, in the order of `rows`."""
+        for row in self.rows():
+            digest = row["input"].tobytes()
+            call = self.calls[row["call"]]
+            yield self._texts.get(digest) or digest.hex(), call.expert, call.args
+
+    def latest(self) -> int:
+        """The largest stamp, 0 without rows."""
+        return max((int(rows["stamp"].max()) for rows in self._layers), default=0)
+
+    def counts(self) -> collections.Counter[Call]:
+        """Number of keys of each call."""
+        codes, numbers = np.unique(self.rows()["call"], return_counts=True)
+        return collections.Counter({self.calls[c]: int(n) for c, n in zip(codes, numbers, strict=True)})
+
+    def digest(self, expert: str | None = None) -> str:
+        """sha256 (hex) over the keys and the content of their records.
+
+        Two stores that hold the same answers have the same digest, however many runs, shards and seconds they
+        took.
+
+        Args:
+          expert: of this expert alone.
+        """
+        chosen = [call for call in self.calls if expert is None or call.expert == expert]
+        codes = np.array([self._call_codes[call] for call in chosen], np.uint32)
+        rows = self.rows()
+        rows = rows[np.isin(rows["call"], codes)]
+        used = sorted({self.calls[code] for code in np.unique(rows["call"])})
+        ranks = np.zeros(len(self.calls) + 1, "<u4")
+        for rank, call in enumerate(used):
+            ranks[self._call_codes[call]] = rank
+        digest = hashlib.sha256(wire.pack([list(call) for call in used]))
+        for part in (rows["input"], rows["content"], ranks[rows["call"]]):
+            digest.update(np.ascontiguousarray(part).data)
+        return digest.hexdigest()
+
+    # Writing
+
+    def to_bytes(self, versions: Versions) -> bytes:
+        """The file of this index. Tables hold what rows refer to, so a copy of a file is the same file."""
+        rows = self.rows().copy()
+        calls, rows["call"] = np.unique(rows["call"], return_inverse=True)
+        shards, rows["shard"] = np.unique(rows["shard"], return_inverse=True)
+        texts: list[str] = []
+        if self._texts:
+            known = {row.tobytes() for row in rows["input"]}
+            texts = sorted(text for digest, text in self._texts.items() if digest in known)
+        header = wire.pack(
+            {
+                "schema_version": versions.schema,
+                "decoder_version": versions.decoder,
+                "rows": len(rows),
+                "shards": [list(self.shards[code]) for code in shards],
+                "calls": [list(self.calls[code]) for code in calls],
+                "texts": texts,
+            }
+        )
+        start = len(_MAGIC) + 8 + len(header)
+        parts = (
+            _MAGIC,
+            len(header).to_bytes(8, "little"),
+            header,
+            b"\0" * (-start % _ALIGN),
+            rows.tobytes(),
+        )
+        data = b"".join(parts)
+        return data + zlib.crc32(data).to_bytes(4, "little")
+
+
+def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows one after another. NumPy alone would turn them to the machine's byte order."""
+    return np.concatenate([np.zeros(0, ROW), *parts], dtype=ROW)
+
+
+def _rows_of(rows: np.ndarray, digest: bytes) -> Iterator[np.void]:
+    """The rows of one input."""
+    view, size = rows.view(np.uint8).data, ROW.itemsize
+
+    def at(place: int) -> bytes:
+        return bytes(view[place * size : place * size + _INPUT_BYTES])
+
+    place = bisect.bisect_left(range(len(rows)), digest, key=at)
+    while place < len(rows) and at(place) == digest:
+        yield rows[place]
+        place += 1
+
+
+def _parse(data: bytes | mmap.mmap, versions: Versions) -> tuple[dict[str, Any], np.ndarray]:
+    view = memoryview(data)
+    start = len(_MAGIC) + 8
+    if bytes(view[: len(_MAGIC)]) != _MAGIC or len(view) < start + 4:
+        raise DamagedIndex("no index of annotations")
+    if zlib.crc32(view[:-4]) != int.from_bytes(view[-4:], "little"):
+        raise DamagedIndex("its checksum does not fit")
+    end = start + int.from_bytes(view[len(_MAGIC) : start], "little")
+    try:
+        header = msgpack.unpackb(view[start:end], raw=False)
+        if header["schema_version"] != versions.schema:
+            raise wrong_schema(header["schema_version"], versions.schema)
+        if header["decoder_version"] != versions.decoder:
+            raise UserError(
+                f"annotations of images as decoder version {header['decoder_version']} read "
+                f"them, this is version {versions.decoder}; annotate into a new folder"
+            )
+        first = end + -end % _ALIGN
+        rows = np.frombuffer(view[first:-4], ROW)
+        if len(rows) != header["rows"]:
+            raise DamagedIndex(f"{len(rows)} rows, {header['rows']} were written")
+        for name, _, _ in header["shards"]:
+            if not _SHARD_NAME.fullmatch(name):
+                raise DamagedIndex(f"shard name {name!r}")
+        for table, column in (("calls", "call"), ("shards", "shard")):
+            if len(rows) and int(rows[column].max()) >= len(header[table]):
+                raise DamagedIndex(f"a row points behind its table of {table}")
+    except (KeyError, TypeError, ValueError, msgpack.UnpackException) as error:
+        if isinstance(error, DamagedIndex):
+            raise
+        raise DamagedIndex(f"{type(error).__name__}: {error}") from error
+    return header, rows
+
+
+def wrong_schema(found: object, expected: int) -> UserError:
+    """What to raise for a store of another schema; the message lacks the file's name."""
+    return UserError(f"schema {found}, this version reads {expected}; annotate into a new folder")
+
+
+def open_file(path: epath.Path) -> bytes | mmap.mmap:
+    """The content of an index file: mapped if large and local, else read.
+
+    Raises:
+      FileNotFoundError: no such file.
+      UserError, UnavailableError: not to be read.
+    """
+    if "://" in str(path):
+        try:
+            return paths.read_bytes(path, MAX_INDEX_BYTES)
+        except UserError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise error.__cause__ from None
+            raise
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size < _MAPPED_BYTES:
+                return file.read()
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        paths.check_passing(path, error)
+        raise UserError(f"{path}: cannot be read ({error}); check the path") from error
+
+
+def read_index(files: Iterable[tuple[epath.Path, bytes | mmap.mmap]], versions: Versions) -> Index:
+    """Merges index files.
+
+    Args:
+      files: path and content; the largest first, which stays mapped.
+      versions: that every file must have.
+
+    Raises:
+      UserError: a damaged file, or one of another version.
+    """
+    index = Index()
+    for path, data in files:
+        try:
+            index.add_file(data, versions)
+        except DamagedIndex as error:
+            raise UserError(f"{path}: damaged index ({error}); delete it and annotate again") from error
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+    index.settle(keep_first=True)
+    return index

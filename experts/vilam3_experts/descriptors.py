@@ -93,14 +93,13 @@ class Descriptor:
 
 _CARDS = {card.name: card for card in load_cards("quickstart")}
 
-VISTA3D = Descriptor(
-    card=_CARDS["VISTA3D"],
-    version="replay-1",
+ORGANS = Descriptor(
+    card=_CARDS["ORGANS"],
+    version="imported",
     input="volume",
     kind="segmentation",
-    factory="vilam3_experts.vista3d_replay:Vista3dReplay",
+    factory="vilam3_experts.imported.no_network:refuse_organs",
     sample_kind="ct",
-    needs_folder=True,
 )
 BRAINSEG = Descriptor(
     card=_CARDS["BRAINSEG"],
@@ -148,12 +147,12 @@ BRAINTUMOR = Descriptor(
     sample_kind="film",
     modality="brain MRI slice",
 )
-CXR = Descriptor(
-    card=_CARDS["CXR"],
+PNEUMONIA = Descriptor(
+    card=_CARDS["PNEUMONIA"],
     version="pneumonia-model-package-0.3.0-1",
     input="image",
     kind="classification",
-    factory="vilam3_experts.cxr:Cxr",
+    factory="vilam3_experts.pneumonia:Pneumonia",
     weights=(
         WeightFile(
             "model",
@@ -167,7 +166,7 @@ CXR = Descriptor(
     sample_kind="film",
     modality="X-ray",
 )
-BUILT_IN = (VISTA3D, BRAINSEG, BRAINTUMOR, CXR)
+BUILT_IN = (ORGANS, BRAINSEG, BRAINTUMOR, PNEUMONIA)
 
 
 def registry() -> dict[str, Descriptor]:

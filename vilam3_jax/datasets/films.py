@@ -12,7 +12,7 @@ from vilam3_jax.datasets.samples import Sample
 
 MAX_VARIANT_SIDE = 512  # a training copy needs no more: models read 64 to 448 pixels
 _SMALLEST_CROP = 0.85
-_EXPERT_OF_REGION = {"head": "BRAINTUMOR", "chest": "CXR"}
+_EXPERT_OF_REGION = {"head": "BRAINTUMOR", "chest": "PNEUMONIA"}
 
 
 def film_facts(sample: Sample) -> Facts:

@@ -27,13 +27,13 @@ _MAX_ANISOTROPY = 2.0
 _MIN_BODY = 0.25  # of the fullest slice of the same plane
 
 ORACLE_SOURCES = ("TotalSegmentator reference map", "generated label map")
-REPLAY_EXPERT = ("VISTA3D", "organs")
+ORGAN_EXPERT = ("ORGANS", "organs")
 BRAIN_EXPERT = "BRAINSEG"
 
 # Parts that the expert, and so the questions, name as one.
 _MERGED = (("lung", "lung"), ("heart", "heart"))
-# What dialogues ask for: exactly what the replay expert may name.
-ORGANS = frozenset(label_universe(*REPLAY_EXPERT).values())
+# What dialogues ask for: exactly what ORGANS may name.
+ORGANS = frozenset(label_universe(*ORGAN_EXPERT).values())
 
 
 def merged_name(name: str) -> str:
@@ -235,7 +235,7 @@ class LabelledVolume:
                 "volumes_ml": {n: self.volumes_ml[n] for n, v in organs.items() if v},
             }
             if oracle:
-                out |= {"expert": REPLAY_EXPERT[0], "expert_args": REPLAY_EXPERT[1]}
+                out |= {"expert": ORGAN_EXPERT[0], "expert_args": ORGAN_EXPERT[1]}
         return out
 
     def _mr_facts(self, visible: dict[str, bool]) -> dict:

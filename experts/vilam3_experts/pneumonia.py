@@ -39,7 +39,7 @@ def _hidden(names: tuple[str, ...]) -> Iterator[None]:
             sys.modules.pop(name, None)
 
 
-class Cxr:
+class Pneumonia:
     """An Xception that knows two classes; nodules, effusions and the like escape it."""
 
     def __init__(self, weights: Weights) -> None:
@@ -49,12 +49,12 @@ class Cxr:
           UserError: Keras was imported before, with another back end.
         """
         os.environ.setdefault("KERAS_BACKEND", "torch")
-        with _hidden(_FOREIGN), tempfile.TemporaryDirectory(prefix="vilam3-cxr-") as folder:
+        with _hidden(_FOREIGN), tempfile.TemporaryDirectory(prefix="vilam3-pneumonia-") as folder:
             import keras
 
             if keras.backend.backend() != "torch":
                 raise UserError(
-                    f"KERAS_BACKEND is {keras.backend.backend()!r}; CXR runs on torch, unset the variable"
+                    f"KERAS_BACKEND is {keras.backend.backend()!r}; PNEUMONIA runs on torch, unset the variable"
                 )
             # Keras opens paths only; the copy has the bytes that were checked.
             path = os.path.join(folder, "model.keras")

@@ -1,0 +1,6 @@
+"""TorchXRayVision's chest X-ray networks as one expert: eight members, one decoded film.
+
+Source of networks, thresholds and pre-processing: Cohen et al., TorchXRayVision: A library of chest X-ray
+datasets and models (https://arxiv.org/abs/2111.00595), release v1 of its weights. The class sets are those of
+VILA-M3 (https://arxiv.org/abs/2411.12915). Nothing here imports torchxrayvision.
+"""

@@ -1,0 +1,65 @@
+"""torchxrayvision as the reference of the ensemble: its networks with generated weights."""
+
+import contextlib
+import io
+import sys
+
+import torch
+
+
+def torchxrayvision():
+    """Imports the package.
+
+    torchvision's wheels for CUDA do not import beside PyTorch for CPUs: their compiled operators are missing.
+    The networks use none of them, so two are declared, not defined.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:  # "operator torchvision::nms does not exist"
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        _STUB.append(torch.library.Library("torchvision", "DEF"))
+        for name in ("nms", "qnms"):
+            _STUB[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchxrayvision
+
+    return torchxrayvision
+
+
+_STUB: list[torch.library.Library] = []  # the declarations end with the object
+
+
+def densenet(seed, thresholds=None):
+    """torchxrayvision's DenseNet-121 with random weights and settled batch statistics."""
+    torch.manual_seed(seed)
+    network = torchxrayvision().models.DenseNet(weights=None, op_threshs=thresholds)
+    return _settle(network, 224)
+
+
+def resnet(seed):
+    """The network within torchxrayvision's ResNet, whose own constructor downloads weights."""
+    torchxrayvision()
+    from torchvision.models import resnet50
+
+    torch.manual_seed(seed)
+    network = resnet50(weights=None, num_classes=18)
+    network.conv1 = torch.nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
+    return _settle(network, 512)
+
+
+def _settle(network, side):
+    """Lets the running statistics be those of noise, so that logits are of the size of trained ones."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # a plain mean
+    with torch.no_grad():
+        noise = torch.rand(2, 1, side // 4, side // 4) * 2048 - 1024
+        network.train()(torch.nn.functional.interpolate(noise, (side // 2, side // 2)))
+    return network.eval()
+
+
+def answer(network, films, thresholds):
+    """Probabilities of the reference: sigmoid and `op_norm`, [B, classes]."""
+    with torch.inference_mode(), contextlib.redirect_stdout(io.StringIO()):
+        logits = network(films)
+        return torchxrayvision().models.op_norm(torch.sigmoid(logits), thresholds)

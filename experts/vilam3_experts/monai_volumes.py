@@ -1,8 +1,8 @@
 """Between `Volume` and MONAI's `MetaTensor`: index order, grids, and resampling in slabs.
 
-MONAI's `Spacing` computes in float64 over the whole scan at once: for 512 x 512 x 300 voxels about 1 GB on the
-way in and 2.5 GB on the way back. The functions here give the same voxels from the same formulas, some planes
-at a time.
+MONAI's `Spacing` computes in float64 over the whole scan at once: for 512 x 512 x 300 voxels about 1 GB on
+the way in and 2.5 GB on the way back. The functions here give the same voxels from the same formulas, some
+planes at a time.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""VISTA3D, MONAI's segmentation network for CT."""

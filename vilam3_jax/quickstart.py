@@ -14,6 +14,7 @@ import io
 import json
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,8 +30,11 @@ from vilam3_jax.errors import UserError
 from vilam3_jax.report import summary
 
 STAGES = ("stage1_vision", "stage2a_align", "stage2b_pretrain", "stage3_instruct", "stage4_expert")
-EXPERTS = ("VISTA3D", "BRAINSEG", "BRAINTUMOR", "CXR")
-PHANTOM_EXPERTS = ("VISTA3D",)
+EXPERTS = ("BRAINSEG", "BRAINTUMOR", "PNEUMONIA")
+ORGANS = "ORGANS"
+# Whose label maps are imported as ORGANS, as the samples' index names them.
+MAPS = "tool:TotalSegmentator reference map"
+PHANTOM_MAPS = "ground-truth:generated label map"
 MARKER = "quickstart.json"
 CPUINFO = Path("/proc/cpuinfo")
 EVAL_LIMIT = {"smoke": 6, "default": 5, "full": 20}
@@ -66,14 +70,16 @@ def plan(run: Path, samples: Path, size: str) -> list[Step]:
     phantoms = size == "smoke"
     data, annotations = run / "data", run / "annotations"
     vilam3 = ("-m", "vilam3_jax.cli")
-    steps = []
-    for expert in PHANTOM_EXPERTS if phantoms else EXPERTS:
+    argv = ("-m", "vilam3_experts", "import", "--masks", str(samples), "--data", str(samples))
+    argv += ("--source", PHANTOM_MAPS if phantoms else MAPS, "--expert", ORGANS, "--out", str(annotations))
+    steps = [Step("import_organs", argv, annotations, ("samples",), resumable=True)]
+    for expert in () if phantoms else EXPERTS:
         argv = ("-m", "vilam3_experts", "annotate", "--expert", expert, "--data", str(samples))
         name = f"annotate_{expert.lower()}"
         steps.append(
             Step(name, (*argv, "--out", str(annotations)), annotations, ("samples",), resumable=True)
         )
-    annotated = tuple(step.name for step in steps if step.name.startswith("annotate"))
+    annotated = tuple(step.name for step in steps)
     argv = (*vilam3, "prepare", "quickstart", "--source", str(samples), "--out", str(data), "--size", size)
     argv = (*argv, "--annotations", str(annotations))
     steps.append(Step("prepare", argv, data, annotated))
@@ -293,7 +299,7 @@ def _record(run: Path, record: dict, step: Step, fingerprint: str, seconds: floa
 
 def _shown(step: Step) -> str:
     """The command as a user would type it."""
-    text = " ".join(("python", *step.argv))
+    text = shlex.join(("python", *step.argv))
     return text.replace("python -m vilam3_jax.cli", "vilam3").replace(
         "python -m vilam3_experts", "vilam3-experts"
     )

@@ -28,6 +28,8 @@ _SUFFIXES = {
     "volume": (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd"),
     "image": (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"),
 }
+MAX_FILES = 20_000_000  # in a folder and its subfolders, which stays a list of paths
+_LIMITS = dataclasses.replace(DEFAULT_LIMITS, files=MAX_FILES)
 _DATA_OF_HEADER = (".img", ".img.gz", ".raw", ".zraw")  # the halves that come with a header file
 
 
@@ -62,8 +64,72 @@ class Input:
         return ExpertInputs.of(read_volume(self.path, modality=self.modality))
 
 
+class Inputs:
+    """What an expert is run over, found while it is iterated: a million scans need no list of objects.
+
+    Iterate once. The order depends on nothing but the names of folders and files.
+
+    Attributes:
+      at_most: how many there can be; exact when the iteration has ended.
+    """
+
+    def __init__(self, data: paths.PathLike, descriptor: Descriptor) -> None:
+        """Lists the files; opens none.
+
+        Raises:
+          UserError: no such folder or file.
+        """
+        self.at_most = 0
+        self._data, self._descriptor = data, descriptor
+        root = paths.as_path(data)
+        if not root.exists():
+            raise UserError(f"{data}: no such file or folder; check --data")
+        if root.is_dir() and is_samples_folder(root):
+            found = list(_from_samples(root, descriptor))
+            self._items, self.at_most = iter(found), len(found)
+        elif root.is_dir():
+            files = list_files(root, MAX_FILES, lambda: None).files
+            self._items, self.at_most = self._from_folder(root, files), len(files)
+        else:
+            self._items, self.at_most = iter([Input(root.name, root, descriptor.input)]), 1
+
+    def __iter__(self) -> Iterator[Input]:
+        """Yields the inputs.
+
+        Raises:
+          UserError: at the end, when there was none.
+        """
+        count = 0
+        for item in self._items:
+            count += 1
+            yield item
+        if not count:
+            raise UserError(
+                f"{self._data}: nothing in it that {self._descriptor.name} reads ({self._descriptor.input}); "
+                "check --data"
+            )
+
+    def _from_folder(self, root: epath.Path, files: list[str]) -> Iterator[Input]:
+        kind: Kind = self._descriptor.input
+        has_dicom = False
+        for file in map(epath.Path, files):
+            name = file.relative_to(root).as_posix()
+            self.at_most -= 1
+            if file.name.startswith(".") or (kind == "volume" and name.lower().endswith(_DATA_OF_HEADER)):
+                continue
+            reader = file_kinds.identify(file).reader
+            has_dicom |= reader == "dicom"
+            if reader in _READERS[kind] or (reader is None and name.lower().endswith(_SUFFIXES[kind])):
+                self.at_most += 1
+                yield Input(name, file, kind)
+        if has_dicom:
+            series = list(_from_dicom(root, kind))
+            self.at_most += len(series)
+            yield from series
+
+
 def find_inputs(data: paths.PathLike, descriptor: Descriptor) -> list[Input]:
-    """Lists what `descriptor` is meant for, in a fixed order.
+    """Lists what `descriptor` is meant for, by name.
 
     Of a samples folder: the samples of the expert's kind, region and modality. Of any other folder, with its
     subfolders: every file that the expert reads, recognised by its content, and every DICOM series. Damaged
@@ -72,20 +138,7 @@ def find_inputs(data: paths.PathLike, descriptor: Descriptor) -> list[Input]:
     Raises:
       UserError: no such folder or file, or nothing in it for this expert.
     """
-    root = paths.as_path(data)
-    if not root.exists():
-        raise UserError(f"{data}: no such file or folder; check --data")
-    if root.is_dir() and is_samples_folder(root):
-        found = list(_from_samples(root, descriptor))
-    elif root.is_dir():
-        found = sorted(_from_folder(root, descriptor.input), key=lambda item: item.name)
-    else:
-        found = [Input(root.name, root, descriptor.input)]
-    if not found:
-        raise UserError(
-            f"{data}: nothing in it that {descriptor.name} reads ({descriptor.input}); check --data"
-        )
-    return found
+    return sorted(Inputs(data, descriptor), key=lambda item: item.name)
 
 
 def _from_samples(root: epath.Path, descriptor: Descriptor) -> Iterator[Input]:
@@ -101,23 +154,8 @@ def _from_samples(root: epath.Path, descriptor: Descriptor) -> Iterator[Input]:
             yield Input(sample.name, sample.path, descriptor.input, MODALITY_CODES.get(sample.kind))
 
 
-def _from_folder(root: epath.Path, kind: Kind) -> Iterator[Input]:
-    files = list_files(root, DEFAULT_LIMITS.files, lambda: None).files
-    has_dicom = False
-    for file in map(epath.Path, files):
-        name = file.relative_to(root).as_posix()
-        if file.name.startswith(".") or (kind == "volume" and name.lower().endswith(_DATA_OF_HEADER)):
-            continue
-        reader = file_kinds.identify(file).reader
-        has_dicom |= reader == "dicom"
-        if reader in _READERS[kind] or (reader is None and name.lower().endswith(_SUFFIXES[kind])):
-            yield Input(name, file, kind)
-    if has_dicom:
-        yield from _from_dicom(root, kind)
-
-
 def _from_dicom(root: epath.Path, kind: Kind) -> Iterator[Input]:
-    found, skipped = dicom.survey(root)
+    found, skipped = dicom.survey(root, limits=_LIMITS)
     for series in found:
         members = [epath.Path(member.path) for member in series.members]
         if kind == "volume" and series.kind == "volume":

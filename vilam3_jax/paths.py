@@ -233,3 +233,34 @@ def write_bytes_atomic(path: PathLike, data: bytes) -> None:
 def write_text_atomic(path: PathLike, text: str) -> None:
     """`write_bytes_atomic` for UTF-8 text."""
     write_bytes_atomic(path, text.encode())
+
+
+def write_bytes_durable(path: PathLike, data: bytes) -> None:
+    """`write_bytes_atomic` that returns when file and name are on the disk, power cut or not.
+
+    Raises:
+      UserError, UnavailableError: as `write_bytes_atomic`.
+    """
+    path = as_path(path)
+    if "://" in str(path):
+        write_bytes_atomic(path, data)
+        return
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        temporary.write_bytes(data)
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise write_error(path, error) from error
+
+
+def sync(path: PathLike) -> None:
+    """Waits until a local file, or the names in a local folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -192,7 +192,7 @@ class AnnotationWriter:
         entries = [p.entry for p in self._pending]
         own = Index()
         own.add_shard(shard, entries)
-        _publish(self.directory / (name + _INDEX_SUFFIX), own.to_bytes(_versions()))
+        paths.write_bytes_durable(self.directory / (name + _INDEX_SUFFIX), own.to_bytes(_versions()))
         self._index.add_shard(shard, entries)
         self._index.balance()
         self._shards += 1
@@ -403,7 +403,7 @@ def compact(directory: paths.PathLike, *, bytes_per_shard: int = SHARD_BYTES) ->
         if len(names.known) > 1 or gone:
             merged = _rewritten(folder, index, rows, gone, bytes_per_shard)
             name = f"{_MERGED_PREFIX}{_run_name()}{_INDEX_SUFFIX}"
-            _publish(folder / name, merged.to_bytes(_versions()))
+            paths.write_bytes_durable(folder / name, merged.to_bytes(_versions()))
             if not still_alone():
                 raise UnavailableError(
                     f"{folder}: another compaction has begun; nothing was removed, start again"
@@ -559,40 +559,15 @@ def _write_shard(directory: epath.Path, name: str, records: Iterator[bytes]) -> 
             if remote:
                 epath.Path(temporary).copy(directory / name, overwrite=True)
             else:
-                _sync(temporary)
+                paths.sync(temporary)
                 os.replace(temporary, directory / name)
+                paths.sync(directory)  # before the index that names it
             return Shard(name, count, size)
         except (OSError, RuntimeError) as error:
             raise paths.write_error(directory / name, error) from error
         finally:
             if os.path.exists(temporary):
                 os.unlink(temporary)
-
-
-def _publish(path: epath.Path, data: bytes) -> None:
-    """Writes an index whole. It follows its shard: what it names must be on the disk before it is."""
-    if "://" in str(path):
-        paths.write_bytes_atomic(path, data)
-        return
-    temporary = path.parent / f".{path.name}.partial"
-    try:
-        temporary.write_bytes(data)
-        _sync(os.fspath(temporary))
-        _sync(os.fspath(path.parent))
-        os.replace(temporary, path)
-        _sync(os.fspath(path.parent))
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise paths.write_error(path, error) from error
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclasses.dataclass

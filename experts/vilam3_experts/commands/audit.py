@@ -1,0 +1,117 @@
+"""`vilam3-experts audit`: check the log of expert calls, and make its calls again."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from vilam3_experts import audit
+from vilam3_experts import descriptors as registry
+from vilam3_experts.annotate import create_expert
+from vilam3_experts.base import Expert, annotate_one
+from vilam3_experts.inputs import Input, find_inputs
+from vilam3_experts.weights import Weights, is_samples_folder, load_weights
+from vilam3_jax import paths
+from vilam3_jax.data.content_keys import inputs_key
+from vilam3_jax.data.experts.record import Annotation
+from vilam3_jax.errors import UserError
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Declares the command."""
+    parser = commands.add_parser("audit", help="check the log of expert calls; make them again")
+    actions = parser.add_subparsers(dest="action", required=True)
+    checked = actions.add_parser(
+        "verify",
+        help="find what was changed, removed, moved or inserted",
+        description="Checks every chain of hashes. Exits with 1 if something is wrong.",
+    )
+    checked.add_argument("log", help="folder of the log, local or gs://")
+    checked.add_argument("--manifest", help="an earlier copy of the log's folder `manifest`")
+    checked.set_defaults(run=_verify)
+    again = actions.add_parser(
+        "replay",
+        help="make the logged calls again and compare the answers",
+        description="Runs the experts over the same data and compares the hashes of their answers. Exits"
+        " with 1 if an answer differs or a call cannot be made.",
+    )
+    again.add_argument("log", help="folder of the log, local or gs://")
+    again.add_argument("--data", required=True, help="samples folder, or a folder or file of scans")
+    again.add_argument("--weights", help="folder of the model files (default: the samples folder)")
+    again.set_defaults(run=_replay)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    known = None
+    if options.manifest is not None:
+        known = audit.heads(options.manifest)
+        if not known:
+            raise UserError(
+                f"{options.manifest}: no copy of a manifest; give a copy of the folder `manifest`"
+            )
+    return _report(audit.verify(options.log, known))
+
+
+def _report(report: audit.Report) -> int:
+    for problem in report.problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    for note in report.notes:
+        print(f"note: {note}")
+    print(f"{report.calls:,d} calls in {report.chains:,d} chains: {'intact' if report.ok else 'NOT intact'}")
+    return 0 if report.ok else 1
+
+
+def _replay(options: argparse.Namespace) -> int:
+    if _report(audit.verify(options.log)):
+        return 1
+    found = audit.replay(options.log, _Player(options.data, options.weights).answer)
+    for call, output in found.different:
+        print(f"problem: {_name(call)}: gave {call.output[:12]}, gives {output[:12]}", file=sys.stderr)
+    for call in found.missing:
+        print(f"problem: {_name(call)}: its input, version or weights are not here", file=sys.stderr)
+    different, missing = len(found.different), len(found.missing)
+    print(f"{found.same:,d} answers are the same, {different:,d} differ, {missing:,d} cannot be computed")
+    return 0 if found.ok else 1
+
+
+def _name(call: audit.Call) -> str:
+    return f"{call.expert}({call.args}) on {call.input[:12]}"
+
+
+class _Player:
+    """Makes calls again over the scans of a folder."""
+
+    def __init__(self, data: paths.PathLike, weights: paths.PathLike | None) -> None:
+        self._data = data
+        if weights is None and paths.as_path(data).is_dir() and is_samples_folder(data):
+            weights = data
+        self._weights = weights
+        self._inputs: dict[str, dict[str, Input]] = {}
+        self._experts: dict[str, tuple[Weights, Expert]] = {}
+
+    def answer(self, call: audit.Call) -> Annotation | None:
+        """The answer today, None where input, expert, version or weights are not at hand."""
+        descriptor = registry.registry().get(call.expert)
+        if descriptor is None or descriptor.version != call.version:
+            return None
+        if call.expert not in self._experts:
+            loaded = load_weights(descriptor, self._weights)
+            self._experts[call.expert] = loaded, create_expert(descriptor, loaded)
+        loaded, expert = self._experts[call.expert]
+        item = self._by_key(descriptor).get(call.input)
+        if item is None:
+            return None
+        annotation = annotate_one(expert, descriptor, item.load(), call.args, weights_sha256=loaded.sha256)
+        return annotation if annotation.weights_sha256 == call.weights else None
+
+    def _by_key(self, descriptor: registry.Descriptor) -> dict[str, Input]:
+        """The scans that an expert may look at, by content key: each is read once to learn it."""
+        if descriptor.name not in self._inputs:
+            found: dict[str, Input] = {}
+            for item in find_inputs(self._data, descriptor):
+                try:
+                    found[inputs_key(item.load().keys)] = item
+                except UserError:
+                    continue  # it could not be read when the log was written, or is another file
+            self._inputs[descriptor.name] = found
+        return self._inputs[descriptor.name]

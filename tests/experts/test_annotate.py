@@ -90,8 +90,8 @@ def test_command_line(plugin, pictures, tmp_path, capsys):
         (["--expert", "FAKE", "--args", "x"], "no argument 'x'"),
         (["--expert", "FAKE", "--limit", "0"], "--limit 0"),
         (["--expert", "BRAINSEG"], "BRAINSEG reads (volume)"),
-        (["--expert", "CXR"], "give --weights"),
-        (["--expert", "CXR", "--weights", "/nonexistent"], "no such weights folder"),
+        (["--expert", "PNEUMONIA"], "give --weights"),
+        (["--expert", "PNEUMONIA", "--weights", "/nonexistent"], "no such weights folder"),
         (["--expert", "FAKE", "--data", "/nonexistent"], "no such file or folder"),
     ],
 )
@@ -157,11 +157,11 @@ def test_plain_folders(tmp_path):
     names = [item.name for item in volumes]
     both = [name for name in names if name.startswith("study/")]
     assert names == ["damaged.dcm", *both, "x.nii.gz", "y.NRRD", "z/w.nii"]
-    assert [item.load().voxels.shape for item in volumes if item.series] == [(4, 4, 3), (4, 4, 3)]
+    assert [item.load().first.voxels.shape for item in volumes if item.series] == [(4, 4, 3), (4, 4, 3)]
     for damaged in (item for item in volumes if item.series is None):
         with pytest.raises(UserError, match=damaged.path.name):
             damaged.load()
-    images = find_inputs(tmp_path, descriptors.CXR)
+    images = find_inputs(tmp_path, descriptors.PNEUMONIA)
     assert [item.name for item in images] == ["damaged.dcm", "picture.png"]
-    (single,) = find_inputs(tmp_path / "picture.png", descriptors.CXR)
+    (single,) = find_inputs(tmp_path / "picture.png", descriptors.PNEUMONIA)
     assert single.name == "picture.png"

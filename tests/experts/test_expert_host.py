@@ -87,7 +87,7 @@ def test_what_the_host_refuses_is_told(host, tmp_path):
     missing = host.ask("BRAINSEG", input_key=KEY, inputs=[("", VolumeSource(str(tmp_path / "none.nii")))])
     assert missing.status == "failed" and "none.nii" in missing.reason
     assert host.ask("FAKE", "fine", input_key=KEY, inputs=[("", b"no image")]).status == "failed"
-    assert host.ask("CXR", input_key=KEY, inputs=[("", PNG)]).reason.startswith("CXR needs files")
+    assert host.ask("PNEUMONIA", input_key=KEY, inputs=[("", PNG)]).reason.startswith("PNEUMONIA needs files")
     assert ask(host, "fine").status == "ok"  # all this by one process
     with pytest.raises(ValueError, match="either"):
         host.ask("FAKE", input_key=KEY)

@@ -1,4 +1,4 @@
-"""The four stand-ins, on tiny networks in the real formats."""
+"""The stand-ins with a network, on tiny networks in the real formats."""
 
 import dataclasses
 import hashlib
@@ -7,25 +7,21 @@ import subprocess
 import sys
 
 import expert_helpers
-import nibabel as nib
 import numpy as np
 import pytest
 from vilam3_experts import brainseg, descriptors
 from vilam3_experts.annotate import create_expert
-from vilam3_experts.base import ExpertFailure, annotate_one, measure
-from vilam3_experts.vista3d_replay import vista3d_ids
+from vilam3_experts.base import ExpertFailure, ExpertInputs, annotate_one, measure
 from vilam3_experts.weights import Weights, load_weights
 
-from vilam3_jax.data.experts.turns import label_table
 from vilam3_jax.data.volumes import Volume, load_volume
-from vilam3_jax.datasets.samples import Sample, write_index
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import as_path
 
 
 def run(descriptor, data, weights, args=None):
     expert = create_expert(descriptor, weights)
-    return annotate_one(expert, descriptor, data, descriptor.check_args(args), weights_sha256=weights.sha256)
+    chosen = descriptor.check_args(args)
+    return annotate_one(expert, descriptor, ExpertInputs.of(data), chosen, weights_sha256=weights.sha256)
 
 
 def test_brain_mask_is_one_filled_part(tmp_path, torchscript_bytes):
@@ -98,82 +94,13 @@ def test_brain_tumour_classes_stand_in_their_order(colour, name, onnx_bytes):
 
 @pytest.mark.parametrize(("level", "name"), [(10, "normal"), (250, "pneumonia")])
 def test_chest_film_classes(level, name, keras_bytes):
-    record = run(descriptors.CXR, np.full((20, 30, 3), level, np.uint8), Weights({"model": keras_bytes}))
+    image = np.full((20, 30, 3), level, np.uint8)
+    record = run(descriptors.PNEUMONIA, image, Weights({"model": keras_bytes}))
     assert record.reason == ""
     assert max(record.probabilities, key=record.probabilities.get) == name
     # logits are -3v and 3v for a picture of v = level / 127.5 - 1
     expected = 1 / (1 + np.exp(-6 * (level / 127.5 - 1)))
     assert record.probabilities["pneumonia"] == pytest.approx(expected, rel=1e-4)
-
-
-NAMES = {5: "liver", 9: "urinary_bladder", 10: "lung_upper_lobe_left", 90: "rib_right_12", 91: "left ear"}
-
-
-@pytest.fixture
-def samples_folder(tmp_path):
-    """Two scans, one with a reference map, and a radiologist's mask that must not be replayed."""
-    folder = tmp_path / "samples"
-    folder.mkdir()
-    rng = np.random.default_rng(1)
-    labels = rng.choice([0, *NAMES], size=(6, 5, 4)).astype(np.uint8)
-    affine = np.diag([10.0, 10.0, 10.0, 1.0])
-    for name in ("known", "masked"):
-        scan = rng.integers(-1000, 1000, (6, 5, 4)).astype(np.int16)
-        nib.save(nib.Nifti1Image(scan, affine), folder / f"{name}.nii.gz")
-    nib.save(nib.Nifti1Image(labels, affine), folder / "map.nii.gz")
-    common = {
-        "kind": "ct",
-        "modality": "CT",
-        "licence": "none stated",
-        "origin": "generated",
-        "body_region": "abdomen",
-        "label_map": as_path(folder / "map.nii.gz"),
-        "label_names": NAMES,
-    }
-    rows = [
-        Sample(
-            name,
-            as_path(folder / f"{name}.nii.gz"),
-            patient=name,
-            split_group=name,
-            label_source=source,
-            **common,
-        )
-        for name, source in (("known", "generated label map"), ("masked", "radiologist mask"))
-    ]
-    write_index(folder, rows, {})
-    return folder, labels
-
-
-def test_replay_speaks_vista3d(samples_folder):
-    folder, labels = samples_folder
-    d = descriptors.VISTA3D
-    record = run(d, load_volume(folder / "known.nii.gz"), load_weights(d, folder))
-    assert record.reason == ""
-    ids = {5: 1, 9: 15, 10: 28, 90: 86}
-    expected = np.zeros_like(labels)
-    for source, target in ids.items():
-        expected[labels == source] = target
-    np.testing.assert_array_equal(record.label_map(), expected)
-    assert record.label_names == {i: label_table("VISTA3D")[i] for i in ids.values()}
-    (liver,) = [s for s in record.segments if s.name == "liver"]
-    assert liver.volume_ml == pytest.approx(int((labels == 5).sum()))  # voxels of 1 ml
-    assert record.weights_sha256 == hashlib.sha256((folder / "map.nii.gz").read_bytes()).hexdigest()
-
-
-def test_replay_knows_only_what_it_was_given(samples_folder):
-    folder, _ = samples_folder
-    d = descriptors.VISTA3D
-    record = run(d, load_volume(folder / "masked.nii.gz"), load_weights(d, folder))
-    assert (record.status, record.reason) == ("failed", "no reference map for this volume")
-    with pytest.raises(UserError, match="samples folder"):
-        create_expert(d, Weights())
-
-
-def test_names_are_matched_whatever_their_order():
-    assert vista3d_ids({1: "adrenal_gland_right", 2: "vertebrae_T12", 3: "right kidney", 4: "tail"}) == {
-        1: 8, 2: 38, 3: 5,
-    }  # fmt: skip
 
 
 def test_segments_are_measured():
@@ -223,30 +150,27 @@ descriptors.registry()
 light = [m for m in ("jax", "flax", "torch", "keras", "onnxruntime") if m in sys.modules]
 import numpy as np
 from vilam3_experts.annotate import create_expert
-from vilam3_experts.base import annotate_one
+from vilam3_experts.base import ExpertInputs, annotate_one
 from vilam3_experts.weights import Weights
 from vilam3_jax.data.volumes import load_volume
 read = lambda name: (folder / name).read_bytes()
 image = np.zeros((9, 9, 3), np.uint8)
 head = load_volume(folder / "head.nii.gz")
-known = load_volume(folder / "samples" / "known.nii.gz")
 status = {}
 for d, data, weights in (
     (descriptors.BRAINSEG, head, Weights({"bbox": read("ts"), "model": read("ts")})),
     (descriptors.BRAINTUMOR, image, Weights({"model": read("onnx")})),
-    (descriptors.CXR, image, Weights({"model": read("keras")})),
-    (descriptors.VISTA3D, known, Weights(folder=folder / "samples")),
+    (descriptors.PNEUMONIA, image, Weights({"model": read("keras")})),
 ):
-    record = annotate_one(create_expert(d, weights), d, data, d.check_args(None), weights_sha256="")
+    inputs = ExpertInputs.of(data)
+    record = annotate_one(create_expert(d, weights), d, inputs, d.check_args(None), weights_sha256="")
     status[d.name] = record.reason or record.status
 found = [m for m in ("jax", "jaxlib", "flax", "tensorflow", "orbax") if m in sys.modules]
 print(json.dumps([light, status, found]))
 """
 
 
-def test_experts_never_bring_jax(
-    tmp_path, torchscript_bytes, onnx_bytes, keras_bytes, samples_folder, environment
-):
+def test_experts_never_bring_jax(tmp_path, torchscript_bytes, onnx_bytes, keras_bytes, environment):
     expert_helpers.head_volume(tmp_path / "head.nii.gz")
     for name, data in (("ts", torchscript_bytes), ("onnx", onnx_bytes), ("keras", keras_bytes)):
         (tmp_path / name).write_bytes(data)
@@ -254,5 +178,5 @@ def test_experts_never_bring_jax(
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     light, status, found = json.loads(out.stdout.splitlines()[-1])
     assert light == []  # a descriptor costs nothing
-    assert status == dict.fromkeys(("BRAINSEG", "BRAINTUMOR", "CXR", "VISTA3D"), "ok")
+    assert status == dict.fromkeys(("BRAINSEG", "BRAINTUMOR", "PNEUMONIA"), "ok")
     assert found == []

@@ -148,7 +148,7 @@ def _pieces(token: str) -> list[str]:
     if any(piece in ("c", "n") for piece in pieces) and pieces[0] != "t1":
         return [token]
     meant = {"c": "ce", "n": "native"}
-    return [meant[piece] if piece in meant else piece for piece in pieces]
+    return [meant.get(piece, piece) for piece in pieces]
 
 
 def without_sequence(text: str) -> str:

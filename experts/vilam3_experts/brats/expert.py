@@ -1,0 +1,181 @@
+"""The expert BRATS: T1c, T1, T2 and FLAIR of one head → necrosis, edema and enhancing tumor.
+
+The steps are those of MONAI's bundle: intensities of non-zero voxels are standardised for each sequence, a
+window slides over the scan, and voxels whose sigmoid reaches 0.5 belong to a region. The network sees the
+index order in which BraTS stores its scans, whatever the files have: one scan has one result in every format.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from monai.inferers.inferer import SlidingWindowInferer
+from monai.transforms.intensity.array import NormalizeIntensity
+from monai.utils.type_conversion import convert_to_tensor
+
+from vilam3_experts.base import ExpertFailure, Output
+from vilam3_experts.brats.bundle import Settings, find_bundle, load_network, read_settings
+from vilam3_experts.brats.grid import Placed, place
+from vilam3_experts.weights import Weights
+from vilam3_jax.data.experts.labels import label_table
+from vilam3_jax.data.experts.record import Verdict
+from vilam3_jax.data.volumes import Volume
+from vilam3_jax.errors import UserError
+
+_THRESHOLD = 0.5
+_LABELS = {"wt": 2, "tc": 1, "et": 4}  # painted in this order
+_SMALLEST_WINDOW = 64
+_WINDOW_STEP = 32
+
+
+class Brats:
+    """Runs on the GPU in mixed precision if torch sees one."""
+
+    def __init__(self, weights: Weights) -> None:
+        """Builds the network of the bundle in `weights.folder`.
+
+        Raises:
+          UserError: no bundle there, or its settings or weights do not fit.
+        """
+        if weights.folder is None:
+            raise UserError(
+                "BRATS needs its bundle; give --weights with the folder of brats_mri_segmentation"
+            )
+        bundle = find_bundle(weights.folder)
+        settings = read_settings(bundle)
+        network, self._sha256 = load_network(bundle, settings)
+        self._segmenter = Segmenter(network, settings)
+
+    def run(self, data: Mapping[str, Volume], args: str) -> Output:
+        """Segments one head.
+
+        Args:
+          data: `t1c`, `t1`, `t2` and `flair`; the result lies on the grid of `t1c`.
+          args: the card has none.
+
+        Raises:
+          ExpertFailure: a scan is uniform, the scans are not of one place, or the memory is too small.
+        """
+        del args
+        probabilities, verdicts = self._segmenter.probabilities(data)
+        return Output(
+            labels=label_map(probabilities),
+            label_names=label_table("BRATS"),
+            weights_sha256=self._sha256,
+            verdicts=verdicts,
+        )
+
+
+class Segmenter:
+    """A network with the pre- and post-processing of its bundle."""
+
+    def __init__(self, network: torch.nn.Module, settings: Settings) -> None:
+        """Moves the network to the GPU if there is one.
+
+        Args:
+          network: [1, 4, I, J, K] float32 to logits [1, 3, I, J, K].
+          settings: of its bundle.
+        """
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._network = network.to(self._device).eval()
+        self._settings = settings
+
+    def probabilities(
+        self, volumes: Mapping[str, Volume]
+    ) -> tuple[dict[str, np.ndarray], tuple[Verdict, ...]]:
+        """Probability of each region.
+
+        Returns:
+          Region (`tc`, `wt`, `et`) to float32 [X, Y, Z] on the grid of the T1c; and what was resampled or is
+          doubtful.
+
+        Raises:
+          ExpertFailure: see `Brats.run`.
+        """
+        settings = self._settings
+        _check_contrast(volumes)
+        ordered = {"t1c": volumes["t1c"], **volumes}
+        placed = place(ordered, settings.axcodes, settings.pixdim)
+        image = torch.stack([placed.images.pop(role) for role in settings.channels])
+        normalised = NormalizeIntensity(nonzero=True, channel_wise=True)(image)
+        image = cast(torch.Tensor, convert_to_tensor(normalised, track_meta=False))
+        logits, window = self._infer(image[None])
+        verdicts = placed.verdicts
+        if window != settings.window:
+            verdicts += (_window_verdict(window, settings.window),)
+        return self._back(logits.sigmoid_(), placed), verdicts
+
+    def _back(self, regions: torch.Tensor, placed: Placed) -> dict[str, np.ndarray]:
+        return {
+            name: placed.to_reference(region)
+            for name, region in zip(self._settings.regions, regions, strict=True)
+        }
+
+    def _infer(self, image: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Logits float32 [3, I, J, K] on the CPU, and the window that fitted into the memory."""
+        window: tuple[int, ...] | None = self._settings.window
+        while window is not None:
+            try:
+                return self._slide(image, window), window
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            window = smaller_window(window)
+        raise ExpertFailure(f"a window of {_SMALLEST_WINDOW} voxels does not fit into the memory; free some")
+
+    def _slide(self, image: torch.Tensor, window: tuple[int, ...]) -> torch.Tensor:
+        """Only one window is on the device at a time; the sums of all are on the CPU."""
+        inferer = SlidingWindowInferer(
+            window,
+            sw_batch_size=1,
+            overlap=self._settings.overlap,
+            sw_device=self._device,
+            device=torch.device("cpu"),
+        )
+        with torch.no_grad(), torch.autocast("cuda", enabled=self._device.type == "cuda"):
+            logits = inferer(image, self._network)
+        return cast(torch.Tensor, logits)[0].float()
+
+
+def label_map(probabilities: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Labels uint8 [X, Y, Z] of regions that nest: edema 2, core 1 over it, enhancing tumor 4 over both.
+
+    A region reaches to a probability of 0.5, which counts, as in MONAI's `AsDiscrete`.
+    """
+    labels = np.zeros(next(iter(probabilities.values())).shape, np.uint8)
+    for region, label in _LABELS.items():
+        labels[probabilities[region] >= _THRESHOLD] = label
+    return labels
+
+
+def smaller_window(window: Sequence[int]) -> tuple[int, ...] | None:
+    """About half of a window along each axis, whole steps of the network; None below the smallest one."""
+    if max(window) <= _SMALLEST_WINDOW:
+        return None
+    return tuple(max(_SMALLEST_WINDOW, math.ceil(n / 2 / _WINDOW_STEP) * _WINDOW_STEP) for n in window)
+
+
+def _window_verdict(window: tuple[int, ...], wanted: tuple[int, ...]) -> Verdict:
+    message = (
+        f"the memory took windows of {' x '.join(map(str, window))} voxels instead of "
+        f"{' x '.join(map(str, wanted))}; its result may differ"
+    )
+    return Verdict("window", "warn", "after", message=message)
+
+
+def _check_contrast(volumes: Mapping[str, Volume]) -> None:
+    for role, volume in volumes.items():
+        voxels = volume.voxels if volume.valid is None else volume.voxels[volume.valid]
+        if voxels.size == 0 or voxels.min() == voxels.max():
+            raise ExpertFailure(f"{role} has no contrast: all its voxels are equal")
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # The allocator of the CPU raises a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -15,12 +15,12 @@ from typing import Any
 import msgpack
 
 from vilam3_jax.data import wire
-from vilam3_jax.data.experts.grammar import Call
+from vilam3_jax.data.experts.grammar import Call, parse_turn
 from vilam3_jax.errors import UserError
 
 SCHEMA_VERSION = 2
 IMAGE_MARKER = "<image>"
-FORMATS = ("pair", "caption", "document", "conversation")
+FORMATS = ("pair", "caption", "document", "conversation", "study")
 ROLES = ("system", "user", "assistant", "expert")
 POLICIES = ("always", "optional")
 
@@ -115,6 +115,9 @@ class ExpertRequest:
         made in one turn, in their order here.
       policy: "always": without a result the example is put aside; "optional": it is then
         rendered without the expert.
+      question: what the expert's turn repeats; "" for the words of the user's turn.
+      call: the words of the calling turn; "" for those of the model's wording. Of several requests before one
+        turn, the first one's count.
     """
 
     expert: str
@@ -122,6 +125,8 @@ class ExpertRequest:
     images: tuple[RequestImage, ...] = (RequestImage(),)
     before_turn: int = 1
     policy: str = "always"
+    question: str = ""
+    call: str = ""
 
     @classmethod
     def of(cls, expert: str, args: str, images: Any, *rest: Any) -> ExpertRequest:
@@ -131,7 +136,8 @@ class ExpertRequest:
     def wire_values(self) -> list[Any]:
         """Plain values, for msgpack and JSON."""
         images = [[image.image, image.role] for image in self.images]
-        return [self.expert, self.args, images, self.before_turn, self.policy]
+        words = [self.question, self.call] if self.question or self.call else []
+        return [self.expert, self.args, images, self.before_turn, self.policy, *words]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +145,8 @@ class Example:
     """One record. `meta` holds plain values only (text, numbers, booleans, lists, dicts).
 
     `pair` and `caption` are a user turn that is one `<image>` and a supervised assistant turn;
-    `document` is a run of assistant turns, all supervised; `conversation` alternates.
+    `document` is a run of assistant turns, all supervised; `conversation` alternates. A `study` has images and
+    no turns: a rule of `data/experts/dialogues` makes a conversation of it when it is loaded.
     """
 
     id: str
@@ -221,11 +228,13 @@ def _problem(example: Example) -> str | None:
         return "has no id"
     if example.format not in FORMATS:
         return f"format {example.format!r} is none of {', '.join(FORMATS)}"
-    if not example.turns:
-        return "has no turns"
     for position, image in enumerate(example.images):
         if reason := image.problem():
             return f"image {position} {reason}"
+    if example.format == "study":
+        return _study_problem(example)
+    if not example.turns:
+        return "has no turns"
     for position, turn in enumerate(example.turns):
         if turn.role not in ROLES:
             return f"turn {position} has role {turn.role!r}, none of {', '.join(ROLES)}"
@@ -241,6 +250,12 @@ def _problem(example: Example) -> str | None:
     if not any(turn.supervised for turn in example.turns):
         return "no turn is supervised, nothing can be learnt from it"
     return _request_problem(example)
+
+
+def _study_problem(example: Example) -> str | None:
+    if example.turns or example.expert_requests:
+        return "a study has no turns and no requests; its dialogue is made when it is loaded"
+    return None if example.images else "a study without images"
 
 
 def _role_problem(example: Example) -> str | None:
@@ -282,6 +297,11 @@ def _request_problem(example: Example) -> str | None:
         if call in taken:
             return f"{name} is made twice before turn {request.before_turn}"
         taken.add(call)
+        first = next(r for r in example.expert_requests if r.before_turn == request.before_turn)
+        if request is first and request.call:
+            made = [(r.expert, r.args) for r in example.expert_requests if r.before_turn == first.before_turn]
+            if [(c.expert, c.args) for c in parse_turn(request.call).calls] != made:
+                return f"{name} has a calling turn {request.call!r} that makes other calls"
     return None
 
 

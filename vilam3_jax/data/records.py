@@ -23,7 +23,7 @@ INFO_NAME = "dataset.json"
 _MAX_INFO_BYTES = 16 << 20
 _FEATURES = {
     "id": "text, unique",
-    "format": "pair | caption | document | conversation",
+    "format": "pair | caption | document | conversation | study",
     "images": "bytes, or a path below the data root; for volumes axis, index, window",
     "turns": "role, text with <image> markers, supervised",
     "expert_requests": "expert, args, image, before_turn, policy",

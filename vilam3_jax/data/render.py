@@ -244,6 +244,8 @@ class Renderer:
         Raises:
           UserError: an expert's result that must be there is not. Images raise when they are read.
         """
+        if example.format == "study":
+            raise UserError("holds images only; name a rule in data.mixture, such as ('NAME:ct_what', 1.0)")
         images = [
             Picture(
                 functools.partial(self._reader.read, image, data_root),
@@ -251,11 +253,11 @@ class Renderer:
             )
             for image in example.images
         ]
-        if not self._experts_on(coin):
+        if not self.experts_on(coin):
             return Outline(example.turns, tuple(images))
         if not example.expert_requests:
             # The agent shows its cards with every question; that most of them need no expert is learned here.
-            spoken = example.format == "conversation"
+            spoken = example.format == "conversation" and example.meta.get("cards", True)
             shown = with_cards(example.turns, list(self._cards.values())) if spoken else example.turns
             return Outline(tuple(shown), tuple(images))
         found: dict[int, list[tuple[ExpertRequest, Annotation]]] = {}
@@ -270,7 +272,8 @@ class Renderer:
         waiting = list(images)
         for position, turn in enumerate(example.turns):
             if position in found:
-                made, overlays = self._exchange(example, found[position], question_of(turns[-1]), images)
+                question = found[position][0][0].question or question_of(turns[-1])
+                made, overlays = self._exchange(example, found[position], question, images)
                 turns += made
                 pictures += overlays
             turns.append(turn)
@@ -279,7 +282,8 @@ class Renderer:
         names = tuple(request.expert for pairs in found.values() for request, _ in pairs)
         return Outline(tuple(with_cards(turns, list(self._cards.values()))), tuple(pictures), names)
 
-    def _experts_on(self, coin: int) -> bool:
+    def experts_on(self, coin: int) -> bool:
+        """Whether the sample at position `coin` has experts."""
         if self._experts != "mixed":
             return self._experts != "off"
         digest = hashlib.sha256(f"{self._seed}/{coin}".encode()).digest()
@@ -331,6 +335,8 @@ class Renderer:
             [Call(request.expert, request.args) for request, _ in made],
             self._style,
         )
+        if words := made[0][0].call:
+            called = dataclasses.replace(called, text=words)
         pictures = [
             self._coloured(overlay, images[base], ("overlay", n, key, example.images[base].window))
             for n, (overlay, base) in enumerate(zip(said.overlays, bases, strict=True))

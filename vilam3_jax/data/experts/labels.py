@@ -17,6 +17,8 @@ import numpy as np
 
 from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment, segments_on_slice
 
+_LESION_WORDS = ("tumor", "lesion", "mass", "metastasis", "cyst")
+
 
 @dataclasses.dataclass(frozen=True)
 class LabelGroup:
@@ -96,6 +98,26 @@ def restrict_to_group(annotation: Annotation) -> Annotation:
         labels = LabelMap.encode(apply_group(group, annotation.label_map()), affine)
     segments = tuple(merged[i] for i in sorted(merged))
     return dataclasses.replace(annotation, segments=segments, labels=labels)
+
+
+def is_lesion(name: str) -> bool:
+    """Whether a label stands for something that is counted, such as a tumor.
+
+    >>> is_lesion("hepatic tumor"), is_lesion("bone lesion"), is_lesion("liver")
+    (True, True, False)
+    """
+    return any(w in _LESION_WORDS or w.removesuffix("s") in _LESION_WORDS for w in name.lower().split())
+
+
+def component_counts(annotation: Annotation) -> dict[int, int]:
+    """Label id to the number of separate parts in the whole volume, after merging (then an upper bound)."""
+    group = label_group(annotation.expert, annotation.args)
+    counts: dict[int, int] = {}
+    for s in annotation.segments:
+        into = s.label_id if group is None else group.target.get(s.label_id)
+        if into is not None:
+            counts[into] = counts.get(into, 0) + s.components
+    return counts
 
 
 def apply_group(group: LabelGroup | None, labels: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ This module imports neither jax nor flax nor torch.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -16,11 +17,12 @@ from vilam3_jax.data.examples import IMAGE_MARKER
 from vilam3_jax.data.experts.brats_legend import brats_legend
 from vilam3_jax.data.experts.cards import Card
 from vilam3_jax.data.experts.grammar import Call, write_calls
-from vilam3_jax.data.experts.labels import visible_segments
+from vilam3_jax.data.experts.labels import component_counts, is_lesion, visible_segments
 from vilam3_jax.data.experts.overlays import legend, palette_of
 from vilam3_jax.data.experts.record import Annotation, Verdict
 from vilam3_jax.errors import UserError
 
+_LONGEST = 200  # of a name or a sentence that an expert brings
 _MODALITY_WORDS = {"CT": "a CT image", "MRI": "an MRI image", "CXR": "a chest X-ray"}
 _ROLE_WORDS = {"t1c": "T1(contrast enhanced)", "t1": "T1", "t2": "T2", "flair": "FLAIR"}
 
@@ -34,7 +36,13 @@ class Plane:
 
 
 class Wording(Protocol):
-    """What differs between the two."""
+    """What differs between the two.
+
+    Attributes:
+      tells_figures: whether volumes and counts of labels are told.
+    """
+
+    tells_figures: bool
 
     def call(self, cards: Sequence[Card], calls: Sequence[Call]) -> str:
         """The assistant's turn that makes `calls`, of the experts `cards`."""
@@ -62,6 +70,8 @@ class Wording(Protocol):
 
 
 class _Plain:
+    tells_figures = True
+
     def call(self, cards: Sequence[Card], calls: Sequence[Call]) -> str:
         modality = cards[0].modality
         what = _MODALITY_WORDS.get(modality, f"an image of the modality {modality}")
@@ -83,7 +93,7 @@ class _Plain:
         volumes = ", ".join(f"{name} {_millilitres(ml)}" for _, name, _, ml in visible)
         return (
             f"The results are {IMAGE_MARKER}. The colors in this image describe {colours}. "
-            f"Volumes in ml: {volumes}. "
+            f"Volumes in ml: {volumes}. {_counts(annotation, visible)}"
         )
 
     def classification(self, annotation: Annotation, threshold: float) -> str:
@@ -109,6 +119,8 @@ class _Plain:
 
 
 class _VilaM3(_Plain):
+    tells_figures = False
+
     def call(self, cards: Sequence[Card], calls: Sequence[Call]) -> str:
         what, first = {
             "CXR": ("an chest x-ray", "first "),
@@ -157,21 +169,54 @@ def wording_named(name: str) -> Wording:
 
 def doubts(verdicts: Sequence[Verdict]) -> str:
     """A sentence on the checks that found something; '' where all passed or nothing is known."""
-    found = [v.message for v in verdicts if v.status in ("warn", "fail") and v.message]
+    found = [_safe(v.message) for v in verdicts if v.status in ("warn", "fail") and v.message]
     return f"Checks doubt this: {'; '.join(found)}. " if found else ""
 
 
 def _visible(annotation: Annotation, plane: Plane) -> list[tuple[int, str, int, float]]:
     assert plane.axis is not None and plane.index is not None  # see Result.problem
-    return visible_segments(annotation, axis=plane.axis, index=plane.index)
+    found = visible_segments(annotation, axis=plane.axis, index=plane.index)
+    return [(label_id, _safe(name), voxels, ml) for label_id, name, voxels, ml in found]
 
 
 def _colours(visible: Sequence[tuple[int, str, int, float]]) -> dict[str, str]:
     return legend({i: name for i, name, *_ in visible}, [i for i, *_ in visible])
 
 
+def _counts(annotation: Annotation, visible: Sequence[tuple[int, str, int, float]]) -> str:
+    """How many of each lesion: a slice does not show it."""
+    counts = component_counts(annotation)
+    told = [f"{name} {counts[i]}" for i, name, *_ in visible if is_lesion(name)]
+    return f"Separate parts in the scan: {', '.join(told)}. " if told else ""
+
+
+def told_labels(annotation: Annotation, plane: Plane) -> list[tuple[int, str, int, float]]:
+    """(label id, name as it is told, voxels on the slice, ml in the scan) of the labels on a slice."""
+    return _visible(annotation, plane)
+
+
+def told_class(name: str) -> str:
+    """The name of a class as it is told."""
+    return _class(name)
+
+
+def told_volume(ml: float) -> str:
+    """A volume as it is told."""
+    return _millilitres(ml)
+
+
+def told_doubts(annotation: Annotation) -> list[str]:
+    """What the checks doubt, as it is told."""
+    return [_safe(v.message) for v in annotation.verdicts if v.status in ("warn", "fail") and v.message]
+
+
 def _class(name: str) -> str:
-    return name.lower().replace("_", " ")
+    return _safe(name.lower().replace("_", " "))
+
+
+def _safe(text: str) -> str:
+    """An expert's own words on one line, without what could pass for a marker, a call or a template's token."""
+    return " ".join(re.sub(r"[<>|\[\]]", " ", text).split())[:_LONGEST]
 
 
 def _millilitres(value: float) -> str:

@@ -32,7 +32,6 @@ from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
-from etils import epath
 
 from vilam3_jax import paths
 from vilam3_jax.data import wire
@@ -201,9 +200,9 @@ class Index:
         """Names of the shards that hold the record of some key."""
         return {self.shards[code].name for code in np.unique(self.rows()["shard"])}
 
-    def settle(self, keep_first: bool) -> None:
-        """Merges the layers into one, or all but the first and largest into one."""
-        start = 1 if keep_first else 0
+    def settle(self) -> None:
+        """Merges the layers into one; a first one that is larger than the others stays apart, uncopied."""
+        start = 1 if self._layers and 2 * len(self._layers[0]) > sum(map(len, self._layers)) else 0
         if len(self._layers) > start + 1:
             self._layers[start:] = [self._best(joined(self._layers[start:]))]
 
@@ -232,17 +231,34 @@ class Index:
 
     def _best(self, rows: np.ndarray) -> np.ndarray:
         """The best row of each key, sorted by input, then by expert and arguments."""
-        pairs = sorted({call[:2] for call in self.calls})
-        numbers = {pair: number for number, pair in enumerate(pairs)}
-        pair = np.array([numbers[call[:2]] for call in self.calls], np.uint32)[rows["call"]]
-        ok = np.array([call.ok for call in self.calls])[rows["call"]]
-        words = np.ascontiguousarray(rows["input"].T, np.uint64)
-        ranks = (rows[name] for name in reversed(_RANKS))
+        first = rows["input"][:, 0].astype(np.uint64)
+        order = np.argsort(first)
+        first, rows = first[order], rows[order]
+        same = first[1:] == first[:-1]
+        # Few rows share their first 8 bytes with another: those of an input with several experts or answers.
+        close = np.zeros(len(rows), bool)
+        close[1:] |= same
+        close[:-1] |= same
+        if not close.any():
+            return rows
+        keep = ~close
+        keep[close] = self._sort_all(rows, close)
+        return rows[keep]
+
+    def _sort_all(self, rows: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        """Sorts the `chosen` of `rows` in place; tells which of them are the best of their key."""
+        part = rows[chosen]
+        pairs = {pair: number for number, pair in enumerate(sorted({call[:2] for call in self.calls}))}
+        pair = np.array([pairs[call[:2]] for call in self.calls])[part["call"]]
+        ok = np.array([call.ok for call in self.calls])[part["call"]]
+        words = np.ascontiguousarray(part["input"].T, np.uint64)
+        ranks = (part[name] for name in reversed(_RANKS))
         order = np.lexsort((*ranks, ok, pair, *words[::-1]))
-        rows, pair = rows[order], pair[order]
-        last = np.ones(len(rows), bool)
-        last[:-1] = (rows["input"][1:] != rows["input"][:-1]).any(axis=1) | (pair[1:] != pair[:-1])
-        return rows[last]
+        rows[chosen] = part = part[order]
+        pair = pair[order]
+        best = np.ones(len(part), bool)
+        best[:-1] = (part["input"][1:] != part["input"][:-1]).any(axis=1) | (pair[1:] != pair[:-1])
+        return best
 
     # Looking up
 
@@ -402,14 +418,14 @@ def wrong_schema(found: object, expected: int) -> UserError:
     return UserError(f"schema {found}, this version reads {expected}; annotate into a new folder")
 
 
-def open_file(path: epath.Path) -> bytes | mmap.mmap:
+def open_file(path: str) -> bytes | mmap.mmap:
     """The content of an index file: mapped if large and local, else read.
 
     Raises:
       FileNotFoundError: no such file.
       UserError, UnavailableError: not to be read.
     """
-    if "://" in str(path):
+    if "://" in path:
         try:
             return paths.read_bytes(path, MAX_INDEX_BYTES)
         except UserError as error:
@@ -428,7 +444,7 @@ def open_file(path: epath.Path) -> bytes | mmap.mmap:
         raise UserError(f"{path}: cannot be read ({error}); check the path") from error
 
 
-def read_index(files: Iterable[tuple[epath.Path, bytes | mmap.mmap]], versions: Versions) -> Index:
+def read_index(files: Iterable[tuple[str, bytes | mmap.mmap]], versions: Versions) -> Index:
     """Merges index files.
 
     Args:
@@ -446,5 +462,5 @@ def read_index(files: Iterable[tuple[epath.Path, bytes | mmap.mmap]], versions: 
             raise UserError(f"{path}: damaged index ({error}); delete it and annotate again") from error
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-    index.settle(keep_first=True)
+    index.settle()
     return index

@@ -593,9 +593,9 @@ def _index_names(folder: epath.Path) -> _Names:
     names: frozenset[str] | None = None
     for _ in range(_READS):
         again = frozenset(
-            path.name
-            for path in paths.children(folder)
-            if path.name.endswith((_INDEX_SUFFIX, _OLD_INDEX_SUFFIX)) and path.name[0] != "."
+            name
+            for name in _listed(folder)
+            if name.endswith((_INDEX_SUFFIX, _OLD_INDEX_SUFFIX)) and name[0] != "."
         )
         if names is not None and names <= again:
             return _Names(folder, again)
@@ -603,6 +603,19 @@ def _index_names(folder: epath.Path) -> _Names:
     raise UnavailableError(
         f"{folder}: files come and go while it is listed; wait for compactions and start again"
     )
+
+
+def _listed(folder: epath.Path) -> list[str]:
+    """Names in a folder, nothing if there is none. Thousands of path objects would take a second."""
+    if "://" in str(folder):
+        return [path.name for path in paths.children(folder)]
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        paths.check_passing(folder, error)
+        raise UserError(f"{folder}: cannot be listed ({error}); check the path") from error
 
 
 def _read_index(folder: epath.Path, names: _Names) -> Index:
@@ -618,7 +631,7 @@ def _read_index(folder: epath.Path, names: _Names) -> Index:
                 raise _old_store(folder / name)
         # The merged index comes first: it stays as it is, the others are added to it.
         ordered = sorted(names.known, key=lambda name: (not name.startswith(_MERGED_PREFIX), name))
-        files = [folder / name for name in ordered]
+        files = [f"{folder}/{name}" for name in ordered]
         try:
             with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
                 contents = list(pool.map(index_lib.open_file, files))

@@ -1,0 +1,36 @@
+"""`vilam3-experts export`: label maps as files for viewers."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from vilam3_experts.export_masks import export_masks
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Declares the command."""
+    parser = commands.add_parser(
+        "export",
+        help="write label maps as NIfTI or DICOM-SEG",
+        description="Writes the label maps of a store for viewers. DICOM-SEG files hold patient and study as"
+        " the source series states them; NIfTI files and their label tables hold neither.",
+    )
+    parser.add_argument("--store", required=True, help="annotation store")
+    parser.add_argument("--data", required=True, help="the scans: samples folder, or a folder or file")
+    parser.add_argument("--out", required=True, help="folder for the files")
+    parser.add_argument("--format", choices=("nifti", "dicom-seg"), default="nifti")
+    parser.add_argument("--expert", help="only this expert's")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command."""
+    summary = export_masks(options.store, options.data, options.out, options.format, expert=options.expert)
+    for name, file in summary.files:
+        print(f"{name}: {file}")
+    for name, reason in summary.problems:
+        print(f"problem: {name}: {reason}", file=sys.stderr)
+    without = f", {summary.without} scans without a label map" if summary.without else ""
+    print(f"{len(summary.files)} label maps, {len(summary.problems)} problems{without}; folder {options.out}")
+    return 0 if summary.files else 1

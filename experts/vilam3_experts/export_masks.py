@@ -1,0 +1,333 @@
+"""`vilam3-experts export`: the label maps of annotations as files for viewers, NIfTI or DICOM-SEG."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import gzip
+import hashlib
+import io
+import json
+import re
+import uuid
+import warnings
+from collections.abc import Iterator
+from typing import Any, BinaryIO, Literal, cast
+
+import highdicom as hd
+import nibabel as nib
+import numpy as np
+import pydicom
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
+from tqdm import tqdm
+
+from vilam3_experts import __version__
+from vilam3_experts import descriptors as registry
+from vilam3_experts.descriptors import Descriptor
+from vilam3_experts.inputs import Input, find_inputs
+from vilam3_jax import paths
+from vilam3_jax.data import dicom
+from vilam3_jax.data.experts.cards import Card
+from vilam3_jax.data.experts.record import Annotation, Key
+from vilam3_jax.data.experts.store import AnnotationStore
+from vilam3_jax.data.volume_checks import one_line
+from vilam3_jax.data.volumes import Volume
+from vilam3_jax.errors import UnavailableError, UserError
+
+Format = Literal["nifti", "dicom-seg"]
+SCHEME = "99VILAM3"  # of codes for names that SNOMED CT's common ones lack; private ones start with 99
+_ABNORMAL = frozenset(
+    ("tumor", "tumour", "lesion", "cyst", "mass", "metastasis", "nodule", "edema", "neoplasm", "aneurysm")
+)
+_SCT_NAMES = {"Clavicula": "Clavicle", "UrinaryBladder": "Bladder", "SmallBowel": "SmallIntestine"}
+_SIDES = ("left", "right")
+_SERIES_NUMBER = 900
+_RIGID = 1e-5
+_MAX_LABEL = 64  # characters of a SegmentLabel
+
+
+@dataclasses.dataclass
+class Summary:
+    """What an export did.
+
+    Attributes:
+      files: (name of the scan, name of the file) in order.
+      problems: scan, and why its label map was not written.
+      without: scans that the store has no label map of.
+    """
+
+    files: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    without: int = 0
+
+
+def export_masks(
+    store: paths.PathLike,
+    data: paths.PathLike,
+    out: paths.PathLike,
+    form: Format = "nifti",
+    *,
+    expert: str | None = None,
+) -> Summary:
+    """Writes every label map of `store` that belongs to a scan of `data`.
+
+    File names are made of the record's key: content key, expert, and a hash of the arguments.
+
+    Args:
+      store: annotation store.
+      data: the scans; DICOM-SEG takes patient, study and geometry from them.
+      out: folder for the files.
+      form: `nifti`: label maps in the index order of the scan's own file, with a JSON label table beside
+        each; `dicom-seg`: binary Segmentation objects that refer to the scan's series.
+      expert: only this expert's.
+
+    Raises:
+      UserError: no such store, no scans, or a folder that cannot be written.
+    """
+    records = AnnotationStore(store)
+    wanted = _by_grid(records, expert)
+    summary = Summary()
+    folder = paths.as_path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for item in tqdm(find_inputs(data, _any_volume()), desc="export", unit="scan"):
+        try:
+            scan = item.load().first
+            found = list(_label_maps(records, wanted, scan)) if isinstance(scan, Volume) else []
+        except UnavailableError:
+            raise
+        except UserError as error:
+            summary.problems.append((item.name, str(error)))
+            continue
+        summary.without += not found
+        for annotation in found:
+            try:
+                files = (_nifti if form == "nifti" else _dicom_seg)(annotation, cast(Volume, scan), item)
+            except UnavailableError:
+                raise
+            except UserError as error:
+                summary.problems.append((item.name, str(error)))
+                continue
+            for name, content in files.items():
+                paths.write_bytes_atomic(folder / name, content)
+            summary.files.append((item.name, next(iter(files))))
+    return summary
+
+
+def _any_volume() -> Descriptor:
+    card = Card("EXPORT", (), "any", "segmentation", "export", "unknown")
+    return Descriptor(card, "1", "volume", "segmentation", "")
+
+
+def _by_grid(records: AnnotationStore, expert: str | None) -> dict[str, list[Key]]:
+    """Content key of the scan that a record's label map lies on, to the record's keys."""
+    known = registry.registry()
+    wanted: dict[str, list[Key]] = collections.defaultdict(list)
+    for key in records.keys():  # noqa: SIM118  a store is no dict
+        input_key, name, _ = key
+        if expert is not None and name != expert:
+            continue
+        if name in known and known[name].card.roles != ("",):
+            annotation = records.get(*key)
+            if annotation is not None and annotation.inputs:
+                input_key = annotation.inputs[0][1]
+        wanted[input_key].append(key)
+    return wanted
+
+
+def _label_maps(records: AnnotationStore, wanted: dict[str, list[Key]], scan: Volume) -> Iterator[Annotation]:
+    for key in wanted.get(scan.content_key, ()):
+        annotation = records.get(*key)
+        if annotation is not None and annotation.labels is not None:
+            yield annotation
+
+
+def file_stem(annotation: Annotation) -> str:
+    """The name of a record's files, without suffix.
+
+    Raises:
+      UserError: a key or an expert's name that is none.
+    """
+    if not re.fullmatch(r"[0-9a-f]{64}", annotation.input_key) or not re.fullmatch(
+        r"[A-Z][A-Z0-9_]{0,31}", annotation.expert
+    ):
+        raise UserError("the record's key is no content key; annotate again")
+    args = hashlib.sha256(annotation.args.encode()).hexdigest()[:8]
+    return f"{annotation.input_key[:32]}-{annotation.expert}-{args}"
+
+
+def _as_stored(annotation: Annotation, codes_of_axes: str) -> tuple[np.ndarray, np.ndarray]:
+    """(labels, affine) of a record in the index order of the scan's file, such as "LPS"."""
+    affine = annotation.label_affine
+    assert affine is not None
+    labels = annotation.label_map()
+    wanted = nib.orientations.axcodes2ornt(tuple(codes_of_axes))
+    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt(("R", "A", "S")), wanted)
+    turned = np.ascontiguousarray(nib.orientations.apply_orientation(labels, turn))
+    return turned, affine @ nib.orientations.inv_ornt_aff(turn, labels.shape)
+
+
+def _nifti(annotation: Annotation, scan: Volume, item: Input) -> dict[str, bytes]:
+    """A label map and its table; voxel (i, j, k) lies on voxel (i, j, k) of the scan's file."""
+    del item
+    labels, affine = _as_stored(annotation, scan.stored_orientation)
+    image = nib.Nifti1Image(labels, affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, code="scanner")
+    # A quaternion holds no shear; without one, readers take the sform.
+    directions = affine[:3, :3] / np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    is_rigid = np.allclose(directions.T @ directions, np.eye(3), atol=_RIGID)
+    image.set_qform(affine if is_rigid else None, code="scanner" if is_rigid else 0)
+    stem = file_stem(annotation)
+    table = {
+        "labels": {str(number): name for number, name in sorted(annotation.label_names.items())},
+        "expert": annotation.expert,
+        "args": annotation.args,
+        "version": annotation.version,
+        "weights_sha256": annotation.weights_sha256,
+        "input_key": annotation.input_key,
+        "index_order": scan.stored_orientation,
+    }
+    return {
+        f"{stem}.nii.gz": gzip.compress(image.to_bytes(), mtime=0),
+        f"{stem}.json": (json.dumps(table, indent=1) + "\n").encode(),
+    }
+
+
+def _dicom_seg(annotation: Annotation, scan: Volume, item: Input) -> dict[str, bytes]:
+    """A binary Segmentation object, a segment per label, in the planes of the source series."""
+    if item.series is None:
+        raise UserError(f"{item.name}: is no DICOM series, which DICOM-SEG refers to; export it as nifti")
+    if not annotation.segments:
+        raise UserError(f"{item.name}: {annotation.expert} marks nothing, and DICOM-SEG needs a segment")
+    sources, order = _sources(item.series, item.name)
+    labels, _ = _as_stored(annotation, scan.stored_orientation)
+    frames = labels.transpose(2, 1, 0)[order]  # [slice, row, column]
+    if frames.shape != (len(item.series.members), item.series.rows, item.series.columns):
+        raise UserError(
+            f"{item.name}: its label map does not lie on the slices of the series; annotate again"
+        )
+    numbers = np.zeros(int(labels.max()) + 1, np.uint16)
+    segments = []
+    for number, segment in enumerate(annotation.segments, start=1):
+        numbers[segment.label_id] = number
+        segments.append(_described(number, segment.name, annotation))
+    frames = numbers[frames]
+    frames = frames.astype(np.uint8) if len(segments) < 256 else frames
+    place = "\0".join(
+        (
+            annotation.input_key,
+            annotation.expert,
+            annotation.args,
+            annotation.version,
+            annotation.weights_sha256,
+        )
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = hd.seg.Segmentation(
+                source_images=sources,
+                pixel_array=frames,
+                segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
+                segment_descriptions=segments,
+                series_instance_uid=_uid(place, "series"),
+                series_number=_SERIES_NUMBER,
+                sop_instance_uid=_uid(place, "instance"),
+                instance_number=1,
+                manufacturer="vilam3_jax",
+                manufacturer_model_name="vilam3-experts",
+                software_versions=__version__,
+                device_serial_number="1",
+                series_description=f"{annotation.expert} segmentation",
+                content_label="SEGMENTATION",
+            )
+            sink = io.BytesIO()
+            made.save_as(sink)
+    except Exception as error:  # highdicom documents few of its exceptions; source headers lack much
+        raise UserError(
+            f"{item.name}: DICOM-SEG cannot be made of its headers ({one_line(error)}); export it as nifti"
+        ) from error
+    return {f"{file_stem(annotation)}.dcm": sink.getvalue()}
+
+
+def _uid(place: str, what: str) -> hd.UID:
+    """One UID for one record, so that a second export is the same object to a viewer."""
+    digest = hashlib.sha256(f"{what}\0{place}".encode()).digest()
+    return hd.UID.from_uuid(str(uuid.UUID(bytes=digest[:16], version=4)))
+
+
+def _sources(series: dicom.Series, name: str) -> tuple[list[pydicom.Dataset], list[int]]:
+    """The headers that the object refers to, and the order of the series' slices that fits them.
+
+    Raises:
+      UserError: slices out of several multi-frame files.
+    """
+    files = list(dict.fromkeys(str(member.path) for member in series.members))
+    if len(files) == 1:
+        order = np.argsort([member.frame for member in series.members]).tolist()
+    elif len(files) == len(series.members):
+        order = list(range(len(files)))
+    else:
+        raise UserError(f"{name}: its slices lie in several multi-frame files; export it as nifti")
+    return [_source(file, name) for file in files], order
+
+
+def _source(file: str, name: str) -> pydicom.Dataset:
+    path = paths.as_path(file)
+    try:
+        with path.open("rb") as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            header = pydicom.dcmread(cast(BinaryIO, stream), stop_before_pixels=True)
+            # De-identification empties these at times; the file's meta information repeats them.
+            for keyword, meta in (
+                ("SOPClassUID", "MediaStorageSOPClassUID"),
+                ("SOPInstanceUID", "MediaStorageSOPInstanceUID"),
+            ):
+                if not header.get(keyword):
+                    setattr(header, keyword, header.file_meta.get(meta, ""))
+    except Exception as error:  # whatever a damaged header makes pydicom raise
+        paths.check_passing(path, error)
+        raise UserError(f"{name}: a header of its series cannot be read again ({one_line(error)})") from error
+    return header
+
+
+def _described(number: int, name: str, annotation: Annotation) -> hd.seg.SegmentDescription:
+    words = name.lower().replace("_", " ").split()
+    is_abnormal = bool(_ABNORMAL & set(words))
+    category = codes.SCT.MorphologicallyAbnormalStructure if is_abnormal else codes.SCT.AnatomicalStructure
+    kind, side = _coded(words, name)
+    by_people = annotation.version.startswith("imported; ground-truth")
+    algorithm: dict[str, Any] = {"algorithm_type": hd.seg.SegmentAlgorithmTypeValues.MANUAL}
+    if not by_people:
+        algorithm = {
+            "algorithm_type": hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+            "algorithm_identification": hd.AlgorithmIdentificationSequence(
+                name=annotation.expert,
+                family=codes.DCM.ArtificialIntelligence,
+                version=(annotation.version or "unknown")[:_MAX_LABEL],
+            ),
+        }
+    described = hd.seg.SegmentDescription(
+        segment_number=number,
+        segment_label=name[:_MAX_LABEL],
+        segmented_property_category=category,
+        segmented_property_type=kind,
+        **algorithm,
+    )
+    if side is not None:
+        coded = described.SegmentedPropertyTypeCodeSequence[0]
+        coded.SegmentedPropertyTypeModifierCodeSequence = [hd.sr.CodedConcept(*side[:3])]
+    return described
+
+
+def _coded(words: list[str], name: str) -> tuple[Code, Code | None]:
+    """A structure's SNOMED CT code and its side, or a private code that holds its name."""
+    side = next((word for word in words if word in _SIDES), None)
+    keyword = "".join(word.capitalize() for word in words if word not in _SIDES)
+    try:
+        kind = getattr(codes.SCT, _SCT_NAMES.get(keyword, keyword))
+    except AttributeError:
+        value = hashlib.sha256(name.encode()).hexdigest()[:16]
+        return Code(value, SCHEME, name[:_MAX_LABEL]), None
+    return kind, getattr(codes.SCT, side.capitalize()) if side else None

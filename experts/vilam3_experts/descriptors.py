@@ -11,6 +11,8 @@ import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any, Literal
 
+from vilam3_experts.weight_files import sources
+from vilam3_experts.xrv.members import load_table
 from vilam3_jax.data.experts.cards import Card, load_cards
 from vilam3_jax.errors import UserError
 
@@ -26,9 +28,10 @@ class WeightFile:
 
     Attributes:
       name: what the expert calls it.
-      asset: its name among the assets of a samples folder.
-      file: its name in a plain weights folder.
-      sha256: pinned; anything else is refused before it is opened.
+      asset: its name among the assets of a samples folder; '' if those have none.
+      file: its name in a plain weights folder, or in the expert's folder there.
+      sha256: pinned; anything else is refused before it is opened. '' if the lock file of the weights folder
+        pins it at first use.
       licence: as its package states it.
       origin: package and version it comes from.
     """
@@ -54,6 +57,8 @@ class Descriptor:
       weights: the files it needs.
       sample_kind, body_region, modality: which samples of a samples folder it is meant for; None for any.
       needs_folder: it works from the whole weights folder, not from pinned files.
+      sources: where its files can be fetched; the first one is the default.
+      parity_factory: what `--parity` builds instead: the reference's behaviour, defects included.
     """
 
     card: Card
@@ -66,6 +71,8 @@ class Descriptor:
     body_region: str | None = None
     modality: str | None = None
     needs_folder: bool = False
+    sources: tuple[sources.Source, ...] = ()
+    parity_factory: str = ""
 
     @property
     def name(self) -> str:
@@ -85,6 +92,16 @@ class Descriptor:
             raise UserError(f"{self.name}: no argument {args!r}; use one of {listed}")
         return args
 
+    def with_parity(self) -> Descriptor:
+        """The same expert with the reference's behaviour, and a version of its own.
+
+        Raises:
+          UserError: it has none.
+        """
+        if not self.parity_factory:
+            raise UserError(f"{self.name} has no parity form; leave --parity out")
+        return dataclasses.replace(self, version=f"{self.version}-parity", factory=self.parity_factory)
+
     def create(self, weights: Weights) -> Any:
         """Imports the expert's libraries and builds it."""
         module, _, attribute = self.factory.partition(":")
@@ -92,6 +109,7 @@ class Descriptor:
 
 
 _CARDS = {card.name: card for card in load_cards("quickstart")}
+_VILA_M3 = {card.name: card for card in load_cards("vila_m3")}
 
 ORGANS = Descriptor(
     card=_CARDS["ORGANS"],
@@ -166,7 +184,22 @@ PNEUMONIA = Descriptor(
     sample_kind="film",
     modality="X-ray",
 )
-BUILT_IN = (ORGANS, BRAINSEG, BRAINTUMOR, PNEUMONIA)
+CXR = Descriptor(
+    card=_VILA_M3["CXR"],
+    version="torchxrayvision-v1-1",
+    input="image",
+    kind="classification",
+    factory="vilam3_experts.xrv.expert:Ensemble",
+    weights=tuple(
+        WeightFile(member.name, "", member.weights_file, "", sources.CXR[0].licence, member.url)
+        for member in load_table().members
+    ),
+    sample_kind="film",
+    modality="X-ray",
+    sources=sources.CXR,
+    parity_factory="vilam3_experts.xrv.expert:ParityEnsemble",
+)
+BUILT_IN = (ORGANS, BRAINSEG, BRAINTUMOR, PNEUMONIA, CXR)
 
 
 def registry() -> dict[str, Descriptor]:

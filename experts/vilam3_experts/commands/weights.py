@@ -1,35 +1,121 @@
-"""`vilam3-experts weights`: the model files, their origin and licence."""
+"""`vilam3-experts weights`: where the model files come from, their licence, and whether they are right."""
 
 from __future__ import annotations
 
 import argparse
 
 from vilam3_experts import descriptors as registry
-from vilam3_experts.weights import locate, read_checked
+from vilam3_experts.descriptors import Descriptor
+from vilam3_experts.weight_files.install import install
+from vilam3_experts.weight_files.sources import Source
+from vilam3_experts.weights import check_folder, expert_folder, locate, read_checked
 from vilam3_jax.errors import UserError
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Declares the command."""
-    parser = commands.add_parser("weights", help="the model files, their origin and licence")
-    parser.add_argument("--weights", help="also check the files in this folder")
+    parser = commands.add_parser(
+        "weights",
+        help="the model files: origin, licence, size, check, fetch",
+        description="Says where the files of each expert come from, and under which licence. With --weights"
+        " it checks those that are there: each sha256 is recorded in weights.lock.json of the folder at first"
+        " use, and a later change is refused. With --fetch it downloads what is missing and converts it to"
+        " safetensors.",
+    )
+    parser.add_argument("--expert", help="only this expert")
+    parser.add_argument("--weights", help="folder of the model files")
+    parser.add_argument(
+        "--fetch", action="store_true", help="download what is missing; needs --expert and --weights"
+    )
+    parser.add_argument("--source", help="which source to fetch from (default: the first one listed)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
+    if options.source and not options.fetch:
+        raise UserError("--source says where to fetch from; give --fetch, too")
+    if options.fetch:
+        if not (options.expert and options.weights):
+            raise UserError("--fetch downloads one expert into one folder; give --expert and --weights")
+        return _fetch(registry.get(options.expert), options.weights, options.source)
+    chosen = [registry.get(options.expert)] if options.expert else _sorted()
     wrong = 0
-    for name, d in sorted(registry.registry().items()):
-        if not d.weights:
-            print(f"{name}: no model files")
-        for file in d.weights:
-            print(f"{name}: {file.file}  of {file.origin}  licence: {file.licence}  sha256 {file.sha256}")
-            if options.weights is None:
-                continue
-            try:
-                read_checked(file, options.weights)
-                print(f"    ok: {locate(file, options.weights)}")
-            except UserError as error:
-                wrong += 1
-                print(f"    {error}")
+    for descriptor in chosen:
+        for line in _describe(descriptor):
+            print(line)
+        if options.weights is not None:
+            wrong += _check(descriptor, options.weights)
     return 1 if wrong else 0
+
+
+def _sorted() -> list[Descriptor]:
+    return [descriptor for _, descriptor in sorted(registry.registry().items())]
+
+
+def _describe(descriptor: Descriptor) -> list[str]:
+    """Where the files of one expert come from."""
+    name = descriptor.name
+    lines = [
+        f"{name}: {file.file}  of {file.origin}  licence: {file.licence}  sha256 {file.sha256}"
+        for file in descriptor.weights
+        if file.sha256
+    ]
+    for number, source in enumerate(descriptor.sources):
+        default = " (default)" if number == 0 and len(descriptor.sources) > 1 else ""
+        lines.append(
+            f"{name}: source {source.name}{default}  revision: {source.revision}  licence: {source.licence}"
+        )
+        lines += [
+            f"    {download.file}  about {download.megabytes:g} MB  {download.origin}"
+            for download in source.downloads
+        ]
+    return lines or [f"{name}: no model files"]
+
+
+def _check(descriptor: Descriptor, folder: str) -> int:
+    """Prints the state of each file; returns how many are missing or wrong."""
+    wrong = 0
+    for file in descriptor.weights:
+        try:
+            read_checked(file, folder, descriptor.name)
+            print(f"    ok: {locate(file, folder, descriptor.name)}")
+        except UserError as error:
+            wrong += 1
+            print(f"    {error}")
+    if descriptor.needs_folder and descriptor.sources:
+        try:
+            found = len(check_folder(descriptor, folder))
+        except UserError as error:
+            print(f"    {error}")
+            return wrong + 1
+        where = expert_folder(folder, descriptor.name)
+        if found:
+            print(f"    ok: {found} files in {where}")
+        else:
+            wrong += 1
+            print(
+                f"    {where}: no files of {descriptor.name}; run `vilam3-experts weights --fetch"
+                f" --expert {descriptor.name} --weights {folder}`"
+            )
+    return wrong
+
+
+def _fetch(descriptor: Descriptor, folder: str, name: str | None) -> int:
+    source = _choose(descriptor, name)
+    print(f"{descriptor.name}: revision {source.revision}, licence: {source.licence}")
+    for path, pin in install(descriptor.name, source, folder):
+        print(f"    ok: {path}  {pin.size} bytes  sha256 {pin.sha256}")
+    return 0
+
+
+def _choose(descriptor: Descriptor, name: str | None) -> Source:
+    if not descriptor.sources:
+        origins = sorted({file.origin for file in descriptor.weights})
+        told = f"its files are in {', '.join(origins)}" if origins else "it has no files"
+        raise UserError(f"{descriptor.name}: there is nothing to fetch; {told}")
+    for source in descriptor.sources:
+        if name in (None, source.name):
+            return source
+    listed = ", ".join(source.name for source in descriptor.sources)
+    raise UserError(f"{descriptor.name}: no source {name!r}; there are {listed}")

@@ -1,0 +1,1 @@
+"""Where the experts' weights come from: sources, downloads, the lock file, and a quarantined converter."""

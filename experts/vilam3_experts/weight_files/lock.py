@@ -1,0 +1,122 @@
+"""The lock file of a weights folder: the sha256 of every file, as it was when it was first seen."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from typing import Any
+
+from etils import epath
+
+from vilam3_jax import paths
+from vilam3_jax.errors import UserError
+
+FILE = "weights.lock.json"
+_VERSION = 1
+_MAX_BYTES = 1 << 20
+_SHA256 = re.compile("[0-9a-f]{64}")
+_PIECE = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class Pin:
+    """What is known of a file.
+
+    Attributes:
+      sha256: of its content.
+      size: bytes.
+      origin: where it came from; '' if it was found in the folder.
+      revision: which version of it.
+      converted_from: sha256 of the pickled file that it was made from; '' for others.
+    """
+
+    sha256: str
+    size: int
+    origin: str = ""
+    revision: str = ""
+    converted_from: str = ""
+
+
+class Lock:
+    """`weights.lock.json` of one folder."""
+
+    def __init__(self, folder: paths.PathLike) -> None:
+        """Reads it; an absent file pins nothing.
+
+        Raises:
+          UserError: it is damaged.
+        """
+        self.path = paths.as_path(folder) / FILE
+        self.pins: dict[str, Pin] = {}
+        if paths.exists(self.path):
+            self.pins = _parse(self.path)
+
+    def check(self, name: str, found: Pin) -> None:
+        """Compares a file with its pin, or pins it now.
+
+        Args:
+          name: path below the folder, with slashes.
+          found: the file as it is.
+
+        Raises:
+          UserError: it is not what it was, or the lock file cannot be written.
+        """
+        pinned = self.pins.get(name)
+        if pinned is None:
+            self.pin(name, found)
+        elif pinned.sha256 != found.sha256:
+            raise UserError(
+                f"{self.path.parent / name}: sha256 {found.sha256}, but {pinned.sha256} was pinned at"
+                f" first use; restore the file, or delete its entry in {self.path} if you mean to change it"
+            )
+
+    def pin(self, name: str, found: Pin) -> None:
+        """Pins a file as it is, whatever was pinned before.
+
+        Raises:
+          UserError: the lock file cannot be written.
+        """
+        self.pins[name] = found
+        files = {name: dataclasses.asdict(pin) for name, pin in sorted(self.pins.items())}
+        try:
+            paths.write_text_atomic(
+                self.path, json.dumps({"version": _VERSION, "files": files}, indent=1) + "\n"
+            )
+        except UserError as error:
+            raise UserError(
+                f"{error}; run `vilam3-experts weights --weights {self.path.parent}` once where it can be"
+                " written"
+            ) from error
+
+
+def _parse(path: epath.Path) -> dict[str, Pin]:
+    try:
+        stored: Any = json.loads(paths.read_bytes(path, _MAX_BYTES))
+        if stored["version"] != _VERSION:
+            raise ValueError(f"version {stored['version']!r}")
+        pins = {str(name): Pin(**row) for name, row in stored["files"].items()}
+        for name, pin in pins.items():
+            if not _SHA256.fullmatch(pin.sha256):
+                raise ValueError(f"no sha256 for {name!r}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: is no lock file of version {_VERSION} ({error}); restore it, or delete it to pin anew"
+        ) from error
+    return pins
+
+
+def pin_of_bytes(content: bytes, **known: str) -> Pin:
+    """The pin of content in memory; `known` are further fields of `Pin`."""
+    return Pin(hashlib.sha256(content).hexdigest(), len(content), **known)
+
+
+def pin_of_file(path: paths.PathLike, **known: str) -> Pin:
+    """The pin of a file of any size; `known` are further fields of `Pin`."""
+    digest, size = hashlib.sha256(), 0
+    with paths.as_path(path).open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            size += len(piece)
+    return Pin(digest.hexdigest(), size, **known)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from scipy import ndimage
@@ -12,11 +13,20 @@ from scipy import ndimage
 from vilam3_experts.descriptors import Descriptor
 from vilam3_jax.data.content_keys import image_key, inputs_key
 from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment, Verdict, failed
+from vilam3_jax.data.experts.verify import Evidence, Finding, check_input, check_result, refusal
+from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.data.volumes import Volume
 from vilam3_jax.errors import UserError
 
 Data = Volume | np.ndarray
 _MAX_REASON = 500
+
+
+class Stated(NamedTuple):
+    """What the file of a picture states: DICOM's code and the body part, or "unknown"."""
+
+    modality: str = UNKNOWN
+    body_part: str = UNKNOWN
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,14 +36,25 @@ class ExpertInputs:
     Attributes:
       items: (role, `Volume` or image uint8 [H, W, 3]) in the order of the expert's roles; the role of a
         single input is "".
+      stated: of each picture, in the order of `items`; empty where no file states anything. A volume has its
+        own statements.
     """
 
     items: tuple[tuple[str, Data], ...]
+    stated: tuple[Stated, ...] = ()
 
     @classmethod
-    def of(cls, data: Data) -> ExpertInputs:
+    def of(cls, data: Data, stated: Stated | None = None) -> ExpertInputs:
         """A single input."""
-        return cls((("", data),))
+        return cls((("", data),), () if stated is None else (stated,))
+
+    @functools.cached_property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """What speaks for the modality and the body region of each."""
+        stated = self.stated or (Stated(),) * len(self.items)
+        return tuple(
+            Evidence.of(role, data, *said) for (role, data), said in zip(self.items, stated, strict=True)
+        )
 
     @property
     def keys(self) -> tuple[tuple[str, str], ...]:
@@ -146,6 +167,9 @@ def annotate_one(
 ) -> Annotation:
     """Runs an expert on one input. Whatever goes wrong becomes a failed annotation with its reason.
 
+    What the card requires of the input is checked first: the expert is not run where that fails. What it
+    requires of the result is checked last. The record holds every verdict.
+
     Args:
       expert: built by `descriptor.create`.
       descriptor: its descriptor.
@@ -164,8 +188,10 @@ def annotate_one(
             "weights_sha256": weights_sha256,
             "seconds": seconds,
             "inputs": () if inputs.roles == ("",) else keys,
+            "verdicts": verdicts,
         }
 
+    verdicts: tuple[Verdict, ...] = ()
     try:
         for _, data in inputs.items:
             if isinstance(data, Volume) != (descriptor.input == "volume"):
@@ -173,15 +199,24 @@ def annotate_one(
         if inputs.roles != descriptor.card.roles:
             wanted = ", ".join(descriptor.card.roles) or "one scan"
             raise ExpertFailure(f"{descriptor.name} reads {wanted}, and was given {', '.join(inputs.roles)}")
+        verdicts = check_input(descriptor.card, inputs.evidence)
+        if reason := refusal(descriptor.card, verdicts):
+            raise ExpertFailure(reason)
         output = expert.run(inputs.data, args)
         segments: tuple[Segment, ...] = ()
-        labels = None
+        labels = affine = None
         if output.labels is not None:
             first = inputs.first
             if not isinstance(first, Volume) or output.labels.shape != first.voxels.shape:
                 raise ValueError(f"label map of shape {output.labels.shape} is not on the grid of the input")
-            segments = measure(output.labels, output.label_names, first.affine)
-            labels = LabelMap.encode(output.labels, first.affine)
+            affine = first.affine
+            segments = measure(output.labels, output.label_names, affine)
+            labels = LabelMap.encode(output.labels, affine)
+        probabilities = {name: float(p) for name, p in output.probabilities.items()}
+        finding = Finding(
+            descriptor.name, args, inputs.evidence[0], probabilities, segments, output.labels, affine
+        )
+        verdicts += output.verdicts + check_result(descriptor.card.checks, finding)
         known = fields()
         if output.weights_sha256 is not None:
             known["weights_sha256"] = output.weights_sha256
@@ -189,10 +224,9 @@ def annotate_one(
             key,
             descriptor.name,
             args,
-            probabilities={name: float(p) for name, p in output.probabilities.items()},
+            probabilities=probabilities,
             segments=segments,
             labels=labels,
-            verdicts=output.verdicts,
             **known,
         )
     except (ExpertFailure, UserError) as error:

@@ -9,17 +9,17 @@ from typing import Literal
 
 from etils import epath
 
-from vilam3_experts.base import ExpertInputs
+from vilam3_experts.base import ExpertInputs, Stated
 from vilam3_experts.descriptors import Descriptor
 from vilam3_experts.weights import is_samples_folder
 from vilam3_jax import paths
 from vilam3_jax.data import dicom, file_kinds
 from vilam3_jax.data.folder_walk import list_files
-from vilam3_jax.data.images import load_film
+from vilam3_jax.data.images import load_picture
 from vilam3_jax.data.limits import DEFAULT_LIMITS
 from vilam3_jax.data.volumes import read_listed_series, read_volume
 from vilam3_jax.datasets.samples import MODALITY_CODES, read_samples
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UserError, warn_of
 
 Kind = Literal["volume", "image"]
 _READERS = {"volume": ("nifti", "nifti pair", "nrrd", "metaimage"), "image": ("picture",)}
@@ -58,7 +58,9 @@ class Input:
           UserError: names the file and what is wrong with it.
         """
         if self.kind == "image":
-            return ExpertInputs.of(load_film(self.path))
+            picture = load_picture(self.path)
+            warn_of(picture.notes, self.path)
+            return ExpertInputs.of(picture.pixels, Stated(picture.modality, picture.body_part))
         if self.series is not None:
             return ExpertInputs.of(read_listed_series(self.series, self.path))
         return ExpertInputs.of(read_volume(self.path, modality=self.modality))

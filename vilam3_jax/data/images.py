@@ -64,6 +64,7 @@ class LoadedPicture:
     Attributes:
       pixels: [H, W, 3] uint8.
       modality: DICOM's code as the file states it, or "unknown".
+      body_part: as the file states it, upper case, or "unknown".
       frame: which frame or page this is, from 0.
       frames: how many the file holds.
       notes: sentences about what was assumed, repaired or skipped; they name no patient.
@@ -71,6 +72,7 @@ class LoadedPicture:
 
     pixels: np.ndarray
     modality: str = UNKNOWN
+    body_part: str = UNKNOWN
     frame: int = 0
     frames: int = 1
     notes: tuple[str, ...] = ()
@@ -156,7 +158,7 @@ def load_picture(
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     pixels = np.array(decoded.image.convert("RGB"))
-    return LoadedPicture(pixels, UNKNOWN, decoded.frame, decoded.frames, decoded.notes)
+    return LoadedPicture(pixels, frame=decoded.frame, frames=decoded.frames, notes=decoded.notes)
 
 
 def load_film(
@@ -173,7 +175,9 @@ def _load_dicom(path: PathLike, frame: int | None, limits: Limits) -> LoadedPict
     pixels = picture.pixels
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[..., None], 3, axis=-1)
-    return LoadedPicture(pixels, picture.modality, picture.frame, picture.frames, picture.notes)
+    return LoadedPicture(
+        pixels, picture.modality, picture.body_part, picture.frame, picture.frames, picture.notes
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

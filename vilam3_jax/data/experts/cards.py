@@ -126,8 +126,15 @@ def _all_facts() -> dict[str, dict[str, Any]]:
 
 
 def facts(name: str) -> dict[str, Any]:
-    """What `tables/facts.json` states of an expert beyond its card's text; empty for an unknown one."""
-    return {key: value for key, value in _all_facts().get(name, {}).items() if key in _FACTS}
+    """What `tables/facts.json` states of an expert beyond its card's text; empty for an unknown one.
+
+    Its checks are a set with a name there, as several experts share one; sources are for readers of the file.
+    """
+    stated = {key: value for key, value in _all_facts().get(name, {}).items() if key in _FACTS}
+    if "checks" in stated:
+        rows = _all_facts()["check_sets"][stated["checks"]]
+        stated["checks"] = [{key: value for key, value in row.items() if key != "source"} for row in rows]
+    return stated
 
 
 def card_list(model: Mapping[str, Any]) -> list[Card]:

@@ -24,7 +24,8 @@ from monai.transforms import (
 from scipy import ndimage
 from vilam3_experts.base import ExpertFailure
 from vilam3_experts.brats.bundle import Settings, find_bundle, load_network, read_settings
-from vilam3_experts.brats.expert import Brats, Segmenter, label_map, smaller_window
+from vilam3_experts.brats.expert import Brats, Segmenter, create, label_map, smaller_window
+from vilam3_experts.engine.memory import Shrinking
 from vilam3_experts.weights import Weights
 
 from vilam3_jax.data.volumes import Volume, read_volume
@@ -322,38 +323,26 @@ def test_later_regions_cover_earlier_ones():
 class Hungry(Tiny):
     """Runs out of memory above some number of voxels."""
 
-    def __init__(self, most, error):
+    def __init__(self, most):
         super().__init__()
-        self.most, self.error, self.seen = most, error, []
+        self.most, self.seen = most, []
 
     def forward(self, x):
         self.seen.append(tuple(x.shape[2:]))
         if x[0, 0].numel() > self.most:
-            raise self.error
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return super().forward(x)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError(
-            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
-        ),
-    ],
-)
-def test_out_of_memory_is_tried_again_with_a_smaller_window(error):
-    network = Hungry(64 * 64 * 64, error)
-    _, verdicts = Segmenter(network, Settings(window=(128, 128, 96))).probabilities(case())
+def test_out_of_memory_is_tried_again_with_a_smaller_window():
+    network = Hungry(64 * 64 * 64)
+    expert = Brats(Segmenter(network, Settings(window=(128, 128, 96))), "")
+    output = Shrinking(expert).run(case(), "")
     assert network.seen == [(128, 128, 96), (64, 64, 64)]
-    assert [v.check for v in verdicts] == ["window"]
+    assert [v.check for v in output.verdicts] == ["window"]
+    assert "64 x 64 x 64" in output.verdicts[0].message
     with pytest.raises(ExpertFailure, match="memory"):
-        Segmenter(Hungry(0, error), Settings(window=(128, 128, 96))).probabilities(case())
-
-
-def test_other_errors_are_not_taken_for_little_memory():
-    with pytest.raises(RuntimeError, match="shape"):
-        Segmenter(Hungry(0, RuntimeError("shape")), Settings(window=WINDOW)).probabilities(case())
+        Shrinking(Brats(Segmenter(Hungry(0), Settings(window=(128, 128, 96))), "")).run(case(), "")
 
 
 def test_smaller_windows_end():
@@ -462,7 +451,7 @@ def test_the_expert_from_a_folder(tmp_path):
         "inferer": {**CONFIG["inferer"], "roi_size": [32, 32, 24]},
     }
     write_bundle(tmp_path / "brats_mri_segmentation", network.state_dict(), config=config, wrap=True)
-    output = Brats(Weights(folder=tmp_path)).run(case(), "")
+    output = create(Weights(folder=tmp_path)).run(case(), "")
     expected, _ = Segmenter(network, Settings(window=(32, 32, 24))).probabilities(case())
     np.testing.assert_array_equal(output.labels, label_map(expected))
     assert output.labels.dtype == np.uint8
@@ -583,4 +572,4 @@ def test_a_folder_that_is_no_bundle(tmp_path):
     with pytest.raises(UserError, match=r"neither models/model\.pt nor"):
         find_bundle(tmp_path)
     with pytest.raises(UserError, match="--weights"):
-        Brats(Weights())
+        create(Weights())

@@ -32,23 +32,31 @@ _SMALLEST_WINDOW = 64
 _WINDOW_STEP = 32
 
 
+def create(weights: Weights) -> Brats:
+    """Builds the expert from the bundle in `weights.folder`.
+
+    Raises:
+      UserError: no bundle there, or its settings or weights do not fit.
+    """
+    if weights.folder is None:
+        raise UserError("BRATS needs its bundle; give --weights with the folder of brats_mri_segmentation")
+    bundle = find_bundle(weights.folder)
+    settings = read_settings(bundle)
+    network, sha256 = load_network(bundle, settings)
+    return Brats(Segmenter(network, settings), sha256)
+
+
 class Brats:
     """Runs on the GPU in mixed precision if torch sees one."""
 
-    def __init__(self, weights: Weights) -> None:
-        """Builds the network of the bundle in `weights.folder`.
+    def __init__(self, segmenter: Segmenter, weights_sha256: str) -> None:
+        """Wraps a network; `create` builds that of a bundle."""
+        self._segmenter, self._sha256 = segmenter, weights_sha256
 
-        Raises:
-          UserError: no bundle there, or its settings or weights do not fit.
-        """
-        if weights.folder is None:
-            raise UserError(
-                "BRATS needs its bundle; give --weights with the folder of brats_mri_segmentation"
-            )
-        bundle = find_bundle(weights.folder)
-        settings = read_settings(bundle)
-        network, self._sha256 = load_network(bundle, settings)
-        self._segmenter = Segmenter(network, settings)
+    def smaller(self) -> Brats | None:
+        """The same network with a smaller window, which its result then states; None below the smallest."""
+        segmenter = self._segmenter.smaller()
+        return None if segmenter is None else Brats(segmenter, self._sha256)
 
     def run(self, data: Mapping[str, Volume], args: str) -> Output:
         """Segments one head.
@@ -58,7 +66,7 @@ class Brats:
           args: the card has none.
 
         Raises:
-          ExpertFailure: a scan is uniform, the scans are not of one place, or the memory is too small.
+          ExpertFailure: a scan is uniform, or the scans are not of one place.
         """
         del args
         probabilities, verdicts = self._segmenter.probabilities(data)
@@ -73,16 +81,25 @@ class Brats:
 class Segmenter:
     """A network with the pre- and post-processing of its bundle."""
 
-    def __init__(self, network: torch.nn.Module, settings: Settings) -> None:
+    def __init__(
+        self, network: torch.nn.Module, settings: Settings, window: tuple[int, ...] | None = None
+    ) -> None:
         """Moves the network to the GPU if there is one.
 
         Args:
           network: [1, 4, I, J, K] float32 to logits [1, 3, I, J, K].
           settings: of its bundle.
+          window: smaller than that of the settings, for little memory.
         """
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._network = network.to(self._device).eval()
         self._settings = settings
+        self._window = window or settings.window
+
+    def smaller(self) -> Segmenter | None:
+        """The same with a smaller window; None below the smallest one."""
+        window = smaller_window(self._window)
+        return None if window is None else Segmenter(self._network, self._settings, window)
 
     def probabilities(
         self, volumes: Mapping[str, Volume]
@@ -103,10 +120,10 @@ class Segmenter:
         image = torch.stack([placed.images.pop(role) for role in settings.channels])
         normalised = NormalizeIntensity(nonzero=True, channel_wise=True)(image)
         image = cast(torch.Tensor, convert_to_tensor(normalised, track_meta=False))
-        logits, window = self._infer(image[None])
+        logits = self._slide(image[None])
         verdicts = placed.verdicts
-        if window != settings.window:
-            verdicts += (_window_verdict(window, settings.window),)
+        if self._window != settings.window:
+            verdicts += (_window_verdict(self._window, settings.window),)
         return self._back(logits.sigmoid_(), placed), verdicts
 
     def _back(self, regions: torch.Tensor, placed: Placed) -> dict[str, np.ndarray]:
@@ -115,24 +132,10 @@ class Segmenter:
             for name, region in zip(self._settings.regions, regions, strict=True)
         }
 
-    def _infer(self, image: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-        """Logits float32 [3, I, J, K] on the CPU, and the window that fitted into the memory."""
-        window: tuple[int, ...] | None = self._settings.window
-        while window is not None:
-            try:
-                return self._slide(image, window), window
-            except RuntimeError as error:
-                if not _is_out_of_memory(error):
-                    raise
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
-            window = smaller_window(window)
-        raise ExpertFailure(f"a window of {_SMALLEST_WINDOW} voxels does not fit into the memory; free some")
-
-    def _slide(self, image: torch.Tensor, window: tuple[int, ...]) -> torch.Tensor:
-        """Only one window is on the device at a time; the sums of all are on the CPU."""
+    def _slide(self, image: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [3, I, J, K]. The device holds one window at a time, the CPU the sums of all."""
         inferer = SlidingWindowInferer(
-            window,
+            self._window,
             sw_batch_size=1,
             overlap=self._settings.overlap,
             sw_device=self._device,
@@ -174,8 +177,3 @@ def _check_contrast(volumes: Mapping[str, Volume]) -> None:
         voxels = volume.voxels if volume.valid is None else volume.voxels[volume.valid]
         if voxels.size == 0 or voxels.min() == voxels.max():
             raise ExpertFailure(f"{role} has no contrast: all its voxels are equal")
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # The allocator of the CPU raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -46,7 +46,7 @@ def film(number: int, rng: np.random.Generator, expert: bool = False, policy: st
         "conversation",
         (ImageRef(data=picture(number)),),
         (Turn("user", "<image>\nWhat is shown?"), Turn("assistant", text, True)),
-        (ExpertRequest("CXR", "", (RequestImage(),), 1, policy),) if expert else (),
+        (ExpertRequest("PNEUMONIA", "", (RequestImage(),), 1, policy),) if expert else (),
         {"patient": f"p{number // 2}", "modality": "CXR", "licence": "CC0", "input_key": f"key{number}"},
     )
 
@@ -83,15 +83,15 @@ def ct_example(key: str, number: int = 0, axis: int = 2, index: int = 5, policy:
         "conversation",
         (ImageRef(path="ct.nii.gz", axis=axis, index=index, window=(50.0, 400.0)),),
         (Turn("user", "<image>\nIs the liver here?"), Turn("assistant", "Yes.", True)),
-        (ExpertRequest("VISTA3D", "organs", (RequestImage(),), 1, policy),),
+        (ExpertRequest("ORGANS", "organs", (RequestImage(),), 1, policy),),
         {"patient": "p", "modality": "CT", "input_key": key},
     )
 
 
 def ct_annotation(key: str, shape: tuple[int, int, int] = (10, 12, 14)) -> Annotation:
-    from vilam3_jax.data.experts.turns import label_table
+    from vilam3_jax.data.experts.labels import label_table
 
-    names = {name: number for number, name in label_table("VISTA3D").items()}
+    names = {name: number for number, name in label_table("ORGANS").items()}
     liver, spleen = names["liver"], names["spleen"]
     labels = np.zeros(shape, np.uint8)
     labels[2:6, 2:9] = liver
@@ -104,7 +104,7 @@ def ct_annotation(key: str, shape: tuple[int, int, int] = (10, 12, 14)) -> Annot
         for n, i in (("liver", liver), ("spleen", spleen))
     )
     return Annotation(
-        key, "VISTA3D", "organs", version="t", segments=segments, labels=LabelMap.encode(labels, affine)
+        key, "ORGANS", "organs", version="t", segments=segments, labels=LabelMap.encode(labels, affine)
     )
 
 
@@ -117,6 +117,7 @@ def annotate(folder: Path, annotations: list[Annotation]) -> None:
 def config(root: Path, mixture: tuple = (("films", 1.0),), **data) -> ml_collections.ConfigDict:
     cfg = config_lib.base_config()
     cfg.model = models.get("tiny")
+    cfg.model.cards = "quickstart"
     cfg.model.image_size = 8
     cfg.data.path = str(root)
     cfg.data.mixture = mixture

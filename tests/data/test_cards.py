@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from vilam3_jax.data.experts.cards import (
     Card,
+    card_list,
     load_cards,
     parse_cards,
-    parse_trigger,
     render_cards,
+    with_card_list,
 )
 from vilam3_jax.errors import UserError
 
@@ -32,7 +33,7 @@ def test_published_text_is_reproduced():
 def test_quickstart_cards_are_short_and_say_what_they_are():
     cards = load_cards("quickstart")
     assert {c.name: c.args for c in cards} == {
-        "VISTA3D": ("organs",), "BRAINSEG": (), "BRAINTUMOR": (), "CXR": (),
+        "ORGANS": ("organs",), "BRAINSEG": (), "BRAINTUMOR": (), "PNEUMONIA": (),
     }  # fmt: skip
     assert all(c.stand_in and "stand-in" in c.render() for c in cards)
     assert all(len(c.render()) <= 125 for c in cards)
@@ -84,37 +85,18 @@ def test_card_files(tmp_path):
             load_cards(name)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("This looks like an chest x-ray. Let me first trigger <CXR()>.", ("CXR", "")),
-        ("Let me trigger <VISTA3D(hepatic tumor)>. ", ("VISTA3D", "hepatic tumor")),
-        ("<VISTA3D('organs')> and <CXR()>", ("VISTA3D", "organs")),
-        ("<VISTA3D( muscles )>", ("VISTA3D", "muscles")),
-        ("a < b <image> <BRATS()>", ("BRATS", "")),
-        ("<vista3d(organs)>", None),
-        ("<VISTA3D(organs)", None),
-        ("<VISTA3D>", None),
-        ("<VISTA3D(a\nb)>", None),
-        ("", None),
-    ],
-)
-def test_triggers(text, expected):
-    assert parse_trigger(text) == expected
-    assert parse_trigger(text, CARDS) == expected
+def test_what_a_card_states_beyond_its_text_comes_from_the_facts():
+    brats, vista = CARDS[0], CARDS[1]
+    assert brats.roles == ("t1c", "t1", "t2", "flair") and brats.modalities == ("MR",)
+    assert vista.roles == ("",) and vista.modalities == ("CT",)
+    own = Card.from_dict({**vista.to_dict(), "modalities": ["CT", "MR"]})
+    assert own.modalities == ("CT", "MR") and own.render() == vista.render()
 
 
-def test_unknown_experts_and_arguments_are_no_trigger_given_cards():
-    assert parse_trigger("<NOSUCH(x)>") == ("NOSUCH", "x")
-    assert parse_trigger("<NOSUCH(x)>", CARDS) is None
-    assert parse_trigger("<VISTA3D(left toe)>", CARDS) is None
-    assert parse_trigger("<VISTA3D()>", CARDS) is None
-    assert parse_trigger("<CXR(args)>", CARDS) == ("CXR", "")
-
-
-@given(st.text())
-def test_any_text_is_parsed_without_an_error(text):
-    for wrapped in (text, f"<A({text})>", "<A(" * 200 + text):
-        found = parse_trigger(wrapped)
-        assert found is None or found[0].isupper()
-    assert parse_trigger(text.replace("<", "") + "<CXR()>" + text) == ("CXR", "")
+def test_cards_travel_inside_a_model():
+    model = with_card_list({"cards": "vila_m3", "template": "vicuna"})
+    restored = json.loads(json.dumps(model))
+    assert card_list(restored) == CARDS
+    assert card_list({**restored, "cards": "a list that is nowhere"}) == CARDS
+    with pytest.raises(UserError, match="card_list of the model"):
+        card_list({"card_list": [{"name": "A"}]})

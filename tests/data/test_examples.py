@@ -50,7 +50,13 @@ def conversations(draw: st.DrawFn) -> Example:
     requests = []
     if images and draw(st.booleans()):
         requests = [
-            ExpertRequest("CXR", "a b", (RequestImage(),), len(turns) - 1, draw(st.sampled_from(["always", "optional"])))
+            ExpertRequest(
+                "CXR",
+                "a b",
+                tuple(RequestImage(0, role) for role in draw(st.sampled_from([("",), ("t1", "t2")]))),
+                len(turns) - 1,
+                draw(st.sampled_from(["always", "optional"])),
+            )
         ]
     meta = draw(st.dictionaries(st.text(max_size=5), st.one_of(st.integers(-9, 9), TEXT), max_size=3))
     name = draw(st.text(st.characters(blacklist_categories=["Cs"]), min_size=1, max_size=8))
@@ -132,11 +138,11 @@ def test_good_formats_pass() -> None:
 
 
 def test_foreign_and_newer_bytes_are_refused() -> None:
-    for data in (b"", b"\xc1", b"hello", msgpack.packb([1, 2]), msgpack.packb({"v": 1})):
+    for data in (b"", b"\xc1", b"hello", msgpack.packb([1, 2]), msgpack.packb({"v": 2})):
         with pytest.raises(UserError, match="not an example"):
             Example.from_bytes(data)
-    newer = msgpack.unpackb(conversation().to_bytes()) | {"v": 2}
-    with pytest.raises(UserError, match="schema 2"):
+    newer = msgpack.unpackb(conversation().to_bytes()) | {"v": 3}
+    with pytest.raises(UserError, match="schema 3"):
         Example.from_bytes(msgpack.packb(newer))
 
 

@@ -413,7 +413,8 @@ def test_a_shard_that_cannot_be_read_ends_the_run(tmp_path, monkeypatch, shard: 
     rng = np.random.default_rng(0)
     write(tmp_path / "films", [film(i, rng, expert=True) for i in range(9)])
     write(tmp_path / "reports", [report(i, rng) for i in range(9)])
-    annotate(tmp_path / "annotations", [Annotation(f"key{i}", "CXR", "", version="t") for i in range(9)])
+    records = [Annotation(f"key{i}", "PNEUMONIA", version="t") for i in range(9)]
+    annotate(tmp_path / "annotations", records)
     whole = shards.open_reader
 
     def no_space(path: str):

@@ -23,7 +23,7 @@ from data_worlds import (
 )
 
 from vilam3_jax.data.examples import Example, ImageRef, Turn
-from vilam3_jax.data.experts.turns import expert_overlay
+from vilam3_jax.data.experts.overlays import expert_overlay
 from vilam3_jax.data.images import encode_png, pad_to_square, resize
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING
 from vilam3_jax.data.volumes import load_volume
@@ -72,7 +72,7 @@ def strip(number: int, width: int = 36) -> Example:
     """A film of 12 rows; 36 columns give 3 tiles and the whole."""
     image = np.random.default_rng(number).integers(0, 256, (12, width, 3)).astype(np.uint8)
     turns = (Turn("user", "<image>\nWhat is shown?"), Turn("assistant", f"film {number}", True))
-    meta = {"patient": f"p{number}", "modality": "CXR"}
+    meta = {"patient": f"p{number}", "modality": "PNEUMONIA"}
     return Example(f"strip{number}", "conversation", (ImageRef(data=encode_png(image)),), turns, (), meta)
 
 

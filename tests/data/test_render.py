@@ -7,13 +7,16 @@ import dataclasses
 import numpy as np
 import pytest
 from data_worlds import WORDS, ct_annotation, ct_example, ct_volume, film, picture, tokenizer
-from vilam3_jax.data.experts.turns import expert_overlay, render_expert_turn
 
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, RequestImage, Turn
-from vilam3_jax.data.experts.cards import load_cards, parse_trigger, render_cards
+from vilam3_jax.data.experts.cards import load_cards, render_cards
+from vilam3_jax.data.experts.exchange import Result, exchange
+from vilam3_jax.data.experts.grammar import Call, parse_turn
+from vilam3_jax.data.experts.overlays import expert_overlay
 from vilam3_jax.data.experts.store import Annotation, failed
+from vilam3_jax.data.experts.wording import Plane, question_of
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING
-from vilam3_jax.data.render import ImageReader, Renderer, encode_example, question_of
+from vilam3_jax.data.render import ImageReader, Renderer, encode_example
 from vilam3_jax.data.templates import CHATML
 from vilam3_jax.data.volumes import load_volume
 from vilam3_jax.errors import UserError
@@ -53,11 +56,12 @@ def test_segmentation_dialogue_with_expert(ct) -> None:
     assert [t.role for t in out.turns] == ["user", "assistant", "expert", "assistant"]
     user, trigger, expert, answer = out.turns
     assert user.text == render_cards(CARDS) + "<image>\nIs the liver here?"
-    assert trigger.supervised and parse_trigger(trigger.text, CARDS) == ("VISTA3D", "organs")
-    assert trigger.text == "This looks like a CT image. Let me trigger <VISTA3D(organs)>."
-    expected = render_expert_turn(annotation, "Is the liver here?", axis=2, index=5, kind="segmentation")
+    assert trigger.supervised and parse_turn(trigger.text).calls == (Call("ORGANS", "organs"),)
+    assert trigger.text == "This looks like a CT image. Let me trigger <ORGANS(organs)>."
+    result = Result(annotation, "segmentation", Plane(2, 5))
+    expected = exchange([result], "Is the liver here?").text
     assert expert == Turn("expert", expected) and "liver" in expert.text
-    assert answer == example.turns[1] and out.experts == ("VISTA3D",)
+    assert answer == example.turns[1] and out.experts == ("ORGANS",)
     plane = DEFAULT_PREPROCESSING.slice_picture(load_volume(root / "ct.nii.gz"), 2, 5, (50.0, 400.0), SIZE)
     assert np.array_equal(out.images[0], plane)
     assert np.array_equal(out.images[1], expert_overlay(annotation, plane, axis=2, index=5))
@@ -83,7 +87,7 @@ def test_a_dialogue_that_needs_no_expert_shows_the_cards_all_the_same(ct) -> Non
 
 def test_classification_dialogue_has_no_overlay(tmp_path) -> None:
     example = film(3, np.random.default_rng(0), expert=True)
-    said = Annotation("key3", "CXR", probabilities={"Lung_Opacity": 0.75, "Normal": 0.25})
+    said = Annotation("key3", "PNEUMONIA", probabilities={"Lung_Opacity": 0.75, "Normal": 0.25})
     out = renderer(annotations=store(said)).render(example, tmp_path)
     assert "lung opacity: yes (0.75)" in out.turns[2].text and len(out.images) == 1
     assert out.turns[2].text.endswith("this prompt:\nWhat is shown?")
@@ -99,7 +103,7 @@ def test_images_keep_the_order_of_their_markers(ct) -> None:
     markers = [turn.text.count("<image>") for turn in out.turns]
     assert markers == [1, 0, 1, 0, 1, 0]
     later = dataclasses.replace(
-        example, expert_requests=(ExpertRequest("VISTA3D", "organs", (RequestImage(),), 3, "always"),)
+        example, expert_requests=(ExpertRequest("ORGANS", "organs", (RequestImage(),), 3, "always"),)
     )
     out = renderer(annotations=store(annotation)).render(later.validate(), root)
     assert [t.role for t in out.turns] == ["user", "assistant", "user", "assistant", "expert", "assistant"]
@@ -109,12 +113,12 @@ def test_images_keep_the_order_of_their_markers(ct) -> None:
 
 def test_policies_without_annotation(ct) -> None:
     root, example, annotation = ct
-    with pytest.raises(UserError, match=r"no annotation of VISTA3D\(organs\)"):
+    with pytest.raises(UserError, match=r"no annotation of ORGANS\(organs\)"):
         renderer().render(example, root)
     request = dataclasses.replace(example.expert_requests[0], policy="optional")
     optional = dataclasses.replace(example, expert_requests=(request,))
     assert renderer().render(optional, root).turns == example.turns
-    broken = failed(annotation.input_key, "VISTA3D", "organs", "out of memory")
+    broken = failed(annotation.input_key, "ORGANS", "organs", "out of memory")
     out = renderer(annotations=store(broken)).render(example, root)
     assert "could not analyse" in out.turns[2].text and len(out.images) == 1
 
@@ -181,8 +185,17 @@ def test_captions_take_the_plain_form_whatever_the_template() -> None:
 
 
 def test_questions_lose_their_markers() -> None:
-    for text in ("<image>\nWhat?", "What? <image>\n", "<image> What?"):
-        assert question_of(Turn("user", text)) == "What?"
+    labelled = "T1(contrast enhanced): <image>, T1: <image>, T2: <image>, FLAIR: <image>"
+    for text in (
+        "<image>\nWhat?",
+        "What? <image>\n",
+        "<image> What?",
+        f"{labelled}\nWhat?",
+        f"{labelled} These are different MRI modalities.\nWhat?",
+        " <image>This is a CT image.\nWhat?",
+        "<image> This is a CXR image.\nWhat?",
+    ):
+        assert question_of(text) == "What?"
 
 
 def test_every_request_names_its_own_image_key(ct) -> None:
@@ -192,7 +205,7 @@ def test_every_request_names_its_own_image_key(ct) -> None:
         "conversation",
         (ImageRef(data=picture(1)), *example.images),
         (Turn("user", "<image><image> Liver?"), Turn("assistant", "Yes.", True)),
-        (dataclasses.replace(example.expert_requests[0], image=1),),
+        (dataclasses.replace(example.expert_requests[0], images=(RequestImage(1),)),),
         {"input_key": ["other", annotation.input_key]},
     )
     out = renderer(annotations=store(annotation)).render(two.validate(), root)

@@ -31,7 +31,7 @@ def test_prints_turns_targets_and_question_types(data, capsys) -> None:
     assert main(["--data", str(data / "data"), "--id", "ct1", "--size", "16"]) == 0
     out = capsys.readouterr().out
     assert "[user]\n  <image 1>\n  <script>" in out and "[assistant, target]\n> Yes." in out
-    assert 'question_types: ["presence"]' in out and "VISTA3D(organs) on image 0 before turn 1" in out
+    assert 'question_types: ["presence"]' in out and "ORGANS(organs) on image 0 before turn 1" in out
     assert "Let me trigger" not in out
 
 

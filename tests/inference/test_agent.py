@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, Turn
+from vilam3_jax.data.content_keys import inputs_key
+from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, RequestImage, Turn
 from vilam3_jax.data.experts.cards import load_cards, render_cards
 from vilam3_jax.data.experts.exchange import call_turn
 from vilam3_jax.data.experts.grammar import Call
@@ -28,11 +29,14 @@ class ScriptedSession:
 
     def __init__(self, tokenizer, script):
         self.tokenizer, self.script = tokenizer, script
-        self.tokens = [[] for _ in script]
-        self.visual = [[] for _ in script]
-        self.images = [[] for _ in script]
         self.turn = 0
         self.asked = []
+        self.begin()
+
+    def begin(self):
+        self.tokens = [[] for _ in self.script]
+        self.visual = [[] for _ in self.script]
+        self.images = [[] for _ in self.script]
 
     def append(self, chunks):
         for row, chunk in enumerate(chunks):
@@ -65,6 +69,7 @@ class ScriptedGenerator:
     def start(self, rows, prefix=()):
         assert rows == len(self.session.script)
         self.shared = len(prefix)
+        self.session.begin()
         for row in range(rows):
             self.session.tokens[row] += [int(token) for token in prefix]
             self.session.visual[row] += [-1] * len(prefix)
@@ -84,7 +89,7 @@ def segmentation():
         Segment(1, "liver", 72, 720.0, 1, (2, 2, 1, 8, 8, 3)),
         Segment(3, "spleen", 6, 60.0, 1, (9, 8, 2, 12, 10, 3)),
     )
-    return Annotation(KEY, "VISTA3D", "organs", segments=segments, labels=LabelMap.encode(labels, np.eye(4)))
+    return Annotation(KEY, "ORGANS", "organs", segments=segments, labels=LabelMap.encode(labels, np.eye(4)))
 
 
 @pytest.fixture
@@ -92,8 +97,8 @@ def store():
     classes = {"pneumonia": 0.9, "normal": 0.1}
     return Store(
         {
-            (KEY, "VISTA3D", "organs"): segmentation(),
-            (KEY, "CXR", ""): Annotation(KEY, "CXR", probabilities=classes),
+            (KEY, "ORGANS", "organs"): segmentation(),
+            (KEY, "PNEUMONIA", ""): Annotation(KEY, "PNEUMONIA", probabilities=classes),
         }
     )
 
@@ -109,7 +114,7 @@ def ask(tokenizer, script, queries, provider, **options):
     return generator.session, agent.run(queries)
 
 
-def trigger(name="VISTA3D", args="organs"):
+def trigger(name="ORGANS", args="organs"):
     return f"This looks like a CT image. Let me trigger <{name}({args})>."
 
 
@@ -130,7 +135,7 @@ def test_tokens_and_images_are_those_of_training(tokenizer, store, image, tmp_pa
         "conversation",
         (volume_slice,),
         (Turn("user", f"<image>\n{QUESTION}"), Turn("assistant", "yes", True)),
-        (ExpertRequest("VISTA3D", "organs"),),
+        (ExpertRequest("ORGANS", "organs"),),
         {"input_key": KEY},
     )
     reader = ImageReader(SIDE)
@@ -139,7 +144,7 @@ def test_tokens_and_images_are_those_of_training(tokenizer, store, image, tmp_pa
         example, tmp_path
     )
     encoded = encode_conversation(tokenizer, CHATML, rendered.turns, PER_IMAGE)
-    called = call_turn([CARDS[0]], [Call("VISTA3D", "organs")]).text
+    called = call_turn([CARDS[0]], [Call("ORGANS", "organs")]).text
     session, (transcript,) = ask(
         tokenizer, [[called, "yes"]], [query(image)], agent_lib.AnnotationProvider(store)
     )
@@ -151,11 +156,126 @@ def test_tokens_and_images_are_those_of_training(tokenizer, store, image, tmp_pa
     for fed, trained in zip(session.images[0], rendered.images, strict=True):
         assert np.array_equal(fed, trained)
     assert transcript.answer == "yes"
-    assert transcript.trigger == ("VISTA3D", "organs")
+    assert transcript.trigger == ("ORGANS", "organs")
     assert transcript.trigger_text == called
     assert "liver 720" in transcript.expert_text
     assert np.array_equal(transcript.overlay, rendered.images[1])
     assert [turn.role for turn in transcript.turns] == ["user", "assistant", "expert", "assistant"]
+
+
+def trained_and_asked(tokenizer, store, example, pictures, script, query, tmp_path, cards=CARDS):
+    """(what training reads, what the cache sees, transcript) of one dialogue, as (tokens, visual index)."""
+    reader = ImageReader(SIDE)
+    reader.read = lambda ref, root: pictures[example.images.index(ref)]
+    renderer = Renderer(image_reader=reader, experts="on", cards=cards, annotations=store)
+    rendered = renderer.render(example.validate(), tmp_path)
+    encoded = encode_conversation(tokenizer, CHATML, rendered.turns, PER_IMAGE)
+    where = encoded.image_of_token * PER_IMAGE + encoded.visual_offset
+    visual = np.where(encoded.image_of_token >= 0, where, -1)
+    generator = ScriptedGenerator(tokenizer, [script])
+    provider = agent_lib.AnnotationProvider(store)
+    (transcript,) = agent_lib.Agent(generator, CHATML, cards=cards, provider=provider).run([query])
+    session = generator.session
+    tail = len(tokenizer.encode("\n")) + 1
+    assert len(session.images[0]) == len(rendered.images)
+    for fed, seen in zip(session.images[0], rendered.images, strict=True):
+        assert np.array_equal(fed, seen)
+    trained = encoded.tokens.tolist()[:-tail], visual.tolist()[:-tail]
+    return trained, (session.tokens[0], session.visual[0]), transcript
+
+
+def test_several_calls_of_one_turn_are_those_of_training(tokenizer, store, image, tmp_path):
+    requests = (ExpertRequest("PNEUMONIA", policy="always"), ExpertRequest("ORGANS", "organs"))
+    turns = (Turn("user", f"<image>\n{QUESTION}"), Turn("assistant", "yes", True))
+    ref = ImageRef(path="scan.nii", axis=2, index=2)
+    example = Example("e", "conversation", (ref,), turns, requests, {"input_key": KEY})
+    calls = [Call("PNEUMONIA"), Call("ORGANS", "organs")]
+    called = call_turn([CARDS[3], CARDS[0]], calls).text
+    trained, asked, transcript = trained_and_asked(
+        tokenizer, store, example, [image], [called, "yes"], query(image), tmp_path
+    )
+    assert asked == trained
+    assert [a.expert for a in transcript.annotations] == ["PNEUMONIA", "ORGANS"]
+    assert not transcript.cut and not transcript.not_made and transcript.trigger == ("ORGANS", "organs")
+
+
+def test_four_sequences_are_one_request(tokenizer, image, tmp_path):
+    """BRATS sees four scans; its overlay lies on the first of its roles, not on the first picture."""
+    cards = load_cards("experts")
+    roles = cards[0].roles
+    assert roles == ("t1c", "t1", "t2", "flair")
+    pictures = [np.full((SIDE, SIDE, 3), 40 * n, np.uint8) for n in range(1, 5)]
+    shown = ("flair", "t1c", "t1", "t2")
+    keys = {role: f"{n}" * 64 for n, role in enumerate(roles)}
+    labels = np.zeros((12, 10, 4), np.int32)
+    labels[2:8, 2:8, 2] = 1
+    labels[4:6, 4:6, 2] = 4
+    pairs = tuple((role, keys[role]) for role in roles)
+    record = Annotation(
+        inputs_key(pairs),
+        "BRATS",
+        segments=(
+            Segment(1, "tumor core", 32, 3.2, 1, (2, 2, 2, 8, 8, 3)),
+            Segment(4, "enhancing tumor", 4, 0.4, 1, (4, 4, 2, 6, 6, 3)),
+        ),
+        labels=LabelMap.encode(labels, np.eye(4)),
+        inputs=pairs,
+    )
+    store = Store({record.key: record})
+    refs = tuple(ImageRef(path=f"{role}.nii", axis=2, index=2) for role in shown)
+    request = ExpertRequest("BRATS", "", tuple(RequestImage(shown.index(role), role) for role in roles))
+    text = "FLAIR: <image>, T1(contrast enhanced): <image>, T1: <image>, T2: <image>\nIs there a tumor?"
+    turns = (Turn("user", text), Turn("assistant", "yes", True))
+    example = Example(
+        "e", "conversation", refs, turns, (request,), {"input_key": [keys[role] for role in shown]}
+    )
+    scans = tuple(
+        agent_lib.Scan(picture, keys[role], 2, 2, role=role)
+        for picture, role in zip(pictures, shown, strict=True)
+    )
+    called = call_turn([cards[0]], [Call("BRATS")]).text
+    asked_query = agent_lib.Query("Is there a tumor?", scans)
+    trained, asked, transcript = trained_and_asked(
+        tokenizer, store, example, pictures, [called, "yes"], asked_query, tmp_path, cards
+    )
+    # The expert's turn repeats the question: training takes it from the user's turn, without its markers.
+    assert asked == trained
+    assert transcript.annotation.status == "ok" and "tumor core" in transcript.expert_text
+    grey = np.unique(transcript.overlay[0, 0]).tolist()
+    assert grey == [80], "the overlay lies on T1c"
+    alone = agent_lib.Query("Is there a tumor?", scans[1:2])
+    generator = ScriptedGenerator(tokenizer, [[called, "no"]])
+    provider = agent_lib.AnnotationProvider(store)
+    (transcript,) = agent_lib.Agent(generator, CHATML, cards=cards, provider=provider).run([alone])
+    assert "t1, t2, flair is missing" in transcript.annotation.reason
+
+
+@pytest.mark.parametrize(
+    ("said", "cut", "not_made"),
+    [
+        ("Let me see. <PNEUMONIA()> The results are pneumonia: yes (0.99).", 1, []),
+        ("<PNEUMONIA()> says no, so <ORGANS(organs)>", 1, [Call("ORGANS", "organs")]),
+    ],
+)
+def test_results_that_the_model_invents_are_cut(tokenizer, store, image, said, cut, not_made):
+    """What the cache sees afterwards is what it would be had the model stopped at its call."""
+    provider = agent_lib.AnnotationProvider(store)
+    kept = said[: said.index(">") + 1]
+    session, (clean, _) = ask(tokenizer, [[kept, "no"], ["fine", ""]], [query(image)] * 2, provider)
+    wanted = [list(row) for row in session.tokens]
+    session, (invented, other) = ask(tokenizer, [[said, "no"], ["fine", ""]], [query(image)] * 2, provider)
+    assert session.tokens == wanted
+    assert len(invented.cut) == cut and list(invented.not_made) == not_made
+    assert invented.turns[1].text == kept and "0.99" not in invented.expert_text
+    assert invented.answer == clean.answer == "no" and other.answer == "fine" and not other.cut
+
+
+def test_calls_that_are_not_made_are_noted(tokenizer, store, image):
+    provider = agent_lib.AnnotationProvider(store)
+    _, (last,) = ask(tokenizer, [["<PNEUMONIA()>", "<BRAINTUMOR()>"]], [query(image)], provider)
+    assert last.not_made == (Call("BRAINTUMOR"),) and last.trigger == ("PNEUMONIA", "")
+    _, (off,) = ask(tokenizer, [["<PNEUMONIA()>"]], [query(image)], None)
+    assert off.not_made == (Call("PNEUMONIA"),) and off.trigger is None
 
 
 def test_cards_are_computed_once_for_all_rows(tokenizer, store, image):
@@ -179,11 +299,11 @@ def test_without_experts_the_prompt_is_that_of_training_without(tokenizer, image
 
 
 def test_rows_go_their_own_ways(tokenizer, store, image):
-    script = [[trigger(), "yes"], ["no", "unused"], [trigger("CXR", "anything"), "no"]]
+    script = [[trigger(), "yes"], ["no", "unused"], [trigger("PNEUMONIA", "anything"), "no"]]
     queries = [query(image), query(image, question="Which plane?"), query(image, axis=None, index=None)]
     session, transcripts = ask(tokenizer, script, queries, agent_lib.AnnotationProvider(store))
     assert [t.answer for t in transcripts] == ["yes", "no", "no"]
-    assert [t.trigger for t in transcripts] == [("VISTA3D", "organs"), None, ("CXR", "")]
+    assert [t.trigger for t in transcripts] == [("ORGANS", "organs"), None, ("PNEUMONIA", "")]
     assert session.asked[1][2] == (True, False, True)
     assert "pneumonia: yes (0.90)" in transcripts[2].expert_text
     assert transcripts[2].overlay is None
@@ -193,12 +313,12 @@ def test_rows_go_their_own_ways(tokenizer, store, image):
     ("called", "changes", "reason"),
     [
         (("NOBODY", "x"), {}, "no expert NOBODY"),
-        (("VISTA3D", "feet"), {}, "does not take the argument 'feet'"),
+        (("ORGANS", "feet"), {}, "does not take the argument 'feet'"),
         (("BRAINSEG", ""), {}, "no stored result"),
-        (("VISTA3D", "organs"), {"input_key": "cd" * 32}, "no stored result"),
-        (("VISTA3D", "organs"), {"axis": None, "index": None}, "does not fit this image"),
-        (("VISTA3D", "organs"), {"index": 99}, "does not fit this image"),
-        (("VISTA3D", "organs"), {"image": None}, "about no image"),
+        (("ORGANS", "organs"), {"input_key": "cd" * 32}, "no stored result"),
+        (("ORGANS", "organs"), {"axis": None, "index": None}, "does not fit this image"),
+        (("ORGANS", "organs"), {"index": 99}, "does not fit this image"),
+        (("ORGANS", "organs"), {"image": None}, "about no image"),
     ],
 )
 def test_a_failed_call_is_an_ordinary_turn(tokenizer, store, image, called, changes, reason):

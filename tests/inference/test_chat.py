@@ -49,7 +49,7 @@ def test_load_answers_about_a_scan_and_a_film(assistant, world):
     assert reply.transcript.prompt == f"<image>\n{PROMPT}"
     film = assistant.ask(str(world.film), PROMPT, max_new_tokens=4)
     assert film.description == "image of 30 x 40 pixels"
-    assert "<VISTA3D(args)>" in film.transcript.prompt
+    assert "<ORGANS(args)>" in film.transcript.prompt
     again = assistant.ask(load_film(world.film), PROMPT, max_new_tokens=4)
     assert (again.answer, again.notes) == (film.answer, film.notes)
 
@@ -58,10 +58,10 @@ def test_the_picture_has_what_experts_need(world):
     store = AnnotationStore(world.annotations)
     cut = images.open_picture(world.volume, 32, axis="coronal", index=3)
     assert (cut.axis, cut.index, cut.volume, cut.png) == (1, 3, VolumeSource(str(world.volume)), b"")
-    assert store.get(cut.input_key, "VISTA3D", "organs") is not None
+    assert store.get(cut.input_key, "ORGANS", "organs") is not None
     film = images.open_picture(world.film, 32)
     assert (film.axis, film.volume) == (None, None) and film.png.startswith(b"\x89PNG")
-    assert store.get(film.input_key, "CXR") is not None
+    assert store.get(film.input_key, "PNEUMONIA") is not None
     assert np.array_equal(film.pixels, resize(load_film(world.film), 32))
 
 
@@ -203,14 +203,17 @@ def test_the_store_is_asked_before_the_host(world):
     provider = agent_lib.Providers([stored, agent_lib.HostProvider(host)])
     film = images.open_picture(world.film, 32)
     query = agent_lib.Query(PROMPT, (agent_lib.Scan(film.pixels, film.input_key, png=film.png),))
-    assert provider.annotate(query, "CXR", "").probabilities["pneumonia"] == 0.2
+    assert provider.annotate(query, "PNEUMONIA", "").probabilities["pneumonia"] == 0.2
     assert host.asked == []
     assert provider.annotate(query, "BRAINTUMOR", "").probabilities["pneumonia"] == 0.7
     assert host.asked == [("BRAINTUMOR", "", {"input_key": film.input_key, "inputs": [("", film.png)]})]
     cut = images.open_picture(world.volume, 32)
     query = agent_lib.Query(PROMPT, (agent_lib.Scan(cut.pixels, cut.input_key, 2, 8, volume=cut.volume),))
     provider.annotate(query, "BRAINSEG", "")
-    assert host.asked[-1][2] == {"input_key": cut.input_key, "inputs": [("", VolumeSource(str(world.volume)))]}
+    assert host.asked[-1][2] == {
+        "input_key": cut.input_key,
+        "inputs": [("", VolumeSource(str(world.volume)))],
+    }
     nothing = agent_lib.Query(PROMPT, (agent_lib.Scan(cut.pixels, cut.input_key),))
     assert "needs the scan's file" in provider.annotate(nothing, "BRAINSEG", "").reason
 
@@ -219,24 +222,24 @@ def test_a_crashed_host_is_a_failed_annotation(world):
     provider = agent_lib.Providers([agent_lib.HostProvider(FakeHost("failed"))])
     film = images.open_picture(world.film, 32)
     query = agent_lib.Query(PROMPT, (agent_lib.Scan(film.pixels, film.input_key, png=film.png),))
-    assert provider.annotate(query, "CXR", "").reason == "crashed"
+    assert provider.annotate(query, "PNEUMONIA", "").reason == "crashed"
 
 
 def test_the_dialogue_names_expert_stand_in_failure_and_no_clinical_use(assistant):
-    failed = agent_lib.failed("k", "CXR", "", "out of memory")
+    failed = agent_lib.failed("k", "PNEUMONIA", "", "out of memory")
     turns = (
         Spoken("user", "Q"),
-        Spoken("assistant", "<CXR()>"),
+        Spoken("assistant", "<PNEUMONIA()>"),
         Spoken("expert", "E"),
         Spoken("assistant", "A"),
     )
-    transcript = Transcript(turns, "A", (failed,), "<CXR()>", True)
+    transcript = Transcript(turns, "A", (failed,), "<PNEUMONIA()>", True)
     notes = chat._notes(transcript, assistant._cards)
     reply = chat.Reply("A", transcript, np.zeros((2, 2, 3), np.uint8), None, "film", notes)
     text = chat.render_dialogue(reply)
-    assert "Expert CXR: E" in text and "Model: A" in text and "[image] film" in text
-    assert "CXR is a stand-in" in text
-    assert "The expert CXR failed: out of memory." in text
+    assert "Expert PNEUMONIA: E" in text and "Model: A" in text and "[image] film" in text
+    assert "PNEUMONIA is a stand-in" in text
+    assert "The expert PNEUMONIA failed: out of memory." in text
     assert "cut off" in text
     assert text.endswith(chat.NOT_CLINICAL)
 
@@ -310,7 +313,7 @@ def test_an_export_that_tiles_is_asked_tile_by_tile(monkeypatch, export, world, 
 
 def test_an_export_that_tiles_shows_tiles_of_overlays(monkeypatch, export, world, tmp_path):
     """The expert's picture is cut as the slice is."""
-    spoken = iter(["This looks like a CT image. Let me trigger <VISTA3D(organs)>.", "yes"])
+    spoken = iter(["This looks like a CT image. Let me trigger <ORGANS(organs)>.", "yes"])
     monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: next(spoken))
     keys = {"image_aspect_ratio": "dynamic", "max_tiles": 2}
     asked = dict(expert_host="off", annotations=world.annotations)

@@ -42,6 +42,7 @@ def tokenizer(tokenizer_dir):
 @pytest.fixture(scope="session")
 def model_config():
     cfg = models.get("tiny")
+    cfg.cards = "quickstart"
     cfg.llm.vocab_size = cfg.text_tower.vocab_size = 320
     return cfg
 
@@ -76,7 +77,7 @@ class World:
 
     Attributes:
       data: folder of the data sets `instruct` and `pairs`.
-      annotations: store with one record of VISTA3D for `volume`, and of CXR for `film`.
+      annotations: store with one record of ORGANS for `volume`, and of CXR for `film`.
       volume: a NIfTI file of 24 x 20 x 16 voxels in HU.
       film: a PNG file.
     """
@@ -96,7 +97,7 @@ def _qa(question, answer, kind, options, *, source="mask", expert=None, args="",
 
 def _examples(split, volume_key, film_key):
     organ = _qa("Is the liver visible in this slice?", "yes", "organ_present", ("yes", "no"), source="map",
-                expert="VISTA3D", args="organs", oracle=True)  # fmt: skip
+                expert="ORGANS", args="organs", oracle=True)  # fmt: skip
     modality = ("CT", "MRI", "chest X-ray")
     for person in range(3):
         slices = [ImageRef(path="images/scan.nii.gz", axis=2, index=4 + person, window=(50.0, 400.0))]
@@ -112,7 +113,7 @@ def _examples(split, volume_key, film_key):
                 "pneumonia",
                 ("yes", "no"),
                 source="class",
-                expert="CXR",
+                expert="PNEUMONIA",
             ),
             _qa("What imaging modality is this?", "chest X-ray", "modality", modality),
         ]
@@ -162,8 +163,8 @@ def world(tmp_path_factory):
     segment = Segment(1, "liver", 640, 7.7, 1, (4, 4, 2, 12, 12, 12))
     record = LabelMap.encode(labels, load_volume(volume).affine)
     with AnnotationWriter(root / "annotations") as writer:
+        writer.write(Annotation(keys[0], "ORGANS", "organs", segments=(segment,), labels=record, version="1"))
         writer.write(
-            Annotation(keys[0], "VISTA3D", "organs", segments=(segment,), labels=record, version="1")
+            Annotation(keys[1], "PNEUMONIA", probabilities={"pneumonia": 0.2, "normal": 0.8}, version="1")
         )
-        writer.write(Annotation(keys[1], "CXR", probabilities={"pneumonia": 0.2, "normal": 0.8}, version="1"))
     return World(root / "data", root / "annotations", volume, volume.parent / "film.png")

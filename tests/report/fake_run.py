@@ -11,8 +11,9 @@ import numpy as np
 
 from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.examples import Example, ImageRef, Turn
-from vilam3_jax.data.experts import turns as expert_turns
+from vilam3_jax.data.experts.exchange import Result, exchange
 from vilam3_jax.data.experts.store import Annotation, AnnotationWriter, LabelMap, Segment
+from vilam3_jax.data.experts.wording import Plane
 from vilam3_jax.data.images import encode_png
 from vilam3_jax.data.records import ExampleWriter
 from vilam3_jax.data.volumes import load_volume
@@ -144,9 +145,8 @@ def make_row(arm, one, position, qa, note):
         kind = "segmentation" if qa["expert"] == "VISTA3D" else "classification"
         row |= {"expert_called": qa["expert"], "expert_right": True}
         row["trigger"] = f"<{qa['expert']}({qa['args']})>"
-        row["expert_text"] = expert_turns.render_expert_turn(
-            note, qa["question"], axis=ref.axis, index=ref.index, kind=kind
-        )
+        result = Result(note, kind, Plane(ref.axis, ref.index))
+        row["expert_text"] = exchange([result], qa["question"]).text
     return row
 
 

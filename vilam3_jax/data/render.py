@@ -27,14 +27,13 @@ from vilam3_jax.data.experts.exchange import (
     Style,
     call_turn,
     exchange,
-    question_of,
     with_cards,
 )
 from vilam3_jax.data.experts.falsify import falsify
 from vilam3_jax.data.experts.grammar import Call
 from vilam3_jax.data.experts.labels import label_universe, restrict_to_group
 from vilam3_jax.data.experts.record import Annotation
-from vilam3_jax.data.experts.wording import Plane
+from vilam3_jax.data.experts.wording import Plane, question_of
 from vilam3_jax.data.images import decode_image, decode_scaled, image_shape, load_film, resize
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
 from vilam3_jax.data.templates import (
@@ -272,7 +271,7 @@ class Renderer:
         waiting = list(images)
         for position, turn in enumerate(example.turns):
             if position in found:
-                question = found[position][0][0].question or question_of(turns[-1])
+                question = found[position][0][0].question or question_of(turns[-1].text)
                 made, overlays = self._exchange(example, found[position], question, images)
                 turns += made
                 pictures += overlays

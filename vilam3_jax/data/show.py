@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vilam3_jax import paths
-from vilam3_jax.data.examples import IMAGE_MARKER, Example
+from vilam3_jax.data.examples import IMAGE_MARKER, Example, ExpertRequest
 from vilam3_jax.data.experts.cards import load_cards
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.images import encode_png
@@ -72,9 +72,14 @@ def _img(image: np.ndarray) -> str:
     return f'<img src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="image">'
 
 
+def _images(request: ExpertRequest) -> str:
+    named = [f"{image.image} as {image.role}" if image.role else f"{image.image}" for image in request.images]
+    return f"image{'s' if len(named) > 1 else ''} {', '.join(named)}"
+
+
 def _facts(example: Example) -> list[tuple[str, str]]:
     facts = [
-        ("expert request", f"{r.expert}({r.args}) on image {r.image} before turn {r.before_turn}, {r.policy}")
+        ("expert request", f"{r.expert}({r.args}) on {_images(r)} before turn {r.before_turn}, {r.policy}")
         for r in example.expert_requests
     ]
     for key, value in example.meta.items():

@@ -129,6 +129,7 @@ def answer_items(
                 input_key=item.input_key,
                 axis=item.image.axis,
                 index=item.image.index,
+                modality=item.image.modality or "",
             )
             queries.append(Query(item.question, (scan,)))
         transcripts = agent.run(queries, max_new_tokens=protocol.max_new_tokens)

@@ -47,6 +47,7 @@ class Scan:
       volume: where a live expert finds the scan; None without one.
       png: the 2-D image in its own size, for a live expert; b'' without one.
       role: what it is among several, such as "t1c"; "" otherwise.
+      modality: DICOM's code, "" if unknown.
     """
 
     image: np.ndarray
@@ -56,6 +57,7 @@ class Scan:
     volume: VolumeSource | None = None
     png: bytes = b""
     role: str = ""
+    modality: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +294,8 @@ class Agent:
         chunks = []
         for row in rows:
             scans = row.query.scans
-            shown = self._style.wording.inputs([scan.role for scan in scans]) if scans else ""
+            roles = [scan.role for scan in scans]
+            shown = self._style.wording.inputs(roles, scans[0].modality) if scans else ""
             turn = Turn("user", shown + row.query.question)
             (turn,) = with_cards([turn], list(self._cards.values())) if self._cards else [turn]
             pictures = tuple(scan.image for scan in scans)

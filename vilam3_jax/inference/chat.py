@@ -152,6 +152,7 @@ class Assistant:
             index=picture.index,
             volume=picture.volume,
             png=picture.png,
+            modality=picture.modality,
         )
         query = Query(prompt.strip(), (scan,))
         sampling = Sampling(temperature, top_p, seed)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -172,8 +171,3 @@ def with_cards(turns: Sequence[Turn], cards: Sequence[Card]) -> list[Turn]:
     first = next(i for i, turn in enumerate(turns) if turn.role == "user")
     turns[first] = dataclasses.replace(turns[first], text=render_cards(cards) + turns[first].text)
     return turns
-
-
-def question_of(turn: Turn) -> str:
-    """A user turn's text without image markers, as the expert's turn repeats it."""
-    return re.sub(rf" ?{IMAGE_MARKER}", "", turn.text).strip()

@@ -24,6 +24,13 @@ from vilam3_jax.errors import UserError
 
 _LONGEST = 200  # of a name or a sentence that an expert brings
 _MODALITY_WORDS = {"CT": "a CT image", "MRI": "an MRI image", "CXR": "a chest X-ray"}
+_VILA_M3_INPUTS = {
+    "CT": f" {IMAGE_MARKER}This is a CT image.\n",
+    "MR": f"{IMAGE_MARKER}This is a MRI image.\n",
+    "CR": f"{IMAGE_MARKER} This is a CXR image.\n",
+    "DX": f"{IMAGE_MARKER} This is a CXR image.\n",
+    "US": f"{IMAGE_MARKER}This is a US image.\n",
+}
 _ROLE_WORDS = {"t1c": "T1(contrast enhanced)", "t1": "T1", "t2": "T2", "flair": "FLAIR"}
 
 
@@ -48,8 +55,8 @@ class Wording(Protocol):
         """The assistant's turn that makes `calls`, of the experts `cards`."""
         ...
 
-    def inputs(self, roles: Sequence[str]) -> str:
-        """The image markers before a question, one for each role."""
+    def inputs(self, roles: Sequence[str], modality: str = "") -> str:
+        """The image markers before a question, one for each role; `modality` is DICOM's code, if known."""
         ...
 
     def segmentation(self, annotation: Annotation, plane: Plane) -> str:
@@ -58,6 +65,10 @@ class Wording(Protocol):
 
     def classification(self, annotation: Annotation, threshold: float) -> str:
         """Class probabilities."""
+        ...
+
+    def told_probabilities(self, annotation: Annotation) -> Mapping[str, float]:
+        """The probabilities that `classification` tells."""
         ...
 
     def failure(self, annotation: Annotation) -> str:
@@ -77,7 +88,8 @@ class _Plain:
         what = _MODALITY_WORDS.get(modality, f"an image of the modality {modality}")
         return f"This looks like {what}. Let me trigger {write_calls(calls)}."
 
-    def inputs(self, roles: Sequence[str]) -> str:
+    def inputs(self, roles: Sequence[str], modality: str = "") -> str:
+        del modality
         if len(roles) == 1:
             return f"{IMAGE_MARKER}\n"
         return ", ".join(f"{_ROLE_WORDS.get(r, r)}: {IMAGE_MARKER}" for r in roles) + "\n"
@@ -97,9 +109,12 @@ class _Plain:
         )
 
     def classification(self, annotation: Annotation, threshold: float) -> str:
-        told = annotation.calibrated or annotation.probabilities
+        told = self.told_probabilities(annotation)
         lines = [f"{_class(n)}: {'yes' if p > threshold else 'no'} ({p:.2f})\n" for n, p in told.items()]
         return "The resulting predictions are:\n" + "".join(lines)
+
+    def told_probabilities(self, annotation: Annotation) -> Mapping[str, float]:
+        return annotation.calibrated or annotation.probabilities
 
     def failure(self, annotation: Annotation) -> str:
         del annotation  # its reason may hold anything; a verdict says what a model may be told
@@ -128,10 +143,10 @@ class _VilaM3(_Plain):
         }.get(cards[0].modality.split(" (")[0].replace("chest x-ray", "CXR"), ("a CT image", ""))
         return f"This looks like {what}. Let me {first}trigger {write_calls(calls)}."
 
-    def inputs(self, roles: Sequence[str]) -> str:
-        if len(roles) == 1:
-            return f"{IMAGE_MARKER}\n"
-        return super().inputs(roles).rstrip("\n") + " These are different MRI modalities.\n"
+    def inputs(self, roles: Sequence[str], modality: str = "") -> str:
+        if len(roles) > 1:
+            return super().inputs(roles).rstrip("\n") + " These are different MRI modalities.\n"
+        return _VILA_M3_INPUTS.get(modality, f"{IMAGE_MARKER}\n")
 
     def segmentation(self, annotation: Annotation, plane: Plane) -> str:
         visible = _visible(annotation, plane)
@@ -142,10 +157,12 @@ class _VilaM3(_Plain):
         return f"The results are {IMAGE_MARKER}. The colors in this image describe {words}. "
 
     def classification(self, annotation: Annotation, threshold: float) -> str:
-        lines = [
-            f"{_class(n)}: {'yes' if p > threshold else 'no'}\n" for n, p in annotation.probabilities.items()
-        ]
+        told = self.told_probabilities(annotation)
+        lines = [f"{_class(n)}: {'yes' if p > threshold else 'no'}\n" for n, p in told.items()]
         return "The resulting predictions are:\n" + "".join(lines) + ". "
+
+    def told_probabilities(self, annotation: Annotation) -> Mapping[str, float]:
+        return annotation.probabilities
 
     def question(self, question: str, tasks: Sequence[str]) -> str:
         stop = "." if tasks == ["segmentation"] else ""
@@ -165,6 +182,19 @@ def wording_named(name: str) -> Wording:
     if name not in WORDINGS:
         raise UserError(f"config model.expert_wording={name!r}: use one of {', '.join(WORDINGS)}")
     return WORDINGS[name]
+
+
+_LABELLED = rf"(?:T1\(contrast enhanced\)|[A-Za-z0-9_-]{{1,16}}): ?{IMAGE_MARKER},? ?"
+_SHOWN = re.compile(
+    rf"\s*(?:(?:{_LABELLED})+|(?:{IMAGE_MARKER}\s*)+)"
+    r"(?:This is an? [A-Z]{2,3} image\.\n|These are different MRI modalities\.\n|\n)?"
+)
+
+
+def question_of(text: str) -> str:
+    """A user turn without what `Wording.inputs` puts before the question, and without further markers."""
+    shown = _SHOWN.match(text)
+    return re.sub(rf" ?{IMAGE_MARKER}", "", text[shown.end() if shown else 0 :]).strip()
 
 
 def doubts(verdicts: Sequence[Verdict]) -> str:

@@ -2,43 +2,70 @@
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import dataclasses
-import json
-from collections.abc import Callable
+import itertools
+import os
+from collections.abc import Callable, Generator, Iterator
+from typing import Literal
 
 from tqdm import tqdm
 
-from vilam3_experts.base import Expert, annotate_one
 from vilam3_experts.descriptors import Descriptor
-from vilam3_experts.inputs import Input, find_inputs
-from vilam3_experts.weights import Weights, is_samples_folder, load_weights
+from vilam3_experts.engine.local import run_here, run_processes
+from vilam3_experts.engine.summary import Lists, Summary
+from vilam3_experts.engine.work import Item, Outcome, Work, in_part
+from vilam3_experts.engine.worker import create_expert
+from vilam3_experts.inputs import Inputs
+from vilam3_experts.weights import is_samples_folder, load_weights
 from vilam3_jax import paths
-from vilam3_jax.data.content_keys import inputs_key
-from vilam3_jax.data.experts.store import Annotation, AnnotationWriter
+from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.errors import UserError
 
+__all__ = ["Engine", "Summary", "annotate", "create_expert"]
 
-@dataclasses.dataclass
-class Summary:
-    """What a run did.
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """Where and how an expert is run.
 
     Attributes:
-      counts: `annotated`, `skipped` (already stored), `failed` (stored with their reason), `unreadable`
-        (nothing to
-        store: the input has no content key), each with its number.
-      problems: input name, and why it failed or could not be read.
-      notes: input name, and what its reader assumed, repaired or skipped.
+      kind: 'local', this machine; or 'ray', the actors of a Ray cluster.
+      workers: number of processes. 0, with 'local' only: in this process. None, with 'ray' only: as many as
+        the cluster has room for.
+      batch: inputs that an expert that offers `run_batch` is given at once.
+      timeout: seconds that one input may take; None for no limit.
+      address: of the Ray cluster; None starts one on this machine.
+      cpus_per_worker: what a Ray actor reserves.
+      gpus_per_worker: likewise; None: one if the cluster has any.
+      object_store_bytes: what the run may keep in Ray's object store.
     """
 
-    counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    notes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    kind: Literal["local", "ray"] = "local"
+    workers: int | None = 0
+    batch: int = 1
+    timeout: float | None = None
+    address: str | None = None
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float | None = None
+    object_store_bytes: int = 1 << 30
 
-    def line(self) -> str:
-        """One line for people."""
-        names = ("annotated", "skipped", "failed", "unreadable")
-        return ", ".join(f"{self.counts[n]} {n}" for n in names)
+    def check(self) -> None:
+        """Refuses what makes no sense.
+
+        Raises:
+          UserError: says what.
+        """
+        if self.workers is not None and self.workers < (self.kind == "ray"):
+            raise UserError(f"--workers {self.workers}: give a positive number")
+        if self.workers is None and self.kind == "local":
+            raise UserError("--workers: the local engine needs a number")
+        if self.batch < 1:
+            raise UserError(f"--batch {self.batch}: give a positive number")
+        if self.timeout is not None and not 0 < self.timeout < float("inf"):
+            raise UserError(f"--timeout {self.timeout:g}: give a positive number of seconds")
+        if self.timeout is not None and self.workers == 0:
+            raise UserError("--timeout needs a process that can be ended; give --workers 1 or more")
 
 
 def annotate(
@@ -50,7 +77,11 @@ def annotate(
     weights: paths.PathLike | None = None,
     retry_failed: bool = False,
     limit: int | None = None,
-    show: Callable[[Input, Annotation], None] | None = None,
+    part: tuple[int, int] = (1, 1),
+    engine: Engine = Engine(),
+    audit: paths.PathLike | None = None,
+    dry_run: bool = False,
+    show: Callable[[str, Annotation], None] | None = None,
 ) -> Summary:
     """Annotates every input of `data` that `descriptor` is meant for.
 
@@ -66,81 +97,89 @@ def annotate(
       weights: folder of the model files; `data` by default if that is a samples folder.
       retry_failed: run again where the store holds a failure.
       limit: at most this many inputs.
-      show: called with every new annotation.
+      part: (i, n): the i-th (from 1) of n disjoint parts of the inputs.
+      engine: where and how.
+      audit: folder of the audit log; None for none.
+      dry_run: tell what would be run; call nothing and write nothing.
+      show: called with the name and the annotation of every input that was run.
 
     Raises:
       UserError: bad arguments, missing or wrong weights, no inputs, or a store that cannot be written.
+      UnavailableError: disk, network or cluster fail; starting again goes on.
     """
+    engine.check()
     chosen = descriptor.check_args(args)
-    inputs = find_inputs(data, descriptor)[:limit]
+    items = _Items(Inputs(data, descriptor), limit, part)
     if weights is None and paths.as_path(data).is_dir() and is_samples_folder(data):
         weights = data
-    loaded = load_weights(descriptor, weights)
+    work = Work(
+        descriptor=descriptor,
+        args=chosen,
+        weights=None if weights is None else os.fspath(weights),
+        weights_sha256=load_weights(descriptor, weights).sha256,
+        out=os.fspath(out),
+        audit=None if audit is None else os.fspath(audit),
+        retry_failed=retry_failed,
+        batch=engine.batch,
+        timeout=engine.timeout,
+        dry_run=dry_run,
+        keep_records=show is not None,
+    )
     summary = Summary()
-    with AnnotationWriter(out) as writer, tqdm(inputs, desc=descriptor.name, unit="scan") as progress:
-        runner = _Runner(descriptor, loaded)
-        for item in progress:
-            progress.set_postfix_str(item.name[-40:], refresh=False)
-            try:
-                scan = item.load()
-                key = inputs_key(scan.keys)
-            except Exception as error:  # one bad file must not end a run over a hundred thousand
-                summary.counts["unreadable"] += 1
-                summary.problems.append((item.name, f"{error}"))
-                continue
-            summary.notes += [(item.name, note) for note in scan.notes]
-            stored = writer.status(key, descriptor.name, chosen)
-            if stored == "ok" or (stored == "failed" and not retry_failed):
-                summary.counts["skipped"] += 1
-                continue
-            annotation = annotate_one(runner.expert(), descriptor, scan, chosen, weights_sha256=loaded.sha256)
-            writer.write(annotation)
-            if annotation.status == "failed":
-                summary.counts["failed"] += 1
-                summary.problems.append((item.name, annotation.reason))
-            else:
-                summary.counts["annotated"] += 1
-            if show is not None:
-                show(item, annotation)
-    _write_lists(out, descriptor.name, summary)
+    lists = Lists(out, descriptor.name)
+    with (
+        tqdm(total=items.estimate(), desc=descriptor.name, unit="scan", dynamic_ncols=True) as progress,
+        contextlib.closing(_outcomes(work, items, engine)) as outcomes,
+    ):
+        for outcome in outcomes:
+            summary.add(outcome)
+            lists.add(outcome)
+            if show is not None and outcome.record is not None:
+                show(outcome.name, Annotation.from_bytes(outcome.record))
+            progress.total = items.estimate()
+            progress.set_postfix_str(outcome.name[-40:], refresh=False)
+            progress.update()
+    if not dry_run:
+        lists.publish(skipped=summary.counts["skipped"] > 0)
     return summary
 
 
-class _Runner:
-    """Builds the expert when the first scan needs it: a run that has nothing to do loads no network."""
+def _outcomes(work: Work, items: _Items, engine: Engine) -> Generator[Outcome]:
+    if engine.kind == "ray":
+        from vilam3_experts.engine.ray_engine import run_ray  # an optional library
 
-    def __init__(self, descriptor: Descriptor, weights: Weights) -> None:
-        self._descriptor, self._weights = descriptor, weights
-        self._expert: Expert | None = None
-
-    def expert(self) -> Expert:
-        if self._expert is None:
-            self._expert = create_expert(self._descriptor, self._weights)
-        return self._expert
+        return run_ray(work, items, engine)
+    if engine.workers:
+        return run_processes(work, items, engine.workers)
+    return run_here(work, items)
 
 
-def create_expert(descriptor: Descriptor, weights: Weights) -> Expert:
-    """Builds an expert.
+class _Items:
+    """The items of a run, numbered as they are found, and how many they will be."""
 
-    Raises:
-      UserError: a library is missing or the weights do not load.
-    """
-    try:
-        return descriptor.create(weights)
-    except UserError:
-        raise
-    except ImportError as error:
-        raise UserError(f"{descriptor.name} cannot start ({error}); install what it needs") from error
-    except Exception as error:
-        raise UserError(f"{descriptor.name} cannot start ({type(error).__name__}: {error})") from error
+    def __init__(self, found: Inputs, limit: int | None, part: tuple[int, int]) -> None:
+        self._found, self._limit, self._part = found, limit, part
+        rest = iter(found)
+        self._rest = itertools.chain([next(rest)], rest)  # without any, this is where it is noticed
+        self._items = 0
+        self._others = 0  # of other parts
+        self._ended = False
 
+    def __iter__(self) -> Iterator[Item]:
+        for item in self._rest:
+            if not in_part(item.name, self._part):
+                self._others += 1
+                continue
+            if self._items == self._limit:
+                break
+            self._items += 1
+            yield Item(self._items, item)
+        self._ended = True
 
-def _write_lists(out: paths.PathLike, name: str, summary: Summary) -> None:
-    """Writes problems and notes beside the store; an earlier run's stay if this one looked at nothing new."""
-    for kind, rows in (("problems", summary.problems), ("notes", summary.notes)):
-        path = paths.as_path(out) / f"{kind}-{name}.json"
-        if rows:
-            listed = [{"input": item, "reason": reason} for item, reason in rows]
-            paths.write_text_atomic(path, json.dumps(listed, indent=1) + "\n")
-        elif summary.counts["skipped"] == 0:
-            path.unlink(missing_ok=True)
+    def estimate(self) -> int:
+        """How many items there are; before all are found, at a guess from above."""
+        if self._ended:
+            return self._items
+        rest = max(0, self._found.at_most - self._items - self._others)
+        guess = self._items + -(-rest // self._part[1])
+        return guess if self._limit is None else min(guess, self._limit)

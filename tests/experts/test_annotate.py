@@ -79,8 +79,9 @@ def test_command_line(plugin, pictures, tmp_path, capsys):
     assert main([*common, "--expert", "FAKE", "--verbose"]) == 0
     captured = capsys.readouterr()
     assert "FAKE: 2 annotated, 0 skipped, 0 failed, 1 unreadable" in captured.out
-    assert "problem: b damaged.png" in captured.err and "bright 0.200" in captured.out
-    assert main([*common, "--expert", "FAKE", "--args", "raise"]) == 1  # nothing came out of it
+    assert "unreadable" in captured.err and "[b damaged.png]" in captured.err
+    assert "1 unreadable" in captured.out and "bright 0.200" in captured.out
+    assert main([*common, "--expert", "FAKE", "--args", "raise"]) == 2  # nothing came out of it
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 
 from tqdm import tqdm
 
 from vilam3_experts import descriptors as registry
-from vilam3_experts.annotate import annotate
-from vilam3_experts.inputs import Input
+from vilam3_experts.annotate import Engine, annotate
+from vilam3_experts.descriptors import Descriptor
 from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.errors import UserError
+
+_LISTED = 20
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -20,7 +23,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "annotate",
         help="run an expert over a data set",
         description="Runs an expert over every scan it is meant for. Started again, it goes on where it was."
-        " Failed scans are named and put aside.",
+        " Failed scans are named and put aside. Exit code 0: every scan has an answer or a reason;"
+        " 1: starting again may help; 2: something must be changed first.",
     )
     parser.add_argument("--expert", required=True, help="name of the expert, see `list`")
     parser.add_argument("--data", required=True, help="samples folder, or a folder or file of scans")
@@ -29,36 +33,103 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--weights", help="folder of the model files (default: the samples folder)")
     parser.add_argument("--retry-failed", action="store_true", help="run failed scans again")
     parser.add_argument("--limit", type=int, help="stop after this many scans")
+    parser.add_argument(
+        "--shard", default="1/1", metavar="I/N", help="only part I of N (1/N to N/N); parts share no scan"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="tell what would be run, with which weights")
+    parser.add_argument("--audit", help="folder of the audit log (default: none)")
     parser.add_argument("--verbose", action="store_true", help="print every result")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--engine", choices=("local", "ray"), default="local", help="(local)")
+    engine.add_argument(
+        "--workers", type=int, help="processes (local: 1; ray: as many as the cluster has room for)"
+    )
+    engine.add_argument("--batch", type=int, default=1, help="scans at once, where the expert can (1)")
+    engine.add_argument("--timeout", type=float, help="seconds that one scan may take (no limit)")
+    ray = parser.add_argument_group("Ray")
+    ray.add_argument("--address", help="of the cluster, such as auto (default: one on this machine)")
+    ray.add_argument("--cpus-per-worker", type=float, default=1.0, help="(1)")
+    ray.add_argument("--gpus-per-worker", type=float, help="(1 if the cluster has GPUs; 0.5: two share one)")
+    ray.add_argument("--object-store-gb", type=float, default=1.0, help="what the run may keep there (1)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
 
-    def show(item: Input, annotation: Annotation) -> None:
-        tqdm.write(f"{item.name}: {describe(annotation)}")
+    def show(name: str, annotation: Annotation) -> None:
+        tqdm.write(f"{name}: {describe(annotation)}")
 
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit {options.limit}: give a positive number")
+    descriptor = registry.get(options.expert)
     summary = annotate(
-        registry.get(options.expert),
+        descriptor,
         options.data,
         options.out,
         args=options.args,
         weights=options.weights,
         retry_failed=options.retry_failed,
         limit=options.limit,
+        part=parse_shard(options.shard),
+        engine=_engine(options),
+        audit=options.audit,
+        dry_run=options.dry_run,
         show=show if options.verbose else None,
     )
-    for name, reason in summary.problems:
-        print(f"problem: {name}: {reason}", file=sys.stderr)
-    if summary.notes:
-        scans = len({name for name, _ in summary.notes})
-        print(f"{scans} scans with notes on what was assumed or skipped: notes-{options.expert}.json")
+    if options.dry_run:
+        _print_plan(descriptor, options.weights, summary.planned, summary.counts["planned"])
+    elif summary.reasons:
+        print(f"{options.expert}: what has no answer, and why:", file=sys.stderr)
+        print("\n".join(summary.table()), file=sys.stderr)
+    if summary.noted and not options.dry_run:
+        print(f"{summary.noted} scans with notes on what was assumed or skipped: notes-{options.expert}.json")
     print(f"{options.expert}: {summary.line()}; store {options.out}")
-    done = summary.counts["annotated"] + summary.counts["skipped"]
-    return 0 if done else 1
+    return summary.exit_code
+
+
+def _engine(options: argparse.Namespace) -> Engine:
+    workers = options.workers
+    if options.engine == "local":
+        if options.address is not None or options.gpus_per_worker is not None:
+            raise UserError("--address and --gpus-per-worker are for --engine ray")
+        workers = 1 if workers is None else workers
+    if not options.object_store_gb > 0:
+        raise UserError(f"--object-store-gb {options.object_store_gb:g}: give a positive number")
+    return Engine(
+        kind=options.engine,
+        workers=workers,
+        batch=options.batch,
+        timeout=options.timeout,
+        address=options.address,
+        cpus_per_worker=options.cpus_per_worker,
+        gpus_per_worker=options.gpus_per_worker,
+        object_store_bytes=int(options.object_store_gb * (1 << 30)),
+    )
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Reads 'I/N'.
+
+    Raises:
+      UserError: not two numbers with 1 <= I <= N.
+    """
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    part = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= part[0] <= part[1]:
+        raise UserError(f"--shard {text}: give I/N with I from 1 to N, such as 3/8")
+    return part
+
+
+def _print_plan(descriptor: Descriptor, weights: str | None, names: list[str], count: int) -> None:
+    for name in names[:_LISTED]:
+        print(f"would run: {name}")
+    if count > _LISTED:
+        print(f"would run: {count - _LISTED} more")
+    for file in descriptor.weights:
+        print(f"weights: {file.file}  sha256 {file.sha256}")
+    if not descriptor.weights:
+        print(f"weights: {weights or 'none'}")
 
 
 def describe(annotation: Annotation) -> str:

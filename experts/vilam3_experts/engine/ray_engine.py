@@ -1,0 +1,167 @@
+"""Runs an expert in the actors of a Ray cluster, fed by Ray Data.
+
+Each actor owns a worker process of its own, as the local engine does: a scan that ends its process, hangs or
+needs too much memory is dealt with there, by the same code, and the actor lives on. When an actor or its node is killed,
+Ray starts it elsewhere and gives it the same block of inputs again; it opens the store anew and skips what was
+committed. An actor writes what it computes; only names, reasons and counts travel through Ray.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Generator, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from vilam3_experts.engine.child import Child
+from vilam3_experts.engine.committer import Committer
+from vilam3_experts.engine.work import Item, Outcome, Work, chunks, fatal
+from vilam3_jax.errors import UnavailableError, UserError
+
+try:
+    import ray
+    import ray.data
+    import ray.exceptions
+except ImportError as error:
+    raise UserError(f"--engine ray needs Ray ({error}); pip install 'vilam3-experts[ray]'") from error
+
+if TYPE_CHECKING:
+    from vilam3_experts.annotate import Engine
+
+# What an actor is given at once, and is given again when it was killed.
+_BLOCK = {"image": 256, "volume": 8}
+_BLOCKS_PER_WORKER = 8  # at least, so that all have work until the end
+_STARTS_OF_A_TASK = 20  # an actor that is killed this often over one block is no accident
+
+
+def run_ray(work: Work, items: Iterable[Item], engine: Engine) -> Generator[Outcome]:
+    """Yields the outcomes, in no fixed order.
+
+    Raises:
+      UserError: the expert cannot be built, or the store cannot be written.
+      UnavailableError: the cluster cannot be reached, or has no room, or fails.
+    """
+    Committer(work).close()  # what is wrong with the folders is better said before the cluster starts
+    started = not ray.is_initialized()
+    if started:
+        _connect(engine.address)
+    try:
+        yield from _run(work, items, engine)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    try:
+        ray.init(address=address, log_to_driver=True, configure_logging=False, include_dashboard=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        told = str(error).splitlines()[0]
+        raise UnavailableError(
+            f"--address {address}: no Ray cluster answers ({told}); start it, then start again"
+        ) from error
+
+
+def _run(work: Work, items: Iterable[Item], engine: Engine) -> Iterator[Outcome]:
+    resources = ray.cluster_resources()
+    gpus = engine.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if resources.get("GPU", 0) > 0 else 0.0
+    workers = engine.workers or _room(resources, engine.cpus_per_worker, gpus)
+    rows = [pickle.dumps(item) for item in items]
+    size = max(1, min(_BLOCK[work.descriptor.input], len(rows) // (workers * _BLOCKS_PER_WORKER)))
+    tables = [
+        pa.table({"item": pa.array(rows[n : n + size], pa.binary())}) for n in range(0, len(rows), size)
+    ]
+    del rows
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = False
+    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
+        object_store_memory=engine.object_store_bytes
+    )
+    with ray.data.DataContext.current(context):
+        data = ray.data.from_arrow(tables).map_batches(
+            Annotator,
+            fn_constructor_args=(work,),
+            batch_size=None,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1, max_size=workers, initial_size=workers, max_tasks_in_flight_per_actor=2
+            ),
+            num_cpus=engine.cpus_per_worker,
+            num_gpus=gpus,
+            max_restarts=-1,
+            max_task_retries=_STARTS_OF_A_TASK,
+        )
+        yield from _received(work, data)
+
+
+def _received(work: Work, data: Any) -> Iterator[Outcome]:
+    try:
+        for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+            for row in batch.column("outcome"):
+                found = pickle.loads(row.as_py())
+                if isinstance(found, Outcome):
+                    yield found
+                else:
+                    raise fatal(*found)
+    except ray.exceptions.RayError as error:
+        raise UnavailableError(
+            f"{work.descriptor.name}: the Ray cluster failed ({_first_line(error)}); start again"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    lines = str(cause).strip().splitlines() or ["no reason given"]
+    return f"{type(cause).__name__}: {lines[0]}"
+
+
+def _room(resources: dict[str, float], cpus: float, gpus: float) -> int:
+    room = [resources.get("CPU", 0.0) / cpus] if cpus else []
+    room += [resources.get("GPU", 0.0) / gpus] if gpus else []
+    count = int(min(room)) if room else 1
+    if count < 1:
+        raise UserError(
+            f"the cluster has {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs, too few "
+            f"for one worker with {cpus:g} and {gpus:g}; see --cpus-per-worker and --gpus-per-worker"
+        )
+    return count
+
+
+class Annotator:
+    """One actor: owns a worker process, and writes what it says."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._committer = Committer(work)
+        self._child = Child(work, self._committer.claim)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Runs a block.
+
+        Args:
+          table: column `item`, pickled `Item`s.
+
+        Returns:
+          Column `outcome`: pickled `Outcome`s, all of them committed; or one (exit code, message) that ends
+          the run.
+        """
+        items = [pickle.loads(row.as_py()) for row in table.column("item")]
+        try:
+            found: list[Any] = []
+            for chunk in chunks(items, self._work.batch):
+                for outcome in self._child.run(chunk):
+                    self._committer.write(outcome)
+                    found.append(outcome if self._work.keep_records else _without_record(outcome))
+            self._committer.flush()
+        except UserError as error:
+            found = [(error.exit_code, str(error))]
+        return pa.table({"outcome": pa.array([pickle.dumps(one) for one in found], pa.binary())})
+
+
+def _without_record(outcome: Outcome) -> Outcome:
+    return Outcome(outcome.number, outcome.name, outcome.status, outcome.reason, outcome.notes)

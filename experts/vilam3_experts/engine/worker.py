@@ -1,0 +1,210 @@
+"""Decodes inputs and calls the expert: in the process of its owner, or as a child of it.
+
+A child talks through one socket of its owner, see `child`; it ends when the owner does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import faulthandler
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from vilam3_experts.base import Expert, ExpertFailure, ExpertInputs, Output, annotate_one
+from vilam3_experts.descriptors import Descriptor
+from vilam3_experts.engine.memory import Shrinking, is_out_of_memory, release
+from vilam3_experts.engine.work import Item, Outcome, Work
+from vilam3_experts.weights import Weights, load_weights
+from vilam3_jax.errors import UnavailableError, UserError, use_one_line_notes
+
+Keys = tuple[tuple[str, str], ...]
+"""(role, content key) of each input of a call."""
+
+Claim = Callable[[int, Keys], bool]
+"""Asks the owner whether the item with this number and these keys is still to be run."""
+
+_MAX_REASON = 500
+
+
+class BrokenDeviceError(Exception):
+    """The device is of no more use to this process; a fresh one may go on."""
+
+
+def create_expert(descriptor: Descriptor, weights: Weights) -> Expert:
+    """Builds an expert.
+
+    Raises:
+      UserError: a library is missing or the weights do not load.
+    """
+    try:
+        return descriptor.create(weights)
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(f"{descriptor.name} cannot start ({error}); install what it needs") from error
+    except Exception as error:
+        raise UserError(f"{descriptor.name} cannot start ({type(error).__name__}: {error})") from error
+
+
+class Worker:
+    """Runs one expert, built when the first input needs it: a run with nothing to do loads no network."""
+
+    def __init__(self, work: Work, claim: Claim, tell: Callable[[str], object] = lambda event: None) -> None:
+        """Makes a worker.
+
+        Args:
+          work: the run.
+          claim: see `Claim`.
+          tell: called with 'building' and 'built' around the construction of the expert.
+        """
+        self._work, self._claim, self._tell = work, claim, tell
+        self._expert: Expert | None = None
+
+    def run(self, items: Sequence[Item], *, smallest: bool = False) -> Iterator[Outcome]:
+        """Yields one outcome for each item, as soon as it is known.
+
+        Args:
+          items: one, or as many as the expert is to be given at once.
+          smallest: use the expert's smallest form.
+
+        Raises:
+          UserError: the expert cannot be built.
+          BrokenDeviceError: see there.
+        """
+        opened: list[tuple[Item, ExpertInputs]] = []
+        for item in items:
+            found = self._open(item)
+            if isinstance(found, Outcome):
+                yield found
+            else:
+                opened.append((item, found))
+        if not opened:
+            return
+        expert = self._built()
+        given: Sequence[Expert] = [Shrinking(expert, smallest=smallest)] * len(opened)
+        if len(opened) > 1 and hasattr(expert, "run_batch"):
+            given = self._answered(expert, [inputs for _, inputs in opened]) or given
+        for (item, inputs), one in zip(opened, given, strict=True):
+            yield self._annotate(one, item, inputs)
+
+    def _open(self, item: Item) -> ExpertInputs | Outcome:
+        number, name = item.number, item.input.name
+        try:
+            inputs = item.input.load()
+            keys = inputs.keys
+        except UnavailableError as error:
+            return Outcome(number, name, "unavailable", _line(str(error)))
+        except UserError as error:
+            return Outcome(number, name, "unreadable", _line(str(error)))
+        except Exception as error:  # one bad file must not end a run over a hundred thousand
+            return Outcome(number, name, "unreadable", _line(f"{type(error).__name__}: {error}"))
+        if not self._claim(number, keys):
+            return Outcome(number, name, "skipped", notes=inputs.notes)
+        if self._work.dry_run:
+            return Outcome(number, name, "planned", notes=inputs.notes)
+        return inputs
+
+    def _built(self) -> Expert:
+        if self._expert is None:
+            self._tell("building")
+            weights = load_weights(self._work.descriptor, self._work.weights)
+            if weights.sha256 != self._work.weights_sha256:
+                raise UserError(f"{self._work.weights}: the model files changed during the run; start again")
+            self._expert = create_expert(self._work.descriptor, weights)
+            self._tell("built")
+        return self._expert
+
+    def _answered(self, expert: Any, inputs: list[ExpertInputs]) -> list[Expert] | None:
+        """The answers to a batch, each as an expert that knows it; None if the batch failed."""
+        try:
+            answers = expert.run_batch([one.data for one in inputs], self._work.args)
+        except Exception as error:
+            if is_out_of_memory(error):
+                del error
+            answers = None
+        if answers is None or len(answers) != len(inputs):
+            release()
+            return None
+        return [_Answered(answer) for answer in answers]
+
+    def _annotate(self, expert: Expert, item: Item, inputs: ExpertInputs) -> Outcome:
+        work = self._work
+        annotation = annotate_one(
+            expert, work.descriptor, inputs, work.args, weights_sha256=work.weights_sha256
+        )
+        if annotation.status == "failed" and "CUDA error" in annotation.reason:
+            raise BrokenDeviceError(annotation.reason)
+        status = "annotated" if annotation.status == "ok" else "failed"
+        return Outcome(
+            item.number, item.input.name, status, annotation.reason, inputs.notes, annotation.to_bytes()
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answered:
+    """Stands for the expert when its answer to one input of a batch becomes a record."""
+
+    answer: Output | ExpertFailure
+
+    def run(self, data: Any, args: str) -> Output:
+        del data, args
+        if isinstance(self.answer, ExpertFailure):
+            raise self.answer
+        return self.answer
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:_MAX_REASON] or "no reason given"
+
+
+def _end_with(life: int) -> None:
+    """Ends this process when the owner's end of the pipe `life` is closed, however the owner ended."""
+
+    def wait() -> None:
+        os.read(life, 1)
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def serve(connection: Connection, work: Work) -> None:
+    """Answers the owner until it hangs up, see `child.Child`."""
+
+    def claim(number: int, keys: Keys) -> bool:
+        connection.send(("claim", number, keys))
+        return connection.recv()
+
+    worker = Worker(work, claim, lambda event: connection.send((event,)))
+    while True:
+        items, smallest = connection.recv()
+        try:
+            for outcome in worker.run(items, smallest=smallest):
+                connection.send(("outcome", outcome))
+        except UserError as error:
+            connection.send(("fatal", error.exit_code, str(error)))
+        except BrokenDeviceError as error:
+            connection.send(("broken", str(error)))
+            os._exit(1)
+        connection.send(("end",))
+
+
+def main() -> None:
+    """A child: its socket and the pipe that tells of the owner's end are the two arguments."""
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the owner says when to end
+    use_one_line_notes()
+    connection = Connection(int(sys.argv[1]))
+    _end_with(int(sys.argv[2]))
+    try:
+        serve(connection, connection.recv())
+    except (EOFError, ConnectionError):
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

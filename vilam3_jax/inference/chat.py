@@ -16,6 +16,7 @@ import numpy as np
 from vilam3_jax import exports, paths
 from vilam3_jax.data.experts.cards import Card, card_list
 from vilam3_jax.data.experts.exchange import Style
+from vilam3_jax.data.experts.grammar import Call
 from vilam3_jax.data.experts.host_client import ExpertHost
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.images import encode_png
@@ -288,6 +289,9 @@ def _notes(transcript: Transcript, cards: Sequence[Card]) -> tuple[str, ...]:
             for verdict in annotation.verdicts
             if verdict.status in ("warn", "fail") and verdict.message != annotation.reason
         ]
+    if len(transcript.annotations) > 1:
+        asked = ", ".join(str(Call(a.expert, a.args)) for a in transcript.annotations)
+        notes.append(f"Experts were asked in this order: {asked}.")
     if transcript.cut:
         letters = sum(map(len, transcript.cut))
         notes.append(f"{letters} characters that the model wrote before the expert had spoken were cut.")

@@ -64,7 +64,7 @@ def prepare_quickstart(
         "size": size,
         "seed": seed,
         "source_sha256": _source_digest(source_dir),
-        "annotations_sha256": None if store is None else _store_digest(store),
+        "annotations_sha256": None if store is None else store.digest(quickstart.BRAIN_EXPERT),
     }
     known = _existing(target, identity)
     if known is not None:
@@ -217,15 +217,6 @@ def _source_digest(source: epath.Path) -> str:
         with path.open("rb") as file:
             while block := file.read(_BLOCK):
                 digest.update(block)
-    return digest.hexdigest()
-
-
-def _store_digest(store: AnnotationStore) -> str:
-    digest = hashlib.sha256()
-    for key in sorted(store.keys()):
-        found = store.get(*key)
-        if found is not None and found.expert == quickstart.BRAIN_EXPERT:
-            digest.update(repr((key, found.status, found.version, found.weights_sha256)).encode())
     return digest.hexdigest()
 
 

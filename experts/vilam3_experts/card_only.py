@@ -29,6 +29,6 @@ def refuse_vista2d(weights: Weights) -> NoReturn:
     """
     del weights
     raise UserError(
-        "VISTA2D has a card only, as in the published VILA-M3, where nothing stands behind it; leave it out of "
-        "the cards, or offer an expert for cell images under a name of its own"
+        "VISTA2D has a card only, as in the published VILA-M3, where nothing stands behind it; leave it out "
+        "of the cards, or offer an expert for cell images under a name of its own"
     )

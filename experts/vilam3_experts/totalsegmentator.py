@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import os
 from collections.abc import Iterator
 from types import ModuleType
@@ -45,22 +46,23 @@ class TotalSegmentator:
         if weights.folder is not None:
             os.environ[WEIGHTS_VARIABLE] = os.fspath(weights.folder)
         try:
-            from totalsegmentator import config, libs, python_api
-            from totalsegmentator.map_to_binary import class_map
+            config, libs, api, names = (
+                importlib.import_module(f"totalsegmentator.{module}")
+                for module in ("config", "libs", "python_api", "map_to_binary")
+            )
         except ImportError as error:
             raise UserError(
-                f"TOTALSEGMENTATOR is not installed here ({error}); install TotalSegmentator and vilam3-experts "
-                "into an environment of their own and use its vilam3-experts"
+                f"TOTALSEGMENTATOR is not installed here ({error}); install TotalSegmentator and "
+                "vilam3-experts into an environment of their own and use its vilam3-experts"
             ) from error
-        self._api: ModuleType = python_api
-        self._libs: ModuleType = libs
-        self._class_map: dict[str, dict[int, str]] = class_map
+        self._api, self._libs = api, libs
+        self._class_map: dict[str, dict[int, str]] = names.class_map
         folder = paths.as_path(config.get_weights_dir())
         checkpoints = sorted(folder.glob(f"**/{_CHECKPOINT}")) if folder.is_dir() else []
         if not checkpoints:
             raise UserError(
-                f"{folder}: no weights of TotalSegmentator; fetch them with `totalseg_download_weights -t TASK` "
-                "where there is a network, and give their folder as --weights"
+                f"{folder}: no weights of TotalSegmentator; fetch them with `totalseg_download_weights -t "
+                "TASK` where there is a network, and give their folder as --weights"
             )
         digest = hashlib.sha256()
         for file in checkpoints:

@@ -24,7 +24,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml experts/setup.cfg experts/pyproject
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed; set PYTHON=/path/to/python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints/py$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])').txt \
-		-e '.[dev]' -e ./experts
+		-e '.[dev]' -e './experts[dev]'
 	@touch $@
 
 quickstart: install

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib
 import os
+import pathlib
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -21,13 +22,11 @@ import numpy as np
 from vilam3_experts.base import ExpertFailure, Output
 from vilam3_experts.imported.label_tables import clean_name
 from vilam3_experts.weights import Weights
-from vilam3_jax import paths
 from vilam3_jax.data.volumes import Volume
 from vilam3_jax.errors import UserError
 
 WEIGHTS_VARIABLE = "TOTALSEG_WEIGHTS_PATH"
 _CHECKPOINT = "checkpoint_final.pth"
-_CHUNK = 1 << 22
 _SAME = 1e-3  # millimetres
 
 
@@ -57,8 +56,8 @@ class TotalSegmentator:
             ) from error
         self._api, self._libs = api, libs
         self._class_map: dict[str, dict[int, str]] = names.class_map
-        folder = paths.as_path(config.get_weights_dir())
-        checkpoints = sorted(folder.glob(f"**/{_CHECKPOINT}")) if folder.is_dir() else []
+        folder = pathlib.Path(config.get_weights_dir())
+        checkpoints = sorted(folder.rglob(_CHECKPOINT)) if folder.is_dir() else []
         if not checkpoints:
             raise UserError(
                 f"{folder}: no weights of TotalSegmentator; fetch them with `totalseg_download_weights -t "
@@ -135,9 +134,6 @@ def _offline(api: ModuleType, libs: ModuleType, task: str) -> Iterator[None]:
             setattr(module, name, function)
 
 
-def _sha256(path: os.PathLike[str]) -> str:
-    digest = hashlib.sha256()
-    with paths.as_path(path).open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

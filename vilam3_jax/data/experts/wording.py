@@ -114,7 +114,7 @@ class _Plain:
         return "The resulting predictions are:\n" + "".join(lines)
 
     def told_probabilities(self, annotation: Annotation) -> Mapping[str, float]:
-        return annotation.calibrated or annotation.probabilities
+        return {**annotation.probabilities, **annotation.calibrated}  # a class may lack a calibration
 
     def failure(self, annotation: Annotation) -> str:
         del annotation  # its reason may hold anything; a verdict says what a model may be told
@@ -199,8 +199,19 @@ def question_of(text: str) -> str:
 
 def doubts(verdicts: Sequence[Verdict]) -> str:
     """A sentence on the checks that found something; '' where all passed or nothing is known."""
-    found = [_safe(v.message) for v in verdicts if v.status in ("warn", "fail") and v.message]
+    found = _doubted(verdicts)
     return f"Checks doubt this: {'; '.join(found)}. " if found else ""
+
+
+def _doubted(verdicts: Sequence[Verdict]) -> list[str]:
+    """What checks found, a clause each; labels that the scan cuts off share one."""
+    found = [v for v in verdicts if v.status in ("warn", "fail") and v.message]
+    cut = [_safe(v.subject) for v in found if v.check == "border"]
+    told = [_safe(v.message) for v in found if v.check != "border" or len(cut) == 1]
+    if len(cut) > 1:
+        names = f"{', '.join(cut[:-1])} and {cut[-1]}"
+        told.append(f"{names} reach the border of the scan, so their volumes are lower bounds")
+    return told
 
 
 def _visible(annotation: Annotation, plane: Plane) -> list[tuple[int, str, int, float]]:
@@ -237,7 +248,7 @@ def told_volume(ml: float) -> str:
 
 def told_doubts(annotation: Annotation) -> list[str]:
     """What the checks doubt, as it is told."""
-    return [_safe(v.message) for v in annotation.verdicts if v.status in ("warn", "fail") and v.message]
+    return _doubted(annotation.verdicts)
 
 
 def _class(name: str) -> str:

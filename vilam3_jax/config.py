@@ -114,6 +114,8 @@ def base_config() -> ConfigDict:
                 mixture=(),
                 experts="off",
                 expert_share=0.75,
+                dialogue_parity=False,
+                dialogue_min_lesion_ml=0.1,
                 augment=False,
                 seq_len=512,
                 rows_per_group=1,

@@ -28,6 +28,8 @@ import numpy as np
 from vilam3_jax.data import packing, stream
 from vilam3_jax.data.batch_layout import Batch, check_room, empty_pairs, global_units, group_shape
 from vilam3_jax.data.experts.cards import card_list
+from vilam3_jax.data.experts.dialogues.rules import split_row
+from vilam3_jax.data.experts.dialogues.scene import Setting
 from vilam3_jax.data.experts.exchange import Style
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.image_processor import image_processor
@@ -530,9 +532,10 @@ def build_loader(
         style=Style.of(model),
         seed=cfg.seed,
     )
-    samples = stream.SampleStream(
-        stream.open_sources(data.path, tuple(data.mixture), split), cfg.seed, endless=split == "train"
+    sources = stream.open_sources(
+        data.path, tuple(data.mixture), split, None if pairs else _dialogues(cfg, store), cfg.seed
     )
+    samples = stream.SampleStream(sources, cfg.seed, endless=split == "train")
     reader = SampleReader(
         cfg,
         samples=samples,
@@ -553,4 +556,23 @@ def build_loader(
         shards=data.loader_shards,
         prefetch=data.prefetch,
         held=held,
+    )
+
+
+def _dialogues(cfg: Any, store: AnnotationStore | None) -> Setting | None:
+    """What rules of the mixture make dialogues with; their truth is in annotations, experts on or off."""
+    data, model = cfg.data, cfg.model
+    if not data.annotations or all(split_row(str(row[0]))[1] is None for row in data.mixture):
+        return None
+    if data.dialogue_parity and model.expert_wording != "vila_m3":
+        raise UserError(
+            "config data.dialogue_parity: the reference's dialogues are in its own wording; "
+            "set model.expert_wording='vila_m3'"
+        )
+    return Setting.of(
+        card_list(model),
+        AnnotationStore(data.annotations) if store is None else store,
+        style=Style.of(model),
+        parity=data.dialogue_parity,
+        min_lesion_ml=data.dialogue_min_lesion_ml,
     )

@@ -292,6 +292,10 @@ class ExampleSource:
         """The dataset's name."""
         return str(self.info["name"])
 
+    def digests(self) -> list[str]:
+        """sha256 of every shard: what a place in a stream of these records depends on."""
+        return [shard.get("sha256", "") for shard in self._shards]
+
     def __len__(self) -> int:
         return self._starts[-1]
 

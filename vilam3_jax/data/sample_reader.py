@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from vilam3_jax.data import stream
+from vilam3_jax.data.examples import Example
+from vilam3_jax.data.experts.dialogues.source import dialogue_of
 from vilam3_jax.data.image_processor import ImageProcessor
 from vilam3_jax.data.images import augment
 from vilam3_jax.data.packing import Sample
@@ -65,7 +67,7 @@ class SampleReader:
           UnavailableError: the data cannot be read now.
         """
         source = self._samples.sources[address[0]]
-        example = source[address[1]].validate()
+        example = self._example(address, position)
         processor = self._processor
         try:
             outline = self._renderer.outline(example, source.data_root, position)
@@ -90,16 +92,20 @@ class SampleReader:
             read = functools.partial(tuple, read())
         return Sample(example.id, position, encoded, read, processor.tile_map(grids))
 
+    def _example(self, address: Address, position: int) -> Example:
+        source = self._samples.sources[address[0]]
+        return dialogue_of(source, address[1], position, self._renderer.experts_on(position))
+
     def _inputs(self, address: Address, position: int, grids: _Grids) -> tuple[np.ndarray, ...]:
         """The inputs of the vision tower, uint8 [S, S, 3] each."""
         source = self._samples.sources[address[0]]
-        example = source[address[1]]
+        example = self._example(address, position)
         try:
             images = self._renderer.render(example, source.data_root, position).images
             if images and address in self._donors:
-                other, record = self._donors[address]
-                root = self._samples.sources[other].data_root
-                taken = self._renderer.render(self._samples.sources[other][record], root, position).images
+                donor = self._donors[address]
+                root = self._samples.sources[donor[0]].data_root
+                taken = self._renderer.render(self._example(donor, position), root, position).images
                 images = tuple(taken[i % len(taken)] for i in range(len(images)))
             if self._alter:
                 images = augment(images, np.random.default_rng((self._seed, position)))

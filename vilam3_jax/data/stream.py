@@ -17,32 +17,46 @@ import grain
 
 from vilam3_jax import paths
 from vilam3_jax.data.examples import IMAGE_MARKER, Example
+from vilam3_jax.data.experts.dialogues.rules import Rule, split_row
+from vilam3_jax.data.experts.dialogues.scene import Setting
+from vilam3_jax.data.experts.dialogues.source import DialogueSource, under_rules, why_left_out
 from vilam3_jax.data.records import INFO_NAME, ExampleSource, read_info
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UserError, warn_of
 
 _HELD_OUT_SEED = 0
 _DEALING = "turned"  # how positions go to shards; part of the fingerprint, as a state counts them
 
 Mixture = Sequence[tuple[str, float]]
+Source = ExampleSource | DialogueSource
 
 
-def open_sources(path: paths.PathLike, mixture: Mixture, split: str) -> list[tuple[ExampleSource, float]]:
+def open_sources(
+    path: paths.PathLike, mixture: Mixture, split: str, dialogues: Setting | None = None, seed: int = 0
+) -> list[tuple[Source, float]]:
     """Opens the datasets of a mixture.
 
     Args:
       path: a folder of datasets, one folder each, or the folder of a single dataset.
-      mixture: (name, weight); empty for the single dataset at `path`.
+      mixture: (name, weight) or (name:rule, weight), see `data/experts/dialogues`; empty for the single
+        dataset at `path`.
       split: 'train' must be in all of them; any other split in at least one, the rest are left out.
+      dialogues: what the dialogues of rules are made with.
+      seed: of the dialogues.
+
+    Returns:
+      (source, weight), in the order of the mixture. The records that a rule does not fit are not in its
+      source; how many and why is an `InputWarning`.
 
     Raises:
-      UserError: a dataset or split is missing, or a weight is not positive.
+      UserError: a dataset or split is missing, a weight is not positive, there is no such rule, or a rule of
+        the training mixture fits no record.
     """
     root = paths.as_path(path)
     if not path:
         raise UserError("config data.path is empty; set it to the folder that `vilam3 prepare` wrote")
     if not mixture:
         return [(ExampleSource(root, split), 1.0)]
-    found = []
+    found: list[tuple[ExampleSource, Rule | None, float]] = []
     for row in mixture:
         if not isinstance(row, tuple | list) or len(row) != 2 or not isinstance(row[0], str):
             raise UserError(
@@ -51,16 +65,53 @@ def open_sources(path: paths.PathLike, mixture: Mixture, split: str) -> list[tup
         name, weight = row
         if not isinstance(weight, int | float) or not weight > 0:
             raise UserError(f"config data.mixture: weight {weight!r} of {name!r} must be positive")
-        folder = root / name
-        if not (folder / INFO_NAME).exists() and len(mixture) == 1 and (root / INFO_NAME).exists():
+        dataset, rule = split_row(name)
+        folder = root / dataset
+        alone = len({split_row(str(r[0]))[0] for r in mixture}) == 1
+        if not (folder / INFO_NAME).exists() and alone and (root / INFO_NAME).exists():
             folder = root
         if split == "train" or split in read_info(folder)["splits"]:
-            found.append((ExampleSource(folder, split), float(weight)))
-    if not found:
+            found.append((ExampleSource(folder, split), rule, float(weight)))
+    opened = _under_rules(found, split, dialogues, seed)
+    if not opened:
         raise UserError(
             f"{path}: no dataset of the mixture has a split {split!r}; prepare one or set eval_every=0"
         )
-    return found
+    return opened
+
+
+def _under_rules(
+    rows: Sequence[tuple[ExampleSource, Rule | None, float]], split: str, setting: Setting | None, seed: int
+) -> list[tuple[Source, float]]:
+    """Rows with their rules; the records of one dataset are read once for all rules."""
+    ruled: dict[str, list[tuple[ExampleSource, Rule]]] = collections.defaultdict(list)
+    for source, rule, _ in rows:
+        if rule is not None:
+            ruled[str(source.directory)].append((source, rule))
+    if ruled and setting is None:
+        raise UserError(
+            "config data.annotations is empty, but data.mixture names rules, whose dialogues are made of "
+            "annotations; set it"
+        )
+    made: dict[tuple[str, str], DialogueSource] = {}
+    for folder, pairs in ruled.items():
+        assert setting is not None  # or it was refused
+        rules = list({rule.name: rule for _, rule in pairs}.values())
+        for source in under_rules(pairs[0][0], rules, setting, seed):
+            made[folder, source.rule.name] = source
+            if not len(source) and split == "train":
+                raise UserError(
+                    f"config data.mixture: {source.name} has no record that its rule fits "
+                    f"({why_left_out(source)}); remove the row or annotate its images"
+                )
+            if source.left_out:
+                warn_of((f"left out {why_left_out(source)}",), source.name)
+    opened: list[tuple[Source, float]] = []
+    for source, rule, weight in rows:
+        chosen = source if rule is None else made[str(source.directory), rule.name]
+        if len(chosen):
+            opened.append((chosen, weight))
+    return opened
 
 
 def dealt_position(index: int, shard: int, shards: int) -> int:
@@ -82,7 +133,7 @@ class SampleStream:
       records: number of distinct records.
     """
 
-    def __init__(self, sources: Sequence[tuple[ExampleSource, float]], seed: int, endless: bool) -> None:
+    def __init__(self, sources: Sequence[tuple[Source, float]], seed: int, endless: bool) -> None:
         """Builds the order.
 
         Args:
@@ -94,7 +145,7 @@ class SampleStream:
         self.sources = [source for source, _ in sources]
         self.records = sum(len(source) for source in self.sources)
         self.length = None if endless else self.records
-        described = [[s.name, s.split, len(s), w, _digest(s)] for s, w in sources]
+        described = [[s.name, s.split, len(s), w, s.digests()] for s, w in sources]
         self.fingerprint = hashlib.sha256(
             json.dumps([_DEALING, described, seed, endless]).encode()
         ).hexdigest()[:16]
@@ -122,15 +173,11 @@ class SampleStream:
         return f"{source.name}/{source.split} record {address[1]}"
 
 
-def _digest(source: ExampleSource) -> list[str]:
-    return [shard.get("sha256", "") for shard in source.info["splits"][source.split]["shards"]]
-
-
 def _seed(seed: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:4], "big") >> 1
 
 
-def choose_donors(sources: Sequence[ExampleSource]) -> dict[tuple[int, int], tuple[int, int]]:
+def choose_donors(sources: Sequence[Source]) -> dict[tuple[int, int], tuple[int, int]]:
     """For every record with images, whose images it takes when images are exchanged.
 
     A donor is of another patient and, as far as there is one, has as many images. It may be of another

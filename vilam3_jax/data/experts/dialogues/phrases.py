@@ -1,0 +1,54 @@
+"""Small words: lists, plurals, articles.
+
+This module imports neither jax nor flax nor torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+KINDS = {"CT": "a CT image", "MRI": "an MRI image", "CXR": "a chest X-ray"}
+_MODALITIES = {"MR": "MRI", "CR": "CXR", "DX": "CXR", "X-RAY": "CXR"}
+
+
+def modality_of(text: str) -> str:
+    """`CT`, `MRI`, `CXR` or the text itself, from a card's words, a record's or DICOM's code.
+
+    >>> modality_of("chest x-ray (CXR)"), modality_of("MR"), modality_of("cell imaging")
+    ('CXR', 'MRI', 'cell imaging')
+    """
+    words = text.upper().replace("(", " ").replace(")", " ").split()
+    found = {_MODALITIES.get(word, word) for word in words} & set(KINDS)
+    return found.pop() if len(found) == 1 else text
+
+
+def joined(parts: Sequence[str]) -> str:
+    """Lists parts: `a`, `a and b`, `a, b and c`."""
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def plural(name: str) -> str:
+    """The plural of a label's name.
+
+    >>> plural("hepatic tumor"), plural("kidney mass"), plural("lung metastasis")
+    ('hepatic tumors', 'kidney masses', 'lung metastases')
+    """
+    if name.endswith("sis"):
+        return name[:-2] + "es"
+    return name + ("es" if name.endswith("ss") else "" if name.endswith("s") else "s")
+
+
+def with_article(name: str) -> str:
+    """The name with `a` or `an`."""
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def the(name: str) -> str:
+    """The name with `the`, unless it is a proper label such as `vertebrae L3`."""
+    return name if name.startswith("vertebrae") else f"the {name}"
+
+
+def capital(text: str) -> str:
+    """The text with its first letter large."""
+    return text[:1].upper() + text[1:]

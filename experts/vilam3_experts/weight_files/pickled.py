@@ -125,7 +125,15 @@ _STAND_INS = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds stand-ins only."""
+    """Finds stand-ins only.
+
+    Attributes:
+      storages: every storage that the pickle mentions, by key.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
+        self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _KNOWN:
@@ -139,14 +147,18 @@ class _Unpickler(pickle.Unpickler):
             case ("module", kind, *_) if isinstance(kind, type) and issubclass(kind, _Inert):
                 return kind  # the older container adds the source text of classes
             case ("storage", torch.dtype() as dtype, str() as key, _, int() as count, *view):
-                if count >= 0 and view in ([], [None]):
-                    return _Storage(dtype, key, count)
+                storage = _Storage(dtype, key, count)
+                known = self.storages.setdefault(key, storage)
+                if count >= 0 and view in ([], [None]) and known == storage:
+                    return storage
         raise Refused("it refers to a storage in an unknown way")
 
 
-def _unpickle(file: BinaryIO) -> Any:
+def _unpickle(file: BinaryIO) -> tuple[Any, dict[str, _Storage]]:
+    """The next pickle of a file, and the storages that it mentions."""
+    unpickler = _Unpickler(file)
     try:
-        return _Unpickler(file).load()
+        return unpickler.load(), unpickler.storages
     except (Refused, MemoryError):
         raise
     except Exception as error:  # damaged pickles raise nearly anything
@@ -166,7 +178,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
       Refused: damaged, hostile or unknown.
     """
     check_container(path)
-    if zipfile.is_zipfile(path):
+    if is_archive(path):
         root, storages = _read_archive(path)
     else:
         root, storages = _read_legacy(path)
@@ -179,6 +191,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return {name: _materialise(name, tensor, storages) for name, tensor in named.items()}
 
 
+def is_archive(path: Path) -> bool:
+    """Whether a file is of the zip container, as PyTorch tells the two apart."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def check_container(path: Path) -> None:
     """Refuses archives that grow when they are read.
 
@@ -187,11 +205,10 @@ def check_container(path: Path) -> None:
     Raises:
       Refused: neither of PyTorch's containers, or a member is compressed, encrypted or overlaps others.
     """
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         with path.open("rb") as file:
-            head = file.read(2)
-        if head[:1] != b"\x80":
-            raise Refused("it is no file of torch.save")
+            if file.read(1) != pickle.PROTO:
+                raise Refused("it is no file of torch.save")
         return
     try:
         with zipfile.ZipFile(path) as archive:
@@ -216,9 +233,9 @@ def _read_archive(path: Path) -> tuple[Any, Callable[[_Storage], bytes]]:
         if archive.getinfo(f"{root}data.pkl").file_size > _MAX_PICKLE_BYTES:
             raise Refused("its pickle is too large")
         names = set(archive.namelist())
-        if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+        if f"{root}byteorder" in names and _read_member(archive, f"{root}byteorder") != b"little":
             raise Refused("its numbers are big-endian")
-        tree = _unpickle(io.BytesIO(_read_member(archive, f"{root}data.pkl")))
+        tree, _ = _unpickle(io.BytesIO(_read_member(archive, f"{root}data.pkl")))
 
     def storage(wanted: _Storage) -> bytes:
         with zipfile.ZipFile(path) as archive:
@@ -230,25 +247,32 @@ def _read_archive(path: Path) -> tuple[Any, Callable[[_Storage], bytes]]:
 def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
     try:
         return archive.read(name)
-    except (KeyError, zipfile.BadZipFile, EOFError, OSError) as error:
+    except (
+        KeyError,
+        zipfile.BadZipFile,
+        EOFError,
+        OSError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
         raise Refused(f"its member {name!a} is missing or damaged") from error
 
 
 def _read_legacy(path: Path) -> tuple[Any, Callable[[_Storage], bytes]]:
     with path.open("rb") as file:
-        if (_unpickle(file), _unpickle(file)) != (LEGACY_MAGIC, _LEGACY_PROTOCOL):
+        (magic, _), (protocol, _), (system, _) = _unpickle(file), _unpickle(file), _unpickle(file)
+        if (magic, protocol) != (LEGACY_MAGIC, _LEGACY_PROTOCOL):
             raise Refused("it is no file of torch.save")
-        system = _unpickle(file)
         if not isinstance(system, dict) or system.get("little_endian") is not True:
             raise Refused("its numbers are big-endian")
-        tree = _unpickle(file)
-        keys = _unpickle(file)
+        tree, kinds = _unpickle(file)
+        keys, _ = _unpickle(file)
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise Refused("its list of storages is damaged")
         start = file.tell()
 
-    # A storage's size in bytes depends on its dtype, which only the tensors know.
-    kinds = {tensor.storage.key: tensor.storage for _, tensor in _named(tree)}
+    # A storage's size in bytes depends on its dtype, which only the pickle knows.
     places: dict[str, int] = {}
     with path.open("rb") as file:
         file.seek(start)
@@ -258,7 +282,8 @@ def _read_legacy(path: Path) -> tuple[Any, Callable[[_Storage], bytes]]:
             if kind is None or len(head) != 8 or struct.unpack("<q", head)[0] != kind.count:
                 raise Refused("its storages are cut short or damaged")
             places[key] = file.tell()
-            file.seek(kind.count * kind.dtype.itemsize, io.SEEK_CUR)
+            if file.seek(kind.count * kind.dtype.itemsize, io.SEEK_CUR) > path.stat().st_size:
+                raise Refused("its storages are cut short or damaged")
 
     def storage(wanted: _Storage) -> bytes:
         if wanted.key not in places:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-import pickle
 import resource
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +74,14 @@ def _convert(source: Path, out: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from vilam3_experts.weight_files.pickled import Refused, check_container, read_tensors
+    from vilam3_experts.weight_files.pickled import Refused, check_container, is_archive, read_tensors
 
     _forbid(out)
     check_container(source)
     try:
-        state = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
-    except pickle.UnpicklingError:  # it holds more than tensors in plain containers
+        state = torch.load(source, map_location="cpu", weights_only=True, mmap=is_archive(source))
+    except Exception:  # more than tensors in plain containers, or damage, which the other reader names
         state = read_tensors(source)
-    except RuntimeError as error:  # PyTorch's word for damage
-        raise Refused("it is damaged or cut short") from error
     if isinstance(state, dict) and len(state) == 1 and isinstance(next(iter(state.values())), dict):
         (state,) = state.values()  # checkpoints name what they hold: {"state_dict": ...}
     if not isinstance(state, dict) or not state:

@@ -75,6 +75,7 @@ def annotate(
     *,
     args: str | None = None,
     weights: paths.PathLike | None = None,
+    roles: str | None = None,
     retry_failed: bool = False,
     limit: int | None = None,
     part: tuple[int, int] = (1, 1),
@@ -95,6 +96,7 @@ def annotate(
       out: the annotation store.
       args: the expert's arguments; its first valid one by default.
       weights: folder of the model files; `data` by default if that is a samples folder.
+      roles: which scan of a case has which role, see `cases.parse_roles`; None finds it out.
       retry_failed: run again where the store holds a failure.
       limit: at most this many inputs.
       part: (i, n): the i-th (from 1) of n disjoint parts of the inputs.
@@ -109,7 +111,7 @@ def annotate(
     """
     engine.check()
     chosen = descriptor.check_args(args)
-    items = _Items(Inputs(data, descriptor), limit, part)
+    items = _Items(Inputs(data, descriptor, roles), limit, part)
     if weights is None and paths.as_path(data).is_dir() and is_samples_folder(data):
         weights = data
     work = Work(

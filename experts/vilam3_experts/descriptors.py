@@ -248,7 +248,18 @@ TOTALSEGMENTATOR = Descriptor(
     factory="vilam3_experts.totalsegmentator:TotalSegmentator",
     sample_kind="ct",
 )
-BUILT_IN = (ORGANS, BRAINSEG, BRAINTUMOR, PNEUMONIA, CXR, VISTA2D, TOTALSEGMENTATOR)
+BRATS = Descriptor(
+    card=_VILA_M3["BRATS"],
+    version="brats-mri-segmentation-0.5.2-1",
+    input="volume",
+    kind="segmentation",
+    factory="vilam3_experts.brats.expert:create",
+    sample_kind="mr",
+    body_region="head",
+    needs_folder=True,
+    sources=sources.BRATS,
+)
+BUILT_IN = (BRATS, ORGANS, BRAINSEG, BRAINTUMOR, PNEUMONIA, CXR, VISTA2D, TOTALSEGMENTATOR)
 
 
 def registry() -> dict[str, Descriptor]:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from etils import epath
 
+from vilam3_experts import cases
 from vilam3_experts.base import ExpertInputs, Stated
 from vilam3_experts.descriptors import Descriptor
 from vilam3_experts.weights import is_samples_folder
@@ -35,7 +36,7 @@ _DATA_OF_HEADER = (".img", ".img.gz", ".raw", ".zraw")  # the halves that come w
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """One scan, not yet read.
+    """One scan, or one case of several, not yet read.
 
     Attributes:
       name: unique among the inputs; a sample's name or the path below the data folder.
@@ -43,6 +44,10 @@ class Input:
       kind: how it is read.
       modality: DICOM's code, where the data set states what the file does not.
       series: what the headers of a DICOM folder say; None for everything else.
+      channel: volume (from 0) of a 4-D NIfTI file; None for a 3-D one.
+      parts: (role, scan) of a case, in the order of the expert's roles; empty for a single scan.
+      notes: how it was found, for people.
+      problem: why it cannot be used, although it was found; '' otherwise.
     """
 
     name: str
@@ -50,6 +55,10 @@ class Input:
     kind: Kind
     modality: str | None = None
     series: dicom.Series | None = None
+    channel: int | None = None
+    parts: tuple[tuple[str, Input], ...] = ()
+    notes: tuple[str, ...] = ()
+    problem: str = ""
 
     def load(self) -> ExpertInputs:
         """Reads and decodes it.
@@ -57,13 +66,19 @@ class Input:
         Raises:
           UserError: names the file and what is wrong with it.
         """
+        if self.problem:
+            raise UserError(self.problem)
+        if self.parts:
+            return ExpertInputs(tuple((role, part.load().first) for role, part in self.parts))
         if self.kind == "image":
             picture = load_picture(self.path)
             warn_of(picture.notes, self.path)
             return ExpertInputs.of(picture.pixels, Stated(picture.modality, picture.body_part))
         if self.series is not None:
-            return ExpertInputs.of(read_listed_series(self.series, self.path))
-        return ExpertInputs.of(read_volume(self.path, modality=self.modality))
+            volume = read_listed_series(self.series, self.path)
+        else:
+            volume = read_volume(self.path, modality=self.modality, channel=self.channel)
+        return ExpertInputs.of(dataclasses.replace(volume, notes=(*self.notes, *volume.notes)))
 
 
 class Inputs:
@@ -75,11 +90,16 @@ class Inputs:
       at_most: how many there can be; exact when the iteration has ended.
     """
 
-    def __init__(self, data: paths.PathLike, descriptor: Descriptor) -> None:
+    def __init__(self, data: paths.PathLike, descriptor: Descriptor, roles: str | None = None) -> None:
         """Lists the files; opens none.
 
+        Args:
+          data: a samples folder, or any folder or file.
+          descriptor: the expert. If its card has roles, the inputs are cases.
+          roles: which scan of a case has which role, see `cases.parse_roles`; None finds it out.
+
         Raises:
-          UserError: no such folder or file.
+          UserError: no such folder or file, or `roles` cannot be used.
         """
         self.at_most = 0
         self._data, self._descriptor = data, descriptor
@@ -94,6 +114,24 @@ class Inputs:
             self._items, self.at_most = self._from_folder(root, files), len(files)
         else:
             self._items, self.at_most = iter([Input(root.name, root, descriptor.input)]), 1
+        wanted = descriptor.card.roles
+        if wanted == ("",):
+            if roles is not None:
+                raise UserError(f"--roles: {descriptor.name} reads single scans; leave it out")
+            return
+        stated = None if roles is None else cases.parse_roles(roles, wanted)
+        if stated is not None and stated.cases:
+            template = Input("", root, descriptor.input)
+            self._items, self.at_most = cases.from_manifest(template, stated, root), len(stated.cases)
+        else:
+            self._items = self._cases(self._items, wanted, stated)
+
+    def _cases(
+        self, items: Iterator[Input], roles: tuple[str, ...], stated: cases.Roles | None
+    ) -> Iterator[Input]:
+        found = list(cases.group(items, roles, stated))  # which scans belong together is known at the end
+        self.at_most = len(found)
+        yield from found
 
     def __iter__(self) -> Iterator[Input]:
         """Yields the inputs.

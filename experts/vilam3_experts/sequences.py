@@ -22,9 +22,8 @@ import pydicom
 from vilam3_jax.data.dicom.headers import functional_group, naming, numbers
 from vilam3_jax.paths import PathLike
 
-Role = Literal["t1c", "t1", "t2", "flair"]
 Weighting = Literal["t1", "t2", "flair", "other"]
-ROLES: tuple[Role, ...] = ("t1c", "t1", "t2", "flair")
+ROLES = ("t1c", "t1", "t2", "flair")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +31,14 @@ class Finding:
     """What a volume is, as far as the evidence goes.
 
     Attributes:
-      role: the sequence; None if it is none of the four, or if that cannot be told.
+      role: one of `ROLES`; None if it is none of the four, or if that cannot be told.
       evidence: what was found, in words for people; no patient data.
       problem: why there is no role although the volume may be one of the four; '' otherwise.
       other: what it is instead, such as "a segmentation"; '' otherwise.
       assumed: a T1 that is taken as native only because nothing says that contrast was given.
     """
 
-    role: Role | None = None
+    role: str | None = None
     evidence: str = ""
     problem: str = ""
     other: str = ""
@@ -156,8 +155,8 @@ def without_sequence(text: str) -> str:
 
     Names of one case differ only in those words: the rest tells which files belong together.
     """
-    kept = [word for word in split_words(stem(text)) if word not in _WORDS and word not in _ACQUISITION_WORDS]
-    return "_".join(word for word in kept if word not in _NEGATIONS)
+    dropped = _WORDS | _ACQUISITION_WORDS | _NEGATIONS | _LINKS
+    return "_".join(word for word in split_words(stem(text)) if word not in dropped)
 
 
 def bids_case(name: str) -> str | None:
@@ -204,7 +203,7 @@ def from_acquisition(acquisition: Acquisition) -> Finding:
     agent = acquisition.agent.strip().upper() not in _NO_AGENT
     recorded = "a contrast agent is recorded" if agent else ""
     evidence = "; ".join(filter(None, [words.evidence, facts, recorded]))
-    weighting: Weighting | None = "t1" if words.role == "t1c" else words.role
+    weighting: str | None = "t1" if words.role == "t1c" else words.role
     if weighting is None:
         if possible is None or len(possible) != 1:
             return Finding(evidence=evidence)

@@ -63,17 +63,20 @@ _OTHER_TYPES = {
 }
 
 
-def read_nifti(path: PathLike, limits: Limits, *, voxels: bool = True) -> StoredVolume:
+def read_nifti(
+    path: PathLike, limits: Limits, *, voxels: bool = True, channel: int | None = None
+) -> StoredVolume:
     """Reads a NIfTI volume, with modality and units from the JSON sidecar beside it.
 
     Args:
       path: a single file, whatever its name, or either half of a pair.
       limits: checked by the header.
       voxels: False reads the header alone; `values` are zeros then.
+      channel: which volume (from 0) of a file of several.
 
     Raises:
-      UserError: several volumes, colours or complex numbers, no orientation or a contradictory one, a header
-        that makes no sense, or a damaged file.
+      UserError: several volumes and no `channel` or no such one, colours or complex numbers, no orientation
+        or a contradictory one, a header that makes no sense, or a damaged file.
     """
     path = as_path(path)
     header_path = pair_header(path) or path
@@ -87,13 +90,14 @@ def read_nifti(path: PathLike, limits: Limits, *, voxels: bool = True) -> Stored
     voxels_path = _other_half(header_path, "img") if is_pair else path
     check_file_size(voxels_path, limits)
 
-    shape, notes = _shape(header, path)
+    shape, notes = _shape(header, path) if channel is None else _shape_of_channels(header, channel, path)
     dtype = _dtype(header, path)
     count = check_grid(shape, dtype.itemsize, path, limits)
     slope, intercept, scaling_notes = _scaling(header, path)
     affine, unit, affine_notes = read_affine(header, shape, path)
     check_extent(affine, shape, unit, path)
     offset, offset_notes = _offset(header, is_pair, path)
+    offset += (channel or 0) * count
     with _opened(voxels_path) as (stream, packed):
         check_available(offset + count, file_size(voxels_path), path, ratio=DEFLATE_RATIO if packed else 1)
         values, rest_notes = without_voxels(shape, dtype), ()
@@ -101,7 +105,7 @@ def read_nifti(path: PathLike, limits: Limits, *, voxels: bool = True) -> Stored
             stream.seek(offset)
             raw = read_exactly(stream, count, path)
             values = rescale(np.frombuffer(raw, dtype).reshape(shape, order="F"), slope, intercept)
-            rest_notes = read_rest(stream, path)
+            rest_notes = read_rest(stream, path) if channel is None else ()
     match = _NAME.fullmatch(path.name)
     sidecar = read_sidecar(path, match["stem"] if match else path.name)
     return StoredVolume(
@@ -205,6 +209,17 @@ def _shape(header: Header, path: PathLike) -> tuple[tuple[int, int, int], list[s
         raise several_volumes(math.prod(further), what, path)
     if axes == 2 or dims[3] == 0:
         return (dims[1], dims[2], 1), ["is a 2-D image, taken as one slice of a volume"]
+    return (dims[1], dims[2], dims[3]), []
+
+
+def _shape_of_channels(
+    header: Header, channel: int, path: PathLike
+) -> tuple[tuple[int, int, int], list[str]]:
+    """The spatial sizes of a file of several volumes."""
+    dims = [int(n) for n in header["dim"]]
+    count = dims[4] if dims[0] == 4 else 1
+    if dims[0] != 4 or not 0 <= channel < count:
+        raise UserError(f"{path}: no channel {channel}, because it holds {count} volumes; check the mapping")
     return (dims[1], dims[2], dims[3]), []
 
 

@@ -95,15 +95,18 @@ class Volume:
 
 @dataclasses.dataclass(frozen=True)
 class VolumeSource:
-    """Where a volume lies, and what its caller states of it; see `load_volume`."""
+    """Where a volume lies, and what its caller states of it; see `read_volume`."""
 
     path: str
     series: str | None = None
     modality: str | None = None
+    channel: int | None = None
 
     def read(self, limits: Limits = DEFAULT_LIMITS) -> Volume:
         """`read_volume` of this source."""
-        return read_volume(self.path, modality=self.modality, series=self.series, limits=limits)
+        return read_volume(
+            self.path, modality=self.modality, series=self.series, channel=self.channel, limits=limits
+        )
 
 
 def load_volume(
@@ -142,11 +145,15 @@ def read_volume(
     *,
     modality: str | None = None,
     series: str | None = None,
+    channel: int | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Volume:
-    """`load_volume` without warnings, for callers that show `Volume.notes` themselves."""
+    """`load_volume` without warnings, for callers that show `Volume.notes` themselves.
+
+    `channel` chooses one volume (from 0) of a NIfTI file of several.
+    """
     path = as_path(path)
-    volume = _canonical(_read(path, series, limits), path)
+    volume = _canonical(_read(path, series, limits, channel=channel), path)
     if modality is not None:
         volume = _declared(volume, modality, path)
     return volume
@@ -175,7 +182,14 @@ def describe_volume(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> Store
     return stored
 
 
-def _read(path: epath.Path, series: str | None, limits: Limits, *, voxels: bool = True) -> StoredVolume:
+def _read(
+    path: epath.Path,
+    series: str | None,
+    limits: Limits,
+    *,
+    voxels: bool = True,
+    channel: int | None = None,
+) -> StoredVolume:
     if not exists(path):
         raise UserError(f"{path}: no such file or folder; check the path")
     if path.is_dir():
@@ -185,6 +199,8 @@ def _read(path: epath.Path, series: str | None, limits: Limits, *, voxels: bool 
     if kind.reader is None or kind.reader == "picture":
         raise file_kinds.refusal(path, kind)
     check_file_size(path, limits)
+    if channel is not None and kind.reader not in ("nifti", "nifti pair"):
+        raise UserError(f"{path}: channels are read from NIfTI alone; save each to a file of its own")
     with naming_damage(path):
         if kind.reader == "nrrd":
             return read_nrrd(path, limits, voxels=voxels)
@@ -192,7 +208,7 @@ def _read(path: epath.Path, series: str | None, limits: Limits, *, voxels: bool 
             return read_metaimage(path, limits, voxels=voxels)
         if kind.reader == "dicom":
             return dicom.read_series(path, series=series, limits=limits)
-        return nifti.read_nifti(path, limits, voxels=voxels)
+        return nifti.read_nifti(path, limits, voxels=voxels, channel=channel)
 
 
 def _declared(volume: Volume, declared: str, path: PathLike) -> Volume:

@@ -43,7 +43,7 @@ def create(weights: Weights) -> Brats:
     bundle = find_bundle(weights.folder)
     settings = read_settings(bundle)
     network, sha256 = load_network(bundle, settings)
-    return Brats(Segmenter(network, settings), sha256)
+    return Brats(Segmenter(network, settings), weights.sha256 or sha256)
 
 
 class Brats:

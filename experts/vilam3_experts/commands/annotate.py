@@ -31,6 +31,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", required=True, help="annotation store, local or gs://")
     parser.add_argument("--args", help="the expert's argument (default: its first)")
     parser.add_argument("--weights", help="folder of the model files (default: the samples folder)")
+    parser.add_argument(
+        "--roles",
+        help="which scan of a case is what, such as 't1c=*_gd.nii.gz,t1=*_nat.nii.gz,…', or a JSON file of"
+        " cases (default: found by names and headers)",
+    )
     parser.add_argument("--retry-failed", action="store_true", help="run failed scans again")
     parser.add_argument("--limit", type=int, help="stop after this many scans")
     parser.add_argument(
@@ -69,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
         options.out,
         args=options.args,
         weights=options.weights,
+        roles=options.roles,
         retry_failed=options.retry_failed,
         limit=options.limit,
         part=parse_shard(options.shard),

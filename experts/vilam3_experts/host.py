@@ -5,13 +5,15 @@ The frames and the client are in `vilam3_jax.data.experts.host_client`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import BinaryIO
 
 from vilam3_experts import descriptors as registry
-from vilam3_experts.annotate import create_expert
+from vilam3_experts.audit import AuditLog
 from vilam3_experts.base import Data, Expert, ExpertInputs, annotate_one
+from vilam3_experts.engine.worker import create_expert
 from vilam3_experts.weights import Weights, load_weights
 from vilam3_jax import paths
 from vilam3_jax.data.experts.host_client import FrameError, Message, read_frame, write_frame
@@ -24,8 +26,14 @@ from vilam3_jax.errors import UserError
 class Host:
     """Experts are built at their first request and kept."""
 
-    def __init__(self, weights: paths.PathLike | None) -> None:
-        self._folder = weights
+    def __init__(self, weights: paths.PathLike | None, audit: AuditLog | None = None) -> None:
+        """Makes a host.
+
+        Args:
+          weights: folder of the model files.
+          audit: log of the calls.
+        """
+        self._folder, self._audit = weights, audit
         self._experts: dict[str, tuple[Expert, Weights]] = {}
 
     def answer(self, request: Message) -> Message:
@@ -48,7 +56,10 @@ class Host:
             weights = load_weights(descriptor, self._folder)
             self._experts[descriptor.name] = (create_expert(descriptor, weights), weights)
         expert, weights = self._experts[descriptor.name]
-        return annotate_one(expert, descriptor, inputs, args, weights_sha256=weights.sha256)
+        annotation = annotate_one(expert, descriptor, inputs, args, weights_sha256=weights.sha256)
+        if self._audit is not None:
+            self._audit.append(annotation)  # an answer that cannot be logged is not given
+        return annotation
 
 
 def _read(item: Message) -> tuple[str, Data]:
@@ -60,27 +71,30 @@ def _read(item: Message) -> tuple[str, Data]:
     return str(item.get("role", "")), data
 
 
-def serve(weights: paths.PathLike | None, source: BinaryIO, sink: BinaryIO) -> int:
-    """Answers frames from `source` on `sink` until it ends.
+def serve(
+    weights: paths.PathLike | None, source: BinaryIO, sink: BinaryIO, audit: paths.PathLike | None = None
+) -> int:
+    """Answers frames from `source` on `sink` until it ends; logs the calls in the folder `audit`.
 
     Returns:
       0 at the end of the input, 1 after a frame that cannot be understood: what follows it cannot either.
     """
-    host = Host(weights)
-    while True:
-        try:
-            request = read_frame(source)
-        except FrameError as error:
-            write_frame(sink, {"id": None, "error": str(error)})
-            return 1
-        if request is None:
-            return 0
-        write_frame(sink, host.answer(request))
+    with contextlib.nullcontext() if audit is None else AuditLog(audit) as log:
+        host = Host(weights, log)
+        while True:
+            try:
+                request = read_frame(source)
+            except FrameError as error:
+                write_frame(sink, {"id": None, "error": str(error)})
+                return 1
+            if request is None:
+                return 0
+            write_frame(sink, host.answer(request))
 
 
-def serve_stdio(weights: paths.PathLike | None) -> int:
+def serve_stdio(weights: paths.PathLike | None, audit: paths.PathLike | None = None) -> int:
     """`serve` on standard input and output; whatever libraries print goes to standard error."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     with answers:
-        return serve(weights, sys.stdin.buffer, answers)
+        return serve(weights, sys.stdin.buffer, answers, audit)

@@ -11,9 +11,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Declares the command."""
     parser = commands.add_parser("host", help="serve experts over standard input and output")
     parser.add_argument("--weights", help="folder of the model files")
+    parser.add_argument("--audit", help="folder of the audit log (default: none)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
-    return serve_stdio(options.weights)
+    return serve_stdio(options.weights, options.audit)

@@ -51,9 +51,8 @@ class Child:
           environment: variables of the child besides those of this process.
         """
         self._work, self._claim, self._environment = work, claim, dict(environment or {})
-        self._process: subprocess.Popen[bytes] | None = None
+        self._nursery: _Nursery | None = None
         self._connection: Connection | None = None
-        self._life = -1
         self._stopped = False
         self._building = False
         self._failed_builds = 0
@@ -144,28 +143,17 @@ class Child:
     def _started(self) -> Connection:
         if self._stopped:
             raise StoppedError
-        if self._connection is not None:
-            return self._connection
-        ours, theirs = socket.socketpair()
-        life, self._life = os.pipe()
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "vilam3_experts.engine.worker", str(theirs.fileno()), str(life)],
-                pass_fds=(theirs.fileno(), life),
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # whatever libraries print
-                env={**os.environ, **self._environment, "PYTHONPATH": path},
-                start_new_session=True,  # a group of its own, to end what it started with it
-            )
-        finally:
-            theirs.close()
-            os.close(life)
-        self._connection = Connection(ours.detach())
-        if self._stopped:  # since it was asked above
-            self._end()
-            raise StoppedError
-        self._send(self._connection, self._work)
+        if self._connection is None:
+            if self._nursery is None:
+                self._nursery = _Nursery(self._environment)
+            try:
+                self._connection = self._nursery.fork()
+            except OSError:
+                raise self._died() from None
+            if self._stopped:  # since it was asked above
+                self._end()
+                raise StoppedError
+            self._send(self._connection, self._work)
         return self._connection
 
     def _send(self, connection: Connection, message: Any) -> None:
@@ -210,31 +198,124 @@ class Child:
         )
 
     def _end(self, *, patient: bool = False) -> int:
-        """Ends the child and all that it started; returns its exit code."""
-        process, connection = self._process, self._connection
-        self._process = self._connection = None
-        if connection is not None:
-            connection.close()
-        if process is None:
+        """Ends the child and all that it started; returns its exit code.
+
+        Args:
+          patient: it is ending by itself, and its own exit code tells how.
+        """
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._nursery is None:
             return 0
-        if patient:  # it is ending by itself, and its own exit code tells how
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_GRACE_SECONDS)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        code = process.wait()
-        os.close(self._life)
+        code = self._nursery.end(patient=patient)
+        if code is None:  # the nursery itself is gone
+            code = self._nursery.close()
+            self._nursery = None
         return code
 
     def stop(self) -> None:
         """Ends the child from another thread; `run` then raises `StoppedError`."""
         self._stopped = True
-        process = self._process
-        if process is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+        if (nursery := self._nursery) is not None:
+            nursery.kill()
 
     def close(self) -> None:
         """Ends the child; the thread that calls `run` does this."""
         self._stopped = True
         self._end()
+        if self._nursery is not None:
+            self._nursery.close()
+            self._nursery = None
+
+
+class _Nursery:
+    """The process that forks workers, see `worker.main`; and the worker that lives."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._pid = 0  # of the worker; 0: none lives
+        ours, theirs = socket.socketpair()
+        life, self._life = os.pipe()
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "vilam3_experts.engine.worker", str(theirs.fileno()), str(life)],
+                pass_fds=(theirs.fileno(), life),
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # whatever libraries print
+                env={**os.environ, **environment, "PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C of a terminal is for the owner
+            )
+        finally:
+            theirs.close()
+            os.close(life)
+        self._control = ours
+
+    def fork(self) -> Connection:
+        """Starts a worker.
+
+        Raises:
+          OSError: the nursery is gone.
+        """
+        ours, theirs = socket.socketpair()
+        try:
+            socket.send_fds(self._control, [b"+"], [theirs.fileno()])
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        connection = Connection(ours.detach())
+        self._pid = self._number() or 0
+        if not self._pid:
+            connection.close()
+            raise ConnectionError("the nursery is gone")
+        return connection
+
+    def end(self, *, patient: bool) -> int | None:
+        """Ends the worker; returns its exit code, None if the nursery is gone."""
+        if not self._pid:
+            return None
+        code = None
+        if patient:
+            self._control.settimeout(_GRACE_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                code = self._number()
+            self._control.settimeout(None)
+        _kill_group(self._pid)  # what it started lives on without it
+        if code is None:
+            code = self._number()
+        self._pid = 0
+        return code
+
+    def kill(self) -> None:
+        """Kills worker and nursery; any thread may call it."""
+        for pid in (self._pid, self._process.pid):
+            _kill_group(pid)
+
+    def close(self) -> int:
+        """Kills both; returns the exit code of the nursery."""
+        self.kill()
+        code = self._process.wait()
+        self._pid = 0
+        self._control.close()
+        os.close(self._life)
+        return code
+
+    def _number(self) -> int | None:
+        data = b""
+        while len(data) < 8:
+            try:
+                part = self._control.recv(8 - len(data))
+            except ConnectionError:
+                return None
+            if not part:
+                return None
+            data += part
+        return int.from_bytes(data, "big", signed=True)
+
+
+def _kill_group(pid: int) -> None:
+    if pid:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)

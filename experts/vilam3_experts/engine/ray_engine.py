@@ -1,15 +1,16 @@
 """Runs an expert in the actors of a Ray cluster, fed by Ray Data.
 
 Each actor owns a worker process of its own, as the local engine does: a scan that ends its process, hangs or
-needs too much memory is dealt with there, by the same code, and the actor lives on. When an actor or its node is killed,
-Ray starts it elsewhere and gives it the same block of inputs again; it opens the store anew and skips what was
-committed. An actor writes what it computes; only names, reasons and counts travel through Ray.
+needs too much memory is dealt with there, by the same code, and the actor lives on. When an actor or its node
+is killed, Ray starts it elsewhere and gives it the same block of inputs again; it opens the store anew and
+skips what was committed. An actor writes what it computes; only names, reasons and counts travel through Ray.
 """
 
 from __future__ import annotations
 
+import logging
 import pickle
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -43,6 +44,7 @@ def run_ray(work: Work, items: Iterable[Item], engine: Engine) -> Generator[Outc
       UnavailableError: the cluster cannot be reached, or has no room, or fails.
     """
     Committer(work).close()  # what is wrong with the folders is better said before the cluster starts
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     started = not ray.is_initialized()
     if started:
         _connect(engine.address)
@@ -93,8 +95,7 @@ def _run(work: Work, items: Iterable[Item], engine: Engine) -> Iterator[Outcome]
             ),
             num_cpus=engine.cpus_per_worker,
             num_gpus=gpus,
-            max_restarts=-1,
-            max_task_retries=_STARTS_OF_A_TASK,
+            ray_remote_args_fn=_restarts,
         )
         yield from _received(work, data)
 
@@ -103,7 +104,7 @@ def _received(work: Work, data: Any) -> Iterator[Outcome]:
     try:
         for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
             for row in batch.column("outcome"):
-                found = pickle.loads(row.as_py())
+                found = pickle.loads(row.as_py())  # noqa: S301 (our own actors')
                 if isinstance(found, Outcome):
                     yield found
                 else:
@@ -120,7 +121,7 @@ def _first_line(error: BaseException) -> str:
     return f"{type(cause).__name__}: {lines[0]}"
 
 
-def _room(resources: dict[str, float], cpus: float, gpus: float) -> int:
+def _room(resources: Mapping[str, float], cpus: float, gpus: float) -> int:
     room = [resources.get("CPU", 0.0) / cpus] if cpus else []
     room += [resources.get("GPU", 0.0) / gpus] if gpus else []
     count = int(min(room)) if room else 1
@@ -130,6 +131,10 @@ def _room(resources: dict[str, float], cpus: float, gpus: float) -> int:
             f"for one worker with {cpus:g} and {gpus:g}; see --cpus-per-worker and --gpus-per-worker"
         )
     return count
+
+
+def _restarts() -> dict[str, Any]:
+    return {"max_restarts": -1, "max_task_retries": _STARTS_OF_A_TASK}
 
 
 class Annotator:
@@ -150,7 +155,7 @@ class Annotator:
           Column `outcome`: pickled `Outcome`s, all of them committed; or one (exit code, message) that ends
           the run.
         """
-        items = [pickle.loads(row.as_py()) for row in table.column("item")]
+        items = [pickle.loads(row.as_py()) for row in table.column("item")]  # noqa: S301 (our own driver's)
         try:
             found: list[Any] = []
             for chunk in chunks(items, self._work.batch):
@@ -160,7 +165,11 @@ class Annotator:
             self._committer.flush()
         except UserError as error:
             found = [(error.exit_code, str(error))]
-        return pa.table({"outcome": pa.array([pickle.dumps(one) for one in found], pa.binary())})
+        return _table("outcome", [pickle.dumps(one) for one in found])
+
+
+def _table(name: str, rows: list[bytes]) -> pa.Table:
+    return pa.table({name: pa.array(rows, pa.binary())})
 
 
 def _without_record(outcome: Outcome) -> Outcome:

@@ -1,6 +1,6 @@
 """Decodes inputs and calls the expert: in the process of its owner, or as a child of it.
 
-A child talks through one socket of its owner, see `child`; it ends when the owner does.
+A child talks through a socket of its owner, see `child`; it ends when the owner does.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ import dataclasses
 import faulthandler
 import os
 import signal
+import socket
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 from vilam3_experts.base import Expert, ExpertFailure, ExpertInputs, Output, annotate_one
 from vilam3_experts.descriptors import Descriptor
@@ -172,8 +174,9 @@ def _end_with(life: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def serve(connection: Connection, work: Work) -> None:
+def serve(connection: Connection) -> None:
     """Answers the owner until it hangs up, see `child.Child`."""
+    work = connection.recv()
 
     def claim(number: int, keys: Keys) -> bool:
         connection.send(("claim", number, keys))
@@ -193,17 +196,45 @@ def serve(connection: Connection, work: Work) -> None:
         connection.send(("end",))
 
 
+def _forked(connection: Connection, life: int) -> NoReturn:
+    os.setsid()  # a group of its own, so that what it starts can be ended with it
+    _end_with(life)
+    try:
+        serve(connection)
+    except (EOFError, ConnectionError):
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
 def main() -> None:
-    """A child: its socket and the pipe that tells of the owner's end are the two arguments."""
+    """Forks workers for an owner, one after the other, so that they need not load libraries again.
+
+    The arguments are two file descriptors: a socket, through which come the sockets of workers, and go the
+    process id and the exit code of each (8 bytes, signed, big-endian); and a pipe that is closed when the
+    owner ends.
+    """
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the owner says when to end
     use_one_line_notes()
-    connection = Connection(int(sys.argv[1]))
-    _end_with(int(sys.argv[2]))
-    try:
-        serve(connection, connection.recv())
-    except (EOFError, ConnectionError):
-        os._exit(0)
+    control, life = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
+    while True:
+        _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+        if not descriptors:
+            return
+        pid = os.fork()
+        if pid == 0:
+            control.close()
+            _forked(Connection(descriptors[0]), life)
+        os.close(descriptors[0])
+        try:
+            control.sendall(pid.to_bytes(8, "big"))
+            _, status = os.waitpid(pid, 0)
+            control.sendall(os.waitstatus_to_exitcode(status).to_bytes(8, "big", signed=True))
+        except ConnectionError:
+            return
 
 
 if __name__ == "__main__":

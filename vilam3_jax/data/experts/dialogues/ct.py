@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from vilam3_jax.data.examples import Example
 from vilam3_jax.data.experts.dialogues.draft import Draft
-from vilam3_jax.data.experts.dialogues.phrases import KINDS, capital, joined, plural, with_article
+from vilam3_jax.data.experts.dialogues.phrases import KINDS, capital, joined, plural, said, with_article
 from vilam3_jax.data.experts.dialogues.pools import pool
 from vilam3_jax.data.experts.dialogues.scene import Finding, Scene, Unfit
 from vilam3_jax.data.experts.dialogues.tell import MOST_NAMES, by_size, follow_up, found_in
 from vilam3_jax.data.experts.labels import is_lesion
+
+_GENERAL = ("everything", "", "organs")  # arguments that a question without a subject calls for
 
 
 def tumor_findings(scene: Scene) -> list[Finding]:
@@ -21,13 +23,17 @@ def tumor_findings(scene: Scene) -> list[Finding]:
 
 
 def segmentations(scene: Scene) -> list[Finding]:
-    """Every result with a label map."""
-    return scene.usable("a segmentation expert", lambda f: f.segments)
+    """Every result with a label map; in the reference, lesions are asked about by `tumor` alone."""
+    lesions = not scene.setting.parity
+    return scene.usable("a segmentation expert", lambda f: f.segments and (lesions or not is_lesion(f.args)))
 
 
 def descriptions(scene: Scene) -> list[Finding]:
-    """Results that describe a slice: those that were not asked for a lesion alone."""
-    return scene.usable("a segmentation expert", lambda f: f.segments and not is_lesion(f.args))
+    """Results that describe a slice: the most general ones, none that was asked for a lesion alone."""
+    found = scene.usable("a segmentation expert", lambda f: f.segments and not is_lesion(f.args))
+    if scene.setting.parity:
+        return found
+    return next((most for args in _GENERAL if (most := [f for f in found if f.args == args])), found)
 
 
 def lesion_question(scene: Scene, args: str, name: str) -> str:
@@ -82,7 +88,7 @@ def what(scene: Scene, finding: Finding, rule: str = "ct_what") -> Example:
         kind = "answers" if found else "empty"
     else:
         kind = "alone" if found else "alone_empty"
-        words["names"] = joined([f"the {one.name}" for one in by_size(finding)[:MOST_NAMES]]) if found else ""
+        words["names"] = joined([f"the {said(one.name)}" for one in by_size(finding)[:MOST_NAMES]]) if found else ""
     draft = Draft(scene).exchange(
         scene.pick("what", "questions"), scene.pick("what", kind, **words), [finding]
     )

@@ -28,7 +28,7 @@ class Draft:
           answer: of the model, a target.
           called: experts that are called between the two; nobody with experts off.
         """
-        shown = "" if self._turns else self._scene.setting.style.wording.inputs(self._scene.roles)
+        shown = "" if self._turns else self._scene.shown
         return self.verbatim(shown + question, answer, called, question)
 
     def verbatim(

@@ -28,7 +28,9 @@ def own_questions(scene: Scene) -> list[Finding]:
         raise Unfit(f"is a {record.format}, no conversation with questions of its own")
     if len(record.images) != 1:
         raise Unfit(f"has {len(record.images)} images, not one film")
-    return classifications(scene)
+    found = classifications(scene)
+    most = max(len(f.annotation.probabilities) for f in found)
+    return [f for f in found if len(f.annotation.probabilities) == most]
 
 
 def cxr(scene: Scene, finding: Finding) -> Example:
@@ -45,13 +47,18 @@ def cxr(scene: Scene, finding: Finding) -> Example:
 
 
 def clear_findings(scene: Scene) -> list[tuple[Finding, str]]:
-    """(result, class) of the classes that are clearly there or not."""
+    """(result, class) of the classes that are clearly there or not, and that no other result denies."""
     threshold = scene.setting.style.threshold
+    results = classifications(scene)
+    said: dict[str, set[bool]] = {}
+    for finding in results:
+        for name, p in scene.classes_of(finding).items():
+            said.setdefault(name, set()).add(p > threshold)
     found = [
         (finding, name)
-        for finding in classifications(scene)
+        for finding in results
         for name, p in scene.classes_of(finding).items()
-        if abs(p - threshold) >= _CLEAR and is_finding(name)
+        if abs(p - threshold) >= _CLEAR and is_finding(name) and len(said[name]) == 1
     ]
     if not found:
         raise Unfit("no class is clearly there or not")

@@ -75,16 +75,14 @@ def brain_grade(scene: Scene, finding: Finding) -> Example:
     """One question for all."""
     question = "What glioma grade is shown in the image?"
     answer = _GRADES[scene.record.meta["grade"]]
-    shown = scene.setting.style.wording.inputs(scene.roles)
-    return Draft(scene).verbatim(shown + question, answer, [finding], question).example("mri_grade")
+    return Draft(scene).verbatim(scene.shown + question, answer, [finding], question).example("mri_grade")
 
 
 def brain_segment(scene: Scene, finding: Finding) -> Example:
     """The call stands in a sentence that says it is done."""
     question = "Segment any tumors in the image"
     call = f"I segmented any brain tumors using <{finding.card.name}({finding.args})>."
-    shown = scene.setting.style.wording.inputs(scene.roles)
-    draft = Draft(scene).verbatim(shown + question, "All tumors were segmented", [finding], question, call)
+    draft = Draft(scene).verbatim(scene.shown + question, "All tumors were segmented", [finding], question, call)
     return draft.example("mri_segment")
 
 

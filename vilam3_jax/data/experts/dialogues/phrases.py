@@ -44,9 +44,13 @@ def with_article(name: str) -> str:
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
-def the(name: str) -> str:
-    """The name with `the`, unless it is a proper label such as `vertebrae L3`."""
-    return name if name.startswith("vertebrae") else f"the {name}"
+def said(name: str) -> str:
+    """A label's name within a sentence: label tables write one vertebra as several.
+
+    >>> said("vertebrae L3"), said("liver")
+    ('vertebra L3', 'liver')
+    """
+    return "vertebra" + name.removeprefix("vertebrae") if name.startswith("vertebrae ") else name
 
 
 def capital(text: str) -> str:

@@ -15,7 +15,7 @@ from vilam3_jax.data.caches import ByteLRU
 from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.data.examples import Example, RequestImage
 from vilam3_jax.data.experts.cards import Card
-from vilam3_jax.data.experts.dialogues.phrases import modality_of
+from vilam3_jax.data.experts.dialogues.phrases import modality_of, said
 from vilam3_jax.data.experts.dialogues.pools import pool
 from vilam3_jax.data.experts.exchange import DEFAULT_STYLE, Result, Style
 from vilam3_jax.data.experts.labels import component_counts, is_lesion, label_universe
@@ -24,6 +24,8 @@ from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.data.experts.wording import Plane, told_class, told_doubts, told_labels
 
 MIN_PIXELS = 20
+_REFERENCE = ("VISTA3D", "BRATS", "CXR")  # the experts that the reference has dialogues with
+DICOM_CODES = {"MRI": "MR", "CXR": "DX"}
 _CACHE_BYTES = 256 << 20
 
 
@@ -181,8 +183,16 @@ class Scene:
         roles = self.record.meta.get("roles")
         return [str(role) for role in roles] if roles else [""] * len(self.record.images)
 
+    @property
+    def shown(self) -> str:
+        """What stands before the first question: the image markers."""
+        code = DICOM_CODES.get(self.modality, self.modality)
+        return self.setting.style.wording.inputs(self.roles, code)
+
     def pick(self, file: str, /, *path: str, **words: str) -> str:
         """One text of a pool, with its placeholders filled."""
+        if "name" in words:
+            words["name"] = said(words["name"])
         texts: Any = pool(file)
         for step in path:
             texts = texts[step]
@@ -193,6 +203,8 @@ class Scene:
         """What experts of this modality said of this record, in the order of cards and arguments."""
         found = []
         for card in self.setting.cards:
+            if self.setting.parity and card.name not in _REFERENCE:
+                continue
             images = self._images_for(card) if modality_of(card.modality) == self.modality else None
             key = None if images is None else self._key(images)
             if images is None or key is None:

@@ -8,10 +8,21 @@ import sys
 from collections.abc import Sequence
 
 from vilam3_experts import __version__
-from vilam3_experts.commands import annotate, audit, export, host, import_, list_, store, weights
+from vilam3_experts.commands import (
+    annotate,
+    audit,
+    calibrate,
+    compare,
+    export,
+    host,
+    import_,
+    list_,
+    store,
+    weights,
+)
 from vilam3_jax.errors import UserError, use_one_line_notes
 
-COMMANDS = (annotate, import_, export, list_, weights, host, store, audit)
+COMMANDS = (annotate, import_, export, calibrate, compare, list_, weights, host, store, audit)
 
 
 def _parser() -> argparse.ArgumentParser:

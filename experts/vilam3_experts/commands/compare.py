@@ -1,0 +1,95 @@
+"""`vilam3-experts compare`: where two experts disagree on the same inputs."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+
+from vilam3_experts.compare import Limits, compared
+from vilam3_jax import paths
+from vilam3_jax.data.experts.record import Annotation
+from vilam3_jax.data.experts.store import AnnotationStore, AnnotationWriter
+from vilam3_jax.errors import UserError
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Declares the command."""
+    parser = commands.add_parser(
+        "compare",
+        help="tell where two experts disagree on the same inputs",
+        description="Compares the records of two experts: overlap of labels and difference of probabilities."
+        " With --out, copies the store; the records of both then carry their disagreements.",
+    )
+    parser.add_argument("--store", required=True, help="annotation store of both")
+    parser.add_argument("--experts", required=True, help="two names, such as VISTA3D,TOTALSEGMENTATOR")
+    parser.add_argument("--out", help="the new store")
+    parser.add_argument(
+        "--dice",
+        type=float,
+        default=Limits.dice,
+        help="a smaller overlap is a disagreement (default %(default)s)",
+    )
+    parser.add_argument(
+        "--difference",
+        type=float,
+        default=Limits.difference,
+        help="so is a larger difference of probabilities (default %(default)s)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command."""
+    names = options.experts.split(",")
+    if len(names) != 2 or names[0] == names[1] or not all(names):
+        raise UserError(f"--experts {options.experts}: give two names with a comma between them")
+    for name in ("dice", "difference"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise UserError(f"--{name} {getattr(options, name)}: give a number from 0 to 1")
+    if options.out is not None and paths.as_path(options.out) == paths.as_path(options.store):
+        raise UserError("--out is the store itself; records never change, give another folder")
+    store = AnnotationStore(options.store)
+    calls: dict[str, list[tuple[str, str]]] = collections.defaultdict(list)
+    for key, expert, args in store.keys():  # noqa: SIM118
+        if expert in names:
+            calls[key].append((expert, args))
+    shared = {key: of for key, of in calls.items() if {expert for expert, _ in of} == set(names)}
+    if not shared:
+        raise UserError(f"{options.store}: no input has records of both {names[0]} and {names[1]}")
+    limits = Limits(options.dice, options.difference)
+    count: collections.Counter[str] = collections.Counter()
+    for key, of in shared.items():
+        for annotation in _with_others(store, key, of, limits):
+            if annotation.expert == names[0]:
+                count.update(f"{d.subject}, {d.measure}" for d in annotation.disagreements)
+    print(f"{len(shared)} inputs with records of {names[0]} and {names[1]}")
+    for what, number in count.most_common():
+        print(f"{number}  {what}")
+    if options.out is not None:
+        _copy(store, options.out, shared, limits)
+        print(f"store {options.out}")
+    return 0
+
+
+def _with_others(
+    store: AnnotationStore, key: str, calls: list[tuple[str, str]], limits: Limits
+) -> list[Annotation]:
+    """The records of one input, each with what the other expert's say otherwise."""
+    records = [a for a in (store.get(key, *call) for call in calls) if a is not None]
+    return [
+        compared(one, [other for other in records if other.expert != one.expert], limits) for one in records
+    ]
+
+
+def _copy(
+    store: AnnotationStore, out: paths.PathLike, shared: dict[str, list[tuple[str, str]]], limits: Limits
+) -> None:
+    with AnnotationWriter(out) as writer:
+        for key, of in shared.items():
+            for annotation in _with_others(store, key, of, limits):
+                writer.write(annotation)
+        for key in store.keys():  # noqa: SIM118
+            if (key[1], key[2]) not in shared.get(key[0], ()):
+                annotation = store.get(*key)
+                assert annotation is not None
+                writer.write(annotation)

@@ -1,7 +1,9 @@
 """BRATS: the bundle's layout, and the whole pass against MONAI's own transforms, inferer and steps after."""
 
+import dataclasses
 import json
 import pathlib
+import sys
 
 import nibabel as nib
 import numpy as np
@@ -22,13 +24,18 @@ from monai.transforms import (
     Spacingd,
 )
 from scipy import ndimage
+from vilam3_experts.annotate import annotate
 from vilam3_experts.base import ExpertFailure
 from vilam3_experts.brats.bundle import Settings, find_bundle, load_network, read_settings
 from vilam3_experts.brats.expert import Brats, Segmenter, create, label_map, smaller_window
+from vilam3_experts.descriptors import BRATS
 from vilam3_experts.engine.memory import Shrinking
 from vilam3_experts.weights import Weights
 
-from vilam3_jax.data.volumes import Volume, read_volume
+from vilam3_jax.data.content_keys import inputs_key
+from vilam3_jax.data.experts.host_client import ExpertHost
+from vilam3_jax.data.experts.store import AnnotationStore
+from vilam3_jax.data.volumes import Volume, VolumeSource, read_volume
 from vilam3_jax.errors import UserError
 
 ROLES = ("t1c", "t1", "t2", "flair")
@@ -573,3 +580,42 @@ def test_a_folder_that_is_no_bundle(tmp_path):
         find_bundle(tmp_path)
     with pytest.raises(UserError, match="--weights"):
         create(Weights())
+
+
+# ---------------------------------------------------------------- offline and live
+
+
+@pytest.mark.slow
+def test_the_live_host_says_what_the_run_stored(tmp_path, environment):
+    torch.manual_seed(2)
+    arguments = {
+        "blocks_down": [1, 1],
+        "blocks_up": [1],
+        "init_filters": 8,
+        "in_channels": 4,
+        "out_channels": 3,
+    }
+    config = {
+        **CONFIG,
+        "network_def": {"_target_": "SegResNet", **arguments},
+        "inferer": {**CONFIG["inferer"], "roi_size": [32, 32, 24]},
+    }
+    write_bundle(tmp_path / "weights" / "BRATS", SegResNet(**arguments).state_dict(), config=config)
+    files = write_case(tmp_path / "data", (32, 36, 28), ISOTROPIC)
+    for file in files.values():
+        (tmp_path / "data" / f"{file.name.split('.')[0]}.json").write_text(
+            '{"Modality": "MR", "BodyPartExamined": "HEAD"}'
+        )
+    summary = annotate(BRATS, tmp_path / "data", tmp_path / "out", weights=tmp_path / "weights")
+    assert summary.counts["annotated"] == 1
+    key = inputs_key([(role, scan.content_key) for role, scan in read_case(files).items()])
+    stored = AnnotationStore(tmp_path / "out").get(key, "BRATS", "")
+    assert stored is not None and stored.label_map().any()
+    command = [sys.executable, "-m", "vilam3_experts", "host"]
+    with ExpertHost(command, weights=tmp_path / "weights", environment=environment) as host:
+        sources = [(role, VolumeSource(str(file))) for role, file in files.items()]
+        live = host.ask("BRATS", input_key=key, inputs=sources)
+        assert dataclasses.replace(live, seconds=0) == dataclasses.replace(stored, seconds=0)
+        first = read_volume(files["t1c"]).content_key
+        wrong = host.ask("BRATS", input_key=first, inputs=[("", sources[0][1])])
+        assert wrong.status == "failed" and "t1c, t1, t2, flair" in wrong.reason

@@ -14,6 +14,7 @@ from PIL import Image
 
 import vilam3_jax
 from vilam3_jax.cli import guarded
+from vilam3_jax.data.experts.cards import with_card_list
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.image_processor import ImageProcessor
 from vilam3_jax.data.images import load_film, resize
@@ -164,6 +165,38 @@ def test_an_export_carries_its_text_rules(export, tmp_path):
     assert changed == dataclasses.replace(rules, spaces="clean")
 
 
+def test_cards_travel_inside_an_export(export, world, tmp_path):
+    """The card file of training need not be there."""
+    folder = tmp_path / "export"
+    shutil.copytree(export, folder)
+    model = json.loads((folder / "model.json").read_text())
+    row = dict(name="MINE", args=[], modality="CT", task="segmentation", overview="o", accuracy="a")
+    (tmp_path / "mine.json").write_text(json.dumps([row]))
+    model = with_card_list({**model, "cards": str(tmp_path / "mine.json")})
+    (folder / "model.json").write_text(json.dumps(model))
+    (tmp_path / "mine.json").unlink()
+    with vilam3_jax.load(folder, annotations=world.annotations, expert_host="off") as mine:
+        reply = mine.ask(world.film, PROMPT, max_new_tokens=2)
+    assert "<MINE(args)>" in reply.transcript.prompt and "ORGANS" not in reply.transcript.prompt
+
+
+def test_several_sequences_are_shown_with_their_roles(assistant, world, tmp_path, export, capsys):
+    volumes = {role: world.volume for role in ("t1c", "flair")}
+    reply = assistant.ask(volumes, PROMPT, experts=False, modality="MR", index=3, max_new_tokens=2)
+    assert reply.transcript.prompt == f"T1(contrast enhanced): <image>, FLAIR: <image>\n{PROMPT}"
+    assert len(reply.transcript.turns[0].images) == 2
+    assert reply.description.startswith("t1c: axial slice 3")
+    assert "; flair: axial slice 3" in reply.description
+    with pytest.raises(UserError, match=r"image flair: .*one grid"):
+        assistant.ask({"t1c": world.volume, "flair": world.film}, PROMPT)
+    arguments = ["--checkpoint", str(export), "--prompt", PROMPT, "--experts", "off", "--max_new_tokens", "2"]
+    images = [f"--image=t1c={world.volume}", f"--image=t2={world.volume}"]
+    assert chat.main([*arguments, *images, "--modality=MR"]) == 0
+    assert "T1(contrast enhanced): <image>, T2: <image>" in capsys.readouterr().out
+    with pytest.raises(UserError, match="needs a role of its own"):
+        chat.main([*arguments, f"--image={world.volume}", f"--image=t2={world.volume}"])
+
+
 def test_experts_need_a_source(export, world):
     assistant = vilam3_jax.load(export, expert_host="off")
     with pytest.raises(UserError, match="experts are on, but there are none"):
@@ -264,7 +297,9 @@ def test_the_command_prints_the_dialogue_and_saves_what_was_seen(export, world, 
     ],
 )
 def test_the_command_fails_in_one_line(export, world, capsys, extra, message):
-    arguments = [f"--checkpoint={export}", f"--image={world.volume}", f"--prompt={PROMPT}", "--experts=off"]
+    arguments = [f"--checkpoint={export}", f"--prompt={PROMPT}", "--experts=off"]
+    if not extra[0].startswith("--image"):
+        arguments.append(f"--image={world.volume}")
     assert guarded("chat", chat.main, [*arguments, *extra]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,10 @@ from vilam3_jax.inference.agent import (
     load_generator,
 )
 from vilam3_jax.inference.generate import Sampling
-from vilam3_jax.inference.images import ImageLike, open_picture
+from vilam3_jax.inference.images import ImageLike, Picture, open_picture
 
 NOT_CLINICAL = "Not for clinical use: a research model; its answers and its experts' results may be wrong."
+_ROLE = re.compile(r"[a-z][a-z0-9]{0,15}=.")
 HOST_PROGRAM = "vilam3-experts"
 
 
@@ -95,7 +97,7 @@ class Assistant:
 
     def ask(
         self,
-        image: ImageLike,
+        image: ImageLike | Mapping[str, ImageLike],
         prompt: str,
         *,
         experts: bool = True,
@@ -114,6 +116,8 @@ class Assistant:
 
         Args:
           image: path of a picture or a scan, a uint8 [H, W, 3] array, or a `Volume`; see `open_picture`.
+            Several sequences of one head: a dict of their roles, such as {"t1c": …, "t1": …, "t2": …,
+            "flair": …}, in the order in which they are shown.
           prompt: the question.
           experts: whether the model may ask experts.
           axis: plane of a scan: 'axial', 'coronal' or 'sagittal'; by default the model's own.
@@ -133,38 +137,36 @@ class Assistant:
         if not prompt.strip():
             raise UserError("the prompt is empty; ask something")
         processor = self._generator.processor
-        picture = open_picture(
-            image,
-            processor.kept_size,
-            axis=axis,
-            index=index,
-            window=window,
-            modality=modality,
-            series=series,
-            frame=frame,
-            preprocessing=processor.preprocessing,
-            decoder=self._decoder,
-        )
+        pictures = {
+            role: open_picture(
+                one,
+                processor.kept_size,
+                axis=axis,
+                index=index,
+                window=window,
+                modality=modality,
+                series=series,
+                frame=frame,
+                preprocessing=processor.preprocessing,
+                decoder=self._decoder,
+            )
+            for role, one in (image if isinstance(image, Mapping) else {"": image}).items()
+        }
+        first = _first_of_one_grid(pictures)
         agent = self._agent(experts)
-        scan = Scan(
-            image=picture.pixels,
-            input_key=picture.input_key,
-            axis=picture.axis,
-            index=picture.index,
-            volume=picture.volume,
-            png=picture.png,
-            modality=picture.modality,
-        )
-        query = Query(prompt.strip(), (scan,))
+        query = Query(prompt.strip(), tuple(_scan(picture, role) for role, picture in pictures.items()))
         sampling = Sampling(temperature, top_p, seed)
         (transcript,) = agent.run([query], max_new_tokens=max_new_tokens, sampling=sampling)
         return Reply(
             answer=transcript.answer,
             transcript=transcript,
-            image=picture.pixels,
+            image=first.pixels,
             overlay=transcript.overlay,
-            description=picture.description,
-            notes=(*picture.notes, *_notes(transcript, self._cards)),
+            description="; ".join(_of_role(role, p.description) for role, p in pictures.items()),
+            notes=(
+                *(_of_role(role, note) for role, p in pictures.items() for note in p.notes),
+                *_notes(transcript, self._cards),
+            ),
         )
 
     def close(self) -> None:
@@ -272,6 +274,41 @@ def load(
     )
 
 
+def _first_of_one_grid(pictures: Mapping[str, Picture]) -> Picture:
+    """The first of several pictures, which must be the same slice of their scans.
+
+    Raises:
+      UserError: none, or different slices.
+    """
+    if not pictures:
+        raise UserError("there is no image; give one, or a dict of roles")
+    first = next(iter(pictures.values()))
+    for role, picture in pictures.items():
+        if (picture.axis, picture.index) != (first.axis, first.index):
+            raise UserError(
+                f"image {role}: {picture.description}, the first one is {first.description}; give scans of "
+                "one grid, or the plane and the slice"
+            )
+    return first
+
+
+def _scan(picture: Picture, role: str) -> Scan:
+    return Scan(
+        image=picture.pixels,
+        input_key=picture.input_key,
+        axis=picture.axis,
+        index=picture.index,
+        volume=picture.volume,
+        png=picture.png,
+        role=role,
+        modality=picture.modality,
+    )
+
+
+def _of_role(role: str, text: str) -> str:
+    return f"{role}: {text}" if role else text
+
+
 def _notes(transcript: Transcript, cards: Sequence[Card]) -> tuple[str, ...]:
     notes = []
     stand_ins = {card.name for card in cards if card.stand_in}
@@ -324,7 +361,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--image",
         required=True,
-        help="picture, or scan: NIfTI, NRRD, MetaImage, DICOM file or folder",
+        action="append",
+        help="picture, or scan: NIfTI, NRRD, MetaImage, DICOM file or folder; ROLE=PATH for each of several "
+        "sequences, such as t1c=… t1=… t2=… flair=…",
     )
     parser.add_argument("--prompt", required=True, help="the question")
     parser.add_argument(
@@ -358,6 +397,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _images(given: Sequence[str]) -> str | dict[str, str]:
+    """One path, or role to path."""
+    if len(given) == 1 and (not _ROLE.match(given[0]) or paths.exists(given[0])):
+        return given[0]
+    found: dict[str, str] = {}
+    for text in given:
+        role, _, path = text.partition("=")
+        if not _ROLE.match(text) or role in found:
+            raise UserError(f"--image={text}: of several images each needs a role of its own, as in t1c=PATH")
+        found[role] = path
+    return found
+
+
 def _window(text: str | None) -> tuple[float, float] | None:
     if text is None:
         return None
@@ -389,7 +441,7 @@ def main(argv: Sequence[str]) -> int:
     )
     with assistant:
         reply = assistant.ask(
-            options.image,
+            _images(options.image),
             options.prompt,
             experts=options.experts == "on",
             axis=options.axis,

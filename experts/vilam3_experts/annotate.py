@@ -11,6 +11,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from vilam3_experts.calibrate import Calibration
 from vilam3_experts.descriptors import Descriptor
 from vilam3_experts.engine.local import run_here, run_processes
 from vilam3_experts.engine.summary import Lists, Summary
@@ -81,6 +82,7 @@ def annotate(
     part: tuple[int, int] = (1, 1),
     engine: Engine = Engine(),
     audit: paths.PathLike | None = None,
+    calibration: Calibration | None = None,
     dry_run: bool = False,
     show: Callable[[str, Annotation], None] | None = None,
 ) -> Summary:
@@ -102,6 +104,7 @@ def annotate(
       part: (i, n): the i-th (from 1) of n disjoint parts of the inputs.
       engine: where and how.
       audit: folder of the audit log; None for none.
+      calibration: of this expert, version and weights; records are stored with calibrated probabilities.
       dry_run: tell what would be run; call nothing and write nothing.
       show: called with the name and the annotation of every input that was run.
 
@@ -126,7 +129,10 @@ def annotate(
         timeout=engine.timeout,
         dry_run=dry_run,
         keep_records=show is not None,
+        calibration=calibration,
     )
+    if calibration is not None:
+        calibration.check(descriptor.name, descriptor.version, work.weights_sha256)
     summary = Summary()
     lists = Lists(out, descriptor.name)
     with (

@@ -157,6 +157,11 @@ def measure(labels: np.ndarray, names: dict[int, str], affine: np.ndarray) -> tu
     return tuple(segments)
 
 
+def is_refused(descriptor: Descriptor, inputs: ExpertInputs) -> bool:
+    """Whether `annotate_one` would refuse the inputs for what they show, before the expert runs."""
+    return refusal(descriptor.card, check_input(descriptor.card, inputs.evidence)) is not None
+
+
 def annotate_one(
     expert: Expert,
     descriptor: Descriptor,

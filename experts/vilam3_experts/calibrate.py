@@ -25,7 +25,9 @@ import numpy as np
 from scipy import optimize
 
 from vilam3_jax import paths
-from vilam3_jax.data.experts.record import Annotation
+from vilam3_jax.data.experts.cards import Check
+from vilam3_jax.data.experts.record import Annotation, Verdict
+from vilam3_jax.data.experts.verify import Finding, check_result
 from vilam3_jax.errors import UserError
 
 Method = Literal["temperature", "isotonic"]
@@ -139,7 +141,8 @@ class Calibration:
         if annotation.status != "ok" or not annotation.probabilities:
             return annotation
         values = self.calibrated(annotation.probabilities)
-        return dataclasses.replace(annotation, calibrated=values, calibration=self.name)
+        verdicts = _judged_anew(annotation, {**annotation.probabilities, **values})
+        return dataclasses.replace(annotation, calibrated=values, calibration=self.name, verdicts=verdicts)
 
     def to_json(self) -> str:
         """The content of the file, with sorted keys."""
@@ -154,6 +157,19 @@ class Calibration:
           UserError: it cannot be written.
         """
         paths.write_text_atomic(path, self.to_json() + "\n")
+
+
+def _judged_anew(annotation: Annotation, told: Mapping[str, float]) -> tuple[Verdict, ...]:
+    """The verdicts, those on probabilities for the ones that will be told."""
+    verdicts = []
+    for verdict in annotation.verdicts:
+        if verdict.check == "probability_margin" and verdict.subject in told:
+            check = Check(verdict.check, "", verdict.low, verdict.high)
+            one = Finding(annotation.expert, probabilities={verdict.subject: told[verdict.subject]})
+            verdicts += check_result([check], one)
+        else:
+            verdicts.append(verdict)
+    return tuple(verdicts)
 
 
 def load_calibration(path: paths.PathLike) -> Calibration:

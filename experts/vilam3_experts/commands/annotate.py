@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from vilam3_experts import descriptors as registry
 from vilam3_experts.annotate import Engine, annotate
+from vilam3_experts.calibrate import load_calibration
 from vilam3_experts.descriptors import Descriptor
 from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.errors import UserError
@@ -43,6 +44,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="tell what would be run, with which weights")
     parser.add_argument("--audit", help="folder of the audit log (default: none)")
+    parser.add_argument("--calibration", help="file of `calibrate`: store calibrated probabilities, too")
     parser.add_argument("--verbose", action="store_true", help="print every result")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--engine", choices=("local", "ray"), default="local", help="(local)")
@@ -80,6 +82,7 @@ def run(options: argparse.Namespace) -> int:
         part=parse_shard(options.shard),
         engine=_engine(options),
         audit=options.audit,
+        calibration=None if options.calibration is None else load_calibration(options.calibration),
         dry_run=options.dry_run,
         show=show if options.verbose else None,
     )

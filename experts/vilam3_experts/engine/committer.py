@@ -78,6 +78,8 @@ class Committer:
                     raise UserError(f"{self._work.audit}: {error}; leave out --audit") from error
             if self._oldest is None:
                 self._oldest = time.monotonic()
+            if self._work.calibration is not None and annotation.status == "ok":
+                annotation = self._work.calibration.apply(annotation)
             self._writer.write(annotation)
             self._claimed.pop(annotation.input_key, None)
 

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
+from vilam3_experts.calibrate import Calibration
 from vilam3_experts.descriptors import Descriptor
 from vilam3_experts.inputs import Input
 from vilam3_jax.errors import UnavailableError, UserError
@@ -32,6 +33,8 @@ class Work:
       timeout: seconds that one input may take, decoding included; None for no limit.
       dry_run: tell what would be run; call nothing, write nothing.
       keep_records: outcomes carry their records.
+      calibration: what records are calibrated with before they are stored; the audit log has what the expert
+        said.
     """
 
     descriptor: Descriptor
@@ -45,6 +48,7 @@ class Work:
     timeout: float | None = None
     dry_run: bool = False
     keep_records: bool = False
+    calibration: Calibration | None = None
 
 
 class Item(NamedTuple):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from vilam3_experts.base import Expert, ExpertFailure, ExpertInputs, Output, annotate_one
+from vilam3_experts.base import Expert, ExpertFailure, ExpertInputs, Output, annotate_one, is_refused
 from vilam3_experts.descriptors import Descriptor
 from vilam3_experts.engine.memory import Shrinking, is_out_of_memory, release
 from vilam3_experts.engine.work import Item, Outcome, Work
@@ -85,6 +85,11 @@ class Worker:
                 yield found
             else:
                 opened.append((item, found))
+        refused = [is_refused(self._work.descriptor, inputs) for _, inputs in opened]
+        for (item, inputs), no in zip(opened, refused, strict=True):
+            if no:
+                yield self._annotate(_Answered(ExpertFailure("not run")), item, inputs)
+        opened = [one for one, no in zip(opened, refused, strict=True) if not no]
         if not opened:
             return
         expert = self._built()

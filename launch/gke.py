@@ -36,13 +36,15 @@ commands:
   train    a JobSet: one Job a slice, one pod a host
   xpk      the same through `xpk workload create`
   job      one pod for one command: prepare data, annotate, evaluate
+  annotate a RayJob: an expert over a large data set, on many pods
   status   what there is and how it does
   logs     follow the first host's output
   delete   stop: SIGTERM, save, end; the node pool stays, and costs
 """
 EXAMPLE = """\
-What follows -- is given to `vilam3 train` (train, xpk), or is the whole command (job). The same command
-again, after `delete`, resumes. kubectl must point at the cluster: gcloud container clusters get-credentials.
+What follows -- is given to `vilam3 train` (train, xpk) or `vilam3-experts annotate` (annotate), or is the
+whole command (job). The same command again, after `delete`, goes on where it was. kubectl must point at the
+cluster: gcloud container clusters get-credentials.
 
 example:
   launch/gke.py train --name=m3 --accelerator=v5p-128 --image=us-docker.pkg.dev/my-project/vilam3/trainer:1 \\
@@ -84,6 +86,17 @@ FAMILIES = {
 FLAT = {4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
 SMALL_CUBES = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4)}
 CHIPS_PER_HOST = 4
+RAY_VERSION = "2.60.0"  # of constraints/py311.txt
+HEAD_SIZE = {"cpu": "4", "memory": "16Gi"}
+RUN_LABEL = "vilam3/run"
+# Ray's own health check, over HTTP: KubeRay's needs a program that the image does not have.
+RAY_PROBE = {
+    "httpGet": {"path": "/api/local_raylet_healthz", "port": 52365},
+    "initialDelaySeconds": 30,
+    "periodSeconds": 10,
+    "timeoutSeconds": 5,
+    "failureThreshold": 12,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +226,7 @@ def manifest(template: str, values: dict[str, object]) -> str:
     """Fills `launch/<template>.yaml`; values become JSON, which is YAML.
 
     Args:
-      template: `gke_jobset` or `gke_job`.
+      template: `gke_jobset`, `gke_job` or `gke_rayjob`.
       values: name → what stands there; every name must occur.
     """
     text = (HERE / f"{template}.yaml").read_text(encoding="utf-8")
@@ -261,6 +274,48 @@ def job(options: argparse.Namespace) -> str:
         limits["nvidia.com/gpu"] = 1
     values = _common(options, selector, {}) | {"command": _literal(options.arguments)}
     return manifest("gke_job", values | {"requests": size, "limits": limits})
+
+
+def check_annotate(arguments: Sequence[str]) -> None:
+    """Refuses a command line of `vilam3-experts annotate` that cannot work on several machines.
+
+    Raises:
+      UsageError: something is missing, is not in a bucket, or is this launcher's to say.
+    """
+    if not flag_value(arguments, "expert"):
+        raise UsageError("--expert=NAME is missing after --; see `vilam3-experts list`")
+    for place in ("data", "out", "weights", "audit"):
+        value = flag_value(arguments, place)
+        needed = place in ("data", "out")
+        if (needed or value) and not re.match(r"gs://.", value):
+            raise UsageError(
+                f"--{place}={value}: must be gs://BUCKET/FOLDER, after --; the machines see nothing else"
+            )
+    for name in ("engine", "address"):
+        if flag_value(arguments, name):
+            raise UsageError(f"--{name}: leave it out after --; it is the launcher's to say")
+
+
+def rayjob(options: argparse.Namespace) -> str:
+    """The manifest of `annotate`."""
+    selector = {}
+    limits: dict[str, object] = {"memory": options.memory}
+    if options.gpu:
+        selector["cloud.google.com/gke-accelerator"] = options.gpu
+        limits["nvidia.com/gpu"] = 1
+    command = ["vilam3-experts", "annotate", *options.arguments, "--engine=ray", "--address=auto"]
+    values = _common(options, selector, {}) | {
+        "entrypoint": shlex.join(command),
+        "ray_version": RAY_VERSION,
+        "workers": options.workers,
+        "requests": {"cpu": options.cpu, "memory": options.memory},
+        "limits": limits,
+        "head_size": HEAD_SIZE,
+        "head_limits": {"memory": HEAD_SIZE["memory"]},
+        "probe": RAY_PROBE,
+    }
+    values["pod_labels"] = {"app.kubernetes.io/name": "vilam3", RUN_LABEL: options.name}
+    return manifest("gke_rayjob", values)
 
 
 def xpk(options: argparse.Namespace) -> list[str]:
@@ -356,6 +411,9 @@ PROJECT = _matching(r"[a-z][-a-z0-9:.]{4,}[a-z0-9]", "needs the id of a Google C
 ZONE = _matching(r"[a-z]+-[a-z]+[0-9]+-[a-z]", "needs a zone, such as us-east5-a")
 
 
+COMMANDS = ("train", "xpk", "job", "annotate", "status", "logs", "delete")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
@@ -370,7 +428,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    every = {name: commands.add_parser(name) for name in ("train", "xpk", "job", "status", "logs", "delete")}
+    every = {name: commands.add_parser(name) for name in COMMANDS}
     for name, command in every.items():
         command.add_argument("--name", required=True, type=NAME, help="name of the run in the cluster")
         command.add_argument(
@@ -379,8 +437,10 @@ def parser() -> argparse.ArgumentParser:
         if name != "xpk":
             command.add_argument("--namespace", default="default", type=NAME, help="(default)")
         if name in ("status", "logs", "delete"):
-            command.add_argument("--job", action="store_true", help="made by `job`, not by `train` or `xpk`")
-        if name in ("train", "xpk", "job"):
+            made_by = command.add_mutually_exclusive_group()
+            made_by.add_argument("--job", action="store_true", help="made by `job`, not by `train` or `xpk`")
+            made_by.add_argument("--ray", action="store_true", help="made by `annotate`")
+        if name in ("train", "xpk", "job", "annotate"):
             _add_run(command)
         if name in ("train", "xpk"):
             command.add_argument(
@@ -396,17 +456,20 @@ def parser() -> argparse.ArgumentParser:
                 type=BUCKET,
                 help="where compiled programs are kept (WORKDIR/compile_cache)",
             )
-        if name in ("train", "job"):
+        if name in ("train", "job", "annotate"):
             command.add_argument(
                 "--shm-size", default="32Gi", type=QUANTITY, help="shared memory of a pod (32Gi)"
             )
             command.add_argument("--spot", action="store_true", help="run on spot nodes")
             command.add_argument("--queue", type=NAME, help="Kueue's LocalQueue, where the cluster has Kueue")
-        if name == "job":
+        if name in ("job", "annotate"):
             command.set_defaults(shm_size="8Gi")
             command.add_argument("--cpu", default="8", help="CPUs asked for (8)")
             command.add_argument("--memory", default="32Gi", type=QUANTITY, help="memory (32Gi)")
             command.add_argument("--gpu", help="one GPU of this kind, such as nvidia-l4")
+        if name == "annotate":
+            command.set_defaults(max_restarts=3)  # KubeRay tries again after a user's error, too
+            command.add_argument("--workers", required=True, type=_positive, help="pods that run the expert")
     every["xpk"].add_argument(
         "--cluster", required=True, type=NAME, help="cluster made by `xpk cluster create`"
     )
@@ -426,7 +489,10 @@ def _add_run(command: argparse.ArgumentParser) -> None:
         help="environment; repeatable",
     )
     command.add_argument(
-        "--max-restarts", default=20, type=_positive, help="how often to start again after a failure (20)"
+        "--max-restarts",
+        default=20,
+        type=_positive,
+        help="tries after a failure (20; annotate: 3)",
     )
     command.add_argument(
         "--stop-seconds",
@@ -449,11 +515,13 @@ def _main(argv: list[str]) -> int:
     split = argv.index("--") if "--" in argv else len(argv)
     options = parser().parse_args(argv[:split])
     options.arguments = argv[split + 1 :]
-    if options.command in ("train", "xpk", "job"):
+    if options.command in ("train", "xpk", "job", "annotate"):
         options.env = dict(setting.split("=", 1) for setting in options.env)
         if options.command == "job" and not options.arguments:
             raise UsageError("no command after --, such as -- vilam3 data show --data gs://...")
-        if options.command != "job":
+        if options.command == "annotate":
+            check_annotate(options.arguments)
+        elif options.command != "job":
             check_train(options.arguments)
     elif options.arguments:
         raise UsageError(f"{options.command} takes nothing after --")
@@ -461,24 +529,28 @@ def _main(argv: list[str]) -> int:
         command = xpk(options)
         _warn_of_cost(options)
         return _run(options, command)
-    if options.command in ("train", "job"):
+    if options.command in ("train", "job", "annotate"):
         # `create`, not `apply`: a run of that name that is there already is an error, not a silent success.
-        made = jobset(options) if options.command == "train" else job(options)
+        made = {"train": jobset, "job": job, "annotate": rayjob}[options.command](options)
         if options.command == "train":
             _warn_of_cost(options)
         return _run(options, ["kubectl", "create", "-f", "-"], made)
-    kind = "job" if options.job else "jobset"
+    kind = "job" if options.job else "rayjob" if options.ray else "jobset"
     target = ["--namespace", options.namespace]
-    owner = "batch.kubernetes.io/job-name" if options.job else "jobset.sigs.k8s.io/jobset-name"
+    owner = {
+        "job": "batch.kubernetes.io/job-name",
+        "jobset": "jobset.sigs.k8s.io/jobset-name",
+        # The pod that submits, whose output is the driver's, belongs to a Job of the RayJob's name.
+        "rayjob": "batch.kubernetes.io/job-name" if options.command == "logs" else RUN_LABEL,
+    }[kind]
     selector = ["--selector", f"{owner}={options.name}"]
     if options.command == "delete":
         return _run(options, ["kubectl", "delete", kind, options.name, *target])
     if options.command == "status":
         code = _run(options, ["kubectl", "get", kind, options.name, *target])
         return _run(options, ["kubectl", "get", "pods", "--output=wide", *target, *selector]) or code
-    first = (
-        "" if options.job else ",jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
-    )
+    first = ",jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+    first = first if kind == "jobset" else ""
     return _run(
         options, ["kubectl", "logs", "--follow", "--tail=200", *target, selector[0], selector[1] + first]
     )

@@ -83,6 +83,75 @@ JOBSET = {
     },
 }  # fmt: skip
 
+# What we use of the RayJob API. Source: ray-operator/apis/ray/v1/{rayjob,raycluster}_types.go of kuberay,
+# whose pod templates are those of core/v1 (checked as Pods). Values of rayStartParams are strings.
+START = {"type": "object", "additionalProperties": {"type": "string"}}
+TEMPLATE = {
+    "type": "object",
+    "required": ["spec"],
+    "additionalProperties": False,
+    "properties": {"metadata": {"type": "object"}, "spec": {"type": "object"}},
+}
+COUNT = {"type": "integer", "minimum": 0}
+RAYJOB = {
+    "type": "object",
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "additionalProperties": False,
+    "properties": {
+        "apiVersion": {"const": "ray.io/v1"},
+        "kind": {"const": "RayJob"},
+        "metadata": {"type": "object"},
+        "spec": {
+            "type": "object",
+            "required": ["entrypoint", "rayClusterSpec"],
+            "additionalProperties": False,
+            "properties": {
+                "entrypoint": {"type": "string"},
+                "backoffLimit": COUNT,
+                "shutdownAfterJobFinishes": {"type": "boolean"},
+                "ttlSecondsAfterFinished": COUNT,
+                "rayClusterSpec": {
+                    "type": "object",
+                    "required": ["headGroupSpec"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "rayVersion": {"type": "string"},
+                        "authOptions": {
+                            "type": "object",
+                            "additionalProperties": False,
+                            "properties": {"mode": {"enum": ["disabled", "token"]}},
+                        },
+                        "headGroupSpec": {
+                            "type": "object",
+                            "required": ["template"],
+                            "additionalProperties": False,
+                            "properties": {"rayStartParams": START, "template": TEMPLATE},
+                        },
+                        "workerGroupSpecs": {
+                            "type": "array",
+                            "items": {
+                                "type": "object",
+                                "required": ["groupName", "minReplicas", "maxReplicas", "template"],
+                                "additionalProperties": False,
+                                "properties": {
+                                    "groupName": {"type": "string"},
+                                    "replicas": COUNT,
+                                    "minReplicas": COUNT,
+                                    "maxReplicas": COUNT,
+                                    "rayStartParams": START,
+                                    "template": TEMPLATE,
+                                },
+                            },
+                        },
+                    },
+                },
+            },
+        },
+    },
+}  # fmt: skip
+ANNOTATE = ["--expert=CXR", "--data=gs://bucket/films", "--out=gs://bucket/annotations"]
+RUN_RAY = ["annotate", "--name=films", IMAGE, "--workers=4"]
+
 
 def manifest(*arguments, after=TRAIN):
     done = launch("gke.py", *arguments, "--dry-run", "--", *after)
@@ -98,6 +167,13 @@ def as_job(document):
 
 
 def check(document):
+    if document["kind"] == "RayJob":
+        jsonschema.validate(document, RAYJOB)
+        cluster = document["spec"]["rayClusterSpec"]
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, **group["template"]}
+            kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+        return
     if document["kind"] == "JobSet":
         jsonschema.validate(document, JOBSET)
         document = as_job(document)
@@ -117,6 +193,49 @@ def test_job_fits_the_schema():
     check(
         manifest("job", "--name=import", IMAGE, "--env=A=b", "--spot", after=["vilam3", "convert", "import"])
     )
+
+
+@pytest.mark.parametrize("extra", [[], ["--gpu=nvidia-l4", "--spot", "--queue=team", "--env=A=b"]])
+def test_rayjob_fits_the_schemas(extra):
+    check(manifest(*RUN_RAY, *extra, after=ANNOTATE))
+
+
+def test_what_the_rayjob_asks_for():
+    document = manifest(*RUN_RAY, "--gpu=nvidia-l4", "--env=B=c $(d)", after=[*ANNOTATE, "--args=it's $x"])
+    spec = document["spec"]
+    words = shlex.split(spec["entrypoint"])
+    assert words == [
+        "vilam3-experts", "annotate", *ANNOTATE, "--args=it's $x", "--engine=ray", "--address=auto"
+    ]  # fmt: skip
+    assert spec["shutdownAfterJobFinishes"] and spec["backoffLimit"] == 3
+    cluster = spec["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    pins = (LAUNCH.parent / "constraints/py311.txt").read_text().splitlines()
+    assert f"ray=={cluster['rayVersion']}" in pins
+    assert cluster["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
+    (group,) = cluster["workerGroupSpecs"]
+    assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == 4
+    pod = group["template"]["spec"]
+    assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-l4"}
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert {"name": "B", "value": "c $$(d)"} in container["env"]
+    assert "command" not in container and "args" not in container  # KubeRay's own
+
+
+@pytest.mark.parametrize(
+    "after, told",
+    [
+        ([], "--expert=NAME"),
+        (ANNOTATE[:2], "--out="),
+        ([ANNOTATE[0], "--data=/x", ANNOTATE[2]], "--data=/x"),
+        ([*ANNOTATE, "--weights", "weights"], "--weights=weights"),
+        ([*ANNOTATE, "--engine=local"], "leave it out"),
+        ([*ANNOTATE, "--address=auto"], "leave it out"),
+    ],
+)
+def test_bad_arguments_of_annotate(after, told):
+    assert told in refused("gke.py", *RUN_RAY, "--dry-run", "--", *after)
 
 
 @pytest.mark.parametrize(
@@ -317,6 +436,12 @@ def test_other_commands():
         ["kubectl", "delete", "jobset", "m3", "--namespace", "default"]
     ]
     assert len(dry_run("gke.py", "status", "--name=m3", "--job")) == 2
+    found, pods = dry_run("gke.py", "status", "--name=m3", "--ray")
+    labels = manifest("annotate", "--name=m3", IMAGE, "--workers=1", after=ANNOTATE)["spec"]["rayClusterSpec"]
+    key, value = flags(pods)["selector"].split("=")
+    assert labels["headGroupSpec"]["template"]["metadata"]["labels"][key] == value and "rayjob" in found
+    (logs,) = dry_run("gke.py", "logs", "--name=m3", "--ray")
+    assert flags(logs)["selector"] == "batch.kubernetes.io/job-name=m3"
     (logs,) = dry_run("gke.py", "logs", "--name=m3", "--namespace=team")
     assert "jobset.sigs.k8s.io/jobset-name=m3" in flags(logs)["selector"]
     assert "no command after --" in refused("gke.py", "job", "--name=x", IMAGE)

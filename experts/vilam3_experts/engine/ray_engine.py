@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Generator, Iterable, Iterator, Mapping
+import time
+from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 # What an actor is given at once, and is given again when it was killed.
 _BLOCK = {"image": 256, "volume": 8}
 _BLOCKS_PER_WORKER = 8  # at least, so that all have work until the end
+_WAIT_SECONDS = 60.0
 _STARTS_OF_A_TASK = 20  # an actor that is killed this often over one block is no accident
 
 
@@ -66,11 +68,8 @@ def _connect(address: str | None) -> None:
 
 
 def _run(work: Work, items: Iterable[Item], engine: Engine) -> Iterator[Outcome]:
-    resources = ray.cluster_resources()
-    gpus = engine.gpus_per_worker
-    if gpus is None:
-        gpus = 1.0 if resources.get("GPU", 0) > 0 else 0.0
-    workers = engine.workers or _room(resources, engine.cpus_per_worker, gpus)
+    gpus, room = _room(engine)
+    workers = engine.workers or room
     rows = [pickle.dumps(item) for item in items]
     size = max(1, min(_BLOCK[work.descriptor.input], len(rows) // (workers * _BLOCKS_PER_WORKER)))
     tables = [
@@ -121,16 +120,25 @@ def _first_line(error: BaseException) -> str:
     return f"{type(cause).__name__}: {lines[0]}"
 
 
-def _room(resources: Mapping[str, float], cpus: float, gpus: float) -> int:
-    room = [resources.get("CPU", 0.0) / cpus] if cpus else []
-    room += [resources.get("GPU", 0.0) / gpus] if gpus else []
-    count = int(min(room)) if room else 1
-    if count < 1:
-        raise UserError(
-            f"the cluster has {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs, too few "
-            f"for one worker with {cpus:g} and {gpus:g}; see --cpus-per-worker and --gpus-per-worker"
-        )
-    return count
+def _room(engine: Engine) -> tuple[float, int]:
+    """GPUs of each worker, and for how many workers there is room; waits for the first nodes of a cluster."""
+    deadline = time.monotonic() + _WAIT_SECONDS
+    cpus = engine.cpus_per_worker
+    while True:
+        there = ray.cluster_resources()
+        gpus = engine.gpus_per_worker
+        if gpus is None:
+            gpus = 1.0 if there.get("GPU", 0) > 0 else 0.0
+        needed = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount > 0}
+        room = min((int(there.get(name, 0) / amount) for name, amount in needed.items()), default=1)
+        if room:
+            return gpus, room
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"the cluster has {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs, too few for "
+                f"one worker with {cpus:g} and {gpus:g}; see --cpus-per-worker and --gpus-per-worker"
+            )
+        time.sleep(1)
 
 
 def _restarts() -> dict[str, Any]:

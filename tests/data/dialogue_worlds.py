@@ -1,5 +1,7 @@
-"""Studies and annotations of every kind that dialogues are made of; `python tests/data/dialogue_worlds.py` writes
-the golden dialogues anew, to be read before they are committed."""
+"""Studies and annotations of every kind that dialogues are made of.
+
+`python tests/data/dialogue_worlds.py` writes the golden dialogues anew, to be read before they are committed.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +51,7 @@ def annotation_of(
         box = (x, y, 0, x + side, y + side, SHAPE[2])
         segments.append(Segment(label_id, name, voxels, voxels * ml, parts, box))
     encoded = LabelMap.encode(labels, np.eye(4))
-    return Annotation(
-        key, expert, args, version="1", segments=tuple(segments), labels=encoded, **fields
-    )
+    return Annotation(key, expert, args, version="1", segments=tuple(segments), labels=encoded, **fields)
 
 
 def slice_study(name: str, modality: str = "CT", index: int = SLICE) -> Example:
@@ -89,7 +89,9 @@ TUMOR, CLEAN, BAD, BRAIN, FILM = (
     film_record(),
 )
 STUDIES = [TUMOR, CLEAN, BAD, BRAIN, FILM]
-_DOUBT = Verdict("volume_ml", "warn", subject="spleen", value=900.0, message="a spleen of 900 ml is very large")
+_DOUBT = Verdict(
+    "volume_ml", "warn", subject="spleen", value=900.0, message="a spleen of 900 ml is very large"
+)
 _CXR = {"Cardiomegaly": 0.81, "Effusion": 0.12, "Pleural_Thickening": 0.33, "Pneumonia": 0.61, "Edema": 0.5}
 
 
@@ -97,20 +99,26 @@ def annotations() -> Store:
     tumor, clean, bad, film = (f"key of {name}" for name in ("tumor", "clean", "bad", "film"))
     return store_of(
         annotation_of(tumor, "VISTA3D", "hepatic tumor", {1: ("liver", 9, 1), 26: ("hepatic tumor", 6, 3)}),
-        annotation_of(tumor, "VISTA3D", "organs", {1: ("liver", 9, 1), 3: ("spleen", 7, 1), 4: ("pancreas", 5, 1)}),
+        annotation_of(
+            tumor, "VISTA3D", "organs", {1: ("liver", 9, 1), 3: ("spleen", 7, 1), 4: ("pancreas", 5, 1)}
+        ),
         annotation_of(tumor, "VISTA3D", "skeleton", {127: ("vertebrae S1", 8, 1)}),
         annotation_of(tumor, "ORGANS", "organs", {1: ("liver", 8, 1), 10: ("gallbladder", 5, 1)}),
         annotation_of(clean, "VISTA3D", "hepatic tumor", {1: ("liver", 9, 1)}),
         annotation_of(clean, "VISTA3D", "muscles", {}),
         failed(bad, "VISTA3D", "skeleton", "out of memory"),
-        annotation_of(bad, "VISTA3D", "organs", {1: ("liver", 5, 1), 3: ("spleen", 9, 1)}, verdicts=(_DOUBT,)),
         annotation_of(
-            brain_key(BRAIN), "BRATS", "",
+            bad, "VISTA3D", "organs", {1: ("liver", 5, 1), 3: ("spleen", 9, 1)}, verdicts=(_DOUBT,)
+        ),
+        annotation_of(
+            brain_key(BRAIN),
+            "BRATS",
+            "",
             {1: ("non-enhancing core", 5, 1), 2: ("edema", 9, 1), 4: ("enhancing tumor", 6, 2)},
         ),
         Annotation(film, "CXR", version="1", probabilities=_CXR),
         Annotation(film, "PNEUMONIA", version="1", probabilities={"Normal": 0.8, "Pneumonia": 0.2}),
-    )  # fmt: skip
+    )
 
 
 def setting(store: Store | None = None, parity: bool = False, **fields) -> Setting:
@@ -141,7 +149,7 @@ def shown(example: Example, made: Setting, store: Store, spoken: bool = True) ->
 
 
 def golden(rule: Rule, parity: bool = False) -> str:
-    """Dialogues of every study that a rule fits: some with experts, one without; the reasons of the others."""
+    """Dialogues of every study that a rule fits: some with experts, one without; why not of the others."""
     store = annotations()
     made = setting(store, parity)
     out = []

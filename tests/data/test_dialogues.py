@@ -48,6 +48,7 @@ from vilam3_jax.data.experts.labels import label_table, label_universe
 from vilam3_jax.data.experts.record import Annotation, Verdict, failed
 from vilam3_jax.data.experts.wording import question_of
 from vilam3_jax.data.records import ExampleSource
+from vilam3_jax.data.show import main as show
 from vilam3_jax.errors import InputWarning, UserError
 
 GROUPS = next(card.args for card in CARDS if card.name == "VISTA3D")
@@ -94,7 +95,8 @@ def test_reference_words(rule) -> None:
         ],
         "ct_segment": ["{CARDS}\n <image>This is a CT image.\n", "]\nI segmented the ", " using <VISTA3D("],
         "ct_what": [
-            "]\nThis a CT image. It contains several anatomical structures such as identified by VISTA3D: red: "
+            "]\nThis a CT image. It contains several anatomical structures such as identified by VISTA3D: "
+            "red: "
         ],
         "mri_what": ["[user]\n<image>\n", "]\nThis is a brain MRI scan.|\n"],
         "mri_grade": [
@@ -160,7 +162,10 @@ def stores(draw):
     """Random answers of every expert on every study, some of them failures."""
     made: list[Annotation] = []
     for key in ("key of tumor", "key of clean"):
-        for expert, args in (*(("VISTA3D", a) for a in draw(st.sets(st.sampled_from(GROUPS)))), ("ORGANS", "organs")):
+        for expert, args in (
+            *(("VISTA3D", a) for a in draw(st.sets(st.sampled_from(GROUPS)))),
+            ("ORGANS", "organs"),
+        ):
             if draw(st.booleans()):
                 made.append(failed(key, expert, args, "no memory for patient Smith", verdicts=draw(VERDICTS)))
             else:
@@ -174,14 +179,14 @@ def stores(draw):
     return store_of(*made)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(stores(), st.integers(0, 10_000), st.booleans())
 def test_any_annotation_gives_a_valid_dialogue_or_a_reason(store, seed, spoken) -> None:
     for parity in (False, True):
         made = setting(store, parity)
         for study in STUDIES:
             for rule in RULES.values():
-                if parity and rule.parity is None or rule.unfit(scene(study, made)) is not None:
+                if (parity and rule.parity is None) or rule.unfit(scene(study, made)) is not None:
                     continue
                 try:
                     example = rule.make(scene(study, made, seed, spoken))
@@ -279,7 +284,11 @@ def test_wrong_modality_names_an_expert_of_another_one() -> None:
             answer = RULES["wrong_modality"].make(scene(study, made, seed)).turns[1].text
             assert own in answer
             named |= {card.name for card in CARDS if re.search(rf"\b{card.name}\b", answer)}
-        reads = {"CT image": {"VISTA3D", "ORGANS"}, "MRI image": {"BRATS"}, "chest X-ray": {"CXR", "PNEUMONIA"}}
+        reads = {
+            "CT image": {"VISTA3D", "ORGANS"},
+            "MRI image": {"BRATS"},
+            "chest X-ray": {"CXR", "PNEUMONIA"},
+        }
         assert named == {card.name for card in CARDS} - reads[own]
 
 
@@ -339,8 +348,13 @@ def test_records_that_do_not_fit_say_why() -> None:
 
 def test_words() -> None:
     assert plural("bone lesion") == "bone lesions" and said("vertebrae T12") == "vertebra T12"
-    assert split_row("slices:ct_tumor") == ("slices", RULES["ct_tumor"]) and split_row("films") == ("films", None)
-    with pytest.raises(UserError, match="'slices:tumours' names no rule; use NAME:RULE with one of ct_tumor"):
+    assert split_row("slices:ct_tumor") == ("slices", RULES["ct_tumor"]) and split_row("films") == (
+        "films",
+        None,
+    )
+    with pytest.raises(
+        UserError, match="'slices:tumours' names no rule of dialogues; use NAME:RULE with one of ct_tumor"
+    ):
         split_row("slices:tumours")
 
 
@@ -359,7 +373,8 @@ def world(tmp_path_factory):
     from vilam3_jax.data.experts.record import LabelMap, Segment
 
     parts = [
-        Segment(names[n], n, 500, 50.0, c, (0, 0, 0, 9, 9, 9)) for n, c in (("liver", 1), ("hepatic tumor", 2))
+        Segment(names[n], n, 500, 50.0, c, (0, 0, 0, 9, 9, 9))
+        for n, c in (("liver", 1), ("hepatic tumor", 2))
     ]
     encoded = LabelMap.encode(labels_map, np.eye(4))
     said_of = [
@@ -385,7 +400,7 @@ MIXTURE = (("slices:ct_tumor", 0.5), ("slices:ct_segment", 0.3), ("slices:wrong_
 
 
 def loader(world, mixture=MIXTURE, split="train", **data):
-    cfg = config(world, mixture, annotations=str(world / "said"), experts="on", seq_len=1024, **data)
+    cfg = config(world, mixture, annotations=str(world / "said"), experts="on", seq_len=2048, **data)
     cfg.model.cards, cfg.model.expert_verdicts = "experts", False
     return build(cfg, split)
 
@@ -393,17 +408,17 @@ def loader(world, mixture=MIXTURE, split="train", **data):
 @pytest.mark.filterwarnings("ignore::vilam3_jax.errors.InputWarning")
 def test_batches_are_the_same_again_and_resume_exactly(world) -> None:
     first = loader(world)
-    batches = take(first, 4)
+    batches = take(first, 2)
     assert first.stats.skipped == []
-    assert same(batches, take(loader(world), 4))
+    assert same(batches, take(loader(world), 2))
     resumed = loader(world)
     state = None
-    for _ in zip(range(2), resumed, strict=False):
+    for _ in zip(range(1), resumed, strict=False):
         state = resumed.get_state()
     again = loader(world)
     again.set_state(state)
-    assert same(take(again, 2), batches[2:])
-    other = loader(world, min_lesion=0) if False else loader(world, MIXTURE[:2])
+    assert same(take(again, 1), batches[1:])
+    other = loader(world, MIXTURE[:2])
     with pytest.raises(UserError, match="other data"):
         other.set_state(state)
     for one in (first, resumed, again, other):
@@ -425,20 +440,24 @@ def test_a_record_is_met_differently_in_every_epoch_and_the_same_at_a_position(w
 
 
 def test_left_out_records_are_counted_and_named_before_training(world) -> None:
-    with pytest.warns(InputWarning, match=r"slices:ct_tumor: left out 2 records: no usable annotation of an") as said_of:
+    with pytest.warns(
+        InputWarning, match=r"slices:ct_tumor: left out 2 records: no usable annotation of an"
+    ) as said_of:
         one = loader(world)
     assert len(said_of) == 2  # wrong_modality fits all
     made = one.provenance[0]
     assert made["name"] == "slices:ct_tumor" and made["records"] == 12
     assert list(made["provenance"]["dialogues"]["left_out"].values()) == [2]
     one.close()
-    with pytest.raises(UserError, match=r"slices:mri_grade has no record that its rule fits \(14 records: is of mod"):
+    with pytest.raises(
+        UserError, match=r"slices:mri_grade has no record that its rule fits \(14 records: is of mod"
+    ):
         loader(world, (("slices:mri_grade", 1.0),))
     with pytest.raises(UserError, match="no dataset of the mixture"):
         loader(world, (("slices:mri_grade", 1.0),), "heldout")
-    with pytest.raises(UserError, match="annotations is empty, but data.mixture names rules"):
+    with pytest.raises(UserError, match=r"annotations is empty, but data\.mixture names rules"):
         build(config(world, MIXTURE))
-    with pytest.raises(UserError, match="set model.expert_wording='vila_m3'"):
+    with pytest.raises(UserError, match=r"set model\.expert_wording='vila_m3'"):
         loader(world, MIXTURE, dialogue_parity=True)
 
 
@@ -447,19 +466,19 @@ def test_the_mixture_keeps_its_weights(world) -> None:
     """Over any run of positions the counts are off by less than one, as grain mixes."""
     sources = stream.open_sources(world, MIXTURE, "train", setting(_store(world)), 0)
     order = stream.SampleStream(sources, 0, endless=True)
-    counts = collections.Counter(order.address(position)[0] for position in range(1000))
+    counts = collections.Counter(order.address(position)[0] for position in range(200))
     for number, (_, weight) in enumerate(MIXTURE):
-        assert math.isclose(counts[number], 1000 * weight, abs_tol=1)
+        assert math.isclose(counts[number], 200 * weight, abs_tol=1)
     assert [type(source) for source in order.sources] == [DialogueSource] * 3
 
 
 @pytest.mark.filterwarnings("ignore::vilam3_jax.errors.InputWarning")
 @pytest.mark.parametrize("mode", ["off", "falsified", "mixed"])
 def test_modes(world, mode) -> None:
-    cfg = config(world, MIXTURE, annotations=str(world / "said"), experts=mode, seq_len=1024)
+    cfg = config(world, MIXTURE, annotations=str(world / "said"), experts=mode, seq_len=2048)
     cfg.model.cards = "experts"
     one = build(cfg)
-    take(one, 3)
+    take(one, 2)
     assert one.stats.skipped == [] and one.stats.samples > 0
     one.close()
     heldout = build(cfg, "heldout")
@@ -467,8 +486,37 @@ def test_modes(world, mode) -> None:
     heldout.close()
 
 
+def test_show_prints_a_dialogue_and_says_what_is_wrong(world, capsys) -> None:
+    common = ["--data", str(world / "slices"), "--annotations", str(world / "said"), "--cards", "experts"]
+    ruled = [*common, "--dataset", "slices:ct_tumor", "--size", "16", "--index", "8"]
+    assert show([*ruled, "--experts", "on"]) == 0
+    first = capsys.readouterr().out
+    assert "Let me trigger <VISTA3D(hepatic tumor)>." in first and "<image 2>" in first and "> Yes" in first
+    assert show([*ruled, "--experts", "on", "--position", "1"]) == 0
+    assert capsys.readouterr().out != first
+    assert show(ruled) == 0
+    assert "trigger" not in capsys.readouterr().out
+    assert show([*ruled, "--experts", "on", "--parity"]) == 0
+    assert "> yes\n" in capsys.readouterr().out
+    for arguments, reason in (
+        (
+            [*ruled[:-1], "13"],
+            "example slice13: rule ct_tumor: no usable annotation of an expert for lesions",
+        ),
+        (
+            [*common, "--dataset", "slices:no_expert", "--parity"],
+            "the reference has no dialogues of the rule",
+        ),
+        ([*common, "--dataset", "slices:none"], "names no rule of dialogues"),
+        ([*common[:2], "--dataset", "slices:ct_what"], "give the folder of annotations"),
+        (common, "holds images only; name a rule"),
+    ):
+        assert show(arguments) == 2
+        assert reason in capsys.readouterr().err
+
+
 def test_a_study_without_a_rule_is_named(world) -> None:
-    with pytest.raises(UserError, match="holds images only; name a rule in data.mixture"):
+    with pytest.raises(UserError, match=r"holds images only; name a rule in data\.mixture"):
         take(build(config(world, (("slices", 1.0),))), 1)
 
 

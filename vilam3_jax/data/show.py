@@ -14,8 +14,13 @@ import numpy as np
 
 from vilam3_jax import paths
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ExpertRequest
-from vilam3_jax.data.experts.cards import load_cards
+from vilam3_jax.data.experts.cards import Card, load_cards
+from vilam3_jax.data.experts.dialogues.rules import RULES, split_row
+from vilam3_jax.data.experts.dialogues.scene import Setting
+from vilam3_jax.data.experts.dialogues.source import DialogueSource, dialogue_of, under_rule
+from vilam3_jax.data.experts.exchange import Style
 from vilam3_jax.data.experts.store import AnnotationStore
+from vilam3_jax.data.experts.wording import wording_named
 from vilam3_jax.data.images import encode_png
 from vilam3_jax.data.records import INFO_NAME, ExampleSource
 from vilam3_jax.data.render import ImageReader, Rendered, Renderer
@@ -100,7 +105,23 @@ def _open(data: str, dataset: str | None, split: str) -> ExampleSource:
         if len(found) > 1:
             raise UserError(f"{data}: holds {', '.join(found)}; choose one with --dataset")
         dataset = found[0] if found else None
+    if dataset and (root / INFO_NAME).exists() and not (root / dataset).exists():
+        dataset = None  # the folder is the data set itself
     return ExampleSource(root / dataset if dataset else root, split)
+
+
+def _under_rule(
+    source: ExampleSource, args: Any, cards: Sequence[Card], store: AnnotationStore | None, style: Style
+) -> ExampleSource | DialogueSource:
+    """The data set, under the rule that --dataset names."""
+    rule = split_row(args.dataset or "")[1]
+    if rule is None:
+        return source
+    if store is None:
+        raise UserError(f"--dataset {args.dataset}: give the folder of annotations with --annotations")
+    if args.parity and rule.parity is None:
+        raise UserError(f"--parity: the reference has no dialogues of the rule {rule.name}; leave it out")
+    return under_rule(source, rule, Setting.of(cards, store, style=style, parity=args.parity), args.seed)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,13 +129,19 @@ def _parser() -> argparse.ArgumentParser:
         prog="vilam3 data show", description="Show one example of a dataset as the model meets it."
     )
     parser.add_argument("--data", required=True, help="folder that `vilam3 prepare` wrote")
-    parser.add_argument("--dataset", help="which dataset, where the folder holds several")
+    parser.add_argument(
+        "--dataset",
+        help="which dataset, where the folder holds several; NAME:RULE for a dialogue by one of the rules "
+        + ", ".join(RULES),
+    )
     parser.add_argument("--split", default="train", help="split to read (default: train)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--index", type=int, default=0, help="number of the example (default: 0)")
     which.add_argument("--id", help="id of the example")
     parser.add_argument(
-        "--annotations", default="", help="what the experts said, for --experts on or falsified"
+        "--annotations",
+        default="",
+        help="what the experts said, for --experts on or falsified, and for a rule",
     )
     parser.add_argument(
         "--experts",
@@ -123,6 +150,15 @@ def _parser() -> argparse.ArgumentParser:
         help="with experts or without (default: off)",
     )
     parser.add_argument("--cards", default="quickstart", help="card list: quickstart, vila_m3 or a file")
+    parser.add_argument(
+        "--position",
+        type=int,
+        default=0,
+        help="place in training: another place, another dialogue (default: 0)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the run (default: 0)")
+    parser.add_argument("--verdicts", action="store_true", help="tell what the checks of results doubt")
+    parser.add_argument("--parity", action="store_true", help="in the words of VILA-M3's training data")
     parser.add_argument("--size", type=int, default=384, help="side of the images in pixels (default: 384)")
     parser.add_argument(
         "--out", help="FILE.html: the whole example as a page; FILE.png: its images side by side"
@@ -140,28 +176,30 @@ def show(args: Any) -> str:
         raise UserError(f"--out {args.out}: must end in .html or .png")
     if args.size < 1:
         raise UserError(f"--size {args.size}: must be positive")
-    source = _open(args.data, args.dataset, args.split)
+    stored = _open(args.data, args.dataset and split_row(args.dataset)[0], args.split)
+    store = _store(args)
+    cards = load_cards(args.cards)
+    style = Style(wording_named("vila_m3" if args.parity else "plain"), args.verdicts)
+    source = _under_rule(stored, args, cards, store, style)
     index = args.index if args.id is None else source.find(args.id)
     if not 0 <= index < len(source):
         raise UserError(f"--index {index}: {args.data} has {len(source)} examples in split {args.split}")
-    store = None
-    if args.experts != "off":
-        if not args.annotations:
-            raise UserError(f"--experts {args.experts}: give the folder of annotations with --annotations")
-        store = AnnotationStore(args.annotations)
     renderer = Renderer(
         image_reader=ImageReader(args.size),
         experts=args.experts,
-        cards=load_cards(args.cards),
+        cards=cards,
         annotations=store,
+        style=style,
+        seed=args.seed,
     )
-    example = source[index].validate()
+    example = source[index]
     try:
+        example = dialogue_of(source, index, args.position, args.experts != "off")
         rendered = renderer.render(example, source.data_root)
     except UserError as error:
         raise UserError(f"example {example.id}: {error}") from error
     text = to_text(example, rendered)
-    if store is not None and example.expert_requests and not rendered.experts:
+    if args.experts != "off" and example.expert_requests and not rendered.experts:
         text += "\n(no annotation for this example: shown without expert)\n"
     if args.out and args.out.endswith(".html"):
         paths.write_text_atomic(args.out, to_html(example, rendered))
@@ -170,6 +208,12 @@ def show(args: Any) -> str:
             raise UserError(f"--out {args.out}: example {example.id} has no images; use .html")
         paths.write_bytes_atomic(args.out, encode_png(contact_sheet(rendered.images)))
     return text + (f"\nwritten: {args.out}\n" if args.out else "")
+
+
+def _store(args: Any) -> AnnotationStore | None:
+    if args.experts != "off" and not args.annotations:
+        raise UserError(f"--experts {args.experts}: give the folder of annotations with --annotations")
+    return AnnotationStore(args.annotations) if args.annotations else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -88,7 +88,9 @@ def what(scene: Scene, finding: Finding, rule: str = "ct_what") -> Example:
         kind = "answers" if found else "empty"
     else:
         kind = "alone" if found else "alone_empty"
-        words["names"] = joined([f"the {said(one.name)}" for one in by_size(finding)[:MOST_NAMES]]) if found else ""
+        words["names"] = (
+            joined([f"the {said(one.name)}" for one in by_size(finding)[:MOST_NAMES]]) if found else ""
+        )
     draft = Draft(scene).exchange(
         scene.pick("what", "questions"), scene.pick("what", kind, **words), [finding]
     )

@@ -82,7 +82,9 @@ def brain_segment(scene: Scene, finding: Finding) -> Example:
     """The call stands in a sentence that says it is done."""
     question = "Segment any tumors in the image"
     call = f"I segmented any brain tumors using <{finding.card.name}({finding.args})>."
-    draft = Draft(scene).verbatim(scene.shown + question, "All tumors were segmented", [finding], question, call)
+    draft = Draft(scene).verbatim(
+        scene.shown + question, "All tumors were segmented", [finding], question, call
+    )
     return draft.example("mri_segment")
 
 

@@ -92,7 +92,7 @@ RULES = {rule.name: rule for rule in _RULES}
 
 
 def split_row(name: str) -> tuple[str, Rule | None]:
-    """The data set and the rule of a mixture row's name, `NAME` or `NAME:RULE`.
+    """The data set and the rule of `NAME` or `NAME:RULE`, the name in a mixture's row.
 
     Raises:
       UserError: there is no such rule.
@@ -101,7 +101,5 @@ def split_row(name: str) -> tuple[str, Rule | None]:
     if not colon:
         return name, None
     if rule not in RULES:
-        raise UserError(
-            f"config data.mixture: {name!r} names no rule; use NAME:RULE with one of {', '.join(RULES)}"
-        )
+        raise UserError(f"{name!r} names no rule of dialogues; use NAME:RULE with one of {', '.join(RULES)}")
     return dataset, RULES[rule]

@@ -143,6 +143,11 @@ def under_rules(
     ]
 
 
+def under_rule(source: ExampleSource, rule: Rule, setting: Setting, seed: int) -> DialogueSource:
+    """All records under a rule, whether it fits them or not, numbered as they are stored."""
+    return DialogueSource(source, rule, setting, seed, np.arange(len(source)), {})
+
+
 def why_left_out(source: DialogueSource) -> str:
     """The reasons in a sentence, the most frequent first; '' if every record fits."""
     reasons = list(source.left_out.items())

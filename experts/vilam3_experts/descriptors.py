@@ -259,7 +259,17 @@ BRATS = Descriptor(
     needs_folder=True,
     sources=sources.BRATS,
 )
-BUILT_IN = (BRATS, ORGANS, BRAINSEG, BRAINTUMOR, PNEUMONIA, CXR, VISTA2D, TOTALSEGMENTATOR)
+VISTA3D = Descriptor(
+    card=_VILA_M3["VISTA3D"],
+    version="vista3d-1",
+    input="volume",
+    kind="segmentation",
+    factory="vilam3_experts.vista3d.expert:Vista3d",
+    sample_kind="ct",
+    needs_folder=True,
+    sources=sources.VISTA3D,
+)
+BUILT_IN = (VISTA3D, BRATS, ORGANS, BRAINSEG, BRAINTUMOR, PNEUMONIA, CXR, VISTA2D, TOTALSEGMENTATOR)
 
 
 def registry() -> dict[str, Descriptor]:

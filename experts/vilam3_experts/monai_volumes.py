@@ -20,7 +20,7 @@ from monai.networks.utils import to_norm_affine
 
 from vilam3_jax.data.volumes import Volume
 
-_SLAB_POINTS = 1 << 20  # one slab's float64 coordinates take 24 MB
+_SLAB_POINTS = 1 << 17  # a slab's float64 coordinates take 3 MB, its neighbours and weights 20 more
 
 
 def _to_stored(volume: Volume) -> np.ndarray:

@@ -136,19 +136,21 @@ def read_bundle(folder: paths.PathLike) -> Bundle:
         raise UserError(f"{folder}: no such folder; give a vista3d bundle or VISTA3D-HF")
     labels, version = read_labels(folder)
     config = _Config(folder)
-    windows = config.windows(version)
+    told = {
+        "subclasses": config.subclasses(),
+        "steps": config.steps(),
+        "windows": config.windows(version),
+        "amp": config.amp(),
+    }
     _check_hf_config(folder)
-    network, digest = read_weights(folder)
+    network, digest = read_weights(folder)  # last, because it is gigabytes
     return Bundle(
         name=folder.name,
         version=version,
         labels=labels,
-        subclasses=config.subclasses(),
-        steps=config.steps(),
-        windows=windows,
-        amp=config.amp(),
         network=network,
         weights_sha256=digest,
+        **told,
     )
 
 
@@ -208,7 +210,7 @@ def _label_table(content: dict[str, Any], path: epath.Path) -> dict[int, str] | 
         raise UserError(f"{path}: a label name is longer than 100 characters; correct it")
     if max(labels, default=0) > _MAX_LABEL:
         raise UserError(
-            f"{path}: label ids up to {max(labels)}; this is not the CT model of {_MAX_LABEL} labels, use vista3d"
+            f"{path}: label ids up to {max(labels)}, VISTA3D for CT has {_MAX_LABEL}; use a vista3d bundle"
         )
     return labels
 
@@ -408,8 +410,8 @@ def read_weights(folder: epath.Path) -> tuple[VISTA3D, str]:
     wrong += [key for key in expected if key not in wrong and not state[key].is_floating_point()]
     if wrong:
         raise UserError(
-            f"{path}: {len(wrong)} tensors are not those of VISTA3D's {len(expected)} in name, shape or type, "
-            f"first {wrong[0][:100]!r}; use the weights of a vista3d bundle for MONAI 1.4 or newer"
+            f"{path}: {len(wrong)} tensors are not the {len(expected)} of VISTA3D in name, shape or type, "
+            f"such as {wrong[0][:100]!r}; use the weights of a vista3d bundle for MONAI 1.4 or newer"
         )
     whole = {
         key: value.to(torch.float32, memory_format=torch.contiguous_format) for key, value in state.items()

@@ -1,10 +1,10 @@
 """Sliding windows for many prompts: MONAI's result, without the logits of a whole volume.
 
 MONAI's `sliding_window_inference` keeps the weighted sum of the logits of every prompt for every voxel: 117
-prompts of a 270 x 270 x 200 volume are 7 GB. Only their maximum is wanted, and a voxel's maximum is known once
-the last window that covers it has run. So the volume is cut into cells, the boxes between the borders of all
-windows; the sums of a cell are kept, in memory or in a scratch file, from its first window to its last, and
-then become one label.
+prompts of a 270 x 270 x 200 volume are 7 GB. Only their maximum is wanted, and a voxel's maximum is known
+once the last window that covers it has run. So the volume is cut into cells, the boxes between the borders of
+all windows; the sums of a cell are kept, in memory or in a scratch file, from its first window to its last,
+and then become one label.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class FileSums:
             self._offsets[cell] = (offset, voxels)
         offset, _ = self._offsets[cell]
         self._file.seek(offset + 4 * voxels * first)
-        data = memoryview(values.contiguous().cpu().numpy()).cast("B")
+        data = values.contiguous().cpu().numpy().data.cast("B")
         if self._file.write(data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -208,7 +208,7 @@ class FileSums:
         offset, voxels = self._offsets[cell]
         values = np.empty(tuple(like.shape), np.float32)
         self._file.seek(offset + 4 * voxels * first)
-        if self._file.readinto(memoryview(values).cast("B")) != values.nbytes:
+        if self._file.readinto(values.data.cast("B")) != values.nbytes:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return torch.from_numpy(values).to(like.device)
 
@@ -306,22 +306,23 @@ class _Best:
             self._cells.append(state)
 
     def add(self, first: int, logits: torch.Tensor) -> None:
-        """Takes weighted logits [P, x, y, z] of the prompts from position `first` on."""
+        """Takes weighted logits, float32 [P, x, y, z], of the prompts from `first` on; overwrites them."""
         for state in self._cells:
             part = logits[(slice(None), *state.local)]
             if not state.is_first:
-                part = part + self._sums.load(state.cell, first, part)
+                part += self._sums.load(state.cell, first, part)
             if state.count is None:
                 self._sums.save(state.cell, first, part)
                 continue
-            largest, position = (part / state.count).max(0)
+            part /= state.count
+            largest, position = part.max(0)
             if bool(largest.isnan().any()):
                 raise ExpertFailure(
                     "the network gave values that are no numbers; check its weights, or run without a GPU"
                 )
             better = largest > state.value  # strictly: of equals MONAI takes the first
-            state.value[better] = largest[better]
-            state.label[better] = (position[better] + (first + 1)).to(torch.uint8)
+            torch.maximum(state.value, largest, out=state.value)
+            state.label = torch.where(better, (position + (first + 1)).to(torch.uint8), state.label)
 
     def finish(self, labels: torch.Tensor) -> None:
         """Writes the cells that are complete into uint8 [X, Y, Z]."""

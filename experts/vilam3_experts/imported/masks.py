@@ -382,7 +382,10 @@ def place(
         placed = _pasted(labels, offset, scan.voxels.shape)
         note = "covers a part of the scan's grid; the rest is background"
     elif resample:
-        placed = ndimage.affine_transform(labels, to_mask, output_shape=scan.voxels.shape, order=0)
+        # Nearest neighbour reaches half a voxel beyond the centres at the border.
+        placed = ndimage.affine_transform(
+            labels, to_mask, output_shape=scan.voxels.shape, order=0, mode="grid-constant"
+        )
         note = "lay on another grid and was resampled to that of the scan, nearest neighbour"
     elif is_same_shape:
         distance = grid_distance(affine, scan)

@@ -208,8 +208,9 @@ class _Finder:
                 self._by_series[scan.series.uid].append(scan)
             name = scan.name.rpartition("/")[0] if scan.series is not None else scan.name
             folder, _, last = name.rpartition("/")
-            if stem := case_of(last):
-                self._by_place[f"{folder}/{stem}"].append(scan)
+            stem = case_of(last)
+            self._by_place[f"{folder}/{stem}"].append(scan)
+            if stem:
                 self._by_stem[stem].append(scan)
             self._by_folder[scan.path if scan.series is not None else scan.path.parent].append(scan)
 
@@ -228,12 +229,12 @@ class _Finder:
                 raise UserError(_ambiguous(found))
         folder, _, last = mask.name.rpartition("/")
         stem = case_of(last)
-        if not stem and mask.kind == "organs":  # case7/segmentations
-            folder, _, last = folder.rpartition("/")
-            stem = case_of(last)
+        same_place = f"{folder}/{stem}" if folder or stem else ""
+        if not stem:  # case7/segmentation.nii.gz
+            stem = case_of(folder.rpartition("/")[2])
         place = mask.files[0].parent
         for found in (
-            self._by_place.get(f"{folder}/{stem}", []) if stem else [],
+            self._by_place.get(same_place, []),
             self._by_stem.get(stem, []) if stem else [],
             self._by_folder.get(place, []) or self._by_folder.get(place.parent, []),
         ):

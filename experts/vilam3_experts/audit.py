@@ -31,6 +31,7 @@ import dataclasses
 import datetime
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -55,6 +56,7 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 _SYNC_SECONDS = 1.0
 _REMOTE_SECONDS = 10.0
 _MAX_LINE = 4 << 20  # an opening line lists all chains
+_MAX_OBJECT = 1 << 30
 _MAX_HEAD = 4096
 _MAX_ARGS = 1000
 
@@ -469,8 +471,11 @@ def heads(manifest: paths.PathLike) -> dict[str, Head]:
 def _lines(segments: list[tuple[int, epath.Path]]) -> Iterator[bytes]:
     """Lines with their ends; the last one of a file may lack it."""
     for _, path in segments:
+        if "://" in str(path):
+            yield from io.BytesIO(paths.read_bytes(path, _MAX_OBJECT))
+            continue
         try:
-            with path.open("rb") as file:
+            with open(path, "rb") as file:
                 while line := file.readline(_MAX_LINE):
                     yield line
         except OSError as error:

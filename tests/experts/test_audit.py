@@ -134,6 +134,7 @@ def test_problems_are_named(finished, tmp_path):
     assert changed(lambda lines: lines.__setitem__(2, lines[2].replace(b"CXR", b"CTX"))) == [
         (3, "was changed")
     ]
+    assert changed(lambda lines: lines.__setitem__(2, lines[2].replace(b",", b", "))) == [(3, "was changed")]
     assert changed(lambda lines: lines.pop()) == [(0, "ends too early: 1 of 7 lines are missing")]
     found = changed(lambda lines: lines.insert(2, lines.pop(4)))
     assert (4, "was moved here, or inserted") in found
@@ -265,6 +266,21 @@ def test_a_log_in_a_bucket(bucket, monkeypatch):
     assert report.ok and (report.chains, report.calls, len(files)) == (2, 6, 10)
     files[1].unlink()  # the first call
     assert texts(verify(folder)) == ["lines before it were removed: 1"]
+
+
+@pytest.mark.slow
+def test_a_log_behind_the_protocol_of_cloud_storage():
+    from tests.training.bucket_server import serve
+
+    with serve("bucket"):
+        folder = "gs://bucket/audit"
+        for _ in range(2):
+            write(folder, range(3))
+        report = verify(folder)
+        assert report.ok and (report.chains, report.calls) == (2, 6)
+        gone = audit._segments(as_path(folder)).popitem()[1][0][1]
+        gone.unlink()
+        assert not verify(folder).ok
 
 
 def test_replay_tells_same_other_and_missing_answers(tmp_path):

@@ -85,3 +85,36 @@ need_bucket() {
       fail "--$place=$value: must be gs://BUCKET/FOLDER; the machines see nothing else of yours"
   done
 }
+
+# seconds LIMIT: of Slurm's MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS[:MINUTES[:SECONDS]].
+seconds() {
+  local days=0 clock=$1 parts
+  [[ $clock != *-* ]] || days=${clock%%-*} clock=${clock#*-}
+  IFS=: read -ra parts <<<"$clock"
+  if [[ $1 == *-* || ${#parts[@]} = 3 ]]; then
+    clock=$((10#${parts[0]} * 3600 + 10#${parts[1]:-0} * 60 + 10#${parts[2]:-0}))
+  else
+    clock=$((10#${parts[0]} * 60 + 10#${parts[1]:-0}))
+  fi
+  printf '%s' $((10#$days * 86400 + clock))
+}
+
+# need_shared KEY VALUE: a path that means the same on every node.
+need_shared() {
+  [[ $2 == /* || $2 == gs://?* ]] ||
+    fail "$1=$2: must be an absolute path on a disk that all nodes share, or gs://BUCKET/FOLDER"
+  [[ $2 != /tmp/* ]] || fail "$1=$2: every node has a /tmp of its own; use a shared disk or gs://BUCKET/FOLDER"
+}
+
+# need_limit LIMIT STOP_SECONDS: a time limit as Slurm has it, with time left to stop.
+need_limit() {
+  [[ $1 =~ ^([0-9]+-)?[0-9]+(:[0-5][0-9]){0,2}$ ]] ||
+    fail "--time=$1: needs a time limit as Slurm has it, such as 12:00:00 or 2-00:00:00"
+  [ "$(seconds "$1")" = 0 ] || [ "$(seconds "$1")" -gt "$2" ] || # 0: no limit
+    fail "--time=$1: must be longer than the $2 seconds of --stop-seconds, which are for the end"
+}
+
+# need_name OPTION VALUE: a name as Slurm has it, or nothing.
+need_name() {
+  [[ $2 =~ ^[A-Za-z0-9_.,-]*$ ]] || fail "--${1/_/-}=$2: has characters that Slurm's names have not"
+}

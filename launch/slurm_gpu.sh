@@ -71,26 +71,6 @@ parse() {
   done
 }
 
-# seconds LIMIT: of Slurm's MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS[:MINUTES[:SECONDS]].
-seconds() {
-  local days=0 clock=$1 parts
-  [[ $clock != *-* ]] || days=${clock%%-*} clock=${clock#*-}
-  IFS=: read -ra parts <<<"$clock"
-  if [[ $1 == *-* || ${#parts[@]} = 3 ]]; then
-    clock=$((10#${parts[0]} * 3600 + 10#${parts[1]:-0} * 60 + 10#${parts[2]:-0}))
-  else
-    clock=$((10#${parts[0]} * 60 + 10#${parts[1]:-0}))
-  fi
-  printf '%s' $((10#$days * 86400 + clock))
-}
-
-# need_shared KEY VALUE: a path that means the same on every node.
-need_shared() {
-  [[ $2 == /* || $2 == gs://?* ]] ||
-    fail "$1=$2: must be an absolute path on a disk that all nodes share, or gs://BUCKET/FOLDER"
-  [[ $2 != /tmp/* ]] || fail "$1=$2: every node has a /tmp of its own; use a shared disk or gs://BUCKET/FOLDER"
-}
-
 check() {
   local place value setting option
   need_number --nodes "$nodes"
@@ -98,16 +78,13 @@ check() {
   need_number --cpus-per-process "$cpus"
   need_number --stop-seconds "$stop_seconds"
   [[ $retries =~ ^[0-9]+$ ]] || fail "--retries=$retries: must be a whole number"
-  [[ $limit =~ ^([0-9]+-)?[0-9]+(:[0-5][0-9]){0,2}$ ]] ||
-    fail "--time=$limit: needs a time limit as Slurm has it, such as 12:00:00 or 2-00:00:00"
-  [ "$(seconds "$limit")" = 0 ] || [ "$(seconds "$limit")" -gt "$stop_seconds" ] || # 0: no limit
-    fail "--time=$limit: must be longer than the $stop_seconds seconds of --stop-seconds, which are for the save"
+  need_limit "$limit" "$stop_seconds"
   case $processes in
     gpu | node) ;;
     *) fail "--processes=$processes: must be gpu or node" ;;
   esac
   for option in partition account qos job_name; do
-    [[ ${!option} =~ ^[A-Za-z0-9_.,-]*$ ]] || fail "--${option/_/-}=${!option}: has characters that Slurm's names have not"
+    need_name "$option" "${!option}"
   done
   [ -n "$job_name" ] || fail "--job-name= is empty; leave it out or give a name"
   need_config "${train[@]}"

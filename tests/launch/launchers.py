@@ -30,6 +30,7 @@ def basics():
         "env",
         "grep",
         "mktemp",
+        "od",
         "printf",
         "rm",
         "sed",
@@ -37,6 +38,7 @@ def basics():
         "seq",
         "sh",
         "sleep",
+        "tr",
     ):
         (folder / name).symlink_to(shutil.which(name))
     return folder

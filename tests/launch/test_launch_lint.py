@@ -41,6 +41,14 @@ def test_batch_job_is_clean(processes):
     lint("shellcheck", "-", text="\n".join(done.stdout.splitlines()[1:-1]) + "\n")
 
 
+def test_batch_job_of_ray_is_clean():
+    done = launch(
+        "slurm_ray.sh", "--nodes=2", "--gpus-per-node=4", "--time=1:00:00", "--env=A=b c", "--dry-run", "--",
+        "--expert=CXR", "--data=/shared/a", "--out=/shared/b",
+    )  # fmt: skip
+    lint("shellcheck", "-", text="\n".join(done.stdout.splitlines()[1:-1]) + "\n")
+
+
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda path: path.name)
 def test_hadolint(file):
     lint("hadolint", str(file))
@@ -106,7 +114,7 @@ def test_pins_of_images_cover_the_extras():
     assert {"libtpu", "gcsfs", "nvidia-cudnn-cu12", "nvidia-nccl-cu12"} <= set(pins)
 
 
-@pytest.mark.parametrize("script", ["tpu_vm.sh", "slurm_gpu.sh", "gke.py"])
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "slurm_gpu.sh", "slurm_ray.sh", "gke.py"])
 def test_help_explains(script):
     done = launch(script, "--help")
     assert done.returncode == 0

@@ -58,13 +58,19 @@ def run_ray(work: Work, items: Iterable[Item], engine: Engine) -> Generator[Outc
 
 
 def _connect(address: str | None) -> None:
-    try:
-        ray.init(address=address, log_to_driver=True, configure_logging=False, include_dashboard=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        told = str(error).splitlines()[0]
-        raise UnavailableError(
-            f"--address {address}: no Ray cluster answers ({told}); start it, then start again"
-        ) from error
+    """Joins a cluster, which may have been started at this moment; or starts one on this machine."""
+    deadline = time.monotonic() + (0 if address is None else _WAIT_SECONDS)
+    while True:
+        try:
+            ray.init(address=address, configure_logging=False, include_dashboard=None if address else False)
+            return
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            if time.monotonic() > deadline:
+                told = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UnavailableError(
+                    f"--address {address}: no Ray cluster answers ({told}); start it, then start again"
+                ) from error
+        time.sleep(2)
 
 
 def _run(work: Work, items: Iterable[Item], engine: Engine) -> Iterator[Outcome]:

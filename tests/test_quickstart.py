@@ -131,9 +131,9 @@ def test_the_plan_is_whole(tmp_path, monkeypatch, size):
 
 def test_annotations_of_another_decoder_are_removed(tmp_path, monkeypatch):
     store = tmp_path / "annotations"
-    step = quickstart.Step("annotate_cxr", ("-m", "x"), store, resumable=True)
+    step = quickstart.Step("annotate_pneumonia", ("-m", "x"), store, resumable=True)
     with AnnotationWriter(store) as writer:
-        writer.write(Annotation("a" * 64, "CXR", probabilities={"pneumonia": 0.5}))
+        writer.write(Annotation("a" * 64, "PNEUMONIA", probabilities={"pneumonia": 0.5}))
     quickstart._remove(step)
     assert len(AnnotationStore(store)) == 1  # several experts share it
     monkeypatch.setattr("vilam3_jax.data.experts.store.DECODER_VERSION", 0)

@@ -34,7 +34,7 @@ def ct_facts(rng: random.Random, group: str = "g") -> Facts:
         volumes_ml={n: rng.uniform(3, 2500) for n, visible in organs.items() if visible},
         organ_source="TotalSegmentator reference map",
         organ_oracle=True,
-        expert="VISTA3D",
+        expert="ORGANS",
         expert_args="organs",
     )
 
@@ -75,7 +75,7 @@ def test_every_answer_is_true_and_one_of_the_options(seed, training, limit):
             if q.type != "which_organs":
                 assert q.answer in q.options
             expert = q.type.startswith(("organ", "which"))
-            assert (q.expert == "VISTA3D") == expert == q.oracle
+            assert (q.expert == "ORGANS") == expert == q.oracle
         # Questions an expert can answer stand together, before or after the general ones.
         helped = [i for i, q in enumerate(asked) if q.expert]
         assert helped == ([] if not helped else list(range(helped[0], helped[-1] + 1)))

@@ -98,7 +98,7 @@ def test_organ_answers_equal_the_label_map(build, phantoms):
                 count = int((plane == ids[name]).sum())
                 assert count == 0 or count >= 20
                 assert q["answer"] == ("yes" if count else "no")
-                assert q["oracle"] and q["expert"] == "VISTA3D" and q["args"] == "organs"
+                assert q["oracle"] and q["expert"] == "ORGANS" and q["args"] == "organs"
                 answers[split, q["answer"]] += 1
             if q["type"] == "organ_volume_range":
                 (name,) = [n for n in ids if re.search(rf"the {n} in", q["question"])]

@@ -22,7 +22,7 @@ def item(name="e/q0", **changes):
     values = {
         "id": name, "image": ImageRef(path="scan.nii", axis=2, index=7), "input_key": "k", "modality": "CT",
         "question": "Is the liver visible?", "answer": "yes", "question_type": "organ_present",
-        "label_source": "map", "options": ("yes", "no"), "expert": "VISTA3D", "args": "organs",
+        "label_source": "map", "options": ("yes", "no"), "expert": "ORGANS", "args": "organs",
         "oracle": True, "cluster": "p1",
     }  # fmt: skip
     return protocols.Item(**(values | changes))
@@ -94,12 +94,12 @@ def test_batches_hold_like_with_like():
 
 
 def test_a_row_tells_what_was_said_and_who_was_called():
-    annotation = Annotation("k", "VISTA3D", "organs", version="1+falsified.3")
-    transcript = spoken("No.", ("VISTA3D", "organs"), annotation)
+    annotation = Annotation("k", "ORGANS", "organs", version="1+falsified.3")
+    transcript = spoken("No.", ("ORGANS", "organs"), annotation)
     row = arms.row_of(QUICKSTART, arms.ARMS["stage4_falsified"], item(), transcript, falsify_seed=3)
     assert row["output"] == "No." and row["parsed"] == "no" and row["gold"] == "yes"
     assert not row["correct"] and not row["unparsed"]
-    assert row["trigger"] == "Let me trigger <VISTA3D(organs)>." and row["expert_called"] == "VISTA3D"
+    assert row["trigger"] == "Let me trigger <ORGANS(organs)>." and row["expert_called"] == "ORGANS"
     assert row["expert_right"] is True and row["expert_text"] == "EXPERT" and row["expert_status"] == "ok"
     assert row["falsify_seed"] == 3 and row["expert_version"].endswith("falsified.3")
     wrong = arms.row_of(QUICKSTART, arms.ARMS["stage4_experts"], item(), spoken("The liver"), falsify_seed=3)

@@ -82,7 +82,7 @@ def test_experts_on_shows_cards_and_limit_is_kept(export, world, tmp_path):
     assert run(*arguments, f"--out={tmp_path / 'falsified'}") == 0
     rows = rows_of(tmp_path / "falsified")
     assert sorted(row["question_type"] for row in rows) == ["modality", "organ_present", "pneumonia"]
-    assert all("<VISTA3D(args)>" in row["prompt"] and row["falsify_seed"] == 5 for row in rows)
+    assert all("<ORGANS(args)>" in row["prompt"] and row["falsify_seed"] == 5 for row in rows)
     assert {row["arm"] for row in rows} == {"experts_falsified_images_true"}
 
 

@@ -24,7 +24,7 @@ def qa(question="Is the liver visible?", answer="yes", **changes):
         "type": "organ_present",
         "label_source": "mask",
         "options": ["yes", "no"],
-        "expert": "VISTA3D",
+        "expert": "ORGANS",
         "args": "organs",
         "oracle": True,
         **changes,
@@ -86,7 +86,7 @@ def test_items_are_the_questions_of_the_split():
     ]
     items = protocols.items_of(data, QUICKSTART)
     assert [item.id for item in items] == ["a/q0", "a/q1"]
-    assert items[0].oracle and items[0].expert == "VISTA3D" and items[0].args == "organs"
+    assert items[0].oracle and items[0].expert == "ORGANS" and items[0].args == "organs"
     assert items[1].expert is None and items[1].options == ("CT", "MRI")
     only = dataclasses.replace(QUICKSTART, question_types=("modality",))
     assert [item.id for item in protocols.items_of(data, only)] == ["a/q1"]

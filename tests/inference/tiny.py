@@ -77,7 +77,7 @@ class World:
 
     Attributes:
       data: folder of the data sets `instruct` and `pairs`.
-      annotations: store with one record of ORGANS for `volume`, and of CXR for `film`.
+      annotations: store with one record of ORGANS for `volume`, and of PNEUMONIA for `film`.
       volume: a NIfTI file of 24 x 20 x 16 voxels in HU.
       film: a PNG file.
     """

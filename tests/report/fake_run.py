@@ -47,7 +47,7 @@ def organ_annotation(volume, labels):
         if i
     ]
     label_map = LabelMap.encode(labels, volume.affine)
-    return Annotation(volume.content_key, "VISTA3D", "organs", segments=tuple(segments), labels=label_map)
+    return Annotation(volume.content_key, "ORGANS", "organs", segments=tuple(segments), labels=label_map)
 
 
 def question(text, answer, kind, source, expert=None, args="", oracle=False):
@@ -88,7 +88,7 @@ def make_data(folder, films=12, licence="CC-BY-4.0"):
             qa += [
                 question(
                     f"Is the {organ} visible?", "yes" if i in shown else "no", "organ_present",
-                    "TotalSegmentator reference map", "VISTA3D", "organs", True,
+                    "TotalSegmentator reference map", "ORGANS", "organs", True,
                 )
                 for i, organ in ORGANS.items()
             ]  # fmt: skip
@@ -101,11 +101,11 @@ def make_data(folder, films=12, licence="CC-BY-4.0"):
         key = image_key(picture)
         sick = number % 2 == 0
         chances = {"normal": 0.1 + 0.8 * (not sick), "pneumonia": 0.9 - 0.8 * (not sick)}
-        notes[key] = Annotation(key, "CXR", "", probabilities=chances)
+        notes[key] = Annotation(key, "PNEUMONIA", "", probabilities=chances)
         qa = [
             question("Which modality is this?", "chest X-ray", "modality", "image header"),
             question(
-                "Is there pneumonia?", "yes" if sick else "no", "pneumonia", "class name of the film", "CXR"
+                "Is there pneumonia?", "yes" if sick else "no", "pneumonia", "class name of the film", "PNEUMONIA"
             ),
         ]
         ref = ImageRef(data=encode_png(picture))
@@ -142,7 +142,7 @@ def make_row(arm, one, position, qa, note):
     row |= {"expert_text": None, "falsify_seed": 7 if arm == "stage4_falsified" else None}
     if called:
         ref = one.images[0]
-        kind = "segmentation" if qa["expert"] == "VISTA3D" else "classification"
+        kind = "segmentation" if qa["expert"] == "ORGANS" else "classification"
         row |= {"expert_called": qa["expert"], "expert_right": True}
         row["trigger"] = f"<{qa['expert']}({qa['args']})>"
         result = Result(note, kind, Plane(ref.axis, ref.index))

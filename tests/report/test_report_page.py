@@ -116,9 +116,9 @@ def test_links_inside_the_page_have_their_target(written):
         "CC-BY-4.0",
         "Values of the single volumes",
         "patient-ct0",
-        "<VISTA3D(organs)>",
+        "<ORGANS(organs)>",
         "The results are <image>. The colors in this image describe",
-        "labels of VISTA3D (falsified)",
+        "labels of ORGANS (falsified)",
     ],
 )
 def test_holds(page, words):
@@ -288,7 +288,7 @@ def picked(made, arm, expert):
     (found,) = [a for a in runs.read_run(made).arms if a.name == arm]
     return next(
         row for row in found.rows if (row["expert_called"] == expert and "/axial/20/" in row["item"]) or
-        (expert == "CXR" and row["expert_called"] == expert)
+        (expert == "PNEUMONIA" and row["expert_called"] == expert)
     )  # fmt: skip
 
 
@@ -299,31 +299,31 @@ def colours(png):
 
 def test_overlay_and_legend_are_what_the_expert_said(made):
     source = pictures.Source(made)
-    row = picked(made, "stage4_experts", "VISTA3D")
+    row = picked(made, "stage4_experts", "ORGANS")
     true = source.pictures(row)
     assert true.image_words == "axial slice 20" and colours(true.image) == 0
     assert colours(true.overlay) > 1000
     assert [name for _, name in true.legend] == ["liver", "spleen", "aorta"]
     assert true.legend[0][0] == "rgb(255 0 0)"
-    false = source.pictures(picked(made, "stage4_falsified", "VISTA3D"))
+    false = source.pictures(picked(made, "stage4_falsified", "ORGANS"))
     assert not {"liver", "spleen", "aorta"} & {name for _, name in false.legend}
     assert "falsified" in false.overlay_words
 
 
 def test_no_overlay_without_a_label_map_a_call_or_a_result(made):
     source = pictures.Source(made)
-    film = source.pictures(picked(made, "stage4_experts", "CXR"))
+    film = source.pictures(picked(made, "stage4_experts", "PNEUMONIA"))
     assert film.image and film.overlay is None and film.legend == ()
-    row = picked(made, "stage4_experts", "VISTA3D")
+    row = picked(made, "stage4_experts", "ORGANS")
     assert source.pictures({**row, "trigger": None}).overlay is None
     assert source.pictures({**row, "expert_status": "failed"}).overlay is None
-    assert source.pictures({**row, "trigger": "<VISTA3D(bones)>"}).overlay is None
+    assert source.pictures({**row, "trigger": "<ORGANS(bones)>"}).overlay is None
 
 
 def test_slices_keep_their_proportions(made):
     """The phantom's voxels are 8 x 8 x 10 mm: 40 of them are 320 by 400 mm in a coronal slice."""
     source = pictures.Source(made)
-    row = picked(made, "stage4_experts", "VISTA3D")
+    row = picked(made, "stage4_experts", "ORGANS")
     example, data = source._examples[row["item"].rsplit("/q", 1)[0]]
     ref = fake_run.ImageRef(path=example.images[0].path, axis=1, index=20, window=(50.0, 400.0))
     shown, words = source._slice(ref, data)

@@ -25,7 +25,8 @@ def check_input(card: Card, evidence: Sequence[Evidence]) -> tuple[Verdict, ...]
     for one in evidence:
         if card.modalities:
             found.append(_modality(card, one))
-            found += _intensities(one)
+            if found[-1].status == "pass":
+                found += _intensities(one)
         if card.regions:
             found.append(_region(card, one))
     return tuple(found)

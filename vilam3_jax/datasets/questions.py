@@ -1,7 +1,7 @@
 """Questions about one image, made from labels that are known, with balanced answers.
 
 A question says where its label comes from and whether an expert could answer it. `oracle` marks
-those whose label is the very map that the replay expert returns: they show that a model reads its
+those whose label is the very map that was imported for the expert: they show that a model reads its
 expert, not that the expert is right, and are reported in a table of their own.
 """
 
@@ -102,7 +102,7 @@ class Question:
       options: the answers that may be given.
       expert: name of an expert that can answer it, or None.
       args: the arguments that expert is called with.
-      oracle: the label is the very map the (replay) expert returns.
+      oracle: the label is the very map that the expert's record holds.
     """
 
     question: str
@@ -132,7 +132,7 @@ class Facts:
       organs: name -> visible in this slice. Names that are doubtful here are missing.
       volumes_ml: name -> volume in the whole scan, in ml, for organs visible here.
       organ_source: whose word `organs` and `volumes_ml` are.
-      organ_oracle: an expert replays exactly that source.
+      organ_oracle: the expert's record is exactly that source.
       tumor: a tumour is in this image.
       tumor_source: whose word `tumor`, `tumor_class` are.
       tumor_class: one of `TUMOR_CLASSES`, for films of the head.

@@ -243,7 +243,7 @@ class LabelledVolume:
         out: dict = {}
         organs = {n: v for n, v in visible.items() if n in ORGANS and n != "brain"}
         if organs:
-            # No expert reads these: the replay expert's card is for CT.
+            # No expert reads these: the card of ORGANS is for CT.
             out |= {
                 "organs": organs,
                 "organ_source": source,

@@ -125,7 +125,7 @@ def monai_pipeline(path, network, prompts, settings):
 
 def ours(volume, network, prompts, settings, **changes):
     """Labels [X, Y, Z] of the expert's own path."""
-    prepared = Prepared(volume, bundles._DEFAULT_STEPS)
+    prepared = Prepared(volume, bundles.DEFAULT_STEPS)
     options = {"device": CPU, "sums_device": CPU, "memory_bytes": 0, "portion": None, "amp": True} | changes
     positions = windows.argmax_labels(
         prepared.image.as_tensor()[None].contiguous(), network, prompts, settings, **options
@@ -378,7 +378,7 @@ def write_hf(folder, state, where="vista3d_pretrained_model"):
 def test_both_layouts_are_one_expert(tmp_path, narrow_bundles):
     state = narrow_bundles.state_dict()
     bundle = read_bundle(write_bundle(tmp_path / "zoo", state))
-    assert bundle.steps == bundles._DEFAULT_STEPS and bundle.subclasses == bundles.SUBCLASSES
+    assert bundle.steps == bundles.DEFAULT_STEPS and bundle.subclasses == bundles.SUBCLASSES
     assert bundle.windows == windows.WindowSettings((128, 128, 128), 0.3, "constant")
     assert bundle.version == "0.5.4" and bundle.labels == label_table("VISTA3D") and bundle.amp
     digest = hashlib.sha256((tmp_path / "zoo/models/model.pt").read_bytes()).hexdigest()
@@ -535,7 +535,7 @@ def vista(tmp_path, narrow_bundles):
     folder = write_bundle(
         tmp_path / "b", narrow_bundles.state_dict(), lambda config: config.update(patch_size=[32, 32, 32])
     )
-    return experts.Vista3d(Weights(folder=folder))
+    return experts.create(Weights(folder=folder))
 
 
 def test_the_expert_answers_on_the_grid_of_the_scan(tmp_path, vista, narrow):
@@ -557,7 +557,7 @@ def test_outside_the_crop_is_background(vista):
     positive = windows.WholeNetwork(
         lambda window, class_vector: torch.ones(len(class_vector), 1, *window.shape[2:])
     )
-    vista.network = positive
+    vista = experts.Vista3d(vista.bundle, positive, CPU)
     labels = vista.run(volume, "bone lesion").labels
     assert set(np.unique(labels[:30])) <= {0, 128} and (labels == 128).any()
     assert not labels[40:].any()

@@ -90,7 +90,7 @@ class OrientationStep:
 Step = SpacingStep | CropStep | ScaleStep | OrientationStep
 
 # The pre-processing of vista3d 0.5.4, which VISTA3D-HF has in Python only.
-_DEFAULT_STEPS: tuple[Step, ...] = (
+DEFAULT_STEPS: tuple[Step, ...] = (
     SpacingStep((1.5, 1.5, 1.5)),
     CropStep(10, True),
     ScaleStep(-963.8247715525971, 1053.678477684517, 0.0, 1.0, True),
@@ -321,7 +321,7 @@ class _Config:
 
     def steps(self) -> tuple[Step, ...]:
         if self._content is None:
-            return _DEFAULT_STEPS
+            return DEFAULT_STEPS
         transforms = self._get(self._section("preprocessing"), "transforms", "@preprocessing_transforms")
         if not isinstance(transforms, list):
             raise self._refuse("no list of preprocessing transforms", "use the bundle's own inference.json")

@@ -24,16 +24,27 @@ _MIN_VOXELS = 4  # along an axis
 _HOST_BYTES = 256 << 20  # of sums in memory; more go to a scratch file
 
 
-class Vista3d:
-    """Runs on the GPU if torch sees one, else in bounded memory on the CPU."""
+def create(weights: Weights) -> Vista3d:
+    """Loads the folder of a vista3d bundle or of VISTA3D-HF, onto the GPU if torch sees one.
 
-    def __init__(self, weights: Weights) -> None:
-        """Loads the folder of a vista3d bundle, or of VISTA3D-HF."""
-        if weights.folder is None:
-            raise UserError("VISTA3D needs its bundle; give --weights with a vista3d or VISTA3D-HF folder")
-        self.bundle = read_bundle(weights.folder)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.network: windows.PromptNetwork = windows.SplitNetwork(self.bundle.network.to(self._device))
+    Raises:
+      UserError: no folder is given, or it is not usable.
+    """
+    if weights.folder is None:
+        raise UserError("VISTA3D needs its bundle; give --weights with a vista3d or VISTA3D-HF folder")
+    bundle = read_bundle(weights.folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Vista3d(bundle, windows.SplitNetwork(bundle.network.to(device)), device)
+
+
+class Vista3d:
+    """One network over whole scans, in bounded memory."""
+
+    def __init__(self, bundle: Bundle, network: windows.PromptNetwork, device: torch.device) -> None:
+        """Takes the settings of `bundle`, and a network that is on `device`."""
+        self.bundle = bundle
+        self._network = network
+        self._device = device
 
     def run(self, data: Volume, args: str) -> Output:
         """Segments the labels of one group.
@@ -54,7 +65,7 @@ class Vista3d:
         run = functools.partial(
             self._argmax, prepared.image.as_tensor()[None].contiguous(), [p.class_id for p in prompts]
         )
-        positions = windows.retry_smaller(run, self.network, self._device, _HOST_BYTES)
+        positions = windows.retry_smaller(run, self._network, self._device, _HOST_BYTES)
         table = np.array([0, *(p.label_id for p in prompts)], np.uint8)
         labels = prepared.to_input(torch.from_numpy(table[positions.numpy()]))
         return Output(
@@ -73,7 +84,7 @@ class Vista3d:
     ) -> torch.Tensor:
         return windows.argmax_labels(
             image,
-            self.network,
+            self._network,
             class_ids,
             self.bundle.windows,
             device=self._device,

@@ -1,7 +1,7 @@
 """`python -m vilam3_jax.datasets.expert_slices`: annotated scans become a dataset of studies.
 
-A study is the picture of a slice, or of one film, without a word: the rules of `data/experts/dialogues` make a
-dialogue of it when it is loaded.
+A study is the picture of a slice, or of one film, without a word: the rules of `data/experts/dialogues` make
+a dialogue of it when it is loaded.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def find_studies(
     Args:
       data: a samples folder, or any folder of volumes or films.
       modality: DICOM's code of files that do not state it; `film` for pictures.
-      cases: JSON file {"cases": [{"name": …, role: path below `data`, …}]}, as `vilam3-experts annotate` reads;
-        '' for single scans.
+      cases: JSON file {"cases": [{"name": …, role: path below `data`, …}]}, as for annotating; '' for single
+        scans.
       facts: JSON file {study name: {"grade": "HGG", "patient": …}}; '' for none.
 
     Raises:
@@ -151,6 +151,7 @@ def write_slices(
     """
     root, store = paths.as_path(data), AnnotationStore(annotations)
     left_out: collections.Counter[str] = collections.Counter()
+    first_of: dict[str, str] = {}
     candidates: list[Candidate] = []
     keys: dict[int, tuple[list[str], str]] = {}
     for number, study in enumerate(tqdm.tqdm(studies, desc="studies", unit="study", disable=None)):
@@ -160,6 +161,7 @@ def write_slices(
             raise
         except UserError as error:
             left_out[str(error)] += 1
+            first_of.setdefault(str(error), study.name)
             continue
         candidates += found
     if not candidates:
@@ -179,7 +181,7 @@ def write_slices(
         "studies": len({one.study for one in chosen}),
         "lesions": sum(one.lesion for one in chosen),
         "splits": {split: len(members) for split, members in sorted(splits.items())},
-        "left_out": dict(left_out.most_common()),
+        "left_out": {f"{why} (first: {first_of[why]})": n for why, n in left_out.most_common()},
     }
 
 
@@ -249,7 +251,7 @@ def _worthwhile(number: int, volume: Volume, said: Sequence[Annotation], min_pix
 
 
 def _pixels(annotation: Annotation) -> tuple[np.ndarray, np.ndarray, bool]:
-    """(pixels of the largest structure, pixels of lesions), [Z] int64 each, and whether it looks for lesions."""
+    """Pixels of the largest structure and of lesions, [Z] int64 each, and whether it looks for lesions."""
     group = label_group(annotation.expert, annotation.args)
     names = dict(group.names if group else annotation.label_names)
     nested = annotation.expert == "BRATS"

@@ -17,9 +17,11 @@ _GENERAL = ("everything", "", "organs")  # arguments that a question without a s
 
 
 def tumor_findings(scene: Scene) -> list[Finding]:
-    """Results that say of a lesion whether it is there; those asked for it before any other."""
-    found = scene.usable("an expert for lesions", lambda f: f.segments and bool(f.lesions()))
-    return [f for f in found if is_lesion(f.args)] or found
+    """Results that were asked for a lesion; of an expert without arguments, those that know one."""
+    return scene.usable(
+        "an expert for lesions",
+        lambda f: f.segments and bool(f.lesions()) and (is_lesion(f.args) or not f.card.args),
+    )
 
 
 def segmentations(scene: Scene) -> list[Finding]:

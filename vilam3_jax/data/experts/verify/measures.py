@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import cast
 
 import numpy as np
@@ -17,6 +18,8 @@ _NEIGHBOURS = np.ones((3, 3, 3), bool)
 @dataclasses.dataclass(frozen=True, eq=False)
 class LabelMeasures:
     """Figures of one label; each is computed when it is first asked for, inside the label's box alone.
+
+    Sums go plane by plane: a lung fills half of a scan, and a copy of it in float64 would be twice the scan.
 
     Attributes:
       segment: its counts, see `Segment`.
@@ -46,16 +49,22 @@ class LabelMeasures:
         """bool, of the size of the box."""
         return self.labels[self.box] == self.segment.label_id
 
+    def _planes(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(index along axis 2, mask of the box in that plane, bool)."""
+        x, y, z = self.box
+        for plane in range(z.start, z.stop):
+            yield plane, self.labels[x, y, plane] == self.segment.label_id
+
     @functools.cached_property
     def centroid_mm(self) -> np.ndarray:
         """The mean position, RAS millimetres, float64 [3]."""
-        mask = self.mask
-        index = []
-        for axis, start in enumerate(self.segment.bbox[:3]):
-            others = tuple(a for a in range(3) if a != axis)
-            counts = mask.sum(axis=others, dtype=np.int64)
-            index.append(start + float(counts @ np.arange(counts.size)) / float(counts.sum()))
-        return self.affine[:3, :3] @ np.array(index) + self.affine[:3, 3]
+        x, y, _ = self.box
+        columns, rows = np.arange(x.start, x.stop), np.arange(y.start, y.stop)
+        total = np.zeros(3)
+        for plane, mask in self._planes():
+            count = np.count_nonzero(mask)
+            total += mask.sum(axis=1) @ columns, mask.sum(axis=0) @ rows, count * plane
+        return self.affine[:3, :3] @ (total / self.segment.voxels) + self.affine[:3, 3]
 
     @functools.cached_property
     def box_mm(self) -> np.ndarray:
@@ -77,9 +86,18 @@ class LabelMeasures:
 
     @functools.cached_property
     def _values(self) -> tuple[float, float]:
+        total = squares = 0.0
+        for inside in self._inside():
+            values = inside.astype(np.float64)
+            total, squares = total + values.sum(), squares + (values @ values)
+        mean = total / self.segment.voxels
+        return float(mean), float(np.sqrt(max(0.0, squares / self.segment.voxels - mean**2)))
+
+    def _inside(self) -> Iterator[np.ndarray]:
+        """The scan's values inside the label, plane by plane."""
         assert self.voxels is not None
-        inside = self.voxels[self.box][self.mask].astype(np.float64)
-        return float(inside.mean()), float(inside.std())
+        x, y, _ = self.box
+        return (self.voxels[x, y, plane][mask] for plane, mask in self._planes())
 
     @property
     def mean(self) -> float:
@@ -93,8 +111,8 @@ class LabelMeasures:
 
     def share_above(self, threshold: float) -> float:
         """The share of its voxels where the scan is brighter than `threshold`."""
-        assert self.voxels is not None
-        return float((self.voxels[self.box][self.mask] > threshold).mean())
+        above = sum(np.count_nonzero(values > threshold) for values in self._inside())
+        return above / self.segment.voxels
 
     def reaches_border(self, valid: np.ndarray | None) -> bool:
         """Whether it touches the end of the scan, or voxels that measure nothing.

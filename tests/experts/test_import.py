@@ -495,6 +495,15 @@ def test_two_masks_of_one_scan_are_refused(case):
     assert "another mask, case1_label.nii.gz" in dict(summary.problems)["case1_seg.nii.gz"]
 
 
+def test_a_name_that_the_grid_contradicts_is_refused(case):
+    """The mask is called case1, and lies on the grid of case2."""
+    noise = np.random.default_rng(8).integers(-1000, 1000, (5, 6, 7)).astype(np.int16)
+    save(case[2] / "scans" / "case2_ct.nii.gz", noise)
+    save(case[1], np.ones((5, 6, 7), np.uint8))
+    ((_, reason),) = run(case).problems
+    assert reason.startswith("its name is that of case1_ct.nii.gz, its grid that of case2_ct.nii.gz")
+
+
 @pytest.mark.parametrize("form", ["csv", "json"])
 def test_a_manifest_decides(case, form):
     case[1].rename(case[1].with_name("zz.nii.gz"))

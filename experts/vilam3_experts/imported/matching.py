@@ -239,10 +239,22 @@ class _Finder:
             self._by_folder.get(place, []) or self._by_folder.get(place.parent, []),
         ):
             if len(found) == 1:
-                return found[0]
+                return self._undisputed(mask, found[0])
             if found:
                 return self._on_grid(mask, found)
         return self._on_grid(mask, self._scans)
+
+    def _undisputed(self, mask: MaskSource, named: Input) -> Input:
+        """The scan that a mask's name says, unless its grid says another one."""
+        grid = _grid_of(mask.files[0]) if mask.kind != "dicom-seg" else None
+        if grid is None or _is_same(grid, self._grid(named)):
+            return named
+        other = next((scan for scan in self._scans if _is_same(grid, self._grid(scan))), None)
+        if other is not None:
+            raise UserError(
+                f"its name is that of {named.name}, its grid that of {other.name}; give --manifest"
+            )
+        return named
 
     def _on_grid(self, mask: MaskSource, scans: Sequence[Input]) -> Input:
         grid = _grid_of(mask.files[0]) if mask.kind != "dicom-seg" else None

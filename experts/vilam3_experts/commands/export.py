@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-from vilam3_experts.export_masks import export_masks
-
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Declares the command."""
@@ -26,6 +24,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
+    # Here, because highdicom takes a second that other commands need not wait for.
+    from vilam3_experts.export_masks import export_masks
+
     summary = export_masks(options.store, options.data, options.out, options.format, expert=options.expert)
     for name, file in summary.files:
         print(f"{name}: {file}")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-from vilam3_experts.imported.run import Options, Source, import_masks
-
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Declares the command."""
@@ -41,6 +39,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
+    # Here, because highdicom takes a second that other commands need not wait for.
+    from vilam3_experts.imported.run import Options, Source, import_masks
+
     summary = import_masks(
         options.masks,
         options.data,

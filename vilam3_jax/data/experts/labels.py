@@ -100,6 +100,7 @@ def restrict_to_group(annotation: Annotation) -> Annotation:
     return dataclasses.replace(annotation, segments=segments, labels=labels)
 
 
+@functools.lru_cache(4096)
 def is_lesion(name: str) -> bool:
     """Whether a label stands for something that is counted, such as a tumor.
 

@@ -344,5 +344,5 @@ def segments_on_slice(annotation: Annotation, axis: int, index: int) -> list[tup
       ValueError, IndexError: as `Annotation.label_slice`.
     """
     names = annotation.label_names
-    ids, counts = np.unique(annotation.label_slice(axis, index), return_counts=True)
-    return [(int(i), names[int(i)], int(n)) for i, n in zip(ids, counts, strict=True) if int(i) in names]
+    counts = np.bincount(annotation.label_slice(axis, index).ravel())  # no sort, as there are 65536 at most
+    return [(int(i), names[int(i)], int(counts[i])) for i in np.flatnonzero(counts) if int(i) in names]

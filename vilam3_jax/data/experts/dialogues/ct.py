@@ -20,7 +20,7 @@ def tumor_findings(scene: Scene) -> list[Finding]:
     """Results that were asked for a lesion; of an expert without arguments, those that know one."""
     return scene.usable(
         "an expert for lesions",
-        lambda f: f.segments and bool(f.lesions()) and (is_lesion(f.args) or not f.card.args),
+        lambda f: f.segments and (is_lesion(f.args) or not f.card.args) and bool(f.lesions()),
     )
 
 

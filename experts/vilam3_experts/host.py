@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
 from typing import BinaryIO
 
 from vilam3_experts import descriptors as registry
 from vilam3_experts.audit import AuditLog
 from vilam3_experts.base import Data, Expert, ExpertInputs, annotate_one
+from vilam3_experts.calibrate import Calibration
 from vilam3_experts.engine.worker import create_expert
 from vilam3_experts.weights import Weights, load_weights
 from vilam3_jax import paths
@@ -26,14 +28,26 @@ from vilam3_jax.errors import UserError
 class Host:
     """Experts are built at their first request and kept."""
 
-    def __init__(self, weights: paths.PathLike | None, audit: AuditLog | None = None) -> None:
+    def __init__(
+        self,
+        weights: paths.PathLike | None,
+        audit: AuditLog | None = None,
+        calibrations: Sequence[Calibration] = (),
+    ) -> None:
         """Makes a host.
 
         Args:
           weights: folder of the model files.
           audit: log of the calls.
+          calibrations: what answers are calibrated with, at most one for each expert.
+
+        Raises:
+          UserError: two calibrations of one expert.
         """
         self._folder, self._audit = weights, audit
+        self._calibrations = {one.expert: one for one in calibrations}
+        if len(self._calibrations) != len(calibrations):
+            raise UserError("two calibrations are of one expert; give one of them")
         self._experts: dict[str, tuple[Expert, Weights]] = {}
 
     def answer(self, request: Message) -> Message:
@@ -59,7 +73,10 @@ class Host:
         annotation = annotate_one(expert, descriptor, inputs, args, weights_sha256=weights.sha256)
         if self._audit is not None:
             self._audit.append(annotation)  # an answer that cannot be logged is not given
-        return annotation
+        calibration = self._calibrations.get(descriptor.name)
+        if calibration is None or annotation.status == "failed":
+            return annotation
+        return calibration.apply(annotation)
 
 
 def _read(item: Message) -> tuple[str, Data]:
@@ -67,12 +84,16 @@ def _read(item: Message) -> tuple[str, Data]:
     volume, image = item.get("volume"), item.get("image_bytes")
     if (volume is None) == (image is None):
         raise UserError("an input holds either volume or image_bytes")
-    data = decode_image(image) if image is not None else VolumeSource(**volume).read()
+    data = VolumeSource(**volume).read() if volume is not None else decode_image(item["image_bytes"])
     return str(item.get("role", "")), data
 
 
 def serve(
-    weights: paths.PathLike | None, source: BinaryIO, sink: BinaryIO, audit: paths.PathLike | None = None
+    weights: paths.PathLike | None,
+    source: BinaryIO,
+    sink: BinaryIO,
+    audit: paths.PathLike | None = None,
+    calibrations: Sequence[Calibration] = (),
 ) -> int:
     """Answers frames from `source` on `sink` until it ends; logs the calls in the folder `audit`.
 
@@ -80,7 +101,7 @@ def serve(
       0 at the end of the input, 1 after a frame that cannot be understood: what follows it cannot either.
     """
     with contextlib.nullcontext() if audit is None else AuditLog(audit) as log:
-        host = Host(weights, log)
+        host = Host(weights, log, calibrations)
         while True:
             try:
                 request = read_frame(source)
@@ -92,9 +113,13 @@ def serve(
             write_frame(sink, host.answer(request))
 
 
-def serve_stdio(weights: paths.PathLike | None, audit: paths.PathLike | None = None) -> int:
+def serve_stdio(
+    weights: paths.PathLike | None,
+    audit: paths.PathLike | None = None,
+    calibrations: Sequence[Calibration] = (),
+) -> int:
     """`serve` on standard input and output; whatever libraries print goes to standard error."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     with answers:
-        return serve(weights, sys.stdin.buffer, answers, audit)
+        return serve(weights, sys.stdin.buffer, answers, audit, calibrations)

@@ -9,11 +9,12 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from scipy.spatial.transform import Rotation
 from vilam3_experts import descriptors
 from vilam3_experts import host as host_module
 from vilam3_experts.annotate import Engine, annotate
 from vilam3_experts.base import ExpertInputs, Output, Stated, annotate_one, is_refused, measure
-from vilam3_experts.calibrate import Calibration, ClassCalibration
+from vilam3_experts.calibrate import Calibration, ClassCalibration, load_calibration
 from vilam3_experts.cli import main
 from vilam3_experts.inputs import find_inputs
 from vilam3_experts.weights import load_weights
@@ -24,6 +25,7 @@ from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.experts.verify import Evidence, Finding, check_input, check_result, refusal
 from vilam3_jax.data.volumes import Volume, load_label_map, read_volume
 from vilam3_jax.datasets.samples import read_samples
+from vilam3_jax.errors import UserError
 
 SAMPLES = pathlib.Path(__file__).parents[2] / ".cache" / "samples"
 needs_samples = pytest.mark.skipif(
@@ -107,7 +109,7 @@ def test_offline_and_live_refuse_alike(tmp_path, monkeypatch):
     path = saved(trunk(), tmp_path / "in" / "abdomen.nii.gz")
     (tmp_path / "in" / "abdomen.json").write_text(json.dumps({"Modality": "CT"}))
     summary = annotate(brainseg, tmp_path / "in", tmp_path / "store")
-    assert summary.counts == {"failed": 1}
+    assert +summary.counts == {"failed": 1}
     (key,) = AnnotationStore(tmp_path / "store").keys()
     offline = AnnotationStore(tmp_path / "store").get(*key)
     monkeypatch.setattr(host_module.registry, "get", lambda name: brainseg)
@@ -146,7 +148,7 @@ def test_films_are_judged_by_their_headers_and_refused_ones_join_no_batch(tmp_pa
     stated = [item.load().stated for item in find_inputs(tmp_path / "in", pneumonia)]
     assert stated == [(Stated("CR", part),) for part in ("CHEST", "FOOT", "CHEST")]
     summary = annotate(pneumonia, tmp_path / "in", tmp_path / "store", engine=Engine(batch=3))
-    assert summary.counts == {"annotated": 2, "failed": 1} and len(RAN) == 2
+    assert +summary.counts == {"annotated": 2, "failed": 1} and len(RAN) == 2
     store = AnnotationStore(tmp_path / "store")
     (refused,) = (a for a in map(lambda k: store.get(*k), store.keys()) if a.status == "failed")
     assert "shows the limb" in refused.reason
@@ -163,6 +165,15 @@ def test_calibration_is_applied_while_annotating(plugin, pictures, tmp_path, cap
     records = [store.get(*key) for key in store.keys()]  # noqa: SIM118
     found = sorted(r.calibrated["bright"] for r in records)
     assert found == pytest.approx([1 / 3, 2 / 3]) and all(r.calibration for r in records)
+    (key,) = (k for k in store.keys() if store.get(*k).probabilities["bright"] > 0.5)  # noqa: SIM118
+    calibration = load_calibration(tmp_path / "c.json")
+    live = host_module.Host(None, calibrations=[calibration])
+    png = (pictures / "deeper" / "c bright.png").read_bytes()
+    request = {"id": 1, "expert": "FAKE", "inputs": [{"role": "", "image_bytes": png}]}
+    answer = Annotation.from_bytes(live.answer(request)["annotation"])
+    assert dataclasses.replace(answer, seconds=0) == dataclasses.replace(store.get(*key), seconds=0)
+    with pytest.raises(UserError, match="two calibrations"):
+        host_module.Host(None, calibrations=[calibration, calibration])
     Calibration("FAKE", "2", weights, "temperature", {"bright": mild}).save(tmp_path / "c.json")
     assert main([*command, "--calibration", str(tmp_path / "c.json")]) == 2
     assert "the calibration is of FAKE 2" in capsys.readouterr().err
@@ -180,6 +191,25 @@ def test_verdicts_on_probabilities_follow_the_calibration():
     told = flat.apply(record)
     assert [v.status for v in told.verdicts] == ["unknown", "unknown", "warn"]
     assert told.verdicts[-1].message == "pneumonia at 0.52 is near the threshold of 0.5"
+
+
+@pytest.mark.parametrize("turned", [(0, 0, 0), (20, -15, 30)])
+def test_measured_balls_are_as_large_as_they_are(turned):
+    """Two balls, one voxel of a third label, on an anisotropic, oblique grid."""
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", turned, degrees=True).as_matrix() @ np.diag([0.8, 1.1, 2.0])
+    at = np.stack(np.indices((90, 70, 40)), -1) @ affine[:3, :3].T
+    middle = affine[:3, :3] @ (25, 35, 20)
+    second = affine[:3, :3] @ (65, 35, 20)
+    labels = np.zeros((90, 70, 40), np.uint16)
+    labels[np.linalg.norm(at - middle, axis=-1) < 12] = 1
+    labels[np.linalg.norm(at - second, axis=-1) < 9] = 1
+    labels[0, 0, 0] = 300
+    ball, dot = measure(labels, {1: "balls", 300: "dot"}, affine)
+    assert ball.volume_ml == pytest.approx(4 / 3 * np.pi * (12**3 + 9**3) / 1000, rel=0.01)
+    assert (ball.components, dot.voxels, dot.volume_ml) == (2, 1, pytest.approx(0.00176))
+    where = np.argwhere(labels == 1)
+    assert ball.bbox == (*where.min(0), *(where.max(0) + 1)) and dot.bbox == (0, 0, 0, 1, 1, 1)
 
 
 # Real scans

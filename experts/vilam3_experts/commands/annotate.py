@@ -13,6 +13,7 @@ from vilam3_experts.annotate import Engine, annotate
 from vilam3_experts.calibrate import load_calibration
 from vilam3_experts.descriptors import Descriptor
 from vilam3_jax.data.experts.record import Annotation
+from vilam3_jax.data.experts.wording import doubts
 from vilam3_jax.errors import UserError
 
 _LISTED = 20
@@ -147,4 +148,5 @@ def describe(annotation: Annotation) -> str:
         return f"failed: {annotation.reason}"
     parts = [f"{n} {p:.3f}" for n, p in annotation.probabilities.items()]
     parts += [f"{s.name} {s.volume_ml:.1f} ml" for s in annotation.segments]
-    return f"{', '.join(parts) or 'nothing found'} ({annotation.seconds:.1f} s)"
+    line = f"{', '.join(parts) or 'nothing found'} ({annotation.seconds:.1f} s)"
+    return f"{line}. {doubts(annotation.verdicts)}".rstrip(". ") if annotation.verdicts else line

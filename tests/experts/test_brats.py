@@ -318,6 +318,12 @@ def test_a_grid_beyond_the_limit_is_refused():
         segment(scans)
 
 
+def test_a_slice_is_refused():
+    scans = {role: volume(v.voxels[:, :, 9:10], np.eye(4)) for role, v in case().items()}
+    with pytest.raises(ExpertFailure, match="t1c covers 32 x 36 x 1 voxels"):
+        segment(scans)
+
+
 def test_later_regions_cover_earlier_ones():
     p = {"tc": [0, 0, 1, 1, 0.5], "wt": [0, 1, 1, 1, 1], "et": [0, 0, 0, 1, 0.499]}
     labels = label_map({name: np.array(values, np.float32)[:, None, None] for name, values in p.items()})

@@ -19,6 +19,7 @@ from vilam3_jax.data.volumes import Volume
 _SAME_GRID = 0.1  # of a voxel
 _SAME_SPACING = 1e-3  # mm
 _NOTHING = 1e-6  # of the largest value
+_LEAST_VOXELS = 16  # along an axis; the network halves three times
 _LEAST_COVERED = 0.5  # of the head in the reference
 _NOTED_COVERED = 0.98
 _THICK = 3.0  # mm; thicker slices hold no three-dimensional detail
@@ -66,12 +67,17 @@ def place(volumes: Mapping[str, Volume], axcodes: str, pixdim: Sequence[float]) 
       pixdim: millimetres between voxels.
 
     Raises:
-      ExpertFailure: scans that do not show the same place, or a grid that is too large.
+      ExpertFailure: scans that do not show the same place, or a grid that is too large or too small.
     """
     turned = {role: dataclasses.replace(v, stored_orientation=axcodes) for role, v in volumes.items()}
     first, reference_volume = next(iter(turned.items()))
     reference = _tensor(reference_volume)
     shape, affine = _target(reference, pixdim)
+    if min(shape) < _LEAST_VOXELS:
+        raise ExpertFailure(
+            f"{first} covers {_product(shape)} voxels of {_product(pixdim)} mm, which hold no head; "
+            "give a three-dimensional scan"
+        )
     verdicts = _spacing_verdicts(reference, first, shape)
     images = {}
     for role, volume in turned.items():

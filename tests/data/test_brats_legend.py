@@ -1,0 +1,31 @@
+"""The legend of a BraTS overlay, in the wording of the reference's dialogues and in the correct one."""
+
+import pytest
+
+from vilam3_jax.data.experts.brats_legend import brats_legend
+
+# Colours as the overlay gives them: in the order of the labels on the slice.
+ALL = {1: "red", 2: "blue", 4: "yellow"}
+CASES = {
+    (): ("", ""),
+    (1, 2, 4): (
+        "yellow and red: tumor core, only yellow: enhancing tumor, all colors: whole tumor",
+        "red and yellow: tumor core, yellow: enhancing tumor, red and blue and yellow: whole tumor",
+    ),
+}
+
+
+@pytest.mark.parametrize("present", CASES)
+def test_both_wordings(present):
+    colours = {label: ALL[label] for label in present}
+    assert (brats_legend(colours, "trained"), brats_legend(colours, "correct")) == CASES[present]
+
+
+def test_colours_are_those_of_the_slice():
+    # Without the core, edema is red and the enhancing tumor blue.
+    colours = {2: "red", 4: "blue"}
+    assert brats_legend(colours, "trained") == "only blue: enhancing tumor, all colors: whole tumor"
+    expected = "blue: tumor core, blue: enhancing tumor, red and blue: whole tumor"
+    assert brats_legend(colours, "correct") == expected
+    assert brats_legend({2: "red"}, "trained") == "all colors: whole tumor"
+    assert brats_legend({2: "red"}, "correct") == "red: whole tumor"

@@ -13,14 +13,16 @@ from tqdm import tqdm
 
 from vilam3_experts.calibrate import Calibration
 from vilam3_experts.descriptors import Descriptor
+from vilam3_experts.engine.known import KnownInputs
 from vilam3_experts.engine.local import run_here, run_processes
 from vilam3_experts.engine.summary import Lists, Summary
 from vilam3_experts.engine.work import Item, Outcome, Work, in_part
 from vilam3_experts.engine.worker import create_expert
-from vilam3_experts.inputs import Inputs
+from vilam3_experts.inputs import Input, Inputs
 from vilam3_experts.weights import is_samples_folder, load_weights
 from vilam3_jax import paths
 from vilam3_jax.data.experts.record import Annotation
+from vilam3_jax.data.experts.store import AnnotationWriter
 from vilam3_jax.errors import UserError
 
 __all__ = ["Engine", "Summary", "annotate", "create_expert"]
@@ -133,6 +135,9 @@ def annotate(
     )
     if calibration is not None:
         calibration.check(descriptor.name, descriptor.version, work.weights_sha256)
+    known = KnownInputs(out)
+    if len(known):
+        items.leave_out(_finished(known, work))
     summary = Summary()
     lists = Lists(out, descriptor.name)
     with (
@@ -147,6 +152,8 @@ def annotate(
             progress.total = items.estimate()
             progress.set_postfix_str(outcome.name[-40:], refresh=False)
             progress.update()
+    if items.finished:
+        summary.counts["skipped"] += items.finished
     if not dry_run:
         lists.publish(skipped=summary.counts["skipped"] > 0)
     return summary
@@ -162,10 +169,32 @@ def _outcomes(work: Work, items: _Items, engine: Engine) -> Generator[Outcome]:
     return run_here(work, items)
 
 
+def _finished(known: KnownInputs, work: Work) -> Callable[[Input], bool]:
+    writer = AnnotationWriter(work.out)
+
+    def check(item: Input) -> bool:
+        key = known.key(item)
+        status = None if key is None else writer.status(key, work.descriptor.name, work.args)
+        return status == "ok" or (status == "failed" and not work.retry_failed)
+
+    return check
+
+
 class _Items:
-    """The items of a run, numbered as they are found, and how many they will be."""
+    """The items of a run, numbered as they are found, and how many they will be.
+
+    Attributes:
+      finished: number of those left out, because the store has their answers.
+    """
 
     def __init__(self, found: Inputs, limit: int | None, part: tuple[int, int]) -> None:
+        """Lists nothing yet.
+
+        Raises:
+          UserError: there is no input.
+        """
+        self.finished = 0
+        self._is_finished: Callable[[Input], bool] = lambda item: False
         self._found, self._limit, self._part = found, limit, part
         rest = iter(found)
         self._rest = itertools.chain([next(rest)], rest)  # without any, this is where it is noticed
@@ -181,11 +210,21 @@ class _Items:
             if self._items == self._limit:
                 break
             self._items += 1
-            yield Item(self._items, item)
+            if self._is_finished(item):
+                self.finished += 1
+            else:
+                yield Item(self._items, item)
         self._ended = True
 
+    def leave_out(self, is_finished: Callable[[Input], bool]) -> None:
+        """Leaves out items of which `is_finished` knows, unread, that the store has the answer."""
+        self._is_finished = is_finished
+
     def estimate(self) -> int:
-        """How many items there are; before all are found, at a guess from above."""
+        """How many items are to be looked at; before all are found, at a guess from above."""
+        return max(0, self._estimate() - self.finished)
+
+    def _estimate(self) -> int:
         if self._ended:
             return self._items
         rest = max(0, self._found.at_most - self._items - self._others)

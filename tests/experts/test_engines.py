@@ -16,6 +16,7 @@ import pytest
 import vilam3_experts
 from PIL import Image
 from vilam3_experts import audit
+from vilam3_experts import inputs as inputs_module
 from vilam3_experts.annotate import Engine, annotate
 from vilam3_experts.cli import main
 from vilam3_experts.engine import committer as committer_module
@@ -244,6 +245,29 @@ def test_records_do_not_wait_for_the_next_one(folder, tmp_path, monkeypatch):
     assert thread.is_alive()
     assert len(records(tmp_path / "s")) == 1
     thread.join()
+
+
+def test_finished_files_are_not_read_again(folder, tmp_path, monkeypatch):
+    data = folder(6, faulty.DECLINES)
+    (data / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
+    annotate(faulty.FAULTY, data, tmp_path / "s")
+    read, load = [], inputs_module.Input.load
+    monkeypatch.setattr(inputs_module.Input, "load", lambda self: (read.append(self.name), load(self))[1])
+    assert annotate(faulty.FAULTY, data, tmp_path / "s").counts == {"skipped": 7, "unreadable": 1}
+    assert read == ["damaged.png"]
+    read.clear()
+    picture(data / "0003.png", 77)  # another picture in its place
+    os.utime(data / "0004.png", ns=(1, 1))
+    (known,) = (tmp_path / "s").glob("*.known")
+    assert b"png" not in known.read_bytes() and known.stat().st_size == 48 * 7
+    with open(known, "ab") as file:
+        file.write(b"torn")
+    summary = annotate(faulty.FAULTY, data, tmp_path / "s", retry_failed=True)
+    assert summary.counts == {"annotated": 1, "failed": 1, "skipped": 5, "unreadable": 1}
+    assert sorted(read) == ["0003.png", "0004.png", "damaged.png", "declines_0.png"]
+    read.clear()
+    assert annotate(faulty.descriptor("Batched"), data, tmp_path / "other").counts["annotated"] == 6
+    assert len(read) == 8  # another store knows nothing
 
 
 def test_equal_inputs_are_run_once(folder, tmp_path):

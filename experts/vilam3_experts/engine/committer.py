@@ -7,6 +7,7 @@ import time
 from types import TracebackType
 
 from vilam3_experts.audit import AuditLog
+from vilam3_experts.engine.known import KnownWriter
 from vilam3_experts.engine.work import Outcome, Work
 from vilam3_experts.engine.worker import Keys
 from vilam3_jax import paths
@@ -44,6 +45,7 @@ class Committer:
                 work.out, records_per_shard=COMMIT_RECORDS, seconds_per_shard=COMMIT_SECONDS
             )
         )
+        self._known = KnownWriter(work.out)
         self._audit = None if work.audit is None or work.dry_run else AuditLog(work.audit)
         self._ended = threading.Event()
         threading.Thread(target=self._flush_in_time, daemon=True).start()
@@ -61,12 +63,17 @@ class Committer:
             return self._claimed.setdefault(key, number) == number
 
     def write(self, outcome: Outcome) -> None:
-        """Stores the record of an outcome, if it has one, and logs the call.
+        """Stores the record of an outcome, if it has one, logs the call, and remembers the key of the input.
 
         Raises:
           UserError: the store or the log cannot be written, now or since the last call.
         """
-        if outcome.record is None or self._writer is None:
+        if self._writer is None or self._work.dry_run:
+            return
+        if outcome.mark:
+            with self._lock:
+                self._known.add(outcome.mark, outcome.key)
+        if outcome.record is None:
             return
         annotation = Annotation.from_bytes(outcome.record)
         with self._lock:
@@ -122,6 +129,7 @@ class Committer:
     def _flush(self) -> None:
         if self._writer is not None:
             self._writer.flush()
+            self._known.flush()
         if self._audit is not None:
             self._audit.sync()
         self._oldest = None

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 _BLOCK = {"image": 256, "volume": 8}
 _BLOCKS_PER_WORKER = 8  # at least, so that all have work until the end
 _WAIT_SECONDS = 60.0
-_STARTS_OF_A_TASK = 20  # an actor that is killed this often over one block is no accident
 
 
 def run_ray(work: Work, items: Iterable[Item], engine: Engine) -> Generator[Outcome]:
@@ -100,7 +99,6 @@ def _run(work: Work, items: Iterable[Item], engine: Engine) -> Iterator[Outcome]
             ),
             num_cpus=engine.cpus_per_worker,
             num_gpus=gpus,
-            ray_remote_args_fn=_restarts,
         )
         yield from _received(work, data)
 
@@ -145,10 +143,6 @@ def _room(engine: Engine) -> tuple[float, int]:
                 f"one worker with {cpus:g} and {gpus:g}; see --cpus-per-worker and --gpus-per-worker"
             )
         time.sleep(1)
-
-
-def _restarts() -> dict[str, Any]:
-    return {"max_restarts": -1, "max_task_retries": _STARTS_OF_A_TASK}
 
 
 class Annotator:

@@ -71,6 +71,8 @@ class Outcome:
       reason: why it is not annotated.
       notes: what the readers assumed, repaired or skipped.
       record: serialised `Annotation`, or None.
+      key: of the input, '' if it is not to be remembered for its files.
+      mark: `known.fingerprint` of its files, b'' likewise.
     """
 
     number: int
@@ -79,6 +81,8 @@ class Outcome:
     reason: str = ""
     notes: tuple[str, ...] = ()
     record: bytes | None = None
+    key: str = ""
+    mark: bytes = b""
 
 
 def fatal(code: int, message: str) -> UserError:

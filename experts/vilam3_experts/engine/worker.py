@@ -19,9 +19,11 @@ from typing import Any, NoReturn
 
 from vilam3_experts.base import Expert, ExpertFailure, ExpertInputs, Output, annotate_one, is_refused
 from vilam3_experts.descriptors import Descriptor
-from vilam3_experts.engine.memory import Shrinking, is_out_of_memory, release
+from vilam3_experts.engine.known import fingerprint
+from vilam3_experts.engine.memory import Shrinking, release
 from vilam3_experts.engine.work import Item, Outcome, Work
 from vilam3_experts.weights import Weights, load_weights
+from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.errors import UnavailableError, UserError, use_one_line_notes
 
 Keys = tuple[tuple[str, str], ...]
@@ -66,6 +68,7 @@ class Worker:
         """
         self._work, self._claim, self._tell = work, claim, tell
         self._expert: Expert | None = None
+        self._marks: dict[int, bytes | None] = {}
 
     def run(self, items: Sequence[Item], *, smallest: bool = False) -> Iterator[Outcome]:
         """Yields one outcome for each item, as soon as it is known.
@@ -101,6 +104,7 @@ class Worker:
 
     def _open(self, item: Item) -> ExpertInputs | Outcome:
         number, name = item.number, item.input.name
+        mark = fingerprint(item.input)  # before it is read: what is written meanwhile is read again
         try:
             inputs = item.input.load()
             keys = inputs.keys
@@ -111,9 +115,10 @@ class Worker:
         except Exception as error:  # one bad file must not end a run over a hundred thousand
             return Outcome(number, name, "unreadable", _line(f"{type(error).__name__}: {error}"))
         if not self._claim(number, keys):
-            return Outcome(number, name, "skipped", notes=inputs.notes)
+            return _marked(Outcome(number, name, "skipped", notes=inputs.notes), inputs, mark)
         if self._work.dry_run:
             return Outcome(number, name, "planned", notes=inputs.notes)
+        self._marks[number] = mark
         return inputs
 
     def _built(self) -> Expert:
@@ -130,9 +135,7 @@ class Worker:
         """The answers to a batch, each as an expert that knows it; None if the batch failed."""
         try:
             answers = expert.run_batch([one.data for one in inputs], self._work.args)
-        except Exception as error:
-            if is_out_of_memory(error):
-                del error
+        except Exception:  # whatever it is, it comes again where the input is run alone
             answers = None
         if answers is None or len(answers) != len(inputs):
             release()
@@ -147,9 +150,10 @@ class Worker:
         if annotation.status == "failed" and "CUDA error" in annotation.reason:
             raise BrokenDeviceError(annotation.reason)
         status = "annotated" if annotation.status == "ok" else "failed"
-        return Outcome(
+        outcome = Outcome(
             item.number, item.input.name, status, annotation.reason, inputs.notes, annotation.to_bytes()
         )
+        return _marked(outcome, inputs, self._marks.pop(item.number))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +167,12 @@ class _Answered:
         if isinstance(self.answer, ExpertFailure):
             raise self.answer
         return self.answer
+
+
+def _marked(outcome: Outcome, inputs: ExpertInputs, mark: bytes | None) -> Outcome:
+    if outcome.notes or mark is None:
+        return outcome
+    return dataclasses.replace(outcome, key=inputs_key(inputs.keys), mark=mark)
 
 
 def _line(text: str) -> str:

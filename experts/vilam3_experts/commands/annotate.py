@@ -34,6 +34,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--args", help="the expert's argument (default: its first)")
     parser.add_argument("--weights", help="folder of the model files (default: the samples folder)")
     parser.add_argument(
+        "--parity", action="store_true", help="as the reference's code does, defects included (CXR)"
+    )
+    parser.add_argument(
         "--roles",
         help="which scan of a case is what, such as 't1c=*_gd.nii.gz,t1=*_nat.nii.gz,…', or a JSON file of"
         " cases (default: found by names and headers)",
@@ -71,6 +74,8 @@ def run(options: argparse.Namespace) -> int:
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit {options.limit}: give a positive number")
     descriptor = registry.get(options.expert)
+    if options.parity:
+        descriptor = descriptor.with_parity()
     summary = annotate(
         descriptor,
         options.data,

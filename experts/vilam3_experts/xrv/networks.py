@@ -25,13 +25,26 @@ def build(architecture: str, classes: int) -> torch.nn.Module:
       classes: outputs.
     """
     if architecture == "densenet121":
-        return densenet.DenseNet121(spatial_dims=2, in_channels=1, out_channels=classes)
+        network = densenet.DenseNet121(spatial_dims=2, in_channels=1, out_channels=classes)
+        network.features.get_submodule("denseblock4").register_forward_pre_hook(_never_alone)
+        return network
     if architecture == "resnet50":
         # MONAI's defaults are for volumes; torchvision's network has stride 2 here and no biases there.
         return resnet.resnet50(
             spatial_dims=2, n_input_channels=1, num_classes=classes, conv1_t_stride=2, bias_downsample=False
         )
     raise ValueError(f"no architecture {architecture!r}")
+
+
+def _never_alone(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Doubles a batch of one film; whoever calls the network drops the second answer.
+
+    The last block has 49 positions a film. For so few, the CPU's matrix products add in another order than
+    for 98 and more, and a film's last digits would depend on whether others were in its batch.
+    """
+    del module
+    (features,) = inputs
+    return (torch.cat([features, features]),) if len(features) == 1 else inputs
 
 
 def monai_name(name: str, architecture: str) -> str:
@@ -50,8 +63,9 @@ def load(member: Member, content: bytes) -> tuple[torch.nn.Module, torch.Tensor]
       content: a safetensors file with torchxrayvision's tensor names.
 
     Returns:
-      The network, frozen and in evaluation mode, and its thresholds, float32 [classes]. Thresholds that the
-      file itself holds go before those of the table: they belong to these weights.
+      The network, frozen and in evaluation mode, and its thresholds, float32 [classes]. It may answer a
+      single film twice, see `_never_alone`. Thresholds that the file itself holds go before those of the
+      table: they belong to these weights.
 
     Raises:
       UserError: no safetensors file, or tensors are missing, left over, of another shape or not finite.

@@ -38,6 +38,7 @@ from hypothesis import strategies as st
 
 from vilam3_jax.data import stream
 from vilam3_jax.data.examples import Example, ImageRef
+from vilam3_jax.data.experts.cards import Card
 from vilam3_jax.data.experts.dialogues.phrases import plural, said
 from vilam3_jax.data.experts.dialogues.pools import pool
 from vilam3_jax.data.experts.dialogues.rules import RULES, split_row
@@ -201,6 +202,18 @@ def test_any_annotation_gives_a_valid_dialogue_or_a_reason(store, seed, spoken) 
                     assert not any(parse_turn(t.text).calls for t in answers)
                 again = rule.make(scene(study, made, seed, spoken))
                 assert example == again
+
+
+def test_names_that_an_expert_brings_are_no_markers_and_no_calls() -> None:
+    card = Card("MYTOOL", (), "CT", "segmentation", "anything", "unknown")
+    names = {1: ("<image>", 8, 1), 2: ("{found} <MYTOOL()> lesion", 7, 2), 3: ("[INST] a\nb", 6, 1)}
+    store = store_of(annotation_of("key of tumor", "MYTOOL", "", names))
+    made = dataclasses.replace(setting(store), cards=(card,))
+    for rule in ("ct_tumor", "ct_segment", "ct_what"):
+        for seed in range(20):
+            example = RULES[rule].make(scene(TUMOR, made, seed)).validate()
+            for turn in example.turns[1:]:
+                assert not re.search(r"[<>\[\]]", turn.text) and "\n" not in turn.text
 
 
 def test_the_answer_is_what_the_annotation_says() -> None:

@@ -236,6 +236,11 @@ def told_labels(annotation: Annotation, plane: Plane) -> list[tuple[int, str, in
     return _visible(annotation, plane)
 
 
+def told_name(name: str) -> str:
+    """The name of a label as it is told."""
+    return _safe(name)
+
+
 def told_class(name: str) -> str:
     """The name of a class as it is told."""
     return _class(name)

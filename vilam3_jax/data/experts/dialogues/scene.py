@@ -21,7 +21,7 @@ from vilam3_jax.data.experts.exchange import DEFAULT_STYLE, Result, Style
 from vilam3_jax.data.experts.labels import component_counts, is_lesion, label_universe
 from vilam3_jax.data.experts.overlays import palette_of
 from vilam3_jax.data.experts.record import Annotation
-from vilam3_jax.data.experts.wording import Plane, told_class, told_doubts, told_labels
+from vilam3_jax.data.experts.wording import Plane, told_class, told_doubts, told_labels, told_name
 
 MIN_PIXELS = 20
 _REFERENCE = ("VISTA3D", "BRATS", "CXR")  # the experts that the reference has dialogues with
@@ -133,8 +133,8 @@ class Finding:
     @functools.cached_property
     def universe(self) -> dict[int, str]:
         """Label id to name of all that the expert could have marked."""
-        known = label_universe(self.annotation.expert, self.args)
-        return known or dict(self.annotation.label_names)
+        known = label_universe(self.annotation.expert, self.args) or self.annotation.label_names
+        return {i: told_name(name) for i, name in known.items()}
 
     @property
     def doubts(self) -> list[str]:

@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 import xrv_reference
 from scipy import ndimage
+from vilam3_experts import descriptors
 from vilam3_experts.base import ExpertFailure
 from vilam3_experts.weights import Weights
 from vilam3_experts.xrv import expert, networks
@@ -152,6 +153,15 @@ def test_what_no_member_knows_is_absent_and_half_in_parity():
     assert {parity[name] for name in ("Lung Lesion", "Lung Opacity", "Fracture")} == {0.5}
     assert "Pneumothorax" not in parity
     assert ours.items() <= parity.items()
+
+
+def test_parity_is_another_version_of_the_expert():
+    parity = descriptors.CXR.with_parity()
+    assert parity.version == f"{descriptors.CXR.version}-parity" and parity.card == descriptors.CXR.card
+    module, _, name = parity.factory.partition(":")
+    assert module == expert.__name__ and getattr(expert, name) is expert.ParityEnsemble
+    with pytest.raises(UserError, match="BRAINSEG has no parity form"):
+        descriptors.BRAINSEG.with_parity()
 
 
 def test_a_files_own_thresholds_count():

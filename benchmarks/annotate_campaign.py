@@ -3,12 +3,12 @@
     python benchmarks/annotate_campaign.py --records 200000 --kills 20 --folder /scratch/campaign
     python benchmarks/annotate_campaign.py --ray-only --ray-records 2000 --folder /scratch/campaign
 
-Makes a folder of tiny pictures, of which 1 % are poison in five equal parts: damaged files, pictures that kill
-the worker, that run out of memory always, that raise, that the expert declines. Starts the annotation, kills its
-driver with SIGKILL at random moments spread over the run, starts it again, until it ends by itself. Samples the
-memory of driver and workers all the while. Then compares the store with what it must hold, and counts how often
-each picture was run. With Ray: the same records per second with 1 and 4 workers, by an expert that waits for
-`--seconds` a picture, as for a GPU. Prints JSON.
+Makes a folder of tiny pictures, of which 1 % are poison in five equal parts: damaged files, pictures that
+kill the worker, that run out of memory always, that raise, that the expert declines. Starts the annotation,
+kills its driver with SIGKILL at random moments spread over the run, starts it again, until it ends by itself.
+Samples the memory of driver and workers all the while. Then compares the store with what it must hold, and
+counts how often each picture was run. With Ray: records per second with 1 and 4 workers, by an expert
+that waits for `--seconds` a picture, as for a GPU. Prints JSON.
 """
 
 from __future__ import annotations
@@ -156,14 +156,13 @@ def _descendants(pid: int) -> list[int]:
 def run_once(
     args: argparse.Namespace, environment: dict[str, str], store: Path, kill_at: int | None, memory: Memory
 ) -> tuple[float, bool]:
-    """One start of the run, killed when the log has grown to `kill_at` bytes; (seconds, whether it was killed)."""
+    """Starts the run, kills it when the log has `kill_at` bytes; (seconds, whether it was killed)."""
     command = [
         sys.executable,
         "-c",
         DRIVER,
         str(args.folder / "data"),
         str(store),
-        "local",
         str(args.workers),
     ]
     log = Path(environment["CAMPAIGN_LOG"])

@@ -2,8 +2,8 @@
 
 Beside the store, on a disk, each writer has a file `inputs-RUN.known`: rows of 48 bytes, the first 16 of the
 sha256 of (decoder version, how it is read, path, size and time of modification of every file) and the content
-key. It holds no name. A row says only what key a file had; whether its answer is there, the store says. A file
-that changed has no row, and is read. An unfinished row at the end is left out.
+key. It holds no name. A row says only what key a file had; whether its answer is there, the store says. What
+changed has no row, and is read. An unfinished row at the end is left out.
 
 No rows have: inputs with notes, which are to be listed again; formats whose voxels may lie in another file;
 object stores, where to ask for sizes takes as long as to read.

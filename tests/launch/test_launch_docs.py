@@ -25,7 +25,7 @@ def commands(page):
     return [shlex.split(line) for line in lines if line]
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "annotate_at_scale"])
 def test_our_commands_run_dry(page):
     ours = [command for command in commands(page) if command[0].startswith("launch/")]
     assert ours

@@ -13,6 +13,7 @@ Descriptions may hold what identifies a patient. Findings therefore name only th
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -84,7 +85,8 @@ _NEGATIONS = _words("no non without wo ohne sans senza sin not")
 _EVENTS = _words("op operative surgery surgical treatment therapy rt tx chemo radiation resection")
 _EVENT_WORDS = _words("postop preop postoperative preoperative postrt posttreatment")
 _SEGMENTATIONS = _words("""
-    seg segm segmentation segmentations mask masks brainmask label labels labelmap glistrboost groundtruth
+    seg segm segmentation segmentations pveseg mask masks brainmask label labels labelmap glistrboost
+    groundtruth
 """)
 _OTHERS = _words("""
     t2star swi swan dwi adc dti diff diffusion trace tensor epi perf perfusion dsc dce asl tof mra angio pd
@@ -92,7 +94,7 @@ _OTHERS = _words("""
     subtraction subtracted mip minip qsm fieldmap mrs svs csi mp2rage fgatir ktrans hemo medic
 """)
 _GRADIENT = _words("gre ffe gradient")
-_LINKS = _words("to reg registered coreg coregistered")  # 't1 to t1c' is one sequence in the space of another
+_LINKS = _words("to in on reg registered coreg coregistered")  # 't1 to t1c': one in the space of another
 _ACQUISITION_WORDS = _words("""
     ax axial tra trans transversal transverse sag sagittal cor coronal obl 3d 2d se tse fse tfe ffe gre space
     spc cube vista iso fs fatsat fat sat ir tirm dark fluid w wi weighted spin echo brain head cerebrum mri
@@ -134,6 +136,7 @@ def split_words(text: str) -> list[str]:
     text = re.sub(r"(?<![a-z0-9])c\+", " ce ", text)
     found: list[str] = []
     for token in re.findall("[a-z0-9]+", text):
+        token = "seg" if re.fullmatch(r"seg\d+", token) else token
         found += _SHORT.get(token) or _pieces(token)
     return found
 
@@ -196,7 +199,7 @@ def from_acquisition(acquisition: Acquisition) -> Finding:
     The times are those of clinical field strengths, 1 to 3 T. They only narrow down: gradient echoes with a
     short echo are T1 or angiographies, so words must decide there.
     """
-    words = _from_words([w for text in acquisition.texts for w in split_words(text)], "its description")
+    words = _from_texts(acquisition.texts)
     possible, facts = _by_times(acquisition)
     if words.other or words.problem:
         return words
@@ -293,6 +296,22 @@ def _acquisition(header: pydicom.Dataset) -> Acquisition:
     )
 
 
+def _from_texts(texts: Sequence[str]) -> Finding:
+    """What the first text says that says anything.
+
+    A later one only tells whether a T1 has contrast, and only if it speaks of a T1 itself: protocol names are
+    often those of the whole examination ("brain with and without contrast").
+    """
+    findings = [_from_words(split_words(text), "its description") for text in texts]
+    telling = [found for found in findings if found.role or found.problem or found.other]
+    if not telling:
+        return next((found for found in findings if found.evidence), Finding())
+    first = telling[0]
+    if first.role == "t1" and first.assumed:
+        return next((found for found in telling if found.role in ("t1", "t1c") and not found.assumed), first)
+    return first
+
+
 def _from_words(words: Sequence[str], where: str) -> Finding:
     known = set(words)
     shown = [word for word in dict.fromkeys(words) if word in _WORDS]
@@ -301,33 +320,54 @@ def _from_words(words: Sequence[str], where: str) -> Finding:
         return Finding(evidence=evidence, other=f"a segmentation ({sorted(segmentations)[0]})")
     if others := known & _OTHERS:
         return Finding(evidence=evidence, other=f"another image ({sorted(others)[0]})")
+    if _is_in_space_of_another(words):
+        return Finding(evidence=evidence, problem=f"{where} names one sequence in the space of another")
     t1, t2 = bool(known & _T1_WORDS), "t2" in known
     flair = bool(known & _FLAIR_WORDS) or {"dark", "fluid"} <= known
     if t1 and t2:
         return Finding(evidence=evidence, problem=f"{where} names both T1 and T2")
     if t2 and known & _GRADIENT and not flair:
         return Finding(evidence=evidence, other="a T2* gradient echo")
-    if t1:  # a T1 FLAIR is a T1
+    if t1 and flair and not _T1_FLAIR.search(" ".join(words)):
+        return Finding(evidence=evidence, problem=f"{where} names both T1 and FLAIR")
+    if t1:
         return _t1(words, evidence, where)
     if flair:
         return Finding("flair", evidence)
     return Finding("t2", evidence) if t2 else Finding(evidence=evidence)
 
 
+_T1_FLAIR = re.compile(r"\bt1 (?:w |weighted )?flair\b")  # a T1 with an inversion, not a FLAIR
+
+
+def _is_in_space_of_another(words: Sequence[str]) -> bool:
+    """Whether a link such as 'to' stands between two sequences."""
+    named = _T1_WORDS | _FLAIR_WORDS | {"t2"}
+    places = [place for place, word in enumerate(words) if word in named]
+    links = [place for place, word in enumerate(words) if word in _LINKS]
+    return any(places[0] < link < places[-1] for link in links) if places else False
+
+
 def _t1(words: Sequence[str], evidence: str, where: str) -> Finding:
     given, absent = _contrast(words)
-    if known := _LINKS & set(words):
-        weightings = sum(word in _T1_WORDS for word in words)
-        if weightings > 1:
-            problem = f"{where} names two sequences (joined by {sorted(known)[0]})"
-            return Finding(evidence=evidence, problem=problem)
     if "c" in words and not (given or absent):
         return Finding(evidence=evidence, problem=f"{where} says T1 and C, with or without contrast")
     if given and absent:
         return Finding(evidence=evidence, problem=f"{where} says both with and without contrast")
+    if (given or absent) and where == "its name" and _is_perhaps_a_time(words):
+        return Finding(
+            evidence=evidence, problem=f"{where} says pre or post before T1, of contrast or of time"
+        )
     if given:
         return Finding("t1c", evidence)
     return Finding("t1", evidence, assumed=not absent)
+
+
+def _is_perhaps_a_time(words: Sequence[str]) -> bool:
+    """Whether contrast is told by nothing but a 'pre' or 'post' in front: 'post_T1' may be after surgery."""
+    telling = [word for word in words if word in _WITH | _WITHOUT | _NEGATIONS]
+    first = next(place for place, word in enumerate(words) if word in _T1_WORDS)
+    return len(telling) == 1 and telling[0] in ("pre", "post") and telling[0] in words[:first]
 
 
 def _contrast(words: Sequence[str]) -> tuple[bool, bool]:
@@ -335,7 +375,9 @@ def _contrast(words: Sequence[str]) -> tuple[bool, bool]:
 
     'pre contrast' is one statement, and so is 'post contrast'.
     """
-    given = absent = False
+    pairs = set(itertools.pairwise(words))
+    # 'with and without', 'w/wo': an examination that had both.
+    given = absent = {"with", "without"} <= set(words) or ("w", "wo") in pairs
     position = 0
     while position < len(words):
         word, following = words[position], words[position + 1] if position + 1 < len(words) else ""

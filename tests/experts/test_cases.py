@@ -116,7 +116,7 @@ def test_incomplete_and_unclear_cases_are_listed_with_their_reason(tmp_path):
     problems = {name: item.problem for name, item in find(tmp_path).items()}
     assert "no t1c; found t1: a/t1.nii" in problems["a"] and "not recognised: a/thing.nii" in problems["a"]
     assert "several for t1; found" in problems["b"] and "b/t1.nii, b/t1_se.nii" in problems["b"]
-    assert "unclear: c/t1_to_t1c.nii (its name names two sequences" in problems["c"]
+    assert "unclear: c/t1_to_t1c.nii (its name names one sequence in" in problems["c"]
     assert "tells which MRI sequence it is; state the roles with --roles" in problems["d/scan.nii"]
     with pytest.raises(UserError, match="no t1c"):
         find(tmp_path)["a"].load()

@@ -53,6 +53,12 @@ NAMES = {
     "t2_tirm_tra_dark-fluid.nii": "flair",
     "t2_tse_tra.nii": "t2",
     "T1_post-op.nii": "t1",
+    "SAG_T1_FLAIR.nii": "t1",
+    "AX_FLAIR_POST.nii": "flair",
+    "T1_to_MNI.nii": "t1",
+    "T2_FLAIR_reg.nii": "flair",
+    "T1 W CONTRAST.nii": "t1c",
+    "gd_t1.nii": "t1c",
 }
 OTHERS = [
     "BraTS20_Training_001_seg.nii.gz",
@@ -67,6 +73,8 @@ OTHERS = [
     "UCSF-PDGM-0004_ADC.nii.gz",
     "UPENN-GBM-00001_11_DSC_ap-rCBV.nii.gz",
     "T1_subtraction.nii.gz",
+    "T1_pveseg.nii.gz",
+    "t1_seg8.nii.gz",
     "T2_SWI.nii",
 ]
 AMBIGUOUS = [
@@ -76,6 +84,14 @@ AMBIGUOUS = [
     "T1 C.nii",
     "T1-C-.nii",
     "t1_t2_flair.nii",
+    "flair_to_t1c.nii.gz",
+    "FLAIR_in_T1_space.nii",
+    "T2_to_T1.nii",
+    "flair_t1.nii",
+    "T1 with and without.nii",
+    "T1 W-WO.nii",
+    "post_T1.nii",
+    "pre_t1.nii.gz",
 ]
 
 
@@ -161,6 +177,16 @@ HEADERS = [
 def test_words_times_and_agent_together(text, agent, kinds, echo, repetition, inversion, role):
     found = from_acquisition(Acquisition((text,), agent, "", kinds, echo, repetition, inversion))
     assert found.role == role, found
+
+
+def test_the_name_of_the_examination_tells_no_contrast():
+    native = Acquisition(("Ax T1", "MRI BRAIN WITH AND WITHOUT CONTRAST"), "", "", SPIN, 12, 550)
+    assert from_acquisition(native).role == "t1"
+    assert from_acquisition(native).assumed
+    protocol = Acquisition(("Ax", "t1_se_tra_KM"), "", "", SPIN, 12, 550)
+    assert from_acquisition(protocol).role == "t1c"
+    both = Acquisition(("Ax T1", "t1_se_tra_KM"), "", "", SPIN, 12, 550)
+    assert from_acquisition(both).role == "t1c"
 
 
 def test_contradictions_are_told():

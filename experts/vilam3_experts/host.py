@@ -15,6 +15,7 @@ from vilam3_experts import descriptors as registry
 from vilam3_experts.audit import AuditLog
 from vilam3_experts.base import Data, Expert, ExpertInputs, annotate_one
 from vilam3_experts.calibrate import Calibration
+from vilam3_experts.engine.memory import Shrinking
 from vilam3_experts.engine.worker import create_expert
 from vilam3_experts.weights import Weights, load_weights
 from vilam3_jax import paths
@@ -68,7 +69,7 @@ class Host:
             raise UserError("a request without inputs; give a volume or image_bytes")
         if descriptor.name not in self._experts:
             weights = load_weights(descriptor, self._folder)
-            self._experts[descriptor.name] = (create_expert(descriptor, weights), weights)
+            self._experts[descriptor.name] = (Shrinking(create_expert(descriptor, weights)), weights)
         expert, weights = self._experts[descriptor.name]
         annotation = annotate_one(expert, descriptor, inputs, args, weights_sha256=weights.sha256)
         if self._audit is not None:

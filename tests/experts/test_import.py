@@ -691,6 +691,11 @@ def test_damaged_and_other_dicom_files_are_no_masks(dicom_case):
     ((_, reason),) = import_seg(root).problems
     assert "any name.dcm" in reason
     assert not dicom_seg.is_segmentation(root / "scans" / "study" / "00.dcm")
+    # A value representation that does not exist, where the class of the object stands; found by fuzzing.
+    data = path.read_bytes()
+    place = data.index(b"\x08\x00\x16\x00UI")
+    path.write_bytes(data[: place + 4] + b"U\xff" + data[place + 6 :])
+    assert not dicom_seg.is_segmentation(path)
 
 
 def test_the_command(case, capsys):

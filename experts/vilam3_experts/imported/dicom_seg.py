@@ -20,8 +20,8 @@ from vilam3_experts.imported.label_tables import clean_name
 from vilam3_jax.data import file_kinds
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.volume_checks import check_file_size, naming_damage, one_line
-from vilam3_jax.errors import UnavailableError, UserError
-from vilam3_jax.paths import PathLike, as_path
+from vilam3_jax.errors import UserError
+from vilam3_jax.paths import PathLike, as_path, check_passing
 
 _LABEL_MAP_STORAGE = "1.2.840.10008.5.1.4.1.1.66.7"
 _HEADER = (
@@ -64,11 +64,10 @@ def is_segmentation(path: PathLike) -> bool:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             header = pydicom.dcmread(file, specific_tags=["SOPClassUID"], stop_before_pixels=True, force=True)
-    except UnavailableError:
-        raise
-    except Exception:  # whatever a damaged header makes pydicom raise: it is no segmentation
+            return header.get("SOPClassUID") in (SegmentationStorage, _LABEL_MAP_STORAGE)
+    except Exception as error:  # whatever a damaged header makes pydicom raise: it is no segmentation
+        check_passing(path, error)
         return False
-    return header.get("SOPClassUID") in (SegmentationStorage, _LABEL_MAP_STORAGE)
 
 
 def read_seg_header(path: PathLike, limits: Limits = DEFAULT_LIMITS) -> SegHeader:

@@ -26,6 +26,7 @@ from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.data.experts.cards import Card
 from vilam3_jax.data.experts.labels import label_table
 from vilam3_jax.data.experts.store import AnnotationWriter
+from vilam3_jax.data.volume_checks import naming_damage
 from vilam3_jax.data.volumes import Volume
 from vilam3_jax.datasets.samples import read_samples
 from vilam3_jax.errors import UnavailableError, UserError
@@ -299,7 +300,9 @@ def _import_one(
     if not missing:
         summary.counts["skipped"] += 1
         return
-    mask = _in_expert_ids(read_mask(source, scan, reading), descriptor.name, source)
+    with naming_damage(source.name):  # parsers document few of their exceptions
+        mask = read_mask(source, scan, reading)
+    mask = _in_expert_ids(mask, descriptor.name, source)
     if not mask.labels.any() and not keep_empty:
         raise UserError("marks nothing; give --keep-empty if that is the finding")
     for args in missing:

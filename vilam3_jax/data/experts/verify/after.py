@@ -17,7 +17,7 @@ import numpy as np
 from vilam3_jax.data.experts.cards import Check
 from vilam3_jax.data.experts.labels import label_universe
 from vilam3_jax.data.experts.record import Segment, Verdict
-from vilam3_jax.data.experts.verify.evidence import Evidence, body_threshold
+from vilam3_jax.data.experts.verify.evidence import Evidence, body_centre, body_threshold
 from vilam3_jax.data.experts.verify.measures import LabelMeasures
 from vilam3_jax.errors import UserError
 
@@ -225,6 +225,24 @@ def _above_mm(check: Check, finding: Finding) -> list[Verdict]:
     return _between(check, finding, 2, ("above", "below"))
 
 
+def _off_midline_mm(check: Check, finding: Finding) -> list[Verdict]:
+    scan, found = finding.evidence.volume, []
+    if scan is None:
+        return []
+    for m in finding.matching(check.subject):
+        centre = body_centre(scan, m.box[2], hounsfield=finding.evidence.is_hounsfield)
+        if centre is None:
+            why = "the scan does not show both sides of the body"
+            found.append(_verdict(check, "unknown", m.name, message=why))
+            continue
+        value = float(m.centroid_mm[0] - centre[0])
+        side = "right" if value > 0 else "left"
+        why = f"{m.name} lies {_number(abs(value))} mm to the {side} of the body's middle"
+        wrong = _outside(check, value)
+        found.append(_verdict(check, "fail" if wrong else "pass", m.name, value, why if wrong else ""))
+    return found
+
+
 def _sides_mm(check: Check, finding: Finding) -> list[Verdict]:
     found = []
     for right in finding.matching("right *"):
@@ -262,6 +280,7 @@ _KINDS: dict[str, Callable[[Check, Finding], list[Verdict]]] = {
     "on_tissue": _on_tissue,
     "right_of_mm": _right_of_mm,
     "above_mm": _above_mm,
+    "off_midline_mm": _off_midline_mm,
     "sides_mm": _sides_mm,
     "probability_margin": _probability_margin,
 }

@@ -31,6 +31,7 @@ _LOWEST_WITHOUT_AIR = -200.0
 # An adult's head has axial sections of about 250 cm², a very large one of 340; an adult's trunk 450 to 1000.
 _NO_HEAD_CM2 = 400.0
 _EMPTY_CM2 = 20.0
+_CUT_BODY = 0.05  # of a scan's outermost sagittal plane, more tissue than this means that the body goes on
 _SMALL_SECTIONS = 0.1  # a head would be at least this share of a scan's sections
 
 
@@ -143,6 +144,30 @@ def body_threshold(volume: Volume, *, hounsfield: bool) -> float:
     voxels, valid, _ = _sampled(volume)
     values = voxels[valid]
     return 0.2 * float(np.quantile(values, 0.99)) if values.size else 0.0
+
+
+def body_centre(volume: Volume, planes: slice, *, hounsfield: bool) -> np.ndarray | None:
+    """The centroid of the tissue in some planes, RAS millimetres, float64 [3].
+
+    None where the body has no end on its right or left: its middle is not that of what the scan shows.
+
+    Args:
+      planes: along axis 2.
+      hounsfield: see `body_threshold`.
+    """
+    _, _, steps = _sampled(volume)
+    threshold = body_threshold(volume, hounsfield=hounsfield)
+    part = volume.voxels[:: steps[0], :: steps[1], planes][..., :: steps[2]]
+    tissue = part > threshold
+    cut = max(tissue[0].mean(), tissue[-1].mean())
+    if not tissue.any() or cut > _CUT_BODY:
+        return None
+    index = [
+        float(tissue.sum(axis=others, dtype=np.int64) @ np.arange(0, n, step)) / np.count_nonzero(tissue)
+        for others, n, step in zip(((1, 2), (0, 2)), volume.voxels.shape, steps, strict=False)
+    ]
+    middle = np.array([*index, (planes.start + planes.stop - 1) / 2])
+    return volume.affine[:3, :3] @ middle + volume.affine[:3, 3]
 
 
 def section_areas(volume: Volume, *, hounsfield: bool) -> np.ndarray:

@@ -59,7 +59,8 @@ class Campaign:
             raise RuntimeError("a fault of the model")
         if poison == 4:
             raise ExpertFailure("not my field")
-        time.sleep(SECONDS)
+        if SECONDS:
+            time.sleep(SECONDS)  # of 0 seconds it would give the core away
         return Output(probabilities={"mean": float(np.mean(data)) / 255})
 """
 DRIVER = """

@@ -56,7 +56,7 @@ class ExpertInputs:
             Evidence.of(role, data, *said) for (role, data), said in zip(self.items, stated, strict=True)
         )
 
-    @property
+    @functools.cached_property
     def keys(self) -> tuple[tuple[str, str], ...]:
         """(role, content key) of each."""
         return tuple((role, content_key(data)) for role, data in self.items)

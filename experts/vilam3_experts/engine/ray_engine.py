@@ -45,7 +45,7 @@ def run_ray(work: Work, items: Iterable[Item], engine: Engine) -> Generator[Outc
       UnavailableError: the cluster cannot be reached, or has no room, or fails.
     """
     Committer(work).close()  # what is wrong with the folders is better said before the cluster starts
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the progress is told here
     started = not ray.is_initialized()
     if started:
         _connect(engine.address)

@@ -410,7 +410,7 @@ def write_bundle(folder, state, *, config=CONFIG, metadata=METADATA, wrap=False)
     (folder / "models").mkdir(exist_ok=True)
     (folder / "configs" / "inference.json").write_text(json.dumps(config))
     (folder / "configs" / "metadata.json").write_text(json.dumps(metadata))
-    torch.save({"model": state} if wrap else state, folder / "models" / "model.pt")
+    torch.save({"model": state, "epoch": 3} if wrap else state, folder / "models" / "model.pt")
     return folder
 
 
@@ -459,8 +459,8 @@ def test_the_expert_from_a_folder(tmp_path):
     }
     network = SegResNet(**arguments).eval()
     config = {
-        **CONFIG,
-        "network_def": {"_target_": "monai.networks.nets.SegResNet", **arguments},
+        **{name: value for name, value in CONFIG.items() if name != "network_def"},
+        "network": {"_target_": "monai.networks.nets.SegResNet", **arguments},
         "inferer": {**CONFIG["inferer"], "roi_size": [32, 32, 24]},
     }
     write_bundle(tmp_path / "brats_mri_segmentation", network.state_dict(), config=config, wrap=True)
@@ -535,6 +535,7 @@ def _step(step):
         ({**CONFIG, "inferer": "$@something"}, "expression"),
         (_step({"_target_": "ScaleIntensityd"}), "ScaleIntensity not known here"),
         (_step({"_target_": "NormalizeIntensityd", "nonzero": False}), "NormalizeIntensity not known"),
+        ({**CONFIG, "network_def": "$get_network()"}, "network_def is no object"),
         ([], "no JSON object"),
     ],
 )

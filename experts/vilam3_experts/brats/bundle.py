@@ -102,8 +102,12 @@ def read_settings(bundle: epath.Path) -> Settings:
     config, config_path = _read_json(bundle / "configs" / "inference.json")
     metadata, metadata_path = _read_json(bundle / "configs" / "metadata.json")
     found: dict[str, Any] = {}
-    if "network_def" in config:
-        found["network"] = _network_arguments(config["network_def"], config_path)
+    # Bundles define the network under either name; `network` of this one only moves it to a device.
+    definition = config.get("network_def", config.get("network"))
+    if isinstance(definition, dict):
+        found["network"] = _network_arguments(definition, config_path)
+    elif "network_def" in config:
+        raise UserError(f"{config_path}: network_def is no object; {_HINT}")
     if "inferer" in config:
         found |= _inferer(config["inferer"], config_path)
     if "preprocessing" in config:
@@ -175,9 +179,9 @@ def _plain(value: Any, name: str, path: epath.Path) -> Any:
     return value
 
 
-def _network_arguments(definition: Any, path: epath.Path) -> dict[str, Any]:
+def _network_arguments(definition: dict[str, Any], path: epath.Path) -> dict[str, Any]:
     definition = _plain(definition, "network_def", path)
-    if not isinstance(definition, dict) or definition.get("_target_") not in _NETWORK_TARGETS:
+    if definition.get("_target_") not in _NETWORK_TARGETS:
         raise UserError(f"{path}: network_def is no SegResNet; {_HINT}")
     arguments = {name: value for name, value in definition.items() if not name.startswith("_")}
     if unknown := sorted(set(arguments) - _NETWORK_ARGUMENTS):
@@ -282,7 +286,7 @@ def _channel_names(metadata: dict[str, Any], side: str, name: str) -> list[str] 
 
 
 def _state_dict(path: epath.Path, data: bytes) -> dict[str, torch.Tensor]:
-    """The tensors of a weights file. A checkpoint of MONAI's may hold them under the single key `model`."""
+    """The tensors of a weights file. A checkpoint of a training run holds them under the key `model`."""
     try:
         if path.suffix == ".safetensors":
             state: Any = safetensors.torch.load(data)
@@ -293,7 +297,7 @@ def _state_dict(path: epath.Path, data: bytes) -> dict[str, torch.Tensor]:
         raise UserError(
             f"{path}: no weights can be read from it ({reason}); fetch the bundle again"
         ) from error
-    if isinstance(state, dict) and list(state) == ["model"]:
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: holds something else than a dict of tensors; fetch the bundle again")

@@ -24,7 +24,7 @@ class ShardReaders:
     needed, once a process, into the folder for temporary files; meanwhile other threads go on reading other
     shards. The copies are removed with this object.
 
-    The `_MAX_OPEN` shards that were used last stay open; a copy is removed when its shard is closed.
+    The `_MAX_OPEN` shards that were used last stay open; copies stay until this object goes.
     """
 
     def __init__(self, directory: paths.PathLike) -> None:
@@ -37,6 +37,7 @@ class ShardReaders:
         self._remote = "://" in os.fspath(self._directory)
         self._readers: dict[str, ArrayRecordReader] = {}  # the last used one is the last
         self._copies: tempfile.TemporaryDirectory[str] | None = None
+        self._fetched_before: dict[str, str] = {}  # name to the copy, which could be opened
         self._lock = threading.Lock()
         self._opening: dict[str, threading.Lock] = {}
 
@@ -84,9 +85,12 @@ class ShardReaders:
     def _open(self, name: str, records: int | None) -> ArrayRecordReader:
         path = self._directory / name
         try:
-            if not path.exists():
-                raise OSError("no such file")
-            reader = open_reader(self._fetched(path) if self._remote else os.fspath(path))
+            local = self._fetched_before.get(name)
+            if local is None:
+                if not path.exists():
+                    raise OSError("no such file")
+                local = self._fetched(path) if self._remote else os.fspath(path)
+            reader = open_reader(local)
             if records is not None and reader.num_records() != records:
                 raise OSError(f"has {reader.num_records()} records, {records} were written")
         except (OSError, ValueError, RuntimeError) as error:
@@ -95,11 +99,10 @@ class ShardReaders:
             ) from error
         with self._lock:
             self._readers[name] = reader
+            if self._remote:
+                self._fetched_before[name] = local
             if len(self._readers) > _MAX_OPEN:
-                oldest = next(iter(self._readers))
-                del self._readers[oldest]  # closed when the last thread that reads it is done
-                if self._copies is not None:
-                    os.unlink(os.path.join(self._copies.name, oldest))
+                del self._readers[next(iter(self._readers))]  # closed when no thread reads it any more
         return reader
 
     def _fetched(self, path: Any) -> str:

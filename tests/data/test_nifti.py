@@ -17,7 +17,7 @@ from nibabel.testing import data_path
 
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.nifti_affine import read_affine
-from vilam3_jax.data.volumes import load_label_map, load_volume
+from vilam3_jax.data.volumes import load_label_map, load_volume, read_volume
 from vilam3_jax.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::vilam3_jax.errors.InputWarning")
@@ -355,6 +355,27 @@ def test_shapes(tmp_path):
     }.items():
         with pytest.raises(UserError, match=rf"many\.nii: .*{words}"):
             load_volume(with_dim("many.nii", *dim))
+
+
+@pytest.mark.parametrize("dim", [(4, 2, 5, 6, 2), (5, 2, 5, 6, 1, 2)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_channels(tmp_path, dim, packed):
+    path = save(tmp_path / "a.nii", dim=[*dim, *[1] * (8 - len(dim))])
+    if packed:
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    halves = [read_volume(path, channel=channel).voxels for channel in (0, 1)]
+    # VOXELS are stored with their first axis fastest, and that of the file is half as long.
+    stored = VOXELS.ravel(order="F").reshape((2, 5, 6, 2), order="F")
+    for channel, half in enumerate(halves):
+        np.testing.assert_array_equal(half, stored[..., channel])
+    for channel in (2, -1):
+        with pytest.raises(UserError, match=rf"a\.nii: no channel {channel}, because it holds 2 volumes"):
+            read_volume(path, channel=channel)
+
+
+def test_channels_of_one_volume(tmp_path):
+    with pytest.raises(UserError, match="no channel 0, because it holds one volume"):
+        read_volume(save(tmp_path / "a.nii"), channel=0)
 
 
 @pytest.mark.parametrize("dim", [(2, 4, 5), (3, 4, 5, 0), (3, 4, 5, 1)])

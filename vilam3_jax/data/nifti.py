@@ -215,11 +215,13 @@ def _shape(header: Header, path: PathLike) -> tuple[tuple[int, int, int], list[s
 def _shape_of_channels(
     header: Header, channel: int, path: PathLike
 ) -> tuple[tuple[int, int, int], list[str]]:
-    """The spatial sizes of a file of several volumes."""
+    """The spatial sizes of a file of several volumes, which lie along one further axis."""
     dims = [int(n) for n in header["dim"]]
-    count = dims[4] if dims[0] == 4 else 1
-    if dims[0] != 4 or not 0 <= channel < count:
-        raise UserError(f"{path}: no channel {channel}, because it holds {count} volumes; check the mapping")
+    further = [n for n in dims[4 : min(dims[0], 7) + 1] if n not in (0, 1)]
+    count = further[0] if len(further) == 1 else 1
+    if not 0 <= channel < count or count == 1:
+        several = f"{count} volumes" if further else "one volume"
+        raise UserError(f"{path}: no channel {channel}, because it holds {several}; check the mapping")
     return (dims[1], dims[2], dims[3]), []
 
 

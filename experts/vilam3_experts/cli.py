@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return options.run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("stopped; start again to go on", file=sys.stderr)
         return 130

@@ -303,6 +303,18 @@ def test_command_fetches(server, tmp_path, monkeypatch, capsys):
         load_weights(toy, tmp_path)
 
 
+def test_command_without_a_network(tmp_path, monkeypatch, capsys):
+    nowhere = url_source(Download("w.bin", 1, url="http://127.0.0.1:9/w.bin"))
+    toy = dataclasses.replace(descriptors.CXR, sources=(nowhere,))
+    monkeypatch.setattr(descriptors, "registry", lambda: {"CXR": toy})
+    given = ["weights", "--fetch", "--expert", "CXR", "--weights", str(tmp_path)]
+    assert main(given) == 1  # starting again where there is a network helps
+    told = capsys.readouterr().err
+    assert told.startswith("error: http://127.0.0.1:9/w.bin: cannot be reached") and told.count("\n") == 1
+    (tmp_path / "CXR" / "w.bin").write_bytes(CONTENT)  # as a person brings it
+    assert main(given) == 0
+
+
 # The converter
 
 

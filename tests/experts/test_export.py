@@ -1,6 +1,7 @@
 """Exported masks, read back by nibabel, ITK and highdicom: same voxels, same place, same patient or none."""
 
 import json
+import shutil
 import signal
 
 import highdicom as hd
@@ -10,6 +11,7 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 from dicom_series import write_series
+from pydicom.data import get_testdata_file
 from scipy.spatial.transform import Rotation
 from vilam3_experts import export_masks as export
 from vilam3_experts.base import measure
@@ -35,7 +37,10 @@ def _keep_signal_handler():
 def labels_on(shape, seed=0):
     """[X, Y, Z] uint16 with all labels, unsymmetric in every direction."""
     rng = np.random.default_rng(seed)
-    return rng.choice([0, 0, 0, *NAMES], size=shape).astype(np.uint16)
+    labels = np.zeros(shape, np.uint16)
+    block = labels[1:40, :30, :]  # the rest of a large scan stays empty
+    block[:] = rng.choice([0, 0, 0, *NAMES], size=block.shape)
+    return labels
 
 
 def store_for(scan, folder, labels=None, version=VERSION, expert="MINE"):
@@ -173,6 +178,21 @@ def test_an_export_is_the_same_object_again(ct, tmp_path):
         made = pydicom.dcmread(tmp_path / out / file)
         uids.append((made.SOPInstanceUID, made.SeriesInstanceUID))
     assert uids[0] == uids[1]
+
+
+def test_dicom_seg_of_a_multi_frame_file(tmp_path):
+    """pydicom's Enhanced CT, whose slices run towards the feet."""
+    (tmp_path / "scans").mkdir()
+    shutil.copy(get_testdata_file("eCT_Supplemental.dcm"), tmp_path / "scans" / "ct.dcm")
+    scan = load_volume(tmp_path / "scans")
+    assert scan.stored_orientation == "RPI"
+    record = store_for(scan, tmp_path / "store")
+    ((_, file),) = export.export_masks(
+        tmp_path / "store", tmp_path / "scans", tmp_path / "out", "dicom-seg"
+    ).files
+    volume = hd.seg.segread(tmp_path / "out" / file).get_volume(combine_segments=True)
+    found = by_world(volume.array, np.diag([-1, -1, 1, 1]) @ volume.affine)
+    assert_same_place(found, record, renamed={1: 1, 2: 2, 4: 3, 300: 4})
 
 
 def test_what_people_marked_is_manual(ct, tmp_path):

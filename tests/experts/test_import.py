@@ -332,6 +332,16 @@ def test_names_of_a_known_expert_get_its_ids(case):
     assert "none of its labels is one of ORGANS's" in with_new_store.problems[0][1]
 
 
+def test_masks_of_a_network_that_ran_elsewhere_are_stored_under_its_arguments(case):
+    assert run(case, expert="VISTA3D", args=("organs", "everything")).counts == {"imported": 1}
+    store = AnnotationStore(case[2] / "store")
+    records = [store.get(*key) for key in store.keys()]  # noqa: SIM118
+    assert [record.args for record in records] == ["everything", "organs"]
+    assert records[0].label_names == {1: "liver", 3: "spleen", 14: "left kidney"}
+    with pytest.raises(UserError, match="no argument 'nonsense'"):
+        run(case, expert="VISTA3D", args=("nonsense",))
+
+
 def test_names_in_the_header_of_a_nifti_file(case):
     """TotalSegmentator puts them there."""
     image = nib.Nifti1Image(labels_of(), AFFINE)

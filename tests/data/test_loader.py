@@ -148,6 +148,26 @@ def test_a_state_is_of_its_tokenizer(root, tmp_path) -> None:
     other.close()
 
 
+def test_a_state_is_of_its_annotations(tmp_path) -> None:
+    write(tmp_path / "films", [film(i, np.random.default_rng(0), expert=True) for i in range(9)])
+    for name, p in (("first", 0.9), ("same", 0.9), ("other", 0.1)):
+        classes = {"pneumonia": p}
+        records = [Annotation(f"key{i}", "PNEUMONIA", probabilities=classes, version="t") for i in range(9)]
+        annotate(tmp_path / name, records)
+    settings = dict(experts="on", mixture=(("films", 1.0),), seq_len=1024)
+    loader = build(config(tmp_path, annotations=str(tmp_path / "first"), **settings))
+    take(loader, 1)
+    state = loader.get_state()
+    loader.close()
+    same_answers = build(config(tmp_path, annotations=str(tmp_path / "same"), **settings))
+    same_answers.set_state(state)
+    same_answers.close()
+    other = build(config(tmp_path, annotations=str(tmp_path / "other"), **settings))
+    with pytest.raises(UserError, match=r"of other annotations; restore data\.annotations"):
+        other.set_state(state)
+    other.close()
+
+
 def test_state_belongs_to_the_batch_returned_last(root) -> None:
     cfg = config(root, prefetch=6)
     loader = build(cfg)

@@ -133,6 +133,7 @@ class _Shard:
             "groups": self.groups,
             "order": self._loader.fingerprint,
             "tokenizer": self._loader.tokenizer_fingerprint,
+            "annotations": self._loader.annotations_digest,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -195,6 +196,7 @@ class Loader:
       provenance: name, split, records, licences and provenance of every dataset.
       fingerprint: hash of datasets, weights and seed; a state fits only this order.
       tokenizer_fingerprint: of the tokenizer; a state fits only this one.
+      annotations_digest: of what the experts said, "" with experts off; a state fits only these answers.
     """
 
     def __init__(
@@ -203,6 +205,7 @@ class Loader:
         samples: stream.SampleStream,
         load: Callable[[tuple[int, int], int], Sample],
         tokenizer_fingerprint: str,
+        annotations_digest: str,
         shape: GroupShape,
         pairs: bool,
         units: int,
@@ -224,6 +227,7 @@ class Loader:
         self.shard_count = shards if self.length is None else self._streams
         self.stats = Stats()
         self.fingerprint, self.tokenizer_fingerprint = samples.fingerprint, tokenizer_fingerprint
+        self.annotations_digest = annotations_digest
         self.provenance = [
             {
                 "name": source.name,
@@ -283,11 +287,16 @@ class Loader:
                     "data state is of other data; restore the datasets, data.mixture and seed as they were, "
                     "or start a new workdir"
                 )
-            # Checkpoints of before do not say.
+            # Both are absent in older checkpoints.
             if state[str(number)].get("tokenizer", self.tokenizer_fingerprint) != self.tokenizer_fingerprint:
                 raise UserError(
                     "data state is of another tokenizer; set model.tokenizer to the one that the run began "
                     "with, or start a new workdir"
+                )
+            if state[str(number)].get("annotations", self.annotations_digest) != self.annotations_digest:
+                raise UserError(
+                    "data state is of other annotations; restore data.annotations and data.experts as they "
+                    "were, or start a new workdir"
                 )
         self._state = {str(n): copy.deepcopy(dict(state[str(n)])) for n in self._shard_numbers()}
 
@@ -550,6 +559,7 @@ def build_loader(
         samples=samples,
         load=reader.sample,
         tokenizer_fingerprint=tokenizer.fingerprint,
+        annotations_digest="" if store is None else store.digest(),
         shape=group_shape(cfg, processor, tokens_per_image, tokenizer.pad_id),
         pairs=pairs,
         units=global_units(cfg),

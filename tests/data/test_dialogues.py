@@ -460,7 +460,8 @@ def test_left_out_records_are_counted_and_named_before_training(world) -> None:
     assert len(said_of) == 2  # wrong_modality fits all
     made = one.provenance[0]
     assert made["name"] == "slices:ct_tumor" and made["records"] == 12
-    assert list(made["provenance"]["dialogues"]["left_out"].values()) == [2]
+    ((reason, count),) = made["provenance"]["dialogues"]["left_out"].items()
+    assert count == 2 and reason.endswith("(first: slice12)")
     one.close()
     with pytest.raises(
         UserError, match=r"slices:mri_grade has no record that its rule fits \(14 records: is of mod"

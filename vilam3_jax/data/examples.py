@@ -145,8 +145,8 @@ class Example:
     """One record. `meta` holds plain values only (text, numbers, booleans, lists, dicts).
 
     `pair` and `caption` are a user turn that is one `<image>` and a supervised assistant turn;
-    `document` is a run of assistant turns, all supervised; `conversation` alternates. A `study` has images and
-    no turns: a rule of `data/experts/dialogues` makes a conversation of it when it is loaded.
+    `document` is a run of assistant turns, all supervised; `conversation` alternates. A `study` has images
+    and no turns: a rule of `data/experts/dialogues` makes a conversation of it when it is loaded.
     """
 
     id: str

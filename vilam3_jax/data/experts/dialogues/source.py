@@ -29,7 +29,7 @@ class DialogueSource:
     Attributes:
       rule: of the dialogues.
       info: of the data set, with the rule and what it left out in `provenance`.
-      left_out: reason to the number of records that the rule does not fit.
+      left_out: reason, with the first record it holds for, to the number of records that do not fit.
     """
 
     def __init__(
@@ -129,6 +129,7 @@ def under_rules(
             )
     kept: list[list[int]] = [[] for _ in rules]
     left: list[collections.Counter[str]] = [collections.Counter() for _ in rules]
+    first_of: dict[str, str] = {}
     for number, record in enumerate(source):
         scene = Scene(record, setting, random.Random(0))
         for rule, indices, reasons in zip(rules, kept, left, strict=True):
@@ -137,10 +138,14 @@ def under_rules(
                 indices.append(number)
             else:
                 reasons[reason] += 1
-    return [
-        DialogueSource(source, rule, setting, seed, np.array(indices, np.int64), dict(reasons.most_common()))
-        for rule, indices, reasons in zip(rules, kept, left, strict=True)
-    ]
+                first_of.setdefault(f"{rule.name} {reason}", record.id)
+    made = []
+    for rule, indices, reasons in zip(rules, kept, left, strict=True):
+        named = {
+            f"{why} (first: {first_of[f'{rule.name} {why}']})": count for why, count in reasons.most_common()
+        }
+        made.append(DialogueSource(source, rule, setting, seed, np.array(indices, np.int64), named))
+    return made
 
 
 def under_rule(source: ExampleSource, rule: Rule, setting: Setting, seed: int) -> DialogueSource:

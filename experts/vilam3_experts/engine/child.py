@@ -8,6 +8,7 @@ reason), ('fatal', exit code, message), and ('end',) after each chunk.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -25,6 +26,11 @@ from vilam3_jax.data.experts.record import failed
 from vilam3_jax.errors import UnavailableError
 
 _GRACE_SECONDS = 5.0
+# The path of this process, and not as PYTHONPATH: what an expert starts may have an environment of its own.
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
+    "from vilam3_experts.engine.worker import main; main()"
+)
 
 
 class StoppedError(Exception):
@@ -236,14 +242,14 @@ class _Nursery:
         self._pid = 0  # of the worker; 0: none lives
         ours, theirs = socket.socketpair()
         life, self._life = os.pipe()
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        path = json.dumps([entry or os.getcwd() for entry in sys.path])
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "vilam3_experts.engine.worker", str(theirs.fileno()), str(life)],
+                [sys.executable, "-c", _START, path, str(theirs.fileno()), str(life)],
                 pass_fds=(theirs.fileno(), life),
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # whatever libraries print
-                env={**os.environ, **environment, "PYTHONPATH": path},
+                env={**os.environ, **environment},
                 start_new_session=True,  # Ctrl-C of a terminal is for the owner
             )
         finally:

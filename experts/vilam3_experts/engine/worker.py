@@ -250,7 +250,3 @@ def main() -> None:
             control.sendall(os.waitstatus_to_exitcode(status).to_bytes(8, "big", signed=True))
         except ConnectionError:
             return
-
-
-if __name__ == "__main__":
-    main()

@@ -17,9 +17,6 @@ from dialogue_worlds import (
     CLEAN,
     FILM,
     GOLDENS,
-    ROLES,
-    SHAPE,
-    SLICE,
     STUDIES,
     TUMOR,
     annotation_of,
@@ -46,7 +43,8 @@ from vilam3_jax.data.experts.dialogues.scene import Unfit
 from vilam3_jax.data.experts.dialogues.source import DialogueSource, under_rules
 from vilam3_jax.data.experts.grammar import parse_turn
 from vilam3_jax.data.experts.labels import label_table, label_universe
-from vilam3_jax.data.experts.record import Annotation, Verdict, failed
+from vilam3_jax.data.experts.record import Annotation, Disagreement, LabelMap, Segment, Verdict, failed
+from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.experts.wording import question_of
 from vilam3_jax.data.records import ExampleSource
 from vilam3_jax.data.show import main as show
@@ -324,8 +322,6 @@ def test_an_implausible_result_is_nobodys_truth() -> None:
 
 
 def test_disagreement_by_volume_and_as_the_record_reports_it() -> None:
-    from vilam3_jax.data.experts.record import Disagreement
-
     key = "key of tumor"
     small = annotation_of(key, "ORGANS", "organs", {1: ("liver", 5, 1)})
     large = annotation_of(key, "VISTA3D", "organs", {1: ("liver", 9, 1)})
@@ -383,8 +379,6 @@ def world(tmp_path_factory):
     labels_map = np.zeros((10, 12, 14), np.uint8)
     labels_map[1:6, 1:9] = names["liver"]
     labels_map[6:9, 2:12, 7:] = names["hepatic tumor"]
-    from vilam3_jax.data.experts.record import LabelMap, Segment
-
     parts = [
         Segment(names[n], n, 500, 50.0, c, (0, 0, 0, 9, 9, 9))
         for n, c in (("liver", 1), ("hepatic tumor", 2))
@@ -441,8 +435,6 @@ def test_batches_are_the_same_again_and_resume_exactly(world) -> None:
 @pytest.mark.filterwarnings("ignore::vilam3_jax.errors.InputWarning")
 def test_a_record_is_met_differently_in_every_epoch_and_the_same_at_a_position(world) -> None:
     source = ExampleSource(world / "slices", "train")
-    from vilam3_jax.data.experts.store import AnnotationStore
-
     made = setting(AnnotationStore(world / "said"))
     (ruled,) = under_rules(source, [RULES["ct_segment"]], made, seed=3)
     texts = [ruled.dialogue(2, position, True).turns for position in range(0, 120, 12)]
@@ -547,9 +539,4 @@ def test_what_the_expert_repeats_is_what_inference_repeats() -> None:
 
 
 def _store(world):
-    from vilam3_jax.data.experts.store import AnnotationStore
-
     return AnnotationStore(world / "said")
-
-
-assert len(ROLES) == 4 and SHAPE[2] > SLICE

@@ -54,7 +54,7 @@ class Pneumonia:
 
             if keras.backend.backend() != "torch":
                 raise UserError(
-                    f"KERAS_BACKEND is {keras.backend.backend()!r}; PNEUMONIA runs on torch, unset the variable"
+                    f"KERAS_BACKEND is {keras.backend.backend()!r}; PNEUMONIA runs on torch, unset it"
                 )
             # Keras opens paths only; the copy has the bytes that were checked.
             path = os.path.join(folder, "model.keras")

@@ -64,9 +64,7 @@ def test_killed_actors_and_nodes_lose_nothing(cluster, folder, tmp_path):  # noq
     def kill():
         wait_for_runs(tmp_path, 20)
         worker = int(lines(tmp_path)[-1].split()[0])
-        os.kill(
-            parent(parent(worker)), signal.SIGKILL
-        )  # the actor
+        os.kill(parent(parent(worker)), signal.SIGKILL)  # the actor
         told.append("actor")
         wait_for_runs(tmp_path, 120)
         cluster.remove_node(cluster.workers[0], allow_graceful=False)

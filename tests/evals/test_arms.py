@@ -34,7 +34,8 @@ def spoken(answer, trigger=None, annotation=None):
     if trigger:
         text = f"Let me trigger <{trigger[0]}({trigger[1]})>."
         turns[1:1] = [Spoken("assistant", text), Spoken("expert", "EXPERT")]
-    return Transcript(tuple(turns), answer, trigger, text, annotation, False)
+    called = () if trigger is None else (annotation or Annotation("k", *trigger),)
+    return Transcript(tuple(turns), answer, called, text)
 
 
 class FakeAgent:
@@ -66,8 +67,9 @@ def test_items_are_asked_in_batches_with_their_slices():
     )
     assert [len(batch) for batch in agent.batches] == [2, 2, 1]
     query = agent.batches[0][0]
-    assert (query.question, query.axis, query.index, query.input_key) == ("Is the liver visible?", 2, 7, "k")
-    assert np.array_equal(query.image, IMAGE)
+    (scan,) = query.scans
+    assert (query.question, scan.axis, scan.index, scan.input_key) == ("Is the liver visible?", 2, 7, "k")
+    assert np.array_equal(scan.image, IMAGE)
     assert {row["item"] for row in rows} == {one.id for one in items}
     assert all(row["correct"] and row["falsify_seed"] is None for row in rows)
 
@@ -79,7 +81,7 @@ def test_the_blank_arm_shows_nothing_of_the_image():
             agent, QUICKSTART, arms.ARMS["stage4_blank"], [item()], lambda _: IMAGE, falsify_seed=0
         )
     )
-    shown = agent.batches[0][0].image
+    shown = agent.batches[0][0].scans[0].image
     assert shown.shape == IMAGE.shape and len(np.unique(shown)) == 1
 
 

@@ -105,7 +105,11 @@ def make_data(folder, films=12, licence="CC-BY-4.0"):
         qa = [
             question("Which modality is this?", "chest X-ray", "modality", "image header"),
             question(
-                "Is there pneumonia?", "yes" if sick else "no", "pneumonia", "class name of the film", "PNEUMONIA"
+                "Is there pneumonia?",
+                "yes" if sick else "no",
+                "pneumonia",
+                "class name of the film",
+                "PNEUMONIA",
             ),
         ]
         ref = ImageRef(data=encode_png(picture))

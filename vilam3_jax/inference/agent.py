@@ -302,7 +302,7 @@ class Agent:
             row.turns.append(Spoken("user", turn.text, pictures))
             chunks.append(self._chunk(turn, pictures))
         shared = _shared_prefix(chunks)
-        prefix = chunks[0].tokens[:shared]
+        prefix = chunks[0].tokens[:shared].tolist()
         session = self._generator.start(len(rows), prefix)
         for row, chunk in zip(rows, chunks, strict=True):
             row.cached.append(_without(chunk, shared))
@@ -333,7 +333,7 @@ class Agent:
             )
         return [row.transcript() for row in rows]
 
-    def _restart(self, prefix: np.ndarray, rows: Sequence[_Row]) -> Session:
+    def _restart(self, prefix: Sequence[int], rows: Sequence[_Row]) -> Session:
         session = self._generator.start(len(rows), prefix)
         for number in range(max(len(row.cached) for row in rows)):
             session.append([row.cached[number] if number < len(row.cached) else None for row in rows])

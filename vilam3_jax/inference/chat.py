@@ -88,7 +88,7 @@ class Assistant:
         self._generator, self._template = load_generator(
             checkpoint, max_length=max_length, batch_size=1, text=text
         )
-        model = exports.load_model_config(checkpoint)
+        model = exports.load_model_config(checkpoint).to_dict()
         self._cards, self._style = card_list(model), Style.of(model)
         self._annotations, self._expert_host, self._weights = annotations, expert_host, expert_weights
         self._host: ExpertHost | None = None

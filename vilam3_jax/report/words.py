@@ -74,9 +74,9 @@ ORACLE_CAPTION = (
     "Percent right, beside the falsified arm. These figures say nothing about how good the expert is."
 )
 ORACLE_TEXT = (
-    "Here the right answers come from the map that the expert replays, so an expert that is read is right "
-    "by construction. The table shows whether the model reads what it is told: where the expert's record "
-    "is falsified, such a model must fall."
+    "Here the right answers come from the imported map that the expert repeats, so an expert that is read "
+    "is right by construction. The table shows whether the model reads what it is told: where the expert's "
+    "record is falsified, such a model must fall."
 )
 DIALOGUE_TEXT = (
     "A dozen answers, chosen for variety by a fixed rule: different modalities, types of question, volumes"

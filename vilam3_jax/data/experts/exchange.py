@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vilam3_jax.data.examples import IMAGE_MARKER, Turn
+from vilam3_jax.data.examples import Turn
 from vilam3_jax.data.experts.cards import Card, render_cards
 from vilam3_jax.data.experts.grammar import Call
 from vilam3_jax.data.experts.overlays import expert_overlay

@@ -2,8 +2,8 @@
 
 Frames are a 4-byte big-endian length and a msgpack map. Request: {id, expert, args, inputs}, where an input
 is {role, volume} or {role, image_bytes} and a volume is {path, series, modality}; response:
-{id, annotation | error}. A host that crashes, hangs or answers nonsense gives a failed annotation, and the next
-request starts a fresh one.
+{id, annotation | error}. A host that crashes, hangs or answers nonsense gives a failed annotation, and the
+next request starts a fresh one.
 
 This module imports neither jax nor flax nor torch.
 """

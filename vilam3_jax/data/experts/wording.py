@@ -1,7 +1,7 @@
 """The words of an expert exchange: how a model calls, and how it is told what experts said.
 
-`PLAIN` is this project's own wording; `VILA_M3` is the one that the released checkpoints were trained on, kept
-to the letter, slips included (the reference's `m3/data_prepare/experts`).
+`PLAIN` is this project's own wording. `VILA_M3` is the one that the released checkpoints were trained on,
+kept to the letter, slips included.
 
 This module imports neither jax nor flax nor torch.
 """
@@ -261,7 +261,7 @@ def _class(name: str) -> str:
 
 
 def _safe(text: str) -> str:
-    """An expert's own words on one line, without what could pass for a marker, a call or a template's token."""
+    """An expert's own words on one line, without what could pass for a marker, a call or a token."""
     return " ".join(re.sub(r"[<>|\[\]]", " ", text).split())[:_LONGEST]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vilam3_jax.data.experts.exchange import Result, Style, exchange
-from vilam3_jax.data.experts.falsify import falsify
+from vilam3_jax.data.experts.falsify import falsified, falsify
 from vilam3_jax.data.experts.labels import label_group, label_table, label_universe, restrict_to_group
 from vilam3_jax.data.experts.overlays import PALETTE, expert_overlay, legend, overlay
 from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment, Verdict, failed
@@ -156,6 +156,16 @@ def test_falsified_turn_names_other_organs():
     text = told(wrong, "Q", axis=2, index=1, kind="segmentation")
     described = text.split("describe ")[1].split(".")[0]
     assert described.count(":") == 2 and "liver" not in described and "spleen" not in described
+    assert falsified(ct_annotation(), 1) == wrong
+
+
+def test_falsified_calibrated_probabilities_are_told_otherwise():
+    record = Annotation(
+        "k", "CXR", probabilities={"pneumonia": 0.6, "effusion": 0.2}, calibrated={"pneumonia": 0.9}
+    )
+    assert "pneumonia: yes" in told(record, "Q", kind="classification")
+    for seed in range(5):
+        assert "pneumonia: no" in told(falsified(record, seed), "Q", kind="classification")
 
 
 def test_several_results_are_told_in_order_with_one_question():

@@ -21,17 +21,16 @@ from vilam3_jax.data.examples import IMAGE_MARKER, Example, ExpertRequest, Image
 from vilam3_jax.data.experts.cards import Card
 from vilam3_jax.data.experts.exchange import (
     DEFAULT_STYLE,
-    Exchange,
     Overlay,
     Result,
     Style,
     call_turn,
     exchange,
+    overlays_of,
     with_cards,
 )
-from vilam3_jax.data.experts.falsify import falsify
+from vilam3_jax.data.experts.falsify import falsified
 from vilam3_jax.data.experts.grammar import Call
-from vilam3_jax.data.experts.labels import label_universe, restrict_to_group
 from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.data.experts.wording import Plane, question_of
 from vilam3_jax.data.images import decode_image, decode_scaled, image_shape, load_film, resize
@@ -51,6 +50,7 @@ EXPERT_MODES = ("on", "off", "falsified", "mixed")
 IMAGE_CACHE_BYTES = 1 << 30
 VOLUME_CACHE_BYTES = 1 << 30
 _ANNOTATION_CACHE_BYTES = 256 << 20
+_TEXT_CACHE_BYTES = 16 << 20
 _QUESTION = "\0"  # stands for the question in what is cached; no text holds it
 _MAX_NOTED = 100  # kinds of notes about volumes that one reader warns of
 
@@ -220,7 +220,8 @@ class Renderer:
         self._store, self._style = annotations, style
         self._seed = seed
         self._annotations: ByteLRU[Annotation | None] = ByteLRU(_ANNOTATION_CACHE_BYTES, _annotation_bytes)
-        self._exchanges: ByteLRU[Exchange] = ByteLRU(16 << 20, lambda one: len(one.text) + 256)
+        # Texts alone: an overlay holds its annotation, whose label map would outlive the other cache.
+        self._texts: ByteLRU[str] = ByteLRU(_TEXT_CACHE_BYTES, lambda text: len(text) + 256)
 
     def render(self, example: Example, data_root: Any, coin: int = 0) -> Rendered:
         """Returns the turns and images of one example.
@@ -305,8 +306,10 @@ class Renderer:
         annotation = self._store.get(key, expert, args)
         if annotation is None or self._experts != "falsified":
             return annotation
-        universe = label_universe(expert, args) or None
-        return falsify(restrict_to_group(annotation), self._seed, universe)
+        try:
+            return falsified(annotation, self._seed)
+        except ValueError as error:
+            raise UserError(f"an expert's result cannot be falsified: {error}") from error
 
     def _exchange(
         self,
@@ -326,7 +329,7 @@ class Renderer:
         key = tuple((r.annotation.key, r.annotation.version, r.plane) for r in results)
         # One text serves all questions about a slice: the question is put in afterwards.
         try:
-            said = self._exchanges.get(key, lambda: exchange(results, _QUESTION, self._style))
+            text = self._texts.get(key, lambda: exchange(results, _QUESTION, self._style).text)
         except ValueError as error:
             raise UserError(f"its expert's result cannot be shown: {error}") from error
         called = call_turn(
@@ -338,9 +341,9 @@ class Renderer:
             called = dataclasses.replace(called, text=words)
         pictures = [
             self._coloured(overlay, images[base], ("overlay", n, key, example.images[base].window))
-            for n, (overlay, base) in enumerate(zip(said.overlays, bases, strict=True))
+            for n, (overlay, base) in enumerate(zip(overlays_of(results), bases, strict=True))
         ]
-        return [called, Turn("expert", said.text.replace(_QUESTION, question))], pictures
+        return [called, Turn("expert", text.replace(_QUESTION, question))], pictures
 
     def _coloured(self, overlay: Overlay, base: Picture, key: tuple[Any, ...]) -> Picture:
         def read() -> np.ndarray:

@@ -17,10 +17,9 @@ from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.data.examples import IMAGE_MARKER, Turn
 from vilam3_jax.data.experts.cards import Card
 from vilam3_jax.data.experts.exchange import DEFAULT_STYLE, Result, Style, exchange, with_cards
-from vilam3_jax.data.experts.falsify import falsify
+from vilam3_jax.data.experts.falsify import falsified
 from vilam3_jax.data.experts.grammar import Call, CallingTurn, parse_turn
 from vilam3_jax.data.experts.host_client import ExpertHost
-from vilam3_jax.data.experts.labels import label_universe, restrict_to_group
 from vilam3_jax.data.experts.record import failed
 from vilam3_jax.data.experts.store import Annotation, AnnotationStore
 from vilam3_jax.data.experts.wording import Plane
@@ -188,8 +187,10 @@ class AnnotationProvider:
             return failed(query.input_key, expert, args, reason)
         if self._falsify_seed is None or found.status == "failed":
             return found
-        universe = label_universe(expert, args) or None
-        return falsify(restrict_to_group(found), self._falsify_seed, universe)
+        try:
+            return falsified(found, self._falsify_seed)
+        except ValueError as error:
+            return failed(query.input_key, expert, args, str(error))
 
 
 class HostProvider:

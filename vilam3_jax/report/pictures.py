@@ -12,9 +12,9 @@ from PIL import Image
 from vilam3_jax import paths
 from vilam3_jax.data import images, volumes
 from vilam3_jax.data.examples import Example, ImageRef
-from vilam3_jax.data.experts.falsify import falsify
+from vilam3_jax.data.experts.falsify import falsified
 from vilam3_jax.data.experts.grammar import parse_turn
-from vilam3_jax.data.experts.labels import label_universe, restrict_to_group, visible_segments
+from vilam3_jax.data.experts.labels import visible_segments
 from vilam3_jax.data.experts.overlays import PALETTE, expert_overlay, legend
 from vilam3_jax.data.experts.store import Annotation, AnnotationStore
 from vilam3_jax.data.preprocessing import Preprocessing
@@ -119,8 +119,7 @@ class Source:
         if record is None or record.status != "ok":
             return None
         if row.get("falsify_seed") is not None:
-            universe = label_universe(*called) or None
-            record = falsify(restrict_to_group(record), int(row["falsify_seed"]), universe)
+            record = falsified(record, int(row["falsify_seed"]))
         return record
 
     def _slice(self, ref: ImageRef, source: ExampleSource) -> tuple[np.ndarray, str]:

@@ -134,7 +134,7 @@ def exchange(results: Sequence[Result], question: str, style: Style = DEFAULT_ST
     Raises:
       ValueError: a result that cannot be shown, see `Result.problem`.
     """
-    said, overlays, told = [], [], []
+    said, told = [], []
     for result in results:
         if problem := result.problem():
             raise ValueError(problem)
@@ -143,9 +143,12 @@ def exchange(results: Sequence[Result], question: str, style: Style = DEFAULT_ST
             text = f"{Call(result.annotation.expert, result.annotation.args)} {text}".rstrip() + "\n"
         said.append(text)
         told.append(task)
-        if result.shows_overlay:
-            overlays.append(_overlay(result))
-    return Exchange("".join(said) + style.wording.question(question, told), tuple(overlays))
+    return Exchange("".join(said) + style.wording.question(question, told), overlays_of(results))
+
+
+def overlays_of(results: Sequence[Result]) -> tuple[Overlay, ...]:
+    """The overlays of the results that show one, in order; all results can be shown, see `Result.problem`."""
+    return tuple(_overlay(result) for result in results if result.shows_overlay)
 
 
 def _statement(result: Result, style: Style) -> tuple[str, str]:

@@ -8,16 +8,27 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from vilam3_jax.data.experts.labels import label_universe, restrict_to_group
 from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment
+
+
+def falsified(annotation: Annotation, seed: int) -> Annotation:
+    """`falsify` within the labels that the annotation's own call asks for.
+
+    Raises:
+      ValueError: as `falsify`.
+    """
+    universe = label_universe(annotation.expert, annotation.args) or None
+    return falsify(restrict_to_group(annotation), seed, universe)
 
 
 def falsify(annotation: Annotation, seed: int, label_universe: Mapping[int, str] | None = None) -> Annotation:
     """Returns a plausible record whose answers differ from `annotation`'s.
 
-    Class probabilities are exchanged so that another class is on top (independent findings: so that the set
-    of positive ones differs). Within `label_universe`, labels that are present become absent ones and the
-    other way round, in the label map too, and volumes move out of the range [1/2, 2] of the truth. Labels
-    outside the universe stay. A failed annotation says nothing and is returned as it is.
+    Class probabilities, raw and calibrated, are exchanged so that another class is on top (independent
+    findings: so that the set of positive ones differs). Within `label_universe`, labels that are present
+    become absent ones and the other way round, in the label map too, and volumes move out of the range
+    [1/2, 2] of the truth. Labels outside the universe stay. A failed annotation is returned as it is.
 
     Args:
       annotation: the true record.
@@ -38,6 +49,8 @@ def falsify(annotation: Annotation, seed: int, label_universe: Mapping[int, str]
     changes: dict[str, object] = {"version": f"{annotation.version}+falsified.{seed}"}
     if annotation.probabilities:
         changes["probabilities"] = _falsify_probabilities(annotation.probabilities, rng)
+    if annotation.calibrated:
+        changes["calibrated"] = _falsify_probabilities(annotation.calibrated, rng)
     if universe and (annotation.labels is not None or annotation.segments or not annotation.probabilities):
         changes["segments"], changes["labels"] = _falsify_segments(annotation, universe, rng)
     return dataclasses.replace(annotation, **changes)

@@ -186,7 +186,7 @@ def load_calibration(path: paths.PathLike) -> Calibration:
             )
         classes = {str(name): _class_from(row) for name, row in fields.pop("classes").items()}
         return Calibration(**fields, classes=classes)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path}: no calibration ({error}); fit it with `vilam3-experts calibrate`"
         ) from error

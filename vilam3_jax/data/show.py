@@ -149,7 +149,9 @@ def _parser() -> argparse.ArgumentParser:
         default="off",
         help="with experts or without (default: off)",
     )
-    parser.add_argument("--cards", default="quickstart", help="card list: quickstart, vila_m3 or a file")
+    parser.add_argument(
+        "--cards", default="quickstart", help="card list: experts, quickstart, vila_m3 or a file"
+    )
     parser.add_argument(
         "--position",
         type=int,

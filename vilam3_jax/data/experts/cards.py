@@ -205,8 +205,8 @@ def load_cards(name: str) -> list[Card]:
     """Reads a card list.
 
     Args:
-      name: `quickstart`, `vila_m3`, or the path of a `.json` (list of objects with the fields of `Card`) or
-        `.txt` (rendered text) file.
+      name: `experts`, `vila_m3`, `quickstart`, or the path of a `.json` (list of objects with the fields of
+        `Card`) or `.txt` (rendered text) file.
 
     Raises:
       UserError: no such list, or it is malformed.
@@ -215,7 +215,9 @@ def load_cards(name: str) -> list[Card]:
         folder = importlib.resources.files("vilam3_jax.data.experts") / "tables"
         found = [f for f in (folder / f"{name}.json", folder / f"{name}.txt") if f.is_file()]
         if not found:
-            raise UserError(f"no card list {name!r}; use 'quickstart', 'vila_m3' or a path to a file")
+            raise UserError(
+                f"no card list {name!r}; use 'experts', 'vila_m3', 'quickstart' or a path to a file"
+            )
         is_json, data = found[0].name.endswith(".json"), found[0].read_bytes()
     else:
         is_json, data = name.endswith(".json"), paths.read_bytes(name, _MAX_CARDS_BYTES)

@@ -95,14 +95,14 @@ class _Plain:
         return ", ".join(f"{_ROLE_WORDS.get(r, r)}: {IMAGE_MARKER}" for r in roles) + "\n"
 
     def segmentation(self, annotation: Annotation, plane: Plane) -> str:
-        visible = _visible(annotation, plane)
+        visible = told_labels(annotation, plane)
         if not visible:
             return f"The results are {IMAGE_MARKER}. No labelled structure is visible in this image. "
         if annotation.expert == "BRATS":
             colours = brats_legend(palette_of([i for i, *_ in visible]), "correct")
         else:
             colours = ", ".join(f"{colour}: {name}" for colour, name in _colours(visible).items())
-        volumes = ", ".join(f"{name} {_millilitres(ml)}" for _, name, _, ml in visible)
+        volumes = ", ".join(f"{name} {told_volume(ml)}" for _, name, _, ml in visible)
         return (
             f"The results are {IMAGE_MARKER}. The colors in this image describe {colours}. "
             f"Volumes in ml: {volumes}. {_counts(annotation, visible)}"
@@ -110,7 +110,7 @@ class _Plain:
 
     def classification(self, annotation: Annotation, threshold: float) -> str:
         told = self.told_probabilities(annotation)
-        lines = [f"{_class(n)}: {'yes' if p > threshold else 'no'} ({p:.2f})\n" for n, p in told.items()]
+        lines = [f"{told_class(n)}: {'yes' if p > threshold else 'no'} ({p:.2f})\n" for n, p in told.items()]
         return "The resulting predictions are:\n" + "".join(lines)
 
     def told_probabilities(self, annotation: Annotation) -> Mapping[str, float]:
@@ -149,7 +149,7 @@ class _VilaM3(_Plain):
         return _VILA_M3_INPUTS.get(modality, f"{IMAGE_MARKER}\n")
 
     def segmentation(self, annotation: Annotation, plane: Plane) -> str:
-        visible = _visible(annotation, plane)
+        visible = told_labels(annotation, plane)
         if annotation.expert == "BRATS":
             words = brats_legend(palette_of([i for i, *_ in visible]), "trained")
             return f"The results are {IMAGE_MARKER}. The colors in this image describe\n{words}\n"
@@ -158,7 +158,7 @@ class _VilaM3(_Plain):
 
     def classification(self, annotation: Annotation, threshold: float) -> str:
         told = self.told_probabilities(annotation)
-        lines = [f"{_class(n)}: {'yes' if p > threshold else 'no'}\n" for n, p in told.items()]
+        lines = [f"{told_class(n)}: {'yes' if p > threshold else 'no'}\n" for n, p in told.items()]
         return "The resulting predictions are:\n" + "".join(lines) + ". "
 
     def told_probabilities(self, annotation: Annotation) -> Mapping[str, float]:
@@ -199,25 +199,26 @@ def question_of(text: str) -> str:
 
 def doubts(verdicts: Sequence[Verdict]) -> str:
     """A sentence on the checks that found something; '' where all passed or nothing is known."""
-    found = _doubted(verdicts)
+    found = told_doubts(verdicts)
     return f"Checks doubt this: {'; '.join(found)}. " if found else ""
 
 
-def _doubted(verdicts: Sequence[Verdict]) -> list[str]:
+def told_doubts(verdicts: Sequence[Verdict]) -> list[str]:
     """What checks found, a clause each; labels that the scan cuts off share one."""
     found = [v for v in verdicts if v.status in ("warn", "fail") and v.message]
-    cut = [_safe(v.subject) for v in found if v.check == "border"]
-    told = [_safe(v.message) for v in found if v.check != "border" or len(cut) == 1]
+    cut = [told_words(v.subject) for v in found if v.check == "border"]
+    told = [told_words(v.message) for v in found if v.check != "border" or len(cut) == 1]
     if len(cut) > 1:
         names = f"{', '.join(cut[:-1])} and {cut[-1]}"
         told.append(f"{names} reach the border of the scan, so their volumes are lower bounds")
     return told
 
 
-def _visible(annotation: Annotation, plane: Plane) -> list[tuple[int, str, int, float]]:
+def told_labels(annotation: Annotation, plane: Plane) -> list[tuple[int, str, int, float]]:
+    """(label id, name as it is told, voxels on the slice, ml in the scan) of the labels on a slice."""
     assert plane.axis is not None and plane.index is not None  # see Result.problem
     found = visible_segments(annotation, axis=plane.axis, index=plane.index)
-    return [(label_id, _safe(name), voxels, ml) for label_id, name, voxels, ml in found]
+    return [(label_id, told_words(name), voxels, ml) for label_id, name, voxels, ml in found]
 
 
 def _colours(visible: Sequence[tuple[int, str, int, float]]) -> dict[str, str]:
@@ -231,39 +232,16 @@ def _counts(annotation: Annotation, visible: Sequence[tuple[int, str, int, float
     return f"Separate parts in the scan: {', '.join(told)}. " if told else ""
 
 
-def told_labels(annotation: Annotation, plane: Plane) -> list[tuple[int, str, int, float]]:
-    """(label id, name as it is told, voxels on the slice, ml in the scan) of the labels on a slice."""
-    return _visible(annotation, plane)
-
-
-def told_name(name: str) -> str:
-    """The name of a label as it is told."""
-    return _safe(name)
-
-
 def told_class(name: str) -> str:
     """The name of a class as it is told."""
-    return _class(name)
+    return told_words(name.lower().replace("_", " "))
 
 
-def told_volume(ml: float) -> str:
-    """A volume as it is told."""
-    return _millilitres(ml)
-
-
-def told_doubts(annotation: Annotation) -> list[str]:
-    """What the checks doubt, as it is told."""
-    return _doubted(annotation.verdicts)
-
-
-def _class(name: str) -> str:
-    return _safe(name.lower().replace("_", " "))
-
-
-def _safe(text: str) -> str:
+def told_words(text: str) -> str:
     """An expert's own words on one line, without what could pass for a marker, a call or a token."""
     return " ".join(re.sub(r"[<>|\[\]]", " ", text).split())[:_LONGEST]
 
 
-def _millilitres(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+def told_volume(ml: float) -> str:
+    """A volume in millilitres as it is told."""
+    return f"{ml:.0f}" if ml >= 10 else f"{ml:.1f}"

@@ -21,7 +21,7 @@ from vilam3_jax.data.experts.exchange import DEFAULT_STYLE, Result, Style
 from vilam3_jax.data.experts.labels import component_counts, is_lesion, label_universe
 from vilam3_jax.data.experts.overlays import palette_of
 from vilam3_jax.data.experts.record import Annotation
-from vilam3_jax.data.experts.wording import Plane, told_class, told_doubts, told_labels, told_name
+from vilam3_jax.data.experts.wording import Plane, told_class, told_doubts, told_labels, told_words
 
 MIN_PIXELS = 20
 _REFERENCE = ("VISTA3D", "BRATS", "CXR")  # the experts that the reference has dialogues with
@@ -134,12 +134,12 @@ class Finding:
     def universe(self) -> dict[int, str]:
         """Label id to name of all that the expert could have marked."""
         known = label_universe(self.annotation.expert, self.args) or self.annotation.label_names
-        return {i: told_name(name) for i, name in known.items()}
+        return {i: told_words(name) for i, name in known.items()}
 
     @property
     def doubts(self) -> list[str]:
         """What the checks doubt."""
-        return told_doubts(self.annotation)
+        return told_doubts(self.annotation.verdicts)
 
     @property
     def implausible(self) -> bool:
@@ -164,7 +164,6 @@ class Scene:
       spoken: whether experts are on; otherwise only questions that the images answer.
       rng: decides what is left to chance.
       modality: `CT`, `MRI` or `CXR`, or what the record states.
-      kind: the modality in words, `a CT image`.
     """
 
     def __init__(self, record: Example, setting: Setting, rng: random.Random, spoken: bool = True) -> None:
@@ -206,9 +205,9 @@ class Scene:
             if self.setting.parity and card.name not in _REFERENCE:
                 continue
             images = self._images_for(card) if modality_of(card.modality) == self.modality else None
-            key = None if images is None else self._key(images)
-            if images is None or key is None:
+            if images is None:
                 continue
+            key = self._key(images)
             for args in card.args or ("",):
                 annotation = self.setting.find(key, card.name, args)
                 if annotation is not None:
@@ -254,7 +253,7 @@ class Scene:
             return None
         return tuple(RequestImage(roles.index(role), role) for role in card.roles)
 
-    def _key(self, images: Sequence[RequestImage]) -> str | None:
+    def _key(self, images: Sequence[RequestImage]) -> str:
         keys = self.record.meta.get("input_key")
         if isinstance(keys, str):
             keys = [keys] * len(self.record.images)

@@ -34,8 +34,8 @@ def by_size(finding: Finding) -> list[Label]:
     return sorted(finding.labels, key=lambda label: (-label.pixels, label.label_id))
 
 
-def found_in(scene: Scene, finding: Finding, colours: bool = True) -> str:
-    """What a result shows, '' for nothing: structures with or without their colours, or positive classes."""
+def found_in(scene: Scene, finding: Finding) -> str:
+    """What a result shows, '' for nothing: structures with their colours, or positive classes."""
     if not finding.segments:
         positive = scene.positives(finding)
         return joined(positive) if positive else ""
@@ -44,7 +44,7 @@ def found_in(scene: Scene, finding: Finding, colours: bool = True) -> str:
     labels = by_size(finding)
     if not labels:
         return ""
-    parts = [f"{one.name} ({one.colour})" if colours else one.name for one in labels[:MOST_NAMES]]
+    parts = [f"{one.name} ({one.colour})" for one in labels[:MOST_NAMES]]
     if more := len(labels) - len(parts):
         parts.append(f"{more} smaller structure{'s' if more > 1 else ''}")
     return joined(parts)

@@ -67,16 +67,6 @@ class LabelMeasures:
         return self.affine[:3, :3] @ (total / self.segment.voxels) + self.affine[:3, 3]
 
     @functools.cached_property
-    def box_mm(self) -> np.ndarray:
-        """Lowest and highest RAS coordinates of the box's outer corners, float64 [2, 3]."""
-        b = self.segment.bbox
-        corners = (
-            np.array([[x, y, z] for x in (b[0], b[3]) for y in (b[1], b[4]) for z in (b[2], b[5])]) - 0.5
-        )
-        placed = corners @ self.affine[:3, :3].T + self.affine[:3, 3]
-        return np.stack([placed.min(axis=0), placed.max(axis=0)])
-
-    @functools.cached_property
     def main_part(self) -> float:
         """The share of its voxels that the largest 26-connected part has."""
         if self.segment.components == 1:

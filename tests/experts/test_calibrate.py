@@ -196,6 +196,8 @@ def test_commands_from_labels_to_calibrated_records(plugin, tmp_path, capsys):
     assert main([*applying, "--out", str(tmp_path / "store")]) == 2
     assert main([*applying, "--out", str(tmp_path / "new")]) == 0
     assert "80 records calibrated, 2 copied" in capsys.readouterr().out
+    assert main([*applying, "--out", str(tmp_path / "new")]) == 2  # the records there would stay as they are
+    assert "give a new folder as --out" in capsys.readouterr().err
     old, new = AnnotationStore(tmp_path / "store"), AnnotationStore(tmp_path / "new")
     assert sorted(new.keys()) == sorted(old.keys())
     name = load_calibration(tmp_path / "c.json").name
@@ -254,6 +256,8 @@ def test_command_compares_two_experts(tmp_path, capsys):
     (there,), (here,) = (new.get(key_of(1), e).disagreements for e in "AB")
     assert (there.expert, there.version, there.value) == ("B", "2", pytest.approx(0.7))
     assert (here.expert, here.version, here.value) == ("A", "1", pytest.approx(0.7))
+    assert main([*command, "A,B", "--out", str(tmp_path / "new" / ".." / "store")]) == 2
+    assert "give a new folder as --out" in capsys.readouterr().err
     for wrong, message in (("A", "give two names"), ("A,C", "no input has records of both")):
         assert main([*command, wrong]) == 2
         assert message in capsys.readouterr().err

@@ -7,9 +7,8 @@ import argparse
 from vilam3_experts import descriptors as registry
 from vilam3_experts.calibrate import METHODS, fit, load_calibration
 from vilam3_experts.truths import Truth, keyed, read_truths
-from vilam3_jax import paths
 from vilam3_jax.data.experts.record import Annotation
-from vilam3_jax.data.experts.store import AnnotationStore, AnnotationWriter
+from vilam3_jax.data.experts.store import AnnotationStore, new_store
 from vilam3_jax.errors import UserError
 
 
@@ -94,10 +93,8 @@ def _check_names(annotations: list[Annotation], truths: list[Truth]) -> None:
 
 def _apply(store: AnnotationStore, options: argparse.Namespace) -> int:
     calibration = load_calibration(options.calibration)
-    if paths.as_path(options.out) == paths.as_path(options.store):
-        raise UserError("--out is the store itself; records never change, give another folder")
     changed = copied = 0
-    with AnnotationWriter(options.out) as writer:
+    with new_store(options.out) as writer:
         for key in store.keys():  # noqa: SIM118
             annotation = store.get(*key)
             assert annotation is not None

@@ -6,9 +6,8 @@ import argparse
 import collections
 
 from vilam3_experts.compare import Limits, compared
-from vilam3_jax import paths
 from vilam3_jax.data.experts.record import Annotation
-from vilam3_jax.data.experts.store import AnnotationStore, AnnotationWriter
+from vilam3_jax.data.experts.store import AnnotationStore, AnnotationWriter, new_store
 from vilam3_jax.errors import UserError
 
 
@@ -46,9 +45,8 @@ def run(options: argparse.Namespace) -> int:
     for name in ("dice", "difference"):
         if not 0 <= getattr(options, name) <= 1:
             raise UserError(f"--{name} {getattr(options, name)}: give a number from 0 to 1")
-    if options.out is not None and paths.as_path(options.out) == paths.as_path(options.store):
-        raise UserError("--out is the store itself; records never change, give another folder")
     store = AnnotationStore(options.store)
+    writer = None if options.out is None else new_store(options.out)  # before the work, not after it
     calls: dict[str, list[tuple[str, str]]] = collections.defaultdict(list)
     for key, expert, args in store.keys():  # noqa: SIM118
         if expert in names:
@@ -65,8 +63,8 @@ def run(options: argparse.Namespace) -> int:
     print(f"{len(shared)} inputs with records of {names[0]} and {names[1]}")
     for what, number in count.most_common():
         print(f"{number}  {what}")
-    if options.out is not None:
-        _copy(store, options.out, shared, limits)
+    if writer is not None:
+        _copy(store, writer, shared, limits)
         print(f"store {options.out}")
     return 0
 
@@ -82,9 +80,9 @@ def _with_others(
 
 
 def _copy(
-    store: AnnotationStore, out: paths.PathLike, shared: dict[str, list[tuple[str, str]]], limits: Limits
+    store: AnnotationStore, out: AnnotationWriter, shared: dict[str, list[tuple[str, str]]], limits: Limits
 ) -> None:
-    with AnnotationWriter(out) as writer:
+    with out as writer:
         for key, of in shared.items():
             for annotation in _with_others(store, key, of, limits):
                 writer.write(annotation)

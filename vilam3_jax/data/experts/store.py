@@ -63,6 +63,7 @@ __all__ = [
     "content_sha256",
     "failed",
     "falsify",
+    "new_store",
     "segments_on_slice",
     "store_info",
 ]
@@ -213,6 +214,18 @@ class AnnotationWriter:
     ) -> None:
         # Also after an error: every pending record is complete by itself.
         self.flush()
+
+
+def new_store(directory: paths.PathLike) -> AnnotationWriter:
+    """Opens a folder that holds no record yet, for a changed copy of another store.
+
+    Raises:
+      UserError: it holds records; or as `AnnotationWriter`.
+    """
+    writer = AnnotationWriter(directory)
+    if len(writer._index):
+        raise UserError(f"{directory}: holds records, which never change; give a new folder as --out")
+    return writer
 
 
 class AnnotationStore:

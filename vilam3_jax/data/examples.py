@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgpack
 
-from vilam3_jax.data import wire
+from vilam3_jax.data import content_keys, wire
 from vilam3_jax.data.experts.grammar import Call, parse_turn
 from vilam3_jax.errors import UserError
 
@@ -155,6 +155,20 @@ class Example:
     turns: tuple[Turn, ...] = ()
     expert_requests: tuple[ExpertRequest, ...] = ()
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def input_key(self, images: Sequence[RequestImage]) -> str:
+        """The key of what an expert sees, from the content keys of the images (`meta.input_key`).
+
+        Raises:
+          ValueError: the example does not state them.
+        """
+        keys: Any = self.meta.get("input_key")
+        if isinstance(keys, str):
+            keys = [keys] * len(self.images)
+        try:
+            return content_keys.inputs_key([(image.role, keys[image.image]) for image in images])
+        except (TypeError, LookupError, ValueError):
+            raise ValueError("no meta.input_key") from None
 
     def __post_init__(self) -> None:
         for name in ("images", "turns", "expert_requests"):

@@ -16,7 +16,6 @@ import numpy as np
 from etils import epath
 
 from vilam3_jax.data.caches import ByteLRU
-from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ExpertRequest, ImageRef, Turn, path_problem
 from vilam3_jax.data.experts.cards import Card
 from vilam3_jax.data.experts.exchange import (
@@ -31,7 +30,7 @@ from vilam3_jax.data.experts.exchange import (
 )
 from vilam3_jax.data.experts.falsify import falsified
 from vilam3_jax.data.experts.grammar import Call
-from vilam3_jax.data.experts.record import Annotation
+from vilam3_jax.data.experts.record import Annotation, memory_bytes
 from vilam3_jax.data.experts.wording import Plane, question_of
 from vilam3_jax.data.images import decode_image, decode_scaled, image_shape, load_film, resize
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
@@ -219,7 +218,7 @@ class Renderer:
         self._cards = {card.name: card for card in cards}
         self._store, self._style = annotations, style
         self._seed = seed
-        self._annotations: ByteLRU[Annotation | None] = ByteLRU(_ANNOTATION_CACHE_BYTES, _annotation_bytes)
+        self._annotations: ByteLRU[Annotation | None] = ByteLRU(_ANNOTATION_CACHE_BYTES, memory_bytes)
         # Texts alone: an overlay holds its annotation, whose label map would outlive the other cache.
         self._texts: ByteLRU[str] = ByteLRU(_TEXT_CACHE_BYTES, lambda text: len(text) + 256)
 
@@ -293,7 +292,10 @@ class Renderer:
         name = f"{request.expert}({request.args})"
         if request.expert not in self._cards:
             raise UserError(f"expert {request.expert} has no card; choose a card list that names it")
-        key = request_key(example, request)
+        try:
+            key = example.input_key(request.images)
+        except ValueError as error:
+            raise UserError(f"{error} to look up {name} with; prepare the dataset again") from None
         annotation = self._annotations.get(
             (key, request.expert, request.args), lambda: self._look_up(key, request.expert, request.args)
         )
@@ -350,27 +352,6 @@ class Renderer:
             return self._reader.images.get((*key, self._reader.size), lambda: overlay(base.read()))
 
         return Picture(read, base.shape)
-
-
-def request_key(example: Example, request: ExpertRequest) -> str:
-    """The key of what an expert saw, from the content keys of the example's images (`meta.input_key`).
-
-    Raises:
-      UserError: the example does not state them.
-    """
-    keys = example.meta.get("input_key")
-    if isinstance(keys, str):
-        keys = [keys] * len(example.images)
-    try:
-        return inputs_key([(image.role, keys[image.image]) for image in request.images])  # type: ignore[index]
-    except (TypeError, IndexError, ValueError):
-        raise UserError(
-            f"no meta.input_key to look up {request.expert}({request.args}) with; prepare the dataset again"
-        ) from None
-
-
-def _annotation_bytes(annotation: Annotation | None) -> int:
-    return 1024 + (len(annotation.labels.blob) if annotation and annotation.labels else 0)
 
 
 def encode_example(

@@ -332,6 +332,11 @@ def failed(input_key: str, expert: str, args: str, reason: str, **fields: Any) -
     return Annotation(input_key, expert, args, status="failed", reason=reason or "no reason given", **fields)
 
 
+def memory_bytes(annotation: Annotation | None) -> int:
+    """About how much memory a record takes, for caches."""
+    return 1024 + (len(annotation.labels.blob) if annotation and annotation.labels else 0)
+
+
 def segments_on_slice(annotation: Annotation, axis: int, index: int) -> list[tuple[int, str, int]]:
     """Returns (label id, name, voxels on that slice) of every named label there, by label id.
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vilam3_jax.data.caches import ByteLRU
-from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.data.examples import Example, RequestImage
 from vilam3_jax.data.experts.cards import Card
 from vilam3_jax.data.experts.dialogues.phrases import modality_of, said
@@ -20,7 +19,7 @@ from vilam3_jax.data.experts.dialogues.pools import pool
 from vilam3_jax.data.experts.exchange import DEFAULT_STYLE, Result, Style
 from vilam3_jax.data.experts.labels import component_counts, is_lesion, label_universe
 from vilam3_jax.data.experts.overlays import palette_of
-from vilam3_jax.data.experts.record import Annotation
+from vilam3_jax.data.experts.record import Annotation, memory_bytes
 from vilam3_jax.data.experts.wording import Plane, told_class, told_doubts, told_labels, told_words
 
 MIN_PIXELS = 20
@@ -63,12 +62,8 @@ class Setting:
           store: with `get` of an `AnnotationStore`.
           fields: of the setting.
         """
-        cache: ByteLRU[Annotation | None] = ByteLRU(_CACHE_BYTES, _bytes)
+        cache: ByteLRU[Annotation | None] = ByteLRU(_CACHE_BYTES, memory_bytes)
         return cls(tuple(cards), lambda *key: cache.get(key, lambda: store.get(*key)), **fields)
-
-
-def _bytes(annotation: Annotation | None) -> int:
-    return 1024 + (len(annotation.labels.blob) if annotation and annotation.labels else 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +202,10 @@ class Scene:
             images = self._images_for(card) if modality_of(card.modality) == self.modality else None
             if images is None:
                 continue
-            key = self._key(images)
+            try:
+                key = self.record.input_key(images)
+            except ValueError as error:
+                raise Unfit(f"{error}, so no annotation can be looked up") from None
             for args in card.args or ("",):
                 annotation = self.setting.find(key, card.name, args)
                 if annotation is not None:
@@ -252,12 +250,3 @@ class Scene:
         if not set(card.roles) <= set(roles):
             return None
         return tuple(RequestImage(roles.index(role), role) for role in card.roles)
-
-    def _key(self, images: Sequence[RequestImage]) -> str:
-        keys = self.record.meta.get("input_key")
-        if isinstance(keys, str):
-            keys = [keys] * len(self.record.images)
-        try:
-            return inputs_key([(image.role, keys[image.image]) for image in images])  # type: ignore[index]
-        except (TypeError, IndexError, ValueError):
-            raise Unfit("no meta.input_key, so no annotation can be looked up") from None

@@ -60,7 +60,12 @@ class CallingTurn:
 
 def write_calls(calls: Sequence[Call]) -> str:
     """Lists calls in a sentence: `<A()>`, `<A()> and <B()>`, `<A()>, <B()> and <C()>`."""
-    *first, last = map(str, calls)
+    return joined([str(call) for call in calls])
+
+
+def joined(parts: Sequence[str]) -> str:
+    """Lists parts: `a`, `a and b`, `a, b and c`."""
+    *first, last = parts
     return f"{', '.join(first)} and {last}" if first else last
 
 

@@ -16,14 +16,15 @@ from typing import Protocol
 from vilam3_jax.data.examples import IMAGE_MARKER
 from vilam3_jax.data.experts.brats_legend import brats_legend
 from vilam3_jax.data.experts.cards import Card
-from vilam3_jax.data.experts.grammar import Call, write_calls
+from vilam3_jax.data.experts.grammar import Call, joined, write_calls
 from vilam3_jax.data.experts.labels import component_counts, is_lesion, visible_segments
 from vilam3_jax.data.experts.overlays import legend, palette_of
 from vilam3_jax.data.experts.record import Annotation, Verdict
 from vilam3_jax.errors import UserError
 
 _LONGEST = 200  # of a name or a sentence that an expert brings
-_MODALITY_WORDS = {"CT": "a CT image", "MRI": "an MRI image", "CXR": "a chest X-ray"}
+# The modalities of cards, as images in a sentence.
+IMAGE_OF = {"CT": "a CT image", "MRI": "an MRI image", "CXR": "a chest X-ray"}
 _VILA_M3_INPUTS = {
     "CT": f" {IMAGE_MARKER}This is a CT image.\n",
     "MR": f"{IMAGE_MARKER}This is a MRI image.\n",
@@ -85,7 +86,7 @@ class _Plain:
 
     def call(self, cards: Sequence[Card], calls: Sequence[Call]) -> str:
         modality = cards[0].modality
-        what = _MODALITY_WORDS.get(modality, f"an image of the modality {modality}")
+        what = IMAGE_OF.get(modality, f"an image of the modality {modality}")
         return f"This looks like {what}. Let me trigger {write_calls(calls)}."
 
     def inputs(self, roles: Sequence[str], modality: str = "") -> str:
@@ -209,8 +210,7 @@ def told_doubts(verdicts: Sequence[Verdict]) -> list[str]:
     cut = [told_words(v.subject) for v in found if v.check == "border"]
     told = [told_words(v.message) for v in found if v.check != "border" or len(cut) == 1]
     if len(cut) > 1:
-        names = f"{', '.join(cut[:-1])} and {cut[-1]}"
-        told.append(f"{names} reach the border of the scan, so their volumes are lower bounds")
+        told.append(f"{joined(cut)} reach the border of the scan, so their volumes are lower bounds")
     return told
 
 

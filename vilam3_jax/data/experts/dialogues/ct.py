@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from vilam3_jax.data.examples import Example
 from vilam3_jax.data.experts.dialogues.draft import Draft
-from vilam3_jax.data.experts.dialogues.phrases import KINDS, capital, joined, plural, said, with_article
+from vilam3_jax.data.experts.dialogues.phrases import capital, plural, said, with_article
 from vilam3_jax.data.experts.dialogues.pools import pool
 from vilam3_jax.data.experts.dialogues.scene import Finding, Scene, Unfit
 from vilam3_jax.data.experts.dialogues.tell import MOST_NAMES, by_size, follow_up, found_in
+from vilam3_jax.data.experts.grammar import joined
 from vilam3_jax.data.experts.labels import is_lesion
+from vilam3_jax.data.experts.wording import IMAGE_OF
 
 _GENERAL = ("everything", "", "organs")  # arguments that a question without a subject calls for
 
@@ -85,7 +87,7 @@ def segment(scene: Scene, finding: Finding) -> Example:
 def what(scene: Scene, finding: Finding, rule: str = "ct_what") -> Example:
     """What does this slice show?"""
     found = found_in(scene, finding)
-    words = {"a_kind": KINDS["CT"], "A_kind": capital(KINDS["CT"]), "found": found}
+    words = {"a_kind": IMAGE_OF["CT"], "A_kind": capital(IMAGE_OF["CT"]), "found": found}
     if scene.spoken:
         kind = "answers" if found else "empty"
     else:

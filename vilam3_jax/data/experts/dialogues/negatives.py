@@ -13,12 +13,13 @@ from vilam3_jax.data.examples import Example
 from vilam3_jax.data.experts.cards import Card
 from vilam3_jax.data.experts.dialogues.ct import lesion_question
 from vilam3_jax.data.experts.dialogues.draft import Draft
-from vilam3_jax.data.experts.dialogues.phrases import KINDS, joined, modality_of, with_article
+from vilam3_jax.data.experts.dialogues.phrases import modality_of, with_article
 from vilam3_jax.data.experts.dialogues.pools import pool
 from vilam3_jax.data.experts.dialogues.scene import Finding, Scene, Unfit
 from vilam3_jax.data.experts.dialogues.tell import found_in, is_finding, nests
+from vilam3_jax.data.experts.grammar import joined
 from vilam3_jax.data.experts.labels import is_lesion
-from vilam3_jax.data.experts.wording import told_class, told_volume
+from vilam3_jax.data.experts.wording import IMAGE_OF, told_class, told_volume
 
 PLANES = ("sagittal", "coronal", "axial")
 _OTHER = {"CT": "CT images", "MRI": "MRI images", "CXR": "chest films", "cell imaging": "cell images"}
@@ -28,7 +29,7 @@ _ALIKE = 1.5  # volumes with a greater ratio disagree
 def topics(scene: Scene) -> list[str]:
     """What can be asked of any image without an expert."""
     known = ["knowledge"]
-    if scene.modality in KINDS:
+    if scene.modality in IMAGE_OF:
         known.append("modality")
     if scene.record.images[0].axis is not None:
         known.append("plane")
@@ -42,15 +43,15 @@ def no_expert(scene: Scene, topic: str, rule: str = "no_expert") -> Example:
         return Draft(scene).exchange(asked["question"], asked["answer"]).example(rule)
     axis = scene.record.images[0].axis
     plane = PLANES[axis] if axis is not None else ""
-    words = {"plane": plane, "an_plane": with_article(plane), "a_kind": KINDS.get(scene.modality, "")}
+    words = {"plane": plane, "an_plane": with_article(plane), "a_kind": IMAGE_OF.get(scene.modality, "")}
     question, answer = scene.pick("negatives", topic), scene.pick("negatives", f"{topic}_answers", **words)
     return Draft(scene).exchange(question, answer).example(rule)
 
 
 def tempting(scene: Scene) -> list[Card]:
     """Experts of other modalities."""
-    if scene.modality not in KINDS:
-        raise Unfit(f"modality {scene.modality!r} is none of {', '.join(KINDS)}")
+    if scene.modality not in IMAGE_OF:
+        raise Unfit(f"modality {scene.modality!r} is none of {', '.join(IMAGE_OF)}")
     asked = pool("negatives")["wrong_modality"]
     own = [card for card in scene.setting.cards if modality_of(card.modality) == scene.modality]
     found = [c for c in scene.setting.cards if c not in own and modality_of(c.modality) in asked]
@@ -62,7 +63,7 @@ def tempting(scene: Scene) -> list[Card]:
 def wrong_modality(scene: Scene, card: Card) -> Example:
     """A question for an expert that does not read this modality: nobody is called."""
     other = modality_of(card.modality)
-    words = {"a_kind": KINDS[scene.modality], "expert": card.name, "other": _OTHER[other]}
+    words = {"a_kind": IMAGE_OF[scene.modality], "expert": card.name, "other": _OTHER[other]}
     kind = "wrong_modality_answers" if scene.spoken else "wrong_modality_alone"
     question = scene.pick("negatives", "wrong_modality", other)
     return Draft(scene).exchange(question, scene.pick("negatives", kind, **words)).example("wrong_modality")

@@ -1,13 +1,12 @@
-"""Small words: lists, plurals, articles.
+"""Small words: modalities, plurals, articles.
 
 This module imports neither jax nor flax nor torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from vilam3_jax.data.experts.wording import IMAGE_OF
 
-KINDS = {"CT": "a CT image", "MRI": "an MRI image", "CXR": "a chest X-ray"}
 _MODALITIES = {"MR": "MRI", "CR": "CXR", "DX": "CXR", "X-RAY": "CXR"}
 
 
@@ -18,14 +17,8 @@ def modality_of(text: str) -> str:
     ('CXR', 'MRI', 'cell imaging')
     """
     words = text.upper().replace("(", " ").replace(")", " ").split()
-    found = {_MODALITIES.get(word, word) for word in words} & set(KINDS)
+    found = {_MODALITIES.get(word, word) for word in words} & set(IMAGE_OF)
     return found.pop() if len(found) == 1 else text
-
-
-def joined(parts: Sequence[str]) -> str:
-    """Lists parts: `a`, `a and b`, `a, b and c`."""
-    *first, last = parts
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def plural(name: str) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from vilam3_jax.data.experts.brats_legend import brats_legend
 from vilam3_jax.data.experts.dialogues.draft import Draft
-from vilam3_jax.data.experts.dialogues.phrases import joined
 from vilam3_jax.data.experts.dialogues.scene import Finding, Label, Scene
+from vilam3_jax.data.experts.grammar import joined
 from vilam3_jax.data.experts.wording import told_volume
 
 MOST_NAMES = 12

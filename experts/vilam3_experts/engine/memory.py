@@ -39,9 +39,9 @@ def release() -> None:
 class Shrinking:
     """An expert that is run again with less memory when there was not enough.
 
-    An expert may offer `smaller() -> Expert | None`: the same network and answer, in smaller pieces; None if
-    it has no smaller form. Every input begins with the expert as it is: what is said of a scan does not
-    depend on the scans before it.
+    An expert may offer `smaller() -> Expert | None`: the same network in smaller pieces, or None if it has no
+    smaller form. Where its answer may differ, its verdicts say so. Every input begins with the expert as it
+    is: the answer to a scan does not depend on the scans before it.
     """
 
     def __init__(self, expert: Expert, *, smallest: bool = False) -> None:

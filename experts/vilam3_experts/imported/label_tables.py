@@ -26,6 +26,11 @@ _ID_COLUMNS = ("labelvalue", "label_id", "labelid", "id", "index", "value", "key
 _NAME_COLUMNS = ("name", "label_name", "labelname", "structure", "organ", "meaning", "description", "label")
 _IGNORED = ("ignore", "ignored")  # nnU-Net: voxels that nobody labelled
 _BACKGROUND = ("background", "clear label", "unknown", "none", "exterior")  # what tools call id 0
+# A structure at id 0: a table of channels, or one that counts from 0. Labels would get their neighbours' names.
+_NO_STRUCTURE = re.compile(
+    r".*background.*|clear label|none|exterior|outside|air|void|empty|nothing|null|black|bg|rest|others?"
+    r"|(no|not|non)\W.*|un(known|label|segment|class|defin|annot|assign).*|ignored?|0",
+)
 # ITK-SNAP: id, red, green, blue, opacity, visible, mesh visible, "name".
 _ITK_SNAP = re.compile(r'\s*(\d+)\s+\d+\s+\d+\s+\d+\s+[\d.eE+-]+\s+[01]\s+[01]\s+"(.*)"\s*')
 # 3D Slicer and FreeSurfer: id, name without blanks, red, green, blue and opacity.
@@ -67,12 +72,18 @@ def make_table(pairs: Iterable[tuple[int, str]], source: object) -> LabelTable:
     """Builds a table from (id, name) pairs; background, id 0, is left out.
 
     Raises:
-      UserError: an id out of range or with two names, a bad name, or no label at all.
+      UserError: an id out of range or with two names, a structure at id 0, a bad name, or no label at all.
     """
     names: dict[int, str] = {}
     ignored = set()
     for label_id, name in pairs:
         if label_id == 0:
+            words = re.sub(r"[\s_]+", " ", name).strip()
+            if words and not _NO_STRUCTURE.fullmatch(words.lower()):
+                raise UserError(
+                    f"{source}: label id 0 is {words[:_MAX_NAME]!r}, but 0 is the background of a label map; "
+                    "give the ids that the masks hold, and begin a list with 'background'"
+                )
             continue
         if not 0 < label_id <= MAX_LABEL_ID:
             raise UserError(f"{source}: label id {label_id} is outside 1..{MAX_LABEL_ID}; correct the table")
@@ -119,7 +130,7 @@ def read_label_table(table: str) -> LabelTable:
 
 def _from_json(text: str, key: str, source: object) -> LabelTable:
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=lambda pairs: _without_twins(pairs, source))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: is no valid JSON; correct the table") from error
     if key:
@@ -135,6 +146,15 @@ def _from_json(text: str, key: str, source: object) -> LabelTable:
     return make_table(pairs, source)
 
 
+def _without_twins(pairs: list[tuple[str, Any]], source: object) -> dict[str, Any]:
+    """A JSON object; Python's own reader keeps the last of two entries of one name."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if found.setdefault(key, value) is not value:
+            raise UserError(f"{source}: states {key[:_MAX_NAME]!r} twice; correct the table")
+    return found
+
+
 def _pairs(data: Any, source: object) -> list[tuple[int, str]] | None:
     """The (id, name) pairs in a JSON value; None if there are none."""
     if isinstance(data, list):
@@ -143,6 +163,8 @@ def _pairs(data: Any, source: object) -> list[tuple[int, str]] | None:
         return None
     if all(_is_id(k) and isinstance(v, str) for k, v in data.items()):
         return [(int(k), v) for k, v in data.items()]
+    if all(_is_id(k) for k in data):  # of numbers alone nobody knows which are the ids
+        return None
     if all(_is_id(v) or _is_region(v) for v in data.values()):
         return _from_regions(data, source)
     for key in ("labels", "channel_def", "class_map", "label_names"):

@@ -346,6 +346,26 @@ def test_masks_of_a_network_that_ran_elsewhere_are_stored_under_its_arguments(ca
         run(case, expert="VISTA3D", args=("nonsense",))
 
 
+def test_a_lesion_that_nobody_looked_for_is_not_absent(case):
+    """Truths are taken from records: a mask of organs must not become "no hepatic tumor"."""
+    summary = run(case, expert="VISTA3D", args=("hepatic tumor",))
+    assert "no label is named hepatic tumor" in summary.problems[0][1] and summary.counts == {"refused": 1}
+    (case[2] / "labels.json").write_text(json.dumps({**NAMES, 9: "hepatic_tumor"}))
+    summary = run(case, expert="VISTA3D", args=("hepatic tumor", "organs"))
+    assert summary.counts == {"imported": 1}
+    assert any("labels of VISTA3D(organs) have no name in the mask" in note for _, note in summary.notes)
+
+
+def test_ids_of_one_name_are_one_label(case):
+    (case[2] / "labels.json").write_text(json.dumps({1: "liver", 2: "kidney", 7: "Kidney"}))
+    summary = run(case)
+    record = record_of(case)
+    assert record.label_names == {1: "liver", 2: "kidney"}
+    expected = np.where(labels_of() == 7, 2, labels_of())
+    assert_same_world(record, expected)
+    assert "several label ids have the name kidney; each name is one label" in [n for _, n in summary.notes]
+
+
 def test_names_in_the_header_of_a_nifti_file(case):
     """TotalSegmentator puts them there."""
     image = nib.Nifti1Image(labels_of(), AFFINE)

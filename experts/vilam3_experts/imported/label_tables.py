@@ -26,7 +26,7 @@ _ID_COLUMNS = ("labelvalue", "label_id", "labelid", "id", "index", "value", "key
 _NAME_COLUMNS = ("name", "label_name", "labelname", "structure", "organ", "meaning", "description", "label")
 _IGNORED = ("ignore", "ignored")  # nnU-Net: voxels that nobody labelled
 _BACKGROUND = ("background", "clear label", "unknown", "none", "exterior")  # what tools call id 0
-# A structure at id 0: a table of channels, or one that counts from 0. Labels would get their neighbours' names.
+# A structure at id 0: a table of channels, or one that counts from 0. Labels would get other labels' names.
 _NO_STRUCTURE = re.compile(
     r".*background.*|clear label|none|exterior|outside|air|void|empty|nothing|null|black|bg|rest|others?"
     r"|(no|not|non)\W.*|un(known|label|segment|class|defin|annot|assign).*|ignored?|0",

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Literal
 
 import numpy as np
@@ -24,7 +24,7 @@ from vilam3_experts.weights import is_samples_folder
 from vilam3_jax import paths
 from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.data.experts.cards import Card
-from vilam3_jax.data.experts.labels import label_table
+from vilam3_jax.data.experts.labels import is_lesion, label_group, label_table
 from vilam3_jax.data.experts.store import AnnotationWriter
 from vilam3_jax.data.volume_checks import naming_damage
 from vilam3_jax.data.volumes import Volume
@@ -302,6 +302,11 @@ def _import_one(
         return
     with naming_damage(source.name):  # parsers document few of their exceptions
         mask = read_mask(source, scan, reading)
+    mask = _one_id_a_name(mask)
+    named = {
+        words_of(n) for n in (*mask.names.values(), *(reading.table.names if reading.table else {}).values())
+    }
+    notes = [note for args in missing for note in _silent_on(named, descriptor.name, args, source)]
     mask = _in_expert_ids(mask, descriptor.name, source)
     if not mask.labels.any() and not keep_empty:
         raise UserError("marks nothing; give --keep-empty if that is the finding")
@@ -311,7 +316,51 @@ def _import_one(
             raise UserError(record.reason)
         writer.write(record)
     summary.counts["imported"] += 1
-    summary.notes += [(source.name, note) for note in mask.notes]
+    summary.notes += [(source.name, note) for note in (*mask.notes, *notes)]
+
+
+def _one_id_a_name(mask: Mask) -> Mask:
+    """The mask with one id for each name: legends and `compare` know labels by their names."""
+    first: dict[str, int] = {}
+    targets = {i: first.setdefault(name.lower(), i) for i, name in sorted(mask.names.items())}
+    present = np.flatnonzero(np.bincount(mask.labels.ravel())).tolist()
+    doubled = [i for i in present if i and targets[i] != i]
+    if not doubled:
+        return mask
+    table = np.arange(present[-1] + 1, dtype=np.uint16)
+    table[doubled] = [targets[i] for i in doubled]
+    names = {i: name for i, name in mask.names.items() if targets[i] == i}
+    shared = sorted({mask.names[targets[i]] for i in doubled})
+    note = f"several label ids have the name {', '.join(shared[:_LISTED])}; each name is one label"
+    return dataclasses.replace(mask, labels=table[mask.labels], names=names, notes=(*mask.notes, note))
+
+
+def _silent_on(named: Set[frozenset[str]], expert: str, args: str, source: MaskSource) -> list[str]:
+    """A note on labels that `expert` answers for, but the mask cannot hold: they count as absent.
+
+    Args:
+      named: the names, as `words_of`, of all that the mask may hold.
+      expert, args: under which it is stored.
+      source: the mask.
+
+    Raises:
+      UserError: `args` asks for a lesion, and the mask cannot hold it. That there is none would be made up.
+    """
+    known, group = label_table(expert), label_group(expert, args)
+    target = group.target if group else {i: i for i in known}
+    answered = group.names if group else known
+    held = {into for i, into in target.items() if words_of(known[i]) in named}
+    silent = [name for i, name in answered.items() if i not in held]
+    if is_lesion(args) and (lesions := [name for name in silent if is_lesion(name)]):
+        raise UserError(
+            f"{source.name}: no label is named {lesions[0]}, so it does not tell that there is none; leave "
+            f"{args!r} out of --args, or name the label in --labels if whoever made the masks looked for it"
+        )
+    if not silent:
+        return []
+    listed = ", ".join(silent[:_LISTED]) + (", ..." if len(silent) > _LISTED else "")
+    call = f"{expert}({args})"
+    return [f"{len(silent)} labels of {call} have no name in the mask and count as absent: {listed}"]
 
 
 def _in_expert_ids(mask: Mask, expert: str, source: MaskSource) -> Mask:

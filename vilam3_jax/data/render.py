@@ -180,7 +180,7 @@ class ImageReader:
 
 
 class Renderer:
-    """Renders and encodes examples under one setting of the experts."""
+    """Renders examples under one setting of the experts."""
 
     def __init__(
         self,

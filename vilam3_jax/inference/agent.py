@@ -144,7 +144,7 @@ class Transcript:
 
     @property
     def expert_text(self) -> str | None:
-        """What the model was shown of the expert's result, without the question that ends the turn."""
+        """The last expert's turn, with the question that ends it; None without one."""
         spoken = [turn.text for turn in self.turns if turn.role == "expert"]
         return spoken[-1] if spoken else None
 

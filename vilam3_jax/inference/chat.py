@@ -330,11 +330,11 @@ def _notes(transcript: Transcript, cards: Sequence[Card]) -> tuple[str, ...]:
         asked = ", ".join(str(Call(a.expert, a.args)) for a in transcript.annotations)
         notes.append(f"Experts were asked in this order: {asked}.")
     if transcript.cut:
-        letters = sum(map(len, transcript.cut))
-        notes.append(f"{letters} characters that the model wrote before the expert had spoken were cut.")
+        characters = sum(map(len, transcript.cut))
+        notes.append(f"{characters} characters that the model wrote before the expert had spoken were cut.")
     if transcript.not_made:
         calls = ", ".join(dict.fromkeys(map(str, transcript.not_made)))
-        notes.append(f"The model also wrote {calls}, a call that was not made.")
+        notes.append(f"Calls that the model wrote but that were not made: {calls}.")
     if transcript.truncated:
         notes.append("The answer was cut off at the bound on new tokens.")
     return (*notes, NOT_CLINICAL)

@@ -87,9 +87,16 @@ def export_masks(
     """
     records = AnnotationStore(store)
     wanted = _by_grid(records, expert)
+    if expert is not None and not wanted:
+        raise UserError(f"--expert {expert}: {store} has no record of it; see `vilam3-experts store info`")
     summary = Summary()
     folder = paths.as_path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot be created ({error.strerror or error}); choose another folder"
+        ) from error
     for item in tqdm(find_inputs(data, _any_volume()), desc="export", unit="scan"):
         try:
             scan = item.load().first
@@ -196,6 +203,10 @@ def _nifti(annotation: Annotation, scan: Volume, item: Input) -> dict[str, bytes
 
 def _dicom_seg(annotation: Annotation, scan: Volume, item: Input) -> dict[str, bytes]:
     """A binary Segmentation object, a segment per label, in the planes of the source series."""
+    if item.series is None and item.path.is_dir():
+        raise UserError(
+            f"{item.name}: the index of samples does not list its series; give {item.path} as --data"
+        )
     if item.series is None:
         raise UserError(f"{item.name}: is no DICOM series, which DICOM-SEG refers to; export it as nifti")
     if not annotation.segments:

@@ -1,5 +1,6 @@
 """Exported masks, read back by nibabel, ITK and highdicom: same voxels, same place, same patient or none."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -22,6 +23,7 @@ from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.data.experts.record import Annotation, LabelMap
 from vilam3_jax.data.experts.store import AnnotationStore, AnnotationWriter
 from vilam3_jax.data.volumes import load_volume
+from vilam3_jax.datasets.samples import Sample
 
 NAMES = {1: "liver", 2: "left kidney", 300: "liver tumor", 4: "strange thing"}
 VERSION = "imported; tool: a network 1.0"
@@ -228,6 +230,16 @@ def test_what_cannot_be_exported_is_named(ct, tmp_path):
     assert any("marks nothing" in reason for reason in reasons.values())
 
 
+def test_a_series_of_a_samples_folder_is_asked_for_by_its_own_folder(ct, tmp_path):
+    fields = [field.name for field in dataclasses.fields(Sample)]
+    sample = {**dict.fromkeys(fields), "name": "s", "path": "ct", "kind": "ct", "modality": "CT"}
+    index = {"schema_version": 1, "samples": [sample], "assets": {}}
+    (tmp_path / "samples.json").write_text(json.dumps(index))
+    store_for(load_volume(ct), tmp_path / "store")
+    summary = export.export_masks(tmp_path / "store", tmp_path, tmp_path / "out", "dicom-seg")
+    assert summary.files == [] and f"give {ct} as --data" in summary.problems[0][1]
+
+
 def test_labels_of_several_sequences_lie_on_the_first(tmp_path):
     """A record of BRATS has the key of four scans; its map is exported for the first."""
     scans = {}
@@ -261,5 +273,9 @@ def test_the_command(ct, tmp_path, capsys):
     ]
     assert main([*command, "--format", "dicom-seg"]) == 0
     assert "1 label maps, 0 problems" in capsys.readouterr().out
-    assert main([*command, "--expert", "NOBODY"]) == 1
+    assert main([*command, "--expert", "NOBODY"]) == 2
+    assert "has no record of it" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main([*command[:-1], str(tmp_path / "file")]) == 2
+    assert "cannot be created" in capsys.readouterr().err
     assert main(["export", "--store", "/nonexistent", "--data", str(ct), "--out", str(tmp_path / "out")]) == 2

@@ -118,6 +118,9 @@ class Call:
         return call
 
 
+_CALL_FIELDS = frozenset(field.name for field in dataclasses.fields(Call))
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """What is wrong with a log: in which chain, at which line (from 1; 0 for the chain as a whole)."""
@@ -417,6 +420,11 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
             and isinstance(fields["sequence"], int)
             and isinstance(fields["previous"], str)
             and isinstance(fields["event"], str)
+            and all(
+                isinstance(count, int) and isinstance(last, str)
+                for count, last in fields.get("others", {}).values()
+            )
+            and (fields["event"] != "call" or fields.keys() >= _CALL_FIELDS)
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -609,12 +617,11 @@ def verify(folder: paths.PathLike, known: Mapping[str, Head] | None = None) -> R
 
 def calls(folder: paths.PathLike) -> Iterator[Call]:
     """Yields every logged call, chain by chain. Damaged lines are left out: `verify` first."""
-    names = [field.name for field in dataclasses.fields(Call)]
     for files in _segments(paths.as_path(folder)).values():
         for raw in _lines(files):
             fields = _parse(raw)
             if fields is not None and fields["event"] == "call":
-                yield Call(**{name: fields[name] for name in names})
+                yield Call(**{name: fields[name] for name in _CALL_FIELDS})
 
 
 @dataclasses.dataclass(frozen=True)

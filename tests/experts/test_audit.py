@@ -140,6 +140,21 @@ def test_problems_are_named(finished, tmp_path):
     assert (4, "was moved here, or inserted") in found
 
 
+@pytest.mark.parametrize("fields", [{"event": "closed", "others": [1]}, {"event": "call", "input": "x"}])
+def test_a_line_of_another_form_is_a_problem(tmp_path, fields):
+    with audit.AuditLog(tmp_path) as log:
+        log.append(make(0))
+    (path,) = tmp_path.glob("*.jsonl")
+    last = audit._parse(path.read_bytes().splitlines(keepends=True)[-1])
+    fields = {**fields, "sequence": last["sequence"] + 1, "previous": last["hash"]}
+    digest = audit.hashlib.sha256(audit._canonical(fields)).hexdigest()
+    path.write_bytes(path.read_bytes() + audit._canonical({**fields, "hash": digest}) + b"\n")
+    assert [note.text for note in audit.verify(tmp_path).notes] == [
+        "is unfinished; the next writer repairs it"
+    ]
+    assert len(list(audit.calls(tmp_path))) == 1
+
+
 def test_removed_chains_and_entries_are_found(tmp_path):
     first = AuditLog(tmp_path)
     second = write(tmp_path, range(3))
@@ -221,12 +236,14 @@ log = AuditLog({str(tmp_path)!r})
 for i in range(50):
     log.append(Annotation(f"{{i:064x}}", "CXR"))
 print(log.chain, flush=True)
+input()  # until both have opened the log
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    runs = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    chains = {run.communicate()[0].strip() for run in runs}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    runs = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]
+    chains = {run.stdout.readline().strip() for run in runs if run.stdout is not None}
+    for run in runs:
+        run.communicate("go\n")
     assert [run.returncode for run in runs] == [-9, -9] and len(chains) == 2
     assert write(tmp_path, [1]) in chains
     report = verify(tmp_path)

@@ -102,7 +102,7 @@ class Inputs:
           UserError: no such folder or file, or `roles` cannot be used.
         """
         self.at_most = 0
-        self._data, self._descriptor = data, descriptor
+        self._data, self._descriptor, self._has_patterns = data, descriptor, False
         root = paths.as_path(data)
         if not root.exists():
             raise UserError(f"{data}: no such file or folder; check --data")
@@ -124,6 +124,7 @@ class Inputs:
             template = Input("", root, descriptor.input)
             self._items, self.at_most = cases.from_manifest(template, stated, root), len(stated.cases)
         else:
+            self._has_patterns = stated is not None
             self._items = self._cases(self._items, wanted, stated)
 
     def _cases(
@@ -143,6 +144,8 @@ class Inputs:
         for item in self._items:
             count += 1
             yield item
+        if not count and self._has_patterns:
+            raise UserError(f"--roles: no scan below {self._data} fits a pattern; correct them or --data")
         if not count:
             raise UserError(
                 f"{self._data}: nothing in it that {self._descriptor.name} reads ({self._descriptor.input}); "

@@ -304,6 +304,9 @@ def test_dry_run_changes_nothing(folder, tmp_path, capsys, monkeypatch):
     )
     out = capsys.readouterr().out
     assert out.count("would run: ") == 3 and "weights: none" in out and "1 skipped" in out
+    (data / "broken.png").write_bytes(b"?")
+    main(["annotate", "--expert=FAULTY", f"--data={data}", f"--out={tmp_path}/s", "--dry-run", "--workers=0"])
+    assert "[broken.png]" in capsys.readouterr().err
 
 
 def test_parts_are_disjoint_and_complete(folder, tmp_path):

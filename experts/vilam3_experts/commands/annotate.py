@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     )
     if options.dry_run:
         _print_plan(descriptor, options.weights, summary.planned, summary.counts["planned"])
-    elif summary.reasons:
+    if summary.reasons:
         print(f"{options.expert}: what has no answer, and why:", file=sys.stderr)
         print("\n".join(summary.table()), file=sys.stderr)
     if summary.noted and not options.dry_run:

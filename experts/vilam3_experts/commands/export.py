@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from vilam3_jax.errors import UserError
+
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Declares the command."""
@@ -34,4 +36,4 @@ def run(options: argparse.Namespace) -> int:
         print(f"problem: {name}: {reason}", file=sys.stderr)
     without = f", {summary.without} scans without a label map" if summary.without else ""
     print(f"{len(summary.files)} label maps, {len(summary.problems)} problems{without}; folder {options.out}")
-    return 0 if summary.files else 1
+    return 0 if summary.files else UserError.exit_code

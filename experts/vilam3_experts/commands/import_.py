@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from vilam3_jax.errors import UserError
+
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Declares the command."""
@@ -64,4 +66,4 @@ def run(options: argparse.Namespace) -> int:
         masks = len({name for name, _ in summary.notes})
         print(f"{masks} masks with notes on what was assumed or left out: notes-{options.expert}.json")
     print(f"{options.expert}: {summary.line()}; store {options.out}")
-    return 0 if summary.counts["imported"] + summary.counts["skipped"] else 1
+    return 0 if summary.counts["imported"] + summary.counts["skipped"] else UserError.exit_code

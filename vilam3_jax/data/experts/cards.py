@@ -52,7 +52,7 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What a model is told of one expert, and what is required of its input and its result.
+    """The description of an expert that a model sees, and the requirements on its input and its result.
 
     Attributes:
       name: upper case, as in the call `<NAME(args)>`.
@@ -126,9 +126,9 @@ def _all_facts() -> dict[str, dict[str, Any]]:
 
 
 def facts(name: str) -> dict[str, Any]:
-    """What `tables/facts.json` states of an expert beyond its card's text; empty for an unknown one.
+    """What `tables/facts.json` adds to an expert's card; empty for an unknown expert.
 
-    Its checks are a set with a name there, as several experts share one; sources are for readers of the file.
+    Checks are named sets there, as several experts share them; their sources are for readers of the file.
     """
     stated = {key: value for key, value in _all_facts().get(name, {}).items() if key in _FACTS}
     if "checks" in stated:

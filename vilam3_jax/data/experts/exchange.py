@@ -1,7 +1,7 @@
-"""The exchange with experts: the one function that turns what they said into a turn and its pictures.
+"""The exchange with experts: the one function that turns their results into a turn and its overlays.
 
-Training renders stored examples with it (`data/render.py`), inference live dialogues (`inference/agent.py`),
-so that a model meets the very tokens that it was trained on.
+Training renders stored examples with it (`data/render.py`), and inference live dialogues
+(`inference/agent.py`), so that at inference a model sees exactly the tokens it was trained on.
 
 This module imports neither jax nor flax nor torch.
 """
@@ -63,10 +63,10 @@ DEFAULT_STYLE = Style()
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one expert said, and where it is shown.
+    """One expert's result, and the slice on which it is shown.
 
     Attributes:
-      annotation: a failed one is told as such.
+      annotation: of the expert; a failed one becomes a sentence that says so.
       task: `segmentation` or `classification`, as on its card.
       plane: the slice shown.
     """
@@ -77,7 +77,7 @@ class Result:
 
     @property
     def shows_overlay(self) -> bool:
-        """Whether it is told with a picture."""
+        """Whether the expert's turn shows an overlay for it."""
         return self.task == "segmentation" and self.annotation.status == "ok"
 
     def problem(self) -> str | None:
@@ -124,7 +124,7 @@ def call_turn(cards: Sequence[Card], calls: Sequence[Call], style: Style = DEFAU
 
 
 def exchange(results: Sequence[Result], question: str, style: Style = DEFAULT_STYLE) -> Exchange:
-    """What the experts said in one turn, and the question again.
+    """The experts' turn: the results of all calls, and the question again.
 
     Args:
       results: of the calls of one turn, in order; at least one.

@@ -1,4 +1,4 @@
-"""What an expert said of one image or volume: the record.
+"""The record of an expert's result on one image or volume.
 
 An `Annotation` is a typed, schema-versioned record: probabilities, the lossless label map, and the figures of
 every segment. Texts and overlays are rendered from it when an example is loaded, never stored.

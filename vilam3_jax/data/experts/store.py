@@ -1,16 +1,16 @@
-"""The store of what experts said: ArrayRecord shards, and an index (`index.py`) that says what is in them.
+"""The annotation store: ArrayRecord shards, and an index (`index.py`) of their records.
 
-The record is in `record`, records wrong on purpose are in `falsify`; both are offered here too.
+The names of `record` and `falsify` are exported here too.
 This module imports neither jax nor flax nor torch: the expert processes write it, the training hosts read it.
 
-In a folder lie
+A store is a folder:
 
     annotations-RUN-NUMBER.array_record   records, one a group
     annotations-RUN-NUMBER.index          the sidecar of that shard, written after it
-    merged-RUN.index                      what `compact` made of sidecars
+    merged-RUN.index                      the merged index that `compact` wrote
 
-A shard that no index names does not exist for readers. Every file appears whole and never changes; `compact`
-alone removes files, those that it replaced.
+Readers ignore a shard that no index names. Every file appears whole and never changes. Only `compact` removes
+files, namely those it replaced.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ _ABANDONED_SECONDS = 24 * 3600.0  # what no index names after this time belongs 
 
 
 def content_sha256(annotation: Annotation) -> str:
-    """sha256 (hex) of what an expert said: of the record's bytes with `seconds` set to 0.
+    """sha256 (hex) of an expert's answer: of the record's bytes with `seconds` set to 0.
 
-    Equal for equal answers, whoever computed them and however long it took.
+    Equal for equal answers, whichever process computed them and however long it took.
     """
     return hashlib.sha256(dataclasses.replace(annotation, seconds=0.0).to_bytes()).hexdigest()
 
@@ -229,10 +229,10 @@ def new_store(directory: paths.PathLike) -> AnnotationWriter:
 
 
 class AnnotationStore:
-    """Random access to the annotations of a folder, whatever number of runs wrote it.
+    """Random access to the annotations of a folder, written by any number of runs.
 
-    A store shows what was committed when it was opened. It goes on to do so while the folder is compacted: a
-    record whose shard is gone is looked up anew. Pickled, it is the names of the index files.
+    A store shows what was committed when it was opened, also while the folder is compacted: a record whose
+    shard is gone is looked up again. It is pickled as the names of its index files.
     """
 
     def __init__(self, directory: paths.PathLike) -> None:

@@ -1,4 +1,4 @@
-"""What a rule sees of one record: its images, what the experts said of them, and a die.
+"""What a rule sees of one record: its images, their annotations, and a random generator.
 
 This module imports neither jax nor flax nor torch.
 """
@@ -138,7 +138,7 @@ class Finding:
 
     @property
     def implausible(self) -> bool:
-        """Whether a check failed: no truth can be taken from this."""
+        """Whether a check failed: the result must not serve as ground truth."""
         return any(verdict.status == "fail" for verdict in self.annotation.verdicts)
 
     def lesions(self) -> dict[int, str]:
@@ -157,7 +157,7 @@ class Scene:
       record: as it is stored.
       setting: what the dialogue is made with.
       spoken: whether experts are on; otherwise only questions that the images answer.
-      rng: decides what is left to chance.
+      rng: makes every random choice of the dialogue.
       modality: `CT`, `MRI` or `CXR`, or what the record states.
     """
 
@@ -224,14 +224,14 @@ class Scene:
         return [name for name, p in self.classes_of(finding).items() if p > self.setting.style.threshold]
 
     def usable(self, what: str, fits: Callable[[Finding], bool]) -> list[Finding]:
-        """The results that truth can be taken from.
+        """The results that may serve as ground truth.
 
         Args:
-          what: is sought, for the message.
-          fits: which ones count.
+          what: what is looked for, for the message.
+          fits: which results qualify.
 
         Raises:
-          Unfit: there is none.
+          Unfit: none does.
         """
         found = [f for f in self.findings if f.ok and fits(f) and not f.implausible and not self.doubted(f)]
         if not found:

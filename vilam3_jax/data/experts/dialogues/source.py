@@ -99,7 +99,7 @@ class DialogueSource:
         """
         record = int(self._kept[index])
         scene = Scene(
-            self._source[record], self._setting, _die(self._seed, self.name, record, position), experts
+            self._source[record], self._setting, _generator(self._seed, self.name, record, position), experts
         )
         try:
             return self.rule.make(scene)
@@ -162,7 +162,7 @@ def why_left_out(source: DialogueSource) -> str:
     return "; ".join(told)
 
 
-def _die(seed: int, name: str, record: int, position: int) -> random.Random:
+def _generator(seed: int, name: str, record: int, position: int) -> random.Random:
     digest = hashlib.sha256(f"{seed}/{name}/{record}/{position}".encode()).digest()
     return random.Random(int.from_bytes(digest[:16], "big"))
 

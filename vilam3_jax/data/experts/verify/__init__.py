@@ -1,6 +1,6 @@
-"""Checks beside every expert: of its input before it runs, of its result afterwards.
+"""Checks of every expert: of its input before it runs, of its result afterwards.
 
-What is checked stands on the expert's card, see `cards.Card`; what is plausible in `tables/facts.json`.
+An expert's checks are on its card, see `cards.Card`; plausible ranges are in `tables/facts.json`.
 This package imports neither jax nor flax nor torch.
 """
 

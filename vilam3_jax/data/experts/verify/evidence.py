@@ -1,7 +1,7 @@
-"""What speaks for the modality and the body region of an input.
+"""Evidence of the modality and the body region of an input.
 
 What a file or a caller states comes first. Voxel values and the size of the body count only where nothing is
-stated, and only as a strong contradiction: they never say what a scan is, but may say what it cannot be.
+stated, and only against a modality or region: they never show what a scan is, but may show what it is not.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Evidence:
 
     @functools.cached_property
     def values(self) -> Values:
-        """What the values speak for."""
+        """Whether the values look like Hounsfield units."""
         return values_of(self.volume) if self.volume is not None else "unclear"
 
     @functools.cached_property

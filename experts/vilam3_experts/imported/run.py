@@ -166,10 +166,12 @@ def import_masks(
 def _write_lists(out: paths.PathLike, expert: str, summary: Summary) -> None:
     """Writes problems and notes beside the store, as `annotate` does."""
     for kind, rows in (("problems", summary.problems), ("notes", summary.notes)):
+        path = paths.as_path(out) / f"{kind}-{expert}.json"
         if rows:
             listed = [{"input": name, "reason": reason} for name, reason in rows]
-            path = paths.as_path(out) / f"{kind}-{expert}.json"
             paths.write_text_atomic(path, json.dumps(listed, indent=1) + "\n")
+        elif not summary.counts["skipped"]:
+            path.unlink(missing_ok=True)  # of an earlier import
 
 
 def _descriptor(name: str, source: Source) -> Descriptor:

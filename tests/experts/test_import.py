@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import signal
 
 import highdicom as hd
@@ -688,6 +689,16 @@ def test_a_segmentation_beside_its_series_is_no_scan(dicom_case):
     segmentation(series, [first, second], [LIVER, SPLEEN]).save_as(root / "scans" / "study" / "seg.dcm")
     found = import_masks([root / "scans"], root / "scans", "MINE", root / "store", TOOL)
     assert found.problems == [] and found.counts == {"imported": 1}
+
+
+def test_a_segmentation_belongs_to_no_other_series(dicom_case):
+    """The other patient's series lies beside it, on the very same grid."""
+    series, first, second, root = dicom_case
+    shutil.rmtree(root / "scans")
+    write_series(root / "scans" / "other")
+    segmentation(series, [first, second], [LIVER, SPLEEN]).save_as(root / "scans" / "other" / "other.dcm")
+    summary = import_masks([root / "scans"], root / "scans", "MINE", root / "store", TOOL, Options())
+    assert summary.counts == {"refused": 1} and "was made of another series" in summary.problems[0][1]
 
 
 def test_the_sides_of_coded_names(dicom_case):

@@ -156,10 +156,11 @@ def match_by_manifest(
 def match(masks: Sequence[MaskSource], scans: Sequence[Input]) -> Matching:
     """Finds the scan of each mask.
 
-    A DICOM Segmentation object names its series. Otherwise these are tried in turn, and the first that fits
-    any scan decides: the same name and folder, the same name (without words such as `seg` or `_0000` at its
-    end), the same folder, the same grid. Several scans of one name are told apart by the grid; a mask that
-    still fits several is a problem, and so are two masks of one scan.
+    A DICOM Segmentation object names its series, and belongs to no other series, whatever that one's name and
+    grid. Otherwise these are tried in turn, and the first that fits any scan decides: the same name and folder,
+    the same name (without words such as `seg` or `_0000` at its end), the same folder, the same grid. Several
+    scans of one name are told apart by the grid; a mask that still fits several is a problem, and so are two
+    masks of one scan.
     """
     finder = _Finder(scans)
     pairs, problems = [], []
@@ -227,6 +228,20 @@ class _Finder:
                 return found[0]
             if len(found) > 1:
                 raise UserError(_ambiguous(found))
+            scan = self._by_name(mask)
+            if named and scan.series is not None and scan.series.uid:
+                raise UserError(
+                    f"was made of another series than {scan.name}; give its own as --data, or a --manifest"
+                )
+            return scan
+        return self._by_name(mask)
+
+    def _by_name(self, mask: MaskSource) -> Input:
+        """The scan of the same name, folder or grid.
+
+        Raises:
+          UserError: none fits, or several do.
+        """
         folder, _, last = mask.name.rpartition("/")
         stem = case_of(last)
         same_place = f"{folder}/{stem}" if folder or stem else ""

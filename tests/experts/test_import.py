@@ -521,6 +521,8 @@ def test_names_folders_and_grids_find_the_scan(tmp_path, monkeypatch):
     ((name, reason),) = summary.problems
     assert name == "nobody.nii.gz" and "could belong to 4 scans" in reason and "--manifest" in reason
     assert summary.counts["imported"] == 4
+    by_grid = [note for note in summary.notes if "only its grid" in note[1]]
+    assert by_grid == [("segmentation.nii.gz", "only its grid says that it belongs to odd.nii.gz")]
 
 
 def test_two_masks_of_one_scan_are_refused(case):

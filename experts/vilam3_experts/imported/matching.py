@@ -45,10 +45,12 @@ class Matching:
     Attributes:
       pairs: (mask, scan), in the order of the masks.
       problems: name of a mask (or a row of the manifest), and why it has no scan.
+      notes: name of a mask, and what speaks for its scan where that is not its name.
     """
 
     pairs: list[tuple[MaskSource, Input]]
     problems: list[tuple[str, str]]
+    notes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
 
 def find_masks(
@@ -157,8 +159,8 @@ def match(masks: Sequence[MaskSource], scans: Sequence[Input]) -> Matching:
     """Finds the scan of each mask.
 
     A DICOM Segmentation object names its series, and belongs to no other series, whatever that one's name and
-    grid. Otherwise these are tried in turn, and the first that fits any scan decides: the same name and folder,
-    the same name (without words such as `seg` or `_0000` at its end), the same folder, the same grid. Several
+    grid. Otherwise these are tried, and the first that fits any scan decides: the same name and folder, the
+    same name (without words such as `seg` or `_0000` at its end), the same folder, the same grid. Several
     scans of one name are told apart by the grid; a mask that still fits several is a problem, and so are two
     masks of one scan.
     """
@@ -171,7 +173,13 @@ def match(masks: Sequence[MaskSource], scans: Sequence[Input]) -> Matching:
             raise
         except UserError as error:
             problems.append((mask.name, str(error)))
-    return _once_each(pairs, problems)
+    found = _once_each(pairs, problems)
+    notes = [
+        (mask.name, f"only its grid says that it belongs to {scan.name}")
+        for mask, scan in found.pairs
+        if mask.name in finder.by_grid
+    ]
+    return dataclasses.replace(found, notes=notes)
 
 
 def _once_each(pairs: list[tuple[MaskSource, Input]], problems: list[tuple[str, str]]) -> Matching:
@@ -195,9 +203,14 @@ _Grid = tuple[tuple[int, ...], np.ndarray]
 
 
 class _Finder:
-    """Looks scans up by series, name, folder and grid."""
+    """Looks scans up by series, name, folder and grid.
+
+    Attributes:
+      by_grid: names of the masks that were found by their grid alone.
+    """
 
     def __init__(self, scans: Sequence[Input]) -> None:
+        self.by_grid: set[str] = set()
         self._scans = scans
         self._by_series: dict[str, list[Input]] = collections.defaultdict(list)
         self._by_place: dict[str, list[Input]] = collections.defaultdict(list)
@@ -257,7 +270,9 @@ class _Finder:
                 return self._undisputed(mask, found[0])
             if found:
                 return self._on_grid(mask, found)
-        return self._on_grid(mask, self._scans)
+        found = self._on_grid(mask, self._scans)
+        self.by_grid.add(mask.name)
+        return found
 
     def _undisputed(self, mask: MaskSource, named: Input) -> Input:
         """The scan that a mask's name says, unless its grid says another one."""

@@ -149,6 +149,7 @@ def import_masks(
     summary = Summary()
     for name, reason in found.problems:
         summary.refuse(name, reason)
+    summary.notes += found.notes
     with AnnotationWriter(out) as writer, tqdm(found.pairs, desc=expert, unit="mask") as progress:
         for mask, item in progress:
             progress.set_postfix_str(mask.name[-40:], refresh=False)

@@ -146,7 +146,7 @@ def test_store_merges_runs_and_resume_skips(tmp_path):
     with AnnotationWriter(tmp_path) as writer:
         assert writer.has("key4", "CXR") and not writer.has("key5", "CXR")
         assert [writer.write(make(i)) for i in range(3, 7)] == [False, False, True, True]
-    store = AnnotationStore.open(tmp_path)
+    store = AnnotationStore(tmp_path)
     assert len(store) == 7
     assert [key for key, _, _ in sorted(store.keys())] == [f"key{i}" for i in range(7)]
     for i in range(7):

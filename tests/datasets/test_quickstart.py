@@ -257,7 +257,7 @@ def test_training_heads_are_labelled_from_the_experts_record(thick_head, tmp_pat
         writer.write(record)
     write_index(tmp_path, [thick_head], {})
     found = {}
-    for use, store in (("with", AnnotationStore.open(tmp_path / "store")), ("without", None)):
+    for use, store in (("with", AnnotationStore(tmp_path / "store")), ("without", None)):
         builder = quickstart.Build(as_epath(tmp_path), as_epath(tmp_path / use), SIZE, 0, store)
         found[use] = [q for n, _, e in builder.examples() if n == "instruct" for q in e.meta["qa"]]
         indices = {e.images[0].index for n, _, e in builder.examples() if n == "instruct"}

@@ -51,6 +51,22 @@ HU = (-963.8247715525971, 1053.678477684517)
 PROMPTS = [1, 3, 115, 28, 22]
 
 
+class WholeNetwork:
+    """Any module called as `network(window, class_vector=prompts [P, 1])` that gives [P, 1, x, y, z]."""
+
+    portion: int | None = None
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+
+    def encode(self, window: torch.Tensor) -> torch.Tensor:
+        return window
+
+    def decode(self, features: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+        logits = self._network(features, class_vector=prompts[:, None])
+        return logits.reshape(len(prompts), *features.shape[2:])
+
+
 class Tiny(nn.Module):
     """VISTA3D's call with one convolution, random and fixed."""
 
@@ -140,7 +156,7 @@ def compare(tmp_path, values, affine, settings):
     nib.Nifti1Image(values, affine).to_filename(path)
     volume = load_volume(path, modality="CT")
     theirs = monai_pipeline(path, Tiny(), PROMPTS, settings)
-    mine = ours(volume, windows.WholeNetwork(Tiny()), PROMPTS, settings)
+    mine = ours(volume, WholeNetwork(Tiny()), PROMPTS, settings)
     stored = nib.orientations.io_orientation(nib.load(path).affine)
     assert mine.shape == volume.voxels.shape and mine.dtype == np.uint8
     theirs = nib.orientations.apply_orientation(theirs, stored)
@@ -221,7 +237,7 @@ def test_windows_give_the_inferers_argmax(shape, roi, overlap, padding, prompts,
     )[0]  # fmt: skip
     expected = torch.where((logits > 0).any(0), logits.argmax(0) + 1, 0)
     found = windows.argmax_labels(
-        image, windows.WholeNetwork(Tiny()), prompts, windows.WindowSettings(roi, overlap, padding),
+        image, WholeNetwork(Tiny()), prompts, windows.WindowSettings(roi, overlap, padding),
         device=CPU, sums_device=CPU, memory_bytes=memory_bytes, portion=portion, amp=True,
     )  # fmt: skip
     assert found.dtype == torch.uint8 and torch.equal(found.long(), expected)
@@ -554,9 +570,7 @@ def test_the_expert_answers_on_the_grid_of_the_scan(tmp_path, vista, narrow):
 def test_outside_the_crop_is_background(vista):
     volume = small_volume((70, 24, 24))
     volume.voxels[20:] = -1000
-    positive = windows.WholeNetwork(
-        lambda window, class_vector: torch.ones(len(class_vector), 1, *window.shape[2:])
-    )
+    positive = WholeNetwork(lambda window, class_vector: torch.ones(len(class_vector), 1, *window.shape[2:]))
     vista = experts.Vista3d(vista.bundle, positive, CPU)
     labels = vista.run(volume, "bone lesion").labels
     assert set(np.unique(labels[:30])) <= {0, 128} and (labels == 128).any()

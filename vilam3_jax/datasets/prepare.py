@@ -56,7 +56,7 @@ def prepare_quickstart(
       UserError: unreadable samples, `out` holds something else, or the disk is full.
     """
     source_dir, target = paths.as_path(source), paths.as_path(out)
-    store = None if annotations is None else AnnotationStore.open(annotations)
+    store = None if annotations is None else AnnotationStore(annotations)
     identity = {
         "dataset": "quickstart",
         "version": quickstart.VERSION,

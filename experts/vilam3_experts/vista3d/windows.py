@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.data.utils import compute_importance_map, dense_patch_slices
-from torch import nn
 
 from vilam3_experts.base import ExpertFailure
 
@@ -84,22 +83,6 @@ class SplitNetwork:
             embedding = head.mlp(embedding)
         _, channels, *size = features.shape
         return (embedding[:, 0] @ features.view(channels, -1)).view(len(prompts), *size)
-
-
-class WholeNetwork:
-    """Any module called as `network(window, class_vector=prompts [P, 1])` that gives [P, 1, x, y, z]."""
-
-    portion: int | None = None
-
-    def __init__(self, network: nn.Module) -> None:
-        self._network = network
-
-    def encode(self, window: torch.Tensor) -> torch.Tensor:
-        return window
-
-    def decode(self, features: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-        logits = self._network(features, class_vector=prompts[:, None])
-        return logits.reshape(len(prompts), *features.shape[2:])
 
 
 class Plan:

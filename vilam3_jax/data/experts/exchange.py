@@ -35,12 +35,10 @@ class Style:
     Attributes:
       wording: the sentences.
       verdicts: whether the model is told what the checks doubt.
-      threshold: a class is told as `yes` above it.
     """
 
     wording: Wording = PLAIN
     verdicts: bool = False
-    threshold: float = 0.5
 
     @classmethod
     def of(cls, model: Mapping[str, Any]) -> Style:
@@ -158,7 +156,7 @@ def _statement(result: Result, style: Style) -> tuple[str, str]:
     if annotation.status == "failed":
         return wording.failure(annotation) + doubt, "failure"
     if result.task == "classification":
-        return wording.classification(annotation, style.threshold) + doubt, result.task
+        return wording.classification(annotation) + doubt, result.task
     return wording.segmentation(annotation, result.plane) + doubt, result.task
 
 

@@ -24,6 +24,7 @@ SCHEMA_VERSION = 3
 MAX_RECORD_BYTES = 1 << 30
 MAX_LABEL_VOXELS = 1 << 29
 VERDICTS = ("pass", "warn", "fail", "unknown")
+THRESHOLD = 0.5  # a class whose probability is above it counts as present
 _LABEL_DTYPES = ("uint8", "uint16")
 
 Key = tuple[str, str, str]

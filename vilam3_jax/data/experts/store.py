@@ -254,11 +254,6 @@ class AnnotationStore:
         self._readers = ShardReaders(self.directory)
         self._digest: str | None = None
 
-    @classmethod
-    def open(cls, directory: paths.PathLike) -> AnnotationStore:
-        """Same as the constructor."""
-        return cls(directory)
-
     def __getstate__(self) -> dict[str, Any]:
         return {"directory": os.fspath(self.directory), "names": self._names.known, "digest": self.digest()}
 

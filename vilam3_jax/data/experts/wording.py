@@ -19,7 +19,7 @@ from vilam3_jax.data.experts.cards import Card
 from vilam3_jax.data.experts.grammar import Call, joined, write_calls
 from vilam3_jax.data.experts.labels import component_counts, is_lesion, visible_segments
 from vilam3_jax.data.experts.overlays import legend, palette_of
-from vilam3_jax.data.experts.record import Annotation, Verdict
+from vilam3_jax.data.experts.record import THRESHOLD, Annotation, Verdict
 from vilam3_jax.errors import UserError
 
 _LONGEST = 200  # of a name or a sentence that an expert brings
@@ -64,7 +64,7 @@ class Wording(Protocol):
         """A label map on a slice, with one image marker."""
         ...
 
-    def classification(self, annotation: Annotation, threshold: float) -> str:
+    def classification(self, annotation: Annotation) -> str:
         """Class probabilities."""
         ...
 
@@ -109,9 +109,9 @@ class _Plain:
             f"Volumes in ml: {volumes}. {_counts(annotation, visible)}"
         )
 
-    def classification(self, annotation: Annotation, threshold: float) -> str:
+    def classification(self, annotation: Annotation) -> str:
         told = self.told_probabilities(annotation)
-        lines = [f"{told_class(n)}: {'yes' if p > threshold else 'no'} ({p:.2f})\n" for n, p in told.items()]
+        lines = [f"{told_class(n)}: {'yes' if p > THRESHOLD else 'no'} ({p:.2f})\n" for n, p in told.items()]
         return "The resulting predictions are:\n" + "".join(lines)
 
     def told_probabilities(self, annotation: Annotation) -> Mapping[str, float]:
@@ -157,9 +157,9 @@ class _VilaM3(_Plain):
         words = ", ".join(f"{colour}: {name}" for colour, name in _colours(visible).items())
         return f"The results are {IMAGE_MARKER}. The colors in this image describe {words}. "
 
-    def classification(self, annotation: Annotation, threshold: float) -> str:
+    def classification(self, annotation: Annotation) -> str:
         told = self.told_probabilities(annotation)
-        lines = [f"{told_class(n)}: {'yes' if p > threshold else 'no'}\n" for n, p in told.items()]
+        lines = [f"{told_class(n)}: {'yes' if p > THRESHOLD else 'no'}\n" for n, p in told.items()]
         return "The resulting predictions are:\n" + "".join(lines) + ". "
 
     def told_probabilities(self, annotation: Annotation) -> Mapping[str, float]:

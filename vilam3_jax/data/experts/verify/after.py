@@ -16,7 +16,7 @@ import numpy as np
 
 from vilam3_jax.data.experts.cards import Check
 from vilam3_jax.data.experts.labels import label_universe
-from vilam3_jax.data.experts.record import Segment, Verdict
+from vilam3_jax.data.experts.record import THRESHOLD, Segment, Verdict
 from vilam3_jax.data.experts.verify.evidence import Evidence, body_centre, body_threshold
 from vilam3_jax.data.experts.verify.measures import LabelMeasures
 from vilam3_jax.errors import UserError
@@ -24,7 +24,6 @@ from vilam3_jax.errors import UserError
 # What a healthy patient does not have: a scan without them is no empty result.
 _LESIONS = ("*tumor*", "*lesion*", "*cancer*", "*cyst*", "*mass*")
 _SIDES = ("left ", "right ")
-_THRESHOLD = 0.5  # above it a class is told as present, see `exchange.Style`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -261,10 +260,10 @@ def _probability_margin(check: Check, finding: Finding) -> list[Verdict]:
     for name, p in finding.probabilities.items():
         if not fnmatch.fnmatchcase(name, check.subject or "*"):
             continue
-        value = abs(p - _THRESHOLD)
+        value = abs(p - THRESHOLD)
         near = _outside(check, value)
         shown = name.lower().replace("_", " ")
-        why = f"{shown} at {p:.2f} is near the threshold of {_THRESHOLD}" if near else ""
+        why = f"{shown} at {p:.2f} is near the threshold of {THRESHOLD}" if near else ""
         found.append(_verdict(check, "warn" if near else "pass", name, value, why))
     return found
 

@@ -69,6 +69,9 @@ class Engine:
             raise UserError(f"--timeout {self.timeout:g}: give a positive number of seconds")
         if self.timeout is not None and self.workers == 0:
             raise UserError("--timeout needs a process that can be ended; give --workers 1 or more")
+        for option, amount in (("cpus", self.cpus_per_worker), ("gpus", self.gpus_per_worker)):
+            if amount is not None and not 0 <= amount < float("inf"):
+                raise UserError(f"--{option}-per-worker {amount:g}: give a number, at least 0")
 
 
 def annotate(

@@ -402,3 +402,16 @@ def test_the_default_builds_nothing_in_this_process(folder, tmp_path, monkeypatc
     monkeypatch.setattr(Worker, "run", lambda *_: pytest.fail("in this process"))
     data = folder(1)
     assert main(["annotate", "--expert=FAULTY", f"--data={data}", f"--out={tmp_path}/s"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"workers": 0, "timeout": 1.0}, "give --workers 1 or more"),
+        ({"kind": "ray", "workers": None, "cpus_per_worker": -1.0}, "--cpus-per-worker -1"),
+        ({"kind": "ray", "workers": None, "gpus_per_worker": float("nan")}, "--gpus-per-worker nan"),
+    ],
+)
+def test_engines_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        Engine(**settings).check()

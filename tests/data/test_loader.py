@@ -126,6 +126,7 @@ def test_resume_is_bitwise(root, shards: int, cut: int) -> None:
         "groups",
         "order",
         "tokenizer",
+        "annotations",
     }
 
 

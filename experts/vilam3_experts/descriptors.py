@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vilam3_experts.weight_files import sources
 from vilam3_experts.xrv.members import load_table
 from vilam3_jax.data.experts.cards import Card, load_cards
+from vilam3_jax.data.experts.labels import canonical_args
 from vilam3_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Descriptor:
         valid = self.card.args or ("",)
         if args is None:
             return valid[0]
+        args = canonical_args(self.name, args)
         if args not in valid:
             listed = ", ".join(repr(a) for a in valid)
             raise UserError(f"{self.name}: no argument {args!r}; use one of {listed}")

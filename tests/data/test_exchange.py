@@ -7,9 +7,15 @@ import pytest
 
 from vilam3_jax.data.experts.exchange import Result, Style, exchange
 from vilam3_jax.data.experts.falsify import falsified, falsify
-from vilam3_jax.data.experts.labels import label_group, label_table, label_universe, restrict_to_group
+from vilam3_jax.data.experts.labels import (
+    canonical_args,
+    label_group,
+    label_table,
+    label_universe,
+    restrict_to_group,
+)
 from vilam3_jax.data.experts.overlays import PALETTE, expert_overlay, legend, overlay
-from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment, Verdict, failed
+from vilam3_jax.data.experts.record import Annotation, Disagreement, LabelMap, Segment, Verdict, failed
 from vilam3_jax.data.experts.wording import VILA_M3, Plane
 from vilam3_jax.data.volumes import slice_2d
 
@@ -236,3 +242,18 @@ def test_names_of_an_expert_cannot_pass_for_markers_or_roles():
     film = Annotation("k", "A", probabilities={"<image>" + "x" * 1000: 0.5})
     text = told(film, "Q", kind="classification")
     assert "<" not in text and len(text) < 500
+
+
+def test_what_checks_found_of_the_true_result_is_no_part_of_a_false_one():
+    stated = Verdict("modality", "pass", stage="before")
+    doubt = Verdict("volume_ml", "fail", subject="liver", message="liver volume 13126 ml is implausible")
+    other = Disagreement("TOTALSEGMENTATOR", "total", "1", "liver", "dice", 0.4)
+    record = dataclasses.replace(ct_annotation(), verdicts=(stated, doubt), disagreements=(other,))
+    wrong = falsify(record, 0, label_universe("ORGANS", "organs"))
+    assert wrong.verdicts == (stated,) and wrong.disagreements == ()
+    assert "13126" not in told(wrong, "Q", axis=2, index=1, kind="segmentation", verdicts=True)
+
+
+def test_another_name_of_an_argument():
+    assert canonical_args("VISTA3D", "hepatoma") == "hepatic tumor"
+    assert canonical_args("VISTA3D", "organs") == "organs" and canonical_args("NOSUCH", "x") == "x"

@@ -20,6 +20,7 @@ from vilam3_jax.data.experts.exchange import DEFAULT_STYLE, Result, Style, excha
 from vilam3_jax.data.experts.falsify import falsified
 from vilam3_jax.data.experts.grammar import Call, CallingTurn, parse_turn
 from vilam3_jax.data.experts.host_client import ExpertHost
+from vilam3_jax.data.experts.labels import canonical_args
 from vilam3_jax.data.experts.record import failed
 from vilam3_jax.data.experts.store import Annotation, AnnotationStore
 from vilam3_jax.data.experts.wording import Plane
@@ -359,6 +360,7 @@ class Agent:
         card = self._cards.get(call.expert)
         if card is not None and not card.args:
             call = Call(call.expert)  # its brackets mean nothing
+        call = Call(call.expert, canonical_args(call.expert, call.args))
         key, why = query.input_key, ""
         if card is None:
             why = f"there is no expert {call.expert}"

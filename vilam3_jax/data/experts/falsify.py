@@ -47,6 +47,9 @@ def falsify(annotation: Annotation, seed: int, label_universe: Mapping[int, str]
     if not annotation.probabilities and not universe:
         raise ValueError(f"{annotation.expert} on {annotation.input_key[:12]}: nothing to falsify")
     changes: dict[str, object] = {"version": f"{annotation.version}+falsified.{seed}"}
+    # Checks and other experts speak of the true result; what was found of the input stays.
+    changes["verdicts"] = tuple(v for v in annotation.verdicts if v.stage == "before")
+    changes["disagreements"] = ()
     if annotation.probabilities:
         changes["probabilities"] = _falsify_probabilities(annotation.probabilities, rng)
     if annotation.calibrated:

@@ -45,6 +45,11 @@ def label_table(expert: str) -> dict[int, str]:
     return {int(i): n for i, n in _label_data().get(expert, {"labels": {}})["labels"].items()}
 
 
+def canonical_args(expert: str, args: str) -> str:
+    """The argument as cards list it: another name of one (`hepatoma`) is replaced."""
+    return _label_data().get(expert, {}).get("aliases", {}).get(args, args)
+
+
 @functools.cache
 def label_group(expert: str, args: str) -> LabelGroup | None:
     """The label group of `expert` for `args`; None if there is none: then every label is shown."""

@@ -23,9 +23,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import pytest
 from etils.epath import testing
 
+from tests.experts.torchvision_operators import declare_operators
 from vilam3_jax import compat
 
 compat.use_cpu_devices(8)
+
+
+_OPERATORS = declare_operators()  # the declarations end with the object
 
 
 @pytest.fixture

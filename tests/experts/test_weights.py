@@ -221,6 +221,7 @@ def test_bundle_is_unpacked_by_our_names_only(server, tmp_path):
             list(install(name, url_source(download), tmp_path / "w"))
 
 
+@pytest.mark.slow
 def test_release_file_becomes_a_running_expert(server, tmp_path):
     """The whole way: a module pickled as the release does, fetched, converted, pinned, loaded, run."""
     member = next(m for m in load_table().members if m.name == "densenet121-res224-all")

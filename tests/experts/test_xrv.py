@@ -126,6 +126,7 @@ def mean(table, answers, *, unknown):
     return {finding: float(np.mean(values)) for finding, values in sums.items() if values}
 
 
+@pytest.mark.slow
 def test_ensemble_is_the_mean_of_its_members(trio):
     table, made, weights = trio
     films = [film(1, 300, 411), np.zeros((9, 9), np.uint8), film(3, 520, 224)]

@@ -2,31 +2,18 @@
 
 import contextlib
 import io
-import sys
 
 import torch
+from torchvision_operators import declare_operators
+
+_OPERATORS = declare_operators()  # the declarations end with the object
 
 
 def torchxrayvision():
-    """Imports the package.
-
-    torchvision's wheels for CUDA do not import beside PyTorch for CPUs: their compiled operators are missing.
-    The networks use none of them, so two are declared, not defined.
-    """
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:  # "operator torchvision::nms does not exist"
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        _STUB.append(torch.library.Library("torchvision", "DEF"))
-        for name in ("nms", "qnms"):
-            _STUB[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    """Imports the package."""
     import torchxrayvision
 
     return torchxrayvision
-
-
-_STUB: list[torch.library.Library] = []  # the declarations end with the object
 
 
 def densenet(seed, thresholds=None):

@@ -286,6 +286,7 @@ def test_the_memory_of_a_chip_is_what_libtpu_gives(tmp_path, name):
     assert not plan.memory.fits and plan.memory.limit == pytest.approx(wanted.chip.hbm_bytes, abs=0.01 * GIB)
 
 
+@pytest.mark.slow
 def test_accumulation_compiles_for_tpus(tmp_path):
     """XLA would move sums over devices out of the loop, and fails to in bfloat16."""
     plan = estimate.make_plan(of_kernels(grad_accum=2), topology.parse("v5p:2x2x1"), compiler.Cache(tmp_path))

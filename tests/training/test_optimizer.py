@@ -314,6 +314,7 @@ def test_no_two_leaves_of_a_fresh_state_share_a_buffer():
     assert len(set(buffers)) == len(buffers)
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_train():
     """Gradients are added up, and moments and the average are kept, in float32."""
     types = {"model.dtype": "bfloat16", "model.param_dtype": "bfloat16"}

@@ -13,6 +13,8 @@ from vilam3_jax.models import trees, vila
 from vilam3_jax.training import mesh as mesh_lib
 from vilam3_jax.training import step as step_lib
 
+SLOW = pytest.mark.slow  # the other members of a family
+
 
 def one_device():
     return compat.make_mesh([1] * len(MESH_AXES), MESH_AXES, jax.devices()[:1])
@@ -22,8 +24,8 @@ def one_device():
     "kind,axes",
     [
         ("generative", dict(fsdp=4, tensor=2)),
-        ("generative", dict(data=2, fsdp=2, tensor=2)),
-        ("contrastive", dict(fsdp=4, tensor=2)),
+        pytest.param("generative", dict(data=2, fsdp=2, tensor=2), marks=SLOW),
+        pytest.param("contrastive", dict(fsdp=4, tensor=2), marks=SLOW),
         ("contrastive", dict(data=2, fsdp=2, tensor=2)),
     ],
 )
@@ -46,7 +48,7 @@ def test_sharded_equals_unsharded_for_ten_steps(kind, axes):
         assert many["supervised"] == one["supervised"]
 
 
-@pytest.mark.parametrize("kind", ["generative", "contrastive"])
+@pytest.mark.parametrize("kind", ["generative", pytest.param("contrastive", marks=SLOW)])
 def test_queries_over_tensor_equal_one_device(kind):
     make = packed_batch if kind == "generative" else pair_batch
     config = tiny_config(kind, data=2, fsdp=2, tensor=2)
@@ -66,8 +68,8 @@ def tower_of_three_heads(kind, **mesh_axes):
     return config
 
 
-@pytest.mark.parametrize("kind", ["generative", "contrastive"])
-@pytest.mark.parametrize("queries", ["tensor", ""])
+@pytest.mark.parametrize("kind", ["generative", pytest.param("contrastive", marks=SLOW)])
+@pytest.mark.parametrize("queries", ["tensor", pytest.param("", marks=SLOW)])
 def test_a_tower_has_rules_of_its_own(kind, queries):
     """Three heads do not split in two; the LLM's do, and are split."""
     make = packed_batch if kind == "generative" else pair_batch
@@ -88,7 +90,14 @@ def test_a_tower_has_rules_of_its_own(kind, queries):
         assert not re.search(rf"\[\d+,{row.format(heads)}", text)
 
 
-@pytest.mark.parametrize("rules", [dict(embed="tensor"), dict(mlp=""), dict(tower_mlp="")])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        dict(embed="tensor"),
+        pytest.param(dict(mlp=""), marks=SLOW),
+        pytest.param(dict(tower_mlp=""), marks=SLOW),
+    ],
+)
 def test_other_rules_equal_one_device(rules):
     config = tiny_config(data=2, fsdp=2, tensor=2)
     with config.activation_rules.ignore_type():
@@ -102,7 +111,10 @@ def test_other_rules_equal_one_device(rules):
 
 @pytest.mark.parametrize(
     "axes, attention",
-    [(dict(fsdp=2, context=2, tensor=2), "auto"), (dict(data=2, context=4), "ring")],
+    [
+        (dict(fsdp=2, context=2, tensor=2), "auto"),
+        pytest.param(dict(data=2, context=4), "ring", marks=SLOW),
+    ],
 )
 def test_rows_over_devices_equal_one_device(axes, attention):
     """`auto` exchanges lengths for heads. Adam hides a gradient's scale, which its norm shows."""
@@ -120,7 +132,7 @@ def test_rows_over_devices_equal_one_device(axes, attention):
     assert moved in many._compiled.as_text()
 
 
-@pytest.mark.parametrize("slots", [4, 3])
+@pytest.mark.parametrize("slots", [pytest.param(4, marks=SLOW), 3])
 def test_images_are_split_over_the_devices_of_a_row(slots):
     """Four groups of images on eight devices: of four slots, or of three, which one more makes even."""
     batches = [packed_batch(index, rows=4, slots=slots) for index in range(3)]
@@ -150,7 +162,9 @@ def other_families(**mesh_axes):
     return config
 
 
-@pytest.mark.parametrize("axes", [dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize(
+    "axes", [pytest.param(dict(fsdp=4, tensor=2), marks=SLOW), dict(data=2, fsdp=2, tensor=2)]
+)
 def test_other_families_sharded_equal_one_device(axes):
     one, many = Run(other_families(), one_device()), Run(other_families(**axes))
     for index in range(5):
@@ -286,10 +300,10 @@ def test_the_loss_is_the_token_mean_over_the_global_batch():
 @pytest.mark.parametrize(
     "axes, line, tied",
     [
-        (dict(data=2, fsdp=2, tensor=2), 1, False),
+        pytest.param(dict(data=2, fsdp=2, tensor=2), 1, False, marks=SLOW),
         (dict(data=2, fsdp=2, tensor=2), 1, True),
-        (dict(fsdp=4, tensor=2), 2, False),
-        (dict(fsdp=2, tensor=4), 1, False),
+        pytest.param(dict(fsdp=4, tensor=2), 2, False, marks=SLOW),
+        pytest.param(dict(fsdp=2, tensor=4), 1, False, marks=SLOW),
     ],
 )
 def test_an_odd_vocabulary_and_fsdp_in_two_axes_equal_one_device(axes, line, tied, monkeypatch):
@@ -311,7 +325,7 @@ def test_an_odd_vocabulary_and_fsdp_in_two_axes_equal_one_device(axes, line, tie
         np.testing.assert_allclose(leaf, one.state["trainable"][path], atol=2e-5, err_msg=path)
 
 
-@pytest.mark.parametrize("axes", [dict(fsdp=8), dict(data=2, fsdp=4)])
+@pytest.mark.parametrize("axes", [dict(fsdp=8), pytest.param(dict(data=2, fsdp=4), marks=SLOW)])
 def test_weights_are_gathered_and_gradients_scattered(axes):
     config = tiny_config(**axes)
     run = Run(config)

@@ -278,6 +278,7 @@ def test_sigterm_while_a_run_starts_saves_and_ends(world, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.slow
 def test_each_stage_starts_from_the_one_before(world):
     one = world / "stage1"
     assert run(*arguments(world, one, "stage1_vision", num_steps=2)).returncode == 0

@@ -120,7 +120,9 @@ def vila_folder_config(
             "text": dataclasses.asdict(TextRules.of(model.get("text"))),
             "preprocessing": dataclasses.asdict(Preprocessing.of(model.get("preprocessing"))),
             "token_order": model["projector"]["token_order"],
-            **{key: model[key] for key in ("card_list", "expert_wording", "expert_verdicts") if key in model},
+            "card_list": with_card_list(model)["card_list"],
+            "expert_wording": model.get("expert_wording", "plain"),
+            "expert_verdicts": model.get("expert_verdicts", False),
         },
     }
 

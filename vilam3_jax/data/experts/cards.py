@@ -24,6 +24,7 @@ from vilam3_jax.errors import UserError
 HEADER = "Here is a list of available expert models:\n"
 FOOTER = "Give the model <NAME(args)> when selecting a suitable expert model.\n"
 STAND_IN = "stand-in"
+DEFAULT_LIST = "experts"  # of models whose config names none
 
 _SEPARATORS = ("\n", ", Task: ", ", Overview: ", ", Accuracy: ", ", Valid args are: ")
 _LINE = re.compile(
@@ -148,7 +149,7 @@ def card_list(model: Mapping[str, Any]) -> list[Card]:
     """
     rows = model.get("card_list")
     if rows is None:
-        return load_cards(str(model["cards"]))
+        return load_cards(str(model.get("cards", DEFAULT_LIST)))
     try:
         return [Card.from_dict(dict(row)) for row in rows]
     except (ValueError, TypeError, KeyError) as error:

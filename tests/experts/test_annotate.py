@@ -82,6 +82,9 @@ def test_command_line(plugin, pictures, tmp_path, capsys):
     assert "unreadable" in captured.err and "[b damaged.png]" in captured.err
     assert "1 unreadable" in captured.out and "bright 0.200" in captured.out
     assert main([*common, "--expert", "FAKE", "--args", "raise"]) == 2  # nothing came out of it
+    assert "--retry-failed" not in capsys.readouterr().out
+    main([*common, "--expert", "FAKE", "--args", "raise"])
+    assert "FAKE: 2 of the stored answers are failures; --retry-failed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from vilam3_experts.annotate import Engine, annotate
 from vilam3_experts.calibrate import load_calibration
 from vilam3_experts.descriptors import Descriptor
 from vilam3_jax.data.experts.record import Annotation
+from vilam3_jax.data.experts.store import store_info
 from vilam3_jax.data.experts.wording import doubts
 from vilam3_jax.errors import UserError
 
@@ -99,8 +100,18 @@ def run(options: argparse.Namespace) -> int:
         print("\n".join(summary.table()), file=sys.stderr)
     if summary.noted and not options.dry_run:
         print(f"{summary.noted} scans with notes on what was assumed or skipped: notes-{options.expert}.json")
+    if summary.counts["skipped"] and not options.retry_failed:
+        _print_stored_failures(options.out, descriptor.name)
     print(f"{options.expert}: {summary.line()}; store {options.out}")
     return summary.exit_code
+
+
+def _print_stored_failures(store: str, expert: str) -> None:
+    """Says that some of what was skipped is a failure of an earlier run."""
+    calls = store_info(store).calls
+    failed = sum(count for call, count in calls.items() if call.expert == expert and not call.ok)
+    if failed:
+        print(f"{expert}: {failed} of the stored answers are failures; --retry-failed runs them again")
 
 
 def _engine(options: argparse.Namespace) -> Engine:

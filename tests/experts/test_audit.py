@@ -1,6 +1,7 @@
 """The audit log: whatever is done to a finished chain is found, and a crash is told from it."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vilam3_experts import audit, cli
 from vilam3_experts.audit import AuditLog, verify
+from vilam3_experts.audit import chain as chain_lib
+from vilam3_experts.audit import log as log_lib
 from vilam3_experts.commands import audit as commands_audit
 
 from vilam3_jax.data.experts.record import Annotation, failed
@@ -113,8 +116,8 @@ def test_any_change_is_found(finished, tmp_path, data):
         fields = json.loads(lines[number])
         fields["seconds"] = 9.0
         del fields["hash"]
-        digest = audit.hashlib.sha256(audit._canonical(fields)).hexdigest()
-        lines[number] = audit._canonical({**fields, "hash": digest}) + b"\n"
+        digest = hashlib.sha256(chain_lib.canonical(fields)).hexdigest()
+        lines[number] = chain_lib.canonical({**fields, "hash": digest}) + b"\n"
     path.write_bytes(b"".join(lines))
     assert not verify(folder).ok
 
@@ -145,10 +148,10 @@ def test_a_line_of_another_form_is_a_problem(tmp_path, fields):
     with audit.AuditLog(tmp_path) as log:
         log.append(make(0))
     (path,) = tmp_path.glob("*.jsonl")
-    last = audit._parse(path.read_bytes().splitlines(keepends=True)[-1])
+    last = chain_lib.parse_line(path.read_bytes().splitlines(keepends=True)[-1])
     fields = {**fields, "sequence": last["sequence"] + 1, "previous": last["hash"]}
-    digest = audit.hashlib.sha256(audit._canonical(fields)).hexdigest()
-    path.write_bytes(path.read_bytes() + audit._canonical({**fields, "hash": digest}) + b"\n")
+    digest = hashlib.sha256(chain_lib.canonical(fields)).hexdigest()
+    path.write_bytes(path.read_bytes() + chain_lib.canonical({**fields, "hash": digest}) + b"\n")
     assert [note.text for note in audit.verify(tmp_path).notes] == [
         "is unfinished; the next writer repairs it"
     ]
@@ -264,7 +267,7 @@ def test_a_full_disk_leaves_the_log_as_it_was(tmp_path, monkeypatch):
     write_whole = os.write
     with AuditLog(tmp_path) as log:
         log.append(make(1))
-        monkeypatch.setattr(audit.os, "write", lambda file, data: write_whole(file, data[:20]))
+        monkeypatch.setattr(os, "write", lambda file, data: write_whole(file, data[:20]))
         with pytest.raises(UserError, match="cannot be written"):
             log.append(make(2))
         monkeypatch.undo()
@@ -274,7 +277,7 @@ def test_a_full_disk_leaves_the_log_as_it_was(tmp_path, monkeypatch):
 
 
 def test_a_log_in_a_bucket(bucket, monkeypatch):
-    monkeypatch.setattr(audit, "_REMOTE_SECONDS", 0.0)
+    monkeypatch.setattr(log_lib, "_REMOTE_SECONDS", 0.0)
     folder = as_path("gs://bucket/store/audit")
     chains = {write(folder, range(3)) for _ in range(2)}
     assert set(audit.heads(folder / "manifest")) == chains
@@ -295,7 +298,7 @@ def test_a_log_behind_the_protocol_of_cloud_storage():
             write(folder, range(3))
         report = verify(folder)
         assert report.ok and (report.chains, report.calls) == (2, 6)
-        gone = audit._segments(as_path(folder)).popitem()[1][0][1]
+        gone = chain_lib.chain_files(as_path(folder)).popitem()[1][0][1]
         gone.unlink()
         assert not verify(folder).ok
 

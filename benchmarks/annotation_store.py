@@ -75,7 +75,7 @@ start = time.perf_counter()
 state = pickle.dumps(store)
 result["pickled_bytes"], result["pickle_s"] = len(state), time.perf_counter() - start
 start = time.perf_counter()
-pickle.loads(state)
+pickle.loads(state)  # what a worker process does with it; made two lines above
 result["unpickle_s"] = time.perf_counter() - start
 result["max_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(json.dumps(result))

@@ -2,7 +2,7 @@
 
     python benchmarks/brats.py
 
-Each way runs in a process of its own. `monai` is the bundle's pipeline, written with MONAI's transforms and
+Each way runs in a separate process. `monai` is the bundle's pipeline, written with MONAI's transforms and
 inferer; `expert` is ours from four `Volume`s to the label map; `expert, 3 mm slices` the same from scans that
 are resampled to 1 mm and back. Memory is the peak resident size less that after the imports.
 """

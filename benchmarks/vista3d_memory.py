@@ -2,7 +2,7 @@
 
 Pre-processing, windows and inverse are the real ones; the network has VISTA3D's interface and one
 convolution, so that what is measured is everything but the network. Each figure is the peak resident size of
-a process of its own, less that of a process that only imports. `one window` is the network called for all
+a separate process, less that of a process that only imports. `one window` is the network called for all
 prompts at once, as MONAI's inferer calls it; `one window, 8 prompts` is what the expert asks for.
 
     python benchmarks/vista3d_memory.py [--real] [--spacing 0.8 0.8 1.0]

@@ -31,7 +31,7 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
-from vilam3_jax.data import images, volumes
+from vilam3_jax.data import child_process, images, volumes
 from vilam3_jax.data.experts.host_client import FrameError, Message, read_frame, write_frame
 from vilam3_jax.data.images import LoadedPicture
 from vilam3_jax.data.limits import Limits
@@ -208,12 +208,7 @@ class DecoderProcess:
 
     def _stop(self) -> None:
         if self._process is not None:
-            self._process.kill()
-            for pipe in (self._process.stdin, self._process.stdout):
-                # A pipe to a dead process may still hold bytes that nobody will take.
-                with contextlib.suppress(OSError):
-                    pipe.close()  # type: ignore[union-attr]
-            self._process.wait()
+            child_process.kill(self._process)
             self._process = None
         if self._store is not None:
             self._store.close()

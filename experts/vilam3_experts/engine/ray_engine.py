@@ -107,7 +107,7 @@ def _received(work: Work, data: Any) -> Iterator[Outcome]:
     try:
         for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
             for row in batch.column("outcome"):
-                found = pickle.loads(row.as_py())  # noqa: S301 (our own actors')
+                found = pickle.loads(row.as_py())  # noqa: S301 (from our own actors, over Ray, which pickles itself)
                 if isinstance(found, Outcome):
                     yield found
                 else:
@@ -163,7 +163,7 @@ class Annotator:
           Column `outcome`: pickled `Outcome`s, all of them committed; or one (exit code, message) that ends
           the run.
         """
-        items = [pickle.loads(row.as_py()) for row in table.column("item")]  # noqa: S301 (our own driver's)
+        items = [pickle.loads(row.as_py()) for row in table.column("item")]  # noqa: S301 (from our own driver)
         try:
             found: list[Any] = []
             for chunk in chunks(items, self._work.batch):

@@ -301,7 +301,7 @@ class _Best:
             largest, position = part.max(0)
             if bool(largest.isnan().any()):
                 raise ExpertFailure(
-                    "the network gave values that are no numbers; check its weights, or run without a GPU"
+                    "the network returned NaN; check its weights, or run without a GPU"
                 )
             better = largest > state.value  # strictly: of equals MONAI takes the first
             torch.maximum(state.value, largest, out=state.value)

@@ -10,7 +10,6 @@ This module imports neither jax nor flax nor torch.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import os
@@ -24,7 +23,7 @@ from typing import IO, Any
 
 import msgpack
 
-from vilam3_jax.data import wire
+from vilam3_jax.data import child_process, wire
 from vilam3_jax.data.experts.store import Annotation, failed
 from vilam3_jax.data.volumes import VolumeSource
 from vilam3_jax.errors import UserError
@@ -214,12 +213,7 @@ class ExpertHost:
 
     def _stop(self) -> None:
         if self._process is not None:
-            self._process.kill()
-            for pipe in (self._process.stdin, self._process.stdout):
-                # A pipe to a dead process may still hold bytes that nobody will take.
-                with contextlib.suppress(OSError):
-                    pipe.close()  # type: ignore[union-attr]
-            self._process.wait()
+            child_process.kill(self._process)
             self._process = None
         if self._stderr is not None:
             self._stderr.close()

@@ -118,3 +118,43 @@ need_limit() {
 need_name() {
   [[ $2 =~ ^[A-Za-z0-9_.,-]*$ ]] || fail "--${1/_/-}=$2: has characters that Slurm's names have not"
 }
+
+# requeue SUBJECT ASKED WORDS: the end of a batch script, on standard output; queues the job again by `code` and `taken`.
+# Uses job_name and retries of the launcher.
+#   SUBJECT: what the job runs. ASKED: the test that it was asked to stop. WORDS: what it was asked.
+requeue() {
+  # shellcheck disable=SC2154  # set by the launcher
+  cat <<BODY
+
+# Turns that reach the time limit are in Slurm's own count, so crashes are counted in a file beside the log.
+crashes="$job_name-\$SLURM_JOB_ID.crashes"
+if [ \$code -eq 0 ]; then
+  rm -f "\$crashes"
+  echo "finished"
+elif [ \$code -eq 2 ]; then
+  echo "$1 refused its arguments or data; queueing again cannot help"
+elif [ \$taken -eq 1 ]; then
+  echo "ended from outside; Slurm queues a preempted job again by itself"
+elif [ $2 ]; then
+  echo "$3; queueing again"
+  scontrol requeue "\$SLURM_JOB_ID"
+elif echo "\$code" >>"\$crashes" && [ "\$(wc -l <"\$crashes")" -le $retries ]; then
+  echo "ended with code \$code; queueing again"
+  scontrol requeue "\$SLURM_JOB_ID"
+else
+  echo "ended with code \$code; given up after $retries turns that crashed"
+fi
+exit "\$code"
+BODY
+}
+
+# submit FUNCTION: hands the script that it prints to sbatch; a dry run shows it.
+submit() {
+  if [ "$DRY_RUN" = 1 ]; then
+    printf "sbatch <<'BATCH'\n"
+    "$1"
+    printf 'BATCH\n'
+  else
+    "$1" | sbatch
+  fi
+}

@@ -145,35 +145,10 @@ BODY
 srun --kill-on-bad-exit=0 --wait=$((2 * stop_seconds)) --cpus-per-task=$cpus --gpu-bind=none \\
   $(quoted "$REPO/launch/run.sh" "$python" -m vilam3_jax.cli train "${train[@]}")
 code=\$?
-
-# Turns that reach the time limit are in Slurm's own count, so crashes are counted in a file beside the log.
-crashes="$job_name-\$SLURM_JOB_ID.crashes"
-if [ \$code -eq 0 ]; then
-  rm -f "\$crashes"
-  echo "finished"
-elif [ \$code -eq 2 ]; then
-  echo "the trainer refused its arguments or data; queueing again cannot help"
-elif [ \$taken -eq 1 ]; then
-  echo "ended from outside; Slurm queues a preempted job again by itself"
-elif [ \$code -eq 143 ]; then
-  echo "told to save; queueing again"
-  scontrol requeue "\$SLURM_JOB_ID"
-elif echo "\$code" >>"\$crashes" && [ "\$(wc -l <"\$crashes")" -le $retries ]; then
-  echo "ended with code \$code; queueing again"
-  scontrol requeue "\$SLURM_JOB_ID"
-else
-  echo "ended with code \$code; given up after $retries turns that crashed"
-fi
-exit "\$code"
 BODY
+  requeue "the trainer" "\$code -eq 143" "told to save"
 }
 
 parse "$@"
 check
-if [ "$DRY_RUN" = 1 ]; then
-  printf "sbatch <<'BATCH'\n"
-  batch
-  printf 'BATCH\n'
-else
-  batch | sbatch
-fi
+submit batch

@@ -163,35 +163,10 @@ fi
 kill -TERM "\$nodes" "\$head" 2>/dev/null
 wait "\$nodes" "\$head"
 rm -rf "\$scratch"
-
-# Turns that reach the time limit are in Slurm's own count, so crashes are counted in a file beside the log.
-crashes="$job_name-\$SLURM_JOB_ID.crashes"
-if [ \$code -eq 0 ]; then
-  rm -f "\$crashes"
-  echo "finished"
-elif [ \$code -eq 2 ]; then
-  echo "annotate refused its arguments or data; queueing again cannot help"
-elif [ \$taken -eq 1 ]; then
-  echo "ended from outside; Slurm queues a preempted job again by itself"
-elif [ \$told -eq 1 ]; then
-  echo "told to stop; queueing again"
-  scontrol requeue "\$SLURM_JOB_ID"
-elif echo "\$code" >>"\$crashes" && [ "\$(wc -l <"\$crashes")" -le $retries ]; then
-  echo "ended with code \$code; queueing again"
-  scontrol requeue "\$SLURM_JOB_ID"
-else
-  echo "ended with code \$code; given up after $retries turns that crashed"
-fi
-exit "\$code"
 BODY
+  requeue annotate "\$told -eq 1" "told to stop"
 }
 
 parse "$@"
 check
-if [ "$DRY_RUN" = 1 ]; then
-  printf "sbatch <<'BATCH'\n"
-  batch
-  printf 'BATCH\n'
-else
-  batch | sbatch
-fi
+submit batch

@@ -300,9 +300,7 @@ class _Best:
             part /= state.count
             largest, position = part.max(0)
             if bool(largest.isnan().any()):
-                raise ExpertFailure(
-                    "the network returned NaN; check its weights, or run without a GPU"
-                )
+                raise ExpertFailure("the network returned NaN; check its weights, or run without a GPU")
             better = largest > state.value  # strictly: of equals MONAI takes the first
             torch.maximum(state.value, largest, out=state.value)
             state.label = torch.where(better, (position + (first + 1)).to(torch.uint8), state.label)

@@ -180,9 +180,13 @@ class Example:
         Raises:
           UserError: names the example's id and the first broken rule.
         """
-        if reason := _problem(self):
+        if reason := self.problem():
             raise UserError(f"example {self.id!r}: {reason}")
         return self
+
+    def problem(self) -> str | None:
+        """Returns the first rule of the contract that is broken, or None."""
+        return _problem(self)
 
     def to_bytes(self) -> bytes:
         """Returns the schema-versioned msgpack form."""

@@ -1,0 +1,79 @@
+"""What the tests of datasets share: small pictures, files of synthetic twins, and what a dataset makes of them."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vilam3_jax.data.examples import Example
+from vilam3_jax.datasets.dataset import Dataset, Skipped, examples_of
+from vilam3_jax.datasets.source_files import SourceFolder
+
+
+def picture(number: int, side: int = 16, kind: str = "JPEG", mode: str = "RGB") -> bytes:
+    """A picture that no other number gives."""
+    rng = np.random.default_rng(number)
+    pixels = rng.integers(0, 256, (4, 4, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((side, side)).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write(folder: Path, files: Mapping[str, Any]) -> Path:
+    """Writes files by path: bytes and text as they are, `.json`, `.jsonl` and `.csv[.gz]` from values.
+
+    A table is a list of rows, the first of which is the header.
+    """
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            content = content.encode()
+        elif not isinstance(content, bytes):
+            content = _encoded(name, content)
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return folder
+
+
+def _encoded(name: str, content: Any) -> bytes:
+    if name.endswith(".json"):
+        return json.dumps(content).encode()
+    if name.endswith(".jsonl"):
+        return "".join(json.dumps(row) + "\n" for row in content).encode()
+    text = io.StringIO()
+    csv.writer(text).writerows(content)
+    return text.getvalue().encode()
+
+
+def made(
+    dataset: type[Dataset], folder: Path, config: str = "", argv: Sequence[str] = (), **settings: Any
+) -> tuple[dict[str, list[Example]], dict[str, list[Skipped]]]:
+    """(examples, skipped items) by split, without shards or processes.
+
+    Args:
+      dataset: the class.
+      folder: the source folder.
+      config: the variant.
+      argv: the dataset's own options.
+      settings: of the context, such as `parity=True`.
+    """
+    parser = argparse.ArgumentParser()
+    dataset.add_arguments(parser)
+    maker = dataset(parser.parse_args(list(argv)), config)
+    source = SourceFolder(folder, maker.instructions)
+    examples: dict[str, list[Example]] = {}
+    skipped: dict[str, list[Skipped]] = {}
+    for name, split in maker.splits(source).items():
+        found = list(examples_of(split, maker.context(source, name, **settings)))
+        examples[name] = [one for one in found if isinstance(one, Example)]
+        skipped[name] = [one for one in found if isinstance(one, Skipped)]
+    return examples, skipped

@@ -1,0 +1,33 @@
+"""All datasets by name. Other packages register theirs under the entry-point group `vilam3.datasets`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+
+from vilam3_jax.datasets.dataset import Dataset
+from vilam3_jax.errors import UserError
+
+ENTRY_POINTS = "vilam3.datasets"
+
+# Name → (module, class). One row per dataset; keep them sorted.
+DATASETS: dict[str, tuple[str, str]] = {}
+
+
+def names() -> list[str]:
+    """Names of all datasets, those of other packages included."""
+    return sorted({*DATASETS, *(point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS))})
+
+
+def get(name: str) -> type[Dataset]:
+    """The class of a dataset.
+
+    Raises:
+      UserError: no such dataset; the message lists those there are.
+    """
+    if name in DATASETS:
+        module, attribute = DATASETS[name]
+        return getattr(importlib.import_module(f"vilam3_jax.datasets.{module}"), attribute)
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
+        return point.load()
+    raise UserError(f"no dataset {name!r}; there are: {', '.join(names())}")

@@ -1,0 +1,184 @@
+"""Reading what users downloaded: JSON, JSON lines, CSV by header name, parquet and lists of files."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from vilam3_jax import paths
+from vilam3_jax.data.folder_walk import list_files
+from vilam3_jax.errors import UserError
+
+_MAX_TABLE_BYTES = 8 << 30
+_MAX_FILES = 20_000_000
+_MAX_FIELD = 16 << 20  # characters in one CSV field: whole reports are fields
+
+
+class SourceFolder:
+    """The folder with what the user downloaded.
+
+    Attributes:
+      root: the folder, local or an object store.
+    """
+
+    def __init__(self, root: paths.PathLike, instructions: str = "") -> None:
+        """Looks that the folder is there.
+
+        Raises:
+          UserError: it is not; the message ends with `instructions`.
+        """
+        self.root = paths.as_path(root)
+        self._instructions = " ".join(instructions.split())
+        if not self.root.is_dir():
+            raise UserError(f"{root}: no such folder. {self._instructions}".rstrip())
+
+    def find(self, *names: str) -> str | None:
+        """The first of `names`, paths below the root, that is there (a file or a folder), or None."""
+        return next((name for name in names if paths.exists(self.root / name)), None)
+
+    def require(self, *alternatives: str | Sequence[str]) -> list[str]:
+        """Finds files and folders that must be there.
+
+        Args:
+          alternatives: a name, or names of which one must be there.
+
+        Returns:
+          The name found for each.
+
+        Raises:
+          UserError: lists everything that is missing and says where it comes from.
+        """
+        found, missing = [], []
+        for names in alternatives:
+            names = [names] if isinstance(names, str) else list(names)
+            name = self.find(*names)
+            found.append(name or "")
+            if name is None:
+                missing.append(" or ".join(names))
+        if missing:
+            raise UserError(f"{self.root}: {', '.join(missing)} missing. {self._instructions}".rstrip())
+        return found
+
+    def glob(self, pattern: str) -> list[str]:
+        """Paths below the root that match, sorted; AppleDouble files (`._name`) are left out."""
+        found = (os.fspath(path.relative_to(self.root)) for path in self.root.glob(pattern))
+        return sorted(name for name in found if not os.path.basename(name).startswith("._"))
+
+    def files(self, folder: str = ".") -> list[str]:
+        """All files of a folder and its subfolders, as paths below the root, sorted."""
+        listed = list_files(self.root / folder, _MAX_FILES, lambda: None)
+        start = len(os.fspath(self.root).rstrip("/")) + 1
+        return sorted(os.fspath(path)[start:] for path in listed.files)
+
+    def json(self, name: str) -> Any:
+        """A JSON file.
+
+        Raises:
+          UserError: it is no JSON.
+        """
+        try:
+            return json.loads(self._bytes(name))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.root / name}: is no JSON ({_line(error)}); download it again") from error
+
+    def json_list(self, name: str, key: str = "") -> list[Any]:
+        """A list in a JSON file, or under `key` of the object in it.
+
+        Raises:
+          UserError: there is none.
+        """
+        content = self.json(name)
+        if key:
+            content = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(content, list):
+            where = f" under {key!r}" if key else ""
+            raise UserError(f"{self.root / name}: holds no list{where}; download it again")
+        return content
+
+    def json_lines(self, name: str) -> Iterator[tuple[int, Any]]:
+        """(line number from 1, value) of a JSON lines file; of a line that is no JSON, the `ValueError`."""
+        for number, line in enumerate(self._text(name), 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    yield number, ValueError(f"is no JSON ({_line(error)})")
+
+    def table(
+        self,
+        name: str,
+        columns: Mapping[str, Sequence[str]],
+        *,
+        optional: Mapping[str, Sequence[str]] | None = None,
+        delimiter: str = ",",
+        others: bool = False,
+    ) -> Iterator[dict[str, str]]:
+        """Rows of a CSV file (also .gz, with or without a byte order mark), columns found by name.
+
+        Args:
+          name: of the file.
+          columns: key of the row → accepted headers, compared without case and surrounding spaces.
+          optional: the same for columns that may be absent; they are then absent from the rows.
+          delimiter: of fields.
+          others: columns of other names are kept under their own name.
+
+        Raises:
+          UserError: a column is missing (names all that are, and those there are), or the file is no CSV.
+        """
+        csv.field_size_limit(_MAX_FIELD)
+        reader = csv.reader(self._text(name), delimiter=delimiter)
+        path = self.root / name
+        try:
+            header = [cell.strip().lstrip("\ufeff") for cell in next(reader, [])]
+            places = {cell.lower(): place for place, cell in reversed(list(enumerate(header)))}
+            known = {**columns, **(optional or {})}
+            where = {
+                key: next((places[n.lower()] for n in names if n.lower() in places), None)
+                for key, names in known.items()
+            }
+            if lacking := [f"{' or '.join(columns[key])}" for key in columns if where[key] is None]:
+                raise UserError(
+                    f"{path}: no column {', '.join(lacking)}; it has {', '.join(header) or 'none'}"
+                )
+            chosen = {key: place for key, place in where.items() if place is not None}
+            if others:
+                taken = set(chosen.values())
+                chosen |= {cell: place for place, cell in enumerate(header) if place not in taken and cell}
+            for cells in reader:
+                if cells:
+                    yield {key: cells[place] if place < len(cells) else "" for key, place in chosen.items()}
+        except (csv.Error, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+            raise UserError(f"{path}: cannot be read ({_line(error)}); download it again") from error
+
+    def lines(self, name: str) -> list[str]:
+        """The non-empty lines of a text file, stripped.
+
+        Raises:
+          UserError: it is no UTF-8 text.
+        """
+        try:
+            return [line.strip() for line in self._text(name) if line.strip()]
+        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+            raise UserError(f"{self.root / name}: is no text ({_line(error)}); download it again") from error
+
+    def _bytes(self, name: str) -> bytes:
+        data = paths.read_bytes(self.root / name, _MAX_TABLE_BYTES)
+        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+
+    def _text(self, name: str) -> io.TextIOBase:
+        path = self.root / name
+        if paths.file_size(path) > _MAX_TABLE_BYTES:
+            raise UserError(f"{path}: larger than {_MAX_TABLE_BYTES} bytes; split it")
+        file = path.open("rb")
+        packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        return io.TextIOWrapper(gzip.open(file) if packed else file, encoding="utf-8-sig", newline="")
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""What the tests of datasets share: small pictures, files of synthetic twins, and what a dataset makes of them."""
+"""What the tests of datasets share: small pictures, files of synthetic twins, what a dataset makes of them."""
 
 from __future__ import annotations
 

@@ -165,6 +165,8 @@ class Dataset:
       expert_inputs: experts are run over its images, so records get content keys (`meta.input_key`), which
         costs a decoding of each image.
       shared_images: why the official splits share images, where they do; "" where they must not.
+      source_is_file: `--source` names a file, not a folder; `options.source_file` is then its name and the
+        source folder is where it lies.
     """
 
     name: ClassVar[str]
@@ -179,6 +181,7 @@ class Dataset:
     patients: ClassVar[str] = ""
     expert_inputs: ClassVar[bool] = True
     shared_images: ClassVar[str] = ""
+    source_is_file: ClassVar[bool] = False
 
     def __init__(self, options: argparse.Namespace | None = None, config: str = "") -> None:
         """Takes the options of `add_arguments` and a variant.

@@ -11,7 +11,11 @@ from vilam3_jax.errors import UserError
 ENTRY_POINTS = "vilam3.datasets"
 
 # Name → (module, class). One row per dataset; keep them sorted.
-DATASETS: dict[str, tuple[str, str]] = {}
+DATASETS: dict[str, tuple[str, str]] = {
+    "chexpert": ("chexpert", "CheXpert"),
+    "instructions": ("instructions", "Instructions"),
+    "msd": ("msd", "MSD"),
+}
 
 
 def names() -> list[str]:

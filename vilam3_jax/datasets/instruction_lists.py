@@ -1,0 +1,360 @@
+"""Lists of dialogues in the form of VILA and LLaVA, and their variants, as items and examples.
+
+Read are `conversations` of `from`/`value`, `messages` of `role`/`content` (content as text or as parts), and
+`question`/`answer` with pictures in base64, as VILA's "vflan" lists have them.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, overload
+
+import numpy as np
+
+from vilam3_jax.data.examples import IMAGE_MARKER, Example, ImageRef, from_instruction
+from vilam3_jax.datasets import record_files
+from vilam3_jax.datasets.conversations import question_meta, text_of
+from vilam3_jax.datasets.dataset import SkipItem
+from vilam3_jax.datasets.record_files import Place
+from vilam3_jax.errors import UserError
+
+DIALOGUE_KEYS = ("conversations", "conversatons", "conversation", "messages")
+_IMAGE_KEYS = ("images", "image")
+_MAX_ID = 512
+_MAX_IMAGES = 256
+_LEAST_BASE64 = 256  # characters; shorter texts are paths
+_YES_NO = ("yes", "no")
+_ROLES = ("human", "user", "gpt", "assistant", "system")
+
+UNIQUE, SHARED_ID, COPY = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One item of a list: where it lies, and what was found when the list was read.
+
+    Attributes:
+      place: in the file.
+      identity: `UNIQUE`; `SHARED_ID`: other records have its id; `COPY`: of an earlier record, id and all.
+      group: of records that share an image or a patient.
+    """
+
+    place: Place
+    identity: int = UNIQUE
+    group: int = 0
+
+
+class RecordList(Sequence[Record]):
+    """Many records in little memory: 29 bytes each. Slices are lists of the same kind, and picklable."""
+
+    def __init__(self, columns: np.ndarray) -> None:
+        """Takes an array of the type `RecordList.DTYPE`."""
+        self._columns = columns
+
+    DTYPE = np.dtype(
+        [("row", "<u4"), ("start", "<u8"), ("length", "<u8"), ("identity", "u1"), ("group", "<u8")]
+    )
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> RecordList: ...
+    def __getitem__(self, index: int | slice) -> Record | RecordList:
+        if isinstance(index, slice):
+            return RecordList(self._columns[index].copy())
+        row, start, length, identity, group = self._columns[index].item()
+        return Record(Place(row, start, length), identity, group)
+
+
+@dataclasses.dataclass
+class Scan:
+    """What one walk through a list finds.
+
+    Attributes:
+      records: of the whole list, [n] of `RecordList.DTYPE`; identities are set.
+      nodes: (record, digest) pairs: what may not be divided between splits, such as images. [m, 2] uint64.
+      labels: split of each record, an index into `names`; -1: it has none.
+      names: of splits.
+    """
+
+    records: np.ndarray
+    nodes: np.ndarray
+    labels: np.ndarray
+    names: list[str]
+
+
+def scan(
+    path: str,
+    nodes_of: Callable[[Mapping[str, Any]], Sequence[bytes]] | None = None,
+    split_of: Callable[[Mapping[str, Any]], str | None] | None = None,
+) -> Scan:
+    """Walks through a list once.
+
+    Args:
+      path: of the file.
+      nodes_of: what of a record may not be divided between splits; called on every record that is an object.
+      split_of: the split that a record states.
+
+    Raises:
+      UserError: the file cannot be read as a list of records.
+    """
+    places: list[tuple[int, int, int]] = []
+    ids, contents, owners, digests, labels = [], [], [], [], []
+    names: dict[str, int] = {}
+    for place, data in record_files.walk(path):
+        position = len(places)
+        places.append((place.row, place.start, place.length))
+        try:
+            record = record_files.parse(data)
+            name = record_id(record, place.row)
+        except (record_files.NotRecord, SkipItem):
+            # Set aside when it is made; until then it is like nothing else.
+            ids.append(record_files.digest(b"row\0%d" % place.row))
+            contents.append(ids[-1])
+            labels.append(-1)
+            continue
+        ids.append(record_files.digest(b"id\0" + _encoded(name)))
+        contents.append(record_files.digest(data))
+        split = split_of(record) if split_of else None
+        labels.append(-1 if split is None else names.setdefault(split, len(names)))
+        for node in nodes_of(record) if nodes_of else ():
+            owners.append(position)
+            digests.append(record_files.digest(node))
+    records = np.zeros(len(places), RecordList.DTYPE)
+    if places:
+        records["row"], records["start"], records["length"] = np.array(places, np.uint64).T
+    records["identity"] = _identities(np.array(ids, np.uint64), np.array(contents, np.uint64))
+    nodes = np.stack([np.array(owners, np.uint64), np.array(digests, np.uint64)], axis=1)
+    return Scan(records, nodes, np.array(labels, np.int64), list(names))
+
+
+def _identities(ids: np.ndarray, contents: np.ndarray) -> np.ndarray:
+    """[n] uint8: `UNIQUE`, `SHARED_ID` or `COPY`."""
+    out = np.full(len(ids), UNIQUE, np.uint8)
+    _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    several = np.flatnonzero(counts[inverse] > 1)
+    found: dict[tuple[int, int], None] = {}
+    different = collections.Counter()
+    for position in several.tolist():
+        key = (int(ids[position]), int(contents[position]))
+        if key in found:
+            out[position] = COPY
+        else:
+            found[key] = None
+            different[key[0]] += 1
+    for position in several.tolist():
+        if out[position] != COPY and different[int(ids[position])] > 1:
+            out[position] = SHARED_ID
+    return out
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+# --- one record
+
+
+def record_id(record: Mapping[str, Any], row: int) -> str:
+    """The record's own id, or its row.
+
+    Raises:
+      SkipItem: the id is no text and no number, or too long.
+    """
+    value = record.get("id")
+    if value is None or value == "":
+        return f"row{row}"
+    name = text_of(value, "id").strip()
+    if len(name) > _MAX_ID:
+        raise SkipItem(f"the id has {len(name)} characters; up to {_MAX_ID} are read")
+    return name
+
+
+def image_names(record: Mapping[str, Any]) -> list[Any]:
+    """What the record names as its images: paths, or pictures in base64; not checked."""
+    for key in _IMAGE_KEYS:
+        value = record.get(key)
+        if value:
+            return list(value) if isinstance(value, list) else [value]
+    return [part for _, parts in _messages(record) for part in parts]
+
+
+def read_record(path: str, item: Record) -> tuple[str, dict[str, Any]]:
+    """The id, unique in its list, and the object.
+
+    Raises:
+      SkipItem: it is a copy of an earlier record, or cannot be read.
+    """
+    data = record_files.read(path, item.place)
+    try:
+        record = record_files.parse(data)
+    except record_files.NotRecord as reason:
+        raise SkipItem(str(reason)) from None
+    name = record_id(record, item.place.row)
+    if item.identity == COPY:
+        raise SkipItem("is a copy of an earlier record")
+    if item.identity == SHARED_ID:
+        name = f"{name}#{record_files.digest(data):016x}"
+    return name, record
+
+
+def dialogue(name: str, record: Mapping[str, Any], ref: Callable[[ImageRef | str], ImageRef]) -> Example:
+    """The conversation of a record.
+
+    Args:
+      name: its id.
+      record: in any of the forms of this module.
+      ref: opens an image: a path of the record, or a slice of a volume.
+
+    Returns:
+      A conversation whose `meta` is what the record brought under our own key, if anything.
+
+    Raises:
+      SkipItem, UserError: a part of it is missing or of a wrong type.
+    """
+    item = {key: value for key, value in record.items() if key not in (*DIALOGUE_KEYS, *_IMAGE_KEYS)}
+    stored: dict[int, ImageRef] = {}
+    names = image_names(record)
+    if len(names) > _MAX_IMAGES:
+        raise SkipItem(f"has {len(names)} images; up to {_MAX_IMAGES} are read")
+    paths = []
+    for position, value in enumerate(names):
+        if not isinstance(value, str) or not value:
+            raise SkipItem(f"image {position} is {_kind(value)}, not a path")
+        picture = _base64(value)
+        if picture is not None:
+            stored[position] = picture
+        paths.append(value if picture is None else f"stored/{position}")
+    item |= {"id": name, "images": paths, "conversations": _turns(record)}
+    try:
+        example = from_instruction(item)
+    except UserError as error:
+        raise _reason(error, name) from None
+    images = tuple(
+        stored[position] if position in stored else ref(image if image.axis is not None else image.path or "")
+        for position, image in enumerate(example.images)
+    )
+    return dataclasses.replace(example, images=images)
+
+
+def _reason(error: UserError, name: str) -> SkipItem:
+    """What `from_instruction` found, without values of the record."""
+    if error.__cause__ is not None:
+        return SkipItem("a value is not as the VILA form has it")
+    text = str(error)
+    for start in (f"instruction item {name!r}: ", f"example {name!r}: "):
+        text = text.removeprefix(start)
+    return SkipItem(text)
+
+
+def _base64(text: str) -> ImageRef | None:
+    """A picture that stands in the record itself; None if `text` is a path."""
+    if text.startswith("data:image/"):
+        text = text.partition(",")[2]
+    elif len(text) < _LEAST_BASE64:
+        return None
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise SkipItem("an image is neither a path nor a picture in base64") from None
+    return ImageRef(data=data)
+
+
+def _kind(value: object) -> str:
+    return "missing" if value is None else f"a {type(value).__name__}"
+
+
+def _turns(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    if "question" in record and not any(key in record for key in DIALOGUE_KEYS):
+        answer = record.get("answer")
+        if isinstance(answer, list) and answer:
+            answer = answer[0]
+        question = text_of(record["question"], "question")
+        lacking = len(image_names(record)) if IMAGE_MARKER not in question else 0
+        return [
+            {"from": "human", "value": f"{IMAGE_MARKER}\n" * lacking + question},
+            {"from": "gpt", "value": text_of(answer, "answer")},
+        ]
+    turns = [{"from": role, "value": text} for role, text, _ in _spoken(record)]
+    if not turns:
+        raise SkipItem("has no dialogue (none of " + ", ".join(DIALOGUE_KEYS) + ", question)")
+    return turns
+
+
+def _messages(record: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
+    """(role, images) of messages whose content comes in parts; malformed ones are left to `_spoken`."""
+    try:
+        for role, _, images in _spoken(record):
+            yield role, images
+    except SkipItem:
+        return
+
+
+def _spoken(record: Mapping[str, Any]) -> Iterator[tuple[str, str, list[Any]]]:
+    """(role, text, images named in it) of every message."""
+    messages = next((record[key] for key in DIALOGUE_KEYS if record.get(key)), [])
+    if not isinstance(messages, list):
+        raise SkipItem(f"its dialogue is {_kind(messages)}, not a list")
+    for position, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise SkipItem(f"turn {position} is {_kind(message)}, not an object")
+        role, content = message.get("from", message.get("role")), message.get("value", message.get("content"))
+        if role not in _ROLES:
+            raise SkipItem(f"turn {position} is spoken by none of {', '.join(_ROLES)}")
+        if isinstance(content, list):
+            text, images = _joined(content, position)
+        elif isinstance(content, str):
+            text, images = content, []
+        else:
+            raise SkipItem(f"the text of turn {position} is {_kind(content)}, not a text")
+        yield role, text, images
+
+
+def _joined(parts: Sequence[Any], position: int) -> tuple[str, list[Any]]:
+    """Text and images of content that comes in parts, as chat interfaces store it."""
+    texts, images = [], []
+    for part in parts:
+        if not isinstance(part, dict):
+            raise SkipItem(f"a part of turn {position} is {_kind(part)}, not an object")
+        kind = part.get("type", "text" if "text" in part else "image")
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind in ("image", "image_url"):
+            value = part.get("image", part.get("image_url", part.get("path")))
+            value = value.get("url") if isinstance(value, dict) else value
+            texts.append(IMAGE_MARKER)
+            images += [] if value is None else [value]
+        else:
+            raise SkipItem(f"a part of turn {position} is neither text nor image")
+    return "\n".join(texts), images
+
+
+def questions_of(example: Example) -> list[dict[str, Any]]:
+    """Every question with its answer, for evaluation: of dialogues about one image at most.
+
+    Of several images nobody says which one a question is about.
+    """
+    if len(example.images) > 1:
+        return []
+    out = []
+    for before, turn in zip(example.turns, example.turns[1:], strict=False):
+        if before.role != "user" or turn.role != "assistant":
+            continue
+        question = before.text.replace(IMAGE_MARKER, "").strip()
+        answer = turn.text.strip()
+        if not question or not answer:
+            continue
+        closed = answer.lower().rstrip(".") in _YES_NO
+        out.append(
+            question_meta(question, answer.lower().rstrip("."), "closed", options=_YES_NO)
+            if closed
+            else question_meta(question, answer, "open")
+        )
+    return out

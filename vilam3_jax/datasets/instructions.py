@@ -1,0 +1,242 @@
+"""Dialogues of one's own: a VILA or LLaVA list of instructions with its images."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from scipy import sparse
+from scipy.sparse import csgraph
+
+from vilam3_jax import paths
+from vilam3_jax.data import file_kinds
+from vilam3_jax.data.examples import Example, ImageRef
+from vilam3_jax.datasets import instruction_lists
+from vilam3_jax.datasets.conversations import metadata, text_of
+from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Split
+from vilam3_jax.datasets.instruction_lists import Record, RecordList, Scan
+from vilam3_jax.datasets.pictures import checked
+from vilam3_jax.datasets.source_files import SourceFolder
+from vilam3_jax.errors import UserError
+
+TRAIN, HELDOUT = "train", "heldout"
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), TRAIN),
+    **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("heldout", "held-out", "held_out"), HELDOUT),
+}
+
+
+class Instructions(Dataset):
+    """A JSON list or JSON lines of dialogues, with a folder of images.
+
+    Records that share an image or, where `--patient` names its key, a patient, stay in one split. A record
+    moves between splits only if a new one ties it to others: the side depends on a hash of what is shared.
+    An id that several records have gets a digest of the record as its end; of equal records one is kept.
+    """
+
+    name = "instructions"
+    description = "Dialogues of one's own in the form of VILA and LLaVA."
+    licence = "unverified"
+    access = "credentialed"
+    instructions = (
+        "--source is a .json list or .jsonl file of records: `id`, `image` (or `images`), paths below "
+        "--images, and `conversations` of `from`/`value` or `messages` of `role`/`content`."
+    )
+    source_is_file: ClassVar[bool] = True
+
+    def __init__(self, options: argparse.Namespace | None = None, config: str = "") -> None:
+        """Checks that the options go together.
+
+        Raises:
+          UserError: they do not.
+        """
+        super().__init__(options, config)
+        self._images = self.options.images
+        if not 0 <= self.options.heldout < 1:
+            raise UserError(f"--heldout {self.options.heldout}: give a share from 0 up to, but not, 1")
+        if self.options.split_by == "patient" and not self.options.patient:
+            raise UserError(
+                "--split-by patient needs --patient KEY, the key of a record that names the patient"
+            )
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Declares where images lie, how records are split, and what is known of them."""
+        parser.add_argument(
+            "--images", help="folder below which the records' images lie; default: that of --source"
+        )
+        parser.add_argument(
+            "--split-by",
+            choices=("patient", "hash"),
+            default="hash",
+            help="what stays together: records of a patient (needs --patient), or those that share an image",
+        )
+        parser.add_argument(
+            "--patient", metavar="KEY", help="key of a record that names the patient; a.b for nested ones"
+        )
+        parser.add_argument(
+            "--heldout", type=float, default=0.1, metavar="SHARE", help="share that is held out"
+        )
+        parser.add_argument(
+            "--split", metavar="KEY", help="key of a record that states its split; --heldout is not used"
+        )
+        parser.add_argument(
+            "--modality", default="", help="CT, MR, CXR, ... of all images, for experts and tables"
+        )
+        parser.add_argument("--licence", default="", help="SPDX id or name of the terms of these data")
+
+    def context(self, source: SourceFolder, split: str, **settings: Any) -> Context:
+        """As of any dataset, but the root is the folder of the images."""
+        given = super().context(source, split, **settings)
+        root = str(paths.as_path(self._images)) if self._images else given.root
+        return dataclasses.replace(given, root=root, licence=self.options.licence or given.licence)
+
+    def splits(self, source: SourceFolder) -> Mapping[str, Split]:
+        """Walks once through the list."""
+        file = getattr(self.options, "source_file", None)
+        if not file:
+            raise UserError(f"{source.root}: give the list itself as --source. {self.instructions}")
+        if self._images and not paths.as_path(self._images).is_dir():
+            raise UserError(
+                f"--images {self._images}: no such folder; give the folder that records name images in"
+            )
+        path = str(source.root / file)
+        patient, split = self.options.patient, self.options.split
+        found = instruction_lists.scan(
+            path,
+            functools.partial(_shared, patient=patient),
+            functools.partial(_stated_split, key=split) if split else None,
+        )
+        if not len(found.records):
+            raise UserError(f"{path}: holds no record; export or download it again")
+        records = found.records
+        records["group"] = groups = _groups(len(records), found.nodes, records["start"])
+        sides = _stated(found, path, split) if split else _held_out(groups, self.options.heldout, path)
+        make = functools.partial(
+            _make, path=path, patient=patient, stated=split or "", modality=self.options.modality
+        )
+        name_of = functools.partial(_name_of, file=os.path.basename(path))
+        return {
+            side: Split(RecordList(records[chosen]), make, name_of)
+            for side, chosen in sides.items()
+            if chosen.any()
+        }
+
+
+def _shared(record: Mapping[str, Any], *, patient: str | None) -> list[bytes]:
+    """What ties a record to others: its images and its patient; of a text alone, its dialogue."""
+    shared = []
+    if patient and isinstance(value := _nested(record, patient), str | int | float):
+        shared.append(b"patient\0" + str(value).encode("utf-8", "surrogatepass"))
+    for image in instruction_lists.image_names(record):
+        if isinstance(image, str):
+            name = os.path.normpath(image.strip().replace("\\", "/"))
+            shared.append(b"image\0" + name.encode("utf-8", "surrogatepass"))
+    if not shared:
+        words = next(
+            (record[key] for key in (*instruction_lists.DIALOGUE_KEYS, "question") if record.get(key)), ""
+        )
+        shared.append(b"text\0" + repr(words).encode("utf-8", "surrogatepass"))
+    return shared
+
+
+def _nested(record: Mapping[str, Any], key: str) -> Any:
+    value: Any = record
+    for part in [key] if key in record else key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _stated_split(record: Mapping[str, Any], *, key: str) -> str | None:
+    value = _nested(record, key)
+    return _SPLITS.get(value.strip().lower()) if isinstance(value, str) else None
+
+
+def _groups(count: int, nodes: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """[n] uint64: the smallest digest of all that is tied together; records that nothing ties stand alone."""
+    names, place = np.unique(nodes[:, 1], return_inverse=True)
+    owner = nodes[:, 0].astype(np.int64)
+    ties = sparse.coo_array(
+        (np.ones(len(owner), np.uint8), (owner, count + place)), shape=(count + len(names),) * 2
+    )
+    parts, part = csgraph.connected_components(ties, directed=False)
+    least = np.full(parts, np.iinfo(np.uint64).max, np.uint64)
+    np.minimum.at(least, part[count:], names)
+    alone = np.flatnonzero(np.bincount(owner, minlength=count) == 0)
+    least[part[alone]] = starts[alone]
+    return least[part[:count]]
+
+
+def _held_out(groups: np.ndarray, share: float, path: str) -> dict[str, np.ndarray]:
+    """Split → [n] bool: groups whose hash lies below the share, at least one if any share is asked for."""
+    mixed = _mixed(groups)
+    held = mixed < np.uint64(share * 2**64)
+    if share and not held.any():
+        held = mixed == mixed.min()
+    if share and held.all():
+        raise UserError(
+            f"{path}: all records share images or a patient, so none can be held out; give --heldout 0, or "
+            "--split KEY where the records state their split"
+        )
+    return {TRAIN: ~held, HELDOUT: held}
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """Even hashes of [n] uint64 (SplitMix64's finaliser): the smallest of several digests is not even."""
+    with np.errstate(over="ignore"):
+        values = values + np.uint64(0x9E3779B97F4A7C15)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _stated(found: Scan, path: str, key: str) -> dict[str, np.ndarray]:
+    """Split → [n] bool; records that state none go to the first, where they are set aside by name."""
+    if not found.names:
+        raise UserError(f"{path}: no record has a split under {key!r} (train, validation, test or heldout)")
+    sides = {name: found.labels == number for number, name in enumerate(found.names)}
+    sides[found.names[0]] |= found.labels < 0
+    return dict(sorted(sides.items()))
+
+
+def _name_of(item: Record, *, file: str) -> str:
+    return f"{file} record {item.place.row}"
+
+
+def _make(
+    item: Record, context: Context, *, path: str, patient: str | None, stated: str, modality: str
+) -> Iterator[Example]:
+    name, record = instruction_lists.read_record(path, item)
+    if stated and _stated_split(record, key=stated) is None:
+        raise SkipItem(f"states no split under {stated!r} (train, validation, test or heldout)")
+    known = text_of(_nested(record, patient), "patient") if patient else None
+    example = instruction_lists.dialogue(name, record, functools.partial(_image, context=context))
+    own = metadata(
+        context,
+        modality=modality or str(example.meta.get("modality", "")),
+        patient=known,
+        group=None if patient else f"{item.group:016x}",
+    )
+    questions = example.meta.get("qa") or instruction_lists.questions_of(example)
+    meta = {**example.meta, **own, **({"qa": questions} if questions else {})}
+    yield Example(example.id, example.format, example.images, example.turns, example.expert_requests, meta)
+
+
+def _image(image: ImageRef | str, *, context: Context) -> ImageRef:
+    """A picture as bytes; a DICOM file or a slice of a volume by its path."""
+    if isinstance(image, ImageRef):
+        assert image.path is not None and image.axis is not None  # as `dialogue` promises
+        return context.volume(
+            image.path, axis=image.axis, index=image.index, window=image.window, modality=image.modality
+        )
+    ref = context.image(image)
+    if ref.data is not None and file_kinds.identify_bytes(ref.data[: 1 << 16], image).reader == "dicom":
+        return ImageRef(path=os.path.normpath(image.replace("\\", "/")))
+    return checked(ref, image)

@@ -1,0 +1,123 @@
+"""Pictures of a source: in folders as they are, or in a zip archive that stays packed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zipfile
+import zlib
+from collections.abc import Sequence
+
+from vilam3_jax import paths
+from vilam3_jax.data import file_kinds
+from vilam3_jax.data.examples import ImageRef, path_problem
+from vilam3_jax.datasets.dataset import Context, SkipItem
+from vilam3_jax.datasets.source_files import SourceFolder
+from vilam3_jax.errors import UserError
+
+MAX_PICTURE_BYTES = 64 << 20
+_KIND_BYTES = 1 << 16
+_OPEN_ARCHIVES = 4
+# What zipfile raises for members that are damaged, encrypted or packed by an unknown method.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OverflowError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Where the pictures of a source lie. Picklable.
+
+    Attributes:
+      folder: below the root, "" for the root itself; None: there is none.
+      archive: a zip archive below the root; None: there is none. It has what the folder lacks.
+    """
+
+    folder: str | None = None
+    archive: str | None = None
+
+    def ref(self, context: Context, name: object) -> ImageRef:
+        """The picture that the source calls `name`. Pictures of an archive are always stored in the record.
+
+        Raises:
+          SkipItem: no path, missing, too large, damaged, or no picture.
+        """
+        if not isinstance(name, str) or not name.strip():
+            raise SkipItem("names no image")
+        name = name.strip().replace("\\", "/")
+        if reason := path_problem(name):
+            raise SkipItem(reason)
+        if self.folder is not None:
+            path = f"{self.folder}/{name}" if self.folder else name
+            if self.archive is None or paths.exists(paths.as_path(context.root) / path):
+                return checked(context.image(path), name)
+        if self.archive is None:
+            raise SkipItem(f"image {name} is missing")
+        return stored_picture(_member(context.root, self.archive, name), name)
+
+
+def find_pictures(source: SourceFolder, folders: Sequence[str], archives: Sequence[str]) -> Pictures:
+    """Finds where pictures lie: the first of `folders` and of `archives` that is there.
+
+    Raises:
+      UserError: there is neither, or the archive is damaged.
+    """
+    folder, archive = source.find(*folders), source.find(*archives)
+    if folder is None and archive is None:
+        source.require([*folders, *archives])
+    if archive is not None:
+        _members(str(source.root), archive)
+    return Pictures(folder, archive)
+
+
+def stored_picture(data: bytes, name: str) -> ImageRef:
+    """A picture stored in the record.
+
+    Raises:
+      SkipItem: `data` is no picture that is read here.
+    """
+    return checked(ImageRef(data=data), name)
+
+
+def checked(image: ImageRef, name: str) -> ImageRef:
+    """`image`, if its bytes start as those of a picture; web pages and broken downloads do not.
+
+    Raises:
+      SkipItem: they do not.
+    """
+    if image.data is not None:
+        kind = file_kinds.identify_bytes(image.data[:_KIND_BYTES], name.rsplit("/", 1)[-1])
+        if kind.reader != "picture":
+            raise SkipItem(f"image {name} is no picture: {kind.name}")
+    return image
+
+
+@functools.lru_cache(maxsize=_OPEN_ARCHIVES)
+def _members(root: str, archive: str) -> zipfile.ZipFile:
+    """The opened archive; one per process, as listing half a million members takes seconds."""
+    path = paths.as_path(root) / archive
+    try:
+        return zipfile.ZipFile(path.open("rb"))
+    except (*_DAMAGE, ValueError) as error:
+        raise UserError(f"{path}: is no zip archive ({error}); download it again") from error
+
+
+def _member(root: str, archive: str, name: str) -> bytes:
+    opened = _members(root, archive)
+    for member in (name, f"images/{name}"):
+        try:
+            info = opened.getinfo(member)
+        except KeyError:
+            continue
+        if not 0 < info.file_size <= MAX_PICTURE_BYTES:
+            raise SkipItem(f"image {name} has {info.file_size} bytes; up to {MAX_PICTURE_BYTES} are read")
+        try:
+            with opened.open(info) as file:
+                data = file.read(MAX_PICTURE_BYTES + 1)
+        except _DAMAGE as error:
+            raise SkipItem(f"image {name} in {archive} is damaged ({type(error).__name__})") from error
+        except OSError as error:
+            paths.check_passing(paths.as_path(root) / archive, error)
+            raise SkipItem(f"image {name} in {archive} cannot be read") from error
+        if len(data) > MAX_PICTURE_BYTES:
+            raise SkipItem(f"image {name} is larger than its archive states")
+        return data
+    raise SkipItem(f"image {name} is not in {archive}")

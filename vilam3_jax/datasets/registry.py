@@ -14,7 +14,14 @@ ENTRY_POINTS = "vilam3.datasets"
 DATASETS: dict[str, tuple[str, str]] = {
     "chexpert": ("chexpert", "CheXpert"),
     "instructions": ("instructions", "Instructions"),
+    "medxpert_qa": ("medxpert_qa", "MedXpertQa"),
+    "mimic_cxr_class": ("mimic_cxr_class", "MimicCxrClass"),
     "msd": ("msd", "MSD"),
+    "omni_med_vqa": ("omni_med_vqa", "OmniMedVqa"),
+    "path_vqa": ("path_vqa", "PathVqa"),
+    "pmc_vqa": ("pmc_vqa", "PmcVqa"),
+    "slake": ("slake", "Slake"),
+    "vqa_rad": ("vqa_rad", "VqaRad"),
 }
 
 

@@ -7,8 +7,9 @@ import gzip
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 from vilam3_jax import paths
 from vilam3_jax.data.folder_walk import list_files
@@ -101,13 +102,20 @@ class SourceFolder:
         return content
 
     def json_lines(self, name: str) -> Iterator[tuple[int, Any]]:
-        """(line number from 1, value) of a JSON lines file; of a line that is no JSON, the `ValueError`."""
-        for number, line in enumerate(self._text(name), 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    yield number, ValueError(f"is no JSON ({_line(error)})")
+        """(line number from 1, value) of a JSON lines file; of a line that is no JSON, the `ValueError`.
+
+        Raises:
+          UserError: the file is compressed and damaged.
+        """
+        with self._open(name) as file:
+            try:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield number, _parsed(line)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise UserError(
+                    f"{self.root / name}: cannot be read ({_line(error)}); download it again"
+                ) from error
 
     def table(
         self,
@@ -171,13 +179,23 @@ class SourceFolder:
         return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
 
     def _text(self, name: str) -> io.TextIOBase:
+        return io.TextIOWrapper(self._open(name), encoding="utf-8-sig", newline="")
+
+    def _open(self, name: str) -> IO[bytes] | gzip.GzipFile:
         path = self.root / name
         if paths.file_size(path) > _MAX_TABLE_BYTES:
             raise UserError(f"{path}: larger than {_MAX_TABLE_BYTES} bytes; split it")
         file = path.open("rb")
         packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
-        return io.TextIOWrapper(gzip.open(file) if packed else file, encoding="utf-8-sig", newline="")
+        return gzip.open(file) if packed else file
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"is no JSON ({_line(error)})")
 
 
 def _line(error: BaseException) -> str:

@@ -1,0 +1,92 @@
+"""MedXpertQA: examination questions with images (MM) or without (Text). For evaluation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vilam3_jax.data.examples import Example
+from vilam3_jax.datasets import multiple_choice
+from vilam3_jax.datasets.conversations import conversation, metadata, question_meta, text_of
+from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Split
+from vilam3_jax.datasets.rows import Row, below, fields, name_of, rows_of
+from vilam3_jax.datasets.source_files import SourceFolder
+
+_FOLDERS = {"mm": "MM", "text": "Text"}
+_IMAGES = "images"
+_SPLITS = {"validation": "dev", "test": "test"}
+_EXPECTED = {"mm": {"validation": 5, "test": 2_000}, "text": {"validation": 5, "test": 2_450}}
+# Questions end with a list of their options, which the example lists itself.
+_LISTED = re.compile(r"\s*Answer Choices\s*:(?=\s*\(?A\b)", re.IGNORECASE)
+
+
+class MedXpertQa(Dataset):
+    """Questions of medical examinations, with five options and images (MM) or with ten options (Text).
+
+    Choices of ours: the list of options at the end of each question is taken away, because options are listed
+    once, in the source's order; `dev` is called validation. Text has no images and cannot be used where an
+    image is needed.
+    """
+
+    name = "medxpert_qa"
+    description = "Examination questions for experts, with images (MM) or as text, for evaluation."
+    homepage = "https://huggingface.co/datasets/TsinghuaC3I/MedXpertQA"
+    citation = "Zuo et al., MedXpertQA: Benchmarking Expert-Level Medical Reasoning and Understanding, 2025"
+    licence = "MIT"
+    instructions = """
+        Fetch from https://huggingface.co/datasets/TsinghuaC3I/MedXpertQA, for mm: MM/dev.jsonl, MM/test.jsonl
+        and images.zip, unpacked to images/; for text: Text/dev.jsonl and Text/test.jsonl.
+        """
+    configs: Mapping[str, str] = {
+        "mm": "questions about one to six images, five options",
+        "text": "questions without images, ten options",
+    }
+
+    def splits(self, source: SourceFolder) -> Mapping[str, Split]:
+        """Reads the JSON lines of the variant."""
+        files = {split: f"{_FOLDERS[self.config]}/{stem}.jsonl" for split, stem in _SPLITS.items()}
+        source.require(*files.values(), *([_IMAGES] if self.config == "mm" else []))
+        taken: set[str] = set()
+        return {
+            split: Split(
+                rows_of(file, source.json_lines(file), lambda row: row["id"], taken=taken),
+                make,
+                name_of,
+                _EXPECTED[self.config][split],
+            )
+            for split, file in files.items()
+        }
+
+
+def make(row: Row, context: Context) -> Iterator[Example]:
+    """The question with its options, and the right one as the answer."""
+    values = fields(row)
+    options = values.get("options")
+    if not isinstance(options, dict):
+        raise SkipItem("the options are no object of letter and text, as they are in MM/ and Text/")
+    texts = multiple_choice.lettered_options(options)
+    letter = multiple_choice.right_letter(texts, letter=text_of(values.get("label"), "label"))
+    question = _LISTED.split(text_of(values.get("question"), "question"))
+    stem = text_of("Answer Choices:".join(question[:-1] or question), "question before its options")
+    asked = multiple_choice.choice(stem, texts, letter)
+    images = [context.image(below(_IMAGES, _without_folder(name))) for name in _images(values, context)]
+    kept = {key: values.get(key) for key in ("medical_task", "body_system", "question_type")}
+    words: dict[str, Any] = {key: value for key, value in kept.items() if isinstance(value, str)}
+    meta = metadata(context, modality="", group=row.id, **words)
+    kind = words.get("question_type", "multiple_choice")
+    qa = question_meta(asked.question, asked.answer, kind, options=asked.options)
+    yield conversation(row.id, images, [(asked.prompt, asked.reply)], meta, questions=[qa])
+
+
+def _images(values: Mapping[str, Any], context: Context) -> list[Any]:
+    names = values.get("images")
+    if context.config == "text":
+        return []
+    if not isinstance(names, list) or not names:
+        raise SkipItem("names no images")
+    return names
+
+
+def _without_folder(name: object) -> object:
+    return name.removeprefix(f"{_IMAGES}/") if isinstance(name, str) else name

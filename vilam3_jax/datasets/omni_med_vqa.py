@@ -1,0 +1,116 @@
+"""OmniMedVQA, the open-access part: multiple-choice questions made from 42 image datasets. For evaluation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vilam3_jax.data.examples import Example
+from vilam3_jax.datasets import multiple_choice
+from vilam3_jax.datasets.conversations import conversation, metadata, question_meta, text_of
+from vilam3_jax.datasets.dataset import Context, Dataset, Split
+from vilam3_jax.datasets.rows import Row, below, fields, name_of, rows_of
+from vilam3_jax.datasets.source_files import SourceFolder
+from vilam3_jax.errors import UserError
+
+_LETTERS = "ABCD"
+_OPEN = "QA_information/Open-access"
+_RESTRICTED = "QA_information/Restricted-access"
+_NO_RESTRICTED = (
+    "the restricted part of omni_med_vqa is not built: its images come from some thirty other owners, "
+    "and how they name them is not verified"
+)
+_EXPECTED = 88_996
+# First match wins. What is not listed keeps its own word in upper case.
+_MODALITIES = (
+    (r"\bct\b|computed tomography", "CT"),
+    (r"\bmri?\b|magnetic", "MR"),
+    (r"\boct\b|optical coherence", "OCT"),
+    (r"x-?\s?ray|radiograph", "XR"),
+    (r"ultraso", "US"),
+    (r"fundus|retinograph", "FUNDUS"),
+    (r"dermoscop", "DERMOSCOPY"),
+    (r"endoscop", "ENDOSCOPY"),
+    (r"histopatholog|microscop", "PATHOLOGY"),
+)
+_CHEST = re.compile(r"chest|cxr|covid|corona|pulmonary|lung", re.IGNORECASE)
+
+
+class OmniMedVqa(Dataset):
+    """Questions with two to four options, one split "test".
+
+    Choices of ours:
+
+    - The answer is the option of equal text. Where only case, spaces or punctuation at the ends differ, it is
+      that option; where two options fit, the question is skipped.
+    - X-rays of sources named for the chest are "CXR", others "XR".
+    - Many of the source datasets are used for training elsewhere: look for leaks before comparing models.
+    """
+
+    name = "omni_med_vqa"
+    description = "Multiple-choice questions about images of 42 public datasets, for evaluation."
+    homepage = "https://huggingface.co/datasets/foreverbeliever/OmniMedVQA"
+    citation = "Hu et al., OmniMedVQA: A New Large-Scale Comprehensive Evaluation Benchmark, CVPR 2024"
+    licence = "per source dataset"
+    instructions = """
+        Fetch OmniMedVQA.zip from https://huggingface.co/datasets/foreverbeliever/OmniMedVQA and unpack it:
+        the folder has Images/ and QA_information/Open-access/ with 42 JSON files.
+        """
+
+    def __init__(self, options: Any = None, config: str = "") -> None:
+        """As `Dataset`; the restricted part is refused by name."""
+        if "restrict" in config.lower():
+            raise UserError(_NO_RESTRICTED)
+        super().__init__(options, config)
+
+    def splits(self, source: SourceFolder) -> Mapping[str, Split]:
+        """Reads the question files of the open part."""
+        base = "OmniMedVQA/" if source.find("OmniMedVQA/QA_information") else ""
+        if source.find(base + _RESTRICTED) and not source.find(base + _OPEN):
+            raise UserError(f"{source.root}: has no {_OPEN}, and {_NO_RESTRICTED}")
+        source.require(base + _OPEN, f"{base}Images")
+        files = source.glob(f"{base}{_OPEN}/*.json")
+        if not files:
+            raise UserError(f"{source.root / base / _OPEN}: has no JSON files; unpack OmniMedVQA.zip again")
+        taken: set[str] = set()
+        rows = []
+        for file in files:
+            numbered = enumerate(source.json_list(file), 1)
+            rows += rows_of(file, numbered, lambda row: row["question_id"], taken=taken)
+        return {"test": Split(rows, make, name_of, _EXPECTED)}
+
+
+def make(row: Row, context: Context) -> Iterator[Example]:
+    """The question with its options, and the right one as the answer."""
+    values = fields(row)
+    options = multiple_choice.lettered_options(
+        {letter: values.get(f"option_{letter}") for letter in _LETTERS}, optional="CD"
+    )
+    letter = multiple_choice.right_letter(options, text=text_of(values.get("gt_answer"), "answer"))
+    asked = multiple_choice.choice(text_of(values.get("question"), "question"), options, letter)
+    base = row.file.partition("QA_information/")[0].rstrip("/")
+    image = below(base, values.get("image_path"))
+    source = _word(values, "dataset") or row.file.rpartition("/")[2].removesuffix(".json")
+    modality = modality_of(_word(values, "modality_type") or _word(values, "modality"), source)
+    kind = _word(values, "question_type") or "multiple_choice"
+    meta = metadata(context, modality=modality, group=image, source=source)
+    qa = question_meta(asked.question, asked.answer, kind, options=asked.options)
+    yield conversation(row.id, [context.image(image)], [(asked.prompt, asked.reply)], meta, questions=[qa])
+
+
+def _word(values: Mapping[str, Any], key: str) -> str:
+    """A text that questions can do without, or ""."""
+    value = values.get(key)
+    return value.strip() if isinstance(value, str) else ""
+
+
+def modality_of(stated: str, source: str) -> str:
+    """The project's word for a modality.
+
+    >>> modality_of("CT(Computed Tomography)", "Chest CT Scan"), modality_of("X-Ray", "Knee Osteoarthritis")
+    ('CT', 'XR')
+    """
+    words = stated.strip().lower()
+    found = next((word for pattern, word in _MODALITIES if re.search(pattern, words)), stated.strip().upper())
+    return "CXR" if found == "XR" and _CHEST.search(source) else found

@@ -1,0 +1,118 @@
+"""The sections of a radiology report.
+
+The columns are those of the sectioner that MIMIC-CXR publishes, by the same rules: headers in capitals at the
+start of a line, the last section of a kind counts, and a report without findings and impression has a last
+paragraph. Two things differ: an addendum above the report is a section of its own, and no study has a rule of
+its own, as those would be lists of the database's ids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+
+COLUMNS = ("impression", "findings", "last_paragraph", "comparison")
+
+# A header right below a bare header is a part of its text, so the search goes on after the first line.
+_HEADER = re.compile(r"\n[ \t]*([A-Z][A-Z ()/,-]*):(?=\s|\Z)")
+_BLANK_LINE = re.compile(r"\n[ \t]*\n")
+_SEPARATOR = re.compile(r"^[ \t]*_{8,}[ \t]*$", re.MULTILINE)  # `___` alone masks a word
+_KINDS = ("impression", "findings", "history", "comparison", "addendum")
+_SYNONYMS = {"conclusion": "impression", "reference exam": "comparison"}
+_CLOSE = 0.87  # passes "finidngs" and "imoression", not "compression"
+_EXAMINATION = re.compile(
+    r"chest|portable|ribs|bone window|frontal and|frontal (semi-)?upright"
+    r"|(pa|ap|lateral) and (pa|ap|lat)|(one|frontal|pa|ap|lateral) view|two views"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sections:
+    """Texts as the report has them, without surrounding blanks; "" where there is none.
+
+    Attributes:
+      impression, findings, comparison: the last section of that kind.
+      last_paragraph: of a report with neither findings nor impression, what follows the first blank line of
+        its last section.
+      addendum: what stands above the report proper.
+    """
+
+    impression: str = ""
+    findings: str = ""
+    last_paragraph: str = ""
+    comparison: str = ""
+    addendum: str = ""
+
+    def row(self, study: str) -> dict[str, str]:
+        """The row of `mimic_cxr_sectioned.csv`: `study` and the four columns."""
+        return {"study": f"s{study}", **{name: getattr(self, name) for name in COLUMNS}}
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, str]) -> Sections:
+        """Reads the columns of such a row."""
+        return cls(**{name: row.get(name, "").strip() for name in COLUMNS})
+
+
+def sections_of(report: str) -> Sections:
+    """Finds the sections of a report.
+
+    Args:
+      report: the text of one file.
+
+    >>> sections_of(" FINDINGS: Clear lungs.\\n \\n IMPRESSION: Normal.").impression
+    'Normal.'
+    """
+    addendum, text = _without_addendum(report.replace("\r\n", "\n").replace("\r", "\n"))
+    parts = _parts("\n" + text)
+    found = {kind: body.strip() for kind, body in parts if body.strip()}
+    last = ""
+    if "findings" not in found and "impression" not in found:
+        last = "\n\n".join(_BLANK_LINE.split(parts[-1][1])[1:]).strip()
+    return Sections(
+        found.get("impression", ""),
+        found.get("findings", ""),
+        last,
+        found.get("comparison", ""),
+        addendum.strip(),
+    )
+
+
+def kind_of(header: str) -> str:
+    """The kind of section that a header opens, such as "findings" for "CHEST, TWO VIEWS".
+
+    A header of no known kind is its own kind, in lower case.
+    """
+    name = " ".join(header.lower().split())
+    if name in _SYNONYMS:
+        return _SYNONYMS[name]
+    for kind in _KINDS:
+        if kind in name:
+            return kind
+    if close := difflib.get_close_matches(name, ("impression", "findings", "comparison"), 1, _CLOSE):
+        return close[0]
+    return "findings" if _EXAMINATION.search(name) else name
+
+
+def _parts(text: str) -> list[tuple[str, str]]:
+    """(kind, body) of all parts in order; the first is what precedes all headers."""
+    header = _HEADER.search(text)
+    parts = [("preamble", text[: header.start()] if header else text)]
+    while header:
+        line_end = text.find("\n", header.end() + 1)
+        following = _HEADER.search(text, max(line_end, header.end()))
+        body = text[header.end() : following.start() if following else len(text)]
+        parts.append((kind_of(header[1]), body))
+        header = following
+    return parts
+
+
+def _without_addendum(text: str) -> tuple[str, str]:
+    """(addendum, report proper): the last full line of underscores divides them."""
+    separators = list(_SEPARATOR.finditer(text))
+    if not separators or "addendum" not in text[: separators[-1].start()].lower():
+        return "", text
+    separator = separators[-1]
+    below = text[separator.end() :]
+    return (text[: separator.start()], below) if below.strip() else ("", text)

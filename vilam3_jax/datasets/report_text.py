@@ -1,0 +1,159 @@
+"""Report text for training: cleaned by fixed rules, and one wording for sentences of one meaning.
+
+The reference had a hosted language model rewrite its reports. These rules run on the user's machine, give the
+same text every time, and count every word that they leave out.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+
+_MAX_PASSES = 8
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u2028\u2029]")
+_SEPARATOR = re.compile(r"^[ \t]*([_=*-])\1{3,}[ \t]*$", re.MULTILINE)
+_MASK = re.compile(r"_{3,}")  # what the publisher put in place of a name, a date or a number
+_LIST_NUMBER = re.compile(r"(?:^|(?<=[.?!:;] ))(?:\(?\d{1,2}[.)]|[*•-]) (?=\S)")
+_SPACE_BEFORE = re.compile(r" +([.,;:?!])(?=\s|$)")
+_SENTENCE_END = re.compile(r"(?<=[.?!]) (?=\S)")
+_ABBREVIATION = re.compile(
+    r"(?:^|[\s(])(?:dr|drs|mr|mrs|ms|st|vs|no|approx|a\.m|p\.m|e\.g|i\.e|[a-z])\.$", re.IGNORECASE
+)
+_WORD = re.compile(r"\S+")
+
+_FILLERS = frozenset(
+    (
+        *("a", "an", "the", "there", "of", "is", "are", "was", "were", "be", "been", "evidence", "evident"),
+        *("seen", "noted", "identified", "demonstrated", "visualized", "visualised", "visible", "present"),
+    )
+)
+_TOKEN = re.compile(r"[a-z0-9]+(?:[./'-][a-z0-9]+)*|%")
+_KEPT_PLURAL = ("ss", "us", "is")
+RULES = ("separator", "mask", "list number", "no letter", "repeated sentence")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cleaned:
+    """A text and what its cleaning left out.
+
+    Attributes:
+      text: one line of sentences.
+      dropped: rule of `RULES` → number of words it left out.
+    """
+
+    text: str
+    dropped: Mapping[str, int]
+
+
+def clean(text: str) -> Cleaned:
+    """Cleans the text of a section.
+
+    Control characters become blanks, and all white space one blank. These are left out: lines that only
+    separate, sentences in which a word is masked (`___`), numbers and bullets of lists, sentences without a
+    letter, and repetitions of a sentence. A sentence begins with a capital letter and ends with a mark. No
+    other word is left out, added or moved; cleaning a cleaned text changes nothing.
+
+    >>> clean("1. Mild edema .\\n2. Compared to ___, no change.").text
+    'Mild edema.'
+    """
+    dropped: collections.Counter[str] = collections.Counter()
+    text = _CONTROL.sub(" ", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = _SEPARATOR.sub(lambda line: _dropped(line[0], "separator", dropped), text)
+    text = " ".join(text.split())
+    # A bullet may hide another, and a sentence without letters what follows it, so until nothing changes.
+    for _ in range(_MAX_PASSES):
+        once = _pass(text, dropped)
+        if once == text:
+            break
+        text = once
+    return Cleaned(text, dict(dropped))
+
+
+def sentences_of(text: str) -> list[str]:
+    """The sentences of a text without line ends; joined by blanks they are the text.
+
+    >>> sentences_of("Seen by Dr. X at 5.5 cm. No effusion.")
+    ['Seen by Dr. X at 5.5 cm.', 'No effusion.']
+    """
+    sentences: list[str] = []
+    for part in _SENTENCE_END.split(text):
+        if sentences and _ABBREVIATION.search(sentences[-1]):
+            sentences[-1] += " " + part
+        else:
+            sentences.append(part)
+    return [sentence for sentence in sentences if sentence]
+
+
+def meaning(sentence: str) -> str:
+    """A key that sentences share if they differ in filling words, capitals and punctuation alone.
+
+    The order of the words stays. After "no", plural and singular are the same.
+
+    >>> meaning("There is no pleural effusion.") == meaning("No pleural effusions are seen.")
+    True
+    """
+    words = [word for word in _TOKEN.findall(sentence.lower()) if word not in _FILLERS]
+    if words[:1] == ["no"]:
+        words = [w[:-1] if len(w) > 4 and w[-1] == "s" and not w.endswith(_KEPT_PLURAL) else w for w in words]
+    return " ".join(words)
+
+
+def sentence_pool(texts: Iterable[str], *, least: int = 10, most: int = 5_000) -> dict[str, str]:
+    """The usual wording of each frequent sentence.
+
+    Args:
+      texts: cleaned texts, of the training split.
+      least: how often a meaning must occur.
+      most: meanings kept, the most frequent ones.
+
+    Returns:
+      `meaning` → its most frequent wording; meanings with one wording only are left out. The order of `texts`
+      does not matter.
+    """
+    wordings: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for text in texts:
+        for sentence in sentences_of(text):
+            if key := meaning(sentence):
+                wordings[key][sentence] += 1
+    frequent = [(sum(c.values()), key) for key, c in wordings.items() if len(c) > 1]
+    frequent = sorted((-count, key) for count, key in frequent if count >= least)[:most]
+    return {key: min(wordings[key], key=lambda s: (-wordings[key][s], len(s), s)) for _, key in frequent}
+
+
+def reworded(text: str, pool: Mapping[str, str]) -> str:
+    """A cleaned text whose sentences have the wording of the pool, where it knows their meaning."""
+    if not pool:
+        return text
+    sentences = [pool.get(meaning(sentence), sentence) for sentence in sentences_of(text)]
+    return " ".join(dict.fromkeys(sentences))
+
+
+def _pass(text: str, dropped: collections.Counter[str]) -> str:
+    text = _LIST_NUMBER.sub(lambda found: _dropped(found[0], "list number", dropped), text)
+    text = _SPACE_BEFORE.sub(r"\1", text)
+    kept: dict[str, str] = {}
+    for sentence in sentences_of(text):
+        if _MASK.search(sentence):
+            _dropped(sentence, "mask", dropped)
+        elif not any(character.isalpha() for character in sentence):
+            _dropped(sentence, "no letter", dropped)
+        else:
+            sentence = _finished(sentence)
+            if sentence.casefold() in kept:
+                _dropped(sentence, "repeated sentence", dropped)
+            else:
+                kept[sentence.casefold()] = sentence
+    return " ".join(kept.values())
+
+
+def _finished(sentence: str) -> str:
+    capital = sentence[0].upper()
+    sentence = (capital if len(capital) == 1 else sentence[0]) + sentence[1:]
+    return sentence if sentence.endswith((".", "?", "!")) else sentence.rstrip(",;:") + "."
+
+
+def _dropped(text: str, rule: str, dropped: collections.Counter[str]) -> str:
+    dropped[rule] += len(_WORD.findall(text))
+    return ""

@@ -1,6 +1,7 @@
 """The order of samples: datasets mixed by weight, reshuffled every epoch, addressed by one index.
 
-Any position can be asked for directly, so a loader's place in the data is a number.
+A weight is the number of epochs of its dataset in a *pass* of the mixture. Any position can be asked for
+directly, so a loader's place in the data is a number.
 """
 
 from __future__ import annotations
@@ -8,8 +9,11 @@ from __future__ import annotations
 import bisect
 import collections
 import dataclasses
+import fractions
 import hashlib
+import itertools
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,11 +24,16 @@ from vilam3_jax.data.examples import IMAGE_MARKER, Example
 from vilam3_jax.data.experts.dialogues.rules import Rule, split_row
 from vilam3_jax.data.experts.dialogues.scene import Setting
 from vilam3_jax.data.experts.dialogues.source import DialogueSource, under_rules, why_left_out
-from vilam3_jax.data.records import INFO_NAME, ExampleSource, read_info
+from vilam3_jax.data.interleave import Interleaving
+from vilam3_jax.data.records import ExampleSource
+from vilam3_jax.data.tfds_folder import is_dataset, read_info
 from vilam3_jax.errors import UserError, warn_of
 
 _HELD_OUT_SEED = 0
-_DEALING = "turned"  # how positions go to shards; part of the fingerprint, as a state counts them
+# How positions go to shards and to datasets; part of the fingerprint, as a state counts them.
+_ORDER = "turned, earliest deadline first"
+_FINEST_WEIGHT = 1_000_000  # the largest denominator of a weight
+_LEAST_SHARE = fractions.Fraction(1, 10_000_000)  # finding a place takes a dataset's share as many steps
 
 Mixture = Sequence[tuple[str, float]]
 Source = ExampleSource | DialogueSource
@@ -63,12 +72,11 @@ def open_sources(
                 f"config data.mixture: {row!r} is no row (data set, weight); a comma may be missing"
             )
         name, weight = row
-        if not isinstance(weight, int | float) or not weight > 0:
-            raise UserError(f"config data.mixture: weight {weight!r} of {name!r} must be positive")
+        epochs_of(name, weight)
         dataset, rule = split_row(name)
         folder = root / dataset
         alone = len({split_row(str(r[0]))[0] for r in mixture}) == 1
-        if not (folder / INFO_NAME).exists() and alone and (root / INFO_NAME).exists():
+        if alone and not folder.exists() and is_dataset(root):
             folder = root
         if split == "train" or split in read_info(folder)["splits"]:
             found.append((ExampleSource(folder, split), rule, float(weight)))
@@ -124,13 +132,35 @@ def dealt_position(index: int, shard: int, shards: int) -> int:
     return index * shards + (shard + turn) % shards
 
 
+def epochs_of(name: str, weight: Any) -> fractions.Fraction:
+    """A weight as an exact number: 0.7 is 7/10, and 1/3 in a recipe is a third.
+
+    Raises:
+      UserError: no number from 0.000001 to 1000000.
+    """
+    number = isinstance(weight, int | float | fractions.Fraction) and not isinstance(weight, bool)
+    if not number or not 1 / _FINEST_WEIGHT <= weight <= _FINEST_WEIGHT:
+        raise UserError(
+            f"config data.mixture: weight {weight!r} of {name!r} must be positive, the epochs of the dataset "
+            f"in a pass, from {1 / _FINEST_WEIGHT:f} to {_FINEST_WEIGHT}"
+        )
+    return fractions.Fraction(weight).limit_denominator(_FINEST_WEIGHT)
+
+
 class SampleStream:
     """Positions 0, 1, 2, ... to (dataset, record).
 
+    The training order goes through *passes*. A pass has weight times records positions of every dataset, so
+    that an integer weight brings every record exactly that often. A fractional one brings it so often on
+    average: weight 0.5 brings every record once in two passes. Within a pass the datasets are interleaved as
+    `Interleaving` says. Each dataset is shuffled anew for each of its epochs.
+
     Attributes:
       sources: the datasets.
+      weights: the epochs of each of them in a pass.
       length: number of positions; None for the endless training order.
       records: number of distinct records.
+      pass_length: positions of a pass, a whole number or a fraction; `records` without weights.
     """
 
     def __init__(self, sources: Sequence[tuple[Source, float]], seed: int, endless: bool) -> None:
@@ -141,36 +171,63 @@ class SampleStream:
           seed: of the shuffles.
           endless: True: shuffled every epoch, repeated, mixed by weight. False: every record once, in
             an order that is the same for every seed.
+
+        Raises:
+          UserError: a weight is no number of epochs, or leaves a dataset next to nothing of the mixture.
         """
         self.sources = [source for source, _ in sources]
-        self.records = sum(len(source) for source in self.sources)
+        self.weights = [epochs_of(source.name, weight) for source, weight in sources]
+        sizes = [len(source) for source in self.sources]
+        self.records = sum(sizes)
         self.length = None if endless else self.records
-        described = [[s.name, s.split, len(s), w, s.digests()] for s, w in sources]
+        described = [[s.name, s.split, len(s), str(w), s.digests()] for s, w in self._rows()]
         self.fingerprint = hashlib.sha256(
-            json.dumps([_DEALING, described, seed, endless]).encode()
+            json.dumps([_ORDER, described, seed, endless]).encode()
         ).hexdigest()[:16]
-        addresses = [
-            grain.MapDataset.source([(number, record) for record in range(len(source))])
-            for number, source in enumerate(self.sources)
-        ]
+        self._starts = [0, *itertools.accumulate(sizes)]
         if endless:
+            shares = [weight * size for weight, size in zip(self.weights, sizes, strict=True)]
+            self.pass_length = sum(shares, fractions.Fraction(0))
+            for source, share in zip(self.sources, shares, strict=True):
+                if share < _LEAST_SHARE * self.pass_length:
+                    raise UserError(
+                        f"config data.mixture: fewer than one sample in {1 / _LEAST_SHARE} would be of "
+                        f"{source.name!r}; raise its weight or remove the row"
+                    )
+            whole = math.lcm(*(share.denominator for share in shares))
+            self._mixed = Interleaving([int(share * whole) for share in shares])
             # Datasets of one size must not walk in step, so each has its own seed.
-            orders = [a.seed(_seed(seed, n)).shuffle().repeat() for n, a in enumerate(addresses)]
-            self._order = grain.MapDataset.mix(orders, [weight for _, weight in sources])
+            self._orders = [
+                grain.MapDataset.range(size).seed(_seed(seed, number)).shuffle().repeat()
+                for number, size in enumerate(sizes)
+            ]
         else:
+            self.pass_length = fractions.Fraction(self.records)
             # Neighbours are slices of one scan: in order, the first batches would be a patient or two.
-            self._order = grain.MapDataset.concatenate(addresses).seed(_HELD_OUT_SEED).shuffle()
+            self._orders = [grain.MapDataset.range(self.records).seed(_HELD_OUT_SEED).shuffle()]
+
+    def _rows(self) -> list[tuple[Source, fractions.Fraction]]:
+        return list(zip(self.sources, self.weights, strict=True))
 
     def address(self, position: int) -> tuple[int, int]:
         """Returns (number of the dataset, record in it)."""
-        address = self._order[position]
-        assert address is not None  # None is for filtered datasets
-        return address
+        if self.length is None:
+            number, draw = self._mixed[position]
+            return number, _shuffled(self._orders[number], draw)
+        record = _shuffled(self._orders[0], position)
+        number = bisect.bisect_right(self._starts, record) - 1
+        return number, record - self._starts[number]
 
     def name(self, address: tuple[int, int]) -> str:
         """Names a record in messages."""
         source = self.sources[address[0]]
         return f"{source.name}/{source.split} record {address[1]}"
+
+
+def _shuffled(order: grain.MapDataset[int], position: int) -> int:
+    record = order[position]
+    assert record is not None  # None is for filtered datasets
+    return int(record)
 
 
 def _seed(seed: int, number: int) -> int:

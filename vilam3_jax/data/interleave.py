@@ -1,0 +1,185 @@
+"""Which dataset stands at each position of a mixture: exact shares, at any position, without a list.
+
+The problem is the chairman assignment problem (Tijdeman, 1980, "The chairman assignment problem", Discrete
+Mathematics 32): at every position one of k datasets is chosen so that no dataset is ever far from its share.
+With D = 1 - 1 / (2k - 2), an order exists in which the draws of every dataset before every position differ
+from its share by at most D, and no smaller D works for all shares.
+
+The order is found as a schedule. The bound says for each draw of a dataset the first position that it may
+have (its release) and the last one (its deadline). Among the draws that are released, the one with the
+earliest deadline comes next; this rule meets all deadlines whenever any order does.
+"""
+
+from __future__ import annotations
+
+import collections
+import heapq
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_BLOCK = 1024  # positions that are found at once
+_BLOCKS_KEPT = 64
+_INT64_SAFE = 1 << 62
+
+
+class _Block(NamedTuple):
+    """A run of positions.
+
+    Attributes:
+      chosen: int32 [n], the dataset at each position.
+      draws: int64 [n], which draw of its dataset, counted from the start of the period.
+      after: draws of each dataset before the position that follows the block.
+    """
+
+    chosen: np.ndarray
+    draws: np.ndarray
+    after: tuple[int, ...]
+
+
+class Interleaving:
+    """Positions 0, 1, 2, ... to (dataset, draw of it); safe among threads, and small when pickled.
+
+    Before position t, dataset i of share p_i = rates[i] / sum(rates) was drawn c_i(t) times, and
+    |c_i(t) - p_i t| <= `bound` < 1. So any window of n positions holds p_i n draws of it up to 2 * `bound`,
+    which is exactly one for two datasets; every period holds exactly `rates` draws. Smaller windows for all
+    shares are impossible: three datasets of different shares have an order in which all windows are within
+    one draw only for the shares 4 : 2 : 1 (Fraenkel's conjecture, proven for up to seven datasets).
+
+    Attributes:
+      rates: draws of each dataset in a period, without common divisor.
+      period: their sum; the order repeats after it.
+      bound: D of the module's text, as a float.
+    """
+
+    def __init__(self, rates: Sequence[int]) -> None:
+        """Prepares the order; computes no position.
+
+        Args:
+          rates: draws of each dataset, positive.
+
+        Raises:
+          ValueError: no rates, or one that is not positive.
+        """
+        if not rates or min(rates) < 1:
+            raise ValueError(f"rates {list(rates)} must be positive")
+        common = math.gcd(*rates)
+        self.rates = tuple(rate // common for rate in rates)
+        self.period = sum(self.rates)
+        self._parts = max(2, 2 * len(rates) - 2)  # 1 / (1 - D)
+        self.bound = 1 - 1 / self._parts if len(rates) > 1 else 0.0
+        self._blocks: collections.OrderedDict[int, _Block] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"rates": self.rates}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["rates"])
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        """Returns (dataset, which draw of it, counted from position 0 on).
+
+        Raises:
+          IndexError: a negative position.
+        """
+        if position < 0:
+            raise IndexError(f"position {position} of an order that starts at 0")
+        turn, place = divmod(position, self.period)
+        number, offset = divmod(place, _BLOCK)
+        block = self._block(number)
+        dataset = int(block.chosen[offset])
+        return dataset, turn * self.rates[dataset] + int(block.draws[offset])
+
+    def counts(self, position: int) -> tuple[int, ...]:
+        """Draws of each dataset before a position."""
+        turn, place = divmod(position, self.period)
+        drawn = self._counts(place)
+        return tuple(turn * rate + count for rate, count in zip(self.rates, drawn, strict=True))
+
+    def _block(self, number: int) -> _Block:
+        with self._lock:
+            if (block := self._blocks.get(number)) is not None:
+                self._blocks.move_to_end(number)
+                return block
+            before = self._blocks.get(number - 1)
+        counts = self._counts(number * _BLOCK) if before is None else before.after
+        block = self._schedule(number * _BLOCK, counts)
+        with self._lock:
+            self._blocks[number] = block
+            if len(self._blocks) > _BLOCKS_KEPT:
+                self._blocks.popitem(last=False)
+        return block
+
+    def _release(self, dataset: int, draw: int) -> int:
+        """First position of a draw: draw + 1 - (position + 1) * share <= D."""
+        scaled = (draw * self._parts + 1) * self.period
+        return -(-scaled // (self._parts * self.rates[dataset])) - 1
+
+    def _deadline(self, dataset: int, draw: int) -> int:
+        """Last position of a draw: position * share - draw <= D."""
+        return ((draw + 1) * self._parts - 1) * self.period // (self._parts * self.rates[dataset])
+
+    def _schedule(self, start: int, counts: Sequence[int]) -> _Block:
+        """Earliest deadline first, from the state of a position; ties go to the first dataset."""
+        length = min(_BLOCK, self.period - start)
+        chosen, draws = np.empty(length, np.int32), np.empty(length, np.int64)
+        drawn = list(counts)
+        waiting = [(self._release(i, draw), i) for i, draw in enumerate(drawn)]
+        heapq.heapify(waiting)
+        ready: list[tuple[int, int]] = []
+        for offset in range(length):
+            while waiting and waiting[0][0] <= start + offset:
+                _, i = heapq.heappop(waiting)
+                heapq.heappush(ready, (self._deadline(i, drawn[i]), i))
+            _, i = heapq.heappop(ready)
+            chosen[offset], draws[offset] = i, drawn[i]
+            drawn[i] += 1
+            heapq.heappush(waiting, (self._release(i, drawn[i]), i))
+        return _Block(chosen, draws, tuple(drawn))
+
+    def _counts(self, position: int) -> tuple[int, ...]:
+        """The state that the schedule has reached at a position of the period, without running it.
+
+        A draw whose deadline is past was made. Each dataset has at most one more that is released, the open
+        draw. The sets of draws that fit before the position are independent in a transversal matroid,
+        and earliest deadline first makes the set that a greedy choice by deadline makes. A set fits if, for
+        every earlier position s, no more of its draws are released from s on than there are positions. Only
+        an s from the first open release on can be short of room.
+        """
+        due, opened = [], []
+        for i, rate in enumerate(self.rates):
+            ahead, scale = self._parts * position * rate, self._parts * self.period
+            slack = (self._parts - 1) * self.period
+            due.append(max(0, -((slack - ahead) // scale)))
+            if (ahead + slack) // scale > due[i]:
+                opened.append((self._deadline(i, due[i]), i, self._release(i, due[i])))
+        missing = position - sum(due)
+        if not missing:
+            return tuple(due)
+        first = min(release for _, _, release in opened)
+        room = self._room(first, position, due)
+        for _, i, release in sorted(opened):
+            if missing and room[: release - first + 1].min() >= 1:
+                room[: release - first + 1] -= 1
+                due[i] += 1
+                missing -= 1
+        return tuple(due)
+
+    def _room(self, first: int, position: int, due: Sequence[int]) -> np.ndarray:
+        """For each s from `first` on: the positions before `position`, less the due draws released then."""
+        length = position - first
+        largest = self._parts * (length + 1) * max(self.rates) + 2 * self._parts * self.period
+        kind = np.int64 if largest < _INT64_SAFE else object
+        room = np.arange(length, 0, -1).astype(kind)
+        steps = np.arange(length).astype(kind)
+        scale = self._parts * self.period
+        for i, rate in enumerate(self.rates):
+            # Draws released before s, floor(s * share + D), relative to the due ones.
+            offset = self._parts * first * rate + (self._parts - 1) * self.period - due[i] * scale
+            lacking = -((steps * (self._parts * rate) + offset) // scale)
+            room -= np.maximum(lacking, 0)
+        return room

@@ -8,6 +8,8 @@ from typing import Any
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ImageRef, Turn
 from vilam3_jax.datasets.dataset import Context, SkipItem
 
+_MAX_TEXT = 1 << 20
+
 Marker = str  # "before" or "after" the first question
 
 
@@ -15,7 +17,7 @@ def text_of(value: object, what: str) -> str:
     """A text of the source; numbers become their text.
 
     Raises:
-      SkipItem: it is empty, or no text.
+      SkipItem: it is empty, too long, or no text.
     """
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:
         raise SkipItem(
@@ -24,6 +26,10 @@ def text_of(value: object, what: str) -> str:
     text = str(value).replace("\0", "")
     if not text.strip():
         raise SkipItem(f"the {what} is empty")
+    if len(text) > _MAX_TEXT:
+        raise SkipItem(f"the {what} has {len(text)} characters; up to {_MAX_TEXT} are read")
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise SkipItem(f"the {what} holds half of a surrogate pair, which is no text")
     return text
 
 

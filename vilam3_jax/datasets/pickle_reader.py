@@ -1,0 +1,242 @@
+"""Reads pickles that hold plain values, without the pickle machine.
+
+Unpickling runs whatever the file says. This reader walks the opcodes, builds dict, list, tuple, str, int,
+float, bool and None, and refuses every opcode that could do anything else, by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickletools
+from collections.abc import Callable
+from typing import Any
+
+from vilam3_jax import paths
+from vilam3_jax.errors import UserError
+
+_LARGEST_INT = 1 << 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class PickleLimits:
+    """What a pickle may cost.
+
+    Attributes:
+      file_bytes: size of the file.
+      opcodes: number of its instructions.
+      depth: of containers in containers.
+      expanded: values and characters that a reader meets who follows every reference, so that a value
+        that is shared many times counts many times.
+    """
+
+    file_bytes: int = 256 << 20
+    opcodes: int = 10_000_000
+    depth: int = 32
+    expanded: int = 1 << 30
+
+
+DEFAULT_PICKLE_LIMITS = PickleLimits()
+
+
+class PickleError(ValueError):
+    """The bytes are no pickle of plain values; the message says where and why."""
+
+
+def read(path: paths.PathLike, limits: PickleLimits = DEFAULT_PICKLE_LIMITS) -> Any:
+    """The value in a pickle file.
+
+    Raises:
+      UserError: it holds other than plain values, is damaged or exceeds a limit.
+      UnavailableError: the disk or the network fails.
+    """
+    data = paths.read_bytes(path, limits.file_bytes)
+    try:
+        return parse(data, limits)
+    except PickleError as error:
+        raise UserError(f"{path}: {error}; download it again from its authors") from error
+
+
+def parse(data: bytes, limits: PickleLimits = DEFAULT_PICKLE_LIMITS) -> Any:
+    """The value that a pickle of any protocol holds.
+
+    Raises:
+      PickleError: it holds other than plain values, is damaged or exceeds a limit.
+    """
+    machine = _Machine()
+    place = end = 0
+    try:
+        for count, (opcode, argument, position) in enumerate(pickletools.genops(data)):
+            place, end = position or 0, (position or 0) + 1
+            if count >= limits.opcodes:
+                raise PickleError(f"has more than {limits.opcodes} opcodes")
+            action = _ACTIONS.get(opcode.name)
+            if action is None:
+                raise PickleError(
+                    f"opcode {opcode.name} at byte {place} makes other than dict, list, tuple, str, int, "
+                    "float, bool or None; it is not followed"
+                )
+            action(machine, argument)
+    except PickleError:
+        raise
+    except (ValueError, TypeError, LookupError, OverflowError) as error:
+        raise PickleError(f"is damaged near byte {place} ({type(error).__name__})") from error
+    if end != len(data):
+        raise PickleError(f"has {len(data) - end} bytes after its end")
+    if machine.mark_stack or len(machine.stack) != 1:
+        raise PickleError(f"holds {len(machine.stack)} values where it should hold one")
+    value = machine.stack[0]
+    _check_size(value, limits)
+    return value
+
+
+class _Machine:
+    """Stack, marks and memo while opcodes are followed. `stack` holds what came after the last mark."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.mark_stack: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def mark(self) -> None:
+        self.mark_stack.append(self.stack)
+        self.stack = []
+
+    def pop_mark(self) -> list[Any]:
+        items, self.stack = self.stack, self.mark_stack.pop()
+        return items
+
+    def pop(self, count: int) -> list[Any]:
+        if len(self.stack) < count:
+            raise LookupError
+        items = self.stack[len(self.stack) - count :]
+        del self.stack[len(self.stack) - count :]
+        return items
+
+    def remember(self, place: int) -> None:
+        self.memo[place] = self.stack[-1]
+
+    def recall(self, place: int) -> None:
+        self.stack.append(self.memo[place])
+
+    def extend(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not list:
+            raise TypeError
+        target.extend(items)
+
+    def set_items(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not dict or len(items) % 2:
+            raise TypeError
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[_key(key)] = value
+
+
+def _key(key: Any) -> Any:
+    # Hashing a tuple follows what is in it, without bounds on depth or repetition.
+    parts = key if type(key) is tuple else (key,)
+    if any(type(part) in (dict, list, tuple) for part in parts):
+        raise PickleError("a key of a dict is no text, number or flat tuple of them")
+    return key
+
+
+def _integer(machine: _Machine, value: int) -> None:
+    if abs(value) > _LARGEST_INT:
+        raise PickleError("holds an integer of more than 8192 bits")
+    machine.push(value)
+
+
+def _latin_text(machine: _Machine, value: str) -> None:
+    # A text of Python 2: pickletools shows its bytes as Latin-1.
+    machine.push(value.encode("latin-1").decode("utf-8"))
+
+
+def _push(machine: _Machine, value: Any) -> None:
+    machine.push(value)
+
+
+def _pushes(make: Callable[[], Any]) -> Callable[[_Machine, Any], None]:
+    return lambda machine, _: machine.push(make())
+
+
+def _ignore(machine: _Machine, _: Any) -> None:
+    pass
+
+
+def _dict(machine: _Machine, _: Any) -> None:
+    items = machine.pop_mark()
+    machine.push({})
+    machine.set_items(items)
+
+
+_ACTIONS: dict[str, Callable[[_Machine, Any], Any]] = {
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), _ignore),
+    **dict.fromkeys(("INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2"), _integer),
+    **dict.fromkeys(("FLOAT", "BINFLOAT"), _push),
+    **dict.fromkeys(("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "STRING"), _push),
+    **dict.fromkeys(("BINSTRING", "SHORT_BINSTRING"), _latin_text),
+    "NONE": _pushes(lambda: None),
+    "NEWTRUE": _pushes(lambda: True),
+    "NEWFALSE": _pushes(lambda: False),
+    "EMPTY_LIST": _pushes(list),
+    "EMPTY_DICT": _pushes(dict),
+    "EMPTY_TUPLE": _pushes(tuple),
+    "MARK": lambda machine, _: machine.mark(),
+    "LIST": lambda machine, _: machine.push(machine.pop_mark()),
+    "DICT": _dict,
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_mark())),
+    "TUPLE1": lambda machine, _: machine.push(tuple(machine.pop(1))),
+    "TUPLE2": lambda machine, _: machine.push(tuple(machine.pop(2))),
+    "TUPLE3": lambda machine, _: machine.push(tuple(machine.pop(3))),
+    "APPEND": lambda machine, _: machine.extend(machine.pop(1)),
+    "APPENDS": lambda machine, _: machine.extend(machine.pop_mark()),
+    "SETITEM": lambda machine, _: machine.set_items(machine.pop(2)),
+    "SETITEMS": lambda machine, _: machine.set_items(machine.pop_mark()),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.remember),
+    "MEMOIZE": lambda machine, _: machine.remember(len(machine.memo)),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.recall),
+}
+
+
+def _check_size(root: Any, limits: PickleLimits) -> None:
+    """Bounds depth and expanded size, and refuses containers that hold themselves.
+
+    Visits each container once, after those in it.
+    """
+    sizes: dict[int, tuple[int, int]] = {}  # id of a container → (expanded size, depth)
+    open_now: set[int] = set()
+    pending: list[tuple[Any, bool]] = [(root, False)]
+    while pending:
+        value, is_done = pending.pop()
+        parts = _parts(value)
+        if is_done:
+            measured = [_measure(part, sizes) for part in parts]
+            size = 1 + sum(size for size, _ in measured)
+            depth = 1 + max((depth for _, depth in measured), default=0)
+            if size > limits.expanded:
+                raise PickleError(f"refers to its values more than {limits.expanded} times")
+            if depth > limits.depth:
+                raise PickleError(f"is nested more than {limits.depth} deep")
+            sizes[id(value)] = size, depth
+            open_now.discard(id(value))
+        elif id(value) not in sizes:
+            if id(value) in open_now:
+                raise PickleError("holds a container that holds itself")
+            open_now.add(id(value))
+            pending.append((value, True))
+            pending.extend((part, False) for part in parts if type(part) in (dict, list, tuple))
+
+
+def _parts(value: Any) -> list[Any]:
+    if type(value) is dict:
+        return [part for item in value.items() for part in item]
+    return list(value) if type(value) in (list, tuple) else []
+
+
+def _measure(value: Any, sizes: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    if type(value) in (dict, list, tuple):
+        return sizes[id(value)]
+    return 1 + (len(value) if type(value) is str else 0), 0

@@ -1,0 +1,244 @@
+"""VQA-RAD: clinicians' questions about radiology images of MedPix (Lau et al., Scientific Data 2018)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from vilam3_jax.data.examples import Example
+from vilam3_jax.datasets import parquet, rows, vqa
+from vilam3_jax.datasets.conversations import metadata, text_of
+from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Skipped, Split
+from vilam3_jax.datasets.rows import Row
+from vilam3_jax.datasets.source_files import SourceFolder
+
+_TABLES = ("VQA_RAD Dataset Public.json", "VQA_RAD_Dataset_Public.json")
+_FOLDERS = ("VQA_RAD Image Folder", "VQA_RAD_Image_Folder")
+_MEVF_FOLDERS = ("images", *_FOLDERS)
+
+# Key → names in the JSON, then in the headers of the spreadsheet of the same release.
+_KEYS = {
+    "qid": ("qid", "QID_unique"),
+    "phrase_type": ("phrase_type", "QID_para"),
+    "image": ("image_name", "IMAGE", "IMAGEID"),
+    "organ": ("image_organ", "IMAGE_organ"),
+    "question": ("question", "QUESTION"),
+    "rephrase": ("question_rephrase", "Q_REPHASE", "Q_REPHRASE"),
+    "question_type": ("question_type", "Q_TYPE"),
+    "answer": ("answer", "ANSWER"),
+    "answer_type": ("answer_type", "A_TYPE"),
+}
+_ORGAN_QUESTIONS = (
+    "What is the visible organ?",
+    "What organ is it?",
+    "Is any organ visible?",
+    "Which organ can be seen?",
+    "Any visible organs?",
+)
+_REFERENCE_ORGAN_QUESTIONS = (*_ORGAN_QUESTIONS[:3], "Which can organ can be seen?", _ORGAN_QUESTIONS[4])
+
+# The release's images are head CT or MR, chest films, and abdominal CT (Lau et al., Methods).
+_MODALITIES = {"CHEST": "CXR", "ABD": "CT"}
+
+
+class VqaRad(Dataset):
+    """VQA-RAD with the official test questions.
+
+    A training row gives up to three records, as in the paper of VILA-M3: the question, a question about the
+    organ in one of five wordings, and the rephrased question. A test row gives the question, of type "open"
+    or "closed", and the rephrased question, of type "open_rephrased" or "closed_rephrased"; the official 451
+    are the first two types. Training questions that the test set asks about the same image are set aside.
+
+    `parity` puts the reference's defects in: only rows whose answer type is exactly "CLOSED" are tested,
+    texts keep their spaces, one organ question is garbled, test questions stay in train, and
+    `meta.reference_id` holds the running number that the reference has for an id.
+    """
+
+    name = "vqa_rad"
+    description = "Questions of clinicians about radiology images of head, chest and abdomen."
+    homepage = "https://osf.io/89kps"
+    citation = "Lau et al. A dataset of clinically generated visual questions and answers. Sci Data 2018."
+    licence = "CC0-1.0"
+    instructions = (
+        "osf: from https://osf.io/89kps, `VQA_RAD Dataset Public.json` and the folder `VQA_RAD Image Folder` "
+        "(spaces or underscores). "
+        "hf: from https://huggingface.co/datasets/flaviagiammarino/vqa-rad at revision bcf91e7, the folder "
+        "`data` with its two parquet files. "
+        "mevf: `trainset.json`, `testset.json`, `valset.json` where there is one, and the folder `images`."
+    )
+    configs: ClassVar[Mapping[str, str]] = {
+        "osf": "the release of the authors, with rephrased questions",
+        "hf": "the Hugging Face copy, without rephrased questions and without duplicates",
+        "mevf": "the copy of MEVF and M3AE: a file per split, rephrased questions as rows of their own",
+    }
+    shared_images = "the official split divides questions, not images"
+
+    def splits(self, source: SourceFolder) -> Mapping[str, Split]:
+        if self.config == "hf":
+            return _copied_splits(source)
+        if self.config == "mevf":
+            train, test, folder = source.require("trainset.json", "testset.json", _MEVF_FOLDERS)
+            files = {"train": train, "validation": source.find("valset.json"), "test": test}
+            tables = {split: (file, _listed(source, file)) for split, file in files.items() if file}
+            expected = {"test": 451} if "validation" in tables else {"train": 3064, "test": 451}
+        else:
+            table, folder = source.require(_TABLES, _FOLDERS)
+            listed = _listed(source, table)
+            tables = {
+                "train": (table, [row for row in listed if not _is_test(row[1])]),
+                "test": (table, [row for row in listed if _is_test(row[1])]),
+            }
+            expected = {"test": 451}  # published counts of the training rows differ: 1,797 and 3,064
+        asked = frozenset().union(*(_asked(values).values() for _, values in tables["test"][1]))
+        taken: set[str] = set()
+        return {
+            split: Split(
+                _questions(rows.rows_of(file, listed, _qid, taken=taken), split, folder, asked),
+                _make,
+                _name_of,
+                expected.get(split),
+                per_item=2 if split == "test" else 3,
+            )
+            for split, (file, listed) in tables.items()
+        }
+
+
+class _Question(NamedTuple):
+    """A row with what other rows say of it.
+
+    Attributes:
+      row: of the table.
+      folder: of the images.
+      number: of its first sample in the reference's file, which counts samples over the split.
+      tested: which of its "question" and "rephrase" the test set asks about the same image.
+    """
+
+    row: Row
+    folder: str
+    number: int
+    tested: frozenset[str] = frozenset()
+
+
+def _listed(source: SourceFolder, file: str) -> list[tuple[int, Any]]:
+    return list(enumerate(source.json_list(file), 1))
+
+
+def _value(values: Any, key: str) -> Any:
+    return vqa.value_of(values, *_KEYS[key]) if isinstance(values, dict) else None
+
+
+def _qid(values: Any) -> object:
+    return _value(values, "qid")
+
+
+def _is_test(values: Any) -> bool:
+    phrase = _value(values, "phrase_type")
+    return isinstance(phrase, str) and phrase.strip().lower().startswith("test")
+
+
+def _asked(values: Any) -> dict[str, tuple[str, str]]:
+    """ "question" and "rephrase" → the image's name and the words."""
+    image = _value(values, "image")
+    return {
+        key: (image.strip().lower(), " ".join(text.lower().split()))
+        for key in ("question", "rephrase")
+        if isinstance(text := _value(values, key), str) and isinstance(image, str)
+    }
+
+
+def _questions(
+    listed: Sequence[Row], split: str, folder: str, asked: frozenset[tuple[str, str]]
+) -> list[_Question]:
+    number, questions = 0, []
+    for row in listed:
+        held = () if split == "test" else _asked(row.values).items()
+        tested = frozenset(key for key, words in held if words in asked)
+        questions.append(_Question(row, folder, number, tested))
+        rephrased = _value(row.values, "rephrase") not in (None, "NULL")
+        if split != "test":
+            number += 2 + rephrased
+        elif _value(row.values, "answer_type") == "CLOSED":
+            number += 1 + rephrased
+    return questions
+
+
+def _name_of(item: _Question) -> str:
+    return rows.name_of(item.row)
+
+
+def _make(item: _Question, context: Context) -> Iterator[Example | Skipped]:
+    values = rows.fields(item.row)
+    answer_type = text_of(_value(values, "answer_type"), "answer type")
+    if context.parity and context.split == "test" and answer_type != "CLOSED":
+        raise SkipItem("the answer type is not exactly CLOSED, which alone the reference tests")
+    kind = answer_type.strip().lower()
+    if kind not in ("open", "closed"):
+        raise SkipItem("the answer type is neither OPEN nor CLOSED")
+    organ = _optional(values, "organ").strip().upper()
+    codes = [code.strip().upper() for code in _optional(values, "question_type").split(",") if code.strip()]
+    name = text_of(_value(values, "image"), "image name").strip()
+    images = [context.image(rows.below(item.folder, name))]
+    meta = metadata(
+        context,
+        modality=_MODALITIES.get(organ, ""),
+        group=name.lower(),
+        organ=organ or None,
+        question_types=codes,
+        label_source="clinician",
+    )
+    number = item.number
+    for part, question, answer, asked_as in _samples(values, kind, item.row.id, context):
+        if part in item.tested and not context.parity:
+            yield Skipped(f"{_name_of(item)} ({part})", "the test set asks the same about the same image")
+            continue
+        reference = {"reference_id": str(number)} if context.parity else {}
+        number += 1
+        yield vqa.question_example(
+            item.row.id if part == "question" else f"{item.row.id}-{part}",
+            images,
+            question,
+            answer,
+            asked_as,
+            {**meta, **reference},
+            marker="after",
+            label_source="clinician",
+            verbatim=context.parity,
+        )
+
+
+def _samples(
+    values: Mapping[str, Any], kind: str, name: str, context: Context
+) -> Iterator[tuple[str, Any, Any, str]]:
+    """(part, question, answer, question type) of the samples of a row, in the reference's order."""
+    question, answer = _value(values, "question"), _value(values, "answer")
+    yield "question", question, answer, kind
+    organ = _optional(values, "organ")
+    if context.split != "test" and organ.strip():
+        wordings = _REFERENCE_ORGAN_QUESTIONS if context.parity else _ORGAN_QUESTIONS
+        yield "organ", context.rng(name, "organ").choice(wordings), organ, "organ"
+    rephrase = _value(values, "rephrase")
+    words = rephrase.strip().upper() if isinstance(rephrase, str) and not context.parity else rephrase
+    if words not in (None, "", "NULL"):
+        yield "rephrase", rephrase, answer, f"{kind}_rephrased" if context.split == "test" else kind
+
+
+def _optional(values: Mapping[str, Any], key: str) -> str:
+    value = _value(values, key)
+    return "" if value is None or value == "" else text_of(value, key.replace("_", " "))
+
+
+def _copied_splits(source: SourceFolder) -> Mapping[str, Split]:
+    return {
+        split: Split(
+            parquet.rows(
+                source,
+                parquet.parts(source, f"data/{split}-*.parquet", f"{split}-*.parquet"),
+                vqa.PARQUET_COLUMNS,
+                split,
+            ),
+            functools.partial(vqa.copied_question, modality="", label_source="clinician", marker="after"),
+            expected=expected,
+        )
+        for split, expected in {"train": 1793, "test": 451}.items()
+    }

@@ -1,0 +1,170 @@
+"""Labels as sentences for contrastive training: a label alone says less than what it looks like.
+
+The idea is FLAIR's (Silva-Rodríguez et al., Medical Image Analysis 2025). The definitions are in
+`definitions.json`, in our own words; each names a work in which a reader can check it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+
+NORMAL = "no_finding"
+_MOST_NAMED = 5  # findings in one sentence: a text tower reads 64 tokens
+_MOST_DENIED = 2
+_IMAGES = {
+    "CXR": ("Chest X-ray", "Chest radiograph", "Chest film"),
+    "CT": ("Chest CT", "CT of the chest", "CT image of the chest"),
+}
+_NAMED = ("{image} with {terms}.", "{image} showing {terms}.", "{image}: {terms}.")
+_DEFINED = (
+    "{image} showing {term}: {description}.",
+    "{image} with {description}, in keeping with {term}.",
+    "{image} with {term}, seen as {description}.",
+)
+_DENIED = ("{image} without {terms}.", "{image} that does not show {terms}.")
+_ADDED_DENIAL = (" There is no sign of {terms}.", " It does not show {terms}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """What a label stands for.
+
+    Attributes:
+      name: lower-case, with underscores.
+      aliases: other labels of the same meaning.
+      terms: noun phrases that name it; the first is the usual one.
+      descriptions: noun phrases of what one sees.
+      source: a work and the entry in it, for people.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    terms: tuple[str, ...]
+    descriptions: tuple[str, ...]
+    source: str
+
+
+@functools.cache
+def definitions() -> Mapping[str, Definition]:
+    """All definitions by name."""
+    text = importlib.resources.files("vilam3_jax.datasets").joinpath("definitions.json").read_text("utf-8")
+    content = json.loads(text)
+    return {row["name"]: _definition(row, content["works"]) for row in content["findings"]}
+
+
+def find(label: str) -> Definition | None:
+    """The definition of a label as a dataset writes it, or None.
+
+    >>> find("Pleural_Thickening").name, find("Lung nodule").name
+    ('pleural_thickening', 'nodule')
+    """
+    return _by_label().get(_key(label))
+
+
+def describe(
+    states: Mapping[str, bool | None],
+    rng: random.Random | None = None,
+    *,
+    modality: str = "CXR",
+    image: str = "",
+) -> str:
+    """A sentence or two about an image whose labels are known.
+
+    Args:
+      states: label → present, absent, or unknown (None: not spoken of). A label without a definition is named
+        by its own words. `NORMAL` present stands for a normal image, whatever else is absent.
+      rng: picks the wording, which findings a long sentence leaves out, and whether absent ones are told.
+        None: the same sentence for the same labels.
+      modality: "CXR" or "CT"; decides how the image is called.
+      image: how the image is called instead, such as "Fundus photograph".
+
+    Returns:
+      The text, at most about 50 words.
+
+    Raises:
+      ValueError: no label is present or absent.
+    """
+    named = image or _choice(_IMAGES.get(modality, (f"{modality} image" if modality else "Image",)), rng)
+    present = [label for label, there in states.items() if there and label != NORMAL]
+    absent = [label for label, there in states.items() if there is False and label != NORMAL]
+    if present:
+        return _of_present(named, present, rng) + _denial(absent, rng)
+    if states.get(NORMAL):
+        return _of_normal(named, rng)
+    if not absent:
+        raise ValueError("no label is present or absent")
+    terms = _listed([_words(label)[0] for label in _some(absent, _MOST_DENIED, rng)], "or")
+    return _choice(_DENIED, rng).format(image=named, terms=terms)
+
+
+def _of_present(image: str, labels: Sequence[str], rng: random.Random | None) -> str:
+    if len(labels) == 1:
+        definition = find(labels[0])
+        if definition is not None:
+            return _choice(_DEFINED, rng).format(
+                image=image,
+                term=_choice(definition.terms, rng),
+                description=_choice(definition.descriptions, rng),
+            )
+    terms = [_choice(_words(label), rng) for label in _some(labels, _MOST_NAMED, rng)]
+    return _choice(_NAMED, rng).format(image=image, terms=_listed(terms, "and"))
+
+
+def _of_normal(image: str, rng: random.Random | None) -> str:
+    normal = definitions()[NORMAL]
+    inner = image if image[:2].isupper() else image[0].lower() + image[1:]
+    words = _choice((*normal.terms, *normal.descriptions), rng)
+    return _choice((f"Normal {inner}.", f"{image} with {words}."), rng)
+
+
+def _denial(absent: Sequence[str], rng: random.Random | None) -> str:
+    if rng is None or not absent or rng.random() < 0.5:
+        return ""
+    terms = _listed([_words(label)[0] for label in _some(absent, 1, rng)], "or")
+    return rng.choice(_ADDED_DENIAL).format(terms=terms)
+
+
+def _words(label: str) -> tuple[str, ...]:
+    definition = find(label)
+    return definition.terms if definition else (label.replace("_", " ").strip().lower(),)
+
+
+def _some(labels: Sequence[str], most: int, rng: random.Random | None) -> list[str]:
+    """Up to `most` labels, in an order that `rng` decides."""
+    return list(labels[:most]) if rng is None else rng.sample(list(labels), min(most, len(labels)))
+
+
+def _choice(options: Sequence[str], rng: random.Random | None) -> str:
+    return options[0] if rng is None else rng.choice(options)
+
+
+def _listed(terms: Sequence[str], last: str) -> str:
+    return terms[0] if len(terms) == 1 else f"{', '.join(terms[:-1])} {last} {terms[-1]}"
+
+
+@functools.cache
+def _by_label() -> Mapping[str, Definition]:
+    found = definitions().values()
+    aliases = {_key(alias): one for one in found for alias in one.aliases}
+    return aliases | {_key(one.name): one for one in found}
+
+
+def _key(label: str) -> str:
+    return re.sub(r"[\s_-]+", " ", label).strip().lower()
+
+
+def _definition(row: Mapping, works: Mapping[str, str]) -> Definition:
+    source = row["source"]
+    return Definition(
+        row["name"],
+        tuple(row["aliases"]),
+        tuple(row["terms"]),
+        tuple(row["descriptions"]),
+        f"{works[source['work']]} Entry: {source['entry']}",
+    )

@@ -33,14 +33,13 @@ from vilam3_jax.data.images import load_film
 from vilam3_jax.data.records import ExampleWriter
 from vilam3_jax.data.volumes import Volume, read_volume
 from vilam3_jax.datasets.samples import INDEX_NAME, MODALITY_CODES, read_samples
-from vilam3_jax.datasets.slices import PLANE_OF_AXIS, body_profile
+from vilam3_jax.datasets.slices import PLANE_OF_AXIS, body_slices
 from vilam3_jax.errors import UnavailableError, UserError
 
 AXIS = 2
 _WORDS = {"CT": "CT", "MR": "MRI"}
 _VOLUMES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
 _FILMS = (".png", ".jpg", ".jpeg")
-_MIN_BODY = 0.25  # of the fullest slice
 _MIN_LESION = 20  # pixels; with fewer, but some, a slice is doubtful and left out
 _MAX_FILES = 10_000_000
 _MAX_JSON_BYTES = 64 << 20
@@ -231,8 +230,7 @@ def _annotations(
 
 
 def _worthwhile(number: int, volume: Volume, said: Sequence[Annotation], min_pixels: int) -> list[Candidate]:
-    profile = body_profile(volume, AXIS)
-    shown = profile >= max(0.02, _MIN_BODY * profile.max())
+    shown = body_slices(volume, AXIS)
     largest, lesions = np.zeros(len(shown), np.int64), np.zeros(len(shown), np.int64)
     doubtful, looked = np.zeros(len(shown), bool), False
     for annotation in said:

@@ -86,12 +86,25 @@ def body_profile(volume: Volume, axis: int) -> np.ndarray:
     return (volume.voxels > threshold).mean(axis=rest)
 
 
+def body_slices(volume: Volume, axis: int) -> np.ndarray:
+    """Which slices along `axis` hold enough of the body to be worth a look, [n] bool."""
+    profile = body_profile(volume, axis)
+    return profile >= max(0.02, _MIN_BODY * profile.max())
+
+
 def pick(candidates: list[int], count: int, rng: random.Random) -> list[int]:
     """At most `count` of the candidates, evenly spread with a little jitter, ascending."""
     if len(candidates) <= count:
         return list(candidates)
     edges = np.linspace(0, len(candidates), count + 1).astype(int)
     return [candidates[rng.randrange(a, b)] for a, b in itertools.pairwise(edges)]
+
+
+def pick_halves(one: list[int], other: list[int], count: int, rng: random.Random) -> list[int]:
+    """`pick` of which half come from each list, as far as there are as many; ascending."""
+    fewer, more = sorted((one, other), key=len)
+    first = pick(fewer, max(1, count // 2), rng)
+    return sorted(first + pick(more, count - len(first), rng))
 
 
 @dataclasses.dataclass
@@ -138,8 +151,7 @@ class LabelledVolume:
 
     def candidates(self, axis: int) -> list[int]:
         """Slices along `axis` that hold enough of the body."""
-        profile = body_profile(self.volume, axis)
-        return np.flatnonzero(profile >= max(0.02, _MIN_BODY * profile.max())).tolist()
+        return np.flatnonzero(body_slices(self.volume, axis)).tolist()
 
     def slices(self, count: int, rng: random.Random) -> list[tuple[int, int]]:
         """Picks (axis, index) pairs.
@@ -160,13 +172,8 @@ class LabelledVolume:
             if focus is None:
                 picked = pick(candidates, count, rng)
             else:
-                parts = [
-                    [i for i in candidates if focus[i] >= MIN_PIXELS],
-                    [i for i in candidates if focus[i] == 0],
-                ]
-                fewer, more = sorted(parts, key=len)
-                first = pick(fewer, max(1, count // 2), rng)
-                picked = sorted(first + pick(more, max(1, count - len(first)), rng))
+                showing = [i for i in candidates if focus[i] >= MIN_PIXELS]
+                picked = pick_halves(showing, [i for i in candidates if focus[i] == 0], count, rng)
             chosen += [(axis, index) for index in picked]
         return chosen
 

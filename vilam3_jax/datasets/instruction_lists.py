@@ -6,11 +6,14 @@ Read are `conversations` of `from`/`value`, `messages` of `role`/`content` (cont
 
 from __future__ import annotations
 
+import array
 import base64
 import binascii
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -18,7 +21,7 @@ import numpy as np
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ImageRef, from_instruction
 from vilam3_jax.datasets import record_files
 from vilam3_jax.datasets.conversations import question_meta, text_of
-from vilam3_jax.datasets.dataset import SkipItem
+from vilam3_jax.datasets.dataset import SkipItem, Split
 from vilam3_jax.datasets.record_files import Place
 from vilam3_jax.errors import UserError
 
@@ -80,8 +83,8 @@ class Scan:
     Attributes:
       records: of the whole list, [n] of `RecordList.DTYPE`; identities are set.
       nodes: (record, digest) pairs: what may not be divided between splits, such as images. [m, 2] uint64.
-      labels: split of each record, an index into `names`; -1: it has none.
-      names: of splits.
+      labels: what each record belongs to, an index into `names`; -1: nothing.
+      names: of labels.
     """
 
     records: np.ndarray
@@ -93,24 +96,26 @@ class Scan:
 def scan(
     path: str,
     nodes_of: Callable[[Mapping[str, Any]], Sequence[bytes]] | None = None,
-    split_of: Callable[[Mapping[str, Any]], str | None] | None = None,
+    label_of: Callable[[Mapping[str, Any]], str | None] | None = None,
 ) -> Scan:
     """Walks through a list once.
 
     Args:
       path: of the file.
       nodes_of: what of a record may not be divided between splits; called on every record that is an object.
-      split_of: the split that a record states.
+      label_of: what a record belongs to, such as the split that it states; None: nothing.
 
     Raises:
       UserError: the file cannot be read as a list of records.
     """
-    places: list[tuple[int, int, int]] = []
-    ids, contents, owners, digests, labels = [], [], [], [], []
+    rows, starts, lengths, ids, contents, owners, digests = (array.array("Q") for _ in range(7))
+    labels = array.array("q")
     names: dict[str, int] = {}
     for place, data in record_files.walk(path):
-        position = len(places)
-        places.append((place.row, place.start, place.length))
+        position = len(rows)
+        rows.append(place.row)
+        starts.append(place.start)
+        lengths.append(place.length)
         try:
             record = record_files.parse(data)
             name = record_id(record, place.row)
@@ -122,17 +127,20 @@ def scan(
             continue
         ids.append(record_files.digest(b"id\0" + _encoded(name)))
         contents.append(record_files.digest(data))
-        split = split_of(record) if split_of else None
-        labels.append(-1 if split is None else names.setdefault(split, len(names)))
+        label = label_of(record) if label_of else None
+        labels.append(-1 if label is None else names.setdefault(label, len(names)))
         for node in nodes_of(record) if nodes_of else ():
             owners.append(position)
             digests.append(record_files.digest(node))
-    records = np.zeros(len(places), RecordList.DTYPE)
-    if places:
-        records["row"], records["start"], records["length"] = np.array(places, np.uint64).T
-    records["identity"] = _identities(np.array(ids, np.uint64), np.array(contents, np.uint64))
-    nodes = np.stack([np.array(owners, np.uint64), np.array(digests, np.uint64)], axis=1)
+    records = np.zeros(len(rows), RecordList.DTYPE)
+    records["row"], records["start"], records["length"] = map(_uint64, (rows, starts, lengths))
+    records["identity"] = _identities(_uint64(ids), _uint64(contents))
+    nodes = np.stack([_uint64(owners), _uint64(digests)], axis=1)
     return Scan(records, nodes, np.array(labels, np.int64), list(names))
+
+
+def _uint64(values: array.array[int]) -> np.ndarray:
+    return np.frombuffer(values, np.uint64) if values else np.zeros(0, np.uint64)
 
 
 def _identities(ids: np.ndarray, contents: np.ndarray) -> np.ndarray:
@@ -157,6 +165,25 @@ def _identities(ids: np.ndarray, contents: np.ndarray) -> np.ndarray:
 
 def _encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
+
+
+def split_of(
+    path: str, records: np.ndarray, make: Callable[..., Iterable[Example]], expected: int | None = None
+) -> Split:
+    """A split of records.
+
+    Args:
+      path: of the list.
+      records: of `Scan.records`, or some of them.
+      make: a function of a module, or a partial of one. Called with `path=` too.
+      expected: see `Split`.
+    """
+    name_of = functools.partial(_name_of, file=os.path.basename(path))
+    return Split(RecordList(records), functools.partial(make, path=path), name_of, expected)
+
+
+def _name_of(item: Record, *, file: str) -> str:
+    return f"{file} record {item.place.row}"
 
 
 # --- one record
@@ -334,6 +361,18 @@ def _joined(parts: Sequence[Any], position: int) -> tuple[str, list[Any]]:
         else:
             raise SkipItem(f"a part of turn {position} is neither text nor image")
     return "\n".join(texts), images
+
+
+def caption_of(example: Example) -> str:
+    """The answer of a dialogue that asks for a caption.
+
+    Raises:
+      SkipItem: it has several exchanges.
+    """
+    answers = [turn.text for turn in example.turns if turn.role == "assistant"]
+    if len(answers) != 1:
+        raise SkipItem(f"has {len(answers)} answers, a caption is one")
+    return text_of(answers[0], "caption")
 
 
 def questions_of(example: Example) -> list[dict[str, Any]]:

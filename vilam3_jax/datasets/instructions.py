@@ -19,7 +19,7 @@ from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.datasets import instruction_lists
 from vilam3_jax.datasets.conversations import metadata, text_of
 from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Split
-from vilam3_jax.datasets.instruction_lists import Record, RecordList, Scan
+from vilam3_jax.datasets.instruction_lists import Record, Scan
 from vilam3_jax.datasets.pictures import checked
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
@@ -119,12 +119,9 @@ class Instructions(Dataset):
         records = found.records
         records["group"] = groups = _groups(len(records), found.nodes, records["start"])
         sides = _stated(found, path, split) if split else _held_out(groups, self.options.heldout, path)
-        make = functools.partial(
-            _make, path=path, patient=patient, stated=split or "", modality=self.options.modality
-        )
-        name_of = functools.partial(_name_of, file=os.path.basename(path))
+        make = functools.partial(_make, patient=patient, stated=split or "", modality=self.options.modality)
         return {
-            side: Split(RecordList(records[chosen]), make, name_of)
+            side: instruction_lists.split_of(path, records[chosen], make)
             for side, chosen in sides.items()
             if chosen.any()
         }
@@ -204,10 +201,6 @@ def _stated(found: Scan, path: str, key: str) -> dict[str, np.ndarray]:
     sides = {name: found.labels == number for number, name in enumerate(found.names)}
     sides[found.names[0]] |= found.labels < 0
     return dict(sorted(sides.items()))
-
-
-def _name_of(item: Record, *, file: str) -> str:
-    return f"{file} record {item.place.row}"
 
 
 def _make(

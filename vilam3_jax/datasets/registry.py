@@ -12,14 +12,19 @@ ENTRY_POINTS = "vilam3.datasets"
 
 # Name → (module, class). One row per dataset; keep them sorted.
 DATASETS: dict[str, tuple[str, str]] = {
+    "cc3m_595k": ("cc3m_595k", "Cc3m595k"),
     "chexpert": ("chexpert", "CheXpert"),
     "instructions": ("instructions", "Instructions"),
+    "llava_med": ("llava_med", "LlavaMed"),
+    "llava_pretrain": ("llava_pretrain", "LlavaPretrain"),
+    "medqa": ("medqa", "MedQa"),
     "medxpert_qa": ("medxpert_qa", "MedXpertQa"),
     "mimic_cxr_class": ("mimic_cxr_class", "MimicCxrClass"),
     "msd": ("msd", "MSD"),
     "omni_med_vqa": ("omni_med_vqa", "OmniMedVqa"),
     "path_vqa": ("path_vqa", "PathVqa"),
     "pmc_vqa": ("pmc_vqa", "PmcVqa"),
+    "sharegpt4v": ("sharegpt4v", "ShareGpt4V"),
     "slake": ("slake", "Slake"),
     "vqa_rad": ("vqa_rad", "VqaRad"),
 }

@@ -1,0 +1,118 @@
+"""ShareGPT4V: long descriptions of pictures by GPT-4V and by its captioner, and a mixture of instructions."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from vilam3_jax.data.examples import Example
+from vilam3_jax.datasets import caption_lists, instruction_lists
+from vilam3_jax.datasets.conversations import metadata
+from vilam3_jax.datasets.dataset import Context, Dataset, Split
+from vilam3_jax.datasets.instruction_lists import Record
+from vilam3_jax.datasets.pictures import Pictures
+from vilam3_jax.datasets.source_files import SourceFolder
+from vilam3_jax.errors import UserError
+
+_FILES = {
+    "captions": "sharegpt4v_instruct_gpt4-vision_cap100k.json",
+    "pretrain": "share-captioner_coco_lcs_sam_1246k_1107.json",
+    "instruct": "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json",
+}
+_ROOTS = (
+    "llava/llava_pretrain/images",
+    "coco/train2017",
+    "sam/images",
+    "gqa/images",
+    "ocr_vqa/images",
+    "textvqa/train_images",
+    "vg/VG_100K",
+    "vg/VG_100K_2",
+    "share_textvqa/images",
+    "web-celebrity/images",
+    "web-landmark/images",
+    "wikiart/images",
+)
+_TEXT = "text"
+
+
+class ShareGpt4V(Dataset):
+    """Lists of dialogues about the pictures of other datasets, whose folders lie beside them.
+
+    Folders of pictures that a list names and that are not there end the build, unless `--leave-out` names
+    them: their records are then no items. Records without an image are kept as text.
+    """
+
+    name = "sharegpt4v"
+    description = "Long descriptions of pictures, and a mixture of instructions (ShareGPT4V)."
+    homepage = "https://github.com/ShareGPT4Omni/ShareGPT4V"
+    citation = "Chen et al., ShareGPT4V: Improving Large Multi-Modal Models with Better Captions, ECCV 2024"
+    licence = "CC-BY-NC-4.0"
+    instructions = (
+        "Fetch the variant's list from https://huggingface.co/datasets/Lin-Chen/ShareGPT4V, and the pictures "
+        "as docs/Data.md of https://github.com/ShareGPT4Omni/ShareGPT4V describes, to the folders that it names "
+        f"({', '.join(_ROOTS)}), below data/ or beside the list."
+    )
+    configs: Mapping[str, str] = {
+        "pretrain": "1,246k descriptions of the captioner",
+        "captions": "102k descriptions of GPT-4V",
+        "instruct": "the mixture of 665k dialogues",
+    }
+    expert_inputs = False
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Declares which folders of pictures are left out."""
+        parser.add_argument(
+            "--leave-out",
+            default="",
+            metavar="FOLDER,...",
+            help="folders of pictures, such as sam/images, whose records are not built",
+        )
+
+    def splits(self, source: SourceFolder) -> Mapping[str, Split]:
+        """Walks through the list and looks for the folders that it names."""
+        (file,) = source.require(_FILES[self.config])
+        path = str(source.root / file)
+        found = instruction_lists.scan(path, label_of=_root_of)
+        named = {name: number for number, name in enumerate(found.names) if name != _TEXT}
+        left_out = {name.strip().strip("/") for name in self.options.leave_out.split(",")} - {""}
+        if unknown := left_out - set(named):
+            raise UserError(
+                f"--leave-out {', '.join(sorted(unknown))}: {path} names no such folder; it names "
+                + ", ".join(sorted(named))
+            )
+        below = "data/" if source.find("data") else ""
+        wanted = sorted(set(named) - left_out)
+        if missing := [f"{below}{name}" for name in wanted if source.find(f"{below}{name}") is None]:
+            raise UserError(
+                f"{source.root}: {', '.join(missing)} missing; fetch them or give them to --leave-out. "
+                f"{self.instructions}"
+            )
+        kept = ~np.isin(found.labels, [named[name] for name in left_out])
+        make = functools.partial(_make, pictures=Pictures(below.rstrip("/")))
+        return {"train": instruction_lists.split_of(path, found.records[kept], make)}
+
+
+def _root_of(record: Mapping[str, Any]) -> str | None:
+    names = instruction_lists.image_names(record)
+    if not names:
+        return _TEXT
+    if not isinstance(names[0], str):
+        return None
+    name = names[0].strip().lstrip("/")
+    known = [root for root in _ROOTS if name.startswith(f"{root}/")]
+    return known[0] if known else name.rpartition("/")[0].partition("/")[0] or None
+
+
+def _make(item: Record, context: Context, *, path: str, pictures: Pictures) -> Iterator[Example]:
+    name, record = instruction_lists.read_record(path, item)
+    example = instruction_lists.dialogue(
+        name, record, functools.partial(caption_lists.picture, context, pictures)
+    )
+    meta = metadata(context, modality="", group=caption_lists.group_of(record))
+    yield caption_lists.shaped(example, meta, "conversation")

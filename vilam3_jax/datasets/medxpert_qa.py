@@ -10,7 +10,7 @@ from vilam3_jax.data.examples import Example
 from vilam3_jax.datasets import multiple_choice
 from vilam3_jax.datasets.conversations import conversation, metadata, question_meta, text_of
 from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Split
-from vilam3_jax.datasets.rows import Row, below, fields, name_of, rows_of
+from vilam3_jax.datasets.rows import Row, below, fields, name_of, rows_of, word
 from vilam3_jax.datasets.source_files import SourceFolder
 
 _FOLDERS = {"mm": "MM", "text": "Text"}
@@ -71,10 +71,9 @@ def make(row: Row, context: Context) -> Iterator[Example]:
     stem = text_of("Answer Choices:".join(question[:-1] or question), "question before its options")
     asked = multiple_choice.choice(stem, texts, letter)
     images = [context.image(below(_IMAGES, _without_folder(name))) for name in _images(values, context)]
-    kept = {key: values.get(key) for key in ("medical_task", "body_system", "question_type")}
-    words: dict[str, Any] = {key: value for key, value in kept.items() if isinstance(value, str)}
+    words = {key: word(values, key) or None for key in ("medical_task", "body_system", "question_type")}
     meta = metadata(context, modality="", group=row.id, **words)
-    kind = words.get("question_type", "multiple_choice")
+    kind = words["question_type"] or "multiple_choice"
     qa = question_meta(asked.question, asked.answer, kind, options=asked.options)
     yield conversation(row.id, images, [(asked.prompt, asked.reply)], meta, questions=[qa])
 

@@ -10,7 +10,7 @@ from vilam3_jax.data.examples import Example
 from vilam3_jax.datasets import multiple_choice
 from vilam3_jax.datasets.conversations import conversation, metadata, question_meta, text_of
 from vilam3_jax.datasets.dataset import Context, Dataset, Split
-from vilam3_jax.datasets.rows import Row, below, fields, name_of, rows_of
+from vilam3_jax.datasets.rows import Row, below, fields, name_of, rows_of, word
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
 
@@ -91,18 +91,12 @@ def make(row: Row, context: Context) -> Iterator[Example]:
     asked = multiple_choice.choice(text_of(values.get("question"), "question"), options, letter)
     base = row.file.partition("QA_information/")[0].rstrip("/")
     image = below(base, values.get("image_path"))
-    source = _word(values, "dataset") or row.file.rpartition("/")[2].removesuffix(".json")
-    modality = modality_of(_word(values, "modality_type") or _word(values, "modality"), source)
-    kind = _word(values, "question_type") or "multiple_choice"
+    source = word(values, "dataset") or row.file.rpartition("/")[2].removesuffix(".json")
+    modality = modality_of(word(values, "modality_type") or word(values, "modality"), source)
+    kind = word(values, "question_type") or "multiple_choice"
     meta = metadata(context, modality=modality, group=image, source=source)
     qa = question_meta(asked.question, asked.answer, kind, options=asked.options)
     yield conversation(row.id, [context.image(image)], [(asked.prompt, asked.reply)], meta, questions=[qa])
-
-
-def _word(values: Mapping[str, Any], key: str) -> str:
-    """A text that questions can do without, or ""."""
-    value = values.get(key)
-    return value.strip() if isinstance(value, str) else ""
 
 
 def modality_of(stated: str, source: str) -> str:

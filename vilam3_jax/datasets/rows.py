@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from vilam3_jax.data.examples import path_problem
@@ -77,6 +77,14 @@ def fields(row: Row) -> dict[str, Any]:
     if not isinstance(row.values, dict):
         raise SkipItem(f"the row is a {type(row.values).__name__}, not an object")
     return row.values
+
+
+def word(values: Mapping[str, Any], key: str) -> str:
+    """A text that an example can do without; "" where it is missing or no text."""
+    try:
+        return text_of(values.get(key), key).strip()
+    except SkipItem:
+        return ""
 
 
 def below(folder: str, name: object) -> str:

@@ -1,0 +1,72 @@
+"""ROCOv2: radiological figures of open-access articles with captions and UMLS concepts."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Mapping
+
+from vilam3_jax.datasets import figure_captions
+from vilam3_jax.datasets.dataset import Dataset, Split
+from vilam3_jax.datasets.figure_captions import Figure
+from vilam3_jax.datasets.rows import name_of, rows_of
+from vilam3_jax.datasets.source_files import SourceFolder
+
+_SPLITS = {"train": "train", "validation": "valid", "test": "test"}
+_EXPECTED = {"train": 59_958, "validation": 9_904, "test": 9_927}
+_CAPTIONS = {"id": ("ID",), "caption": ("Caption",)}
+_CONCEPTS = {"id": ("ID",), "concepts": ("CUIs",)}
+
+
+class RocoV2(Dataset):
+    """Images with captions; `meta.concepts` has the concepts of UMLS, and gives the modality.
+
+    The licence is another one for each image: `license_information.csv` of the source says which.
+    """
+
+    name = "roco_v2"
+    description = "Radiological figures of open-access articles with captions and UMLS concepts."
+    homepage = "https://zenodo.org/records/10821435"
+    citation = "Rückert et al., ROCOv2: Radiology Objects in COntext Version 2, Scientific Data 2024"
+    licence = "per image (license_information.csv)"
+    instructions = """
+        Fetch from https://zenodo.org/records/10821435 {train,valid,test}_captions.csv,
+        {train,valid,test}_concepts.csv and {train,valid,test}_images.zip, each unpacked to
+        train_images/train/ (or train/) and likewise for valid and test.
+        """
+    expert_inputs = False
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Declares `--pairs`."""
+        figure_captions.add_pairs_option(parser)
+
+    def splits(self, source: SourceFolder) -> Mapping[str, Split]:
+        """Reads captions and concepts of the three splits."""
+        stems = list(_SPLITS.values())
+        found = source.require(
+            *([f"{stem}_images/{stem}", stem, f"{stem}_images"] for stem in stems),
+            *(f"{stem}_{table}.csv" for table in ("captions", "concepts") for stem in stems),
+        )
+        folders = dict(zip(stems, found, strict=False))
+        make = functools.partial(figure_captions.make, kind="pair" if self.options.pairs else "caption")
+        taken: set[str] = set()
+        splits = {}
+        for split, stem in _SPLITS.items():
+            file = f"{stem}_captions.csv"
+            concepts = {
+                row["id"].strip(): tuple(cui.strip() for cui in row["concepts"].split(";") if cui.strip())
+                for row in source.table(f"{stem}_concepts.csv", _CONCEPTS)
+            }
+            figures = (
+                Figure(folders[stem], f"{name}.jpg" if name else "", row["caption"], concepts.get(name, ()))
+                for row in source.table(file, _CAPTIONS)
+                for name in [row["id"].strip()]
+            )
+            rows = rows_of(file, enumerate(figures, 1), _stem, taken=taken)
+            splits[split] = Split(rows, make, name_of, _EXPECTED[split])
+        return splits
+
+
+def _stem(figure: Figure) -> str:
+    return figure.file.removesuffix(".jpg")

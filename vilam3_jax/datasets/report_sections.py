@@ -2,8 +2,9 @@
 
 The columns are those of the sectioner that MIMIC-CXR publishes, by the same rules: headers in capitals at the
 start of a line, the last section of a kind counts, and a report without findings and impression has a last
-paragraph. Two things differ: an addendum above the report is a section of its own, and no study has a rule of
-its own, as those would be lists of the database's ids.
+paragraph. Four things differ: an addendum above the report is a section of its own, sections without text do
+not count, a header may end the report, and no study has a rule of its own, as those would be lists of the
+database's ids.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ COLUMNS = ("impression", "findings", "last_paragraph", "comparison")
 _HEADER = re.compile(r"\n[ \t]*([A-Z][A-Z ()/,-]*):(?=\s|\Z)")
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
 _SEPARATOR = re.compile(r"^[ \t]*_{8,}[ \t]*$", re.MULTILINE)  # `___` alone masks a word
+_TARGETS = ("findings", "impression")
 _KINDS = ("impression", "findings", "history", "comparison", "addendum")
 _SYNONYMS = {"conclusion": "impression", "reference exam": "comparison"}
 _CLOSE = 0.87  # passes "finidngs" and "imoression", not "compression"
@@ -65,11 +67,14 @@ def sections_of(report: str) -> Sections:
     'Normal.'
     """
     addendum, text = _without_addendum(report.replace("\r\n", "\n").replace("\r", "\n"))
-    parts = _parts("\n" + text)
-    found = {kind: body.strip() for kind, body in parts if body.strip()}
+    parts = _parts(text if text.startswith("\n") else "\n" + text)
+    parts = [(kind, body) for kind, body in parts if kind not in _TARGETS or body.strip()]
     last = ""
-    if "findings" not in found and "impression" not in found:
-        last = "\n\n".join(_BLANK_LINE.split(parts[-1][1])[1:]).strip()
+    if not any(kind in _TARGETS for kind, _ in parts):
+        kind, body = parts[-1]
+        body, *rest = _BLANK_LINE.split(body)
+        parts[-1], last = (kind, body), "\n\n".join(rest).strip()
+    found = {kind: body.strip() for kind, body in parts if body.strip()}
     return Sections(
         found.get("impression", ""),
         found.get("findings", ""),
@@ -100,9 +105,9 @@ def _parts(text: str) -> list[tuple[str, str]]:
     header = _HEADER.search(text)
     parts = [("preamble", text[: header.start()] if header else text)]
     while header:
-        line_end = text.find("\n", header.end() + 1)
-        following = _HEADER.search(text, max(line_end, header.end()))
-        body = text[header.end() : following.start() if following else len(text)]
+        start = header.end() + 1  # past the blank or line end behind the colon
+        following = _HEADER.search(text, max(text.find("\n", start), start))
+        body = text[start : following.start() if following else len(text)]
         parts.append((kind_of(header[1]), body))
         header = following
     return parts

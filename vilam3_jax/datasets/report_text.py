@@ -21,6 +21,7 @@ _SENTENCE_END = re.compile(r"(?<=[.?!]) (?=\S)")
 _ABBREVIATION = re.compile(
     r"(?:^|[\s(])(?:dr|drs|mr|mrs|ms|st|vs|no|approx|a\.m|p\.m|e\.g|i\.e|[a-z])\.$", re.IGNORECASE
 )
+_LONGEST_ABBREVIATION = 12  # with what precedes it
 _WORD = re.compile(r"\S+")
 
 _FILLERS = frozenset(
@@ -79,7 +80,7 @@ def sentences_of(text: str) -> list[str]:
     """
     sentences: list[str] = []
     for part in _SENTENCE_END.split(text):
-        if sentences and _ABBREVIATION.search(sentences[-1]):
+        if sentences and _ABBREVIATION.search(sentences[-1][-_LONGEST_ABBREVIATION:]):
             sentences[-1] += " " + part
         else:
             sentences.append(part)

@@ -1,0 +1,126 @@
+"""Sections of reports: golden reports, and what holds of any text."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vilam3_jax.datasets.report_sections import COLUMNS, Sections, kind_of, sections_of
+
+REPORT = """                                 FINAL REPORT
+ EXAMINATION:  CHEST (PA AND LAT)
+
+ INDICATION:  Made-up cough.
+
+ COMPARISON:  Chest radiograph ___
+
+ FINDINGS:
+
+ The lungs are clear.  NOTE: none.
+ There is no effusion.
+
+ IMPRESSION:
+
+ No acute process.
+"""
+
+
+def test_a_usual_report():
+    assert sections_of(REPORT).row("80000001") == {
+        "study": "s80000001",
+        "impression": "No acute process.",
+        "findings": "The lungs are clear.  NOTE: none.\n There is no effusion.",
+        "last_paragraph": "",
+        "comparison": "Chest radiograph ___",
+    }
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        # The last section of a kind counts, an empty one does not.
+        (" FINDINGS: First.\n\n FINDINGS: Second.\n\n FINDINGS:\n", Sections(findings="Second.")),
+        # A header right below a bare header is text.
+        (" FINDINGS:\n CHEST: Clear.\n", Sections(findings="CHEST: Clear.")),
+        # A title that names the views opens the findings; both may stand under one header.
+        (" PORTABLE AP VIEW: Clear.", Sections(findings="Clear.")),
+        (" FINDINGS/IMPRESSION: Clear.", Sections(impression="Clear.")),
+        (" CONCLUSION: Clear.\r\n\r\n COMPARISONS: None.\r\n", Sections("Clear.", "", "", "None.")),
+        # Neither findings nor impression: what follows the first blank line of the last section.
+        (
+            " WET READ: Done.\n\n COMPARISON: None.\n \n Lungs clear.\n\n No effusion.\n",
+            Sections(last_paragraph="Lungs clear.\n\n No effusion.", comparison="None."),
+        ),
+        (" INDICATION: Cough.", Sections()),
+        ("", Sections()),
+        ("FINDINGS: Clear.", Sections(findings="Clear.")),
+        # Words in capitals inside a line, and masks, are no headers.
+        (" FINDINGS: Tip in SVC: good.\n ___: seen.", Sections(findings="Tip in SVC: good.\n ___: seen.")),
+    ],
+)
+def test_reports_of_other_forms(report, expected):
+    assert sections_of(report) == expected
+
+
+def test_an_addendum_above_the_report_is_no_part_of_it():
+    addendum = " ADDENDUM\n IMPRESSION: The device is a port.\n"
+    line = f" {'_' * 60}\n"
+    assert sections_of(addendum + line + " FINDINGS: Clear.") == Sections(
+        findings="Clear.", addendum="ADDENDUM\n IMPRESSION: The device is a port."
+    )
+    # Without the word, or with nothing below, the line is decoration.
+    assert sections_of(" FINDINGS: Clear.\n" + line + " IMPRESSION: Normal.").impression == "Normal."
+    assert sections_of(addendum + line).impression.startswith("The device")
+
+
+@pytest.mark.parametrize(
+    ("header", "kind"),
+    [
+        ("FINIDNGS", "findings"),
+        ("IMOREssION".upper(), "impression"),
+        ("COMPARRISON", "comparison"),
+        ("REFERENCE EXAM", "comparison"),
+        ("CHEST, TWO VIEWS", "findings"),
+        ("COMPRESSION", "compression"),
+        ("CLINICAL INDICATION", "clinical indication"),
+        ("NDICATION", "ndication"),
+    ],
+)
+def test_kinds_of_headers(header, kind):
+    assert kind_of(header) == kind
+
+
+_LINES = st.lists(
+    st.sampled_from(
+        [
+            " FINDINGS: Clear.",
+            " IMPRESSION:",
+            "",
+            " ",
+            " Text here.",
+            " " + "_" * 20,
+            " ADDENDUM",
+            " ___",
+            "A:",
+        ]
+    )
+    | st.text("AB: \r\n_.", max_size=12),
+    max_size=12,
+)
+
+
+@given(_LINES)
+@settings(max_examples=150, deadline=None)
+def test_sections_are_runs_of_the_report_and_survive_the_table(lines):
+    report = "\n".join(lines)
+    found = sections_of(report)
+    assert found == sections_of(report)
+    words = " ".join(report.split())
+    for name in COLUMNS:
+        text = getattr(found, name)
+        assert text == text.strip() and " ".join(text.split()) in words
+    assert not (found.last_paragraph and (found.findings or found.impression))
+    row = found.row("1")
+    assert list(row) == ["study", *COLUMNS] and Sections.of_row(row).row("1") == row
+    assert re.fullmatch("s1", row["study"])

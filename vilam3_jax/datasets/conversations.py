@@ -28,8 +28,10 @@ def text_of(value: object, what: str) -> str:
         raise SkipItem(f"the {what} is empty")
     if len(text) > _MAX_TEXT:
         raise SkipItem(f"the {what} has {len(text)} characters; up to {_MAX_TEXT} are read")
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise SkipItem(f"the {what} holds half of a surrogate pair, which is no text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise SkipItem(f"the {what} holds half of a surrogate pair, which is no text") from None
     return text
 
 

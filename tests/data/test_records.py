@@ -12,8 +12,9 @@ import pytest
 
 from vilam3_jax.data import shards
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, Turn
-from vilam3_jax.data.records import ExampleSource, ExampleWriter, read_info
+from vilam3_jax.data.records import ExampleSource, ExampleWriter
 from vilam3_jax.data.shards import ShardReaders, open_reader
+from vilam3_jax.data.tfds_folder import read_info
 from vilam3_jax.errors import UserError
 
 
@@ -55,7 +56,7 @@ def test_dataset_in_a_bucket(bucket) -> None:
     with ExampleWriter("gs://bucket/films", "train", bytes_per_shard=300) as writer:
         for number in range(6):
             writer.write(example(number))
-    assert len(list((bucket / "films").glob("*.array_record"))) == len(writer._shards) > 2
+    assert len(list((bucket / "films").glob("*.array_record-*"))) == len(writer._shards) > 2
     source = ExampleSource("gs://bucket/films", "train")
     assert source.name == "films"
     assert [source[i] for i in (5, 0, 1, 2, 3, 4, 5)] == [example(i) for i in (5, 0, 1, 2, 3, 4, 5)]
@@ -63,13 +64,13 @@ def test_dataset_in_a_bucket(bucket) -> None:
     (bucket / "films" / writer._shards[1]["file"]).unlink()
     assert source[2] == example(2)  # fetched before
     assert again[0] == example(0)
-    with pytest.raises(UserError, match=r"00001\.array_record: cannot be read \(no such file\)"):
+    with pytest.raises(UserError, match=r"array_record-00001-of-0000\d: cannot be read \(no such file\)"):
         again[writer._shards[0]["records"]]
-    with pytest.raises(UserError, match=r"00001\.array_record: No such file"):
+    with pytest.raises(UserError, match=r"array_record-00001-of-0000\d: No such file"):
         ExampleSource("gs://bucket/films", "train")
     with pytest.raises(UserError, match="no example for split"), ExampleWriter("gs://bucket/none", "train"):
         pass
-    assert not list((bucket / "none").iterdir())
+    assert not list((bucket / "none").glob("*"))
 
 
 def test_a_shard_under_way_does_not_hold_up_others(bucket, monkeypatch) -> None:
@@ -81,7 +82,7 @@ def test_a_shard_under_way_does_not_hold_up_others(bucket, monkeypatch) -> None:
 
     def fetched_in_time(self, path):
         fetched.append(path.name)
-        assert "00000" not in path.name or slow.wait(60)
+        assert "-00000-" not in path.name or slow.wait(60)
         return fetch(self, path)
 
     monkeypatch.setattr(ShardReaders, "_fetched", fetched_in_time)
@@ -123,20 +124,20 @@ def test_an_interrupted_split_does_not_exist(tmp_path) -> None:
 def test_damage_is_named(tmp_path) -> None:
     with ExampleWriter(tmp_path, "train") as writer:
         writer.write(example(0))
-    shard = tmp_path / "train-00000.array_record"
+    (shard,) = tmp_path.glob("*-train.array_record-00000-of-00001")
     whole = shard.read_bytes()
     shard.write_bytes(bytes(len(whole)))
-    with pytest.raises(UserError, match=r"train-00000\.array_record: cannot be read"):
+    with pytest.raises(UserError, match=r"train\.array_record-00000-of-00001: cannot be read"):
         ExampleSource(tmp_path, "train")[0]
     shard.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=rf"array_record: has {len(whole) // 2} bytes, {len(whole)} were"):
+    with pytest.raises(UserError, match=rf"00000-of-00001: has {len(whole) // 2} bytes, {len(whole)} were"):
         ExampleSource(tmp_path, "train")
     shard.unlink()
     with pytest.raises(UserError, match="No such file"):
         ExampleSource(tmp_path, "train")
     info = read_info(tmp_path)
     info["splits"]["train"]["shards"][0]["file"] = "../x"
-    (tmp_path / "dataset.json").write_text(json.dumps(info))
+    (tmp_path / "metadata.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match="damaged"):
         read_info(tmp_path)
 
@@ -158,7 +159,7 @@ def test_a_shard_that_its_file_server_forgot_is_opened_again(tmp_path, monkeypat
 
     source = ExampleSource(tmp_path, "train")
     monkeypatch.setattr(shards, "open_reader", Stale)
-    with pytest.raises(UserError, match=r"array_record, record 1: cannot be read \(Stale file handle"):
+    with pytest.raises(UserError, match=r"-00000-of-00001, record 1: cannot be read \(Stale file handle"):
         source[1]
     opened: list[str] = []
 

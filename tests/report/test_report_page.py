@@ -196,7 +196,7 @@ def test_hostile_names_in_the_data_are_shown_as_text(tmp_path):
         "eval/stage4_falsified/rows.jsonl",
         "eval/majority/result.json",
         "eval/retrieval.json",
-        "data/instruct/dataset.json",
+        "data/instruct/dataset_info.json",
     ],
 )
 def test_a_missing_file_is_named_and_nothing_is_written(run, capsys, missing):

@@ -1,40 +1,69 @@
-"""Datasets on disk: ArrayRecord shards of examples and one `dataset.json` that says what is in them."""
+"""Reading and writing the examples of a dataset; see `tfds_folder` for its files."""
 
 from __future__ import annotations
 
+import bisect
 import collections
-import hashlib
-import json
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
-from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 
 from vilam3_jax import paths
+from vilam3_jax.data import example_features, tfds_folder
 from vilam3_jax.data.examples import SCHEMA_VERSION, Example
-from vilam3_jax.data.shards import ShardReaders, check_sizes, open_reader
+from vilam3_jax.data.shards import ShardReaders, check_sizes
+from vilam3_jax.data.tfds_folder import Identity, ShardFile, read_info
 from vilam3_jax.errors import UserError
 
-INFO_NAME = "dataset.json"
-_MAX_INFO_BYTES = 16 << 20
-_FEATURES = {
-    "id": "text, unique",
-    "format": "pair | caption | document | conversation | study",
-    "images": "bytes, or a path below the data root; for volumes axis, index, window",
-    "turns": "role, text with <image> markers, supervised",
-    "expert_requests": "expert, args, image, before_turn, policy",
-    "meta": "dataset, split, modality, plane, patient, licence, question_types, label_source, input_key",
-}
+_COUNTED = ("modality", "plane", "licence", "dataset")
+
+
+class Counts:
+    """Counts of a split by format, modality, licence, type of question, expert and number of images."""
+
+    def __init__(self) -> None:
+        """Starts at nothing."""
+        self._counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+
+    def add(self, example: Example) -> None:
+        """Counts an example."""
+        self._counts["format"][example.format] += 1
+        for key in _COUNTED:
+            if example.meta.get(key) is not None:
+                self._counts[key][str(example.meta[key])] += 1
+        for kind in _question_types(example.meta):
+            self._counts["question_types"][kind] += 1
+        for request in example.expert_requests:
+            self._counts["experts"][request.expert] += 1
+        self._counts["images"][str(len(example.images))] += 1
+
+    def merge(self, plain: Mapping[str, Mapping[str, int]]) -> None:
+        """Adds what `plain` of another one returned."""
+        for key, values in plain.items():
+            self._counts[key].update(values)
+
+    def plain(self) -> dict[str, dict[str, int]]:
+        """The counts as sorted plain values."""
+        return {key: dict(sorted(values.items())) for key, values in sorted(self._counts.items())}
+
+
+def _question_types(meta: Mapping[str, Any]) -> Iterable[str]:
+    """The types as stated, or else those of the questions."""
+    if meta.get("question_types"):
+        return [str(kind) for kind in meta["question_types"]]
+    return sorted({str(question.get("type")) for question in meta.get("qa") or ()})
 
 
 class ExampleWriter:
     """Writes one split of a dataset. Use as a context manager: leaving by an error commits nothing.
 
-    Readers go by `dataset.json`, which is written last: a split that is not in there does not exist.
+    Readers go by `dataset_info.json`, which is written last: a split that is not in there does not exist.
     """
 
     def __init__(
@@ -69,15 +98,21 @@ class ExampleWriter:
         self._data_root = data_root
         self._limit = bytes_per_shard
         self._ids: set[str] = set()
-        self._counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        self._counts = Counts()
         self._shards: list[dict[str, Any]] = []
-        self._open: _ShardFile | None = None
+        self._open: ShardFile | None = None
+        self._exists = (self.directory / tfds_folder.INFO_NAME).exists()
+        if self._exists and split in read_info(self.directory)["splits"]:
+            raise UserError(f"{directory}: already has a split {split!r}; choose a new folder")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            remote = "://" in os.fspath(self.directory)
+            # The number of shards is part of their names, so they get them at the end.
+            self._work = epath.Path(
+                tempfile.mkdtemp(prefix=f".{split}.partial-", dir=None if remote else self.directory)
+            )
         except OSError as error:
             raise UserError(f"{directory}: cannot be created ({error}); choose another folder") from error
-        if (self.directory / INFO_NAME).exists() and split in read_info(self.directory)["splits"]:
-            raise UserError(f"{directory}: already has a split {split!r}; choose a new folder")
 
     def write(self, example: Example) -> None:
         """Adds one example.
@@ -88,25 +123,14 @@ class ExampleWriter:
         example.validate()
         if example.id in self._ids:
             raise UserError(f"example {example.id!r}: written twice; ids must be unique in a split")
-        data = example.to_bytes()
+        data = example_features.encode(example)
         if self._open is None:
-            self._open = _ShardFile(self.directory, f"{self.split}-{len(self._shards):05d}.array_record")
+            self._open = ShardFile(self._work / f"{len(self._shards):05d}")
         self._open.write(data)
         self._ids.add(example.id)
-        self._count(example)
+        self._counts.add(example)
         if self._open.bytes >= self._limit:
             self._close_shard()
-
-    def _count(self, example: Example) -> None:
-        self._counts["format"][example.format] += 1
-        for key in ("modality", "plane", "licence", "dataset"):
-            if example.meta.get(key) is not None:
-                self._counts[key][str(example.meta[key])] += 1
-        for kind in example.meta.get("question_types") or []:
-            self._counts["question_types"][str(kind)] += 1
-        for request in example.expert_requests:
-            self._counts["experts"][request.expert] += 1
-        self._counts["images"][str(len(example.images))] += 1
 
     def _close_shard(self) -> None:
         if self._open is not None:
@@ -114,48 +138,64 @@ class ExampleWriter:
             self._open = None
 
     def close(self) -> dict[str, Any]:
-        """Commits the split: counts what can be read back, then writes `dataset.json`.
+        """Commits the split: counts what can be read back, then writes the files that describe it.
 
         Returns:
-          The content of `dataset.json`.
+          The content of `metadata.json`.
 
         Raises:
           UserError: nothing was written, or what can be read back is not what was written.
         """
-        if not self._ids:
-            raise UserError(f"{self.directory}: no example for split {self.split!r}; check the source")
-        self._close_shard()
-        if sum(shard["records"] for shard in self._shards) != len(self._ids):
-            raise UserError(f"{self.directory}: fewer records than were written; check the disk, write again")
-        info: dict[str, Any] = {
+        try:
+            if not self._ids:
+                raise UserError(f"{self.directory}: no example for split {self.split!r}; check the source")
+            self._close_shard()
+            if sum(shard["records"] for shard in self._shards) != len(self._ids):
+                raise UserError(
+                    f"{self.directory}: fewer records than were written; check the disk, write again"
+                )
+            return self._publish()
+        except OSError as error:
+            raise paths.write_error(self.directory, error) from error
+        finally:
+            shutil.rmtree(self._work, ignore_errors=True)
+
+    def _publish(self) -> dict[str, Any]:
+        for number, shard in enumerate(self._shards):
+            written = self._work / shard["file"]
+            shard["file"] = tfds_folder.shard_name(self.name, self.split, number, len(self._shards))
+            if "://" in os.fspath(self.directory):
+                written.copy(self.directory / shard["file"], overwrite=True)
+            else:
+                written.replace(self.directory / shard["file"])
+        info = read_info(self.directory) if self._exists else self._new_info()
+        info["provenance"] |= self._provenance
+        counts = self._counts.plain()
+        info["licences"] = sorted({*info["licences"], *counts.get("licence", {})})
+        info["splits"][self.split] = {"records": len(self._ids), "shards": self._shards, "counts": counts}
+        described = self._work / "described"
+        described.mkdir()
+        tfds_folder.write_info(described, Identity(self.name), info)
+        for name in (tfds_folder.FEATURES_NAME, tfds_folder.METADATA_NAME, tfds_folder.INFO_NAME):
+            paths.write_bytes_atomic(self.directory / name, (described / name).read_bytes())
+        return info
+
+    def _new_info(self) -> dict[str, Any]:
+        return {
             "schema_version": SCHEMA_VERSION,
             "name": self.name,
             "data_root": self._data_root,
-            "features": _FEATURES,
             "licences": [],
             "provenance": {},
             "splits": {},
         }
-        if (self.directory / INFO_NAME).exists():
-            info = read_info(self.directory)
-        info["provenance"] |= self._provenance
-        info["licences"] = sorted({*info["licences"], *self._counts["licence"]})
-        info["splits"][self.split] = {
-            "records": len(self._ids),
-            "shards": self._shards,
-            "counts": {key: dict(sorted(values.items())) for key, values in sorted(self._counts.items())},
-        }
-        paths.write_text_atomic(self.directory / INFO_NAME, json.dumps(info, indent=1) + "\n")
-        return info
 
     def abort(self) -> None:
         """Removes what was written; the split does not come to exist."""
         if self._open is not None:
             self._open.discard()
             self._open = None
-        for shard in self._shards:
-            (self.directory / shard["file"]).unlink(missing_ok=True)
-        self._shards = []
+        shutil.rmtree(self._work, ignore_errors=True)
 
     def __enter__(self) -> ExampleWriter:
         return self
@@ -169,112 +209,27 @@ class ExampleWriter:
             self.abort()
 
 
-class _ShardFile:
-    """One shard under a temporary name, counted and hashed when it is committed."""
-
-    def __init__(self, directory: Any, name: str) -> None:
-        self._target = directory / name
-        self._remote = "://" in os.fspath(directory)
-        if self._remote:
-            handle, self._temporary = tempfile.mkstemp(suffix=name)
-            os.close(handle)
-        else:
-            self._temporary = os.fspath(directory / f".{name}.partial")
-        self._writer = ArrayRecordWriter(self._temporary, "group_size:1")
-        self.records = self.bytes = 0
-
-    def write(self, data: bytes) -> None:
-        try:
-            self._writer.write(data)
-        except (OSError, RuntimeError) as error:
-            raise self._refused(error) from error
-        self.records += 1
-        self.bytes += len(data)
-
-    def commit(self) -> dict[str, Any]:
-        try:
-            self._writer.close()
-            found = open_reader(self._temporary).num_records()
-            if found != self.records:
-                raise OSError(f"{found} of {self.records} records can be read back")
-            digest, size = _file_digest(self._temporary)
-            if self._remote:
-                paths.as_path(self._temporary).copy(self._target, overwrite=True)
-            else:
-                os.replace(self._temporary, self._target)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise self._refused(error) from error
-        finally:
-            self._remove()
-        return {"file": self._target.name, "records": self.records, "bytes": size, "sha256": digest}
-
-    def discard(self) -> None:
-        try:
-            self._writer.close()
-        except (OSError, RuntimeError) as error:
-            raise self._refused(error) from error
-        finally:
-            self._remove()
-
-    def _remove(self) -> None:
-        if os.path.exists(self._temporary):
-            os.unlink(self._temporary)
-
-    def _refused(self, error: Exception) -> UserError:
-        return UserError(f"{self._target}: cannot be written ({error}); free space or choose another folder")
-
-
-def _file_digest(path: str) -> tuple[str, int]:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest(), file.tell()
-
-
-def read_info(directory: paths.PathLike) -> dict[str, Any]:
-    """Reads a dataset's `dataset.json`.
-
-    Raises:
-      UserError: there is none, it is damaged, or of another schema.
-    """
-    path = paths.as_path(directory) / INFO_NAME
-    if not path.exists():
-        raise UserError(f"{path}: no such file; make the dataset with `vilam3 prepare`")
-    try:
-        info = json.loads(paths.read_bytes(path, _MAX_INFO_BYTES))
-        version = info["schema_version"]
-        for split in info["splits"].values():
-            for shard in split["shards"]:
-                if os.path.basename(shard["file"]) != shard["file"]:
-                    raise ValueError(f"shard name {shard['file']!r}")
-                int(shard["records"]), int(shard["bytes"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({error!r}); prepare the dataset again") from error
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{path}: schema {version}, this version reads {SCHEMA_VERSION}; prepare the dataset again"
-        )
-    return info
-
-
 class ExampleSource:
     """Random access to the examples of one split; safe among threads.
 
     Attributes:
-      info: the dataset's `dataset.json`.
+      info: the dataset's `metadata.json`, see `tfds_folder.read_info`.
       data_root: the folder that image paths are relative to.
     """
 
     def __init__(self, directory: paths.PathLike, split: str) -> None:
-        """Reads `dataset.json` and looks that all shards are there, as long as they were written; opens none.
+        """Looks that all shards are there, as long as they were written; opens none.
+
+        Args:
+          directory: of a dataset, or of its versions, of which the newest is read.
+          split: its name.
 
         Raises:
           UserError: no such dataset or split (lists the splits there are), or a shard is missing or cut off.
         """
-        self.directory = paths.as_path(directory)
+        self.directory = tfds_folder.resolve(directory)
         self.split = split
-        self.info = read_info(directory)
+        self.info = read_info(self.directory)
         if split not in self.info["splits"]:
             known = ", ".join(sorted(self.info["splits"])) or "none"
             raise UserError(f"{directory}: no split {split!r}; it has {known}")
@@ -285,6 +240,14 @@ class ExampleSource:
         for shard in self._shards:
             self._starts.append(self._starts[-1] + shard["records"])
         check_sizes(self.directory, {shard["file"]: shard["bytes"] for shard in self._shards})
+        self._readers = ShardReaders(self.directory)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the open files: worker processes open their own."""
+        return {key: value for key, value in self.__dict__.items() if key != "_readers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
         self._readers = ShardReaders(self.directory)
 
     @property
@@ -309,7 +272,7 @@ class ExampleSource:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)} in {self.directory} {self.split}")
-        number = next(i for i, start in enumerate(self._starts[1:]) if index < start)
+        number = bisect.bisect_right(self._starts, index) - 1
         shard, record = self._shards[number], index - self._starts[number]
         path = self.directory / shard["file"]
         try:
@@ -319,7 +282,7 @@ class ExampleSource:
                 f"{path}, record {record}: cannot be read ({error}); prepare the dataset again"
             ) from error
         try:
-            return Example.from_bytes(data)
+            return example_features.decode(data)
         except UserError as error:
             raise UserError(f"{path}, record {record}: {error}") from error
 

@@ -22,8 +22,9 @@ from vilam3_jax.data.experts.exchange import Style
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.experts.wording import wording_named
 from vilam3_jax.data.images import encode_png
-from vilam3_jax.data.records import INFO_NAME, ExampleSource
+from vilam3_jax.data.records import ExampleSource
 from vilam3_jax.data.render import ImageReader, Rendered, Renderer
+from vilam3_jax.data.tfds_folder import datasets_in, is_dataset
 from vilam3_jax.errors import UserError
 
 _STYLE = (
@@ -100,14 +101,15 @@ def contact_sheet(images: Sequence[np.ndarray]) -> np.ndarray:
 
 def _open(data: str, dataset: str | None, split: str) -> ExampleSource:
     root = paths.as_path(data)
-    if dataset is None and not (root / INFO_NAME).exists():
-        found = [path.name for path in paths.children(root) if (path / INFO_NAME).exists()]
+    if dataset is None:
+        found = datasets_in(root)
         if len(found) > 1:
-            raise UserError(f"{data}: holds {', '.join(found)}; choose one with --dataset")
-        dataset = found[0] if found else None
-    if dataset and (root / INFO_NAME).exists() and not (root / dataset).exists():
-        dataset = None  # the folder is the data set itself
-    return ExampleSource(root / dataset if dataset else root, split)
+            names = ", ".join(path.name for path in found)
+            raise UserError(f"{data}: holds {names}; choose one with --dataset")
+        return ExampleSource(found[0], split)
+    if is_dataset(root) and not (root / dataset).exists():
+        return ExampleSource(root, split)  # the folder is the data set itself
+    return ExampleSource(root / dataset, split)
 
 
 def _under_rule(

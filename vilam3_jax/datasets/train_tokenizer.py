@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from vilam3_jax import paths
 from vilam3_jax.data.experts import cards
 from vilam3_jax.data.records import ExampleSource
+from vilam3_jax.data.tfds_folder import datasets_in
 from vilam3_jax.data.tokenizer import train_bpe
-from vilam3_jax.errors import UserError
 
 
 def dataset_texts(root: paths.PathLike) -> Iterator[str]:
@@ -22,9 +22,7 @@ def dataset_texts(root: paths.PathLike) -> Iterator[str]:
     Raises:
       UserError: `root` holds no data set.
     """
-    folders = [folder for folder in paths.children(root) if (folder / "dataset.json").exists()]
-    if not folders:
-        raise UserError(f"{root}: holds no data set; give the --out folder of `vilam3 prepare`")
+    folders = datasets_in(root)
     yield cards.render_cards(cards.load_cards("quickstart"))
     for folder in folders:
         source = ExampleSource(folder, "train")

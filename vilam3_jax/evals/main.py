@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 from tqdm import tqdm
 
 from vilam3_jax import checkpoints, exports, paths
@@ -21,9 +20,10 @@ from vilam3_jax.data.experts.cards import card_list, load_cards
 from vilam3_jax.data.experts.exchange import Style
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.image_processor import image_processor
-from vilam3_jax.data.records import INFO_NAME, ExampleSource, read_info
+from vilam3_jax.data.records import ExampleSource
 from vilam3_jax.data.render import ImageReader
 from vilam3_jax.data.text_rules import TEXT_HELP, TextRules
+from vilam3_jax.data.tfds_folder import datasets_in, read_info
 from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.evals import arms as arm_lib
@@ -79,28 +79,13 @@ def _parser() -> argparse.ArgumentParser:
 # --- data
 
 
-def data_sets(folder: paths.PathLike) -> list[epath.Path]:
-    """The data set at `folder`, or those right below it.
-
-    Raises:
-      UserError: there is none.
-    """
-    root = paths.as_path(folder)
-    if (root / INFO_NAME).exists():
-        return [root]
-    found = [path for path in paths.children(root) if (path / INFO_NAME).exists()]
-    if not found:
-        raise UserError(f"{folder}: no data set ({INFO_NAME}) in it or right below it; run `vilam3 prepare`")
-    return found
-
-
 def read_split(folder: paths.PathLike, split: str) -> list[tuple[Example, Any]]:
     """(example, data root) of one split of all data sets at `folder`.
 
     Raises:
       UserError: no data set has the split, or a record is damaged.
     """
-    found = [path for path in data_sets(folder) if split in read_info(path)["splits"]]
+    found = [path for path in datasets_in(folder) if split in read_info(path)["splits"]]
     if not found:
         raise UserError(f"{folder}: no data set has a split {split!r}; prepare one")
     sources = [ExampleSource(path, split) for path in found]

@@ -18,7 +18,8 @@ from vilam3_jax.data.experts.labels import visible_segments
 from vilam3_jax.data.experts.overlays import PALETTE, expert_overlay, legend
 from vilam3_jax.data.experts.store import Annotation, AnnotationStore
 from vilam3_jax.data.preprocessing import Preprocessing
-from vilam3_jax.data.records import INFO_NAME, ExampleSource, read_info
+from vilam3_jax.data.records import ExampleSource
+from vilam3_jax.data.tfds_folder import datasets_in, read_info
 from vilam3_jax.errors import UserError
 from vilam3_jax.report.dialogues import Pictures
 
@@ -50,13 +51,10 @@ class Source:
         """
         root = paths.as_path(folder)
         data = root / "data"
-        found = [path for path in (data, *paths.children(data)) if (path / INFO_NAME).exists()]
-        if not found:
-            raise UserError(
-                f"{data}: no data set ({INFO_NAME}) in it or right below it; run the quickstart again"
-            )
         self._sources = [
-            ExampleSource(path, split) for path in found for split in sorted(read_info(path)["splits"])
+            ExampleSource(path, split)
+            for path in datasets_in(data)
+            for split in sorted(read_info(path)["splits"])
         ]
         store = root / "annotations"
         self._store = AnnotationStore(store) if store.is_dir() else None

@@ -265,8 +265,10 @@ def whole_labels(labels: Volume, path: PathLike) -> np.ndarray:
       UserError: negative, fractional or larger ids.
     """
     voxels = labels.voxels if labels.valid is None else np.where(labels.valid, labels.voxels, 0)
-    whole = np.rint(voxels)  # a stored slope of 0.1 does not give whole numbers to the last digit
-    if np.abs(whole - voxels).max() > _WHOLE or whole.min() < 0 or whole.max() > 65535:
+    # A stored slope of 0.1 does not give whole numbers to the last digit.
+    whole = voxels if voxels.dtype.kind in "iu" else np.rint(voxels)
+    off = 0 if whole is voxels else np.abs(whole - voxels).max()
+    if off > _WHOLE or whole.min() < 0 or whole.max() > 65535:
         raise UserError(
             f"{path}: label ids must be whole numbers from 0 to 65535; store a label map, not probabilities"
         )

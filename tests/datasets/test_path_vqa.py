@@ -81,7 +81,9 @@ def test_copy_of_vqa_rad(tmp_path):
 def test_cmyk_images_decode(tmp_path):
     files = {"train": [[row(5, mode="CMYK")]], "validation": [[row(3)]], "test": [[row(4)]]}
     examples, _ = made(PathVqa, copy(tmp_path, files))
-    pixels = decode_image(examples["train"][0].images[0].data)
+    data = examples["train"][0].images[0].data
+    assert data
+    pixels = decode_image(data)
     plain = decode_image(picture(5)).astype(float)
     assert np.abs(pixels - plain).mean() < 10
 
@@ -101,7 +103,7 @@ def test_missing_parts_are_named(tmp_path):
     copy(tmp_path)
     (part,) = (tmp_path / "data").glob("train-00000*")
     part.unlink()
-    with pytest.raises(UserError, match="1 files match.*of 2 parts; missing: 00000-of-00002"):
+    with pytest.raises(UserError, match=r"1 files match.*of 2 parts; missing: 00000-of-00002"):
         made(PathVqa, tmp_path)
     for part in (tmp_path / "data").glob("train-*"):
         part.unlink()

@@ -116,7 +116,7 @@ def test_modalities(tmp_path, modality, location, word):
 BAD = {
     "null": None,
     "text": "row",
-    "language": row(9, language=None),
+    "language": {**row(9), "q_lang": None},
     "other language": row(9, language="fr"),
     "answer": row(9, answer=None),
     "answer list": row(9, answer=["Yes"]),

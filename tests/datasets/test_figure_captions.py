@@ -79,7 +79,7 @@ def test_pmc_oa_splits_and_undivided_captions(tmp_path):
     assert turns(made(PmcOa, tmp_path, "captions")[0]["train"][0])[1][1] == "whole"
     with pytest.raises(UserError, match=r": pmc_oa\.jsonl missing\. Fetch from"):
         made(PmcOa, tmp_path)
-    with pytest.raises(UserError, match="figures, pmc_oa.jsonl missing"):
+    with pytest.raises(UserError, match=r"figures, pmc_oa\.jsonl missing"):
         made(PmcOa, tmp_path, argv=["--image_root", "figures"])
 
 

@@ -396,7 +396,7 @@ def test_omni_med_vqa_repeated_question_ids_and_damaged_files(tmp_path):
         ("X-Ray", "Mura", "XR"),
         ("Fundus Photography", "x", "FUNDUS"),
         ("ultrasound", "x", "US"),
-        ("Microscopy Images", "x", "PATHOLOGY"),
+        ("Microscopy Images", "x", "MICROSCOPY"),
         ("Infrared Reflectance Imaging", "x", "INFRARED REFLECTANCE IMAGING"),
         ("", "x", ""),
     ],

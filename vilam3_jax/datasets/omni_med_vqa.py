@@ -32,7 +32,8 @@ _MODALITIES = (
     (r"fundus|retinograph", "FUNDUS"),
     (r"dermoscop", "DERMOSCOPY"),
     (r"endoscop", "ENDOSCOPY"),
-    (r"histopatholog|microscop", "PATHOLOGY"),
+    (r"patholog", "PATHOLOGY"),
+    (r"microscop", "MICROSCOPY"),
 )
 _CHEST = re.compile(r"chest|cxr|covid|corona|pulmonary|lung", re.IGNORECASE)
 

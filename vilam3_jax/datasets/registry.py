@@ -13,7 +13,9 @@ ENTRY_POINTS = "vilam3.datasets"
 # Name → (module, class). One row per dataset; keep them sorted.
 DATASETS: dict[str, tuple[str, str]] = {
     "cc3m_595k": ("cc3m_595k", "Cc3m595k"),
+    "chest_xray14": ("chest_xray14", "ChestXray14"),
     "chexpert": ("chexpert", "CheXpert"),
+    "flare_mllm_2d": ("flare_mllm_2d", "FlareMllm2d"),
     "instructions": ("instructions", "Instructions"),
     "llava_med": ("llava_med", "LlavaMed"),
     "llava_pretrain": ("llava_pretrain", "LlavaPretrain"),

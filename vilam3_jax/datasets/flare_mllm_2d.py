@@ -1,0 +1,221 @@
+"""FLARE-MLLM-2D: questions of the FLARE 2025 and 2026 challenges about 2D images of 19 datasets."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+import string
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vilam3_jax.data.examples import Example, ImageRef
+from vilam3_jax.datasets import multiple_choice
+from vilam3_jax.datasets.conversations import conversation, metadata, question_meta, text_of
+from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Split
+from vilam3_jax.datasets.rows import Row, below, fields, name_of, rows_of, word
+from vilam3_jax.datasets.source_files import SourceFolder
+from vilam3_jax.errors import UserError
+
+# Split → (folders, ending of the questions' file, folder of the images).
+_SPLITS = {
+    "train": (("training",), "train", "imagesTr"),
+    "validation": (("validation-public", "validation_public"), "val", "imagesVal"),
+    "validation_hidden": (("validation-hidden", "validation_hidden"), "val", "imagesVal"),
+    "test": (("testing",), "test", "imagesTs"),
+}
+_MODALITIES = {
+    "retinography": "FUNDUS",
+    "ultrasound": "US",
+    "xray": "XR",
+    "clinical": "PHOTO",
+    "microscopy": "MICROSCOPY",
+    "endoscopy": "ENDOSCOPY",
+    "dermatology": "DERMOSCOPY",
+    "mammography": "MG",
+}
+_CHEST = ("IU_XRay", "chestdr")
+_MULTI_LABEL = "multi_label_classification"
+# The challenge's name of a family, from what rows call it in lower case without punctuation.
+_FAMILIES = {
+    "classification": "disease_diagnosis_classification",
+    "cls": "disease_diagnosis_classification",
+    "disease diagnosis": "disease_diagnosis_classification",
+    "disease diagnosis classification": "disease_diagnosis_classification",
+    "multi label classification": _MULTI_LABEL,
+    "multilabel": _MULTI_LABEL,
+    "detection": "detection",
+    "instance detection": "detection",
+    "cell counting": "cell_counting",
+    "counting": "cell_counting",
+    "count": "cell_counting",
+    "regression": "regression",
+    "report generation": "report_generation",
+    "report": "report_generation",
+}
+
+
+class FlareMllm2d(Dataset):
+    """Classification, multi-label classification, detection, counting, regression and reports.
+
+    Choices of ours:
+
+    - The folder says the split, not a row's `Split`. The hidden validation set is the split
+      `validation_hidden`; where its file with answers is there, the one without is not read, so no question
+      stands twice. Questions without an answer are skipped.
+    - A question shows all its images.
+    - Lists of labels are joined by "; ", and an empty one is "none": the challenge's scorer drops such rows.
+      Boxes are written as JSON, in the pixels of the image as stored.
+    - Options that are listed apart from the question are lettered; those of training questions are shuffled.
+    """
+
+    name = "flare_mllm_2d"
+    description = "Questions of the FLARE challenges about 2D images of 19 datasets and eight kinds."
+    homepage = "https://huggingface.co/datasets/FLARE-MedFM/FLARE-Task5-MLLM-2D"
+    licence = "unverified"
+    access = "registered"
+    instructions = """
+        Ask for access to https://huggingface.co/datasets/FLARE-MedFM/FLARE-Task5-MLLM-2D and fetch training/,
+        validation-public/, validation-hidden/ or testing/, whole or some datasets of them. Unpack every
+        imagesTr.zip, imagesVal.zip and imagesTs.zip where it lies:
+        training/Xray/dental/{imagesTr/, dental_questions_train.json}.
+        """
+
+    def splits(self, source: SourceFolder) -> Mapping[str, Split]:
+        """Reads the questions of each split whose folder is there."""
+        source.require([folder for folders, _, _ in _SPLITS.values() for folder in folders])
+        taken: set[str] = set()
+        found = {}
+        for split, (folders, ending, images) in _SPLITS.items():
+            if folder := source.find(*folders):
+                files = _question_files(source, folder, ending)
+                _check_images(source, files, images)
+                rows = [row for file in files for row in _rows(source, file, split, taken)]
+                found[split] = Split(rows, make, name_of)
+        return found
+
+
+def make(row: Row, context: Context) -> Iterator[Example]:
+    """One question with its images and its answer."""
+    values = {str(key).lower(): value for key, value in fields(row).items()}
+    category, dataset = row.file.split("/")[-3:-1]
+    family = _family(word(values, "tasktype"))
+    names = _image_names(values)
+    images = [_image(name, row.file, context) for name in names]
+    question = text_of(values.get("question"), "question").strip()
+    answer = _answer(_first(values, "answer", "report"), family)
+    asked = _choice(question, _first(values, "choices", "options"), answer)
+    if asked and context.split == "train":
+        asked = asked.shuffled(context.rng(row.id))
+    modality = "CXR" if dataset in _CHEST else _MODALITIES.get(category.lower(), category.upper())
+    meta = metadata(
+        context,
+        modality=modality,
+        group=f"{posixpath.dirname(row.file)}/{posixpath.basename(names[0])}",
+        source=dataset,
+        source_split=word(values, "split") or None,
+    )
+    if asked:
+        exchange = (asked.prompt, asked.reply)
+        qa = question_meta(asked.question, asked.answer, family, options=asked.options)
+    else:
+        exchange = (question, answer)
+        qa = question_meta(question, answer, family)
+    yield conversation(row.id, images, [exchange], meta, questions=[qa])
+
+
+def _question_files(source: SourceFolder, folder: str, ending: str) -> list[str]:
+    """The files of questions below a split's folder; with answers where both kinds are there."""
+    answered = source.glob(f"{folder}/*/*/*_questions_{ending}_withGT.json")
+    known = {posixpath.dirname(file) for file in answered}
+    plain = source.glob(f"{folder}/*/*/*_questions_{ending}.json")
+    files = sorted(answered + [file for file in plain if posixpath.dirname(file) not in known])
+    if not files:
+        raise UserError(f"{source.root / folder}: no CATEGORY/DATASET/*_questions_{ending}.json in it")
+    return files
+
+
+def _check_images(source: SourceFolder, files: list[str], images: str) -> None:
+    lacking = [
+        f"{folder}/{images}"
+        for folder in sorted({posixpath.dirname(file) for file in files})
+        if not source.find(f"{folder}/{images}")
+    ]
+    if lacking:
+        packed = " (its .zip is there: unpack it)" if source.find(f"{lacking[0]}.zip") else ""
+        raise UserError(f"{source.root}: {', '.join(lacking)} missing{packed}")
+
+
+def _rows(source: SourceFolder, file: str, split: str, taken: set[str]) -> list[Row]:
+    dataset = file.split("/")[-2]
+    numbered = enumerate(source.json_list(file), 1)
+    return rows_of(file, numbered, _source_id, prefix=f"{split}/{dataset}", taken=taken)
+
+
+def _source_id(row: Mapping[str, Any]) -> object:
+    lower = {str(key).lower(): value for key, value in row.items()}
+    return _first(lower, "id", "qid", "questionid", "case_id")
+
+
+def _first(values: Mapping[str, Any], *keys: str) -> Any:
+    return next((values[key] for key in keys if values.get(key) is not None), None)
+
+
+def _family(stated: str) -> str:
+    """The challenge's name of a family; of one that it does not name, the row's own words.
+
+    >>> _family("Multi-label Classification"), _family("Instance_Detection"), _family("Triage")
+    ('multi_label_classification', 'detection', 'triage')
+    """
+    words = " ".join(re.sub(r"[-_()]", " ", stated.lower()).split())
+    return _FAMILIES.get(words, words.replace(" ", "_") or "open")
+
+
+def _image_names(values: Mapping[str, Any]) -> list[str]:
+    names = values.get("imagename")
+    names = names if isinstance(names, list) else [names]
+    if not names:
+        raise SkipItem("names no images")
+    return [text_of(name, "image name").strip() for name in names]
+
+
+def _image(name: str, file: str, context: Context) -> ImageRef:
+    """The image beside the questions: as its path says, or by its name alone in the folder of images."""
+    folder = posixpath.dirname(file)
+    images = f"{folder}/{_SPLITS[context.split][2]}"
+    try:
+        return context.image(below(folder if "/" in name else images, name))
+    except SkipItem:
+        return context.image(below(images, posixpath.basename(name)))
+
+
+def _answer(value: Any, family: str) -> str:
+    """The answer as text.
+
+    >>> _answer(["caries", "crown"], _MULTI_LABEL), _answer({"caries": 0, "crown": 1}, _MULTI_LABEL)
+    ('caries; crown', 'crown')
+    >>> _answer([[1, 2, 30, 40]], "detection"), _answer(17, "cell_counting"), _answer([], _MULTI_LABEL)
+    ('[[1, 2, 30, 40]]', '17', 'none')
+    """
+    if family == _MULTI_LABEL and isinstance(value, list | dict):
+        chosen = [key for key, flag in value.items() if flag] if isinstance(value, dict) else value
+        return "; ".join(text_of(label, "label").strip() for label in chosen) or "none"
+    if family == "detection" and isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return text_of(value, "answer").strip()
+
+
+def _choice(question: str, options: Any, answer: str) -> multiple_choice.Choice | None:
+    """The question as one with options, where the row lists them apart."""
+    if not options:
+        return None
+    if isinstance(options, list):
+        if len(options) > len(string.ascii_uppercase):
+            raise SkipItem("has more options than letters")
+        options = dict(zip(string.ascii_uppercase, options, strict=False))
+    if not isinstance(options, dict):
+        raise SkipItem(f"the options are a {type(options).__name__}, not a list")
+    texts = multiple_choice.lettered_options(options)
+    letter = "" if answer in texts.values() else multiple_choice.single_letter(answer, list(texts))
+    letter = letter or multiple_choice.right_letter(texts, text=answer)
+    return multiple_choice.choice(question, texts, letter)

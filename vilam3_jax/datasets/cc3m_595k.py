@@ -21,8 +21,8 @@ _RECORDS = 595_375
 class Cc3m595k(Dataset):
     """595,375 pictures with captions.
 
-    Captions are those of `chat.json`. The variant `blip` has those that BLIP made, from `metadata.json`; about
-    a tenth of the pictures has none and is set aside.
+    Captions are those of `chat.json`. The variant `blip` has those that BLIP made, from `metadata.json`;
+    about a tenth of the pictures has none and is set aside.
     """
 
     name = "cc3m_595k"

@@ -22,8 +22,8 @@ class LlavaPretrain(Dataset):
     citation = "Liu et al., Improved Baselines with Visual Instruction Tuning, CVPR 2024"
     licence = "CC-3M and BLIP terms, non-commercial"
     instructions = (
-        "Fetch blip_laion_cc_sbu_558k.json and images.zip (packed, or unpacked to images/ or to 00000/ and so "
-        "on) from https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain."
+        "Fetch blip_laion_cc_sbu_558k.json and images.zip (packed, or unpacked to images/ or to 00000/ and "
+        "so on) from https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain."
     )
     configs: Mapping[str, str] = caption_lists.CONFIGS
     expert_inputs = False

@@ -19,8 +19,8 @@ _PARTS = {"train": ("train", 10_178), "validation": ("dev", 1_272), "test": ("te
 class MedQa(Dataset):
     """Text only: 10,178 questions for training, which are VILA-M3's "USMLE", 1,272 and 1,273 others.
 
-    The paper says nothing of its prompt. Here the options follow the question, one per line with a letter, and
-    the answer is the letter and the text of the right one. The Hugging Face copy has no `dev`; the split
+    The paper says nothing of its prompt. Here the options follow the question, one per line with a letter,
+    and the answer is the letter and the text of the right one. The Hugging Face copy has no `dev`; the split
     is then absent. The source names no ids: they are the split and the line.
     """
 

@@ -81,7 +81,7 @@ def walk(path: paths.PathLike) -> Iterator[tuple[Place, bytes]]:
             if first != b"{" or (path.suffix.lower() == ".json" and not _is_object(file)):
                 raise UserError(f"{path}: holds neither a JSON list nor JSON lines; give a list of records")
             file.seek(skipped)
-            yield from _lines(file, skipped)
+            yield from lines(file, skipped)
     except OSError as error:
         paths.check_passing(path, error)
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
@@ -131,7 +131,13 @@ def _is_object(file: IO[bytes]) -> bool:
         return False
 
 
-def _lines(file: IO[bytes], start: int) -> Iterator[tuple[Place, bytes]]:
+def lines(file: IO[bytes], start: int = 0) -> Iterator[tuple[Place, bytes]]:
+    """Places and bytes of lines that are not blank; of a too large one, the first `MAX_RECORD_BYTES` + 1.
+
+    Args:
+      file: at its byte `start`.
+      start: where the file stands.
+    """
     row = 1
     while line := file.readline(MAX_RECORD_BYTES + 1):
         length = len(line)

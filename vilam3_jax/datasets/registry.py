@@ -15,6 +15,7 @@ DATASETS: dict[str, tuple[str, str]] = {
     "cc3m_595k": ("cc3m_595k", "Cc3m595k"),
     "chest_xray14": ("chest_xray14", "ChestXray14"),
     "chexpert": ("chexpert", "CheXpert"),
+    "coyo": ("coyo", "Coyo"),
     "flare_mllm_2d": ("flare_mllm_2d", "FlareMllm2d"),
     "instructions": ("instructions", "Instructions"),
     "llava_med": ("llava_med", "LlavaMed"),
@@ -22,6 +23,7 @@ DATASETS: dict[str, tuple[str, str]] = {
     "medqa": ("medqa", "MedQa"),
     "medxpert_qa": ("medxpert_qa", "MedXpertQa"),
     "mimic_cxr_class": ("mimic_cxr_class", "MimicCxrClass"),
+    "mmc4": ("mmc4", "Mmc4"),
     "msd": ("msd", "MSD"),
     "omni_med_vqa": ("omni_med_vqa", "OmniMedVqa"),
     "path_vqa": ("path_vqa", "PathVqa"),
@@ -31,7 +33,9 @@ DATASETS: dict[str, tuple[str, str]] = {
     "roco_v2": ("roco_v2", "RocoV2"),
     "sharegpt4v": ("sharegpt4v", "ShareGpt4V"),
     "slake": ("slake", "Slake"),
+    "totalsegmentator": ("totalsegmentator", "TotalSegmentator"),
     "vqa_rad": ("vqa_rad", "VqaRad"),
+    "webdataset": ("webdataset", "WebDataset"),
 }
 
 

@@ -54,8 +54,8 @@ class ShareGpt4V(Dataset):
     licence = "CC-BY-NC-4.0"
     instructions = (
         "Fetch the variant's list from https://huggingface.co/datasets/Lin-Chen/ShareGPT4V, and the pictures "
-        "as docs/Data.md of https://github.com/ShareGPT4Omni/ShareGPT4V describes, to the folders that it names "
-        f"({', '.join(_ROOTS)}), below data/ or beside the list."
+        "as docs/Data.md of https://github.com/ShareGPT4Omni/ShareGPT4V describes, to the folders that it "
+        f"names ({', '.join(_ROOTS)}), below data/ or beside the list."
     )
     configs: Mapping[str, str] = {
         "pretrain": "1,246k descriptions of the captioner",

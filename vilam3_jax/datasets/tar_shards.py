@@ -1,0 +1,235 @@
+"""Samples of WebDataset shards, read from the tar files without unpacking them.
+
+The rules are WebDataset's (`webdataset/tariterators.py`: `base_plus_ext`, `group_by_keys`): a sample's key is
+the path up to the first dot of the base name, its members stand next to each other, and an extension comes
+once. A shard is untrusted input: nothing of it is written to a disk, links and devices are set aside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
+
+from etils import epath
+
+from vilam3_jax import paths
+from vilam3_jax.data.examples import ImageRef, path_problem
+from vilam3_jax.datasets.conversations import text_of
+from vilam3_jax.datasets.dataset import SkipItem, Skipped
+from vilam3_jax.datasets.pictures import stored_picture
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
+_MAX_MEMBER_BYTES = 64 << 20
+_MAX_SAMPLE_BYTES = 256 << 20
+_MAX_MEMBERS = 64
+_MAX_JSON_BYTES = 4 << 20
+_MAX_HEADER_BYTES = 1 << 20
+_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+_BLOCK = tarfile.BLOCKSIZE
+
+
+class _Member(tarfile.TarInfo):
+    """Refuses long names and extended headers that would fill the memory: tarfile reads them whole."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _HEADERS and self.size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError("a header is too large")
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Members that share a key.
+
+    Attributes:
+      key: path without extension.
+      parts: extension in lower case → content.
+      problem: why the sample cannot be used; None: it can.
+    """
+
+    key: str
+    parts: Mapping[str, bytes]
+    problem: str | None = None
+
+    def picture(self) -> ImageRef:
+        """The picture, stored.
+
+        Raises:
+          SkipItem: there is none, there are several, or it is none that is read here.
+        """
+        found = [extension for extension in PICTURES if extension in self.parts]
+        if len(found) != 1:
+            raise SkipItem(f"has {len(found)} pictures ({', '.join(PICTURES[:4])}, ...); one is needed")
+        return stored_picture(self.parts[found[0]], f"{self.key}.{found[0]}")
+
+    def record(self) -> dict[str, Any]:
+        """The object in `.json`; empty where there is none.
+
+        Raises:
+          SkipItem: it is no object.
+        """
+        data = self.parts.get("json")
+        if data is None:
+            return {}
+        if len(data) > _MAX_JSON_BYTES:
+            raise SkipItem(f"its .json has {len(data)} bytes; up to {_MAX_JSON_BYTES} are read")
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError):
+            raise SkipItem("its .json is no JSON") from None
+        if not isinstance(value, dict):
+            raise SkipItem("its .json is no object")
+        return value
+
+    def text(self) -> str | None:
+        """The text in `.txt`, or None.
+
+        Raises:
+          SkipItem: it is no UTF-8 text.
+        """
+        data = self.parts.get("txt")
+        try:
+            return None if data is None else data.decode("utf-8")
+        except UnicodeDecodeError:
+            raise SkipItem("its .txt is no UTF-8 text") from None
+
+
+def caption(sample: Sample, record: Mapping[str, Any]) -> str:
+    """The caption: of `.txt`, or under the names that img2dataset and LAION give it.
+
+    Raises:
+      SkipItem: there is none, or the download of the picture failed.
+    """
+    status = record.get("status", "success")
+    if status != "success":
+        raise SkipItem("its picture was not downloaded (status is not success)")
+    text = sample.text()
+    if text is None:
+        names = {str(name).lower(): value for name, value in record.items()}
+        text = next((names[name] for name in ("caption", "text") if names.get(name) is not None), None)
+    return text_of(text, "caption").strip()
+
+
+def samples(root: str, shard: str) -> Iterator[Sample | Skipped]:
+    """The samples of a shard in its order, and what in it cannot be used.
+
+    A shard may be a folder with the same members, as img2dataset's output format "files" has them. One that
+    ends early gives the samples before its end, and is named.
+
+    Args:
+      root: of the source.
+      shard: path of the tar file, or of the folder, below it.
+
+    Raises:
+      SkipItem: it is no tar file.
+      UnavailableError: the disk or the network fails.
+    """
+    path = paths.as_path(root) / shard
+    seen: set[str] = set()
+    try:
+        with contextlib.nullcontext() if path.is_dir() else path.open("rb") as file:
+            members = _files(path) if file is None else _members(file, shard)
+            for sample in _grouped(members):
+                if isinstance(sample, Sample) and sample.key in seen:
+                    sample = Skipped(f"{shard}:{sample.key}", "its members do not stand next to each other")
+                elif isinstance(sample, Sample):
+                    seen.add(sample.key)
+                yield sample
+    except OSError as error:
+        paths.check_passing(path, error)
+        raise SkipItem("cannot be read") from error
+
+
+def _members(file: IO[bytes], shard: str) -> Iterator[tuple[str, str, bytes | str] | Skipped]:
+    """(key, extension, content or why there is none) of every member with an extension."""
+    try:
+        archive = tarfile.open(fileobj=file, mode="r:", tarinfo=_Member)  # noqa: SIM115
+    except tarfile.TarError:
+        raise SkipItem("is no tar file; packed ones (.tar.gz) are to be unpacked first") from None
+    try:
+        while (member := archive.next()) is not None:
+            archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  # it keeps all that it met
+            if member.isdir():
+                continue
+            name = _NAME.fullmatch(member.name.removeprefix("./"))
+            if name is None:
+                continue
+            if problem := _problem(member):
+                yield name[1], name[2].lower(), problem
+                continue
+            opened = archive.extractfile(member)
+            data = opened.read(_MAX_MEMBER_BYTES + 1) if opened else b""
+            if len(data) != member.size:
+                yield Skipped(shard, "ends early; download it again")
+                return
+            yield name[1], name[2].lower(), data
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        yield Skipped(shard, f"is damaged ({type(error).__name__}); download it again")
+        return
+    file.seek(archive.offset)
+    end = file.read(_BLOCK)
+    if len(end) < _BLOCK or end.strip(b"\0"):
+        yield Skipped(shard, "lacks its end mark, so samples may be missing; download it again")
+
+
+def _files(folder: epath.Path) -> Iterator[tuple[str, str, bytes | str]]:
+    """The same of a folder's files."""
+    for path in paths.children(folder):
+        name = _NAME.fullmatch(path.name)
+        if name is None or path.is_dir():
+            continue
+        size = paths.file_size(path)
+        if size > _MAX_MEMBER_BYTES:
+            yield name[1], name[2].lower(), f"a file has {size} bytes; up to {_MAX_MEMBER_BYTES} are read"
+        else:
+            yield name[1], name[2].lower(), paths.read_bytes(path, _MAX_MEMBER_BYTES)
+
+
+def _problem(member: tarfile.TarInfo) -> str | None:
+    if not member.isreg() or member.issparse():
+        return "a member is a link, a device or a sparse file"
+    if path_problem(member.name) is not None:
+        return "a member's path is absolute or leaves the shard"
+    if member.size > _MAX_MEMBER_BYTES:
+        return f"a member has {member.size} bytes; up to {_MAX_MEMBER_BYTES} are read"
+    return None
+
+
+def _grouped(members: Iterator[tuple[str, str, bytes | str] | Skipped]) -> Iterator[Sample | Skipped]:
+    key: str | None = None
+    parts: dict[str, bytes] = {}
+    problem: str | None = None
+    size = 0
+    for member in members:
+        if isinstance(member, Skipped):
+            yield member
+            continue
+        name, extension, content = member
+        if name != key:
+            if key is not None:
+                yield Sample(key, parts, problem)
+            key, parts, problem, size = name, {}, None, 0
+        if isinstance(content, str):
+            problem = problem or content
+            continue
+        size += len(content)
+        if extension in parts:
+            problem = problem or f"has two members .{extension[:20]}"
+        elif size > _MAX_SAMPLE_BYTES or len(parts) >= _MAX_MEMBERS:
+            problem = problem or f"has over {_MAX_SAMPLE_BYTES} bytes or {_MAX_MEMBERS} members"
+        else:
+            parts[extension] = content
+    if key is not None:
+        yield Sample(key, parts, problem)

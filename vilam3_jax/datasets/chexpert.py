@@ -78,6 +78,7 @@ class _Film:
       labels: a letter of `_LETTERS` for each of `FINDINGS`.
       lateral: it is a lateral film.
       projection, sex, age: cells; "" where the file does not have them.
+      again: an earlier row names the same image.
     """
 
     source: str
@@ -88,6 +89,7 @@ class _Film:
     projection: str
     sex: str
     age: str
+    again: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,13 +228,16 @@ def _films_of(
     columns: Mapping[str, Sequence[str]],
     optional: Mapping[str, Sequence[str]],
 ) -> Iterator[_Film]:
+    seen: set[str] = set()
     for number, row in enumerate(source.table(name, columns, optional=optional), 2):
         labels = "".join(_letter(row[finding]) for finding in FINDINGS)
         view, projection, sex, age = (sys.intern(row.get(key, "").strip()) for key in _FILM_COLUMNS)
         path = _below_split(row["path"])
         words = view.lower() or path.rpartition("_")[2].lower()
         lateral = words.startswith("lateral")
-        yield _Film(name, number, path, sys.intern(labels), lateral, projection, sex, age)
+        again = path in seen
+        seen.add(path)
+        yield _Film(name, number, path, sys.intern(labels), lateral, projection, sex, age, again)
 
 
 def _letter(cell: str) -> str:
@@ -333,15 +338,20 @@ def _meta(film: _Film, context: Context, plan: _Plan, states: Mapping[str, bool 
 
 
 def _image(film: _Film, context: Context, plan: _Plan) -> ImageRef:
+    _refuse(film)
+    return context.image(f"{plan.folder}/{film.path}")
+
+
+def _refuse(film: _Film) -> None:
     if not film.path:
         raise SkipItem("its path names no patient and study")
-    return context.image(f"{plan.folder}/{film.path}")
+    if film.again:
+        raise SkipItem("is listed twice")
 
 
 def _first_frontal(film: _Film, context: Context, plan: _Plan) -> ImageRef:
     """The first frontal film of a study; a few studies begin with a lateral one."""
-    if not film.path:
-        raise SkipItem("its path names no patient and study")
+    _refuse(film)
     for view in _FRONTAL_VIEWS:
         with contextlib.suppress(SkipItem):
             return context.image(f"{plan.folder}/{film.path}/{view}")

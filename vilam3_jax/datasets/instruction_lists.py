@@ -13,7 +13,7 @@ import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -31,7 +31,8 @@ _MAX_ID = 512
 _MAX_IMAGES = 256
 _LEAST_BASE64 = 256  # characters; shorter texts are paths
 _YES_NO = ("yes", "no")
-_ROLES = ("human", "user", "gpt", "assistant", "system")
+_EXTENSIONS = ("vilam3",)  # our own key, which VILA's loader ignores
+_ANY = "record"  # stands for the id while a record is read
 
 UNIQUE, SHARED_ID, COPY = 0, 1, 2
 
@@ -210,7 +211,7 @@ def image_names(record: Mapping[str, Any]) -> list[Any]:
         value = record.get(key)
         if value:
             return list(value) if isinstance(value, list) else [value]
-    return [part for _, parts in _messages(record) for part in parts]
+    return _without_images(record)[1]
 
 
 def read_record(path: str, item: Record) -> tuple[str, dict[str, Any]]:
@@ -246,39 +247,33 @@ def dialogue(name: str, record: Mapping[str, Any], ref: Callable[[ImageRef | str
     Raises:
       SkipItem, UserError: a part of it is missing or of a wrong type.
     """
-    item = {key: value for key, value in record.items() if key not in (*DIALOGUE_KEYS, *_IMAGE_KEYS)}
-    stored: dict[int, ImageRef] = {}
     names = image_names(record)
     if len(names) > _MAX_IMAGES:
         raise SkipItem(f"has {len(names)} images; up to {_MAX_IMAGES} are read")
+    stored: dict[int, ImageRef] = {}
     paths = []
     for position, value in enumerate(names):
         if not isinstance(value, str) or not value:
-            raise SkipItem(f"image {position} is {_kind(value)}, not a path")
+            raise SkipItem(f"image {position} is no path")
         picture = _base64(value)
         if picture is not None:
             stored[position] = picture
         paths.append(value if picture is None else f"stored/{position}")
-    item |= {"id": name, "images": paths, "conversations": _turns(record)}
+    item = {"id": _ANY, "images": paths, "conversations": _messages(record)}
+    item |= {key: record[key] for key in _EXTENSIONS if key in record}
     try:
         example = from_instruction(item)
     except UserError as error:
-        raise _reason(error, name) from None
+        # The id may be a patient's, so it stays out of the reason.
+        text = str(error)
+        for start in (f"instruction item {_ANY!r}: ", f"example {_ANY!r}: "):
+            text = text.removeprefix(start)
+        raise SkipItem(text) from None
     images = tuple(
         stored[position] if position in stored else ref(image if image.axis is not None else image.path or "")
         for position, image in enumerate(example.images)
     )
-    return dataclasses.replace(example, images=images)
-
-
-def _reason(error: UserError, name: str) -> SkipItem:
-    """What `from_instruction` found, without values of the record."""
-    if error.__cause__ is not None:
-        return SkipItem("a value is not as the VILA form has it")
-    text = str(error)
-    for start in (f"instruction item {name!r}: ", f"example {name!r}: "):
-        text = text.removeprefix(start)
-    return SkipItem(text)
+    return dataclasses.replace(example, id=name, images=images)
 
 
 def _base64(text: str) -> ImageRef | None:
@@ -294,73 +289,51 @@ def _base64(text: str) -> ImageRef | None:
     return ImageRef(data=data)
 
 
-def _kind(value: object) -> str:
-    return "missing" if value is None else f"a {type(value).__name__}"
-
-
-def _turns(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    if "question" in record and not any(key in record for key in DIALOGUE_KEYS):
+def _messages(record: Mapping[str, Any]) -> Any:
+    """The dialogue as `from_instruction` reads it."""
+    if "question" in record and not any(record.get(key) for key in DIALOGUE_KEYS):
         answer = record.get("answer")
-        if isinstance(answer, list) and answer:
-            answer = answer[0]
         question = text_of(record["question"], "question")
-        lacking = len(image_names(record)) if IMAGE_MARKER not in question else 0
+        lacking = 0 if IMAGE_MARKER in question else len(image_names(record))
         return [
             {"from": "human", "value": f"{IMAGE_MARKER}\n" * lacking + question},
-            {"from": "gpt", "value": text_of(answer, "answer")},
+            {
+                "from": "gpt",
+                "value": text_of(answer[0] if isinstance(answer, list) and answer else answer, "answer"),
+            },
         ]
-    turns = [{"from": role, "value": text} for role, text, _ in _spoken(record)]
-    if not turns:
-        raise SkipItem("has no dialogue (none of " + ", ".join(DIALOGUE_KEYS) + ", question)")
-    return turns
+    messages, _ = _without_images(record)
+    if not messages:
+        raise SkipItem(f"has no dialogue under any of {', '.join(DIALOGUE_KEYS)}, question")
+    return messages
 
 
-def _messages(record: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
-    """(role, images) of messages whose content comes in parts; malformed ones are left to `_spoken`."""
-    try:
-        for role, _, images in _spoken(record):
-            yield role, images
-    except SkipItem:
-        return
-
-
-def _spoken(record: Mapping[str, Any]) -> Iterator[tuple[str, str, list[Any]]]:
-    """(role, text, images named in it) of every message."""
+def _without_images(record: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+    """(the dialogue, images named in parts of its turns); the parts then only say that an image is there."""
     messages = next((record[key] for key in DIALOGUE_KEYS if record.get(key)), [])
     if not isinstance(messages, list):
-        raise SkipItem(f"its dialogue is {_kind(messages)}, not a list")
-    for position, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise SkipItem(f"turn {position} is {_kind(message)}, not an object")
-        role, content = message.get("from", message.get("role")), message.get("value", message.get("content"))
-        if role not in _ROLES:
-            raise SkipItem(f"turn {position} is spoken by none of {', '.join(_ROLES)}")
-        if isinstance(content, list):
-            text, images = _joined(content, position)
-        elif isinstance(content, str):
-            text, images = content, []
-        else:
-            raise SkipItem(f"the text of turn {position} is {_kind(content)}, not a text")
-        yield role, text, images
+        return messages, []
+    images: list[Any] = []
+    turns = [
+        _without_parts(message, images) if isinstance(message, dict) else message for message in messages
+    ]
+    return turns, images
 
 
-def _joined(parts: Sequence[Any], position: int) -> tuple[str, list[Any]]:
-    """Text and images of content that comes in parts, as chat interfaces store it."""
-    texts, images = [], []
-    for part in parts:
-        if not isinstance(part, dict):
-            raise SkipItem(f"a part of turn {position} is {_kind(part)}, not an object")
-        kind = part.get("type", "text" if "text" in part else "image")
-        if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif kind in ("image", "image_url"):
-            value = part.get("image", part.get("image_url", part.get("path")))
-            value = value.get("url") if isinstance(value, dict) else value
-            texts.append(IMAGE_MARKER)
-            images += [] if value is None else [value]
-        else:
-            raise SkipItem(f"a part of turn {position} is neither text nor image")
-    return "\n".join(texts), images
+def _without_parts(message: dict[str, Any], images: list[Any]) -> dict[str, Any]:
+    key = "content" if "content" in message else "value"
+    content = message.get(key)
+    if not isinstance(content, list):
+        return message
+    parts = []
+    for part in content:
+        if isinstance(part, dict) and part.get("type") in ("image", "image_url"):
+            named = part.get("image_url", part.get("image"))
+            named = named.get("url") if isinstance(named, dict) else named
+            images += [] if named is None else [named]
+            part = {"type": "image"}
+        parts.append(part)
+    return {**message, key: parts}
 
 
 def caption_of(example: Example) -> str:

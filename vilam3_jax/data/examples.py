@@ -1,4 +1,4 @@
-"""The record of a dataset: an `Example`, its msgpack form and the VILA instruction JSON.
+"""The record of a dataset: an `Example`, and the VILA instruction JSON.
 
 An example knows nothing of tokens, templates, experts' answers or overlays: those are rendered
 when it is loaded (`data/render.py`), so switching experts never rebuilds a dataset.
@@ -12,13 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgpack
-
-from vilam3_jax.data import content_keys, wire
+from vilam3_jax.data import content_keys, example_checks
 from vilam3_jax.data.experts.grammar import Call, parse_turn
 from vilam3_jax.errors import UserError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 IMAGE_MARKER = "<image>"
 FORMATS = ("pair", "caption", "document", "conversation", "study")
 ROLES = ("system", "user", "assistant", "expert")
@@ -33,6 +31,9 @@ _TO_ROLE = {
     "system": "system",
 }
 _EXTENSION_KEY = "vilam3"  # what VILA's own loader ignores
+_DIALOGUE_KEYS = ("conversations", "messages")
+_LONGEST_NAME = 60  # characters of an id, or another word of a record, in a message
+_NAMED_ROLES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,8 @@ class ImageRef:
       path: a file below the dataset's data root, '/'-separated; a 2-D image, or a volume when
         `axis` is given.
       axis: which axis of the canonical (RAS) volume is cut: 0, 1 or 2.
-      index: which plane along `axis`, in voxels.
+      index: which plane along `axis`, in voxels; None with an axis: the whole volume, of which the slices are
+        chosen at load time.
       window: (centre, width) in the volume's intensity unit (HU for CT); None: as the model's preprocessing
         shows its modality.
       modality: DICOM's code of a volume whose file states none, such as "CT" for a NIfTI file; None: as the
@@ -66,15 +68,14 @@ class ImageRef:
             return "has empty bytes"
         if self.path is not None and (reason := path_problem(self.path)):
             return reason
-        if (self.axis is None) != (self.index is None):
-            return "axis and index go together"
+        if self.axis is None and self.index is not None:
+            return "has an index and no axis"
         if self.axis is not None:
             if self.data is not None:
                 return "axis and index are for volumes, which are given by path"
-            assert self.index is not None  # as the axis is not
-            if self.axis not in (0, 1, 2) or self.index < 0:
+            if self.axis not in (0, 1, 2) or (self.index is not None and self.index < 0):
                 return f"axis {self.axis}, index {self.index} is no slice"
-        if self.window is not None and (len(self.window) != 2 or not self.window[1] > 0):
+        if self.window is not None and not self.window[1] > 0:
             return f"window {self.window} is not (centre, width > 0)"
         if self.modality is not None and (self.axis is None or not self.modality.isupper()):
             return f"modality {self.modality!r} is not a DICOM code of a volume, such as CT"
@@ -172,7 +173,9 @@ class Example:
 
     def __post_init__(self) -> None:
         for name in ("images", "turns", "expert_requests"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            values = getattr(self, name)
+            if isinstance(values, list):  # what is no list is refused by `problem`
+                object.__setattr__(self, name, tuple(values))
 
     def validate(self) -> Example:
         """Returns itself if the record keeps the contract.
@@ -181,54 +184,12 @@ class Example:
           UserError: names the example's id and the first broken rule.
         """
         if reason := self.problem():
-            raise UserError(f"example {self.id!r}: {reason}")
+            raise UserError(f"example {_name(self.id)}: {reason}")
         return self
 
     def problem(self) -> str | None:
-        """Returns the first rule of the contract that is broken, or None."""
-        return _problem(self)
-
-    def to_bytes(self) -> bytes:
-        """Returns the schema-versioned msgpack form."""
-        return wire.pack(
-            {
-                "v": SCHEMA_VERSION,
-                "id": self.id,
-                "format": self.format,
-                "images": [[i.data, i.path, i.axis, i.index, i.window, i.modality] for i in self.images],
-                "turns": [[t.role, t.text, t.supervised] for t in self.turns],
-                "experts": [request.wire_values() for request in self.expert_requests],
-                "meta": self.meta,
-            }
-        )
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Example:
-        """Reads what `to_bytes` wrote.
-
-        Raises:
-          UserError: not an example, or of a newer schema.
-        """
-        try:
-            raw = msgpack.unpackb(data, raw=False, strict_map_key=False)
-            if raw["v"] != SCHEMA_VERSION:
-                raise UserError(
-                    f"example record has schema {raw['v']}, this version reads {SCHEMA_VERSION}; "
-                    "prepare the dataset again"
-                )
-            return cls(
-                id=raw["id"],
-                format=raw["format"],
-                images=tuple(
-                    ImageRef(blob, path, axis, index, None if window is None else tuple(window), *modality)
-                    for blob, path, axis, index, window, *modality in raw["images"]
-                ),
-                turns=tuple(Turn(*turn) for turn in raw["turns"]),
-                expert_requests=tuple(ExpertRequest.of(*request) for request in raw["experts"]),
-                meta=raw["meta"],
-            )
-        except (msgpack.UnpackException, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"not an example record ({type(error).__name__}: {error})") from error
+        """Returns the first rule of the contract that is broken, or None; whatever the values are."""
+        return example_checks.type_problem(self) or _problem(self)
 
 
 def path_problem(path: str) -> str | None:
@@ -241,11 +202,14 @@ def path_problem(path: str) -> str | None:
     return None
 
 
+def _name(value: object) -> str:
+    """An id, or another word of a record, short enough for a message."""
+    return repr(value if not isinstance(value, str) else value[:_LONGEST_NAME])[: 2 * _LONGEST_NAME]
+
+
 def _problem(example: Example) -> str | None:
-    if not isinstance(example.id, str) or not example.id:
-        return "has no id"
     if example.format not in FORMATS:
-        return f"format {example.format!r} is none of {', '.join(FORMATS)}"
+        return f"format {_name(example.format)} is none of {', '.join(FORMATS)}"
     for position, image in enumerate(example.images):
         if reason := image.problem():
             return f"image {position} {reason}"
@@ -255,7 +219,7 @@ def _problem(example: Example) -> str | None:
         return "has no turns"
     for position, turn in enumerate(example.turns):
         if turn.role not in ROLES:
-            return f"turn {position} has role {turn.role!r}, none of {', '.join(ROLES)}"
+            return f"turn {position} has role {_name(turn.role)}, none of {', '.join(ROLES)}"
         if turn.supervised and turn.role != "assistant":
             return f"turn {position} is supervised but spoken by {turn.role}"
         if turn.role == "system" and position > 0:
@@ -287,23 +251,30 @@ def _role_problem(example: Example) -> str | None:
             return "a document has supervised assistant turns only"
         return None
     spoken = roles[1:] if roles[0] == "system" else roles
+    if spoken and spoken[0] == "expert":
+        return "an expert speaks first; a conversation begins with the user"
     for position, role in enumerate(spoken):
         if (role == "assistant") != (position % 2 == 1):
-            return f"roles do not alternate user, assistant: {', '.join(roles)}"
+            return f"roles do not alternate user, assistant: {', '.join(roles[:_NAMED_ROLES])}"
+    for position, turn in enumerate(example.turns):
+        if turn.role == "assistant" and IMAGE_MARKER in turn.text:
+            return f"turn {position} holds a marker {IMAGE_MARKER}, but an assistant shows no images"
     return None
 
 
 def _request_problem(example: Example) -> str | None:
+    if example.expert_requests and example.format != "conversation":
+        return f"a {example.format} has no expert requests; only a conversation has"
     taken: set[tuple[int, str, str]] = set()
     for request in example.expert_requests:
-        name = f"request for {request.expert!r}"
+        name = f"request for {_name(request.expert)}"
         if reason := Call(request.expert, request.args).problem():
             return f"{name}: {reason}"
         if request.policy not in POLICIES:
-            return f"{name} has policy {request.policy!r}, none of {', '.join(POLICIES)}"
+            return f"{name} has policy {_name(request.policy)}, none of {', '.join(POLICIES)}"
         roles = [image.role for image in request.images]
         if not roles or len(set(roles)) != len(roles):
-            return f"{name} has images of the roles {roles}; each role is needed once"
+            return f"{name} has {len(roles)} images of {len(set(roles))} roles; each role is needed once"
         for image in request.images:
             if not 0 <= image.image < len(example.images):
                 return f"{name} is for image {image.image} of {len(example.images)}"
@@ -319,69 +290,152 @@ def _request_problem(example: Example) -> str | None:
         if request is first and request.call:
             made = [(r.expert, r.args) for r in example.expert_requests if r.before_turn == first.before_turn]
             if [(c.expert, c.args) for c in parse_turn(request.call).calls] != made:
-                return f"{name} has a calling turn {request.call!r} that makes other calls"
+                return f"{name} has a calling turn that makes other calls"
     return None
 
 
-def from_instruction(item: Mapping[str, Any]) -> Example:
+def from_instruction(item: Any) -> Example:
     """Reads one item of a VILA instruction JSON.
 
-    A leading message of the assistant is dropped and a sample that names images but has no
-    marker gets one `<image>` in front, as VILA does. Spaces stay as they are: what becomes of them around an
-    image is a rule of the model (`text_rules.TextRules.spaces`).
+    A leading message of the assistant is dropped, as VILA does. An item that names images but has no marker
+    in any user turn gets one `<image>` in front of its first user turn. Spaces stay as they are: what becomes
+    of them around an image is a rule of the model (`text_rules.TextRules.spaces`).
 
     Args:
-      item: `id`, `conversations` of `from`/`value`, and `image` or `images` (paths below the
-        image folder); our own extension key carries what VILA has no word for.
+      item: `id`; `conversations`, or `messages`, of `from`/`value` or `role`/`content`, where content may be
+        a list of parts of type `text`, `image` or `image_url`; and `image` or `images` (paths below the image
+        folder), which may be null. Our own extension key carries what VILA has no word for.
 
     Raises:
-      UserError: names the item's id and what is wrong.
+      UserError: names the item's id and what is wrong, without values of the item.
     """
-    name = str(item.get("id", ""))
+    name = item.get("id") if isinstance(item, Mapping) else None
+    name = str(name) if example_checks.is_int(name) else name
     try:
-        extension = item.get(_EXTENSION_KEY) or {}
-        paths = item.get("images", item.get("image", []))
-        paths = [paths] if isinstance(paths, str) else list(paths)
-        turns = [(_TO_ROLE[turn["from"]], turn["value"]) for turn in item["conversations"]]
-        if not extension:
-            turns = _as_vila_reads(turns, bool(paths))
-        roles = extension.get("roles", [role for role, _ in turns])
-        supervised = extension.get("supervised", [role == "assistant" for role in roles])
-        slices = extension.get("slices", [None] * len(paths))
-        example = Example(
-            id=name,
-            format=extension.get("format", "conversation"),
-            images=tuple(
-                ImageRef(path=path) if cut is None else _slice_of(path, *cut)
-                for path, cut in zip(paths, slices, strict=True)
-            ),
-            turns=tuple(
-                Turn(role, text, bool(target))
-                for role, (_, text), target in zip(roles, turns, supervised, strict=True)
-            ),
-            expert_requests=tuple(ExpertRequest.of(*r) for r in extension.get("experts", [])),
-            meta=dict(extension.get("meta", {})),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise UserError(
-            f"instruction item {name!r}: not in the VILA form ({type(error).__name__}: {error})"
-        ) from error
+        if not isinstance(item, Mapping):
+            raise ValueError(f"is {example_checks.kind_of(item)}, not an object")
+        example = _read_item("" if name is None else name, item)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = str(error) if type(error) is ValueError else type(error).__name__
+        raise UserError(f"instruction item {_name(name)}: not in the VILA form ({reason})") from error
     return example.validate()
 
 
+def _read_item(name: Any, item: Mapping[str, Any]) -> Example:
+    extension = item.get(_EXTENSION_KEY)
+    if extension is not None and not isinstance(extension, Mapping):
+        raise ValueError(f"{_EXTENSION_KEY} is {example_checks.kind_of(extension)}, not an object")
+    turns, shown = _turns_of(item)
+    paths = _paths_of(item)
+    if paths and shown:
+        raise ValueError("names images both in its turns and beside them")
+    paths = paths or shown
+    if not extension:
+        turns = _as_vila_reads(turns, bool(paths))
+        return Example(
+            id=name,
+            format="conversation",
+            images=tuple(ImageRef(path=path) for path in paths),
+            turns=tuple(Turn(role, text, role == "assistant") for role, text in turns),
+        )
+    roles = extension.get("roles", [role for role, _ in turns])
+    supervised = extension.get("supervised", [role == "assistant" for role in roles])
+    slices = extension.get("slices", [None] * len(paths))
+    for field, values, count in (
+        ("roles", roles, len(turns)),
+        ("supervised", supervised, len(turns)),
+        ("slices", slices, len(paths)),
+    ):
+        if not isinstance(values, list) or len(values) != count:
+            raise ValueError(f"{_EXTENSION_KEY}.{field} is no list of {count}")
+    return Example(
+        id=name,
+        format=extension.get("format", "conversation"),
+        images=tuple(
+            ImageRef(path=path) if cut is None else _slice_of(path, *cut)
+            for path, cut in zip(paths, slices, strict=True)
+        ),
+        turns=tuple(
+            Turn(role, text, target) for role, (_, text), target in zip(roles, turns, supervised, strict=True)
+        ),
+        expert_requests=tuple(ExpertRequest.of(*request) for request in extension.get("experts", [])),
+        meta=extension.get("meta", {}),
+    )
+
+
+def _paths_of(item: Mapping[str, Any]) -> list[Any]:
+    """The images named beside the turns; null names none."""
+    named = [item[key] for key in ("images", "image") if item.get(key) is not None]
+    if len(named) > 1:
+        raise ValueError("has both image and images")
+    paths = named[0] if named else []
+    paths = [paths] if isinstance(paths, str) else paths
+    if not isinstance(paths, list):
+        raise ValueError(f"its images are {example_checks.kind_of(paths)}, not a path or a list of paths")
+    for position, path in enumerate(paths):
+        if not isinstance(path, str):
+            raise ValueError(f"image {position} is {example_checks.kind_of(path)}, not a path")
+    return paths
+
+
+def _turns_of(item: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[str]]:
+    """((role, text) of every turn, paths of the images among their parts)."""
+    key = next((key for key in _DIALOGUE_KEYS if item.get(key) is not None), None)
+    if key is None:
+        raise ValueError(f"has none of {', '.join(_DIALOGUE_KEYS)}")
+    spoken, paths, turns = item[key], [], []
+    if not isinstance(spoken, list):
+        raise ValueError(f"{key} is {example_checks.kind_of(spoken)}, not a list")
+    for position, turn in enumerate(spoken):
+        if not isinstance(turn, Mapping):
+            raise ValueError(f"turn {position} is {example_checks.kind_of(turn)}, not an object")
+        role = turn.get("from", turn.get("role"))
+        if not isinstance(role, str) or role not in _TO_ROLE:
+            raise ValueError(f"turn {position} is spoken by none of {', '.join(_TO_ROLE)}")
+        text = turn.get("value", turn.get("content"))
+        if isinstance(text, list):
+            text = "".join(_part(part, position, paths) for part in text)
+        if not isinstance(text, str):
+            raise ValueError(f"the text of turn {position} is {example_checks.kind_of(text)}, not text")
+        turns.append((_TO_ROLE[role], text))
+    return turns, paths
+
+
+def _part(part: Any, position: int, paths: list[str]) -> str:
+    """The text of one part of a content; the path of an image is added to `paths`."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind not in ("image", "image_url"):
+        raise ValueError(f"turn {position} has a part that is neither text nor an image")
+    found = part.get("image_url", part.get("image"))
+    found = found.get("url") if isinstance(found, Mapping) else found
+    if isinstance(found, str):
+        paths.append(found)
+    elif found is not None:  # the images are then beside the turns
+        raise ValueError(f"turn {position} has an image that is {example_checks.kind_of(found)}, not a path")
+    return IMAGE_MARKER
+
+
 def _slice_of(
-    path: str, axis: int, index: int, window: list[float] | None, modality: str | None = None
+    path: str,
+    axis: int | None,
+    index: int | None,
+    window: list[float] | None,
+    modality: str | None = None,
 ) -> ImageRef:
-    """A slice as `to_instruction` writes it; older files state no modality."""
-    return ImageRef(None, path, axis, index, None if window is None else (window[0], window[1]), modality)
+    """A slice, or a whole volume, as `to_instruction` writes it; older files state no modality."""
+    return ImageRef(None, path, axis, index, None if window is None else tuple(window), modality)  # type: ignore[arg-type]
 
 
 def _as_vila_reads(turns: list[tuple[str, str]], has_images: bool) -> list[tuple[str, str]]:
     if turns and turns[0][0] == "assistant":
         turns = turns[1:]
-    if has_images and turns and not any(IMAGE_MARKER in text for _, text in turns):
-        role, text = turns[0]
-        turns = [(role, f"{IMAGE_MARKER}\n{text}"), *turns[1:]]
+    if has_images and not any(IMAGE_MARKER in text for role, text in turns if role != "assistant"):
+        first = next((place for place, (role, _) in enumerate(turns) if role == "user"), None)
+        if first is not None:
+            turns = [*turns]
+            turns[first] = ("user", f"{IMAGE_MARKER}\n{turns[first][1]}")
     return turns
 
 

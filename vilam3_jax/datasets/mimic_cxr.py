@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import posixpath
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -112,10 +113,13 @@ def split_named(value: object) -> str:
 
 
 def view_named(position: str, code: str = "") -> str:
-    """A view from ViewPosition, or where that is blank from the meaning of ViewCodeSequence."""
-    if position.strip():
-        return position.strip().upper()
-    return _VIEW_NAMES.get(code.strip().lower(), "")
+    """A view from ViewPosition, or where that is blank from the meaning of ViewCodeSequence.
+
+    >>> view_named("Postero-anterior"), view_named("", "left lateral"), view_named("", "Erect")
+    ('PA', 'LL', '')
+    """
+    position, code = position.strip().lower(), code.strip().lower()
+    return _VIEW_NAMES.get(position or code, position.upper())
 
 
 def alternatives(folders: Iterable[str], *names: str) -> list[str]:
@@ -225,20 +229,21 @@ def one_split_per_patient(items: Mapping[str, list[_Item]]) -> dict[str, list[_I
     return out
 
 
-def film_image(context: Context, folder: str, film: Film) -> ImageRef:
+def film_image(context: Context, folder: str, film: Film, path: str = "") -> ImageRef:
     """The picture of a film.
 
     Args:
       context: of the split.
       folder: of `jpg_folder`.
       film: which.
+      path: of the picture below `folder`; "" for the release's.
 
     Raises:
       SkipItem: the film has a problem or its file is missing; the reason names no patient.
     """
     if film.problem:
         raise SkipItem(film.problem)
-    path = f"{folder}/{film.path}".lstrip("/")
+    path = posixpath.normpath(f"{folder}/{path or film.path}".lstrip("/"))
     try:
         return context.image(path)
     except SkipItem as reason:

@@ -1,0 +1,326 @@
+"""Medical-Diff-VQA: questions about the findings of MIMIC-CXR studies, a conversation for each film."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar, NamedTuple
+
+from vilam3_jax.data.examples import Example, ExpertRequest, RequestImage
+from vilam3_jax.datasets.chest_findings import EXPERT, YES_NO, with_film_expert
+from vilam3_jax.datasets.conversations import conversation, question_meta, text_of
+from vilam3_jax.datasets.dataset import Context, SkipItem, Skipped, Split
+from vilam3_jax.datasets.mimic_cxr import (
+    FRONTAL,
+    JPG_INSTRUCTIONS,
+    Film,
+    MimicDataset,
+    alternatives,
+    film_image,
+    film_meta,
+    film_problem,
+    jpg_folder,
+    number_of,
+    one_split_per_patient,
+    row_of,
+    split_named,
+    view_named,
+)
+from vilam3_jax.datasets.source_files import SourceFolder
+
+KINDS = ("abnormality", "location", "type", "level", "view", "presence")
+DIFFERENCE = "difference"
+_FOLDERS = (
+    "",
+    "medical-diff-vqa/1.0.0",
+    "medical-diff-vqa",
+    "physionet.org/files/medical-diff-vqa/1.0.0",
+)
+_BLANK = ("", "nan", "null")
+_NO_REFERENCE = (*_BLANK, "0", "0.0", "none", "-1", "-1.0")
+_ORDER = "The first image is the reference, the second one the current image."
+
+
+class Question(NamedTuple):
+    """A row of the table of questions."""
+
+    row: int
+    kind: str
+    question: str
+    answer: str
+
+
+class Item(NamedTuple):
+    """A film, or a film and an earlier one, with the questions about it.
+
+    Attributes:
+      row: of the first question.
+      film: of the study.
+      reference: the film of the reference study, for differences.
+      questions: in the order of the table.
+    """
+
+    row: int
+    film: Film
+    reference: Film | None
+    questions: tuple[Question, ...]
+
+
+class MedicalDiffVqa(MimicDataset):
+    """A study's film is its first AP or PA view in `mimic_all.csv`, otherwise its first film.
+
+    The questions about one film become one conversation, whichever reference study they were asked with. The
+    same question with the same answer is asked once; with other answers it is left out.
+
+    The dataset's own split divides questions, so patients are in several of its splits. By default records
+    are split as MIMIC-CXR splits patients (`mimic_all.csv`); `--split-by file` gives the split that the paper
+    used, with about 129,000 conversations for training. How the reference made its conversations was never
+    released. `parity` puts its rule for `answer_type` back, which calls an answer closed if "no" is anywhere
+    in it, as in "nodule".
+    """
+
+    name = "medical_diff_vqa"
+    description = (
+        "Questions about abnormalities, their place, level and type, and about views of chest films."
+    )
+    homepage = "https://physionet.org/content/medical-diff-vqa/1.0.0/"
+    citation = "Hu et al., Expert Knowledge-Aware Image Difference Graph Representation Learning, KDD 2023"
+    configs: ClassVar[Mapping[str, str]] = {
+        "questions": "the six types of questions about one film",
+        "difference": "what has changed between two films of a patient",
+    }
+    instructions = (
+        "From https://physionet.org/content/medical-diff-vqa/1.0.0/ (credentialed access): "
+        f"mimic_pair_questions.csv and mimic_all.csv. {JPG_INSTRUCTIONS}."
+    )
+
+    def __init__(self, options: argparse.Namespace | None = None, config: str = "") -> None:
+        super().__init__(options, config)
+        if self.options.split_by == "file":
+            # What is right for one choice of the split only.
+            self.shared_images = "its own split divides questions, not patients"  # type: ignore[misc]
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Declares --split-by."""
+        parser.add_argument(
+            "--split-by",
+            choices=("mimic", "file"),
+            default="mimic",
+            help="MIMIC-CXR's split of patients, or the file's of questions, which shares patients",
+        )
+
+    def splits(self, source: SourceFolder) -> Mapping[str, Split]:
+        """Groups the questions by film."""
+        table, films_table = source.require(
+            alternatives(_FOLDERS, "mimic_pair_questions.csv"), alternatives(_FOLDERS, "mimic_all.csv")
+        )
+        films = _films(source, films_table)
+        by_file = self.options.split_by == "file"
+        groups = _grouped(source, table, films, self.config == DIFFERENCE, by_file)
+        if not by_file:
+            groups = _protected(groups)
+        make = functools.partial(
+            _examples,
+            folder=jpg_folder(source),
+            table=table,
+            prefixed=by_file,
+        )
+        return {name: Split(items, make, functools.partial(row_of, table)) for name, items in groups.items()}
+
+
+def _films(source: SourceFolder, table: str) -> dict[str, tuple[str, Film]]:
+    """Study → (its split as MIMIC-CXR has it, its film)."""
+    columns = {
+        "subject": ("subject_id",),
+        "study": ("study_id",),
+        "dicom": ("dicom_id",),
+        "view": ("view", "ViewPosition"),
+        "split": ("split",),
+    }
+    chosen: dict[str, tuple[str, Film]] = {}
+    for number, row in enumerate(source.table(table, columns), 1):
+        subject, study = number_of(row["subject"], "p"), number_of(row["study"], "s")
+        dicom, view = row["dicom"].strip(), view_named(row["view"])
+        problem = film_problem(subject, study, dicom)
+        if not study:
+            continue  # no question can name it
+        known = chosen.get(study)
+        if known is None or (
+            not problem and (known[1].problem or (view in FRONTAL and known[1].view not in FRONTAL))
+        ):
+            chosen[study] = split_named(row["split"]), Film(number, subject, study, dicom, view, problem)
+    return chosen
+
+
+def _grouped(
+    source: SourceFolder,
+    table: str,
+    films: Mapping[str, tuple[str, Film]],
+    difference: bool,
+    by_file: bool,
+) -> dict[str, list[Item]]:
+    """Split → items, in the order of their first questions."""
+    columns = {
+        "subject": ("subject_id",),
+        "study": ("study_id",),
+        "reference": ("ref_id",),
+        "kind": ("question_type",),
+        "question": ("question",),
+        "answer": ("answer",),
+        "split": ("split",),
+    }
+    groups: dict[tuple[str, Film, Film | None], list[Question]] = {}
+    same: dict[str, str] = {}  # questions and many answers are of a few thousand wordings
+    for number, row in enumerate(source.table(table, columns), 1):
+        kind = row["kind"].strip().lower()
+        if kind in (*KINDS, DIFFERENCE) and (kind == DIFFERENCE) != difference:
+            continue
+        split, film = _film_of(row["study"], row["subject"], number, films)
+        reference = None
+        if difference and not film.problem:
+            reference, film = _reference_of(row["reference"], film, films)
+        if by_file:
+            split = split_named(row["split"])
+        if not split:
+            film = film._replace(problem=film.problem or "its split is not known")
+        texts = (same.setdefault(text, text) for text in (kind, row["question"], row["answer"]))
+        groups.setdefault((split or "train", film, reference), []).append(Question(number, *texts))
+    out: dict[str, list[Item]] = {}
+    for (split, film, reference), questions in groups.items():
+        out.setdefault(split, []).append(Item(questions[0].row, film, reference, tuple(questions)))
+    return out
+
+
+def _film_of(
+    study: str, subject: str, number: int, films: Mapping[str, tuple[str, Film]]
+) -> tuple[str, Film]:
+    """(split, film) of a row's study; a film with a problem if there is none."""
+    split, film = films.get(number_of(study, "s"), ("", None))
+    if film is None:
+        return split, Film(number, "", "", "", problem="its study is not in mimic_all.csv")
+    if film.subject != number_of(subject, "p"):
+        return split, Film(number, "", "", "", problem="its patient is another one in mimic_all.csv")
+    return split, film
+
+
+def _reference_of(cell: str, film: Film, films: Mapping[str, tuple[str, Film]]) -> tuple[Film | None, Film]:
+    """(film of the reference study, the film with what is wrong with its reference)."""
+    if cell.strip().lower() in _NO_REFERENCE:
+        return None, film._replace(problem="it has no reference study")
+    _, reference = films.get(number_of(cell, "s"), ("", None))
+    if reference is None:
+        return None, film._replace(problem="its reference study is not in mimic_all.csv")
+    if reference.subject != film.subject:
+        return None, film._replace(problem="its reference study is of another patient")
+    if reference.problem or reference.study == film.study:
+        return None, film._replace(problem=reference.problem or "it is its own reference study")
+    return reference, film
+
+
+def _protected(groups: Mapping[str, list[Item]]) -> dict[str, list[Item]]:
+    films = one_split_per_patient({name: [item.film for item in items] for name, items in groups.items()})
+    return {
+        name: [item._replace(film=film) for item, film in zip(groups[name], of_split, strict=True)]
+        for name, of_split in films.items()
+    }
+
+
+def _examples(
+    item: Item, context: Context, *, folder: str, table: str, prefixed: bool
+) -> Iterator[Example | Skipped]:
+    if item.film.problem:
+        for question in item.questions:
+            yield Skipped(f"{table} row {question.row}", item.film.problem)
+        return
+    kept: list[Question] = []
+    for outcome in _sound(item.questions, table):
+        if isinstance(outcome, Skipped):
+            yield outcome
+        else:
+            kept.append(outcome)
+    if not kept:
+        return
+    films = [film for film in (item.reference, item.film) if film is not None]
+    images = [film_image(context, folder, film) for film in films]
+    name = "-".join(film.dicom for film in reversed(films))
+    exchanges = [(question.question, question.answer) for question in kept]
+    if item.reference is not None:
+        exchanges[0] = (f"{_ORDER}\n{exchanges[0][0]}", exchanges[0][1])
+    example = conversation(
+        f"{context.split}/{name}" if prefixed else name,
+        images,
+        exchanges,
+        film_meta(context, item.film, label_source="labeler"),
+        questions=[_asked(question, context.parity, len(images) - 1) for question in kept],
+        marker="after",
+    )
+    yield _with_expert(example, item)
+
+
+def _with_expert(example: Example, item: Item) -> Example:
+    """The film expert sees the current film, if it is frontal."""
+    if item.film.view not in FRONTAL:
+        return example
+    if item.reference is None:
+        return with_film_expert(example)
+    request = ExpertRequest(EXPERT, images=(RequestImage(1),), before_turn=1, policy="optional")
+    return dataclasses.replace(example, expert_requests=(request,))
+
+
+def _sound(questions: Sequence[Question], table: str) -> Iterator[Question | Skipped]:
+    """Questions that can be asked, each once."""
+    answers: dict[str, set[frozenset[str]]] = {}
+    for question in questions:
+        if _problem(question) is None:
+            answers.setdefault(_key(question.question), set()).add(_parts(question.answer))
+    asked: set[str] = set()
+    for question in questions:
+        key = _key(question.question)
+        problem = _problem(question)
+        if problem is None and len(answers[key]) > 1:
+            problem = "its question has other answers about the same film"
+        if problem is not None:
+            yield Skipped(f"{table} row {question.row}", problem)
+        elif key not in asked:
+            asked.add(key)
+            yield question._replace(question=question.question.strip(), answer=question.answer.strip())
+
+
+def _problem(question: Question) -> str | None:
+    if question.kind not in (*KINDS, DIFFERENCE):
+        return "its question_type is none of the seven"
+    for what, text in (("question", question.question), ("answer", question.answer)):
+        if text.strip().lower() in _BLANK:
+            return f"the {what} is empty"
+        try:
+            text_of(text, what)
+        except SkipItem as reason:
+            return str(reason)
+    return None
+
+
+def _key(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _parts(answer: str) -> frozenset[str]:
+    """An answer that lists findings is the same in any order."""
+    return frozenset(_key(part) for part in answer.split(","))
+
+
+def _asked(question: Question, parity: bool, image: int) -> dict:
+    first = _key(question.answer).strip(" .")
+    closed = first in YES_NO
+    is_closed = any(word in question.answer.lower() for word in YES_NO) if parity else closed
+    asked = question_meta(
+        question.question,
+        first if closed else question.answer,
+        question.kind,
+        options=YES_NO if closed else (),
+        label_source="labeler",
+        image=image,
+    )
+    return {**asked, "answer_type": "closed" if is_closed else "open"}

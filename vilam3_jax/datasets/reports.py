@@ -36,12 +36,16 @@ class Report:
       findings: text, may be empty.
       impression: text, may be empty.
       licence: what the file itself names.
+      images: names of its images, without an ending.
+      mesh: its main subject headings; "normal" alone for a normal study.
     """
 
     id: str
     findings: str
     impression: str
     licence: str
+    images: tuple[str, ...] = ()
+    mesh: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -64,6 +68,8 @@ class _ReportHandler:
         self.depth = 0
         self.fields: dict[str, list[str]] = {}
         self.report_id = ""
+        self.images: list[str] = []
+        self.mesh: list[str] = []
         self._open: tuple[str, int] | None = None
 
     def start(self, tag: str, attributes: dict[str, str]) -> None:
@@ -72,7 +78,12 @@ class _ReportHandler:
             raise UserError(f"{self.name}: XML nested deeper than {MAX_DEPTH}; not a report")
         if tag == "uId":
             self.report_id = self.report_id or attributes.get("id", "")
+        elif tag == "parentImage":
+            self.images.append(attributes.get("id", ""))
         elif tag == "licenseURL":
+            self._open = (tag, self.depth)
+        elif tag == "major":
+            self.mesh.append("")
             self._open = (tag, self.depth)
         elif tag == "AbstractText" and attributes.get("Label", "").upper() in _SECTIONS:
             self._open = (attributes["Label"].upper(), self.depth)
@@ -83,7 +94,9 @@ class _ReportHandler:
         self.depth -= 1
 
     def text(self, data: str) -> None:
-        if self._open is not None:
+        if self._open is not None and self._open[0] == "major":
+            self.mesh[-1] += data
+        elif self._open is not None:
             self.fields.setdefault(self._open[0], []).append(data)
 
     def refuse(self, *_: object) -> None:
@@ -121,6 +134,8 @@ def parse_report(data: bytes, name: str = "report") -> Report:
         findings=handler.field("FINDINGS"),
         impression=handler.field("IMPRESSION"),
         licence=handler.field("licenseURL") or "none stated",
+        images=tuple(handler.images),
+        mesh=tuple(" ".join(heading.split()) for heading in handler.mesh),
     )
 
 

@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import json
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ def made(
 ) -> tuple[dict[str, list[Example]], dict[str, list[Skipped]]]:
     """(examples, skipped items) by split, without shards or processes.
 
+    Checks what holds of every dataset: processes can be given its items, and no id stands twice.
+
     Args:
       dataset: the class.
       folder: the source folder.
@@ -73,7 +76,10 @@ def made(
     examples: dict[str, list[Example]] = {}
     skipped: dict[str, list[Skipped]] = {}
     for name, split in maker.splits(source).items():
+        pickle.dumps((split.make, split.name_of, split.items[:1]))
         found = list(examples_of(split, maker.context(source, name, **settings)))
         examples[name] = [one for one in found if isinstance(one, Example)]
         skipped[name] = [one for one in found if isinstance(one, Skipped)]
+    ids = [one.id for found in examples.values() for one in found]
+    assert len(set(ids)) == len(ids), "an id stands twice"
     return examples, skipped

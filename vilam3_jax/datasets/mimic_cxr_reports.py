@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 from vilam3_jax import paths
@@ -103,10 +103,11 @@ class MimicCxrReports(MimicDataset):
             name: [Item(f.row, f, None if known is None else known.get(f.study, ())) for f in of_split]
             for name, of_split in films.items()
         }
-        read = functools.partial(_sections, root=str(source.root), folder=folder, heads=heads)
+        read = functools.partial(_sections, folder=folder, heads=heads)
         pools = Pools({}, {})
         if self.config == "pooled":
-            pools = pools_of({name: _texts(items.get(name, ()), read) for name in ("train", "test")})
+            of_source = functools.partial(read, file_of=lambda path: source.root / path)
+            pools = pools_of({name: _texts(items.get(name, ()), of_source) for name in ("train", "test")})
         make = functools.partial(
             _examples,
             folder=jpg_folder(source),
@@ -144,14 +145,16 @@ def _reports_folder(source: SourceFolder, films: Mapping[str, Sequence[Film]]) -
     )
 
 
-def _sections(item: Item, *, root: str, folder: str, heads: Sequence[str]) -> tuple[str, ...]:
+def _sections(
+    item: Item, *, file_of: Callable[[str], paths.PathLike], folder: str, heads: Sequence[str]
+) -> tuple[str, ...]:
     """The raw texts of an item's sections, "" for one that the report lacks."""
     if item.sections is not None:
         if not item.sections:
             raise SkipItem("its study is not in the table of sections")
         return item.sections
     path = f"{folder}/{study_path(item.film.subject, item.film.study)}.txt".lstrip("/")
-    file = paths.as_path(root) / path
+    file = file_of(path)
     if not paths.exists(file):
         raise SkipItem("its report is missing")
     try:
@@ -166,7 +169,7 @@ def _sections(item: Item, *, root: str, folder: str, heads: Sequence[str]) -> tu
     return tuple(getattr(found, head) for head in heads)
 
 
-def _texts(items: Sequence[Item], read: functools.partial[tuple[str, ...]]) -> Iterator[str]:
+def _texts(items: Sequence[Item], read: Callable[[Item], tuple[str, ...]]) -> Iterator[str]:
     """The raw sections of each study once."""
     seen: set[str] = set()
     for item in items:
@@ -184,7 +187,7 @@ def _examples(
     context: Context,
     *,
     folder: str,
-    read: functools.partial[tuple[str, ...]],
+    read: Callable[..., tuple[str, ...]],
     heads: Sequence[str],
     pools: Pools,
     views: str,
@@ -193,5 +196,5 @@ def _examples(
         return
     if item.film.problem:
         raise SkipItem(item.film.problem)
-    raw = read(item)
+    raw = read(item, file_of=context.file)
     yield report_example(item.film, film_image(context, folder, item.film), raw, heads, context, pools)

@@ -21,8 +21,11 @@ MAX_RECORD_BYTES = 64 << 20
 _PIECE = 8 << 20
 _OPEN_FILES = 4
 _SPACE = re.compile(r"[ \t\r\n]*")
-# One bracket with everything before it, strings skipped as a whole.
-_BRACKET = re.compile(r'(?:[^"{}\[\]]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+([{}\[\]])', re.DOTALL)
+# What may follow an element. Anything else, or nothing yet, and a number may go on in the next piece.
+_AFTER = (" ", "\t", "\r", "\n", ",", "]")
+# Up to and with the next quote or bracket, and up to and with the quote that closes a string.
+_OUTSIDE = re.compile(r'[^"{}\[\]]*+(["{}\[\]]?)')
+_QUOTED = re.compile(r'(?:[^"\\]++|\\.)*+("?)', re.DOTALL)
 _KINDS = {
     list: "a list",
     str: "a text",
@@ -217,7 +220,7 @@ def _element(window: _Window, path: paths.PathLike, row: int) -> str:
     """The text of the next element; `window` is behind it then. Of a too large element, its start."""
     try:
         _, end = _DECODER.raw_decode(window.text, window.at)
-        if end < len(window.text):  # a number at the end of a piece may go on
+        if window.text[end : end + 1] in _AFTER:
             text = window.text[window.at : end]
             window.at = end
             return text
@@ -227,37 +230,39 @@ def _element(window: _Window, path: paths.PathLike, row: int) -> str:
         return _scalar(window, path, row)
     kept: list[str] = []
     size = depth = 0
+    quoted = False
     while True:
-        match = _BRACKET.match(window.text, window.at)
-        if match is None:
-            if window.ended:
-                raise UserError(f"{path}: ends within record {row}; export or download it again")
-            if len(window.text) - window.at > MAX_RECORD_BYTES:
-                raise UserError(
-                    f"{path}: record {row} has a text of over {MAX_RECORD_BYTES} bytes; shorten or remove it"
-                )
-            window.more()
-            continue
+        match = (_QUOTED if quoted else _OUTSIDE).match(window.text, window.at)
+        assert match is not None  # as both match nothing, too
         if size <= MAX_RECORD_BYTES:
             kept.append(match[0])
         size += len(match[0])
-        depth += 1 if match[1] in "{[" else -1
         window.at = match.end()
-        if depth == 0:
-            return "".join(kept)
+        if match[1] == '"':
+            quoted = not quoted
+        elif match[1]:
+            depth += 1 if match[1] in "{[" else -1
+            if depth == 0:
+                return "".join(kept)
+        elif window.ended:
+            raise UserError(f"{path}: ends within record {row}; export or download it again")
+        else:
+            window.more()
 
 
 def _scalar(window: _Window, path: paths.PathLike, row: int) -> str:
+    """The text of a number, a text, true, false or null."""
     while True:
         try:
             _, end = _DECODER.raw_decode(window.text, window.at)
-            if end < len(window.text) or window.ended:
+            if window.text[end : end + 1] in _AFTER:
                 text = window.text[window.at : end]
                 window.at = end
                 return text
         except ValueError:
-            if window.ended or len(window.text) - window.at > MAX_RECORD_BYTES:
-                raise UserError(
-                    f"{path}: is no JSON at record {row}, byte {window.byte}; export or download it again"
-                ) from None
+            pass  # incomplete in this piece, or no JSON
+        if window.ended or len(window.text) - window.at > MAX_RECORD_BYTES:
+            raise UserError(
+                f"{path}: is no JSON at record {row}, byte {window.byte}; export or download it again"
+            )
         window.more()

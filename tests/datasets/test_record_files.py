@@ -21,7 +21,6 @@ def walked(tmp_path, content, name="list.json"):
     found = list(record_files.walk(file))
     for place, data in found:
         assert record_files.read(str(file), place) == data[: place.length]
-    record_files._opened.cache_clear()
     return [data for _, data in found]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -64,6 +65,7 @@ def find_pictures(source: SourceFolder, folders: Sequence[str], archives: Sequen
     if folder is None and archive is None:
         source.require([*folders, *archives])
     if archive is not None:
+        _members.cache_clear()  # the archive may be another one by now
         _members(str(source.root), archive)
     return Pictures(folder, archive)
 
@@ -88,6 +90,18 @@ def checked(image: ImageRef, name: str) -> ImageRef:
         if kind.reader != "picture":
             raise SkipItem(f"image {name} is no picture: {kind.name}")
     return image
+
+
+def picture_or_dicom(context: Context, path: str) -> ImageRef:
+    """A picture as `Context.image` gives it; a DICOM file by its path, so that the loader windows it.
+
+    Raises:
+      SkipItem: missing, too large, outside of the root, or no picture.
+    """
+    ref = context.image(path)
+    if ref.data is not None and file_kinds.identify_bytes(ref.data[:_KIND_BYTES], path).reader == "dicom":
+        return ImageRef(path=os.path.normpath(path.replace("\\", "/")))
+    return checked(ref, path)
 
 
 @functools.lru_cache(maxsize=_OPEN_ARCHIVES)

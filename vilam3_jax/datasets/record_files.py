@@ -66,6 +66,7 @@ def walk(path: paths.PathLike) -> Iterator[tuple[Place, bytes]]:
       UserError: it is neither, ends early, or lacks commas between records, with the byte and the record.
     """
     path = paths.as_path(path)
+    _opened.cache_clear()  # the list may be another one by now
     try:
         with path.open("rb") as file:
             head = file.read(_PIECE)

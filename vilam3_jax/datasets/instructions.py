@@ -10,27 +10,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from scipy import sparse
-from scipy.sparse import csgraph
 
 from vilam3_jax import paths
-from vilam3_jax.data import file_kinds
 from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.datasets import instruction_lists
 from vilam3_jax.datasets.conversations import metadata, text_of
 from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Split
 from vilam3_jax.datasets.instruction_lists import Record, Scan
-from vilam3_jax.datasets.pictures import checked
+from vilam3_jax.datasets.own_splits import STATED, groups_of, held_out, split_named
+from vilam3_jax.datasets.pictures import picture_or_dicom
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
-
-TRAIN, HELDOUT = "train", "heldout"
-_SPLITS = {
-    **dict.fromkeys(("train", "training"), TRAIN),
-    **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
-    **dict.fromkeys(("heldout", "held-out", "held_out"), HELDOUT),
-}
 
 
 class Instructions(Dataset):
@@ -117,8 +107,8 @@ class Instructions(Dataset):
         if not len(found.records):
             raise UserError(f"{path}: holds no record; export or download it again")
         records = found.records
-        records["group"] = groups = _groups(len(records), found.nodes, records["start"])
-        sides = _stated(found, path, split) if split else _held_out(groups, self.options.heldout, path)
+        records["group"] = groups = groups_of(len(records), found.nodes, records["start"])
+        sides = _stated(found, path, split) if split else held_out(groups, self.options.heldout, path)
         make = functools.partial(_make, patient=patient, stated=split or "", modality=self.options.modality)
         return {
             side: instruction_lists.split_of(path, records[chosen], make)
@@ -152,52 +142,13 @@ def _nested(record: Mapping[str, Any], key: str) -> Any:
 
 
 def _stated_split(record: Mapping[str, Any], *, key: str) -> str | None:
-    value = _nested(record, key)
-    return _SPLITS.get(value.strip().lower()) if isinstance(value, str) else None
-
-
-def _groups(count: int, nodes: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """[n] uint64: the smallest digest of all that is tied together; records that nothing ties stand alone."""
-    names, place = np.unique(nodes[:, 1], return_inverse=True)
-    owner = nodes[:, 0].astype(np.int64)
-    ties = sparse.coo_array(
-        (np.ones(len(owner), np.uint8), (owner, count + place)), shape=(count + len(names),) * 2
-    )
-    parts, part = csgraph.connected_components(ties, directed=False)
-    least = np.full(parts, np.iinfo(np.uint64).max, np.uint64)
-    np.minimum.at(least, part[count:], names)
-    alone = np.flatnonzero(np.bincount(owner, minlength=count) == 0)
-    least[part[alone]] = starts[alone]
-    return least[part[:count]]
-
-
-def _held_out(groups: np.ndarray, share: float, path: str) -> dict[str, np.ndarray]:
-    """Split → [n] bool: groups whose hash lies below the share, at least one if any share is asked for."""
-    mixed = _mixed(groups)
-    held = mixed < np.uint64(share * 2**64)
-    if share and not held.any():
-        held = mixed == mixed.min()
-    if share and held.all():
-        raise UserError(
-            f"{path}: all records share images or a patient, so none can be held out; give --heldout 0, or "
-            "--split KEY where the records state their split"
-        )
-    return {TRAIN: ~held, HELDOUT: held}
-
-
-def _mixed(values: np.ndarray) -> np.ndarray:
-    """Even hashes of [n] uint64 (SplitMix64's finaliser): the smallest of several digests is not even."""
-    with np.errstate(over="ignore"):
-        values = values + np.uint64(0x9E3779B97F4A7C15)
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    return split_named(_nested(record, key))
 
 
 def _stated(found: Scan, path: str, key: str) -> dict[str, np.ndarray]:
     """Split → [n] bool; records that state none go to the first, where they are set aside by name."""
     if not found.names:
-        raise UserError(f"{path}: no record has a split under {key!r} (train, validation, test or heldout)")
+        raise UserError(f"{path}: no record has a split under {key!r} ({STATED})")
     sides = {name: found.labels == number for number, name in enumerate(found.names)}
     sides[found.names[0]] |= found.labels < 0
     return dict(sorted(sides.items()))
@@ -208,7 +159,7 @@ def _make(
 ) -> Iterator[Example]:
     name, record = instruction_lists.read_record(path, item)
     if stated and _stated_split(record, key=stated) is None:
-        raise SkipItem(f"states no split under {stated!r} (train, validation, test or heldout)")
+        raise SkipItem(f"states no split under {stated!r} ({STATED})")
     known = text_of(_nested(record, patient), "patient") if patient else None
     example = instruction_lists.dialogue(name, record, functools.partial(_image, context=context))
     own = metadata(
@@ -229,7 +180,4 @@ def _image(image: ImageRef | str, *, context: Context) -> ImageRef:
         return context.volume(
             image.path, axis=image.axis, index=image.index, window=image.window, modality=image.modality
         )
-    ref = context.image(image)
-    if ref.data is not None and file_kinds.identify_bytes(ref.data[: 1 << 16], image).reader == "dicom":
-        return ImageRef(path=os.path.normpath(image.replace("\\", "/")))
-    return checked(ref, image)
+    return picture_or_dicom(context, image)

@@ -12,6 +12,7 @@ ENTRY_POINTS = "vilam3.datasets"
 
 # Name → (module, class). One row per dataset; keep them sorted.
 DATASETS: dict[str, tuple[str, str]] = {
+    "brats": ("brats", "BraTS"),
     "cc3m_595k": ("cc3m_595k", "Cc3m595k"),
     "chest_xray14": ("chest_xray14", "ChestXray14"),
     "chexpert": ("chexpert", "CheXpert"),
@@ -52,11 +53,31 @@ def get(name: str) -> type[Dataset]:
     """The class of a dataset.
 
     Raises:
-      UserError: no such dataset; the message lists those there are.
+      UserError: no such dataset, where the message lists those there are; several packages have one of this
+        name; or another package's cannot be loaded.
     """
-    if name in DATASETS:
+    points = list(importlib.metadata.entry_points(group=ENTRY_POINTS, name=name))
+    if name in DATASETS and not points:
         module, attribute = DATASETS[name]
         return getattr(importlib.import_module(f"vilam3_jax.datasets.{module}"), attribute)
-    for point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
-        return point.load()
-    raise UserError(f"no dataset {name!r}; there are: {', '.join(names())}")
+    if not points:
+        raise UserError(f"no dataset {name!r}; there are: {', '.join(names())}")
+    owners = ["vilam3-jax"] * (name in DATASETS) + [_package(point) for point in points]
+    if len(owners) > 1:
+        raise UserError(f"dataset {name!r}: several packages have one ({', '.join(owners)}); uninstall one")
+    return _loaded(points[0])
+
+
+def _loaded(point: importlib.metadata.EntryPoint) -> type[Dataset]:
+    who = f"dataset {point.name!r} of {_package(point)}"
+    try:
+        found = point.load()
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{who} cannot be loaded: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Dataset)):
+        raise UserError(f"{who}: {point.value} is no subclass of Dataset")
+    return found
+
+
+def _package(point: importlib.metadata.EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown package"

@@ -55,17 +55,22 @@ class Structure:
 
     Attributes:
       name: as the experts' label tables have it, such as "hepatic tumor".
-      lesion: whether its parts are counted.
+      kind: "lesion", "organ", or "part" of a lesion; names the questions' types.
       pixels: marked pixels on every axial slice, [Z] int64.
       ml: volume in the whole scan.
-      parts: of a lesion, its 26-connected parts of at least `MIN_LESION_ML`; None of anything else.
+      parts: 26-connected parts of at least `MIN_LESION_ML`; None where nobody counts them.
     """
 
     name: str
-    lesion: bool
+    kind: str
     pixels: np.ndarray
     ml: float
     parts: int | None = None
+
+    @property
+    def lesion(self) -> bool:
+        """Whether it is a lesion."""
+        return self.kind == "lesion"
 
     def on(self, index: int) -> bool | None:
         """Whether it is on a slice; None where so few pixels are marked that nobody should ask."""
@@ -185,18 +190,21 @@ def read_labels(context: Context, path: str, scan: Scan) -> np.ndarray:
     return load_label_map(file_of(context, path), scan.volume)
 
 
-def structure(name: str, marked: np.ndarray, scan: Scan, *, lesion: bool = False) -> Structure:
+def structure(
+    name: str, marked: np.ndarray, scan: Scan, kind: str = "organ", *, counted: bool = False
+) -> Structure:
     """Measures what is marked.
 
     Args:
       name: of the structure.
       marked: [X, Y, Z] bool.
       scan: that it is marked in.
-      lesion: whether its parts are counted.
+      kind: of the structure.
+      counted: whether its parts are counted.
     """
     pixels = marked.sum(axis=(0, 1), dtype=np.int64)
     ml = float(pixels.sum()) * scan.voxel_ml
-    return Structure(name, lesion, pixels, ml, _parts(marked, scan.voxel_ml) if lesion else None)
+    return Structure(name, kind, pixels, ml, _parts(marked, scan.voxel_ml) if counted else None)
 
 
 def _parts(marked: np.ndarray, voxel_ml: float) -> int:
@@ -250,6 +258,7 @@ def slice_records(
     *,
     indices: Sequence[int] | None = None,
     shown: Sequence[int] | None = None,
+    on_lesions: Sequence[Mapping[str, Any]] = (),
 ) -> Iterator[Example]:
     """The records of a scan.
 
@@ -261,6 +270,7 @@ def slice_records(
       facts: further arguments of `conversations.metadata`, such as the patient.
       indices: the slices; None: those of `choose_slices`.
       shown: for each image of a record, which file of the scan it shows; None: all, in their order.
+      on_lesions: further questions, of `question_meta`, for slices that show a lesion.
 
     Raises:
       SkipItem: no slice is worth a record.
@@ -275,7 +285,8 @@ def slice_records(
         meta["roles"] = [role for role, _ in scan.files]
     if structures:
         meta["label_source"] = LABEL_SOURCE
-        meta["lesions"] = {one.name: one.parts for one in structures if one.lesion}
+        if parts := {one.name: one.parts for one in structures if one.parts is not None}:
+            meta["lesions"] = parts
     order = range(len(scan.files)) if shown is None else shown
 
     def images(index: int | None) -> list[ImageRef]:
@@ -286,6 +297,8 @@ def slice_records(
     for index in chosen:
         name, told = f"{scan.name}:{index}", {**meta, "plane": PLANE_OF_AXIS[AXIS]}
         questions = slice_questions(structures, index, context.rng(name))
+        if any(one.lesion and one.on(index) for one in structures):
+            questions += [dict(question) for question in on_lesions]
         if options.questions:
             if questions:
                 yield _conversation(name, images(index), told, questions)
@@ -322,13 +335,14 @@ def slice_questions(structures: Sequence[Structure], index: int, rng: random.Ran
 def _presence(one: Structure, there: bool, rng: random.Random) -> dict[str, Any]:
     words = rng.choice(_LESION if one.lesion else _PRESENCE)
     name = with_article(one.name) if one.lesion else said(one.name)
-    kind = "lesion_present" if one.lesion else "organ_present"
     answer = YES_NO[0] if there else YES_NO[1]
-    return question_meta(words.format(name=name), answer, kind, options=YES_NO, label_source=LABEL_SOURCE)
+    return question_meta(
+        words.format(name=name), answer, f"{one.kind}_present", options=YES_NO, label_source=LABEL_SOURCE
+    )
 
 
 def count_questions(structures: Sequence[Structure], rng: random.Random) -> list[dict[str, Any]]:
-    """How many parts each lesion has in the whole scan."""
+    """How many parts each lesion whose parts were counted has in the whole scan."""
     return [
         question_meta(
             rng.choice(_COUNT).format(names=plural(one.name)),
@@ -337,7 +351,7 @@ def count_questions(structures: Sequence[Structure], rng: random.Random) -> list
             label_source=LABEL_SOURCE,
         )
         for one in structures
-        if one.lesion
+        if one.parts is not None
     ]
 
 

@@ -175,7 +175,7 @@ def _structures(context: Context, path: str, scan: Scan, task: Task) -> list[Str
         raise SkipItem(f"its label map holds label {int(labels.max())}; {task.folder} has 0 to {highest}")
     found = [structure(task.organ, labels > 0, scan)]
     if task.lesion:
-        found.append(structure(task.lesion, labels == 2, scan, lesion=True))
+        found.append(structure(task.lesion, labels == 2, scan, "lesion", counted=True))
     return found
 
 

@@ -161,9 +161,9 @@ def _structure(context: Context, subject: Subject, mask: str, scan: Scan) -> Str
         marked = read_labels(context, f"{subject.name}/segmentations/{mask}{_ENDING}", scan) > 0
     except (SkipItem, UserError) as error:
         return Skipped(record, str(error))
-    if is_lesion(name) and not marked.any():
-        return None
-    return structure(name, marked, scan, lesion=is_lesion(name))
+    if not is_lesion(name):
+        return structure(name, marked, scan)
+    return structure(name, marked, scan, "lesion", counted=True) if marked.any() else None
 
 
 def _mask_names(folder: epath.Path) -> list[str]:

@@ -39,7 +39,7 @@ def test_modality_of_concepts(concepts, word):
 
 @pytest.mark.parametrize(
     "root, argv",
-    [(f"images/{INNER}", []), (INNER, []), ("images", []), ("mine/jpg", ["--image_root", "mine/jpg/"])],
+    [(f"images/{INNER}", []), (INNER, []), ("images", []), ("mine/jpg", ["--image-root", "mine/jpg/"])],
 )
 def test_pmc_oa(tmp_path, root, argv):
     lines = [
@@ -80,7 +80,7 @@ def test_pmc_oa_splits_and_undivided_captions(tmp_path):
     with pytest.raises(UserError, match=r": pmc_oa\.jsonl missing\. Fetch from"):
         made(PmcOa, tmp_path)
     with pytest.raises(UserError, match=r"figures, pmc_oa\.jsonl missing"):
-        made(PmcOa, tmp_path, argv=["--image_root", "figures"])
+        made(PmcOa, tmp_path, argv=["--image-root", "figures"])
 
 
 def test_pmc_oa_lines_that_cannot_be_used(tmp_path):

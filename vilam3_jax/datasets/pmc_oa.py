@@ -45,7 +45,7 @@ class PmcOa(Dataset):
         Fetch from https://huggingface.co/datasets/axiong/pmc_oa images.zip, unpacked to images/, and
         pmc_oa.jsonl for subcaptions, pmc_oa_beta.jsonl for captions, or train.jsonl, valid.jsonl and
         test.jsonl of the older revision for splits. If the images are in another folder of the source folder,
-        name it with --image_root.
+        name it with --image-root.
         """
     configs: Mapping[str, str] = {
         "subcaptions": "pmc_oa.jsonl: each sub-figure with its part of the caption",
@@ -57,10 +57,10 @@ class PmcOa(Dataset):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares `--pairs` and `--image_root`."""
+        """Declares `--pairs` and `--image-root`."""
         figure_captions.add_pairs_option(parser)
         parser.add_argument(
-            "--image_root",
+            "--image-root",
             default="",
             metavar="FOLDER",
             help=f"folder of the images below the source folder; by default {' or '.join(_IMAGE_ROOTS)}",

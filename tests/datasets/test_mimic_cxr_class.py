@@ -32,7 +32,10 @@ def test_frontal_films_are_asked_about_what_is_known(tmp_path):
     assert not any(skipped.values())
     found = by_id(examples)
     # Uncertain pneumonia and what is blank are no "no".
-    assert answers(found["a1"]) == {"edema": "yes", "pneumothorax": "no", "no_finding": "no"}
+    known = {"edema": "yes", "pneumothorax": "no", "no_finding": "no"}
+    assert answers(found["a1"]) and answers(found["a1"]).items() <= known.items()
+    labelled = made(MimicCxrClass, tmp_path, argv=["--test-labels", "labeler"])[0]["test"]
+    assert [answers(e) for e in labelled] == [{"edema": "yes", "no_finding": "no"}, {"edema": "no"}]
     everything = {name: "no" for name in FINDINGS if name != "support_devices"} | {"no_finding": "yes"}
     assert answers(found["c1"]) == everything
     # Radiologists' labels for the test, with "Airspace Opacity" for "Lung Opacity".
@@ -57,6 +60,21 @@ def test_all_views_and_the_labeler_for_the_test(tmp_path):
     assert found["a2"].expert_requests == () and found["a2"].meta["view"] == "LATERAL"
     assert found["a1"].meta["study"] == found["a2"].meta["study"] != found["a3"].meta["study"]
     assert answers(found["d2"]) == {"edema": "no"}
+
+
+def test_training_asks_for_each_finding_where_it_is_there_as_often_as_where_it_is_not(tmp_path):
+    films = [("90000001", f"800000{n}", f"x{n}", "train", "AP", "") for n in range(10, 50)]
+    studies = []
+    for n, (patient, study, *_) in enumerate(films):
+        labels = {"Edema": "1.0" if n < 8 else "0.0", "Fracture": "1.0" if n % 2 else "0.0"}
+        studies.append((patient, study, labels))
+    pictures = {path_of(*f[:3]): b"JPEG" for f in films}
+    changes = {CHEXPERT: tables(studies=studies)[CHEXPERT], **pictures}
+    examples, _ = made(MimicCxrClass, release(tmp_path, films, changes))
+    asked = [answers(example).get("edema") for example in examples["train"]]
+    assert asked.count("yes") == 8 and 3 <= asked.count("no") <= 16
+    again, _ = made(MimicCxrClass, tmp_path)
+    assert examples == again
 
 
 def test_letters_are_the_order_of_the_names_not_of_the_columns(tmp_path):

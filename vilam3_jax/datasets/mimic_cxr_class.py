@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.datasets.chest_findings import (
     NORMAL,
     Ask,
+    Known,
+    answer_weights,
     column_names,
     film_example,
+    known_labels,
     reference_question,
     with_film_expert,
 )
@@ -95,7 +99,8 @@ class MimicCxrClass(MimicDataset):
     - a label that is uncertain or blank is no "no": it is not asked about. "No Finding" makes every disease a
       "no". The reference takes everything but 1.0 for "no".
     - lateral films are not asked about "in the frontal view".
-    - the training split is whole. The reference keeps a film with the probability of its rarest finding.
+    - the training split has all films, and each finding is asked about as often where it is there as where it
+      is not. The reference keeps a film with the probability of its rarest finding.
     - the test split has radiologists' labels.
     - a film is one record: the reference repeats it for each of its 15 samples.
     """
@@ -133,18 +138,33 @@ class MimicCxrClass(MimicDataset):
         films = films_of(source, table, views_of(source, views))
         known = labels_of(source, labels)
         tested = labels_of(source, test[0]) if test else known
-        make = functools.partial(
-            _examples, folder=jpg_folder(source), form=self.config, views=self.options.views
-        )
 
         def items(name: str, of_split: list[Film]) -> list[Item]:
             labels, expert_read = (tested, read) if name == "test" else (known, False)
             return [Item(film.row, film, labels.get(film.study, ""), expert_read) for film in of_split]
 
+        found = {name: items(name, of_split) for name, of_split in films.items()}
+        make = functools.partial(
+            _examples,
+            folder=jpg_folder(source),
+            form=self.config,
+            views=self.options.views,
+            weights=_weights(found.get("train", ()), self.options.views),
+        )
         return {
-            name: Split(items(name, of_split), make, functools.partial(row_of, table), IMAGES[name])
-            for name, of_split in films.items()
+            name: Split(of_split, make, functools.partial(row_of, table), IMAGES[name])
+            for name, of_split in found.items()
         }
+
+
+def _weights(items: Sequence[Item], views: str) -> dict[tuple[str, bool], float]:
+    """`answer_weights` of the films that are asked about."""
+    alike = collections.Counter(item.labels for item in items if views == "all" or item.film.view in FRONTAL)
+    known: collections.Counter[Known] = collections.Counter()
+    for labels, number in alike.items():
+        if problem_of(labels) is None:
+            known[known_labels(states_of(labels))] += number
+    return answer_weights(known)
 
 
 def labels_of(source: SourceFolder, table: str) -> dict[str, str]:
@@ -169,13 +189,22 @@ def _label(cell: str) -> str:
     return cell.strip().lower().removesuffix(".0")
 
 
-def _examples(item: Item, context: Context, *, folder: str, form: str, views: str) -> Iterator[Example]:
+def _examples(
+    item: Item,
+    context: Context,
+    *,
+    folder: str,
+    form: str,
+    views: str,
+    weights: Mapping[tuple[str, bool], float],
+) -> Iterator[Example]:
     if not item.film.problem:
         if item.expert_read and not item.labels:
             return  # most test studies were not read by radiologists
         if views == "frontal" and item.film.view not in FRONTAL and not context.parity:
             return
-        _check(item.labels)
+        if problem := problem_of(item.labels):
+            raise SkipItem(problem)
         if context.parity and context.split == "train" and not _reference_keeps(item, context):
             return
     image = film_image(context, folder, item.film)
@@ -189,25 +218,27 @@ def _examples(item: Item, context: Context, *, folder: str, form: str, views: st
             most=_QUESTIONS_PER_FILM if context.split == "train" else 0,
             label_source=source,
             frontal=item.film.view in FRONTAL,
+            weights=weights,
         )
         yield film_example(item.film.dicom, image, states_of(item.labels), meta, context, ask)
     else:
         yield _choice(item, image, meta, source)
 
 
-def _check(labels: str) -> None:
+def problem_of(labels: str) -> str | None:
+    """Why labels, as of `Item.labels`, cannot be used, or None."""
     if not labels:
-        raise SkipItem("its study has no labels")
+        return "its study has no labels"
     if labels == _UNREADABLE:
-        raise SkipItem("a label of its study is none of 1.0, 0.0, -1.0 and blank")
+        return "a label of its study is none of 1.0, 0.0, -1.0 and blank"
     if labels == _TWICE:
-        raise SkipItem("its study stands in the labels twice with different values")
+        return "its study stands in the labels twice with different values"
     if not labels.strip():
-        raise SkipItem("its study has no label that is not blank")
-    if labels[-1] == "1" and any(
-        label == "1" for name, label in zip(FINDINGS, labels, strict=False) if name in _DISEASES
-    ):
-        raise SkipItem("its study is labelled both with a finding and with none")
+        return "its study has no label that is not blank"
+    states = zip(FINDINGS, labels, strict=False)
+    if labels[-1] == "1" and any(label == "1" and name in _DISEASES for name, label in states):
+        return "its study is labelled both with a finding and with none"
+    return None
 
 
 def states_of(labels: str) -> dict[str, bool | None]:

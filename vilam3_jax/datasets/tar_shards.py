@@ -126,7 +126,7 @@ def samples(root: str, shard: str) -> Iterator[Sample | Skipped]:
     """The samples of a shard in its order, and what in it cannot be used.
 
     A shard may be a folder with the same members, as img2dataset's output format "files" has them. One that
-    ends early gives the samples before its end, and is named.
+    ends early gives the samples before its end, but for the last, and is named.
 
     Args:
       root: of the source.
@@ -214,6 +214,7 @@ def _grouped(members: Iterator[tuple[str, str, bytes | str] | Skipped]) -> Itera
     size = 0
     for member in members:
         if isinstance(member, Skipped):
+            problem = problem or "may lack members, as its shard is damaged behind it"
             yield member
             continue
         name, extension, content = member

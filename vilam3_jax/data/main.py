@@ -10,6 +10,10 @@ from collections.abc import Sequence
 # some need the whole loader.
 _COMMANDS = {
     "deidentify": ("vilam3_jax.data.deidentify.main", "copies of DICOM images without identifiers"),
+    "leaks": (
+        "vilam3_jax.data.leaks.main",
+        "images, patients and texts that training and evaluation sets share",
+    ),
     "scan": ("vilam3_jax.data.scan.main", "triage of a folder of DICOM, volumes and pictures"),
     "show": ("vilam3_jax.data.show", "one example as the model meets it"),
     "stats": ("vilam3_jax.data.stats", "sizes of samples and how they pack"),

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from vilam3_jax.datasets import registry
+from vilam3_jax.datasets import prepare, registry
 from vilam3_jax.datasets.dataset import ACCESS_CLASSES, Dataset
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
 
 TESTS = Path(__file__).parent
+OVERVIEW = TESTS.parents[1] / "docs" / "datasets.md"
 # A documentation address of RFC 5737, which leads nowhere even where the block fails.
 NOWHERE = "192.0.2.1"
 
@@ -70,6 +71,29 @@ def test_every_dataset_is_built_in_this_folder():
             named.add(getattr(node, "id", None) or getattr(node, "attr", None))
     lacking = [name for name, (_, attribute) in registry.DATASETS.items() if attribute not in named]
     assert not lacking, "no test builds their twins"
+
+
+def test_the_list_names_every_dataset():
+    listed = {line.split()[0]: line for line in prepare.listing().splitlines()}
+    assert set(listed) == {"quickstart", *registry.names()}
+    for name in registry.DATASETS:
+        found = registry.get(name)
+        assert f" {found.access} " in listed[name] and f" {found.licence} " in listed[name]
+
+
+def test_the_overview_has_every_dataset_as_it_is():
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \|", OVERVIEW.read_text(), re.MULTILINE)
+    stated = {
+        name: (access, licence, re.findall("`(.*?)`", variants)) for name, access, licence, variants in rows
+    }
+    classes = {name: registry.get(name) for name in registry.DATASETS}
+    assert stated == {name: (one.access, one.licence, list(one.configs)) for name, one in classes.items()}
+
+
+def test_the_overview_links_every_page():
+    text = OVERVIEW.read_text()
+    pages = sorted(page.name for page in OVERVIEW.parent.glob("datasets_*.md"))
+    assert [page for page in pages if f"]({page})" not in text] == []
 
 
 # --- the block

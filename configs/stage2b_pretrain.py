@@ -13,7 +13,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config = config_lib.base_config()
     config.name = "stage2b_pretrain"
     config.model = models.get(arg)
-    config.data.mixture = (("captions", 0.7), ("reports", 0.3))
+    config.data.mixture = (("captions", 1), ("reports", 0.6))
     config.trainable = ((r"vision_tower/.*", 0.0), (r".*", 1.0))
     config.schedule.peak = 5e-5
     return pods.shape(config, _IMAGES_PER_GROUP)

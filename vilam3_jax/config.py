@@ -114,6 +114,9 @@ def base_config() -> ConfigDict:
                 mixture=(),
                 experts="off",
                 expert_share=0.75,
+                missing_annotation="skip",
+                volume_slices=4,
+                slice_choice="even",
                 dialogue_parity=False,
                 dialogue_min_lesion_ml=0.1,
                 augment=False,
@@ -124,7 +127,7 @@ def base_config() -> ConfigDict:
                 loader_shards=8,
                 text_len=32,
                 global_pairs=64,
-                prefetch=4,
+                workers=0,
             ),
             mesh=dict(data=1, fsdp=-1, context=1, tensor=1, cpu_devices=0),
             parameter_rules=PARAMETER_RULES,
@@ -230,6 +233,7 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues) -> ConfigDict:
         raise UserError(
             "--config=FILE[:ARG] is missing, for example --config=configs/stage3_instruct.py:tiny"
         )
+    _name_rows(config)
     check(config)
     return config
 
@@ -275,15 +279,25 @@ def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
       spec: `FILE[:ARG]`.
       overrides: dotted key → value.
     """
-    values = flags.FlagValues()
-    config = parse([f"--config={spec}"], values)
+    config = parse([f"--config={spec}"], flags.FlagValues())
     if overrides:
         for key in overrides:
             if key not in flatten(config) and not _is_section(config, key):
                 raise UserError(f"config key {key}: unknown{_suggest(key, flatten(config))}")
-        config.update_from_flattened_dict(dict(overrides))
+        values = dict(overrides)
+        if isinstance(values.get("data.mixture"), str):
+            values["data.mixture"] = (values["data.mixture"],)
+        config.update_from_flattened_dict(values)
+        _name_rows(config)
         check(config)
     return config
+
+
+def _name_rows(config: ConfigDict) -> None:
+    """Puts the rows of a mixture in the place of its name, so that a run's config says what it sees."""
+    from vilam3_jax.configs import mixtures  # recipes import this module
+
+    config.data.mixture = mixtures.rows_of(tuple(config.data.mixture))
 
 
 # Key → the least and the most that it may be; None: no bound.
@@ -300,7 +314,8 @@ _BOUNDS: dict[str, tuple[float, float | None]] = {
     "data.global_rows": (1, None),
     "data.global_pairs": (1, None),
     "data.loader_shards": (1, None),
-    "data.prefetch": (0, None),
+    "data.workers": (0, None),
+    "data.volume_slices": (1, None),
     "mesh.cpu_devices": (0, None),
     "seed": (0, 2**32 - 1),
     "schedule.peak": (0, None),

@@ -24,6 +24,10 @@ class UnavailableError(UserError):
     exit_code = 1
 
 
+class StoppingError(UserError):
+    """A record that the user's own settings do not allow to be put aside: it ends the run."""
+
+
 class InputWarning(UserWarning):
     """Something about an input was assumed, repaired or skipped; the message names it and the file."""
 

@@ -42,14 +42,24 @@ from vilam3_jax.data.templates import (
     encode_conversation,
     encode_document,
 )
+from vilam3_jax.data.volume_slices import (
+    SliceRule,
+    even_slices,
+    finding_slices,
+    informative_slices,
+    marked_voxels,
+    numbered,
+)
 from vilam3_jax.data.volumes import Volume, read_volume
-from vilam3_jax.errors import UserError, warn_of
+from vilam3_jax.errors import StoppingError, UserError, warn_of
 
 EXPERT_MODES = ("on", "off", "falsified", "mixed")
+MISSING_POLICIES = ("skip", "plain", "error")
 IMAGE_CACHE_BYTES = 1 << 30
 VOLUME_CACHE_BYTES = 1 << 30
 _ANNOTATION_CACHE_BYTES = 256 << 20
 _TEXT_CACHE_BYTES = 16 << 20
+_SLICES_CACHE_BYTES = 16 << 20
 _QUESTION = "\0"  # stands for the question in what is cached; no text holds it
 _MAX_NOTED = 100  # kinds of notes about volumes that one reader warns of
 
@@ -68,11 +78,13 @@ class Rendered:
       turns: with cards, triggers and expert turns where experts are on.
       images: uint8 [H, W, 3] each, as the image reader gave them, in the order of the markers.
       experts: names of the experts that spoke.
+      missing: names of those that did not, for want of an annotation.
     """
 
     turns: tuple[Turn, ...]
     images: tuple[np.ndarray, ...]
     experts: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +107,24 @@ class Outline:
     turns: tuple[Turn, ...]
     pictures: tuple[Picture, ...]
     experts: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shown:
+    """An image of an example as it is shown: itself, or some slices of a whole volume.
+
+    Attributes:
+      refs: of what is shown.
+      pictures: one for each of `refs`.
+      planes: of the whole volume along its axis; 0 for a single image.
+      text: what stands for its marker.
+    """
+
+    refs: tuple[ImageRef, ...]
+    pictures: tuple[Picture, ...]
+    planes: int = 0
+    text: str = IMAGE_MARKER
 
 
 class ImageReader:
@@ -160,11 +190,21 @@ class ImageReader:
         path = data_root / image.path
         if image.axis is None:
             return self._scaled(load_film(path, alpha=alpha))
-        assert image.index is not None  # as the axis is not
-        volume = self._volumes.get(
-            (str(path), image.modality), lambda: self._read_volume(path, image.modality)
-        )
+        if image.index is None:
+            raise UserError("image is a whole volume, of which no slice was chosen")
+        volume = self.volume(image, data_root)
         return self.preprocessing.slice_picture(volume, image.axis, image.index, image.window, self.size)
+
+    def volume(self, image: ImageRef, data_root: Any) -> Volume:
+        """The volume of an image that is one, or a slice of one; kept within the budget of volumes.
+
+        Raises:
+          UserError: the path leaves `data_root`, or the file is missing, damaged or no volume.
+        """
+        if image.path is None or (reason := path_problem(image.path)):
+            raise UserError("image has no path" if image.path is None else f"image {reason}")
+        path = data_root / image.path
+        return self._volumes.get((str(path), image.modality), lambda: self._read_volume(path, image.modality))
 
     def _read_volume(self, path: epath.Path, modality: str | None) -> Volume:
         """Warns of each kind of note once: a data set may have it in a million files."""
@@ -192,6 +232,8 @@ class Renderer:
         annotations: Annotations | None = None,
         style: Style = DEFAULT_STYLE,
         seed: int = 0,
+        missing: str = "skip",
+        slices: SliceRule | None = None,
     ) -> None:
         """Checks the setting.
 
@@ -203,9 +245,13 @@ class Renderer:
           annotations: what the experts said; needed unless experts are off.
           style: how it is told.
           seed: of the coin of 'mixed' and of the falsification.
+          missing: what becomes of an example whose request of policy "always" has no annotation. 'skip': it
+            is put aside; 'plain': it is shown without that expert; 'error': it ends the run.
+          slices: which slices of whole volumes are shown; None: four that are evenly spaced.
 
         Raises:
-          UserError: unknown mode, a share outside 0 to 1, or experts without annotations or cards.
+          UserError: an unknown mode or policy, a share outside 0 to 1, experts without annotations or cards,
+            or slices around findings without annotations.
         """
         if experts not in EXPERT_MODES:
             raise UserError(f"experts={experts!r}: use one of {', '.join(EXPERT_MODES)}")
@@ -213,6 +259,13 @@ class Renderer:
             raise UserError(f"expert_share={expert_share}: must be from 0 to 1")
         if experts != "off" and (annotations is None or not cards):
             raise UserError(f"experts={experts}: needs annotations and cards; set data.annotations")
+        if missing not in MISSING_POLICIES:
+            raise UserError(
+                f"config data.missing_annotation={missing!r}: use one of {', '.join(MISSING_POLICIES)}"
+            )
+        self._missing, self._slices = missing, slices or SliceRule()
+        if self._slices.choice == "finding" and annotations is None:
+            raise UserError("config data.slice_choice='finding': needs annotations; set data.annotations")
         self._reader = image_reader
         self._experts, self._share = experts, expert_share
         self._cards = {card.name: card for card in cards}
@@ -221,6 +274,10 @@ class Renderer:
         self._annotations: ByteLRU[Annotation | None] = ByteLRU(_ANNOTATION_CACHE_BYTES, memory_bytes)
         # Texts alone: an overlay holds its annotation, whose label map would outlive the other cache.
         self._texts: ByteLRU[str] = ByteLRU(_TEXT_CACHE_BYTES, lambda text: len(text) + 256)
+        self._marked: ByteLRU[np.ndarray] = ByteLRU(_SLICES_CACHE_BYTES, lambda voxels: voxels.nbytes + 256)
+        self._chosen: ByteLRU[tuple[int, tuple[int, ...]]] = ByteLRU(
+            _SLICES_CACHE_BYTES, lambda chosen: 8 * len(chosen[1]) + 256
+        )
 
     def render(self, example: Example, data_root: Any, coin: int = 0) -> Rendered:
         """Returns the turns and images of one example.
@@ -235,51 +292,106 @@ class Renderer:
           UserError: an image cannot be read, or an expert's result that must be there is not.
         """
         outline = self.outline(example, data_root, coin)
-        return Rendered(outline.turns, tuple(p.read() for p in outline.pictures), outline.experts)
+        return Rendered(
+            outline.turns, tuple(p.read() for p in outline.pictures), outline.experts, outline.missing
+        )
 
     def outline(self, example: Example, data_root: Any, coin: int = 0) -> Outline:
-        """`render` without reading an image.
+        """`render` without reading an image; whole volumes are read, to choose their slices.
 
         Raises:
-          UserError: an expert's result that must be there is not. Images raise when they are read.
+          UserError: an expert's result that must be there is not, or a whole volume cannot be read. Other
+            images raise when they are read.
+          StoppingError: the former, where the settings say so.
         """
         if example.format == "study":
             raise UserError("holds images only; name a rule in data.mixture, such as ('NAME:ct_what', 1.0)")
-        images = [
-            Picture(
-                functools.partial(self._reader.read, image, data_root),
-                functools.partial(self._reader.shape, image, data_root),
-            )
-            for image in example.images
-        ]
+        shown = [self._show(example, number, data_root) for number in range(len(example.images))]
+        turns, pictures = _with_slices(example.turns, shown)
+        everything = tuple(picture for of_turn in pictures for picture in of_turn)
         if not self.experts_on(coin):
-            return Outline(example.turns, tuple(images))
+            return Outline(tuple(turns), everything)
+        cards = list(self._cards.values())
         if not example.expert_requests:
             # The agent shows its cards with every question; that most of them need no expert is learned here.
             spoken = example.format == "conversation" and example.meta.get("cards", True)
-            shown = with_cards(example.turns, list(self._cards.values())) if spoken else example.turns
-            return Outline(tuple(shown), tuple(images))
+            return Outline(tuple(with_cards(turns, cards) if spoken else turns), everything)
+        found, missing = self._results(example)
+        if not found:
+            return Outline(tuple(turns), everything, (), missing)
+        told: list[Turn] = []
+        pictured: list[Picture] = []
+        for position, turn in enumerate(turns):
+            if position in found:
+                question = found[position][0][0].question or question_of(example.turns[position - 1].text)
+                made, overlays = self._exchange(found[position], question, shown)
+                told += made
+                pictured += overlays
+            told.append(turn)
+            pictured += pictures[position]
+        names = tuple(request.expert for pairs in found.values() for request, _ in pairs)
+        return Outline(tuple(with_cards(told, cards)), tuple(pictured), names, missing)
+
+    def _results(
+        self, example: Example
+    ) -> tuple[dict[int, list[tuple[ExpertRequest, Annotation]]], tuple[str, ...]]:
+        """(turn → requests before it with their annotations, names of the experts without one)."""
         found: dict[int, list[tuple[ExpertRequest, Annotation]]] = {}
+        missing = []
         for request in example.expert_requests:
             annotation = self._annotation(example, request)
-            if annotation is not None:
+            if annotation is None:
+                missing.append(request.expert)
+            else:
                 found.setdefault(request.before_turn, []).append((request, annotation))
-        if not found:
-            return Outline(example.turns, tuple(images))
-        turns: list[Turn] = []
-        pictures: list[Picture] = []
-        waiting = list(images)
-        for position, turn in enumerate(example.turns):
-            if position in found:
-                question = found[position][0][0].question or question_of(turns[-1].text)
-                made, overlays = self._exchange(example, found[position], question, images)
-                turns += made
-                pictures += overlays
-            turns.append(turn)
-            for _ in range(turn.text.count(IMAGE_MARKER)):
-                pictures.append(waiting.pop(0))
-        names = tuple(request.expert for pairs in found.values() for request, _ in pairs)
-        return Outline(tuple(with_cards(turns, list(self._cards.values()))), tuple(pictures), names)
+        return found, tuple(missing)
+
+    def _show(self, example: Example, number: int, data_root: Any) -> _Shown:
+        image = example.images[number]
+        if image.axis is None or image.index is not None:
+            return _Shown((image,), (self._picture(image, data_root),))
+        marks = self._marks(example, number) if self._slices.choice == "finding" else None
+        key = (str(data_root), image.path, image.axis, image.window, image.modality, marks and marks.key)
+        planes, indices = self._chosen.get(key, lambda: self._choose(image, data_root, marks))
+        refs = tuple(dataclasses.replace(image, index=index) for index in indices)
+        pictures = tuple(self._picture(ref, data_root) for ref in refs)
+        return _Shown(refs, pictures, planes, numbered(indices, planes))
+
+    def _picture(self, image: ImageRef, data_root: Any) -> Picture:
+        return Picture(
+            functools.partial(self._reader.read, image, data_root),
+            functools.partial(self._reader.shape, image, data_root),
+        )
+
+    def _choose(
+        self, image: ImageRef, data_root: Any, marks: Annotation | None
+    ) -> tuple[int, tuple[int, ...]]:
+        """(planes of a whole volume, those of them that are shown)."""
+        axis, rule = image.axis, self._slices
+        assert axis is not None  # it is a volume
+        volume = self._reader.volume(image, data_root)
+        planes = volume.voxels.shape[axis]
+        chosen: tuple[int, ...] = ()
+        if rule.choice == "informative":
+            chosen = informative_slices(volume, axis, rule.count, self._reader.preprocessing, image.window)
+        elif marks is not None:
+            if marks.label_shape != volume.voxels.shape:
+                raise UserError(f"annotation of {marks.expert} is of another grid than its volume")
+            try:
+                chosen = finding_slices(marks, axis, rule.count)
+            except ValueError as error:
+                raise UserError(f"its expert's result cannot be used: {error}") from error
+        return planes, chosen or even_slices(planes, rule.count)
+
+    def _marks(self, example: Example, number: int) -> Annotation | None:
+        """The first result with a label map among the requests that look at an image, true in any mode."""
+        assert self._store is not None  # checked with the rule
+        for request in example.expert_requests:
+            if number in (image.image for image in request.images):
+                annotation = self._store.get(self._key(example, request), request.expert, request.args)
+                if annotation is not None and annotation.status == "ok" and annotation.labels is not None:
+                    return annotation
+        return None
 
     def experts_on(self, coin: int) -> bool:
         """Whether the sample at position `coin` has experts."""
@@ -289,19 +401,24 @@ class Renderer:
         return int.from_bytes(digest[:6], "big") < self._share * (1 << 48)
 
     def _annotation(self, example: Example, request: ExpertRequest) -> Annotation | None:
-        name = f"{request.expert}({request.args})"
         if request.expert not in self._cards:
             raise UserError(f"expert {request.expert} has no card; choose a card list that names it")
-        try:
-            key = example.input_key(request.images)
-        except ValueError as error:
-            raise UserError(f"{error} to look up {name} with; prepare the dataset again") from None
+        key = self._key(example, request)
         annotation = self._annotations.get(
             (key, request.expert, request.args), lambda: self._look_up(key, request.expert, request.args)
         )
-        if annotation is None and request.policy == "always":
-            raise UserError(f"no annotation of {name} for input {key[:12]}; run `vilam3-experts annotate`")
+        if annotation is None and request.policy == "always" and self._missing != "plain":
+            kind = StoppingError if self._missing == "error" else UserError
+            name = f"{request.expert}({request.args})"
+            raise kind(f"no annotation of {name} for input {key[:12]}; run `vilam3-experts annotate`")
         return annotation
+
+    def _key(self, example: Example, request: ExpertRequest) -> str:
+        try:
+            return example.input_key(request.images)
+        except ValueError as error:
+            name = f"{request.expert}({request.args})"
+            raise UserError(f"{error} to look up {name} with; prepare the dataset again") from None
 
     def _look_up(self, key: str, expert: str, args: str) -> Annotation | None:
         assert self._store is not None  # experts are on
@@ -314,20 +431,18 @@ class Renderer:
             raise UserError(f"an expert's result cannot be falsified: {error}") from error
 
     def _exchange(
-        self,
-        example: Example,
-        made: Sequence[tuple[ExpertRequest, Annotation]],
-        question: str,
-        images: Sequence[Picture],
+        self, made: Sequence[tuple[ExpertRequest, Annotation]], question: str, shown: Sequence[_Shown]
     ) -> tuple[list[Turn], list[Picture]]:
         """The turns of the call and of the experts, and the pictures of the latter."""
-        results, bases = [], []
+        results, bases, markers = [], [], []
         for request, annotation in made:
-            ref = example.images[request.images[0].image]
-            plane = Plane(ref.axis, ref.index)
-            results.append(Result(annotation, self._cards[request.expert].task, plane))
+            image = shown[request.images[0].image]
+            place = self._most_marked(image, annotation)
+            ref = image.refs[place]
+            results.append(Result(annotation, self._cards[request.expert].task, Plane(ref.axis, ref.index)))
             if results[-1].shows_overlay:
-                bases.append(request.images[0].image)
+                bases.append((ref, image.pictures[place]))
+                markers.append(numbered([ref.index or 0], image.planes) if image.planes else IMAGE_MARKER)
         key = tuple((r.annotation.key, r.annotation.version, r.plane) for r in results)
         # One text serves all questions about a slice: the question is put in afterwards.
         try:
@@ -342,16 +457,49 @@ class Renderer:
         if words := made[0][0].call:
             called = dataclasses.replace(called, text=words)
         pictures = [
-            self._coloured(overlay, images[base], ("overlay", n, key, example.images[base].window))
-            for n, (overlay, base) in enumerate(zip(overlays_of(results), bases, strict=True))
+            self._coloured(overlay, picture, ("overlay", n, key, ref.window))
+            for n, (overlay, (ref, picture)) in enumerate(zip(overlays_of(results), bases, strict=True))
         ]
-        return [called, Turn("expert", text.replace(_QUESTION, question))], pictures
+        told = _put_in(text, markers).replace(_QUESTION, question)
+        return [called, Turn("expert", told)], pictures
+
+    def _most_marked(self, image: _Shown, annotation: Annotation) -> int:
+        """Which of the slices shown an expert's result is shown on: the one that it marks most of."""
+        shape, axis = annotation.label_shape, image.refs[0].axis
+        if len(image.refs) == 1 or shape is None or axis is None or shape[axis] != image.planes:
+            return 0
+        key = (annotation.key, annotation.version, axis)
+        try:
+            voxels = self._marked.get(key, lambda: marked_voxels(annotation, axis))
+        except ValueError as error:
+            raise UserError(f"its expert's result cannot be shown: {error}") from error
+        return max(range(len(image.refs)), key=lambda place: voxels[image.refs[place].index or 0])
 
     def _coloured(self, overlay: Overlay, base: Picture, key: tuple[Any, ...]) -> Picture:
         def read() -> np.ndarray:
             return self._reader.images.get((*key, self._reader.size), lambda: overlay(base.read()))
 
         return Picture(read, base.shape)
+
+
+def _with_slices(
+    turns: Sequence[Turn], shown: Sequence[_Shown]
+) -> tuple[list[Turn], list[tuple[Picture, ...]]]:
+    """The turns with a marker for each slice, and the pictures of each turn in the order of its markers."""
+    waiting = iter(shown)
+    written, pictures = [], []
+    for turn in turns:
+        here = [next(waiting) for _ in range(turn.text.count(IMAGE_MARKER))]
+        text = _put_in(turn.text, [image.text for image in here])
+        written.append(turn if text == turn.text else dataclasses.replace(turn, text=text))
+        pictures.append(tuple(picture for image in here for picture in image.pictures))
+    return written, pictures
+
+
+def _put_in(text: str, markers: Sequence[str]) -> str:
+    """The text with other words in the place of its markers."""
+    first, *rest = text.split(IMAGE_MARKER)
+    return first + "".join(marker + part for marker, part in zip(markers, rest, strict=True))
 
 
 def encode_example(

@@ -1,0 +1,27 @@
+"""VILA-M3's stage 4, with the repeats that were published.
+
+The published table counts dialogues: 50,000 of VISTA3D and 15,000 of BraTS, where this mixture has rules over
+slices. Its counts are met by as many slices as that: `vilam3 data mixture` prints them.
+"""
+
+from vilam3_jax.configs.mixtures import Mixture
+
+MIXTURE = Mixture(
+    "stage4_expert",
+    (
+        ("medqa", 10),
+        ("vqa_rad", 4),
+        ("slake", 4),
+        ("path_vqa", 4),
+        ("medical_diff_vqa:cxr", 2),
+        ("mimic_annotation", 1),
+        ("mimic_annotation:cxr", 1),
+        ("msd/task03_liver:ct_tumor", 8),
+        ("msd/task07_pancreas:ct_tumor", 8),
+        ("totalsegmentator:ct_segment", 8),
+        ("totalsegmentator:ct_what", 8),
+        ("brats:mri_what", 16),
+        ("brats:mri_grade", 16),
+        ("brats:mri_segment", 16),
+    ),
+)

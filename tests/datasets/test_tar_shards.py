@@ -9,7 +9,7 @@ from twins import made, picture, write
 
 from vilam3_jax.datasets import tar_shards
 from vilam3_jax.datasets.coyo import Coyo
-from vilam3_jax.datasets.dataset import Skipped
+from vilam3_jax.datasets.dataset import Context, Skipped
 from vilam3_jax.datasets.webdataset import WebDataset
 from vilam3_jax.errors import UserError
 
@@ -50,7 +50,7 @@ def reasons(skipped, split="train"):
 
 def read(tmp_path, members, **kwargs):
     write(tmp_path, {"s.tar": members if isinstance(members, bytes) else tar(members, **kwargs)})
-    found = list(tar_shards.samples(str(tmp_path), "s.tar"))
+    found = list(tar_shards.samples(Context(str(tmp_path), "own"), "s.tar"))
     samples = [one for one in found if isinstance(one, tar_shards.Sample)]
     return samples, [one for one in found if isinstance(one, Skipped)]
 

@@ -21,7 +21,7 @@ CONFIGS = {
 
 def make(item: Record, context: Context, *, path: str, pictures: Pictures) -> Iterator[Example]:
     """A record of a list as the variant `context.config` has it; see `CONFIGS`."""
-    name, record = instruction_lists.read_record(path, item)
+    name, record = instruction_lists.read_record(context, path, item)
     example = instruction_lists.dialogue(name, record, functools.partial(picture, context, pictures))
     yield shaped(example, metadata(context, modality="", group=group_of(record)), context.config)
 

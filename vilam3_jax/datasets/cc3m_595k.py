@@ -53,7 +53,7 @@ class Cc3m595k(Dataset):
 
 
 def _make_blip(item: Record, context: Context, *, path: str, pictures: Pictures) -> Iterator[Example]:
-    name, record = instruction_lists.read_record(path, item)
+    name, record = instruction_lists.read_record(context, path, item)
     if not record.get("blip_caption"):
         raise SkipItem("has no BLIP caption")
     caption = text_of(record["blip_caption"], "BLIP caption")

@@ -70,7 +70,7 @@ def _make(
     shard: str, context: Context, *, least: float | None, most_watermark: float | None
 ) -> Iterator[Example | Skipped]:
     waiting: list[tuple[str, ImageRef, str]] = []
-    for sample in tar_shards.samples(context.root, shard):
+    for sample in tar_shards.samples(context, shard):
         if isinstance(sample, Skipped):
             yield sample
             continue

@@ -21,7 +21,7 @@ import numpy as np
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ImageRef, from_instruction
 from vilam3_jax.datasets import record_files
 from vilam3_jax.datasets.conversations import question_meta, text_of
-from vilam3_jax.datasets.dataset import SkipItem, Split
+from vilam3_jax.datasets.dataset import Context, SkipItem, Split
 from vilam3_jax.datasets.record_files import Place
 from vilam3_jax.errors import UserError
 
@@ -214,12 +214,13 @@ def image_names(record: Mapping[str, Any]) -> list[Any]:
     return _without_images(record)[1]
 
 
-def read_record(path: str, item: Record) -> tuple[str, dict[str, Any]]:
+def read_record(context: Context, path: str, item: Record) -> tuple[str, dict[str, Any]]:
     """The id, unique in its list, and the object.
 
     Raises:
       SkipItem: it is a copy of an earlier record, or cannot be read.
     """
+    context.file(os.path.relpath(path, context.root))  # a shard depends on the list
     data = record_files.read(path, item.place)
     try:
         record = record_files.parse(data)

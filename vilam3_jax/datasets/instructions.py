@@ -157,7 +157,7 @@ def _stated(found: Scan, path: str, key: str) -> dict[str, np.ndarray]:
 def _make(
     item: Record, context: Context, *, path: str, patient: str | None, stated: str, modality: str
 ) -> Iterator[Example]:
-    name, record = instruction_lists.read_record(path, item)
+    name, record = instruction_lists.read_record(context, path, item)
     if stated and _stated_split(record, key=stated) is None:
         raise SkipItem(f"states no split under {stated!r} ({STATED})")
     known = text_of(_nested(record, patient), "patient") if patient else None

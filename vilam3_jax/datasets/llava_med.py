@@ -75,7 +75,7 @@ class LlavaMed(Dataset):
 
 
 def _make(item: Record, context: Context, *, path: str, pictures: Pictures) -> Iterator[Example]:
-    name, record = instruction_lists.read_record(path, item)
+    name, record = instruction_lists.read_record(context, path, item)
     example = instruction_lists.dialogue(
         name, record, functools.partial(caption_lists.picture, context, pictures)
     )

@@ -87,16 +87,16 @@ def _make(
     number = _NUMBER.search(shard)
     folder = number[1] if number else ""
     stem = os.path.basename(shard).split(".")[0]
-    for place, data in _lines(context.root, shard):
+    for place, data in _lines(context, shard):
         try:
             yield _document(f"{stem}/{place.row}", data, context, pictures, folder, least, most)
         except (SkipItem, record_files.NotRecord) as reason:
             yield Skipped(f"{shard} record {place.row}", str(reason))
 
 
-def _lines(root: str, shard: str) -> Iterator[tuple[Place, bytes]]:
+def _lines(context: Context, shard: str) -> Iterator[tuple[Place, bytes]]:
     """The lines of a shard, which may be the only file of a zip archive."""
-    path = paths.as_path(root) / shard
+    path = context.file(shard)
     try:
         with path.open("rb") as file:
             if not shard.endswith(".zip"):

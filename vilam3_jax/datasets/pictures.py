@@ -52,7 +52,7 @@ class Pictures:
                 return checked(context.image(path), name)
         if self.archive is None:
             raise SkipItem(f"image {name} is missing")
-        return stored_picture(_member(context.root, self.archive, name), name)
+        return stored_picture(_member(context, self.archive, name), name)
 
 
 def find_pictures(source: SourceFolder, folders: Sequence[str], archives: Sequence[str]) -> Pictures:
@@ -114,8 +114,9 @@ def _members(root: str, archive: str) -> zipfile.ZipFile:
         raise UserError(f"{path}: is no zip archive ({error}); download it again") from error
 
 
-def _member(root: str, archive: str, name: str) -> bytes:
-    opened = _members(root, archive)
+def _member(context: Context, archive: str, name: str) -> bytes:
+    path = context.file(archive)
+    opened = _members(context.root, archive)
     for member in (name, f"images/{name}"):
         try:
             info = opened.getinfo(member)
@@ -129,7 +130,7 @@ def _member(root: str, archive: str, name: str) -> bytes:
         except _DAMAGE as error:
             raise SkipItem(f"image {name} in {archive} is damaged ({type(error).__name__})") from error
         except OSError as error:
-            paths.check_passing(paths.as_path(root) / archive, error)
+            paths.check_passing(path, error)
             raise SkipItem(f"image {name} in {archive} cannot be read") from error
         if len(data) > MAX_PICTURE_BYTES:
             raise SkipItem(f"image {name} is larger than its archive states")

@@ -110,7 +110,7 @@ def _root_of(record: Mapping[str, Any]) -> str | None:
 
 
 def _make(item: Record, context: Context, *, path: str, pictures: Pictures) -> Iterator[Example]:
-    name, record = instruction_lists.read_record(path, item)
+    name, record = instruction_lists.read_record(context, path, item)
     example = instruction_lists.dialogue(
         name, record, functools.partial(caption_lists.picture, context, pictures)
     )

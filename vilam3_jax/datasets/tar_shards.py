@@ -20,7 +20,7 @@ from etils import epath
 from vilam3_jax import paths
 from vilam3_jax.data.examples import ImageRef, path_problem
 from vilam3_jax.datasets.conversations import text_of
-from vilam3_jax.datasets.dataset import SkipItem, Skipped
+from vilam3_jax.datasets.dataset import Context, SkipItem, Skipped
 from vilam3_jax.datasets.pictures import stored_picture
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
@@ -122,21 +122,21 @@ def caption(sample: Sample, record: Mapping[str, Any]) -> str:
     return text_of(text, "caption").strip()
 
 
-def samples(root: str, shard: str) -> Iterator[Sample | Skipped]:
+def samples(context: Context, shard: str) -> Iterator[Sample | Skipped]:
     """The samples of a shard in its order, and what in it cannot be used.
 
     A shard may be a folder with the same members, as img2dataset's output format "files" has them. One that
     ends early gives the samples before its end, but for the last, and is named.
 
     Args:
-      root: of the source.
+      context: of the split.
       shard: path of the tar file, or of the folder, below it.
 
     Raises:
       SkipItem: it is no tar file.
       UnavailableError: the disk or the network fails.
     """
-    path = paths.as_path(root) / shard
+    path = context.file(shard)
     seen: set[str] = set()
     try:
         with contextlib.nullcontext() if path.is_dir() else path.open("rb") as file:

@@ -100,7 +100,7 @@ def _split_of(shard: str) -> str:
 
 
 def _make(shard: str, context: Context, *, patient: str | None, modality: str) -> Iterator[Example | Skipped]:
-    for sample in tar_shards.samples(context.root, shard):
+    for sample in tar_shards.samples(context, shard):
         if isinstance(sample, Skipped):
             yield sample
             continue

@@ -193,8 +193,8 @@ def roco(folder, base="data/", kind="radiology"):
             folder,
             {
                 f"{here}/captions.txt": "".join(f"{name}\t Caption of {name}\n" for name in names),
-                f"{here}/cuis.txt": f"{names[0]}\t\tC0040405\tC0001\n{names[1]}\t\tC0002\n",
-                f"{here}/licences.txt": f"ROCO_ID,PMC_ID,CC\n{names[0]},PMC{number},CC BY\n",
+                f"{here}/cuis.txt": f"{names[0]}\t\tC0040405\tC0001\n{names[1]}\t\n",
+                f"{here}/licences.txt": f"ROCO_ID,PMC_ID,CC\n{names[0]},PMC{number}_fig-g001.jpg,CC BY\n",
                 **{f"{here}/images/{name}.jpg": picture(10 * number + n) for n, name in enumerate(names)},
             },
         )
@@ -209,9 +209,24 @@ def test_roco(tmp_path, base, kind):
     first, second = examples["validation"]
     assert turns(first)[1] == ("assistant", "Caption of ROCO_00011", True)
     assert first.images[0].data == picture(10)
-    assert (first.meta["modality"], first.meta["concepts"]) == ("CT", ["C0040405", "C0001"])
+    assert first.meta["concepts"] == ["C0040405", "C0001"] and "concepts" not in second.meta
+    assert first.meta["modality"] == ("CT" if kind == "radiology" else "")
     assert (first.meta["licence"], first.meta["article"]) == ("CC BY", "PMC1")
     assert second.meta["licence"] == Roco.licence and "article" not in second.meta
+
+
+def test_roco_lines_that_cannot_be_used(tmp_path):
+    roco(tmp_path)
+    lines = "private words of a caption\nROCO_00001\nROCO_00001\t \n../x\tcaption\n\nROCO_00002\t ok\n"
+    write(tmp_path, {"data/train/radiology/captions.txt": lines})
+    examples, skipped = made(Roco, tmp_path)
+    assert [one.id for one in examples["train"]] == ["ROCO_00002"]
+    assert [one.reason for one in skipped["train"]] == [
+        "the line has no ROCO id",
+        "the caption is empty",
+        "the caption is empty",
+        "the line has no ROCO id",
+    ]
 
 
 def test_roco_without_images(tmp_path):

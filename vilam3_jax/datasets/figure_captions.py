@@ -31,6 +31,7 @@ class Figure(NamedTuple):
       file: the image's name in it.
       caption: as published.
       concepts: of UMLS.
+      modality: the project's word; "" where nobody says.
       more: plain values that are kept as metadata.
     """
 
@@ -38,6 +39,7 @@ class Figure(NamedTuple):
     file: Any
     caption: Any
     concepts: tuple[str, ...] = ()
+    modality: str = ""
     more: dict[str, Any] | None = None
 
 
@@ -59,7 +61,7 @@ def make(row: Row, context: Context, kind: str) -> Iterator[Example]:
     path = below(figure.folder, figure.file)
     meta = metadata(
         context,
-        modality=modality_of(figure.concepts),
+        modality=figure.modality,
         group=path,
         concepts=list(figure.concepts) or None,
         **(figure.more or {}),

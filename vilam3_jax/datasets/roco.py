@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 from collections.abc import Iterator, Mapping
 
 from vilam3_jax.datasets import figure_captions
 from vilam3_jax.datasets.dataset import Dataset, Split
-from vilam3_jax.datasets.figure_captions import Figure
+from vilam3_jax.datasets.figure_captions import Figure, modality_of
 from vilam3_jax.datasets.rows import name_of, rows_of
 from vilam3_jax.datasets.source_files import SourceFolder
 
@@ -17,14 +18,18 @@ _EXPECTED = {
     "radiology": {"train": 65_448, "validation": 8_180, "test": 8_179},
     "non-radiology": {"train": 4_895, "validation": 611, "test": 612},
 }
-_LICENCES = {"id": ("ROCO_ID",), "article": ("PMC_ID",), "licence": ("CC",)}
+# PMC_ID holds the article and the name of the figure's file: PMC<number>_<file>.jpg.
+_LICENCES = {"id": ("ROCO_ID",), "file": ("PMC_ID",), "licence": ("CC",)}
+_ID = re.compile(r"ROCO_\d+")
+_ARTICLE = re.compile(r"PMC\d+")
 
 
 class Roco(Dataset):
     """Images with captions, as `fetch.py` of the repository leaves them: `images/ROCO_<5 digits>.jpg`.
 
     The repository ships no images, and not every one can still be fetched: a figure without one is skipped.
-    Each record has the licence of its figure.
+    Each record has the licence of its figure, in the source's words. The modality of radiological images
+    comes from concepts that were found in the caption.
     """
 
     name = "roco"
@@ -66,7 +71,7 @@ class Roco(Dataset):
         }
 
 
-def _figures(source: SourceFolder, folder: str) -> Iterator[tuple[int, Figure]]:
+def _figures(source: SourceFolder, folder: str) -> Iterator[tuple[int, Figure | ValueError]]:
     concepts = {}
     for line in source.lines(f"{folder}/cuis.txt"):
         name, *cuis = line.split("\t")
@@ -74,9 +79,17 @@ def _figures(source: SourceFolder, folder: str) -> Iterator[tuple[int, Figure]]:
     licences = {row["id"].strip(): row for row in source.table(f"{folder}/licences.txt", _LICENCES)}
     for number, line in enumerate(source.lines(f"{folder}/captions.txt"), 1):
         name, _, caption = line.partition("\t")
-        terms = licences.get(name, {})
-        more = {key: terms[key].strip() for key in ("article", "licence") if terms.get(key, "").strip()}
-        yield number, Figure(f"{folder}/images", f"{name}.jpg", caption, concepts.get(name, ()), more)
+        if not _ID.fullmatch(name):
+            yield number, ValueError("has no ROCO id")
+            continue
+        cuis, terms = concepts.get(name, ()), licences.get(name, {})
+        article = _ARTICLE.match(terms.get("file", ""))
+        more = {"article": article[0]} if article else {}
+        if licence := terms.get("licence", "").strip():
+            more["licence"] = licence
+        # The concepts are words of the caption: of a photograph of a scanner they tell no modality.
+        modality = modality_of(cuis) if folder.endswith("/radiology") else ""
+        yield number, Figure(f"{folder}/images", f"{name}.jpg", caption, cuis, modality, more)
 
 
 def _stem(figure: Figure) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from vilam3_jax.datasets import figure_captions
 from vilam3_jax.datasets.dataset import Dataset, Split
-from vilam3_jax.datasets.figure_captions import Figure
+from vilam3_jax.datasets.figure_captions import Figure, modality_of
 from vilam3_jax.datasets.rows import name_of, rows_of
 from vilam3_jax.datasets.source_files import SourceFolder
 
@@ -58,14 +58,19 @@ class RocoV2(Dataset):
                 row["id"].strip(): tuple(cui.strip() for cui in row["concepts"].split(";") if cui.strip())
                 for row in source.table(f"{stem}_concepts.csv", _CONCEPTS)
             }
-            figures = (
-                Figure(folders[stem], f"{name}.jpg" if name else "", row["caption"], concepts.get(name, ()))
-                for row in source.table(file, _CAPTIONS)
-                for name in [row["id"].strip()]
-            )
+            figures = _figures(source.table(file, _CAPTIONS), folders[stem], concepts)
             rows = rows_of(file, enumerate(figures, 1), _stem, taken=taken)
             splits[split] = Split(rows, make, name_of, _EXPECTED[split])
         return splits
+
+
+def _figures(
+    captions: Iterable[Mapping[str, str]], folder: str, concepts: Mapping[str, tuple[str, ...]]
+) -> Iterator[Figure]:
+    for row in captions:
+        name = row["id"].strip()
+        cuis = concepts.get(name, ())
+        yield Figure(folder, f"{name}.jpg" if name else "", row["caption"], cuis, modality_of(cuis))
 
 
 def _stem(figure: Figure) -> str:

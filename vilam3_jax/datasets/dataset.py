@@ -15,6 +15,8 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+from etils import epath
+
 from vilam3_jax import paths
 from vilam3_jax.data.examples import Example, ImageRef, path_problem
 from vilam3_jax.datasets.source_files import SourceFolder
@@ -77,6 +79,8 @@ class Context:
       seed: of every choice.
       parity: the reference's known defects are put in.
       copy_images: pictures are stored in the records; otherwise records name them by path.
+      opened: files that `image`, `volume` and `file` gave out, below the root. A shard that was built before
+        is used again only if they are still the same.
     """
 
     root: str
@@ -88,6 +92,7 @@ class Context:
     seed: int = 0
     parity: bool = False
     copy_images: bool = True
+    opened: list[str] = dataclasses.field(default_factory=list, compare=False, repr=False)
 
     def image(self, path: str) -> ImageRef:
         """A picture of the source folder.
@@ -99,7 +104,7 @@ class Context:
           SkipItem: the path leaves the root, or the file is missing, empty or too large.
         """
         path = self._checked(path)
-        file = paths.as_path(self.root) / path
+        file = self.file(path)
         try:
             size = paths.file_size(file)
         except OSError:
@@ -127,9 +132,18 @@ class Context:
           SkipItem: the path leaves the root, or the file is missing.
         """
         path = self._checked(path)
-        if not paths.exists(paths.as_path(self.root) / path):
+        if not paths.exists(self.file(path)):
             raise SkipItem(f"volume {path} is missing")
         return ImageRef(path=path, axis=axis, index=index, window=window, modality=modality)
+
+    def file(self, path: str) -> epath.Path:
+        """A file of the source folder, for datasets that read archives or tables while they make examples.
+
+        Args:
+          path: below the root; from `SourceFolder`, not from the content of a file.
+        """
+        self.opened.append(path)
+        return paths.as_path(self.root) / path
 
     def patient(self, identifier: object) -> str:
         """The patient key: a hash under the namespace `patients`, never the identifier itself."""

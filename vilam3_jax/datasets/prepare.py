@@ -1,269 +1,194 @@
-"""`vilam3 prepare DATASET --source DIR --out DIR`: what the user downloaded becomes ArrayRecord data sets."""
+"""`vilam3 prepare DATASET --source DIR --out DIR`: what the user downloaded becomes a TFDS dataset."""
 
 from __future__ import annotations
 
 import argparse
-import collections
-import hashlib
-import json
 import os
-import shutil
 import sys
-import tempfile
-import uuid
+import textwrap
+from collections.abc import Sequence
 from typing import Any
 
-from etils import epath
-
-from vilam3_jax import paths
-from vilam3_jax.data.content_keys import DECODER_VERSION
-from vilam3_jax.data.examples import Example
-from vilam3_jax.data.experts.store import AnnotationStore
-from vilam3_jax.data.records import ExampleSource, ExampleWriter
-from vilam3_jax.datasets import quickstart
-from vilam3_jax.datasets.samples import INDEX_NAME, asset, read_samples
+from vilam3_jax.datasets import prepare_quickstart, registry
+from vilam3_jax.datasets.dataset import Dataset
 from vilam3_jax.errors import UserError
 
-BUILD_NAME = "build.json"
-DATASETS = {"quickstart": "dialogues, captions, pairs and reports from a folder of samples or phantoms"}
-_MAX_BUILD_BYTES = 16 << 20
-_BLOCK = 1 << 20
+_MAX_REASONS = 12
+_WIDTH = 100
+_QUICKSTART = (
+    "quickstart",
+    "open",
+    "various",
+    "The data of `make quickstart`: dialogues, captions, pairs and reports.",
+)
 
 
-def prepare_quickstart(
-    source: paths.PathLike,
-    out: paths.PathLike,
-    *,
-    size: str = "default",
-    seed: int = 0,
-    annotations: paths.PathLike | None = None,
-) -> dict[str, Any]:
-    """Builds the quickstart's data sets, or reuses a complete build of the same input.
-
-    The folder appears when everything in it has been written and read back, not before.
-
-    Args:
-      source: folder written by the samples or the phantoms command.
-      out: folder to make; local or an object store.
-      size: a key of `quickstart.SIZES`.
-      seed: of every choice.
-      annotations: store of experts' answers, see `quickstart.Build`.
-
-    Returns:
-      The content of `build.json`, with `reused` added.
-
-    Raises:
-      UserError: unreadable samples, `out` holds something else, or the disk is full.
-    """
-    source_dir, target = paths.as_path(source), paths.as_path(out)
-    store = None if annotations is None else AnnotationStore(annotations)
-    identity = {
-        "dataset": "quickstart",
-        "version": quickstart.VERSION,
-        "decoder_version": DECODER_VERSION,
-        "size": size,
-        "seed": seed,
-        "source_sha256": _source_digest(source_dir),
-        "annotations_sha256": None if store is None else store.digest(quickstart.BRAIN_EXPERT),
-    }
-    known = _existing(target, identity)
-    if known is not None:
-        return known | {"reused": True}
-    with tempfile.TemporaryDirectory(prefix="vilam3-prepare-") as scratch:
-        remote = "://" in str(target)
-        # Beside the target, so that the last step is a rename.
-        work = (
-            epath.Path(scratch)
-            if remote
-            else target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
-        )
-        try:
-            build = _write(source_dir, work, identity, store)
-            _publish(work, target, remote)
-        except OSError as error:
-            raise UserError(
-                f"{target}: cannot be written ({error}); free space or choose another folder"
-            ) from error
-        finally:
-            if not remote:
-                shutil.rmtree(work, ignore_errors=True)
-    return build | {"reused": False}
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    if argv[0] == "--list":
+        print(listing())
+        return 0
+    name, *rest = argv
+    if name.startswith("-"):
+        raise UserError(f"{name}: the name of a dataset comes first; see `vilam3 prepare --list`")
+    if name == "quickstart":
+        return prepare_quickstart.main(rest)
+    return _prepare(registry.get(name), rest)
 
 
-def _write(
-    source: epath.Path, work: epath.Path, identity: dict[str, Any], store: AnnotationStore | None
-) -> dict[str, Any]:
-    work.mkdir(parents=True, exist_ok=True)
-    size = quickstart.SIZES[identity["size"]]
-    builder = quickstart.Build(source, work, size, identity["seed"], store)
-    provenance = identity | {
-        "origins": sorted({sample.origin for sample in builder.samples}),
-        "split": "by subject: Sample.split_group, never by slice",
-    }
-    grouped: dict[tuple[str, str], list[Example]] = collections.defaultdict(list)
-    for dataset, split, example in builder.examples():
-        grouped[dataset, split].append(example)
-    for (dataset, split), examples in sorted(grouped.items()):
-        with ExampleWriter(
-            work / dataset, split, name=dataset, provenance=provenance, data_root=".."
-        ) as writer:
-            for example in examples:
-                writer.write(example)
-    build = {
-        **identity,
-        "counts": verify(work),
-        "left_out": dict(sorted(builder.left_out.items())),
-        "notes": dict(sorted(builder.notes.items())),
-        "samples": [
-            {"name": s.name, "split": builder.splits[s.split_group], "licence": s.licence, "origin": s.origin}
-            for s in builder.samples
-        ],
-    }
-    paths.write_text_atomic(work / BUILD_NAME, json.dumps(build, indent=1) + "\n")
-    return build
-
-
-def verify(folder: paths.PathLike) -> list[dict[str, Any]]:
-    """Reads every record back and checks it, its images and the split.
-
-    Args:
-      folder: what `prepare_quickstart` wrote.
-
-    Returns:
-      One row a data set and split: `dataset`, `split`, `records`, `questions`, `subjects`, `images`.
-
-    Raises:
-      UserError: a broken record, a missing image, or a subject on both sides.
-    """
-    root = paths.as_path(folder)
-    rows = []
-    sides: dict[str, str] = {}
-    present: set[str] = set()
-    for dataset in quickstart.DATASETS:
-        for split in quickstart.SPLITS:
-            subjects, images, questions, records = set(), set(), 0, 0
-            for example in ExampleSource(root / dataset, split):
-                example.validate()
-                group = example.meta["group"]
-                if sides.setdefault(group, split) != split:
-                    raise UserError(f"example {example.id!r}: its subject is in train and in heldout")
-                for image in example.images:
-                    if image.path is not None and image.path not in present:
-                        if not (root / image.path).exists():
-                            raise UserError(f"example {example.id!r}: image {image.path} is missing")
-                        present.add(image.path)
-                    images.add((image.path, image.axis, image.index))
-                subjects.add(group)
-                records += 1
-                questions += len(example.meta.get("qa", ()))
-            rows.append(
-                {
-                    "dataset": dataset, "split": split, "records": records, "questions": questions,
-                    "subjects": len(subjects), "images": len(images),
-                }
-            )  # fmt: skip
-    return rows
-
-
-def _publish(work: epath.Path, out: epath.Path, remote: bool) -> None:
-    if not remote:
-        if out.exists():  # empty, or `_existing` had refused it
-            out.rmdir()
-        work.rename(out)
-        return
-    files = sorted(epath.Path(folder) / name for folder, _, names in os.walk(work) for name in names)
-    # Object stores have no rename of folders: the file that makes the build complete goes last.
-    for path in sorted(files, key=lambda p: p.name == BUILD_NAME):
-        target = out / path.relative_to(work)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.copy(target, overwrite=True)
-
-
-def _existing(out: epath.Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    if not out.exists():
-        return None
-    if not out.is_dir():
-        raise UserError(f"{out}: is a file; choose another --out")
-    if not paths.children(out):
-        return None
-    found: dict[str, Any] = {}
-    if (out / BUILD_NAME).exists():
-        try:
-            found = json.loads(paths.read_bytes(out / BUILD_NAME, _MAX_BUILD_BYTES))
-            differs = [key for key, value in identity.items() if found.get(key) != value]
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{out / BUILD_NAME}: damaged ({error}); remove the folder") from error
-        if not differs:
-            return found
-        raise UserError(
-            f"{out}: holds a build with another {', '.join(differs)}; remove it or choose another --out"
-        )
-    raise UserError(f"{out}: not empty and no complete build; remove it or choose another --out")
-
-
-def _source_digest(source: epath.Path) -> str:
-    """Of the index and of every file the build reads."""
-    samples = read_samples(source)
-    files = [source / INDEX_NAME]
-    if any(sample.origin != quickstart.GENERATED for sample in samples):
-        files.append(asset(source, quickstart.REPORTS_ASSET))
-    for sample in samples:
-        for path in (sample.path, sample.label_map):
-            if path is not None:
-                files += sorted(path.iterdir()) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.relative_to(source).as_posix().encode() + b"\0")
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def table(build: dict[str, Any]) -> str:
-    """The build's counts as text, with what was left out and why."""
-    columns = ("dataset", "split", "records", "questions", "subjects", "images")
-    rows = [columns, *(tuple(str(row[c]) for c in columns) for row in build["counts"])]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += [f"left out: {count:6d}  {reason}" for reason, count in build["left_out"].items() if count]
-    lines += [f"note: {count:6d}  volumes: {note}" for note, count in build["notes"].items()]
+def listing() -> str:
+    """All datasets: name, access class, licence and what they are."""
+    rows: list[tuple[str, ...]] = [_QUICKSTART]
+    for name in registry.names():
+        dataset = registry.get(name)
+        rows.append((name, dataset.access, dataset.licence, " ".join(dataset.description.split())))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = []
+    for row in sorted(rows):
+        head = "  ".join(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True))
+        lines.append(f"{head}  {textwrap.shorten(row[3], _WIDTH, placeholder=' ...')}")
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="vilam3 prepare", description=__doc__)
-    listing = "; ".join(f"{name}: {what}" for name, what in DATASETS.items())
-    parser.add_argument("dataset", help=listing)
-    parser.add_argument("--source", required=True, help="folder with what was downloaded")
-    parser.add_argument("--out", required=True, help="folder to make, local or gs://")
-    parser.add_argument(
-        "--size", default="default", choices=sorted(quickstart.SIZES), help="how much to make"
+def _usage() -> str:
+    return "\n".join(
+        [
+            "usage: vilam3 prepare DATASET --source DIR --out DIR [options]",
+            "       vilam3 prepare --list",
+            "       vilam3 prepare DATASET --help",
+            "",
+            "Turns a dataset that you downloaded into records: a TFDS folder OUT/DATASET/VERSION.",
+            "A build that was interrupted goes on where it stopped. `--list` shows the datasets;",
+            "`instructions` and `table` take files of your own.",
+        ]
     )
-    parser.add_argument("--seed", type=int, default=0, help="of every choice (default 0)")
-    parser.add_argument(
-        "--annotations", help="store of experts' answers: brain questions of training heads come from it"
+
+
+def _parser(dataset: type[Dataset]) -> argparse.ArgumentParser:
+    indented = textwrap.indent(textwrap.fill(" ".join(dataset.instructions.split()), _WIDTH), "  ")
+    variants = "".join(f"\n  {name}: {what}" for name, what in dataset.configs.items())
+    parser = argparse.ArgumentParser(
+        prog=f"vilam3 prepare {dataset.name}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"{textwrap.fill(' '.join(dataset.description.split()), _WIDTH)}\n\n"
+        f"licence: {dataset.licence}; access: {dataset.access}; {dataset.homepage}\n\n"
+        f"what to download:\n{indented}" + (f"\n\nvariants:{variants}" if variants else ""),
     )
-    options = parser.parse_args(argv)
-    try:
-        if options.dataset not in DATASETS:
-            raise UserError(f"no data set {options.dataset!r}; there are: {', '.join(sorted(DATASETS))}")
-        build = prepare_quickstart(
-            options.source,
-            options.out,
-            size=options.size,
-            seed=options.seed,
-            annotations=options.annotations,
+    kind = "FILE" if dataset.source_is_file else "DIR"
+    parser.add_argument("--source", required=True, metavar=kind, help="what you downloaded, or your own file")
+    parser.add_argument("--out", required=True, help="folder of datasets, local or gs://")
+    if dataset.configs:
+        parser.add_argument(
+            "--variant", default="", choices=["", *dataset.configs], help="default: the first"
         )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table(build))
-    state = "complete build found, reused" if build["reused"] else "every record read back and checked"
-    print(f"{options.out}: {state}")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, help="that build shards (default: one per core)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of every choice (default: 0)")
+    parser.add_argument(
+        "--parity", action="store_true", help="put the known defects of VILA-M3's own preparation in"
+    )
+    parser.add_argument(
+        "--image-paths", action="store_true", help="records name pictures by path instead of holding them"
+    )
+    parser.add_argument(
+        "--decode-images",
+        type=int,
+        default=0,
+        metavar="SIDE",
+        help="store pictures decoded, SIDE pixels square (the vision tower's size): faster to load",
+    )
+    parser.add_argument(
+        "--no-input-keys",
+        action="store_true",
+        help="leave out the keys by which experts' annotations are found; saves decoding each image once",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse counts other than the official ones, and patients or images that splits share",
+    )
+    if dataset.access == "credentialed":
+        parser.add_argument(
+            "--allow-upload",
+            action="store_true",
+            help="write to a bucket; your data use agreement must permit it",
+        )
+    own = parser.add_argument_group(f"options of {dataset.name}")
+    dataset.add_arguments(own)  # type: ignore[arg-type]
+    return parser
+
+
+def _prepare(dataset: type[Dataset], argv: Sequence[str]) -> int:
+    args = _parser(dataset).parse_args(argv)
+    if args.processes < 1 or not 0 <= args.decode_images <= 4096:
+        raise UserError("--processes must be at least 1, and --decode-images a side up to 4096")
+    if dataset.access == "credentialed" and "://" in args.out and not args.allow_upload:
+        raise UserError(
+            f"--out {args.out}: {dataset.name} is credentialed data and stays on this machine; write to a "
+            "local folder, or add --allow-upload if your data use agreement permits this bucket"
+        )
+    from vilam3_jax.datasets import builder  # imports TFDS, which --list and --help need not wait for
+
+    options = builder.BuildOptions(
+        processes=args.processes,
+        seed=args.seed,
+        parity=args.parity,
+        copy_images=not args.image_paths,
+        input_keys=not args.no_input_keys,
+        decode_side=args.decode_images,
+        strict=args.strict,
+        progress=sys.stderr.isatty(),
+    )
+    built = builder.prepare(dataset(args, getattr(args, "variant", "")), args.source, args.out, options)
+    for warning in built.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(summary(built.info))
+    print(f"{built.folder}: " + ("complete build found, reused" if built.reused else "written and verified"))
+    print(_next(dataset, args, built))
     return 0
 
 
+def summary(info: dict[str, Any]) -> str:
+    """The counts of a build as a table, with what was set aside and why."""
+    columns = ("split", "items", "records", "set aside", "images", "questions")
+    rows: list[tuple[str, ...]] = [columns]
+    reasons: dict[str, int] = {}
+    for name, split in info["splits"].items():
+        images = sum(int(number) * count for number, count in split["counts"].get("images", {}).items())
+        questions = sum(split["counts"].get("question_types", {}).values())
+        cells = (split["items"], split["records"], split["set_aside"]["total"], images, questions)
+        rows.append((name, *(f"{cell:,}" for cell in cells)))
+        for reason, count in split["set_aside"]["reasons"].items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    ordered = sorted(reasons.items(), key=lambda item: -item[1])
+    lines += [f"set aside {count:,}: {reason}" for reason, count in ordered[:_MAX_REASONS]]
+    if len(ordered) > _MAX_REASONS:
+        lines.append(f"and for {len(ordered) - _MAX_REASONS} other reasons, see metadata.json")
+    return "\n".join(lines)
+
+
+def _next(dataset: type[Dataset], args: argparse.Namespace, built: Any) -> str:
+    name = dataset.name + (f"/{args.variant}" if getattr(args, "variant", "") else "")
+    lines = [f"look:  vilam3 data show --data={args.out} --dataset={name}"]
+    if dataset.expert_inputs:
+        source = os.path.dirname(args.source) if dataset.source_is_file else args.source
+        lines.append(f"next:  vilam3-experts annotate --expert=NAME --data={source or '.'} --out=ANNOTATIONS")
+    lines.append(
+        "train: vilam3 train --config=configs/stage3_instruct.py:tiny --workdir=DIR "
+        f"--config.data.path={args.out} --config.data.mixture=\"(('{name}', 1.0),)\""
+    )
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    from vilam3_jax.cli import guarded
+
+    sys.exit(guarded("vilam3 prepare", main, sys.argv[1:]))

@@ -1,0 +1,524 @@
+"""Building datasets: shards in parallel, resumable, published at once as a TFDS dataset.
+
+`prepare` is what `vilam3 prepare` runs. `tfds_builder` gives the same as a `tfds.core.DatasetBuilder`, for
+those who want TFDS's own front door. The writer is ours: without TensorFlow, TFDS's cannot build a split of
+more than 1,000 MiB, keeps nothing of a build that was killed, and works in one process.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from tqdm import tqdm
+
+import vilam3_jax
+from vilam3_jax import paths
+from vilam3_jax.data import tfds_folder
+from vilam3_jax.data.content_keys import DECODER_VERSION
+from vilam3_jax.data.example_features import features_dict
+from vilam3_jax.data.examples import SCHEMA_VERSION
+from vilam3_jax.data.records import Counts
+from vilam3_jax.datasets import shard_jobs
+from vilam3_jax.datasets.dataset import Dataset, Split
+from vilam3_jax.datasets.shard_jobs import Settings, ShardJob, ShardReport
+from vilam3_jax.datasets.source_files import SourceFolder
+from vilam3_jax.errors import UnavailableError, UserError
+
+_RECORDS_PER_SHARD = 2048
+_MAX_LISTED = 1000  # pairs of records that share a patient or an image, in the metadata
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildOptions:
+    """How a dataset is built.
+
+    Attributes:
+      processes: that build shards; 1 builds in this process.
+      seed: of every choice.
+      parity: the reference's known defects are put in.
+      copy_images: pictures are stored in the records; otherwise named by path.
+      input_keys: content keys are added for experts, see `shard_jobs.Settings`.
+      decode_side: pictures are stored decoded with this side; 0: as they are.
+      strict: other counts than the official ones, and patients or images that splits share, are errors.
+      progress: shows a progress bar.
+    """
+
+    processes: int = 1
+    seed: int = 0
+    parity: bool = False
+    copy_images: bool = True
+    input_keys: bool = True
+    decode_side: int = 0
+    strict: bool = False
+    progress: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What a build gave.
+
+    Attributes:
+      folder: of this version of the dataset.
+      info: its metadata, see `tfds_folder.read_info`.
+      reused: it was complete before.
+      warnings: what a person should know, one sentence each.
+    """
+
+    folder: epath.Path
+    info: dict[str, Any]
+    reused: bool
+    warnings: tuple[str, ...]
+
+
+def prepare(
+    dataset: Dataset, source: paths.PathLike, out: paths.PathLike, options: BuildOptions | None = None
+) -> Built:
+    """Builds a dataset under `OUT/NAME/[VARIANT/]VERSION`, or finds it complete.
+
+    Args:
+      dataset: what is built.
+      source: the folder (or file, see `Dataset.source_is_file`) with what the user downloaded.
+      out: local folder or `gs://` prefix. For the latter, shards are built in a temporary folder that stays
+        the same from call to call, and uploaded.
+      options: None: the defaults.
+
+    Raises:
+      UserError: files are missing, the folder holds another build, or nothing can be used.
+      UnavailableError: a disk, a network or a process failed; finished shards are kept for the next call.
+    """
+    options = options or BuildOptions()
+    root = paths.as_path(out)
+    target = root / dataset.name / dataset.config / dataset.version
+    folder, dataset = _source_folder(dataset, source)
+    build = _Build(dataset, folder, target, options)
+    if (target / tfds_folder.INFO_NAME).exists():
+        return _existing(build)
+    if paths.children(target):
+        raise UserError(f"{target}: not empty and no complete build; remove it or choose another --out")
+    if "://" not in os.fspath(root):
+        _with_tfds(build, root)
+    else:
+        local = (
+            epath.Path(tempfile.gettempdir())
+            / f"vilam3-{hashlib.sha256(str(root).encode()).hexdigest()[:16]}"
+        )
+        build = _Build(dataset, folder, local / target.relative_to(root), options, data_root_from=target)
+        if not (build.target / tfds_folder.INFO_NAME).exists():
+            _with_tfds(build, local)
+        _upload(build.target, target)
+        shutil.rmtree(local, ignore_errors=True)
+    info = tfds_folder.read_info(target)
+    return Built(target, info, False, _warnings(dataset, info))
+
+
+def _source_folder(dataset: Dataset, source: paths.PathLike) -> tuple[SourceFolder, Dataset]:
+    if not dataset.source_is_file:
+        return SourceFolder(source, dataset.instructions), dataset
+    path = paths.as_path(source)
+    if not path.exists() or path.is_dir():
+        raise UserError(f"{source}: --source of {dataset.name} is a file; give one that exists")
+    dataset.options.source_file = path.name
+    return SourceFolder(path.parent, dataset.instructions), dataset
+
+
+def _existing(build: _Build) -> Built:
+    info = tfds_folder.read_info(build.target)
+    if info["provenance"].get("inputs") != build.inputs():
+        raise UserError(
+            f"{build.target}: holds a build of other files or options; remove it or choose another --out"
+        )
+    return Built(build.target, info, True, _warnings(build.dataset, info))
+
+
+def _with_tfds(build: _Build, root: epath.Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="vilam3-prepare-") as unused:
+        config = tfds.download.DownloadConfig(manual_dir=build.source_root())
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads; there are none
+                _builder(build, root).download_and_prepare(download_dir=unused, download_config=config)
+        except OSError as error:
+            raise paths.write_error(build.target, error) from error
+
+
+def tfds_builder(dataset: Dataset, out: paths.PathLike, options: BuildOptions | None = None) -> Any:
+    """A `tfds.core.DatasetBuilder` whose `download_and_prepare` builds the dataset.
+
+    Args:
+      dataset: what is built; the source is the `manual_dir` of TFDS's `DownloadConfig`.
+      out: TFDS's `data_dir`, local.
+      options: None: the defaults.
+    """
+    root = paths.as_path(out)
+    target = root / dataset.name / dataset.config / dataset.version
+    return _builder(_Build(dataset, None, target, options or BuildOptions()), root)
+
+
+def _builder(build: _Build, root: epath.Path) -> Any:
+    dataset = build.dataset
+    described = {
+        "name": dataset.name,
+        "VERSION": tfds.core.Version(dataset.version),
+        "RELEASE_NOTES": {dataset.version: "see the documentation"},
+        "MANUAL_DOWNLOAD_INSTRUCTIONS": dataset.instructions,
+        "BUILDER_CONFIGS": [
+            tfds.core.BuilderConfig(name=name, description=what) for name, what in dataset.configs.items()
+        ],
+        "build": build,
+        "__module__": __name__,
+        "__doc__": dataset.description,
+    }
+    made = type("ExampleBuilder", (_ExampleBuilder,), described, skip_registration=True)
+    return made(data_dir=root, config=dataset.config or None)
+
+
+class _ExampleBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
+    """TFDS's side of a build; a subclass per dataset sets the class attributes."""
+
+    name = "example_builder"
+    VERSION = tfds.core.Version("0.0.0")
+    build: _Build
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        dataset = self.build.dataset
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=dataset.description,
+            features=features_dict(),
+            homepage=dataset.homepage or None,
+            citation=dataset.citation or None,
+            license=f"{dataset.licence} (access: {dataset.access})",
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def _shard_iterators_per_split(self, dl_manager: Any) -> Any:
+        raise NotImplementedError("shards are built by _download_and_prepare")
+
+    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
+        """Builds the shards and moves them to where TFDS collects them, until it renames the folder."""
+        build = self.build
+        if build.source is None:
+            manual = SourceFolder(dl_manager.manual_dir, build.dataset.instructions)
+            build = dataclasses.replace(build, source=manual)
+        metadata = build.run(epath.Path(self.data_dir))
+        self.info.set_file_format(tfds_folder.FILE_FORMAT, override=True)
+        assert self.info.metadata is not None  # `_info` gives it
+        self.info.metadata.update(metadata)
+        self.info.set_splits(tfds_folder.split_dict(epath.Path(self.data_dir), build.dataset.name, metadata))
+
+
+@dataclasses.dataclass
+class _Build:
+    """One build: which shards there are to make, what is done already, and what the whole is.
+
+    Attributes:
+      dataset: what is built.
+      source: the folder with the user's files; None until TFDS names it.
+      target: the folder that appears at the end.
+      options: of the build.
+      data_root_from: the final folder, if it is not `target`.
+    """
+
+    dataset: Dataset
+    source: SourceFolder | None
+    target: epath.Path
+    options: BuildOptions
+    data_root_from: epath.Path | None = None
+
+    def jobs(self) -> dict[str, list[ShardJob]]:
+        """The shards of every split.
+
+        Raises:
+          UserError: the source lacks files, or has no item.
+        """
+        assert self.source is not None  # TFDS has named it, or the caller has
+        settings = Settings(self.options.input_keys and self.dataset.expert_inputs, self.options.decode_side)
+        context = {key: getattr(self.options, key) for key in ("seed", "parity", "copy_images")}
+        jobs = {}
+        for name, split in self.splits().items():
+            made = self.dataset.context(self.source, name, **context)
+            jobs[name] = [
+                ShardJob(
+                    part, made, settings, self.dataset.version, str(self._work() / f"{name}-{number:05d}")
+                )
+                for number, part in enumerate(_parts(split))
+            ]
+        return jobs
+
+    def splits(self) -> dict[str, Split]:
+        """The splits that have items, read once.
+
+        Raises:
+          UserError: no split has any.
+        """
+        if not hasattr(self, "_splits"):
+            assert self.source is not None
+            found = {name: split for name, split in self.dataset.splits(self.source).items() if split.items}
+            if not found:
+                raise UserError(f"{self.source.root}: holds no record of {self.dataset.name}; check --source")
+            self._splits = found
+        return self._splits
+
+    def inputs(self) -> str:
+        """Hash of the items and everything that decides what is made of them."""
+        digests = {name: [job.digest() for job in jobs] for name, jobs in self.jobs().items()}
+        return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+    def _work(self) -> epath.Path:
+        return self.target.parent / f".{self.target.name}.work"
+
+    def run(self, folder: epath.Path) -> dict[str, Any]:
+        """Builds all shards and moves them into `folder`.
+
+        Returns:
+          The metadata.
+        """
+        began = time.perf_counter()
+        jobs = self.jobs()
+        warnings = self._count_warnings()
+        if warnings and self.options.strict:
+            raise UserError(f"{self.source_root()}: {warnings[0]} Drop --strict to build what is there")
+        self._work().mkdir(parents=True, exist_ok=True)
+        reports = self._reports(jobs)
+        reports = _without_doubled(jobs, reports)
+        shared = _shared(reports)
+        self._refuse(shared)
+        splits = {name: self._split(name, jobs[name], reports[name], folder) for name in jobs}
+        empty = [name for name, content in splits.items() if not content["records"]]
+        if len(empty) == len(splits):
+            raise UserError(f"{self.source_root()}: no usable record in it; {_first_reasons(reports)}")
+        shutil.rmtree(self._work(), ignore_errors=True)
+        licences = sorted(
+            {licence for content in splits.values() for licence in content["counts"].get("licence", {})}
+        )
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "name": self.dataset.name,
+            "data_root": self._data_root(),
+            "licences": licences or [self.dataset.licence],
+            "provenance": self._provenance() | {"seconds": round(time.perf_counter() - began, 1)},
+            "splits": {name: content for name, content in splits.items() if content["records"]},
+            "shared": shared,
+            "notes": warnings,
+        }
+
+    def source_root(self) -> str:
+        """The source folder as text."""
+        assert self.source is not None
+        return str(self.source.root)
+
+    def _reports(self, jobs: Mapping[str, Sequence[ShardJob]]) -> dict[str, list[ShardReport]]:
+        """The report of every shard: of those that are there already, and of those built now."""
+        every = [job for of_split in jobs.values() for job in of_split]
+        done = {job.target: report for job in every if (report := shard_jobs.finished(job)) is not None}
+        missing = [job for job in every if job.target not in done]
+        built = _built(missing, self.options.processes)
+        bar = tqdm(
+            built, total=len(missing), desc=f"{self.dataset.name} shards", disable=not self.options.progress
+        )
+        done |= {job.target: report for job, report in bar}
+        return {name: [done[job.target] for job in of_split] for name, of_split in jobs.items()}
+
+    def _split(
+        self, name: str, jobs: Sequence[ShardJob], reports: Sequence[ShardReport], folder: epath.Path
+    ) -> dict[str, Any]:
+        """Moves the shards that hold records, and says what is in them."""
+        kept = [(job, report) for job, report in zip(jobs, reports, strict=True) if report.shard["records"]]
+        shards, counts = [], Counts()
+        for number, (job, report) in enumerate(kept):
+            file = tfds_folder.shard_name(self.dataset.name, name, number, len(kept))
+            # A copy by hard link: what fails after this finds the shard again in the work folder.
+            _link(job.target, folder / file)
+            shards.append({**report.shard, "file": file})
+            counts.merge(report.counts)
+        reasons: dict[str, int] = {}
+        named: list[list[str]] = []
+        for report in reports:
+            named += report.named
+            for reason, count in report.reasons.items():
+                reasons[reason] = reasons.get(reason, 0) + count
+        split = self.splits()[name]
+        return {
+            "records": sum(shard["records"] for shard in shards),
+            "shards": shards,
+            "counts": counts.plain(),
+            "items": len(split.items),
+            "expected_items": split.expected,
+            "set_aside": {
+                "total": sum(reasons.values()),
+                "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1])[: shard_jobs.MAX_NAMED]),
+                "first": named[: shard_jobs.MAX_NAMED],
+            },
+        }
+
+    def _count_warnings(self) -> list[str]:
+        return [
+            f"split {name} has {len(split.items):,} items, the official release {split.expected:,}; "
+            "is the download complete?"
+            for name, split in self.splits().items()
+            if split.expected not in (None, len(split.items))
+        ]
+
+    def _refuse(self, shared: Mapping[str, Any]) -> None:
+        """With --strict, splits may share patients and images only where the official ones do."""
+        if self.options.strict and shared and not self.dataset.shared_images:
+            pair, found = next(iter(shared.items()))
+            raise UserError(
+                f"{self.source_root()}: {pair} share {found['patients']} patients and {found['images']} "
+                "images; divide them otherwise, or drop --strict"
+            )
+
+    def _data_root(self) -> str:
+        """Where image paths start: relative where both folders are local, so that they can move together."""
+        root, target = self.source_root(), os.fspath(self.data_root_from or self.target)
+        if "://" in root or "://" in target:
+            return root
+        return os.path.relpath(root, target)
+
+    def _provenance(self) -> dict[str, Any]:
+        dataset = self.dataset
+        plain = {key: value for key, value in vars(dataset.options).items() if _is_plain(value)}
+        return {
+            "dataset": dataset.name,
+            "version": dataset.version,
+            "config": dataset.config,
+            "options": plain,
+            "homepage": dataset.homepage,
+            "citation": dataset.citation,
+            "access": dataset.access,
+            "shared_images": dataset.shared_images,
+            "parity": self.options.parity,
+            "seed": self.options.seed,
+            "decode_side": self.options.decode_side,
+            "decoder_version": DECODER_VERSION,
+            "package_version": vilam3_jax.__version__,
+            "inputs": self.inputs(),
+        }
+
+
+def _parts(split: Split) -> Iterator[Split]:
+    """The split cut into runs of items, one for each shard."""
+    count = max(1, -(-len(split.items) * split.per_item // _RECORDS_PER_SHARD))
+    count = min(count, len(split.items))
+    for number in range(count):
+        start, end = (len(split.items) * part // count for part in (number, number + 1))
+        yield dataclasses.replace(split, items=split.items[start:end])
+
+
+def _built(jobs: Sequence[ShardJob], processes: int) -> Iterator[tuple[ShardJob, ShardReport]]:
+    """Builds shards, in the order in which they are finished."""
+    if processes <= 1 or len(jobs) <= 1:
+        yield from ((job, shard_jobs.build(job)) for job in jobs)
+        return
+    # Spawned: libraries with threads of their own do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context) as pool:
+        futures = {pool.submit(shard_jobs.build, job): job for job in jobs}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield futures[future], future.result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise UnavailableError(
+                "a process that builds shards was killed, perhaps for lack of memory; run the command again "
+                "with fewer --processes, finished shards are kept"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _without_doubled(
+    jobs: Mapping[str, Sequence[ShardJob]], reports: dict[str, list[ShardReport]]
+) -> dict[str, list[ShardReport]]:
+    """Sets aside records whose id an earlier shard has."""
+    places = [(name, number) for name, of_split in reports.items() for number in range(len(of_split))]
+    ids = [reports[name][number].ids for name, number in places]
+    every = np.concatenate(ids) if ids else np.zeros((0, 2), np.uint64)
+    _, first = np.unique(every, axis=0, return_index=True)
+    if len(first) == len(every):
+        return reports
+    later = np.ones(len(every), bool)
+    later[first] = False
+    start = 0
+    for (name, number), of_shard in zip(places, ids, strict=True):
+        doubled = {row.tobytes() for row in of_shard[later[start : start + len(of_shard)]]}
+        if doubled:
+            reports[name][number] = shard_jobs.without(jobs[name][number], reports[name][number], doubled)
+        start += len(of_shard)
+    return reports
+
+
+def _shared(reports: Mapping[str, Sequence[ShardReport]]) -> dict[str, dict[str, Any]]:
+    """Pairs of splits, as "train and test": how many patients and images they share, and records that do."""
+    owners: dict[str, dict[str, dict[str, str]]] = {"persons": {}, "images": {}}
+    for key, of_key in owners.items():
+        for name, of_split in reports.items():
+            of_key[name] = {
+                hashed: record for report in of_split for hashed, record in getattr(report, key).items()
+            }
+    shared = {}
+    for one, other in itertools.combinations(reports, 2):
+        both = {key: of_key[one].keys() & of_key[other].keys() for key, of_key in owners.items()}
+        if any(both.values()):
+            pairs = {
+                (owners[key][one][hashed], owners[key][other][hashed])
+                for key, hashes in both.items()
+                for hashed in hashes
+            }
+            shared[f"{one} and {other}"] = {
+                "patients": len(both["persons"]),
+                "images": len(both["images"]),
+                "records": [list(pair) for pair in sorted(pairs)[:_MAX_LISTED]],
+            }
+    return shared
+
+
+def _first_reasons(reports: Mapping[str, Sequence[ShardReport]]) -> str:
+    named = [pair for of_split in reports.values() for report in of_split for pair in report.named]
+    return "; ".join(f"{record}: {reason}" for record, reason in named[:3]) or "it has no items"
+
+
+def _warnings(dataset: Dataset, info: Mapping[str, Any]) -> tuple[str, ...]:
+    warnings = list(info.get("notes", ()))
+    for pair, found in (info.get("shared") or {}).items():
+        why = f" ({dataset.shared_images})" if dataset.shared_images else ""
+        warnings.append(
+            f"{pair} share {found['patients']} patients or groups and {found['images']} images{why}"
+        )
+    return tuple(warnings)
+
+
+def _link(source: str, target: epath.Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+
+
+def _upload(folder: epath.Path, target: epath.Path) -> None:
+    """Copies a finished dataset; `dataset_info.json`, which makes it complete, goes last."""
+    files = sorted(folder.iterdir(), key=lambda path: (path.name == tfds_folder.INFO_NAME, path.name))
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            file.copy(target / file.name, overwrite=True)
+    except OSError as error:
+        raise paths.write_error(target, error) from error
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float | bool)

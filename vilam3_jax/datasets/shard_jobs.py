@@ -1,0 +1,290 @@
+"""One shard of a dataset: its run of items becomes an ArrayRecord file, and a report of what is in it.
+
+A job runs in a process of its own. The report lies beside the shard, so that a build that was interrupted
+goes on with what is whole: a shard is used again only if it is the one that its report describes, and neither
+its items, nor its settings, nor the files that were opened for it have changed.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from vilam3_jax import paths
+from vilam3_jax.data import example_features
+from vilam3_jax.data.content_keys import DECODER_VERSION, image_key
+from vilam3_jax.data.examples import SCHEMA_VERSION, Example, ImageRef
+from vilam3_jax.data.images import decode_image, decode_scaled, load_film
+from vilam3_jax.data.records import Counts
+from vilam3_jax.data.shards import open_reader
+from vilam3_jax.data.tfds_folder import ShardFile, file_digest
+from vilam3_jax.data.volumes import read_volume
+from vilam3_jax.datasets.dataset import Context, Skipped, Split, examples_of
+from vilam3_jax.errors import UserError
+
+MAX_NAMED = 1000  # records set aside that a report names
+DOUBLED = "another record has this id"
+_MAX_REPORT_BYTES = 256 << 20
+_MAX_IMAGE_BYTES = 256 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is done to every example.
+
+    Attributes:
+      input_keys: content keys of its images are added, by which experts' annotations are found.
+      decode_side: pictures are stored decoded, with this side in pixels; 0: as they are.
+    """
+
+    input_keys: bool = True
+    decode_side: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardJob:
+    """A shard that is to be built.
+
+    Attributes:
+      split: its `items` are those of the shard.
+      context: of the split.
+      settings: of the build.
+      version: of the dataset.
+      target: the shard's file in the work folder.
+    """
+
+    split: Split
+    context: Context
+    settings: Settings
+    version: str
+    target: str
+
+    def digest(self) -> str:
+        """Hash of everything that decides the content, but for the files that are opened."""
+        context = dataclasses.replace(self.context, opened=[])
+        stream = io.BytesIO()
+        pickler = pickle.Pickler(stream, protocol=5)
+        pickler.fast = True  # equal values give equal bytes, whether or not they are one object
+        pickler.dump((self.version, SCHEMA_VERSION, DECODER_VERSION, self.split.make, context, self.settings))
+        for item in self.split.items:
+            pickler.dump(item)
+        return hashlib.sha256(stream.getbuffer()).hexdigest()
+
+
+@dataclasses.dataclass
+class ShardReport:
+    """What a shard holds.
+
+    Attributes:
+      digest: of the job.
+      shard: `file`, `records`, `bytes`, `sha256`.
+      counts: of `records.Counts`.
+      reasons: why items were set aside → how often.
+      named: (record, reason) of the first of them.
+      files: path → size and modification time of the files opened below the root.
+      ids: [N, 2] uint64, 128-bit hashes of record ids.
+      persons, images: hash of a patient or group, or of an image → the first record that has it.
+    """
+
+    digest: str
+    shard: dict[str, Any]
+    counts: dict[str, dict[str, int]]
+    reasons: dict[str, int]
+    named: list[list[str]]
+    files: dict[str, list[int]]
+    ids: np.ndarray
+    persons: dict[str, str]
+    images: dict[str, str]
+
+    def save(self, target: str) -> None:
+        """Writes the report of the shard `target`, durably."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain["ids"] = self.ids.tolist()
+        paths.write_bytes_durable(report_path(target), json.dumps(plain).encode())
+
+    @classmethod
+    def load(cls, target: str) -> ShardReport | None:
+        """Reads the report of the shard `target`; None if there is none that can be read."""
+        try:
+            plain = json.loads(paths.read_bytes(report_path(target), _MAX_REPORT_BYTES))
+            plain["ids"] = np.asarray(plain["ids"], np.uint64).reshape(-1, 2)
+            return cls(**plain)
+        except (UserError, ValueError, TypeError, KeyError, OverflowError):
+            return None
+
+
+def report_path(target: str) -> str:
+    """Where the report of a shard lies."""
+    return f"{target}.json"
+
+
+def finished(job: ShardJob) -> ShardReport | None:
+    """The report of a shard that is there already and whole, or None."""
+    report = ShardReport.load(job.target)
+    if report is None or report.digest != job.digest() or not os.path.exists(job.target):
+        return None
+    if file_digest(job.target) != (report.shard.get("sha256"), report.shard.get("bytes")):
+        return None
+    return report if _states(job.context.root, report.files) == report.files else None
+
+
+def build(job: ShardJob) -> ShardReport:
+    """Builds a shard.
+
+    Raises:
+      UserError: the disk is full.
+      UnavailableError: the disk or the network fails.
+    """
+    context = dataclasses.replace(job.context, opened=[])
+    file = ShardFile(job.target)
+    counts, reasons = Counts(), collections.Counter[str]()
+    named: list[list[str]] = []
+    ids: dict[bytes, None] = {}
+    persons: dict[str, str] = {}
+    images: dict[str, str] = {}
+    keys = _ContentKeys(context)
+    try:
+        for made in examples_of(job.split, context):
+            stored = _stored(made, job.settings, keys) if isinstance(made, Example) else made
+            if not isinstance(stored, Skipped) and _hash(stored[0].id) in ids:
+                stored = Skipped(stored[0].id, DOUBLED)
+            if isinstance(stored, Skipped):
+                reasons[stored.reason] += 1
+                if len(named) < MAX_NAMED:
+                    named.append([stored.record, stored.reason])
+                continue
+            example, data = stored
+            file.write(data)
+            counts.add(example)
+            ids[_hash(example.id)] = None
+            if (person := example.meta.get("patient") or example.meta.get("group")) is not None:
+                persons.setdefault(_hash(str(person)).hex(), example.id)
+            for image in example.images:
+                images.setdefault(_hash(image.data or str(image.path)).hex(), example.id)
+    except BaseException:
+        file.discard()
+        raise
+    report = ShardReport(
+        digest=job.digest(),
+        shard=file.commit(),
+        counts=counts.plain(),
+        reasons=dict(reasons),
+        named=named,
+        files=_states(context.root, context.opened),
+        ids=np.frombuffer(b"".join(ids), np.uint64).reshape(-1, 2),
+        persons=persons,
+        images=images,
+    )
+    report.save(job.target)
+    return report
+
+
+def without(job: ShardJob, report: ShardReport, doubled: set[bytes]) -> ShardReport:
+    """Writes a finished shard again without the records of these id hashes; they count as set aside."""
+    file, counts = ShardFile(job.target), Counts()
+    reader = open_reader(job.target)
+    reasons, named = collections.Counter(report.reasons), list(report.named)
+    for place in range(reader.num_records()):
+        (data,) = reader.read(place, place + 1)
+        example = example_features.decode(data)
+        if _hash(example.id) in doubled:
+            reasons[DOUBLED] += 1
+            named.append([example.id, DOUBLED])
+            continue
+        file.write(data)
+        counts.add(example)
+    kept = [row for row in report.ids if row.tobytes() not in doubled]
+    changed = dataclasses.replace(
+        report,
+        shard=file.commit(),
+        counts=counts.plain(),
+        reasons=dict(reasons),
+        named=named[:MAX_NAMED],
+        ids=np.asarray(kept, np.uint64).reshape(-1, 2),
+    )
+    changed.save(job.target)
+    return changed
+
+
+def _stored(example: Example, settings: Settings, keys: _ContentKeys) -> tuple[Example, bytes] | Skipped:
+    """The example as it is stored, with content keys and pictures decoded, and its bytes."""
+    try:
+        meta = dict(example.meta)
+        if settings.input_keys and example.images and "input_key" not in meta:
+            found = [keys.of(image) for image in example.images]
+            meta["input_key"] = found[0] if len(found) == 1 else found
+        images = example.images
+        if settings.decode_side:
+            images = tuple(_decoded(image, keys.context, settings.decode_side) for image in images)
+        finished = dataclasses.replace(example, meta=meta, images=images)
+        return finished, example_features.encode(finished)
+    except UserError as reason:
+        return Skipped(example.id, str(reason).removeprefix(f"example {example.id!r}: "))
+
+
+class _ContentKeys:
+    """Content keys of images; neighbouring examples often share a picture or a volume."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self._known: collections.OrderedDict[Any, str] = collections.OrderedDict()
+
+    def of(self, image: ImageRef) -> str:
+        source = (
+            hashlib.sha256(image.data).digest() if image.data is not None else (image.path, image.modality)
+        )
+        if source not in self._known:
+            self._known[source] = self._read(image)
+            if len(self._known) > 64:
+                self._known.popitem(last=False)
+        return self._known[source]
+
+    def _read(self, image: ImageRef) -> str:
+        if image.data is not None:
+            return image_key(decode_image(image.data))
+        path = paths.as_path(self.context.root) / str(image.path)
+        if image.axis is None:
+            return image_key(load_film(path))
+        return read_volume(path, modality=image.modality).content_key
+
+
+def _decoded(image: ImageRef, context: Context, side: int) -> ImageRef:
+    """A picture decoded and resized; slices of volumes stay, as what they show depends on the model."""
+    if image.axis is not None:
+        return image
+    from vilam3_jax.data import decoded
+
+    data = image.data
+    if data is None:
+        data = paths.read_bytes(paths.as_path(context.root) / str(image.path), _MAX_IMAGE_BYTES)
+    return ImageRef(data=decoded.encode(decode_scaled(data, side)))
+
+
+def _hash(value: bytes | str) -> bytes:
+    return hashlib.blake2b(value if isinstance(value, bytes) else value.encode(), digest_size=16).digest()
+
+
+def _states(root: str, files: Sequence[str] | dict[str, Any]) -> dict[str, list[int]]:
+    """Size and modification time (ns; 0 in an object store) of files that are there."""
+    return {name: state for name in dict.fromkeys(files) for state in _state(root, name)}
+
+
+def _state(root: str, name: str) -> Iterator[list[int]]:
+    path = paths.as_path(root) / name
+    try:
+        if "://" in root:
+            yield [paths.file_size(path), 0]
+        else:
+            found = os.stat(path)
+            yield [found.st_size, found.st_mtime_ns]
+    except OSError:
+        return  # a missing file is no file: it was not there before either

@@ -21,6 +21,7 @@ from etils import epath
 from vilam3_jax import checkpoints, compat, exports, paths, processes
 from vilam3_jax import config as config_lib
 from vilam3_jax.config import COMPONENTS, ConfigDict
+from vilam3_jax.data import leaks
 from vilam3_jax.data import loader as loader_lib
 from vilam3_jax.data.experts.cards import with_card_list
 from vilam3_jax.errors import UserError
@@ -115,6 +116,8 @@ def _train(
         state, origin = state_lib.initial_state(config, program.state, program.optimizer)
         _print_start(program, origin, quiet)
     provenance = {"run": config.name, "data": loader.provenance, "init": origin}
+    if checked := leaks.carried(config.data.path, loader.samples.sources):
+        provenance["leaks"] = checked
     if processes.lead():
         paths.write_text_atomic(workdir / "config.json", config_lib.to_json(config))
 

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 from scipy.fft import dct
 
-# Shares of width and height that are cut at the left, top, right and bottom. The first is the whole image, then
-# all sides, one side, two sides that meet.
+# Shares of width and height that are cut at the left, top, right and bottom: none, all sides, one side, two
+# sides that meet.
 MARGINS = (
     (0.0, 0.0, 0.0, 0.0),
     *((share, share, share, share) for share in (0.02, 0.04, 0.06, 0.08)),

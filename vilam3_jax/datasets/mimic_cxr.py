@@ -182,12 +182,11 @@ def films_of(source: SourceFolder, split_table: str, views: Mapping[str, str]) -
     }
     found: dict[str, list[Film]] = {}
     taken: set[str] = set()
-    same: dict[str, str] = {}  # one string per subject and study saves half of the memory
+    ids = _Ids()
     named = 0
     for number, row in enumerate(source.table(split_table, columns), 1):
         split, dicom = split_named(row["split"]), row["dicom"].strip()
-        subject, study = number_of(row["subject"], "p"), number_of(row["study"], "s")
-        subject, study = same.setdefault(subject, subject), same.setdefault(study, study)
+        subject, study = ids["p", row["subject"]], ids["s", row["study"]]
         problem = film_problem(subject, study, dicom)
         if not problem and dicom in taken:
             problem = "its dicom_id stands twice in the table"
@@ -200,6 +199,13 @@ def films_of(source: SourceFolder, split_table: str, views: Mapping[str, str]) -
     if not named:
         raise UserError(f"{source.root / split_table}: no row has the split train, validate or test")
     return one_split_per_patient(found)
+
+
+class _Ids(dict[tuple[str, str], str]):
+    """(prefix, cell) → `number_of`, one text per id: half of the memory of 377,110 rows, and faster."""
+
+    def __missing__(self, key: tuple[str, str]) -> str:
+        return self.setdefault(key, number_of(key[1], key[0]))
 
 
 def film_problem(subject: str, study: str, dicom: str) -> str:

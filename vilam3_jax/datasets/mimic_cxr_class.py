@@ -57,6 +57,7 @@ FINDINGS = (
     "pneumothorax",
     "support_devices",
 )
+_COLUMNS = (*FINDINGS, NORMAL)
 _LETTERS = "ABCDEFGHIJKLMN"
 _ALIASES = {"lung_opacity": ("Airspace Opacity",), NORMAL: ("No Findings",)}
 # Presence of a device says nothing of disease, so "No Finding" leaves it open.
@@ -64,6 +65,7 @@ _DISEASES = frozenset(FINDINGS) - {"support_devices"}
 _QUESTIONS_PER_FILM = 8
 
 _VALUES = {"1": "1", "0": "0", "-1": "u", "": " ", "nan": " "}
+_USUAL = {"1.0": "1", "0.0": "0", "-1.0": "u", "": " "}  # spellings of the release, for speed
 _UNREADABLE, _TWICE = "x" * 14, "d" * 14
 
 # How often each finding is positive in the reference's training split, and how many films have none of them:
@@ -172,11 +174,11 @@ def labels_of(source: SourceFolder, table: str) -> dict[str, str]:
 
     A study with a value that is no label has only "x"; one that stands twice with other labels only "d".
     """
-    columns = {"study": ("study_id",), **column_names((*FINDINGS, NORMAL), _ALIASES)}
+    columns = {"study": ("study_id",), **column_names(_COLUMNS, _ALIASES)}
     known: dict[str, str] = {}
     same: dict[str, str] = {}
     for row in source.table(table, columns):
-        values = [_VALUES.get(_label(row[name])) for name in (*FINDINGS, NORMAL)]
+        values = [_USUAL.get(row[name]) or _VALUES.get(_label(row[name])) for name in _COLUMNS]
         labels = _UNREADABLE if None in values else "".join(map(str, values))
         labels = same.setdefault(labels, labels)
         study = number_of(row["study"], "s")
@@ -247,10 +249,7 @@ def states_of(labels: str) -> dict[str, bool | None]:
     >>> states_of(" " * 13 + "1")["edema"], states_of("u" * 14)["edema"]
     (False, None)
     """
-    states = {
-        name: {"1": True, "0": False}.get(label)
-        for name, label in zip((*FINDINGS, NORMAL), labels, strict=True)
-    }
+    states = {name: {"1": True, "0": False}.get(label) for name, label in zip(_COLUMNS, labels, strict=True)}
     if states[NORMAL]:
         states |= {name: False for name in _DISEASES if states[name] is None}
     elif any(states[name] for name in _DISEASES):

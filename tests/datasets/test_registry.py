@@ -82,12 +82,15 @@ def test_the_list_names_every_dataset():
 
 
 def test_the_overview_has_every_dataset_as_it_is():
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \|", OVERVIEW.read_text(), re.MULTILINE)
-    stated = {
-        name: (access, licence, re.findall("`(.*?)`", variants)) for name, access, licence, variants in rows
-    }
-    classes = {name: registry.get(name) for name in registry.DATASETS}
-    assert stated == {name: (one.access, one.licence, list(one.configs)) for name, one in classes.items()}
+    page = OVERVIEW.read_text()
+    lacking = []
+    for name in registry.DATASETS:
+        found = registry.get(name)
+        variants = ", ".join(f"`{config}`" for config in found.configs)
+        start = f"| `{name}` | {found.access} | {found.licence} | {variants} |"
+        lacking += [] if start in page else [start]
+    assert not lacking, f"{OVERVIEW.name} lacks rows that start so"
+    assert set(re.findall(r"^\| `(\w+)` \| (?:open|reg|cred)", page, re.MULTILINE)) == set(registry.DATASETS)
 
 
 def test_the_overview_links_every_page():

@@ -10,6 +10,7 @@ from vilam3_jax.datasets.conversations import text_of
 from vilam3_jax.datasets.dataset import SkipItem
 
 _LONGEST_ID = 200
+_LONGEST_PATH = 1024
 
 
 class Row(NamedTuple):
@@ -91,9 +92,11 @@ def below(folder: str, name: object) -> str:
     """The path of a file that a row names inside `folder`.
 
     Raises:
-      SkipItem: the name is no text, or leads out of the folder.
+      SkipItem: the name is no text, too long, or leads out of the folder.
     """
     path = text_of(name, "image name").strip()
+    if len(path) > _LONGEST_PATH:
+        raise SkipItem(f"the image name has {len(path)} characters")
     if reason := path_problem(path):
         raise SkipItem(f"image {reason}")
     return f"{folder}/{path}" if folder else path

@@ -7,6 +7,8 @@ import pickle
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from twins import picture, write
 
 from vilam3_jax.data.examples import Example, ImageRef, Turn, to_instruction
@@ -265,6 +267,39 @@ def test_our_own_export_comes_back(tmp_path):
     back = everything(examples)["mine"]
     assert back.turns == one.turns and back.meta["region"] == "chest"
     assert back.images == (ImageRef(data=picture(0)),)
+
+
+def _objects(values):
+    names = (
+        "id",
+        "image",
+        "images",
+        "conversations",
+        "messages",
+        "question",
+        "answer",
+        "from",
+        "value",
+        "role",
+    )
+    return st.dictionaries(
+        st.sampled_from([*names, "content", "type", "text", "vilam3", "meta", "slices"]), values
+    )
+
+
+_leaf = (
+    st.none() | st.booleans() | st.integers() | st.text(max_size=4) | st.sampled_from(["<image>", "im/0.jpg"])
+)
+_any = st.recursive(_leaf, lambda inner: st.lists(inner, max_size=3) | _objects(inner), max_leaves=6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(records=st.lists(_objects(_any), min_size=1, max_size=6))
+def test_whatever_a_record_holds_it_is_used_or_named(tmp_path_factory, records):
+    folder = with_pictures(tmp_path_factory.mktemp("any"), 1)
+    for argv in ([], ["--patient", "answer"]):
+        examples, skipped = built(folder, records, "--heldout", "0", *argv)
+        assert len(everything(examples)) + len(reasons(skipped)) == len(records)
 
 
 def test_options_that_do_not_go_together(tmp_path):

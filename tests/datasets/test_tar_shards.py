@@ -146,6 +146,9 @@ def test_what_is_no_tar(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match=r"holds no \.tar file"):
         made(WebDataset, tmp_path / "none")
+    write(tmp_path, {"b.tar.gz": b"x"})
+    with pytest.raises(UserError, match=r"b\.tar\.gz: a packed shard"):
+        made(WebDataset, tmp_path)
 
 
 def test_webdataset_captions_and_splits(tmp_path):

@@ -19,6 +19,7 @@ from vilam3_jax.datasets.tar_shards import Sample
 from vilam3_jax.errors import UserError
 
 _PER_SHARD = 1_000
+_PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 _SPLITS = {
     "train": "train",
     "val": "validation",
@@ -76,7 +77,7 @@ def shards(source: SourceFolder) -> list[str]:
     """Paths of all tar files below the source folder, and of img2dataset's folders of pictures, sorted.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or some are packed.
     """
     found = set()
     for name in source.files():
@@ -84,12 +85,16 @@ def shards(source: SourceFolder) -> list[str]:
         suffix = base.rpartition(".")[2].lower()
         if base.startswith("."):
             continue
+        if base.lower().endswith(_PACKED):
+            raise UserError(
+                f"{source.root / name}: a packed shard; unpack it to a .tar file, or move it away"
+            )
         if suffix == "tar":
             found.add(name)
         elif suffix in tar_shards.PICTURES and re.fullmatch(r"\d{5,}", os.path.basename(folder)):
             found.add(folder)
     if not found:
-        raise UserError(f"{source.root}: holds no .tar file; unpack .tar.gz files, or give another folder")
+        raise UserError(f"{source.root}: holds no .tar file; give the folder of the shards")
     return sorted(found)
 
 

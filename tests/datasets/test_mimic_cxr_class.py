@@ -1,9 +1,11 @@
 """MIMIC-CXR classification from a synthetic twin of the release."""
 
+import hashlib
+
 import pytest
 
 from tests.datasets.mimic_twin import FILMS, LABELS, STUDIES, path_of, release, tables
-from tests.datasets.twins import made
+from tests.datasets.twins import made, write
 from vilam3_jax.datasets.dataset import SkipItem
 from vilam3_jax.datasets.mimic_cxr import view_named
 from vilam3_jax.datasets.mimic_cxr_class import FINDINGS, MimicCxrClass
@@ -183,6 +185,16 @@ def test_every_missing_file_and_column_is_named(tmp_path):
     short = [["study_id", *LABELS[2:]], ["80000001", *["0.0"] * 12]]
     with pytest.raises(UserError, match=r"no column atelectasis.*, cardiomegaly"):
         made(MimicCxrClass, release(tmp_path / "b", changes={CHEXPERT: short}))
+
+
+def test_tables_are_compared_with_the_manifest(tmp_path):
+    folder = release(tmp_path)
+    digest = hashlib.sha256((folder / CHEXPERT).read_bytes()).hexdigest()
+    write(folder, {"SHA256SUMS.txt": f"{'0' * 64} files/p10/other.jpg\n{digest} {CHEXPERT}\n"})
+    assert made(MimicCxrClass, folder)[0]["train"]
+    write(folder, {"SHA256SUMS.txt": f"{digest} *./{SPLIT}\n"})
+    with pytest.raises(UserError, match=r"split.csv.gz: its sha256 is not that of SHA256SUMS.txt; download"):
+        made(MimicCxrClass, folder)
 
 
 def test_columns_and_rows_in_another_order_give_the_same_records(tmp_path):

@@ -24,6 +24,7 @@ from vilam3_jax.datasets.mimic_cxr import (
     jpg_folder,
     number_of,
     one_split_per_patient,
+    required,
     row_of,
     split_named,
     view_named,
@@ -114,8 +115,10 @@ class MedicalDiffVqa(MimicDataset):
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
         """Groups the questions by film."""
-        table, films_table = source.require(
-            alternatives(_FOLDERS, "mimic_pair_questions.csv"), alternatives(_FOLDERS, "mimic_all.csv")
+        table, films_table = required(
+            source,
+            alternatives(_FOLDERS, "mimic_pair_questions.csv"),
+            alternatives(_FOLDERS, "mimic_all.csv"),
         )
         films = _films(source, films_table)
         by_file = self.options.split_by == "file"

@@ -21,6 +21,7 @@ from vilam3_jax.datasets.mimic_cxr import (
     jpg_tables,
     number_of,
     one_split_per_patient,
+    required,
     row_of,
     split_named,
     views_of,
@@ -81,7 +82,7 @@ class MimicAnnotation(MimicDataset):
         """Reads the lists of the file."""
         frontal = self.options.views == "frontal"
         tables = jpg_tables("metadata")
-        name, folder, *table = source.require(_NAMES, _IMAGES, *(tables if frontal else ()))
+        name, folder, *table = required(source, _NAMES, _IMAGES, *(tables if frontal else ()))
         metadata = table[0] if table else source.find(*tables[0])
         items = _items(source, name, views_of(source, metadata) if metadata else {})
         pools = Pools({}, {})

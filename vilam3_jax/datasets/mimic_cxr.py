@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import posixpath
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from vilam3_jax.data.examples import ImageRef
@@ -27,6 +28,7 @@ JPG_INSTRUCTIONS = (
 JPG_FOLDERS = ("", "mimic-cxr-jpg/2.1.0", "mimic-cxr-jpg", "physionet.org/files/mimic-cxr-jpg/2.1.0")
 IMAGES = {"train": 368_960, "validation": 2_991, "test": 5_159}
 FRONTAL = ("AP", "PA")
+_MANIFEST = "SHA256SUMS.txt"
 
 # Releases and papers spell the second split "validate", "val" and "eval".
 _SPLITS = {
@@ -138,6 +140,35 @@ def jpg_tables(*stems: str) -> list[list[str]]:
         alternatives(JPG_FOLDERS, f"mimic-cxr-2.0.0-{stem}.csv", f"mimic-cxr-2.1.0-{stem}.csv")
         for stem in stems
     ]
+
+
+def required(source: SourceFolder, *wanted: str | Sequence[str]) -> list[str]:
+    """`SourceFolder.require`; files that a SHA256SUMS.txt beside them lists are compared with it.
+
+    Raises:
+      UserError: something is missing, or a file is not the published one.
+    """
+    found = source.require(*wanted)
+    for folder in dict.fromkeys(posixpath.dirname(name) for name in found):
+        manifest = source.find(posixpath.join(folder, _MANIFEST))
+        if manifest is None:
+            continue
+        published = {}
+        for line in source.lines(manifest):
+            digest, _, name = line.partition(" ")
+            published[posixpath.join(folder, name.strip(" *").removeprefix("./"))] = digest.lower()
+        for name in found:
+            if name in published and _digest(source, name) != published[name]:
+                raise UserError(
+                    f"{source.root / name}: its sha256 is not that of {_MANIFEST}; download it again, or "
+                    f"remove {_MANIFEST} if you changed the file"
+                )
+    return found
+
+
+def _digest(source: SourceFolder, name: str) -> str:
+    with (source.root / name).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def jpg_folder(source: SourceFolder) -> str:

@@ -36,6 +36,7 @@ from vilam3_jax.datasets.mimic_cxr import (
     jpg_folder,
     jpg_tables,
     number_of,
+    required,
     row_of,
     views_of,
 )
@@ -136,7 +137,7 @@ class MimicCxrClass(MimicDataset):
         wanted: list[list[str]] = jpg_tables("split", "metadata", self.options.labels)
         if read:
             wanted.append(alternatives(JPG_FOLDERS, "mimic-cxr-2.1.0-test-set-labeled.csv"))
-        table, views, labels, *test = source.require(*wanted)
+        table, views, labels, *test = required(source, *wanted)
         films = films_of(source, table, views_of(source, views))
         known = labels_of(source, labels)
         tested = labels_of(source, test[0]) if test else known

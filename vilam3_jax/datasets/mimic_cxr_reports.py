@@ -22,6 +22,7 @@ from vilam3_jax.datasets.mimic_cxr import (
     jpg_folder,
     jpg_tables,
     number_of,
+    required,
     row_of,
     study_path,
     views_of,
@@ -90,7 +91,7 @@ class MimicCxrReports(MimicDataset):
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
         """Joins films with reports; with "pooled", reads all reports of the training and the test split."""
-        table, views = source.require(*jpg_tables("split", "metadata"))
+        table, views = required(source, *jpg_tables("split", "metadata"))
         films = films_of(source, table, views_of(source, views))
         heads = _TARGETS[self.options.target]
         sectioned = source.find(*alternatives(_FOLDERS, "mimic_cxr_sectioned.csv"))

@@ -175,21 +175,23 @@ def test_pairs(tmp_path):
 
 
 def test_lists_that_do_not_fit(tmp_path):
+    train = ["00000001_000", "00000001_000", "00000003_000", "00000009_000", "00000003_001"]
     release(
         tmp_path,
         rows=[*ROWS, row("00000004_000.png", "Mass"), row("00000003_000.png", "No Finding")],
-        train=("00000001_000.png", "00000001_000.png", "00000003_000.png", "00000009_000.png"),
-        test=("00000003_000.png", "00000001_001.png"),
+        train=[f"{name}.png" for name in train],
+        test=("00000003_000.png", "00000002_000.png"),
     )
     examples, skipped = twins.made(ChestXray14, tmp_path)
     assert [example.id for example in examples["train"]] == ["00000001_000"]
-    assert [example.id for example in examples["test"]] == ["00000001_001"]
+    assert [example.id for example in examples["test"]] == ["00000002_000"]
     found = {one.record: one.reason for one in skipped["train"]}
     assert found == {
         "train_val_list.txt row 2": "is listed twice",
         "Data_Entry_2017_v2020.csv row 7": "is in test_list.txt too",
         "train_val_list.txt row 4": "has no row in Data_Entry_2017_v2020.csv",
-        "Data_Entry_2017_v2020.csv row 4": "is in neither list",
+        "train_val_list.txt row 5": "its patient is in test_list.txt",
+        "Data_Entry_2017_v2020.csv row 3": "is in neither list",
         "Data_Entry_2017_v2020.csv row 6": "is in neither list",
     }
     assert skipped["test"][0].reason == "is in Data_Entry_2017_v2020.csv twice"

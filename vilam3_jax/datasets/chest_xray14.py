@@ -110,7 +110,8 @@ class ChestXray14(Dataset):
     """Yes/no questions about findings on frontal films, or image-text pairs for contrastive training.
 
     Choices, where VILA-M3's files say nothing:
-      - The splits are the official lists; train_val_list.txt is not divided further.
+      - The splits are the official lists; train_val_list.txt is not divided further. A training film that the
+        test list names too, or whose patient it names, is set aside.
       - A finding that a film is not labelled with counts as absent. "No Finding" is asked about as "does this
         chest X-ray look normal?".
       - Training films get up to `--questions` questions; each finding is answered yes about as often as no.
@@ -216,6 +217,7 @@ def _by_list(
     named = {split: source.lines(name) for split, name in lists.items()}
     seen: set[str] = set()
     kept_out = set(named["test"])
+    patients_kept_out = {_patient(image) for image in kept_out}
     for split, images in named.items():
         for number, image in enumerate(images, 1):
             film = rows.get(image) or _Film(lists[split], number, image, problem=f"has no row in {table}")
@@ -223,6 +225,9 @@ def _by_list(
                 film = dataclasses.replace(film, source=lists[split], row=number, problem="is listed twice")
             elif split == "train" and image in kept_out:
                 film = dataclasses.replace(film, problem=f"is in {lists['test']} too")
+            elif split == "train" and _patient(image) in patients_kept_out:
+                film = dataclasses.replace(film, problem=f"its patient is in {lists['test']}")
+                seen.add(image)
             else:
                 seen.add(image)
             films[split].append(film)
@@ -335,6 +340,10 @@ def _present(labels: str) -> set[str] | str:
     return found
 
 
+def _patient(image: str) -> str:
+    return image.partition("_")[0]
+
+
 def _id(film: _Film) -> str:
     return film.image.rpartition(".")[0]
 
@@ -347,7 +356,7 @@ def _meta(film: _Film, context: Context, plan: _Plan, states: Mapping[str, bool 
     return metadata(
         context,
         modality="CXR",
-        patient=film.image.partition("_")[0],
+        patient=_patient(film.image),
         view=film.view.upper() or None,
         sex=sex_of(film.sex),
         age_band=age_band(film.age),

@@ -36,6 +36,7 @@ PATIENCE = 900  # seconds for anything
 def worker(argv: list[str]) -> int:
     """The train program; its metrics also tell what was in the batch."""
     from vilam3_jax import train
+    from vilam3_jax.data.batch_layout import arrays
     from vilam3_jax.training import batches, writers
 
     put, write = batches.Placement.put, writers.JsonLines.write
@@ -43,8 +44,8 @@ def worker(argv: list[str]) -> int:
 
     def noted_put(self, batch):
         found = hashlib.sha256()
-        for name in sorted(batch):
-            found.update(np.ascontiguousarray(batch[name]).tobytes())
+        for _, values in sorted(arrays(batch).items()):
+            found.update(np.ascontiguousarray(values).tobytes())
         digests.append(found.hexdigest())
         return put(self, batch)
 

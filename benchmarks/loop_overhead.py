@@ -23,6 +23,7 @@ import numpy as np
 from vilam3_jax.configs import models
 
 from vilam3_jax import config as config_lib
+from vilam3_jax.data.batch_layout import PackedBatch
 from vilam3_jax.models import vila
 from vilam3_jax.training import mesh as mesh_lib
 from vilam3_jax.training import program as program_lib
@@ -30,7 +31,7 @@ from vilam3_jax.training import state as state_lib
 from vilam3_jax.training import telemetry
 
 
-def batch_of(config: Any, seed: int) -> dict[str, np.ndarray]:
+def batch_of(config: Any, seed: int) -> PackedBatch:
     """A full batch of random tokens, one sample a row that begins with its images."""
     rng = np.random.default_rng(seed)
     data, per_image = config.data, vila.tokens_per_image(config.model)
@@ -38,15 +39,15 @@ def batch_of(config: Any, seed: int) -> dict[str, np.ndarray]:
     side = config.model.image_size
     visual = np.full((rows, length), -1, np.int32)
     visual[:, :per_image] = np.arange(per_image)
-    return {
-        "tokens": rng.integers(0, 300, (rows, length), dtype=np.int32),
-        "segment_ids": np.ones((rows, length), np.int32),
-        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-        "loss_weights": (np.arange(length) > per_image).astype(np.float32) * np.ones((rows, 1), np.float32),
-        "images": rng.integers(0, 256, (groups, data.images_per_group, side, side, 3), dtype=np.uint8),
-        "image_valid": np.ones((groups, data.images_per_group), bool),
-        "visual_index": visual,
-    }
+    return PackedBatch(
+        tokens=rng.integers(0, 300, (rows, length), dtype=np.int32),
+        segment_ids=np.ones((rows, length), np.int32),
+        positions=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        loss_weights=(np.arange(length) > per_image).astype(np.float32) * np.ones((rows, 1), np.float32),
+        visual_index=visual,
+        images=rng.integers(0, 256, (groups, data.images_per_group, side, side, 3), dtype=np.uint8),
+        image_valid=np.ones((groups, data.images_per_group), bool),
+    )
 
 
 def main() -> None:

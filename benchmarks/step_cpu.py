@@ -33,6 +33,7 @@ def measure(variant: str, fsdp: int, tensor: int, steps: int) -> float:
     from vilam3_jax.configs.quickstart import stage4_expert
 
     from vilam3_jax import compat
+    from vilam3_jax.data.batch_layout import PackedBatch
     from vilam3_jax.models import llama, vila
     from vilam3_jax.training import mesh as mesh_lib
     from vilam3_jax.training import program as program_lib
@@ -51,17 +52,17 @@ def measure(variant: str, fsdp: int, tensor: int, steps: int) -> float:
     rows, length, images = config.data.global_rows, config.data.seq_len, config.data.images_per_group
     side, per_image = config.model.image_size, vila.tokens_per_image(config.model)
     rng = np.random.default_rng(0)
-    batch = {
-        "tokens": rng.integers(0, 49_000, (rows, length), np.int32),
-        "segment_ids": np.ones((rows, length), np.int32),
-        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-        "loss_weights": (rng.random((rows, length)) < 0.1).astype(np.float32),
-        "images": rng.integers(0, 255, (rows, images, side, side, 3), np.uint8),
-        "image_valid": np.ones((rows, images), bool),
-        "visual_index": np.full((rows, length), -1, np.int32),
-    }
-    batch["visual_index"][:, 10 : 10 + per_image * images] = np.arange(per_image * images)
-    placed = jax.device_put(batch, {name: leaf.sharding for name, leaf in program.batch.items()})
+    batch = PackedBatch(
+        tokens=rng.integers(0, 49_000, (rows, length), np.int32),
+        segment_ids=np.ones((rows, length), np.int32),
+        positions=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        loss_weights=(rng.random((rows, length)) < 0.1).astype(np.float32),
+        visual_index=np.full((rows, length), -1, np.int32),
+        images=rng.integers(0, 255, (rows, images, side, side, 3), np.uint8),
+        image_valid=np.ones((rows, images), bool),
+    )
+    batch.visual_index[:, 10 : 10 + per_image * images] = np.arange(per_image * images)
+    placed = jax.device_put(batch, jax.tree.map(lambda leaf: leaf.sharding, program.batch))
     with program.placing():
         state, _ = jax.block_until_ready(program.step(state, placed))
         seconds = []

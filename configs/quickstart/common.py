@@ -43,7 +43,6 @@ def shape(config: ConfigDict, size: str, steps: dict[str, int], peak: float) -> 
     config.data.seq_len = 512
     config.data.global_rows = 2
     config.data.images_per_group = 4
-    config.data.prefetch = 2
     config.loss_chunk = 64
     config.eval_every = config.num_steps
     config.eval_batches = dict(smoke=2, default=4, full=8)[size]

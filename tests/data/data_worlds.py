@@ -13,6 +13,7 @@ import numpy as np
 from vilam3_jax.configs import models
 
 from vilam3_jax import config as config_lib
+from vilam3_jax.data.batch_layout import arrays
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, RequestImage, Turn
 from vilam3_jax.data.experts.store import Annotation, AnnotationWriter, LabelMap, Segment
 from vilam3_jax.data.images import encode_png
@@ -122,8 +123,7 @@ def config(root: Path, mixture: tuple = (("films", 1.0),), **data) -> ml_collect
     cfg.data.path = str(root)
     cfg.data.mixture = mixture
     cfg.data.update(
-        dict(seq_len=96, rows_per_group=2, images_per_group=4, global_rows=8, loader_shards=4, prefetch=2)
-        | data
+        dict(seq_len=96, rows_per_group=2, images_per_group=4, global_rows=8, loader_shards=4) | data
     )
     return cfg
 
@@ -139,6 +139,8 @@ def take(loader, count):
 def same(left, right) -> bool:
     assert len(left) == len(right)
     return all(
-        a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+        type(a) is type(b)
+        and arrays(a).keys() == arrays(b).keys()
+        and all(np.array_equal(value, arrays(b)[name]) for name, value in arrays(a).items())
         for a, b in zip(left, right, strict=True)
     )

@@ -35,12 +35,13 @@ from data_worlds import (
 
 from vilam3_jax import paths
 from vilam3_jax.data import sample_reader, shards
+from vilam3_jax.data.batch_layout import ROW_FIELDS, PackedBatch, PairBatch, arrays, join
 from vilam3_jax.data.examples import Example, ImageRef, Turn
 from vilam3_jax.data.experts.store import Annotation
 from vilam3_jax.data.loader import build_loader
 from vilam3_jax.data.stream import dealt_position
 from vilam3_jax.data.tokenizer import load_tokenizer
-from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.errors import StoppingError, UnavailableError, UserError
 
 KEYS = {
     "tokens",
@@ -66,22 +67,19 @@ def root(tmp_path_factory):
 
 
 def pictures(batch) -> list[int]:
-    return batch["images"][batch["image_valid"]][:, 0, 0, 0].tolist()
+    return batch.images[batch.image_valid][:, 0, 0, 0].tolist()
 
 
 def test_batch_contract(root) -> None:
     loader = build(config(root))
     (batch,) = take(loader, 1)
     loader.close()
-    assert batch.keys() == KEYS
-    assert all(
-        batch[k].shape == (8, 96)
-        for k in ("tokens", "segment_ids", "positions", "loss_weights", "visual_index")
-    )
-    assert batch["images"].shape == (4, 4, 8, 8, 3) and batch["images"].dtype == np.uint8
-    assert batch["image_valid"].shape == (4, 4) and batch["loss_weights"].dtype == np.float32
-    assert batch["visual_index"].max() < 4 * TOKENS_PER_IMAGE
-    assert (batch["loss_weights"][batch["segment_ids"] == 0] == 0).all() and batch["loss_weights"].any()
+    assert isinstance(batch, PackedBatch) and arrays(batch).keys() == KEYS
+    assert all(arrays(batch)[name].shape == (8, 96) for name in ROW_FIELDS)
+    assert batch.images.shape == (4, 4, 8, 8, 3) and batch.images.dtype == np.uint8
+    assert batch.image_valid.shape == (4, 4) and batch.loss_weights.dtype == np.float32
+    assert batch.visual_index.max() < 4 * TOKENS_PER_IMAGE
+    assert (batch.loss_weights[batch.segment_ids == 0] == 0).all() and batch.loss_weights.any()
     assert loader.provenance[0]["name"] == "films" and loader.provenance[0]["licences"] == ["CC0"]
 
 
@@ -92,7 +90,7 @@ def test_text_rules_of_the_model_are_kept(root) -> None:
         loader = build(cfg)
         (batch,) = take(loader, 1)
         loader.close()
-        tokens, visual = batch["tokens"].ravel(), batch["visual_index"].ravel()
+        tokens, visual = batch.tokens.ravel(), batch.visual_index.ravel()
         ends = np.flatnonzero((visual[:-1] >= 0) & (visual[1:] < 0)) + 1
         return {tokenizer().decode([token]) for token in tokens[ends]}
 
@@ -114,7 +112,6 @@ def test_resume_is_bitwise(root, shards: int, cut: int) -> None:
     state = json.loads(json.dumps(first.get_state()))
     assert same(begun + take(first, 1), whole[: cut + 1])  # iterating on continues, too
     first.close()
-    cfg.data.prefetch = 0 if cut == 1 else 7
     resumed = build(cfg)
     resumed.set_state(state)
     assert resumed.get_state() == state
@@ -127,6 +124,7 @@ def test_resume_is_bitwise(root, shards: int, cut: int) -> None:
         "order",
         "tokenizer",
         "annotations",
+        "pictures",
     }
 
 
@@ -170,7 +168,7 @@ def test_a_state_is_of_its_annotations(tmp_path) -> None:
 
 
 def test_state_belongs_to_the_batch_returned_last(root) -> None:
-    cfg = config(root, prefetch=6)
+    cfg = config(root)
     loader = build(cfg)
     batches = iter(loader)
     next(batches)
@@ -197,17 +195,17 @@ def test_every_record_once_an_epoch_in_another_order(root) -> None:
     # Whatever waits for a place is at most the samples of the epochs begun.
     drawn = len(seen) + waiting
     assert set(counts) == set(range(37)) and max(counts.values()) <= -(-drawn // 37)
-    order = [loader._samples.address(i)[1] for i in range(74)]
+    order = [loader.samples.address(i)[1] for i in range(74)]
     assert sorted(order[:37]) == sorted(order[37:]) == list(range(37)) and order[:37] != order[37:]
 
 
 def test_every_shard_sees_the_whole_mixture(root) -> None:
     """A mixture of two halves repeats itself every two positions, and there is an even number of shards."""
-    loader = build(config(root, (("films", 1.0), ("reports", 1.0)), images_per_group=8))
+    loader = build(config(root, (("films", 23.0), ("reports", 37.0)), images_per_group=8))
     take(loader, 8)
     for number in range(4):
         positions = [dealt_position(index, number, 4) for index in range(200)]
-        films = sum(loader._samples.address(position)[0] == 0 for position in positions)
+        films = sum(loader.samples.address(position)[0] == 0 for position in positions)
         assert 70 < films < 130
     assert sorted(dealt_position(i, s, 4) for i in range(5) for s in range(4)) == list(range(20))
     loader.close()
@@ -215,10 +213,12 @@ def test_every_shard_sees_the_whole_mixture(root) -> None:
 
 def test_mixture_follows_its_weights(root) -> None:
     loader = build(config(root, (("films", 3.0), ("reports", 1.0))))
-    addresses = [loader._samples.address(i) for i in range(400)]
+    counts = collections.Counter(loader.samples.address(i) for i in range(3 * 37 + 23))
     loader.close()
-    assert sum(dataset == 0 for dataset, _ in addresses) == 300
-    assert collections.Counter(r for d, r in addresses if d == 1).most_common(1)[0][1] == 5  # 100 draws of 23
+    assert {dataset: set(counts[d, r] for d, r in counts if d == dataset) for dataset in (0, 1)} == {
+        0: {3},
+        1: {1},
+    }
 
 
 def test_seed_changes_the_order(root) -> None:
@@ -238,7 +238,7 @@ def test_held_out_order_mixes_patients_and_does_not_depend_on_the_seed(root) -> 
     for seed in (0, 5):
         cfg.seed = seed
         loader = build(cfg, "heldout")
-        orders.append([loader._samples.address(i) for i in range(11)])
+        orders.append([loader.samples.address(i) for i in range(11)])
         loader.close()
     assert orders[0] == orders[1]
     assert orders[0] != sorted(orders[0]) and len(set(orders[0])) == 11
@@ -255,7 +255,7 @@ def test_augment_changes_training_pictures_only_and_resumes(root) -> None:
     state = loader.get_state()
     altered += take(loader, 2)
     loader.close()
-    assert [b["tokens"].tobytes() for b in altered] == [b["tokens"].tobytes() for b in clean]
+    assert [b.tokens.tobytes() for b in altered] == [b.tokens.tobytes() for b in clean]
     assert not same(altered, clean)
     again = build(cfg)
     again.set_state(state)
@@ -299,8 +299,9 @@ def test_parts_of_a_batch_are_those_of_the_whole(root, kind, shards, units) -> N
         states: dict[str, Any] = {}
         for part, loader, own in zip(parts, loaders, taken, strict=True):
             for batch, expected in zip(own, batches, strict=False):
-                for key, value in batch.items():
-                    rows = expected[key].reshape(units, -1, *expected[key].shape[1:])[sorted(part)]
+                for key, value in arrays(batch).items():
+                    whole_array = arrays(expected)[key]
+                    rows = whole_array.reshape(units, -1, *whole_array.shape[1:])[sorted(part)]
                     assert np.array_equal(value, rows.reshape(value.shape)), (key, part)
             state = loader.get_state()
             assert all(states.get(number, value) == value for number, value in state.items())
@@ -332,7 +333,7 @@ def test_heldout_is_one_pass_each_time(root, shards) -> None:
     assert same(first, again)
     seen = sorted(p for batch in first for p in pictures(batch))
     assert seen == list(range(100, 111))
-    assert {b["tokens"].shape for b in first} == {(4, 96)}
+    assert {b.tokens.shape for b in first} == {(4, 96)}
     assert loader.stats.samples == 22
     units = 4 // cfg.data.rows_per_group
     halves = [build(cfg, "heldout", held=part) for part in np.split(np.arange(units), 2)]
@@ -342,8 +343,7 @@ def test_heldout_is_one_pass_each_time(root, shards) -> None:
         left, right = (
             p[number] if number < len(p) else h.empty_batch() for p, h in zip(parts, halves, strict=True)
         )
-        joined = {k: np.concatenate([left[k], right[k]]) for k in left}
-        assert same([joined], [batch])
+        assert same([join([left, right])], [batch])
     for one in (loader, *halves):
         one.close()
 
@@ -353,7 +353,7 @@ def test_swapped_images_come_from_other_patients(root) -> None:
     true, swapped = build(cfg, "heldout"), build(cfg, "heldout", swap_images=True)
     for right, wrong in zip(true, swapped, strict=True):
         for key in KEYS - {"images"}:
-            assert np.array_equal(right[key], wrong[key])
+            assert np.array_equal(getattr(right, key), getattr(wrong, key))
         for own, other in zip(pictures(right), pictures(wrong), strict=True):
             assert own // 2 != other // 2 and 100 <= other < 111
     true.close()
@@ -393,7 +393,7 @@ def test_an_unreadable_image_leaves_a_gap_and_the_run_resumes(tmp_path) -> None:
     batches, expected = take(loader, 6), take(clean, 6)
     lost = 0
     for batch, whole in zip(batches, expected, strict=True):
-        lost += whole["image_valid"].sum() - batch["image_valid"].sum()
+        lost += whole.image_valid.sum() - batch.image_valid.sum()
         assert pictures(batch) == [number for number in pictures(whole) if number != 5]
     assert lost == loader.stats.skipped_total > 0
     assert dict(loader.stats.skipped).keys() == {"films/train record 5"}
@@ -447,7 +447,7 @@ def test_a_shard_that_cannot_be_read_ends_the_run(tmp_path, monkeypatch, shard: 
     cfg = config(tmp_path, (("films", 1.0), ("reports", 1.0)))
     cfg.data.annotations, cfg.data.experts = str(tmp_path / "annotations"), "on"
     loader = build(cfg)
-    with pytest.raises(UnavailableError, match=rf"{shard}/.*array_record: cannot be read .*No space left"):
+    with pytest.raises(UnavailableError, match=rf"{shard}/.*array_record\S*: cannot be read .*No space left"):
         take(loader, 10)
     assert not loader.stats.skipped
     loader.close()
@@ -470,13 +470,39 @@ def test_an_image_that_cannot_be_read_now_is_not_put_aside(tmp_path, monkeypatch
     loader.close()
 
 
-def test_program_errors_name_the_record(root, monkeypatch) -> None:
+def test_records_that_the_program_fails_on_are_put_aside_by_type(root, monkeypatch) -> None:
+    whole = sample_reader.encode_example
+
+    def fail_on(often: int):
+        def encode(tokenizer, template, form, turns, tokens):
+            if len(turns[-1].text) % often == 0:
+                raise TypeError(turns[-1].text)
+            return whole(tokenizer, template, form, turns, tokens)
+
+        return encode
+
+    monkeypatch.setattr(sample_reader, "encode_example", fail_on(3))
+    loader = build(config(root))
+    take(loader, 3)
+    loader.close()
+    assert {reason for _, reason in loader.stats.skipped} == {
+        "a value in it is none that the program can use (TypeError)"
+    }
+    monkeypatch.setattr(sample_reader, "encode_example", fail_on(1))
+    loader = build(config(root))
+    with pytest.raises(UserError, match=r"no usable record of films in 37 tried; .*\(TypeError\)"):
+        take(loader, 1)
+    loader.close()
+
+
+@pytest.mark.parametrize("error", [MemoryError, StoppingError])
+def test_what_is_no_fault_of_a_record_ends_the_run(root, monkeypatch, error) -> None:
     def fail(*args):
-        raise TypeError("oops")
+        raise error("now")
 
     monkeypatch.setattr(sample_reader, "encode_example", fail)
     loader = build(config(root))
-    with pytest.raises(RuntimeError, match=r"films/train record \d+: TypeError: oops"):
+    with pytest.raises(error, match="now"):
         take(loader, 1)
     loader.close()
 
@@ -496,9 +522,9 @@ def test_stats_and_fill(root) -> None:
     loader = build(config(root, (("films", 1.0), ("reports", 1.0)), images_per_group=8))
     batches = take(loader, 6)
     loader.close()
-    real = sum(int((b["segment_ids"] > 0).sum()) for b in batches)
+    real = sum(int((b.segment_ids > 0).sum()) for b in batches)
     assert loader.stats.tokens == real and loader.stats.batches == 6
-    assert loader.stats.images == sum(int(b["image_valid"].sum()) for b in batches)
+    assert loader.stats.images == sum(int(b.image_valid.sum()) for b in batches)
     assert loader.stats.token_fill == real / (6 * 8 * 96) > 0.9
 
 
@@ -514,15 +540,15 @@ def test_pairs(root) -> None:
     second.set_state(json.loads(json.dumps(first.get_state())))
     assert same(take(second, 2), whole[2:])
     batch = whole[0]
-    assert batch.keys() == {"images", "text_tokens", "text_valid"}
-    assert batch["images"].shape == (8, 8, 8, 3) and batch["text_tokens"].shape == (8, 16)
+    assert isinstance(batch, PairBatch)
+    assert batch.images.shape == (8, 8, 8, 3) and batch.text_tokens.shape == (8, 16)
     tok = tokenizer()
-    for image, ids, valid in zip(batch["images"], batch["text_tokens"], batch["text_valid"], strict=True):
+    for image, ids, valid in zip(batch.images, batch.text_tokens, batch.text_valid, strict=True):
         assert tok.decode(ids[valid]) == f"film number {image[0, 0, 0]}" and ids[valid][-1] == tok.eos_id
         assert (ids[~valid] == tok.pad_id).all()
     heldout = build(cfg, "heldout")
     (last,) = list(heldout)
-    assert last["text_valid"].any(axis=1).sum() == 5 and last["images"].shape[0] == 8
+    assert last.text_valid.any(axis=1).sum() == 5 and last.images.shape[0] == 8
     for one in (first, second, heldout):
         one.close()
 
@@ -573,17 +599,18 @@ def test_resume_in_a_new_process(root, tmp_path) -> None:
     state = loader.get_state()
     expected = take(loader, 1)[0]
     loader.close()
-    np.savez(tmp_path / "expected.npz", **expected)
+    np.savez(tmp_path / "expected.npz", **arrays(expected))
     (tmp_path / "state.json").write_text(json.dumps(state))
     (tmp_path / "cfg.json").write_text(cfg.to_json())
     code = (
         "import json, sys, numpy, ml_collections\n"
+        "from vilam3_jax.data.batch_layout import arrays\n"
         "from vilam3_jax.data.loader import build_loader\n"
         "folder = sys.argv[1]\n"
         "cfg = ml_collections.ConfigDict(json.load(open(folder + '/cfg.json')))\n"
         f"loader = build_loader(cfg, 'train', tokens_per_image={TOKENS_PER_IMAGE})\n"
         "loader.set_state(json.load(open(folder + '/state.json')))\n"
-        "batch = next(iter(loader)); loader.close()\n"
+        "batch = arrays(next(iter(loader))); loader.close()\n"
         "expected = numpy.load(folder + '/expected.npz')\n"
         "assert all(numpy.array_equal(expected[k], batch[k]) for k in batch)\n"
         "print('same')\n"

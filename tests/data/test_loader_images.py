@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_padded_images_and_overlays_keep_their_shape(tmp_path) -> None:
     plane = DEFAULT_PREPROCESSING.slice_picture(volume, 2, 5, (50.0, 400.0))
     assert plane.shape == (12, 10, 3)
     for got, shown in zip(
-        batch["images"][0], (plane, expert_overlay(annotation, plane, axis=2, index=5)), strict=False
+        batch.images[0], (plane, expert_overlay(annotation, plane, axis=2, index=5)), strict=False
     ):
         np.testing.assert_array_equal(got, resize(pad_to_square(shown, (127, 127, 127)), 8))
 
@@ -65,7 +66,7 @@ def test_several_scales_are_one_input_of_the_largest(root) -> None:
     loader = build(cfg)
     (batch,) = take(loader, 1)
     loader.close()
-    assert batch["images"].shape == (4, 4, 16, 16, 3) and batch["image_valid"].any()
+    assert batch.images.shape == (4, 4, 16, 16, 3) and batch.image_valid.any()
 
 
 def strip(number: int, width: int = 36) -> Example:
@@ -96,9 +97,9 @@ def test_tiles_take_slots_and_positions(tmp_path) -> None:
     tiles_of = {0: 4, 1: 1, 2: 3, 3: 4, 4: 1}
     for batch in take(loader, 4):
         for group in range(2):
-            used = batch["visual_index"][2 * group : 2 * group + 2]
+            used = batch.visual_index[2 * group : 2 * group + 2]
             shown = np.unique(used[used >= 0])
-            valid = np.flatnonzero(batch["image_valid"][group])
+            valid = np.flatnonzero(batch.image_valid[group])
             every = valid[:, None] * TOKENS_PER_IMAGE + np.arange(TOKENS_PER_IMAGE)
             np.testing.assert_array_equal(shown, every.reshape(-1))
             assert len(valid) <= 8 and len(valid) in {
@@ -107,9 +108,9 @@ def test_tiles_take_slots_and_positions(tmp_path) -> None:
                 for c in itertools.combinations_with_replacement(tiles_of.values(), n)
             }
         # Between the tiles of an image stands a line end.
-        row = batch["visual_index"][0]
+        row = batch.visual_index[0]
         ends = np.flatnonzero((row >= 0) & (np.append(row[1:], -1) == -1))
-        assert (batch["tokens"][0, ends + 1] == tokenizer().encode_continued("\n")[0]).all()
+        assert (batch.tokens[0, ends + 1] == tokenizer().encode_continued("\n")[0]).all()
     loader.close()
 
 
@@ -121,8 +122,8 @@ def test_swapped_images_are_cut_as_the_text_has_room_for(tmp_path) -> None:
     plain.close()
     swapped.close()
     for a, b in zip(one, other, strict=True):
-        assert all(np.array_equal(a[key], b[key]) for key in a.keys() - {"images"})
-        assert not np.array_equal(a["images"], b["images"])
+        assert same([dataclasses.replace(a, images=b.images)], [b])
+        assert not np.array_equal(a.images, b.images)
 
 
 def test_too_many_tiles_for_a_group_are_refused(root) -> None:
@@ -138,7 +139,7 @@ def test_pairs_are_never_cut(root) -> None:
     loader = build(cfg)
     (batch,) = take(loader, 1)
     loader.close()
-    assert batch["images"].shape == (8, 8, 8, 3)
+    assert batch.images.shape == (8, 8, 8, 3)
 
 
 def test_merged_tiles_know_their_picture(tmp_path) -> None:
@@ -147,9 +148,9 @@ def test_merged_tiles_know_their_picture(tmp_path) -> None:
     cfg.model.image_aspect_ratio, cfg.model.s2_scales = "dynamic_s2", (8, 16)
     loader = build(cfg)
     for batch in take(loader, 3):
-        assert batch["image_tiles"].shape == (2, 12, 5) and batch["image_tiles"].dtype == np.int32
+        assert batch.image_tiles.shape == (2, 12, 5) and batch.image_tiles.dtype == np.int32
         for tiles, valid, visual in zip(
-            batch["image_tiles"], batch["image_valid"], batch["visual_index"].reshape(2, -1), strict=True
+            batch.image_tiles, batch.image_valid, batch.visual_index.reshape(2, -1), strict=True
         ):
             own = np.unique(visual[visual >= 0] // TOKENS_PER_IMAGE)
             firsts = np.unique(tiles[valid, 0])

@@ -13,13 +13,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vilam3_jax.data import packing
+from vilam3_jax.data.batch_layout import join
 from vilam3_jax.data.packing import (
     GroupShape,
     Sample,
     assemble_group,
     next_group,
     oversize_reason,
-    stack_groups,
 )
 from vilam3_jax.data.templates import Encoded
 
@@ -59,30 +59,28 @@ def test_every_sample_appears_once_and_whole(sizes: list[tuple[int, int]], looka
     seen: list[int] = []
     for rows in pack_all(samples, lookahead):
         group = assemble_group(SHAPE, rows)
-        assert group["tokens"].shape == (2, 24) and group["images"].shape == (3, 2, 2, 3)
-        assert group["image_valid"].sum() == sum(s.num_images for row in rows for s in row) <= SHAPE.images
-        table = group["images"][:, 0, 0, 0]
+        assert group.tokens.shape == (2, 24) and group.images.shape == (1, 3, 2, 2, 3)
+        assert group.image_valid.sum() == sum(s.num_images for row in rows for s in row) <= SHAPE.images
+        table = group.images[0, :, 0, 0, 0]
         for row in range(SHAPE.rows):
-            segments = group["segment_ids"][row]
+            segments = group.segment_ids[row]
             used = int((segments > 0).sum())
             assert (segments[:used] > 0).all() and (np.diff(segments[:used]) >= 0).all()
             assert sorted(set(segments[:used])) == list(range(1, len(rows[row]) + 1))
-            assert (group["tokens"][row, used:] == 9).all() and (
-                group["visual_index"][row, used:] == -1
-            ).all()
-            assert not group["loss_weights"][row, used:].any()
+            assert (group.tokens[row, used:] == 9).all() and (group.visual_index[row, used:] == -1).all()
+            assert not group.loss_weights[row, used:].any()
             for number, packed in enumerate(rows[row], start=1):
                 at = np.flatnonzero(segments == number)
-                assert np.array_equal(group["tokens"][row, at], packed.encoded.tokens)
-                assert group["positions"][row, at].tolist() == list(range(len(at)))
-                assert group["loss_weights"][row, at].tolist() == [0.0] + [1.0] * (len(at) - 1)
-                visual = group["visual_index"][row, at]
+                assert np.array_equal(group.tokens[row, at], packed.encoded.tokens)
+                assert group.positions[row, at].tolist() == list(range(len(at)))
+                assert group.loss_weights[row, at].tolist() == [0.0] + [1.0] * (len(at) - 1)
+                visual = group.visual_index[row, at]
                 shown = packed.encoded.image_of_token >= 0
                 assert (visual[~shown] == -1).all()
                 assert (visual[shown] % T == packed.encoded.visual_offset[shown]).all()
                 expected = 10 * packed.index + packed.encoded.image_of_token[shown]
                 assert (table[visual[shown] // T] == expected).all()
-                assert group["image_valid"][visual[shown] // T].all()
+                assert group.image_valid[0, visual[shown] // T].all()
                 seen.append(packed.index)
     assert sorted(seen) == [s.index for s in samples]
 
@@ -209,9 +207,9 @@ def test_images_are_read_only_when_their_sample_has_a_place() -> None:
 
 def test_batches_put_groups_one_after_another() -> None:
     groups = [assemble_group(SHAPE, [[sample(i, 5, 1)], []]) for i in range(2)]
-    batch = stack_groups(groups)
-    assert batch["tokens"].shape == (4, 24) and batch["images"].shape == (2, 3, 2, 2, 3)
-    assert batch["tokens"][2, 0] == 101 and batch["image_valid"].tolist() == [[True, False, False]] * 2
+    batch = join(groups)
+    assert batch.tokens.shape == (4, 24) and batch.images.shape == (2, 3, 2, 2, 3)
+    assert batch.tokens[2, 0] == 101 and batch.image_valid.tolist() == [[True, False, False]] * 2
 
 
 @pytest.mark.parametrize("end", [0, 1])

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vilam3_jax.data.batch_layout import arrays
 from vilam3_jax.data.examples import Turn
-from vilam3_jax.data.packing import GroupShape, Sample, assemble_group, stack_groups
+from vilam3_jax.data.packing import GroupShape, Sample, assemble_group
 from vilam3_jax.data.templates import encode_prompt, get_template
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import generate
@@ -291,7 +292,7 @@ def test_merged_tiles_equal_the_training_path(model_config, tokenizer):
     session = generator.start(3)
     session.append(chunks)
     shape = GroupShape(3, max(map(len, (s.encoded for s in samples))), 26, count, 32, tiled=True)
-    batch = stack_groups([assemble_group(shape, [[sample] for sample in samples])])
+    batch = arrays(assemble_group(shape, [[sample] for sample in samples]))
     graphdef, _ = vila.abstract_model(config, "generative")
 
     @jax.jit

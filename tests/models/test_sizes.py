@@ -11,6 +11,7 @@ from vilam3_jax.configs import models
 from vilam3_jax.configs.models.parts import llms, towers
 
 from vilam3_jax import config as config_lib
+from vilam3_jax.data.batch_layout import PackedBatch
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import trees, vila
 from vilam3_jax.ops import partition
@@ -221,15 +222,21 @@ def test_one_number_of_a_published_size_is_overridden():
     state = state_lib.abstract_state(config, mesh, optimizer, rates)
     assert state["trainable"]["llm/layers/attn/q/kernel"].shape == (2, 4096, 4096)
     rows, length, size = config.data.global_rows, config.data.seq_len, config.model.image_size
-    integers = ("tokens", "segment_ids", "positions", "visual_index")
-    tokens = {name: jax.ShapeDtypeStruct((rows, length), "int32") for name in integers}
-    batch = tokens | {
-        "loss_weights": jax.ShapeDtypeStruct((rows, length), "float32"),
-        "images": jax.ShapeDtypeStruct((rows, 1, size, size, 3), "uint8"),
-        "image_valid": jax.ShapeDtypeStruct((rows, 1), bool),
-    }
-    placed = mesh_lib.batch_shardings(batch, mesh)
-    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed[name]) for name, x in batch.items()}
+    integers = jax.ShapeDtypeStruct((rows, length), "int32")
+    batch = PackedBatch(
+        tokens=integers,
+        segment_ids=integers,
+        positions=integers,
+        visual_index=integers,
+        loss_weights=jax.ShapeDtypeStruct((rows, length), "float32"),
+        images=jax.ShapeDtypeStruct((rows, 1, size, size, 3), "uint8"),
+        image_valid=jax.ShapeDtypeStruct((rows, 1), bool),
+    )
+    batch = jax.tree.map(
+        lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
+        batch,
+        mesh_lib.batch_shardings(batch, mesh),
+    )
     step = step_lib.make_train_step(
         config, step_lib.make_loss(config, graphdef), optimizer, optimizer_lib.learning_rate(config)
     )

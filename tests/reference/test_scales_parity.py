@@ -15,7 +15,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from tests.reference import torch_weights
 from vilam3_jax.data.examples import Turn
 from vilam3_jax.data.image_processor import image_processor
-from vilam3_jax.data.packing import GroupShape, Sample, assemble_group, stack_groups
+from vilam3_jax.data.packing import GroupShape, Sample, assemble_group
 from vilam3_jax.data.templates import encode_document
 from vilam3_jax.models import scales as scales_lib
 from vilam3_jax.models import vila
@@ -203,10 +203,12 @@ def visual_tokens(cfg, params, model, dialogue, images):
     tiles = processor.tile_map(grids)
     text = encode_document(Letters(), [Turn("assistant", "abc", supervised=True)], count)
     packed = [Sample("text", 0, text), Sample("one", 1, encoded, lambda: inputs, tiles)]
-    group = stack_groups([assemble_group(shape, [packed])])
+    group = assemble_group(shape, [packed])
     names = ("tokens", "images", "image_valid", "visual_index", "image_tiles")
-    embedded = jax.jit(lambda p, *batch: model(p).embed(*batch))(params, *(group.get(name) for name in names))
-    return np.asarray(embedded)[group["visual_index"] >= 0], encoded
+    embedded = jax.jit(lambda p, *batch: model(p).embed(*batch))(
+        params, *(getattr(group, name) for name in names)
+    )
+    return np.asarray(embedded)[group.visual_index >= 0], encoded
 
 
 class Letters:

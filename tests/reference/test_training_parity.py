@@ -20,6 +20,7 @@ from vilam3_jax import compat
 from vilam3_jax import config as config_lib
 from vilam3_jax.config import MESH_AXES
 from vilam3_jax.data import packing
+from vilam3_jax.data.batch_layout import join
 from vilam3_jax.data.templates import Encoded
 from vilam3_jax.models import trees, vila
 from vilam3_jax.training.optimizer import learning_rate
@@ -141,9 +142,9 @@ def batch_for_us(batch):
         rows, waiting = packing.next_group(shape, waiting, lambda: next(stream, None))
         groups.append(packing.assemble_group(shape, rows))
     assert not waiting and next(stream, None) is None
-    out = packing.stack_groups(groups)
-    assert out["segment_ids"].max() > 1 and not out["image_valid"].all()
-    out["images"][~out["image_valid"]] = 77
+    out = join(groups)
+    assert out.segment_ids.max() > 1 and not out.image_valid.all()
+    out.images[~out.image_valid] = 77
     return out
 
 

@@ -1,10 +1,13 @@
 """Batches and runs for the trainer's tests."""
 
+import dataclasses
+
 import jax
 import numpy as np
 from vilam3_jax.configs import models
 
 from vilam3_jax import config as config_lib
+from vilam3_jax.data.batch_layout import PackedBatch, PairBatch
 from vilam3_jax.models import trees, vila
 from vilam3_jax.ops import partition
 from vilam3_jax.training import mesh as mesh_lib
@@ -29,55 +32,53 @@ def packed_batch(seed, rows=8, length=48, slots=2, rows_per_group=1, side=32):
     rng = np.random.default_rng(seed)
     tokens_per_image = vila.tokens_per_image(models.get("tiny"))
     groups = rows // rows_per_group
-    batch = {
-        "tokens": rng.integers(0, 2000, (rows, length), dtype=np.int32),
-        "segment_ids": np.zeros((rows, length), np.int32),
-        "positions": np.zeros((rows, length), np.int32),
-        "loss_weights": np.zeros((rows, length), np.float32),
-        "visual_index": np.full((rows, length), -1, np.int32),
-        "images": rng.integers(0, 256, (groups, slots * rows_per_group, side, side, 3), dtype=np.uint8),
-        "image_valid": np.ones((groups, slots * rows_per_group), bool),
-    }
+    batch = PackedBatch(
+        tokens=rng.integers(0, 2000, (rows, length), dtype=np.int32),
+        segment_ids=np.zeros((rows, length), np.int32),
+        positions=np.zeros((rows, length), np.int32),
+        loss_weights=np.zeros((rows, length), np.float32),
+        visual_index=np.full((rows, length), -1, np.int32),
+        images=rng.integers(0, 256, (groups, slots * rows_per_group, side, side, 3), dtype=np.uint8),
+        image_valid=np.ones((groups, slots * rows_per_group), bool),
+    )
     for row in range(rows):
         start = 0
         for sample in range(2):
             size = int(rng.integers(14, 24))
             place = slice(start, start + size)
-            batch["segment_ids"][row, place] = sample + 1
-            batch["positions"][row, place] = np.arange(size)
-            batch["loss_weights"][row, place] = rng.random(size) < 0.4
+            batch.segment_ids[row, place] = sample + 1
+            batch.positions[row, place] = np.arange(size)
+            batch.loss_weights[row, place] = rng.random(size) < 0.4
             slot = (row % rows_per_group) * slots + sample
             visual = slice(start + 1, start + 1 + tokens_per_image)
-            batch["visual_index"][row, visual] = slot * tokens_per_image + np.arange(tokens_per_image)
+            batch.visual_index[row, visual] = slot * tokens_per_image + np.arange(tokens_per_image)
             start += size
     return batch
 
 
 def pair_batch(seed, rows=8, length=12):
     rng = np.random.default_rng(seed)
-    return {
-        "images": rng.integers(0, 256, (rows, 32, 32, 3), dtype=np.uint8),
-        "text_tokens": rng.integers(0, 2000, (rows, length), dtype=np.int32),
-        "text_valid": np.arange(length)[None] < rng.integers(4, length, (rows, 1)),
-    }
+    return PairBatch(
+        images=rng.integers(0, 256, (rows, 32, 32, 3), dtype=np.uint8),
+        text_tokens=rng.integers(0, 2000, (rows, length), dtype=np.int32),
+        text_valid=np.arange(length)[None] < rng.integers(4, length, (rows, 1)),
+    )
 
 
 def tiled_batch(seed, rows=8, length=48):
     """For two scales of 32 and 64 pixels: in each group a picture of 2 x 2 tiles and an uncut one."""
-    batch = packed_batch(seed, rows, length, slots=6)
     grid = [[0, 2, r, 2, c] for r in range(2) for c in range(2)]
-    batch["image_tiles"] = np.tile(
-        np.asarray([[0, 1, 0, 1, 0], *grid, [5, 1, 0, 1, 0]], np.int32), (rows, 1, 1)
-    )
-    batch["visual_index"][:] = -1
+    tiles = np.tile(np.asarray([[0, 1, 0, 1, 0], *grid, [5, 1, 0, 1, 0]], np.int32), (rows, 1, 1))
+    batch = dataclasses.replace(packed_batch(seed, rows, length, slots=6), image_tiles=tiles)
+    batch.visual_index[:] = -1
     tokens_per_image = vila.tokens_per_image(models.get("tiny"))
     for row in range(rows):
         first = np.arange(1, 5) * tokens_per_image
         places = np.concatenate([first, first + 1])  # some tokens of each tile, those of two tiles in turn
-        second = np.flatnonzero(batch["segment_ids"][row] == 2)[0]
-        batch["visual_index"][row, 1 : 1 + len(places)] = places
+        second = np.flatnonzero(batch.segment_ids[row] == 2)[0]
+        batch.visual_index[row, 1 : 1 + len(places)] = places
         own = 5 * tokens_per_image + np.arange(tokens_per_image)
-        batch["visual_index"][row, second + 1 : second + 1 + len(own)] = own
+        batch.visual_index[row, second + 1 : second + 1 + len(own)] = own
     return batch
 
 

@@ -7,6 +7,7 @@ from vilam3_jax.configs import models
 
 from tests.training.helpers import packed_batch, pair_batch, tiny_config
 from vilam3_jax import config as config_lib
+from vilam3_jax.data.batch_layout import PackedBatch, PairBatch
 from vilam3_jax.models import trees, vila
 from vilam3_jax.training import flops
 from vilam3_jax.training import step as step_lib
@@ -66,10 +67,11 @@ def test_scales_and_intern_vit():
 def test_the_work_of_a_batch_leaves_padding_out():
     segments = np.asarray([[1, 1, 1, 2, 2, 0], [1, 0, 0, 0, 0, 0]])
     weights = np.asarray([[0, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0.0]])
-    batch = {"segment_ids": segments, "loss_weights": weights, "image_valid": np.asarray([[1, 0]], bool)}
+    valid = np.asarray([[1, 0]], bool)
+    batch = PackedBatch(None, segments, None, weights, None, None, valid)
     assert flops.batch_work(batch) == flops.Work(6, 3, 1, (9 + 4 + 1) / 2)
     valid = np.asarray([[1, 1, 1], [1, 0, 0], [0, 0, 0]], bool)
-    assert flops.batch_work({"text_valid": valid}) == flops.Work(4, 0, 2, 10)
+    assert flops.batch_work(PairBatch(None, None, valid)) == flops.Work(4, 0, 2, 10)
 
 
 def test_no_batch_holds_more_than_the_full_one():

@@ -45,10 +45,10 @@ def counted(trainable, remat="none"):
     batch = packed_batch(0)
     loss = step_lib.make_loss(config, graphdef)
     step = step_lib.make_train_step(config, loss, optimizer, optimizer_lib.learning_rate(config))
-    images = batch["images"].reshape(-1, 32, 32, 3)
-    tokens, llm = batch["tokens"].size, config.model.llm
-    states = jax.ShapeDtypeStruct((*batch["tokens"].shape, llm.hidden_size), "float32")
-    marks = batch["segment_ids"], batch["positions"]
+    images = batch.images.reshape(-1, 32, 32, 3)
+    tokens, llm = batch.tokens.size, config.model.llm
+    states = jax.ShapeDtypeStruct((*batch.tokens.shape, llm.hidden_size), "float32")
+    marks = batch.segment_ids, batch.positions
     forward = {
         "tower": products(lambda p: vila.merge(graphdef, p).vision_tower.features(images), nested),
         "encoded": products(lambda p: vila.merge(graphdef, p).encode_images(images), nested),

@@ -61,7 +61,7 @@ def hidden_states(config, params):
     batch = packed_batch(0)
     names = ("tokens", "segment_ids", "positions", "images", "image_valid", "visual_index")
     run = jax.jit(lambda params, *args: vila.merge(graphdef, params)(*args))
-    return run(trees.unflatten(dict(params)), *(batch[name] for name in names))
+    return run(trees.unflatten(dict(params)), *(getattr(batch, name) for name in names))
 
 
 @pytest.mark.parametrize("kind, share", [("int8", 1.05 / 4), ("nf4", 0.6 / 4)])

@@ -81,10 +81,9 @@ def test_a_dimension_that_does_not_split_is_named():
 
 def test_batch_rows_must_divide():
     mesh = mesh_lib.build_mesh(mesh_config(fsdp=4, tensor=2))
-    placed = mesh_lib.batch_shardings({"tokens": np.zeros((8, 3))}, mesh)
-    assert placed["tokens"].spec == PartitionSpec(("data", "fsdp"))
+    assert mesh_lib.batch_sharding("tokens", (8, 3), mesh).spec == PartitionSpec(("data", "fsdp"))
     with pytest.raises(UserError, match="global_rows"):
-        mesh_lib.batch_shardings({"tokens": np.zeros((6, 3))}, mesh)
+        mesh_lib.batch_sharding("tokens", (6, 3), mesh)
 
 
 class Chip:
@@ -121,7 +120,7 @@ def test_rules_that_say_fsdp_mean_both_of_its_axes(monkeypatch):
     placed = mesh_lib.parameter_shardings(shapes, rules, mesh)
     assert placed["even"].spec == PartitionSpec("tensor", ("fsdp", "fsdp_line"))
     assert placed["odd"].spec == PartitionSpec(None, ("fsdp", "fsdp_line", "tensor"))
-    tokens = mesh_lib.batch_shardings({"tokens": np.zeros((8, 3))}, mesh)["tokens"]
+    tokens = mesh_lib.batch_sharding("tokens", (8, 3), mesh)
     assert tokens.spec == PartitionSpec(("data", "fsdp", "fsdp_line"))
 
 

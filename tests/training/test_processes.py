@@ -142,7 +142,7 @@ def test_preempted_together_and_resumed(world, in_two, preempted):
 @pytest.mark.slow
 def test_goes_on_in_another_number_of_processes_on_another_mesh(world, in_two, preempted):
     workdir = copy_run(preempted, world / "preempted_one")
-    other = {"mesh.cpu_devices": 4, "mesh.fsdp": 2, "mesh.tensor": 2, "data.prefetch": 0}
+    other = {"mesh.cpu_devices": 4, "mesh.fsdp": 2, "mesh.tensor": 2}
     run(world, 1, arguments(world, workdir, **{**TWO, **other}))
     assert_nearly(in_two, workdir, rtol=1e-4)
 
@@ -241,6 +241,7 @@ PLACED = """
     from absl import flags
     import numpy as np
     from vilam3_jax import compat, config, processes
+    from vilam3_jax.data.batch_layout import PackedBatch, arrays
     from vilam3_jax.training import batches, mesh
     values = flags.FlagValues()
     processes.define_flags(values)
@@ -250,17 +251,20 @@ PLACED = """
         own = processes.jax.process_index()
         cfg = config.base_config()
         cfg.data.update(dict(global_rows=8, rows_per_group=2))
-        whole = {"tokens": np.arange(32).reshape(8, 4), "images": np.arange(8).reshape(4, 2)}
+        tokens, images, valid = np.arange(32).reshape(8, 4), np.arange(8).reshape(4, 2), np.ones((4, 2), bool)
+        whole = PackedBatch(tokens, tokens, tokens, tokens, tokens, images, valid)
         halves, everything = [[0, 1], [2, 3]][own], [0, 1, 2, 3]
         for fsdp, context, tensor, held in ((4, 1, 1, halves), (2, 1, 2, halves), (1, 2, 2, everything)):
             cfg.mesh.update(dict(fsdp=fsdp, context=context, tensor=tensor))
             placement = batches.Placement(cfg, mesh.build_mesh(cfg.mesh))
             assert placement.held == held, (placement.held, held)
-            rows = whole["tokens"].reshape(4, 2, 4)[held].reshape(-1, 4)
-            for name, array in placement.put({"tokens": rows, "images": whole["images"][held]}).items():
-                assert array.shape == whole[name].shape
+            rows = tokens.reshape(4, 2, 4)[held].reshape(-1, 4)
+            own = PackedBatch(rows, rows, rows, rows, rows, images[held], valid[held])
+            for name, array in arrays(placement.put(own)).items():
+                expected = getattr(whole, name)
+                assert array.shape == expected.shape
                 for shard in array.addressable_shards:
-                    assert np.array_equal(shard.data, whole[name][shard.index]), (name, shard)
+                    assert np.array_equal(shard.data, expected[shard.index]), (name, shard)
     print("done")
 """
 

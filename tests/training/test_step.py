@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import jax
@@ -204,7 +205,7 @@ def test_activations_are_split_inside_the_step():
     run = Run(tiny_config(fsdp=4, tensor=2))
     run.step(packed_batch(0))
     text = run._compiled.as_text()
-    rows, length = packed_batch(0)["tokens"].shape
+    rows, length = packed_batch(0).tokens.shape
     mlp = run.config.model.llm.mlp_dim
     assert f"f32[{rows // 4},{length},{mlp // 2}]" in text, (
         "the MLP's hidden activations are not split over fsdp x tensor"
@@ -291,7 +292,7 @@ def test_the_loss_is_the_token_mean_over_the_global_batch():
     loss = step_lib.make_loss(config, graphdef)
     batch = jax.tree.map(jnp.asarray, packed_batch(3))
     total, sums = loss(params, batch)
-    halves = [{key: value[part] for key, value in batch.items()} for part in (slice(0, 4), slice(4, 8))]
+    halves = [jax.tree.map(lambda x, part=part: x[part], batch) for part in (slice(0, 4), slice(4, 8))]
     parts = [loss(params, half) for half in halves]
     np.testing.assert_allclose(total, parts[0][0] + parts[1][0], rtol=1e-5)
     assert float(sums["weight"]) == sum(float(part[1]["weight"]) for part in parts)
@@ -341,9 +342,9 @@ def test_weights_are_gathered_and_gradients_scattered(axes):
 def test_a_group_without_image_slots_is_text_alone():
     config = tiny_config(fsdp=8)
     batch = packed_batch(0)
-    batch["visual_index"] = np.full_like(batch["visual_index"], -1)
+    batch.visual_index[:] = -1
     run = Run(config)
     full = run.step(batch)["loss"]
     none = Run(config)
-    batch = {**batch, "images": batch["images"][:, :0], "image_valid": batch["image_valid"][:, :0]}
+    batch = dataclasses.replace(batch, images=batch.images[:, :0], image_valid=batch.image_valid[:, :0])
     np.testing.assert_allclose(none.step(batch)["loss"], full, rtol=1e-6)

@@ -16,6 +16,7 @@ from tests.training.helpers import tiny_config
 from vilam3_jax import checkpoints, compat
 from vilam3_jax import config as config_lib
 from vilam3_jax.config import MESH_AXES
+from vilam3_jax.data.batch_layout import PairBatch
 from vilam3_jax.errors import UserError
 from vilam3_jax.training import optimizer as optimizer_lib
 from vilam3_jax.training import state as state_lib
@@ -38,16 +39,17 @@ def config_of(**changes):
 
 def regression(params, batch):
     """Weighted squares of a linear model; `weights` play the part of supervised tokens."""
-    error = (batch["x"] * params[FROZEN] @ params[KERNEL] + params[BIAS] - batch["y"]) ** 2
-    total = (error.sum(axis=1) * batch["weights"]).sum()
-    return total, {"weight": batch["weights"].sum(), "correct": jnp.zeros(())}
+    y, weights = batch.text_tokens[:, :4], batch.text_tokens[:, 4]
+    error = (batch.images * params[FROZEN] @ params[KERNEL] + params[BIAS] - y) ** 2
+    total = (error.sum(axis=1) * weights).sum()
+    return total, {"weight": weights.sum(), "correct": jnp.zeros(())}
 
 
 def batch_of(seed, scale=1.0):
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(16, 8)).astype(np.float32), rng.normal(size=(16, 4)).astype(np.float32)
-    weights = rng.integers(0, 4, 16).astype(np.float32)
-    return {"x": x * np.float32(scale), "y": y, "weights": weights, "text_valid": np.ones((16, 1), bool)}
+    weights = rng.integers(0, 4, (16, 1)).astype(np.float32)
+    return PairBatch(x * np.float32(scale), np.hstack([y, weights]), np.ones((16, 1), bool))
 
 
 @cache
@@ -104,8 +106,8 @@ def assert_equal(one, two, **tolerance):
 
 def poisoned(value, row=5):
     batch = batch_of(99)
-    batch["x"][row] = value
-    batch["weights"][row] = 1
+    batch.images[row] = value
+    batch.text_tokens[row, 4] = 1
     return batch
 
 

@@ -99,7 +99,7 @@ def test_speed_counts_all_steps_since_the_last_log_in_the_devices_own_time(tmp_p
     config.log_every = 4
     rows, clock = follow(tmp_path, 10, Device(0.05), config=config)
     assert [row["step"] for row in rows] == [4, 8, 10]
-    tokens = int((helpers.packed_batch(0)["segment_ids"] > 0).sum())
+    tokens = int((helpers.packed_batch(0).segment_ids > 0).sum())
     assert [row["tokens"] for row in rows] == [4 * tokens, 8 * tokens, 10 * tokens]
     assert clock.tokens == 10 * tokens
     for row in rows:
@@ -141,7 +141,7 @@ def test_what_is_no_step_is_left_out_of_the_speed_and_logged(tmp_path):
                 time.sleep(2.0)
 
     rows, clock = follow(tmp_path, 6, Device(0.5), each=pause)
-    tokens = int((helpers.packed_batch(0)["segment_ids"] > 0).sum())
+    tokens = int((helpers.packed_batch(0).segment_ids > 0).sum())
     # With the pause in it a step would take 2.5 s. A busy machine sees a step end late, the next one soon.
     assert all(tokens / 2.0 < row["tokens_per_second"] < 1.5 * tokens / 0.5 for row in rows)
     (stall,) = [row for row in writers.read_lines(tmp_path) if "checkpoint_stall" in row]
@@ -214,7 +214,7 @@ def test_learning_rates_by_group(tmp_path):
 def test_packing_efficiency_of_every_step(tmp_path):
     rows, _ = follow(tmp_path, 1, Device(0.01))
     batch = helpers.packed_batch(0)
-    assert rows[0]["token_fill"] == pytest.approx((batch["segment_ids"] > 0).mean())
+    assert rows[0]["token_fill"] == pytest.approx((batch.segment_ids > 0).mean())
     assert rows[0]["image_fill"] == 1.0
 
 
@@ -222,9 +222,9 @@ def test_packing_efficiency_of_every_step(tmp_path):
 def test_work_counted_on_the_device_is_that_of_the_accounting(kind):
     batch = helpers.packed_batch(3) if kind == "generative" else helpers.pair_batch(3)
     if kind == "generative":
-        batch["image_valid"][0, 1] = False
+        batch.image_valid[0, 1] = False
     else:
-        batch["text_valid"][2] = False
+        batch.text_valid[2] = False
     counted = {name: float(value) for name, value in jax.jit(measures.batch_counts)(batch).items()}
     assert counted == vars(flops.batch_work(batch))
 

@@ -1,77 +1,79 @@
-"""Shapes of the batches that a config asks for: groups of packed rows, or pairs."""
+"""The batches that a loader yields, as typed groups of NumPy arrays.
+
+This module knows only NumPy; `training/batches.py` makes pytrees of the classes.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
-from vilam3_jax.data import packing
-from vilam3_jax.data.image_processor import ImageProcessor, image_processor
-from vilam3_jax.data.packing import GroupShape
-from vilam3_jax.errors import UserError
 
-Batch = dict[str, np.ndarray]
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """Packed rows of tokens with the images that they refer to.
 
+    B rows lie in groups of R rows, G = B / R. A group lives on one device and has M image slots; an image
+    takes T positions of a row.
 
-def batch_shapes(cfg: Any, tokens_per_image: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shapes and dtypes of the global batches of a config's loader; opens no data.
-
-    Raises:
-      UserError: a picture has no place in a group.
+    Attributes:
+      tokens: int32 [B, L]; the pad id at image positions and at padding.
+      segment_ids: int32 [B, L], samples of a row from 1; 0 is padding.
+      positions: int32 [B, L], from 0 in every segment.
+      loss_weights: float32 [B, L], weight of each token as a target; 0 for the first of a segment.
+      visual_index: int32 [B, L], which of the group's M * T image tokens stands here; -1 for text.
+      images: uint8 [G, M, S, S, 3], inputs of the vision tower; zeros in empty slots.
+      image_valid: bool [G, M], slots that hold an image.
+      image_tiles: int32 [G, M, 5], see `ImageProcessor.tile_map`; None outside 'dynamic_s2'.
     """
-    pairs = cfg.kind == "contrastive"
-    processor = image_processor(cfg.model, pairs=pairs)
-    shape = group_shape(cfg, processor, tokens_per_image, pad_id=0)
-    if pairs:
-        unit = empty_pairs(shape, 1)
-    else:
-        check_room(cfg.data, processor, tokens_per_image)
-        unit = packing.stack_groups([packing.assemble_group(shape, [[] for _ in range(shape.rows)])])
-    units = global_units(cfg)
-    return {name: ((units * x.shape[0], *x.shape[1:]), x.dtype) for name, x in unit.items()}
+
+    tokens: Any
+    segment_ids: Any
+    positions: Any
+    loss_weights: Any
+    visual_index: Any
+    images: Any
+    image_valid: Any
+    image_tiles: Any = None
 
 
-def global_units(cfg: Any) -> int:
-    """Groups, or pairs, of the global batch."""
-    data = cfg.data
-    return data.global_pairs if cfg.kind == "contrastive" else data.global_rows // data.rows_per_group
+@dataclasses.dataclass(frozen=True, eq=False)
+class PairBatch:
+    """Images with their captions, one of each in a row.
+
+    Attributes:
+      images: uint8 [B, S, S, 3].
+      text_tokens: int32 [B, T]; the pad id after a caption.
+      text_valid: bool [B, T], positions that hold a token; none in a row without a pair.
+    """
+
+    images: Any
+    text_tokens: Any
+    text_valid: Any
 
 
-def group_shape(cfg: Any, processor: ImageProcessor, tokens_per_image: int, pad_id: int) -> GroupShape:
-    """Sizes of a group of the config's batches; of pairs, `seq_len` is that of the captions."""
-    pairs = cfg.kind == "contrastive"
-    return GroupShape(
-        rows=cfg.data.rows_per_group,
-        seq_len=cfg.data.text_len if pairs else cfg.data.seq_len,
-        images=1 if pairs else cfg.data.images_per_group,
-        tokens_per_image=tokens_per_image,
-        image_size=processor.size,
-        pad_id=pad_id,
-        tiled=bool(processor.sides),
-    )
+Batch = PackedBatch | PairBatch
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
+ROW_FIELDS = ("tokens", "segment_ids", "positions", "loss_weights", "visual_index")  # of B rows, not G groups
 
 
-def empty_pairs(shape: GroupShape, count: int) -> Batch:
-    """A batch of pairs that are none yet."""
-    size, length = shape.image_size, shape.seq_len
-    return {
-        "images": np.zeros((count, size, size, 3), np.uint8),
-        "text_tokens": np.full((count, length), shape.pad_id, np.int32),
-        "text_valid": np.zeros((count, length), bool),
-    }
+def arrays(batch: Batch) -> dict[str, Any]:
+    """Field name → array of the fields that are there."""
+    found = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def check_room(data: Any, processor: ImageProcessor, tokens_per_image: int) -> None:
-    """Refuses sizes of groups in which a picture with the most tiles has no place."""
-    inputs, markers = processor.max_inputs, processor.max_markers
-    if inputs > max(data.images_per_group, 1):
-        raise UserError(
-            f"config data.images_per_group={data.images_per_group}, but an image may take {inputs} inputs "
-            f"({processor.max_tiles} tiles and the whole in small); raise it or lower model.max_tiles"
-        )
-    if inputs > 1 and markers * tokens_per_image > data.seq_len:
-        raise UserError(
-            f"config data.seq_len={data.seq_len}, but an image may take {markers} x {tokens_per_image} = "
-            f"{markers * tokens_per_image} tokens; raise it or lower model.max_tiles"
-        )
+def of_arrays(found: Mapping[str, Any]) -> Batch:
+    """The batch with these fields; the inverse of `arrays`."""
+    return PackedBatch(**found) if "segment_ids" in found else PairBatch(**found)
+
+
+def join(parts: Sequence[AnyBatch]) -> AnyBatch:
+    """Joins batches along their leading axes; a single one is returned as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    each = [arrays(part) for part in parts]
+    return type(parts[0])(**{name: np.concatenate([own[name] for own in each]) for name in each[0]})

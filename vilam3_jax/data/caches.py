@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import threading
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Value = TypeVar("Value")
 
@@ -28,6 +28,10 @@ class ByteLRU(Generic[Value]):
         self.bytes = 0
         self.hits = 0
         self.misses = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy in another process starts empty."""
+        return ByteLRU, (self._budget, self._size_of)
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """Returns the value of `key`, made at most once at a time however many threads ask."""

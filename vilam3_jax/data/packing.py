@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from vilam3_jax.data.batch_layout import PackedBatch
 from vilam3_jax.data.templates import Encoded
 
 NO_GRID = (1, 0, 1, 0)  # rows, row, columns, column of an input that is no tile of a grid
@@ -55,6 +56,8 @@ class Sample:
       read_images: gives its inputs of the vision tower in the order of their markers, `num_images` times
         uint8 [S, S, 3]; called once, when it has a place.
       tile_map: int32 [inputs, 5], see `ImageProcessor.tile_map`; None where tiles stay apart.
+      picture_paths: of its images that are files, below the dataset's data root.
+      missing: names of the experts that it is shown without, for want of an annotation.
     """
 
     id: str
@@ -63,6 +66,8 @@ class Sample:
     read_images: Callable[[], Sequence[np.ndarray]] = tuple
     tile_map: np.ndarray | None = None
     source: int = 0
+    picture_paths: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -174,56 +179,45 @@ def _choose_row(waiting: Sequence[Sized], length: int, slots: int, share: float)
     return sorted(chosen)
 
 
-def assemble_group(shape: GroupShape, rows: Sequence[Sequence[Sample]]) -> dict[str, np.ndarray]:
-    """Writes a group's arrays.
+def assemble_group(shape: GroupShape, rows: Sequence[Sequence[Sample]]) -> PackedBatch:
+    """Reads the images of a group's samples and writes its arrays.
 
     Returns:
-      `tokens`, `segment_ids`, `positions`, `visual_index`: int32 [R, L]; `loss_weights`: float32 [R, L], the
-      weight of each token as a target (the first of a segment is none); `images`: uint8 [M, S, S, 3];
-      `image_valid`: bool [M]; if tiled, `image_tiles`: int32 [M, 5], tile maps whose first input is one
-      of the group's slots.
+      A batch of this one group: `[R, L]` rows, G = 1.
     """
     flat = (shape.rows, shape.seq_len)
-    group = {
-        "tokens": np.full(flat, shape.pad_id, np.int32),
-        "segment_ids": np.zeros(flat, np.int32),
-        "positions": np.zeros(flat, np.int32),
-        "loss_weights": np.zeros(flat, np.float32),
-        "images": np.zeros((shape.images, shape.image_size, shape.image_size, 3), np.uint8),
-        "image_valid": np.zeros(shape.images, bool),
-        "visual_index": np.full(flat, -1, np.int32),
-    }
-    if shape.tiled:
-        group["image_tiles"] = np.tile(np.asarray((0, *NO_GRID), np.int32), (shape.images, 1))
+    group = PackedBatch(
+        tokens=np.full(flat, shape.pad_id, np.int32),
+        segment_ids=np.zeros(flat, np.int32),
+        positions=np.zeros(flat, np.int32),
+        loss_weights=np.zeros(flat, np.float32),
+        visual_index=np.full(flat, -1, np.int32),
+        images=np.zeros((1, shape.images, shape.image_size, shape.image_size, 3), np.uint8),
+        image_valid=np.zeros((1, shape.images), bool),
+        image_tiles=np.tile(np.asarray((0, *NO_GRID), np.int32), (1, shape.images, 1))
+        if shape.tiled
+        else None,
+    )
     slot = 0
     for row, samples in enumerate(rows):
         start = 0
         for segment, sample in enumerate(samples, start=1):
             encoded = sample.encoded
             where = (row, slice(start, start + len(encoded)))
-            group["tokens"][where] = encoded.tokens
-            group["segment_ids"][where] = segment
-            group["positions"][where] = np.arange(len(encoded))
-            group["loss_weights"][where] = encoded.loss_mask
-            group["loss_weights"][row, start] = 0.0
+            group.tokens[where] = encoded.tokens
+            group.segment_ids[where] = segment
+            group.positions[where] = np.arange(len(encoded))
+            group.loss_weights[where] = encoded.loss_mask
+            group.loss_weights[row, start] = 0.0
             index = (slot + encoded.image_of_token) * shape.tokens_per_image + encoded.visual_offset
-            group["visual_index"][where] = np.where(encoded.image_of_token >= 0, index, -1)
+            group.visual_index[where] = np.where(encoded.image_of_token >= 0, index, -1)
+            slots = slice(slot, slot + sample.num_images)
             if sample.tile_map is not None:
-                tiles = group["image_tiles"][slot : slot + sample.num_images]
-                tiles[:] = sample.tile_map
-                tiles[:, 0] += slot
-            images = sample.read_images()
-            for place, image in zip(range(slot, slot + sample.num_images), images, strict=True):
-                group["images"][place] = image
-                group["image_valid"][place] = True
+                group.image_tiles[0, slots] = sample.tile_map
+                group.image_tiles[0, slots, 0] += slot
+            for place, image in zip(range(slots.start, slots.stop), sample.read_images(), strict=True):
+                group.images[0, place] = image
+            group.image_valid[0, slots] = True
             slot += sample.num_images
             start += len(encoded)
     return group
-
-
-def stack_groups(groups: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Joins groups into a batch: rows one after the other, `[B, L]`; images `[G, M, S, S, 3]`."""
-    return {
-        key: (np.stack if key.startswith("image") else np.concatenate)([g[key] for g in groups])
-        for key in groups[0]
-    }

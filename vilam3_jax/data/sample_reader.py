@@ -16,7 +16,7 @@ from vilam3_jax.data.images import augment
 from vilam3_jax.data.packing import Sample
 from vilam3_jax.data.render import Renderer, encode_example
 from vilam3_jax.data.templates import TokenizerLike, encode_caption, model_template
-from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.errors import StoppingError, UnavailableError, UserError
 
 Address = tuple[int, int]  # which dataset, which record of it
 _Grids = tuple[tuple[int, int], ...]
@@ -65,6 +65,7 @@ class SampleReader:
         Raises:
           UserError: the record cannot be used; names the example.
           UnavailableError: the data cannot be read now.
+          StoppingError: the record cannot be used, and the settings forbid to put it aside.
         """
         source = self._samples.sources[address[0]]
         example = self._example(address, position)
@@ -82,7 +83,7 @@ class SampleReader:
                     self._tokenizer, self._template, example.format, turns, self._tokens_per_image
                 )
                 encoded = processor.merge(encoded, grids, self._tokens_per_image)
-        except UnavailableError:
+        except (UnavailableError, StoppingError):
             raise
         except (UserError, ValueError, IndexError) as error:
             raise UserError(f"example {example.id}: {error}") from error
@@ -90,7 +91,16 @@ class SampleReader:
         read = functools.partial(self._inputs, address, position, tuple(grids))
         if self._pair_length is not None:  # pairs do not wait
             read = functools.partial(tuple, read())
-        return Sample(example.id, position, encoded, read, processor.tile_map(grids))
+        paths = tuple(image.path for image in example.images if image.path is not None)
+        return Sample(
+            example.id,
+            position,
+            encoded,
+            read,
+            processor.tile_map(grids),
+            picture_paths=paths,
+            missing=outline.missing,
+        )
 
     def _example(self, address: Address, position: int) -> Example:
         source = self._samples.sources[address[0]]
@@ -112,7 +122,7 @@ class SampleReader:
             # Images of another sample are cut as the text has room for.
             inputs = (self._processor.inputs(image, grid) for image, grid in zip(images, grids, strict=True))
             return tuple(tile for tiles in inputs for tile in tiles)
-        except UnavailableError:
+        except (UnavailableError, StoppingError):
             raise
         except (UserError, ValueError, IndexError) as error:
             raise UserError(f"example {example.id}: {error}") from error

@@ -21,7 +21,8 @@ from jax.sharding import NamedSharding
 
 from vilam3_jax import processes
 from vilam3_jax.config import ConfigDict
-from vilam3_jax.data.loader import Unreadable, build_loader
+from vilam3_jax.data.loader import build_loader
+from vilam3_jax.data.loader_records import Unreadable
 from vilam3_jax.data.packing import Sample
 from vilam3_jax.data.templates import model_template
 from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,7 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vilam3_jax.config import ConfigDict
-from vilam3_jax.data.batch_layout import global_units
+from vilam3_jax.data.batch_layout import AnyBatch, arrays
+from vilam3_jax.data.batch_sizes import global_units
 from vilam3_jax.training import mesh as mesh_lib
 
 
@@ -31,29 +31,27 @@ class Placement:
         """
         self._units = global_units(config)
         self._mesh = mesh
-        unit = jax.ShapeDtypeStruct((self._units,), np.int32)
-        sharding = mesh_lib.batch_shardings({"images": unit}, mesh)["images"]
-        parts = [index[0] for index in sharding.addressable_devices_indices_map(unit.shape).values() if index]
+        shape = (self._units,)
+        sharding = mesh_lib.batch_sharding("images", shape, mesh)
+        parts = [index[0] for index in sharding.addressable_devices_indices_map(shape).values() if index]
         self.held = sorted({number for part in parts for number in range(*part.indices(self._units))})
 
-    def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    def put(self, batch: AnyBatch) -> AnyBatch:
         """Makes global arrays of what this process loaded.
 
         Args:
-          batch: arrays whose leading axis is that of the groups held, or a multiple of it.
+          batch: NumPy arrays of the groups, or pairs, held.
+
+        Returns:
+          The global batch, of `jax.Array`s.
         """
-        rows = {name: value.shape[0] // len(self.held) for name, value in batch.items()}
-        shapes = {
-            name: jax.ShapeDtypeStruct((self._units * rows[name], *value.shape[1:]), value.dtype)
-            for name, value in batch.items()
-        }
-        placed = mesh_lib.batch_shardings(shapes, self._mesh)
-        return {
-            name: jax.make_array_from_callback(
-                shapes[name].shape, placed[name], self._reader(value, rows[name])
-            )
-            for name, value in batch.items()
-        }
+        return type(batch)(**{name: self._placed(name, value) for name, value in arrays(batch).items()})
+
+    def _placed(self, name: str, value: np.ndarray) -> jax.Array:
+        rows = value.shape[0] // len(self.held)
+        shape = (self._units * rows, *value.shape[1:])
+        sharding = mesh_lib.batch_sharding(name, shape, self._mesh)
+        return jax.make_array_from_callback(shape, sharding, self._reader(value, rows))
 
     def _reader(self, value: np.ndarray, rows: int) -> Any:
         """Gives a device its part of a global array; a device's groups follow each other also in `held`."""

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from vilam3_jax import paths, processes
+from vilam3_jax.data.batch_layout import Batch
 from vilam3_jax.data.loader import Loader, build_loader
 from vilam3_jax.errors import UserError
 from vilam3_jax.training import state as state_lib
@@ -112,7 +112,7 @@ class HeldoutLosses:
             raise UserError(f"no usable record in the held-out data: {reasons}; set eval_every=0 without any")
         return loss / weight
 
-    def _batches(self, swap: bool) -> Iterator[dict[str, np.ndarray]]:
+    def _batches(self, swap: bool) -> Iterator[Batch]:
         loader = self._loader(swap)
         with contextlib.closing(iter(loader)) as own:  # nothing is read ahead while the run trains
             for _ in range(self._program.config.eval_batches):

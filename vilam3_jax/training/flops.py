@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from vilam3_jax.config import ConfigDict, image_layout
+from vilam3_jax.data.batch_layout import Batch, PairBatch
 from vilam3_jax.models import trees, vila
 from vilam3_jax.models.siglip import feature_layers
 from vilam3_jax.training import optimizer as optimizer_lib
@@ -68,19 +69,19 @@ class ModelFlops:
         )
 
 
-def batch_work(batch: Mapping[str, np.ndarray]) -> Work:
+def batch_work(batch: Batch) -> Work:
     """The work of a batch as the loader yields it."""
-    if "segment_ids" not in batch:
-        lengths = batch["text_valid"].sum(axis=1).astype(np.int64)
+    if isinstance(batch, PairBatch):
+        lengths = batch.text_valid.sum(axis=1).astype(np.int64)
         return Work(int(lengths.sum()), 0, int((lengths > 0).sum()), int((lengths**2).sum()))
-    segments = batch["segment_ids"]
+    segments = batch.segment_ids
     most = int(segments.max(initial=0)) + 1
     rows = segments + most * np.arange(len(segments))[:, None]
     lengths = np.bincount(rows[segments > 0])
     return Work(
         tokens=int(lengths.sum()),
-        targets=int(np.count_nonzero(batch["loss_weights"])),
-        images=int(np.count_nonzero(batch["image_valid"])),
+        targets=int(np.count_nonzero(batch.loss_weights)),
+        images=int(np.count_nonzero(batch.image_valid)),
         attended=int((lengths.astype(np.int64) ** 2).sum()) / 2,
     )
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from vilam3_jax.data.batch_layout import Batch, PackedBatch
 
 # Sums over a batch, as `flops.Work` has them; the loop adds them up over all steps, logged or not.
 COUNTS = ("tokens", "targets", "images", "attended")
@@ -25,28 +26,28 @@ def component_norms(grads: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {f"grad_norm/{name}": optax.tree.norm(part) for name, part in parts.items()}
 
 
-def batch_counts(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+def batch_counts(batch: Batch) -> dict[str, jax.Array]:
     """`flops.batch_work` on the device, over all hosts.
 
     Returns:
       float32 scalars: `tokens`, positions that are no padding, image tokens included; `targets`; `images`,
       filled image slots; `attended`.
     """
-    if "segment_ids" in batch:
-        real = batch["segment_ids"] > 0
-        images, targets = batch["image_valid"], batch["loss_weights"] != 0
+    if isinstance(batch, PackedBatch):
+        real = batch.segment_ids > 0
+        images, targets = batch.image_valid, batch.loss_weights != 0
         # Positions count from 0 in every sample of n tokens: their sum and n / 2 are n**2 / 2.
-        attended = jnp.where(real, batch["positions"] + 0.5, 0.0)
+        attended = jnp.where(real, batch.positions + 0.5, 0.0)
     else:
-        real = batch["text_valid"]
+        real = batch.text_valid
         images, targets = real.any(axis=1), jnp.zeros((), bool)
         attended = jnp.square(real.sum(axis=1, dtype=jnp.float32))
     found = {"tokens": real, "targets": targets, "images": images, "attended": attended}
     return {name: jnp.sum(value, dtype=jnp.float32) for name, value in found.items()}
 
 
-def slots(batch: Mapping[str, Any]) -> tuple[int, int]:
+def slots(batch: Batch) -> tuple[int, int]:
     """Token positions and image slots of a global batch, filled or not."""
-    if "segment_ids" in batch:
-        return batch["segment_ids"].size, batch["image_valid"].size
-    return batch["text_valid"].size, batch["text_valid"].shape[0]
+    if isinstance(batch, PackedBatch):
+        return batch.segment_ids.size, batch.image_valid.size
+    return batch.text_valid.size, batch.text_valid.shape[0]

@@ -11,15 +11,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vilam3_jax import compat
 from vilam3_jax.config import MESH_AXES, PARAMETER_RULES, ConfigDict
+from vilam3_jax.data.batch_layout import ROW_FIELDS, Batch, arrays, of_arrays
 from vilam3_jax.errors import UserError
 from vilam3_jax.ops import partition
-from vilam3_jax.training import tables
+from vilam3_jax.training import batch_trees, tables  # noqa: F401 (makes pytrees of batches)
 
 BATCH_AXES = ("data", "fsdp")
 _MOST_REPLICATED = 0.05  # of the parameters' bytes; little is said of models smaller than the next
 _LEAST_REPLICATED_BYTES = 32 * 2**20
-# Arrays [B, L] of packed rows, whose second axis lies over `context`.
-ROW_ARRAYS = ("tokens", "segment_ids", "positions", "loss_weights", "visual_index")
 
 
 def build_mesh(mesh_config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
@@ -177,30 +176,39 @@ def _undivided(shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> list[tu
     return [(size, axes, ways) for size, axes, ways in parts if size % ways]
 
 
-def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
+def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
+    """The placement of every array of a batch, see `batch_sharding`.
+
+    Returns:
+      A batch of shardings.
+    """
+    return of_arrays({name: batch_sharding(name, x.shape, mesh) for name, x in arrays(batch).items()})
+
+
+def batch_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """Every leading axis of a batch is split over `data` and `fsdp`, the length of rows over `context`.
 
+    Args:
+      name: of the array's field.
+      shape: of the global array.
+      mesh: of the run.
+
     Raises:
-      UserError: a leading axis or the length does not divide.
+      UserError: the leading axis or the length does not divide.
     """
     ways = math.prod(mesh.shape[axis] for axis in partition.names(BATCH_AXES, mesh))
-    for name, value in batch.items():
-        if value.shape[0] % ways:
-            raise UserError(
-                f"batch {name}: leading axis {value.shape[0]} does not divide over {ways} devices of "
-                "mesh.data x mesh.fsdp; change data.global_rows, data.rows_per_group or the mesh"
-            )
-        if name in ROW_ARRAYS and value.shape[1] % mesh.shape["context"]:
-            raise UserError(
-                f"batch {name}: rows of {value.shape[1]} do not divide over mesh.context="
-                f"{mesh.shape['context']}; change data.seq_len or the mesh"
-            )
-
-    def spec(name: str) -> PartitionSpec:
-        split = name in ROW_ARRAYS and mesh.shape["context"] > 1
-        return partition.place(mesh, BATCH_AXES, *(("context",) if split else ()))
-
-    return {name: NamedSharding(mesh, spec(name)) for name in batch}
+    if shape[0] % ways:
+        raise UserError(
+            f"batch {name}: leading axis {shape[0]} does not divide over {ways} devices of "
+            "mesh.data x mesh.fsdp; change data.global_rows, data.rows_per_group or the mesh"
+        )
+    if name in ROW_FIELDS and shape[1] % mesh.shape["context"]:
+        raise UserError(
+            f"batch {name}: rows of {shape[1]} do not divide over mesh.context="
+            f"{mesh.shape['context']}; change data.seq_len or the mesh"
+        )
+    split = name in ROW_FIELDS and mesh.shape["context"] > 1
+    return NamedSharding(mesh, partition.place(mesh, BATCH_AXES, *(("context",) if split else ())))
 
 
 def rows(mesh: Mesh) -> NamedSharding:

@@ -16,7 +16,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vilam3_jax.config import ConfigDict
-from vilam3_jax.data import batch_layout
+from vilam3_jax.data import batch_sizes
+from vilam3_jax.data.batch_layout import Batch
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import trees, vila
 from vilam3_jax.ops import partition
@@ -39,7 +40,7 @@ class Program:
       optimizer: over the trainable parameters.
       loss_fn: (flat params, batch) → sums.
       state: ShapeDtypeStructs with shardings of the whole state.
-      batch: ShapeDtypeStructs with shardings of the global batch.
+      batch: the global batch, of ShapeDtypeStructs with shardings.
       step: jitted (state, batch) → (state, metrics); it donates the state.
     """
 
@@ -50,7 +51,7 @@ class Program:
     optimizer: optax.GradientTransformation
     loss_fn: step_lib.LossFn
     state: state_lib.State
-    batch: dict[str, jax.ShapeDtypeStruct]
+    batch: Batch
     step: Any
 
     def placing(self, whole_rows: bool = False) -> AbstractContextManager[None]:
@@ -87,7 +88,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
     placed = state_lib.shardings(state)
     jitted = jax.jit(
         step,
-        in_shardings=(placed, {name: leaf.sharding for name, leaf in batch.items()}),
+        in_shardings=(placed, jax.tree.map(lambda leaf: leaf.sharding, batch)),
         out_shardings=(placed, None),
         donate_argnums=0,
         compiler_options=compiler_options(config, mesh),
@@ -135,16 +136,13 @@ def check_compiler_options(config: ConfigDict, mesh: Mesh) -> None:
         raise UserError(f"config compiler_options: {str(error).splitlines()[0]}") from error
 
 
-def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of the global batches that the loader of `config` yields.
+def abstract_batch(config: ConfigDict, mesh: Mesh) -> Batch:
+    """The global batch of the loader of `config`, of ShapeDtypeStructs with shardings.
 
     Raises:
       UserError: a leading axis does not divide over the mesh.
     """
-    shapes = {
-        name: jax.ShapeDtypeStruct(*leaf)
-        for name, leaf in batch_layout.batch_shapes(config, vila.tokens_per_image(config.model)).items()
-    }
+    shapes = batch_sizes.batch_shapes(config, vila.tokens_per_image(config.model))
     placed = mesh_lib.batch_shardings(shapes, mesh)
     ways = math.prod(size for axis, size in mesh.shape.items() if axis not in ("context", "tensor"))
     if config.kind == "generative":
@@ -154,7 +152,6 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
                 f"config grad_accum={config.grad_accum}: {groups} groups of rows at a time do not divide "
                 f"over the {ways} devices of data x fsdp; raise data.global_rows or lower grad_accum"
             )
-    return {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[name])
-        for name, leaf in shapes.items()
-    }
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, placed
+    )

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import optax
 
 from vilam3_jax.config import ConfigDict
+from vilam3_jax.data.batch_layout import ROW_FIELDS, Batch, PackedBatch, PairBatch, arrays, of_arrays
 from vilam3_jax.models import layers, trees, vila
 from vilam3_jax.ops import losses, quantized
-from vilam3_jax.training import measures, step_guard
+from vilam3_jax.training import batch_trees, measures, step_guard  # noqa: F401 (makes pytrees of batches)
 from vilam3_jax.training.state import model_params
 
 Flat = dict[str, jax.Array]
-Batch = dict[str, jax.Array]
 State = dict[str, Any]
-LossFn = Callable[[Flat, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+LossFn = Callable[[Flat, Any], tuple[jax.Array, dict[str, jax.Array]]]  # of parameters and a batch
 
 
 def make_loss(config: ConfigDict, graphdef: Any) -> LossFn:
@@ -30,39 +30,39 @@ def make_loss(config: ConfigDict, graphdef: Any) -> LossFn:
     packing.
     """
 
-    def generative(params: Flat, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def generative(params: Flat, batch: PackedBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = _merge(config, graphdef, params)
         hidden = model(
-            batch["tokens"],
-            batch["segment_ids"],
-            batch["positions"],
-            batch.get("images"),
-            batch.get("image_valid"),
-            batch["visual_index"],
-            batch.get("image_tiles"),
+            batch.tokens,
+            batch.segment_ids,
+            batch.positions,
+            batch.images,
+            batch.image_valid,
+            batch.visual_index,
+            batch.image_tiles,
         )
         total, weight, correct = losses.chunked_cross_entropy(
             hidden,
             model.head_kernel(),
-            batch["tokens"],
-            batch["loss_weights"],
-            batch["segment_ids"],
+            batch.tokens,
+            batch.loss_weights,
+            batch.segment_ids,
             chunk=config.loss_chunk,
             kernel_stored=model.head_stored(),
         )
         return total, {"weight": weight, "correct": correct}
 
-    def contrastive(params: Flat, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def contrastive(params: Flat, batch: PairBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = _merge(config, graphdef, params)
-        image, text = model(batch["images"], batch["text_tokens"], batch["text_valid"])
+        image, text = model(batch.images, batch.text_tokens, batch.text_valid)
         # Reports and captions repeat each other word for word; a text is right for all images that have it.
         total, weight, correct = losses.sigmoid_contrastive_loss(
             image,
             text,
             model.logit_scale[...],
             model.logit_bias[...],
-            valid=batch["text_valid"].any(axis=1),
-            labels=batch["text_tokens"],
+            valid=batch.text_valid.any(axis=1),
+            labels=batch.text_tokens,
         )
         return total, {"weight": weight, "correct": correct}
 
@@ -182,12 +182,8 @@ def _split(batch: Batch, parts: int, rows_per_group: int) -> Batch:
     """
 
     def split(name: str, x: jax.Array) -> jax.Array:
-        rows = (
-            rows_per_group
-            if name in ("tokens", "segment_ids", "positions", "loss_weights", "visual_index")
-            else 1
-        )
+        rows = rows_per_group if name in ROW_FIELDS else 1
         groups = x.reshape(x.shape[0] // (rows * parts), parts, rows, *x.shape[1:])
         return jnp.moveaxis(groups, 1, 0).reshape(parts, -1, *x.shape[1:])
 
-    return {name: split(name, x) for name, x in batch.items()}
+    return of_arrays({name: split(name, x) for name, x in arrays(batch).items()})

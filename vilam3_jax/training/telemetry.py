@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from vilam3_jax import paths, processes
 from vilam3_jax.config import ConfigDict
+from vilam3_jax.data.batch_layout import Batch
 from vilam3_jax.training import chips, flops, measures, step_guard, writers
 from vilam3_jax.training.traces import Traces
 from vilam3_jax.training.watchdog import Watchdog
@@ -141,9 +142,7 @@ class Telemetry:
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
 
-    def dispatched(
-        self, number: int, batch: Mapping[str, jax.Array], metrics: Mapping[str, jax.Array]
-    ) -> None:
+    def dispatched(self, number: int, batch: Batch, metrics: Mapping[str, jax.Array]) -> None:
         """Hands a step over; waits only if the loop is several steps ahead of the device.
 
         Raises:

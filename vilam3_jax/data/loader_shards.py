@@ -1,0 +1,362 @@
+"""The Grain stages between samples and batches: packing within a shard, and the shards of one worker.
+
+A loader shard is a constant of the config. It has an order of its own (`ShardOrder`) and a packer of its own
+(`PackIterator`), so what it yields does not depend on which worker or host runs it. `Shards` runs some of
+them in turns and reads the images of what they packed. Every element carries the state of its shard after it:
+resuming takes a few numbers, and no iterator is asked where it stands.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import math
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from vilam3_jax.data import packing
+from vilam3_jax.data.batch_layout import PackedBatch, PairBatch, arrays
+from vilam3_jax.data.batch_sizes import empty_pairs
+from vilam3_jax.data.loader_records import BadRecord, RecordLoader, ShardOrder, Unreadable
+from vilam3_jax.data.loader_tally import Tally
+from vilam3_jax.data.packing import Sample
+from vilam3_jax.errors import UserError
+
+Rows = list[list[Sample]]  # samples of each row of a group; a pair is one row of one sample
+_Images = concurrent.futures.Future[Sequence[np.ndarray]]
+
+_READ_AHEAD = 4  # samples rendered ahead, per shard
+_UNITS_AHEAD = 2  # packed; while the images of one are read, the next is packed
+_IN_PLACE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+_WATCHED = 16  # samples that were placed last, whose pictures a state is bound to
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """How far a shard has come.
+
+    Attributes:
+      next: index of the sample to read next.
+      groups: groups, or pairs, that it gave.
+      pending: indices of the samples that wait for a place.
+      pictures: index → (number of its dataset, paths of its picture files) of the samples that wait and of
+        those placed last; samples without such files are left out.
+    """
+
+    next: int = 0
+    groups: int = 0
+    pending: tuple[int, ...] = ()
+    pictures: Mapping[int, tuple[int, tuple[str, ...]]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One unit, a group or a pair, of the next batch.
+
+    Attributes:
+      shard: which shard gives it.
+      held: whether this process needs it, or another one that runs the same shard.
+    """
+
+    shard: int
+    held: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """Which shard gives which unit of a batch.
+
+    A batch of `units` units has gcd(shards, units) streams. Each stream is a run of units that follow each
+    other, fed by shards of its own, which take turns. So a process that holds a part of the batch runs only
+    the shards of that part.
+
+    Attributes:
+      units: groups, or pairs, of the global batch.
+      shards: S.
+      held: numbers of the units that this process yields, rising.
+    """
+
+    units: int
+    shards: int
+    held: tuple[int, ...]
+
+    @property
+    def streams(self) -> int:
+        """Runs of units with shards of their own."""
+        return math.gcd(self.shards, self.units)
+
+    @property
+    def own_streams(self) -> list[int]:
+        """The streams that this process runs, rising."""
+        return sorted({unit * self.streams // self.units for unit in self.held})
+
+    @property
+    def own_shards(self) -> list[int]:
+        """The shards that this process runs, rising."""
+        own = set(self.own_streams)
+        return [number for number in range(self.shards) if number % self.streams in own]
+
+    def batch(self, groups: Mapping[int, int]) -> list[Turn]:
+        """The units of the next batch in their order, those of other processes among them.
+
+        Args:
+          groups: own shard → units that it gave before.
+        """
+        each, held = self.units // self.streams, set(self.held)
+        turns = []
+        for number in self.own_streams:
+            ring = range(number, self.shards, self.streams)
+            first = sum(groups[shard] for shard in ring)  # the shards' own counters say whose turn it is
+            turns += [
+                Turn(ring[(first + turn) % len(ring)], number * each + turn in held) for turn in range(each)
+            ]
+        return turns
+
+
+class PackIterator(grain.DatasetIterator[Rows]):
+    """Packs the samples of one shard; a shard of pairs gives them one by one."""
+
+    def __init__(
+        self, order: ShardOrder, records: RecordLoader, pairs: bool, tally: Tally, start: Place
+    ) -> None:
+        """Reads the samples again that waited at `start`.
+
+        Args:
+          order: samples of the shard.
+          records: of the run.
+          pairs: whether a unit is a sample rather than a group.
+          tally: of bad records.
+          start: where the shard goes on.
+
+        Raises:
+          UserError: a sample that waited cannot be read any more.
+        """
+        samples = order.slice(slice(start.next, None)).to_iter_dataset(_IN_PLACE)
+        ahead = grain.experimental.ThreadPrefetchIterDataset(samples, prefetch_buffer_size=_READ_AHEAD)
+        super().__init__(iter(ahead))
+        self._shape, self._pairs, self._tally = records.shape, pairs, tally
+        self._next, self._groups = start.next, start.groups
+        self._pending = [_again(order, index) for index in start.pending]
+        self._watched = dict(start.pictures)
+
+    @property
+    def place(self) -> Place:
+        """Where the shard stands after the unit that came last."""
+        pending = tuple(sample.index for sample in self._pending)
+        return Place(self._next, self._groups, pending, dict(self._watched))
+
+    def __next__(self) -> Rows:
+        if self._pairs:
+            sample = self._pull()
+            rows = [] if sample is None else [[sample]]
+        else:
+            rows, self._pending = packing.next_group(self._shape, self._pending, self._pull)
+        placed = [sample for row in rows for sample in row]
+        if not placed:
+            raise StopIteration
+        self._groups += 1
+        self._watch(placed)
+        return rows
+
+    def _pull(self) -> Sample | None:
+        while (found := next(self._parent, None)) is not None:
+            self._next += 1
+            if isinstance(found, Sample):
+                self._tally.good(found.source)
+                return found
+            self._tally.bad(found)
+        return None
+
+    def _watch(self, placed: Sequence[Sample]) -> None:
+        waiting = {sample.index for sample in self._pending}
+        before = [(index, found) for index, found in self._watched.items() if index not in waiting]
+        new = [(s.index, (s.source, s.picture_paths)) for s in placed if s.picture_paths]
+        kept = (dict(before) | dict(new)).items()
+        self._watched = dict(list(kept)[-_WATCHED:])
+        self._watched |= {s.index: (s.source, s.picture_paths) for s in self._pending if s.picture_paths}
+
+    def get_state(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.place)
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError("a shard starts at its `Place`")
+
+
+def _again(order: ShardOrder, index: int) -> Sample:
+    sample = order.load(index)
+    if isinstance(sample, BadRecord):
+        raise UserError(f"{sample.name}: was read before the restart, now: {sample.reason}; restore the data")
+    return sample
+
+
+@dataclasses.dataclass(frozen=True)
+class News:
+    """What an element tells beside its arrays.
+
+    Attributes:
+      shard: whose unit it is.
+      place: where the shard stands after it.
+      skipped: (name, reason) of the records put aside on the way.
+      missing: names of the experts whose annotations its samples lack.
+    """
+
+    shard: int
+    place: Place
+    skipped: tuple[tuple[str, str], ...]
+    missing: tuple[str, ...] = ()
+
+
+class Shards(grain.IterDataset[dict[str, Any]]):
+    """Units of some shards in the order in which batches need them.
+
+    An element is a dict: `news`, and `unit`, the arrays of a batch of this one unit by field name; None where
+    another process needs it, or the shard is at its end. It has no end of its own.
+    """
+
+    def __init__(
+        self,
+        records: RecordLoader,
+        *,
+        pairs: bool,
+        turns: Turns,
+        own: Sequence[int],
+        starts: Mapping[int, Place],
+        threads: int,
+    ) -> None:
+        """Reads nothing.
+
+        Args:
+          records: of the run; it must be possible to pickle them for worker processes.
+          pairs: whether units are pairs.
+          turns: of the whole process.
+          own: the shards to run, some of `turns.own_shards`.
+          starts: shards of the process → where they go on.
+          threads: that read images.
+        """
+        super().__init__()
+        self.records, self.pairs, self.turns, self.threads = records, pairs, turns, threads
+        self.own, self.starts = tuple(own), dict(starts)
+
+    def __iter__(self) -> ShardsIterator:
+        return ShardsIterator(self)
+
+    def __str__(self) -> str:
+        return f"Shards(own={self.own})"
+
+
+@dataclasses.dataclass
+class _Unit:
+    """A unit whose images are being read."""
+
+    shard: int
+    place: Place
+    skipped: tuple[tuple[str, str], ...]
+    rows: list[list[tuple[Sample, _Images]]] | None
+
+
+class ShardsIterator(grain.DatasetIterator[dict[str, Any]]):
+    """See `Shards`. The next units are packed while the images of one are read."""
+
+    def __init__(self, dataset: Shards) -> None:
+        super().__init__()
+        self._records, self._pairs, self._turns = dataset.records, dataset.pairs, dataset.turns
+        self._own, self._starts = frozenset(dataset.own), dataset.starts
+        sources = dataset.records.samples.sources
+        self._texts, self._images = Tally(sources), Tally(sources)
+        self._packers: dict[int, PackIterator] | None = None
+        self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+        self._threads = dataset.threads
+        self._order = self._endless_turns()
+        self._units: collections.deque[_Unit] = collections.deque()
+
+    def _endless_turns(self) -> Iterator[Turn]:
+        groups = {number: self._starts[number].groups for number in self._turns.own_shards}
+        while True:
+            for turn in self._turns.batch(groups):
+                groups[turn.shard] += 1
+                if turn.shard in self._own:
+                    yield turn
+
+    def __next__(self) -> dict[str, Any]:
+        self._assert_not_closed()
+        if self._packers is None:
+            self._open()
+        while len(self._units) < _UNITS_AHEAD:
+            self._units.append(self._packed(next(self._order)))
+        return self._element(self._units.popleft())
+
+    def _open(self) -> None:
+        self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, thread_name_prefix="vilam3-decode")
+        self._packers = {}
+        for number in self._own:
+            order = ShardOrder(self._records, number, self._turns.shards)
+            self._packers[number] = PackIterator(
+                order, self._records, self._pairs, self._texts, self._starts[number]
+            )
+        # Worker processes end without closing their iterator.
+        self._closing = weakref.finalize(self, _close, tuple(self._packers.values()), self._pool)
+
+    def _packed(self, turn: Turn) -> _Unit:
+        assert self._packers is not None  # `_open` was called
+        packer = self._packers[turn.shard]
+        rows = next(packer, None)
+        placed = None
+        if rows is not None and turn.held:
+            assert self._pool is not None
+            placed = [[(sample, self._pool.submit(sample.read_images)) for sample in row] for row in rows]
+        return _Unit(turn.shard, packer.place, self._texts.take(), placed)
+
+    def _element(self, unit: _Unit) -> dict[str, Any]:
+        batch = None
+        if unit.rows is not None:
+            batch = arrays(self._pair(unit.rows[0][0][0]) if self._pairs else self._group(unit.rows))
+        skipped = (*unit.skipped, *self._images.take())
+        samples = (sample for row in unit.rows or () for sample, _ in row)
+        missing = tuple(name for sample in samples for name in sample.missing)
+        return {"news": News(unit.shard, unit.place, skipped, missing), "unit": batch}
+
+    def _group(self, rows: Sequence[Sequence[tuple[Sample, _Images]]]) -> PackedBatch:
+        """A group without the samples whose images cannot be read; their places stay empty."""
+        readable: list[list[Sample]] = []
+        for row in rows:
+            readable.append([])
+            for sample, images in row:
+                try:
+                    images.result()
+                except Unreadable as error:
+                    self._images.bad(error.bad)
+                    continue
+                if sample.num_images:
+                    self._images.good(sample.source)
+                readable[-1].append(dataclasses.replace(sample, read_images=images.result))
+        return packing.assemble_group(self._records.shape, readable)
+
+    def _pair(self, sample: Sample) -> PairBatch:
+        batch, length = empty_pairs(self._records.shape, 1), len(sample.encoded)
+        (batch.images[0],) = sample.read_images()
+        batch.text_tokens[0, :length] = sample.encoded.tokens
+        batch.text_valid[0, :length] = True
+        return batch
+
+    def close(self) -> None:
+        """Stops and joins the threads."""
+        super().close()
+        if self._packers is not None:
+            self._closing()
+
+    def get_state(self) -> dict[str, Any]:
+        return {}  # the state travels with the elements
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError("shards start at their `Place`s")
+
+
+def _close(packers: Sequence[PackIterator], pool: concurrent.futures.Executor) -> None:
+    for packer in packers:
+        packer.close()
+    pool.shutdown(wait=True, cancel_futures=True)

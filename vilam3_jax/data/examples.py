@@ -286,6 +286,8 @@ def _request_problem(example: Example) -> str | None:
         if call in taken:
             return f"{name} is made twice before turn {request.before_turn}"
         taken.add(call)
+        if IMAGE_MARKER in request.question or IMAGE_MARKER in request.call:
+            return f"{name} has a marker {IMAGE_MARKER} in its words"
         first = next(r for r in example.expert_requests if r.before_turn == request.before_turn)
         if request is first and request.call:
             made = [(r.expert, r.args) for r in example.expert_requests if r.before_turn == first.before_turn]

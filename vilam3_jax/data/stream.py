@@ -27,7 +27,7 @@ from vilam3_jax.data.experts.dialogues.source import DialogueSource, under_rules
 from vilam3_jax.data.interleave import Interleaving
 from vilam3_jax.data.records import ExampleSource
 from vilam3_jax.data.tfds_folder import is_dataset, read_info
-from vilam3_jax.errors import UserError, warn_of
+from vilam3_jax.errors import UnavailableError, UserError, warn_of
 
 _HELD_OUT_SEED = 0
 # How positions go to shards and to datasets; part of the fingerprint, as a state counts them.
@@ -245,10 +245,11 @@ def choose_donors(sources: Sequence[Source]) -> dict[tuple[int, int], tuple[int,
     """
     known = []
     for number, source in enumerate(sources):
-        for record, example in enumerate(source):
-            meta = example.meta
-            if example.images:
-                person = meta.get("group") or meta.get("patient") or f"record {number} {record}"
+        for record in range(len(source)):
+            example = _usable(source, record)
+            if example is not None and example.images:
+                meta = example.meta
+                person = str(meta.get("group") or meta.get("patient") or f"record {number} {record}")
                 known.append(_Known((number, record), len(example.images), person))
     rings: dict[Any, list[_Known]] = collections.defaultdict(list)
     for entry in known:
@@ -263,6 +264,16 @@ def choose_donors(sources: Sequence[Source]) -> dict[tuple[int, int], tuple[int,
         if choice is not None:
             donors[entry.address] = choice.address
     return donors
+
+
+def _usable(source: Source, record: int) -> Example | None:
+    """A record, or None if it cannot be used; the loader names those."""
+    try:
+        return source[record].validate()
+    except UnavailableError:
+        raise
+    except UserError:
+        return None
 
 
 @dataclasses.dataclass(frozen=True)

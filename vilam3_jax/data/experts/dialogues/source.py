@@ -18,7 +18,7 @@ from vilam3_jax.data.experts.dialogues.pools import pools_digest
 from vilam3_jax.data.experts.dialogues.rules import Rule
 from vilam3_jax.data.experts.dialogues.scene import Scene, Setting, Unfit
 from vilam3_jax.data.records import ExampleSource
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UnavailableError, UserError
 
 _NAMED = 3
 
@@ -130,15 +130,14 @@ def under_rules(
     kept: list[list[int]] = [[] for _ in rules]
     left: list[collections.Counter[str]] = [collections.Counter() for _ in rules]
     first_of: dict[str, str] = {}
-    for number, record in enumerate(source):
-        scene = Scene(record, setting, random.Random(0))
-        for rule, indices, reasons in zip(rules, kept, left, strict=True):
-            reason = rule.unfit(scene)
+    for number in range(len(source)):
+        name, unfit = _unfit(source, number, rules, setting)
+        for rule, reason, indices, reasons in zip(rules, unfit, kept, left, strict=True):
             if reason is None:
                 indices.append(number)
             else:
                 reasons[reason] += 1
-                first_of.setdefault(f"{rule.name} {reason}", record.id)
+                first_of.setdefault(f"{rule.name} {reason}", name)
     made = []
     for rule, indices, reasons in zip(rules, kept, left, strict=True):
         named = {
@@ -146,6 +145,26 @@ def under_rules(
         }
         made.append(DialogueSource(source, rule, setting, seed, np.array(indices, np.int64), named))
     return made
+
+
+def _unfit(
+    source: ExampleSource, number: int, rules: Sequence[Rule], setting: Setting
+) -> tuple[str, list[str | None]]:
+    """(name of a record, why it does not fit each rule); a record that cannot be used fits none.
+
+    Raises:
+      UnavailableError: the data cannot be read now.
+    """
+    name = f"record {number}"
+    try:
+        record = source[number].validate()
+        name = record.id
+        scene = Scene(record, setting, random.Random(0))
+        return name, [rule.unfit(scene) for rule in rules]
+    except (UnavailableError, MemoryError):
+        raise
+    except Exception as error:  # whatever is wrong in a record, the others are tried
+        return name, [f"cannot be used ({type(error).__name__})"] * len(rules)
 
 
 def under_rule(source: ExampleSource, rule: Rule, setting: Setting, seed: int) -> DialogueSource:

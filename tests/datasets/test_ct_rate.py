@@ -137,7 +137,7 @@ def test_questions_about_findings(source) -> None:
     examples, skipped = made(CtRate, source, "findings")
     qa = examples["train"][0].meta["qa"]
     yes = [q["question"] for q in qa if q["answer"] == "yes"]
-    assert len(yes) == 2 and len(qa) == 6
+    assert len(yes) == 2 and len(qa) == 4
     assert any("cardiomegaly" in q for q in yes) and any("a lung nodule" in q for q in yes)
     assert not any("emphysema" in q["question"] for q in qa)  # has no value
     assert {q["label_source"] for q in qa} == {"labeler"} and qa[0]["options"] == ["yes", "no"]

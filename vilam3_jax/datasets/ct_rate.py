@@ -71,7 +71,7 @@ _FINDINGS_REQUEST = "Describe the findings of this chest CT."
 _IMPRESSION_REQUEST = "What is the impression of this chest CT?"
 _QUESTIONS = ("Does this chest CT show {name}?", "Is there {name} in this chest CT?")
 _YES_NO = ("yes", "no")
-_MOST_ASKED = 4  # findings that are there, and as many that are not
+_MOST_ASKED = 4  # findings that are there; as many that are not, and at least one
 _MODEL_WINDOW = "model"
 
 
@@ -142,7 +142,7 @@ class CtRate(Dataset):
     Choices of ours: all volumes of a scan share its report, so each scan counts once: one of its volumes is
     drawn. With `--reconstructions all` each volume is a record and `meta.weight` is 1 over their number. Head
     scans (the `no_chest` lists) and volumes that are known to be damaged are set aside. The variant
-    "findings" asks for up to four findings that are there and four that are not. The split "validation" is
+    "findings" asks for up to four findings that are there and as many that are not. The split "validation" is
     the source's only held-out set. Volumes as they were first released hold values that are still to be
     rescaled: their windows are given in these values, by the metadata; one whose header puts the patient
     another way round than the metadata is set aside.
@@ -277,11 +277,11 @@ def _report_questions(texts: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def _label_questions(labels: Mapping[str, bool], rng: random.Random) -> list[dict[str, Any]]:
-    asked = []
-    for answer in (True, False):
-        names = [name for name in FINDINGS if labels.get(name) is answer]
-        chosen = rng.sample(names, min(_MOST_ASKED, len(names)))
-        asked += [(name, _YES_NO[0 if answer else 1]) for name in chosen]
+    there = [name for name in FINDINGS if labels.get(name) is True]
+    absent = [name for name in FINDINGS if labels.get(name) is False]
+    there = rng.sample(there, min(_MOST_ASKED, len(there)))
+    absent = rng.sample(absent, min(max(1, len(there)), len(absent)))
+    asked = [(name, _YES_NO[0]) for name in there] + [(name, _YES_NO[1]) for name in absent]
     if not asked:
         raise SkipItem("has no label with a value")
     rng.shuffle(asked)

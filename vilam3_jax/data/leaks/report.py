@@ -184,7 +184,8 @@ def to_text(content: Mapping[str, Any]) -> str:
             + (f"; {', '.join(notes)}" if notes else "")
         )
     lines += ["", "evaluation records that a training set has too"]
-    for pair in content["pairs"]:
+    shared = [pair for pair in content["pairs"] if pair["kinds"]]
+    for pair in shared:
         total = pair["evaluation_records"]
         lines.append(
             f"  {pair['training']} -> {pair['evaluation']}: {pair['leaked_records']} of {total} leaked"
@@ -196,6 +197,7 @@ def to_text(content: Mapping[str, Any]) -> str:
             example = f", such as {first['evaluation']} in {first['training']}" if first else ""
             note = "" if row["leaked_records"] else " (no leak by itself)"
             lines.append(f"    {kind:<11} {row['evaluation_records']:>8}  {KINDS[kind]}{note}{example}")
+    lines.append(f"  {len(content['pairs']) - len(shared)} pairs of sets share nothing")
     lines += ["", f"verdict: {content['verdict']}"]
     return "\n".join(lines) + "\n"
 

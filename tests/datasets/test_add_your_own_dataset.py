@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from twins import made, picture, write
 
-from vilam3_jax.datasets import registry
+from vilam3_jax.datasets import prepare, registry
 from vilam3_jax.errors import UserError
 
 PAGE = Path(__file__).parents[2] / "docs" / "datasets_add_your_own.md"
@@ -87,6 +87,8 @@ def test_one_name_is_one_dataset(installed, tmp_path, monkeypatch):
         UserError, match=r"dataset 'function' of other 1\.0: os:getcwd is no subclass of Dataset"
     ):
         registry.get("function")
+    listed = {line.split()[0]: line for line in prepare.listing().splitlines()}
+    assert "cannot be loaded" in listed["broken"] and "CC0-1.0" in listed["vqa_rad"]
 
 
 def test_the_test_of_the_page_passes(installed, tmp_path):

@@ -43,7 +43,11 @@ def listing() -> str:
     """All datasets: name, access class, licence and what they are."""
     rows: list[tuple[str, ...]] = [_QUICKSTART]
     for name in registry.names():
-        dataset = registry.get(name)
+        try:
+            dataset = registry.get(name)
+        except UserError as error:  # another package's; the others are listed all the same
+            rows.append((name, "-", "-", str(error)))
+            continue
         rows.append((name, dataset.access, dataset.licence, " ".join(dataset.description.split())))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = []

@@ -90,6 +90,15 @@ def test_letters_are_the_order_of_the_names_not_of_the_columns(tmp_path):
     ]
 
 
+def test_pairs_have_a_sentence_of_the_labels(tmp_path):
+    examples, skipped = made(MimicCxrClass, release(tmp_path), "pairs", ["--wording", "canonical"])
+    found = by_id(examples)
+    assert set(found) == {"a1", "a3", "b1", "c1", "d1"} and not any(skipped.values())
+    assert {e.format for e in found.values()} == {"pair"}
+    assert "edema" in found["a1"].turns[1].text and found["a1"].turns[0].text == "<image>"
+    assert by_id(made(MimicCxrClass, tmp_path, "pairs", parity=True)[0]).keys() == found.keys()
+
+
 def test_parity_puts_the_reference_back(tmp_path):
     folder = release(tmp_path)
     examples, _ = made(MimicCxrClass, folder, argv=["--test-labels", "labeler"], parity=True)

@@ -58,6 +58,13 @@ def test_the_target_is_chosen(tmp_path):
     )
 
 
+def test_pairs_are_films_and_reports(tmp_path):
+    examples, _ = made(MimicCxrReports, release(tmp_path, changes=texts()), "pairs")
+    example = by_id(examples)["a1"]
+    assert example.format == "pair" and not example.expert_requests
+    assert [t.text for t in example.turns] == ["<image>", "The lungs are clear."]
+
+
 def test_an_existing_table_of_sections_is_used(tmp_path):
     table = [["study", "impression", "findings", "last_paragraph", "comparison"]]
     table += [["s80000001", "", "Line one,\nline two.", "", ""], ["s80000003", "Normal.", "", "", ""]]

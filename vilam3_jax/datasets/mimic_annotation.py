@@ -65,7 +65,7 @@ class MimicAnnotation(MimicDataset):
 
     name = "mimic_annotation"
     description = "Findings of MIMIC-CXR reports as R2Gen and DCL selected them, a film each."
-    configs: ClassVar[Mapping[str, str]] = {name: CONFIGS[name] for name in ("pooled", "clean")}
+    configs: ClassVar[Mapping[str, str]] = {name: CONFIGS[name] for name in ("pooled", "clean", "pairs")}
     instructions = (
         "mimic_annotation.json from the Google Drive folder of https://github.com/mlii0117/DCL, or "
         "annotation.json of https://github.com/cuhksz-nlp/R2Gen (text derived from MIMIC-CXR: the same "

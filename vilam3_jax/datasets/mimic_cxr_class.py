@@ -13,14 +13,16 @@ from vilam3_jax.datasets.chest_findings import (
     NORMAL,
     Ask,
     Known,
+    add_wording,
     answer_weights,
     column_names,
+    film_caption,
     film_example,
     known_labels,
     reference_question,
     with_film_expert,
 )
-from vilam3_jax.datasets.conversations import conversation, question_meta
+from vilam3_jax.datasets.conversations import conversation, pair, question_meta
 from vilam3_jax.datasets.dataset import Context, SkipItem, Split
 from vilam3_jax.datasets.mimic_cxr import (
     FRONTAL,
@@ -113,6 +115,7 @@ class MimicCxrClass(MimicDataset):
     configs: ClassVar[Mapping[str, str]] = {
         "binary": "yes/no questions about each finding",
         "multiple_choice": "one question whose answer is the letters of the findings",
+        "pairs": "image-text pairs: a sentence made of the labels",
     }
     instructions = (
         f"{JPG_INSTRUCTIONS}: mimic-cxr-2.0.0-{{split,metadata,chexpert}}.csv.gz (negbio with "
@@ -121,8 +124,9 @@ class MimicCxrClass(MimicDataset):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares --labels and --test-labels."""
+        """Declares --labels, --test-labels and --wording."""
         super().add_arguments(parser)
+        add_wording(parser)
         parser.add_argument("--labels", choices=("chexpert", "negbio"), default="chexpert", help="labeler")
         parser.add_argument(
             "--test-labels",
@@ -153,6 +157,7 @@ class MimicCxrClass(MimicDataset):
             form=self.config,
             views=self.options.views,
             weights=_weights(found.get("train", ()), self.options.views),
+            varied=self.options.wording == "varied",
         )
         return {
             name: Split(of_split, make, functools.partial(row_of, table), IMAGES[name])
@@ -200,20 +205,26 @@ def _examples(
     form: str,
     views: str,
     weights: Mapping[tuple[str, bool], float],
+    varied: bool,
 ) -> Iterator[Example]:
     if not item.film.problem:
         if item.expert_read and not item.labels:
             return  # most test studies were not read by radiologists
-        if views == "frontal" and item.film.view not in FRONTAL and not context.parity:
+        reference = context.parity and form != "pairs"  # the reference has no pairs
+        if views == "frontal" and item.film.view not in FRONTAL and not reference:
             return
         if problem := problem_of(item.labels):
             raise SkipItem(problem)
-        if context.parity and context.split == "train" and not _reference_keeps(item, context):
+        if reference and context.split == "train" and not _reference_keeps(item, context):
             return
     image = film_image(context, folder, item.film)
     source = "radiologist" if item.expert_read else "labeler"
     meta = film_meta(context, item.film, label_source=source)
-    if context.parity:
+    if form == "pairs":
+        rng = context.rng(item.film.dicom, "caption") if varied else None
+        caption = film_caption(states_of(item.labels), rng)
+        yield pair(item.film.dicom, image, caption, meta, kind="pair")
+    elif context.parity:
         make = _reference_binary if form == "binary" else _reference_choice
         yield from make(item, image, meta, source)
     elif form == "binary":

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.datasets.chest_findings import with_film_expert
-from vilam3_jax.datasets.conversations import conversation, question_meta
+from vilam3_jax.datasets.conversations import conversation, pair, question_meta
 from vilam3_jax.datasets.dataset import Context, SkipItem
 from vilam3_jax.datasets.mimic_cxr import FRONTAL, Film, film_meta
 from vilam3_jax.datasets.report_text import clean, reworded, sentence_pool
@@ -17,6 +17,7 @@ REFERENCE_QUESTION = "Describe the image in detail."
 CONFIGS = {
     "clean": "cleaned reports in their own words",
     "pooled": "cleaned reports whose frequent sentences have one wording",
+    "pairs": "image-text pairs of films and cleaned reports",
 }
 
 
@@ -43,7 +44,7 @@ def pools_of(texts: Mapping[str, Iterable[str]]) -> Pools:
 def report_example(
     film: Film, image: ImageRef, raw: Sequence[str], heads: Sequence[str], context: Context, pools: Pools
 ) -> Example:
-    """A film, a request to describe it, and its report.
+    """A film, a request to describe it, and its report; for the variant "pairs" the film and its report.
 
     The report as it was stands in `meta.raw_report`.
 
@@ -68,10 +69,12 @@ def report_example(
         texts.append(reworded(clean(text).text, pool))
         if not texts[-1]:
             raise SkipItem(f"its {head} has no sentence left after cleaning")
-    report, original = _headed(texts, heads), _headed(raw, heads)
+    report = _headed(texts, heads)
+    meta = film_meta(context, film, label_source="radiologist", raw_report=_headed(raw, heads))
+    if context.config == "pairs":
+        return pair(film.dicom, image, report, meta, kind="pair")
     question = _QUESTIONS.get(tuple(heads), REFERENCE_QUESTION)
     qa = question_meta(question, report, "report", label_source="radiologist")
-    meta = film_meta(context, film, label_source="radiologist", raw_report=original)
     example = conversation(film.dicom, [image], [(question, report)], meta, questions=[qa])
     return with_film_expert(example) if film.view in FRONTAL else example
 

@@ -193,6 +193,15 @@ def test_the_share_that_is_held_out(tmp_path):
         built(tmp_path, [{"image": "a.png", "conversations": dialogue()}] * 3)
 
 
+def test_the_key_of_patients(tmp_path):
+    records = [{"patient": f"P{i // 2}", "id": str(i), "conversations": dialogue(f"{i}?")} for i in range(9)]
+    examples, skipped = built(tmp_path, [*records, {"id": "x"}], "--split-by", "patient", "--heldout", "0.5")
+    found = everything(examples)
+    assert len({one.meta["patient"] for one in found.values()}) == 5
+    assert found["0"].meta["patient"] == found["1"].meta["patient"]
+    assert [one.reason for some in skipped.values() for one in some] == ["the patient is missing"]
+
+
 def test_stated_splits(tmp_path):
     records = [
         {"id": str(i), "part": part, "conversations": dialogue(f"Number {i}?")}
@@ -304,7 +313,6 @@ def test_whatever_a_record_holds_it_is_used_or_named(tmp_path_factory, records):
 
 def test_options_that_do_not_go_together(tmp_path):
     for argv, words in (
-        (["--split-by", "patient"], "needs --patient KEY"),
         (["--heldout", "1"], "share from 0"),
         (["--images", str(tmp_path / "none")], "no such folder"),
     ):

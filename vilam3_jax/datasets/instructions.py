@@ -42,19 +42,16 @@ class Instructions(Dataset):
     source_is_file: ClassVar[bool] = True
 
     def __init__(self, options: argparse.Namespace | None = None, config: str = "") -> None:
-        """Checks that the options go together.
+        """Checks the options.
 
         Raises:
-          UserError: they do not.
+          UserError: `--heldout` is no share.
         """
         super().__init__(options, config)
         self._images = self.options.images
         if not 0 <= self.options.heldout < 1:
             raise UserError(f"--heldout {self.options.heldout}: give a share from 0 up to, but not, 1")
-        if self.options.split_by == "patient" and not self.options.patient:
-            raise UserError(
-                "--split-by patient needs --patient KEY, the key of a record that names the patient"
-            )
+        self._patient = self.options.patient or ("patient" if self.options.split_by == "patient" else None)
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -66,10 +63,12 @@ class Instructions(Dataset):
             "--split-by",
             choices=("patient", "hash"),
             default="hash",
-            help="what stays together: records of a patient (needs --patient), or those that share an image",
+            help="what stays together: records of a patient and an image, or of an image (the default)",
         )
         parser.add_argument(
-            "--patient", metavar="KEY", help="key of a record that names the patient; a.b for nested ones"
+            "--patient",
+            metavar="KEY",
+            help="key of a record that names the patient, a.b for nested ones",
         )
         parser.add_argument(
             "--heldout", type=float, default=0.1, metavar="SHARE", help="share that is held out"
@@ -98,10 +97,10 @@ class Instructions(Dataset):
                 f"--images {self._images}: no such folder; give the folder that records name images in"
             )
         path = str(source.root / file)
-        patient, split = self.options.patient, self.options.split
+        patient, split = self._patient, self.options.split
         found = instruction_lists.scan(
             path,
-            functools.partial(_shared, patient=patient),
+            functools.partial(ties, patient=patient),
             functools.partial(_stated_split, key=split) if split else None,
         )
         if not len(found.records):
@@ -117,8 +116,13 @@ class Instructions(Dataset):
         }
 
 
-def _shared(record: Mapping[str, Any], *, patient: str | None) -> list[bytes]:
-    """What ties a record to others: its images and its patient; of a text alone, its dialogue."""
+def ties(record: Mapping[str, Any], *, patient: str | None) -> list[bytes]:
+    """What ties a record to others: its images and its patient; of a text alone, its dialogue.
+
+    Args:
+      record: of a list.
+      patient: the key that names the patient, or None.
+    """
     shared = []
     if patient and isinstance(value := _nested(record, patient), str | int | float):
         shared.append(b"patient\0" + str(value).encode("utf-8", "surrogatepass"))

@@ -105,7 +105,7 @@ class Volume:
       findings, impression: sections of the report, as the row has them.
       labels: finding → whether the classifier read it; those without a value are left out.
       sex, age: as the metadata have them.
-      weight: 1 over the number of usable volumes of the scan.
+      weight: 1 over the number of usable volumes of the scan, where all of them become records.
       stored: how the file's values and axes differ from what they should be; None: they do not.
       problem: why it cannot be used, "" if it can.
     """
@@ -200,7 +200,7 @@ class CtRate(Dataset):
         for split, folder in folders.items():
             tables = _Tables.read(source, base, split, fixed=fixed, labelled=self.config == "findings")
             volumes = _volumes(source, tables, split, folder)
-            items = _by_scan(volumes) if one else [(volume,) for volume in volumes]
+            items = _by_scan(volumes) if one else [(volume,) for volume in _weighted(volumes)]
             expected = (SCANS if one else VOLUMES)[split]
             per_item = making.slices.slices if self.config == "slices" else 1
             make = functools.partial(make_scan, making=making)
@@ -440,22 +440,23 @@ def _volumes(source: SourceFolder, tables: _Tables, split: str, folder: str) -> 
                 problem=problem,
             )
         )
-    return _weighted(found)
+    return found
 
 
 def _weighted(volumes: Sequence[Volume]) -> list[Volume]:
     usable = collections.Counter(_scan_of(v) for v in volumes if not v.problem)
-    return [v if v.problem else dataclasses.replace(v, weight=1 / usable[_scan_of(v)]) for v in volumes]
+    weights = [1.0 if v.problem else 1 / usable[_scan_of(v)] for v in volumes]
+    return [
+        v if weight == 1 else dataclasses.replace(v, weight=weight)
+        for v, weight in zip(volumes, weights, strict=True)
+    ]
 
 
 def _by_scan(volumes: Sequence[Volume]) -> list[tuple[Volume, ...]]:
-    """Volumes of one scan together; those that cannot be used only where their scan has no other.
-
-    Each has the weight 1, as one of them is drawn. Rows without a scan stay alone.
-    """
+    """Volumes of one scan together; those that cannot be used only where their scan has no other."""
     scans: dict[str, list[Volume]] = {}
     for volume in volumes:
-        scans.setdefault(_scan_of(volume) or volume.row, []).append(dataclasses.replace(volume, weight=1.0))
+        scans.setdefault(_scan_of(volume) or volume.row, []).append(volume)  # a bad row stays alone
     return [tuple([v for v in found if not v.problem] or found[:1]) for found in scans.values()]
 
 

@@ -1,7 +1,7 @@
 """How long and how much memory do the MIMIC-CXR datasets take at their full size?
 
 Run: python benchmarks/mimic_scale.py [--folder=DIR] [--dataset=NAME[:VARIANT]...] [--build=NAME]
-     [--processes=N]
+     [--out=DIR] [--processes=N]
 
 Writes a synthetic MIMIC-CXR-JPG of 377,110 films in 227,835 studies of 65,379 made-up patients, with a text
 report for each study, 700,703 questions about pairs and an annotation file. The films are hard links to a few
@@ -9,7 +9,7 @@ small JPEG files. A folder that is there is used again.
 
 For each dataset, a process of its own reads the lists (`Dataset.splits`) and prints the time and the peak of
 its memory. With --build, the dataset is built as by `vilam3 prepare`, opened, and read in the order of one
-shuffled pass.
+shuffled pass; started again, it goes on with the shards that are whole.
 """
 
 from __future__ import annotations
@@ -207,8 +207,9 @@ def main(argv: Sequence[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", default=str(Path(tempfile.gettempdir()) / "mimic_scale"))
-    parser.add_argument("--dataset", action="append", help="default: all")
+    parser.add_argument("--dataset", action="append", help="default: all, or with --build none")
     parser.add_argument("--build", help="dataset that is built")
+    parser.add_argument("--out", help="of the build (FOLDER_built)")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(argv)
     folder = Path(options.folder)
@@ -222,13 +223,12 @@ def main(argv: Sequence[str]) -> None:
     everything = ["mimic_cxr_class", "mimic_cxr_reports", "mimic_cxr_reports:pooled", "mimic_annotation"]
     everything += ["medical_diff_vqa", "medical_diff_vqa:difference"]
     spawn = multiprocessing.get_context("spawn")
-    for name in options.dataset or everything:
+    for name in options.dataset or ([] if options.build else everything):
         child = spawn.Process(target=read_lists, args=(str(folder), name))
         child.start()
         child.join()
     if options.build:
-        with tempfile.TemporaryDirectory() as out:
-            build(str(folder), options.build, out, options.processes)
+        build(str(folder), options.build, options.out or f"{options.folder}_built", options.processes)
 
 
 if __name__ == "__main__":

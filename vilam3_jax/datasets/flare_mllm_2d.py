@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import posixpath
 import re
-import string
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -209,13 +208,6 @@ def _choice(question: str, options: Any, answer: str) -> multiple_choice.Choice 
     """The question as one with options, where the row lists them apart."""
     if not options:
         return None
-    if isinstance(options, list):
-        if len(options) > len(string.ascii_uppercase):
-            raise SkipItem("has more options than letters")
-        options = dict(zip(string.ascii_uppercase, options, strict=False))
-    if not isinstance(options, dict):
+    if not isinstance(options, list):
         raise SkipItem(f"the options are a {type(options).__name__}, not a list")
-    texts = multiple_choice.lettered_options(options)
-    letter = "" if answer in texts.values() else multiple_choice.single_letter(answer, list(texts))
-    letter = letter or multiple_choice.right_letter(texts, text=answer)
-    return multiple_choice.choice(question, texts, letter)
+    return multiple_choice.listed_choice(question, options, answer)

@@ -124,6 +124,19 @@ def choice(question: str, options: Mapping[str, str], letter: str) -> Choice:
     return Choice(question.strip(), tuple(options.values()), list(options).index(letter))
 
 
+def listed_choice(question: str, options: Sequence[object], answer: str) -> Choice:
+    """A question whose options are a list; the answer is the text of one of them, or else its letter.
+
+    Raises:
+      SkipItem: an option is no text, there are fewer than two or more than letters, or none is the answer.
+    """
+    if len(options) > len(string.ascii_uppercase):
+        raise SkipItem("has more options than letters")
+    texts = lettered_options(dict(zip(string.ascii_uppercase, options, strict=False)))
+    letter = "" if answer in texts.values() else single_letter(answer, list(texts))
+    return choice(question, texts, letter or right_letter(texts, text=answer))
+
+
 def _same_text(options: Mapping[str, str], text: str) -> list[str]:
     exact = [letter for letter, option in options.items() if option == text.strip()]
     return exact or [letter for letter, option in options.items() if _plain(option) == _plain(text)]

@@ -35,6 +35,7 @@ DATASETS: dict[str, tuple[str, str]] = {
     "path_vqa": ("path_vqa", "PathVqa"),
     "pmc_oa": ("pmc_oa", "PmcOa"),
     "pmc_vqa": ("pmc_vqa", "PmcVqa"),
+    "radimagenet_vqa": ("radimagenet_vqa", "RadImageNetVqa"),
     "roco": ("roco", "Roco"),
     "roco_v2": ("roco_v2", "RocoV2"),
     "sharegpt4v": ("sharegpt4v", "ShareGpt4V"),

@@ -12,7 +12,7 @@ import imagecodecs
 import numpy as np
 from PIL import ExifTags, Image, ImageChops
 
-from vilam3_jax.data import file_kinds
+from vilam3_jax.data import decoded, file_kinds
 from vilam3_jax.data.deep_pictures import to_eight_bits, visible, with_alpha
 from vilam3_jax.data.dicom.pixels import read_picture
 from vilam3_jax.data.file_kinds import FileKind
@@ -81,7 +81,7 @@ class LoadedPicture:
 def decode_image(
     data: bytes, *, alpha: Alpha = "white", frame: int | None = None, limits: Limits = DEFAULT_LIMITS
 ) -> np.ndarray:
-    """Decodes PNG, JPEG, WebP, BMP, GIF or TIFF; docs/formats/pictures.md has the rules.
+    """Decodes PNG, JPEG, WebP, BMP, GIF or TIFF, and `decoded`; docs/formats/pictures.md has the rules.
 
     8-bit pictures come as they are stored: grey is repeated, CMYK converted, colour profiles are ignored.
     Grey of more bits is stretched between its 0.5 and 99.5 percentiles, colour of more bits is divided by its
@@ -100,9 +100,11 @@ def decode_image(
       UserError: no picture, damaged, cut short, several frames, or over a limit. The caller adds which record
         or file it was.
     """
-    decoded = _decode(data, alpha, frame, limits)
-    warn_of(decoded.notes, "picture")
-    return np.array(decoded.image.convert("RGB"))
+    if decoded.is_decoded(data):
+        return decoded.decode(data)
+    found = _decode(data, alpha, frame, limits)
+    warn_of(found.notes, "picture")
+    return np.array(found.image.convert("RGB"))
 
 
 def decode_scaled(data: bytes, size: int, *, alpha: Alpha = "white") -> np.ndarray:
@@ -110,10 +112,22 @@ def decode_scaled(data: bytes, size: int, *, alpha: Alpha = "white") -> np.ndarr
 
     Returns:
       [size, size, 3] uint8.
+
+    Raises:
+      UserError: see `decode_image`; or a picture is stored as pixels of another size, whose own shape and
+        details are lost.
     """
-    decoded = _decode(data, alpha, None, DEFAULT_LIMITS)
-    warn_of(decoded.notes, "picture")
-    image = decoded.image
+    if decoded.is_decoded(data):
+        height, width = decoded.shape(data)
+        if (height, width) != (size, size):
+            raise UserError(
+                f"picture stored as {height} x {width} pixels, the model takes {size} x {size}; prepare the "
+                f"dataset again with --decode-images {size}, or without"
+            )
+        return decoded.decode(data)
+    found = _decode(data, alpha, None, DEFAULT_LIMITS)
+    warn_of(found.notes, "picture")
+    image = found.image
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.array(image.convert("RGB"))
@@ -121,6 +135,8 @@ def decode_scaled(data: bytes, size: int, *, alpha: Alpha = "white") -> np.ndarr
 
 def image_shape(data: bytes, *, limits: Limits = DEFAULT_LIMITS) -> tuple[int, int]:
     """(H, W) of what `decode_image` returns, from the header where that is enough; raises the same errors."""
+    if decoded.is_decoded(data):
+        return decoded.shape(data)
     kind = _picture_kind(data)
     if kind == file_kinds.TIFF:
         width, height = _decode(data, "ignore", None, limits).image.size
@@ -154,11 +170,11 @@ def load_picture(
     if kind.reader != "picture":
         raise file_kinds.refusal(path, kind)
     try:
-        decoded = _decode(data, alpha, frame, limits)
+        found = _decode(data, alpha, frame, limits)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    pixels = np.array(decoded.image.convert("RGB"))
-    return LoadedPicture(pixels, frame=decoded.frame, frames=decoded.frames, notes=decoded.notes)
+    pixels = np.array(found.image.convert("RGB"))
+    return LoadedPicture(pixels, frame=found.frame, frames=found.frames, notes=found.notes)
 
 
 def load_film(

@@ -1,4 +1,4 @@
-"""What the tests of datasets share: small pictures, files of synthetic twins, what a dataset makes of them."""
+"""What the tests of datasets share: pictures, files of synthetic twins, and what a dataset makes of them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vilam3_jax.data.example_features import decode, encode
 from vilam3_jax.data.examples import Example
 from vilam3_jax.datasets.dataset import Dataset, Skipped, examples_of
 from vilam3_jax.datasets.source_files import SourceFolder
@@ -60,7 +61,8 @@ def made(
 ) -> tuple[dict[str, list[Example]], dict[str, list[Skipped]]]:
     """(examples, skipped items) by split, without shards or processes.
 
-    Checks what holds of every dataset: processes can be given its items, and no id stands twice.
+    Checks what holds of every dataset: processes can be given its items, no id stands twice, and what is
+    stored is what was made.
 
     Args:
       dataset: the class.
@@ -82,4 +84,6 @@ def made(
         skipped[name] = [one for one in found if isinstance(one, Skipped)]
     ids = [one.id for found in examples.values() for one in found]
     assert len(set(ids)) == len(ids), "an id stands twice"
+    for found in examples.values():
+        assert [decode(encode(one)) for one in found] == found, "the stored form is another example"
     return examples, skipped

@@ -126,6 +126,10 @@ class Loader:
         numbers = self._turns.own_shards
         self._places = from_state(state, numbers, self.shard_count, self._binding, self._records)
 
+    def sample_of(self, address: tuple[int, int], position: int) -> Sample | BadRecord:
+        """The sample that (number of a dataset, record) is at a position; see `RecordLoader.sample`."""
+        return self._records.sample(address, position, 0)
+
     def load(self, position: int, index: int) -> Sample | BadRecord:
         """The sample at a position, see `RecordLoader.load`."""
         return self._records.load(position, index)

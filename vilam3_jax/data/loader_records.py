@@ -56,9 +56,14 @@ class RecordLoader:
     shape: GroupShape
 
     def load(self, position: int, index: int) -> Sample | BadRecord:
+        """The sample at a position of the stream, see `sample`."""
+        return self.sample(self.samples.address(position), position, index)
+
+    def sample(self, address: tuple[int, int], position: int, index: int) -> Sample | BadRecord:
         """Renders and encodes a sample; what is wrong with a record is returned, not raised.
 
         Args:
+          address: (number of the dataset, record in it).
           position: in the order of samples.
           index: of the sample in its loader shard.
 
@@ -66,7 +71,6 @@ class RecordLoader:
           UnavailableError: the data cannot be read now.
           StoppingError: the settings forbid to put the record aside.
         """
-        address = self.samples.address(position)
         name, source = self.samples.name(address), address[0]
         try:
             sample = self.read(address, position)

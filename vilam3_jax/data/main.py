@@ -14,6 +14,7 @@ _COMMANDS = {
         "vilam3_jax.data.leaks.main",
         "images, patients and texts that training and evaluation sets share",
     ),
+    "mixture": ("vilam3_jax.data.mixture", "what a run sees: order, epochs and tokens of each dataset"),
     "scan": ("vilam3_jax.data.scan.main", "triage of a folder of DICOM, volumes and pictures"),
     "show": ("vilam3_jax.data.show", "one example as the model meets it"),
     "stats": ("vilam3_jax.data.stats", "sizes of samples and how they pack"),

@@ -57,7 +57,8 @@ class Sample:
         uint8 [S, S, 3]; called once, when it has a place.
       tile_map: int32 [inputs, 5], see `ImageProcessor.tile_map`; None where tiles stay apart.
       picture_paths: of its images that are files, below the dataset's data root.
-      missing: names of the experts that it is shown without, for want of an annotation.
+      experts: names of the experts that speak in it.
+      missing: names of those that do not, for want of an annotation.
     """
 
     id: str
@@ -67,6 +68,7 @@ class Sample:
     tile_map: np.ndarray | None = None
     source: int = 0
     picture_paths: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
 
     @property

@@ -99,6 +99,7 @@ class SampleReader:
             read,
             processor.tile_map(grids),
             picture_paths=paths,
+            experts=outline.experts,
             missing=outline.missing,
         )
 

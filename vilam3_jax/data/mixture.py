@@ -1,0 +1,219 @@
+"""`vilam3 data mixture`: what a run would see of each dataset, before it starts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import string
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from vilam3_jax import config as config_lib
+from vilam3_jax.data.loader import Loader, build_loader
+from vilam3_jax.data.packing import Sample
+from vilam3_jax.errors import UserError
+
+_LETTERS = string.ascii_uppercase + string.ascii_lowercase
+_LINE = 50  # positions in a line
+_HEAD = [
+    "", "dataset", "records", "epochs/pass", "samples/pass", "share", "epochs/run",
+    "tokens/sample", "of all tokens", "images/sample", "experts",
+]  # fmt: skip
+_TEXT_COLUMNS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One dataset of a mixture.
+
+    Attributes:
+      name: of the dataset, with its rule.
+      records: in its training split; under a rule those that it fits.
+      epochs: of it in a pass, the weight.
+      samples: of it in a pass.
+      looked_at: samples that the averages are of.
+      refused: records that were tried and could not be used.
+      tokens, images: average of a sample, estimated; NaN if every record was refused.
+      experts: share of the samples in which an expert speaks, estimated.
+      missing: requests without an annotation among the samples looked at.
+    """
+
+    name: str
+    records: int
+    epochs: float
+    samples: float
+    looked_at: int
+    refused: int
+    tokens: float
+    images: float
+    experts: float
+    missing: int
+
+
+def rows_of(loader: Loader, tried: int) -> list[Row]:
+    """Measures each dataset on evenly spaced records.
+
+    Args:
+      loader: of the training split.
+      tried: records of each dataset, at most.
+    """
+    rows = []
+    for number, (source, weight) in enumerate(
+        zip(loader.samples.sources, loader.samples.weights, strict=True)
+    ):
+        size = len(source)
+        count = min(size, tried)
+        # Positions differ, as the coin of `data.expert_share` depends on them.
+        found = [loader.sample_of((number, part * size // count), part) for part in range(count)]
+        good = [sample for sample in found if isinstance(sample, Sample)]
+        rows.append(
+            Row(
+                source.name,
+                size,
+                float(weight),
+                float(weight * size),
+                len(good),
+                count - len(good),
+                _mean([sample.num_tokens for sample in good]),
+                _mean([sample.num_images for sample in good]),
+                _mean([bool(sample.experts) for sample in good]),
+                sum(len(sample.missing) for sample in good),
+            )
+        )
+    return rows
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def samples_of_a_step(config: config_lib.ConfigDict, rows: Sequence[Row]) -> float:
+    """How many samples a batch holds: its pairs, or what its tokens and its image slots have room for."""
+    if config.kind == "contrastive":
+        return config.data.global_pairs
+    total = sum(row.samples for row in rows if row.looked_at)
+    tokens = sum(row.samples * row.tokens for row in rows if row.looked_at) / total
+    images = sum(row.samples * row.images for row in rows if row.looked_at) / total
+    data = config.data
+    slots = data.images_per_group * data.global_rows / data.rows_per_group
+    return min(data.seq_len * data.global_rows / tokens, slots / images if images else math.inf)
+
+
+def order_of(loader: Loader, count: int) -> list[str]:
+    """The datasets of the first positions, a letter each, in lines."""
+    letters = "".join(_LETTERS[loader.samples.address(n)[0] % len(_LETTERS)] for n in range(count))
+    return [letters[start : start + _LINE] for start in range(0, count, _LINE)]
+
+
+def table(config: config_lib.ConfigDict, rows: Sequence[Row]) -> list[str]:
+    """The lines of the table and of what is said below it.
+
+    Raises:
+      UserError: no record that was tried can be used.
+    """
+    usable = [row for row in rows if row.looked_at]
+    if not usable:
+        raise UserError(
+            "no record that was tried can be used; `vilam3 data show` says what is wrong with one"
+        )
+    all_samples = sum(row.samples for row in rows)
+    all_tokens = sum(row.samples * row.tokens for row in usable)
+    step = samples_of_a_step(config, rows)
+    passes = config.num_steps * step / all_samples
+    cells = [_HEAD]
+    for number, row in enumerate(rows):
+        measured = ["-"] * 4
+        if row.looked_at:
+            share = row.samples * row.tokens / all_tokens
+            measured = [f"{row.tokens:.0f}", f"{share:.1%}", f"{row.images:.2f}", f"{row.experts:.0%}"]
+        cells.append(
+            [
+                _LETTERS[number % len(_LETTERS)],
+                row.name,
+                f"{row.records:,}",
+                f"{row.epochs:.4g}",
+                f"{row.samples:,.10g}",
+                f"{row.samples / all_samples:.1%}",
+                f"{passes * row.epochs:.3g}",
+                *measured,
+            ]
+        )
+    speaking = sum(row.samples * row.experts for row in usable) / sum(row.samples for row in usable)
+    lines = [
+        *_aligned(cells),
+        "",
+        f"a pass: {all_samples:,.10g} samples, about {_short(all_tokens)} tokens; "
+        f"experts speak in {speaking:.0%} of them",
+        f"the run: {config.num_steps:,} steps of about {step:,.0f} samples, {passes:.3g} passes",
+        f"Tokens, images, experts and the run are estimates from up to {max(row.looked_at for row in rows)} "
+        "records of each dataset; epochs and samples of a pass are exact.",
+    ]
+    lines += [
+        f"{row.name}: {row.refused} of {row.refused + row.looked_at} records tried could not be used"
+        for row in rows
+        if row.refused
+    ]
+    lines += [
+        f"{row.name}: {row.missing} requests of {row.looked_at} samples have no annotation"
+        for row in rows
+        if row.missing
+    ]
+    return lines
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if number < _TEXT_COLUMNS else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def _short(number: float) -> str:
+    for size, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if number >= size:
+            return f"{number / size:.3g} {name}"
+    return f"{number:.0f}"
+
+
+def preview(config: config_lib.ConfigDict, count: int, tried: int) -> str:
+    """What `main` prints.
+
+    Raises:
+      UserError: a number below 1, or data that cannot be read.
+    """
+    from vilam3_jax.models import vila  # jax is slow to import, and --help needs none of it
+
+    for name, value in (("count", count), ("samples", tried)):
+        if value < 1:
+            raise UserError(f"--{name}={value}: must be at least 1")
+    loader = build_loader(config, "train", tokens_per_image=vila.tokens_per_image(config.model))
+    try:
+        lines = table(config, rows_of(loader, tried))
+        lines += ["", f"The first {count} positions:", *order_of(loader, count)]
+    finally:
+        loader.close()
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `vilam3 data mixture`; raises `UserError` for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="vilam3 data mixture",
+        description="What a run sees of each dataset of its mixture: epochs in a pass and in the run, "
+        "tokens, how often experts speak, and the order of the first positions. Takes --config=FILE:ARG "
+        "and --config.key=value as `vilam3 train` does.",
+    )
+    parser.add_argument("--count", type=int, default=100, help="positions of the order (default: 100)")
+    parser.add_argument(
+        "--samples", type=int, default=32, help="records of each dataset to measure (default: 32)"
+    )
+    options, rest = parser.parse_known_args(argv)
+    sys.stdout.write(preview(config_lib.parse(rest, flags.FlagValues()), options.count, options.samples))
+    return 0

@@ -63,7 +63,7 @@ _ROOTS = ("CheXpert-v1.0-small", "CheXpert-v1.0", ".", "CheXpert")
 _TEST_LISTS = ("groundtruth.csv", "CheXpert/groundtruth.csv", "chexlocalize/CheXpert/groundtruth.csv")
 _TEST_LISTS += tuple(f"{folder}test_labels.csv" for folder in ("CheXpert/", "chexlocalize/CheXpert/", ""))
 # A label as one letter of a row, so that 223,414 rows stay small.
-_LETTERS = {"": "-", "1": "1", "0": "0", "-1": "u"}
+_LETTERS = {"": "-", "1": "1", "1.0": "1", "0": "0", "0.0": "0", "-1": "u", "-1.0": "u"}
 _WRONG = "?"
 
 
@@ -242,7 +242,7 @@ def _films_of(
 
 def _letter(cell: str) -> str:
     """The letter of a label, which is "1", "1.0" or "-1.0", as the release has it."""
-    return _LETTERS.get(cell.strip().removesuffix(".0"), _WRONG)
+    return _LETTERS.get(cell.strip(), _WRONG)
 
 
 def _below_split(path: str) -> str:

@@ -43,7 +43,7 @@ _BATCH = 8_192
 _LONGEST_NAME = 512
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class _Row:
     """A row of the table.
 
@@ -199,7 +199,7 @@ class Table(Dataset):
         )
         make = functools.partial(_make, plan=plan)
         name_of = functools.partial(_name_of, file)
-        rows = _grouped(rows, with_patient=bool(given.patient))
+        _group(rows, with_patient=bool(given.patient))
         sides = _stated(rows, stated, given.split, path) if given.split else _sides(rows, given.heldout, path)
         return {side: Split(found, make, name_of) for side, found in sides.items() if found}
 
@@ -313,7 +313,8 @@ def _rows(
         rows.append(_Row(number, name, images, tuple(cells), patient, problem, place))
     if not rows:
         raise UserError(f"{path}: holds no row; write it again")
-    return _named(rows), stated, counts
+    _name_uniquely(rows)
+    return rows, stated, counts
 
 
 def _images_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -343,23 +344,21 @@ def _text(value: object) -> str:
         return ""
 
 
-def _named(rows: list[_Row]) -> list[_Row]:
-    """Rows whose ids are unique: those that share one get a digest of their labels, copies are marked."""
+def _name_uniquely(rows: Sequence[_Row]) -> None:
+    """Gives rows that share an id a digest of their labels, and marks copies."""
     often = collections.Counter(row.id for row in rows)
     taken: set[str] = set()
-    named = []
     for row in rows:
         if often[row.id] > 1:
             told = digest("\0".join((*row.labels, row.patient)).encode("utf-8", "surrogatepass"))
-            row = dataclasses.replace(row, id=f"{row.id}#{told:016x}")
+            row.id = f"{row.id}#{told:016x}"
         if row.id in taken:
-            row = dataclasses.replace(row, problem=row.problem or "is a copy of an earlier row")
+            row.problem = row.problem or "is a copy of an earlier row"
         taken.add(row.id)
-        named.append(row)
-    return named
 
 
-def _grouped(rows: list[_Row], *, with_patient: bool) -> list[_Row]:
+def _group(rows: Sequence[_Row], *, with_patient: bool) -> None:
+    """Sets the group of each row."""
     owners, digests = [], []
     for position, row in enumerate(rows):
         shared = [b"image\0" + _path_key(image) for image in row.images if isinstance(image, str)]
@@ -369,8 +368,8 @@ def _grouped(rows: list[_Row], *, with_patient: bool) -> list[_Row]:
         digests += map(digest, shared)
     nodes = np.stack([np.array(owners, np.uint64), np.array(digests, np.uint64)], axis=1)
     lone = np.array([digest(row.id.encode("utf-8", "surrogatepass")) for row in rows], np.uint64)
-    groups = groups_of(len(rows), nodes, lone).tolist()
-    return [dataclasses.replace(row, group=group) for row, group in zip(rows, groups, strict=True)]
+    for row, group in zip(rows, groups_of(len(rows), nodes, lone).tolist(), strict=True):
+        row.group = group
 
 
 def _path_key(path: str) -> bytes:
@@ -392,7 +391,7 @@ def _stated(rows: list[_Row], stated: list[str | None], column: str, path: str) 
     sides: dict[str, list[_Row]] = {name: [] for name in found}
     for row, name in zip(rows, stated, strict=True):
         if name is None:
-            row = dataclasses.replace(row, problem=row.problem or f"states no split in {column} ({STATED})")
+            row.problem = row.problem or f"states no split in {column} ({STATED})"
         sides[name or found[0]].append(row)
     return sides
 

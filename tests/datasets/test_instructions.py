@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from twins import picture, write
 
 from vilam3_jax.data.examples import Example, ImageRef, Turn, to_instruction
-from vilam3_jax.datasets import instruction_lists
+from vilam3_jax.data.records import ExampleSource
+from vilam3_jax.datasets import instruction_lists, prepare
 from vilam3_jax.datasets.dataset import examples_of
 from vilam3_jax.datasets.instructions import Instructions
 from vilam3_jax.datasets.source_files import SourceFolder
@@ -328,6 +329,32 @@ def test_lines_and_broken_lines(tmp_path):
     examples, skipped = built(tmp_path, None, "--heldout", "0", name="list.jsonl", raw=raw)
     assert list(everything(examples)) == ["0", "1", "2"]
     assert reasons(skipped) == {"list.jsonl record 2": "is no JSON"}
+
+
+def test_the_command(tmp_path, capsys):
+    with_pictures(tmp_path / "pictures")
+    records = [
+        {"id": f"r{i}", "image": f"im/{i % 4}.jpg", "conversations": dialogue(f"{i}?")} for i in range(6)
+    ]
+    write(
+        tmp_path, {"mine.json": [*records, {"id": "bad", "image": "im/9.jpg", "conversations": dialogue()}]}
+    )
+    arguments = [
+        "instructions",
+        "--source",
+        str(tmp_path / "mine.json"),
+        "--images",
+        str(tmp_path / "pictures"),
+    ]
+    assert prepare.main([*arguments, "--out", str(tmp_path / "out"), "--processes", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "image im/9.jpg is missing" in said and "vilam3-experts annotate" in said
+    found = {
+        split: list(ExampleSource(tmp_path / "out/instructions", split)) for split in ("train", "heldout")
+    }
+    assert {one.id for some in found.values() for one in some} == {f"r{i}" for i in range(6)}
+    one = found["heldout"][0]
+    assert one.meta["input_key"] and one.meta["qa"] and one.meta["split"] == "heldout"
 
 
 def test_lists_of_records_are_small_and_divisible(tmp_path):

@@ -17,9 +17,9 @@ from vilam3_jax.errors import UserError
 PAGE = Path(__file__).parents[2] / "docs" / "datasets_add_your_own.md"
 
 
-def blocks(language):
-    """The page's code blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+def blocks(language, page=PAGE):
+    """A page's code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_the_test_of_the_page_passes(installed, tmp_path):
     names["test_polyps"](folder)
 
 
-def test_tfds_reads_what_is_built_of_it(installed, source, tmp_path):
+def test_tfds_reads_what_is_built_of_it(installed, source, tmp_path, capsys):
     import tensorflow_datasets as tfds
 
     from vilam3_jax.datasets import builder
@@ -109,3 +109,9 @@ def test_tfds_reads_what_is_built_of_it(installed, source, tmp_path):
     records: Any = tfds.builder_from_directory(built.folder).as_data_source()
     assert [record["id"] for record in records["train"]] == [b"1.png"]
     assert built.info["splits"]["test"]["set_aside"]["total"] == 1
+
+    (reading,) = blocks("python", PAGE.with_name("datasets.md"))  # of the overview, for this dataset
+    reading = reading.replace('"data', f'"{tmp_path / "out"}').replace("slake/en", "polyps")
+    capsys.readouterr()
+    exec(compile(reading, "datasets.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("b'1.png' [b'<image>\\nHow large is the polyp?', b'7.5 mm'] ")

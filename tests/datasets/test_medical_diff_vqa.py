@@ -124,6 +124,11 @@ def test_parity_calls_a_nodule_closed(tmp_path):
         (["80000001", "90000001", "", "presence", "", "yes", "train"], "the question is empty"),
         (["80000001", "90000001", "", "presence", "is it?", "nan", "train"], "the answer is empty"),
         (["80000001", "90000001", "", "presence", "is it?"], "the answer is empty"),
+        (["80000001", "90000001", "", "presence", "is it?", "\0 ", "train"], "the answer is empty"),
+        (
+            ["80000001", "90000001", "", "presence", "is it?", "a" * 10_001, "train"],
+            "the answer has 10001 characters; up to 10000 are read",
+        ),
         (
             ["80000001", "90000001", "", "size", "how large?", "5", "train"],
             "its question_type is none of the seven",

@@ -41,6 +41,7 @@ _FOLDERS = (
 )
 _BLANK = ("", "nan", "null")
 _NO_REFERENCE = (*_BLANK, "0", "0.0", "none", "-1", "-1.0")
+_LONGEST = 10_000  # characters; the longest answers have some hundreds
 _ORDER = "The first image is the reference, the second one the current image."
 
 
@@ -289,7 +290,8 @@ def _sound(questions: Sequence[Question], table: str) -> Iterator[Question | Ski
             yield Skipped(f"{table} row {question.row}", problem)
         elif key not in asked:
             asked.add(key)
-            yield question._replace(question=question.question.strip(), answer=question.answer.strip())
+            texts = (text_of(text, "").strip() for text in (question.question, question.answer))
+            yield Question(question.row, question.kind, *texts)
 
 
 def _problem(question: Question) -> str | None:
@@ -298,6 +300,8 @@ def _problem(question: Question) -> str | None:
     for what, text in (("question", question.question), ("answer", question.answer)):
         if text.strip().lower() in _BLANK:
             return f"the {what} is empty"
+        if len(text) > _LONGEST:
+            return f"the {what} has {len(text)} characters; up to {_LONGEST} are read"
         try:
             text_of(text, what)
         except SkipItem as reason:

@@ -248,7 +248,10 @@ def test_bad_records_are_named_and_do_not_end_it(tmp_path):
         "no patient": {"id": "b15", "conversations": dialogue("secret")},
         "extension": {**good, "id": "b16", "vilam3": {"roles": "secret"}},
         "extension is text": {**good, "id": "b17", "vilam3": "secret"},
-        "not base64": {**good, "id": "b18", "image": "s" * 300 + "!"},
+        "not base64": {**good, "id": "b18", "image": "secret" * 300 + "!"},
+        "broken base64": {**good, "id": "b19", "image": "/9j/" + "!" * 96},
+        "no picture": {**good, "id": "b20", "image": "data:image/png;base64,c2VjcmV0"},
+        "no such long path": {**good, "id": "b21", "image": "im/" + "x" * 400},
     }
     examples, skipped = built(tmp_path, [good, *bad.values()], "--patient", "who", "--heldout", "0")
     assert list(everything(examples)) == ["good"]
@@ -303,7 +306,7 @@ _leaf = (
 _any = st.recursive(_leaf, lambda inner: st.lists(inner, max_size=3) | _objects(inner), max_leaves=6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(records=st.lists(_objects(_any), min_size=1, max_size=6))
 def test_whatever_a_record_holds_it_is_used_or_named(tmp_path_factory, records):
     folder = with_pictures(tmp_path_factory.mktemp("any"), 1)

@@ -22,6 +22,7 @@ from vilam3_jax.data.examples import IMAGE_MARKER, Example, ImageRef, from_instr
 from vilam3_jax.datasets import record_files
 from vilam3_jax.datasets.conversations import question_meta, text_of
 from vilam3_jax.datasets.dataset import Context, SkipItem, Split
+from vilam3_jax.datasets.pictures import stored_picture
 from vilam3_jax.datasets.record_files import Place
 from vilam3_jax.errors import UserError
 
@@ -29,7 +30,9 @@ DIALOGUE_KEYS = ("conversations", "conversatons", "conversation", "messages")
 _IMAGE_KEYS = ("images", "image")
 _MAX_ID = 512
 _MAX_IMAGES = 256
-_LEAST_BASE64 = 256  # characters; shorter texts are paths
+_MAX_PATH = 1024
+# How pictures in base64 begin: JPEG, PNG, WebP, GIF.
+_BASE64 = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD")
 _YES_NO = ("yes", "no")
 _EXTENSIONS = ("vilam3",)  # our own key, which VILA's loader ignores
 _ANY = "record"  # stands for the id while a record is read
@@ -256,7 +259,7 @@ def dialogue(name: str, record: Mapping[str, Any], ref: Callable[[ImageRef | str
     for position, value in enumerate(names):
         if not isinstance(value, str) or not value:
             raise SkipItem(f"image {position} is no path")
-        picture = _base64(value)
+        picture = _base64(value, position)
         if picture is not None:
             stored[position] = picture
         paths.append(value if picture is None else f"stored/{position}")
@@ -277,17 +280,19 @@ def dialogue(name: str, record: Mapping[str, Any], ref: Callable[[ImageRef | str
     return dataclasses.replace(example, id=name, images=images)
 
 
-def _base64(text: str) -> ImageRef | None:
+def _base64(text: str, position: int) -> ImageRef | None:
     """A picture that stands in the record itself; None if `text` is a path."""
     if text.startswith("data:image/"):
         text = text.partition(",")[2]
-    elif len(text) < _LEAST_BASE64:
+    elif not text.startswith(_BASE64) or len(text) % 4:
+        if len(text) > _MAX_PATH:
+            raise SkipItem(f"image {position} is neither a path nor a picture in base64")
         return None
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise SkipItem("an image is neither a path nor a picture in base64") from None
-    return ImageRef(data=data)
+        raise SkipItem(f"image {position} is no base64") from None
+    return stored_picture(data, str(position))
 
 
 def _messages(record: Mapping[str, Any]) -> Any:

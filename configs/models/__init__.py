@@ -32,8 +32,10 @@ def get(spec: str) -> ConfigDict:
     model = importlib.import_module(f"{__name__}.{name}").get_model()
     model.text = ConfigDict(dataclasses.asdict(TextRules()))
     model.preprocessing = ConfigDict(dataclasses.asdict(Preprocessing()))
-    # The experts that the model is told of, how it is told, and whether checks of their results are told.
+    # The experts that the model is told of, how it is told, whether checks of their results are told, and the
+    # probability above which a class is.
     model.cards, model.expert_wording, model.expert_verdicts = "experts", "plain", False
+    model.expert_threshold = 0.5
     for swap in swaps:
         _swap(model, swap)
     return model

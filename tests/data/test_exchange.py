@@ -18,6 +18,7 @@ from vilam3_jax.data.experts.overlays import PALETTE, expert_overlay, legend, ov
 from vilam3_jax.data.experts.record import Annotation, Disagreement, LabelMap, Segment, Verdict, failed
 from vilam3_jax.data.experts.wording import VILA_M3, Plane
 from vilam3_jax.data.volumes import slice_2d
+from vilam3_jax.errors import UserError
 
 NAMES = label_table("VISTA3D")
 
@@ -257,3 +258,15 @@ def test_what_checks_found_of_the_true_result_is_no_part_of_a_false_one():
 def test_another_name_of_an_argument():
     assert canonical_args("VISTA3D", "hepatoma") == "hepatic tumor"
     assert canonical_args("VISTA3D", "organs") == "organs" and canonical_args("NOSUCH", "x") == "x"
+
+
+def test_a_threshold_decides_what_is_told_as_present():
+    record = Annotation("k", "CXR", probabilities={"pneumonia": 0.3, "edema": 0.1})
+    assert "pneumonia: no (0.30)" in told(record, "Q", kind="classification")
+    low = told(record, "Q", kind="classification", threshold=0.2)
+    assert "pneumonia: yes (0.30)" in low and "edema: no (0.10)" in low
+    assert "pneumonia: yes" in told(record, "Q", kind="classification", threshold=0.2, wording=VILA_M3)
+    assert Style.of({"expert_threshold": 0.2}).threshold == 0.2 and Style.of({}).threshold == 0.5
+    for wrong in (-0.1, 1.5, float("nan"), True, "0.5", None):
+        with pytest.raises(UserError, match=r"config model\.expert_threshold=.*: must be from 0 to 1"):
+            Style.of({"expert_threshold": wrong})

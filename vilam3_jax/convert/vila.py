@@ -13,6 +13,8 @@ from vilam3_jax.convert.huggingface import licence, open_intern_vit, open_llama,
 from vilam3_jax.convert.safetensors_files import SafetensorsFolder, read_config
 from vilam3_jax.convert.sources import Checkpoint, Source, projector_rules
 from vilam3_jax.data.experts.cards import with_card_list
+from vilam3_jax.data.experts.exchange import Style
+from vilam3_jax.data.experts.record import THRESHOLD
 from vilam3_jax.data.experts.wording import WORDINGS
 from vilam3_jax.data.preprocessing import Preprocessing
 from vilam3_jax.data.templates import TEMPLATES
@@ -123,6 +125,7 @@ def vila_folder_config(
             "card_list": with_card_list(model)["card_list"],
             "expert_wording": model.get("expert_wording", "plain"),
             "expert_verdicts": model.get("expert_verdicts", False),
+            "expert_threshold": model.get("expert_threshold", THRESHOLD),
         },
     }
 
@@ -137,12 +140,22 @@ def _experts(root: Mapping[str, Any], where: Path) -> dict[str, Any]:
     said = said if isinstance(said, dict) else {}
     wording = said.get("expert_wording", "vila_m3")
     verdicts = said.get("expert_verdicts", False)
+    threshold = said.get("expert_threshold", THRESHOLD)
     if wording not in WORDINGS or not isinstance(verdicts, bool):
         raise UserError(
             f"{where}: vilam3_jax: expert_wording {wording!r} must be one of {', '.join(WORDINGS)} and "
             f"expert_verdicts {verdicts!r} true or false"
         )
-    known = {"cards": "vila_m3", "expert_wording": wording, "expert_verdicts": verdicts}
+    known = {
+        "cards": "vila_m3",
+        "expert_wording": wording,
+        "expert_verdicts": verdicts,
+        "expert_threshold": threshold,
+    }
+    try:
+        Style.of(known)
+    except UserError as error:
+        raise UserError(f"{where}: vilam3_jax: {error}") from error
     if "card_list" in said:
         known["card_list"] = said["card_list"]
     try:

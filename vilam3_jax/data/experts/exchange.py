@@ -19,8 +19,9 @@ from vilam3_jax.data.examples import Turn
 from vilam3_jax.data.experts.cards import Card, render_cards
 from vilam3_jax.data.experts.grammar import Call
 from vilam3_jax.data.experts.overlays import expert_overlay
-from vilam3_jax.data.experts.record import Annotation
+from vilam3_jax.data.experts.record import THRESHOLD, Annotation
 from vilam3_jax.data.experts.wording import PLAIN, Plane, Wording, doubts, wording_named
+from vilam3_jax.errors import UserError
 
 TASKS = ("segmentation", "classification")
 
@@ -35,10 +36,12 @@ class Style:
     Attributes:
       wording: the sentences.
       verdicts: whether the model is told what the checks doubt.
+      threshold: a class whose probability is above it is told as present.
     """
 
     wording: Wording = PLAIN
     verdicts: bool = False
+    threshold: float = THRESHOLD
 
     @classmethod
     def of(cls, model: Mapping[str, Any]) -> Style:
@@ -48,11 +51,15 @@ class Style:
           model: the `model` section of a config.
 
         Raises:
-          UserError: an unknown wording.
+          UserError: an unknown wording, or a threshold that is no probability.
         """
+        threshold = model.get("expert_threshold", THRESHOLD)
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+            raise UserError(f"config model.expert_threshold={threshold!r}: must be from 0 to 1")
         return cls(
             wording_named(str(model.get("expert_wording", "plain"))),
             bool(model.get("expert_verdicts", False)),
+            float(threshold),
         )
 
 
@@ -156,7 +163,7 @@ def _statement(result: Result, style: Style) -> tuple[str, str]:
     if annotation.status == "failed":
         return wording.failure(annotation) + doubt, "failure"
     if result.task == "classification":
-        return wording.classification(annotation) + doubt, result.task
+        return wording.classification(annotation, style.threshold) + doubt, result.task
     return wording.segmentation(annotation, result.plane) + doubt, result.task
 
 

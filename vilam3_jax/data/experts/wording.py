@@ -64,8 +64,8 @@ class Wording(Protocol):
         """A label map on a slice, with one image marker."""
         ...
 
-    def classification(self, annotation: Annotation) -> str:
-        """Class probabilities."""
+    def classification(self, annotation: Annotation, threshold: float = THRESHOLD) -> str:
+        """Class probabilities; above `threshold` a class counts as present."""
         ...
 
     def told_probabilities(self, annotation: Annotation) -> Mapping[str, float]:
@@ -109,9 +109,9 @@ class _Plain:
             f"Volumes in ml: {volumes}. {_counts(annotation, visible)}"
         )
 
-    def classification(self, annotation: Annotation) -> str:
+    def classification(self, annotation: Annotation, threshold: float = THRESHOLD) -> str:
         told = self.told_probabilities(annotation)
-        lines = [f"{told_class(n)}: {'yes' if p > THRESHOLD else 'no'} ({p:.2f})\n" for n, p in told.items()]
+        lines = [f"{told_class(n)}: {'yes' if p > threshold else 'no'} ({p:.2f})\n" for n, p in told.items()]
         return "The resulting predictions are:\n" + "".join(lines)
 
     def told_probabilities(self, annotation: Annotation) -> Mapping[str, float]:
@@ -157,9 +157,9 @@ class _VilaM3(_Plain):
         words = ", ".join(f"{colour}: {name}" for colour, name in _colours(visible).items())
         return f"The results are {IMAGE_MARKER}. The colors in this image describe {words}. "
 
-    def classification(self, annotation: Annotation) -> str:
+    def classification(self, annotation: Annotation, threshold: float = THRESHOLD) -> str:
         told = self.told_probabilities(annotation)
-        lines = [f"{told_class(n)}: {'yes' if p > THRESHOLD else 'no'}\n" for n, p in told.items()]
+        lines = [f"{told_class(n)}: {'yes' if p > threshold else 'no'}\n" for n, p in told.items()]
         return "The resulting predictions are:\n" + "".join(lines) + ". "
 
     def told_probabilities(self, annotation: Annotation) -> Mapping[str, float]:

@@ -11,7 +11,6 @@ from vilam3_jax.data.examples import Example, ExpertRequest
 from vilam3_jax.data.experts.dialogues.draft import Draft
 from vilam3_jax.data.experts.dialogues.scene import Finding, Scene, Unfit
 from vilam3_jax.data.experts.dialogues.tell import follow_up, is_finding
-from vilam3_jax.data.experts.record import THRESHOLD
 from vilam3_jax.data.experts.wording import question_of
 
 _CLEAR = 0.1  # how far a probability is off the threshold where a finding is asked for
@@ -53,12 +52,12 @@ def clear_findings(scene: Scene) -> list[tuple[Finding, str]]:
     said: dict[str, set[bool]] = {}
     for finding in results:
         for name, p in scene.classes_of(finding).items():
-            said.setdefault(name, set()).add(p > THRESHOLD)
+            said.setdefault(name, set()).add(p > scene.setting.style.threshold)
     found = [
         (finding, name)
         for finding in results
         for name, p in scene.classes_of(finding).items()
-        if abs(p - THRESHOLD) >= _CLEAR and is_finding(name) and len(said[name]) == 1
+        if abs(p - scene.setting.style.threshold) >= _CLEAR and is_finding(name) and len(said[name]) == 1
     ]
     if not found:
         raise Unfit("no class is clearly there or not")
@@ -68,7 +67,7 @@ def clear_findings(scene: Scene) -> list[tuple[Finding, str]]:
 def one_finding(scene: Scene, choice: tuple[Finding, str]) -> Example:
     """Does this film show one finding?"""
     finding, name = choice
-    there = scene.classes_of(finding)[name] > THRESHOLD
+    there = scene.classes_of(finding)[name] > scene.setting.style.threshold
     answer = scene.pick("films", "yes" if there else "no", name=name)
     draft = Draft(scene).exchange(scene.pick("films", "finding", name=name), answer, [finding])
     follow_up(scene, draft, finding)

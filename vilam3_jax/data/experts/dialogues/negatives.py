@@ -19,7 +19,6 @@ from vilam3_jax.data.experts.dialogues.scene import Finding, Scene, Unfit
 from vilam3_jax.data.experts.dialogues.tell import found_in, is_finding, nests
 from vilam3_jax.data.experts.grammar import joined
 from vilam3_jax.data.experts.labels import is_lesion
-from vilam3_jax.data.experts.record import THRESHOLD
 from vilam3_jax.data.experts.wording import IMAGE_OF, told_class, told_volume
 
 PLANES = ("sagittal", "coronal", "axial")
@@ -183,9 +182,11 @@ def _labels_differ(scene: Scene, first: Finding, second: Finding) -> list[Disput
 def _classes_differ(scene: Scene, first: Finding, second: Finding) -> list[Dispute]:
     one, two = scene.classes_of(first), scene.classes_of(second)
     return [
-        Dispute(first, second, name, "class", 0 if one[name] > THRESHOLD else 1)
+        Dispute(first, second, name, "class", 0 if one[name] > scene.setting.style.threshold else 1)
         for name in one
-        if name in two and is_finding(name) and (one[name] > THRESHOLD) != (two[name] > THRESHOLD)
+        if name in two
+        and is_finding(name)
+        and (one[name] > scene.setting.style.threshold) != (two[name] > scene.setting.style.threshold)
     ]
 
 

@@ -19,7 +19,7 @@ from vilam3_jax.data.experts.dialogues.pools import pool
 from vilam3_jax.data.experts.exchange import DEFAULT_STYLE, Result, Style
 from vilam3_jax.data.experts.labels import component_counts, is_lesion, label_universe
 from vilam3_jax.data.experts.overlays import palette_of
-from vilam3_jax.data.experts.record import THRESHOLD, Annotation, memory_bytes
+from vilam3_jax.data.experts.record import Annotation, memory_bytes
 from vilam3_jax.data.experts.wording import Plane, told_class, told_doubts, told_labels, told_words
 
 MIN_PIXELS = 20
@@ -221,7 +221,7 @@ class Scene:
 
     def positives(self, finding: Finding) -> list[str]:
         """Classes that are told as `yes`."""
-        return [name for name, p in self.classes_of(finding).items() if p > THRESHOLD]
+        return [name for name, p in self.classes_of(finding).items() if p > self.setting.style.threshold]
 
     def usable(self, what: str, fits: Callable[[Finding], bool]) -> list[Finding]:
         """The results that may serve as ground truth.

@@ -56,7 +56,8 @@ class DialogueSource:
     def digests(self) -> list[str]:
         """What a place in the stream depends on: the records, which of them, and the questions."""
         made = hashlib.sha256(self._kept.tobytes())
-        made.update(f"{pools_digest()} {self._setting.parity} {self._setting.min_lesion_ml}".encode())
+        made.update(f"{pools_digest()} {self._setting.parity} {self._setting.min_lesion_ml} ".encode())
+        made.update(f"{self._setting.style.threshold}".encode())
         return [*self._source.digests(), made.hexdigest()]
 
     def __len__(self) -> int:

@@ -11,7 +11,6 @@ from vilam3_jax.data.experts.brats_legend import brats_legend
 from vilam3_jax.data.experts.dialogues.draft import Draft
 from vilam3_jax.data.experts.dialogues.scene import Finding, Label, Scene
 from vilam3_jax.data.experts.grammar import joined
-from vilam3_jax.data.experts.record import THRESHOLD
 from vilam3_jax.data.experts.wording import told_volume
 
 MOST_NAMES = 12
@@ -121,7 +120,7 @@ def _about_classes(scene: Scene, finding: Finding) -> list[_Ask]:
 
     def one_class() -> tuple[str, str]:
         name = scene.rng.choice(sorted(told))
-        kind = "class_yes" if told[name] > THRESHOLD else "class_no"
+        kind = "class_yes" if told[name] > scene.setting.style.threshold else "class_no"
         return scene.pick("follow_ups", "class", name=name), scene.pick("follow_ups", kind, name=name)
 
     def positive() -> tuple[str, str]:

@@ -79,6 +79,12 @@ def test_training_asks_for_each_finding_where_it_is_there_as_often_as_where_it_i
     assert examples == again
 
 
+def test_the_other_labeler(tmp_path):
+    negbio = {"mimic-cxr-2.0.0-negbio.csv.gz": tables(studies=STUDIES[3:])[CHEXPERT], CHEXPERT: None}
+    examples, skipped = made(MimicCxrClass, release(tmp_path, changes=negbio), argv=["--labels", "negbio"])
+    assert [e.id for e in examples["validation"]] == ["c1"] and len(skipped["train"]) == 3
+
+
 def test_letters_are_the_order_of_the_names_not_of_the_columns(tmp_path):
     examples, skipped = made(MimicCxrClass, release(tmp_path), "multiple_choice")
     found = by_id(examples)

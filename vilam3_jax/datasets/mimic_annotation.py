@@ -87,7 +87,8 @@ class MimicAnnotation(MimicDataset):
         items = _items(source, name, views_of(source, metadata) if metadata else {})
         pools = Pools({}, {})
         if self.config == "pooled":
-            pools = pools_of({n: [i.report for i in of_split] for n, of_split in items.items()})
+            usable = {n: [i for i in of_split if not i.film.problem] for n, of_split in items.items()}
+            pools = pools_of({n: (i.report for i in of_split) for n, of_split in usable.items()})
         make = functools.partial(_examples, folder=folder, pools=pools, frontal=frontal)
         return {
             split: Split(of_split, make, functools.partial(row_of, f"{name} {split}"), _ITEMS[split])

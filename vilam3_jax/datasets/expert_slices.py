@@ -1,46 +1,48 @@
-"""`python -m vilam3_jax.datasets.expert_slices`: annotated scans become a dataset of studies.
+"""Scans that experts annotated, as studies of slices, and films, without a word.
 
-A study is the picture of a slice, or of one film, without a word: the rules of `data/experts/dialogues` make
-a dialogue of it when it is loaded.
+The rules of `data/experts/dialogues` make a dialogue of a study when it is loaded.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
-import hashlib
+import functools
 import json
-import os
-import random
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-import tqdm
 from etils import epath
 
 from vilam3_jax import paths
 from vilam3_jax.data.content_keys import image_key, inputs_key
-from vilam3_jax.data.examples import Example, ImageRef, path_problem
+from vilam3_jax.data.examples import Example, path_problem
 from vilam3_jax.data.experts.cards import Card, load_cards
 from vilam3_jax.data.experts.labels import apply_group, is_lesion, label_group
 from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.folder_walk import list_files
 from vilam3_jax.data.images import load_film
-from vilam3_jax.data.records import ExampleWriter
-from vilam3_jax.data.volumes import Volume, read_volume
+from vilam3_jax.datasets.conversations import metadata
+from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Split
+from vilam3_jax.datasets.labelled_scans import (
+    AXIS,
+    Scan,
+    SliceOptions,
+    file_of,
+    fraction,
+    read_scan,
+    slice_records,
+)
 from vilam3_jax.datasets.samples import INDEX_NAME, MODALITY_CODES, read_samples
-from vilam3_jax.datasets.slices import PLANE_OF_AXIS, body_slices
-from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.datasets.slices import MIN_PIXELS, body_slices, pick, pick_halves
+from vilam3_jax.datasets.source_files import SourceFolder
+from vilam3_jax.errors import UserError
 
-AXIS = 2
-_WORDS = {"CT": "CT", "MR": "MRI"}
+_MODALITIES = {"ct": "CT", "mr": "MR", "film": "film"}
 _VOLUMES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
 _FILMS = (".png", ".jpg", ".jpeg")
-_MIN_LESION = 20  # pixels; with fewer, but some, a slice is doubtful and left out
 _MAX_FILES = 10_000_000
 _MAX_JSON_BYTES = 64 << 20
 
@@ -51,14 +53,12 @@ class Study:
 
     Attributes:
       name: unique.
-      files: (role, path below the data folder); the role is '' for a single file.
-      modality: DICOM's code if it is known, `film` for a film.
+      files: (role, path below the source folder); the role is '' for a single file.
       facts: further values of `Example.meta`, such as `grade` and `patient`.
     """
 
     name: str
     files: tuple[tuple[str, str], ...]
-    modality: str | None = None
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -68,22 +68,91 @@ class Study:
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A record that could be written: a study's slice, None for a film, and whether it shows a lesion."""
+class Making:
+    """What decides which slices of a study become records.
 
-    study: int
-    index: int | None
-    lesion: bool
+    Attributes:
+      store: the annotations.
+      said: their digest, so that shards made of others are not used again.
+      cards: whose experts count.
+      slices: of a study, at most.
+      min_pixels: of a structure.
+    """
+
+    store: AnnotationStore
+    said: str
+    cards: tuple[Card, ...]
+    slices: int
+    min_pixels: int
 
 
-def find_studies(
-    data: paths.PathLike, modality: str | None, cases: str = "", facts: str = ""
-) -> Iterator[Study]:
+class ExpertSlices(Dataset):
+    """Studies of axial slices on which an expert found something, and films that an expert has seen.
+
+    A slice is left out if it shows little of the body, nothing of `--min-pixels` pixels (where an expert
+    looked for lesions, it may show none), or fewer than 20 pixels of a lesion. Half of a study's slices show
+    a lesion, as far as there are such slices. The variant says what the files are, as most do not state it.
+    """
+
+    name = "expert_slices"
+    description = "Slices of one's own scans, and films, that experts annotated."
+    licence = "unverified"
+    access = "credentialed"
+    instructions = (
+        "The source folder is the one that was annotated: `vilam3-experts annotate --expert NAME --data DIR "
+        "--out STORE`. Give the store with --annotations."
+    )
+    configs: ClassVar[Mapping[str, str]] = {
+        "ct": "CT volumes",
+        "mr": "MR volumes, with --cases in studies of several sequences",
+        "film": "chest films",
+    }
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Declares where the annotations are, and which studies and slices are taken."""
+        parser.add_argument("--annotations", default="", help="folder of annotations (needed)")
+        parser.add_argument(
+            "--cases", default="", help="JSON file of cases with several scans, as for annotating"
+        )
+        parser.add_argument(
+            "--facts", default="", help='JSON file: {"study name": {"grade": "HGG", "patient": "7"}}'
+        )
+        parser.add_argument(
+            "--cards", default="experts", help="card list whose experts count (default: experts)"
+        )
+        parser.add_argument("--slices", type=int, default=16, help="most slices of a study (default: 16)")
+        parser.add_argument(
+            "--min-pixels", type=int, default=100, help="least size of a structure (default: 100)"
+        )
+        parser.add_argument("--heldout", type=float, default=0.0, help="share of the patients (default: 0)")
+
+    def splits(self, source: SourceFolder) -> Mapping[str, Split]:
+        """Train, and with `--heldout` heldout, divided by patient or study."""
+        options = self.options
+        if options.slices < 1 or options.min_pixels < 1 or not 0 <= options.heldout < 1:
+            raise UserError("--slices and --min-pixels must be positive, --heldout a share below 1")
+        if not options.annotations:
+            raise UserError(f"{source.root}: give --annotations STORE with what the experts said of it")
+        store = AnnotationStore(options.annotations)
+        cards = tuple(load_cards(options.cards))
+        making = Making(store, store.digest(), cards, options.slices, options.min_pixels)
+        studies = list(find_studies(source.root, self.config, options.cases, options.facts))
+        make = functools.partial(make_study, making=making)
+        divided: dict[str, list[Study]] = {"train": []} | ({"heldout": []} if options.heldout else {})
+        for study in studies:
+            held = fraction(self.name, study.patient) < options.heldout
+            divided["heldout" if held else "train"].append(study)
+        per_item = 1 if self.config == "film" else options.slices
+        return {split: Split(items, make, _name_of, per_item=per_item) for split, items in divided.items()}
+
+
+def find_studies(data: paths.PathLike, variant: str, cases: str = "", facts: str = "") -> Iterator[Study]:
     """Yields the studies of a folder.
 
     Args:
       data: a samples folder, or any folder of volumes or films.
-      modality: DICOM's code of files that do not state it; `film` for pictures.
+      variant: a key of `ExpertSlices.configs`: of a samples folder, those studies alone.
       cases: JSON file {"cases": [{"name": …, role: path below `data`, …}]}, as for annotating; '' for single
         scans.
       facts: JSON file {study name: {"grade": "HGG", "patient": …}}; '' for none.
@@ -94,142 +163,76 @@ def find_studies(
     root = paths.as_path(data)
     known = _facts(facts)
     if cases:
-        for study in _cases(cases, modality):
+        for study in _cases(cases):
             yield dataclasses.replace(study, facts=known.get(study.name, {}))
         return
     if (root / INDEX_NAME).exists():
         for sample in read_samples(root):
             code = MODALITY_CODES.get(sample.kind, "film")
             said = {"group": sample.split_group, "patient": sample.patient, "licence": sample.licence}
-            if code != "film" or sample.body_region == "chest":
+            if code == _MODALITIES[variant] and (code != "film" or sample.body_region == "chest"):
                 path = sample.path.relative_to(root).as_posix()
-                yield Study(sample.name, (("", path),), code, said | dict(known.get(sample.name, {})))
+                yield Study(sample.name, (("", path),), said | dict(known.get(sample.name, {})))
         return
-    endings = _FILMS if modality == "film" else _VOLUMES
+    endings = _FILMS if variant == "film" else _VOLUMES
     for file in sorted(list_files(root, _MAX_FILES, lambda: None).files):
         path = epath.Path(file).relative_to(root).as_posix()
         if path.lower().endswith(endings):
-            yield Study(path, (("", path),), modality, known.get(path, {}))
+            yield Study(path, (("", path),), known.get(path, {}))
 
 
-def write_slices(
-    data: paths.PathLike,
-    annotations: paths.PathLike,
-    out: paths.PathLike,
-    studies: Sequence[Study],
-    *,
-    cards: Sequence[Card],
-    size: int = 100_000,
-    seed: int = 0,
-    min_pixels: int = 100,
-    lesion_share: float = 0.5,
-    heldout: float = 0.0,
-) -> dict[str, Any]:
-    """Writes studies of slices on which an expert found something.
-
-    Slices are axial. One is left out if it shows little of the body, nothing of `min_pixels` pixels (where an
-    expert looked for lesions, it may show none), or fewer than 20 pixels of a lesion.
-
-    Args:
-      data: folder that the studies' files lie in.
-      annotations: what the experts said of them.
-      out: the dataset's folder.
-      studies: of `find_studies`.
-      cards: whose experts' annotations count.
-      size: most records.
-      seed: of the sample and of the split.
-      min_pixels: of a structure.
-      lesion_share: of the records, as far as there are slices with a lesion; matters where not all are taken.
-      heldout: share of the patients whose slices go to the split `heldout`.
-
-    Returns:
-      `records`, `studies`, `lesions` (records that show one), `splits`, and `left_out` (reason to count).
+def make_study(study: Study, context: Context, making: Making) -> Iterator[Example]:
+    """The records of one study.
 
     Raises:
-      UserError: nothing to write, or `out` cannot be written.
+      SkipItem: no expert said anything about it, or no slice is worth a record.
+      UserError: a file cannot be read.
     """
-    root, store = paths.as_path(data), AnnotationStore(annotations)
-    left_out: collections.Counter[str] = collections.Counter()
-    first_of: dict[str, str] = {}
-    candidates: list[Candidate] = []
-    keys: dict[int, tuple[list[str], str]] = {}
-    for number, study in enumerate(tqdm.tqdm(studies, desc="studies", unit="study", disable=None)):
-        try:
-            found, keys[number] = _candidates(root, number, study, store, cards, min_pixels)
-        except UnavailableError:
-            raise
-        except UserError as error:
-            left_out[str(error)] += 1
-            first_of.setdefault(str(error), study.name)
-            continue
-        candidates += found
-    if not candidates:
-        reasons = "; ".join(f"{count}: {reason}" for reason, count in left_out.most_common(3))
-        raise UserError(f"{data}: no slice with enough on it ({reasons or 'no study found'})")
-    chosen = _sample(candidates, size, lesion_share, random.Random(seed))
-    splits: dict[str, list[Candidate]] = collections.defaultdict(list)
-    for candidate in chosen:
-        held = _fraction(seed, studies[candidate.study].patient) < heldout
-        splits["heldout" if held else "train"].append(candidate)
-    for split, members in sorted(splits.items()):
-        with ExampleWriter(out, split, data_root=_data_root(data, out)) as writer:
-            for one in members:
-                writer.write(_example(studies[one.study], one.index, *keys[one.study]))
-    return {
-        "records": len(chosen),
-        "studies": len({one.study for one in chosen}),
-        "lesions": sum(one.lesion for one in chosen),
-        "splits": {split: len(members) for split, members in sorted(splits.items())},
-        "left_out": {f"{why} (first: {first_of[why]})": n for why, n in left_out.most_common()},
-    }
-
-
-def _candidates(
-    root: epath.Path,
-    number: int,
-    study: Study,
-    store: AnnotationStore,
-    cards: Sequence[Card],
-    min_pixels: int,
-) -> tuple[list[Candidate], tuple[list[str], str]]:
-    """The slices of one study worth a record, and (the keys of its files, its modality)."""
-    if study.modality == "film":
-        key = image_key(load_film(root / study.files[0][1]))
-        if not _annotations(store, cards, [("", key)]):
-            raise UserError("no annotation")
-        return [Candidate(number, None, False)], ([key], "CXR")
-    keys, first = [], None
-    for _, path in study.files:
-        volume = read_volume(root / path, modality=study.modality)
-        keys.append(volume.content_key)
-        if first is None:
-            first = volume
-        elif volume.voxels.shape != first.voxels.shape:
-            raise UserError("its scans lie on different grids")
-    assert first is not None  # a study has a file
-    if first.modality not in _WORDS:
-        raise UserError("states no modality of CT or MR; give --modality")
-    inputs = [(role, key) for (role, _), key in zip(study.files, keys, strict=True)]
-    said = _annotations(store, cards, inputs)
+    facts = {k: v for k, v in study.facts.items() if k not in ("group", "patient", "licence")}
+    if context.config == "film":
+        yield _film(study, context, making, facts)
+        return
+    scan = read_scan(context, study.name, study.files, _MODALITIES[context.config])
+    said = _annotations(making, [(role, key) for (role, _), key in zip(scan.files, scan.keys, strict=True)])
     if not said:
-        raise UserError("no annotation")
-    return _worthwhile(number, first, said, min_pixels), (keys, _WORDS[first.modality])
+        raise SkipItem("no annotation")
+    indices = _worthwhile(scan, said, making, context)
+    records = slice_records(
+        context, scan, [], SliceOptions(), {"patient": study.patient, **facts}, indices=indices
+    )
+    for record in records:
+        yield _licensed(record, study)
 
 
-def _annotations(
-    store: AnnotationStore, cards: Sequence[Card], inputs: Sequence[tuple[str, str]]
-) -> list[Annotation]:
+def _film(study: Study, context: Context, making: Making, facts: Mapping[str, Any]) -> Example:
+    path = study.files[0][1]
+    key = image_key(load_film(file_of(context, path)))
+    if not _annotations(making, [("", key)]):
+        raise SkipItem("no annotation")
+    meta = metadata(context, modality="CXR", patient=study.patient, **facts) | {"input_key": key}
+    return _licensed(Example(study.name, "study", (context.image(path),), meta=meta), study)
+
+
+def _licensed(record: Example, study: Study) -> Example:
+    """The record under the licence of its scan, where that is known."""
+    licence = study.facts.get("licence")
+    return dataclasses.replace(record, meta={**record.meta, "licence": licence}) if licence else record
+
+
+def _annotations(making: Making, inputs: Sequence[tuple[str, str]]) -> list[Annotation]:
     """What experts said of these inputs, failures too."""
     keys = dict(inputs)
     found = []
-    for card in cards:
+    for card in making.cards:
         if set(card.roles) <= set(keys):
             key = inputs_key([(role, keys[role]) for role in card.roles])
-            found += [store.get(key, card.name, args) for args in card.args or ("",)]
+            found += [making.store.get(key, card.name, args) for args in card.args or ("",)]
     return [annotation for annotation in found if annotation is not None]
 
 
-def _worthwhile(number: int, volume: Volume, said: Sequence[Annotation], min_pixels: int) -> list[Candidate]:
+def _worthwhile(scan: Scan, said: Sequence[Annotation], making: Making, context: Context) -> list[int]:
+    """The slices that become records, ascending."""
+    volume = scan.volume
     shown = body_slices(volume, AXIS)
     largest, lesions = np.zeros(len(shown), np.int64), np.zeros(len(shown), np.int64)
     doubtful, looked = np.zeros(len(shown), bool), False
@@ -238,14 +241,19 @@ def _worthwhile(number: int, volume: Volume, said: Sequence[Annotation], min_pix
             looked = True  # a record for the question that stays open
             continue
         if annotation.label_shape != volume.voxels.shape:
-            raise UserError(f"annotation of {annotation.expert} lies on another grid; annotate again")
+            raise SkipItem(f"annotation of {annotation.expert} lies on another grid; annotate again")
         structures, lesion_pixels, for_lesions = _pixels(annotation)
         looked |= for_lesions
         largest = np.maximum(largest, structures)
         lesions = np.maximum(lesions, lesion_pixels)
-        doubtful |= (lesion_pixels > 0) & (lesion_pixels < _MIN_LESION)
-    enough = shown & ~doubtful & ((largest >= min_pixels) | looked)
-    return [Candidate(number, int(i), bool(lesions[i])) for i in np.flatnonzero(enough)]
+        doubtful |= (lesion_pixels > 0) & (lesion_pixels < MIN_PIXELS)
+    enough = shown & ~doubtful & ((largest >= making.min_pixels) | looked)
+    rng = context.rng(scan.name)
+    with_lesion = np.flatnonzero(enough & (lesions > 0)).tolist()
+    without = np.flatnonzero(enough & (lesions == 0)).tolist()
+    if not with_lesion:
+        return pick(without, making.slices, rng)
+    return pick_halves(with_lesion, without, making.slices, rng)
 
 
 def _pixels(annotation: Annotation) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -265,45 +273,6 @@ def _pixels(annotation: Annotation) -> tuple[np.ndarray, np.ndarray, bool]:
     return largest, lesions, nested or is_lesion(annotation.args)
 
 
-def _sample(
-    candidates: Sequence[Candidate], size: int, lesion_share: float, rng: random.Random
-) -> list[Candidate]:
-    """At most `size`, in the order in which they lie, so that neighbours share what is decoded."""
-    if len(candidates) > size:
-        with_lesion = [i for i, one in enumerate(candidates) if one.lesion]
-        without = [i for i, one in enumerate(candidates) if not one.lesion]
-        wanted = min(len(with_lesion), max(round(lesion_share * size), size - len(without)))
-        places = rng.sample(with_lesion, wanted) + rng.sample(without, size - wanted)
-        candidates = [candidates[i] for i in sorted(places)]
-    return list(candidates)
-
-
-def _example(study: Study, index: int | None, keys: Sequence[str], modality: str) -> Example:
-    code = None if study.modality == "film" else study.modality
-    cut = (None, None) if index is None else (AXIS, index)
-    images = tuple(ImageRef(None, path, *cut, None, code) for _, path in study.files)
-    meta: dict[str, Any] = {"dataset": "expert_slices", **study.facts, "modality": modality}
-    meta |= {"patient": study.patient, "input_key": list(keys) if len(keys) > 1 else keys[0]}
-    if len(keys) > 1:
-        meta["roles"] = [role for role, _ in study.files]
-    if index is not None:
-        meta["plane"] = PLANE_OF_AXIS[AXIS]
-    name = study.name if index is None else f"{study.name}:{index}"
-    return Example(name, "study", images, meta=meta)
-
-
-def _data_root(data: paths.PathLike, out: paths.PathLike) -> str:
-    """Relative where both are local, so that they can be moved together."""
-    if "://" in os.fspath(data) or "://" in os.fspath(out):
-        return os.fspath(data)
-    return os.path.relpath(os.path.abspath(data), os.path.abspath(out))
-
-
-def _fraction(seed: int, patient: str) -> float:
-    digest = hashlib.sha256(f"{seed}/{patient}".encode()).digest()
-    return int.from_bytes(digest[:6], "big") / (1 << 48)
-
-
 def _read_json(path: str) -> Any:
     try:
         return json.loads(paths.read_bytes(path, _MAX_JSON_BYTES))
@@ -320,7 +289,7 @@ def _facts(path: str) -> Mapping[str, Mapping[str, Any]]:
     return content
 
 
-def _cases(path: str, modality: str | None) -> Iterator[Study]:
+def _cases(path: str) -> Iterator[Study]:
     content = _read_json(path)
     rows = content.get("cases") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not rows:
@@ -334,67 +303,8 @@ def _cases(path: str, modality: str | None) -> Iterator[Study]:
         for _, file in files:
             if problem := path_problem(file):
                 raise UserError(f"{path}: case {row['name']!r}: {problem}; give paths below the data folder")
-        yield Study(row["name"], files, modality)
+        yield Study(row["name"], files)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m vilam3_jax.datasets.expert_slices",
-        description="List annotated slices as a data set, whose dialogues are made when it is loaded.",
-    )
-    parser.add_argument("--data", required=True, help="folder of the scans that were annotated")
-    parser.add_argument("--annotations", required=True, help="folder of annotations")
-    parser.add_argument("--out", required=True, help="folder of the data set")
-    parser.add_argument(
-        "--modality", choices=("CT", "MR", "film"), help="of files that do not state it, or of all pictures"
-    )
-    parser.add_argument(
-        "--cases", default="", help="JSON file of cases with several scans, as for annotating"
-    )
-    parser.add_argument(
-        "--facts", default="", help='JSON file: {"study name": {"grade": "HGG", "patient": "7"}}'
-    )
-    parser.add_argument("--cards", default="experts", help="card list whose experts count (default: experts)")
-    parser.add_argument("--size", type=int, default=100_000, help="most slices (default: 100000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
-    parser.add_argument(
-        "--min-pixels", type=int, default=100, help="least size of a structure (default: 100)"
-    )
-    parser.add_argument(
-        "--lesion-share", type=float, default=0.5, help="of slices with a lesion (default: 0.5)"
-    )
-    parser.add_argument("--heldout", type=float, default=0.0, help="share of the patients (default: 0)")
-    return parser
-
-
-def main(argv: Sequence[str]) -> int:
-    """Command line of this module."""
-    args = _parser().parse_args(argv)
-    if args.size < 1 or args.min_pixels < 1 or not (0 <= args.lesion_share <= 1 and 0 <= args.heldout < 1):
-        raise UserError(
-            "--size and --min-pixels must be positive, --lesion-share and --heldout shares below 1"
-        )
-    made = write_slices(
-        args.data,
-        args.annotations,
-        args.out,
-        list(find_studies(args.data, args.modality, args.cases, args.facts)),
-        cards=load_cards(args.cards),
-        size=args.size,
-        seed=args.seed,
-        min_pixels=args.min_pixels,
-        lesion_share=args.lesion_share,
-        heldout=args.heldout,
-    )
-    splits = ", ".join(f"{count} {split}" for split, count in made["splits"].items())
-    print(f"{made['records']} records of {made['studies']} studies in {args.out}: {splits}")
-    print(f"{made['lesions']} show a lesion")
-    for reason, count in made["left_out"].items():
-        print(f"left out {count}: {reason}")
-    return 0
-
-
-if __name__ == "__main__":
-    from vilam3_jax.cli import guarded
-
-    sys.exit(guarded("expert_slices", main, sys.argv[1:]))
+def _name_of(study: Study) -> str:
+    return study.files[0][1]

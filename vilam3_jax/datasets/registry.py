@@ -18,6 +18,7 @@ DATASETS: dict[str, tuple[str, str]] = {
     "chexpert": ("chexpert", "CheXpert"),
     "coyo": ("coyo", "Coyo"),
     "ct_rate": ("ct_rate", "CtRate"),
+    "expert_slices": ("expert_slices", "ExpertSlices"),
     "flare_mllm_2d": ("flare_mllm_2d", "FlareMllm2d"),
     "instructions": ("instructions", "Instructions"),
     "iu_xray": ("iu_xray", "IuXray"),

@@ -1,6 +1,8 @@
 """Sections of reports: golden reports, and what holds of any text."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -61,6 +63,17 @@ def test_a_usual_report():
 )
 def test_reports_of_other_forms(report, expected):
     assert sections_of(report) == expected
+
+
+def test_the_columns_are_those_of_the_published_sectioner():
+    """Made-up reports with what MIMIC-CXR's `create_section_files.py` makes of them."""
+    rows = json.loads((Path(__file__).parent / "goldens" / "report_sections.json").read_text())
+    assert len(rows) == 120
+    for row in rows:
+        found = sections_of(row["report"]).row("1")
+        # Blank lines of a last paragraph have no blank of their own here.
+        expected = {name: row[name].replace("\n \n", "\n\n") for name in COLUMNS}
+        assert {name: found[name].replace("\n \n", "\n\n") for name in COLUMNS} == expected, row["report"]
 
 
 def test_an_addendum_above_the_report_is_no_part_of_it():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -14,9 +17,13 @@ from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment
 from vilam3_jax.data.image_processor import ImageProcessor
 from vilam3_jax.data.render import ImageReader, Renderer
 from vilam3_jax.data.templates import CHATML, encode_conversation
+from vilam3_jax.data.volume_slices import SliceRule
+from vilam3_jax.data.volumes import load_volume
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import agent as agent_lib
+from vilam3_jax.inference import chat as chat_lib
 from vilam3_jax.inference.generate import Decoded, Generator
+from vilam3_jax.inference.images import open_picture
 
 SIDE, PER_IMAGE = 32, 4
 CARDS = load_cards("quickstart")
@@ -182,6 +189,43 @@ def trained_and_asked(tokenizer, store, example, pictures, script, query, tmp_pa
         assert np.array_equal(fed, seen)
     trained = encoded.tokens.tolist()[:-tail], visual.tolist()[:-tail]
     return trained, (session.tokens[0], session.visual[0]), transcript
+
+
+def test_slices_of_a_whole_volume_are_those_of_training(tokenizer, tmp_path):
+    voxels = np.random.default_rng(0).integers(-200, 300, (12, 10, 4)).astype(np.int16)
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "scan.nii")
+    volume = load_volume(tmp_path / "scan.nii", modality="CT")
+    said = dataclasses.replace(segmentation(), input_key=volume.content_key)
+    store = Store({said.key: said})
+    example = Example(
+        "e",
+        "conversation",
+        (ImageRef(path="scan.nii", axis=2, modality="CT"),),
+        (Turn("user", f"<image>\n{QUESTION}"), Turn("assistant", "yes", True)),
+        (ExpertRequest("ORGANS", "organs"),),
+        {"input_key": volume.content_key},
+    )
+    renderer = Renderer(
+        image_reader=ImageReader(SIDE), experts="on", cards=CARDS, annotations=store, slices=SliceRule(3)
+    )
+    rendered = renderer.render(example.validate(), tmp_path)
+    encoded = encode_conversation(tokenizer, CHATML, rendered.turns, PER_IMAGE)
+    asked = agent_lib.Query(QUESTION, (chat_lib._scan(open_picture(volume, SIDE, slices=3), ""),))
+    called = call_turn([CARDS[0]], [Call("ORGANS", "organs")]).text
+    session, (transcript,) = ask(tokenizer, [[called, "yes"]], [asked], agent_lib.AnnotationProvider(store))
+    tail = len(tokenizer.encode("\n")) + 1
+    assert session.tokens[0] == encoded.tokens.tolist()[:-tail]
+    assert len(session.images[0]) == len(rendered.images) == 4
+    for fed, trained in zip(session.images[0], rendered.images, strict=True):
+        assert np.array_equal(fed, trained)
+    assert "slice 1 of 4: <image>" in transcript.turns[0].text
+    assert "slice 3 of 4: <image>" in transcript.turns[2].text  # liver and spleen
+    with pytest.raises(UserError, match="give one of both"):
+        open_picture(volume, SIDE, slices=3, index=1)
+    with pytest.raises(UserError, match="slices 0: must be at least 1"):
+        open_picture(volume, SIDE, slices=0)
+    with pytest.raises(UserError, match="is a 2-D image, which has no slices"):
+        open_picture(rendered.images[0], SIDE, slices=2)
 
 
 def test_several_calls_of_one_turn_are_those_of_training(tokenizer, store, image, tmp_path):

@@ -49,7 +49,9 @@ from vilam3_jax.data.volume_slices import (
     finding_slices,
     informative_slices,
     marked_voxels,
+    most_marked,
     numbered,
+    with_markers,
 )
 from vilam3_jax.data.volumes import Volume, read_volume
 from vilam3_jax.errors import StoppingError, UserError, warn_of
@@ -469,7 +471,7 @@ class Renderer:
             self._coloured(overlay, picture, ("overlay", n, key, ref.window))
             for n, (overlay, (ref, picture)) in enumerate(zip(overlays_of(results), bases, strict=True))
         ]
-        told = _put_in(text, markers).replace(_QUESTION, question)
+        told = with_markers(text, markers).replace(_QUESTION, question)
         return [called, Turn("expert", told)], pictures
 
     def _most_marked(self, image: _Shown, annotation: Annotation) -> int:
@@ -482,7 +484,7 @@ class Renderer:
             voxels = self._marked.get(key, lambda: marked_voxels(annotation, axis))
         except ValueError as error:
             raise UserError(f"its expert's result cannot be shown: {error}") from error
-        return max(range(len(image.refs)), key=lambda place: voxels[image.refs[place].index or 0])
+        return most_marked(voxels, [ref.index or 0 for ref in image.refs])
 
     def _coloured(self, overlay: Overlay, base: Picture, key: tuple[Any, ...]) -> Picture:
         def read() -> np.ndarray:
@@ -499,16 +501,10 @@ def _with_slices(
     written, pictures = [], []
     for turn in turns:
         here = [next(waiting) for _ in range(turn.text.count(IMAGE_MARKER))]
-        text = _put_in(turn.text, [image.text for image in here])
+        text = with_markers(turn.text, [image.text for image in here])
         written.append(turn if text == turn.text else dataclasses.replace(turn, text=text))
         pictures.append(tuple(picture for image in here for picture in image.pictures))
     return written, pictures
-
-
-def _put_in(text: str, markers: Sequence[str]) -> str:
-    """The text with other words in the place of its markers."""
-    first, *rest = text.split(IMAGE_MARKER)
-    return first + "".join(marker + part for marker, part in zip(markers, rest, strict=True))
 
 
 def encode_example(

@@ -57,6 +57,26 @@ def numbered(indices: Sequence[int], planes: int) -> str:
     return "\n".join(f"slice {index + 1} of {planes}: {IMAGE_MARKER}" for index in indices)
 
 
+def with_markers(text: str, markers: Sequence[str]) -> str:
+    """A text with other words in the place of its image markers.
+
+    Raises:
+      ValueError: not one for each marker.
+    """
+    first, *rest = text.split(IMAGE_MARKER)
+    return first + "".join(marker + part for marker, part in zip(markers, rest, strict=True))
+
+
+def most_marked(voxels: np.ndarray, indices: Sequence[int]) -> int:
+    """Which of some slices an expert's result is shown on: the place of the first that it marks most of.
+
+    Args:
+      voxels: of each plane, see `marked_voxels`.
+      indices: of the slices.
+    """
+    return max(range(len(indices)), key=lambda place: voxels[indices[place]])
+
+
 def even_slices(planes: int, count: int) -> tuple[int, ...]:
     """The middle planes of `count` equal parts of a volume; all planes if there are fewer."""
     count = min(planes, count)

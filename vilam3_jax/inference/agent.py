@@ -27,6 +27,7 @@ from vilam3_jax.data.experts.wording import Plane
 from vilam3_jax.data.image_processor import ImageProcessor
 from vilam3_jax.data.templates import Template, encode_prompt, model_template
 from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
+from vilam3_jax.data.volume_slices import marked_voxels, most_marked, numbered, with_markers
 from vilam3_jax.data.volumes import VolumeSource
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference.generate import GREEDY, Chunk, Decoded, Generator, Sampling, Session
@@ -48,6 +49,8 @@ class Scan:
       png: the 2-D image in its own size, for a live expert; b'' without one.
       role: what it is among several, such as "t1c"; "" otherwise.
       modality: DICOM's code, "" if unknown.
+      slices: (index, picture) of each slice shown of the volume; empty: `image` alone is shown.
+      planes: of the volume along `axis`, where there are `slices`.
     """
 
     image: np.ndarray
@@ -58,6 +61,36 @@ class Scan:
     png: bytes = b""
     role: str = ""
     modality: str = ""
+    slices: tuple[tuple[int, np.ndarray], ...] = ()
+    planes: int = 0
+
+    @property
+    def pictures(self) -> tuple[np.ndarray, ...]:
+        """All pictures that are shown, in order."""
+        return tuple(picture for _, picture in self.slices) or (self.image,)
+
+    @property
+    def marker(self) -> str:
+        """What stands for it in a question."""
+        return numbered([index for index, _ in self.slices], self.planes) if self.slices else IMAGE_MARKER
+
+    def shown_with(self, annotation: Annotation) -> Scan:
+        """The slice that an expert's result is shown on, the one that it marks most of.
+
+        Raises:
+          ValueError: the label map is damaged.
+        """
+        axis, shape = self.axis, annotation.label_shape
+        if not self.slices or axis is None or shape is None or shape[axis] != self.planes:
+            return dataclasses.replace(self, slices=self.slices[:1])._alone()
+        place = most_marked(marked_voxels(annotation, axis), [index for index, _ in self.slices])
+        return dataclasses.replace(self, slices=(self.slices[place],))._alone()
+
+    def _alone(self) -> Scan:
+        if not self.slices:
+            return self
+        index, picture = self.slices[0]
+        return dataclasses.replace(self, index=index, image=picture)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,9 +331,10 @@ class Agent:
             scans = row.query.scans
             roles = [scan.role for scan in scans]
             shown = self._style.wording.inputs(roles, scans[0].modality) if scans else ""
+            shown = with_markers(shown, [scan.marker for scan in scans])
             turn = Turn("user", shown + row.query.question)
             (turn,) = with_cards([turn], list(self._cards.values())) if self._cards else [turn]
-            pictures = tuple(scan.image for scan in scans)
+            pictures = tuple(picture for scan in scans for picture in scan.pictures)
             row.turns.append(Spoken("user", turn.text, pictures))
             chunks.append(self._chunk(turn, pictures))
         shared = _shared_prefix(chunks)
@@ -346,12 +380,14 @@ class Agent:
         results = [self._result(row.query, call) for call in turn.calls]
         said = exchange(results, row.query.question, self._style)
         bases = [self._base(row.query, result) for result in results if result.shows_overlay]
-        pictures = tuple(overlay(base) for overlay, base in zip(said.overlays, bases, strict=True))
+        pictures = tuple(overlay(base.image) for overlay, base in zip(said.overlays, bases, strict=True))
+        # The question at the end holds no marker; `_chunk` checks the count.
+        text = with_markers(said.text, [base.marker for base in bases])
         row.annotations += [result.annotation for result in results]
         row.trigger_text = turn.kept
-        row.turns.append(Spoken("expert", said.text, pictures))
+        row.turns.append(Spoken("expert", text, pictures))
         # The model's own words are cached without their ending: close its turn, then the expert speaks.
-        chunk = self._chunk(Turn("expert", said.text), pictures, after_answer=True)
+        chunk = self._chunk(Turn("expert", text), pictures, after_answer=True)
         row.cached.append(chunk)
         return chunk
 
@@ -374,15 +410,20 @@ class Agent:
         if card is None or why or self._provider is None:
             return Result(failed(key, call.expert, call.args, why), "classification")
         annotation = self._provider.annotate(query, call.expert, call.args)
-        result = Result(annotation, card.task, Plane(query.scans[0].axis, query.scans[0].index))
+        try:
+            shown = query.scans[0].shown_with(annotation)
+        except ValueError as error:
+            return Result(failed(*annotation.key, f"its result cannot be shown: {error}"), card.task)
+        result = Result(annotation, card.task, Plane(shown.axis, shown.index))
         if problem := result.problem():
             reason = f"its result does not fit this image: {problem}"
             return dataclasses.replace(result, annotation=failed(*annotation.key, reason))
         return result
 
-    def _base(self, query: Query, result: Result) -> np.ndarray:
-        """The picture under an overlay: the expert's first scan."""
-        return query.for_expert(self._cards[result.annotation.expert]).scans[0].image
+    def _base(self, query: Query, result: Result) -> Scan:
+        """What is under an overlay: the expert's first scan, or the slice of it that is shown."""
+        scan = query.for_expert(self._cards[result.annotation.expert]).scans[0]
+        return scan.shown_with(result.annotation)
 
     def _chunk(self, turn: Turn, pictures: tuple[np.ndarray, ...], *, after_answer: bool = False) -> Chunk:
         if turn.text.count(IMAGE_MARKER) != len(pictures):

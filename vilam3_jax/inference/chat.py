@@ -103,6 +103,7 @@ class Assistant:
         experts: bool = True,
         axis: str | None = None,
         index: int | None = None,
+        slices: int = 1,
         window: tuple[float, float] | None = None,
         modality: str | None = None,
         series: str | None = None,
@@ -122,6 +123,7 @@ class Assistant:
           experts: whether the model may ask experts.
           axis: plane of a scan: 'axial', 'coronal' or 'sagittal'; by default the model's own.
           index: slice of a scan; the middle one by default.
+          slices: how many evenly spaced slices of a scan are shown, instead of one.
           window: (centre, width) of a scan in its own units; by default as the model's preprocessing says.
           modality: DICOM's code of an image whose file states none, such as "CT".
           series: which series of a DICOM folder.
@@ -143,6 +145,7 @@ class Assistant:
                 processor.kept_size,
                 axis=axis,
                 index=index,
+                slices=slices,
                 window=window,
                 modality=modality,
                 series=series,
@@ -284,7 +287,8 @@ def _first_of_one_grid(pictures: Mapping[str, Picture]) -> Picture:
         raise UserError("there is no image; give one, or a dict of roles")
     first = next(iter(pictures.values()))
     for role, picture in pictures.items():
-        if (picture.axis, picture.index) != (first.axis, first.index):
+        shown = (picture.axis, picture.index, [index for index, _ in picture.slices])
+        if shown != (first.axis, first.index, [index for index, _ in first.slices]):
             raise UserError(
                 f"image {role}: {picture.description}, the first one is {first.description}; give scans of "
                 "one grid, or the plane and the slice"
@@ -302,6 +306,8 @@ def _scan(picture: Picture, role: str) -> Scan:
         png=picture.png,
         role=role,
         modality=picture.modality,
+        slices=picture.slices,
+        planes=picture.planes,
     )
 
 
@@ -370,6 +376,9 @@ def _parser() -> argparse.ArgumentParser:
         "--axis", choices=sorted(AXES), help="plane of a scan (default: the model's own, usually axial)"
     )
     parser.add_argument("--slice", type=int, help="slice of a scan (default: the middle one)")
+    parser.add_argument(
+        "--slices", type=int, default=1, help="how many evenly spaced slices of a scan to show (default: 1)"
+    )
     parser.add_argument("--window", help="CENTRE,WIDTH of a scan (default: the model's for CT, percentiles)")
     parser.add_argument("--modality", help="DICOM's code (CT, MR, ...) of an image whose file states none")
     parser.add_argument("--series", help="series of a DICOM folder, as `vilam3 data scan` lists it")
@@ -446,6 +455,7 @@ def main(argv: Sequence[str]) -> int:
             experts=options.experts == "on",
             axis=options.axis,
             index=options.slice,
+            slices=options.slices,
             window=window,
             modality=options.modality,
             series=options.series,

@@ -16,6 +16,7 @@ from vilam3_jax.data.isolation import DecoderProcess
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing, Window
 from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.data.volume_checks import declared_modality
+from vilam3_jax.data.volume_slices import even_slices
 from vilam3_jax.data.volumes import AXES, Volume, VolumeSource
 from vilam3_jax.errors import UserError
 from vilam3_jax.paths import PathLike, as_path, exists
@@ -37,6 +38,8 @@ class Picture:
       modality: DICOM's code as stated, or "unknown".
       description: for people, such as 'axial slice 57 of 0 to 113, window 50, 400'.
       notes: what was assumed or skipped while reading, and how the input differs from the training data.
+      slices: (index, pixels) of each slice, if several are shown of a volume.
+      planes: of the volume along `axis`; 0 for a 2-D image.
     """
 
     pixels: np.ndarray
@@ -48,6 +51,8 @@ class Picture:
     modality: str
     description: str
     notes: tuple[str, ...]
+    slices: tuple[tuple[int, np.ndarray], ...] = ()
+    planes: int = 0
 
 
 def open_picture(
@@ -56,6 +61,7 @@ def open_picture(
     *,
     axis: str | None = None,
     index: int | None = None,
+    slices: int = 1,
     window: Window | None = None,
     modality: str | None = None,
     series: str | None = None,
@@ -71,6 +77,7 @@ def open_picture(
       size: side in pixels; None: as the image is, see `ImageProcessor.kept_size`.
       axis: 'axial', 'coronal' or 'sagittal', for scans; by default that of the only slice or the model's own.
       index: plane along that axis; the middle one by default.
+      slices: how many evenly spaced planes of a scan are shown, instead of one.
       window: (centre, width) in the scan's units; by default as `preprocessing` says.
       modality: DICOM's code, for files that state none; another one than the file states is refused.
       series: which series of a DICOM folder, see `load_volume`.
@@ -83,10 +90,14 @@ def open_picture(
     """
     if axis is not None and axis not in AXES:
         raise UserError(f"axis {axis!r}: choose one of {', '.join(AXES)}")
+    if slices < 1:
+        raise UserError(f"slices {slices}: must be at least 1")
+    if slices > 1 and index is not None:
+        raise UserError(f"slice {index} and {slices} slices: give one of both")
     if isinstance(image, Volume):
-        return _slice(image, None, size, axis, index, window, preprocessing)
+        return _slice(image, None, size, axis, index, slices, window, preprocessing)
     if isinstance(image, np.ndarray):
-        _refuse_slice_options("image array", index, window, series)
+        _refuse_slice_options("image array", index, slices, window, series)
         stated = UNKNOWN if modality is None else declared_modality(modality, UNKNOWN, "image array")
         return _picture(image, stated, size, "", (), preprocessing)
     path = as_path(image)
@@ -98,8 +109,8 @@ def open_picture(
             raise UserError(f"{path}: is a volume, which has slices and no frames; choose a slice")
         source = VolumeSource(os.fspath(path), series, modality)
         volume = source.read() if decoder is None else decoder.read_volume(**dataclasses.asdict(source))
-        return _slice(volume, source, size, axis, index, window, preprocessing)
-    _refuse_slice_options(str(path), index, window, series)
+        return _slice(volume, source, size, axis, index, slices, window, preprocessing)
+    _refuse_slice_options(str(path), index, slices, window, series)
     load = load_picture if decoder is None else decoder.load_picture
     opened = load(path, frame=frame, alpha=preprocessing.alpha)
     stated = opened.modality if modality is None else declared_modality(modality, opened.modality, path)
@@ -133,8 +144,10 @@ def _files(series: dicom.Series) -> list[PathLike]:
     return list(dict.fromkeys(member.path for member in series.members))
 
 
-def _refuse_slice_options(name: str, index: int | None, window: Window | None, series: str | None) -> None:
-    if index is not None or window is not None or series is not None:
+def _refuse_slice_options(
+    name: str, index: int | None, slices: int, window: Window | None, series: str | None
+) -> None:
+    if index is not None or slices > 1 or window is not None or series is not None:
         raise UserError(f"{name}: is a 2-D image, which has no slices and no window; leave these options out")
 
 
@@ -174,6 +187,7 @@ def _slice(
     size: int | None,
     axis: str | None,
     index: int | None,
+    slices: int,
     window: Window | None,
     preprocessing: Preprocessing,
 ) -> Picture:
@@ -183,6 +197,9 @@ def _slice(
     number = count // 2 if index is None else index
     if not 0 <= number < count:
         raise UserError(f"{volume.source}: slice {number}: it has {axis} slices 0 to {count - 1}")
+    numbers = even_slices(count, slices) if slices > 1 else ()
+    shown = tuple((n, preprocessing.slice_picture(volume, along, n, window, size)) for n in numbers)
+    named = f"slices {', '.join(map(str, numbers))}" if shown else f"slice {number}"
     return Picture(
         pixels=preprocessing.slice_picture(volume, along, number, window, size),
         input_key=volume.content_key,
@@ -191,6 +208,8 @@ def _slice(
         volume=source,
         png=b"",
         modality=volume.modality,
-        description=f"{axis} slice {number} of 0 to {count - 1}, {preprocessing.describe(volume, window)}",
+        description=f"{axis} {named} of 0 to {count - 1}, {preprocessing.describe(volume, window)}",
         notes=(*volume.notes, *preprocessing.notes(volume.modality, volume, window)),
+        slices=shown,
+        planes=count,
     )

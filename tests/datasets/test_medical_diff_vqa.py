@@ -93,7 +93,7 @@ def test_the_files_own_split_shares_patients_and_says_so(tmp_path):
         "test": ["test/a1"],
         "validation": ["validation/b1"],
     }
-    options = argparse.Namespace(split_by="file", views="frontal")
+    options = argparse.Namespace(split_by="file")
     assert "patients" in MedicalDiffVqa(options).shared_images
 
 

@@ -119,7 +119,7 @@ class MimicCxrClass(MimicDataset):
     }
     instructions = (
         f"{JPG_INSTRUCTIONS}: mimic-cxr-2.0.0-{{split,metadata,chexpert}}.csv.gz (negbio with "
-        "--labels negbio) and mimic-cxr-2.1.0-test-set-labeled.csv."
+        "--labels negbio) and mimic-cxr-2.1.0-test-set-labeled.csv (not with --test-labels labeler)."
     )
 
     @classmethod

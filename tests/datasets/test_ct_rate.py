@@ -13,9 +13,10 @@ from scan_twins import body, stored
 from twins import made, write
 
 from vilam3_jax.data.volumes import read_volume
+from vilam3_jax.datasets import labelled_scans
 from vilam3_jax.datasets.ct_rate import FINDINGS, CtRate
 from vilam3_jax.datasets.source_files import SourceFolder
-from vilam3_jax.errors import InputWarning, UserError
+from vilam3_jax.errors import InputWarning, UnavailableError, UserError
 
 # Three scans of two patients; one scan has two volumes.
 TRAIN = ("train_1_a_1", "train_1_a_2", "train_1_b_1", "train_2_a_1")
@@ -124,6 +125,15 @@ def test_another_volume_of_the_scan_is_taken_where_the_drawn_one_is_bad(source) 
     examples, skipped = made(CtRate, source)
     assert [e.id for e in examples["train"]] == ["train_2_a_1"]
     assert reasons(skipped)[0][0] == "train_reports.csv row 1"
+
+
+def test_a_disk_that_fails_ends_the_build(source, monkeypatch) -> None:
+    def fails(*_args, **_kwargs):
+        raise UnavailableError("the disk fails")
+
+    monkeypatch.setattr(labelled_scans, "read_volume", fails)
+    with pytest.raises(UnavailableError):
+        made(CtRate, source)
 
 
 def test_all_volumes_with_weights(source) -> None:

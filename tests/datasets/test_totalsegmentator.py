@@ -7,8 +7,9 @@ from scan_twins import SHAPE, body, box, marked, stored
 from twins import made, write
 
 from vilam3_jax.data.experts.labels import label_table
+from vilam3_jax.datasets import labelled_scans
 from vilam3_jax.datasets.totalsegmentator import STRUCTURES, TotalSegmentator, structure_name
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UnavailableError, UserError
 
 # Where each structure of the twin lies; an empty box marks nothing.
 MASKS = {
@@ -115,6 +116,15 @@ def test_a_mask_that_cannot_be_read_is_named_and_not_asked_for(source) -> None:
     assert "none of the structures" in said["meta.csv row 1, mask left_wing"]
     questions = [q["question"] for e in examples["train"] for q in e.meta["qa"]]
     assert questions and not any("liver" in q or "brain" in q for q in questions)
+
+
+def test_a_disk_that_fails_ends_the_build(source, monkeypatch) -> None:
+    def fails(*_args, **_kwargs):
+        raise UnavailableError("the disk fails")
+
+    monkeypatch.setattr(labelled_scans, "load_label_map", fails)
+    with pytest.raises(UnavailableError):
+        made(TotalSegmentator, source)
 
 
 @pytest.mark.parametrize(

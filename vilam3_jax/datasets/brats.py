@@ -253,7 +253,8 @@ def _ages(source: SourceFolder, year: str) -> dict[str, str]:
         return {}
     tables = [*source.glob("survival_data.csv"), *source.glob("*/survival_data.csv")]
     columns = {"name": ["BraTS18ID", "Brats18ID"], "age": ["Age"]}
-    return {row["name"].strip(): row["age"] for table in tables for row in source.table(table, columns)}
+    rows = (row for table in tables for row in source.table(table, {}, optional=columns))
+    return {row["name"].strip(): row["age"] for row in rows if "name" in row and "age" in row}
 
 
 def _cuts(count: int) -> tuple[int, int]:

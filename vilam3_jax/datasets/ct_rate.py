@@ -25,7 +25,7 @@ from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Skipped, Spl
 from vilam3_jax.datasets.labelled_scans import AXIS, Scan, SliceOptions, file_of, read_scan, slice_records
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.datasets.subgroups import age_band, sex_of
-from vilam3_jax.errors import InputWarning, UserError
+from vilam3_jax.errors import InputWarning, UnavailableError, UserError
 
 # In the order of the label files.
 FINDINGS = (
@@ -218,6 +218,7 @@ def make_scan(volumes: Sequence[Volume], context: Context, making: Making) -> It
 
     Raises:
       SkipItem: none can; the message is the reason of the last one.
+      UnavailableError: the disk or the network fails.
     """
     order = list(volumes)
     context.rng("reconstruction", order[0].name.rpartition("_")[0]).shuffle(order)
@@ -225,6 +226,8 @@ def make_scan(volumes: Sequence[Volume], context: Context, making: Making) -> It
         try:
             yield from _records(volume, context, making)
             return
+        except UnavailableError:
+            raise
         except (SkipItem, UserError) as reason:
             if position == len(order) - 1:
                 raise SkipItem(str(reason)) from None

@@ -25,7 +25,7 @@ from vilam3_jax.datasets.labelled_scans import (
 )
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.datasets.subgroups import age_band, sex_of
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UnavailableError, UserError
 
 SUBJECTS = {"train": 1082, "validation": 57, "test": 89}
 STRUCTURES = 117
@@ -159,6 +159,8 @@ def _structure(context: Context, subject: Subject, mask: str, scan: Scan) -> Str
         return Skipped(record, "is none of the structures of v2.0.1")
     try:
         marked = read_labels(context, f"{subject.name}/segmentations/{mask}{_ENDING}", scan) > 0
+    except UnavailableError:
+        raise
     except (SkipItem, UserError) as error:
         return Skipped(record, str(error))
     if not is_lesion(name):

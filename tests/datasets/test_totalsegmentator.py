@@ -156,6 +156,16 @@ def test_a_subject_without_masks_or_with_a_cut_scan(source) -> None:
     assert [s.record for s in without_note(skipped)] == ["meta.csv row 1", "meta.csv row 2"]
 
 
+def test_a_subject_of_which_no_mask_can_be_read(source) -> None:
+    for mask in (source / "s0000/segmentations").iterdir():
+        mask.write_bytes(b"no mask")
+    _, skipped = made(TotalSegmentator, source, argv=["--records", "questions"])
+    assert skipped["train"][-1].reason == "has no label map that answers questions"
+    assert len(without_note(skipped)) == len(MASKS) + 1
+    examples, _ = made(TotalSegmentator, source, argv=["--slices", "2"])
+    assert len(examples["train"]) == 2 and "qa" not in examples["train"][0].meta
+
+
 def test_other_versions_are_named(source) -> None:
     write(source, {"meta.csv": table(*(f"s{n:04};1;m;C;ct;train" for n in range(1939)))})
     with pytest.raises(UserError, match=r"1939 subjects, as v3.0.0 has.*10047292"):

@@ -273,8 +273,10 @@ def slice_records(
       on_lesions: further questions, of `question_meta`, for slices that show a lesion.
 
     Raises:
-      SkipItem: no slice is worth a record.
+      SkipItem: no slice is worth a record, or questions are wanted and nothing is known to answer them.
     """
+    if options.questions and not structures:
+        raise SkipItem("has no label map that answers questions")
     rng = context.rng(scan.name)
     chosen = choose_slices(scan, structures, options, rng) if indices is None else indices
     if not len(chosen):

@@ -136,7 +136,7 @@ def _train(
         def save(step: int) -> None:
             with monitor.aside("checkpoint_stall"):
                 saved.save(step, state, loader.get_state(), _run_record(config, monitor.clock, provenance))
-                if counted := put_aside.add(loader.stats.skipped):
+                if counted := put_aside.add(loader.stats.skipped, loader.stats.missing.total()):
                     monitor.write(step, counted)
 
         if not start and config.eval_every and not preemption.reached(0):

@@ -102,7 +102,8 @@ def test_records_put_aside_are_named_across_restarts(tmp_path, monkeypatch):
     monkeypatch.setattr(workdir.processes, "gather", lambda new: sent.append(new) or [new])
     three = [("a/train record 1", "torn"), ("b/train record 2", "too long"), ("c", "torn")]
     assert again.add(three) == again.add(three) == {"records_put_aside": 3}
-    assert sent == [three[2:], []]  # each is handed over once
+    assert sent == [[three[2:], 0], [[], 0]]  # each is handed over once
+    assert again.add(three, 5) == {"records_put_aside": 3, "annotations_missing": 5}
     (tmp_path / workdir.PUT_ASIDE_FILE).write_text('{"a')
     with pytest.raises(UserError, match=r"put_aside\.json: not readable"):
         workdir.PutAside(tmp_path)

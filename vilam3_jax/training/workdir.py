@@ -98,19 +98,23 @@ class PutAside:
             except (ValueError, TypeError) as error:
                 raise UserError(f"{self._path}: not readable ({error}); remove it") from error
 
-    def add(self, skipped: Sequence[tuple[str, str]]) -> dict[str, float]:
+    def add(self, skipped: Sequence[tuple[str, str]], missing: int = 0) -> dict[str, float]:
         """Adds what is new in `skipped`; every process must call it.
 
         Args:
           skipped: (record, reason) of this process since its start; it only grows.
+          missing: requests that this process showed without their annotation since its start.
 
         Returns:
-          The figure for the metrics, `records_put_aside`; empty while there are none.
+          The figures for the metrics that are not 0: `records_put_aside` and `annotations_missing`.
         """
         known = len(self.records)
         new, self._told = skipped[self._told :], len(skipped)
-        for part in processes.gather(new):
+        lacking = 0
+        for part, shown_without in processes.gather([new, missing]):
             self.records |= dict(part)
+            lacking += shown_without
         if processes.lead() and len(self.records) > known:
             paths.write_text_atomic(self._path, json.dumps(self.records, indent=1) + "\n")
-        return {"records_put_aside": len(self.records)} if self.records else {}
+        figures = {"records_put_aside": len(self.records), "annotations_missing": lacking}
+        return {name: figure for name, figure in figures.items() if figure}

@@ -193,6 +193,19 @@ def test_a_row_that_cannot_be_used(tmp_path, film, reason):
     assert len(examples["train"]) == 3
 
 
+def test_no_reason_names_a_patient(tmp_path):
+    folder = release(tmp_path)
+    first, second = (folder / path_of(*FILMS[place][:3]) for place in (0, 2))
+    first.unlink()
+    first.mkdir()
+    second.write_bytes(b"")
+    _, skipped = made(MimicCxrClass, folder)
+    assert [s.reason for s in skipped["train"]] == [
+        "its image cannot be read",
+        "its image has 0 bytes; up to 67108864 are read",
+    ]
+
+
 def test_every_missing_file_and_column_is_named(tmp_path):
     gone = {SPLIT: None, CHEXPERT: None}
     with pytest.raises(UserError, match=r"split.*chexpert.*missing.*physionet"):

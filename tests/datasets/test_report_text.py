@@ -91,6 +91,7 @@ def test_the_pool_has_the_usual_wording_whatever_the_order():
         ("Mild edema is seen.", "Mild edema is again seen."),
         ("The tip is 5.5 cm above.", "The tip is 55 cm above."),
         ("Possible edema.", "Edema is present."),
+        ("There was an effusion.", "There is an effusion."),
         ("Bases are clear.", "Basis is clear."),
     ],
 )

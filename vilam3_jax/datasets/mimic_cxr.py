@@ -13,7 +13,7 @@ from vilam3_jax.data.examples import ImageRef
 from vilam3_jax.datasets.conversations import metadata
 from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem
 from vilam3_jax.datasets.source_files import SourceFolder
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UnavailableError, UserError
 
 CITATION = (
     "Johnson et al., MIMIC-CXR-JPG, a large publicly available database of labeled chest radiographs, "
@@ -285,6 +285,10 @@ def film_image(context: Context, folder: str, film: Film, path: str = "") -> Ima
         return context.image(path)
     except SkipItem as reason:
         raise SkipItem(str(reason).replace(f"image {path}", "its image")) from None
+    except UnavailableError:
+        raise
+    except UserError:  # the message names the path, and so the patient
+        raise SkipItem("its image cannot be read") from None
 
 
 def film_meta(context: Context, film: Film, **more: object) -> dict[str, Any]:

@@ -24,10 +24,11 @@ _ABBREVIATION = re.compile(
 _LONGEST_ABBREVIATION = 12  # with what precedes it
 _WORD = re.compile(r"\S+")
 
+# Not "was": what was there before need not be there now.
 _FILLERS = frozenset(
     (
-        *("a", "an", "the", "there", "of", "is", "are", "was", "were", "be", "been", "evidence", "evident"),
-        *("seen", "noted", "identified", "demonstrated", "visualized", "visualised", "visible", "present"),
+        *("a", "an", "the", "there", "of", "is", "are", "be", "evidence", "evident", "present", "visible"),
+        *("seen", "noted", "identified", "demonstrated", "visualized", "visualised"),
     )
 )
 _TOKEN = re.compile(r"[a-z0-9]+(?:[./'-][a-z0-9]+)*|%")

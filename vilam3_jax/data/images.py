@@ -127,10 +127,18 @@ def decode_scaled(data: bytes, size: int, *, alpha: Alpha = "white") -> np.ndarr
         return decoded.decode(data)
     found = _decode(data, alpha, None, DEFAULT_LIMITS)
     warn_of(found.notes, "picture")
-    image = found.image
+    image = _one_channel(found.image)
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.array(image.convert("RGB"))
+
+
+def _one_channel(image: Image.Image) -> Image.Image:
+    """ "L" of an "RGB" picture whose channels are equal, as films are often saved; others as they are."""
+    if image.mode != "RGB":
+        return image
+    red, green, blue = (channel.tobytes() for channel in image.split())
+    return image.getchannel(0) if red == green == blue else image
 
 
 def image_shape(data: bytes, *, limits: Limits = DEFAULT_LIMITS) -> tuple[int, int]:

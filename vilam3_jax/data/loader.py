@@ -196,7 +196,7 @@ class Loader:
                 turns=self._turns,
                 own=self._turns.own_shards[number :: max(count, 1)],
                 starts=self._places,
-                threads=max(1, min(_MAX_THREADS, os.cpu_count() or 1) // max(count, 1)),
+                threads=max(1, min(_MAX_THREADS, _cores()) // max(count, 1)),
             )
             for number in range(max(count, 1))
         ]
@@ -238,6 +238,11 @@ class Loader:
     def close(self) -> None:
         """Stops and joins all threads and workers."""
         self._stop()
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _next(elements: _Elements) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vilam3_jax.data import stream
+from vilam3_jax.data.caches import ByteLRU
 from vilam3_jax.data.examples import Example
 from vilam3_jax.data.experts.dialogues.source import dialogue_of
 from vilam3_jax.data.image_processor import ImageProcessor
@@ -20,6 +21,8 @@ from vilam3_jax.errors import StoppingError, UnavailableError, UserError
 
 Address = tuple[int, int]  # which dataset, which record of it
 _Grids = tuple[tuple[int, int], ...]
+_TEXT_BYTES = 8192  # taken for an example without its pictures
+_EXAMPLE_CACHE_BYTES = 256 << 20  # of samples that wait for a place; more of them are read twice
 
 
 class SampleReader:
@@ -54,6 +57,7 @@ class SampleReader:
         self._template = model_template(cfg.model)
         self._pair_length = cfg.data.text_len if cfg.kind == "contrastive" else None
         self._seed, self._donors, self._alter = cfg.seed, donors, alter
+        self._examples: ByteLRU[Example] = ByteLRU(_EXAMPLE_CACHE_BYTES, _bytes_of)
 
     def sample(self, address: Address, position: int) -> Sample:
         """A sample whose images are still to be read.
@@ -87,7 +91,8 @@ class SampleReader:
             raise
         except (UserError, ValueError, IndexError) as error:
             raise UserError(f"example {example.id}: {error}") from error
-        # What waits for a place holds no image, encoded or not: the record is read again.
+        # What waits for a place holds no image, encoded or not: the record comes from the cache, or is read
+        # again.
         read = functools.partial(self._inputs, address, position, tuple(grids))
         if self._pair_length is not None:  # pairs do not wait
             read = functools.partial(tuple, read())
@@ -104,6 +109,9 @@ class SampleReader:
         )
 
     def _example(self, address: Address, position: int) -> Example:
+        return self._examples.get((address, position), lambda: self._read(address, position))
+
+    def _read(self, address: Address, position: int) -> Example:
         source = self._samples.sources[address[0]]
         return dialogue_of(source, address[1], position, self._renderer.experts_on(position))
 
@@ -127,3 +135,7 @@ class SampleReader:
             raise
         except (UserError, ValueError, IndexError) as error:
             raise UserError(f"example {example.id}: {error}") from error
+
+
+def _bytes_of(example: Example) -> int:
+    return _TEXT_BYTES + sum(len(image.data or b"") for image in example.images)

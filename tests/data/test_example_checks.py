@@ -198,7 +198,7 @@ def test_the_marker_goes_into_the_first_user_turn() -> None:
         markers(image="a.png", conversations=ask("What?", "The tag <image> is a place."))
 
 
-@pytest.mark.parametrize("absent", [{"image": None}, {"images": None}, {"images": []}, {}])
+@pytest.mark.parametrize("absent", [{"image": None}, {"images": None}, {"images": []}, {"image": ""}, {}])
 def test_text_only_items_may_say_so_with_null(absent) -> None:
     assert markers(conversations=ask("What is a lung?"), **absent) == [0, 0]
 

@@ -52,6 +52,9 @@ def kind_of(value: Any) -> str:
 
 def is_text(value: Any) -> bool:
     """Whether a value is a text that can be stored: of valid Unicode and not too long."""
+    # Every value of every record comes through here, most of them short ASCII.
+    if type(value) is str and value.isascii() and len(value) <= MAX_TEXT:
+        return True
     return isinstance(value, str) and _text(value, MAX_TEXT) is None
 
 
@@ -65,6 +68,8 @@ def is_int(value: Any) -> bool:
 def _text(value: str, most: int) -> str | None:
     if len(value) > most:
         return f"has {len(value)} characters; at most {most} are read"
+    if value.isascii():  # known without looking at the text
+        return None
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -78,7 +83,7 @@ def _list(values: Any, part: str) -> str | None:
     if len(values) > MAX_ITEMS:
         return f"has {len(values)} entries; at most {MAX_ITEMS} are read"
     for position, value in enumerate(values):
-        if not dataclasses.is_dataclass(value) or type(value).__name__ != part:
+        if type(value).__name__ != part or not dataclasses.is_dataclass(value):
             return f"{position} is {kind_of(value)}, not {part}"
     return None
 
@@ -120,6 +125,8 @@ def _is_finite(value: Any) -> bool:
 
 
 def _turn(turn: Any) -> str | None:
+    if is_text(turn.role) and is_text(turn.text) and isinstance(turn.supervised, bool):
+        return None
     return (
         _field(turn.role, "role", "text", is_text)
         or _field(turn.text, "text", "text", is_text)
@@ -146,21 +153,22 @@ def _request(request: Any) -> str | None:
 
 def _plain(value: Any, place: str, depth: int) -> str | None:
     """Why a value of `meta` is none that JSON has, or None."""
-    if value is None or isinstance(value, bool):
+    if value is None or isinstance(value, bool) or is_text(value):
         return None
     if isinstance(value, str):
-        return _field(value, place, "text", is_text)
+        return f"{place} holds text that {_text(value, MAX_TEXT)}"
     if isinstance(value, int | float):
         return None if _is_finite(value) else f"{place} holds a number that is not finite"
     if depth == _MAX_NESTING:
         return f"{place} is nested more than {_MAX_NESTING} times"
-    if isinstance(value, list | tuple):
-        return next((reason for item in value if (reason := _plain(item, place, depth + 1))), None)
     if isinstance(value, dict):
-        for key, item in value.items():
+        for key in value:
             if not is_text(key):
                 return f"{place} has a key that is {kind_of(key)}, not text"
-            if reason := _plain(item, place, depth + 1):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            if not is_text(item) and (reason := _plain(item, place, depth + 1)):
                 return reason
         return None
     return f"{place} holds {kind_of(value)}, not text, numbers, booleans, lists or dicts"

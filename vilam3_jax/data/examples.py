@@ -366,8 +366,8 @@ def _read_item(name: Any, item: Mapping[str, Any]) -> Example:
 
 
 def _paths_of(item: Mapping[str, Any]) -> list[Any]:
-    """The images named beside the turns; null names none."""
-    named = [item[key] for key in ("images", "image") if item.get(key) is not None]
+    """The images named beside the turns; null, or an empty text in a table's column, names none."""
+    named = [item[key] for key in ("images", "image") if item.get(key) not in (None, "")]
     if len(named) > 1:
         raise ValueError("has both image and images")
     paths = named[0] if named else []

@@ -3,13 +3,15 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from toy_dataset import Toy
 from twins import picture, write
 
 from vilam3_jax import cli
+from vilam3_jax.data import decoded
 from vilam3_jax.data.content_keys import image_key
-from vilam3_jax.data.images import decode_image
+from vilam3_jax.data.images import decode_image, decode_scaled
 from vilam3_jax.data.records import ExampleSource
 from vilam3_jax.datasets import builder, registry, shard_jobs
 from vilam3_jax.datasets.builder import BuildOptions, prepare
@@ -199,6 +201,27 @@ def test_pictures_by_path_are_found_again(source, tmp_path):
     train = ExampleSource(tmp_path / "out" / "toy", "train")
     image = train[4].images[0]
     assert image.data is None and (train.data_root / str(image.path)).read_bytes() == picture(4)
+
+
+def test_pictures_are_stored_decoded(source, tmp_path, registered, capsys):
+    arguments = [
+        "prepare",
+        "toy",
+        "--source",
+        str(source),
+        "--out",
+        str(tmp_path / "out"),
+        "--processes",
+        "1",
+    ]
+    assert cli.main([*arguments, "--decode-images", "12"]) == 0
+    assert "pictures decoded at 12 pixels" in capsys.readouterr().out
+    train = ExampleSource(tmp_path / "out" / "toy", "train")
+    for number in range(TRAIN):
+        data = train[number].images[0].data
+        assert decoded.is_decoded(data)
+        np.testing.assert_array_equal(decode_image(data), decode_scaled(picture(number), 12))
+        assert train[number].meta["input_key"] == image_key(decode_image(picture(number)))
 
 
 def test_into_a_bucket(bucket, source, tmp_path):

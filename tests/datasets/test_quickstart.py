@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vilam3_jax.data.content_keys import image_key
+from vilam3_jax.data.example_features import encode
 from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment
 from vilam3_jax.data.experts.store import AnnotationStore, AnnotationWriter
 from vilam3_jax.data.images import load_film
@@ -181,9 +182,9 @@ def test_images_are_inside_the_output(build):
 def test_same_seed_same_records_other_seed_others(build, phantoms, tmp_path):
     def run(seed, name):
         builder = quickstart.Build(as_epath(phantoms), as_epath(tmp_path / name), SIZE, seed)
-        return [(d, s, e.to_bytes()) for d, s, e in builder.examples()]
+        return [(d, s, encode(e)) for d, s, e in builder.examples()]
 
-    first = [(d, s, e.to_bytes()) for d, s, e in build[2]]
+    first = [(d, s, encode(e)) for d, s, e in build[2]]
     assert run(0, "a") == first
     assert run(1, "b") != first
 

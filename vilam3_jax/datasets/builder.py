@@ -359,6 +359,7 @@ class _Build:
             "counts": counts.plain(),
             "items": len(split.items),
             "expected_items": split.expected,
+            "image_bytes": [sum(report.image_bytes[place] for report in reports) for place in (0, 1)],
             "set_aside": {
                 "total": sum(reasons.values()),
                 "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1])[: shard_jobs.MAX_NAMED]),
@@ -385,7 +386,9 @@ class _Build:
 
     def _data_root(self) -> str:
         """Where image paths start: relative where both folders are local, so that they can move together."""
-        root, target = self.source_root(), os.fspath(self.data_root_from or self.target)
+        assert self.source is not None
+        root = self.dataset.context(self.source, "").root
+        target = os.fspath(self.data_root_from or self.target)
         if "://" in root or "://" in target:
             return root
         return os.path.relpath(root, target)

@@ -85,9 +85,7 @@ def _parser(dataset: type[Dataset]) -> argparse.ArgumentParser:
     parser.add_argument("--source", required=True, metavar=kind, help="what you downloaded, or your own file")
     parser.add_argument("--out", required=True, help="folder of datasets, local or gs://")
     if dataset.configs:
-        parser.add_argument(
-            "--variant", default="", choices=["", *dataset.configs], help="default: the first"
-        )
+        parser.add_argument("--variant", default="", choices=list(dataset.configs), help="default: the first")
     parser.add_argument(
         "--processes", type=int, default=os.cpu_count() or 1, help="that build shards (default: one per core)"
     )
@@ -172,6 +170,12 @@ def summary(info: dict[str, Any]) -> str:
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
+    if side := info["provenance"]["decode_side"]:
+        files, stored = (sum(s["image_bytes"][place] for s in info["splits"].values()) for place in (0, 1))
+        lines.append(
+            f"pictures decoded at {side} pixels: {stored / 1e6:,.1f} MB, {files / 1e6:,.1f} MB as files; "
+            f"the build took {info['provenance']['seconds']:,.0f} s"
+        )
     ordered = sorted(reasons.items(), key=lambda item: -item[1])
     lines += [f"set aside {count:,}: {reason}" for reason, count in ordered[:_MAX_REASONS]]
     if len(ordered) > _MAX_REASONS:
@@ -184,6 +188,7 @@ def _next(dataset: type[Dataset], args: argparse.Namespace, built: Any) -> str:
     lines = [f"look:  vilam3 data show --data={args.out} --dataset={name}"]
     if dataset.expert_inputs:
         source = os.path.dirname(args.source) if dataset.source_is_file else args.source
+        source = getattr(args, "images", None) or source
         lines.append(f"next:  vilam3-experts annotate --expert=NAME --data={source or '.'} --out=ANNOTATIONS")
     lines.append(
         "train: vilam3 train --config=configs/stage3_instruct.py:tiny --workdir=DIR "

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
-import io
 import json
 import os
-import pickle
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from vilam3_jax import paths
-from vilam3_jax.data import example_features
+from vilam3_jax.data import decoded, example_features
 from vilam3_jax.data.content_keys import DECODER_VERSION, image_key
 from vilam3_jax.data.examples import SCHEMA_VERSION, Example, ImageRef
 from vilam3_jax.data.images import decode_image, decode_scaled, load_film
@@ -70,14 +70,23 @@ class ShardJob:
 
     def digest(self) -> str:
         """Hash of everything that decides the content, but for the files that are opened."""
-        context = dataclasses.replace(self.context, opened=[])
-        stream = io.BytesIO()
-        pickler = pickle.Pickler(stream, protocol=5)
-        pickler.fast = True  # equal values give equal bytes, whether or not they are one object
-        pickler.dump((self.version, SCHEMA_VERSION, DECODER_VERSION, self.split.make, context, self.settings))
+        context = dataclasses.replace(self.context, root="")  # a folder that was moved is the same
+        parts = (self.version, SCHEMA_VERSION, DECODER_VERSION, context, self.settings)
+        found = hashlib.sha256(f"{parts!r} {_described(self.split.make)}".encode())
         for item in self.split.items:
-            pickler.dump(item)
-        return hashlib.sha256(stream.getbuffer()).hexdigest()
+            found.update(repr(item).encode(errors="surrogatepass"))
+        return found.hexdigest()
+
+
+def _described(make: Any) -> str:
+    """A function by name, with what a `functools.partial` fixes; the same in every process."""
+    if isinstance(make, functools.partial):
+        fixed = [_described(value) for value in make.args]
+        named = [f"{key}={_described(value)}" for key, value in sorted(make.keywords.items())]
+        return f"{_described(make.func)}({', '.join(fixed + named)})"
+    if isinstance(make, types.FunctionType):
+        return f"{make.__module__}.{make.__qualname__}"
+    return repr(make)
 
 
 @dataclasses.dataclass
@@ -90,6 +99,7 @@ class ShardReport:
       counts: of `records.Counts`.
       reasons: why items were set aside → how often.
       named: (record, reason) of the first of them.
+      image_bytes: of the pictures, as files and as they are stored.
       files: path → size and modification time of the files opened below the root.
       ids: [N, 2] uint64, 128-bit hashes of record ids.
       persons, images: hash of a patient or group, or of an image → the first record that has it.
@@ -100,6 +110,7 @@ class ShardReport:
     counts: dict[str, dict[str, int]]
     reasons: dict[str, int]
     named: list[list[str]]
+    image_bytes: list[int]
     files: dict[str, list[int]]
     ids: np.ndarray
     persons: dict[str, str]
@@ -151,6 +162,7 @@ def build(job: ShardJob) -> ShardReport:
     ids: dict[bytes, None] = {}
     persons: dict[str, str] = {}
     images: dict[str, str] = {}
+    image_bytes = [0, 0]
     keys = _ContentKeys(context)
     try:
         for made in examples_of(job.split, context):
@@ -163,6 +175,9 @@ def build(job: ShardJob) -> ShardReport:
                     named.append([stored.record, stored.reason])
                 continue
             example, data = stored
+            assert isinstance(made, Example)  # or it was set aside
+            for place, one in enumerate((made, example)):
+                image_bytes[place] += sum(len(image.data or b"") for image in one.images)
             file.write(data)
             counts.add(example)
             ids[_hash(example.id)] = None
@@ -179,6 +194,7 @@ def build(job: ShardJob) -> ShardReport:
         counts=counts.plain(),
         reasons=dict(reasons),
         named=named,
+        image_bytes=image_bytes,
         files=_states(context.root, context.opened),
         ids=np.frombuffer(b"".join(ids), np.uint64).reshape(-1, 2),
         persons=persons,
@@ -261,8 +277,6 @@ def _decoded(image: ImageRef, context: Context, side: int) -> ImageRef:
     """A picture decoded and resized; slices of volumes stay, as what they show depends on the model."""
     if image.axis is not None:
         return image
-    from vilam3_jax.data import decoded
-
     data = image.data
     if data is None:
         data = paths.read_bytes(paths.as_path(context.root) / str(image.path), _MAX_IMAGE_BYTES)

@@ -31,7 +31,10 @@ def test_a_config_names_a_mixture_on_the_command_line_and_in_python():
     assert config_lib.parse(argv, flags.FlagValues()).data.mixture == rows
     assert config_lib.load(RECIPE, {"data.mixture": "vila_m3_stage4"}).data.mixture == rows
     mixed = ("vila_1_5_align", ("mine", 2))
-    assert config_lib.load(RECIPE, {"data.mixture": mixed}).data.mixture == (("cc3m_595k", 1), ("mine", 2))
+    assert config_lib.load(RECIPE, {"data.mixture": mixed}).data.mixture == (
+        ("cc3m_595k/caption", 1),
+        ("mine", 2),
+    )
     plain = (("a", 1), ("b", 0.5))
     assert config_lib.load(RECIPE, {"data.mixture": plain}).data.mixture == plain
 
@@ -43,7 +46,20 @@ def test_a_recipe_may_name_a_mixture(tmp_path):
         "    config = stage4_expert.get_config(arg)\n    config.data.mixture = ('vila_1_5_align',)\n"
         "    return config\n"
     )
-    assert config_lib.load(str(recipe)).data.mixture == (("cc3m_595k", 1),)
+    assert config_lib.load(str(recipe)).data.mixture == (("cc3m_595k/caption", 1),)
+
+
+def test_a_mixture_of_another_kind_of_run_is_refused():
+    pairs = mixtures.get("medical_pairs").rows
+    assert (
+        config_lib.load("configs/stage1_vision.py:tiny", {"data.mixture": "medical_pairs"}).data.mixture
+        == pairs
+    )
+    for recipe, name in ((RECIPE, "medical_pairs"), ("configs/stage1_vision.py:tiny", "vila_m3_stage4")):
+        with pytest.raises(
+            UserError, match=rf"data\.mixture: '{name}' is for stage._\w+, but this run has kind="
+        ):
+            config_lib.load(recipe, {"data.mixture": name})
 
 
 def test_an_unknown_mixture_is_named_with_those_there_are():

@@ -293,10 +293,19 @@ def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     return config
 
 
+_STAGE_OF_PAIRS = "stage1_vision"
+
+
 def _name_rows(config: ConfigDict) -> None:
     """Puts the rows of a mixture in the place of its name, so that a run's config says what it sees."""
     from vilam3_jax.configs import mixtures  # recipes import this module
 
+    for row in config.data.mixture:
+        stage = mixtures.get(row).stage if isinstance(row, str) else ""
+        if stage and (stage == _STAGE_OF_PAIRS) != (config.kind == "contrastive"):
+            raise UserError(
+                f"config data.mixture: {row!r} is for {stage}, but this run has kind={config.kind!r}"
+            )
     config.data.mixture = mixtures.rows_of(tuple(config.data.mixture))
 
 

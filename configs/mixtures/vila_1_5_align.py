@@ -2,4 +2,4 @@
 
 from vilam3_jax.configs.mixtures import Mixture
 
-MIXTURE = Mixture("stage2a_align", (("cc3m_595k", 1),))
+MIXTURE = Mixture("stage2a_align", (("cc3m_595k/caption", 1),))

@@ -2,4 +2,4 @@
 
 from vilam3_jax.configs.mixtures import Mixture
 
-MIXTURE = Mixture("stage2b_pretrain", (("coyo", 1), ("mmc4", 1), ("sharegpt4v/pretrain", 1)))
+MIXTURE = Mixture("stage2b_pretrain", (("coyo/document", 1), ("mmc4", 1), ("sharegpt4v/pretrain", 1)))

@@ -105,7 +105,8 @@ def test_rules_leave_them_out(tmp_path, unchecked) -> None:
     said = [Annotation(f"key{n}", "PNEUMONIA", probabilities={"x": 0.9}, version="1") for n in range(4)]
     annotate(tmp_path / "said", said)
     cfg = config(
-        tmp_path, (("d:cxr", 1),), annotations=str(tmp_path / "said"), experts="on", seq_len=2048
+        tmp_path, (("d:cxr", 1),), annotations=str(tmp_path / "said"), experts="on", seq_len=2048,
+        global_rows=2, loader_shards=1,
     )  # fmt: skip
     loader = build(cfg)
     take(loader, 1)

@@ -88,7 +88,7 @@ def with_value(part: Any, field: Any, value: Any) -> Example:
     return dataclasses.replace(example, **{part: (dataclasses.replace(first, **{field: value}), *rest)})
 
 
-@settings(deadline=None, max_examples=600)
+@settings(deadline=None, max_examples=300)
 @given(st.sampled_from(FIELDS), ANYTHING)
 def test_any_value_in_any_field_is_used_or_named(where: tuple[str | None, str], value: Any) -> None:
     example = with_value(*where, value)
@@ -111,7 +111,7 @@ def test_any_meta_is_used_or_named(meta: dict[str, Any]) -> None:
         refused(example)
 
 
-@settings(deadline=None, max_examples=600)
+@settings(deadline=None, max_examples=300)
 @given(JSON)
 def test_any_instruction_item_is_read_or_named(item: Any) -> None:
     try:

@@ -221,7 +221,7 @@ def world(whole):
 def test_the_loader_counts_missing_annotations(world, policy: str, skipped: set[str]) -> None:
     cfg = config(
         world, (("volumes", 1),), annotations=str(world / "said"), experts="on", seq_len=2048,
-        missing_annotation=policy, volume_slices=2,
+        missing_annotation=policy, volume_slices=2, global_rows=2, loader_shards=1,
     )  # fmt: skip
     loader = build(cfg)
     batch = take(loader, 2)[0]
@@ -234,7 +234,7 @@ def test_the_loader_counts_missing_annotations(world, policy: str, skipped: set[
 def test_the_loader_stops_where_the_settings_say_so(world) -> None:
     cfg = config(
         world, (("volumes", 1),), annotations=str(world / "said"), experts="on", seq_len=2048,
-        missing_annotation="error",
+        missing_annotation="error", global_rows=2, loader_shards=1,
     )  # fmt: skip
     loader = build(cfg)
     with pytest.raises(StoppingError, match="no annotation of ORGANS"):

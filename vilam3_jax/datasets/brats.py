@@ -90,6 +90,7 @@ class BraTS(Dataset):
     are those with all three labels. Expert results still belong to the four scans.
     """
 
+    has_parity = True
     name = "brats"
     description = "Gliomas in T1 with contrast, T1, T2 and FLAIR, co-registered and skull-stripped."
     homepage = "https://www.med.upenn.edu/cbica/brats/"

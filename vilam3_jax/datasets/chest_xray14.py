@@ -123,6 +123,7 @@ class ChestXray14(Dataset):
     defects is in these data.
     """
 
+    has_parity = True
     name = "chest_xray14"
     description = "Frontal chest X-rays with 14 findings, or four findings by radiologists"
     homepage = "https://nihcc.app.box.com/v/ChestXray-NIHCC"

@@ -126,6 +126,7 @@ class CheXpert(Dataset):
     does not train on CheXpert, and none of its defects is in these data.
     """
 
+    has_parity = True
     name = "chexpert"
     description = "Frontal and lateral chest X-rays with 14 findings (yes/no questions; image-text pairs)"
     homepage = "https://stanfordmlgroup.github.io/competitions/chexpert/"

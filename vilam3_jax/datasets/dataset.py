@@ -176,6 +176,7 @@ class Dataset:
         (TFDS's MANUAL_DOWNLOAD_INSTRUCTIONS).
       configs: variant → what it is; the first is the default. Empty: there is one variant.
       patients: namespace of patient ids; "" for the dataset's own.
+      has_parity: the reference prepared it too, with defects that `--parity` puts in.
       expert_inputs: experts are run over its images, so records get content keys (`meta.input_key`), which
         costs a decoding of each image.
       shared_images: why the official splits share images, where they do; "" where they must not.
@@ -193,6 +194,7 @@ class Dataset:
     instructions: ClassVar[str]
     configs: ClassVar[Mapping[str, str]] = {}
     patients: ClassVar[str] = ""
+    has_parity: ClassVar[bool] = False
     expert_inputs: ClassVar[bool] = True
     shared_images: ClassVar[str] = ""
     source_is_file: ClassVar[bool] = False

@@ -83,6 +83,7 @@ class MedicalDiffVqa(MimicDataset):
     in it, as in "nodule".
     """
 
+    has_parity = True
     name = "medical_diff_vqa"
     description = (
         "Questions about abnormalities, their place, level and type, and about views of chest films."

@@ -63,6 +63,7 @@ class MimicAnnotation(MimicDataset):
     - the request is the paper's, "Describe the image in detail."
     """
 
+    has_parity = True
     name = "mimic_annotation"
     description = "Findings of MIMIC-CXR reports as R2Gen and DCL selected them, a film each."
     configs: ClassVar[Mapping[str, str]] = {name: CONFIGS[name] for name in ("pooled", "clean", "pairs")}

@@ -110,6 +110,7 @@ class MimicCxrClass(MimicDataset):
     - a film is one record: the reference repeats it for each of its 15 samples.
     """
 
+    has_parity = True
     name = "mimic_cxr_class"
     description = "MIMIC-CXR-JPG with questions about 13 findings, labels from reports and of radiologists."
     configs: ClassVar[Mapping[str, str]] = {

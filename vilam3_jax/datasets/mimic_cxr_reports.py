@@ -71,6 +71,7 @@ class MimicCxrReports(MimicDataset):
     write the mask. `parity` takes the wording of "pooled" from the test reports, as the reference does.
     """
 
+    has_parity = True
     name = "mimic_cxr_reports"
     description = "Frontal chest films of MIMIC-CXR with the findings or the impression of their reports."
     configs: ClassVar[Mapping[str, str]] = CONFIGS

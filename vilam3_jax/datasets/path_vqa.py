@@ -34,6 +34,7 @@ class PathVqa(Dataset):
     question; otherwise the one of the highest score is taken.
     """
 
+    has_parity = True
     name = "path_vqa"
     description = "Questions about pathology figures of textbooks and the PEIR library."
     homepage = "https://github.com/UCSD-AI4H/PathVQA"

@@ -90,9 +90,10 @@ def _parser(dataset: type[Dataset]) -> argparse.ArgumentParser:
         "--processes", type=int, default=os.cpu_count() or 1, help="that build shards (default: one per core)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of every choice (default: 0)")
-    parser.add_argument(
-        "--parity", action="store_true", help="put the known defects of VILA-M3's own preparation in"
-    )
+    if dataset.has_parity:
+        parser.add_argument(
+            "--parity", action="store_true", help="put the known defects of VILA-M3's own preparation in"
+        )
     parser.add_argument(
         "--image-paths", action="store_true", help="records name pictures by path instead of holding them"
     )
@@ -138,7 +139,7 @@ def _prepare(dataset: type[Dataset], argv: Sequence[str]) -> int:
     options = builder.BuildOptions(
         processes=args.processes,
         seed=args.seed,
-        parity=args.parity,
+        parity=getattr(args, "parity", False),
         copy_images=not args.image_paths,
         input_keys=not args.no_input_keys,
         decode_side=args.decode_images,

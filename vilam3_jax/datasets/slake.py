@@ -37,6 +37,7 @@ class Slake(Dataset):
     its file, which train and validation share.
     """
 
+    has_parity = True
     name = "slake"
     description = "Questions of physicians about CT, MR and X-ray images, in English or Chinese."
     homepage = "https://www.med-vqa.com/slake"

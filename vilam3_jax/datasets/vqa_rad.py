@@ -55,6 +55,7 @@ class VqaRad(Dataset):
     `meta.reference_id` holds the running number that the reference has for an id.
     """
 
+    has_parity = True
     name = "vqa_rad"
     description = "Questions of clinicians about radiology images of head, chest and abdomen."
     homepage = "https://osf.io/89kps"

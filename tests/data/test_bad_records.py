@@ -113,4 +113,7 @@ def test_rules_leave_them_out(tmp_path, unchecked) -> None:
     made = loader.provenance[0]
     loader.close()
     assert made["records"] == 4
-    assert made["provenance"]["dialogues"]["left_out"] == {"cannot be used (UserError) (first: record 4)": 2}
+    assert made["provenance"]["dialogues"]["left_out"] == {
+        "cannot be used: meta.input_key is neither text nor a list of texts (first: record 4)": 1,
+        "cannot be used: 1 <image> markers for 2 images (first: record 5)": 1,
+    }

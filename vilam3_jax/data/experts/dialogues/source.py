@@ -158,7 +158,9 @@ def _unfit(
     """
     name = f"record {number}"
     try:
-        record = source[number].validate()
+        record = source[number]
+        if problem := record.problem():
+            return name, [f"cannot be used: {problem}"] * len(rules)
         name = record.id
         scene = Scene(record, setting, random.Random(0))
         return name, [rule.unfit(scene) for rule in rules]

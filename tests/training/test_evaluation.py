@@ -1,7 +1,8 @@
 """Held-out losses in the loop: sums over as much as training holds at a time, of data that is opened once."""
 
-from __future__ import dataclasses
+from __future__ import annotations
 
+import dataclasses
 import threading
 
 import jax

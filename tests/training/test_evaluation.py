@@ -83,9 +83,8 @@ def test_held_out_data_without_a_usable_record_is_an_error(root):
     """Not a loss of nought; each of several processes sees a part of the data only and cannot tell."""
     losses, state = losses_of(root, seq_len=16)
     part = losses._loader(False)
-    part._turns = dataclasses.replace(
-        part._turns, held=part._turns.held[:1]
-    )  # as where another process has the other groups
+    # As where another process has the other groups.
+    part._turns = dataclasses.replace(part._turns, held=part._turns.held[:1])
     with pytest.raises(UserError, match=r"data: films/heldout record \d+.*; set eval_every=0"):
         losses(state, swapped=False)
     losses.close()

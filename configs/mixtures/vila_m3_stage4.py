@@ -18,6 +18,7 @@ MIXTURE = Mixture(
         ("mimic_annotation/pooled:cxr", 1),
         ("msd/task03_liver:ct_tumor", 8),
         ("msd/task07_pancreas:ct_tumor", 8),
+        ("msd/task09_spleen:ct_what", 8),
         ("totalsegmentator:ct_segment", 8),
         ("totalsegmentator:ct_what", 8),
         ("brats/2018:mri_what", 16),

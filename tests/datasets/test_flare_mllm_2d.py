@@ -97,6 +97,50 @@ def test_families_images_and_splits(flare):
     assert len(set.union(*groups.values())) == sum(map(len, groups.values()))
 
 
+def test_images_are_where_their_paths_say(flare):
+    folder = "training/Xray/dental"
+    places = ("sub/1.png", "imagesTr/sub/1.png", f"{folder}/imagesTr/sub/1.png", "1.png")
+    asked = [row("classification", place, "Which class?", "one") for place in places]
+    write(flare, {f"{folder}/dental_questions_train.json": asked})
+    write(flare, {f"{folder}/imagesTr/sub/1.png": picture(7, kind="PNG")})
+    examples, _ = made(FlareMllm2d, flare)
+    found = [one.images[0].data for one in examples["train"] if "dental" in one.id]
+    assert found == [picture(7, kind="PNG")] * 3 + [picture(1, kind="PNG")]
+
+
+def test_answers_replace_questions_of_their_own_file_only(flare):
+    folder = "validation-hidden/Microscopy/chromosome"
+    boxes = [row("Detection", "4.png", "Where?", [[1, 2, 3, 4]], ID="boxes")]
+    write(flare, {f"{folder}/chromosome-det_questions_val.json": boxes})
+    examples, _ = made(FlareMllm2d, flare)
+    assert [one.id.rpartition("/")[2] for one in examples["validation_hidden"]] == ["boxes", "row-1"]
+
+
+def test_flags_of_labels_may_be_text(flare):
+    flags = {"caries": "0", "crown": "1", "cyst": "No", "implant": True, "root": 0.0, "pulp": "yes"}
+    asked = row("multilabel", "1.png", "Which labels?", flags)
+    write(flare, {"training/Xray/dental/dental_questions_train.json": [asked]})
+    examples, _ = made(FlareMllm2d, flare)
+    assert examples["train"][1].turns[1].text == "crown; implant; pulp"
+
+
+@pytest.mark.parametrize(
+    "options, answer",
+    [
+        ({"A": "one", "C": "two"}, "C"),
+        (["A. one", "B. two"], "B"),
+        (["(A) one", "(B) two"], "(B) two"),
+        (["A) one", "B) two"], "two"),
+    ],
+)
+def test_options_by_letter_and_with_their_letters(flare, options, answer):
+    asked = row("classification", "1.png", "Which class?", answer, Options=options)
+    write(flare, {"training/Xray/dental/dental_questions_train.json": [asked]})
+    examples, _ = made(FlareMllm2d, flare)
+    (qa,) = examples["train"][1].meta["qa"]
+    assert sorted(qa["options"]) == ["one", "two"] and qa["answer"] == "two"
+
+
 def test_the_hidden_set_without_answers_is_skipped(flare):
     (flare / "validation-hidden/Microscopy/chromosome/chromosome_questions_val_withGT.json").unlink()
     examples, skipped = made(FlareMllm2d, flare)
@@ -125,7 +169,7 @@ def test_options_are_shuffled_in_training_only(flare):
         ({"ImageName": None}, "image name is missing"),
         ({"ImageName": [7]}, "is missing"),
         ({"ImageName": ["1.png", "gone.png"]}, "gone.png is missing"),
-        ({"ImageName": "../../dental/dental_questions_train.json"}, "is missing"),
+        ({"ImageName": "../../dental/dental_questions_train.json"}, "leaves the data root"),
         ({"Question": None}, "question is missing"),
         ({"Answer": None}, "answer is missing"),
         ({"Answer": True}, "answer is a bool"),

@@ -194,6 +194,20 @@ def test_the_share_that_is_held_out(tmp_path):
         built(tmp_path, [{"image": "a.png", "conversations": dialogue()}] * 3)
 
 
+def test_records_that_are_set_aside_are_not_what_is_held_out(tmp_path):
+    bad = [7, None, [1], *({"id": f"x{i}", "conversations": dialogue(f"x{i}?")} for i in range(40))]
+    good = [{"who": f"P{i}", "id": str(i), "conversations": dialogue(f"{i}?")} for i in range(3)]
+    examples, skipped = built(tmp_path, [*bad, *good], "--patient", "who", "--heldout", "0.01")
+    assert {side: len(found) for side, found in examples.items()} == {"train": 2, "heldout": 1}
+    assert len(skipped["train"]) == len(bad)
+
+
+def test_reasons_name_no_path(tmp_path):
+    records = [{"id": "1", "image": "./Doe^Jane/9.png", "conversations": dialogue()}]
+    _, skipped = built(tmp_path, records, "--heldout", "0")
+    assert reasons(skipped) == {"list.json record 1": "its image is missing"}
+
+
 def test_the_key_of_patients(tmp_path):
     records = [{"patient": f"P{i // 2}", "id": str(i), "conversations": dialogue(f"{i}?")} for i in range(9)]
     examples, skipped = built(tmp_path, [*records, {"id": "x"}], "--split-by", "patient", "--heldout", "0.5")
@@ -351,7 +365,7 @@ def test_the_command(tmp_path, capsys):
     ]
     assert prepare.main([*arguments, "--out", str(tmp_path / "out"), "--processes", "1"]) == 0
     said = capsys.readouterr().out
-    assert "image im/9.jpg is missing" in said and "vilam3-experts annotate" in said
+    assert "set aside 1: its image is missing" in said and "vilam3-experts annotate" in said
     found = {
         split: list(ExampleSource(tmp_path / "out/instructions", split)) for split in ("train", "heldout")
     }

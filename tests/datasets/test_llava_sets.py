@@ -176,6 +176,7 @@ def test_llava_med_questions_of_the_evaluation(tmp_path):
     examples, skipped = made(LlavaMed, tmp_path, "eval")
     (one,) = examples["test"]
     assert one.turns == (Turn("user", "<image>\nWhat is made up?"), Turn("assistant", "All.", True))
+    assert one.meta["qa"][0]["question"] == "What is made up?"
     assert one.meta["qa"][0]["label_source"] == "GPT-4" and one.meta["split"] == "test"
     assert skipped["test"][0].reason == "the question is missing"
 

@@ -99,6 +99,18 @@ def test_packed_shards_and_bad_lines(tmp_path):
     assert reasons(skipped)["docs_shard_4_v2.jsonl.zip"].startswith("is damaged")
 
 
+def test_archives_of_macos_and_shards_that_were_unpacked_too(tmp_path):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr(SHARD, json.dumps(page([image("a.jpg", 0)])))
+        archive.writestr(f"__MACOSX/._{SHARD}", b"\0\5\x16\7")
+    write(tmp_path, {f"{SHARD}.zip": packed.getvalue(), "images/a.jpg": picture(1)})
+    for _ in range(2):
+        examples, skipped = made(Mmc4, tmp_path)
+        assert len(examples["train"]) == 1 and not skipped["train"]
+        write(tmp_path, {SHARD: [page([image("a.jpg", 0)])]})
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"docs_.*missing"):
         made(Mmc4, tmp_path)

@@ -34,6 +34,14 @@ def test_options_lose_their_own_letter_only():
     assert found == {"A": "A. baumannii", "B": "B cells", "C": "A: x", "D": "4"}
 
 
+def test_options_lose_letters_that_all_of_them_have():
+    found = multiple_choice.lettered_options({"A": "A. liver", "B": "(B) spleen", "C": "C) heart"})
+    assert found == {"A": "liver", "B": "spleen", "C": "heart"}
+    assert multiple_choice.right_letter(found, text="B. Spleen") == "B"
+    with pytest.raises(SkipItem, match="none of the options"):
+        multiple_choice.right_letter(found, text="A. spleen")
+
+
 @pytest.mark.parametrize(
     "options, reason",
     [

@@ -54,7 +54,7 @@ def test_questions(tmp_path):
     assert found[0].meta["pathology"] == "cyst" and "location" not in found[0].meta
     assert [(q["answer"], q["options"], q["type"]) for one in found for q in one.meta["qa"]][1:3] == [
         ("mass", ["cyst", "mass"], "multiple_choice"),
-        ("yes", [], "closed"),
+        ("yes", ["yes", "no"], "closed"),
     ]
     assert found[3].images[0].data == picture(3)
 

@@ -151,6 +151,13 @@ def test_what_is_no_tar(tmp_path):
         made(WebDataset, tmp_path)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    members = [("a.jpg", picture(1)), ("a.txt", "\ufeffa made-up scene".encode())]
+    write(tmp_path, {"0.tar": tar(members)})
+    examples, _ = made(WebDataset, tmp_path)
+    assert examples["train"][0].turns[1].text == "a made-up scene"
+
+
 def test_webdataset_captions_and_splits(tmp_path):
     bad = [
         *pair("failed", 2, status="failed_to_download"),

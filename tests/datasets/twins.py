@@ -79,7 +79,7 @@ def made(
     skipped: dict[str, list[Skipped]] = {}
     for name, split in maker.splits(source).items():
         pickle.dumps((split.make, split.name_of, split.items[:1]))
-        assert " at 0x" not in repr(split.items), "the digest of a shard would differ between runs"
+        assert " at 0x" not in repr(list(split.items)), "the digest of a shard would differ between runs"
         found = list(examples_of(split, maker.context(source, name, **settings)))
         examples[name] = [one for one in found if isinstance(one, Example)]
         skipped[name] = [one for one in found if isinstance(one, Skipped)]

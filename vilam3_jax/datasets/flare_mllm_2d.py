@@ -33,6 +33,8 @@ _MODALITIES = {
     "dermatology": "DERMOSCOPY",
     "mammography": "MG",
 }
+# Flags of labels that are not there.
+_ABSENT = ("", "0", "0.0", "no", "false", "none", "n", "absent", "negative")
 _CHEST = ("IU_XRay", "chestdr")
 _MULTI_LABEL = "multi_label_classification"
 # The challenge's name of a family, from what rows call it in lower case without punctuation.
@@ -126,9 +128,9 @@ def make(row: Row, context: Context) -> Iterator[Example]:
 def _question_files(source: SourceFolder, folder: str, ending: str) -> list[str]:
     """The files of questions below a split's folder; with answers where both kinds are there."""
     answered = source.glob(f"{folder}/*/*/*_questions_{ending}_withGT.json")
-    known = {posixpath.dirname(file) for file in answered}
+    known = {file.removesuffix("_withGT.json") for file in answered}
     plain = source.glob(f"{folder}/*/*/*_questions_{ending}.json")
-    files = sorted(answered + [file for file in plain if posixpath.dirname(file) not in known])
+    files = sorted(answered + [file for file in plain if file.removesuffix(".json") not in known])
     if not files:
         raise UserError(f"{source.root / folder}: no CATEGORY/DATASET/*_questions_{ending}.json in it")
     return files
@@ -179,13 +181,19 @@ def _image_names(values: Mapping[str, Any]) -> list[str]:
 
 
 def _image(name: str, file: str, context: Context) -> ImageRef:
-    """The image beside the questions: as its path says, or by its name alone in the folder of images."""
+    """The image where its path says, or else by its name alone in the folder of images.
+
+    Paths begin at the folder of the questions, at that of the images, or at the source folder.
+    """
     folder = posixpath.dirname(file)
     images = f"{folder}/{_SPLITS[context.split][2]}"
-    try:
-        return context.image(below(folder if "/" in name else images, name))
-    except SkipItem:
-        return context.image(below(images, posixpath.basename(name)))
+    places = [below(folder, name), below(images, name), below("", name)] if "/" in name else []
+    for place in places:
+        try:
+            return context.image(place)
+        except SkipItem:
+            continue
+    return context.image(below(images, posixpath.basename(name)))
 
 
 def _answer(value: Any, family: str) -> str:
@@ -197,17 +205,21 @@ def _answer(value: Any, family: str) -> str:
     ('[[1, 2, 30, 40]]', '17', 'none')
     """
     if family == _MULTI_LABEL and isinstance(value, list | dict):
-        chosen = [key for key, flag in value.items() if flag] if isinstance(value, dict) else value
+        chosen = [key for key, flag in value.items() if _is_set(flag)] if isinstance(value, dict) else value
         return "; ".join(text_of(label, "label").strip() for label in chosen) or "none"
     if family == "detection" and isinstance(value, list | dict):
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     return text_of(value, "answer").strip()
 
 
+def _is_set(flag: Any) -> bool:
+    return flag.strip().lower() not in _ABSENT if isinstance(flag, str) else bool(flag)
+
+
 def _choice(question: str, options: Any, answer: str) -> multiple_choice.Choice | None:
     """The question as one with options, where the row lists them apart."""
     if not options:
         return None
-    if not isinstance(options, list):
+    if not isinstance(options, list | dict):
         raise SkipItem(f"the options are a {type(options).__name__}, not a list")
     return multiple_choice.listed_choice(question, options, answer)

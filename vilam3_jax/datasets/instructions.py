@@ -107,7 +107,8 @@ class Instructions(Dataset):
             raise UserError(f"{path}: holds no record; export or download it again")
         records = found.records
         records["group"] = groups = groups_of(len(records), found.nodes, records["start"])
-        sides = _stated(found, path, split) if split else held_out(groups, self.options.heldout, path)
+        usable = np.isin(np.arange(len(records)), found.nodes[:, 0])  # the others are no dialogues
+        sides = _stated(found, path, split) if split else held_out(groups, self.options.heldout, path, usable)
         make = functools.partial(_make, patient=patient, stated=split or "", modality=self.options.modality)
         return {
             side: instruction_lists.split_of(path, records[chosen], make)
@@ -122,19 +123,25 @@ def ties(record: Mapping[str, Any], *, patient: str | None) -> list[bytes]:
     Args:
       record: of a list.
       patient: the key that names the patient, or None.
+
+    Returns:
+      Nothing for a record that is known to be set aside.
     """
     shared = []
-    if patient and isinstance(value := _nested(record, patient), str | int | float):
-        shared.append(b"patient\0" + str(value).encode("utf-8", "surrogatepass"))
+    if patient:
+        try:
+            known = text_of(_nested(record, patient), "patient")
+        except SkipItem:
+            return []
+        shared.append(b"patient\0" + known.encode())
     for image in instruction_lists.image_names(record):
         if isinstance(image, str):
             name = os.path.normpath(image.strip().replace("\\", "/"))
             shared.append(b"image\0" + name.encode("utf-8", "surrogatepass"))
     if not shared:
-        words = next(
-            (record[key] for key in (*instruction_lists.DIALOGUE_KEYS, "question") if record.get(key)), ""
-        )
-        shared.append(b"text\0" + repr(words).encode("utf-8", "surrogatepass"))
+        keys = (*instruction_lists.DIALOGUE_KEYS, "question")
+        if words := next((record[key] for key in keys if record.get(key)), None):
+            shared.append(b"text\0" + repr(words).encode("utf-8", "surrogatepass"))
     return shared
 
 
@@ -178,10 +185,21 @@ def _make(
 
 
 def _image(image: ImageRef | str, *, context: Context) -> ImageRef:
-    """A picture as bytes; a DICOM file or a slice of a volume by its path."""
-    if isinstance(image, ImageRef):
-        assert image.path is not None and image.axis is not None  # as `dialogue` promises
+    """A picture as bytes; a DICOM file or a slice of a volume by its path.
+
+    Raises:
+      SkipItem: it cannot be used. A path of one's own data may name a patient, so it stays out of the reason.
+    """
+    path = image if isinstance(image, str) else image.path or ""
+    try:
+        if isinstance(image, str):
+            return picture_or_dicom(context, image)
+        assert image.axis is not None  # as `dialogue` promises
         return context.volume(
-            image.path, axis=image.axis, index=image.index, window=image.window, modality=image.modality
+            path, axis=image.axis, index=image.index, window=image.window, modality=image.modality
         )
-    return picture_or_dicom(context, image)
+    except SkipItem as reason:
+        text = str(reason)
+        for name in (path, os.path.normpath(path.replace("\\", "/"))):
+            text = text.replace(f"image {name} ", "its image ").replace(f"volume {name} ", "its volume ")
+        raise SkipItem(text) from None

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vilam3_jax.data.examples import Example
+from vilam3_jax.data.examples import IMAGE_MARKER, Example
 from vilam3_jax.datasets import caption_lists, instruction_lists
 from vilam3_jax.datasets.conversations import conversation, metadata, question_meta, text_of
 from vilam3_jax.datasets.dataset import Context, Dataset, Split
@@ -85,14 +85,12 @@ def _make(item: Record, context: Context, *, path: str, pictures: Pictures) -> I
 
 def _make_question(row: Row, context: Context, *, pictures: Pictures) -> Iterator[Example]:
     record = fields(row)
-    question = text_of(record.get("text"), "question")
+    question = text_of(record.get("text"), "question").replace(IMAGE_MARKER, "").strip()
     answer = text_of(record.get("gpt4_answer"), "answer of GPT-4")
     image = pictures.ref(context, record.get("image"))
     meta = _metadata(context, record, str(record["image"]))
     qa = question_meta(question, answer, "open", label_source="GPT-4")
-    yield conversation(
-        row.id, [image], [(question.replace("<image>", "").strip(), answer)], meta, questions=[qa]
-    )
+    yield conversation(row.id, [image], [(question, answer)], meta, questions=[qa])
 
 
 def _metadata(context: Context, record: Mapping[str, Any], image: str | None) -> dict[str, Any]:

@@ -70,6 +70,10 @@ class Mmc4(Dataset):
             for folder in ("", "docs/")
             for name in source.glob(folder + pattern)
         ]
+        # A shard that was unpacked beside its archive is one shard.
+        found = [
+            name for name in found if name.removesuffix(".zip") not in found or not name.endswith(".zip")
+        ]
         if not found:
             source.require("docs_..._shard_<N>_v3.jsonl")
         make = functools.partial(
@@ -103,7 +107,7 @@ def _lines(context: Context, shard: str) -> Iterator[tuple[Place, bytes]]:
                 yield from record_files.lines(file)
                 return
             with zipfile.ZipFile(file) as archive:
-                members = [info for info in archive.infolist() if info.filename.endswith(".jsonl")]
+                members = [info for info in archive.infolist() if _is_lines(info.filename)]
                 if len(members) != 1:
                     raise SkipItem(f"holds {len(members)} .jsonl files, one is expected")
                 with archive.open(members[0]) as opened:
@@ -113,6 +117,11 @@ def _lines(context: Context, shard: str) -> Iterator[tuple[Place, bytes]]:
     except OSError as error:
         paths.check_passing(path, error)
         raise SkipItem("cannot be read") from error
+
+
+def _is_lines(name: str) -> bool:
+    """Whether a member of an archive holds records; macOS adds `__MACOSX/._NAME` for each."""
+    return name.endswith(".jsonl") and not os.path.basename(name).startswith("._")
 
 
 def _document(

@@ -18,6 +18,8 @@ _REFERS = re.compile(
     r"|(?-i:^\W*(?:[Bb]oth )?\(?[A-J]\)?(?:, \(?[A-J]\)?)*,? (?:and|or|&) \(?[A-J]\b)",
     re.IGNORECASE,
 )
+# A letter before a text, as in "B. liver" or "(B) liver".
+_LETTERED = re.compile(r"^\s*\(?([A-Z])[.):]\s*(?=\S)")
 _NAMES_AN_OPTION = re.compile(r"\b(?i:options?|choices?|answers?) \(?[A-J]\b")
 _ENDS = " .,;:!?\"'`"
 
@@ -71,7 +73,8 @@ class Choice:
 def lettered_options(options: Mapping[str, object], optional: str = "") -> dict[str, str]:
     """Texts of options by their letter, in the order of the letters.
 
-    A letter before the text, as in "A: liver", is taken away when it is the option's own.
+    A letter before the text, as in "A: liver", is taken away when it is the option's own, and so are letters
+    as in "A. liver" or "(A) liver" when all options have theirs.
 
     Args:
       options: letter → text of the source, in any order.
@@ -90,13 +93,17 @@ def lettered_options(options: Mapping[str, object], optional: str = "") -> dict[
         found[letter] = text_of(text, f"option {letter}")
     if len(found) < 2:
         raise SkipItem("has fewer than two options")
+    stated = {letter: _LETTERED.match(text) for letter, text in found.items()}
+    if all(match and match[1] == letter for letter, match in stated.items()):
+        return {letter: _LETTERED.sub("", text, count=1) for letter, text in found.items()}
     return found
 
 
 def right_letter(options: Mapping[str, str], *, letter: str = "", text: str = "") -> str:
     """The letter of the answer, from its letter, its text, or both.
 
-    Texts are compared as they are, then without case, punctuation at the ends and doubled spaces.
+    Texts are compared as they are, then without case, punctuation at the ends and doubled spaces; a text may
+    have its option's letter before it.
 
     Args:
       options: of `lettered_options`.
@@ -124,22 +131,33 @@ def choice(question: str, options: Mapping[str, str], letter: str) -> Choice:
     return Choice(question.strip(), tuple(options.values()), list(options).index(letter))
 
 
-def listed_choice(question: str, options: Sequence[object], answer: str) -> Choice:
-    """A question whose options are a list; the answer is the text of one of them, or else its letter.
+def listed_choice(question: str, options: Sequence[object] | Mapping[str, object], answer: str) -> Choice:
+    """A question whose answer is the text of one of its options, or else its letter.
+
+    Args:
+      question: without its options.
+      options: in the order of their letters, or by letter.
+      answer: as the source has it.
 
     Raises:
       SkipItem: an option is no text, there are fewer than two or more than letters, or none is the answer.
     """
     if len(options) > len(string.ascii_uppercase):
         raise SkipItem("has more options than letters")
-    texts = lettered_options(dict(zip(string.ascii_uppercase, options, strict=False)))
+    if not isinstance(options, Mapping):
+        options = dict(zip(string.ascii_uppercase, options, strict=False))
+    texts = lettered_options(options)
     letter = "" if answer in texts.values() else single_letter(answer, list(texts))
     return choice(question, texts, letter or right_letter(texts, text=answer))
 
 
 def _same_text(options: Mapping[str, str], text: str) -> list[str]:
     exact = [letter for letter, option in options.items() if option == text.strip()]
-    return exact or [letter for letter, option in options.items() if _plain(option) == _plain(text)]
+    if found := exact or [letter for letter, option in options.items() if _plain(option) == _plain(text)]:
+        return found
+    stated = _LETTERED.match(text)
+    letter, rest = (stated[1], text[stated.end() :]) if stated else ("", "")
+    return [letter] if letter in options and _plain(options[letter]) == _plain(rest) else []
 
 
 def _plain(text: str) -> str:

@@ -51,22 +51,26 @@ def groups_of(count: int, nodes: np.ndarray, lone: np.ndarray) -> np.ndarray:
     return least[part[:count]]
 
 
-def held_out(groups: np.ndarray, share: float, path: str) -> dict[str, np.ndarray]:
+def held_out(
+    groups: np.ndarray, share: float, path: str, usable: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """Split → [n] bool: groups whose hash lies below the share, at least one if any share is asked for.
 
     Args:
       groups: of `groups_of`.
       share: about this share of the groups is held out.
       path: of the file, for the message.
+      usable: [n] bool: the others are known to be set aside, so they stay in the first split; None: all.
 
     Raises:
       UserError: all records are of one group.
     """
+    usable = np.ones(len(groups), bool) if usable is None else usable
     mixed = _mixed(groups)
-    held = mixed < np.uint64(share * 2**64)
-    if share and not held.any():
-        held = mixed == mixed.min()
-    if share and held.all():
+    held = usable & (mixed < np.uint64(share * 2**64))
+    if share and usable.any() and not held.any():
+        held = usable & (mixed == mixed[usable].min())
+    if share and usable.any() and held[usable].all():
         raise UserError(
             f"{path}: all records share images or a patient, so none can be held out; give --heldout 0, or "
             "--split where the records state their split"

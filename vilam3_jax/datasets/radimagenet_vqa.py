@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from vilam3_jax.data.examples import Example, ImageRef
-from vilam3_jax.datasets import multiple_choice, parquet
+from vilam3_jax.datasets import multiple_choice, parquet, vqa
 from vilam3_jax.datasets.conversations import conversation, metadata, question_meta, text_of
 from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Split
 from vilam3_jax.datasets.rows import word
@@ -63,6 +63,8 @@ def make(row: parquet.Place, context: Context) -> Iterator[Example]:
         qa = question_meta(question, asked.answer, kind, options=asked.options)
         exchange = (asked.prompt, asked.reply)
     else:
-        qa = question_meta(question, answer, kind)
+        closed = vqa.is_yes_no(answer)
+        right = answer.rstrip(".").lower() if closed else answer
+        qa = question_meta(question, right, kind, options=vqa.YES_NO if closed else ())
         exchange = (question, answer)
     yield conversation(row.id, [image], [exchange], meta, questions=[qa])

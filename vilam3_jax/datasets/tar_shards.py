@@ -101,7 +101,7 @@ class Sample:
         """
         data = self.parts.get("txt")
         try:
-            return None if data is None else data.decode("utf-8")
+            return None if data is None else data.decode("utf-8-sig")
         except UnicodeDecodeError:
             raise SkipItem("its .txt is no UTF-8 text") from None
 

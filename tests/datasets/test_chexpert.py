@@ -251,12 +251,13 @@ def test_rows_that_cannot_be_used(release):
         row("train/patient00001/study1/../../../../../../secret.jpg", {"Edema": "1.0"}),
         row("train/patient00002/study1/view1_frontal.jpg", {"Edema": " 1 "}),
         row("train/patient00002/study1/view1_frontal.jpg", {"Edema": "0"}),
+        row("train/patient00003/study1/../../patient00002/study1/view1_frontal.jpg", {"Edema": "0"}),
     ]
     twins.write(release, {f"{RELEASE}/train.csv": rows})
     examples, skipped = twins.made(CheXpert, release)
     assert len(examples["train"]) == 1
     reasons = [(one.record.split()[-1], one.reason) for one in skipped["train"]]
-    assert [number for number, _ in reasons] == ["2", "3", "4", "5", "6", "7", "8", "10"]
+    assert [number for number, _ in reasons] == ["2", "3", "4", "5", "6", "7", "8", "10", "11"]
     assert reasons[0][1].endswith("is missing")
     assert reasons[1][1] == "the label edema is none of 1, 0, -1 and blank"
     assert reasons[2][1] == "labelled with no finding and with a finding"

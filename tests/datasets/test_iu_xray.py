@@ -153,19 +153,21 @@ def test_image_names_lead_nowhere(tmp_path):
 
 
 def test_normal_studies(tmp_path):
-    normal, ill, unknown = NUMBERS["test"][:3]
+    normal, ill, unknown, capital = NUMBERS["test"][:4]
     folder = release(
         tmp_path,
         {
             normal: {},
             ill: {"mesh": ("Cardiomegaly/mild", "Lung/hypoinflation")},
             unknown: {"mesh": ("No Indexing",)},
+            capital: {"mesh": ("Normal",)},
         },
     )
     examples, skipped = twins.made(IuXray, folder, config="normal")
     assert {one.id: one.meta["qa"][0]["answer"] for one in examples["test"]} == {
         f"CXR{normal}": "yes",
         f"CXR{ill}": "no",
+        f"CXR{capital}": "yes",
     }
     assert [one.reason for one in skipped["test"]] == ["its report has no subject headings"]
 
@@ -217,13 +219,15 @@ def test_r2gen_rows_that_cannot_be_used(tmp_path):
         {**ITEM, "image_path": [3]},
         {**ITEM, "image_path": ["../../../secret.png"]},
         {**ITEM, "image_path": ["CXR1_IM-0001/9.png"]},
+        {**ITEM, "id": "CXR2_IM-0002"},
         {"id": 3},
         {**ITEM, "report": "XXXX\0."},
         {**ITEM, "report": "x" * 100_000},
         {**ITEM, "image_path": ITEM["image_path"][:1]},
     ]
     examples, skipped = twins.made(IuXray, annotation(tmp_path, test=rows), config="r2gen")
-    assert len(examples["test"]) == 1 and len(skipped["test"]) == 11
+    assert len(examples["test"]) == 1 and len(skipped["test"]) == 12
+    assert skipped["test"][8].reason == "image_path names an image of another report"
     assert skipped["test"][0].record == "annotation.json test row 1"
     assert "xxx" not in " ".join(one.reason for one in skipped["test"])
 

@@ -190,7 +190,18 @@ def test_annotation_shares_patients_and_cleaning_with_the_reports(tmp_path):
             "its image_path is not relative to the folder of images",
         ),
         (entry(FILMS[2], image_path=["p10/none.jpg"]), "its image is missing"),
-        (entry(FILMS[2], subject_id=91000004), "its patient is in the test split too"),
+        (
+            entry(FILMS[2], subject_id=91000004, image_path="x.jpg"),
+            "its patient is in the test split too",
+        ),
+        *(
+            (entry(FILMS[2], image_path=[path]), "its image_path is of another film than its ids")
+            for path in (
+                "p91/p91000004/s50000001/a3.jpg",
+                "p10/p10000001/s59999999/a3.jpg",
+                "01234567-01234567-01234567-01234567-01234567.jpg",
+            )
+        ),
     ],
 )
 def test_annotation_items_that_cannot_be_used(tmp_path, item, reason):

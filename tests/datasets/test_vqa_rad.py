@@ -140,6 +140,8 @@ BAD = {
     "organ list": row(1, image_organ=["HEAD"]),
     "answer type": row(1, answer_type="MAYBE"),
     "answer type null": row(1, answer_type=None),
+    "phrase type": row(1, "paraphrase"),
+    "phrase type null": row(1, None),
     "no such image": row(1, image="synpic9.jpg"),
     "path": row(1, image="../synpic1.jpg"),
     "absolute": row(1, image="/etc/hostname"),

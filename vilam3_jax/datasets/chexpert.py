@@ -346,6 +346,8 @@ def _image(film: _Film, context: Context, plan: _Plan) -> ImageRef:
 def _refuse(film: _Film) -> None:
     if not film.path:
         raise SkipItem("its path names no patient and study")
+    if ".." in film.path.split("/"):
+        raise SkipItem("its path leaves the data root or the folder of its patient")
     if film.again:
         raise SkipItem("is listed twice")
 

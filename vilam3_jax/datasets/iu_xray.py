@@ -38,7 +38,7 @@ _EXPECTED = {"train": 2_769, "validation": 398, "test": 788}
 _R2GEN = {"train": ("train", 2_069), "validation": ("val", 296), "test": ("test", 590)}
 _R2GEN_IMAGES = 2  # R2Gen shows the first two of a study
 _MASK = re.compile(r"X{4,}", re.IGNORECASE)  # what the publisher put in place of a word
-_UNINDEXED = "No Indexing"
+_UNINDEXED = "no indexing"
 _IMAGE_NAME = re.compile(r"[\w-]+")
 _PATIENT = re.compile(r"CXR\d+")
 _LONGEST_REPORT = 64 << 10  # characters; the longest of the release has some 2,000
@@ -156,10 +156,11 @@ def _report(path: str, context: Context, images: str, target: Sequence[str]) -> 
 
 def _normal(path: str, context: Context, images: str) -> Iterator[Example]:
     report = _read(path, context)
-    if not report.mesh or _UNINDEXED in report.mesh:
+    normal = _is_normal(report)
+    if normal is None:
         raise SkipItem("its report has no subject headings")
     pictures = [_image(name, report, context, images) for name in _names(report)]
-    text, answer = question(NORMAL), YES_NO[0] if report.mesh == ("normal",) else YES_NO[1]
+    text, answer = question(NORMAL), YES_NO[0] if normal else YES_NO[1]
     asked = question_meta(text, answer, NORMAL, options=YES_NO, label_source="indexer")
     exchanges = [(text, answer.capitalize())]
     yield conversation(report.id, pictures, exchanges, _meta(report, context), questions=[asked])
@@ -189,11 +190,14 @@ def _r2gen_report(row: Row, context: Context, images: str) -> Iterator[Example]:
     told = _cleaned(raw)
     if not told:
         raise SkipItem("its report has no sentence without masked words")
+    name = row.id.partition("/")[2]
+    patient = _PATIENT.match(name)
+    owners = {found[0] for path in listed if (found := _PATIENT.match(path))}
+    if patient and owners - {patient[0]}:
+        raise SkipItem("image_path names an image of another report")
     pictures = [context.image(f"{images}/{path}") for path in listed[:_R2GEN_IMAGES]]
     request = _REQUESTS[("findings",)].format(these=_these(len(pictures)))
     asked = question_meta(request, told, "report", label_source="radiologist")
-    name = row.id.partition("/")[2]
-    patient = _PATIENT.match(name)
     meta = metadata(
         context,
         modality="CXR",
@@ -241,14 +245,19 @@ def _these(count: int) -> str:
     return "this chest X-ray" if count == 1 else "these chest X-rays"
 
 
+def _is_normal(report: Report) -> bool | None:
+    """Whether "normal" is the only main subject heading; None if there are no headings."""
+    headings = [heading.casefold() for heading in report.mesh]
+    return None if not headings or _UNINDEXED in headings else headings == ["normal"]
+
+
 def _meta(report: Report, context: Context, **more: object) -> dict:
-    normal = None if not report.mesh or _UNINDEXED in report.mesh else report.mesh == ("normal",)
     return metadata(
         context,
         modality="CXR",
         patient=report.id,
         label_source="radiologist",
-        normal=normal,
+        normal=_is_normal(report),
         mesh=list(report.mesh) or None,
         **more,
     )

@@ -34,6 +34,7 @@ _NAMES = ("mimic_annotation.json", "mimic_cxr/annotation.json", "annotation.json
 _IMAGES = (*(f"{f}/files".lstrip("/") for f in JPG_FOLDERS), "mimic_cxr/images", "images")
 _ITEMS = {"train": 270_790, "validation": 2_130, "test": 3_858}
 _SUBJECT, _STUDY = re.compile(r"(?:^|/)p(\d{3,})/"), re.compile(r"(?:^|/)s(\d{2,})/")
+_DICOM = re.compile(r"(?:^|/)([0-9a-f]{8}(?:-[0-9a-f]{8}){4})\.[^/.]+\Z")
 
 
 class Item(NamedTuple):
@@ -126,11 +127,14 @@ def _item(row: int, value: Any, views: Mapping[str, str], taken: set[str]) -> It
     if isinstance(path, list):
         path = path[0] if len(path) == 1 else None
     named = path if isinstance(path, str) and path.strip() else ""
-    subject = number_of(value.get("subject_id"), "p") or _digits(_SUBJECT, named)
-    study = number_of(value.get("study_id"), "s") or _digits(_STUDY, named)
+    subject = number_of(value.get("subject_id"), "p") or _found(_SUBJECT, named)
+    study = number_of(value.get("study_id"), "s") or _found(_STUDY, named)
     dicom = value.get("id")
     dicom = dicom.strip() if isinstance(dicom, str) else ""
     problem = film_problem(subject, study, dicom) or _problem(dicom in taken, named, report)
+    stated = ((_SUBJECT, subject), (_STUDY, study), (_DICOM, dicom))
+    if not problem and any(_found(pattern, named) not in ("", known) for pattern, known in stated):
+        problem = "its image_path is of another film than its ids"
     taken.add(dicom)
     film = Film(row, subject, study, dicom, views.get(dicom, ""), problem)
     return Item(row, film, named, report if isinstance(report, str) and not problem else "")
@@ -150,7 +154,7 @@ def _problem(is_taken: bool, path: str, report: Any) -> str:
     return "" if report.strip() else "its report is empty"
 
 
-def _digits(pattern: re.Pattern[str], path: str) -> str:
+def _found(pattern: re.Pattern[str], path: str) -> str:
     found = pattern.search(path)
     return found[1] if found else ""
 

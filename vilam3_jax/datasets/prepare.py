@@ -160,7 +160,7 @@ def summary(info: dict[str, Any]) -> str:
     columns = ("split", "items", "records", "set aside", "images", "questions")
     rows: list[tuple[str, ...]] = [columns]
     reasons: dict[str, int] = {}
-    for name, split in info["splits"].items():
+    for name, split in {**info["splits"], **info.get("empty_splits", {})}.items():
         images = sum(int(number) * count for number, count in split["counts"].get("images", {}).items())
         questions = sum(split["counts"].get("question_types", {}).values())
         cells = (split["items"], split["records"], split["set_aside"]["total"], images, questions)

@@ -29,7 +29,7 @@ from vilam3_jax.data.shards import open_reader
 from vilam3_jax.data.tfds_folder import ShardFile, file_digest
 from vilam3_jax.data.volumes import read_volume
 from vilam3_jax.datasets.dataset import Context, Skipped, Split, examples_of
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UnavailableError, UserError
 
 MAX_NAMED = 1000  # records set aside that a report names
 DOUBLED = "another record has this id"
@@ -243,8 +243,12 @@ def _stored(example: Example, settings: Settings, keys: _ContentKeys) -> tuple[E
             images = tuple(_decoded(image, keys.context, settings.decode_side) for image in images)
         finished = dataclasses.replace(example, meta=meta, images=images)
         return finished, example_features.encode(finished)
+    except UnavailableError:
+        raise
     except UserError as reason:
         return Skipped(example.id, str(reason).removeprefix(f"example {example.id!r}: "))
+    except UnicodeEncodeError:
+        return Skipped(example.id, "a text is no UTF-8, or holds half of a surrogate pair")
 
 
 class _ContentKeys:
@@ -269,7 +273,12 @@ class _ContentKeys:
             return image_key(decode_image(image.data))
         path = paths.as_path(self.context.root) / str(image.path)
         if image.axis is None:
-            return image_key(load_film(path))
+            try:
+                return image_key(load_film(path))
+            except UnavailableError:
+                raise
+            except UserError as reason:  # as of a stored picture: some paths name patients
+                raise UserError(str(reason).removeprefix(f"{path}: ")) from None
         return read_volume(path, modality=image.modality).content_key
 
 

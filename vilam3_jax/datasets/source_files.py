@@ -18,6 +18,8 @@ from vilam3_jax.errors import UserError
 _MAX_TABLE_BYTES = 8 << 30
 _MAX_FILES = 20_000_000
 _MAX_FIELD = 16 << 20  # characters in one CSV field: whole reports are fields
+_WIDE = (b"\xff\xfe", b"\xfe\xff")  # byte order marks of UTF-16
+_PACKING = (EOFError, zlib.error, gzip.BadGzipFile)  # what damaged gzip files raise
 
 
 class SourceFolder:
@@ -25,6 +27,7 @@ class SourceFolder:
 
     Attributes:
       root: the folder, local or an object store.
+      notes: what a person should know of the files that were read, one sentence each.
     """
 
     def __init__(self, root: paths.PathLike, instructions: str = "") -> None:
@@ -34,6 +37,7 @@ class SourceFolder:
           UserError: it is not; the message ends with `instructions`.
         """
         self.root = paths.as_path(root)
+        self.notes: list[str] = []
         self._instructions = " ".join(instructions.split())
         if not self.root.is_dir():
             raise UserError(f"{root}: no such folder. {self._instructions}".rstrip())
@@ -84,7 +88,7 @@ class SourceFolder:
         """
         try:
             return json.loads(self._bytes(name))
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError, *_PACKING) as error:
             raise UserError(f"{self.root / name}: is no JSON ({_line(error)}); download it again") from error
 
     def json_list(self, name: str, key: str = "") -> list[Any]:
@@ -112,7 +116,7 @@ class SourceFolder:
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         yield number, _parsed(line)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            except _PACKING as error:
                 raise UserError(
                     f"{self.root / name}: cannot be read ({_line(error)}); download it again"
                 ) from error
@@ -128,6 +132,10 @@ class SourceFolder:
     ) -> Iterator[dict[str, str]]:
         """Rows of a CSV file (also .gz, with or without a byte order mark), columns found by name.
 
+        A row with more cells than the header is read as a row of empty cells, and `notes` tells: a delimiter
+        in a text without quotes moves all that follows. Bytes that are no UTF-8 become halves of surrogate
+        pairs, so that only the records whose texts hold them are set aside.
+
         Args:
           name: of the file.
           columns: key of the row → accepted headers, compared without case and surrounding spaces.
@@ -139,10 +147,11 @@ class SourceFolder:
           UserError: a column is missing (names all that are, and those there are), or the file is no CSV.
         """
         csv.field_size_limit(_MAX_FIELD)
-        reader = csv.reader(self._text(name), delimiter=delimiter)
         path = self.root / name
         try:
+            reader = csv.reader(self._text(name, errors="surrogateescape"), delimiter=delimiter)
             header = [cell.strip().lstrip("\ufeff") for cell in next(reader, [])]
+            "".join(header).encode()  # names of columns must be text
             places = {cell.lower(): place for place, cell in reversed(list(enumerate(header)))}
             known = {**columns, **(optional or {})}
             where = {
@@ -157,10 +166,21 @@ class SourceFolder:
             if others:
                 taken = set(chosen.values())
                 chosen |= {cell: place for place, cell in enumerate(header) if place not in taken and cell}
+            surplus: list[int] = []
             for cells in reader:
+                if any(cell.strip() for cell in cells[len(header) :]):
+                    surplus.append(reader.line_num)
+                    cells = [""]
                 if cells:
                     yield {key: cells[place] if place < len(cells) else "" for key, place in chosen.items()}
-        except (csv.Error, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+            if surplus:
+                self.notes.append(
+                    f"{name} has {len(surplus):,} rows with more cells than its header, the first in line "
+                    f"{surplus[0]}, which are not used; put texts that hold {delimiter!r} in quotes"
+                )
+        except UnicodeError as error:
+            raise UserError(f"{path}: its header is no UTF-8 text; save it as UTF-8") from error
+        except (csv.Error, *_PACKING) as error:
             raise UserError(f"{path}: cannot be read ({_line(error)}); download it again") from error
 
     def lines(self, name: str) -> list[str]:
@@ -171,15 +191,19 @@ class SourceFolder:
         """
         try:
             return [line.strip() for line in self._text(name) if line.strip()]
-        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        except (UnicodeDecodeError, *_PACKING) as error:
             raise UserError(f"{self.root / name}: is no text ({_line(error)}); download it again") from error
 
     def _bytes(self, name: str) -> bytes:
         data = paths.read_bytes(self.root / name, _MAX_TABLE_BYTES)
         return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
 
-    def _text(self, name: str) -> io.TextIOBase:
-        return io.TextIOWrapper(self._open(name), encoding="utf-8-sig", newline="")
+    def _text(self, name: str, errors: str = "strict") -> io.TextIOBase:
+        file = self._open(name)
+        if file.read(2) in _WIDE:
+            raise UserError(f"{self.root / name}: is UTF-16 text; save it as UTF-8")
+        file.seek(0)
+        return io.TextIOWrapper(file, encoding="utf-8-sig", errors=errors, newline="")
 
     def _open(self, name: str) -> IO[bytes] | gzip.GzipFile:
         path = self.root / name

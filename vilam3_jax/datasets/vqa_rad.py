@@ -29,6 +29,7 @@ _KEYS = {
     "answer": ("answer", "ANSWER"),
     "answer_type": ("answer_type", "A_TYPE"),
 }
+_PHRASE_TYPES = ("freeform", "para", "test_freeform", "test_para")
 _ORGAN_QUESTIONS = (
     "What is the visible organ?",
     "What organ is it?",
@@ -134,8 +135,12 @@ def _qid(values: Any) -> object:
 
 
 def _is_test(values: Any) -> bool:
+    return _phrase_type(values).startswith("test")
+
+
+def _phrase_type(values: Any) -> str:
     phrase = _value(values, "phrase_type")
-    return isinstance(phrase, str) and phrase.strip().lower().startswith("test")
+    return phrase.strip().lower() if isinstance(phrase, str) else ""
 
 
 def _asked(values: Any) -> dict[str, tuple[str, str]]:
@@ -173,6 +178,8 @@ def _make(item: _Question, context: Context) -> Iterator[Example | Skipped]:
     answer_type = text_of(_value(values, "answer_type"), "answer type")
     if context.parity and context.split == "test" and answer_type != "CLOSED":
         raise SkipItem("the answer type is not exactly CLOSED, which alone the reference tests")
+    if context.config == "osf" and not context.parity and _phrase_type(values) not in _PHRASE_TYPES:
+        raise SkipItem(f"its split is not known: the phrase type is none of {', '.join(_PHRASE_TYPES)}")
     kind = answer_type.strip().lower()
     if kind not in ("open", "closed"):
         raise SkipItem("the answer type is neither OPEN nor CLOSED")

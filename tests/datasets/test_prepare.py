@@ -14,6 +14,7 @@ from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.images import decode_image, decode_scaled
 from vilam3_jax.data.records import ExampleSource
 from vilam3_jax.datasets import builder, registry, shard_jobs
+from vilam3_jax.datasets import prepare as command
 from vilam3_jax.datasets.builder import BuildOptions, prepare
 from vilam3_jax.errors import UnavailableError, UserError
 
@@ -152,6 +153,34 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_built(tmp_path):
     assert "not a text" in named["rows.json row 0"] and "missing" in named["rows.json row 1"]
     assert "leaves the data root" in named["rows.json row 2"] and "cut short" in named["r8"]
     assert "Jane" not in json.dumps(built.info)
+
+
+def test_a_split_without_records_is_told(tmp_path):
+    source = twin(tmp_path / "source", {number: {"answer": None} for number in range(TRAIN)})
+    built = prepare(Toy(), source, tmp_path / "out")
+    assert set(built.info["splits"]) == {"test"}
+    assert built.info["empty_splits"]["train"]["set_aside"]["total"] == TRAIN
+    assert built.warnings == ("split train is left out, as none of its 9 items gives a record",)
+    assert ["train", "9", "0", "9", "0", "0"] in [
+        line.split() for line in command.summary(built.info).split("\n")
+    ]
+
+
+def test_a_picture_that_is_named_by_path_is_set_aside_without_it(tmp_path):
+    source = twin(tmp_path / "source")
+    (source / "images/2.jpg").write_text("<html>")
+    built = prepare(Toy(), source, tmp_path / "out", BuildOptions(copy_images=False))
+    (named,) = built.info["splits"]["train"]["set_aside"]["first"]
+    assert named[0] == "r2" and named[1].startswith("web page")
+
+
+def test_a_disk_that_fails_while_pictures_are_read_ends_the_build(source, tmp_path, monkeypatch):
+    def failing(path):
+        raise UnavailableError(f"{path}: cannot be read now")
+
+    monkeypatch.setattr(shard_jobs, "load_film", failing)
+    with pytest.raises(UnavailableError, match="cannot be read now"):
+        prepare(Toy(), source, tmp_path / "out", BuildOptions(copy_images=False))
 
 
 def test_nothing_usable_is_refused(tmp_path):

@@ -313,8 +313,9 @@ class _Build:
             "licences": licences or [self.dataset.licence],
             "provenance": self._provenance() | {"seconds": round(time.perf_counter() - began, 1)},
             "splits": {name: content for name, content in splits.items() if content["records"]},
+            "empty_splits": {name: splits[name] for name in empty},
             "shared": shared,
-            "notes": warnings,
+            "notes": [*warnings, *self._notes(splits)],
         }
 
     def source_root(self) -> str:
@@ -373,6 +374,14 @@ class _Build:
             "is the download complete?"
             for name, split in self.splits().items()
             if split.expected not in (None, len(split.items))
+        ]
+
+    def _notes(self, splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        assert self.source is not None
+        return self.source.notes + [
+            f"split {name} is left out, as none of its {content['items']:,} items gives a record"
+            for name, content in splits.items()
+            if not content["records"]
         ]
 
     def _refuse(self, shared: Mapping[str, Any]) -> None:

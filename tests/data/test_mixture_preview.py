@@ -88,6 +88,11 @@ def test_records_that_cannot_be_used_are_told(world, capsys) -> None:
         preview(world, capsys, '(("broken",1),)')
 
 
+def test_an_unknown_name_is_told_with_those_there_are(world, capsys) -> None:
+    with pytest.raises(UserError, match=r"no dataset 'filmz' in .*, which has broken, films, pairs, reports;"):
+        preview(world, capsys, '(("filmz",2),)')
+
+
 def test_pairs(world, capsys) -> None:
     out = preview(
         world, capsys, '(("pairs",1),)', "--config.data.global_pairs=6", "--config.num_steps=4",

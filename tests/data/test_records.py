@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, Turn
 from vilam3_jax.data.records import ExampleSource, ExampleWriter
 from vilam3_jax.data.shards import ShardReaders, open_reader
 from vilam3_jax.data.tfds_folder import read_info
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UnavailableError, UserError
 
 
 def example(number: int) -> Example:
@@ -140,6 +141,18 @@ def test_damage_is_named(tmp_path) -> None:
     (tmp_path / "metadata.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match="damaged"):
         read_info(tmp_path)
+
+
+def test_a_shard_cut_off_while_it_is_read_is_no_bad_record(tmp_path) -> None:
+    with ExampleWriter(tmp_path, "train") as writer:
+        for number in range(200):
+            writer.write(example(number))
+    source = ExampleSource(tmp_path, "train")
+    assert source[0].id
+    (shard,) = tmp_path.glob("*array_record*")
+    os.truncate(shard, shard.stat().st_size // 2)
+    with pytest.raises(UnavailableError, match=r"bytes, \d+ were written"):
+        list(source)
 
 
 def test_a_shard_that_its_file_server_forgot_is_opened_again(tmp_path, monkeypatch) -> None:

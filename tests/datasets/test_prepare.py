@@ -1,7 +1,11 @@
 """Builds of datasets: parallel, resumed, whole or not at all, read by TFDS; and the command."""
 
+import fcntl
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -127,6 +131,53 @@ def test_a_killed_process_is_no_lost_build(tmp_path, monkeypatch):
     monkeypatch.delenv("TOY_KILL")
     built = prepare(Toy(), source, tmp_path / "out")
     assert built.info["splits"]["train"]["records"] == TRAIN
+
+
+def test_two_processes_do_not_build_the_same_at_once(source, tmp_path):
+    folder = tmp_path / "out" / "toy"
+    work = folder / ".1.2.0.work"
+    (folder / "incomplete.K1LL3D_1.2.0").mkdir(parents=True)  # TFDS's, of a build that was killed
+    work.mkdir()
+    other = os.open(work, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match=r"toy/1\.2\.0: another process builds it"):
+        prepare(Toy(), source, tmp_path / "out")
+    os.close(other)
+    prepare(Toy(), source, tmp_path / "out")
+    assert {path.name for path in folder.iterdir()} == {"1.2.0"}
+
+
+KILLED = """
+import concurrent.futures, multiprocessing, os
+from vilam3_jax.datasets.builder import _begin_worker
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(1, context, _begin_worker)
+    print(pool.submit(os.getpid).result(), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_killed_build_leaves_no_worker(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    # The worker writes to the same pipe, so this returns when both have ended.
+    ended = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, timeout=120)
+    assert ended.returncode == -9 and ended.stdout
+
+
+def test_a_source_that_vanishes_ends_the_build(source, tmp_path, monkeypatch):
+    finished = shard_jobs.build
+
+    def vanishing(job):
+        if job.target.endswith("train-00002"):
+            source.rename(tmp_path / "elsewhere")
+        return finished(job)
+
+    monkeypatch.setattr(shard_jobs, "build", vanishing)
+    with pytest.raises(UnavailableError, match=r"source: the source folder is gone"):
+        prepare(Toy(), source, tmp_path / "out")
+    assert len(shard_times(tmp_path / "out")) == 2
 
 
 def test_what_cannot_be_used_is_named_and_the_rest_is_built(tmp_path):

@@ -19,7 +19,7 @@ from vilam3_jax.data import example_features, tfds_folder
 from vilam3_jax.data.examples import SCHEMA_VERSION, Example
 from vilam3_jax.data.shards import ShardReaders, check_sizes
 from vilam3_jax.data.tfds_folder import Identity, ShardFile, read_info
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UnavailableError, UserError
 
 _COUNTED = ("modality", "plane", "licence", "dataset")
 
@@ -267,7 +267,7 @@ class ExampleSource:
 
         Raises:
           IndexError: outside the split.
-          UnavailableError: the shard cannot be read.
+          UnavailableError: the shard cannot be read, or is not as long as it was written.
           UserError: the record is damaged, or no example.
         """
         if not 0 <= index < len(self):
@@ -278,13 +278,22 @@ class ExampleSource:
         try:
             data = self._readers.read(shard["file"], record, shard["records"])
         except (ValueError, IndexError, RuntimeError) as error:
+            self._check_size(shard)
             raise UserError(
                 f"{path}, record {record}: cannot be read ({error}); prepare the dataset again"
             ) from error
         try:
             return example_features.decode(data)
         except UserError as error:
+            self._check_size(shard)
             raise UserError(f"{path}, record {record}: {error}") from error
+
+    def _check_size(self, shard: Mapping[str, Any]) -> None:
+        """Tells a shard that was cut off since it was opened, which costs many records, from a bad record."""
+        try:
+            check_sizes(self.directory, {shard["file"]: shard["bytes"]})
+        except UserError as error:
+            raise UnavailableError(str(error)) from error
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))

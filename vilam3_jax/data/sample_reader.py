@@ -87,8 +87,10 @@ class SampleReader:
                     self._tokenizer, self._template, example.format, turns, self._tokens_per_image
                 )
                 encoded = processor.merge(encoded, grids, self._tokens_per_image)
-        except (UnavailableError, StoppingError):
+        except UnavailableError:
             raise
+        except StoppingError as error:
+            raise StoppingError(f"{self._samples.name(address)} ({example.id}): {error}") from error
         except (UserError, ValueError, IndexError) as error:
             raise UserError(f"example {example.id}: {error}") from error
         # What waits for a place holds no image, encoded or not: the record comes from the cache, or is read

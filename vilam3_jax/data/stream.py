@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import grain
+from etils import epath
 
 from vilam3_jax import paths
 from vilam3_jax.data.examples import IMAGE_MARKER, Example
@@ -69,7 +70,7 @@ def open_sources(
     for row in mixture:
         if not isinstance(row, tuple | list) or len(row) != 2 or not isinstance(row[0], str):
             raise UserError(
-                f"config data.mixture: {row!r} is no row (data set, weight); a comma may be missing"
+                f"config data.mixture: {row!r} is no row (dataset, weight); a comma may be missing"
             )
         name, weight = row
         epochs_of(name, weight)
@@ -78,6 +79,11 @@ def open_sources(
         alone = len({split_row(str(r[0]))[0] for r in mixture}) == 1
         if alone and not folder.exists() and is_dataset(root):
             folder = root
+        if not paths.exists(folder):
+            raise UserError(
+                f"config data.mixture: no dataset {dataset!r} in {root}, which has {_names_in(root)}; "
+                "correct the name or make it with `vilam3 prepare`"
+            )
         if split == "train" or split in read_info(folder)["splits"]:
             found.append((ExampleSource(folder, split), rule, float(weight)))
     opened = _under_rules(found, split, dialogues, seed)
@@ -86,6 +92,19 @@ def open_sources(
             f"{path}: no dataset of the mixture has a split {split!r}; prepare one or set eval_every=0"
         )
     return opened
+
+
+def _names_in(root: epath.Path) -> str:
+    """The datasets of a folder, with their variants, for messages."""
+    names = []
+    for child in paths.children(root):
+        if is_dataset(child):
+            names.append(child.name)
+        else:
+            names += [
+                f"{child.name}/{variant.name}" for variant in paths.children(child) if is_dataset(variant)
+            ]
+    return ", ".join(names) or "none"
 
 
 def _under_rules(

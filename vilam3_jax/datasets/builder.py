@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import io
 import itertools
@@ -17,7 +18,9 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -206,6 +209,11 @@ class _ExampleBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             metadata=tfds.core.MetadataDict(),
         )
 
+    def download_and_prepare(self, **settings: Any) -> None:
+        """As TFDS's, but of one process at a time."""
+        with self.build.alone():
+            super().download_and_prepare(**settings)
+
     def _shard_iterators_per_split(self, dl_manager: Any) -> Any:
         raise NotImplementedError("shards are built by _download_and_prepare")
 
@@ -282,6 +290,26 @@ class _Build:
     def _work(self) -> epath.Path:
         return self.target.parent / f".{self.target.name}.work"
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other processes away from the work folder, and removes it once the dataset is published.
+
+        Raises:
+          UserError: another process builds this dataset.
+        """
+        work = self._work()
+        work.mkdir(parents=True, exist_ok=True)
+        lock = os.open(work, os.O_RDONLY)
+        try:
+            if not _take(lock, work):
+                raise UserError(f"{self.target}: another process builds it; run the command again afterwards")
+            for left in self.target.parent.glob(f"incomplete.*_{self.target.name}"):
+                left.rmtree(missing_ok=True)  # TFDS's, of a build that was killed
+            yield
+            shutil.rmtree(work, ignore_errors=True)
+        finally:
+            os.close(lock)
+
     def run(self, folder: epath.Path) -> dict[str, Any]:
         """Builds all shards and moves them into `folder`.
 
@@ -293,7 +321,6 @@ class _Build:
         warnings = self._count_warnings()
         if warnings and self.options.strict:
             raise UserError(f"{self.source_root()}: {warnings[0]} Drop --strict to build what is there")
-        self._work().mkdir(parents=True, exist_ok=True)
         reports = self._reports(jobs)
         reports = _without_doubled(jobs, reports)
         shared = _shared(reports)
@@ -302,7 +329,6 @@ class _Build:
         empty = [name for name, content in splits.items() if not content["records"]]
         if len(empty) == len(splits):
             raise UserError(f"{self.source_root()}: no usable record in it; {_first_reasons(reports)}")
-        shutil.rmtree(self._work(), ignore_errors=True)
         licences = sorted(
             {licence for content in splits.values() for licence in content["counts"].get("licence", {})}
         )
@@ -439,7 +465,8 @@ def _built(jobs: Sequence[ShardJob], processes: int) -> Iterator[tuple[ShardJob,
         return
     # Spawned: libraries with threads of their own do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context) as pool:
+    workers = min(processes, len(jobs))
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _begin_worker) as pool:
         futures = {pool.submit(shard_jobs.build, job): job for job in jobs}
         try:
             for future in concurrent.futures.as_completed(futures):
@@ -451,6 +478,19 @@ def _built(jobs: Sequence[ShardJob], processes: int) -> Iterator[tuple[ShardJob,
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """Makes a worker end with the command: Ctrl-C reaches both, and a killed command leaves none behind."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this runs in workers
+    parent.join()
+    os._exit(1)
 
 
 def _without_doubled(
@@ -512,6 +552,17 @@ def _warnings(dataset: Dataset, info: Mapping[str, Any]) -> tuple[str, ...]:
             f"{pair} share {found['patients']} patients or groups and {found['images']} images{why}"
         )
     return tuple(warnings)
+
+
+def _take(lock: int, folder: epath.Path) -> bool:
+    """Locks an open folder; False if another process holds it, or has just removed it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return folder.exists() and os.path.samestat(os.fstat(lock), os.stat(folder))
 
 
 def _link(source: str, target: epath.Path) -> None:

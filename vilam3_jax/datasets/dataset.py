@@ -102,13 +102,15 @@ class Context:
 
         Raises:
           SkipItem: the path leaves the root, or the file is missing, empty or too large.
+          UnavailableError: the disk or the network fails, or the source folder is gone.
         """
         path = self._checked(path)
         file = self.file(path)
         try:
             size = paths.file_size(file)
-        except OSError:
-            raise SkipItem(f"image {path} is missing") from None
+        except OSError as error:
+            paths.check_passing(file, error)
+            raise self._missing(f"image {path}") from None
         if not 0 < size <= _MAX_IMAGE_BYTES:
             raise SkipItem(f"image {path} has {size} bytes; up to {_MAX_IMAGE_BYTES} are read")
         return (
@@ -130,10 +132,11 @@ class Context:
 
         Raises:
           SkipItem: the path leaves the root, or the file is missing.
+          UnavailableError: the disk or the network fails, or the source folder is gone.
         """
         path = self._checked(path)
         if not paths.exists(self.file(path)):
-            raise SkipItem(f"volume {path} is missing")
+            raise self._missing(f"volume {path}")
         return ImageRef(path=path, axis=axis, index=index, window=window, modality=modality)
 
     def file(self, path: str) -> epath.Path:
@@ -152,6 +155,12 @@ class Context:
     def rng(self, *parts: object) -> random.Random:
         """A generator that depends on the seed and `parts` alone, so not on shards or processes."""
         return random.Random("/".join(map(str, (self.seed, self.dataset, *parts))))
+
+    def _missing(self, what: str) -> Exception:
+        """What to raise for a missing file; a whole folder that is gone is no fault of the item."""
+        if not paths.exists(self.root):
+            return UnavailableError(f"{self.root}: the source folder is gone; restore it and start again")
+        return SkipItem(f"{what} is missing")
 
     def _checked(self, path: object) -> str:
         if not isinstance(path, str) or not path:

@@ -8,6 +8,7 @@ import pytest
 from scan_twins import body, box, marked, stored
 from twins import made, write
 
+from vilam3_jax import cli
 from vilam3_jax.data.experts.cards import load_cards
 from vilam3_jax.data.volumes import read_volume
 from vilam3_jax.datasets.msd import MSD
@@ -211,3 +212,12 @@ def _source(folder):
     from vilam3_jax.datasets.source_files import SourceFolder
 
     return SourceFolder(folder)
+
+
+def test_the_command_says_that_studies_are_shown_under_a_rule(source, tmp_path, capsys) -> None:
+    argv = ["prepare", "msd", "--source", str(source), "--out", str(tmp_path / "out"), "--processes", "1"]
+    assert cli.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "--dataset=msd:RULE --annotations=ANNOTATIONS" in said and "('msd:RULE', 1.0)" in said
+    assert cli.main([*argv[:-3], f"{tmp_path}/asked", *argv[-2:], "--records", "questions"]) == 0
+    assert "--dataset=msd\n" in capsys.readouterr().out

@@ -316,7 +316,9 @@ class Renderer:
           StoppingError: the former, where the settings say so.
         """
         if example.format == "study":
-            raise UserError("holds images only; name a rule in data.mixture, such as ('NAME:ct_what', 1.0)")
+            raise UserError(
+                "holds images only; name a rule in data.mixture or --dataset, such as NAME:ct_what"
+            )
         shown = [self._show(example, number, data_root) for number in range(len(example.images))]
         turns, pictures = _with_slices(example.turns, shown)
         everything = tuple(picture for of_turn in pictures for picture in of_turn)

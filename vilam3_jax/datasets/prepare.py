@@ -185,15 +185,19 @@ def summary(info: dict[str, Any]) -> str:
 
 
 def _next(dataset: type[Dataset], args: argparse.Namespace, built: Any) -> str:
-    name = dataset.name + (f"/{args.variant}" if getattr(args, "variant", "") else "")
-    lines = [f"look:  vilam3 data show --data={args.out} --dataset={name}"]
+    name, look, train = dataset.name + (f"/{args.variant}" if getattr(args, "variant", "") else ""), "", ""
+    if any(split["counts"].get("format", {}).get("study") for split in built.info["splits"].values()):
+        # Studies have no words of their own: a rule makes them of what experts said.
+        name, look = f"{name}:RULE", " --annotations=ANNOTATIONS --experts=on"
+        train = " --config.data.annotations=ANNOTATIONS"
+    lines = [f"look:  vilam3 data show --data={args.out} --dataset={name}{look}"]
     if dataset.expert_inputs:
         source = os.path.dirname(args.source) if dataset.source_is_file else args.source
         source = getattr(args, "images", None) or source
         lines.append(f"next:  vilam3-experts annotate --expert=NAME --data={source or '.'} --out=ANNOTATIONS")
     lines.append(
         "train: vilam3 train --config=configs/stage3_instruct.py:tiny --workdir=DIR "
-        f"--config.data.path={args.out} --config.data.mixture=\"(('{name}', 1.0),)\""
+        f"--config.data.path={args.out}{train} --config.data.mixture=\"(('{name}', 1.0),)\""
     )
     return "\n".join(lines)
 

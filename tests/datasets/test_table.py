@@ -210,6 +210,9 @@ def test_a_broken_file_of_questions(tmp_path):
         ({str(n): 1 for n in range(30)}, "number", ()),
         ({**{str(n): 1 for n in range(30)}, "x": 1}, "number", ()),
         ({"Benign": 3, "benign": 1, "malignant": 1}, "choice", ("Benign", "malignant")),
+        ({str(n): 1 for n in range(40, 52)}, "number", ()),
+        ({str(n): 2 for n in range(6)}, "choice", tuple("012345")),
+        ({f"text {n}": 1 for n in range(6)}, "text", ()),
         ({"only": 3}, "text", ()),
         ({f"text {n}": 1 for n in range(21)}, "text", ()),
         ({"a" * 61: 1, "b": 1}, "text", ()),
@@ -328,6 +331,15 @@ def test_parquet_with_images_in_it(tmp_path):
     assert "is no picture" in skipped["train"][1].reason
     _, skipped = built(tmp_path, "--image", "image", "--label", "odd", "--heldout", "0", name="table.parquet")
     assert {one.reason for one in skipped["train"]} == {"the label odd is a list, not a value"}
+
+
+def test_rows_of_a_parquet_file_that_hold_the_same_image_stay_together(tmp_path):
+    pictures = [{"bytes": twins.picture(n // 2, kind="PNG"), "path": f"{n}.png"} for n in range(40)]
+    parquet(tmp_path, {"image": pictures, "grade": ["1", "2"] * 20})
+    argv = ("--image", "image", "--label", "grade", "--heldout", "0.5")
+    examples, _ = built(tmp_path, *argv, name="table.parquet")
+    train, heldout = ({one.images[0].data for one in examples[side]} for side in ("train", "heldout"))
+    assert len(train) + len(heldout) == 20 and not train & heldout and train and heldout
 
 
 def test_options_that_do_not_go_together(tmp_path):

@@ -40,6 +40,7 @@ _MAX_TEMPLATES = 16 << 20  # bytes
 _MOST_KINDS = 100_000  # different cells of a column that are counted to find its kind
 _HEADER_BYTES = 1 << 20
 _BATCH = 8_192
+_IMAGE_BATCH = 64
 _LONGEST_NAME = 512
 
 
@@ -56,6 +57,7 @@ class _Row:
       problem: why it cannot be used, "" for no reason.
       place: in a parquet file, where images are in the table.
       group: of rows that share an image or a patient.
+      stored: digests of the images that the table holds.
     """
 
     number: int
@@ -66,6 +68,7 @@ class _Row:
     problem: str = ""
     place: parquet.Place | None = None
     group: int = 0
+    stored: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +100,8 @@ class Table(Dataset):
     Each label column of a row that is filled gives a question with its answer. The kind of a column follows
     from its cells or from the file of questions (`--questions`):
       - yes_no: cells are 0/1, yes/no, true/false, positive/negative or present/absent;
-      - choice: up to 20 different short texts or whole numbers, which the question lists;
+      - choice: up to 20 different short texts or whole numbers, which the question lists; more than five of
+        them must occur twice on average;
       - number: other numbers;
       - text: all else.
     Training rows vary the wording; other splits use the first one.
@@ -270,14 +274,24 @@ def _read_parquet(
             stored = {key: name for key, name in names.items() if _stores_images(key, name, table)}
             light = {key: name for key, name in names.items() if key not in stored}
             at = iter(places)
-            for batch in table.iter_batches(_BATCH, columns=list(dict.fromkeys(light.values()))):
+            # Images are read too, as rows that share one stay in one split.
+            size = _IMAGE_BATCH if stored else _BATCH
+            for batch in table.iter_batches(size, columns=list(dict.fromkeys(names.values()))):
                 for values in batch.to_pylist():
                     place = next(at)
                     kept = dataclasses.replace(place, columns=tuple(stored.items())) if stored else None
-                    yield {key: values[name] for key, name in light.items()}, kept
+                    row = {key: values[name] for key, name in light.items()}
+                    yield row | {"stored": [_digest_of(values[name]) for name in stored.values()]}, kept
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         paths.check_passing(path, error)
         raise UserError(f"{path}: is damaged ({' '.join(str(error).split())}); write it again") from error
+
+
+def _digest_of(value: object) -> int | None:
+    try:
+        return digest(parquet.image_bytes(value))
+    except SkipItem:
+        return None  # said when the row's turn comes
 
 
 def _stores_images(key: str, name: str, table: pyarrow.parquet.ParquetFile) -> bool:
@@ -310,7 +324,8 @@ def _rows(
         name = _name(own) or (_name(images[0]) if images else "") or f"row-{number}"
         stated.append(split_named(row.get("split")))
         patient = _text(row.get("patient"))
-        rows.append(_Row(number, name, images, tuple(cells), patient, problem, place))
+        stored = tuple(found for found in row.get("stored", ()) if found is not None)
+        rows.append(_Row(number, name, images, tuple(cells), patient, problem, place, stored=stored))
     if not rows:
         raise UserError(f"{path}: holds no row; write it again")
     _name_uniquely(rows)
@@ -362,6 +377,7 @@ def _group(rows: Sequence[_Row], *, with_patient: bool) -> None:
     owners, digests = [], []
     for position, row in enumerate(rows):
         shared = [b"image\0" + _path_key(image) for image in row.images if isinstance(image, str)]
+        shared += [b"stored\0%d" % image for image in row.stored]
         if with_patient and row.patient:
             shared.append(b"patient\0" + row.patient.encode("utf-8", "surrogatepass"))
         owners += [position] * len(shared)

@@ -17,6 +17,7 @@ KINDS = ("yes_no", "choice", "number", "text")
 YES_NO = ("yes", "no")
 ONE_HOT = "one_hot"
 MOST_OPTIONS = 20
+_FEW_OPTIONS = 5  # more must occur twice on average, or they are no classes
 _LONGEST_OPTION = 60
 _LONGEST_CELL = 64 << 10
 _YES = frozenset(("1", "yes", "y", "true", "positive", "present"))
@@ -248,7 +249,7 @@ def _kind(cells: Mapping[str, int]) -> str:
     numbers = {text for text in cells if _number(text) is not None}
     if binary and _slips(cells, binary, total) and not (numbers - binary):
         return "yes_no"
-    few = 2 <= len({text.casefold() for text in cells}) <= MOST_OPTIONS
+    few = 2 <= len({text.casefold() for text in cells}) <= min(MOST_OPTIONS, max(_FEW_OPTIONS, total // 2))
     whole = all(float(text).is_integer() for text in numbers)
     if numbers and _slips(cells, numbers, total):
         return "choice" if whole and few and len(numbers) == len(cells) else "number"

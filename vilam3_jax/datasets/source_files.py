@@ -144,7 +144,8 @@ class SourceFolder:
           others: columns of other names are kept under their own name.
 
         Raises:
-          UserError: a column is missing (names all that are, and those there are), or the file is no CSV.
+          UserError: a column is missing (names all that are, and those there are), one is there twice, or the
+            file is no CSV.
         """
         csv.field_size_limit(_MAX_FIELD)
         path = self.root / name
@@ -163,6 +164,8 @@ class SourceFolder:
                     f"{path}: no column {', '.join(lacking)}; it has {', '.join(header) or 'none'}"
                 )
             chosen = {key: place for key, place in where.items() if place is not None}
+            if doubled := [header[place] for place in chosen.values() if header.count(header[place]) > 1]:
+                raise UserError(f"{path}: has two columns {doubled[0]}; remove or rename one of them")
             if others:
                 taken = set(chosen.values())
                 chosen |= {cell: place for place, cell in enumerate(header) if place not in taken and cell}

@@ -12,6 +12,7 @@ import pytest
 import twins
 
 from vilam3_jax.data.examples import Example, Turn
+from vilam3_jax.datasets.builder import prepare
 from vilam3_jax.datasets.dataset import SkipItem, examples_of
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.datasets.table import Table
@@ -258,6 +259,17 @@ def test_rows_that_cannot_be_used(tmp_path):
     assert found[3] == found[9] == "names no image" and found[6] == found[8] == "no label is filled"
     assert "leaves the data root" in found[4] and "is not relative" in found[5]
     assert "is no picture" in found[7] and found[10] == "the label a is neither yes nor no"
+
+
+def test_a_table_whose_header_lacks_a_column(tmp_path):
+    write_table(tmp_path, [["file", "a"], ["1", "im/0.png", "1"], ["2", "im/1.png", "0"]])
+    parser = argparse.ArgumentParser()
+    Table.add_arguments(parser)
+    options = parser.parse_args(["--image", "file", "--label", "a", "--heldout", "0"])
+    with pytest.raises(
+        UserError, match=r"row 1: names no image; .* has 2 rows with more cells than its header"
+    ):
+        prepare(Table(options), tmp_path / "table.csv", tmp_path / "out")
 
 
 def test_rows_without_a_patient_or_a_split(tmp_path):

@@ -328,7 +328,8 @@ class _Build:
         splits = {name: self._split(name, jobs[name], reports[name], folder) for name in jobs}
         empty = [name for name, content in splits.items() if not content["records"]]
         if len(empty) == len(splits):
-            raise UserError(f"{self.source_root()}: no usable record in it; {_first_reasons(reports)}")
+            told = "; ".join([_first_reasons(reports), *self._notes({})])
+            raise UserError(f"{self.source_root()}: no usable record in it; {told}")
         licences = sorted(
             {licence for content in splits.values() for licence in content["counts"].get("licence", {})}
         )

@@ -47,6 +47,11 @@ def test_tables_that_cannot_be_read(tmp_path, content, message):
         rows(tmp_path, content)
 
 
+def test_what_is_missing_is_told_once(tmp_path):
+    with pytest.raises(UserError, match=r": a\.csv or b\.csv, c missing\. Fetch it\.$"):
+        SourceFolder(tmp_path, "Fetch it.").require(["a.csv", "a.csv.gz", "x/a.csv", "b.csv", "x/b.csv"], "c")
+
+
 @pytest.mark.parametrize("end", [b"", b"\xff" * 40])
 def test_damaged_packed_lists(tmp_path, end):
     (tmp_path / "a.json").write_bytes(gzip.compress(b"[" + b"1," * 9999 + b"1]")[:30] + end)

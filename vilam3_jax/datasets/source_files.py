@@ -18,6 +18,7 @@ from vilam3_jax.errors import UserError
 _MAX_TABLE_BYTES = 8 << 30
 _MAX_FILES = 20_000_000
 _MAX_FIELD = 16 << 20  # characters in one CSV field: whole reports are fields
+_MOST_TOLD = 2
 _WIDE = (b"\xff\xfe", b"\xfe\xff")  # byte order marks of UTF-16
 _PACKING = (EOFError, zlib.error, gzip.BadGzipFile)  # what damaged gzip files raise
 
@@ -64,7 +65,7 @@ class SourceFolder:
             name = self.find(*names)
             found.append(name or "")
             if name is None:
-                missing.append(" or ".join(names))
+                missing.append(" or ".join(_told(names)))
         if missing:
             raise UserError(f"{self.root}: {', '.join(missing)} missing. {self._instructions}".rstrip())
         return found
@@ -216,6 +217,16 @@ class SourceFolder:
         packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         return gzip.open(file) if packed else file
+
+
+def _told(names: Sequence[str]) -> list[str]:
+    """Alternatives for a message: of many, each file once, whichever folder it may be in, packed or not."""
+    if len(names) <= _MOST_TOLD:
+        return list(names)
+    first: dict[str, str] = {}
+    for name in names:
+        first.setdefault(os.path.basename(name).removesuffix(".gz"), name)
+    return list(first.values())
 
 
 def _parsed(line: bytes) -> Any:

@@ -269,7 +269,7 @@ def test_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["missing"], "holds no dataset"),
+        (["missing"], r"no dataset \(dataset_info"),
         (["one"], "no evaluation set among one/train"),
         (["one", "--training", "test"], "no training set among"),
         (["one", "one"], "--json FILE"),

@@ -8,6 +8,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -141,6 +143,31 @@ def test_a_worker_that_dies_is_named(root) -> None:
         for _ in range(50):
             next(batches)
     loader.close()
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from data_worlds import build, config
+if __name__ == "__main__":
+    next(iter(build(config(sys.argv[2], (("films", 1.0),), workers=2))))
+    print("killed", flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_no_worker(root, tmp_path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    # The workers write to the same pipe, so this returns when all have ended.
+    ended = subprocess.run(
+        [sys.executable, str(script), os.path.dirname(__file__), str(root)],
+        stdout=subprocess.PIPE,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == -signal.SIGKILL and b"killed" in ended.stdout
 
 
 def test_too_little_shared_memory_is_refused(root, monkeypatch, tmp_path) -> None:

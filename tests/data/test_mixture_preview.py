@@ -89,7 +89,7 @@ def test_records_that_cannot_be_used_are_told(world, capsys) -> None:
 
 
 def test_an_unknown_name_is_told_with_those_there_are(world, capsys) -> None:
-    with pytest.raises(UserError, match=r"no dataset 'filmz' in .*, which has broken, films, pairs, reports;"):
+    with pytest.raises(UserError, match=r"dataset 'filmz' in .*, which has broken, films, pairs, reports"):
         preview(world, capsys, '(("filmz",2),)')
 
 

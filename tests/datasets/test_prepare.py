@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from toy_dataset import Toy
 from twins import picture, write
 
 from vilam3_jax import cli
-from vilam3_jax.data import decoded
+from vilam3_jax.data import decoded, leaks, stream, tfds_folder
 from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.images import decode_image, decode_scaled
 from vilam3_jax.data.records import ExampleSource
@@ -131,6 +132,24 @@ def test_a_killed_process_is_no_lost_build(tmp_path, monkeypatch):
     monkeypatch.delenv("TOY_KILL")
     built = prepare(Toy(), source, tmp_path / "out")
     assert built.info["splits"]["train"]["records"] == TRAIN
+
+
+class Variants(Toy):
+    configs: ClassVar = {"en": "English", "zh": "Chinese"}
+
+
+def test_variants_are_datasets_of_their_own(source, tmp_path):
+    out = tmp_path / "out"
+    prepare(Variants(config="en"), source, out)
+    assert ExampleSource(out / "toy", "train").name == "toy/en"
+    prepare(Variants(config="zh"), source, out)
+    with pytest.raises(UserError, match="several variants; choose one of toy/en, toy/zh"):
+        ExampleSource(out / "toy", "train")
+    assert tfds_folder.datasets_in(out) == [out / "toy" / "en", out / "toy" / "zh"]
+    sets = leaks.ledger([out])["sets"]
+    assert {row["name"] for row in sets} >= {"toy/en/train", "toy/zh/test"}
+    with pytest.raises(UserError, match=r"no dataset 'toi' in .*, which has toy/en, toy/zh"):
+        stream.open_sources(out, (("toi", 1.0),), "train")
 
 
 def test_two_processes_do_not_build_the_same_at_once(source, tmp_path):

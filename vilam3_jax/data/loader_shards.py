@@ -19,7 +19,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from vilam3_jax.data import packing
+from vilam3_jax.data import child_process, packing
 from vilam3_jax.data.batch_layout import PackedBatch, PairBatch, arrays
 from vilam3_jax.data.batch_sizes import empty_pairs
 from vilam3_jax.data.loader_records import BadRecord, RecordLoader, ShardOrder, Unreadable
@@ -291,6 +291,7 @@ class ShardsIterator(grain.DatasetIterator[dict[str, Any]]):
         return self._element(self._units.popleft())
 
     def _open(self) -> None:
+        child_process.end_with_parent()
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, thread_name_prefix="vilam3-decode")
         self._packers = {}
         for number in self._own:

@@ -252,8 +252,9 @@ class ExampleSource:
 
     @property
     def name(self) -> str:
-        """The dataset's name."""
-        return str(self.info["name"])
+        """The dataset's name, with its variant: as in a mixture."""
+        variant = self.info["provenance"].get("config")
+        return f"{self.info['name']}/{variant}" if variant else str(self.info["name"])
 
     def digests(self) -> list[str]:
         """sha256 of every shard: what a place in a stream of these records depends on."""

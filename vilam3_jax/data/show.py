@@ -104,7 +104,7 @@ def _open(data: str, dataset: str | None, split: str) -> ExampleSource:
     if dataset is None:
         found = datasets_in(root)
         if len(found) > 1:
-            names = ", ".join(path.name for path in found)
+            names = ", ".join(path.relative_to(root).as_posix() for path in found)
             raise UserError(f"{data}: holds {names}; choose one with --dataset")
         return ExampleSource(found[0], split)
     if is_dataset(root) and not (root / dataset).exists():

@@ -27,7 +27,7 @@ from vilam3_jax.data.experts.dialogues.scene import Setting
 from vilam3_jax.data.experts.dialogues.source import DialogueSource, under_rules, why_left_out
 from vilam3_jax.data.interleave import Interleaving
 from vilam3_jax.data.records import ExampleSource
-from vilam3_jax.data.tfds_folder import is_dataset, read_info
+from vilam3_jax.data.tfds_folder import datasets_in, is_dataset, read_info
 from vilam3_jax.errors import UnavailableError, UserError, warn_of
 
 _HELD_OUT_SEED = 0
@@ -96,15 +96,10 @@ def open_sources(
 
 def _names_in(root: epath.Path) -> str:
     """The datasets of a folder, with their variants, for messages."""
-    names = []
-    for child in paths.children(root):
-        if is_dataset(child):
-            names.append(child.name)
-        else:
-            names += [
-                f"{child.name}/{variant.name}" for variant in paths.children(child) if is_dataset(variant)
-            ]
-    return ", ".join(names) or "none"
+    try:
+        return ", ".join(path.relative_to(root).as_posix() for path in datasets_in(root))
+    except UserError:
+        return "none"
 
 
 def _under_rules(

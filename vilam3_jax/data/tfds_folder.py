@@ -42,7 +42,7 @@ def is_dataset(folder: paths.PathLike) -> bool:
 
 
 def datasets_in(folder: paths.PathLike) -> list[epath.Path]:
-    """The dataset at `folder`, or those right below it.
+    """The dataset at `folder`, or those right below it, each variant for itself.
 
     Raises:
       UserError: there is none.
@@ -50,7 +50,9 @@ def datasets_in(folder: paths.PathLike) -> list[epath.Path]:
     root = paths.as_path(folder)
     if is_dataset(root):
         return [root]
-    found = [path for path in paths.children(root) if is_dataset(path)]
+    found: list[epath.Path] = []
+    for child in paths.children(root):
+        found += [child] if is_dataset(child) else [variant for variant, _ in _variants(child)]
     if not found:
         raise UserError(f"{folder}: no dataset ({INFO_NAME}) in it or right below it; run `vilam3 prepare`")
     return found
@@ -67,9 +69,7 @@ def resolve(folder: paths.PathLike) -> epath.Path:
         return root
     if newest := _newest_version(root):
         return newest
-    variants = [(child, version) for child in paths.children(root) if (version := _newest_version(child))]
-    # A folder of datasets looks the same; a variant's metadata names the dataset it belongs to.
-    ours = [(child, version) for child, version in variants if _is_variant(root, child, version)]
+    ours = _variants(root)
     if len(ours) == 1:
         return ours[0][1]
     if ours:
@@ -87,6 +87,13 @@ def _newest_version(folder: epath.Path) -> epath.Path | None:
         if _VERSION.fullmatch(child.name) and (child / INFO_NAME).exists()
     ]
     return max(found)[1] if found else None
+
+
+def _variants(root: epath.Path) -> list[tuple[epath.Path, epath.Path]]:
+    """(folder, newest version) of the variants of a dataset, by name."""
+    found = [(child, version) for child in paths.children(root) if (version := _newest_version(child))]
+    # A folder of datasets looks the same; a variant's metadata names the dataset it belongs to.
+    return [(child, version) for child, version in found if _is_variant(root, child, version)]
 
 
 def _is_variant(root: epath.Path, child: epath.Path, version: epath.Path) -> bool:

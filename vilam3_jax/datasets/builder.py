@@ -20,7 +20,6 @@ import os
 import shutil
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -32,7 +31,7 @@ from tqdm import tqdm
 
 import vilam3_jax
 from vilam3_jax import paths
-from vilam3_jax.data import tfds_folder
+from vilam3_jax.data import child_process, tfds_folder
 from vilam3_jax.data.content_keys import DECODER_VERSION
 from vilam3_jax.data.example_features import features_dict
 from vilam3_jax.data.examples import SCHEMA_VERSION
@@ -484,14 +483,7 @@ def _built(jobs: Sequence[ShardJob], processes: int) -> Iterator[tuple[ShardJob,
 def _begin_worker() -> None:
     """Makes a worker end with the command: Ctrl-C reaches both, and a killed command leaves none behind."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this runs in workers
-    parent.join()
-    os._exit(1)
+    child_process.end_with_parent()
 
 
 def _without_doubled(

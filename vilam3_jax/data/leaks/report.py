@@ -17,7 +17,7 @@ from vilam3_jax.data.leaks.fingerprints import NEAR_DISTANCE, Fingerprint, NearI
 from vilam3_jax.data.leaks.marks import MarkReader, Marks, read_marks
 from vilam3_jax.data.leaks.texts import RUN, TextIndex
 from vilam3_jax.data.records import ExampleSource
-from vilam3_jax.data.tfds_folder import read_info, resolve
+from vilam3_jax.data.tfds_folder import datasets_in, read_info, resolve
 from vilam3_jax.errors import InputWarning, UserError
 
 LEDGER_NAME = "leaks.json"
@@ -353,7 +353,7 @@ def _named_sources(directories: Sequence[paths.PathLike]) -> dict[str, ExampleSo
     found: dict[str, ExampleSource] = {}
     seen: set[str] = set()
     for folder in directories:
-        for dataset in _datasets(folder):
+        for dataset in map(resolve, datasets_in(folder)):
             if os.fspath(dataset) in seen:
                 continue
             seen.add(os.fspath(dataset))
@@ -365,23 +365,6 @@ def _named_sources(directories: Sequence[paths.PathLike]) -> dict[str, ExampleSo
                     name = f"{source.name}#{number}/{split}"
                 found[name] = source
     return found
-
-
-def _datasets(folder: paths.PathLike) -> list[Any]:
-    """The dataset at `folder`, or those in it."""
-    root = paths.as_path(folder)
-    try:
-        return [resolve(root)]
-    except UserError:
-        found = []
-        for child in paths.children(root) if paths.exists(root) else []:
-            try:
-                found.append(resolve(child))
-            except UserError:
-                continue
-        if not found:
-            raise
-        return found
 
 
 def _digest(source: Any) -> str:

@@ -135,7 +135,7 @@ class ExpertRequest:
         return cls(expert, args, tuple(RequestImage(*image) for image in images), *rest)
 
     def wire_values(self) -> list[Any]:
-        """Plain values, for msgpack and JSON."""
+        """Plain values, for JSON."""
         images = [[image.image, image.role] for image in self.images]
         words = [self.question, self.call] if self.question or self.call else []
         return [self.expert, self.args, images, self.before_turn, self.policy, *words]

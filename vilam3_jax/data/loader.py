@@ -327,7 +327,7 @@ def build_loader(
     if mode != "off":
         if not data.annotations:
             raise UserError(
-                f"config data.annotations is empty, but experts are {mode}; set it, or experts=off"
+                f"config data.annotations is empty, but experts are {mode}; set it, or set data.experts=off"
             )
         store = AnnotationStore(data.annotations)
     elif choice == "finding" and data.annotations:

@@ -70,7 +70,7 @@ def open_sources(
     for row in mixture:
         if not isinstance(row, tuple | list) or len(row) != 2 or not isinstance(row[0], str):
             raise UserError(
-                f"config data.mixture: {row!r} is no row (dataset, weight); a comma may be missing"
+                f"config data.mixture: {row!r} is not a row (dataset, weight); a comma may be missing"
             )
         name, weight = row
         epochs_of(name, weight)
@@ -311,5 +311,5 @@ def pair_caption(example: Example) -> str:
       UserError: the example is no pair.
     """
     if example.format not in ("pair", "caption") or len(example.images) != 1:
-        raise UserError(f"a {example.format} with {len(example.images)} images is no image-text pair")
+        raise UserError(f"a {example.format} with {len(example.images)} images is not an image-text pair")
     return " ".join(t.text for t in example.turns if t.role == "assistant").replace(IMAGE_MARKER, "").strip()

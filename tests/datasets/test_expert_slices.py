@@ -24,6 +24,7 @@ from vilam3_jax.data.render import ImageReader
 from vilam3_jax.data.volumes import read_volume
 from vilam3_jax.datasets.dataset import Skipped, examples_of
 from vilam3_jax.datasets.expert_slices import ExpertSlices, find_studies
+from vilam3_jax.datasets.labelled_scans import held_names
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
 
@@ -123,20 +124,31 @@ def test_half_show_a_lesion_and_the_seed_decides(world) -> None:
     assert chosen() == chosen() and any(chosen(seed=s) != chosen() for s in range(1, 6))
 
 
+def test_files_of_macos_are_no_studies(world) -> None:
+    (world / "data" / "._never.nii.gz").write_bytes(b"\0\5\x16\7")
+    names = [study.name for study in find_studies(world / "data", "ct")]
+    assert "never.nii.gz" in names and "._never.nii.gz" not in names
+
+
 def test_split_is_by_patient(world, tmp_path) -> None:
     facts = tmp_path / "facts.json"
     facts.write_text(json.dumps({f"{n}.nii.gz": {"patient": "one", "grade": "HGG"} for n in "ab"}))
     studies = list(find_studies(world / "data", "ct", facts=str(facts)))
     assert {s.patient for s in studies} == {"one", "c.nii.gz", "never.nii.gz"}
-    sides = set()
-    for share in ("0.01", "0.5", "0.7"):
+    for share in ("0.01", "0.99"):
         examples, _ = built(world, "ct", "--facts", str(facts), "--heldout", share)
         patients = [{e.meta["patient"] for e in found} for found in examples.values()]
         assert len(set.union(*patients)) == sum(map(len, patients)) == 2
-        sides.add(tuple(map(len, patients)))
         grades = {e.meta.get("grade") for found in examples.values() for e in found}
         assert grades == {"HGG", None} and "one" not in patients[0] | patients[1]
-    assert len(sides) > 1
+
+
+def test_a_share_is_about_its_size_and_stable() -> None:
+    names = [str(n) for n in range(200)]
+    held = held_names(names, 0.25, "toy")
+    assert 30 < len(held) < 70 and held_names(names[:100][::-1], 0.25, "toy") == held & set(names[:100])
+    assert len(held_names("ab", 0.001)) == len(held_names("ab", 0.999)) == 1
+    assert not held_names("a", 0.5) and not held_names("ab", 0)
 
 
 def test_other_annotations_are_another_build(world) -> None:

@@ -203,9 +203,21 @@ def test_records_that_are_set_aside_are_not_what_is_held_out(tmp_path):
 
 
 def test_reasons_name_no_path(tmp_path):
-    records = [{"id": "1", "image": "./Doe^Jane/9.png", "conversations": dialogue()}]
+    (tmp_path / "Doe^John").mkdir()
+    records = [
+        {"id": "1", "image": "./Doe^Jane/9.png", "conversations": dialogue()},
+        {"id": "2", "image": "Doe^John", "conversations": dialogue()},
+    ]
     _, skipped = built(tmp_path, records, "--heldout", "0")
-    assert reasons(skipped) == {"list.json record 1": "its image is missing"}
+    assert list(reasons(skipped).values()) == [
+        "its image is missing",
+        "its image is a folder, a file was expected",
+    ]
+
+
+def test_an_answer_of_spaces_is_nothing_to_learn(tmp_path):
+    _, skipped = built(tmp_path, [{"id": "1", "conversations": dialogue(answer=" \n")}], "--heldout", "0")
+    assert reasons(skipped) == {"list.json record 1": "an answer is empty"}
 
 
 def test_the_key_of_patients(tmp_path):

@@ -123,6 +123,10 @@ def test_own_validation_split_is_by_case_and_stable(source) -> None:
     write(task, {"dataset.json": listing(rows[:50][::-1])})
     again = {c.image for c in maker.splits(_source(source))["validation"].items}
     assert again == held & {r["image"] for r in rows[:50]}
+    for few, count in ((3, 1), (1, 0)):
+        write(task, {"dataset.json": listing(rows[:few])})
+        split = MSD(_options("--validation", "0.001")).splits(_source(source))["validation"]
+        assert len(split.items) == count, "a share has a case, but never all of them"
 
 
 @pytest.mark.parametrize(

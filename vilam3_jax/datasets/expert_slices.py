@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -31,7 +32,7 @@ from vilam3_jax.datasets.labelled_scans import (
     Scan,
     SliceOptions,
     file_of,
-    fraction,
+    held_names,
     read_scan,
     slice_records,
 )
@@ -140,9 +141,9 @@ class ExpertSlices(Dataset):
         studies = list(find_studies(source.root, self.config, options.cases, options.facts))
         make = functools.partial(make_study, making=making)
         divided: dict[str, list[Study]] = {"train": []} | ({"heldout": []} if options.heldout else {})
+        held = held_names((study.patient for study in studies), options.heldout, self.name)
         for study in studies:
-            held = fraction(self.name, study.patient) < options.heldout
-            divided["heldout" if held else "train"].append(study)
+            divided["heldout" if study.patient in held else "train"].append(study)
         per_item = 1 if self.config == "film" else options.slices
         return {split: Split(items, make, _name_of, per_item=per_item) for split, items in divided.items()}
 
@@ -177,7 +178,7 @@ def find_studies(data: paths.PathLike, variant: str, cases: str = "", facts: str
     endings = _FILMS if variant == "film" else _VOLUMES
     for file in sorted(list_files(root, _MAX_FILES, lambda: None).files):
         path = epath.Path(file).relative_to(root).as_posix()
-        if path.lower().endswith(endings):
+        if path.lower().endswith(endings) and not os.path.basename(path).startswith("._"):
             yield Study(path, (("", path),), known.get(path, {}))
 
 

@@ -273,6 +273,8 @@ def dialogue(name: str, record: Mapping[str, Any], ref: Callable[[ImageRef | str
         for start in (f"instruction item {_ANY!r}: ", f"example {_ANY!r}: "):
             text = text.removeprefix(start)
         raise SkipItem(text) from None
+    if any(turn.supervised and not turn.text.strip() for turn in example.turns):
+        raise SkipItem("an answer is empty")
     images = tuple(
         stored[position] if position in stored else ref(image if image.axis is not None else image.path or "")
         for position, image in enumerate(example.images)

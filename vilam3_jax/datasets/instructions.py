@@ -20,7 +20,7 @@ from vilam3_jax.datasets.instruction_lists import Record, Scan
 from vilam3_jax.datasets.own_splits import STATED, groups_of, held_out, split_named
 from vilam3_jax.datasets.pictures import picture_or_dicom
 from vilam3_jax.datasets.source_files import SourceFolder
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UnavailableError, UserError
 
 
 class Instructions(Dataset):
@@ -198,8 +198,10 @@ def _image(image: ImageRef | str, *, context: Context) -> ImageRef:
         return context.volume(
             path, axis=image.axis, index=image.index, window=image.window, modality=image.modality
         )
-    except SkipItem as reason:
-        text = str(reason)
+    except UnavailableError:
+        raise
+    except (SkipItem, UserError) as reason:
+        text = str(reason).replace(f"{paths.as_path(context.root) / path}: ", "its image ")
         for name in (path, os.path.normpath(path.replace("\\", "/"))):
             text = text.replace(f"image {name} ", "its image ").replace(f"volume {name} ", "its volume ")
         raise SkipItem(text) from None

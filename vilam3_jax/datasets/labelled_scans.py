@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -362,6 +362,21 @@ def _conversation(
 ) -> Example:
     exchanges = [(q["question"], q["answer"]) for q in questions]
     return conversation(name, images, exchanges, meta, questions=questions)
+
+
+def held_names(names: Iterable[str], share: float, *parts: object) -> set[str]:
+    """Names whose `fraction` lies below the share: at least one if any share is asked for, but never all.
+
+    Args:
+      names: what is divided, such as patients.
+      share: about this share of them is held out.
+      parts: what the fractions depend on besides the names.
+    """
+    ordered = sorted(set(names), key=lambda name: fraction(*parts, name))
+    if not share or len(ordered) < 2:
+        return set()
+    count = sum(fraction(*parts, name) < share for name in ordered)
+    return set(ordered[: min(max(count, 1), len(ordered) - 1)])
 
 
 def fraction(*parts: object) -> float:

@@ -15,7 +15,7 @@ from vilam3_jax.datasets.labelled_scans import (
     Scan,
     SliceOptions,
     Structure,
-    fraction,
+    held_names,
     read_labels,
     read_scan,
     slice_records,
@@ -131,9 +131,11 @@ class MSD(Dataset):
         _check_labels(content.get("labels"), task, f"{source.root / listed}")
         seen: set[str] = set()
         training = _cases(source.json_list(listed, "training"), "training", folder, seen)
+        names = [stem_of(case.image) for case in training if not case.problem]
+        chosen = held_names(names, share, self.name)
         train, validation = [], []
         for case in training:
-            held = not case.problem and fraction(self.name, stem_of(case.image)) < share
+            held = not case.problem and stem_of(case.image) in chosen
             (validation if held else train).append(case)
         make = functools.partial(make_case, options=options)
         per_item = options.slices

@@ -3,7 +3,7 @@
 Run: taskset -c 0 python benchmarks/loader.py [--pictures DIR] [--tokenizer DIR] [--samples 400] [--rounds 3]
 
 Both sides read the same dialogues, tokenise them for training (loss masks) with the same fast tokenizer and
-yield 8 pictures of 384 pixels a batch. Ours reads a data set that holds the original files, and one that was
+yield 8 pictures of 384 pixels a batch. Ours reads a dataset that holds the original files, and one that was
 prepared with the pictures decoded (its cost and size are printed, too), and packs. Theirs is
 `torch.utils.data.DataLoader` in this process with `SiglipImageProcessor`; it takes the files from memory,
 stacks the pictures and pads the tokens. Loaders take turns. Every record is a file of its own, so nothing
@@ -11,7 +11,7 @@ comes from a cache. Times are of the process's CPU, all threads, since other pro
 
 Other measurements, one a run:
   --memory N     resident memory over N samples of the prepared data
-  --first N      seconds until the first batch of a data set of N records in 100 shards
+  --first N      seconds until the first batch of a dataset of N records in 100 shards
   --stalls       how long a consumer that works 100 ms a batch waits
 """
 
@@ -103,7 +103,7 @@ def tokenizer_of(folder: Path | None, out: Path) -> Tokenizer:
 
 
 def write(folder: Path, pictures: Sequence[bytes]) -> int:
-    """Writes a data set with one dialogue for every picture; returns its bytes."""
+    """Writes a dataset with one dialogue for every picture; returns its bytes."""
     with ExampleWriter(folder, "train") as writer:
         for number, data in enumerate(pictures):
             writer.write(Example(f"{number}", "conversation", (ImageRef(data=data),), dialogue(number)))

@@ -36,7 +36,7 @@ commands:
   train    a JobSet: one Job a slice, one pod a host
   xpk      the same through `xpk workload create`
   job      one pod for one command: prepare data, annotate, evaluate
-  annotate a RayJob: an expert over a large data set, on many pods
+  annotate a RayJob: an expert over a large dataset, on many pods
   status   what there is and how it does
   logs     follow the first host's output
   delete   stop: SIGTERM, save, end; the node pool stays, and costs

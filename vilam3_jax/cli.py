@@ -12,7 +12,7 @@ from vilam3_jax.errors import UserError, use_one_line_notes
 
 # Command → (module with `main(argv) -> int`, what it does for the user).
 COMMANDS = {
-    "prepare": ("vilam3_jax.datasets.prepare", "turn a data set you downloaded into training records"),
+    "prepare": ("vilam3_jax.datasets.prepare", "turn a dataset you downloaded into training records"),
     "data": ("vilam3_jax.data.main", "scan folders, look at training records, strip identifiers"),
     "train": ("vilam3_jax.train", "run or resume a training stage"),
     "plan": ("vilam3_jax.plan.main", "compile a training step for TPUs: memory, speed, cost"),

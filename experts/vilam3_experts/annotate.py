@@ -1,4 +1,4 @@
-"""Runs one expert over a data set and stores what it says."""
+"""Runs one expert over a dataset and stores what it says."""
 
 from __future__ import annotations
 

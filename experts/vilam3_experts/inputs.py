@@ -42,7 +42,7 @@ class Input:
       name: unique among the inputs; a sample's name or the path below the data folder.
       path: file, or the folder of a DICOM series.
       kind: how it is read.
-      modality: DICOM's code, where the data set states what the file does not.
+      modality: DICOM's code, where the dataset states what the file does not.
       series: what the headers of a DICOM folder say; None for everything else.
       channel: volume (from 0) of a 4-D NIfTI file; None for a 3-D one.
       parts: (role, scan) of a case, in the order of the expert's roles; empty for a single scan.

@@ -179,7 +179,7 @@ def test_too_little_shared_memory_is_refused(root, monkeypatch, tmp_path) -> Non
 
 
 def by_path(folder, names, kind="conversation"):
-    """A data set of 12 records whose pictures are files."""
+    """A dataset of 12 records whose pictures are files."""
     folder.mkdir(parents=True, exist_ok=True)
     turns = pair(0).turns if kind == "pair" else film(0, np.random.default_rng(0)).turns
     for number, name in enumerate(names):

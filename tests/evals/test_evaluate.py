@@ -1,4 +1,4 @@
-"""The command: a tiny export on a tiny world, from data sets to tables."""
+"""The command: a tiny export on a tiny world, from datasets to tables."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_retrieval(towers_export, world, tmp_path, capsys):
     ("extra", "message"),
     [
         (["--protocol=quickstart@9"], "protocol 'quickstart@9': not known"),
-        (["--data=/nowhere"], "/nowhere: no data set"),
+        (["--data=/nowhere"], "/nowhere: no dataset"),
         (["--experts=on"], "needs --annotations"),
         (["--arm=stage4_no_experts", "--experts=on"], "means --experts=off"),
         (["--limit=0"], "limit 0"),

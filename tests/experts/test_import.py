@@ -563,7 +563,7 @@ def test_a_manifest_decides(case, form):
 
 
 def test_masks_between_the_scans(tmp_path):
-    """TotalSegmentator's data set: s1/ct.nii.gz beside s1/segmentations/liver.nii.gz."""
+    """TotalSegmentator's dataset: s1/ct.nii.gz beside s1/segmentations/liver.nii.gz."""
     for number in (1, 2):
         noise = np.random.default_rng(number).integers(-1000, 1000, SHAPE).astype(np.int16)
         save(tmp_path / "d" / f"s{number}" / "ct.nii.gz", noise)

@@ -76,7 +76,7 @@ class World:
     """Where things lie.
 
     Attributes:
-      data: folder of the data sets `instruct` and `pairs`.
+      data: folder of the datasets `instruct` and `pairs`.
       annotations: store with one record of ORGANS for `volume`, and of PNEUMONIA for `film`.
       volume: a NIfTI file of 24 x 20 x 16 voxels in HU.
       film: a PNG file.

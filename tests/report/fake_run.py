@@ -73,7 +73,7 @@ def example(name, ref, key, modality, qa, licence):
 
 
 def make_data(folder, films=12, licence="CC-BY-4.0"):
-    """Writes data set and annotations; returns the examples and the annotations by input key."""
+    """Writes dataset and annotations; returns the examples and the annotations by input key."""
     examples, notes = [], {}
     (folder / "data" / "images").mkdir(parents=True)
     for number in range(2):

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def make_world(root: Path) -> Path:
-    """Phantoms, their data sets, a tokenizer, and a cache of compiled programs for all runs."""
+    """Phantoms, their datasets, a tokenizer, and a cache of compiled programs for all runs."""
     phantoms.make_phantoms(root / "samples", seed=1, num=3)
     prepare.main(["quickstart", "--source", f"{root}/samples", "--out", f"{root}/data", "--size", "smoke"])
     train_tokenizer.main(["--data", str(root / "data"), "--out", str(root / "tokenizer"), "--vocab_size=600"])

@@ -25,7 +25,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bucket(world):
-    """The same data sets and tokenizer in `gs://bucket`, made by the same commands."""
+    """The same datasets and tokenizer in `gs://bucket`, made by the same commands."""
     with serve("bucket"):
         store = "gs://bucket"
         prepare_quickstart.main(["--source", f"{world}/samples", "--out", f"{store}/data", "--size", "smoke"])

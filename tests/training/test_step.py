@@ -86,7 +86,7 @@ def test_a_tower_has_rules_of_its_own(kind, queries):
         np.testing.assert_allclose(split["grad_norm"], whole["grad_norm"], rtol=1e-4)
     if kind == "generative":
         heads, text = config.model.llm.num_heads, many._compiled.as_text()
-        row = f"{make(0)['tokens'].shape[1]},{{}},{config.model.llm.head_dim}]"
+        row = f"{make(0).tokens.shape[1]},{{}},{config.model.llm.head_dim}]"
         assert re.search(rf"\[\d+,{row.format(heads // 2)}", text)
         assert not re.search(rf"\[\d+,{row.format(heads)}", text)
 

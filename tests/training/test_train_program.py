@@ -24,7 +24,7 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Phantoms, their data sets and a tokenizer."""
+    """Phantoms, their datasets and a tokenizer."""
     root = tmp_path_factory.mktemp("world")
     phantoms.make_phantoms(root / "samples", seed=1, num=3)
     arguments = [

@@ -25,7 +25,7 @@ class BadRecord:
     Attributes:
       name: of the record, for people.
       reason: why, in one sentence.
-      source: number of its data set.
+      source: number of its dataset.
     """
 
     name: str

@@ -23,7 +23,7 @@ _COMMANDS = {
 
 def main(argv: Sequence[str]) -> int:
     """Entry of `vilam3 data`."""
-    parser = argparse.ArgumentParser(prog="vilam3 data", description="Look at data sets.")
+    parser = argparse.ArgumentParser(prog="vilam3 data", description="Look at datasets.")
     parser.add_argument(
         "command",
         choices=sorted(_COMMANDS),

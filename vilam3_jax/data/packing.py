@@ -51,7 +51,7 @@ class Sample:
     Attributes:
       id: the example's id.
       index: its position in the loader shard's order.
-      source: number of its data set.
+      source: number of its dataset.
       encoded: its tokens.
       read_images: gives its inputs of the vision tower in the order of their markers, `num_images` times
         uint8 [S, S, 3]; called once, when it has a place.

@@ -1,6 +1,6 @@
 """How a model sees scans: windows, channels, planes. A part of the model config, so that exports carry it.
 
-Training and inference both make pictures here. A window is chosen by the modality that a file, a data set or
+Training and inference both make pictures here. A window is chosen by the modality that a file, a dataset or
 the caller states, never by voxel values; without a stated modality a volume is shown between percentiles.
 
 This module imports neither jax nor flax nor torch.

@@ -218,7 +218,7 @@ class ImageReader:
         return self._volumes.get((str(path), image.modality), lambda: self._read_volume(path, image.modality))
 
     def _read_volume(self, path: epath.Path, modality: str | None) -> Volume:
-        """Warns of each kind of note once: a data set may have it in a million files."""
+        """Warns of each kind of note once: a dataset may have it in a million files."""
         volume = read_volume(path, modality=modality)
         new = [note for note in volume.notes if note not in self._noted]
         if new and len(self._noted) < _MAX_NOTED:

@@ -139,7 +139,7 @@ def check_sizes(directory: paths.PathLike, sizes: Mapping[str, int]) -> None:
         wrong = [problem for problem in pool.map(look, sizes.items()) if problem]
     if wrong:
         more = f" (and {len(wrong) - 1} more shards)" if len(wrong) > 1 else ""
-        raise UserError(f"{wrong[0]}{more}; copy the data set anew or prepare it again")
+        raise UserError(f"{wrong[0]}{more}; copy the dataset anew or prepare it again")
 
 
 def open_reader(path: str) -> ArrayRecordReader:

@@ -108,14 +108,14 @@ def _open(data: str, dataset: str | None, split: str) -> ExampleSource:
             raise UserError(f"{data}: holds {names}; choose one with --dataset")
         return ExampleSource(found[0], split)
     if is_dataset(root) and not (root / dataset).exists():
-        return ExampleSource(root, split)  # the folder is the data set itself
+        return ExampleSource(root, split)  # the folder is the dataset itself
     return ExampleSource(root / dataset, split)
 
 
 def _under_rule(
     source: ExampleSource, args: Any, cards: Sequence[Card], store: AnnotationStore | None, style: Style
 ) -> ExampleSource | DialogueSource:
-    """The data set, under the rule that --dataset names."""
+    """The dataset, under the rule that --dataset names."""
     rule = split_row(args.dataset or "")[1]
     if rule is None:
         return source

@@ -38,7 +38,7 @@ def prepare_quickstart(
     seed: int = 0,
     annotations: paths.PathLike | None = None,
 ) -> dict[str, Any]:
-    """Builds the quickstart's data sets, or reuses a complete build of the same input.
+    """Builds the quickstart's datasets, or reuses a complete build of the same input.
 
     The folder appears when everything in it has been written and read back, not before.
 
@@ -130,7 +130,7 @@ def verify(folder: paths.PathLike) -> list[dict[str, Any]]:
       folder: what `prepare_quickstart` wrote.
 
     Returns:
-      One row a data set and split: `dataset`, `split`, `records`, `questions`, `subjects`, `images`.
+      One row a dataset and split: `dataset`, `split`, `records`, `questions`, `subjects`, `images`.
 
     Raises:
       UserError: a broken record, a missing image, or a subject on both sides.

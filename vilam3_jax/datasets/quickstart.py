@@ -1,4 +1,4 @@
-"""The quickstart's data sets, made from a folder of samples: pairs, captions, reports and dialogues.
+"""The quickstart's datasets, made from a folder of samples: pairs, captions, reports and dialogues.
 
 Everything is split by `Sample.split_group`, never by slice. The folder it writes is complete in
 itself: the images are copied beside the records. Experts' answers are not in it; they are joined

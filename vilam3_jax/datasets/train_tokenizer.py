@@ -20,7 +20,7 @@ def dataset_texts(root: paths.PathLike) -> Iterator[str]:
     """Texts of every training record below `root`, and of the expert cards.
 
     Raises:
-      UserError: `root` holds no data set.
+      UserError: `root` holds no dataset.
     """
     folders = datasets_in(root)
     yield cards.render_cards(cards.load_cards("quickstart"))
@@ -33,9 +33,9 @@ def dataset_texts(root: paths.PathLike) -> Iterator[str]:
 def main(argv: Sequence[str]) -> int:
     """Trains and saves the tokenizer."""
     parser = argparse.ArgumentParser(
-        prog="train_tokenizer", description="Train a byte-level BPE on data sets."
+        prog="train_tokenizer", description="Train a byte-level BPE on datasets."
     )
-    parser.add_argument("--data", required=True, help="folder of data sets, as `vilam3 prepare` writes it")
+    parser.add_argument("--data", required=True, help="folder of datasets, as `vilam3 prepare` writes it")
     parser.add_argument("--out", required=True, help="tokenizer folder to write")
     parser.add_argument("--vocab_size", type=int, default=2048)
     options = parser.parse_args(argv)

@@ -80,14 +80,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def read_split(folder: paths.PathLike, split: str) -> list[tuple[Example, Any]]:
-    """(example, data root) of one split of all data sets at `folder`.
+    """(example, data root) of one split of all datasets at `folder`.
 
     Raises:
-      UserError: no data set has the split, or a record is damaged.
+      UserError: no dataset has the split, or a record is damaged.
     """
     found = [path for path in datasets_in(folder) if split in read_info(path)["splits"]]
     if not found:
-        raise UserError(f"{folder}: no data set has a split {split!r}; prepare one")
+        raise UserError(f"{folder}: no dataset has a split {split!r}; prepare one")
     sources = [ExampleSource(path, split) for path in found]
     return [(example, source.data_root) for source in sources for example in source]
 

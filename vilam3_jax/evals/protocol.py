@@ -23,7 +23,7 @@ class Item:
     """One question to ask about one image.
 
     Attributes:
-      id: `<example id>/q<position>`, unique in a data set.
+      id: `<example id>/q<position>`, unique in a dataset.
       image: what is looked at.
       input_key: content key of the decoded image or volume, under which annotations are stored.
       modality: in words, for prompts and tables.
@@ -185,7 +185,7 @@ def items_of(examples: Iterable[Example], protocol: Protocol) -> list[Item]:
             except (KeyError, IndexError, TypeError) as error:
                 raise UserError(
                     f"example {example.id!r}, question {position}: {error!r} in its meta; "
-                    "prepare the data set again"
+                    "prepare the dataset again"
                 ) from error
             if protocol.question_types and item.question_type not in protocol.question_types:
                 continue

@@ -101,7 +101,7 @@ def retrieval_items(
             items.setdefault(key, RetrievalItem(example, str(meta["modality"]), cluster))
         except (KeyError, IndexError) as error:
             raise UserError(
-                f"example {example.id!r}: {error!r} in its meta; prepare the data set again"
+                f"example {example.id!r}: {error!r} in its meta; prepare the dataset again"
             ) from error
     kinds = {item.modality for item in items.values()}
     if len(kinds) < 2:

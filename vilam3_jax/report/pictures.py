@@ -44,10 +44,10 @@ class Source:
     """Pictures and licences out of a quickstart folder: `data/` and `annotations/`."""
 
     def __init__(self, folder: paths.PathLike) -> None:
-        """Opens the data sets; reads no image yet.
+        """Opens the datasets; reads no image yet.
 
         Raises:
-          UserError: no data set below `folder/data`, or a damaged one.
+          UserError: no dataset below `folder/data`, or a damaged one.
         """
         root = paths.as_path(folder)
         data = root / "data"
@@ -75,19 +75,19 @@ class Source:
         self._samples = samples
 
     def licences(self) -> list[Licence]:
-        """Where the samples of all data sets came from, by origin."""
+        """Where the samples of all datasets came from, by origin."""
         return [Licence(*key, tuple(sorted(self._samples[key]))) for key in sorted(self._samples)]
 
     def pictures(self, row: Mapping[str, Any]) -> Pictures:
         """Draws the slice or film that a row asks about, and the labels of the expert that was called.
 
         Raises:
-          UserError: the data set does not have the row's example, or an image is missing or damaged.
+          UserError: the dataset does not have the row's example, or an image is missing or damaged.
         """
         item = str(row["item"])
         name = item.rsplit("/q", 1)[0]
         if name not in self._examples:
-            raise UserError(f"evaluation item {item!r}: no such example in the data set; evaluate again")
+            raise UserError(f"evaluation item {item!r}: no such example in the dataset; evaluate again")
         example, source = self._examples[name]
         qa = example.meta["qa"][int(item.rsplit("/q", 1)[1])]
         ref = example.images[qa.get("image", 0)]

@@ -58,7 +58,7 @@ BEHAVIOUR_CAPTION = (
     "Expert called: the model wrote a trigger. Right expert: of the questions that an expert could answer,"
     " the share for which exactly that one was called."
 )
-LICENCE_CAPTION = "What the data sets were made of, with the licence that each source states."
+LICENCE_CAPTION = "What the datasets were made of, with the licence that each source states."
 PIPELINE_CAPTION = (
     "The way of the data. Experts run once, in a process of their own, and write typed annotations; what "
     "they said is joined to a question when it is loaded, in training as in the evaluation."

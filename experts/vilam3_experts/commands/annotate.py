@@ -1,4 +1,4 @@
-"""`vilam3-experts annotate`: run an expert over a data set."""
+"""`vilam3-experts annotate`: run an expert over a dataset."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Declares the command."""
     parser = commands.add_parser(
         "annotate",
-        help="run an expert over a data set",
+        help="run an expert over a dataset",
         description="Runs an expert over every scan it is meant for. Started again, it goes on where it was."
         " Failed scans are named and put aside. Exit code 0: every scan has an answer or a reason;"
         " 1: starting again may help; 2: something must be changed first.",

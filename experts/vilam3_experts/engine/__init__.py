@@ -1,4 +1,4 @@
-"""How a data set is annotated: who runs the expert, who writes, and what happens when one of them dies.
+"""How a dataset is annotated: who runs the expert, who writes, and what happens when one of them dies.
 
 - `work`: what a run is, what goes to a worker and what comes back.
 - `worker`: decodes inputs and calls the expert, in this process or in a child.

@@ -86,7 +86,7 @@ CXR = (
         "release",
         "url",
         "torchxrayvision release v1",
-        "Apache-2.0 (the code's); the data sets they were trained on have terms of their own",
+        "Apache-2.0 (the code's); the datasets they were trained on have terms of their own",
         tuple(
             Download(
                 member.file,

@@ -92,7 +92,7 @@ RULES = {rule.name: rule for rule in _RULES}
 
 
 def split_row(name: str) -> tuple[str, Rule | None]:
-    """The data set and the rule of `NAME` or `NAME:RULE`, the name in a mixture's row.
+    """The dataset and the rule of `NAME` or `NAME:RULE`, the name in a mixture's row.
 
     Raises:
       UserError: there is no such rule.

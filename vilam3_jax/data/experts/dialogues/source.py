@@ -1,4 +1,4 @@
-"""A data set under a rule: the records that the rule fits, and the dialogue of each at a place of the stream.
+"""A dataset under a rule: the records that the rule fits, and the dialogue of each at a place of the stream.
 
 This module imports neither jax nor flax nor torch.
 """
@@ -28,7 +28,7 @@ class DialogueSource:
 
     Attributes:
       rule: of the dialogues.
-      info: of the data set, with the rule and what it left out in `provenance`.
+      info: of the dataset, with the rule and what it left out in `provenance`.
       left_out: reason, with the first record it holds for, to the number of records that do not fit.
     """
 
@@ -50,7 +50,7 @@ class DialogueSource:
 
     @property
     def name(self) -> str:
-        """The data set's name and the rule's, as in the mixture."""
+        """The dataset's name and the rule's, as in the mixture."""
         return f"{self._source.name}:{self.rule.name}"
 
     def digests(self) -> list[str]:
@@ -114,7 +114,7 @@ def under_rules(
     """Finds out which records each rule fits; reads every record once.
 
     Args:
-      source: the data set.
+      source: the dataset.
       rules: to try.
       setting: what dialogues are made with.
       seed: of the dialogues.

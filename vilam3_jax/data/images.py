@@ -137,8 +137,9 @@ def _one_channel(image: Image.Image) -> Image.Image:
     """ "L" of an "RGB" picture whose channels are equal, as films are often saved; others as they are."""
     if image.mode != "RGB":
         return image
-    red, green, blue = (channel.tobytes() for channel in image.split())
-    return image.getchannel(0) if red == green == blue else image
+    red, green, blue = image.split()
+    is_grey = all(ImageChops.difference(red, other).getbbox() is None for other in (green, blue))
+    return red if is_grey else image
 
 
 def image_shape(data: bytes, *, limits: Limits = DEFAULT_LIMITS) -> tuple[int, int]:
@@ -404,7 +405,7 @@ def _flat(image: Image.Image, alpha: Alpha, notes: list[str]) -> Image.Image:
             notes.append("the picture is transparent everywhere, so all of it is white")
         if least != 255:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), visible)
-    if image.mode == "L":
+    if image.mode in ("L", "RGB"):
         return image
     return (image.convert("LA") if image.mode == "La" else image).convert("RGB")
 

@@ -353,6 +353,19 @@ def test_the_command(source, tmp_path, registered, capsys):
     assert cli.main([*arguments[:-1], "0"]) == 2
 
 
+def test_the_hints_name_the_variant(source, tmp_path, monkeypatch, capsys):
+    """A second variant does not break what was printed after the first."""
+    monkeypatch.setattr(registry, "get", lambda name: Variants)
+    out = str(tmp_path / "out")
+    arguments = ["prepare", "toy", "--source", str(source), "--out", out, "--processes", "1"]
+    assert cli.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "--dataset=toy/en" in text and "(('toy/en', 1.0),)" in text
+    assert cli.main([*arguments, "--variant", "zh"]) == 0
+    assert "--dataset=toy/zh" in capsys.readouterr().out
+    assert cli.main(["data", "show", f"--data={out}", "--dataset=toy/en", "--index=4"]) == 0
+
+
 def test_unknown_names_and_missing_folders_are_one_sentence(tmp_path, capsys):
     assert cli.main(["prepare", "chexpret", "--source", "x", "--out", "y"]) == 2
     assert "no dataset 'chexpret'; there are: " in capsys.readouterr().err

@@ -146,12 +146,13 @@ def _prepare(dataset: type[Dataset], argv: Sequence[str]) -> int:
         strict=args.strict,
         progress=sys.stderr.isatty(),
     )
-    built = builder.prepare(dataset(args, getattr(args, "variant", "")), args.source, args.out, options)
+    chosen = dataset(args, getattr(args, "variant", ""))
+    built = builder.prepare(chosen, args.source, args.out, options)
     for warning in built.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(summary(built.info))
     print(f"{built.folder}: " + ("complete build found, reused" if built.reused else "written and verified"))
-    print(_next(dataset, args, built))
+    print(_next(chosen, args, built))
     return 0
 
 
@@ -184,8 +185,8 @@ def summary(info: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _next(dataset: type[Dataset], args: argparse.Namespace, built: Any) -> str:
-    name, look, train = dataset.name + (f"/{args.variant}" if getattr(args, "variant", "") else ""), "", ""
+def _next(dataset: Dataset, args: argparse.Namespace, built: Any) -> str:
+    name, look, train = dataset.name + (f"/{dataset.config}" if dataset.config else ""), "", ""
     if any(split["counts"].get("format", {}).get("study") for split in built.info["splits"].values()):
         # Studies have no words of their own: a rule makes them of what experts said.
         name, look = f"{name}:RULE", " --annotations=ANNOTATIONS --experts=on"

@@ -222,6 +222,7 @@ def test_the_command_says_that_studies_are_shown_under_a_rule(source, tmp_path, 
     argv = ["prepare", "msd", "--source", str(source), "--out", str(tmp_path / "out"), "--processes", "1"]
     assert cli.main(argv) == 0
     said = capsys.readouterr().out
-    assert "--dataset=msd:RULE --annotations=ANNOTATIONS" in said and "('msd:RULE', 1.0)" in said
+    name = "msd/task03_liver:RULE"
+    assert f"--dataset={name} --annotations=ANNOTATIONS" in said and f"('{name}', 1.0)" in said
     assert cli.main([*argv[:-3], f"{tmp_path}/asked", *argv[-2:], "--records", "questions"]) == 0
-    assert "--dataset=msd\n" in capsys.readouterr().out
+    assert "--dataset=msd/task03_liver\n" in capsys.readouterr().out

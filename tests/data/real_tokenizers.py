@@ -27,8 +27,6 @@ from vilam3_jax.datasets import package_index
 from vilam3_jax.datasets.package_index import IndexSettings, Member
 from vilam3_jax.datasets.samples import default_cache
 
-DEFAULT_REGISTRY = "https://registry.npmjs.org"
-
 
 @dataclasses.dataclass(frozen=True)
 class NpmPackage:
@@ -99,11 +97,15 @@ PACKAGES = {
 
 
 class Unreachable(Exception):
-    """The registry gives no answer at all; any other failure is an error of its own."""
+    """No registry is configured, or it gives no answer at all; any other failure is an error of its own."""
 
 
 def npm_registry(scope: str = "") -> str:
-    """The registry that npm is set up for: the environment, npm's own answer, else the public one."""
+    """The registry that npm is set up for: the environment's, else npm's own answer.
+
+    Raises:
+      Unreachable: neither names one.
+    """
     value = _npm_environment("registry")
     for key in ([f"{scope}:registry"] if scope else []) + ([] if value else ["registry"]):
         if shutil.which("npm"):
@@ -112,7 +114,9 @@ def npm_registry(scope: str = "") -> str:
             if asked.returncode == 0 and answer.startswith(("https://", "http://")):
                 value = answer
                 break
-    return (value or DEFAULT_REGISTRY).rstrip("/")
+    if value is None:
+        raise Unreachable("no npm registry is configured; install npm or set npm_config_registry")
+    return value.rstrip("/")
 
 
 def _npm_environment(key: str) -> str | None:
@@ -125,7 +129,7 @@ def archive_of(package: NpmPackage, cache: Path) -> Path:
     """Path of the archive in `cache`, downloaded if it is not there.
 
     Raises:
-      Unreachable: the registry gives no answer.
+      Unreachable: no registry is configured, or it gives no answer.
       UserError: it has no such file, or another than the pinned one.
     """
     archive = cache / package.file_name

@@ -7,8 +7,11 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 import tarfile
 import threading
 import zipfile
@@ -373,10 +376,27 @@ def test_pip_settings_follow_pips_order(tmp_path):
     }
     found = package_index.pip_settings(environ, [user, site])
     assert found == IndexSettings(("https://env/simple", "https://c"), "/env.pem")
-    assert package_index.pip_settings({}, []) == IndexSettings(("https://pypi.org/simple",), None)
     site.write_text("index-url without a section")
     with pytest.raises(UserError, match=r"site\.conf"):
         package_index.pip_settings({}, [site])
+
+
+def test_without_an_index_pips_own_default_is_asked(monkeypatch):
+    shown = subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--isolated", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PIP_CONFIG_FILE": os.devnull, "COLUMNS": "500"},
+    ).stdout
+    (index,) = package_index.pip_settings({}, []).urls
+    assert f"(default {index})" in " ".join(shown.split())
+    monkeypatch.setitem(sys.modules, "pip._internal.models.index", None)
+    assert package_index.pip_settings({"PIP_INDEX_URL": "https://mine/simple"}, []).urls == (
+        "https://mine/simple",
+    )
+    with pytest.raises(UserError, match=r"pip is not installed .* set PIP_INDEX_URL"):
+        package_index.pip_settings({}, [])
 
 
 def test_archives_that_try_to_escape(tmp_path):

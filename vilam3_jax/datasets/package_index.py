@@ -32,7 +32,6 @@ from typing import Any, BinaryIO
 
 from vilam3_jax.errors import UserError
 
-DEFAULT_INDEX = "https://pypi.org/simple"
 MAX_ARCHIVE_BYTES = 1 << 30
 _MAX_PAGE_BYTES = 64 << 20
 _CHUNK = 1 << 20
@@ -61,6 +60,9 @@ def pip_settings(
     Args:
       environ: instead of `os.environ`.
       config_files: instead of pip's own list; later files win.
+
+    Raises:
+      UserError: a configuration file cannot be read, or no index is configured and pip is not installed.
     """
     environ = os.environ if environ is None else environ
     files = _pip_config_files(environ) if config_files is None else config_files
@@ -80,8 +82,19 @@ def pip_settings(
         value = environ.get("PIP_" + key.upper().replace("-", "_"))
         if value:
             settings[key] = value
-    urls = [settings.get("index-url", DEFAULT_INDEX), *settings.get("extra-index-url", "").split()]
+    urls = [settings.get("index-url") or _default_index(), *settings.get("extra-index-url", "").split()]
     return IndexSettings(tuple(url.strip().rstrip("/") for url in urls), settings.get("cert"))
+
+
+def _default_index() -> str:
+    """The index that the installed pip asks where none is configured."""
+    try:
+        from pip._internal.models.index import PyPI  # pip has no public name for it
+    except ImportError as error:
+        raise UserError(
+            "pip is not installed and no package index is configured; set PIP_INDEX_URL to the index to ask"
+        ) from error
+    return PyPI.simple_url
 
 
 def _pip_config_files(environ: Mapping[str, str]) -> list[pathlib.Path]:

@@ -208,7 +208,7 @@ def test_readers_go_on_while_a_store_is_compacted(tmp_path):
     assert [store.get(*make(n).key) for n in range(8)] == [make(n) for n in range(8)]
     assert len(store) == 8 and store.get(*make(9).key) is None  # as it was when it was opened
     with pytest.raises(UnavailableError, match="has other answers than when it was opened"):
-        pickle.loads(state)  # noqa: S301
+        pickle.loads(state)  # noqa: S301 (pickled by this test)
 
 
 def test_a_replaced_answer_is_not_given_for_the_one_that_was_there(tmp_path):
@@ -229,7 +229,7 @@ def test_pickles_are_small_and_open_the_same_store(tmp_path):
     state = pickle.dumps(store)
     assert len(state) < 1000
     write(tmp_path, [make(300)])
-    copy = pickle.loads(state)  # noqa: S301
+    copy = pickle.loads(state)  # noqa: S301 (pickled by this test)
     assert len(copy) == 300 and copy.digest() == store.digest() and make(300).key not in copy
     assert copy.get(*make(7).key) == make(7)
 

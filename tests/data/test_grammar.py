@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from vilam3_jax.data.experts.grammar import Call, parse_turn, write_calls
 
 names = st.from_regex(r"[A-Z][A-Z0-9_]{0,31}", fullmatch=True)
-arguments = st.text("abc xyz,.-/'", max_size=30).map(lambda text: text.strip().strip("'\"").strip())
+arguments = st.text("abc xyz,.-/'", max_size=30).map(lambda text: text.strip(" '"))
 calls = st.builds(Call, names, arguments)
 
 
@@ -18,6 +18,7 @@ calls = st.builds(Call, names, arguments)
         ("Let me trigger <VISTA3D(hepatic tumor)>. ", ("VISTA3D", "hepatic tumor")),
         ("<VISTA3D( muscles )>", ("VISTA3D", "muscles")),
         ("<VISTA3D('organs')>", ("VISTA3D", "organs")),
+        ("<VISTA3D(' \"Crohn's\" ' )>", ("VISTA3D", "Crohn's")),
         ("a < b <image> <BRATS()>", ("BRATS", "")),
         ("<vista3d(organs)>", None),
         ("<VISTA3D(organs)", None),
@@ -71,3 +72,5 @@ def test_calls_that_cannot_be_written_say_why():
     assert "upper case" in Call("vista").problem()
     assert "cannot be written" in Call("A", ")>").problem()
     assert "cannot be written" in Call("A", "x" * 201).problem()
+    for args in (" x", "x'", '"x"'):  # they would be read back as x
+        assert "must not begin or end" in Call("A", args).problem()

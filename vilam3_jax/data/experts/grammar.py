@@ -15,6 +15,7 @@ ARGS = r"[^()<>\n]{0,200}"
 _CALL = re.compile(rf"<({NAME})\(({ARGS})\)>")
 _JOINER = re.compile(r"[\s,;.&+]*(?:(?:and|then|also|or|plus)\b[\s,;]*)*")
 _CLOSING = re.compile(r"[.!]?")
+_OUTER = re.compile(r"^[\s'\"]+|[\s'\"]+$")  # blanks and quotes around arguments, which mean nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Call:
             return f"expert name {self.expert!r} must be upper case letters, digits and '_'"
         if not re.fullmatch(ARGS, self.args):
             return f"arguments {self.args!r} cannot be written in a call"
+        if _OUTER.search(self.args):
+            return f"arguments {self.args!r} must not begin or end with a blank or a quote"
         return None
 
 
@@ -76,7 +79,7 @@ def parse_turn(text: str) -> CallingTurn:
     Anything else after a call is not the model's to say before the expert has spoken, so it is cut.
 
     Args:
-      text: what the model wrote; anything at all. Outer blanks and quotes of arguments are dropped.
+      text: what the model wrote; anything at all. Blanks and quotes around arguments are dropped.
     """
     found = list(_CALL.finditer(text))
     if not found:
@@ -97,4 +100,4 @@ def parse_turn(text: str) -> CallingTurn:
 
 
 def _call(match: re.Match[str]) -> Call:
-    return Call(match[1], match[2].strip().strip("'\"").strip())
+    return Call(match[1], _OUTER.sub("", match[2]))

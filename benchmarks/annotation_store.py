@@ -94,9 +94,9 @@ def records_like(template: bytes, place: str, names: Sequence[str]) -> list[byte
 
 def write_store(folder: Path, records: int) -> None:
     """Writes the store as `AnnotationWriter` does, without encoding every record anew."""
-    from vilam3_jax import paths
     from vilam3_jax.data.experts import store
     from vilam3_jax.data.experts.index import Entry, Index
+    from vilam3_jax.runtime import paths
 
     place = "f" * 64
     template = store.Annotation(place, EXPERT, version=VERSION, probabilities={"effusion": 0.25}).to_bytes()

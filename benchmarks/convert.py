@@ -24,7 +24,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from vilam3_jax import exports
+from vilam3_jax.checkpoints import exports
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.convert.exporter import FILE_BYTES, export_folder
 from vilam3_jax.convert.huggingface import llama_folder_config

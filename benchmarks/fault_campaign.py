@@ -36,10 +36,10 @@ PATIENCE = 900  # seconds for anything
 def worker(argv: list[str]) -> int:
     """The train program; its metrics also tell what was in the batch."""
     from vilam3_jax import train
-    from vilam3_jax.data.batch_layout import arrays
-    from vilam3_jax.training import batches, writers
+    from vilam3_jax.data.batches import arrays
+    from vilam3_jax.training import device_put, writers
 
-    put, write = batches.Placement.put, writers.JsonLines.write
+    put, write = device_put.Placement.put, writers.JsonLines.write
     digests = collections.deque()  # of batches on their way; every step is logged, in order
 
     def noted_put(self, batch):
@@ -52,7 +52,7 @@ def worker(argv: list[str]) -> int:
     def noted_write(self, step, values):
         write(self, step, {**values, "batch": digests.popleft()} if "loss" in values else values)
 
-    batches.Placement.put = noted_put
+    device_put.Placement.put = noted_put
     writers.JsonLines.write = noted_write
     return train.main(argv)
 

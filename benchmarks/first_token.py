@@ -20,16 +20,16 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from vilam3_jax import config as config_lib
-from vilam3_jax import exports
+from vilam3_jax.checkpoints import exports
 from vilam3_jax.data import loader as loader_lib
 from vilam3_jax.data import render, templates
-from vilam3_jax.models import trees, vila
+from vilam3_jax.models import param_paths, vila
 from vilam3_jax.training import step as step_lib
 
 
 def parameters(run: Path, model: Any) -> dict[str, jax.Array]:
     """Flat: stage 1's tower, the imported LLM, and what neither has as it is initialised."""
-    flat = trees.flatten(vila.init_params(model, "generative", jax.random.key(0)))
+    flat = param_paths.flatten(vila.init_params(model, "generative", jax.random.key(0)))
     sources = {"vision_tower": run / "stages" / "stage1_vision" / "export", "llm": run / "llm"}
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for component, source in sources.items():

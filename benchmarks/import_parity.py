@@ -19,10 +19,10 @@ from flax import nnx
 from ml_collections import ConfigDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vilam3_jax import compat
 from vilam3_jax.convert.importer import fill, open_source
-from vilam3_jax.models import trees
+from vilam3_jax.models import param_paths
 from vilam3_jax.models.llama import Llama
+from vilam3_jax.runtime import compat
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def main() -> None:
         positions = jnp.arange(tokens.shape[1])[None]
         return llama.logits(llama(llama.embed(tokens), jnp.ones_like(tokens), positions))
 
-    actual = np.asarray(forward(trees.unflatten(params), tokens))
+    actual = np.asarray(forward(param_paths.unflatten(params), tokens))
     print(f"tokens {tokens.shape[1]}")
     print(f"max_abs_logit {np.abs(expected).max():.2f}")
     print(f"max_abs_difference {np.abs(actual - expected).max():.2e}")

@@ -35,7 +35,7 @@ from PIL import Image
 
 from vilam3_jax import config as config_lib
 from vilam3_jax.data import decoded
-from vilam3_jax.data.batch_layout import PackedBatch
+from vilam3_jax.data.batches import PackedBatch
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ImageRef, Turn
 from vilam3_jax.data.images import decode_scaled
 from vilam3_jax.data.loader import Loader, build_loader

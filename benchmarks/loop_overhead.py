@@ -23,9 +23,9 @@ import numpy as np
 from vilam3_jax.configs import models
 
 from vilam3_jax import config as config_lib
-from vilam3_jax.data.batch_layout import PackedBatch
+from vilam3_jax.data.batches import PackedBatch
 from vilam3_jax.models import vila
-from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.training import program as program_lib
 from vilam3_jax.training import state as state_lib
 from vilam3_jax.training import telemetry

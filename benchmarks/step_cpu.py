@@ -32,10 +32,10 @@ def measure(variant: str, fsdp: int, tensor: int, steps: int) -> float:
     import numpy as np
     from vilam3_jax.configs.quickstart import stage4_expert
 
-    from vilam3_jax import compat
-    from vilam3_jax.data.batch_layout import PackedBatch
+    from vilam3_jax.data.batches import PackedBatch
     from vilam3_jax.models import llama, vila
-    from vilam3_jax.training import mesh as mesh_lib
+    from vilam3_jax.runtime import compat
+    from vilam3_jax.sharding import mesh as mesh_lib
     from vilam3_jax.training import program as program_lib
     from vilam3_jax.training import state as state_lib
 

@@ -24,7 +24,7 @@ import pytest
 from etils.epath import testing
 
 from tests.experts.torchvision_operators import declare_operators
-from vilam3_jax import compat
+from vilam3_jax.runtime import compat
 
 compat.use_cpu_devices(8)
 

@@ -10,37 +10,41 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "vilam3_jax"
 
-# Package → the packages it may import. `config`, `paths`, `errors` may be imported anywhere.
-ANYWHERE = {"config", "paths", "errors", "configs"}
-BASE = {"checkpoints", "exports", "processes", "data", "models", "ops", "compat"}
-ALLOWED = {
-    "compat": set(),
-    "ops": {"compat"},
-    "models": {"ops", "compat"},
-    "data": {"models", "ops", "compat"},
-    "processes": {"compat"},
-    "checkpoints": {"processes"},
-    "exports": {"checkpoints", "processes", "models", "ops", "compat"},
-    "datasets": {"data", "cli"},
-    "training": BASE,
-    "inference": BASE,
-    "convert": BASE,
-    "evals": BASE | {"inference", "cli"},
-    "report": {"data", "checkpoints", "evals", "cli"},
-    "train": BASE | {"training", "inference", "cli"},
-    "plan": BASE | {"training", "cli"},
-    "quickstart": {"checkpoints", "data", "datasets", "report", "cli"},
-    "cli": {"evals", "train", "plan", "convert", "inference", "report", "datasets", "data"},
-    "config": set(),
-    "paths": set(),
-    "errors": set(),
-    "__init__": {"inference"},
-}
+# From the bottom up: a package imports only from earlier rows. `cli` is imported for its exit codes.
+LAYERS = (
+    "errors",
+    "runtime",
+    "configs",
+    "config",
+    "data",
+    "sharding",
+    "ops",
+    "models",
+    "checkpoints",
+    "inference",
+    "training",
+    "evals",
+    "convert",
+    "plan",
+    "report",
+    "datasets",
+    "quickstart",
+    "train",
+    "cli",
+)
 WITHOUT_JAX = ("record", "images", "volumes", "dicom", "experts/")
 
 
+def module_level_imports(file):
+    return _imports(ast.parse(file.read_text()).body)
+
+
 def imported_modules(file):
-    for node in ast.walk(ast.parse(file.read_text())):
+    return _imports(ast.walk(ast.parse(file.read_text())))
+
+
+def _imports(nodes):
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
@@ -48,22 +52,16 @@ def imported_modules(file):
             yield from (alias.name for alias in node.names)
 
 
-def packages_of(file):
-    found = set()
-    for name in imported_modules(file):
-        parts = name.split(".")
-        if parts[0] == "vilam3_jax" and len(parts) > 1:
-            found.add(parts[1])
-    known = set(ALLOWED) | {"configs"}
-    return found & known
-
-
 @pytest.mark.parametrize("file", sorted(ROOT.rglob("*.py")), ids=lambda f: str(f.relative_to(ROOT)))
 def test_direction(file):
     relative = file.relative_to(ROOT)
     package = relative.parts[0].removesuffix(".py")
-    assert package in ALLOWED, f"{package} is new: give it a place in the order"
-    wrong = packages_of(file) - ALLOWED[package] - ANYWHERE - {package}
+    if package == "__init__":
+        return
+    assert package in LAYERS, f"{package} is new: give it a place in the order"
+    imported = {name.split(".")[1] for name in module_level_imports(file) if name.startswith("vilam3_jax.")}
+    above = LAYERS[LAYERS.index(package) + 1 :]
+    wrong = imported & set(above) - {"cli"}
     assert not wrong, f"{relative} imports {sorted(wrong)}"
 
 

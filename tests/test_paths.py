@@ -11,8 +11,8 @@ import socket
 import pytest
 from etils import epath
 
-from vilam3_jax import paths
 from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.runtime import paths
 
 
 def test_every_path_has_one_name(tmp_path, monkeypatch) -> None:

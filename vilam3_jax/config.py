@@ -42,7 +42,7 @@ else:
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 ATTENTIONS = ("auto", "xla", "splash", "cudnn", "ring")
-QUANTIZED_PRODUCTS = ("int8", "fp8")
+QUANTIZED_MATMULS = ("int8", "fp8")
 QUANTIZED_KERNELS = ("int8", "nf4")
 IMAGE_MODES = ("resize", "pad", "dynamic", "dynamic_s2")
 WRITERS = ("tensorboard", "wandb", "mlflow")
@@ -152,7 +152,7 @@ def base_config() -> ConfigDict:
             schedule=dict(name="cosine", peak=1e-4, warmup_fraction=0.03, end_fraction=0.1),
             # Products of these modules: '', 'int8' or 'fp8'; `gradients`: those of the backward pass, too.
             # `frozen`: how their kernels are stored, which may not learn: '', 'int8' or 'nf4'.
-            quantization=dict(products="", gradients=False, frozen="", modules=r"llm/layers/.*"),
+            quantization=dict(matmul="", gradients=False, frozen="", modules=r"llm/layers/.*"),
             num_steps=100,
             grad_accum=1,
             loss_chunk=1024,
@@ -479,15 +479,15 @@ def _check_optimizer(config: ConfigDict) -> None:
 
 def _check_quantization(config: ConfigDict) -> None:
     settings = config.quantization
-    for key, known in (("products", QUANTIZED_PRODUCTS), ("frozen", QUANTIZED_KERNELS)):
+    for key, known in (("matmul", QUANTIZED_MATMULS), ("frozen", QUANTIZED_KERNELS)):
         if settings[key] not in ("", *known):
             names = " or ".join(map(repr, known))
             raise UserError(f"config quantization.{key}={settings[key]!r}: '', {names}")
-    if settings.gradients and not settings.products:
-        raise UserError("config quantization.gradients=True needs quantization.products")
-    if settings.products and settings.frozen:
+    if settings.gradients and not settings.matmul:
+        raise UserError("config quantization.gradients=True needs quantization.matmul")
+    if settings.matmul and settings.frozen:
         raise UserError(
-            f"config quantization.products={settings.products!r} and frozen={settings.frozen!r}: a kernel "
+            f"config quantization.matmul={settings.matmul!r} and frozen={settings.frozen!r}: a kernel "
             "that is stored quantised is multiplied dequantised; leave one of them empty"
         )
     try:

@@ -18,14 +18,14 @@ class UserError(Exception):
 class UnavailableError(UserError):
     """A file of the data cannot be read now: a disk or a network fails. Starting again may help.
 
-    No bad record that could be put aside: the run would go on without the rest of the file.
+    No bad record that could be skipped: the run would go on without the rest of the file.
     """
 
     exit_code = 1
 
 
 class StoppingError(UserError):
-    """A record that the user's own settings do not allow to be put aside: it ends the run."""
+    """A record that the user's own settings do not allow to be skipped: it ends the run."""
 
 
 class InputWarning(UserWarning):

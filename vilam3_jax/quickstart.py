@@ -22,12 +22,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vilam3_jax import checkpoints, paths
 from vilam3_jax import config as config_lib
+from vilam3_jax.checkpoints import run_checkpoints
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.datasets import samples as samples_lib
 from vilam3_jax.errors import UserError
 from vilam3_jax.report import summary
+from vilam3_jax.runtime import paths
 
 STAGES = ("stage1_vision", "stage2a_align", "stage2b_pretrain", "stage3_instruct", "stage4_expert")
 EXPERTS = ("BRAINSEG", "BRAINTUMOR", "PNEUMONIA")
@@ -215,7 +216,7 @@ def _fingerprint(step: Step, prints: dict[str, str], code: str) -> str:
 
 def _code_hash() -> str:
     """Hash of everything whose change could change a result."""
-    digest = hashlib.sha256(json.dumps(checkpoints.versions(), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(run_checkpoints.versions(), sort_keys=True).encode())
     package = Path(__file__).parent
     for root in (package, config_lib.configs_root()):
         for file in sorted(root.rglob("*.py")):
@@ -293,7 +294,7 @@ def _record(run: Path, record: dict, step: Step, fingerprint: str, seconds: floa
         "command": _shown(step),
     }
     record["machine"] = summary.machine() | {"matmul_precision": matmul_precision()}
-    record["versions"] = checkpoints.versions()
+    record["versions"] = run_checkpoints.versions()
     paths.write_text_atomic(run / MARKER, json.dumps(record, indent=1))
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from vilam3_jax import checkpoints, compat, exports, paths, processes
 from vilam3_jax import config as config_lib
+from vilam3_jax.checkpoints import exports, run_checkpoints
 from vilam3_jax.config import COMPONENTS, ConfigDict
 from vilam3_jax.data import leaks
 from vilam3_jax.data import loader as loader_lib
@@ -27,12 +27,13 @@ from vilam3_jax.data.experts.cards import with_card_list
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import heldout
 from vilam3_jax.models import vila
-from vilam3_jax.training import batches as batches_lib
+from vilam3_jax.runtime import compat, paths, processes
+from vilam3_jax.runtime import workdir as workdir_lib
+from vilam3_jax.sharding import mesh as mesh_lib
+from vilam3_jax.training import device_put as batches_lib
 from vilam3_jax.training import evaluation, telemetry, writers
-from vilam3_jax.training import mesh as mesh_lib
 from vilam3_jax.training import program as program_lib
 from vilam3_jax.training import state as state_lib
-from vilam3_jax.training import workdir as workdir_lib
 
 RESULT_FILE = "result.json"
 
@@ -86,7 +87,7 @@ def _train(
     started = time.time()
     mesh = mesh_lib.build_mesh(config.mesh)
     writers.check(config)
-    quiet = quiet or not processes.lead()
+    quiet = quiet or not processes.is_primary_process()
 
     # Model, optimizer and step.
     program = program_lib.build(config, mesh)
@@ -100,7 +101,7 @@ def _train(
     )
 
     # Restore, or start from the exports that the config names.
-    saved = checkpoints.RunCheckpoints(workdir, config.checkpoints_kept, config.checkpoints_kept_every)
+    saved = run_checkpoints.RunCheckpoints(workdir, config.checkpoints_kept, config.checkpoints_kept_every)
     restored = saved.restore(program.state)
     start, clock = 0, telemetry.Clock()
     if restored:
@@ -118,16 +119,16 @@ def _train(
     provenance = {"run": config.name, "data": loader.provenance, "init": origin}
     if checked := leaks.carried(config.data.path, loader.samples.sources):
         provenance["leaks"] = checked
-    if processes.lead():
+    if processes.is_primary_process():
         paths.write_text_atomic(workdir / "config.json", config_lib.to_json(config))
 
     heldout_losses = evaluation.HeldoutLosses(program, placement, image_tokens)
     evaluate = evaluation.Evaluation(heldout_losses, _answers(config, program), workdir, start)
-    put_aside = workdir_lib.PutAside(workdir)
+    skipped = workdir_lib.SkippedRecords(workdir)
     batches, compiled = iter(loader), None
     last = min(config.num_steps, stop_after or config.num_steps)
     step = start
-    if processes.lead() and step < last:
+    if processes.is_primary_process() and step < last:
         (workdir / RESULT_FILE).unlink(missing_ok=True)  # of a shorter run that goes on
     with telemetry.Telemetry(
         config, workdir, start, clock, program.rates, started=started, last=last, quiet=quiet
@@ -136,7 +137,7 @@ def _train(
         def save(step: int) -> None:
             with monitor.aside("checkpoint_stall"):
                 saved.save(step, state, loader.get_state(), _run_record(config, monitor.clock, provenance))
-                if counted := put_aside.add(loader.stats.skipped, loader.stats.missing.total()):
+                if counted := skipped.add(loader.stats.skipped, loader.stats.missing.total()):
                     monitor.write(step, counted)
 
         if not start and config.eval_every and not preemption.reached(0):
@@ -148,7 +149,7 @@ def _train(
             if compiled is None:
                 with monitor.aside("compile_seconds"):
                     compiled = program.lower().compile()
-                    processes.line_up("compiled")
+                    processes.host_barrier("compiled")
             step += 1
             with monitor.step(step):
                 state, metrics = compiled(state, batch)
@@ -164,9 +165,9 @@ def _train(
     finished = step >= config.num_steps
     loader.close()
     heldout_losses.close()
-    if processes.lead() and put_aside.records:
-        named = workdir / workdir_lib.PUT_ASIDE_FILE
-        print(f"{len(put_aside.records)} record(s) were put aside, named in {named}", file=sys.stderr)
+    if processes.is_primary_process() and skipped.records:
+        named = workdir / workdir_lib.SKIPPED_FILE
+        print(f"{len(skipped.records)} record(s) were skipped, named in {named}", file=sys.stderr)
     if finished:
         params = state_lib.model_params(state)
         model_config = {**with_card_list(config.model.to_dict()), "kind": config.kind}
@@ -178,7 +179,7 @@ def _train(
             provenance,
         )
     result = _result(config, workdir, step, clock, finished)
-    if finished and processes.lead():
+    if finished and processes.is_primary_process():
         paths.write_text_atomic(workdir / RESULT_FILE, writers.json_text(dataclasses.asdict(result), 1))
     return result
 
@@ -193,7 +194,7 @@ def _answers(config: ConfigDict, program: program_lib.Program) -> evaluation.Ans
 def _run_record(config: ConfigDict, clock: telemetry.Clock, provenance: dict[str, Any]) -> dict[str, Any]:
     return {
         "config": config.to_dict(),
-        "versions": checkpoints.versions(),
+        "versions": run_checkpoints.versions(),
         "clock": dataclasses.asdict(clock),
         "provenance": provenance,
     }
@@ -255,7 +256,7 @@ def main(argv: Sequence[str]) -> int:
     stop_after, quiet = cast(int, values["stop_after"].value), cast(bool, values["quiet"].value)
     with processes.group("vilam3 train", **processes.flag_values(values)):
         result = train(config, values["workdir"].value, stop_after, quiet)
-        if processes.lead():
+        if processes.is_primary_process():
             print(writers.json_text(dataclasses.asdict(result)))
     return 0
 

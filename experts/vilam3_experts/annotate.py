@@ -20,10 +20,10 @@ from vilam3_experts.engine.work import Item, Outcome, Work, in_part
 from vilam3_experts.engine.worker import create_expert
 from vilam3_experts.inputs import Input, Inputs
 from vilam3_experts.weights import is_samples_folder, load_weights
-from vilam3_jax import paths
 from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.data.experts.store import AnnotationWriter
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 __all__ = ["Engine", "Summary", "annotate", "create_expert"]
 

@@ -24,11 +24,11 @@ from typing import Any, Literal
 import numpy as np
 from scipy import optimize
 
-from vilam3_jax import paths
 from vilam3_jax.data.experts.cards import Check
 from vilam3_jax.data.experts.record import Annotation, Verdict
 from vilam3_jax.data.experts.verify import Finding, check_result
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 Method = Literal["temperature", "isotonic"]
 METHODS: tuple[Method, ...] = ("temperature", "isotonic")

@@ -20,12 +20,12 @@ from etils import epath
 
 from vilam3_experts import sequences
 from vilam3_experts.sequences import Finding
-from vilam3_jax import paths
 from vilam3_jax.data.dicom.headers import read_mr_header
 from vilam3_jax.data.examples import path_problem
 from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.data.volumes import describe_volume
 from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.runtime import paths
 
 if TYPE_CHECKING:
     from vilam3_experts.inputs import Input

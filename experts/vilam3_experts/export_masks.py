@@ -26,7 +26,6 @@ from vilam3_experts import __version__
 from vilam3_experts import descriptors as registry
 from vilam3_experts.descriptors import Descriptor
 from vilam3_experts.inputs import Input, find_inputs
-from vilam3_jax import paths
 from vilam3_jax.data import dicom
 from vilam3_jax.data.experts.cards import Card
 from vilam3_jax.data.experts.record import Annotation, Key
@@ -34,6 +33,7 @@ from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.volume_checks import one_line
 from vilam3_jax.data.volumes import Volume
 from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.runtime import paths
 
 Format = Literal["nifti", "dicom-seg"]
 SCHEME = "99VILAM3"  # of codes for names that SNOMED CT's common ones lack; private ones start with 99

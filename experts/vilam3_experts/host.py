@@ -18,12 +18,12 @@ from vilam3_experts.calibrate import Calibration
 from vilam3_experts.engine.memory import Shrinking
 from vilam3_experts.engine.worker import create_expert
 from vilam3_experts.weights import Weights, load_weights
-from vilam3_jax import paths
 from vilam3_jax.data.experts.host_client import FrameError, Message, read_frame, write_frame
 from vilam3_jax.data.experts.store import Annotation
 from vilam3_jax.data.images import decode_image
 from vilam3_jax.data.volumes import VolumeSource
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 
 class Host:

@@ -13,7 +13,6 @@ from vilam3_experts import cases
 from vilam3_experts.base import ExpertInputs, Stated
 from vilam3_experts.descriptors import Descriptor
 from vilam3_experts.weights import is_samples_folder
-from vilam3_jax import paths
 from vilam3_jax.data import dicom, file_kinds
 from vilam3_jax.data.folder_walk import list_files
 from vilam3_jax.data.images import load_picture
@@ -21,6 +20,7 @@ from vilam3_jax.data.limits import DEFAULT_LIMITS
 from vilam3_jax.data.volumes import read_listed_series, read_volume
 from vilam3_jax.datasets.samples import MODALITY_CODES, read_samples
 from vilam3_jax.errors import UserError, warn_of
+from vilam3_jax.runtime import paths
 
 Kind = Literal["volume", "image"]
 _READERS = {"volume": ("nifti", "nifti pair", "nrrd", "metaimage"), "image": ("picture",)}

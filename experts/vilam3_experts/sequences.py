@@ -21,7 +21,7 @@ from typing import Any, Literal
 import pydicom
 
 from vilam3_jax.data.dicom.headers import functional_group, naming, numbers
-from vilam3_jax.paths import PathLike
+from vilam3_jax.runtime.paths import PathLike
 
 Weighting = Literal["t1", "t2", "flair", "other"]
 ROLES = ("t1c", "t1", "t2", "flair")

@@ -21,9 +21,9 @@ from typing import Any
 
 from vilam3_experts.descriptors import Descriptor
 from vilam3_experts.inputs import Inputs
-from vilam3_jax import paths
 from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 _MAX_FILE_BYTES = 1 << 30
 _KEY = re.compile("[0-9a-f]{64}")

@@ -13,9 +13,9 @@ from etils import epath
 
 from vilam3_experts.descriptors import Descriptor, WeightFile
 from vilam3_experts.weight_files.lock import Lock, pin_of_bytes, pin_of_file
-from vilam3_jax import paths
 from vilam3_jax.datasets import samples
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 MAX_WEIGHT_BYTES = 4 << 30
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from vilam3_jax.configs.models import tiny
 
-from vilam3_jax import exports
+from vilam3_jax.checkpoints import exports
 from vilam3_jax.config import ConfigDict, image_layout
 from vilam3_jax.convert.exporter import export_folder
 from vilam3_jax.convert.importer import import_model
@@ -24,7 +24,7 @@ from vilam3_jax.convert.vila import vila_folder_config
 from vilam3_jax.data.text_rules import TextRules
 from vilam3_jax.data.tokenizer import train_bpe
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import trees, vila
+from vilam3_jax.models import param_paths, vila
 
 INTERN_VIT = dict(
     model_type="intern_vit_6b",
@@ -104,7 +104,7 @@ def tiny_export(folder: Path, **llm: object) -> tuple[ConfigDict, dict[str, jax.
     """A whole model of random weights, as a run would export it."""
     config = ConfigDict(tiny.get_model().to_dict())
     config.llm.update(vocab_size=300, **llm)
-    params = trees.flatten(vila.init_params(config, "generative", jax.random.key(0)))
+    params = param_paths.flatten(vila.init_params(config, "generative", jax.random.key(0)))
     noise = np.random.default_rng(0)
     params = {
         path: value + noise.normal(size=value.shape).astype(np.float32) for path, value in params.items()
@@ -136,7 +136,7 @@ def test_a_whole_model_there_and_back(tmp_path, monkeypatch, capsys, order, leaf
     assert config.template == "chatml" and config.projector.token_order == order
     assert TextRules.of(config.text) == TextRules()
     assert (tokenizer / "tokenizer.json").exists()
-    for path, value in trees.flatten(again).items():
+    for path, value in param_paths.flatten(again).items():
         np.testing.assert_array_equal(value, params[path], err_msg=path)
 
 
@@ -152,7 +152,7 @@ def test_a_whole_model_there_and_back(tmp_path, monkeypatch, capsys, order, leaf
 )
 def test_ways_to_take_pictures_come_back(tmp_path, changes):
     config = ConfigDict({**tiny.get_model().to_dict(), **changes})
-    params = trees.flatten(vila.init_params(config, "generative", jax.random.key(0)))
+    params = param_paths.flatten(vila.init_params(config, "generative", jax.random.key(0)))
     train_bpe(["liver spleen"], 270, tmp_path / "words", ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
     model = {**config.to_dict(), "kind": "generative"}
     exports.export_model(tmp_path / "ours", params, model, tmp_path / "words", {})
@@ -174,7 +174,7 @@ def test_loras_are_merged(tmp_path):
     tokens = jnp.arange(8)[None]
     args = (tokens, jnp.ones_like(tokens), tokens)
     outputs = []
-    for settings, tree in ((config, trees.unflatten(params)), (merged_config, again)):
+    for settings, tree in ((config, param_paths.unflatten(params)), (merged_config, again)):
         settings.dtype = "float32"
         model = vila.merge(vila.abstract_model(settings, "generative")[0], tree)
         with jax.default_matmul_precision("highest"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from foreign import LLAMA, SIGLIP, llama_weights, siglip_weights, write_folder, write_gguf
 
-from vilam3_jax import exports
+from vilam3_jax.checkpoints import exports
 from vilam3_jax.convert.importer import check_rules, fill, open_source
 from vilam3_jax.convert.main import main
 from vilam3_jax.data.tokenizer import load_tokenizer, train_bpe

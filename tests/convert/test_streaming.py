@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from foreign import LLAMA, llama_weights, write_folder
 
-from vilam3_jax import compat, exports
+from vilam3_jax.checkpoints import exports
 from vilam3_jax.convert.importer import fill, import_model, open_source
 from vilam3_jax.convert.safetensors_files import SafetensorsFolder
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import compat
 
 
 @pytest.fixture

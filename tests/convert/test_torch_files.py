@@ -30,7 +30,7 @@ def write(folder, weights):
 
 
 def test_pickled_weights(tmp_path, capsys):
-    from vilam3_jax.exports import stored_rows
+    from vilam3_jax.checkpoints.exports import stored_rows
 
     weights = llama_weights()
     write(tmp_path / "theirs", weights)

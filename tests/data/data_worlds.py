@@ -13,7 +13,7 @@ import numpy as np
 from vilam3_jax.configs import models
 
 from vilam3_jax import config as config_lib
-from vilam3_jax.data.batch_layout import arrays
+from vilam3_jax.data.batches import arrays
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, RequestImage, Turn
 from vilam3_jax.data.experts.store import Annotation, AnnotationWriter, LabelMap, Segment
 from vilam3_jax.data.images import encode_png

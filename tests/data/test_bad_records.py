@@ -1,4 +1,4 @@
-"""Records that cannot be used: put aside and named, wherever they are met, and the run goes on."""
+"""Records that cannot be used: skipped and named, wherever they are met, and the run goes on."""
 
 from __future__ import annotations
 

@@ -33,15 +33,15 @@ from data_worlds import (
     write,
 )
 
-from vilam3_jax import paths
 from vilam3_jax.data import sample_reader, shards
-from vilam3_jax.data.batch_layout import ROW_FIELDS, PackedBatch, PairBatch, arrays, join
+from vilam3_jax.data.batches import ROW_FIELDS, PackedBatch, PairBatch, arrays, join
 from vilam3_jax.data.examples import Example, ImageRef, Turn
 from vilam3_jax.data.experts.store import Annotation
 from vilam3_jax.data.loader import build_loader
 from vilam3_jax.data.stream import dealt_position
 from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.errors import StoppingError, UnavailableError, UserError
+from vilam3_jax.runtime import paths
 
 KEYS = {
     "tokens",
@@ -604,7 +604,7 @@ def test_resume_in_a_new_process(root, tmp_path) -> None:
     (tmp_path / "cfg.json").write_text(cfg.to_json())
     code = (
         "import json, sys, numpy, ml_collections\n"
-        "from vilam3_jax.data.batch_layout import arrays\n"
+        "from vilam3_jax.data.batches import arrays\n"
         "from vilam3_jax.data.loader import build_loader\n"
         "folder = sys.argv[1]\n"
         "cfg = ml_collections.ConfigDict(json.load(open(folder + '/cfg.json')))\n"

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vilam3_jax.data import packing
-from vilam3_jax.data.batch_layout import join
+from vilam3_jax.data.batches import join
 from vilam3_jax.data.packing import (
     GroupShape,
     Sample,

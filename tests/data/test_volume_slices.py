@@ -10,7 +10,7 @@ from data_worlds import annotate, build, config, ct_annotation, ct_example, ct_v
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vilam3_jax.data.batch_layout import PackedBatch
+from vilam3_jax.data.batches import PackedBatch
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, RequestImage, Turn
 from vilam3_jax.data.experts.cards import load_cards
 from vilam3_jax.data.experts.store import Annotation, LabelMap, Segment

@@ -108,7 +108,7 @@ def test_tfds_reads_what_is_built_of_it(installed, source, tmp_path, capsys):
     assert built.folder == tmp_path / "out" / "polyps" / "1.0.0"
     records: Any = tfds.builder_from_directory(built.folder).as_data_source()
     assert [record["id"] for record in records["train"]] == [b"1.png"]
-    assert built.info["splits"]["test"]["set_aside"]["total"] == 1
+    assert built.info["splits"]["test"]["skipped"]["total"] == 1
 
     (reading,) = blocks("python", PAGE.with_name("datasets.md"))  # of the overview, for this dataset
     reading = reading.replace('"data', f'"{tmp_path / "out"}').replace("slake/en", "polyps")

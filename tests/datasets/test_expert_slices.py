@@ -75,7 +75,7 @@ def world(tmp_path):
 
 
 def built(world, variant="ct", *argv, data="data", **settings):
-    """(examples by split, [(record, reason)] set aside)."""
+    """(examples by split, [(record, reason)] skipped)."""
     parser = argparse.ArgumentParser()
     ExpertSlices.add_arguments(parser)
     given = ["--annotations", str(world / "said"), *argv]

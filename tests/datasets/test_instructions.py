@@ -1,4 +1,4 @@
-"""Dialogues of one's own: forms, ids, splits, and what is set aside."""
+"""Dialogues of one's own: forms, ids, splits, and what is skipped."""
 
 import argparse
 import base64
@@ -377,7 +377,7 @@ def test_the_command(tmp_path, capsys):
     ]
     assert prepare.main([*arguments, "--out", str(tmp_path / "out"), "--processes", "1"]) == 0
     said = capsys.readouterr().out
-    assert "set aside 1: its image is missing" in said and "vilam3-experts annotate" in said
+    assert "skipped 1: its image is missing" in said and "vilam3-experts annotate" in said
     found = {
         split: list(ExampleSource(tmp_path / "out/instructions", split)) for split in ("train", "heldout")
     }

@@ -1,4 +1,4 @@
-"""MMC4 from a twin of its shards: where pictures stand, which are taken, and what is set aside."""
+"""MMC4 from a twin of its shards: where pictures stand, which are taken, and what is skipped."""
 
 import io
 import json

@@ -216,10 +216,10 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_built(tmp_path):
     # r5 of row 4 stays, that of row 5 goes.
     assert [e.id for e in ExampleSource(built.folder, "train")] == ["r5", "r6"]
     assert [e.id for e in ExampleSource(built.folder, "test")] == ["r9", "r11"]
-    assert train["set_aside"]["total"] == 7 and test["set_aside"]["first"] == [
+    assert train["skipped"]["total"] == 7 and test["skipped"]["first"] == [
         ["r6", "another record has this id"]
     ]
-    named = dict(train["set_aside"]["first"])
+    named = dict(train["skipped"]["first"])
     assert "not a text" in named["rows.json row 0"] and "missing" in named["rows.json row 1"]
     assert "leaves the data root" in named["rows.json row 2"] and "cut short" in named["r8"]
     assert "Jane" not in json.dumps(built.info)
@@ -229,7 +229,7 @@ def test_a_split_without_records_is_told(tmp_path):
     source = twin(tmp_path / "source", {number: {"answer": None} for number in range(TRAIN)})
     built = prepare(Toy(), source, tmp_path / "out")
     assert set(built.info["splits"]) == {"test"}
-    assert built.info["empty_splits"]["train"]["set_aside"]["total"] == TRAIN
+    assert built.info["empty_splits"]["train"]["skipped"]["total"] == TRAIN
     assert built.warnings == ("split train is left out, as none of its 9 items gives a record",)
     assert ["train", "9", "0", "9", "0", "0"] in [
         line.split() for line in command.summary(built.info).split("\n")
@@ -240,7 +240,7 @@ def test_a_picture_that_is_named_by_path_is_set_aside_without_it(tmp_path):
     source = twin(tmp_path / "source")
     (source / "images/2.jpg").write_text("<html>")
     built = prepare(Toy(), source, tmp_path / "out", BuildOptions(copy_images=False))
-    (named,) = built.info["splits"]["train"]["set_aside"]["first"]
+    (named,) = built.info["splits"]["train"]["skipped"]["first"]
     assert named[0] == "r2" and named[1].startswith("web page")
 
 

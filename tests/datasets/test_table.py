@@ -1,4 +1,4 @@
-"""Tables of one's own: kinds of labels, words of questions, splits, parquet, and what is set aside."""
+"""Tables of one's own: kinds of labels, words of questions, splits, parquet, and what is skipped."""
 
 from __future__ import annotations
 

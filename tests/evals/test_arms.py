@@ -10,9 +10,9 @@ import pytest
 from vilam3_jax.data.examples import Example, ImageRef, Turn
 from vilam3_jax.data.experts.store import Annotation
 from vilam3_jax.errors import UserError
-from vilam3_jax.evals import arms
+from vilam3_jax.evals import conditions
 from vilam3_jax.evals import protocol as protocols
-from vilam3_jax.inference.agent import Spoken, Transcript
+from vilam3_jax.inference.agent import Message, Transcript
 
 QUICKSTART = protocols.get_protocol("quickstart@1")
 IMAGE = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
@@ -29,11 +29,11 @@ def item(name="e/q0", **changes):
 
 
 def spoken(answer, trigger=None, annotation=None):
-    turns = [Spoken("user", "PROMPT"), Spoken("assistant", answer)]
+    turns = [Message("user", "PROMPT"), Message("assistant", answer)]
     text = None
     if trigger:
         text = f"Let me trigger <{trigger[0]}({trigger[1]})>."
-        turns[1:1] = [Spoken("assistant", text), Spoken("expert", "EXPERT")]
+        turns[1:1] = [Message("assistant", text), Message("expert", "EXPERT")]
     called = () if trigger is None else (annotation or Annotation("k", *trigger),)
     return Transcript(tuple(turns), answer, called, text)
 
@@ -51,19 +51,21 @@ class FakeAgent:
 
 
 def test_arms_mean_what_their_names_say():
-    assert arms.arm_of("stage4_falsified", None, None).experts == "falsified"
-    assert arms.arm_of("stage4_blank", "off", "blank").images == "blank"
-    assert arms.arm_of(None, "on", None).name == "experts_on_images_true"
-    assert arms.arm_of("mine", "on", "blank") == arms.Arm("mine", "", "on", "blank")
+    assert conditions.arm_of("stage4_falsified", None, None).experts == "falsified"
+    assert conditions.arm_of("stage4_blank", "off", "blank").images == "blank"
+    assert conditions.arm_of(None, "on", None).name == "experts_on_images_true"
+    assert conditions.arm_of("mine", "on", "blank") == conditions.Arm("mine", "", "on", "blank")
     with pytest.raises(UserError, match="means --experts=off, not on"):
-        arms.arm_of("stage4_no_experts", "on", None)
+        conditions.arm_of("stage4_no_experts", "on", None)
 
 
 def test_items_are_asked_in_batches_with_their_slices():
     agent = FakeAgent()
     items = [item(f"e{i}/q0") for i in range(5)]
     rows = list(
-        arms.answer_items(agent, QUICKSTART, arms.ARMS["stage3"], items, lambda _: IMAGE, falsify_seed=0)
+        conditions.answer_items(
+            agent, QUICKSTART, conditions.ARMS["stage3"], items, lambda _: IMAGE, falsify_seed=0
+        )
     )
     assert [len(batch) for batch in agent.batches] == [2, 2, 1]
     query = agent.batches[0][0]
@@ -77,8 +79,8 @@ def test_items_are_asked_in_batches_with_their_slices():
 def test_the_blank_arm_shows_nothing_of_the_image():
     agent = FakeAgent()
     list(
-        arms.answer_items(
-            agent, QUICKSTART, arms.ARMS["stage4_blank"], [item()], lambda _: IMAGE, falsify_seed=0
+        conditions.answer_items(
+            agent, QUICKSTART, conditions.ARMS["stage4_blank"], [item()], lambda _: IMAGE, falsify_seed=0
         )
     )
     shown = agent.batches[0][0].scans[0].image
@@ -90,25 +92,31 @@ def test_batches_hold_like_with_like():
         item(f"e{i}/q0", expert=e, question="Q" * n)
         for i, (e, n) in enumerate([("B", 9), (None, 4), ("B", 2)])
     ]
-    ordered = arms.order_for_batches(items)
+    ordered = conditions.order_for_batches(items)
     assert [(one.expert, len(one.question)) for one in ordered] == [(None, 4), ("B", 2), ("B", 9)]
-    assert ordered == arms.order_for_batches(items[::-1])
+    assert ordered == conditions.order_for_batches(items[::-1])
 
 
 def test_a_row_tells_what_was_said_and_who_was_called():
     annotation = Annotation("k", "ORGANS", "organs", version="1+falsified.3")
     transcript = spoken("No.", ("ORGANS", "organs"), annotation)
-    row = arms.row_of(QUICKSTART, arms.ARMS["stage4_falsified"], item(), transcript, falsify_seed=3)
+    row = conditions.row_of(
+        QUICKSTART, conditions.ARMS["stage4_falsified"], item(), transcript, falsify_seed=3
+    )
     assert row["output"] == "No." and row["parsed"] == "no" and row["gold"] == "yes"
     assert not row["correct"] and not row["unparsed"]
     assert row["trigger"] == "Let me trigger <ORGANS(organs)>." and row["expert_called"] == "ORGANS"
     assert row["expert_right"] is True and row["expert_text"] == "EXPERT" and row["expert_status"] == "ok"
     assert row["falsify_seed"] == 3 and row["expert_version"].endswith("falsified.3")
-    wrong = arms.row_of(QUICKSTART, arms.ARMS["stage4_experts"], item(), spoken("The liver"), falsify_seed=3)
+    wrong = conditions.row_of(
+        QUICKSTART, conditions.ARMS["stage4_experts"], item(), spoken("The liver"), falsify_seed=3
+    )
     assert wrong["expert_right"] is False and wrong["trigger"] is None and wrong["unparsed"]
     nobody = item(expert=None, args="")
     assert (
-        arms.row_of(QUICKSTART, arms.ARMS["stage3"], nobody, spoken("yes"), falsify_seed=0)["expert_right"]
+        conditions.row_of(QUICKSTART, conditions.ARMS["stage3"], nobody, spoken("yes"), falsify_seed=0)[
+            "expert_right"
+        ]
         is None
     )
 
@@ -134,7 +142,7 @@ def test_majority_goes_by_question_then_type_then_place():
         *training("range", "How large is it?", ["over 70 ml"] * 2, ["under 20 ml", "over 70 ml"]),
         *training("which", "Which?", ["liver, spleen", "liver, spleen", "none"], ["liver", "spleen", "none"]),
     ]
-    majority = arms.Majority(examples)
+    majority = conditions.Majority(examples)
     assert majority.answer(item()) == "no"
     assert majority.answer(item(question="Is the aorta visible?")) == "yes"
     # No training answer is among these options: the place counts (second: 1 + 2 of 5, first: 2 of 5).
@@ -145,18 +153,18 @@ def test_majority_goes_by_question_then_type_then_place():
     assert majority.answer(dataclasses.replace(which, options=("aorta", "none"))) == "none"
     assert majority.answer(item(question_type="unseen")) == ""
     with pytest.raises(UserError, match="no questions"):
-        arms.Majority([])
+        conditions.Majority([])
 
 
 def test_majority_rows_are_scored_like_any_other():
     examples = list(training("organ_present", "Is the liver visible?", ["no", "no", "yes"], ["yes", "no"]))
-    (row,) = arms.majority_rows(QUICKSTART, [item()], examples)
+    (row,) = conditions.majority_rows(QUICKSTART, [item()], examples)
     assert (row["arm"], row["output"], row["correct"]) == ("majority", "no", False)
 
 
 def test_item_set_hash_sees_every_change_but_order():
     items = [item("a/q0"), item("b/q0")]
-    whole = arms.item_set_hash(items)
-    assert whole == arms.item_set_hash(items[::-1])
-    assert whole != arms.item_set_hash(items[:1])
-    assert whole != arms.item_set_hash([items[0], item("b/q0", answer="no")])
+    whole = conditions.item_set_hash(items)
+    assert whole == conditions.item_set_hash(items[::-1])
+    assert whole != conditions.item_set_hash(items[:1])
+    assert whole != conditions.item_set_hash([items[0], item("b/q0", answer="no")])

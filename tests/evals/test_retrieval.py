@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vilam3_jax import exports
+from vilam3_jax.checkpoints import exports
 from vilam3_jax.data.examples import Example, ImageRef, Turn
 from vilam3_jax.errors import UserError
 from vilam3_jax.evals import retrieval

@@ -21,7 +21,7 @@ from vilam3_experts.commands import audit as commands_audit
 from vilam3_jax.data.experts.record import Annotation, failed
 from vilam3_jax.data.experts.store import content_sha256
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import as_path
+from vilam3_jax.runtime.paths import as_path
 
 WEIGHTS = "f" * 64
 

@@ -25,7 +25,7 @@ from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.volumes import Volume, load_volume
 from vilam3_jax.datasets.samples import Sample, write_index
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import as_path
+from vilam3_jax.runtime.paths import as_path
 
 TOOL = Source("tool", "a network 1.0")
 SHAPE = (9, 8, 7)

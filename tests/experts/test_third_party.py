@@ -23,7 +23,7 @@ from vilam3_jax.data.experts.host_client import ExpertHost
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.volumes import Volume, VolumeSource, load_volume
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import as_path
+from vilam3_jax.runtime.paths import as_path
 
 ROOT = pathlib.Path(__file__).parents[2]
 

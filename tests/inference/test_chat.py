@@ -26,7 +26,7 @@ from vilam3_jax.data.volumes import VolumeSource, load_volume
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import agent as agent_lib
 from vilam3_jax.inference import chat, generate, images
-from vilam3_jax.inference.agent import Spoken, Transcript
+from vilam3_jax.inference.agent import Message, Transcript
 from vilam3_jax.models import vila
 
 PROMPT = "Is the liver visible in this slice?"
@@ -261,10 +261,10 @@ def test_a_crashed_host_is_a_failed_annotation(world):
 def test_the_dialogue_names_expert_stand_in_failure_and_no_clinical_use(assistant):
     failed = agent_lib.failed("k", "PNEUMONIA", "", "out of memory")
     turns = (
-        Spoken("user", "Q"),
-        Spoken("assistant", "<PNEUMONIA()>"),
-        Spoken("expert", "E"),
-        Spoken("assistant", "A"),
+        Message("user", "Q"),
+        Message("assistant", "<PNEUMONIA()>"),
+        Message("expert", "E"),
+        Message("assistant", "A"),
     )
     transcript = Transcript(turns, "A", (failed,), "<PNEUMONIA()>", True)
     notes = chat._notes(transcript, assistant._cards)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vilam3_jax.data.batch_layout import arrays
+from vilam3_jax.data.batches import arrays
 from vilam3_jax.data.examples import Turn
 from vilam3_jax.data.packing import GroupShape, Sample, assemble_group
 from vilam3_jax.data.templates import encode_prompt, get_template

@@ -13,9 +13,9 @@ from vilam3_jax.data.examples import Turn
 from vilam3_jax.data.templates import encode_prompt, model_template
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import heldout
-from vilam3_jax.models import trees, vila
+from vilam3_jax.models import param_paths, vila
+from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.training import evaluation
-from vilam3_jax.training import mesh as mesh_lib
 from vilam3_jax.training import program as program_lib
 
 
@@ -117,7 +117,7 @@ def say(model_config, params):
 def test_sharded_parameters_say_what_the_model_says(config, params, tokenizer, say, tmp_path, monkeypatch):
     """8 devices, rows over 4 parts, heads over 2, 6 questions: two rows stay empty."""
     mesh = mesh_lib.build_mesh(config.mesh)
-    flat = trees.flatten(params)
+    flat = param_paths.flatten(params)
     placed = mesh_lib.parameter_shardings(flat, config.parameter_rules, mesh)
     sharded = {path: jax.device_put(leaf, placed[path]) for path, leaf in flat.items()}
     placing = functools.partial(program_lib.build(config, mesh).placing, whole_rows=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from vilam3_jax.configs import models
 
-from vilam3_jax import exports
+from vilam3_jax.checkpoints import exports
 from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, RequestImage, Turn
 from vilam3_jax.data.experts.store import Annotation, AnnotationWriter, LabelMap, Segment

@@ -11,7 +11,7 @@ from launchers import ROOT, flags, launch
 
 from vilam3_jax import config as config_lib
 from vilam3_jax.plan import topology
-from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.training import program as program_lib
 
 PAGES = ["launch_tpu_vm", "launch_gke", "launch_slurm"]

@@ -11,11 +11,11 @@ from vilam3_jax.configs import models
 from vilam3_jax.configs.models.parts import llms, towers
 
 from vilam3_jax import config as config_lib
-from vilam3_jax.data.batch_layout import PackedBatch
+from vilam3_jax.data.batches import PackedBatch
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import trees, vila
-from vilam3_jax.ops import partition
-from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.models import param_paths, vila
+from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.training import optimizer as optimizer_lib
 from vilam3_jax.training import state as state_lib
 from vilam3_jax.training import step as step_lib
@@ -35,7 +35,7 @@ def counts(cfg, kind="generative"):
     """component -> number of parameters, without allocating any."""
     _, abstract = vila.abstract_model(cfg, kind)
     out: dict[str, int] = {}
-    for path, leaf in trees.flatten(abstract).items():
+    for path, leaf in param_paths.flatten(abstract).items():
         part = path.partition("/")[0]
         out[part] = out.get(part, 0) + math.prod(leaf.shape)
     return out
@@ -217,7 +217,7 @@ def test_one_number_of_a_published_size_is_overridden():
     config = config_lib.parse(argv, flags.FlagValues())
     mesh = mesh_lib.build_mesh(config.mesh)
     graphdef, nested = vila.abstract_model(config.model, config.kind)
-    rates = optimizer_lib.multipliers(config, list(trees.flatten(nested)))
+    rates = optimizer_lib.multipliers(config, list(param_paths.flatten(nested)))
     optimizer = optimizer_lib.make_optimizer(config, rates)
     state = state_lib.abstract_state(config, mesh, optimizer, rates)
     assert state["trainable"]["llm/layers/attn/q/kernel"].shape == (2, 4096, 4096)
@@ -240,7 +240,7 @@ def test_one_number_of_a_published_size_is_overridden():
     step = step_lib.make_train_step(
         config, step_lib.make_loss(config, graphdef), optimizer, optimizer_lib.learning_rate(config)
     )
-    with partition.activation_rules(mesh, config.activation_rules.to_dict(), config.attention):
+    with logical_axes.activation_rules(mesh, config.activation_rules.to_dict(), config.attention):
         lowered = jax.jit(step, out_shardings=(state_lib.shardings(state), None)).lower(state, batch)
     after, metrics = lowered.out_info
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(

@@ -13,8 +13,9 @@ from tests.models.tiny_model import make, model_config
 from vilam3_jax import config as config_lib
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import siglip, vila
-from vilam3_jax.ops import attention, partition
-from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.ops import attention
+from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding import mesh as mesh_lib
 
 TOKENS = 9  # per image of the tiny model
 GROUPS, SLOTS, ROWS, LENGTH = 2, 3, 4, 24
@@ -225,6 +226,6 @@ def test_a_tower_whose_rows_are_padded_sees_the_same(model, monkeypatch):
 def test_rows_are_padded_for_kernels_where_it_costs_little():
     mesh = mesh_lib.build_mesh(config_lib.base_config().mesh)
     assert [attention.row_length(tokens) for tokens in (729, 1025)] == [729, 1025]
-    with partition.activation_rules(mesh, config_lib.ACTIVATION_RULES, "splash"):
+    with logical_axes.activation_rules(mesh, config_lib.ACTIVATION_RULES, "splash"):
         lengths = [attention.row_length(tokens) for tokens in (100, 729, 768, 1024, 1025)]
     assert lengths == [100, 768, 768, 1024, 1025]

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vilam3_jax import compat
 from vilam3_jax.config import ACTIVATION_RULES
 from vilam3_jax.errors import UserError
-from vilam3_jax.ops import partition
 from vilam3_jax.ops.attention import attention
+from vilam3_jax.runtime import compat
+from vilam3_jax.sharding import logical_axes
 
 
 def dense(q, k, v, mask, scale=None):
@@ -163,7 +163,7 @@ def test_a_mesh_changes_neither_result_nor_gradient(rules, heads, kv_heads, leng
     both = jax.value_and_grad(total, (0, 1, 2), has_aux=True)
     # A function of its own each: given the same one, jit would take the trace that it has.
     (_, want), want_gradients = jax.jit(lambda *values: both(*values))(*values)
-    with partition.activation_rules(mesh, rules):
+    with logical_axes.activation_rules(mesh, rules):
         (_, got), gradients = jax.jit(lambda *values: both(*values))(*values)
     np.testing.assert_allclose(got, want, atol=2e-6)
     for name, gradient, expected in zip("qkv", gradients, want_gradients, strict=True):
@@ -174,7 +174,7 @@ def test_heads_that_the_mesh_cannot_split_are_refused():
     mesh = compat.make_mesh((2, 4), ("fsdp", "tensor"), jax.devices()[:8])
     q, k, v = inputs(heads=6, kv_heads=3)
     with (
-        partition.activation_rules(mesh, {**ACTIVATION_RULES, "batch": "fsdp"}),
+        logical_axes.activation_rules(mesh, {**ACTIVATION_RULES, "batch": "fsdp"}),
         pytest.raises(UserError, match="6 query and 3 key heads do not split into 4"),
     ):
         attention(q, k, v, causal=True)

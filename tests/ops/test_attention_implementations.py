@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from tests.ops.test_attention import inputs
-from vilam3_jax import compat
 from vilam3_jax.config import ACTIVATION_RULES
 from vilam3_jax.errors import UserError
 from vilam3_jax.ops import attention as attention_lib
-from vilam3_jax.ops import attention_blockwise, attention_cudnn, attention_splash, partition
+from vilam3_jax.ops import attention_blockwise, attention_cudnn, attention_splash
 from vilam3_jax.ops.attention import attention
+from vilam3_jax.runtime import compat
+from vilam3_jax.sharding import logical_axes
 
 IMPLEMENTATIONS = ("short", "blockwise", "splash", "exchange", "exchange_splash", "ring")
 
@@ -38,7 +39,7 @@ def run(monkeypatch):
         rules = {**ACTIVATION_RULES, "batch": "fsdp", "length": "context" if split else None, **rules}
         monkeypatch.setattr(attention_lib, "MAX_SHORT", 10**6 if implementation == "short" else 8)
         choice = {"splash": "splash", "exchange_splash": "splash", "ring": "ring"}.get(implementation, "xla")
-        with partition.activation_rules(mesh, rules, choice):
+        with logical_axes.activation_rules(mesh, rules, choice):
             return jax.jit(lambda *values: function(*values))(*args)
 
     return run
@@ -228,13 +229,13 @@ def test_the_path_to_cudnn_gives_what_xla_gives(run, monkeypatch, causal):
         return plain(*args, implementation="xla", **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
-    monkeypatch.setattr(partition, "platform", lambda: "gpu")
+    monkeypatch.setattr(logical_axes, "platform", lambda: "gpu")
     ids = rows_of_segments(np.random.default_rng(2), 2, 151)
     q, k, v = (x.astype(jnp.bfloat16) for x in inputs(q_len=151))
     mesh = compat.make_mesh((2, 2), ("fsdp", "tensor"), jax.devices()[:4])
     weight = np.random.default_rng(5).standard_normal(q.shape, np.float32)
     function = output_and_gradients(front(ids, causal), weight)
-    with partition.activation_rules(mesh, {**ACTIVATION_RULES, "batch": "fsdp", "length": None}):
+    with logical_axes.activation_rules(mesh, {**ACTIVATION_RULES, "batch": "fsdp", "length": None}):
         got = jax.jit(lambda *x: function(*x))(q, k, v)
     assert seen == ["cudnn"]
     for name, value, want in zip(
@@ -247,7 +248,7 @@ def test_cudnn_is_refused_where_it_cannot_run():
     q, k, v = inputs()
     mesh = compat.make_mesh((1, 1), ("fsdp", "tensor"), jax.devices()[:1])
     with (
-        partition.activation_rules(mesh, {**ACTIVATION_RULES, "batch": "fsdp"}, "cudnn"),
+        logical_axes.activation_rules(mesh, {**ACTIVATION_RULES, "batch": "fsdp"}, "cudnn"),
         pytest.raises(UserError, match="kernel for NVIDIA GPUs, and the devices are cpu"),
     ):
         attention(q, k, v, causal=True)

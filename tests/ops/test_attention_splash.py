@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from tests.ops.test_attention import dense, inputs, packed
-from vilam3_jax import compat
 from vilam3_jax.config import ACTIVATION_RULES
 from vilam3_jax.errors import UserError
-from vilam3_jax.ops import attention_splash, partition
+from vilam3_jax.ops import attention_splash
 from vilam3_jax.ops.attention import attention
+from vilam3_jax.runtime import compat
+from vilam3_jax.sharding import logical_axes
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def one_device():
 def by(choice, mesh, function, *args, **rules):
     """`function(*args)`, jitted anew, with attention by `choice`."""
     rules = {**ACTIVATION_RULES, "batch": "fsdp", **rules}
-    with partition.activation_rules(mesh, rules, choice):
+    with logical_axes.activation_rules(mesh, rules, choice):
         return jax.jit(lambda *values: function(*values))(*args)
 
 

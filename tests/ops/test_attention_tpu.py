@@ -11,10 +11,10 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vilam3_jax import compat
 from vilam3_jax.config import ACTIVATION_RULES, MESH_AXES
-from vilam3_jax.ops import partition
 from vilam3_jax.ops.attention import attention
+from vilam3_jax.runtime import compat
+from vilam3_jax.sharding import logical_axes
 
 pytest.importorskip("libtpu")
 
@@ -63,7 +63,7 @@ def test_forward_and_backward_compile(
         )
         return out.astype(jnp.float32).sum()
 
-    with partition.activation_rules(mesh, ACTIVATION_RULES):
+    with logical_axes.activation_rules(mesh, ACTIVATION_RULES):
         compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, k, k, ids).compile()
     text = compiled.as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == kernels

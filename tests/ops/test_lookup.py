@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vilam3_jax import compat
 from vilam3_jax.config import ACTIVATION_RULES, MESH_AXES
-from vilam3_jax.ops import partition
-from vilam3_jax.ops.lookup import lookup
+from vilam3_jax.runtime import compat
+from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding.embedding_lookup import lookup
 
 VOCAB, WIDTH, ROWS, LENGTH = 24, 16, 8, 6
-SPLIT = ("fsdp", partition.FSDP_LINE)
+SPLIT = ("fsdp", logical_axes.FSDP_LINE)
 
 
 def plain(ids, table):
@@ -36,7 +36,7 @@ def plain(ids, table):
     ],
 )
 def test_equals_a_plain_look_up(axes, stored, whole):
-    names = [*MESH_AXES[:2], partition.FSDP_LINE, *MESH_AXES[2:]]
+    names = [*MESH_AXES[:2], logical_axes.FSDP_LINE, *MESH_AXES[2:]]
     mesh = compat.make_mesh([axes.get(name, 1) for name in names], names, jax.devices()[:8])
     rng = np.random.default_rng(0)
     table = jnp.asarray(rng.normal(size=(VOCAB, WIDTH)), jnp.float32)
@@ -52,7 +52,7 @@ def test_equals_a_plain_look_up(axes, stored, whole):
         NamedSharding(mesh, PartitionSpec(("data", *SPLIT))),
         NamedSharding(mesh, PartitionSpec(*stored)),
     )
-    with partition.activation_rules(mesh, ACTIVATION_RULES):
+    with logical_axes.activation_rules(mesh, ACTIVATION_RULES):
         compiled = jax.jit(run, in_shardings=placed, out_shardings=placed).lower(ids, table).compile()
     found, gradient = compiled(jax.device_put(ids, placed[0]), jax.device_put(table, placed[1]))
     wanted, back = jax.vjp(lambda t: plain(ids, t), table)
@@ -64,7 +64,7 @@ def test_equals_a_plain_look_up(axes, stored, whole):
 def test_rows_that_do_not_divide_are_left_to_the_partitioner():
     mesh = compat.make_mesh([1, 8, 1, 1], MESH_AXES, jax.devices()[:8])
     ids, table = jnp.zeros((3, 2), int), jnp.ones((VOCAB, WIDTH))
-    with partition.activation_rules(mesh, ACTIVATION_RULES):
+    with logical_axes.activation_rules(mesh, ACTIVATION_RULES):
         found = jax.jit(lambda ids, table: lookup(ids, table, jnp.float32, (None, "fsdp"), ("batch", None)))(
             ids, table
         )

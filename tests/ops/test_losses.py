@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from vilam3_jax import compat
 from vilam3_jax.config import ACTIVATION_RULES, MESH_AXES
-from vilam3_jax.ops import losses, partition
+from vilam3_jax.ops import losses
 from vilam3_jax.ops.losses import chunked_cross_entropy, sigmoid_contrastive_loss
+from vilam3_jax.runtime import compat
+from vilam3_jax.sharding import logical_axes
 
 VOCAB, WIDTH = 23, 6
 
@@ -75,7 +76,7 @@ def test_a_head_over_devices_gets_its_gradient_in_pieces(monkeypatch, piece_byte
         return chunked_cross_entropy(**given, chunk=4, kernel_stored=PartitionSpec("fsdp"))[0]
 
     arguments = data["hidden"], data["head_kernel"]
-    with partition.activation_rules(mesh, ACTIVATION_RULES):
+    with logical_axes.activation_rules(mesh, ACTIVATION_RULES):
         compiled = jax.jit(jax.grad(ours, (0, 1))).lower(*arguments).compile()
     want = jax.grad(lambda *args: dense_cross_entropy(*args, *rest)[0], (0, 1))(*arguments)
     for one, other in zip(compiled(*arguments), want, strict=True):
@@ -174,7 +175,7 @@ def ours(*arguments, axes=None):
     """As `dense_contrastive`; with `axes` on a mesh of 8 devices. Also the compiled program."""
     context = contextlib.nullcontext()
     if axes:
-        context = partition.activation_rules(
+        context = logical_axes.activation_rules(
             compat.make_mesh([axes.get(a, 1) for a in MESH_AXES], MESH_AXES), ACTIVATION_RULES
         )
 

@@ -9,7 +9,7 @@ import pytest
 
 from vilam3_jax.ops.attention import attention
 from vilam3_jax.ops.losses import chunked_cross_entropy
-from vilam3_jax.ops.products import einsum
+from vilam3_jax.sharding.matmul import einsum
 
 SPECS = [
     ("ai,io->ao", (5, 7), (7, 3)),

@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vilam3_jax.config import ACTIVATION_RULES, base_config
-from vilam3_jax.ops import partition, products
 from vilam3_jax.plan import hlo, topology
-from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.sharding import logical_axes, matmul
+from vilam3_jax.sharding import mesh as mesh_lib
 
 pytest.importorskip("libtpu")
 LAYERS, WIDTH, HEAD_DIM = 4, 2048, 128
@@ -22,21 +22,21 @@ def test_gradients_of_products_with_heads_are_scattered_in_slices_thinner_than_t
     mesh_config = base_config().mesh
     mesh_config.fsdp = 512
     mesh = mesh_lib.build_mesh(mesh_config, topology.parse("v5p:8x8x8").devices())
-    assert WIDTH // mesh.shape["fsdp"] < products.LANES
+    assert WIDTH // mesh.shape["fsdp"] < matmul.LANES
 
     def argument(shape, kind, *names):
         return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, PartitionSpec(*names)))
 
     def layer(x, kernels):
         lead = ("batch", "length")
-        heads = products.linear(x, kernels[0], STORED[0][1:], lead, HEAD_DIM)
+        heads = matmul.linear(x, kernels[0], STORED[0][1:], lead, HEAD_DIM)
         heads = jnp.tanh(heads.swapaxes(1, 2)).swapaxes(1, 2)
-        return x + products.linear(heads, kernels[1], STORED[1][1:], lead), None
+        return x + matmul.linear(heads, kernels[1], STORED[1][1:], lead), None
 
     def loss(kernels, x):
         return jax.lax.scan(jax.checkpoint(layer), x, kernels)[0].astype(jnp.float32).var()
 
-    with partition.activation_rules(mesh, ACTIVATION_RULES):
+    with logical_axes.activation_rules(mesh, ACTIVATION_RULES):
         kernels = tuple(argument((LAYERS, WIDTH, WIDTH), jnp.float32, *names) for names in STORED)
         x = argument((1024, 4096, WIDTH), jnp.bfloat16, ("fsdp", "fsdp_line"))
         compiled = jax.jit(jax.grad(loss)).lower(kernels, x).compile()

@@ -11,12 +11,13 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vilam3_jax import compat
 from vilam3_jax.config import ACTIVATION_RULES, MESH_AXES
 from vilam3_jax.errors import UserError
 from vilam3_jax.models.layers import Linear
-from vilam3_jax.ops import partition, quantized
-from vilam3_jax.ops.products import linear
+from vilam3_jax.ops import quantized
+from vilam3_jax.runtime import compat
+from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding.matmul import linear
 
 qwix = pytest.importorskip("qwix")
 BATCH, LENGTH, HEADS, HEAD_DIM, OUT = 8, 6, 4, 64, 48
@@ -59,7 +60,7 @@ def by_qwix(kind, gradients, x, kernel, direction):
 
 
 def ours(kind, gradients, x, kernel, direction, **kwargs):
-    how = partial(quantized.einsum, quantized.QuantizedProducts(kind, gradients))
+    how = partial(quantized.einsum, quantized.QuantizedMatmul(kind, gradients))
     out, back = jax.vjp(lambda x, k: linear(x, k, None, ("batch", None), times=how, **kwargs), x, kernel)
     return out, *back(direction.astype(out.dtype).reshape(out.shape))
 
@@ -93,7 +94,7 @@ def test_heads_change_no_scale(kind, gradients):
 
 def test_a_frozen_kernel_costs_no_product():
     x, kernel, _ = factors()
-    how = quantized.QuantizedProducts("int8", True)
+    how = quantized.QuantizedMatmul("int8", True)
     text = (
         jax.jit(jax.grad(lambda x: quantized.einsum(how, "abi,io->abo", x, kernel).sum())).lower(x).as_text()
     )
@@ -116,11 +117,11 @@ def sharded(kind, gradients, axes, stored, x, kernel, direction):
     weights = {"kernel": NamedSharding(mesh, PartitionSpec(*stored))}
 
     def run(x, kernel, direction):
-        how = partial(quantized.einsum, quantized.QuantizedProducts(kind, gradients))
+        how = partial(quantized.einsum, quantized.QuantizedMatmul(kind, gradients))
         out, back = jax.vjp(lambda x, k: linear(x, k, stored, ("batch", None), times=how), x, kernel)
         return out, *back(direction)
 
-    with partition.activation_rules(mesh, ACTIVATION_RULES, "auto", weights):
+    with logical_axes.activation_rules(mesh, ACTIVATION_RULES, "auto", weights):
         lowered = jax.jit(run, in_shardings=(None, weights["kernel"], None)).lower(x, kernel, direction)
         return lowered.compile()(*jax.device_put((x, kernel, direction), (None, weights["kernel"], None)))
 
@@ -166,15 +167,15 @@ def test_quantised_gradients_sharded(kind):
 
 def test_without_qwix_the_key_is_named(monkeypatch):
     monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"quantization\.products.*\.\[quant\]"):
-        quantized.check_installed("quantization.products")
+    with pytest.raises(UserError, match=r"quantization\.matmul.*\.\[quant\]"):
+        quantized.check_installed("quantization.matmul")
 
 
 def test_adapters_stay_exact():
     layer = Linear(
         IN, OUT, rngs=nnx.Rngs(params=0, lora=1), dtype="float32", param_dtype="float32", lora_rank=2
     )
-    layer.products = quantized.QuantizedProducts("int8")
+    layer.products = quantized.QuantizedMatmul("int8")
     layer.lora_b.set_value(normal((2, OUT), 5))
     x = factors()[0]
     text = jax.jit(lambda x: layer(x)).lower(x).as_text()

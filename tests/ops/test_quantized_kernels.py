@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vilam3_jax import compat
 from vilam3_jax.config import ACTIVATION_RULES, MESH_AXES
-from vilam3_jax.ops import partition
-from vilam3_jax.ops.products import linear
 from vilam3_jax.ops.quantized import NF4_TILE, QuantizedKernel, frozen_einsum, quantize_kernel
+from vilam3_jax.runtime import compat
+from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding.matmul import linear
 
 qwix = pytest.importorskip("qwix")
 KINDS = ("int8", "nf4")
@@ -81,7 +81,7 @@ def test_sharded_is_unsharded(kind, stored):
         return out, back(jnp.cos(out))[0]
 
     want = x @ kernel.dequantize()
-    with partition.activation_rules(mesh, ACTIVATION_RULES):
+    with logical_axes.activation_rules(mesh, ACTIVATION_RULES):
         compiled = jax.jit(run).lower(x, kernel).compile()
     got, d_x = compiled(x, kernel)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vilam3_jax import compat
 from vilam3_jax import config as config_lib
 from vilam3_jax.plan import hlo, topology
+from vilam3_jax.runtime import compat
 from vilam3_jax.training import program
 
 HEAD = "HloModule test, is_scheduled=true, num_partitions=8\n\n"

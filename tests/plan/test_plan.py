@@ -11,15 +11,16 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.training.helpers import tiny_config
-from vilam3_jax import cli, compat
+from vilam3_jax import cli
 from vilam3_jax import config as config_lib
 from vilam3_jax.config import ACTIVATION_RULES, MESH_AXES
 from vilam3_jax.errors import UserError
-from vilam3_jax.ops import partition
 from vilam3_jax.ops.attention import attention
 from vilam3_jax.plan import compiler, estimate, hlo, search, topology
 from vilam3_jax.plan import main as plan_main
-from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.runtime import compat
+from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.training import program as program_lib
 from vilam3_jax.training.chips import GIB
 
@@ -266,7 +267,7 @@ _QUERIES = {f"activation_rules.{name}": axis for name, axis in _QUERY_RULES.item
         ("v5p:2x2x2", {"mesh.fsdp": 2, "mesh.context": 2, "mesh.tensor": 2}),
         ("2xv5p:2x2x1", {"mesh.data": 2}),
         ("v5p:2x2x1", {"optimizer.name": "muon", "ema_decay": 0.9, "skip.spike": 5.0}),
-        ("v5e:2x2", {"quantization.products": "int8", "quantization.gradients": True}),
+        ("v5e:2x2", {"quantization.matmul": "int8", "quantization.gradients": True}),
         ("v5p:2x2x1", {"quantization.frozen": "nf4", **_LORA}),
     ],
 )
@@ -468,7 +469,7 @@ def test_kernels_say_whether_they_are_causal(causal, split):
         out = attention(q, k, v, segment_ids_q=ids, segment_ids_kv=ids, causal=causal)
         return out.astype(jnp.float32).sum()
 
-    with partition.activation_rules(mesh, rules):
+    with logical_axes.activation_rules(mesh, rules):
         text = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, q, q, ids).compile().as_text()
     flops = sum(times * estimate.attention_flops(kernel) for kernel, times in hlo.read(text).kernels)
     scores = 2 * 768 * 768  # of a device: two rows of a head, or two heads' rows of half the queries

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from tests.reference import torch_weights
-from vilam3_jax import exports
+from vilam3_jax.checkpoints import exports
 from vilam3_jax.convert.exporter import export_folder
 from vilam3_jax.convert.importer import import_model
 from vilam3_jax.models import vila

@@ -15,11 +15,11 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from tests.reference import torch_weights
-from vilam3_jax import compat
 from vilam3_jax.convert.importer import fill, open_source
-from vilam3_jax.models import trees
+from vilam3_jax.models import param_paths
 from vilam3_jax.models.llama import Llama
 from vilam3_jax.models.siglip import SiglipVision
+from vilam3_jax.runtime import compat
 
 SETTINGS = dict(dtype="float32", param_dtype="float32", remat="none")
 
@@ -29,7 +29,7 @@ def build(family, source):
     graphdef, _ = compat.split(
         nnx.eval_shape(lambda: family(ConfigDict(source.parts[0].config), rngs=nnx.Rngs(0), **SETTINGS))
     )
-    params = trees.unflatten({name: jnp.asarray(value) for name, value in fill(source).items()})
+    params = param_paths.unflatten({name: jnp.asarray(value) for name, value in fill(source).items()})
     return compat.merge(graphdef, params[source.parts[0].component])
 
 

@@ -10,8 +10,8 @@ import torch
 from ml_collections import ConfigDict
 
 from tests.reference import torch_weights
-from vilam3_jax import compat
 from vilam3_jax.models.intern_vit import InternViT
+from vilam3_jax.runtime import compat
 
 LAYERS, WIDTH, SIZE, PATCH = 3, 40, 33, 8  # 16 patches; a 1-pixel border is dropped
 

@@ -11,9 +11,9 @@ import transformers
 from ml_collections import ConfigDict
 
 from tests.reference import torch_weights
-from vilam3_jax import compat
 from vilam3_jax.models.llama import Llama, rope_tables
 from vilam3_jax.ops.losses import chunked_cross_entropy
+from vilam3_jax.runtime import compat
 
 VOCAB, MAX_POSITIONS = 61, 8192
 

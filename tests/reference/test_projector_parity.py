@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from torch.nn import GELU, LayerNorm, Linear, Sequential
 
 from tests.reference import torch_weights
-from vilam3_jax import compat
 from vilam3_jax.models.projector import Projector
+from vilam3_jax.runtime import compat
 
 C, H = 6, 10
 WIDE = 18  # a third of it, as the types for three scales have, is not too narrow for a norm

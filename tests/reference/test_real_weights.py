@@ -16,12 +16,12 @@ import torch
 import transformers
 from vilam3_jax.configs import models
 
-from vilam3_jax import exports
+from vilam3_jax.checkpoints import exports
 from vilam3_jax.convert.importer import import_model
 from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.datasets import reports, samples
 from vilam3_jax.inference.generate import Chunk, Generator
-from vilam3_jax.models import trees, vila
+from vilam3_jax.models import param_paths, vila
 
 pytestmark = pytest.mark.slow
 SAMPLES = Path(__file__).parents[2] / ".cache" / "samples"
@@ -97,7 +97,7 @@ def ours(export):
     """Config and parameters of a VILA with the imported LLM; its tower and projector are not used."""
     config = models.get("tiny")
     config.llm = exports.load_model_config(export).llm
-    wanted = trees.flatten(vila.abstract_model(config, "generative")[1])
+    wanted = param_paths.flatten(vila.abstract_model(config, "generative")[1])
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     llm = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
@@ -105,7 +105,7 @@ def ours(export):
         if path.startswith("llm/")
     }
     rest = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in wanted.items() if path not in llm}
-    return config, trees.unflatten(rest | exports.load_params(export, llm))
+    return config, param_paths.unflatten(rest | exports.load_params(export, llm))
 
 
 def test_logits_of_real_reports(text, reference, ours, capsys):

@@ -17,7 +17,7 @@ from vilam3_jax.data.examples import Turn
 from vilam3_jax.data.image_processor import image_processor
 from vilam3_jax.data.packing import GroupShape, Sample, assemble_group
 from vilam3_jax.data.templates import encode_document
-from vilam3_jax.models import scales as scales_lib
+from vilam3_jax.models import s2 as scales_lib
 from vilam3_jax.models import vila
 
 SIZE, PATCH, WIDTH, LAYERS, HEADS, MLP, OUT = 31, 6, 24, 3, 3, 40, 20  # 5 x 5 patches of a tile

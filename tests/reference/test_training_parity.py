@@ -16,13 +16,13 @@ from torch.nn import GELU, LayerNorm, Linear, Sequential
 from tests.reference import torch_weights
 from tests.reference.test_projector_parity import Join
 from tests.training.helpers import Run
-from vilam3_jax import compat
 from vilam3_jax import config as config_lib
 from vilam3_jax.config import MESH_AXES
 from vilam3_jax.data import packing
-from vilam3_jax.data.batch_layout import join
+from vilam3_jax.data.batches import join
 from vilam3_jax.data.templates import Encoded
-from vilam3_jax.models import trees, vila
+from vilam3_jax.models import param_paths, vila
+from vilam3_jax.runtime import compat
 from vilam3_jax.training.optimizer import learning_rate
 
 SIZE, PATCH, VOCAB = 21, 4, 60  # 5 x 5 patches, padded to 6 x 6; a border of 1 pixel is dropped
@@ -220,7 +220,7 @@ def our_run(params, weight_decay):
     config.loss_chunk = 16
     assert vila.tokens_per_image(config.model) == TOKENS
     run = Run(config, compat.make_mesh([1] * len(MESH_AXES), MESH_AXES, jax.devices()[:1]))
-    flat = trees.flatten(params)
+    flat = param_paths.flatten(params)
     assert jax.tree.map(jnp.shape, flat) == jax.tree.map(jnp.shape, run.state["trainable"])
     run.state["trainable"] = jax.device_put(flat, jax.tree.map(lambda x: x.sharding, run.state["trainable"]))
     return run
@@ -251,7 +251,7 @@ def test_twenty_steps_equal_those_of_the_trainer(tmp_path, weight_decay):
     for key, tolerance in (("learning_rate", 1e-8), ("loss", 1e-4), ("grad_norm", 1e-3)):
         ours, theirs = ([row[key] for row in rows] for rows in (got, want))
         np.testing.assert_allclose(ours, theirs, atol=tolerance, rtol=0, err_msg=key)
-    end = trees.flatten(model.parameters_for_us())
+    end = param_paths.flatten(model.parameters_for_us())
     for path, before in start.items():
         before, ours, theirs = (
             reached(path, np.asarray(x)) for x in (before, run.state["trainable"][path], end[path])

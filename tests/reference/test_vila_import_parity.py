@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from tests.reference import torch_weights
 from tests.reference.test_projector_parity import C, H, layers
-from vilam3_jax import exports
+from vilam3_jax.checkpoints import exports
 from vilam3_jax.convert import main as convert
 from vilam3_jax.convert.importer import import_model
 from vilam3_jax.convert.vila import open_vila

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vilam3_jax.report import plots, words
+from vilam3_jax.report import captions, plots
 
 NUMBERS = st.floats(-1e6, 1e6)
 
@@ -114,10 +114,10 @@ def test_pipeline_is_inside_its_picture(vertical):
     ],
 )
 def test_durations(value, expected):
-    assert words.duration(value) == expected
+    assert captions.duration(value) == expected
 
 
 def test_numbers_in_words():
-    assert words.count(12345.4) == "12\u202f345" and words.count(True) == "–"
-    assert words.percent(0.125) == "12\u202f%" and words.points(-0.3) == "−30"
-    assert words.size(3 << 29) == "1.5 GiB" and words.loss(None) == "–"
+    assert captions.count(12345.4) == "12\u202f345" and captions.count(True) == "–"
+    assert captions.percent(0.125) == "12\u202f%" and captions.points(-0.3) == "−30"
+    assert captions.size(3 << 29) == "1.5 GiB" and captions.loss(None) == "–"

@@ -7,10 +7,10 @@ import numpy as np
 from vilam3_jax.configs import models
 
 from vilam3_jax import config as config_lib
-from vilam3_jax.data.batch_layout import PackedBatch, PairBatch
-from vilam3_jax.models import trees, vila
-from vilam3_jax.ops import partition
-from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.data.batches import PackedBatch, PairBatch
+from vilam3_jax.models import param_paths, vila
+from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.training import optimizer as optimizer_lib
 from vilam3_jax.training import state as state_lib
 from vilam3_jax.training import step as step_lib
@@ -89,7 +89,7 @@ class Run:
         self.config = config
         self.mesh = mesh_lib.build_mesh(config.mesh) if devices is None else devices
         graphdef, nested = vila.abstract_model(config.model, config.kind)
-        rates = optimizer_lib.multipliers(config, list(trees.flatten(nested)))
+        rates = optimizer_lib.multipliers(config, list(param_paths.flatten(nested)))
         self.optimizer = optimizer_lib.make_optimizer(config, {p: r for p, r in rates.items() if r})
         self.abstract = state_lib.abstract_state(config, self.mesh, self.optimizer, rates)
         self.state, self.origin = state_lib.initial_state(config, self.abstract, self.optimizer)
@@ -103,7 +103,7 @@ class Run:
         batch = jax.device_put(batch, mesh_lib.batch_shardings(batch, self.mesh))
         rules = self.config.activation_rules.to_dict()
         weights = {**placed["frozen"], **placed["trainable"]}
-        with partition.activation_rules(self.mesh, rules, self.config.attention, weights):
+        with logical_axes.activation_rules(self.mesh, rules, self.config.attention, weights):
             if self._compiled is None:
                 self._compiled = (
                     jax.jit(self._step, out_shardings=(placed, None)).lower(self.state, batch).compile()

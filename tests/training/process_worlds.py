@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vilam3_jax.datasets import phantoms, prepare, train_tokenizer
-from vilam3_jax.paths import PathLike
+from vilam3_jax.runtime.paths import PathLike
 from vilam3_jax.training import telemetry
 
 ROOT = Path(__file__).parents[2]

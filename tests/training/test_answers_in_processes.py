@@ -22,7 +22,7 @@ from tests.training.process_worlds import (
     start,
 )
 from vilam3_jax import config as config_lib
-from vilam3_jax import exports
+from vilam3_jax.checkpoints import exports
 from vilam3_jax.models import vila
 from vilam3_jax.training import evaluation, writers
 
@@ -68,7 +68,7 @@ ANSWERS = """
             params = state.model_params(state.initial_state(cfg, program.state, program.optimizer)[0])
             placing = functools.partial(program.placing, whole_rows=True)
             rows, _ = heldout.HeldoutAnswers(cfg, mesh_lib.rows(program.mesh), placing)(params)
-            if processes.lead():
+            if processes.is_primary_process():
                 print("ANSWERS", json.dumps(rows))
 """
 

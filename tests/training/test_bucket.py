@@ -9,10 +9,11 @@ import pytest
 from tests.data.data_worlds import ct_annotation
 from tests.training.bucket_server import serve
 from tests.training.process_worlds import arguments, losses, make_world, run
-from vilam3_jax import exports, paths
+from vilam3_jax.checkpoints import exports
 from vilam3_jax.data.experts.store import AnnotationStore, AnnotationWriter
 from vilam3_jax.datasets import prepare_quickstart, train_tokenizer
 from vilam3_jax.report import main as report
+from vilam3_jax.runtime import paths
 
 STEPS = 8
 SETTINGS = {"num_steps": STEPS, "checkpoint_every": 2, "eval_every": 4, "mesh.cpu_devices": 2}
@@ -72,7 +73,7 @@ def test_a_run_in_a_bucket_equals_one_on_a_disk(world, bucket):
     for left, right in zip(parameters(folder), parameters(whole), strict=True):
         np.testing.assert_array_equal(left, right)
 
-    # A torn one is put aside; two processes go on.
+    # A torn one is skipped; two processes go on.
     data = saved / str(STEPS) / "state" / "_METADATA"
     data.write_bytes(data.read_bytes()[:-1])
     (folder / "result.json").unlink()

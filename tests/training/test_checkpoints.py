@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vilam3_jax import checkpoints
+from vilam3_jax.checkpoints import run_checkpoints
 from vilam3_jax.errors import UnavailableError, UserError
 
 
@@ -24,8 +24,8 @@ def abstract() -> dict[str, jax.ShapeDtypeStruct]:
     return {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=place) for k, v in state(0).items()}
 
 
-def save(workdir: Path, *steps: int, **keep: int) -> checkpoints.RunCheckpoints:
-    saved = checkpoints.RunCheckpoints(workdir, **keep)
+def save(workdir: Path, *steps: int, **keep: int) -> run_checkpoints.RunCheckpoints:
+    saved = run_checkpoints.RunCheckpoints(workdir, **keep)
     for step in steps:
         saved.save(step, state(step), {"0": {"next": step}}, {"clock": {"tokens": step}})
     saved.wait()
@@ -34,7 +34,7 @@ def save(workdir: Path, *steps: int, **keep: int) -> checkpoints.RunCheckpoints:
 
 def restore(workdir: Path) -> int:
     """Loads; returns the step, of which all parts must be."""
-    found = checkpoints.RunCheckpoints(workdir).restore(abstract())
+    found = run_checkpoints.RunCheckpoints(workdir).restore(abstract())
     assert found is not None
     np.testing.assert_array_equal(found.state["w"], state(found.step)["w"])
     assert found.data == {"0": {"next": found.step}} and found.run["clock"]["tokens"] == found.step
@@ -65,7 +65,7 @@ def test_a_step_is_saved_once(tmp_path):
 
 
 def test_nothing_to_restore(tmp_path):
-    assert checkpoints.RunCheckpoints(tmp_path).restore(abstract()) is None
+    assert run_checkpoints.RunCheckpoints(tmp_path).restore(abstract()) is None
 
 
 def truncate(folder: Path) -> None:
@@ -88,12 +88,12 @@ def empty(folder: Path) -> None:
 
 
 def tear_seal(folder: Path) -> None:
-    (folder / checkpoints.FILES).write_text('{"state/')
+    (folder / run_checkpoints.FILES).write_text('{"state/')
 
 
 def unsealed(tear):
     def both(folder: Path) -> None:
-        (folder / checkpoints.FILES).unlink(missing_ok=True)
+        (folder / run_checkpoints.FILES).unlink(missing_ok=True)
         tear(folder)
 
     both.__name__ = f"unsealed_{tear.__name__}"
@@ -108,7 +108,7 @@ def unsealed(tear):
 def test_a_torn_checkpoint_falls_back_and_is_kept_as_evidence(tmp_path, capsys, tear):
     save(tmp_path, 1, 2)
     newest = tmp_path / "checkpoints" / "2"
-    assert (newest / checkpoints.FILES).exists()
+    assert (newest / run_checkpoints.FILES).exists()
     tear(newest)
     left = sorted(path.name for path in newest.rglob("*"))
     assert restore(tmp_path) == 1
@@ -123,7 +123,7 @@ def test_a_torn_checkpoint_falls_back_and_is_kept_as_evidence(tmp_path, capsys, 
 
 def test_no_seal_is_no_damage(tmp_path):
     save(tmp_path, 1, 2)
-    (tmp_path / "checkpoints" / "2" / checkpoints.FILES).unlink()
+    (tmp_path / "checkpoints" / "2" / run_checkpoints.FILES).unlink()
     assert restore(tmp_path) == 2
 
 
@@ -175,5 +175,5 @@ def test_another_model_is_no_damage(tmp_path, change, message):
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = abstract() | {k: v.update(sharding=place) for k, v in change.items()}
     with pytest.raises(UserError, match=message + ".*another model"):
-        checkpoints.RunCheckpoints(tmp_path).restore(wanted)
+        run_checkpoints.RunCheckpoints(tmp_path).restore(wanted)
     assert on_disk(tmp_path) == [1]

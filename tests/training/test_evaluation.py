@@ -15,8 +15,8 @@ from vilam3_jax.data import shards
 from vilam3_jax.data.tokenizer import train_bpe
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import vila
-from vilam3_jax.training import batches, evaluation
-from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.sharding import mesh as mesh_lib
+from vilam3_jax.training import device_put, evaluation
 from vilam3_jax.training import program as program_lib
 from vilam3_jax.training import state as state_lib
 from vilam3_jax.training import step as step_lib
@@ -41,7 +41,7 @@ def losses_of(root, **data):
     cfg.model.tokenizer, cfg.eval_batches, cfg.model.image_size = str(root / "tokenizer"), 2, 32
     program = build(cfg)
     state, _ = state_lib.initial_state(cfg, program.state, program.optimizer)
-    placement = batches.Placement(cfg, program.mesh)
+    placement = device_put.Placement(cfg, program.mesh)
     return evaluation.HeldoutLosses(program, placement, vila.tokens_per_image(cfg.model)), state
 
 

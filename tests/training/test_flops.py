@@ -7,8 +7,8 @@ from vilam3_jax.configs import models
 
 from tests.training.helpers import packed_batch, pair_batch, tiny_config
 from vilam3_jax import config as config_lib
-from vilam3_jax.data.batch_layout import PackedBatch, PairBatch
-from vilam3_jax.models import trees, vila
+from vilam3_jax.data.batches import PackedBatch, PairBatch
+from vilam3_jax.models import param_paths, vila
 from vilam3_jax.training import flops
 from vilam3_jax.training import step as step_lib
 
@@ -99,7 +99,7 @@ def test_the_count_agrees_with_xla(kind):
     graphdef, nested = vila.abstract_model(config.model, kind)
     loss = step_lib.make_loss(config, graphdef)
     gradient = jax.jit(jax.grad(lambda params, batch: loss(params, batch)[0]))
-    cost = gradient.lower(trees.flatten(nested), batch).compile().cost_analysis()
+    cost = gradient.lower(param_paths.flatten(nested), batch).compile().cost_analysis()
     slots = (
         flops.Work(8 * 48, 8 * 48, 16, 8 * 48 * 48) if kind == "generative" else flops.Work(96, 0, 8, 1152)
     )

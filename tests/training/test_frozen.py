@@ -8,8 +8,8 @@ import math
 import jax
 
 from tests.training.helpers import equations, packed_batch, tiny_config
-from vilam3_jax.models import trees, vila
-from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.models import param_paths, vila
+from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.training import optimizer as optimizer_lib
 from vilam3_jax.training import state as state_lib
 from vilam3_jax.training import step as step_lib
@@ -38,7 +38,7 @@ def counted(trainable, remat="none"):
     config.model.remat, config.trainable, config.loss_chunk = remat, trainable, 48
     config.model.llm.num_layers = 4
     graphdef, nested = vila.abstract_model(config.model, config.kind)
-    shapes = trees.flatten(nested)
+    shapes = param_paths.flatten(nested)
     rates = optimizer_lib.multipliers(config, list(shapes))
     optimizer = optimizer_lib.make_optimizer(config, {p: r for p, r in rates.items() if r})
     state = state_lib.abstract_state(config, mesh_lib.build_mesh(config.mesh), optimizer, rates)

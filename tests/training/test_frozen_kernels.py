@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from tests.training.helpers import Run, packed_batch, tiny_config
-from vilam3_jax import checkpoints, exports
 from vilam3_jax import config as config_lib
+from vilam3_jax.checkpoints import exports, run_checkpoints
 from vilam3_jax.convert import exporter
 from vilam3_jax.convert.importer import import_model
 from vilam3_jax.data.tokenizer import train_bpe
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import trees, vila
+from vilam3_jax.models import param_paths, vila
 from vilam3_jax.ops.quantized import QuantizedKernel, quantize_kernel
-from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.training import program as program_lib
 from vilam3_jax.training import state as state_lib
 
@@ -61,7 +61,7 @@ def hidden_states(config, params):
     batch = packed_batch(0)
     names = ("tokens", "segment_ids", "positions", "images", "image_valid", "visual_index")
     run = jax.jit(lambda params, *args: vila.merge(graphdef, params)(*args))
-    return run(trees.unflatten(dict(params)), *(getattr(batch, name) for name in names))
+    return run(param_paths.unflatten(dict(params)), *(getattr(batch, name) for name in names))
 
 
 @pytest.mark.parametrize("kind, share", [("int8", 1.05 / 4), ("nf4", 0.6 / 4)])
@@ -86,7 +86,7 @@ def test_memory_of_frozen_kernels_drops(kind, share):
 def test_kernels_are_quantised_as_they_are_read(tmp_path, kind):
     config = make_config(kind, fsdp=2, tensor=2)
     init = jax.jit(lambda key: vila.init_params(config.model, "generative", key))
-    plain = trees.flatten(init(jax.random.key(7)))
+    plain = param_paths.flatten(init(jax.random.key(7)))
     base = {path: leaf for path, leaf in plain.items() if "/lora_" not in path}
     exports.export_model(tmp_path / "base", base, described(config), None, {})
     config.init.everything = str(tmp_path / "base")
@@ -114,7 +114,7 @@ def test_trained_saved_resumed_and_exported(tmp_path, kind):
     run = Run(config)
     before = jax.tree.map(np.asarray, run.state["frozen"])
     start = [run.step(packed_batch(i))["loss"] for i in range(2)]
-    saved = checkpoints.RunCheckpoints(tmp_path / "run")
+    saved = run_checkpoints.RunCheckpoints(tmp_path / "run")
     saved.save(2, run.state, {"0": {}}, {})
     rest = [run.step(packed_batch(i % 2))["loss"] for i in range(2, 8)]
     saved.wait()
@@ -126,14 +126,14 @@ def test_trained_saved_resumed_and_exported(tmp_path, kind):
     final = state_lib.model_params(run.state)
 
     # Resumed: the same numbers, on the same mesh to the bit.
-    restored = checkpoints.RunCheckpoints(tmp_path / "run").restore(run.abstract)
+    restored = run_checkpoints.RunCheckpoints(tmp_path / "run").restore(run.abstract)
     assert restored is not None and isinstance(restored.state["frozen"][Q], QuantizedKernel)
     run.state = restored.state
     assert [run.step(packed_batch(i % 2))["loss"] for i in range(2, 8)] == rest
 
     # On another mesh: the same arrays, placed otherwise.
     other = build(make_config(kind, fsdp=4))
-    moved = checkpoints.RunCheckpoints(tmp_path / "run").restore(other.state)
+    moved = run_checkpoints.RunCheckpoints(tmp_path / "run").restore(other.state)
     assert moved is not None
     for got, want in zip(jax.tree.leaves(moved.state), jax.tree.leaves(restored.state), strict=True):
         np.testing.assert_array_equal(got, want)
@@ -143,7 +143,7 @@ def test_trained_saved_resumed_and_exported(tmp_path, kind):
     train_bpe(["liver spleen"], 270, tmp_path / "words", ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
     exports.export_model(tmp_path / "export", final, described(config), tmp_path / "words", {})
     loaded, _, _ = exports.load_export(tmp_path / "export")
-    loaded = trees.flatten(loaded)
+    loaded = param_paths.flatten(loaded)
     assert loaded[Q].dtype == jnp.float32
     params = jax.device_put(final, jax.devices()[0])
     assert np.abs(params["llm/layers/attn/q/lora_b"]).max() > 0
@@ -152,7 +152,7 @@ def test_trained_saved_resumed_and_exported(tmp_path, kind):
     assert exporter.export_folder(tmp_path / "export", tmp_path / "vila").merged == 3
     import_model(tmp_path / "vila", tmp_path / "again")
     merged, config.model, _ = exports.load_export(tmp_path / "again")
-    merged, config.model.dtype = trees.flatten(merged), "float32"
+    merged, config.model.dtype = param_paths.flatten(merged), "float32"
     assert not any("/lora_" in path for path in merged)
     np.testing.assert_allclose(hidden_states(config, merged), want, rtol=1e-4, atol=1e-4)
 
@@ -177,7 +177,7 @@ def test_what_cannot_be_stored_quantised_is_named(changes, message):
     "changes, message",
     [
         (dict(frozen="int4"), r"quantization\.frozen='int4'.*'int8' or 'nf4'"),
-        (dict(frozen="nf4", products="int8"), r"quantization\.products='int8' and frozen='nf4'"),
+        (dict(frozen="nf4", matmul="int8"), r"quantization\.matmul='int8' and frozen='nf4'"),
     ],
 )
 def test_what_a_config_may_not_say(changes, message):

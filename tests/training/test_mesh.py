@@ -8,9 +8,9 @@ from vilam3_jax.configs import models
 
 from vilam3_jax import config as config_lib
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import trees, vila
+from vilam3_jax.models import param_paths, vila
 from vilam3_jax.plan import topology
-from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.sharding import mesh as mesh_lib
 
 
 def mesh_config(**axes):
@@ -36,7 +36,7 @@ def test_a_mesh_that_does_not_fit_names_the_axes(axes):
 def test_every_large_parameter_is_split(kind):
     mesh = mesh_lib.build_mesh(mesh_config(fsdp=4, tensor=2))
     _, nested = vila.abstract_model(models.get("tiny"), kind)
-    shapes = trees.flatten(nested)
+    shapes = param_paths.flatten(nested)
     placed = mesh_lib.parameter_shardings(shapes, config_lib.PARAMETER_RULES, mesh)
     for path, leaf in shapes.items():
         if leaf.size >= 2048:
@@ -49,7 +49,7 @@ def test_every_large_parameter_is_split(kind):
 
 def test_rules_that_leave_a_model_whole_are_refused():
     _, nested = vila.abstract_model(models.get("vila_m3_8b"), "generative")
-    shapes = trees.flatten(nested)
+    shapes = param_paths.flatten(nested)
     rules = ((r"llm/layers/.*", ()), *config_lib.PARAMETER_RULES)
     with pytest.raises(UserError, match=r"MiB would be whole on every device, such as llm/layers/mlp/"):
         mesh_lib.parameter_shardings(shapes, rules, mesh_lib.build_mesh(mesh_config(fsdp=8)))
@@ -60,7 +60,9 @@ def test_a_row_of_ones_own_must_match():
     _, nested = vila.abstract_model(models.get("tiny"), "generative")
     rules = ((r"llm/layrs/.*", ("fsdp",)), *config_lib.PARAMETER_RULES)
     with pytest.raises(UserError, match=r"no parameter matches the row\(s\) llm/layrs"):
-        mesh_lib.parameter_shardings(trees.flatten(nested), rules, mesh_lib.build_mesh(mesh_config(fsdp=8)))
+        mesh_lib.parameter_shardings(
+            param_paths.flatten(nested), rules, mesh_lib.build_mesh(mesh_config(fsdp=8))
+        )
 
 
 def test_a_rule_for_an_unknown_parameter_is_missing():

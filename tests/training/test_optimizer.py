@@ -9,11 +9,11 @@ import optax
 import pytest
 
 from tests.training.helpers import Run, equations, packed_batch, tiny_config
-from vilam3_jax import compat
 from vilam3_jax import config as config_lib
 from vilam3_jax.config import MESH_AXES
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import trees, vila
+from vilam3_jax.models import param_paths, vila
+from vilam3_jax.runtime import compat
 from vilam3_jax.training import optimizer as optimizer_lib
 from vilam3_jax.training import state as state_lib
 
@@ -190,7 +190,7 @@ def test_sharded_equals_one_device_and_the_state_is_split(name):
     """The update alone, of the tiny model's parameters."""
     config = config_of(name)
     config.model.llm.mlp_dim = 256
-    shapes = trees.flatten(vila.abstract_model(config.model, config.kind)[1])
+    shapes = param_paths.flatten(vila.abstract_model(config.model, config.kind)[1])
     rates = optimizer_lib.multipliers(config, list(shapes))
     optimizer = optimizer_lib.make_optimizer(config, rates)
     rng = np.random.default_rng(0)

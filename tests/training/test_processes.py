@@ -21,9 +21,9 @@ from tests.training.process_worlds import (
     run_script,
     start,
 )
-from vilam3_jax import exports
+from vilam3_jax.checkpoints import exports
+from vilam3_jax.runtime import workdir as workdir_lib
 from vilam3_jax.training import telemetry
-from vilam3_jax.training import workdir as workdir_lib
 
 STEPS = 20
 ONE = {"mesh.cpu_devices": 8, "num_steps": STEPS, "eval_every": 10}
@@ -159,7 +159,7 @@ SCRIPT = """
     with processes.group("program", **processes.flag_values(values)):
         assert jax.process_count() == 2
         assert processes.gather({"a": "x" * jax.process_index()}) == [{"a": ""}, {"a": "x"}]
-        assert processes.from_lead(jax.process_index() + 7) == 7
+        assert processes.from_primary_process(jax.process_index() + 7) == 7
         if jax.process_index() == int(sys.argv[1][-1]):
             match sys.argv[1][:-1]:
                 case "user":
@@ -169,7 +169,7 @@ SCRIPT = """
                 case "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
         if sys.argv[1] != "none9":
-            processes.meet("never")
+            processes.barrier("never")
     print("done")
 """
 
@@ -241,7 +241,7 @@ PLACED = """
     from absl import flags
     import numpy as np
     from vilam3_jax import compat, config, processes
-    from vilam3_jax.data.batch_layout import PackedBatch, arrays
+    from vilam3_jax.data.batches import PackedBatch, arrays
     from vilam3_jax.training import batches, mesh
     values = flags.FlagValues()
     processes.define_flags(values)
@@ -287,7 +287,7 @@ LATE = """
         if processes.jax.process_index():
             time.sleep(40)
         if sys.argv[1] == "lined_up":
-            processes.line_up("step")
+            processes.host_barrier("step")
         assert processes.gather(7) == [7, 7]
 """
 

@@ -7,12 +7,12 @@ from tests.training.helpers import tiny_config
 from vilam3_jax import config as config_lib
 from vilam3_jax import train
 from vilam3_jax.data import loader as loader_lib
-from vilam3_jax.data.batch_layout import arrays
+from vilam3_jax.data.batches import arrays
 from vilam3_jax.datasets import phantoms, prepare, train_tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import vila
 from vilam3_jax.plan import topology
-from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.training import program as program_lib
 from vilam3_jax.training import state as state_lib
 

@@ -13,7 +13,7 @@ import pytest
 from tests.training.helpers import Run, equations, packed_batch, tiny_config
 from vilam3_jax import config as config_lib
 from vilam3_jax.errors import UserError
-from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.training import program as program_lib
 
 pytest.importorskip("qwix")
@@ -23,7 +23,7 @@ STEPS = 30
 def make_config(kind="", gradients=False, modules=r"llm/layers/.*", **axes):
     config = tiny_config(**axes)
     config.num_steps = STEPS
-    config.quantization.update(dict(products=kind, gradients=gradients, modules=modules))
+    config.quantization.update(dict(matmul=kind, gradients=gradients, modules=modules))
     return config
 
 
@@ -66,8 +66,8 @@ def test_tower_and_projector_by_expression():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(products="int4"), r"quantization\.products='int4'.*'int8' or 'fp8'"),
-        (dict(gradients=True), r"quantization\.gradients.*needs quantization\.products"),
+        (dict(matmul="int4"), r"quantization\.matmul='int4'.*'int8' or 'fp8'"),
+        (dict(gradients=True), r"quantization\.gradients.*needs quantization\.matmul"),
         (dict(modules="llm/("), r"quantization\.modules.*regular expression"),
     ],
 )

@@ -11,11 +11,11 @@ from vilam3_jax.configs import models
 from vilam3_jax.configs.models.parts.llms import LLMS
 
 from tests.training.helpers import tiny_config
-from vilam3_jax import exports
+from vilam3_jax.checkpoints import exports
 from vilam3_jax.config import COMPONENTS, ConfigDict
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import trees, vila
-from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.models import param_paths, vila
+from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.training import program as program_lib
 from vilam3_jax.training import state as state_lib
 
@@ -39,7 +39,7 @@ def test_a_model_is_the_one_that_its_checkpoint_names(llm):
 def adapted(tmp_path_factory):
     """An export with trained adapters."""
     config = with_adapters()
-    params = trees.flatten(vila.init_params(config.model, "generative", jax.random.key(3)))
+    params = param_paths.flatten(vila.init_params(config.model, "generative", jax.random.key(3)))
     params = {p: leaf + 0.1 if p.endswith("/lora_b") else leaf for p, leaf in params.items()}
     out = tmp_path_factory.mktemp("adapted") / "export"
     exports.export_model(out, params, {**config.model.to_dict(), "kind": "generative"}, None, {})

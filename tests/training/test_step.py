@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from tests.training.helpers import Run, packed_batch, pair_batch, tiled_batch, tiny_config
-from vilam3_jax import compat
 from vilam3_jax.config import MESH_AXES
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import trees, vila
-from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.models import param_paths, vila
+from vilam3_jax.runtime import compat
+from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.training import step as step_lib
 
 SLOW = pytest.mark.slow  # the other members of a family
@@ -288,7 +288,7 @@ def test_a_group_multiplier_scales_its_update():
 def test_the_loss_is_the_token_mean_over_the_global_batch():
     config = tiny_config()
     graphdef, _ = vila.abstract_model(config.model, "generative")
-    params = trees.flatten(vila.init_params(config.model, "generative", jax.random.key(0)))
+    params = param_paths.flatten(vila.init_params(config.model, "generative", jax.random.key(0)))
     loss = step_lib.make_loss(config, graphdef)
     batch = jax.tree.map(jnp.asarray, packed_batch(3))
     total, sums = loss(params, batch)

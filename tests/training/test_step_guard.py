@@ -13,11 +13,12 @@ import torch
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.training.helpers import tiny_config
-from vilam3_jax import checkpoints, compat
 from vilam3_jax import config as config_lib
+from vilam3_jax.checkpoints import run_checkpoints
 from vilam3_jax.config import MESH_AXES
-from vilam3_jax.data.batch_layout import PairBatch
+from vilam3_jax.data.batches import PairBatch
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import compat
 from vilam3_jax.training import optimizer as optimizer_lib
 from vilam3_jax.training import state as state_lib
 from vilam3_jax.training import step as step_lib
@@ -230,14 +231,14 @@ def test_resumed_equals_uninterrupted_with_average_and_counters(tmp_path):
     first = Toy(config_of(), 8)
     for batch in batches[:5]:
         first.step(batch)
-    saved = checkpoints.RunCheckpoints(tmp_path)
+    saved = run_checkpoints.RunCheckpoints(tmp_path)
     saved.save(5, first.state, {}, {})
     saved.wait()
     resumed = Toy(config_of(), 8)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), resumed.state
     )
-    resumed.state = checkpoints.RunCheckpoints(tmp_path).restore(abstract).state
+    resumed.state = run_checkpoints.RunCheckpoints(tmp_path).restore(abstract).state
     for batch in batches[5:]:
         resumed.step(batch)
     assert str(resumed.log) == str(whole.log[5:])  # nan is nan there

@@ -14,7 +14,8 @@ import pytest
 
 import vilam3_jax
 from vilam3_jax import config as config_lib
-from vilam3_jax import exports, train
+from vilam3_jax import train
+from vilam3_jax.checkpoints import exports
 from vilam3_jax.datasets import phantoms, prepare, train_tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.training import telemetry
@@ -342,9 +343,9 @@ def test_a_workdir_that_cannot_be_is_one_line(world, tmp_path):
 def test_records_that_cannot_be_used_are_named(world, tmp_path):
     result = run(*arguments(world, tmp_path / "run", num_steps=2, **{"data.seq_len": 96}))
     assert result.returncode == 0, result.stderr
-    named = json.loads((tmp_path / "run" / "put_aside.json").read_text())
-    counts = [row.get("records_put_aside") for row in telemetry.read_metrics(tmp_path / "run")]
-    assert named and len(named) in counts and f"{len(named)} record(s) were put aside" in result.stderr
+    named = json.loads((tmp_path / "run" / "skipped_records.json").read_text())
+    counts = [row.get("records_skipped") for row in telemetry.read_metrics(tmp_path / "run")]
+    assert named and len(named) in counts and f"{len(named)} record(s) were skipped" in result.stderr
     assert all("raise data.seq_len" in reason for reason in named.values())
 
 

@@ -1,4 +1,4 @@
-"""One run at a time in a folder, and what it put aside is named there."""
+"""One run at a time in a folder, and what it skipped is named there."""
 
 import json
 import os
@@ -11,11 +11,11 @@ import pytest
 from tests.training.helpers import tiny_config
 from vilam3_jax import train
 from vilam3_jax.errors import UserError
-from vilam3_jax.training import workdir
+from vilam3_jax.runtime import workdir
 
 HOLD = """
 import sys
-from vilam3_jax.training import workdir
+from vilam3_jax.runtime import workdir
 with workdir.claimed(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
@@ -89,21 +89,21 @@ def test_a_folder_is_claimed_from_a_colleague_whose_file_one_may_only_read(tmp_p
 
 
 def test_records_put_aside_are_named_across_restarts(tmp_path, monkeypatch):
-    first = workdir.PutAside(tmp_path)
-    assert first.add([]) == {} and not (tmp_path / workdir.PUT_ASIDE_FILE).exists()
-    assert first.add([("a/train record 1", "torn")]) == {"records_put_aside": 1}
-    again = workdir.PutAside(tmp_path)
+    first = workdir.SkippedRecords(tmp_path)
+    assert first.add([]) == {} and not (tmp_path / workdir.SKIPPED_FILE).exists()
+    assert first.add([("a/train record 1", "torn")]) == {"records_skipped": 1}
+    again = workdir.SkippedRecords(tmp_path)
     assert again.add([("a/train record 1", "torn"), ("b/train record 2", "too long")]) == {
-        "records_put_aside": 2
+        "records_skipped": 2
     }
-    named = json.loads((tmp_path / workdir.PUT_ASIDE_FILE).read_text())
+    named = json.loads((tmp_path / workdir.SKIPPED_FILE).read_text())
     assert named == {"a/train record 1": "torn", "b/train record 2": "too long"} == again.records
     sent = []
     monkeypatch.setattr(workdir.processes, "gather", lambda new: sent.append(new) or [new])
     three = [("a/train record 1", "torn"), ("b/train record 2", "too long"), ("c", "torn")]
-    assert again.add(three) == again.add(three) == {"records_put_aside": 3}
+    assert again.add(three) == again.add(three) == {"records_skipped": 3}
     assert sent == [[three[2:], 0], [[], 0]]  # each is handed over once
-    assert again.add(three, 5) == {"records_put_aside": 3, "annotations_missing": 5}
-    (tmp_path / workdir.PUT_ASIDE_FILE).write_text('{"a')
-    with pytest.raises(UserError, match=r"put_aside\.json: not readable"):
-        workdir.PutAside(tmp_path)
+    assert again.add(three, 5) == {"records_skipped": 3, "annotations_missing": 5}
+    (tmp_path / workdir.SKIPPED_FILE).write_text('{"a')
+    with pytest.raises(UserError, match=r"skipped_records\.json: not readable"):
+        workdir.SkippedRecords(tmp_path)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from vilam3_jax.checkpoints.exports import StoredRows, load_model_config, parameter_shape, stored_rows
 from vilam3_jax.config import ConfigDict, image_layout
 from vilam3_jax.convert.huggingface import (
     LICENCE_FILES,
@@ -39,9 +40,8 @@ from vilam3_jax.convert.sources import (
 from vilam3_jax.convert.vila import PARTS, vila_folder_config
 from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vilam3_jax.errors import UserError
-from vilam3_jax.exports import StoredRows, load_model_config, parameter_shape, stored_rows
 from vilam3_jax.models.projector import plan
-from vilam3_jax.paths import PathLike, as_path, read_bytes, write_text_atomic
+from vilam3_jax.runtime.paths import PathLike, as_path, read_bytes, write_text_atomic
 
 _SECTIONS = {
     "llm": ("llm",),

@@ -22,7 +22,7 @@ from vilam3_jax.convert.sources import (
 )
 from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import read_bytes
+from vilam3_jax.runtime.paths import read_bytes
 
 _DECODERS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # What an InternViT may say of itself, and all of OpenGVLab's 6B do.

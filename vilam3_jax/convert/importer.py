@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from vilam3_jax.checkpoints.exports import Leaf, host_sharding, stored_leaves, write_export
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.convert.gguf import open_gguf
 from vilam3_jax.convert.huggingface import (
@@ -38,8 +39,7 @@ from vilam3_jax.convert.torch_files import with_safetensors
 from vilam3_jax.convert.vila import PARTS, open_vila
 from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vilam3_jax.errors import UserError
-from vilam3_jax.exports import Leaf, host_sharding, stored_leaves, write_export
-from vilam3_jax.paths import PathLike, as_path, read_bytes
+from vilam3_jax.runtime.paths import PathLike, as_path, read_bytes
 
 OPENERS: dict[str, Callable[[Path], Source | Checkpoint]] = {
     "gguf": open_gguf,
@@ -173,18 +173,18 @@ def target_shapes(kind: str, config: Mapping[str, Any]) -> dict[str, tuple[int, 
     """
     from flax import nnx
 
-    from vilam3_jax import compat
-    from vilam3_jax.models import trees, vila
+    from vilam3_jax.models import param_paths, vila
+    from vilam3_jax.runtime import compat
 
     if kind in vila.KINDS:
         shapes = vila.abstract_model(ConfigDict({**config, "param_dtype": "float32"}), kind)[1]
-        return {path: tuple(leaf.shape) for path, leaf in trees.flatten(shapes).items()}
+        return {path: tuple(leaf.shape) for path, leaf in param_paths.flatten(shapes).items()}
     section = config[kind]
     family = {"llm": vila.LLMS, "vision_tower": vila.VISION_TOWERS}[kind][section["type"]]
     settings = dict(dtype="float32", param_dtype="float32", remat="none")
     model = nnx.eval_shape(lambda: family(ConfigDict(dict(section)), rngs=nnx.Rngs(0), **settings))
     _, shapes = compat.split(model)
-    return {f"{kind}/{path}": tuple(leaf.shape) for path, leaf in trees.flatten(shapes).items()}
+    return {f"{kind}/{path}": tuple(leaf.shape) for path, leaf in param_paths.flatten(shapes).items()}
 
 
 def check_rules(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

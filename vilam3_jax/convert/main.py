@@ -105,8 +105,8 @@ def _bar(description: str) -> Iterator[Progress]:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from vilam3_jax import processes
     from vilam3_jax.convert.importer import import_model
+    from vilam3_jax.runtime import processes
 
     shared = {name: getattr(arguments, name) for name in processes.FLAGS}
     with processes.group("vilam3 convert", **shared), _bar("importing") as progress:
@@ -120,7 +120,7 @@ def _import(arguments: argparse.Namespace) -> int:
             verify=arguments.verify,
             progress=progress,
         )
-        if not processes.lead():
+        if not processes.is_primary_process():
             return 0
     rows = [
         ("component", summary.component),

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import read_bytes, write_text_atomic
+from vilam3_jax.runtime.paths import read_bytes, write_text_atomic
 
 STORED_DTYPES: dict[str, Any] = {
     "F64": np.float64,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vilam3_jax.data import packing
-from vilam3_jax.data.batch_layout import Batch, PairBatch, arrays, of_arrays
+from vilam3_jax.data.batches import Batch, PairBatch, arrays, of_arrays
 from vilam3_jax.data.image_processor import ImageProcessor, image_processor
 from vilam3_jax.data.packing import GroupShape
 from vilam3_jax.errors import UserError

@@ -114,7 +114,7 @@ class ExpertRequest:
       images: what the expert sees, in the order of its roles.
       before_turn: index of the assistant turn that the result comes before. Requests before the same turn are
         made in one turn, in their order here.
-      policy: "always": without a result the example is put aside; "optional": it is then
+      policy: "always": without a result the example is skipped; "optional": it is then
         rendered without the expert.
       question: what the expert's turn repeats; "" for the words of the user's turn.
       call: the words of the calling turn; "" for those of the model's wording. Of several requests before one

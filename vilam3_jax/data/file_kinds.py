@@ -15,7 +15,7 @@ from typing import Literal
 from vilam3_jax.data.nifti import pair_header
 from vilam3_jax.data.picture_headers import is_jpeg_ls
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike, as_path, check_passing
+from vilam3_jax.runtime.paths import PathLike, as_path, check_passing
 
 Reader = Literal["dicom", "nifti", "nifti pair", "nrrd", "metaimage", "picture"]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from etils import epath
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike, as_path
+from vilam3_jax.runtime.paths import PathLike, as_path
 
 LINKED_FOLDER = "symbolic link to a folder, not followed"
 BROKEN_LINK = "symbolic link that leads nowhere"

@@ -29,7 +29,7 @@ from vilam3_jax.data.picture_headers import (
 from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.data.tiff_format import read_tiff
 from vilam3_jax.errors import UserError, warn_of
-from vilam3_jax.paths import PathLike, as_path, read_bytes
+from vilam3_jax.runtime.paths import PathLike, as_path, read_bytes
 
 Alpha = Literal["white", "ignore"]
 

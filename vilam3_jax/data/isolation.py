@@ -37,7 +37,7 @@ from vilam3_jax.data.images import LoadedPicture
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.volumes import Volume
 from vilam3_jax.errors import UnavailableError, UserError
-from vilam3_jax.paths import PathLike, as_path
+from vilam3_jax.runtime.paths import PathLike, as_path
 
 DEFAULT_SECONDS = 60.0
 DEFAULT_MEMORY_BYTES = 8 << 30

@@ -22,8 +22,8 @@ import grain
 from absl import flags
 
 from vilam3_jax.data import packing, stream
-from vilam3_jax.data.batch_layout import Batch, arrays, join, of_arrays
 from vilam3_jax.data.batch_sizes import batch_shapes, check_room, empty_pairs, global_units, group_shape
+from vilam3_jax.data.batches import Batch, arrays, join, of_arrays
 from vilam3_jax.data.experts.cards import card_list
 from vilam3_jax.data.experts.dialogues.rules import split_row
 from vilam3_jax.data.experts.dialogues.scene import Setting
@@ -59,7 +59,7 @@ class Loader:
     `set_state` put it. A held-out loader starts anew with every `iter`.
 
     Attributes:
-      stats: counts of what was returned and set aside.
+      stats: counts of what was returned and skipped.
       provenance: name, split, records, licences and provenance of every dataset.
       samples: the order of samples.
       length: its positions; None if it is endless.

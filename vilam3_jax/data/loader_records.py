@@ -14,13 +14,13 @@ from vilam3_jax.data.packing import GroupShape, Sample
 from vilam3_jax.errors import StoppingError, UnavailableError, UserError
 
 _ENDLESS = 1 << 60  # length of a shard of the endless order
-# A record that fails otherwise is put aside; with too little memory, or without the disk, all would be.
+# A record that fails otherwise is skipped; with too little memory, or without the disk, all would be.
 _ENDING = (UnavailableError, StoppingError, MemoryError)
 
 
 @dataclasses.dataclass(frozen=True)
 class BadRecord:
-    """A record that is put aside.
+    """A record that is skipped.
 
     Attributes:
       name: of the record, for people.
@@ -69,7 +69,7 @@ class RecordLoader:
 
         Raises:
           UnavailableError: the data cannot be read now.
-          StoppingError: the settings forbid to put the record aside.
+          StoppingError: the settings do not allow the record to be skipped.
         """
         name, source = self.samples.name(address), address[0]
         try:

@@ -20,8 +20,8 @@ import grain
 import numpy as np
 
 from vilam3_jax.data import child_process, packing
-from vilam3_jax.data.batch_layout import PackedBatch, PairBatch, arrays
 from vilam3_jax.data.batch_sizes import empty_pairs
+from vilam3_jax.data.batches import PackedBatch, PairBatch, arrays
 from vilam3_jax.data.loader_records import BadRecord, RecordLoader, ShardOrder, Unreadable
 from vilam3_jax.data.loader_tally import Tally
 from vilam3_jax.data.packing import Sample
@@ -201,7 +201,7 @@ class News:
     Attributes:
       shard: whose unit it is.
       place: where the shard stands after it.
-      skipped: (name, reason) of the records put aside on the way.
+      skipped: (name, reason) of the records skipped on the way.
       missing: names of the experts whose annotations its samples lack.
     """
 

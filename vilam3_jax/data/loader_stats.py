@@ -1,22 +1,22 @@
-"""What a loader returned so far, and what it put aside."""
+"""What a loader returned so far, and what it skipped."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 
-from vilam3_jax.data.batch_layout import Batch, PackedBatch
+from vilam3_jax.data.batches import Batch, PackedBatch
 
 
 @dataclasses.dataclass
 class Stats:
-    """What was returned so far, and what was set aside.
+    """What was returned so far, and what was skipped.
 
     Attributes:
       batches, samples, tokens, images: counts of what was returned.
       positions, slots: token positions and image slots of the batches, filled or not.
-      skipped: (id, reason) of the records set aside, each once, the first hundred thousand.
-      skipped_total: how often a record was set aside.
+      skipped: (id, reason) of the records skipped, each once, the first hundred thousand.
+      skipped_total: how often a record was skipped.
       missing: expert → requests that were shown without its result, as there is no annotation.
     """
 
@@ -56,7 +56,7 @@ class Stats:
         self.slots += valid.size
 
     def skip(self, name: str, reason: str) -> None:
-        """Counts a record that was set aside; names it once."""
+        """Counts a record that was skipped; names it once."""
         self.skipped_total += 1
         if name not in self._named and len(self._named) < _MAX_NAMED:
             self._named.add(name)

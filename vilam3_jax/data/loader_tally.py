@@ -31,7 +31,7 @@ class Tally:
         self._in_a_row[source] = 0
 
     def bad(self, record: BadRecord) -> None:
-        """Notes a record that is put aside.
+        """Notes a record that is skipped.
 
         Raises:
           UserError: the dataset seems to have no good record.

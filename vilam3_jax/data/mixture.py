@@ -66,7 +66,7 @@ def rows_of(loader: Loader, tried: int) -> list[Row]:
     ):
         size = len(source)
         count = min(size, tried)
-        # Positions differ, as the coin of `data.expert_share` depends on them.
+        # Positions differ, as the sample_index of `data.expert_share` depends on them.
         found = [loader.sample_of((number, part * size // count), part) for part in range(count)]
         good = [sample for sample in found if isinstance(sample, Sample)]
         rows.append(

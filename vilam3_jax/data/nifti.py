@@ -31,7 +31,7 @@ from vilam3_jax.data.volume_checks import (
     without_voxels,
 )
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike, as_path, children, file_size
+from vilam3_jax.runtime.paths import PathLike, as_path, children, file_size
 
 _HEADER_BYTES, _HEADER_BYTES_2 = 348, 540  # of NIfTI-1 and NIfTI-2; both start with this number
 _MAX_OFFSET = 256 << 20  # header extensions carry whole DICOM headers

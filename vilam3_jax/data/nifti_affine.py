@@ -14,7 +14,7 @@ from nibabel.quaternions import fillpositive, quat2mat
 from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.data.volume_checks import METRE, MICROMETRE, MILLIMETRE, NO_UNIT_NOTE, converted_note
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike
+from vilam3_jax.runtime.paths import PathLike
 
 _UNITS = {1: (METRE, 1e3), 2: (MILLIMETRE, 1.0), 3: (MICROMETRE, 1e-3)}
 _SPACES = {1: "scanner", 2: "aligned", 3: "Talairach", 4: "MNI152", 5: "template"}

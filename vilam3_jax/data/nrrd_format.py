@@ -39,7 +39,7 @@ from vilam3_jax.data.volume_checks import (
     without_voxels,
 )
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike, as_path
+from vilam3_jax.runtime.paths import PathLike, as_path
 
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_SKIPPED_LINES = 10_000

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from vilam3_jax.data.batch_layout import PackedBatch
+from vilam3_jax.data.batches import PackedBatch
 from vilam3_jax.data.templates import Encoded
 
 NO_GRID = (1, 0, 1, 0)  # rows, row, columns, column of an input that is no tile of a grid

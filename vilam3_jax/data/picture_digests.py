@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from vilam3_jax import paths
+from vilam3_jax.runtime import paths
 
 _BLOCK = 1 << 16
 _THREADS = 16

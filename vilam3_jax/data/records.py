@@ -14,12 +14,12 @@ from typing import Any
 
 from etils import epath
 
-from vilam3_jax import paths
 from vilam3_jax.data import example_features, tfds_folder
 from vilam3_jax.data.examples import SCHEMA_VERSION, Example
 from vilam3_jax.data.shards import ShardReaders, check_sizes
 from vilam3_jax.data.tfds_folder import Identity, ShardFile, read_info
 from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.runtime import paths
 
 _COUNTED = ("modality", "plane", "licence", "dataset")
 

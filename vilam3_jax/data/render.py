@@ -255,9 +255,9 @@ class Renderer:
           cards: the experts that the model is told of.
           annotations: what the experts said; needed unless experts are off.
           style: how it is told.
-          seed: of the coin of 'mixed' and of the falsification.
+          seed: of the sample_index of 'mixed' and of the falsification.
           missing: what becomes of an example whose request of policy "always" has no annotation. 'skip': it
-            is put aside; 'plain': it is shown without that expert; 'error': it ends the run.
+            is skipped; 'plain': it is shown without that expert; 'error': it ends the run.
           slices: which slices of whole volumes are shown; None: four that are evenly spaced.
 
         Raises:
@@ -290,24 +290,24 @@ class Renderer:
             _SLICES_CACHE_BYTES, lambda chosen: 8 * len(chosen[1]) + 256
         )
 
-    def render(self, example: Example, data_root: Any, coin: int = 0) -> Rendered:
+    def render(self, example: Example, data_root: Any, sample_index: int = 0) -> Rendered:
         """Returns the turns and images of one example.
 
         Args:
           example: a valid example.
           data_root: folder its image paths are relative to.
-          coin: with 'mixed', decides together with the seed: the sample's position in its stream, so that
-            over the epochs an example is met both ways.
+          sample_index: position of the sample in its stream. With 'mixed' it decides, together with the seed,
+            whether experts are on, so that over the epochs an example is seen both ways.
 
         Raises:
           UserError: an image cannot be read, or an expert's result that must be there is not.
         """
-        outline = self.outline(example, data_root, coin)
+        outline = self.outline(example, data_root, sample_index)
         return Rendered(
             outline.turns, tuple(p.read() for p in outline.pictures), outline.experts, outline.missing
         )
 
-    def outline(self, example: Example, data_root: Any, coin: int = 0) -> Outline:
+    def outline(self, example: Example, data_root: Any, sample_index: int = 0) -> Outline:
         """`render` without reading an image; whole volumes are read, to choose their slices.
 
         Raises:
@@ -322,7 +322,7 @@ class Renderer:
         shown = [self._show(example, number, data_root) for number in range(len(example.images))]
         turns, pictures = _with_slices(example.turns, shown)
         everything = tuple(picture for of_turn in pictures for picture in of_turn)
-        if not self.experts_on(coin):
+        if not self.experts_on(sample_index):
             return Outline(tuple(turns), everything)
         cards = list(self._cards.values())
         if not example.expert_requests:
@@ -406,11 +406,11 @@ class Renderer:
                     return annotation
         return None
 
-    def experts_on(self, coin: int) -> bool:
-        """Whether the sample at position `coin` has experts."""
+    def experts_on(self, sample_index: int) -> bool:
+        """Whether the sample at position `sample_index` has experts."""
         if self._experts != "mixed":
             return self._experts != "off"
-        digest = hashlib.sha256(f"{self._seed}/{coin}".encode()).digest()
+        digest = hashlib.sha256(f"{self._seed}/{sample_index}".encode()).digest()
         return int.from_bytes(digest[:6], "big") < self._share * (1 << 48)
 
     def _annotation(self, example: Example, request: ExpertRequest) -> Annotation | None:

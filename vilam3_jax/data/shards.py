@@ -11,8 +11,8 @@ from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader
 
-from vilam3_jax import paths
 from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.runtime import paths
 
 _MAX_OPEN = 256  # each is an open file, and memory for the positions of its records
 

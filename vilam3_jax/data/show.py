@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from vilam3_jax import paths
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ExpertRequest
 from vilam3_jax.data.experts.cards import Card, load_cards
 from vilam3_jax.data.experts.dialogues.rules import RULES, split_row
@@ -26,6 +25,7 @@ from vilam3_jax.data.records import ExampleSource
 from vilam3_jax.data.render import ImageReader, Rendered, Renderer
 from vilam3_jax.data.tfds_folder import datasets_in, is_dataset
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"

@@ -11,7 +11,7 @@ from etils import epath
 from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.data.volume_checks import body_part_name, modality_code, stated_units
 from vilam3_jax.errors import UnavailableError, UserError
-from vilam3_jax.paths import read_bytes
+from vilam3_jax.runtime.paths import read_bytes
 
 _MAX_BYTES = 4 << 20
 

@@ -20,7 +20,6 @@ from typing import Any
 import grain
 from etils import epath
 
-from vilam3_jax import paths
 from vilam3_jax.data.examples import IMAGE_MARKER, Example
 from vilam3_jax.data.experts.dialogues.rules import Rule, split_row
 from vilam3_jax.data.experts.dialogues.scene import Setting
@@ -29,6 +28,7 @@ from vilam3_jax.data.interleave import Interleaving
 from vilam3_jax.data.records import ExampleSource
 from vilam3_jax.data.tfds_folder import datasets_in, is_dataset, read_info
 from vilam3_jax.errors import UnavailableError, UserError, warn_of
+from vilam3_jax.runtime import paths
 
 _HELD_OUT_SEED = 0
 # How positions go to shards and to datasets; part of the fingerprint, as a state counts them.

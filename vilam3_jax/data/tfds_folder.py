@@ -18,10 +18,10 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from vilam3_jax import paths
 from vilam3_jax.data.examples import SCHEMA_VERSION
 from vilam3_jax.data.shards import open_reader
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 INFO_NAME = "dataset_info.json"
 METADATA_NAME = "metadata.json"

@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike, as_path, read_bytes, write_text_atomic
+from vilam3_jax.runtime.paths import PathLike, as_path, read_bytes, write_text_atomic
 
 CHATML_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 

@@ -14,7 +14,7 @@ from etils import epath
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike, check_passing, children, file_size
+from vilam3_jax.runtime.paths import PathLike, check_passing, children, file_size
 
 # The most bytes that one byte of a stream can become.
 DEFLATE_RATIO = 1032

@@ -29,7 +29,7 @@ from vilam3_jax.data.nrrd_format import read_nrrd
 from vilam3_jax.data.stored_volume import UNKNOWN, StoredVolume
 from vilam3_jax.data.volume_checks import check_file_size, declared_modality, naming_damage, stated_units
 from vilam3_jax.errors import UserError, warn_of
-from vilam3_jax.paths import PathLike, as_path, exists
+from vilam3_jax.runtime.paths import PathLike, as_path, exists
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 GRID_TOLERANCE = 0.1  # voxels between grids that count as one

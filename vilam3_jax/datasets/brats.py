@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vilam3_jax import paths
 from vilam3_jax.data.examples import Example
 from vilam3_jax.datasets.conversations import question_meta
 from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Skipped, Split
@@ -31,6 +30,7 @@ from vilam3_jax.datasets.slices import pick
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.datasets.subgroups import age_band
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 # The expert's role → how files are named, in the order of VILA-M3's images.
 SEQUENCES = {"t1c": "t1ce", "t1": "t1", "t2": "t2", "flair": "flair"}

@@ -30,7 +30,6 @@ from etils import epath
 from tqdm import tqdm
 
 import vilam3_jax
-from vilam3_jax import paths
 from vilam3_jax.data import child_process, tfds_folder
 from vilam3_jax.data.content_keys import DECODER_VERSION
 from vilam3_jax.data.example_features import features_dict
@@ -41,6 +40,7 @@ from vilam3_jax.datasets.dataset import Dataset, Split
 from vilam3_jax.datasets.shard_jobs import Settings, ShardJob, ShardReport
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.runtime import paths
 
 _RECORDS_PER_SHARD = 2048
 _MAX_LISTED = 1000  # pairs of records that share a patient or an image, in the metadata
@@ -387,7 +387,7 @@ class _Build:
             "items": len(split.items),
             "expected_items": split.expected,
             "image_bytes": [sum(report.image_bytes[place] for report in reports) for place in (0, 1)],
-            "set_aside": {
+            "skipped": {
                 "total": sum(reasons.values()),
                 "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1])[: shard_jobs.MAX_NAMED]),
                 "first": named[: shard_jobs.MAX_NAMED],

@@ -22,7 +22,7 @@ class Cc3m595k(Dataset):
     """595,375 pictures with captions.
 
     Captions are those of `chat.json`. The variant `blip` has those that BLIP made, from `metadata.json`;
-    about a tenth of the pictures has none and is set aside.
+    about a tenth of the pictures has none and is skipped.
     """
 
     name = "cc3m_595k"

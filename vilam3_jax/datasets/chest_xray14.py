@@ -111,7 +111,7 @@ class ChestXray14(Dataset):
 
     Choices, where VILA-M3's files say nothing:
       - The splits are the official lists; train_val_list.txt is not divided further. A training film that the
-        test list names too, or whose patient it names, is set aside.
+        test list names too, or whose patient it names, is skipped.
       - A finding that a film is not labelled with counts as absent. "No Finding" is asked about as "does this
         chest X-ray look normal?".
       - Training films get up to `--questions` questions; each finding is answered yes about as often as no.

@@ -141,11 +141,11 @@ class CtRate(Dataset):
 
     Choices of ours: all volumes of a scan share its report, so each scan counts once: one of its volumes is
     drawn. With `--reconstructions all` each volume is a record and `meta.weight` is 1 over their number. Head
-    scans (the `no_chest` lists) and volumes that are known to be damaged are set aside. The variant
+    scans (the `no_chest` lists) and volumes that are known to be damaged are skipped. The variant
     "findings" asks for up to four findings that are there and as many that are not. The split "validation" is
     the source's only held-out set. Volumes as they were first released hold values that are still to be
     rescaled: their windows are given in these values, by the metadata; one whose header puts the patient
-    another way round than the metadata is set aside.
+    another way round than the metadata is skipped.
     """
 
     name = "ct_rate"

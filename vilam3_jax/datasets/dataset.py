@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 
 from etils import epath
 
-from vilam3_jax import paths
 from vilam3_jax.data.examples import Example, ImageRef, path_problem
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.runtime import paths
 
 ACCESS_CLASSES = ("open", "registered", "credentialed")
 _MAX_IMAGE_BYTES = 64 << 20
@@ -255,7 +255,7 @@ class Dataset:
 def examples_of(
     split: Split, context: Context, items: Iterable[Any] | None = None
 ) -> Iterator[Example | Skipped]:
-    """The examples of items, checked, and what was set aside.
+    """The examples of items, checked, and what was skipped.
 
     Args:
       split: whose `make` is called.

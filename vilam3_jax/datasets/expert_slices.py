@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import numpy as np
 from etils import epath
 
-from vilam3_jax import paths
 from vilam3_jax.data.content_keys import image_key, inputs_key
 from vilam3_jax.data.examples import Example, path_problem
 from vilam3_jax.data.experts.cards import Card, load_cards
@@ -40,6 +39,7 @@ from vilam3_jax.datasets.samples import INDEX_NAME, MODALITY_CODES, read_samples
 from vilam3_jax.datasets.slices import MIN_PIXELS, body_slices, pick, pick_halves
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 _MODALITIES = {"ct": "CT", "mr": "MR", "film": "film"}
 _VOLUMES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")

@@ -124,7 +124,7 @@ def scan(
             record = record_files.parse(data)
             name = record_id(record, place.row)
         except (record_files.NotRecord, SkipItem):
-            # Set aside when it is made; until then it is like nothing else.
+            # Skipped when it is made; until then it is like nothing else.
             ids.append(record_files.digest(b"row\0%d" % place.row))
             contents.append(ids[-1])
             labels.append(-1)

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vilam3_jax import paths
 from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.datasets import instruction_lists
 from vilam3_jax.datasets.conversations import metadata, text_of
@@ -21,6 +20,7 @@ from vilam3_jax.datasets.own_splits import STATED, groups_of, held_out, split_na
 from vilam3_jax.datasets.pictures import picture_or_dicom
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.runtime import paths
 
 
 class Instructions(Dataset):
@@ -125,7 +125,7 @@ def ties(record: Mapping[str, Any], *, patient: str | None) -> list[bytes]:
       patient: the key that names the patient, or None.
 
     Returns:
-      Nothing for a record that is known to be set aside.
+      Nothing for a record that is known to be skipped.
     """
     shared = []
     if patient:
@@ -157,7 +157,7 @@ def _stated_split(record: Mapping[str, Any], *, key: str) -> str | None:
 
 
 def _stated(found: Scan, path: str, key: str) -> dict[str, np.ndarray]:
-    """Split → [n] bool; records that state none go to the first, where they are set aside by name."""
+    """Split → [n] bool; records that state none go to the first, where they are skipped by name."""
     if not found.names:
         raise UserError(f"{path}: no record has a split under {key!r} ({STATED})")
     sides = {name: found.labels == number for number, name in enumerate(found.names)}

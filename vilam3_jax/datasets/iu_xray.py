@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
-from vilam3_jax import paths
 from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.datasets.chest_findings import NORMAL, YES_NO, question
 from vilam3_jax.datasets.conversations import conversation, metadata, pair, question_meta, text_of
@@ -18,6 +17,7 @@ from vilam3_jax.datasets.report_text import clean
 from vilam3_jax.datasets.reports import MAX_REPORT_BYTES, Report, parse_report
 from vilam3_jax.datasets.rows import Row, rows_of
 from vilam3_jax.datasets.source_files import SourceFolder
+from vilam3_jax.runtime import paths
 
 TARGETS = {
     "findings_impression": ("findings", "impression"),

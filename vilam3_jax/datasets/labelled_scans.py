@@ -17,7 +17,6 @@ import numpy as np
 from etils import epath
 from scipy import ndimage
 
-from vilam3_jax import paths
 from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.data.experts.dialogues.phrases import plural, said, with_article
 from vilam3_jax.data.volumes import GRID_TOLERANCE, Volume, grid_distance, load_label_map, read_volume
@@ -25,6 +24,7 @@ from vilam3_jax.datasets.conversations import conversation, metadata, question_m
 from vilam3_jax.datasets.dataset import Context, SkipItem
 from vilam3_jax.datasets.slices import MIN_PIXELS, PLANE_OF_AXIS, body_slices, pick, pick_halves
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 AXIS = 2
 LABEL_SOURCE = "segmentation"

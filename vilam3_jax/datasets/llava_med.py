@@ -38,7 +38,7 @@ class LlavaMed(Dataset):
     """Figures of articles with a caption (alignment) or a dialogue (instruct).
 
     The images are not part of the release: users take them from the PMC packages that
-    `llava_med_image_urls.jsonl` lists. Records whose image is missing are set aside. An article's figures are
+    `llava_med_image_urls.jsonl` lists. Records whose image is missing are skipped. An article's figures are
     one group. `modality` is stated where the record's `domain` marks exactly one.
     """
 

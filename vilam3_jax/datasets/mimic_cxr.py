@@ -249,7 +249,7 @@ def film_problem(subject: str, study: str, dicom: str) -> str:
 
 
 def one_split_per_patient(items: Mapping[str, list[_Item]]) -> dict[str, list[_Item]]:
-    """Sets items aside whose patient is in a more protected split too; test comes before validation.
+    """Skips items whose patient is in a more protected split too; test comes before validation.
 
     Args:
       items: split → values with `subject` and `problem`, such as films.

@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
-from vilam3_jax import paths
 from vilam3_jax.data.examples import Example
 from vilam3_jax.datasets.dataset import Context, SkipItem, Split
 from vilam3_jax.datasets.mimic_cxr import (
@@ -31,6 +30,7 @@ from vilam3_jax.datasets.report_examples import CONFIGS, MAX_REPORT, Pools, pool
 from vilam3_jax.datasets.report_sections import sections_of
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.runtime import paths
 
 _FOLDERS = (
     "",

@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vilam3_jax import paths
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ImageRef, Turn
 from vilam3_jax.datasets import record_files
 from vilam3_jax.datasets.conversations import literal, metadata
@@ -21,6 +20,7 @@ from vilam3_jax.datasets.pictures import Pictures, find_pictures
 from vilam3_jax.datasets.record_files import Place
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 _PATTERNS = ("docs_*shard_*.jsonl", "docs_*shard_*.jsonl.zip")
 _NUMBER = re.compile(r"shard_(\d+)")
@@ -34,7 +34,7 @@ class Mmc4(Dataset):
 
     Of the published sets only those without faces are left, such as mmc4-core-ff. A picture stands before the
     sentence that it matches; several of one sentence keep their order. Pictures that were not downloaded, or
-    lie below `--min-similarity`, are left out, and documents without any picture are set aside. VILA takes at
+    lie below `--min-similarity`, are left out, and documents without any picture are skipped. VILA takes at
     most six pictures of a document, but does not say which: here the most similar ones.
     """
 

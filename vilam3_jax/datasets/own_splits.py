@@ -60,7 +60,7 @@ def held_out(
       groups: of `groups_of`.
       share: about this share of the groups is held out.
       path: of the file, for the message.
-      usable: [n] bool: the others are known to be set aside, so they stay in the first split; None: all.
+      usable: [n] bool: the others are known to be skipped, so they stay in the first split; None: all.
 
     Raises:
       UserError: all records are of one group.

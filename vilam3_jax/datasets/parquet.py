@@ -14,10 +14,10 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from vilam3_jax import paths
 from vilam3_jax.datasets.dataset import SkipItem
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 _MAX_GROUP_BYTES = 4 << 30  # of one row group, decompressed
 _MAX_IMAGE_BYTES = 64 << 20

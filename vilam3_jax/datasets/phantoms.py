@@ -21,7 +21,7 @@ from scipy import ndimage
 from vilam3_jax.data.images import encode_png
 from vilam3_jax.datasets.samples import Kind, Sample, write_index
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike, as_path, write_bytes_atomic
+from vilam3_jax.runtime.paths import PathLike, as_path, write_bytes_atomic
 
 LABEL_SOURCE = "generated label map"
 _FILM_SIDE = 192

@@ -11,8 +11,8 @@ import pickletools
 from collections.abc import Callable
 from typing import Any
 
-from vilam3_jax import paths
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 _LARGEST_INT = 1 << 8192
 

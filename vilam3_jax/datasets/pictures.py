@@ -9,12 +9,12 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 
-from vilam3_jax import paths
 from vilam3_jax.data import file_kinds
 from vilam3_jax.data.examples import ImageRef, path_problem
 from vilam3_jax.datasets.dataset import Context, SkipItem
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 MAX_PICTURE_BYTES = 64 << 20
 _KIND_BYTES = 1 << 16

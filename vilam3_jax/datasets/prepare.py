@@ -157,16 +157,16 @@ def _prepare(dataset: type[Dataset], argv: Sequence[str]) -> int:
 
 
 def summary(info: dict[str, Any]) -> str:
-    """The counts of a build as a table, with what was set aside and why."""
-    columns = ("split", "items", "records", "set aside", "images", "questions")
+    """The counts of a build as a table, with what was skipped and why."""
+    columns = ("split", "items", "records", "skipped", "images", "questions")
     rows: list[tuple[str, ...]] = [columns]
     reasons: dict[str, int] = {}
     for name, split in {**info["splits"], **info.get("empty_splits", {})}.items():
         images = sum(int(number) * count for number, count in split["counts"].get("images", {}).items())
         questions = sum(split["counts"].get("question_types", {}).values())
-        cells = (split["items"], split["records"], split["set_aside"]["total"], images, questions)
+        cells = (split["items"], split["records"], split["skipped"]["total"], images, questions)
         rows.append((name, *(f"{cell:,}" for cell in cells)))
-        for reason, count in split["set_aside"]["reasons"].items():
+        for reason, count in split["skipped"]["reasons"].items():
             reasons[reason] = reasons.get(reason, 0) + count
     widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
     lines = [
@@ -179,7 +179,7 @@ def summary(info: dict[str, Any]) -> str:
             f"the build took {info['provenance']['seconds']:,.0f} s"
         )
     ordered = sorted(reasons.items(), key=lambda item: -item[1])
-    lines += [f"set aside {count:,}: {reason}" for reason, count in ordered[:_MAX_REASONS]]
+    lines += [f"skipped {count:,}: {reason}" for reason, count in ordered[:_MAX_REASONS]]
     if len(ordered) > _MAX_REASONS:
         lines.append(f"and for {len(ordered) - _MAX_REASONS} other reasons, see metadata.json")
     return "\n".join(lines)

@@ -15,7 +15,6 @@ from typing import Any
 
 from etils import epath
 
-from vilam3_jax import paths
 from vilam3_jax.data.content_keys import DECODER_VERSION
 from vilam3_jax.data.examples import Example
 from vilam3_jax.data.experts.store import AnnotationStore
@@ -23,6 +22,7 @@ from vilam3_jax.data.records import ExampleSource, ExampleWriter
 from vilam3_jax.datasets import quickstart
 from vilam3_jax.datasets.samples import INDEX_NAME, asset, read_samples
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 BUILD_NAME = "build.json"
 _VERSION = "1.0.0"  # of the folders; `quickstart.VERSION` tells what is made

@@ -14,8 +14,8 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
-from vilam3_jax import paths
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 MAX_RECORD_BYTES = 64 << 20
 _PIECE = 8 << 20

@@ -16,7 +16,7 @@ import xml.parsers.expat
 import zlib
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike, as_path, read_bytes
+from vilam3_jax.runtime.paths import PathLike, as_path, read_bytes
 
 MAX_ARCHIVE_BYTES = 64 << 20
 MAX_MEMBERS = 50_000

@@ -26,7 +26,14 @@ from tqdm import tqdm
 from vilam3_jax.datasets import package_index
 from vilam3_jax.datasets.package_index import Member
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike, as_path, file_size, read_bytes, write_bytes_atomic, write_text_atomic
+from vilam3_jax.runtime.paths import (
+    PathLike,
+    as_path,
+    file_size,
+    read_bytes,
+    write_bytes_atomic,
+    write_text_atomic,
+)
 
 INDEX_NAME = "samples.json"
 INDEX_VERSION = 1

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from vilam3_jax import paths
 from vilam3_jax.data import decoded, example_features
 from vilam3_jax.data.content_keys import DECODER_VERSION, image_key
 from vilam3_jax.data.examples import SCHEMA_VERSION, Example, ImageRef
@@ -30,8 +29,9 @@ from vilam3_jax.data.tfds_folder import ShardFile, file_digest
 from vilam3_jax.data.volumes import read_volume
 from vilam3_jax.datasets.dataset import Context, Skipped, Split, examples_of
 from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.runtime import paths
 
-MAX_NAMED = 1000  # records set aside that a report names
+MAX_NAMED = 1000  # records skipped that a report names
 DOUBLED = "another record has this id"
 _MAX_REPORT_BYTES = 256 << 20
 _MAX_IMAGE_BYTES = 256 << 20
@@ -97,7 +97,7 @@ class ShardReport:
       digest: of the job.
       shard: `file`, `records`, `bytes`, `sha256`.
       counts: of `records.Counts`.
-      reasons: why items were set aside → how often.
+      reasons: why items were skipped → how often.
       named: (record, reason) of the first of them.
       image_bytes: of the pictures, as files and as they are stored.
       files: path → size and modification time of the files opened below the root.
@@ -175,7 +175,7 @@ def build(job: ShardJob) -> ShardReport:
                     named.append([stored.record, stored.reason])
                 continue
             example, data = stored
-            assert isinstance(made, Example)  # or it was set aside
+            assert isinstance(made, Example)  # or it was skipped
             for place, one in enumerate((made, example)):
                 image_bytes[place] += sum(len(image.data or b"") for image in one.images)
             file.write(data)
@@ -205,7 +205,7 @@ def build(job: ShardJob) -> ShardReport:
 
 
 def without(job: ShardJob, report: ShardReport, doubled: set[bytes]) -> ShardReport:
-    """Writes a finished shard again without the records of these id hashes; they count as set aside."""
+    """Writes a finished shard again without the records of these id hashes; they count as skipped."""
     file, counts = ShardFile(job.target), Counts()
     reader = open_reader(job.target)
     reasons, named = collections.Counter(report.reasons), list(report.named)

@@ -11,9 +11,9 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
-from vilam3_jax import paths
 from vilam3_jax.data.folder_walk import list_files
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 _MAX_TABLE_BYTES = 8 << 30
 _MAX_FILES = 20_000_000
@@ -135,7 +135,7 @@ class SourceFolder:
 
         A row with more cells than the header is read as a row of empty cells, and `notes` tells: a delimiter
         in a text without quotes moves all that follows. Bytes that are no UTF-8 become halves of surrogate
-        pairs, so that only the records whose texts hold them are set aside.
+        pairs, so that only the records whose texts hold them are skipped.
 
         Args:
           name: of the file.

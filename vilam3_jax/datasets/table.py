@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from vilam3_jax import paths
 from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.datasets import parquet
 from vilam3_jax.datasets.conversations import conversation, metadata, question_meta, text_of
@@ -35,6 +34,7 @@ from vilam3_jax.datasets.table_questions import (
     read_templates,
 )
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 _MAX_TEMPLATES = 16 << 20  # bytes
 _MOST_KINDS = 100_000  # different cells of a column that are counted to find its kind
@@ -400,7 +400,7 @@ def _sides(rows: list[_Row], share: float, path: str) -> dict[str, list[_Row]]:
 
 
 def _stated(rows: list[_Row], stated: list[str | None], column: str, path: str) -> dict[str, list[_Row]]:
-    """Rows by the split that they state; those that state none go to the first, to be set aside by name."""
+    """Rows by the split that they state; those that state none go to the first, to be skipped by name."""
     found = sorted({name for name in stated if name})
     if not found:
         raise UserError(f"{path}: no row has a split in column {column} ({STATED})")

@@ -243,7 +243,7 @@ def _kind_of_answers(spoken: Sequence[str]) -> str | None:
 
 
 def _kind(cells: Mapping[str, int]) -> str:
-    """The kind that cells suggest. Few odd cells do not change it; they are set aside with their rows."""
+    """The kind that cells suggest. Few odd cells do not change it; they are skipped with their rows."""
     total = sum(cells.values())
     binary = {text for text in cells if text.casefold() in _YES | _NO}
     numbers = {text for text in cells if _number(text) is not None}

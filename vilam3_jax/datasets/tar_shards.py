@@ -2,7 +2,7 @@
 
 The rules are WebDataset's (`webdataset/tariterators.py`: `base_plus_ext`, `group_by_keys`): a sample's key is
 the path up to the first dot of the base name, its members stand next to each other, and an extension comes
-once. A shard is untrusted input: nothing of it is written to a disk, links and devices are set aside.
+once. A shard is untrusted input: nothing of it is written to a disk, links and devices are skipped.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import IO, Any
 
 from etils import epath
 
-from vilam3_jax import paths
 from vilam3_jax.data.examples import ImageRef, path_problem
 from vilam3_jax.datasets.conversations import text_of
 from vilam3_jax.datasets.dataset import Context, SkipItem, Skipped
 from vilam3_jax.datasets.pictures import stored_picture
+from vilam3_jax.runtime import paths
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from etils import epath
 
-from vilam3_jax import paths
 from vilam3_jax.data.examples import Example
 from vilam3_jax.data.experts.labels import is_lesion, label_table
 from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Skipped, Split
@@ -26,6 +25,7 @@ from vilam3_jax.datasets.labelled_scans import (
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.datasets.subgroups import age_band, sex_of
 from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.runtime import paths
 
 SUBJECTS = {"train": 1082, "validation": 57, "test": 89}
 STRUCTURES = 117
@@ -107,7 +107,7 @@ class TotalSegmentator(Dataset):
 
 
 def make_subject(subject: Subject, context: Context, options: SliceOptions) -> Iterator[Example | Skipped]:
-    """The records of one subject; masks that cannot be read are set aside one by one.
+    """The records of one subject; masks that cannot be read are skipped one by one.
 
     Raises:
       SkipItem: the row or the scan cannot be used, or there is no mask.

@@ -9,11 +9,11 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 
-from vilam3_jax import paths
 from vilam3_jax.data.experts import cards
 from vilam3_jax.data.records import ExampleSource
 from vilam3_jax.data.tfds_folder import datasets_in
 from vilam3_jax.data.tokenizer import train_bpe
+from vilam3_jax.runtime import paths
 
 
 def dataset_texts(root: paths.PathLike) -> Iterator[str]:

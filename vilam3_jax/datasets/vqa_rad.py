@@ -49,7 +49,7 @@ class VqaRad(Dataset):
     A training row gives up to three records, as in the paper of VILA-M3: the question, a question about the
     organ in one of five wordings, and the rephrased question. A test row gives the question, of type "open"
     or "closed", and the rephrased question, of type "open_rephrased" or "closed_rephrased"; the official 451
-    are the first two types. Training questions that the test set asks about the same image are set aside.
+    are the first two types. Training questions that the test set asks about the same image are skipped.
 
     `parity` puts the reference's defects in: only rows whose answer type is exactly "CLOSED" are tested,
     texts keep their spaces, one organ question is garbled, test questions stay in train, and

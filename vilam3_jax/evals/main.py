@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vilam3_jax import checkpoints, exports, paths
+from vilam3_jax.checkpoints import exports, run_checkpoints
 from vilam3_jax.data.examples import Example
 from vilam3_jax.data.experts.cards import card_list, load_cards
 from vilam3_jax.data.experts.exchange import Style
@@ -26,10 +26,11 @@ from vilam3_jax.data.text_rules import TEXT_HELP, TextRules
 from vilam3_jax.data.tfds_folder import datasets_in, read_info
 from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.errors import UserError
-from vilam3_jax.evals import arms as arm_lib
+from vilam3_jax.evals import conditions as arm_lib
 from vilam3_jax.evals import protocol as protocols
 from vilam3_jax.evals import retrieval, statistics, tables
 from vilam3_jax.inference.agent import Agent, AnnotationProvider, load_generator
+from vilam3_jax.runtime import paths
 
 ROWS_FILE = "rows.jsonl"
 RESULT_FILE = "result.json"
@@ -153,7 +154,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         "annotations": options.annotations,
         "seconds": time.monotonic() - started,
         "finished": _now(),
-        "versions": checkpoints.versions(),
+        "versions": run_checkpoints.versions(),
         "summaries": [summary.to_json() for summary in summaries],
     }
     shown = [tables.main_table(summaries), tables.oracle_table(summaries)]
@@ -226,7 +227,7 @@ def _retrieve(options: argparse.Namespace) -> None:
         "data": str(options.data),
         "seed": options.seed,
         "finished": _now(),
-        "versions": checkpoints.versions(),
+        "versions": run_checkpoints.versions(),
     }
     paths.write_text_atomic(out, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(

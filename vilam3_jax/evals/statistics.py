@@ -1,7 +1,7 @@
 """Accuracies with intervals that respect the clusters: questions about one patient are not independent.
 
-A *row* is one answered question, as written by `vilam3_jax.evals.arms`; read here are only its keys `item`,
-`cluster`, `correct`, `unparsed`, `arm`, `question_type`, `label_source` and `oracle`.
+A *row* is one answered question, as written by `vilam3_jax.evals.conditions`. This module reads its keys
+`item`, `cluster`, `correct`, `unparsed`, `arm`, `question_type`, `label_source` and `oracle`.
 """
 
 from __future__ import annotations

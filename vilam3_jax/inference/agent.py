@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from vilam3_jax import exports, paths
+from vilam3_jax.checkpoints import exports
 from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.data.examples import IMAGE_MARKER, Turn
 from vilam3_jax.data.experts.cards import Card
@@ -31,6 +31,7 @@ from vilam3_jax.data.volume_slices import marked_voxels, most_marked, numbered, 
 from vilam3_jax.data.volumes import VolumeSource
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference.generate import GREEDY, Chunk, Decoded, Generator, Sampling, Session
+from vilam3_jax.runtime import paths
 
 DEFAULT_MAX_NEW_TOKENS = 128
 _MIN_SHARED = 16
@@ -130,7 +131,7 @@ class Query:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spoken:
+class Message:
     """One turn of a dialogue that took place; `images` are those its markers stand for."""
 
     role: str
@@ -152,7 +153,7 @@ class Transcript:
       not_made: calls that nobody answered: behind what was cut, in the answer, or without experts.
     """
 
-    turns: tuple[Spoken, ...]
+    turns: tuple[Message, ...]
     answer: str
     annotations: tuple[Annotation, ...] = ()
     trigger_text: str | None = None
@@ -335,7 +336,7 @@ class Agent:
             turn = Turn("user", shown + row.query.question)
             (turn,) = with_cards([turn], list(self._cards.values())) if self._cards else [turn]
             pictures = tuple(picture for scan in scans for picture in scan.pictures)
-            row.turns.append(Spoken("user", turn.text, pictures))
+            row.turns.append(Message("user", turn.text, pictures))
             chunks.append(self._chunk(turn, pictures))
         shared = _shared_prefix(chunks)
         prefix = chunks[0].tokens[:shared].tolist()
@@ -385,7 +386,7 @@ class Agent:
         text = with_markers(said.text, [base.marker for base in bases])
         row.annotations += [result.annotation for result in results]
         row.trigger_text = turn.kept
-        row.turns.append(Spoken("expert", text, pictures))
+        row.turns.append(Message("expert", text, pictures))
         # The model's own words are cached without their ending: close its turn, then the expert speaks.
         chunk = self._chunk(Turn("expert", text), pictures, after_answer=True)
         row.cached.append(chunk)
@@ -458,7 +459,7 @@ class _Row:
 
     def __init__(self, query: Query):
         self.query = query
-        self.turns: list[Spoken] = []
+        self.turns: list[Message] = []
         self.cached: list[Chunk] = []
         self.annotations: list[Annotation] = []
         self.trigger_text: str | None = None
@@ -468,7 +469,7 @@ class _Row:
 
     def hear(self, tokenizer: Tokenizer, said: Decoded) -> None:
         """Takes down a turn of the model."""
-        self.turns.append(Spoken("assistant", tokenizer.decode(said.ids).strip()))
+        self.turns.append(Message("assistant", tokenizer.decode(said.ids).strip()))
         self.cached.append(Chunk.text(said.ids))
         self.truncated = not said.stopped
 
@@ -478,7 +479,7 @@ class _Row:
         if not turn.calls:
             return None
         if turn.cut:
-            self.turns[-1] = Spoken("assistant", turn.kept)
+            self.turns[-1] = Message("assistant", turn.kept)
             self.cached[-1] = Chunk.text(tokenizer.encode(turn.kept))
             self.cut.append(turn.cut)
             self.not_made += turn.dropped

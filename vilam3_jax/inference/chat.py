@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vilam3_jax import exports, paths
+from vilam3_jax.checkpoints import exports
 from vilam3_jax.data.experts.cards import Card, card_list
 from vilam3_jax.data.experts.exchange import Style
 from vilam3_jax.data.experts.grammar import Call
@@ -39,6 +39,7 @@ from vilam3_jax.inference.agent import (
 )
 from vilam3_jax.inference.generate import Sampling
 from vilam3_jax.inference.images import ImageLike, Picture, open_picture
+from vilam3_jax.runtime import paths
 
 NOT_CLINICAL = "Not for clinical use: a research model; its answers and its experts' results may be wrong."
 _ROLE = re.compile(r"[a-z][a-z0-9]{0,15}=.")

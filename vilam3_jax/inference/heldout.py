@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from jax.sharding import NamedSharding
 
-from vilam3_jax import processes
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.data.loader import build_loader
 from vilam3_jax.data.loader_records import Unreadable
@@ -28,7 +27,8 @@ from vilam3_jax.data.templates import model_template
 from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference.generate import Chunk, Generator, row_parts
-from vilam3_jax.models import trees, vila
+from vilam3_jax.models import param_paths, vila
+from vilam3_jax.runtime import processes
 
 _ROWS = 16  # of a batch, at least one for every part of the mesh
 _LEAST_PROMPT = 2  # tokens; a document's first text follows nothing but its <bos>
@@ -103,7 +103,7 @@ class HeldoutAnswers:
           One record a question with `id`, `turn`, `reference`, `answer`, `exact_match` and `token_f1`; and
           the means, `generate_exact_match` and `generate_token_f1`.
         """
-        self._generator.set_params(trees.unflatten(dict(params)))
+        self._generator.set_params(param_paths.unflatten(dict(params)))
         answers: dict[Question, str] = {}
         alike: dict[tuple[int, ...], list[Question]] = collections.defaultdict(list)
         for question in self.questions:

@@ -19,7 +19,7 @@ from vilam3_jax.data.volume_checks import declared_modality
 from vilam3_jax.data.volume_slices import even_slices
 from vilam3_jax.data.volumes import AXES, Volume, VolumeSource
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike, as_path, exists
+from vilam3_jax.runtime.paths import PathLike, as_path, exists
 
 ImageLike = PathLike | np.ndarray | Volume
 

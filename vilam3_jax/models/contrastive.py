@@ -10,7 +10,7 @@ from flax import nnx
 
 from vilam3_jax.errors import UserError
 from vilam3_jax.models.siglip import SiglipText, SiglipVision
-from vilam3_jax.ops.partition import shard
+from vilam3_jax.sharding.logical_axes import shard
 
 
 class TwoTower(nnx.Module):

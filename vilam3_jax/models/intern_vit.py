@@ -10,8 +10,8 @@ from flax import nnx
 
 from vilam3_jax.models.layers import GeluMLP, RMSNorm, SelfAttention, run_stack
 from vilam3_jax.models.siglip import PatchEmbed, check_images, feature_layers
-from vilam3_jax.ops import partition
-from vilam3_jax.ops.partition import shard
+from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding.logical_axes import shard
 
 # ImageNet's, with which the released tower was trained; of pixels in 0..1.
 _MEAN = (0.485, 0.456, 0.406)
@@ -69,7 +69,7 @@ class InternViT(nnx.Module):
         check_images(images, self.image_size)
         return self.pixel_features(images.astype(jnp.float32))
 
-    @partition.of_a_tower()
+    @logical_axes.of_a_tower()
     def pixel_features(self, pixels: jax.Array) -> jax.Array:
         """`features` of interpolated pixels: float32 [N, S, S, 3] on the scale of 0..255."""
         x = (pixels / 255 - jnp.asarray(_MEAN)) / jnp.asarray(_STD)

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from vilam3_jax import compat
 from vilam3_jax.errors import UserError
-from vilam3_jax.ops import partition, quantized
+from vilam3_jax.ops import quantized
 from vilam3_jax.ops.attention import attention
-from vilam3_jax.ops.lookup import lookup
-from vilam3_jax.ops.partition import shard
-from vilam3_jax.ops.products import GATHERED, einsum, linear
+from vilam3_jax.runtime import compat
+from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding.embedding_lookup import lookup
+from vilam3_jax.sharding.logical_axes import shard
+from vilam3_jax.sharding.matmul import GATHERED, einsum, linear
 
 Stack = tuple[int, ...]
 Init = Callable[..., jax.Array]
@@ -62,7 +63,7 @@ class Linear(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.lead = lead  # logical axes of an input [batch, ..., in]
         self.stored: tuple[tuple[str, Any], ...] = ()  # (parameter, mesh axes), see `find_weights`
-        self.products: quantized.QuantizedProducts | None = None  # of the kernel, see `quantize_products`
+        self.products: quantized.QuantizedMatmul | None = None  # of the kernel, see `quantize_products`
         self.kernel = nnx.Param(kernel_init(rngs.params(), (*stack, in_dim, out_dim), param_dtype))
         self.bias = nnx.Param(jnp.zeros((*stack, out_dim), param_dtype)) if use_bias else None
         self.lora_scale = lora_alpha / lora_rank if lora_rank else None
@@ -269,7 +270,9 @@ def remat_layer(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
         # But weights gathered from other devices: kept for every layer, they would be the whole model.
         policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
         return (
-            body if partition.placement() is None else jax.checkpoint(body, prevent_cse=False, policy=policy)
+            body
+            if logical_axes.placement() is None
+            else jax.checkpoint(body, prevent_cse=False, policy=policy)
         )
     if remat == "full":
         return jax.checkpoint(body, prevent_cse=False)
@@ -285,11 +288,11 @@ def remat_layer(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
 def find_weights(model: nnx.Module) -> None:
     """Tells every `Linear` and `Embed` of a model where the step stores its weights.
 
-    See `partition.activation_rules`.
+    See `logical_axes.activation_rules`.
     """
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Linear | Embed):
-            found = {name: partition.stored("/".join((*map(str, path), name))) for name in _WEIGHTS}
+            found = {name: logical_axes.stored("/".join((*map(str, path), name))) for name in _WEIGHTS}
             layers = len((module.kernel if isinstance(module, Linear) else module.embedding).shape) - 2
 
             def of_layer(spec: Any, layers: int = layers) -> tuple[Any, ...]:
@@ -302,7 +305,7 @@ def find_weights(model: nnx.Module) -> None:
             )
 
 
-def quantize_products(model: nnx.Module, how: quantized.QuantizedProducts, modules: str) -> None:
+def quantize_products(model: nnx.Module, how: quantized.QuantizedMatmul, modules: str) -> None:
     """Quantises products of kernels in a model, but for those of its head; LoRA's stay as they are.
 
     Args:

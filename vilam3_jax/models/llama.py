@@ -18,12 +18,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from vilam3_jax import compat
 from vilam3_jax.errors import UserError
 from vilam3_jax.models.layers import Embed, Linear, RMSNorm, run_stack
-from vilam3_jax.ops import partition
 from vilam3_jax.ops.attention import attention
-from vilam3_jax.ops.partition import shard
+from vilam3_jax.runtime import compat
+from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding.logical_axes import shard
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 _INIT = jax.nn.initializers.normal(0.02)
@@ -267,8 +267,8 @@ class Llama(nnx.Module):
     def head_stored(self) -> PartitionSpec | None:
         """Where the kernel of `head_kernel` lies in a sharded step."""
         if self.lm_head is not None:
-            return partition.stored("llm/lm_head/kernel")
-        table = partition.stored("llm/embed/embedding")
+            return logical_axes.stored("llm/lm_head/kernel")
+        table = logical_axes.stored("llm/embed/embedding")
         return None if table is None else PartitionSpec(*reversed((*table, None, None)[:2]))
 
     def logits(self, hidden: jax.Array) -> jax.Array:

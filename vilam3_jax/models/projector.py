@@ -12,7 +12,7 @@ from flax import nnx
 
 from vilam3_jax.errors import UserError
 from vilam3_jax.models.layers import LayerNorm, Linear
-from vilam3_jax.ops.partition import shard
+from vilam3_jax.sharding.logical_axes import shard
 
 _NORM_EPS = 1e-5  # PyTorch's default, with which the released projectors were trained
 # Visual tokens should start at the size of text embeddings (rms 0.02 to 0.15 in trained language models); the

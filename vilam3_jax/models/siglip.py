@@ -10,10 +10,10 @@ from flax import nnx
 
 from vilam3_jax.errors import UserError
 from vilam3_jax.models.layers import Embed, EncoderBlock, GeluMLP, LayerNorm, Linear, SelfAttention, run_stack
-from vilam3_jax.ops import partition
 from vilam3_jax.ops.attention import row_length
-from vilam3_jax.ops.partition import shard
-from vilam3_jax.ops.products import einsum
+from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding.logical_axes import shard
+from vilam3_jax.sharding.matmul import einsum
 
 _SMOOTH_NORM = 4.0  # of a first filter's smooth part; its white part has norm 1
 # Of a new position table: half the size of a patch's embedding after these filters. A small one (0.07) takes
@@ -163,12 +163,12 @@ class SiglipVision(nnx.Module):
         check_images(images, self.image_size)
         return self.pixel_features(images.astype(jnp.float32))
 
-    @partition.of_a_tower()
+    @logical_axes.of_a_tower()
     def pixel_features(self, pixels: jax.Array) -> jax.Array:
         """`features` of interpolated pixels: float32 [N, S, S, 3] on the scale of 0..255."""
         return self._run(pixels, self.num_feature_layers)
 
-    @partition.of_a_tower()
+    @logical_axes.of_a_tower()
     def pooled(self, images: jax.Array) -> jax.Array:
         """Image embedding for contrastive training: uint8 [N, S, S, 3] -> [N, D], not normalised.
 
@@ -202,7 +202,7 @@ class SiglipText(nnx.Module):
         self.final_norm = LayerNorm(cfg.hidden_size, eps=cfg.norm_eps, dtype=dtype, param_dtype=param_dtype)
         self.head = Linear(cfg.hidden_size, out_dim, **kwargs)
 
-    @partition.of_a_tower()
+    @logical_axes.of_a_tower()
     def __call__(self, tokens: jax.Array, valid: jax.Array) -> jax.Array:
         """Tokens int [B, T], valid bool [B, T] (padding on the right) -> [B, E], not normalised.
 

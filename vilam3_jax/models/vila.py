@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from vilam3_jax import compat
 from vilam3_jax.config import ImageLayout, image_layout
 from vilam3_jax.errors import UserError
 from vilam3_jax.models.contrastive import TwoTower
@@ -18,10 +17,11 @@ from vilam3_jax.models.intern_vit import InternViT
 from vilam3_jax.models.layers import find_weights
 from vilam3_jax.models.llama import Llama
 from vilam3_jax.models.projector import Projector, grid_tokens, plan
-from vilam3_jax.models.scales import s2_features, tile_features
+from vilam3_jax.models.s2 import s2_features, tile_features
 from vilam3_jax.models.siglip import SiglipVision, check_images
-from vilam3_jax.ops import partition
-from vilam3_jax.ops.partition import shard
+from vilam3_jax.runtime import compat
+from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding.logical_axes import shard
 
 VISION_TOWERS = {"siglip": SiglipVision, "intern_vit": InternViT}
 LLMS = {"llama": Llama}
@@ -147,10 +147,10 @@ def _over_all_devices(encode: Callable[[jax.Array], jax.Array], images: jax.Arra
       [G * M, T, D].
     """
     groups, slots = images.shape[:2]
-    if partition.ways("length") == 1:
+    if logical_axes.ways("length") == 1:
         return encode(images.reshape(groups * slots, *images.shape[2:]))
-    with partition.whole_rows():
-        devices = partition.ways("batch")
+    with logical_axes.whole_rows():
+        devices = logical_axes.ways("batch")
         extra = next((n for n in range(devices) if groups * (slots + n) % devices == 0), 0)
         padded = jnp.pad(images, ((0, 0), (0, extra), (0, 0), (0, 0), (0, 0)))
         encoded = encode(shard(padded.reshape(-1, *images.shape[2:]), "batch", None, None, None))

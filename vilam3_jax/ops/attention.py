@@ -13,8 +13,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.ops import attention_blockwise, attention_cudnn, attention_splash, partition
+from vilam3_jax.ops import attention_blockwise, attention_cudnn, attention_splash
 from vilam3_jax.ops.attention_xla import MAX_QUERY_BLOCKS, MIN_QUERY_BLOCK, Marks, attend_blocks
+from vilam3_jax.sharding import logical_axes
 
 # Fewer queries (a pooling probe, short texts) have small scores, and padding to the kernel's blocks would
 # cost more than the kernel saves.
@@ -43,7 +44,7 @@ def attention(
     A query attends to a key iff their segment ids are equal and not 0 and, when causal, the key's position
     is not beyond the query's. A query with no key at all (padding) gives zeros.
 
-    In a sharded step (`partition.activation_rules`) every device attends for its own rows, heads and queries.
+    In a sharded step (`logical_axes.activation_rules`) every device computes its own rows, heads and queries.
     Keys and values are repeated only where there are fewer key heads than parts that the heads are cut into.
     Which implementation runs is the step's choice (`config.attention`); calls with explicit positions, those
     of cached generation, are always XLA's.
@@ -81,9 +82,9 @@ def attention(
     # Rounded once, not twice: 1/sqrt(hd) is seldom a number of the queries' type.
     q = (q.astype(jnp.float32) * (head_dim**-0.5 if scale is None else scale)).astype(q.dtype)
     marks = Marks(segment_ids_q, segment_ids_kv, q_positions, kv_positions)
-    if length is not None and partition.ways(length) > 1:
+    if length is not None and logical_axes.ways(length) > 1:
         return _over_devices_of_a_row(q, k, v, marks, causal, length)
-    parts = partition.ways("heads")
+    parts = logical_axes.ways("heads")
     k, v = _match_heads(k, heads, parts), _match_heads(v, heads, parts)
     return _by_implementation(q, k, v, marks, causal, spread=True)
 
@@ -94,8 +95,8 @@ def row_length(tokens: int) -> int:
     A kernel pads rows to whole blocks, in every layer and back; one padding of the tower's input is cheaper,
     if it adds little to the other products.
     """
-    choice = partition.attention_choice()
-    kernel = choice == "splash" or (choice in ("auto", "ring") and partition.platform() == "tpu")
+    choice = logical_axes.attention_choice()
+    kernel = choice == "splash" or (choice in ("auto", "ring") and logical_axes.platform() == "tpu")
     if not kernel or tokens < MIN_KERNEL_QUERIES:
         return tokens
     padded = attention_splash.padded(tokens)
@@ -121,7 +122,7 @@ def _by_implementation(
 
 def _implementation(q: jax.Array) -> str:
     """'xla', 'splash' or 'cudnn', by the step's choice and the devices that it is for."""
-    choice, platform = partition.attention_choice(), partition.platform()
+    choice, platform = logical_axes.attention_choice(), logical_axes.platform()
     if choice == "splash" and platform != "tpu" and not attention_splash.INTERPRET:
         raise UserError(
             f"config attention='splash' is a kernel for TPUs, and the devices are {platform}; "
@@ -133,7 +134,7 @@ def _implementation(q: jax.Array) -> str:
         return choice
     if platform == "tpu" and q.shape[1] >= MIN_KERNEL_QUERIES:
         return "splash"
-    whole = q.shape[1] >= MIN_KERNEL_QUERIES and partition.ways("queries") == 1
+    whole = q.shape[1] >= MIN_KERNEL_QUERIES and logical_axes.ways("queries") == 1
     return "cudnn" if platform == "gpu" and whole and not attention_cudnn.refusal(q) else "xla"
 
 
@@ -157,19 +158,19 @@ def _over_devices_of_a_row(
     Where heads divide, devices exchange lengths for heads before and after (arXiv:2309.14509); else, or if
     the step asks for it, keys travel around a ring.
     """
-    placed, size = partition.placement(), partition.ways(length)
+    placed, size = logical_axes.placement(), logical_axes.ways(length)
     assert placed is not None
     mesh, spec = placed
-    choice = partition.attention_choice()
+    choice = logical_axes.attention_choice()
     q_len, heads, kv_heads = q.shape[1], q.shape[2], k.shape[2]
     if marks.q_positions is not None or k.shape[1] != q_len:
         raise ValueError("a row over several devices attends to itself, by its own indices")
-    if q_len % size or partition.ways("queries") > 1:
+    if q_len % size or logical_axes.ways("queries") > 1:
         raise UserError(
             f"rows of {q_len} do not split into {size} along activation_rules.{length}, or queries are split "
             "too: set data.seq_len to a multiple, activation_rules.queries to ''"
         )
-    parts = partition.ways("heads") * size
+    parts = logical_axes.ways("heads") * size
     exchange = choice != "ring" and heads % math.lcm(parts, kv_heads) == 0
     if not exchange and choice in ("splash", "cudnn"):
         raise UserError(
@@ -177,7 +178,7 @@ def _over_devices_of_a_row(
             f"mesh.tensor times mesh.context; change the mesh, or set attention to 'ring'"
         )
     if not exchange:
-        parts = partition.ways("heads")
+        parts = logical_axes.ways("heads")
     k, v = _match_heads(k, heads, parts), _match_heads(v, heads, parts)
     ids = marks.segment_ids_q, marks.segment_ids_kv
     if marks.segment_ids_q is None:
@@ -264,7 +265,7 @@ def _on_devices(
     Left to the partitioner, the reshapes inside cost some fifty small collectives a layer and direction.
     A splash `kernel` is the first argument, `cut` into the parts of the queries or the same for all of them.
     """
-    placed = partition.placement() if spread else None
+    placed = logical_axes.placement() if spread else None
     first = () if kernel is None else (kernel,)
     if placed is None:
         return local(*first, q, k, v, marks)
@@ -304,7 +305,7 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, marks: Marks, causal: bool, s
         local = partial(attention_blockwise.attend, causal=causal)
     else:
         block = min(q_len, max(MIN_QUERY_BLOCK, -(-q_len // MAX_QUERY_BLOCKS))) if by_row_index else q_len
-    block += -block % (partition.ways("queries") if spread else 1)
+    block += -block % (logical_axes.ways("queries") if spread else 1)
     if q_len <= MAX_SHORT:
         local = partial(attend_blocks, keys_per_block=block if by_row_index else None)
     marks = marks._replace(
@@ -329,7 +330,7 @@ def _all_given(marks: Marks, q_len: int, kv_len: int) -> Marks:
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, marks: Marks, causal: bool, spread: bool) -> jax.Array:
     batch, q_len, heads, head_dim = q.shape
-    parts, head_parts = (partition.ways("queries"), partition.ways("heads")) if spread else (1, 1)
+    parts, head_parts = (logical_axes.ways("queries"), logical_axes.ways("heads")) if spread else (1, 1)
     # Where devices share the queries, each has a part of every block: under a causal mask, equal work.
     if parts > 1:
         block = attention_splash.padded(-(-q_len // (MAX_QUERY_BLOCKS * parts))) * parts
@@ -358,7 +359,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, marks: Marks, causal: bool
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, marks: Marks, causal: bool, spread: bool) -> jax.Array:
     batch, q_len, heads, head_dim = q.shape
-    if spread and partition.ways("queries") > 1:
+    if spread and logical_axes.ways("queries") > 1:
         raise UserError(
             "config attention: cuDNN's kernel takes whole rows; set activation_rules.queries to '', or "
             "attention to 'xla'"

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vilam3_jax import compat
-from vilam3_jax.ops.products import einsum
+from vilam3_jax.runtime import compat
+from vilam3_jax.sharding.matmul import einsum
 
 BLOCK = 512
 # Finite, so that arithmetic with it is; less than any score.

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vilam3_jax import compat
-from vilam3_jax.ops.products import einsum
+from vilam3_jax.runtime import compat
+from vilam3_jax.sharding.matmul import einsum
 
 # Causal self-attention is cut into up to MAX_QUERY_BLOCKS blocks of queries, each seeing only the keys up to
 # its own end: 5/8 of the multiplications and less score memory than the full square, measured in

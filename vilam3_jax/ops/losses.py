@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
-from vilam3_jax.compat import equally_varying
 from vilam3_jax.errors import UserError
-from vilam3_jax.ops import partition
-from vilam3_jax.ops.partition import placement
-from vilam3_jax.ops.products import LANES, einsum
+from vilam3_jax.runtime.compat import equally_varying
+from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding.logical_axes import placement
+from vilam3_jax.sharding.matmul import LANES, einsum
 
 _PIECE_BYTES = 2**28
 
@@ -37,7 +37,7 @@ def chunked_cross_entropy(
     logits exist at a time. The gradient is taken in the same pass as the value (logits are not computed
     again) and is exact; `loss_weights` are constants.
 
-    In a sharded step (`partition.activation_rules`) every device works on its own rows, and on its part of
+    In a sharded step (`logical_axes.activation_rules`) every device works on its own rows, and on its part of
     the vocabulary if that is split. The kernel is gathered once, its gradient summed and split once, at the
     end.
 
@@ -111,19 +111,19 @@ class _Axes(NamedTuple):
 def _on_devices(hidden, head_kernel, targets, weights, chunk, stored, wanted):
     """Returns ((sum of losses, sum of right answers), (gradients by hidden and kernel, or None))."""
     local = partial(_local_cross_entropy, chunk=chunk, wanted=wanted)
-    placed = partition.placement()
+    placed = logical_axes.placement()
     if placed is None:
         return local(hidden, head_kernel, targets, weights, axes=_Axes())
     mesh, spec = placed
     rows, columns = (*(stored or ()), None, None)[:2]
     tokens = spec("batch", "length")
     axes = _Axes(
-        tokens=partition.mesh_axes("batch") + partition.mesh_axes("length"),
-        vocab=partition.mesh_axes("vocab"),
-        kernel_rows=partition.split_over(rows),
-        columns_stored=bool(partition.split_over(columns)),
+        tokens=logical_axes.mesh_axes("batch") + logical_axes.mesh_axes("length"),
+        vocab=logical_axes.mesh_axes("vocab"),
+        kernel_rows=logical_axes.split_over(rows),
+        columns_stored=bool(logical_axes.split_over(columns)),
     )
-    if axes.columns_stored and partition.split_over(columns) != axes.vocab:
+    if axes.columns_stored and logical_axes.split_over(columns) != axes.vocab:
         raise UserError(
             f"config parameter_rules has the head's columns over {columns}, activation_rules.vocab the "
             f"logits over {' and '.join(axes.vocab) or 'nothing'}; make them equal"
@@ -163,7 +163,7 @@ def _local_cross_entropy(hidden, head_kernel, targets, weights, *, chunk, wanted
         loss_sum, correct_sum, d_states, d_kernel = carry
         x, target, weight = take(states, i), take(targets, i), take(weights, i)
         logits = einsum("bld,dv->blv", x, kernel, preferred_element_type=jnp.float32)
-        if kernel.shape[1] * partition.size(axes.vocab) > vocab:
+        if kernel.shape[1] * logical_axes.size(axes.vocab) > vocab:
             logits = jnp.where(columns < vocab, logits, -jnp.inf)
         peak = _over(jax.lax.pmax, logits.max(axis=-1, keepdims=True), axes.vocab)
         exponentials = jnp.exp(logits - peak)
@@ -210,7 +210,7 @@ def _own_columns(kernel, axes):
         kernel = jax.lax.all_gather(kernel, axis, axis=0, tiled=True)
     if not axes.vocab:
         return kernel, 0, kernel.shape[1]
-    parts, own = partition.size(axes.vocab), jax.lax.axis_index(axes.vocab)
+    parts, own = logical_axes.size(axes.vocab), jax.lax.axis_index(axes.vocab)
     if axes.columns_stored:
         return kernel, own * kernel.shape[1], kernel.shape[1] * parts
     vocab = kernel.shape[1]
@@ -222,7 +222,7 @@ def _own_columns(kernel, axes):
 def _stored_gradient(gradient, vocab, axes):
     """Sums the gradient by a device's columns over all tokens and brings it to where the kernel is stored."""
     exchanged = [axis for axis in axes.kernel_rows if axis in axes.vocab]
-    thin = axes.kernel_rows and gradient.shape[0] // partition.size(axes.kernel_rows[:1]) < LANES
+    thin = axes.kernel_rows and gradient.shape[0] // logical_axes.size(axes.kernel_rows[:1]) < LANES
     pieces = _pieces(gradient) if thin and not exchanged else [gradient]
     for axis in axes.kernel_rows:
         if axis in exchanged:
@@ -256,9 +256,9 @@ def sigmoid_contrastive_loss(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """SigLIP's loss (arXiv:2303.15343): every image-text pair of the batch is its own yes/no question.
 
-    In a sharded step (`partition.activation_rules`) texts travel around the devices that share the batch, as
-    in the paper: a device holds the logits of its own images and one device's texts at a time. The gradient
-    is taken in the same pass as the value and is exact.
+    In a sharded step (`logical_axes.activation_rules`) texts travel around the devices that share the batch,
+    as in the paper: a device holds the logits of its own images and one device's texts at a time. The
+    gradient is exact and is computed in the same pass as the value.
 
     Args:
       img: [B, E], unit length.

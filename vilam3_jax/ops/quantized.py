@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.ops import products
+from vilam3_jax.sharding import matmul
 
 # Name → types of a product's factors, and of an incoming gradient.
 NF4_TILE = 64  # rows of a kernel with one scale, as in QLoRA
@@ -29,7 +29,7 @@ _TYPES = {"int8": (jnp.int8, jnp.int8), "fp8": (jnp.float8_e4m3fn, jnp.float8_e5
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizedProducts:
+class QuantizedMatmul:
     """How a module's products are computed.
 
     Attributes:
@@ -59,7 +59,7 @@ def check_installed(key: str) -> None:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def einsum(how: QuantizedProducts, spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+def einsum(how: QuantizedMatmul, spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """`jnp.einsum` of two arrays, both quantised first.
 
     Args:
@@ -90,14 +90,14 @@ def _quantize(array: jax.Array, letters: str, kept: str, kind: Any) -> Any:
     return qwix.quantize(array.astype(jnp.float32), kind, channelwise_axes=channels)
 
 
-def _forward(how: QuantizedProducts, spec: str, x: Any, y: Any) -> tuple[jax.Array, tuple[Any, Any]]:
+def _forward(how: QuantizedMatmul, spec: str, x: Any, y: Any) -> tuple[jax.Array, tuple[Any, Any]]:
     # Kept as they came, and quantised again where it is asked for: a quantised kernel would be one more array
     # for every layer.
     kept = x.value if y.perturbed else None, y.value if x.perturbed else None
     return einsum(how, spec, x.value, y.value), kept
 
 
-def _backward(how: QuantizedProducts, spec: str, kept: tuple[Any, Any], gradient: Any) -> tuple[Any, Any]:
+def _backward(how: QuantizedMatmul, spec: str, kept: tuple[Any, Any], gradient: Any) -> tuple[Any, Any]:
     if isinstance(gradient, SymbolicZero):
         return None, None
     factors, result = spec.split("->")
@@ -106,7 +106,7 @@ def _backward(how: QuantizedProducts, spec: str, kept: tuple[Any, Any], gradient
 
     def product(other: jax.Array, letters: str, wanted: str) -> jax.Array:
         if not how.gradients:
-            return products.einsum(f"{result},{letters}->{wanted}", gradient, other)
+            return matmul.einsum(f"{result},{letters}->{wanted}", gradient, other)
         return _gradient_product(how, gradient, result, other, letters, wanted)
 
     return (
@@ -119,7 +119,7 @@ einsum.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _gradient_product(
-    how: QuantizedProducts, gradient: jax.Array, result: str, factor: jax.Array, letters: str, wanted: str
+    how: QuantizedMatmul, gradient: jax.Array, result: str, factor: jax.Array, letters: str, wanted: str
 ) -> jax.Array:
     """The product of an incoming gradient with a factor as the forward pass quantised it.
 
@@ -224,11 +224,11 @@ def _nf4_values(codes: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def frozen_einsum(spec: str, x: jax.Array, kernel: QuantizedKernel) -> jax.Array:
-    """`products.einsum` with a kernel that is stored quantised; only `x` has a gradient.
+    """`matmul.einsum` with a kernel that is stored quantised; only `x` has a gradient.
 
     The backward pass dequantises again: no layer's kernel is kept as an array.
     """
-    return products.einsum(spec, x, kernel.dequantize())
+    return matmul.einsum(spec, x, kernel.dequantize())
 
 
 def _frozen_forward(spec: str, x: jax.Array, kernel: QuantizedKernel) -> tuple[jax.Array, QuantizedKernel]:
@@ -238,7 +238,7 @@ def _frozen_forward(spec: str, x: jax.Array, kernel: QuantizedKernel) -> tuple[j
 def _frozen_backward(spec: str, kernel: QuantizedKernel, gradient: jax.Array) -> tuple[jax.Array, None]:
     factors, result = spec.split("->")
     first, second = factors.split(",")
-    return products.einsum(f"{result},{second}->{first}", gradient, kernel.dequantize()), None
+    return matmul.einsum(f"{result},{second}->{first}", gradient, kernel.dequantize()), None
 
 
 frozen_einsum.defvjp(_frozen_forward, _frozen_backward)

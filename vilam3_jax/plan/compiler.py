@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 
-from vilam3_jax import paths
 from vilam3_jax.errors import UserError
 from vilam3_jax.plan.topology import Topology
+from vilam3_jax.runtime import paths
 from vilam3_jax.training import program as program_lib
 from vilam3_jax.training.chips import GIB
 

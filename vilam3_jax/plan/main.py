@@ -15,13 +15,13 @@ from typing import Any, cast
 from absl import flags
 
 from vilam3_jax import config as config_lib
-from vilam3_jax import paths
 from vilam3_jax.errors import UserError
 from vilam3_jax.plan import compiler, estimate
 from vilam3_jax.plan import search as search_lib
 from vilam3_jax.plan import topology as topology_lib
 from vilam3_jax.plan.estimate import Plan
 from vilam3_jax.plan.topology import Topology
+from vilam3_jax.runtime import paths
 from vilam3_jax.training.chips import GIB
 
 _CACHE = "~/.cache/vilam3/plan"
@@ -73,7 +73,7 @@ def table(plan: Plan) -> str:
         lines.append(f"cost                  {_span(plan.cost)}")
     lines += [f"note: {note}" for note in _notes(speed)]
     if slots := plan.changes.get("data.images_per_group"):
-        lines.append(f"note: samples of more than {slots} images would be put aside; ask `vilam3 data stats`")
+        lines.append(f"note: samples of more than {slots} images would be skipped; ask `vilam3 data stats`")
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from vilam3_jax.evals import tables
-from vilam3_jax.report import plots, runs, words
+from vilam3_jax.report import captions, plots, runs
 from vilam3_jax.report.dialogues import Dialogue
 from vilam3_jax.report.pictures import Licence
 from vilam3_jax.report.plots import Series
@@ -48,7 +48,7 @@ def page(title: str, eyebrow: str, body: Sequence[str], sections: Sequence[tuple
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{text(title)}</title><style>\n{css}</style></head>\n"
         f'<body><div class="page"><header><p class="eyebrow">{text(eyebrow)}</p><h1>{text(title)}</h1>'
-        f'<p class="banner"><strong>Not for clinical use.</strong> {text(words.BANNER)}</p>'
+        f'<p class="banner"><strong>Not for clinical use.</strong> {text(captions.BANNER)}</p>'
         + (f'<nav aria-label="Sections">{links}</nav>' if links else "")
         + "</header>\n<main>"
         + "\n".join(body)
@@ -125,7 +125,7 @@ def loss_panels(stages: Sequence[runs.Stage]) -> str:
     """One loss chart for each run."""
     panels = []
     for stage in stages:
-        logged = [row for row in stage.metrics if words.is_number(row.get("loss"))]
+        logged = [row for row in stage.metrics if captions.is_number(row.get("loss"))]
         steps, losses = [row["step"] for row in logged], [row["loss"] for row in logged]
         series = [
             Series("training", steps, losses, "raw"),
@@ -135,11 +135,11 @@ def loss_panels(stages: Sequence[runs.Stage]) -> str:
             ("heldout_swapped", "held-out, images exchanged", "swapped"),
             ("heldout_true", "held-out, true images", "true"),
         ):
-            points = [row for row in stage.metrics if words.is_number(row.get(key))]
+            points = [row for row in stage.metrics if captions.is_number(row.get(key))]
             series.append(Series(name, [p["step"] for p in points], [p[key] for p in points], kind))
         unit = "loss (nats per pair)" if "vision" in stage.name else "loss (nats per token)"
         chart = plots.line_chart(series, title=f"Loss of {stage.name}", x_label="step", y_label=unit)
-        panels.append(f"<div><h4>{text(words.stage_title(stage.name))}</h4>{chart}</div>")
+        panels.append(f"<div><h4>{text(captions.stage_title(stage.name))}</h4>{chart}</div>")
     legend = "".join(
         f"<li>{plots.key_mark(kind)}{text(name)}</li>"
         for kind, name in (
@@ -149,7 +149,7 @@ def loss_panels(stages: Sequence[runs.Stage]) -> str:
         )
     )
     return figure(
-        f'<ul class="legend">{legend}</ul><div class="panels">{"".join(panels)}</div>', words.LOSS_CAPTION
+        f'<ul class="legend">{legend}</ul><div class="panels">{"".join(panels)}</div>', captions.LOSS_CAPTION
     )
 
 
@@ -157,7 +157,7 @@ def throughput_panels(stages: Sequence[runs.Stage]) -> str:
     """One speed chart for each run."""
     panels = []
     for stage in stages:
-        rows = [row for row in stage.metrics if words.is_number(row.get("tokens_per_second"))]
+        rows = [row for row in stage.metrics if captions.is_number(row.get("tokens_per_second"))]
         series = [Series("speed", [r["step"] for r in rows], [r["tokens_per_second"] for r in rows], "train")]
         chart = plots.line_chart(
             series,
@@ -167,8 +167,8 @@ def throughput_panels(stages: Sequence[runs.Stage]) -> str:
             from_zero=True,
             height=140,
         )
-        panels.append(f"<div><h4>{text(words.stage_title(stage.name))}</h4>{chart}</div>")
-    return figure(f'<div class="panels">{"".join(panels)}</div>', words.SPEED_CAPTION)
+        panels.append(f"<div><h4>{text(captions.stage_title(stage.name))}</h4>{chart}</div>")
+    return figure(f'<div class="panels">{"".join(panels)}</div>', captions.SPEED_CAPTION)
 
 
 def stage_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
@@ -186,19 +186,19 @@ def stage_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
     )
     rows = [
         (
-            words.stage_title(name),
-            words.count(one.get("steps")),
-            words.count(one.get("tokens")),
-            words.count(one.get("tokens_per_second")),
-            words.loss(one.get("loss_first")),
-            words.loss(one.get("loss_last")),
-            words.loss(one.get("heldout_true")),
-            words.loss(one.get("heldout_swapped")),
-            words.duration(one.get("seconds")),
+            captions.stage_title(name),
+            captions.count(one.get("steps")),
+            captions.count(one.get("tokens")),
+            captions.count(one.get("tokens_per_second")),
+            captions.loss(one.get("loss_first")),
+            captions.loss(one.get("loss_last")),
+            captions.loss(one.get("heldout_true")),
+            captions.loss(one.get("heldout_swapped")),
+            captions.duration(one.get("seconds")),
         )
         for name, one in stages.items()
     ]
-    return table(head, rows, caption=words.STAGE_CAPTION)
+    return table(head, rows, caption=captions.STAGE_CAPTION)
 
 
 # --- evaluation
@@ -209,26 +209,30 @@ def retrieval_table(retrieval: Mapping[str, Any]) -> str:
     rows = [
         (
             "All images",
-            words.percent(retrieval["accuracy"]),
+            captions.percent(retrieval["accuracy"]),
             _interval_words(retrieval.get("interval")) if "interval" in retrieval else "",
-            words.count(retrieval["n"]),
-            words.count(retrieval.get("clusters")),
+            captions.count(retrieval["n"]),
+            captions.count(retrieval.get("clusters")),
         )
     ]
     for name, one in (retrieval.get("per_class") or {}).items():
-        counts = (words.count(one["n"]), words.count(one["clusters"]))
-        rows.append((f"of these, {name}", words.percent(one["accuracy"]), "", *counts))
+        counts = (captions.count(one["n"]), captions.count(one["clusters"]))
+        rows.append((f"of these, {name}", captions.percent(one["accuracy"]), "", *counts))
     if "balanced_accuracy" in retrieval:
-        rows.append(("Mean over modalities", words.percent(retrieval["balanced_accuracy"]), "", "", ""))
-    rows.append(("Chance: one of the modalities at random", words.percent(retrieval["chance"]), "", "", ""))
+        rows.append(("Mean over modalities", captions.percent(retrieval["balanced_accuracy"]), "", "", ""))
+    rows.append(
+        ("Chance: one of the modalities at random", captions.percent(retrieval["chance"]), "", "", "")
+    )
     if "majority" in retrieval:
-        rows.append(("Always the most frequent modality", words.percent(retrieval["majority"]), "", "", ""))
+        rows.append(
+            ("Always the most frequent modality", captions.percent(retrieval["majority"]), "", "", "")
+        )
     head = ("Stage 1, nearest text", "Right", "95 % interval", "Images", "Volumes")
-    return table(head, rows, caption=words.RETRIEVAL_CAPTION, kind="narrow")
+    return table(head, rows, caption=captions.RETRIEVAL_CAPTION, kind="narrow")
 
 
 def _interval_words(interval: Sequence[float] | None) -> str:
-    return words.TOO_FEW if interval is None else f"{100 * interval[0]:.0f} to {100 * interval[1]:.0f}"
+    return captions.TOO_FEW if interval is None else f"{100 * interval[0]:.0f} to {100 * interval[1]:.0f}"
 
 
 def arms_figure(entries: Sequence[Document], *, oracle: bool) -> str:
@@ -238,7 +242,7 @@ def arms_figure(entries: Sequence[Document], *, oracle: bool) -> str:
         return ""
     dots = [
         plots.Dot(
-            words.arm_title(one["arm"]),
+            captions.arm_title(one["arm"]),
             one["accuracy"],
             tuple(one["interval"]) if one["interval"] else None,
             tuple(one.get("per_cluster", {}).values()),
@@ -270,7 +274,7 @@ def arms_table(entries: Sequence[Document], *, oracle: bool, caption: str) -> st
         groups.setdefault((one["question_type"], one["label_source"]), {})[one["arm"]] = one
     ordered = sorted(groups, key=lambda key: (key[0] != "all", key))
     head = '<th scope="col">Questions</th><th scope="col">n</th><th scope="col">Volumes</th>' + "".join(
-        f'<th scope="col"{_strong(arm)}>{text(words.arm_title(arm))}</th>' for arm in arms
+        f'<th scope="col"{_strong(arm)}>{text(captions.arm_title(arm))}</th>' for arm in arms
     )
     body, details = [], []
     for key in ordered:
@@ -279,22 +283,22 @@ def arms_table(entries: Sequence[Document], *, oracle: bool, caption: str) -> st
         same = len(sizes) == 1
         few = all(one["interval"] is None for one in cells.values())
         n, clusters = next(iter(sizes)) if same else ("", "")
-        few_words = f'<small class="few">{text(words.TOO_FEW)}</small>' if few else ""
+        few_words = f'<small class="few">{text(captions.TOO_FEW)}</small>' if few else ""
         source = "" if key[0] == "all" else f"<small>{text(key[1])}</small>"
         kind = ' class="total"' if key[0] == "all" else ""
-        line = f'<tr{kind}><th scope="row">{text(words.type_title(key[0]))}{source}</th>'
+        line = f'<tr{kind}><th scope="row">{text(captions.type_title(key[0]))}{source}</th>'
         line += f"<td>{text(n)}</td><td>{text(clusters)}{few_words}</td>"
         body.append(line + "".join(_arm_cell(cells.get(arm), arm, few, same) for arm in arms) + "</tr>")
         volumes = sorted({volume for one in cells.values() for volume in one.get("per_cluster") or {}})
         for volume in volumes:
             values = (cells[arm].get("per_cluster", {}).get(volume) if arm in cells else None for arm in arms)
-            details.append((words.type_title(key[0]), volume[:12], *map(words.percent, values)))
+            details.append((captions.type_title(key[0]), volume[:12], *map(captions.percent, values)))
     out = _table(head, "".join(body), caption, "arms")
     if details:
         per_volume = table(
-            ("Questions", "Volume", *map(words.arm_title, arms)),
+            ("Questions", "Volume", *map(captions.arm_title, arms)),
             details,
-            caption=words.PER_VOLUME_CAPTION,
+            caption=captions.PER_VOLUME_CAPTION,
             wordy=(1,),
             kind="arms",
         )
@@ -317,7 +321,7 @@ def _arm_cell(one: Document | None, arm: str, few: bool, same: bool) -> str:
     strong = " strong" if arm == "stage4_experts" else ""
     note = f' title="{text(one["note"])}"' if one.get("note") else ""
     return (
-        f'<td class="cell{strong}"{note}>{words.percent(one["accuracy"])}'
+        f'<td class="cell{strong}"{note}>{captions.percent(one["accuracy"])}'
         f'<span class="bar"><i style="--v:{share:.1f}"></i></span>'
         + (f"<small>{text(below)}</small>" if below else "")
         + "</td>"
@@ -326,27 +330,29 @@ def _arm_cell(one: Document | None, arm: str, few: bool, same: bool) -> str:
 
 def comparisons_table(comparisons: Sequence[Document]) -> str:
     """Paired differences, groups of questions across, with interval or the reason why there is none."""
-    groups = [name for name in words.GROUPS if any(one["group"] == name for one in comparisons)]
+    groups = [name for name in captions.GROUPS if any(one["group"] == name for one in comparisons)]
     if not groups:
         return "<p>No two arms answered a question in common.</p>"
     cells = {(one["first"], one["second"], one["group"]): one for one in comparisons}
     body = []
     for first, second in dict.fromkeys((one["first"], one["second"]) for one in comparisons):
-        line = f'<tr><th scope="row">{text(words.arm_title(first))} − {text(words.arm_title(second))}</th>'
+        line = (
+            f'<tr><th scope="row">{text(captions.arm_title(first))} − {text(captions.arm_title(second))}</th>'
+        )
         for group in groups:
             one = cells.get((first, second, group))
-            line += f"<td>{_difference(one) if one else words.NONE}</td>"
+            line += f"<td>{_difference(one) if one else captions.NONE}</td>"
         body.append(line + "</tr>")
     head = '<th scope="col">Arms</th>' + "".join(
-        f'<th scope="col">{text(words.GROUPS[g])}</th>' for g in groups
+        f'<th scope="col">{text(captions.GROUPS[g])}</th>' for g in groups
     )
-    return _table(head, "".join(body), words.COMPARISON_CAPTION, "arms")
+    return _table(head, "".join(body), captions.COMPARISON_CAPTION, "arms")
 
 
 def _difference(one: Document) -> str:
-    interval = " to ".join(map(words.points, one["interval"])) if one["interval"] else words.TOO_FEW
+    interval = " to ".join(map(captions.points, one["interval"])) if one["interval"] else captions.TOO_FEW
     return (
-        f"{words.points(one['difference'])}<small>{text(interval)}</small>"
+        f"{captions.points(one['difference'])}<small>{text(interval)}</small>"
         f"<small>n {one['n']}, {one['clusters']} volumes</small>"
     )
 
@@ -361,19 +367,19 @@ def behaviour_table(arms: Sequence[runs.Arm]) -> str:
         could = [row for row in spoke if row.get("expert")]
         rows.append(
             (
-                words.arm_title(arm.name),
-                words.count(n),
-                words.percent(sum(bool(row["unparsed"]) for row in arm.rows) / n),
+                captions.arm_title(arm.name),
+                captions.count(n),
+                captions.percent(sum(bool(row["unparsed"]) for row in arm.rows) / n),
                 _share(spoke, lambda row: bool(row["trigger"])),
                 _share(could, lambda row: row.get("expert_right") is True),
             )
         )
     head = ("Arm", "Questions", "Unparsed", "Expert called", "Right expert")
-    return table(head, rows, caption=words.BEHAVIOUR_CAPTION)
+    return table(head, rows, caption=captions.BEHAVIOUR_CAPTION)
 
 
 def _share(rows: Sequence[Document], holds: Callable[[Document], bool]) -> str:
-    return words.percent(sum(map(holds, rows)) / len(rows)) if rows else words.NONE
+    return captions.percent(sum(map(holds, rows)) / len(rows)) if rows else captions.NONE
 
 
 # --- dialogues
@@ -409,8 +415,8 @@ def dialogue_card(one: Dialogue) -> str:
         for name, kind, said in turns
     )
     return (
-        f'<article class="dialogue"><header><span>{text(words.arm_title(one.arm))} · {text(one.kind_words)}'
-        f"</span>{mark}</header>"
+        '<article class="dialogue"><header>'
+        f"<span>{text(captions.arm_title(one.arm))} · {text(one.kind_words)}</span>{mark}</header>"
         + (f'<div class="pictures">{pictures}</div>' if pictures else "")
         + (f'<ul class="swatches">{swatches}</ul>' if swatches else "")
         + f'<dl class="turns">{lines}</dl></article>'
@@ -424,9 +430,9 @@ def dialogue_cards(dialogues: Sequence[Dialogue]) -> str:
 
 def licence_table(licences: Sequence[Licence]) -> str:
     """What was used, under which licence, and where it came from."""
-    rows = [(one.origin, one.licence, one.modality, words.count(len(one.samples))) for one in licences]
+    rows = [(one.origin, one.licence, one.modality, captions.count(len(one.samples))) for one in licences]
     head = ("From", "Licence", "Modality", "Samples")
-    return table(head, rows, caption=words.LICENCE_CAPTION, wordy=(1, 2), kind="sources")
+    return table(head, rows, caption=captions.LICENCE_CAPTION, wordy=(1, 2), kind="sources")
 
 
 def footnotes(notes: Sequence[tuple[str, str]]) -> str:

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from vilam3_jax import paths
 from vilam3_jax.errors import UserError
-from vilam3_jax.report import dialogues, html, pictures, plots, runs, summary, telemetry, words
+from vilam3_jax.report import captions, dialogues, html, pictures, plots, runs, summary, telemetry
+from vilam3_jax.runtime import paths
 
 REPORT_FILE = "report.html"
 _SECTIONS = (
@@ -39,7 +39,7 @@ def quickstart_page(run: runs.Run, document: dict[str, Any], source: pictures.So
         html.figure(
             plots.pipeline(vertical=False).replace('class="pipeline"', 'class="pipeline wide"')
             + plots.pipeline(vertical=True).replace('class="pipeline"', 'class="pipeline tall"'),
-            words.PIPELINE_CAPTION,
+            captions.PIPELINE_CAPTION,
         ),
         html.section(
             "training",
@@ -58,9 +58,9 @@ def quickstart_page(run: runs.Run, document: dict[str, Any], source: pictures.So
             html.figure(
                 f'<div class="panels broad">{html.arms_figure(entries, oracle=False)}'
                 f"{html.arms_figure(entries, oracle=True)}</div>",
-                words.ARMS_CAPTION,
+                captions.ARMS_CAPTION,
             ),
-            html.arms_table(entries, oracle=False, caption=words.MAIN_CAPTION),
+            html.arms_table(entries, oracle=False, caption=captions.MAIN_CAPTION),
             "<h3>Differences between arms</h3>",
             html.comparisons_table(document["comparisons"]),
             "<h3>How the arms answered</h3>",
@@ -69,19 +69,19 @@ def quickstart_page(run: runs.Run, document: dict[str, Any], source: pictures.So
         html.section(
             "oracle",
             html.ORACLE_HEADING,
-            f"<p>{html.text(words.ORACLE_TEXT)}</p>",
-            html.arms_table(entries, oracle=True, caption=words.ORACLE_CAPTION),
+            f"<p>{html.text(captions.ORACLE_TEXT)}</p>",
+            html.arms_table(entries, oracle=True, caption=captions.ORACLE_CAPTION),
         ),
         html.section(
             "dialogues",
             "Sample dialogues",
-            f"<p>{html.text(words.DIALOGUE_TEXT)}</p>",
+            f"<p>{html.text(captions.DIALOGUE_TEXT)}</p>",
             html.dialogue_cards(shown),
         ),
         html.section("licences", "Licences of the samples", html.licence_table(source.licences())),
-        html.section("notes", "What the words mean", html.footnotes(words.FOOTNOTES)),
+        html.section("notes", "What the words mean", html.footnotes(captions.FOOTNOTES)),
     ]
-    kind = words.SIZES.get(document.get("size", ""), "run")
+    kind = captions.SIZES.get(document.get("size", ""), "run")
     return html.page(
         "A small VILA\u2011M3, trained from end to end", f"vilam3_jax · quickstart · {kind}", body, _SECTIONS
     )
@@ -95,7 +95,7 @@ def headline(document: dict[str, Any]) -> str:
 
     def said(arm: str, oracle: bool) -> str | None:
         one = totals.get((arm, oracle))
-        return words.percent(one["accuracy"]) if one else None
+        return captions.percent(one["accuracy"]) if one else None
 
     parts = []
     for oracle, where in ((False, "questions whose labels no expert made"), (True, "oracle questions")):
@@ -118,16 +118,16 @@ def _facts(run: runs.Run, document: dict[str, Any]) -> list[tuple[str, str]]:
         ("Model", _model_words(run.stages[-1].config.get("model", {}))),
         (
             "Machine",
-            f"{machine['processor']}, {machine['cores']} cores, {words.size(machine['memory_bytes'])}",
+            f"{machine['processor']}, {machine['cores']} cores, {captions.size(machine['memory_bytes'])}",
         ),
         ("System", str(machine["platform"])),
         ("Factors of matrix products", str(machine.get("matmul_precision", "not recorded"))),
-        ("Training, five runs", words.duration(trained)),
-        ("Peak memory of a process", words.size(document["peak_rss"])),
+        ("Training, five runs", captions.duration(trained)),
+        ("Peak memory of a process", captions.size(document["peak_rss"])),
         ("Versions", ", ".join(f"{name} {version}" for name, version in document["versions"].items())),
     ]
     if "wall_seconds" in document:
-        pairs.insert(3, ("Everything, without fetching", words.duration(document["wall_seconds"])))
+        pairs.insert(3, ("Everything, without fetching", captions.duration(document["wall_seconds"])))
     if document.get("commit"):
         pairs.append(("Source", str(document["commit"])))
     return pairs
@@ -152,7 +152,7 @@ def training_page(stage: runs.Stage) -> str:
     model = stage.config.get("model", {})
     last = stage.metrics[-1]["step"] if stage.metrics else 0
     planned = stage.config.get("num_steps")
-    steps = words.count(last) + (f" of {words.count(planned)}" if planned else "")
+    steps = captions.count(last) + (f" of {captions.count(planned)}" if planned else "")
     body = [
         html.facts([("Model", _model_words(model)), ("Step", steps), *telemetry.asides(stage)]),
         html.section("training", "Loss", html.loss_panels([stage])),
@@ -160,7 +160,7 @@ def training_page(stage: runs.Stage) -> str:
     ]
     if stage.result:
         body.append(html.section("figures", "Figures", html.stage_table({stage.name: stage.result})))
-    return html.page(words.stage_title(stage.name), "vilam3_jax · one training run", body)
+    return html.page(captions.stage_title(stage.name), "vilam3_jax · one training run", body)
 
 
 def write_report(workdir: paths.PathLike, out: paths.PathLike | None = None) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vilam3_jax import paths
 from vilam3_jax.data import images, volumes
 from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.data.experts.falsify import falsified
@@ -22,6 +21,7 @@ from vilam3_jax.data.records import ExampleSource
 from vilam3_jax.data.tfds_folder import datasets_in, read_info
 from vilam3_jax.errors import UserError
 from vilam3_jax.report.dialogues import Pictures
+from vilam3_jax.runtime import paths
 
 SIDE = 288  # pixels of the longer side: sharp enough on a phone, and two dozen of them stay below 2 MB
 PLANES = ("sagittal", "coronal", "axial")

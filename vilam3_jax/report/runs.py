@@ -8,8 +8,8 @@ from typing import Any
 
 from etils import epath
 
-from vilam3_jax import paths
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 STAGES = ("stage1_vision", "stage2a_align", "stage2b_pretrain", "stage3_instruct", "stage4_expert")
 ARMS = ("stage3", "stage4_no_experts", "stage4_experts", "stage4_falsified", "stage4_blank", "majority")

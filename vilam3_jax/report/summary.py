@@ -15,10 +15,10 @@ from typing import Any
 import jsonschema
 import psutil
 
-from vilam3_jax import paths
 from vilam3_jax.errors import UserError
 from vilam3_jax.evals import statistics
 from vilam3_jax.report import runs
+from vilam3_jax.runtime import paths
 
 SUMMARY_FILE = "summary.json"
 SCHEMA_FILE = "summary.schema.json"

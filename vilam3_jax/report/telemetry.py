@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from vilam3_jax.report import html, plots, runs, words
+from vilam3_jax.report import captions, html, plots, runs
 from vilam3_jax.report.plots import Series
 
 _HEIGHT = 170
@@ -46,16 +46,16 @@ CHARTS = (
 def panels(stage: runs.Stage) -> str:
     """All charts for which the run logged something, as one figure."""
     drawn = [_panel(chart, stage.metrics) for chart in CHARTS]
-    return html.figure(f'<div class="panels">{"".join(drawn)}</div>', words.TELEMETRY_CAPTION)
+    return html.figure(f'<div class="panels">{"".join(drawn)}</div>', captions.TELEMETRY_CAPTION)
 
 
 def asides(stage: runs.Stage) -> list[tuple[str, str]]:
     """(what, how often and how long) of what the run did beside its steps."""
     found = []
-    for key, name in words.ASIDES.items():
-        seconds = [row[key] for row in stage.metrics if words.is_number(row.get(key))]
+    for key, name in captions.ASIDES.items():
+        seconds = [row[key] for row in stage.metrics if captions.is_number(row.get(key))]
         if seconds:
-            found.append((name, f"{len(seconds)} ×, {words.duration(sum(seconds))} in all"))
+            found.append((name, f"{len(seconds)} ×, {captions.duration(sum(seconds))} in all"))
     return found
 
 
@@ -79,7 +79,7 @@ def _panel(chart: Chart, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _logged(chart: Chart, rows: Sequence[dict[str, Any]]) -> list[str]:
-    logged = {key for row in rows for key, value in row.items() if words.is_number(value)}
+    logged = {key for row in rows for key, value in row.items() if captions.is_number(value)}
     out: list[str] = []
     for key in chart.keys:
         wanted = (k for k in logged if k == key or (key.endswith("/") and k.startswith(key)))
@@ -88,6 +88,6 @@ def _logged(chart: Chart, rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _series(chart: Chart, key: str, kind: str, rows: Sequence[dict[str, Any]]) -> Series:
-    points = [(row["step"], row[key]) for row in rows if words.is_number(row.get(key))]
-    name = words.FIGURES.get(key, key.rsplit("/", 1)[-1])
+    points = [(row["step"], row[key]) for row in rows if captions.is_number(row.get(key))]
+    name = captions.FIGURES.get(key, key.rsplit("/", 1)[-1])
     return Series(name, [step for step, _ in points], [value * chart.scale for _, value in points], kind)

@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from vilam3_jax.data.batch_layout import PackedBatch, PairBatch
+from vilam3_jax.data.batches import PackedBatch, PairBatch
 
 for _kind in (PackedBatch, PairBatch):
     jax.tree_util.register_dataclass(

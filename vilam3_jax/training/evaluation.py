@@ -9,13 +9,13 @@ from typing import Any
 
 import jax
 
-from vilam3_jax import paths, processes
-from vilam3_jax.data.batch_layout import Batch
+from vilam3_jax.data.batches import Batch
 from vilam3_jax.data.loader import Loader, build_loader
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths, processes
 from vilam3_jax.training import state as state_lib
 from vilam3_jax.training import step as step_lib
-from vilam3_jax.training.batches import Placement
+from vilam3_jax.training.device_put import Placement
 from vilam3_jax.training.program import Program, compiler_options
 from vilam3_jax.training.writers import JsonLines
 
@@ -43,7 +43,11 @@ class Evaluation:
           start_step: of the checkpoint that the run goes on from; 0 for a new run.
         """
         self._losses, self._answer = losses, answer
-        self._file = JsonLines(workdir, GENERATIONS_FILE, start_step) if answer and processes.lead() else None
+        self._file = (
+            JsonLines(workdir, GENERATIONS_FILE, start_step)
+            if answer and processes.is_primary_process()
+            else None
+        )
 
     def __call__(self, step: int, state: Any, swapped: bool = True) -> dict[str, float]:
         """Measures a state; `swapped` adds the loss with exchanged images."""

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from vilam3_jax.config import ConfigDict, image_layout
-from vilam3_jax.data.batch_layout import Batch, PairBatch
-from vilam3_jax.models import trees, vila
+from vilam3_jax.data.batches import Batch, PairBatch
+from vilam3_jax.models import param_paths, vila
 from vilam3_jax.models.siglip import feature_layers
 from vilam3_jax.training import optimizer as optimizer_lib
 
@@ -104,7 +104,7 @@ def model_flops(config: ConfigDict) -> ModelFlops:
       UserError: model or tables do not fit.
     """
     _, nested = vila.abstract_model(config.model, config.kind)
-    shapes = trees.flatten(nested)
+    shapes = param_paths.flatten(nested)
     rates = optimizer_lib.multipliers(config, list(shapes))
     passes = _Passes(rates, contrastive=config.kind == "contrastive")
     sums: dict[str, float] = {"token": 0.0, "target": 0.0, "image": 0.0}

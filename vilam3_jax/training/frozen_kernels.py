@@ -12,11 +12,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import layers, trees, vila
-from vilam3_jax.ops import partition
+from vilam3_jax.models import layers, param_paths, vila
 from vilam3_jax.ops.quantized import NF4_TILE, QuantizedKernel, check_installed, quantize_kernel
+from vilam3_jax.sharding import logical_axes
 
-_GATHERED_OVER = ("data", "fsdp", partition.FSDP_LINE)  # by products, so an array may as well be whole
+_GATHERED_OVER = ("data", "fsdp", logical_axes.FSDP_LINE)  # by products, so an array may as well be whole
 
 
 def abstract(
@@ -37,7 +37,7 @@ def abstract(
     if not kind:
         return {}
     check_installed("quantization.frozen")
-    model = vila.merge(graphdef, trees.unflatten(dict(params)))
+    model = vila.merge(graphdef, param_paths.unflatten(dict(params)))
     found = {}
     for module in layers.matching(model, modules):
         path = f"{module}/kernel"

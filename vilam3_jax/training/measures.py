@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vilam3_jax.data.batch_layout import Batch, PackedBatch
+from vilam3_jax.data.batches import Batch, PackedBatch
 
 # Sums over a batch, as `flops.Work` has them; the loop adds them up over all steps, logged or not.
 COUNTS = ("tokens", "targets", "images", "attended")

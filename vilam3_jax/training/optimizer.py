@@ -14,7 +14,7 @@ import optax
 
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
-from vilam3_jax.training import tables
+from vilam3_jax.sharding import path_rules
 
 _NOT_DECAYED = re.compile(r".*(norm\d*/scale|bias|logit_scale)")
 _STACKED = re.compile(r".*/(layers|blocks)/.*")  # the first axis counts layers
@@ -66,7 +66,7 @@ def groups(config: ConfigDict, paths: list[str]) -> dict[str, Group]:
     Raises:
       UserError: a parameter without a row, a row without a parameter, or a setting of another form.
     """
-    resolved = tables.resolve(config.trainable, paths, "trainable")
+    resolved = path_rules.resolve(config.trainable, paths, "trainable")
     return {path: _group(setting) for path, setting in resolved.items()}
 
 
@@ -95,7 +95,7 @@ def make_optimizer(config: ConfigDict, rates: Mapping[str, float]) -> optax.Grad
     """
     settings = config.optimizer
     of_frozen_parts_too = [row[0] for row in config.trainable]
-    rows = tables.resolve(config.trainable, rates, "trainable", optional=of_frozen_parts_too)
+    rows = path_rules.resolve(config.trainable, rates, "trainable", optional=of_frozen_parts_too)
     decays = {
         path: 0.0 if _NOT_DECAYED.fullmatch(path) else settings.weight_decay * _group(row).decay
         for path, row in rows.items()

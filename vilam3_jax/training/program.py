@@ -17,12 +17,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.data import batch_sizes
-from vilam3_jax.data.batch_layout import Batch
+from vilam3_jax.data.batches import Batch
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import trees, vila
-from vilam3_jax.ops import partition
+from vilam3_jax.models import param_paths, vila
+from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.training import chips
-from vilam3_jax.training import mesh as mesh_lib
 from vilam3_jax.training import optimizer as optimizer_lib
 from vilam3_jax.training import state as state_lib
 from vilam3_jax.training import step as step_lib
@@ -62,7 +62,7 @@ class Program:
         """
         weights = state_lib.shardings({**self.state["frozen"], **self.state["trainable"]})
         rules = self.config.activation_rules.to_dict() | ({"length": None} if whole_rows else {})
-        return partition.activation_rules(self.mesh, rules, self.config.attention, weights)
+        return logical_axes.activation_rules(self.mesh, rules, self.config.attention, weights)
 
     def lower(self) -> Any:
         """Traces the step; `.compile()` of the result is what runs, `.as_text()` its StableHLO."""
@@ -77,7 +77,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
       UserError: model, tables, batch or mesh do not fit each other.
     """
     graphdef, nested = vila.abstract_model(config.model, config.kind)
-    shapes = trees.flatten(nested)
+    shapes = param_paths.flatten(nested)
     rates = optimizer_lib.multipliers(config, list(shapes))
     step_lib.check_quantization(config, graphdef, nested)
     optimizer = optimizer_lib.make_optimizer(config, {path: rate for path, rate in rates.items() if rate})

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from vilam3_jax import exports
+from vilam3_jax.checkpoints import exports
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import trees, vila
+from vilam3_jax.models import param_paths, vila
 from vilam3_jax.ops.quantized import QuantizedKernel, quantize_kernel
+from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.training import frozen_kernels, step_guard
-from vilam3_jax.training import mesh as mesh_lib
 
 State = dict[str, Any]
 _LORA = "/lora_"
@@ -35,7 +35,7 @@ def abstract_state(
     sharding of the parameter it belongs to.
     """
     graphdef, nested = vila.abstract_model(config.model, config.kind)
-    shapes = trees.flatten(nested)
+    shapes = param_paths.flatten(nested)
     placed = mesh_lib.parameter_shardings(shapes, config.parameter_rules, mesh)
     params = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[path])
@@ -111,7 +111,7 @@ def initial_state(
 
     # Only what no export gave is initialised; the rest is never materialised twice.
     def fresh(key: jax.Array) -> dict[str, Any]:
-        params = trees.flatten(vila.init_params(config.model, config.kind, key))
+        params = param_paths.flatten(vila.init_params(config.model, config.kind, key))
         return {
             path: quantize_kernel(leaf, quantized[path].kind) if path in quantized else leaf
             for path, leaf in params.items()

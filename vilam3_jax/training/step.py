@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from vilam3_jax.config import ConfigDict
-from vilam3_jax.data.batch_layout import ROW_FIELDS, Batch, PackedBatch, PairBatch, arrays, of_arrays
-from vilam3_jax.models import layers, trees, vila
+from vilam3_jax.data.batches import ROW_FIELDS, Batch, PackedBatch, PairBatch, arrays, of_arrays
+from vilam3_jax.models import layers, param_paths, vila
 from vilam3_jax.ops import losses, quantized
 from vilam3_jax.training import batch_trees, measures, step_guard  # noqa: F401 (makes pytrees of batches)
 from vilam3_jax.training.state import model_params
@@ -75,17 +75,17 @@ def check_quantization(config: ConfigDict, graphdef: Any, nested: dict[str, Any]
     Raises:
       UserError: Qwix is not installed, or no module matches.
     """
-    if config.quantization.products:
-        quantized.check_installed("quantization.products")
-        _merge(config, graphdef, trees.flatten(nested))
+    if config.quantization.matmul:
+        quantized.check_installed("quantization.matmul")
+        _merge(config, graphdef, param_paths.flatten(nested))
 
 
 def _merge(config: ConfigDict, graphdef: Any, params: Flat) -> Any:
     """The model as training computes it: with quantised products where the config has them."""
-    model = vila.merge(graphdef, trees.unflatten(params))
+    model = vila.merge(graphdef, param_paths.unflatten(params))
     settings = config.quantization
-    if settings.products:
-        how = quantized.QuantizedProducts(settings.products, settings.gradients)
+    if settings.matmul:
+        how = quantized.QuantizedMatmul(settings.matmul, settings.gradients)
         layers.quantize_products(model, how, settings.modules)
     return model
 

@@ -19,11 +19,11 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from vilam3_jax import paths, processes
 from vilam3_jax.config import ConfigDict
-from vilam3_jax.data.batch_layout import Batch
+from vilam3_jax.data.batches import Batch
+from vilam3_jax.runtime import paths, processes
 from vilam3_jax.training import chips, flops, measures, step_guard, writers
-from vilam3_jax.training.traces import Traces
+from vilam3_jax.training.profiler import Traces
 from vilam3_jax.training.watchdog import Watchdog
 
 read_metrics = writers.read_lines
@@ -112,7 +112,7 @@ class Telemetry:
         self._config, self._last, self._step = config, last, start_step
         self._groups = learning_rate_groups(rates)
         self._speed = Speed(config)
-        lead = processes.lead()
+        lead = processes.is_primary_process()
         self._writers = writers.open_writers(config, workdir, start_step, started) if lead else []
         self._first_start = writers.read_record(workdir).get("first_start", started)
         self._watchdog = Watchdog(workdir, config.telemetry.stall_seconds, jax.process_index())

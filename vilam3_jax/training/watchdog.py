@@ -11,7 +11,7 @@ import threading
 import time
 from typing import Any
 
-from vilam3_jax import paths
+from vilam3_jax.runtime import paths
 
 _LOOKS = 20  # times within the limit that the clock is looked at
 

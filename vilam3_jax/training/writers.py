@@ -21,9 +21,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from vilam3_jax import config as config_lib
-from vilam3_jax import paths
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 METRICS_FILE = "metrics.jsonl"
 # Beside the metrics: when the run was first started, its ids at the services, and what they were sent.

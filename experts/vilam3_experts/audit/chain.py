@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from vilam3_jax import paths
 from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.data.experts.store import content_sha256
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 _SEGMENT = re.compile(r"(\d{8}T\d{6}Z-[0-9a-f]{8})-(\d{10})\.jsonl")
 _HEAD = re.compile(r"(\d{8}T\d{6}Z-[0-9a-f]{8})\.json")

@@ -26,9 +26,9 @@ from vilam3_experts.audit.chain import (
     timestamp,
     write_head,
 )
-from vilam3_jax import paths
 from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 _SYNC_SECONDS = 1.0
 _REMOTE_SECONDS = 10.0

@@ -9,9 +9,9 @@ from vilam3_experts.audit.chain import (
     Call,
     calls,
 )
-from vilam3_jax import paths
 from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.data.experts.store import content_sha256
+from vilam3_jax.runtime import paths
 
 
 @dataclasses.dataclass(frozen=True)

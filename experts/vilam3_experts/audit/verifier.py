@@ -15,8 +15,8 @@ from vilam3_experts.audit.chain import (
     read_head,
     read_lines,
 )
-from vilam3_jax import paths
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 _HEAD = re.compile(r"(\d{8}T\d{6}Z-[0-9a-f]{8})\.json")
 

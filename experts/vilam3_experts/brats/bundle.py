@@ -20,8 +20,8 @@ from etils import epath
 from monai.networks.nets.segresnet import SegResNet
 
 from vilam3_experts import sequences
-from vilam3_jax import paths
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 NAME = "brats_mri_segmentation"
 _HINT = f"give the folder of MONAI's {NAME} bundle"

@@ -26,7 +26,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "annotate",
         help="run an expert over a dataset",
         description="Runs an expert over every scan it is meant for. Started again, it goes on where it was."
-        " Failed scans are named and put aside. Exit code 0: every scan has an answer or a reason;"
+        " Failed scans are named and skipped. Exit code 0: every scan has an answer or a reason;"
         " 1: starting again may help; 2: something must be changed first.",
     )
     parser.add_argument("--expert", required=True, help="name of the expert, see `list`")

@@ -11,10 +11,10 @@ from vilam3_experts.annotate import create_expert
 from vilam3_experts.base import Expert, annotate_one
 from vilam3_experts.inputs import Input, find_inputs
 from vilam3_experts.weights import Weights, is_samples_folder, load_weights
-from vilam3_jax import paths
 from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

@@ -10,11 +10,11 @@ from vilam3_experts.audit import AuditLog
 from vilam3_experts.engine.known import KnownWriter
 from vilam3_experts.engine.work import Outcome, Work
 from vilam3_experts.engine.worker import Keys
-from vilam3_jax import paths
 from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.data.experts.store import AnnotationWriter
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 COMMIT_RECORDS = 256
 COMMIT_SECONDS = 30.0

@@ -20,8 +20,8 @@ import numpy as np
 from etils import epath
 
 from vilam3_experts.inputs import Input
-from vilam3_jax import paths
 from vilam3_jax.data.content_keys import DECODER_VERSION
+from vilam3_jax.runtime import paths
 
 _SUFFIX = ".known"
 _ROW = np.dtype([("first", "<u8"), ("second", "<u8"), ("key", "V32")])

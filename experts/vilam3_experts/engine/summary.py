@@ -14,7 +14,7 @@ from typing import IO
 from etils import epath
 
 from vilam3_experts.engine.work import Outcome
-from vilam3_jax import paths
+from vilam3_jax.runtime import paths
 
 MAX_LISTED = 1000
 MAX_REASONS = 200

@@ -21,7 +21,7 @@ from vilam3_jax.data import file_kinds
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.volume_checks import check_file_size, naming_damage, one_line
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike, as_path, check_passing
+from vilam3_jax.runtime.paths import PathLike, as_path, check_passing
 
 _LABEL_MAP_STORAGE = "1.2.840.10008.5.1.4.1.1.66.7"
 _HEADER = (

@@ -15,9 +15,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vilam3_jax import paths
 from vilam3_jax.datasets.samples import parse_class_map
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 MAX_LABEL_ID = 65535
 _MAX_TABLE_BYTES = 4 << 20

@@ -30,7 +30,7 @@ from vilam3_jax.data.volumes import (
     whole_labels,
 )
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import read_bytes
+from vilam3_jax.runtime.paths import read_bytes
 
 MaskKind = Literal["file", "dicom-seg", "organs"]
 _SLICER_NAME = re.compile(r"segment(\d+)_name")

@@ -18,12 +18,12 @@ from etils import epath
 from vilam3_experts.imported.dicom_seg import is_segmentation, read_seg_header
 from vilam3_experts.imported.masks import MaskSource
 from vilam3_experts.inputs import Input
-from vilam3_jax import paths
 from vilam3_jax.data import file_kinds
 from vilam3_jax.data.folder_walk import list_files
 from vilam3_jax.data.limits import DEFAULT_LIMITS
 from vilam3_jax.data.volumes import GRID_TOLERANCE, describe_volume
 from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.runtime import paths
 
 _READERS = ("nifti", "nifti pair", "nrrd", "metaimage")
 _MASK_FILE = re.compile(r".+\.(nii|nrrd|nhdr|mha|mhd|hdr)(\.gz)?", re.IGNORECASE)

@@ -21,7 +21,6 @@ from vilam3_experts.imported.label_tables import LabelTable, read_label_table, w
 from vilam3_experts.imported.masks import Mask, MaskSource, Reading, read_mask, structure_name
 from vilam3_experts.inputs import Input, find_inputs
 from vilam3_experts.weights import is_samples_folder
-from vilam3_jax import paths
 from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.data.experts.cards import Card
 from vilam3_jax.data.experts.labels import is_lesion, label_group, label_table
@@ -30,6 +29,7 @@ from vilam3_jax.data.volume_checks import naming_damage
 from vilam3_jax.data.volumes import Volume
 from vilam3_jax.datasets.samples import read_samples
 from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.runtime import paths
 
 IMPORTED = "imported"
 _MAX_SOURCE = 120

@@ -24,8 +24,8 @@ from monai.networks.nets.vista3d import VISTA3D, vista3d132
 from safetensors.torch import load as load_safetensors
 
 from vilam3_experts.vista3d.windows import WindowSettings
-from vilam3_jax import paths
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 _MAX_JSON_BYTES = 4 << 20
 _MAX_WEIGHT_BYTES = 4 << 30

@@ -270,7 +270,7 @@ def argmax_labels(
 
 
 class _Best:
-    """The cells of one window: sums are continued or put aside; those complete keep their largest."""
+    """The cells of one window: sums are continued or skipped; those complete keep their largest."""
 
     def __init__(self, plan: Plan, window: tuple[slice, ...], weight: torch.Tensor, sums: Sums) -> None:
         self._sums = sums

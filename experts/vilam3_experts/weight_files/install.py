@@ -9,8 +9,8 @@ from pathlib import Path
 from vilam3_experts.weight_files import convert, fetch
 from vilam3_experts.weight_files.lock import Lock, Pin, pin_of_file
 from vilam3_experts.weight_files.sources import Download, Source
-from vilam3_jax import paths
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 
 def install(

@@ -10,8 +10,8 @@ from typing import Any
 
 from etils import epath
 
-from vilam3_jax import paths
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 FILE = "weights.lock.json"
 _VERSION = 1

@@ -30,12 +30,12 @@ from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from vilam3_jax import paths
 from vilam3_jax.data import file_kinds
 from vilam3_jax.data.deidentify import cleaning, pixels, profile, pseudonyms
 from vilam3_jax.data.folder_walk import list_files
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.runtime import paths
 
 REPORT_NAME = "report.json"
 PATIENT_CHARACTERISTICS = "patient-characteristics"

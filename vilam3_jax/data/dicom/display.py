@@ -11,7 +11,7 @@ import pydicom
 from vilam3_jax.data.dicom.headers import functional_group, items, numbers, short
 from vilam3_jax.data.dicom.lookup_tables import Table, read_table
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike
+from vilam3_jax.runtime.paths import PathLike
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -30,7 +30,7 @@ from pydicom.uid import (
 
 from vilam3_jax.data.dicom.headers import as_number
 from vilam3_jax.data.stored_volume import UNKNOWN
-from vilam3_jax.paths import PathLike
+from vilam3_jax.runtime.paths import PathLike
 
 # What tells apart frames at one position, in the order in which it is tried: keyword and the words for it.
 # An empty word: too long for a message, or a time.

@@ -1,7 +1,7 @@
 """Groups DICOM headers into series, and the slices of a series into stacks, without looking at pixels.
 
 One odd file never stops a series: slices are grouped by grid (as numbers), orientation and kind of object,
-the one large group is the volume, and what is put aside is listed with its reason. Where several groups are
+the one large group is the volume, and what is skipped is listed with its reason. Where several groups are
 equally good, each becomes a series of its own with a numbered identifier, for the user to choose from.
 """
 
@@ -30,7 +30,7 @@ from vilam3_jax.data.dicom.geometry import Plane, Stack, places_along, plane_of,
 from vilam3_jax.data.dicom.headers import naming
 from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.errors import UnavailableError, UserError
-from vilam3_jax.paths import PathLike
+from vilam3_jax.runtime.paths import PathLike
 
 VOLUME, PICTURE, CINE, NO_IMAGE = "volume", "picture", "cine", "not an image"
 
@@ -76,9 +76,9 @@ class Series:
       members: the slices in the order of `affine`; the files in their own order for pictures and cines.
       label: what tells the stack from the others of its series ("echo 2"), or "".
       localizer: every slice is a localizer (scout).
-      notes: sentences about what was assumed or put aside; no patient data.
+      notes: sentences about what was assumed or skipped; no patient data.
       problem: why the series cannot be read as a volume, or None.
-      skipped: (file, reason) of what was put aside.
+      skipped: (file, reason) of what was skipped.
       copies: (kept, other) slices at one position which no header tells apart: they must have equal pixels.
       duplicates: (kept, other) slices of one SOPInstanceUID at one position; differing pixels are noted.
     """
@@ -122,7 +122,7 @@ class FileFrames:
       study: StudyInstanceUID, or "".
       modality: DICOM's code, or "unknown".
       frames: empty if `reason` is given.
-      reason: why the file is put aside, or None.
+      reason: why the file is skipped, or None.
     """
 
     path: PathLike
@@ -145,7 +145,7 @@ class _Found:
 
 @dataclasses.dataclass
 class _Group:
-    """Frames that may form a stack, and what was put aside from them."""
+    """Frames that may form a stack, and what was skipped from them."""
 
     frames: list[Frame]
     label: str = ""
@@ -361,7 +361,7 @@ def _near(frames: list[Frame]) -> list[list[Frame]]:
 
 
 def _main_groups(groups: list[_Group]) -> tuple[list[_Group], list[tuple[Frame, str]]]:
-    """The group that is clearly the volume, or all groups, and what is put aside with its reason."""
+    """The group that is clearly the volume, or all groups, and what is skipped with its reason."""
     if len(groups) > 1 and not _clearly_first([len(group.frames) for group in groups]):
         for group in groups:
             group.label = _description(group.frames[0])

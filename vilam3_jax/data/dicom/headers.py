@@ -34,7 +34,7 @@ from pydicom.values import convert_string
 from vilam3_jax.data.dicom import header_walk
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike, as_path, check_passing, file_size
+from vilam3_jax.runtime.paths import PathLike, as_path, check_passing, file_size
 
 _META = """
     MediaStorageSOPClassUID MediaStorageSOPInstanceUID TransferSyntaxUID

@@ -11,7 +11,7 @@ from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, Implic
 from vilam3_jax.data.dicom.headers import numbers
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike
+from vilam3_jax.runtime.paths import PathLike
 
 GREY = ("MONOCHROME1", "MONOCHROME2")
 COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_422", "YBR_ICT", "YBR_RCT")

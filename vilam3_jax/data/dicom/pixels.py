@@ -33,7 +33,7 @@ from vilam3_jax.data.dicom.lookup_tables import Table, palette, read_table
 from vilam3_jax.data.intensity import percentile_limits, usable_values
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.errors import UserError, warn_of
-from vilam3_jax.paths import PathLike
+from vilam3_jax.runtime.paths import PathLike
 
 _ASPECT_TOLERANCE = 0.01
 _PIXEL_SHAPES = {

@@ -29,7 +29,7 @@ from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.stored_volume import UNKNOWN, StoredVolume
 from vilam3_jax.data.volume_checks import stated_units
 from vilam3_jax.errors import UnavailableError, UserError
-from vilam3_jax.paths import PathLike, as_path
+from vilam3_jax.runtime.paths import PathLike, as_path
 
 DAMAGED_HEADER = "a damaged DICOM header"
 _DAMAGED_SHARE = 0.02

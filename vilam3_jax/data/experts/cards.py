@@ -17,9 +17,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vilam3_jax import paths
 from vilam3_jax.data.experts.grammar import NAME
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 HEADER = "Here is a list of available expert models:\n"
 FOOTER = "Give the model <NAME(args)> when selecting a suitable expert model.\n"

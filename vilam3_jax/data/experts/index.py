@@ -33,10 +33,10 @@ from typing import Any, NamedTuple
 import msgpack
 import numpy as np
 
-from vilam3_jax import paths
 from vilam3_jax.data import wire
 from vilam3_jax.data.experts.record import Key
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 MAX_INDEX_BYTES = 16 << 30
 _MAGIC = b"VL3INDEX"

@@ -33,7 +33,6 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from vilam3_jax import paths
 from vilam3_jax.data.content_keys import DECODER_VERSION
 from vilam3_jax.data.experts import index as index_lib
 from vilam3_jax.data.experts.falsify import falsify
@@ -49,6 +48,7 @@ from vilam3_jax.data.experts.record import (
 )
 from vilam3_jax.data.shards import ShardReaders
 from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.runtime import paths
 
 __all__ = [
     "SCHEMA_VERSION",

@@ -7,10 +7,10 @@ import json
 import sys
 from collections.abc import Sequence
 
-from vilam3_jax import paths
 from vilam3_jax.data.leaks import report
 from vilam3_jax.data.leaks.fingerprints import NEAR_DISTANCE
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths
 
 CLEAN, LEAKS = 0, 2
 

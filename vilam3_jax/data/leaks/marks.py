@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from vilam3_jax import paths
 from vilam3_jax.data import content_keys
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ImageRef, path_problem
 from vilam3_jax.data.leaks.fingerprints import Fingerprint, fingerprint
@@ -21,6 +20,7 @@ from vilam3_jax.data.leaks.texts import run_hashes
 from vilam3_jax.data.records import ExampleSource
 from vilam3_jax.data.render import ImageReader
 from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.runtime import paths
 
 _IMAGE_CACHE_BYTES = 256 << 20
 _KEPT_FINGERPRINTS = 1 << 15

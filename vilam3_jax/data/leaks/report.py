@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from vilam3_jax import __version__, paths
+from vilam3_jax import __version__
 from vilam3_jax.data.leaks.fingerprints import NEAR_DISTANCE, Fingerprint, NearIndex
 from vilam3_jax.data.leaks.marks import MarkReader, Marks, read_marks
 from vilam3_jax.data.leaks.texts import RUN, TextIndex
 from vilam3_jax.data.records import ExampleSource
 from vilam3_jax.data.tfds_folder import datasets_in, read_info, resolve
 from vilam3_jax.errors import InputWarning, UserError
+from vilam3_jax.runtime import paths
 
 LEDGER_NAME = "leaks.json"
 SCHEMA_VERSION = 1

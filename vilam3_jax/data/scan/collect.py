@@ -23,7 +23,7 @@ from vilam3_jax.data.folder_walk import list_files
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.scan.records import FileRecord, SeriesRecord, describe, look
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import PathLike, as_path
+from vilam3_jax.runtime.paths import PathLike, as_path
 
 _CHUNK = 64  # files that a worker gets at once
 _FILES_FOR_A_WORKER = 400  # with fewer, starting it takes longer than it saves

@@ -12,7 +12,7 @@ from vilam3_jax.data.limits import DEFAULT_LIMITS
 from vilam3_jax.data.scan import report
 from vilam3_jax.data.scan.collect import collect
 from vilam3_jax.errors import UserError
-from vilam3_jax.paths import write_text_atomic
+from vilam3_jax.runtime.paths import write_text_atomic
 
 
 def main(argv: Sequence[str]) -> int:

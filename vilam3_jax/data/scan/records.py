@@ -43,7 +43,7 @@ from vilam3_jax.data.scan import plain_words
 from vilam3_jax.data.volume_checks import check_file_size
 from vilam3_jax.data.volumes import describe_volume
 from vilam3_jax.errors import UnavailableError, UserError
-from vilam3_jax.paths import as_path, check_passing, file_size
+from vilam3_jax.runtime.paths import as_path, check_passing, file_size
 
 VANISHED = "vanished during the scan"
 CLOSED = "cannot be read; check its permissions"
@@ -146,7 +146,7 @@ class SeriesRecord:
       files: indices of the files it consists of.
       problem: why it cannot be read as a volume, or None.
       notes: what the reader would assume.
-      skipped: reason -> indices of files of the series that are put aside.
+      skipped: reason -> indices of files of the series that are skipped.
     """
 
     identifier: str
@@ -383,12 +383,12 @@ def _series(series: Series, facts: dict[Any, _FileFacts], limits: Limits) -> Ser
     members = [facts[member.path] for member in series.members]
     used, problem, notes = _usable(series, members, limits)
     files = dict.fromkeys(used)
-    put_aside = [(facts[path].index, plain_words.reason(why)) for path, why in dict.fromkeys(series.skipped)]
-    put_aside += [
+    skipped = [(facts[path].index, plain_words.reason(why)) for path, why in dict.fromkeys(series.skipped)]
+    skipped += [
         (file.index, file.fault) for file in dict.fromkeys(members) if file.fault and file not in files
     ]
     skipped: dict[str, list[int]] = collections.defaultdict(list)
-    for index, why in put_aside:
+    for index, why in skipped:
         skipped[why].append(index)
     listed = set(skipped_notes(series.skipped))
     notes += [note for note in series.notes if note not in listed]

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from vilam3_jax import paths
+from vilam3_jax.runtime import paths
 
 FOLDER = "profile"
 _ON_SIGNAL = 3  # steps that a signal asks for

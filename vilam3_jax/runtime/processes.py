@@ -22,10 +22,10 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from vilam3_jax import compat
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import compat
 
-MEET_SECONDS = 1800  # hosts of a pod start minutes apart
+BARRIER_SECONDS = 1800  # hosts of a pod start minutes apart
 SILENT_SECONDS = 100  # a process that gives no sign of life for so long counts as gone
 _LAST_WORDS = "vilam3/failed"
 _HEARD = "vilam3/heard"
@@ -109,7 +109,7 @@ def _join(address: str | None, count: int | None, number: int | None, distribute
             address,
             count,
             number,
-            initialization_timeout=MEET_SECONDS,
+            initialization_timeout=BARRIER_SECONDS,
             heartbeat_timeout_seconds=SILENT_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
@@ -207,28 +207,28 @@ def _try_get(client: Any, key: str, seconds: float = 0) -> str | None:
         return None
 
 
-def lead() -> bool:
-    """Whether this process speaks and writes for all."""
+def is_primary_process() -> bool:
+    """Whether this is process 0, which alone prints and writes shared files."""
     return jax.process_index() == 0
 
 
-def meet(name: str) -> None:
+def barrier(name: str) -> None:
     """Waits for the other processes."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def line_up(name: str) -> None:
-    """Waits for the other processes, however late they are; each `name` serves once.
+def host_barrier(name: str) -> None:
+    """Waits for the other processes through the coordination service; use each `name` once.
 
-    It needs no device. On processors the first program over some devices fails where a process comes to it 30
-    seconds before another (gloo); compiling it may well take so different a time.
+    It runs no device program. On CPUs (gloo) the first program over several processes fails if one process
+    starts it 30 seconds before another, and compile times can differ by that much.
     """
     if jax.process_count() > 1:
         client = compat.coordination_client()
         client.key_value_set(f"vilam3/{name}/{jax.process_index()}", "")
         for number in range(jax.process_count()):
-            client.blocking_key_value_get(f"vilam3/{name}/{number}", 1000 * MEET_SECONDS)
+            client.blocking_key_value_get(f"vilam3/{name}/{number}", 1000 * BARRIER_SECONDS)
 
 
 def gather(value: Any) -> list[Any]:
@@ -243,9 +243,9 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def from_lead(value: Any) -> Any:
-    """The lead process's JSON value."""
-    return gather(value if lead() else None)[0]
+def from_primary_process(value: Any) -> Any:
+    """The JSON value of the primary process."""
+    return gather(value if is_primary_process() else None)[0]
 
 
 class Preemption:

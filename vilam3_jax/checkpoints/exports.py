@@ -26,12 +26,12 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from vilam3_jax import paths, processes
-from vilam3_jax.checkpoints import UNCOMPRESSED, first_line, versions
+from vilam3_jax.checkpoints.run_checkpoints import UNCOMPRESSED, first_line, versions
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import trees
+from vilam3_jax.models import param_paths
 from vilam3_jax.ops.quantized import QuantizedKernel
+from vilam3_jax.runtime import paths, processes
 
 EXPORT_FILES = ("model.json", "params")
 # Orbax holds what it reads twice: 1.2 GB keep a host below 1.5 leaves and a gigabyte.
@@ -114,7 +114,7 @@ def export_model(
     """
     flat = dict(params)
     if any(isinstance(v, Mapping) for v in flat.values()):
-        flat = trees.flatten(flat)
+        flat = param_paths.flatten(flat)
 
     def make(leaf: Leaf) -> Any:
         value = flat[leaf.path]
@@ -176,11 +176,11 @@ def write_export(
         if verify is not None:
             for index, part in enumerate(parts):
                 _verify_part(out, temporary / "params" / f"{index:05}", part, verify, digests)
-            processes.meet(f"verified {temporary}")
+            processes.barrier(f"verified {temporary}")
         if jax.process_index() == 0:
             _finish(temporary, model_config, tokenizer_dir, {**extra(), "sha256": digests})
             _replace_folder(temporary, out)
-        processes.meet(f"export {out}")
+        processes.barrier(f"export {out}")
     except (OSError, ValueError) as error:
         temporary.rmtree(missing_ok=True)
         raise paths.write_error(out, error) from error
@@ -240,7 +240,7 @@ def _begin(temporary: epath.Path, mark: str | None) -> int | None:
             if mark is not None:
                 paths.write_text_atomic(file, mark)
         lock = _locked(temporary) if local else None
-    processes.meet(f"begin {temporary}")
+    processes.barrier(f"begin {temporary}")
     return lock
 
 
@@ -271,7 +271,7 @@ def _write_part(
     folder = temporary / "params" / f"{index:05}"
     if jax.process_index() == 0:
         folder.rmtree(missing_ok=True)
-    processes.meet(f"part {folder}")
+    processes.barrier(f"part {folder}")
     digests = _save(folder, {leaf.key: make(leaf) for leaf in part}, verify)
     _free(sum(leaf.bytes for leaf in part))
     paths.write_text_atomic(journal, json.dumps(digests))
@@ -514,9 +514,9 @@ def load_export(
     _, nested = vila.abstract_model(config, config.kind)
     wanted = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-        for path, leaf in trees.flatten(nested).items()
+        for path, leaf in param_paths.flatten(nested).items()
     }
-    return trees.unflatten(load_params(export, wanted)), config, paths.as_path(export) / "tokenizer"
+    return param_paths.unflatten(load_params(export, wanted)), config, paths.as_path(export) / "tokenizer"
 
 
 def _tuples(value: Any) -> Any:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vilam3_jax.ops.partition import shard
+from vilam3_jax.sharding.logical_axes import shard
 
 _BICUBIC = -0.75  # PyTorch's coefficient of the cubic convolution; jax.image.resize has -0.5
 

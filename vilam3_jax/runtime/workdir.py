@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time works in it, and the records that it put aside are named there."""
+"""The folder of a run: one run at a time works in it, and the records that it skipped are named there."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 
 from etils import epath
 
-from vilam3_jax import paths, processes
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import paths, processes
 
 CLAIM_FILE = ".running"
-PUT_ASIDE_FILE = "put_aside.json"
+SKIPPED_FILE = "skipped_records.json"
 WAIT_SECONDS = 120.0  # file servers keep the lock of a lost host for about so long
 
 
@@ -33,11 +33,11 @@ def claimed(workdir: paths.PathLike) -> Iterator[None]:
     """
     folder = paths.as_path(workdir)
     with contextlib.ExitStack() as held:
-        if processes.lead() and "://" not in str(folder):
+        if processes.is_primary_process() and "://" not in str(folder):
             file = _opened(folder)
             held.callback(os.close, file)
             _lock(file, folder)
-        processes.line_up("claimed")
+        processes.host_barrier("claimed")
         yield
 
 
@@ -76,8 +76,8 @@ def _take(file: int) -> bool:
     return True
 
 
-class PutAside:
-    """Records that the loaders of a run's processes put aside: `put_aside.json`, record to reason.
+class SkippedRecords:
+    """Records that the loaders of a run's processes skipped: `skipped_records.json`, record to reason.
 
     Attributes:
       records: all so far, also before a restart; of the lead process.
@@ -89,10 +89,10 @@ class PutAside:
         Raises:
           UserError: the file is damaged.
         """
-        self._path = paths.as_path(workdir) / PUT_ASIDE_FILE
+        self._path = paths.as_path(workdir) / SKIPPED_FILE
         self._told = 0
         self.records: dict[str, str] = {}
-        if processes.lead() and self._path.exists():
+        if processes.is_primary_process() and self._path.exists():
             try:
                 self.records = dict(json.loads(self._path.read_text()))
             except (ValueError, TypeError) as error:
@@ -106,7 +106,7 @@ class PutAside:
           missing: requests that this process showed without their annotation since its start.
 
         Returns:
-          The figures for the metrics that are not 0: `records_put_aside` and `annotations_missing`.
+          The figures for the metrics that are not 0: `records_skipped` and `annotations_missing`.
         """
         known = len(self.records)
         new, self._told = skipped[self._told :], len(skipped)
@@ -114,7 +114,7 @@ class PutAside:
         for part, shown_without in processes.gather([new, missing]):
             self.records |= dict(part)
             lacking += shown_without
-        if processes.lead() and len(self.records) > known:
+        if processes.is_primary_process() and len(self.records) > known:
             paths.write_text_atomic(self._path, json.dumps(self.records, indent=1) + "\n")
-        figures = {"records_put_aside": len(self.records), "annotations_missing": lacking}
+        figures = {"records_skipped": len(self.records), "annotations_missing": lacking}
         return {name: figure for name, figure in figures.items() if figure}

@@ -9,9 +9,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vilam3_jax.config import ConfigDict
-from vilam3_jax.data.batch_layout import AnyBatch, arrays
 from vilam3_jax.data.batch_sizes import global_units
-from vilam3_jax.training import mesh as mesh_lib
+from vilam3_jax.data.batches import AnyBatch, arrays
+from vilam3_jax.sharding import mesh as mesh_lib
 
 
 class Placement:

@@ -9,12 +9,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vilam3_jax import compat
 from vilam3_jax.config import MESH_AXES, PARAMETER_RULES, ConfigDict
-from vilam3_jax.data.batch_layout import ROW_FIELDS, Batch, arrays, of_arrays
+from vilam3_jax.data.batches import ROW_FIELDS, Batch, arrays, of_arrays
 from vilam3_jax.errors import UserError
-from vilam3_jax.ops import partition
-from vilam3_jax.training import batch_trees, tables  # noqa: F401 (makes pytrees of batches)
+from vilam3_jax.runtime import compat
+from vilam3_jax.sharding import logical_axes, path_rules
 
 BATCH_AXES = ("data", "fsdp")
 _MOST_REPLICATED = 0.05  # of the parameters' bytes; little is said of models smaller than the next
@@ -62,7 +61,7 @@ def build_mesh(mesh_config: ConfigDict, devices: Sequence[Any] | None = None) ->
         sizes = {
             "data": sizes.pop("data"),
             "fsdp": sizes.pop("fsdp") // line,
-            partition.FSDP_LINE: line,
+            logical_axes.FSDP_LINE: line,
             **sizes,
         }
     try:
@@ -87,7 +86,7 @@ def _slices(devices: Sequence[Any]) -> list[list[Any]]:
 
 
 def _line(fsdp: int, devices: Sequence[Any]) -> int:
-    """How many devices of `fsdp` stand across the plane of the rest (`partition.FSDP_LINE`); 1: no line."""
+    """How many devices of `fsdp` form the line across the plane (`logical_axes.FSDP_LINE`); 1: no line."""
     if devices[0].platform != "tpu":
         return 1
     torus = sorted(len(set(places)) for places in zip(*(device.coords for device in devices), strict=True))
@@ -104,7 +103,7 @@ def parameter_shardings(
       shapes: path → array or ShapeDtypeStruct.
       rules: rows of (regex, mesh axes per dimension, ...); missing trailing dimensions are replicated. The
         first placement of a row by which the parameter divides is taken; one over `fsdp` may leave out the
-        line of it (`partition.FSDP_LINE`).
+        line of it (`logical_axes.FSDP_LINE`).
       mesh: the device mesh.
 
     Raises:
@@ -114,7 +113,7 @@ def parameter_shardings(
     for row in rules:
         if not isinstance(row, tuple | list) or len(row) < 2:
             raise UserError(f"config parameter_rules: {row!r} is no row (regular expression, axes, ...)")
-        unknown = {axis for axes in row[1:] for entry in axes for axis in partition.listed(entry)} - set(
+        unknown = {axis for axes in row[1:] for entry in axes for axis in logical_axes.listed(entry)} - set(
             MESH_AXES
         )
         if unknown:
@@ -125,7 +124,7 @@ def parameter_shardings(
     table = [(row[0], row[1:]) for row in rules]
     placed = {}
     shared = [row[0] for row in PARAMETER_RULES]  # also for parts that this model lacks
-    for path, choices in tables.resolve(table, shapes, "parameter_rules", optional=shared).items():
+    for path, choices in path_rules.resolve(table, shapes, "parameter_rules", optional=shared).items():
         shape = tuple(shapes[path].shape)
         for axes in choices:
             if len(axes) > len(shape):
@@ -159,18 +158,19 @@ def _check_replicated(shapes: Mapping[str, Any], placed: Mapping[str, NamedShard
 
 
 def _placements(mesh: Mesh, axes: Sequence[Any]) -> Iterator[PartitionSpec]:
-    spec = partition.place(mesh, *axes)
+    spec = logical_axes.place(mesh, *axes)
     yield spec
-    if partition.FSDP_LINE in mesh.shape:
-        yield partition.entries(
-            tuple(axis for axis in partition.listed(entry) if axis != partition.FSDP_LINE) for entry in spec
+    if logical_axes.FSDP_LINE in mesh.shape:
+        yield logical_axes.entries(
+            tuple(axis for axis in logical_axes.listed(entry) if axis != logical_axes.FSDP_LINE)
+            for entry in spec
         )
 
 
 def _undivided(shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> list[tuple[int, Any, int]]:
     """(size, mesh axes, number of parts) of the dimensions that `spec` cannot split evenly."""
     parts = [
-        (size, axes, math.prod(mesh.shape[axis] for axis in partition.listed(axes)))
+        (size, axes, math.prod(mesh.shape[axis] for axis in logical_axes.listed(axes)))
         for size, axes in zip(shape, spec, strict=False)
     ]
     return [(size, axes, ways) for size, axes, ways in parts if size % ways]
@@ -196,7 +196,7 @@ def batch_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding
     Raises:
       UserError: the leading axis or the length does not divide.
     """
-    ways = math.prod(mesh.shape[axis] for axis in partition.names(BATCH_AXES, mesh))
+    ways = math.prod(mesh.shape[axis] for axis in logical_axes.names(BATCH_AXES, mesh))
     if shape[0] % ways:
         raise UserError(
             f"batch {name}: leading axis {shape[0]} does not divide over {ways} devices of "
@@ -208,12 +208,12 @@ def batch_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding
             f"{mesh.shape['context']}; change data.seq_len or the mesh"
         )
     split = name in ROW_FIELDS and mesh.shape["context"] > 1
-    return NamedSharding(mesh, partition.place(mesh, BATCH_AXES, *(("context",) if split else ())))
+    return NamedSharding(mesh, logical_axes.place(mesh, BATCH_AXES, *(("context",) if split else ())))
 
 
 def rows(mesh: Mesh) -> NamedSharding:
     """The placement of whole rows: split over `data` and `fsdp`."""
-    return NamedSharding(mesh, partition.place(mesh, BATCH_AXES))
+    return NamedSharding(mesh, logical_axes.place(mesh, BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

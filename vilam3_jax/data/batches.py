@@ -1,6 +1,6 @@
 """The batches that a loader yields, as typed groups of NumPy arrays.
 
-This module knows only NumPy; `training/batches.py` makes pytrees of the classes.
+This module knows only NumPy; `training/device_put.py` makes pytrees of the classes.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from vilam3_jax import paths, processes
 from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.runtime import paths, processes
 
 # Orbax logs every error that it also raises, with the stacks of all its threads.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -131,7 +131,7 @@ class RunCheckpoints:
                 self._manager.save_checkpointables_async(step, items, force=True)
         except (OSError, ValueError) as error:
             raise paths.write_error(self._root, error) from error
-        if processes.lead():
+        if processes.is_primary_process():
             self._sealing = threading.Thread(
                 target=self._seal_when_complete, args=(step,), name="vilam3-seal", daemon=True
             )
@@ -153,7 +153,7 @@ class RunCheckpoints:
             if self._sealing is not None:
                 self._closed.set()
                 self._sealing.join()
-        for step in self.steps() if processes.lead() else ():
+        for step in self.steps() if processes.is_primary_process() else ():
             if not (self._root / str(step) / FILES).exists():
                 _seal(self._root / str(step))
 
@@ -169,8 +169,10 @@ class RunCheckpoints:
         """
         self._remove_unfinished()
         damaged: dict[int, str] = {}
-        for step in reversed(processes.from_lead(self.steps())):
-            problem = processes.from_lead(_damage(self._root / str(step)) if processes.lead() else None)
+        for step in reversed(processes.from_primary_process(self.steps())):
+            problem = processes.from_primary_process(
+                _damage(self._root / str(step)) if processes.is_primary_process() else None
+            )
             restored, error = (None, problem) if problem else self._load(step, abstract)
             if restored is not None:
                 self._set_aside(damaged, step)
@@ -228,7 +230,7 @@ class RunCheckpoints:
         Raises:
           UserError: a complete checkpoint that Orbax would overlook.
         """
-        if processes.lead():
+        if processes.is_primary_process():
             for folder in paths.children(self._root):
                 unmarked = folder.name.isdigit() and not _complete(folder)
                 if unmarked and (folder / FILES).exists():
@@ -246,12 +248,12 @@ class RunCheckpoints:
                             "run write into this workdir?"
                         ) from error
                     _say(f"{folder}: an unfinished save, removed")
-        processes.meet(f"unfinished {self._root}")
+        processes.barrier(f"unfinished {self._root}")
 
     def _set_aside(self, damaged: Mapping[int, str], used: int) -> None:
         if not damaged:
             return
-        if processes.lead():
+        if processes.is_primary_process():
             for step, problem in damaged.items():
                 target = self._root.parent / "checkpoints_damaged" / f"{step}.{int(time.time())}"
                 # First, as an object store renames only into folders that hold something.
@@ -259,7 +261,7 @@ class RunCheckpoints:
                 source = self._root / str(step)
                 source.rename(target)
                 _say(f"{source}: damaged ({problem}), moved to {target}; going on from step {used}")
-        processes.meet(f"aside {self._root}")
+        processes.barrier(f"aside {self._root}")
         self._manager.reload()
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from vilam3_jax.ops import partition
+from vilam3_jax.sharding import logical_axes
 
 
 def lookup(
@@ -31,12 +31,12 @@ def lookup(
     Returns:
       [batch, length, D].
     """
-    placed = partition.placement()
-    if placed is None or stored is None or ids.shape[0] % partition.ways("batch"):
+    placed = logical_axes.placement()
+    if placed is None or stored is None or ids.shape[0] % logical_axes.ways("batch"):
         return jnp.take(table, ids, axis=0).astype(dtype)
     mesh, spec = placed
-    batch = partition.mesh_axes("batch")
-    rows, columns = (partition.split_over(names) for names in stored)
+    batch = logical_axes.mesh_axes("batch")
+    rows, columns = (logical_axes.split_over(names) for names in stored)
     if set(rows) & set(batch) or set(columns) - set(batch):
         return jnp.take(table, ids, axis=0).astype(dtype)
 

@@ -19,8 +19,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
-from vilam3_jax import compat
-from vilam3_jax.ops import partition
+from vilam3_jax.runtime import compat
+from vilam3_jax.sharding import logical_axes
 
 GATHERED = "gathered"  # tag of weights that are put together for a product; no policy should keep them
 _ROUNDED = "bfloat16"
@@ -69,18 +69,18 @@ def linear(
     Returns:
       [batch, ..., out], or [batch, ..., out / head_dim, head_dim].
     """
-    placed = partition.placement()
-    if placed is None or stored is None or x.shape[0] % partition.ways("batch"):
+    placed = logical_axes.placement()
+    if placed is None or stored is None or x.shape[0] % logical_axes.ways("batch"):
         return _product(x, kernel.astype(x.dtype), len(lead), head_dim, times)
     mesh, spec = placed
-    batch = partition.mesh_axes("batch")
+    batch = logical_axes.mesh_axes("batch")
     parts = (stored,) if isinstance(kernel, jax.Array) else stored
-    splits = [[partition.split_over(names) for names in part] for part in parts]
+    splits = [[logical_axes.split_over(names) for names in part] for part in parts]
     rows, columns = (tuple(axis for axis in names if axis not in batch) or None for names in splits[0])
     in_heads, out_heads = x.ndim > len(lead) + 1, head_dim is not None
-    if in_heads and x.shape[-2] % partition.size(rows or ()):
+    if in_heads and x.shape[-2] % logical_axes.size(rows or ()):
         return linear(x.reshape(*x.shape[:-2], -1), kernel, stored, lead, head_dim, times)
-    if head_dim is not None and kernel.shape[1] // head_dim % partition.size(columns or ()):
+    if head_dim is not None and kernel.shape[1] // head_dim % logical_axes.size(columns or ()):
         return linear(x, kernel, stored, lead, times=times).reshape(*x.shape[: len(lead)], -1, head_dim)
 
     def gathered(array: jax.Array, split: list[tuple[str, ...]]) -> jax.Array:
@@ -89,7 +89,7 @@ def linear(
             # The last name of a dimension is the innermost.
             for axis in reversed(shared):
                 array = jax.lax.all_gather(array, axis, axis=dimension, tiled=True)
-            if shared and array.ndim == 2 and partition.platform() == "tpu":
+            if shared and array.ndim == 2 and logical_axes.platform() == "tpu":
                 array = _thin_slices(array, dimension, array.shape[dimension] // mesh.shape[shared[0]])
         return checkpoint_name(array, GATHERED)
 

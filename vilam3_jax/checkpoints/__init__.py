@@ -1,0 +1,1 @@
+"""Orbax checkpoints of runs, and exports of their parameters."""

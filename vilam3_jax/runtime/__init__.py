@@ -1,0 +1,1 @@
+"""What a process needs before any model: paths, processes, versions, run folders."""

@@ -1,0 +1,1 @@
+"""Mesh construction, logical axes, rules over parameter paths, and the products that follow them."""

@@ -44,7 +44,8 @@ def save(compiled, out):
 _OURS = """
 from vilam3_jax import config as config_lib
 from vilam3_jax.plan import topology
-from vilam3_jax.training import mesh, program
+from vilam3_jax.sharding import mesh
+from vilam3_jax.training import program
 out, chunk, options = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
 program.compiler_options = lambda config, mesh: options
 slice_ = topology.parse(TOPOLOGY)

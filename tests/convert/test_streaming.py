@@ -178,7 +178,7 @@ PROCESS = """
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", 2, process)
-    from vilam3_jax import exports
+    from vilam3_jax.checkpoints import exports
     from vilam3_jax.convert import importer, safetensors_files
     exports.LEAF_BYTES, exports._PART_BYTES = 40_000, 9_000
     read, count = safetensors_files.SafetensorsFolder.__call__, 0
@@ -222,7 +222,7 @@ def test_two_processes_share_the_reading(tmp_path):
 MEMORY = """
     import re, sys
     from pathlib import Path
-    from vilam3_jax import exports
+    from vilam3_jax.checkpoints import exports
     from vilam3_jax.convert.exporter import export_folder
     from vilam3_jax.convert.importer import import_model
     import jax

@@ -52,9 +52,11 @@ def world(tmp_path_factory):
 ANSWERS = """
     import functools, json, sys
     from absl import flags
-    from vilam3_jax import compat, config, processes
+    from vilam3_jax import config
+    from vilam3_jax.runtime import compat, processes
     from vilam3_jax.inference import heldout
-    from vilam3_jax.training import mesh as mesh_lib, program as program_lib, state
+    from vilam3_jax.sharding import mesh as mesh_lib
+    from vilam3_jax.training import program as program_lib, state
     values = flags.FlagValues()
     processes.define_flags(values)
     values(["test", *sys.argv[4:]])

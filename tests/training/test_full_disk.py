@@ -9,16 +9,16 @@ import textwrap
 PROGRAM = """
     import resource, sys
     import jax
-    from vilam3_jax import checkpoints, exports
+    from vilam3_jax.checkpoints import exports, run_checkpoints
     from vilam3_jax.errors import UserError
 
     workdir = sys.argv[1]
-    saved = checkpoints.RunCheckpoints(workdir)
+    saved = run_checkpoints.RunCheckpoints(workdir)
     saved.save(1, {"w": jax.numpy.zeros((4, 4))}, {}, {})
     saved.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # stands in for a full disk
     large = jax.random.normal(jax.random.key(0), (1000, 1000))
-    saved = checkpoints.RunCheckpoints(workdir)
+    saved = run_checkpoints.RunCheckpoints(workdir)
     def save():
         saved.save(2, {"w": large}, {}, {})
         saved.wait()
@@ -29,7 +29,7 @@ PROGRAM = """
             action()
         except UserError as error:
             print(action.__name__, error)
-    print("latest", checkpoints.RunCheckpoints(workdir).steps()[-1])
+    print("latest", run_checkpoints.RunCheckpoints(workdir).steps()[-1])
 """
 
 

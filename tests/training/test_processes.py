@@ -150,7 +150,7 @@ def test_goes_on_in_another_number_of_processes_on_another_mesh(world, in_two, p
 SCRIPT = """
     import os, signal, sys
     from absl import flags
-    from vilam3_jax import processes
+    from vilam3_jax.runtime import processes
     from vilam3_jax.errors import UserError
     import jax
     values = flags.FlagValues()
@@ -177,7 +177,7 @@ SCRIPT = """
 PREEMPTED = """
     import os, signal, sys, time
     from absl import flags
-    from vilam3_jax import processes
+    from vilam3_jax.runtime import processes
     import jax
     values = flags.FlagValues()
     processes.define_flags(values)
@@ -240,9 +240,11 @@ PLACED = """
     import sys
     from absl import flags
     import numpy as np
-    from vilam3_jax import compat, config, processes
+    from vilam3_jax import config
+    from vilam3_jax.runtime import compat, processes
     from vilam3_jax.data.batches import PackedBatch, arrays
-    from vilam3_jax.training import batches, mesh
+    from vilam3_jax.sharding import mesh
+    from vilam3_jax.training import device_put
     values = flags.FlagValues()
     processes.define_flags(values)
     values(["test", *sys.argv[2:]])
@@ -256,7 +258,7 @@ PLACED = """
         halves, everything = [[0, 1], [2, 3]][own], [0, 1, 2, 3]
         for fsdp, context, tensor, held in ((4, 1, 1, halves), (2, 1, 2, halves), (1, 2, 2, everything)):
             cfg.mesh.update(dict(fsdp=fsdp, context=context, tensor=tensor))
-            placement = batches.Placement(cfg, mesh.build_mesh(cfg.mesh))
+            placement = device_put.Placement(cfg, mesh.build_mesh(cfg.mesh))
             assert placement.held == held, (placement.held, held)
             rows = tokens.reshape(4, 2, 4)[held].reshape(-1, 4)
             own = PackedBatch(rows, rows, rows, rows, rows, images[held], valid[held])
@@ -278,7 +280,7 @@ def test_each_process_holds_the_rows_of_its_devices():
 LATE = """
     import sys, time
     from absl import flags
-    from vilam3_jax import compat, processes
+    from vilam3_jax.runtime import compat, processes
     values = flags.FlagValues()
     processes.define_flags(values)
     values(["test", *sys.argv[2:]])

@@ -383,12 +383,12 @@ def _series(series: Series, facts: dict[Any, _FileFacts], limits: Limits) -> Ser
     members = [facts[member.path] for member in series.members]
     used, problem, notes = _usable(series, members, limits)
     files = dict.fromkeys(used)
-    skipped = [(facts[path].index, plain_words.reason(why)) for path, why in dict.fromkeys(series.skipped)]
-    skipped += [
+    reasons = [(facts[path].index, plain_words.reason(why)) for path, why in dict.fromkeys(series.skipped)]
+    reasons += [
         (file.index, file.fault) for file in dict.fromkeys(members) if file.fault and file not in files
     ]
     skipped: dict[str, list[int]] = collections.defaultdict(list)
-    for index, why in skipped:
+    for index, why in reasons:
         skipped[why].append(index)
     listed = set(skipped_notes(series.skipped))
     notes += [note for note in series.notes if note not in listed]

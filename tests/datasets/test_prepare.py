@@ -344,7 +344,7 @@ def test_the_command(source, tmp_path, registered, capsys):
     arguments = ["prepare", "toy", "--source", str(source), "--out", out, "--processes", "1"]
     assert cli.main(arguments) == 0
     text = capsys.readouterr().out
-    assert "train  9      9        0          9       9" in text and "written and verified" in text
+    assert "train  9      9        0        9       9" in text and "written and verified" in text
     assert f"vilam3 data show --data={out} --dataset=toy" in text
     assert cli.main(["data", "show", f"--data={out}", "--dataset=toy", "--index=4"]) == 0
     assert "What is 4?" in capsys.readouterr().out

@@ -7,7 +7,6 @@ parameter of more than 1.2 GB is cut along its first axis into leaves `path@row`
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import functools
 import gc
 import hashlib
@@ -31,7 +30,7 @@ from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import param_paths
 from vilam3_jax.ops.quantized import QuantizedKernel
-from vilam3_jax.runtime import paths, processes
+from vilam3_jax.runtime import locks, paths, processes
 
 EXPORT_FILES = ("model.json", "params")
 # Orbax holds what it reads twice: 1.2 GB keep a host below 1.5 leaves and a gigabyte.
@@ -246,13 +245,9 @@ def _begin(temporary: epath.Path, mark: str | None) -> int | None:
 
 def _locked(folder: epath.Path) -> int:
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    if not locks.try_lock(descriptor):
         os.close(descriptor)
-        raise _InUseError(f"{folder}: another process is writing here; give each its own --out") from error
-    except OSError:
-        pass  # a file system without locks
+        raise _InUseError(f"{folder}: another process is writing here; give each its own --out")
     return descriptor
 
 

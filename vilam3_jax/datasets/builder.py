@@ -10,7 +10,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import io
 import itertools
@@ -40,7 +39,7 @@ from vilam3_jax.datasets.dataset import Dataset, Split
 from vilam3_jax.datasets.shard_jobs import Settings, ShardJob, ShardReport
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UnavailableError, UserError
-from vilam3_jax.runtime import paths
+from vilam3_jax.runtime import locks, paths
 
 _RECORDS_PER_SHARD = 2048
 _MAX_LISTED = 1000  # pairs of records that share a patient or an image, in the metadata
@@ -549,13 +548,7 @@ def _warnings(dataset: Dataset, info: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _take(lock: int, folder: epath.Path) -> bool:
     """Locks an open folder; False if another process holds it, or has just removed it."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks
-    return folder.exists() and os.path.samestat(os.fstat(lock), os.stat(folder))
+    return locks.try_lock(lock) and folder.exists() and os.path.samestat(os.fstat(lock), os.stat(folder))
 
 
 def _link(source: str, target: epath.Path) -> None:

@@ -10,7 +10,6 @@ import base64
 import configparser
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import html.parser
 import http.client
@@ -31,6 +30,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import locks
 
 MAX_ARCHIVE_BYTES = 1 << 30
 _MAX_PAGE_BYTES = 64 << 20
@@ -239,10 +239,8 @@ def download(
 @contextlib.contextmanager
 def _locked(partial: pathlib.Path) -> Iterator[io.BufferedRandom]:
     with partial.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{partial}: another process is downloading it; wait until it is done") from error
+        if not locks.try_lock(file.fileno()):
+            raise UserError(f"{partial}: another process is downloading it; wait until it is done")
         yield file
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from etils import epath
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.runtime import paths, processes
+from vilam3_jax.runtime import locks, paths, processes
 
 CLAIM_FILE = ".running"
 SKIPPED_FILE = "skipped_records.json"
@@ -53,7 +52,7 @@ def _opened(folder: epath.Path) -> int:
 
 def _lock(file: int, folder: epath.Path) -> None:
     deadline, told = time.monotonic() + WAIT_SECONDS, False
-    while not _take(file):
+    while not locks.try_lock(file):
         holder = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
         if time.monotonic() > deadline:
             raise UserError(f"{folder}: {holder} runs here; wait for it, stop it, or use another --workdir")
@@ -64,16 +63,6 @@ def _lock(file: int, folder: epath.Path) -> None:
     with contextlib.suppress(OSError):  # a full disk; the lock holds without the name
         os.ftruncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} of {socket.gethostname()}".encode(), 0)
-
-
-def _take(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # no locks on this file system
-        return True
-    return True
 
 
 class SkippedRecords:

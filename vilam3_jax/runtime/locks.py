@@ -1,0 +1,16 @@
+"""Locks on files and folders that the operating system drops when their process ends."""
+
+from __future__ import annotations
+
+import filelock
+
+
+def try_lock(descriptor: int) -> bool:
+    """Locks an open file or folder for this process; False if another process holds the lock.
+
+    Closing the descriptor releases it. A file system without locks never refuses.
+    """
+    try:
+        return filelock.lock_descriptor(descriptor, blocking=False)
+    except OSError:
+        return True

@@ -94,25 +94,26 @@ def records_like(template: bytes, place: str, names: Sequence[str]) -> list[byte
 
 def write_store(folder: Path, records: int) -> None:
     """Writes the store as `AnnotationWriter` does, without encoding every record anew."""
-    from vilam3_jax.data.experts import store
+    from vilam3_jax.data.experts import store_files
     from vilam3_jax.data.experts.index import Entry, Index
+    from vilam3_jax.data.experts.record import Annotation
     from vilam3_jax.runtime import paths
 
     place = "f" * 64
-    template = store.Annotation(place, EXPERT, version=VERSION, probabilities={"effusion": 0.25}).to_bytes()
-    where, run = paths.as_path(folder), store._run_name()
+    template = Annotation(place, EXPERT, version=VERSION, probabilities={"effusion": 0.25}).to_bytes()
+    where, run = paths.as_path(folder), store_files.run_name()
     for number, first in enumerate(range(0, records, IN_SHARD)):
         names = keys(first, min(IN_SHARD, records - first))
         name = f"annotations-{run}-{number:05d}"
         data = records_like(template, place, names)
-        shard = store._write_shard(where, f"{name}.array_record", iter(data))
+        shard = store_files.write_shard(where, f"{name}.array_record", iter(data))
         entries = [
             Entry((key, EXPERT, ARGS), VERSION, "ok", bytes.fromhex(key), first + i)
             for i, key in enumerate(names)
         ]
         index = Index()
         index.add_shard(shard, entries)
-        (folder / f"{name}.index").write_bytes(index.to_bytes(store._versions()))
+        (folder / f"{name}.index").write_bytes(index.to_bytes(store_files.versions()))
 
 
 # The same store for the version with JSON indexes. Arguments: folder, number of records, records a shard.

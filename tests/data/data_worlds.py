@@ -15,7 +15,8 @@ from vilam3_jax.configs import models
 from vilam3_jax import config as config_lib
 from vilam3_jax.data.batches import arrays
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, RequestImage, Turn
-from vilam3_jax.data.experts.store import Annotation, AnnotationWriter, LabelMap, Segment
+from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment
+from vilam3_jax.data.experts.store import AnnotationWriter
 from vilam3_jax.data.images import encode_png
 from vilam3_jax.data.loader import build_loader
 from vilam3_jax.data.records import ExampleWriter

@@ -95,7 +95,7 @@ def model_of(shards):
 
 def content_of(index):
     return {
-        found: (place.shard, place.record, place.call.status, place.call.version)
+        found: (place.shard, place.record, place.outcome.status, place.outcome.version)
         for found in list(index.keys())
         if (place := index.find(found)) is not None
     }
@@ -123,7 +123,7 @@ def test_merging_in_any_order_and_grouping_equals_a_dictionary(lists, data):
     grown = Index()
     for shard, listed in shards:
         grown.add_shard(shard, listed)
-        grown.balance()
+        grown.merge_similar_layers()
     assert content_of(grown) == model
     assert index.digest() == grown.digest() == read_index(files, VERSIONS).digest()
     assert sum(index.counts().values()) == len(model)
@@ -235,7 +235,7 @@ def test_pickles_are_small_and_open_the_same_store(tmp_path):
 
 
 def test_a_large_index_is_mapped_and_shared(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_lib, "_MAPPED_BYTES", 0)
+    monkeypatch.setattr(index_lib, "_MIN_MAPPED_BYTES", 0)
     write(tmp_path, [make(n) for n in range(50)], 10)
     compact(tmp_path)
     write(tmp_path, [make(n) for n in range(50, 53)])
@@ -248,7 +248,7 @@ def test_a_large_index_is_mapped_and_shared(tmp_path, monkeypatch):
 def test_only_one_compaction_at_a_time(tmp_path):
     write(tmp_path, [make(1)])
     with (
-        store_lib._alone(store_lib.paths.as_path(tmp_path)),
+        store_lib._compaction_lock(store_lib.paths.as_path(tmp_path)),
         pytest.raises(UserError, match="another compaction"),
     ):
         compact(tmp_path)

@@ -11,18 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vilam3_jax.data.experts import record as annotation_record
 from vilam3_jax.data.experts import store as annotations
-from vilam3_jax.data.experts.store import (
-    Annotation,
-    AnnotationStore,
-    AnnotationWriter,
-    LabelMap,
-    Segment,
-    failed,
-    falsify,
-    segments_on_slice,
-)
+from vilam3_jax.data.experts.falsify import falsify
+from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment, failed, segments_on_slice
+from vilam3_jax.data.experts.store import AnnotationStore, AnnotationWriter
 from vilam3_jax.errors import UserError
 
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
@@ -322,7 +314,3 @@ def test_seeds_differ_and_failures_stay():
     assert falsify(make(1, "failed"), 0) == make(1, "failed")
     with pytest.raises(ValueError, match="nothing to falsify"):
         falsify(Annotation("k", "CXR"), 0)
-
-
-def test_front_module_offers_the_record():
-    assert annotations.Annotation is annotation_record.Annotation

@@ -13,7 +13,7 @@ from vilam3_jax.data.experts.cards import load_cards, render_cards
 from vilam3_jax.data.experts.exchange import Result, exchange
 from vilam3_jax.data.experts.grammar import Call, parse_turn
 from vilam3_jax.data.experts.overlays import expert_overlay
-from vilam3_jax.data.experts.store import Annotation, failed
+from vilam3_jax.data.experts.record import Annotation, failed
 from vilam3_jax.data.experts.wording import Plane, question_of
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING
 from vilam3_jax.data.render import ImageReader, Renderer, encode_example

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vilam3_jax.data.batches import PackedBatch
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, RequestImage, Turn
 from vilam3_jax.data.experts.cards import load_cards
-from vilam3_jax.data.experts.store import Annotation, LabelMap, Segment
+from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING
 from vilam3_jax.data.render import ImageReader, Renderer
 from vilam3_jax.data.volume_slices import (

@@ -14,7 +14,8 @@ from vilam3_jax.configs import models
 from vilam3_jax.checkpoints import exports
 from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, RequestImage, Turn
-from vilam3_jax.data.experts.store import Annotation, AnnotationWriter, LabelMap, Segment
+from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment
+from vilam3_jax.data.experts.store import AnnotationWriter
 from vilam3_jax.data.images import encode_png
 from vilam3_jax.data.records import ExampleWriter
 from vilam3_jax.data.tokenizer import load_tokenizer, train_bpe

@@ -12,7 +12,8 @@ import numpy as np
 from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.examples import Example, ImageRef, Turn
 from vilam3_jax.data.experts.exchange import Result, exchange
-from vilam3_jax.data.experts.store import Annotation, AnnotationWriter, LabelMap, Segment
+from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment
+from vilam3_jax.data.experts.store import AnnotationWriter
 from vilam3_jax.data.experts.wording import Plane
 from vilam3_jax.data.images import encode_png
 from vilam3_jax.data.records import ExampleWriter

@@ -1,27 +1,24 @@
-"""The index of an annotation store: which record of which shard answers which key.
+"""The index of an annotation store: maps keys to the records of shards.
 
-One file format serves the sidecar of a single shard and the merged index of a whole store:
+The index of a single shard and the merged index of a store share one file format:
 
     8 bytes  magic
     8 bytes  length of the header, little endian
-    header   msgpack: versions, names of shards, calls, input keys that are not sha256, number of rows
-    rows     `ROW` each, sorted by input; begins at a multiple of 64 bytes
-    4 bytes  CRC-32 of all before, little endian
+    header   msgpack: versions, shard names, calls, input keys that are not SHA-256, number of rows
+    rows     `ROW` each, sorted by input; starts at a multiple of 64 bytes
+    4 bytes  CRC-32 of everything before, little endian
 
-A row is 60 bytes. A merged index on a local disk is mapped, not read: processes of a host share its pages.
+A row is 60 bytes. A large index on a local disk is memory-mapped, so the processes of a host share its pages.
 
-Merging is a union that keeps the best row of each key: a success beats a failure, then the later one wins. It
-does not depend on the order or the grouping of the files, so files that overlap, as they do while a store is
-compacted, cannot change what is found.
-
-This module imports neither jax nor flax nor torch.
+Merging is a union that keeps the best row of each key: a success beats a failure, then the later one wins.
+The order and grouping of the files do not matter, so overlapping files, as they occur during a compaction,
+cannot change the result.
 """
 
 from __future__ import annotations
 
 import bisect
 import collections
-import dataclasses
 import hashlib
 import mmap
 import os
@@ -46,22 +43,22 @@ _SHARD_NAME = re.compile(r"annotations-[0-9A-Za-z-]+\.array_record")
 
 ROW = np.dtype(
     [
-        ("input", ">u8", (4,)),  # `_input_bytes`, as numbers that sort like the bytes
-        ("stamp", "<u8"),  # when the record was committed, nanoseconds since 1970
-        ("content", "<u8"),  # the first 8 bytes of `Annotation` content's sha256
+        ("input", ">u8", (4,)),  # `_input_bytes` as integers that sort like the bytes
+        ("stamp", "<u8"),  # commit time of the record, nanoseconds since 1970
+        ("content", "<u8"),  # first 8 bytes of the SHA-256 of the record's content
         ("call", "<u4"),  # position in the table of calls
         ("shard", "<u4"),  # position in the table of shards
-        ("record", "<u4"),  # number of the record in its shard
+        ("record", "<u4"),  # position of the record in its shard
     ]
 )
 _INPUT_BYTES = 32
-# Among the rows of one key and of equal success, the largest is the best: the later, then any fixed one.
+# Among the rows of one key and of equal success, the largest wins: by time, then by any fixed order.
 _RANKS = ("stamp", "content", "shard", "record")
-_MAPPED_BYTES = 1 << 20  # what is smaller is read
+_MIN_MAPPED_BYTES = 1 << 20
 
 
-class Call(NamedTuple):
-    """What was called and how it ended: few of these occur in a store."""
+class Outcome(NamedTuple):
+    """A call and how it ended. A store holds few distinct ones."""
 
     expert: str
     args: str
@@ -74,19 +71,19 @@ class Call(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A file of records: its name, how many records it has, and its size in bytes."""
+    """A file of records: name, number of records, size in bytes."""
 
     name: str
     records: int
     size: int
 
 
-class Found(NamedTuple):
-    """Where a record lies, and what is known without reading it."""
+class Location(NamedTuple):
+    """Shard and position of a record, and what the index states about it."""
 
     shard: str
     record: int
-    call: Call
+    outcome: Outcome
     stamp: int
 
 
@@ -95,9 +92,9 @@ class Entry(NamedTuple):
 
     Attributes:
       key: (input key, expert, arguments).
-      version: of the expert.
+      version: version of the expert.
       status: 'ok' or 'failed'.
-      content: sha256 of the record without its time, 32 bytes.
+      content: SHA-256 of the record without its duration, 32 bytes.
       stamp: nanoseconds since 1970.
     """
 
@@ -109,57 +106,54 @@ class Entry(NamedTuple):
 
 
 class DamagedIndex(ValueError):
-    """The bytes are no index that this version writes."""
+    """The bytes are not an index in the format of this version."""
 
 
-@dataclasses.dataclass
-class Versions:
-    """What a store must have been written with."""
+class Versions(NamedTuple):
+    """Versions of the record schema and the image decoder that a store was written with."""
 
     schema: int
     decoder: int
 
 
 def _input_bytes(input_key: str) -> bytes:
-    """32 bytes for an input key: its own if it is a sha256, as content keys are, else its text's sha256."""
+    """32 bytes for an input key: the key itself if it is a SHA-256, else the SHA-256 of its text."""
     if _SHA256.fullmatch(input_key):
         return bytes.fromhex(input_key)
     return hashlib.sha256(b"text:" + input_key.encode()).digest()
 
 
 class Index:
-    """Rows in sorted layers, over common tables of calls and shards.
+    """Rows in sorted layers, with shared tables of calls and shards.
 
-    Several layers, so that a mapped file of millions of rows is not copied when a few rows are added.
+    Layers avoid copying a mapped file of millions of rows when a few rows are added.
     """
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[Outcome] = []
         self.shards: list[Shard] = []
-        self._texts: dict[bytes, str] = {}  # input keys that are no sha256
+        self._texts: dict[bytes, str] = {}  # input keys that are not SHA-256
         self._layers: list[np.ndarray] = []
-        self._call_codes: dict[Call, int] = {}
+        self._call_codes: dict[Outcome, int] = {}
         self._shard_codes: dict[str, int] = {}
         self._merged: np.ndarray | None = None
 
-    # Building
-
     def add_file(self, data: bytes | mmap.mmap, versions: Versions) -> None:
-        """Adds what an index file holds.
+        """Adds the rows of an index file.
 
         Args:
-          data: the file's bytes; a mapping stays in use.
-          versions: that the file must have.
+          data: content of the file; a memory mapping stays referenced.
+          versions: versions the file must have.
 
         Raises:
-          DamagedIndex: damaged.
-          UserError: of another schema or decoder; the message lacks the file's name.
+          DamagedIndex: the file is damaged.
+          UserError: written with another schema or decoder; the message lacks the file name.
         """
         header, rows = _parse(data, versions)
-        calls = [self._call_code(Call(*map(str, fields))) for fields in header["calls"]]
+        calls = [self._call_code(Outcome(*map(str, fields))) for fields in header["calls"]]
         shards = [self._shard_code(Shard(str(n), int(r), int(s))) for n, r, s in header["shards"]]
         self._texts |= {_input_bytes(text): text for text in header["texts"]}
-        # The first file's numbers are the table's own: it stays mapped.
+        # The codes of the first file are already those of the tables, so it stays mapped.
         if calls != list(range(len(calls))) or shards != list(range(len(shards))):
             rows = rows.copy()
             rows["call"] = np.asarray(calls, "<u4")[rows["call"]]
@@ -167,7 +161,7 @@ class Index:
         self._add_layer(rows)
 
     def add_shard(self, shard: Shard, entries: Sequence[Entry]) -> None:
-        """Adds the records of a shard, in their order."""
+        """Adds the records of a shard, in the order in which they were written."""
         code = self._shard_code(shard)
         rows = np.zeros(len(entries), ROW)
         for number, entry in enumerate(entries):
@@ -175,17 +169,17 @@ class Index:
             digest = _input_bytes(input_key)
             if not _SHA256.fullmatch(input_key):
                 self._texts[digest] = input_key
-            call = self._call_code(Call(expert, args, entry.version, entry.status))
+            call = self._call_code(Outcome(expert, args, entry.version, entry.status))
             content = int.from_bytes(entry.content[:8], "little")
             rows[number] = (np.frombuffer(digest, ">u8"), entry.stamp, content, call, code, number)
         self._add_layer(self._best(rows))
 
     def relocated(self, rows: np.ndarray, shards: Sequence[Shard]) -> Index:
-        """The index of the same records at other places.
+        """Returns an index of the same records at new locations.
 
         Args:
-          rows: of this index; shard numbers from `len(self.shards)` on mean `shards`.
-          shards: that this index does not have.
+          rows: rows of this index; shard codes from `len(self.shards)` on refer to `shards`.
+          shards: new shards.
         """
         new = Index()
         new._texts = self._texts
@@ -197,27 +191,27 @@ class Index:
         return new
 
     def used_shards(self) -> set[str]:
-        """Names of the shards that hold the record of some key."""
+        """Names of the shards that hold the best record of some key."""
         return {self.shards[code].name for code in np.unique(self.rows()["shard"])}
 
-    def settle(self) -> None:
-        """Merges the layers into one; a first one that is larger than the others stays apart, uncopied."""
+    def merge_layers(self) -> None:
+        """Merges all layers, except that a first layer larger than the others together is not copied."""
         start = 1 if self._layers and 2 * len(self._layers[0]) > sum(map(len, self._layers)) else 0
         if len(self._layers) > start + 1:
-            self._layers[start:] = [self._best(joined(self._layers[start:]))]
+            self._layers[start:] = [self._best(concatenate(self._layers[start:]))]
+
+    def merge_similar_layers(self) -> None:
+        """Merges layers of similar size, which keeps them few and copies each row a few times at most."""
+        layers = self._layers
+        while len(layers) > 1 and len(layers[-2]) < 2 * len(layers[-1]):
+            layers[-2:] = [self._best(concatenate(layers[-2:]))]
 
     def _add_layer(self, rows: np.ndarray) -> None:
         self._merged = None
         if len(rows):
             self._layers.append(rows)
 
-    def balance(self) -> None:
-        """Merges layers of similar size: few of them stay, and each row is copied a few times at most."""
-        layers = self._layers
-        while len(layers) > 1 and len(layers[-2]) < 2 * len(layers[-1]):
-            layers[-2:] = [self._best(joined(layers[-2:]))]
-
-    def _call_code(self, call: Call) -> int:
+    def _call_code(self, call: Outcome) -> int:
         code = self._call_codes.setdefault(call, len(self.calls))
         if code == len(self.calls):
             self.calls.append(call)
@@ -235,7 +229,7 @@ class Index:
         order = np.argsort(first)
         first, rows = first[order], rows[order]
         same = first[1:] == first[:-1]
-        # Few rows share their first 8 bytes with another: those of an input with several experts or answers.
+        # Few rows share their first 8 bytes: those of an input with several experts or answers.
         close = np.zeros(len(rows), bool)
         close[1:] |= same
         close[:-1] |= same
@@ -246,16 +240,16 @@ class Index:
         return rows[keep]
 
     def _sort_all(self, rows: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-        """Sorts the `chosen` of `rows` in place; tells which of them are the best of their key."""
+        """Sorts the `chosen` rows in place; returns a mask of those that are the best of their key."""
         part = rows[chosen]
         pairs = {pair: number for number, pair in enumerate(sorted({call[:2] for call in self.calls}))}
         pair = np.array([pairs[call[:2]] for call in self.calls])[part["call"]]
-        # Where two pairs differ, so do these numbers; of one pair, the successes are the larger.
+        # Distinct for distinct pairs; within a pair, successes are larger.
         call = 2 * pair + np.array([call.ok for call in self.calls])[part["call"]]
         words = np.ascontiguousarray(part["input"].T, np.uint64)
         same = words[0, 1:] == words[0, :-1]
         if not (words[1:, 1:] != words[1:, :-1])[:, same].any():
-            words = words[:1]  # as it is with hashes: what agrees in 8 bytes is one input
+            words = words[:1]  # the usual case with hashes: equal in 8 bytes means the same input
         order = np.lexsort((*(part[name] for name in reversed(_RANKS)), call, *words[::-1]))
         rows[chosen] = part = part[order]
         pair = pair[order]
@@ -263,10 +257,8 @@ class Index:
         best[:-1] = (part["input"][1:] != part["input"][:-1]).any(axis=1) | (pair[1:] != pair[:-1])
         return best
 
-    # Looking up
-
-    def find(self, key: Key) -> Found | None:
-        """Returns where the record of a key lies, or None."""
+    def find(self, key: Key) -> Location | None:
+        """Returns the location of a key's record, or None."""
         input_key, expert, args = key
         digest = _input_bytes(input_key)
         best: tuple[Any, ...] | None = None
@@ -279,15 +271,13 @@ class Index:
         if best is None:
             return None
         _, stamp, _, shard, record, call = best
-        return Found(self.shards[shard].name, record, call, stamp)
+        return Location(self.shards[shard].name, record, call, stamp)
 
     def rows(self) -> np.ndarray:
         """The best row of each key, `ROW`, sorted by input, expert and arguments."""
         if self._merged is None:
-            if len(self._layers) == 1:
-                self._merged = self._layers[0]
-            else:
-                self._merged = self._best(joined(self._layers))
+            one = len(self._layers) == 1
+            self._merged = self._layers[0] if one else self._best(concatenate(self._layers))
         return self._merged
 
     def __len__(self) -> int:
@@ -302,23 +292,19 @@ class Index:
             call = self.calls[code]
             yield self._texts.get(digest) or digest.hex(), call.expert, call.args
 
-    def latest(self) -> int:
+    def latest_stamp(self) -> int:
         """The largest stamp, 0 without rows."""
         return max((int(rows["stamp"].max()) for rows in self._layers), default=0)
 
-    def counts(self) -> collections.Counter[Call]:
-        """Number of keys of each call."""
+    def counts(self) -> collections.Counter[Outcome]:
+        """Number of keys per call and outcome."""
         codes, numbers = np.unique(self.rows()["call"], return_counts=True)
         return collections.Counter({self.calls[c]: int(n) for c, n in zip(codes, numbers, strict=True)})
 
     def digest(self, expert: str | None = None) -> str:
-        """sha256 (hex) over the keys and the content of their records.
+        """SHA-256 (hex) over the keys and the content of their records, of one expert if given.
 
-        Two stores that hold the same answers have the same digest, however many runs, shards and seconds they
-        took.
-
-        Args:
-          expert: of this expert alone.
+        Stores with the same answers have the same digest, regardless of runs, shards and timing.
         """
         chosen = [call for call in self.calls if expert is None or call.expert == expert]
         codes = np.array([self._call_codes[call] for call in chosen], np.uint32)
@@ -333,10 +319,8 @@ class Index:
             digest.update(np.ascontiguousarray(part).data)
         return digest.hexdigest()
 
-    # Writing
-
     def to_bytes(self, versions: Versions) -> bytes:
-        """The file of this index. Tables hold what rows refer to, so a copy of a file is the same file."""
+        """The content of this index's file. Its tables hold only what rows refer to."""
         rows = self.rows().copy()
         calls, rows["call"] = np.unique(rows["call"], return_inverse=True)
         shards, rows["shard"] = np.unique(rows["shard"], return_inverse=True)
@@ -354,20 +338,13 @@ class Index:
                 "texts": texts,
             }
         )
-        start = len(_MAGIC) + 8 + len(header)
-        parts = (
-            _MAGIC,
-            len(header).to_bytes(8, "little"),
-            header,
-            b"\0" * (-start % _ALIGN),
-            rows.tobytes(),
-        )
-        data = b"".join(parts)
+        data = _MAGIC + len(header).to_bytes(8, "little") + header
+        data += b"\0" * (-len(data) % _ALIGN) + rows.tobytes()
         return data + zlib.crc32(data).to_bytes(4, "little")
 
 
-def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows one after another. NumPy alone would turn them to the machine's byte order."""
+def concatenate(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Concatenates rows. `np.concatenate` alone would convert them to native byte order."""
     return np.concatenate([np.zeros(0, ROW), *parts], dtype=ROW)
 
 
@@ -375,22 +352,22 @@ def _rows_of(rows: np.ndarray, digest: bytes) -> Iterator[np.void]:
     """The rows of one input."""
     view, size = rows.view(np.uint8).data, ROW.itemsize
 
-    def at(place: int) -> bytes:
-        return bytes(view[place * size : place * size + _INPUT_BYTES])
+    def at(position: int) -> bytes:
+        return bytes(view[position * size : position * size + _INPUT_BYTES])
 
-    place = bisect.bisect_left(range(len(rows)), digest, key=at)
-    while place < len(rows) and at(place) == digest:
-        yield rows[place]
-        place += 1
+    position = bisect.bisect_left(range(len(rows)), digest, key=at)
+    while position < len(rows) and at(position) == digest:
+        yield rows[position]
+        position += 1
 
 
 def _parse(data: bytes | mmap.mmap, versions: Versions) -> tuple[dict[str, Any], np.ndarray]:
     view = memoryview(data)
     start = len(_MAGIC) + 8
     if bytes(view[: len(_MAGIC)]) != _MAGIC or len(view) < start + 4:
-        raise DamagedIndex("no index of annotations")
+        raise DamagedIndex("not an annotation index")
     if zlib.crc32(view[:-4]) != int.from_bytes(view[-4:], "little"):
-        raise DamagedIndex("its checksum does not fit")
+        raise DamagedIndex("checksum mismatch")
     end = start + int.from_bytes(view[len(_MAGIC) : start], "little")
     try:
         header = msgpack.unpackb(view[start:end], raw=False)
@@ -404,13 +381,13 @@ def _parse(data: bytes | mmap.mmap, versions: Versions) -> tuple[dict[str, Any],
         first = end + -end % _ALIGN
         rows = np.frombuffer(view[first:-4], ROW)
         if len(rows) != header["rows"]:
-            raise DamagedIndex(f"{len(rows)} rows, {header['rows']} were written")
+            raise DamagedIndex(f"{len(rows)} rows, expected {header['rows']}")
         for name, _, _ in header["shards"]:
             if not _SHARD_NAME.fullmatch(name):
                 raise DamagedIndex(f"shard name {name!r}")
         for table, column in (("calls", "call"), ("shards", "shard")):
             if len(rows) and int(rows[column].max()) >= len(header[table]):
-                raise DamagedIndex(f"a row points behind its table of {table}")
+                raise DamagedIndex(f"a row refers to an entry beyond the table of {table}")
     except (KeyError, TypeError, ValueError, msgpack.UnpackException) as error:
         if isinstance(error, DamagedIndex):
             raise
@@ -419,16 +396,16 @@ def _parse(data: bytes | mmap.mmap, versions: Versions) -> tuple[dict[str, Any],
 
 
 def wrong_schema(found: object, expected: int) -> UserError:
-    """What to raise for a store of another schema; the message lacks the file's name."""
+    """The error for a store of another schema; the message lacks the file name."""
     return UserError(f"schema {found}, this version reads {expected}; annotate into a new folder")
 
 
 def open_file(path: str) -> bytes | mmap.mmap:
-    """The content of an index file: mapped if large and local, else read.
+    """Returns the content of an index file, memory-mapped if it is large and local.
 
     Raises:
-      FileNotFoundError: no such file.
-      UserError, UnavailableError: not to be read.
+      FileNotFoundError: the file does not exist.
+      UserError, UnavailableError: the file cannot be read.
     """
     if "://" in path:
         try:
@@ -439,7 +416,7 @@ def open_file(path: str) -> bytes | mmap.mmap:
             raise
     try:
         with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size < _MAPPED_BYTES:
+            if os.fstat(file.fileno()).st_size < _MIN_MAPPED_BYTES:
                 return file.read()
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
@@ -453,11 +430,11 @@ def read_index(files: Iterable[tuple[str, bytes | mmap.mmap]], versions: Version
     """Merges index files.
 
     Args:
-      files: path and content; the largest first, which stays mapped.
-      versions: that every file must have.
+      files: path and content; put the largest first, as it stays mapped.
+      versions: versions every file must have.
 
     Raises:
-      UserError: a damaged file, or one of another version.
+      UserError: a file is damaged or of another version.
     """
     index = Index()
     for path, data in files:
@@ -467,5 +444,5 @@ def read_index(files: Iterable[tuple[str, bytes | mmap.mmap]], versions: Version
             raise UserError(f"{path}: damaged index ({error}); delete it and annotate again") from error
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-    index.settle()
+    index.merge_layers()
     return index

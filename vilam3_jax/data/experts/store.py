@@ -1,16 +1,13 @@
 """The annotation store: ArrayRecord shards, and an index (`index.py`) of their records.
 
-The names of `record` and `falsify` are exported here too.
-This module imports neither jax nor flax nor torch: the expert processes write it, the training hosts read it.
-
 A store is a folder:
 
-    annotations-RUN-NUMBER.array_record   records, one a group
-    annotations-RUN-NUMBER.index          the sidecar of that shard, written after it
-    merged-RUN.index                      the merged index that `compact` wrote
+    annotations-RUN-NUMBER.array_record   records, one per group
+    annotations-RUN-NUMBER.index          index of that shard, written after it
+    merged-RUN.index                      merged index, written by `compact`
 
-Readers ignore a shard that no index names. Every file appears whole and never changes. Only `compact` removes
-files, namely those it replaced.
+Readers ignore shards that no index names. Files appear whole and never change. Only `compact` removes files,
+namely those it replaced.
 """
 
 from __future__ import annotations
@@ -20,89 +17,44 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import json
 import os
-import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from types import TracebackType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from vilam3_jax.data.content_keys import DECODER_VERSION
 from vilam3_jax.data.experts import index as index_lib
-from vilam3_jax.data.experts.falsify import falsify
-from vilam3_jax.data.experts.index import Call, Entry, Found, Index, Shard, Versions
-from vilam3_jax.data.experts.record import (
-    SCHEMA_VERSION,
-    Annotation,
-    Key,
-    LabelMap,
-    Segment,
-    failed,
-    segments_on_slice,
-)
+from vilam3_jax.data.experts import store_files as files
+from vilam3_jax.data.experts.index import Entry, Index, Location, Outcome, Shard
+from vilam3_jax.data.experts.record import Annotation, Key
 from vilam3_jax.data.shards import ShardReaders
 from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.runtime import paths
 
-__all__ = [
-    "SCHEMA_VERSION",
-    "Annotation",
-    "AnnotationStore",
-    "AnnotationWriter",
-    "Key",
-    "LabelMap",
-    "Segment",
-    "StoreInfo",
-    "compact",
-    "content_sha256",
-    "failed",
-    "falsify",
-    "new_store",
-    "segments_on_slice",
-    "store_info",
-]
-
 SHARD_BYTES = 256 << 20
-_INDEX_SUFFIX = ".index"
-_OLD_INDEX_SUFFIX = ".index.json"  # until schema 2
-_MERGED_PREFIX = "merged-"
-_SHARD_SUFFIX = ".array_record"
 _LEASE = ".compacting"
-_FILES_AT_ONCE = 32  # an object store answers each after a while
-_READS = 10  # how often a folder is listed anew while others compact it
 _LEASE_SECONDS = 3600.0
-_ABANDONED_SECONDS = 24 * 3600.0  # what no index names after this time belongs to nobody
+_ABANDONED_SECONDS = 24 * 3600.0  # age at which a file that no index names may be removed
 
 
 def content_sha256(annotation: Annotation) -> str:
-    """sha256 (hex) of an expert's answer: of the record's bytes with `seconds` set to 0.
-
-    Equal for equal answers, whichever process computed them and however long it took.
-    """
+    """SHA-256 (hex) of a record with `seconds` set to 0: equal for equal answers, whatever time they took."""
     return hashlib.sha256(dataclasses.replace(annotation, seconds=0.0).to_bytes()).hexdigest()
 
 
-class _Pending(NamedTuple):
-    entry: Entry
-    data: bytes
-
-
 class AnnotationWriter:
-    """Adds annotations to a folder; may be killed at any moment and started again.
+    """Adds annotations to a folder. It may be killed at any moment and started again.
 
-    Every run writes its own shards: records go to a hidden temporary file, which is renamed when the shard is
-    full, and only then its index is written. A shard without index does not exist for readers, so nothing
-    half-written is ever seen, and several writers, on several hosts, may share a folder. Both files are on
-    the disk (fsync) before `flush` returns.
+    Each run writes its own shards. Records go to a hidden temporary file, which is renamed when the shard is
+    full; its index is written after that. Readers ignore a shard without an index, so they never see half a
+    shard, and several writers on several hosts may share a folder. Both files are on the disk (fsync) before
+    `flush` returns.
 
-    What other writers commit after this one was opened is not seen: two writers that are given the same work
-    both do it, and the store keeps one of the answers.
+    A writer does not see what other writers commit after it was opened: two writers given the same work both
+    do it, and the store keeps one of the answers.
     """
 
     def __init__(
@@ -113,54 +65,52 @@ class AnnotationWriter:
         seconds_per_shard: float = 30.0,
         bytes_per_shard: int = SHARD_BYTES,
     ) -> None:
-        """Opens (or creates) the store and reads which keys it has.
+        """Opens or creates the store and reads its keys.
 
         Args:
           directory: local or `gs://` folder.
-          records_per_shard, seconds_per_shard, bytes_per_shard: a shard is committed when one of them is
-            reached, so a kill loses at most that much work.
+          records_per_shard, seconds_per_shard, bytes_per_shard: a shard is committed when it reaches one of
+            these limits, so a kill loses at most that much work.
 
         Raises:
-          UserError: the folder cannot be made or an index in it is damaged.
+          UserError: the folder cannot be created or an index in it is damaged.
         """
         self.directory = paths.as_path(directory)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{directory}: cannot be created ({error}); choose another folder") from error
-        self._index = _read_index(self.directory, _index_names(self.directory))
+        self._index = files.load(self.directory).index
         self._limits = (records_per_shard, seconds_per_shard, bytes_per_shard)
-        self._run = _run_name()
+        self._run = files.run_name()
         self._shards = 0
-        # Later than all that is there, even if this host's clock is behind the others'.
-        self._stamp = self._index.latest()
-        self._pending: list[_Pending] = []
+        # Later than every stored record, even if the clock of this host is behind.
+        self._stamp = self._index.latest_stamp()
+        self._pending: list[tuple[Entry, bytes]] = []
         self._pending_status: dict[Key, str] = {}
         self._bytes = 0
         self._started = time.monotonic()
 
     def has(self, input_key: str, expert: str, args: str = "") -> bool:
-        """Whether the key is already stored (as a success or as a failure)."""
+        """Whether the key is stored, as a success or as a failure."""
         return self.status(input_key, expert, args) is not None
 
     def status(self, input_key: str, expert: str, args: str = "") -> str | None:
-        """'ok', 'failed', or None when the key is not stored."""
+        """'ok', 'failed', or None if the key is not stored."""
         key = (input_key, expert, args)
         if key in self._pending_status:
             return self._pending_status[key]
         found = self._index.find(key)
-        return None if found is None else found.call.status
+        return None if found is None else found.outcome.status
 
     def write(self, annotation: Annotation) -> bool:
-        """Adds one record.
-
-        A key already stored is skipped, except that a success replaces a failure.
+        """Adds one record, unless its key is stored already; a success replaces a failure.
 
         Returns:
-          Whether it was added.
+          Whether the record was added.
 
         Raises:
-          UserError: the shard is full and cannot be written; what is pending stays pending.
+          UserError: the shard is full and cannot be written; its records stay pending.
         """
         present = self.status(*annotation.key)
         if present == "ok" or (present == "failed" and annotation.status == "failed"):
@@ -171,7 +121,7 @@ class AnnotationWriter:
         self._stamp = max(self._stamp + 1, time.time_ns())
         content = bytes.fromhex(content_sha256(annotation))
         entry = Entry(annotation.key, annotation.version, annotation.status, content, self._stamp)
-        self._pending.append(_Pending(entry, data))
+        self._pending.append((entry, data))
         self._pending_status[annotation.key] = annotation.status
         self._bytes += len(data)
         records, seconds, size = self._limits
@@ -181,46 +131,42 @@ class AnnotationWriter:
         return True
 
     def flush(self) -> None:
-        """Commits what is pending: shard, rename, index.
+        """Commits the pending records: writes the shard, renames it, writes its index.
 
         Raises:
-          UserError: the folder cannot be written; what is pending stays pending.
+          UserError: the folder cannot be written; the records stay pending.
         """
         if not self._pending:
             return
         name = f"annotations-{self._run}-{self._shards:05d}"
-        shard = _write_shard(self.directory, name + _SHARD_SUFFIX, (p.data for p in self._pending))
-        entries = [p.entry for p in self._pending]
-        own = Index()
-        own.add_shard(shard, entries)
-        paths.write_bytes_durable(self.directory / (name + _INDEX_SUFFIX), own.to_bytes(_versions()))
+        records = (data for _, data in self._pending)
+        shard = files.write_shard(self.directory, name + files.SHARD_SUFFIX, records)
+        entries = [entry for entry, _ in self._pending]
+        shard_index = Index()
+        shard_index.add_shard(shard, entries)
+        content = shard_index.to_bytes(files.versions())
+        paths.write_bytes_durable(self.directory / (name + files.INDEX_SUFFIX), content)
         self._index.add_shard(shard, entries)
-        self._index.balance()
+        self._index.merge_similar_layers()
         self._shards += 1
         self._pending, self._pending_status, self._bytes = [], {}, 0
 
     def close(self) -> None:
-        """Commits what is pending."""
+        """Commits the pending records."""
         self.flush()
 
     def __enter__(self) -> AnnotationWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # Also after an error: every pending record is complete by itself.
-        self.flush()
+    def __exit__(self, *_: object) -> None:
+        self.flush()  # after an error too: each pending record is complete
 
 
 def new_store(directory: paths.PathLike) -> AnnotationWriter:
-    """Opens a folder that holds no record yet, for a changed copy of another store.
+    """Opens a folder without records, for a changed copy of another store.
 
     Raises:
-      UserError: it holds records; or as `AnnotationWriter`.
+      UserError: the folder holds records; or as `AnnotationWriter`.
     """
     writer = AnnotationWriter(directory)
     if len(writer._index):
@@ -231,38 +177,33 @@ def new_store(directory: paths.PathLike) -> AnnotationWriter:
 class AnnotationStore:
     """Random access to the annotations of a folder, written by any number of runs.
 
-    A store shows what was committed when it was opened, also while the folder is compacted: a record whose
-    shard is gone is looked up again. It is pickled as the names of its index files.
+    A store shows the records committed before it was opened, even while the folder is compacted: records of
+    removed shards are looked up again. Pickles hold the names of the index files.
     """
 
     def __init__(self, directory: paths.PathLike) -> None:
         """Reads the indexes; opens no shard yet.
 
         Raises:
-          UserError: no such folder, or a damaged index.
+          UserError: the folder does not exist or an index is damaged.
           UnavailableError: the disk or the network fails.
         """
-        self.directory = paths.as_path(directory)
-        if not self.directory.is_dir():
-            raise UserError(f"{directory}: no such annotation store; run `vilam3-experts annotate` first")
-        self._names = _index_names(self.directory)
-        self._index = _read_index(self.directory, self._names)
-        self._open()
+        self.directory = files.existing_folder(directory)
+        self._open(None)
 
-    def _open(self) -> None:
-        self._places = self._index  # where the records lie; another one once the folder was compacted
+    def _open(self, names: frozenset[str] | None) -> None:
+        self._index, self._names, _ = files.load(self.directory, names)
+        self._current = self._index  # where the records are now; reloaded after a compaction
         self._readers = ShardReaders(self.directory)
         self._digest: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"directory": os.fspath(self.directory), "names": self._names.known, "digest": self.digest()}
+        return {"directory": os.fspath(self.directory), "names": self._names, "digest": self.digest()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.directory = paths.as_path(state["directory"])
-        self._names = _Names(self.directory, state["names"])
-        self._index = _read_index(self.directory, self._names)
-        self._open()
-        if self._names.known != state["names"] and self.digest() != state["digest"]:
+        self._open(state["names"])
+        if self._names != state["names"] and self.digest() != state["digest"]:
             raise UnavailableError(
                 f"{self.directory}: was compacted and has other answers than when it was opened; start again"
             )
@@ -274,11 +215,11 @@ class AnnotationStore:
         return isinstance(key, tuple) and len(key) == 3 and self._index.find(key) is not None
 
     def keys(self) -> Iterator[Key]:
-        """Yields every key; the order depends on nothing but the keys."""
+        """Yields every key, in an order that depends on the keys alone."""
         return self._index.keys()
 
     def digest(self, expert: str | None = None) -> str:
-        """sha256 (hex) of all answers, see `Index.digest`; of one expert alone if it is named."""
+        """SHA-256 (hex) of all answers, or of one expert's; see `Index.digest`."""
         if expert is not None:
             return self._index.digest(expert)
         if self._digest is None:
@@ -286,7 +227,7 @@ class AnnotationStore:
         return self._digest
 
     def get(self, input_key: str, expert: str, args: str = "") -> Annotation | None:
-        """Returns the annotation, or None when there is none.
+        """Returns the annotation of a key, or None.
 
         Raises:
           UnavailableError: the shard cannot be read.
@@ -296,25 +237,25 @@ class AnnotationStore:
         found = self._index.find(key)
         if found is None:
             return None
-        place = found if self._places is self._index else self._moved(key, found)
+        location = found if self._current is self._index else self._relocated(key, found)
         try:
-            data = self._read(place)
+            data = files.read_record(self._readers, self.directory, location.shard, location.record)
         except UnavailableError:
-            if paths.exists(self.directory / place.shard):
+            if paths.exists(self.directory / location.shard):
                 raise
-            self._places = _read_index(self.directory, _index_names(self.directory))
-            place = self._moved(key, found)
-            data = self._read(place)
+            self._current = files.load(self.directory).index
+            location = self._relocated(key, found)
+            data = files.read_record(self._readers, self.directory, location.shard, location.record)
         annotation = Annotation.from_bytes(data)
         if annotation.key != key:
             raise UserError(
-                f"{self.directory / place.shard}: record {place.record} is not what its index says; "
+                f"{self.directory / location.shard}: record {location.record} is not what its index says; "
                 "delete both and annotate again"
             )
         return annotation
 
-    def _moved(self, key: Key, known: Found) -> Found:
-        found = self._places.find(key)
+    def _relocated(self, key: Key, known: Location) -> Location:
+        found = self._current.find(key)
         if found is None or found.stamp != known.stamp:
             raise UnavailableError(
                 f"{self.directory}: the answer of {key[1]} on {key[0][:12]} was replaced since this store "
@@ -322,33 +263,24 @@ class AnnotationStore:
             )
         return found
 
-    def _read(self, place: Found) -> bytes:
-        try:
-            return self._readers.read(place.shard, place.record)
-        except (ValueError, IndexError, RuntimeError) as error:
-            raise UserError(
-                f"{self.directory / place.shard}, record {place.record}: cannot be read ({error}); "
-                "delete it with its index and annotate again"
-            ) from error
-
 
 @dataclasses.dataclass(frozen=True)
 class StoreInfo:
     """Size and content of a store.
 
     Attributes:
-      records: keys that are answered.
-      calls: number of records of each expert, argument, version and status.
-      stored: records in the shards, those included that a later one replaced.
+      records: number of keys.
+      calls: number of records per expert, argument, version and status.
+      stored: records in the shards, including those replaced by later ones.
       shards: number of shards.
-      shard_bytes: their size.
+      shard_bytes: total size of the shards.
       indexes: number of index files.
-      index_bytes: their size.
-      digest: sha256 (hex) of the answers, see `Index.digest`.
+      index_bytes: total size of the index files.
+      digest: SHA-256 (hex) of the answers, see `Index.digest`.
     """
 
     records: int
-    calls: dict[Call, int]
+    calls: dict[Outcome, int]
     stored: int
     shards: int
     shard_bytes: int
@@ -358,35 +290,35 @@ class StoreInfo:
 
 
 def store_info(directory: paths.PathLike) -> StoreInfo:
-    """Reads the indexes of a store; opens no shard.
+    """Summarises a store from its indexes; opens no shard.
 
     Raises:
       UserError, UnavailableError: as `AnnotationStore`.
     """
-    store = AnnotationStore(directory)
-    return _info(store._index, store._names)
+    return _info(files.load(files.existing_folder(directory)))
 
 
-def _info(index: Index, names: _Names) -> StoreInfo:
+def _info(store: files.LoadedIndex) -> StoreInfo:
+    shards = store.index.shards
     return StoreInfo(
-        records=len(index),
-        calls=dict(sorted(index.counts().items())),
-        stored=sum(shard.records for shard in index.shards),
-        shards=len(index.shards),
-        shard_bytes=sum(shard.size for shard in index.shards),
-        indexes=len(names.known),
-        index_bytes=names.size,
-        digest=index.digest(),
+        records=len(store.index),
+        calls=dict(sorted(store.index.counts().items())),
+        stored=sum(shard.records for shard in shards),
+        shards=len(shards),
+        shard_bytes=sum(shard.size for shard in shards),
+        indexes=len(store.names),
+        index_bytes=store.size,
+        digest=store.index.digest(),
     )
 
 
 def compact(directory: paths.PathLike, *, bytes_per_shard: int = SHARD_BYTES) -> tuple[StoreInfo, StoreInfo]:
     """Rewrites small shards as few large ones, and all indexes as one.
 
-    Writers and readers may go on meanwhile. What a later answer replaced is dropped. Shards of at least half
-    `bytes_per_shard` stay as they are unless a tenth of their records was replaced. Files are removed when
-    the new index is there: first the indexes, then the shards. Killed at any moment it loses nothing; what it
-    left behind is removed by a later run.
+    Writers and readers may run meanwhile. Replaced answers are dropped. Shards of at least half
+    `bytes_per_shard` are kept unless a tenth of their records was replaced. Old files are removed once the
+    new index is written: first the indexes, then the shards. A kill at any moment loses nothing; a later run
+    removes the leftovers.
 
     Args:
       directory: local or `gs://` folder.
@@ -399,82 +331,67 @@ def compact(directory: paths.PathLike, *, bytes_per_shard: int = SHARD_BYTES) ->
       UserError: no store, another compaction is running, a damaged record or index, or a full disk.
       UnavailableError: the disk or the network fails.
     """
-    folder = paths.as_path(directory)
-    if not folder.is_dir():
-        raise UserError(f"{directory}: no such annotation store; run `vilam3-experts annotate` first")
-    with _alone(folder) as still_alone:
-        names = _index_names(folder)
-        index = _read_index(folder, names)
-        before = _info(index, names)
-        rows = index.rows()
-        gone = _worth_rewriting(index, rows, bytes_per_shard)
-        if len(names.known) > 1 or gone:
-            merged = _rewritten(folder, index, rows, gone, bytes_per_shard)
-            name = f"{_MERGED_PREFIX}{_run_name()}{_INDEX_SUFFIX}"
-            paths.write_bytes_durable(folder / name, merged.to_bytes(_versions()))
-            if not still_alone():
+    folder = files.existing_folder(directory)
+    with _compaction_lock(folder) as is_held:
+        before = files.load(folder)
+        index = before.index
+        info = _info(before)
+        moving = _shards_to_rewrite(index, bytes_per_shard)
+        if len(before.names) > 1 or moving:
+            merged = _rewrite(folder, index, moving, bytes_per_shard)
+            name = f"{files.MERGED_PREFIX}{files.run_name()}{files.INDEX_SUFFIX}"
+            paths.write_bytes_durable(folder / name, merged.to_bytes(files.versions()))
+            if not is_held():
                 raise UnavailableError(
                     f"{folder}: another compaction has begun; nothing was removed, start again"
                 )
-            _remove(folder, sorted(names.known))
+            _remove(folder, sorted(before.names))
             _remove(folder, sorted({shard.name for shard in index.shards} - merged.used_shards()))
-        _remove_abandoned(folder)
-        names = _index_names(folder)
-        return before, _info(_read_index(folder, names), names)
+        after = files.load(folder)
+        _remove_abandoned(folder, {shard.name for shard in after.index.shards})
+        return info, _info(after)
 
 
-def _worth_rewriting(index: Index, rows: np.ndarray, bytes_per_shard: int) -> set[int]:
+def _shards_to_rewrite(index: Index, bytes_per_shard: int) -> set[int]:
     """Codes of the shards whose records move."""
-    live = np.bincount(rows["shard"], minlength=len(index.shards))
-    gone = {
+    live = np.bincount(index.rows()["shard"], minlength=len(index.shards))
+    moving = {
         code
         for code, shard in enumerate(index.shards)
         if shard.size < bytes_per_shard // 2 or live[code] < 0.9 * shard.records
     }
-    if len(gone) == 1 and live[min(gone)] == index.shards[min(gone)].records:
-        return set()  # it would become the same file
-    return gone
+    if len(moving) == 1 and live[min(moving)] == index.shards[min(moving)].records:
+        return set()  # the rewritten shard would be identical
+    return moving
 
 
-def _rewritten(folder: epath.Path, index: Index, rows: np.ndarray, gone: set[int], limit: int) -> Index:
-    """The index of the store with the records of the shards `gone` in new shards, which it writes."""
-    moving = rows[np.isin(rows["shard"], sorted(gone))]
+def _rewrite(folder: epath.Path, index: Index, shards: set[int], limit: int) -> Index:
+    """Copies the live records of `shards` to new shards; returns the index of the store with them."""
+    moves = np.isin(index.rows()["shard"], sorted(shards))
+    moving, kept = index.rows()[moves], index.rows()[~moves]
     moving = moving[np.lexsort((moving["record"], moving["shard"]))]
-    readers = ShardReaders(folder)
-    run = _run_name()
-    moved: list[Shard] = []
-    places: list[np.ndarray] = []
+    readers, run = ShardReaders(folder), files.run_name()
+    written: list[Shard] = []
     done = 0
+
+    def records() -> Iterator[bytes]:
+        nonlocal done
+        size = 0
+        for row in moving[done:]:
+            shard = index.shards[row["shard"]]
+            data = files.read_record(readers, folder, shard.name, int(row["record"]), shard.records)
+            done, size = done + 1, size + len(data)
+            yield data
+            if size >= limit:
+                return
+
     while done < len(moving):
-        count = 0
-
-        def records(first: int = done) -> Iterator[bytes]:
-            nonlocal count
-            size = 0
-            for row in moving[first:]:
-                shard, record = index.shards[row["shard"]], int(row["record"])
-                try:
-                    data = readers.read(shard.name, record, shard.records)
-                except (ValueError, IndexError, RuntimeError) as error:
-                    raise UserError(
-                        f"{folder / shard.name}, record {record}: cannot be read ({error}); "
-                        "delete it with its index and annotate again"
-                    ) from error
-                count, size = count + 1, size + len(data)
-                yield data
-                if size >= limit:
-                    return
-
-        name = f"annotations-{run}-{len(moved):05d}{_SHARD_SUFFIX}"
-        shard = _write_shard(folder, name, records())
-        moved.append(shard)
-        part = moving[done : done + count].copy()
-        part["shard"] = len(index.shards) + len(moved) - 1
-        part["record"] = np.arange(count)
-        places.append(part)
-        done += count
-    kept = rows[~np.isin(rows["shard"], sorted(gone))]
-    return index.relocated(index_lib.joined([kept, *places]), moved)
+        first = done
+        name = f"annotations-{run}-{len(written):05d}{files.SHARD_SUFFIX}"
+        written.append(files.write_shard(folder, name, records()))
+        moving["shard"][first:done] = len(index.shards) + len(written) - 1
+        moving["record"][first:done] = np.arange(done - first)
+    return index.relocated(index_lib.concatenate([kept, moving]), written)
 
 
 def _remove(folder: epath.Path, names: Sequence[str]) -> None:
@@ -484,27 +401,26 @@ def _remove(folder: epath.Path, names: Sequence[str]) -> None:
         except OSError as error:
             raise paths.write_error(folder / name, error) from error
 
-    with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+    with concurrent.futures.ThreadPoolExecutor(files.PARALLEL_FILES) as pool:
         list(pool.map(unlink, names))
 
 
-def _remove_abandoned(folder: epath.Path) -> None:
-    """Removes what killed processes left: shards that no index names, and temporary files."""
-    known = {shard.name for shard in _read_index(folder, _index_names(folder)).shards}
+def _remove_abandoned(folder: epath.Path, known: set[str]) -> None:
+    """Removes the leftovers of killed processes: temporary files, and shards that are not `known`."""
     for path in paths.children(folder):
-        partial = path.name.startswith(".annotations-") or path.name.startswith(f".{_MERGED_PREFIX}")
-        if partial or (path.name.endswith(_SHARD_SUFFIX) and path.name not in known):
+        partial = path.name.startswith((".annotations-", f".{files.MERGED_PREFIX}"))
+        if partial or (path.name.endswith(files.SHARD_SUFFIX) and path.name not in known):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().mtime > _ABANDONED_SECONDS:
                     path.unlink()
 
 
 @contextlib.contextmanager
-def _alone(folder: epath.Path) -> Iterator[Any]:
-    """Keeps a second compaction away; yields a function that tells whether this one is still alone.
+def _compaction_lock(folder: epath.Path) -> Iterator[Callable[[], bool]]:
+    """Excludes a second compaction; yields a function that tells whether the lock is still held.
 
-    On a disk that is a lock, which ends with the process. An object store has none: a small object stands for
-    it, and one that is older than an hour is taken over.
+    On a disk this is a file lock, which ends with the process. An object store has no locks: there, a small
+    object serves as a lease, which another compaction takes over after an hour.
     """
     path = folder / _LEASE
     busy = UserError(f"{folder}: another compaction is running; wait for it, or delete {_LEASE} if none is")
@@ -525,8 +441,8 @@ def _alone(folder: epath.Path) -> Iterator[Any]:
     def holder() -> str:
         return path.read_text() if path.exists() else ""
 
-    held = holder().split(" ")[0]
-    if held.isdecimal() and time.time() - int(held) / 1e9 < _LEASE_SECONDS:
+    held_since = holder().split(" ")[0]
+    if held_since.isdecimal() and time.time() - int(held_since) / 1e9 < _LEASE_SECONDS:
         raise busy
     paths.write_text_atomic(path, token)
     if holder() != token:
@@ -536,126 +452,3 @@ def _alone(folder: epath.Path) -> Iterator[Any]:
     finally:
         if holder() == token:
             path.unlink(missing_ok=True)
-
-
-def _run_name() -> str:
-    return f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
-
-
-def _versions() -> Versions:
-    return Versions(SCHEMA_VERSION, DECODER_VERSION)
-
-
-def _write_shard(directory: epath.Path, name: str, records: Iterator[bytes]) -> Shard:
-    """Writes a shard whole: on a disk beside its place and renamed, for an object store in a scratch folder.
-
-    Raises:
-      UserError: the disk is full or the folder cannot be written; whatever `records` raises.
-    """
-    remote = "://" in os.fspath(directory)
-    with tempfile.TemporaryDirectory(prefix="vilam3-shard-") as scratch:
-        temporary = os.path.join(scratch, name) if remote else os.fspath(directory / f".{name}.partial")
-        try:
-            # One record a group: looking one up reads nothing else. Planes are compressed already.
-            writer = ArrayRecordWriter(temporary, "group_size:1,uncompressed")
-            count = 0
-            for data in records:
-                writer.write(data)
-                count += 1
-            writer.close()
-            size = os.path.getsize(temporary)
-            if remote:
-                epath.Path(temporary).copy(directory / name, overwrite=True)
-            else:
-                paths.sync(temporary)
-                os.replace(temporary, directory / name)
-                paths.sync(directory)  # before the index that names it
-            return Shard(name, count, size)
-        except (OSError, RuntimeError) as error:
-            raise paths.write_error(directory / name, error) from error
-        finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-
-
-@dataclasses.dataclass
-class _Names:
-    """The index files of a folder, as they were when it was listed.
-
-    Attributes:
-      folder: of the store.
-      known: names.
-      size: of all files together once they have been read, bytes.
-    """
-
-    folder: epath.Path
-    known: frozenset[str]
-    size: int = 0
-
-
-def _index_names(folder: epath.Path) -> _Names:
-    """Lists the index files until no listing lacks what the one before it had.
-
-    A listing that overlaps a compaction may show neither the new index nor the old ones.
-    """
-    names: frozenset[str] | None = None
-    for _ in range(_READS):
-        again = frozenset(
-            name
-            for name in _listed(folder)
-            if name.endswith((_INDEX_SUFFIX, _OLD_INDEX_SUFFIX)) and name[0] != "."
-        )
-        if names is not None and names <= again:
-            return _Names(folder, again)
-        names = again
-    raise UnavailableError(
-        f"{folder}: files come and go while it is listed; wait for compactions and start again"
-    )
-
-
-def _listed(folder: epath.Path) -> list[str]:
-    """Names in a folder, nothing if there is none. Thousands of path objects would take a second."""
-    if "://" in str(folder):
-        return [path.name for path in paths.children(folder)]
-    try:
-        return os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        paths.check_passing(folder, error)
-        raise UserError(f"{folder}: cannot be listed ({error}); check the path") from error
-
-
-def _read_index(folder: epath.Path, names: _Names) -> Index:
-    """Reads the index files `names`, or those that replaced them: `names` then tells which.
-
-    Raises:
-      UserError: a damaged file, or one of another version.
-      UnavailableError: the disk or the network fails.
-    """
-    for _ in range(_READS):
-        for name in sorted(names.known):
-            if name.endswith(_OLD_INDEX_SUFFIX):
-                raise _old_store(folder / name)
-        # The merged index comes first: it stays as it is, the others are added to it.
-        ordered = sorted(names.known, key=lambda name: (not name.startswith(_MERGED_PREFIX), name))
-        files = [f"{folder}/{name}" for name in ordered]
-        try:
-            with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-                contents = list(pool.map(index_lib.open_file, files))
-        except FileNotFoundError:
-            names.known = _index_names(folder).known
-            continue
-        names.size = sum(map(len, contents))
-        return index_lib.read_index(zip(files, contents, strict=True), _versions())
-    raise UnavailableError(
-        f"{folder}: files come and go while it is read; wait for compactions and start again"
-    )
-
-
-def _old_store(path: epath.Path) -> UserError:
-    try:
-        found = json.loads(paths.read_bytes(path, SHARD_BYTES))["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        return UserError(f"{path}: damaged index ({error}); delete it and annotate again")
-    return UserError(f"{path}: {index_lib.wrong_schema(found, SCHEMA_VERSION)}")

@@ -76,7 +76,7 @@ def test_letter_and_text_must_agree():
     assert multiple_choice.right_letter(options, letter="(b)", text="the spleen") == "B"
     with pytest.raises(SkipItem, match="different options"):
         multiple_choice.right_letter(options, letter="B", text="liver")
-    with pytest.raises(SkipItem, match="letter is none"):
+    with pytest.raises(SkipItem, match="letter is not an option"):
         multiple_choice.right_letter(options, letter="E")
 
 
@@ -344,10 +344,10 @@ def test_omni_med_vqa(tmp_path, base):
 
 
 def test_omni_med_vqa_refuses_the_restricted_part(tmp_path):
-    with pytest.raises(UserError, match="restricted part of omni_med_vqa is not built"):
+    with pytest.raises(UserError, match="restricted part of omni_med_vqa is not supported"):
         OmniMedVqa(config="restricted")
     write(tmp_path, {"QA_information/Restricted-access/Other.json": [omni(1)]})
-    with pytest.raises(UserError, match="restricted part of omni_med_vqa is not built"):
+    with pytest.raises(UserError, match="restricted part of omni_med_vqa is not supported"):
         made(OmniMedVqa, tmp_path)
     (tmp_path / "QA_information/Open-access").mkdir()
     with pytest.raises(UserError, match="Images missing"):
@@ -482,10 +482,10 @@ def test_medxpert_qa_text(medxpert):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"options": [{"letter": "A", "content": "x"}]}, "no object of letter and text"),
+        ({"options": [{"letter": "A", "content": "x"}]}, "not an object of letter and text"),
         ({"options": {"A": "x", "B": None}}, "option B is missing"),
         ({"label": ["A"]}, "label is a list"),
-        ({"label": "F"}, "letter is none of the options"),
+        ({"label": "F"}, "letter is not an option"),
         ({"label": None}, "label is missing"),
         ({"question": "Answer Choices: (A) x (B) y"}, "question before its options is empty"),
         ({"question": None}, "question is missing"),

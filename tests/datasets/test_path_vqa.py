@@ -265,5 +265,5 @@ def test_missing_files_of_the_original(tmp_path):
     with pytest.raises(UserError, match=r"val_vqa\.pkl, pvqa/qas/test_vqa\.pkl, pvqa/images/train"):
         made(PathVqa, tmp_path, "original")
     write(original(tmp_path), {"pvqa/qas/train_vqa.pkl": pickle.dumps({"a": 1})})
-    with pytest.raises(UserError, match="holds no list of questions"):
+    with pytest.raises(UserError, match="not a list of questions"):
         made(PathVqa, tmp_path, "original")

@@ -68,7 +68,7 @@ def test_languages_are_built_apart(tmp_path):
     assert [e.id for e in examples["train"]] == ["1"]
     assert (examples["train"][0].turns[1].text, examples["validation"]) == ("是", [])
     for config in ("all", "en+zh"):
-        with pytest.raises(UserError, match=r"no variant .* en, zh\. The two languages divide the images"):
+        with pytest.raises(UserError, match=r"no variant .* en, zh\. The two languages split the images"):
             Slake(config=config)
 
 

@@ -1,4 +1,4 @@
-"""Examples of the usual kinds, with the metadata that evaluation, experts and leak reports need."""
+"""Builders for conversations and captioned images, with metadata for evaluation and leak reports."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from vilam3_jax.datasets.dataset import Context, SkipItem
 
 _MAX_TEXT = 1 << 20
 
-Marker = str  # "before" or "after" the first question
+YES_NO = ("yes", "no")
+Marker = str  # position of the images: "before" or "after" the first question
 
 
 def text_of(value: object, what: str) -> str:
-    """A text of the source; numbers become their text.
+    """Returns a text field of the source; numbers are converted.
 
     Raises:
-      SkipItem: it is empty, too long, or no text.
+      SkipItem: the value is empty, too long, or neither text nor number.
     """
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:
         raise SkipItem(
@@ -31,7 +32,7 @@ def text_of(value: object, what: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise SkipItem(f"the {what} holds half of a surrogate pair, which is no text") from None
+        raise SkipItem(f"the {what} contains an unpaired surrogate") from None
     return text
 
 
@@ -44,14 +45,14 @@ def question_meta(
     label_source: str = "dataset",
     image: int = 0,
 ) -> dict[str, Any]:
-    """A question as evaluation reads it (`evals.protocol.items_of`).
+    """Returns an entry of `meta["qa"]`, which evaluation reads (`evals.protocol.items_of`).
 
     Args:
-      question, answer: as the source has them; of a question with options, `answer` is one of them.
-      kind: the question's type, such as "open", "closed", "presence".
-      options: the answers that may be given; empty for free text.
-      label_source: whose word the answer is: "dataset", "radiologist", "labeler", ...
-      image: which image it is about.
+      question, answer: source text; with options, `answer` is one of them.
+      kind: question type, such as "open", "closed" or "presence".
+      options: allowed answers; empty for free text.
+      label_source: origin of the answer: "dataset", "radiologist", "labeler", ...
+      image: index of the image in question.
     """
     return {
         "question": question,
@@ -66,18 +67,31 @@ def question_meta(
     }
 
 
+def free_question(question: str, answer: str, kind: str = "", **more: Any) -> dict[str, Any]:
+    """`question_meta` for an answer without listed options; "Yes." and "no" get the options `YES_NO`.
+
+    Args:
+      question, answer: source text.
+      kind: question type; "" for "closed" (yes or no) or "open".
+      more: further arguments of `question_meta`.
+    """
+    word = answer.strip().rstrip(".").lower()
+    if word in YES_NO:
+        return question_meta(question, word, kind or "closed", options=YES_NO, **more)
+    return question_meta(question, answer, kind or "open", **more)
+
+
 def metadata(
     context: Context, *, modality: str, patient: object = None, group: object = None, **more: Any
 ) -> dict:
-    """The metadata of a record.
+    """Returns the metadata of a record.
 
     Args:
       context: of the split.
-      modality: "CT", "MR", "CXR", ... as `data/experts` names them; "" for text.
-      patient: the source's identifier; only its hash is kept. None: unknown.
-      group: what must not be divided between splits where no patient is known, such as an image's name;
-        hashed too.
-      more: plain values that are kept as they are.
+      modality: "CT", "MR", "CXR", ... as in `data/experts`; "" for text.
+      patient: identifier in the source; only its hash is kept. None if unknown.
+      group: what must stay in one split if the patient is unknown, such as an image name; hashed too.
+      more: plain values; None is dropped.
     """
     meta = {
         "dataset": context.dataset,
@@ -102,19 +116,19 @@ def conversation(
     marker: Marker = "before",
     system: str = "",
 ) -> Example:
-    """A dialogue whose first question shows the images.
+    """Returns a conversation with all images in the first question.
 
     Args:
-      name: the record's id, unique in the dataset.
+      name: record id, unique in the dataset.
       images: in the order of their markers.
-      exchanges: (question, answer) pairs. Markers in them are part of somebody's text and become "[image]".
+      exchanges: (question, answer) pairs; image markers quoted in them become "[image]".
       meta: of `metadata`.
-      questions: of `question_meta`, kept as `meta["qa"]`.
-      marker: where the images stand in the first question.
+      questions: of `question_meta`, stored as `meta["qa"]`.
+      marker: position of the images.
       system: text of a system turn; "" for none.
 
     Raises:
-      SkipItem: there is no exchange.
+      SkipItem: `exchanges` is empty.
     """
     if not exchanges:
         raise SkipItem("has no question with an answer")
@@ -130,11 +144,11 @@ def conversation(
 
 
 def pair(name: str, image: ImageRef, caption: str, meta: Mapping[str, Any], kind: str = "caption") -> Example:
-    """An image with its caption: `kind` "caption" for generative, "pair" for contrastive training."""
+    """Returns a captioned image: `kind` is "caption" for generative, "pair" for contrastive training."""
     turns = (Turn("user", IMAGE_MARKER), Turn("assistant", literal(caption), True))
     return Example(name, kind, (image,), turns, meta=dict(meta))
 
 
 def literal(text: str) -> str:
-    """`text` with image markers that it quotes made harmless."""
+    """Escapes image markers quoted in `text`."""
     return text.replace(IMAGE_MARKER, "[image]")

@@ -16,7 +16,7 @@ from vilam3_jax.datasets.rows import Row, below, fields, name_of, rows_of, word
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
 
-# Split → (folders, ending of the questions' file, folder of the images).
+# Split → (folders, suffix of the question file, folder of the images).
 _SPLITS = {
     "train": (("training",), "train", "imagesTr"),
     "validation": (("validation-public", "validation_public"), "val", "imagesVal"),
@@ -33,11 +33,11 @@ _MODALITIES = {
     "dermatology": "DERMOSCOPY",
     "mammography": "MG",
 }
-# Flags of labels that are not there.
+# Flags of absent labels.
 _ABSENT = ("", "0", "0.0", "no", "false", "none", "n", "absent", "negative")
 _CHEST = ("IU_XRay", "chestdr")
 _MULTI_LABEL = "multi_label_classification"
-# The challenge's name of a family, from what rows call it in lower case without punctuation.
+# Task name in a row (lower case, no punctuation) → the challenge's name of the task family.
 _FAMILIES = {
     "classification": "disease_diagnosis_classification",
     "cls": "disease_diagnosis_classification",
@@ -59,31 +59,29 @@ _FAMILIES = {
 class FlareMllm2d(Dataset):
     """Classification, multi-label classification, detection, counting, regression and reports.
 
-    Choices of ours:
-
-    - The folder says the split, not a row's `Split`. The hidden validation set is the split
-      `validation_hidden`; where its file with answers is there, the one without is not read, so no question
-      stands twice. Questions without an answer are skipped.
+    - The folder determines the split, not the field `Split`. The hidden validation set is the split
+      `validation_hidden`; its file without answers is ignored if the one with answers is present. Questions
+      without an answer are skipped.
     - A question shows all its images.
-    - Lists of labels are joined by "; ", and an empty one is "none": the challenge's scorer drops such rows.
-      Boxes are written as JSON, in the pixels of the image as stored.
-    - Options that are listed apart from the question are lettered; those of training questions are shuffled.
+    - Label lists are joined by "; "; an empty list becomes "none", a row that the challenge's scorer drops.
+      Boxes are JSON, in pixels of the stored image.
+    - Options listed in a separate field get letters; those of training questions are shuffled.
     """
 
     name = "flare_mllm_2d"
-    description = "Questions of the FLARE challenges about 2D images of 19 datasets and eight kinds."
+    description = "Questions of the FLARE challenges about 2D images from 19 datasets in eight categories."
     homepage = "https://huggingface.co/datasets/FLARE-MedFM/FLARE-Task5-MLLM-2D"
     licence = "unverified"
     access = "registered"
     instructions = """
-        Ask for access to https://huggingface.co/datasets/FLARE-MedFM/FLARE-Task5-MLLM-2D and fetch training/,
-        validation-public/, validation-hidden/ or testing/, whole or some datasets of them. Unpack every
-        imagesTr.zip, imagesVal.zip and imagesTs.zip where it lies:
+        Request access to https://huggingface.co/datasets/FLARE-MedFM/FLARE-Task5-MLLM-2D and download
+        training/, validation-public/, validation-hidden/ or testing/, or some of their datasets. Unpack every
+        imagesTr.zip, imagesVal.zip and imagesTs.zip in place:
         training/Xray/dental/{imagesTr/, dental_questions_train.json}.
         """
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Reads the questions of each split whose folder is there."""
+        """Reads the questions of every split that was downloaded."""
         source.require([folder for folders, _, _ in _SPLITS.values() for folder in folders])
         taken: set[str] = set()
         found = {}
@@ -97,7 +95,7 @@ class FlareMllm2d(Dataset):
 
 
 def make(row: Row, context: Context) -> Iterator[Example]:
-    """One question with its images and its answer."""
+    """Yields one question with its images and its answer."""
     values = {str(key).lower(): value for key, value in fields(row).items()}
     category, dataset = row.file.split("/")[-3:-1]
     family = _family(word(values, "tasktype"))
@@ -105,9 +103,9 @@ def make(row: Row, context: Context) -> Iterator[Example]:
     images = [_image(name, row.file, context) for name in names]
     question = text_of(values.get("question"), "question").strip()
     answer = _answer(_first(values, "answer", "report"), family)
-    asked = _choice(question, _first(values, "choices", "options"), answer)
-    if asked and context.split == "train":
-        asked = asked.shuffled(context.rng(row.id))
+    choice = _choice(question, _first(values, "choices", "options"), answer)
+    if choice and context.split == "train":
+        choice = choice.shuffled(context.rng(row.id))
     modality = "CXR" if dataset in _CHEST else _MODALITIES.get(category.lower(), category.upper())
     meta = metadata(
         context,
@@ -116,23 +114,21 @@ def make(row: Row, context: Context) -> Iterator[Example]:
         source=dataset,
         source_split=word(values, "split") or None,
     )
-    if asked:
-        exchange = (asked.prompt, asked.reply)
-        qa = question_meta(asked.question, asked.answer, family, options=asked.options)
+    if choice:
+        yield choice.example(row.id, images, meta, family)
     else:
-        exchange = (question, answer)
         qa = question_meta(question, answer, family)
-    yield conversation(row.id, images, [exchange], meta, questions=[qa])
+        yield conversation(row.id, images, [(question, answer)], meta, questions=[qa])
 
 
 def _question_files(source: SourceFolder, folder: str, ending: str) -> list[str]:
-    """The files of questions below a split's folder; with answers where both kinds are there."""
+    """Finds the question files below a split's folder; of two versions, the one with answers."""
     answered = source.glob(f"{folder}/*/*/*_questions_{ending}_withGT.json")
     known = {file.removesuffix("_withGT.json") for file in answered}
     plain = source.glob(f"{folder}/*/*/*_questions_{ending}.json")
     files = sorted(answered + [file for file in plain if file.removesuffix(".json") not in known])
     if not files:
-        raise UserError(f"{source.root / folder}: no CATEGORY/DATASET/*_questions_{ending}.json in it")
+        raise UserError(f"{source.root / folder}: contains no CATEGORY/DATASET/*_questions_{ending}.json")
     return files
 
 
@@ -143,7 +139,7 @@ def _check_images(source: SourceFolder, files: list[str], images: str) -> None:
         if not source.find(f"{folder}/{images}")
     ]
     if lacking:
-        packed = " (its .zip is there: unpack it)" if source.find(f"{lacking[0]}.zip") else ""
+        packed = " (unpack its .zip)" if source.find(f"{lacking[0]}.zip") else ""
         raise UserError(f"{source.root}: {', '.join(lacking)} missing{packed}")
 
 
@@ -163,7 +159,7 @@ def _first(values: Mapping[str, Any], *keys: str) -> Any:
 
 
 def _family(stated: str) -> str:
-    """The challenge's name of a family; of one that it does not name, the row's own words.
+    """Returns the challenge's name of a task family; an unknown one is kept, normalized.
 
     >>> _family("Multi-label Classification"), _family("Instance_Detection"), _family("Triage")
     ('multi_label_classification', 'detection', 'triage')
@@ -181,9 +177,9 @@ def _image_names(values: Mapping[str, Any]) -> list[str]:
 
 
 def _image(name: str, file: str, context: Context) -> ImageRef:
-    """The image where its path says, or else by its name alone in the folder of images.
+    """Finds an image by path, otherwise by file name in the folder of images.
 
-    Paths begin at the folder of the questions, at that of the images, or at the source folder.
+    Paths may be relative to the folder of the question file, of the images, or to the source folder.
     """
     folder = posixpath.dirname(file)
     images = f"{folder}/{_SPLITS[context.split][2]}"
@@ -197,7 +193,7 @@ def _image(name: str, file: str, context: Context) -> ImageRef:
 
 
 def _answer(value: Any, family: str) -> str:
-    """The answer as text.
+    """Returns the answer as text.
 
     >>> _answer(["caries", "crown"], _MULTI_LABEL), _answer({"caries": 0, "crown": 1}, _MULTI_LABEL)
     ('caries; crown', 'crown')
@@ -217,7 +213,6 @@ def _is_set(flag: Any) -> bool:
 
 
 def _choice(question: str, options: Any, answer: str) -> multiple_choice.Choice | None:
-    """The question as one with options, where the row lists them apart."""
     if not options:
         return None
     if not isinstance(options, list | dict):

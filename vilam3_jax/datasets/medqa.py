@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from vilam3_jax.data.examples import Example
 from vilam3_jax.datasets import multiple_choice
-from vilam3_jax.datasets.conversations import conversation, metadata, question_meta, text_of
-from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Split
+from vilam3_jax.datasets.conversations import metadata, text_of
+from vilam3_jax.datasets.dataset import Context, Dataset, Split
 from vilam3_jax.datasets.rows import Row, fields, name_of, rows_of
 from vilam3_jax.datasets.source_files import SourceFolder
 
@@ -17,11 +17,11 @@ _PARTS = {"train": ("train", 10_178), "validation": ("dev", 1_272), "test": ("te
 
 
 class MedQa(Dataset):
-    """Text only: 10,178 questions for training, which are VILA-M3's "USMLE", 1,272 and 1,273 others.
+    """Text-only questions: 10,178 for training (VILA-M3's "USMLE"), 1,272 for validation, 1,273 for test.
 
-    The paper says nothing of its prompt. Here the options follow the question, one per line with a letter,
-    and the answer is the letter and the text of the right one. The Hugging Face copy has no `dev`; the split
-    is then absent. The source names no ids: they are the split and the line.
+    The paper does not specify a prompt. Here the lettered options follow the question, one per line, and the
+    answer is the letter and text of the right one. The Hugging Face copy has no `dev` file and so no
+    validation split. The source has no ids; a record's id is its split and line.
     """
 
     name = "medqa"
@@ -57,19 +57,15 @@ class MedQa(Dataset):
 
 
 def make(row: Row, context: Context) -> Iterator[Example]:
-    """The question with its options, and the right one as the answer."""
+    """Yields the question with its lettered options."""
     values = fields(row)
-    options = values.get("options")
-    if not isinstance(options, dict):
-        raise SkipItem("the options are no object of letter and text")
-    texts = multiple_choice.lettered_options(options)
+    texts = multiple_choice.lettered_options(values.get("options"))
     letter = multiple_choice.right_letter(
         texts,
         letter=text_of(values.get("answer_idx"), "answer_idx"),
         text=text_of(values.get("answer"), "answer"),
     )
-    asked = multiple_choice.choice(text_of(values.get("question"), "question"), texts, letter)
+    choice = multiple_choice.choice(text_of(values.get("question"), "question"), texts, letter)
     step = values.get("meta_info")
     meta = metadata(context, modality="", group=row.id, step=step if isinstance(step, str) else None)
-    qa = question_meta(asked.question, asked.answer, "multiple_choice", options=asked.options)
-    yield conversation(row.id, [], [(asked.prompt, asked.reply)], meta, questions=[qa])
+    yield choice.example(row.id, [], meta)

@@ -1,4 +1,4 @@
-"""MedXpertQA: examination questions with images (MM) or without (Text). For evaluation."""
+"""MedXpertQA: examination questions with images (MM) or without (Text), for evaluation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from vilam3_jax.data.examples import Example
 from vilam3_jax.datasets import multiple_choice
-from vilam3_jax.datasets.conversations import conversation, metadata, question_meta, text_of
+from vilam3_jax.datasets.conversations import metadata, text_of
 from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Split
 from vilam3_jax.datasets.rows import Row, below, fields, name_of, rows_of, word
 from vilam3_jax.datasets.source_files import SourceFolder
@@ -17,16 +17,15 @@ _FOLDERS = {"mm": "MM", "text": "Text"}
 _IMAGES = "images"
 _SPLITS = {"validation": "dev", "test": "test"}
 _EXPECTED = {"mm": {"validation": 5, "test": 2_000}, "text": {"validation": 5, "test": 2_450}}
-# Questions end with a list of their options, which the example lists itself.
+# Questions end with a list of their options.
 _LISTED = re.compile(r"\s*Answer Choices\s*:(?=\s*\(?A\b)", re.IGNORECASE)
 
 
 class MedXpertQa(Dataset):
-    """Questions of medical examinations, with five options and images (MM) or with ten options (Text).
+    """Medical examination questions with images and five options (MM) or with ten options (Text).
 
-    Choices of ours: the list of options at the end of each question is taken away, because options are listed
-    once, in the source's order; `dev` is called validation. Text has no images and cannot be used where an
-    image is needed.
+    The list of options at the end of each question is removed, since the prompt lists them in the source's
+    order. `dev` becomes validation. Text has no images and cannot be used where an image is required.
     """
 
     name = "medxpert_qa"
@@ -60,22 +59,17 @@ class MedXpertQa(Dataset):
 
 
 def make(row: Row, context: Context) -> Iterator[Example]:
-    """The question with its options, and the right one as the answer."""
+    """Yields the question with its lettered options."""
     values = fields(row)
-    options = values.get("options")
-    if not isinstance(options, dict):
-        raise SkipItem("the options are no object of letter and text, as they are in MM/ and Text/")
-    texts = multiple_choice.lettered_options(options)
+    texts = multiple_choice.lettered_options(values.get("options"))
     letter = multiple_choice.right_letter(texts, letter=text_of(values.get("label"), "label"))
     question = _LISTED.split(text_of(values.get("question"), "question"))
     stem = text_of("Answer Choices:".join(question[:-1] or question), "question before its options")
-    asked = multiple_choice.choice(stem, texts, letter)
+    choice = multiple_choice.choice(stem, texts, letter)
     images = [context.image(below(_IMAGES, _without_folder(name))) for name in _images(values, context)]
     words = {key: word(values, key) or None for key in ("medical_task", "body_system", "question_type")}
     meta = metadata(context, modality="", group=row.id, **words)
-    kind = words["question_type"] or "multiple_choice"
-    qa = question_meta(asked.question, asked.answer, kind, options=asked.options)
-    yield conversation(row.id, images, [(asked.prompt, asked.reply)], meta, questions=[qa])
+    yield choice.example(row.id, images, meta, words["question_type"] or "multiple_choice")
 
 
 def _images(values: Mapping[str, Any], context: Context) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Questions with lettered options: how they are read, asked and answered."""
+"""Multiple-choice questions with lettered options: parsing, prompts and answers."""
 
 from __future__ import annotations
 
@@ -7,29 +7,32 @@ import random
 import re
 import string
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from vilam3_jax.datasets.conversations import text_of
+from vilam3_jax.data.examples import Example, ImageRef
+from vilam3_jax.datasets.conversations import conversation, question_meta, text_of
 from vilam3_jax.datasets.dataset import SkipItem
 
-# Options that speak of others, or of the whole list, keep their place.
+# Options that refer to other options or to the whole list must not move.
 _REFERS = re.compile(
     r"\b(?:all|none|both|any|each|either|neither) of (?:the|these|those|them)\b"
     r"|\b(?:above|below|aforementioned)\b"
     r"|(?-i:^\W*(?:[Bb]oth )?\(?[A-J]\)?(?:, \(?[A-J]\)?)*,? (?:and|or|&) \(?[A-J]\b)",
     re.IGNORECASE,
 )
-# A letter before a text, as in "B. liver" or "(B) liver".
+# A leading letter, as in "B. liver" or "(B) liver".
 _LETTERED = re.compile(r"^\s*\(?([A-Z])[.):]\s*(?=\S)")
 _NAMES_AN_OPTION = re.compile(r"\b(?i:options?|choices?|answers?) \(?[A-J]\b")
 _ENDS = " .,;:!?\"'`"
+_LETTERS = string.ascii_uppercase
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A question, its options in the order in which they are shown, and which of them is right.
+    """A question with its options in display order.
 
     Attributes:
-      question: without its options.
+      question: without the options.
       options: texts without letters; at least two.
       right: index of the answer.
     """
@@ -40,52 +43,63 @@ class Choice:
 
     @property
     def answer(self) -> str:
-        """The right option's text."""
+        """Text of the right option."""
         return self.options[self.right]
 
-    @property
-    def prompt(self) -> str:
-        """The question with one lettered option per line."""
-        listed = (
-            f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, self.options, strict=False)
-        )
-        return "\n".join([self.question, *listed, "Answer with the letter and the text of the right option."])
+    def example(
+        self,
+        name: str,
+        images: Sequence[ImageRef],
+        meta: Mapping[str, Any],
+        kind: str = "multiple_choice",
+        **known: Any,
+    ) -> Example:
+        """Returns a conversation: one lettered option per line, answered by letter and text.
 
-    @property
-    def reply(self) -> str:
-        """The letter and the text of the right option."""
-        return f"{string.ascii_uppercase[self.right]}. {self.answer}"
+        Args:
+          name: record id.
+          images: shown with the question.
+          meta: of `conversations.metadata`.
+          kind: question type.
+          known: further arguments of `question_meta`, such as `label_source`.
+        """
+        lines = (f"{letter}. {text}" for letter, text in zip(_LETTERS, self.options, strict=False))
+        prompt = "\n".join(
+            [self.question, *lines, "Answer with the letter and the text of the right option."]
+        )
+        reply = f"{_LETTERS[self.right]}. {self.answer}"
+        qa = question_meta(self.question, self.answer, kind, options=self.options, **known)
+        return conversation(name, images, [(prompt, reply)], meta, questions=[qa])
 
     def shuffled(self, rng: random.Random) -> Choice:
-        """The same with the options in another order.
-
-        Options that refer to others, such as "none of the above" or "both A and B", keep the whole list as
-        it is.
-        """
+        """Shuffles the options, unless one refers to others ("none of the above", "both A and B")."""
         texts = (self.question, *self.options)
         if any(map(_REFERS.search, self.options)) or any(map(_NAMES_AN_OPTION.search, texts)):
             return self
         order = list(range(len(self.options)))
         rng.shuffle(order)
-        return Choice(self.question, tuple(self.options[at] for at in order), order.index(self.right))
+        return Choice(self.question, tuple(self.options[i] for i in order), order.index(self.right))
 
 
-def lettered_options(options: Mapping[str, object], optional: str = "") -> dict[str, str]:
-    """Texts of options by their letter, in the order of the letters.
+def lettered_options(options: object, optional: str = "") -> dict[str, str]:
+    """Returns option texts by letter, in the order of the letters.
 
-    A letter before the text, as in "A: liver", is taken away when it is the option's own, and so are letters
-    as in "A. liver" or "(A) liver" when all options have theirs.
+    An option's own letter before its text is removed: always in "A: liver", and in "A. liver" or "(A) liver"
+    if all options have it.
 
     Args:
       options: letter → text of the source, in any order.
-      optional: letters whose option may be missing; it is then left out.
+      optional: letters whose option may be missing.
 
     Raises:
-      SkipItem: an option is empty or no text, a key is no letter, or there are fewer than two.
+      SkipItem: not an object, an option is not text or empty, a key is not a letter, or there are fewer than
+        two options.
     """
+    if not isinstance(options, Mapping):
+        raise SkipItem("the options are not an object of letter and text")
     found = {}
     for letter, value in sorted(options.items()):
-        if len(letter) != 1 or letter not in string.ascii_uppercase:
+        if len(letter) != 1 or letter not in _LETTERS:
             raise SkipItem("the options are not named by letters")
         if letter in optional and (value is None or (isinstance(value, str) and not value.strip())):
             continue
@@ -100,22 +114,21 @@ def lettered_options(options: Mapping[str, object], optional: str = "") -> dict[
 
 
 def right_letter(options: Mapping[str, str], *, letter: str = "", text: str = "") -> str:
-    """The letter of the answer, from its letter, its text, or both.
+    """Returns the letter of the answer, given its letter, its text, or both.
 
-    Texts are compared as they are, then without case, punctuation at the ends and doubled spaces; a text may
-    have its option's letter before it.
+    Texts are compared exactly, then ignoring case, surrounding punctuation and repeated spaces. The text may
+    start with the letter of its option.
 
     Args:
       options: of `lettered_options`.
-      letter: as stated by the source, or "".
-      text: as stated by the source, or "".
+      letter, text: from the source; "" if unknown.
 
     Raises:
-      SkipItem: no option or several are the answer, or letter and text name different ones.
+      SkipItem: no option matches, several do, or letter and text contradict each other.
     """
     letter = letter.strip(" .:()").upper()
     if letter and letter not in options:
-        raise SkipItem("the answer's letter is none of the options'")
+        raise SkipItem("the answer's letter is not an option")
     same = _same_text(options, text) if text else []
     if letter:
         if same and letter not in same:
@@ -127,25 +140,25 @@ def right_letter(options: Mapping[str, str], *, letter: str = "", text: str = ""
 
 
 def choice(question: str, options: Mapping[str, str], letter: str) -> Choice:
-    """The question with options in the order of their letters, of which `letter` is right."""
+    """Returns the question with options in the order of their letters; `letter` is right."""
     return Choice(question.strip(), tuple(options.values()), list(options).index(letter))
 
 
 def listed_choice(question: str, options: Sequence[object] | Mapping[str, object], answer: str) -> Choice:
-    """A question whose answer is the text of one of its options, or else its letter.
+    """Returns a question answered by the text of an option, or else by its letter.
 
     Args:
       question: without its options.
-      options: in the order of their letters, or by letter.
-      answer: as the source has it.
+      options: in order, or by letter.
+      answer: of the source.
 
     Raises:
-      SkipItem: an option is no text, there are fewer than two or more than letters, or none is the answer.
+      SkipItem: an option is not text, there are fewer than 2 or more than 26, or none matches the answer.
     """
-    if len(options) > len(string.ascii_uppercase):
+    if len(options) > len(_LETTERS):
         raise SkipItem("has more options than letters")
     if not isinstance(options, Mapping):
-        options = dict(zip(string.ascii_uppercase, options, strict=False))
+        options = dict(zip(_LETTERS, options, strict=False))
     texts = lettered_options(options)
     letter = "" if answer in texts.values() else single_letter(answer, list(texts))
     return choice(question, texts, letter or right_letter(texts, text=answer))
@@ -166,6 +179,6 @@ def _plain(text: str) -> str:
 
 
 def single_letter(value: object, letters: Sequence[str]) -> str:
-    """`value` where it is just one of `letters`, also as "b" or "(B)"; otherwise ""."""
+    """Returns `value` if it is one of `letters`, also written "b" or "(B)"; otherwise ""."""
     text = value.strip(" .:()").upper() if isinstance(value, str) else ""
     return text if text in letters and text else ""

@@ -1,4 +1,4 @@
-"""OmniMedVQA, the open-access part: multiple-choice questions made from 42 image datasets. For evaluation."""
+"""OmniMedVQA, open-access part: multiple-choice questions from 42 image datasets, for evaluation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from vilam3_jax.data.examples import Example
 from vilam3_jax.datasets import multiple_choice
-from vilam3_jax.datasets.conversations import conversation, metadata, question_meta, text_of
+from vilam3_jax.datasets.conversations import metadata, text_of
 from vilam3_jax.datasets.dataset import Context, Dataset, Split
 from vilam3_jax.datasets.rows import Row, below, fields, name_of, rows_of, word
 from vilam3_jax.datasets.source_files import SourceFolder
@@ -18,11 +18,11 @@ _LETTERS = "ABCD"
 _OPEN = "QA_information/Open-access"
 _RESTRICTED = "QA_information/Restricted-access"
 _NO_RESTRICTED = (
-    "the restricted part of omni_med_vqa is not built: its images come from some thirty other owners, "
-    "and how they name them is not verified"
+    "the restricted part of omni_med_vqa is not supported: its images come from about thirty other owners, "
+    "whose file names are not verified"
 )
 _EXPECTED = 88_996
-# First match wins. What is not listed keeps its own word in upper case.
+# First match wins; other modalities are kept in upper case.
 _MODALITIES = (
     (r"\bct\b|computed tomography", "CT"),
     (r"\bmri?\b|magnetic", "MR"),
@@ -39,14 +39,12 @@ _CHEST = re.compile(r"chest|cxr|covid|corona|pulmonary|lung", re.IGNORECASE)
 
 
 class OmniMedVqa(Dataset):
-    """Questions with two to four options, one split "test".
+    """Questions with two to four options; a single split "test".
 
-    Choices of ours:
-
-    - The answer is the option of equal text. Where only case, spaces or punctuation at the ends differ, it is
-      that option; where two options fit, the question is skipped.
-    - X-rays of sources named for the chest are "CXR", others "XR".
-    - Many of the source datasets are used for training elsewhere: look for leaks before comparing models.
+    - The answer is the option with equal text, ignoring case, repeated spaces and surrounding punctuation.
+      The question is skipped if two options match.
+    - X-rays of sources named after the chest are "CXR", others "XR".
+    - Many of the source datasets are common training data: check for leaks before comparing models.
     """
 
     name = "omni_med_vqa"
@@ -60,7 +58,6 @@ class OmniMedVqa(Dataset):
         """
 
     def __init__(self, options: Any = None, config: str = "") -> None:
-        """As `Dataset`; the restricted part is refused by name."""
         if "restrict" in config.lower():
             raise UserError(_NO_RESTRICTED)
         super().__init__(options, config)
@@ -83,25 +80,24 @@ class OmniMedVqa(Dataset):
 
 
 def make(row: Row, context: Context) -> Iterator[Example]:
-    """The question with its options, and the right one as the answer."""
+    """Yields the question with its lettered options."""
     values = fields(row)
     options = multiple_choice.lettered_options(
         {letter: values.get(f"option_{letter}") for letter in _LETTERS}, optional="CD"
     )
     letter = multiple_choice.right_letter(options, text=text_of(values.get("gt_answer"), "answer"))
-    asked = multiple_choice.choice(text_of(values.get("question"), "question"), options, letter)
+    choice = multiple_choice.choice(text_of(values.get("question"), "question"), options, letter)
     base = row.file.partition("QA_information/")[0].rstrip("/")
     image = below(base, values.get("image_path"))
     source = word(values, "dataset") or row.file.rpartition("/")[2].removesuffix(".json")
     modality = modality_of(word(values, "modality_type") or word(values, "modality"), source)
     kind = word(values, "question_type") or "multiple_choice"
     meta = metadata(context, modality=modality, group=image, source=source)
-    qa = question_meta(asked.question, asked.answer, kind, options=asked.options)
-    yield conversation(row.id, [context.image(image)], [(asked.prompt, asked.reply)], meta, questions=[qa])
+    yield choice.example(row.id, [context.image(image)], meta, kind)
 
 
 def modality_of(stated: str, source: str) -> str:
-    """The project's word for a modality.
+    """Returns the modality code for a modality of the source.
 
     >>> modality_of("CT(Computed Tomography)", "Chest CT Scan"), modality_of("X-Ray", "Knee Osteoarthritis")
     ('CT', 'XR')

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 from vilam3_jax.data.examples import Example
 from vilam3_jax.datasets import parquet, pickle_reader, rows, vqa
 from vilam3_jax.datasets.conversations import metadata, text_of
-from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Split
+from vilam3_jax.datasets.dataset import Context, SkipItem, Split
 from vilam3_jax.datasets.rows import Row
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
@@ -21,17 +20,17 @@ _ORIGINAL_NAMES = {"train": "train", "validation": "val", "test": "test"}
 _LABEL_SOURCE = "caption"
 
 
-class PathVqa(Dataset):
+class PathVqa(vqa.TrainOnValidation):
     """PathVQA, from the Hugging Face copy or the original release.
 
-    The image stands before or after the question at random, as in the paper of VILA-M3, which trains on train
-    and validation. Only the original release has question ids and question types; the copy lacks 167 doubled
-    questions and has no key that joins it to the original, so published VILA-M3 results need the original.
-    Its pickles are read by `pickle_reader`, which runs nothing.
+    The image comes before or after the question at random, as in the VILA-M3 paper, which trains on train and
+    validation. Only the original has question ids and types. The copy lacks 167 duplicate questions and
+    shares no key with the original, so comparison with published VILA-M3 results needs the original.
+    `pickle_reader` parses its pickles without executing them.
 
-    `parity` keeps the spaces of texts. In the copy, `meta.reference_id` holds the file's name, which the
-    reference has for an id though questions share it. In the original, it takes the first answer of a
-    question; otherwise the one of the highest score is taken.
+    `parity` keeps whitespace. For the copy, it stores the file name in `meta.reference_id`, the reference's
+    id, although questions share it. For the original, it takes the first answer of a question instead of the
+    one with the highest score.
     """
 
     has_parity = True
@@ -47,21 +46,12 @@ class PathVqa(Dataset):
         "`qas/{train,val,test}_vqa.pkl` and `images/{train,val,test}/*.jpg`."
     )
     configs: ClassVar[Mapping[str, str]] = {
-        "hf": "the Hugging Face copy, without doubled questions",
-        "original": "the release of the authors, with question ids and types",
+        "hf": "the Hugging Face copy, without duplicate questions",
+        "original": "the authors' release, with question ids and types",
     }
 
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--train-on-validation", action="store_true", help="add the validation questions to train"
-        )
-
-    def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        splits = _original_splits(source) if self.config == "original" else _copied_splits(source)
-        if self.options.train_on_validation:
-            splits["train"] = vqa.joined(splits["train"], splits.pop("validation"))
-        return splits
+    def published_splits(self, source: SourceFolder) -> dict[str, Split]:
+        return _original_splits(source) if self.config == "original" else _copied_splits(source)
 
 
 def _copied_splits(source: SourceFolder) -> dict[str, Split]:
@@ -85,37 +75,22 @@ def _original_splits(source: SourceFolder) -> dict[str, Split]:
     folders = [f"{base}images/{name}" for name in _ORIGINAL_NAMES.values()]
     source.require(*tables, *folders)
     splits, taken = {}, set()
-    for split, table, folder in zip(_ORIGINAL_NAMES, tables, folders, strict=True):
+    for split, table in zip(_ORIGINAL_NAMES, tables, strict=True):
         content = pickle_reader.read(source.root / table)
         if not isinstance(content, list):
-            raise UserError(f"{source.root / table}: holds no list of questions; download it again")
-        listed = rows.rows_of(table, enumerate(content, 1), _question_id, prefix=split, taken=taken)
-        items = [_Question(row, folder) for row in listed]
-        splits[split] = Split(items, _make, _name_of, _ORIGINAL_COUNTS[split])
+            raise UserError(f"{source.root / table}: not a list of questions; download it again")
+        listed = enumerate(content, 1)
+        items = rows.rows_of(table, listed, lambda row: row["question_id"], prefix=split, taken=taken)
+        splits[split] = Split(items, _make, rows.name_of, _ORIGINAL_COUNTS[split])
     return splits
 
 
-class _Question(NamedTuple):
-    """A row and the folder of its image."""
-
-    row: Row
-    folder: str
-
-
-def _name_of(item: _Question) -> str:
-    return rows.name_of(item.row)
-
-
-def _question_id(values: Any) -> object:
-    return values["question_id"]
-
-
-def _make(item: _Question, context: Context) -> Iterator[Example]:
-    row, folder = item
+def _make(row: Row, context: Context) -> Iterator[Example]:
     values = rows.fields(row)
     image = text_of(values.get("img_id"), "img_id").strip()
     if "/" in image or "\\" in image:
-        raise SkipItem("the img_id is no file name")
+        raise SkipItem("the img_id is not a file name")
+    folder = row.file.replace("qas/", "images/").removesuffix("_vqa.pkl")
     answer_type = text_of(values.get("answer_type"), "answer type").strip().lower()
     question_type = values.get("question_type")
     types = None if question_type is None else [text_of(question_type, "question type").strip()]
@@ -140,11 +115,11 @@ def _make(item: _Question, context: Context) -> Iterator[Example]:
 
 
 def _answer(label: object, parity: bool) -> object:
-    """The answer among {answer: score}: the best, the first of equals."""
+    """Returns the answer with the highest score, the first of equals; with `parity` the first."""
     if not isinstance(label, dict) or not label:
-        raise SkipItem("the label is no object of answers and scores")
+        raise SkipItem("the label does not map answers to scores")
     if parity:
         return next(iter(label))
     if not all(isinstance(score, int | float) and score == score for score in label.values()):
-        raise SkipItem("a score of the label is no number")
-    return max(label, key=lambda answer: label[answer])
+        raise SkipItem("a score of the label is not a number")
+    return max(label, key=label.__getitem__)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from vilam3_jax.data.examples import Example
 from vilam3_jax.datasets import multiple_choice
-from vilam3_jax.datasets.conversations import conversation, metadata, question_meta, text_of
+from vilam3_jax.datasets.conversations import metadata, text_of
 from vilam3_jax.datasets.dataset import Context, Dataset, Split
 from vilam3_jax.datasets.rows import Row, below, fields, name_of, rows_of
 from vilam3_jax.datasets.source_files import SourceFolder
@@ -20,8 +20,8 @@ _COLUMNS = {
     "answer": ("Answer", "Anwser"),
 }
 _OPTIONAL = {"label": ("Answer_label",), "index": ("index",), "source_split": ("split",)}
-# Variant → (folder of the figures, split → table). Both releases have files called PMC<id>_..., so a figure
-# is only ever looked up in the folder of its own release.
+# Variant → (folder of the figures, split → table). Both releases name files PMC<id>_..., so each has a
+# separate folder.
 _FILES = {
     "v1": ("images", {"train": "train.csv", "test": "test.csv", "test_clean": "test_clean.csv"}),
     "v2": ("figures", {"train": "train_2.csv", "test": "test_2.csv"}),
@@ -34,12 +34,10 @@ _ARTICLE = re.compile(r"(PMC\d+)_")
 class PmcVqa(Dataset):
     """Questions with four options about figures of PubMed Central.
 
-    Choices of ours:
-
-    - The options of training questions are shuffled per question; those of test questions keep their order.
+    - The options of training questions are shuffled; those of test questions keep their order.
     - The caption is not shown: questions were generated from it, and it often states the answer.
-    - `test_clean` is the checked part of `test` and repeats its questions. It is a split of its own.
-    - `meta.article` is the article's PMC number, to find the same article in PMC-OA or LLaVA-Med.
+    - The split `test_clean` repeats the manually checked questions of `test`.
+    - `meta.article` is the PMC number, which identifies the article in PMC-OA and LLaVA-Med.
     """
 
     name = "pmc_vqa"
@@ -50,7 +48,7 @@ class PmcVqa(Dataset):
     instructions = """
         Fetch from https://huggingface.co/datasets/xmcmic/PMC-VQA (also RadGenome/PMC-VQA), for v1: train.csv,
         test.csv, test_clean.csv and images.zip, unpacked to images/; for v2: train_2.csv, test_2.csv and
-        images_2.zip, unpacked to figures/. The figures of one release do not belong to the other's questions.
+        images_2.zip, unpacked to figures/. The two releases do not share figures.
         """
     configs: Mapping[str, str] = {
         "v1": "all figures, with the checked split test_clean",
@@ -71,13 +69,13 @@ class PmcVqa(Dataset):
 
 
 def make(row: Row, context: Context) -> Iterator[Example]:
-    """The question with its options, and the right one as the answer."""
+    """Yields the question with its lettered options."""
     cells = fields(row)
     question = text_of(cells["question"], "question")
     options = multiple_choice.lettered_options({letter: cells[letter] for letter in _LETTERS})
-    asked = multiple_choice.choice(question, options, _right(cells, options, context.config))
+    choice = multiple_choice.choice(question, options, _right(cells, options, context.config))
     if context.split == "train":
-        asked = asked.shuffled(context.rng(row.id))
+        choice = choice.shuffled(context.rng(row.id))
     figure = below(_FOLDER[context.config], cells["figure"])
     article = _ARTICLE.match(figure.rpartition("/")[2])
     meta = metadata(
@@ -88,14 +86,11 @@ def make(row: Row, context: Context) -> Iterator[Example]:
         label_source="generated",
         source_split=cells.get("source_split") or None,
     )
-    qa = question_meta(
-        asked.question, asked.answer, "multiple_choice", options=asked.options, label_source="generated"
-    )
-    yield conversation(row.id, [context.image(figure)], [(asked.prompt, asked.reply)], meta, questions=[qa])
+    yield choice.example(row.id, [context.image(figure)], meta, label_source="generated")
 
 
 def _right(cells: Mapping[str, str], options: Mapping[str, str], variant: str) -> str:
-    """The answer's letter: v2 states it; v1 states the text, and in some revisions the letter as well."""
+    """Returns the letter of the answer. v2 states it; v1 the text and, in some revisions, the letter too."""
     answer = text_of(cells["answer"], "answer")
     if label := multiple_choice.single_letter(cells.get("label"), _LETTERS):
         text = "" if multiple_choice.single_letter(answer, _LETTERS) == label else _without_letter(answer)
@@ -107,5 +102,5 @@ def _right(cells: Mapping[str, str], options: Mapping[str, str], variant: str) -
 
 
 def _without_letter(answer: str) -> str:
-    """The text of an answer that repeats the letter of its option, as in " A:liver"."""
+    """Removes the letter of the option, as in " A:liver"."""
     return re.sub(rf"^\s*[{_LETTERS}]\s*:", "", answer)

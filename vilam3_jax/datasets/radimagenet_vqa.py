@@ -1,12 +1,12 @@
-"""RadImageNet-VQA, its benchmark: questions about slices of CT and MRI. For evaluation."""
+"""RadImageNet-VQA, the benchmark: questions about slices of CT and MRI, for evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
 from vilam3_jax.data.examples import Example, ImageRef
-from vilam3_jax.datasets import multiple_choice, parquet, vqa
-from vilam3_jax.datasets.conversations import conversation, metadata, question_meta, text_of
+from vilam3_jax.datasets import multiple_choice, parquet
+from vilam3_jax.datasets.conversations import conversation, free_question, metadata, text_of
 from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Split
 from vilam3_jax.datasets.rows import word
 from vilam3_jax.datasets.source_files import SourceFolder
@@ -17,11 +17,11 @@ _KEPT = ("pathology", "location", "content_type", "question_id")
 
 
 class RadImageNetVqa(Dataset):
-    """The variant "benchmark" of the source; one split, "test".
+    """The source's variant "benchmark"; a single split "test".
 
-    Its training variants are left out, because nobody has verified their counts and ids. A question with
-    choices is asked with lettered options, in the source's order; the answer may be the text or the letter of
-    one. An example's id is `test/` and the row, counted over all files.
+    The training variants are not supported: their counts and ids are not verified. A question with choices
+    gets lettered options in the source's order; its answer may be the text or the letter of an option. An
+    example's id is `test/` and the row number, counted over all files.
     """
 
     name = "radimagenet_vqa"
@@ -41,7 +41,7 @@ class RadImageNetVqa(Dataset):
 
 
 def make(row: parquet.Place, context: Context) -> Iterator[Example]:
-    """One question about one image."""
+    """Yields one question about one image."""
     context.file(row.file)
     values = parquet.read(context.root, row)
     image = ImageRef(data=parquet.image_bytes(values["image"]))
@@ -56,15 +56,10 @@ def make(row: parquet.Place, context: Context) -> Iterator[Example]:
         group=row.id,
         **{key: word(described, key) or None for key in _KEPT},
     )
-    if values["choices"]:
-        if not isinstance(values["choices"], list):
-            raise SkipItem("the choices are no list")
-        asked = multiple_choice.listed_choice(question, values["choices"], answer)
-        qa = question_meta(question, asked.answer, kind, options=asked.options)
-        exchange = (asked.prompt, asked.reply)
+    if choices := values["choices"]:
+        if not isinstance(choices, list):
+            raise SkipItem("the choices are not a list")
+        yield multiple_choice.listed_choice(question, choices, answer).example(row.id, [image], meta, kind)
     else:
-        closed = vqa.is_yes_no(answer)
-        right = answer.rstrip(".").lower() if closed else answer
-        qa = question_meta(question, right, kind, options=vqa.YES_NO if closed else ())
-        exchange = (question, answer)
-    yield conversation(row.id, [image], [exchange], meta, questions=[qa])
+        qa = free_question(question, answer, kind)
+        yield conversation(row.id, [image], [(question, answer)], meta, questions=[qa])

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from vilam3_jax.data.examples import Example
 from vilam3_jax.datasets import rows, vqa
 from vilam3_jax.datasets.conversations import metadata, text_of
-from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Split
+from vilam3_jax.datasets.dataset import Context, SkipItem, Split
 from vilam3_jax.datasets.rows import Row
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
 
-_LANGUAGES = ("en", "zh")
+_LANGUAGES = {"en", "zh"}
 _FILES = {
     "train": "train.json",
     "validation": ("validate.json", "validation.json"),
@@ -27,14 +27,14 @@ _COUNTS = {
 _MODALITIES = {"ct": "CT", "mri": "MR"}
 
 
-class Slake(Dataset):
-    """SLAKE in one of its languages.
+class Slake(vqa.TrainOnValidation):
+    """SLAKE in one language.
 
-    The image stands before or after the question at random, as in the paper of VILA-M3, which trains on train
-    and validation and tests on test, both in English.
+    The image comes before or after the question at random, as in the VILA-M3 paper, which trains on the
+    English train and validation questions and tests on the English test questions.
 
-    `parity` keeps the spaces of texts, and `meta.reference_id` holds the reference's id: the row's number in
-    its file, which train and validation share.
+    `parity` keeps whitespace and stores the reference's id in `meta.reference_id`: the row number in the
+    file, so train and validation have equal ids.
     """
 
     has_parity = True
@@ -57,60 +57,32 @@ class Slake(Dataset):
         if config and config not in self.configs:
             raise UserError(
                 f"dataset {self.name} has no variant {config!r}; there are: {', '.join(self.configs)}. "
-                "The two languages divide the images differently, so both together would train on images of "
-                "the test sets"
+                "The two languages split the images differently, so training on both would include test "
+                "images"
             )
         super().__init__(options, config)
 
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--train-on-validation", action="store_true", help="add the validation questions to train"
-        )
-
-    def splits(self, source: SourceFolder) -> Mapping[str, Split]:
+    def published_splits(self, source: SourceFolder) -> dict[str, Split]:
         files = dict(zip(_FILES, source.require(*_FILES.values(), "imgs")[:-1], strict=True))
         taken: set[str] = set()
-        splits = {
-            split: Split(
-                _questions(source, file, self.config, taken), _make, _name_of, _COUNTS[self.config][split]
+        splits = {}
+        for split, file in files.items():
+            listed = rows.rows_of(
+                file, enumerate(source.json_list(file), 1), lambda row: row["qid"], taken=taken
             )
-            for split, file in files.items()
-        }
-        if self.options.train_on_validation:
-            splits["train"] = vqa.joined(splits["train"], splits.pop("validation"))
+            items = [row for row in listed if _language(row.values) not in _LANGUAGES - {self.config}]
+            splits[split] = Split(items, _make, rows.name_of, _COUNTS[self.config][split])
         return splits
 
 
-class _Question(NamedTuple):
-    """A row and the language that is built."""
-
-    row: Row
-    language: str
-
-
-def _questions(source: SourceFolder, file: str, language: str, taken: set[str]) -> list[_Question]:
-    others = {one for one in _LANGUAGES if one != language}
-    listed = rows.rows_of(file, enumerate(source.json_list(file), 1), _qid, taken=taken)
-    return [_Question(row, language) for row in listed if _language(row.values) not in others]
-
-
-def _qid(values: Any) -> object:
-    return values["qid"]
-
-
 def _language(values: Any) -> str | None:
-    found = values.get("q_lang") if isinstance(values, dict) else None
-    return found.strip().lower() if isinstance(found, str) else None
+    language = values.get("q_lang") if isinstance(values, dict) else None
+    return language.strip().lower() if isinstance(language, str) else None
 
 
-def _name_of(item: _Question) -> str:
-    return rows.name_of(item.row)
-
-
-def _make(item: _Question, context: Context) -> Iterator[Example]:
-    values = rows.fields(item.row)
-    if _language(values) != item.language:
+def _make(row: Row, context: Context) -> Iterator[Example]:
+    values = rows.fields(row)
+    if _language(values) != context.config:
         raise SkipItem("the language is neither en nor zh")
     kind = text_of(values.get("answer_type"), "answer type").strip().lower()
     if kind not in ("open", "closed"):
@@ -118,9 +90,8 @@ def _make(item: _Question, context: Context) -> Iterator[Example]:
     image = text_of(values.get("img_name"), "image name").strip()
     location = text_of(values.get("location"), "location").strip()
     content = text_of(values.get("content_type"), "content type").strip()
-    reference = {"reference_id": str(item.row.number)} if context.parity else {}
     yield vqa.question_example(
-        item.row.id,
+        row.id,
         [context.image(rows.below("imgs", image))],
         values.get("question"),
         values.get("answer"),
@@ -132,11 +103,11 @@ def _make(item: _Question, context: Context) -> Iterator[Example]:
             location=location,
             question_types=[content],
             needs_knowledge=values.get("base_type") == "kvqa",
-            language=item.language,
+            language=context.config,
             label_source="physician",
-            **reference,
+            reference_id=str(row.number) if context.parity else None,
         ),
-        marker=vqa.random_marker(context.rng(item.row.id)),
+        marker=vqa.random_marker(context.rng(row.id)),
         label_source="physician",
         verbatim=context.parity,
     )

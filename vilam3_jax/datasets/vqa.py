@@ -1,7 +1,8 @@
-"""What question-answering sets about images share."""
+"""Shared code of the visual question-answering datasets."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import random
@@ -10,36 +11,38 @@ from typing import Any
 
 from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.datasets import parquet
-from vilam3_jax.datasets.conversations import Marker, conversation, metadata, question_meta, text_of
-from vilam3_jax.datasets.dataset import Context, Split
+from vilam3_jax.datasets.conversations import Marker, conversation, free_question, metadata, text_of
+from vilam3_jax.datasets.dataset import Context, Dataset, Split
+from vilam3_jax.datasets.source_files import SourceFolder
 
-YES_NO = ("yes", "no")
 PARQUET_COLUMNS = {"image": ("image",), "question": ("question",), "answer": ("answer",)}
 
 
-def value_of(row: Mapping[str, Any], *names: str) -> Any:
-    """The value under the first of `names` that the row has, compared without case; None without any."""
-    for name in names:
-        if name in row:
-            return row[name]
-    lower = {key.lower(): value for key, value in row.items() if isinstance(key, str)}
-    return next((lower[name.lower()] for name in names if name.lower() in lower), None)
+class TrainOnValidation(Dataset):
+    """Adds `--train-on-validation`, which merges the validation split into train as VILA-M3 does."""
 
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--train-on-validation", action="store_true", help="add the validation questions to train"
+        )
 
-def is_yes_no(answer: str) -> bool:
-    """Whether an answer is yes or no, in any case and with a full stop or without."""
-    return answer.strip().rstrip(".").lower() in YES_NO
+    def splits(self, source: SourceFolder) -> Mapping[str, Split]:
+        splits = self.published_splits(source)
+        if self.options.train_on_validation:
+            train, validation = splits["train"], splits.pop("validation")
+            items, counts = [*train.items, *validation.items], (train.expected, validation.expected)
+            expected = None if None in counts else sum(filter(None, counts))
+            splits["train"] = dataclasses.replace(train, items=items, expected=expected)
+        return splits
 
-
-def joined(train: Split, validation: Split) -> Split:
-    """The items of both, as the training split of the paper."""
-    counts = [split.expected for split in (train, validation) if split.expected is not None]
-    expected = sum(counts) if len(counts) == 2 else None
-    return dataclasses.replace(train, items=[*train.items, *validation.items], expected=expected)
+    def published_splits(self, source: SourceFolder) -> dict[str, Split]:
+        """Returns the splits of the source; see `Dataset.splits`."""
+        raise NotImplementedError
 
 
 def random_marker(rng: random.Random) -> Marker:
-    """Images before or after the question, with even odds, as the paper has them."""
+    """Puts images before or after the question with even odds, as in the VILA-M3 paper."""
     return "before" if rng.random() < 0.5 else "after"
 
 
@@ -55,28 +58,26 @@ def question_example(
     label_source: str,
     verbatim: bool = False,
 ) -> Example:
-    """One question, its answer, and what evaluation needs of it.
+    """Returns a conversation of one question and its answer.
 
     Args:
-      name: the record's id.
-      images: what the question is about.
-      question, answer: of the source; spaces around them are removed unless `verbatim`.
-      kind: the question's type.
+      name: record id.
+      images: shown with the question.
+      question, answer: of the source; surrounding whitespace is removed unless `verbatim`.
+      kind: question type; "" for "closed" (yes or no) or "open".
       meta: of `conversations.metadata`.
-      marker: where the images stand.
-      label_source: whose word the answer is.
-      verbatim: the texts stay as they are.
+      marker: position of the images.
+      label_source: origin of the answer.
+      verbatim: keep whitespace.
 
     Raises:
-      SkipItem: question or answer is empty or no text.
+      SkipItem: question or answer is not text or empty.
     """
-    asked, said = text_of(question, "question"), text_of(answer, "answer")
+    question, answer = text_of(question, "question"), text_of(answer, "answer")
     if not verbatim:
-        asked, said = asked.strip(), said.strip()
-    closed = is_yes_no(said)
-    right = said.strip().rstrip(".").lower() if closed else said
-    evaluable = question_meta(asked, right, kind, options=YES_NO if closed else (), label_source=label_source)
-    return conversation(name, images, [(asked, said)], meta, questions=[evaluable], marker=marker)
+        question, answer = question.strip(), answer.strip()
+    qa = free_question(question, answer, kind, label_source=label_source)
+    return conversation(name, images, [(question, answer)], meta, questions=[qa], marker=marker)
 
 
 def copied_question(
@@ -87,26 +88,25 @@ def copied_question(
     label_source: str,
     marker: Marker | None = None,
 ) -> Iterator[Example]:
-    """The example of a row (image, question, answer) of a Hugging Face copy, which has no ids.
+    """Yields the example of a row (image, question, answer) of a Hugging Face copy, which has no ids.
 
-    Rows of one image are a group.
+    Rows with equal images form a group.
 
     Args:
       place: the row.
       context: of the split.
       modality, label_source: of all rows.
-      marker: where the image stands; None: before or after, at random.
+      marker: position of the image; None for a random one.
     """
     values = parquet.read(context.root, place)
     data = parquet.image_bytes(values["image"])
     path = values["image"].get("path") if isinstance(values["image"], dict) else None
-    answer = text_of(values["answer"], "answer")
     yield question_example(
         place.id,
         [ImageRef(data=data)],
         values["question"],
-        answer,
-        "closed" if is_yes_no(answer) else "open",
+        values["answer"],
+        "",
         metadata(
             context,
             modality=modality,

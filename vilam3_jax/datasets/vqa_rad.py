@@ -17,7 +17,7 @@ _TABLES = ("VQA_RAD Dataset Public.json", "VQA_RAD_Dataset_Public.json")
 _FOLDERS = ("VQA_RAD Image Folder", "VQA_RAD_Image_Folder")
 _MEVF_FOLDERS = ("images", *_FOLDERS)
 
-# Key → names in the JSON, then in the headers of the spreadsheet of the same release.
+# Key → field names in the JSON, then column headers in the spreadsheet of the same release.
 _KEYS = {
     "qid": ("qid", "QID_unique"),
     "phrase_type": ("phrase_type", "QID_para"),
@@ -46,14 +46,14 @@ _MODALITIES = {"CHEST": "CXR", "ABD": "CT"}
 class VqaRad(Dataset):
     """VQA-RAD with the official test questions.
 
-    A training row gives up to three records, as in the paper of VILA-M3: the question, a question about the
-    organ in one of five wordings, and the rephrased question. A test row gives the question, of type "open"
-    or "closed", and the rephrased question, of type "open_rephrased" or "closed_rephrased"; the official 451
-    are the first two types. Training questions that the test set asks about the same image are skipped.
+    A training row gives up to three records, as in the VILA-M3 paper: the question, a question about the
+    organ in one of five wordings, and the rephrased question. A test row gives the question ("open" or
+    "closed") and the rephrased question ("open_rephrased" or "closed_rephrased"); the official 451 are the
+    first two types. Training questions that the test set asks about the same image are skipped.
 
-    `parity` puts the reference's defects in: only rows whose answer type is exactly "CLOSED" are tested,
-    texts keep their spaces, one organ question is garbled, test questions stay in train, and
-    `meta.reference_id` holds the running number that the reference has for an id.
+    `parity` restores the reference's defects: only rows whose answer type is exactly "CLOSED" are tested,
+    whitespace is kept, one organ question is garbled, test questions stay in train, and `meta.reference_id`
+    is the reference's running number.
     """
 
     has_parity = True
@@ -67,12 +67,12 @@ class VqaRad(Dataset):
         "(spaces or underscores). "
         "hf: from https://huggingface.co/datasets/flaviagiammarino/vqa-rad at revision bcf91e7, the folder "
         "`data` with its two parquet files. "
-        "mevf: `trainset.json`, `testset.json`, `valset.json` where there is one, and the folder `images`."
+        "mevf: `trainset.json`, `testset.json`, optionally `valset.json`, and the folder `images`."
     )
     configs: ClassVar[Mapping[str, str]] = {
-        "osf": "the release of the authors, with rephrased questions",
+        "osf": "the authors' release, with rephrased questions",
         "hf": "the Hugging Face copy, without rephrased questions and without duplicates",
-        "mevf": "the copy of MEVF and M3AE: a file per split, rephrased questions as rows of their own",
+        "mevf": "the copy of MEVF and M3AE: one file per split, rephrased questions as separate rows",
     }
     shared_images = "the official split divides questions, not images"
 
@@ -92,12 +92,13 @@ class VqaRad(Dataset):
                 "test": (table, [row for row in listed if _is_test(row[1])]),
             }
             expected = {"test": 451}  # published counts of the training rows differ: 1,797 and 3,064
-        asked = frozenset().union(*(_asked(values).values() for _, values in tables["test"][1]))
+        tested = frozenset().union(*(_asked(values).values() for _, values in tables["test"][1]))
+        make = functools.partial(_make, folder=folder)
         taken: set[str] = set()
         return {
             split: Split(
-                _questions(rows.rows_of(file, listed, _qid, taken=taken), split, folder, asked),
-                _make,
+                _questions(rows.rows_of(file, listed, _qid, taken=taken), split, tested),
+                make,
                 _name_of,
                 expected.get(split),
                 per_item=2 if split == "test" else 3,
@@ -107,17 +108,15 @@ class VqaRad(Dataset):
 
 
 class _Question(NamedTuple):
-    """A row with what other rows say of it.
+    """A row in the context of its table.
 
     Attributes:
       row: of the table.
-      folder: of the images.
-      number: of its first sample in the reference's file, which counts samples over the split.
-      tested: which of its "question" and "rephrase" the test set asks about the same image.
+      number: reference id of its first sample; the reference counts samples over the split.
+      tested: which of "question" and "rephrase" the test set asks about the same image.
     """
 
     row: Row
-    folder: str
     number: int
     tested: frozenset[str] = frozenset()
 
@@ -127,7 +126,12 @@ def _listed(source: SourceFolder, file: str) -> list[tuple[int, Any]]:
 
 
 def _value(values: Any, key: str) -> Any:
-    return vqa.value_of(values, *_KEYS[key]) if isinstance(values, dict) else None
+    """Returns the value under the first name of `_KEYS[key]`, ignoring case only if none matches exactly."""
+    if not isinstance(values, dict):
+        return None
+    lower = {name.lower(): value for name, value in values.items() if isinstance(name, str)}
+    exact = (values[name] for name in _KEYS[key] if name in values)
+    return next(exact, next((lower[n.lower()] for n in _KEYS[key] if n.lower() in lower), None))
 
 
 def _qid(values: Any) -> object:
@@ -144,7 +148,7 @@ def _phrase_type(values: Any) -> str:
 
 
 def _asked(values: Any) -> dict[str, tuple[str, str]]:
-    """ "question" and "rephrase" → the image's name and the words."""
+    """Maps "question" and "rephrase" to (image name, text), both normalized."""
     image = _value(values, "image")
     return {
         key: (image.strip().lower(), " ".join(text.lower().split()))
@@ -153,14 +157,11 @@ def _asked(values: Any) -> dict[str, tuple[str, str]]:
     }
 
 
-def _questions(
-    listed: Sequence[Row], split: str, folder: str, asked: frozenset[tuple[str, str]]
-) -> list[_Question]:
+def _questions(listed: Sequence[Row], split: str, tested: frozenset[tuple[str, str]]) -> list[_Question]:
     number, questions = 0, []
     for row in listed:
-        held = () if split == "test" else _asked(row.values).items()
-        tested = frozenset(key for key, words in held if words in asked)
-        questions.append(_Question(row, folder, number, tested))
+        asked = () if split == "test" else _asked(row.values).items()
+        questions.append(_Question(row, number, frozenset(key for key, text in asked if text in tested)))
         rephrased = _value(row.values, "rephrase") not in (None, "NULL")
         if split != "test":
             number += 2 + rephrased
@@ -173,20 +174,20 @@ def _name_of(item: _Question) -> str:
     return rows.name_of(item.row)
 
 
-def _make(item: _Question, context: Context) -> Iterator[Example | Skipped]:
+def _make(item: _Question, context: Context, *, folder: str) -> Iterator[Example | Skipped]:
     values = rows.fields(item.row)
     answer_type = text_of(_value(values, "answer_type"), "answer type")
     if context.parity and context.split == "test" and answer_type != "CLOSED":
-        raise SkipItem("the answer type is not exactly CLOSED, which alone the reference tests")
+        raise SkipItem("the answer type is not exactly CLOSED; the reference tests no other")
     if context.config == "osf" and not context.parity and _phrase_type(values) not in _PHRASE_TYPES:
-        raise SkipItem(f"its split is not known: the phrase type is none of {', '.join(_PHRASE_TYPES)}")
+        raise SkipItem(f"its split is unknown: the phrase type is none of {', '.join(_PHRASE_TYPES)}")
     kind = answer_type.strip().lower()
     if kind not in ("open", "closed"):
         raise SkipItem("the answer type is neither OPEN nor CLOSED")
     organ = _optional(values, "organ").strip().upper()
     codes = [code.strip().upper() for code in _optional(values, "question_type").split(",") if code.strip()]
     name = text_of(_value(values, "image"), "image name").strip()
-    images = [context.image(rows.below(item.folder, name))]
+    images = [context.image(rows.below(folder, name))]
     meta = metadata(
         context,
         modality=_MODALITIES.get(organ, ""),
@@ -196,7 +197,7 @@ def _make(item: _Question, context: Context) -> Iterator[Example | Skipped]:
         label_source="clinician",
     )
     number = item.number
-    for part, question, answer, asked_as in _samples(values, kind, item.row.id, context):
+    for part, question, answer, sample_kind in _samples(values, kind, item.row.id, context):
         if part in item.tested and not context.parity:
             yield Skipped(f"{_name_of(item)} ({part})", "the test set asks the same about the same image")
             continue
@@ -207,7 +208,7 @@ def _make(item: _Question, context: Context) -> Iterator[Example | Skipped]:
             images,
             question,
             answer,
-            asked_as,
+            sample_kind,
             {**meta, **reference},
             marker="after",
             label_source="clinician",
@@ -218,7 +219,7 @@ def _make(item: _Question, context: Context) -> Iterator[Example | Skipped]:
 def _samples(
     values: Mapping[str, Any], kind: str, name: str, context: Context
 ) -> Iterator[tuple[str, Any, Any, str]]:
-    """(part, question, answer, question type) of the samples of a row, in the reference's order."""
+    """Yields (part, question, answer, question type) for the samples of a row, in the reference's order."""
     question, answer = _value(values, "question"), _value(values, "answer")
     yield "question", question, answer, kind
     organ = _optional(values, "organ")

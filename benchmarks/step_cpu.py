@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-from vilam3_jax import quickstart
+from vilam3_jax.quickstart import chain
 
 AS_CONFIGURED = "as configured"
 SMALL_PAGES = "small pages"
@@ -84,7 +84,7 @@ def main() -> None:
     if options.only:
         print(measure(options.only, options.fsdp, options.tensor, options.steps))
         return
-    precision = quickstart.matmul_precision()
+    precision = chain.matmul_precision()
     other = "float32" if precision == "bfloat16" else "bfloat16"
     print(f"as configured: {precision}")
     found: dict[str, list[float]] = {variant: [] for variant in VARIANTS}

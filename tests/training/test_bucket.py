@@ -11,7 +11,8 @@ from tests.training.bucket_server import serve
 from tests.training.process_worlds import arguments, losses, make_world, run
 from vilam3_jax.checkpoints import exports
 from vilam3_jax.data.experts.store import AnnotationStore, AnnotationWriter
-from vilam3_jax.datasets import prepare_quickstart, train_tokenizer
+from vilam3_jax.datasets import train_tokenizer
+from vilam3_jax.quickstart import prepare
 from vilam3_jax.report import main as report
 from vilam3_jax.runtime import paths
 
@@ -29,7 +30,7 @@ def bucket(world):
     """The same datasets and tokenizer in `gs://bucket`, made by the same commands."""
     with serve("bucket"):
         store = "gs://bucket"
-        prepare_quickstart.main(["--source", f"{world}/samples", "--out", f"{store}/data", "--size", "smoke"])
+        prepare.main(["--source", f"{world}/samples", "--out", f"{store}/data", "--size", "smoke"])
         train_tokenizer.main(["--data", f"{store}/data", "--out", f"{store}/tokenizer", "--vocab_size=600"])
         yield store
 

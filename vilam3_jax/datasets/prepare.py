@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from vilam3_jax.datasets import prepare_quickstart, registry
+from vilam3_jax.datasets import registry
 from vilam3_jax.datasets.dataset import Dataset
 from vilam3_jax.errors import UserError
 
@@ -34,8 +35,8 @@ def main(argv: Sequence[str]) -> int:
     name, *rest = argv
     if name.startswith("-"):
         raise UserError(f"{name}: the name of a dataset comes first; see `vilam3 prepare --list`")
-    if name == "quickstart":
-        return prepare_quickstart.main(rest)
+    if name in registry.COMMANDS:
+        return importlib.import_module(registry.COMMANDS[name]).main(rest)
     return _prepare(registry.get(name), rest)
 
 

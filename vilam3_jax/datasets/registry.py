@@ -47,6 +47,9 @@ DATASETS: dict[str, tuple[str, str]] = {
     "webdataset": ("webdataset", "WebDataset"),
 }
 
+# Datasets with a command of their own: name → module with `main(argv)`, imported only when it is run.
+COMMANDS = {"quickstart": "vilam3_jax.quickstart.prepare"}
+
 
 def names() -> list[str]:
     """Names of all datasets, those of other packages included."""

@@ -14,11 +14,12 @@ from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment
 from vilam3_jax.data.experts.store import AnnotationStore, AnnotationWriter
 from vilam3_jax.data.images import load_film
 from vilam3_jax.data.volumes import load_label_map, load_volume
-from vilam3_jax.datasets import quickstart
-from vilam3_jax.datasets.films import film_variant
 from vilam3_jax.datasets.phantoms import make_phantoms
 from vilam3_jax.datasets.samples import Sample, load_manifest, read_samples, write_index
-from vilam3_jax.datasets.slices import LabelledVolume, merged_name, pick, usable_axes
+from vilam3_jax.datasets.slices import pick
+from vilam3_jax.quickstart import examples as quickstart
+from vilam3_jax.quickstart.films import film_variant
+from vilam3_jax.quickstart.volumes import LabelledVolume, merged_name, usable_axes
 
 SIZE = dataclasses.replace(quickstart.SIZES["smoke"], slices=6, heldout_slices=4, films=4)
 

@@ -6,9 +6,10 @@ import pytest
 
 from vilam3_jax import cli
 from vilam3_jax.data.records import ExampleSource, ExampleWriter
-from vilam3_jax.datasets import prepare_quickstart, quickstart
 from vilam3_jax.datasets.phantoms import make_phantoms
 from vilam3_jax.errors import UserError
+from vilam3_jax.quickstart import examples as quickstart
+from vilam3_jax.quickstart import prepare as prepare_quickstart
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from vilam3_jax.datasets.questions import Facts
+from vilam3_jax.quickstart.questions import Facts
 
 _MOST_STRUCTURES = 5
 

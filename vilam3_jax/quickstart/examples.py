@@ -20,13 +20,14 @@ from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ExpertRequest, ImageRef, Turn
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.images import encode_png, load_film
-from vilam3_jax.datasets import captions as wording
-from vilam3_jax.datasets.films import film_facts, film_variant
-from vilam3_jax.datasets.questions import Facts, Question, QuestionMaker, dialogue_turns
 from vilam3_jax.datasets.reports import Report, generated_reports, read_reports
 from vilam3_jax.datasets.samples import MODALITY_CODES, Sample, asset, read_samples
-from vilam3_jax.datasets.slices import BRAIN_EXPERT, MIN_PIXELS, PLANE_OF_AXIS, LabelledVolume
+from vilam3_jax.datasets.slices import MIN_PIXELS, PLANE_OF_AXIS
 from vilam3_jax.errors import UserError
+from vilam3_jax.quickstart import captions as wording
+from vilam3_jax.quickstart.films import film_facts, film_variant
+from vilam3_jax.quickstart.questions import Facts, Question, QuestionMaker, dialogue_turns
+from vilam3_jax.quickstart.volumes import BRAIN_EXPERT, LabelledVolume
 
 VERSION = 1
 DATASETS = ("pairs", "captions", "reports", "instruct")

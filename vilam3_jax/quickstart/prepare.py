@@ -19,9 +19,10 @@ from vilam3_jax.data.content_keys import DECODER_VERSION
 from vilam3_jax.data.examples import Example
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.records import ExampleSource, ExampleWriter
-from vilam3_jax.datasets import quickstart
 from vilam3_jax.datasets.samples import INDEX_NAME, asset, read_samples
 from vilam3_jax.errors import UserError
+from vilam3_jax.quickstart import examples as quickstart
+from vilam3_jax.quickstart.volumes import BRAIN_EXPERT
 from vilam3_jax.runtime import paths
 
 BUILD_NAME = "build.json"
@@ -64,7 +65,7 @@ def prepare_quickstart(
         "size": size,
         "seed": seed,
         "source_sha256": _source_digest(source_dir),
-        "annotations_sha256": None if store is None else store.digest(quickstart.BRAIN_EXPERT),
+        "annotations_sha256": None if store is None else store.digest(BRAIN_EXPERT),
     }
     known = _existing(target, identity)
     if known is not None:

@@ -217,7 +217,7 @@ def _fingerprint(step: Step, prints: dict[str, str], code: str) -> str:
 def _code_hash() -> str:
     """Hash of everything whose change could change a result."""
     digest = hashlib.sha256(json.dumps(run_checkpoints.versions(), sort_keys=True).encode())
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for root in (package, config_lib.configs_root()):
         for file in sorted(root.rglob("*.py")):
             # The report only shows results; editing it must not retrain.
@@ -319,9 +319,3 @@ def main(argv: Sequence[str]) -> int:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
     run_chain(Path(options.out), Path(options.samples), options.size, options.fresh)
     return 0
-
-
-if __name__ == "__main__":
-    from vilam3_jax.cli import guarded
-
-    sys.exit(guarded("quickstart", main, sys.argv[1:]))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vilam3_jax.datasets.questions import (
+from vilam3_jax.quickstart.questions import (
     PHRASES,
     TUMOR_CLASSES,
     Balance,

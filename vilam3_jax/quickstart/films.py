@@ -7,8 +7,8 @@ import random
 import numpy as np
 from PIL import Image
 
-from vilam3_jax.datasets.questions import TUMOR_CLASSES, Facts
 from vilam3_jax.datasets.samples import Sample
+from vilam3_jax.quickstart.questions import TUMOR_CLASSES, Facts
 
 MAX_VARIANT_SIDE = 512  # a training copy needs no more: models read 64 to 448 pixels
 _SMALLEST_CROP = 0.85

@@ -34,7 +34,7 @@ import numpy as np
 from PIL import Image
 
 from vilam3_jax import config as config_lib
-from vilam3_jax.data import decoded
+from vilam3_jax.data import decoded_images
 from vilam3_jax.data.batches import PackedBatch
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ImageRef, Turn
 from vilam3_jax.data.images import decode_scaled
@@ -214,7 +214,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     tokenizer = tokenizer_of(args.tokenizer, folder / "tokenizer")
     bytes_of = {"original": write(folder / "original", files)}
     began = time.process_time()
-    pixels = [decoded.encode(decode_scaled(file, SIZE)) for file in files]
+    pixels = [decoded_images.encode(decode_scaled(file, SIZE)) for file in files]
     cost = (time.process_time() - began) / count
     bytes_of["prepared"] = write(folder / "prepared", pixels)
     sizes = ", ".join(f"{name} {size / count / 1e3:.0f} kB" for name, size in bytes_of.items())
@@ -248,7 +248,7 @@ def memory(args: argparse.Namespace, folder: Path) -> None:
     """Prints the resident memory along the way."""
     kinds = originals(args.pictures, args.side)
     tokenizer = tokenizer_of(args.tokenizer, folder / "tokenizer")
-    pixels = [decoded.encode(decode_scaled(file, SIZE)) for file in kinds]
+    pixels = [decoded_images.encode(decode_scaled(file, SIZE)) for file in kinds]
     write(folder / "prepared", [pixels[n % len(pixels)] for n in range(2000)])
     loader, marks = our_loader(folder / "prepared", tokenizer), [args.memory * n // 10 for n in range(11)]
     began = time.perf_counter()
@@ -266,7 +266,7 @@ def first(args: argparse.Namespace, folder: Path) -> None:
     """Prints the seconds until the first batch; the shards are links to one file."""
     tokenizer = tokenizer_of(args.tokenizer, folder / "tokenizer")
     each = args.first // SHARDS_OF_MANY
-    picture = decoded.encode(np.zeros((SIZE, SIZE, 3), np.uint8))
+    picture = decoded_images.encode(np.zeros((SIZE, SIZE, 3), np.uint8))
     data = folder / "many"
     with ExampleWriter(data, "train") as writer:
         for number in range(each):
@@ -302,7 +302,7 @@ def stalls(args: argparse.Namespace, folder: Path) -> None:
     files = [as_file_of_its_own(kinds[n % len(kinds)], n) for n in range(args.samples)]
     tokenizer = tokenizer_of(args.tokenizer, folder / "tokenizer")
     write(folder / "original", files)
-    write(folder / "prepared", [decoded.encode(decode_scaled(file, SIZE)) for file in files])
+    write(folder / "prepared", [decoded_images.encode(decode_scaled(file, SIZE)) for file in files])
     for name in ("original", "prepared"):
         batches, waits = ours(folder / name, tokenizer), []
         next(batches)

@@ -30,7 +30,7 @@ from vilam3_jax.data import dicom
 from vilam3_jax.data.experts.cards import Card
 from vilam3_jax.data.experts.record import Annotation, Key
 from vilam3_jax.data.experts.store import AnnotationStore
-from vilam3_jax.data.volume_checks import one_line
+from vilam3_jax.data.volume_io import one_line
 from vilam3_jax.data.volumes import Volume
 from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.runtime import paths

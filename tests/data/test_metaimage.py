@@ -270,9 +270,9 @@ def test_data_files_are_found_by_listing_only(tmp_path):
     for name in ("../secret.raw", str(tmp_path / "secret.raw"), "..\\secret.raw", "gs://bucket/secret.raw"):
         refused(save(folder / "a.mhd", b"", ElementDataFile=name), "another folder")
     for name in ("LIST", "LIST 2D\nvoxels.raw", "voxels%03d.raw 1 2 1"):
-        refused(save(folder / "a.mhd", b"", ElementDataFile=name), "several files")
+        refused(save(folder / "a.mhd", b"", ElementDataFile=name), "split over several files")
     for name in ("Doe_Jane.raw", "a.mhd"):
-        refused(save(folder / "a.mhd", b"", ElementDataFile=name), "does not lie beside it")
+        refused(save(folder / "a.mhd", b"", ElementDataFile=name), "named in its header is missing")
     with pytest.raises(UserError) as caught:
         load_volume(save(folder / "a.mhd", b"", ElementDataFile="Doe_Jane.raw"))
     assert "Doe" not in str(caught.value)

@@ -137,7 +137,7 @@ def test_no_patient_space_is_refused(tmp_path, fields):
         ({"byte_skip": "-2"}, "byte skip makes no sense"),
         ({"line_skip": "-1"}, "line skip"),
         ({"line_skip": "99999999999"}, "line skip"),
-        ({"data_file": "a.nrrd"}, "does not lie beside"),
+        ({"data_file": "a.nrrd"}, "named in its header is missing"),
     ],
 )
 def test_headers_that_make_no_sense(tmp_path, fields, match):
@@ -340,12 +340,12 @@ def test_detached_data_is_found_by_listing_only(tmp_path):
     np.testing.assert_array_equal(load_volume(path).voxels, VOXELS)
     for name in ("../secret.raw", str(tmp_path / "secret.raw"), "..\\secret.raw", "scan/../../secret.raw"):
         refused(save(folder / "a.nhdr", b"", data_file=name), "another folder")
-    refused(save(folder / "a.nhdr", b"", data_file="Doe_Jane.raw"), "does not lie beside it")
+    refused(save(folder / "a.nhdr", b"", data_file="Doe_Jane.raw"), "named in its header is missing")
     with pytest.raises(UserError) as caught:
         load_volume(folder / "a.nhdr")
     assert "Doe" not in str(caught.value)
     for name in ("LIST\nvoxels.raw\nvoxels.raw", "LIST 2", "voxels%03d.raw 1 2 1"):
-        refused(save(folder / "a.nhdr", b"", data_file=name), "several files")
+        refused(save(folder / "a.nhdr", b"", data_file=name), "split over several files")
     (folder / "voxels.raw").write_bytes(RAW[:-2])
     refused(save(folder / "a.nhdr", b"", datafile="voxels.raw"), "cut short")
 

@@ -14,7 +14,7 @@ from toy_dataset import Toy
 from twins import picture, write
 
 from vilam3_jax import cli
-from vilam3_jax.data import decoded, leaks, stream, tfds_folder
+from vilam3_jax.data import decoded_images, leaks, stream, tfds_folder
 from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.images import decode_image, decode_scaled
 from vilam3_jax.data.records import ExampleSource
@@ -318,7 +318,7 @@ def test_pictures_are_stored_decoded(source, tmp_path, registered, capsys):
     train = ExampleSource(tmp_path / "out" / "toy", "train")
     for number in range(TRAIN):
         data = train[number].images[0].data
-        assert decoded.is_decoded(data)
+        assert decoded_images.is_decoded(data)
         np.testing.assert_array_equal(decode_image(data), decode_scaled(picture(number), 12))
         assert train[number].meta["input_key"] == image_key(decode_image(picture(number)))
 

@@ -360,7 +360,7 @@ def test_an_export_that_tiles_shows_tiles_of_overlays(monkeypatch, export, world
 
 
 def test_a_modality_is_a_code_and_no_contradiction(world, tmp_path):
-    with pytest.raises(UserError, match="modality 'banana': not a code of DICOM"):
+    with pytest.raises(UserError, match="modality 'banana': not a DICOM code"):
         images.open_picture(world.volume, 32, modality="banana")
     with pytest.raises(UserError, match="modality 'banana'"):
         images.open_picture(world.film, 32, modality="banana")

@@ -12,8 +12,8 @@ import struct
 import zlib
 from typing import Literal
 
+from vilam3_jax.data.image_headers import is_jpeg_ls
 from vilam3_jax.data.nifti import pair_header
-from vilam3_jax.data.picture_headers import is_jpeg_ls
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.paths import PathLike, as_path, check_passing
 

@@ -12,13 +12,13 @@ import imagecodecs
 import numpy as np
 from PIL import ExifTags, Image, ImageChops
 
-from vilam3_jax.data import decoded, file_kinds
-from vilam3_jax.data.deep_pictures import to_eight_bits, visible, with_alpha
+from vilam3_jax.data import decoded_images, file_kinds
+from vilam3_jax.data.bit_depth import to_eight_bits, visible, with_alpha
 from vilam3_jax.data.dicom.pixels import read_picture
 from vilam3_jax.data.file_kinds import FileKind
-from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
-from vilam3_jax.data.picture_checks import check_pixels, choose_frame
-from vilam3_jax.data.picture_headers import (
+from vilam3_jax.data.image_headers import (
+    check_pixels,
+    choose_frame,
     gif_frames,
     jpeg_ends_early,
     jpeg_frame,
@@ -26,8 +26,9 @@ from vilam3_jax.data.picture_headers import (
     webp_size,
     without_profiles,
 )
+from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.stored_volume import UNKNOWN
-from vilam3_jax.data.tiff_format import read_tiff
+from vilam3_jax.data.tiff import read_tiff
 from vilam3_jax.errors import UserError, warn_of
 from vilam3_jax.runtime.paths import PathLike, as_path, read_bytes
 
@@ -100,8 +101,8 @@ def decode_image(
       UserError: no picture, damaged, cut short, several frames, or over a limit. The caller adds which record
         or file it was.
     """
-    if decoded.is_decoded(data):
-        return decoded.decode(data)
+    if decoded_images.is_decoded(data):
+        return decoded_images.decode(data)
     found = _decode(data, alpha, frame, limits)
     warn_of(found.notes, "picture")
     return np.array(found.image.convert("RGB"))
@@ -117,14 +118,14 @@ def decode_scaled(data: bytes, size: int, *, alpha: Alpha = "white") -> np.ndarr
       UserError: see `decode_image`; or a picture is stored as pixels of another size, whose own shape and
         details are lost.
     """
-    if decoded.is_decoded(data):
-        height, width = decoded.shape(data)
+    if decoded_images.is_decoded(data):
+        height, width = decoded_images.shape(data)
         if (height, width) != (size, size):
             raise UserError(
                 f"picture stored as {height} x {width} pixels, the model takes {size} x {size}; prepare the "
                 f"dataset again with --decode-images {size}, or without"
             )
-        return decoded.decode(data)
+        return decoded_images.decode(data)
     found = _decode(data, alpha, None, DEFAULT_LIMITS)
     warn_of(found.notes, "picture")
     image = _one_channel(found.image)
@@ -144,8 +145,8 @@ def _one_channel(image: Image.Image) -> Image.Image:
 
 def image_shape(data: bytes, *, limits: Limits = DEFAULT_LIMITS) -> tuple[int, int]:
     """(H, W) of what `decode_image` returns, from the header where that is enough; raises the same errors."""
-    if decoded.is_decoded(data):
-        return decoded.shape(data)
+    if decoded_images.is_decoded(data):
+        return decoded_images.shape(data)
     kind = _picture_kind(data)
     if kind == file_kinds.TIFF:
         width, height = _decode(data, "ignore", None, limits).image.size

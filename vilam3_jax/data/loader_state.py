@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from vilam3_jax.data import picture_digests, stream
+from vilam3_jax.data import file_digests, stream
 from vilam3_jax.data.loader_records import BadRecord, RecordLoader
 from vilam3_jax.data.loader_shards import Place
 from vilam3_jax.errors import UserError
@@ -41,7 +41,7 @@ def to_state(places: Mapping[int, Place], binding: Binding, sources: Sequence[st
         for number, index in keys
         for source, names in [places[number].pictures[index]]
     ]
-    found = iter(picture_digests.digests([file for of_sample in files for file in of_sample]))
+    found = iter(file_digests.digests([file for of_sample in files for file in of_sample]))
     pictures: dict[int, dict[str, list[str]]] = {number: {} for number in places}
     for (number, index), of_sample in zip(keys, files, strict=True):
         pictures[number][str(index)] = [next(found) for _ in of_sample]
@@ -141,9 +141,9 @@ def _check_pictures(
         for index, (source, names) in of_shard.items():
             files += [sources[source].data_root / name for name in names]
             before += state[str(number)]["pictures"][str(index)]
-    for file, old, new in zip(files, before, picture_digests.digests(files), strict=True):
+    for file, old, new in zip(files, before, file_digests.digests(files), strict=True):
         if old != new:
-            now = "is gone" if new == picture_digests.MISSING else "is another picture"
+            now = "is gone" if new == file_digests.MISSING else "is another picture"
             raise UserError(
                 f"{file}: {now} since the data state was saved; restore the file, or start a new workdir"
             )

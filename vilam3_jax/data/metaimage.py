@@ -20,9 +20,9 @@ import numpy as np
 
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.stored_volume import StoredVolume
-from vilam3_jax.data.volume_checks import (
+from vilam3_jax.data.volume_io import (
     DEFLATE_RATIO,
-    DRAINED_BYTES,
+    MAX_TRAILING_BYTES,
     check_available,
     check_extent,
     check_file_size,
@@ -275,7 +275,7 @@ def _inflated(file: IO[bytes], count: int, path: PathLike) -> tuple[bytes, tuple
     unpack = zlib.decompressobj(wbits=47)
     data = bytearray()
     excess = 0
-    while not unpack.eof and excess < DRAINED_BYTES:
+    while not unpack.eof and excess < MAX_TRAILING_BYTES:
         packed = unpack.unconsumed_tail or file.read(_CHUNK)
         if not packed:
             raise UserError(f"{path}: its compressed data is cut short; fetch the file again")

@@ -1,4 +1,4 @@
-"""Orientation of NIfTI volumes: the sform, the qform, and what to do where they disagree.
+"""Orientation of NIfTI volumes from the sform and the qform.
 
 Formulas: the comments of nifti1.h, "3D IMAGE (VOLUME) ORIENTATION AND LOCATION IN SPACE".
 """
@@ -12,7 +12,7 @@ import numpy as np
 from nibabel.quaternions import fillpositive, quat2mat
 
 from vilam3_jax.data.stored_volume import UNKNOWN
-from vilam3_jax.data.volume_checks import METRE, MICROMETRE, MILLIMETRE, NO_UNIT_NOTE, converted_note
+from vilam3_jax.data.volume_io import METRE, MICROMETRE, MILLIMETRE, unit_notes
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.paths import PathLike
 
@@ -20,13 +20,13 @@ _UNITS = {1: (METRE, 1e3), 2: (MILLIMETRE, 1.0), 3: (MICROMETRE, 1e-3)}
 _SPACES = {1: "scanner", 2: "aligned", 3: "Talairach", 4: "MNI152", 5: "template"}
 _TEMPLATES = (3, 4, 5)
 
-# What float32 loses between two equal transforms: little at the volume's corners, or, near half a turn, an
-# angle that a quaternion cannot tell (its real part is known to 6e-4).
+# Differences that float32 rounding leaves between equal transforms: small at the corners of the volume, or an
+# angle near half a turn that a quaternion cannot represent (its real part is known to 6e-4).
 _SAME_VOXELS = 0.1
 _SAME_DEGREES = 0.08
 _SAME_SCALE = 1e-4
 _SAME_LENGTH = 0.01
-_OTHER_LENGTH = 2.0  # beyond it, no registration explains two voxel sizes
+_OTHER_LENGTH = 2.0  # ratio of voxel sizes above which registration is no explanation
 _OTHER_AXES_DEGREES = 45.0
 _QUATERNION_REPAIR = 1e-3
 _SINGULAR = 1e-3
@@ -35,24 +35,24 @@ Header = nib.Nifti1Header | nib.Nifti2Header
 
 
 class _Unusable(Exception):
-    """Why a transform of the header cannot be used."""
+    """The reason why a transform of the header is unusable."""
 
 
 def read_affine(
     header: Header, shape: Sequence[int], path: PathLike
 ) -> tuple[np.ndarray, str, tuple[str, ...]]:
-    """The affine of a NIfTI header.
+    """Computes the affine of a NIfTI header.
 
     Args:
       header: as stored, unchecked.
       shape: voxels along the three axes.
-      path: file to name.
+      path: file to name in errors.
 
     Returns:
       [4, 4] float64, index to RAS millimetres; the stated unit of length; notes.
 
     Raises:
-      UserError: neither the sform nor the qform can be used, or they contradict each other.
+      UserError: neither sform nor qform is usable, or they contradict each other.
     """
     unit, scale, notes = _unit(header)
     one_slice = shape[2] == 1
@@ -65,14 +65,14 @@ def read_affine(
     if sform is None and qform is None:
         raise _no_orientation(sform_fault, qform_fault, path)
     if sform is not None and qform is not None:
-        notes += _compared(sform, qform, header, shape, scale, path)
+        notes += _compare(sform, qform, header, shape, scale, path)
     elif sform is not None:
-        notes += _compared_lengths(sform, header, scale, path)
+        notes += _compare_lengths(sform, header, scale, path)
     affine = qform if sform is None else sform
     assert affine is not None
     affine[:3] *= scale
     if one_slice and (int(header["dim"][0]) == 2 or not float(header["pixdim"][3]) > 0):
-        length = np.sqrt((affine[:3, 2] ** 2).sum())
+        length = nib.affines.voxel_sizes(affine)[2]
         notes.append(f"the header states no thickness of its one slice; {length:.3g} mm is assumed")
     return affine, unit, tuple(notes)
 
@@ -80,19 +80,15 @@ def read_affine(
 def _unit(header: Header) -> tuple[str, float, list[str]]:
     code = int(header["xyzt_units"]) & 7  # the other bits are the unit of time
     unit, scale = _UNITS.get(code, (UNKNOWN, 1.0))
-    if code == 0:
-        return unit, scale, [NO_UNIT_NOTE]
-    if unit == UNKNOWN:
-        return unit, scale, [f"its code {code} is no unit of length; millimetres are assumed"]
-    if unit != MILLIMETRE:
-        return unit, scale, [converted_note(unit)]
-    return unit, scale, []
+    if code and unit == UNKNOWN:
+        return unit, scale, [f"its code {code} is not a unit of length; millimetres are assumed"]
+    return unit, scale, unit_notes(unit)
 
 
 def _usable(
     read: Callable[[Header, bool], np.ndarray | None], header: Header, one_slice: bool
 ) -> tuple[np.ndarray | None, str]:
-    """(transform, "") or (None, why not); (None, "") where its code says that there is none."""
+    """(transform, ""), or (None, why it is unusable), or (None, "") if the code declares it absent."""
     try:
         return read(header, one_slice), ""
     except _Unusable as error:
@@ -110,7 +106,7 @@ def _sform(header: Header, one_slice: bool) -> np.ndarray | None:
         raise _Unusable("its rows are all zero")
     if one_slice and not affine[:3, 2].any():
         affine[:3, 2] = _normal(affine) * _thickness(header)
-    lengths = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    lengths = nib.affines.voxel_sizes(affine)
     if not lengths.all() or abs(np.linalg.det(affine[:3, :3] / lengths)) < _SINGULAR:
         raise _Unusable("its rows are singular")
     return affine
@@ -161,7 +157,7 @@ def _no_orientation(sform_fault: str, qform_fault: str, path: PathLike) -> UserE
     )
 
 
-def _compared(
+def _compare(
     sform: np.ndarray,
     qform: np.ndarray,
     header: Header,
@@ -169,14 +165,11 @@ def _compared(
     scale: float,
     path: PathLike,
 ) -> list[str]:
-    """Notes on two usable transforms; the sform is used, as nibabel, FSL and SPM do."""
-    corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)]) * [
-        *(n - 1 for n in shape),
-        1,
-    ]
-    distances = np.sqrt((((corners @ (sform - qform).T)[:, :3]) ** 2).sum(axis=1))  # the origin's first
+    """Compares two usable transforms and returns notes; the sform wins, as in nibabel, FSL and SPM."""
+    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(shape) - 1)  # the origin first
+    distances = np.sqrt((nib.affines.apply_affine(sform - qform, corners) ** 2).sum(axis=1))
     apart = distances.max()
-    lengths, others = (np.sqrt((a[:3, :3] ** 2).sum(axis=0)) for a in (sform, qform))
+    lengths, others = nib.affines.voxel_sizes(sform), nib.affines.voxel_sizes(qform)
     cosines = ((sform[:3, :3] / lengths) * (qform[:3, :3] / others)).sum(axis=0)
     angle = float(np.rad2deg(np.arccos(np.clip(cosines.min(), -1, 1))))
     scaled = np.abs(lengths / others - 1).max()
@@ -201,18 +194,18 @@ def _compared(
     return [note]
 
 
-def _compared_lengths(sform: np.ndarray, header: Header, scale: float, path: PathLike) -> list[str]:
-    """Notes on an sform without a usable qform beside the voxel sizes in pixdim, which it makes redundant."""
-    lengths = np.sqrt((sform[:3, :3] ** 2).sum(axis=0))
+def _compare_lengths(sform: np.ndarray, header: Header, scale: float, path: PathLike) -> list[str]:
+    """Compares an sform without a usable qform with the redundant voxel sizes in pixdim; returns notes."""
+    lengths = nib.affines.voxel_sizes(sform)
     stated = np.abs(np.asarray(header["pixdim"][1:4], np.float64))
     stated = np.where(np.isfinite(stated) & (stated > 0), stated, lengths)
     if np.abs(lengths / stated - 1).max() <= _SAME_LENGTH:
         return []
-    if not (header["pixdim"][1:4] == 1).all():  # 1, 1, 1 is what writers leave there that fill in nothing
+    if not (header["pixdim"][1:4] == 1).all():  # writers leave 1, 1, 1 where they fill in nothing
         _check_lengths(lengths, stated, "pixdim", scale, path)
     return [
-        f"voxels of {_product(lengths, scale)} by the sform and of {_product(stated, scale)} by pixdim; the "
-        "sform is used"
+        f"voxels of {_format_size(lengths, scale)} by the sform and of {_format_size(stated, scale)} by "
+        "pixdim; the sform is used"
     ]
 
 
@@ -222,10 +215,10 @@ def _check_lengths(
     ratio = lengths / others
     if max(ratio.max(), 1 / ratio.min()) > _OTHER_LENGTH:
         raise UserError(
-            f"{path}: voxels of {_product(lengths, scale)} by the sform, but of {_product(others, scale)} by "
-            f"the {other_name}; correct the wrong one in the header"
+            f"{path}: voxels of {_format_size(lengths, scale)} by the sform, but of "
+            f"{_format_size(others, scale)} by the {other_name}; correct the wrong one in the header"
         )
 
 
-def _product(lengths: np.ndarray, scale: float) -> str:
+def _format_size(lengths: np.ndarray, scale: float) -> str:
     return " x ".join(f"{length * scale:.4g}" for length in lengths) + " mm"

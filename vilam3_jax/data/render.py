@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from etils import epath
 
-from vilam3_jax.data import decoded
+from vilam3_jax.data import decoded_images
 from vilam3_jax.data.caches import ByteLRU
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ExpertRequest, ImageRef, Turn, path_problem
 from vilam3_jax.data.experts.cards import Card
@@ -168,7 +168,7 @@ class ImageReader:
             raise UserError(f"image {reason}")
         if image.path is None:
             assert image.data is not None
-            if decoded.is_decoded(image.data):  # costs as much as to look it up in the cache
+            if decoded_images.is_decoded(image.data):  # costs as much as to look it up in the cache
                 return self._decode(image, data_root)
             source = hashlib.sha256(image.data).hexdigest()
         else:
@@ -189,8 +189,8 @@ class ImageReader:
         alpha = self.preprocessing.alpha
         if image.path is None:
             assert image.data is not None
-            if self.size is None and decoded.is_decoded(image.data):
-                height, width = decoded.shape(image.data)
+            if self.size is None and decoded_images.is_decoded(image.data):
+                height, width = decoded_images.shape(image.data)
                 raise UserError(
                     f"picture stored as {height} x {width} pixels, the model takes pictures in their own "
                     "shape; prepare the dataset again without --decode-images"

@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from vilam3_jax.data.stored_volume import UNKNOWN
-from vilam3_jax.data.volume_checks import body_part_name, modality_code, stated_units
+from vilam3_jax.data.volume_io import body_part_name, modality_code, stated_units
 from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.runtime.paths import read_bytes
 

@@ -25,9 +25,9 @@ from vilam3_jax.data.intensity import (
 )
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.metaimage import read_metaimage
-from vilam3_jax.data.nrrd_format import read_nrrd
+from vilam3_jax.data.nrrd import read_nrrd
 from vilam3_jax.data.stored_volume import UNKNOWN, StoredVolume
-from vilam3_jax.data.volume_checks import check_file_size, declared_modality, naming_damage, stated_units
+from vilam3_jax.data.volume_io import check_file_size, declared_modality, naming_damage, stated_units
 from vilam3_jax.errors import UserError, warn_of
 from vilam3_jax.runtime.paths import PathLike, as_path, exists
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from vilam3_jax.data import decoded, example_features
+from vilam3_jax.data import decoded_images, example_features
 from vilam3_jax.data.content_keys import DECODER_VERSION, image_key
 from vilam3_jax.data.examples import SCHEMA_VERSION, Example, ImageRef
 from vilam3_jax.data.images import decode_image, decode_scaled, load_film
@@ -289,7 +289,7 @@ def _decoded(image: ImageRef, context: Context, side: int) -> ImageRef:
     data = image.data
     if data is None:
         data = paths.read_bytes(paths.as_path(context.root) / str(image.path), _MAX_IMAGE_BYTES)
-    return ImageRef(data=decoded.encode(decode_scaled(data, side)))
+    return ImageRef(data=decoded_images.encode(decode_scaled(data, side)))
 
 
 def _hash(value: bytes | str) -> bytes:

@@ -15,7 +15,7 @@ from vilam3_jax.data.images import encode_png, load_picture, resize
 from vilam3_jax.data.isolation import DecoderProcess
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing, Window
 from vilam3_jax.data.stored_volume import UNKNOWN
-from vilam3_jax.data.volume_checks import declared_modality
+from vilam3_jax.data.volume_io import declared_modality
 from vilam3_jax.data.volume_slices import even_slices
 from vilam3_jax.data.volumes import AXES, Volume, VolumeSource
 from vilam3_jax.errors import UserError

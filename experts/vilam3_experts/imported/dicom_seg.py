@@ -19,7 +19,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, SegmentationStorage
 from vilam3_experts.imported.label_tables import clean_name
 from vilam3_jax.data import file_kinds
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
-from vilam3_jax.data.volume_checks import check_file_size, naming_damage, one_line
+from vilam3_jax.data.volume_io import check_file_size, naming_damage, one_line
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.paths import PathLike, as_path, check_passing
 

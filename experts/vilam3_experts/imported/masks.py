@@ -19,7 +19,7 @@ from vilam3_experts.imported import dicom_seg
 from vilam3_experts.imported.label_tables import LabelTable, clean_name, make_table, words_of
 from vilam3_jax.data import file_kinds
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
-from vilam3_jax.data.nrrd_format import read_nrrd_layers
+from vilam3_jax.data.nrrd import read_nrrd_layers
 from vilam3_jax.data.stored_volume import StoredVolume
 from vilam3_jax.data.volumes import (
     GRID_TOLERANCE,

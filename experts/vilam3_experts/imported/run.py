@@ -25,7 +25,7 @@ from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.data.experts.cards import Card
 from vilam3_jax.data.experts.labels import is_lesion, label_group, label_table
 from vilam3_jax.data.experts.store import AnnotationWriter
-from vilam3_jax.data.volume_checks import naming_damage
+from vilam3_jax.data.volume_io import naming_damage
 from vilam3_jax.data.volumes import Volume
 from vilam3_jax.datasets.samples import read_samples
 from vilam3_jax.errors import UnavailableError, UserError

@@ -27,7 +27,7 @@ from vilam3_jax.data.dicom.headers import file_size_of, is_directory, naming, re
 from vilam3_jax.data.folder_walk import list_files
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.stored_volume import UNKNOWN, StoredVolume
-from vilam3_jax.data.volume_checks import stated_units
+from vilam3_jax.data.volume_io import stated_units
 from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.runtime.paths import PathLike, as_path
 

@@ -37,10 +37,10 @@ from vilam3_jax.data.dicom.grouping import (
 from vilam3_jax.data.dicom.headers import is_directory, naming, read_header
 from vilam3_jax.data.dicom.layout import COLOUR, GREY, PALETTE, read_layout
 from vilam3_jax.data.dicom.series import damaged_note, without_damaged
+from vilam3_jax.data.image_headers import check_pixels
 from vilam3_jax.data.limits import Limits
-from vilam3_jax.data.picture_checks import check_pixels
 from vilam3_jax.data.scan import plain_words
-from vilam3_jax.data.volume_checks import check_file_size
+from vilam3_jax.data.volume_io import check_file_size
 from vilam3_jax.data.volumes import describe_volume
 from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.runtime.paths import as_path, check_passing, file_size

@@ -13,10 +13,9 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from vilam3_jax.data.deep_pictures import to_eight_bits, visible, with_alpha
+from vilam3_jax.data.bit_depth import to_eight_bits, visible, with_alpha
+from vilam3_jax.data.image_headers import check_pixels, choose_frame, jpeg_ends_early, jpeg_frame
 from vilam3_jax.data.limits import Limits
-from vilam3_jax.data.picture_checks import check_pixels, choose_frame
-from vilam3_jax.data.picture_headers import jpeg_ends_early, jpeg_frame
 from vilam3_jax.errors import UserError
 
 # What it logs about a damaged file is either harmless or becomes an error here.

@@ -1,4 +1,4 @@
-"""What the readers of volumes share: bounds, voxel data, companion files, stated words, and damage."""
+"""Shared parts of the volume readers: size checks, voxel data, companion files, units, modalities, damage."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import IO
 
 import numpy as np
 from etils import epath
+from nibabel.affines import voxel_sizes
 
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.paths import PathLike, check_passing, children, file_size
 
-# The most bytes that one byte of a stream can become.
+# Largest expansion of one compressed byte.
 DEFLATE_RATIO = 1032
-BZIP2_RATIO = 1 << 21  # a block of some 40 bytes can hold a run of 46 million
+BZIP2_RATIO = 1 << 21  # a block of about 40 bytes can hold a run of 46 million
+MAX_TRAILING_BYTES = 64 << 20  # read after the voxels to reach a checksum
 
-NO_UNIT_NOTE = "the file states no unit of length; millimetres are assumed"
 METRE, MILLIMETRE, MICROMETRE = "metre", "millimetre", "micrometre"
-
-# Units of length as words of a header, in lower case and singular -> (name, millimetres).
+# Lower-case singular unit of length in a header -> (name, millimetres).
 _LENGTHS = {
     **dict.fromkeys(("m", "meter", "metre"), (METRE, 1e3)),
     **dict.fromkeys(("cm", "centimeter", "centimetre"), ("centimetre", 10.0)),
@@ -32,85 +32,55 @@ _LENGTHS = {
     **dict.fromkeys(("nm", "nanometer", "nanometre"), ("nanometre", 1e-6)),
     **dict.fromkeys(("", "?", "???", "none", "unknown"), (UNKNOWN, 1.0)),
 }
-
-DRAINED_BYTES = 64 << 20  # after the voxels, on the way to a checksum
-
 _MODALITIES = frozenset(
-    [
-        "BDUS",
-        "BI",
-        "CR",
-        "CT",
-        "DX",
-        "ECG",
-        "EEG",
-        "ES",
-        "GM",
-        "IO",
-        "IVOCT",
-        "IVUS",
-        "MG",
-        "MR",
-        "NM",
-        "OCT",
-        "OP",
-        "OPT",
-        "OT",
-        "PT",
-        "PX",
-        "RF",
-        "RG",
-        "SC",
-        "SM",
-        "TG",
-        "US",
-        "XA",
-        "XC",
-    ]
+    (
+        *("BDUS", "BI", "CR", "CT", "DX", "ECG", "EEG", "ES", "GM", "IO", "IVOCT", "IVUS", "MG", "MR", "NM"),
+        *("OCT", "OP", "OPT", "OT", "PT", "PX", "RF", "RG", "SC", "SM", "TG", "US", "XA", "XC"),
+    )
 )
 _MODALITY_ALIASES = {"MRI": "MR", "PET": "PT"}
 
 
-def converted_note(unit: str) -> str:
-    """A note that lengths were converted."""
-    return f"its unit of length is the {unit}; converted to millimetres"
+def unit_notes(unit: str) -> list[str]:
+    """Notes on a grid stored in `unit`: assumed where unknown, converted where not millimetres."""
+    if unit == UNKNOWN:
+        return ["the file states no unit of length; millimetres are assumed"]
+    return [] if unit == MILLIMETRE else [f"its unit of length is the {unit}; converted to millimetres"]
 
 
 def length_unit(text: str, field: str, path: PathLike) -> tuple[str, float, list[str]]:
-    """The unit of length that a header states in words.
+    """Parses a unit of length.
 
     Args:
       text: such as "mm" or "microns"; "" if the file states none.
-      field: name of the header's field.
-      path: file to name.
+      field: name of the header field.
+      path: file to name in errors.
 
     Returns:
-      The unit's name or "unknown", its millimetres, and notes.
+      The unit's name or "unknown", its size in millimetres, and notes.
 
     Raises:
-      UserError: a unit that is not known; millimetres would be wrong.
+      UserError: an unrecognised unit.
     """
-    # MICRO SIGN and GREEK SMALL LETTER MU; in Latin-1, the former is no UTF-8.
+    # MICRO SIGN, GREEK SMALL LETTER MU, and the former in Latin-1, which is invalid UTF-8.
     word = re.sub("[\u00b5\u03bc\ufffd]", "u", text.strip().lower())
     if word not in _LENGTHS and len(word) > 3:
         word = word.removesuffix("s")
     if word not in _LENGTHS:
         raise UserError(f"{path}: the unit of length in its field {field} is not known; state mm there")
     unit, scale = _LENGTHS[word]
-    if unit == UNKNOWN:
-        return unit, scale, [NO_UNIT_NOTE]
-    return unit, scale, [] if unit == MILLIMETRE else [converted_note(unit)]
+    return unit, scale, unit_notes(unit)
 
 
 @contextlib.contextmanager
 def naming_damage(path: PathLike) -> Iterator[None]:
-    """Turns whatever a parser raises into one line that names `path`.
+    """Converts any parser exception to a one-line error that names `path`.
 
-    Third-party parsers document few of their exceptions, and a damaged file finds the others.
+    Third-party parsers document few of their exceptions; damaged files trigger the others.
 
     Raises:
       UnavailableError: the disk or the network fails.
-      UserError: anything else.
+      UserError: any other failure.
     """
     try:
         yield
@@ -126,13 +96,13 @@ def naming_damage(path: PathLike) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of another library's error without line breaks and object addresses."""
+    """A third-party error message without line breaks and object addresses."""
     text = re.sub(r" ?(at )?\b0x[0-9a-fA-F]{6,}\b", "", " ".join(str(error).split()))
     return text[:200] or type(error).__name__
 
 
 def check_file_size(path: PathLike, limits: Limits) -> int:
-    """Size of a file in bytes.
+    """Returns the size of a file in bytes.
 
     Raises:
       UserError: more than `limits.file_bytes`.
@@ -146,13 +116,10 @@ def check_file_size(path: PathLike, limits: Limits) -> int:
 
 
 def check_grid(shape: Sequence[int], itemsize: int, path: PathLike, limits: Limits) -> int:
-    """Refuses what is not 3-D, empty, or larger than `limits.voxels` and `limits.decoded_bytes`.
-
-    Returns:
-      Bytes of all voxels.
+    """Returns the size of all voxels in bytes.
 
     Raises:
-      UserError: names the file.
+      UserError: the grid is not 3-D, is empty, or exceeds `limits.voxels` or `limits.decoded_bytes`.
     """
     if len(shape) != 3 or min(shape) < 1:
         raise UserError(f"{path}: {len(shape)}-D data of shape {tuple(shape)}, a 3-D volume is needed")
@@ -170,22 +137,19 @@ def check_grid(shape: Sequence[int], itemsize: int, path: PathLike, limits: Limi
     return count * itemsize
 
 
-def several_volumes(count: int, what: str, path: PathLike) -> UserError:
-    """The error for a file that holds several values per voxel."""
-    return UserError(f"{path}: 4-D data with {count} {what}; save one 3-D volume to a file of its own")
+def several_volumes(count: int, kind: str, path: PathLike) -> UserError:
+    """The error for a file with several values per voxel."""
+    return UserError(f"{path}: 4-D data with {count} {kind}; save each 3-D volume to a separate file")
 
 
 def check_available(count: int, available: int, path: PathLike, *, ratio: int = 1) -> None:
-    """Refuses a header that promises more bytes than the file can hold, before anything is allocated.
+    """Rejects a header that promises more bytes than the file can hold. Call it before allocating.
 
     Args:
       count: bytes of voxels.
       available: bytes of the file that can hold them.
-      path: file to name.
-      ratio: the most bytes that one byte of the file can become, see `DEFLATE_RATIO`.
-
-    Raises:
-      UserError: names the file.
+      path: file to name in errors.
+      ratio: largest expansion of one byte, see `DEFLATE_RATIO`.
     """
     if count > max(0, available) * ratio:
         raise UserError(
@@ -194,8 +158,8 @@ def check_available(count: int, available: int, path: PathLike, *, ratio: int = 
         )
 
 
-def read_over(stream: IO[bytes], count: int) -> None:
-    """Reads `count` bytes and drops them, or all that are left."""
+def skip_bytes(stream: IO[bytes], count: int) -> None:
+    """Reads and drops `count` bytes, fewer at the end of the stream."""
     while count > 0 and (chunk := stream.read(min(count, 1 << 20))):
         count -= len(chunk)
 
@@ -204,7 +168,7 @@ def read_exactly(stream: IO[bytes], count: int, path: PathLike) -> bytes:
     """Reads `count` bytes.
 
     Raises:
-      UserError: the stream ends before.
+      UserError: the stream is shorter.
     """
     try:
         data = stream.read(count)
@@ -218,14 +182,14 @@ def read_exactly(stream: IO[bytes], count: int, path: PathLike) -> bytes:
 
 
 def read_rest(stream: IO[bytes], path: PathLike) -> tuple[str, ...]:
-    """Reads what follows the voxels, so that a compressed stream compares its checksum.
+    """Reads what follows the voxels, so that the checksum of a compressed stream is verified.
 
     Returns:
-      A note where something follows.
+      A note if anything follows.
     """
     count = 0
     try:
-        while count < DRAINED_BYTES and (chunk := stream.read(1 << 20)):
+        while count < MAX_TRAILING_BYTES and (chunk := stream.read(1 << 20)):
             count += len(chunk)
     except gzip.BadGzipFile as error:
         if "Not a gzipped file" not in str(error):  # a wrong checksum or length
@@ -237,74 +201,66 @@ def read_rest(stream: IO[bytes], path: PathLike) -> tuple[str, ...]:
 
 
 def trailing_note(count: int) -> tuple[str, ...]:
-    """A note that `count` bytes follow the voxels; nothing for 0."""
+    """A note on `count` bytes after the voxels; empty for 0."""
     return (f"at least {count} bytes after the voxels are ignored",) if count > 0 else ()
 
 
-def sibling(path: epath.Path, name: str) -> epath.Path | None:
-    """The file called `name` in the folder of `path`, or None.
-
-    Found by listing, because `name` may come from the text of a file, which must not become a path.
-    """
-    beside = children(path.parent)
-    same = [p for p in beside if p.name == name]
-    return (same or [p for p in beside if p.name.casefold() == name.casefold()] or [None])[0]
-
-
 def data_file(path: epath.Path, name: str) -> epath.Path:
-    """The data file that the header `path` names.
+    """Finds the data file that the header `path` names, in the same folder.
 
     Raises:
-      UserError: `name` is a path, a list or a pattern, or no such file lies beside `path`.
+      UserError: `name` is a path, a list or a pattern, or there is no such file beside `path`.
     """
     name = name.removeprefix("./")
     if re.match(r"LIST\b", name) or re.search(r"%\d*[di]", name):
-        raise UserError(f"{path}: its voxels lie in several files; save data and header in one file")
+        raise UserError(f"{path}: its voxels are split over several files; save data and header in one file")
     if "/" in name or "\\" in name:
         raise UserError(
-            f"{path}: names a data file in another folder, which is not followed; put it beside the header "
+            f"{path}: names a data file in another folder, which is not followed; move it beside the header "
             "and state its bare name"
         )
-    found = sibling(path, name)
-    if found is None or found == path:
+    # Search a listing: `name` is text from a file and must not be used as a path.
+    siblings = children(path.parent)
+    same = [p for p in siblings if p.name == name]
+    found = same or [p for p in siblings if p.name.casefold() == name.casefold()]
+    if not found or found[0] == path:
         raise UserError(
-            f"{path}: the data file that this header names does not lie beside it; put it there under that "
-            "name"
+            f"{path}: the data file named in its header is missing; put it in the same folder under that name"
         )
-    return found
+    return found[0]
 
 
 def check_extent(affine: np.ndarray, shape: Sequence[int], unit: str, path: PathLike) -> None:
-    """Refuses a grid whose size in millimetres shows that its unit of length is wrong.
+    """Rejects a grid whose size in millimetres shows that its unit of length is wrong.
 
     Args:
       affine: [4, 4], index to millimetres.
       shape: voxels along the three axes.
-      unit: what the file states: METRE, MILLIMETRE, MICROMETRE, or UNKNOWN, which is taken as millimetres.
-      path: file to name.
+      unit: METRE, MILLIMETRE, MICROMETRE, or UNKNOWN, which counts as millimetres.
+      path: file to name in errors.
 
     Raises:
       UserError: voxels of centimetres to metres, or a whole grid of less than a few millimetres.
     """
-    spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    spacing = voxel_sizes(affine)
     extent = spacing * np.asarray(shape)
-    said = "no unit of length" if unit == UNKNOWN else f"{unit} as its unit"
+    stated = "no unit of length" if unit == UNKNOWN else f"{unit} as its unit"
     if unit in (UNKNOWN, MILLIMETRE) and spacing.max() < 0.01 and extent.max() < 3:
         raise UserError(
-            f"{path}: states {said}, and its whole grid is {extent.max():.3g} mm long; it is probably in "
+            f"{path}: states {stated}, and its whole grid is {extent.max():.3g} mm long; it is probably in "
             "metres, correct the unit in the header"
         )
     if spacing.min() > 100:
         likely = "millimetres" if unit == METRE else "micrometres"
         raise UserError(
-            f"{path}: states {said}, and its voxels are {spacing.min():.4g} mm wide; it is probably in "
+            f"{path}: states {stated}, and its voxels are {spacing.min():.4g} mm wide; it is probably in "
             f"{likely}, correct the unit in the header"
         )
 
 
 def geometry_notes(affine: np.ndarray) -> tuple[str, ...]:
-    """A note where the axes of a grid are not at right angles (more than 0.5 degrees off)."""
-    axes = affine[:3, :3] / np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    """A note if the axes of a grid are more than 0.5 degrees off right angles."""
+    axes = affine[:3, :3] / voxel_sizes(affine)
     skew = np.rad2deg(np.arcsin(min(1.0, float(np.abs(axes.T @ axes - np.eye(3)).max()))))
     if skew <= 0.5:
         return ()
@@ -312,7 +268,7 @@ def geometry_notes(affine: np.ndarray) -> tuple[str, ...]:
 
 
 def without_voxels(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Stands for voxels that are not read: `shape` zeros in the memory of one."""
+    """Zeros of `shape` in the memory of one element, in place of voxels that are not read."""
     return np.broadcast_to(np.zeros((), dtype), tuple(shape))
 
 
@@ -325,44 +281,44 @@ def rescale(values: np.ndarray, slope: float, intercept: float) -> np.ndarray:
 
 
 def modality_code(text: str) -> str:
-    """DICOM's code of a modality that a file states in words; "unknown" if it is none."""
+    """The DICOM code of a modality stated by a file; "unknown" if unrecognised."""
     code = text.strip().upper()
     code = _MODALITY_ALIASES.get(code, code)
     return code if code in _MODALITIES else UNKNOWN
 
 
 def declared_modality(declared: str, stated: str, path: PathLike) -> str:
-    """DICOM's code of a modality that the caller declares.
+    """The DICOM code of a modality declared by the caller.
 
     Args:
-      declared: in words or as a code.
-      stated: what the file states, or "unknown".
-      path: of the file, for the message.
+      declared: DICOM code or common name.
+      stated: code in the file, or "unknown".
+      path: file to name in errors.
 
     Raises:
-      UserError: no modality that DICOM knows, or another one than the file states.
+      UserError: an unrecognised modality, or one that contradicts the file.
     """
     code = modality_code(declared)
     if code == UNKNOWN:
-        raise UserError(f"modality {declared!r}: not a code of DICOM; use CT, MR, PT or another one")
+        raise UserError(f"modality {declared!r}: not a DICOM code; use CT, MR, PT or another one")
     if stated not in (UNKNOWN, code):
         raise UserError(f"{path}: declared as {code}, but the file states {stated}; leave the modality out")
     return code
 
 
 def stated_units(text: str, modality: str) -> str:
-    """Units of the voxels as a file states them; HU for a CT that states none."""
+    """Units of the voxels as the file states them; HU for a CT without any."""
     text = text.strip()
-    if text.lower() in ("hu", "hounsfield", "hounsfield unit", "hounsfield units") or (
-        not text and modality == "CT"
-    ):
-        return "HU"
-    if text.lower() == "bq/ml":
-        return "Bq/ml"
+    known = dict.fromkeys(("hu", "hounsfield", "hounsfield unit", "hounsfield units"), "HU")
+    known["bq/ml"] = "Bq/ml"
+    if not text:
+        return "HU" if modality == "CT" else UNKNOWN
+    if text.lower() in known:
+        return known[text.lower()]
     return text if re.fullmatch(r"[A-Za-z0-9/%^*. ()-]{1,16}", text) else UNKNOWN
 
 
 def body_part_name(text: str) -> str:
-    """Body part as a file states it, upper case; "unknown" if it is no such word."""
+    """Body part as the file states it, upper case; "unknown" if malformed."""
     name = " ".join(text.split()).upper()
     return name if re.fullmatch(r"[A-Z][A-Z0-9 _/&-]{1,31}", name) else UNKNOWN

@@ -19,7 +19,7 @@ from etils import epath
 
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.stored_volume import StoredVolume
-from vilam3_jax.data.volume_checks import (
+from vilam3_jax.data.volume_io import (
     BZIP2_RATIO,
     DEFLATE_RATIO,
     body_part_name,
@@ -32,9 +32,9 @@ from vilam3_jax.data.volume_checks import (
     length_unit,
     modality_code,
     read_exactly,
-    read_over,
     read_rest,
     several_volumes,
+    skip_bytes,
     stated_units,
     without_voxels,
 )
@@ -387,7 +387,7 @@ def _values(
         if skip == -1:  # the data is the end of the file
             skip = size - file.tell() - count
         stream = _unpacked(file, encoding)
-        read_over(stream, skip)
+        skip_bytes(stream, skip)
         raw = read_exactly(stream, count, path)
         return np.frombuffer(raw, dtype), read_rest(stream, path)
 

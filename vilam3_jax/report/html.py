@@ -37,7 +37,9 @@ def page(title: str, eyebrow: str, body: Sequence[str], sections: Sequence[tuple
       body: HTML parts.
       sections: (anchor, name) of the parts, for the list at the top.
     """
-    css = (importlib.resources.files("vilam3_jax.report") / "report.css").read_text(encoding="utf-8")
+    css = (importlib.resources.files("vilam3_jax.report") / "templates" / "report.css").read_text(
+        encoding="utf-8"
+    )
     links = "".join(f'<a href="#{text(anchor)}">{text(name)}</a>' for anchor, name in sections)
     made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     # The policy is a second lock: even a mistake in escaping could not load or run anything.

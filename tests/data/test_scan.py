@@ -1,4 +1,4 @@
-"""`vilam3 data scan`: it agrees with the readers, names nobody, and survives what a folder may hold."""
+"""Tests of `vilam3 data scan`: agreement with the readers, privacy, and unusual folder contents."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from vilam3_jax.data.dicom import list_series, read_listed, read_picture
 from vilam3_jax.data.dicom.frames import short_identifier
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.scan import collect as collect_lib
-from vilam3_jax.data.scan import plain_words, records, report
+from vilam3_jax.data.scan import records, redaction, report
 from vilam3_jax.data.scan.collect import collect
 from vilam3_jax.data.volumes import load_volume
 from vilam3_jax.errors import UserError
@@ -48,7 +48,7 @@ AXIAL = [1, 0, 0, 0, 1, 0]
 
 
 def image(series: str, **changes) -> Dataset:
-    """A CT slice of 4 x 5 pixels; None removes an element."""
+    """A CT slice of 4 x 5 pixels; a change to None removes the element."""
     d = Dataset()
     d.file_meta = FileMetaDataset()
     d.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -105,7 +105,7 @@ def colour(series: str, **changes) -> Dataset:
 
 
 def scan(folder: Path | str, tmp_path: Path, capsys, *arguments: str) -> tuple[dict, str]:
-    """Runs the command; returns its JSON and its text."""
+    """Runs the command and returns its JSON and text."""
     out = tmp_path / "out of the way" / "result.json"
     assert cli.main(["data", "scan", str(folder), "--json", str(out), *arguments]) == 0
     result = json.loads(out.read_text())
@@ -118,19 +118,19 @@ def scan(folder: Path | str, tmp_path: Path, capsys, *arguments: str) -> tuple[d
 
 @pytest.fixture
 def hospital(tmp_path) -> Path:
-    """Series of the kinds that hospitals have, good and bad, and other files."""
+    """Typical series of a hospital, usable and unusable, and other files."""
     folder = tmp_path / "hospital"
     stack(folder / "ct", "1")
-    stack(folder / "ct", "2")[2].unlink()  # a slice is missing
+    stack(folder / "ct", "2")[2].unlink()  # leaves a gap
     stack(folder / "mr", "3", Modality="MR", EchoTime=10)
     for number, path in enumerate(stack(folder / "mr", "4", Modality="MR", EchoTime=20)):
         dataset = pydicom.dcmread(path)  # a second echo of series 3
         dataset.SeriesInstanceUID, dataset.EchoNumbers = "1.2.3.3", 2
         save(folder / "mr" / f"echo2_{number}.dcm", dataset)
         path.unlink()
-    cut = stack(folder / "cut", "5")[2]  # inside the stack
+    cut = stack(folder / "cut", "5")[2]  # an inner slice
     cut.write_bytes(cut.read_bytes()[:-30])
-    cut = stack(folder / "cut", "6")[-1]  # at its end
+    cut = stack(folder / "cut", "6")[-1]  # the last slice
     cut.write_bytes(cut.read_bytes()[:-30])
     stack(folder / "odd", "7", PhotometricInterpretation="MONOCHROME9")
     stack(folder / "odd", "8", BitsAllocated=12)
@@ -178,9 +178,9 @@ def test_scan_and_load_volume_agree(hospital, tmp_path, capsys, monkeypatch) -> 
         elif one["use"] != "undecided":
             with pytest.raises(UserError) as refused:
                 load_volume(hospital, series=one["id"])
-            unknown = "a photometric interpretation that is not read"  # the reader repeats what the file says
+            unknown = "unsupported photometric interpretation"  # the reader quotes the file
             reason = "is not read here" if one["problem"] == unknown else one["problem"]
-            if reason == "the pixel data is cut short":
+            if reason == "truncated pixel data":
                 reason = "is cut short"
             assert reason in str(refused.value)
     assert {use: len(series) for use, series in uses.items()} == {
@@ -190,7 +190,7 @@ def test_scan_and_load_volume_agree(hospital, tmp_path, capsys, monkeypatch) -> 
         "no": 6,  # 2, 5, 7, 8, 9, 13
     }
     assert {one["kind"] for one in uses["pictures"]} == {"picture", "cine"}
-    assert load_volume(hospital, series=uses["undecided"][0]["id"])  # the copy is equal
+    assert load_volume(hospital, series=uses["undecided"][0]["id"])  # the duplicate has equal pixels
     (grid,) = result["volumes"]
     assert (grid["shape"], grid["spacing_mm"], grid["orientation"]) == ([3, 4, 5], [2, 2, 3], "RAS")
     assert load_volume(hospital / "a.nii.gz").voxels.shape == (3, 4, 5)
@@ -217,7 +217,7 @@ def test_cut_short_pictures_are_not_offered(tmp_path, capsys) -> None:
     result, _ = scan(tmp_path / "in", tmp_path, capsys)
     (one,) = result["series"]
     assert one["use"] == "pictures" and one["files"] == 1
-    assert one["skipped"] == [{"reason": "the pixel data is cut short", "files": 1}]
+    assert one["skipped"] == [{"reason": "truncated pixel data", "files": 1}]
     assert read_picture(whole).pixels.shape == (4, 5, 3)
     with pytest.raises(UserError):
         read_picture(cut)
@@ -245,10 +245,10 @@ def test_limits_are_those_of_the_reader(tmp_path) -> None:
         assert found.series[0].use == "no" and "more than the limit" in found.series[0].problem
         assert "more than the limit" in next(r.problem for r in found.files if r.reader == "nifti")
         with pytest.raises(UserError, match="more than the limit"):
-            load_volume(tmp_path, series=found.series[0].identifier, limits=limits)
+            load_volume(tmp_path, series=found.series[0].id, limits=limits)
 
 
-# ---- nobody is identified
+# ---- privacy
 
 
 SECRETS = ("SMITHSON", "MRN4711", "19480229", "Wilhelmina", "StMary", "geheim")
@@ -268,7 +268,7 @@ def planted(vr: str, number: int) -> object:
 
 
 def patients_slice(number: int, *, geometry: bool) -> Dataset:
-    """A slice with an identifier in every element of a string VR that allows one."""
+    """A slice with an identifier in every element whose VR allows text."""
     d = image("9", ImagePositionPatient=[0, 0, 2 * number])
     d.SeriesInstanceUID = "1.2.840.4711.19480229.7"
     d.StudyInstanceUID, d.SOPInstanceUID = "1.2.840.4711.19480229", f"1.2.840.4711.19480229.7.{number}"
@@ -308,12 +308,12 @@ def named(tmp_path) -> Path:
             path = save(inner / f"StMary_{number}", one)
             tag = pydicom.tag.Tag(keyword)
             raw = tag.group.to_bytes(2, "little") + tag.element.to_bytes(2, "little")
-            raw += b"LO\x0e\x00SMITHSON4711  "  # text where numbers are
+            raw += b"LO\x0e\x00SMITHSON4711  "  # text in a numeric element
             start = path.read_bytes()
             place = start.find(raw[:4])
             place = len(start) if place < 0 else place
             path.write_bytes(start[:place] + raw + start[place:])
-    for number, name in enumerate(("label", "kernel")):  # what tells two stacks apart
+    for number, name in enumerate(("label", "kernel")):  # distinguishes the two stacks
         for z in range(4 + 5 * number):
             one = image("66", ImagePositionPatient=[0, 0, z], ConvolutionKernel=SECRETS[number], StackID=name)
             save(inner / f"{name}{z}.dcm", one)
@@ -367,10 +367,10 @@ def test_nothing_that_is_printed_identifies_a_patient(named, tmp_path, capsys, c
                 line for line in text.splitlines() if secret.lower() in line.lower()
             )
     result = json.loads(out.read_text())
-    assert len(result["series"]) >= 4 and len(result["volumes"]) >= 12  # something was looked at
+    assert len(result["series"]) >= 4 and len(result["volumes"]) >= 12  # the scan covered the folder
     assert {"unlisted"} <= {one["modality"] for one in result["series"]}
     assert {"unlisted"} <= {one["body_part"] for one in result["series"]}
-    assert {"reason": "another stack", "files": 4} in result["skipped"]  # without the kernel that says which
+    assert {"reason": "another stack", "files": 4} in result["skipped"]  # without the kernel name
 
 
 def test_errors_of_the_run_name_no_file_either(named, tmp_path, capsys) -> None:
@@ -395,14 +395,14 @@ def test_errors_of_the_run_name_no_file_either(named, tmp_path, capsys) -> None:
     ],
 )
 def test_reasons_are_repeated_without_quotations(text: str, said: str) -> None:
-    assert plain_words.reason(text, "/d/SMITH.hdr") == said
+    assert redaction.message(text, "/d/SMITH.hdr") == said
 
 
 def test_codes_are_those_that_dicom_defines() -> None:
     words = ("CT", "PT", "SEG", "unknown", "SMITH", "C T", "ct")
-    assert [plain_words.modality(w) for w in words] == ["CT", "PT", "SEG", "unknown", *["unlisted"] * 3]
+    assert [redaction.modality(w) for w in words] == ["CT", "PT", "SEG", "unknown", *["unlisted"] * 3]
     words = ("CHEST", "CHEST_ABDOMEN", "WHOLE BODY", "4THVENTRICLE", "CHEST SMITH", "19480229", "")
-    assert [plain_words.body_part(w) for w in words] == [*words[:4], *["unlisted"] * 3]
+    assert [redaction.body_part(w) for w in words] == [*words[:4], *["unlisted"] * 3]
 
 
 def test_paths_go_to_a_file_of_their_own_with_a_warning(hospital, tmp_path, capsys) -> None:
@@ -414,13 +414,13 @@ def test_paths_go_to_a_file_of_their_own_with_a_warning(hospital, tmp_path, caps
     assert "identify" in places["warning"]
     (first,) = [s for s in collect(hospital, 1, DEFAULT_LIMITS).series if s.use == "undecided"]
     assert (
-        sorted(Path(p).name for p in places["series"][first.identifier]) == [f"10_{n}.dcm" for n in range(5)]
-        or len(places["series"][first.identifier]) == 5
+        sorted(Path(p).name for p in places["series"][first.id]) == [f"10_{n}.dcm" for n in range(5)]
+        or len(places["series"][first.id]) == 5
     )
     assert places["volumes"]["1"].endswith("a.nii.gz") and places["other_files"]["text file"]
 
 
-# ---- what a folder may hold
+# ---- unusual folder contents
 
 
 def test_odd_entries_are_counted_and_never_opened(tmp_path, capsys) -> None:
@@ -432,7 +432,7 @@ def test_odd_entries_are_counted_and_never_opened(tmp_path, capsys) -> None:
     (folder / ".hidden").write_bytes((folder / "a" / "1_1.dcm").read_bytes())
     (folder / "empty").touch()
     (folder / os.fsdecode(b"not\xffunicode.txt")).write_text("x")
-    os.mkfifo(folder / "pipe.dcm")  # to open it would wait for ever
+    os.mkfifo(folder / "pipe.dcm")  # opening it would block
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(folder / "s"))
         result, text = scan(folder, tmp_path, capsys, "--paths", str(tmp_path / "p.json"))
@@ -478,7 +478,7 @@ def test_folders_and_files_that_cannot_be_read(tmp_path, capsys, monkeypatch) ->
     monkeypatch.setattr(records.file_kinds, "identify", identified)
     result, _ = scan(folder, tmp_path, capsys)
     assert result["not_files"] == [{"reason": folder_walk.CLOSED_FOLDER, "entries": 1}]
-    assert {entry["reason"] for entry in result["skipped"]} == {records.CLOSED, records.VANISHED}
+    assert {entry["reason"] for entry in result["skipped"]} == {records.UNREADABLE, records.VANISHED}
     assert result["series"][0]["slices"] == 3
 
 
@@ -493,7 +493,7 @@ def test_a_disk_that_fails_costs_one_file(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(records.file_kinds, "identify", failing)
     found = collect(tmp_path, 1, DEFAULT_LIMITS)
-    assert [r.problem for r in found.files] == [records.FAILING, None, None, None, None]
+    assert [r.problem for r in found.files] == [records.UNAVAILABLE, None, None, None, None]
 
 
 @pytest.mark.parametrize("function", ["identify", "group"])
@@ -519,7 +519,7 @@ def test_an_error_that_nobody_expects_costs_one_file_or_series(tmp_path, monkeyp
     found = collect(tmp_path, 1, DEFAULT_LIMITS)
     result = report.to_json(found, 0)
     jsonschema.validate(result, SCHEMA)
-    assert [s.use for s in found.series if s.identifier == short_identifier("1.2.3.2")] == ["volume"]
+    assert [s.use for s in found.series if s.id == short_identifier("1.2.3.2")] == ["volume"]
     (skipped,) = result["skipped"]
     assert skipped["files"] == (1 if function == "identify" else 5) and "(KeyError)" in skipped["reason"]
     assert "SMITHSON" not in report.to_text(result)
@@ -555,7 +555,7 @@ def test_other_readable_files(tmp_path, capsys) -> None:
     assert kinds["TIFF picture"]["several_pages"] == 1
     problems = [entry["reason"] for entry in result["problems"]]
     assert any("4-D data with 2 volumes" in problem for problem in problems)
-    assert {e["reason"] for e in result["skipped"]} >= {"PNG picture that is damaged", records.OTHER_HALF}
+    assert {e["reason"] for e in result["skipped"]} >= {"damaged PNG picture", records.PAIRED_IMG}
     assert [one["use"] for one in result["volumes"]] == ["no", "volume"]
     assert "zip archive: unpack it" in text
 
@@ -578,8 +578,8 @@ def test_next_commands_take_the_ids(hospital, tmp_path, capsys) -> None:
 
 def test_workers_find_what_one_process_finds(hospital, monkeypatch) -> None:
     alone = collect(hospital, 1, DEFAULT_LIMITS)
-    monkeypatch.setattr(collect_lib, "_FILES_FOR_A_WORKER", 10)
-    monkeypatch.setattr(collect_lib, "_CHUNK", 3)
+    monkeypatch.setattr(collect_lib, "_MIN_FILES_PER_WORKER", 10)
+    monkeypatch.setattr(collect_lib, "_FILES_PER_BATCH", 3)
     shared = collect(hospital, 2, DEFAULT_LIMITS)
     assert (shared.paths, shared.files, shared.series) == (alone.paths, alone.files, alone.series)
 
@@ -590,7 +590,7 @@ def test_object_stores(hospital, tmp_path) -> None:
 
     def walked(function, path, **kwargs):
         for folder, folders, names in os.walk(local(path)):
-            yield folder.replace(str(hospital), "bucket"), folders, names  # as fsspec has it
+            yield folder.replace(str(hospital), "bucket"), folders, names  # as fsspec returns it
 
     def one(function, path, *args, **kwargs):
         return function(local(path), *args, **kwargs)
@@ -602,8 +602,8 @@ def test_object_stores(hospital, tmp_path) -> None:
             collect("gs://bucket/none", 4, DEFAULT_LIMITS)
     at_home = collect(hospital, 1, DEFAULT_LIMITS)
     assert len(remote.files) == len(at_home.files)
-    assert {s.identifier: (s.use, s.problem) for s in remote.series} == {
-        s.identifier: (s.use, s.problem) for s in at_home.series
+    assert {s.id: (s.use, s.problem) for s in remote.series} == {
+        s.id: (s.use, s.problem) for s in at_home.series
     }
 
 
@@ -628,19 +628,18 @@ def test_bad_calls_end_with_2(tmp_path, monkeypatch, capsys, folder: str, argume
 def test_an_empty_folder_is_no_error(tmp_path, capsys) -> None:
     (tmp_path / "in").mkdir()
     result, text = scan(tmp_path / "in", tmp_path, capsys)
-    assert result["summary"]["files"] == 0 and "nothing here can be read" in text
+    assert result["summary"]["files"] == 0 and "no readable images" in text
 
 
 def test_a_killed_worker_is_said(tmp_path, monkeypatch) -> None:
     stack(tmp_path, "1", 4)
-    monkeypatch.setattr(collect_lib, "_FILES_FOR_A_WORKER", 1)
-    monkeypatch.setattr(collect_lib, "look", os.kill)
-    monkeypatch.setattr(collect_lib, "_results", killed)
-    with pytest.raises(UserError, match="worker of the scan was killed"):
+    monkeypatch.setattr(collect_lib, "_MIN_FILES_PER_WORKER", 1)
+    monkeypatch.setattr(collect_lib, "_ordered_map", killed)
+    with pytest.raises(UserError, match="scan worker was killed"):
         collect(tmp_path, 2, DEFAULT_LIMITS)
 
 
-def killed(executor, width, function, chunks, limits):
+def killed(executor, function, batches, limits):
     yield executor.submit(os._exit, 1).result()
 
 
@@ -652,14 +651,14 @@ def test_interrupt_ends_all_processes_without_a_traceback(hospital) -> None:
         from vilam3_jax.data.scan import collect
 
         if __name__ == "__main__":
-            collect._FILES_FOR_A_WORKER, collect._CHUNK = 10, 2
-            ordered = collect._results
+            collect._MIN_FILES_PER_WORKER, collect._FILES_PER_BATCH = 10, 2
+            ordered = collect._ordered_map
             def interrupted(*arguments):
                 for number, result in enumerate(ordered(*arguments)):
                     if number == 1:
                         os.killpg(0, signal.SIGINT)
                     yield result
-            collect._results = interrupted
+            collect._ordered_map = interrupted
             sys.exit(cli.main(["data", "scan", {str(hospital)!r}, "--workers", "2"]))
         """
     )
@@ -671,7 +670,7 @@ def test_interrupt_ends_all_processes_without_a_traceback(hospital) -> None:
         error = process.communicate(timeout=120)[1]
     assert process.returncode == cli.INTERRUPTED, error
     assert "interrupted" in error and "Traceback" not in error
-    with pytest.raises(ProcessLookupError):  # nobody of its group is left, after a moment
+    with pytest.raises(ProcessLookupError):  # no process of the group remains after a moment
         for _ in range(100):
             os.killpg(process.pid, 0)
             time.sleep(0.1)

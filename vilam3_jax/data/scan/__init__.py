@@ -1,1 +1,1 @@
-"""`vilam3 data scan`: triage of a folder before anything is trained or annotated."""
+"""`vilam3 data scan`: triage of an image folder from file headers, before training or annotation."""

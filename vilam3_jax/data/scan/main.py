@@ -1,4 +1,4 @@
-"""`vilam3 data scan`: the command."""
+"""The `vilam3 data scan` command."""
 
 from __future__ import annotations
 
@@ -16,51 +16,49 @@ from vilam3_jax.runtime.paths import write_text_atomic
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `vilam3 data scan`; returns 0 also where problems were found.
+    """Runs `vilam3 data scan`; returns 0 even if files have problems.
 
     Raises:
-      UserError: no such folder, or an output that cannot be written.
+      UserError: the folder does not exist or an output cannot be written.
     """
     args = _parser().parse_args(argv)
     if args.workers < 0 or args.max_files < 1:
         raise UserError("--workers must not be negative, --max-files must be positive")
     start = time.monotonic()
-    limits = dataclasses.replace(DEFAULT_LIMITS, files=args.max_files)
-    found = collect(args.folder, args.workers, limits)
-    result = report.to_json(found, time.monotonic() - start)
-    text = report.to_text(result)
+    scanned = collect(args.folder, args.workers, dataclasses.replace(DEFAULT_LIMITS, files=args.max_files))
+    result = report.to_json(scanned, time.monotonic() - start)
     if args.json:
         write_text_atomic(args.json, report.dumps(result))
     if args.paths:
-        write_text_atomic(args.paths, report.dumps(report.to_paths(found, args.folder)))
+        write_text_atomic(args.paths, report.dumps(report.to_paths(scanned, args.folder)))
         print(
-            f"warning: {args.paths} holds names of files and folders, which may identify patients; keep it "
-            "where the images are",
+            f"warning: {args.paths} contains file and folder names, which may identify patients; store it "
+            "with the images",
             file=sys.stderr,
         )
-    sys.stdout.write(text)
+    sys.stdout.write(report.to_text(result))
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vilam3 data scan",
-        description="Triage of a folder of DICOM files, volumes and pictures by their headers: which series "
-        "there are, which can be used, which not and why. The report names no patient, file or folder.",
+        description="Triage of a folder of DICOM files, volumes and images from their headers: its series, "
+        "which are usable, and why the others are not. The report names no patient, file or folder.",
     )
-    parser.add_argument("folder", help="folder to look at, with its subfolders; local or gs://")
-    parser.add_argument("--json", help="FILE for the whole result as JSON")
-    parser.add_argument("--paths", help="FILE for the paths behind ids and numbers; it may identify patients")
+    parser.add_argument("folder", help="folder to scan recursively; local or gs://")
+    parser.add_argument("--json", help="FILE for the complete result as JSON")
+    parser.add_argument("--paths", help="FILE that maps ids and numbers to paths; it may identify patients")
     parser.add_argument(
         "--workers",
         type=int,
         default=0,
-        help="processes (default: one for each core); threads for gs:// (default: 16)",
+        help="number of processes (default: one per core), or of threads for gs:// (default: 16)",
     )
     parser.add_argument(
         "--max-files",
         type=int,
         default=DEFAULT_LIMITS.files,
-        help=f"refuse a folder with more files (default: {DEFAULT_LIMITS.files})",
+        help="refuse folders with more files than this (default: %(default)s)",
     )
     return parser

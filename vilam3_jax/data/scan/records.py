@@ -1,6 +1,6 @@
-"""What a scan keeps of each file, and of each series: small records without text of the files.
+"""Compact records of scanned files and series; they contain no unredacted text.
 
-`look` and `describe` run in worker processes. Nothing is decoded.
+`read_records` and `group_series` run in worker processes. Neither decodes pixels.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import msgpack
 import nibabel as nib
@@ -19,7 +19,7 @@ import pydicom
 import tifffile
 from PIL import Image
 from pydicom.tag import Tag
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from vilam3_jax.data import file_kinds
 from vilam3_jax.data.dicom.codecs import is_decodable
@@ -39,18 +39,19 @@ from vilam3_jax.data.dicom.layout import COLOUR, GREY, PALETTE, read_layout
 from vilam3_jax.data.dicom.series import damaged_note, without_damaged
 from vilam3_jax.data.image_headers import check_pixels
 from vilam3_jax.data.limits import Limits
-from vilam3_jax.data.scan import plain_words
+from vilam3_jax.data.scan import redaction
+from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.data.volume_io import check_file_size
 from vilam3_jax.data.volumes import describe_volume
 from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.runtime.paths import as_path, check_passing, file_size
 
 VANISHED = "vanished during the scan"
-CLOSED = "cannot be read; check its permissions"
-FAILING = "cannot be read now: the disk or the network fails"
-DAMAGED_DICOM = "a damaged DICOM header"
-DICOMDIR = "a DICOMDIR; its paths are not followed"
-OTHER_HALF = "voxels of a .hdr/.img pair, counted with the .hdr"
+UNREADABLE = "cannot be read; check its permissions"
+UNAVAILABLE = "cannot be read now: disk or network failure"
+DAMAGED_DICOM = "damaged DICOM header"
+DICOMDIR = "DICOMDIR; the files it references are not followed"
+PAIRED_IMG = "voxel data of a .hdr/.img pair, counted with its .hdr"
 
 _ITEM_TAG = b"\xfe\xff\x00\xe0"
 _LAYOUT_TAGS = tuple(
@@ -68,33 +69,34 @@ _LAYOUT_TAGS = tuple(
         "PixelRepresentation",
     )
 )
-# The slices of a series share one layout, and to check it takes as long as to group a slice.
+# (transfer syntax, values of _LAYOUT_TAGS, limits) -> result of _layout_fault. The slices of a series share a
+# layout, and checking it takes as long as grouping a slice.
 _known_layouts: dict[tuple[Any, ...], tuple[str | None, int]] = {}
 _MAX_KNOWN_LAYOUTS = 1000
-_FRAME_FIELDS = tuple(field.name for field in dataclasses.fields(Frame))
+_FRAME_FIELDS = tuple(field.name for field in dataclasses.fields(Frame) if field.name != "path")
 
-# What a run can do with a series or a file.
+# How a run uses a series or a file.
 AS_VOLUME, AS_PICTURES, UNDECIDED, NOT_USED = "volume", "pictures", "undecided", "no"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class GridFacts:
-    """A volume in a file of its own.
+@dataclasses.dataclass(frozen=True)
+class VolumeGrid:
+    """The header of a NIfTI, NRRD or MetaImage volume. Field names are those of the JSON.
 
     Attributes:
-      shape: voxels along the three axes, in the order of the file.
-      spacing: millimetres along them.
-      orientation: the directions in which they grow, such as "LPS".
-      modality, body_part: codes that may be printed.
-      notes: what the reader would assume.
+      shape: number of voxels along the three stored axes.
+      spacing_mm: voxel size along them.
+      orientation: directions in which the axes increase, such as "LPS".
+      modality, body_part: redacted codes.
+      notes: assumptions of the reader.
     """
 
-    shape: tuple[int, ...]
-    spacing: tuple[float, ...]
-    orientation: str
-    modality: str
-    body_part: str
-    notes: tuple[str, ...]
+    shape: tuple[int, ...] | None = None
+    spacing_mm: tuple[float, ...] | None = None
+    orientation: str = UNKNOWN
+    modality: str = UNKNOWN
+    body_part: str = UNKNOWN
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -102,16 +104,16 @@ class FileRecord:
     """One file.
 
     Attributes:
-      index: its number in the listing.
-      kind: name of its kind.
-      reader: which reader takes it, or None.
+      index: position in the listing.
+      kind: name of the file kind.
+      reader: the reader for this kind, or None.
       size: bytes.
-      problem: why it is not used; None if it is, or if its series decides.
-      advice: what to do with a kind that is not read.
-      series: SeriesInstanceUID of a DICOM file; None for any other file.
-      header: packed `FileFrames` and what is wrong with the pixels; see `describe`.
+      problem: why the file is not used; None if it is, or if that depends on its series.
+      advice: what to do with a file of an unsupported kind.
+      series: SeriesInstanceUID of a DICOM file, otherwise None.
+      header: packed `FileFrames` and pixel fault, input of `group_series`.
       grid: of a volume.
-      width, height, frames: of a picture, pixels and pages.
+      width, height, frames: pixels and pages of an image.
     """
 
     index: int
@@ -122,7 +124,7 @@ class FileRecord:
     advice: str = ""
     series: str | None = None
     header: bytes = b""
-    grid: GridFacts | None = None
+    grid: VolumeGrid = VolumeGrid()
     width: int = 0
     height: int = 0
     frames: int = 0
@@ -130,92 +132,92 @@ class FileRecord:
 
 @dataclasses.dataclass(frozen=True)
 class SeriesRecord:
-    """One series, or one of several stacks in it; see `grouping.Series`.
+    """One series, or one of its stacks; see `grouping.Series`. Field names are those of the JSON.
 
     Attributes:
-      identifier: accepted by `load_volume(series=...)`.
+      id: accepted by `load_volume(series=...)`.
       study: hash of the StudyInstanceUID.
-      modality, body_part: codes that may be printed.
+      modality, body_part: redacted codes.
       kind: "volume", "picture", "cine" or "not an image".
       use: AS_VOLUME, AS_PICTURES, UNDECIDED or NOT_USED.
-      rows, columns, slices: as in `Series`.
-      spacing: millimetres between columns, rows and slices, or None.
+      files: indices of its files.
+      columns, rows, slices: as in `Series`.
+      spacing_mm: between columns, rows and slices, or None.
       plane: "axial", "coronal", "sagittal", "oblique" or "unknown".
-      thickness: of the slices in millimetres, or None.
+      thickness_mm: slice thickness, or None.
       localizer: every slice is a localizer.
-      files: indices of the files it consists of.
       problem: why it cannot be read as a volume, or None.
-      notes: what the reader would assume.
-      skipped: reason -> indices of files of the series that are skipped.
+      notes: assumptions of the reader.
+      skipped: reason -> indices of skipped files of the series.
     """
 
-    identifier: str
+    id: str
     study: str
     modality: str
     body_part: str
     kind: str
     use: str
-    rows: int
-    columns: int
-    slices: int
-    spacing: tuple[float, ...] | None
-    plane: str
-    thickness: float | None
-    localizer: bool
     files: tuple[int, ...]
+    columns: int
+    rows: int
+    slices: int
+    spacing_mm: tuple[float, ...] | None
+    plane: str
+    thickness_mm: float | None
+    localizer: bool
     problem: str | None
     notes: tuple[str, ...]
     skipped: dict[str, tuple[int, ...]]
 
 
-def look(files: Sequence[tuple[int, str]], limits: Limits) -> list[FileRecord]:
-    """Looks at the headers of some files; see `FileRecord`."""
-    return [_look_at(index, path, limits) for index, path in files]
+def read_records(files: Sequence[tuple[int, str]], limits: Limits) -> list[FileRecord]:
+    """Reads the headers of (index, path) pairs."""
+    return [_read_record(index, path, limits) for index, path in files]
 
 
-def _look_at(index: int, path: str, limits: Limits) -> FileRecord:
+def _read_record(index: int, path: str, limits: Limits) -> FileRecord:
     try:
-        kind = file_kinds.identify(path)
-        advice = "" if kind.advice == file_kinds.UNKNOWN.advice else kind.advice
-        record = FileRecord(index, kind.name, kind.reader, advice=advice)
-        record = dataclasses.replace(record, size=file_size(path))
-        if kind.reader == "dicom" or kind is file_kinds.UNKNOWN:
-            return _dicom(record, path, limits)
-        if kind.reader == "picture":
-            return _picture(record, path, kind, limits)
-        if kind.reader is not None:
-            return _volume(record, path, limits)
-        return record
+        record = _read_header(index, path, limits)
     except UnavailableError:
-        return FileRecord(index, "unknown", problem=FAILING)
+        record = FileRecord(index, "unknown", problem=UNAVAILABLE)
     except (UserError, OSError):
-        record = FileRecord(index, "unknown", problem=CLOSED)
-        return record if _is_there(path) else _gone(record)
+        record = FileRecord(index, "unknown", problem=UNREADABLE)
     except Exception as error:  # one file in 100,000 must not end the scan
-        return FileRecord(index, "unknown", problem=_unexpected(error))
+        record = FileRecord(index, "unknown", problem=_unexpected(error))
+    if record.problem is not None:
+        with contextlib.suppress(OSError, ValueError):
+            if not as_path(path).exists():
+                return dataclasses.replace(record, reader=None, problem=VANISHED)
+    return record
 
 
 def _unexpected(error: Exception) -> str:
-    return f"met an error that no reader expects ({type(error).__name__}); please report it"
+    return f"unexpected reader error ({type(error).__name__}); please report it"
 
 
-def _gone(record: FileRecord) -> FileRecord:
-    return dataclasses.replace(record, reader=None, problem=VANISHED)
+def _read_header(index: int, path: str, limits: Limits) -> FileRecord:
+    kind = file_kinds.identify(path)
+    advice = "" if kind.advice == file_kinds.UNKNOWN.advice else kind.advice
+    record = FileRecord(index, kind.name, kind.reader, file_size(path), advice=advice)
+    try:
+        if kind.reader == "dicom" or kind is file_kinds.UNKNOWN:
+            return _read_dicom(record, path, limits)
+        if kind.reader == "picture":
+            return _read_image(record, path, kind, limits)
+        return record if kind.reader is None else _read_volume(record, path, limits)
+    except UnavailableError:
+        raise
+    except UserError as error:
+        return dataclasses.replace(record, problem=redaction.message(str(error), path))
 
 
-def _is_there(path: str) -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        return as_path(path).exists()
-    return True
-
-
-def _dicom(record: FileRecord, path: str, limits: Limits) -> FileRecord:
+def _read_dicom(record: FileRecord, path: str, limits: Limits) -> FileRecord:
     try:
         header = read_header(path, limits=limits, frames=True)
     except UnavailableError:
         raise
     except UserError:
-        return dataclasses.replace(record, problem=DAMAGED_DICOM) if _is_there(path) else _gone(record)
+        return dataclasses.replace(record, problem=DAMAGED_DICOM)
     if header is None:
         return dataclasses.replace(record, reader=None)
     record = dataclasses.replace(record, reader="dicom", kind=file_kinds.DICOM.name, advice="")
@@ -225,204 +227,181 @@ def _dicom(record: FileRecord, path: str, limits: Limits) -> FileRecord:
     fault = None if frames.reason else _pixel_fault(header, record.size, path, limits)
     try:
         return dataclasses.replace(record, series=frames.uid, header=_packed(frames, fault))
-    except OverflowError:  # a number of frames of more than 64 bits
+    except OverflowError:  # the number of frames exceeds 64 bits
         return dataclasses.replace(record, problem=DAMAGED_DICOM)
 
 
 def _packed(file: FileFrames, fault: str | None) -> bytes:
-    """A few hundred bytes for a slice, a tenth of what the objects take."""
-    frames = [[getattr(frame, name) for name in _FRAME_FIELDS if name != "path"] for frame in file.frames]
-    facts = [file.uid, file.study, file.modality, file.reason, frames, fault]
-    return cast(bytes, msgpack.packb(facts, unicode_errors="surrogateescape"))
+    """Packs a header into a few hundred bytes per slice, a tenth of the size of the objects."""
+    frames = [[getattr(frame, name) for name in _FRAME_FIELDS] for frame in file.frames]
+    fields = [file.uid, file.study, file.modality, file.reason, frames, fault]
+    return cast(bytes, msgpack.packb(fields, unicode_errors="surrogateescape"))
 
 
 def _unpacked(index: int, header: bytes) -> tuple[FileFrames, str | None]:
-    """The header of `_packed`; the file's index stands for its path."""
+    """Inverse of `_packed`, with the file's index as its path."""
     unpacked = msgpack.unpackb(header, use_list=False, unicode_errors="surrogateescape")
-    uid, study, modality, reason, frames, fault = unpacked
-    names = [name for name in _FRAME_FIELDS if name != "path"]
+    uid, study, modality, reason, rows, fault = unpacked
     path = str(index)
-    built = (Frame(path=path, **dict(zip(names, values, strict=True))) for values in frames)
-    return FileFrames(path, uid, study, modality, tuple(built), reason), fault
+    frames = tuple(Frame(path=path, **dict(zip(_FRAME_FIELDS, row, strict=True))) for row in rows)
+    return FileFrames(path, uid, study, modality, frames, reason), fault
 
 
 def _pixel_fault(header: pydicom.Dataset, size: int, path: str, limits: Limits) -> str | None:
-    """Why the pixels cannot be decoded, as far as the header and the size of the file tell."""
+    """Why the pixels cannot be decoded, as far as the header and the file size reveal."""
     try:
         with naming(path):
-            items = (header.get_item(tag) for tag in _LAYOUT_TAGS)  # which decodes nothing
-            stated = tuple(None if item is None else str(item.value) for item in items)
-            key = (str(header.file_meta.get("TransferSyntaxUID")), *stated, limits)
-            known = _known_layouts.get(key)
-            if known is None:
+            items = (header.get_item(tag) for tag in _LAYOUT_TAGS)  # does not decode values
+            values = tuple(None if item is None else str(item.value) for item in items)
+            key = (str(header.file_meta.get("TransferSyntaxUID")), *values, limits)
+            if key not in _known_layouts:
                 if len(_known_layouts) >= _MAX_KNOWN_LAYOUTS:
                     _known_layouts.clear()
-                known = _known_layouts[key] = _layout_fault(header, path, limits)
-            fault, least = known
-            return fault or ("the pixel data is cut short" if size < _last_value(header) + least else None)
+                _known_layouts[key] = _layout_fault(header, path, limits)
+            fault, min_bytes = _known_layouts[key]
+            # Iterating the header itself would decode all values.
+            elements = (header.get_item(tag) for tag in header.keys())  # noqa: SIM118
+            offsets = (getattr(e, "value_tell", None) or getattr(e, "file_tell", None) or 0 for e in elements)
+            return fault or ("truncated pixel data" if size < max(offsets, default=0) + min_bytes else None)
     except UnavailableError:
         raise
     except UserError as error:
-        return plain_words.reason(str(error), path)
+        return redaction.message(str(error), path)
 
 
 def _layout_fault(header: pydicom.Dataset, path: str, limits: Limits) -> tuple[str | None, int]:
-    """What is wrong with how the pixels are stored, and how many bytes they take at least."""
+    """Why the pixel layout is unsupported or invalid, and the minimum size of the pixels in bytes."""
     syntax = header.file_meta.get("TransferSyntaxUID")
     if syntax and (syntax.name == syntax or syntax.type != "Transfer Syntax"):
-        return "a transfer syntax that is not known", 0
+        return "unknown transfer syntax", 0
     photometric = str(header.get("PhotometricInterpretation") or "").strip().upper()
     if photometric and photometric not in (*GREY, *COLOUR, PALETTE):
-        return "a photometric interpretation that is not read", 0
+        return "unsupported photometric interpretation", 0
     encapsulated = bool(syntax) and syntax.is_encapsulated
-    # Stands for the pixels, which were not read: `read_layout` looks at their first bytes.
+    # A placeholder for the unread pixels: `read_layout` inspects their first bytes.
     header.add_new("PixelData", "OB", _ITEM_TAG if encapsulated else bytes(4))
     header["PixelData"].is_undefined_length = encapsulated
     layout = read_layout(header, path, limits)
-    if encapsulated:
-        return None if is_decodable(layout.syntax) else _no_decoder(layout.syntax), 0
-    if syntax == DeflatedExplicitVRLittleEndian:
+    if encapsulated and not is_decodable(layout.syntax):
+        name = layout.syntax.name
+        return f"no decoder for the transfer syntax {name}; `pip install 'vilam3-jax[dicom]'`", 0
+    if encapsulated or syntax == DeflatedExplicitVRLittleEndian:
         return None, 0
     bits = layout.rows * layout.columns * layout.samples * layout.bits_allocated * layout.frames
     return None, bits * (2 if "422" in layout.photometric else 3) // 3 // 8
 
 
-def _last_value(header: pydicom.Dataset) -> int:
-    """Where the last value of the header starts in the file; the pixels come later."""
-    elements = (header.get_item(tag) for tag in header.keys())  # noqa: SIM118 (to iterate would decode all)
-    return max(
-        (getattr(e, "value_tell", None) or getattr(e, "file_tell", None) or 0 for e in elements), default=0
-    )
-
-
-def _no_decoder(syntax: UID) -> str:
-    return f"no decoder for the transfer syntax {syntax.name}; `pip install 'vilam3-jax[dicom]'`"
-
-
-def _volume(record: FileRecord, path: str, limits: Limits) -> FileRecord:
+def _read_volume(record: FileRecord, path: str, limits: Limits) -> FileRecord:
     if record.kind == file_kinds.NIFTI_PAIR.name and re.search(r"\.img(\.gz)?$", path, re.IGNORECASE):
-        return dataclasses.replace(record, reader=None, problem=OTHER_HALF)
-    try:
-        stored = describe_volume(path, limits=limits)
-    except UnavailableError:
-        raise
-    except UserError as error:
-        if not _is_there(path):
-            return _gone(record)
-        return dataclasses.replace(record, problem=plain_words.reason(str(error), path))
+        return dataclasses.replace(record, reader=None, problem=PAIRED_IMG)
+    stored = describe_volume(path, limits=limits)
     spacing = np.sqrt((stored.affine[:3, :3] ** 2).sum(axis=0))
-    facts = GridFacts(
+    grid = VolumeGrid(
         stored.values.shape,
         tuple(float(mm) for mm in spacing),
         "".join(nib.orientations.aff2axcodes(stored.affine)),
-        plain_words.modality(stored.modality),
-        plain_words.body_part(stored.body_part),
-        tuple(plain_words.reason(note, path) for note in stored.notes),
+        redaction.modality(stored.modality),
+        redaction.body_part(stored.body_part),
+        tuple(redaction.message(note, path) for note in stored.notes),
     )
-    return dataclasses.replace(record, grid=facts)
+    return dataclasses.replace(record, grid=grid)
 
 
-def _picture(record: FileRecord, path: str, kind: file_kinds.FileKind, limits: Limits) -> FileRecord:
+def _read_image(record: FileRecord, path: str, kind: file_kinds.FileKind, limits: Limits) -> FileRecord:
     try:
         check_file_size(path, limits)
         with as_path(path).open("rb") as file:
-            width, height, frames = _tiff_size(file) if kind is file_kinds.TIFF else _picture_size(file)
+            if kind is file_kinds.TIFF:
+                with tifffile.TiffFile(file) as tiff:
+                    page, frames = tiff.pages.first, len(tiff.pages)
+                width, height = page.imagewidth, page.imagelength
+            else:
+                with Image.open(file) as image:
+                    (width, height), frames = image.size, int(getattr(image, "n_frames", 1))
         check_pixels(width, height, limits)
-    except UserError as error:
-        return dataclasses.replace(record, problem=plain_words.reason(str(error)))
-    except Exception as error:  # decoders document few of their exceptions
+    except UserError:
+        raise
+    except Exception as error:  # decoders do not document their exceptions
         check_passing(path, error)
-        return dataclasses.replace(
-            record, problem=f"{kind.name} that is damaged" if _is_there(path) else VANISHED
-        )
+        return dataclasses.replace(record, problem=f"damaged {kind.name}")
     return dataclasses.replace(record, width=width, height=height, frames=frames)
 
 
-def _picture_size(file: IO[bytes]) -> tuple[int, int, int]:
-    with Image.open(file) as image:
-        return *image.size, int(getattr(image, "n_frames", 1))
-
-
-def _tiff_size(file: IO[bytes]) -> tuple[int, int, int]:
-    with tifffile.TiffFile(file) as tiff:
-        page = tiff.pages.first
-        return page.imagewidth, page.imagelength, len(tiff.pages)
-
-
-def describe(files: Sequence[tuple[int, int, bytes]], limits: Limits) -> list[SeriesRecord]:
-    """Groups the files of one SeriesInstanceUID.
-
-    Args:
-      files: index, size in bytes and `header` of each file, from `FileRecord`.
-      limits: as for `load_volume`.
-    """
-    headers = [_unpacked(index, header) for index, _, header in files]
-    facts = {
-        frames.path: _FileFacts(index, size, fault, frames.frames[0].thickness if frames.frames else None)
-        for (index, size, _), (frames, fault) in zip(files, headers, strict=True)
-    }
-    try:
-        return [_series(series, facts, limits) for series in group_files(frames for frames, _ in headers)]
-    except Exception as error:  # the other series are still worth a report
-        indices = tuple(file.index for file in facts.values())
-        uid, study = headers[0][0].uid, headers[0][0].study
-        failed = Series(short_identifier(uid), uid, short_identifier(study), problem=_unexpected(error))
-        record = _series(failed, facts, limits)
-        return [dataclasses.replace(record, problem=failed.problem, files=indices)]
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
-class _FileFacts:
+class _SeriesFile:
     index: int
     size: int
     fault: str | None
     thickness: float | None
 
 
-def _series(series: Series, facts: dict[Any, _FileFacts], limits: Limits) -> SeriesRecord:
-    members = [facts[member.path] for member in series.members]
+def group_series(files: Sequence[tuple[int, int, bytes]], limits: Limits) -> list[SeriesRecord]:
+    """Groups the files of one SeriesInstanceUID into stacks.
+
+    Args:
+      files: index, size in bytes and `header` of each file, from `FileRecord`.
+      limits: as for `load_volume`.
+    """
+    headers = [_unpacked(index, header) for index, _, header in files]
+    by_path = {
+        frames.path: _SeriesFile(index, size, fault, frames.frames[0].thickness if frames.frames else None)
+        for (index, size, _), (frames, fault) in zip(files, headers, strict=True)
+    }
+    try:
+        return [
+            _series_record(series, by_path, limits) for series in group_files(file for file, _ in headers)
+        ]
+    except Exception as error:  # the other series are still worth a report
+        uid, study = headers[0][0].uid, headers[0][0].study
+        failed = Series(short_identifier(uid), uid, short_identifier(study))
+        indices = tuple(index for index, _, _ in files)
+        record = _series_record(failed, by_path, limits)
+        return [dataclasses.replace(record, problem=_unexpected(error), files=indices)]
+
+
+def _series_record(series: Series, by_path: dict[Any, _SeriesFile], limits: Limits) -> SeriesRecord:
+    members = [by_path[member.path] for member in series.members]
     used, problem, notes = _usable(series, members, limits)
     files = dict.fromkeys(used)
-    reasons = [(facts[path].index, plain_words.reason(why)) for path, why in dict.fromkeys(series.skipped)]
-    reasons += [
-        (file.index, file.fault) for file in dict.fromkeys(members) if file.fault and file not in files
-    ]
     skipped: dict[str, list[int]] = collections.defaultdict(list)
-    for index, why in reasons:
-        skipped[why].append(index)
+    for path, reason in dict.fromkeys(series.skipped):
+        skipped[redaction.message(reason)].append(by_path[path].index)
+    for file in dict.fromkeys(members):
+        if file.fault and file not in files:
+            skipped[file.fault].append(file.index)
     listed = set(skipped_notes(series.skipped))
     notes += [note for note in series.notes if note not in listed]
     thickness = collections.Counter(file.thickness for file in files).most_common(1)
     return SeriesRecord(
-        identifier=series.identifier,
+        id=series.identifier,
         study=series.study,
-        modality=plain_words.modality(series.modality),
-        body_part=plain_words.body_part(series.body_part),
+        modality=redaction.modality(series.modality),
+        body_part=redaction.body_part(series.body_part),
         kind=series.kind,
         use=_use(series, problem, len(files)),
-        rows=series.rows,
-        columns=series.columns,
-        slices=series.slices,
-        spacing=series.spacing,
-        plane=series.orientation,
-        thickness=thickness[0][0] if thickness else None,
-        localizer=series.localizer,
         files=tuple(file.index for file in files),
+        columns=series.columns,
+        rows=series.rows,
+        slices=series.slices,
+        spacing_mm=series.spacing,
+        plane=series.orientation,
+        thickness_mm=thickness[0][0] if thickness else None,
+        localizer=series.localizer,
         problem=problem,
-        notes=tuple(plain_words.reason(note) for note in notes),
-        skipped={why: tuple(indices) for why, indices in skipped.items()},
+        notes=tuple(redaction.message(note) for note in notes),
+        skipped={reason: tuple(indices) for reason, indices in skipped.items()},
     )
 
 
 def _usable(
-    series: Series, members: list[_FileFacts], limits: Limits
-) -> tuple[list[_FileFacts], str | None, list[str]]:
-    """The slices that a reader would use, why it would use none, and a note about those it leaves out."""
-    problem = None if series.problem is None else plain_words.reason(series.problem)
-    faults = {place: file.fault for place, file in enumerate(members) if file.fault}
+    series: Series, members: list[_SeriesFile], limits: Limits
+) -> tuple[list[_SeriesFile], str | None, list[str]]:
+    """Returns the slices that a reader would use, why it would use none, and a note on damaged ones."""
+    problem = None if series.problem is None else redaction.message(series.problem)
+    faults = {index: file.fault for index, file in enumerate(members) if file.fault}
     if series.kind != VOLUME:
-        good = [file for file in members if not file.fault]
-        return good, problem if good else next(iter(faults.values()), problem), []
+        intact = [file for file in members if not file.fault]
+        return intact, problem if intact else next(iter(faults.values()), problem), []
     problem = problem or _over_limits(series, members, limits)
     kept = without_damaged(faults, len(members))
     if problem is not None or kept is None:
@@ -430,7 +409,7 @@ def _usable(
     return members[kept], None, [damaged_note(len(faults))] if faults else []
 
 
-def _over_limits(series: Series, members: list[_FileFacts], limits: Limits) -> str | None:
+def _over_limits(series: Series, members: list[_SeriesFile], limits: Limits) -> str | None:
     voxels = series.rows * series.columns * series.slices
     size = sum(file.size for file in dict.fromkeys(members))
     if voxels > limits.voxels:

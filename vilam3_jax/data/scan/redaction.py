@@ -1,7 +1,7 @@
-"""What of a file's own words may be printed: codes that DICOM defines, and reasons without quotations.
+"""Redacts text from files before it is reported.
 
-Headers and file names hold names, dates and numbers of patients, also in places meant for codes. A report
-repeats a code only if DICOM defines it, and a sentence only without the parts that could quote a file.
+Headers and file names contain names, dates and numbers of patients, even in fields meant for codes. A report
+repeats a code only if DICOM defines it, and a message only without the parts that may quote a file.
 """
 
 from __future__ import annotations
@@ -18,42 +18,41 @@ from vilam3_jax.data.stored_volume import UNKNOWN
 
 UNLISTED = "unlisted"
 
-# In use, but not in PS3.16 table L-1.
+# Common terms that PS3.16 table L-1 lacks.
 _MORE_BODY_PARTS = """
     ABD ABDO CARDIAC CARDIO CAROTID COLUMN CRANIUM DORSAL LUMBOSACRAL LUNGS PEL PELV RIBS SACRUM SINUS SINUSES
     PARTIAL PARTIALBODY TEETH TOOTH VESSEL WHOLE BODY UPPER LOWER LEFT RIGHT LIMB LEG ARM AND
 """
 _SEPARATORS = re.compile(r"[ _/,&+-]+")
 
-# What may stand in the parentheses of a reason: sizes and words of our own.
-_OWN_PARENTHESES = re.compile(
+# Parentheses in messages that hold only sizes and our own terms.
+_SAFE_PARENTHESES = re.compile(
     r"\d+ x \d+ pixels|[\d.]+ mm|axial|coronal|sagittal|oblique|scout|MIP|same SOPInstanceUID|"
     r"radial or rotating|ImagerPixelSpacing is measured at the detector|"
     r"ElementDataFile|[RLAPSI]{3}"
 )
-_ANOTHER_MODALITY = re.compile(r"another modality \(.*\)")
+_OTHER_MODALITY = re.compile(r"another modality \(.*\)")
 
 
 def modality(code: str) -> str:
-    """A modality as it may be printed: a code of DICOM's CID 29 or 32, "unknown", or "unlisted"."""
+    """Returns a modality code of DICOM's CID 33 or "unknown" unchanged, otherwise "unlisted"."""
     return code if code == UNKNOWN or code in _modalities() else UNLISTED
 
 
 def body_part(text: str) -> str:
-    """A body part as it may be printed: words of PS3.16 table L-1, "unknown", or "unlisted"."""
+    """Returns a body part made of terms of PS3.16 table L-1 or "unknown" unchanged, otherwise "unlisted"."""
     if text == UNKNOWN:
         return text
-    words = _SEPARATORS.split(text)
-    known = text in _body_parts() or all(word in _body_parts() for word in words)
+    known = text in _body_parts() or all(word in _body_parts() for word in _SEPARATORS.split(text))
     return text if known and text.isascii() else UNLISTED
 
 
-def reason(text: str, path: str = "") -> str:
-    """A sentence of a reader without anything that it may quote from a file or its name.
+def message(text: str, path: str = "") -> str:
+    """Removes from a reader's message everything that may quote the file or its name.
 
     Args:
-      text: message of a `UserError`, or a reason of `Series`.
-      path: the file; its name and those of files that differ from it in the suffix are replaced.
+      text: message of a `UserError`, or a note or problem of `Series`.
+      path: the file; its name, with any suffix, is replaced by "a file".
     """
     text = " ".join(text.split())
     if path:
@@ -62,13 +61,13 @@ def reason(text: str, path: str = "") -> str:
         stem = name.partition(".")[0]
         names = [re.escape(name), *([re.escape(stem) + r"\.\S*[^\s:;,.]"] if stem else [])]
         text = re.sub("|".join(names), "a file", text)
-    text = _ANOTHER_MODALITY.sub("another modality", text)
+    text = _OTHER_MODALITY.sub("another modality", text)
     text = re.sub(r"(?<!\w)(['\"]).*\1(?!\w)", "a value", text)
-    return _without_quotations(text)
+    return _without_parentheses(text)
 
 
-def _without_quotations(text: str) -> str:
-    """Removes parentheses with other people's words, to the last closing one: they may be unbalanced."""
+def _without_parentheses(text: str) -> str:
+    """Removes parentheses unless all are safe; cuts to the last closing one, as they may be unbalanced."""
     start, end = text.find("("), text.rfind(")")
     if start < 0:
         return text
@@ -76,7 +75,7 @@ def _without_quotations(text: str) -> str:
         return text[:start].rstrip()
     parts = re.findall(r"\(([^()]*)\)", text)
     balanced = text.count("(") == text.count(")") == len(parts)
-    if balanced and all(_OWN_PARENTHESES.fullmatch(part) for part in parts):
+    if balanced and all(_SAFE_PARENTHESES.fullmatch(part) for part in parts):
         return text
     return f"{text[:start].rstrip()}{text[end + 1 :]}"
 

@@ -117,7 +117,7 @@ def _train(
         state, origin = state_lib.initial_state(config, program.state, program.optimizer)
         _print_start(program, origin, quiet)
     provenance = {"run": config.name, "data": loader.provenance, "init": origin}
-    if checked := leaks.carried(config.data.path, loader.samples.sources):
+    if checked := leaks.provenance(config.data.path, loader.samples.sources):
         provenance["leaks"] = checked
     if processes.is_primary_process():
         paths.write_text_atomic(workdir / "config.json", config_lib.to_json(config))

@@ -1,4 +1,4 @@
-"""Leaks between training and evaluation sets: exact, scaled, compressed and cut images, patients, texts."""
+"""Tests of `vilam3 data leaks`: exact, scaled, compressed and cropped images, patients, texts."""
 
 import functools
 import io
@@ -22,12 +22,12 @@ SIDE, COARSE = 320, 80
 
 @functools.cache
 def film(number):
-    """An image with the structure that all share and details of its own, as films of one view are."""
-    anatomy, own = np.random.default_rng(0), np.random.default_rng(1000 + number)
+    """An image with shared anatomy and individual details, like films of one view."""
+    anatomy, individual = np.random.default_rng(0), np.random.default_rng(1000 + number)
     shared = gaussian_filter(anatomy.normal(size=(COARSE, COARSE)), 10)
     details = np.zeros((COARSE, COARSE))
     for sigma in (1.5, 3, 6):
-        details += gaussian_filter(own.normal(size=(COARSE, COARSE)), sigma) * sigma
+        details += gaussian_filter(individual.normal(size=(COARSE, COARSE)), sigma) * sigma
     mixed = shared / shared.std() + details / details.std()
     scaled = 255 * (mixed - mixed.min()) / (mixed.max() - mixed.min())
     return Image.fromarray(scaled.astype(np.uint8)).resize((SIDE, SIDE)).convert("RGB")
@@ -39,7 +39,7 @@ def encoded(image, kind="PNG", **more):
     return buffer.getvalue()
 
 
-def cut_all(image, share):
+def cropped(image, share):
     width, height = image.size
     left, top = int(share * width), int(share * height)
     return image.crop((left, top, width - left, height - top))
@@ -49,8 +49,8 @@ COPIES = {
     "half the size": lambda image: encoded(image.resize((SIDE // 2, SIDE // 2))),
     "another aspect": lambda image: encoded(image.resize((SIDE, SIDE // 2))),
     "compressed": lambda image: encoded(image, "JPEG", quality=40),
-    "cut by 3 %": lambda image: encoded(cut_all(image, 0.03)),
-    "cut, scaled and compressed": lambda image: encoded(cut_all(image, 0.05).resize((200, 200)), "JPEG"),
+    "cropped by 3 %": lambda image: encoded(cropped(image, 0.03)),
+    "cropped, scaled and compressed": lambda image: encoded(cropped(image, 0.05).resize((200, 200)), "JPEG"),
     "brighter": lambda image: encoded(image.point(lambda value: min(255, int(1.1 * value)))),
 }
 
@@ -70,8 +70,8 @@ def dataset(folder, splits, name="made", **more):
     return folder
 
 
-def only_pair(content):
-    (pair,) = content["pairs"]
+def only_pair(result):
+    (pair,) = result["pairs"]
     return pair
 
 
@@ -83,9 +83,9 @@ def test_clean_sets(tmp_path):
             "test": [record(f"e{n}", encoded(film(n)), patient=f"p{n}") for n in range(20, 30)],
         },
     )
-    content = leaks.ledger([folder])
-    assert content["verdict"] == "clean" and only_pair(content)["leaked_records"] == 0
-    assert set(only_pair(content)["kinds"]) <= {"text"}
+    result = leaks.find_leaks([folder])
+    assert result["verdict"] == "clean" and only_pair(result)["leaked_records"] == 0
+    assert set(only_pair(result)["kinds"]) <= {"text"}
     assert main([str(folder)]) == 0
 
 
@@ -102,7 +102,7 @@ def test_near_copies_are_found(tmp_path, name, copied_is):
             "test": [record("e3", whole), record("e9", encoded(film(9)))],
         },
     )
-    pair = only_pair(leaks.ledger([folder]))
+    pair = only_pair(leaks.find_leaks([folder]))
     assert pair["leaked_records"] == 1
     found = pair["kinds"]["near_image"]
     assert [(one["training"], one["evaluation"]) for one in found["pairs"]] == [("t3", "e3")]
@@ -117,7 +117,7 @@ def test_same_pixels_in_other_files(tmp_path):
             "test": [record("same", encoded(film(1), "BMP")), record("other", encoded(film(2)))],
         },
     )
-    pair = only_pair(leaks.ledger([folder]))
+    pair = only_pair(leaks.find_leaks([folder]))
     assert pair["kinds"]["image"]["evaluation_ids"] == ["same"]
     assert "near_image" not in pair["kinds"]
 
@@ -149,7 +149,7 @@ def test_images_named_by_path_and_slices_of_one_volume(tmp_path):
             ],
         },
     )
-    pair = only_pair(leaks.ledger([folder]))
+    pair = only_pair(leaks.find_leaks([folder]))
     assert pair["kinds"]["image"]["evaluation_ids"] == ["same file"]
     assert pair["kinds"]["volume"]["evaluation_ids"] == ["other slice"]
 
@@ -163,15 +163,15 @@ def test_patients_and_groups(tmp_path):
     ]
     one = dataset(tmp_path / "one", {"train": train}, "one")
     two = dataset(tmp_path / "two", {"test": test}, "two")
-    content = leaks.ledger([one, two])
-    pair = only_pair(content)
+    result = leaks.find_leaks([one, two])
+    pair = only_pair(result)
     assert (pair["training"], pair["evaluation"]) == ("one/train", "two/test")
     assert pair["kinds"]["patient"]["evaluation_ids"] == ["e1"]
     assert pair["kinds"]["patient"]["training_ids"] == ["t1"]
     assert pair["kinds"]["group"]["evaluation_ids"] == ["e2"]
-    assert pair["leaked_records"] == 2 and content["verdict"] == "leaks"
-    assert [row["without_patient"] for row in content["sets"]] == [0, 1]
-    assert "key1" not in json.dumps(content)
+    assert pair["leaked_records"] == 2 and result["verdict"] == "leaks"
+    assert [row["without_patient"] for row in result["sets"]] == [0, 1]
+    assert "key1" not in json.dumps(result)
 
 
 QUESTION = (
@@ -184,7 +184,7 @@ def test_words_of_records_without_images(tmp_path):
     copied = "  " + QUESTION.format("word3").upper().replace(";", " -")
     other = "What else is imagined here by nobody at all in this place?"
     test = [record("copied", question=copied, answer="OPTION 3!"), record("new", question=other)]
-    pair = only_pair(leaks.ledger([dataset(tmp_path / "made", {"train": train, "test": test})]))
+    pair = only_pair(leaks.find_leaks([dataset(tmp_path / "made", {"train": train, "test": test})]))
     assert pair["kinds"]["text"]["evaluation_ids"] == ["copied"] and pair["leaked_records"] == 1
     assert pair["kinds"]["text"]["pairs"][0]["training"] == "t3"
 
@@ -197,17 +197,17 @@ def test_words_about_other_images_are_no_leak(tmp_path):
             "test": [record("e", encoded(film(2)), question="is there a made-up mass at all")],
         },
     )
-    content = leaks.ledger([folder])
-    assert only_pair(content)["kinds"]["text"]["evaluation_records"] == 1
-    assert only_pair(content)["leaked_records"] == 0 and content["verdict"] == "clean"
+    result = leaks.find_leaks([folder])
+    assert only_pair(result)["kinds"]["text"]["evaluation_records"] == 1
+    assert only_pair(result)["leaked_records"] == 0 and result["verdict"] == "clean"
 
 
 def test_phrases_of_the_genre_do_not_count(tmp_path):
     question = "Which of these made-up organs is it?"
     train = [record(f"t{n}", question=question) for n in range(30)]
     test = [record("e", question=question)]
-    content = leaks.ledger([dataset(tmp_path / "made", {"train": train, "test": test})])
-    assert content["verdict"] == "clean"
+    result = leaks.find_leaks([dataset(tmp_path / "made", {"train": train, "test": test})])
+    assert result["verdict"] == "clean"
 
 
 def test_unreadable_images_are_counted(tmp_path):
@@ -218,9 +218,9 @@ def test_unreadable_images_are_counted(tmp_path):
             "test": [record("e", encoded(film(2)))],
         },
     )
-    content = leaks.ledger([folder])
-    assert [row["unreadable_images"] for row in content["sets"] if row["role"] == "training"] == [1]
-    assert "1 images that cannot be read" in report.to_text(content)
+    result = leaks.find_leaks([folder])
+    assert [row["unreadable_images"] for row in result["sets"] if row["role"] == "training"] == [1]
+    assert "1 unreadable images" in report.to_text(result)
 
 
 def test_blank_images_are_alike_only_if_equal(tmp_path):
@@ -232,7 +232,7 @@ def test_blank_images_are_alike_only_if_equal(tmp_path):
             "test": [record("other", encoded(blank[1])), record("same", encoded(blank[0]))],
         },
     )
-    pair = only_pair(leaks.ledger([folder]))
+    pair = only_pair(leaks.find_leaks([folder]))
     assert pair["kinds"]["image"]["evaluation_ids"] == ["same"] and "near_image" not in pair["kinds"]
 
 
@@ -243,9 +243,9 @@ def test_stated_reasons_do_not_fail(tmp_path):
         {"train": shared, "test": shared},
         provenance={"shared_images": "the official split divides questions"},
     )
-    content = leaks.ledger([folder])
-    assert only_pair(content)["leaked_records"] == 1 and content["verdict"] == "clean"
-    assert "the official split divides questions" in report.to_text(content)
+    result = leaks.find_leaks([folder])
+    assert only_pair(result)["leaked_records"] == 1 and result["verdict"] == "clean"
+    assert "the official split divides questions" in report.to_text(result)
 
 
 def test_command(tmp_path, capsys):
@@ -255,12 +255,12 @@ def test_command(tmp_path, capsys):
     assert cli(["data", "leaks", str(tmp_path)]) == 2
     out = capsys.readouterr().out
     assert "one/train -> two/test: 1 of 1 leaked" in out and "verdict: leaks" in out
-    content = json.loads((tmp_path / "leaks.json").read_text())
-    assert [(pair["training"], pair["leaked_records"]) for pair in content["pairs"]] == [
+    result = json.loads((tmp_path / "leaks.json").read_text())
+    assert [(pair["training"], pair["leaked_records"]) for pair in result["pairs"]] == [
         ("one/train", 1),
         ("two/train", 0),
     ]
-    assert str(tmp_path) not in json.dumps(content)
+    assert str(tmp_path) not in json.dumps(result)
     other = tmp_path / "elsewhere.json"
     assert main([str(tmp_path / "two"), str(tmp_path / "one"), "--json", str(other)]) == 2
     assert other.exists()
@@ -287,24 +287,24 @@ def test_provenance_of_a_run(tmp_path):
     dataset(tmp_path / "one", {"train": [record("t", encoded(film(1)))]}, "one")
     dataset(tmp_path / "two", {"test": [record("e", encoded(film(1)))]}, "two")
     sources = [ExampleSource(tmp_path / "one", "train")]
-    assert leaks.carried(tmp_path, sources) is None
+    assert leaks.provenance(tmp_path, sources) is None
     main([str(tmp_path)])
-    kept = leaks.carried(tmp_path, sources)
+    kept = leaks.provenance(tmp_path, sources)
     assert kept and kept["verdict"] == "leaks" and kept["not_covered"] == []
     assert kept["pairs"][0]["kinds"] == {"image": 1, "text": 1}
     assert "evaluation_ids" not in json.dumps(kept)
     dataset(tmp_path / "three", {"train": [record("new")]}, "three")
-    kept = leaks.carried(tmp_path, [ExampleSource(tmp_path / "three", "train")])
+    kept = leaks.provenance(tmp_path, [ExampleSource(tmp_path / "three", "train")])
     assert kept and (kept["verdict"], kept["not_covered"]) == ("incomplete", ["three/train"])
     (tmp_path / "leaks.json").write_text("{}")
-    with pytest.raises(UserError, match=r"leaks\.json: is no ledger"):
-        leaks.carried(tmp_path, sources)
+    with pytest.raises(UserError, match=r"leaks\.json: not a report of `vilam3 data leaks`"):
+        leaks.provenance(tmp_path, sources)
 
 
 # --- the search
 
 
-def random_marks(count, seed):
+def random_fingerprints(count, seed):
     rng = np.random.default_rng(seed)
     variants = len(fingerprints.MARGINS)
     coarse = rng.integers(0, 1 << 63, (count, variants), dtype=np.uint64)
@@ -322,21 +322,21 @@ def flipped(hashes, bits, rng):
 @pytest.mark.parametrize("bits", range(8))
 def test_search_finds_all_up_to_seven_bits(bits):
     rng = np.random.default_rng(bits)
-    known = random_marks(300, 1)
+    known = random_fingerprints(300, 1)
     queries = [
         fingerprints.Fingerprint(
-            mark.key, np.array([flipped(mark.coarse[:1], bits, rng)[0], *random.coarse[1:]]), mark.fine
+            image.key, np.array([flipped(image.coarse[:1], bits, rng)[0], *random.coarse[1:]]), image.fine
         )
-        for mark, random in zip(known, random_marks(300, 2), strict=True)
+        for image, random in zip(known, random_fingerprints(300, 2), strict=True)
     ]
     found = fingerprints.NearIndex(known).near(queries, 10)
     assert found == {(n, n): 0 for n in range(300)}
 
 
 def test_search_bounds_its_memory(monkeypatch):
-    monkeypatch.setattr(fingerprints, "_MOST_CANDIDATES", 50)
-    known = random_marks(40, 3)
-    same = [fingerprints.Fingerprint(mark.key, known[0].coarse, known[0].fine) for mark in known]
+    monkeypatch.setattr(fingerprints, "_MAX_CANDIDATES", 50)
+    known = random_fingerprints(40, 3)
+    same = [fingerprints.Fingerprint(image.key, known[0].coarse, known[0].fine) for image in known]
     found = fingerprints.NearIndex(same).near(same, 0)
     assert len(found) == 40 * 40
 

@@ -146,7 +146,7 @@ def test_variants_are_datasets_of_their_own(source, tmp_path):
     with pytest.raises(UserError, match="several variants; choose one of toy/en, toy/zh"):
         ExampleSource(out / "toy", "train")
     assert tfds_folder.datasets_in(out) == [out / "toy" / "en", out / "toy" / "zh"]
-    sets = leaks.ledger([out])["sets"]
+    sets = leaks.find_leaks([out])["sets"]
     assert {row["name"] for row in sets} >= {"toy/en/train", "toy/zh/test"}
     with pytest.raises(UserError, match=r"no dataset 'toi' in .*, which has toy/en, toy/zh"):
         stream.open_sources(out, (("toi", 1.0),), "train")

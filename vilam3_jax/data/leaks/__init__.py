@@ -1,5 +1,5 @@
-"""Leaks and contamination between training and evaluation sets: `vilam3 data leaks`, see docs/leaks.md."""
+"""Contamination between training and evaluation sets: `vilam3 data leaks`, see docs/leaks.md."""
 
-from vilam3_jax.data.leaks.report import carried, ledger
+from vilam3_jax.data.leaks.report import find_leaks, provenance
 
-__all__ = ["carried", "ledger"]
+__all__ = ["find_leaks", "provenance"]

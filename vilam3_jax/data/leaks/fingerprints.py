@@ -1,9 +1,8 @@
-"""Perceptual hashes of images, and the search for near duplicates among them.
+"""Perceptual image hashes and near-duplicate search.
 
-A hash tells which low frequencies of the discrete cosine transform are above their median (Zauner,
-Implementation and Benchmarking of Perceptual Image Hash Functions, 2010). Each image has hashes of itself and
-of parts of it, so that a copy whose borders were cut is found too. A coarse hash of 63 bits finds candidates,
-a fine one of 255 bits decides.
+A hash states which low-frequency DCT coefficients are above their median (Zauner, Implementation and
+Benchmarking of Perceptual Image Hash Functions, 2010). Each image has hashes of several crops, so cropped
+copies match. A coarse hash of 63 bits selects candidates, a fine hash of 255 bits decides.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import numpy as np
 from PIL import Image
 from scipy.fft import dct
 
-# Shares of width and height that are cut at the left, top, right and bottom: none, all sides, one side, two
-# sides that meet.
+# Crops, as shares of width and height at the left, top, right and bottom: none, all sides, one side, two
+# adjacent sides.
 MARGINS = (
     (0.0, 0.0, 0.0, 0.0),
     *((share, share, share, share) for share in (0.02, 0.04, 0.06, 0.08)),
@@ -24,26 +23,26 @@ MARGINS = (
     *(tuple(0.04 * (side in (cut, (cut + 1) % 4)) for side in range(4)) for cut in range(4)),
 )
 
-# Of 255 bits. Copies that were compressed again, scaled or cut by up to 5 % differ by at most 36, films and
-# slices of different patients by at least 60 (docs/leaks.md).
+# Of 255 bits. Copies that were recompressed, scaled or cropped by up to 5 % differ in at most 36, films and
+# slices of different patients in at least 60 (docs/leaks.md).
 NEAR_DISTANCE = 40
 
 _SIDE = 64
 _REDUCED = 256
 _COARSE, _FINE = 8, 16
 _COSINES = np.asarray(dct(np.eye(_SIDE, dtype=np.float32), axis=0, norm="ortho"))[:_FINE]
-_FLAT = 2.0  # standard deviation in grey levels below which an image has no structure to compare
+_FLAT = 2.0  # an image whose grey levels have a smaller standard deviation has no structure
 _CHUNKS, _CHUNK_BITS = 4, 16
-_MOST_CANDIDATES = 1 << 22
+_MAX_CANDIDATES = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """What is kept of an image.
+    """Perceptual hashes of an image.
 
     Attributes:
-      key: content key of its pixels.
-      coarse: uint64 [V], a hash for each margin; empty for an image without structure.
+      key: content key of the pixels.
+      coarse: uint64 [V], one hash per crop in `MARGINS`; empty for an image without structure.
       fine: uint64 [V, 4].
     """
 
@@ -53,12 +52,7 @@ class Fingerprint:
 
 
 def fingerprint(image: np.ndarray, key: str) -> Fingerprint:
-    """Hashes an image.
-
-    Args:
-      image: [H, W, 3] uint8.
-      key: of its pixels.
-    """
+    """Hashes an image [H, W, 3] uint8 with content key `key`."""
     grey = Image.fromarray(image).convert("L")
     reduced = grey.resize((_REDUCED, _REDUCED), Image.Resampling.BOX if min(grey.size) >= _REDUCED else None)
     if np.asarray(reduced).std() < _FLAT:
@@ -76,55 +70,56 @@ def _hashes(image: Image.Image, margins: tuple[float, ...]) -> tuple[np.uint64, 
 
 
 def _packed(frequencies: np.ndarray) -> np.ndarray:
-    values = frequencies.ravel()[1:]  # the first is the mean brightness
+    values = frequencies.ravel()[1:]  # without the DC coefficient
     bits = np.append(values > np.median(values), False)
     return np.packbits(bits).view(np.uint64)
 
 
 class NearIndex:
-    """Fingerprints by their coarse hashes, four buckets of 16 bits each.
+    """Looks up fingerprints by coarse hash, in four tables of 16-bit buckets.
 
-    A query looks into the buckets of its own bits and into those that differ by one bit. So all images whose
-    coarse hash differs by at most 7 bits are candidates, and the time does not grow with the number of pairs.
+    A query probes the buckets that differ from its own bits in at most one bit. This finds all images whose
+    coarse hash differs by at most 7 bits, in a time that does not grow with the number of pairs.
     """
 
     def __init__(self, fingerprints: list[Fingerprint]) -> None:
-        """Indexes images; those without structure never match."""
-        known = [(place, mark) for place, mark in enumerate(fingerprints) if len(mark.coarse)]
-        self._places = np.array([place for place, _ in known], np.int64)
-        coarse = np.array([mark.coarse for _, mark in known], np.uint64).reshape(-1, len(MARGINS))
-        fine = np.array([mark.fine for _, mark in known], np.uint64).reshape(-1, len(MARGINS), 4)
-        self._whole = _Buckets(coarse[:, :1], fine[:, :1])
+        """Indexes images. Images without structure never match."""
+        self._indices, coarse, fine = _stacked(fingerprints)
+        self._uncropped = _Buckets(coarse[:, :1], fine[:, :1])
         self._all = _Buckets(coarse, fine)
 
     def near(self, queries: list[Fingerprint], distance: int) -> dict[tuple[int, int], int]:
-        """Pairs of near images.
-
-        Whole images are compared with whole and cut ones, in both directions.
+        """Finds near duplicates: uncropped images match uncropped and cropped ones, in both directions.
 
         Args:
           queries: images to look for.
-          distance: bits of 255 by which fine hashes may differ.
+          distance: maximum Hamming distance between fine hashes, of 255 bits.
 
         Returns:
-          (index of the query, index of the image) → distance.
+          (query index, image index) -> distance.
         """
-        known = [(place, mark) for place, mark in enumerate(queries) if len(mark.coarse)]
-        if not known or not len(self._places):
+        indices, coarse, fine = _stacked(queries)
+        if not len(indices) or not len(self._indices):
             return {}
-        places = np.array([place for place, _ in known], np.int64)
-        coarse = np.array([mark.coarse for _, mark in known], np.uint64)
-        fine = np.array([mark.fine for _, mark in known], np.uint64)
         found: dict[tuple[int, int], int] = {}
-        for buckets, variants in ((self._all, slice(0, 1)), (self._whole, slice(1, None))):
-            for query, entry, bits in buckets.near(coarse[:, variants], fine[:, variants], distance):
-                pair = int(places[query]), int(self._places[entry])
+        for buckets, variants in ((self._all, slice(0, 1)), (self._uncropped, slice(1, None))):
+            for query, image, bits in buckets.near(coarse[:, variants], fine[:, variants], distance):
+                pair = int(indices[query]), int(self._indices[image])
                 found[pair] = min(bits, found.get(pair, bits))
         return found
 
 
+def _stacked(fingerprints: list[Fingerprint]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns indices [N], coarse hashes [N, V] and fine hashes [N, V, 4] of images with structure."""
+    hashed = [(index, image) for index, image in enumerate(fingerprints) if len(image.coarse)]
+    indices = np.array([index for index, _ in hashed], np.int64)
+    coarse = np.array([image.coarse for _, image in hashed], np.uint64).reshape(-1, len(MARGINS))
+    fine = np.array([image.fine for _, image in hashed], np.uint64).reshape(-1, len(MARGINS), 4)
+    return indices, coarse, fine
+
+
 class _Buckets:
-    """Hashes [N, V], found by chunks of 16 bits."""
+    """Hashes [N, V], indexed by their 16-bit chunks."""
 
     def __init__(self, coarse: np.ndarray, fine: np.ndarray) -> None:
         self._variants = max(coarse.shape[1], 1)
@@ -135,7 +130,7 @@ class _Buckets:
             self._tables.append((order, np.searchsorted(chunk[order], np.arange((1 << _CHUNK_BITS) + 1))))
 
     def near(self, coarse: np.ndarray, fine: np.ndarray, distance: int) -> set[tuple[int, int, int]]:
-        """(query, image, distance) of near hashes among [Q, W] queries."""
+        """Returns (query, image, distance) of near hashes for queries [Q, W]."""
         width = coarse.shape[1]
         fine = fine.reshape(-1, 4)
         flips = np.array([0, *(1 << bit for bit in range(_CHUNK_BITS))])
@@ -169,8 +164,8 @@ def _chunks(hashes: np.ndarray) -> list[np.ndarray]:
 
 
 def _parts(counts: np.ndarray) -> list[slice]:
-    """Slices of the probes, each with a bounded number of candidates."""
+    """Splits the probes into slices with a bounded number of candidates."""
     ends = np.cumsum(counts)
-    borders = np.searchsorted(ends, np.arange(_MOST_CANDIDATES, int(ends[-1]), _MOST_CANDIDATES))
+    borders = np.searchsorted(ends, np.arange(_MAX_CANDIDATES, int(ends[-1]), _MAX_CANDIDATES))
     edges = np.unique([0, *borders.tolist(), len(counts)])
     return [slice(low, high) for low, high in itertools.pairwise(edges.tolist())]

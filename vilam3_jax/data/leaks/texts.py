@@ -1,7 +1,7 @@
-"""Runs of words that two sets of texts share.
+"""Detection of shared text by word n-grams ("runs").
 
-A text of at least 13 words is known by all runs of 13 words in it, the length in use since GPT-3 (Brown et
-al., Language Models are Few-Shot Learners, appendix C); a shorter one by all its words.
+A text is represented by its runs of 13 words, the length used since GPT-3 (Brown et al., Language Models are
+Few-Shot Learners, appendix C); a shorter text by all its words.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import re
 import numpy as np
 
 RUN = 13
-_FEWEST_WORDS = 4
-_FACTOR = 0x9E3779B97F4A7C15  # odd: multiplying by it loses no bit
+_MIN_WORDS = 4
+_FACTOR = 0x9E3779B97F4A7C15  # odd, so multiplication is invertible
 _POWERS = np.array([pow(_FACTOR, power, 1 << 64) for power in range(RUN)], np.uint64)
 _WORD = re.compile(r"\w+")
 
 
 def run_hashes(text: str) -> np.ndarray:
-    """Hashes of the runs of words in a text, without regard to case and punctuation.
+    """Hashes the runs of a text, ignoring case and punctuation.
 
     Returns:
-      uint64 [R], sorted and unique; empty for a text of fewer than 4 words.
+      uint64 [R], sorted and unique; empty for fewer than 4 words.
     """
     words = _WORD.findall(text.casefold())
-    if len(words) < _FEWEST_WORDS:
+    if len(words) < _MIN_WORDS:
         return np.zeros(0, np.uint64)
     hashes = np.fromiter(map(_word_hash, words), np.uint64, len(words))
     if len(words) < RUN:
@@ -41,50 +41,50 @@ def _word_hash(word: str) -> int:
 
 
 class TextIndex:
-    """The texts of an evaluation set, against which the records of a training set are counted.
+    """Counts how often a training set contains the runs of an evaluation set.
 
-    Memory grows with the evaluation set alone.
+    Memory grows with the evaluation set only.
     """
 
     def __init__(self, texts: list[tuple[int, np.ndarray]]) -> None:
-        """Takes (record, `run_hashes`) of every text."""
+        """Indexes (record, `run_hashes`) of every text."""
         self._owners = np.array([record for record, _ in texts], np.int64)
         lengths = [len(hashes) for _, hashes in texts]
         joined = np.concatenate([hashes for _, hashes in texts]) if texts else np.zeros(0, np.uint64)
-        self._runs, self._places = np.unique(joined, return_inverse=True)
+        self._runs, self._run_ids = np.unique(joined, return_inverse=True)
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
-        """Starts anew with another training set."""
+    def reset(self) -> None:
+        """Clears the counts, for another training set."""
         self._counts = np.zeros(len(self._runs), np.int32)
         self._first = np.full(len(self._runs), -1, np.int64)
 
     def count(self, record: int, texts: tuple[np.ndarray, ...]) -> None:
-        """Counts the runs of a training record, each once."""
+        """Counts the runs of a training record, each at most once."""
         if not texts or not len(self._runs):
             return
         hashes = np.unique(np.concatenate(texts))
-        places = np.minimum(np.searchsorted(self._runs, hashes), len(self._runs) - 1)
-        places = places[self._runs[places] == hashes]
-        self._counts[places] += 1
-        self._first[places[self._first[places] < 0]] = record
+        runs = np.minimum(np.searchsorted(self._runs, hashes), len(self._runs) - 1)
+        runs = runs[self._runs[runs] == hashes]
+        self._counts[runs] += 1
+        self._first[runs[self._first[runs] < 0]] = record
 
-    def covered(self, share: float, most: int) -> dict[int, int]:
-        """Evaluation records with a text that the training set has too.
+    def covered(self, share: float, max_records: int) -> dict[int, int]:
+        """Finds evaluation records with a text that the training set contains.
 
         Args:
-          share: of the runs of a text that must be in the training set.
-          most: runs in more training records than this are phrases of the genre and do not count.
+          share: minimum share of a text's runs that the training set contains.
+          max_records: ignore runs that occur in more training records than this, as common phrases.
 
         Returns:
-          Evaluation record → a training record that shares its rarest run.
+          Evaluation record -> a training record that contains its rarest run.
         """
         found: dict[int, int] = {}
-        rare = self._counts <= most
+        rare = self._counts <= max_records
         for text in range(len(self._starts) - 1):
-            places = self._places[self._starts[text] : self._starts[text + 1]]
-            counted = places[rare[places]]
+            runs = self._run_ids[self._starts[text] : self._starts[text + 1]]
+            counted = runs[rare[runs]]
             shared = counted[self._counts[counted] > 0]
             if len(shared) and len(shared) >= share * len(counted):
                 rarest = shared[np.argmin(self._counts[shared])]

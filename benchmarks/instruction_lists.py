@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vilam3_jax.datasets import instruction_lists, instructions, own_splits
+from vilam3_jax.datasets import instruction_lists, instructions, user_data
 
 _WORDS = "a made-up finding of the upper field, [not] seen {before}; "
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         before, start = _peak_mb(), time.process_time()
         shared = functools.partial(instructions.ties, patient=None)
         found = instruction_lists.scan(str(path), shared)
-        groups = own_splits.groups_of(len(found.records), found.nodes, found.records["start"])
+        groups = user_data.groups_of(len(found.records), found.nodes, found.records["start"])
         seconds = time.process_time() - start
         row = {
             "records": count,

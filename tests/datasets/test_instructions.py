@@ -343,12 +343,12 @@ def test_whatever_a_record_holds_it_is_used_or_named(tmp_path_factory, records):
 
 def test_options_that_do_not_go_together(tmp_path):
     for argv, words in (
-        (["--heldout", "1"], "share from 0"),
+        (["--heldout", "1"], "share of at least 0"),
         (["--images", str(tmp_path / "none")], "no such folder"),
     ):
         with pytest.raises(UserError, match=words):
             built(tmp_path, [{"id": "a", "conversations": dialogue()}], *argv)
-    with pytest.raises(UserError, match="holds no record"):
+    with pytest.raises(UserError, match="no records; export"):
         built(tmp_path, [])
 
 

@@ -16,7 +16,7 @@ from vilam3_jax.datasets.builder import prepare
 from vilam3_jax.datasets.dataset import SkipItem, examples_of
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.datasets.table import Table
-from vilam3_jax.datasets.table_questions import asked_of, cell_text, marked, readable
+from vilam3_jax.datasets.table_questions import cell_text, infer_column, one_hot_label, readable
 from vilam3_jax.errors import UserError
 
 
@@ -131,11 +131,11 @@ def test_one_hot_labels(tmp_path):
     assert [one.turns[1].text for one in examples["train"]] == ["MEL", "basal cell"]
     assert examples["train"][0].turns[0].text == "<image>\nWhich? MEL, nevus, basal cell"
     assert [one.reason for one in skipped["train"]] == [
-        "marks 2 of the one-hot labels (3 of 3 are filled)",
-        "no label is filled",
-        "marks 0 of the one-hot labels (3 of 3 are filled)",
+        "sets 2 of 3 one-hot labels (3 are filled)",
+        "all labels are empty",
+        "sets 0 of 3 one-hot labels (3 are filled)",
         "the label Nevus is neither yes nor no",
-        "marks 1 of the one-hot labels (2 of 3 are filled)",
+        "sets 1 of 3 one-hot labels (2 are filled)",
     ]
 
 
@@ -163,25 +163,23 @@ def test_templates_decide(tmp_path):
     assert examples["train"][0].turns[0].text == (
         "<image>\nGive the BI-RADS class of this image: benign, malignant."
     )
-    assert [one.reason for one in skipped["train"]] == [
-        "the label grade has a value that is none of its options"
-    ]
+    assert [one.reason for one in skipped["train"]] == ["the label grade has a value that is not an option"]
 
 
 @pytest.mark.parametrize(
     ("templates", "message"),
     [
-        ([], r'is no object of "columns" and "one_hot"'),
-        ({"column": {}}, r'is no object of "columns"'),
-        ({"columns": []}, r"is no object of columns"),
-        ({"columns": {"b": {}}}, r"column 'b' is none of --label a"),
-        ({"columns": {"a": {"question": "x"}}}, r"column 'a': is no object of answers, ask, kind"),
-        ({"columns": {"a": {"kind": "binary"}}}, r"kind 'binary' is none of yes_no"),
-        ({"columns": {"a": {"ask": "x"}}}, r"ask is no list of texts"),
-        ({"columns": {"a": {"ask": ["{name.__class__}{size}"]}}}, r"\{size\} is none of"),
-        ({"columns": {"a": {"answers": {"1": 1}}}}, r"answers is no object of a text or null"),
-        ({"columns": {"a": {"kind": "yes_no", "answers": {"1": "maybe"}}}}, r"answers are yes, no or null"),
-        ({"columns": {"a": {"unit": 3}}}, r"unit is no text"),
+        ([], r'must be an object of "columns" and "one_hot"'),
+        ({"column": {}}, r'must be an object of "columns"'),
+        ({"columns": []}, r"must be an object of columns"),
+        ({"columns": {"b": {}}}, r"column 'b' is not one of --label a"),
+        ({"columns": {"a": {"question": "x"}}}, r"column 'a': must be an object of answers, ask, kind"),
+        ({"columns": {"a": {"kind": "binary"}}}, r"kind 'binary' is not one of yes_no"),
+        ({"columns": {"a": {"ask": "x"}}}, r"ask must be a list of texts"),
+        ({"columns": {"a": {"ask": ["{name.__class__}{size}"]}}}, r"\{size\} is not one of"),
+        ({"columns": {"a": {"answers": {"1": 1}}}}, r"answers must map cells to text or null"),
+        ({"columns": {"a": {"kind": "yes_no", "answers": {"1": "maybe"}}}}, r"must be yes, no or null"),
+        ({"columns": {"a": {"unit": 3}}}, r"unit must be text"),
     ],
 )
 def test_templates_that_are_refused(tmp_path, templates, message):
@@ -193,7 +191,7 @@ def test_templates_that_are_refused(tmp_path, templates, message):
 def test_a_broken_file_of_questions(tmp_path):
     write_table(tmp_path, [["file", "a"], ["im/0.png", "1"]])
     twins.write(tmp_path, {"questions.json": "{"})
-    with pytest.raises(UserError, match=r"questions\.json: is no JSON"):
+    with pytest.raises(UserError, match=r"questions\.json: not JSON"):
         built(tmp_path, "--image", "file", "--label", "a", "--questions", str(tmp_path / "questions.json"))
 
 
@@ -222,7 +220,7 @@ def test_a_broken_file_of_questions(tmp_path):
     ],
 )
 def test_kinds_of_columns(cells, kind, options):
-    asked = asked_of("x", cells, {})
+    asked = infer_column("x", cells, {})
     assert (asked.kind, asked.options) == (kind, options)
 
 
@@ -234,7 +232,7 @@ def test_cells():
         with pytest.raises(SkipItem, match="the label x"):
             cell_text(value, "x")
     assert readable("BI-RADS") == "BI-RADS" and readable("Tumor_Size.mm") == "tumor size mm"
-    assert marked(["A", "b"], ["", "nan"]) is None
+    assert one_hot_label(["A", "b"], ["", "nan"]) is None
 
 
 def test_rows_that_cannot_be_used(tmp_path):
@@ -256,7 +254,7 @@ def test_rows_that_cannot_be_used(tmp_path):
     assert [one.id for one in examples["train"]] == ["im/0.png"]
     found = {int(one.record.split()[-1]): one.reason for one in skipped["train"]}
     assert sorted(found) == [2, 3, 4, 5, 6, 7, 8, 9, 10]
-    assert found[3] == found[9] == "names no image" and found[6] == found[8] == "no label is filled"
+    assert found[3] == found[9] == "names no image" and found[6] == found[8] == "all labels are empty"
     assert "leaves the data root" in found[4] and "is not relative" in found[5]
     assert "is no picture" in found[7] and found[10] == "the label a is neither yes nor no"
 
@@ -325,7 +323,7 @@ def test_parquet_with_paths(tmp_path):
     assert len(first.images) == 3
     assert [q["answer"] for q in first.meta["qa"]] == ["yes", "1"]
     assert [q["answer"] for q in second.meta["qa"]] == ["no", "2.5"]
-    assert [one.reason for one in skipped["train"]] == ["names no image", "no label is filled"]
+    assert [one.reason for one in skipped["train"]] == ["names no image", "all labels are empty"]
 
 
 def test_parquet_with_images_in_it(tmp_path):
@@ -369,7 +367,7 @@ def test_options_that_do_not_go_together(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             built(tmp_path, *argv)
-    with pytest.raises(UserError, match="holds no row"):
+    with pytest.raises(UserError, match="no rows; export it again"):
         built(write_table(tmp_path / "b", [["file", "a"]]), "--image", "file", "--label", "a")
     with pytest.raises(UserError, match="is no parquet file"):
         twins.write(tmp_path, {"table.parquet": b"PAR1"})

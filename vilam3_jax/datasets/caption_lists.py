@@ -1,9 +1,10 @@
-"""Released lists of captions in LLaVA's form, as dialogues, captions or pairs for contrastive training."""
+"""Caption lists in LLaVA's format, as dialogues, captions or pairs for contrastive training."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.datasets import instruction_lists
@@ -19,38 +20,44 @@ CONFIGS = {
 }
 
 
-def make(item: Record, context: Context, *, path: str, pictures: Pictures) -> Iterator[Example]:
-    """A record of a list as the variant `context.config` has it; see `CONFIGS`."""
-    name, record = instruction_lists.read_record(context, path, item)
-    example = instruction_lists.dialogue(name, record, functools.partial(picture, context, pictures))
-    yield shaped(example, metadata(context, modality="", group=group_of(record)), context.config)
+def make(
+    item: Record, context: Context, *, path: str, pictures: Pictures, form: str = ""
+) -> Iterator[Example]:
+    """Yields the example of a record; `form` is a key of `CONFIGS`, by default `context.config`."""
+    example, record = read(item, context, path, pictures)
+    yield shaped(example, metadata(context, modality="", group=group_of(record)), form or context.config)
 
 
-def picture(context: Context, pictures: Pictures, image: ImageRef | str) -> ImageRef:
-    """The picture of a path. Released lists of pictures have no slices.
+def read(item: Record, context: Context, path: str, pictures: Pictures) -> tuple[Example, dict[str, Any]]:
+    """Reads a record: (its dialogue, the record).
 
     Raises:
-      SkipItem: it is a slice, or cannot be used.
+      SkipItem: the record names a slice of a volume, or is unusable.
     """
+    name, record = instruction_lists.read_record(context, path, item)
+    return instruction_lists.dialogue(name, record, functools.partial(_image, context, pictures)), record
+
+
+def _image(context: Context, pictures: Pictures, image: ImageRef | str) -> ImageRef:
     if isinstance(image, ImageRef):
         raise SkipItem("names a slice of a volume")
     return pictures.ref(context, image)
 
 
 def group_of(record: dict[str, object]) -> str | None:
-    """What must not be divided between splits: the image's path."""
+    """Returns the path of the first image, which must stay in one split."""
     names = instruction_lists.image_names(record)
     return names[0] if names and isinstance(names[0], str) else None
 
 
-def shaped(example: Example, meta: dict[str, object], config: str) -> Example:
-    """A dialogue as it is, or its answer as the caption of its only image.
+def shaped(example: Example, meta: dict[str, object], form: str) -> Example:
+    """Returns the dialogue, or its answer as the caption of its only image.
 
     Raises:
-      SkipItem: a caption is asked for, and it has several images or answers.
+      SkipItem: a caption is requested, but there are several images or answers.
     """
-    if config == "conversation":
+    if form == "conversation":
         return Example(example.id, "conversation", example.images, example.turns, meta=meta)
     if len(example.images) != 1:
         raise SkipItem(f"has {len(example.images)} images, a caption has one")
-    return pair(example.id, example.images[0], instruction_lists.caption_of(example), meta, config)
+    return pair(example.id, example.images[0], instruction_lists.caption_of(example), meta, form)

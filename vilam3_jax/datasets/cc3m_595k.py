@@ -1,4 +1,4 @@
-"""LLaVA-CC3M-Pretrain-595K: captioned pictures of the web, VILA's alignment data."""
+"""LLaVA-CC3M-Pretrain-595K: captioned web images, VILA's alignment data."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _RECORDS = 595_375
 
 
 class Cc3m595k(Dataset):
-    """595,375 pictures with captions.
+    """595,375 images with the captions of `chat.json`.
 
-    Captions are those of `chat.json`. The variant `blip` has those that BLIP made, from `metadata.json`;
-    about a tenth of the pictures has none and is skipped.
+    The variant `blip` uses BLIP's captions from `metadata.json`; about a tenth of the images has none and is
+    skipped.
     """
 
     name = "cc3m_595k"
-    description = "Captioned pictures of the web (LLaVA-CC3M-Pretrain-595K)."
+    description = "Captioned web images (LLaVA-CC3M-Pretrain-595K)."
     homepage = "https://huggingface.co/datasets/liuhaotian/LLaVA-CC3M-Pretrain-595K"
     citation = "Liu et al., Visual Instruction Tuning, 2023; Sharma et al., Conceptual Captions, 2018"
     licence = "CC-3M and BLIP terms, non-commercial"
@@ -35,14 +35,11 @@ class Cc3m595k(Dataset):
         "https://huggingface.co/datasets/liuhaotian/LLaVA-CC3M-Pretrain-595K; the variant blip reads "
         "metadata.json in place of chat.json."
     )
-    configs: Mapping[str, str] = {
-        **caption_lists.CONFIGS,
-        "blip": "image and the caption that BLIP made",
-    }
+    configs: Mapping[str, str] = {**caption_lists.CONFIGS, "blip": "image and caption by BLIP"}
     expert_inputs = False
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Walks through the list of the variant."""
+        """Scans the list of the variant."""
         blip = self.config == "blip"
         (file, _) = source.require(_METADATA if blip else _CHAT, ("images", "images.zip"))
         pictures = find_pictures(source, ["images"], ["images.zip"])

@@ -1,17 +1,18 @@
-"""Figures of articles with their captions: what PMC-OA, ROCO and ROCOv2 have in common."""
+"""Shared code of datasets of published figures with captions: PMC-OA, ROCO and ROCOv2."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Iterator
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from vilam3_jax.data.examples import Example
 from vilam3_jax.datasets.conversations import metadata, pair, text_of
-from vilam3_jax.datasets.dataset import Context, SkipItem
-from vilam3_jax.datasets.rows import Row, below
+from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Split
+from vilam3_jax.datasets.rows import Row, below, name_of, rows_of
 
-# Concepts of UMLS that say how an image was made.
+# UMLS concepts of imaging modalities.
 _MODALITIES = {
     "C0040405": "CT",
     "C0024485": "MR",
@@ -24,15 +25,15 @@ _CHEST = "C0817096"
 
 
 class Figure(NamedTuple):
-    """What a source says of one figure; values as it has them.
+    """A figure as the source describes it; values are not validated.
 
     Attributes:
       folder: of the images, below the root.
-      file: the image's name in it.
+      file: image name in that folder.
       caption: as published.
-      concepts: of UMLS.
-      modality: the project's word; "" where nobody says.
-      more: plain values that are kept as metadata.
+      concepts: UMLS concepts.
+      modality: modality code; "" if unknown.
+      more: further metadata.
     """
 
     folder: str
@@ -43,17 +44,33 @@ class Figure(NamedTuple):
     more: dict[str, Any] | None = None
 
 
-def add_pairs_option(parser: argparse.ArgumentParser) -> None:
-    """Declares `--pairs`."""
-    parser.add_argument(
-        "--pairs",
-        action="store_true",
-        help="make pairs for contrastive training; by default captions, which a model learns to write",
-    )
+class FigureDataset(Dataset):
+    """Figures with captions, or pairs for contrastive training with `--pairs`."""
+
+    expert_inputs = False
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Declares `--pairs`."""
+        parser.add_argument(
+            "--pairs", action="store_true", help="make pairs for contrastive training instead of captions"
+        )
+
+    def figure_split(
+        self,
+        file: str,
+        figures: Iterable[tuple[int, Figure | ValueError]],
+        taken: set[str],
+        expected: int | None = None,
+        id_of: Callable[[Any], object] = lambda figure: figure.file.removesuffix(".jpg"),
+    ) -> Split:
+        """Returns a split of the numbered figures of a file; see `rows_of` and `Split`."""
+        kind = "pair" if self.options.pairs else "caption"
+        rows = rows_of(file, figures, id_of, taken=taken)
+        return Split(rows, functools.partial(_make, kind=kind), name_of, expected)
 
 
-def make(row: Row, context: Context, kind: str) -> Iterator[Example]:
-    """One figure with its caption; `kind` is "caption" or "pair"."""
+def _make(row: Row, context: Context, kind: str) -> Iterator[Example]:
     if isinstance(row.values, ValueError):
         raise SkipItem(f"the line {row.values}")
     figure: Figure = row.values
@@ -70,7 +87,7 @@ def make(row: Row, context: Context, kind: str) -> Iterator[Example]:
 
 
 def modality_of(concepts: Collection[str]) -> str:
-    """The project's word for the modality among concepts of UMLS; "" where none or several are named.
+    """Returns the modality code for UMLS concepts; "" unless they name exactly one modality.
 
     >>> modality_of(["C1306645", "C0817096"]), modality_of(["C0040405"]), modality_of([])
     ('CXR', 'CT', '')

@@ -128,7 +128,7 @@ def _question_files(source: SourceFolder, folder: str, ending: str) -> list[str]
     plain = source.glob(f"{folder}/*/*/*_questions_{ending}.json")
     files = sorted(answered + [file for file in plain if file.removesuffix(".json") not in known])
     if not files:
-        raise UserError(f"{source.root / folder}: contains no CATEGORY/DATASET/*_questions_{ending}.json")
+        raise UserError(f"{source.root / folder}: no CATEGORY/DATASET/*_questions_{ending}.json")
     return files
 
 

@@ -1,7 +1,7 @@
-"""Lists of dialogues in the form of VILA and LLaVA, and their variants, as items and examples.
+"""Instruction lists in the formats of VILA and LLaVA.
 
-Read are `conversations` of `from`/`value`, `messages` of `role`/`content` (content as text or as parts), and
-`question`/`answer` with pictures in base64, as VILA's "vflan" lists have them.
+Supported are `conversations` of `from`/`value`, `messages` of `role`/`content` (text or parts), and
+`question`/`answer` with base64 images, as in VILA's "vflan" lists.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ImageRef, from_instruction
 from vilam3_jax.datasets import record_files
-from vilam3_jax.datasets.conversations import question_meta, text_of
+from vilam3_jax.datasets.conversations import free_question, text_of
 from vilam3_jax.datasets.dataset import Context, SkipItem, Split
 from vilam3_jax.datasets.pictures import stored_picture
 from vilam3_jax.datasets.record_files import Place
@@ -31,22 +31,21 @@ _IMAGE_KEYS = ("images", "image")
 _MAX_ID = 512
 _MAX_IMAGES = 256
 _MAX_PATH = 1024
-# How pictures in base64 begin: JPEG, PNG, WebP, GIF.
+# Base64 prefixes of JPEG, PNG, WebP and GIF.
 _BASE64 = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD")
-_YES_NO = ("yes", "no")
-_EXTENSIONS = ("vilam3",)  # our own key, which VILA's loader ignores
-_ANY = "record"  # stands for the id while a record is read
+_EXTENSIONS = ("vilam3",)  # this project's key, ignored by VILA's loader
+_ANY = "record"  # placeholder id while a record is parsed
 
 UNIQUE, SHARED_ID, COPY = 0, 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One item of a list: where it lies, and what was found when the list was read.
+    """A record of a list.
 
     Attributes:
       place: in the file.
-      identity: `UNIQUE`; `SHARED_ID`: other records have its id; `COPY`: of an earlier record, id and all.
+      identity: `UNIQUE`, `SHARED_ID` (a different record has the same id) or `COPY` of an earlier record.
       group: of records that share an image or a patient.
     """
 
@@ -56,10 +55,10 @@ class Record:
 
 
 class RecordList(Sequence[Record]):
-    """Many records in little memory: 29 bytes each. Slices are lists of the same kind, and picklable."""
+    """Records in 29 bytes each. Slices are picklable `RecordList`s."""
 
     def __init__(self, columns: np.ndarray) -> None:
-        """Takes an array of the type `RecordList.DTYPE`."""
+        """Wraps an array of dtype `RecordList.DTYPE`."""
         self._columns = columns
 
     DTYPE = np.dtype(
@@ -82,13 +81,13 @@ class RecordList(Sequence[Record]):
 
 @dataclasses.dataclass
 class Scan:
-    """What one walk through a list finds.
+    """Result of scanning a list.
 
     Attributes:
-      records: of the whole list, [n] of `RecordList.DTYPE`; identities are set.
-      nodes: (record, digest) pairs: what may not be divided between splits, such as images. [m, 2] uint64.
-      labels: what each record belongs to, an index into `names`; -1: nothing.
-      names: of labels.
+      records: [n] of `RecordList.DTYPE`, with identities.
+      nodes: (record, digest) pairs of what must stay in one split, such as images. [m, 2] uint64.
+      labels: label of each record, an index into `names`, or -1.
+      names: of the labels.
     """
 
     records: np.ndarray
@@ -102,12 +101,12 @@ def scan(
     nodes_of: Callable[[Mapping[str, Any]], Sequence[bytes]] | None = None,
     label_of: Callable[[Mapping[str, Any]], str | None] | None = None,
 ) -> Scan:
-    """Walks through a list once.
+    """Scans a list once.
 
     Args:
       path: of the file.
-      nodes_of: what of a record may not be divided between splits; called on every record that is an object.
-      label_of: what a record belongs to, such as the split that it states; None: nothing.
+      nodes_of: returns what must stay in one split, for every record that is an object.
+      label_of: returns the label of a record, such as its split, or None.
 
     Raises:
       UserError: the file cannot be read as a list of records.
@@ -124,7 +123,7 @@ def scan(
             record = record_files.parse(data)
             name = record_id(record, place.row)
         except (record_files.NotRecord, SkipItem):
-            # Skipped when it is made; until then it is like nothing else.
+            # Skipped when it is converted; until then it counts as unique.
             ids.append(record_files.digest(b"row\0%d" % place.row))
             contents.append(ids[-1])
             labels.append(-1)
@@ -148,7 +147,6 @@ def _uint64(values: array.array[int]) -> np.ndarray:
 
 
 def _identities(ids: np.ndarray, contents: np.ndarray) -> np.ndarray:
-    """[n] uint8: `UNIQUE`, `SHARED_ID` or `COPY`."""
     out = np.full(len(ids), UNIQUE, np.uint8)
     _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
     several = np.flatnonzero(counts[inverse] > 1)
@@ -174,12 +172,12 @@ def _encoded(text: str) -> bytes:
 def split_of(
     path: str, records: np.ndarray, make: Callable[..., Iterable[Example]], expected: int | None = None
 ) -> Split:
-    """A split of records.
+    """Returns a split of records.
 
     Args:
       path: of the list.
-      records: of `Scan.records`, or some of them.
-      make: a function of a module, or a partial of one. Called with `path=` too.
+      records: a subset of `Scan.records`.
+      make: see `Split`; called with an additional `path=`.
       expected: see `Split`.
     """
     name_of = functools.partial(_name_of, file=os.path.basename(path))
@@ -190,14 +188,11 @@ def _name_of(item: Record, *, file: str) -> str:
     return f"{file} record {item.place.row}"
 
 
-# --- one record
-
-
 def record_id(record: Mapping[str, Any], row: int) -> str:
-    """The record's own id, or its row.
+    """Returns the id of a record, by default its row.
 
     Raises:
-      SkipItem: the id is no text and no number, or too long.
+      SkipItem: the id is neither text nor number, or too long.
     """
     value = record.get("id")
     if value is None or value == "":
@@ -209,7 +204,7 @@ def record_id(record: Mapping[str, Any], row: int) -> str:
 
 
 def image_names(record: Mapping[str, Any]) -> list[Any]:
-    """What the record names as its images: paths, or pictures in base64; not checked."""
+    """Returns the image paths or base64 images of a record, unchecked."""
     for key in _IMAGE_KEYS:
         value = record.get(key)
         if value:
@@ -218,12 +213,12 @@ def image_names(record: Mapping[str, Any]) -> list[Any]:
 
 
 def read_record(context: Context, path: str, item: Record) -> tuple[str, dict[str, Any]]:
-    """The id, unique in its list, and the object.
+    """Reads a record: (its id, unique in the list; the object).
 
     Raises:
-      SkipItem: it is a copy of an earlier record, or cannot be read.
+      SkipItem: it is a copy of an earlier record, or unreadable.
     """
-    context.file(os.path.relpath(path, context.root))  # a shard depends on the list
+    context.file(os.path.relpath(path, context.root))  # records the list as an input of the shard
     data = record_files.read(path, item.place)
     try:
         record = record_files.parse(data)
@@ -238,18 +233,18 @@ def read_record(context: Context, path: str, item: Record) -> tuple[str, dict[st
 
 
 def dialogue(name: str, record: Mapping[str, Any], ref: Callable[[ImageRef | str], ImageRef]) -> Example:
-    """The conversation of a record.
+    """Converts a record to a conversation.
 
     Args:
-      name: its id.
-      record: in any of the forms of this module.
-      ref: opens an image: a path of the record, or a slice of a volume.
+      name: record id.
+      record: in any format of this module.
+      ref: opens an image, given a path of the record or a slice of a volume.
 
     Returns:
-      A conversation whose `meta` is what the record brought under our own key, if anything.
+      A conversation; `meta` is taken from the record's `vilam3` key.
 
     Raises:
-      SkipItem, UserError: a part of it is missing or of a wrong type.
+      SkipItem, UserError: a field is missing or has the wrong type.
     """
     names = image_names(record)
     if len(names) > _MAX_IMAGES:
@@ -258,17 +253,17 @@ def dialogue(name: str, record: Mapping[str, Any], ref: Callable[[ImageRef | str
     paths = []
     for position, value in enumerate(names):
         if not isinstance(value, str) or not value:
-            raise SkipItem(f"image {position} is no path")
-        picture = _base64(value, position)
-        if picture is not None:
-            stored[position] = picture
-        paths.append(value if picture is None else f"stored/{position}")
+            raise SkipItem(f"image {position} is not a path")
+        image = _base64(value, position)
+        if image is not None:
+            stored[position] = image
+        paths.append(value if image is None else f"stored/{position}")
     item = {"id": _ANY, "images": paths, "conversations": _messages(record)}
     item |= {key: record[key] for key in _EXTENSIONS if key in record}
     try:
         example = from_instruction(item)
     except UserError as error:
-        # The id may be a patient's, so it stays out of the reason.
+        # The id may identify a patient, so the reason omits it.
         text = str(error)
         for start in (f"instruction item {_ANY!r}: ", f"example {_ANY!r}: "):
             text = text.removeprefix(start)
@@ -283,22 +278,22 @@ def dialogue(name: str, record: Mapping[str, Any], ref: Callable[[ImageRef | str
 
 
 def _base64(text: str, position: int) -> ImageRef | None:
-    """A picture that stands in the record itself; None if `text` is a path."""
+    """Decodes an embedded image; None if `text` is a path."""
     if text.startswith("data:image/"):
         text = text.partition(",")[2]
     elif not text.startswith(_BASE64) or len(text) % 4:
         if len(text) > _MAX_PATH:
-            raise SkipItem(f"image {position} is neither a path nor a picture in base64")
+            raise SkipItem(f"image {position} is neither a path nor a base64 image")
         return None
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise SkipItem(f"image {position} is no base64") from None
+        raise SkipItem(f"image {position} is not valid base64") from None
     return stored_picture(data, str(position))
 
 
 def _messages(record: Mapping[str, Any]) -> Any:
-    """The dialogue as `from_instruction` reads it."""
+    """Returns the dialogue in the format of `from_instruction`."""
     if "question" in record and not any(record.get(key) for key in DIALOGUE_KEYS):
         answer = record.get("answer")
         question = text_of(record["question"], "question")
@@ -317,7 +312,7 @@ def _messages(record: Mapping[str, Any]) -> Any:
 
 
 def _without_images(record: Mapping[str, Any]) -> tuple[Any, list[Any]]:
-    """(the dialogue, images named in parts of its turns); the parts then only say that an image is there."""
+    """Returns (the dialogue, images named in its parts), the images replaced by placeholders."""
     messages = next((record[key] for key in DIALOGUE_KEYS if record.get(key)), [])
     if not isinstance(messages, list):
         return messages, []
@@ -345,10 +340,10 @@ def _without_parts(message: dict[str, Any], images: list[Any]) -> dict[str, Any]
 
 
 def caption_of(example: Example) -> str:
-    """The answer of a dialogue that asks for a caption.
+    """Returns the answer of a dialogue that asks for a caption.
 
     Raises:
-      SkipItem: it has several exchanges.
+      SkipItem: there are several answers.
     """
     answers = [turn.text for turn in example.turns if turn.role == "assistant"]
     if len(answers) != 1:
@@ -357,9 +352,9 @@ def caption_of(example: Example) -> str:
 
 
 def questions_of(example: Example) -> list[dict[str, Any]]:
-    """Every question with its answer, for evaluation: of dialogues about one image at most.
+    """Returns `meta["qa"]` of a dialogue about at most one image.
 
-    Of several images nobody says which one a question is about.
+    With several images it is unknown which one a question refers to.
     """
     if len(example.images) > 1:
         return []
@@ -367,14 +362,7 @@ def questions_of(example: Example) -> list[dict[str, Any]]:
     for before, turn in zip(example.turns, example.turns[1:], strict=False):
         if before.role != "user" or turn.role != "assistant":
             continue
-        question = before.text.replace(IMAGE_MARKER, "").strip()
-        answer = turn.text.strip()
-        if not question or not answer:
-            continue
-        closed = answer.lower().rstrip(".") in _YES_NO
-        out.append(
-            question_meta(question, answer.lower().rstrip("."), "closed", options=_YES_NO)
-            if closed
-            else question_meta(question, answer, "open")
-        )
+        question, answer = before.text.replace(IMAGE_MARKER, "").strip(), turn.text.strip()
+        if question and answer:
+            out.append(free_question(question, answer))
     return out

@@ -1,113 +1,57 @@
-"""Dialogues of one's own: a VILA or LLaVA list of instructions with its images."""
+"""User-supplied instruction lists in VILA's or LLaVA's format, with images."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import functools
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.datasets import instruction_lists
 from vilam3_jax.datasets.conversations import metadata, text_of
-from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Split
+from vilam3_jax.datasets.dataset import Context, SkipItem, Split
 from vilam3_jax.datasets.instruction_lists import Record, Scan
-from vilam3_jax.datasets.own_splits import STATED, groups_of, held_out, split_named
 from vilam3_jax.datasets.pictures import picture_or_dicom
 from vilam3_jax.datasets.source_files import SourceFolder
+from vilam3_jax.datasets.user_data import STATED, UserFile, groups_of, held_out, split_named
 from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.runtime import paths
 
 
-class Instructions(Dataset):
+class Instructions(UserFile):
     """A JSON list or JSON lines of dialogues, with a folder of images.
 
-    Records that share an image or, where `--patient` names its key, a patient, stay in one split. A record
-    moves between splits only if a new one ties it to others: the side depends on a hash of what is shared.
-    An id that several records have gets a digest of the record as its end; of equal records one is kept.
+    Records that share an image or, with `--patient`, a patient stay in one split. Splits are drawn by hash,
+    so adding unrelated records does not move a record to another split. Duplicate ids get a digest of the
+    record as a suffix; of identical records one is kept.
     """
 
     name = "instructions"
-    description = "Dialogues of one's own in the form of VILA and LLaVA."
-    licence = "unverified"
-    access = "credentialed"
+    description = "User-supplied dialogues in VILA's or LLaVA's format."
     instructions = (
         "--source is a .json list or .jsonl file of records: `id`, `image` (or `images`), paths below "
         "--images, and `conversations` of `from`/`value` or `messages` of `role`/`content`."
     )
-    source_is_file: ClassVar[bool] = True
-
-    def __init__(self, options: argparse.Namespace | None = None, config: str = "") -> None:
-        """Checks the options.
-
-        Raises:
-          UserError: `--heldout` is no share.
-        """
-        super().__init__(options, config)
-        self._images = self.options.images
-        if not 0 <= self.options.heldout < 1:
-            raise UserError(f"--heldout {self.options.heldout}: give a share from 0 up to, but not, 1")
-        self._patient = self.options.patient or ("patient" if self.options.split_by == "patient" else None)
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares where images lie, how records are split, and what is known of them."""
-        parser.add_argument(
-            "--images", help="folder below which the records' images lie; default: that of --source"
-        )
-        parser.add_argument(
-            "--split-by",
-            choices=("patient", "hash"),
-            default="hash",
-            help="what stays together: records of a patient and an image, or of an image (the default)",
-        )
-        parser.add_argument(
-            "--patient",
-            metavar="KEY",
-            help="key of a record that names the patient, a.b for nested ones",
-        )
-        parser.add_argument(
-            "--heldout", type=float, default=0.1, metavar="SHARE", help="share that is held out"
-        )
-        parser.add_argument(
-            "--split", metavar="KEY", help="key of a record that states its split; --heldout is not used"
-        )
-        parser.add_argument(
-            "--modality", default="", help="CT, MR, CXR, ... of all images, for experts and tables"
-        )
-        parser.add_argument("--licence", default="", help="SPDX id or name of the terms of these data")
-
-    def context(self, source: SourceFolder, split: str, **settings: Any) -> Context:
-        """As of any dataset, but the root is the folder of the images."""
-        given = super().context(source, split, **settings)
-        root = str(paths.as_path(self._images)) if self._images else given.root
-        return dataclasses.replace(given, root=root, licence=self.options.licence or given.licence)
+    field, metavar = "record key (a.b if nested)", "KEY"
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Walks once through the list."""
-        file = getattr(self.options, "source_file", None)
-        if not file:
-            raise UserError(f"{source.root}: give the list itself as --source. {self.instructions}")
-        if self._images and not paths.as_path(self._images).is_dir():
-            raise UserError(
-                f"--images {self._images}: no such folder; give the folder that records name images in"
-            )
-        path = str(source.root / file)
-        patient, split = self._patient, self.options.split
+        """Scans the list once."""
+        path = str(source.root / self.source_file(source))
+        split = self.options.split
+        patient = self.options.patient or ("patient" if self.options.split_by == "patient" else None)
         found = instruction_lists.scan(
             path,
             functools.partial(ties, patient=patient),
             functools.partial(_stated_split, key=split) if split else None,
         )
         if not len(found.records):
-            raise UserError(f"{path}: holds no record; export or download it again")
+            raise UserError(f"{path}: no records; export or download it again")
         records = found.records
         records["group"] = groups = groups_of(len(records), found.nodes, records["start"])
-        usable = np.isin(np.arange(len(records)), found.nodes[:, 0])  # the others are no dialogues
+        usable = np.isin(np.arange(len(records)), found.nodes[:, 0])  # others are not dialogues
         sides = _stated(found, path, split) if split else held_out(groups, self.options.heldout, path, usable)
         make = functools.partial(_make, patient=patient, stated=split or "", modality=self.options.modality)
         return {
@@ -118,14 +62,14 @@ class Instructions(Dataset):
 
 
 def ties(record: Mapping[str, Any], *, patient: str | None) -> list[bytes]:
-    """What ties a record to others: its images and its patient; of a text alone, its dialogue.
+    """Returns what must stay in one split: images and patient, or the dialogue of a text-only record.
 
     Args:
       record: of a list.
-      patient: the key that names the patient, or None.
+      patient: key of the patient id, or None.
 
     Returns:
-      Nothing for a record that is known to be skipped.
+      An empty list for a record that will be skipped.
     """
     shared = []
     if patient:
@@ -157,7 +101,7 @@ def _stated_split(record: Mapping[str, Any], *, key: str) -> str | None:
 
 
 def _stated(found: Scan, path: str, key: str) -> dict[str, np.ndarray]:
-    """Split → [n] bool; records that state none go to the first, where they are skipped by name."""
+    """Returns split → [n] bool. Records without a split go to the first one, where they are skipped."""
     if not found.names:
         raise UserError(f"{path}: no record has a split under {key!r} ({STATED})")
     sides = {name: found.labels == number for number, name in enumerate(found.names)}
@@ -185,16 +129,16 @@ def _make(
 
 
 def _image(image: ImageRef | str, *, context: Context) -> ImageRef:
-    """A picture as bytes; a DICOM file or a slice of a volume by its path.
+    """Returns an image as bytes, a DICOM file or a slice of a volume by path.
 
     Raises:
-      SkipItem: it cannot be used. A path of one's own data may name a patient, so it stays out of the reason.
+      SkipItem: it is unusable. The reason omits the path, which may identify a patient.
     """
     path = image if isinstance(image, str) else image.path or ""
     try:
         if isinstance(image, str):
             return picture_or_dicom(context, image)
-        assert image.axis is not None  # as `dialogue` promises
+        assert image.axis is not None  # guaranteed by `dialogue`
         return context.volume(
             path, axis=image.axis, index=image.index, window=image.window, modality=image.modality
         )

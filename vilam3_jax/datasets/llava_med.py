@@ -1,4 +1,4 @@
-"""LLaVA-Med: figures of PubMed Central with captions, and dialogues that GPT-4 wrote from them."""
+"""LLaVA-Med: figures of PubMed Central with captions, and dialogues generated from them by GPT-4."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ _FIGURE = re.compile(r"(.+?)_F[^_]*\.\w+$")
 class LlavaMed(Dataset):
     """Figures of articles with a caption (alignment) or a dialogue (instruct).
 
-    The images are not part of the release: users take them from the PMC packages that
-    `llava_med_image_urls.jsonl` lists. Records whose image is missing are skipped. An article's figures are
-    one group. `modality` is stated where the record's `domain` marks exactly one.
+    The release contains no images; `llava_med_image_urls.jsonl` lists the PMC packages that do. Records whose
+    image is missing are skipped. The figures of an article form a group. `modality` is set if the record's
+    `domain` names exactly one.
     """
 
     name = "llava_med"
@@ -54,16 +54,16 @@ class LlavaMed(Dataset):
     )
     configs: Mapping[str, str] = {
         "alignment": "one instruction and the caption, 500k records",
-        "instruct": "dialogues of 60k figures, made with the text that mentions them",
-        "instruct_60k": "dialogues of 60k figures, made from captions",
-        "instruct_10k": "dialogues of 10k figures",
-        "fig_captions": "dialogues made from captions, as released beside the others",
-        "eval": "the questions of the release's evaluation, answers of GPT-4",
+        "instruct": "dialogues about 60k figures, generated from captions and the text that mentions them",
+        "instruct_60k": "dialogues about 60k figures, generated from captions",
+        "instruct_10k": "dialogues about 10k figures",
+        "fig_captions": "a further list of dialogues generated from captions",
+        "eval": "evaluation questions of the release, with answers by GPT-4",
     }
     expert_inputs = False
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Walks through the list of the variant."""
+        """Scans the list of the variant."""
         file, _ = source.require(_FILES[self.config], ("images", "images.zip"))
         pictures = find_pictures(source, ["images"], ["images.zip"])
         if self.config == "eval":
@@ -75,10 +75,7 @@ class LlavaMed(Dataset):
 
 
 def _make(item: Record, context: Context, *, path: str, pictures: Pictures) -> Iterator[Example]:
-    name, record = instruction_lists.read_record(context, path, item)
-    example = instruction_lists.dialogue(
-        name, record, functools.partial(caption_lists.picture, context, pictures)
-    )
+    example, record = caption_lists.read(item, context, path, pictures)
     meta = _metadata(context, record, caption_lists.group_of(record))
     yield caption_lists.shaped(example, meta, "conversation")
 

@@ -1,4 +1,4 @@
-"""LLaVA-Pretrain-558K: pictures of LAION, CC and SBU with captions of BLIP."""
+"""LLaVA-Pretrain-558K: images of LAION, CC and SBU with captions by BLIP."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _RECORDS = 558_128
 
 
 class LlavaPretrain(Dataset):
-    """558,128 pictures with captions."""
+    """558,128 images with captions."""
 
     name = "llava_pretrain"
-    description = "Pictures of LAION, CC and SBU with captions of BLIP (LLaVA-Pretrain-558K)."
+    description = "Images of LAION, CC and SBU with captions by BLIP (LLaVA-Pretrain-558K)."
     homepage = "https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain"
     citation = "Liu et al., Improved Baselines with Visual Instruction Tuning, CVPR 2024"
     licence = "CC-3M and BLIP terms, non-commercial"
@@ -29,7 +29,7 @@ class LlavaPretrain(Dataset):
     expert_inputs = False
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Walks through the list."""
+        """Scans the list."""
         file, _ = source.require("blip_laion_cc_sbu_558k.json", ("images", "00000", "images.zip"))
         flat = source.find("images") is None and source.find("00000") is not None
         pictures = find_pictures(source, ["."] if flat else ["images"], ["images.zip"])

@@ -1,18 +1,15 @@
-"""PMC-OA: sub-figures of open-access articles with their part of the caption."""
+"""PMC-OA: sub-figures of open-access articles with sub-captions."""
 
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vilam3_jax.datasets import figure_captions
-from vilam3_jax.datasets.dataset import Dataset, Split
-from vilam3_jax.datasets.figure_captions import Figure
-from vilam3_jax.datasets.rows import name_of, rows_of
+from vilam3_jax.datasets.dataset import Split
+from vilam3_jax.datasets.figure_captions import Figure, FigureDataset
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
 
@@ -26,16 +23,15 @@ _IMAGE_ROOTS = (f"images/{_INNER}", _INNER, "images")
 _ARTICLE = re.compile(r"(PMC\d+)_")
 
 
-class PmcOa(Dataset):
-    """Images with captions of PubMed Central.
+class PmcOa(FigureDataset):
+    """Images with captions from PubMed Central.
 
-    Choices of ours: an example's id is the image's name without its extension. `meta.article` is the PMC
-    number, to find the same article in PMC-VQA or LLaVA-Med. Alignment scores are kept as
-    `meta.alignment_score`.
+    An example's id is the image name without its extension. `meta.article` is the PMC number, which
+    identifies the article in PMC-VQA and LLaVA-Med. `meta.alignment_score` is the source's score.
     """
 
     name = "pmc_oa"
-    description = "Sub-figures of open-access articles with their part of the caption."
+    description = "Sub-figures of open-access articles with sub-captions."
     homepage = "https://huggingface.co/datasets/axiong/pmc_oa"
     citation = (
         "Lin et al., PMC-CLIP: Contrastive Language-Image Pre-training using Biomedical Documents, 2023"
@@ -44,26 +40,24 @@ class PmcOa(Dataset):
     instructions = """
         Fetch from https://huggingface.co/datasets/axiong/pmc_oa images.zip, unpacked to images/, and
         pmc_oa.jsonl for subcaptions, pmc_oa_beta.jsonl for captions, or train.jsonl, valid.jsonl and
-        test.jsonl of the older revision for splits. If the images are in another folder of the source folder,
-        name it with --image-root.
+        test.jsonl of the older revision for splits. Give --image-root if the images are in another subfolder.
         """
     configs: Mapping[str, str] = {
-        "subcaptions": "pmc_oa.jsonl: each sub-figure with its part of the caption",
-        "captions": "pmc_oa_beta.jsonl: each sub-figure with the undivided caption",
+        "subcaptions": "pmc_oa.jsonl: each sub-figure with its sub-caption",
+        "captions": "pmc_oa_beta.jsonl: each sub-figure with the full caption",
         "splits": "the older train, valid and test files",
     }
-    expert_inputs = False
-    shared_images = "the source does not say that its splits divide figures"
+    shared_images = "the source does not state that its splits divide figures"
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Declares `--pairs` and `--image-root`."""
-        figure_captions.add_pairs_option(parser)
+        super().add_arguments(parser)
         parser.add_argument(
             "--image-root",
             default="",
             metavar="FOLDER",
-            help=f"folder of the images below the source folder; by default {' or '.join(_IMAGE_ROOTS)}",
+            help=f"image folder below the source folder (default: {' or '.join(_IMAGE_ROOTS)})",
         )
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
@@ -71,19 +65,18 @@ class PmcOa(Dataset):
         given = self.options.image_root.strip("/")
         files = _FILES[self.config]
         folder = source.require([given] if given else _IMAGE_ROOTS, *files.values())[0]
-        make = functools.partial(figure_captions.make, kind="pair" if self.options.pairs else "caption")
         taken: set[str] = set()
         found = {}
         for split, file in files.items():
             figures = _figures(source.json_lines(file), folder)
-            found[split] = Split(rows_of(file, figures, _stem, taken=taken), make, name_of)
+            found[split] = self.figure_split(file, figures, taken, id_of=_stem)
             if not found[split].items:
                 raise UserError(f"{source.root / file}: is empty; download it again")
         return found
 
 
 def _figures(lines: Iterator[tuple[int, Any]], folder: str) -> Iterator[tuple[int, Any]]:
-    """The lines as figures; only what is used of them stays in memory: there are more than a million."""
+    """Converts lines to figures, keeping only used fields: there are more than a million."""
     for number, line in lines:
         if isinstance(line, ValueError):
             yield number, line

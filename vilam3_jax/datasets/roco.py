@@ -1,16 +1,12 @@
-"""ROCO, the first version: figures of open-access articles with captions; images fetched by the user."""
+"""ROCO, version 1: figures of open-access articles with captions."""
 
 from __future__ import annotations
 
-import argparse
-import functools
 import re
 from collections.abc import Iterator, Mapping
 
-from vilam3_jax.datasets import figure_captions
-from vilam3_jax.datasets.dataset import Dataset, Split
-from vilam3_jax.datasets.figure_captions import Figure, modality_of
-from vilam3_jax.datasets.rows import name_of, rows_of
+from vilam3_jax.datasets.dataset import Split
+from vilam3_jax.datasets.figure_captions import Figure, FigureDataset, modality_of
 from vilam3_jax.datasets.source_files import SourceFolder
 
 _SPLITS = ("train", "validation", "test")
@@ -18,18 +14,18 @@ _EXPECTED = {
     "radiology": {"train": 65_448, "validation": 8_180, "test": 8_179},
     "non-radiology": {"train": 4_895, "validation": 611, "test": 612},
 }
-# PMC_ID holds the article and the name of the figure's file: PMC<number>_<file>.jpg.
+# PMC_ID combines article and figure file: PMC<number>_<file>.jpg.
 _LICENCES = {"id": ("ROCO_ID",), "file": ("PMC_ID",), "licence": ("CC",)}
 _ID = re.compile(r"ROCO_\d+")
 _ARTICLE = re.compile(r"PMC\d+")
 
 
-class Roco(Dataset):
-    """Images with captions, as `fetch.py` of the repository leaves them: `images/ROCO_<5 digits>.jpg`.
+class Roco(FigureDataset):
+    """Images with captions, as downloaded by the repository's `fetch.py`: `images/ROCO_<5 digits>.jpg`.
 
-    The repository ships no images, and not every one can still be fetched: a figure without one is skipped.
-    Each record has the licence of its figure, in the source's words. The modality of radiological images
-    comes from concepts that were found in the caption.
+    The repository contains no images, and some are no longer available; such figures are skipped. Each
+    record states the licence of its figure. The modality of radiological images is derived from the UMLS
+    concepts of the caption.
     """
 
     name = "roco"
@@ -45,12 +41,6 @@ class Roco(Dataset):
         "radiology": "radiological images",
         "non-radiology": "other figures, such as synthetic ones and photographs",
     }
-    expert_inputs = False
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares `--pairs`."""
-        figure_captions.add_pairs_option(parser)
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
         """Reads captions, concepts and licences of the three splits."""
@@ -58,14 +48,11 @@ class Roco(Dataset):
         folders = {split: f"{base}{split}/{self.config}" for split in _SPLITS}
         files = ("captions.txt", "cuis.txt", "licences.txt", "images")
         source.require(*(f"{folder}/{file}" for folder in folders.values() for file in files))
-        make = functools.partial(figure_captions.make, kind="pair" if self.options.pairs else "caption")
         taken: set[str] = set()
+        expected = _EXPECTED[self.config]
         return {
-            split: Split(
-                rows_of(f"{folder}/captions.txt", _figures(source, folder), _stem, taken=taken),
-                make,
-                name_of,
-                _EXPECTED[self.config][split],
+            split: self.figure_split(
+                f"{folder}/captions.txt", _figures(source, folder), taken, expected[split]
             )
             for split, folder in folders.items()
         }
@@ -87,10 +74,6 @@ def _figures(source: SourceFolder, folder: str) -> Iterator[tuple[int, Figure | 
         more = {"article": article[0]} if article else {}
         if licence := terms.get("licence", "").strip():
             more["licence"] = licence
-        # The concepts are words of the caption: of a photograph of a scanner they tell no modality.
+        # Concepts come from the caption, which may describe a photograph of a scanner.
         modality = modality_of(cuis) if folder.endswith("/radiology") else ""
         yield number, Figure(f"{folder}/images", f"{name}.jpg", caption, cuis, modality, more)
-
-
-def _stem(figure: Figure) -> str:
-    return figure.file.removesuffix(".jpg")

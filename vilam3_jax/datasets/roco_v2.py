@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import functools
 from collections.abc import Iterable, Iterator, Mapping
 
-from vilam3_jax.datasets import figure_captions
-from vilam3_jax.datasets.dataset import Dataset, Split
-from vilam3_jax.datasets.figure_captions import Figure, modality_of
-from vilam3_jax.datasets.rows import name_of, rows_of
+from vilam3_jax.datasets.dataset import Split
+from vilam3_jax.datasets.figure_captions import Figure, FigureDataset, modality_of
 from vilam3_jax.datasets.source_files import SourceFolder
 
 _SPLITS = {"train": "train", "validation": "valid", "test": "test"}
@@ -18,10 +14,10 @@ _CAPTIONS = {"id": ("ID",), "caption": ("Caption",)}
 _CONCEPTS = {"id": ("ID",), "concepts": ("CUIs",)}
 
 
-class RocoV2(Dataset):
-    """Images with captions; `meta.concepts` has the concepts of UMLS, and gives the modality.
+class RocoV2(FigureDataset):
+    """Images with captions; `meta.concepts` lists UMLS concepts, which determine the modality.
 
-    The licence is another one for each image: `license_information.csv` of the source says which.
+    Licences differ between images; the source lists them in `license_information.csv`.
     """
 
     name = "roco_v2"
@@ -34,12 +30,6 @@ class RocoV2(Dataset):
         {train,valid,test}_concepts.csv and {train,valid,test}_images.zip, each unpacked to
         train_images/train/ (or train/) and likewise for valid and test.
         """
-    expert_inputs = False
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares `--pairs`."""
-        figure_captions.add_pairs_option(parser)
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
         """Reads captions and concepts of the three splits."""
@@ -49,7 +39,6 @@ class RocoV2(Dataset):
             *(f"{stem}_{table}.csv" for table in ("captions", "concepts") for stem in stems),
         )
         folders = dict(zip(stems, found, strict=False))
-        make = functools.partial(figure_captions.make, kind="pair" if self.options.pairs else "caption")
         taken: set[str] = set()
         splits = {}
         for split, stem in _SPLITS.items():
@@ -59,8 +48,7 @@ class RocoV2(Dataset):
                 for row in source.table(f"{stem}_concepts.csv", _CONCEPTS)
             }
             figures = _figures(source.table(file, _CAPTIONS), folders[stem], concepts)
-            rows = rows_of(file, enumerate(figures, 1), _stem, taken=taken)
-            splits[split] = Split(rows, make, name_of, _EXPECTED[split])
+            splits[split] = self.figure_split(file, enumerate(figures, 1), taken, _EXPECTED[split])
         return splits
 
 
@@ -71,7 +59,3 @@ def _figures(
         name = row["id"].strip()
         cuis = concepts.get(name, ())
         yield Figure(folder, f"{name}.jpg" if name else "", row["caption"], cuis, modality_of(cuis))
-
-
-def _stem(figure: Figure) -> str:
-    return figure.file.removesuffix(".jpg")

@@ -1,19 +1,16 @@
-"""ShareGPT4V: long descriptions of pictures by GPT-4V and by its captioner, and a mixture of instructions."""
+"""ShareGPT4V: detailed image descriptions by GPT-4V and its captioner, and an instruction mixture."""
 
 from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from vilam3_jax.data.examples import Example
 from vilam3_jax.datasets import caption_lists, instruction_lists
-from vilam3_jax.datasets.conversations import metadata
-from vilam3_jax.datasets.dataset import Context, Dataset, Split
-from vilam3_jax.datasets.instruction_lists import Record
+from vilam3_jax.datasets.dataset import Dataset, Split
 from vilam3_jax.datasets.pictures import Pictures
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
@@ -41,41 +38,41 @@ _TEXT = "text"
 
 
 class ShareGpt4V(Dataset):
-    """Lists of dialogues about the pictures of other datasets, whose folders lie beside them.
+    """Dialogues about images of other datasets, in folders next to the list.
 
-    Folders of pictures that a list names and that are not there end the build, unless `--leave-out` names
-    them: their records are then no items. Records without an image are kept as text.
+    A missing image folder is an error, unless `--leave-out` excludes its records. Records without an image
+    are kept as text.
     """
 
     name = "sharegpt4v"
-    description = "Long descriptions of pictures, and a mixture of instructions (ShareGPT4V)."
+    description = "Detailed image descriptions, and an instruction mixture (ShareGPT4V)."
     homepage = "https://github.com/ShareGPT4Omni/ShareGPT4V"
     citation = "Chen et al., ShareGPT4V: Improving Large Multi-Modal Models with Better Captions, ECCV 2024"
     licence = "CC-BY-NC-4.0"
     instructions = (
-        "Fetch the variant's list from https://huggingface.co/datasets/Lin-Chen/ShareGPT4V, and the pictures "
-        "as docs/Data.md of https://github.com/ShareGPT4Omni/ShareGPT4V describes, to the folders that it "
-        f"names ({', '.join(_ROOTS)}), below data/ or beside the list."
+        "Fetch the variant's list from https://huggingface.co/datasets/Lin-Chen/ShareGPT4V, and the images "
+        "as described in docs/Data.md of https://github.com/ShareGPT4Omni/ShareGPT4V, to the folders "
+        f"named there ({', '.join(_ROOTS)}), below data/ or next to the list."
     )
     configs: Mapping[str, str] = {
-        "pretrain": "1,246k descriptions of the captioner",
-        "captions": "102k descriptions of GPT-4V",
+        "pretrain": "1,246k descriptions by the captioner",
+        "captions": "102k descriptions by GPT-4V",
         "instruct": "the mixture of 665k dialogues",
     }
     expert_inputs = False
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares which folders of pictures are left out."""
+        """Declares `--leave-out`."""
         parser.add_argument(
             "--leave-out",
             default="",
             metavar="FOLDER,...",
-            help="folders of pictures, such as sam/images, whose records are not built",
+            help="image folders, such as sam/images, whose records are excluded",
         )
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Walks through the list and looks for the folders that it names."""
+        """Scans the list and checks that the image folders exist."""
         (file,) = source.require(_FILES[self.config])
         path = str(source.root / file)
         found = instruction_lists.scan(path, label_of=_root_of)
@@ -94,7 +91,8 @@ class ShareGpt4V(Dataset):
                 f"{self.instructions}"
             )
         kept = ~np.isin(found.labels, [named[name] for name in left_out])
-        make = functools.partial(_make, pictures=Pictures(below.rstrip("/")))
+        pictures = Pictures(below.rstrip("/"))
+        make = functools.partial(caption_lists.make, pictures=pictures, form="conversation")
         return {"train": instruction_lists.split_of(path, found.records[kept], make)}
 
 
@@ -107,12 +105,3 @@ def _root_of(record: Mapping[str, Any]) -> str | None:
     name = names[0].strip().lstrip("/")
     known = [root for root in _ROOTS if name.startswith(f"{root}/")]
     return known[0] if known else name.rpartition("/")[0].partition("/")[0] or None
-
-
-def _make(item: Record, context: Context, *, path: str, pictures: Pictures) -> Iterator[Example]:
-    name, record = instruction_lists.read_record(context, path, item)
-    example = instruction_lists.dialogue(
-        name, record, functools.partial(caption_lists.picture, context, pictures)
-    )
-    meta = metadata(context, modality="", group=caption_lists.group_of(record))
-    yield caption_lists.shaped(example, meta, "conversation")

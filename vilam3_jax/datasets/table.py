@@ -1,4 +1,4 @@
-"""A table of one's own: images, labels of any kind, and the questions that they answer."""
+"""User-supplied tables of images and labels, converted to questions and answers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import argparse
 import collections
 import dataclasses
 import functools
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -19,29 +18,37 @@ import pyarrow.parquet
 from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.datasets import parquet
 from vilam3_jax.datasets.conversations import conversation, metadata, question_meta, text_of
-from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Split
-from vilam3_jax.datasets.own_splits import STATED, TRAIN, groups_of, held_out, split_named
+from vilam3_jax.datasets.dataset import Context, SkipItem, Split
 from vilam3_jax.datasets.pictures import picture_or_dicom, stored_picture
 from vilam3_jax.datasets.record_files import digest
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.datasets.table_questions import (
     ONE_HOT,
-    Asked,
-    asked_of,
+    LabelColumn,
     cell_text,
-    marked,
-    one_hot,
+    infer_column,
+    one_hot_column,
+    one_hot_label,
     read_templates,
+)
+from vilam3_jax.datasets.user_data import (
+    STATED,
+    TRAIN,
+    UserFile,
+    groups_of,
+    held_out,
+    read_json,
+    split_named,
 )
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
 
 _MAX_TEMPLATES = 16 << 20  # bytes
-_MOST_KINDS = 100_000  # different cells of a column that are counted to find its kind
+_MAX_VALUES = 100_000  # distinct cells counted per column to infer its kind
 _HEADER_BYTES = 1 << 20
 _BATCH = 8_192
 _IMAGE_BATCH = 64
-_LONGEST_NAME = 512
+_MAX_NAME = 512
 
 
 @dataclasses.dataclass(slots=True)
@@ -49,15 +56,15 @@ class _Row:
     """A row of the table.
 
     Attributes:
-      number: from 1; the header is not counted.
+      number: from 1, without the header.
       id: of its example.
-      images: what its image columns hold; empty where the table holds the images themselves.
-      labels: a text for each label column, "" for an empty cell.
-      patient: as the table states it, "" for unknown.
-      problem: why it cannot be used, "" for no reason.
-      place: in a parquet file, where images are in the table.
+      images: cells of the image columns; empty if the table stores the images.
+      labels: text of each label column, "" for an empty cell.
+      patient: patient id, "" if unknown.
+      problem: reason to skip the row, or "".
+      place: position in the parquet file, if the table stores the images.
       group: of rows that share an image or a patient.
-      stored: digests of the images that the table holds.
+      stored: digests of images stored in the table.
     """
 
     number: int
@@ -72,64 +79,58 @@ class _Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What is done with the rows.
+class _Settings:
+    """Settings of all rows.
 
     Attributes:
-      file: name of the table.
-      root: its folder.
-      asked: how each label column is asked about; one entry for one-hot labels.
-      labels: the label columns.
+      root: folder of the table.
+      columns: the questions; a single one for one-hot labels.
+      labels: headers of the label columns.
       modality: of all images.
       with_patient: rows state their patient.
-      one_hot: the labels are one class.
+      one_hot: the label columns encode one class.
     """
 
-    file: str
     root: str
-    asked: tuple[Asked, ...]
+    columns: tuple[LabelColumn, ...]
     labels: tuple[str, ...]
     modality: str
     with_patient: bool
     one_hot: bool
 
 
-class Table(Dataset):
-    """Questions about images, made of a table's labels: 0/1, one-hot, numbers, classes or texts.
+class Table(UserFile):
+    """Questions about images, from the labels of a table: 0/1, one-hot, numbers, classes or text.
 
-    Each label column of a row that is filled gives a question with its answer. The kind of a column follows
-    from its cells or from the file of questions (`--questions`):
-      - yes_no: cells are 0/1, yes/no, true/false, positive/negative or present/absent;
-      - choice: up to 20 different short texts or whole numbers, which the question lists; more than five of
-        them must occur twice on average;
+    Every non-empty label gives a question with its answer. The kind of a column is inferred from its cells or
+    set in the question file (`--questions`):
+      - yes_no: 0/1, yes/no, true/false, positive/negative or present/absent;
+      - choice: up to 20 distinct short texts or whole numbers, listed in the question; if there are more than
+        five, each must occur twice on average;
       - number: other numbers;
-      - text: all else.
+      - text: everything else.
     Training rows vary the wording; other splits use the first one.
 
-    Rows that share an image or, with `--patient`, a patient stay in one split. The side depends on a hash of
-    what is shared, so a row stays where it is when rows are added that it shares nothing with.
+    Rows that share an image or, with `--patient`, a patient stay in one split. Splits are drawn by hash, so
+    adding unrelated rows does not move a row to another split.
     """
 
     name = "table"
-    description = "Questions about images of one's own, from the labels of a CSV or parquet file."
-    licence = "unverified"
-    access = "credentialed"
+    description = "Questions about user-supplied images, from the labels of a CSV or parquet file."
     instructions = (
-        "--source is a .csv, .tsv or .parquet file with a header; --image names its column of paths below "
-        "--images, and --label its columns of labels."
+        "--source is a .csv, .tsv or .parquet file with a header; --image names the columns of image paths "
+        "below --images, --label the label columns."
     )
-    source_is_file: ClassVar[bool] = True
+    field, metavar = "column", "COLUMN"
 
     def __init__(self, options: argparse.Namespace | None = None, config: str = "") -> None:
-        """Checks that the options go together.
+        """Checks the options.
 
         Raises:
-          UserError: they do not.
+          UserError: an option is missing or contradicts another.
         """
         super().__init__(options, config)
         given = self.options
-        if not 0 <= given.heldout < 1:
-            raise UserError(f"--heldout {given.heldout}: give a share from 0 up to, but not, 1")
         if given.split_by == "patient" and not given.patient:
             raise UserError("--split-by patient needs --patient COLUMN, the column that names the patient")
         if given.one_hot and len(given.label) < 2:
@@ -140,107 +141,56 @@ class Table(Dataset):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares the columns, the questions, and how rows are split."""
+        """Declares the columns and the question file."""
+        super().add_arguments(parser)
         parser.add_argument(
-            "--image", nargs="+", default=[], metavar="COLUMN", help="columns of image paths, or of images"
+            "--image", nargs="+", default=[], metavar="COLUMN", help="columns of image paths or images"
         )
-        parser.add_argument("--label", nargs="+", default=[], metavar="COLUMN", help="columns of labels")
+        parser.add_argument("--label", nargs="+", default=[], metavar="COLUMN", help="label columns")
+        parser.add_argument("--one-hot", action="store_true", help="the label columns encode one class")
         parser.add_argument(
-            "--one-hot", action="store_true", help="the label columns are one class: a row marks one of them"
+            "--questions", metavar="FILE.json", help="kinds and questions; see docs/datasets_chest.md"
         )
-        parser.add_argument(
-            "--questions", metavar="FILE.json", help="how columns are asked about; see docs/datasets_chest.md"
-        )
-        parser.add_argument("--id", metavar="COLUMN", help="column of record ids; default: the image's path")
-        parser.add_argument(
-            "--images", metavar="DIR", help="folder below which images lie; default: that of --source"
-        )
-        parser.add_argument("--patient", metavar="COLUMN", help="column that names the patient")
-        parser.add_argument(
-            "--split-by",
-            choices=("patient", "hash"),
-            default="hash",
-            help="what stays together: rows of a patient (needs --patient), or those that share an image",
-        )
-        parser.add_argument(
-            "--heldout", type=float, default=0.1, metavar="SHARE", help="share that is held out"
-        )
-        parser.add_argument(
-            "--split", metavar="COLUMN", help="column that states the split; --heldout is not used"
-        )
-        parser.add_argument(
-            "--modality", default="", help="CT, MR, CXR, ... of all images, for experts and tables"
-        )
-        parser.add_argument("--licence", default="", help="SPDX id or name of the terms of these data")
-
-    def context(self, source: SourceFolder, split: str, **settings: Any) -> Context:
-        """As of any dataset, but the root is the folder of the images."""
-        given = super().context(source, split, **settings)
-        root = str(paths.as_path(self.options.images)) if self.options.images else given.root
-        return dataclasses.replace(given, root=root, licence=self.options.licence or given.licence)
+        parser.add_argument("--id", metavar="COLUMN", help="column of record ids (default: image path)")
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Reads the table once; images that it holds stay where they are."""
+        """Reads the table once; stored images are only hashed."""
         given = self.options
-        file = self._checked_source(source)
+        file = self.source_file(source)
         path = str(source.root / file)
-        templates = _templates(given.questions, given.label)
-        values = _read_parquet if _is_parquet(file) else _read_text
-        rows, stated, counts = _rows(values(source, file, self._columns()), given.label, path)
+        if not given.image or not given.label:
+            raise UserError(f"{path}: give --image COLUMN and --label COLUMN. {self.instructions}")
+        questions = given.questions
+        content = {} if questions is None else read_json(questions, _MAX_TEMPLATES)
+        templates = read_templates(content, given.label, questions or "")
+        read = _read_parquet if file.lower().endswith((".parquet", ".pq")) else _read_text
+        rows, stated, counts = _rows(read(source, file, self._columns()), given.label, path)
         if given.one_hot:
-            asked = [one_hot(given.label, templates.get(ONE_HOT, {}))]
+            columns = [one_hot_column(given.label, templates.get(ONE_HOT, {}))]
         else:
             cells = zip(given.label, counts, strict=True)
-            asked = [asked_of(label, found, templates.get(label, {})) for label, found in cells]
-        plan = _Plan(
-            file,
+            columns = [infer_column(label, found, templates.get(label, {})) for label, found in cells]
+        settings = _Settings(
             str(source.root),
-            tuple(asked),
+            tuple(columns),
             tuple(given.label),
             given.modality,
             with_patient=bool(given.patient),
             one_hot=given.one_hot,
         )
-        make = functools.partial(_make, plan=plan)
+        make = functools.partial(_make, settings=settings)
         name_of = functools.partial(_name_of, file)
         _group(rows, with_patient=bool(given.patient))
         sides = _stated(rows, stated, given.split, path) if given.split else _sides(rows, given.heldout, path)
         return {side: Split(found, make, name_of) for side, found in sides.items() if found}
 
-    def _checked_source(self, source: SourceFolder) -> str:
-        file = getattr(self.options, "source_file", None)
-        if not file:
-            raise UserError(f"{source.root}: give the table itself as --source. {self.instructions}")
-        if not self.options.image or not self.options.label:
-            raise UserError(
-                f"{source.root / file}: give --image COLUMN and --label COLUMN. {self.instructions}"
-            )
-        images = self.options.images
-        if images and not paths.as_path(images).is_dir():
-            raise UserError(f"--images {images}: no such folder; give the folder below which images lie")
-        return file
-
     def _columns(self) -> dict[str, tuple[str]]:
-        """Key of a row → the header that it is read from."""
+        """Maps the keys of a row to headers."""
         given = self.options
         columns = {f"image {number}": (name,) for number, name in enumerate(given.image)}
         columns |= {f"label {number}": (name,) for number, name in enumerate(given.label)}
         single = {"patient": given.patient, "split": given.split, "id": given.id}
         return columns | {key: (name,) for key, name in single.items() if name}
-
-
-def _is_parquet(file: str) -> bool:
-    return file.lower().endswith((".parquet", ".pq"))
-
-
-def _templates(path: str | None, labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    if path is None:
-        return {}
-    try:
-        content = json.loads(paths.read_bytes(paths.as_path(path), _MAX_TEMPLATES))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no JSON ({' '.join(str(error).split())})") from error
-    return read_templates(content, labels, path)
 
 
 def _read_text(
@@ -251,7 +201,7 @@ def _read_text(
 
 
 def _delimiter(source: SourceFolder, file: str) -> str:
-    """The delimiter of the header: a tab or a semicolon only where it has no comma."""
+    """Detects the delimiter of the header; a comma takes precedence over tab and semicolon."""
     if file.lower().removesuffix(".gz").endswith(".tsv"):
         return "\t"
     with (source.root / file).open("rb") as opened:
@@ -262,7 +212,7 @@ def _delimiter(source: SourceFolder, file: str) -> str:
 def _read_parquet(
     source: SourceFolder, file: str, columns: Mapping[str, tuple[str]]
 ) -> Iterator[tuple[dict[str, Any], parquet.Place | None]]:
-    """(values by key, where the row stands); columns that hold images are left to `_make`."""
+    """Yields (values by key, position of the row); stored images are left to `_make`."""
     places = parquet.rows(source, [file], columns, "row")
     if not places:
         return
@@ -274,7 +224,7 @@ def _read_parquet(
             stored = {key: name for key, name in names.items() if _stores_images(key, name, table)}
             light = {key: name for key, name in names.items() if key not in stored}
             at = iter(places)
-            # Images are read too, as rows that share one stay in one split.
+            # Images are hashed: rows that share one stay in one split.
             size = _IMAGE_BATCH if stored else _BATCH
             for batch in table.iter_batches(size, columns=list(dict.fromkeys(names.values()))):
                 for values in batch.to_pylist():
@@ -291,7 +241,7 @@ def _digest_of(value: object) -> int | None:
     try:
         return digest(parquet.image_bytes(value))
     except SkipItem:
-        return None  # said when the row's turn comes
+        return None  # reported when the row is converted
 
 
 def _stores_images(key: str, name: str, table: pyarrow.parquet.ParquetFile) -> bool:
@@ -303,7 +253,7 @@ def _stores_images(key: str, name: str, table: pyarrow.parquet.ParquetFile) -> b
 def _rows(
     values: Iterable[tuple[dict[str, Any], parquet.Place | None]], labels: Sequence[str], path: str
 ) -> tuple[list[_Row], list[str | None], list[collections.Counter[str]]]:
-    """(rows, the split that each states, cells of each label column)."""
+    """Returns (rows, the split stated by each, cell counts of each label column)."""
     rows: list[_Row] = []
     stated: list[str | None] = []
     counts: list[collections.Counter[str]] = [collections.Counter() for _ in labels]
@@ -317,7 +267,7 @@ def _rows(
                 cells.append("")
                 problem = str(reason)
             else:
-                if len(counts[position]) < _MOST_KINDS or cells[-1] in counts[position]:
+                if len(counts[position]) < _MAX_VALUES or cells[-1] in counts[position]:
                     counts[position][cells[-1]] += 1
         images = _images_of(row)
         own = row.get("id")
@@ -327,13 +277,13 @@ def _rows(
         stored = tuple(found for found in row.get("stored", ()) if found is not None)
         rows.append(_Row(number, name, images, tuple(cells), patient, problem, place, stored=stored))
     if not rows:
-        raise UserError(f"{path}: holds no row; write it again")
-    _name_uniquely(rows)
+        raise UserError(f"{path}: no rows; export it again")
+    _make_ids_unique(rows)
     return rows, stated, counts
 
 
 def _images_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Cells of the image columns; a cell may be a list of paths. Empty cells count for no image."""
+    """Returns the non-empty cells of the image columns; a cell may be a list of paths."""
     found: list[Any] = []
     for key, value in row.items():
         if key.startswith("image "):
@@ -346,34 +296,32 @@ def _images_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _name(value: object) -> str:
-    """A printable id of a cell, "" for none."""
+    """Returns a cell as a printable id, or ""."""
     text = _text(value).replace("\\", "/")
-    return text if text.isprintable() and len(text) <= _LONGEST_NAME else ""
+    return text if text.isprintable() and len(text) <= _MAX_NAME else ""
 
 
 def _text(value: object) -> str:
-    """A name of something: a text, or a whole number; "" for all else."""
     try:
         return cell_text(value, "")
     except SkipItem:
         return ""
 
 
-def _name_uniquely(rows: Sequence[_Row]) -> None:
-    """Gives rows that share an id a digest of their labels, and marks copies."""
-    often = collections.Counter(row.id for row in rows)
+def _make_ids_unique(rows: Sequence[_Row]) -> None:
+    """Appends a digest of the labels to duplicate ids, and marks copies."""
+    counts = collections.Counter(row.id for row in rows)
     taken: set[str] = set()
     for row in rows:
-        if often[row.id] > 1:
-            told = digest("\0".join((*row.labels, row.patient)).encode("utf-8", "surrogatepass"))
-            row.id = f"{row.id}#{told:016x}"
+        if counts[row.id] > 1:
+            suffix = digest("\0".join((*row.labels, row.patient)).encode("utf-8", "surrogatepass"))
+            row.id = f"{row.id}#{suffix:016x}"
         if row.id in taken:
             row.problem = row.problem or "is a copy of an earlier row"
         taken.add(row.id)
 
 
 def _group(rows: Sequence[_Row], *, with_patient: bool) -> None:
-    """Sets the group of each row."""
     owners, digests = [], []
     for position, row in enumerate(rows):
         shared = [b"image\0" + _path_key(image) for image in row.images if isinstance(image, str)]
@@ -400,7 +348,7 @@ def _sides(rows: list[_Row], share: float, path: str) -> dict[str, list[_Row]]:
 
 
 def _stated(rows: list[_Row], stated: list[str | None], column: str, path: str) -> dict[str, list[_Row]]:
-    """Rows by the split that they state; those that state none go to the first, to be skipped by name."""
+    """Groups rows by stated split. Rows without one go to the first split, where they are skipped."""
     found = sorted({name for name in stated if name})
     if not found:
         raise UserError(f"{path}: no row has a split in column {column} ({STATED})")
@@ -416,43 +364,38 @@ def _name_of(file: str, row: _Row) -> str:
     return f"{file} row {row.number}"
 
 
-def _make(row: _Row, context: Context, *, plan: _Plan) -> Iterator[Example]:
+def _make(row: _Row, context: Context, *, settings: _Settings) -> Iterator[Example]:
     if row.problem:
         raise SkipItem(row.problem)
-    if plan.with_patient:
+    if settings.with_patient:
         text_of(row.patient, "patient")
-    images = _pictures(row, context, plan.root)
+    images = _images(row, context, settings.root)
     rng = context.rng(row.id, "wording") if context.split == TRAIN else None
+    if settings.one_hot:
+        answers = [one_hot_label(settings.labels, row.labels)]
+    else:
+        cells = zip(settings.columns, row.labels, strict=True)
+        answers = [column.answer(cell) for column, cell in cells]
     exchanges, questions = [], []
-    for asked, answer in _answers(row, plan):
-        text = asked.question(rng, len(images))
-        exchanges.append((text, answer.capitalize() if asked.kind == "yes_no" else answer))
-        questions.append(question_meta(text, answer, asked.column, options=asked.options))
+    for column, answer in zip(settings.columns, answers, strict=True):
+        if answer is None:
+            continue
+        text = column.question(rng, len(images))
+        exchanges.append((text, answer.capitalize() if column.kind == "yes_no" else answer))
+        questions.append(question_meta(text, answer, column.header, options=column.options))
     if not exchanges:
-        raise SkipItem("no label is filled")
+        raise SkipItem("all labels are empty")
     meta = metadata(
         context,
-        modality=plan.modality,
+        modality=settings.modality,
         patient=row.patient or None,
-        group=None if plan.with_patient else f"{row.group:016x}",
+        group=None if settings.with_patient else f"{row.group:016x}",
         label_source="dataset",
     )
     yield conversation(row.id, images, exchanges, meta, questions=questions)
 
 
-def _answers(row: _Row, plan: _Plan) -> Iterator[tuple[Asked, str]]:
-    if plan.one_hot:
-        answer = marked(plan.labels, row.labels)
-        if answer is not None:
-            yield plan.asked[0], answer
-        return
-    for asked, cell in zip(plan.asked, row.labels, strict=True):
-        answer = asked.answer(cell)
-        if answer is not None:
-            yield asked, answer
-
-
-def _pictures(row: _Row, context: Context, root: str) -> list[ImageRef]:
+def _images(row: _Row, context: Context, root: str) -> list[ImageRef]:
     images: list[ImageRef] = []
     if row.place is not None:
         for value in parquet.read(root, row.place).values():

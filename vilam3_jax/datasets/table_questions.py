@@ -1,4 +1,4 @@
-"""Questions about the columns of a table: what kind of label each one holds, and how it is asked about."""
+"""Questions about the label columns of a table: column kinds, wordings and answers."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from vilam3_jax.datasets.conversations import YES_NO
 from vilam3_jax.datasets.dataset import SkipItem
 from vilam3_jax.errors import UserError
 
 KINDS = ("yes_no", "choice", "number", "text")
-YES_NO = ("yes", "no")
 ONE_HOT = "one_hot"
-MOST_OPTIONS = 20
-_FEW_OPTIONS = 5  # more must occur twice on average, or they are no classes
-_LONGEST_OPTION = 60
-_LONGEST_CELL = 64 << 10
+MAX_OPTIONS = 20
+_FEW_OPTIONS = 5  # above this number, classes must occur twice on average
+_MAX_OPTION = 60
+_MAX_CELL = 64 << 10
 _YES = frozenset(("1", "yes", "y", "true", "positive", "present"))
 _NO = frozenset(("0", "no", "n", "false", "negative", "absent"))
 _EMPTY = frozenset(("", "nan", "na", "n/a", "null", "<na>"))
 _KEYS = {"name", "kind", "ask", "answers", "unit"}
-_PLACE = re.compile(r"\{(\w*)\}")
-_ODD_SHARE = 100  # of so many cells, one may be odd without changing the kind of the column
-_FEW = 4  # from so many cells on, a single odd one is taken for a slip
+_PLACEHOLDER = re.compile(r"\{(\w*)\}")
+_OUTLIER_SHARE = 100  # one cell in this many may not fit the kind of the column
+_OUTLIER_CELLS = 4  # from this many cells on, one always may
 
-# The first wording is the canonical one: evaluation asks with it.
+# The first wording is canonical: evaluation uses it.
 DEFAULT_ASK: Mapping[str, tuple[str, ...]] = {
     "yes_no": (
         "Does {this} show {name}? Answer yes or no.",
@@ -49,21 +49,20 @@ DEFAULT_ASK: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """How a column is asked about.
+class LabelColumn:
+    """A label column and its question.
 
     Attributes:
-      column: its header; the question's type.
-      name: what it is called in questions.
-      kind: of `KINDS`.
-      ask: wordings with {name}, {options}, {unit} and {this}; the first is the canonical one.
-      options: the possible answers, empty for numbers and texts.
-      answers: cell without case → answer; None for a cell that is not asked about. Other cells are read by
-        the kind.
-      unit: of numbers, "" for none.
+      header: of the column; also the question type.
+      name: used in questions.
+      kind: one of `KINDS`.
+      ask: wordings with {name}, {options}, {unit} and {this}; the first is canonical.
+      options: possible answers; empty for numbers and texts.
+      answers: case-folded cell → answer, None to ignore the cell. Other cells are parsed by kind.
+      unit: of numbers, or "".
     """
 
-    column: str
+    header: str
     name: str
     kind: str
     ask: tuple[str, ...]
@@ -72,10 +71,10 @@ class Asked:
     unit: str = ""
 
     def answer(self, cell: str) -> str | None:
-        """The answer that a cell gives; None if it is empty or not asked about.
+        """Returns the answer for a cell; None if it is empty or ignored.
 
         Raises:
-          SkipItem: the cell is none of what the column may hold.
+          SkipItem: the cell is invalid for the column.
         """
         key = cell.casefold()
         if key in self.answers:
@@ -85,28 +84,28 @@ class Asked:
         if self.kind == "choice":
             found = next((option for option in self.options if option.casefold() == key), None)
             if found is None:
-                raise SkipItem(f"the label {self.column} has a value that is none of its options")
+                raise SkipItem(f"the label {self.header} has a value that is not an option")
             return found
         if self.kind == "yes_no":
-            return YES_NO[0] if _said(key, self.column) else YES_NO[1]
+            return YES_NO[0] if _is_yes(key, self.header) else YES_NO[1]
         if self.kind == "number" and _number(cell) is None:
-            raise SkipItem(f"the label {self.column} is no number")
+            raise SkipItem(f"the label {self.header} is not a number")
         return cell
 
     def question(self, rng: random.Random | None, images: int = 1) -> str:
-        """The question, in words of `rng`; in the canonical ones without it."""
+        """Returns the question in a random wording, or without `rng` in the canonical one."""
         wording = self.ask[0] if rng is None else rng.choice(self.ask)
         unit = f", in {self.unit}" if self.unit else ""
         words = {"name": self.name, "options": ", ".join(self.options), "unit": unit}
         words["this"] = "this image" if images == 1 else "these images"
-        return _PLACE.sub(lambda place: words[place[1]], wording)
+        return _PLACEHOLDER.sub(lambda match: words[match[1]], wording)
 
 
 def cell_text(value: object, column: str) -> str:
-    """A cell as text: "" if it is empty; whole numbers without a decimal point.
+    """Returns a cell as text: "" if empty, whole numbers without a decimal point.
 
     Raises:
-      SkipItem: it is a list, an object or bytes, or far too long for a label.
+      SkipItem: it is a list, an object, bytes, or too long for a label.
     """
     if value is None or value != value:
         return ""
@@ -117,92 +116,92 @@ def cell_text(value: object, column: str) -> str:
     if isinstance(value, list | tuple | dict | set | bytes):
         raise SkipItem(f"the label {column} is a {type(value).__name__}, not a value")
     text = str(value).replace("\0", "").strip()
-    if len(text) > _LONGEST_CELL:
-        raise SkipItem(f"the label {column} has {len(text)} characters; up to {_LONGEST_CELL} are read")
+    if len(text) > _MAX_CELL:
+        raise SkipItem(f"the label {column} has {len(text)} characters; up to {_MAX_CELL} are read")
     number = re.fullmatch(r"([+-]?\d+)\.0+", text)
     return number[1] if number else text
 
 
 def read_templates(content: Any, labels: Sequence[str], path: str) -> dict[str, dict[str, Any]]:
-    """Checks a file of questions.
+    """Validates a question file.
 
     Args:
-      content: of the JSON: `{"columns": {COLUMN: {"name", "kind", "ask", "answers", "unit"}}}`, all optional;
-        with one-hot labels, `{"one_hot": {"ask"}}` too.
-      labels: the columns that are asked about.
+      content: parsed JSON: `{"columns": {COLUMN: {"name", "kind", "ask", "answers", "unit"}}, "one_hot":
+        {"ask"}}`, everything optional.
+      labels: headers of the label columns.
       path: of the file, for messages.
 
     Returns:
-      Column → its settings; `ONE_HOT` → those of one-hot labels.
+      Header → settings; `ONE_HOT` → settings of one-hot labels.
 
     Raises:
-      UserError: names the first entry that is not as documented.
+      UserError: names the first invalid entry.
     """
     if not isinstance(content, dict) or set(content) - {"columns", ONE_HOT}:
-        raise UserError(f'{path}: is no object of "columns" and "one_hot"')
+        raise UserError(f'{path}: must be an object of "columns" and "one_hot"')
     columns = content.get("columns", {})
     if not isinstance(columns, dict):
-        raise UserError(f'{path}: "columns" is no object of columns')
+        raise UserError(f'{path}: "columns" must be an object of columns')
     known = {label.casefold(): label for label in labels}
     out = {}
     for column, settings in columns.items():
         if column.strip().casefold() not in known:
-            raise UserError(f"{path}: column {column!r} is none of --label {' '.join(labels)}")
+            raise UserError(f"{path}: column {column!r} is not one of --label {' '.join(labels)}")
         out[known[column.strip().casefold()]] = _checked(settings, f"{path}: column {column!r}", _KEYS)
     if ONE_HOT in content:
         out[ONE_HOT] = _checked(content[ONE_HOT], f"{path}: one_hot", {"ask"})
     return out
 
 
-def asked_of(column: str, cells: Mapping[str, int], settings: Mapping[str, Any]) -> Asked:
-    """How a column is asked about: as its settings say, and otherwise as its cells suggest.
+def infer_column(header: str, cells: Mapping[str, int], settings: Mapping[str, Any]) -> LabelColumn:
+    """Returns a label column; kind and options are inferred unless set.
 
     Args:
-      column: its header.
-      cells: text → how often it occurs.
+      header: of the column.
+      cells: text → number of occurrences.
       settings: of `read_templates`.
     """
-    answers = {cell_text(k, column).casefold(): v for k, v in settings.get("answers", {}).items()}
-    unasked = _EMPTY | {cell for cell, answer in answers.items() if answer is None}
-    filled = {text: count for text, count in cells.items() if text.casefold() not in unasked}
-    spoken = [answer for answer in dict.fromkeys(answers.values()) if answer is not None]
-    kind = settings.get("kind") or _kind_of_answers(spoken) or _kind(filled)
+    answers = {cell_text(k, header).casefold(): v for k, v in settings.get("answers", {}).items()}
+    ignored = _EMPTY | {cell for cell, answer in answers.items() if answer is None}
+    filled = {text: count for text, count in cells.items() if text.casefold() not in ignored}
+    given = [answer for answer in dict.fromkeys(answers.values()) if answer is not None]
+    kind = settings.get("kind") or _kind_of_answers(given) or _kind(filled)
     options: tuple[str, ...] = ()
     if kind == "yes_no":
         options = YES_NO
     elif kind == "choice":
-        options = tuple(spoken or _ordered(_spellings(filled)))
+        options = tuple(given or _ordered(_spellings(filled)))
     ask = tuple(settings.get("ask", ())) or DEFAULT_ASK[kind]
-    name = settings.get("name") or readable(column)
-    return Asked(column, name, kind, ask, options, answers, settings.get("unit", ""))
+    name = settings.get("name") or readable(header)
+    return LabelColumn(header, name, kind, ask, options, answers, settings.get("unit", ""))
 
 
-def one_hot(columns: Sequence[str], settings: Mapping[str, Any]) -> Asked:
-    """How one-hot columns, of which each row marks one, are asked about."""
+def one_hot_column(headers: Sequence[str], settings: Mapping[str, Any]) -> LabelColumn:
+    """Returns one-hot columns as a single choice."""
     ask = tuple(settings.get("ask", ())) or DEFAULT_ASK[ONE_HOT]
-    return Asked(ONE_HOT, "", "choice", ask, tuple(readable(column) for column in columns))
+    return LabelColumn(ONE_HOT, "", "choice", ask, tuple(map(readable, headers)))
 
 
-def marked(columns: Sequence[str], cells: Sequence[str]) -> str | None:
-    """The class that one-hot cells mark; None if all are empty.
+def one_hot_label(headers: Sequence[str], cells: Sequence[str]) -> str | None:
+    """Returns the class encoded by one-hot cells; None if all are empty.
 
     Raises:
-      SkipItem: a cell is neither yes nor no, or not exactly one is marked.
+      SkipItem: a cell is neither yes nor no, or not exactly one is yes.
     """
-    said = [
-        _said(cell.casefold(), column)
-        for column, cell in zip(columns, cells, strict=True)
+    flags = [
+        _is_yes(cell.casefold(), header)
+        for header, cell in zip(headers, cells, strict=True)
         if cell.casefold() not in _EMPTY
     ]
-    if not said:
+    if not flags:
         return None
-    if len(said) < len(columns) or sum(said) != 1:
-        raise SkipItem(f"marks {sum(said)} of the one-hot labels ({len(said)} of {len(columns)} are filled)")
-    return readable(columns[said.index(True)])
+    if len(flags) < len(headers) or sum(flags) != 1:
+        raise SkipItem(f"sets {sum(flags)} of {len(headers)} one-hot labels ({len(flags)} are filled)")
+    return readable(headers[flags.index(True)])
 
 
 def readable(column: str) -> str:
-    """A header as words.
+    """Converts a header to words.
 
     >>> readable("Pleural_Effusion"), readable("BI-RADS"), readable("tumor.grade")
     ('pleural effusion', 'BI-RADS', 'tumor grade')
@@ -213,64 +212,63 @@ def readable(column: str) -> str:
 
 def _checked(settings: Any, where: str, keys: Iterable[str]) -> dict[str, Any]:
     if not isinstance(settings, dict) or set(settings) - set(keys):
-        raise UserError(f"{where}: is no object of {', '.join(sorted(keys))}")
+        raise UserError(f"{where}: must be an object of {', '.join(sorted(keys))}")
     if settings.get("kind", KINDS[0]) not in KINDS:
-        raise UserError(f"{where}: kind {settings['kind']!r} is none of {', '.join(KINDS)}")
+        raise UserError(f"{where}: kind {settings['kind']!r} is not one of {', '.join(KINDS)}")
     for key in ("name", "unit"):
         if not isinstance(settings.get(key, ""), str):
-            raise UserError(f"{where}: {key} is no text")
+            raise UserError(f"{where}: {key} must be text")
     ask = settings.get("ask", [])
     if not isinstance(ask, list) or not all(isinstance(text, str) and text.strip() for text in ask):
-        raise UserError(f"{where}: ask is no list of texts")
-    for place in (place for text in ask for place in _PLACE.findall(text)):
-        if place not in ("name", "options", "unit", "this"):
-            raise UserError(f"{where}: {{{place}}} is none of {{name}}, {{options}}, {{unit}}, {{this}}")
+        raise UserError(f"{where}: ask must be a list of texts")
+    for word in (word for text in ask for word in _PLACEHOLDER.findall(text)):
+        if word not in ("name", "options", "unit", "this"):
+            raise UserError(f"{where}: {{{word}}} is not one of {{name}}, {{options}}, {{unit}}, {{this}}")
     answers = settings.get("answers", {})
     if not isinstance(answers, dict) or not all(
         answer is None or (isinstance(answer, str) and answer.strip()) for answer in answers.values()
     ):
-        raise UserError(f"{where}: answers is no object of a text or null for each cell")
-    spoken = {answer for answer in answers.values() if answer is not None}
-    if settings.get("kind") == "yes_no" and not spoken <= set(YES_NO):
-        raise UserError(f"{where}: of kind yes_no, so answers are yes, no or null")
+        raise UserError(f"{where}: answers must map cells to text or null")
+    if settings.get("kind") == "yes_no" and not set(answers.values()) <= {*YES_NO, None}:
+        raise UserError(f"{where}: answers of kind yes_no must be yes, no or null")
     return settings
 
 
-def _kind_of_answers(spoken: Sequence[str]) -> str | None:
-    if not spoken:
+def _kind_of_answers(answers: Sequence[str]) -> str | None:
+    if not answers:
         return None
-    return "yes_no" if set(spoken) <= set(YES_NO) else "choice"
+    return "yes_no" if set(answers) <= set(YES_NO) else "choice"
 
 
 def _kind(cells: Mapping[str, int]) -> str:
-    """The kind that cells suggest. Few odd cells do not change it; they are skipped with their rows."""
+    """Infers the kind of a column, tolerating few outliers; their rows are skipped."""
     total = sum(cells.values())
     binary = {text for text in cells if text.casefold() in _YES | _NO}
     numbers = {text for text in cells if _number(text) is not None}
-    if binary and _slips(cells, binary, total) and not (numbers - binary):
+    if binary and _fits(cells, binary, total) and not (numbers - binary):
         return "yes_no"
-    few = 2 <= len({text.casefold() for text in cells}) <= min(MOST_OPTIONS, max(_FEW_OPTIONS, total // 2))
+    few = 2 <= len({text.casefold() for text in cells}) <= min(MAX_OPTIONS, max(_FEW_OPTIONS, total // 2))
     whole = all(float(text).is_integer() for text in numbers)
-    if numbers and _slips(cells, numbers, total):
+    if numbers and _fits(cells, numbers, total):
         return "choice" if whole and few and len(numbers) == len(cells) else "number"
-    return "choice" if few and max(map(len, cells)) <= _LONGEST_OPTION else "text"
+    return "choice" if few and max(map(len, cells)) <= _MAX_OPTION else "text"
 
 
-def _slips(cells: Mapping[str, int], fitting: Iterable[str], total: int) -> bool:
-    odd = total - sum(cells[text] for text in fitting)
-    return odd <= max(total // _ODD_SHARE, 1 if total >= _FEW else 0)
+def _fits(cells: Mapping[str, int], fitting: Iterable[str], total: int) -> bool:
+    outliers = total - sum(cells[text] for text in fitting)
+    return outliers <= max(total // _OUTLIER_SHARE, 1 if total >= _OUTLIER_CELLS else 0)
 
 
 def _spellings(cells: Mapping[str, int]) -> list[str]:
-    """The most frequent spelling of each text; case makes no difference."""
+    """Returns the most frequent spelling of each text, ignoring case."""
     found: dict[str, list[tuple[int, str]]] = collections.defaultdict(list)
     for text, count in cells.items():
         found[text.casefold()].append((-count, text))
-    return [min(spelt)[1] for spelt in found.values()]
+    return [min(spellings)[1] for spellings in found.values()]
 
 
 def _ordered(options: Iterable[str]) -> list[str]:
-    """Numbers by size, then texts by letter."""
+    """Sorts numbers by value, then texts alphabetically."""
     return sorted(options, key=lambda text: (_number(text) is None, _number(text) or 0.0, text.casefold()))
 
 
@@ -282,7 +280,7 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _said(key: str, column: str) -> bool:
+def _is_yes(key: str, column: str) -> bool:
     if key not in _YES | _NO:
         raise SkipItem(f"the label {column} is neither yes nor no")
     return key in _YES

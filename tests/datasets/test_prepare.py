@@ -314,7 +314,7 @@ def test_pictures_are_stored_decoded(source, tmp_path, registered, capsys):
         "1",
     ]
     assert cli.main([*arguments, "--decode-images", "12"]) == 0
-    assert "pictures decoded at 12 pixels" in capsys.readouterr().out
+    assert "images decoded at 12 pixels" in capsys.readouterr().out
     train = ExampleSource(tmp_path / "out" / "toy", "train")
     for number in range(TRAIN):
         data = train[number].images[0].data

@@ -45,7 +45,7 @@ def test_a_finished_step_is_reused(chain, capfd):
     assert go() == ("1", "2")
     assert go() == ("1", "2")
     assert "[2/3] one: reused" in capfd.readouterr().out
-    record = json.loads((run / quickstart.MARKER).read_text())
+    record = json.loads((run / quickstart.RUN_FILE).read_text())
     assert record["steps"]["one"]["finished"] and record["machine"]["cores"] and record["peak_rss"] > 0
 
 
@@ -82,7 +82,7 @@ def test_a_failed_step_is_named_and_done_again(chain):
             go()
     finally:
         quickstart.plan = kept
-    assert not json.loads((run / quickstart.MARKER).read_text())["steps"]["two"]["finished"]
+    assert not json.loads((run / quickstart.RUN_FILE).read_text())["steps"]["two"]["finished"]
     assert go() == ("1", "2")
 
 
@@ -112,7 +112,7 @@ def test_products_are_rounded_where_the_processor_gains_by_it(tmp_path, monkeypa
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(UserError, match="is no quickstart run"):
+    with pytest.raises(UserError, match="is not a quickstart run"):
         quickstart.run_chain(tmp_path / "mine", tmp_path / "samples", "smoke", fresh=True)
     assert (tmp_path / "mine" / "thesis.txt").exists()
 

@@ -34,7 +34,7 @@ def phantoms(tmp_path_factory):
 @pytest.fixture(scope="module")
 def build(phantoms, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    builder = quickstart.Build(as_epath(phantoms), as_epath(out), SIZE, seed=0)
+    builder = quickstart.ExampleBuilder(as_epath(phantoms), as_epath(out), SIZE, seed=0)
     return out, builder, list(builder.examples())
 
 
@@ -182,7 +182,7 @@ def test_images_are_inside_the_output(build):
 
 def test_same_seed_same_records_other_seed_others(build, phantoms, tmp_path):
     def run(seed, name):
-        builder = quickstart.Build(as_epath(phantoms), as_epath(tmp_path / name), SIZE, seed)
+        builder = quickstart.ExampleBuilder(as_epath(phantoms), as_epath(tmp_path / name), SIZE, seed)
         return [(d, s, encode(e)) for d, s, e in builder.examples()]
 
     first = [(d, s, encode(e)) for d, s, e in build[2]]
@@ -197,7 +197,7 @@ def test_formats_and_counts(build):
     }  # fmt: skip
     ids = [e.id for _, _, e in build[2]]
     assert len(ids) == len(set(ids))
-    assert all(reason for reason in build[1].left_out)
+    assert all(reason for reason in build[1].skipped)
 
 
 def film(name, class_name, group=None):
@@ -260,11 +260,11 @@ def test_training_heads_are_labelled_from_the_experts_record(thick_head, tmp_pat
     write_index(tmp_path, [thick_head], {})
     found = {}
     for use, store in (("with", AnnotationStore(tmp_path / "store")), ("without", None)):
-        builder = quickstart.Build(as_epath(tmp_path), as_epath(tmp_path / use), SIZE, 0, store)
+        builder = quickstart.ExampleBuilder(as_epath(tmp_path), as_epath(tmp_path / use), SIZE, 0, store)
         found[use] = [q for n, _, e in builder.examples() if n == "instruct" for q in e.meta["qa"]]
         indices = {e.images[0].index for n, _, e in builder.examples() if n == "instruct"}
     assert not [q for q in found["without"] if q["type"].startswith("brain")]
-    assert builder.left_out["head: no BRAINSEG record to ask about the brain"]
+    assert builder.skipped["head: no BRAINSEG record to ask about the brain"]
     brain = [q for q in found["with"] if q["type"].startswith("brain")]
     assert {q["type"] for q in brain} == {"brain_visible", "brain_volume_range"} and len(indices) > 6
     assert all(q["label_source"] == "BRAINSEG record" and q["oracle"] for q in brain)

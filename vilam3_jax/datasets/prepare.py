@@ -1,8 +1,9 @@
-"""`vilam3 prepare DATASET --source DIR --out DIR`: what the user downloaded becomes a TFDS dataset."""
+"""`vilam3 prepare DATASET --source DIR --out DIR`: a downloaded dataset becomes a TFDS dataset."""
 
 from __future__ import annotations
 
 import argparse
+import collections
 import importlib
 import os
 import sys
@@ -16,6 +17,14 @@ from vilam3_jax.errors import UserError
 
 _MAX_REASONS = 12
 _WIDTH = 100
+_USAGE = """\
+usage: vilam3 prepare DATASET --source DIR --out DIR [options]
+       vilam3 prepare --list
+       vilam3 prepare DATASET --help
+
+Converts a dataset that you downloaded to records: a TFDS folder OUT/DATASET/VERSION.
+An interrupted build resumes. `--list` shows the datasets; `instructions` and `table`
+take files of your own."""
 _QUICKSTART = (
     "quickstart",
     "open",
@@ -27,7 +36,7 @@ _QUICKSTART = (
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(_usage())
+        print(_USAGE)
         return 0 if argv else 2
     if argv[0] == "--list":
         print(listing())
@@ -41,40 +50,29 @@ def main(argv: Sequence[str]) -> int:
 
 
 def listing() -> str:
-    """All datasets: name, access class, licence and what they are."""
-    rows: list[tuple[str, ...]] = [_QUICKSTART]
+    """All datasets: name, access class, licence and description."""
+    rows: list[tuple[str, str, str, str]] = [_QUICKSTART]
     for name in registry.names():
         try:
             dataset = registry.get(name)
-        except UserError as error:  # another package's; the others are listed all the same
+        except UserError as error:  # a broken dataset of another package must not hide the others
             rows.append((name, "-", "-", str(error)))
             continue
-        rows.append((name, dataset.access, dataset.licence, " ".join(dataset.description.split())))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = []
-    for row in sorted(rows):
-        head = "  ".join(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True))
-        lines.append(f"{head}  {textwrap.shorten(row[3], _WIDTH, placeholder=' ...')}")
-    return "\n".join(lines)
-
-
-def _usage() -> str:
+        rows.append((name, dataset.access, dataset.licence, dataset.description))
     return "\n".join(
-        [
-            "usage: vilam3 prepare DATASET --source DIR --out DIR [options]",
-            "       vilam3 prepare --list",
-            "       vilam3 prepare DATASET --help",
-            "",
-            "Turns a dataset that you downloaded into records: a TFDS folder OUT/DATASET/VERSION.",
-            "A build that was interrupted goes on where it stopped. `--list` shows the datasets;",
-            "`instructions` and `table` take files of your own.",
-        ]
+        aligned([(*row[:3], textwrap.shorten(row[3], _WIDTH, placeholder=" ...")) for row in sorted(rows)])
     )
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of text, one per row, with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def _parser(dataset: type[Dataset]) -> argparse.ArgumentParser:
     indented = textwrap.indent(textwrap.fill(" ".join(dataset.instructions.split()), _WIDTH), "  ")
-    variants = "".join(f"\n  {name}: {what}" for name, what in dataset.configs.items())
+    variants = "".join(f"\n  {name}: {text}" for name, text in dataset.configs.items())
     parser = argparse.ArgumentParser(
         prog=f"vilam3 prepare {dataset.name}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -83,37 +81,37 @@ def _parser(dataset: type[Dataset]) -> argparse.ArgumentParser:
         f"what to download:\n{indented}" + (f"\n\nvariants:{variants}" if variants else ""),
     )
     kind = "FILE" if dataset.source_is_file else "DIR"
-    parser.add_argument("--source", required=True, metavar=kind, help="what you downloaded, or your own file")
+    parser.add_argument("--source", required=True, metavar=kind, help="the download, or your own file")
     parser.add_argument("--out", required=True, help="folder of datasets, local or gs://")
     if dataset.configs:
         parser.add_argument("--variant", default="", choices=list(dataset.configs), help="default: the first")
     parser.add_argument(
-        "--processes", type=int, default=os.cpu_count() or 1, help="that build shards (default: one per core)"
+        "--processes", type=int, default=os.cpu_count() or 1, help="worker processes (default: one per core)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of every choice (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of every choice (default: 0)")
     if dataset.has_parity:
         parser.add_argument(
-            "--parity", action="store_true", help="put the known defects of VILA-M3's own preparation in"
+            "--parity", action="store_true", help="reproduce the known defects of VILA-M3's own preparation"
         )
     parser.add_argument(
-        "--image-paths", action="store_true", help="records name pictures by path instead of holding them"
+        "--image-paths", action="store_true", help="store the paths of images instead of the images"
     )
     parser.add_argument(
         "--decode-images",
         type=int,
         default=0,
         metavar="SIDE",
-        help="store pictures decoded, SIDE pixels square (the vision tower's size): faster to load",
+        help="store images decoded, SIDE pixels square (the vision tower's size): faster to load",
     )
     parser.add_argument(
         "--no-input-keys",
         action="store_true",
-        help="leave out the keys by which experts' annotations are found; saves decoding each image once",
+        help="omit the content keys that link images to expert results; saves decoding each image once",
     )
     parser.add_argument(
         "--strict",
         action="store_true",
-        help="refuse counts other than the official ones, and patients or images that splits share",
+        help="refuse unofficial item counts, and patients or images that are in several splits",
     )
     if dataset.access == "credentialed":
         parser.add_argument(
@@ -129,13 +127,13 @@ def _parser(dataset: type[Dataset]) -> argparse.ArgumentParser:
 def _prepare(dataset: type[Dataset], argv: Sequence[str]) -> int:
     args = _parser(dataset).parse_args(argv)
     if args.processes < 1 or not 0 <= args.decode_images <= 4096:
-        raise UserError("--processes must be at least 1, and --decode-images a side up to 4096")
+        raise UserError("--processes must be at least 1, and --decode-images between 0 and 4096")
     if dataset.access == "credentialed" and "://" in args.out and not args.allow_upload:
         raise UserError(
             f"--out {args.out}: {dataset.name} is credentialed data and stays on this machine; write to a "
             "local folder, or add --allow-upload if your data use agreement permits this bucket"
         )
-    from vilam3_jax.datasets import builder  # imports TFDS, which --list and --help need not wait for
+    from vilam3_jax.datasets import builder  # imports TFDS, which --list and --help do not need
 
     options = builder.BuildOptions(
         processes=args.processes,
@@ -153,43 +151,37 @@ def _prepare(dataset: type[Dataset], argv: Sequence[str]) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     print(summary(built.info))
     print(f"{built.folder}: " + ("complete build found, reused" if built.reused else "written and verified"))
-    print(_next(chosen, args, built))
+    print(_next_commands(chosen, args, built.info))
     return 0
 
 
 def summary(info: dict[str, Any]) -> str:
-    """The counts of a build as a table, with what was skipped and why."""
-    columns = ("split", "items", "records", "skipped", "images", "questions")
-    rows: list[tuple[str, ...]] = [columns]
-    reasons: dict[str, int] = {}
+    """The counts of a build as a table, and the reasons for skipped items."""
+    rows: list[tuple[str, ...]] = [("split", "items", "records", "skipped", "images", "questions")]
+    reasons: collections.Counter[str] = collections.Counter()
     for name, split in {**info["splits"], **info.get("empty_splits", {})}.items():
         images = sum(int(number) * count for number, count in split["counts"].get("images", {}).items())
         questions = sum(split["counts"].get("question_types", {}).values())
         cells = (split["items"], split["records"], split["skipped"]["total"], images, questions)
         rows.append((name, *(f"{cell:,}" for cell in cells)))
-        for reason, count in split["skipped"]["reasons"].items():
-            reasons[reason] = reasons.get(reason, 0) + count
-    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+        reasons.update(split["skipped"]["reasons"])
+    lines = aligned(rows)
     if side := info["provenance"]["decode_side"]:
         files, stored = (sum(s["image_bytes"][place] for s in info["splits"].values()) for place in (0, 1))
         lines.append(
-            f"pictures decoded at {side} pixels: {stored / 1e6:,.1f} MB, {files / 1e6:,.1f} MB as files; "
+            f"images decoded at {side} pixels: {stored / 1e6:,.1f} MB, {files / 1e6:,.1f} MB as files; "
             f"the build took {info['provenance']['seconds']:,.0f} s"
         )
-    ordered = sorted(reasons.items(), key=lambda item: -item[1])
-    lines += [f"skipped {count:,}: {reason}" for reason, count in ordered[:_MAX_REASONS]]
-    if len(ordered) > _MAX_REASONS:
-        lines.append(f"and for {len(ordered) - _MAX_REASONS} other reasons, see metadata.json")
+    lines += [f"skipped {count:,}: {reason}" for reason, count in reasons.most_common(_MAX_REASONS)]
+    if len(reasons) > _MAX_REASONS:
+        lines.append(f"and for {len(reasons) - _MAX_REASONS} other reasons, see metadata.json")
     return "\n".join(lines)
 
 
-def _next(dataset: Dataset, args: argparse.Namespace, built: Any) -> str:
+def _next_commands(dataset: Dataset, args: argparse.Namespace, info: dict[str, Any]) -> str:
     name, look, train = dataset.name + (f"/{dataset.config}" if dataset.config else ""), "", ""
-    if any(split["counts"].get("format", {}).get("study") for split in built.info["splits"].values()):
-        # Studies have no words of their own: a rule makes them of what experts said.
+    if any(split["counts"].get("format", {}).get("study") for split in info["splits"].values()):
+        # Studies have no text. A rule generates it from expert results.
         name, look = f"{name}:RULE", " --annotations=ANNOTATIONS --experts=on"
         train = " --config.data.annotations=ANNOTATIONS"
     lines = [f"look:  vilam3 data show --data={args.out} --dataset={name}{look}"]

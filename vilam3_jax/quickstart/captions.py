@@ -1,4 +1,4 @@
-"""Short descriptions of one image from what is known of it."""
+"""Captions for one image, built from known facts."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from vilam3_jax.quickstart.questions import Facts
 
-_MOST_STRUCTURES = 5
+_MAX_STRUCTURES = 5
 
-# No articles before a modality or a plane: "a CT", but "an MRI" and "an axial".
+# No article before a modality or a plane: it would be "a CT", but "an MRI" and "an axial".
 _OPENINGS = (
     "{plane} {modality} slice of the {region}",
     "{modality} of the {region}, {plane} plane",
@@ -23,65 +23,51 @@ _FILM_OPENINGS = (
 )
 
 
-def join_names(names: Sequence[str]) -> str:
-    """`["a", "b", "c"]` as text.
-
-    >>> join_names(["liver"]), join_names(["liver", "spleen", "aorta"])
-    ('the liver', 'the liver, the spleen and the aorta')
-    """
-    named = [f"the {name}" for name in names]
-    return named[0] if len(named) == 1 else ", ".join(named[:-1]) + " and " + named[-1]
-
-
 def pair_caption(facts: Facts) -> str:
     """One line for contrastive training: plane and modality.
 
-    Nothing of region, position, organs or findings: equal lines are one class to the loss, and where a class
-    is a scan or two, what tells it apart does not carry over to the next patient: held-out loss rose while
-    training loss fell.
+    Region, position, organs and findings are omitted. Equal lines are one class to the loss, and a class with
+    only a scan or two does not generalise to the next patient: held-out loss rose while training loss fell.
     """
     plane = f"{facts.plane} " if facts.plane else ""
-    return _capital(f"{plane}{facts.modality} image.")
+    return _capitalized(f"{plane}{facts.modality} image.")
 
 
 def captions(facts: Facts, structures: Sequence[str], rng: random.Random, count: int) -> list[str]:
-    """`count` different wordings of one description, a sentence or two each.
+    """At most `count` differently worded captions of one or two sentences.
 
     Args:
-      facts: what is known.
+      facts: known facts.
       structures: visible organs, largest first.
       rng: source of the wording.
-      count: how many; fewer come back if there are not as many wordings.
+      count: captions to return; fewer if there are not as many wordings.
     """
     openings = list(_OPENINGS if facts.plane else _FILM_OPENINGS)
     rng.shuffle(openings)
-    out = []
+    texts = []
     for opening in openings[:count]:
-        text = _fill(opening, facts) + _content(facts, structures) + "."
-        if facts.volumes_ml and structures:
-            name = structures[0]
-            text += f" The largest of them is the {name}." if len(structures) > 1 else ""
-        out.append(_capital(text))
-    return out
-
-
-def _fill(opening: str, facts: Facts) -> str:
-    return opening.format(plane=facts.plane, modality=facts.modality, region=facts.region)
+        text = opening.format(plane=facts.plane, modality=facts.modality, region=facts.region)
+        text += _content(facts, structures) + "."
+        if facts.volumes_ml and len(structures) > 1:
+            text += f" The largest of them is the {structures[0]}."
+        texts.append(_capitalized(text))
+    return texts
 
 
 def _content(facts: Facts, structures: Sequence[str]) -> str:
-    words = [f", {facts.position}"] if facts.position else []
+    parts = [f", {facts.position}"] if facts.position else []
     if structures:
-        words.append(" showing " + join_names(structures[:_MOST_STRUCTURES]))
+        *first, last = [f"the {name}" for name in structures[:_MAX_STRUCTURES]]
+        parts.append(" showing " + (f"{', '.join(first)} and {last}" if first else last))
     if facts.tumor_class is not None:
         kinds = {"no tumor": " without a tumor", "pituitary": " showing a pituitary tumor"}
-        words.append(kinds.get(facts.tumor_class, f" showing a {facts.tumor_class}"))
+        parts.append(kinds.get(facts.tumor_class, f" showing a {facts.tumor_class}"))
     elif facts.tumor is not None:
-        words.append(" with a tumor" if facts.tumor else " without a tumor")
+        parts.append(" with a tumor" if facts.tumor else " without a tumor")
     if facts.pneumonia is not None:
-        words.append(" showing pneumonia" if facts.pneumonia else " without pneumonia")
-    return ",".join(words)
+        parts.append(" showing pneumonia" if facts.pneumonia else " without pneumonia")
+    return ",".join(parts)
 
 
-def _capital(text: str) -> str:
+def _capitalized(text: str) -> str:
     return text[0].upper() + text[1:]

@@ -1,8 +1,7 @@
-"""The quickstart's datasets, made from a folder of samples: pairs, captions, reports and dialogues.
+"""The examples of the quickstart's datasets, from a folder of samples: pairs, captions, reports, dialogues.
 
-Everything is split by `Sample.split_group`, never by slice. The folder it writes is complete in
-itself: the images are copied beside the records. Experts' answers are not in it; they are joined
-from the annotation store when a record is loaded.
+Splits are by `Sample.split_group`, never by slice. Images are copied beside the records, so the output folder
+is self-contained. Expert results are joined from the annotation store when a record is loaded.
 """
 
 from __future__ import annotations
@@ -23,46 +22,42 @@ from vilam3_jax.data.images import encode_png, load_film
 from vilam3_jax.datasets.reports import Report, generated_reports, read_reports
 from vilam3_jax.datasets.samples import MODALITY_CODES, Sample, asset, read_samples
 from vilam3_jax.datasets.slices import MIN_PIXELS, PLANE_OF_AXIS
-from vilam3_jax.errors import UserError
-from vilam3_jax.quickstart import captions as wording
+from vilam3_jax.quickstart.captions import captions, pair_caption
 from vilam3_jax.quickstart.films import film_facts, film_variant
 from vilam3_jax.quickstart.questions import Facts, Question, QuestionMaker, dialogue_turns
 from vilam3_jax.quickstart.volumes import BRAIN_EXPERT, LabelledVolume
+from vilam3_jax.runtime import paths
 
 VERSION = 1
 DATASETS = ("pairs", "captions", "reports", "instruct")
 SPLITS = ("train", "heldout")
 REPORTS_ASSET = "iu_reports"
-GENERATED = "generated"  # the origin of phantoms
+GENERATED = "generated"  # origin of phantoms
 
-# Public samples need no secret: the salt keeps the key from being read as the subject's name.
+# Public samples need no secret. The salt keeps the key from being read as the subject's name.
 _PATIENT_SALT = b"vilam3 quickstart"
-# Only the held-out subjects count, so these are fixed and not drawn: every kind of question has a
-# subject of its own there (organs, reference brain mask, both tumour masks).
+# Fixed, not drawn, so that each kind of question has a held-out subject: organs, reference brain mask, both
+# tumor masks.
 _HELD_OUT_GROUPS = frozenset(
     {"totalseg-2", "totalseg-3", "mni152", "pyradiomics-lung1", "pyradiomics-brain2"}
 )
 _TRAIN_GROUPS = frozenset(
     {
-        "totalseg-1",
-        "totalseg-4",
-        "ct-head-atlas",
-        "pyradiomics-lung2",
-        "pyradiomics-brain1",
+        *("totalseg-1", "totalseg-4", "ct-head-atlas", "pyradiomics-lung2", "pyradiomics-brain1"),
         "pydeface-mean",
     }
 )
-_HELD_OUT_FILMS = 0.6  # of the patients of a class: two classes of eight give ten clusters
+_HELD_OUT_FILMS = 0.6  # of the patients of a class: two classes of eight patients give ten clusters
 _HELD_OUT_REPORTS = 0.1
-# (centre, width) in HU that are usual for a region. A few training scans in one window each would teach that
-# a chest in another window is no CT; a head in the window for lungs is a picture that nobody takes.
+# Usual (centre, width) in HU per region. With one window for each of a few training scans, a model learns
+# that a chest in another window is no CT. Nobody views a head in the lung window, so each region has its own.
 _CT_WINDOWS = {
     "head": ((40.0, 80.0), (35.0, 120.0), (80.0, 200.0)),
     "chest": ((-600.0, 1500.0), (50.0, 400.0), (40.0, 250.0)),
     "abdomen": ((50.0, 400.0), (40.0, 250.0), (60.0, 600.0), (400.0, 1800.0)),
 }
-_MOST_ROUNDS = 4  # over the pictures of an expert that has few, so that choosing it can be learned
-# Slices of one sample in which the brain surely is, or surely is not, by eye: (plane, slices, answer).
+_MAX_ROUNDS = 4  # over the images of a rare expert, so that calling it can be learned
+# Slices in which the brain is certainly visible or not, read by eye: (plane, slices, visible).
 _READ_BY_EYE: Mapping[str, tuple[tuple[str, range, bool], ...]] = {
     "pyradiomics_brain1": (("axial", range(0, 2), False), ("axial", range(3, 23), True)),
     "pyradiomics_brain2": (("axial", range(0, 1), False), ("axial", range(3, 21), True)),
@@ -71,14 +66,14 @@ _READ_BY_EYE: Mapping[str, tuple[tuple[str, range, bool], ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much to make.
+    """Amount of data.
 
     Attributes:
-      slices: slices per plane of a training volume.
-      heldout_slices: the same for a held-out volume.
-      films: altered training copies per class of films, the originals included.
+      slices: per plane of a training volume.
+      heldout_slices: per plane of a held-out volume.
+      films: training images per class of films, augmented copies included.
       captions: wordings per training image.
-      dialogues: dialogues per training image.
+      dialogues: per training image.
       reports: most training reports.
       questions: most questions in a dialogue.
     """
@@ -102,16 +97,16 @@ SIZES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-    """One image, ready to be talked about.
+class LabelledImage:
+    """One image with everything that captions and dialogues need.
 
     Attributes:
       key: unique within the build.
       ref: the copy below the output folder.
-      facts: what is known of it.
+      facts: known facts.
       structures: visible organs, largest first.
-      sample: where it comes from.
-      input_key: content key of what the expert saw: the whole volume, or the film as it was taken.
+      sample: the sample it comes from.
+      input_key: content key of the expert's input: the whole volume, or the unaltered film.
     """
 
     key: str
@@ -122,8 +117,15 @@ class Picture:
     input_key: str
 
 
-class Build:
-    """One run of the builder: reads `source`, copies images below `out`, makes the examples."""
+class ExampleBuilder:
+    """Reads a folder of samples, copies its images below `out` and yields the examples.
+
+    Attributes:
+      samples: the samples.
+      splits: split group → split.
+      skipped: reason → number of skipped parts of the data.
+      notes: note on a volume → number of volumes.
+    """
 
     def __init__(
         self,
@@ -133,16 +135,15 @@ class Build:
         seed: int,
         annotations: AnnotationStore | None = None,
     ):
-        """Reads the list of samples and decides the split.
+        """Reads the samples and assigns the splits.
 
         Args:
           source: folder written by the samples or the phantoms command.
-          out: where the images go.
-          size: how much to make.
-          seed: of every choice; the same seed gives the same records.
-          annotations: if given, training scans of heads without a reference mask get brain questions labelled
-            from the brain expert's own record (`label_source` says so). Held-out labels never come from an
-            expert.
+          out: destination of the images.
+          size: amount of data.
+          seed: seed of every choice; the same seed gives the same records.
+          annotations: if given, training heads without a reference mask get brain questions labelled from the
+            brain expert's own record (`label_source` says so). Held-out labels never come from an expert.
 
         Raises:
           UserError: the samples cannot be read.
@@ -151,31 +152,30 @@ class Build:
         self.annotations = annotations
         self.samples = list(read_samples(source))
         self.splits = assign_splits(self.samples, seed)
-        self.left_out: collections.Counter[str] = collections.Counter()
+        self.skipped: collections.Counter[str] = collections.Counter()
         self.notes: collections.Counter[str] = collections.Counter()
 
     def examples(self) -> Iterator[tuple[str, str, Example]]:
         """Yields (dataset, split, example)."""
-        pictures: dict[str, list[Picture]] = {split: [] for split in SPLITS}
+        images: dict[str, list[LabelledImage]] = {split: [] for split in SPLITS}
         film_copies = self._film_copies()
         for sample in self.samples:
             split = self.splits[sample.split_group]
             rng = self._rng("slices", sample.name)
             if sample.kind == "film":
-                made = self._film(sample, film_copies[sample.name], rng)
+                images[split] += self._film(sample, film_copies[sample.name], rng)
             else:
-                made = self._volume(sample, split, rng)
-            pictures[split] += made
+                images[split] += self._volume(sample, split, rng)
         for split in SPLITS:
-            yield from self._described(pictures[split], split)
-            yield from self._dialogues(pictures[split], split)
+            yield from self._captioned(images[split], split)
+            yield from self._dialogues(images[split], split)
         yield from self._reports()
 
     def _rng(self, *parts: object) -> random.Random:
         return random.Random("/".join(map(str, (self.seed, *parts))))
 
     def _film_copies(self) -> dict[str, int]:
-        """How many pictures of each film: classes are made equally frequent in training."""
+        """Number of images per film: classes become equally frequent in training."""
         classes: dict[tuple, list[str]] = {}
         for sample in self.samples:
             if sample.kind == "film" and self.splits[sample.split_group] == "train":
@@ -186,35 +186,38 @@ class Build:
                 copies[name] = max(1, len(range(position, self.size.films, len(names))))
         return copies
 
-    def _film(self, sample: Sample, copies: int, rng: random.Random) -> list[Picture]:
-        image = load_film(sample.path)
-        # The expert sees the film once, as it was taken; altered copies of it share what it said.
-        input_key = image_key(image)
+    def _film(self, sample: Sample, copies: int, rng: random.Random) -> list[LabelledImage]:
+        pixels = load_film(sample.path)
+        input_key = image_key(pixels)  # augmented copies share the expert's result for the original
         facts = film_facts(sample)
-        pictures = []
+        images = []
         for number in range(copies):
             path = f"images/{sample.name}" + (f"_copy{number}.png" if number else _suffix(sample.path))
             if number:
-                shown = film_variant(image, rng, mirror=sample.body_region == "head")
-                self._write(path, encode_png(shown))
+                data = encode_png(film_variant(pixels, rng, mirror=sample.body_region == "head"))
             elif sample.path.suffix == ".dcm":
-                # Loaders decode pictures; a film's DICOM header would also carry what nobody needs.
-                path = f"images/{sample.name}.png"
-                self._write(path, encode_png(image))
+                # Loaders decode ordinary images; a DICOM header would also carry data that nobody needs.
+                path, data = f"images/{sample.name}.png", encode_png(pixels)
             else:
-                self._write(path, sample.path.read_bytes())
+                data = sample.path.read_bytes()
+            paths.write_bytes_atomic(self.out / path, data)
             key = f"{sample.name}/{number}"
-            pictures.append(Picture(key, ImageRef(path=path), facts, (), sample, input_key))
-        return pictures
+            images.append(LabelledImage(key, ImageRef(path=path), facts, (), sample, input_key))
+        return images
 
-    def _volume(self, sample: Sample, split: str, rng: random.Random) -> list[Picture]:
+    def _volume(self, sample: Sample, split: str, rng: random.Random) -> list[LabelledImage]:
         labelled = LabelledVolume.load(sample)
         self.notes.update(labelled.volume.notes)
         path = f"images/{sample.name}{_suffix(sample.path)}"
-        self._copy(sample.path, path)
+        for file in sorted(sample.path.iterdir()) if sample.path.is_dir() else [sample.path]:
+            name = path if file == sample.path else f"{path}/{file.name}"
+            paths.write_bytes_atomic(self.out / name, file.read_bytes())
         record = self._brain_record(labelled, split)
-        count = self.size.slices if split == "train" else self._heldout_count(sample)
-        pictures = []
+        count = self.size.slices
+        if split != "train":  # the scans of one subject share the number
+            same = [s for s in self.samples if s.split_group == sample.split_group and s.kind != "film"]
+            count = max(2, self.size.heldout_slices // len(same))
+        images = []
         for axis, index in labelled.slices(count, rng):
             facts = _read_by_eye(sample, axis, index, labelled.facts(axis, index))
             if record is not None:
@@ -224,22 +227,17 @@ class Build:
             ref = ImageRef(path=path, axis=axis, index=index, window=window, modality=modality)
             key = f"{sample.name}/{PLANE_OF_AXIS[axis]}/{index}"
             names = tuple(labelled.structures(axis, index))
-            pictures.append(Picture(key, ref, facts, names, sample, labelled.volume.content_key))
-        if not pictures:
-            self.left_out[f"volume {sample.name}: no slice with enough of the body"] += 1
-        return pictures
+            images.append(LabelledImage(key, ref, facts, names, sample, labelled.volume.content_key))
+        if not images:
+            self.skipped[f"volume {sample.name}: no slice with enough of the body"] += 1
+        return images
 
     def _window(self, sample: Sample, split: str, rng: random.Random) -> tuple[float, float] | None:
-        """The scan's own window; about half of the training slices of a CT in another one that is usual."""
+        """The scan's own window; for about half of the training slices of a CT another usual one."""
         if split != "train" or sample.kind != "ct" or rng.random() < 0.5:
             return sample.window
         usual = _CT_WINDOWS.get(sample.body_region, ())
         return rng.choice([window for window in usual if window != sample.window] or [sample.window])
-
-    def _heldout_count(self, sample: Sample) -> int:
-        """Slices per plane; several scans of the same subject share its number."""
-        same = [s for s in self.samples if s.split_group == sample.split_group and s.kind != "film"]
-        return max(2, self.size.heldout_slices // len(same))
 
     def _brain_record(self, labelled: LabelledVolume, split: str) -> tuple[list[np.ndarray], float] | None:
         """(pixels per slice along each axis, ml) of the expert's own brain mask, for training only."""
@@ -251,76 +249,67 @@ class Build:
         if self.annotations is not None:
             found = self.annotations.get(labelled.volume.content_key, BRAIN_EXPERT, "")
         if found is None or found.status != "ok" or found.labels is None:
-            self.left_out[f"{sample.name}: no {BRAIN_EXPERT} record to ask about the brain"] += 1
+            self.skipped[f"{sample.name}: no {BRAIN_EXPERT} record to ask about the brain"] += 1
             return None
         mask = found.label_map() > 0
         pixels = [mask.sum(axis=tuple(i for i in range(3) if i != axis)) for axis in range(3)]
         return pixels, sum(segment.volume_ml for segment in found.segments)
 
-    def _described(self, pictures: list[Picture], split: str) -> Iterator[tuple[str, str, Example]]:
-        for picture in pictures:
-            text = wording.pair_caption(picture.facts)
-            yield "pairs", split, self._caption("pairs", "pair", picture, split, 0, text)
+    def _captioned(self, images: list[LabelledImage], split: str) -> Iterator[tuple[str, str, Example]]:
+        for image in images:
             count = self.size.captions if split == "train" else 1
-            rng = self._rng("captions", picture.key)
-            texts = wording.captions(picture.facts, picture.structures, rng, count)
-            for number, text in enumerate(texts):
-                yield "captions", split, self._caption("captions", "caption", picture, split, number, text)
+            rng = self._rng("captions", image.key)
+            texts = {
+                ("pairs", "pair"): [pair_caption(image.facts)],
+                ("captions", "caption"): captions(image.facts, image.structures, rng, count),
+            }
+            for (dataset, form), of_dataset in texts.items():
+                for number, text in enumerate(of_dataset):
+                    turns = (Turn("user", IMAGE_MARKER), Turn("assistant", text, True))
+                    meta = self._meta(dataset, image, split, [])
+                    identifier = f"{dataset}/{image.key}/{number}"
+                    yield dataset, split, Example(identifier, form, (image.ref,), turns, (), meta)
 
-    def _caption(
-        self, dataset: str, form: str, picture: Picture, split: str, number: int, text: str
-    ) -> Example:
-        turns = (Turn("user", IMAGE_MARKER), Turn("assistant", text, True))
-        meta = self._meta(dataset, picture, split, [])
-        return Example(f"{dataset}/{picture.key}/{number}", form, (picture.ref,), turns, (), meta)
-
-    def _dialogues(self, pictures: list[Picture], split: str) -> Iterator[tuple[str, str, Example]]:
+    def _dialogues(self, images: list[LabelledImage], split: str) -> Iterator[tuple[str, str, Example]]:
         training = split == "train"
         maker = QuestionMaker(self._rng("questions", split), training=training, limit=self.size.questions)
-        made: collections.Counter[str] = collections.Counter()
-        for number in range(_MOST_ROUNDS * self.size.dialogues if training else 1):
-            # Mixed order: balance is kept question by question, and neighbours are alike.
-            order = [p for p in pictures if self._asked_in(number, p.facts.expert, made)]
+        calls: collections.Counter[str] = collections.Counter()
+        for number in range(_MAX_ROUNDS * self.size.dialogues if training else 1):
+            # Shuffled: answers are balanced question by question, and neighbouring slices are alike.
+            order = [image for image in images if self._in_round(number, image.facts.expert, calls)]
             self._rng("order", split, number).shuffle(order)
-            for picture in order:
-                example = self._dialogue(picture, split, number, maker.dialogue(picture.facts))
+            for image in order:
+                example = self._dialogue(image, split, number, maker.dialogue(image.facts))
                 if number < self.size.dialogues or example.expert_requests:
-                    made.update(request.expert for request in example.expert_requests)
+                    calls.update(request.expert for request in example.expert_requests)
                     yield "instruct", split, example
         for reason, count in maker.unasked.items():
-            self.left_out[f"{split}: question not asked, {reason}"] += count
+            self.skipped[f"{split}: question not asked, {reason}"] += count
 
-    def _asked_in(self, number: int, expert: str | None, made: Mapping[str, int]) -> bool:
-        """Whether a picture with this expert, or none, is asked about in a round.
+    def _in_round(self, number: int, expert: str | None, calls: Mapping[str, int]) -> bool:
+        """Whether an image is used in a round of dialogues.
 
-        All are in the first; those with an expert in as many as the size says; later those whose expert
-        was met less than half as often as the most frequent one.
+        All images are in the first round, those with an expert in `size.dialogues` rounds. Later rounds have
+        the images whose expert was called less than half as often as the most frequent one.
         """
         if number == 0 or expert is None:
             return number == 0
-        return number < self.size.dialogues or made.get(expert, 0) < 0.5 * max(made.values(), default=0)
+        return number < self.size.dialogues or calls.get(expert, 0) < 0.5 * max(calls.values(), default=0)
 
-    def _dialogue(self, picture: Picture, split: str, number: int, questions: list[Question]) -> Example:
-        facts = picture.facts
-        requests = ()
+    def _dialogue(self, image: LabelledImage, split: str, number: int, questions: list[Question]) -> Example:
+        facts, requests = image.facts, ()
         first = next((i for i, question in enumerate(questions) if question.expert is not None), None)
-        if first is not None:
-            # The expert speaks before the answer to the first question that it helps with.
-            request = ExpertRequest(
-                str(facts.expert), facts.expert_args, before_turn=2 * first + 1, policy="optional"
+        if first is not None:  # the result precedes the answer to the first question that it helps with
+            turn = 2 * first + 1
+            requests = (
+                ExpertRequest(str(facts.expert), facts.expert_args, before_turn=turn, policy="optional"),
             )
-            requests = (request,)
-        return Example(
-            f"instruct/{picture.key}/{number}",
-            "conversation",
-            (picture.ref,),
-            dialogue_turns(questions),
-            requests,
-            self._meta("instruct", picture, split, questions),
-        )
+        meta = self._meta("instruct", image, split, questions)
+        identifier = f"instruct/{image.key}/{number}"
+        return Example(identifier, "conversation", (image.ref,), dialogue_turns(questions), requests, meta)
 
-    def _meta(self, dataset: str, picture: Picture, split: str, questions: list[Question]) -> dict:
-        sample, facts = picture.sample, picture.facts
+    def _meta(self, dataset: str, image: LabelledImage, split: str, questions: list[Question]) -> dict:
+        sample, facts = image.sample, image.facts
         return {
             "dataset": f"quickstart/{dataset}",
             "split": split,
@@ -332,7 +321,7 @@ class Build:
             "group": hashed(sample.split_group),
             "licence": sample.licence,
             "origin": sample.origin,
-            "input_key": picture.input_key,
+            "input_key": image.input_key,
             "question_types": [question.type for question in questions],
             "label_source": [question.label_source for question in questions],
             "qa": [question.to_meta() for question in questions],
@@ -343,7 +332,7 @@ class Build:
         self._rng("reports").shuffle(reports)
         held_out = max(1, round(min(len(reports), self.size.reports) * _HELD_OUT_REPORTS))
         parts = {"heldout": reports[:held_out], "train": reports[held_out:][: self.size.reports]}
-        self.left_out["report: more than this size takes"] += len(reports) - sum(map(len, parts.values()))
+        self.skipped["report: more than this size takes"] += len(reports) - sum(map(len, parts.values()))
         for split in SPLITS:
             for report in parts[split]:
                 meta = {
@@ -360,29 +349,11 @@ class Build:
                 yield "reports", split, Example(f"reports/{report.id}", "document", (), turns, (), meta)
 
     def _report_texts(self) -> tuple[list[Report], str]:
-        if all(sample.origin == GENERATED for sample in self.samples):
-            # Phantoms come without texts, and real ones would need the network.
+        if all(sample.origin == GENERATED for sample in self.samples):  # a smoke run has no network
             return generated_reports(self.size.reports * 2, self._rng("report texts")), GENERATED
-        reports, left_out = read_reports(asset(self.source, REPORTS_ASSET))
-        self.left_out += left_out
+        reports, skipped = read_reports(asset(self.source, REPORTS_ASSET))
+        self.skipped += skipped
         return reports, "Indiana University chest X-ray collection"
-
-    def _write(self, path: str, data: bytes) -> None:
-        target = self.out / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            target.write_bytes(data)
-        except OSError as error:
-            raise UserError(
-                f"{target}: cannot be written ({error}); free space or choose another folder"
-            ) from error
-
-    def _copy(self, source: epath.Path, path: str) -> None:
-        if source.is_dir():
-            for child in sorted(source.iterdir()):
-                self._write(f"{path}/{child.name}", child.read_bytes())
-        else:
-            self._write(path, source.read_bytes())
 
 
 def hashed(patient: str) -> str:
@@ -391,18 +362,16 @@ def hashed(patient: str) -> str:
 
 
 def _suffix(path: epath.Path) -> str:
-    """`.nii.gz` whole; nothing for the folder of a DICOM series."""
+    """The file extension, `.nii.gz` included; empty for the folder of a DICOM series."""
     if path.is_dir():
         return ""
     return ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
 
 
 def _read_by_eye(sample: Sample, axis: int, index: int, facts: Facts) -> Facts:
-    if facts.brain is not None:
-        return facts
-    for plane, slices, answer in _READ_BY_EYE.get(sample.name, ()):
+    for plane, slices, visible in _READ_BY_EYE.get(sample.name, ()) if facts.brain is None else ():
         if plane == PLANE_OF_AXIS[axis] and index in slices:
-            return dataclasses.replace(facts, brain=answer, brain_source="slice range read by eye")
+            return dataclasses.replace(facts, brain=visible, brain_source="slice range read by eye")
     return facts
 
 
@@ -419,23 +388,23 @@ def _from_record(facts: Facts, record: tuple[list[np.ndarray], float], axis: int
 
 
 def assign_splits(samples: Iterable[Sample], seed: int) -> dict[str, str]:
-    """Decides for every split group, as a whole, on which side it is.
+    """Assigns each split group, as a whole, to a split.
 
-    Films of one class are drawn, most of them held out, so that intervals over patients exist. Volumes are
-    few: the known ones have a fixed side, of others every second group with the same kind, region and label
-    source is held out.
+    Films of one class are drawn, most of them held out, so that there are enough patients for confidence
+    intervals. Volumes are few: known groups have a fixed split; of others with equal kind, region and label
+    source, half are held out.
 
     Args:
       samples: all samples.
-      seed: of the draw.
+      seed: seed of the draw.
 
     Returns:
-      split group -> `train` or `heldout`; a group that has no other to be drawn with trains.
+      split group → `train` or `heldout`; a group that is alone in its stratum is in `train`.
     """
     strata: dict[str, tuple] = {}
     for sample in samples:
         stratum = (sample.kind, sample.body_region, sample.class_name or "", sample.label_source or "")
-        # A group's labelled member says what it is good for.
+        # The labelled sample of a group decides its stratum.
         known = strata.get(sample.split_group)
         if known is None or (not known[3] and stratum[3]):
             strata[sample.split_group] = stratum
@@ -443,17 +412,17 @@ def assign_splits(samples: Iterable[Sample], seed: int) -> dict[str, str]:
     for group, stratum in sorted(strata.items()):
         members.setdefault(stratum, []).append(group)
     for stratum in [s for s, groups in members.items() if s[0] == "film" and len(groups) == 1]:
-        # Alone in its class: drawn together with the others of its region that are.
+        # Groups that are alone in their class are drawn together, by region.
         members.setdefault((*stratum[:2], "alone", ""), []).extend(members.pop(stratum))
-    out: dict[str, str] = {}
+    splits: dict[str, str] = {}
     for stratum, groups in sorted(members.items()):
         fixed = [g for g in groups if g in _HELD_OUT_GROUPS | _TRAIN_GROUPS]
-        out |= {g: "heldout" if g in _HELD_OUT_GROUPS else "train" for g in fixed}
+        splits |= {g: "heldout" if g in _HELD_OUT_GROUPS else "train" for g in fixed}
         free = [g for g in groups if g not in fixed]
         random.Random(f"{seed}/split/{stratum}").shuffle(free)
         if stratum[0] == "film":
             count = min(int(np.ceil(_HELD_OUT_FILMS * len(free))), len(free) - 1)
         else:
             count = len(free) // 2
-        out |= {g: "heldout" if i < count else "train" for i, g in enumerate(free)}
-    return out
+        splits |= {g: "heldout" if i < count else "train" for i, g in enumerate(free)}
+    return splits

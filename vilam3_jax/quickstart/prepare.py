@@ -19,16 +19,16 @@ from vilam3_jax.data.content_keys import DECODER_VERSION
 from vilam3_jax.data.examples import Example
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.records import ExampleSource, ExampleWriter
+from vilam3_jax.datasets.prepare import aligned
 from vilam3_jax.datasets.samples import INDEX_NAME, asset, read_samples
 from vilam3_jax.errors import UserError
-from vilam3_jax.quickstart import examples as quickstart
+from vilam3_jax.quickstart import examples
 from vilam3_jax.quickstart.volumes import BRAIN_EXPERT
 from vilam3_jax.runtime import paths
 
 BUILD_NAME = "build.json"
-_VERSION = "1.0.0"  # of the folders; `quickstart.VERSION` tells what is made
+_VERSION = "1.0.0"  # of the folders; `examples.VERSION` identifies the content
 _MAX_BUILD_BYTES = 16 << 20
-_BLOCK = 1 << 20
 
 
 def prepare_quickstart(
@@ -41,26 +41,26 @@ def prepare_quickstart(
 ) -> dict[str, Any]:
     """Builds the quickstart's datasets, or reuses a complete build of the same input.
 
-    The folder appears when everything in it has been written and read back, not before.
+    The folder appears only after everything in it was written and read back.
 
     Args:
       source: folder written by the samples or the phantoms command.
-      out: folder to make; local or an object store.
-      size: a key of `quickstart.SIZES`.
-      seed: of every choice.
-      annotations: store of experts' answers, see `quickstart.Build`.
+      out: folder to create; local or an object store.
+      size: a key of `examples.SIZES`.
+      seed: seed of every choice.
+      annotations: store of expert results, see `examples.ExampleBuilder`.
 
     Returns:
       The content of `build.json`, with `reused` added.
 
     Raises:
-      UserError: unreadable samples, `out` holds something else, or the disk is full.
+      UserError: the samples cannot be read, `out` holds something else, or the disk is full.
     """
     source_dir, target = paths.as_path(source), paths.as_path(out)
     store = None if annotations is None else AnnotationStore(annotations)
     identity = {
         "dataset": "quickstart",
-        "version": quickstart.VERSION,
+        "version": examples.VERSION,
         "decoder_version": DECODER_VERSION,
         "size": size,
         "seed": seed,
@@ -71,20 +71,15 @@ def prepare_quickstart(
     if known is not None:
         return known | {"reused": True}
     with tempfile.TemporaryDirectory(prefix="vilam3-prepare-") as scratch:
+        work = epath.Path(scratch)
         remote = "://" in str(target)
-        # Beside the target, so that the last step is a rename.
-        work = (
-            epath.Path(scratch)
-            if remote
-            else target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
-        )
+        if not remote:  # beside the target, so that publishing is a rename
+            work = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
         try:
             build = _write(source_dir, work, identity, store)
             _publish(work, target, remote)
         except OSError as error:
-            raise UserError(
-                f"{target}: cannot be written ({error}); free space or choose another folder"
-            ) from error
+            raise paths.write_error(target, error) from error
         finally:
             if not remote:
                 shutil.rmtree(work, ignore_errors=True)
@@ -95,8 +90,8 @@ def _write(
     source: epath.Path, work: epath.Path, identity: dict[str, Any], store: AnnotationStore | None
 ) -> dict[str, Any]:
     work.mkdir(parents=True, exist_ok=True)
-    size = quickstart.SIZES[identity["size"]]
-    builder = quickstart.Build(source, work, size, identity["seed"], store)
+    size = examples.SIZES[identity["size"]]
+    builder = examples.ExampleBuilder(source, work, size, identity["seed"], store)
     provenance = identity | {
         "origins": sorted({sample.origin for sample in builder.samples}),
         "split": "by subject: Sample.split_group, never by slice",
@@ -104,16 +99,16 @@ def _write(
     grouped: dict[tuple[str, str], list[Example]] = collections.defaultdict(list)
     for dataset, split, example in builder.examples():
         grouped[dataset, split].append(example)
-    for (dataset, split), examples in sorted(grouped.items()):
+    for (dataset, split), of_split in sorted(grouped.items()):
         with ExampleWriter(
             work / dataset / _VERSION, split, name=dataset, provenance=provenance, data_root="../.."
         ) as writer:
-            for example in examples:
+            for example in of_split:
                 writer.write(example)
     build = {
         **identity,
         "counts": verify(work),
-        "left_out": dict(sorted(builder.left_out.items())),
+        "left_out": dict(sorted(builder.skipped.items())),
         "notes": dict(sorted(builder.notes.items())),
         "samples": [
             {"name": s.name, "split": builder.splits[s.split_group], "licence": s.licence, "origin": s.origin}
@@ -128,25 +123,25 @@ def verify(folder: paths.PathLike) -> list[dict[str, Any]]:
     """Reads every record back and checks it, its images and the split.
 
     Args:
-      folder: what `prepare_quickstart` wrote.
+      folder: output of `prepare_quickstart`.
 
     Returns:
-      One row a dataset and split: `dataset`, `split`, `records`, `questions`, `subjects`, `images`.
+      One row per dataset and split: `dataset`, `split`, `records`, `questions`, `subjects`, `images`.
 
     Raises:
-      UserError: a broken record, a missing image, or a subject on both sides.
+      UserError: a record is malformed, an image is missing, or a subject is in both splits.
     """
     root = paths.as_path(folder)
     rows = []
-    sides: dict[str, str] = {}
+    split_of: dict[str, str] = {}
     present: set[str] = set()
-    for dataset in quickstart.DATASETS:
-        for split in quickstart.SPLITS:
+    for dataset in examples.DATASETS:
+        for split in examples.SPLITS:
             subjects, images, questions, records = set(), set(), 0, 0
             for example in ExampleSource(root / dataset, split):
                 example.validate()
                 group = example.meta["group"]
-                if sides.setdefault(group, split) != split:
+                if split_of.setdefault(group, split) != split:
                     raise UserError(f"example {example.id!r}: its subject is in train and in heldout")
                 for image in example.images:
                     if image.path is not None and image.path not in present:
@@ -157,23 +152,20 @@ def verify(folder: paths.PathLike) -> list[dict[str, Any]]:
                 subjects.add(group)
                 records += 1
                 questions += len(example.meta.get("qa", ()))
-            rows.append(
-                {
-                    "dataset": dataset, "split": split, "records": records, "questions": questions,
-                    "subjects": len(subjects), "images": len(images),
-                }
-            )  # fmt: skip
+            counts = {"records": records, "questions": questions}
+            counts |= {"subjects": len(subjects), "images": len(images)}
+            rows.append({"dataset": dataset, "split": split, **counts})
     return rows
 
 
 def _publish(work: epath.Path, out: epath.Path, remote: bool) -> None:
     if not remote:
-        if out.exists():  # empty, or `_existing` had refused it
+        if out.exists():  # an empty folder; `_existing` refuses any other
             out.rmdir()
         work.rename(out)
         return
     files = sorted(epath.Path(folder) / name for folder, _, names in os.walk(work) for name in names)
-    # Object stores have no rename of folders: the file that makes the build complete goes last.
+    # Object stores cannot rename folders: the file that marks the build as complete is copied last.
     for path in sorted(files, key=lambda p: p.name == BUILD_NAME):
         target = out / path.relative_to(work)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -181,33 +173,30 @@ def _publish(work: epath.Path, out: epath.Path, remote: bool) -> None:
 
 
 def _existing(out: epath.Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    if not out.exists():
-        return None
-    if not out.is_dir():
+    if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; choose another --out")
     if not paths.children(out):
         return None
-    found: dict[str, Any] = {}
-    if (out / BUILD_NAME).exists():
-        try:
-            found = json.loads(paths.read_bytes(out / BUILD_NAME, _MAX_BUILD_BYTES))
-            differs = [key for key, value in identity.items() if found.get(key) != value]
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{out / BUILD_NAME}: damaged ({error}); remove the folder") from error
-        if not differs:
-            return found
+    if not (out / BUILD_NAME).exists():
+        raise UserError(f"{out}: not empty and no complete build; remove it or choose another --out")
+    try:
+        found = json.loads(paths.read_bytes(out / BUILD_NAME, _MAX_BUILD_BYTES))
+        differs = [key for key, value in identity.items() if found.get(key) != value]
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{out / BUILD_NAME}: damaged ({error}); remove the folder") from error
+    if differs:
         raise UserError(
             f"{out}: holds a build with another {', '.join(differs)}; remove it or choose another --out"
         )
-    raise UserError(f"{out}: not empty and no complete build; remove it or choose another --out")
+    return found
 
 
 def _source_digest(source: epath.Path) -> str:
-    """Of the index and of every file the build reads."""
+    """Hash of the index and of every file that the build reads."""
     samples = read_samples(source)
     files = [source / INDEX_NAME]
-    if any(sample.origin != quickstart.GENERATED for sample in samples):
-        files.append(asset(source, quickstart.REPORTS_ASSET))
+    if any(sample.origin != examples.GENERATED for sample in samples):
+        files.append(asset(source, examples.REPORTS_ASSET))
     for sample in samples:
         for path in (sample.path, sample.label_map):
             if path is not None:
@@ -216,18 +205,15 @@ def _source_digest(source: epath.Path) -> str:
     for path in files:
         digest.update(path.relative_to(source).as_posix().encode() + b"\0")
         with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)  # type: ignore[arg-type]
     return digest.hexdigest()
 
 
 def table(build: dict[str, Any]) -> str:
-    """The build's counts as text, with what was left out and why."""
+    """The build's counts, and what was skipped and why, as text."""
     columns = ("dataset", "split", "records", "questions", "subjects", "images")
-    rows = [columns, *(tuple(str(row[c]) for c in columns) for row in build["counts"])]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += [f"left out: {count:6d}  {reason}" for reason, count in build["left_out"].items() if count]
+    lines = aligned([columns, *(tuple(str(row[c]) for c in columns) for row in build["counts"])])
+    lines += [f"skipped: {count:6d}  {reason}" for reason, count in build["left_out"].items() if count]
     lines += [f"note: {count:6d}  volumes: {note}" for note, count in build["notes"].items()]
     return "\n".join(lines)
 
@@ -238,24 +224,14 @@ def main(argv: Sequence[str]) -> int:
         prog="vilam3 prepare quickstart",
         description="Make dialogues, captions, pairs and reports from a folder of samples or phantoms.",
     )
-    parser.add_argument("--source", required=True, help="folder with what was downloaded")
-    parser.add_argument("--out", required=True, help="folder to make, local or gs://")
-    parser.add_argument(
-        "--size", default="default", choices=sorted(quickstart.SIZES), help="how much to make"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of every choice (default 0)")
-    parser.add_argument(
-        "--annotations", help="store of experts' answers: brain questions of training heads come from it"
-    )
-    options = parser.parse_args(argv)
-    build = prepare_quickstart(
-        options.source,
-        options.out,
-        size=options.size,
-        seed=options.seed,
-        annotations=options.annotations,
-    )
+    parser.add_argument("--source", required=True, help="folder of samples or phantoms")
+    parser.add_argument("--out", required=True, help="folder to create, local or gs://")
+    parser.add_argument("--size", default="default", choices=sorted(examples.SIZES), help="amount of data")
+    parser.add_argument("--seed", type=int, default=0, help="seed of every choice (default 0)")
+    parser.add_argument("--annotations", help="store of expert results, used for brain questions in training")
+    options = vars(parser.parse_args(argv))
+    build = prepare_quickstart(**options)
     print(table(build))
     state = "complete build found, reused" if build["reused"] else "every record read back and checked"
-    print(f"{options.out}: {state}")
+    print(f"{options['out']}: {state}")
     return 0

@@ -1,14 +1,15 @@
-"""Questions about one image, made from labels that are known, with balanced answers.
+"""Questions about one image, generated from known labels, with balanced answers.
 
-A question says where its label comes from and whether an expert could answer it. `oracle` marks
-those whose label is the very map that was imported for the expert: they show that a model reads its
-expert, not that the expert is right, and are reported in a table of their own.
+Each question names the source of its label and the expert that can answer it. `oracle` marks questions whose
+label is the map that was imported as the expert's record. They measure whether a model uses its expert, not
+whether the expert is right, so they are reported in a separate table.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import random
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -21,17 +22,14 @@ PLANES = ("axial", "coronal", "sagittal")
 REGIONS = ("abdomen", "chest", "head")
 TUMOR_CLASSES = ("glioma", "meningioma", "pituitary", "no tumor")
 NONE_VISIBLE = "none"
-# Round sizes in ml that a volume question may compare with.
+# Round volumes in ml that the ranges of a volume question may start or end at.
 VOLUME_STEPS = (5, 10, 20, 50, 100, 200, 300, 500, 750, 1000, 1250, 1500, 2000, 2500, 3000, 4000)
-# A size this close to a limit is not asked about: rounding would decide the answer.
-_VOLUME_MARGIN = 0.12
-_SLACK = 2  # by how much one answer may lead the rarest other one of its kind,
-_ORGAN_SLACK, _ORGAN_SHARE = (
-    3,
-    0.15,
-)  # and for one organ while training: 3 and 15 % of the times it was asked for
+_VOLUME_MARGIN = 0.12  # no limit closer to the true volume: rounding would decide the answer
+_SLACK = 2  # largest lead of one answer over the rarest other one of its kind
+# Largest lead for one organ in training: 3, plus 15 % of the questions about it.
+_ORGAN_SLACK, _ORGAN_SHARE = 3, 0.15
 
-# The first wording of each type is the canonical one: held-out questions use no other.
+# The first phrase of each type is canonical: held-out questions use no other.
 PHRASES: dict[str, tuple[str, ...]] = {
     "modality": (
         "What imaging modality is this?",
@@ -96,13 +94,13 @@ class Question:
 
     Attributes:
       question: as put to the model.
-      answer: one of `options`, or for `which_organs` a comma-separated part of them.
+      answer: one of `options`; for `which_organs` a comma-separated subset.
       type: a key of `PHRASES`.
-      label_source: whose word the answer is.
-      options: the answers that may be given.
+      label_source: source of the answer.
+      options: permitted answers.
       expert: name of an expert that can answer it, or None.
-      args: the arguments that expert is called with.
-      oracle: the label is the very map that the expert's record holds.
+      args: arguments of the expert call.
+      oracle: the label is the map that the expert's record holds.
     """
 
     question: str
@@ -115,37 +113,37 @@ class Question:
     oracle: bool = False
 
     def to_meta(self) -> dict[str, Any]:
-        """Returns the plain form kept in `Example.meta["qa"]`."""
+        """Returns the plain form stored in `Example.meta["qa"]`."""
         return dataclasses.asdict(self) | {"options": list(self.options)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What is known of one image; what is None or missing is unknown and never asked.
+    """Known facts about one image. None or a missing key means unknown, and unknown facts are never asked.
 
     Attributes:
-      group: the split group; answers are balanced within the questions of a whole split.
+      group: the split group; answers are balanced over the questions of a whole split.
       modality: one of `MODALITIES`.
       region: one of `REGIONS`.
       plane: one of `PLANES`; None for films.
-      position: which third of the scan a slice is in, in words for captions.
-      organs: name -> visible in this slice. Names that are doubtful here are missing.
-      volumes_ml: name -> volume in the whole scan, in ml, for organs visible here.
-      organ_source: whose word `organs` and `volumes_ml` are.
-      organ_oracle: the expert's record is exactly that source.
-      tumor: a tumour is in this image.
-      tumor_source: whose word `tumor`, `tumor_class` are.
+      position: third of the scan that holds the slice, in words for captions.
+      organs: name → visible in this slice, without the uncertain ones.
+      volumes_ml: name → volume in the whole scan in ml, for organs visible in this slice.
+      organ_source: label source of `organs` and `volumes_ml`.
+      organ_oracle: the expert's record is that source.
+      tumor: a tumor is visible.
+      tumor_source: label source of `tumor` and `tumor_class`.
       tumor_class: one of `TUMOR_CLASSES`, for films of the head.
-      pneumonia: for chest films.
-      film_source: whose word `pneumonia` is.
-      brain: the brain is in this image.
-      brain_source: whose word `brain` is.
-      brain_oracle: `brain` is the expert's own record.
+      pneumonia: pneumonia is visible, for chest films.
+      film_source: label source of `pneumonia`.
+      brain: the brain is visible.
+      brain_source: label source of `brain`.
+      brain_oracle: `brain` comes from the expert's record.
       brain_ml: volume of the brain in the whole scan, ml.
-      brain_volume_source: whose word `brain_ml` is.
-      brain_volume_oracle: `brain_ml` is the expert's own record.
-      expert: the expert that fits this image, or None.
-      expert_args: what it is called with.
+      brain_volume_source: label source of `brain_ml`.
+      brain_volume_oracle: `brain_ml` comes from the expert's record.
+      expert: the expert suited to this image, or None.
+      expert_args: arguments of its call.
     """
 
     group: str
@@ -173,76 +171,70 @@ class Facts:
 
 
 class Balance:
-    """Counts answers given so far and says which one a question of the same kind should have next.
+    """Counts the answers so far, per key, and limits the lead of any one of them.
 
-    A key is whatever must not be guessable from the question alone: the type, or type and organ.
+    A key is whatever must not give the answer away: the question type, or the type and the organ.
     """
 
     def __init__(self, slack: int = _SLACK, share: float = 0.0):
-        """Starts at nothing; a lead may reach `slack` plus `share` of all answers of the key."""
+        """Limits leads to `slack` plus `share` of all answers of the key."""
         self.slack, self.share = slack, share
         self.counts: collections.Counter[tuple[Hashable, str]] = collections.Counter()
 
-    def surplus(self, key: Hashable, answer: str, options: Sequence[str] = YES_NO) -> int:
-        """By how many `answer` leads the rarest of the other `options`."""
-        others = min(self.counts[key, option] for option in options if option != answer)
-        return self.counts[key, answer] - others
+    def lead(self, key: Hashable, answer: str) -> int:
+        """Lead of `answer`, "yes" or "no", over the other one."""
+        return self.counts[key, answer] - self.counts[key, _yes_no(answer == "no")]
 
-    def allows(self, key: Hashable, answer: str, options: Sequence[str] = YES_NO) -> bool:
-        """Whether one more `answer` keeps its lead within the slack."""
-        total = sum(self.counts[key, option] for option in options)
-        return self.surplus(key, answer, options) < self.slack + self.share * total
+    def allows(self, key: Hashable, answer: str) -> bool:
+        """Whether one more `answer` keeps its lead within the limit."""
+        total = sum(self.counts[key, option] for option in YES_NO)
+        return self.lead(key, answer) < self.slack + self.share * total
 
     def add(self, key: Hashable, answer: str) -> None:
-        """Counts a question that was asked."""
+        """Counts an answer."""
         self.counts[key, answer] += 1
 
 
-def volume_options(low: int, high: int) -> tuple[str, str, str]:
-    """The three ranges that two limits in ml make, in the words used everywhere."""
-    return (f"under {low} ml", f"{low} to {high} ml", f"over {high} ml")
-
-
 def volume_range(ml: float, rng: random.Random, wanted: int) -> tuple[tuple[str, ...], str] | None:
-    """Picks two limits so that `ml` falls into the range `wanted`.
+    """Draws two limits such that `ml` falls into the range `wanted`.
 
-    The limits vary from question to question, so neither the organ's name nor its usual size
-    gives the answer away.
+    The limits vary between questions, so neither the organ's name nor its usual size gives the answer away.
 
     Args:
       ml: true volume.
       rng: source of the choice.
-      wanted: 0 under the lower limit, 1 between, 2 over the higher.
+      wanted: 0 below the lower limit, 1 between, 2 above the upper limit.
 
     Returns:
       (options, answer), or None when no pair of `VOLUME_STEPS` leaves enough margin.
     """
     above = [step for step in VOLUME_STEPS if step >= ml * (1 + _VOLUME_MARGIN)]
     below = [step for step in VOLUME_STEPS if step <= ml * (1 - _VOLUME_MARGIN)]
-    pairs = {
-        0: [(a, b) for i, a in enumerate(above) for b in above[i + 1 :]],
-        1: [(a, b) for a in below for b in above],
-        2: [(a, b) for i, a in enumerate(below) for b in below[i + 1 :]],
-    }[wanted]
-    # Near limits only: "under 1500 ml" says nothing of a 5 ml gland.
+    pairs = (
+        list(itertools.combinations(above, 2)),
+        list(itertools.product(below, above)),
+        list(itertools.combinations(below, 2)),
+    )[wanted]
+    # Near limits only: "under 1500 ml" is no information about a 5 ml gland.
     pairs = sorted(pairs, key=lambda p: max(abs(p[0] - ml), abs(p[1] - ml)))[:3]
     if not pairs:
         return None
-    options = volume_options(*rng.choice(pairs))
+    low, high = rng.choice(pairs)
+    options = (f"under {low} ml", f"{low} to {high} ml", f"over {high} ml")
     return options, options[wanted]
 
 
 class QuestionMaker:
-    """Makes the dialogue of one image after another, keeping the answers of a split balanced."""
+    """Generates the dialogues of a split, image by image, with balanced answers."""
 
     def __init__(self, rng: random.Random, *, training: bool, limit: int = 12):
-        """Starts with nothing asked.
+        """Starts without any answer counted.
 
         Args:
           rng: source of every choice; equal seeds give equal questions.
-          training: vary the wording and balance yes against no for every organ by itself.
-            Held-out questions are balanced as a whole, so that no image is left out only because
-            an organ is in all of them; what a name alone gives away shows in the blank-image arm.
+          training: vary the phrases, and balance yes and no for each organ separately. Held-out questions are
+            balanced per scan instead, so that no image is dropped because an organ is visible in all of them;
+            what a name alone gives away shows in the blank-image arm.
           limit: most questions in one dialogue.
         """
         self.rng, self.training, self.limit = rng, training, limit
@@ -251,42 +243,47 @@ class QuestionMaker:
         self.unasked: collections.Counter[str] = collections.Counter()
 
     def dialogue(self, facts: Facts) -> list[Question]:
-        """Returns the questions of one image.
+        """Returns the questions about one image.
 
-        Those that an expert can answer stand together. By a coin the others come before them, so that neither
-        an answer nor a call can be told from the questions before it alone: the picture is needed.
+        Questions that an expert can answer are adjacent. The general ones precede or follow them at random,
+        so that neither an answer nor a call can be predicted from earlier questions without the image.
         """
-        first = [
-            *self._film(facts),
-            *self._brain(facts),
-            *self._tumor(facts),
-        ]
+        first = [*self._film(facts), *self._brain(facts), *self._tumor(facts)]
         general = self._general(facts)
-        room = self.limit - len(first) - len(general)
-        answerable = first + self._organs(facts, room)
+        answerable = first + self._organs(facts, self.limit - len(first) - len(general))
         self.rng.shuffle(answerable)
         answerable.sort(key=lambda q: q.expert is None)
         return general + answerable if self.rng.random() < 0.5 else answerable + general
 
-    def _ask(self, facts: Facts, kind: str, answer: str, options: Sequence[str], source: str,
-             *, expert: bool = False, oracle: bool = False, **words: str) -> Question:  # fmt: skip
+    def _ask(
+        self,
+        facts: Facts,
+        kind: str,
+        answer: str,
+        options: Sequence[str],
+        source: str,
+        *,
+        expert: bool = True,
+        oracle: bool = False,
+        **words: str,
+    ) -> Question:
         phrases = PHRASES[kind]
         phrase = self.rng.choice(phrases) if self.training else phrases[0]
-        known = expert and facts.expert is not None
+        has_expert = expert and facts.expert is not None
         return Question(
-            question=phrase.format(**words),
+            question=phrase.format(choices=", ".join(options), **words),
             answer=answer,
             type=kind,
             label_source=source,
             options=tuple(options),
-            expert=facts.expert if known else None,
-            args=facts.expert_args if known else "",
-            oracle=oracle and known,
+            expert=facts.expert if has_expert else None,
+            args=facts.expert_args if has_expert else "",
+            oracle=oracle and has_expert,
         )
 
-    def _balanced(self, facts: Facts, kind: str, truth: bool, source: str, **kw: Any) -> list[Question]:
-        answer = "yes" if truth else "no"
-        # Films and volumes differ at a glance, and so do CT and MRI volumes: each has its own scale.
+    def _ask_balanced(self, facts: Facts, kind: str, truth: bool, source: str, **kw: Any) -> list[Question]:
+        answer = _yes_no(truth)
+        # Films, CT and MRI volumes are told apart at a glance, so each is balanced separately.
         key = (kind, "film" if facts.plane is None else facts.modality)
         if not self.balance.allows(key, answer):
             self.unasked[f"{kind}: {answer} already in the majority"] += 1
@@ -295,163 +292,133 @@ class QuestionMaker:
         return [self._ask(facts, kind, answer, YES_NO, source, **kw)]
 
     def _general(self, facts: Facts) -> list[Question]:
-        geometry = "image header"
-        out = [self._ask(facts, "modality", facts.modality, MODALITIES, geometry)]
-        if facts.plane is not None:
-            out.append(self._ask(facts, "plane", facts.plane, PLANES, geometry))
-        out.append(self._ask(facts, "region", facts.region, REGIONS, "sample list"))
-        self.rng.shuffle(out)
-        return out
+        answers = [
+            ("modality", facts.modality, MODALITIES, "image header"),
+            ("plane", facts.plane, PLANES, "image header"),
+            ("region", facts.region, REGIONS, "sample list"),
+        ]
+        asked = [self._ask(facts, *row, expert=False) for row in answers if row[1] is not None]
+        self.rng.shuffle(asked)
+        return asked
 
     def _film(self, facts: Facts) -> list[Question]:
-        out = []
+        asked = []
         if facts.pneumonia is not None:
-            answer = "yes" if facts.pneumonia else "no"
-            out.append(self._ask(facts, "pneumonia", answer, YES_NO, facts.film_source, expert=True))
+            asked.append(self._ask(facts, "pneumonia", _yes_no(facts.pneumonia), YES_NO, facts.film_source))
         if facts.tumor_class is not None:
-            options = list(TUMOR_CLASSES)
+            source, options = facts.tumor_source, list(TUMOR_CLASSES)
             if self.training:
                 self.rng.shuffle(options)
-            out.append(
-                self._ask(
-                    facts, "tumor_class", facts.tumor_class, options, facts.tumor_source,
-                    expert=True, choices=", ".join(options),
-                )
-            )  # fmt: skip
-            kinds = [c for c in TUMOR_CLASSES if c != "no tumor"]
-            others = [c for c in kinds if c != facts.tumor_class]
-            asked = [self.rng.choice(others)]
-            if facts.tumor_class in kinds:
-                asked.append(facts.tumor_class)
-            for kind in asked:
-                answer = "yes" if kind == facts.tumor_class else "no"
-                out.append(
-                    self._ask(
-                        facts, "tumor_kind", answer, YES_NO, facts.tumor_source,
-                        expert=True, name=kind,
-                    )
-                )  # fmt: skip
-        return out
+            asked.append(self._ask(facts, "tumor_class", facts.tumor_class, options, source))
+            kinds = [name for name in TUMOR_CLASSES if name != "no tumor"]
+            names = [self.rng.choice([name for name in kinds if name != facts.tumor_class])]
+            names += [facts.tumor_class] if facts.tumor_class in kinds else []
+            for name in names:
+                answer = _yes_no(name == facts.tumor_class)
+                asked.append(self._ask(facts, "tumor_kind", answer, YES_NO, source, name=name))
+        return asked
 
     def _brain(self, facts: Facts) -> list[Question]:
-        out = []
-        if facts.brain is not None:
-            out += self._balanced(
-                facts, "brain_visible", facts.brain, facts.brain_source,
-                expert=facts.expert == "BRAINSEG", oracle=facts.brain_oracle,
-            )  # fmt: skip
+        if facts.brain is None:
+            return []
+        visible, source = "brain_visible", facts.brain_source
+        expert = {"expert": facts.expert == "BRAINSEG", "oracle": facts.brain_oracle}
+        asked = self._ask_balanced(facts, visible, facts.brain, source, **expert)
         if facts.brain_ml is not None and facts.brain:
-            out += self._volume(
-                facts, "brain_volume_range", "brain", facts.brain_ml, facts.brain_volume_source,
-                facts.brain_volume_oracle,
-            )  # fmt: skip
-        return out
+            source, oracle = facts.brain_volume_source, facts.brain_volume_oracle
+            asked += self._volume(facts, "brain_volume_range", "brain", facts.brain_ml, source, oracle)
+        return asked
 
     def _tumor(self, facts: Facts) -> list[Question]:
         if facts.tumor is None:
             return []
-        return self._balanced(
-            facts, "tumor_present", facts.tumor, facts.tumor_source, expert=facts.plane is None
-        )
+        film = facts.plane is None
+        return self._ask_balanced(facts, "tumor_present", facts.tumor, facts.tumor_source, expert=film)
 
-    def _volume(self, facts: Facts, kind: str, name: str, ml: float, source: str,
-                oracle: bool = False) -> list[Question]:  # fmt: skip
+    def _volume(
+        self, facts: Facts, kind: str, name: str, ml: float, source: str, oracle: bool
+    ) -> list[Question]:
         order = sorted(range(3), key=lambda w: (self.balance.counts[kind, str(w)], self.rng.random()))
         for wanted in order:
-            found = volume_range(ml, self.rng, wanted)
-            if found is None:
-                continue
-            options, answer = found
-            self.balance.add(kind, str(wanted))
-            return [
-                self._ask(
-                    facts, kind, answer, options, source, expert=True, oracle=oracle,
-                    name=name, choices=", ".join(options),
-                )
-            ]  # fmt: skip
+            if (found := volume_range(ml, self.rng, wanted)) is not None:
+                options, answer = found
+                self.balance.add(kind, str(wanted))
+                return [self._ask(facts, kind, answer, options, source, oracle=oracle, name=name)]
         return []
 
     def _organs(self, facts: Facts, room: int) -> list[Question]:
         if not facts.organs or room <= 0:
             return []
         source, oracle = facts.organ_source, facts.organ_oracle
-        out: list[Question] = []
+        asked: list[Question] = []
         if facts.volumes_ml and room >= 3:
             name = self.rng.choice(sorted(facts.volumes_ml))
-            out += self._volume(facts, "organ_volume_range", name, facts.volumes_ml[name], source, oracle)
+            asked += self._volume(facts, "organ_volume_range", name, facts.volumes_ml[name], source, oracle)
         if len(facts.organs) >= 3 and room >= 3:
-            out.append(self._which(facts))
-        per_slice = room - len(out)
-        for name, visible in self._choose(facts, per_slice):
-            out.append(
-                self._ask(
-                    facts, "organ_present", "yes" if visible else "no", YES_NO, source,
-                    expert=True, oracle=oracle, name=name,
-                )
-            )  # fmt: skip
-        return out
+            asked.append(self._which_organs(facts))
+        for name, visible in self._choose_organs(facts, room - len(asked)):
+            answer = _yes_no(visible)
+            asked.append(self._ask(facts, "organ_present", answer, YES_NO, source, oracle=oracle, name=name))
+        return asked
 
-    def _which(self, facts: Facts) -> Question:
-        """Asks for a part of three names; how many are visible varies from none to all."""
+    def _which_organs(self, facts: Facts) -> Question:
+        """Asks which of three organs are visible; the number varies between none and all."""
         seen = sorted(name for name, visible in facts.organs.items() if visible)
         unseen = sorted(name for name, visible in facts.organs.items() if not visible)
         possible = [n for n in range(4) if n <= len(seen) and 3 - n <= len(unseen)]
-        key = "which_organs"
-        count = min(possible, key=lambda n: (self.balance.counts[key, str(n)], self.rng.random()))
-        self.balance.add(key, str(count))
+        kind, oracle = "which_organs", facts.organ_oracle
+        count = min(possible, key=lambda n: (self.balance.counts[kind, str(n)], self.rng.random()))
+        self.balance.add(kind, str(count))
         names = self.rng.sample(seen, count) + self.rng.sample(unseen, 3 - count)
         self.rng.shuffle(names)
-        answer = ", ".join(n for n in names if facts.organs[n]) or NONE_VISIBLE
-        return self._ask(
-            facts, "which_organs", answer, (*names, NONE_VISIBLE), facts.organ_source,
-            expert=True, oracle=facts.organ_oracle, names=f"{names[0]}, {names[1]} and {names[2]}",
-        )  # fmt: skip
+        answer = ", ".join(name for name in names if facts.organs[name]) or NONE_VISIBLE
+        listed = f"{names[0]}, {names[1]} and {names[2]}"
+        options = (*names, NONE_VISIBLE)
+        return self._ask(facts, kind, answer, options, facts.organ_source, oracle=oracle, names=listed)
 
-    def _choose(self, facts: Facts, count: int) -> list[tuple[str, bool]]:
-        """Picks organs to ask for: nearly as many visible as not, the least balanced names first."""
-        # While training a name's own answers are balanced too, over all scans that one modality has.
+    def _choose_organs(self, facts: Facts, count: int) -> list[tuple[str, bool]]:
+        """Chooses organs to ask about: about as many visible as not, the least balanced names first."""
+        # In training, each name is also balanced over all scans of one modality.
         scope = facts.modality if self.training else facts.group
+        key = ("organs", scope)
         chosen: list[tuple[str, bool]] = []
         left = dict(facts.organs)
         while left and len(chosen) < count:
-            # A coin with a pull to the middle: exact halves would let the last answer be counted out.
-            lead = self.balance.surplus(("organs", scope), "yes")
+            # A biased coin: exact halves would make the last answer predictable.
+            lead = self.balance.lead(key, "yes")
             truth = self.rng.random() < (0.5 if lead == 0 else 0.25 if lead > 0 else 0.75)
-            if not self.balance.allows(("organs", scope), "yes" if truth else "no"):
+            if not self.balance.allows(key, _yes_no(truth)):
                 truth = not truth
-            found = self._next(left, truth, scope)
+            found = self._least_balanced(left, truth, scope)
             if found is None:
                 truth = not truth
-                allowed = self.balance.allows(("organs", scope), "yes" if truth else "no")
-                if not allowed or (found := self._next(left, truth, scope)) is None:
+                allowed = self.balance.allows(key, _yes_no(truth))
+                if not allowed or (found := self._least_balanced(left, truth, scope)) is None:
                     self.unasked["organ_present: would unbalance the answers"] += len(left)
                     break
-            answer = "yes" if truth else "no"
-            self.balance.add(("organs", scope), answer)
-            self.organ_balance.add((scope, found), answer)
+            self.balance.add(key, _yes_no(truth))
+            self.organ_balance.add((scope, found), _yes_no(truth))
             chosen.append((found, truth))
             del left[found]
         return chosen
 
-    def _next(self, left: Mapping[str, bool], truth: bool, scope: str) -> str | None:
-        answer = "yes" if truth else "no"
+    def _least_balanced(self, left: Mapping[str, bool], truth: bool, scope: str) -> str | None:
+        answer = _yes_no(truth)
         names = sorted(name for name, visible in left.items() if visible == truth)
         if self.training:
             names = [n for n in names if self.organ_balance.allows((scope, n), answer)]
-        if not names:
-            return None
-        return min(names, key=lambda n: (self.organ_balance.surplus((scope, n), answer), self.rng.random()))
+        leads = {n: (self.organ_balance.lead((scope, n), answer), self.rng.random()) for n in names}
+        return min(leads, key=lambda n: leads[n], default=None)
 
 
-def dialogue_turns(questions: Sequence[Question], opening: str = "") -> tuple[Turn, ...]:
-    """Returns user and assistant turns; the image stands before the first question.
-
-    Args:
-      questions: at least one, in the order of the dialogue.
-      opening: said between the image and the first question.
-    """
+def dialogue_turns(questions: Sequence[Question]) -> tuple[Turn, ...]:
+    """Returns user and assistant turns; the image marker precedes the first question."""
     turns: list[Turn] = []
-    for position, item in enumerate(questions):
-        head = f"{IMAGE_MARKER}\n{opening}" if position == 0 else ""
+    for item in questions:
+        head = "" if turns else f"{IMAGE_MARKER}\n"
         turns += [Turn("user", head + item.question), Turn("assistant", item.answer, True)]
     return tuple(turns)
+
+
+def _yes_no(truth: bool) -> str:
+    return "yes" if truth else "no"

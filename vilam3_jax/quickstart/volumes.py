@@ -1,9 +1,10 @@
-"""Facts about the slices of a labelled volume."""
+"""Labelled volumes: which slices to use, and the facts that the labels give about each."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
+from typing import Any
 
 import numpy as np
 
@@ -22,45 +23,33 @@ _POSITIONS = (
 _MIN_BRAIN_MM2 = 400.0  # brain masks are generous at the rim of the skull
 _MIN_SIDE = 32
 _MAX_ANISOTROPY = 2.0
-
-ORACLE_SOURCES = ("TotalSegmentator reference map", "generated label map")
-ORGAN_EXPERT = ("ORGANS", "organs")
+_ORACLE_SOURCES = ("TotalSegmentator reference map", "generated label map")
+_ORGAN_EXPERT = ("ORGANS", "organs")
 BRAIN_EXPERT = "BRAINSEG"
-
-# Parts that the expert, and so the questions, name as one.
-_MERGED = (("lung", "lung"), ("heart", "heart"))
-# What dialogues ask for: exactly what ORGANS may name.
-ORGANS = frozenset(label_universe(*ORGAN_EXPERT).values())
+_ORGANS = frozenset(label_universe(*_ORGAN_EXPERT).values())  # dialogues ask only for what ORGANS can name
 
 
 def merged_name(name: str) -> str:
-    """The organ a label counts as: `left lung upper lobe` is part of the lung.
+    """The organ a label counts as: parts of the lung and of the heart are one organ each.
 
     >>> merged_name("left lung upper lobe"), merged_name("left kidney")
     ('lung', 'left kidney')
     """
-    words = name.split()
-    for part, whole in _MERGED:
-        if part in words and not {"vessels", "nodules", "tumor"} & set(words):
-            return whole
+    words = set(name.split())
+    if not words & {"vessels", "nodules", "tumor"}:
+        return next((organ for organ in ("lung", "heart") if organ in words), name)
     return name
 
 
-def is_tumor(name: str) -> bool:
-    """Whether a label stands for a tumour, of whatever organ."""
-    return name.split()[-1] == "tumor"
-
-
 def usable_axes(shape: tuple[int, ...], spacing: np.ndarray) -> list[int]:
-    """Axes along which slices look like the scans people read.
+    """Axes whose slices look like ordinary scans; reformats of a thick-slice scan do not.
 
     Args:
       shape: of the volume, RAS.
       spacing: mm along each axis, [3].
 
     Returns:
-      Axes whose slices have both sides of at least 32 voxels and pixels at most twice as long as
-      wide; reformats of a thick-slice scan do not.
+      Axes whose slices have at least 32 voxels per side and pixels at most twice as long as wide.
     """
     axes = []
     for axis in range(3):
@@ -73,14 +62,13 @@ def usable_axes(shape: tuple[int, ...], spacing: np.ndarray) -> list[int]:
 
 @dataclasses.dataclass
 class LabelledVolume:
-    """A scan with its labels counted per slice.
+    """A scan and the pixel counts of its labels per slice.
 
     Attributes:
-      sample: where it comes from.
+      sample: the sample it was read from.
       volume: the scan.
-      pixels: per axis, name -> [n] labelled pixels in every slice. Names known to be absent are there, all
-        zero.
-      volumes_ml: name -> ml in the whole scan.
+      pixels: per axis, name → [n] labelled pixels in every slice; all zero for a name known to be absent.
+      volumes_ml: name → ml in the whole scan.
     """
 
     sample: Sample
@@ -90,10 +78,10 @@ class LabelledVolume:
 
     @classmethod
     def load(cls, sample: Sample) -> LabelledVolume:
-        """Reads the scan and, if there is one, its label map.
+        """Reads the scan and its label map, if any.
 
         Raises:
-          UserError: a file cannot be read, or the map lies on another grid.
+          UserError: a file cannot be read, or the map has another grid.
         """
         volume = read_volume(sample.path, modality=MODALITY_CODES[sample.kind])
         pixels: list[dict[str, np.ndarray]] = [{}, {}, {}]
@@ -106,31 +94,28 @@ class LabelledVolume:
                 if label > 0:
                     ids.setdefault(merged_name(name), []).append(label)
             size = max(int(labels.max()), *(max(i) for i in ids.values())) + 1
-            counts = [_counts_along(labels, axis, size) for axis in range(3)]
-            for name, members in ids.items():
-                for axis in range(3):
-                    pixels[axis][name] = counts[axis][:, members].sum(axis=1)
-                volumes_ml[name] = float(pixels[0][name].sum()) * voxel_ml
+            for axis in range(3):
+                planes = np.moveaxis(labels, axis, 0)
+                counts = np.stack([np.bincount(plane.ravel(), minlength=size) for plane in planes])
+                for name, members in ids.items():
+                    pixels[axis][name] = counts[:, members].sum(axis=1)
+            volumes_ml = {name: float(pixels[0][name].sum()) * voxel_ml for name in ids}
         return cls(sample, volume, pixels, volumes_ml)
-
-    def candidates(self, axis: int) -> list[int]:
-        """Slices along `axis` that hold enough of the body."""
-        return np.flatnonzero(body_slices(self.volume, axis)).tolist()
 
     def slices(self, count: int, rng: random.Random) -> list[tuple[int, int]]:
         """Picks (axis, index) pairs.
 
         Args:
-          count: slices per plane; twice as many of a scan that is good for one plane only. Half of them show
-            the tumour, or the brain of a masked head, and half do not, as far as the scan has such slices.
+          count: slices per plane; doubled for a scan with a single usable plane. Half of them show the tumor
+            (or, in a head with a brain mask, the brain) and half do not, as far as the scan has such slices.
           rng: source of the choice.
         """
         axes = usable_axes(self.volume.voxels.shape, self.volume.spacing)
         count = count if len(axes) > 1 else 2 * count
         chosen = []
         for axis in axes:
-            candidates = self.candidates(axis)
-            focus = self.tumor_pixels(axis)
+            candidates = np.flatnonzero(body_slices(self.volume, axis)).tolist()
+            focus = self._tumor_pixels(axis)
             if focus is None and self.sample.body_region == "head":
                 focus = self.pixels[axis].get("brain")
             if focus is None:
@@ -141,96 +126,53 @@ class LabelledVolume:
             chosen += [(axis, index) for index in picked]
         return chosen
 
-    def tumor_pixels(self, axis: int) -> np.ndarray | None:
-        """Pixels of any tumour in every slice along `axis`, [n]; None if no label is a tumour."""
-        counts = [c for name, c in self.pixels[axis].items() if is_tumor(name)]
-        return np.sum(counts, axis=0) if counts else None
-
-    def tumor_visible(self, axis: int, index: int) -> bool | None:
-        """Whether a tumour is in the slice; None if nobody looked or it is doubtful."""
-        counts = self.tumor_pixels(axis)
-        if counts is None or 0 < counts[index] < MIN_PIXELS:
-            return None
-        return bool(counts[index])
-
-    def least_pixels(self, name: str, axis: int) -> int:
-        """How many pixels make a structure visible in a slice along `axis`."""
-        if name != "brain":
-            return MIN_PIXELS
-        pixel = np.delete(self.volume.spacing, axis).prod()
-        return max(MIN_PIXELS, int(np.ceil(_MIN_BRAIN_MM2 / pixel)))
-
-    def visible(self, axis: int, index: int) -> dict[str, bool]:
-        """Name -> visible in the slice; left out with some pixels, but fewer than `least_pixels`."""
-        out = {}
-        for name, counts in self.pixels[axis].items():
-            if counts[index] == 0 or counts[index] >= self.least_pixels(name, axis):
-                out[name] = bool(counts[index])
-        return out
-
     def structures(self, axis: int, index: int) -> list[str]:
         """Names of the visible organs, largest first."""
-        seen = [n for n, v in self.visible(axis, index).items() if v and n in ORGANS]
+        seen = [n for n, visible in self._visible(axis, index).items() if visible and n in _ORGANS]
         return sorted(seen, key=lambda n: (-int(self.pixels[axis][n][index]), n))
 
     def facts(self, axis: int, index: int) -> Facts:
-        """What is known of one slice."""
-        sample = self.sample
-        base = Facts(
+        """The known facts about one slice."""
+        sample, source = self.sample, self.sample.label_source or ""
+        is_ct, is_head = sample.kind == "ct", sample.body_region == "head"
+        visible = self._visible(axis, index)
+        facts: dict[str, Any] = {}
+        organs = {n: v for n, v in visible.items() if n in _ORGANS and (is_ct or n != "brain")}
+        if organs:
+            volumes_ml = {n: self.volumes_ml[n] for n, v in organs.items() if v}
+            facts = {"organs": organs, "organ_source": source, "volumes_ml": volumes_ml}
+            if is_ct and source in _ORACLE_SOURCES:  # ORGANS is for CT; no expert reads organs in MRI
+                facts |= {"organ_oracle": True, "expert": _ORGAN_EXPERT[0], "expert_args": _ORGAN_EXPERT[1]}
+        if is_head and not is_ct:
+            facts["expert"] = BRAIN_EXPERT
+            if "brain" in visible:
+                facts |= {"brain": visible["brain"], "brain_source": source}
+            if "brain" in self.volumes_ml:
+                facts |= {"brain_ml": self.volumes_ml["brain"], "brain_volume_source": source}
+        counts = self._tumor_pixels(axis)
+        if counts is not None and not 0 < counts[index] < MIN_PIXELS:
+            facts |= {"tumor": bool(counts[index]), "tumor_source": source}
+            if facts["tumor"] and is_head and "brain" not in facts:
+                facts |= {"brain": True, "brain_source": source}  # a brain tumor implies the brain
+        return Facts(
             group=sample.split_group,
-            modality="CT" if sample.kind == "ct" else "MRI",
+            modality="CT" if is_ct else "MRI",
             region=sample.body_region,
             plane=PLANE_OF_AXIS[axis],
             position=_POSITIONS[axis][3 * index // self.volume.voxels.shape[axis]],
+            **facts,
         )
-        visible = self.visible(axis, index)
-        facts = self._ct_facts(visible) if sample.kind == "ct" else self._mr_facts(visible)
-        tumor = self.tumor_visible(axis, index)
-        if tumor is not None:
-            facts |= {"tumor": tumor, "tumor_source": sample.label_source or ""}
-            if tumor and sample.body_region == "head" and "brain" not in facts:
-                # A tumour of the brain lies in the brain.
-                facts |= {"brain": True, "brain_source": sample.label_source or ""}
-        return dataclasses.replace(base, **facts)
 
-    def _ct_facts(self, visible: dict[str, bool]) -> dict:
-        source = self.sample.label_source or ""
-        organs = {n: v for n, v in visible.items() if n in ORGANS}
-        out: dict = {}
-        if organs:
-            oracle = source in ORACLE_SOURCES
-            out |= {
-                "organs": organs,
-                "organ_source": source,
-                "organ_oracle": oracle,
-                "volumes_ml": {n: self.volumes_ml[n] for n, v in organs.items() if v},
-            }
-            if oracle:
-                out |= {"expert": ORGAN_EXPERT[0], "expert_args": ORGAN_EXPERT[1]}
-        return out
+    def _tumor_pixels(self, axis: int) -> np.ndarray | None:
+        """Pixels of any tumor in every slice along `axis`, [n]; None if no label is a tumor."""
+        counts = [c for name, c in self.pixels[axis].items() if name.split()[-1] == "tumor"]
+        return np.sum(counts, axis=0) if counts else None
 
-    def _mr_facts(self, visible: dict[str, bool]) -> dict:
-        sample, source = self.sample, self.sample.label_source or ""
-        out: dict = {}
-        organs = {n: v for n, v in visible.items() if n in ORGANS and n != "brain"}
-        if organs:
-            # No expert reads these: the card of ORGANS is for CT.
-            out |= {
-                "organs": organs,
-                "organ_source": source,
-                "volumes_ml": {n: self.volumes_ml[n] for n, v in organs.items() if v},
-            }
-        if sample.body_region != "head":
-            return out
-        out["expert"] = BRAIN_EXPERT
-        if "brain" in visible:
-            out |= {"brain": visible["brain"], "brain_source": source}
-        if "brain" in self.volumes_ml:
-            out |= {"brain_ml": self.volumes_ml["brain"], "brain_volume_source": source}
-        return out
-
-
-def _counts_along(labels: np.ndarray, axis: int, size: int) -> np.ndarray:
-    """[n, size] pixels of every label id in every slice along `axis`."""
-    planes = np.moveaxis(labels, axis, 0)
-    return np.stack([np.bincount(plane.ravel(), minlength=size) for plane in planes])
+    def _visible(self, axis: int, index: int) -> dict[str, bool]:
+        """Name → visible in the slice, without structures too small to be certain."""
+        brain = int(np.ceil(_MIN_BRAIN_MM2 / np.delete(self.volume.spacing, axis).prod()))
+        visible = {}
+        for name, counts in self.pixels[axis].items():
+            if counts[index] == 0 or counts[index] >= max(MIN_PIXELS, brain if name == "brain" else 0):
+                visible[name] = bool(counts[index])
+        return visible

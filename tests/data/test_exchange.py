@@ -221,7 +221,7 @@ def test_doubts_are_told_when_configured():
     [
         (Result(Annotation("k", "A"), "classification"), "no probabilities"),
         (Result(Annotation("k", "A"), "segmentation", Plane(2, 1)), "no label map"),
-        (Result(ct_annotation(), "segmentation"), "no slice of one"),
+        (Result(ct_annotation(), "segmentation"), "not a slice of one"),
         (Result(ct_annotation(), "segmentation", Plane(2, 2)), "which has 2"),
         (Result(ct_annotation(), "poetry", Plane(2, 1)), "poetry"),
     ],

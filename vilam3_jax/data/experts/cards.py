@@ -1,10 +1,8 @@
-"""Expert cards: how a model learns which experts there are, and how it asks for one.
+"""Expert cards: the descriptions of experts in a model's prompt.
 
-Cards are data (`tables/*.json`, `tables/*.txt`), rendered in one fixed text. The text that the released
-VILA-M3 checkpoints were trained on is kept byte for byte as `vila_m3`. What a card states beyond its text
-(roles, modalities, regions, checks) comes from `tables/facts.json` unless the card list states it itself.
-
-This module imports neither jax nor flax nor torch.
+Cards are data (`tables/*.json`, `tables/*.txt`), rendered into a fixed text. The text that the released
+VILA-M3 checkpoints were trained on is kept byte for byte as `vila_m3`. Fields that are not part of the text
+(roles, modalities, regions, checks) come from `tables/facts.json` unless the card list states them.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from vilam3_jax.runtime import paths
 HEADER = "Here is a list of available expert models:\n"
 FOOTER = "Give the model <NAME(args)> when selecting a suitable expert model.\n"
 STAND_IN = "stand-in"
-DEFAULT_LIST = "experts"  # of models whose config names none
+DEFAULT_LIST = "experts"  # for models whose config names none
 
 _SEPARATORS = ("\n", ", Task: ", ", Overview: ", ", Accuracy: ", ", Valid args are: ")
 _LINE = re.compile(
@@ -40,9 +38,9 @@ class Check:
     """A check of an expert's result, see `verify`.
 
     Attributes:
-      kind: which check, such as `volume_ml`.
-      subject: the label or class it is about; '' for all.
-      low, high: what is plausible, in the unit of the check; None for no bound.
+      kind: kind of check, such as `volume_ml`.
+      subject: label or class to check; '' for all.
+      low, high: plausible range, in the unit of the check; None for no bound.
     """
 
     kind: str
@@ -53,17 +51,17 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """The description of an expert that a model sees, and the requirements on its input and its result.
+    """The description of an expert that a model sees, and the requirements on its inputs and results.
 
     Attributes:
       name: upper case, as in the call `<NAME(args)>`.
-      args: the arguments it takes; empty for none.
+      args: valid arguments; empty for none.
       modality, task, overview, accuracy: free text on one line.
-      stand_in: a public-package substitute, not the expert it is named after; the overview must say so.
-      roles: of its inputs, in order, such as ("t1c", "t1", "t2", "flair"); ("",) for a single input.
-      modalities: DICOM's codes of what it reads; empty for any.
-      regions: body regions it reads; empty for any.
-      checks: of its results.
+      stand_in: whether a public package substitutes the expert; the overview must say so.
+      roles: roles of the inputs, in order, such as ("t1c", "t1", "t2", "flair"); ("",) for a single input.
+      modalities: DICOM codes of the supported modalities; empty for any.
+      regions: supported body regions; empty for any.
+      checks: checks of the results.
     """
 
     name: str
@@ -83,18 +81,20 @@ class Card:
             raise ValueError(f"card name {self.name!r} must be upper case letters, digits and '_'")
         for text in (self.modality, self.task, self.overview, self.accuracy):
             if any(s in text for s in _SEPARATORS):
-                raise ValueError(f"card {self.name}: {text!r} holds a line break or a field name")
+                raise ValueError(f"card {self.name}: {text!r} contains a line break or a field name")
         if any(not re.fullmatch(r"[^()<>'\n]{1,200}", a) or a == "None" for a in self.args):
             raise ValueError(f"card {self.name}: arguments {self.args} cannot be written in a call")
         if self.stand_in != (STAND_IN in self.overview):
-            raise ValueError(f"card {self.name}: the overview of a stand-in must hold {STAND_IN!r}")
+            raise ValueError(
+                f"card {self.name}: the overview of a stand-in (and no other) must contain {STAND_IN!r}"
+            )
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Card:
-        """Reads what `to_dict` wrote; facts that are missing come from `tables/facts.json`.
+        """Reads the output of `to_dict`; missing facts come from `tables/facts.json`.
 
         Raises:
-          TypeError, KeyError, ValueError: not a card.
+          TypeError, KeyError, ValueError: `row` is not a card.
         """
         fields = {**facts(row["name"]), **row}
         for name in ("args", "roles", "modalities", "regions"):
@@ -104,11 +104,11 @@ class Card:
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """The fields as JSON values."""
         return dataclasses.asdict(self)
 
     def render(self) -> str:
-        """The card's line, without line end."""
+        """The line of the card, without a line break."""
         quoted = [f"'{a}'" for a in self.args]
         if len(quoted) > 2:
             args = ", ".join(quoted[:-1]) + ", or " + quoted[-1]
@@ -127,25 +127,25 @@ def _all_facts() -> dict[str, dict[str, Any]]:
 
 
 def facts(name: str) -> dict[str, Any]:
-    """What `tables/facts.json` adds to an expert's card; empty for an unknown expert.
+    """The fields that `tables/facts.json` adds to an expert's card; empty for an unknown expert.
 
-    Checks are named sets there, as several experts share them; their sources are for readers of the file.
+    Experts share named sets of checks. The source of each check is documentation and is dropped.
     """
-    stated = {key: value for key, value in _all_facts().get(name, {}).items() if key in _FACTS}
-    if "checks" in stated:
-        rows = _all_facts()["check_sets"][stated["checks"]]
-        stated["checks"] = [{key: value for key, value in row.items() if key != "source"} for row in rows]
-    return stated
+    found = {key: value for key, value in _all_facts().get(name, {}).items() if key in _FACTS}
+    if "checks" in found:
+        rows = _all_facts()["check_sets"][found["checks"]]
+        found["checks"] = [{key: value for key, value in row.items() if key != "source"} for row in rows]
+    return found
 
 
 def card_list(model: Mapping[str, Any]) -> list[Card]:
-    """The cards of a model: those inside an export (`card_list`), otherwise the list that `cards` names.
+    """The cards of a model: the `card_list` of an export, else the list that `cards` names.
 
     Args:
       model: the `model` section of a config.
 
     Raises:
-      UserError: no such list, or it is malformed.
+      UserError: the list does not exist or is malformed.
     """
     rows = model.get("card_list")
     if rows is None:
@@ -157,7 +157,7 @@ def card_list(model: Mapping[str, Any]) -> list[Card]:
 
 
 def with_card_list(model: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's config with its cards inside, for an export that needs no card file.
+    """The `model` section with its cards embedded, for a self-contained export.
 
     Raises:
       UserError: as `card_list`.
@@ -166,7 +166,7 @@ def with_card_list(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def render_cards(cards: Sequence[Card]) -> str:
-    """The block before a user turn: header, one line a card, footer, each ended by a line break."""
+    """The block before a user turn: header, one line per card, footer, each with a line break."""
     return HEADER + "".join(card.render() + "\n" for card in cards) + FOOTER
 
 
@@ -174,31 +174,28 @@ def parse_cards(text: str) -> list[Card]:
     """The inverse of `render_cards`.
 
     Raises:
-      ValueError: `text` is not in the grammar.
+      ValueError: `text` is not a rendered card list.
     """
     if not (text.startswith(HEADER) and text.endswith(FOOTER)):
-        raise ValueError("card list without its first or last line")
+        raise ValueError("card list lacks its first or last line")
     cards = []
     for line in text[len(HEADER) : len(text) - len(FOOTER)].splitlines():
         match = _LINE.fullmatch(line)
         if not match:
             raise ValueError(f"not a card: {line[:80]!r}")
         name, modality, task, overview, accuracy, args = match.groups()
-        cards.append(
-            Card.from_dict(
-                {
-                    "name": name,
-                    "args": re.findall(r"'([^']*)'", args),
-                    "modality": modality,
-                    "task": task,
-                    "overview": overview,
-                    "accuracy": accuracy,
-                    "stand_in": STAND_IN in overview,
-                }
-            )
-        )
+        fields = {
+            "name": name,
+            "args": re.findall(r"'([^']*)'", args),
+            "modality": modality,
+            "task": task,
+            "overview": overview,
+            "accuracy": accuracy,
+            "stand_in": STAND_IN in overview,
+        }
+        cards.append(Card.from_dict(fields))
     if render_cards(cards) != text:
-        raise ValueError("card list does not survive parsing; check how its arguments are listed")
+        raise ValueError("card list renders differently after parsing; check how its arguments are listed")
     return cards
 
 
@@ -210,7 +207,7 @@ def load_cards(name: str) -> list[Card]:
         `Card`) or `.txt` (rendered text) file.
 
     Raises:
-      UserError: no such list, or it is malformed.
+      UserError: the list does not exist or is malformed.
     """
     if re.fullmatch(r"[a-z0-9_]+", name):
         folder = importlib.resources.files("vilam3_jax.data.experts") / "tables"

@@ -1,9 +1,7 @@
-"""The exchange with experts: the one function that turns their results into a turn and its overlays.
+"""The exchange with experts: turns their results into a turn of text and its overlays.
 
-Training renders stored examples with it (`data/render.py`), and inference live dialogues
-(`inference/agent.py`), so that at inference a model sees exactly the tokens it was trained on.
-
-This module imports neither jax nor flax nor torch.
+Training (`data/render.py`, from stored examples) and inference (`inference/agent.py`, from live dialogues)
+share it, so a model sees the same tokens in both.
 """
 
 from __future__ import annotations
@@ -26,17 +24,17 @@ from vilam3_jax.errors import UserError
 TASKS = ("segmentation", "classification")
 
 Overlay = Callable[[np.ndarray], np.ndarray]
-"""From the slice as the model sees it, uint8 [H, W, 3], to the same with coloured labels."""
+"""Draws coloured labels onto a slice as the model sees it, uint8 [H, W, 3]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """How experts' results are told.
+    """How experts' results are presented to a model.
 
     Attributes:
       wording: the sentences.
-      verdicts: whether the model is told what the checks doubt.
-      threshold: a class whose probability is above it is told as present.
+      verdicts: whether doubts of the checks are included.
+      threshold: a class with a higher probability is reported as present.
     """
 
     wording: Wording = PLAIN
@@ -45,13 +43,10 @@ class Style:
 
     @classmethod
     def of(cls, model: Mapping[str, Any]) -> Style:
-        """The style of a model.
-
-        Args:
-          model: the `model` section of a config.
+        """The style of the `model` section of a config.
 
         Raises:
-          UserError: an unknown wording, or a threshold that is no probability.
+          UserError: the wording is unknown, or the threshold is not a probability.
         """
         threshold = model.get("expert_threshold", THRESHOLD)
         if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
@@ -68,12 +63,12 @@ DEFAULT_STYLE = Style()
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One expert's result, and the slice on which it is shown.
+    """An expert's result and the slice on which it is shown.
 
     Attributes:
-      annotation: of the expert; a failed one becomes a sentence that says so.
-      task: `segmentation` or `classification`, as on its card.
-      plane: the slice shown.
+      annotation: the result; a failed one is rendered as a sentence.
+      task: `segmentation` or `classification`, as on the expert's card.
+      plane: the slice.
     """
 
     annotation: Annotation
@@ -82,22 +77,22 @@ class Result:
 
     @property
     def shows_overlay(self) -> bool:
-        """Whether the expert's turn shows an overlay for it."""
+        """Whether the expert's turn shows an overlay for this result."""
         return self.task == "segmentation" and self.annotation.status == "ok"
 
     def problem(self) -> str | None:
-        """Why it cannot be shown, or None."""
+        """The reason why this result cannot be shown, or None."""
         found = self.annotation
         if found.status == "failed":
             return None
         if self.task not in TASKS:
-            return f"task {self.task!r} of {found.expert} cannot be told; use one of {', '.join(TASKS)}"
+            return f"task {self.task!r} of {found.expert} is not supported; use one of {', '.join(TASKS)}"
         if self.task == "classification":
             return None if found.probabilities else f"annotation of {found.expert} has no probabilities"
         if found.label_shape is None:
             return f"annotation of {found.expert} has no label map"
         if self.plane.axis is None or self.plane.index is None:
-            return f"annotation of {found.expert} is of a volume, and the image is no slice of one"
+            return f"annotation of {found.expert} is of a volume, and the image is not a slice of one"
         planes = found.label_shape[self.plane.axis]
         if not 0 <= self.plane.index < planes:
             return f"slice {self.plane.index} of axis {self.plane.axis}, which has {planes}"
@@ -106,11 +101,11 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """What a model is shown of its experts' results.
+    """The experts' turn.
 
     Attributes:
-      text: of the expert's turn, with the question at its end.
-      overlays: one for each image marker in `text`, in order.
+      text: the results, followed by the question.
+      overlays: one per image marker in `text`, in order.
     """
 
     text: str
@@ -118,46 +113,52 @@ class Exchange:
 
 
 def call_turn(cards: Sequence[Card], calls: Sequence[Call], style: Style = DEFAULT_STYLE) -> Turn:
-    """The assistant's turn that calls experts; a target.
+    """The assistant's turn that makes `calls`, a target.
 
     Args:
-      cards: of the experts, one for each call.
-      calls: in the order in which they are answered.
-      style: of the model.
+      cards: the expert's card for each call.
+      calls: the calls, in the order in which they are answered.
+      style: style of the model.
     """
     return Turn("assistant", style.wording.call(cards, calls), supervised=True)
 
 
 def exchange(results: Sequence[Result], question: str, style: Style = DEFAULT_STYLE) -> Exchange:
-    """The experts' turn: the results of all calls, and the question again.
+    """Renders the experts' turn: the results of all calls, and the question again.
 
     Args:
-      results: of the calls of one turn, in order; at least one.
-      question: without image markers.
-      style: of the model.
+      results: results of the calls of one turn, in order; at least one.
+      question: the question, without image markers.
+      style: style of the model.
 
     Raises:
-      ValueError: a result that cannot be shown, see `Result.problem`.
+      ValueError: a result cannot be shown, see `Result.problem`.
     """
-    said, told = [], []
+    texts, tasks = [], []
     for result in results:
         if problem := result.problem():
             raise ValueError(problem)
         text, task = _statement(result, style)
         if len(results) > 1:
             text = f"{Call(result.annotation.expert, result.annotation.args)} {text}".rstrip() + "\n"
-        said.append(text)
-        told.append(task)
-    return Exchange("".join(said) + style.wording.question(question, told), overlays_of(results))
+        texts.append(text)
+        tasks.append(task)
+    return Exchange("".join(texts) + style.wording.question(question, tasks), overlays_of(results))
 
 
 def overlays_of(results: Sequence[Result]) -> tuple[Overlay, ...]:
-    """The overlays of the results that show one, in order; all results can be shown, see `Result.problem`."""
+    """The overlays of the results that show one, in order. `Result.problem` must be None for all results."""
     return tuple(_overlay(result) for result in results if result.shows_overlay)
 
 
+def _overlay(result: Result) -> Overlay:
+    axis, index = result.plane.axis, result.plane.index
+    assert axis is not None and index is not None  # see Result.problem
+    return functools.partial(expert_overlay, result.annotation, axis=axis, index=index)
+
+
 def _statement(result: Result, style: Style) -> tuple[str, str]:
-    """(text, the task or `failure`)."""
+    """(text of a result, its task or `failure`)."""
     annotation, wording = result.annotation, style.wording
     doubt = doubts(annotation.verdicts) if style.verdicts else ""
     if annotation.status == "failed":
@@ -167,14 +168,8 @@ def _statement(result: Result, style: Style) -> tuple[str, str]:
     return wording.segmentation(annotation, result.plane) + doubt, result.task
 
 
-def _overlay(result: Result) -> Overlay:
-    axis, index = result.plane.axis, result.plane.index
-    assert axis is not None and index is not None  # or it could not be shown
-    return functools.partial(expert_overlay, result.annotation, axis=axis, index=index)
-
-
 def with_cards(turns: Sequence[Turn], cards: Sequence[Card]) -> list[Turn]:
-    """Puts the card list in front of the first user turn."""
+    """Prepends the card list to the first user turn."""
     turns = list(turns)
     first = next(i for i, turn in enumerate(turns) if turn.role == "user")
     turns[first] = dataclasses.replace(turns[first], text=render_cards(cards) + turns[first].text)

@@ -1,4 +1,4 @@
-"""Annotations that are wrong on purpose, to measure how far a model trusts its experts."""
+"""Deliberately false annotations, which measure how far a model trusts its experts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment
 
 
 def falsified(annotation: Annotation, seed: int) -> Annotation:
-    """`falsify` within the labels that the annotation's own call asks for.
+    """`falsify` within the labels that the annotation's own call selects.
 
     Raises:
       ValueError: as `falsify`.
@@ -23,18 +23,18 @@ def falsified(annotation: Annotation, seed: int) -> Annotation:
 
 
 def falsify(annotation: Annotation, seed: int, label_universe: Mapping[int, str] | None = None) -> Annotation:
-    """Returns a plausible record whose answers differ from `annotation`'s.
+    """Returns a plausible record whose answers differ from those of `annotation`.
 
-    Class probabilities, raw and calibrated, are exchanged so that another class is on top (independent
-    findings: so that the set of positive ones differs). Within `label_universe`, labels that are present
-    become absent ones and the other way round, in the label map too, and volumes move out of the range
-    [1/2, 2] of the truth. Labels outside the universe stay. A failed annotation is returned as it is.
+    Class probabilities, raw and calibrated, are exchanged so that another class ranks first (for independent
+    findings: so that the set of positive ones differs). Within `label_universe`, present labels become absent
+    and vice versa, in the label map too, and volumes leave the range [1/2, 2] of the truth. Labels outside
+    the universe and failed annotations stay unchanged.
 
     Args:
       annotation: the true record.
-      seed: together with the record's key it determines the result.
-      label_universe: label id to name of all that the expert could have named; the labels present in the
-        record if not given.
+      seed: determines the result, together with the key of the record.
+      label_universe: label id to name of all labels that the expert could have reported; by default, the
+        labels present in the record.
 
     Raises:
       ValueError: the record states nothing that could be falsified.
@@ -47,7 +47,7 @@ def falsify(annotation: Annotation, seed: int, label_universe: Mapping[int, str]
     if not annotation.probabilities and not universe:
         raise ValueError(f"{annotation.expert} on {annotation.input_key[:12]}: nothing to falsify")
     changes: dict[str, object] = {"version": f"{annotation.version}+falsified.{seed}"}
-    # Checks and other experts speak of the true result; what was found of the input stays.
+    # Checks of the result and other experts refer to the true result. Checks of the input remain valid.
     changes["verdicts"] = tuple(v for v in annotation.verdicts if v.stage == "before")
     changes["disagreements"] = ()
     if annotation.probabilities:
@@ -60,7 +60,7 @@ def falsify(annotation: Annotation, seed: int, label_universe: Mapping[int, str]
 
 
 def _flip(p: float) -> float:
-    """Mirrors a probability at one half, and off it."""
+    """Mirrors a probability at one half, and moves it away from one half."""
     if abs(p - 0.5) < 0.05:
         return 0.1 if p > 0.5 else 0.9
     return 1.0 - p
@@ -83,7 +83,7 @@ def _falsify_probabilities(truth: dict[str, float], rng: np.random.Generator) ->
         rest = [n for n in others if n != chosen]
         for name, source in zip(rest, rng.permutation(len(rest)), strict=True):
             result[name] = truth[rest[int(source)]]
-        if any(result[n] >= result[chosen] for n in names if n != chosen):  # a tie, exchange changes nothing
+        if any(result[n] >= result[chosen] for n in names if n != chosen):  # ties: the exchange is void
             result = {n: 0.9 if n == chosen else 0.1 / len(others) for n in truth}
     elif negative:
         result[top], result[chosen] = truth[chosen], truth[top]
@@ -109,7 +109,7 @@ def _falsify_segments(
     else:
         order = [present[i] for i in rng.permutation(len(present))]
         targets = [absent[i] for i in rng.permutation(len(absent))]
-        # With no absent label left, absence itself is the lie: half of the present ones (at least one) go.
+        # Without absent labels, falsify presence: drop half of the present labels, at least one.
         renamed, dropped = order[: len(targets)], order[len(targets) :]
         survivors = dropped[: len(dropped) // 2] if not targets else []
         dropped = dropped[len(survivors) :]
@@ -143,7 +143,7 @@ def _rescale(segment: Segment, label_id: int, name: str, rng: np.random.Generato
 def _invent(
     label_id: int, name: str, labels: np.ndarray | None, annotation: Annotation
 ) -> tuple[Segment, np.ndarray | None]:
-    """A box of half the volume's extent for a label that is not there; on background if there is any."""
+    """Draws an absent label as a box of half the volume's extent, on background where possible."""
     affine = annotation.label_affine
     if labels is None or affine is None:
         return Segment(label_id, name, 20000, 20.0, 1, (0, 0, 0, 1, 1, 1)), None

@@ -1,7 +1,4 @@
-"""The one grammar in which a model calls experts: `<NAME(arguments)>`, written and parsed here.
-
-This module imports neither jax nor flax nor torch.
-"""
+"""The grammar in which a model calls experts: `<NAME(arguments)>`."""
 
 from __future__ import annotations
 
@@ -10,22 +7,17 @@ import re
 from collections.abc import Sequence
 
 NAME = "[A-Z][A-Z0-9_]{0,31}"
-# The bound on the arguments keeps a stray '<A(' from scanning a long text again and again.
+# The length bound keeps a stray '<A(' from scanning a long text repeatedly.
 ARGS = r"[^()<>\n]{0,200}"
 _CALL = re.compile(rf"<({NAME})\(({ARGS})\)>")
 _JOINER = re.compile(r"[\s,;.&+]*(?:(?:and|then|also|or|plus)\b[\s,;]*)*")
 _CLOSING = re.compile(r"[.!]?")
-_OUTER = re.compile(r"^[\s'\"]+|[\s'\"]+$")  # blanks and quotes around arguments, which mean nothing
+_OUTER = re.compile(r"^[\s'\"]+|[\s'\"]+$")  # blanks and quotes around arguments, ignored
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of an expert.
-
-    Attributes:
-      expert: name, as on its card.
-      args: its arguments, '' for none.
-    """
+    """A call of an expert by the name on its card; `args` is '' for none."""
 
     expert: str
     args: str = ""
@@ -34,7 +26,7 @@ class Call:
         return f"<{self.expert}({self.args})>"
 
     def problem(self) -> str | None:
-        """Why this call cannot be written, or None."""
+        """The reason why this call cannot be written, or None."""
         if not re.fullmatch(NAME, self.expert):
             return f"expert name {self.expert!r} must be upper case letters, digits and '_'"
         if not re.fullmatch(ARGS, self.args):
@@ -46,13 +38,13 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class CallingTurn:
-    """A turn of the model, read for calls.
+    """A parsed turn of the model.
 
     Attributes:
-      calls: to be answered, in order; empty where the turn is an answer.
-      kept: the text up to the last of `calls` and the full stop that closes it; all of it without calls.
-      cut: what the model wrote after that: a result it invented, or further calls behind it.
-      dropped: calls in `cut`, which nobody makes.
+      calls: calls to be made, in order; empty for an answer.
+      kept: the text up to the last of `calls` and its closing full stop; the whole text without calls.
+      cut: the rest: a result the model invented, or calls after it.
+      dropped: calls in `cut`, which are not made.
     """
 
     calls: tuple[Call, ...]
@@ -62,24 +54,21 @@ class CallingTurn:
 
 
 def write_calls(calls: Sequence[Call]) -> str:
-    """Lists calls in a sentence: `<A()>`, `<A()> and <B()>`, `<A()>, <B()> and <C()>`."""
+    """Joins calls in a sentence: `<A()>`, `<A()> and <B()>`, `<A()>, <B()> and <C()>`."""
     return joined([str(call) for call in calls])
 
 
 def joined(parts: Sequence[str]) -> str:
-    """Lists parts: `a`, `a and b`, `a, b and c`."""
+    """Joins parts in a sentence: `a`, `a and b`, `a, b and c`."""
     *first, last = parts
     return f"{', '.join(first)} and {last}" if first else last
 
 
 def parse_turn(text: str) -> CallingTurn:
-    """Reads the calls of one turn.
+    """Parses the calls of one turn; accepts any text.
 
-    Calls that follow each other, with nothing but punctuation and 'and' between them, are made in order.
-    Anything else after a call is not the model's to say before the expert has spoken, so it is cut.
-
-    Args:
-      text: what the model wrote; anything at all. Blanks and quotes around arguments are dropped.
+    Consecutive calls, separated only by punctuation or words like 'and', are made in order. Any other text
+    after a call is cut, because the expert answers first. Blanks and quotes around arguments are dropped.
     """
     found = list(_CALL.finditer(text))
     if not found:

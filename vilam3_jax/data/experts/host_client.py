@@ -1,11 +1,9 @@
-"""Live experts from the model's side: a child process that may live in another virtual environment.
+"""Client of the expert host: a child process that may run in another virtual environment.
 
-Frames are a 4-byte big-endian length and a msgpack map. Request: {id, expert, args, inputs}, where an input
-is {role, volume} or {role, image_bytes} and a volume is {path, series, modality}; response:
-{id, annotation | error}. A host that crashes, hangs or answers nonsense gives a failed annotation, and the
-next request starts a fresh one.
-
-This module imports neither jax nor flax nor torch.
+A frame is a 4-byte big-endian length and a msgpack map. A request is {id, expert, args, inputs}, where an
+input is {role, volume} or {role, image_bytes} and a volume is {path, series, modality}. A response is
+{id, annotation | error}. A host that crashes, hangs or answers garbage yields a failed annotation, and the
+next request starts a new host.
 """
 
 from __future__ import annotations
@@ -18,13 +16,12 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import IO, Any
 
 import msgpack
 
 from vilam3_jax.data import child_process, wire
-from vilam3_jax.data.experts.store import Annotation, failed
+from vilam3_jax.data.experts.record import Annotation, failed
 from vilam3_jax.data.volumes import VolumeSource
 from vilam3_jax.errors import UserError
 
@@ -32,18 +29,18 @@ Message = dict[str, Any]
 
 MAX_FRAME_BYTES = 256 << 20
 DEFAULT_COMMAND = ("vilam3-experts", "host")
-_STDERR_TAIL = 300
+_STDERR_TAIL = 300  # bytes
 
 
 class FrameError(Exception):
-    """The other side sent what is no frame."""
+    """The stream does not contain a valid frame."""
 
 
 def write_frame(sink: IO[bytes], message: Message) -> None:
     """Sends one message.
 
     Raises:
-      FrameError: larger than the limit.
+      FrameError: the message exceeds `MAX_FRAME_BYTES`.
       OSError: the other side is gone.
     """
     body = wire.pack(message)
@@ -54,10 +51,10 @@ def write_frame(sink: IO[bytes], message: Message) -> None:
 
 
 def read_frame(source: IO[bytes]) -> Message | None:
-    """Reads one message; None at the end of the stream.
+    """Reads one message; returns None at the end of the stream.
 
     Raises:
-      FrameError: too large, cut short, or no msgpack map with text keys.
+      FrameError: the frame is too large, truncated, or not a msgpack map with text keys.
     """
     head = source.read(4)
     if not head:
@@ -80,9 +77,9 @@ def read_frame(source: IO[bytes]) -> Message | None:
 
 
 class ExpertHost:
-    """Starts the host at the first request; requests are answered one at a time.
+    """Starts the host at the first request, and sends one request at a time.
 
-    Use as a context manager, or call `close`.
+    Use it as a context manager, or call `close`.
     """
 
     def __init__(
@@ -93,20 +90,20 @@ class ExpertHost:
         timeout: float = 300.0,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Prepares a host.
+        """Prepares a host without starting it.
 
         Args:
-          command: how to start it; the path of another virtual environment's `vilam3-experts` works.
-          weights: folder of the model files, passed on as `--weights`.
-          timeout: seconds for one answer, the loading of the expert included; then the host is killed.
-          environment: variables for the host instead of this process's.
+          command: command line of the host, such as the `vilam3-experts` of another virtual environment.
+          weights: folder of the model files, passed as `--weights`.
+          timeout: seconds for one answer, including loading the expert; the host is killed after that.
+          environment: environment variables of the host, instead of those of this process.
         """
         self._command = [*command, *(("--weights", os.fspath(weights)) if weights is not None else ())]
         self._timeout = timeout
         self._environment = None if environment is None else dict(environment)
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: Any = None
-        self._numbers = itertools.count()
+        self._ids = itertools.count()
         self._lock = threading.Lock()
 
     def ask(
@@ -117,17 +114,17 @@ class ExpertHost:
         input_key: str,
         inputs: Sequence[tuple[str, VolumeSource | bytes]],
     ) -> Annotation:
-        """Lets an expert analyse one scan, or several that belong together.
+        """Runs an expert on one input, or on several that form one case.
 
         Args:
           expert: name of the expert.
-          args: its arguments.
-          input_key: `content_keys.inputs_key` of the inputs; the answer must be about them.
-          inputs: (role, local file or DICOM folder that the host can read, or an encoded image), in the order
-            of the expert's roles; the role of a single input is "".
+          args: arguments of the call.
+          input_key: `content_keys.inputs_key` of the inputs, which the answer must have.
+          inputs: (role, source) pairs in the order of the expert's roles. A source is a local file or DICOM
+            folder that the host can read, or an encoded image. The role of a single input is "".
 
         Returns:
-          The annotation; a failed one with its reason if the host could not give any.
+          The annotation; a failed one with the reason if the host gave none.
         """
         sent = [
             {"role": role, "image_bytes": source}
@@ -135,15 +132,12 @@ class ExpertHost:
             else {"role": role, "volume": dataclasses.asdict(source)}
             for role, source in inputs
         ]
-        request: Message = {"id": next(self._numbers), "expert": expert, "args": args, "inputs": sent}
+        request: Message = {"id": next(self._ids), "expert": expert, "args": args, "inputs": sent}
         with self._lock:
             try:
                 response = self._exchange(request)
-            except FrameError as error:
-                self._stop()
-                return failed(input_key, expert, args, f"expert host: {error}")
-            except OSError as error:
-                reason = self._obituary(error)
+            except (FrameError, OSError) as error:
+                reason = f"expert host: {error}" if isinstance(error, FrameError) else self._crash(error)
                 self._stop()
                 return failed(input_key, expert, args, reason)
         if "annotation" not in response:
@@ -166,19 +160,18 @@ class ExpertHost:
 
         def expire() -> None:
             timed_out.set()
-            process.kill()
+            process.kill()  # unblocks the pending read or write
 
-        # The kill ends whichever of the two blocking calls is waiting.
         timer = threading.Timer(self._timeout, expire)
         timer.daemon = True
         timer.start()
         try:
             write_frame(process.stdin, request)
             response = read_frame(process.stdout)
-        except (OSError, FrameError) as error:
-            if timed_out.is_set():
-                raise FrameError(f"no answer within {self._timeout:g} s") from error
-            raise
+        except (OSError, FrameError):
+            if not timed_out.is_set():
+                raise
+            response = None
         finally:
             timer.cancel()
         if timed_out.is_set():
@@ -190,7 +183,7 @@ class ExpertHost:
         return response
 
     def _start(self) -> None:
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the process
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed by _stop
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
@@ -199,7 +192,8 @@ class ExpertHost:
             env=self._environment,
         )
 
-    def _obituary(self, error: OSError) -> str:
+    def _crash(self, error: OSError) -> str:
+        """Describes a crash: exit code and last line of stderr."""
         if self._process is None:
             return f"expert host does not start ({error}); install vilam3-experts or give its path"
         try:
@@ -227,7 +221,5 @@ class ExpertHost:
     def __enter__(self) -> ExpertHost:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

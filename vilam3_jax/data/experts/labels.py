@@ -1,8 +1,6 @@
-"""The labels of segmentation experts, and which of them an argument asks for.
+"""The labels of segmentation experts, and which of them an argument selects.
 
-Tables and groups are data, `tables/labels.json`.
-
-This module imports neither jax nor flax nor torch.
+The tables and groups are data, `tables/labels.json`.
 """
 
 from __future__ import annotations
@@ -11,22 +9,24 @@ import dataclasses
 import functools
 import importlib.resources
 import json
-from typing import cast
+from collections.abc import Iterable
+from typing import TypeVar, cast
 
 import numpy as np
 
 from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment, segments_on_slice
 
 _LESION_WORDS = ("tumor", "lesion", "mass", "metastasis", "cyst")
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelGroup:
-    """The labels that one expert argument asks for.
+    """The labels that an expert argument selects.
 
     Attributes:
       names: label id to name, after merging.
-      target: label id of the map to the id it is merged into; ids that are missing here are not shown.
+      target: label id in the map to the id it is merged into; labels that are missing here are not shown.
     """
 
     names: dict[int, str]
@@ -46,13 +46,13 @@ def label_table(expert: str) -> dict[int, str]:
 
 
 def canonical_args(expert: str, args: str) -> str:
-    """The argument as cards list it: another name of one (`hepatoma`) is replaced."""
+    """Replaces an alias (`hepatoma`) by the argument that cards list."""
     return _label_data().get(expert, {}).get("aliases", {}).get(args, args)
 
 
 @functools.cache
 def label_group(expert: str, args: str) -> LabelGroup | None:
-    """The label group of `expert` for `args`; None if there is none: then every label is shown."""
+    """The label group of `expert` for `args`; None means that every label is shown."""
     group = _label_data().get(expert, {"groups": {}})["groups"].get(args)
     if group is None:
         return None
@@ -66,16 +66,16 @@ def label_group(expert: str, args: str) -> LabelGroup | None:
 
 
 def label_universe(expert: str, args: str) -> dict[int, str]:
-    """Label id to name of all that `expert` may name for `args` (after merging), for `falsify`."""
+    """Label id to name of all labels that `expert` may report for `args`, after merging."""
     group = label_group(expert, args)
     return dict(group.names if group else label_table(expert))
 
 
 def restrict_to_group(annotation: Annotation) -> Annotation:
-    """Drops and merges labels as the annotation's own argument says, in the map and in the figures.
+    """Drops and merges labels by the annotation's own argument, in the map and in the measurements.
 
-    `falsify` wants this form, so that a lobe cannot come back as the lung it was taken from. Components of
-    merged labels are summed: an upper bound.
+    `falsify` needs this form, so that a lobe cannot come back as the lung that contains it. The components of
+    merged labels are summed, which is an upper bound.
     """
     group = label_group(annotation.expert, annotation.args)
     if group is None or annotation.status == "failed":
@@ -85,19 +85,16 @@ def restrict_to_group(annotation: Annotation) -> Annotation:
         into = group.target.get(s.label_id)
         if into is None:
             continue
-        seen = merged.get(into)
-        box = s.bbox
-        if seen:
-            low, high = np.minimum(seen.bbox[:3], box[:3]), np.maximum(seen.bbox[3:], box[3:])
-            box = cast(tuple[int, int, int, int, int, int], tuple(int(v) for v in (*low, *high)))
-        merged[into] = Segment(
-            into,
-            group.names[into],
-            s.voxels + (seen.voxels if seen else 0),
-            s.volume_ml + (seen.volume_ml if seen else 0.0),
-            s.components + (seen.components if seen else 0),
-            box,
-        )
+        if seen := merged.get(into):
+            low, high = np.minimum(seen.bbox[:3], s.bbox[:3]), np.maximum(seen.bbox[3:], s.bbox[3:])
+            s = dataclasses.replace(
+                s,
+                voxels=s.voxels + seen.voxels,
+                volume_ml=s.volume_ml + seen.volume_ml,
+                components=s.components + seen.components,
+                bbox=cast(tuple[int, int, int, int, int, int], tuple(int(v) for v in (*low, *high))),
+            )
+        merged[into] = dataclasses.replace(s, label_id=into, name=group.names[into])
     labels, affine = annotation.labels, annotation.label_affine
     if affine is not None:
         labels = LabelMap.encode(apply_group(group, annotation.label_map()), affine)
@@ -107,7 +104,7 @@ def restrict_to_group(annotation: Annotation) -> Annotation:
 
 @functools.lru_cache(4096)
 def is_lesion(name: str) -> bool:
-    """Whether a label stands for something that is counted, such as a tumor.
+    """Whether a label names something countable, such as a tumor.
 
     >>> is_lesion("hepatic tumor"), is_lesion("bone lesion"), is_lesion("liver")
     (True, True, False)
@@ -115,39 +112,35 @@ def is_lesion(name: str) -> bool:
     return any(w in _LESION_WORDS or w.removesuffix("s") in _LESION_WORDS for w in name.lower().split())
 
 
-def component_counts(annotation: Annotation) -> dict[int, int]:
-    """Label id to the number of separate parts in the whole volume, after merging (then an upper bound)."""
+def _sum_merged(annotation: Annotation, values: Iterable[tuple[int, _Number]]) -> dict[int, _Number]:
+    """Sums (label id, value) pairs by the id that each label is merged into; drops hidden labels."""
     group = label_group(annotation.expert, annotation.args)
-    counts: dict[int, int] = {}
-    for s in annotation.segments:
-        into = s.label_id if group is None else group.target.get(s.label_id)
+    sums: dict[int, _Number] = {}
+    for label_id, value in values:
+        into = label_id if group is None else group.target.get(label_id)
         if into is not None:
-            counts[into] = counts.get(into, 0) + s.components
-    return counts
+            sums[into] = sums[into] + value if into in sums else value
+    return sums
+
+
+def component_counts(annotation: Annotation) -> dict[int, int]:
+    """Label id to number of components in the whole volume; an upper bound for merged labels."""
+    return _sum_merged(annotation, ((s.label_id, s.components) for s in annotation.segments))
 
 
 def apply_group(group: LabelGroup | None, labels: np.ndarray) -> np.ndarray:
-    """Drops and merges labels, integers of any shape; all stay as they are without a group."""
+    """Drops and merges labels, integers of any shape. Without a group they are returned unchanged."""
     if group is None:
         return labels
     table = np.zeros(65536, np.uint16)
-    for i, into in group.target.items():
-        table[i] = into
+    table[list(group.target)] = list(group.target.values())
     return table[labels]
 
 
 def visible_segments(annotation: Annotation, *, axis: int, index: int) -> list[tuple[int, str, int, float]]:
     """(label id, name, voxels on the slice, ml in the whole volume) of the labels shown on a slice."""
     group = label_group(annotation.expert, annotation.args)
-    millilitres: dict[int, float] = {}
-    for s in annotation.segments:
-        into = s.label_id if group is None else group.target.get(s.label_id)
-        if into is not None:
-            millilitres[into] = millilitres.get(into, 0.0) + s.volume_ml
-    counts: dict[int, int] = {}
-    for label_id, _, voxels in segments_on_slice(annotation, axis, index):
-        into = label_id if group is None else group.target.get(label_id)
-        if into is not None:
-            counts[into] = counts.get(into, 0) + voxels
     names = group.names if group else annotation.label_names
+    millilitres = _sum_merged(annotation, ((s.label_id, s.volume_ml) for s in annotation.segments))
+    counts = _sum_merged(annotation, ((i, n) for i, _, n in segments_on_slice(annotation, axis, index)))
     return [(i, names[i], counts[i], millilitres[i]) for i in sorted(counts)]

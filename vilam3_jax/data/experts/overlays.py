@@ -1,7 +1,4 @@
-"""The slice with coloured labels that stands for `<image>` in a segmentation expert's turn.
-
-This module imports neither jax nor flax nor torch.
-"""
+"""The slice with coloured labels that replaces `<image>` in a segmentation expert's turn."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.data.volumes import slice_2d
 
 ALPHA = 0.3
-# VILA-M3's colours in VILA-M3's order (`orange` stands twice there), with the CSS values of scikit-image.
+# The colours of VILA-M3 in its order (`orange` occurs twice), with the CSS values of scikit-image.
 PALETTE: tuple[tuple[str, tuple[float, float, float]], ...] = (
     ("red", (1.0, 0.0, 0.0)),
     ("blue", (0.0, 0.0, 1.0)),
@@ -36,12 +33,12 @@ PALETTE: tuple[tuple[str, tuple[float, float, float]], ...] = (
 
 
 def palette_of(present: Sequence[int]) -> dict[int, str]:
-    """Label id to its colour's name; colours cycle over the ids `present` on a slice, in sorted order."""
+    """Label id to colour name. Colours cycle over the sorted label ids `present` on a slice."""
     return {label_id: PALETTE[i % len(PALETTE)][0] for i, label_id in enumerate(sorted(present))}
 
 
 def legend(names: Mapping[int, str], present: list[int]) -> dict[str, str]:
-    """Colour to what it shows; colours cycle over the label ids `present` on the slice, in sorted order.
+    """Colour to the names of its labels.
 
     Args:
       names: label id to name. A label without a name takes a colour but is not listed.
@@ -50,7 +47,7 @@ def legend(names: Mapping[int, str], present: list[int]) -> dict[str, str]:
     out: dict[str, str] = {}
     for label_id, colour in palette_of(present).items():
         if label_id in names:
-            # Beyond 16 labels (12, for orange) colours repeat: both names are told, none is lost.
+            # Colours repeat beyond 16 labels (12 for orange): list all names.
             known = out.get(colour)
             out[colour] = f"{known} and {names[label_id]}" if known else names[label_id]
     return out
@@ -59,19 +56,19 @@ def legend(names: Mapping[int, str], present: list[int]) -> dict[str, str]:
 def overlay(
     image: np.ndarray, label_slice: np.ndarray, names: Mapping[int, str], alpha: float = ALPHA
 ) -> tuple[np.ndarray, dict[str, str]]:
-    """Colours the labels of a slice; the background keeps the image.
+    """Blends label colours into a slice; the background stays unchanged.
 
-    Same formula as scikit-image's `label2rgb(kind='overlay', bg_label=0, bg_color=None)`, whose result on
-    grey images is matched to one grey level (it takes a detour through HSV).
+    The formula of scikit-image's `label2rgb(kind='overlay', bg_label=0, bg_color=None)`. On grayscale images
+    the result is within one gray level of scikit-image, which converts through HSV.
 
     Args:
       image: uint8 [H, W, 3].
-      label_slice: integers [h, w], 0 is background; brought to H x W by nearest neighbour.
+      label_slice: integers [h, w], 0 is background; resized to H x W by nearest neighbour.
       names: label id to name.
-      alpha: share of the colour.
+      alpha: opacity of the colours.
 
     Returns:
-      (uint8 [H, W, 3], colour to name of what is visible).
+      (uint8 [H, W, 3], colour to the names of the visible labels).
 
     Raises:
       ValueError: wrong dtype or shape.
@@ -96,18 +93,16 @@ def overlay(
 
 
 def expert_overlay(annotation: Annotation, image: np.ndarray, *, axis: int, index: int) -> np.ndarray:
-    """The picture that stands for `<image>` in a segmentation expert's turn.
+    """The image that replaces `<image>` in a segmentation expert's turn, uint8 [H, W, 3].
 
     Args:
       annotation: a successful record with a label map.
       image: uint8 [H, W, 3], the slice in display orientation (`volumes.slice_2d`), of any size.
-      axis, index: which slice `image` is.
-
-    Returns:
-      uint8 [H, W, 3].
+      axis, index: the slice that `image` shows.
 
     Raises:
-      ValueError: no label map. IndexError: no such slice.
+      ValueError: there is no label map.
+      IndexError: there is no such slice.
     """
     group = label_group(annotation.expert, annotation.args)
     plane = apply_group(group, annotation.label_slice(axis, index))

@@ -1,9 +1,7 @@
 """The record of an expert's result on one image or volume.
 
-An `Annotation` is a typed, schema-versioned record: probabilities, the lossless label map, and the figures of
-every segment. Texts and overlays are rendered from it when an example is loaded, never stored.
-
-This module imports neither jax nor flax nor torch: the expert processes write it, the training hosts read it.
+An `Annotation` is a typed record with a schema version. It holds probabilities, the lossless label map and
+the measurements of every segment. Texts and overlays are rendered from it at load time, never stored.
 """
 
 from __future__ import annotations
@@ -24,11 +22,11 @@ SCHEMA_VERSION = 3
 MAX_RECORD_BYTES = 1 << 30
 MAX_LABEL_VOXELS = 1 << 29
 VERDICTS = ("pass", "warn", "fail", "unknown")
-THRESHOLD = 0.5  # a class whose probability is above it counts as present
+THRESHOLD = 0.5  # a class with a higher probability counts as present
 _LABEL_DTYPES = ("uint8", "uint16")
 
 Key = tuple[str, str, str]
-"""(key of the input or inputs, see `content_keys.inputs_key`; expert name; expert arguments)."""
+"""(input key, see `content_keys.inputs_key`; expert name; expert arguments)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +35,11 @@ class Segment:
 
     Attributes:
       label_id: value in the label map, > 0.
-      name: the expert's own name of the label.
+      name: name that the expert gives the label.
       voxels: number of voxels.
       volume_ml: volume in millilitres.
       components: number of 26-connected components.
-      bbox: (x0, y0, z0, x1, y1, z1) in voxels, upper ends excluded.
+      bbox: (x0, y0, z0, x1, y1, z1) in voxels, upper bounds exclusive.
     """
 
     label_id: int
@@ -54,16 +52,16 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What one check found.
+    """The outcome of one check.
 
     Attributes:
       check: kind of the check, such as `modality` or `volume_ml`.
-      status: 'pass', 'warn' (doubtful), 'fail' (implausible) or 'unknown' (no evidence to judge by).
-      stage: 'before' the expert ran, of its input; or 'after', of its result.
-      subject: the label or class it is about; '' for the whole.
-      value: what was measured, in the unit of the check; None if nothing was.
-      low, high: what is plausible; None for no bound.
-      message: a sentence for people and the model, with no identifier of a patient or file.
+      status: 'pass', 'warn' (doubtful), 'fail' (implausible) or 'unknown' (no evidence).
+      stage: 'before' for checks of the input, 'after' for checks of the result.
+      subject: label or class that was checked; '' for the whole.
+      value: measured value in the unit of the check; None if nothing was measured.
+      low, high: plausible range; None for no bound.
+      message: a sentence for people and the model, without identifiers of patients or files.
     """
 
     check: str
@@ -84,13 +82,13 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Disagreement:
-    """Where another expert says something else about the same input.
+    """A contradiction by another expert on the same input.
 
     Attributes:
       expert, args, version: the other expert.
-      subject: the label or class both speak of.
-      measure: what is compared, `dice` or `probability difference`.
-      value: of the measure.
+      subject: label or class that both report.
+      measure: `dice` or `probability difference`.
+      value: value of the measure.
     """
 
     expert: str
@@ -106,11 +104,11 @@ class LabelMap:
     """A label volume compressed plane by plane along axis 2.
 
     Attributes:
-      shape: (X, Y, Z), the grid of the canonical (RAS) volume it belongs to.
+      shape: (X, Y, Z), the grid of the canonical (RAS) volume.
       dtype: 'uint8' or 'uint16'.
-      affine: 16 floats, row by row: voxel index to RAS millimetres.
+      affine: 16 floats in row-major order, voxel index to RAS millimetres.
       offsets: Z + 1 positions in `blob`; plane z is `blob[offsets[z]:offsets[z + 1]]`.
-      blob: zlib streams, one a plane, C order of [X, Y], little endian.
+      blob: one zlib stream per plane, C order of [X, Y], little endian.
     """
 
     shape: tuple[int, int, int]
@@ -156,10 +154,10 @@ class LabelMap:
         return cls((int(x), int(y), int(z)), dtype, flat, offsets, b"".join(planes))
 
     def plane(self, z: int) -> np.ndarray:
-        """Returns plane `z` along axis 2, [X, Y]; touches no other plane.
+        """Decodes plane `z` along axis 2, [X, Y], and no other plane.
 
         Raises:
-          IndexError: `z` outside the map.
+          IndexError: `z` is outside the map.
           ValueError: the stored bytes are damaged.
         """
         if not 0 <= z < self.shape[2]:
@@ -167,7 +165,7 @@ class LabelMap:
         size = self.shape[0] * self.shape[1] * np.dtype(self.dtype).itemsize
         stream = zlib.decompressobj()
         try:
-            # The bound keeps a hostile record from inflating without end.
+            # The bound protects against decompression bombs.
             raw = stream.decompress(self.blob[self.offsets[z] : self.offsets[z + 1]], size + 1)
         except zlib.error as error:
             raise ValueError(f"plane {z} of the label map is damaged: {error}") from error
@@ -177,7 +175,7 @@ class LabelMap:
         return np.frombuffer(raw, little).reshape(self.shape[:2]).astype(self.dtype)
 
     def decode(self) -> np.ndarray:
-        """Returns the whole map, [X, Y, Z], uint8 or uint16."""
+        """Decodes the whole map, [X, Y, Z], uint8 or uint16."""
         out = np.empty(self.shape, self.dtype)
         for z in range(self.shape[2]):
             out[:, :, z] = self.plane(z)
@@ -189,23 +187,23 @@ class Annotation:
     """One expert's result on one input.
 
     Attributes:
-      input_key: `content_keys.inputs_key` of what the expert looked at (sha256, hex): the content key of one
-        decoded image or volume, or the key of several.
-      expert: expert name as in its card.
+      input_key: `content_keys.inputs_key` of the input (SHA-256, hex): the content key of one decoded image
+        or volume, or the combined key of several.
+      expert: expert name as on its card.
       args: expert arguments, '' for none.
       status: 'ok' or 'failed'.
-      reason: why it failed; '' when ok.
+      reason: reason of the failure; '' when ok.
       version: expert version.
-      weights_sha256: what the expert's weights hash to, '' if it has none.
+      weights_sha256: hash of the expert's weights, '' if it has none.
       probabilities: class name to probability.
-      segments: the labels found in the whole volume.
-      labels: the compressed label map, or None.
-      seconds: time the expert took.
-      verdicts: what the checks of input and result found.
+      segments: labels found in the whole volume.
+      labels: compressed label map, or None.
+      seconds: run time of the expert.
+      verdicts: outcomes of the checks of input and result.
       calibrated: class name to calibrated probability; empty without a calibration.
-      calibration: which calibration (method and digest of the fit), '' for none.
-      disagreements: of other experts on the same input.
-      inputs: of several inputs, the ordered (role, content key) pairs; empty for a single one.
+      calibration: method and digest of the calibration, '' for none.
+      disagreements: contradictions by other experts on the same input.
+      inputs: ordered (role, content key) pairs of several inputs; empty for a single one.
       schema_version: version of this record type.
     """
 
@@ -249,35 +247,35 @@ class Annotation:
 
     @property
     def label_shape(self) -> tuple[int, int, int] | None:
-        """(X, Y, Z) of the label map, None without one."""
+        """(X, Y, Z) of the label map, or None."""
         return self.labels.shape if self.labels else None
 
     @property
     def label_affine(self) -> np.ndarray | None:
-        """float64 [4, 4], voxel index to RAS millimetres, None without a label map."""
+        """float64 [4, 4], voxel index to RAS millimetres; None without a label map."""
         return np.array(self.labels.affine).reshape(4, 4) if self.labels else None
 
     @property
     def label_names(self) -> dict[int, str]:
-        """Label id to name, of the labels present in the volume."""
+        """Label id to name of the labels found in the volume."""
         return {s.label_id: s.name for s in self.segments}
 
     def label_map(self) -> np.ndarray:
-        """Returns the label map, uint8 or uint16 [X, Y, Z].
+        """Decodes the label map, uint8 or uint16 [X, Y, Z].
 
         Raises:
-          ValueError: this annotation has none.
+          ValueError: there is no label map.
         """
         return self._need_labels().decode()
 
     def label_slice(self, axis: int, index: int) -> np.ndarray:
-        """Returns one plane of the label map in voxel order (not turned for display).
+        """Decodes one plane of the label map, in voxel order (not display orientation).
 
-        Axis 2 decompresses that plane alone; axes 0 and 1 need the whole map.
+        Axis 2 decompresses a single plane; axes 0 and 1 decompress the whole map.
 
         Raises:
-          ValueError: no label map, or a wrong axis.
-          IndexError: `index` outside the map.
+          ValueError: there is no label map, or the axis is wrong.
+          IndexError: `index` is outside the map.
         """
         labels = self._need_labels()
         if axis == 2:
@@ -299,10 +297,10 @@ class Annotation:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Annotation:
-        """Reads `to_bytes` output.
+        """Reads the output of `to_bytes`.
 
         Raises:
-          UserError: damaged, or written by a newer schema.
+          UserError: the bytes are damaged or of another schema.
         """
         if len(data) > MAX_RECORD_BYTES:
             raise UserError(f"annotation record of {len(data)} bytes, the limit is {MAX_RECORD_BYTES}")
@@ -329,26 +327,21 @@ class Annotation:
 
 
 def failed(input_key: str, expert: str, args: str, reason: str, **fields: Any) -> Annotation:
-    """Returns the annotation that stands for an expert that could not answer."""
+    """Returns a failed annotation."""
     return Annotation(input_key, expert, args, status="failed", reason=reason or "no reason given", **fields)
 
 
 def memory_bytes(annotation: Annotation | None) -> int:
-    """About how much memory a record takes, for caches."""
+    """Approximate size of a record in memory, for caches."""
     return 1024 + (len(annotation.labels.blob) if annotation and annotation.labels else 0)
 
 
 def segments_on_slice(annotation: Annotation, axis: int, index: int) -> list[tuple[int, str, int]]:
-    """Returns (label id, name, voxels on that slice) of every named label there, by label id.
-
-    Args:
-      annotation: a record with a label map.
-      axis: 0, 1 or 2 of the canonical volume.
-      index: slice along `axis`.
+    """Returns (label id, name, voxels on the slice) of the named labels on a slice, by label id.
 
     Raises:
       ValueError, IndexError: as `Annotation.label_slice`.
     """
     names = annotation.label_names
-    counts = np.bincount(annotation.label_slice(axis, index).ravel())  # no sort, as there are 65536 at most
+    counts = np.bincount(annotation.label_slice(axis, index).ravel())  # at most 65536, so no sort is needed
     return [(int(i), names[int(i)], int(counts[i])) for i in np.flatnonzero(counts) if int(i) in names]

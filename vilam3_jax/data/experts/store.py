@@ -15,7 +15,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import os
 import time
@@ -32,7 +31,7 @@ from vilam3_jax.data.experts.index import Entry, Index, Location, Outcome, Shard
 from vilam3_jax.data.experts.record import Annotation, Key
 from vilam3_jax.data.shards import ShardReaders
 from vilam3_jax.errors import UnavailableError, UserError
-from vilam3_jax.runtime import paths
+from vilam3_jax.runtime import locks, paths
 
 SHARD_BYTES = 256 << 20
 _LEASE = ".compacting"
@@ -430,10 +429,8 @@ def _compaction_lock(folder: epath.Path) -> Iterator[Callable[[], bool]]:
         except OSError as error:
             raise paths.write_error(path, error) from error
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise busy from None
+            if not locks.try_lock(file.fileno()):
+                raise busy
             yield lambda: True
         return
     token = f"{time.time_ns()} {uuid.uuid4().hex}"

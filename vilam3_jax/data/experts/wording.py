@@ -1,9 +1,7 @@
-"""The words of an expert exchange: how a model calls, and how it is told what experts said.
+"""The texts of an expert exchange: calls, results and questions.
 
-`PLAIN` is this project's own wording. `VILA_M3` is the one that the released checkpoints were trained on,
-kept to the letter, slips included.
-
-This module imports neither jax nor flax nor torch.
+`PLAIN` is this project's own wording. `VILA_M3` is the wording that the released checkpoints were trained on,
+kept verbatim, mistakes included.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 from vilam3_jax.data.examples import IMAGE_MARKER
 from vilam3_jax.data.experts.brats_legend import brats_legend
@@ -22,8 +19,8 @@ from vilam3_jax.data.experts.overlays import legend, palette_of
 from vilam3_jax.data.experts.record import THRESHOLD, Annotation, Verdict
 from vilam3_jax.errors import UserError
 
-_LONGEST = 200  # of a name or a sentence that an expert brings
-# The modalities of cards, as images in a sentence.
+_MAX_EXPERT_TEXT = 200  # characters of a name or a sentence that an expert supplies
+# Card modality to a noun phrase.
 IMAGE_OF = {"CT": "a CT image", "MRI": "an MRI image", "CXR": "a chest X-ray"}
 _VILA_M3_INPUTS = {
     "CT": f" {IMAGE_MARKER}This is a CT image.\n",
@@ -37,91 +34,68 @@ _ROLE_WORDS = {"t1c": "T1(contrast enhanced)", "t1": "T1", "t2": "T2", "flair": 
 
 @dataclasses.dataclass(frozen=True)
 class Plane:
-    """The slice of a volume that a model sees; nothing for a 2-D image."""
+    """The slice of a volume that a model sees; empty for a 2-D image."""
 
     axis: int | None = None
     index: int | None = None
 
 
-class Wording(Protocol):
-    """What differs between the two.
+class Wording:
+    """The plain wording, and the interface of all wordings.
 
     Attributes:
-      tells_figures: whether volumes and counts of labels are told.
+      reports_measurements: whether volumes and counts of labels are part of the texts.
     """
 
-    tells_figures: bool
+    reports_measurements = True
 
     def call(self, cards: Sequence[Card], calls: Sequence[Call]) -> str:
-        """The assistant's turn that makes `calls`, of the experts `cards`."""
-        ...
-
-    def inputs(self, roles: Sequence[str], modality: str = "") -> str:
-        """The image markers before a question, one for each role; `modality` is DICOM's code, if known."""
-        ...
-
-    def segmentation(self, annotation: Annotation, plane: Plane) -> str:
-        """A label map on a slice, with one image marker."""
-        ...
-
-    def classification(self, annotation: Annotation, threshold: float = THRESHOLD) -> str:
-        """Class probabilities; above `threshold` a class counts as present."""
-        ...
-
-    def told_probabilities(self, annotation: Annotation) -> Mapping[str, float]:
-        """The probabilities that `classification` tells."""
-        ...
-
-    def failure(self, annotation: Annotation) -> str:
-        """No result."""
-        ...
-
-    def question(self, question: str, tasks: Sequence[str]) -> str:
-        """Asks again, after results of `tasks` (`segmentation`, `classification` or `failure`)."""
-        ...
-
-
-class _Plain:
-    tells_figures = True
-
-    def call(self, cards: Sequence[Card], calls: Sequence[Call]) -> str:
+        """The assistant's turn that makes `calls` to the experts of `cards`."""
         modality = cards[0].modality
         what = IMAGE_OF.get(modality, f"an image of the modality {modality}")
         return f"This looks like {what}. Let me trigger {write_calls(calls)}."
 
     def inputs(self, roles: Sequence[str], modality: str = "") -> str:
+        """The image markers before a question, one per role; `modality` is a DICOM code, if known."""
         del modality
         if len(roles) == 1:
             return f"{IMAGE_MARKER}\n"
         return ", ".join(f"{_ROLE_WORDS.get(r, r)}: {IMAGE_MARKER}" for r in roles) + "\n"
 
     def segmentation(self, annotation: Annotation, plane: Plane) -> str:
-        visible = told_labels(annotation, plane)
+        """The labels on a slice, with one image marker."""
+        visible = visible_labels(annotation, plane)
         if not visible:
             return f"The results are {IMAGE_MARKER}. No labelled structure is visible in this image. "
         if annotation.expert == "BRATS":
             colours = brats_legend(palette_of([i for i, *_ in visible]), "correct")
         else:
-            colours = ", ".join(f"{colour}: {name}" for colour, name in _colours(visible).items())
-        volumes = ", ".join(f"{name} {told_volume(ml)}" for _, name, _, ml in visible)
+            colours = _colours(visible)
+        volumes = ", ".join(f"{name} {format_ml(ml)}" for _, name, _, ml in visible)
+        counts = component_counts(annotation)
+        lesions = ", ".join(f"{name} {counts[i]}" for i, name, *_ in visible if is_lesion(name))
         return (
             f"The results are {IMAGE_MARKER}. The colors in this image describe {colours}. "
-            f"Volumes in ml: {volumes}. {_counts(annotation, visible)}"
-        )
+            f"Volumes in ml: {volumes}. "
+        ) + (f"Separate parts in the scan: {lesions}. " if lesions else "")
 
     def classification(self, annotation: Annotation, threshold: float = THRESHOLD) -> str:
-        told = self.told_probabilities(annotation)
-        lines = [f"{told_class(n)}: {'yes' if p > threshold else 'no'} ({p:.2f})\n" for n, p in told.items()]
+        """Class probabilities; a class above `threshold` counts as present."""
+        shown = self.probabilities(annotation).items()
+        lines = [f"{class_name(n)}: {'yes' if p > threshold else 'no'} ({p:.2f})\n" for n, p in shown]
         return "The resulting predictions are:\n" + "".join(lines)
 
-    def told_probabilities(self, annotation: Annotation) -> Mapping[str, float]:
+    def probabilities(self, annotation: Annotation) -> Mapping[str, float]:
+        """The probabilities that `classification` reports."""
         return {**annotation.probabilities, **annotation.calibrated}  # a class may lack a calibration
 
     def failure(self, annotation: Annotation) -> str:
-        del annotation  # its reason may hold anything; a verdict says what a model may be told
+        """The text of a failed annotation."""
+        del annotation  # the reason may contain anything; verdicts hold what a model may see
         return "The expert could not analyse this image. "
 
     def question(self, question: str, tasks: Sequence[str]) -> str:
+        """Repeats the question after results of `tasks` (`segmentation`, `classification` or `failure`)."""
         if all(task == "failure" for task in tasks):
             return f"Respond to this prompt:\n{question}"
         if len(tasks) > 1:
@@ -134,8 +108,8 @@ class _Plain:
         )
 
 
-class _VilaM3(_Plain):
-    tells_figures = False
+class _VilaM3(Wording):
+    reports_measurements = False
 
     def call(self, cards: Sequence[Card], calls: Sequence[Call]) -> str:
         what, first = {
@@ -150,19 +124,18 @@ class _VilaM3(_Plain):
         return _VILA_M3_INPUTS.get(modality, f"{IMAGE_MARKER}\n")
 
     def segmentation(self, annotation: Annotation, plane: Plane) -> str:
-        visible = told_labels(annotation, plane)
+        visible = visible_labels(annotation, plane)
         if annotation.expert == "BRATS":
             words = brats_legend(palette_of([i for i, *_ in visible]), "trained")
             return f"The results are {IMAGE_MARKER}. The colors in this image describe\n{words}\n"
-        words = ", ".join(f"{colour}: {name}" for colour, name in _colours(visible).items())
-        return f"The results are {IMAGE_MARKER}. The colors in this image describe {words}. "
+        return f"The results are {IMAGE_MARKER}. The colors in this image describe {_colours(visible)}. "
 
     def classification(self, annotation: Annotation, threshold: float = THRESHOLD) -> str:
-        told = self.told_probabilities(annotation)
-        lines = [f"{told_class(n)}: {'yes' if p > threshold else 'no'}\n" for n, p in told.items()]
+        shown = self.probabilities(annotation).items()
+        lines = [f"{class_name(n)}: {'yes' if p > threshold else 'no'}\n" for n, p in shown]
         return "The resulting predictions are:\n" + "".join(lines) + ". "
 
-    def told_probabilities(self, annotation: Annotation) -> Mapping[str, float]:
+    def probabilities(self, annotation: Annotation) -> Mapping[str, float]:
         return annotation.probabilities
 
     def question(self, question: str, tasks: Sequence[str]) -> str:
@@ -170,7 +143,7 @@ class _VilaM3(_Plain):
         return super().question(question, tasks) + stop
 
 
-PLAIN, VILA_M3 = _Plain(), _VilaM3()
+PLAIN, VILA_M3 = Wording(), _VilaM3()
 WORDINGS: Mapping[str, Wording] = {"plain": PLAIN, "vila_m3": VILA_M3}
 
 
@@ -178,7 +151,7 @@ def wording_named(name: str) -> Wording:
     """The wording of `model.expert_wording`.
 
     Raises:
-      UserError: there is none of this name.
+      UserError: the name is unknown.
     """
     if name not in WORDINGS:
         raise UserError(f"config model.expert_wording={name!r}: use one of {', '.join(WORDINGS)}")
@@ -193,55 +166,49 @@ _SHOWN = re.compile(
 
 
 def question_of(text: str) -> str:
-    """A user turn without what `Wording.inputs` puts before the question, and without further markers."""
+    """A user turn without the prefix of `Wording.inputs` and without further image markers."""
     shown = _SHOWN.match(text)
     return re.sub(rf" ?{IMAGE_MARKER}", "", text[shown.end() if shown else 0 :]).strip()
 
 
 def doubts(verdicts: Sequence[Verdict]) -> str:
-    """A sentence on the checks that found something; '' where all passed or nothing is known."""
-    found = told_doubts(verdicts)
+    """A sentence on the checks that raised doubts; '' if none did."""
+    found = doubt_messages(verdicts)
     return f"Checks doubt this: {'; '.join(found)}. " if found else ""
 
 
-def told_doubts(verdicts: Sequence[Verdict]) -> list[str]:
-    """What checks found, a clause each; labels that the scan cuts off share one."""
+def doubt_messages(verdicts: Sequence[Verdict]) -> list[str]:
+    """One clause per doubt; labels that the scan cuts off share a clause."""
     found = [v for v in verdicts if v.status in ("warn", "fail") and v.message]
-    cut = [told_words(v.subject) for v in found if v.check == "border"]
-    told = [told_words(v.message) for v in found if v.check != "border" or len(cut) == 1]
+    cut = [sanitized(v.subject) for v in found if v.check == "border"]
+    messages = [sanitized(v.message) for v in found if v.check != "border" or len(cut) == 1]
     if len(cut) > 1:
-        told.append(f"{joined(cut)} reach the border of the scan, so their volumes are lower bounds")
-    return told
+        messages.append(f"{joined(cut)} reach the border of the scan, so their volumes are lower bounds")
+    return messages
 
 
-def told_labels(annotation: Annotation, plane: Plane) -> list[tuple[int, str, int, float]]:
-    """(label id, name as it is told, voxels on the slice, ml in the scan) of the labels on a slice."""
+def visible_labels(annotation: Annotation, plane: Plane) -> list[tuple[int, str, int, float]]:
+    """(label id, sanitized name, voxels on the slice, ml in the scan) of the labels on a slice."""
     assert plane.axis is not None and plane.index is not None  # see Result.problem
     found = visible_segments(annotation, axis=plane.axis, index=plane.index)
-    return [(label_id, told_words(name), voxels, ml) for label_id, name, voxels, ml in found]
+    return [(label_id, sanitized(name), voxels, ml) for label_id, name, voxels, ml in found]
 
 
-def _colours(visible: Sequence[tuple[int, str, int, float]]) -> dict[str, str]:
-    return legend({i: name for i, name, *_ in visible}, [i for i, *_ in visible])
+def _colours(visible: Sequence[tuple[int, str, int, float]]) -> str:
+    colours = legend({i: name for i, name, *_ in visible}, [i for i, *_ in visible])
+    return ", ".join(f"{colour}: {name}" for colour, name in colours.items())
 
 
-def _counts(annotation: Annotation, visible: Sequence[tuple[int, str, int, float]]) -> str:
-    """How many of each lesion: a slice does not show it."""
-    counts = component_counts(annotation)
-    told = [f"{name} {counts[i]}" for i, name, *_ in visible if is_lesion(name)]
-    return f"Separate parts in the scan: {', '.join(told)}. " if told else ""
+def class_name(name: str) -> str:
+    """A class name as it appears in texts."""
+    return sanitized(name.lower().replace("_", " "))
 
 
-def told_class(name: str) -> str:
-    """The name of a class as it is told."""
-    return told_words(name.lower().replace("_", " "))
+def sanitized(text: str) -> str:
+    """An expert's text on one line, without characters that could form a marker, a call or a token."""
+    return " ".join(re.sub(r"[<>|\[\]]", " ", text).split())[:_MAX_EXPERT_TEXT]
 
 
-def told_words(text: str) -> str:
-    """An expert's own words on one line, without what could pass for a marker, a call or a token."""
-    return " ".join(re.sub(r"[<>|\[\]]", " ", text).split())[:_LONGEST]
-
-
-def told_volume(ml: float) -> str:
-    """A volume in millilitres as it is told."""
+def format_ml(ml: float) -> str:
+    """A volume in millilitres as it appears in texts."""
     return f"{ml:.0f}" if ml >= 10 else f"{ml:.1f}"

@@ -1,7 +1,4 @@
-"""A dialogue while it is made: turns, requests, and at the end an ordinary example.
-
-This module imports neither jax nor flax nor torch.
-"""
+"""A dialogue under construction."""
 
 from __future__ import annotations
 
@@ -9,58 +6,50 @@ import dataclasses
 from collections.abc import Sequence
 
 from vilam3_jax.data.examples import Example, ExpertRequest, Turn
-from vilam3_jax.data.experts.dialogues.scene import Finding, Scene
+from vilam3_jax.data.experts.dialogues.scene import Scene, StoredResult
 
 
 class Draft:
-    """Turns and requests of one dialogue; `example` ends it."""
+    """Collects the turns and expert requests of a dialogue; `example` returns the result."""
 
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
         self._turns: list[Turn] = []
         self._requests: list[ExpertRequest] = []
 
-    def exchange(self, question: str, answer: str, called: Sequence[Finding] = ()) -> Draft:
+    def add(self, question: str, answer: str, called: Sequence[StoredResult] = ()) -> Draft:
         """Adds a question and its answer.
 
         Args:
-          question: without image markers; the images stand before the first one.
-          answer: of the model, a target.
-          called: experts that are called between the two; nobody with experts off.
+          question: without image markers, which are put before the first question.
+          answer: the model's answer, a target.
+          called: results of the experts called between the two; ignored with experts off.
         """
-        shown = "" if self._turns else self._scene.shown
-        return self.verbatim(shown + question, answer, called, question)
+        markers = "" if self._turns else self._scene.markers
+        return self.add_verbatim(markers + question, answer, called, question)
 
-    def verbatim(
-        self, user: str, answer: str, called: Sequence[Finding] = (), question: str = "", call: str = ""
+    def add_verbatim(
+        self, user: str, answer: str, called: Sequence[StoredResult] = (), question: str = "", call: str = ""
     ) -> Draft:
-        """`exchange` whose user turn is given with its markers.
+        """`add` with a given user turn.
 
         Args:
-          user: text of the user's turn.
-          answer: as in `exchange`.
-          called: as in `exchange`.
-          question: what the expert's turn repeats.
-          call: words of the calling turn; '' for those of the style.
+          user: text of the user's turn, with image markers.
+          answer: as in `add`.
+          called: as in `add`.
+          question: the question that the expert's turn repeats.
+          call: text of the calling turn; '' for that of the style.
         """
         before = len(self._turns) + 1
-        if self._scene.spoken:
-            for finding in called:
-                self._requests.append(
-                    ExpertRequest(
-                        finding.card.name, finding.args, finding.images, before, "always", question, call
-                    )
-                )
+        if self._scene.experts_on:
+            self._requests += [
+                ExpertRequest(r.card.name, r.args, r.images, before, "always", question, call) for r in called
+            ]
         self._turns += [Turn("user", user), Turn("assistant", answer, True)]
         return self
 
     def example(self, rule: str, **meta: object) -> Example:
-        """The dialogue as an example.
-
-        Args:
-          rule: that made it; part of the id.
-          meta: more values for `Example.meta`.
-        """
+        """Returns the dialogue as an example; `rule` becomes part of the id, `meta` extends the record's."""
         record = self._scene.record
         return dataclasses.replace(
             record,

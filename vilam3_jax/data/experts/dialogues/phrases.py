@@ -1,7 +1,4 @@
-"""Small words: modalities, plurals, articles.
-
-This module imports neither jax nor flax nor torch.
-"""
+"""Helpers for phrases: modalities, plurals, articles."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ _MODALITIES = {"MR": "MRI", "CR": "CXR", "DX": "CXR", "X-RAY": "CXR"}
 
 
 def modality_of(text: str) -> str:
-    """`CT`, `MRI`, `CXR` or the text itself, from a card's words, a record's or DICOM's code.
+    """`CT`, `MRI` or `CXR` for the modality of a card or record or a DICOM code; else the text itself.
 
     >>> modality_of("chest x-ray (CXR)"), modality_of("MR"), modality_of("cell imaging")
     ('CXR', 'MRI', 'cell imaging')
@@ -38,14 +35,9 @@ def with_article(name: str) -> str:
 
 
 def said(name: str) -> str:
-    """A label's name within a sentence: label tables write one vertebra as several.
+    """A label's name within a sentence, with the singular for a vertebra.
 
     >>> said("vertebrae L3"), said("liver")
     ('vertebra L3', 'liver')
     """
     return "vertebra" + name.removeprefix("vertebrae") if name.startswith("vertebrae ") else name
-
-
-def capital(text: str) -> str:
-    """The text with its first letter large."""
-    return text[:1].upper() + text[1:]

@@ -1,7 +1,4 @@
-"""The questions and answers that dialogues are made of: data, `questions/*.json`.
-
-This module imports neither jax nor flax nor torch.
-"""
+"""The question and answer pools of dialogues, `questions/*.json`."""
 
 from __future__ import annotations
 
@@ -16,20 +13,16 @@ _NAMES = ("brain", "counts", "films", "follow_ups", "groups", "lesions", "negati
 
 @functools.cache
 def pool(name: str) -> dict[str, Any]:
-    """One file of questions and answers; texts hold `{placeholders}`."""
+    """The questions and answers of one file; texts contain `{placeholders}`."""
     return json.loads(_read(name))
 
 
 @functools.cache
 def pools_digest() -> str:
-    """sha256 (hex) of all pools: what a place in a stream of dialogues depends on."""
-    digest = hashlib.sha256()
-    for name in _NAMES:
-        digest.update(_read(name))
-    return digest.hexdigest()
+    """SHA-256 (hex) of all pools; part of the fingerprint of a stream of dialogues."""
+    return hashlib.sha256(b"".join(map(_read, _NAMES))).hexdigest()
 
 
 def _read(name: str) -> bytes:
-    return (
-        importlib.resources.files("vilam3_jax.data.experts.dialogues") / "questions" / f"{name}.json"
-    ).read_bytes()
+    folder = importlib.resources.files("vilam3_jax.data.experts.dialogues") / "questions"
+    return (folder / f"{name}.json").read_bytes()

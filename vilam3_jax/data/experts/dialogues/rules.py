@@ -1,7 +1,4 @@
-"""The rules: what each makes of which records.
-
-This module imports neither jax nor flax nor torch.
-"""
+"""The rules that turn records into dialogues."""
 
 from __future__ import annotations
 
@@ -20,23 +17,21 @@ class Rule:
     """One kind of dialogue.
 
     Attributes:
-      name: in a mixture's row, after the colon.
-      about: what it asks, for people.
-      options: of a record, what there is to choose from; raises `Unfit` where there is nothing.
-      tell: makes the dialogue of one option.
-      parity: makes it in the reference's words; None where the reference has no such dialogue.
-      modality: of the records it is for; '' for any.
+      name: the part of a mixture's row after the colon.
+      options: returns the choices that a record offers; raises `Unfit` if there are none.
+      build: builds the dialogue of one choice.
+      parity: builds it in the reference's words; None if the reference has no such dialogue.
+      modality: modality of the records; '' for any.
     """
 
     name: str
-    about: str
     options: Callable[[Scene], Sequence[Any]]
-    tell: Callable[[Scene, Any], Example]
+    build: Callable[[Scene, Any], Example]
     parity: Callable[[Scene, Any], Example] | None = None
     modality: str = ""
 
     def unfit(self, scene: Scene) -> str | None:
-        """Why the rule makes no dialogue of a record, or None; looks at no picture."""
+        """The reason why the rule does not fit a record, or None; decodes no image."""
         try:
             self._choices(scene)
         except Unfit as reason:
@@ -44,15 +39,15 @@ class Rule:
         return None
 
     def make(self, scene: Scene) -> Example:
-        """The dialogue of a record.
+        """Returns a dialogue about a record.
 
         Raises:
           Unfit: there is none.
         """
         choice = scene.rng.choice(self._choices(scene))
-        if scene.setting.parity and scene.spoken and self.parity is not None:
+        if scene.setting.parity and scene.experts_on and self.parity is not None:
             return self.parity(scene, choice)
-        return self.tell(scene, choice)
+        return self.build(scene, choice)
 
     def _choices(self, scene: Scene) -> Sequence[Any]:
         if self.modality and scene.modality != self.modality:
@@ -68,34 +63,30 @@ class Rule:
 
 
 _RULES = (
-    Rule(
-        "ct_tumor", "a tumor on the slice, and their number", ct.tumor_findings, ct.tumor, parity.tumor, "CT"
-    ),
-    Rule("ct_segment", "structures to be segmented", ct.segmentations, ct.segment, parity.segment, "CT"),
-    Rule("ct_what", "what the slice shows", ct.descriptions, ct.what, parity.what, "CT"),
-    Rule("mri_what", "what the sequences show", mri.findings, mri.what, parity.brain_what, "MRI"),
-    Rule("mri_tumor", "a tumor on the slice", mri.findings, mri.tumor, None, "MRI"),
-    Rule("mri_grade", "the grade of a glioma", mri.graded, mri.grade, parity.brain_grade, "MRI"),
-    Rule("mri_segment", "the tumor to be segmented", mri.findings, mri.segment, parity.brain_segment, "MRI"),
-    Rule("cxr", "the record's own questions", films.own_questions, films.cxr, parity.cxr, "CXR"),
-    Rule("cxr_finding", "one finding on the film", films.clear_findings, films.one_finding, None, "CXR"),
-    Rule("no_expert", "what needs no expert", negatives.topics, negatives.no_expert),
-    Rule(
-        "wrong_modality", "what another modality's expert does", negatives.tempting, negatives.wrong_modality
-    ),
-    Rule("expert_failed", "what the expert could not analyse", negatives.failures, negatives.failed),
-    Rule("expert_doubted", "a result that checks doubt", negatives.doubted_findings, negatives.doubted),
-    Rule("experts_disagree", "what two experts differ on", negatives.disputes, negatives.disagree),
-    Rule("several_calls", "two results at once", negatives.several_findings, negatives.several_calls),
+    Rule("ct_tumor", ct.lesion_results, ct.tumor, parity.tumor, "CT"),
+    Rule("ct_segment", ct.segmentations, ct.segment, parity.segment, "CT"),
+    Rule("ct_what", ct.descriptions, ct.what, parity.what, "CT"),
+    Rule("mri_what", mri.results, mri.what, parity.brain_what, "MRI"),
+    Rule("mri_tumor", mri.results, mri.tumor, None, "MRI"),
+    Rule("mri_grade", mri.graded, mri.grade, parity.brain_grade, "MRI"),
+    Rule("mri_segment", mri.results, mri.segment, parity.brain_segment, "MRI"),
+    Rule("cxr", films.own_questions, films.cxr, parity.cxr, "CXR"),
+    Rule("cxr_finding", films.clear_findings, films.one_finding, None, "CXR"),
+    Rule("no_expert", negatives.topics, negatives.no_expert),
+    Rule("wrong_modality", negatives.other_modality_cards, negatives.wrong_modality),
+    Rule("expert_failed", negatives.failures, negatives.failed),
+    Rule("expert_doubted", negatives.doubted_results, negatives.doubted),
+    Rule("experts_disagree", negatives.conflicts, negatives.disagree),
+    Rule("several_calls", negatives.result_pairs, negatives.several_calls),
 )
 RULES = {rule.name: rule for rule in _RULES}
 
 
 def split_row(name: str) -> tuple[str, Rule | None]:
-    """The dataset and the rule of `NAME` or `NAME:RULE`, the name in a mixture's row.
+    """Splits the name of a mixture's row, `NAME` or `NAME:RULE`, into dataset and rule.
 
     Raises:
-      UserError: there is no such rule.
+      UserError: the rule is unknown.
     """
     dataset, colon, rule = name.partition(":")
     if not colon:

@@ -1,7 +1,4 @@
-"""What a rule sees of one record: its images, their annotations, and a random generator.
-
-This module imports neither jax nor flax nor torch.
-"""
+"""The input of a rule: the images of one record, their annotations, and a random generator."""
 
 from __future__ import annotations
 
@@ -20,30 +17,29 @@ from vilam3_jax.data.experts.exchange import DEFAULT_STYLE, Result, Style
 from vilam3_jax.data.experts.labels import component_counts, is_lesion, label_universe
 from vilam3_jax.data.experts.overlays import palette_of
 from vilam3_jax.data.experts.record import Annotation, memory_bytes
-from vilam3_jax.data.experts.wording import Plane, told_class, told_doubts, told_labels, told_words
+from vilam3_jax.data.experts.wording import Plane, class_name, doubt_messages, sanitized, visible_labels
 
-MIN_PIXELS = 20
-_REFERENCE = ("VISTA3D", "BRATS", "CXR")  # the experts that the reference has dialogues with
-DICOM_CODES = {"MRI": "MR", "CXR": "DX"}
+_REFERENCE = ("VISTA3D", "BRATS", "CXR")  # experts with dialogues in the reference
+_DICOM_CODES = {"MRI": "MR", "CXR": "DX"}
 _CACHE_BYTES = 256 << 20
 
 
 class Unfit(Exception):
-    """A rule makes no dialogue of a record; the message says why."""
+    """A rule does not fit a record; the message states the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What dialogues are made with.
+    """The options of dialogues.
 
     Attributes:
-      cards: of the experts that the model is told of.
-      find: (input key, expert, arguments) to the annotation, or None.
-      style: how results are told.
-      parity: the reference's own sentences, for the experts that it has.
-      min_lesion_ml: mean volume of the parts of a lesion from which on they are counted: specks make a count
-        doubtful.
-      min_pixels: pixels of a lesion on a slice from which on it is visible; with fewer, nobody asks.
+      cards: cards of the experts in the prompt.
+      find: maps (input key, expert, arguments) to the annotation, or None.
+      style: how results are presented.
+      parity: whether to use the reference's sentences and only its experts.
+      min_lesion_ml: smallest mean volume of a lesion's components that are counted. Specks make a count
+        unreliable.
+      min_pixels: smallest area of a lesion on a slice, in pixels, that a question may ask about.
     """
 
     cards: tuple[Card, ...]
@@ -51,17 +47,11 @@ class Setting:
     style: Style = DEFAULT_STYLE
     parity: bool = False
     min_lesion_ml: float = 0.1
-    min_pixels: int = MIN_PIXELS
+    min_pixels: int = 20
 
     @classmethod
     def of(cls, cards: Sequence[Card], store: Any, **fields: Any) -> Setting:
-        """A setting that keeps the annotations used last.
-
-        Args:
-          cards: of the experts.
-          store: with `get` of an `AnnotationStore`.
-          fields: of the setting.
-        """
+        """A setting with a cache in front of `store`, which has the `get` of an `AnnotationStore`."""
         cache: ByteLRU[Annotation | None] = ByteLRU(_CACHE_BYTES, memory_bytes)
         return cls(tuple(cards), lambda *key: cache.get(key, lambda: store.get(*key)), **fields)
 
@@ -71,11 +61,11 @@ class Label:
     """A label that an expert shows on a slice.
 
     Attributes:
-      label_id: after merging.
-      name: as it is told.
-      pixels: on the slice.
-      ml: in the whole scan.
-      colour: of the overlay.
+      label_id: label id after merging.
+      name: sanitized name.
+      pixels: area on the slice.
+      ml: volume in the whole scan.
+      colour: colour in the overlay.
     """
 
     label_id: int
@@ -86,14 +76,14 @@ class Label:
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
-    """What one expert said of a record, and the card it goes by.
+class StoredResult:
+    """An expert's annotation of a record, possibly a failed one.
 
     Attributes:
-      card: of the expert.
-      args: of the call.
-      images: what the expert sees.
-      annotation: what it said, failed ones too.
+      card: card of the expert.
+      args: arguments of the call.
+      images: the expert's inputs.
+      annotation: the stored annotation.
       plane: the slice that the model sees.
     """
 
@@ -105,86 +95,78 @@ class Finding:
 
     @property
     def ok(self) -> bool:
-        """Whether there is a result that can be shown."""
-        return self.annotation.status == "ok" and self.problem is None
+        """Whether the result can be shown."""
+        problem = Result(self.annotation, self.card.task, self.plane).problem()
+        return self.annotation.status == "ok" and problem is None
 
     @property
-    def problem(self) -> str | None:
-        """Why the result cannot be shown, or None."""
-        return Result(self.annotation, self.card.task, self.plane).problem()
-
-    @property
-    def segments(self) -> bool:
-        """Whether the expert marks structures, not classes."""
+    def is_segmentation(self) -> bool:
+        """Whether the expert marks structures instead of classifying."""
         return self.card.task == "segmentation"
 
     @functools.cached_property
     def labels(self) -> tuple[Label, ...]:
-        """What is marked on the slice, by label id."""
-        told = told_labels(self.annotation, self.plane)
-        colours = palette_of([i for i, *_ in told])
-        return tuple(Label(i, name, n, ml, colours[i]) for i, name, n, ml in told)
+        """The labels on the slice, by label id."""
+        visible = visible_labels(self.annotation, self.plane)
+        colours = palette_of([i for i, *_ in visible])
+        return tuple(Label(i, name, n, ml, colours[i]) for i, name, n, ml in visible)
 
     @functools.cached_property
     def universe(self) -> dict[int, str]:
-        """Label id to name of all that the expert could have marked."""
+        """Label id to name of all labels that the expert could have marked."""
         known = label_universe(self.annotation.expert, self.args) or self.annotation.label_names
-        return {i: told_words(name) for i, name in known.items()}
+        return {i: sanitized(name) for i, name in known.items()}
 
     @property
     def doubts(self) -> list[str]:
-        """What the checks doubt."""
-        return told_doubts(self.annotation.verdicts)
+        """The doubts that checks raised, see `wording.doubt_messages`."""
+        return doubt_messages(self.annotation.verdicts)
 
     @property
     def implausible(self) -> bool:
-        """Whether a check failed: the result must not serve as ground truth."""
+        """Whether a check failed, so that the result must not serve as ground truth."""
         return any(verdict.status == "fail" for verdict in self.annotation.verdicts)
 
     def lesions(self) -> dict[int, str]:
         """Label id to name of the lesions that the expert could have marked."""
         return {i: name for i, name in self.universe.items() if is_lesion(name)}
 
-    def parts(self, label: Label) -> int:
-        """How many separate parts a label has in the scan."""
+    def components(self, label: Label) -> int:
+        """The number of components of a label in the scan."""
         return component_counts(self.annotation)[label.label_id]
 
 
 class Scene:
-    """One record, met at one place of the stream.
+    """A record at one position of the stream.
 
     Attributes:
-      record: as it is stored.
-      setting: what the dialogue is made with.
-      spoken: whether experts are on; otherwise only questions that the images answer.
+      record: the stored record.
+      setting: options of the dialogue.
       rng: makes every random choice of the dialogue.
-      modality: `CT`, `MRI` or `CXR`, or what the record states.
+      experts_on: False restricts the dialogue to questions that the images alone can answer.
+      modality: `CT`, `MRI` or `CXR`, or the record's own term.
     """
 
-    def __init__(self, record: Example, setting: Setting, rng: random.Random, spoken: bool = True) -> None:
-        self.record, self.setting, self.rng, self.spoken = record, setting, rng, spoken
+    def __init__(
+        self, record: Example, setting: Setting, rng: random.Random, experts_on: bool = True
+    ) -> None:
+        self.record, self.setting, self.rng, self.experts_on = record, setting, rng, experts_on
         self.modality = modality_of(str(record.meta.get("modality", "")))
 
     @property
-    def plane(self) -> Plane:
-        """The slice that the model sees, of the first image."""
-        image = self.record.images[0]
-        return Plane(image.axis, image.index)
-
-    @property
     def roles(self) -> list[str]:
-        """Of the images, in their order; '' for a single one."""
+        """Roles of the images in order; '' for a single one."""
         roles = self.record.meta.get("roles")
         return [str(role) for role in roles] if roles else [""] * len(self.record.images)
 
     @property
-    def shown(self) -> str:
-        """What stands before the first question: the image markers."""
-        code = DICOM_CODES.get(self.modality, self.modality)
+    def markers(self) -> str:
+        """The image markers in front of the first question."""
+        code = _DICOM_CODES.get(self.modality, self.modality)
         return self.setting.style.wording.inputs(self.roles, code)
 
     def pick(self, file: str, /, *path: str, **words: str) -> str:
-        """One text of a pool, with its placeholders filled."""
+        """Picks a text of a pool and fills its placeholders."""
         if "name" in words:
             words["name"] = said(words["name"])
         texts: Any = pool(file)
@@ -193,8 +175,8 @@ class Scene:
         return self.rng.choice(texts).format(**words)
 
     @functools.cached_property
-    def findings(self) -> tuple[Finding, ...]:
-        """What experts of this modality said of this record, in the order of cards and arguments."""
+    def results(self) -> tuple[StoredResult, ...]:
+        """The results of this modality's experts on the record, in the order of cards and arguments."""
         found = []
         for card in self.setting.cards:
             if self.setting.parity and card.name not in _REFERENCE:
@@ -206,42 +188,46 @@ class Scene:
                 key = self.record.input_key(images)
             except ValueError as error:
                 raise Unfit(f"{error}, so no annotation can be looked up") from None
+            image = self.record.images[images[0].image]
+            plane = Plane(image.axis, image.index)
             for args in card.args or ("",):
                 annotation = self.setting.find(key, card.name, args)
                 if annotation is not None:
-                    image = self.record.images[images[0].image]
-                    plane = Plane(image.axis, image.index)
-                    found.append(Finding(card, args, images, annotation, plane))
+                    found.append(StoredResult(card, args, images, annotation, plane))
         return tuple(found)
 
-    def classes_of(self, finding: Finding) -> dict[str, float]:
-        """Class as it is told, to the probability that it is told by."""
-        told = self.setting.style.wording.told_probabilities(finding.annotation)
-        return {told_class(name): p for name, p in told.items()}
+    def classes_of(self, result: StoredResult) -> dict[str, float]:
+        """Class name to probability, both as the model is told."""
+        probabilities = self.setting.style.wording.probabilities(result.annotation)
+        return {class_name(name): p for name, p in probabilities.items()}
 
-    def positives(self, finding: Finding) -> list[str]:
-        """Classes that are told as `yes`."""
-        return [name for name, p in self.classes_of(finding).items() if p > self.setting.style.threshold]
+    def is_positive(self, probability: float) -> bool:
+        """Whether a class counts as present."""
+        return probability > self.setting.style.threshold
 
-    def usable(self, what: str, fits: Callable[[Finding], bool]) -> list[Finding]:
+    def positives(self, result: StoredResult) -> list[str]:
+        """Names of the classes that count as present."""
+        return [name for name, p in self.classes_of(result).items() if self.is_positive(p)]
+
+    def usable(self, what: str, fits: Callable[[StoredResult], bool]) -> list[StoredResult]:
         """The results that may serve as ground truth.
 
         Args:
-          what: what is looked for, for the message.
+          what: description of the results, for the message.
           fits: which results qualify.
 
         Raises:
-          Unfit: none does.
+          Unfit: there is none.
         """
-        found = [f for f in self.findings if f.ok and fits(f) and not f.implausible and not self.doubted(f)]
+        found = [r for r in self.results if r.ok and fits(r) and not r.implausible and not self.is_doubted(r)]
         if not found:
-            failures = sum(f.annotation.status == "failed" for f in self.findings if fits(f))
+            failures = sum(r.annotation.status == "failed" for r in self.results if fits(r))
             raise Unfit(f"no usable annotation of {what}" + (f" ({failures} failed)" if failures else ""))
         return found
 
-    def doubted(self, finding: Finding) -> bool:
-        """Whether the model is told of doubts; that is for the rule `expert_doubted`."""
-        return self.setting.style.verdicts and bool(finding.doubts)
+    def is_doubted(self, result: StoredResult) -> bool:
+        """Whether the model is told of doubts about a result; only `expert_doubted` uses those."""
+        return self.setting.style.verdicts and bool(result.doubts)
 
     def _images_for(self, card: Card) -> tuple[RequestImage, ...] | None:
         if card.roles == ("",):

@@ -1,7 +1,4 @@
-"""A dataset under a rule: the records that the rule fits, and the dialogue of each at a place of the stream.
-
-This module imports neither jax nor flax nor torch.
-"""
+"""A dataset under a rule: the records that the rule fits, and their dialogues at positions of the stream."""
 
 from __future__ import annotations
 
@@ -20,16 +17,16 @@ from vilam3_jax.data.experts.dialogues.scene import Scene, Setting, Unfit
 from vilam3_jax.data.records import ExampleSource
 from vilam3_jax.errors import UnavailableError, UserError
 
-_NAMED = 3
+_MAX_REASONS = 3
 
 
 class DialogueSource:
-    """Reads like an `ExampleSource`, of the records that a rule fits; `dialogue` makes an example of one.
+    """The records of an `ExampleSource` that a rule fits; `dialogue` builds an example from one.
 
     Attributes:
-      rule: of the dialogues.
-      info: of the dataset, with the rule and what it left out in `provenance`.
-      left_out: reason, with the first record it holds for, to the number of records that do not fit.
+      rule: the rule.
+      info: the dataset's info, with the rule and the omitted records in `provenance`.
+      left_out: maps a reason, with the first record it applies to, to the number of omitted records.
     """
 
     def __init__(
@@ -50,11 +47,11 @@ class DialogueSource:
 
     @property
     def name(self) -> str:
-        """The dataset's name and the rule's, as in the mixture."""
+        """`NAME:RULE`, as in the mixture."""
         return f"{self._source.name}:{self.rule.name}"
 
     def digests(self) -> list[str]:
-        """What a place in the stream depends on: the records, which of them, and the questions."""
+        """Digests of everything that determines a position: the data, the kept records, the questions."""
         made = hashlib.sha256(self._kept.tobytes())
         made.update(f"{pools_digest()} {self._setting.parity} {self._setting.min_lesion_ml} ".encode())
         made.update(f"{self._setting.style.threshold}".encode())
@@ -64,18 +61,14 @@ class DialogueSource:
         return len(self._kept)
 
     def __getitem__(self, index: int) -> Example:
-        """The record as it is stored.
-
-        Raises:
-          What `ExampleSource` raises.
-        """
+        """Returns the stored record; raises as `ExampleSource`."""
         return self._source[int(self._kept[index])]
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 
     def find(self, example_id: str) -> int:
-        """As of `ExampleSource`, among the records that the rule fits.
+        """Returns the index of a record or dialogue id.
 
         Raises:
           UserError: there is none.
@@ -88,22 +81,21 @@ class DialogueSource:
         )
 
     def dialogue(self, index: int, position: int, experts: bool) -> Example:
-        """The dialogue of a record at a position of the stream: the same whenever it is asked for.
+        """Returns the dialogue of a record at a position of the stream; deterministic.
 
         Args:
-          index: of the record.
-          position: in the order of samples.
-          experts: whether they are on there.
+          index: index of the record.
+          position: position in the order of samples.
+          experts: whether experts are on.
 
         Raises:
-          UserError: the record has none after all, say by too small a lesion on its slice.
+          UserError: the record has no dialogue, for example because a lesion is too small on the slice.
         """
         record = int(self._kept[index])
-        scene = Scene(
-            self._source[record], self._setting, _generator(self._seed, self.name, record, position), experts
-        )
+        seed = hashlib.sha256(f"{self._seed}/{self.name}/{record}/{position}".encode()).digest()
+        rng = random.Random(int.from_bytes(seed[:16], "big"))
         try:
-            return self.rule.make(scene)
+            return self.rule.make(Scene(self._source[record], self._setting, rng, experts))
         except Unfit as reason:
             raise UserError(f"rule {self.rule.name}: {reason}") from None
 
@@ -111,16 +103,16 @@ class DialogueSource:
 def under_rules(
     source: ExampleSource, rules: Sequence[Rule], setting: Setting, seed: int
 ) -> list[DialogueSource]:
-    """Finds out which records each rule fits; reads every record once.
+    """Determines which records each rule fits; reads every record once.
 
     Args:
       source: the dataset.
-      rules: to try.
-      setting: what dialogues are made with.
-      seed: of the dialogues.
+      rules: the rules to try.
+      setting: options of the dialogues.
+      seed: seed of the dialogues.
 
     Raises:
-      UserError: a rule that the reference does not have, under `parity`.
+      UserError: under `parity`, the reference lacks a rule.
     """
     for rule in rules:
         if setting.parity and rule.parity is None:
@@ -129,36 +121,37 @@ def under_rules(
                 "remove its row of data.mixture or set data.dialogue_parity=False"
             )
     kept: list[list[int]] = [[] for _ in rules]
-    left: list[collections.Counter[str]] = [collections.Counter() for _ in rules]
-    first_of: dict[str, str] = {}
-    for number in range(len(source)):
-        name, unfit = _unfit(source, number, rules, setting)
-        for rule, reason, indices, reasons in zip(rules, unfit, kept, left, strict=True):
+    reasons: list[collections.Counter[str]] = [collections.Counter() for _ in rules]
+    first_of: dict[tuple[int, str], str] = {}
+    for index in range(len(source)):
+        name, unfit = _unfit(source, index, rules, setting)
+        for number, reason in enumerate(unfit):
             if reason is None:
-                indices.append(number)
+                kept[number].append(index)
             else:
-                reasons[reason] += 1
-                first_of.setdefault(f"{rule.name} {reason}", name)
+                reasons[number][reason] += 1
+                first_of.setdefault((number, reason), name)
     made = []
-    for rule, indices, reasons in zip(rules, kept, left, strict=True):
-        named = {
-            f"{why} (first: {first_of[f'{rule.name} {why}']})": count for why, count in reasons.most_common()
+    for number, rule in enumerate(rules):
+        left_out = {
+            f"{reason} (first: {first_of[number, reason]})": count
+            for reason, count in reasons[number].most_common()
         }
-        made.append(DialogueSource(source, rule, setting, seed, np.array(indices, np.int64), named))
+        made.append(DialogueSource(source, rule, setting, seed, np.array(kept[number], np.int64), left_out))
     return made
 
 
 def _unfit(
-    source: ExampleSource, number: int, rules: Sequence[Rule], setting: Setting
+    source: ExampleSource, index: int, rules: Sequence[Rule], setting: Setting
 ) -> tuple[str, list[str | None]]:
-    """(name of a record, why it does not fit each rule); a record that cannot be used fits none.
+    """(name of a record, the reason why each rule does not fit it or None). No rule fits a bad record.
 
     Raises:
-      UnavailableError: the data cannot be read now.
+      UnavailableError: the data is temporarily unreadable.
     """
-    name = f"record {number}"
+    name = f"record {index}"
     try:
-        record = source[number]
+        record = source[index]
         if problem := record.problem():
             return name, [f"cannot be used: {problem}"] * len(rules)
         name = record.id
@@ -166,31 +159,28 @@ def _unfit(
         return name, [rule.unfit(scene) for rule in rules]
     except (UnavailableError, MemoryError):
         raise
-    except Exception as error:  # whatever is wrong in a record, the others are tried
+    except Exception as error:  # a bad record must not stop the others
         return name, [f"cannot be used ({type(error).__name__})"] * len(rules)
 
 
 def under_rule(source: ExampleSource, rule: Rule, setting: Setting, seed: int) -> DialogueSource:
-    """All records under a rule, whether it fits them or not, numbered as they are stored."""
+    """All records under a rule, whether it fits them or not, with their stored indices."""
     return DialogueSource(source, rule, setting, seed, np.arange(len(source)), {})
 
 
 def why_left_out(source: DialogueSource) -> str:
     """The reasons in a sentence, the most frequent first; '' if every record fits."""
     reasons = list(source.left_out.items())
-    told = [f"{count} {'records' if count > 1 else 'record'}: {why}" for why, count in reasons[:_NAMED]]
-    if more := len(reasons) - len(told):
-        told.append(f"{more} more reason{'s' if more > 1 else ''}")
-    return "; ".join(told)
-
-
-def _generator(seed: int, name: str, record: int, position: int) -> random.Random:
-    digest = hashlib.sha256(f"{seed}/{name}/{record}/{position}".encode()).digest()
-    return random.Random(int.from_bytes(digest[:16], "big"))
+    listed = [
+        f"{count} {'records' if count > 1 else 'record'}: {why}" for why, count in reasons[:_MAX_REASONS]
+    ]
+    if more := len(reasons) - len(listed):
+        listed.append(f"{more} more reason{'s' if more > 1 else ''}")
+    return "; ".join(listed)
 
 
 def dialogue_of(source: Any, index: int, position: int, experts: bool) -> Example:
-    """The example of a record: its dialogue under a rule, or the record itself."""
+    """The dialogue of a record under a rule, or the record itself without a rule."""
     if isinstance(source, DialogueSource):
         return source.dialogue(index, position, experts).validate()
     return source[index].validate()

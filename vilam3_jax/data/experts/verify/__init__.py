@@ -1,7 +1,6 @@
-"""Checks of every expert: of its input before it runs, of its result afterwards.
+"""Checks of experts: of the input before an expert runs, and of its result afterwards.
 
-An expert's checks are on its card, see `cards.Card`; plausible ranges are in `tables/facts.json`.
-This package imports neither jax nor flax nor torch.
+An expert's checks are on its card, see `cards.Card`; the plausible ranges are in `tables/facts.json`.
 """
 
 from vilam3_jax.data.experts.verify.after import Finding, check_result

@@ -1,4 +1,4 @@
-"""Before an expert runs: is this a scan that it reads?"""
+"""Checks of an expert's inputs: is this a scan that the expert supports?"""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from vilam3_jax.data.experts.verify.evidence import Evidence
 
 
 def check_input(card: Card, evidence: Sequence[Evidence]) -> tuple[Verdict, ...]:
-    """Judges every input by what the card requires.
+    """Judges every input by the requirements of the card.
 
     Args:
-      card: its `modalities` and `regions`; an empty one requires nothing.
-      evidence: of each input, in order.
+      card: its `modalities` and `regions`; empty ones require nothing.
+      evidence: evidence of each input, in order.
 
     Returns:
-      For each input a verdict `modality` and a verdict `region`, where the card requires one: 'pass', 'fail',
-      or 'unknown' without evidence. A verdict `intensities`, 'warn', where values contradict what is stated.
-      The subject is the role of the input.
+      For each input, a verdict `modality` and a verdict `region`, where the card has requirements: 'pass',
+      'fail', or 'unknown' without evidence. Also a verdict `intensities`, 'warn', if the values contradict
+      the stated modality. The subject is the role of the input.
     """
     found = []
     for one in evidence:
@@ -33,15 +33,14 @@ def check_input(card: Card, evidence: Sequence[Evidence]) -> tuple[Verdict, ...]
 
 
 def refusal(card: Card, verdicts: Sequence[Verdict]) -> str | None:
-    """Why the expert must not run, one sentence; None if it may."""
+    """A sentence on why the expert must not run, or None if it may."""
     failed = [v for v in verdicts if v.stage == "before" and v.status == "fail"]
     if not failed:
         return None
     reasons = "; ".join(dict.fromkeys(v.message for v in failed))
-    state = (
-        "state what it is, or" if any(v.check == "region" or "values" in v.message for v in failed) else ""
-    )
-    return f"{card.name} was not run: {reasons}; {state} choose another scan or expert".replace("  ", " ")
+    from_voxels = any(v.check == "region" or "values" in v.message for v in failed)
+    state = "state what it is, or " if from_voxels else ""
+    return f"{card.name} was not run: {reasons}; {state}choose another scan or expert"
 
 
 def _verdict(check: str, status: str, one: Evidence, message: str = "") -> Verdict:
@@ -49,25 +48,19 @@ def _verdict(check: str, status: str, one: Evidence, message: str = "") -> Verdi
     return Verdict(check, status, "before", one.role, message=of_role)
 
 
-def _listed(names: Sequence[str]) -> str:
-    return " or ".join(names)
-
-
 def _modality(card: Card, one: Evidence) -> Verdict:
-    wanted = _listed(card.modalities)
+    wanted = " or ".join(card.modalities)
     if one.stated_modality is not None:
         if one.stated_modality in card.modalities:
             return _verdict("modality", "pass", one)
-        return _verdict(
-            "modality", "fail", one, f"the image is {one.stated_modality}, and {card.name} reads {wanted}"
-        )
-    if "CT" not in card.modalities and one.values == "hounsfield":
+        why = f"the image is {one.stated_modality}, and {card.name} reads {wanted}"
+    elif "CT" not in card.modalities and one.values == "hounsfield":
         why = f"the values are those of a CT, and {card.name} reads {wanted}"
-        return _verdict("modality", "fail", one, why)
-    if card.modalities == ("CT",) and one.values == "not hounsfield":
+    elif card.modalities == ("CT",) and one.values == "not hounsfield":
         why = f"the values are no Hounsfield units, and {card.name} reads CT"
-        return _verdict("modality", "fail", one, why)
-    return _verdict("modality", "unknown", one, "nothing states the modality of the image")
+    else:
+        return _verdict("modality", "unknown", one, "nothing states the modality of the image")
+    return _verdict("modality", "fail", one, why)
 
 
 def _intensities(one: Evidence) -> list[Verdict]:
@@ -81,16 +74,15 @@ def _intensities(one: Evidence) -> list[Verdict]:
 
 
 def _region(card: Card, one: Evidence) -> Verdict:
-    wanted = _listed(card.regions)
+    wanted = " or ".join(card.regions)
     if one.stated_regions:
         if one.stated_regions & set(card.regions):
             return _verdict("region", "pass", one)
-        stated = _listed(sorted(one.stated_regions))
-        return _verdict(
-            "region", "fail", one, f"the image shows the {stated}, and {card.name} reads the {wanted}"
-        )
-    if card.regions == ("head",) and one.is_no_head:
+        stated = " or ".join(sorted(one.stated_regions))
+        why = f"the image shows the {stated}, and {card.name} reads the {wanted}"
+    elif card.regions == ("head",) and one.is_no_head:
         area = f"{one.smallest_section_cm2:.0f} cm²"
         why = f"the body measures {area} across even where it is small, which is no {wanted}"
-        return _verdict("region", "fail", one, why)
-    return _verdict("region", "unknown", one, "nothing states the body region of the image")
+    else:
+        return _verdict("region", "unknown", one, "nothing states the body region of the image")
+    return _verdict("region", "fail", one, why)

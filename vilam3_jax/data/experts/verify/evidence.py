@@ -1,7 +1,7 @@
 """Evidence of the modality and the body region of an input.
 
-What a file or a caller states comes first. Voxel values and the size of the body count only where nothing is
-stated, and only against a modality or region: they never show what a scan is, but may show what it is not.
+Statements of the file or the caller take precedence. Voxel values and the size of the body count only without
+a statement, and only against a modality or region: they can rule one out but never confirm it.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from vilam3_jax.data.volumes import Volume
 
 Values = Literal["hounsfield", "not hounsfield", "unclear"]
 
-# DICOM's codes that say how a file was made, not with which device.
+# DICOM codes that state how a file was made, not by which device.
 _NO_MODALITY = ("", UNKNOWN, "OT", "SC", "DOC")
-_SAMPLED = 1_000_000  # voxels that statistics are taken of
+_SAMPLED = 1_000_000  # voxels in statistics
 _AIR_HU = (-1100.0, -850.0)
 _SOFT_TISSUE_HU = (-150.0, 150.0)
-_BODY_HU = -300.0  # above it lies tissue, except lung
-_MIN_AIR, _MIN_TISSUE = 0.02, 0.02  # shares of the voxels of a CT
-_FOREIGN_TISSUE = 0.02  # of a CT's voxels that are not dark, more than this share is soft tissue
+_BODY_HU = -300.0  # lower bound of tissue other than lung
+_MIN_AIR, _MIN_TISSUE = 0.02, 0.02  # minimum shares of the voxels of a CT
+_FOREIGN_TISSUE = 0.02  # minimum share of soft tissue among the bright voxels of a CT
 _LOWEST_WITHOUT_AIR = -200.0
-# An adult's head has axial sections of about 250 cm², a very large one of 340; an adult's trunk 450 to 1000.
+# Axial sections measure about 250 cm² in an adult's head, 340 in a very large one, 450 to 1000 in the trunk.
 _NO_HEAD_CM2 = 400.0
 _EMPTY_CM2 = 20.0
-_CUT_BODY = 0.05  # of a scan's outermost sagittal plane, more tissue than this means that the body goes on
-_SMALL_SECTIONS = 0.1  # a head would be at least this share of a scan's sections
+_CUT_BODY = 0.05  # share of tissue in an outermost sagittal plane above which the scan cuts off the body
+_SMALL_SECTIONS = 0.1  # minimum share of the head among a scan's sections
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evidence:
-    """What is known of one input.
+    """The evidence of one input.
 
     Attributes:
-      role: its role, "" for a single input.
-      modality: DICOM's code as it is stated, or "unknown".
-      body_part: as it is stated, or "unknown".
-      volume: the scan; None for a picture, whose values say nothing.
+      role: role of the input, "" for a single one.
+      modality: stated DICOM code, or "unknown".
+      body_part: stated body part, or "unknown".
+      volume: the scan; None for a 2-D image, whose pixels are no evidence.
     """
 
     role: str = ""
@@ -53,19 +53,19 @@ class Evidence:
 
     @classmethod
     def of(cls, role: str, data: Volume | np.ndarray, modality: str = UNKNOWN, body_part: str = UNKNOWN):
-        """Of a volume: what it states itself. Of a picture, uint8 [H, W, 3]: what the caller states."""
+        """Uses a volume's own statements; for a 2-D image, uint8 [H, W, 3], those of the caller."""
         if isinstance(data, Volume):
             return cls(role, data.modality, data.body_part, data)
         return cls(role, modality, body_part)
 
     @property
     def stated_modality(self) -> str | None:
-        """DICOM's code, None where nothing states a device."""
+        """DICOM code, None if no device is stated."""
         return None if self.modality in _NO_MODALITY else self.modality
 
     @property
     def stated_regions(self) -> frozenset[str]:
-        """The regions that the stated body part belongs to; empty where that is not known."""
+        """Regions of the stated body part; empty if unknown."""
         return frozenset(_body_parts().get("".join(c for c in self.body_part if c.isalpha()), ()))
 
     @functools.cached_property
@@ -75,17 +75,14 @@ class Evidence:
 
     @functools.cached_property
     def is_hounsfield(self) -> bool:
-        """Whether the values may be taken for Hounsfield units."""
+        """Whether the values may be assumed to be Hounsfield units."""
         if self.volume is None or self.values == "not hounsfield":
             return False
         return "HU" in self.volume.units or self.stated_modality == "CT" or self.values == "hounsfield"
 
     @functools.cached_property
     def smallest_section_cm2(self) -> float | None:
-        """The area of the body in the scan's smaller axial sections; None without a body.
-
-        The tenth percentile over all planes that show anything.
-        """
+        """The tenth percentile of the body's area over non-empty axial planes; None without a body."""
         if self.volume is None:
             return None
         areas = section_areas(self.volume, hounsfield=self.is_hounsfield)
@@ -94,7 +91,7 @@ class Evidence:
 
     @property
     def is_no_head(self) -> bool:
-        """Whether every part of the scan is too wide for a head; whole-body scans are not."""
+        """Whether the whole scan is too wide for a head, unlike a whole-body scan."""
         smallest = self.smallest_section_cm2
         return smallest is not None and smallest > _NO_HEAD_CM2
 
@@ -106,7 +103,7 @@ def _body_parts() -> dict[str, list[str]]:
 
 
 def _sampled(volume: Volume) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int]]:
-    """(voxels, valid) on every n-th index along each axis, and the three n."""
+    """(voxels, valid) subsampled along each axis, and the three strides."""
     step = max(1, int(np.ceil((volume.voxels.size / _SAMPLED) ** (1 / 3))))
     steps = tuple(min(step, max(1, n // 8)) for n in volume.voxels.shape)
     cut = tuple(slice(None, None, n) for n in steps)
@@ -118,9 +115,9 @@ def _sampled(volume: Volume) -> tuple[np.ndarray, np.ndarray, tuple[int, int, in
 def values_of(volume: Volume) -> Values:
     """Whether values can be Hounsfield units.
 
-    `hounsfield`: air at -1000 and soft tissue at 0 are both there, which no other modality shows.
-    `not hounsfield`: nothing is as dark as air, and of what is not dark nearly nothing lies where soft
-    tissue would. A CT that is stored without its offset of -1024 is such a scan, too.
+    `hounsfield`: both air at -1000 and soft tissue at 0 are present, as in no other modality.
+    `not hounsfield`: no value is as low as air, and hardly any bright voxel is in the range of soft tissue.
+    This includes a CT stored without its offset of -1024.
     """
     voxels, valid, _ = _sampled(volume)
     values = voxels[valid].astype(np.float32)
@@ -138,7 +135,7 @@ def values_of(volume: Volume) -> Values:
 
 
 def body_threshold(volume: Volume, *, hounsfield: bool) -> float:
-    """The value above which a voxel shows tissue: a CT's at -300 HU, otherwise a fifth of the brightest."""
+    """The value above which a voxel shows tissue: -300 HU for a CT, else a fifth of the brightest values."""
     if hounsfield:
         return _BODY_HU
     voxels, valid, _ = _sampled(volume)
@@ -147,13 +144,9 @@ def body_threshold(volume: Volume, *, hounsfield: bool) -> float:
 
 
 def body_centre(volume: Volume, planes: slice, *, hounsfield: bool) -> np.ndarray | None:
-    """The centroid of the tissue in some planes, RAS millimetres, float64 [3].
+    """The centroid of the tissue in `planes` of axis 2, RAS millimetres, float64 [3].
 
-    None where the body has no end on its right or left: its middle is not that of what the scan shows.
-
-    Args:
-      planes: along axis 2.
-      hounsfield: see `body_threshold`.
+    None if the scan cuts off the right or left side of the body, whose middle is then unknown.
     """
     _, _, steps = _sampled(volume)
     threshold = body_threshold(volume, hounsfield=hounsfield)
@@ -171,7 +164,7 @@ def body_centre(volume: Volume, planes: slice, *, hounsfield: bool) -> np.ndarra
 
 
 def section_areas(volume: Volume, *, hounsfield: bool) -> np.ndarray:
-    """The area of tissue in each sampled plane along axis 2, cm²; float64 [planes]."""
+    """Area of tissue in each sampled plane along axis 2, cm²; float64 [planes]."""
     threshold = body_threshold(volume, hounsfield=hounsfield)
     voxels, valid, steps = _sampled(volume)
     tissue = (voxels > threshold) & valid

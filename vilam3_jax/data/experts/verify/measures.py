@@ -1,4 +1,4 @@
-"""One label of a label map, measured in the patient's space: what the checks of a result ask for."""
+"""Measurements of one label in patient space, for the checks of a result."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _NEIGHBOURS = np.ones((3, 3, 3), bool)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LabelMeasures:
-    """Figures of one label; each is computed when it is first asked for, inside the label's box alone.
+    """Measurements of one label, computed on first use inside the label's bounding box.
 
-    Sums go plane by plane: a lung fills half of a scan, and a copy of it in float64 would be twice the scan.
+    Sums proceed plane by plane: a float64 copy of a lung, half of a scan, would take twice the scan's memory.
 
     Attributes:
-      segment: its counts, see `Segment`.
-      labels: the label map, integers [X, Y, Z].
+      segment: the label.
+      labels: label map, integers [X, Y, Z].
       affine: [4, 4], voxel index to RAS millimetres.
       voxels: the scan, [X, Y, Z], or None.
     """
@@ -35,19 +35,14 @@ class LabelMeasures:
 
     @property
     def name(self) -> str:
-        """Of the label."""
+        """Name of the label."""
         return self.segment.name
 
     @property
     def box(self) -> tuple[slice, slice, slice]:
-        """Where it lies, in voxels."""
+        """Bounding box in voxels."""
         b = self.segment.bbox
         return slice(b[0], b[3]), slice(b[1], b[4]), slice(b[2], b[5])
-
-    @property
-    def mask(self) -> np.ndarray:
-        """bool, of the size of the box."""
-        return self.labels[self.box] == self.segment.label_id
 
     def _planes(self) -> Iterator[tuple[int, np.ndarray]]:
         """(index along axis 2, mask of the box in that plane, bool)."""
@@ -57,7 +52,7 @@ class LabelMeasures:
 
     @functools.cached_property
     def centroid_mm(self) -> np.ndarray:
-        """The mean position, RAS millimetres, float64 [3]."""
+        """Centroid, RAS millimetres, float64 [3]."""
         x, y, _ = self.box
         columns, rows = np.arange(x.start, x.stop), np.arange(y.start, y.stop)
         total = np.zeros(3)
@@ -68,10 +63,11 @@ class LabelMeasures:
 
     @functools.cached_property
     def main_part(self) -> float:
-        """The share of its voxels that the largest 26-connected part has."""
+        """Share of the voxels in the largest 26-connected component."""
         if self.segment.components == 1:
             return 1.0
-        parts, _ = cast(tuple[np.ndarray, int], ndimage.label(self.mask, _NEIGHBOURS))
+        mask = self.labels[self.box] == self.segment.label_id
+        parts, _ = cast(tuple[np.ndarray, int], ndimage.label(mask, _NEIGHBOURS))
         return float(np.bincount(parts.ravel())[1:].max()) / self.segment.voxels
 
     @functools.cached_property
@@ -84,38 +80,38 @@ class LabelMeasures:
         return float(mean), float(np.sqrt(max(0.0, squares / self.segment.voxels - mean**2)))
 
     def _inside(self) -> Iterator[np.ndarray]:
-        """The scan's values inside the label, plane by plane."""
+        """Voxel values inside the label, plane by plane."""
         assert self.voxels is not None
         x, y, _ = self.box
         return (self.voxels[x, y, plane][mask] for plane, mask in self._planes())
 
     @property
     def mean(self) -> float:
-        """Of the scan's values inside."""
+        """Mean voxel value."""
         return self._values[0]
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of the scan's values inside."""
+        """Standard deviation of the voxel values."""
         return self._values[1]
 
     def share_above(self, threshold: float) -> float:
-        """The share of its voxels where the scan is brighter than `threshold`."""
+        """Share of the voxels whose value exceeds `threshold`."""
         above = sum(np.count_nonzero(values > threshold) for values in self._inside())
         return above / self.segment.voxels
 
     def reaches_border(self, valid: np.ndarray | None) -> bool:
-        """Whether it touches the end of the scan, or voxels that measure nothing.
+        """Whether the label touches the border of the scan or invalid voxels.
 
         Args:
-          valid: bool [X, Y, Z], False where the scan measured nothing; None: it did everywhere.
+          valid: bool [X, Y, Z], False where the scan has no measurement; None if it has one everywhere.
         """
         low, high = self.segment.bbox[:3], self.segment.bbox[3:]
         if min(low) == 0 or any(h == n for h, n in zip(high, self.labels.shape, strict=True)):
             return True
         if valid is None:
             return False
-        wider = tuple(slice(s.start - 1, s.stop + 1) for s in self.box)  # the box ends inside, see above
+        wider = tuple(slice(s.start - 1, s.stop + 1) for s in self.box)  # within the scan, see above
         if valid[wider].all():
             return False
         mask = self.labels[wider] == self.segment.label_id

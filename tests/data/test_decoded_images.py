@@ -42,8 +42,6 @@ def test_nothing_is_lost(seed: int, height: int, width: int, grey: bool) -> None
 def test_grey_takes_a_third() -> None:
     grey, colour = (decoded_images.encode(noise(0, 64, 64, grey=grey)) for grey in (True, False))
     assert len(grey) < 0.4 * len(colour)
-        decoded_images.encode(noise(0, 64, 64))
-    )
 
 
 @pytest.mark.parametrize(
@@ -57,7 +55,7 @@ def test_grey_takes_a_third() -> None:
     ],
 )
 def test_other_arrays_are_refused(wrong) -> None:
-    with pytest.raises(ValueError, match=r"picture is uint8|sides are from 1"):
+    with pytest.raises(ValueError, match=r"image is uint8|sides are from 1"):
         decoded_images.encode(wrong)
 
 
@@ -83,7 +81,7 @@ def test_a_stream_that_is_longer_than_it_says_is_refused() -> None:
     data = decoded_images.encode(noise(1, 4, 4))[:10] + imagecodecs.zstd_encode(bytes(100 << 20))
     with pytest.raises(UserError, match=r"damaged|cut short"):
         decoded_images.decode(data)
-    with pytest.raises(UserError, match="version 9, this one reads 1"):
+    with pytest.raises(UserError, match="version 9, but version 1 is supported"):
         decoded_images.decode(data[:4] + b"\x09" + data[5:])
 
 

@@ -168,7 +168,7 @@ def test_files_that_belong_to_no_series_are_counted_by_kind(tmp_path):
             "1 file skipped: not DICOM (a hidden file)",
             "1 file skipped: not DICOM (no suffix)",
             "1 file skipped: pipe, socket or device, not opened",
-            "1 file skipped: symbolic link that leads nowhere",
+            "1 file skipped: symbolic link that is broken",
             "1 file skipped: symbolic link to a folder, not followed",
             "2 files skipped: not DICOM (.txt)",
         ]

@@ -98,11 +98,11 @@ READ = [
         b"ObjectType = Image\nNDims = 3\nDimSize = 1 1 1\nElementDataFile = LOCAL\n\0\xff",
     ),
     ("metaimage", "MetaImage", b"NDims = 3\r\nDimSize = 1 1 1\r\nElementDataFile = a.raw\r\n"),
-    *(("picture", f"{name} picture", picture(name)) for name in ("PNG", "JPEG", "BMP", "GIF", "TIFF")),
-    ("picture", "WebP picture", picture("WEBP")),
-    ("picture", "TIFF picture", tiff(bigtiff=True)),
-    ("picture", "TIFF picture", tiff(byteorder=">")),
-    ("picture", "JPEG picture", picture("MPO")),
+    *(("image", f"{name} image", picture(name)) for name in ("PNG", "JPEG", "BMP", "GIF", "TIFF")),
+    ("image", "WebP image", picture("WEBP")),
+    ("image", "TIFF image", tiff(bigtiff=True)),
+    ("image", "TIFF image", tiff(byteorder=">")),
+    ("image", "JPEG image", picture("MPO")),
 ]
 
 
@@ -267,9 +267,9 @@ def test_folders_and_absent_files(tmp_path):
 
 def test_a_picture_for_a_scan_and_the_other_way_round():
     assert str(refusal("x", file_kinds.PNG)) == (
-        "x: PNG picture, not a scan; give a NIfTI, NRRD, MetaImage or DICOM file"
+        "x: PNG image, not a scan; give a NIfTI, NRRD, MetaImage or DICOM file"
     )
-    assert str(refusal("x", file_kinds.NIFTI)) == "x: NIfTI volume, not a picture; open it as a scan"
+    assert str(refusal("x", file_kinds.NIFTI)) == "x: NIfTI volume, not an image; open it as a scan"
 
 
 def test_sqlite_and_json_lines(tmp_path):

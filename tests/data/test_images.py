@@ -176,7 +176,7 @@ def test_little_colour_on_black_keeps_its_hue():
 
 def test_a_smaller_full_scale_than_that_of_the_file_is_said():
     colours = np.random.default_rng(1).integers(0, 4096, (30, 30, 3)).astype(np.uint16)
-    with pytest.warns(InputWarning, match="colours of 16 bits that reach only 40.*4095 was taken"):
+    with pytest.warns(InputWarning, match="colours of 16 bits with values up to 40.*4095 is used"):
         decode_image(deep_png(colours))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -250,10 +250,10 @@ def test_transparent_palette_entries():
 def test_pictures_that_are_transparent_everywhere_are_noted(tmp_path):
     path = tmp_path / "blank.png"
     path.write_bytes(encoded(Image.new("RGBA", (4, 4), (1, 2, 3, 0))))
-    with pytest.warns(InputWarning, match=r"blank\.png: the picture is transparent everywhere"):
+    with pytest.warns(InputWarning, match=r"blank\.png: the image is fully transparent"):
         assert (load_film(path) == 255).all()
     path.write_bytes(deep_png(np.concatenate([RAMP, 0 * RAMP], axis=-1)))
-    with pytest.warns(InputWarning, match=r"blank\.png: the picture is transparent everywhere"):
+    with pytest.warns(InputWarning, match=r"blank\.png: the image is fully transparent"):
         assert (load_film(path) == 255).all()
     np.testing.assert_array_equal(
         decode_image(path.read_bytes(), alpha="ignore"), decode_image(deep_png(RAMP))
@@ -262,7 +262,7 @@ def test_pictures_that_are_transparent_everywhere_are_noted(tmp_path):
     head = struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 138, 0, 0, 122, 108, 2, 2, 1, 32, 3, 16, 0, 0, 0, 0)
     masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs" + bytes(48)
     bmp = head + masks + bytes([1, 2, 3, 0] * 4)
-    with pytest.warns(InputWarning, match="BMP is transparent everywhere"):
+    with pytest.warns(InputWarning, match="BMP is fully transparent"):
         assert decode_image(bmp)[0, 0].tolist() == [3, 2, 1]
 
 
@@ -428,7 +428,7 @@ def test_compressed_texts_of_any_size_do_no_harm(kind):
 def test_compressed_exif_data_cannot_fill_the_memory():
     text = b"Raw profile type exif\0\0" + zlib.compress(bytes(80 << 20), 9)
     data = encoded(Image.fromarray(RGB))
-    with pytest.raises(UserError, match="PNG picture that is damaged"):
+    with pytest.raises(UserError, match="PNG image that is damaged"):
         decode_image(data[:33] + chunk(b"zTXt", text) + data[33:])
     exif = Image.Exif()
     exif[274] = 6
@@ -464,7 +464,7 @@ def test_cut_short_files_are_never_half_decoded(name):
         except UserError as error:
             assert "0 x 0" not in str(error)
             if length > 200:
-                assert f"{name.split()[-1]} picture that is cut short" in str(error)
+                assert f"{name.split()[-1]} image that is cut short" in str(error)
         else:
             np.testing.assert_array_equal(out, whole)
     if "JPEG" in name:
@@ -514,7 +514,7 @@ def test_png_without_its_palette():
         (b"", "empty file"),
         (b"hello", "text file"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript"),
-        (bytes(128) + b"DICM", "DICOM file, not a picture"),
+        (bytes(128) + b"DICM", "DICOM file, not an image"),
     ],
 )
 def test_other_files_are_refused(data, words):

@@ -169,13 +169,13 @@ def test_letters_beside_a_matrix(tmp_path, letters, sound):
         ({"Orientation": "1 0 0 0 1 0 0 0 1"}, "twice, with different values"),
         ({"NDims": "4"}, "NDims or DimSize"),
         ({"DimSize": "4 5 -6"}, "3-D volume is needed"),
-        ({"DimSize": "4 5 x"}, "DimSize is missing or makes no sense"),
+        ({"DimSize": "4 5 x"}, "DimSize is missing or invalid"),
         ({"ElementType": "MET_STRING"}, "ElementType"),
         ({"ElementType": None}, "ElementType"),
         ({"ElementNumberOfChannels": "3"}, "3 values per voxel"),
         ({"ElementNumberOfChannels": "x"}, "ElementNumberOfChannels"),
         ({"BinaryData": "False"}, "voxels as text"),
-        ({"ObjectType": "Tube"}, "no image"),
+        ({"ObjectType": "Tube"}, "not an image"),
         ({"NDims": "2", "DimSize": "4 30"}, "2-D MetaImage"),
         ({"HeaderSize": "-2"}, "HeaderSize"),
         ({"HeaderSize": "-1", "CompressedData": "True"}, "HeaderSize"),
@@ -183,7 +183,7 @@ def test_letters_beside_a_matrix(tmp_path, letters, sound):
         ({"ElementToIntensityFunctionOffset": "inf"}, "ElementToIntensityFunctionSlope"),
         ({"DistanceUnits": "m"}, "probably in millimetres"),
         ({"ElementSpacing": "0.0008 0.0008 0.0025"}, "probably in metres"),
-        ({"ElementDataFile": None}, "where the voxels lie"),
+        ({"ElementDataFile": None}, "has no ElementDataFile"),
     ],
 )
 def test_headers_that_make_no_sense(tmp_path, fields, match):
@@ -206,7 +206,7 @@ def test_four_dimensions(tmp_path):
 def test_what_is_assumed_is_said(tmp_path):
     volume = load_volume(save(tmp_path / "a.mha", ElementSpacing=None, ElementSize="0.8 0.8 2.5"))
     np.testing.assert_array_equal(volume.affine, AFFINE)
-    assert "ElementSize is taken" in volume.notes[0]
+    assert "ElementSize is used" in volume.notes[0]
     volume = load_volume(save(tmp_path / "b.mha", Offset=None))
     assert volume.notes == ("states no Offset; 0, 0, 0 is assumed",)
     assert load_volume(save(tmp_path / "c.mha", DistanceUnits=None)).notes == (NO_UNIT,)

@@ -548,14 +548,14 @@ def test_other_readable_files(tmp_path, capsys) -> None:
     (folder / "slide.zip").write_bytes(b"PK\x03\x04" + bytes(40))
     result, text = scan(folder, tmp_path, capsys)
     kinds = {entry["kind"]: entry for entry in result["pictures"]}
-    assert kinds["PNG picture"] == {
-        "kind": "PNG picture", "files": 3, "usable": 2, "several_pages": 0,
+    assert kinds["PNG image"] == {
+        "kind": "PNG image", "files": 3, "usable": 2, "several_pages": 0,
         "smallest": [8, 8], "largest": [32, 32]
     }  # fmt: skip
-    assert kinds["TIFF picture"]["several_pages"] == 1
+    assert kinds["TIFF image"]["several_pages"] == 1
     problems = [entry["reason"] for entry in result["problems"]]
     assert any("4-D data with 2 volumes" in problem for problem in problems)
-    assert {e["reason"] for e in result["skipped"]} >= {"damaged PNG picture", records.PAIRED_IMG}
+    assert {e["reason"] for e in result["skipped"]} >= {"damaged PNG image", records.PAIRED_IMG}
     assert [one["use"] for one in result["volumes"]] == ["no", "volume"]
     assert "zip archive: unpack it" in text
 

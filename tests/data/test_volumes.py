@@ -319,7 +319,7 @@ def test_what_is_no_volume_is_named(tmp_path):
     for name, data, words in (
         ("a.nii", b"hello" * 100, "text file"),
         ("b.nii.gz", b"", "empty file"),
-        ("c.nrrd", b"\x89PNG\r\n\x1a\n" + bytes(50), "PNG picture"),
+        ("c.nrrd", b"\x89PNG\r\n\x1a\n" + bytes(50), "PNG image"),
         ("d", b"PK\x03\x04" + bytes(50), "zip archive"),
     ):
         (tmp_path / name).write_bytes(data)

@@ -346,7 +346,7 @@ def test_summary_stays_small():
     summary = Summary()
     for n in range(5000):
         reason = (
-            f"/data/{n}/{n}.png: PNG picture of {n} bytes" if n % 2 else f"unlike {chr(0x4E00 + n)} others"
+            f"/data/{n}/{n}.png: PNG image of {n} bytes" if n % 2 else f"unlike {chr(0x4E00 + n)} others"
         )
         summary.add(Outcome(n, f"{n}/{n}.png", "unreadable", reason, (f"note {n}",)))
     assert len(summary.problems) == len(summary.notes) == MAX_LISTED

@@ -1,9 +1,9 @@
-"""Pictures whose samples are not plain 8-bit numbers: how 10 to 32 bits and floats become 8.
+"""Conversion of images with 10 to 32-bit or float samples to 8 bits.
 
-Grey has no full scale that could be trusted: 12-bit X-ray films lie in 16-bit files, and one burnt-in marker
-may hold 65535. It is stretched between the 0.5 and 99.5 percentiles of its valid pixels. In colour, a stretch
-of each channel would change hues, so all channels are divided by one full scale: a photo of 16 bits equals
-its 8-bit version.
+The full scale of grey samples is unreliable: 12-bit radiographs are stored in 16-bit files, and one burnt-in
+marker may hold 65535. Grey is therefore stretched between the 0.5 and 99.5 percentiles of its valid pixels.
+In colour, stretching each channel would change hues, so all channels are divided by one full scale: a 16-bit
+photo equals its 8-bit version.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 def to_eight_bits(
     values: np.ndarray, valid: np.ndarray | None = None, *, bits: int, notes: list[str]
 ) -> np.ndarray:
-    """Brings samples to 8 bits.
+    """Converts samples to 8 bits.
 
     Args:
       values: [H, W, C] unsigned, signed or float samples; C is 1 (grey) or 3 (RGB).
       valid: [H, W] bool, False where nothing is visible; None: everywhere.
-      bits: of a sample as the file stores it. Unsigned samples of up to 8 bits use their full scale; all
-        others follow the rules of this module. Three equal channels are grey.
+      bits: bits per sample in the file. Unsigned samples of up to 8 bits use their full scale; all others
+        follow the rules of this module. Three equal channels are grey.
       notes: gets a sentence if colours were divided by less than the full scale of `bits`.
 
     Returns:
@@ -52,41 +52,41 @@ def to_eight_bits(
         values = values.astype(np.float32)
     grey = values[..., 0]
     if values.shape[-1] == 1 or all(np.array_equal(grey, values[..., i], equal_nan=True) for i in (1, 2)):
-        return _stretched(grey, valid)
-    return _divided(values, valid, bits, notes)
+        return _stretch(grey, valid)
+    return _divide(values, valid, bits, notes)
 
 
 def visible(alpha: np.ndarray | None) -> np.ndarray | None:
-    """Where `alpha` lets something be seen, bool of its shape; None if that is everywhere or nowhere."""
+    """Mask of the pixels that `alpha` leaves visible, bool; None if that is all or none of them."""
     return None if alpha is None or alpha.all() or not alpha.any() else alpha > 0
 
 
 def with_alpha(eight: np.ndarray, alpha: np.ndarray | None) -> Image.Image:
-    """Joins pixels, [H, W] or [H, W, 3] uint8, and alpha, [H, W] from 0 to 1: "L", "RGB", "LA" or "RGBA"."""
+    """Combines pixels, [H, W] or [H, W, 3] uint8, and alpha, [H, W] in 0 to 1: "L", "RGB", "LA" or "RGBA"."""
     image = Image.fromarray(eight)
     if alpha is not None:
         image.putalpha(Image.fromarray(np.rint(np.clip(alpha, 0, 1) * 255).astype(np.uint8)))
     return image
 
 
-def _stretched(grey: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
+def _stretch(grey: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
     stored = as_stored_values(grey, valid)
     if stored is None:
-        raise UserError("picture without one pixel of a finite value; export it again")
+        raise UserError("image without any finite pixel; export it again")
     low, high = percentile_limits(stored, usable_values(grey, valid))
-    if low == high:  # nearly all pixels are alike, so the few others are the picture
+    if low == high:  # nearly all pixels are equal, so the few others are the content
         low, high = float(stored.min()), float(stored.max())
     if low == high:
-        return _divided(stored, None, 0, [])
+        return _divide(stored, None, 0, [])
     return window_to_uint8(stored, None, (low, high))
 
 
-def _divided(values: np.ndarray, valid: np.ndarray | None, bits: int, notes: list[str]) -> np.ndarray:
-    """By the smallest full scale that holds nearly all values; for floats, by 1 or by that percentile."""
+def _divide(values: np.ndarray, valid: np.ndarray | None, bits: int, notes: list[str]) -> np.ndarray:
+    """Divides by the smallest full scale that holds nearly all values; floats by 1 or by that percentile."""
     usable = values if valid is None else values[valid]
     usable = usable[np.isfinite(usable)]
     if not usable.size:
-        raise UserError("picture without one pixel of a finite value; export it again")
+        raise UserError("image without any finite pixel; export it again")
     top = percentile_limits(usable)[1]
     top = top if top > 0 else float(usable.max())
     if values.dtype.kind == "f":
@@ -95,7 +95,7 @@ def _divided(values: np.ndarray, valid: np.ndarray | None, bits: int, notes: lis
         full = next((scale for scale in _FULL_SCALES if top <= scale), float(np.iinfo(values.dtype).max))
         if full < 2**bits - 1:
             notes.append(
-                f"colours of {bits} bits that reach only {top:.0f}; {full:.0f} was taken for the brightest"
+                f"colours of {bits} bits with values up to {top:.0f} only; {full:.0f} is used as full scale"
             )
     share = np.clip(np.nan_to_num(values.astype(np.float32)) * np.float32(255 / full), 0, 255)
     return np.rint(share).astype(np.uint8)

@@ -11,14 +11,14 @@ Value = TypeVar("Value")
 
 
 class ByteLRU(Generic[Value]):
-    """Keeps the values used last, as many as the budget holds; at least the newest one."""
+    """Keeps the most recently used values within the budget, and always the newest one."""
 
     def __init__(self, budget: int, size_of: Callable[[Value], int]) -> None:
-        """Makes an empty cache.
+        """Creates an empty cache.
 
         Args:
           budget: bytes to hold.
-          size_of: bytes of one value.
+          size_of: size of a value in bytes.
         """
         self._budget = budget
         self._size_of = size_of
@@ -34,7 +34,7 @@ class ByteLRU(Generic[Value]):
         return ByteLRU, (self._budget, self._size_of)
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """Returns the value of `key`, made at most once at a time however many threads ask."""
+        """Returns the value of `key`; concurrent callers wait for one call of `make`."""
         with self._lock:
             if key in self._values:
                 self.hits += 1

@@ -1,7 +1,7 @@
-"""Content keys: what identifies a decoded image or volume, in whatever file format it came.
+"""Content keys: identifiers of decoded images and volumes, independent of their file format.
 
-An annotation is found by the content key of its input. The decoder's version is part of the key, so that a
-corrected reader never finds a mask that was drawn on what the old one saw.
+Annotations are looked up by the content key of their input. The key covers the decoder version, so a mask
+drawn on the output of an older decoder is never applied to that of a newer one.
 
 This module imports neither jax nor flax nor torch.
 """
@@ -14,13 +14,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Raise it whenever a reader starts to return other pixels, voxels or geometry for some file.
+# Increment it whenever a reader returns other pixels, voxels or geometry for some file.
 # 1: until November 2026. 2: Modality and VOI LUTs, padding, palettes, alpha on white, deep colour pictures.
 DECODER_VERSION = 2
 
-# Direction columns to 1e-3 mm, the origin to 1e-2: float32 headers are no better at 500 mm.
+# Direction columns to 1e-3 mm, the origin to 1e-2: float32 headers are no more precise at 500 mm.
 _AFFINE_STEPS = np.array([1e-3, 1e-3, 1e-3, 1e-2])
-# Keeps the borders between roundings away from the short decimals and binary fractions that scanners write.
+# Keeps rounding boundaries away from the short decimals and binary fractions that scanners write.
 _AFFINE_OFFSET = 0.15
 
 
@@ -38,24 +38,24 @@ def volume_key(voxels: np.ndarray, affine: np.ndarray) -> str:
 
 
 def image_key(image: np.ndarray) -> str:
-    """Key of a picture, [H, W, 3] uint8: sha256 (hex) of decoder version, dtype, shape and pixels."""
+    """Key of an image, [H, W, 3] uint8: sha256 (hex) of decoder version, dtype, shape and pixels."""
     digest = _digest(image)
     digest.update(_little_endian(image).data)
     return digest.hexdigest()
 
 
 def inputs_key(inputs: Sequence[tuple[str, str]]) -> str:
-    """Key of everything that one expert call looks at.
+    """Key of all inputs of one expert call.
 
     Args:
-      inputs: ordered (role, content key) pairs, such as ("t1c", "9f…"); a single input has the role "".
+      inputs: ordered (role, content key) pairs, such as ("t1c", "9f…"); the role of a single input is "".
 
     Returns:
-      The content key itself for a single input without a role, so that one image has one key everywhere;
-      otherwise sha256 (hex) of the ordered list: the same four scans in another order are another input.
+      The content key of a single input without a role, so that an image has the same key everywhere;
+      otherwise sha256 (hex) of the ordered list, so that the same scans in another order are another input.
 
     Raises:
-      ValueError: no input, an empty key, or a role that occurs twice.
+      ValueError: no input, an empty key, or a repeated role.
     """
     roles = [role for role, _ in inputs]
     if not inputs or not all(key for _, key in inputs) or len(set(roles)) != len(roles):

@@ -1,9 +1,9 @@
-"""Pictures stored as pixels, already at the size of the vision tower: no JPEG to decode, nothing to scale.
+"""Codec for images that were decoded and resized for the vision tower before training.
 
-`vilam3 prepare --decode-images` stores them. A file is a header of 10 bytes (magic, version, channels,
-height, width) and the pixels, compressed without loss: each row as differences from the pixel to the left,
-then Zstandard. Grey pictures, whose three channels are equal, are stored as one. docs/performance.md has the
-forms that were compared.
+`vilam3 prepare --decode-images` stores them. A file has a header of 10 bytes (magic, version, channels,
+height, width) and losslessly compressed pixels: the differences of each row from the pixel to the left, then
+Zstandard. Grey images (three equal channels) are stored as one channel. docs/performance.md compares the
+alternatives.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from vilam3_jax.errors import UserError
 _MAGIC = b"\x93V3P"
 _VERSION = 1
 _HEADER = struct.Struct("<4sBBHH")  # magic, version, channels, height, width
-_LEVEL = 1  # of Zstandard; higher ones take longer and save 2 %
+_LEVEL = 1  # of Zstandard; higher levels are slower and save 2 %
 _MAX_SIDE = 4096
 
 
 def encode(image: np.ndarray) -> bytes:
-    """Stores a picture without loss.
+    """Encodes an image losslessly.
 
     Args:
       image: uint8 [H, W, 3], sides of 1 to 4096 pixels.
@@ -32,7 +32,7 @@ def encode(image: np.ndarray) -> bytes:
       ValueError: another shape or dtype.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"{image.dtype} {image.shape}: a picture is uint8 [H, W, 3]")
+        raise ValueError(f"{image.dtype} {image.shape}: an image is uint8 [H, W, 3]")
     height, width = image.shape[:2]
     if not 0 < min(height, width) <= max(height, width) <= _MAX_SIDE:
         raise ValueError(f"{height} x {width} pixels: sides are from 1 to {_MAX_SIDE}")
@@ -44,21 +44,21 @@ def encode(image: np.ndarray) -> bytes:
 
 
 def is_decoded(data: bytes) -> bool:
-    """Whether `data` is of this form."""
+    """Whether `data` has the format of this module."""
     return data[:4] == _MAGIC
 
 
 def shape(data: bytes) -> tuple[int, int]:
-    """(H, W), from the header.
+    """Returns (H, W) from the header.
 
     Raises:
-      UserError: the header is damaged, or of a newer version.
+      UserError: the header is damaged or of a newer version.
     """
     return _header(data)[:2]
 
 
 def decode(data: bytes) -> np.ndarray:
-    """The picture that `encode` was given, uint8 [H, W, 3].
+    """Returns the image given to `encode`, uint8 [H, W, 3].
 
     Raises:
       UserError: damaged, cut short, or of a newer version.
@@ -67,10 +67,10 @@ def decode(data: bytes) -> np.ndarray:
     stored = (height, width) if channels == 1 else (height, width, channels)
     size = height * width * channels
     try:
-        # One byte more than there may be, so that a longer stream is seen and none fills the memory.
+        # One byte more than expected detects a longer stream and bounds the memory.
         found = imagecodecs.zstd_decode(data[_HEADER.size :], out=size + 1)
     except (imagecodecs.ZstdError, ValueError) as error:
-        raise UserError("picture stored as pixels that is damaged; prepare the dataset again") from error
+        raise UserError("image stored as pixels that is damaged; prepare the dataset again") from error
     if len(found) != size:
         raise UserError("picture stored as pixels that is cut short; prepare the dataset again")
     pixels = imagecodecs.delta_decode(np.frombuffer(found, np.uint8).reshape(stored), axis=1)
@@ -89,10 +89,10 @@ def _header(data: bytes) -> tuple[int, int, int]:
     magic, version, channels, height, width = _HEADER.unpack_from(data)
     if version != _VERSION:
         raise UserError(
-            f"picture stored as pixels in version {version}, this one reads {_VERSION}; "
+            f"image stored as pixels in version {version}, but version {_VERSION} is supported; "
             "prepare the dataset again"
         )
     sides = (height, width)
     if magic != _MAGIC or channels not in (1, 3) or not 0 < min(sides) <= max(sides) <= _MAX_SIDE:
-        raise UserError("picture stored as pixels with a damaged header; prepare the dataset again")
+        raise UserError("image stored as pixels with a damaged header; prepare the dataset again")
     return height, width, channels

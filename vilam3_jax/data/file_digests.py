@@ -1,8 +1,8 @@
-"""Cheap digests of picture files: whether a file is still the one that it was.
+"""Cheap digests of image files, to detect changed files.
 
-A digest covers the size of a file and three blocks of it. Pictures and volumes are compressed as a rule, and
-a changed pixel changes what follows it or a checksum at the end. A change that keeps the size of an
-uncompressed file and lies between the blocks is not seen. Times do not count: copies change them.
+A digest covers the size of a file and three blocks of it. Images and volumes are usually compressed, so a
+changed pixel changes the data after it or a final checksum. In an uncompressed file, a change between the
+blocks that keeps the size goes undetected. Modification times are ignored: copying changes them.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ MISSING = "missing"
 
 
 def digests(files: Sequence[epath.Path]) -> list[str]:
-    """`digest` of every file, several at a time."""
+    """`digest` of every file, in parallel."""
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(digest, files))
 
 
 def digest(path: epath.Path) -> str:
-    """The digest of a file, or of a folder such as a DICOM series: 24 hexadecimal digits.
+    """The digest of a file, or of the listing of a folder such as a DICOM series.
 
     Returns:
-      The digest; `MISSING` where there is no such file.
+      24 hexadecimal digits; `MISSING` if the file does not exist.
 
     Raises:
       UnavailableError: the disk or the network fails.

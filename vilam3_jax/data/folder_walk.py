@@ -1,4 +1,4 @@
-"""The files below a folder, found without opening one."""
+"""Recursive listing of the files in a folder."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.paths import PathLike, as_path
 
 LINKED_FOLDER = "symbolic link to a folder, not followed"
-BROKEN_LINK = "symbolic link that leads nowhere"
+BROKEN_LINK = "symbolic link that is broken"
 SPECIAL = "pipe, socket or device, not opened"
 CLOSED_FOLDER = "folder that cannot be read; check its permissions"
 
 
 @dataclasses.dataclass
 class Listing:
-    """What lies below a folder.
+    """The contents of a folder.
 
     Attributes:
-      files: paths of regular files, also of those that symbolic links lead to; sorted folder by folder.
-      skipped: reason -> how many entries are neither files nor folders that can be read.
+      files: paths of regular files, including the targets of symbolic links; sorted folder by folder.
+      skipped: reason -> number of entries that are neither files nor readable folders.
     """
 
     files: list[str]
@@ -35,15 +35,15 @@ class Listing:
 def list_files(folder: PathLike, max_files: int, tick: Callable[[], object]) -> Listing:
     """Lists the files of a folder and its subfolders, hidden ones included.
 
-    Symbolic links to folders are not followed: they may form loops, and would count a folder twice.
+    Symbolic links to folders are not followed: they may form loops and count a folder twice.
 
     Args:
       folder: local or on an object store.
-      max_files: how many files are accepted.
+      max_files: maximum number of files.
       tick: called for each file, for a progress bar.
 
     Raises:
-      UserError: no such folder, a file, no permission to list it, or more than `max_files`.
+      UserError: not a folder, no permission to list it, or more than `max_files` files.
     """
     root = as_path(folder)
     remote = "://" in str(root)
@@ -69,8 +69,8 @@ def _check_root(root: str) -> None:
         raise UserError(f"{root}: is a file; give the folder that holds it") from None
     except FileNotFoundError:
         raise UserError(f"{root}: no such folder; check the path") from None
-    except (OSError, ValueError) as error:  # the last: a null byte in the name
-        reason = getattr(error, "strerror", None) or "not a name for a folder"
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = getattr(error, "strerror", None) or "invalid name"
         raise UserError(f"{root}: cannot be listed ({reason}); check its permissions") from error
 
 
@@ -86,7 +86,7 @@ def _local(root: str, skipped: collections.Counter[str]) -> Iterator[str]:
         folders = []
         for entry in entries:
             try:
-                mode = entry.stat().st_mode  # of a link: of what it leads to
+                mode = entry.stat().st_mode  # follows links
             except OSError:
                 skipped[BROKEN_LINK if entry.is_symlink() else "vanished during the scan"] += 1
                 continue
@@ -106,8 +106,8 @@ def _remote(root: epath.Path) -> Iterator[str]:
     for folder, folders, names in root.walk():
         folders.sort()
         place = str(folder)
-        if "://" not in place:  # as fsspec has it
+        if "://" not in place:  # fsspec omits the scheme
             place = f"{scheme}://{place.lstrip('/')}"
         for name in sorted(names):
-            if name:  # object stores may list a marker of the folder itself
+            if name:  # object stores may list a marker for the folder itself
                 yield f"{place}/{name}"

@@ -1,62 +1,48 @@
-"""What the files of pictures state about their size and frames, and what of them is not there."""
+"""Parsers of JPEG, PNG, GIF and WebP headers (size, frames, truncation), and checks of all image readers."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import struct
 import zlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.errors import UserError
 
 _MAX_SEGMENTS = 10_000
 _START_OF_SCAN, _JPEG_LS, _END = 0xDA, 0xF7, b"\xff\xd9"
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {
-    0xC4,
-    0xC8,
-    0xCC,
-}  # what is left: tables, a reserved one, arithmetic
+_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # tables, reserved, arithmetic coding
 _PNG_START = 8
-_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # colour type -> samples of a pixel
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # colour type -> samples per pixel
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 _INFLATED = 1 << 20
 _GIF_BLOCK = re.compile(rb"[!,;]")
 _WITHOUT_LENGTH = frozenset((0x01, *range(0xD0, 0xD9)))
 
 
-@dataclasses.dataclass(frozen=True)
-class JpegFrame:
-    """The start-of-frame marker.
+class JpegFrame(NamedTuple):
+    """The start-of-frame marker."""
 
-    Attributes:
-      precision: bits of a sample.
-      height: rows.
-      width: columns.
-      components: samples of a pixel.
-      place: offset of the precision's byte.
-    """
-
-    precision: int
+    precision: int  # bits per sample
     height: int
     width: int
-    components: int
-    place: int
+    place: int  # byte offset of the precision
 
 
 def jpeg_frame(data: bytes) -> JpegFrame | None:
-    """The first start-of-frame marker before the pixels; None if there is none."""
+    """The first start-of-frame marker before the pixels, or None."""
     for marker, place in _jpeg_segments(data):
-        if marker in _FRAMES and len(data) >= place + 8:
+        if marker in _START_OF_FRAME and len(data) >= place + 8:
             height = int.from_bytes(data[place + 3 : place + 5], "big")
             width = int.from_bytes(data[place + 5 : place + 7], "big")
-            return JpegFrame(data[place + 2], height, width, data[place + 7], place + 2)
+            return JpegFrame(data[place + 2], height, width, place + 2)
     return None
 
 
 def is_jpeg_ls(data: bytes) -> bool:
-    """Whether a stream with JPEG's marks is JPEG-LS, another codec."""
+    """Whether a stream with JPEG markers is JPEG-LS, another codec."""
     return b"\xff\xf7" in data and any(marker == _JPEG_LS for marker, _ in _jpeg_segments(data))
 
 
@@ -67,7 +53,7 @@ def jpeg_ends_early(data: bytes) -> bool:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yields marker and offset of its length field, up to the first scan; finds markers as libjpeg does."""
+    """Yields markers and the offsets of their length fields up to the first scan, found as by libjpeg."""
     place = 0
     for _ in range(_MAX_SEGMENTS):
         place = data.find(b"\xff", place) + 1
@@ -87,9 +73,9 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def without_profiles(data: bytes) -> bytes:
-    """A PNG without ICC profile and compressed texts, for whose size Pillow would refuse the picture.
+    """Strips ICC profile and compressed texts from a PNG, as Pillow rejects images with large ones.
 
-    The EXIF data that ImageMagick writes as a text stay.
+    EXIF data, which ImageMagick writes as text, is kept.
     """
     kept, place = [], 0
     for kind, start, end in _png_chunks(data):
@@ -102,7 +88,7 @@ def without_profiles(data: bytes) -> bytes:
 
 
 def lacks_rows(data: bytes) -> bool:
-    """Whether the pixels of a sound PNG end before its last row; Pillow leaves the other rows at 0."""
+    """Whether the pixels of an otherwise intact PNG end before its last row; Pillow fills the rest with 0."""
     width, height, depth, colour, *_, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
     missing = 0
     for left, top, across, down in _ADAM7 if interlaced else ((0, 0, 1, 1),):
@@ -119,7 +105,7 @@ def lacks_rows(data: bytes) -> bool:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yields type, start and end of each chunk, as far as they are whole."""
+    """Yields type, start and end of each complete chunk."""
     place = _PNG_START
     while (end := place + 12 + int.from_bytes(data[place : place + 4], "big")) <= len(data):
         yield data[place + 4 : place + 8], place, end
@@ -127,10 +113,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def gif_frames(data: bytes, most: int) -> list[tuple[int, int]]:
-    """Where each frame of a GIF ends: (right, bottom) in pixels, which may lie outside its screen.
-
-    Stops after `most` frames.
-    """
+    """The (right, bottom) corner of up to `most` frames of a GIF, in pixels; may lie outside its screen."""
     frames: list[tuple[int, int]] = []
     place = 13 + _colour_table(data[10:11])
     while len(frames) < most and (block := _GIF_BLOCK.search(data, place)) is not None:
@@ -157,7 +140,7 @@ def _after_blocks(data: bytes, place: int) -> int:
 
 
 def webp_size(data: bytes) -> tuple[int, int]:
-    """(width, height) of a WebP's canvas; (0, 0) if its first chunk is of no known kind."""
+    """(width, height) of a WebP canvas; (0, 0) if its first chunk is unknown."""
     kind = data[12:16]
     if kind == b"VP8X":
         return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
@@ -170,7 +153,7 @@ def webp_size(data: bytes) -> tuple[int, int]:
 
 
 def check_pixels(width: int, height: int, limits: Limits) -> None:
-    """Refuses a picture that is empty or has more than `limits.pixels`.
+    """Rejects an image that is empty or has more than `limits.pixels`.
 
     Raises:
       UserError: names the size.
@@ -184,16 +167,16 @@ def check_pixels(width: int, height: int, limits: Limits) -> None:
 
 
 def choose_frame(frame: int | None, count: int, name: str, parts: str) -> int:
-    """Returns the frame to decode; only a picture of one frame needs no choice.
+    """Returns the frame to decode.
 
     Args:
-      frame: what was asked for, or None.
-      count: how many there are.
-      name: of the kind of picture.
+      frame: requested frame, or None for the only one.
+      count: number of frames.
+      name: kind of image, for errors.
       parts: "pages" or "frames".
 
     Raises:
-      UserError: several and none chosen, or outside.
+      UserError: `frame` is out of range, or None with several frames.
     """
     if frame is None and count > 1:
         raise UserError(f"{name} of {count} {parts}; choose one (0 to {count - 1}) or save it as PNG")

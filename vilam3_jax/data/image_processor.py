@@ -13,7 +13,7 @@ import numpy as np
 
 from vilam3_jax.config import image_layout
 from vilam3_jax.data.examples import IMAGE_MARKER, Turn
-from vilam3_jax.data.images import pad_to_square, resize, resize_to
+from vilam3_jax.data.images import pad_to_square, resize
 from vilam3_jax.data.packing import NO_GRID
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
 from vilam3_jax.data.templates import Encoded
@@ -204,7 +204,7 @@ def _grids(least: int, most: int) -> tuple[Grid, ...]:
 
 def _cut(picture: np.ndarray, rows: int, columns: int, size: int) -> list[np.ndarray]:
     """Scales to rows x columns tiles of `size` pixels; tiles row by row."""
-    scaled = resize_to(picture, (rows * size, columns * size))
+    scaled = resize(picture, (rows * size, columns * size))
     return [
         np.ascontiguousarray(scaled[row : row + size, column : column + size])
         for row in range(0, rows * size, size)

@@ -1,36 +1,36 @@
-"""Voxel and pixel values: the one rule of their type, display windows, and the way to 8-bit grey."""
+"""Voxel and pixel values: storage types, display windows, conversion to 8-bit grey."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# (centre, width) in HU. Soft tissue is VILA-M3's own: -150 to 250.
+# (centre, width) in HU. Soft tissue is VILA-M3's window: -150 to 250.
 CT_WINDOWS: dict[str, tuple[tuple[float, float], ...]] = {
     "soft_tissue": ((50.0, 400.0),),
     "lung": ((-600.0, 1500.0),),
     "bone": ((400.0, 1800.0),),
     "brain": ((40.0, 80.0),),
-    # MedGemma shows three windows as red, green and blue: -1024..1024, -135..215 and 0..80 HU in its paper.
-    # Its maintainers name another wide one (width 2250 at level -100); set `ct_windows` to use that.
+    # MedGemma's paper maps -1024..1024, -135..215 and 0..80 HU to red, green and blue. Its maintainers give
+    # another wide window (width 2250 at level -100); set `ct_windows` to use that.
     "medgemma": ((0.0, 2048.0), (40.0, 350.0), (40.0, 80.0)),
 }
 DISPLAY_PERCENTILES = (0.5, 99.5)
 
-_LARGEST = np.finfo(np.float32).max  # what is larger would become infinite
-_SAMPLED_ABOVE = 1 << 24  # percentiles of larger volumes are taken from every n-th voxel
+_LARGEST = np.finfo(np.float32).max  # larger values would become infinite
+_SAMPLED_ABOVE = 1 << 24  # above this size, percentiles use every n-th voxel
 
 
 def as_stored_values(values: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray | None:
-    """Gives values the type that depends on nothing but the values.
+    """Converts values to the smallest type that holds them, so the type depends only on the values.
 
     Args:
-      values: numbers of any type and shape, already rescaled.
-      valid: bool of the same shape, False where a value measures nothing (padding); None: all valid.
+      values: rescaled numbers of any type and shape.
+      valid: bool of the same shape, False for padding; None: all valid.
 
     Returns:
-      int16 if all are whole and fit, else int32 if all are whole and fit, else float32. Invalid values, NaN
-      and -inf are replaced by the smallest valid finite value, +inf by the largest, -0 by 0; what float32
-      cannot hold counts as infinite. None if no value is valid and finite.
+      int16 or else int32 if all values are whole and fit, else float32. Invalid values, NaN and -inf become
+      the smallest valid finite value, +inf the largest, -0 becomes 0; values beyond float32 count as
+      infinite. None if no value is valid and finite.
     """
     usable = usable_values(values, valid)
     if usable is not None:
@@ -52,7 +52,7 @@ def as_stored_values(values: np.ndarray, valid: np.ndarray | None = None) -> np.
 
 
 def usable_values(values: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray | None:
-    """Where values are valid and finite in float32, bool of their shape; None if they are everywhere."""
+    """Mask of the valid values that are finite in float32, bool of their shape; None if all are."""
     if values.dtype.kind == "f":
         finite = (values <= _LARGEST) & (values >= -_LARGEST)  # NaN is neither
         if not finite.all():
@@ -65,7 +65,7 @@ def percentile_limits(
     valid: np.ndarray | None = None,
     percentiles: tuple[float, float] = DISPLAY_PERCENTILES,
 ) -> tuple[float, float]:
-    """Two percentiles of the valid values, a display range that a few extreme voxels cannot spoil.
+    """Two percentiles of the valid values: a display range that is robust to a few extreme voxels.
 
     Args:
       values: finite numbers of any shape.
@@ -87,11 +87,11 @@ def window_to_uint8(
     Args:
       plane: numbers of any shape, usually [H, W].
       window: (centre, width) in the unit of `plane`: (50, 400) shows -150..250.
-      limits: (black, white), needed if and only if `window` is None: `Volume.limits` of the *volume*, so that
-        all its slices are scaled alike.
+      limits: (black, white), required if and only if `window` is None: `Volume.limits` of the whole *volume*,
+        so that its slices are scaled alike.
 
     Returns:
-      uint8 of the same shape; values are cut off, not rounded, as in the reference pipeline.
+      uint8 of the same shape, truncated and not rounded, as in the reference pipeline.
 
     Raises:
       ValueError: both or neither of `window` and `limits` given.
@@ -103,6 +103,6 @@ def window_to_uint8(
     else:
         assert limits is not None
         low, high = limits
-    # Divide first: with a ready factor of 255 / width the white end itself would come out as 254.99.
+    # Divide first: multiplying by 255 / width would map the white end to 254.99.
     share = (plane.astype(np.float64) - low) / (high - low or 1.0)
     return (np.clip(share, 0, 1) * 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Bounds on what a file that a user hands us may cost."""
+"""Resource bounds of the readers for files from users."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What readers refuse to exceed. Each bound is checked before the work that it limits.
+    """Bounds that readers enforce before doing the work in question.
 
     Attributes:
       file_bytes: size of a file; for a series, the sum over its files.
       decoded_bytes: pixels or voxels of one input after decompression.
-      pixels: of one picture or one DICOM frame.
+      pixels: of one image or DICOM frame.
       voxels: of one volume.
-      frames: of one multi-frame file or multi-page picture.
-      files: looked at in one folder, subfolders included.
+      frames: of one multi-frame file or multi-page image.
+      files: in one folder, including subfolders.
       nesting: depth of DICOM sequences.
     """
 

@@ -1,8 +1,8 @@
-"""MetaImage volumes (.mha, .mhd), with their voxels in the same file or in one beside it.
+"""MetaImage volumes (.mha, .mhd) with attached or detached voxels.
 
-Read here rather than by ITK, whose reader returns the voxels of a damaged compressed file without an error,
-follows `ElementDataFile` into any folder, does not know gs:// paths, and passes over the unit of length and
-the intensity scale. Tests compare the two on sound files.
+ITK is not used: it returns the voxels of a damaged compressed file without an error, follows
+`ElementDataFile` into any folder, cannot read gs:// paths, and ignores the unit of length and the intensity
+scale. Tests compare the two on sound files.
 
 Format: https://github.com/Kitware/MetaIO, "Reference: Tags of MetaImage". World coordinates are LPS, as in
 ITK and DICOM.
@@ -18,33 +18,16 @@ from typing import IO
 
 import numpy as np
 
+from vilam3_jax.data import volume_io
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.stored_volume import StoredVolume
-from vilam3_jax.data.volume_io import (
-    DEFLATE_RATIO,
-    MAX_TRAILING_BYTES,
-    check_available,
-    check_extent,
-    check_file_size,
-    check_grid,
-    data_file,
-    geometry_notes,
-    length_unit,
-    modality_code,
-    read_exactly,
-    rescale,
-    several_volumes,
-    stated_units,
-    trailing_note,
-    without_voxels,
-)
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.paths import PathLike, as_path
 
 _MAX_HEADER_BYTES = 1 << 20
 _CHUNK = 1 << 20
-_ALONG = 0.2  # cosine from which an axis counts as running the way that its letter says
-# MET_LONG has 4 bytes in MetaIO, on every machine.
+_ALONG = 0.2  # minimum cosine between an axis and the direction that its letter names
+# MET_LONG has 4 bytes in MetaIO on every machine.
 _TYPES = {
     "MET_CHAR": "i1",
     "MET_UCHAR": "u1",
@@ -64,13 +47,13 @@ _LPS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "I": (2, 1), "S": 
 
 @dataclasses.dataclass(frozen=True)
 class _Header:
-    fields: dict[str, str]  # values are not repeated in errors: they may name the patient
+    fields: dict[str, str]  # errors do not repeat values: they may name the patient
     doubled: frozenset[str]  # names of fields with two values
     end: int  # of the header, in bytes
     path: PathLike
 
     def get(self, *names: str) -> str:
-        """The text of a field that may have several names; "" if it is absent."""
+        """The text of a field with aliases; "" if absent."""
         found = {self.fields[name] for name in names if self.fields.get(name)}
         if len(found) > 1 or self.doubled.intersection(names):
             raise UserError(
@@ -98,9 +81,7 @@ class _Header:
         return text[0] in "Tt1" if text else default
 
     def error(self, name: str) -> UserError:
-        return UserError(
-            f"{self.path}: its MetaImage field {name} is missing or makes no sense; export it again"
-        )
+        return UserError(f"{self.path}: its MetaImage field {name} is missing or invalid; export it again")
 
 
 def read_metaimage(path: PathLike, limits: Limits, *, voxels: bool = True) -> StoredVolume:
@@ -108,12 +89,12 @@ def read_metaimage(path: PathLike, limits: Limits, *, voxels: bool = True) -> St
 
     Args:
       path: a .mha file, or a .mhd header with its one data file beside it.
-      limits: checked by the header.
-      voxels: False reads the header alone; `values` are zeros then.
+      limits: checked against the header.
+      voxels: False reads the header only; `values` are then zeros.
 
     Raises:
       UserError: several values per voxel, no orientation or voxel size, data in other folders or several
-        files, a header that makes no sense, or a damaged file.
+        files, an invalid header, or a damaged file.
     """
     path = as_path(path)
     with path.open("rb") as file:
@@ -121,21 +102,23 @@ def read_metaimage(path: PathLike, limits: Limits, *, voxels: bool = True) -> St
     shape = _shape(header)
     affine, unit, notes = _affine(header, shape)
     dtype = _dtype(header)
-    count = check_grid(shape, dtype.itemsize, path, limits)
-    check_extent(affine, shape, unit, path)
+    count = volume_io.check_grid(shape, dtype.itemsize, path, limits)
+    volume_io.check_extent(affine, shape, unit, path)
     slope, intercept, scale_notes = _scale(header)
     raw, data_notes = _data(header, count, limits, voxels)
     if voxels:
-        values = rescale(np.frombuffer(raw, dtype).reshape(shape, order="F"), slope, intercept)
+        values = volume_io.rescale(np.frombuffer(raw, dtype).reshape(shape, order="F"), slope, intercept)
     else:
-        values = without_voxels(shape, dtype)
-    modality = modality_code(header.get("Modality").removeprefix("MET_MOD_") or header.get("0008|0060"))
+        values = volume_io.without_voxels(shape, dtype)
+    modality = volume_io.modality_code(
+        header.get("Modality").removeprefix("MET_MOD_") or header.get("0008|0060")
+    )
     return StoredVolume(
         values,
         affine,
         modality=modality,
-        units=stated_units("", modality),
-        notes=(*notes, *geometry_notes(affine), *scale_notes, *data_notes),
+        units=volume_io.stated_units("", modality),
+        notes=(*notes, *volume_io.geometry_notes(affine), *scale_notes, *data_notes),
     )
 
 
@@ -150,10 +133,7 @@ def _header(head: bytes, path: PathLike) -> _Header:
         if match and fields.setdefault(match[1], match[2]) != match[2]:
             doubled.add(match[1])
         if end < 0 and "ElementDataFile" not in fields:
-            raise UserError(
-                f"{path}: its MetaImage header does not say where the voxels lie (ElementDataFile); fetch "
-                "the file again"
-            )
+            raise UserError(f"{path}: its MetaImage header has no ElementDataFile; fetch the file again")
         position = len(head) if end < 0 else end + 1
     return _Header(fields, frozenset(doubled), position, path)
 
@@ -161,14 +141,14 @@ def _header(head: bytes, path: PathLike) -> _Header:
 def _shape(header: _Header) -> tuple[int, ...]:
     sizes = header.integers("DimSize")
     if header.get("ObjectType") not in ("", "Image"):
-        raise UserError(f"{header.path}: is a MetaIO object but no image; give the scan it belongs to")
+        raise UserError(f"{header.path}: is a MetaIO object but not an image; give the scan it belongs to")
     if header.integers("NDims") != [len(sizes)]:
         raise header.error("NDims or DimSize")
     channels = header.integers("ElementNumberOfChannels", 1)[0]
     if channels != 1:
-        raise several_volumes(channels, "values per voxel (colours or vectors)", header.path)
+        raise volume_io.several_volumes(channels, "values per voxel (colours or vectors)", header.path)
     if math.prod(sizes[3:]) != 1:
-        raise several_volumes(math.prod(sizes[3:]), "volumes", header.path)
+        raise volume_io.several_volumes(math.prod(sizes[3:]), "volumes", header.path)
     if len(sizes) < 3:
         raise UserError(
             f"{header.path}: {len(sizes)}-D MetaImage, which has no orientation in space; convert it to PNG, "
@@ -182,11 +162,11 @@ def _affine(header: _Header, shape: tuple[int, ...]) -> tuple[np.ndarray, str, l
     notes: list[str] = []
     spacing = header.numbers("ElementSpacing")
     if not spacing and (spacing := header.numbers("ElementSize")):
-        notes.append("states no ElementSpacing; its ElementSize is taken for the distance of voxels")
+        notes.append("states no ElementSpacing; its ElementSize is used as voxel spacing")
     matrix = header.numbers("TransformMatrix", "Rotation", "Orientation")
     if not spacing or not matrix:
-        # AnatomicalOrientation alone decides nothing: MetaIO defines its letters as where the axes run to,
-        # ITK writes where they come from.
+        # AnatomicalOrientation alone is ambiguous: by MetaIO its letters name where the axes run to, in ITK
+        # where they come from.
         raise UserError(
             f"{header.path}: MetaImage without {'TransformMatrix' if spacing else 'ElementSpacing'}, so "
             f"{'left and right' if spacing else 'its size'} would be a guess; export it with its geometry"
@@ -197,11 +177,11 @@ def _affine(header: _Header, shape: tuple[int, ...]) -> tuple[np.ndarray, str, l
         notes.append("states no Offset; 0, 0, 0 is assumed")
     if len(spacing) != axes or len(matrix) != axes**2 or len(offset) != axes:
         raise header.error("ElementSpacing, TransformMatrix or Offset")
-    directions = np.reshape(matrix, (axes, axes)).T  # one line of the file for each axis
+    directions = np.reshape(matrix, (axes, axes)).T  # one row of the file per axis
     center = header.numbers("CenterOfRotation")
     if any(center) and not np.array_equal(directions, np.eye(axes)):
         notes.append("its CenterOfRotation is ignored, as ITK ignores it")
-    unit, scale, unit_notes = length_unit(header.get("DistanceUnits"), "DistanceUnits", header.path)
+    unit, scale, unit_notes = volume_io.length_unit(header.get("DistanceUnits"), "DistanceUnits", header.path)
     notes += unit_notes
     affine = np.eye(4)
     affine[:3, :3] = directions[:3, :3] * spacing[:3]
@@ -215,10 +195,10 @@ def _affine(header: _Header, shape: tuple[int, ...]) -> tuple[np.ndarray, str, l
 
 
 def _check_letters(header: _Header, directions: np.ndarray) -> None:
-    """Refuses an AnatomicalOrientation that contradicts the matrix in both meanings of its letters."""
+    """Rejects an AnatomicalOrientation that contradicts the matrix in both meanings of its letters."""
     letters = header.get("AnatomicalOrientation").upper()
     if len(letters) != 3 or not set(letters) <= set(_LPS):
-        return  # "???" says nothing
+        return  # such as "???"
     along = [sign * directions[axis, i] for i, (axis, sign) in enumerate(_LPS[letter] for letter in letters)]
     if min(along) < _ALONG and max(along) > -_ALONG:
         raise UserError(
@@ -232,7 +212,7 @@ def _dtype(header: _Header) -> np.dtype:
     if code is None:
         raise header.error("ElementType")
     if not header.flag("BinaryData", default=True):
-        raise UserError(f"{header.path}: MetaImage with its voxels as text; save it as binary data")
+        raise UserError(f"{header.path}: MetaImage with voxels as text; save it as binary data")
     big = header.flag("BinaryDataByteOrderMSB", "ElementByteOrderMSB")
     return np.dtype(code).newbyteorder(">" if big else "<")
 
@@ -249,33 +229,35 @@ def _scale(header: _Header) -> tuple[float, float, tuple[str, ...]]:
 
 
 def _data(header: _Header, count: int, limits: Limits, voxels: bool) -> tuple[bytes, tuple[str, ...]]:
-    """The bytes of the voxels, none where they are not wanted, and notes."""
+    """The bytes of the voxels and notes. Without `voxels`, checks but does not read them."""
     path = as_path(header.path)
     name = header.get("ElementDataFile")
     inside = name.upper() == "LOCAL"
-    source = path if inside else data_file(path, name)
-    size = check_file_size(source, limits)
+    source = path if inside else volume_io.data_file(path, name)
+    size = volume_io.check_file_size(source, limits)
     packed = header.flag("CompressedData")
     skip = header.integers("HeaderSize", 0)[0]
     if skip < -1 or (skip == -1 and packed):
         raise header.error("HeaderSize")
     start = size - count if skip == -1 else skip or (header.end if inside else 0)
-    check_available(count, size - max(0, start), path, ratio=DEFLATE_RATIO if packed else 1)
+    volume_io.check_available(
+        count, size - max(0, start), path, ratio=volume_io.DEFLATE_RATIO if packed else 1
+    )
     if not voxels:
         return b"", ()
     with source.open("rb") as file:
         file.seek(start)
         if packed:
-            return _inflated(file, count, path)
-        return read_exactly(file, count, path), trailing_note(size - start - count)
+            return _inflate(file, count, path)
+        return volume_io.read_exactly(file, count, path), volume_io.trailing_note(size - start - count)
 
 
-def _inflated(file: IO[bytes], count: int, path: PathLike) -> tuple[bytes, tuple[str, ...]]:
-    """`count` bytes out of a zlib or gzip stream, read to its end, where its checksum is compared."""
+def _inflate(file: IO[bytes], count: int, path: PathLike) -> tuple[bytes, tuple[str, ...]]:
+    """Reads `count` bytes of a zlib or gzip stream, and the rest up to its checksum."""
     unpack = zlib.decompressobj(wbits=47)
     data = bytearray()
     excess = 0
-    while not unpack.eof and excess < MAX_TRAILING_BYTES:
+    while not unpack.eof and excess < volume_io.MAX_TRAILING_BYTES:
         packed = unpack.unconsumed_tail or file.read(_CHUNK)
         if not packed:
             raise UserError(f"{path}: its compressed data is cut short; fetch the file again")
@@ -287,4 +269,4 @@ def _inflated(file: IO[bytes], count: int, path: PathLike) -> tuple[bytes, tuple
         raise UserError(
             f"{path}: ends after {len(data)} of {count} data bytes; the file is cut short, fetch it again"
         )
-    return bytes(data), trailing_note(excess)
+    return bytes(data), volume_io.trailing_note(excess)

@@ -1,8 +1,8 @@
-"""NRRD volumes, with their voxels in the same file or in one beside it.
+"""NRRD volumes with attached or detached voxels.
 
-Format: https://teem.sourceforge.net/nrrd/format.html. The header is parsed here: pynrrd takes key/value pairs
-for fields, truncates fractional sizes, follows data files into other folders and raises IndexError for an
-empty field.
+Format: https://teem.sourceforge.net/nrrd/format.html. The header is parsed here because pynrrd confuses
+key/value pairs with fields, truncates fractional sizes, follows data files into other folders and raises
+IndexError for an empty field.
 """
 
 from __future__ import annotations
@@ -16,35 +16,18 @@ from typing import IO, cast
 
 import numpy as np
 from etils import epath
+from nibabel.affines import voxel_sizes
 
+from vilam3_jax.data import volume_io
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.stored_volume import StoredVolume
-from vilam3_jax.data.volume_io import (
-    BZIP2_RATIO,
-    DEFLATE_RATIO,
-    body_part_name,
-    check_available,
-    check_extent,
-    check_file_size,
-    check_grid,
-    data_file,
-    geometry_notes,
-    length_unit,
-    modality_code,
-    read_exactly,
-    read_rest,
-    several_volumes,
-    skip_bytes,
-    stated_units,
-    without_voxels,
-)
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.paths import PathLike, as_path
 
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_SKIPPED_LINES = 10_000
 _MAX_LAYERS = 256
-# NRRD `space` -> signs that turn its axes into RAS.
+# NRRD `space` -> signs that convert its axes to RAS.
 _SPACES = {
     alias: signs
     for names, signs in {
@@ -65,13 +48,8 @@ _TYPES = {
         "i4": ("int", "signed int", "int32", "int32_t"),
         "u4": ("uint", "unsigned int", "uint32", "uint32_t"),
         "i8": (
-            "longlong",
-            "long long",
-            "long long int",
-            "signed long long",
-            "signed long long int",
-            "int64",
-            "int64_t",
+            *("longlong", "long long", "long long int", "signed long long", "signed long long int"),
+            *("int64", "int64_t"),
         ),
         "u8": ("ulonglong", "unsigned long long", "unsigned long long int", "uint64", "uint64_t"),
         "f4": ("float",),
@@ -81,32 +59,17 @@ _TYPES = {
 }
 _ENCODINGS = {
     "raw": "raw",
-    "txt": "text",
-    "text": "text",
-    "ascii": "text",
     "hex": "hex",
-    "gz": "gzip",
-    "gzip": "gzip",
-    "bz2": "bzip2",
-    "bzip2": "bzip2",
+    **dict.fromkeys(("txt", "text", "ascii"), "text"),
+    **dict.fromkeys(("gz", "gzip"), "gzip"),
+    **dict.fromkeys(("bz2", "bzip2"), "bzip2"),
 }
-_RATIOS = {"raw": 1, "gzip": DEFLATE_RATIO, "bzip2": BZIP2_RATIO}
+_RATIOS = {"raw": 1, "gzip": volume_io.DEFLATE_RATIO, "bzip2": volume_io.BZIP2_RATIO}
 _ALIASES = {"datafile": "data file", "lineskip": "line skip", "byteskip": "byte skip"}
-_READ = frozenset(
+_USED_FIELDS = frozenset(
     (
-        "dimension",
-        "type",
-        "sizes",
-        "endian",
-        "encoding",
-        "kinds",
-        "space",
-        "space directions",
-        "space origin",
-        "space units",
-        "spacings",
-        "sample units",
-        *_ALIASES.values(),
+        *("dimension", "type", "sizes", "endian", "encoding", "kinds", "space", "space directions"),
+        *("space origin", "space units", "spacings", "sample units", *_ALIASES.values()),
     )
 )
 _VECTOR = re.compile(r"\(([^()]*)\)|(none)\b", re.IGNORECASE)
@@ -121,17 +84,17 @@ class _Header:
     end: int  # of the header, in bytes
 
     def get(self, name: str) -> str:
-        """A field's text; "" if it is absent or empty."""
+        """A field's text; "" if absent."""
         return self.fields.get(name, "")
 
     def pair(self, *names: str) -> str:
-        """The text of the first of several key/value pairs that is there; "" if none is."""
+        """The text of the first non-empty key/value pair; "" if there is none."""
         return next((self.pairs[name] for name in names if self.pairs.get(name)), "")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Grid:
-    """Sizes of the axes in space and their affine, in the order of the file."""
+    """Sizes of the spatial axes in file order, their affine (index to RAS millimetres), unit and notes."""
 
     shape: tuple[int, ...]
     affine: np.ndarray
@@ -140,35 +103,28 @@ class _Grid:
 
 
 def read_nrrd(path: PathLike, limits: Limits, *, voxels: bool = True) -> StoredVolume:
-    """Reads an NRRD volume; modality and body part from the DICOM keys that Slicer and others write.
+    """Reads an NRRD volume, with modality and body part from the DICOM keys that Slicer and others write.
 
     Args:
       path: a .nrrd file, or a .nhdr header with its one data file beside it.
-      limits: checked by the header.
-      voxels: False reads the header alone; `values` are zeros then.
+      limits: checked against the header.
+      voxels: False reads the header only; `values` are then zeros.
 
     Raises:
-      UserError: several values per voxel, no patient space, data in other folders or several files, a header
-        that makes no sense, or a damaged file.
+      UserError: several values per voxel, no patient space, data in other folders or several files, an
+        invalid header, or a damaged file.
     """
     path = as_path(path)
-    with path.open("rb") as file:
-        header = _header(file.read(_MAX_HEADER_BYTES), path)
-    sizes = _integers(header.get("sizes"), "sizes", path)
-    grid = _grid(header, sizes, path)
-    dtype = _dtype(header, path)
-    count = check_grid(grid.shape, dtype.itemsize, path, limits)
-    check_extent(grid.affine, grid.shape, grid.unit, path)
-    values, notes = _values(header, dtype, count, path, limits, voxels)
-    values = values.reshape(grid.shape, order="F") if voxels else without_voxels(grid.shape, dtype)
-    modality = modality_code(header.pair("dicom_0008_0060_modality", "0008|0060", "modality"))
+    header, grid, dtype = _read_header(path, limits)
+    stored, notes = _values(header, dtype, math.prod(grid.shape) * dtype.itemsize, path, limits, voxels)
+    modality = volume_io.modality_code(header.pair("dicom_0008_0060_modality", "0008|0060", "modality"))
     return StoredVolume(
-        values,
+        stored.reshape(grid.shape, order="F") if voxels else volume_io.without_voxels(grid.shape, dtype),
         grid.affine,
         modality=modality,
-        body_part=body_part_name(header.pair("dicom_0018_0015_bodypartexamined", "0018|0015")),
-        units=stated_units(header.get("sample units").strip('"'), modality),
-        notes=(*grid.notes, *geometry_notes(grid.affine), *notes),
+        body_part=volume_io.body_part_name(header.pair("dicom_0018_0015_bodypartexamined", "0018|0015")),
+        units=volume_io.stated_units(header.get("sample units").strip('"'), modality),
+        notes=(*grid.notes, *notes),
     )
 
 
@@ -177,69 +133,73 @@ def read_nrrd_layers(path: PathLike, limits: Limits) -> tuple[list[StoredVolume]
 
     Args:
       path: as for `read_nrrd`.
-      limits: checked by the header.
+      limits: checked against the header.
 
     Returns:
-      The layers, one of a plain volume, and the file's key/value pairs, keys in lower case.
+      The layers (one for a plain volume) and the file's key/value pairs, keys in lower case.
 
     Raises:
-      What `read_nrrd` raises, except for several values per voxel.
+      UserError: as `read_nrrd`, but several values per voxel are layers.
     """
     path = as_path(path)
-    with path.open("rb") as file:
-        header = _header(file.read(_MAX_HEADER_BYTES), path)
+    header, grid, dtype = _read_header(path, limits, layered=True)
     sizes = _integers(header.get("sizes"), "sizes", path)
-    grid = _grid(header, sizes, path, layered=True)
-    dtype = _dtype(header, path)
-    check_grid(grid.shape, dtype.itemsize, path, limits)
     layers = math.prod(sizes) // math.prod(grid.shape)
-    if layers > _MAX_LAYERS or layers * math.prod(grid.shape) > limits.voxels:
+    if layers > _MAX_LAYERS or math.prod(sizes) > limits.voxels:
         raise UserError(f"{path}: {layers} layers of label maps are too many; save fewer segments per file")
-    check_extent(grid.affine, grid.shape, grid.unit, path)
-    count = layers * math.prod(grid.shape) * dtype.itemsize
-    values, notes = _values(header, dtype, count, path, limits, True)
-    values = values.reshape(sizes, order="F")
-    vectors = _vectors(header.get("space directions"), "space directions", path)
-    axes = _axes_in_space(vectors, header)
-    values = np.moveaxis(values, axes, range(-len(axes), 0))
-    notes = (*grid.notes, *geometry_notes(grid.affine), *notes)
+    values, notes = _values(header, dtype, math.prod(sizes) * dtype.itemsize, path, limits, True)
+    axes = _axes_in_space(_vectors(header.get("space directions"), "space directions", path), header)
+    values = np.moveaxis(values.reshape(sizes, order="F"), axes, range(-len(axes), 0))
     stack = values.reshape(layers, *grid.shape)
+    notes = (*grid.notes, *notes)
     return [StoredVolume(layer, grid.affine, notes=notes) for layer in stack], dict(header.pairs)
 
 
-def _header(head: bytes, path: PathLike) -> _Header:
+def _read_header(
+    path: epath.Path, limits: Limits, *, layered: bool = False
+) -> tuple[_Header, _Grid, np.dtype]:
+    with path.open("rb") as file:
+        header = _parse_header(file.read(_MAX_HEADER_BYTES), path)
+    grid = _grid(header, path, layered)
+    dtype = _dtype(header, path)
+    volume_io.check_grid(grid.shape, dtype.itemsize, path, limits)
+    volume_io.check_extent(grid.affine, grid.shape, grid.unit, path)
+    return header, grid, dtype
+
+
+def _parse_header(head: bytes, path: PathLike) -> _Header:
     fields: dict[str, str] = {}
     pairs: dict[str, str] = {}
     position, number = 0, 0
     while True:
         end = head.find(b"\n", position)
-        # A detached header may end with the file; in any other file no data would follow.
+        # Only a detached header may end with the file.
         line = head[position : len(head) if end < 0 else end].decode("utf-8", "replace").rstrip()
         position = len(head) if end < 0 else end + 1
         number += 1
         if number == 1:
             if not re.fullmatch(r"NRRD000[1-5]", line):
-                raise UserError(f"{path}: its first line names no known version of NRRD; export it again")
+                raise UserError(f"{path}: its first line is not a known version of NRRD; export it again")
         elif line and not line.startswith("#"):
             _add(line, number, fields, pairs, path)
         if end < 0 and "data file" not in fields:
-            raise UserError(f"{path}: NRRD header without the empty line that ends it; fetch the file again")
+            raise UserError(f"{path}: NRRD header without its final empty line; fetch the file again")
         if end < 0 or not line or fields.get("data file", "").startswith("LIST"):
             return _Header(fields, pairs, position)
 
 
 def _add(line: str, number: int, fields: dict[str, str], pairs: dict[str, str], path: PathLike) -> None:
-    # The text is not repeated in errors: it may name the patient.
+    # Errors do not repeat the text: it may name the patient.
     if ":" not in line:
-        raise UserError(f"{path}: line {number} of its NRRD header is no field; export it again")
-    is_pair = ":=" in line and ": " not in line[: line.index(":=")]  # keys may hold colons
+        raise UserError(f"{path}: line {number} of its NRRD header is not a field; export it again")
+    is_pair = ":=" in line and ": " not in line[: line.index(":=")]  # keys may contain colons
     name, _, value = line.partition(":=" if is_pair else ":")
     name, value = name.strip().lower(), value.strip()
     if is_pair:
-        pairs[name] = value if pairs.get(name, value) == value else ""  # two values state nothing
+        pairs[name] = value if pairs.get(name, value) == value else ""  # ignore contradictory values
         return
     name = _ALIASES.get(name, name)
-    if name in _READ and fields.get(name, value) != value:
+    if name in _USED_FIELDS and fields.get(name, value) != value:
         raise UserError(f"{path}: states the NRRD field {name} twice; export it again")
     fields[name] = value
 
@@ -247,24 +207,25 @@ def _add(line: str, number: int, fields: dict[str, str], pairs: dict[str, str], 
 def _dtype(header: _Header, path: PathLike) -> np.dtype:
     code = _TYPES.get(header.get("type").lower())
     if code is None:
-        raise UserError(f"{path}: its NRRD type is none that is read; save it as short, int or float")
+        raise UserError(f"{path}: its NRRD type is not supported; save it as short, int or float")
     dtype = np.dtype(code)
     if dtype.itemsize == 1 or _encoding(header, path) == "text":
         return dtype
     endian = header.get("endian").lower()
     if endian not in ("little", "big"):
-        raise UserError(f"{path}: does not state the order of its bytes (NRRD field endian); export it again")
+        raise UserError(f"{path}: does not state its byte order (NRRD field endian); export it again")
     return dtype.newbyteorder("<" if endian == "little" else ">")
 
 
 def _encoding(header: _Header, path: PathLike) -> str:
     encoding = _ENCODINGS.get(header.get("encoding").lower())
     if encoding is None:
-        raise UserError(f"{path}: its NRRD encoding is none that is read; save it as raw or gzip")
+        raise UserError(f"{path}: its NRRD encoding is not supported; save it as raw or gzip")
     return encoding
 
 
-def _grid(header: _Header, sizes: list[int], path: PathLike, *, layered: bool = False) -> _Grid:
+def _grid(header: _Header, path: PathLike, layered: bool) -> _Grid:
+    sizes = _integers(header.get("sizes"), "sizes", path)
     if _integers(header.get("dimension"), "dimension", path) != [len(sizes)]:
         raise UserError(f"{path}: its NRRD fields dimension and sizes disagree; export it again")
     signs = _SPACES.get(header.get("space").lower())
@@ -282,7 +243,7 @@ def _grid(header: _Header, sizes: list[int], path: PathLike, *, layered: bool = 
     if len(axes) == 2:
         normal = np.cross(affine[:3, 0], affine[:3, 1])
         affine[:3, 2] = normal / (np.sqrt((normal**2).sum()) or 1.0) / scale
-        notes.append("is a 2-D image, taken as one slice of a volume; a thickness of 1 mm is assumed")
+        notes.append("is a 2-D image, read as one slice of a volume; a thickness of 1 mm is assumed")
     origin = _origin(header, path)
     if origin:
         affine[:3, 3] = origin[0][:3]
@@ -290,19 +251,20 @@ def _grid(header: _Header, sizes: list[int], path: PathLike, *, layered: bool = 
         notes.append("states no origin; 0, 0, 0 is assumed")
     if not np.isfinite(affine).all() or not affine[:3, :3].any(axis=0).all():
         raise UserError(
-            f"{path}: its NRRD space directions or origin hold zero vectors or no finite numbers; correct "
-            "them"
+            f"{path}: its NRRD space directions or origin have zero vectors or numbers that are not finite; "
+            "correct them"
         )
     _check_spacings(header, axes, affine, path)
     affine[:3] *= scale
-    shape = tuple(sizes[axis] for axis in axes)
-    return _Grid(shape if len(axes) == 3 else (*shape, 1), np.diag([*signs, 1]) @ affine, unit, tuple(notes))
+    affine = np.diag([*signs, 1]) @ affine
+    shape = (*(sizes[axis] for axis in axes), *([1] if len(axes) == 2 else []))
+    return _Grid(shape, affine, unit, (*notes, *volume_io.geometry_notes(affine)))
 
 
 def _spatial_axes(
     vectors: list[tuple[float, ...]], sizes: list[int], header: _Header, path: PathLike, layered: bool
 ) -> list[int]:
-    """Which axes lie in space. The others (vector "none", or only time) must have one entry, or be layers."""
+    """The spatial axes. The others (vector "none", or time only) must have one entry, or be layers."""
     origin = _origin(header, path)
     lengths = {len(vector) for vector in (*vectors, *origin) if vector}
     dimension = _space_dimension(header)
@@ -318,7 +280,7 @@ def _spatial_axes(
         kinds = header.get("kinds").lower().split()
         kinds = {kinds[i] for i in others} if len(kinds) == len(sizes) else set()
         is_series = kinds <= {"list", "time", "domain", "space", "none", "???"}
-        raise several_volumes(count, "volumes" if is_series else "values per voxel", path)
+        raise volume_io.several_volumes(count, "volumes" if is_series else "values per voxel", path)
     if len(axes) not in (2, 3) or (dimension == 4 and any(vectors[i][3] for i in axes)):
         raise UserError(f"{path}: NRRD with {len(axes)} axes in space, a 3-D volume is needed")
     return axes
@@ -339,16 +301,16 @@ def _unit(header: _Header, path: PathLike) -> tuple[str, float, list[str]]:
     names = {name.strip().lower() for name in stated[:3]}
     if len(names) > 1:
         raise UserError(f"{path}: its axes have different units of length; correct the NRRD space units")
-    return length_unit(names.pop() if names else "", "space units", path)
+    return volume_io.length_unit(names.pop() if names else "", "space units", path)
 
 
 def _check_spacings(header: _Header, axes: list[int], affine: np.ndarray, path: PathLike) -> None:
-    """Refuses `spacings` that contradict the space directions; the format allows only one of the two."""
+    """Rejects `spacings` that contradict the space directions; the format allows only one of the two."""
     words = header.get("spacings").split()
     for column, axis in enumerate(axes):
         stated = abs(_number(words[axis], "spacings", path)) if axis < len(words) else 0.0
-        length = float(np.sqrt((affine[:3, column] ** 2).sum()))
-        if stated > 0 and abs(stated / length - 1) > 0.01:  # not for NaN, which says nothing
+        length = float(voxel_sizes(affine)[column])
+        if stated > 0 and abs(stated / length - 1) > 0.01:  # false for NaN, which states nothing
             raise UserError(
                 f"{path}: its NRRD spacings and space directions contradict each other ({stated:.4g} and "
                 f"{length:.4g}); remove the spacings"
@@ -358,53 +320,49 @@ def _check_spacings(header: _Header, axes: list[int], affine: np.ndarray, path: 
 def _values(
     header: _Header, dtype: np.dtype, count: int, path: epath.Path, limits: Limits, voxels: bool
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The voxels in the order of the file, none where they are not wanted, and notes.
-
-    `count` is their size in bytes.
-    """
+    """The voxels (`count` bytes) in file order, and notes; empty and unread without `voxels`."""
     name = header.get("data file")
-    source = data_file(path, name) if name else path
-    size = check_file_size(source, limits)
+    source = volume_io.data_file(path, name) if name else path
+    size = volume_io.check_file_size(source, limits)
     encoding = _encoding(header, path)
     skip = _integers(header.get("byte skip") or "0", "byte skip", path)[0]
     lines = _integers(header.get("line skip") or "0", "line skip", path)[0]
     lowest = -1 if encoding == "raw" else 0
     if not lowest <= skip <= limits.decoded_bytes or not 0 <= lines <= _MAX_SKIPPED_LINES:
         raise UserError(
-            f"{path}: its NRRD line skip or byte skip makes no sense; save data and header in one file"
+            f"{path}: its NRRD line skip or byte skip is invalid; save data and header in one file"
         )
     with source.open("rb") as file:
         file.seek(0 if name else header.end)
         for _ in range(lines):
             file.readline(_MAX_HEADER_BYTES)
-        if encoding in ("text", "hex"):
-            if not voxels:
-                return np.empty(0, dtype), ()
-            return _written_out(file.read()[skip:], encoding, dtype, count, path), ()
-        check_available(count, size - file.tell(), path, ratio=_RATIOS[encoding])
+        if encoding in _RATIOS:
+            volume_io.check_available(count, size - file.tell(), path, ratio=_RATIOS[encoding])
         if not voxels:
             return np.empty(0, dtype), ()
-        if skip == -1:  # the data is the end of the file
+        if encoding not in _RATIOS:
+            return _decode_text(file.read()[skip:], encoding, dtype, count, path), ()
+        if skip == -1:  # the data ends with the file
             skip = size - file.tell() - count
-        stream = _unpacked(file, encoding)
-        skip_bytes(stream, skip)
-        raw = read_exactly(stream, count, path)
-        return np.frombuffer(raw, dtype), read_rest(stream, path)
+        stream = _decompressed(file, encoding)
+        volume_io.skip_bytes(stream, skip)
+        raw = volume_io.read_exactly(stream, count, path)
+        return np.frombuffer(raw, dtype), volume_io.read_rest(stream, path)
 
 
-def _unpacked(file: IO[bytes], encoding: str) -> IO[bytes]:
+def _decompressed(file: IO[bytes], encoding: str) -> IO[bytes]:
     if encoding == "gzip":
         return cast(IO[bytes], gzip.GzipFile(fileobj=file))
     return cast(IO[bytes], bz2.BZ2File(file)) if encoding == "bzip2" else file
 
 
-def _written_out(text: bytes, encoding: str, dtype: np.dtype, count: int, path: PathLike) -> np.ndarray:
-    """Voxels that are written as decimal numbers or as hexadecimal bytes."""
+def _decode_text(text: bytes, encoding: str, dtype: np.dtype, count: int, path: PathLike) -> np.ndarray:
+    """Parses voxels written as decimal numbers or as hexadecimal bytes."""
     try:
         if encoding == "hex":
             values = wide = np.frombuffer(bytes.fromhex(text.decode("ascii")), dtype)
         else:
-            text = text.replace(b",", b" ")  # teem reads over commas
+            text = text.replace(b",", b" ")  # teem accepts commas
             wide = np.fromstring(text, dtype if dtype.itemsize == 8 else np.float64, sep=" ")
             values = wide.astype(dtype)
     except ValueError as error:
@@ -412,7 +370,7 @@ def _written_out(text: bytes, encoding: str, dtype: np.dtype, count: int, path: 
             f"{path}: its voxels are not all written as numbers; it is damaged, fetch or export it again"
         ) from error
     if dtype.kind != "f" and not np.array_equal(values, wide):
-        raise UserError(f"{path}: holds numbers that its NRRD type cannot; save it as float")
+        raise UserError(f"{path}: has numbers that its NRRD type cannot represent; save it as float")
     if values.nbytes != count:
         raise UserError(
             f"{path}: {values.size} numbers where its header promises {count // dtype.itemsize}; fetch it "
@@ -425,7 +383,7 @@ def _integers(text: str, field: str, path: PathLike) -> list[int]:
     words = text.split()
     if not words or not all(re.fullmatch(r"[+-]?\d{1,18}", word) for word in words):
         raise UserError(
-            f"{path}: its NRRD field {field} is missing or holds no whole numbers; export it again"
+            f"{path}: its NRRD field {field} is missing or not a list of whole numbers; export it again"
         )
     return [int(word) for word in words]
 
@@ -434,18 +392,18 @@ def _number(text: str, field: str, path: PathLike) -> float:
     try:
         return float(text)
     except ValueError:
-        raise UserError(f"{path}: its NRRD field {field} holds no numbers; export it again") from None
+        raise UserError(f"{path}: its NRRD field {field} is not a list of numbers; export it again") from None
 
 
 def _origin(header: _Header, path: PathLike) -> list[tuple[float, ...]]:
-    """The vectors of the field, of which there should be one; none if it is absent or NaN."""
+    """The vectors of "space origin", ideally one; empty if absent or NaN."""
     return [vector for vector in _vectors(header.get("space origin"), "space origin", path) if vector]
 
 
 def _vectors(text: str, field: str, path: PathLike) -> list[tuple[float, ...]]:
-    """Vectors such as "(1,0,0) none (0,0,1)"; an empty one for "none", which some programs write as NaN."""
+    """Parses "(1,0,0) none (0,0,1)"; "none", which some programs write as NaN, becomes ()."""
     if _VECTOR.sub("", text).strip():
-        raise UserError(f"{path}: its NRRD field {field} holds no vectors; export it again")
+        raise UserError(f"{path}: its NRRD field {field} is not a list of vectors; export it again")
     vectors = [
         tuple(_number(word, field, path) for word in match[1].split(",")) if match[1] is not None else ()
         for match in _VECTOR.finditer(text)

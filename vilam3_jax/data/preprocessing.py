@@ -1,7 +1,7 @@
-"""How a model sees scans: windows, channels, planes. A part of the model config, so that exports carry it.
+"""Conversion of scans to model input: windows, channels, planes; a section of the model config.
 
-Training and inference both make pictures here. A window is chosen by the modality that a file, a dataset or
-the caller states, never by voxel values; without a stated modality a volume is shown between percentiles.
+Training and inference share this module. A window depends on the modality stated by a file, a dataset or the
+caller, never on voxel values; a volume without a stated modality is shown between percentiles.
 
 This module imports neither jax nor flax nor torch.
 """
@@ -32,12 +32,12 @@ class Preprocessing:
     Attributes:
       ct_windows: (centre, width) in HU: one is shown as grey, three as red, green and blue; see
         `intensity.CT_WINDOWS` for presets.
-      percentiles: of the whole volume, black and white of every volume that is not a CT.
-      alpha: what is made of transparent pictures, see `images.decode_image`.
-      orientation: of the volume that is cut into slices; only RAS is implemented.
-      plane: which slices inference shows if the caller names none: axial, coronal or sagittal.
-      slice: which of them: only "middle" is implemented.
-      modalities: DICOM's codes of what the model was trained on; empty: not stated, nothing is checked.
+      percentiles: of the whole volume, black and white of every volume other than CT.
+      alpha: handling of transparency, see `images.decode_image`.
+      orientation: of the volume before slicing; only RAS is implemented.
+      plane: default plane at inference: axial, coronal or sagittal.
+      slice: default slice in that plane; only "middle" is implemented.
+      modalities: DICOM codes of the training data; empty: not stated, no check.
       spacing: smallest and largest voxel spacing in mm of the training volumes; empty: not stated. Slices are
         not resampled.
     """
@@ -57,7 +57,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, section: Any) -> Preprocessing:
-        """Reads a `config.model.preprocessing`; the defaults where it is absent, as in older exports.
+        """Parses `config.model.preprocessing`; absent in older exports, which use the defaults.
 
         Raises:
           UserError: an unknown key or an impossible value.
@@ -69,7 +69,7 @@ class Preprocessing:
         return cls(**{key: _tuples(value) for key, value in section.items()})
 
     def windows(self, volume: Volume, window: Window | None = None) -> tuple[Window, ...]:
-        """The windows that show a volume: `window` if given, those of CT for a CT, () for percentiles."""
+        """The windows for a volume: `window` if given, `ct_windows` for CT, () for percentiles."""
         if window is not None:
             return (window,)
         return self.ct_windows if volume.modality == "CT" else ()
@@ -77,17 +77,17 @@ class Preprocessing:
     def slice_picture(
         self, volume: Volume, axis: int, index: int, window: Window | None = None, size: int | None = None
     ) -> np.ndarray:
-        """One slice as a picture: display orientation, windowed, resized without keeping the aspect ratio.
+        """Converts one slice to an image: display orientation, windowed, resized without the aspect ratio.
 
         Args:
           volume: the scan.
           axis: see `volumes.slice_2d`.
           index: see `volumes.slice_2d`.
-          window: (centre, width) in voxel units instead of the model's own.
-          size: side of the result in pixels; None: a pixel for each voxel.
+          window: (centre, width) in voxel units instead of the model's windows.
+          size: side of the result in pixels; None: one pixel per voxel.
 
         Returns:
-          [size, size, 3] uint8, or [h, w, 3]. Voxels that measure nothing are black.
+          [size, size, 3] uint8, or [h, w, 3]. Invalid voxels are black.
 
         Raises:
           UserError: `axis` or `index` outside the volume.
@@ -98,13 +98,13 @@ class Preprocessing:
             channels = [window_to_uint8(plane, shown) for shown in windows]
         else:
             channels = [window_to_uint8(plane, None, volume.percentile_limits(self.percentiles))]
-        picture = np.stack(channels * (3 // len(channels)), axis=-1)
+        image = np.stack(channels * (3 // len(channels)), axis=-1)
         if volume.valid is not None:
-            picture[~slice_2d(volume.valid, axis, index)] = 0
-        return picture if size is None else resize(picture, size)
+            image[~slice_2d(volume.valid, axis, index)] = 0
+        return image if size is None else resize(image, size)
 
     def describe(self, volume: Volume, window: Window | None = None) -> str:
-        """How `slice_picture` shows a volume, for people: "window 50, 400"."""
+        """The display range of a volume for messages, such as "window 50, 400"."""
         windows = self.windows(volume, window)
         texts = [f"{centre:g}, {width:g}" for centre, width in windows]
         if len(texts) == 1:
@@ -117,15 +117,15 @@ class Preprocessing:
         return f"between its {low:g} and {high:g} percentiles"
 
     def notes(self, modality: str, volume: Volume | None = None, window: Window | None = None) -> list[str]:
-        """What a reader of the answer must know about the input.
+        """Caveats about the input for the reader of an answer.
 
         Args:
           modality: of the image, as stated, or "unknown".
-          volume: the scan, if the image is a slice of one.
-          window: the window that the caller chose, if any.
+          volume: the scan, if the image is one of its slices.
+          window: the window chosen by the caller, if any.
 
         Returns:
-          Sentences; empty if the input is of the kind that the model was trained on.
+          Sentences; empty if the input resembles the training data.
         """
         notes = []
         if modality == UNKNOWN:
@@ -151,7 +151,7 @@ def preset_windows(name: str) -> tuple[Window, ...]:
     """The CT windows of a preset.
 
     Raises:
-      UserError: an unknown preset; lists those there are.
+      UserError: an unknown preset.
     """
     if name not in CT_WINDOWS:
         raise UserError(f"CT windows {name!r}: unknown; presets are {', '.join(sorted(CT_WINDOWS))}")

@@ -1,4 +1,4 @@
-"""The JSON file that dcm2niix and BIDS put beside a NIfTI volume: what it says of modality and units."""
+"""The JSON sidecar that dcm2niix and BIDS put beside a NIfTI volume."""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ _MAX_BYTES = 4 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Sidecar:
-    """Three fields of a sidecar; see `StoredVolume` for their meaning.
-
-    Nothing else is read: sidecars may hold names, dates and identifiers of patients.
-    """
+    """Fields of a sidecar as in `StoredVolume`; others may identify the patient and are not read."""
 
     modality: str = UNKNOWN
     body_part: str = UNKNOWN
@@ -30,12 +27,12 @@ class Sidecar:
 
 
 def read_sidecar(path: epath.Path, stem: str) -> Sidecar:
-    """Reads `stem`.json in the folder of `path`; an unreadable one becomes a note.
+    """Reads `stem`.json in the folder of `path`; an unreadable sidecar becomes a note.
 
     Raises:
       UnavailableError: the disk or the network fails.
     """
-    # Not by listing: a folder may hold thousands of volumes, and `stem` is no text of a file.
+    # No listing: a folder may hold thousands of volumes, and `stem` is not text from a file.
     names = (path.parent / f"{stem}{suffix}" for suffix in (".json", ".JSON"))
     found = next((name for name in names if name.exists()), None)
     if found is None:
@@ -47,12 +44,12 @@ def read_sidecar(path: epath.Path, stem: str) -> Sidecar:
     except (UserError, ValueError, RecursionError):
         return Sidecar(notes=("the JSON file beside it cannot be read; it is ignored",))
     if not isinstance(fields, dict):
-        return Sidecar(notes=("the JSON file beside it holds no object; it is ignored",))
+        return Sidecar(notes=("the JSON file beside it is not an object; it is ignored",))
     notes: list[str] = []
     modality_text = _text(fields, "Modality", notes)
     modality = modality_code(modality_text)
     if modality_text and modality == UNKNOWN:
-        notes.append("the JSON file beside it states no modality that is known; it is ignored")
+        notes.append("the JSON file beside it states an unknown modality; it is ignored")
     return Sidecar(
         modality,
         body_part_name(_text(fields, "BodyPartExamined", notes)),
@@ -67,5 +64,5 @@ def _text(fields: dict[str, Any], key: str, notes: list[str]) -> str:
         return ""
     if isinstance(value, str):
         return " ".join(value.split())
-    notes.append(f"{key} in the JSON file beside it is no text; it is ignored")
+    notes.append(f"{key} in the JSON file beside it is not text; it is ignored")
     return ""

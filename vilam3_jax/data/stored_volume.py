@@ -1,4 +1,4 @@
-"""What a format's reader hands to `volumes`: voxels as the file orders them, and what the file states."""
+"""The result of a format's reader before `volumes` reorients it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ UNKNOWN = "unknown"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoredVolume:
-    """A decoded volume before it is brought into canonical orientation.
+    """A decoded volume in the orientation of its file.
 
     Attributes:
-      values: [I, J, K] numbers in the order of the file, rescaled to `units`.
+      values: [I, J, K] numbers in file order, rescaled to `units`.
       affine: [4, 4] float64, index (i, j, k) to RAS millimetres.
-      valid: [I, J, K] bool, False where the file stores padding instead of a measurement; None: all valid.
-        Values that are not finite need not be marked.
-      modality: DICOM's code as the file states it (CT, MR, PT, NM, US, ...), or "unknown".
-      body_part: as the file states it, upper case, or "unknown".
+      valid: [I, J, K] bool, False for padding instead of a measurement; None: all valid. Values that are not
+        finite may be left valid.
+      modality: the DICOM code in the file (CT, MR, PT, NM, US, ...), or "unknown".
+      body_part: as in the file, upper case, or "unknown".
       units: of `values`: "HU", "SUVbw", "Bq/ml", ..., or "unknown".
-      window: the file's own display window (centre, width) in `units`, or None.
-      notes: sentences about what was assumed, repaired or skipped; they name no patient.
+      window: the file's display window (centre, width) in `units`, or None.
+      notes: sentences on what was assumed, repaired or skipped, without patient data.
     """
 
     values: np.ndarray

@@ -1,13 +1,12 @@
-"""TIFF pictures: one page, decoded by tifffile, in the colours that its tags name."""
+"""TIFF images: one page, decoded by tifffile and converted to L, LA, RGB or RGBA by its tags."""
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import logging
 import re
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tifffile
@@ -18,12 +17,12 @@ from vilam3_jax.data.image_headers import check_pixels, choose_frame, jpeg_ends_
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.errors import UserError
 
-# What it logs about a damaged file is either harmless or becomes an error here.
+# Damage that it logs is either harmless or raised as an error here.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
-_MAX_PAGES = 4096  # looked at to tell pictures from thumbnails
+_MAX_PAGES = 4096  # scanned to separate images from thumbnails
 _MAX_SEGMENTS = 100_000
-_MCU = 16  # a JPEG tile may be larger than its part of the picture by the rest of a block
+_MCU = 16  # a JPEG tile may exceed its part of the image by less than one block
 
 # TIFF 6.0 and its supplements.
 _REDUCED, _MASK = 1, 4  # bits of NewSubfileType
@@ -32,89 +31,76 @@ _RAW_PHOTO = (32803, 34892)  # colour filter array, linear raw
 _CHANNELS = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _PALETTE: 1, _CMYK: 4, _YCBCR: 3}
 _CHANNELS |= {_CIELAB: 3, _ICCLAB: 3}
 _ASSOCIATED, _UNASSOCIATED = 1, 2  # values of ExtraSamples; 0 is not alpha
-# Tags that change how pixels are read: size, layout, compression, colours, orientation, predictor, alpha.
+# Tags that affect decoding: size, layout, compression, colours, orientation, predictor, alpha.
 _READ_TAGS = frozenset(
     (*range(254, 260), 262, 266, 273, 274, *range(277, 280), 284, 317, 320, *range(322, 326))
 )
 _READ_TAGS |= {332, 338, 339, 347, 530, 32997, 32998}
 _FAX = (2, 3, 4)
 _JPEG = (6, 7)
-# Codecs that decode into memory of a known size: none, fax, LZW, JPEG, deflate, PackBits, LZMA, Zstandard.
+# Codecs with bounded output: none, fax, LZW, JPEG, deflate, PackBits, LZMA, Zstandard.
 _COMPRESSIONS = (1, *_FAX, 5, *_JPEG, 8, 32773, 32946, 34925, 50000)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class TiffPicture:
-    """One page.
+class TiffPage(NamedTuple):
+    """One decoded page."""
 
-    Attributes:
-      image: "L", "LA", "RGB" or "RGBA", as stored, not turned.
-      orientation: the tag's value, 1 to 8.
-      page: which one this is, from 0; thumbnails and masks do not count.
-      pages: how many the file holds.
-      notes: what was assumed.
-    """
-
-    image: Image.Image
-    orientation: int
-    page: int
+    image: Image.Image  # "L", "LA", "RGB" or "RGBA", before the orientation is applied
+    orientation: int  # the tag's value, 1 to 8
+    page: int  # index, from 0; thumbnails and masks do not count
     pages: int
     notes: tuple[str, ...]
 
 
-def read_tiff(data: bytes, page: int | None, limits: Limits) -> TiffPicture:
+def read_tiff(data: bytes, page: int | None, limits: Limits) -> TiffPage:
     """Decodes one page.
 
     Args:
       data: the whole file.
-      page: which page; None: the only one.
-      limits: checked by the tags before anything is decoded.
+      page: index of the page; None: the only one.
+      limits: checked against the tags before decoding.
 
     Raises:
-      UserError: several pages and none chosen, over a limit, cut short, or a layout that is not read. Damage
-        may raise any other exception.
+      UserError: several pages and no `page`, over a limit, cut short, or an unsupported layout. Damage may
+        raise any other exception.
     """
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         if file.is_svs or file.is_ndpi or file.is_scn or file.is_bif or file.is_qpi or file.is_philips:
             raise UserError("whole-slide image; export the region to look at as PNG")
         pages = _pages(file)
         _refuse_stack(pages)
-        number = choose_frame(page, len(pages), "TIFF picture", "pages")
+        number = choose_frame(page, len(pages), "TIFF image", "pages")
         chosen = pages[number]
         _check_tags(chosen, data)
         notes: list[str] = []
         photometric = _photometric(chosen, notes)
-        _check(chosen, photometric, len(data), limits)
+        _check_layout(chosen, photometric, len(data), limits)
         if int(chosen.compression) in _JPEG:
             _check_jpeg(chosen, data)
         try:
             samples = chosen.asarray(squeeze=False, maxworkers=1)
         except Exception as error:
             if _ends_early(chosen, len(data)):
-                raise UserError("TIFF picture that is cut short; fetch it again") from error
+                raise UserError("TIFF image that is cut short; fetch it again") from error
             raise
-        image = _picture(chosen, photometric, samples, notes)
+        image = _to_image(chosen, photometric, samples, notes)
         orientation = _number(chosen, 274, 1)
-    return TiffPicture(image, orientation, number, len(pages), tuple(notes))
+    return TiffPage(image, orientation, number, len(pages), tuple(notes))
 
 
 def _pages(file: tifffile.TiffFile) -> list[tifffile.TiffPage]:
-    """The pages that are pictures. Thumbnails and masks are not, unless the file holds nothing else."""
+    """All pages but thumbnails and masks, unless the file has nothing else."""
     count = len(file.pages)
     if count > _MAX_PAGES:
-        raise UserError(f"TIFF picture of {count} pages; save the one to look at as PNG")
-    pages = []
-    for index in range(count):
-        page = file.pages[index]
-        if isinstance(page, tifffile.TiffPage) and page.tags:
-            pages.append(page)
+        raise UserError(f"TIFF image of {count} pages; save the one to look at as PNG")
+    pages = [page for page in file.pages if isinstance(page, tifffile.TiffPage) and page.tags]
     if not pages:
-        raise UserError("TIFF file without a picture; export it again")
+        raise UserError("TIFF file without an image; export it again")
     return [page for page in pages if not int(page.subfiletype) & (_REDUCED | _MASK)] or pages
 
 
 def _refuse_stack(pages: list[tifffile.TiffPage]) -> None:
-    """ImageJ, tifffile and MetaMorph can store a stack behind the tags of its first plane."""
+    """Rejects stacks that ImageJ, tifffile or MetaMorph store behind the tags of their first plane."""
     first = pages[0]
     stated = re.search(r"^images=(\d{1,9})$", first.description, re.MULTILINE)
     planes = int(stated[1]) if stated and first.description.startswith("ImageJ=") else 1
@@ -127,14 +113,14 @@ def _refuse_stack(pages: list[tifffile.TiffPage]) -> None:
 
 
 def _check_tags(page: tifffile.TiffPage, data: bytes) -> None:
-    """Refuses a page with tags that tifffile could not read and left out: their defaults would be wrong."""
+    """Rejects a page with tags that tifffile failed to read: it would use wrong defaults for them."""
     layout = page.parent.tiff
     (count,) = struct.unpack_from(layout.tagnoformat, data, page.offset)
     first = page.offset + layout.tagnosize
     places = range(first, first + count * layout.tagsize, layout.tagsize)
     stated = {struct.unpack_from(f"{layout.byteorder}H", data, place)[0] for place in places}
     if stated & _READ_TAGS - set(page.tags.keys()):
-        raise UserError("TIFF picture that is damaged or cut short; fetch it again")
+        raise UserError("TIFF image that is damaged or cut short; fetch it again")
 
 
 def _photometric(page: tifffile.TiffPage, notes: list[str]) -> int:
@@ -145,13 +131,13 @@ def _photometric(page: tifffile.TiffPage, notes: list[str]) -> int:
     if int(page.compression) in _FAX:
         return _WHITE_IS_ZERO
     if page.samplesperpixel >= 3:
-        notes.append("the TIFF does not say what its samples are; they were taken for RGB")
+        notes.append("the TIFF does not state its colour space; RGB is assumed")
         return _RGB
-    notes.append("the TIFF does not say whether 0 is black or white; it was taken for black")
+    notes.append("the TIFF does not state whether 0 is black or white; black is assumed")
     return _BLACK_IS_ZERO
 
 
-def _check(page: tifffile.TiffPage, photometric: int, file_bytes: int, limits: Limits) -> None:
+def _check_layout(page: tifffile.TiffPage, photometric: int, file_bytes: int, limits: Limits) -> None:
     height, width = page.imagelength, page.imagewidth
     check_pixels(width, height, limits)
     if page.imagedepth != 1:
@@ -159,37 +145,37 @@ def _check(page: tifffile.TiffPage, photometric: int, file_bytes: int, limits: L
     if photometric in _RAW_PHOTO:
         raise UserError("raw photo of a camera; convert it to PNG or JPEG")
     if photometric not in _CHANNELS:
-        raise UserError(f"TIFF picture of colour space {photometric}; save it as PNG")
+        raise UserError(f"TIFF image of colour space {photometric}; save it as PNG")
     if int(page.compression) not in _COMPRESSIONS:
-        raise UserError(f"TIFF picture of compression {int(page.compression)}; save it as PNG")
+        raise UserError(f"TIFF image of compression {int(page.compression)}; save it as PNG")
     if page.dtype is None or page.dtype.kind not in "ubif" or not isinstance(page.bitspersample, int):
         raise UserError(
-            f"TIFF picture with samples of {page.bitspersample} bits in a format not read; save it as PNG"
+            f"TIFF image with {page.bitspersample}-bit samples in an unsupported format; save it as PNG"
         )
     if page.samplesperpixel < _CHANNELS[photometric]:
         raise UserError(
-            f"TIFF picture of {page.samplesperpixel} samples, too few for its colours; export it again"
+            f"TIFF image of {page.samplesperpixel} samples, too few for its colours; export it again"
         )
     if photometric == _YCBCR and int(page.compression) not in _JPEG and _subsampling(page) != (1, 1):
-        raise UserError("TIFF picture with subsampled colour but no JPEG compression; save it as PNG")
+        raise UserError("TIFF image with subsampled colour but no JPEG compression; save it as PNG")
     if photometric in (_CIELAB, _ICCLAB) and int(page.compression) in _JPEG:
-        raise UserError("TIFF picture of L*a*b* colours with JPEG compression; save it as PNG")
+        raise UserError("TIFF image of L*a*b* colours with JPEG compression; save it as PNG")
     if photometric == _CMYK and _number(page, 332, 1) != 1:
-        raise UserError("TIFF picture of inks other than CMYK; save it as RGB")
+        raise UserError("TIFF image of inks other than CMYK; save it as RGB")
     sample_bytes = page.dtype.itemsize * page.samplesperpixel
     tile_pixels = page.tilewidth * page.tilelength * page.tiledepth
     if max(height * width, tile_pixels) * sample_bytes > limits.decoded_bytes:
-        raise UserError(f"TIFF picture of more than {limits.decoded_bytes} bytes when decoded; scale it down")
+        raise UserError(f"TIFF image of more than {limits.decoded_bytes} bytes when decoded; scale it down")
     segments = len(page.dataoffsets)
     if segments > _MAX_SEGMENTS:
-        raise UserError(f"TIFF picture in {segments} pieces; save it as PNG")
-    counts = (1,) if page.is_contiguous else page.databytecounts  # which one strip need not state
+        raise UserError(f"TIFF image in {segments} pieces; save it as PNG")
+    counts = (1,) if page.is_contiguous else page.databytecounts  # a single strip need not state it
     if segments < int(np.prod(page.chunked, dtype=object)) or 0 in (*counts, *page.dataoffsets):
-        raise UserError("TIFF picture with missing strips or tiles; export it again")
+        raise UserError("TIFF image with missing strips or tiles; export it again")
     if sum(page.databytecounts) > file_bytes * 2 or len(page.databytecounts) < segments:
-        raise UserError("TIFF picture that is cut short or damaged; fetch it again")
+        raise UserError("TIFF image that is cut short or damaged; fetch it again")
     if int(page.compression) != 1 and _ends_early(page, file_bytes):
-        raise UserError("TIFF picture that is cut short; fetch it again")
+        raise UserError("TIFF image that is cut short; fetch it again")
 
 
 def _ends_early(page: tifffile.TiffPage, file_bytes: int) -> bool:
@@ -198,20 +184,20 @@ def _ends_early(page: tifffile.TiffPage, file_bytes: int) -> bool:
 
 
 def _check_jpeg(page: tifffile.TiffPage, data: bytes) -> None:
-    """JPEG streams bring sizes of their own, which the decoder would believe."""
+    """Checks the sizes inside JPEG streams, which the decoder trusts more than the tags."""
     height = page.tilelength or page.rowsperstrip or page.imagelength
     width = page.tilewidth or page.imagewidth
     if page.jpegtables and jpeg_frame(page.jpegtables) is not None:
-        raise UserError("TIFF picture with damaged JPEG tables; export it again")
+        raise UserError("TIFF image with damaged JPEG tables; export it again")
     if int(page.compression) == 6 and len(page.dataoffsets) > 1:
-        raise UserError("TIFF picture in old-style JPEG strips; save it as PNG")
+        raise UserError("TIFF image in old-style JPEG strips; save it as PNG")
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
         segment = data[offset : offset + count]
         header = jpeg_frame(segment)
         if header is None or header.height > height + _MCU or header.width > width + _MCU:
-            raise UserError("TIFF picture with a damaged JPEG strip or tile; export it again")
+            raise UserError("TIFF image with a damaged JPEG strip or tile; export it again")
         if jpeg_ends_early(segment):
-            raise UserError("TIFF picture that is cut short; fetch it again")
+            raise UserError("TIFF image that is cut short; fetch it again")
 
 
 def _subsampling(page: tifffile.TiffPage) -> tuple[int, ...]:
@@ -223,8 +209,10 @@ def _number(page: tifffile.TiffPage, code: int, default: int) -> int:
     return int(value) if isinstance(value, int | np.integer) else default
 
 
-def _picture(page: tifffile.TiffPage, photometric: int, samples: np.ndarray, notes: list[str]) -> Image.Image:
-    """Args: samples: [S, 1, H, W, 1] of separate planes, or [1, 1, H, W, S]."""
+def _to_image(
+    page: tifffile.TiffPage, photometric: int, samples: np.ndarray, notes: list[str]
+) -> Image.Image:
+    """Converts samples: [S, 1, H, W, 1] for separate planes, otherwise [1, 1, H, W, S]."""
     samples = np.moveaxis(samples[:, 0, ..., 0], 0, -1) if samples.shape[0] > 1 else samples[0, 0]
     channels, bits = _CHANNELS[photometric], int(page.bitspersample)
     values, alpha = samples[..., :channels], None
@@ -232,9 +220,9 @@ def _picture(page: tifffile.TiffPage, photometric: int, samples: np.ndarray, not
     extra = extra if isinstance(extra, tuple | np.ndarray) else (extra,)
     for index, meaning in enumerate(extra[: samples.shape[-1] - channels]):
         if int(meaning) in (_ASSOCIATED, _UNASSOCIATED):
-            alpha = _share(samples[..., channels + index], bits)
+            alpha = _unit_alpha(samples[..., channels + index], bits)
             if int(meaning) == _ASSOCIATED:
-                values = _unassociated(values, alpha)
+                values = _unpremultiplied(values, alpha)
             break
     unused = samples.shape[-1] - channels - (alpha is not None)
     if unused:
@@ -246,19 +234,19 @@ def _picture(page: tifffile.TiffPage, photometric: int, samples: np.ndarray, not
         eight = to_eight_bits(values, valid, bits=bits, notes=notes)
         return with_alpha(255 - eight if photometric == _WHITE_IS_ZERO else eight, alpha)
     if photometric == _PALETTE:
-        return with_alpha(_coloured(page, values[..., 0]), alpha)
+        return with_alpha(_palette_colours(page, values[..., 0]), alpha)
     if int(page.compression) in _JPEG and photometric == _YCBCR:
-        return with_alpha(to_eight_bits(values, valid, bits=bits, notes=notes), alpha)  # the decoder gave RGB
+        eight = to_eight_bits(values, valid, bits=bits, notes=notes)  # the decoder converts to RGB
+        return with_alpha(eight, alpha)
     return with_alpha(np.asarray(_converted(values, photometric, bits)), alpha)
 
 
-def _share(alpha: np.ndarray, bits: int) -> np.ndarray:
+def _unit_alpha(alpha: np.ndarray, bits: int) -> np.ndarray:
     full = 1.0 if alpha.dtype.kind == "f" else 2.0 ** (bits - (alpha.dtype.kind == "i")) - 1
     return np.clip(np.nan_to_num(alpha.astype(np.float32)) / np.float32(full), 0, 1)
 
 
-def _unassociated(values: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Colours that were stored multiplied by alpha."""
+def _unpremultiplied(values: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     whole = values / np.maximum(alpha, np.float32(1e-6))[..., None]
     whole = np.where(alpha[..., None] > 0, whole, 0)
     if values.dtype.kind == "f":
@@ -267,17 +255,17 @@ def _unassociated(values: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(whole), limits.min, limits.max).astype(values.dtype)
 
 
-def _coloured(page: tifffile.TiffPage, indices: np.ndarray) -> np.ndarray:
+def _palette_colours(page: tifffile.TiffPage, indices: np.ndarray) -> np.ndarray:
     table = np.asarray(page.tags[320].value, np.uint16).reshape(3, -1).T
-    if table.max() >= 256:  # 16 bits, as the standard has it; some programs write 8
+    if table.max() >= 256:  # 16 bits by the standard; some programs write 8
         table = table >> 8
     return table.astype(np.uint8)[indices]
 
 
 def _converted(values: np.ndarray, photometric: int, bits: int) -> Image.Image:
-    """CMYK, YCbCr and L*a*b* by Pillow, which has 8 bits of them."""
+    """Converts CMYK, YCbCr and L*a*b* by Pillow, which supports 8 bits of them."""
     if bits not in (8, 16) or values.dtype.kind != "u":
-        raise UserError(f"TIFF picture of {bits} bits in a colour space other than RGB; save it as RGB")
+        raise UserError(f"TIFF image of {bits} bits in a colour space other than RGB; save it as RGB")
     if bits == 16:
         values = values >> 8
     eight = np.ascontiguousarray(values.astype(np.uint8))

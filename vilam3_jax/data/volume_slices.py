@@ -1,6 +1,6 @@
-"""Which slices of a whole volume a model sees, and the words that number them.
+"""Selection and numbering of the slices of a volume that a model sees.
 
-Training chooses slices when an example is loaded; inference numbers its slices with the same words.
+Training selects slices when an example is loaded; inference numbers its slices with the same words.
 
 This module imports neither jax nor flax nor torch.
 """
@@ -22,19 +22,19 @@ from vilam3_jax.data.volumes import Volume
 from vilam3_jax.errors import UserError
 
 CHOICES = ("even", "informative", "finding")
-_SIDE = 64  # voxels of a slice, at most, along each side that an entropy is measured of
+_SIDE = 64  # maximum voxels per side of the grid on which entropies are measured
 _GREYS = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class SliceRule:
-    """How many slices of a whole volume are shown, and which.
+    """How many slices of a volume are shown, and which.
 
     Attributes:
-      count: most slices of a volume.
-      choice: `even`: evenly spaced; `informative`: of as many equal parts of the volume, the slice of the
-        highest entropy each; `finding`: evenly spaced over what an expert marked, lesions before organs, the
-        slice that shows most of it among them; `even` where nothing is marked.
+      count: maximum number of slices per volume.
+      choice: `even`: evenly spaced; `informative`: the slice of highest entropy in each of `count` equal
+        parts; `finding`: evenly spaced over the labels of an expert, lesions before organs, including the
+        slice with most labelled voxels; `even` if there are none.
     """
 
     count: int = 4
@@ -48,30 +48,30 @@ class SliceRule:
 
 
 def numbered(indices: Sequence[int], planes: int) -> str:
-    """The image markers of slices of one volume, a line each: `slice 12 of 60: <image>`.
+    """The image markers of slices of one volume, one per line: `slice 12 of 60: <image>`.
 
     Args:
       indices: from 0, in the order of the markers.
-      planes: of the volume along the axis.
+      planes: size of the volume along the axis.
     """
     return "\n".join(f"slice {index + 1} of {planes}: {IMAGE_MARKER}" for index in indices)
 
 
 def with_markers(text: str, markers: Sequence[str]) -> str:
-    """A text with other words in the place of its image markers.
+    """Replaces the image markers of a text, one by one.
 
     Raises:
-      ValueError: not one for each marker.
+      ValueError: the number of `markers` differs from that in the text.
     """
     first, *rest = text.split(IMAGE_MARKER)
     return first + "".join(marker + part for marker, part in zip(markers, rest, strict=True))
 
 
 def most_marked(voxels: np.ndarray, indices: Sequence[int]) -> int:
-    """Which of some slices an expert's result is shown on: the place of the first that it marks most of.
+    """The position in `indices` of the (first) slice with most labelled voxels, on which a result is shown.
 
     Args:
-      voxels: of each plane, see `marked_voxels`.
+      voxels: per plane, see `marked_voxels`.
       indices: of the slices.
     """
     return max(range(len(indices)), key=lambda place: voxels[indices[place]])
@@ -86,10 +86,10 @@ def even_slices(planes: int, count: int) -> tuple[int, ...]:
 def informative_slices(
     volume: Volume, axis: int, count: int, preprocessing: Preprocessing, window: Window | None = None
 ) -> tuple[int, ...]:
-    """Of each of `count` equal parts of a volume, the plane of the highest entropy.
+    """The plane of highest entropy in each of `count` equal parts of a volume.
 
-    The entropy is that of the grey values as the model sees them: in its first window, in 32 steps, on a grid
-    of at most 64 voxels a side. Background alone has none.
+    Entropy is that of the grey values in the model's first window, in 32 steps, on a grid of at most 64
+    voxels per side. It is 0 for uniform background.
     """
     planes = volume.voxels.shape[axis]
     count = min(planes, count)
@@ -100,7 +100,7 @@ def informative_slices(
 
 
 def _entropies(volume: Volume, axis: int, preprocessing: Preprocessing, window: Window | None) -> np.ndarray:
-    """Bits of each plane, float64 [planes]."""
+    """Entropy of each plane in bits, float64 [planes]."""
 
     def thinned(array: np.ndarray) -> np.ndarray:
         stacked = np.moveaxis(array, axis, 0)
@@ -119,7 +119,7 @@ def _entropies(volume: Volume, axis: int, preprocessing: Preprocessing, window: 
 
 
 def finding_slices(annotation: Annotation, axis: int, count: int) -> tuple[int, ...]:
-    """Planes over what an expert marked; () if it marked nothing.
+    """Planes over the labels of an expert; () if there are none.
 
     Raises:
       ValueError: the label map is damaged.
@@ -141,10 +141,10 @@ def finding_slices(annotation: Annotation, axis: int, count: int) -> tuple[int, 
 
 
 def marked_voxels(annotation: Annotation, axis: int) -> np.ndarray:
-    """Voxels of each plane that the labels of a call mark, lesions alone if there are any; int64 [planes].
+    """Labelled voxels per plane, int64 [planes]; only lesions if there are any.
 
     Raises:
-      ValueError: there is no label map, or it is damaged.
+      ValueError: the label map is missing or damaged.
     """
     group = label_group(annotation.expert, annotation.args)
     names = {s.label_id: s.name for s in annotation.segments if group is None}

@@ -87,7 +87,7 @@ def checked(image: ImageRef, name: str) -> ImageRef:
     """
     if image.data is not None:
         kind = file_kinds.identify_bytes(image.data[:_KIND_BYTES], name.rsplit("/", 1)[-1])
-        if kind.reader != "picture":
+        if kind.reader != "image":
             raise SkipItem(f"image {name} is no picture: {kind.name}")
     return image
 

@@ -202,7 +202,7 @@ def _read_header(index: int, path: str, limits: Limits) -> FileRecord:
     try:
         if kind.reader == "dicom" or kind is file_kinds.UNKNOWN:
             return _read_dicom(record, path, limits)
-        if kind.reader == "picture":
+        if kind.reader == "image":
             return _read_image(record, path, kind, limits)
         return record if kind.reader is None else _read_volume(record, path, limits)
     except UnavailableError:

@@ -32,7 +32,7 @@ def to_json(scanned: ScanResult, seconds: float) -> dict[str, Any]:
     series, files = scanned.series, scanned.files
     studies = {study: number for number, study in enumerate(dict.fromkeys(one.study for one in series), 1)}
     volumes = [record for record in files if record.reader in _VOLUME_READERS]
-    images = [record for record in files if record.reader == "picture"]
+    images = [record for record in files if record.reader == "image"]
     other = [record for record in files if record.reader is None and record.problem is None]
     skipped = _skip_reasons(scanned)
     series_rows = [_series_json(number, one, studies) for number, one in enumerate(series, 1)]
@@ -344,7 +344,7 @@ def to_paths(scanned: ScanResult, folder: str) -> dict[str, Any]:
         "folder": folder,
         "series": {one.id: [scanned.paths[index] for index in one.files] for one in scanned.series},
         "volumes": {str(number): scanned.paths[record.index] for number, record in enumerate(volumes, 1)},
-        "pictures": [scanned.paths[record.index] for record in scanned.files if record.reader == "picture"],
+        "pictures": [scanned.paths[record.index] for record in scanned.files if record.reader == "image"],
         "skipped": by_reason,
         "other_files": by_kind,
     }

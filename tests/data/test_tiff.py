@@ -1,4 +1,4 @@
-"""TIFF pictures: written by tifffile, Pillow or by hand, and compared with the arrays they were made of."""
+"""TIFF images: written by tifffile, Pillow or by hand, and compared with the arrays they were made of."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_floats_that_measure_nothing_do_not_count():
     grey = decode_image(tiff(values))
     assert grey[0, 0, 0] == 0 and grey[0, 1, 0] == 255 and grey[0, 2, 0] == 0
     assert np.abs(grey[1:].astype(int) - clean[1:]).max() <= 2
-    with pytest.raises(UserError, match="finite value"):
+    with pytest.raises(UserError, match="without any finite pixel"):
         decode_image(tiff(np.full((4, 4), np.nan, np.float32)))
     huge = np.linspace(0, 1, 400).reshape(20, 20)
     huge[0, 0] = 1e300  # float64 only
@@ -263,7 +263,7 @@ def test_pages_are_refused_or_chosen():
         writer.write(255 - RGB, photometric="rgb")
         writer.write(GREY > 9, photometric="minisblack", subfiletype=4)  # a mask
     data = buffer.getvalue()
-    with pytest.raises(UserError, match=r"TIFF picture of 2 pages; choose one \(0 to 1\)"):
+    with pytest.raises(UserError, match=r"TIFF image of 2 pages; choose one \(0 to 1\)"):
         decode_image(data)
     with pytest.raises(UserError, match="2 pages"):
         image_shape(data)
@@ -302,7 +302,7 @@ def test_predictors_of_floats_and_a_strip_of_unstated_length():
 def test_what_the_file_does_not_say_is_noted():
     with pytest.warns(InputWarning, match="0 is black or white"):
         assert decode_image(by_hand(2, 1, b"\x01\x02", b=bits(8)))[0, :, 0].tolist() == [1, 2]
-    with pytest.warns(InputWarning, match="taken for RGB"):
+    with pytest.warns(InputWarning, match="RGB is assumed"):
         data = by_hand(1, 1, b"\x01\x02\x03", b=bits(8, 8, 8), s=samples(3))
         assert decode_image(data)[0, 0].tolist() == [1, 2, 3]
 
@@ -312,8 +312,8 @@ def test_layouts_that_are_not_read_are_named():
         (by_hand(2, 2, bytes(4), b=bits(8), p=photometric(32803)), "raw photo of a camera"),
         (by_hand(2, 2, bytes(8), b=bits(8, 8, 8), s=samples(3), p=photometric(6)), "subsampled colour"),
         (by_hand(2, 2, bytes(4), b=bits(8), p=photometric(1), c=(259, (34712,))), "compression 34712"),
-        (by_hand(2, 2, bytes(8), b=bits(5, 6, 5), s=samples(3), p=photometric(2)), "bits"),
-        (tiff(np.zeros((2, 2), np.complex64)), "bits"),
+        (by_hand(2, 2, bytes(8), b=bits(5, 6, 5), s=samples(3), p=photometric(2)), "-bit samples"),
+        (tiff(np.zeros((2, 2), np.complex64)), "-bit samples"),
         (
             tiff(
                 np.zeros((4, 16, 16), np.uint8), volumetric=True, tile=(16, 16, 16), photometric="minisblack"

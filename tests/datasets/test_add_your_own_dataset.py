@@ -84,7 +84,7 @@ def test_one_name_is_one_dataset(installed, tmp_path, monkeypatch):
     ):
         registry.get("broken")
     with pytest.raises(
-        UserError, match=r"dataset 'function' of other 1\.0: os:getcwd is no subclass of Dataset"
+        UserError, match=r"dataset 'function' of other 1\.0: os:getcwd is not a subclass of Dataset"
     ):
         registry.get("function")
     listed = {line.split()[0]: line for line in prepare.listing().splitlines()}

@@ -230,7 +230,7 @@ def test_a_split_without_records_is_told(tmp_path):
     built = prepare(Toy(), source, tmp_path / "out")
     assert set(built.info["splits"]) == {"test"}
     assert built.info["empty_splits"]["train"]["skipped"]["total"] == TRAIN
-    assert built.warnings == ("split train is left out, as none of its 9 items gives a record",)
+    assert built.warnings == ("split train is omitted, because none of its 9 items gives a record",)
     assert ["train", "9", "0", "9", "0", "0"] in [
         line.split() for line in command.summary(built.info).split("\n")
     ]
@@ -248,7 +248,7 @@ def test_a_disk_that_fails_while_pictures_are_read_ends_the_build(source, tmp_pa
     def failing(path):
         raise UnavailableError(f"{path}: cannot be read now")
 
-    monkeypatch.setattr(shard_jobs, "load_film", failing)
+    monkeypatch.setattr(shard_jobs, "load_pixels", failing)
     with pytest.raises(UnavailableError, match="cannot be read now"):
         prepare(Toy(), source, tmp_path / "out", BuildOptions(copy_images=False))
 

@@ -1,15 +1,17 @@
-"""Building datasets: shards in parallel, resumable, published at once as a TFDS dataset.
+"""Builds datasets: shards in parallel, resumable, published atomically as a TFDS dataset.
 
-`prepare` is what `vilam3 prepare` runs. `tfds_builder` gives the same as a `tfds.core.DatasetBuilder`, for
-those who want TFDS's own front door. The writer is ours: without TensorFlow, TFDS's cannot build a split of
-more than 1,000 MiB, keeps nothing of a build that was killed, and works in one process.
+`vilam3 prepare` calls `prepare`; `tfds_builder` offers the same build as a `tfds.core.DatasetBuilder`. The
+shard writer is ours: without TensorFlow, TFDS's cannot build a split of more than 1,000 MiB, keeps nothing of
+a killed build, and uses one process.
 """
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -42,22 +44,22 @@ from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.runtime import locks, paths
 
 _RECORDS_PER_SHARD = 2048
-_MAX_LISTED = 1000  # pairs of records that share a patient or an image, in the metadata
+_MAX_LISTED = 1000  # pairs of records with a shared patient or image, in the metadata
 
 
 @dataclasses.dataclass(frozen=True)
 class BuildOptions:
-    """How a dataset is built.
+    """Options of a build.
 
     Attributes:
-      processes: that build shards; 1 builds in this process.
-      seed: of every choice.
-      parity: the reference's known defects are put in.
-      copy_images: pictures are stored in the records; otherwise named by path.
-      input_keys: content keys are added for experts, see `shard_jobs.Settings`.
-      decode_side: pictures are stored decoded with this side; 0: as they are.
-      strict: other counts than the official ones, and patients or images that splits share, are errors.
-      progress: shows a progress bar.
+      processes: number of worker processes; 1 builds in this process.
+      seed: seed of every choice.
+      parity: reproduce the reference's known defects.
+      copy_images: store images in the records, not their paths.
+      input_keys: add content keys for experts, see `shard_jobs.Settings`.
+      decode_side: store images decoded, with this side in pixels; 0: as encoded.
+      strict: unofficial item counts, and patients or images in several splits, are errors.
+      progress: show a progress bar.
     """
 
     processes: int = 1
@@ -72,13 +74,13 @@ class BuildOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """What a build gave.
+    """A complete build.
 
     Attributes:
-      folder: of this version of the dataset.
+      folder: the folder of this version of the dataset.
       info: its metadata, see `tfds_folder.read_info`.
-      reused: it was complete before.
-      warnings: what a person should know, one sentence each.
+      reused: it existed before the call.
+      warnings: one sentence each, for the user.
     """
 
     folder: epath.Path
@@ -90,17 +92,17 @@ class Built:
 def prepare(
     dataset: Dataset, source: paths.PathLike, out: paths.PathLike, options: BuildOptions | None = None
 ) -> Built:
-    """Builds a dataset under `OUT/NAME/[VARIANT/]VERSION`, or finds it complete.
+    """Builds a dataset under `OUT/NAME/[VARIANT/]VERSION`, or reuses a complete build.
 
     Args:
-      dataset: what is built.
-      source: the folder (or file, see `Dataset.source_is_file`) with what the user downloaded.
-      out: local folder or `gs://` prefix. For the latter, shards are built in a temporary folder that stays
-        the same from call to call, and uploaded.
-      options: None: the defaults.
+      dataset: the dataset.
+      source: folder (or file, see `Dataset.source_is_file`) that the user downloaded.
+      out: local folder or `gs://` prefix. For a prefix, shards are built in a local temporary folder, the
+        same in every call, and uploaded.
+      options: None for the defaults.
 
     Raises:
-      UserError: files are missing, the folder holds another build, or nothing can be used.
+      UserError: files are missing, the folder holds another build, or no item is usable.
       UnavailableError: a disk, a network or a process failed; finished shards are kept for the next call.
     """
     options = options or BuildOptions()
@@ -115,10 +117,8 @@ def prepare(
     if "://" not in os.fspath(root):
         _with_tfds(build, root)
     else:
-        local = (
-            epath.Path(tempfile.gettempdir())
-            / f"vilam3-{hashlib.sha256(str(root).encode()).hexdigest()[:16]}"
-        )
+        name = f"vilam3-{hashlib.sha256(str(root).encode()).hexdigest()[:16]}"
+        local = epath.Path(tempfile.gettempdir()) / name
         build = _Build(dataset, folder, local / target.relative_to(root), options, data_root_from=target)
         if not (build.target / tfds_folder.INFO_NAME).exists():
             _with_tfds(build, local)
@@ -151,7 +151,7 @@ def _with_tfds(build: _Build, root: epath.Path) -> None:
     with tempfile.TemporaryDirectory(prefix="vilam3-prepare-") as unused:
         config = tfds.download.DownloadConfig(manual_dir=build.source_root())
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads; there are none
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS reports downloads, but there are none
                 _builder(build, root).download_and_prepare(download_dir=unused, download_config=config)
         except OSError as error:
             raise paths.write_error(build.target, error) from error
@@ -161,9 +161,9 @@ def tfds_builder(dataset: Dataset, out: paths.PathLike, options: BuildOptions | 
     """A `tfds.core.DatasetBuilder` whose `download_and_prepare` builds the dataset.
 
     Args:
-      dataset: what is built; the source is the `manual_dir` of TFDS's `DownloadConfig`.
+      dataset: the dataset; its source is the `manual_dir` of TFDS's `DownloadConfig`.
       out: TFDS's `data_dir`, local.
-      options: None: the defaults.
+      options: None for the defaults.
     """
     root = paths.as_path(out)
     target = root / dataset.name / dataset.config / dataset.version
@@ -172,24 +172,24 @@ def tfds_builder(dataset: Dataset, out: paths.PathLike, options: BuildOptions | 
 
 def _builder(build: _Build, root: epath.Path) -> Any:
     dataset = build.dataset
-    described = {
+    attributes = {
         "name": dataset.name,
         "VERSION": tfds.core.Version(dataset.version),
         "RELEASE_NOTES": {dataset.version: "see the documentation"},
         "MANUAL_DOWNLOAD_INSTRUCTIONS": dataset.instructions,
         "BUILDER_CONFIGS": [
-            tfds.core.BuilderConfig(name=name, description=what) for name, what in dataset.configs.items()
+            tfds.core.BuilderConfig(name=name, description=text) for name, text in dataset.configs.items()
         ],
         "build": build,
         "__module__": __name__,
         "__doc__": dataset.description,
     }
-    made = type("ExampleBuilder", (_ExampleBuilder,), described, skip_registration=True)
-    return made(data_dir=root, config=dataset.config or None)
+    builder = type("ExampleBuilder", (_ExampleBuilder,), attributes, skip_registration=True)
+    return builder(data_dir=root, config=dataset.config or None)
 
 
 class _ExampleBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
-    """TFDS's side of a build; a subclass per dataset sets the class attributes."""
+    """The TFDS builder of a dataset; a subclass per dataset sets the class attributes."""
 
     name = "example_builder"
     VERSION = tfds.core.Version("0.0.0")
@@ -208,35 +208,35 @@ class _ExampleBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         )
 
     def download_and_prepare(self, **settings: Any) -> None:
-        """As TFDS's, but of one process at a time."""
-        with self.build.alone():
+        """As in TFDS, but in one process at a time."""
+        with self.build.exclusive():
             super().download_and_prepare(**settings)
 
     def _shard_iterators_per_split(self, dl_manager: Any) -> Any:
         raise NotImplementedError("shards are built by _download_and_prepare")
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
-        """Builds the shards and moves them to where TFDS collects them, until it renames the folder."""
+        """Builds the shards in the temporary folder that TFDS renames at the end."""
         build = self.build
         if build.source is None:
             manual = SourceFolder(dl_manager.manual_dir, build.dataset.instructions)
             build = dataclasses.replace(build, source=manual)
         metadata = build.run(epath.Path(self.data_dir))
         self.info.set_file_format(tfds_folder.FILE_FORMAT, override=True)
-        assert self.info.metadata is not None  # `_info` gives it
+        assert self.info.metadata is not None  # set in `_info`
         self.info.metadata.update(metadata)
         self.info.set_splits(tfds_folder.split_dict(epath.Path(self.data_dir), build.dataset.name, metadata))
 
 
 @dataclasses.dataclass
 class _Build:
-    """One build: which shards there are to make, what is done already, and what the whole is.
+    """One build of a dataset.
 
     Attributes:
-      dataset: what is built.
-      source: the folder with the user's files; None until TFDS names it.
+      dataset: the dataset.
+      source: the folder with the user's files; None until TFDS passes it.
       target: the folder that appears at the end.
-      options: of the build.
+      options: the options.
       data_root_from: the final folder, if it is not `target`.
     """
 
@@ -252,36 +252,34 @@ class _Build:
         Raises:
           UserError: the source lacks files, or has no item.
         """
-        assert self.source is not None  # TFDS has named it, or the caller has
+        assert self.source is not None  # from TFDS or from the caller
         settings = Settings(self.options.input_keys and self.dataset.expert_inputs, self.options.decode_side)
         context = {key: getattr(self.options, key) for key in ("seed", "parity", "copy_images")}
         jobs = {}
-        for name, split in self.splits().items():
-            made = self.dataset.context(self.source, name, **context)
+        for name, split in self.splits.items():
+            of_split = self.dataset.context(self.source, name, **context)
+            target = f"{self._work() / name}-"
             jobs[name] = [
-                ShardJob(
-                    part, made, settings, self.dataset.version, str(self._work() / f"{name}-{number:05d}")
-                )
+                ShardJob(part, of_split, settings, self.dataset.version, f"{target}{number:05d}")
                 for number, part in enumerate(_parts(split))
             ]
         return jobs
 
+    @functools.cached_property
     def splits(self) -> dict[str, Split]:
-        """The splits that have items, read once.
+        """The splits that have items.
 
         Raises:
           UserError: no split has any.
         """
-        if not hasattr(self, "_splits"):
-            assert self.source is not None
-            found = {name: split for name, split in self.dataset.splits(self.source).items() if split.items}
-            if not found:
-                raise UserError(f"{self.source.root}: holds no record of {self.dataset.name}; check --source")
-            self._splits = found
-        return self._splits
+        assert self.source is not None
+        found = {name: split for name, split in self.dataset.splits(self.source).items() if split.items}
+        if not found:
+            raise UserError(f"{self.source.root}: holds no record of {self.dataset.name}; check --source")
+        return found
 
     def inputs(self) -> str:
-        """Hash of the items and everything that decides what is made of them."""
+        """Hash of the items and of everything else that determines the records."""
         digests = {name: [job.digest() for job in jobs] for name, jobs in self.jobs().items()}
         return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
@@ -289,8 +287,8 @@ class _Build:
         return self.target.parent / f".{self.target.name}.work"
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keeps other processes away from the work folder, and removes it once the dataset is published.
+    def exclusive(self) -> Iterator[None]:
+        """Locks the work folder against other processes, and removes it once the dataset is published.
 
         Raises:
           UserError: another process builds this dataset.
@@ -299,10 +297,13 @@ class _Build:
         work.mkdir(parents=True, exist_ok=True)
         lock = os.open(work, os.O_RDONLY)
         try:
-            if not _take(lock, work):
+            # Another process may have removed the folder between opening and locking it.
+            if not (
+                locks.try_lock(lock) and work.exists() and os.path.samestat(os.fstat(lock), os.stat(work))
+            ):
                 raise UserError(f"{self.target}: another process builds it; run the command again afterwards")
-            for left in self.target.parent.glob(f"incomplete.*_{self.target.name}"):
-                left.rmtree(missing_ok=True)  # TFDS's, of a build that was killed
+            for incomplete in self.target.parent.glob(f"incomplete.*_{self.target.name}"):
+                incomplete.rmtree(missing_ok=True)  # left by TFDS when a build was killed
             yield
             shutil.rmtree(work, ignore_errors=True)
         finally:
@@ -314,20 +315,29 @@ class _Build:
         Returns:
           The metadata.
         """
-        began = time.perf_counter()
+        start = time.perf_counter()
         jobs = self.jobs()
-        warnings = self._count_warnings()
+        warnings = [
+            f"split {name} has {len(split.items):,} items, the official release {split.expected:,}; "
+            "is the download complete?"
+            for name, split in self.splits.items()
+            if split.expected not in (None, len(split.items))
+        ]
         if warnings and self.options.strict:
-            raise UserError(f"{self.source_root()}: {warnings[0]} Drop --strict to build what is there")
-        reports = self._reports(jobs)
-        reports = _without_doubled(jobs, reports)
+            raise UserError(f"{self.source_root()}: {warnings[0]} Drop --strict to build it all the same")
+        reports = _without_duplicates(jobs, self._reports(jobs))
         shared = _shared(reports)
-        self._refuse(shared)
+        if self.options.strict and shared and not self.dataset.shared_images:
+            pair, found = next(iter(shared.items()))
+            raise UserError(
+                f"{self.source_root()}: {pair} share {found['patients']} patients and {found['images']} "
+                "images; change the split, or drop --strict"
+            )
         splits = {name: self._split(name, jobs[name], reports[name], folder) for name in jobs}
         empty = [name for name, content in splits.items() if not content["records"]]
         if len(empty) == len(splits):
-            told = "; ".join([_first_reasons(reports), *self._notes({})])
-            raise UserError(f"{self.source_root()}: no usable record in it; {told}")
+            reasons = "; ".join([_first_reasons(reports), *self._notes({})])
+            raise UserError(f"{self.source_root()}: no usable record in it; {reasons}")
         licences = sorted(
             {licence for content in splits.values() for licence in content["counts"].get("licence", {})}
         )
@@ -336,7 +346,7 @@ class _Build:
             "name": self.dataset.name,
             "data_root": self._data_root(),
             "licences": licences or [self.dataset.licence],
-            "provenance": self._provenance() | {"seconds": round(time.perf_counter() - began, 1)},
+            "provenance": self._provenance() | {"seconds": round(time.perf_counter() - start, 1)},
             "splits": {name: content for name, content in splits.items() if content["records"]},
             "empty_splits": {name: splits[name] for name in empty},
             "shared": shared,
@@ -349,10 +359,10 @@ class _Build:
         return str(self.source.root)
 
     def _reports(self, jobs: Mapping[str, Sequence[ShardJob]]) -> dict[str, list[ShardReport]]:
-        """The report of every shard: of those that are there already, and of those built now."""
-        every = [job for of_split in jobs.values() for job in of_split]
-        done = {job.target: report for job in every if (report := shard_jobs.finished(job)) is not None}
-        missing = [job for job in every if job.target not in done]
+        """Builds the missing shards; returns the reports of all."""
+        all_jobs = list(itertools.chain(*jobs.values()))
+        done = {job.target: report for job in all_jobs if (report := shard_jobs.finished(job)) is not None}
+        missing = [job for job in all_jobs if job.target not in done]
         built = _built(missing, self.options.processes)
         bar = tqdm(
             built, total=len(missing), desc=f"{self.dataset.name} shards", disable=not self.options.progress
@@ -363,22 +373,20 @@ class _Build:
     def _split(
         self, name: str, jobs: Sequence[ShardJob], reports: Sequence[ShardReport], folder: epath.Path
     ) -> dict[str, Any]:
-        """Moves the shards that hold records, and says what is in them."""
+        """Moves the shards that hold records; returns the metadata of the split."""
         kept = [(job, report) for job, report in zip(jobs, reports, strict=True) if report.shard["records"]]
         shards, counts = [], Counts()
         for number, (job, report) in enumerate(kept):
             file = tfds_folder.shard_name(self.dataset.name, name, number, len(kept))
-            # A copy by hard link: what fails after this finds the shard again in the work folder.
+            # A hard link, so that the work folder keeps the shard if the build fails later.
             _link(job.target, folder / file)
             shards.append({**report.shard, "file": file})
             counts.merge(report.counts)
-        reasons: dict[str, int] = {}
-        named: list[list[str]] = []
+        reasons: collections.Counter[str] = collections.Counter()
         for report in reports:
-            named += report.named
-            for reason, count in report.reasons.items():
-                reasons[reason] = reasons.get(reason, 0) + count
-        split = self.splits()[name]
+            reasons.update(report.reasons)
+        named = [pair for report in reports for pair in report.named]
+        split = self.splits[name]
         return {
             "records": sum(shard["records"] for shard in shards),
             "shards": shards,
@@ -388,38 +396,21 @@ class _Build:
             "image_bytes": [sum(report.image_bytes[place] for report in reports) for place in (0, 1)],
             "skipped": {
                 "total": sum(reasons.values()),
-                "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1])[: shard_jobs.MAX_NAMED]),
+                "reasons": dict(reasons.most_common(shard_jobs.MAX_NAMED)),
                 "first": named[: shard_jobs.MAX_NAMED],
             },
         }
 
-    def _count_warnings(self) -> list[str]:
-        return [
-            f"split {name} has {len(split.items):,} items, the official release {split.expected:,}; "
-            "is the download complete?"
-            for name, split in self.splits().items()
-            if split.expected not in (None, len(split.items))
-        ]
-
     def _notes(self, splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
         assert self.source is not None
         return self.source.notes + [
-            f"split {name} is left out, as none of its {content['items']:,} items gives a record"
+            f"split {name} is omitted, because none of its {content['items']:,} items gives a record"
             for name, content in splits.items()
             if not content["records"]
         ]
 
-    def _refuse(self, shared: Mapping[str, Any]) -> None:
-        """With --strict, splits may share patients and images only where the official ones do."""
-        if self.options.strict and shared and not self.dataset.shared_images:
-            pair, found = next(iter(shared.items()))
-            raise UserError(
-                f"{self.source_root()}: {pair} share {found['patients']} patients and {found['images']} "
-                "images; divide them otherwise, or drop --strict"
-            )
-
     def _data_root(self) -> str:
-        """Where image paths start: relative where both folders are local, so that they can move together."""
+        """Root of image paths: relative if both folders are local, so that they can be moved together."""
         assert self.source is not None
         root = self.dataset.context(self.source, "").root
         target = os.fspath(self.data_root_from or self.target)
@@ -429,7 +420,11 @@ class _Build:
 
     def _provenance(self) -> dict[str, Any]:
         dataset = self.dataset
-        plain = {key: value for key, value in vars(dataset.options).items() if _is_plain(value)}
+        plain = {
+            key: value
+            for key, value in vars(dataset.options).items()
+            if value is None or isinstance(value, str | int | float)
+        }
         return {
             "dataset": dataset.name,
             "version": dataset.version,
@@ -449,7 +444,7 @@ class _Build:
 
 
 def _parts(split: Split) -> Iterator[Split]:
-    """The split cut into runs of items, one for each shard."""
+    """Cuts the split into runs of items, one per shard."""
     count = max(1, -(-len(split.items) * split.per_item // _RECORDS_PER_SHARD))
     count = min(count, len(split.items))
     for number in range(count):
@@ -458,11 +453,11 @@ def _parts(split: Split) -> Iterator[Split]:
 
 
 def _built(jobs: Sequence[ShardJob], processes: int) -> Iterator[tuple[ShardJob, ShardReport]]:
-    """Builds shards, in the order in which they are finished."""
+    """Builds shards; yields them in order of completion."""
     if processes <= 1 or len(jobs) <= 1:
         yield from ((job, shard_jobs.build(job)) for job in jobs)
         return
-    # Spawned: libraries with threads of their own do not survive a fork.
+    # Spawned: libraries that run threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     workers = min(processes, len(jobs))
     with concurrent.futures.ProcessPoolExecutor(workers, context, _begin_worker) as pool:
@@ -472,42 +467,40 @@ def _built(jobs: Sequence[ShardJob], processes: int) -> Iterator[tuple[ShardJob,
                 yield futures[future], future.result()
         except concurrent.futures.process.BrokenProcessPool as error:
             raise UnavailableError(
-                "a process that builds shards was killed, perhaps for lack of memory; run the command again "
-                "with fewer --processes, finished shards are kept"
+                "a worker process was killed, perhaps for lack of memory; run the command again with fewer "
+                "--processes, finished shards are kept"
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _begin_worker() -> None:
-    """Makes a worker end with the command: Ctrl-C reaches both, and a killed command leaves none behind."""
+    """Makes a worker end with the command, on Ctrl-C and when the command is killed."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     child_process.end_with_parent()
 
 
-def _without_doubled(
+def _without_duplicates(
     jobs: Mapping[str, Sequence[ShardJob]], reports: dict[str, list[ShardReport]]
 ) -> dict[str, list[ShardReport]]:
-    """Sets aside records whose id an earlier shard has."""
+    """Removes records whose id is in an earlier shard."""
     places = [(name, number) for name, of_split in reports.items() for number in range(len(of_split))]
     ids = [reports[name][number].ids for name, number in places]
-    every = np.concatenate(ids) if ids else np.zeros((0, 2), np.uint64)
-    _, first = np.unique(every, axis=0, return_index=True)
-    if len(first) == len(every):
-        return reports
-    later = np.ones(len(every), bool)
-    later[first] = False
+    all_ids = np.concatenate(ids) if ids else np.zeros((0, 2), np.uint64)
+    _, first = np.unique(all_ids, axis=0, return_index=True)
+    repeated = np.ones(len(all_ids), bool)
+    repeated[first] = False
     start = 0
     for (name, number), of_shard in zip(places, ids, strict=True):
-        doubled = {row.tobytes() for row in of_shard[later[start : start + len(of_shard)]]}
-        if doubled:
-            reports[name][number] = shard_jobs.without(jobs[name][number], reports[name][number], doubled)
+        remove = {row.tobytes() for row in of_shard[repeated[start : start + len(of_shard)]]}
+        if remove:
+            reports[name][number] = shard_jobs.without(jobs[name][number], reports[name][number], remove)
         start += len(of_shard)
     return reports
 
 
 def _shared(reports: Mapping[str, Sequence[ShardReport]]) -> dict[str, dict[str, Any]]:
-    """Pairs of splits, as "train and test": how many patients and images they share, and records that do."""
+    """Pair of splits, as "train and test" → numbers of shared patients and images, and their records."""
     owners: dict[str, dict[str, dict[str, str]]] = {"persons": {}, "images": {}}
     for key, of_key in owners.items():
         for name, of_split in reports.items():
@@ -546,11 +539,6 @@ def _warnings(dataset: Dataset, info: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(warnings)
 
 
-def _take(lock: int, folder: epath.Path) -> bool:
-    """Locks an open folder; False if another process holds it, or has just removed it."""
-    return locks.try_lock(lock) and folder.exists() and os.path.samestat(os.fstat(lock), os.stat(folder))
-
-
 def _link(source: str, target: epath.Path) -> None:
     try:
         os.link(source, target)
@@ -559,7 +547,7 @@ def _link(source: str, target: epath.Path) -> None:
 
 
 def _upload(folder: epath.Path, target: epath.Path) -> None:
-    """Copies a finished dataset; `dataset_info.json`, which makes it complete, goes last."""
+    """Copies a finished dataset; `dataset_info.json`, which marks it as complete, is last."""
     files = sorted(folder.iterdir(), key=lambda path: (path.name == tfds_folder.INFO_NAME, path.name))
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -567,7 +555,3 @@ def _upload(folder: epath.Path, target: epath.Path) -> None:
             file.copy(target / file.name, overwrite=True)
     except OSError as error:
         raise paths.write_error(target, error) from error
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, str | int | float | bool)

@@ -1,8 +1,8 @@
-"""What a dataset is here: its files, its terms, and how its items become examples.
+"""The interface of a dataset: its files, its terms, and the conversion of its items to examples.
 
-A dataset is one file with one subclass of `Dataset` and one row in `registry.DATASETS`. It says which items
-the user's files hold and how one item becomes examples. Processes, shards, resumption and the TFDS format are
-the business of `builder.py`, so a dataset is tested by calling two functions.
+A dataset is one file with one subclass of `Dataset` and one row in `registry.DATASETS`. It lists the items of
+the user's files and converts one item to examples. `builder.py` handles processes, shards, resumption and the
+TFDS format, so a dataset is tested by calling two functions.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _MAX_IMAGE_BYTES = 64 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """An item, or a part of one, that gives no example.
+    """An item, or a part of one, without an example.
 
     Attributes:
-      record: names it without naming a patient, such as "train.json row 17".
+      record: its name, which must not identify a patient, such as "train.json row 17".
       reason: one clause, such as "the answer is empty".
     """
 
@@ -40,7 +40,7 @@ class Skipped:
 
 
 class SkipItem(Exception):
-    """Raised while an item is read: it gives no (further) example; the message is the reason."""
+    """Skips the (rest of the) item; the message is the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +48,13 @@ class Split:
     """The items of one split.
 
     Attributes:
-      items: small picklable values, such as the rows of a table or the paths of shards. Each process gets its
-        own run of them.
-      make: picklable, so a function of a module or a `functools.partial` of one. Turns an item into examples.
-        `SkipItem`, `UserError`, and what a malformed value raises (ValueError, TypeError, LookupError,
-        AttributeError) set the item aside, under the name `name_of(item)`.
-      name_of: names an item in messages, without naming a patient.
-      expected: number of items of the official release; None where nobody has counted them.
-      per_item: about how many examples an item gives; decides the number of shards.
+      items: small picklable values, such as rows of a table or paths of shards.
+      make: converts an item to examples; a module-level function or a `functools.partial` of one, so that it
+        can be pickled. `SkipItem`, `UserError`, ValueError, TypeError, LookupError and AttributeError skip
+        the item under the name `name_of(item)`.
+      name_of: names an item in messages; must not identify a patient.
+      expected: number of items in the official release; None if unknown.
+      per_item: approximate number of examples per item; determines the number of shards.
     """
 
     items: Sequence[Any]
@@ -67,20 +66,20 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What is the same for all items of a split. Picklable.
+    """Values shared by all items of a split. Picklable.
 
     Attributes:
       root: the source folder.
       dataset: the dataset's name.
-      config: the variant that is built, "" for the only one.
+      config: the variant; "" if there is only one.
       split: the split's name.
-      licence: of its records.
-      patients: namespace of patient ids: datasets of the same patients share it.
-      seed: of every choice.
-      parity: the reference's known defects are put in.
-      copy_images: pictures are stored in the records; otherwise records name them by path.
-      opened: files that `image`, `volume` and `file` gave out, below the root. A shard that was built before
-        is used again only if they are still the same.
+      licence: licence of its records.
+      patients: namespace of patient ids, shared by datasets of the same patients.
+      seed: seed of every choice.
+      parity: reproduce the reference's known defects.
+      copy_images: store images in the records, not their paths.
+      opened: files below the root returned by `image`, `volume` and `file`. A finished shard is reused only
+        if they are unchanged.
     """
 
     root: str
@@ -95,10 +94,10 @@ class Context:
     opened: list[str] = dataclasses.field(default_factory=list, compare=False, repr=False)
 
     def image(self, path: str) -> ImageRef:
-        """A picture of the source folder.
+        """An image of the source folder.
 
         Args:
-          path: below the root, as the source states it; '\\' is read as '/'.
+          path: below the root, as in the source; '\\' is read as '/'.
 
         Raises:
           SkipItem: the path leaves the root, or the file is missing, empty or too large.
@@ -113,11 +112,9 @@ class Context:
             raise self._missing(f"image {path}") from None
         if not 0 < size <= _MAX_IMAGE_BYTES:
             raise SkipItem(f"image {path} has {size} bytes; up to {_MAX_IMAGE_BYTES} are read")
-        return (
-            ImageRef(data=paths.read_bytes(file, _MAX_IMAGE_BYTES))
-            if self.copy_images
-            else ImageRef(path=path)
-        )
+        if not self.copy_images:
+            return ImageRef(path=path)
+        return ImageRef(data=paths.read_bytes(file, _MAX_IMAGE_BYTES))
 
     def volume(
         self,
@@ -128,7 +125,7 @@ class Context:
         window: tuple[float, float] | None = None,
         modality: str | None = None,
     ) -> ImageRef:
-        """A slice of a volume of the source folder, or with `index=None` the volume. Always named by path.
+        """A slice of a volume of the source folder, or with `index=None` the volume; always stored as a path.
 
         Raises:
           SkipItem: the path leaves the root, or the file is missing.
@@ -140,7 +137,7 @@ class Context:
         return ImageRef(path=path, axis=axis, index=index, window=window, modality=modality)
 
     def file(self, path: str) -> epath.Path:
-        """A file of the source folder, for datasets that read archives or tables while they make examples.
+        """A file of the source folder, for archives and tables that are read while examples are made.
 
         Args:
           path: below the root; from `SourceFolder`, not from the content of a file.
@@ -149,15 +146,15 @@ class Context:
         return paths.as_path(self.root) / path
 
     def patient(self, identifier: object) -> str:
-        """The patient key: a hash under the namespace `patients`, never the identifier itself."""
+        """The patient key: a hash in the namespace `patients`, never the identifier."""
         return hashlib.sha256(f"{self.patients or self.dataset}\0{identifier}".encode()).hexdigest()[:24]
 
     def rng(self, *parts: object) -> random.Random:
-        """A generator that depends on the seed and `parts` alone, so not on shards or processes."""
+        """A generator that depends only on the seed and `parts`, not on shards or processes."""
         return random.Random("/".join(map(str, (self.seed, self.dataset, *parts))))
 
     def _missing(self, what: str) -> Exception:
-        """What to raise for a missing file; a whole folder that is gone is no fault of the item."""
+        """The error for a missing file: not the item's if the whole folder is gone."""
         if not paths.exists(self.root):
             return UnavailableError(f"{self.root}: the source folder is gone; restore it and start again")
         return SkipItem(f"{what} is missing")
@@ -172,25 +169,25 @@ class Context:
 
 
 class Dataset:
-    """A dataset that users fetch themselves. Subclasses set the class attributes and define `splits`.
+    """A dataset that users download. Subclasses set the class attributes and define `splits`.
 
     Attributes:
-      name: lower-case letters, digits and '_'; the folder of the dataset.
-      version: of what this builder makes: raise it with any change of its records.
-      description: what it is, for people.
+      name: lower-case letters, digits and '_'; also the folder of the dataset.
+      version: version of the records; any change of them must raise it.
+      description: one sentence for users.
       homepage, citation: of the source.
-      licence: SPDX id or the name of the terms; "unverified" where nobody could read them.
+      licence: SPDX id or name of the terms; "unverified" if nobody could read them.
       access: "open", "registered" or "credentialed".
-      instructions: what to fetch from where, and how the folder must look
-        (TFDS's MANUAL_DOWNLOAD_INSTRUCTIONS).
-      configs: variant → what it is; the first is the default. Empty: there is one variant.
-      patients: namespace of patient ids; "" for the dataset's own.
-      has_parity: the reference prepared it too, with defects that `--parity` puts in.
-      expert_inputs: experts are run over its images, so records get content keys (`meta.input_key`), which
-        costs a decoding of each image.
-      shared_images: why the official splits share images, where they do; "" where they must not.
-      source_is_file: `--source` names a file, not a folder; `options.source_file` is then its name and the
-        source folder is where it lies.
+      instructions: what to download from where, and the layout of the folder (TFDS's
+        MANUAL_DOWNLOAD_INSTRUCTIONS).
+      configs: variant → description; the first is the default. Empty: a single variant.
+      patients: namespace of patient ids; "" for a separate one.
+      has_parity: `--parity` reproduces defects of the reference's own preparation.
+      expert_inputs: experts annotate its images, so records get content keys (`meta.input_key`), which costs
+        decoding each image once.
+      shared_images: the reason why official splits share images; "" if they must not.
+      source_is_file: `--source` is a file, not a folder; `options.source_file` is then its name, and the
+        source folder its parent.
     """
 
     name: ClassVar[str]
@@ -209,7 +206,11 @@ class Dataset:
     source_is_file: ClassVar[bool] = False
 
     def __init__(self, options: argparse.Namespace | None = None, config: str = "") -> None:
-        """Takes the options of `add_arguments` and a variant.
+        """Selects a variant.
+
+        Args:
+          options: of `add_arguments`; None for the defaults.
+          config: the variant; "" for the default.
 
         Raises:
           UserError: no such variant.
@@ -235,12 +236,12 @@ class Dataset:
           Split name ("train", "validation", "test") → its items.
 
         Raises:
-          UserError: files are missing (all of them are named, with where they come from) or unreadable.
+          UserError: files are missing (the message names all of them and their source) or unreadable.
         """
         raise NotImplementedError
 
     def context(self, source: SourceFolder, split: str, **settings: Any) -> Context:
-        """The context of a split's items."""
+        """The context of a split."""
         return Context(
             root=str(source.root),
             dataset=self.name,
@@ -255,12 +256,12 @@ class Dataset:
 def examples_of(
     split: Split, context: Context, items: Iterable[Any] | None = None
 ) -> Iterator[Example | Skipped]:
-    """The examples of items, checked, and what was skipped.
+    """Converts items to validated examples; yields `Skipped` for the rest.
 
     Args:
-      split: whose `make` is called.
-      context: of the split.
-      items: some of the split's items; None: all.
+      split: the split.
+      context: its context.
+      items: some of its items; None for all.
 
     Raises:
       UnavailableError: the disk or the network fails.
@@ -278,5 +279,5 @@ def examples_of(
         except (SkipItem, UserError) as reason:
             yield Skipped(split.name_of(item), str(reason))
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            # The text of such errors quotes values, which may be report text.
+            # Omit the text of the error: it may quote a report.
             yield Skipped(split.name_of(item), f"a value is not as documented ({type(error).__name__})")

@@ -1,4 +1,4 @@
-"""All datasets by name. Other packages register theirs under the entry-point group `vilam3.datasets`."""
+"""Datasets by name. Other packages register datasets under the entry-point group `vilam3.datasets`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vilam3_jax.errors import UserError
 
 ENTRY_POINTS = "vilam3.datasets"
 
-# Name → (module, class). One row per dataset; keep them sorted.
+# Name → (module, class), sorted.
 DATASETS: dict[str, tuple[str, str]] = {
     "brats": ("brats", "BraTS"),
     "cc3m_595k": ("cc3m_595k", "Cc3m595k"),
@@ -47,12 +47,12 @@ DATASETS: dict[str, tuple[str, str]] = {
     "webdataset": ("webdataset", "WebDataset"),
 }
 
-# Datasets with a command of their own: name → module with `main(argv)`, imported only when it is run.
+# Datasets with a separate command: name → module with `main(argv)`, imported on use.
 COMMANDS = {"quickstart": "vilam3_jax.quickstart.prepare"}
 
 
 def names() -> list[str]:
-    """Names of all datasets, those of other packages included."""
+    """Names of all datasets, including those of other packages."""
     return sorted({*DATASETS, *(point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS))})
 
 
@@ -60,8 +60,8 @@ def get(name: str) -> type[Dataset]:
     """The class of a dataset.
 
     Raises:
-      UserError: no such dataset, where the message lists those there are; several packages have one of this
-        name; or another package's cannot be loaded.
+      UserError: the name is unknown (the message lists all names), several packages register it, or the class
+        cannot be loaded.
     """
     points = list(importlib.metadata.entry_points(group=ENTRY_POINTS, name=name))
     if name in DATASETS and not points:
@@ -72,17 +72,13 @@ def get(name: str) -> type[Dataset]:
     owners = ["vilam3-jax"] * (name in DATASETS) + [_package(point) for point in points]
     if len(owners) > 1:
         raise UserError(f"dataset {name!r}: several packages have one ({', '.join(owners)}); uninstall one")
-    return _loaded(points[0])
-
-
-def _loaded(point: importlib.metadata.EntryPoint) -> type[Dataset]:
-    who = f"dataset {point.name!r} of {_package(point)}"
+    label = f"dataset {name!r} of {owners[0]}"
     try:
-        found = point.load()
+        found = points[0].load()
     except (ImportError, AttributeError) as error:
-        raise UserError(f"{who} cannot be loaded: {error}") from error
+        raise UserError(f"{label} cannot be loaded: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Dataset)):
-        raise UserError(f"{who}: {point.value} is no subclass of Dataset")
+        raise UserError(f"{label}: {points[0].value} is not a subclass of Dataset")
     return found
 
 

@@ -1,20 +1,20 @@
-"""One shard of a dataset: its run of items becomes an ArrayRecord file, and a report of what is in it.
+"""Shard jobs: a run of items becomes an ArrayRecord file and a report of its content.
 
-A job runs in a process of its own. The report lies beside the shard, so that a build that was interrupted
-goes on with what is whole: a shard is used again only if it is the one that its report describes, and neither
-its items, nor its settings, nor the files that were opened for it have changed.
+Jobs run in worker processes. The report is saved beside the shard, so that an interrupted build can resume. A
+shard is reused only if it matches its report, and its items, settings and opened files are unchanged.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ import numpy as np
 from vilam3_jax.data import decoded_images, example_features
 from vilam3_jax.data.content_keys import DECODER_VERSION, image_key
 from vilam3_jax.data.examples import SCHEMA_VERSION, Example, ImageRef
-from vilam3_jax.data.images import decode_image, decode_scaled, load_film
+from vilam3_jax.data.images import decode_image, decode_scaled, load_pixels
 from vilam3_jax.data.records import Counts
 from vilam3_jax.data.shards import open_reader
 from vilam3_jax.data.tfds_folder import ShardFile, file_digest
@@ -31,19 +31,19 @@ from vilam3_jax.datasets.dataset import Context, Skipped, Split, examples_of
 from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.runtime import paths
 
-MAX_NAMED = 1000  # records skipped that a report names
-DOUBLED = "another record has this id"
+MAX_NAMED = 1000  # skipped records that a report names
+_DUPLICATE = "another record has this id"
 _MAX_REPORT_BYTES = 256 << 20
 _MAX_IMAGE_BYTES = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is done to every example.
+    """Processing of every example.
 
     Attributes:
-      input_keys: content keys of its images are added, by which experts' annotations are found.
-      decode_side: pictures are stored decoded, with this side in pixels; 0: as they are.
+      input_keys: add the content keys of its images, which link them to expert annotations.
+      decode_side: store images decoded, with this side in pixels; 0: as encoded.
     """
 
     input_keys: bool = True
@@ -52,13 +52,13 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class ShardJob:
-    """A shard that is to be built.
+    """A shard to build.
 
     Attributes:
-      split: its `items` are those of the shard.
-      context: of the split.
-      settings: of the build.
-      version: of the dataset.
+      split: the split, with only the items of this shard.
+      context: context of the split.
+      settings: settings of the build.
+      version: version of the dataset.
       target: the shard's file in the work folder.
     """
 
@@ -69,21 +69,21 @@ class ShardJob:
     target: str
 
     def digest(self) -> str:
-        """Hash of everything that decides the content, but for the files that are opened."""
-        context = dataclasses.replace(self.context, root="")  # a folder that was moved is the same
+        """Hash of everything that determines the content, except the opened files."""
+        context = dataclasses.replace(self.context, root="")  # the source folder may be moved
         parts = (self.version, SCHEMA_VERSION, DECODER_VERSION, context, self.settings)
-        found = hashlib.sha256(f"{parts!r} {_described(self.split.make)}".encode())
+        digest = hashlib.sha256(f"{parts!r} {_stable_repr(self.split.make)}".encode())
         for item in self.split.items:
-            found.update(repr(item).encode(errors="surrogatepass"))
-        return found.hexdigest()
+            digest.update(repr(item).encode(errors="surrogatepass"))
+        return digest.hexdigest()
 
 
-def _described(make: Any) -> str:
-    """A function by name, with what a `functools.partial` fixes; the same in every process."""
+def _stable_repr(make: Any) -> str:
+    """A function or `functools.partial` by name and arguments, without addresses that vary by process."""
     if isinstance(make, functools.partial):
-        fixed = [_described(value) for value in make.args]
-        named = [f"{key}={_described(value)}" for key, value in sorted(make.keywords.items())]
-        return f"{_described(make.func)}({', '.join(fixed + named)})"
+        args = [_stable_repr(value) for value in make.args]
+        args += [f"{key}={_stable_repr(value)}" for key, value in sorted(make.keywords.items())]
+        return f"{_stable_repr(make.func)}({', '.join(args)})"
     if isinstance(make, types.FunctionType):
         return f"{make.__module__}.{make.__qualname__}"
     return repr(make)
@@ -91,18 +91,18 @@ def _described(make: Any) -> str:
 
 @dataclasses.dataclass
 class ShardReport:
-    """What a shard holds.
+    """Content of a shard.
 
     Attributes:
-      digest: of the job.
+      digest: digest of the job.
       shard: `file`, `records`, `bytes`, `sha256`.
-      counts: of `records.Counts`.
-      reasons: why items were skipped → how often.
-      named: (record, reason) of the first of them.
-      image_bytes: of the pictures, as files and as they are stored.
-      files: path → size and modification time of the files opened below the root.
+      counts: the form of `records.Counts.plain`.
+      reasons: reason → number of skipped items.
+      named: (record, reason) of the first skipped items.
+      image_bytes: total size of the images, as files and as stored.
+      files: path below the root → size and modification time of each opened file.
       ids: [N, 2] uint64, 128-bit hashes of record ids.
-      persons, images: hash of a patient or group, or of an image → the first record that has it.
+      persons, images: hash of a patient or group, or of an image → the first record with it.
     """
 
     digest: str
@@ -117,35 +117,34 @@ class ShardReport:
     images: dict[str, str]
 
     def save(self, target: str) -> None:
-        """Writes the report of the shard `target`, durably."""
+        """Writes the report of the shard `target` durably."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         plain["ids"] = self.ids.tolist()
-        paths.write_bytes_durable(report_path(target), json.dumps(plain).encode())
+        paths.write_bytes_durable(_report_path(target), json.dumps(plain).encode())
 
     @classmethod
     def load(cls, target: str) -> ShardReport | None:
-        """Reads the report of the shard `target`; None if there is none that can be read."""
+        """Reads the report of the shard `target`; None if it is missing or damaged."""
         try:
-            plain = json.loads(paths.read_bytes(report_path(target), _MAX_REPORT_BYTES))
+            plain = json.loads(paths.read_bytes(_report_path(target), _MAX_REPORT_BYTES))
             plain["ids"] = np.asarray(plain["ids"], np.uint64).reshape(-1, 2)
             return cls(**plain)
         except (UserError, ValueError, TypeError, KeyError, OverflowError):
             return None
 
 
-def report_path(target: str) -> str:
-    """Where the report of a shard lies."""
+def _report_path(target: str) -> str:
     return f"{target}.json"
 
 
 def finished(job: ShardJob) -> ShardReport | None:
-    """The report of a shard that is there already and whole, or None."""
+    """The report of a shard that is complete and up to date, or None."""
     report = ShardReport.load(job.target)
     if report is None or report.digest != job.digest() or not os.path.exists(job.target):
         return None
     if file_digest(job.target) != (report.shard.get("sha256"), report.shard.get("bytes")):
         return None
-    return report if _states(job.context.root, report.files) == report.files else None
+    return report if _file_states(job.context.root, report.files) == report.files else None
 
 
 def build(job: ShardJob) -> ShardReport:
@@ -168,16 +167,16 @@ def build(job: ShardJob) -> ShardReport:
         for made in examples_of(job.split, context):
             stored = _stored(made, job.settings, keys) if isinstance(made, Example) else made
             if not isinstance(stored, Skipped) and _hash(stored[0].id) in ids:
-                stored = Skipped(stored[0].id, DOUBLED)
+                stored = Skipped(stored[0].id, _DUPLICATE)
             if isinstance(stored, Skipped):
                 reasons[stored.reason] += 1
                 if len(named) < MAX_NAMED:
                     named.append([stored.record, stored.reason])
                 continue
             example, data = stored
-            assert isinstance(made, Example)  # or it was skipped
-            for place, one in enumerate((made, example)):
-                image_bytes[place] += sum(len(image.data or b"") for image in one.images)
+            assert isinstance(made, Example)  # else it was skipped
+            for place, images_of in enumerate((made.images, example.images)):
+                image_bytes[place] += sum(len(image.data or b"") for image in images_of)
             file.write(data)
             counts.add(example)
             ids[_hash(example.id)] = None
@@ -195,7 +194,7 @@ def build(job: ShardJob) -> ShardReport:
         reasons=dict(reasons),
         named=named,
         image_bytes=image_bytes,
-        files=_states(context.root, context.opened),
+        files=_file_states(context.root, context.opened),
         ids=np.frombuffer(b"".join(ids), np.uint64).reshape(-1, 2),
         persons=persons,
         images=images,
@@ -204,21 +203,21 @@ def build(job: ShardJob) -> ShardReport:
     return report
 
 
-def without(job: ShardJob, report: ShardReport, doubled: set[bytes]) -> ShardReport:
-    """Writes a finished shard again without the records of these id hashes; they count as skipped."""
+def without(job: ShardJob, report: ShardReport, id_hashes: set[bytes]) -> ShardReport:
+    """Rewrites a finished shard without the records of these id hashes, which count as skipped."""
     file, counts = ShardFile(job.target), Counts()
     reader = open_reader(job.target)
     reasons, named = collections.Counter(report.reasons), list(report.named)
     for place in range(reader.num_records()):
         (data,) = reader.read(place, place + 1)
         example = example_features.decode(data)
-        if _hash(example.id) in doubled:
-            reasons[DOUBLED] += 1
-            named.append([example.id, DOUBLED])
+        if _hash(example.id) in id_hashes:
+            reasons[_DUPLICATE] += 1
+            named.append([example.id, _DUPLICATE])
             continue
         file.write(data)
         counts.add(example)
-    kept = [row for row in report.ids if row.tobytes() not in doubled]
+    kept = [row for row in report.ids if row.tobytes() not in id_hashes]
     changed = dataclasses.replace(
         report,
         shard=file.commit(),
@@ -232,7 +231,7 @@ def without(job: ShardJob, report: ShardReport, doubled: set[bytes]) -> ShardRep
 
 
 def _stored(example: Example, settings: Settings, keys: _ContentKeys) -> tuple[Example, bytes] | Skipped:
-    """The example as it is stored, with content keys and pictures decoded, and its bytes."""
+    """The example as stored, with content keys and decoded images, and its bytes."""
     try:
         meta = dict(example.meta)
         if settings.input_keys and example.images and "input_key" not in meta:
@@ -248,11 +247,11 @@ def _stored(example: Example, settings: Settings, keys: _ContentKeys) -> tuple[E
     except UserError as reason:
         return Skipped(example.id, str(reason).removeprefix(f"example {example.id!r}: "))
     except UnicodeEncodeError:
-        return Skipped(example.id, "a text is no UTF-8, or holds half of a surrogate pair")
+        return Skipped(example.id, "a text is not UTF-8, or has an unpaired surrogate")
 
 
 class _ContentKeys:
-    """Content keys of images; neighbouring examples often share a picture or a volume."""
+    """Cache of content keys: neighbouring examples often share an image or a volume."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -274,16 +273,16 @@ class _ContentKeys:
         path = paths.as_path(self.context.root) / str(image.path)
         if image.axis is None:
             try:
-                return image_key(load_film(path))
+                return image_key(load_pixels(path))
             except UnavailableError:
                 raise
-            except UserError as reason:  # as of a stored picture: some paths name patients
+            except UserError as reason:  # omit the path: some name patients
                 raise UserError(str(reason).removeprefix(f"{path}: ")) from None
         return read_volume(path, modality=image.modality).content_key
 
 
 def _decoded(image: ImageRef, context: Context, side: int) -> ImageRef:
-    """A picture decoded and resized; slices of volumes stay, as what they show depends on the model."""
+    """The image decoded and resized. Slices of volumes are kept: their rendering depends on the model."""
     if image.axis is not None:
         return image
     data = image.data
@@ -296,18 +295,12 @@ def _hash(value: bytes | str) -> bytes:
     return hashlib.blake2b(value if isinstance(value, bytes) else value.encode(), digest_size=16).digest()
 
 
-def _states(root: str, files: Sequence[str] | dict[str, Any]) -> dict[str, list[int]]:
-    """Size and modification time (ns; 0 in an object store) of files that are there."""
-    return {name: state for name in dict.fromkeys(files) for state in _state(root, name)}
-
-
-def _state(root: str, name: str) -> Iterator[list[int]]:
-    path = paths.as_path(root) / name
-    try:
-        if "://" in root:
-            yield [paths.file_size(path), 0]
-        else:
-            found = os.stat(path)
-            yield [found.st_size, found.st_mtime_ns]
-    except OSError:
-        return  # a missing file is no file: it was not there before either
+def _file_states(root: str, files: Sequence[str] | dict[str, Any]) -> dict[str, list[int]]:
+    """Size and modification time (ns; 0 in an object store) of the files that exist."""
+    states = {}
+    for name in dict.fromkeys(files):
+        path = paths.as_path(root) / name
+        with contextlib.suppress(OSError):  # a file that was missing before must be missing now
+            modified = 0 if "://" in root else os.stat(path).st_mtime_ns
+            states[name] = [paths.file_size(path), modified]
+    return states

@@ -1,4 +1,4 @@
-"""Reads what a run left on disk: a quickstart folder (stages and evaluation), or one training run."""
+"""Reads the output of a run: a quickstart folder (stages and evaluation) or one training run."""
 
 from __future__ import annotations
 
@@ -23,22 +23,20 @@ class Stage:
 
     Attributes:
       name: of the run.
-      result: `result.json`; empty while the run is not finished.
+      result: `result.json`; empty until the run has finished.
       metrics: lines of `metrics.jsonl`.
-      config: `config.json`, empty when there is none.
-      provenance: `export/provenance.json`, empty when there is none.
+      config: `config.json`; empty if missing.
     """
 
     name: str
     result: dict[str, Any]
     metrics: list[dict[str, Any]]
     config: dict[str, Any]
-    provenance: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One run of the evaluation: `rows.jsonl` and `result.json`."""
+    """One arm of the evaluation: `rows.jsonl` and `result.json`."""
 
     name: str
     rows: list[dict[str, Any]]
@@ -47,14 +45,7 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A whole quickstart folder.
-
-    Attributes:
-      folder: where it lies.
-      stages: in the order of training.
-      arms: in the order of `ARMS`.
-      retrieval: `eval/retrieval.json`.
-    """
+    """A quickstart folder: stages in the order of training, arms in that of `ARMS`, `eval/retrieval.json`."""
 
     folder: epath.Path
     stages: list[Stage]
@@ -72,19 +63,17 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except ValueError as error:
-        raise UserError(f"{path}: damaged JSON ({error}); make the file again") from error
+        raise UserError(f"{path}: damaged JSON ({error}); regenerate the file") from error
     if not isinstance(value, dict):
-        raise UserError(
-            f"{path}: a JSON object was expected, found {type(value).__name__}; make the file again"
-        )
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}; regenerate the file")
     return value
 
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """Reads a file of one JSON object a line; a torn last line (the writer was killed) is left out.
+    """Reads JSON lines; drops a torn last line (its writer is running or was killed).
 
     Raises:
-      UserError: missing, or damaged anywhere else.
+      UserError: the file is missing, or another line is damaged.
     """
     lines = paths.read_bytes(path, _MAX_BYTES).decode("utf-8", "replace").splitlines()
     rows = []
@@ -94,15 +83,11 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
         except ValueError as error:
             if number == len(lines):
                 break
-            raise UserError(f"{path}: line {number} is damaged ({error}); make the file again") from error
+            raise UserError(f"{path}: line {number} is damaged ({error}); regenerate the file") from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}: line {number} is not a JSON object; make the file again")
+            raise UserError(f"{path}: line {number} is not a JSON object; regenerate the file")
         rows.append(row)
     return rows
-
-
-def _if_there(path: epath.Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
 
 
 def read_stage(folder: paths.PathLike, *, finished: bool) -> Stage:
@@ -110,7 +95,7 @@ def read_stage(folder: paths.PathLike, *, finished: bool) -> Stage:
 
     Args:
       folder: the run's workdir.
-      finished: demand `result.json`, which is written at the end.
+      finished: require `result.json`, which the run writes last.
 
     Raises:
       UserError: a file is missing or damaged.
@@ -119,19 +104,17 @@ def read_stage(folder: paths.PathLike, *, finished: bool) -> Stage:
     metrics = read_lines(root / "metrics.jsonl")
     for number, row in enumerate(metrics, 1):
         if not isinstance(row.get("step"), int):
-            raise UserError(
-                f"{root / 'metrics.jsonl'}: line {number} has no whole-number 'step'; train again"
-            )
-    result = read_json(root / "result.json") if finished else _if_there(root / "result.json")
-    config = _if_there(root / "config.json")
+            raise UserError(f"{root / 'metrics.jsonl'}: line {number} has no integer 'step'; train again")
+    result_path, config_path = root / "result.json", root / "config.json"
+    result = read_json(result_path) if finished or result_path.exists() else {}
+    config = read_json(config_path) if config_path.exists() else {}
     if not isinstance(config.get("model", {}), dict):
-        raise UserError(f"{root / 'config.json'}: its 'model' is no object; restore the file or train again")
-    name = str(result.get("name") or config.get("name") or root.name)
-    return Stage(name, result, metrics, config, _if_there(root / "export" / "provenance.json"))
+        raise UserError(f"{config_path}: 'model' is not an object; restore the file or train again")
+    return Stage(str(result.get("name") or config.get("name") or root.name), result, metrics, config)
 
 
 def read_arm(folder: epath.Path) -> Arm:
-    """Reads one run of the evaluation.
+    """Reads one arm of the evaluation.
 
     Raises:
       UserError: a file is missing or damaged, there are no rows, or a row lacks a key.
@@ -144,20 +127,20 @@ def read_arm(folder: epath.Path) -> Arm:
         missing = [key for key in ROW_KEYS if key not in row]
         if missing:
             raise UserError(f"{path}: line {number} lacks {', '.join(missing)}; evaluate again")
-    # The folder names the arm: two arms may have been written by the same settings.
+    # The folder names the arm: two arms may share settings.
     return Arm(folder.name, [{**row, "arm": folder.name} for row in rows], read_json(folder / "result.json"))
 
 
 def is_quickstart(folder: epath.Path) -> bool:
-    """Whether `folder` holds stages, rather than being one training run."""
+    """Whether `folder` is a quickstart folder, not a single training run."""
     return (folder / "stages").is_dir()
 
 
 def read_run(folder: paths.PathLike) -> Run:
-    """Reads a quickstart folder: five stages, the arms, retrieval.
+    """Reads a quickstart folder.
 
     Raises:
-      UserError: something is missing or damaged, or the arms were asked different questions; names the file.
+      UserError: a file is missing or damaged, or the arms were asked different questions; names the file.
     """
     root = paths.as_path(folder)
     if not root.is_dir():

@@ -1,4 +1,4 @@
-"""`summary.json`: figures of a quickstart run for programs, checked against a schema before writing."""
+"""`summary.json`: machine-readable figures of a quickstart run, validated against a JSON schema."""
 
 from __future__ import annotations
 
@@ -71,15 +71,15 @@ _PAIRS = (
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema (draft 2020-12) of `summary.json`, as packaged."""
+    """The packaged JSON schema (draft 2020-12) of `summary.json`."""
     text = (importlib.resources.files("vilam3_jax.report") / SCHEMA_FILE).read_text(encoding="utf-8")
     return json.loads(text)
 
 
 def machine() -> dict[str, Any]:
-    """What this machine is: platform, processor, cores, memory in bytes."""
+    """Platform, processor, usable cores and memory in bytes of this machine."""
     model = platform.processor() or platform.machine()
-    # Linux leaves platform.processor() empty or says only the architecture.
+    # On Linux, platform.processor() is empty or only the architecture.
     cpuinfo = paths.as_path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [
@@ -98,7 +98,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that can change a figure."""
+    """Versions of Python and of the installed packages that can affect results."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -109,14 +109,14 @@ def versions() -> dict[str, str]:
 
 
 def evaluation(arms: Sequence[runs.Arm]) -> list[statistics.Summary]:
-    """Accuracies of all arms by question type and label source, oracle questions apart."""
+    """Accuracies of all arms by question type and label source; oracle questions are kept separate."""
     return statistics.summarise(row for arm in arms for row in arm.rows)
 
 
 def comparisons(arms: Sequence[runs.Arm]) -> list[dict[str, Any]]:
     """Paired differences between arms, for three groups of questions.
 
-    `answerable` are those that some expert can answer and whose label it did not make.
+    `answerable`: questions that an expert can answer and whose label it did not make.
     """
     rows = {arm.name: arm.rows for arm in arms}
     groups = {
@@ -135,9 +135,9 @@ def comparisons(arms: Sequence[runs.Arm]) -> list[dict[str, Any]]:
 
 
 def recorded(run_dir: paths.PathLike) -> dict[str, Any]:
-    """What the quickstart's own record (`quickstart.json`) tells of machine, versions, memory, time and size.
+    """Machine, versions, peak memory, time and size from the quickstart's record (`quickstart.json`), if any.
 
-    `wall_seconds` is the time of all finished steps but the fetching of samples.
+    `wall_seconds` is the time of all finished steps, except the download of samples.
 
     Raises:
       UserError: the file is damaged.
@@ -161,20 +161,19 @@ def build_summary(run_dir: paths.PathLike, extra: Mapping[str, Any]) -> dict[str
 
     Args:
       run_dir: folder with `stages/` and `eval/`.
-      extra: values that win over what the run's files and this machine tell: `machine`, `versions`,
-        `peak_rss` (bytes), `wall_seconds`, `commit`, `size`.
+      extra: overrides for `machine`, `versions`, `peak_rss` (bytes), `wall_seconds`, `commit`, `size`.
 
     Returns:
       The document, valid under `schema()`.
 
     Raises:
-      UserError: a file is missing or damaged, or a value does not fit the schema; names it.
+      UserError: a file is missing or damaged, or a value violates the schema; names it.
     """
     return summary_of(runs.read_run(run_dir), extra)
 
 
 def summary_of(run: runs.Run, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """`build_summary` for a run that has been read already."""
+    """`build_summary` for a run that is already loaded."""
     unknown = sorted(set(extra) - set(EXTRA))
     if unknown:
         raise UserError(f"summary: unknown extra value {unknown[0]!r}; known are {', '.join(EXTRA)}")
@@ -198,23 +197,18 @@ def summary_of(run: runs.Run, extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(document: Mapping[str, Any]) -> None:
-    """Checks a document against the schema.
+    """Validates a document against the schema.
 
     Raises:
-      UserError: names the path of the first value that does not fit, and what was expected.
+      UserError: names the path of the first invalid value, and what was expected.
     """
     for path, value in _leaves(document, "$"):
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(
-                f"summary {path}: {value} is not a number that JSON knows; find out why it came out so"
-            )
+            raise UserError(f"summary {path}: {value} is not a JSON number; check how it was computed")
     validator = jsonschema.Draft202012Validator(schema())
     errors = sorted(validator.iter_errors(document), key=lambda error: [str(part) for part in error.path])
     if errors:
-        raise UserError(
-            f"summary {errors[0].json_path}: {errors[0].message:.300}; "
-            f"see docs/{SCHEMA_FILE} for what belongs there"
-        )
+        raise UserError(f"summary {errors[0].json_path}: {errors[0].message:.300}; see docs/{SCHEMA_FILE}")
 
 
 def _leaves(value: Any, path: str) -> list[tuple[str, Any]]:
@@ -226,10 +220,10 @@ def _leaves(value: Any, path: str) -> list[tuple[str, Any]]:
 
 
 def write_summary(run_dir: paths.PathLike, document: Mapping[str, Any]) -> None:
-    """Checks the document and writes `run_dir/summary.json` in one move.
+    """Validates the document and writes `run_dir/summary.json` atomically.
 
     Raises:
-      UserError: the document does not fit the schema, or the folder cannot be written.
+      UserError: the document violates the schema, or the folder cannot be written.
     """
     check(document)
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,4 +1,4 @@
-"""Charts of one run's figures: what was logged is drawn, what was not is left out."""
+"""Charts of one run: logged metrics are drawn, others skipped."""
 
 import json
 import re
@@ -25,8 +25,26 @@ def charts(folder):
     return re.findall(r'aria-label="([^"]*) by step"', (folder / "report.html").read_text())
 
 
+def svg(folder, title):
+    page = (folder / "report.html").read_text()
+    (chart,) = re.findall(rf'aria-label="{title} by step">.*?</svg>', page, re.S)
+    return chart
+
+
+def ticks(chart):
+    return re.findall(r"text-anchor: end[^>]*>([^<]*)<", chart)
+
+
+def heights(chart, colour):
+    """Where lines of a colour start."""
+    return [
+        float(y)
+        for y in re.findall(rf'd="M [\d.]+ ([\d.]+)[^"]*" style="[^"]*stroke: var\(--{colour}\)', chart)
+    ]
+
+
 def test_a_run_without_new_figures_has_its_speed_alone(folder):
-    assert charts(folder) == ["Speed"]
+    assert charts(folder) == ["Throughput"]
 
 
 def test_all_figures_of_a_run_are_drawn(folder):
@@ -38,35 +56,31 @@ def test_all_figures_of_a_run_are_drawn(folder):
         for seconds in (2.0, 4.0):
             file.write(json.dumps({"step": 60, "checkpoint_stall": seconds}) + "\n")
     assert charts(folder) == [
-        "Speed",
-        "Share of peak speed (MFU)",
-        "Speed of the model&#x27;s products",
-        "Waiting for input",
-        "Filled by packing",
+        "Throughput",
+        "Model FLOP/s utilization (MFU)",
+        "Model FLOP/s",
+        "Input wait",
+        "Packing efficiency",
         "Goodput",
         "Learning rate",
         "Gradient norm",
         "Held-out answers",
     ]
     page = (folder / "report.html").read_text()
-    assert "Steps held up by saves" in page and "2 ×, 6.0 s in all" in page
+    assert "Checkpoint stalls" in page and "2 ×, 6.0 s in total" in page
     assert page.count("image slots") == 1 and "projector" in page
 
 
 def test_lines_of_one_chart_differ_and_lie_where_the_axis_says(folder):
     add(folder, token_fill=0.5, image_fill=1.0)
     charts(folder)
-    page = (folder / "report.html").read_text()
-    (chart,) = re.findall(r'aria-label="Filled by packing by step">(.*?)</svg>', page, re.S)
-    ticks = {t: float(y) - 3.5 for y, t in re.findall(r'y="([\d.]+)" text-anchor="end">(\d+)<', chart)}
-    lines = dict(re.findall(r'class="line (\w+)" d="M[\d.]+ ([\d.]+)', chart))
-    assert float(lines["train"]) == pytest.approx(ticks["50"], abs=0.2)
-    assert float(lines["part1"]) == pytest.approx(ticks["100"], abs=0.2)
+    chart = svg(folder, "Packing efficiency")
+    grid = dict(zip(ticks(chart), heights(chart, "line"), strict=True))
+    assert heights(chart, "soft") == pytest.approx([grid["50"]], abs=0.01)
+    assert heights(chart, "accent") == pytest.approx([grid["100"]], abs=0.01)
 
 
 def test_a_figure_that_stays_at_zero_has_no_axis_below_it(folder):
     add(folder, input_wait=0.0)
     charts(folder)
-    page = (folder / "report.html").read_text()
-    (chart,) = re.findall(r'aria-label="Waiting for input by step">(.*?)</svg>', page, re.S)
-    assert re.findall(r'text-anchor="end">([^<]*)<', chart)[0] == "0"
+    assert ticks(svg(folder, "Input wait"))[0] == "0"

@@ -29,7 +29,7 @@ from vilam3_experts.weights import Weights
 from vilam3_experts.xrv.expert import ParityEnsemble
 from vilam3_experts.xrv.members import load_table
 
-from vilam3_jax.data.images import load_film
+from vilam3_jax.data.images import load_pixels
 
 BATCH = 8
 
@@ -54,7 +54,7 @@ def reference_way(networks: dict[str, torch.nn.Module], films: list[Path]) -> np
         thresholds = torch.tensor(member.thresholds)
         row = []
         for film in films:
-            pixels = xrv.datasets.normalize(load_film(film), 255, reshape=True)
+            pixels = xrv.datasets.normalize(load_pixels(film), 255, reshape=True)
             square = torch.from_numpy(xrv.datasets.XRayCenterCrop()(pixels))[None]
             size = (member.resolution, member.resolution)
             square = torch.nn.functional.interpolate(square, size, mode="bilinear")  # as release 1.2.4
@@ -67,7 +67,7 @@ def our_way(ensemble: ParityEnsemble, films: list[Path]) -> list[dict[str, float
     """The ensemble's means, film by film."""
     answers = []
     for start in range(0, len(films), BATCH):
-        answers += ensemble.run_batch([load_film(film) for film in films[start : start + BATCH]], "")
+        answers += ensemble.run_batch([load_pixels(film) for film in films[start : start + BATCH]], "")
     return [answer.probabilities for answer in answers]
 
 

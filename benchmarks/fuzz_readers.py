@@ -125,9 +125,9 @@ def entry_points(seed: fuzz_seeds.Seed) -> dict[str, EntryPoint]:
     if seed.kind in ("dicom", "folder"):
         entry["list_series"] = dicom.list_series
     if seed.kind in ("dicom", "picture"):
-        entry["load_picture"] = images.load_picture
+        entry["load_image"] = images.load_image
     if seed.kind == "dicom":
-        entry["read_picture"] = dicom.read_picture
+        entry["read_image"] = dicom.read_image
         entry["deidentify"] = _deidentified
     if seed.kind == "picture":
         entry["decode_image"] = lambda path: images.decode_image(path.read_bytes())
@@ -144,7 +144,7 @@ def _scanned(path: Path) -> dict[str, Any]:
 def _deidentified(path: Path) -> pydicom.Dataset | None:
     """Without the search for text in pixels: pydicom's decoders may abort there, for which it has workers."""
     with (
-        mock.patch.object(burned_in, "of_pixels", return_value=[]),
+        mock.patch.object(burned_in, "signs_in_pixels", return_value=[]),
         tempfile.TemporaryDirectory() as folder,
     ):
         copy = clean_file(str(path), Options(folder, b"salt" * 8, False, False, LIMITS)).output

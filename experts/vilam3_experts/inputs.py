@@ -15,7 +15,7 @@ from vilam3_experts.descriptors import Descriptor
 from vilam3_experts.weights import is_samples_folder
 from vilam3_jax.data import dicom, file_kinds
 from vilam3_jax.data.folder_walk import list_files
-from vilam3_jax.data.images import load_picture
+from vilam3_jax.data.images import load_image
 from vilam3_jax.data.limits import DEFAULT_LIMITS
 from vilam3_jax.data.volumes import read_listed_series, read_volume
 from vilam3_jax.datasets.samples import MODALITY_CODES, read_samples
@@ -71,7 +71,7 @@ class Input:
         if self.parts:
             return ExpertInputs(tuple((role, part.load().first) for role, part in self.parts))
         if self.kind == "image":
-            picture = load_picture(self.path)
+            picture = load_image(self.path)
             warn_of(picture.notes, self.path)
             return ExpertInputs.of(picture.pixels, Stated(picture.modality, picture.body_part))
         if self.series is not None:

@@ -25,8 +25,8 @@ from vilam3_jax.data.images import (
     decode_scaled,
     encode_png,
     image_shape,
-    load_film,
-    load_picture,
+    load_image,
+    load_pixels,
     resize,
 )
 from vilam3_jax.data.limits import Limits
@@ -251,10 +251,10 @@ def test_pictures_that_are_transparent_everywhere_are_noted(tmp_path):
     path = tmp_path / "blank.png"
     path.write_bytes(encoded(Image.new("RGBA", (4, 4), (1, 2, 3, 0))))
     with pytest.warns(InputWarning, match=r"blank\.png: the image is fully transparent"):
-        assert (load_film(path) == 255).all()
+        assert (load_pixels(path) == 255).all()
     path.write_bytes(deep_png(np.concatenate([RAMP, 0 * RAMP], axis=-1)))
     with pytest.warns(InputWarning, match=r"blank\.png: the image is fully transparent"):
-        assert (load_film(path) == 255).all()
+        assert (load_pixels(path) == 255).all()
     np.testing.assert_array_equal(
         decode_image(path.read_bytes(), alpha="ignore"), decode_image(deep_png(RAMP))
     )
@@ -353,7 +353,7 @@ def test_animations_are_refused_or_a_frame_is_chosen(form, tmp_path):
         decode_image(data, frame=3)
     path = tmp_path / "cine"
     path.write_bytes(data)
-    picture = load_picture(path, frame=1)
+    picture = load_image(path, frame=1)
     assert (picture.frame, picture.frames, picture.modality) == (1, 3, "unknown")
 
 
@@ -562,8 +562,8 @@ def save_film(path, raw, photometric="MONOCHROME1", **more):
 
 def test_film_of_inverted_grey_is_turned(tmp_path):
     ramp = np.linspace(0, 20000, 48).reshape(6, 8)
-    bright_last = load_film(save_film(tmp_path / "m2.dcm", ramp, "MONOCHROME2"))
-    bright_first = load_film(save_film(tmp_path / "m1.dcm", ramp, "MONOCHROME1"))
+    bright_last = load_pixels(save_film(tmp_path / "m2.dcm", ramp, "MONOCHROME2"))
+    bright_first = load_pixels(save_film(tmp_path / "m1.dcm", ramp, "MONOCHROME1"))
     assert bright_last.shape == (6, 8, 3) and bright_last.dtype == np.uint8
     assert bright_last[0, 0, 0] == 0 and bright_last[-1, -1, 0] == 255
     np.testing.assert_array_equal(bright_first, 255 - bright_last)
@@ -572,23 +572,23 @@ def test_film_of_inverted_grey_is_turned(tmp_path):
 def test_film_window_and_many_frames(tmp_path):
     ramp = np.linspace(0, 20000, 48).reshape(6, 8)
     path = save_film(tmp_path / "w.dcm", ramp, "MONOCHROME2", WindowCenter=[5000, 1], WindowWidth=[2000, 1])
-    grey = load_film(path)[..., 0]
+    grey = load_pixels(path)[..., 0]
     assert (grey[ramp <= 4000] == 0).all() and (grey[ramp >= 6000] == 255).all()
     assert 0 < grey[(ramp > 4000) & (ramp < 6000)].mean() < 255
     with pytest.raises(UserError, match=r"cine\.dcm: 96 bytes of pixel data"):
-        load_film(save_film(tmp_path / "cine.dcm", ramp, NumberOfFrames=2))
+        load_pixels(save_film(tmp_path / "cine.dcm", ramp, NumberOfFrames=2))
     cut = save_film(tmp_path / "cut.dcm", ramp, PixelData=b"\0\0")
     with pytest.raises(UserError, match=r"cut\.dcm: 2 bytes of pixel data"):
-        load_film(cut)
+        load_pixels(cut)
 
 
 def test_film_files_that_are_pictures(tmp_path):
     path = tmp_path / "film.png"
     path.write_bytes(encode_png(RGB))
-    np.testing.assert_array_equal(load_film(path), RGB)
+    np.testing.assert_array_equal(load_pixels(path), RGB)
     path.write_bytes(b"text")
     with pytest.raises(UserError, match=r"film\.png"):
-        load_film(path)
+        load_pixels(path)
 
 
 def test_augment_treats_the_images_of_a_sample_alike_and_keeps_sides():

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from vilam3_jax.data import isolation
-from vilam3_jax.data.images import LoadedPicture, load_picture
+from vilam3_jax.data.images import LoadedImage, load_image
 from vilam3_jax.data.isolation import DecoderProcess
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.volumes import read_volume
@@ -111,9 +111,9 @@ def test_volumes_cross_unchanged(decoder, tmp_path):
 def test_pictures_cross_unchanged(decoder, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "picture.png")
-    picture = decoder.load_picture(tmp_path / "picture.png", alpha="ignore", frame=0)
+    picture = decoder.load_image(tmp_path / "picture.png", alpha="ignore", frame=0)
     np.testing.assert_array_equal(picture.pixels, pixels)
-    assert_same(picture, load_picture(tmp_path / "picture.png"))
+    assert_same(picture, load_image(tmp_path / "picture.png"))
 
 
 def test_errors_and_limits_cross_unchanged(decoder, tmp_path):
@@ -247,7 +247,7 @@ def test_the_child_needs_no_jax():
 
 def test_answers_larger_than_what_is_stored_are_refused():
     with isolation._anonymous_file() as store:
-        message = isolation._packed(LoadedPicture(np.zeros((2, 3, 3), np.uint8)), store)
+        message = isolation._packed(LoadedImage(np.zeros((2, 3, 3), np.uint8)), store)
         for shape in ([1 << 40], [-1, 4], [19]):
             with pytest.raises(isolation.FrameError):
-                isolation._unpacked(LoadedPicture, {**message, "arrays": [["pixels", "|u1", shape]]}, store)
+                isolation._unpacked(LoadedImage, {**message, "arrays": [["pixels", "|u1", shape]]}, store)

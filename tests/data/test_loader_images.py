@@ -52,7 +52,7 @@ def test_padded_images_and_overlays_keep_their_shape(tmp_path) -> None:
     (batch,) = take(loader, 1)
     loader.close()
     volume = load_volume(tmp_path / "slices" / "ct.nii.gz")
-    plane = DEFAULT_PREPROCESSING.slice_picture(volume, 2, 5, (50.0, 400.0))
+    plane = DEFAULT_PREPROCESSING.slice_image(volume, 2, 5, (50.0, 400.0))
     assert plane.shape == (12, 10, 3)
     for got, shown in zip(
         batch.images[0], (plane, expert_overlay(annotation, plane, axis=2, index=5)), strict=False

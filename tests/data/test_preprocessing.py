@@ -30,7 +30,7 @@ def grey_of(values, low, high):
 
 def shown(preprocessing, volume, window=None):
     """[2048, 3] in the order of the voxels; display turns the first axis around."""
-    return preprocessing.slice_picture(volume, 2, 0, window)[0, ::-1]
+    return preprocessing.slice_image(volume, 2, 0, window)[0, ::-1]
 
 
 def test_a_declared_ct_is_shown_in_the_reference_window():

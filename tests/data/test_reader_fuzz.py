@@ -20,7 +20,7 @@ from pydicom.uid import RLELossless
 
 from vilam3_jax.data import dicom
 from vilam3_jax.data.deidentify.codestreams import without_comments
-from vilam3_jax.data.images import load_picture
+from vilam3_jax.data.images import load_image
 from vilam3_jax.data.intensity import as_stored_values
 from vilam3_jax.data.limits import DEFAULT_LIMITS
 from vilam3_jax.data.scan.collect import collect
@@ -96,7 +96,7 @@ def test_what_a_damaged_header_states_is_not_repeated(fuzz, tmp_path, stated, da
     seed = next(seed for seed in fuzz.fuzz_seeds.all_seeds() if seed.name == "jls.dcm")
     path = tmp_path / seed.entry
     path.write_bytes(seed.files[seed.entry].replace(stated, damaged))
-    for read in (dicom.read_picture, load_volume, load_picture):
+    for read in (dicom.read_image, load_volume, load_image):
         with pytest.raises(UserError) as error:
             read(path)
         assert str(error.value).isprintable()
@@ -108,7 +108,7 @@ def test_a_value_representation_that_does_not_exist(fuzz, tmp_path, tag):
     seed = next(seed for seed in fuzz.fuzz_seeds.all_seeds() if seed.name == "explicit.dcm")
     path = tmp_path / seed.entry
     path.write_bytes(seed.files[seed.entry].replace(tag + b"UI", tag + b"U\x80"))
-    for read in (load_volume, load_picture, lambda path: open_picture(path, None), dicom.list_series):
+    for read in (load_volume, load_image, lambda path: open_picture(path, None), dicom.list_series):
         try:
             read(path)
         except UserError as error:
@@ -124,7 +124,7 @@ def test_a_number_of_frames_that_no_integer_holds(fuzz, tmp_path):
     path.write_bytes(seed.files[seed.entry].replace(stated, struct.pack("<HHL4s", 0x28, 8, 4, b"1e30")))
     found = collect(tmp_path, 1, DEFAULT_LIMITS)
     assert len(found.files) == 1
-    for read in (load_picture, load_volume):
+    for read in (load_image, load_volume):
         with pytest.raises(UserError, match=r"capture\.dcm"):
             read(path)
 
@@ -137,7 +137,7 @@ def test_a_jpeg_of_no_bits(fuzz, tmp_path):
     assert stated in seed.files[seed.entry]
     path.write_bytes(seed.files[seed.entry].replace(stated, b"\xff\xc0\0\x0b\0"))
     with pytest.raises(UserError, match="damaged"):
-        load_picture(path)
+        load_image(path)
 
 
 def test_rle_segments_far_outside_the_frame_cost_no_memory():
@@ -160,7 +160,7 @@ def test_jpeg_ls_data_on_which_charls_loops(tmp_path):
     source.save_as(tmp_path / "film.dcm")
     start = time.thread_time()
     with pytest.raises(UserError, match="cut short"):
-        dicom.read_picture(tmp_path / "film.dcm")
+        dicom.read_image(tmp_path / "film.dcm")
     assert time.thread_time() - start < 1
 
 

@@ -62,7 +62,7 @@ def test_segmentation_dialogue_with_expert(ct) -> None:
     expected = exchange([result], "Is the liver here?").text
     assert expert == Turn("expert", expected) and "liver" in expert.text
     assert answer == example.turns[1] and out.experts == ("ORGANS",)
-    plane = DEFAULT_PREPROCESSING.slice_picture(load_volume(root / "ct.nii.gz"), 2, 5, (50.0, 400.0), SIZE)
+    plane = DEFAULT_PREPROCESSING.slice_image(load_volume(root / "ct.nii.gz"), 2, 5, (50.0, 400.0), SIZE)
     assert np.array_equal(out.images[0], plane)
     assert np.array_equal(out.images[1], expert_overlay(annotation, plane, axis=2, index=5))
     assert not np.array_equal(out.images[0], out.images[1])

@@ -128,7 +128,7 @@ def test_a_whole_volume_is_shown_as_numbered_slices(whole) -> None:
     assert out.turns[0].text == numbered(indices, PLANES) + "\nIs the liver here?"
     volume = load_volume(root / "ct.nii.gz", modality="CT")
     for index, image in zip(indices, out.images, strict=True):
-        expected = DEFAULT_PREPROCESSING.slice_picture(volume, 2, index, (50.0, 400.0), SIZE)
+        expected = DEFAULT_PREPROCESSING.slice_image(volume, 2, index, (50.0, 400.0), SIZE)
         assert np.array_equal(image, expected)
 
 

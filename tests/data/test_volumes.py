@@ -184,7 +184,7 @@ def test_display_orientation(tmp_path, axis, marker, row, column):
     assert column is None or found_column == 0
     rest = [n for i, n in enumerate(SHAPE) if i != axis]
     assert plane.shape == (rest[1], rest[0])
-    picture = DEFAULT_PREPROCESSING.slice_picture(volume, axis, marker[axis], (500, 1000), 64)
+    picture = DEFAULT_PREPROCESSING.slice_image(volume, axis, marker[axis], (500, 1000), 64)
     assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
     weight = picture[..., 0].astype(float)
     center = [float((weight.sum(axis=1 - a) * np.arange(64)).sum() / weight.sum()) for a in (0, 1)]
@@ -225,7 +225,7 @@ def test_limits_of_nearly_constant_volumes(value):
     sparse[:2, :2, :5] = 100 + np.arange(20).reshape(2, 2, 5)
     low, high = Volume(sparse, AFFINE, "a").limits
     assert low == value and 118 < high <= 119
-    picture = DEFAULT_PREPROCESSING.slice_picture(Volume(sparse, AFFINE, "a"), 2, 0)
+    picture = DEFAULT_PREPROCESSING.slice_image(Volume(sparse, AFFINE, "a"), 2, 0)
     assert len(np.unique(picture)) == 5  # four shades on black, not a white spot
     # A hot voxel that is no measurement changes nothing.
     valid = np.ones(constant.shape, bool)
@@ -244,7 +244,7 @@ def test_voxels_that_measure_nothing_are_black_in_any_window():
     valid[0] = False
     volume = Volume(voxels, AFFINE, "a", valid=valid)
     for window in ((-5000.0, 100.0), None):
-        picture = DEFAULT_PREPROCESSING.slice_picture(volume, 2, 3, window)
+        picture = DEFAULT_PREPROCESSING.slice_image(volume, 2, 3, window)
         assert (picture[:, -1] == 0).all()  # the patient's left is on the right
         assert (picture[:, :-1] > 0).any()
 

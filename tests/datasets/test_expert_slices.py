@@ -19,7 +19,7 @@ from vilam3_jax.data.examples import Example
 from vilam3_jax.data.experts.dialogues.rules import RULES
 from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment, failed
 from vilam3_jax.data.experts.store import AnnotationStore
-from vilam3_jax.data.images import encode_png, load_film
+from vilam3_jax.data.images import encode_png, load_pixels
 from vilam3_jax.data.render import ImageReader
 from vilam3_jax.data.volumes import read_volume
 from vilam3_jax.datasets.dataset import Skipped, examples_of
@@ -200,7 +200,7 @@ def test_films(tmp_path) -> None:
     data.mkdir()
     for number, name in enumerate(("film.png", "unseen.png")):
         (data / name).write_bytes(encode_png(np.full((8, 8, 3), number, np.uint8)))
-    key = image_key(load_film(data / "film.png"))
+    key = image_key(load_pixels(data / "film.png"))
     annotate(tmp_path / "said", [Annotation(key, "CXR", probabilities={"Edema": 0.9})])
     examples, skipped = built(tmp_path, "film")
     (film,) = examples["train"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vilam3_jax.cli import guarded
-from vilam3_jax.data.images import load_film
+from vilam3_jax.data.images import load_pixels
 from vilam3_jax.data.volumes import load_label_map, load_volume
 from vilam3_jax.datasets.phantoms import main, make_phantoms
 from vilam3_jax.datasets.samples import read_samples
@@ -84,7 +84,7 @@ def test_sick_films_look_sick(folder):
     films = [s for s in by_kind(folder, "film") if s.modality == "X-ray"]
     means = {"normal": [], "pneumonia": []}
     for sample in films:
-        film = load_film(sample.path)
+        film = load_pixels(sample.path)
         assert film.shape == (192, 192, 3)
         means[sample.class_name].append(film[60:150, 20:172].mean())
     assert min(means["pneumonia"]) > max(means["normal"])

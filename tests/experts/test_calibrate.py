@@ -16,7 +16,7 @@ from vilam3_experts.truths import read_truths
 from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment, failed
 from vilam3_jax.data.experts.store import AnnotationStore, AnnotationWriter
-from vilam3_jax.data.images import load_film
+from vilam3_jax.data.images import load_pixels
 from vilam3_jax.errors import UserError
 
 
@@ -178,7 +178,7 @@ def test_commands_from_labels_to_calibrated_records(plugin, tmp_path, capsys):
     records = []
     for i, (value, truth) in enumerate(zip(p, y, strict=True)):
         expert_helpers.write_png(films / f"{i}.png", i, size=(4, 4))
-        key = image_key(load_film(films / f"{i}.png"))
+        key = image_key(load_pixels(films / f"{i}.png"))
         records.append(dataclasses.replace(said([value])[0], input_key=key))
         lines.append(f"{i}.png,{int(truth)}")
     (tmp_path / "labels.csv").write_text("\n".join(lines))

@@ -17,7 +17,7 @@ from vilam3_jax.cli import guarded
 from vilam3_jax.data.experts.cards import with_card_list
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.image_processor import ImageProcessor
-from vilam3_jax.data.images import load_film, resize
+from vilam3_jax.data.images import load_pixels, resize
 from vilam3_jax.data.isolation import DecoderProcess
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
 from vilam3_jax.data.text_rules import TextRules
@@ -45,13 +45,13 @@ def test_load_answers_about_a_scan_and_a_film(assistant, world):
     assert isinstance(reply.answer, str) and str(reply) == reply.answer
     assert reply.description == "axial slice 8 of 0 to 15, window 50, 400"
     volume = load_volume(world.volume)
-    assert np.array_equal(reply.image, DEFAULT_PREPROCESSING.slice_picture(volume, 2, 8, (50.0, 400.0), 32))
+    assert np.array_equal(reply.image, DEFAULT_PREPROCESSING.slice_image(volume, 2, 8, (50.0, 400.0), 32))
     assert chat.NOT_CLINICAL in reply.notes
     assert reply.transcript.prompt == f"<image>\n{PROMPT}"
     film = assistant.ask(str(world.film), PROMPT, max_new_tokens=4)
     assert film.description == "image of 30 x 40 pixels"
     assert "<ORGANS(args)>" in film.transcript.prompt
-    again = assistant.ask(load_film(world.film), PROMPT, max_new_tokens=4)
+    again = assistant.ask(load_pixels(world.film), PROMPT, max_new_tokens=4)
     assert (again.answer, again.notes) == (film.answer, film.notes)
 
 
@@ -63,7 +63,7 @@ def test_the_picture_has_what_experts_need(world):
     film = images.open_picture(world.film, 32)
     assert (film.axis, film.volume) == (None, None) and film.png.startswith(b"\x89PNG")
     assert store.get(film.input_key, "PNEUMONIA") is not None
-    assert np.array_equal(film.pixels, resize(load_film(world.film), 32))
+    assert np.array_equal(film.pixels, resize(load_pixels(world.film), 32))
 
 
 def test_the_declared_modality_chooses_the_window(tmp_path):
@@ -117,7 +117,7 @@ def test_the_models_preprocessing_is_applied_and_checked(world):
     picture = images.open_picture(world.volume, None, modality="CT", preprocessing=rules)
     assert picture.axis == 1
     volume = load_volume(world.volume, modality="CT")
-    assert np.array_equal(picture.pixels, rules.slice_picture(volume, 1, picture.index))
+    assert np.array_equal(picture.pixels, rules.slice_image(volume, 1, picture.index))
     assert "The image is CT, but this model was trained on MR." in picture.notes
 
 
@@ -283,7 +283,7 @@ def test_the_command_prints_the_dialogue_and_saves_what_was_seen(export, world, 
     assert guarded("chat", chat.main, arguments) == 0
     out = capsys.readouterr().out
     assert "axial slice 5 of 0 to 15, window 40, 80" in out and "Not for clinical use" in out
-    assert load_film(tmp_path / "seen" / "image.png").shape == (32, 32, 3)
+    assert load_pixels(tmp_path / "seen" / "image.png").shape == (32, 32, 3)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def inputs_of(monkeypatch, export, tmp_path, image, keys, **asked):
 
 
 def test_an_export_that_pads_is_asked_with_padded_images(monkeypatch, export, world, tmp_path):
-    film = load_film(world.film)  # 40 rows, 30 columns
+    film = load_pixels(world.film)  # 40 rows, 30 columns
     keys = {"image_aspect_ratio": "pad"}
     (chunk,), reply = inputs_of(monkeypatch, export, tmp_path, world.film, keys, expert_host="off")
     square = np.full((40, 40, 3), 127, np.uint8)
@@ -335,7 +335,7 @@ def test_an_export_that_pads_is_asked_with_padded_images(monkeypatch, export, wo
 
 
 def test_an_export_that_tiles_is_asked_tile_by_tile(monkeypatch, export, world, tmp_path, model_config):
-    film = load_film(world.film)  # 40 rows, 30 columns
+    film = load_pixels(world.film)  # 40 rows, 30 columns
     keys = {"image_aspect_ratio": "dynamic", "max_tiles": 2}
     asked = dict(expert_host="off", annotations=world.annotations)
     (chunk,), reply = inputs_of(monkeypatch, export, tmp_path, world.film, keys, **asked)

@@ -12,7 +12,7 @@ from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.example_features import encode
 from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment
 from vilam3_jax.data.experts.store import AnnotationStore, AnnotationWriter
-from vilam3_jax.data.images import load_film
+from vilam3_jax.data.images import load_pixels
 from vilam3_jax.data.volumes import load_label_map, load_volume
 from vilam3_jax.datasets.phantoms import make_phantoms
 from vilam3_jax.datasets.samples import Sample, load_manifest, read_samples, write_index
@@ -140,7 +140,7 @@ def test_film_answers_equal_the_class_name(build, phantoms):
         if sample.kind != "film":
             continue
         # Altered copies share the record of the film they were made of.
-        assert example.meta["input_key"] == image_key(load_film(sample.path))
+        assert example.meta["input_key"] == image_key(load_pixels(sample.path))
         for q in example.meta["qa"]:
             assert not q["oracle"]
             if q["type"] == "pneumonia":

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageChops
 
 from vilam3_jax.data import decoded_images, file_kinds, image_headers
 from vilam3_jax.data.bit_depth import to_eight_bits, visible, with_alpha
-from vilam3_jax.data.dicom.pixels import read_picture
+from vilam3_jax.data.dicom.pixels import read_image
 from vilam3_jax.data.file_kinds import FileKind
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.stored_volume import UNKNOWN
@@ -49,7 +49,7 @@ _TRANSPOSED = (5, 6, 7, 8)  # orientations that exchange height and width
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LoadedPicture:
+class LoadedImage:
     """An image as shown to the model, with the metadata of its file.
 
     Attributes:
@@ -146,15 +146,15 @@ def image_shape(data: bytes, *, limits: Limits = DEFAULT_LIMITS) -> tuple[int, i
         return (width, height) if _orientation(image, []) in _TRANSPOSED else (height, width)
 
 
-def load_picture(
+def load_image(
     path: PathLike, *, frame: int | None = None, alpha: Alpha = "white", limits: Limits = DEFAULT_LIMITS
-) -> LoadedPicture:
+) -> LoadedImage:
     """Reads a 2-D image file with its metadata.
 
     Args:
       path: a file that `decode_image` supports, or a DICOM file.
       frame: frame of a DICOM file, page of a TIFF or frame of an animation, from 0. None: the only one, or
-        the choice of `dicom.pixels.read_picture`.
+        the choice of `dicom.pixels.read_image`.
       alpha: see `decode_image`.
       limits: see `decode_image`.
 
@@ -173,28 +173,28 @@ def load_picture(
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     pixels = np.array(found.image.convert("RGB"))
-    return LoadedPicture(pixels, frame=found.frame, frames=found.frames, notes=found.notes)
+    return LoadedImage(pixels, frame=found.frame, frames=found.frames, notes=found.notes)
 
 
-def load_film(
+def load_pixels(
     path: PathLike, *, frame: int | None = None, alpha: Alpha = "white", limits: Limits = DEFAULT_LIMITS
 ) -> np.ndarray:
-    """Returns the pixels of `load_picture`, [H, W, 3] uint8; its notes become `InputWarning`s."""
-    image = load_picture(path, frame=frame, alpha=alpha, limits=limits)
+    """Returns the pixels of `load_image`, [H, W, 3] uint8; its notes become `InputWarning`s."""
+    image = load_image(path, frame=frame, alpha=alpha, limits=limits)
     warn_of(image.notes, path)
     return image.pixels
 
 
-def _load_dicom(path: PathLike, frame: int | None, limits: Limits) -> LoadedPicture:
-    image = read_picture(path, frame=frame, limits=limits)
+def _load_dicom(path: PathLike, frame: int | None, limits: Limits) -> LoadedImage:
+    image = read_image(path, frame=frame, limits=limits)
     pixels = image.pixels
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[..., None], 3, axis=-1)
-    return LoadedPicture(pixels, image.modality, image.body_part, image.frame, image.frames, image.notes)
+    return LoadedImage(pixels, image.modality, image.body_part, image.frame, image.frames, image.notes)
 
 
 class _Decoded(NamedTuple):
-    """image: "L" or "RGB", upright; the rest as in `LoadedPicture`."""
+    """image: "L" or "RGB", upright; the rest as in `LoadedImage`."""
 
     image: Image.Image
     frame: int

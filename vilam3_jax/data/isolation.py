@@ -33,7 +33,7 @@ import numpy as np
 
 from vilam3_jax.data import child_process, images, volumes
 from vilam3_jax.data.experts.host_client import FrameError, Message, read_frame, write_frame
-from vilam3_jax.data.images import LoadedPicture
+from vilam3_jax.data.images import LoadedImage
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.volumes import Volume
 from vilam3_jax.errors import UnavailableError, UserError
@@ -51,7 +51,7 @@ _ENVIRONMENT = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PATH",
 _ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 _MAX_OPEN_FILES = 64
 
-_Result = TypeVar("_Result", Volume, LoadedPicture)
+_Result = TypeVar("_Result", Volume, LoadedImage)
 
 
 class DecoderProcess:
@@ -94,14 +94,14 @@ class DecoderProcess:
         """
         return self._decode(Volume, path, keywords)
 
-    def load_picture(self, path: PathLike, **keywords: Any) -> LoadedPicture:
-        """`images.load_picture` in the child: same arguments, result and errors.
+    def load_image(self, path: PathLike, **keywords: Any) -> LoadedImage:
+        """`images.load_image` in the child: same arguments, result and errors.
 
         Raises:
           UnavailableError: see `read_volume`.
           UserError: see `read_volume`.
         """
-        return self._decode(LoadedPicture, path, keywords)
+        return self._decode(LoadedImage, path, keywords)
 
     def _decode(self, kind: type[_Result], path: PathLike, keywords: dict[str, Any]) -> _Result:
         path = as_path(path)
@@ -263,7 +263,7 @@ def _anonymous_file() -> IO[bytes]:
     return tempfile.TemporaryFile(buffering=0)
 
 
-def _packed(result: Volume | LoadedPicture, store: IO[bytes]) -> Message:
+def _packed(result: Volume | LoadedImage, store: IO[bytes]) -> Message:
     """Describes `result` as msgpack values; its arrays go to `store`, one after the other."""
     named = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     arrays = {key: value for key, value in named.items() if isinstance(value, np.ndarray)}
@@ -333,7 +333,7 @@ def _answer(request: Message, store: IO[bytes]) -> Message:
     path, keywords = request["path"], {key: _tuples(value) for key, value in request["keywords"].items()}
     if "limits" in keywords:
         keywords["limits"] = Limits(**keywords["limits"])
-    read = volumes.read_volume if request["kind"] == Volume.__name__ else images.load_picture
+    read = volumes.read_volume if request["kind"] == Volume.__name__ else images.load_image
     answer: Message = {"id": request["id"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what libraries warn of may quote the file

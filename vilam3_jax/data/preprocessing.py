@@ -74,7 +74,7 @@ class Preprocessing:
             return (window,)
         return self.ct_windows if volume.modality == "CT" else ()
 
-    def slice_picture(
+    def slice_image(
         self, volume: Volume, axis: int, index: int, window: Window | None = None, size: int | None = None
     ) -> np.ndarray:
         """Converts one slice to an image: display orientation, windowed, resized without the aspect ratio.

@@ -33,7 +33,7 @@ from vilam3_jax.data.experts.falsify import falsified
 from vilam3_jax.data.experts.grammar import Call
 from vilam3_jax.data.experts.record import Annotation, memory_bytes
 from vilam3_jax.data.experts.wording import Plane, question_of
-from vilam3_jax.data.images import decode_image, decode_scaled, image_shape, load_film, resize
+from vilam3_jax.data.images import decode_image, decode_scaled, image_shape, load_pixels, resize
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
 from vilam3_jax.data.templates import (
     PLAIN,
@@ -200,11 +200,11 @@ class ImageReader:
             return decode_scaled(image.data, self.size, alpha=alpha)
         path = data_root / image.path
         if image.axis is None:
-            return self._scaled(load_film(path, alpha=alpha))
+            return self._scaled(load_pixels(path, alpha=alpha))
         if image.index is None:
             raise UserError("image is a whole volume, of which no slice was chosen")
         volume = self.volume(image, data_root)
-        return self.preprocessing.slice_picture(volume, image.axis, image.index, image.window, self.size)
+        return self.preprocessing.slice_image(volume, image.axis, image.index, image.window, self.size)
 
     def volume(self, image: ImageRef, data_root: Any) -> Volume:
         """The volume of an image that is one, or a slice of one; kept within the budget of volumes.

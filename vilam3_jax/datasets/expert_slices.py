@@ -23,7 +23,7 @@ from vilam3_jax.data.experts.labels import apply_group, is_lesion, label_group
 from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.folder_walk import list_files
-from vilam3_jax.data.images import load_film
+from vilam3_jax.data.images import load_pixels
 from vilam3_jax.datasets.conversations import metadata
 from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Split
 from vilam3_jax.datasets.labelled_scans import (
@@ -207,7 +207,7 @@ def make_study(study: Study, context: Context, making: Making) -> Iterator[Examp
 
 def _film(study: Study, context: Context, making: Making, facts: Mapping[str, Any]) -> Example:
     path = study.files[0][1]
-    key = image_key(load_film(file_of(context, path)))
+    key = image_key(load_pixels(file_of(context, path)))
     if not _annotations(making, [("", key)]):
         raise SkipItem("no annotation")
     meta = metadata(context, modality="CXR", patient=study.patient, **facts) | {"input_key": key}

@@ -51,7 +51,7 @@ class Sample:
       name: unique in the folder, for example `totalsegmentator_ct`.
       path: the image file; for a DICOM series the folder that holds its slices.
       kind: `ct` and `mr` are volumes (`vilam3_jax.data.volumes.load_volume`); `film` is one 2-D picture
-        (`vilam3_jax.data.images.load_film`; JPEG, PNG or a single DICOM film).
+        (`vilam3_jax.data.images.load_pixels`; JPEG, PNG or a single DICOM film).
       modality: in words for prompts: `CT`, `MRI`, `X-ray` or `brain MRI slice`.
       patient: the subject. Samples of one subject share it.
       split_group: what must stay on one side of a train/held-out split. Never smaller than a patient: two

@@ -11,7 +11,7 @@ from etils import epath
 
 from vilam3_jax.data import dicom, file_kinds
 from vilam3_jax.data.content_keys import image_key
-from vilam3_jax.data.images import encode_png, load_picture, resize
+from vilam3_jax.data.images import encode_png, load_image, resize
 from vilam3_jax.data.isolation import DecoderProcess
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing, Window
 from vilam3_jax.data.stored_volume import UNKNOWN
@@ -111,7 +111,7 @@ def open_picture(
         volume = source.read() if decoder is None else decoder.read_volume(**dataclasses.asdict(source))
         return _slice(volume, source, size, axis, index, slices, window, preprocessing)
     _refuse_slice_options(str(path), index, slices, window, series)
-    load = load_picture if decoder is None else decoder.load_picture
+    load = load_image if decoder is None else decoder.load_image
     opened = load(path, frame=frame, alpha=preprocessing.alpha)
     stated = opened.modality if modality is None else declared_modality(modality, opened.modality, path)
     which = f"frame {opened.frame} of 0 to {opened.frames - 1}, " if opened.frames > 1 else ""
@@ -198,10 +198,10 @@ def _slice(
     if not 0 <= number < count:
         raise UserError(f"{volume.source}: slice {number}: it has {axis} slices 0 to {count - 1}")
     numbers = even_slices(count, slices) if slices > 1 else ()
-    shown = tuple((n, preprocessing.slice_picture(volume, along, n, window, size)) for n in numbers)
+    shown = tuple((n, preprocessing.slice_image(volume, along, n, window, size)) for n in numbers)
     named = f"slices {', '.join(map(str, numbers))}" if shown else f"slice {number}"
     return Picture(
-        pixels=preprocessing.slice_picture(volume, along, number, window, size),
+        pixels=preprocessing.slice_image(volume, along, number, window, size),
         input_key=volume.content_key,
         axis=along,
         index=number,

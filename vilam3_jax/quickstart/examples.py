@@ -18,7 +18,7 @@ from etils import epath
 from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ExpertRequest, ImageRef, Turn
 from vilam3_jax.data.experts.store import AnnotationStore
-from vilam3_jax.data.images import encode_png, load_film
+from vilam3_jax.data.images import encode_png, load_pixels
 from vilam3_jax.datasets.reports import Report, generated_reports, read_reports
 from vilam3_jax.datasets.samples import MODALITY_CODES, Sample, asset, read_samples
 from vilam3_jax.datasets.slices import MIN_PIXELS, PLANE_OF_AXIS
@@ -187,7 +187,7 @@ class ExampleBuilder:
         return copies
 
     def _film(self, sample: Sample, copies: int, rng: random.Random) -> list[LabelledImage]:
-        pixels = load_film(sample.path)
+        pixels = load_pixels(sample.path)
         input_key = image_key(pixels)  # augmented copies share the expert's result for the original
         facts = film_facts(sample)
         images = []

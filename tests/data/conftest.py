@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pixel_files import dataset, save
 
-from vilam3_jax.data.dicom.pixels import read_picture
+from vilam3_jax.data.dicom.pixels import read_image
 from vilam3_jax.data.limits import Limits
 
 
@@ -15,6 +15,6 @@ def shown(tmp_path):
 
     def show(pixels, photometric="MONOCHROME2", *, frame=None, voi=0, limits=None, **tags):
         path = save(tmp_path / "image.dcm", dataset(pixels, photometric, **tags))
-        return read_picture(path, frame=frame, voi=voi, limits=limits or Limits())
+        return read_image(path, frame=frame, voi=voi, limits=limits or Limits())
 
     return show

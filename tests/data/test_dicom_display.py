@@ -9,7 +9,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from vilam3_jax.data.dicom.lookup_tables import read_table
-from vilam3_jax.data.dicom.pixels import read_picture
+from vilam3_jax.data.dicom.pixels import read_image
 from vilam3_jax.errors import UserError
 
 # ---- display settings
@@ -64,10 +64,10 @@ def test_one_of_several_settings_is_chosen_by_its_index(shown):
 @pytest.mark.parametrize(
     ("tags", "note"),
     [
-        ({"WindowCenter": 40, "WindowWidth": 0}, "window 40/0 is left out, its width is not positive"),
+        ({"WindowCenter": 40, "WindowWidth": 0}, "window 40/0 skipped: its width is not positive"),
         ({"WindowCenter": 40, "WindowWidth": -3}, "its width is not positive"),
         ({"WindowCenter": 40}, "1 window centres and 0 widths"),
-        ({"VOILUTSequence": [lut([1, 2], bits=0)]}, "VOI LUT 0 is left out, LUTDescriptor states 0 bits"),
+        ({"VOILUTSequence": [lut([1, 2], bits=0)]}, "VOI LUT 0 skipped: LUTDescriptor states 0 bits"),
     ],
 )
 def test_settings_that_cannot_be_applied_are_left_out_and_said(shown, tags, note):
@@ -79,7 +79,7 @@ def test_settings_that_cannot_be_applied_are_left_out_and_said(shown, tags, note
 @pytest.mark.parametrize("text", [b"N/A   ", b"40,123", b"nan   ", b"\\40   "])
 def test_windows_without_numbers_are_left_out_and_said(tmp_path, text):
     d = dataset(RAMP, WindowCenter="40.123", WindowWidth="77")
-    picture = read_picture(with_text(tmp_path / "w.dcm", d, b"40.123", text))
+    picture = read_image(with_text(tmp_path / "w.dcm", d, b"40.123", text))
     np.testing.assert_array_equal(picture.pixels, RAMP)
     assert any("its centre or width is not a number" in note for note in picture.notes)
 
@@ -103,7 +103,7 @@ def test_a_width_below_one_is_shown_exactly(shown):
 
 
 def test_an_unknown_function_is_refused_by_name(shown):
-    with pytest.raises(UserError, match="VOI LUT Function CUBIC is not read"):
+    with pytest.raises(UserError, match="VOI LUT Function CUBIC is not supported"):
         shown(RAMP, WindowCenter=1, WindowWidth=2, VOILUTFunction="CUBIC")
 
 
@@ -208,14 +208,14 @@ def test_large_first_value_read_as_signed():
 def test_understated_bits_of_a_lut_are_corrected_and_said(shown):
     picture = shown(RAMP, VOILUTSequence=[lut([16 * x for x in range(256)], bits=8)])
     np.testing.assert_allclose(picture.pixels, RAMP, atol=1)
-    assert "a lookup table states 8 bits, its entries have 12 and are read so" in picture.notes
+    assert "a lookup table states 8 bits but has 12-bit entries; 12 bits are used" in picture.notes
 
 
 def test_overstated_bits_of_a_voi_lut_are_corrected_and_said(shown):
     entries = (4 * np.arange(256)).tolist()  # 10 bits, stated as 16
     picture = shown(RAMP, VOILUTSequence=[lut(entries, bits=16)])
     np.testing.assert_array_equal(picture.pixels, np.rint(4 * RAMP.astype(float) / 1023 * 255))
-    assert picture.notes == ("a VOI LUT states 16 bits, its entries have 10 and are read so",)
+    assert picture.notes == ("a VOI LUT states 16 bits but has 10-bit entries; 10 bits are used",)
     dim = shown(RAMP, VOILUTSequence=[lut([40] * 256, bits=8)])
     assert (dim.pixels == 40).all() and not dim.notes
 
@@ -223,7 +223,7 @@ def test_overstated_bits_of_a_voi_lut_are_corrected_and_said(shown):
 def test_a_short_modality_lut_is_refused(shown):
     table = lut([1, 2, 3])
     table.LUTDescriptor = [4, 0, 16]
-    with pytest.raises(UserError, match="LUTData has 3 entries, its descriptor says 4"):
+    with pytest.raises(UserError, match="LUTData has 3 entries, its descriptor states 4"):
         shown(RAMP, ModalityLUTSequence=[table])
 
 

@@ -47,31 +47,31 @@ ODD = {
     "coronal scout": ({"ImageOrientationPatient": CORONAL}, "another orientation (coronal)"),
     "localizer": ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "a localizer (scout)"),
     "screen capture": ({"ImagePositionPatient": None}, "no slice position"),
-    "position of text": ({"ImagePositionPatient": b"0\\0\\5,5 "}, "an unusable ImagePositionPatient"),
+    "position of text": ({"ImagePositionPatient": b"0\\0\\5,5 "}, "an invalid ImagePositionPatient"),
     "empty position": ({"ImagePositionPatient": []}, "no slice position"),
-    "position of two numbers": ({"ImagePositionPatient": [0, 6]}, "an unusable ImagePositionPatient"),
+    "position of two numbers": ({"ImagePositionPatient": [0, 6]}, "an invalid ImagePositionPatient"),
     "colour": (
         {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0},
-        "a colour picture",
+        "a colour image",
     ),
     "other class": (
         {"SOPClassUID": SecondaryCaptureImageStorage},
         "Secondary Capture Image beside CT Image",
     ),
-    "dose sheet": ({"NumberOfFrames": 2}, "a file of 2 frames without the position of each"),
+    "dose sheet": ({"NumberOfFrames": 2}, "a file of 2 frames without frame positions"),
     "other grid": ({"Rows": 2, "Columns": 10}, "another grid (10 x 2 pixels)"),
     "other spacing": ({"PixelSpacing": [1, 1]}, "another pixel spacing (1 mm)"),
     "no spacing": ({"PixelSpacing": None}, "no PixelSpacing"),
-    "zero spacing": ({"PixelSpacing": [0, 0]}, "a PixelSpacing that is zero, negative or absurd"),
-    "one spacing": ({"PixelSpacing": [0.5]}, "an unusable PixelSpacing"),
-    "spacing with commas": ({"PixelSpacing": b"0,5\\0,75"}, "an unusable PixelSpacing"),
+    "zero spacing": ({"PixelSpacing": [0, 0]}, "a PixelSpacing that is zero, negative or implausible"),
+    "one spacing": ({"PixelSpacing": [0.5]}, "an invalid PixelSpacing"),
+    "spacing with commas": ({"PixelSpacing": b"0,5\\0,75"}, "an invalid PixelSpacing"),
     "radiograph with a position": (
         {"SOPClassUID": DigitalXRayImageStorageForPresentation, "Modality": "DX"},
-        "a picture in projection, not a slice",
+        "a projection image, not a slice",
     ),
     "planar picture of nuclear medicine": (
         {"SOPClassUID": NuclearMedicineImageStorage, "ImageType": ["ORIGINAL", "PRIMARY", "WHOLE BODY"]},
-        "a planar picture of nuclear medicine, not a slice",
+        "a planar nuclear medicine image, not a slice",
     ),
     "detector spacing": (
         {"PixelSpacing": None, "ImagerPixelSpacing": [0.5, 0.5]},
@@ -135,7 +135,7 @@ def test_a_digit_of_rounding_does_not_stop_a_series(tmp_path, changes):
         ({"ImageOrientationPatient": [1, 0, 0, 0, 1, 0.004]}, "slice orientations differ by 0.23 degrees"),
         ({"FrameOfReferenceUID": "1.2.88"}, "the slices name 2 frames of reference"),
         ({"PhotometricInterpretation": "MONOCHROME1"}, "inverted display (MONOCHROME1)"),
-        ({"RescaleSlope": 0}, "a Rescale Slope of 0 is taken as 1"),
+        ({"RescaleSlope": 0}, "Rescale Slope is 0; 1 is assumed"),
     ],
 )
 def test_a_slice_that_differs_a_little_is_kept_and_noted(tmp_path, changes, note):
@@ -246,7 +246,7 @@ def test_localizers_single_slices_and_pictures_do_not_hide_the_volume(tmp_path):
         ({"ImageType": ["ORIGINAL", "PRIMARY", "M", "MOSAIC"], "Modality": "MR"}, "mosaic.*dcm2niix"),
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.481.2"}, "radiotherapy dose grid"),
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.6.2"}, "enhanced ultrasound volume"),
-        ({"NumberOfFrames": 2, "Modality": "US"}, "cine.*2 frames without the position of each"),
+        ({"NumberOfFrames": 2, "Modality": "US"}, "cine.*2 frames without frame positions"),
     ],
 )
 def test_what_is_no_volume_is_refused_by_name(tmp_path, what, message):

@@ -154,7 +154,7 @@ def test_header_against_positions():
     (note,) = stacked(positions, distance=2.5).notes
     assert note.startswith("the header states 2.5 mm between slices, the positions 5 mm")
     (note,) = stacked(positions, thickness=1.0).notes
-    assert note == "slices of 1 mm thickness lie 5 mm apart"
+    assert note == "slices of 1 mm thickness are 5 mm apart"
     (note,) = stacked(positions, tilt=-12.0).notes
     assert "states a gantry tilt of 12.0 degrees, the slice positions show none" in note
     positions[:, 1] += np.arange(8) * 5 * math.tan(math.radians(12))

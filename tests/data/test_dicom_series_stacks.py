@@ -122,7 +122,7 @@ def test_copies_that_are_damaged_or_differ_are_noted(tmp_path):
     save(plain_slice(3, SOPInstanceUID=uid, PixelData=bytes(2 * ROWS * COLUMNS)), tmp_path / "zzz.dcm")
     volume = read_series(tmp_path)
     assert volume.notes[-1] == (
-        "1 slice skipped: the SOPInstanceUID of another, which is used, but other pixels"
+        "1 slice skipped: different pixels under the SOPInstanceUID of another, which is used"
     )
     assert volume.values[0, 0].tolist() == [0, 100, 200, 300, 400, 500]
 

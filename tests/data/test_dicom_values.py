@@ -25,7 +25,7 @@ from pydicom.uid import (
 
 from vilam3_jax.data.dicom import codecs
 from vilam3_jax.data.dicom.headers import read_dataset
-from vilam3_jax.data.dicom.pixels import frame_values, read_picture, value_notes
+from vilam3_jax.data.dicom.pixels import frame_values, read_image, value_notes
 from vilam3_jax.errors import UserError
 
 
@@ -77,7 +77,7 @@ def test_one_bit_frames_that_share_a_byte(tmp_path):
     packed = np.packbits(frames, bitorder="little").tobytes()
     path = save(tmp_path / "bits.dcm", dataset(packed, BitsStored=1, HighBit=0, **tags))
     for k, frame in enumerate(frames):
-        np.testing.assert_array_equal(read_picture(path, frame=k).pixels, frame * 255)
+        np.testing.assert_array_equal(read_image(path, frame=k).pixels, frame * 255)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_rescale(tmp_path, tags, factor, offset, noted):
 def test_a_slope_that_is_no_number_is_refused(tmp_path):
     path = with_text(tmp_path / "s.dcm", dataset(RAMP, RescaleSlope="1.2345"), b"1.2345", b"1,2345")
     with pytest.raises(UserError, match="RescaleSlope is not a number"):
-        read_picture(path)
+        read_image(path)
 
 
 def test_real_world_values_are_not_applied_in_silence(tmp_path):
@@ -128,7 +128,7 @@ def test_every_frame_has_its_own_rescale_and_window(tmp_path):
     for k, slope in ((0, 1), (1, 2)):
         np.testing.assert_array_equal(frame_values(d, k, path)[0], RAMP * np.float64(slope))
         expected = [curve(128 * slope, 256, "LINEAR", slope * x) for x in range(256)]
-        np.testing.assert_allclose(read_picture(path, frame=k).pixels.ravel(), expected, atol=0.51)
+        np.testing.assert_allclose(read_image(path, frame=k).pixels.ravel(), expected, atol=0.51)
     shared = group(3, 384)
     d = dataset(RAMP, SharedFunctionalGroupsSequence=[shared])
     assert values_of(tmp_path, d)[0].max() == 765
@@ -146,7 +146,7 @@ def test_float_pixels(shown, tmp_path):
         values, valid = frame_values(read_dataset(path), 0, path)
         np.testing.assert_array_equal(values, pixels)
         assert valid is not None and (~valid).sum() == 1 and not valid[0, 3]
-        picture = read_picture(path).pixels
+        picture = read_image(path).pixels
         assert picture[0, :4].tolist() == [0, 255, 0, 0] and picture[15, 15] == 255
 
 
@@ -208,7 +208,7 @@ def test_padding_is_black_and_out_of_the_statistics(shown, photometric):
 
 
 def test_a_picture_of_padding_alone_is_refused(shown):
-    with pytest.raises(UserError, match="not one pixel holds a value"):
+    with pytest.raises(UserError, match="all pixels are padding or NaN"):
         shown(np.full((4, 4), 7, np.uint16), PixelPaddingValue=7)
 
 
@@ -260,6 +260,14 @@ def test_signed_values_in_codestreams_without_a_sign(tmp_path, syntax):
         "HighBit": 11,
     }
     d = dataset(encode(bits), syntax=syntax, PixelRepresentation=1, **tags)
+    np.testing.assert_array_equal(values_of(tmp_path, d)[0], pixels)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16])
+def test_signed_rle_with_all_bits_stored(tmp_path, dtype):
+    pixels = np.array([[-5, 3], [100, -128]], dtype)
+    d = dataset(pixels)
+    d.compress(RLELossless, encoding_plugin="pydicom")
     np.testing.assert_array_equal(values_of(tmp_path, d)[0], pixels)
 
 

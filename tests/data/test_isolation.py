@@ -134,7 +134,7 @@ def test_errors_and_limits_cross_unchanged(decoder, tmp_path):
         ("segfault", "the decoder crashed (signal 11)"),
         ("exit", "the decoder ended with exit code 3"),
         ("kill", "was killed (signal 9), most likely because memory ran out"),
-        ("nonsense", "an answer that makes no sense"),
+        ("nonsense", "the decoder returned an invalid answer"),
         ("bug", "cannot be decoded (IndexError in the reader)"),
         pytest.param(
             "allocate",
@@ -247,7 +247,7 @@ def test_the_child_needs_no_jax():
 
 def test_answers_larger_than_what_is_stored_are_refused():
     with isolation._anonymous_file() as store:
-        message = isolation._packed(LoadedImage(np.zeros((2, 3, 3), np.uint8)), store)
+        message = isolation._pack(LoadedImage(np.zeros((2, 3, 3), np.uint8)), store)
         for shape in ([1 << 40], [-1, 4], [19]):
             with pytest.raises(isolation.FrameError):
-                isolation._unpacked(LoadedImage, {**message, "arrays": [["pixels", "|u1", shape]]}, store)
+                isolation._unpack(LoadedImage, {**message, "arrays": [["pixels", "|u1", shape]]}, store)

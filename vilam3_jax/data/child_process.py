@@ -1,4 +1,4 @@
-"""How child processes end: by their parent, or with it.
+"""Termination of child processes, by their parent or together with it.
 
 This module imports neither jax nor flax nor torch.
 """
@@ -14,22 +14,22 @@ import threading
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends a child process and closes its pipes."""
+    """Kills a child process, closes its pipes and waits for its end."""
     process.kill()
     for pipe in (process.stdin, process.stdout):
-        # A pipe to a dead process may still hold bytes that nobody will take.
+        # Closing a pipe to a dead process fails if unsent bytes are buffered.
         with contextlib.suppress(OSError):
             if pipe is not None:
                 pipe.close()
     process.wait()
 
 
-@functools.cache  # once a process
+@functools.cache  # once per process
 def end_with_parent() -> None:
-    """Lets a process of `multiprocessing` end when its parent does, even where that was killed.
+    """Ends this `multiprocessing` child when its parent ends, even if the parent is killed.
 
-    Such a process waits for work in a queue of which it holds both ends, so it would wait forever. Does
-    nothing in a main process.
+    Otherwise the child would wait forever for work on a queue of which it holds both ends. Does nothing in a
+    main process.
     """
     parent = multiprocessing.parent_process()
     if parent is None:

@@ -1,12 +1,12 @@
 """Decoding in a child process: a file that crashes, hangs or bloats a decoder costs one error message.
 
-Decoders of medical formats are C code that reads whatever a file says. `DecoderProcess` runs the readers of
-this package in a process of its own, with a limit on time and memory, and turns whatever happens there into a
-`UserError`. Requests and answers are frames of `expert_host`; arrays travel through an anonymous file in
-memory that both processes hold. The parent copies and never maps it, so the child cannot fault the parent.
+Decoders of medical formats are C code that processes untrusted input. `DecoderProcess` runs the readers of
+this package in a child process with limits on time and memory, and converts every failure there to a
+`UserError`. Requests and answers are `host_client` frames. Arrays pass through an anonymous in-memory file
+shared by both processes; the parent copies it instead of mapping it, so the child cannot fault the parent.
 
 This protects a long-running process (a chat, an expert host) from accidents. It is not a sandbox: the child
-runs as the same user and can read what this user can read.
+runs as the same user and can read all of that user's files.
 
 This module imports neither jax nor flax nor torch. Run it as a program only through `DecoderProcess`.
 """
@@ -26,7 +26,6 @@ import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, TypeVar
 
 import numpy as np
@@ -43,11 +42,11 @@ DEFAULT_SECONDS = 60.0
 DEFAULT_MEMORY_BYTES = 8 << 30
 
 _START_SECONDS = 60.0
-_GRACE_SECONDS = 5.0  # after the parent's limit, the child ends by itself: its parent is gone
+_GRACE_SECONDS = 5.0  # after the parent's limit, the child assumes that its parent is gone and exits
 _CHILD = (sys.executable, "-P", "-m", "vilam3_jax.data.isolation")
-# Everything else stays behind: tokens and credentials are passed in variables.
+# No other variable is passed on, because variables may hold tokens and credentials.
 _ENVIRONMENT = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PATH", "PYTHONPATH", "TMPDIR")
-# Thread pools reserve memory for each core, and one file at a time is decoded.
+# Thread pools reserve memory per core, and files are decoded one at a time.
 _ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 _MAX_OPEN_FILES = 64
 
@@ -55,10 +54,10 @@ _Result = TypeVar("_Result", Volume, LoadedImage)
 
 
 class DecoderProcess:
-    """A child process that reads volumes and pictures. It starts at the first request and is reused.
+    """A child process that reads volumes and images, started at the first request and reused.
 
-    After a crash, a time-out or a memory error, the next request starts a fresh one. Requests of several
-    threads are answered one at a time. Use as a context manager, or call `close`.
+    After a crash, timeout or memory error, the next request starts a new process. Concurrent requests are
+    processed one at a time. Use as a context manager, or call `close`.
     """
 
     def __init__(
@@ -68,39 +67,34 @@ class DecoderProcess:
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
         command: Sequence[str] = _CHILD,
     ) -> None:
-        """Prepares a process.
+        """Configures the process without starting it.
 
         Args:
-          timeout: seconds for one file; then the process is killed.
-          memory_bytes: what decoding may allocate beyond the interpreter and its libraries, and how large the
-            result may be. Enforced on Linux only.
-          command: how to start the child.
+          timeout: seconds per file, after which the process is killed.
+          memory_bytes: limit on allocations beyond the interpreter and its libraries, and on the size of the
+            result. Enforced on Linux only.
+          command: command line of the child.
         """
         self._timeout = timeout
         self._memory_bytes = memory_bytes
         self._command = (*command,)
         self._process: subprocess.Popen[bytes] | None = None
         self._store: IO[bytes] | None = None
-        self._numbers = itertools.count()
+        self._ids = itertools.count()
         self._lock = threading.Lock()
 
     def read_volume(self, path: PathLike, **keywords: Any) -> Volume:
-        """`volumes.read_volume` in the child: same arguments, result and errors.
+        """`volumes.read_volume` in the child, with the same arguments, result and errors.
 
         Raises:
-          UnavailableError: the disk fails, or the process cannot be started.
-          UserError: also if decoding takes too long, needs too much memory, or crashes the decoder. Names the
-            file. Paths of object stores are refused, because the child holds no credentials.
+          UnavailableError: disk failure, or the process cannot be started.
+          UserError: also if decoding takes too long, needs too much memory, or crashes; names the file. Paths
+            of object stores are rejected, because the child has no credentials.
         """
         return self._decode(Volume, path, keywords)
 
     def load_image(self, path: PathLike, **keywords: Any) -> LoadedImage:
-        """`images.load_image` in the child: same arguments, result and errors.
-
-        Raises:
-          UnavailableError: see `read_volume`.
-          UserError: see `read_volume`.
-        """
+        """`images.load_image` in the child, with the same arguments and result; raises as `read_volume`."""
         return self._decode(LoadedImage, path, keywords)
 
     def _decode(self, kind: type[_Result], path: PathLike, keywords: dict[str, Any]) -> _Result:
@@ -111,20 +105,20 @@ class DecoderProcess:
                 "without a decoder process"
             )
         request: Message = {
-            "id": next(self._numbers),
+            "id": next(self._ids),
             "kind": kind.__name__,
             "path": os.fspath(path),
             "seconds": self._timeout,
             "keywords": {
-                key: dataclasses.asdict(value) if isinstance(value, Limits) else _plain(value)
+                key: dataclasses.asdict(value) if isinstance(value, Limits) else _without_numpy(value)
                 for key, value in keywords.items()
             },
         }
         with self._lock:
             try:
                 answer = self._exchange(request)
-                error = _carried_error(answer) if "error" in answer else None
-                result = None if error is not None else _unpacked(kind, answer["result"], self._store)
+                if "error" not in answer:
+                    return _unpack(kind, answer["result"], self._store)
             except _ChildError as error:
                 self._stop()
                 raise UserError(
@@ -133,8 +127,7 @@ class DecoderProcess:
             except (FrameError, KeyError, TypeError, ValueError) as error:
                 self._stop()
                 raise UserError(
-                    f"{path}: the decoder gave an answer that makes no sense; the file is damaged, export it "
-                    "again"
+                    f"{path}: the decoder returned an invalid answer; the file is damaged, export it again"
                 ) from error
             except OSError as error:
                 self._stop()
@@ -142,10 +135,7 @@ class DecoderProcess:
                     f"{path}: the decoder process does not start ({error}); check the installation and the "
                     "free memory"
                 ) from error
-        if result is None:
-            assert error is not None
-            raise error
-        return result
+        raise (UnavailableError if answer.get("unavailable") else UserError)(str(answer["error"]))
 
     def _exchange(self, request: Message) -> Message:
         if self._process is None or self._process.poll() is not None:
@@ -167,7 +157,7 @@ class DecoderProcess:
             stdout=subprocess.PIPE,
             env=_child_environment(),
             pass_fds=(number,),
-            start_new_session=True,  # Ctrl-C is the parent's
+            start_new_session=True,  # Ctrl-C goes to the parent only
         )
         try:
             self._receive(None, _START_SECONDS, f"loading took more than {_START_SECONDS:g} s")
@@ -184,27 +174,26 @@ class DecoderProcess:
             timed_out.set()
             process.kill()
 
-        # The kill ends whichever of the two blocking calls is waiting.
-        timer = threading.Timer(seconds, expire)
+        timer = threading.Timer(seconds, expire)  # the kill interrupts both blocking calls
         timer.daemon = True
         timer.start()
+        answer = None
         try:
             if request is not None:
                 write_frame(process.stdin, request)
             answer = read_frame(process.stdout)
         except BrokenPipeError:
-            answer = None
+            pass
         except FrameError:
             if not timed_out.is_set():
                 raise
-            answer = None
         finally:
             timer.cancel()
-        if answer is not None and not timed_out.is_set():
-            return answer
         if timed_out.is_set():
             raise _ChildError(too_late)
-        raise _ChildError(_obituary(process))
+        if answer is None:
+            raise _ChildError(_exit_reason(process))
+        return answer
 
     def _stop(self) -> None:
         if self._process is not None:
@@ -222,22 +211,16 @@ class DecoderProcess:
     def __enter__(self) -> DecoderProcess:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
 class _ChildError(Exception):
-    """What happened to the child, as a part of a sentence."""
+    """A failure of the child, as part of a sentence."""
 
 
-def _carried_error(answer: Message) -> UserError:
-    return (UnavailableError if answer["passing"] else UserError)(str(answer["error"]))
-
-
-def _obituary(process: subprocess.Popen[bytes]) -> str:
-    """How a process ended that closed its pipe."""
+def _exit_reason(process: subprocess.Popen[bytes]) -> str:
+    """How a process that closed its pipe ended."""
     try:
         code = process.wait(timeout=_GRACE_SECONDS)
     except subprocess.TimeoutExpired:
@@ -257,16 +240,16 @@ def _child_environment() -> dict[str, str]:
 
 
 def _anonymous_file() -> IO[bytes]:
-    """A file without a name that holds the arrays of one answer, in memory where the system can."""
+    """An unnamed file for the arrays of one answer, in memory if the system supports it."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("decoded"), "w+b", buffering=0)
     return tempfile.TemporaryFile(buffering=0)
 
 
-def _packed(result: Volume | LoadedImage, store: IO[bytes]) -> Message:
-    """Describes `result` as msgpack values; its arrays go to `store`, one after the other."""
-    named = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
-    arrays = {key: value for key, value in named.items() if isinstance(value, np.ndarray)}
+def _pack(result: Volume | LoadedImage, store: IO[bytes]) -> Message:
+    """Describes `result` as msgpack values, and writes its arrays to `store` one after the other."""
+    fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    arrays = {key: value for key, value in fields.items() if isinstance(value, np.ndarray)}
     store.seek(0)
     for array in arrays.values():
         rest = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
@@ -274,21 +257,21 @@ def _packed(result: Volume | LoadedImage, store: IO[bytes]) -> Message:
             rest = rest[store.write(rest) :]
     return {
         "arrays": [[key, array.dtype.str, array.shape] for key, array in arrays.items()],
-        "fields": {key: _plain(value) for key, value in named.items() if key not in arrays},
+        "fields": {key: _without_numpy(value) for key, value in fields.items() if key not in arrays},
     }
 
 
-def _unpacked(kind: type[_Result], message: Message, store: IO[bytes] | None) -> _Result:
-    """The inverse of `_packed`; empties `store`.
+def _unpack(kind: type[_Result], message: Message, store: IO[bytes] | None) -> _Result:
+    """The inverse of `_pack`; empties `store`.
 
     Raises:
-      FrameError: sizes that disagree with what is stored.
-      KeyError, TypeError, ValueError: not what `_packed` wrote.
+      FrameError: array sizes contradict the stored size.
+      KeyError, TypeError, ValueError: not a message of `_pack`.
     """
     assert store is not None
     left = os.fstat(store.fileno()).st_size
     store.seek(0)
-    named: dict[str, Any] = {key: _tuples(value) for key, value in message["fields"].items()}
+    fields: dict[str, Any] = {key: _with_tuples(value) for key, value in message["fields"].items()}
     for key, code, shape in message["arrays"]:
         dtype = np.dtype(code)
         count = dtype.itemsize * int(np.prod([int(n) for n in shape], dtype=object))
@@ -302,21 +285,21 @@ def _unpacked(kind: type[_Result], message: Message, store: IO[bytes] | None) ->
             if not got:
                 raise FrameError("array cut short")
             rest = rest[got:]
-        named[key] = array
+        fields[key] = array
     store.truncate(0)
-    return kind(**named)
+    return kind(**fields)
 
 
-def _plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, which msgpack can write."""
+def _without_numpy(value: Any) -> Any:
+    """Replaces NumPy scalars, which msgpack cannot write."""
     if isinstance(value, tuple):
-        return tuple(_plain(item) for item in value)
+        return tuple(_without_numpy(item) for item in value)
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _tuples(value: Any) -> Any:
-    """Lists as tuples, which msgpack does not tell apart."""
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+def _with_tuples(value: Any) -> Any:
+    """Restores tuples, which msgpack returns as lists."""
+    return tuple(_with_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _serve(requests: IO[bytes], answers: IO[bytes], store: IO[bytes]) -> None:
@@ -330,38 +313,36 @@ def _serve(requests: IO[bytes], answers: IO[bytes], store: IO[bytes]) -> None:
 
 
 def _answer(request: Message, store: IO[bytes]) -> Message:
-    path, keywords = request["path"], {key: _tuples(value) for key, value in request["keywords"].items()}
+    path = request["path"]
+    keywords = {key: _with_tuples(value) for key, value in request["keywords"].items()}
     if "limits" in keywords:
         keywords["limits"] = Limits(**keywords["limits"])
     read = volumes.read_volume if request["kind"] == Volume.__name__ else images.load_image
     answer: Message = {"id": request["id"]}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what libraries warn of may quote the file
+        warnings.simplefilter("ignore")  # warnings of libraries may quote the file
         try:
-            answer["result"] = _packed(read(path, **keywords), store)
+            answer["result"] = _pack(read(path, **keywords), store)
         except MemoryError:
             answer["out_of_memory"] = True
         except UserError as error:
-            answer |= {"error": str(error), "passing": isinstance(error, UnavailableError)}
+            answer |= {"error": str(error), "unavailable": isinstance(error, UnavailableError)}
         except Exception as error:
-            # Without its text, which may quote the file.
+            # Omit the message, which may quote the file.
             reason = f"{type(error).__name__} in the reader"
-            answer |= {
-                "error": f"{path}: cannot be decoded ({reason}); the file is damaged, export it again",
-                "passing": False,
-            }
+            answer["error"] = f"{path}: cannot be decoded ({reason}); the file is damaged, export it again"
     return answer
 
 
 def _limit_resources(memory_bytes: int) -> None:
-    """Bounds what this process may allocate, write and open from now on."""
-    wanted = {
+    """Limits the memory, file size and open files of this process."""
+    limits = {
         resource.RLIMIT_AS: _address_space() + memory_bytes,
         resource.RLIMIT_FSIZE: memory_bytes,
         resource.RLIMIT_NOFILE: _MAX_OPEN_FILES,
         resource.RLIMIT_CORE: 0,
     }
-    for kind, most in wanted.items():
+    for kind, most in limits.items():
         hard = resource.getrlimit(kind)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         with contextlib.suppress(ValueError, OSError):  # a system without this limit, such as macOS
@@ -369,7 +350,7 @@ def _limit_resources(memory_bytes: int) -> None:
 
 
 def _address_space() -> int:
-    """Bytes of address space in use; 0 where the system does not say."""
+    """Bytes of address space in use; 0 if unknown."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except OSError:
@@ -377,20 +358,17 @@ def _address_space() -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The child: answers requests on its standard input.
+    """Answers requests on standard input, as the child, until the parent closes the pipe; returns 0.
 
     Args:
-      argv: number of the open file that takes arrays, and bytes of memory that decoding may allocate.
-
-    Returns:
-      Exit code 0, once the parent has closed the pipe.
+      argv: file descriptor for arrays, and bytes of memory that decoding may allocate.
     """
     store_number, memory_bytes = (int(word) for word in argv)
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    # Decoders print to standard output and error, and what they print may quote the file.
-    nothing = os.open(os.devnull, os.O_RDWR)
+    # Decoders print to standard output and error, and may quote the file.
+    null = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
-        os.dup2(nothing, number)
+        os.dup2(null, number)
     _limit_resources(memory_bytes)
     with requests, answers, os.fdopen(store_number, "r+b", buffering=0) as store:
         _serve(requests, answers, store)

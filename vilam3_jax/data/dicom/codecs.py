@@ -1,4 +1,4 @@
-"""Decoders of compressed DICOM frames, by imagecodecs, and by pydicom's plugins where that lacks a codec."""
+"""Decoders of compressed DICOM frames: imagecodecs, otherwise pydicom's plugins."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import imagecodecs
 import numpy as np
+from pydicom.encaps import encapsulate
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import (
     HTJ2K,
@@ -33,19 +34,16 @@ _JPEG_LS = (JPEGLSLossless, JPEGLSNearLossless)
 JPEG_2000 = (JPEG2000Lossless, JPEG2000, HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K)
 
 _START_OF_FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
-_MAX_RLE_PADDING = 256  # bytes that some writers add to a segment
+_MAX_RLE_PADDING = 256  # bytes; some writers pad segments
 
+# These codecs code whole pixel cells without loss, including the bits outside Bits Stored.
+WHOLE_CELL_CODECS = (*_LOSSLESS_JPEG, JPEGLSLossless)
 
-# Lossless codecs of whole cells: what lies beside the stored bits survives in them.
-KEEPS_CELLS = (*_LOSSLESS_JPEG, JPEGLSLossless)
+_Decoder = Callable[[bytes, dict[str, Any]], np.ndarray]
 
 
 class NoDecoderError(Exception):
-    """No installed package decodes the transfer syntax.
-
-    Attributes:
-      is_known: whether there are packages that do.
-    """
+    """No installed package decodes the transfer syntax; `is_known` if another package does."""
 
     def __init__(self, *, is_known: bool) -> None:
         super().__init__()
@@ -53,29 +51,22 @@ class NoDecoderError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Frame:
-    """What a compressed frame says of itself.
+class FrameHeader:
+    """Header of a compressed frame.
 
     Attributes:
-      rows, columns: of the coded picture.
+      rows, columns: size in pixels.
       components: samples per pixel.
-      precision: bits of a sample.
-      signed: whether the samples are signed, which only JPEG 2000 can say.
-      colour: "RGB" or "YBR_FULL" where a marker, the component names, subsampled chroma or the transform of
-        JPEG 2000 settle it.
+      precision: bits per sample.
+      colour: "RGB" or "YBR_FULL" if determined by a marker, the component names, subsampled chroma or the
+        component transform of JPEG 2000.
     """
 
     rows: int
     columns: int
     components: int
     precision: int
-    signed: bool = False
     colour: str | None = None
-
-
-def is_known(syntax: UID) -> bool:
-    """Whether `inspect` can read frames of this transfer syntax."""
-    return syntax in (*_JPEG, *_JPEG_LS, *JPEG_2000, RLELossless)
 
 
 def is_decodable(syntax: UID) -> bool:
@@ -88,67 +79,67 @@ def is_decodable(syntax: UID) -> bool:
         return False
 
 
-def inspect(coded: bytes, syntax: UID) -> Frame | None:
-    """Reads the header of a coded frame; None for RLE, whose header says nothing of the picture.
+def read_frame_header(coded: bytes, syntax: UID) -> FrameHeader | None:
+    """Parses the header of a coded frame; None for RLE, which has no image header, and unknown syntaxes.
 
     Raises:
-      ValueError: not the format that the transfer syntax promises, or cut short.
+      ValueError: truncated, or not in the format of the transfer syntax.
     """
-    if syntax == RLELossless:
-        return None
     try:
-        return _inspect_jpeg_2000(coded) if syntax in JPEG_2000 else _inspect_jpeg(coded)
+        if syntax in JPEG_2000:
+            return _jpeg_2000_header(coded)
+        return _jpeg_header(coded) if syntax in (*_JPEG, *_JPEG_LS) else None
     except (struct.error, IndexError) as error:
         raise ValueError("the compressed frame ends inside its header") from error
 
 
-def _inspect_jpeg_2000(coded: bytes) -> Frame:
+def _jpeg_2000_header(coded: bytes) -> FrameHeader:
     start = _codestream_start(coded)
     x1, y1, x0, y0 = struct.unpack_from(">4L", coded, start + 8)
     (components,) = struct.unpack_from(">H", coded, start + 40)
     depth = coded[start + 42]
-    place = start + 2
-    while coded[place : place + 2] != b"\xff\x52":  # coding style, a part of every main header
-        if coded[place] != 0xFF or coded[place + 1] == 0x90:
+    marker = start + 2
+    while coded[marker : marker + 2] != b"\xff\x52":  # COD (coding style), in every main header
+        if coded[marker] != 0xFF or coded[marker + 1] == 0x90:
             raise ValueError("a damaged JPEG 2000 codestream")
-        place += 2 + struct.unpack_from(">H", coded, place + 2)[0]
+        marker += 2 + struct.unpack_from(">H", coded, marker + 2)[0]
     sampling = {coded[start + 43 + 3 * index : start + 45 + 3 * index] for index in range(components)}
-    if len(sampling) > 1:  # DICOM knows no such thing, and the decoder would convert it
+    if len(sampling) > 1:  # not allowed in DICOM; the decoder would convert it
         raise ValueError("components of different sampling")
-    colour = "RGB" if components == 3 and coded[place + 8] else None  # the decoder undoes this transform
-    return Frame(y1 - y0, x1 - x0, components, (depth & 0x7F) + 1, bool(depth & 0x80), colour)
+    colour = "RGB" if components == 3 and coded[marker + 8] else None  # the decoder inverts this transform
+    return FrameHeader(y1 - y0, x1 - x0, components, (depth & 0x7F) + 1, colour)
 
 
 def _codestream_start(coded: bytes) -> int:
-    start = coded.find(b"\xff\x4f\xff\x51")  # some writers enclose it in a JP2 file
+    start = coded.find(b"\xff\x4f\xff\x51")  # some writers store a JP2 file
     if start < 0:
         raise ValueError("no JPEG 2000 codestream inside")
     return start
 
 
-def _inspect_jpeg(coded: bytes) -> Frame:
+def _jpeg_header(coded: bytes) -> FrameHeader:
     if coded[:2] != b"\xff\xd8":
         raise ValueError("no JPEG codestream inside")
-    if b"\xff\xd9" not in coded[-10:]:  # libjpeg would make up what is missing
+    if b"\xff\xd9" not in coded[-10:]:  # libjpeg would fill in the missing pixels
         raise ValueError("the compressed frame is cut short")
     jfif, adobe = False, None
-    place = 2
+    start = 2
     while True:
-        if coded[place] != 0xFF:
+        if coded[start] != 0xFF:
             raise ValueError("a damaged JPEG codestream")
-        marker = coded[place + 1]
+        marker = coded[start + 1]
         if marker == 0xFF:  # a fill byte
-            place += 1
+            start += 1
             continue
-        (length,) = struct.unpack_from(">H", coded, place + 2)
-        body = coded[place + 4 : place + 2 + length]
+        (length,) = struct.unpack_from(">H", coded, start + 2)
+        body = coded[start + 4 : start + 2 + length]
         if marker in _START_OF_FRAME:
             break
         if marker == 0xE0 and body.startswith(b"JFIF"):
             jfif = True
         if marker == 0xEE and body.startswith(b"Adobe") and len(body) >= 12:
             adobe = body[11]
-        place += 2 + length
+        start += 2 + length
     precision, rows, columns, components = struct.unpack_from(">BHHB", body)
     names = bytes(body[6 : 6 + 3 * components : 3])
     sampling = body[7 : 7 + 3 * components : 3]
@@ -158,25 +149,25 @@ def _inspect_jpeg(coded: bytes) -> Frame:
             colour = "RGB"
         elif jfif or adobe == 1 or len(set(sampling)) > 1:
             colour = "YBR_FULL"
-    return Frame(rows, columns, components, precision, False, colour)
+    return FrameHeader(rows, columns, components, precision, colour)
 
 
 def decode(coded: bytes, syntax: UID, options: dict[str, Any]) -> np.ndarray:
-    """Decodes one frame; components stay as they were coded (no conversion of YCbCr to RGB).
+    """Decodes one frame without converting YCbCr to RGB.
 
-    JPEG 2000 undoes its own component transform, so YBR_ICT and YBR_RCT come out as RGB.
+    The component transform of JPEG 2000 is inverted, so YBR_ICT and YBR_RCT are returned as RGB.
 
     Args:
-      coded: the frame's fragments, joined.
+      coded: the concatenated fragments of the frame.
       syntax: the transfer syntax.
-      options: what pydicom's decoders need (rows, columns, samples_per_pixel, ...).
+      options: options of pydicom's decoders (rows, columns, samples_per_pixel, ...).
 
     Returns:
       [rows, columns] or [rows, columns, 3] integers.
 
     Raises:
-      NoDecoderError: nothing installed decodes this syntax.
-      Exception: damaged data; what is raised depends on the codec.
+      NoDecoderError: no installed package decodes this syntax.
+      Exception: damaged data; the class depends on the codec.
     """
     decoder = _decoder(syntax)
     if decoder is not None:
@@ -188,16 +179,7 @@ def decode(coded: bytes, syntax: UID, options: dict[str, Any]) -> np.ndarray:
     if not plugins.is_available:
         raise NoDecoderError(is_known=True)
     options = options | {"number_of_frames": 1, "pixel_keyword": "PixelData", "extended_offsets": None}
-    return plugins.as_array(encapsulated(coded), index=0, raw=True, **options)[0]
-
-
-def encapsulated(coded: bytes) -> bytes:
-    """`coded` as the only frame of encapsulated pixel data."""
-    padded = coded + b"\0" * (len(coded) % 2)
-    return b"\xfe\xff\0\xe0\0\0\0\0" + struct.pack("<HHL", 0xFFFE, 0xE000, len(padded)) + padded
-
-
-_Decoder = Callable[[bytes, dict[str, Any]], np.ndarray]
+    return plugins.as_array(encapsulate([coded], has_bot=False), index=0, raw=True, **options)[0]
 
 
 def _decoder(syntax: UID) -> _Decoder | None:
@@ -206,7 +188,7 @@ def _decoder(syntax: UID) -> _Decoder | None:
     if syntax in _JPEG_LS and imagecodecs.JPEGLS.available:
         return lambda coded, options: imagecodecs.jpegls_decode(coded)
     if syntax in JPEG_2000 and imagecodecs.JPEG2K.available:
-        # Without the JP2 file around it, whose colour space would make the decoder convert.
+        # The bare codestream: the decoder would apply the colour space of an enclosing JP2 file.
         return lambda coded, options: imagecodecs.jpeg2k_decode(coded[_codestream_start(coded) :])
     if syntax == RLELossless and imagecodecs.PACKBITS.available:
         return _decode_rle
@@ -216,7 +198,7 @@ def _decoder(syntax: UID) -> _Decoder | None:
 def _decode_jpeg(coded: bytes, options: dict[str, Any]) -> np.ndarray:
     if options["samples_per_pixel"] == 1:
         return imagecodecs.jpeg8_decode(coded)
-    # The same name on both sides: libjpeg converts nothing, whatever the markers say.
+    # Equal input and output colour spaces disable libjpeg's conversion, regardless of the markers.
     return imagecodecs.jpeg8_decode(coded, colorspace="YCBCR", outcolorspace="YCBCR")
 
 
@@ -226,7 +208,7 @@ def _decode_rle(coded: bytes, options: dict[str, Any]) -> np.ndarray:
     width = max(options["bits_allocated"] // 8, 1)
     count, *offsets = struct.unpack_from("<16L", coded)
     if count != samples * width:
-        raise ValueError(f"{count} RLE segments, {samples * width} were expected")
+        raise ValueError(f"{count} RLE segments, expected {samples * width}")
     size = rows * columns
     offsets = [*offsets[:count], len(coded)]
     planes = np.empty((samples, width, size), np.uint8)
@@ -234,7 +216,7 @@ def _decode_rle(coded: bytes, options: dict[str, Any]) -> np.ndarray:
         segment = coded[offsets[index] : offsets[index + 1]]
         unpacked = imagecodecs.packbits_decode(segment, out=size + _MAX_RLE_PADDING)
         if len(unpacked) < size:
-            raise ValueError(f"an RLE segment of {len(unpacked)} bytes, {size} were expected")
+            raise ValueError(f"an RLE segment of {len(unpacked)} bytes, expected {size}")
         planes[index // width, index % width] = np.frombuffer(unpacked, np.uint8, size)
     values = np.moveaxis(planes, 1, -1).copy().view(f">u{width}")[..., 0].astype(f"u{width}")
     grid = np.moveaxis(values.reshape(samples, rows, columns), 0, -1)

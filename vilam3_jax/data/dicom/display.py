@@ -1,4 +1,4 @@
-"""Display settings of a DICOM image: its VOI LUTs and windows (PS3.3 C.11.2)."""
+"""Display settings of a DICOM image: VOI LUTs and windows (PS3.3 C.11.2)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ import math
 import numpy as np
 import pydicom
 
-from vilam3_jax.data.dicom.headers import functional_group, items, numbers, short
+from vilam3_jax.data.dicom.headers import ImageError, functional_group, items, numbers
 from vilam3_jax.data.dicom.lookup_tables import Table, read_table
-from vilam3_jax.errors import UserError
-from vilam3_jax.runtime.paths import PathLike
+from vilam3_jax.data.volume_io import one_line
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Display:
-    """One display setting of a file.
+    """A display setting: a VOI LUT, or a window if `table` is None.
 
     Attributes:
-      name: for messages.
-      table: the VOI LUT; None: a window.
-      centre, width, function: of the window.
-      problem: why it cannot be applied; None: it can.
+      name: used in messages.
+      table: the VOI LUT.
+      centre, width, function: the window and its VOI LUT Function.
+      problem: why the setting cannot be applied, or None.
     """
 
     name: str
@@ -33,18 +32,17 @@ class Display:
     problem: str | None = None
 
     def apply(self, values: np.ndarray) -> np.ndarray:
-        """0 (black) to 1, by PS3.3 C.11.2.1.2 and C.11.2.1.3."""
+        """Maps values to 0 (black) to 1, see PS3.3 C.11.2.1.2 and C.11.2.1.3."""
         if self.table is not None:
             return self.table.look_up(values) / self.table.largest
-        if self.function == "SIGMOID":
-            exponent = np.clip(-4 * (values.astype(np.float64) - self.centre) / self.width, -700, 700)
-            return 1 / (1 + np.exp(exponent))
         values = values.astype(np.float64)
-        if self.function == "LINEAR":
-            if self.width == 1:
-                return (values > self.centre - 0.5).astype(np.float64)
-            return np.clip((values - (self.centre - 0.5)) / (self.width - 1) + 0.5, 0, 1)
-        return np.clip((values - self.centre) / self.width + 0.5, 0, 1)
+        if self.function == "SIGMOID":
+            return 1 / (1 + np.exp(np.clip(-4 * (values - self.centre) / self.width, -700, 700)))
+        if self.function == "LINEAR_EXACT":
+            return np.clip((values - self.centre) / self.width + 0.5, 0, 1)
+        if self.width == 1:
+            return (values > self.centre - 0.5).astype(np.float64)
+        return np.clip((values - (self.centre - 0.5)) / (self.width - 1) + 0.5, 0, 1)
 
 
 def between(low: float, high: float) -> Display:
@@ -54,85 +52,69 @@ def between(low: float, high: float) -> Display:
 
 
 def choose(
-    dataset: pydicom.Dataset,
-    frame: int,
-    voi: int,
-    bounds: tuple[float, float],
-    path: PathLike,
-    notes: list[str],
+    dataset: pydicom.Dataset, frame: int, voi: int, bounds: tuple[float, float], notes: list[str]
 ) -> Display | None:
     """Chooses a display setting.
 
     Args:
       dataset: the image.
-      frame: whose settings are asked for; they may differ from frame to frame.
-      voi: which one: VOI LUTs come first, then windows. 0 is the first that can be applied.
-      bounds: smallest and largest value that the image can hold after the modality transform.
-      path: named in errors.
-      notes: gets what was chosen and why.
+      frame: frame index; settings may differ between frames.
+      voi: index of the setting, VOI LUTs before windows. 0: the first setting that can be applied.
+      bounds: smallest and largest possible value after the modality transform.
+      notes: receives the choice and its reason.
 
     Returns:
-      The setting; None if the file has none that can be applied.
+      The setting; None if the file has no applicable one.
 
     Raises:
-      UserError: no such setting, or it cannot be applied.
+      ImageError: no such setting, or it cannot be applied.
     """
-    settings = _settings(dataset, frame, bounds, path, notes)
+    settings = _settings(dataset, frame, bounds, notes)
     if not settings and voi == 0:
         return None
     names = ", ".join(f"{index}: {setting.name}" for index, setting in enumerate(settings[:20]))
     if not 0 <= voi < len(settings):
-        raise UserError(f"{path}: no display setting {voi}; the file has {names or 'none'}")
+        raise ImageError(f"no display setting {voi}; the file has {names or 'none'}")
     if voi and settings[voi].problem:
-        raise UserError(f"{path}: {settings[voi].name} cannot be applied, {settings[voi].problem}")
-    chosen = voi
-    while chosen < len(settings) and (problem := settings[chosen].problem):
-        notes.append(f"{settings[chosen].name} is left out, {problem}")
-        chosen += 1
-    if chosen == len(settings):
-        return None
-    if len(settings) > 1:
-        notes.append(f"display setting {chosen} is shown; the file has {names}")
-    return settings[chosen]
+        raise ImageError(f"{settings[voi].name} cannot be applied: {settings[voi].problem}")
+    for index, setting in enumerate(settings[voi:], voi):
+        if setting.problem is None:
+            if len(settings) > 1:
+                notes.append(f"display setting {index} is shown; the file has {names}")
+            return setting
+        notes.append(f"{setting.name} skipped: {setting.problem}")
+    return None
 
 
 def _settings(
-    dataset: pydicom.Dataset, frame: int, bounds: tuple[float, float], path: PathLike, notes: list[str]
+    dataset: pydicom.Dataset, frame: int, bounds: tuple[float, float], notes: list[str]
 ) -> list[Display]:
     own = functional_group(dataset, frame, "FrameVOILUTSequence")
     item = dataset if own is None else own
     settings = []
-    for place, table in enumerate(items(item, "VOILUTSequence")):
-        name = f"VOI LUT {place}"
+    for index, table in enumerate(items(item, "VOILUTSequence")):
+        name = f"VOI LUT {index}"
         try:
-            settings.append(
-                Display(name, table=_within_its_bits(read_table(table, bounds, dataset, notes), notes))
-            )
+            settings.append(Display(name, table=_fit_bits(read_table(table, bounds, dataset, notes), notes)))
         except ValueError as error:
-            settings.append(Display(name, problem=short(error)))
+            settings.append(Display(name, problem=one_line(error)))
     centres, widths = (numbers(item, key) for key in ("WindowCenter", "WindowWidth"))
     if len(centres) != len(widths):
-        notes.append(
-            f"{len(centres)} window centres and {len(widths)} widths; the ones in excess are left out"
-        )
+        notes.append(f"{len(centres)} window centres and {len(widths)} widths; unpaired values are ignored")
     function = str(item.get("VOILUTFunction") or "LINEAR").strip().upper() or "LINEAR"
     if centres and widths and function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
-        raise UserError(
-            f"{path}: the VOI LUT Function {ascii(function)[1:-1]:.40} is not read here; export it with "
-            "LINEAR"
-        )
-    for centre, width in zip(centres, widths, strict=False):
-        settings.append(_window(centre, width, function, notes))
+        name = f"{ascii(function)[1:-1]:.40}"
+        raise ImageError(f"the VOI LUT Function {name} is not supported; export it with LINEAR")
+    settings += [_window(*window, function, notes) for window in zip(centres, widths, strict=False)]
     return settings
 
 
-def _within_its_bits(table: Table, notes: list[str]) -> Table:
-    """Some writers state 16 bits for entries of 8 or 12, which would leave the picture black."""
+def _fit_bits(table: Table, notes: list[str]) -> Table:
+    """Corrects overstated bits: some writers state 16 for 8- or 12-bit entries, which would be black."""
     used = int(table.entries.max()).bit_length()
     if table.bits <= 8 or not 0 < used < table.bits - 1:
         return table
-    notes.append(f"a VOI LUT states {table.bits} bits, its entries have {used} and are read so")
-    return dataclasses.replace(table, bits=used)
+    return table.with_bits(used, "a VOI LUT", notes)
 
 
 def _window(centre: float | None, width: float | None, function: str, notes: list[str]) -> Display:
@@ -142,6 +124,6 @@ def _window(centre: float | None, width: float | None, function: str, notes: lis
     if width <= 0:
         return Display(name, problem="its width is not positive")
     if width < 1 and function == "LINEAR":
-        notes.append(f"{name} is narrower than LINEAR allows and is shown as LINEAR_EXACT")
+        notes.append(f"{name} is too narrow for LINEAR and is shown as LINEAR_EXACT")
         function = "LINEAR_EXACT"
     return Display(name, centre=centre, width=width, function=function)

@@ -1,4 +1,4 @@
-"""What a DICOM header says of each frame: where it lies, and what tells it from frames at the same place."""
+"""Geometry and distinguishing attributes of each frame, from the DICOM header."""
 
 from __future__ import annotations
 
@@ -11,30 +11,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pydicom
+import pydicom.uid as uids
 from pydicom.tag import BaseTag, Tag
-from pydicom.uid import (
-    UID,
-    ComputedRadiographyImageStorage,
-    DigitalIntraOralXRayImageStorageForPresentation,
-    DigitalIntraOralXRayImageStorageForProcessing,
-    DigitalMammographyXRayImageStorageForPresentation,
-    DigitalMammographyXRayImageStorageForProcessing,
-    DigitalXRayImageStorageForPresentation,
-    DigitalXRayImageStorageForProcessing,
-    EnhancedXAImageStorage,
-    EnhancedXRFImageStorage,
-    RTImageStorage,
-    XRayAngiographicImageStorage,
-    XRayRadiofluoroscopicImageStorage,
-)
 
-from vilam3_jax.data.dicom.headers import as_number
+from vilam3_jax.data.dicom.headers import as_list, as_number
 from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.runtime.paths import PathLike
 
-# What tells apart frames at one position, in the order in which it is tried: keyword and the words for it.
-# An empty word: too long for a message, or a time.
-MARKS: dict[str, str] = {
+# Attributes that distinguish frames at one position, in the order of preference, and their labels. An empty
+# label: too long for a message, or a time.
+STACK_KEYWORDS: dict[str, str] = {
     "StudyInstanceUID": "",
     "SeriesNumber": "series number",
     "AcquisitionNumber": "acquisition",
@@ -59,105 +45,90 @@ MARKS: dict[str, str] = {
     "SequenceName": "",
     "FrameOfReferenceUID": "",
 }
-# What orders frames at one position, where nothing above tells them apart.
-ORDER = (
+# Attributes that order frames at one position if none of `STACK_KEYWORDS` distinguishes them.
+ORDER_KEYWORDS = (
     "FrameReferenceTime",
     "AcquisitionDateTime",
     "AcquisitionTime",
     "ContentTime",
     "InstanceNumber",
 )
-
-_NOT_READ = {
-    "1.2.840.10008.5.1.4.1.1.66.4": "a segmentation, not a scan",
-    "1.2.840.10008.5.1.4.1.1.66.7": "a segmentation, not a scan",
-    "1.2.840.10008.5.1.4.1.1.481.2": "a radiotherapy dose grid, not a scan",
-    "1.2.840.10008.5.1.4.1.1.6.2": "an enhanced ultrasound volume, which is not read",
-    "1.2.840.10008.5.1.4.1.1.77.1.6": "a whole slide image, which is not read",
-    "1.2.840.10008.1.3.10": "a DICOMDIR; its paths are not followed",
+# `_nuclear` sets NuclearVectors, which is not a DICOM keyword.
+_ATTRIBUTES = tuple(key for key in (*STACK_KEYWORDS, *ORDER_KEYWORDS) if key != "NuclearVectors")
+# Names of the same attributes in functional groups.
+_FUNCTIONAL_NAMES = {
+    "AcquisitionNumber": "FrameAcquisitionNumber",
+    "TemporalPositionIdentifier": "TemporalPositionIndex",
+    "EchoTime": "EffectiveEchoTime",
+    "TriggerTime": "NominalCardiacTriggerDelayTime",
+    "AcquisitionDateTime": "FrameAcquisitionDateTime",
+    "FrameReferenceTime": "TemporalPositionTimeOffset",
 }
-# Pictures in projection. Some state a position and an orientation, but they are no slices.
+
+_UNSUPPORTED = {
+    str(uids.SegmentationStorage): "a segmentation, not a scan",
+    "1.2.840.10008.5.1.4.1.1.66.7": "a segmentation, not a scan",  # label map
+    str(uids.RTDoseStorage): "a radiotherapy dose grid, not a scan",
+    str(uids.EnhancedUSVolumeStorage): "an enhanced ultrasound volume, not supported",
+    str(uids.VLWholeSlideMicroscopyImageStorage): "a whole slide image, not supported",
+    str(uids.MediaStorageDirectoryStorage): "a DICOMDIR; its paths are not followed",
+}
+# Projection images. Some state a position and an orientation, but they are not slices.
 _PROJECTIONS = frozenset(
     {
-        ComputedRadiographyImageStorage,
-        DigitalIntraOralXRayImageStorageForPresentation,
-        DigitalIntraOralXRayImageStorageForProcessing,
-        DigitalMammographyXRayImageStorageForPresentation,
-        DigitalMammographyXRayImageStorageForProcessing,
-        DigitalXRayImageStorageForPresentation,
-        DigitalXRayImageStorageForProcessing,
-        EnhancedXAImageStorage,
-        EnhancedXRFImageStorage,
-        RTImageStorage,
-        XRayAngiographicImageStorage,
-        XRayRadiofluoroscopicImageStorage,
+        uids.ComputedRadiographyImageStorage,
+        uids.DigitalIntraOralXRayImageStorageForPresentation,
+        uids.DigitalIntraOralXRayImageStorageForProcessing,
+        uids.DigitalMammographyXRayImageStorageForPresentation,
+        uids.DigitalMammographyXRayImageStorageForProcessing,
+        uids.DigitalXRayImageStorageForPresentation,
+        uids.DigitalXRayImageStorageForProcessing,
+        uids.EnhancedXAImageStorage,
+        uids.EnhancedXRFImageStorage,
+        uids.RTImageStorage,
+        uids.XRayAngiographicImageStorage,
+        uids.XRayRadiofluoroscopicImageStorage,
     }
 )
-_NM_IMAGE = "1.2.840.10008.5.1.4.1.1.20"
 _PLANAR_NM = {"STATIC", "DYNAMIC", "GATED", "WHOLE BODY", "TOMO", "GATED TOMO"}  # third value of ImageType
 _NM_VECTORS = ("EnergyWindowVector", "DetectorVector", "RRIntervalVector", "TimeSlotVector", "PhaseVector")
 _MIN_SPACING_MM, _MAX_SPACING_MM = 1e-4, 1e4
 _MAX_POSITION_MM = 1e6
 _CODE = re.compile(r"[A-Z0-9][A-Z0-9 _/-]{0,15}")
-_Values = pydicom.Dataset | dict[str, Any]
+_Scope = pydicom.Dataset | dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Frame:
-    """One frame of one file.
-
-    Attributes:
-      path: the file.
-      number: of the frame in the file, from 0.
-      frames: how many the file holds.
-      uid: SOPInstanceUID, or "".
-      sop_class: name of the SOP class.
-      modality: DICOM's code, or "unknown".
-      body_part: upper case, or "unknown".
-      rows: pixels.
-      columns: pixels.
-      grey: one sample per pixel, no palette.
-      inverted: MONOCHROME1.
-      image_type: the values of ImageType or FrameType.
-      position: ImagePositionPatient, mm.
-      orientation: ImageOrientationPatient.
-      spacing: PixelSpacing, mm between rows and between columns.
-      distance: SpacingBetweenSlices, mm.
-      thickness: SliceThickness, mm.
-      tilt: GantryDetectorTilt, degrees.
-      marks: values of `MARKS` and `ORDER`, as text or numbers; None where the header has none.
-      parts: (files, found in this one) of a concatenation: (3, 2) is the second of three; None otherwise.
-      fault: why the frame cannot be a slice of a volume, or None.
-    """
+    """One frame of a file; None for values that the header does not state."""
 
     path: PathLike
-    number: int
-    frames: int
-    uid: str
-    sop_class: str
-    modality: str
-    body_part: str
+    number: int  # index in the file
+    frames: int  # number of frames in the file
+    uid: str  # SOPInstanceUID, or ""
+    sop_class: str  # name of the SOP class
+    modality: str  # DICOM's code, or "unknown"
+    body_part: str  # upper case, or "unknown"
     rows: int
     columns: int
-    grey: bool
-    inverted: bool
-    image_type: tuple[str, ...]
-    position: tuple[float, ...] | None
-    orientation: tuple[float, ...] | None
-    spacing: tuple[float, ...] | None
-    distance: float | None
-    thickness: float | None
-    tilt: float | None
-    marks: dict[str, Any]
-    parts: tuple[int, int] | None
-    fault: str | None
+    inverted: bool  # MONOCHROME1
+    image_type: tuple[str, ...]  # values of ImageType or FrameType
+    position: tuple[float, ...] | None  # ImagePositionPatient, mm
+    orientation: tuple[float, ...] | None  # ImageOrientationPatient
+    spacing: tuple[float, ...] | None  # PixelSpacing, mm between rows and between columns
+    distance: float | None  # SpacingBetweenSlices, mm
+    thickness: float | None  # SliceThickness, mm
+    tilt: float | None  # GantryDetectorTilt, degrees
+    attributes: dict[str, Any]  # values of `STACK_KEYWORDS` and `ORDER_KEYWORDS`, as text or numbers
+    part: tuple[int, int] | None  # (total files, number of this one) of a concatenation
+    fault: str | None  # why the frame cannot be a slice of a volume, or None
 
 
-def not_an_image(header: pydicom.Dataset) -> str | None:
-    """What an object is that is no image to read; None for an image."""
+def unsupported_reason(header: pydicom.Dataset) -> str | None:
+    """Why an object is not a supported image, None for an image."""
     sop_class = sop_class_of(header)
-    if sop_class in _NOT_READ:
-        return _NOT_READ[sop_class]
+    if sop_class in _UNSUPPORTED:
+        return _UNSUPPORTED[sop_class]
     if header.get("Rows") and header.get("Columns"):
         return None
     name = class_name(sop_class)
@@ -173,14 +144,14 @@ def sop_class_of(header: pydicom.Dataset) -> str:
 
 
 def class_name(sop_class: str) -> str:
-    """DICOM's name of a SOP class without "Storage"; "" for one that DICOM does not define."""
-    uid = UID(sop_class)
+    """DICOM's name of a SOP class without "Storage", "" for classes outside DICOM."""
+    uid = uids.UID(sop_class)
     return uid.name.removesuffix(" Storage") if sop_class and not uid.is_private and uid.name != uid else ""
 
 
 def code_of(value: Any) -> str:
-    """The first code string of a header value, upper case; "unknown" if it is empty or could be free text."""
-    text = str(next(iter(_listed(value)), "")).strip().upper()
+    """The first code string of a value, upper case; "unknown" if it is empty or could be free text."""
+    text = str(next(iter(as_list(value)), "")).strip().upper()
     return text if _CODE.fullmatch(text) else UNKNOWN
 
 
@@ -189,31 +160,30 @@ def series_uid(header: pydicom.Dataset) -> str:
 
 
 def short_identifier(uid: str) -> str:
-    """What people type instead of a UID: the first 12 hexadecimal digits of its sha256."""
+    """A short form of a UID for users: the first 12 hexadecimal digits of its sha256."""
     return hashlib.sha256(uid.encode()).hexdigest()[:12]
 
 
-def places(header: pydicom.Dataset, number: int) -> list[_Values]:
-    """Where the values of one frame are looked up: its functional groups, the shared ones, the header."""
+def frame_scopes(header: pydicom.Dataset, number: int) -> list[_Scope]:
+    """Where to look up values of a frame: per-frame functional groups, shared groups, header."""
     per_frame = header.get("PerFrameFunctionalGroupsSequence") or []
     shared = header.get("SharedFunctionalGroupsSequence") or []
-    own = [_flat(per_frame[number])] if number < len(per_frame) else []
-    return [*own, *(_flat(group) for group in shared[:1]), header]
+    return [*(_flat(group) for group in [*per_frame[number : number + 1], *shared[:1]]), header]
 
 
-def find(places: Sequence[_Values], keyword: str) -> Any:
+def find(scopes: Sequence[_Scope], keyword: str) -> Any:
     """The first value of a keyword, None if there is none."""
-    for place in places:
-        value = place.get(keyword) if isinstance(place, dict) else _value(place, keyword)
+    for scope in scopes:
+        value = scope.get(keyword) if isinstance(scope, dict) else _value(scope, keyword)
         if value is not None:
             return value
     return None
 
 
-def _value(place: pydicom.Dataset, keyword: str) -> Any:
-    """`place.get(keyword)`, in a third of the time where the element is absent, as most are."""
+def _value(dataset: pydicom.Dataset, keyword: str) -> Any:
+    """`dataset.get(keyword)`, three times faster for absent elements, the common case."""
     tag = _tag_of(keyword)
-    return None if place.get_item(tag) is None else place[tag].value
+    return None if dataset.get_item(tag) is None else dataset[tag].value
 
 
 @functools.cache
@@ -222,25 +192,25 @@ def _tag_of(keyword: str) -> BaseTag:
 
 
 def frames_of(header: pydicom.Dataset, path: PathLike) -> Iterator[Frame]:
-    """The frames of one file.
+    """The frames of one image file.
 
     Args:
-      header: of an image, with its functional groups.
+      header: header with functional groups.
       path: the file.
 
     Raises:
-      Exception: whatever pydicom raises on damaged values; call it inside `headers.naming`.
+      Exception: any exception of pydicom on damaged values; call it inside `headers.naming`.
     """
     count = max(int(header.get("NumberOfFrames") or 1), 1)
     per_frame = header.get("PerFrameFunctionalGroupsSequence")
     if per_frame or header.get("SharedFunctionalGroupsSequence"):
         yield from _enhanced(header, path, count, per_frame or [])
-    elif count > 1 and sop_class_of(header) == _NM_IMAGE:
+    elif count > 1 and sop_class_of(header) == uids.NuclearMedicineImageStorage:
         yield from _nuclear(header, path, count)
     else:
         facts = _facts(header, path, count, [header], [header])
         if count > 1:
-            facts["fault"] = f"a file of {count} frames without the position of each"
+            facts["fault"] = f"a file of {count} frames without frame positions"
         yield Frame(number=0, **facts)
 
 
@@ -257,7 +227,7 @@ def _enhanced(
 
 
 def _flat(group: pydicom.Dataset) -> dict[str, Any]:
-    """The values of a functional group by keyword, out of the first items of its sequences."""
+    """The values of a functional group by keyword, from the first items of its sequences."""
     values: dict[str, Any] = {}
     for element in group:
         if element.VR == "SQ":
@@ -268,13 +238,13 @@ def _flat(group: pydicom.Dataset) -> dict[str, Any]:
 
 
 def _nuclear(header: pydicom.Dataset, path: PathLike, count: int) -> Iterator[Frame]:
-    """Reconstructed slices of nuclear medicine: the first has a position, the others follow.
+    """Reconstructed nuclear medicine slices, located by the first position and SpacingBetweenSlices.
 
-    PS3.3 C.8.4.15: a positive SpacingBetweenSlices stacks slices along the normal, a negative one against it.
+    PS3.3 C.8.4.15: positive spacings point along the normal, negative spacings against it.
     """
     detector = list(header.get("DetectorInformationSequence") or [])[:1]
     facts = _facts(header, path, count, [header, *detector], [header, *detector])
-    slices = _whole_numbers(header.get("SliceVector"))
+    slices = _integers(header.get("SliceVector"))
     if "RECON" not in " ".join(facts["image_type"]) or facts["fault"] or not facts["distance"]:
         facts["fault"] = f"nuclear medicine of {count} frames without slice positions"
     elif len(slices) != count:
@@ -284,31 +254,30 @@ def _nuclear(header: pydicom.Dataset, path: PathLike, count: int) -> Iterator[Fr
         return
     o, first, distance = facts["orientation"], facts["position"], facts["distance"]
     normal = (o[1] * o[5] - o[2] * o[4], o[2] * o[3] - o[0] * o[5], o[0] * o[4] - o[1] * o[3])
-    vectors = [_whole_numbers(header.get(keyword)) for keyword in _NM_VECTORS]
+    vectors = [_integers(header.get(keyword)) for keyword in _NM_VECTORS]
     for number in range(count):
         along = distance * (slices[number] - 1)
         facts["position"] = tuple(p + along * n for p, n in zip(first, normal, strict=True))
         own = tuple(vector[number] for vector in vectors if len(vector) == count)
-        yield Frame(number=number, **{**facts, "marks": {**facts["marks"], "NuclearVectors": own}})
+        attributes = {**facts["attributes"], "NuclearVectors": own}
+        yield Frame(number=number, **{**facts, "attributes": attributes})
 
 
 def _facts(
     header: pydicom.Dataset,
     path: PathLike,
     count: int,
-    places: Sequence[_Values],
-    geometry: Sequence[_Values],
+    scopes: Sequence[_Scope],
+    geometry: Sequence[_Scope],
 ) -> dict[str, Any]:
-    """The fields of a `Frame` but its number: `places` are searched in order, `geometry` for its position."""
-    image_type = find(places, "FrameType") or header.get("ImageType")
-    position = _numbers(find(geometry, "ImagePositionPatient"), 3)
-    orientation = _numbers(find(geometry, "ImageOrientationPatient"), 6)
-    spacing = _numbers(find(geometry, "PixelSpacing"), 2)
+    """All fields of a `Frame` except its number.
+
+    `scopes` are searched for general values, `geometry` for position, orientation and pixel spacing.
+    """
     photometric = str(header.get("PhotometricInterpretation") or "MONOCHROME2").strip().upper()
     grey = int(header.get("SamplesPerPixel") or 1) == 1 and photometric.startswith("MONOCHROME")
-    words = tuple(str(word).upper() for word in _listed(image_type))
-    parts = header.get("InConcatenationTotalNumber"), header.get("InConcatenationNumber")
-    return {
+    part = header.get("InConcatenationTotalNumber"), header.get("InConcatenationNumber")
+    facts = {
         "path": path,
         "frames": count,
         "uid": str(header.get("SOPInstanceUID") or ""),
@@ -317,106 +286,78 @@ def _facts(
         "body_part": code_of(header.get("BodyPartExamined")),
         "rows": int(header.get("Rows") or 0),
         "columns": int(header.get("Columns") or 0),
-        "grey": grey,
         "inverted": photometric == "MONOCHROME1",
-        "image_type": words,
-        "position": position,
-        "orientation": orientation,
-        "spacing": spacing,
-        "distance": _number(find(places, "SpacingBetweenSlices")),
-        "thickness": _number(find(places, "SliceThickness")),
-        "tilt": _number(find(places, "GantryDetectorTilt")),
-        "marks": _marks(places, words),
-        "parts": (int(parts[0]), int(parts[1])) if parts[0] and parts[1] else None,
-        "fault": _fault(header, geometry, grey, words, position, orientation, spacing),
+        "image_type": tuple(
+            str(word).upper() for word in as_list(find(scopes, "FrameType") or header.get("ImageType"))
+        ),
+        "position": _numbers(find(geometry, "ImagePositionPatient"), 3),
+        "orientation": _numbers(find(geometry, "ImageOrientationPatient"), 6),
+        "spacing": _numbers(find(geometry, "PixelSpacing"), 2),
+        "distance": _number(find(scopes, "SpacingBetweenSlices")),
+        "thickness": _number(find(scopes, "SliceThickness")),
+        "tilt": _number(find(scopes, "GantryDetectorTilt")),
+        "part": (int(part[0]), int(part[1])) if part[0] and part[1] else None,
     }
+    facts["attributes"] = _attributes(scopes, facts["image_type"])
+    facts["fault"] = _fault(header, geometry, facts) if grey else "a colour image"
+    return facts
 
 
-def _fault(
-    header: pydicom.Dataset,
-    geometry: Sequence[_Values],
-    grey: bool,
-    words: tuple[str, ...],
-    position: tuple[float, ...] | None,
-    orientation: tuple[float, ...] | None,
-    spacing: tuple[float, ...] | None,
-) -> str | None:
-    if not grey:
-        return "a colour picture"
+def _fault(header: pydicom.Dataset, geometry: Sequence[_Scope], facts: dict[str, Any]) -> str | None:
+    words = facts["image_type"]
     if "MOSAIC" in words:
-        return "a mosaic of slices in one picture; convert it with dcm2niix"
-    if "LOCALIZER" in words and code_of(header.get("Modality")) == "CT":
+        return "a mosaic of slices in one image; convert it with dcm2niix"
+    if "LOCALIZER" in words and facts["modality"] == "CT":
         return "a localizer (scout)"
     sop_class = sop_class_of(header)
     if sop_class in _PROJECTIONS:
-        return "a picture in projection, not a slice"
-    if sop_class == _NM_IMAGE and _PLANAR_NM & set(words[2:3]):
-        return "a planar picture of nuclear medicine, not a slice"
-    if position is None:
-        return _unusable(geometry, "ImagePositionPatient") or "no slice position"
-    if orientation is None:
-        return _unusable(geometry, "ImageOrientationPatient") or "no slice orientation"
-    if spacing is None:
-        if unusable := _unusable(geometry, "PixelSpacing"):
-            return unusable
+        return "a projection image, not a slice"
+    if sop_class == uids.NuclearMedicineImageStorage and _PLANAR_NM & set(words[2:3]):
+        return "a planar nuclear medicine image, not a slice"
+    if facts["position"] is None:
+        return _invalid(geometry, "ImagePositionPatient") or "no slice position"
+    if facts["orientation"] is None:
+        return _invalid(geometry, "ImageOrientationPatient") or "no slice orientation"
+    if (spacing := facts["spacing"]) is None:
+        if invalid := _invalid(geometry, "PixelSpacing"):
+            return invalid
         if find([header], "ImagerPixelSpacing") not in (None, ""):
             return "no PixelSpacing (ImagerPixelSpacing is measured at the detector)"
         return "no PixelSpacing"
     if not _MIN_SPACING_MM <= min(spacing) <= max(spacing) <= _MAX_SPACING_MM:
-        return "a PixelSpacing that is zero, negative or absurd"
-    if max(abs(p) for p in position) > _MAX_POSITION_MM:
-        return "an absurd slice position"
+        return "a PixelSpacing that is zero, negative or implausible"
+    if max(abs(p) for p in facts["position"]) > _MAX_POSITION_MM:
+        return "an implausible slice position"
     return None
 
 
-def _unusable(geometry: Sequence[_Values], keyword: str) -> str | None:
-    """That a value is there, though it is not the right number of finite numbers."""
-    return f"an unusable {keyword}" if _listed(find(geometry, keyword)) else None
+def _invalid(geometry: Sequence[_Scope], keyword: str) -> str | None:
+    """The fault of a value that is present but not the right number of finite numbers."""
+    return f"an invalid {keyword}" if as_list(find(geometry, keyword)) else None
 
 
-def _marks(places: Sequence[_Values], image_type: tuple[str, ...]) -> dict[str, Any]:
-    marks: dict[str, Any] = {}
-    for keyword in _MARK_KEYWORDS:
-        value = find(places, keyword)
+def _attributes(scopes: Sequence[_Scope], image_type: tuple[str, ...]) -> dict[str, Any]:
+    attributes: dict[str, Any] = {}
+    for keyword, name in (*((key, key) for key in _ATTRIBUTES), *_FUNCTIONAL_NAMES.items()):
+        value = find(scopes, name)
         if value not in (None, ""):
-            marks[keyword] = _plain(value)
-    for keyword, other in _FUNCTIONAL_NAMES.items():
-        value = find(places, other)
-        if value not in (None, ""):
-            marks[keyword] = _plain(value)
+            attributes[keyword] = _comparable(value)
     if image_type:
-        marks["ImageType"] = "\\".join(image_type)
-    return marks
+        attributes["ImageType"] = "\\".join(image_type)
+    return attributes
 
 
-_MARK_KEYWORDS = tuple(keyword for keyword in (*MARKS, *ORDER) if keyword != "NuclearVectors")
-# The same facts have other names in the functional groups.
-_FUNCTIONAL_NAMES = {
-    "AcquisitionNumber": "FrameAcquisitionNumber",
-    "TemporalPositionIdentifier": "TemporalPositionIndex",
-    "EchoTime": "EffectiveEchoTime",
-    "TriggerTime": "NominalCardiacTriggerDelayTime",
-    "AcquisitionDateTime": "FrameAcquisitionDateTime",
-    "FrameReferenceTime": "TemporalPositionTimeOffset",
-}
-
-
-def _listed(value: Any) -> list[Any]:
-    if value is None or value == "":
-        return []
-    return [value] if isinstance(value, (str, int, float)) else list(value)
-
-
-def _plain(value: Any) -> Any:
-    """A header's value that can be compared and sorted."""
-    listed = tuple(float(v) if isinstance(v, (int, float)) else str(v) for v in _listed(value))
-    return listed[0] if len(listed) == 1 else listed
+def _comparable(value: Any) -> Any:
+    """A header value as text, number or tuple of these, for comparing and sorting."""
+    values = tuple(float(v) if isinstance(v, (int, float)) else str(v) for v in as_list(value))
+    return values[0] if len(values) == 1 else values
 
 
 def _numbers(value: Any, count: int) -> tuple[float, ...] | None:
-    """`count` finite numbers; None if the header has none, another number of them, or other text."""
-    numbers = tuple(number for number in finite_numbers(value) if number is not None)
-    return numbers if len(numbers) == len(_listed(value)) == count else None
+    """`count` finite numbers; None if there are fewer or more, or other values."""
+    values = finite_numbers(value)
+    numbers = tuple(number for number in values if number is not None)
+    return numbers if len(numbers) == len(values) == count else None
 
 
 def _number(value: Any) -> float | None:
@@ -424,11 +365,11 @@ def _number(value: Any) -> float | None:
     return numbers[0] if numbers else None
 
 
-def _whole_numbers(value: Any) -> list[int]:
-    return [int(v) for v in _listed(value)]
+def _integers(value: Any) -> list[int]:
+    return [int(v) for v in as_list(value)]
 
 
 def finite_numbers(value: Any) -> list[float | None]:
-    """The numbers of a header value, None in place of what is no finite number."""
-    numbers = [as_number(v) for v in _listed(value)]
+    """The values of an element as numbers, None for values that are not finite numbers."""
+    numbers = [as_number(v) for v in as_list(value)]
     return [None if number is None or not math.isfinite(number) else number for number in numbers]

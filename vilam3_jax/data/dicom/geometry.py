@@ -1,9 +1,8 @@
-"""Geometry of DICOM slices: planes, their regular stacking, and the affine of the stack.
+"""Geometry of DICOM slices: planes, even spacing, and the affine of a stack.
 
-Positions and directions are in the patient coordinate system of DICOM (LPS, millimetres; PS3.3
-C.7.6.2.1.1). highdicom's `get_volume_positions` only answers yes or no: it refuses a tilted gantry and
-positions that were rounded, and does not say which slice is missing. The tests compare both where it says
-yes.
+Positions and directions are in DICOM's patient coordinate system (LPS, millimetres; PS3.3 C.7.6.2.1.1).
+highdicom's `get_volume_positions` rejects tilted gantries and rounded positions, and does not report which
+slice is missing. The tests compare both for the stacks that it accepts.
 """
 
 from __future__ import annotations
@@ -16,36 +15,36 @@ import numpy as np
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
-_ORTHONORMAL_TOLERANCE = 0.01  # cosines of two decimals; beyond, nobody knows which axis is wrong
-_REPAIR_ABOVE = 1e-6  # smaller deviations are the sixth decimal of a decimal string
+_ORTHONORMAL_TOLERANCE = 0.01  # cosines with two decimals; above, the wrong axis cannot be determined
+_REPAIR_ABOVE = 1e-6  # smaller errors come from the sixth decimal of a decimal string
 _REPAIR_NOTED_ABOVE = 1e-3
-_MAIN_AXIS = 0.9  # a normal within 26 degrees of an axis is called by that axis
+_MAIN_AXIS = 0.9  # a normal within 26 degrees of an axis is named after it
 
 _EVEN_MM = 0.01
-_EVEN_SHARE = 0.02  # of the slice distance: how far a slice may lie from its place in an even stack
+_EVEN_SHARE = 0.02  # of the slice distance: largest deviation of a slice from even spacing
 _EVEN_SHARE_NOTED = 0.005
-_ROUNDED_SHARE = 0.1  # the same where the positions were rounded to few decimals
-_HALF_A_STEP = 0.55  # of the last decimal: what rounding moves a number, and a little for the fit
-_SIDEWAYS_MM = 0.02
-_SIDEWAYS_PIXELS = 0.1
-_SIDEWAYS_ROUNDED_PIXELS = 0.25
+_ROUNDED_SHARE = 0.1  # the same for positions rounded to few decimals
+_ROUNDING_STEPS = 0.55  # of the last decimal: rounding error, with a margin for the fit
+_SHIFT_MM = 0.02
+_SHIFT_PIXELS = 0.1
+_SHIFT_ROUNDED_PIXELS = 0.25
 _TILT_NOTED_DEGREES = 0.1
 _MAX_TILT_DEGREES = 45.0
 _HEADER_TILT_DEGREES = 1.0
 
-_SAME_PLACE_MM = (1e-4, 0.01)
-_SAME_PLACE_SHARE = 0.1
+_SAME_POSITION_MM = (1e-4, 0.01)
+_SAME_POSITION_SHARE = 0.1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plane:
-    """Directions of a slice.
+    """Orientation of a slice.
 
     Attributes:
-      across: [3] unit vector along a row, towards growing columns.
-      down: [3] unit vector along a column, towards growing rows.
+      across: [3] unit vector along a row, in the direction of increasing column index.
+      down: [3] unit vector along a column, in the direction of increasing row index.
       normal: [3] `across` x `down`.
-      note: what was repaired, or None.
+      note: the correction that was applied, or None.
     """
 
     across: np.ndarray
@@ -54,7 +53,7 @@ class Plane:
     note: str | None = None
 
     @property
-    def word(self) -> str:
+    def name(self) -> str:
         """axial, coronal, sagittal or oblique."""
         axis = int(np.abs(self.normal).argmax())
         return ("sagittal", "coronal", "axial")[axis] if abs(self.normal[axis]) > _MAIN_AXIS else "oblique"
@@ -62,14 +61,14 @@ class Plane:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stack:
-    """How slices lie on each other.
+    """Slices in order along their normal.
 
     Attributes:
-      order: indices of the given positions along the normal.
+      order: indices of the given positions, sorted along the normal.
       affine: [4, 4] float64, index (column, row, slice) to RAS millimetres; None if there is a problem.
       spacing: millimetres between columns, rows and slices (along the normal).
-      notes: what was assumed or is unusual.
-      problem: why the slices form no volume, or None.
+      notes: assumptions and anomalies.
+      problem: why the slices do not form a volume, or None.
     """
 
     order: tuple[int, ...]
@@ -80,26 +79,26 @@ class Stack:
 
 
 def plane_of(cosines: Sequence[float]) -> Plane | str:
-    """The plane of ImageOrientationPatient; a reason if the six numbers are no two perpendicular directions.
+    """The plane of ImageOrientationPatient, or the reason why the cosines are invalid.
 
-    Cosines that are nearly orthonormal are replaced by the nearest orthonormal pair.
+    Nearly orthonormal cosines are replaced by the nearest orthonormal pair.
     """
     rows = np.asarray(cosines, np.float64).reshape(2, 3)
     if not np.isfinite(rows).all() or not rows.any():
         return "an orientation of zeros"
     error = float(np.abs(rows @ rows.T - np.eye(2)).max())
     if error > _ORTHONORMAL_TOLERANCE:
-        return "directions of rows and columns that are not perpendicular unit vectors"
+        return "row and column directions that are not perpendicular unit vectors"
     if error > _REPAIR_ABOVE:
         left, _, right = np.linalg.svd(rows, full_matrices=False)
         rows = left @ right
     note = None
     if error > _REPAIR_NOTED_ABOVE:
-        note = f"image orientation is off by {error:.3f} from perpendicular unit vectors and was corrected"
+        note = f"image orientation is {error:.3f} off perpendicular unit vectors and was corrected"
     return Plane(rows[0], rows[1], np.cross(rows[0], rows[1]), note)
 
 
-def places_along(normal: np.ndarray, positions: np.ndarray) -> np.ndarray:
+def position_indices(normal: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Numbers the distinct slice positions along a normal.
 
     Args:
@@ -107,15 +106,15 @@ def places_along(normal: np.ndarray, positions: np.ndarray) -> np.ndarray:
       positions: [n, 3] mm.
 
     Returns:
-      [n] int; slices at one position, up to the rounding of headers, have one number.
+      [n] int; slices at the same position, up to rounding of the header, have equal numbers.
     """
     distances = positions @ normal
     order = np.argsort(distances, kind="stable")
     gaps = np.diff(distances[order])
-    same = float(np.clip(_SAME_PLACE_SHARE * gaps.max(initial=0.0), *_SAME_PLACE_MM))
-    places = np.empty(len(positions), np.int64)
-    places[order] = np.concatenate([[0], np.cumsum(gaps > same)])
-    return places
+    same = float(np.clip(_SAME_POSITION_SHARE * gaps.max(initial=0.0), *_SAME_POSITION_MM))
+    indices = np.empty(len(positions), np.int64)
+    indices[order] = np.concatenate([[0], np.cumsum(gaps > same)])
+    return indices
 
 
 def stack_slices(
@@ -127,33 +126,34 @@ def stack_slices(
     thickness: float | None,
     tilt: float | None = None,
 ) -> Stack:
-    """Stacks slices of one plane at distinct positions.
+    """Stacks parallel slices at distinct positions.
 
     Args:
       positions: [n, 3] mm, ImagePositionPatient in any order.
-      plane: of all slices.
+      plane: orientation of all slices.
       pixel_spacing: PixelSpacing, mm between rows and between columns.
       distance: SpacingBetweenSlices of the header.
       thickness: SliceThickness of the header.
       tilt: GantryDetectorTilt of the header, degrees.
 
     Returns:
-      The stack. Positions win over what the header says about distances and tilt.
+      The stack. Positions take precedence over distance, thickness and tilt of the header.
     """
     order = np.argsort(positions @ plane.normal, kind="stable")
     positions = positions[order]
     notes = [] if plane.note is None else [plane.note]
+    problem = None
     if len(positions) == 1:
-        step = plane.normal * _thickness_of_one(distance, thickness, notes)
-        problem = None
+        step = plane.normal * _single_slice_thickness(distance, thickness, notes)
     else:
         step = (positions[-1] - positions[0]) / (len(positions) - 1)
-        problem = _uneven(positions @ plane.normal, _decimal_step(positions), notes)
-        problem = problem or _sideways(positions, plane, pixel_spacing) or _slanted(step, plane)
+        problem = _spacing_problem(positions @ plane.normal, _decimal_step(positions), notes)
+        problem = problem or _shift_problem(positions, plane, pixel_spacing) or _shear_problem(step, plane)
+    along = float(step @ plane.normal)
     if problem is None and len(positions) > 1:
-        _compare_header(float(step @ plane.normal), distance, thickness, notes)
+        _compare_header(along, distance, thickness, notes)
     if problem is None:
-        _report_tilt(step, plane, tilt, len(positions), pixel_spacing, notes)
+        _note_tilt(step, plane, tilt, len(positions), pixel_spacing, notes)
     affine = np.eye(4)
     affine[:3, 0] = plane.across * pixel_spacing[1]
     affine[:3, 1] = plane.down * pixel_spacing[0]
@@ -162,57 +162,53 @@ def stack_slices(
     return Stack(
         tuple(int(index) for index in order),
         None if problem else LPS_TO_RAS @ affine,
-        (pixel_spacing[1], pixel_spacing[0], float(step @ plane.normal)),
+        (pixel_spacing[1], pixel_spacing[0], along),
         tuple(notes),
         problem,
     )
 
 
-def _thickness_of_one(distance: float | None, thickness: float | None, notes: list[str]) -> float:
-    for stated in (distance, thickness):
-        if stated:
-            return abs(stated)
+def _single_slice_thickness(distance: float | None, thickness: float | None, notes: list[str]) -> float:
+    if stated := distance or thickness:
+        return abs(stated)
     notes.append("one slice without a stated thickness; 1 mm is assumed")
     return 1.0
 
 
-def _uneven(distances: np.ndarray, rounding: float, notes: list[str]) -> str | None:
+def _spacing_problem(distances: np.ndarray, rounding: float, notes: list[str]) -> str | None:
     """Why slices at sorted `distances` along the normal are not evenly spaced."""
     gaps = np.diff(distances)
-    middle = float(np.median(gaps))
+    median = float(np.median(gaps))
     widest = int(gaps.argmax())
-    slices = len(distances)
-    if gaps[widest] > 1.5 * middle:
-        missing = gaps[widest] / middle - 1
-        what = (
-            "a slice is missing"
-            if abs(missing - 1) < 0.1
-            else f"{missing:.0f} slices are missing"
-            if abs(missing - round(missing)) < 0.1
-            else "slices are missing or belong to another stack"
-        )
+    if gaps[widest] > 1.5 * median:
+        missing = gaps[widest] / median - 1
+        if abs(missing - 1) < 0.1:
+            cause = "a slice is missing"
+        elif abs(missing - round(missing)) < 0.1:
+            cause = f"{missing:.0f} slices are missing"
+        else:
+            cause = "slices are missing or belong to another stack"
         return (
-            f"{gaps[widest]:.2f} mm between slices {widest + 1} and {widest + 2} of {slices}, "
-            f"elsewhere {middle:.2f} mm; {what}"
+            f"{gaps[widest]:.2f} mm between slices {widest + 1} and {widest + 2} of {len(distances)}, "
+            f"elsewhere {median:.2f} mm; {cause}"
         )
-    off = _off_line(distances)
+    deviation = _line_deviation(distances)
     spacing = float(gaps.mean())
-    rounded = min(_HALF_A_STEP * rounding, _ROUNDED_SHARE * spacing)
-    if off > max(_EVEN_MM, _EVEN_SHARE * spacing, rounded):
+    rounded = min(_ROUNDING_STEPS * rounding, _ROUNDED_SHARE * spacing)
+    if deviation > max(_EVEN_MM, _EVEN_SHARE * spacing, rounded):
         return f"uneven distances of {gaps.min():.2f} to {gaps.max():.2f} mm between slices"
-    if off > max(_EVEN_MM, _EVEN_SHARE_NOTED * spacing):
-        notes.append(f"slice positions are even within {off:.2g} mm; {spacing:.4g} mm is used")
+    if deviation > max(_EVEN_MM, _EVEN_SHARE_NOTED * spacing):
+        notes.append(f"slice positions are even within {deviation:.2g} mm; {spacing:.4g} mm is used")
     return None
 
 
-def _sideways(positions: np.ndarray, plane: Plane, pixel_spacing: tuple[float, float]) -> str | None:
-    """Why slices do not slide evenly within their plane, as a tilted gantry makes them do."""
+def _shift_problem(positions: np.ndarray, plane: Plane, pixel_spacing: tuple[float, float]) -> str | None:
+    """Why in-plane shifts between slices are uneven; a tilted gantry shifts all slices equally."""
     offsets = (positions - positions[0]) @ np.stack([plane.across, plane.down], axis=1)
     pixel = min(pixel_spacing)
-    rounded = min(_HALF_A_STEP * _decimal_step(positions), _SIDEWAYS_ROUNDED_PIXELS * pixel)
-    if max(_off_line(offsets[:, 0]), _off_line(offsets[:, 1])) <= max(
-        _SIDEWAYS_MM, _SIDEWAYS_PIXELS * pixel, rounded
-    ):
+    rounded = min(_ROUNDING_STEPS * _decimal_step(positions), _SHIFT_ROUNDED_PIXELS * pixel)
+    deviation = max(_line_deviation(offsets[:, 0]), _line_deviation(offsets[:, 1]))
+    if deviation <= max(_SHIFT_MM, _SHIFT_PIXELS * pixel, rounded):
         return None
     jumps = np.diff(offsets, axis=0)
     jumps = np.linalg.norm(jumps - np.median(jumps, axis=0), axis=1)
@@ -223,27 +219,27 @@ def _sideways(positions: np.ndarray, plane: Plane, pixel_spacing: tuple[float, f
     )
 
 
-def _slanted(step: np.ndarray, plane: Plane) -> str | None:
-    along, sideways = _parts(step, plane)
+def _shear_problem(step: np.ndarray, plane: Plane) -> str | None:
+    along, sideways = _split_step(step, plane)
     if sideways > along * math.tan(math.radians(_MAX_TILT_DEGREES)):
-        return f"each slice is shifted {sideways:.2f} mm sideways but advances {along:.2f} mm only"
+        return f"each slice is shifted {sideways:.2f} mm sideways but advances only {along:.2f} mm"
     return None
 
 
-def _parts(step: np.ndarray, plane: Plane) -> tuple[float, float]:
-    """How far a step goes along the normal, and within the plane."""
+def _split_step(step: np.ndarray, plane: Plane) -> tuple[float, float]:
+    """Lengths of a step along the normal and within the plane."""
     along = float(step @ plane.normal)
     return along, float(np.linalg.norm(step - along * plane.normal))
 
 
-def _off_line(numbers: np.ndarray) -> float:
-    """How far evenly numbered values lie from a straight line: half the range about it."""
-    steps = np.arange(len(numbers))
-    residuals = numbers - np.polyval(np.polyfit(steps, numbers, 1), steps)
+def _line_deviation(values: np.ndarray) -> float:
+    """Half the range of the residuals of a linear fit to equally spaced values."""
+    steps = np.arange(len(values))
+    residuals = values - np.polyval(np.polyfit(steps, values, 1), steps)
     return float(np.ptp(residuals)) / 2
 
 
-def _report_tilt(
+def _note_tilt(
     step: np.ndarray,
     plane: Plane,
     header: float | None,
@@ -251,9 +247,9 @@ def _report_tilt(
     pixel_spacing: tuple[float, float],
     notes: list[str],
 ) -> None:
-    along, sideways = _parts(step, plane)
+    along, sideways = _split_step(step, plane)
     angle = math.degrees(math.atan2(sideways, along))
-    drifts = sideways * (slices - 1) > _SIDEWAYS_PIXELS * min(pixel_spacing)
+    drifts = sideways * (slices - 1) > _SHIFT_PIXELS * min(pixel_spacing)
     tilted = drifts and angle >= _TILT_NOTED_DEGREES
     if tilted:
         notes.append(f"gantry tilt of {angle:.1f} degrees, kept in the affine as shear")
@@ -274,11 +270,11 @@ def _compare_header(
             "the positions are used"
         )
     elif thickness and not spacing / 3 < thickness < spacing * 3:
-        notes.append(f"slices of {thickness:.4g} mm thickness lie {spacing:.4g} mm apart")
+        notes.append(f"slices of {thickness:.4g} mm thickness are {spacing:.4g} mm apart")
 
 
 def _decimal_step(numbers: np.ndarray) -> float:
-    """The step to which numbers were rounded when they were written: 0.1 for one decimal; 0 for many."""
+    """The rounding step of the numbers: 0.1 for one decimal, 0 for more than three decimals."""
     for digits in range(4):
         if np.abs(numbers - np.round(numbers, digits)).max() < 1e-6:
             return 10.0**-digits

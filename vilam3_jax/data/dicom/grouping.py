@@ -1,8 +1,8 @@
-"""Groups DICOM headers into series, and the slices of a series into stacks, without looking at pixels.
+"""Grouping of DICOM headers into series, and of the slices of a series into stacks.
 
-One odd file never stops a series: slices are grouped by grid (as numbers), orientation and kind of object,
-the one large group is the volume, and what is skipped is listed with its reason. Where several groups are
-equally good, each becomes a series of its own with a numbered identifier, for the user to choose from.
+A single odd file does not make a series unreadable: slices are grouped by grid (with a tolerance),
+orientation and object type, the clearly largest group is the volume, and the other slices are skipped with a
+reason. If no group is clearly the largest, each becomes a series with a numbered identifier.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pydicom
 
 from vilam3_jax.data.dicom.frames import (
-    MARKS,
-    ORDER,
+    ORDER_KEYWORDS,
+    STACK_KEYWORDS,
     Frame,
     code_of,
     frames_of,
-    not_an_image,
     series_uid,
     short_identifier,
+    unsupported_reason,
 )
-from vilam3_jax.data.dicom.geometry import Plane, Stack, places_along, plane_of, stack_slices
+from vilam3_jax.data.dicom.geometry import Plane, Stack, plane_of, position_indices, stack_slices
 from vilam3_jax.data.dicom.headers import naming
 from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.errors import UnavailableError, UserError
@@ -34,13 +34,13 @@ from vilam3_jax.runtime.paths import PathLike
 
 VOLUME, PICTURE, CINE, NO_IMAGE = "volume", "picture", "cine", "not an image"
 
-_CLEARLY_LARGER = 2  # times the next group
+_CLEARLY_LARGER = 2  # times the size of the next group
 _SPACING_TOLERANCE = 5e-3  # relative: 0.49 is 0.488281 rounded
 _ORIENTATION_TOLERANCE = 5e-3  # of a direction cosine: two decimals, 0.3 degrees
 _NOTED_SPREAD = 1e-3
-_ROTATING_ABOVE = 8  # more orientations than this are no set of stacks
+_MAX_ORIENTATIONS = 8  # above, the slices are radial or rotating
 _STRAY_SHARE = 0.05
-_ONE_PLACE = 8  # more slices at one position than this are a time series or have lost their positions
+_MAX_AT_ONE_POSITION = 8  # above, a time series or slices that lost their positions
 _SPACES = {"StudyInstanceUID": "study", "FrameOfReferenceUID": "frame of reference"}
 _PROJECTIONS = {"MIP", "MINIP", "PROJECTION IMAGE", "MAXIMUM", "MINIMUM"}
 
@@ -57,30 +57,30 @@ class Member:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Series:
-    """One series, or one of several stacks in it, as its headers describe it.
+    """A series, or one of several stacks in it, as described by its headers.
 
     Attributes:
-      identifier: what people type instead of the UID: the first 12 hexadecimal digits of its sha256, and "/2"
-        for the second of several stacks.
-      uid: SeriesInstanceUID, "" if the files state none.
-      study: the same digits of the StudyInstanceUID.
+      identifier: short form of the UID for users: the first 12 hexadecimal digits of its sha256, followed by
+        "/2" for the second of several stacks.
+      uid: SeriesInstanceUID, "" if missing.
+      study: short form of the StudyInstanceUID.
       modality: DICOM's code (CT, MR, PT, NM, ...), or "unknown".
       body_part: as the files state it, upper case, or "unknown".
       kind: "volume" (slices with positions, see `problem`), "picture", "cine" or "not an image".
-      rows: pixels of a slice.
-      columns: pixels of a slice.
-      slices: slices of the volume, frames of a cine, or pictures.
+      rows, columns: size of a slice in pixels.
+      slices: number of slices of the volume, frames of a cine, or images.
       spacing: millimetres between columns, rows and slices; None unless `kind` is "volume".
       orientation: "axial", "coronal", "sagittal" or "oblique"; "unknown" unless `kind` is "volume".
       affine: [4, 4] float64, index (column, row, slice) to RAS millimetres; None unless the series is usable.
-      members: the slices in the order of `affine`; the files in their own order for pictures and cines.
-      label: what tells the stack from the others of its series ("echo 2"), or "".
+      members: slices in the order of `affine`; for images and cines, files in their given order.
+      label: distinguishes the stacks of a series ("echo 2"), or "".
       localizer: every slice is a localizer (scout).
-      notes: sentences about what was assumed or skipped; no patient data.
+      notes: sentences about assumptions and skipped files; no patient data.
       problem: why the series cannot be read as a volume, or None.
-      skipped: (file, reason) of what was skipped.
-      copies: (kept, other) slices at one position which no header tells apart: they must have equal pixels.
-      duplicates: (kept, other) slices of one SOPInstanceUID at one position; differing pixels are noted.
+      skipped: (file, reason) of skipped files.
+      copies: (kept, other) slices at one position without distinguishing attributes: their pixels must be
+        equal.
+      duplicates: (kept, other) slices with one SOPInstanceUID at one position; differing pixels are noted.
     """
 
     identifier: str
@@ -114,65 +114,46 @@ class Series:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class FileFrames:
-    """What the header of one file says for grouping. It is small and can be pickled.
-
-    Attributes:
-      path: the file.
-      uid: SeriesInstanceUID, or "".
-      study: StudyInstanceUID, or "".
-      modality: DICOM's code, or "unknown".
-      frames: empty if `reason` is given.
-      reason: why the file is skipped, or None.
-    """
+    """The part of a file's header that grouping needs; small enough to send between processes."""
 
     path: PathLike
-    uid: str
-    study: str
-    modality: str
-    frames: tuple[Frame, ...]
-    reason: str | None
-
-
-@dataclasses.dataclass
-class _Found:
-    """The files of one SeriesInstanceUID."""
-
-    study: str
-    modality: str
-    frames: list[Frame] = dataclasses.field(default_factory=list)
-    skipped: list[Skipped] = dataclasses.field(default_factory=list)
+    uid: str  # SeriesInstanceUID, or ""
+    study: str  # StudyInstanceUID, or ""
+    modality: str  # DICOM's code, or "unknown"
+    frames: tuple[Frame, ...]  # empty if there is a reason
+    reason: str | None  # why the file is skipped, or None
 
 
 @dataclasses.dataclass
 class _Group:
-    """Frames that may form a stack, and what was skipped from them."""
+    """Frames that may form a stack, and files that were skipped for it."""
 
     frames: list[Frame]
     label: str = ""
     copies: list[tuple[Frame, Frame]] = dataclasses.field(default_factory=list)
     duplicates: list[tuple[Frame, Frame]] = dataclasses.field(default_factory=list)
-    aside: list[tuple[Frame, str]] = dataclasses.field(default_factory=list)
+    skipped: list[Skipped] = dataclasses.field(default_factory=list)
 
 
 def group_headers(items: Iterable[tuple[PathLike, pydicom.Dataset]]) -> list[Series]:
     """Groups files into series.
 
     Args:
-      items: (path, header) of each file, headers as `headers.read_header(path, frames=True)` returns them.
-        Nothing of a header is kept after its turn.
+      items: (path, header) of each file, with headers from `headers.read_header(path, frames=True)`. Headers
+        are not kept.
 
     Returns:
       Series in the order of their first file; several for a series whose slices form several stacks. Files
-      whose headers are damaged are in `skipped` of their series.
+      with damaged headers are in `skipped` of their series.
     """
     return group_files(file_frames(path, header) for path, header in items)
 
 
 def file_frames(path: PathLike, header: pydicom.Dataset) -> FileFrames:
-    """Reduces a header to what `group_files` needs.
+    """Extracts the input of `group_files` from a header.
 
     Raises:
-      UnavailableError: the disk or the network fails.
+      UnavailableError: disk or network failure.
     """
     uid = study = ""
     modality = UNKNOWN
@@ -180,7 +161,7 @@ def file_frames(path: PathLike, header: pydicom.Dataset) -> FileFrames:
         with naming(path):
             uid, study = series_uid(header), str(header.get("StudyInstanceUID") or "")
             modality = code_of(header.get("Modality"))
-            reason = not_an_image(header)
+            reason = unsupported_reason(header)
             frames = () if reason else tuple(frames_of(header, path))
             return FileFrames(path, uid, study, modality, frames, reason)
     except UnavailableError:
@@ -190,157 +171,152 @@ def file_frames(path: PathLike, header: pydicom.Dataset) -> FileFrames:
 
 
 def group_files(files: Iterable[FileFrames]) -> list[Series]:
-    """`group_headers` for headers that `file_frames` has reduced."""
-    found: dict[str, _Found] = {}
+    """`group_headers` for headers reduced by `file_frames`."""
+    by_uid: dict[str, list[FileFrames]] = collections.defaultdict(list)
     for file in files:
-        series = found.setdefault(file.uid, _Found(file.study, file.modality))
-        series.frames += file.frames
-        series.skipped += [(file.path, file.reason)] if file.reason else []
-    return [series for uid, series_files in found.items() for series in _series_of(uid, series_files)]
+        by_uid[file.uid].append(file)
+    return [series for members in by_uid.values() for series in _series_of(members)]
 
 
 def skipped_notes(skipped: Sequence[Skipped]) -> list[str]:
-    """One sentence for each reason, with the number of files."""
+    """One sentence per reason, with the number of files."""
     files = collections.Counter(reason for _, reason in dict.fromkeys(skipped))
     return [f"{count} file{'s' if count > 1 else ''} skipped: {reason}" for reason, count in files.items()]
 
 
-def _series_of(uid: str, found: _Found) -> list[Series]:
-    slices = [frame for frame in found.frames if frame.fault is None]
+def _series_of(files: list[FileFrames]) -> list[Series]:
+    first = files[0]
+    base = Series(
+        short_identifier(first.uid),
+        first.uid,
+        short_identifier(first.study),
+        modality=first.modality,
+        skipped=tuple((file.path, file.reason) for file in files if file.reason),
+    )
+    frames = [frame for file in files for frame in file.frames]
+    slices = [frame for frame in frames if frame.fault is None]
     if not slices:
-        return [_without_slices(uid, found)]
-    aside = [(frame, frame.fault) for frame in found.frames if frame.fault is not None]
-    slices, duplicates = _without_duplicates(slices)
-    aside += [(other, "a copy of another file (same SOPInstanceUID)") for _, other in duplicates]
-    spaces, others = _main_spaces(_spaces(slices))
-    aside += others
+        return [_without_slices(base, frames)]
+    skipped = [(frame.path, frame.fault) for frame in frames if frame.fault is not None]
+    # The key includes positions because some anonymisers give all slices the same UID.
+    keys = [(f.uid, f.number, f.position, f.orientation) if f.uid else f for f in slices]
+    slices, duplicates = _first_by_key(slices, keys)
+    skipped += [(other.path, "a copy of another file (same SOPInstanceUID)") for _, other in duplicates]
+    spaces, others = _select_main(_spaces(slices), lambda *_: "another study or frame of reference")
+    skipped += others
+    if len(spaces) == 1:
+        spaces[0].label = ""
     stacks = []
     for space in spaces:
-        groups, others = _main_groups(_grids(space.frames))
-        aside += others
-        if len(groups) > _ROTATING_ABOVE or (len(groups) > 3 and len(groups[0].frames) < 3):
-            return [_rotating(uid, found, len(groups))]
-        for stack in (stack for group in groups for stack in _stacks(group)):
-            stack.label = ", ".join(filter(None, [space.label, stack.label]))
-            stacks.append(stack)
+        groups, others = _select_main(_grids(space.frames), _difference)
+        skipped += others
+        if len(groups) > _MAX_ORIENTATIONS or (len(groups) > 3 and len(groups[0].frames) < 3):
+            different = f"slices of {len(groups)} different orientations or grids"
+            problem = f"{different} (radial or rotating), not a stack"
+            return [dataclasses.replace(_without_slices(base, frames), problem=problem)]
+        for group in groups:
+            group.label = _description(group.frames[0]) if len(groups) > 1 else ""
+            for stack in _stacks(group):
+                stack.label = _joined(space.label, stack.label)
+                stacks.append(stack)
     for stack in stacks:
-        stack.aside = [*stack.aside, *aside]
-        kept = set(map(id, stack.frames))
-        stack.duplicates = [pair for pair in duplicates if id(pair[0]) in kept]
-    named = len(stacks) > 1
+        stack.skipped = [*stack.skipped, *skipped]
+        kept = set(stack.frames)
+        stack.duplicates = [pair for pair in duplicates if pair[0] in kept]
     return [
-        _volume(uid, found, stack, f"/{number}" if named else "") for number, stack in enumerate(stacks, 1)
+        _volume(base, stack, f"/{number}" if len(stacks) > 1 else "")
+        for number, stack in enumerate(stacks, 1)
     ]
 
 
-def _without_slices(uid: str, found: _Found) -> Series:
-    base = Series(
-        short_identifier(uid),
-        uid,
-        short_identifier(found.study),
-        modality=found.modality,
-        skipped=tuple(found.skipped),
-    )
-    if not found.frames:
-        reasons = collections.Counter(reason for _, reason in found.skipped)
-        return dataclasses.replace(base, problem=reasons.most_common(1)[0][0])
-    first = found.frames[0]
-    faults = collections.Counter(frame.fault for frame in found.frames)
+def _without_slices(base: Series, frames: list[Frame]) -> Series:
+    if not frames:
+        return dataclasses.replace(base, problem=_most_common(reason for _, reason in base.skipped))
+    first = frames[0]
     return dataclasses.replace(
         base,
         body_part=first.body_part,
         kind=CINE if first.frames > 1 else PICTURE,
         rows=first.rows,
         columns=first.columns,
-        slices=sum({frame.path: frame.frames for frame in found.frames}.values()),
-        members=tuple(Member(frame.path, frame.number) for frame in found.frames),
-        localizer=all(_is_localizer(frame) for frame in found.frames),
-        notes=tuple(skipped_notes(found.skipped)),
-        problem=faults.most_common(1)[0][0],
+        slices=sum({frame.path: frame.frames for frame in frames}.values()),
+        members=tuple(map(_member, frames)),
+        localizer=all(map(_is_localizer, frames)),
+        notes=tuple(skipped_notes(base.skipped)),
+        problem=_most_common(frame.fault for frame in frames),
     )
 
 
-def _rotating(uid: str, found: _Found, orientations: int) -> Series:
-    without = _without_slices(uid, found)
-    return dataclasses.replace(
-        without,
-        problem=f"slices of {orientations} different orientations or grids (radial or rotating), not a stack",
-    )
+def _first_by_key(
+    frames: Sequence[Frame], keys: Sequence[Hashable]
+) -> tuple[list[Frame], list[tuple[Frame, Frame]]]:
+    """The first frame of each key, and (first, other) for all other frames."""
+    first: dict[Hashable, Frame] = {}
+    pairs = [(first.setdefault(key, frame), frame) for frame, key in zip(frames, keys, strict=True)]
+    return list(first.values()), [(kept, other) for kept, other in pairs if kept is not other]
 
 
-def _without_duplicates(slices: list[Frame]) -> tuple[list[Frame], list[tuple[Frame, Frame]]]:
-    """The first slice of each instance at each position, and (kept, other) for those that are left out."""
-    first: dict[Any, Frame] = {}
-    duplicates = []
-    for frame in slices:
-        # Positions too: there are anonymisers that give all slices one UID.
-        key = (frame.uid, frame.number, frame.position, frame.orientation) if frame.uid else id(frame)
-        kept = first.setdefault(key, frame)
-        duplicates += [(kept, frame)] if kept is not frame else []
-    return list(first.values()), duplicates
+def _select_main(
+    groups: list[_Group], reason: Callable[[Frame, _Group, _Group], str]
+) -> tuple[list[_Group], list[Skipped]]:
+    """The clearly largest group and the frames skipped for it, or all groups.
+
+    `reason` maps a skipped frame, its group and the largest group to the reason for skipping.
+    """
+    largest, *rest = sorted((len(group.frames) for group in groups), reverse=True)
+    if rest and largest < _CLEARLY_LARGER * rest[0]:
+        return groups, []
+    main = max(groups, key=lambda group: len(group.frames))
+    others = [group for group in groups if group is not main]
+    return [main], [(frame.path, reason(frame, group, main)) for group in others for frame in group.frames]
+
+
+def _joined(*labels: str) -> str:
+    return ", ".join(filter(None, labels))
 
 
 def _spaces(slices: list[Frame]) -> list[_Group]:
-    """Groups of slices whose positions can be compared: of one study and one frame of reference.
+    """Groups of slices with comparable positions: of one study and one frame of reference.
 
-    A broken anonymiser gives every file an identifier of its own, so one that a single slice names means
-    nothing.
+    Identifiers of a single slice are ignored, because broken anonymisers give every file a new one.
     """
     groups = [_Group(slices)]
     for keyword, word in _SPACES.items():
-        groups = [part for group in groups for part in _named_parts(group, keyword, word)]
+        groups = [part for group in groups for part in _split_space(group, keyword, word)]
     return groups
 
 
-def _named_parts(group: _Group, keyword: str, word: str) -> list[_Group]:
-    counts = collections.Counter(frame.marks.get(keyword) for frame in group.frames)
+def _split_space(group: _Group, keyword: str, word: str) -> list[_Group]:
+    counts = collections.Counter(frame.attributes.get(keyword) for frame in group.frames)
     names = [name for name, count in counts.items() if name is not None and count > 1]
     if len(names) < 2:
         return [group]
     usual = max(names, key=counts.__getitem__)
     parts: dict[Any, list[Frame]] = {name: [] for name in names}
     for frame in group.frames:
-        parts.get(frame.marks.get(keyword), parts[usual]).append(frame)
+        parts.get(frame.attributes.get(keyword), parts[usual]).append(frame)
     return [
-        _Group(frames, ", ".join(filter(None, [group.label, f"{word} {number} of {len(parts)}"])))
+        _Group(frames, _joined(group.label, f"{word} {number} of {len(parts)}"))
         for number, frames in enumerate(parts.values(), 1)
     ]
 
 
-def _main_spaces(spaces: list[_Group]) -> tuple[list[_Group], list[tuple[Frame, str]]]:
-    if not _clearly_first([len(space.frames) for space in spaces]):
-        return spaces, []
-    main = max(spaces, key=lambda space: len(space.frames))
-    main.label = ""
-    reason = "another study or frame of reference"
-    return [main], [(frame, reason) for space in spaces if space is not main for frame in space.frames]
-
-
 def _grids(slices: list[Frame]) -> list[_Group]:
-    """Groups of slices that could lie in one stack, the largest first."""
-    kinds: dict[Any, list[Frame]] = collections.defaultdict(list)
+    """Groups of slices with one object type, grid and orientation, the largest first."""
+    types: dict[Any, list[Frame]] = collections.defaultdict(list)
     for frame in slices:
-        kinds[_kind(frame)].append(frame)
-    groups = [_Group(group) for frames in kinds.values() for group in _near(frames)]
+        is_projection = bool(_PROJECTIONS & set(frame.image_type))
+        size = frame.rows, frame.columns
+        types[frame.sop_class, frame.modality, size, _is_localizer(frame), is_projection].append(frame)
+    groups = [_Group(group) for frames in types.values() for group in _cluster(frames)]
     return sorted(groups, key=lambda group: -len(group.frames))
-
-
-def _kind(frame: Frame) -> tuple[Any, ...]:
-    return (
-        frame.sop_class,
-        frame.modality,
-        frame.rows,
-        frame.columns,
-        _is_localizer(frame),
-        bool(_PROJECTIONS & set(frame.image_type)),
-    )
 
 
 def _is_localizer(frame: Frame) -> bool:
     return "LOCALIZER" in frame.image_type
 
 
-def _near(frames: list[Frame]) -> list[list[Frame]]:
+def _cluster(frames: list[Frame]) -> list[list[Frame]]:
     """Groups frames whose spacing and orientation are equal up to rounding."""
     counts = collections.Counter((frame.spacing, frame.orientation) for frame in frames)
     seeds = np.empty((0, 8))
@@ -360,29 +336,15 @@ def _near(frames: list[Frame]) -> list[list[Frame]]:
     return list(groups.values())
 
 
-def _main_groups(groups: list[_Group]) -> tuple[list[_Group], list[tuple[Frame, str]]]:
-    """The group that is clearly the volume, or all groups, and what is skipped with its reason."""
-    if len(groups) > 1 and not _clearly_first([len(group.frames) for group in groups]):
-        for group in groups:
-            group.label = _description(group.frames[0])
-        return groups, []
-    main = groups[0].frames[0]
-    return groups[:1], [(frame, _difference(frame, main)) for group in groups[1:] for frame in group.frames]
-
-
-def _clearly_first(sizes: Sequence[int]) -> bool:
-    largest, *rest = sorted(sizes, reverse=True)
-    return not rest or largest >= _CLEARLY_LARGER * rest[0]
-
-
 def _description(frame: Frame) -> str:
     plane = plane_of(frame.orientation or ())
-    words = [] if isinstance(plane, str) else [plane.word]
+    words = [] if isinstance(plane, str) else [plane.name]
     words += ["localizer"] if _is_localizer(frame) else []
     return " ".join([*words, f"{frame.columns} x {frame.rows}"])
 
 
-def _difference(frame: Frame, main: Frame) -> str:
+def _difference(frame: Frame, _: _Group, main_group: _Group) -> str:
+    main = main_group.frames[0]
     if frame.sop_class != main.sop_class:
         return f"{frame.sop_class or 'an object of another class'} beside {main.sop_class or 'the slices'}"
     if _is_localizer(frame) != _is_localizer(main):
@@ -394,7 +356,7 @@ def _difference(frame: Frame, main: Frame) -> str:
     assert frame.orientation is not None and main.orientation is not None
     if not np.allclose(frame.orientation, main.orientation, atol=_ORIENTATION_TOLERANCE, rtol=0):
         plane = plane_of(frame.orientation)
-        return f"another orientation ({plane if isinstance(plane, str) else plane.word})"
+        return f"another orientation ({plane if isinstance(plane, str) else plane.name})"
     if frame.spacing != main.spacing:
         assert frame.spacing is not None
         return f"another pixel spacing ({frame.spacing[0]:.4g} mm)"
@@ -402,122 +364,110 @@ def _difference(frame: Frame, main: Frame) -> str:
 
 
 def _stacks(group: _Group) -> list[_Group]:
-    """Splits frames of one grid into stacks with one frame at each position."""
-    frames = group.frames
-    plane = _plane(frames)
+    """Splits frames of one grid into stacks with one frame per position."""
+    plane = _plane(group.frames)
     if isinstance(plane, str):
         return [group]
-    places = places_along(plane.normal, np.array([frame.position for frame in frames]))
-    most = int(np.bincount(places).max())
-    if most > 1:
-        parts = [] if places.max() == 0 and most > _ONE_PLACE else _parts_by_marks(frames, places, most)
-        parts = parts or (_parts_by_order(frames, places, most) if places.max() else [])
+    indices = position_indices(plane.normal, np.array([frame.position for frame in group.frames])).tolist()
+    index = dict(zip(group.frames, indices, strict=True))
+    counts = collections.Counter(indices)
+    if max(counts.values()) > 1:
+        parts = []
+        if len(counts) > 1 or max(counts.values()) <= _MAX_AT_ONE_POSITION:
+            parts = _split_by_attributes(index, counts)
+        if len(counts) > 1:
+            parts = parts or _split_by_order(index, counts)
         if not parts:
-            return [_with_pending_copies(group, places)]
+            frames, copies = _first_by_key(group.frames, indices)
+            return [dataclasses.replace(group, frames=frames, copies=copies)]
     else:
-        parts = [] if _stacked(frames, plane).problem is None else _mixed_parts(frames, places, plane)
+        parts = [] if _stacked(group.frames, plane).problem is None else _split_interleaved(index, plane)
     if not parts:
         return [group]
     for part in parts:
-        part.label = ", ".join(filter(None, [group.label, part.label]))
-    if not _clearly_first([len(part.frames) for part in parts]):
-        return parts
-    main = max(parts, key=lambda part: len(part.frames))
-    main.aside = [
-        (frame, f"another stack ({part.label})")
-        for part in parts
-        if part is not main
-        for frame in part.frames
-    ]
-    return [main]
+        part.label = _joined(group.label, part.label)
+    selected, skipped = _select_main(parts, lambda frame, part, main: f"another stack ({part.label})")
+    if len(selected) == 1:
+        selected[0].skipped = skipped
+    return selected
 
 
-def _parts_by_marks(frames: list[Frame], places: np.ndarray, most: int) -> list[_Group]:
-    """The fewest parts that header values tell apart, each with one frame at each position; [] if none."""
-    varying = _varying(frames)
+def _split_by_attributes(index: dict[Frame, int], counts: collections.Counter[int]) -> list[_Group]:
+    """The fewest parts with different attributes and one frame per position; [] if there are none."""
+    most = max(counts.values())
+    varying = _varying(index)
     best: list[_Group] = []
     for keys in [*((k,) for k in varying), *itertools.combinations(varying, 2), tuple(varying)]:
-        parts = _partition(frames, keys)
+        parts = _partition(index, keys)
         if not most <= len(parts) <= 2 * most or (best and len(parts) >= len(best)):
             continue
-        place_of = {id(frame): place for frame, place in zip(frames, places, strict=True)}
-        if all(len({place_of[id(f)] for f in part.frames}) == len(part.frames) for part in parts):
+        if all(len({index[frame] for frame in part.frames}) == len(part.frames) for part in parts):
             best = parts
     return _labelled(best)
 
 
-def _varying(frames: list[Frame]) -> list[str]:
-    return [keyword for keyword in MARKS if len({frame.marks.get(keyword) for frame in frames}) > 1]
+def _varying(frames: Iterable[Frame]) -> list[str]:
+    return [keyword for keyword in STACK_KEYWORDS if len({f.attributes.get(keyword) for f in frames}) > 1]
 
 
-def _partition(frames: list[Frame], keys: Sequence[str]) -> list[_Group]:
+def _partition(frames: Iterable[Frame], keys: Sequence[str]) -> list[_Group]:
     parts: dict[Any, list[Frame]] = collections.defaultdict(list)
     for frame in frames:
-        parts[tuple(frame.marks.get(key) for key in keys)].append(frame)
+        parts[tuple(frame.attributes.get(key) for key in keys)].append(frame)
     return [_Group(parts[key]) for key in sorted(parts, key=_sortable)]
 
 
 def _sortable(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A key that sorts numbers as numbers, and values of different types at all."""
+    """A sort key that orders numbers numerically and accepts mixed types."""
     return tuple(
         (1, value, "") if isinstance(value, float) else (2 if value else 0, 0.0, str(value))
         for value in values
     )
 
 
-def _parts_by_order(frames: list[Frame], places: np.ndarray, most: int) -> list[_Group]:
-    """Time points, by the order of times or instance numbers at each position; [] if that is not complete."""
-    if (np.bincount(places) != most).any():
+def _split_by_order(index: dict[Frame, int], counts: collections.Counter[int]) -> list[_Group]:
+    """Time points by time or instance number at each position; [] if positions differ in their number."""
+    most = max(counts.values())
+    if set(counts.values()) != {most}:
         return []
-    for keyword in ORDER:
-        values = [frame.marks.get(keyword) for frame in frames]
-        if any(value is None for value in values) or len({type(value) for value in values}) > 1:
+    for keyword in ORDER_KEYWORDS:
+        values = {frame: frame.attributes.get(keyword) for frame in index}
+        if None in values.values() or len(set(map(type, values.values()))) > 1:
             continue
-        order = sorted(range(len(frames)), key=lambda i: (places[i], values[i]))
+        order = sorted(index, key=lambda frame: (index[frame], frame.attributes[keyword]))
         rows = [order[i : i + most] for i in range(0, len(order), most)]
-        if all(len({values[i] for i in row}) == most for row in rows):
+        if all(len({values[frame] for frame in row}) == most for row in rows):
             word = "repetition" if keyword == "InstanceNumber" else "time point"
-            return [
-                _Group([frames[row[n]] for row in rows], f"{word} {n + 1} of {most}") for n in range(most)
-            ]
+            columns = enumerate(zip(*rows, strict=True), 1)
+            return [_Group([*frames], f"{word} {number} of {most}") for number, frames in columns]
     return []
 
 
-def _with_pending_copies(group: _Group, places: np.ndarray) -> _Group:
-    first: dict[int, Frame] = {}
-    copies = []
-    for frame, place in zip(group.frames, places.tolist(), strict=True):
-        kept = first.setdefault(place, frame)
-        copies += [(kept, frame)] if kept is not frame else []
-    return dataclasses.replace(group, frames=list(first.values()), copies=copies)
-
-
-def _mixed_parts(frames: list[Frame], places: np.ndarray, plane: Plane) -> list[_Group]:
-    """Explains uneven slices by a stray slice or by interleaved stacks which a header value tells apart."""
-    for keyword in _varying(frames):
-        parts = _partition(frames, [keyword])
+def _split_interleaved(index: dict[Frame, int], plane: Plane) -> list[_Group]:
+    """Splits unevenly spaced slices by an attribute: interleaved stacks, or a stack and stray slices."""
+    for keyword in _varying(index):
+        parts = _partition(index, [keyword])
         main = max(parts, key=lambda part: len(part.frames))
         if len(main.frames) < 3 or _stacked(main.frames, plane).problem is not None:
             continue
-        place_of = {id(frame): place for frame, place in zip(frames, places.tolist(), strict=True)}
-        inside = [place_of[id(frame)] for frame in main.frames]
+        inside = [index[frame] for frame in main.frames]
         rest = [frame for part in parts if part is not main for frame in part.frames]
-        few = len(rest) <= max(1, _STRAY_SHARE * len(frames))
-        between = all(min(inside) - 1 <= place_of[id(frame)] <= max(inside) + 1 for frame in rest)
+        few = len(rest) <= max(1, _STRAY_SHARE * len(index))
+        between = all(min(inside) - 1 <= index[frame] <= max(inside) + 1 for frame in rest)
         if few or (between and max(inside) - min(inside) >= len(main.frames)):
             return _labelled(parts)
     return []
 
 
 def _labelled(parts: list[_Group]) -> list[_Group]:
-    """Names each part by the header values that are one within it and differ between parts."""
+    """Labels each part with the attributes that are constant within it and differ between parts."""
     for number, part in enumerate(parts, 1):
         words = []
-        for keyword, word in MARKS.items():
-            values = [{frame.marks.get(keyword) for frame in other.frames} for other in parts]
-            own = {frame.marks.get(keyword) for frame in part.frames}
-            if word and len(own) == 1 and len(set().union(*values)) > 1 and None not in own:
-                words.append(f"{word} {_shown(next(iter(own)))}")
+        for keyword, word in STACK_KEYWORDS.items():
+            own = {frame.attributes.get(keyword) for frame in part.frames}
+            every = {frame.attributes.get(keyword) for other in parts for frame in other.frames}
+            if word and len(own) == 1 and len(every) > 1 and None not in own:
+                words.append(f"{word} {_shown(own.pop())}")
         part.label = ", ".join(words[:3]) or f"stack {number} of {len(parts)}"
     return parts
 
@@ -548,15 +498,14 @@ def _most_common(values: Iterable[Any]) -> Any:
     return collections.Counter(values).most_common(1)[0][0]
 
 
-def _volume(uid: str, found: _Found, group: _Group, suffix: str) -> Series:
+def _volume(base: Series, group: _Group, suffix: str) -> Series:
     frames = group.frames
     first = frames[0]
     plane = _plane(frames)
-    skipped = [*((frame.path, reason) for frame, reason in group.aside), *found.skipped]
-    series = Series(
-        short_identifier(uid) + suffix,
-        uid,
-        short_identifier(found.study),
+    skipped = [*group.skipped, *base.skipped]
+    series = dataclasses.replace(
+        base,
+        identifier=base.identifier + suffix,
         modality=first.modality,
         body_part=_most_common(frame.body_part for frame in frames),
         kind=VOLUME,
@@ -572,15 +521,14 @@ def _volume(uid: str, found: _Found, group: _Group, suffix: str) -> Series:
     if isinstance(plane, str):
         return dataclasses.replace(series, problem=plane, members=tuple(map(_member, frames)))
     stack = _stacked(frames, plane)
-    notes = [*stack.notes, *_inconsistencies(frames), *skipped_notes(skipped)]
     return dataclasses.replace(
         series,
         spacing=stack.spacing,
-        orientation=plane.word,
+        orientation=plane.name,
         affine=stack.affine,
         members=tuple(_member(frames[index]) for index in stack.order),
-        notes=tuple(notes),
-        problem=_missing_parts(frames) or stack.problem or _one_place(group),
+        notes=(*stack.notes, *_inconsistencies(frames), *skipped_notes(skipped)),
+        problem=_missing_parts(frames) or stack.problem or _lost_positions(group),
     )
 
 
@@ -600,22 +548,22 @@ def _inconsistencies(frames: list[Frame]) -> list[str]:
             f"slice orientations differ by {np.degrees(turn):.2f} degrees; the most common one is used"
         )
     if any(frame.inverted for frame in frames):
-        notes.append("the files ask for an inverted display (MONOCHROME1); the values are as stored")
+        notes.append("the files request an inverted display (MONOCHROME1); the values are not inverted")
     for keyword, words in (("StudyInstanceUID", "studies"), ("FrameOfReferenceUID", "frames of reference")):
-        names = {frame.marks.get(keyword) for frame in frames} - {None}
+        names = {frame.attributes.get(keyword) for frame in frames} - {None}
         if len(names) > 1:
             notes.append(f"the slices name {len(names)} {words}")
     return notes
 
 
-def _one_place(group: _Group) -> str | None:
-    if len(group.frames) == 1 and len(group.copies) >= _ONE_PLACE:
+def _lost_positions(group: _Group) -> str | None:
+    if len(group.frames) == 1 and len(group.copies) >= _MAX_AT_ONE_POSITION:
         return f"{len(group.copies) + 1} slices at one position (one slice over time, or lost positions)"
     return None
 
 
 def _missing_parts(frames: list[Frame]) -> str | None:
-    parts = {frame.parts for frame in frames if frame.parts}
+    parts = {frame.part for frame in frames if frame.part}
     if parts and len(parts) < (total := max(total for total, _ in parts)):
         return f"{len(parts)} of {total} files of a concatenation; the others are missing"
     return None

@@ -1,8 +1,8 @@
-"""A fast walk over the header of an ordinary DICOM file.
+"""A fast header parser for common DICOM files.
 
-pydicom spends most of its time on elements that are skipped. This walk reads the little-endian files that
-scanners and archives write about three times faster, and gives up on anything else, which pydicom reads then.
-Both give the same elements.
+pydicom spends most of its time on elements that are skipped. This parser reads the little-endian files that
+scanners and archives write, about three times faster, and leaves all other files to pydicom. Both return the
+same elements.
 """
 
 from __future__ import annotations
@@ -13,11 +13,7 @@ from typing import IO, cast
 
 from pydicom.dataelem import RawDataElement, empty_value_for_VR
 from pydicom.tag import BaseTag
-from pydicom.uid import (
-    DeflatedExplicitVRLittleEndian,
-    ExplicitVRBigEndian,
-    ImplicitVRLittleEndian,
-)
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32, VR
 
 Elements = dict[BaseTag, RawDataElement]
@@ -43,31 +39,31 @@ _unpack_length = struct.Struct("<L").unpack_from
 
 
 def ends_header(tag: int, last_group: int) -> bool:
-    """Whether nothing that describes an image follows: `last_group`, or what only objects without pixels hold
-    before it, of any length: directory records, content of reports, and structures of radiotherapy."""
+    """Whether no image element follows: at `last_group`, or at directory records, report content or
+    radiotherapy structures, which may be long and occur only in objects without pixels."""
     group = tag >> 16
     return group >= last_group or tag in (_DIRECTORY_RECORDS, _REPORT_CONTENT) or group in _RADIOTHERAPY
 
 
-class _NotOrdinary(Exception):
-    """pydicom has to look at this file."""
+class _Unsupported(Exception):
+    """The file needs pydicom."""
 
 
 def walk(file: IO[bytes], tags: frozenset[int], last_group: int) -> tuple[Elements, Elements, bool] | None:
-    """Reads the wanted elements of a little-endian DICOM file with a preamble.
+    """Reads selected elements of a little-endian DICOM file with a preamble.
 
     Args:
       file: at any position.
-      tags: wanted elements.
-      last_group: where the walk ends, see `ends_header`.
+      tags: elements to return.
+      last_group: end of the header, see `ends_header`.
 
     Returns:
-      (meta information, wanted elements, whether they are in implicit VR); None if the file is not ordinary:
-      big endian, deflated, damaged, without meta information, or a wanted sequence of undefined length.
+      (meta information, elements, whether they are in implicit VR); None for files that need pydicom: big
+      endian, deflated, damaged, without meta information, or with a selected sequence of undefined length.
     """
     try:
         walker = _Walker(file)
-        meta, place = walker.elements(_META_START, False, last_group, None)
+        meta, end = walker.elements(_META_START, False, last_group, None)
         syntax = meta.get(BaseTag(_TRANSFER_SYNTAX))
         if syntax is None or not syntax.value:
             return None
@@ -75,9 +71,9 @@ def walk(file: IO[bytes], tags: frozenset[int], last_group: int) -> tuple[Elemen
         if uid in _OTHER_ENCODINGS:
             return None
         implicit = uid == str(ImplicitVRLittleEndian).encode()
-        found, _ = walker.elements(place, implicit, last_group, tags)
+        found, _ = walker.elements(end, implicit, last_group, tags)
         return meta, found, implicit
-    except (_NotOrdinary, struct.error):
+    except (_Unsupported, struct.error):
         return None
 
 
@@ -89,92 +85,93 @@ class _Walker:
         self._buffer, self._base = b"", 0
 
     def elements(
-        self, place: int, implicit: bool, last_group: int, tags: frozenset[int] | None
+        self, position: int, implicit: bool, last_group: int, tags: frozenset[int] | None
     ) -> tuple[Elements, int]:
-        """The wanted elements from `place` on, and where the next one starts; None: the meta information."""
+        """(elements of `tags` after `position`, end offset); `tags` None: the meta information."""
         found: Elements = {}
-        if implicit and self._at(place, 6)[4:6].isalpha():
-            raise _NotOrdinary  # explicit VR, whatever the transfer syntax says
-        while place + 8 <= self._size:
-            if tags is None and self._at(place, 2) != _META_GROUP:
-                return found, place  # what follows may be in implicit VR
-            tag, vr, start, length = self._element(place, implicit)
+        if implicit and self._at(position, 6)[4:6].isalpha():
+            raise _Unsupported  # explicit VR, contrary to the transfer syntax
+        while position + 8 <= self._size:
+            if tags is None and self._at(position, 2) != _META_GROUP:
+                return found, position  # the data set may be in implicit VR
+            tag, vr, start, length = self._element(position, implicit)
             if ends_header(tag, last_group):
-                return found, place
+                return found, position
             if length == _UNDEFINED:
                 if tags is None or tag in tags:
-                    raise _NotOrdinary
-                place = self._after_sequence(start, implicit, 0)
+                    raise _Unsupported
+                position = self._after_sequence(start, implicit, 0)
                 continue
-            place = start + length
+            position = start + length
             if tags is None or tag in tags:
                 if length > _MAX_VALUE_BYTES:
-                    raise _NotOrdinary
+                    raise _Unsupported
                 empty = cast(bytes | None, empty_value_for_VR(vr, raw=True))
                 value = self._at(start, length) if length else empty
                 base_tag = BaseTag(tag)
                 found[base_tag] = RawDataElement(base_tag, vr, length, value, start, implicit, True)
-        if place != self._size:
-            raise _NotOrdinary
-        return found, place
+        if position != self._size:
+            raise _Unsupported
+        return found, position
 
-    def _element(self, place: int, implicit: bool) -> tuple[int, str | None, int, int]:
-        """Tag, value representation, start of the value and its length."""
+    def _element(self, position: int, implicit: bool) -> tuple[int, str | None, int, int]:
+        """Tag, value representation, offset and length of the value."""
         self._left -= 1
         if self._left < 0:
-            raise _NotOrdinary
-        offset = place - self._base
+            raise _Unsupported
+        offset = position - self._base
         if offset < 0 or offset + 12 > len(self._buffer):
-            self._fill(place, _WINDOW_BYTES)
+            self._fill(position, _WINDOW_BYTES)
             offset = 0
         if implicit:
             group, element, length = _unpack_implicit(self._buffer, offset)
-            return group << 16 | element, None, place + 8, length
+            return group << 16 | element, None, position + 8, length
         group, element, code, length = _unpack_explicit(self._buffer, offset)
+        tag = group << 16 | element
         if code in _SHORT:
-            return group << 16 | element, _SHORT[code], place + 8, length
+            return tag, _SHORT[code], position + 8, length
         if code in _LONG:
-            (length,) = _unpack_length(self._buffer, offset + 8)
-            return group << 16 | element, _LONG[code], place + 12, length
-        if group == 0xFFFE:  # the end of an item or a sequence has no value representation
-            group, element, length = _unpack_implicit(self._buffer, offset)
-            return group << 16 | element, None, place + 8, length
-        raise _NotOrdinary
+            return tag, _LONG[code], position + 12, _unpack_length(self._buffer, offset + 8)[0]
+        if group == 0xFFFE:  # item and sequence delimiters have no value representation
+            return tag, None, position + 8, _unpack_length(self._buffer, offset + 4)[0]
+        raise _Unsupported
 
-    def _after_sequence(self, place: int, implicit: bool, depth: int) -> int:
-        """Where a sequence of undefined length ends."""
+    def _after_sequence(self, position: int, implicit: bool, depth: int) -> int:
+        """End offset of a sequence of undefined length."""
         if depth > _MAX_NESTING:
-            raise _NotOrdinary
+            raise _Unsupported
         while True:
-            group, element, length = _unpack_implicit(self._at(place, 8))
+            group, element, length = _unpack_implicit(self._at(position, 8))
             tag = group << 16 | element
-            place += 8
+            position += 8
             if tag == _SEQUENCE_END:
-                return place
+                return position
             if tag != _ITEM:
-                raise _NotOrdinary
-            place = place + length if length != _UNDEFINED else self._after_item(place, implicit, depth)
+                raise _Unsupported
+            position = (
+                position + length if length != _UNDEFINED else self._after_item(position, implicit, depth)
+            )
 
-    def _after_item(self, place: int, implicit: bool, depth: int) -> int:
+    def _after_item(self, position: int, implicit: bool, depth: int) -> int:
         while True:
-            tag, _, start, length = self._element(place, implicit)
+            tag, _, start, length = self._element(position, implicit)
             if tag == _ITEM_END:
                 return start
             if length == _UNDEFINED:
-                place = self._after_sequence(start, implicit, depth + 1)
+                position = self._after_sequence(start, implicit, depth + 1)
             else:
-                place = start + length
+                position = start + length
 
-    def _at(self, place: int, count: int) -> bytes:
-        offset = place - self._base
+    def _at(self, position: int, count: int) -> bytes:
+        offset = position - self._base
         if offset < 0 or offset + count > len(self._buffer):
-            self._fill(place, max(count, _WINDOW_BYTES))
+            self._fill(position, max(count, _WINDOW_BYTES))
             offset = 0
         value = self._buffer[offset : offset + count]
         if len(value) < count:
-            raise _NotOrdinary
+            raise _Unsupported
         return value
 
-    def _fill(self, place: int, count: int) -> None:
-        self._file.seek(place)
-        self._buffer, self._base = self._file.read(count), place
+    def _fill(self, position: int, count: int) -> None:
+        self._file.seek(position)
+        self._buffer, self._base = self._file.read(count), position

@@ -1,10 +1,9 @@
-"""DICOM headers: recognised by content, bounded, and reduced to what reading an image needs.
+"""Bounded reading of DICOM headers, restricted to an allow-list of elements.
 
-Nothing that identifies a patient is read: elements outside the lists below are skipped in the file. The lists
-hold no names, dates of birth, descriptions or comments, and of private elements only those of PET.
-Acquisition times and the patient's weight are in them, because standardized uptake values are computed from
-them; they belong in no message. Only `read_mr_header` reads descriptions, from which an MRI sequence is
-recognised.
+Elements outside the lists below are skipped in the file, so no identifying data is read: the lists contain no
+names, birth dates, descriptions or comments, and only the private elements needed for PET. They do contain
+acquisition times and the patient's weight, the inputs of standardized uptake values; never put these in a
+message. Only `read_mr_header` reads descriptions, to classify MRI sequences.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import re
 import struct
 import warnings
 import zlib
@@ -33,12 +31,10 @@ from pydicom.values import convert_string
 
 from vilam3_jax.data.dicom import header_walk
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
+from vilam3_jax.data.volume_io import one_line
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.paths import PathLike, as_path, check_passing, file_size
 
-_META = """
-    MediaStorageSOPClassUID MediaStorageSOPInstanceUID TransferSyntaxUID
-"""
 _OBJECT = """
     SpecificCharacterSet ImageType SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID
     FrameOfReferenceUID Modality Manufacturer ManufacturerModelName BodyPartExamined PatientPosition
@@ -108,12 +104,11 @@ def _tags(*lists: str) -> frozenset[int]:
     return frozenset(cast(dict[str, int], tags).values())
 
 
-# The creators and elements from which `suv` computes uptake values: PET scan time (GE), SUV and activity
-# factors (Philips).
+# Private creators and elements used by `suv`: PET scan time (GE), SUV and activity factors (Philips).
 _PRIVATE_TAGS = frozenset({0x00090010, 0x0009100D, 0x70530010, 0x70531000, 0x70531009})
 
-_META_TAGS = _tags(_META)
-# From which an MRI sequence is recognised. Free text, which may identify a patient: `read_mr_header` alone.
+_META_TAGS = _tags("MediaStorageSOPClassUID MediaStorageSOPInstanceUID TransferSyntaxUID")
+# Used to classify MRI sequences. Free text may identify a patient: only for `read_mr_header`.
 _MR_SEQUENCE = """
     SeriesDescription ProtocolName ContrastBolusAgent ContrastBolusAgentSequence CodeMeaning
     MRModifierSequence InversionTimes
@@ -126,7 +121,7 @@ _DATASET_TAGS = _FRAME_TAGS | _tags(_PIXELS) | _OVERLAY_ROWS
 _SEQUENCE_TAGS = frozenset(
     tag for tag in _DATASET_TAGS | _MR_TAGS if dictionary_has_tag(tag) and dictionary_VR(tag) == "SQ"
 )
-# These may be long; any other value is a few numbers or words.
+# Only these values may exceed `_MAX_VALUE_BYTES`.
 _LONG_TAGS = _tags(_PIXELS)
 _MAX_VALUE_BYTES = 1 << 16
 
@@ -136,24 +131,28 @@ _FUNCTIONAL_GROUP = 0x5200
 _PIXEL_GROUP = 0x7FE0
 _PIXEL_TAGS = _tags("PixelData FloatPixelData DoubleFloatPixelData")
 
-# What a header may cost, by where its reading ends; pydicom reads at most three times for an element or item.
+# Read limits by the group at which reading stops. pydicom reads at most three times per element or item.
 _MAX_FRAME_READS = 4_000_000
 _MAX_READS = {_FUNCTIONAL_GROUP: 300_000, _PIXEL_GROUP: _MAX_FRAME_READS}
 _MAX_BYTES = {_FUNCTIONAL_GROUP: 64 << 20, _PIXEL_GROUP: 512 << 20}
 
-# What pydicom logs and warns of quotes values of the file, which may identify a patient.
+# pydicom's log messages and warnings quote values of the file, which may identify a patient.
 logging.getLogger("pydicom").propagate = False
 
 _VALUE_REPRESENTATIONS = frozenset(str(vr).encode() for vr in VR if len(str(vr)) == 2)
 
 
+class ImageError(Exception):
+    """An image that cannot be read, as a message without the path: `naming` turns it into a `UserError`."""
+
+
 @contextlib.contextmanager
 def naming(path: PathLike) -> Iterator[None]:
-    """Turns damage of any kind into one line that names `path`, and silences pydicom's warnings.
+    """Converts every error to a one-line `UserError` that names `path`, and silences pydicom's warnings.
 
     Raises:
-      UnavailableError: the disk or the network fails.
-      UserError: anything else that the block raises.
+      UnavailableError: disk or network failure.
+      UserError: any other error in the block.
     """
     try:
         with warnings.catch_warnings():
@@ -161,52 +160,44 @@ def naming(path: PathLike) -> Iterator[None]:
             yield
     except UserError:
         raise
+    except ImageError as error:
+        raise UserError(f"{path}: {error}") from error
     except EOFError as error:
         raise UserError(f"{path}: ends inside an element; the file is cut short, fetch it again") from error
-    except RecursionError as error:
-        raise UserError(
-            f"{path}: damaged DICOM data (sequences nested too deeply); export it again"
-        ) from error
-    except MemoryError as error:
-        raise UserError(
-            f"{path}: damaged DICOM data (needs more memory than there is); export it again"
-        ) from error
-    except Exception as error:  # pydicom and its decoders let through whatever a damaged byte leads to
+    except (RecursionError, MemoryError) as error:
+        nested = isinstance(error, RecursionError)
+        reason = "sequences nested too deeply" if nested else "more memory needed than available"
+        raise UserError(f"{path}: damaged DICOM data ({reason}); export it again") from error
+    except Exception as error:  # pydicom and its decoders raise arbitrary exceptions on damaged data
         check_passing(path, error)
-        raise UserError(f"{path}: damaged DICOM data ({short(error)}); export it again") from error
+        raise UserError(f"{path}: damaged DICOM data ({one_line(error)}); export it again") from error
 
 
-def short(error: BaseException) -> str:
-    """What a library's error says, as a part of one line: no line breaks, object addresses or long values."""
-    text = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "an object", " ".join(str(error).split()))
-    return f"{text:.160}" if text else type(error).__name__
+def as_list(value: Any) -> list[Any]:
+    """The values of an element: empty if it is None or "", one item unless it is multi-valued."""
+    if value is None or value == "":
+        return []
+    is_multiple = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    return list(value) if is_multiple else [value]
 
 
 def numbers(item: pydicom.Dataset, keyword: str) -> list[float | None]:
-    """The numbers of an element: empty where it is absent or empty, None in place of what is not a number.
+    """The numbers of an element: empty if absent, None for a value that is not a number.
 
-    pydicom gives up the whole element for one bad value of it.
+    Parses the raw element, because pydicom rejects all values of an element if one is malformed.
     """
     raw = item.get_item(keyword)
     if raw is None:
         return []
-    if (
-        isinstance(raw, RawDataElement)
-        and raw.VR in ("DS", "IS", None)
-        and dictionary_VR(raw.tag) in ("DS", "IS")
-    ):
-        texts = (raw.value or b"").decode("latin-1").strip(" \0").split("\\")
-        values: list[Any] = [] if texts == [""] else texts
-    else:
-        value = cast(Any, item[keyword].value)
-        values = [] if value is None or value == "" else [value]
-        if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-            values = list(value)
-    return [as_number(value) for value in values]
+    is_text = isinstance(raw, RawDataElement) and raw.VR in ("DS", "IS", None)
+    if is_text and dictionary_VR(raw.tag) in ("DS", "IS"):
+        texts = (cast(bytes, raw.value) or b"").decode("latin-1").strip(" \0").split("\\")
+        return [] if texts == [""] else [as_number(text) for text in texts]
+    return [as_number(value) for value in as_list(item[keyword].value)]
 
 
 def as_number(value: Any) -> float | None:
-    """A value of a header as a number, None if it is none."""
+    """`value` as a number, None if it is not numeric."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -214,33 +205,33 @@ def as_number(value: Any) -> float | None:
 
 
 def functional_group(dataset: pydicom.Dataset, frame: int, keyword: str) -> pydicom.Dataset | None:
-    """The functional group macro of one frame: its own, or the one that all frames share."""
+    """A functional group macro of one frame: per-frame if present, otherwise shared."""
     own = items(dataset, "PerFrameFunctionalGroupsSequence")
     shared = items(dataset, "SharedFunctionalGroupsSequence")
-    for groups, place in ((own, frame), (shared, 0)):
-        if place < len(groups) and (found := items(groups[place], keyword)):
+    for groups, index in ((own, frame), (shared, 0)):
+        if index < len(groups) and (found := items(groups[index], keyword)):
             return found[0]
     return None
 
 
 def items(dataset: pydicom.Dataset, keyword: str) -> Sequence[pydicom.Dataset]:
-    """The items of a sequence, none where it is absent."""
+    """The items of a sequence, empty if it is absent."""
     return cast(Any, dataset[keyword].value) or () if keyword in dataset else ()
 
 
 def overlay_planes(dataset: pydicom.Dataset) -> int:
-    """How many overlay planes a data set has."""
+    """The number of overlay planes in a data set."""
     return sum(tag in dataset for tag in _OVERLAY_ROWS)
 
 
 def is_directory(header: pydicom.Dataset) -> bool:
-    """Whether a header is a DICOMDIR's, which lists other files and has no pixels."""
-    named = _stored_uid(header.file_meta, "MediaStorageSOPClassUID") or _stored_uid(header, "SOPClassUID")
-    return named == MediaStorageDirectoryStorage
+    """Whether the header belongs to a DICOMDIR, an index of other files without pixels."""
+    uid = _raw_uid(header.file_meta, "MediaStorageSOPClassUID") or _raw_uid(header, "SOPClassUID")
+    return uid == MediaStorageDirectoryStorage
 
 
-def _stored_uid(dataset: pydicom.Dataset, keyword: str) -> str:
-    """A UID as it is stored: a damaged value representation cannot be decoded."""
+def _raw_uid(dataset: pydicom.Dataset, keyword: str) -> str:
+    """A UID from its raw value, which also works for a damaged value representation."""
     element = dataset.get_item(keyword)
     value = b"" if element is None else element.value
     text = value.decode("ascii", "replace") if isinstance(value, bytes) else str(value or "")
@@ -250,21 +241,21 @@ def _stored_uid(dataset: pydicom.Dataset, keyword: str) -> str:
 def read_header(
     path: PathLike, *, limits: Limits = DEFAULT_LIMITS, frames: bool = False
 ) -> pydicom.Dataset | None:
-    """Reads what describes the image, without its pixels.
+    """Reads the elements that describe an image, without its pixels.
 
     Args:
-      path: any file. DICOM is recognised by content: with its preamble, or without it (old archives) by the
-        first elements, in implicit or explicit VR, little or big endian. The suffix does not matter.
-      limits: `nesting` bounds sequences; lengths and the number of elements have bounds of their own.
-      frames: also the functional groups of a multi-frame object (shared and per frame).
+      path: any file. DICOM is recognised by content, not by suffix: by the preamble or, in old archives
+        without it, by the first elements (implicit or explicit VR, little or big endian).
+      limits: `nesting` bounds the depth of sequences; element lengths and counts have fixed bounds.
+      frames: also read the shared and per-frame functional groups of a multi-frame object.
 
     Returns:
-      The elements of the allow-list, with `file_meta`; None if the file is not DICOM. A DICOMDIR yields a
-      header too, see `is_directory`. Values are decoded when they are looked at: do that inside `naming`.
+      The elements of the allow-list, with `file_meta`; None if the file is not DICOM. A DICOMDIR also yields
+      a header, see `is_directory`. Values are decoded on access: access them inside `naming`.
 
     Raises:
-      UnavailableError: the disk or the network fails.
-      UserError: no such file, or a damaged header.
+      UnavailableError: disk or network failure.
+      UserError: missing file or damaged header.
     """
     if frames:
         return _read(path, _FRAME_TAGS, _PIXEL_GROUP, limits)
@@ -272,23 +263,19 @@ def read_header(
 
 
 def read_mr_header(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> pydicom.Dataset | None:
-    """`read_header` with functional groups, descriptions and the contrast agent.
+    """`read_header` with functional groups, descriptions and the contrast agent; raises the same errors.
 
-    The descriptions may identify a patient: whoever reads them must neither show nor store them.
-
-    Raises:
-      UnavailableError: the disk or the network fails.
-      UserError: no such file, or a damaged header.
+    The descriptions may identify a patient: callers must neither show nor store them.
     """
     return _read(path, _MR_TAGS, _PIXEL_GROUP, limits)
 
 
 def read_dataset(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> pydicom.Dataset:
-    """Reads a whole image, pixels as stored included: the elements of the allow-list, for `pixels`.
+    """Reads the elements of the allow-list including the encoded pixels, the input of `pixels`.
 
     Raises:
-      UnavailableError: the disk or the network fails.
-      UserError: no such file, not DICOM, larger than `limits.file_bytes`, or damaged.
+      UnavailableError: disk or network failure.
+      UserError: missing, not DICOM, larger than `limits.file_bytes`, or damaged.
     """
     size = file_size_of(path)
     if size > limits.file_bytes:
@@ -302,49 +289,51 @@ def read_dataset(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> pydicom.
 
 
 def file_size_of(path: PathLike) -> int:
-    """Size of a file in bytes; a `UserError` that names it where it is missing."""
-    try:
+    """Size of a file in bytes; raises a `UserError` that names a missing or unreadable file."""
+    with _io_errors(path):
         return file_size(path)
+
+
+@contextlib.contextmanager
+def _io_errors(path: PathLike) -> Iterator[None]:
+    try:
+        yield
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise UserError(f"{path}: no such file; check the path") from error
     except OSError as error:
         check_passing(path, error)
-        raise UserError(f"{path}: cannot be read ({short(error)}); check the path") from error
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); check the path") from error
 
 
 def _read(
     path: PathLike, tags: frozenset[int], last_group: int | None, limits: Limits
 ) -> pydicom.Dataset | None:
-    """Reads the elements of `tags` before `last_group`; None: all of them, the pixels too."""
+    """Reads the elements of `tags` before `last_group`; None: all elements, including the pixels."""
     path = as_path(path)
-    with naming(path), _opened(path) as stored:
-        head = stored.read(_HEAD_BYTES)
+    with naming(path), _opened(path) as file:
+        head = file.read(_HEAD_BYTES)
         if not _looks_like_dicom(head):
             return None
-        with_preamble = head[128:132] == b"DICM"
+        has_preamble = head[128:132] == b"DICM"
         dataset = None
-        if with_preamble and last_group is not None:
-            dataset = _walk(stored, tags, last_group)
+        if has_preamble and last_group is not None:
+            dataset = _walk(file, tags, last_group)
         if dataset is None:
-            dataset = _parse(stored, head, tags, last_group, limits)
+            dataset = _parse(file, head, tags, last_group, limits)
         for tag in list(dataset.file_meta.keys()):
             if tag in _META_TAGS:
-                dataset.file_meta[tag]  # converted here, where damage is named
+                dataset.file_meta[tag]  # decode here, inside `naming`
             else:
                 del dataset.file_meta[tag]
-        if not len(dataset) and not is_directory(dataset):  # pydicom gives up all where the end surprises it
-            raise UserError(
-                f"{path}: DICOM without one element of an image; it may be cut short, fetch it again"
-            )
+        if not len(dataset) and not is_directory(dataset):  # pydicom drops everything at an unexpected end
+            raise ImageError("DICOM without any image element; the file may be cut short, fetch it again")
         _reduce(dataset, tags, limits.nesting)
-        if not (with_preamble or "SOPClassUID" in dataset or "Rows" in dataset):
-            return None
-        return dataset
+        return dataset if has_preamble or "SOPClassUID" in dataset or "Rows" in dataset else None
 
 
-def _walk(stored: IO[bytes], tags: frozenset[int], last_group: int) -> pydicom.Dataset | None:
-    """Reads an ordinary header; None if it is none."""
-    found = header_walk.walk(stored, tags, last_group)
+def _walk(file: IO[bytes], tags: frozenset[int], last_group: int) -> pydicom.Dataset | None:
+    """Reads a header with `header_walk`; None if it cannot."""
+    found = header_walk.walk(file, tags, last_group)
     if found is None:
         return None
     meta, elements, implicit = found
@@ -358,42 +347,36 @@ def _walk(stored: IO[bytes], tags: frozenset[int], last_group: int) -> pydicom.D
 
 
 def _parse(
-    stored: IO[bytes], head: bytes, tags: frozenset[int], last_group: int | None, limits: Limits
+    file: IO[bytes], head: bytes, tags: frozenset[int], last_group: int | None, limits: Limits
 ) -> pydicom.Dataset:
-    """Reads any DICOM data set.
-
-    Raises:
-      EOFError: it is cut short.
-    """
-    reads, most = _MAX_FRAME_READS, limits.decoded_bytes
+    """Reads a data set with pydicom; raises `EOFError` if it is cut short."""
+    max_reads, max_bytes = _MAX_FRAME_READS, limits.decoded_bytes
     if last_group is not None:
-        reads, most = _MAX_READS[last_group], _MAX_BYTES[last_group]
+        max_reads, max_bytes = _MAX_READS[last_group], _MAX_BYTES[last_group]
 
     def stop(tag: int, vr: str | None, length: int) -> bool:
-        if last_group is None:
-            return tag in _PIXEL_TAGS
-        return header_walk.ends_header(tag, last_group)
+        return tag in _PIXEL_TAGS if last_group is None else header_walk.ends_header(tag, last_group)
 
-    file, meta = _inflated(stored, head, most)
+    file, meta = _inflated(file, head, max_bytes)
     file.seek(0)
-    guard = cast(Any, _Guard(file, reads, most))
-    read = read_partial(guard, cast(Any, stop), force=True, specific_tags=cast(Any, list(tags)))
-    dataset = pydicom.Dataset(read)  # without the file, which a FileDataset keeps open
+    bounded = cast(Any, _BoundedFile(file, max_reads, max_bytes))
+    read = read_partial(bounded, cast(Any, stop), force=True, specific_tags=cast(Any, list(tags)))
+    dataset = pydicom.Dataset(read)  # a copy without the open file that a FileDataset keeps
     implicit, little = _encoding(read)
     dataset.set_original_encoding(implicit, little, read.original_character_set)
     dataset.file_meta = read.file_meta if meta is None else meta
     if last_group is None:
-        for element in data_element_generator(guard, implicit, little):
+        for element in data_element_generator(bounded, implicit, little):
             if element.tag in _PIXEL_TAGS:
                 dataset[element.tag] = element
                 break
-    if guard.tell() > guard.size or _is_cut_short(dataset):
+    if bounded.tell() > bounded.size or _is_cut_short(dataset):
         raise EOFError
     return dataset
 
 
 def _encoding(read: pydicom.FileDataset) -> tuple[bool, bool]:
-    """(implicit VR, little endian) as the elements have it, which the transfer syntax may deny."""
+    """(implicit VR, little endian) of the elements, which may contradict the transfer syntax."""
     for tag in list(read.keys()):
         raw = read.get_item(tag)
         if isinstance(raw, RawDataElement):
@@ -404,18 +387,15 @@ def _encoding(read: pydicom.FileDataset) -> tuple[bool, bool]:
 
 @contextlib.contextmanager
 def _opened(path: epath.Path) -> Iterator[IO[bytes]]:
-    file_size_of(path)  # says in our words what is missing
-    try:
+    with _io_errors(path):
+        file_size(path)  # missing object-store files fail here, not on the first read
         file = path.open("rb")
-    except OSError as error:
-        check_passing(path, error)
-        raise UserError(f"{path}: cannot be read ({short(error)}); check the path") from error
     with file:
         yield cast(IO[bytes], file)
 
 
-class _Guard:
-    """A file that pydicom may read: as often, and as much at once, as the bounds allow."""
+class _BoundedFile:
+    """A file that limits the number of reads and the bytes per read."""
 
     def __init__(self, file: IO[bytes], max_reads: int, max_bytes: int) -> None:
         self._read = file.read
@@ -430,7 +410,7 @@ class _Guard:
     def read(self, count: int = -1) -> bytes:
         self._reads_left -= 1
         if self._reads_left < 0:
-            raise ValueError("more elements than any header has")
+            raise ValueError("too many elements in the header")
         if count > 8192 or count < 0:
             rest = max(self.size - self.tell(), 0)
             count = rest if count < 0 else min(count, rest)
@@ -440,45 +420,40 @@ class _Guard:
 
 
 def _looks_like_dicom(head: bytes) -> bool:
-    if head[128:132] == b"DICM":
-        return True
-    return any(_plausible_start(head, order) for order in "<>")
+    return head[128:132] == b"DICM" or any(_plausible_start(head, order) for order in "<>")
 
 
 def _plausible_start(head: bytes, order: str) -> bool:
-    """Whether a file without a preamble starts with two known elements, the first of group 0002 or 0008."""
-    place, previous = 0, -1
+    """Whether a file without preamble starts with two known elements, the first in group 0002 or 0008."""
+    start, previous = 0, -1
     for number in range(2):
-        if place + 12 > len(head):
+        if start + 12 > len(head):
             return False
-        group, element, vr, length = struct.unpack_from(f"{order}HH2sH", head, place)
+        group, element, vr, length = struct.unpack_from(f"{order}HH2sH", head, start)
         tag = group << 16 | element
         if tag <= previous or not (element == 0 or dictionary_has_tag(tag)):
             return False
         if number == 0 and group not in (0x0002, 0x0008):
             return False
-        if vr in _VALUE_REPRESENTATIONS:
-            place += 8
-        elif order == "<":
-            (length,) = struct.unpack_from("<L", head, place + 4)
-            place += 8
-        else:
-            return False
+        if vr not in _VALUE_REPRESENTATIONS:  # implicit VR, which is always little endian
+            if order == ">":
+                return False
+            (length,) = struct.unpack_from("<L", head, start + 4)
         if length > 256:
             return False
-        place, previous = place + length, tag
+        start, previous = start + 8 + length, tag
     return True
 
 
 def _inflated(file: IO[bytes], head: bytes, max_bytes: int) -> tuple[IO[bytes], FileMetaDataset | None]:
-    """The data set of a deflated file and its meta information; any other file as it is, and None.
+    """(inflated data set, meta information) of a deflated file; any other file unchanged, and None.
 
-    pydicom would inflate without a bound.
+    Inflated here because pydicom has no size limit.
     """
     if str(DeflatedExplicitVRLittleEndian).encode() not in head:
         return file, None
     if head[128:138] != b"DICM\2\0\0\0UL":
-        raise ValueError("deflated, without the length of its meta information")
+        raise ValueError("deflated file without a meta information length")
     (length,) = struct.unpack_from("<L", head, 140)
     start = 144 + length
     file.seek(0)
@@ -491,8 +466,8 @@ def _inflated(file: IO[bytes], head: bytes, max_bytes: int) -> tuple[IO[bytes], 
 
 
 def _is_cut_short(dataset: pydicom.Dataset) -> bool:
-    """Whether an element has fewer bytes than it promises."""
-    values = (dataset.get_item(tag) for tag in list(dataset.keys()))  # to iterate over it would decode all
+    """Whether the value of an element is shorter than its length field."""
+    values = (dataset.get_item(tag) for tag in list(dataset.keys()))  # iterating would decode all elements
     return any(
         isinstance(raw, RawDataElement) and raw.value is not None and len(raw.value) < raw.length < 0xFFFFFFFF
         for raw in values
@@ -500,7 +475,7 @@ def _is_cut_short(dataset: pydicom.Dataset) -> bool:
 
 
 def _reduce(item: pydicom.Dataset, tags: frozenset[int], nesting: int) -> None:
-    """Removes from `item` and its sequences, in place, all that is not in `tags`."""
+    """Removes all elements outside `tags` from `item` and its sequences, in place."""
     if nesting < 0:
         raise ValueError("sequences nested too deeply")
     for tag in list(item.keys()):
@@ -508,15 +483,11 @@ def _reduce(item: pydicom.Dataset, tags: frozenset[int], nesting: int) -> None:
             del item[tag]
             continue
         raw = item.get_item(tag)
-        is_raw = isinstance(raw, RawDataElement)
-        if is_raw and raw.VR != "SQ" and tag not in _SEQUENCE_TAGS:
+        if isinstance(raw, RawDataElement) and raw.VR != "SQ" and tag not in _SEQUENCE_TAGS:
             if raw.value is not None and len(raw.value) > _MAX_VALUE_BYTES and tag not in _LONG_TAGS:
                 raise ValueError(f"an element of {len(raw.value)} bytes in the header")
-            continue
-        element = item[tag]
-        if element.VR != "SQ":
-            if tag in _SEQUENCE_TAGS:
-                del item[tag]
-            continue
-        for child in cast(Any, element.value) or ():
-            _reduce(child, tags, nesting - 1)
+        elif (element := item[tag]).VR == "SQ":
+            for child in cast(Any, element.value) or ():
+                _reduce(child, tags, nesting - 1)
+        elif tag in _SEQUENCE_TAGS:
+            del item[tag]

@@ -1,4 +1,4 @@
-"""How a DICOM image stores its pixels: read from the header, and checked before anything is decoded."""
+"""Pixel layout of a DICOM image, read from the header and checked before decoding."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any, cast
 import pydicom
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from vilam3_jax.data.dicom.headers import numbers
+from vilam3_jax.data.dicom.headers import ImageError, naming, numbers
 from vilam3_jax.data.limits import Limits
-from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.paths import PathLike
 
 GREY = ("MONOCHROME1", "MONOCHROME2")
@@ -28,12 +27,12 @@ class Layout:
       keyword: PixelData, FloatPixelData or DoubleFloatPixelData.
       syntax: the transfer syntax.
       photometric: the photometric interpretation, one of GREY, COLOUR or PALETTE.
-      samples: per pixel, 1 or 3.
-      planar: 0 if the colours of a pixel lie side by side, 1 if each colour has a plane of its own.
+      samples: samples per pixel, 1 or 3.
+      planar: Planar Configuration: 0 for interleaved colours, 1 for colour planes.
       rows, columns, frames: size.
       bits_allocated, bits_stored, high_bit: of a sample, see PS3.5 8.1.1.
       signed: whether samples are in two's complement.
-      notes: what was assumed.
+      notes: assumptions.
     """
 
     keyword: str
@@ -52,13 +51,13 @@ class Layout:
 
     @property
     def stored_range(self) -> tuple[int, int]:
-        """Smallest and largest number that a sample can store."""
+        """Smallest and largest value of a stored sample."""
         if self.signed:
             return -(1 << (self.bits_stored - 1)), (1 << (self.bits_stored - 1)) - 1
         return 0, (1 << self.bits_stored) - 1
 
     def options(self, photometric: str) -> dict[str, Any]:
-        """What pydicom's decoders want to know."""
+        """Options of pydicom's decoders."""
         return {
             "rows": self.rows,
             "columns": self.columns,
@@ -72,38 +71,54 @@ class Layout:
 
 
 def read_layout(dataset: pydicom.Dataset, path: PathLike, limits: Limits) -> Layout:
-    """Reads and checks how the pixels of a data set are stored.
+    """Reads and checks the pixel layout of a data set.
 
     Raises:
-      UserError: no pixels, an interpretation or a number of bits that is not read, contradictions, or a size
-        over a limit.
+      UserError: no pixels, an unsupported photometric interpretation or number of bits, a contradictory
+        header, or a size above a limit.
     """
-    keyword = _pixel_keyword(dataset, path)
+    with naming(path):
+        return _layout(dataset, limits)
+
+
+def _layout(dataset: pydicom.Dataset, limits: Limits) -> Layout:
+    keyword = _pixel_keyword(dataset)
     notes: list[str] = []
-    photometric = _photometric(dataset, path)
-    samples = _stated(dataset, "SamplesPerPixel", path, 3 if photometric in COLOUR else 1, notes)
-    if samples != (3 if photometric in COLOUR else 1):
-        raise UserError(
-            f"{path}: Samples per Pixel of {samples} contradicts the photometric interpretation "
-            f"{photometric}; correct the header or export it again"
+    photometric = _photometric(dataset)
+    expected_samples = 3 if photometric in COLOUR else 1
+    samples = _integer(dataset, "SamplesPerPixel", expected_samples, notes)
+    if samples != expected_samples:
+        raise ImageError(
+            f"Samples per Pixel of {samples} contradicts the photometric interpretation {photometric}; "
+            "correct the header or export it again"
         )
-    planar = _whole(dataset, "PlanarConfiguration", path, -1)
-    syntax = _transfer_syntax(dataset, keyword, path)
+    planar = _integer(dataset, "PlanarConfiguration", -1)
+    syntax = _transfer_syntax(dataset, keyword)
     if samples == 3 and planar not in (0, 1):
         planar = 0
         if not syntax.is_encapsulated:
-            notes.append("Planar Configuration is not stated; colours are taken as interleaved")
-    rows, columns = (_whole(dataset, key, path) for key in ("Rows", "Columns"))
-    frames = _frames(dataset, path)
+            notes.append("Planar Configuration is missing; interleaved colours are assumed")
+    rows, columns = (_integer(dataset, key) for key in ("Rows", "Columns"))
+    frames = _integer(dataset, "NumberOfFrames", 1)
+    if frames < 0:
+        raise ImageError(f"Number of Frames of {frames} is invalid; export it again")
+    frames = frames or 1
     if keyword == "PixelData":
-        bits = _bits(dataset, path, notes)
-        signed = _stated(dataset, "PixelRepresentation", path, 0, notes)
+        allocated, stored, high = _bits(dataset, notes)
+        signed = _integer(dataset, "PixelRepresentation", 0, notes)
         if signed not in (0, 1):
-            raise UserError(f"{path}: Pixel Representation of {signed} makes no sense; export it again")
+            raise ImageError(f"Pixel Representation of {signed} is invalid; export it again")
     else:
-        width = 32 if keyword == "FloatPixelData" else 64
-        bits, signed = (width, width, width - 1), 1
-    _check_size(rows, columns, samples, bits[0], frames, path, limits)
+        allocated = stored = 32 if keyword == "FloatPixelData" else 64
+        high, signed = stored - 1, 1
+    if not (0 < rows <= 65535 and 0 < columns <= 65535):
+        raise ImageError(f"{rows} rows and {columns} columns are invalid; export it again")
+    if rows * columns > limits.pixels:
+        raise ImageError(f"{rows} x {columns} pixels, more than the limit of {limits.pixels}; scale it down")
+    if rows * columns * samples * max(allocated // 8, 1) > limits.decoded_bytes:
+        raise ImageError(f"a frame above the limit of {limits.decoded_bytes} bytes; scale it down")
+    if frames > limits.frames:
+        raise ImageError(f"{frames} frames, more than the limit of {limits.frames}; split it")
     return Layout(
         keyword,
         syntax,
@@ -113,89 +128,83 @@ def read_layout(dataset: pydicom.Dataset, path: PathLike, limits: Limits) -> Lay
         rows,
         columns,
         frames,
-        *bits,
+        allocated,
+        stored,
+        high,
         bool(signed),
         tuple(notes),
     )
 
 
-def _pixel_keyword(dataset: pydicom.Dataset, path: PathLike) -> str:
+def _pixel_keyword(dataset: pydicom.Dataset) -> str:
     present = [keyword for keyword in _PIXEL_KEYWORDS if keyword in dataset]
     if len(present) == 1:
         return present[0]
     if present:
-        raise UserError(f"{path}: holds {' and '.join(present)}, only one may be there; export it again")
-    kind = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID")
-    known = isinstance(kind, UID) and kind.is_valid and not kind.is_private
-    name = kind.name if known else "unknown class"
-    raise UserError(f"{path}: a DICOM object without pixels ({name:.80}); give an image instead")
+        raise ImageError(f"contains {' and '.join(present)}, only one is allowed; export it again")
+    uid = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID")
+    known = isinstance(uid, UID) and uid.is_valid and not uid.is_private
+    name = uid.name if known else "unknown class"
+    raise ImageError(f"a DICOM object without pixels ({name:.80}); give an image instead")
 
 
-def _photometric(dataset: pydicom.Dataset, path: PathLike) -> str:
-    value = dataset.get("PhotometricInterpretation")
-    name = str(value or "").strip().upper()
+def _photometric(dataset: pydicom.Dataset) -> str:
+    name = str(dataset.get("PhotometricInterpretation") or "").strip().upper()
     if not name:
-        raise UserError(
-            f"{path}: DICOM image whose Photometric Interpretation is empty, so grey and colour cannot be "
-            "told apart; correct the header"
+        raise ImageError(
+            "the Photometric Interpretation is empty, so grey and colour cannot be distinguished; correct "
+            "the header"
         )
     if name not in (*GREY, *COLOUR, PALETTE):
-        shown = name if name.isprintable() and len(name) <= 16 else "that it states"  # 16: DICOM's limit
-        raise UserError(
-            f"{path}: the photometric interpretation {shown} is not read here; export it as MONOCHROME2 "
-            "or RGB"
+        shown = f"{name} " if name.isprintable() and len(name) <= 16 else ""  # 16: the limit of DICOM
+        raise ImageError(
+            f"the photometric interpretation {shown}is not supported; export it as MONOCHROME2 or RGB"
         )
     return name
 
 
-def _transfer_syntax(dataset: pydicom.Dataset, keyword: str, path: PathLike) -> UID:
+def _transfer_syntax(dataset: pydicom.Dataset, keyword: str) -> UID:
     meta = getattr(dataset, "file_meta", None)
     syntax = meta.get("TransferSyntaxUID") if meta is not None else None
     data = cast(Any, dataset[keyword].value)
     if not data:
-        raise UserError(f"{path}: its pixel data is empty; fetch it again")
-    is_encapsulated = bytes(data[:4]) == _ITEM_TAG and dataset[keyword].is_undefined_length
-    if not syntax:  # old archives leave out the meta information; how the header was encoded is known
+        raise ImageError("the pixel data is empty; fetch it again")
+    starts_with_item = bytes(data[:4]) == _ITEM_TAG
+    is_encapsulated = starts_with_item and dataset[keyword].is_undefined_length
+    if not syntax:  # old archives omit the meta information; the encoding of the header is known
         if is_encapsulated:
-            raise UserError(f"{path}: compressed pixels without a Transfer Syntax UID; export it again")
+            raise ImageError("compressed pixels without a Transfer Syntax UID; export it again")
         implicit, little = dataset.original_encoding
         native = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
         return ImplicitVRLittleEndian if implicit else native
     try:
-        stated_encapsulated = syntax.is_encapsulated
+        compressed = syntax.is_encapsulated
     except ValueError as error:
-        raise UserError(
-            f"{path}: the transfer syntax {syntax if syntax.is_valid else 'that it states'} is not known; "
-            "export it as Explicit VR Little Endian"
+        shown = f"{syntax} " if syntax.is_valid else ""
+        raise ImageError(
+            f"the transfer syntax {shown}is unknown; export it as Explicit VR Little Endian"
         ) from error
-    if is_encapsulated and not stated_encapsulated:
-        raise UserError(
-            f"{path}: its pixels are compressed, its transfer syntax {syntax.name} says they are not; "
-            "correct the header or export it again"
+    if is_encapsulated and not compressed:
+        raise ImageError(
+            f"compressed pixels contradict the transfer syntax {syntax.name}; correct the header or export "
+            "it again"
         )
-    if stated_encapsulated and bytes(data[:4]) != _ITEM_TAG:
-        raise UserError(
-            f"{path}: its pixels are not compressed as its transfer syntax {syntax.name} says; correct the "
-            "header or export it again"
+    if compressed and not starts_with_item:
+        raise ImageError(
+            f"uncompressed pixels contradict the transfer syntax {syntax.name}; correct the header or export "
+            "it again"
         )
     return syntax
 
 
-def _frames(dataset: pydicom.Dataset, path: PathLike) -> int:
-    frames = _whole(dataset, "NumberOfFrames", path, 1)
-    if frames < 0:
-        raise UserError(f"{path}: Number of Frames of {frames} makes no sense; export it again")
-    return frames or 1
-
-
-def _bits(dataset: pydicom.Dataset, path: PathLike, notes: list[str]) -> tuple[int, int, int]:
-    allocated = _whole(dataset, "BitsAllocated", path)
-    stored = _stated(dataset, "BitsStored", path, allocated, notes)
-    high = _whole(dataset, "HighBit", path, stored - 1)
+def _bits(dataset: pydicom.Dataset, notes: list[str]) -> tuple[int, int, int]:
+    allocated = _integer(dataset, "BitsAllocated")
+    stored = _integer(dataset, "BitsStored", allocated, notes)
+    high = _integer(dataset, "HighBit", stored - 1)
     if allocated not in (1, 8, 16, 32, 64) or not 1 <= stored <= allocated:
-        raise UserError(
-            f"{path}: {allocated} bits allocated and {stored} stored are not read here; export it with 8, 16 "
-            "or 32 bits allocated"
+        raise ImageError(
+            f"{allocated} bits allocated and {stored} stored are not supported; export it with 8, 16 or 32 "
+            "bits allocated"
         )
     if not stored - 1 <= high < allocated:
         notes.append(f"High Bit of {high} contradicts {stored} bits stored and is ignored")
@@ -203,42 +212,16 @@ def _bits(dataset: pydicom.Dataset, path: PathLike, notes: list[str]) -> tuple[i
     return allocated, stored, high
 
 
-def _check_size(
-    rows: int, columns: int, samples: int, bits: int, frames: int, path: PathLike, limits: Limits
-) -> None:
-    if not (0 < rows <= 65535 and 0 < columns <= 65535):
-        raise UserError(f"{path}: {rows} rows and {columns} columns make no sense; export it again")
-    if rows * columns > limits.pixels:
-        raise UserError(
-            f"{path}: {rows} x {columns} pixels, more than the limit of {limits.pixels}; scale it down"
-        )
-    if rows * columns * samples * max(bits // 8, 1) > limits.decoded_bytes:
-        raise UserError(f"{path}: a frame over the limit of {limits.decoded_bytes} bytes; scale it down")
-    if frames > limits.frames:
-        raise UserError(f"{path}: {frames} frames, more than the limit of {limits.frames}; split it")
-
-
-def check_frame(frame: int, layout: Layout, path: PathLike) -> None:
-    """Raises a `UserError` if there is no such frame."""
-    if not 0 <= frame < layout.frames:
-        raise UserError(f"{path}: no frame {frame}; choose one of 0 to {layout.frames - 1}")
-
-
-def _stated(dataset: pydicom.Dataset, keyword: str, path: PathLike, default: int, notes: list[str]) -> int:
-    """A whole number that every image should state; its absence is noted."""
-    number = _whole(dataset, keyword, path, -1)
-    if number == -1:
-        notes.append(f"{keyword} is not stated and taken as {default}")
-        return default
-    return number
-
-
-def _whole(dataset: pydicom.Dataset, keyword: str, path: PathLike, default: int | None = None) -> int:
-    """A whole number of the header; `default` where it is absent or empty."""
+def _integer(
+    dataset: pydicom.Dataset, keyword: str, default: int | None = None, notes: list[str] | None = None
+) -> int:
+    """An integer of the header; `default` if it is absent or empty, with a note if `notes` is given."""
     found = numbers(dataset, keyword)
     if not found and default is not None:
+        if notes is not None:
+            notes.append(f"{keyword} is missing; {default} is assumed")
         return default
     if len(found) != 1 or found[0] is None or not found[0].is_integer():
-        state = "missing" if not found else "not a whole number"
-        raise UserError(f"{path}: {keyword} is {state}; export it again")
+        state = "missing" if not found else "not an integer"
+        raise ImageError(f"{keyword} is {state}; export it again")
     return int(found[0])

@@ -1,9 +1,10 @@
-"""DICOM series: which series a folder holds, and the slices of one of them as a volume."""
+"""DICOM series: listing the series of a folder, and reading one as a volume."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
@@ -33,7 +34,7 @@ from vilam3_jax.runtime.paths import PathLike, as_path
 
 DAMAGED_HEADER = "a damaged DICOM header"
 _DAMAGED_SHARE = 0.02
-_LISTED = 10  # series or files that a message names
+_LISTED = 10  # series or files named in a message
 _SUFFIX = re.compile(r"\.[a-z0-9]{1,5}")
 
 
@@ -43,19 +44,19 @@ def read_series(
     """Reads the slices of one series as a volume.
 
     Args:
-      path: a folder (subfolders included), a file of one slice or of a multi-frame volume, or a DICOMDIR,
-        which stands for its folder.
-      series: which series of a folder: its SeriesInstanceUID or `Series.identifier`. None: the only volume.
-      limits: bounds on files, their bytes and voxels, checked by the headers before any pixel is decoded.
+      path: a folder (including subfolders), a file of one slice, a multi-frame volume, or a DICOMDIR, which
+        stands for its folder.
+      series: SeriesInstanceUID or `Series.identifier` of a series in the folder; None: the only volume.
+      limits: bounds on files, bytes and voxels, checked against the headers before pixels are decoded.
 
     Returns:
-      values [columns, rows, slices], rescaled; `valid` is False where a file stores padding. Units are "HU"
-      for CT and "SUVbw" for PET where the header allows it. `notes` say what was skipped and assumed.
+      values [columns, rows, slices], rescaled; `valid` is False for padding. Units are "HU" for CT and
+      "SUVbw" for PET where the header allows it. `notes` list assumptions and skipped files.
 
     Raises:
-      UnavailableError: the disk or the network fails.
-      UserError: no volume, several to choose from (they are listed), missing or doubled slices, no regular
-        geometry, damaged files, or over a limit.
+      UnavailableError: disk or network failure.
+      UserError: no volume, several volumes (listed in the message), missing or duplicate slices, irregular
+        geometry, damaged files, or above a limit.
     """
     path = as_path(path)
     found, skipped = survey(path, limits=limits)
@@ -65,11 +66,10 @@ def read_series(
 
 
 def read_listed(series: Series, path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> StoredVolume:
-    """Reads a series that `list_series` found in the folder `path`, without listing the folder again.
+    """Reads a series found by `list_series(path)`, without listing the folder again.
 
     Raises:
-      UnavailableError: see `read_series`.
-      UserError: see `read_series`.
+      UnavailableError, UserError: see `read_series`.
     """
     if series.problem is not None:
         raise UserError(f"{path}: series {series} cannot be read as a volume: {series.problem}")
@@ -77,7 +77,7 @@ def read_listed(series: Series, path: PathLike, *, limits: Limits = DEFAULT_LIMI
 
 
 def list_series(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> list[Series]:
-    """The series of a folder with its subfolders, by their headers.
+    """The series in a folder and its subfolders, from the headers.
 
     Raises:
       UserError: no such folder, or more files than `limits.files`.
@@ -86,7 +86,7 @@ def list_series(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> list[Seri
 
 
 def survey(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> tuple[list[Series], list[Skipped]]:
-    """`list_series`, and the files that belong to no series, with the reason."""
+    """`list_series`, and (file, reason) of the files outside any series."""
     path = as_path(path)
     skipped: list[Skipped] = []
     if not path.is_dir():
@@ -123,10 +123,8 @@ def _headers(
 
 def _suffix(file: PathLike) -> str:
     path = as_path(file)
-    if path.name.startswith("."):
-        return "a hidden file"
-    suffix = path.suffix.lower()
-    return suffix if _SUFFIX.fullmatch(suffix) else "no suffix"
+    suffix = path.suffix.lower() if _SUFFIX.fullmatch(path.suffix.lower()) else "no suffix"
+    return "a hidden file" if path.name.startswith(".") else suffix
 
 
 def _choose(
@@ -135,21 +133,20 @@ def _choose(
     """The series to read, and notes about the others."""
     if wanted is not None:
         wanted = wanted.strip()
-        candidates = [series for series in found if wanted in (series.identifier, *_uids(series))]
+        candidates = [series for series in found if wanted in (series.identifier, _numbered_uid(series))]
         candidates = candidates or [series for series in found if series.uid == wanted]
         candidates = candidates or [s for s in found if s.identifier.partition("/")[0] == wanted]
         if not candidates:
-            there = f"choose from {_list(found)}" if found else "no DICOM images are here"
-            raise UserError(f"{path}: no series {wanted[:70]!r}; {there}")
+            choices = f"choose from {_list(found)}" if found else "there are no DICOM images"
+            raise UserError(f"{path}: no series {wanted[:70]!r}; {choices}")
     else:
         candidates = _main_volumes(found)
         if not candidates:
-            raise UserError(f"{path}: no DICOM volume here{_instead(found, skipped)}")
+            raise UserError(f"{path}: no DICOM volume here{_alternatives(found, skipped)}")
     chosen = candidates[0]
     if len(candidates) > 1 and not _all_equal(candidates, limits):
         raise UserError(
-            f"{path}: {len(candidates)} volumes to choose from; name one of them as the series: "
-            f"{_list(candidates)}"
+            f"{path}: {len(candidates)} volumes to choose from; select one as the series: {_list(candidates)}"
         )
     others = [s for s in found if s is not chosen and s not in candidates]
     notes = [f"{len(candidates) - 1} equal copies of the series skipped"] if len(candidates) > 1 else []
@@ -160,47 +157,42 @@ def _choose(
     return chosen, notes
 
 
-def _uids(series: Series) -> tuple[str, ...]:
-    """A full UID also with the number of a stack: 1.2.3/2."""
-    return (series.uid + series.identifier[12:],) if series.uid else ()
+def _numbered_uid(series: Series) -> str | None:
+    """The full UID with the number of the stack: 1.2.3/2."""
+    return series.uid + series.identifier[12:] if series.uid else None
 
 
 def _main_volumes(found: Sequence[Series]) -> list[Series]:
-    """The volumes among which a user would have to choose: no localizers or single slices beside a stack."""
+    """The volumes to choose from; localizers and single slices only if there is no stack."""
     volumes = [series for series in found if series.kind == VOLUME]
-    for worth in (lambda s: not s.localizer, lambda s: s.slices > 1):
-        volumes = [series for series in volumes if worth(series)] or volumes
-    return volumes
+    volumes = [series for series in volumes if not series.localizer] or volumes
+    return [series for series in volumes if series.slices > 1] or volumes
 
 
 def _list(found: Sequence[Series]) -> str:
-    shown = [
-        " ".join(
-            filter(
-                None, [str(series), ascii(series.uid)[1:-1], f"({series.problem})" if series.problem else ""]
-            )
-        )
-        for series in found[:_LISTED]
-    ]
+    shown = []
+    for series in found[:_LISTED]:
+        problem = f"({series.problem})" if series.problem else ""
+        shown.append(" ".join(filter(None, [str(series), ascii(series.uid)[1:-1], problem])))
     more = [f"{len(found) - _LISTED} more"] if len(found) > _LISTED else []
     return "; ".join([*shown, *more])
 
 
-def _instead(found: Sequence[Series], skipped: Sequence[Skipped]) -> str:
-    """What is there where no volume is, and what to do."""
+def _alternatives(found: Sequence[Series], skipped: Sequence[Skipped]) -> str:
+    """The contents of a folder without a volume, and what to do."""
     reasons = [f"{series}: {series.problem}" for series in found] + skipped_notes(skipped)
     if not reasons:
         return "; the folder is empty"
     more = f"; and {len(reasons) - _LISTED} more" if len(reasons) > _LISTED else ""
-    pictures = any(series.kind in (PICTURE, CINE) for series in found)
-    advice = "read them as pictures" if pictures else "point at the folder that holds the slices"
+    images = any(series.kind in (PICTURE, CINE) for series in found)
+    advice = "read them as images" if images else "give the folder that contains the slices"
     if not found:
         advice = "give one of its files, or a folder of DICOM slices"
     return f" ({'; '.join(reasons[:_LISTED])}{more}); {advice}"
 
 
 def _all_equal(candidates: Sequence[Series], limits: Limits) -> bool:
-    """Whether stacks of one series are copies of each other, slice by slice."""
+    """Whether all stacks belong to one series and have equal slices."""
     first, *others = candidates
     return all(
         other.uid == first.uid
@@ -208,7 +200,7 @@ def _all_equal(candidates: Sequence[Series], limits: Limits) -> bool:
         and first.affine is not None
         and len(other.members) == len(first.members)
         and np.allclose(other.affine, first.affine, atol=1e-3)
-        and not any(True for _ in _differing(zip(first.members, other.members, strict=True), limits))
+        and next(_differing(zip(first.members, other.members, strict=True), limits), None) is None
         for other in others
     )
 
@@ -217,55 +209,35 @@ def _differing(
     pairs: Iterable[tuple[Member, Member]], limits: Limits
 ) -> Iterator[tuple[Member, Member, bool]]:
     """Pairs of slices whose values differ, and whether the second one is damaged."""
-    one, other = _LastFile(limits), _LastFile(limits)
-    for first, second in pairs:
-        values, copy = one.values(first), other.values(second)
-        if values is not None and (copy is None or not np.array_equal(values, copy)):
-            yield first, second, copy is None
+    read = functools.lru_cache(maxsize=2)(read_dataset)  # slices of a multi-frame file are consecutive
 
-
-class _LastFile:
-    """Decodes slices and keeps the file of the last one: slices of a multi-frame file follow each other."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._path: PathLike | None = None
-        self._dataset = pydicom.Dataset()
-
-    def values(self, member: Member) -> np.ndarray | None:
+    def values_of(member: Member) -> np.ndarray | None:
         """The values of a slice, None if it is damaged."""
         try:
-            if member.path != self._path:
-                self._dataset = read_dataset(member.path, limits=self._limits)
-                self._path = member.path
-            return pixels.frame_values(self._dataset, member.frame, member.path, limits=self._limits)[0]
+            dataset = read(member.path, limits=limits)
+            return pixels.frame_values(dataset, member.frame, member.path, limits=limits)[0]
         except UnavailableError:
             raise
         except UserError:
             return None
 
+    for first, second in pairs:
+        values, copy = values_of(first), values_of(second)
+        if values is not None and (copy is None or not np.array_equal(values, copy)):
+            yield first, second, copy is None
+
 
 @dataclasses.dataclass
 class _Slices:
-    """Decoded slices, and what their files state.
+    """Decoded slices, and attributes of their files."""
 
-    Attributes:
-      values: [slices, rows, columns] of the type that holds all slices.
-      valid: [slices, rows, columns] bool, or None where no file stores padding.
-      failed: why a slice could not be decoded, by its index.
-      windows: (centre, width) of each slice.
-      rescale_types: how often each RescaleType occurs.
-      pet: facts of each file.
-      notes: about values and units, without repetitions.
-    """
-
-    values: np.ndarray | None = None
-    valid: np.ndarray | None = None
-    failed: dict[int, UserError] = dataclasses.field(default_factory=dict)
+    values: np.ndarray | None = None  # [slices, rows, columns], of the common type of all slices
+    valid: np.ndarray | None = None  # [slices, rows, columns] bool; None without padding
+    failed: dict[int, UserError] = dataclasses.field(default_factory=dict)  # by slice index
     windows: dict[int, tuple[float, float] | None] = dataclasses.field(default_factory=dict)
     rescale_types: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    pet: list[suv.PetFacts] = dataclasses.field(default_factory=list)
-    notes: dict[str, None] = dataclasses.field(default_factory=dict)
+    pet: list[suv.PetFacts] = dataclasses.field(default_factory=list)  # per file
+    notes: dict[str, None] = dataclasses.field(default_factory=dict)  # an ordered set
 
 
 def _read(series: Series, path: epath.Path, limits: Limits) -> StoredVolume:
@@ -285,7 +257,11 @@ def _read(series: Series, path: epath.Path, limits: Limits) -> StoredVolume:
             raise
         except UserError as error:
             slices.failed |= {index: error for index, _ in members}
-    kept = _without_failed(slices, len(series.members))
+    kept = without_damaged(slices.failed, len(series.members))
+    if kept is None:
+        raise next(iter(slices.failed.values()))
+    if slices.failed:
+        slices.notes[damaged_note(len(slices.failed))] = None
     assert slices.values is not None and series.affine is not None
     affine = series.affine.copy()
     affine[:3, 3] += kept.start * affine[:3, 2]
@@ -304,21 +280,10 @@ def _read(series: Series, path: epath.Path, limits: Limits) -> StoredVolume:
     )
 
 
-def _without_failed(slices: _Slices, count: int) -> slice:
-    """The stack without damaged slices at its ends."""
-    kept = without_damaged(slices.failed, count)
-    if kept is None:
-        raise next(iter(slices.failed.values()))
-    if slices.failed:
-        slices.notes[damaged_note(len(slices.failed))] = None
-    return kept
-
-
 def without_damaged(damaged: Collection[int], count: int) -> slice | None:
-    """Which of `count` slices are read if those at the indices `damaged` cannot be decoded.
+    """The slices to read of `count` slices, of which those at the indices `damaged` cannot be decoded.
 
-    Damaged slices at the ends of a stack are left out. None: one lies inside, or there are many, and the
-    volume is refused.
+    Damaged slices at the ends of a stack are skipped. None: a slice inside is damaged, or too many slices.
     """
     if not damaged:
         return slice(0, count)
@@ -330,7 +295,7 @@ def without_damaged(damaged: Collection[int], count: int) -> slice | None:
 
 
 def damaged_note(count: int) -> str:
-    """The note that `without_damaged` left out `count` slices."""
+    """The note about `count` slices skipped by `without_damaged`."""
     return f"{count} slice{'s' if count > 1 else ''} at the end of the stack skipped: damaged"
 
 
@@ -348,10 +313,10 @@ def _check_limits(series: Series, path: epath.Path, limits: Limits) -> None:
 
 
 def _by_file(series: Series) -> dict[PathLike, list[tuple[int, Member]]]:
-    """The slices (index in the volume, member) of each file, so that each is read once."""
-    files: dict[PathLike, list[tuple[int, Member]]] = {}
+    """(index in the volume, member) of the slices of each file."""
+    files: dict[PathLike, list[tuple[int, Member]]] = collections.defaultdict(list)
     for index, member in enumerate(series.members):
-        files.setdefault(member.path, []).append((index, member))
+        files[member.path].append((index, member))
     return files
 
 
@@ -364,13 +329,13 @@ def _check_copies(series: Series, path: epath.Path, limits: Limits) -> list[str]
             unlike.add(other)
         else:
             raise UserError(
-                f"{path}: series {series} has different slices at one position which no header value tells "
-                f"apart ({as_path(kept.path).name} and {as_path(other.path).name}); keep one of each"
+                f"{path}: series {series} has different slices at one position without distinguishing header "
+                f"values ({as_path(kept.path).name} and {as_path(other.path).name}); keep one of each"
             )
     counts = {
         "equal to another at its position": len({other for _, other in series.copies} - damaged),
         "a damaged copy of another": len(damaged),
-        "the SOPInstanceUID of another, which is used, but other pixels": len(unlike),
+        "different pixels under the SOPInstanceUID of another, which is used": len(unlike),
     }
     return [f"{n} slice{'s' if n > 1 else ''} skipped: {reason}" for reason, n in counts.items() if n]
 
@@ -391,27 +356,27 @@ def _decode(
         if slices.valid is None:
             slices.valid = np.ones(shape, bool)
         slices.valid[index] = valid
-    places = frames.places(dataset, member.frame)
-    slices.windows[index] = _own_window(places)
-    slices.rescale_types[_rescale_type(places)] += 1
+    scopes = frames.frame_scopes(dataset, member.frame)
+    slices.windows[index] = _own_window(scopes)
+    slices.rescale_types[_rescale_type(scopes)] += 1
 
 
-def _own_window(places: Sequence[Any]) -> tuple[float, float] | None:
-    """The first usable window (centre, width) of a slice, unless it is no linear one."""
-    function = str(frames.find(places, "VOILUTFunction") or "LINEAR").strip().upper()
+def _own_window(scopes: Sequence[Any]) -> tuple[float, float] | None:
+    """The first usable linear window (centre, width) of a slice."""
+    function = str(frames.find(scopes, "VOILUTFunction") or "LINEAR").strip().upper()
     if function not in ("LINEAR", "LINEAR_EXACT"):
         return None
-    centres, widths = (frames.finite_numbers(frames.find(places, f"Window{k}")) for k in ("Center", "Width"))
+    centres, widths = (frames.finite_numbers(frames.find(scopes, f"Window{k}")) for k in ("Center", "Width"))
     for centre, width in zip(centres, widths, strict=False):
         if centre is not None and width is not None and width > 1:
             return centre, width
     return None
 
 
-def _rescale_type(places: Sequence[Any]) -> str:
-    if frames.find(places, "RescaleSlope") is None and frames.find(places, "ModalityLUTSequence") is None:
+def _rescale_type(scopes: Sequence[Any]) -> str:
+    if frames.find(scopes, "RescaleSlope") is None and frames.find(scopes, "ModalityLUTSequence") is None:
         return "no rescale"
-    text = str(frames.find(places, "RescaleType") or frames.find(places, "ModalityLUTType") or "").strip()
+    text = str(frames.find(scopes, "RescaleType") or frames.find(scopes, "ModalityLUTType") or "").strip()
     return stated_units(text, UNKNOWN) if text else ""
 
 
@@ -425,19 +390,14 @@ def _units(series: Series, slices: _Slices) -> tuple[float, str]:
         slices.notes["slices state different rescale types; units are unknown"] = None
         return 1.0, UNKNOWN
     (stated,) = slices.rescale_types
-    if stated == "no rescale":
-        if series.modality == "CT":
-            slices.notes["no rescale slope and intercept; stored values are taken for HU"] = None
-            return 1.0, "HU"
-        return 1.0, UNKNOWN
-    if series.modality == "CT" and stated in ("", "HU"):
+    if series.modality == "CT" and stated in ("no rescale", "", "HU"):
+        if stated == "no rescale":
+            slices.notes["no rescale slope and intercept; stored values are assumed to be HU"] = None
         return 1.0, "HU"
-    if stated in ("", "US", UNKNOWN):  # US: unspecified
-        return 1.0, UNKNOWN
-    return 1.0, stated
+    return 1.0, UNKNOWN if stated in ("no rescale", "", "US", UNKNOWN) else stated  # US: unspecified
 
 
 def _window(slices: _Slices) -> tuple[float, float] | None:
-    """The window that all slices state, otherwise that of the middle slice."""
+    """The common window of all slices, otherwise that of the middle slice."""
     windows = set(slices.windows.values())
     return windows.pop() if len(windows) == 1 else slices.windows[len(slices.windows) // 2]

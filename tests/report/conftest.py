@@ -1,4 +1,4 @@
-"""A made-up run, written once for all tests that only read it."""
+"""A fake run, shared by the tests that do not modify it."""
 
 import shutil
 

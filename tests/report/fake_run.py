@@ -1,4 +1,4 @@
-"""A small made-up quickstart folder: figures without meaning, in the files and forms of a real run."""
+"""Writes a small fake quickstart folder: arbitrary figures in the file formats of a real run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHARE = dict(zip(ARMS, (0.45, 0.55, 0.85, 0.3, 0.5, 0.4), strict=True))
 
 
 def phantom(seed, side=40):
-    """(voxels float32, labels uint8), an ellipsoid body with organs."""
+    """(voxels float32, labels uint8) of an ellipsoid body with organs."""
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, side)] * 3, indexing="ij"))
     rng = np.random.default_rng(seed)
     voxels = np.where((grid**2).sum(0) < 0.9, 40.0, -900.0).astype(np.float32)
@@ -97,9 +97,9 @@ def make_data(folder, films=12, licence="CC-BY-4.0"):
             name = f"instruct/ct{number}/axial/{index}"
             examples.append(example(name, ref, volume.content_key, "CT", qa, licence))
     for number in range(films):
-        picture = np.random.default_rng(number).normal(110, 30, (24, 24, 3)).clip(0, 255).astype(np.uint8)
-        picture = np.kron(picture, np.ones((4, 4, 1), np.uint8))
-        key = image_key(picture)
+        image = np.random.default_rng(number).normal(110, 30, (24, 24, 3)).clip(0, 255).astype(np.uint8)
+        image = np.kron(image, np.ones((4, 4, 1), np.uint8))
+        key = image_key(image)
         sick = number % 2 == 0
         chances = {"normal": 0.1 + 0.8 * (not sick), "pneumonia": 0.9 - 0.8 * (not sick)}
         notes[key] = Annotation(key, "PNEUMONIA", "", probabilities=chances)
@@ -113,7 +113,7 @@ def make_data(folder, films=12, licence="CC-BY-4.0"):
                 "PNEUMONIA",
             ),
         ]
-        ref = ImageRef(data=encode_png(picture))
+        ref = ImageRef(data=encode_png(image))
         examples.append(example(f"instruct/film{number}/0", ref, key, "chest X-ray", qa, licence))
     with ExampleWriter(
         folder / "data" / "instruct", "heldout", name="quickstart/instruct", data_root=".."

@@ -262,7 +262,7 @@ def test_one_training_run_while_it_trains_and_after(made, tmp_path):
     folder = shutil.copytree(made / "stages" / "stage3_instruct", tmp_path / "one")
     (folder / "result.json").unlink()
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 61, "lo')  # the trainer is writing this very line
+        file.write('{"step": 61, "lo')  # a line that the trainer is still writing
     out = tmp_path / "elsewhere.html"
     main.main([f"--workdir={folder}", f"--out={out}"])
     before = Page(out.read_text())

@@ -1,4 +1,4 @@
-"""`summary.json` holds what the issue asks for, and nothing that does not fit its schema is written."""
+"""`summary.json` is complete; an invalid document is not written."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_holds_what_the_run_left(document, made):
     assert document["machine"]["processor"] == "a processor"
     assert document["versions"]["jax"] == "0.10.2"
     assert document["peak_rss"] == 3 << 30
-    assert document["wall_seconds"] == 110.5  # the samples' 500 s are fetching
+    assert document["wall_seconds"] == 110.5  # without the 500 s of downloading samples
     assert document["size"] == "default"
 
 

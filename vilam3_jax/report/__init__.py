@@ -1,1 +1,1 @@
-"""Plots and HTML from a run."""
+"""The report of a run: charts and tables as one HTML file, figures as `summary.json`."""

@@ -213,7 +213,7 @@ def key_mark(style: str) -> Markup:
 
 @contextmanager
 def _drawing(width: float, height: float, salt: str) -> Iterator[Figure]:
-    # The salt makes the ids of markers unique on the page and equal from run to run.
+    # Salted by chart, marker ids are unique on the page and reproducible.
     with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": salt}):
         yield Figure(figsize=(width / _DPI, height / _DPI))
 
@@ -232,7 +232,7 @@ def _svg(figure: Figure, label: str, hints: Mapping[str, Sequence[str]]) -> Mark
     for variable, drawn in _VARIABLES.items():
         text = text.replace(drawn, f"var(--{variable})")
     root = ElementTree.fromstring(text)
-    root[:] = root.findall("g")  # Without the style sheet, which would apply to the whole page.
+    root[:] = root.findall("g")  # Drops the <style>, which would apply to the whole page.
     for group in root.iter("g"):
         for mark, hint in zip(group.iter("use"), hints.get(group.attrib.pop("id", ""), ()), strict=False):
             ElementTree.SubElement(mark, "title").text = hint

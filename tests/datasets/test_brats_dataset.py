@@ -175,17 +175,17 @@ def test_a_data_list_divides(source, tmp_path) -> None:
         "test": ["Brats18_2013_2_1"],
     }
     assert [(s.record, s.reason) for s in skipped["train"] + skipped["validation"]] == [
-        ("training row 2", "its case stands in the list before"),
+        ("training row 2", "its case is a duplicate"),
         ("training row 3", "names no case of BraTS 2018"),
         ("training row 4", "names no case of BraTS 2018"),
         ("validation row 2", "its case has no folder"),
     ]
     lists["testing"].append(row("HGG/Brats18_TCIA01_1_2"))
     for content, reason in (
-        (json.dumps(lists), "the patient of testing row 2 is in train, too"),
-        ("{", "is no JSON"),
-        ("[]", "holds no lists"),
-        ('{"training": {}}', "holds no lists"),
+        (json.dumps(lists), "the patient of testing row 2 is also in train"),
+        ("{", "not JSON"),
+        ("[]", "must contain the lists"),
+        ('{"training": {}}', "must contain the lists"),
     ):
         file.write_text(content)
         with pytest.raises(UserError, match=reason):
@@ -233,8 +233,8 @@ def damaged(name: str) -> dict[str, bytes]:
         ("missing", "its t2 file is missing"),
         ("unlabelled", "its seg file is missing"),
         ("cut", "flair.nii.gz"),
-        ("grid", "its scans lie on different grids"),
-        ("shape", "its scans lie on different grids"),
+        ("grid", "its scans have different grids"),
+        ("shape", "its scans have different grids"),
         ("numbering", "holds label 3; BraTS 2018 and 2021 have"),
     ],
 )
@@ -250,11 +250,11 @@ def test_other_years_and_empty_folders_are_refused(source, tmp_path) -> None:
     with pytest.raises(UserError, match=r"no folder HGG/Brats18_\* or LGG/Brats18_\*\. 2018: register"):
         made(BraTS, tmp_path)
     (tmp_path / "sub/BraTS-GLI-00000-000").mkdir(parents=True)
-    with pytest.raises(UserError, match="BraTS-GLI-00000-000 is of another challenge than BraTS 2021"):
+    with pytest.raises(UserError, match="BraTS-GLI-00000-000 is not from BraTS 2021"):
         made(BraTS, tmp_path, "2021")
     for copy in ("a", "b"):
         (tmp_path / copy / "BraTS2021_00001").mkdir(parents=True)
-    with pytest.raises(UserError, match="a/BraTS2021_00001 and b/BraTS2021_00001 are one case"):
+    with pytest.raises(UserError, match="a/BraTS2021_00001 and b/BraTS2021_00001 are the same case"):
         made(BraTS, tmp_path, "2021")
 
 

@@ -206,7 +206,7 @@ def test_volumes_that_are_still_to_be_rescaled(tmp_path) -> None:
         (report("valid_1_a_1"), "is not train_NUMBER_LETTER_NUMBER"),
         (report("../../etc/passwd"), "is not train_NUMBER_LETTER_NUMBER"),
         (["", "", "", "", ""], "is not train_NUMBER_LETTER_NUMBER"),
-        (["train_2_a_1.nii.gz"], "stands in the table before"),
+        (["train_2_a_1.nii.gz"], "is a duplicate"),
         (report("train_1267_a_4"), "known to be damaged"),
         (report("train_9_a_1"), "is missing"),
         (["train_3_a_1.nii.gz", "", "", "", "not given."], "neither findings nor impression"),
@@ -231,7 +231,7 @@ def test_only_the_splits_with_volumes_are_made(tmp_path) -> None:
 def test_labels_and_metadata_are_optional_and_a_missing_list_is_told(tmp_path) -> None:
     keep = ("fixed", "reports")
     write(tmp_path, {name: content for name, content in world().items() if any(k in name for k in keep)})
-    with pytest.warns(InputWarning, match="no_chest_valid.txt, so head scans are not told apart"):
+    with pytest.warns(InputWarning, match="no_chest_valid.txt, so head scans are not excluded"):
         examples, _ = made(CtRate, tmp_path)
     assert len(examples["train"]) == 3 and "findings" not in examples["train"][0].meta
     with (

@@ -147,8 +147,8 @@ def test_a_share_is_about_its_size_and_stable() -> None:
     names = [str(n) for n in range(200)]
     held = held_names(names, 0.25, "toy")
     assert 30 < len(held) < 70 and held_names(names[:100][::-1], 0.25, "toy") == held & set(names[:100])
-    assert len(held_names("ab", 0.001)) == len(held_names("ab", 0.999)) == 1
-    assert not held_names("a", 0.5) and not held_names("ab", 0)
+    assert len(held_names("ab", 0.001, "toy")) == len(held_names("ab", 0.999, "toy")) == 1
+    assert not held_names("a", 0.5, "toy") and not held_names("ab", 0, "toy")
 
 
 def test_other_annotations_are_another_build(world) -> None:
@@ -218,11 +218,11 @@ def test_refusals_name_file_and_fix(world, tmp_path) -> None:
         built(world, "ct", "--slices", "0")
     bad = tmp_path / "bad.json"
     for text, reason in (
-        ("{", "is no JSON"),
-        ("{}", 'holds no list "cases"'),
+        ("{", "not JSON"),
+        ("{}", 'has no list "cases"'),
         ('{"cases": [{"name": "a"}]}', "has no name or no scan"),
         ('{"cases": [{"name": "a", "t1": "../b"}]}', "leaves the data root"),
-        ('{"cases": [{"name": 3}]}', "no object of texts"),
+        ('{"cases": [{"name": 3}]}', "not an object of texts"),
     ):
         bad.write_text(text)
         with pytest.raises(UserError, match=reason):

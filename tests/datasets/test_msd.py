@@ -180,7 +180,7 @@ def test_refusals(source, tmp_path) -> None:
     with pytest.raises(UserError, match="--slices 0: must be"):
         made(MSD, source, argv=["--slices", "0"])
     write(source / "Task03_Liver", {"dataset.json": "[]"})
-    with pytest.raises(UserError, match="holds no object"):
+    with pytest.raises(UserError, match="not an object"):
         made(MSD, source)
     with pytest.raises(UserError, match="no variant 'task01'"):
         MSD(config="task01")

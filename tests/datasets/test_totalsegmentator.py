@@ -132,7 +132,7 @@ def test_a_disk_that_fails_ends_the_build(source, monkeypatch) -> None:
     [
         (";64;m;C;ct;train", "states no image_id"),
         ("../s0001;64;m;C;ct;train", "states no image_id"),
-        ("s0001;64;m;C;ct;val", "stands in the table before"),
+        ("s0001;64;m;C;ct;val", "is a duplicate"),
         ("s0000;64;m;C;ct;fold3", "none of train, val and test"),
         ("s0000;64", "none of train, val and test"),
         ("s0404;64;m;C;ct;train", "is missing"),

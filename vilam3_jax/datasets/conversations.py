@@ -143,6 +143,14 @@ def conversation(
     return Example(name, "conversation", tuple(images), tuple(turns), meta=kept)
 
 
+def question_conversation(
+    name: str, images: Sequence[ImageRef], meta: Mapping[str, Any], questions: Sequence[Mapping[str, Any]]
+) -> Example:
+    """Returns a conversation whose exchanges are exactly the entries of `meta["qa"]`."""
+    exchanges = [(q["question"], q["answer"]) for q in questions]
+    return conversation(name, images, exchanges, meta, questions=questions)
+
+
 def pair(name: str, image: ImageRef, caption: str, meta: Mapping[str, Any], kind: str = "caption") -> Example:
     """Returns a captioned image: `kind` is "caption" for generative, "pair" for contrastive training."""
     turns = (Turn("user", IMAGE_MARKER), Turn("assistant", literal(caption), True))

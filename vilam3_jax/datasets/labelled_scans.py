@@ -1,16 +1,18 @@
-"""From a scan and its label map to records of axial slices, with questions that the labels answer.
+"""Records of axial slices from scans with label maps, and questions answered by the labels.
 
-A record shows one slice. It is a study, whose dialogue the rules of `data/experts/dialogues` make at load
-time, or a conversation of questions with answers. Both keep the questions in `meta["qa"]`.
+A record shows one slice. It is a study, turned into a dialogue at load time by the rules of
+`data/experts/dialogues`, or a conversation of questions and answers. Both store questions in `meta["qa"]`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
+import operator
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,19 +22,17 @@ from scipy import ndimage
 from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.data.experts.dialogues.phrases import plural, said, with_article
 from vilam3_jax.data.volumes import GRID_TOLERANCE, Volume, grid_distance, load_label_map, read_volume
-from vilam3_jax.datasets.conversations import conversation, metadata, question_meta
-from vilam3_jax.datasets.dataset import Context, SkipItem
+from vilam3_jax.datasets.conversations import YES_NO, metadata, question_conversation, question_meta
+from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Skipped, Split
 from vilam3_jax.datasets.slices import MIN_PIXELS, PLANE_OF_AXIS, body_slices, pick, pick_halves
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
 
 AXIS = 2
 LABEL_SOURCE = "segmentation"
-# Smaller parts are specks. Dialogues count from the same size on (`data.dialogue_min_lesion_ml`).
-MIN_LESION_ML = 0.1
-YES_NO = ("yes", "no")
-_MOST_SHOWN = 3  # structures on a slice that are asked for, and as many that are not on it
-# Each fits names in the singular and in the plural.
+MIN_LESION_ML = 0.1  # smallest counted component, as in dialogues (`data.dialogue_min_lesion_ml`)
+_MAX_ASKED = 3  # structures on a slice, and as many that are not on it
+# All wordings fit singular and plural names.
 _PRESENCE = (
     "Does this slice show the {name}?",
     "Can any part of the {name} be seen in this slice?",
@@ -51,14 +51,14 @@ _COUNT = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Structure:
-    """What is marked under one name.
+    """A segmented structure.
 
     Attributes:
-      name: as the experts' label tables have it, such as "hepatic tumor".
-      kind: "lesion", "organ", or "part" of a lesion; names the questions' types.
-      pixels: marked pixels on every axial slice, [Z] int64.
+      name: as in the experts' label tables, such as "hepatic tumor".
+      kind: "lesion", "organ", or "part" of a lesion; determines question types.
+      pixels: pixels on each axial slice, [Z] int64.
       ml: volume in the whole scan.
-      parts: 26-connected parts of at least `MIN_LESION_ML`; None where nobody counts them.
+      parts: number of 26-connected components of at least `MIN_LESION_ML`; None if not counted.
     """
 
     name: str
@@ -69,24 +69,23 @@ class Structure:
 
     @property
     def lesion(self) -> bool:
-        """Whether it is a lesion."""
         return self.kind == "lesion"
 
     def on(self, index: int) -> bool | None:
-        """Whether it is on a slice; None where so few pixels are marked that nobody should ask."""
+        """Returns whether the structure is on a slice; None if it has too few pixels to tell."""
         count = int(self.pixels[index])
         return None if 0 < count < MIN_PIXELS else bool(count)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scan:
-    """One scan, or several sequences on one grid, as read.
+    """A scan, or several sequences on the same grid.
 
     Attributes:
       name: unique in the dataset.
-      files: (role, path below the root); the role is "" for a single scan.
-      modality: DICOM's code.
-      volume: the first file's.
+      files: (role, path below the root); the role of a single scan is "".
+      modality: DICOM code.
+      volume: of the first file.
       keys: content keys of the files.
     """
 
@@ -98,56 +97,78 @@ class Scan:
 
     @property
     def voxel_ml(self) -> float:
-        """Volume of a voxel."""
         return float(abs(np.linalg.det(self.volume.affine[:3, :3]))) / 1000.0
 
 
 @dataclasses.dataclass(frozen=True)
 class SliceOptions:
-    """Which records a scan becomes.
+    """Options of the records of a scan.
 
     Attributes:
-      slices: of each scan, at most.
-      labelled_only: slices on which nothing is marked are left out.
-      questions: records are conversations, not studies.
+      slices: maximum per scan.
+      labelled_only: exclude slices without labels.
+      questions: records are conversations instead of studies.
     """
 
     slices: int = 16
     labelled_only: bool = False
     questions: bool = False
 
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Declares the options that datasets of volumes share."""
-        parser.add_argument("--slices", type=int, default=16, help="most slices of a scan (default: 16)")
-        parser.add_argument(
-            "--labelled-only", action="store_true", help="leave out slices on which nothing is marked"
-        )
+    def __post_init__(self) -> None:
+        if self.slices < 1:
+            raise UserError(f"--slices {self.slices}: must be at least 1")
+
+
+class LabelledScans(Dataset):
+    """Base class of datasets of scans with label maps."""
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Declares the options of slices."""
+        parser.add_argument("--slices", type=int, default=16, help="maximum slices of a scan (default: 16)")
+        parser.add_argument("--labelled-only", action="store_true", help="exclude slices without labels")
         parser.add_argument(
             "--records",
             choices=("studies", "questions"),
             default="studies",
-            help="studies, whose dialogues are made at load time from annotations, or questions that the "
-            "label maps answer (default: studies)",
+            help="studies, turned into dialogues at load time from annotations, or questions answered by the "
+            "label maps (default: studies)",
         )
 
-    @classmethod
-    def of(cls, options: argparse.Namespace) -> SliceOptions:
-        """Reads the options.
+    def slice_options(self) -> SliceOptions:
+        """Returns the options of slices.
 
         Raises:
-          UserError: no slice is wanted.
+          UserError: `--slices` is below 1.
         """
-        if options.slices < 1:
-            raise UserError(f"--slices {options.slices}: must be at least 1")
-        return cls(options.slices, options.labelled_only, options.records == "questions")
+        given = self.options
+        return SliceOptions(given.slices, given.labelled_only, given.records == "questions")
+
+    def case_split(
+        self,
+        cases: Sequence[Any],
+        make: Callable[[Any, Context, SliceOptions], Iterable[Example | Skipped]],
+        expected: int | None = None,
+    ) -> Split:
+        """Returns a split of cases with the attributes `row` (name in messages) and `problem` (or "")."""
+        options = self.slice_options()
+        make = functools.partial(_make, make=make, options=options)
+        return Split(cases, make, operator.attrgetter("row"), expected, options.slices)
+
+
+def _make(
+    case: Any, context: Context, *, make: Callable[..., Iterable[Example | Skipped]], options: SliceOptions
+) -> Iterable[Example | Skipped]:
+    if case.problem:
+        raise SkipItem(case.problem)
+    return make(case, context, options)
 
 
 def file_of(context: Context, path: str) -> epath.Path:
-    """A file of the source folder.
+    """Returns a file of the source folder.
 
     Raises:
-      SkipItem: the path leaves the folder, or there is no such file.
+      SkipItem: the path leaves the folder, or the file is missing.
     """
     return paths.as_path(context.root) / str(context.volume(path).path)
 
@@ -159,11 +180,11 @@ def read_scan(context: Context, name: str, files: Sequence[tuple[str, str]], mod
       context: of the split.
       name: of the scan.
       files: (role, path below the root), at least one.
-      modality: DICOM's code.
+      modality: DICOM code.
 
     Raises:
-      SkipItem: a file is missing, or the files lie on different grids.
-      UserError: a file cannot be read.
+      SkipItem: a file is missing, or the grids differ.
+      UserError: a file is unreadable.
     """
     kept = [(role, str(context.volume(path).path)) for role, path in files]
     first, keys = None, []
@@ -175,17 +196,17 @@ def read_scan(context: Context, name: str, files: Sequence[tuple[str, str]], mod
         elif volume.voxels.shape != first.voxels.shape or (
             grid_distance(volume.affine, first) > GRID_TOLERANCE * first.spacing.min()
         ):
-            raise SkipItem("its scans lie on different grids")
-    assert first is not None  # there is a file
+            raise SkipItem("its scans have different grids")
+    assert first is not None  # `files` is not empty
     return Scan(name, tuple(kept), modality, first, tuple(keys))
 
 
 def read_labels(context: Context, path: str, scan: Scan) -> np.ndarray:
-    """The label map of a scan, [X, Y, Z] uint8 or uint16.
+    """Reads the label map of a scan, [X, Y, Z] uint8 or uint16.
 
     Raises:
       SkipItem: it is missing.
-      UserError: it cannot be read, or lies on another grid.
+      UserError: it is unreadable, or its grid differs.
     """
     return load_label_map(file_of(context, path), scan.volume)
 
@@ -193,14 +214,13 @@ def read_labels(context: Context, path: str, scan: Scan) -> np.ndarray:
 def structure(
     name: str, marked: np.ndarray, scan: Scan, kind: str = "organ", *, counted: bool = False
 ) -> Structure:
-    """Measures what is marked.
+    """Measures a structure.
 
     Args:
-      name: of the structure.
-      marked: [X, Y, Z] bool.
-      scan: that it is marked in.
-      kind: of the structure.
-      counted: whether its parts are counted.
+      name, kind: see `Structure`.
+      marked: mask, [X, Y, Z] bool.
+      scan: of the mask.
+      counted: count connected components.
     """
     pixels = marked.sum(axis=(0, 1), dtype=np.int64)
     ml = float(pixels.sum()) * scan.voxel_ml
@@ -208,30 +228,29 @@ def structure(
 
 
 def _parts(marked: np.ndarray, voxel_ml: float) -> int:
-    """26-connected parts of at least `MIN_LESION_ML`."""
     boxes: list[Any] = ndimage.find_objects(marked.astype(np.uint8))
     if not boxes:
         return 0
     numbered = np.empty(marked[boxes[0]].shape, np.int32)
     ndimage.label(marked[boxes[0]], np.ones((3, 3, 3)), output=numbered)
     voxels = np.bincount(numbered.ravel())[1:]
-    # A part of exactly the least size counts, whatever the rounding of the voxel's volume.
+    # Tolerates rounding of the voxel volume: components of exactly the minimum size count.
     return int((voxels * voxel_ml >= MIN_LESION_ML * (1 - 1e-6)).sum())
 
 
 def choose_slices(
     scan: Scan, structures: Sequence[Structure], options: SliceOptions, rng: random.Random
 ) -> list[int]:
-    """Axial slices worth a record, ascending.
+    """Selects axial slices, ascending.
 
-    A slice is left out if it shows little of the body or fewer than 20 pixels of a lesion. Where lesions are
-    marked, half of the slices show one, as far as there are such slices.
+    Slices with little of the body, or with a lesion of fewer than 20 pixels, are excluded. If possible, half
+    of the slices show a lesion.
 
     Args:
       scan: the scan.
-      structures: what is marked; empty for a scan without labels.
-      options: how many, and whether something must be marked.
-      rng: makes the choice.
+      structures: its structures; empty without labels.
+      options: number of slices, and whether they need labels.
+      rng: draws the slices.
     """
     depth = scan.volume.voxels.shape[AXIS]
     enough = body_slices(scan.volume, AXIS)
@@ -260,27 +279,27 @@ def slice_records(
     shown: Sequence[int] | None = None,
     on_lesions: Sequence[Mapping[str, Any]] = (),
 ) -> Iterator[Example]:
-    """The records of a scan.
+    """Yields the records of a scan.
 
     Args:
       context: of the split.
       scan: the scan.
-      structures: what is marked in it; empty for a scan without labels.
-      options: which records.
+      structures: its structures; empty without labels.
+      options: of the records.
       facts: further arguments of `conversations.metadata`, such as the patient.
-      indices: the slices; None: those of `choose_slices`.
-      shown: for each image of a record, which file of the scan it shows; None: all, in their order.
+      indices: slices; None to use `choose_slices`.
+      shown: index of the scan's file for each image of a record; None for all files in order.
       on_lesions: further questions, of `question_meta`, for slices that show a lesion.
 
     Raises:
-      SkipItem: no slice is worth a record, or questions are wanted and nothing is known to answer them.
+      SkipItem: no slice qualifies, or questions need labels that are missing.
     """
     if options.questions and not structures:
         raise SkipItem("has no label map that answers questions")
     rng = context.rng(scan.name)
     chosen = choose_slices(scan, structures, options, rng) if indices is None else indices
     if not len(chosen):
-        raise SkipItem("has no slice with enough on it")
+        raise SkipItem("has no slice that shows enough")
     meta = metadata(context, modality=scan.modality, **facts)
     meta |= {"input_key": scan.keys[0] if len(scan.keys) == 1 else list(scan.keys)}
     if len(scan.files) > 1:
@@ -297,25 +316,25 @@ def slice_records(
         ]
 
     for index in chosen:
-        name, told = f"{scan.name}:{index}", {**meta, "plane": PLANE_OF_AXIS[AXIS]}
+        name, slice_meta = f"{scan.name}:{index}", {**meta, "plane": PLANE_OF_AXIS[AXIS]}
         questions = slice_questions(structures, index, context.rng(name))
         if any(one.lesion and one.on(index) for one in structures):
             questions += [dict(question) for question in on_lesions]
         if options.questions:
             if questions:
-                yield _conversation(name, images(index), told, questions)
+                yield question_conversation(name, images(index), slice_meta, questions)
         else:
-            kept = {**told, "qa": questions} if questions else told
-            yield Example(name, "study", tuple(images(index)), meta=kept)
-    if options.questions and (counted := count_questions(structures, rng)):
-        yield _conversation(scan.name, images(None), meta, counted)
+            slice_meta |= {"qa": questions} if questions else {}
+            yield Example(name, "study", tuple(images(index)), meta=slice_meta)
+    if options.questions and (counts := count_questions(structures, rng)):
+        yield question_conversation(scan.name, images(None), meta, counts)
 
 
 def slice_questions(structures: Sequence[Structure], index: int, rng: random.Random) -> list[dict[str, Any]]:
-    """Questions whether structures are on a slice, as `question_meta` has them.
+    """Returns questions about the presence of structures on a slice, as of `question_meta`.
 
-    Every lesion is asked for. Of the others, those that are on the slice and as many that are not, of which
-    the ones that are elsewhere in the scan come first: that they exist does not give the answer away.
+    Asks for every lesion, and for up to three other structures that are on the slice and three that are not.
+    The latter are preferably on other slices of the scan, so that the answer does not follow from the scan.
     """
     asked: list[tuple[Structure, bool]] = []
     on: list[Structure] = []
@@ -328,8 +347,8 @@ def slice_questions(structures: Sequence[Structure], index: int, rng: random.Ran
             (on if there else off).append(one)
     rng.shuffle(off)
     off.sort(key=lambda one: one.ml == 0)
-    asked += [(one, True) for one in rng.sample(on, min(_MOST_SHOWN, len(on)))]
-    asked += [(one, False) for one in off[:_MOST_SHOWN]]
+    asked += [(one, True) for one in rng.sample(on, min(_MAX_ASKED, len(on)))]
+    asked += [(one, False) for one in off[:_MAX_ASKED]]
     rng.shuffle(asked)
     return [_presence(one, there, rng) for one, there in asked]
 
@@ -344,7 +363,7 @@ def _presence(one: Structure, there: bool, rng: random.Random) -> dict[str, Any]
 
 
 def count_questions(structures: Sequence[Structure], rng: random.Random) -> list[dict[str, Any]]:
-    """How many parts each lesion whose parts were counted has in the whole scan."""
+    """Returns questions about the number of components of counted structures in the scan."""
     return [
         question_meta(
             rng.choice(_COUNT).format(names=plural(one.name)),
@@ -357,29 +376,21 @@ def count_questions(structures: Sequence[Structure], rng: random.Random) -> list
     ]
 
 
-def _conversation(
-    name: str, images: Sequence[ImageRef], meta: Mapping[str, Any], questions: Sequence[Mapping[str, Any]]
-) -> Example:
-    exchanges = [(q["question"], q["answer"]) for q in questions]
-    return conversation(name, images, exchanges, meta, questions=questions)
-
-
-def held_names(names: Iterable[str], share: float, *parts: object) -> set[str]:
-    """Names whose `fraction` lies below the share: at least one if any share is asked for, but never all.
+def held_names(names: Iterable[str], share: float, prefix: str) -> set[str]:
+    """Draws held-out names by hash, independently of other names: at least one unless `share` is 0, not all.
 
     Args:
-      names: what is divided, such as patients.
-      share: about this share of them is held out.
-      parts: what the fractions depend on besides the names.
+      names: such as patients.
+      share: expected share.
+      prefix: hashed with each name.
     """
-    ordered = sorted(set(names), key=lambda name: fraction(*parts, name))
+
+    def fraction(name: str) -> float:
+        digest = hashlib.sha256(f"{prefix}/{name}".encode()).digest()
+        return int.from_bytes(digest[:6], "big") / (1 << 48)
+
+    ordered = sorted(set(names), key=fraction)
     if not share or len(ordered) < 2:
         return set()
-    count = sum(fraction(*parts, name) < share for name in ordered)
+    count = sum(fraction(name) < share for name in ordered)
     return set(ordered[: min(max(count, 1), len(ordered) - 1)])
-
-
-def fraction(*parts: object) -> float:
-    """A number in [0, 1) that depends on `parts` alone, for splits that are stable when cases come or go."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:6], "big") / (1 << 48)

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from vilam3_jax.data.examples import Example
-from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Skipped, Split
-from vilam3_jax.datasets.labelled_scans import (
-    Scan,
-    SliceOptions,
-    Structure,
-    held_names,
-    read_labels,
-    read_scan,
-    slice_records,
-    structure,
-)
+from vilam3_jax.datasets import labelled_scans
+from vilam3_jax.datasets.dataset import Context, SkipItem, Skipped, Split
+from vilam3_jax.datasets.labelled_scans import LabelledScans, Scan, SliceOptions, Structure, structure
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
 
@@ -32,9 +23,9 @@ class Task:
     """One task of the decathlon.
 
     Attributes:
-      folder: as its archive has it.
-      organ: of label 1; label 2, where there is one, is a lesion inside of it.
-      lesion: name of label 2, as the experts' tables have it; "" for none.
+      folder: of the unpacked archive.
+      organ: label 1.
+      lesion: label 2, a lesion in the organ, as in the experts' tables; "" for none.
       train: number of training cases.
       test: number of cases without labels.
       md5: of the archive.
@@ -65,10 +56,10 @@ class Case:
     """A row of `dataset.json`.
 
     Attributes:
-      row: names it, such as "training row 7".
+      row: its name in messages, such as "training row 7".
       folder: of the task, below the source folder.
-      image, label: as the row states them; the label is None of a test case.
-      problem: why the row cannot be used, "" if it can.
+      image, label: values of the row; the label of a test case is None.
+      problem: reason to skip the row, or "".
     """
 
     row: str
@@ -78,12 +69,12 @@ class Case:
     problem: str = ""
 
 
-class MSD(Dataset):
+class MSD(LabelledScans):
     """Studies of CT slices of one task, or questions about them.
 
-    Choices of ours: the decathlon has no validation split, so there is one only with `--validation SHARE`, by
-    case. Voxels of a lesion count as the organ, too. A lesion is asked for on every slice, the number of
-    lesions (26-connected, at least 0.1 ml each) once a scan. Which slices VILA-M3 took was never released.
+    The decathlon has no validation split; `--validation SHARE` draws one by case. Lesion voxels also count as
+    organ. Every slice is asked about its lesion, every scan about the number of lesions (26-connected
+    components of at least 0.1 ml). VILA-M3's choice of slices was not released.
     """
 
     name = "msd"
@@ -107,19 +98,18 @@ class MSD(Dataset):
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Declares `--validation` and the options of slices."""
-        SliceOptions.add_arguments(parser)
+        super().add_arguments(parser)
         parser.add_argument(
             "--validation",
             type=float,
             default=0.0,
             metavar="SHARE",
-            help="share of the labelled cases that go to a split `validation` of our own (default: 0)",
+            help="share of the labelled cases for a validation split (default: 0)",
         )
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Training cases, and as `test` the cases without labels (of studies only)."""
-        task, options = TASKS[self.config], SliceOptions.of(self.options)
-        share = self.options.validation
+        """Returns train, optionally validation, and as `test` the cases without labels (studies only)."""
+        task, share = TASKS[self.config], self.options.validation
         if not 0 <= share < 1:
             raise UserError(f"--validation {share}: must be at least 0 and below 1")
         (listed,) = source.require([f"{task.folder}/dataset.json", "dataset.json"])
@@ -127,51 +117,41 @@ class MSD(Dataset):
         source.require(*(os.path.join(folder, name) for name in ("imagesTr", "labelsTr")))
         content = source.json(listed)
         if not isinstance(content, dict):
-            raise UserError(f"{source.root / listed}: holds no object; unpack the archive again")
+            raise UserError(f"{source.root / listed}: not an object; unpack the archive again")
         _check_labels(content.get("labels"), task, f"{source.root / listed}")
         seen: set[str] = set()
         training = _cases(source.json_list(listed, "training"), "training", folder, seen)
-        names = [stem_of(case.image) for case in training if not case.problem]
-        chosen = held_names(names, share, self.name)
+        names = [_stem(case.image) for case in training if not case.problem]
+        chosen = labelled_scans.held_names(names, share, self.name)
         train, validation = [], []
         for case in training:
-            held = not case.problem and stem_of(case.image) in chosen
+            held = not case.problem and _stem(case.image) in chosen
             (validation if held else train).append(case)
-        make = functools.partial(make_case, options=options)
-        per_item = options.slices
-        made = {"train": Split(train, make, _name_of, None if share else task.train, per_item)}
+        splits = {"train": self.case_split(train, _make_case, None if share else task.train)}
         if share:
-            made["validation"] = Split(validation, make, _name_of, None, per_item)
-        if not options.questions and "test" in content:
+            splits["validation"] = self.case_split(validation, _make_case)
+        if not self.slice_options().questions and "test" in content:
             test = _cases(source.json_list(listed, "test"), "test", folder, seen)
-            made["test"] = Split(test, make, _name_of, task.test, per_item)
-        return made
+            splits["test"] = self.case_split(test, _make_case, task.test)
+        return splits
 
 
-def stem_of(path: str) -> str:
-    """The file's name without its ending: the case's name."""
+def _stem(path: str) -> str:
     name = os.path.basename(path.replace("\\", "/"))
     return next((name.removesuffix(ending) for ending in _ENDINGS if name.endswith(ending)), name)
 
 
-def make_case(case: Case, context: Context, options: SliceOptions) -> Iterator[Example | Skipped]:
-    """The records of one case.
-
-    Raises:
-      SkipItem: the row or a file of it cannot be used.
-    """
-    if case.problem:
-        raise SkipItem(case.problem)
-    task, name = TASKS[context.config], stem_of(case.image)
-    scan = read_scan(context, name, [("", os.path.join(case.folder, case.image))], "CT")
+def _make_case(case: Case, context: Context, options: SliceOptions) -> Iterator[Example | Skipped]:
+    task, name = TASKS[context.config], _stem(case.image)
+    scan = labelled_scans.read_scan(context, name, [("", os.path.join(case.folder, case.image))], "CT")
     structures: list[Structure] = []
     if case.label is not None:
         structures = _structures(context, os.path.join(case.folder, case.label), scan, task)
-    yield from slice_records(context, scan, structures, options, {"patient": name})
+    yield from labelled_scans.slice_records(context, scan, structures, options, {"patient": name})
 
 
 def _structures(context: Context, path: str, scan: Scan, task: Task) -> list[Structure]:
-    labels = read_labels(context, path, scan)
+    labels = labelled_scans.read_labels(context, path, scan)
     highest = 2 if task.lesion else 1
     if int(labels.max()) > highest:
         raise SkipItem(f"its label map holds label {int(labels.max())}; {task.folder} has 0 to {highest}")
@@ -182,26 +162,26 @@ def _structures(context: Context, path: str, scan: Scan, task: Task) -> list[Str
 
 
 def _check_labels(stated: Any, task: Task, file: str) -> None:
-    """Raises `UserError` where the file's label names are not those of the task."""
+    """Raises `UserError` if the label names of the file are not those of the task."""
     names = stated if isinstance(stated, dict) else {}
     one, two = (str(names.get(key, "")).strip().lower() for key in ("1", "2"))
     if one == task.organ and (two in _LESION_WORDS if task.lesion else not two):
         return
     wanted = f"1 {task.organ}" + (", 2 cancer" if task.lesion else "")
-    raise UserError(f"{file}: its labels are not those of {task.folder} ({wanted}); fetch that task")
+    raise UserError(f"{file}: its labels are not those of {task.folder} ({wanted}); download that task")
 
 
 def _cases(rows: Sequence[Any], split: str, folder: str, seen: set[str]) -> list[Case]:
-    """Cases of rows; adds their names to `seen`, as a name that was seen before is a problem."""
+    """Converts rows to cases, and adds their names to `seen` to detect duplicates."""
     cases = []
     for number, row in enumerate(rows, 1):
-        # Test rows are plain paths in the released files, objects in files that other tools rewrote.
+        # Test rows are paths in the released files, objects in files rewritten by other tools.
         stated = row if isinstance(row, dict) else {"image": row if split == "test" else None}
         image, label = stated.get("image"), stated.get("label") if split == "training" else None
         problem = _problem(image, "image") or (_problem(label, "label") if split == "training" else "")
         if not problem:
-            stem = stem_of(str(image))
-            problem = "its case stands in the lists before" if stem in seen else ""
+            stem = _stem(str(image))
+            problem = "its case is a duplicate" if stem in seen else ""
             seen.add(stem)
         cases.append(Case(f"{split} row {number}", folder, image, label, problem))
     return cases
@@ -211,9 +191,5 @@ def _problem(path: Any, what: str) -> str:
     if not isinstance(path, str) or not path.strip():
         return f"states no {what} file"
     if os.path.basename(path).startswith("._"):
-        return f"its {what} is an AppleDouble file, which holds no {what}"
+        return f"its {what} is an AppleDouble file, which contains no {what}"
     return ""
-
-
-def _name_of(case: Case) -> str:
-    return case.row

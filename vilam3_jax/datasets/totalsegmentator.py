@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import re
@@ -12,16 +11,9 @@ from etils import epath
 
 from vilam3_jax.data.examples import Example
 from vilam3_jax.data.experts.labels import is_lesion, label_table
-from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Skipped, Split
-from vilam3_jax.datasets.labelled_scans import (
-    Scan,
-    SliceOptions,
-    Structure,
-    read_labels,
-    read_scan,
-    slice_records,
-    structure,
-)
+from vilam3_jax.datasets import labelled_scans
+from vilam3_jax.datasets.dataset import Context, SkipItem, Skipped, Split
+from vilam3_jax.datasets.labelled_scans import LabelledScans, Scan, SliceOptions, Structure, structure
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.datasets.subgroups import age_band, sex_of
 from vilam3_jax.errors import UnavailableError, UserError
@@ -31,7 +23,7 @@ SUBJECTS = {"train": 1082, "validation": 57, "test": 89}
 STRUCTURES = 117
 _SPLITS = {"train": "train", "val": "validation", "test": "test"}
 _ENDING = ".nii.gz"
-# Structures that v1 had and v2 has under other names or no longer.
+# Structures of v1 that v2 renamed or removed.
 _ONLY_V1 = {
     "face",
     "heart_atrium_left",
@@ -42,9 +34,7 @@ _ONLY_V1 = {
     "pulmonary_artery",
 }
 _V1_SUBJECTS, _V3_SUBJECTS = 1204, 1939
-_OTHER_VERSION = (
-    "this builder reads v2.0.1; fetch Totalsegmentator_dataset_v201.zip from Zenodo record 10047292"
-)
+_OTHER_VERSION = "v2.0.1 is required; download Totalsegmentator_dataset_v201.zip from Zenodo record 10047292"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +42,10 @@ class Subject:
     """A row of `meta.csv`.
 
     Attributes:
-      row: names it, such as "meta.csv row 7".
-      name: the subject's folder, below the source folder.
-      sex, age: as the row has them.
-      problem: why the row cannot be used, "" if it can.
+      row: its name in messages, such as "meta.csv row 7".
+      name: folder of the subject, below the source folder.
+      sex, age: cells of the row.
+      problem: reason to skip the row, or "".
     """
 
     row: str
@@ -65,12 +55,12 @@ class Subject:
     problem: str = ""
 
 
-class TotalSegmentator(Dataset):
-    """Studies of CT slices, or questions which structures they show.
+class TotalSegmentator(LabelledScans):
+    """Studies of CT slices, or questions about the structures they show.
 
-    Choices of ours: on each slice up to three structures that it shows are asked for and up to three that it
-    does not, those that the scan has elsewhere first. Cysts are asked for in scans that have one. Structures
-    are named as VISTA3D's labels are. Which slices VILA-M3 took was never released.
+    Each slice is asked about up to three structures that it shows and three that it does not, preferably ones
+    elsewhere in the scan. Cysts are asked about in scans that have one. Structures are named as in VISTA3D's
+    labels. VILA-M3's choice of slices was not released.
     """
 
     name = "totalsegmentator"
@@ -87,34 +77,21 @@ class TotalSegmentator(Dataset):
         "each subject, s0000/ct.nii.gz and s0000/segmentations/STRUCTURE.nii.gz."
     )
 
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares the options of slices."""
-        SliceOptions.add_arguments(parser)
-
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Train, validation and test as `meta.csv` has them."""
-        options = SliceOptions.of(self.options)
+        """Returns the splits of `meta.csv`."""
         (table,) = source.require(["meta.csv", "Totalsegmentator_dataset_v201/meta.csv"])
         folder = table.removesuffix("meta.csv")
         subjects = _subjects(source, table, folder)
         _check_version(source, table, subjects)
-        make = functools.partial(make_subject, options=options)
         return {
-            split: Split(items, make, _name_of, SUBJECTS[split], options.slices)
-            for split, items in subjects.items()
+            split: self.case_split(items, _make_subject, SUBJECTS[split]) for split, items in subjects.items()
         }
 
 
-def make_subject(subject: Subject, context: Context, options: SliceOptions) -> Iterator[Example | Skipped]:
-    """The records of one subject; masks that cannot be read are skipped one by one.
-
-    Raises:
-      SkipItem: the row or the scan cannot be used, or there is no mask.
-    """
-    if subject.problem:
-        raise SkipItem(subject.problem)
-    scan = read_scan(context, subject.name.rpartition("/")[2], [("", f"{subject.name}/ct{_ENDING}")], "CT")
+def _make_subject(subject: Subject, context: Context, options: SliceOptions) -> Iterator[Example | Skipped]:
+    """Yields the records of a subject; unreadable masks are skipped individually."""
+    name, files = subject.name.rpartition("/")[2], [("", f"{subject.name}/ct{_ENDING}")]
+    scan = labelled_scans.read_scan(context, name, files, "CT")
     masks = _mask_names(paths.as_path(context.root) / subject.name / "segmentations")
     if not masks:
         raise SkipItem("has no folder `segmentations` with masks")
@@ -133,17 +110,16 @@ def make_subject(subject: Subject, context: Context, options: SliceOptions) -> I
             f"{STRUCTURES - len(masks)} of {STRUCTURES} masks are missing; nothing is asked about them",
         )
     facts = {"patient": scan.name, "sex": sex_of(subject.sex), "age_band": age_band(subject.age)}
-    yield from slice_records(context, scan, structures, options, facts)
+    yield from labelled_scans.slice_records(context, scan, structures, options, facts)
 
 
 @functools.cache
 def _names() -> dict[frozenset[str], str]:
-    """Words of a name, in any order → the name."""
     return {frozenset(name.lower().split()): name for name in label_table("VISTA3D").values()}
 
 
 def structure_name(mask: str) -> str | None:
-    """A structure's name in the words of VISTA3D's labels; None if it is none of them.
+    """Returns the VISTA3D label for a mask name, whatever the order of words; None if there is none.
 
     >>> structure_name("lung_upper_lobe_left"), structure_name("urinary_bladder")
     ('left lung upper lobe', 'bladder')
@@ -153,12 +129,13 @@ def structure_name(mask: str) -> str | None:
 
 
 def _structure(context: Context, subject: Subject, mask: str, scan: Scan) -> Structure | Skipped | None:
-    """What a mask marks; None of a cyst that is not there: a scan without one is not asked for it."""
+    """Reads the structure of a mask; None for an absent cyst, which is not asked about."""
     record, name = f"{subject.row}, mask {mask}", structure_name(mask)
     if name is None:
         return Skipped(record, "is none of the structures of v2.0.1")
     try:
-        marked = read_labels(context, f"{subject.name}/segmentations/{mask}{_ENDING}", scan) > 0
+        path = f"{subject.name}/segmentations/{mask}{_ENDING}"
+        marked = labelled_scans.read_labels(context, path, scan) > 0
     except UnavailableError:
         raise
     except (SkipItem, UserError) as error:
@@ -190,7 +167,7 @@ def _subjects(source: SourceFolder, table: str, folder: str) -> dict[str, list[S
         if not re.fullmatch(r"[A-Za-z0-9-]+", name):
             problem = "states no image_id of letters and digits"
         elif name in seen:
-            problem = "its subject stands in the table before"
+            problem = "its subject is a duplicate"
         elif split is None:
             problem = "its split is none of train, val and test"
         seen.add(name)
@@ -202,7 +179,7 @@ def _subjects(source: SourceFolder, table: str, folder: str) -> dict[str, list[S
 
 
 def _check_version(source: SourceFolder, table: str, subjects: Mapping[str, Sequence[Subject]]) -> None:
-    """Raises `UserError` for other versions, told by the number of subjects and the masks of the first."""
+    """Raises `UserError` for other versions, judging by the number of subjects and the first masks."""
     file, rows = source.root / table, [s for split in subjects.values() for s in split]
     if len(rows) > sum(SUBJECTS.values()):
         named = "v3.0.0" if len(rows) == _V3_SUBJECTS else "a later version"
@@ -219,7 +196,3 @@ def _check_version(source: SourceFolder, table: str, subjects: Mapping[str, Sequ
             )
         if masks:
             return
-
-
-def _name_of(subject: Subject) -> str:
-    return subject.row

@@ -1,4 +1,4 @@
-"""DICOM files with planted identifiers, and their cleaned copies, for the tests of de-identification."""
+"""DICOM files with planted identifiers and their cleaned copies, for tests of de-identification."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from vilam3_jax.data.deidentify import run
 from vilam3_jax.data.limits import DEFAULT_LIMITS
 
-MARK = "ZQXV"  # stands in every planted text
+MARK = "ZQXV"  # part of every planted text
 UID_MARK = "1.2.826.0.1.9731640"  # root of every planted UID
 DATE = "19470811"
 SALT = b"a salt of the tests, long enough"
 
 
 def picture(rows=16, columns=18, dtype=np.uint16):
-    """A smooth ramp, so that no mark can be in it."""
+    """A smooth ramp, which cannot contain a mark."""
     return (np.add.outer(np.arange(rows), np.arange(columns)) * 3).astype(dtype)
 
 
@@ -48,7 +48,7 @@ def image(pixels=None, *, sop_class=CTImageStorage, modality="CT", patient="1234
 
 
 def stored(dataset, path=None, *, preamble=bytes(128)):
-    """The file of a data set, whose values may be anything."""
+    """Encodes a data set with arbitrary values as a file."""
     syntax = dataset.file_meta.TransferSyntaxUID
     dataset.file_meta.MediaStorageSOPClassUID = dataset.get("SOPClassUID", CTImageStorage)
     dataset.file_meta.MediaStorageSOPInstanceUID = dataset.get("SOPInstanceUID", f"{UID_MARK}.1")
@@ -72,7 +72,7 @@ def options(tmp_path, **more):
 
 
 def cleaned(data, tmp_path, **more):
-    """The bytes of the copy, and its `Outcome`."""
+    """Returns the bytes of the copy and its `Outcome`."""
     path = tmp_path / "one.dcm"
     path.write_bytes(data)
     outcome = run.clean_file(str(path), options(tmp_path, **more))

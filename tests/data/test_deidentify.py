@@ -1,4 +1,4 @@
-"""De-identification of one DICOM file: planted identifiers, the standard's profile, UIDs, dates and ages."""
+"""Tests of de-identification of one file: planted identifiers, the basic profile, UIDs, dates, ages."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ NEEDED = {
 
 
 def planted(syntax):
-    """Marks in every attribute of pydicom's dictionary, in every VR; returns their numbers too."""
+    """An object with marks in every attribute of pydicom's dictionary, and its numeric marks."""
     d = image()
     d.file_meta.TransferSyntaxUID = syntax
-    numbers, deep = [], nested(2)  # with the data set, marks in three levels below
+    numbers, deep = [], nested(2)  # marks at the top level and three levels below
     with pydicom.config.disable_value_validation():
         for tag, (vrs, _, _, _, keyword) in DicomDictionary.items():
             if keyword in NEEDED or tag >> 16 < 8 or tag & 0xFFFF == 0:
@@ -95,7 +95,7 @@ def planted(syntax):
             elif vr in BYTES:
                 d.add_new(tag, vr, mark(tag).encode() + mark(tag).encode("utf-16-le"))
             elif vr in ("DS", "IS"):
-                # In an implicit file, such an attribute may hold any text.
+                # In an implicit-VR file, a numeric attribute may contain any text.
                 d.add_new(tag, "LO" if syntax == ImplicitVRLittleEndian else vr, planted_number(tag, syntax))
             elif tag not in profile.allow_list().kinds and vr in ("UL", "FD", "UV"):
                 value = {"UL": 0xA5F00000 + tag % 0xFFFF, "FD": 1e200 + tag * 1e190}.get(
@@ -152,7 +152,7 @@ def add_private(item):
 
 
 def unknown_sequence():
-    """A sequence whose VR the writer did not know: implicit VR inside UN (PS3.5, 6.2.2)."""
+    """A sequence with VR UN, encoded as implicit VR (PS3.5, 6.2.2)."""
     whole = Dataset()
     whole.SharedFunctionalGroupsSequence = [nested(1)]
     buffer = io.BytesIO()
@@ -192,7 +192,7 @@ def test_deflated_files(tmp_path) -> None:
     inflated = zlib.decompress(copy[144 + length :], -zlib.MAX_WBITS)
     assert b"PYDICOM" in copy and b"REMOVED" not in inflated and b"CT" in inflated
     assert_no_mark(inflated)
-    limit = Limits(file_bytes=len(stored(dataset)) + 50)  # it inflates to more
+    limit = Limits(file_bytes=len(stored(dataset)) + 50)  # smaller than the inflated size
     path = tmp_path / "bomb.dcm"
     dataset.PixelData = bytes(100_000)
     path.write_bytes(stored(dataset))
@@ -220,7 +220,7 @@ def to_damage():
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_damage_leaks_nothing(tmp_path_factory, data) -> None:
-    """Marks stay out whatever happens to tags, lengths and VRs, and no exception comes through."""
+    """No damage to tags, lengths and VRs leaks a mark or raises an exception."""
     whole = bytearray(to_damage())
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(132, len(whole) - picture().nbytes - 1))
@@ -295,7 +295,7 @@ def test_each_row_of_the_profile_is_followed(tmp_path) -> None:
         if action == "X":
             assert after is None, keyword
         elif action == "Z":
-            if keyword != "PatientName":  # the profile allows a dummy: it is the pseudonym
+            if keyword != "PatientName":  # contains the pseudonym, as the profile permits
                 assert after.is_empty, keyword
         elif action == "U":
             assert re.fullmatch(r"2\.25\.\d{1,39}", after.value), keyword
@@ -312,7 +312,7 @@ def test_each_row_of_the_profile_is_followed(tmp_path) -> None:
 
 
 def test_allow_list_holds_nothing_that_the_profile_removes() -> None:
-    """Only dates (option: modified dates), UIDs, and characteristics (an option, too) may be in both."""
+    """Only dates and characteristics (both options of the standard) and UIDs may be in both."""
     kinds, rows = profile.allow_list().kinds, profile.basic_profile()
     both = {kinds[tag] for tag in kinds.keys() & rows.keys() if rows[tag] != "X/Z/U*"}
     assert both == {profile.DATE, profile.UID, profile.PATIENT}
@@ -344,7 +344,7 @@ def test_uids_stay_consistent_over_files_and_salts(tmp_path) -> None:
     derivation = Dataset()
     derivation.SourceImageSequence = [reference]
     second.ReferencedImageSequence, second.DerivationImageSequence = [reference], [derivation]
-    second.PatientID = "another"  # references between patients hold, too
+    second.PatientID = "another"  # references across patients hold, too
     a, b = (reread(cleaned(stored(d), tmp_path)[0]) for d in (first, second))
     assert a.FrameOfReferenceUID == b.FrameOfReferenceUID != first.FrameOfReferenceUID
     assert a.file_meta.MediaStorageSOPInstanceUID == a.SOPInstanceUID
@@ -406,7 +406,7 @@ def test_uptake_values_can_be_computed(tmp_path) -> None:
     assert (after.RadionuclideTotalDose, after.RadionuclideHalfLife) == (370000000, 6586.2)
     assert (copy.PatientWeight, copy.PatientSex, copy.PatientSize) == (71.5, "F", 1.7)
     assert (copy.Units, copy.DecayCorrection, copy.CorrectedImage) == ("BQML", "START", ["DECY", "ATTN"])
-    code = after.RadionuclideCodeSequence[0]  # the meaning is the standard's
+    code = after.RadionuclideCodeSequence[0]  # with the standard meaning
     assert (code.CodeValue, code.CodeMeaning) == ("C-111A1", "^18^Fluorine")
     assert str(copy.RescaleSlope) == "0.123456789"
 

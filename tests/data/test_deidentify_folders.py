@@ -1,4 +1,4 @@
-"""De-identification of whole folders: reports, mappings, reruns, refused folders and crashes."""
+"""Tests of de-identification of folders: reports, mappings, reruns, refused folders and crashes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import MPEG2MPML, EncapsulatedPDFStorage, generate_uid
 
 from tests.data.identified_files import MARK, SALT, UID_MARK, assert_no_mark, image, picture, stored
+from vilam3_jax import cli
 from vilam3_jax.data.deidentify import deidentify, run
 from vilam3_jax.data.deidentify.main import main
 from vilam3_jax.data.volumes import load_volume
@@ -175,9 +176,10 @@ def test_mapping_leads_back_and_is_private(folders, tmp_path, capsys) -> None:
             assert (row["original PatientID"], row["new PatientID"]) == ("12345", copy.PatientID)
         else:
             assert row["reason"] == "not a DICOM file"
-    assert main([*common, str(mapping), "--out", str(tmp_path / "b")]) == 2
-    assert main([*common, str(tmp_path / "c" / "map"), "--out", str(tmp_path / "c")]) == 2
-    assert "a secret" in capsys.readouterr().err
+    command = ["data", "deidentify", *common]
+    assert cli.main([*command, str(mapping), "--out", str(tmp_path / "b")]) == 2
+    assert cli.main([*command, str(tmp_path / "c" / "map"), "--out", str(tmp_path / "c")]) == 2
+    assert "the secret file of --mapping" in capsys.readouterr().err
 
 
 def test_folders_that_are_refused(folders, tmp_path) -> None:
@@ -188,15 +190,15 @@ def test_folders_that_are_refused(folders, tmp_path) -> None:
     (tmp_path / "short").write_bytes(b"123")
     before = tree(tmp_path)
     for out, more, words in [
-        (source, {}, "lies in the source"),
-        (source / "sub", {}, "lies in the source"),
-        (tmp_path / "link" / "sub", {}, "lies in the source"),
+        (source, {}, "is inside the source"),
+        (source / "sub", {}, "is inside the source"),
+        (tmp_path / "link" / "sub", {}, "is inside the source"),
         (tmp_path, {}, "contains the source"),
         (tmp_path / "full", {}, "not empty"),
         (tmp_path / "salt", {}, "is a file"),
         (tmp_path / "new", {"salt_file": tmp_path / "short"}, "3 bytes, fewer than 16"),
         (tmp_path / "new", {"salt_file": tmp_path / "none"}, "no such file"),
-        (tmp_path / "new", {"salt_file": tmp_path / "new" / "salt"}, "a secret"),
+        (tmp_path / "new", {"salt_file": tmp_path / "new" / "salt"}, "the secret file of --salt-file"),
     ]:
         with pytest.raises(UserError, match=words) as error:
             deidentify(source, out, **more)
@@ -209,7 +211,7 @@ def test_folders_that_are_refused(folders, tmp_path) -> None:
 
 
 class FragilePool(contextlib.nullcontext):
-    """A pool that breaks at a certain file, as one does when a decoder ends its process."""
+    """A pool that breaks at one file, as if a decoder had ended its process."""
 
     def __enter__(self):
         return self

@@ -1,4 +1,4 @@
-"""De-identification keeps images as they are, clears the bytes around pixels and reports text in them."""
+"""Tests of pixels in de-identification: preserved values, cleared bytes around them, burned-in text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.data.identified_files import MARK, assert_no_mark, cleaned, image, op
 from vilam3_jax.data.deidentify import burned_in, profile, run
 from vilam3_jax.data.limits import DEFAULT_LIMITS
 
-# ---- images stay the same ----
+# ---- unchanged images ----
 
 REAL = [
     "CT_small.dcm",
@@ -135,7 +135,7 @@ def test_overlay_graphics_in_unused_bits_are_removed(tmp_path) -> None:
 
 
 def test_other_unused_bits_stay_and_are_told(tmp_path) -> None:
-    signed = picture().astype(np.int16) - 40  # the sign is extended into the bits above: ordinary
+    signed = picture().astype(np.int16) - 40  # sign extension, which is common
     d = image(signed, BitsStored=12, HighBit=11, PixelRepresentation=1)
     copy, outcome = cleaned(stored(d), tmp_path)
     assert reread(copy).PixelData == signed.tobytes() and not outcome.suspicions
@@ -154,7 +154,7 @@ def jpeg(pixels, comment):
 
 def jpeg_2000(pixels, comment):
     whole = imagecodecs.jpeg2k_encode(pixels, codecformat="j2k", level=0)
-    place = whole.index(b"\xff\x52")  # before COD: the header is made of segments
+    place = whole.index(b"\xff\x52")  # insert a segment before COD
     segment = b"\xff\x64" + struct.pack(">HH", 4 + len(comment), 1) + comment.encode()
     return whole[:place] + segment + whole[place:]
 
@@ -202,7 +202,7 @@ def test_compressed_frames_that_are_none_are_refused(tmp_path) -> None:
         d.file_meta.TransferSyntaxUID = syntax
         (tmp_path / "x.dcm").write_bytes(stored(d))
         outcome = run.clean_file(str(tmp_path / "x.dcm"), options(tmp_path))
-        assert outcome.reason == "damaged: compressed pixels that are not well-formed"
+        assert outcome.reason == "damaged: malformed compressed pixels"
 
 
 def test_tables_longer_than_they_say_are_left_out(tmp_path) -> None:
@@ -242,13 +242,13 @@ def test_drawn_text_is_found_and_anatomy_is_not(name, size, at) -> None:
         pixels = np.kron(pixels, np.ones((4, 4), pixels.dtype))
     assert not burned_in.shows_text(pixels)
     assert burned_in.shows_text(with_text(pixels, "DOE JOHN 1947", size=size, at=at))
-    light = pixels.max() - pixels  # MONOCHROME1: letters are the darkest
+    light = pixels.max() - pixels  # MONOCHROME1, with dark letters
     assert burned_in.shows_text(with_text(light, "DOE JOHN 1947", size=size, at=at, inverse=True))
 
 
 def test_real_ultrasound_with_its_text_is_found() -> None:
     for name in ("examples_rgb_color.dcm", "examples_palette.dcm"):
-        assert burned_in.of_pixels(pydicom.dcmread(get_testdata_file(name) or ""), DEFAULT_LIMITS)
+        assert burned_in.signs_in_pixels(pydicom.dcmread(get_testdata_file(name) or ""), DEFAULT_LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -260,8 +260,8 @@ def test_real_ultrasound_with_its_text_is_found() -> None:
         ({"modality": "XC", "BurnedInAnnotation": "NO"}, None),
         ({"sop_class": SecondaryCaptureImageStorage}, "secondary capture"),
         ({"ConversionType": "WSD"}, "secondary capture"),
-        ({"ImageType": ["DERIVED", "SECONDARY", "MPR"]}, "says secondary"),
-        ({"ImageType": ["DERIVED", "PRIMARY", "SCREEN SAVE"]}, "says screen"),
+        ({"ImageType": ["DERIVED", "SECONDARY", "MPR"]}, "states secondary"),
+        ({"ImageType": ["DERIVED", "PRIMARY", "SCREEN SAVE"]}, "screen capture"),
         ({"sop_class": UltrasoundImageStorage, "BurnedInAnnotation": "NO"}, "without regions"),
         ({"modality": "SM", "ImageType": ["ORIGINAL", "PRIMARY", "LABEL", "NONE"]}, "label"),
     ],

@@ -1,4 +1,4 @@
-"""Signs that pixels show text, which may identify the patient. It is looked for, and never removed."""
+"""Detects signs of burned-in text, which may identify the patient. Text is never removed."""
 
 from __future__ import annotations
 
@@ -6,91 +6,70 @@ import numpy as np
 import scipy.ndimage
 from pydicom.dataset import Dataset
 from pydicom.pixels.utils import pixel_array
-from pydicom.uid import (
-    MultiFrameGrayscaleByteSecondaryCaptureImageStorage,
-    MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
-    MultiFrameSingleBitSecondaryCaptureImageStorage,
-    MultiFrameTrueColorSecondaryCaptureImageStorage,
-    SecondaryCaptureImageStorage,
-    UltrasoundImageStorage,
-    UltrasoundMultiFrameImageStorage,
-)
+from pydicom.uid import UID, UltrasoundImageStorage, UltrasoundMultiFrameImageStorage
 
 from vilam3_jax.data.limits import Limits
 
-_SECONDARY_CAPTURES = frozenset(
-    {
-        SecondaryCaptureImageStorage,
-        MultiFrameSingleBitSecondaryCaptureImageStorage,
-        MultiFrameGrayscaleByteSecondaryCaptureImageStorage,
-        MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
-        MultiFrameTrueColorSecondaryCaptureImageStorage,
-    }
-)
 _ULTRASOUND = frozenset({UltrasoundImageStorage, UltrasoundMultiFrameImageStorage})
-# Devices of these modalities write names into the picture, unless the file states otherwise.
+# Devices of these modalities burn names into the image, unless the file states otherwise.
 _MODALITIES = frozenset({"US", "IVUS", "BDUS", "XC", "ES", "OT", "GM", "OP", "DG", "SC"})
 
-_STEPS = (1, 2, 4, 1)  # windows that grow by doubling to 9 pixels: strokes of letters are thinner
-_CONTRASTS = (76, 140)  # of strokes against their surroundings, of 255; soft edges join letters at the first
-_ALIKE = 25  # how far letters of one line differ in brightness, of 255
-_HEIGHTS = (6, 48)  # pixels, of letters
-_LETTERS = 5  # in one line, to be taken for text
+_STEPS = (1, 2, 4, 1)  # doubling shifts that build a window of 9 pixels, wider than the strokes of letters
+_CONTRASTS = (76, 140)  # of strokes against the background, of 255; at the first, soft edges merge letters
+_MAX_BRIGHTNESS_DIFFERENCE = 25  # between letters of one line, of 255
+_HEIGHTS = (6, 48)  # of letters, in pixels
+_MIN_LETTERS = 5  # in one line of text
 _BORDER = 0.25  # of each side
-# Pixels: a larger picture is halved until it fits. One above the second is looked at in half size, too.
-_MAX_SIDE, _MIN_SIDE = 1500, 700
-_MAX_SHAPES = 4000  # more are noise
+# Larger images are halved until they fit the first; images above the second are also searched at half size.
+_MAX_SIDE, _FULL_SIZE_SIDE = 1500, 700
+_MAX_SHAPES = 4000  # more shapes are noise
 
 
-def of_attributes(source: Dataset) -> list[str]:
-    """Signs of text in the attributes of an object, as fixed texts. Unreadable values count as absent."""
+def signs_in_attributes(source: Dataset) -> list[str]:
+    """Returns signs of text in the attributes, as fixed texts. Unreadable values count as absent."""
     stated, modality = _text(source, "BurnedInAnnotation"), _text(source, "Modality")
     sop_class, image_type = _text(source, "SOPClassUID"), _text(source, "ImageType").split("\\")
     signs = {
         "BurnedInAnnotation is YES": stated == "YES",
         f"BurnedInAnnotation is not stated, modality {modality}": not stated and modality in _MODALITIES,
-        "secondary capture": sop_class in _SECONDARY_CAPTURES or "ConversionType" in source,
-        "ImageType says secondary": "SECONDARY" in image_type,
-        "ImageType says screen": any("SCREEN" in word or "CAPTURE" in word for word in image_type),
-        "picture of a slide's label": _text(source, "SpecimenLabelInImage") == "YES"
+        "secondary capture": "Secondary Capture Image" in UID(sop_class).name or "ConversionType" in source,
+        "ImageType states secondary": "SECONDARY" in image_type,
+        "ImageType states a screen capture": any("SCREEN" in v or "CAPTURE" in v for v in image_type),
+        "image of a slide label": _text(source, "SpecimenLabelInImage") == "YES"
         or bool({"LABEL", "OVERVIEW"} & set(image_type)),
         "ultrasound without regions": sop_class in _ULTRASOUND
         and "SequenceOfUltrasoundRegions" not in source,
     }
-    return [sign for sign, is_there in signs.items() if is_there]
+    return [sign for sign, present in signs.items() if present]
 
 
 def _text(source: Dataset, keyword: str) -> str:
     try:
         value = source.get(keyword)
-    except Exception:  # a damaged value, which is not copied either
+    except Exception:  # a damaged value, which is not copied
         return ""
     if value is None:
         return ""
     return value.strip() if isinstance(value, str) else "\\".join(str(word).strip() for word in value)
 
 
-def of_pixels(image: Dataset, limits: Limits) -> list[str]:
-    """Signs of text in the middle frame, as fixed texts."""
+def signs_in_pixels(image: Dataset, limits: Limits) -> list[str]:
+    """Returns signs of text in the middle frame, as fixed texts."""
     if int(image.Rows) * int(image.Columns) > limits.pixels:
-        return ["pixels too many to look for text"]
+        return ["too many pixels to search for text"]
     try:
         frames = int(image.get("NumberOfFrames") or 1)
-        # As stored: a window would make bone as white as letters.
+        # Stored values: with a window applied, bone would be as white as letters.
         frame = pixel_array(image, index=frames // 2, raw=True)
-    except Exception:  # decoders raise whatever a damaged byte leads to
-        return ["pixels could not be decoded to look for text"]
+    except Exception:  # decoders raise arbitrary exceptions for damaged bytes
+        return ["undecodable pixels, not searched for text"]
     if frame.ndim == 3:
         frame = frame[..., 0] if image.PhotometricInterpretation.startswith("YBR") else frame.max(axis=-1)
-    return ["the picture shows what looks like text"] if shows_text(frame) else []
+    return ["text-like shapes in the image"] if shows_text(frame) else []
 
 
 def shows_text(frame: np.ndarray) -> bool:
-    """Whether thin shapes of high contrast stand in a line near the border, as letters do.
-
-    Args:
-      frame: [H, W], any real dtype.
-    """
+    """Whether a line of thin high-contrast shapes, like letters, is near the border of `frame` [H, W]."""
     grey = np.nan_to_num(frame.astype(np.float32))
     low, high = np.percentile(grey, (0.1, 99.9))
     if not high > low:
@@ -100,8 +79,8 @@ def shows_text(frame: np.ndarray) -> bool:
     grey = np.clip((grey - low) * (255 / (high - low)), 0, 255).astype(np.uint8)
     while max(grey.shape) > _MAX_SIDE:
         grey = _halved(grey)
-    pictures = [grey] if max(grey.shape) <= _MIN_SIDE else [grey, _halved(grey)]
-    return any(_has_letters(shade) for picture in pictures for shade in (picture, 255 - picture))
+    scales = [grey] if max(grey.shape) <= _FULL_SIZE_SIDE else [grey, _halved(grey)]
+    return any(_has_letters(shade) for image in scales for shade in (image, 255 - image))
 
 
 def _halved(grey: np.ndarray) -> np.ndarray:
@@ -109,8 +88,8 @@ def _halved(grey: np.ndarray) -> np.ndarray:
     return grey[:height, :width].reshape(height // 2, 2, width // 2, 2).mean(axis=(1, 3)).astype(np.uint8)
 
 
-def _slid(grey: np.ndarray, reduce: np.ufunc) -> np.ndarray:
-    """Smallest or largest value in a square window around each pixel, ten times as fast as SciPy's."""
+def _filtered(grey: np.ndarray, reduce: np.ufunc) -> np.ndarray:
+    """A minimum or maximum filter with a square window, ten times as fast as SciPy's."""
     for _ in range(2):
         grey = np.pad(grey, ((sum(_STEPS) // 2,) * 2, (0, 0)), "edge")
         for step in _STEPS:
@@ -120,7 +99,7 @@ def _slid(grey: np.ndarray, reduce: np.ufunc) -> np.ndarray:
 
 
 def _has_letters(grey: np.ndarray) -> bool:
-    thin = grey - _slid(_slid(grey, np.minimum), np.maximum)  # an opening never brightens
+    thin = grey - _filtered(_filtered(grey, np.minimum), np.maximum)  # an opening never brightens
     height, width = grey.shape
     rows, columns = int(height * _BORDER), int(width * _BORDER)
     thin[rows : height - rows, columns : width - columns] = 0
@@ -128,9 +107,9 @@ def _has_letters(grey: np.ndarray) -> bool:
 
 
 def _shapes(strokes: np.ndarray, grey: np.ndarray) -> np.ndarray:
-    """Boxes of connected strokes as large as letters, [N, 5]: top, bottom, left, right, brightness."""
+    """Returns letter-sized connected components, [N, 5]: top, bottom, left, right, brightness."""
     labels, count = scipy.ndimage.label(strokes, np.ones((3, 3)))  # type: ignore[misc]
-    if not _LETTERS <= count <= _MAX_SHAPES:
+    if not _MIN_LETTERS <= count <= _MAX_SHAPES:
         return np.zeros((0, 5))
     boxes = []
     peaks = scipy.ndimage.mean(grey, labels, np.arange(1, count + 1))
@@ -142,9 +121,9 @@ def _shapes(strokes: np.ndarray, grey: np.ndarray) -> np.ndarray:
 
 
 def _has_line(boxes: np.ndarray) -> bool:
-    """Whether some boxes follow each other on one line, alike in height and brightness."""
+    """Whether enough boxes of similar height and brightness form a line."""
     boxes = boxes[np.argsort(boxes[:, 2], kind="stable")]
-    longest = np.ones(len(boxes), int)  # line that ends with this box
+    longest = np.ones(len(boxes), int)  # length of the longest line that ends with each box
     for i, (top, bottom, left, _, peak) in enumerate(boxes):
         height = bottom - top
         before = boxes[:i]
@@ -154,8 +133,8 @@ def _has_line(boxes: np.ndarray) -> bool:
             & (gap <= 1.2 * height)
             & (np.abs(before[:, 1] - bottom) <= 0.15 * height + 1)
             & (np.abs(before[:, 1] - before[:, 0] - height) <= 0.35 * height + 1)
-            & (np.abs(before[:, 4] - peak) <= _ALIKE)
+            & (np.abs(before[:, 4] - peak) <= _MAX_BRIGHTNESS_DIFFERENCE)
         )
         if follows.any():
             longest[i] += longest[:i][follows].max()
-    return bool(len(boxes)) and int(longest.max()) >= _LETTERS
+    return bool(len(boxes)) and int(longest.max()) >= _MIN_LETTERS

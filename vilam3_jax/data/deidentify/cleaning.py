@@ -1,7 +1,7 @@
-"""Makes a copy of a DICOM image from the attributes that the tables of `profile` allow.
+"""Copies a DICOM image, restricted to the attributes that the tables of `profile` allow.
 
-The copy is built from nothing: only numbers, words of closed vocabularies, times of day, shifted dates, new
-UIDs and pixels reach it. Everything else is left out.
+The copy starts empty and receives only numbers, words of closed vocabularies, times of day, shifted dates,
+new UIDs and pixels.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from vilam3_jax.data.deidentify import burned_in, codestreams, pixels, profile
+from vilam3_jax.data.deidentify.pixels import Skipped
 from vilam3_jax.data.deidentify.pseudonyms import Pseudonyms
 from vilam3_jax.data.limits import Limits
 
 REMOVED, EMPTIED, REPLACED = "removed", "emptied", "replaced"
-PRIVATE, UNKNOWN = "private attributes", "attributes that are not in the dictionary"
 
 _DUMMY_TEXT = "REMOVED"
 _DUMMIES = {
@@ -47,7 +47,7 @@ _TEXT = frozenset({"AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UT"})
 
 _DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
 _INTEGER = re.compile(r"[+-]?\d{1,10}")
-_ORDINAL = re.compile(r"[+-]?\d{1,7}")  # some devices number series by date and time, or by the accession
+_ORDINAL = re.compile(r"[+-]?\d{1,7}")  # excludes dates, times and accession numbers used as series numbers
 _AGE = re.compile(r"\d{3}[DWMY]")
 _UID = re.compile(r"\d+(\.\d+)+")
 _DATES = {
@@ -55,67 +55,66 @@ _DATES = {
     "TM": re.compile(r"\d{2}(:?\d{2}(:?\d{2}(\.\d{1,6})?)?)?"),
     "DT": re.compile(r"(?!0)\d{8}(\d{2}(\d{2}(\d{2}(\.\d{1,6})?)?)?([+-]\d{4})?)?"),
 }
-_OLDEST = 89  # years; HIPAA's safe harbor joins all above
+_MAX_AGE = 89  # years; HIPAA's safe harbor aggregates all higher ages
 
 _CODE_TAGS = frozenset({0x00080100, 0x00080102, 0x00080104})
-_IDENTITY_TAGS = frozenset({0x00100010, 0x00100020})  # PatientName, PatientID: replaced once, at the top
+_IDENTITY_TAGS = frozenset({0x00100010, 0x00100020})  # PatientName, PatientID: replaced at the top level
 _PIXEL_GROUP = 0x7FE0
-# Type 2 in the modules of patient, study, series and equipment: must be there, and may be empty.
-_TYPE_2 = (
-    "StudyDate",
-    "StudyTime",
-    "AccessionNumber",
-    "ReferringPhysicianName",
-    "PatientBirthDate",
-    "PatientSex",
-    "StudyID",
-    "SeriesNumber",
-    "InstanceNumber",
-    "Manufacturer",
-)
-_SCHEMES = {"SNM3": "SRT", "99SDM": "SRT"}  # older names of one scheme
-# PS3.16 CID 7050.
+# Type 2 in the patient, study, series and equipment modules: required, possibly empty.
+_TYPE_2 = """
+    StudyDate StudyTime AccessionNumber ReferringPhysicianName PatientBirthDate PatientSex StudyID
+    SeriesNumber InstanceNumber Manufacturer
+"""
+_SCHEMES = {"SNM3": "SRT", "99SDM": "SRT"}  # older names of the scheme
+# Codes of PS3.16 CID 7050.
 _BASIC_PROFILE = ("113100", "Basic Application Confidentiality Profile")
 _MODIFIED_DATES = ("113107", "Retain Longitudinal Temporal Information Modified Dates Option")
 _CHARACTERISTICS = ("113108", "Retain Patient Characteristics Option")
 
 
-class Skipped(Exception):
-    """An object that is left out; the message is the reason, a fixed text without values of the file."""
-
-
 @dataclasses.dataclass
-class Cleaned:
-    """An object without its identifiers.
+class Outcome:
+    """The result for one file.
 
     Attributes:
-      dataset: the copy, with file meta information.
-      patient: `token` of the patient's identity.
-      original_patient: PatientID of the source, for the mapping.
-      suspicions: why pixels may show text that identifies the patient; empty if nothing points to it.
-      actions: action (removed, emptied, replaced) -> attribute -> how often.
-      notes: what else was done, for the report.
+      path: source file. Like `original_patient`, used only for the mapping.
+      output: path of the copy in the output folder; None if the file was skipped.
+      reason: why the file was skipped, a fixed text.
+      patient, study, series: new identifiers.
+      original_patient: PatientID of the source.
+      suspicions: signs of identifying text in the pixels.
+      actions: action (removed, emptied, replaced) -> attribute -> count.
+      notes: other changes.
     """
 
-    dataset: Dataset
-    patient: str
-    original_patient: str
-    suspicions: list[str]
-    actions: dict[str, collections.Counter[str]]
-    notes: list[str]
+    path: str = ""
+    output: str | None = None
+    reason: str = ""
+    patient: str = ""
+    study: str = ""
+    series: str = ""
+    original_patient: str = ""
+    suspicions: list[str] = dataclasses.field(default_factory=list)
+    actions: dict[str, collections.Counter[str]] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
-def clean(source: Dataset, pseudonyms: Pseudonyms, keep_characteristics: bool, limits: Limits) -> Cleaned:
-    """Makes a copy without identifiers.
+def clean(
+    source: Dataset, pseudonyms: Pseudonyms, keep_characteristics: bool, limits: Limits
+) -> tuple[Dataset, Outcome]:
+    """Copies an object without identifiers.
 
     Args:
-      source: an object as `pydicom.dcmread` returns it; not modified.
+      source: an object from `pydicom.dcmread`; not modified.
       pseudonyms: replaces identifiers.
       keep_characteristics: also keep age, sex, size and weight of the patient.
-      limits: of pixels, frames and nesting.
+      limits: bounds on pixels, frames and nesting.
+
+    Returns:
+      The copy with file meta information, and the outcome without paths.
 
     Raises:
-      Skipped: an object that cannot be cleaned, with the reason.
+      Skipped: the object cannot be cleaned.
     """
     sop_class = UID(str(source.get("SOPClassUID") or ""))
     if sop_class not in profile.allow_list().image_classes:
@@ -129,28 +128,38 @@ def clean(source: Dataset, pseudonyms: Pseudonyms, keep_characteristics: bool, l
     for keyword in ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"):
         if not image.get(keyword):
             raise Skipped(f"damaged: no {keyword}")
-    try:
-        pixels.check_size(image, limits)
-        notes, suspicions = pixels.clean(image, source, transfer_syntax)
-    except pixels.PixelError as error:
-        raise Skipped(str(error)) from error
+    pixels.check_size(image, limits)
+    notes, suspicions = pixels.clean(image, source, transfer_syntax)
 
     original_patient = str(source.get("PatientID") or "").strip(" \0")
     if original_patient:
         patient = pseudonyms.token("patient", original_patient)
     else:
         patient = pseudonyms.token("patient of study", image.StudyInstanceUID)
-        notes.append("no PatientID: each study counts as a patient")
-    _file_meta(image, transfer_syntax)
+        notes.append("no PatientID: each study counts as one patient")
+    image.preamble = bytes(128)
+    image.file_meta = FileMetaDataset()
+    image.file_meta.TransferSyntaxUID = transfer_syntax
+    image.file_meta.MediaStorageSOPClassUID = image.SOPClassUID
+    image.file_meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID
     pseudonyms.apply(image, patient)
     builder.add_placeholders()
-    suspicions += burned_in.of_attributes(source) + burned_in.of_pixels(image, limits)
-    _state_what_was_done(image, keep_characteristics, suspected=bool(suspicions))
-    return Cleaned(image, patient, original_patient, suspicions, builder.actions, notes)
+    suspicions += burned_in.signs_in_attributes(source) + burned_in.signs_in_pixels(image, limits)
+    _record_method(image, keep_characteristics, suspected=bool(suspicions))
+    outcome = Outcome(
+        patient=str(image.PatientID),
+        study=str(image.StudyInstanceUID),
+        series=str(image.SeriesInstanceUID),
+        original_patient=original_patient,
+        suspicions=suspicions,
+        actions=builder.actions,
+        notes=notes,
+    )
+    return image, outcome
 
 
 def _name(uid: UID) -> str:
-    """Name of a UID in the standard; a UID that only the file knows stays out of the report."""
+    """Returns the standard's name of a UID; private UIDs stay out of the report."""
     return uid.name if uid.name != uid else "unknown"
 
 
@@ -164,22 +173,14 @@ def _transfer_syntax(source: Dataset) -> UID:
     return ExplicitVRLittleEndian if little_endian else ExplicitVRBigEndian
 
 
-def _file_meta(image: Dataset, transfer_syntax: UID) -> None:
-    image.preamble = bytes(128)
-    image.file_meta = FileMetaDataset()
-    image.file_meta.TransferSyntaxUID = transfer_syntax
-    image.file_meta.MediaStorageSOPClassUID = image.SOPClassUID
-    image.file_meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID
-
-
-def _state_what_was_done(image: Dataset, keep_characteristics: bool, suspected: bool) -> None:
+def _record_method(image: Dataset, keep_characteristics: bool, suspected: bool) -> None:
     image.PatientName = image.PatientID
-    for keyword in _TYPE_2:
+    for keyword in _TYPE_2.split():
         if keyword not in image:
             setattr(image, keyword, "")
     if "FrameOfReferenceUID" in image:
         image.PositionReferenceIndicator = ""
-    # PS3.3: identity was removed from the attributes *and* from the pixels.
+    # By PS3.3, YES means that the identity was removed from the attributes and from the pixels.
     image.PatientIdentityRemoved = "NO" if suspected else "YES"
     image.DeidentificationMethod = ["vilam3 data deidentify", f"DICOM {profile.EDITION} Basic Profile"]
     used = [_BASIC_PROFILE, _MODIFIED_DATES] + [_CHARACTERISTICS] * keep_characteristics
@@ -194,7 +195,7 @@ def _code_item(value: str, scheme: str, meaning: str) -> Dataset:
 
 
 class _Builder:
-    """Copies allowed attributes and counts all others."""
+    """Copies allowed attributes and counts actions on all others."""
 
     def __init__(self, keep_characteristics: bool, nesting: int) -> None:
         self._keep_characteristics = keep_characteristics
@@ -202,13 +203,13 @@ class _Builder:
         self._placeholders: list[tuple[Dataset, DataElement]] = []
         self.actions = {name: collections.Counter[str]() for name in (REMOVED, EMPTIED, REPLACED)}
 
-    def copy(self, source: Dataset, depth: int, leave: frozenset[int] = frozenset()) -> Dataset:
-        """The allowed part of a data set or of an item of a sequence, without the tags in `leave`."""
+    def copy(self, source: Dataset, depth: int, omit: frozenset[int] = frozenset()) -> Dataset:
+        """Copies the allowed part of a data set or sequence item, except for the tags in `omit`."""
         if depth > self._nesting:
             raise Skipped("damaged: sequences nested too deeply")
         result = Dataset()
         for tag in sorted(source.keys()):
-            if tag in leave or tag.element == 0:
+            if tag in omit or tag.element == 0:
                 continue
             if depth == 0 and tag in _IDENTITY_TAGS:
                 self._count(REPLACED, tag)
@@ -221,23 +222,23 @@ class _Builder:
         return result
 
     def add_placeholders(self) -> None:
-        """Adds empty and dummy values, after the replacement of dates and IDs, which must not change them."""
+        """Adds empty and dummy values, after the replacement of dates and IDs, which must not alter them."""
         for item, element in self._placeholders:
             item.add(element)
 
     def _count(self, action: str, tag: BaseTag) -> None:
         if tag.is_private:
-            name = PRIVATE
+            name = "private attributes"
         elif tag.group >> 8 in (0x50, 0x60):
             name = "overlays and curves"
         elif dictionary_has_tag(tag):
             name = f"({tag.group:04X},{tag.element:04X}) {dictionary_keyword(tag)}"
         else:
-            name = UNKNOWN
+            name = "attributes that are not in the dictionary"
         self.actions[action][name] += 1
 
     def _allowed(self, source: Dataset, tag: BaseTag, depth: int) -> DataElement | None:
-        """The element if its attribute and its value are allowed."""
+        """Returns a copy of the element if its attribute and its value are allowed."""
         kind = profile.allow_list().kinds.get(tag)
         if (
             kind is None
@@ -248,38 +249,37 @@ class _Builder:
         element = _readable(source, tag)
         if element is None or element.VR not in dictionary_VR(tag).split(" or "):
             return None
-        if kind == profile.SEQUENCE:
-            return self._sequence(element, lambda item: self.copy(item, depth + 1))
-        if kind == profile.CODES:
-            return self._sequence(element, lambda item: self._code(item, depth + 1))
+        if kind in (profile.SEQUENCE, profile.CODES):
+            copy = self.copy if kind == profile.SEQUENCE else self._copy_code
+            items = [copy(item, depth + 1) for item in element.value or ()]
+            return DataElement(tag, "SQ", Sequence(item for item in items if len(item)))
         if kind == profile.WORD:
             return self._words(element)
         if kind == profile.BINARY and element.VR.startswith("O"):
-            return self._binary(element, source)
-        values = _ruled(_listed(element.value), _RULES.get(kind, _number), element.VR)
+            is_table = element.keyword.endswith(("LUTData", "TableData"))
+            if not isinstance(element.value, bytes) or (is_table and not _is_valid_table(element, source)):
+                return None
+            return DataElement(tag, element.VR, element.value)
+        values = _checked(_as_list(element.value), _RULES.get(kind, _number), element.VR)
         if None in values or (kind == profile.DATE and len(values) > 1):
             return None
         if kind in (profile.UID, profile.DATE) and values:
             self._count(REPLACED, tag)
         return DataElement(tag, element.VR, values)
 
-    def _sequence(self, element: DataElement, copy: Callable[[Dataset], Dataset]) -> DataElement:
-        items = [copy(item) for item in element.value or ()]
-        return DataElement(element.tag, "SQ", Sequence(item for item in items if len(item)))
-
-    def _code(self, item: Dataset, depth: int) -> Dataset:
-        """A code that the standard's dictionaries know, with their meaning instead of the file's."""
+    def _copy_code(self, item: Dataset, depth: int) -> Dataset:
+        """Copies a code; a standard code gets its standard meaning instead of the file's."""
         value, scheme = (str(item.get(keyword) or "") for keyword in ("CodeValue", "CodingSchemeDesignator"))
         meaning = _meaning(scheme, value)
         if meaning is None:
             return self.copy(item, depth)
-        copied = self.copy(item, depth, leave=_CODE_TAGS)
+        copied = self.copy(item, depth, omit=_CODE_TAGS)
         copied.update(_code_item(value, scheme, meaning))
         return copied
 
     def _words(self, element: DataElement) -> DataElement | None:
         vocabulary = profile.allow_list().vocabularies[element.tag]
-        words = [str(value).strip(" \0") for value in _listed(element.value)]
+        words = [str(value).strip(" \0") for value in _as_list(element.value)]
         if element.VR == "CS":
             words = [word.upper() if word.upper() in vocabulary else word for word in words]
         kept = [word if word in vocabulary else "" for word in words]
@@ -291,24 +291,17 @@ class _Builder:
             return None
         return DataElement(element.tag, element.VR, kept)
 
-    def _binary(self, element: DataElement, source: Dataset) -> DataElement | None:
-        if not isinstance(element.value, bytes):
-            return None
-        if element.keyword.endswith(("LUTData", "TableData")) and not _is_table(element, source):
-            return None
-        return DataElement(element.tag, element.VR, element.value)
-
     def _follow_profile(self, source: Dataset, tag: BaseTag, result: Dataset) -> None:
-        """Applies the action of the basic profile to an attribute that is not kept.
+        """Applies the action of the basic profile to an attribute that is not copied.
 
-        Where the profile leaves a choice, the result fits every object definition: a dummy rather than an
-        empty value, an empty value rather than none. Sequences are removed where they may be.
+        If the profile offers a choice, the result is valid for every object definition: a dummy rather than
+        an empty value, an empty value rather than none. Sequences are removed if the profile permits.
         """
         action = profile.basic_profile().get(tag, "X")
         vr = dictionary_VR(tag).split(" or ")[0] if action != "X" and dictionary_has_tag(tag) else ""
         if action == "U" or (vr == "UI" and "D" in action):
             element = _readable(source, tag)
-            uids = [_uid(value, "UI") for value in _listed(element.value)] if element is not None else []
+            uids = [_uid(value, "UI") for value in _as_list(element.value)] if element is not None else []
             if uids and None not in uids:
                 result.add(DataElement(tag, "UI", uids))
                 self._count(REPLACED, tag)
@@ -320,8 +313,14 @@ class _Builder:
         ):
             self._count(REMOVED, tag)
             return
-        dummy = "D" in action and not ("Z" in action and _is_empty(source, tag))
-        value: Any = _dummy(vr) if dummy else ([] if vr == "SQ" else None)
+        dummy = "D" in action
+        if dummy and "Z" in action:
+            element = _readable(source, tag)
+            dummy = element is None or not element.is_empty
+        if vr == "SQ":
+            value: Any = [Dataset()] if dummy else []
+        else:
+            value = _DUMMIES.get(vr, _DUMMY_TEXT if vr in _TEXT else None) if dummy else None
         self._placeholders.append((result, DataElement(tag, vr, value)))
         self._count(REPLACED if dummy else EMPTIED, tag)
 
@@ -331,37 +330,26 @@ def _readable(source: Dataset, tag: BaseTag) -> DataElement | None:
         return source[tag]
     except RecursionError:
         raise Skipped("damaged: sequences nested too deeply") from None
-    except Exception:  # a damaged value, which the copy must not hold anyway; its text stays out of messages
+    except Exception:  # a damaged value; neither the copy nor a message may contain it
         return None
 
 
-def _is_empty(source: Dataset, tag: BaseTag) -> bool:
-    element = _readable(source, tag)
-    return element is not None and element.is_empty
-
-
-def _dummy(vr: str) -> Any:
-    if vr == "SQ":
-        return [Dataset()]
-    return _DUMMY_TEXT if vr in _TEXT else _DUMMIES.get(vr)
-
-
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     if value is None or value == "":
         return []
     return list(value) if isinstance(value, (MultiValue, list, tuple)) else [value]
 
 
-def _ruled(values: list[Any], rule: Callable[[Any, str], Any], vr: str) -> list[Any]:
-    """What `rule` makes of each value; None of one that it does not accept."""
+def _checked(values: list[Any], rule: Callable[[Any, str], Any], vr: str) -> list[Any]:
+    """Applies `rule` to each value; it returns None for a value that is not allowed."""
     try:
         return [rule(value, vr) for value in values]
-    except (ValueError, TypeError, OverflowError):  # pydicom passes on text where numbers belong
+    except (ValueError, TypeError, OverflowError):  # pydicom may return text for numeric elements
         return [None]
 
 
 def _number(value: Any, vr: str) -> Any:
-    """A number; strings keep their digits, so that geometry stays the same to the last one."""
+    """Checks a number. Strings keep all digits, so geometry is preserved exactly."""
     if vr == "DS":
         text = str(value).strip(" \0")
         return text if not text or _DECIMAL.fullmatch(text) else None
@@ -382,7 +370,7 @@ def _date(value: Any, vr: str) -> str | None:
     text = str(value).strip(" \0")
     if not _DATES[vr].fullmatch(text):
         return None
-    text = text.replace(":", "")  # ACR-NEMA's way, as are the points in its dates
+    text = text.replace(":", "")  # ACR-NEMA wrote times with colons and dates with points
     if vr == "DA":
         text = text.replace(".", "")
     if vr != "TM":
@@ -403,17 +391,14 @@ def _class_uid(value: Any, vr: str) -> str | None:
 
 
 def _characteristic(value: Any, vr: str) -> Any:
-    if vr == "AS":
-        return _age(str(value).strip(" \0"))
     if vr == "CS":
         return value if value in ("M", "F", "O") else None
-    return _number(value, vr)
-
-
-def _age(text: str) -> str | None:
-    if not _AGE.fullmatch(text):
+    if vr != "AS":
+        return _number(value, vr)
+    age = str(value).strip(" \0")
+    if not _AGE.fullmatch(age):
         return None
-    return f"{_OLDEST + 1:03d}Y" if text[3] == "Y" and int(text[:3]) > _OLDEST else text
+    return f"{_MAX_AGE + 1:03d}Y" if age[3] == "Y" and int(age[:3]) > _MAX_AGE else age
 
 
 _RULES: dict[str, Callable[[Any, str], Any]] = {
@@ -425,8 +410,8 @@ _RULES: dict[str, Callable[[Any, str], Any]] = {
 }
 
 
-def _is_table(element: DataElement, source: Dataset) -> bool:
-    """Whether look-up table data are as long as their descriptor says, or segments (PS3.3, C.7.9.2)."""
+def _is_valid_table(element: DataElement, source: Dataset) -> bool:
+    """Whether a look-up table matches its descriptor or consists of segments (PS3.3, C.7.9.2)."""
     name = element.keyword.removeprefix("Segmented").replace("Data", "Descriptor")
     try:
         entries, _, bits = (int(number) for number in source[name].value)
@@ -446,17 +431,16 @@ def _are_segments(data: bytes, number: str) -> bool:
         kind, count = numbers[place : place + 2]
         if kind > 2 or (kind == 2 and size == 1):
             return False
-        place += 2 + {0: count, 1: 1, 2: 2}[kind]  # discrete values, a line, a reference to other segments
+        place += 2 + {0: count, 1: 1, 2: 2}[kind]  # discrete values, a line, a reference to segments
     return place == len(numbers) or (size == 1 and place == len(numbers) - 1)  # padded to an even length
 
 
 @functools.lru_cache(maxsize=4096)
 def _meaning(scheme: str, value: str) -> str | None:
-    """The meaning of a code in pydicom's copy of PS3.16; None if it is not there."""
+    """Returns the meaning of a code in pydicom's copy of PS3.16, or None if it is not listed."""
     wanted = Code(value, _SCHEMES.get(scheme, scheme), "")
-    scheme = (
-        "SCT" if wanted.scheme_designator == "SRT" else scheme
-    )  # pydicom compares the two by SNOMED's table
+    if wanted.scheme_designator == "SRT":  # pydicom maps SRT to SCT when it compares codes
+        scheme = "SCT"
     if scheme not in codes.schemes():
         return None
     return next((code.meaning for code in getattr(codes, scheme).concepts.values() if code == wanted), None)

@@ -1,4 +1,4 @@
-"""Pixel data of the copy: the same values, without hidden bytes around them."""
+"""Pixel data of the copy: unchanged values, without hidden bytes around them."""
 
 from __future__ import annotations
 
@@ -13,108 +13,97 @@ from vilam3_jax.data.deidentify import codestreams
 from vilam3_jax.data.limits import Limits
 
 _KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-_EXTENDED_OFFSETS = (0x7FE00001, 0x7FE00002)  # the table and the lengths
-TAGS = frozenset({0x7FE00010, 0x7FE00008, 0x7FE00009})  # of these attributes
-_NEEDED = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "PhotometricInterpretation")
-
-GRAPHICS_REMOVED = "graphics in unused bits of pixels removed"
-TAIL_REMOVED = "bytes after the last pixel removed"
+TAGS = frozenset({0x7FE00010, 0x7FE00008, 0x7FE00009})  # of _KEYWORDS
+_EXTENDED_OFFSETS = (0x7FE00001, 0x7FE00002)  # table and lengths
+_REQUIRED = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "PhotometricInterpretation")
 
 
-class PixelError(Exception):
-    """Why pixels cannot be copied; a fixed text, without values of the file."""
+class Skipped(Exception):
+    """An object that is not copied. The message is the reason, a fixed text without values of the file."""
 
 
 def check_size(header: Dataset, limits: Limits) -> None:
-    """Raises:
-    PixelError: no pixels, or more than `limits` allow.
-    """
-    if any(header.get(keyword) in (None, "") for keyword in _NEEDED):
-        raise PixelError("damaged: the description of the pixels is incomplete")
-    frames = int(header.get("NumberOfFrames") or 1)
+    """Raises `Skipped` if there are no pixels, or more than `limits` allow."""
+    if any(header.get(keyword) in (None, "") for keyword in _REQUIRED):
+        raise Skipped("damaged: incomplete description of the pixels")
+    frames = _frames(header)
     pixels = int(header.Rows) * int(header.Columns)
     if min(frames, pixels) < 1:
-        raise PixelError("damaged: an image without pixels")
+        raise Skipped("damaged: an image without pixels")
     decoded = pixels * frames * int(header.SamplesPerPixel) * max(int(header.BitsAllocated), 8) // 8
     if frames > limits.frames or decoded > limits.decoded_bytes:
-        raise PixelError("larger than the limits of frames or bytes")
+        raise Skipped("larger than the limits of frames or bytes")
+
+
+def _frames(header: Dataset) -> int:
+    return int(header.get("NumberOfFrames") or 1)
 
 
 def clean(image: Dataset, source: Dataset, transfer_syntax: str) -> tuple[list[str], list[str]]:
-    """Cleans the pixel element of `image` in place; no pixel changes its value.
+    """Cleans the pixel element of `image` in place without changing a pixel value.
 
     Args:
       image: the copy, with its pixel element as stored in `source`.
-      source: the original, asked only whether overlays lie in unused bits.
+      source: the original, checked for overlays in unused bits.
       transfer_syntax: of both.
 
     Returns:
       Notes on removed bytes, and signs of burned-in text.
 
     Raises:
-      PixelError: the stored bytes are not the pixels that the header describes.
+      Skipped: the stored bytes do not match the header.
     """
-    keyword = next((name for name in _KEYWORDS if name in image), None)
-    if keyword is None:
-        raise PixelError("no pixels")
-    element = image[keyword]
-    data = element.value
+    keyword = next((name for name in _KEYWORDS if name in image), "")
+    data = image[keyword].value if keyword else None
     if not isinstance(data, bytes) or not data:
-        raise PixelError("no pixels")
-    embedded = _overlays_in_pixels(source)
-    _check_extended_offsets(image, transfer_syntax in codestreams.ENCAPSULATED, len(data))
-    if transfer_syntax in codestreams.ENCAPSULATED:
+        raise Skipped("no pixels")
+    has_overlay = _has_embedded_overlay(source)
+    encapsulated = transfer_syntax in codestreams.ENCAPSULATED
+    starts, lengths = (image[tag].value if tag in image else b"" for tag in _EXTENDED_OFFSETS)
+    if not encapsulated or not codestreams.is_extended_offset_table(
+        starts, lengths, _frames(image), len(data)
+    ):
+        for tag in _EXTENDED_OFFSETS:  # optional for decoders
+            image.pop(tag, None)
+    pixels = int(image.Rows) * int(image.Columns)
+    if encapsulated:
         try:
-            element.value = codestreams.without_comments(
-                data, transfer_syntax, int(image.Rows) * int(image.Columns)
-            )
+            image[keyword].value = codestreams.without_comments(data, transfer_syntax, pixels)
         except (ValueError, struct.error) as error:
-            raise PixelError("damaged: compressed pixels that are not well-formed") from error
-        element.is_undefined_length = True
-        return [], ["overlay graphics inside compressed pixels"] if embedded else []
-    expected = get_expected_length(image, unit="bytes") if keyword == "PixelData" else _float_length(image)
+            raise Skipped("damaged: malformed compressed pixels") from error
+        image[keyword].is_undefined_length = True
+        return [], ["overlay graphics inside compressed pixels"] if has_overlay else []
+    if keyword == "PixelData":
+        expected = get_expected_length(image, unit="bytes")
+    else:
+        expected = pixels * _frames(image) * int(image.BitsAllocated) // 8
     if len(data) < expected:
-        raise PixelError("damaged: pixels are cut short")
-    done = []
+        raise Skipped("damaged: truncated pixel data")
+    notes, suspicions = [], []
     padded = expected + expected % 2
     if len(data) > padded:
-        done.append(TAIL_REMOVED)
+        notes.append("bytes after the last pixel removed")
         data = data[:padded]
-    suspicions = []
     if keyword == "PixelData":
-        data, graphics = _without_graphics(data, image, transfer_syntax, embedded)
-        if graphics and embedded:
-            done.append(GRAPHICS_REMOVED)
-        elif graphics:
-            suspicions.append("unused bits of the pixels are not empty")
-    element.value = data
-    return done, suspicions
+        data, unused = _clear_unused_bits(data, image, transfer_syntax, has_overlay)
+        if unused and has_overlay:
+            notes.append("graphics in unused bits of pixels removed")
+        elif unused:
+            suspicions.append("unused bits of the pixels are set")
+    image[keyword].value = data
+    return notes, suspicions
 
 
-def _check_extended_offsets(image: Dataset, encapsulated: bool, size: int) -> None:
-    """Removes the extended offset table, which decoders do without, unless it can be one."""
-    frames = int(image.get("NumberOfFrames") or 1)
-    starts, lengths = (image[tag].value if tag in image else b"" for tag in _EXTENDED_OFFSETS)
-    if not encapsulated or not codestreams.is_extended_offset_table(starts, lengths, frames, size):
-        for tag in _EXTENDED_OFFSETS:
-            image.pop(tag, None)
-
-
-def _float_length(image: Dataset) -> int:
-    frames = int(image.get("NumberOfFrames") or 1)
-    return int(image.Rows) * int(image.Columns) * frames * int(image.BitsAllocated) // 8
-
-
-def _overlays_in_pixels(source: Dataset) -> bool:
-    """Whether an overlay has no data of its own, and so lies in bits of the pixels (retired since 2004)."""
+def _has_embedded_overlay(source: Dataset) -> bool:
+    """Whether an overlay has no OverlayData and therefore occupies bits of the pixels (retired in 2004)."""
     return any(
         (group << 16 | 0x0010) in source and (group << 16 | 0x3000) not in source
         for group in range(0x6000, 0x6020, 2)
     )
 
 
-def _without_graphics(data: bytes, image: Dataset, transfer_syntax: str, remove: bool) -> tuple[bytes, bool]:
-    """Bits that no pixel uses: whether they hold anything, and the data without them if `remove`."""
+def _clear_unused_bits(data: bytes, image: Dataset, transfer_syntax: str, clear: bool) -> tuple[bytes, bool]:
+    """Returns the data, with unused bits cleared if `clear`, and whether any unused bit was set."""
     allocated, stored = int(image.BitsAllocated), int(image.get("BitsStored") or image.BitsAllocated)
     high = int(image.get("HighBit") or stored - 1)
     if allocated not in (8, 16, 32) or not 0 < stored < allocated or not stored - 1 <= high < allocated:
@@ -123,12 +112,10 @@ def _without_graphics(data: bytes, image: Dataset, transfer_syntax: str, remove:
     values = np.frombuffer(data, f"{order}u{allocated // 8}")
     used = ((1 << stored) - 1) << (high + 1 - stored)
     unused = values & ~np.array(used, values.dtype)
-    if int(image.PixelRepresentation) == 1:  # the sign may be extended into the bits above
-        above = ((1 << allocated) - 1) & ~((1 << (high + 1)) - 1)
+    if int(image.PixelRepresentation) == 1:  # the sign may extend into the bits above
+        above = np.array(((1 << allocated) - 1) & ~((1 << (high + 1)) - 1), values.dtype)
         negative = (values >> high) & 1 == 1
-        unused = np.where(
-            negative & (unused & above == above), unused & ~np.array(above, values.dtype), unused
-        )
+        unused = np.where(negative & (unused & above == above), unused & ~above, unused)
     if not unused.any():
         return data, False
-    return (values & ~unused).tobytes() if remove else data, True
+    return (values & ~unused).tobytes() if clear else data, True

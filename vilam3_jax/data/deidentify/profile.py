@@ -1,4 +1,4 @@
-"""The two tables that decide: the basic profile of PS3.15, and the attributes that the output may contain."""
+"""The two tables of rules: the basic profile of PS3.15, and the attributes that a copy may contain."""
 
 from __future__ import annotations
 
@@ -14,24 +14,15 @@ from pydicom.datadict import tag_for_keyword
 
 EDITION = "PS3.15 2026c"
 
-# The kinds of attributes in the allow-list: each has a rule of its own for values.
-NUMBER, ORDINAL, WORD, DATE, UID, CLASS_UID, CODES, SEQUENCE, BINARY, PATIENT = (
-    "numbers",
-    "order",
-    "words",
-    "dates",
-    "uids",
-    "class_uids",
-    "codes",
-    "sequences",
-    "binary",
-    "patient_characteristics",
-)
+# Kinds of attributes in the allow-list. Each kind has its own rule for values.
+NUMBER, ORDINAL, WORD, DATE, UID = "numbers", "order", "words", "dates", "uids"
+CLASS_UID, CODES, SEQUENCE, BINARY = "class_uids", "codes", "sequences", "binary"
+PATIENT = "patient_characteristics"
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """The values that a text attribute may have: words, or what matches a pattern of few characters."""
+    """Permitted values of a text attribute: words, or matches of a narrow pattern."""
 
     words: frozenset[str]
     pattern: re.Pattern[str] | None
@@ -42,12 +33,12 @@ class Vocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class AllowList:
-    """Attributes that the output may contain.
+    """Attributes that a copy may contain.
 
     Attributes:
       kinds: tag -> kind.
-      vocabularies: tag of each attribute of kind `WORD` -> its values.
-      image_classes: UIDs of the SOP classes that are cleaned; objects of other classes are skipped.
+      vocabularies: tag -> permitted values, for attributes of kind `WORD`.
+      image_classes: UIDs of supported SOP classes; other objects are skipped.
     """
 
     kinds: dict[int, str]
@@ -57,9 +48,9 @@ class AllowList:
 
 @functools.cache
 def basic_profile() -> dict[int, str]:
-    """Table E.1-1: tag -> action (X, Z, D, U or a combination such as X/Z/D), groups of overlays excepted.
+    """Returns table E.1-1: tag -> action (X, Z, D, U or a combination such as X/Z/D).
 
-    Overlays, curves (60xx, 50xx) and private attributes are always removed and have no tag of their own.
+    Omits rows of repeating groups (60xx, 50xx) and private attributes, which are always removed.
     """
     lines = _read("basic_profile.csv").splitlines()
     rows = csv.DictReader((line for line in lines if not line.startswith("#")), delimiter=";")
@@ -68,25 +59,20 @@ def basic_profile() -> dict[int, str]:
 
 @functools.cache
 def allow_list() -> AllowList:
-    """The allow-list of this package."""
+    """Returns the allow-list of this package."""
     stored = json.loads(_read("allow_list.json"))
-    kinds = {
-        _tag(keyword): kind
-        for kind in (DATE, UID, CLASS_UID, CODES, SEQUENCE, BINARY, PATIENT)
-        for keyword in stored[kind]
-    }
-    for group, keywords in stored[NUMBER].items():
-        kinds |= dict.fromkeys(map(_tag, keywords), ORDINAL if group == ORDINAL else NUMBER)
-    kinds |= {_tag(keyword): WORD for keyword in stored[WORD]}
+    keywords = {kind: stored[kind] for kind in (DATE, UID, CLASS_UID, CODES, SEQUENCE, BINARY, PATIENT, WORD)}
+    keywords[ORDINAL] = stored[NUMBER].pop(ORDINAL)
+    keywords[NUMBER] = [keyword for group in stored[NUMBER].values() for keyword in group]
     vocabularies = {
         _tag(keyword): Vocabulary(
             frozenset(entry["words"]), re.compile(entry["pattern"]) if "pattern" in entry else None
         )
         for keyword, entry in stored[WORD].items()
     }
-    # Classes that were retired before DICOM named them in pydicom stand there by UID.
+    # Retired classes that pydicom does not name are listed by UID.
     classes = frozenset(str(getattr(pydicom.uid, name, name)) for name in stored["image_classes"])
-    return AllowList(kinds, vocabularies, classes)
+    return AllowList({_tag(k): kind for kind in keywords for k in keywords[kind]}, vocabularies, classes)
 
 
 def _read(name: str) -> str:

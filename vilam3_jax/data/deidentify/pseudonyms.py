@@ -1,4 +1,4 @@
-"""New identifiers and dates: consistent over files by a keyed hash, put in place by dicognito."""
+"""New identifiers and dates, consistent across files: derived by a keyed hash, inserted by dicognito."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ _FILE_META_CLASSES = ("MediaStorageSOPClassUID", "TransferSyntaxUID", "Implement
 
 
 def check_installed() -> None:
-    """Raises:
-    UserError: dicognito is not installed.
-    """
+    """Raises `UserError` if dicognito is not installed."""
     try:
         import dicognito.anonymizer  # noqa: F401
     except ImportError as error:
@@ -34,63 +32,50 @@ def check_installed() -> None:
 
 
 class Pseudonyms:
-    """Replaces identifiers. One salt always gives the same replacements; without it nobody can redo them."""
+    """Replaces identifiers by a function of the salt, which cannot be recomputed without it."""
 
     def __init__(self, salt: bytes) -> None:
         self._salt = salt
         self._class_tags = {tag for tag, kind in allow_list().kinds.items() if kind == CLASS_UID}
         self._class_tags |= {cast(int, tag_for_keyword(keyword)) for keyword in _FILE_META_CLASSES}
-        self._of_patient = functools.lru_cache(maxsize=256)(self._new_anonymizer)
+        self._anonymizer = functools.lru_cache(maxsize=256)(self._new_anonymizer)
 
     def token(self, kind: str, text: str) -> str:
-        """HMAC-SHA256 of `text`, 64 hexadecimal digits; `kind` keeps uses apart."""
+        """Returns the HMAC-SHA256 of `text` as 64 hexadecimal digits; `kind` separates the uses."""
         message = f"{kind}\0{text}".encode("utf-8", "surrogateescape")
         return hmac.new(self._salt, message, hashlib.sha256).hexdigest()
 
-    def uid(self, uid: str) -> str:
-        """A UID under 2.25, the root of UIDs that are made of UUIDs."""
-        return f"2.25.{int(self.token('uid', uid)[:32], 16)}"
-
-    def days(self, patient: str) -> int:
-        """By how many days the dates of a patient move into the past; `patient` is a `token`."""
-        return _MIN_DAYS + int(self.token("days", patient), 16) % (_MAX_DAYS - _MIN_DAYS + 1)
-
     def apply(self, dataset: pydicom.Dataset, patient: str) -> None:
-        """Replaces in place, also in sequences and in the file meta information.
+        """Replaces identifiers in place, including those in sequences and file meta information.
 
-        PatientID gets a pseudonym, dates are shifted by a number of whole days that is the patient's own, and
-        UIDs of anything but classes are mapped. Dates must be well-formed.
+        Sets PatientID to a pseudonym, shifts dates by a number of whole days that is constant per patient,
+        and maps all UIDs except class UIDs. Dates must be well-formed.
 
         Args:
-          dataset: the copy of an object.
-          patient: a `token` of the patient's identity.
+          dataset: copy of an object.
+          patient: `token` of the patient's identity.
         """
         dataset.PatientID = patient
-        self._of_patient(patient).anonymize(dataset)
+        self._anonymizer(patient).anonymize(dataset)
 
     def _new_anonymizer(self, patient: str) -> Anonymizer:
         from dicognito.anonymizer import Anonymizer
         from dicognito.datetimeanonymizer import DateTimeAnonymizer
 
+        days = _MIN_DAYS + int(self.token("days", patient), 16) % (_MAX_DAYS - _MIN_DAYS + 1)
         anonymizer = Anonymizer(id_prefix="P", seed=patient)
-        # dicognito's own shift is in hours. It moves a time of day only together with its date, and so would
-        # change the interval to times that have none, such as the start of an injection.
-        anonymizer.add_element_handler(DateTimeAnonymizer(-24 * self.days(patient)))
-        anonymizer.add_element_handler(cast(Any, _UidMapper(self, self._class_tags)))
+        # dicognito shifts by hours and moves a time only together with its date. That would change intervals
+        # to times without a date, such as the start of an injection.
+        anonymizer.add_element_handler(DateTimeAnonymizer(-24 * days))
+        anonymizer.add_element_handler(cast(Any, self._map_uids))
         return anonymizer
 
-
-class _UidMapper:
-    """A handler of dicognito whose UIDs do not depend on the patient: references between patients hold."""
-
-    def __init__(self, pseudonyms: Pseudonyms, class_tags: set[int]) -> None:
-        self._pseudonyms = pseudonyms
-        self._class_tags = class_tags
-
-    def __call__(self, dataset: pydicom.Dataset, element: pydicom.DataElement) -> bool:
+    def _map_uids(self, dataset: pydicom.Dataset, element: pydicom.DataElement) -> bool:
+        """A dicognito handler. New UIDs do not depend on the patient, so references across patients hold."""
         if element.VR != "UI":
             return False
         if element.tag not in self._class_tags and element.value:
             uids = [element.value] if isinstance(element.value, str) else element.value
-            element.value = [self._pseudonyms.uid(str(uid)) for uid in uids]
+            # 2.25 is the root of UIDs derived from UUIDs.
+            element.value = [f"2.25.{int(self.token('uid', str(uid))[:32], 16)}" for uid in uids]
         return True

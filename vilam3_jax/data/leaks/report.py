@@ -169,15 +169,9 @@ def to_text(report: Mapping[str, Any]) -> str:
     """Formats the report for a terminal."""
     lines = ["sets"]
     for row in report["sets"]:
-        details = [f"{row['records']} records, {row['images']} images"]
-        details += [
-            f"{row[key]} {key.replace('_', ' ')}"
-            for key in ("damaged_records", "unreadable_images")
-            if row[key]
-        ]
-        if row["without_patient"]:
-            details.append(f"{row['without_patient']} records without a patient key")
-        lines.append(f"  {row['name']} ({row['role']}): {'; '.join(details)}")
+        keys = ("records", "images", "damaged_records", "unreadable_images", "without_patient")
+        counts = [f"{row[key]} {key.replace('_', ' ')}" for key in keys if row[key]]
+        lines.append(f"  {row['name']} ({row['role']}): {', '.join(counts)}")
     lines += ["", "evaluation records that a training set contains"]
     shared = [pair for pair in report["pairs"] if pair["kinds"]]
     for pair in shared:
@@ -219,7 +213,7 @@ class _Matches:
 
     def result(self, leaked: np.ndarray) -> dict[str, Any]:
         """Returns the entry of the report; `leaked` marks the evaluation records that count as leaks."""
-        ids = [self._ids[record] for record in np.flatnonzero(self.evaluation)]
+        ids = [self._ids[record] for record in np.flatnonzero(self.evaluation).tolist()]
         return {
             "evaluation_records": len(ids),
             "leaked_records": int(leaked.sum()),

@@ -48,11 +48,10 @@ class TextIndex:
 
     def __init__(self, texts: list[tuple[int, np.ndarray]]) -> None:
         """Indexes (record, `run_hashes`) of every text."""
-        self._owners = np.array([record for record, _ in texts], np.int64)
-        lengths = [len(hashes) for _, hashes in texts]
+        self._owners = [record for record, _ in texts]
         joined = np.concatenate([hashes for _, hashes in texts]) if texts else np.zeros(0, np.uint64)
-        self._runs, self._run_ids = np.unique(joined, return_inverse=True)
-        self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        self._runs, run_ids = np.unique(joined, return_inverse=True)
+        self._texts = np.split(run_ids, np.cumsum([len(hashes) for _, hashes in texts[:-1]], dtype=int))
         self.reset()
 
     def reset(self) -> None:
@@ -82,11 +81,10 @@ class TextIndex:
         """
         found: dict[int, int] = {}
         rare = self._counts <= max_records
-        for text in range(len(self._starts) - 1):
-            runs = self._run_ids[self._starts[text] : self._starts[text + 1]]
+        for record, runs in zip(self._owners, self._texts, strict=False):  # without texts, one empty array
             counted = runs[rare[runs]]
             shared = counted[self._counts[counted] > 0]
             if len(shared) and len(shared) >= share * len(counted):
                 rarest = shared[np.argmin(self._counts[shared])]
-                found.setdefault(int(self._owners[text]), int(self._first[rarest]))
+                found.setdefault(record, int(self._first[rarest]))
         return found

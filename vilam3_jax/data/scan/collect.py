@@ -8,12 +8,10 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import logging
 import multiprocessing
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
@@ -23,6 +21,7 @@ from tqdm import tqdm
 from vilam3_jax.data.folder_walk import list_files
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.scan.records import FileRecord, SeriesRecord, group_series, read_records
+from vilam3_jax.data.scan.redaction import library_output_suppressed
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.paths import PathLike, as_path
 
@@ -63,7 +62,7 @@ def collect(folder: PathLike, workers: int, limits: Limits) -> ScanResult:
         listing = list_files(folder, limits.files, bar.update)
     files = list(enumerate(listing.files))
     with (
-        _library_output_suppressed(),
+        library_output_suppressed(),
         _parallel_map("://" in str(as_path(folder)), workers, len(files)) as parallel_map,
     ):
         records: list[FileRecord] = []
@@ -132,22 +131,9 @@ def _available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextlib.contextmanager
-def _library_output_suppressed() -> Iterator[None]:
-    """Suppresses library warnings and logs, which quote file contents and names."""
-    level = logging.root.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(level)
-
-
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops workers
-    _library_output_suppressed().__enter__()
+    library_output_suppressed().__enter__()
 
 
 def _ordered_map(

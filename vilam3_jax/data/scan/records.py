@@ -54,21 +54,11 @@ DICOMDIR = "DICOMDIR; the files it references are not followed"
 PAIRED_IMG = "voxel data of a .hdr/.img pair, counted with its .hdr"
 
 _ITEM_TAG = b"\xfe\xff\x00\xe0"
-_LAYOUT_TAGS = tuple(
-    Tag(keyword)
-    for keyword in (
-        "SamplesPerPixel",
-        "PhotometricInterpretation",
-        "PlanarConfiguration",
-        "NumberOfFrames",
-        "Rows",
-        "Columns",
-        "BitsAllocated",
-        "BitsStored",
-        "HighBit",
-        "PixelRepresentation",
-    )
-)
+_LAYOUT_KEYWORDS = """
+    SamplesPerPixel PhotometricInterpretation PlanarConfiguration NumberOfFrames Rows Columns
+    BitsAllocated BitsStored HighBit PixelRepresentation
+"""
+_LAYOUT_TAGS = tuple(map(Tag, _LAYOUT_KEYWORDS.split()))
 # (transfer syntax, values of _LAYOUT_TAGS, limits) -> result of _layout_fault. The slices of a series share a
 # layout, and checking it takes as long as grouping a slice.
 _known_layouts: dict[tuple[Any, ...], tuple[str | None, int]] = {}

@@ -6,11 +6,15 @@ repeats a code only if DICOM defines it, and a message only without the parts th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import logging
 import os
 import pkgutil
 import re
+import warnings
+from collections.abc import Iterator
 
 from pydicom.sr.codedict import codes
 
@@ -32,6 +36,19 @@ _SAFE_PARENTHESES = re.compile(
     r"ElementDataFile|[RLAPSI]{3}"
 )
 _OTHER_MODALITY = re.compile(r"another modality \(.*\)")
+
+
+@contextlib.contextmanager
+def library_output_suppressed() -> Iterator[None]:
+    """Suppresses library warnings and logs, which quote file contents and names."""
+    level = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(level)
 
 
 def modality(code: str) -> str:

@@ -179,9 +179,9 @@ def to_text(result: dict[str, Any]) -> str:
         )
     problems = {entry["reason"]: number for number, entry in enumerate(result["problems"], 1)}
     notes = _by_text(result["series"], result["volumes"], lambda row: row["notes"])
-    lines += _table("DICOM series", _SERIES_HEADS, _series_rows(result["series"], problems))
-    lines += _table("Volume files", _VOLUME_HEADS, _volume_rows(result["volumes"], problems))
-    lines += _table("Image files", _IMAGE_HEADS, _image_rows(result["pictures"]))
+    lines += _table("DICOM series", _SERIES_HEADS, [_cells(row, problems) for row in result["series"]])
+    lines += _table("Volume files", _VOLUME_HEADS, [_cells(row, problems) for row in result["volumes"]])
+    lines += _table("Image files", _IMAGE_HEADS, [_image_cells(row) for row in result["pictures"]])
     lines += _listed(
         "Problems", [f"({problems[e['reason']]}) {e['reason']}: {_where(e)}" for e in result["problems"]]
     )
@@ -200,79 +200,52 @@ _RIGHT_ALIGNED = {"#", "study", "thick", "files", "usable", "multi-page"}
 _MAX_WIDTHS = {"body part": 14, "kind": 24}
 
 
-def _series_rows(series: Sequence[dict[str, Any]], problems: dict[str, int]) -> list[tuple[str, ...]]:
-    return [
-        (
-            str(one["number"]),
-            one["id"],
-            str(one["study"]),
-            one["modality"],
-            one["body_part"],
-            _product([one[key] for key in ("columns", "rows", "slices")] if one["slices"] else None, "d"),
-            _product(one["spacing_mm"]),
-            one["plane"] if one["plane"] != UNKNOWN else "-",
-            "-" if one["thickness_mm"] is None else f"{one['thickness_mm']:g}",
-            (one["kind"] if one["use"] == AS_PICTURES else _use(one, problems))
-            + (", localizer" if one["localizer"] else ""),
-        )
-        for one in series
-    ]
+def _cells(row: dict[str, Any], problems: dict[str, int]) -> dict[str, str]:
+    """Formats the columns of a series or a volume."""
+    shape = row["shape"] if "shape" in row else row["slices"] and [row["columns"], row["rows"], row["slices"]]
+    use = f"no ({problems.get(row['problem'], '-')})" if row["use"] == NOT_USED else row["use"]
+    cells = {
+        "#": str(row["number"]),
+        "modality": row["modality"],
+        "body part": row["body_part"],
+        "grid": _product(shape, "d"),
+        "spacing mm": _product(row["spacing_mm"]),
+    }
+    if "shape" in row:
+        return cells | {"kind": row["kind"], "axes": row["orientation"] if shape else "-", "use": use}
+    return cells | {
+        "id": row["id"],
+        "study": str(row["study"]),
+        "plane": row["plane"] if row["plane"] != UNKNOWN else "-",
+        "thick": "-" if row["thickness_mm"] is None else f"{row['thickness_mm']:g}",
+        "use": (row["kind"] if row["use"] == AS_PICTURES else use) + ", localizer" * row["localizer"],
+    }
 
 
-def _volume_rows(volumes: Sequence[dict[str, Any]], problems: dict[str, int]) -> list[tuple[str, ...]]:
-    return [
-        (
-            str(one["number"]),
-            one["kind"],
-            one["modality"],
-            one["body_part"],
-            _product(one["shape"], "d"),
-            _product(one["spacing_mm"]),
-            one["orientation"] if one["shape"] else "-",
-            _use(one, problems),
-        )
-        for one in volumes
-    ]
-
-
-def _image_rows(images: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    return [
-        (
-            f"{one['files']:,}",
-            f"{one['usable']:,}",
-            one["kind"],
-            _product(one["smallest"], "d"),
-            _product(one["largest"], "d"),
-            str(one["several_pages"]),
-        )
-        for one in images
-    ]
-
-
-def _use(row: dict[str, Any], problems: dict[str, int]) -> str:
-    return f"no ({problems.get(row['problem'], '-')})" if row["use"] == NOT_USED else row["use"]
+def _image_cells(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        "files": f"{row['files']:,}",
+        "usable": f"{row['usable']:,}",
+        "kind": row["kind"],
+        "smallest": _product(row["smallest"], "d"),
+        "largest": _product(row["largest"], "d"),
+        "multi-page": str(row["several_pages"]),
+    }
 
 
 def _product(numbers: Sequence[float] | None, spec: str = ".3g") -> str:
     return "x".join(format(number, spec) for number in numbers) if numbers else "-"
 
 
-def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    shown = [
-        [_cut(cell, _MAX_WIDTHS.get(head, 40)) for head, cell in zip(heads, row, strict=True)]
-        for row in rows[:_MAX_TABLE_ROWS]
-    ]
+def _table(title: str, heads: Sequence[str], rows: Sequence[dict[str, str]]) -> list[str]:
+    shown = [[_cut(row[head], _MAX_WIDTHS.get(head, 40)) for head in heads] for row in rows[:_MAX_TABLE_ROWS]]
     widths = [max(map(len, column)) for column in zip(heads, *shown, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        aligned = (
-            cell.rjust(width) if head in _RIGHT_ALIGNED else cell.ljust(width)
-            for head, cell, width in zip(heads, cells, widths, strict=True)
-        )
-        return "  ".join(aligned).rstrip()
-
-    lines = _listed(title, [line(row) for row in shown], len(rows), _MAX_TABLE_ROWS)
-    return lines and [*lines[:2], f"  {line(heads)}", *lines[2:]]
+    aligns = [">" if head in _RIGHT_ALIGNED else "<" for head in heads]
+    lines = [
+        "  ".join(f"{cell:{align}{width}}" for cell, align, width in zip(cells, aligns, widths, strict=True))
+        for cells in [heads, *shown]
+    ]
+    return _listed(title, lines, len(rows) + 1, _MAX_TABLE_ROWS + 1) if rows else []
 
 
 def _cut(text: str, width: int) -> str:
@@ -285,7 +258,7 @@ def _listed(
     if not entries:
         return []
     more = (total or len(entries)) - limit
-    lines = ["", title, *(f"  {entry}" for entry in entries[:limit])]
+    lines = ["", title, *(f"  {entry}".rstrip() for entry in entries[:limit])]
     return [*lines, f"  and {more:,} more; --json FILE has all"] if more > 0 else lines
 
 

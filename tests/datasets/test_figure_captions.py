@@ -86,7 +86,7 @@ def test_pmc_oa_splits_and_undivided_captions(tmp_path):
 def test_pmc_oa_lines_that_cannot_be_used(tmp_path):
     good = b'{"image": "PMC1_F1_1.jpg", "caption": "fine", "alignment_score": NaN}\n'
     bad = [
-        (b"{", "is no JSON"),
+        (b"{", "is not JSON"),
         (b"[1]", "image name is missing|caption is missing"),
         (b'{"image": "PMC1_F1_1.jpg"}', "caption is missing"),
         (b'{"image": "PMC1_F1_1.jpg", "caption": ["x"]}', "caption is a list"),
@@ -96,7 +96,7 @@ def test_pmc_oa_lines_that_cannot_be_used(tmp_path):
         (b'{"image": "../pmc_oa.jsonl", "caption": "x"}', "leaves"),
         (b'{"image": "gone.jpg", "caption": "x"}', "gone.jpg is missing"),
         (b'{"image": "PMC1_F1_1.jpg", "caption": "\\ud800"}', "caption"),
-        (b'{"image": "PMC1_F1_1.jpg", "caption": "\xff"}', "is no JSON"),
+        (b'{"image": "PMC1_F1_1.jpg", "caption": "\xff"}', "is not JSON"),
     ]
     lines = b"".join(line + b"\n" for line, _ in bad)
     write(tmp_path, {"pmc_oa.jsonl": lines + good, "images/PMC1_F1_1.jpg": picture(1)})

@@ -357,7 +357,7 @@ def test_lines_and_broken_lines(tmp_path):
     raw = "\n".join([lines[0], '{"id": "broken", "conver', "", lines[1], lines[2]])
     examples, skipped = built(tmp_path, None, "--heldout", "0", name="list.jsonl", raw=raw)
     assert list(everything(examples)) == ["0", "1", "2"]
-    assert reasons(skipped) == {"list.jsonl record 2": "is no JSON"}
+    assert reasons(skipped) == {"list.jsonl record 2": "is not JSON"}
 
 
 def test_the_command(tmp_path, capsys):

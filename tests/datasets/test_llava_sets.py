@@ -108,7 +108,7 @@ def test_damaged_archives_and_members(tmp_path):
         "chat.json record 5": "image 0 path '../x.jpg' leaves the data root",
     }
     write(tmp_path, {"images.zip": b"no archive"})
-    with pytest.raises(UserError, match=r"images.zip: is no zip archive"):
+    with pytest.raises(UserError, match=r"images.zip: is not a zip archive"):
         made(Cc3m595k, tmp_path)
 
 
@@ -140,7 +140,7 @@ def test_llava_pretrain_reads_folders_packed_or_not(tmp_path):
             )
         examples, skipped = made(LlavaPretrain, folder)
         assert ids(examples) == ["004539375"], prefix
-        assert "is no picture: web page" in skipped["train"][0].reason
+        assert "is not an image file: web page" in skipped["train"][0].reason
 
 
 def test_llava_med_aliases_domains_and_articles(tmp_path):

@@ -391,7 +391,7 @@ def test_omni_med_vqa_repeated_question_ids_and_damaged_files(tmp_path):
     examples, _ = made(OmniMedVqa, tmp_path)
     assert [one.id for one in examples["test"]] == ["Chest CT Scan_0001", "Chest CT Scan_0001/2"]
     write(tmp_path, {"QA_information/Open-access/Bad.json": "[{"})
-    with pytest.raises(UserError, match=r"Bad\.json: is no JSON"):
+    with pytest.raises(UserError, match=r"Bad\.json: is not JSON"):
         made(OmniMedVqa, tmp_path)
 
 

@@ -116,7 +116,7 @@ def test_damaged_parquet(tmp_path):
     (part,) = (tmp_path / "data").glob("train-00000*")
     whole = part.read_bytes()
     part.write_bytes(b"not a parquet file")
-    with pytest.raises(UserError, match="is no parquet file"):
+    with pytest.raises(UserError, match="is not a parquet file"):
         made(PathVqa, tmp_path)
     part.write_bytes(whole[:4] + bytes(len(whole) // 2) + whole[4 + len(whole) // 2 :])
     examples, skipped = made(PathVqa, tmp_path)

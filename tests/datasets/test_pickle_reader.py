@@ -104,7 +104,7 @@ def global_object(name):
     ids=lambda value: type(value).__name__,
 )
 def test_objects_are_refused_by_opcode(value, protocol, capfd):
-    with pytest.raises(PickleError, match=r"opcode [A-Z0-9_]+ at byte \d+ makes other than"):
+    with pytest.raises(PickleError, match=r"opcode [A-Z0-9_]+ at byte \d+ is refused; only dict, list"):
         pickle_reader.parse(pickle.dumps([value], protocol))
     assert "called" not in capfd.readouterr().out
 
@@ -167,7 +167,7 @@ def test_nested_and_circular_values_are_refused():
         pickle_reader.parse(b"]" * 100_000 + b"a" * 99_999 + b".")
     circle = []
     circle.append(circle)
-    with pytest.raises(PickleError, match="holds itself"):
+    with pytest.raises(PickleError, match="contains itself"):
         pickle_reader.parse(pickle.dumps(circle))
 
 

@@ -29,7 +29,7 @@ def walked(tmp_path, content, name="list.json"):
 def test_arrays_read_as_the_standard_library_reads_them(
     tmp_path_factory, monkeypatch_module, values, piece, ascii, indent
 ):
-    monkeypatch_module.setattr(record_files, "_PIECE", max(piece, 4))
+    monkeypatch_module.setattr(record_files, "_CHUNK", max(piece, 4))
     content = json.dumps(values, ensure_ascii=ascii, indent=indent).encode("utf-8", "surrogatepass")
     found = walked(tmp_path_factory.mktemp("walk"), content)
     assert [json.loads(data.decode("utf-8", "surrogatepass")) for data in found] == json.loads(
@@ -55,8 +55,8 @@ def test_a_broken_record_is_one_record(tmp_path):
             kinds.append(str(reason))
     assert kinds == [
         "",
-        "is no JSON",
-        "is no JSON",
+        "is not JSON",
+        "is not JSON",
         "is a number, not an object",
         "is a text, not an object",
         "is null, not an object",
@@ -80,8 +80,8 @@ def test_lines_with_blanks_and_a_byte_order_mark(tmp_path):
         ('[{"a": 1}', "ends early after record 1"),
         ('[{"a": 1}, {"b": "tex', "ends within record 2"),
         ('[{"a": 1} {"b": 2}]', "lacks a comma after record 1"),
-        ('[{"a": 1},]', "is no JSON at record 2"),
-        ('[{"a": 1}] [2]', "goes on after the end"),
+        ('[{"a": 1},]', "is not JSON at record 2"),
+        ('[{"a": 1}] [2]', "continues after the end"),
         ('{"data": [\n{"a": 1}\n]}', "neither a JSON list nor JSON lines"),
         ("id,image\n1,a.png\n", "neither a JSON list nor JSON lines"),
         ('[{"a": 1}]'.encode("utf-16"), "UTF-16"),
@@ -96,7 +96,7 @@ def test_what_is_no_list_is_refused_by_name(tmp_path, content, words):
 
 def test_a_record_that_is_too_large_is_set_aside(tmp_path, monkeypatch):
     monkeypatch.setattr(record_files, "MAX_RECORD_BYTES", 100)
-    monkeypatch.setattr(record_files, "_PIECE", 16)
+    monkeypatch.setattr(record_files, "_CHUNK", 16)
     large = {"text": ["x" * 30] * 10}
     for name, content in (
         ("list.json", json.dumps([{"a": 1}, large, {"b": 2}])),

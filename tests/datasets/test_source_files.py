@@ -36,7 +36,7 @@ def test_bytes_that_are_no_utf8_spoil_one_text(tmp_path):
     ("content", "message"),
     [
         ("name,text\na,b\n".encode("utf-16"), "UTF-16 text; save it as UTF-8"),
-        ("n\xe4me,text\na,b\n".encode("latin-1"), "header is no UTF-8 text; save it as UTF-8"),
+        ("n\xe4me,text\na,b\n".encode("latin-1"), "header is not UTF-8 text; save it as UTF-8"),
         (b"name,text,text\na,b,c\n", "has two columns text; remove or rename one of them"),
         (gzip.compress(b"name,text\na,b\n" * 999, mtime=0)[:-20], "cannot be read"),
         (gzip.compress(b"name,text\na,b\n" * 999, mtime=0)[:20] + b"\xff" * 40, "cannot be read"),
@@ -56,7 +56,7 @@ def test_what_is_missing_is_told_once(tmp_path):
 def test_damaged_packed_lists(tmp_path, end):
     (tmp_path / "a.json").write_bytes(gzip.compress(b"[" + b"1," * 9999 + b"1]")[:30] + end)
     source = SourceFolder(tmp_path)
-    with pytest.raises(UserError, match=r"a\.json: is no JSON .*; download it again"):
+    with pytest.raises(UserError, match=r"a\.json: is not JSON .*; download it again"):
         source.json("a.json")
-    with pytest.raises(UserError, match=r"a\.json: is no text .*; download it again"):
+    with pytest.raises(UserError, match=r"a\.json: is not text .*; download it again"):
         source.lines("a.json")

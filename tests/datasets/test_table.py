@@ -256,7 +256,7 @@ def test_rows_that_cannot_be_used(tmp_path):
     assert sorted(found) == [2, 3, 4, 5, 6, 7, 8, 9, 10]
     assert found[3] == found[9] == "names no image" and found[6] == found[8] == "all labels are empty"
     assert "leaves the data root" in found[4] and "is not relative" in found[5]
-    assert "is no picture" in found[7] and found[10] == "the label a is neither yes nor no"
+    assert "is not an image file" in found[7] and found[10] == "the label a is neither yes nor no"
 
 
 def test_a_table_whose_header_lacks_a_column(tmp_path):
@@ -338,7 +338,7 @@ def test_parquet_with_images_in_it(tmp_path):
     assert [one.images[0].data for one in examples["train"]] == [p["bytes"] for p in pictures[:3]]
     assert [one.id for one in examples["train"]] == ["row-1", "row-2", "row-3"]
     assert skipped["train"][0].reason == "the image column holds no bytes"
-    assert "is no picture" in skipped["train"][1].reason
+    assert "is not an image file" in skipped["train"][1].reason
     _, skipped = built(tmp_path, "--image", "image", "--label", "odd", "--heldout", "0", name="table.parquet")
     assert {one.reason for one in skipped["train"]} == {"the label odd is a list, not a value"}
 
@@ -369,7 +369,7 @@ def test_options_that_do_not_go_together(tmp_path):
             built(tmp_path, *argv)
     with pytest.raises(UserError, match="no rows; export it again"):
         built(write_table(tmp_path / "b", [["file", "a"]]), "--image", "file", "--label", "a")
-    with pytest.raises(UserError, match="is no parquet file"):
+    with pytest.raises(UserError, match="is not a parquet file"):
         twins.write(tmp_path, {"table.parquet": b"PAR1"})
         built(tmp_path, "--image", "file", "--label", "a", name="table.parquet")
 

@@ -76,7 +76,7 @@ def test_the_grouping_rule(tmp_path):
         ("two", {"txt": b"6"}, "has two members .txt"),
         ("three", {"txt": b"8"}, None),
     ]
-    assert skipped == [Skipped("s.tar:a/b.c/one", "its members do not stand next to each other")]
+    assert skipped == [Skipped("s.tar:a/b.c/one", "its members are not adjacent")]
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -124,7 +124,7 @@ def test_headers_that_would_fill_the_memory(tmp_path):
     data = info.tobuf(tarfile.GNU_FORMAT) + b"n" * (2 << 20) + bytes(1024)
     samples, skipped = read(tmp_path, tar([("a.txt", b"1")])[:1024] + data)
     assert skipped == [Skipped("s.tar", "is damaged (ReadError); download it again")]
-    assert [one.problem for one in samples] == ["may lack members, as its shard is damaged behind it"]
+    assert [one.problem for one in samples] == ["may lack members, because its shard is damaged after it"]
 
 
 @pytest.mark.parametrize("cut", [700, 1536, 1600, 2048, 2100])
@@ -140,8 +140,8 @@ def test_what_is_no_tar(tmp_path):
     examples, skipped = made(WebDataset, tmp_path)
     assert [one.id for one in examples["train"]] == ["fine/a"]
     assert [(one.record, one.reason.split(";")[0]) for one in skipped["train"]] == [
-        ("empty.tar", "is no tar file"),
-        ("train.tar", "is no tar file"),
+        ("empty.tar", "is not a tar file"),
+        ("train.tar", "is not a tar file"),
     ]
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match=r"holds no \.tar file"):

@@ -1,7 +1,6 @@
-"""Reads pickles that hold plain values, without the pickle machine.
+"""Reads pickles of plain values without unpickling, which can execute arbitrary code.
 
-Unpickling runs whatever the file says. This reader walks the opcodes, builds dict, list, tuple, str, int,
-float, bool and None, and refuses every opcode that could do anything else, by name.
+It interprets the opcodes of dict, list, tuple, str, int, float, bool and None, and refuses all others.
 """
 
 from __future__ import annotations
@@ -15,18 +14,19 @@ from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
 
 _LARGEST_INT = 1 << 8192
+_CONTAINERS = (dict, list, tuple)
 
 
 @dataclasses.dataclass(frozen=True)
 class PickleLimits:
-    """What a pickle may cost.
+    """Resource limits.
 
     Attributes:
       file_bytes: size of the file.
-      opcodes: number of its instructions.
-      depth: of containers in containers.
-      expanded: values and characters that a reader meets who follows every reference, so that a value
-        that is shared many times counts many times.
+      opcodes: number of opcodes.
+      depth: nesting of containers.
+      expanded: number of values and characters with every reference followed, so that a shared value counts
+        each time.
     """
 
     file_bytes: int = 256 << 20
@@ -39,14 +39,14 @@ DEFAULT_PICKLE_LIMITS = PickleLimits()
 
 
 class PickleError(ValueError):
-    """The bytes are no pickle of plain values; the message says where and why."""
+    """The bytes are not a pickle of plain values; the message says where and why."""
 
 
 def read(path: paths.PathLike, limits: PickleLimits = DEFAULT_PICKLE_LIMITS) -> Any:
     """The value in a pickle file.
 
     Raises:
-      UserError: it holds other than plain values, is damaged or exceeds a limit.
+      UserError: it holds other values, is damaged or exceeds a limit.
       UnavailableError: the disk or the network fails.
     """
     data = paths.read_bytes(path, limits.file_bytes)
@@ -57,10 +57,10 @@ def read(path: paths.PathLike, limits: PickleLimits = DEFAULT_PICKLE_LIMITS) -> 
 
 
 def parse(data: bytes, limits: PickleLimits = DEFAULT_PICKLE_LIMITS) -> Any:
-    """The value that a pickle of any protocol holds.
+    """The value in a pickle of any protocol.
 
     Raises:
-      PickleError: it holds other than plain values, is damaged or exceeds a limit.
+      PickleError: it holds other values, is damaged or exceeds a limit.
     """
     machine = _Machine()
     place = end = 0
@@ -72,8 +72,8 @@ def parse(data: bytes, limits: PickleLimits = DEFAULT_PICKLE_LIMITS) -> Any:
             action = _ACTIONS.get(opcode.name)
             if action is None:
                 raise PickleError(
-                    f"opcode {opcode.name} at byte {place} makes other than dict, list, tuple, str, int, "
-                    "float, bool or None; it is not followed"
+                    f"opcode {opcode.name} at byte {place} is refused; only dict, list, tuple, str, int, "
+                    "float, bool and None are read"
                 )
             action(machine, argument)
     except PickleError:
@@ -90,7 +90,7 @@ def parse(data: bytes, limits: PickleLimits = DEFAULT_PICKLE_LIMITS) -> Any:
 
 
 class _Machine:
-    """Stack, marks and memo while opcodes are followed. `stack` holds what came after the last mark."""
+    """Stack, marks and memo. `stack` holds the values after the last mark."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -99,6 +99,15 @@ class _Machine:
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
+
+    def push_int(self, value: int) -> None:
+        if abs(value) > _LARGEST_INT:
+            raise PickleError("holds an integer of more than 8192 bits")
+        self.push(value)
+
+    def push_python2_text(self, value: str) -> None:
+        # pickletools shows the bytes of a Python 2 text as Latin-1.
+        self.push(value.encode("latin-1").decode("utf-8"))
 
     def mark(self) -> None:
         self.mark_stack.append(self.stack)
@@ -111,15 +120,15 @@ class _Machine:
     def pop(self, count: int) -> list[Any]:
         if len(self.stack) < count:
             raise LookupError
-        items = self.stack[len(self.stack) - count :]
-        del self.stack[len(self.stack) - count :]
+        items = self.stack[-count:]
+        del self.stack[-count:]
         return items
 
     def remember(self, place: int) -> None:
         self.memo[place] = self.stack[-1]
 
     def recall(self, place: int) -> None:
-        self.stack.append(self.memo[place])
+        self.push(self.memo[place])
 
     def extend(self, items: list[Any]) -> None:
         target = self.stack[-1]
@@ -132,52 +141,27 @@ class _Machine:
         if type(target) is not dict or len(items) % 2:
             raise TypeError
         for key, value in zip(items[::2], items[1::2], strict=True):
-            target[_key(key)] = value
+            # Hashing a nested tuple has no bounds on depth or repetition.
+            if any(type(part) in _CONTAINERS for part in (key if type(key) is tuple else (key,))):
+                raise PickleError("a key of a dict is not a text, a number or a flat tuple of them")
+            target[key] = value
 
-
-def _key(key: Any) -> Any:
-    # Hashing a tuple follows what is in it, without bounds on depth or repetition.
-    parts = key if type(key) is tuple else (key,)
-    if any(type(part) in (dict, list, tuple) for part in parts):
-        raise PickleError("a key of a dict is no text, number or flat tuple of them")
-    return key
-
-
-def _integer(machine: _Machine, value: int) -> None:
-    if abs(value) > _LARGEST_INT:
-        raise PickleError("holds an integer of more than 8192 bits")
-    machine.push(value)
-
-
-def _latin_text(machine: _Machine, value: str) -> None:
-    # A text of Python 2: pickletools shows its bytes as Latin-1.
-    machine.push(value.encode("latin-1").decode("utf-8"))
-
-
-def _push(machine: _Machine, value: Any) -> None:
-    machine.push(value)
+    def make_dict(self) -> None:
+        items = self.pop_mark()
+        self.push({})
+        self.set_items(items)
 
 
 def _pushes(make: Callable[[], Any]) -> Callable[[_Machine, Any], None]:
     return lambda machine, _: machine.push(make())
 
 
-def _ignore(machine: _Machine, _: Any) -> None:
-    pass
-
-
-def _dict(machine: _Machine, _: Any) -> None:
-    items = machine.pop_mark()
-    machine.push({})
-    machine.set_items(items)
-
-
 _ACTIONS: dict[str, Callable[[_Machine, Any], Any]] = {
-    **dict.fromkeys(("PROTO", "FRAME", "STOP"), _ignore),
-    **dict.fromkeys(("INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2"), _integer),
-    **dict.fromkeys(("FLOAT", "BINFLOAT"), _push),
-    **dict.fromkeys(("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "STRING"), _push),
-    **dict.fromkeys(("BINSTRING", "SHORT_BINSTRING"), _latin_text),
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda machine, _: None),
+    **dict.fromkeys(("INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2"), _Machine.push_int),
+    **dict.fromkeys(("FLOAT", "BINFLOAT"), _Machine.push),
+    **dict.fromkeys(("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "STRING"), _Machine.push),
+    **dict.fromkeys(("BINSTRING", "SHORT_BINSTRING"), _Machine.push_python2_text),
     "NONE": _pushes(lambda: None),
     "NEWTRUE": _pushes(lambda: True),
     "NEWFALSE": _pushes(lambda: False),
@@ -186,7 +170,7 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], Any]] = {
     "EMPTY_TUPLE": _pushes(tuple),
     "MARK": lambda machine, _: machine.mark(),
     "LIST": lambda machine, _: machine.push(machine.pop_mark()),
-    "DICT": _dict,
+    "DICT": lambda machine, _: machine.make_dict(),
     "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_mark())),
     "TUPLE1": lambda machine, _: machine.push(tuple(machine.pop(1))),
     "TUPLE2": lambda machine, _: machine.push(tuple(machine.pop(2))),
@@ -202,10 +186,7 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], Any]] = {
 
 
 def _check_size(root: Any, limits: PickleLimits) -> None:
-    """Bounds depth and expanded size, and refuses containers that hold themselves.
-
-    Visits each container once, after those in it.
-    """
+    """Checks depth and expanded size, and refuses cycles; visits each container once, after its parts."""
     sizes: dict[int, tuple[int, int]] = {}  # id of a container → (expanded size, depth)
     open_now: set[int] = set()
     pending: list[tuple[Any, bool]] = [(root, False)]
@@ -224,10 +205,10 @@ def _check_size(root: Any, limits: PickleLimits) -> None:
             open_now.discard(id(value))
         elif id(value) not in sizes:
             if id(value) in open_now:
-                raise PickleError("holds a container that holds itself")
+                raise PickleError("holds a container that contains itself")
             open_now.add(id(value))
             pending.append((value, True))
-            pending.extend((part, False) for part in parts if type(part) in (dict, list, tuple))
+            pending.extend((part, False) for part in parts if type(part) in _CONTAINERS)
 
 
 def _parts(value: Any) -> list[Any]:
@@ -237,6 +218,6 @@ def _parts(value: Any) -> list[Any]:
 
 
 def _measure(value: Any, sizes: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    if type(value) in (dict, list, tuple):
+    if type(value) in _CONTAINERS:
         return sizes[id(value)]
     return 1 + (len(value) if type(value) is str else 0), 0

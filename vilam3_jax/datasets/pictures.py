@@ -1,4 +1,4 @@
-"""Pictures of a source: in folders as they are, or in a zip archive that stays packed."""
+"""Images of a source: in folders, or in a zip archive that is read without extraction."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from vilam3_jax.runtime import paths
 MAX_PICTURE_BYTES = 64 << 20
 _KIND_BYTES = 1 << 16
 _OPEN_ARCHIVES = 4
-# What zipfile raises for members that are damaged, encrypted or packed by an unknown method.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OverflowError)
+# Errors of zipfile for members that are damaged, encrypted or compressed by an unknown method.
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OverflowError)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """Where the pictures of a source lie. Picklable.
+    """Location of a source's images. Picklable.
 
     Attributes:
-      folder: below the root, "" for the root itself; None: there is none.
-      archive: a zip archive below the root; None: there is none. It has what the folder lacks.
+      folder: folder below the root, "" for the root, or None.
+      archive: zip archive below the root with the images that the folder lacks, or None.
     """
 
     folder: str | None = None
     archive: str | None = None
 
     def ref(self, context: Context, name: object) -> ImageRef:
-        """The picture that the source calls `name`. Pictures of an archive are always stored in the record.
+        """The image that the source calls `name`; images of an archive are always stored in the record.
 
         Raises:
-          SkipItem: no path, missing, too large, damaged, or no picture.
+          SkipItem: `name` is not a path, or the file is missing, too large, damaged or not an image.
         """
         if not isinstance(name, str) or not name.strip():
             raise SkipItem("names no image")
@@ -56,47 +56,47 @@ class Pictures:
 
 
 def find_pictures(source: SourceFolder, folders: Sequence[str], archives: Sequence[str]) -> Pictures:
-    """Finds where pictures lie: the first of `folders` and of `archives` that is there.
+    """Finds the images: the first existing one of `folders` and of `archives`.
 
     Raises:
-      UserError: there is neither, or the archive is damaged.
+      UserError: neither exists, or the archive is damaged.
     """
     folder, archive = source.find(*folders), source.find(*archives)
     if folder is None and archive is None:
         source.require([*folders, *archives])
     if archive is not None:
-        _members.cache_clear()  # the archive may be another one by now
-        _members(str(source.root), archive)
+        _open_archive.cache_clear()  # the archive may have been replaced
+        _open_archive(str(source.root), archive)
     return Pictures(folder, archive)
 
 
 def stored_picture(data: bytes, name: str) -> ImageRef:
-    """A picture stored in the record.
+    """An image stored in the record.
 
     Raises:
-      SkipItem: `data` is no picture that is read here.
+      SkipItem: `data` is not a supported image.
     """
     return checked(ImageRef(data=data), name)
 
 
 def checked(image: ImageRef, name: str) -> ImageRef:
-    """`image`, if its bytes start as those of a picture; web pages and broken downloads do not.
+    """Returns `image` if its first bytes are those of an image, not of a web page or a broken download.
 
     Raises:
-      SkipItem: they do not.
+      SkipItem: they are not.
     """
     if image.data is not None:
         kind = file_kinds.identify_bytes(image.data[:_KIND_BYTES], name.rsplit("/", 1)[-1])
         if kind.reader != "image":
-            raise SkipItem(f"image {name} is no picture: {kind.name}")
+            raise SkipItem(f"image {name} is not an image file: {kind.name}")
     return image
 
 
 def picture_or_dicom(context: Context, path: str) -> ImageRef:
-    """A picture as `Context.image` gives it; a DICOM file by its path, so that the loader windows it.
+    """An image from `Context.image`; a DICOM file as a path, so that the loader applies its window.
 
     Raises:
-      SkipItem: missing, too large, outside of the root, or no picture.
+      SkipItem: missing, too large, outside of the root, or not an image.
     """
     ref = context.image(path)
     if ref.data is not None and file_kinds.identify_bytes(ref.data[:_KIND_BYTES], path).reader == "dicom":
@@ -105,18 +105,18 @@ def picture_or_dicom(context: Context, path: str) -> ImageRef:
 
 
 @functools.lru_cache(maxsize=_OPEN_ARCHIVES)
-def _members(root: str, archive: str) -> zipfile.ZipFile:
-    """The opened archive; one per process, as listing half a million members takes seconds."""
+def _open_archive(root: str, archive: str) -> zipfile.ZipFile:
+    """Opens an archive once per process: listing half a million members takes seconds."""
     path = paths.as_path(root) / archive
     try:
         return zipfile.ZipFile(path.open("rb"))
-    except (*_DAMAGE, ValueError) as error:
-        raise UserError(f"{path}: is no zip archive ({error}); download it again") from error
+    except (*_ZIP_ERRORS, ValueError) as error:
+        raise UserError(f"{path}: is not a zip archive ({error}); download it again") from error
 
 
 def _member(context: Context, archive: str, name: str) -> bytes:
     path = context.file(archive)
-    opened = _members(context.root, archive)
+    opened = _open_archive(context.root, archive)
     for member in (name, f"images/{name}"):
         try:
             info = opened.getinfo(member)
@@ -127,7 +127,7 @@ def _member(context: Context, archive: str, name: str) -> bytes:
         try:
             with opened.open(info) as file:
                 data = file.read(MAX_PICTURE_BYTES + 1)
-        except _DAMAGE as error:
+        except _ZIP_ERRORS as error:
             raise SkipItem(f"image {name} in {archive} is damaged ({type(error).__name__})") from error
         except OSError as error:
             paths.check_passing(path, error)

@@ -1,7 +1,7 @@
-"""Lists of records in JSON arrays and JSON lines, read piece by piece.
+"""Streaming access to lists of records in JSON arrays and JSON lines.
 
-The instruction lists of large models have gigabytes. They are walked through once, which gives where each
-record lies; a record is read again when it is needed. Memory holds a piece of the file, not the list.
+Instruction lists have gigabytes. One pass over the file yields the position of each record; a record is read
+again when it is needed. Memory holds one chunk of the file, not the list.
 """
 
 from __future__ import annotations
@@ -18,12 +18,18 @@ from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
 
 MAX_RECORD_BYTES = 64 << 20
-_PIECE = 8 << 20
+_CHUNK = 8 << 20
 _OPEN_FILES = 4
 _SPACE = re.compile(r"[ \t\r\n]*")
-# What may follow an element. Anything else, or nothing yet, and a number may go on in the next piece.
-_AFTER = (" ", "\t", "\r", "\n", ",", "]")
-# Up to and with the next quote or bracket, and up to and with the quote that closes a string.
+_AFTER = (
+    " ",
+    "\t",
+    "\r",
+    "\n",
+    ",",
+    "]",
+)  # an element ends only before these; a number may continue otherwise
+# Text through the next quote or bracket, and through the closing quote of a string.
 _OUTSIDE = re.compile(r'[^"{}\[\]]*+(["{}\[\]]?)')
 _QUOTED = re.compile(r'(?:[^"\\]++|\\.)*+("?)', re.DOTALL)
 _KINDS = {
@@ -35,12 +41,12 @@ _KINDS = {
     type(None): "null",
 }
 _DECODER = json.JSONDecoder()
-_WIDE = (b"\xff\xfe", b"\xfe\xff")  # byte order marks of UTF-16
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a record lies.
+    """Position of a record.
 
     Attributes:
       row: its number from 1.
@@ -53,58 +59,58 @@ class Place:
 
 
 class NotRecord(Exception):
-    """What lies at a place is no JSON object; the message says what it is instead."""
+    """A record is not a JSON object; the message says what it is."""
 
 
 def walk(path: paths.PathLike) -> Iterator[tuple[Place, bytes]]:
-    """Places and bytes of all records of a file, whether they can be read or not.
+    """Yields position and bytes of every record, valid or not.
 
     Args:
-      path: a JSON file whose content is a list, or JSON lines; UTF-8, with or without a byte order mark.
+      path: a JSON file with a list, or JSON lines; UTF-8, with or without a byte order mark.
 
     Raises:
-      UserError: it is neither, ends early, or lacks commas between records, with the byte and the record.
+      UserError: it is neither, ends early, or lacks a comma between records; names the byte and the record.
     """
     path = paths.as_path(path)
-    _opened.cache_clear()  # the list may be another one by now
+    _opened.cache_clear()  # the file may have been replaced
     try:
         with path.open("rb") as file:
-            head = file.read(_PIECE)
-            if head[:2] in _WIDE:
+            head = file.read(_CHUNK)
+            if head[:2] in _UTF16:
                 raise UserError(f"{path}: is UTF-16 text; save it as UTF-8")
             if head[:2] == b"\x1f\x8b":
-                raise UserError(f"{path}: is packed with gzip; unpack it")
-            skipped = 3 if head.startswith(b"\xef\xbb\xbf") else 0
-            first = head[skipped:].lstrip()[:1]
+                raise UserError(f"{path}: is compressed with gzip; decompress it")
+            start = 3 if head.startswith(b"\xef\xbb\xbf") else 0
+            first = head[start:].lstrip()[:1]
             if not first:
                 raise UserError(f"{path}: is empty; export or download it again")
-            file.seek(skipped)
+            file.seek(start)
             if first == b"[":
-                yield from _array(file, path, skipped)
+                yield from _array(file, path, start)
                 return
             if first != b"{" or (path.suffix.lower() == ".json" and not _is_object(file)):
                 raise UserError(f"{path}: holds neither a JSON list nor JSON lines; give a list of records")
-            file.seek(skipped)
-            yield from lines(file, skipped)
+            file.seek(start)
+            yield from lines(file, start)
     except OSError as error:
         paths.check_passing(path, error)
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
 
 
 def parse(data: bytes) -> dict[str, Any]:
-    """The object of a record.
+    """The JSON object of a record.
 
     Raises:
-      NotRecord: it is no JSON, or none that is an object.
+      NotRecord: it is not a JSON object.
     """
     if len(data) > MAX_RECORD_BYTES:
         raise NotRecord(f"is larger than {MAX_RECORD_BYTES} bytes")
     try:
         value = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError:
-        raise NotRecord("is no UTF-8 text") from None
+        raise NotRecord("is not UTF-8 text") from None
     except (ValueError, RecursionError):
-        raise NotRecord("is no JSON") from None
+        raise NotRecord("is not JSON") from None
     if not isinstance(value, dict):
         raise NotRecord(f"is {_KINDS[type(value)]}, not an object")
     return value
@@ -118,7 +124,7 @@ def read(path: str, place: Place) -> bytes:
 
 
 def digest(data: bytes) -> int:
-    """64 bits of a digest: records and names are compared by it."""
+    """64-bit hash for comparisons of records and names."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
@@ -128,7 +134,7 @@ def _opened(path: str) -> IO[bytes]:
 
 
 def _is_object(file: IO[bytes]) -> bool:
-    """Whether the first line is a whole object, as in JSON lines."""
+    """Whether the first line is a complete object, as in JSON lines."""
     try:
         return isinstance(json.loads(file.readline(MAX_RECORD_BYTES)), dict)
     except (ValueError, RecursionError):
@@ -136,16 +142,16 @@ def _is_object(file: IO[bytes]) -> bool:
 
 
 def lines(file: IO[bytes], start: int = 0) -> Iterator[tuple[Place, bytes]]:
-    """Places and bytes of lines that are not blank; of a too large one, the first `MAX_RECORD_BYTES` + 1.
+    """Yields position and bytes of non-blank lines; only the first `MAX_RECORD_BYTES` + 1 of a longer line.
 
     Args:
-      file: at its byte `start`.
-      start: where the file stands.
+      file: opened at byte `start`.
+      start: the current position.
     """
     row = 1
     while line := file.readline(MAX_RECORD_BYTES + 1):
         length = len(line)
-        while not line.endswith(b"\n") and (more := file.readline(_PIECE)):
+        while not line.endswith(b"\n") and (more := file.readline(_CHUNK)):
             length += len(more)
             if more.endswith(b"\n"):
                 break
@@ -156,9 +162,9 @@ def lines(file: IO[bytes], start: int = 0) -> Iterator[tuple[Place, bytes]]:
 
 
 class _Window:
-    """A piece of a file as Latin-1 text, so that characters are bytes.
+    """A chunk of a file as Latin-1 text, so that character positions are byte positions.
 
-    JSON's own characters are ASCII and never part of another character in UTF-8.
+    JSON syntax is ASCII, and ASCII bytes are never part of another character in UTF-8.
     """
 
     def __init__(self, file: IO[bytes], start: int) -> None:
@@ -173,20 +179,31 @@ class _Window:
         return self._start + self.at
 
     def more(self) -> None:
-        """Drops what has been read, adds a piece."""
-        piece = self._file.read(_PIECE)
-        self.ended = not piece
+        """Drops the consumed text and reads a chunk."""
+        chunk = self._file.read(_CHUNK)
+        self.ended = not chunk
         self._start += self.at
-        self.text = self.text[self.at :] + piece.decode("latin-1")
+        self.text = self.text[self.at :] + chunk.decode("latin-1")
         self.at = 0
 
     def peek(self) -> str:
-        """The next character that is no space; "" at the end."""
+        """Skips white space; returns the next character, "" at the end."""
         while True:
             self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
             if self.at < len(self.text) or self.ended:
                 return self.text[self.at : self.at + 1]
             self.more()
+
+    def element(self) -> str | None:
+        """Consumes the next element; None if it is invalid or may continue in the next chunk."""
+        try:
+            _, end = _DECODER.raw_decode(self.text, self.at)
+        except (ValueError, RecursionError):
+            return None
+        if self.text[end : end + 1] not in _AFTER:
+            return None
+        text, self.at = self.text[self.at : end], end
+        return text
 
 
 def _array(file: IO[bytes], path: paths.PathLike, start: int) -> Iterator[tuple[Place, bytes]]:
@@ -213,28 +230,31 @@ def _array(file: IO[bytes], path: paths.PathLike, start: int) -> Iterator[tuple[
                 break
     if window.peek():
         raise UserError(
-            f"{path}: goes on after the end of its list, at byte {window.byte}; export or download it again"
+            f"{path}: continues after the end of its list, at byte {window.byte}; export or download it again"
         )
 
 
 def _element(window: _Window, path: paths.PathLike, row: int) -> str:
-    """The text of the next element; `window` is behind it then. Of a too large element, its start."""
-    try:
-        _, end = _DECODER.raw_decode(window.text, window.at)
-        if window.text[end : end + 1] in _AFTER:
-            text = window.text[window.at : end]
-            window.at = end
-            return text
-    except (ValueError, RecursionError):
-        pass  # incomplete in this piece, or no JSON: brackets say where it ends
-    if window.peek() not in ("{", "["):
-        return _scalar(window, path, row)
+    """Consumes the next element and returns its text, or only the start of a too large one."""
+    while (text := window.element()) is None:
+        if window.peek() in ("{", "["):
+            return _bracketed(window, path, row)
+        if window.ended or len(window.text) - window.at > MAX_RECORD_BYTES:
+            raise UserError(
+                f"{path}: is not JSON at record {row}, byte {window.byte}; export or download it again"
+            )
+        window.more()
+    return text
+
+
+def _bracketed(window: _Window, path: paths.PathLike, row: int) -> str:
+    """The same for an object or a list that is incomplete in this chunk or invalid: brackets mark its end."""
     kept: list[str] = []
     size = depth = 0
     quoted = False
     while True:
         match = (_QUOTED if quoted else _OUTSIDE).match(window.text, window.at)
-        assert match is not None  # as both match nothing, too
+        assert match is not None  # both patterns match the empty string
         if size <= MAX_RECORD_BYTES:
             kept.append(match[0])
         size += len(match[0])
@@ -249,21 +269,3 @@ def _element(window: _Window, path: paths.PathLike, row: int) -> str:
             raise UserError(f"{path}: ends within record {row}; export or download it again")
         else:
             window.more()
-
-
-def _scalar(window: _Window, path: paths.PathLike, row: int) -> str:
-    """The text of a number, a text, true, false or null."""
-    while True:
-        try:
-            _, end = _DECODER.raw_decode(window.text, window.at)
-            if window.text[end : end + 1] in _AFTER:
-                text = window.text[window.at : end]
-                window.at = end
-                return text
-        except ValueError:
-            pass  # incomplete in this piece, or no JSON
-        if window.ended or len(window.text) - window.at > MAX_RECORD_BYTES:
-            raise UserError(
-                f"{path}: is no JSON at record {row}, byte {window.byte}; export or download it again"
-            )
-        window.more()

@@ -1,4 +1,4 @@
-"""Rows of a source's tables as the items of a split, each with an id that no other row has."""
+"""Rows of tables as the items of a split, with unique ids."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Row(NamedTuple):
 
     Attributes:
       file: the table's path below the root.
-      number: of the row, from 1; the header is not counted. In JSON lines, of the line.
-      id: of the example that it becomes.
-      values: what the table holds: an object or a list of JSON, or a dict of a CSV file's cells.
+      number: number of the row from 1, without the header; in JSON lines, of the line.
+      id: id of its example.
+      values: a JSON object or list, or a dict of CSV cells.
     """
 
     file: str
@@ -37,17 +37,17 @@ def rows_of(
     prefix: str = "",
     taken: set[str] | None = None,
 ) -> list[Row]:
-    """Names the rows of a table.
+    """Assigns ids to the rows of a table.
 
-    The id is the source's own where it is a printable text or a whole number. A row without one is
-    `row-{number}`, and the second row of one id is `{id}/2`.
+    The id is the source's if that is a printable text or an integer, else `row-{number}`. The second row with
+    an id gets `{id}/2`.
 
     Args:
       file: the table's path.
       values: (number, values) of each row.
-      id_of: the source's id of a row; whatever it raises on malformed values means "none".
-      prefix: of all ids, such as the split's name.
-      taken: ids of other tables of the dataset; grows by those given here.
+      id_of: returns the source's id; an error on malformed values means "none".
+      prefix: prefix of all ids, such as the split's name.
+      taken: ids of other tables of the dataset; the new ids are added.
     """
     taken = set() if taken is None else taken
     rows = []
@@ -63,15 +63,15 @@ def rows_of(
 
 
 def name_of(row: Row) -> str:
-    """Names a row in messages by its place."""
+    """Name of a row in messages: its file and number."""
     return f"{row.file} row {row.number}"
 
 
 def fields(row: Row) -> dict[str, Any]:
-    """The values of a row that is an object.
+    """The values of a row with an object.
 
     Raises:
-      SkipItem: it is none.
+      SkipItem: it is not an object.
     """
     if isinstance(row.values, ValueError):
         raise SkipItem(f"the line {row.values}")
@@ -81,7 +81,7 @@ def fields(row: Row) -> dict[str, Any]:
 
 
 def word(values: Mapping[str, Any], key: str) -> str:
-    """A text that an example can do without; "" where it is missing or no text."""
+    """An optional text; "" if it is missing or not a text."""
     try:
         return text_of(values.get(key), key).strip()
     except SkipItem:
@@ -89,10 +89,10 @@ def word(values: Mapping[str, Any], key: str) -> str:
 
 
 def below(folder: str, name: object) -> str:
-    """The path of a file that a row names inside `folder`.
+    """The path of a file that a row names in `folder`.
 
     Raises:
-      SkipItem: the name is no text, too long, or leads out of the folder.
+      SkipItem: the name is not a text, is too long, or leads out of the folder.
     """
     path = text_of(name, "image name").strip()
     if len(path) > _LONGEST_PATH:

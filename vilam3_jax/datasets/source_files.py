@@ -1,4 +1,4 @@
-"""Reading what users downloaded: JSON, JSON lines, CSV by header name, parquet and lists of files."""
+"""Readers of the user's files: JSON, JSON lines, CSV by header name, text and lists of files."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from vilam3_jax.runtime import paths
 _MAX_TABLE_BYTES = 8 << 30
 _MAX_FILES = 20_000_000
 _MAX_FIELD = 16 << 20  # characters in one CSV field: whole reports are fields
-_MOST_TOLD = 2
-_WIDE = (b"\xff\xfe", b"\xfe\xff")  # byte order marks of UTF-16
-_PACKING = (EOFError, zlib.error, gzip.BadGzipFile)  # what damaged gzip files raise
+_MAX_ALTERNATIVES = 2  # in a message, before those that differ only in folder or compression are merged
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
+_GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
 class SourceFolder:
-    """The folder with what the user downloaded.
+    """The folder with the user's download.
 
     Attributes:
       root: the folder, local or an object store.
-      notes: what a person should know of the files that were read, one sentence each.
+      notes: one sentence for the user about each problem in the files that were read.
     """
 
     def __init__(self, root: paths.PathLike, instructions: str = "") -> None:
-        """Looks that the folder is there.
+        """Opens an existing folder.
 
         Raises:
-          UserError: it is not; the message ends with `instructions`.
+          UserError: it does not exist; the message ends with `instructions`.
         """
         self.root = paths.as_path(root)
         self.notes: list[str] = []
@@ -44,20 +44,20 @@ class SourceFolder:
             raise UserError(f"{root}: no such folder. {self._instructions}".rstrip())
 
     def find(self, *names: str) -> str | None:
-        """The first of `names`, paths below the root, that is there (a file or a folder), or None."""
+        """The first of `names`, paths of files or folders below the root, that exists, or None."""
         return next((name for name in names if paths.exists(self.root / name)), None)
 
     def require(self, *alternatives: str | Sequence[str]) -> list[str]:
-        """Finds files and folders that must be there.
+        """Finds required files and folders.
 
         Args:
-          alternatives: a name, or names of which one must be there.
+          alternatives: a name, or names of which one must exist.
 
         Returns:
           The name found for each.
 
         Raises:
-          UserError: lists everything that is missing and says where it comes from.
+          UserError: lists everything that is missing, and the instructions.
         """
         found, missing = [], []
         for names in alternatives:
@@ -65,13 +65,13 @@ class SourceFolder:
             name = self.find(*names)
             found.append(name or "")
             if name is None:
-                missing.append(" or ".join(_told(names)))
+                missing.append(" or ".join(_listed(names)))
         if missing:
             raise UserError(f"{self.root}: {', '.join(missing)} missing. {self._instructions}".rstrip())
         return found
 
     def glob(self, pattern: str) -> list[str]:
-        """Paths below the root that match, sorted; AppleDouble files (`._name`) are left out."""
+        """Paths below the root that match, sorted, without AppleDouble files (`._name`)."""
         found = (os.fspath(path.relative_to(self.root)) for path in self.root.glob(pattern))
         return sorted(name for name in found if not os.path.basename(name).startswith("._"))
 
@@ -85,12 +85,15 @@ class SourceFolder:
         """A JSON file.
 
         Raises:
-          UserError: it is no JSON.
+          UserError: it is not JSON.
         """
+        data = paths.read_bytes(self.root / name, _MAX_TABLE_BYTES)
         try:
-            return json.loads(self._bytes(name))
-        except (ValueError, RecursionError, *_PACKING) as error:
-            raise UserError(f"{self.root / name}: is no JSON ({_line(error)}); download it again") from error
+            return json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
+        except (ValueError, RecursionError, *_GZIP_ERRORS) as error:
+            raise UserError(
+                f"{self.root / name}: is not JSON ({one_line(error)}); download it again"
+            ) from error
 
     def json_list(self, name: str, key: str = "") -> list[Any]:
         """A list in a JSON file, or under `key` of the object in it.
@@ -107,7 +110,7 @@ class SourceFolder:
         return content
 
     def json_lines(self, name: str) -> Iterator[tuple[int, Any]]:
-        """(line number from 1, value) of a JSON lines file; of a line that is no JSON, the `ValueError`.
+        """Yields (line number from 1, value) of a JSON lines file, a `ValueError` for an invalid line.
 
         Raises:
           UserError: the file is compressed and damaged.
@@ -117,9 +120,9 @@ class SourceFolder:
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         yield number, _parsed(line)
-            except _PACKING as error:
+            except _GZIP_ERRORS as error:
                 raise UserError(
-                    f"{self.root / name}: cannot be read ({_line(error)}); download it again"
+                    f"{self.root / name}: cannot be read ({one_line(error)}); download it again"
                 ) from error
 
     def table(
@@ -131,22 +134,22 @@ class SourceFolder:
         delimiter: str = ",",
         others: bool = False,
     ) -> Iterator[dict[str, str]]:
-        """Rows of a CSV file (also .gz, with or without a byte order mark), columns found by name.
+        """Yields the rows of a CSV file (also .gz, with or without a byte order mark) by column name.
 
-        A row with more cells than the header is read as a row of empty cells, and `notes` tells: a delimiter
-        in a text without quotes moves all that follows. Bytes that are no UTF-8 become halves of surrogate
-        pairs, so that only the records whose texts hold them are skipped.
+        A row with more cells than the header is read as a row of empty cells and reported in `notes`: an
+        unquoted delimiter in a text shifts all later cells. Bytes that are not UTF-8 become lone surrogates,
+        so that only the records with these texts are skipped.
 
         Args:
-          name: of the file.
+          name: path of the file.
           columns: key of the row → accepted headers, compared without case and surrounding spaces.
           optional: the same for columns that may be absent; they are then absent from the rows.
-          delimiter: of fields.
-          others: columns of other names are kept under their own name.
+          delimiter: separator of cells.
+          others: keep further columns under their own names.
 
         Raises:
-          UserError: a column is missing (names all that are, and those there are), one is there twice, or the
-            file is no CSV.
+          UserError: columns are missing (lists them and the existing ones), a column is repeated, or the file
+            is not CSV.
         """
         csv.field_size_limit(_MAX_FIELD)
         path = self.root / name
@@ -154,19 +157,9 @@ class SourceFolder:
             reader = csv.reader(self._text(name, errors="surrogateescape"), delimiter=delimiter)
             header = [cell.strip().lstrip("\ufeff") for cell in next(reader, [])]
             "".join(header).encode()  # names of columns must be text
-            places = {cell.lower(): place for place, cell in reversed(list(enumerate(header)))}
-            known = {**columns, **(optional or {})}
-            where = {
-                key: next((places[n.lower()] for n in names if n.lower() in places), None)
-                for key, names in known.items()
-            }
-            if lacking := [f"{' or '.join(columns[key])}" for key in columns if where[key] is None]:
-                raise UserError(
-                    f"{path}: no column {', '.join(lacking)}; it has {', '.join(header) or 'none'}"
-                )
-            chosen = {key: place for key, place in where.items() if place is not None}
-            if doubled := [header[place] for place in chosen.values() if header.count(header[place]) > 1]:
-                raise UserError(f"{path}: has two columns {doubled[0]}; remove or rename one of them")
+            chosen = find_columns(path, header, columns, optional)
+            if repeated := [header[place] for place in chosen.values() if header.count(header[place]) > 1]:
+                raise UserError(f"{path}: has two columns {repeated[0]}; remove or rename one of them")
             if others:
                 taken = set(chosen.values())
                 chosen |= {cell: place for place, cell in enumerate(header) if place not in taken and cell}
@@ -183,28 +176,26 @@ class SourceFolder:
                     f"{surplus[0]}, which are not used; put texts that hold {delimiter!r} in quotes"
                 )
         except UnicodeError as error:
-            raise UserError(f"{path}: its header is no UTF-8 text; save it as UTF-8") from error
-        except (csv.Error, *_PACKING) as error:
-            raise UserError(f"{path}: cannot be read ({_line(error)}); download it again") from error
+            raise UserError(f"{path}: its header is not UTF-8 text; save it as UTF-8") from error
+        except (csv.Error, *_GZIP_ERRORS) as error:
+            raise UserError(f"{path}: cannot be read ({one_line(error)}); download it again") from error
 
     def lines(self, name: str) -> list[str]:
         """The non-empty lines of a text file, stripped.
 
         Raises:
-          UserError: it is no UTF-8 text.
+          UserError: it is not UTF-8 text.
         """
         try:
             return [line.strip() for line in self._text(name) if line.strip()]
-        except (UnicodeDecodeError, *_PACKING) as error:
-            raise UserError(f"{self.root / name}: is no text ({_line(error)}); download it again") from error
-
-    def _bytes(self, name: str) -> bytes:
-        data = paths.read_bytes(self.root / name, _MAX_TABLE_BYTES)
-        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        except (UnicodeDecodeError, *_GZIP_ERRORS) as error:
+            raise UserError(
+                f"{self.root / name}: is not text ({one_line(error)}); download it again"
+            ) from error
 
     def _text(self, name: str, errors: str = "strict") -> io.TextIOBase:
         file = self._open(name)
-        if file.read(2) in _WIDE:
+        if file.read(2) in _UTF16:
             raise UserError(f"{self.root / name}: is UTF-16 text; save it as UTF-8")
         file.seek(0)
         return io.TextIOWrapper(file, encoding="utf-8-sig", errors=errors, newline="")
@@ -214,14 +205,41 @@ class SourceFolder:
         if paths.file_size(path) > _MAX_TABLE_BYTES:
             raise UserError(f"{path}: larger than {_MAX_TABLE_BYTES} bytes; split it")
         file = path.open("rb")
-        packed = file.read(2) == b"\x1f\x8b"
+        compressed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
-        return gzip.open(file) if packed else file
+        return gzip.open(file) if compressed else file
 
 
-def _told(names: Sequence[str]) -> list[str]:
-    """Alternatives for a message: of many, each file once, whichever folder it may be in, packed or not."""
-    if len(names) <= _MOST_TOLD:
+def find_columns(
+    path: paths.PathLike,
+    header: Sequence[str],
+    columns: Mapping[str, Sequence[str]],
+    optional: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, int]:
+    """Key → position of its column in `header`; see `SourceFolder.table`.
+
+    Raises:
+      UserError: columns are missing; lists them and the existing ones.
+    """
+    places = {cell.strip().lower(): place for place, cell in reversed(list(enumerate(header)))}
+    found = {
+        key: places[name.lower()]
+        for key, names in {**columns, **(optional or {})}.items()
+        if (name := next((name for name in names if name.lower() in places), None)) is not None
+    }
+    if missing := [" or ".join(names) for key, names in columns.items() if key not in found]:
+        raise UserError(f"{path}: no column {', '.join(missing)}; it has {', '.join(header) or 'none'}")
+    return found
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error, for a message of one line."""
+    return " ".join(str(error).split())[:200]
+
+
+def _listed(names: Sequence[str]) -> list[str]:
+    """Alternatives for a message; of many, each file once, regardless of folder and compression."""
+    if len(names) <= _MAX_ALTERNATIVES:
         return list(names)
     first: dict[str, str] = {}
     for name in names:
@@ -233,8 +251,4 @@ def _parsed(line: bytes) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        return ValueError(f"is no JSON ({_line(error)})")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+        return ValueError(f"is not JSON ({one_line(error)})")

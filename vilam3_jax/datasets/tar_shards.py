@@ -1,8 +1,8 @@
-"""Samples of WebDataset shards, read from the tar files without unpacking them.
+"""Samples of WebDataset shards, read from tar files without extraction.
 
 The rules are WebDataset's (`webdataset/tariterators.py`: `base_plus_ext`, `group_by_keys`): a sample's key is
-the path up to the first dot of the base name, its members stand next to each other, and an extension comes
-once. A shard is untrusted input: nothing of it is written to a disk, links and devices are skipped.
+the path up to the first dot of the base name, its members are adjacent, and extensions are unique. A shard is
+untrusted input: nothing is written to disk, links and devices are skipped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _BLOCK = tarfile.BLOCKSIZE
 
 
 class _Member(tarfile.TarInfo):
-    """Refuses long names and extended headers that would fill the memory: tarfile reads them whole."""
+    """Refuses huge names and extended headers, which tarfile would read into memory."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in _HEADERS and self.size > _MAX_HEADER_BYTES:
@@ -51,12 +51,12 @@ class _Member(tarfile.TarInfo):
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Members that share a key.
+    """Members with the same key.
 
     Attributes:
       key: path without extension.
       parts: extension in lower case → content.
-      problem: why the sample cannot be used; None: it can.
+      problem: the reason why the sample is unusable, or None.
     """
 
     key: str
@@ -64,21 +64,21 @@ class Sample:
     problem: str | None = None
 
     def picture(self) -> ImageRef:
-        """The picture, stored.
+        """The image, stored.
 
         Raises:
-          SkipItem: there is none, there are several, or it is none that is read here.
+          SkipItem: there is not exactly one, or its format is not supported.
         """
         found = [extension for extension in PICTURES if extension in self.parts]
         if len(found) != 1:
-            raise SkipItem(f"has {len(found)} pictures ({', '.join(PICTURES[:4])}, ...); one is needed")
+            raise SkipItem(f"has {len(found)} images ({', '.join(PICTURES[:4])}, ...); one is needed")
         return stored_picture(self.parts[found[0]], f"{self.key}.{found[0]}")
 
     def record(self) -> dict[str, Any]:
-        """The object in `.json`; empty where there is none.
+        """The object in `.json`; empty without that member.
 
         Raises:
-          SkipItem: it is no object.
+          SkipItem: it is not an object.
         """
         data = self.parts.get("json")
         if data is None:
@@ -88,33 +88,32 @@ class Sample:
         try:
             value = json.loads(data)
         except (ValueError, RecursionError):
-            raise SkipItem("its .json is no JSON") from None
+            raise SkipItem("its .json is not JSON") from None
         if not isinstance(value, dict):
-            raise SkipItem("its .json is no object")
+            raise SkipItem("its .json is not an object")
         return value
 
     def text(self) -> str | None:
         """The text in `.txt`, or None.
 
         Raises:
-          SkipItem: it is no UTF-8 text.
+          SkipItem: it is not UTF-8 text.
         """
         data = self.parts.get("txt")
         try:
             return None if data is None else data.decode("utf-8-sig")
         except UnicodeDecodeError:
-            raise SkipItem("its .txt is no UTF-8 text") from None
+            raise SkipItem("its .txt is not UTF-8 text") from None
 
 
 def caption(sample: Sample, record: Mapping[str, Any]) -> str:
-    """The caption: of `.txt`, or under the names that img2dataset and LAION give it.
+    """The caption: `.txt`, else the field that img2dataset or LAION use.
 
     Raises:
-      SkipItem: there is none, or the download of the picture failed.
+      SkipItem: there is none, or the download of the image failed.
     """
-    status = record.get("status", "success")
-    if status != "success":
-        raise SkipItem("its picture was not downloaded (status is not success)")
+    if record.get("status", "success") != "success":
+        raise SkipItem("its image was not downloaded (status is not success)")
     text = sample.text()
     if text is None:
         names = {str(name).lower(): value for name, value in record.items()}
@@ -123,17 +122,17 @@ def caption(sample: Sample, record: Mapping[str, Any]) -> str:
 
 
 def samples(context: Context, shard: str) -> Iterator[Sample | Skipped]:
-    """The samples of a shard in its order, and what in it cannot be used.
+    """Yields the samples of a shard in order, and `Skipped` for its unusable parts.
 
-    A shard may be a folder with the same members, as img2dataset's output format "files" has them. One that
-    ends early gives the samples before its end, but for the last, and is named.
+    A shard may also be a folder with the same members, as in img2dataset's output format "files". A truncated
+    shard yields the samples before the last one.
 
     Args:
-      context: of the split.
-      shard: path of the tar file, or of the folder, below it.
+      context: context of the split.
+      shard: path of the tar file or folder below the root.
 
     Raises:
-      SkipItem: it is no tar file.
+      SkipItem: it is not a tar file.
       UnavailableError: the disk or the network fails.
     """
     path = context.file(shard)
@@ -143,7 +142,7 @@ def samples(context: Context, shard: str) -> Iterator[Sample | Skipped]:
             members = _files(path) if file is None else _members(file, shard)
             for sample in _grouped(members):
                 if isinstance(sample, Sample) and sample.key in seen:
-                    sample = Skipped(f"{shard}:{sample.key}", "its members do not stand next to each other")
+                    sample = Skipped(f"{shard}:{sample.key}", "its members are not adjacent")
                 elif isinstance(sample, Sample):
                     seen.add(sample.key)
                 yield sample
@@ -153,14 +152,14 @@ def samples(context: Context, shard: str) -> Iterator[Sample | Skipped]:
 
 
 def _members(file: IO[bytes], shard: str) -> Iterator[tuple[str, str, bytes | str] | Skipped]:
-    """(key, extension, content or why there is none) of every member with an extension."""
+    """Yields (key, extension, content or problem) of every member with an extension."""
     try:
         archive = tarfile.open(fileobj=file, mode="r:", tarinfo=_Member)  # noqa: SIM115
     except tarfile.TarError:
-        raise SkipItem("is no tar file; packed ones (.tar.gz) are to be unpacked first") from None
+        raise SkipItem("is not a tar file; decompress .tar.gz files first") from None
     try:
         while (member := archive.next()) is not None:
-            archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  # it keeps all that it met
+            archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile keeps all members
             if member.isdir():
                 continue
             name = _NAME.fullmatch(member.name.removeprefix("./"))
@@ -181,11 +180,11 @@ def _members(file: IO[bytes], shard: str) -> Iterator[tuple[str, str, bytes | st
     file.seek(archive.offset)
     end = file.read(_BLOCK)
     if len(end) < _BLOCK or end.strip(b"\0"):
-        yield Skipped(shard, "lacks its end mark, so samples may be missing; download it again")
+        yield Skipped(shard, "lacks its end marker, so samples may be missing; download it again")
 
 
 def _files(folder: epath.Path) -> Iterator[tuple[str, str, bytes | str]]:
-    """The same of a folder's files."""
+    """The same for the files of a folder."""
     for path in paths.children(folder):
         name = _NAME.fullmatch(path.name)
         if name is None or path.is_dir():
@@ -214,7 +213,7 @@ def _grouped(members: Iterator[tuple[str, str, bytes | str] | Skipped]) -> Itera
     size = 0
     for member in members:
         if isinstance(member, Skipped):
-            problem = problem or "may lack members, as its shard is damaged behind it"
+            problem = problem or "may lack members, because its shard is damaged after it"
             yield member
             continue
         name, extension, content = member

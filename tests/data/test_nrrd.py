@@ -132,7 +132,7 @@ def test_no_patient_space_is_refused(tmp_path, fields):
         ({"type": "block"}, "type is not supported"),
         ({"type": None}, "type is not supported"),
         ({"encoding": "zip"}, "encoding is not supported"),
-        ({"space_units": '"mm" "mm" "cm"'}, "different units"),
+        ({"space_units": '"mm" "mm" "cm"'}, "units differ"),
         ({"space_units": '"m" "m" "m"'}, "probably in millimetres"),
         ({"byte_skip": "-2"}, "byte skip is invalid"),
         ({"line_skip": "-1"}, "line skip"),
@@ -297,10 +297,8 @@ def test_encodings(tmp_path, encoding):
 
 def test_encoded_data_with_other_text_or_checksum(tmp_path):
     refused(save(tmp_path / "a.nrrd", _text(VOXELS) + b" 70000", encoding="text"), "numbers")
-    refused(save(tmp_path / "a.nrrd", _text(VOXELS + 0.5), encoding="text"), "cannot represent")
-    refused(
-        save(tmp_path / "b.nrrd", _text(VOXELS)[:-4] + b"word", encoding="text"), "not all written as numbers"
-    )
+    refused(save(tmp_path / "a.nrrd", _text(VOXELS + 0.5), encoding="text"), "cannot represent all numbers")
+    refused(save(tmp_path / "b.nrrd", _text(VOXELS)[:-4] + b"word", encoding="text"), "not a list of numbers")
     path = save(tmp_path / "e.nrrd", _text(VOXELS).replace(b" ", b", "), encoding="text")
     np.testing.assert_array_equal(load_volume(path).voxels, VOXELS)  # as teem reads it
     wrong = bytearray(gzip.compress(RAW))
@@ -366,8 +364,8 @@ def test_what_key_value_pairs_state(tmp_path):
     assert load_volume(save(tmp_path / "k.nrrd", extra=keys)).modality == "unknown"
     doubled = load_volume(save(tmp_path / "e.nrrd", extra=["modality:=CT", "modality:=MR"]))
     assert doubled.modality == "unknown"
-    refused(save(tmp_path / "f.nrrd", extra=["type: int"]), "NRRD field type twice")
-    refused(save(tmp_path / "g.nrrd", extra=["Doe Jane"]), "line 12 of its NRRD header is not a field")
+    refused(save(tmp_path / "f.nrrd", extra=["type: int"]), "NRRD field type is stated twice")
+    refused(save(tmp_path / "g.nrrd", extra=["Doe Jane"]), "NRRD header has no field in line 12")
 
 
 def test_limits_and_promises(tmp_path):
@@ -377,7 +375,7 @@ def test_limits_and_promises(tmp_path):
     with pytest.raises(UserError, match="bytes of voxels, more than the limit"):
         load_volume(save(tmp_path / "d.nrrd"), limits=Limits(decoded_bytes=100))
     (tmp_path / "e.nrrd").write_bytes(b"NRRD0004\n" + b"#" * (2 << 20))
-    refused(tmp_path / "e.nrrd", "final empty line")
+    refused(tmp_path / "e.nrrd", "no final empty line")
     (tmp_path / "f.nrrd").write_bytes(b"NRRD0009\n" + save(tmp_path / "a.nrrd").read_bytes()[9:])
     refused(tmp_path / "f.nrrd", "not a known version")
 

@@ -344,7 +344,7 @@ def test_any_exception_of_a_parser_is_one_line(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(nib.Nifti1Header, "may_contain_header", fails)
-    with pytest.raises(UserError, match=r"a\.nii: cannot be read .*fetch or export it again$") as caught:
+    with pytest.raises(UserError, match=r"a\.nii: damaged .*fetch or export it again$") as caught:
         load_volume(path)
     assert "\n" not in str(caught.value) and "0x" not in str(caught.value)
 

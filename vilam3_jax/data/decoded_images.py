@@ -88,10 +88,7 @@ def _header(data: bytes) -> tuple[int, int, int]:
         raise UserError("picture stored as pixels that is cut short; prepare the dataset again")
     magic, version, channels, height, width = _HEADER.unpack_from(data)
     if version != _VERSION:
-        raise UserError(
-            f"image stored as pixels in version {version}, but version {_VERSION} is supported; "
-            "prepare the dataset again"
-        )
+        raise UserError(f"image stored in version {version}, but {_VERSION} is supported; prepare it again")
     sides = (height, width)
     if magic != _MAGIC or channels not in (1, 3) or not 0 < min(sides) <= max(sides) <= _MAX_SIDE:
         raise UserError("image stored as pixels with a damaged header; prepare the dataset again")

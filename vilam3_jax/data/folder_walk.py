@@ -54,9 +54,7 @@ def list_files(folder: PathLike, max_files: int, tick: Callable[[], object]) -> 
         listing.files.append(path)
         tick()
         if len(listing.files) > max_files:
-            raise UserError(
-                f"{folder}: more than {max_files} files, over the limit; give its subfolders one by one"
-            )
+            raise UserError(f"{folder}: more than {max_files} files; give its subfolders one by one")
     if remote and not listing.files:
         raise UserError(f"{folder}: no such folder, or nothing in it; check the path")
     return listing

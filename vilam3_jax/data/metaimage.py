@@ -56,10 +56,7 @@ class _Header:
         """The text of a field with aliases; "" if absent."""
         found = {self.fields[name] for name in names if self.fields.get(name)}
         if len(found) > 1 or self.doubled.intersection(names):
-            raise UserError(
-                f"{self.path}: states its MetaImage field {' or '.join(names)} twice, with different values; "
-                "remove the wrong one"
-            )
+            raise UserError(f"{self.path}: two values of {' or '.join(names)}; remove the wrong one")
         return found.pop() if found else ""
 
     def numbers(self, *names: str) -> list[float]:
@@ -150,10 +147,7 @@ def _shape(header: _Header) -> tuple[int, ...]:
     if math.prod(sizes[3:]) != 1:
         raise volume_io.several_volumes(math.prod(sizes[3:]), "volumes", header.path)
     if len(sizes) < 3:
-        raise UserError(
-            f"{header.path}: {len(sizes)}-D MetaImage, which has no orientation in space; convert it to PNG, "
-            "or export the volume it was cut from"
-        )
+        raise UserError(f"{header.path}: {len(sizes)}-D MetaImage without orientation; convert it to PNG")
     return tuple(sizes[:3])
 
 
@@ -202,8 +196,7 @@ def _check_letters(header: _Header, directions: np.ndarray) -> None:
     along = [sign * directions[axis, i] for i, (axis, sign) in enumerate(_LPS[letter] for letter in letters)]
     if min(along) < _ALONG and max(along) > -_ALONG:
         raise UserError(
-            f"{header.path}: its AnatomicalOrientation {letters} and its TransformMatrix contradict each "
-            "other; correct the wrong one, or remove AnatomicalOrientation"
+            f"{header.path}: AnatomicalOrientation {letters} contradicts TransformMatrix; correct one of them"
         )
 
 
@@ -266,7 +259,5 @@ def _inflate(file: IO[bytes], count: int, path: PathLike) -> tuple[bytes, tuple[
         data += chunk[:wanted]
         excess += len(chunk) - len(chunk[:wanted])
     if len(data) < count:
-        raise UserError(
-            f"{path}: ends after {len(data)} of {count} data bytes; the file is cut short, fetch it again"
-        )
+        raise UserError(f"{path}: cut short after {len(data)} of {count} data bytes; fetch it again")
     return bytes(data), volume_io.trailing_note(excess)

@@ -106,9 +106,7 @@ def _other_half(header: epath.Path, suffix: str) -> epath.Path:
     match = _NAME.fullmatch(header.name)
     found = _halves(header, match["stem"], suffix) if match else []
     if not found:
-        raise UserError(
-            f"{header}: header of a .hdr/.img pair without its .img; put both into one folder under one name"
-        )
+        raise UserError(f"{header}: .hdr of a pair without its .img; put both into one folder under one name")
     if len(found) > 1:
         raise UserError(f"{header}: pair with {found[0].name} and {found[1].name}; keep one of them")
     return found[0]
@@ -159,9 +157,7 @@ def _shape(header: Header, path: PathLike) -> tuple[tuple[int, int, int], list[s
     dims = [int(n) for n in header["dim"]]
     axes = dims[0]
     if not 2 <= axes <= 7:
-        raise UserError(
-            f"{path}: header of {axes} axes, a 3-D volume is needed; the file is damaged, export it again"
-        )
+        raise UserError(f"{path}: header of {axes} axes, a 3-D volume is needed; export it again")
     further = [n for n in dims[4 : axes + 1] if n not in (0, 1)]
     if further:
         if min(further) < 0:
@@ -194,9 +190,7 @@ def _dtype(header: Header, path: PathLike) -> np.dtype:
         raise UserError(f"{path}: voxels of {name}, plain numbers are needed; convert the file first")
     dtype = np.dtype(_TYPES[code])
     if bits not in (0, 8 * dtype.itemsize):  # 0: left empty, as it is redundant
-        raise UserError(
-            f"{path}: its datatype {dtype.name} and its bitpix {bits} contradict each other; convert it again"
-        )
+        raise UserError(f"{path}: its datatype {dtype.name} contradicts its bitpix {bits}; convert it again")
     return dtype.newbyteorder(header.endianness)
 
 
@@ -210,9 +204,7 @@ def _scaling(header: Header, path: PathLike) -> tuple[float, float, tuple[str, .
             return 1, 0, (f"scl_inter {intercept:g} is ignored, because scl_slope is {slope:g}",)
         return 1, 0, ()
     if not np.isfinite([slope, intercept]).all():
-        raise UserError(
-            f"{path}: scaling by scl_slope {slope:g} and scl_inter {intercept:g} is invalid; convert it again"
-        )
+        raise UserError(f"{path}: scl_slope {slope:g} or scl_inter {intercept:g} is invalid; convert it")
     return float(slope), float(intercept), ()
 
 

@@ -29,14 +29,9 @@ _MAX_SKIPPED_LINES = 10_000
 _MAX_LAYERS = 256
 # NRRD `space` -> signs that convert its axes to RAS.
 _SPACES = {
-    alias: signs
-    for names, signs in {
-        ("left-posterior-superior", "lps"): (-1, -1, 1),
-        ("right-anterior-superior", "ras"): (1, 1, 1),
-        ("left-anterior-superior", "las"): (-1, 1, 1),
-    }.items()
-    for name in names
-    for alias in (name, f"{name}-time" if "-" in name else f"{name}t")
+    **dict.fromkeys(("left-posterior-superior", "left-posterior-superior-time", "lps", "lpst"), (-1, -1, 1)),
+    **dict.fromkeys(("right-anterior-superior", "right-anterior-superior-time", "ras", "rast"), (1, 1, 1)),
+    **dict.fromkeys(("left-anterior-superior", "left-anterior-superior-time", "las", "last"), (-1, 1, 1)),
 }
 _TYPES = {
     alias: code
@@ -77,11 +72,15 @@ _VECTOR = re.compile(r"\(([^()]*)\)|(none)\b", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class _Header:
-    """Fields (`name: value`) and key/value pairs (`key:=value`), names in lower case, values as text."""
+    """Fields (`name: value`) and key/value pairs (`key:=value`) as text, names in lower case.
 
-    fields: dict[str, str]
-    pairs: dict[str, str]
-    end: int  # of the header, in bytes
+    Errors do not repeat their text: it may name the patient.
+    """
+
+    path: epath.Path
+    fields: dict[str, str] = dataclasses.field(default_factory=dict)
+    pairs: dict[str, str] = dataclasses.field(default_factory=dict)
+    end: int = 0  # of the header, in bytes
 
     def get(self, name: str) -> str:
         """A field's text; "" if absent."""
@@ -90,6 +89,40 @@ class _Header:
     def pair(self, *names: str) -> str:
         """The text of the first non-empty key/value pair; "" if there is none."""
         return next((self.pairs[name] for name in names if self.pairs.get(name)), "")
+
+    def integers(self, name: str, default: str = "") -> list[int]:
+        words = (self.get(name) or default).split()
+        if not words or not all(re.fullmatch(r"[+-]?\d{1,18}", word) for word in words):
+            raise self.error(f"field {name} is missing or not a list of whole numbers; export it again")
+        return [int(word) for word in words]
+
+    def numbers(self, words: list[str], name: str) -> tuple[float, ...]:
+        try:
+            return tuple(float(word) for word in words)
+        except ValueError:
+            raise self.error(f"field {name} is not a list of numbers; export it again") from None
+
+    def vectors(self, name: str) -> list[tuple[float, ...]]:
+        """Parses "(1,0,0) none (0,0,1)"; "none", which some programs write as NaN, becomes ()."""
+        text = self.get(name)
+        if _VECTOR.sub("", text).strip():
+            raise self.error(f"field {name} is not a list of vectors; export it again")
+        texts = [match[1] for match in _VECTOR.finditer(text)]
+        vectors = [self.numbers(text.split(","), name) if text is not None else () for text in texts]
+        return [() if all(math.isnan(number) for number in vector) else vector for vector in vectors]
+
+    @property
+    def encoding(self) -> str:
+        if self.get("encoding").lower() not in _ENCODINGS:
+            raise self.error("encoding is not supported; save it as raw or gzip")
+        return _ENCODINGS[self.get("encoding").lower()]
+
+    @property
+    def space_dimension(self) -> int:
+        return 4 if self.get("space").lower().endswith(("time", "t")) else 3
+
+    def error(self, problem: str) -> UserError:
+        return UserError(f"{self.path}: its NRRD {problem}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +147,11 @@ def read_nrrd(path: PathLike, limits: Limits, *, voxels: bool = True) -> StoredV
       UserError: several values per voxel, no patient space, data in other folders or several files, an
         invalid header, or a damaged file.
     """
-    path = as_path(path)
     header, grid, dtype = _read_header(path, limits)
-    stored, notes = _values(header, dtype, math.prod(grid.shape) * dtype.itemsize, path, limits, voxels)
+    values, notes = _values(header, dtype, math.prod(grid.shape), limits, voxels)
     modality = volume_io.modality_code(header.pair("dicom_0008_0060_modality", "0008|0060", "modality"))
     return StoredVolume(
-        stored.reshape(grid.shape, order="F") if voxels else volume_io.without_voxels(grid.shape, dtype),
+        values.reshape(grid.shape, order="F") if voxels else volume_io.without_voxels(grid.shape, dtype),
         grid.affine,
         modality=modality,
         body_part=volume_io.body_part_name(header.pair("dicom_0018_0015_bodypartexamined", "0018|0015")),
@@ -141,35 +173,32 @@ def read_nrrd_layers(path: PathLike, limits: Limits) -> tuple[list[StoredVolume]
     Raises:
       UserError: as `read_nrrd`, but several values per voxel are layers.
     """
-    path = as_path(path)
     header, grid, dtype = _read_header(path, limits, layered=True)
-    sizes = _integers(header.get("sizes"), "sizes", path)
+    sizes = header.integers("sizes")
     layers = math.prod(sizes) // math.prod(grid.shape)
     if layers > _MAX_LAYERS or math.prod(sizes) > limits.voxels:
         raise UserError(f"{path}: {layers} layers of label maps are too many; save fewer segments per file")
-    values, notes = _values(header, dtype, math.prod(sizes) * dtype.itemsize, path, limits, True)
-    axes = _axes_in_space(_vectors(header.get("space directions"), "space directions", path), header)
+    values, notes = _values(header, dtype, math.prod(sizes), limits, True)
+    axes = _axes_in_space(header.vectors("space directions"), header)
     values = np.moveaxis(values.reshape(sizes, order="F"), axes, range(-len(axes), 0))
     stack = values.reshape(layers, *grid.shape)
     notes = (*grid.notes, *notes)
     return [StoredVolume(layer, grid.affine, notes=notes) for layer in stack], dict(header.pairs)
 
 
-def _read_header(
-    path: epath.Path, limits: Limits, *, layered: bool = False
-) -> tuple[_Header, _Grid, np.dtype]:
+def _read_header(path: PathLike, limits: Limits, *, layered: bool = False) -> tuple[_Header, _Grid, np.dtype]:
+    path = as_path(path)
     with path.open("rb") as file:
         header = _parse_header(file.read(_MAX_HEADER_BYTES), path)
-    grid = _grid(header, path, layered)
-    dtype = _dtype(header, path)
+    grid = _grid(header, layered)
+    dtype = _dtype(header)
     volume_io.check_grid(grid.shape, dtype.itemsize, path, limits)
     volume_io.check_extent(grid.affine, grid.shape, grid.unit, path)
     return header, grid, dtype
 
 
-def _parse_header(head: bytes, path: PathLike) -> _Header:
-    fields: dict[str, str] = {}
-    pairs: dict[str, str] = {}
+def _parse_header(head: bytes, path: epath.Path) -> _Header:
+    header = _Header(path)
     position, number = 0, 0
     while True:
         end = head.find(b"\n", position)
@@ -181,62 +210,58 @@ def _parse_header(head: bytes, path: PathLike) -> _Header:
             if not re.fullmatch(r"NRRD000[1-5]", line):
                 raise UserError(f"{path}: its first line is not a known version of NRRD; export it again")
         elif line and not line.startswith("#"):
-            _add(line, number, fields, pairs, path)
-        if end < 0 and "data file" not in fields:
-            raise UserError(f"{path}: NRRD header without its final empty line; fetch the file again")
-        if end < 0 or not line or fields.get("data file", "").startswith("LIST"):
-            return _Header(fields, pairs, position)
+            _add_line(line, number, header)
+        if end < 0 and "data file" not in header.fields:
+            raise header.error("header has no final empty line; fetch the file again")
+        if end < 0 or not line or header.get("data file").startswith("LIST"):
+            return dataclasses.replace(header, end=position)
 
 
-def _add(line: str, number: int, fields: dict[str, str], pairs: dict[str, str], path: PathLike) -> None:
-    # Errors do not repeat the text: it may name the patient.
+def _add_line(line: str, number: int, header: _Header) -> None:
     if ":" not in line:
-        raise UserError(f"{path}: line {number} of its NRRD header is not a field; export it again")
+        raise header.error(f"header has no field in line {number}; export it again")
     is_pair = ":=" in line and ": " not in line[: line.index(":=")]  # keys may contain colons
     name, _, value = line.partition(":=" if is_pair else ":")
     name, value = name.strip().lower(), value.strip()
     if is_pair:
-        pairs[name] = value if pairs.get(name, value) == value else ""  # ignore contradictory values
+        header.pairs[name] = value if header.pairs.get(name, value) == value else ""  # "" if contradictory
         return
     name = _ALIASES.get(name, name)
-    if name in _USED_FIELDS and fields.get(name, value) != value:
-        raise UserError(f"{path}: states the NRRD field {name} twice; export it again")
-    fields[name] = value
+    if name in _USED_FIELDS and header.fields.get(name, value) != value:
+        raise header.error(f"field {name} is stated twice; export it again")
+    header.fields[name] = value
 
 
-def _dtype(header: _Header, path: PathLike) -> np.dtype:
+def _dtype(header: _Header) -> np.dtype:
     code = _TYPES.get(header.get("type").lower())
     if code is None:
-        raise UserError(f"{path}: its NRRD type is not supported; save it as short, int or float")
+        raise header.error("type is not supported; save it as short, int or float")
     dtype = np.dtype(code)
-    if dtype.itemsize == 1 or _encoding(header, path) == "text":
+    if dtype.itemsize == 1 or header.encoding == "text":
         return dtype
     endian = header.get("endian").lower()
     if endian not in ("little", "big"):
-        raise UserError(f"{path}: does not state its byte order (NRRD field endian); export it again")
+        raise header.error("field endian does not state the byte order; export it again")
     return dtype.newbyteorder("<" if endian == "little" else ">")
 
 
-def _encoding(header: _Header, path: PathLike) -> str:
-    encoding = _ENCODINGS.get(header.get("encoding").lower())
-    if encoding is None:
-        raise UserError(f"{path}: its NRRD encoding is not supported; save it as raw or gzip")
-    return encoding
-
-
-def _grid(header: _Header, path: PathLike, layered: bool) -> _Grid:
-    sizes = _integers(header.get("sizes"), "sizes", path)
-    if _integers(header.get("dimension"), "dimension", path) != [len(sizes)]:
-        raise UserError(f"{path}: its NRRD fields dimension and sizes disagree; export it again")
+def _grid(header: _Header, layered: bool) -> _Grid:
+    sizes = header.integers("sizes")
+    if header.integers("dimension") != [len(sizes)]:
+        raise header.error("fields dimension and sizes disagree; export it again")
     signs = _SPACES.get(header.get("space").lower())
-    vectors = _vectors(header.get("space directions"), "space directions", path)
+    vectors = header.vectors("space directions")
     if signs is None or not vectors:
-        raise UserError(
-            f"{path}: NRRD without a patient space (such as left-posterior-superior) and space directions, "
-            "so left and right would be a guess; export it with its orientation"
+        raise header.error(
+            "header has no patient space (such as left-posterior-superior) or no space directions, so left "
+            "and right would be a guess; export it with its orientation"
         )
-    axes = _spatial_axes(vectors, sizes, header, path, layered)
-    unit, scale, notes = _unit(header, path)
+    origin = [vector for vector in header.vectors("space origin") if vector]
+    lengths = {len(vector) for vector in (*vectors, *origin) if vector}
+    if len(vectors) != len(sizes) or lengths - {header.space_dimension} or len(origin) > 1:
+        raise header.error("fields sizes, space, space directions and space origin disagree; export it again")
+    axes = _spatial_axes(vectors, sizes, header, layered)
+    unit, scale, notes = _unit(header)
     affine = np.eye(4)
     for column, axis in enumerate(axes):
         affine[:3, column] = vectors[axis][:3]
@@ -244,17 +269,13 @@ def _grid(header: _Header, path: PathLike, layered: bool) -> _Grid:
         normal = np.cross(affine[:3, 0], affine[:3, 1])
         affine[:3, 2] = normal / (np.sqrt((normal**2).sum()) or 1.0) / scale
         notes.append("is a 2-D image, read as one slice of a volume; a thickness of 1 mm is assumed")
-    origin = _origin(header, path)
     if origin:
         affine[:3, 3] = origin[0][:3]
     else:
         notes.append("states no origin; 0, 0, 0 is assumed")
     if not np.isfinite(affine).all() or not affine[:3, :3].any(axis=0).all():
-        raise UserError(
-            f"{path}: its NRRD space directions or origin have zero vectors or numbers that are not finite; "
-            "correct them"
-        )
-    _check_spacings(header, axes, affine, path)
+        raise header.error("space directions or origin have zero vectors or are not finite; correct them")
+    _check_spacings(header, axes, affine)
     affine[:3] *= scale
     affine = np.diag([*signs, 1]) @ affine
     shape = (*(sizes[axis] for axis in axes), *([1] if len(axes) == 2 else []))
@@ -262,17 +283,9 @@ def _grid(header: _Header, path: PathLike, layered: bool) -> _Grid:
 
 
 def _spatial_axes(
-    vectors: list[tuple[float, ...]], sizes: list[int], header: _Header, path: PathLike, layered: bool
+    vectors: list[tuple[float, ...]], sizes: list[int], header: _Header, layered: bool
 ) -> list[int]:
     """The spatial axes. The others (vector "none", or time only) must have one entry, or be layers."""
-    origin = _origin(header, path)
-    lengths = {len(vector) for vector in (*vectors, *origin) if vector}
-    dimension = _space_dimension(header)
-    if len(vectors) != len(sizes) or lengths - {dimension} or len(origin) > 1:
-        raise UserError(
-            f"{path}: its NRRD fields sizes, space, space directions and space origin disagree; export it "
-            "again"
-        )
     axes = _axes_in_space(vectors, header)
     others = [i for i in range(len(sizes)) if i not in axes]
     count = math.prod(sizes[i] for i in others)
@@ -280,58 +293,50 @@ def _spatial_axes(
         kinds = header.get("kinds").lower().split()
         kinds = {kinds[i] for i in others} if len(kinds) == len(sizes) else set()
         is_series = kinds <= {"list", "time", "domain", "space", "none", "???"}
-        raise volume_io.several_volumes(count, "volumes" if is_series else "values per voxel", path)
-    if len(axes) not in (2, 3) or (dimension == 4 and any(vectors[i][3] for i in axes)):
-        raise UserError(f"{path}: NRRD with {len(axes)} axes in space, a 3-D volume is needed")
+        raise volume_io.several_volumes(count, "volumes" if is_series else "values per voxel", header.path)
+    if len(axes) not in (2, 3) or (header.space_dimension == 4 and any(vectors[i][3] for i in axes)):
+        raise header.error(f"data has {len(axes)} axes in space, a 3-D volume is needed")
     return axes
 
 
-def _space_dimension(header: _Header) -> int:
-    return 4 if header.get("space").lower().endswith(("time", "t")) else 3
-
-
 def _axes_in_space(vectors: list[tuple[float, ...]], header: _Header) -> list[int]:
-    is_timed = _space_dimension(header) == 4
+    is_timed = header.space_dimension == 4
     return [i for i, vector in enumerate(vectors) if vector and not (is_timed and not any(vector[:3]))]
 
 
-def _unit(header: _Header, path: PathLike) -> tuple[str, float, list[str]]:
+def _unit(header: _Header) -> tuple[str, float, list[str]]:
     text = header.get("space units")
     stated = re.findall(r'"([^"]*)"', text) or text.split()
     names = {name.strip().lower() for name in stated[:3]}
     if len(names) > 1:
-        raise UserError(f"{path}: its axes have different units of length; correct the NRRD space units")
-    return volume_io.length_unit(names.pop() if names else "", "space units", path)
+        raise header.error("space units differ between axes; correct them")
+    return volume_io.length_unit(names.pop() if names else "", "space units", header.path)
 
 
-def _check_spacings(header: _Header, axes: list[int], affine: np.ndarray, path: PathLike) -> None:
+def _check_spacings(header: _Header, axes: list[int], affine: np.ndarray) -> None:
     """Rejects `spacings` that contradict the space directions; the format allows only one of the two."""
     words = header.get("spacings").split()
-    for column, axis in enumerate(axes):
-        stated = abs(_number(words[axis], "spacings", path)) if axis < len(words) else 0.0
-        length = float(voxel_sizes(affine)[column])
+    for axis, length in zip(axes, voxel_sizes(affine), strict=False):
+        stated = abs(header.numbers(words[axis : axis + 1], "spacings")[0]) if axis < len(words) else 0.0
         if stated > 0 and abs(stated / length - 1) > 0.01:  # false for NaN, which states nothing
-            raise UserError(
-                f"{path}: its NRRD spacings and space directions contradict each other ({stated:.4g} and "
-                f"{length:.4g}); remove the spacings"
+            raise header.error(
+                f"spacings and space directions contradict each other ({stated:.4g} and {length:.4g}); "
+                "remove the spacings"
             )
 
 
 def _values(
-    header: _Header, dtype: np.dtype, count: int, path: epath.Path, limits: Limits, voxels: bool
+    header: _Header, dtype: np.dtype, numbers: int, limits: Limits, voxels: bool
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The voxels (`count` bytes) in file order, and notes; empty and unread without `voxels`."""
+    """The values of all voxels in file order, and notes; empty and unread without `voxels`."""
+    path, encoding, count = header.path, header.encoding, numbers * dtype.itemsize
     name = header.get("data file")
     source = volume_io.data_file(path, name) if name else path
     size = volume_io.check_file_size(source, limits)
-    encoding = _encoding(header, path)
-    skip = _integers(header.get("byte skip") or "0", "byte skip", path)[0]
-    lines = _integers(header.get("line skip") or "0", "line skip", path)[0]
+    skip, lines = header.integers("byte skip", "0")[0], header.integers("line skip", "0")[0]
     lowest = -1 if encoding == "raw" else 0
     if not lowest <= skip <= limits.decoded_bytes or not 0 <= lines <= _MAX_SKIPPED_LINES:
-        raise UserError(
-            f"{path}: its NRRD line skip or byte skip is invalid; save data and header in one file"
-        )
+        raise header.error("line skip or byte skip is invalid; save data and header in one file")
     with source.open("rb") as file:
         file.seek(0 if name else header.end)
         for _ in range(lines):
@@ -341,7 +346,7 @@ def _values(
         if not voxels:
             return np.empty(0, dtype), ()
         if encoding not in _RATIOS:
-            return _decode_text(file.read()[skip:], encoding, dtype, count, path), ()
+            return _decode_text(file.read()[skip:], header, dtype, numbers), ()
         if skip == -1:  # the data ends with the file
             skip = size - file.tell() - count
         stream = _decompressed(file, encoding)
@@ -356,56 +361,19 @@ def _decompressed(file: IO[bytes], encoding: str) -> IO[bytes]:
     return cast(IO[bytes], bz2.BZ2File(file)) if encoding == "bzip2" else file
 
 
-def _decode_text(text: bytes, encoding: str, dtype: np.dtype, count: int, path: PathLike) -> np.ndarray:
+def _decode_text(text: bytes, header: _Header, dtype: np.dtype, numbers: int) -> np.ndarray:
     """Parses voxels written as decimal numbers or as hexadecimal bytes."""
     try:
-        if encoding == "hex":
+        if header.encoding == "hex":
             values = wide = np.frombuffer(bytes.fromhex(text.decode("ascii")), dtype)
         else:
             text = text.replace(b",", b" ")  # teem accepts commas
             wide = np.fromstring(text, dtype if dtype.itemsize == 8 else np.float64, sep=" ")
             values = wide.astype(dtype)
     except ValueError as error:
-        raise UserError(
-            f"{path}: its voxels are not all written as numbers; it is damaged, fetch or export it again"
-        ) from error
+        raise header.error("data is not a list of numbers; it is damaged, fetch it again") from error
     if dtype.kind != "f" and not np.array_equal(values, wide):
-        raise UserError(f"{path}: has numbers that its NRRD type cannot represent; save it as float")
-    if values.nbytes != count:
-        raise UserError(
-            f"{path}: {values.size} numbers where its header promises {count // dtype.itemsize}; fetch it "
-            "again"
-        )
+        raise header.error("type cannot represent all numbers; save it as float")
+    if values.size != numbers:
+        raise header.error(f"data has {values.size} numbers, its header promises {numbers}; fetch it again")
     return values
-
-
-def _integers(text: str, field: str, path: PathLike) -> list[int]:
-    words = text.split()
-    if not words or not all(re.fullmatch(r"[+-]?\d{1,18}", word) for word in words):
-        raise UserError(
-            f"{path}: its NRRD field {field} is missing or not a list of whole numbers; export it again"
-        )
-    return [int(word) for word in words]
-
-
-def _number(text: str, field: str, path: PathLike) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"{path}: its NRRD field {field} is not a list of numbers; export it again") from None
-
-
-def _origin(header: _Header, path: PathLike) -> list[tuple[float, ...]]:
-    """The vectors of "space origin", ideally one; empty if absent or NaN."""
-    return [vector for vector in _vectors(header.get("space origin"), "space origin", path) if vector]
-
-
-def _vectors(text: str, field: str, path: PathLike) -> list[tuple[float, ...]]:
-    """Parses "(1,0,0) none (0,0,1)"; "none", which some programs write as NaN, becomes ()."""
-    if _VECTOR.sub("", text).strip():
-        raise UserError(f"{path}: its NRRD field {field} is not a list of vectors; export it again")
-    vectors = [
-        tuple(_number(word, field, path) for word in match[1].split(",")) if match[1] is not None else ()
-        for match in _VECTOR.finditer(text)
-    ]
-    return [() if all(math.isnan(number) for number in vector) else vector for vector in vectors]

@@ -149,13 +149,9 @@ def _check_layout(page: tifffile.TiffPage, photometric: int, file_bytes: int, li
     if int(page.compression) not in _COMPRESSIONS:
         raise UserError(f"TIFF image of compression {int(page.compression)}; save it as PNG")
     if page.dtype is None or page.dtype.kind not in "ubif" or not isinstance(page.bitspersample, int):
-        raise UserError(
-            f"TIFF image with {page.bitspersample}-bit samples in an unsupported format; save it as PNG"
-        )
+        raise UserError(f"TIFF image with unsupported {page.bitspersample}-bit samples; save it as PNG")
     if page.samplesperpixel < _CHANNELS[photometric]:
-        raise UserError(
-            f"TIFF image of {page.samplesperpixel} samples, too few for its colours; export it again"
-        )
+        raise UserError(f"TIFF image of too few samples ({page.samplesperpixel}); export it again")
     if photometric == _YCBCR and int(page.compression) not in _JPEG and _subsampling(page) != (1, 1):
         raise UserError("TIFF image with subsampled colour but no JPEG compression; save it as PNG")
     if photometric in (_CIELAB, _ICCLAB) and int(page.compression) in _JPEG:

@@ -49,18 +49,13 @@ def unit_notes(unit: str) -> list[str]:
 
 
 def length_unit(text: str, field: str, path: PathLike) -> tuple[str, float, list[str]]:
-    """Parses a unit of length.
-
-    Args:
-      text: such as "mm" or "microns"; "" if the file states none.
-      field: name of the header field.
-      path: file to name in errors.
+    """Parses a unit of length, such as "mm" or "microns"; "" if the file states none.
 
     Returns:
       The unit's name or "unknown", its size in millimetres, and notes.
 
     Raises:
-      UserError: an unrecognised unit.
+      UserError: an unrecognised unit in this field.
     """
     # MICRO SIGN, GREEK SMALL LETTER MU, and the former in Latin-1, which is invalid UTF-8.
     word = re.sub("[\u00b5\u03bc\ufffd]", "u", text.strip().lower())
@@ -90,9 +85,7 @@ def naming_damage(path: PathLike) -> Iterator[None]:
         raise UserError(f"{path}: needs more memory than this machine has; crop or resample it") from error
     except Exception as error:
         check_passing(path, error)
-        raise UserError(
-            f"{path}: cannot be read ({one_line(error)}); the file is damaged, fetch or export it again"
-        ) from error
+        raise UserError(f"{path}: damaged ({one_line(error)}); fetch or export it again") from error
 
 
 def one_line(error: BaseException) -> str:
@@ -109,9 +102,7 @@ def check_file_size(path: PathLike, limits: Limits) -> int:
     """
     size = file_size(path)
     if size > limits.file_bytes:
-        raise UserError(
-            f"{path}: {size} bytes, more than the limit of {limits.file_bytes}; crop it or raise the limit"
-        )
+        raise UserError(f"{path}: {size} bytes, more than the limit of {limits.file_bytes}; crop it")
     return size
 
 
@@ -126,15 +117,13 @@ def check_grid(shape: Sequence[int], itemsize: int, path: PathLike, limits: Limi
     # Python integers: a hostile header must not overflow the product.
     count = int(shape[0]) * int(shape[1]) * int(shape[2])
     if count > limits.voxels:
+        raise UserError(f"{path}: {count} voxels, more than the limit of {limits.voxels}; crop it")
+    size = count * itemsize
+    if size > limits.decoded_bytes:
         raise UserError(
-            f"{path}: {count} voxels, more than the limit of {limits.voxels}; crop or resample it"
+            f"{path}: {size} bytes of voxels, more than the limit of {limits.decoded_bytes}; crop it"
         )
-    if count * itemsize > limits.decoded_bytes:
-        raise UserError(
-            f"{path}: {count * itemsize} bytes of voxels, more than the limit of {limits.decoded_bytes}; "
-            "crop or resample it"
-        )
-    return count * itemsize
+    return size
 
 
 def several_volumes(count: int, kind: str, path: PathLike) -> UserError:
@@ -145,16 +134,12 @@ def several_volumes(count: int, kind: str, path: PathLike) -> UserError:
 def check_available(count: int, available: int, path: PathLike, *, ratio: int = 1) -> None:
     """Rejects a header that promises more bytes than the file can hold. Call it before allocating.
 
-    Args:
-      count: bytes of voxels.
-      available: bytes of the file that can hold them.
-      path: file to name in errors.
-      ratio: largest expansion of one byte, see `DEFLATE_RATIO`.
+    `ratio` is the largest expansion of one byte, see `DEFLATE_RATIO`.
     """
     if count > max(0, available) * ratio:
         raise UserError(
             f"{path}: {available} bytes of {'compressed ' if ratio > 1 else ''}data where the header "
-            f"promises {count}; the file is cut short, fetch it again"
+            f"promises {count}; it is cut short, fetch it again"
         )
 
 
@@ -175,9 +160,7 @@ def read_exactly(stream: IO[bytes], count: int, path: PathLike) -> bytes:
     except EOFError as error:  # a compressed stream without its end
         raise UserError(f"{path}: its compressed data is cut short; fetch the file again") from error
     if len(data) < count:
-        raise UserError(
-            f"{path}: ends after {len(data)} of {count} data bytes; the file is cut short, fetch it again"
-        )
+        raise UserError(f"{path}: cut short after {len(data)} of {count} data bytes; fetch it again")
     return data
 
 
@@ -216,17 +199,14 @@ def data_file(path: epath.Path, name: str) -> epath.Path:
         raise UserError(f"{path}: its voxels are split over several files; save data and header in one file")
     if "/" in name or "\\" in name:
         raise UserError(
-            f"{path}: names a data file in another folder, which is not followed; move it beside the header "
-            "and state its bare name"
+            f"{path}: names a data file in another folder; move it beside the header and state its bare name"
         )
     # Search a listing: `name` is text from a file and must not be used as a path.
     siblings = children(path.parent)
     same = [p for p in siblings if p.name == name]
     found = same or [p for p in siblings if p.name.casefold() == name.casefold()]
     if not found or found[0] == path:
-        raise UserError(
-            f"{path}: the data file named in its header is missing; put it in the same folder under that name"
-        )
+        raise UserError(f"{path}: the data file named in its header is missing; put it into the same folder")
     return found[0]
 
 
@@ -238,9 +218,6 @@ def check_extent(affine: np.ndarray, shape: Sequence[int], unit: str, path: Path
       shape: voxels along the three axes.
       unit: METRE, MILLIMETRE, MICROMETRE, or UNKNOWN, which counts as millimetres.
       path: file to name in errors.
-
-    Raises:
-      UserError: voxels of centimetres to metres, or a whole grid of less than a few millimetres.
     """
     spacing = voxel_sizes(affine)
     extent = spacing * np.asarray(shape)
@@ -288,15 +265,10 @@ def modality_code(text: str) -> str:
 
 
 def declared_modality(declared: str, stated: str, path: PathLike) -> str:
-    """The DICOM code of a modality declared by the caller.
-
-    Args:
-      declared: DICOM code or common name.
-      stated: code in the file, or "unknown".
-      path: file to name in errors.
+    """The DICOM code of a modality declared by the caller as a code or common name.
 
     Raises:
-      UserError: an unrecognised modality, or one that contradicts the file.
+      UserError: an unrecognised modality, or one that contradicts `stated`, the code in the file.
     """
     code = modality_code(declared)
     if code == UNKNOWN:

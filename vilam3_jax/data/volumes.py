@@ -226,15 +226,10 @@ def load_label_map(path: PathLike, grid: Volume) -> np.ndarray:
     """
     labels = read_volume(path)
     if labels.voxels.shape != grid.voxels.shape:
-        raise UserError(
-            f"{path}: label map of {labels.voxels.shape} voxels, {grid.source} has {grid.voxels.shape}; "
-            "resample it"
-        )
+        raise UserError(f"{path}: label map of another shape than {grid.source}; resample it")
     distance = grid_distance(labels.affine, grid)
     if distance > GRID_TOLERANCE * grid.spacing.min():
-        raise UserError(
-            f"{path}: label map is {distance:.2f} mm away from {grid.source}; resample it to that grid"
-        )
+        raise UserError(f"{path}: label map is {distance:.2f} mm away from {grid.source}; resample it")
     if labels.valid is not None:
         warn_of(("voxels without a value are background",), as_path(path))
     return whole_labels(labels, path)
@@ -262,9 +257,7 @@ def whole_labels(labels: Volume, path: PathLike) -> np.ndarray:
     whole = voxels if voxels.dtype.kind in "iu" else np.rint(voxels)
     off = 0 if whole is voxels else np.abs(whole - voxels).max()
     if off > _WHOLE or whole.min() < 0 or whole.max() > 65535:
-        raise UserError(
-            f"{path}: label ids must be whole numbers from 0 to 65535; store a label map, not probabilities"
-        )
+        raise UserError(f"{path}: label ids must be whole numbers from 0 to 65535; store a label map")
     return whole.astype(np.uint8 if whole.max() < 256 else np.uint16)
 
 
@@ -284,9 +277,7 @@ def slice_2d(voxels: np.ndarray, axis: int, index: int) -> np.ndarray:
       UserError: `axis` or `index` outside the volume.
     """
     if axis not in (0, 1, 2) or not 0 <= index < voxels.shape[axis]:
-        raise UserError(
-            f"slice {index} along axis {axis} is outside a volume of {voxels.shape}; choose another index"
-        )
+        raise UserError(f"slice {index} along axis {axis} is outside of {voxels.shape}; choose another index")
     # In all three planes, both remaining axes run from high to low index; rows are the later axis.
     return np.take(voxels, index, axis=axis).T[::-1, ::-1]
 
@@ -309,9 +300,7 @@ def _check_affine(affine: np.ndarray, path: PathLike) -> None:
     spacing = nib.affines.voxel_sizes(affine)
     usable = np.isfinite(affine).all() and ((spacing > _SPACING_MM[0]) & (spacing < _SPACING_MM[1])).all()
     if not usable or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
-        raise UserError(
-            f"{path}: its affine is singular or out of range; correct the header's spacing and direction"
-        )
+        raise UserError(f"{path}: its affine is singular or out of range; correct its spacing and direction")
 
 
 def canonical_volume(stored: StoredVolume, path: PathLike) -> Volume:

@@ -9,35 +9,22 @@ from typing import Any
 
 import imagecodecs
 import numpy as np
+import pydicom.uid as uids
 from pydicom.encaps import encapsulate
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import (
-    HTJ2K,
-    JPEG2000,
-    UID,
-    HTJ2KLossless,
-    HTJ2KLosslessRPCL,
-    JPEG2000Lossless,
-    JPEGBaseline8Bit,
-    JPEGExtended12Bit,
-    JPEGLossless,
-    JPEGLosslessSV1,
-    JPEGLSLossless,
-    JPEGLSNearLossless,
-    RLELossless,
-)
+from pydicom.uid import UID, RLELossless
 
 _PROGRESSIVE_JPEG = (UID("1.2.840.10008.1.2.4.53"), UID("1.2.840.10008.1.2.4.55"))  # retired
-_LOSSLESS_JPEG = (JPEGLossless, JPEGLosslessSV1)
-_JPEG = (JPEGBaseline8Bit, JPEGExtended12Bit, *_PROGRESSIVE_JPEG, *_LOSSLESS_JPEG)
-_JPEG_LS = (JPEGLSLossless, JPEGLSNearLossless)
-JPEG_2000 = (JPEG2000Lossless, JPEG2000, HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K)
+_LOSSLESS_JPEG = (uids.JPEGLossless, uids.JPEGLosslessSV1)
+_JPEG = (uids.JPEGBaseline8Bit, uids.JPEGExtended12Bit, *_PROGRESSIVE_JPEG, *_LOSSLESS_JPEG)
+_JPEG_LS = (uids.JPEGLSLossless, uids.JPEGLSNearLossless)
+JPEG_2000 = (uids.JPEG2000Lossless, uids.JPEG2000, uids.HTJ2KLossless, uids.HTJ2KLosslessRPCL, uids.HTJ2K)
 
 _START_OF_FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
 _MAX_RLE_PADDING = 256  # bytes; some writers pad segments
 
 # These codecs code whole pixel cells without loss, including the bits outside Bits Stored.
-WHOLE_CELL_CODECS = (*_LOSSLESS_JPEG, JPEGLSLossless)
+WHOLE_CELL_CODECS = (*_LOSSLESS_JPEG, uids.JPEGLSLossless)
 
 _Decoder = Callable[[bytes, dict[str, Any]], np.ndarray]
 
@@ -54,18 +41,14 @@ class NoDecoderError(Exception):
 class FrameHeader:
     """Header of a compressed frame.
 
-    Attributes:
-      rows, columns: size in pixels.
-      components: samples per pixel.
-      precision: bits per sample.
-      colour: "RGB" or "YBR_FULL" if determined by a marker, the component names, subsampled chroma or the
-        component transform of JPEG 2000.
+    `colour` is "RGB" or "YBR_FULL" if a marker, the component names, subsampled chroma or the component
+    transform of JPEG 2000 determine it, otherwise None.
     """
 
     rows: int
     columns: int
-    components: int
-    precision: int
+    components: int  # samples per pixel
+    precision: int  # bits per sample
     colour: str | None = None
 
 

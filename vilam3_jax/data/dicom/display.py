@@ -15,21 +15,14 @@ from vilam3_jax.data.volume_io import one_line
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Display:
-    """A display setting: a VOI LUT, or a window if `table` is None.
+    """A display setting: a VOI LUT, or a window if `table` is None."""
 
-    Attributes:
-      name: used in messages.
-      table: the VOI LUT.
-      centre, width, function: the window and its VOI LUT Function.
-      problem: why the setting cannot be applied, or None.
-    """
-
-    name: str
+    name: str  # for messages
     table: Table | None = None
     centre: float = 0.0
     width: float = 0.0
-    function: str = "LINEAR"
-    problem: str | None = None
+    function: str = "LINEAR"  # VOI LUT Function of the window
+    problem: str | None = None  # why the setting cannot be applied, or None
 
     def apply(self, values: np.ndarray) -> np.ndarray:
         """Maps values to 0 (black) to 1, see PS3.3 C.11.2.1.2 and C.11.2.1.3."""

@@ -46,13 +46,8 @@ STACK_KEYWORDS: dict[str, str] = {
     "FrameOfReferenceUID": "",
 }
 # Attributes that order frames at one position if none of `STACK_KEYWORDS` distinguishes them.
-ORDER_KEYWORDS = (
-    "FrameReferenceTime",
-    "AcquisitionDateTime",
-    "AcquisitionTime",
-    "ContentTime",
-    "InstanceNumber",
-)
+_TIME_KEYWORDS = ("FrameReferenceTime", "AcquisitionDateTime", "AcquisitionTime", "ContentTime")
+ORDER_KEYWORDS = (*_TIME_KEYWORDS, "InstanceNumber")
 # `_nuclear` sets NuclearVectors, which is not a DICOM keyword.
 _ATTRIBUTES = tuple(key for key in (*STACK_KEYWORDS, *ORDER_KEYWORDS) if key != "NuclearVectors")
 # Names of the same attributes in functional groups.

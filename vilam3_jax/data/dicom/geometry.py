@@ -38,19 +38,12 @@ _SAME_POSITION_SHARE = 0.1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plane:
-    """Orientation of a slice.
+    """Orientation of a slice."""
 
-    Attributes:
-      across: [3] unit vector along a row, in the direction of increasing column index.
-      down: [3] unit vector along a column, in the direction of increasing row index.
-      normal: [3] `across` x `down`.
-      note: the correction that was applied, or None.
-    """
-
-    across: np.ndarray
-    down: np.ndarray
-    normal: np.ndarray
-    note: str | None = None
+    across: np.ndarray  # [3] unit vector along a row, in the direction of increasing column index
+    down: np.ndarray  # [3] unit vector along a column, in the direction of increasing row index
+    normal: np.ndarray  # [3] `across` x `down`
+    note: str | None = None  # the correction that was applied
 
     @property
     def name(self) -> str:
@@ -61,21 +54,13 @@ class Plane:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stack:
-    """Slices in order along their normal.
+    """Slices in order along their normal."""
 
-    Attributes:
-      order: indices of the given positions, sorted along the normal.
-      affine: [4, 4] float64, index (column, row, slice) to RAS millimetres; None if there is a problem.
-      spacing: millimetres between columns, rows and slices (along the normal).
-      notes: assumptions and anomalies.
-      problem: why the slices do not form a volume, or None.
-    """
-
-    order: tuple[int, ...]
-    affine: np.ndarray | None
-    spacing: tuple[float, float, float]
-    notes: tuple[str, ...] = ()
-    problem: str | None = None
+    order: tuple[int, ...]  # indices of the given positions
+    affine: np.ndarray | None  # [4, 4] float64, (column, row, slice) to RAS millimetres; None: see `problem`
+    spacing: tuple[float, float, float]  # millimetres between columns, rows and slices (along the normal)
+    notes: tuple[str, ...]  # assumptions and anomalies
+    problem: str | None  # why the slices do not form a volume, or None
 
 
 def plane_of(cosines: Sequence[float]) -> Plane | str:
@@ -99,11 +84,7 @@ def plane_of(cosines: Sequence[float]) -> Plane | str:
 
 
 def position_indices(normal: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Numbers the distinct slice positions along a normal.
-
-    Args:
-      normal: [3] unit vector.
-      positions: [n, 3] mm.
+    """Numbers the distinct positions ([n, 3] mm) along `normal` ([3] unit vector).
 
     Returns:
       [n] int; slices at the same position, up to rounding of the header, have equal numbers.
@@ -148,12 +129,15 @@ def stack_slices(
     else:
         step = (positions[-1] - positions[0]) / (len(positions) - 1)
         problem = _spacing_problem(positions @ plane.normal, _decimal_step(positions), notes)
-        problem = problem or _shift_problem(positions, plane, pixel_spacing) or _shear_problem(step, plane)
+        problem = problem or _shift_problem(positions, plane, pixel_spacing)
     along = float(step @ plane.normal)
+    sideways = float(np.linalg.norm(step - along * plane.normal))
+    if problem is None and sideways > along * math.tan(math.radians(_MAX_TILT_DEGREES)):
+        problem = f"each slice is shifted {sideways:.2f} mm sideways but advances only {along:.2f} mm"
     if problem is None and len(positions) > 1:
         _compare_header(along, distance, thickness, notes)
-    if problem is None:
-        _note_tilt(step, plane, tilt, len(positions), pixel_spacing, notes)
+        drifts = sideways * (len(positions) - 1) > _SHIFT_PIXELS * min(pixel_spacing)
+        _note_tilt(math.degrees(math.atan2(sideways, along)) if drifts else 0.0, tilt, notes)
     affine = np.eye(4)
     affine[:3, 0] = plane.across * pixel_spacing[1]
     affine[:3, 1] = plane.down * pixel_spacing[0]
@@ -219,19 +203,6 @@ def _shift_problem(positions: np.ndarray, plane: Plane, pixel_spacing: tuple[flo
     )
 
 
-def _shear_problem(step: np.ndarray, plane: Plane) -> str | None:
-    along, sideways = _split_step(step, plane)
-    if sideways > along * math.tan(math.radians(_MAX_TILT_DEGREES)):
-        return f"each slice is shifted {sideways:.2f} mm sideways but advances only {along:.2f} mm"
-    return None
-
-
-def _split_step(step: np.ndarray, plane: Plane) -> tuple[float, float]:
-    """Lengths of a step along the normal and within the plane."""
-    along = float(step @ plane.normal)
-    return along, float(np.linalg.norm(step - along * plane.normal))
-
-
 def _line_deviation(values: np.ndarray) -> float:
     """Half the range of the residuals of a linear fit to equally spaced values."""
     steps = np.arange(len(values))
@@ -239,21 +210,12 @@ def _line_deviation(values: np.ndarray) -> float:
     return float(np.ptp(residuals)) / 2
 
 
-def _note_tilt(
-    step: np.ndarray,
-    plane: Plane,
-    header: float | None,
-    slices: int,
-    pixel_spacing: tuple[float, float],
-    notes: list[str],
-) -> None:
-    along, sideways = _split_step(step, plane)
-    angle = math.degrees(math.atan2(sideways, along))
-    drifts = sideways * (slices - 1) > _SHIFT_PIXELS * min(pixel_spacing)
-    tilted = drifts and angle >= _TILT_NOTED_DEGREES
+def _note_tilt(angle: float, header: float | None, notes: list[str]) -> None:
+    """Notes a tilt of `angle` degrees, and a contradictory GantryDetectorTilt of the header."""
+    tilted = angle >= _TILT_NOTED_DEGREES
     if tilted:
         notes.append(f"gantry tilt of {angle:.1f} degrees, kept in the affine as shear")
-    if slices > 1 and header and abs(abs(header) - (angle if tilted else 0.0)) > _HEADER_TILT_DEGREES:
+    if header and abs(abs(header) - (angle if tilted else 0.0)) > _HEADER_TILT_DEGREES:
         found = f"{angle:.1f} degrees" if tilted else "none"
         notes.append(
             f"the header states a gantry tilt of {abs(header):.1f} degrees, the slice positions show "

@@ -21,33 +21,21 @@ _ITEM_TAG = b"\xfe\xff\x00\xe0"
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the pixels are stored.
+    """How the pixels are stored; see PS3.5 8.1.1 for the bits."""
 
-    Attributes:
-      keyword: PixelData, FloatPixelData or DoubleFloatPixelData.
-      syntax: the transfer syntax.
-      photometric: the photometric interpretation, one of GREY, COLOUR or PALETTE.
-      samples: samples per pixel, 1 or 3.
-      planar: Planar Configuration: 0 for interleaved colours, 1 for colour planes.
-      rows, columns, frames: size.
-      bits_allocated, bits_stored, high_bit: of a sample, see PS3.5 8.1.1.
-      signed: whether samples are in two's complement.
-      notes: assumptions.
-    """
-
-    keyword: str
-    syntax: UID
-    photometric: str
-    samples: int
-    planar: int
+    keyword: str  # PixelData, FloatPixelData or DoubleFloatPixelData
+    syntax: UID  # transfer syntax
+    photometric: str  # photometric interpretation, one of GREY, COLOUR or PALETTE
+    samples: int  # samples per pixel, 1 or 3
+    planar: int  # Planar Configuration: 0 for interleaved colours, 1 for colour planes
     rows: int
     columns: int
     frames: int
     bits_allocated: int
     bits_stored: int
     high_bit: int
-    signed: bool
-    notes: tuple[str, ...]
+    signed: bool  # two's complement
+    notes: tuple[str, ...]  # assumptions
 
     @property
     def stored_range(self) -> tuple[int, int]:
@@ -104,36 +92,23 @@ def _layout(dataset: pydicom.Dataset, limits: Limits) -> Layout:
         raise ImageError(f"Number of Frames of {frames} is invalid; export it again")
     frames = frames or 1
     if keyword == "PixelData":
-        allocated, stored, high = _bits(dataset, notes)
+        bits = _bits(dataset, notes)
         signed = _integer(dataset, "PixelRepresentation", 0, notes)
         if signed not in (0, 1):
             raise ImageError(f"Pixel Representation of {signed} is invalid; export it again")
     else:
-        allocated = stored = 32 if keyword == "FloatPixelData" else 64
-        high, signed = stored - 1, 1
+        width = 32 if keyword == "FloatPixelData" else 64
+        bits, signed = (width, width, width - 1), 1
     if not (0 < rows <= 65535 and 0 < columns <= 65535):
         raise ImageError(f"{rows} rows and {columns} columns are invalid; export it again")
     if rows * columns > limits.pixels:
         raise ImageError(f"{rows} x {columns} pixels, more than the limit of {limits.pixels}; scale it down")
-    if rows * columns * samples * max(allocated // 8, 1) > limits.decoded_bytes:
+    if rows * columns * samples * max(bits[0] // 8, 1) > limits.decoded_bytes:
         raise ImageError(f"a frame above the limit of {limits.decoded_bytes} bytes; scale it down")
     if frames > limits.frames:
         raise ImageError(f"{frames} frames, more than the limit of {limits.frames}; split it")
-    return Layout(
-        keyword,
-        syntax,
-        photometric,
-        samples,
-        planar,
-        rows,
-        columns,
-        frames,
-        allocated,
-        stored,
-        high,
-        bool(signed),
-        tuple(notes),
-    )
+    size = rows, columns, frames
+    return Layout(keyword, syntax, photometric, samples, planar, *size, *bits, bool(signed), tuple(notes))
 
 
 def _pixel_keyword(dataset: pydicom.Dataset) -> str:
@@ -184,15 +159,12 @@ def _transfer_syntax(dataset: pydicom.Dataset, keyword: str) -> UID:
         raise ImageError(
             f"the transfer syntax {shown}is unknown; export it as Explicit VR Little Endian"
         ) from error
-    if is_encapsulated and not compressed:
+    contradicts = not starts_with_item if compressed else is_encapsulated
+    if contradicts:
+        found = "uncompressed" if compressed else "compressed"
         raise ImageError(
-            f"compressed pixels contradict the transfer syntax {syntax.name}; correct the header or export "
-            "it again"
-        )
-    if compressed and not starts_with_item:
-        raise ImageError(
-            f"uncompressed pixels contradict the transfer syntax {syntax.name}; correct the header or export "
-            "it again"
+            f"{found} pixels contradict the transfer syntax {syntax.name}; correct the header or export it "
+            "again"
         )
     return syntax
 

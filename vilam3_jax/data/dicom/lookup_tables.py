@@ -16,17 +16,11 @@ _MAX_ENTRIES = 1 << 16
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
-    """A lookup table; inputs outside its range map to the first or last entry.
+    """A lookup table; inputs outside its range map to the first or last entry."""
 
-    Attributes:
-      first: input value of the first entry.
-      entries: [N] int64.
-      bits: bits per entry.
-    """
-
-    first: int
-    entries: np.ndarray
-    bits: int
+    first: int  # input value of the first entry
+    entries: np.ndarray  # [N] int64
+    bits: int  # bits per entry
 
     @property
     def largest(self) -> int:

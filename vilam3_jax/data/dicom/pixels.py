@@ -166,17 +166,11 @@ def value_notes(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Samples:
-    """Decoded samples of one frame.
+    """Decoded samples of one frame."""
 
-    Attributes:
-      values: [rows, columns] or [rows, columns, 3].
-      photometric: interpretation of `values` after decoding.
-      cells: the whole pixel cells of `values`, including bits outside the value; None: not available.
-    """
-
-    values: np.ndarray
-    photometric: str
-    cells: np.ndarray | None = None
+    values: np.ndarray  # [rows, columns] or [rows, columns, 3]
+    photometric: str  # interpretation after decoding
+    cells: np.ndarray | None = None  # whole pixel cells, including bits outside the value; None: unknown
 
 
 _Transform = Callable[[np.ndarray], np.ndarray]

@@ -58,17 +58,11 @@ _PER_SLICE: dict[str, Any] = dict.fromkeys(
 
 @dataclasses.dataclass(frozen=True)
 class Uptake:
-    """Conversion of rescaled values to uptake values.
-
-    Attributes:
-      factor: multiplier of the values.
-      units: units of the product.
-      note: why the product is not an SUV, or an assumption; None otherwise.
-    """
+    """Conversion of rescaled values to uptake values."""
 
     factor: float
-    units: str
-    note: str | None = None
+    units: str  # after multiplication
+    note: str | None = None  # why the product is not an SUV, or an assumption
 
 
 def facts_of(dataset: pydicom.Dataset) -> PetFacts:

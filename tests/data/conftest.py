@@ -11,7 +11,7 @@ from vilam3_jax.data.limits import Limits
 
 @pytest.fixture
 def shown(tmp_path):
-    """Writes an image and reads it as a picture."""
+    """Writes an image and renders it."""
 
     def show(pixels, photometric="MONOCHROME2", *, frame=None, voi=0, limits=None, **tags):
         path = save(tmp_path / "image.dcm", dataset(pixels, photometric, **tags))

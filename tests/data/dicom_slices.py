@@ -34,7 +34,7 @@ def plain_slice(k=0, z=None, **changes):
     for keyword, value in changes.items():
         if value is None:
             d.pop(keyword, None)
-        elif isinstance(value, bytes) and keyword != "PixelData":  # as it stands in a file, valid or not
+        elif isinstance(value, bytes) and keyword != "PixelData":  # a raw value, possibly invalid
             tag = Tag(keyword)
             d[tag] = RawDataElement(tag, dictionary_VR(tag), len(value), value, 0, False, True)
         else:
@@ -65,7 +65,7 @@ def item(**values):
 
 
 def assert_same_volume(ours, theirs):
-    """`theirs`: highdicom's [slices, rows, columns] in LPS, which may count slices from the other end."""
+    """`theirs`: highdicom's [slices, rows, columns] in LPS, possibly in reverse slice order."""
     affine = LPS_TO_RAS @ theirs.affine @ np.eye(4)[[2, 1, 0, 3]]
     values = theirs.array.transpose(2, 1, 0)
     if affine[:3, 2] @ ours.affine[:3, 2] < 0:
@@ -98,7 +98,7 @@ ORIENTATIONS = {
 
 
 def enhanced(positions, frames, shared=None, orientation=AXIAL, **changes):
-    """Enhanced MR: `frames` are the functional groups of each frame beside its position."""
+    """Enhanced MR; `frames` are the functional groups of each frame other than its position."""
     d = plain_slice(SOPClassUID=EnhancedMRImageStorage, Modality="MR", NumberOfFrames=len(positions))
     for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"):
         delattr(d, keyword)

@@ -1,4 +1,4 @@
-"""Builders of DICOM images and lookup tables, and the window functions, for the tests of DICOM pixels."""
+"""Builders of DICOM images and lookup tables, and the window functions, for tests of DICOM pixels."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def save(path, d):
 
 
 def with_text(path, d, old, new):
-    """Writes an image in which one text stands where a writer of ours would not put it."""
+    """Writes an image and replaces bytes of the file, for values that pydicom does not write."""
     raw = save(path, d).read_bytes()
     assert raw.count(old) == 1 and len(old) == len(new)
     path.write_bytes(raw.replace(old, new))
@@ -81,7 +81,7 @@ def palette_tags(tables, bits=16, first=0, segmented=False):
 
 
 def curve(centre, width, function, x):
-    """PS3.3 C.11.2.1.2.1 and C.11.2.1.3, with an output of 0 to 255, written as the standard writes it."""
+    """PS3.3 C.11.2.1.2.1 and C.11.2.1.3, for outputs of 0 to 255, in the notation of the standard."""
     if function == "LINEAR":
         if x <= centre - 0.5 - (width - 1) / 2:
             return 0

@@ -1,4 +1,4 @@
-"""Colour DICOM pictures: RGB, YBR and palettes, uncompressed or inside JPEG and JPEG 2000."""
+"""Colour DICOM images: RGB, YBR and palettes, uncompressed, in JPEG and in JPEG 2000."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def test_planar_configuration(shown):
     np.testing.assert_array_equal(shown(COLOURS, "RGB").pixels, COLOURS)
     found = shown(planes, "RGB", **(TAGS_COLOURS | {"PlanarConfiguration": 1})).pixels
     np.testing.assert_array_equal(found, COLOURS)
-    picture = shown(COLOURS, "RGB", PlanarConfiguration=None)
-    np.testing.assert_array_equal(picture.pixels, COLOURS)
-    assert any("Planar Configuration" in note for note in picture.notes)
+    image = shown(COLOURS, "RGB", PlanarConfiguration=None)
+    np.testing.assert_array_equal(image.pixels, COLOURS)
+    assert any("Planar Configuration" in note for note in image.notes)
 
 
 def test_equal_channels_are_a_picture(shown):
     grey = np.repeat(RAMP[..., None], 3, axis=-1)
-    picture = shown(grey, "RGB", WindowCenter=40, WindowWidth=400)
-    np.testing.assert_array_equal(picture.pixels, grey)
-    assert picture.notes == ()
+    image = shown(grey, "RGB", WindowCenter=40, WindowWidth=400)
+    np.testing.assert_array_equal(image.pixels, grey)
+    assert image.notes == ()
 
 
 def test_deep_colours_lose_their_low_bits(shown):
@@ -39,7 +39,7 @@ def test_deep_colours_lose_their_low_bits(shown):
 
 @pytest.mark.parametrize("chroma", [False, True])
 def test_ybr_without_compression(shown, chroma):
-    colours = np.repeat(COLOURS[:, ::2], 2, axis=1)  # pairs alike, so that sharing their chroma loses nothing
+    colours = np.repeat(COLOURS[:, ::2], 2, axis=1)  # equal pairs, so that subsampled chroma is lossless
     ybr = convert_color_space(colours, "RGB", "YBR_FULL")
     if chroma:
         pairs = ybr.reshape(-1, 2, 3)
@@ -61,13 +61,13 @@ def test_ybr_partial_reaches_black_and_white(shown):
 
 
 def jpeg(colours, adobe=None, jfif=False):
-    """A JPEG of the components as they are, with the markers that say what they mean."""
+    """A JPEG of unconverted components, with the markers that declare their colour space."""
     coded = imagecodecs.jpeg8_encode(
         colours, level=100, colorspace="RGB", outcolorspace="RGB", subsampling="444"
     )
     bare = b"\xff\xd8" + coded[coded.index(b"\xff\xdb") :]
     bare = bare.replace(b"R\x11\x00G\x11\x00B\x11\x00", b"\x01\x11\x00\x02\x11\x00\x03\x11\x00")
-    start = bare.index(b"\xff\xda") + 5  # the scan names its components too
+    start = bare.index(b"\xff\xda") + 5  # the scan header also names the components
     bare = bare[:start] + bare[start:].replace(b"R\x00G\x00B\x00", b"\x01\x00\x02\x00\x03\x00", 1)
     marker = b""
     if adobe is not None:
@@ -98,18 +98,18 @@ SMOOTH = np.stack(
 def test_jpeg_colours_are_converted_once_if_at_all(shown, adobe, jfif, stated, is_ybr, noted):
     samples = convert_color_space(SMOOTH, "RGB", "YBR_FULL") if is_ybr else SMOOTH
     tags = TAGS_COLOURS | {"Rows": 16, "Columns": 16}
-    picture = shown(jpeg(samples, adobe, jfif), stated, syntax=JPEGBaseline8Bit, **tags)
-    np.testing.assert_allclose(picture.pixels, SMOOTH, atol=6)
-    assert bool(picture.notes) == noted
+    image = shown(jpeg(samples, adobe, jfif), stated, syntax=JPEGBaseline8Bit, **tags)
+    np.testing.assert_allclose(image.pixels, SMOOTH, atol=6)
+    assert bool(image.notes) == noted
 
 
 def test_subsampled_chroma_is_no_rgb(shown):
     coded = imagecodecs.jpeg8_encode(SMOOTH, level=100, subsampling="420")
     coded = coded[:2] + coded[coded.index(b"\xff\xdb") :]
     tags = TAGS_COLOURS | {"Rows": 16, "Columns": 16}
-    picture = shown(coded, "RGB", syntax=JPEGBaseline8Bit, **tags)
-    np.testing.assert_allclose(picture.pixels, SMOOTH, atol=8)
-    assert any("the compressed frame is YBR_FULL, the header states RGB" in note for note in picture.notes)
+    image = shown(coded, "RGB", syntax=JPEGBaseline8Bit, **tags)
+    np.testing.assert_allclose(image.pixels, SMOOTH, atol=8)
+    assert any("the compressed frame is YBR_FULL, the header states RGB" in note for note in image.notes)
 
 
 def test_palettes(shown):
@@ -118,13 +118,13 @@ def test_palettes(shown):
     packed = palette_tags([colours[:, c].astype(np.uint8).tobytes() for c in range(3)], bits=8)
     wide = palette_tags([colours[:, c].astype("<u2").tobytes() for c in range(3)], bits=8)
     for tags in (deep, packed, wide):
-        picture = shown(RAMP, "PALETTE COLOR", **tags)
-        np.testing.assert_array_equal(picture.pixels, colours[RAMP])
-        assert picture.notes == ()
+        image = shown(RAMP, "PALETTE COLOR", **tags)
+        np.testing.assert_array_equal(image.pixels, colours[RAMP])
+        assert image.notes == ()
     overstated = palette_tags([colours[:, c].astype("<u2").tobytes() for c in range(3)], bits=16)
-    picture = shown(RAMP, "PALETTE COLOR", **overstated)
-    np.testing.assert_array_equal(picture.pixels, colours[RAMP])
-    assert picture.notes == ("the palette states 16 bits but has 8-bit entries; 8 bits are used",)
+    image = shown(RAMP, "PALETTE COLOR", **overstated)
+    np.testing.assert_array_equal(image.pixels, colours[RAMP])
+    assert image.notes == ("the palette states 16 bits but has 8-bit entries; 8 bits are used",)
     indices = RAMP.astype(np.uint16) + 1000
     shifted = palette_tags([(colours[:, c] * 257).astype("<u2").tobytes() for c in range(3)], first=1000)
     np.testing.assert_array_equal(shown(indices, "PALETTE COLOR", **shifted).pixels, colours[RAMP])
@@ -132,10 +132,10 @@ def test_palettes(shown):
 
 def test_segmented_palette(shown):
     words = struct.pack("<8H", 0, 3, 0, 256, 512, 1, 253, 65535)  # three entries, then a line to white
-    picture = shown(RAMP, "PALETTE COLOR", **palette_tags([words] * 3, segmented=True))
+    image = shown(RAMP, "PALETTE COLOR", **palette_tags([words] * 3, segmented=True))
     expected = np.array([0, 256, 512, *np.rint(np.linspace(512, 65535, 254)[1:])]).astype(int) >> 8
-    np.testing.assert_array_equal(picture.pixels[..., 0], expected[RAMP])
-    copies = struct.pack("<8H", 0, 1, 5, 2, 1, 0, 0, 0)  # "repeat that part": refused, it can be made a bomb
+    np.testing.assert_array_equal(image.pixels[..., 0], expected[RAMP])
+    copies = struct.pack("<8H", 0, 1, 5, 2, 1, 0, 0, 0)  # an indirect segment: allows bombs
     with pytest.raises(UserError, match="a segment of an unsupported type"):
         shown(RAMP, "PALETTE COLOR", **palette_tags([copies] * 3, segmented=True))
 
@@ -146,7 +146,7 @@ def test_a_component_transform_of_jpeg_2000_is_undone_once(shown):
     for coded, stated, noted in (
         (transformed, "YBR_RCT", False),
         (transformed, "RGB", False),
-        (transformed, "YBR_FULL", True),  # the codestream knows better
+        (transformed, "YBR_FULL", True),  # the codestream takes precedence
         (imagecodecs.jpeg2k_encode(plain, level=0, codecformat="j2k", mct=False), "YBR_FULL", False),
         (imagecodecs.jpeg2k_encode(plain, level=0, codecformat="jp2", mct=False), "YBR_FULL", False),
         (
@@ -155,6 +155,6 @@ def test_a_component_transform_of_jpeg_2000_is_undone_once(shown):
             False,
         ),
     ):
-        picture = shown(coded, stated, syntax=JPEG2000Lossless, **TAGS_COLOURS)
-        np.testing.assert_allclose(picture.pixels, COLOURS, atol=2)
-        assert bool(picture.notes) == noted
+        image = shown(coded, stated, syntax=JPEG2000Lossless, **TAGS_COLOURS)
+        np.testing.assert_allclose(image.pixels, COLOURS, atol=2)
+        assert bool(image.notes) == noted

@@ -1,4 +1,4 @@
-"""Display of grey DICOM values: windows, lookup tables and polarity, against the standard's formulas."""
+"""Display of grey DICOM values: windows, lookup tables and polarity, checked against the standard."""
 
 from __future__ import annotations
 
@@ -71,23 +71,23 @@ def test_one_of_several_settings_is_chosen_by_its_index(shown):
     ],
 )
 def test_settings_that_cannot_be_applied_are_left_out_and_said(shown, tags, note):
-    picture = shown(RAMP, **tags)
-    np.testing.assert_array_equal(picture.pixels, RAMP)
-    assert any(note in one for one in picture.notes), picture.notes
+    image = shown(RAMP, **tags)
+    np.testing.assert_array_equal(image.pixels, RAMP)
+    assert any(note in one for one in image.notes), image.notes
 
 
 @pytest.mark.parametrize("text", [b"N/A   ", b"40,123", b"nan   ", b"\\40   "])
 def test_windows_without_numbers_are_left_out_and_said(tmp_path, text):
     d = dataset(RAMP, WindowCenter="40.123", WindowWidth="77")
-    picture = read_image(with_text(tmp_path / "w.dcm", d, b"40.123", text))
-    np.testing.assert_array_equal(picture.pixels, RAMP)
-    assert any("its centre or width is not a number" in note for note in picture.notes)
+    image = read_image(with_text(tmp_path / "w.dcm", d, b"40.123", text))
+    np.testing.assert_array_equal(image.pixels, RAMP)
+    assert any("its centre or width is not a number" in note for note in image.notes)
 
 
 def test_a_usable_setting_behind_a_bad_one_is_taken(shown):
-    picture = shown(RAMP, WindowCenter=[40, 100], WindowWidth=[0, 50])
+    image = shown(RAMP, WindowCenter=[40, 100], WindowWidth=[0, 50])
     np.testing.assert_allclose(
-        picture.pixels.ravel(), [curve(100, 50, "LINEAR", x) for x in range(256)], atol=0.51
+        image.pixels.ravel(), [curve(100, 50, "LINEAR", x) for x in range(256)], atol=0.51
     )
     with pytest.raises(UserError, match="cannot be applied"):
         shown(RAMP, WindowCenter=[100, 40], WindowWidth=[50, 0], voi=1)
@@ -96,10 +96,10 @@ def test_a_usable_setting_behind_a_bad_one_is_taken(shown):
 def test_a_width_below_one_is_shown_exactly(shown):
     pixels = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
     tags = {"PixelData": None, "Rows": 16, "Columns": 16, "SamplesPerPixel": 1, "BitsAllocated": 32}
-    picture = shown(b"", FloatPixelData=pixels.tobytes(), WindowCenter=0.5, WindowWidth=0.5, **tags)
+    image = shown(b"", FloatPixelData=pixels.tobytes(), WindowCenter=0.5, WindowWidth=0.5, **tags)
     expected = np.clip((pixels - 0.5) / 0.5 + 0.5, 0, 1) * 255
-    np.testing.assert_allclose(picture.pixels, expected, atol=0.51)
-    assert any("LINEAR_EXACT" in note for note in picture.notes)
+    np.testing.assert_allclose(image.pixels, expected, atol=0.51)
+    assert any("LINEAR_EXACT" in note for note in image.notes)
 
 
 def test_an_unknown_function_is_refused_by_name(shown):
@@ -192,7 +192,7 @@ def test_lut_of_65536_entries_says_zero(shown):
 
 @pytest.mark.parametrize(
     ("first", "descriptor_vr"), [(-1024, "SS"), (64512, "US")]
-)  # one number, as explicit VR writers that know or do not know the sign write it
+)  # the same number, as written by explicit VR writers that do or do not handle the sign
 def test_negative_first_value_of_a_lut(shown, first, descriptor_vr):
     pixels = np.arange(256, dtype=np.int16).reshape(16, 16)
     table = lut([0] * 1124 + [255], first=first, bits=8, descriptor_vr=descriptor_vr)
@@ -206,16 +206,16 @@ def test_large_first_value_read_as_signed():
 
 
 def test_understated_bits_of_a_lut_are_corrected_and_said(shown):
-    picture = shown(RAMP, VOILUTSequence=[lut([16 * x for x in range(256)], bits=8)])
-    np.testing.assert_allclose(picture.pixels, RAMP, atol=1)
-    assert "a lookup table states 8 bits but has 12-bit entries; 12 bits are used" in picture.notes
+    image = shown(RAMP, VOILUTSequence=[lut([16 * x for x in range(256)], bits=8)])
+    np.testing.assert_allclose(image.pixels, RAMP, atol=1)
+    assert "a lookup table states 8 bits but has 12-bit entries; 12 bits are used" in image.notes
 
 
 def test_overstated_bits_of_a_voi_lut_are_corrected_and_said(shown):
     entries = (4 * np.arange(256)).tolist()  # 10 bits, stated as 16
-    picture = shown(RAMP, VOILUTSequence=[lut(entries, bits=16)])
-    np.testing.assert_array_equal(picture.pixels, np.rint(4 * RAMP.astype(float) / 1023 * 255))
-    assert picture.notes == ("a VOI LUT states 16 bits but has 10-bit entries; 10 bits are used",)
+    image = shown(RAMP, VOILUTSequence=[lut(entries, bits=16)])
+    np.testing.assert_array_equal(image.pixels, np.rint(4 * RAMP.astype(float) / 1023 * 255))
+    assert image.notes == ("a VOI LUT states 16 bits but has 10-bit entries; 10 bits are used",)
     dim = shown(RAMP, VOILUTSequence=[lut([40] * 256, bits=8)])
     assert (dim.pixels == 40).all() and not dim.notes
 
@@ -236,16 +236,16 @@ def test_a_short_modality_lut_is_refused(shown):
         ("MONOCHROME2", None, False, False),
         ("MONOCHROME2", "IDENTITY", False, False),
         ("MONOCHROME1", None, True, False),
-        ("MONOCHROME1", "INVERSE", True, False),  # an ordinary DX
+        ("MONOCHROME1", "INVERSE", True, False),  # as in most DX
         ("MONOCHROME1", "IDENTITY", True, True),
         ("MONOCHROME2", "INVERSE", True, True),
     ],
 )
 def test_polarity(shown, photometric, shape, inverted, noted):
     tags = {"WindowCenter": 128, "WindowWidth": 256} | ({"PresentationLUTShape": shape} if shape else {})
-    picture = shown(RAMP, photometric, **tags)
-    np.testing.assert_array_equal(picture.pixels, 255 - RAMP if inverted else RAMP)
-    assert bool(picture.notes) == noted
+    image = shown(RAMP, photometric, **tags)
+    np.testing.assert_array_equal(image.pixels, 255 - RAMP if inverted else RAMP)
+    assert bool(image.notes) == noted
 
 
 def test_inversion_comes_after_the_voi_lut(shown):

@@ -1,4 +1,4 @@
-"""DICOM headers: recognised by content, the same by both ways of reading, bounded, without the patient."""
+"""DICOM headers: recognition by content, equal results of both parsers, bounds, no patient data."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SYNTAXES = [
     DeflatedExplicitVRLittleEndian,
 ]
 SECRETS = ("DOE^JANE", "19550101", "HOSPITAL", "SECRET")
-# Real files of every encoding; RLE, JPEG and text objects among them.
+# Real files in every encoding, including RLE, JPEG and text objects.
 REAL = [
     "CT_small.dcm",
     "MR_small_bigendian.dcm",
@@ -77,7 +77,7 @@ def image(syntax=ExplicitVRLittleEndian, **tags):
 
 
 def written(d, *, bare=False):
-    """The bytes of a file; bare: as old archives keep it, without preamble and meta information."""
+    """The bytes of a file; `bare`: without preamble and meta information, as in old archives."""
     buffer = io.BytesIO()
     if bare:
         syntax = d.file_meta.TransferSyntaxUID
@@ -116,7 +116,7 @@ def test_deflated(tmp_path):
         b"hello" * 100,
         b"\x89PNG\r\n\x1a\n" + bytes(200),
         bytes(1000),
-        b"\x08\x00\x08\x00" + bytes(200),  # a group 8 that nothing follows
+        b"\x08\x00\x08\x00" + bytes(200),  # group 8 without a second element
         b"\x08\x00\x08\x00CS\xff\xff" + bytes(200),
         struct.pack("<5l", 348, 0, 0, 0, 0) + bytes(400),  # NIfTI
         b"DICM" + bytes(200),
@@ -196,7 +196,7 @@ def both_ways(path, frames, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(header_walk, "walk", walk)
             try:
-                with naming(path):  # values are decoded when they are looked at
+                with naming(path):  # values are decoded on access
                     results.append(as_text(read_header(path, frames=frames)))
             except UserError as error:
                 results.append(str(error))
@@ -236,7 +236,7 @@ def test_damaged_headers_read_alike_or_end_in_one_line(tmp_path_factory, which, 
     path.write_bytes(raw if changes else raw[: int(keep * len(raw))])
     with pytest.MonkeyPatch.context() as monkeypatch:
         fast, slow = both_ways(path, False, monkeypatch)
-    if not isinstance(slow, str):  # pydicom also refuses damage inside elements that the walk skips
+    if not isinstance(slow, str):  # pydicom also rejects damage inside elements that the walk skips
         assert fast == slow
     if isinstance(fast, str):
         assert "d.dcm" in fast and "\n" not in fast
@@ -246,7 +246,7 @@ def test_a_class_with_an_unknown_value_representation_is_no_directory(tmp_path):
     raw = written(image(SYNTAXES[0])).replace(b"\x02\0\x02\0UI", b"\x02\0\x02\0\x0fI", 1)
     path = tmp_path / "d.dcm"
     path.write_bytes(raw)
-    # pydicom decodes lazily, so its own error for such a value comes late.
+    # pydicom decodes lazily and would raise its own error later.
     with pytest.raises(UserError, match=r"d\.dcm: DICOM without any image element"):
         dicom.survey(path)
 
@@ -313,7 +313,7 @@ def test_truncated_files_are_told(tmp_path):
     raw = written(image())
     path = tmp_path / "cut.dcm"
     path.write_bytes(raw[:-2])
-    assert read_header(path) is not None  # the header is whole
+    assert read_header(path) is not None  # the header is complete
     with pytest.raises(UserError, match=r"cut\.dcm: ends inside an element; the file is cut short"):
         read_dataset(path)
     path.write_bytes(raw[: raw.index(b"MONOCHROME2") + 3])
@@ -330,7 +330,7 @@ def test_missing_and_unreadable_files(tmp_path):
         read_header(tmp_path)
 
 
-# ---- what an error says
+# ---- error messages
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Whole DICOM pictures: agreement with other readers, refusals, notes, and damaged files."""
+"""Rendered DICOM images: agreement with other readers, rejected files, notes, and damage."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def real(name):
         "693_UNCI.dcm",  # 14 bits of 16, signed
         "JPEG-LL.dcm",
         "JPEG2000.dcm",
-        "JPGExtended.dcm",  # 12 bits, which neither gdcm nor Pillow decodes
+        "JPGExtended.dcm",  # 12 bits, not supported by gdcm and Pillow
         "emri_small_big_endian.dcm",
         "explicit_VR-UN.dcm",
         "examples_overlay.dcm",
@@ -70,7 +70,7 @@ def test_values_are_those_of_itk(name):
     for frame in {0, len(expected) - 1}:
         values, valid = frame_values(d, frame, name)
         np.testing.assert_allclose(values, expected[frame], rtol=1e-6)
-        assert (valid is None) == (name != "693_UNCI.dcm")  # which has padding
+        assert (valid is None) == (name != "693_UNCI.dcm")  # has padding
 
 
 def test_modality_lut_is_that_of_pydicom():
@@ -93,9 +93,9 @@ def test_grey_is_that_of_pydicom_and_highdicom(name):
         by_pydicom = (apply_voi_lut(values, reference).astype(float) - ends[0]) / (ends[1] - ends[0]) * 255
     if reference.PhotometricInterpretation == "MONOCHROME1":
         by_pydicom = 255 - by_pydicom
-    picture = read_image(real(name)).pixels
-    np.testing.assert_allclose(picture, by_pydicom, atol=0.51)
-    np.testing.assert_allclose(picture, by_highdicom, atol=1)
+    image = read_image(real(name)).pixels
+    np.testing.assert_allclose(image, by_pydicom, atol=0.51)
+    np.testing.assert_allclose(image, by_highdicom, atol=1)
 
 
 @pytest.mark.parametrize(
@@ -126,9 +126,9 @@ def test_grey_is_that_of_pydicom_and_highdicom(name):
     ],
 )
 def test_a_picture_does_not_depend_on_how_it_is_stored(name, reference, tolerance):
-    picture, expected = (read_image(real(one)).pixels for one in (name, reference))
-    assert picture.dtype == np.uint8 and picture.shape == expected.shape
-    assert np.abs(picture.astype(int) - expected).max() <= tolerance
+    image, expected = (read_image(real(one)).pixels for one in (name, reference))
+    assert image.dtype == np.uint8 and image.shape == expected.shape
+    assert np.abs(image.astype(int) - expected).max() <= tolerance
 
 
 @pytest.mark.parametrize(
@@ -136,8 +136,8 @@ def test_a_picture_does_not_depend_on_how_it_is_stored(name, reference, toleranc
 )
 def test_colour_is_that_of_itk(name):
     expected = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(real(name)))
-    picture = read_image(real(name), frame=0)
-    np.testing.assert_array_equal(picture.pixels, expected.reshape(-1, *picture.pixels.shape)[0])
+    image = read_image(real(name), frame=0)
+    np.testing.assert_array_equal(image.pixels, expected.reshape(-1, *image.pixels.shape)[0])
 
 
 @pytest.mark.parametrize("name", ["OBXXXX1A.dcm", "OT-PAL-8-face.dcm", "gdcm-US-ALOKA-16.dcm"])
@@ -149,7 +149,7 @@ def test_palette_is_that_of_pydicom(name):
     np.testing.assert_array_equal(read_image(real(name)).pixels, expected)
 
 
-# ---- what is refused, and how
+# ---- rejected files
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_colours_are_no_values(tmp_path):
         frame_values(read_dataset(path), 0, path)
 
 
-# ---- what is said beside the picture
+# ---- notes and metadata
 
 
 @pytest.mark.parametrize(
@@ -273,16 +273,16 @@ def test_colours_are_no_values(tmp_path):
     ],
 )
 def test_notes(shown, tags, note):
-    picture = shown(RAMP, **tags)
-    np.testing.assert_array_equal(picture.pixels, RAMP)
-    assert len(picture.notes) == 1 and note in picture.notes[0]
+    image = shown(RAMP, **tags)
+    np.testing.assert_array_equal(image.pixels, RAMP)
+    assert len(image.notes) == 1 and note in image.notes[0]
 
 
 def test_what_the_file_states(shown):
-    picture = shown(RAMP, BodyPartExamined="CHEST", PixelAspectRatio=[1, 1])
-    assert (picture.modality, picture.body_part, picture.notes) == ("DX", "CHEST", ())
-    picture = shown(RAMP, Modality=None, BodyPartExamined="Doe^Jane")  # may name anybody
-    assert (picture.modality, picture.body_part) == ("unknown", "unknown")
+    image = shown(RAMP, BodyPartExamined="CHEST", PixelAspectRatio=[1, 1])
+    assert (image.modality, image.body_part, image.notes) == ("DX", "CHEST", ())
+    image = shown(RAMP, Modality=None, BodyPartExamined="Doe^Jane")  # may contain a name
+    assert (image.modality, image.body_part) == ("unknown", "unknown")
 
 
 def test_cine(shown):
@@ -297,8 +297,8 @@ def test_cine(shown):
         with pytest.raises(UserError, match="choose one of 0 to 4"):
             shown(frames.tobytes(), frame=frame, **tags)
     for stated in (0, None):
-        picture = shown(frames.tobytes(), **(tags | {"NumberOfFrames": stated}))
-        assert picture.frames == 1 and any("bytes after the last frame" in note for note in picture.notes)
+        image = shown(frames.tobytes(), **(tags | {"NumberOfFrames": stated}))
+        assert image.frames == 1 and any("bytes after the last frame" in note for note in image.notes)
 
 
 # ---- damage
@@ -336,8 +336,8 @@ def test_damaged_files_give_a_picture_or_one_clear_line(tmp_path_factory, seeds,
     path = tmp_path_factory.mktemp("damage") / "d.dcm"
     path.write_bytes(raw if changes else raw[: int(keep * len(raw))])
     try:
-        picture = read_image(path)
+        image = read_image(path)
     except UserError as error:
         assert "d.dcm" in str(error) and "\n" not in str(error)
     else:
-        assert picture.pixels.dtype == np.uint8 and picture.pixels.ndim in (2, 3)
+        assert image.pixels.dtype == np.uint8 and image.pixels.ndim in (2, 3)

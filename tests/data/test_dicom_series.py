@@ -40,7 +40,7 @@ from vilam3_jax.errors import UserError
 SAMPLES = Path(__file__).parents[2] / ".cache" / "samples"
 
 
-# One odd file
+# A single odd file
 
 
 ODD = {
@@ -275,7 +275,7 @@ def test_series_of_totalsegmentator_as_simpleitk_reads_it():
     folder = SAMPLES / "totalsegmentator-2.18.0/tests/reference_files/example_ct_dicom"
     if not folder.is_dir():
         pytest.skip("run `make quickstart` once to fetch the samples")
-    volume = read_series(folder)  # its files state no UIDs at all
+    volume = read_series(folder)  # its files have no UIDs
     reader = sitk.ImageSeriesReader()
     files = sorted(folder.iterdir(), key=lambda path: pydicom.dcmread(path).ImagePositionPatient[2])
     reader.SetFileNames([str(path) for path in files])

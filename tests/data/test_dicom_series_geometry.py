@@ -1,4 +1,4 @@
-"""Geometry of DICOM series: affines that agree with highdicom and SimpleITK, missing slices, gantry tilt."""
+"""Geometry of DICOM series: affines compared with highdicom and SimpleITK, missing slices, gantry tilt."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_affine_agrees_with_highdicom_and_simpleitk(tmp_path, name):
 )
 @example(angles=(0.0, 0.0, 0.0), spacing=(1.0, 1.0), distance=1.0, tilt=1.25, count=7)
 def test_every_corner_of_every_slice_is_where_highdicom_puts_it(angles, spacing, distance, tilt, count):
-    """Also with a tilted gantry: the shear of the affine follows each slice's own position."""
+    """Includes tilted gantries: the shear of the affine reproduces the position of each slice."""
     orientation = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()[:2].ravel()
     shift = distance * math.tan(math.radians(tilt))
     places = np.array(positions_of(orientation, count, distance, sideways=(0, shift)))
@@ -135,7 +135,7 @@ def test_missing_and_uneven_slices_are_refused(distances, problem):
     assert stack.affine is None
     with pytest.raises(AssertionError, match=problem):
         raise AssertionError(stack.problem)
-    assert get_volume_positions(along_z(distances), AXIAL)[0] is None  # so says highdicom
+    assert get_volume_positions(along_z(distances), AXIAL)[0] is None  # highdicom agrees
 
 
 def test_jump_within_the_plane_is_no_tilt():
@@ -144,13 +144,13 @@ def test_jump_within_the_plane_is_no_tilt():
     assert "by 12.00 mm between slices 5 and 6 of 8" in stacked(positions).problem
     positions = along_z(np.arange(8) * 5.0)
     positions[:, 1] += np.arange(8) * 6.0
-    assert stacked(positions).problem is not None  # slides further than it advances
+    assert stacked(positions).problem is not None  # larger shifts than slice distances
 
 
 def test_header_against_positions():
     positions = along_z(np.arange(8) * 5.0)
     assert stacked(positions, distance=5.0, thickness=5.0).notes == ()
-    assert stacked(positions, thickness=7.5).notes == ()  # overlapping slices are usual
+    assert stacked(positions, thickness=7.5).notes == ()  # overlapping slices are common
     (note,) = stacked(positions, distance=2.5).notes
     assert note.startswith("the header states 2.5 mm between slices, the positions 5 mm")
     (note,) = stacked(positions, thickness=1.0).notes
@@ -164,14 +164,14 @@ def test_header_against_positions():
 
 
 def test_tilt_as_dcm2niix_sees_it():
-    """A gantry tilted by 15 degrees about x: rows stay along x, columns lean, the table moves along z."""
+    """A gantry tilted by 15 degrees about x: rows along x, tilted columns, table motion along z."""
     tilt = math.radians(15)
     orientation = [1, 0, 0, 0, math.cos(tilt), -math.sin(tilt)]
     positions = along_z(np.arange(10) * 4.0)
     stack = stack_slices(
         positions, plane_of(orientation), (0.5, 0.5), distance=None, thickness=4.0, tilt=15.0
     )
-    np.testing.assert_allclose(stack.affine[:3, 2], [0, 0, 4], atol=1e-12)  # as the table moved
+    np.testing.assert_allclose(stack.affine[:3, 2], [0, 0, 4], atol=1e-12)  # the table motion
     assert stack.spacing[2] == pytest.approx(4 * math.cos(tilt))
     assert stack.notes == ("gantry tilt of 15.0 degrees, kept in the affine as shear",)
 

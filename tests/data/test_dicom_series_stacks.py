@@ -1,4 +1,4 @@
-"""Several DICOM stacks in one series or multi-frame file: they are told apart and never mixed."""
+"""Several DICOM stacks in one series or multi-frame file: separated and never mixed."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_stacks_told_apart_by_two_values_or_by_their_order(tmp_path):
         values = read_series(tmp_path / "a", series=series.identifier).values
         np.testing.assert_array_equal(values[0, 0], 100 * (np.arange(3) + 10 * (index + 2)))
 
-    for k in range(3):  # dynamic: each slice has a time of its own
+    for k in range(3):  # dynamic series: each slice has a different time
         for phase in range(4):
             time = f"1200{phase}{k}.5"
             save(plain_slice(k + 10 * phase, z=k, ContentTime=time), tmp_path / "b" / f"{phase}{k}")
@@ -95,12 +95,12 @@ def test_stacks_told_apart_by_two_values_or_by_their_order(tmp_path):
 
 def test_copies_are_dropped_and_noted(tmp_path):
     save_stack(tmp_path)
-    shutil.copytree(tmp_path, tmp_path / "again")  # the same instances once more
+    shutil.copytree(tmp_path, tmp_path / "again")  # the same instances again
     volume = read_series(tmp_path)
     assert volume.values.shape[2] == 6
     assert volume.notes == ("6 files skipped: a copy of another file (same SOPInstanceUID)",)
     shutil.rmtree(tmp_path / "again")
-    save_stack(tmp_path / "new_uids", InstanceNumber=None)  # equal pixels, other instances
+    save_stack(tmp_path / "new_uids", InstanceNumber=None)  # equal pixels in other instances
     for path in tmp_path.glob("*.dcm"):
         dataset = pydicom.dcmread(path)
         del dataset.InstanceNumber
@@ -139,7 +139,7 @@ def test_positions_of_two_studies_or_spaces_are_never_compared(tmp_path, keyword
     for number, series in enumerate(list_series(tmp_path)):
         values = read_series(tmp_path, series=series.identifier).values
         assert values.shape[2] == 5 and values.any() == (number == 0)
-    save_stack(tmp_path / "a", 6, first=20, z=lambda k: k + 5)  # one is now clearly the volume
+    save_stack(tmp_path / "a", 6, first=20, z=lambda k: k + 5)  # one stack is now clearly larger
     volume = read_series(tmp_path)
     assert volume.values.shape[2] == 11
     assert volume.notes == ("5 files skipped: another study or frame of reference",)
@@ -325,7 +325,7 @@ def test_multi_frame_without_positions_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("distance", "head_first"), [(4.0, True), (-4.0, False)])
 def test_nuclear_tomography_stacks_along_its_signed_spacing(tmp_path, distance, head_first):
-    """PS3.3 C.8.4.15: positive stacks along the normal, here towards the head."""
+    """PS3.3 C.8.4.15: positive spacings point along the normal, here towards the head."""
     d = plain_slice(
         SOPClassUID=NuclearMedicineImageStorage,
         Modality="NM",

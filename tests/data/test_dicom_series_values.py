@@ -52,7 +52,10 @@ def test_units(tmp_path, changes, units, note):
         ({"WindowCenter": lambda k: 10 * k, "WindowWidth": 100}, (30, 100)),
         ({"WindowCenter": 40, "WindowWidth": 400, "VOILUTFunction": "SIGMOID"}, None),
         ({"WindowCenter": 40, "WindowWidth": 0}, None),
-        ({"WindowCenter": b"40 HU\\-600", "WindowWidth": b"400\\1500"}, (-600, 1500)),  # never 400 about -600
+        (
+            {"WindowCenter": b"40 HU\\-600", "WindowWidth": b"400\\1500"},
+            (-600, 1500),
+        ),  # not 400 at -600
         ({}, None),
     ],
 )
@@ -174,11 +177,11 @@ def test_suv(tmp_path, changes, tracer, factor, units, note):
 
 
 def test_suv_of_series_whose_time_was_altered():
-    """QIBA's variant: the scan began before the acquisition, by the frame's reference time."""
+    """QIBA's variant: the scan start is the acquisition time minus the frame reference time."""
     half_life, duration = 6586.2, 180.0
     rate = math.log(2) / half_life
     average = math.log(rate * duration / (1 - math.exp(-rate * duration))) / rate
-    assert average == pytest.approx(duration / 2, rel=0.01)  # a short frame: about its middle
+    assert average == pytest.approx(duration / 2, rel=0.01)  # short frame: close to its middle
     slices = [
         pet_slice(
             k,

@@ -1,4 +1,4 @@
-"""DICOM pixel values: stored bits, rescaling, padding, and what decoders return for compressed frames."""
+"""DICOM pixel values: stored bits, rescaling, padding, and compressed frames."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def values_of(tmp_path, d):
     [
         ([0xF123, 0x0FFF], 0, 12, 11, [0x123, 0xFFF]),  # an overlay in the high bits
         ([0x0FFF, 0xF800, 0x07FF], 1, 12, 11, [-1, -2048, 2047]),  # signed 12 in 16
-        ([0x1230, 0xFFF5], 0, 12, 15, [0x123, 0xFFF]),  # stored high
+        ([0x1230, 0xFFF5], 0, 12, 15, [0x123, 0xFFF]),  # high-aligned
         ([0x8000, 0x7FF0], 1, 12, 15, [-2048, 2047]),
         ([0x1234], 0, 8, 11, [0x23]),
         ([0xFFFF, 0x8000], 1, 16, 15, [-1, -32768]),
@@ -57,9 +57,9 @@ def test_only_stored_bits_count(tmp_path, cells, signed, bits, high, expected):
 
 
 def test_impossible_high_bit_is_ignored_and_said(shown):
-    picture = shown(RAMP.astype(np.uint16), BitsStored=8, HighBit=3)
-    np.testing.assert_array_equal(picture.pixels, RAMP)
-    assert "High Bit of 3 contradicts 8 bits stored and is ignored" in picture.notes
+    image = shown(RAMP.astype(np.uint16), BitsStored=8, HighBit=3)
+    np.testing.assert_array_equal(image.pixels, RAMP)
+    assert "High Bit of 3 contradicts 8 bits stored and is ignored" in image.notes
 
 
 @pytest.mark.parametrize("width", [8, 16, 32])
@@ -146,8 +146,8 @@ def test_float_pixels(shown, tmp_path):
         values, valid = frame_values(read_dataset(path), 0, path)
         np.testing.assert_array_equal(values, pixels)
         assert valid is not None and (~valid).sum() == 1 and not valid[0, 3]
-        picture = read_image(path).pixels
-        assert picture[0, :4].tolist() == [0, 255, 0, 0] and picture[15, 15] == 255
+        image = read_image(path).pixels
+        assert image[0, :4].tolist() == [0, 255, 0, 0] and image[15, 15] == 255
 
 
 # ---- padding
@@ -283,7 +283,7 @@ def test_jpeg_frames_that_are_cut_short_are_refused(shown, lossless):
     coded = imagecodecs.jpeg8_encode(RAMP, lossless=lossless)
     syntax = JPEGLossless if lossless else JPEGBaseline8Bit
     shown(coded, syntax=syntax, **TAGS8)
-    with pytest.raises(UserError, match="the compressed frame is cut short"):  # libjpeg would go on with grey
+    with pytest.raises(UserError, match="the compressed frame is cut short"):  # libjpeg would fill with grey
         shown(coded[:-20], syntax=syntax, **TAGS8)
 
 
@@ -299,7 +299,7 @@ def test_more_bits_than_the_header_states(shown, tmp_path):
         "values need more than the 10 bits that the header states; all are kept"
         in shown(coded, syntax=JPEG2000Lossless, **tags).notes
     )
-    # A lossless codec of whole cells keeps an overlay beside the values.
+    # A lossless codec of whole cells preserves an overlay outside the stored bits.
     cells = deep // 16 | 0x1000
     d = dataset(
         imagecodecs.jpegls_encode(cells), syntax=JPEGLSLossless, **(tags | {"BitsStored": 12, "HighBit": 11})

@@ -1,4 +1,4 @@
-"""Decoding in a child process: the same result, and one sentence whatever happens to the child."""
+"""Decoding in a child process: equal results, and a one-line error for every failure of the child."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.volumes import read_volume
 from vilam3_jax.errors import InputWarning, UnavailableError, UserError
 
-# A child whose reader of volumes misbehaves as the name of the file says.
+# A child whose volume reader fails in the way given by the file name.
 FAKE = """
 import ctypes, os, sys, time, warnings
 import numpy as np
@@ -98,7 +98,7 @@ def test_volumes_cross_unchanged(decoder, tmp_path):
     for dtype in (np.int16, np.int32, np.float32):
         values = (rng.random((5, 6, 7)) * 1e5).astype(dtype)
         if dtype is np.float32:
-            values[1, 2, 3] = np.nan  # so that `valid` crosses, too
+            values[1, 2, 3] = np.nan  # so that `valid` is transferred, too
         path = tmp_path / f"{np.dtype(dtype).name}.nii.gz"
         nib.Nifti1Image(values, affine).to_filename(path)
         with warnings.catch_warnings():
@@ -229,7 +229,7 @@ os._exit(0)
     deadline = time.monotonic() + 10
     while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
         with open(f"/proc/{child}/stat") as state:
-            if state.read().rsplit(")", 1)[1].split()[0] == "Z":  # ended, and nobody waits for it
+            if state.read().rsplit(")", 1)[1].split()[0] == "Z":  # a zombie: it ended
                 break
         time.sleep(0.05)
     else:

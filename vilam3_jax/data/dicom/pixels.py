@@ -223,7 +223,7 @@ class _FrameDecoder:
             "number_of_frames": layout.frames,
             "pixel_keyword": layout.keyword,
             "pixel_vr": str(element.VR),
-            "correct_unused_bits": False,  # pydicom ignores High Bit
+            "correct_unused_bits": False,  # pydicom assumes High Bit = Bits Stored - 1
             "allow_excess_frames": False,
         }
         raw, _ = get_decoder(layout.syntax).as_array(data, index=self.frame, raw=True, **options)

@@ -34,7 +34,7 @@ from pydicom.uid import (
 
 from vilam3_jax import cli
 from vilam3_jax.data import folder_walk
-from vilam3_jax.data.dicom import list_series, read_listed, read_picture
+from vilam3_jax.data.dicom import list_series, read_image, read_listed
 from vilam3_jax.data.dicom.frames import short_identifier
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.scan import collect as collect_lib
@@ -179,7 +179,7 @@ def test_scan_and_load_volume_agree(hospital, tmp_path, capsys, monkeypatch) -> 
             with pytest.raises(UserError) as refused:
                 load_volume(hospital, series=one["id"])
             unknown = "unsupported photometric interpretation"  # the reader quotes the file
-            reason = "is not read here" if one["problem"] == unknown else one["problem"]
+            reason = "is not supported" if one["problem"] == unknown else one["problem"]
             if reason == "truncated pixel data":
                 reason = "is cut short"
             assert reason in str(refused.value)
@@ -218,9 +218,9 @@ def test_cut_short_pictures_are_not_offered(tmp_path, capsys) -> None:
     (one,) = result["series"]
     assert one["use"] == "pictures" and one["files"] == 1
     assert one["skipped"] == [{"reason": "truncated pixel data", "files": 1}]
-    assert read_picture(whole).pixels.shape == (4, 5, 3)
+    assert read_image(whole).pixels.shape == (4, 5, 3)
     with pytest.raises(UserError):
-        read_picture(cut)
+        read_image(cut)
 
 
 def test_pixels_without_a_decoder_are_a_problem(tmp_path, capsys, monkeypatch) -> None:

@@ -81,7 +81,7 @@ def test_a_stream_that_is_longer_than_it_says_is_refused() -> None:
     data = decoded_images.encode(noise(1, 4, 4))[:10] + imagecodecs.zstd_encode(bytes(100 << 20))
     with pytest.raises(UserError, match=r"damaged|cut short"):
         decoded_images.decode(data)
-    with pytest.raises(UserError, match="version 9, but 1 is supported"):
+    with pytest.raises(UserError, match="version 9, not 1"):
         decoded_images.decode(data[:4] + b"\x09" + data[5:])
 
 

@@ -88,7 +88,7 @@ def _header(data: bytes) -> tuple[int, int, int]:
         raise UserError("picture stored as pixels that is cut short; prepare the dataset again")
     magic, version, channels, height, width = _HEADER.unpack_from(data)
     if version != _VERSION:
-        raise UserError(f"image stored in version {version}, but {_VERSION} is supported; prepare it again")
+        raise UserError(f"image stored in version {version}, not {_VERSION}; prepare the dataset again")
     sides = (height, width)
     if magic != _MAGIC or channels not in (1, 3) or not 0 < min(sides) <= max(sides) <= _MAX_SIDE:
         raise UserError("image stored as pixels with a damaged header; prepare the dataset again")

@@ -81,23 +81,20 @@ TEXT = _other("text file")
 UNKNOWN = _other("file of an unknown kind")
 
 _MAT = _array("MATLAB file")
-_NPY = FileKind(
-    "NumPy array (.npy), which has no orientation or spacing", advice="save it as NIfTI with its affine"
-)
-_NPZ = FileKind(
-    "NumPy archive (.npz), which has no orientation or spacing",
-    advice="save its array as NIfTI with its affine",
-)
+_NPY = _array("NumPy file (.npy), which has no orientation or spacing")
+_NPZ = _array("NumPy archive (.npz), which has no orientation or spacing")
 _HDF5 = _array("HDF5 file")
+_MGH = _volume("FreeSurfer volume (MGH)")
 _MESH = _derived("surface mesh")
 _TRACTS = _derived("tractogram")
 _CHECKPOINT = _other("model checkpoint")
-_PICKLE = FileKind(
-    "Python pickle, which is never opened because it can run programs", advice="save it as NIfTI or PNG"
-)
+_PDF = _document("PDF document")
+_PICKLE = FileKind("Python pickle, never opened as it can run code", advice="save it as NIfTI or PNG")
+_ZEROS = FileKind("file of zero bytes", advice="it was not written or fetched to the end; fetch it again")
 _ENCRYPTED = FileKind("encrypted file", advice="decrypt it first")
 _RAW_NUMBERS = FileKind("file of raw numbers", advice="give the header (.mhd or .nhdr) that belongs to it")
 _COMPANION = FileKind("macOS companion file (._)", advice="give the file without `._` in its name")
+_LONE_IMG = FileKind("voxels (.img) without a usable .hdr", advice="put the .hdr of the same name beside it")
 _SHORTCUT = FileKind("Windows shortcut", advice="give the file that it points to")
 
 # (offset, signatures, kind): the first match wins, so ambiguous short signatures are last.
@@ -126,7 +123,7 @@ _SIGNATURES: tuple[tuple[int, bytes | tuple[bytes, ...], FileKind], ...] = (
     (0, b"\xd7\xcd\xc6\x9a", _image("Windows metafile")),
     (40, b" EMF", _image("Windows metafile")),
     (0, b"SIMPLE  =", _image("FITS image")),
-    (0, b"%PDF", _document("PDF document")),
+    (0, b"%PDF", _PDF),
     (0, (b"%!PS", b"\xc5\xd0\xd3\xc6"), _document("PostScript document")),
     (0, b"{\\rtf", _document("RTF document")),
     (0, b"AT&TFORM", _document("DjVu document")),
@@ -192,6 +189,7 @@ _BRANDS = {
     b"jp2 ": _image("JPEG 2000 image"),
     b"M4A ": _other("MPEG-4 sound"),
 }
+_BMP_HEADER_SIZES = [size.to_bytes(4, "little") for size in (12, 40, 52, 56, 64, 108, 124)]
 # Formats without a signature: used only where the content is unknown.
 _SUFFIXES = {
     ".nhdr": _volume("damaged NRRD header"),
@@ -202,7 +200,7 @@ _SUFFIXES = {
     ".2dseq": _volume("Bruker volume"),
     ".mnc": _volume("MINC volume"),
     ".mat": _MAT,
-    ".mgh": _volume("FreeSurfer volume (MGH)"),
+    ".mgh": _MGH,
     ".mrxs": WHOLE_SLIDE,
     **dict.fromkeys((".stl", ".obj"), _MESH),
     ".tga": _image("TGA image"),
@@ -210,6 +208,7 @@ _SUFFIXES = {
     **dict.fromkeys((".onnx", ".pb"), _CHECKPOINT),
     **dict.fromkeys((".dll", ".exe"), _other("program")),
 }
+_MGH_SUFFIXES = (".mgh", ".mgz", ".mgh.gz")
 _SLIDE_SUFFIXES = (".svs", ".ndpi", ".scn", ".bif", ".qptiff", ".afi")
 _RAW_PHOTO_SUFFIXES = (".dng", ".cr2", ".nef", ".arw", ".pef", ".srw", ".3fr", ".iiq", ".nrw")
 _PROMISED = {  # suffix -> format that the content does not match
@@ -251,9 +250,8 @@ def identify(path: PathLike) -> FileKind:
         raise UserError(f"{path}: no such file; check the path") from error
     except OSError as error:
         check_passing(path, error)
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror or 'no access'}); check the path"
-        ) from error
+        reason = error.strerror or "no access"
+        raise UserError(f"{path}: cannot be read ({reason}); check the path") from error
     return identify_bytes(start, path.name)
 
 
@@ -298,22 +296,19 @@ def _by_content(start: bytes, name: str) -> FileKind | None:
         return _iso_media(start)
     if start[4:8] in (b"moov", b"mdat", b"wide"):
         return _video("QuickTime video")
-    if (
-        start[:2] == b"BM"
-        and len(start) > 17
-        and struct.unpack_from("<I", start, 14)[0] in (12, 40, 52, 56, 64, 108, 124)
-    ):
+    if start[:2] == b"BM" and start[14:18] in _BMP_HEADER_SIZES:
         return BMP
-    return (
-        _nifti(start)
-        or _mgh(start, name)
-        or (DICOM_WITHOUT_PREAMBLE if _is_bare_dicom(start) else None)
-        or _checkpoint(start)
-        or _icon(start)
-        or _late_pdf(start)
-        or _text(start, name)
-        or _zeros(start)
-    )
+    if start[:4] == b"\0\0\0\x01" and len(start) >= 28 and name.endswith(_MGH_SUFFIXES):
+        return _MGH
+    if kind := _nifti(start):
+        return kind
+    if _is_bare_dicom(start):
+        return DICOM_WITHOUT_PREAMBLE
+    if kind := _checkpoint(start) or _icon(start):
+        return kind
+    if re.search(rb"%PDF-\d\.\d", start[:1024]):  # readers search for it there
+        return _PDF
+    return _text(start, name) or (None if start.strip(b"\0") else _ZEROS)
 
 
 def _by_suffix(name: str) -> FileKind:
@@ -322,9 +317,7 @@ def _by_suffix(name: str) -> FileKind:
     if suffix in _SUFFIXES:
         return _SUFFIXES[suffix]
     if suffix == ".img":
-        return FileKind(
-            "voxels (.img) without a usable .hdr", advice="put the .hdr of the same name beside it"
-        )
+        return _LONE_IMG
     if suffix in _PROMISED:
         return _broken(f"file named {suffix} without {_PROMISED[suffix]} data inside")
     return UNKNOWN
@@ -401,12 +394,6 @@ def _nifti(start: bytes) -> FileKind | None:
     return None
 
 
-def _mgh(start: bytes, name: str) -> FileKind | None:
-    if len(start) < 28 or not name.endswith((".mgh", ".mgz", ".mgh.gz")):
-        return None
-    return _volume("FreeSurfer volume (MGH)") if start[:4] == b"\0\0\0\x01" else None
-
-
 def _gzip(start: bytes, name: str) -> FileKind:
     try:
         decompressed = _decompressed_start(start)
@@ -418,7 +405,7 @@ def _gzip(start: bytes, name: str) -> FileKind:
     kind = _by_content(decompressed, inner) or _by_suffix(inner)
     if kind is EMPTY:
         return _broken("gzip file with nothing inside")
-    if kind.reader in ("nifti", "nifti pair") or kind is ANALYZE or kind.name.startswith("FreeSurfer volume"):
+    if kind.reader in ("nifti", "nifti pair") or kind is ANALYZE or kind is _MGH:
         return kind
     if kind.name == "tar archive":
         return _archive("tar.gz archive")
@@ -484,11 +471,6 @@ def _icon(start: bytes) -> FileKind | None:
     return _image("Windows icon") if is_entry else None
 
 
-def _late_pdf(start: bytes) -> FileKind | None:
-    """A PDF with leading bytes: readers search for its signature in the first 1024 bytes."""
-    return _document("PDF document") if re.search(rb"%PDF-\d\.\d", start[:1024]) else None
-
-
 def _text(start: bytes, name: str) -> FileKind | None:
     if start.startswith((b"\xff\xfe", b"\xfe\xff")) and len(start) % 2 == 0:
         return TEXT  # UTF-16
@@ -546,9 +528,3 @@ def _is_plain(head: bytes) -> bool:
     except UnicodeDecodeError as error:
         return error.start >= len(head) - 3 or high < 0.3 * len(head)  # the last character may be cut
     return True
-
-
-def _zeros(start: bytes) -> FileKind | None:
-    if start.strip(b"\0"):
-        return None
-    return FileKind("file of zero bytes", advice="it was not written or fetched to the end; fetch it again")

@@ -167,16 +167,11 @@ def check_pixels(width: int, height: int, limits: Limits) -> None:
 
 
 def choose_frame(frame: int | None, count: int, name: str, parts: str) -> int:
-    """Returns the frame to decode.
-
-    Args:
-      frame: requested frame, or None for the only one.
-      count: number of frames.
-      name: kind of image, for errors.
-      parts: "pages" or "frames".
+    """Validates a frame index; None is the only frame of the image.
 
     Raises:
-      UserError: `frame` is out of range, or None with several frames.
+      UserError: `frame` is out of range, or None with several frames. It names the kind of image (`name`) and
+        its `parts`, "pages" or "frames".
     """
     if frame is None and count > 1:
         raise UserError(f"{name} of {count} {parts}; choose one (0 to {count - 1}) or save it as PNG")

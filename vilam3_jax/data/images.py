@@ -207,10 +207,8 @@ def _decode(data: bytes, alpha: Alpha, frame: int | None, limits: Limits) -> _De
     notes: list[str] = []
     with _one_error(data, kind):
         if kind == file_kinds.TIFF:
-            page = read_tiff(data, frame, limits)
-            notes += page.notes
-            image = _flat(page.image, alpha, notes)
-            return _Decoded(_upright(image, page.orientation), page.page, page.pages, tuple(notes))
+            image, orientation, number, count = read_tiff(data, frame, limits, notes)
+            return _Decoded(_upright(_flat(image, alpha, notes), orientation), number, count, tuple(notes))
         if kind == file_kinds.JPEG and data.endswith(bytes(64)) and image_headers.jpeg_ends_early(data):
             raise UserError("JPEG image that is cut short; fetch it again")  # zeros follow
         with _opened(data, kind, limits) as (image, deep):

@@ -16,7 +16,7 @@ from etils import epath
 from vilam3_jax.data import volume_io
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.nifti_affine import Header, read_affine
-from vilam3_jax.data.sidecar import read_sidecar
+from vilam3_jax.data.sidecar import with_sidecar
 from vilam3_jax.data.stored_volume import StoredVolume
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.paths import PathLike, as_path, children, file_size
@@ -83,15 +83,8 @@ def read_nifti(
             values = volume_io.rescale(stored, slope, intercept)
             notes += volume_io.read_rest(stream, path) if channel is None else ()
     match = _NAME.fullmatch(path.name)
-    sidecar = read_sidecar(path, match["stem"] if match else path.name)
-    return StoredVolume(
-        values,
-        affine,
-        modality=sidecar.modality,
-        body_part=sidecar.body_part,
-        units=sidecar.units,
-        notes=(*notes, *sidecar.notes),
-    )
+    stem = match["stem"] if match else path.name
+    return with_sidecar(StoredVolume(values, affine, notes=tuple(notes)), path, stem)
 
 
 def pair_header(path: epath.Path) -> epath.Path | None:

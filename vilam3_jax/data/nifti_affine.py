@@ -11,12 +11,12 @@ import nibabel as nib
 import numpy as np
 from nibabel.quaternions import fillpositive, quat2mat
 
+from vilam3_jax.data import volume_io
 from vilam3_jax.data.stored_volume import UNKNOWN
-from vilam3_jax.data.volume_io import METRE, MICROMETRE, MILLIMETRE, unit_notes
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.paths import PathLike
 
-_UNITS = {1: (METRE, 1e3), 2: (MILLIMETRE, 1.0), 3: (MICROMETRE, 1e-3)}
+_UNITS = {1: (volume_io.METRE, 1e3), 2: (volume_io.MILLIMETRE, 1.0), 3: (volume_io.MICROMETRE, 1e-3)}
 _SPACES = {1: "scanner", 2: "aligned", 3: "Talairach", 4: "MNI152", 5: "template"}
 _TEMPLATES = (3, 4, 5)
 
@@ -82,7 +82,7 @@ def _unit(header: Header) -> tuple[str, float, list[str]]:
     unit, scale = _UNITS.get(code, (UNKNOWN, 1.0))
     if code and unit == UNKNOWN:
         return unit, scale, [f"its code {code} is not a unit of length; millimetres are assumed"]
-    return unit, scale, unit_notes(unit)
+    return unit, scale, volume_io.unit_notes(unit)
 
 
 def _usable(
@@ -105,7 +105,7 @@ def _sform(header: Header, one_slice: bool) -> np.ndarray | None:
     if not affine[:3].any():
         raise _Unusable("its rows are all zero")
     if one_slice and not affine[:3, 2].any():
-        affine[:3, 2] = _normal(affine) * _thickness(header)
+        affine[:3, 2] = volume_io.unit_normal(affine) * _thickness(header)
     lengths = nib.affines.voxel_sizes(affine)
     if not lengths.all() or abs(np.linalg.det(affine[:3, :3] / lengths)) < _SINGULAR:
         raise _Unusable("its rows are singular")
@@ -135,12 +135,6 @@ def _qform(header: Header, one_slice: bool) -> np.ndarray | None:
     )
     affine[:3, 3] = offset
     return affine
-
-
-def _normal(affine: np.ndarray) -> np.ndarray:
-    normal = np.cross(affine[:3, 0], affine[:3, 1])
-    length = np.sqrt((normal**2).sum())
-    return normal / length if length > 0 else normal
 
 
 def _thickness(header: Header) -> float:

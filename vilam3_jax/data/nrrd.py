@@ -266,8 +266,7 @@ def _grid(header: _Header, layered: bool) -> _Grid:
     for column, axis in enumerate(axes):
         affine[:3, column] = vectors[axis][:3]
     if len(axes) == 2:
-        normal = np.cross(affine[:3, 0], affine[:3, 1])
-        affine[:3, 2] = normal / (np.sqrt((normal**2).sum()) or 1.0) / scale
+        affine[:3, 2] = volume_io.unit_normal(affine) / scale
         notes.append("is a 2-D image, read as one slice of a volume; a thickness of 1 mm is assumed")
     if origin:
         affine[:3, 3] = origin[0][:3]

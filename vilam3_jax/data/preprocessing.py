@@ -166,18 +166,11 @@ def _problem(rules: Preprocessing) -> str | None:
     windows = rules.ct_windows
     pairs = isinstance(windows, tuple) and all(_numbers(window, 2) for window in windows)
     if not pairs or len(windows) not in (1, 3) or not all(width > 0 for _, width in windows):
-        return (
-            f"ct_windows={windows!r}: give one or three windows of (centre, width > 0), such as "
-            "((50.0, 400.0),)"
-        )
+        return f"ct_windows={windows!r}: give one or three (centre, width > 0), such as ((50.0, 400.0),)"
     if not _numbers(rules.percentiles, 2) or not 0 <= rules.percentiles[0] < rules.percentiles[1] <= 100:
         return f"percentiles={rules.percentiles!r}: give two rising numbers from 0 to 100"
-    for key, known in (
-        ("alpha", ("white", "ignore")),
-        ("orientation", ("RAS",)),
-        ("plane", tuple(AXES)),
-        ("slice", ("middle",)),
-    ):
+    choices = {"alpha": ("white", "ignore"), "orientation": ("RAS",), "plane": AXES, "slice": ("middle",)}
+    for key, known in choices.items():
         if getattr(rules, key) not in known:
             return f"{key}={getattr(rules, key)!r}: use {' or '.join(known)}"
     if not all(isinstance(code, str) and code.isupper() for code in rules.modalities):

@@ -18,11 +18,7 @@ class StoredVolume:
       affine: [4, 4] float64, index (i, j, k) to RAS millimetres.
       valid: [I, J, K] bool, False for padding instead of a measurement; None: all valid. Values that are not
         finite may be left valid.
-      modality: the DICOM code in the file (CT, MR, PT, NM, US, ...), or "unknown".
-      body_part: as in the file, upper case, or "unknown".
-      units: of `values`: "HU", "SUVbw", "Bq/ml", ..., or "unknown".
-      window: the file's display window (centre, width) in `units`, or None.
-      notes: sentences on what was assumed, repaired or skipped, without patient data.
+      modality, body_part, units, window, notes: as in `volumes.Volume`.
     """
 
     values: np.ndarray

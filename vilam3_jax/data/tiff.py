@@ -6,7 +6,7 @@ import io
 import logging
 import re
 import struct
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -42,23 +42,20 @@ _JPEG = (6, 7)
 _COMPRESSIONS = (1, *_FAX, 5, *_JPEG, 8, 32773, 32946, 34925, 50000)
 
 
-class TiffPage(NamedTuple):
-    """One decoded page."""
-
-    image: Image.Image  # "L", "LA", "RGB" or "RGBA", before the orientation is applied
-    orientation: int  # the tag's value, 1 to 8
-    page: int  # index, from 0; thumbnails and masks do not count
-    pages: int
-    notes: tuple[str, ...]
-
-
-def read_tiff(data: bytes, page: int | None, limits: Limits) -> TiffPage:
-    """Decodes one page.
+def read_tiff(
+    data: bytes, page: int | None, limits: Limits, notes: list[str]
+) -> tuple[Image.Image, int, int, int]:
+    """Decodes one page. Thumbnails and masks do not count as pages.
 
     Args:
       data: the whole file.
       page: index of the page; None: the only one.
       limits: checked against the tags before decoding.
+      notes: gets the assumptions made.
+
+    Returns:
+      "L", "LA", "RGB" or "RGBA" image; its orientation tag (1 to 8), not applied yet; index of the page;
+      number of pages.
 
     Raises:
       UserError: several pages and no `page`, over a limit, cut short, or an unsupported layout. Damage may
@@ -72,7 +69,6 @@ def read_tiff(data: bytes, page: int | None, limits: Limits) -> TiffPage:
         number = choose_frame(page, len(pages), "TIFF image", "pages")
         chosen = pages[number]
         _check_tags(chosen, data)
-        notes: list[str] = []
         photometric = _photometric(chosen, notes)
         _check_layout(chosen, photometric, len(data), limits)
         if int(chosen.compression) in _JPEG:
@@ -85,7 +81,7 @@ def read_tiff(data: bytes, page: int | None, limits: Limits) -> TiffPage:
             raise
         image = _to_image(chosen, photometric, samples, notes)
         orientation = _number(chosen, 274, 1)
-    return TiffPage(image, orientation, number, len(pages), tuple(notes))
+    return image, orientation, number, len(pages)
 
 
 def _pages(file: tifffile.TiffFile) -> list[tifffile.TiffPage]:

@@ -223,16 +223,19 @@ def check_extent(affine: np.ndarray, shape: Sequence[int], unit: str, path: Path
     extent = spacing * np.asarray(shape)
     stated = "no unit of length" if unit == UNKNOWN else f"{unit} as its unit"
     if unit in (UNKNOWN, MILLIMETRE) and spacing.max() < 0.01 and extent.max() < 3:
-        raise UserError(
-            f"{path}: states {stated}, and its whole grid is {extent.max():.3g} mm long; it is probably in "
-            "metres, correct the unit in the header"
-        )
-    if spacing.min() > 100:
+        problem = f"its whole grid is {extent.max():.3g} mm long; it is probably in metres"
+    elif spacing.min() > 100:
         likely = "millimetres" if unit == METRE else "micrometres"
-        raise UserError(
-            f"{path}: states {stated}, and its voxels are {spacing.min():.4g} mm wide; it is probably in "
-            f"{likely}, correct the unit in the header"
-        )
+        problem = f"its voxels are {spacing.min():.4g} mm wide; it is probably in {likely}"
+    else:
+        return
+    raise UserError(f"{path}: states {stated}, and {problem}, correct the unit in the header")
+
+
+def unit_normal(affine: np.ndarray) -> np.ndarray:
+    """Unit vector at right angles to the first two axes of a grid; zeros if they are parallel."""
+    normal = np.cross(affine[:3, 0], affine[:3, 1])
+    return normal / (np.sqrt((normal**2).sum()) or 1.0)
 
 
 def geometry_notes(affine: np.ndarray) -> tuple[str, ...]:

@@ -102,9 +102,7 @@ class VolumeSource:
 
     def read(self, limits: Limits = DEFAULT_LIMITS) -> Volume:
         """Calls `read_volume` for this source."""
-        return read_volume(
-            self.path, modality=self.modality, series=self.series, channel=self.channel, limits=limits
-        )
+        return read_volume(**dataclasses.asdict(self), limits=limits)
 
 
 def load_volume(

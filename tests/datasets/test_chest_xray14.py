@@ -156,7 +156,7 @@ def test_four_findings_that_cannot_be_used(tmp_path):
         "the label airspace opacity is neither YES nor NO",
         "is listed twice",
         "is listed twice",
-        "its image index is no file name of the release, such as 00000001_000.png",
+        "its image index is not a file name of the release, such as 00000001_000.png",
     ]
     assert skipped["test"][0].record == f"{name} row 2"
 

@@ -18,12 +18,12 @@ from vilam3_jax.datasets.chest_findings import (
     _NORMAL_WORDINGS,
     _WORDINGS,
     PHRASES,
-    Ask,
+    FilmOptions,
     answer_weights,
     chosen_findings,
     question,
 )
-from vilam3_jax.datasets.chexpert import FINDINGS, CheXpert, _states
+from vilam3_jax.datasets.chexpert import FINDINGS, CheXpert
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
 
@@ -159,9 +159,8 @@ def test_uncertain_and_blank_labels(release, argv, pneumonia, cardiomegaly):
     argv = [*argv, "--questions", "14"]
     dataset = CheXpert(options(*argv))
     split = dataset.splits(SourceFolder(release))["train"]
-    plan = split.make.keywords["plan"]
     said = {True: "yes", False: "no", None: None}
-    states = _states(split.items[1].labels, plan)
+    states = split.make.keywords["states_of"](split.items[1].labels)
     assert (said[states["pneumonia"]], said[states["cardiomegaly"]]) == (pneumonia, cardiomegaly)
 
 
@@ -300,15 +299,15 @@ def test_questions_hold_no_negation():
 
 
 def test_answers_are_balanced_by_finding():
-    films = {(("edema", True), ("fracture", False)): 900, (("edema", False), ("fracture", True)): 100}
-    weights = answer_weights(films)
+    films = [(("edema", True), ("fracture", False))] * 900 + [(("edema", False), ("fracture", True))] * 100
+    weights = answer_weights(films, dict)
     assert weights == {
         ("edema", True): 100 / 900,
         ("fracture", False): 100 / 900,
         ("edema", False): 1.0,
         ("fracture", True): 1.0,
     }
-    ask = Ask(most=2, weights=weights)
+    ask = FilmOptions(limit=2, weights=weights)
     rare = (("fracture", True), ("edema", False))
     assert sorted(chosen_findings(rare, random.Random(0), ask)) == sorted(rare)
     common = (("edema", True), ("fracture", False))

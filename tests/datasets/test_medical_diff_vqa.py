@@ -137,7 +137,7 @@ def test_parity_calls_a_nodule_closed(tmp_path):
         (["", "", "", "presence", "is it?", "no", "train"], "its study is not in mimic_all.csv"),
         (
             ["80000001", "90000002", "", "presence", "is it?", "no", "train"],
-            "its patient is another one in mimic_all.csv",
+            "its patient differs from mimic_all.csv",
         ),
     ],
 )
@@ -151,7 +151,7 @@ def test_a_question_answered_in_two_ways_is_left_out(tmp_path):
     row = ["80000001", "90000001", "", "presence", "Is there  edema?", "no", "train"]
     examples, skipped = made(MedicalDiffVqa, source(tmp_path, [*FIRST, row]))
     assert [(s.record, s.reason) for s in skipped["train"]] == [
-        (f"{TABLE} row {n}", "its question has other answers about the same film") for n in (2, 8)
+        (f"{TABLE} row {n}", "its question has different answers for the same film") for n in (2, 8)
     ]
     assert len(by_id(examples)["a1"].turns) == 2
 

@@ -92,7 +92,7 @@ def test_letters_are_the_order_of_the_names_not_of_the_columns(tmp_path):
     assert found["c1"].turns[1].text == "(N)" and found["a3"].turns[1].text == "(M)"
     assert "(H) Lung opacity\n(I) Pleural effusion\n(J) Pleural other" in found["b1"].turns[0].text
     assert [s.reason for s in skipped["train"]] == [
-        "a label of its study is uncertain, so the list of findings is not known"
+        "a label of its study is uncertain, so the list of findings is unknown"
     ]
 
 
@@ -150,7 +150,7 @@ def _is_kept(split, item, context):
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({}, "its study has no label that is not blank"),
+        ({}, "its study has only blank labels"),
         ({"Edema": "2.0"}, "a label of its study is none of 1.0, 0.0, -1.0 and blank"),
         ({"Edema": "null"}, "a label of its study is none of 1.0, 0.0, -1.0 and blank"),
         ({"Edema": "1.0", "No Finding": "1.0"}, "its study is labelled both with a finding and with none"),
@@ -169,19 +169,19 @@ def test_two_rows_of_a_study_that_differ(tmp_path):
     studies = [*STUDIES, ("90000001", "80000001", {"Edema": "0.0"})]
     folder = release(tmp_path, changes={CHEXPERT: tables(studies=studies)[CHEXPERT]})
     _, skipped = made(MimicCxrClass, folder)
-    assert "twice with different values" in skipped["train"][0].reason
+    assert "rows of labels with different values" in skipped["train"][0].reason
 
 
 @pytest.mark.parametrize(
     ("film", "reason"),
     [
-        (("x", "80000001", "n1", "train", "PA", ""), "its subject_id is no number"),
-        (("90000001", "", "n1", "train", "PA", ""), "its study_id is no number"),
-        (("90000001", "80000001", "../a", "train", "PA", ""), "its dicom_id is no name of a file"),
-        (("90000001", "80000001", "a1", "train", "PA", ""), "its dicom_id stands twice in the table"),
+        (("x", "80000001", "n1", "train", "PA", ""), "its subject_id is not a number"),
+        (("90000001", "", "n1", "train", "PA", ""), "its study_id is not a number"),
+        (("90000001", "80000001", "../a", "train", "PA", ""), "its dicom_id is not a file name"),
+        (("90000001", "80000001", "a1", "train", "PA", ""), "its dicom_id is a duplicate"),
         (
             ("90000001", "80000001", "n1", "holdout", "PA", ""),
-            "its split is not known",
+            "its split is unknown",
         ),
         (("91000004", "80000005", "n1", "train", "PA", ""), "its patient is in the test split too"),
         (("90000001", "80000001", "n1", "train", "PA", ""), "its image is missing"),

@@ -1,28 +1,53 @@
-"""Questions about findings on chest X-rays, from labels that are known.
+"""Questions about findings on chest X-rays, generated from labels.
 
-No question holds a negation, and none holds "no" or "yes" inside another word's meaning ("abnormal" is
-avoided): readers that look for "no" in an echoed question would find it there.
+Questions contain neither negations nor "abnormal": answer parsers that search for "no" would match a repeated
+question.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import random
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef
-from vilam3_jax.datasets.conversations import conversation, question_meta
-from vilam3_jax.datasets.dataset import Context, SkipItem
+from vilam3_jax.datasets.conversations import YES_NO, conversation, metadata, pair, question_meta
+from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem
 from vilam3_jax.datasets.label_sentences import NORMAL, describe
+from vilam3_jax.datasets.subgroups import age_band, sex_of
+from vilam3_jax.errors import UserError
 
-Known = tuple[tuple[str, bool], ...]  # (finding, present)
-YES_NO = ("yes", "no")
+States = Mapping[str, bool | None]  # finding → present, absent or unknown
+Label = tuple[str, bool]  # (finding, present)
 EXPERT = "CXR"
 
-# Finding, as question type → noun phrase.
+# Labels of the CheXpert labeler, in the order of CheXpert's files.
+CHEXPERT_FINDINGS: tuple[str, ...] = (
+    NORMAL,
+    "enlarged_cardiomediastinum",
+    "cardiomegaly",
+    "lung_opacity",
+    "lung_lesion",
+    "edema",
+    "consolidation",
+    "pneumonia",
+    "atelectasis",
+    "pneumothorax",
+    "pleural_effusion",
+    "pleural_other",
+    "fracture",
+    "support_devices",
+)
+# Finding → accepted column headers.
+CHEXPERT_COLUMNS = {finding: (finding.replace("_", " "),) for finding in CHEXPERT_FINDINGS} | {
+    "lung_opacity": ("lung opacity", "Airspace Opacity"),
+    NORMAL: ("no finding", "No Findings"),
+}
+# Finding (question type) → noun phrase.
 PHRASES = {
     "airspace_opacity": "an airspace opacity",
     "atelectasis": "atelectasis",
@@ -47,7 +72,7 @@ PHRASES = {
     "pneumothorax": "a pneumothorax",
     "support_devices": "a support device such as a tube or line",
 }
-# The first wording is the canonical one: evaluation asks with it.
+# The first wording is canonical: evaluation uses it.
 _WORDINGS = (
     "Does this chest X-ray show {phrase}?",
     "Is there {phrase} on this chest X-ray?",
@@ -60,34 +85,40 @@ _NORMAL_WORDINGS = (
     "Would you call this film normal?",
 )
 _ANSWER_FORM = " Answer yes or no."
-# VILA-M3's names of what it evaluates, see `reference_question`.
+# VILA-M3's names of findings, see `reference_question`.
 _REFERENCE_NAMES = {"airspace_opacity": "lung opacity"}
-# What the ensemble of `docs/experts_cxr.md` gives a probability for.
-_EXPERT_KNOWS = frozenset(PHRASES) - {"pleural_other", "support_devices", "nodule_or_mass"}
+# Findings predicted by the ensemble of `docs/experts_cxr.md`.
+_EXPERT_FINDINGS = frozenset(PHRASES) - {"pleural_other", "support_devices", "nodule_or_mass"}
+
+_T = TypeVar("_T", bound=Hashable)
 
 
 @dataclasses.dataclass(frozen=True)
-class Ask:
-    """How films of a split are asked about.
+class FilmOptions:
+    """How the films of a split become records.
 
     Attributes:
-      most: questions for one film; 0: one for each known finding, in canonical words and order, as evaluation
-        needs them.
-      label_source: whose word the labels are.
+      limit: maximum number of questions per film; 0 for all known findings in canonical wording and order,
+        as evaluation requires.
+      label_source: origin of the labels.
       frontal: the films are frontal, so the film expert may be asked.
-      reference: the questions are worded as VILA-M3's.
-      weights: see `answer_weights`; for training.
+      reference: use VILA-M3's wording.
+      weights: of `answer_weights`, for training.
+      pairs: make image-text pairs instead of questions.
+      varied: vary the sentences of pairs.
     """
 
-    most: int = 0
+    limit: int = 0
     label_source: str = "dataset"
     frontal: bool = True
     reference: bool = False
-    weights: Mapping[tuple[str, bool], float] = dataclasses.field(default_factory=dict)
+    weights: Mapping[Label, float] = dataclasses.field(default_factory=dict)
+    pairs: bool = False
+    varied: bool = True
 
 
 def reference_question(finding: str) -> str:
-    """VILA-M3's yes/no question about a finding, without the image marker (spec: classification prompts)."""
+    """Returns VILA-M3's yes/no question, without the image marker (spec: classification prompts)."""
     name = _REFERENCE_NAMES.get(finding, finding.replace("_", " "))
     return (
         "The following is a question about findings in chest X-ray in the frontal view. "
@@ -96,118 +127,148 @@ def reference_question(finding: str) -> str:
 
 
 def question(finding: str, rng: random.Random | None = None) -> str:
-    """A yes/no question about a finding of `PHRASES` or `NORMAL`.
-
-    Args:
-      finding: what is asked about.
-      rng: picks the wording; None: the canonical one.
-    """
+    """Returns a yes/no question about a finding of `PHRASES` or `NORMAL`, canonical without `rng`."""
     wordings = _NORMAL_WORDINGS if finding == NORMAL else _WORDINGS
     wording = wordings[0] if rng is None else rng.choice(wordings)
     return wording.format(phrase=PHRASES.get(finding, "")) + _ANSWER_FORM
 
 
-def film_example(
+def film_record(
     name: str,
     image: ImageRef,
-    states: Mapping[str, bool | None],
+    states: States,
     meta: Mapping[str, Any],
     context: Context,
-    ask: Ask,
+    options: FilmOptions,
 ) -> Example:
-    """A dialogue of yes/no questions about one film.
+    """Returns a conversation of yes/no questions about a film, or an image-text pair.
 
     Args:
-      name: the record's id.
+      name: record id.
       image: the film.
-      states: finding → it is there, it is not, or nobody knows (None: not asked about).
+      states: its labels; unknown ones are ignored.
       meta: of `conversations.metadata`.
       context: of the split.
-      ask: how many questions, in which words.
+      options: form and wording of the record.
 
     Raises:
-      SkipItem: nothing is known of the film.
+      SkipItem: all labels are unknown.
     """
     known = known_labels(states)
     if not known:
         raise SkipItem("no finding is labelled present or absent")
-    rng = context.rng(name, "questions") if ask.most else None
+    if options.pairs:
+        rng = context.rng(name, "caption") if options.varied else None
+        return pair(name, image, describe(states, rng, modality="CXR"), meta, kind="pair")
+    rng = context.rng(name, "questions") if options.limit else None
     exchanges, questions = [], []
-    for finding, there in known if rng is None else chosen_findings(known, rng, ask):
-        text = reference_question(finding) if ask.reference else question(finding, rng)
-        answer = YES_NO[0] if there else YES_NO[1]
+    for finding, present in known if rng is None else chosen_findings(known, rng, options):
+        text = reference_question(finding) if options.reference else question(finding, rng)
+        answer = YES_NO[0] if present else YES_NO[1]
         exchanges.append((text, answer.capitalize()))
-        asked = question_meta(text, answer, finding, options=YES_NO, label_source=ask.label_source)
-        knows = ask.frontal and finding in _EXPERT_KNOWS
-        questions.append({**asked, "expert": EXPERT if knows else None})
+        qa = question_meta(text, answer, finding, options=YES_NO, label_source=options.label_source)
+        expert = EXPERT if options.frontal and finding in _EXPERT_FINDINGS else None
+        questions.append({**qa, "expert": expert})
     example = conversation(name, [image], exchanges, meta, questions=questions)
-    return with_film_expert(example) if ask.frontal else example
+    return with_film_expert(example) if options.frontal else example
+
+
+def film_meta(
+    context: Context, states: States, options: FilmOptions, *, patient: str, view: str, sex: str, age: str
+) -> dict[str, Any]:
+    """Returns the metadata of a film; the last three may be ""."""
+    return metadata(
+        context,
+        modality="CXR",
+        patient=patient,
+        view=view or None,
+        sex=sex_of(sex),
+        age_band=age_band(age),
+        label_source=options.label_source,
+        findings=[finding for finding, present in states.items() if present],
+    )
 
 
 def with_film_expert(example: Example) -> Example:
-    """`example`, of one film, with the film expert's result before the first answer where there is one."""
+    """Requests the film expert's result, if available, before the first answer."""
     answer = next(index for index, turn in enumerate(example.turns) if turn.role == "assistant")
     request = ExpertRequest(EXPERT, before_turn=answer, policy="optional")
     return dataclasses.replace(example, expert_requests=(request,))
 
 
-def answer_weights(films: Mapping[Known, int]) -> dict[tuple[str, bool], float]:
-    """How often a label is asked about, so that each finding is answered yes as often as no.
+def answer_weights(labels: Iterable[_T], states_of: Callable[[_T], States]) -> dict[Label, float]:
+    """Returns sampling weights of labels that balance yes and no for each finding.
 
     Args:
-      films: what is known of a film → how many such films there are.
+      labels: of all films, in any form.
+      states_of: converts the labels of a film; may raise `SkipItem`.
 
     Returns:
-      (finding, present) → the share of its films that are asked: 1 for the rarer answer.
+      (finding, present) → probability of asking: 1 for the rarer answer.
     """
-    counts = collections.Counter()
-    for known, number in films.items():
-        for label in known:
-            counts[label] += number
+    counts: collections.Counter[Label] = collections.Counter()
+    for one, number in collections.Counter(labels).items():
+        with contextlib.suppress(SkipItem):
+            for label in known_labels(states_of(one)):
+                counts[label] += number
     return {
-        (finding, there): min(1.0, counts[finding, not there] / count)
-        for (finding, there), count in counts.items()
+        (finding, present): min(1.0, counts[finding, not present] / count)
+        for (finding, present), count in counts.items()
     }
 
 
-def known_labels(states: Mapping[str, bool | None]) -> Known:
-    """(finding, present) of what is known."""
-    return tuple((finding, there) for finding, there in states.items() if there is not None)
+def known_labels(states: States) -> list[Label]:
+    """Returns the labels that are not unknown."""
+    return [(finding, present) for finding, present in states.items() if present is not None]
 
 
-def chosen_findings(
-    known: Sequence[tuple[str, bool]], rng: random.Random, ask: Ask
-) -> list[tuple[str, bool]]:
-    """Up to `ask.most` labels in random order, each with its weight; at least one."""
-    weights = ask.weights
+def chosen_findings(known: Sequence[Label], rng: random.Random, options: FilmOptions) -> list[Label]:
+    """Samples up to `options.limit` labels by weight, at least one, in random order."""
+    weights = options.weights
     kept = [label for label in known if rng.random() < weights.get(label, 1.0)]
     kept = kept or [max(known, key=lambda label: weights.get(label, 1.0))]
     rng.shuffle(kept)
-    return kept[: ask.most]
-
-
-def film_caption(states: Mapping[str, bool | None], rng: random.Random | None) -> str:
-    """The sentence of a film for contrastive training, see `label_sentences.describe`.
-
-    Raises:
-      SkipItem: nothing is known of the film.
-    """
-    if not any(there is not None for there in states.values()):
-        raise SkipItem("no finding is labelled present or absent")
-    return describe(states, rng, modality="CXR")
+    return kept[: options.limit]
 
 
 def add_wording(parser: argparse.ArgumentParser) -> None:
-    """Declares `--wording`, of the sentences of image-text pairs."""
+    """Declares `--wording`, for the sentences of image-text pairs."""
     parser.add_argument(
         "--wording",
         choices=("varied", "canonical"),
         default="varied",
         help="sentences of pairs: varied with definitions, or one per combination of labels, so that the "
-        "contrastive loss takes equal sentences for one class (varied)",
+        "contrastive loss treats equal sentences as one class (default: varied)",
     )
 
 
-def column_names(findings: Sequence[str], aliases: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """Finding → accepted headers of its column: its name in words, and its aliases."""
-    return {finding: (finding.replace("_", " "), *aliases.get(finding, ())) for finding in findings}
+class FilmDataset(Dataset):
+    """Base class of datasets of chest films with labelled findings; the variant "pairs" makes pairs."""
+
+    findings: ClassVar[tuple[str, ...]]
+
+    def __init__(self, options: argparse.Namespace | None = None, config: str = "") -> None:
+        """Checks the options.
+
+        Raises:
+          UserError: `--questions` is out of range.
+        """
+        super().__init__(options, config)
+        if not 1 <= self.options.questions <= len(self.findings):
+            raise UserError(f"--questions {self.options.questions}: give 1 to {len(self.findings)}")
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Declares `--questions` and `--wording`."""
+        parser.add_argument("--questions", type=int, default=8, help="maximum per training film (default: 8)")
+        add_wording(parser)
+
+    def film_options(self, label_source: str, weights: Mapping[Label, float] | None = None) -> FilmOptions:
+        """Returns the options of a split; `weights` of training films, None for evaluation."""
+        return FilmOptions(
+            limit=0 if weights is None else self.options.questions,
+            label_source=label_source,
+            weights=weights or {},
+            pairs=self.config == "pairs",
+            varied=self.options.wording == "varied",
+        )

@@ -1,34 +1,22 @@
-"""ChestX-ray14 of the NIH: films with 14 findings, and radiologists' labels of four findings for some.
+"""ChestX-ray14 of the NIH: films with 14 findings, some with radiologists' labels of four findings.
 
 Labels: Wang et al., CVPR 2017 (from reports), and Majkowska et al., Radiology 2020 (four findings).
 """
 
 from __future__ import annotations
 
-import argparse
-import collections
 import dataclasses
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
-from vilam3_jax.data.examples import Example, ImageRef
-from vilam3_jax.datasets.chest_findings import (
-    NORMAL,
-    Ask,
-    add_wording,
-    answer_weights,
-    film_caption,
-    film_example,
-    known_labels,
-)
-from vilam3_jax.datasets.conversations import metadata, pair
-from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Split
+from vilam3_jax.data.examples import Example
+from vilam3_jax.datasets import chest_findings
+from vilam3_jax.datasets.chest_findings import NORMAL, FilmDataset, FilmOptions, States
+from vilam3_jax.datasets.dataset import Context, SkipItem, Split
 from vilam3_jax.datasets.source_files import SourceFolder
-from vilam3_jax.datasets.subgroups import age_band, sex_of
-from vilam3_jax.errors import UserError
 
 FINDINGS = (
     NORMAL,
@@ -48,22 +36,26 @@ FINDINGS = (
     "pneumothorax",
 )
 FOUR_FINDINGS = ("fracture", "pneumothorax", "airspace_opacity", "nodule_or_mass")
-# Those that VILA-M3 evaluates.
+# Findings evaluated by VILA-M3.
 REFERENCE_FINDINGS = FOUR_FINDINGS[:3]
 _SPELLINGS = {"effusion": "pleural_effusion", "infiltrate": "infiltration"}
 _TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
 _LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
 _EXPECTED = {"train": 86_524, "test": 25_596}
-_COLUMNS = {"image": ("Image Index",)}
+_COLUMNS = {"image": ("Image Index",), "labels": ("Finding Labels",)}
 _FILM_COLUMNS = {
     "view": ("View Position",),
     "sex": ("Patient Gender", "Patient Sex"),
     "age": ("Patient Age",),
+    "set": ("Set Id",),
 }
-_FOUR_COLUMNS = {finding: (finding.replace("_", " "),) for finding in FOUR_FINDINGS}
+_FOUR_COLUMNS = {
+    "image": ("Image Index",),
+    **{finding: (finding.replace("_", " "),) for finding in FOUR_FINDINGS},
+}
 _FOUR_FOLDER = "four_findings_expert_labels"
 _FOUR_EXPECTED = {"validation": 2_414, "test": 1_962}
-_SET_IDS = {"validation": ("val", "validation"), "test": ("test",)}
+_SET_IDS = {"validation": ("val", "validation", ""), "test": ("test", "")}
 _IMAGE_NAME = re.compile(r"(\d{8})_\d{3}\.(png|jpe?g)")
 
 FolderOf = Callable[[str], str]
@@ -71,15 +63,15 @@ FolderOf = Callable[[str], str]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Film:
-    """A film that a list names.
+    """A film of a list.
 
     Attributes:
-      source, row: the file and the line that name it.
-      image: name of the image file.
-      folder: where it lies.
+      source, row: file and line.
+      image: file name.
+      folder: of the image.
       labels: the cell "Finding Labels", or a cell for each of the four findings.
-      view, sex, age: cells; "" where the file does not have them.
-      problem: why it cannot be used, "" for no reason.
+      view, sex, age: cells; "" if missing.
+      problem: reason to skip the film, or "".
     """
 
     source: str
@@ -93,37 +85,24 @@ class _Film:
     problem: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What is done with the films of a split.
-
-    Attributes:
-      ask: how films are asked about, and whose the labels are.
-      wording: see `chest_findings.add_wording`.
-    """
-
-    ask: Ask
-    wording: str = "varied"
-
-
-class ChestXray14(Dataset):
+class ChestXray14(FilmDataset):
     """Yes/no questions about findings on frontal films, or image-text pairs for contrastive training.
 
-    Choices, where VILA-M3's files say nothing:
-      - The splits are the official lists; train_val_list.txt is not divided further. A training film that the
-        test list names too, or whose patient it names, is skipped.
-      - A finding that a film is not labelled with counts as absent. "No Finding" is asked about as "does this
-        chest X-ray look normal?".
-      - Training films get up to `--questions` questions; each finding is answered yes about as often as no.
-      - `four_findings` is for evaluation. Its patients are patients of the lists: `vilam3 data leaks` tells
-        which of them a training set holds.
+    Where VILA-M3's files leave it open:
+      - Splits are the official lists; train_val_list.txt is not divided further. Training films are skipped
+        if they, or their patient, are in the test list.
+      - Findings that are not labelled count as absent. "No Finding" becomes "does this chest X-ray look
+        normal?".
+      - Training films get up to `--questions` questions; answers are balanced for each finding.
+      - `four_findings` is for evaluation. Its patients are also in the official lists; `vilam3 data leaks`
+        reports those in a training set.
 
-    `parity`: the questions of the four findings are VILA-M3's, in its words and about the three that it
-    evaluates (it leaves "nodule or mass" out). The paper does not train on these films, and none of its
-    defects is in these data.
+    `parity`: questions about the four findings have VILA-M3's wording and its three findings (not "nodule or
+    mass"). The paper does not train on these films, so none of its defects apply.
     """
 
     has_parity = True
+    findings = FINDINGS
     name = "chest_xray14"
     description = "Frontal chest X-rays with 14 findings, or four findings by radiologists"
     homepage = "https://nihcc.app.box.com/v/ChestXray-NIHCC"
@@ -137,64 +116,45 @@ class ChestXray14(Dataset):
     instructions = (
         "From https://nihcc.app.box.com/v/ChestXray-NIHCC take Data_Entry_2017_v2020.csv (or "
         "Data_Entry_2017.csv), train_val_list.txt, test_list.txt and images_001.tar.gz to images_012.tar.gz, "
-        "unpacked to images/ (or images_001/images/ and so on, as Kaggle has them). The variant "
+        "unpacked to images/ (or images_001/images/ and so on, as on Kaggle). The variant "
         "'four_findings' takes the images and four_findings_expert_labels/{test,validation}_labels.csv of "
         "https://cloud.google.com/healthcare-api/docs/resources/public-datasets/nih-chest."
     )
     configs: ClassVar[Mapping[str, str]] = {
         "questions": "the official lists with yes/no questions",
         "four_findings": "validation and test films labelled by radiologists, with yes/no questions",
-        "pairs": "the official lists, each film with a sentence made of its labels",
+        "pairs": "the official lists, each film with a sentence generated from its labels",
     }
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """How many questions, and how sentences are worded."""
-        parser.add_argument(
-            "--questions", type=int, default=8, help="questions for one training film, at most (8)"
-        )
-        add_wording(parser)
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
         """Reads Data_Entry and the two lists, or the labels of the four findings."""
-        if not 1 <= self.options.questions <= len(FINDINGS):
-            raise UserError(f"--questions {self.options.questions}: give 1 to {len(FINDINGS)}")
         if self.config == "four_findings":
             return self._four_findings(source)
         folder_of, (table, *lists) = _files(source, _TABLES, *_LISTS.values())
         films = _by_list(source, table, dict(zip(_LISTS, lists, strict=True)), folder_of)
-        asks = {
-            "train": Ask(self.options.questions, "labeler", weights=_weights(films["train"])),
-            "test": Ask(0, "labeler"),
-        }
-        make = _pair if self.config == "pairs" else _questions
-        return {
-            name: Split(
-                films[name],
-                functools.partial(make, plan=_Plan(ask, self.options.wording)),
-                _name_of,
-                _EXPECTED[name],
-            )
-            for name, ask in asks.items()
-        }
+        weights = chest_findings.answer_weights((film.labels for film in films["train"]), _states)
+        found = {}
+        for split, expected in _EXPECTED.items():
+            options = self.film_options("labeler", weights if split == "train" else None)
+            make = functools.partial(_make, options=options)
+            found[split] = Split(films[split], make, _name_of, expected)
+        return found
 
     def _four_findings(self, source: SourceFolder) -> Mapping[str, Split]:
         names = (f"{split}_labels.csv" for split in _FOUR_EXPECTED)
         folder_of, files = _files(source, *((f"{_FOUR_FOLDER}/{name}", name) for name in names))
-        make = functools.partial(_four, plan=_Plan(Ask(0, "radiologist")))
+        make = functools.partial(_make, options=self.film_options("radiologist"))
         return {
-            split: Split(
-                _marked(_four_films(source, file, split, folder_of)), make, _name_of, _FOUR_EXPECTED[split]
-            )
+            split: Split(_four_films(source, file, split, folder_of), make, _name_of, _FOUR_EXPECTED[split])
             for split, file in zip(_FOUR_EXPECTED, files, strict=True)
         }
 
 
 def _files(source: SourceFolder, *needed: str | Sequence[str]) -> tuple[FolderOf, Sequence[str]]:
-    """(image name → its folder, the needed files).
+    """Returns (image name → folder, the needed files).
 
     Raises:
-      UserError: names everything that is missing, folders of images included.
+      UserError: names everything that is missing, including image folders.
     """
     parts = [name for name in source.glob("images_[0-9][0-9][0-9]") if "." not in name]
     _, *files = source.require(["images", *(parts or ["images_001"])], *needed)
@@ -207,160 +167,113 @@ def _files(source: SourceFolder, *needed: str | Sequence[str]) -> tuple[FolderOf
 def _by_list(
     source: SourceFolder, table: str, lists: Mapping[str, str], folder_of: FolderOf
 ) -> dict[str, list[_Film]]:
-    """The films of each list. Rows that no list names come last in "train", with that as their problem."""
+    """Returns the films of each list. Rows in no list are appended to "train" with a problem."""
     rows: dict[str, _Film] = {}
-    films: dict[str, list[_Film]] = {split: [] for split in lists}
-    columns = {**_COLUMNS, "labels": ("Finding Labels",)}
-    for film in _films(source, table, columns, folder_of):
+    for film, _ in _read(source, table, _COLUMNS, ("labels",), folder_of):
         if film.image in rows:
             film = dataclasses.replace(film, problem=f"is in {table} twice")
         rows[film.image] = film
-    named = {split: source.lines(name) for split, name in lists.items()}
+    images = {split: source.lines(name) for split, name in lists.items()}
+    test_images = set(images["test"])
+    test_patients = {_patient(image) for image in test_images}
+    films: dict[str, list[_Film]] = {split: [] for split in lists}
     seen: set[str] = set()
-    kept_out = set(named["test"])
-    patients_kept_out = {_patient(image) for image in kept_out}
-    for split, images in named.items():
-        for number, image in enumerate(images, 1):
+    for split, of_split in images.items():
+        for number, image in enumerate(of_split, 1):
             film = rows.get(image) or _Film(lists[split], number, image, problem=f"has no row in {table}")
             if image in seen:
                 film = dataclasses.replace(film, source=lists[split], row=number, problem="is listed twice")
-            elif split == "train" and image in kept_out:
+            elif split == "train" and image in test_images:
                 film = dataclasses.replace(film, problem=f"is in {lists['test']} too")
-            elif split == "train" and _patient(image) in patients_kept_out:
-                film = dataclasses.replace(film, problem=f"its patient is in {lists['test']}")
-                seen.add(image)
             else:
                 seen.add(image)
+                if split == "train" and _patient(image) in test_patients:
+                    film = dataclasses.replace(film, problem=f"its patient is in {lists['test']}")
             films[split].append(film)
-    everywhere = seen | kept_out
+    listed = seen | test_images
     films["train"] += [
         dataclasses.replace(film, problem="is in neither list")
         for image, film in rows.items()
-        if image not in everywhere
+        if image not in listed
     ]
     return films
 
 
-def _films(
-    source: SourceFolder, table: str, columns: Mapping[str, Sequence[str]], folder_of: FolderOf
-) -> Iterator[_Film]:
+def _read(
+    source: SourceFolder,
+    table: str,
+    columns: Mapping[str, Sequence[str]],
+    label_columns: Sequence[str],
+    folder_of: FolderOf,
+) -> Iterator[tuple[_Film, str]]:
+    """Yields (film, its "Set Id")."""
     for number, row in enumerate(source.table(table, columns, optional=_FILM_COLUMNS), 2):
-        view, sex, age = (sys.intern(row.get(key, "").strip()) for key in _FILM_COLUMNS)
-        labels = sys.intern(row["labels"].strip())
+        labels = tuple(sys.intern(row[column].strip()) for column in label_columns)
+        view, sex, age, set_id = (sys.intern(row.get(key, "").strip()) for key in _FILM_COLUMNS)
         image = row["image"].strip()
-        yield _Film(table, number, image, folder_of(image), labels, view, sex, age)
+        stored = labels if len(labels) > 1 else labels[0]
+        yield _Film(table, number, image, folder_of(image), stored, view, sex, age), set_id
 
 
-def _four_films(source: SourceFolder, table: str, split: str, folder_of: FolderOf) -> Iterator[_Film]:
-    optional = {**_FILM_COLUMNS, "set": ("Set Id",)}
-    for number, row in enumerate(source.table(table, {**_COLUMNS, **_FOUR_COLUMNS}, optional=optional), 2):
-        labels = tuple(sys.intern(row[finding].strip().upper()) for finding in FOUR_FINDINGS)
-        view, sex, age = (sys.intern(row.get(key, "").strip()) for key in _FILM_COLUMNS)
-        there = row.get("set", "").strip().lower()
-        problem = f"is not of the {split} set" if there and there not in _SET_IDS[split] else ""
-        image = row["image"].strip()
-        yield _Film(table, number, image, folder_of(image), labels, view, sex, age, problem)
-
-
-def _marked(films: Iterable[_Film]) -> list[_Film]:
-    """The films, with those that came before marked."""
+def _four_films(source: SourceFolder, table: str, split: str, folder_of: FolderOf) -> list[_Film]:
     seen: set[str] = set()
-    kept = []
-    for film in films:
-        kept.append(dataclasses.replace(film, problem="is listed twice") if film.image in seen else film)
+    films = []
+    for film, set_id in _read(source, table, _FOUR_COLUMNS, FOUR_FINDINGS, folder_of):
+        problem = "" if set_id.lower() in _SET_IDS[split] else f"is not of the {split} set"
+        if film.image in seen:
+            problem = "is listed twice"
         seen.add(film.image)
-    return kept
-
-
-def _weights(films: Sequence[_Film]) -> dict[tuple[str, bool], float]:
-    alike = collections.Counter(film.labels for film in films if isinstance(film.labels, str))
-    known = collections.Counter()
-    for labels, number in alike.items():
-        present = _present(labels)
-        if isinstance(present, set):
-            known[known_labels({finding: finding in present for finding in FINDINGS})] += number
-    return answer_weights(known)
+        films.append(dataclasses.replace(film, problem=problem))
+    return films
 
 
 def _name_of(film: _Film) -> str:
     return f"{film.source} row {film.row}"
 
 
-def _questions(film: _Film, context: Context, plan: _Plan) -> Iterator[Example]:
-    states = _states(film)
-    meta = _meta(film, context, plan, states)
-    yield film_example(_id(film), _image(film, context), states, meta, context, plan.ask)
-
-
-def _pair(film: _Film, context: Context, plan: _Plan) -> Iterator[Example]:
-    states = _states(film)
-    rng = context.rng(_id(film), "caption") if plan.wording == "varied" else None
-    meta = _meta(film, context, plan, states)
-    yield pair(_id(film), _image(film, context), film_caption(states, rng), meta, kind="pair")
-
-
-def _four(film: _Film, context: Context, plan: _Plan) -> Iterator[Example]:
-    _refuse(film)
-    states: dict[str, bool | None] = {}
-    for finding, cell in zip(FOUR_FINDINGS, film.labels, strict=True):
-        if cell not in ("YES", "NO"):
-            raise SkipItem(f"the label {finding.replace('_', ' ')} is neither YES nor NO")
-        states[finding] = cell == "YES"
-    if context.parity:
-        states = {finding: states[finding] for finding in REFERENCE_FINDINGS}
-    ask = dataclasses.replace(plan.ask, reference=context.parity)
-    meta = _meta(film, context, plan, states)
-    yield film_example(_id(film), _image(film, context), states, meta, context, ask)
-
-
-def _refuse(film: _Film) -> None:
+def _make(film: _Film, context: Context, options: FilmOptions) -> Iterator[Example]:
     if film.problem:
         raise SkipItem(film.problem)
     if not _IMAGE_NAME.fullmatch(film.image):
-        raise SkipItem("its image index is no file name of the release, such as 00000001_000.png")
+        raise SkipItem("its image index is not a file name of the release, such as 00000001_000.png")
+    states = _states(film.labels)
+    if context.parity and context.config == "four_findings":
+        states = {finding: states[finding] for finding in REFERENCE_FINDINGS}
+        options = dataclasses.replace(options, reference=True)
+    meta = chest_findings.film_meta(
+        context,
+        states,
+        options,
+        patient=_patient(film.image),
+        view=film.view.upper(),
+        sex=film.sex,
+        age=film.age,
+    )
+    name, image = film.image.rpartition(".")[0], context.image(f"{film.folder}/{film.image}")
+    yield chest_findings.film_record(name, image, states, meta, context, options)
 
 
-def _states(film: _Film) -> dict[str, bool | None]:
-    _refuse(film)
-    present = _present(str(film.labels))
-    if isinstance(present, str):
-        raise SkipItem(present)
-    return {finding: finding in present for finding in FINDINGS}
+def _states(labels: str | tuple[str, ...]) -> States:
+    """Converts the four labels, or findings such as "Cardiomegaly|Effusion", to states.
 
-
-def _present(labels: str) -> set[str] | str:
-    """The findings of a cell such as "Cardiomegaly|Effusion", or what is wrong with it."""
+    Raises:
+      SkipItem: a label is invalid or contradicts another.
+    """
+    if isinstance(labels, tuple):
+        for finding, cell in zip(FOUR_FINDINGS, labels, strict=True):
+            if cell.upper() not in ("YES", "NO"):
+                raise SkipItem(f"the label {finding.replace('_', ' ')} is neither YES nor NO")
+        return {f: cell.upper() == "YES" for f, cell in zip(FOUR_FINDINGS, labels, strict=True)}
     words = ("_".join(part.lower().split()) for part in labels.split("|"))
     found = {_SPELLINGS.get(word, word) for word in words}
     if found == {""}:
-        return "has no finding labels"
+        raise SkipItem("has no finding labels")
     if not found <= set(FINDINGS):
-        return "has a finding label that is none of the 15"
+        raise SkipItem("has a finding label that is none of the 15")
     if NORMAL in found and len(found) > 1:
-        return "labelled with no finding and with a finding"
-    return found
+        raise SkipItem("labelled with no finding and with a finding")
+    return {finding: finding in found for finding in FINDINGS}
 
 
 def _patient(image: str) -> str:
     return image.partition("_")[0]
-
-
-def _id(film: _Film) -> str:
-    return film.image.rpartition(".")[0]
-
-
-def _image(film: _Film, context: Context) -> ImageRef:
-    return context.image(f"{film.folder}/{film.image}")
-
-
-def _meta(film: _Film, context: Context, plan: _Plan, states: Mapping[str, bool | None]) -> dict:
-    return metadata(
-        context,
-        modality="CXR",
-        patient=_patient(film.image),
-        view=film.view.upper() or None,
-        sex=sex_of(film.sex),
-        age_band=age_band(film.age),
-        label_source=plan.ask.label_source,
-        findings=[finding for finding, there in states.items() if there],
-    )

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from vilam3_jax.data.examples import Example, ImageRef
-from vilam3_jax.datasets.chest_findings import NORMAL, YES_NO, question
-from vilam3_jax.datasets.conversations import conversation, metadata, pair, question_meta, text_of
+from vilam3_jax.datasets.chest_findings import NORMAL, question
+from vilam3_jax.datasets.conversations import YES_NO, conversation, metadata, pair, question_meta, text_of
 from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Skipped, Split
 from vilam3_jax.datasets.report_text import clean
 from vilam3_jax.datasets.reports import MAX_REPORT_BYTES, Report, parse_report

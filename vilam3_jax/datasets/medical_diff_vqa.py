@@ -1,4 +1,4 @@
-"""Medical-Diff-VQA: questions about the findings of MIMIC-CXR studies, a conversation for each film."""
+"""Medical-Diff-VQA: questions about findings in MIMIC-CXR studies, one conversation per film."""
 
 from __future__ import annotations
 
@@ -9,26 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 from vilam3_jax.data.examples import Example, ExpertRequest, RequestImage
-from vilam3_jax.datasets.chest_findings import EXPERT, YES_NO, with_film_expert
-from vilam3_jax.datasets.conversations import conversation, question_meta, text_of
+from vilam3_jax.datasets import mimic_cxr
+from vilam3_jax.datasets.chest_findings import EXPERT, with_film_expert
+from vilam3_jax.datasets.conversations import YES_NO, conversation, question_meta, text_of
 from vilam3_jax.datasets.dataset import Context, SkipItem, Skipped, Split
-from vilam3_jax.datasets.mimic_cxr import (
-    FRONTAL,
-    JPG_INSTRUCTIONS,
-    Film,
-    MimicDataset,
-    alternatives,
-    film_image,
-    film_meta,
-    film_problem,
-    jpg_folder,
-    number_of,
-    one_split_per_patient,
-    required,
-    row_of,
-    split_named,
-    view_named,
-)
+from vilam3_jax.datasets.mimic_cxr import FRONTAL, Film, MimicDataset, number_of, split_named
 from vilam3_jax.datasets.source_files import SourceFolder
 
 KINDS = ("abnormality", "location", "type", "level", "view", "presence")
@@ -41,12 +26,12 @@ _FOLDERS = (
 )
 _BLANK = ("", "nan", "null")
 _NO_REFERENCE = (*_BLANK, "0", "0.0", "none", "-1", "-1.0")
-_LONGEST = 10_000  # characters; the longest answers have some hundreds
+_MAX_TEXT = 10_000  # characters; the longest answers have hundreds
 _ORDER = "The first image is the reference, the second one the current image."
 
 
 class Question(NamedTuple):
-    """A row of the table of questions."""
+    """A row of the question table."""
 
     row: int
     kind: str
@@ -55,12 +40,12 @@ class Question(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A film, or a film and an earlier one, with the questions about it.
+    """Questions about a film, or about the difference from an earlier film.
 
     Attributes:
       row: of the first question.
       film: of the study.
-      reference: the film of the reference study, for differences.
+      reference: film of the reference study, for differences.
       questions: in the order of the table.
     """
 
@@ -71,16 +56,15 @@ class Item(NamedTuple):
 
 
 class MedicalDiffVqa(MimicDataset):
-    """A study's film is its first AP or PA view in `mimic_all.csv`, otherwise its first film.
+    """A study is represented by its first AP or PA film in `mimic_all.csv`, otherwise by its first film.
 
-    The questions about one film become one conversation, whichever reference study they were asked with. The
-    same question with the same answer is asked once; with other answers it is left out.
+    All questions about a film form one conversation, whatever their reference study. A question that is
+    repeated with the same answer is asked once; with different answers it is skipped.
 
-    The dataset's own split divides questions, so patients are in several of its splits. By default records
-    are split as MIMIC-CXR splits patients (`mimic_all.csv`); `--split-by file` gives the split that the paper
-    used, with about 129,000 conversations for training. How the reference made its conversations was never
-    released. `parity` puts its rule for `answer_type` back, which calls an answer closed if "no" is anywhere
-    in it, as in "nodule".
+    The dataset's own split divides questions, so its splits share patients. By default, records have
+    MIMIC-CXR's split of patients (`mimic_all.csv`); `--split-by file` selects the split of the paper, with
+    about 129,000 training conversations. The reference's construction of conversations was not released.
+    `parity` restores its rule for `answer_type`: an answer that contains "no", as in "nodule", is closed.
     """
 
     has_parity = True
@@ -96,48 +80,42 @@ class MedicalDiffVqa(MimicDataset):
     }
     instructions = (
         "From https://physionet.org/content/medical-diff-vqa/1.0.0/ (credentialed access): "
-        f"mimic_pair_questions.csv and mimic_all.csv. {JPG_INSTRUCTIONS}."
+        f"mimic_pair_questions.csv and mimic_all.csv. {mimic_cxr.JPG_INSTRUCTIONS}."
     )
 
     def __init__(self, options: argparse.Namespace | None = None, config: str = "") -> None:
         super().__init__(options, config)
         if self.options.split_by == "file":
-            # What is right for one choice of the split only.
+            # Applies only to this split.
             self.shared_images = "its own split divides questions, not patients"  # type: ignore[misc]
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares --split-by."""
+        """Declares `--split-by`."""
         parser.add_argument(
             "--split-by",
             choices=("mimic", "file"),
             default="mimic",
-            help="MIMIC-CXR's split of patients, or the file's of questions, which shares patients",
+            help="MIMIC-CXR's split of patients, or the file's split of questions, which shares patients",
         )
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
         """Groups the questions by film."""
-        table, films_table = required(
-            source,
-            alternatives(_FOLDERS, "mimic_pair_questions.csv"),
-            alternatives(_FOLDERS, "mimic_all.csv"),
-        )
+        tables = (mimic_cxr.alternatives(_FOLDERS, f"mimic_{name}.csv") for name in ("pair_questions", "all"))
+        table, films_table = mimic_cxr.required(source, *tables)
         films = _films(source, films_table)
         by_file = self.options.split_by == "file"
         groups = _grouped(source, table, films, self.config == DIFFERENCE, by_file)
         if not by_file:
-            groups = _protected(groups)
-        make = functools.partial(
-            _examples,
-            folder=jpg_folder(source),
-            table=table,
-            prefixed=by_file,
-        )
-        return {name: Split(items, make, functools.partial(row_of, table)) for name, items in groups.items()}
+            groups = mimic_cxr.one_split_per_patient(groups)
+        folder = mimic_cxr.jpg_folder(source)
+        make = functools.partial(_examples, folder=folder, table=table, prefixed=by_file)
+        name_of = functools.partial(mimic_cxr.row_of, table)
+        return {name: Split(items, make, name_of) for name, items in groups.items()}
 
 
 def _films(source: SourceFolder, table: str) -> dict[str, tuple[str, Film]]:
-    """Study → (its split as MIMIC-CXR has it, its film)."""
+    """Reads study → (MIMIC-CXR's split, film)."""
     columns = {
         "subject": ("subject_id",),
         "study": ("study_id",),
@@ -148,10 +126,10 @@ def _films(source: SourceFolder, table: str) -> dict[str, tuple[str, Film]]:
     chosen: dict[str, tuple[str, Film]] = {}
     for number, row in enumerate(source.table(table, columns), 1):
         subject, study = number_of(row["subject"], "p"), number_of(row["study"], "s")
-        dicom, view = row["dicom"].strip(), view_named(row["view"])
-        problem = film_problem(subject, study, dicom)
+        dicom, view = row["dicom"].strip(), mimic_cxr.view_named(row["view"])
+        problem = mimic_cxr.film_problem(subject, study, dicom)
         if not study:
-            continue  # no question can name it
+            continue  # no question can refer to it
         known = chosen.get(study)
         if known is None or (
             not problem and (known[1].problem or (view in FRONTAL and known[1].view not in FRONTAL))
@@ -167,7 +145,7 @@ def _grouped(
     difference: bool,
     by_file: bool,
 ) -> dict[str, list[Item]]:
-    """Split → items, in the order of their first questions."""
+    """Groups questions to items by split, in the order of their first questions."""
     columns = {
         "subject": ("subject_id",),
         "study": ("study_id",),
@@ -178,7 +156,7 @@ def _grouped(
         "split": ("split",),
     }
     groups: dict[tuple[str, Film, Film | None], list[Question]] = {}
-    same: dict[str, str] = {}  # questions and many answers are of a few thousand wordings
+    same: dict[str, str] = {}  # saves memory: there are few distinct texts
     for number, row in enumerate(source.table(table, columns), 1):
         kind = row["kind"].strip().lower()
         if kind in (*KINDS, DIFFERENCE) and (kind == DIFFERENCE) != difference:
@@ -190,7 +168,7 @@ def _grouped(
         if by_file:
             split = split_named(row["split"])
         if not split:
-            film = film._replace(problem=film.problem or "its split is not known")
+            film = film._replace(problem=film.problem or "its split is unknown")
         texts = (same.setdefault(text, text) for text in (kind, row["question"], row["answer"]))
         groups.setdefault((split or "train", film, reference), []).append(Question(number, *texts))
     out: dict[str, list[Item]] = {}
@@ -202,17 +180,17 @@ def _grouped(
 def _film_of(
     study: str, subject: str, number: int, films: Mapping[str, tuple[str, Film]]
 ) -> tuple[str, Film]:
-    """(split, film) of a row's study; a film with a problem if there is none."""
+    """Returns (split, film) of a study; the film may have a problem."""
     split, film = films.get(number_of(study, "s"), ("", None))
     if film is None:
         return split, Film(number, "", "", "", problem="its study is not in mimic_all.csv")
     if film.subject != number_of(subject, "p"):
-        return split, Film(number, "", "", "", problem="its patient is another one in mimic_all.csv")
+        return split, Film(number, "", "", "", problem="its patient differs from mimic_all.csv")
     return split, film
 
 
 def _reference_of(cell: str, film: Film, films: Mapping[str, tuple[str, Film]]) -> tuple[Film | None, Film]:
-    """(film of the reference study, the film with what is wrong with its reference)."""
+    """Returns (film of the reference study, `film` with any problem of the reference)."""
     if cell.strip().lower() in _NO_REFERENCE:
         return None, film._replace(problem="it has no reference study")
     _, reference = films.get(number_of(cell, "s"), ("", None))
@@ -225,14 +203,6 @@ def _reference_of(cell: str, film: Film, films: Mapping[str, tuple[str, Film]]) 
     return reference, film
 
 
-def _protected(groups: Mapping[str, list[Item]]) -> dict[str, list[Item]]:
-    films = one_split_per_patient({name: [item.film for item in items] for name, items in groups.items()})
-    return {
-        name: [item._replace(film=film) for item, film in zip(groups[name], of_split, strict=True)]
-        for name, of_split in films.items()
-    }
-
-
 def _examples(
     item: Item, context: Context, *, folder: str, table: str, prefixed: bool
 ) -> Iterator[Example | Skipped]:
@@ -241,15 +211,15 @@ def _examples(
             yield Skipped(f"{table} row {question.row}", item.film.problem)
         return
     kept: list[Question] = []
-    for outcome in _sound(item.questions, table):
-        if isinstance(outcome, Skipped):
-            yield outcome
+    for result in _valid(item.questions, table):
+        if isinstance(result, Skipped):
+            yield result
         else:
-            kept.append(outcome)
+            kept.append(result)
     if not kept:
         return
     films = [film for film in (item.reference, item.film) if film is not None]
-    images = [film_image(context, folder, film) for film in films]
+    images = [mimic_cxr.film_image(context, folder, film) for film in films]
     name = "-".join(film.dicom for film in reversed(films))
     exchanges = [(question.question, question.answer) for question in kept]
     if item.reference is not None:
@@ -258,15 +228,15 @@ def _examples(
         f"{context.split}/{name}" if prefixed else name,
         images,
         exchanges,
-        film_meta(context, item.film, label_source="labeler"),
-        questions=[_asked(question, context.parity, len(images) - 1) for question in kept],
+        mimic_cxr.film_meta(context, item.film, label_source="labeler"),
+        questions=[_question_meta(question, context.parity, len(images) - 1) for question in kept],
         marker="after",
     )
     yield _with_expert(example, item)
 
 
 def _with_expert(example: Example, item: Item) -> Example:
-    """The film expert sees the current film, if it is frontal."""
+    """Requests the film expert for the current film if it is frontal."""
     if item.film.view not in FRONTAL:
         return example
     if item.reference is None:
@@ -275,8 +245,8 @@ def _with_expert(example: Example, item: Item) -> Example:
     return dataclasses.replace(example, expert_requests=(request,))
 
 
-def _sound(questions: Sequence[Question], table: str) -> Iterator[Question | Skipped]:
-    """Questions that can be asked, each once."""
+def _valid(questions: Sequence[Question], table: str) -> Iterator[Question | Skipped]:
+    """Yields valid questions without duplicates, and skipped ones."""
     answers: dict[str, set[frozenset[str]]] = {}
     for question in questions:
         if _problem(question) is None:
@@ -286,7 +256,7 @@ def _sound(questions: Sequence[Question], table: str) -> Iterator[Question | Ski
         key = _key(question.question)
         problem = _problem(question)
         if problem is None and len(answers[key]) > 1:
-            problem = "its question has other answers about the same film"
+            problem = "its question has different answers for the same film"
         if problem is not None:
             yield Skipped(f"{table} row {question.row}", problem)
         elif key not in asked:
@@ -301,8 +271,8 @@ def _problem(question: Question) -> str | None:
     for what, text in (("question", question.question), ("answer", question.answer)):
         if text.strip().lower() in _BLANK:
             return f"the {what} is empty"
-        if len(text) > _LONGEST:
-            return f"the {what} has {len(text)} characters; up to {_LONGEST} are read"
+        if len(text) > _MAX_TEXT:
+            return f"the {what} has {len(text)} characters; up to {_MAX_TEXT} are read"
         try:
             text_of(text, what)
         except SkipItem as reason:
@@ -315,15 +285,15 @@ def _key(text: str) -> str:
 
 
 def _parts(answer: str) -> frozenset[str]:
-    """An answer that lists findings is the same in any order."""
+    """Returns the findings listed by an answer, whatever their order."""
     return frozenset(_key(part) for part in answer.split(","))
 
 
-def _asked(question: Question, parity: bool, image: int) -> dict:
+def _question_meta(question: Question, parity: bool, image: int) -> dict:
     first = _key(question.answer).strip(" .")
     closed = first in YES_NO
     is_closed = any(word in question.answer.lower() for word in YES_NO) if parity else closed
-    asked = question_meta(
+    qa = question_meta(
         question.question,
         first if closed else question.answer,
         question.kind,
@@ -331,4 +301,4 @@ def _asked(question: Question, parity: bool, image: int) -> dict:
         label_source="labeler",
         image=image,
     )
-    return {**asked, "answer_type": "closed" if is_closed else "open"}
+    return {**qa, "answer_type": "closed" if is_closed else "open"}

@@ -1,4 +1,4 @@
-"""What the datasets of MIMIC-CXR share: the lists of MIMIC-CXR-JPG, its films and their patients."""
+"""Shared code of the MIMIC-CXR datasets: tables, films and patient splits of MIMIC-CXR-JPG."""
 
 from __future__ import annotations
 
@@ -30,16 +30,9 @@ IMAGES = {"train": 368_960, "validation": 2_991, "test": 5_159}
 FRONTAL = ("AP", "PA")
 _MANIFEST = "SHA256SUMS.txt"
 
-# Releases and papers spell the second split "validate", "val" and "eval".
 _SPLITS = {
-    "train": "train",
-    "training": "train",
-    "validate": "validation",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "eval": "validation",
-    "dev": "validation",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validate", "validation", "valid", "val", "eval", "dev"), "validation"),
     "test": "test",
 }
 _VIEW_NAMES = {
@@ -55,14 +48,14 @@ _DICOM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class Film(NamedTuple):
-    """One image.
+    """An image.
 
     Attributes:
-      row: of its table, from 1, without the header; names it in messages, as its ids may not.
+      row: of its table, from 1 without the header; used in messages instead of ids.
       subject, study: digits.
-      dicom: names the file.
+      dicom: stem of the file name.
       view: such as "PA" or "LATERAL"; "" if unknown.
-      problem: why it cannot be used, or "".
+      problem: reason to skip the film, or "".
     """
 
     row: int
@@ -74,7 +67,7 @@ class Film(NamedTuple):
 
     @property
     def path(self) -> str:
-        """Below the release's folder."""
+        """Path below the folder of the release."""
         return f"{study_path(self.subject, self.study)}/{self.dicom}.jpg"
 
 
@@ -82,7 +75,7 @@ _Item = TypeVar("_Item", bound=Any)
 
 
 class MimicDataset(Dataset):
-    """A dataset of MIMIC-CXR's patients; `--views` says which films it takes."""
+    """Base class of datasets of MIMIC-CXR's patients."""
 
     homepage = "https://physionet.org/content/mimic-cxr-jpg/2.1.0/"
     citation = CITATION
@@ -94,28 +87,28 @@ class MimicDataset(Dataset):
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Declares --views."""
         parser.add_argument(
-            "--views", choices=("frontal", "all"), default="frontal", help="films of AP and PA views, or all"
+            "--views", choices=("frontal", "all"), default="frontal", help="AP and PA films, or all films"
         )
 
 
 def study_path(subject: str, study: str) -> str:
-    """The path that a study's folder and report share, without suffix."""
+    """Returns the path of a study's folder, which is also that of its report without suffix."""
     return f"files/p{subject[:2]}/p{subject}/s{study}"
 
 
 def number_of(value: object, prefix: str = "") -> str:
-    """The digits of an id that spreadsheets may have turned into "50414267.0"; "" if it is none."""
+    """Returns the digits of an id, also if stored as "50414267.0"; "" if it is not a number."""
     text = str(value).strip().removesuffix(".0").removeprefix(prefix)
     return text if text.isascii() and text.isdecimal() and 2 <= len(text) <= 20 else ""
 
 
 def split_named(value: object) -> str:
-    """ "train", "validation" or "test" for any spelling of them; "" otherwise."""
+    """Normalizes the name of a split; "" if it is unknown."""
     return _SPLITS.get(value.strip().lower(), "") if isinstance(value, str) else ""
 
 
 def view_named(position: str, code: str = "") -> str:
-    """A view from ViewPosition, or where that is blank from the meaning of ViewCodeSequence.
+    """Returns a view, given ViewPosition or, if that is blank, the meaning of ViewCodeSequence.
 
     >>> view_named("Postero-anterior"), view_named("", "left lateral"), view_named("", "Erect")
     ('PA', 'LL', '')
@@ -125,7 +118,7 @@ def view_named(position: str, code: str = "") -> str:
 
 
 def alternatives(folders: Iterable[str], *names: str) -> list[str]:
-    """Every name, also packed, in every folder."""
+    """Returns every name, also compressed, in every folder."""
     return [
         f"{folder}/{name}{suffix}".lstrip("/")
         for folder in folders
@@ -135,7 +128,7 @@ def alternatives(folders: Iterable[str], *names: str) -> list[str]:
 
 
 def jpg_tables(*stems: str) -> list[list[str]]:
-    """Where tables of MIMIC-CXR-JPG may be, for `SourceFolder.require`; their names keep the number 2.0.0."""
+    """Returns candidate paths of MIMIC-CXR-JPG tables; release 2.1.0 kept names with 2.0.0."""
     return [
         alternatives(JPG_FOLDERS, f"mimic-cxr-2.0.0-{stem}.csv", f"mimic-cxr-2.1.0-{stem}.csv")
         for stem in stems
@@ -143,10 +136,10 @@ def jpg_tables(*stems: str) -> list[list[str]]:
 
 
 def required(source: SourceFolder, *wanted: str | Sequence[str]) -> list[str]:
-    """`SourceFolder.require`; files that a SHA256SUMS.txt beside them lists are compared with it.
+    """Calls `SourceFolder.require` and verifies files listed in a SHA256SUMS.txt next to them.
 
     Raises:
-      UserError: something is missing, or a file is not the published one.
+      UserError: a file is missing or differs from the published one.
     """
     found = source.require(*wanted)
     for folder in dict.fromkeys(posixpath.dirname(name) for name in found):
@@ -158,7 +151,11 @@ def required(source: SourceFolder, *wanted: str | Sequence[str]) -> list[str]:
             digest, _, name = line.partition(" ")
             published[posixpath.join(folder, name.strip(" *").removeprefix("./"))] = digest.lower()
         for name in found:
-            if name in published and _digest(source, name) != published[name]:
+            if name not in published:
+                continue
+            with (source.root / name).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+            if digest != published[name]:
                 raise UserError(
                     f"{source.root / name}: its sha256 is not that of {_MANIFEST}; download it again, or "
                     f"remove {_MANIFEST} if you changed the file"
@@ -166,13 +163,8 @@ def required(source: SourceFolder, *wanted: str | Sequence[str]) -> list[str]:
     return found
 
 
-def _digest(source: SourceFolder, name: str) -> str:
-    with (source.root / name).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-
-
 def jpg_folder(source: SourceFolder) -> str:
-    """The folder that holds `files/`, "" for the source folder itself."""
+    """Returns the folder that contains `files/`, "" for the source folder."""
     folder = next((f for f in JPG_FOLDERS if source.find(f"{f}/files".lstrip("/"))), None)
     if folder is None:
         source.require("files")
@@ -180,7 +172,7 @@ def jpg_folder(source: SourceFolder) -> str:
 
 
 def views_of(source: SourceFolder, metadata_table: str) -> dict[str, str]:
-    """Dicom id → view."""
+    """Reads DICOM id → view."""
     rows = source.table(
         metadata_table,
         {"dicom": ("dicom_id",), "position": ("ViewPosition",)},
@@ -195,7 +187,7 @@ def views_of(source: SourceFolder, metadata_table: str) -> dict[str, str]:
 
 
 def films_of(source: SourceFolder, split_table: str, views: Mapping[str, str]) -> dict[str, list[Film]]:
-    """All films by split, in the order of the split table.
+    """Reads all films by split, in the order of the split table.
 
     Args:
       source: the source folder.
@@ -203,7 +195,7 @@ def films_of(source: SourceFolder, split_table: str, views: Mapping[str, str]) -
       views: of `views_of`.
 
     Raises:
-      UserError: a column is missing, or no row names a split.
+      UserError: a column is missing, or no row has a known split.
     """
     columns = {
         "dicom": ("dicom_id",),
@@ -220,9 +212,9 @@ def films_of(source: SourceFolder, split_table: str, views: Mapping[str, str]) -
         subject, study = ids["p", row["subject"]], ids["s", row["study"]]
         problem = film_problem(subject, study, dicom)
         if not problem and dicom in taken:
-            problem = "its dicom_id stands twice in the table"
+            problem = "its dicom_id is a duplicate"
         if not split:
-            problem = problem or "its split is not known"
+            problem = problem or "its split is unknown"
         named += bool(split)
         taken.add(dicom)
         film = Film(number, subject, study, dicom, views.get(dicom, ""), problem)
@@ -233,50 +225,53 @@ def films_of(source: SourceFolder, split_table: str, views: Mapping[str, str]) -
 
 
 class _Ids(dict[tuple[str, str], str]):
-    """(prefix, cell) → `number_of`, one text per id: half of the memory of 377,110 rows, and faster."""
+    """Caches `number_of` by (prefix, cell), which halves the memory of 377,110 rows."""
 
     def __missing__(self, key: tuple[str, str]) -> str:
         return self.setdefault(key, number_of(key[1], key[0]))
 
 
 def film_problem(subject: str, study: str, dicom: str) -> str:
-    """What is wrong with the ids of a row, or ""."""
+    """Returns what is wrong with the ids of a row, or ""."""
     if not subject:
-        return "its subject_id is no number"
+        return "its subject_id is not a number"
     if not study:
-        return "its study_id is no number"
-    return "" if _DICOM.fullmatch(dicom) else "its dicom_id is no name of a file"
+        return "its study_id is not a number"
+    return "" if _DICOM.fullmatch(dicom) else "its dicom_id is not a file name"
 
 
 def one_split_per_patient(items: Mapping[str, list[_Item]]) -> dict[str, list[_Item]]:
-    """Skips items whose patient is in a more protected split too; test comes before validation.
+    """Sets a problem for items whose patient is also in a more protected split: test, then validation.
 
     Args:
-      items: split → values with `subject` and `problem`, such as films.
+      items: split → films, or named tuples with a field `film`.
     """
     out = {name: list(items[name]) for name in ("train", "validation", "test") if name in items}
     protected: dict[str, str] = {}
     for name in ("test", "validation", "train"):
         kept = out.get(name, [])
         for place, item in enumerate(kept):
-            other = protected.get(item.subject)
-            if other and not item.problem:
-                kept[place] = item._replace(problem=f"its patient is in the {other} split too")
-        protected |= {item.subject: name for item in kept if not item.problem}
+            film: Film = getattr(item, "film", item)
+            other = protected.get(film.subject)
+            if other and not film.problem:
+                film = film._replace(problem=f"its patient is in the {other} split too")
+                kept[place] = film if isinstance(item, Film) else item._replace(film=film)
+        films = (getattr(item, "film", item) for item in kept)
+        protected |= {film.subject: name for film in films if not film.problem}
     return out
 
 
 def film_image(context: Context, folder: str, film: Film, path: str = "") -> ImageRef:
-    """The picture of a film.
+    """Returns the image of a film.
 
     Args:
       context: of the split.
       folder: of `jpg_folder`.
-      film: which.
-      path: of the picture below `folder`; "" for the release's.
+      film: the film.
+      path: of the image below `folder`; "" for the path in the release.
 
     Raises:
-      SkipItem: the film has a problem or its file is missing; the reason names no patient.
+      SkipItem: the film has a problem, or its file is missing; the reason does not identify the patient.
     """
     if film.problem:
         raise SkipItem(film.problem)
@@ -287,12 +282,12 @@ def film_image(context: Context, folder: str, film: Film, path: str = "") -> Ima
         raise SkipItem(str(reason).replace(f"image {path}", "its image")) from None
     except UnavailableError:
         raise
-    except UserError:  # the message names the path, and so the patient
+    except UserError:  # its message contains the path, and so the patient
         raise SkipItem("its image cannot be read") from None
 
 
 def film_meta(context: Context, film: Film, **more: object) -> dict[str, Any]:
-    """The metadata of a record about one film."""
+    """Returns the metadata of a record about a film."""
     return metadata(
         context,
         modality="CXR",
@@ -304,5 +299,5 @@ def film_meta(context: Context, film: Film, **more: object) -> dict[str, Any]:
 
 
 def row_of(table: str, item: Any) -> str:
-    """Names a film, or another item with a `row`, in messages."""
+    """Returns the name of a film, or another item with a `row`, in messages."""
     return f"{table} row {item.row}"

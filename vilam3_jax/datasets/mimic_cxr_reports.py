@@ -8,24 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 from vilam3_jax.data.examples import Example
+from vilam3_jax.datasets import mimic_cxr
 from vilam3_jax.datasets.dataset import Context, SkipItem, Split
-from vilam3_jax.datasets.mimic_cxr import (
-    FRONTAL,
-    IMAGES,
-    JPG_INSTRUCTIONS,
-    Film,
-    MimicDataset,
-    alternatives,
-    film_image,
-    films_of,
-    jpg_folder,
-    jpg_tables,
-    number_of,
-    required,
-    row_of,
-    study_path,
-    views_of,
-)
+from vilam3_jax.datasets.mimic_cxr import FRONTAL, Film, MimicDataset, number_of, study_path
 from vilam3_jax.datasets.report_examples import CONFIGS, MAX_REPORT, Pools, pools_of, report_example
 from vilam3_jax.datasets.report_sections import sections_of
 from vilam3_jax.datasets.source_files import SourceFolder
@@ -46,7 +31,7 @@ _TARGETS = {
     "impression": ("impression",),
     "findings_impression": ("findings", "impression"),
 }
-_PROBED = 500  # studies in which the first report is looked for
+_PROBED = 500  # studies probed for the folder of reports
 
 
 class Item(NamedTuple):
@@ -55,7 +40,7 @@ class Item(NamedTuple):
     Attributes:
       row: of the split table.
       film: its ids.
-      sections: the texts that are asked for, where a table has them; None: they are in the report's file.
+      sections: target sections from a table; None to read the report file.
     """
 
     row: int
@@ -64,11 +49,11 @@ class Item(NamedTuple):
 
 
 class MimicCxrReports(MimicDataset):
-    """One record for each frontal film, with the report of its study.
+    """Frontal films, each with the report of its study.
 
-    If the source has `mimic_cxr_sectioned.csv`, its sections are used; otherwise `report_sections` finds them
-    in the text files. A sentence with a masked word (`___`) is left out of the target: a model would learn to
-    write the mask. `parity` takes the wording of "pooled" from the test reports, as the reference does.
+    Sections come from `mimic_cxr_sectioned.csv` if present, otherwise `report_sections` finds them in the
+    report files. Sentences with a masked word (`___`) are removed from the target, so that a model does not
+    learn to write masks. With `parity`, the wording of "pooled" comes from test reports, as in the reference.
     """
 
     has_parity = True
@@ -76,7 +61,7 @@ class MimicCxrReports(MimicDataset):
     description = "Frontal chest films of MIMIC-CXR with the findings or the impression of their reports."
     configs: ClassVar[Mapping[str, str]] = CONFIGS
     instructions = (
-        f"{JPG_INSTRUCTIONS}: mimic-cxr-2.0.0-{{split,metadata}}.csv.gz. From "
+        f"{mimic_cxr.JPG_INSTRUCTIONS}: mimic-cxr-2.0.0-{{split,metadata}}.csv.gz. From "
         "https://physionet.org/content/mimic-cxr/ (credentialed access): mimic-cxr-reports.zip, unpacked "
         "into the same folder (files/p10/p10…/s5….txt) or into mimic-cxr-reports/; or your "
         "mimic_cxr_sectioned.csv."
@@ -84,18 +69,16 @@ class MimicCxrReports(MimicDataset):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares --target."""
+        """Declares `--target`."""
         super().add_arguments(parser)
-        parser.add_argument(
-            "--target", choices=tuple(_TARGETS), default="findings", help="sections that are learned"
-        )
+        parser.add_argument("--target", choices=tuple(_TARGETS), default="findings", help="target sections")
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Joins films with reports; with "pooled", reads all reports of the training and the test split."""
-        table, views = required(source, *jpg_tables("split", "metadata"))
-        films = films_of(source, table, views_of(source, views))
+        """Joins films with reports; "pooled" reads all train and test reports."""
+        table, views = mimic_cxr.required(source, *mimic_cxr.jpg_tables("split", "metadata"))
+        films = mimic_cxr.films_of(source, table, mimic_cxr.views_of(source, views))
         heads = _TARGETS[self.options.target]
-        sectioned = source.find(*alternatives(_FOLDERS, "mimic_cxr_sectioned.csv"))
+        sectioned = source.find(*mimic_cxr.alternatives(_FOLDERS, "mimic_cxr_sectioned.csv"))
         folder, known = "", None
         if sectioned:
             known = _sections_in(source, sectioned, heads)
@@ -112,29 +95,29 @@ class MimicCxrReports(MimicDataset):
             pools = pools_of({name: _texts(items.get(name, ()), of_source) for name in ("train", "test")})
         make = functools.partial(
             _examples,
-            folder=jpg_folder(source),
+            folder=mimic_cxr.jpg_folder(source),
             read=read,
             heads=heads,
             pools=pools,
             views=self.options.views,
         )
+        name_of = functools.partial(mimic_cxr.row_of, table)
         return {
-            name: Split(of_split, make, functools.partial(row_of, table), IMAGES[name])
-            for name, of_split in items.items()
+            name: Split(of_split, make, name_of, mimic_cxr.IMAGES[name]) for name, of_split in items.items()
         }
 
 
 def _sections_in(source: SourceFolder, table: str, heads: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Study → the sections asked for, from `mimic_cxr_sectioned.csv`."""
+    """Reads study → target sections from `mimic_cxr_sectioned.csv`."""
     rows = source.table(table, {"study": ("study", "study_id"), **{head: (head,) for head in heads}})
     return {number_of(row["study"], "s"): tuple(row[head] for head in heads) for row in rows}
 
 
 def _reports_folder(source: SourceFolder, films: Mapping[str, Sequence[Film]]) -> str:
-    """The folder with the text files; a study in thousands may lack its own.
+    """Finds the folder of the report files; single studies may lack a report.
 
     Raises:
-      UserError: none of the first studies has one anywhere.
+      UserError: none of the first studies has one.
     """
     first = [film for of_split in films.values() for film in of_split if not film.problem][:_PROBED]
     for film in first:
@@ -142,15 +125,15 @@ def _reports_folder(source: SourceFolder, films: Mapping[str, Sequence[Film]]) -
             if source.find(f"{folder}/{study_path(film.subject, film.study)}.txt".lstrip("/")):
                 return folder
     raise UserError(
-        f"{source.root}: no report (files/pNN/pNNNNNNNN/sNNNNNNNN.txt) of the first {len(first)} films is "
-        f"there, and no mimic_cxr_sectioned.csv. {MimicCxrReports.instructions}"
+        f"{source.root}: neither mimic_cxr_sectioned.csv nor a report of the first {len(first)} films "
+        f"(files/pNN/pNNNNNNNN/sNNNNNNNN.txt). {MimicCxrReports.instructions}"
     )
 
 
 def _sections(
     item: Item, *, file_of: Callable[[str], paths.PathLike], folder: str, heads: Sequence[str]
 ) -> tuple[str, ...]:
-    """The raw texts of an item's sections, "" for one that the report lacks."""
+    """Returns the raw target sections of an item, "" for missing ones."""
     if item.sections is not None:
         if not item.sections:
             raise SkipItem("its study is not in the table of sections")
@@ -162,17 +145,17 @@ def _sections(
     try:
         report = paths.read_bytes(file, MAX_REPORT).decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise SkipItem("its report is no UTF-8 text") from None
+        raise SkipItem("its report is not UTF-8 text") from None
     except UnavailableError:
         raise
-    except UserError:  # the message names the path, and so the patient
+    except UserError:  # its message contains the path, and so the patient
         raise SkipItem(f"its report cannot be read; up to {MAX_REPORT} bytes are") from None
     found = sections_of(report)
     return tuple(getattr(found, head) for head in heads)
 
 
 def _texts(items: Sequence[Item], read: Callable[[Item], tuple[str, ...]]) -> Iterator[str]:
-    """The raw sections of each study once."""
+    """Yields the raw sections of each study once."""
     seen: set[str] = set()
     for item in items:
         if item.film.problem or item.film.study in seen:
@@ -180,7 +163,7 @@ def _texts(items: Sequence[Item], read: Callable[[Item], tuple[str, ...]]) -> It
         seen.add(item.film.study)
         try:
             yield from (text for text in read(item) if len(text) <= MAX_REPORT)
-        except SkipItem:  # said when the item's turn comes
+        except SkipItem:  # reported when the item is converted
             continue
 
 
@@ -199,4 +182,5 @@ def _examples(
     if item.film.problem:
         raise SkipItem(item.film.problem)
     raw = read(item, file_of=context.file)
-    yield report_example(item.film, film_image(context, folder, item.film), raw, heads, context, pools)
+    image = mimic_cxr.film_image(context, folder, item.film)
+    yield report_example(item.film, image, raw, heads, context, pools)

@@ -385,7 +385,7 @@ for action in (writer.flush, lambda: compact({str(tmp_path)!r})):
     except UserError as error:
         print(error)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-writer.close()
+writer.flush()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     said = done.stdout.splitlines()

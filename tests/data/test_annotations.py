@@ -136,7 +136,7 @@ def test_store_merges_runs_and_resume_skips(tmp_path):
     with AnnotationWriter(tmp_path, records_per_shard=2) as writer:
         assert [writer.write(make(i)) for i in range(5)] == [True] * 5
     with AnnotationWriter(tmp_path) as writer:
-        assert writer.has("key4", "CXR") and not writer.has("key5", "CXR")
+        assert writer.status("key4", "CXR") == "ok" and writer.status("key5", "CXR") is None
         assert [writer.write(make(i)) for i in range(3, 7)] == [False, False, True, True]
     store = AnnotationStore(tmp_path)
     assert len(store) == 7
@@ -172,7 +172,7 @@ def test_shard_without_index_does_not_exist(tmp_path, monkeypatch):
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".array_record"]
     assert len(AnnotationStore(tmp_path)) == 0
     monkeypatch.undo()
-    writer.close()  # what was pending is still pending
+    writer.flush()  # what was pending is still pending
     assert AnnotationStore(tmp_path).get("key1", "CXR") == make(1)
 
 

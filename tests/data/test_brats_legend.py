@@ -2,7 +2,7 @@
 
 import pytest
 
-from vilam3_jax.data.experts.brats_legend import brats_legend
+from vilam3_jax.data.experts.overlays import brats_legend, reference_brats_legend
 
 # Colours as the overlay gives them: in the order of the labels on the slice.
 ALL = {1: "red", 2: "blue", 4: "yellow"}
@@ -18,14 +18,14 @@ CASES = {
 @pytest.mark.parametrize("present", CASES)
 def test_both_wordings(present):
     colours = {label: ALL[label] for label in present}
-    assert (brats_legend(colours, "trained"), brats_legend(colours, "correct")) == CASES[present]
+    assert (reference_brats_legend(colours), brats_legend(colours)) == CASES[present]
 
 
 def test_colours_are_those_of_the_slice():
     # Without the core, edema is red and the enhancing tumor blue.
     colours = {2: "red", 4: "blue"}
-    assert brats_legend(colours, "trained") == "only blue: enhancing tumor, all colors: whole tumor"
+    assert reference_brats_legend(colours) == "only blue: enhancing tumor, all colors: whole tumor"
     expected = "blue: tumor core, blue: enhancing tumor, red and blue: whole tumor"
-    assert brats_legend(colours, "correct") == expected
-    assert brats_legend({2: "red"}, "trained") == "all colors: whole tumor"
-    assert brats_legend({2: "red"}, "correct") == "red: whole tumor"
+    assert brats_legend(colours) == expected
+    assert reference_brats_legend({2: "red"}) == "all colors: whole tumor"
+    assert brats_legend({2: "red"}) == "red: whole tumor"

@@ -36,8 +36,7 @@ from hypothesis import strategies as st
 from vilam3_jax.data import stream
 from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.data.experts.cards import Card
-from vilam3_jax.data.experts.dialogues.phrases import plural, said
-from vilam3_jax.data.experts.dialogues.pools import pool
+from vilam3_jax.data.experts.dialogues.phrases import plural, pool, said
 from vilam3_jax.data.experts.dialogues.rules import RULES, split_row
 from vilam3_jax.data.experts.dialogues.scene import Unfit
 from vilam3_jax.data.experts.dialogues.source import DialogueSource, under_rules

@@ -88,22 +88,22 @@ def test_overlay_follows_the_published_formula():
     # By hand: 0.3 * colour + 0.7 * grey, times 255, cut to an integer.
     image = np.full((2, 2, 3), 101, np.uint8)
     labels = np.array([[0, 7], [9, 62]])
-    out, described = overlay(image, labels, {7: "seven", 62: "colon"})
+    out = overlay(image, labels)
     assert out[0, 0].tolist() == [101, 101, 101]
     assert out[0, 1].tolist() == [147, 70, 70]  # red: 76.5 + 70.7
     assert out[1, 0].tolist() == [70, 70, 147]  # blue, taken by a label without a name
     assert out[1, 1].tolist() == [147, 147, 70]  # yellow
-    assert described == {"red": "seven", "yellow": "colon"}
+    assert legend({7: "seven", 62: "colon"}, [7, 9, 62]) == {"red": "seven", "yellow": "colon"}
     assert image.max() == 101  # the input is not touched
 
 
 def test_overlay_resizes_labels_only():
     image = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
-    out, _ = overlay(image, np.array([[0, 1], [0, 0]]), {1: "x"})
+    out = overlay(image, np.array([[0, 1], [0, 0]]))
     changed = (out != image).any(axis=2)
     assert changed[:2, 3:].all() and changed.sum() == 6
     with pytest.raises(ValueError, match="uint8"):
-        overlay(image.astype(np.float32), np.zeros((2, 2), int), {})
+        overlay(image.astype(np.float32), np.zeros((2, 2), int))
 
 
 def test_published_legend_example():

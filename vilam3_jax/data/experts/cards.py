@@ -26,8 +26,8 @@ DEFAULT_LIST = "experts"  # for models whose config names none
 
 _SEPARATORS = ("\n", ", Task: ", ", Overview: ", ", Accuracy: ", ", Valid args are: ")
 _LINE = re.compile(
-    rf"<({NAME})\(args\)> Modality: (.*?), Task: (.*?), Overview: (.*?), "
-    r"Accuracy: (.*?), Valid args are: (.*)"
+    rf"<(?P<name>{NAME})\(args\)> Modality: (?P<modality>.*?), Task: (?P<task>.*?), "
+    r"Overview: (?P<overview>.*?), Accuracy: (?P<accuracy>.*?), Valid args are: (?P<args>.*)"
 )
 _MAX_CARDS_BYTES = 1 << 20
 _FACTS = ("roles", "modalities", "regions", "checks")
@@ -121,7 +121,8 @@ class Card:
 
 
 @functools.cache
-def _all_facts() -> dict[str, dict[str, Any]]:
+def all_facts() -> dict[str, dict[str, Any]]:
+    """The content of `tables/facts.json`."""
     data = importlib.resources.files("vilam3_jax.data.experts") / "tables" / "facts.json"
     return json.loads(data.read_text(encoding="utf-8"))
 
@@ -131,18 +132,15 @@ def facts(name: str) -> dict[str, Any]:
 
     Experts share named sets of checks. The source of each check is documentation and is dropped.
     """
-    found = {key: value for key, value in _all_facts().get(name, {}).items() if key in _FACTS}
+    found = {key: value for key, value in all_facts().get(name, {}).items() if key in _FACTS}
     if "checks" in found:
-        rows = _all_facts()["check_sets"][found["checks"]]
+        rows = all_facts()["check_sets"][found["checks"]]
         found["checks"] = [{key: value for key, value in row.items() if key != "source"} for row in rows]
     return found
 
 
 def card_list(model: Mapping[str, Any]) -> list[Card]:
-    """The cards of a model: the `card_list` of an export, else the list that `cards` names.
-
-    Args:
-      model: the `model` section of a config.
+    """The cards of a config's `model` section: those of an export, else the list that `cards` names.
 
     Raises:
       UserError: the list does not exist or is malformed.
@@ -183,28 +181,17 @@ def parse_cards(text: str) -> list[Card]:
         match = _LINE.fullmatch(line)
         if not match:
             raise ValueError(f"not a card: {line[:80]!r}")
-        name, modality, task, overview, accuracy, args = match.groups()
-        fields = {
-            "name": name,
-            "args": re.findall(r"'([^']*)'", args),
-            "modality": modality,
-            "task": task,
-            "overview": overview,
-            "accuracy": accuracy,
-            "stand_in": STAND_IN in overview,
-        }
-        cards.append(Card.from_dict(fields))
+        args, stand_in = re.findall(r"'([^']*)'", match["args"]), STAND_IN in match["overview"]
+        cards.append(Card.from_dict({**match.groupdict(), "args": args, "stand_in": stand_in}))
     if render_cards(cards) != text:
         raise ValueError("card list renders differently after parsing; check how its arguments are listed")
     return cards
 
 
 def load_cards(name: str) -> list[Card]:
-    """Reads a card list.
+    """Reads the list `experts`, `vila_m3` or `quickstart`, or a file.
 
-    Args:
-      name: `experts`, `vila_m3`, `quickstart`, or the path of a `.json` (list of objects with the fields of
-        `Card`) or `.txt` (rendered text) file.
+    A `.json` file is a list of objects with the fields of `Card`; a `.txt` file holds the rendered text.
 
     Raises:
       UserError: the list does not exist or is malformed.
@@ -213,9 +200,7 @@ def load_cards(name: str) -> list[Card]:
         folder = importlib.resources.files("vilam3_jax.data.experts") / "tables"
         found = [f for f in (folder / f"{name}.json", folder / f"{name}.txt") if f.is_file()]
         if not found:
-            raise UserError(
-                f"no card list {name!r}; use 'experts', 'vila_m3', 'quickstart' or a path to a file"
-            )
+            raise UserError(f"no card list {name!r}; use 'experts', 'vila_m3', 'quickstart' or a file path")
         is_json, data = found[0].name.endswith(".json"), found[0].read_bytes()
     else:
         is_json, data = name.endswith(".json"), paths.read_bytes(name, _MAX_CARDS_BYTES)

@@ -101,35 +101,21 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """The experts' turn.
+    """The experts' turn."""
 
-    Attributes:
-      text: the results, followed by the question.
-      overlays: one per image marker in `text`, in order.
-    """
-
-    text: str
-    overlays: tuple[Overlay, ...]
+    text: str  # the results, followed by the question
+    overlays: tuple[Overlay, ...]  # one per image marker in `text`, in order
 
 
 def call_turn(cards: Sequence[Card], calls: Sequence[Call], style: Style = DEFAULT_STYLE) -> Turn:
-    """The assistant's turn that makes `calls`, a target.
-
-    Args:
-      cards: the expert's card for each call.
-      calls: the calls, in the order in which they are answered.
-      style: style of the model.
-    """
+    """The assistant's turn, a target, that makes `calls` to the experts of `cards`, one for each call."""
     return Turn("assistant", style.wording.call(cards, calls), supervised=True)
 
 
 def exchange(results: Sequence[Result], question: str, style: Style = DEFAULT_STYLE) -> Exchange:
-    """Renders the experts' turn: the results of all calls, and the question again.
+    """Renders the experts' turn: the results of all calls of a turn, at least one, and the question again.
 
-    Args:
-      results: results of the calls of one turn, in order; at least one.
-      question: the question, without image markers.
-      style: style of the model.
+    The question has no image markers.
 
     Raises:
       ValueError: a result cannot be shown, see `Result.problem`.

@@ -112,10 +112,8 @@ def _falsify_segments(
         # Without absent labels, falsify presence: drop half of the present labels, at least one.
         renamed, dropped = order[: len(targets)], order[len(targets) :]
         survivors = dropped[: len(dropped) // 2] if not targets else []
-        dropped = dropped[len(survivors) :]
         table = np.arange(65536, dtype=np.uint16)
-        for segment in dropped:
-            table[segment.label_id] = 0
+        table[[s.label_id for s in dropped[len(survivors) :]]] = 0
         segments = [*kept, *(_rescale(s, s.label_id, s.name, rng) for s in survivors)]
         for segment, label_id in zip(renamed, targets, strict=False):
             table[segment.label_id] = label_id

@@ -43,7 +43,7 @@ class CallingTurn:
     Attributes:
       calls: calls to be made, in order; empty for an answer.
       kept: the text up to the last of `calls` and its closing full stop; the whole text without calls.
-      cut: the rest: a result the model invented, or calls after it.
+      cut: the rest, such as a result that the model invented.
       dropped: calls in `cut`, which are not made.
     """
 

@@ -41,7 +41,7 @@ def write_frame(sink: IO[bytes], message: Message) -> None:
 
     Raises:
       FrameError: the message exceeds `MAX_FRAME_BYTES`.
-      OSError: the other side is gone.
+      OSError: the reader is gone.
     """
     body = wire.pack(message)
     if len(body) > MAX_FRAME_BYTES:
@@ -77,10 +77,7 @@ def read_frame(source: IO[bytes]) -> Message | None:
 
 
 class ExpertHost:
-    """Starts the host at the first request, and sends one request at a time.
-
-    Use it as a context manager, or call `close`.
-    """
+    """Starts the host at the first request, and sends one request at a time; a context manager."""
 
     def __init__(
         self,
@@ -100,7 +97,7 @@ class ExpertHost:
         """
         self._command = [*command, *(("--weights", os.fspath(weights)) if weights is not None else ())]
         self._timeout = timeout
-        self._environment = None if environment is None else dict(environment)
+        self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: Any = None
         self._ids = itertools.count()
@@ -117,8 +114,7 @@ class ExpertHost:
         """Runs an expert on one input, or on several that form one case.
 
         Args:
-          expert: name of the expert.
-          args: arguments of the call.
+          expert, args: name and arguments of the call.
           input_key: `content_keys.inputs_key` of the inputs, which the answer must have.
           inputs: (role, source) pairs in the order of the expert's roles. A source is a local file or DICOM
             folder that the host can read, or an encoded image. The role of a single input is "".
@@ -151,11 +147,10 @@ class ExpertHost:
         return annotation
 
     def _exchange(self, request: Message) -> Message:
-        if self._process is None or self._process.poll() is not None:
-            self._stop()
-            self._start()
         process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
+        if process is None or process.poll() is not None:
+            process = self._start()
+        assert process.stdin is not None and process.stdout is not None
         timed_out = threading.Event()
 
         def expire() -> None:
@@ -182,15 +177,14 @@ class ExpertHost:
             raise FrameError(f"answer out of order ({response.get('error')})")
         return response
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._stop()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed by _stop
+        pipe = subprocess.PIPE
         self._process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env=self._environment,
+            self._command, stdin=pipe, stdout=pipe, stderr=self._stderr, env=self._environment
         )
+        return self._process
 
     def _crash(self, error: OSError) -> str:
         """Describes a crash: exit code and last line of stderr."""

@@ -79,7 +79,7 @@ class Shard(NamedTuple):
 
 
 class Location(NamedTuple):
-    """Shard and position of a record, and what the index states about it."""
+    """Shard and position of a record, with its outcome and commit time."""
 
     shard: str
     record: int
@@ -88,25 +88,13 @@ class Location(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A record as its writer indexes it.
-
-    Attributes:
-      key: (input key, expert, arguments).
-      version: version of the expert.
-      status: 'ok' or 'failed'.
-      content: SHA-256 of the record without its duration, 32 bytes.
-      stamp: nanoseconds since 1970.
-    """
+    """A record as its writer indexes it."""
 
     key: Key
-    version: str
-    status: str
-    content: bytes
-    stamp: int
-
-
-class DamagedIndex(ValueError):
-    """The bytes are not an index in the format of this version."""
+    version: str  # of the expert
+    status: str  # 'ok' or 'failed'
+    content: bytes  # SHA-256 of the record without its duration
+    stamp: int  # commit time, nanoseconds since 1970
 
 
 class Versions(NamedTuple):
@@ -139,15 +127,11 @@ class Index:
         self._merged: np.ndarray | None = None
 
     def add_file(self, data: bytes | mmap.mmap, versions: Versions) -> None:
-        """Adds the rows of an index file.
-
-        Args:
-          data: content of the file; a memory mapping stays referenced.
-          versions: versions the file must have.
+        """Adds the rows of an index file; a memory mapping stays referenced.
 
         Raises:
-          DamagedIndex: the file is damaged.
-          UserError: written with another schema or decoder; the message lacks the file name.
+          ValueError, KeyError, TypeError, UnpackException: the file is damaged.
+          UserError: the file was written with other versions; the message lacks its name.
         """
         header, rows = _parse(data, versions)
         calls = [self._call_code(Outcome(*map(str, fields))) for fields in header["calls"]]
@@ -175,12 +159,7 @@ class Index:
         self._add_layer(self._best(rows))
 
     def relocated(self, rows: np.ndarray, shards: Sequence[Shard]) -> Index:
-        """Returns an index of the same records at new locations.
-
-        Args:
-          rows: rows of this index; shard codes from `len(self.shards)` on refer to `shards`.
-          shards: new shards.
-        """
+        """Returns an index of `rows`, whose shard codes from `len(self.shards)` on refer to new `shards`."""
         new = Index()
         new._texts = self._texts
         for call in self.calls:
@@ -365,33 +344,27 @@ def _parse(data: bytes | mmap.mmap, versions: Versions) -> tuple[dict[str, Any],
     view = memoryview(data)
     start = len(_MAGIC) + 8
     if bytes(view[: len(_MAGIC)]) != _MAGIC or len(view) < start + 4:
-        raise DamagedIndex("not an annotation index")
+        raise ValueError("not an annotation index")
     if zlib.crc32(view[:-4]) != int.from_bytes(view[-4:], "little"):
-        raise DamagedIndex("checksum mismatch")
+        raise ValueError("checksum mismatch")
     end = start + int.from_bytes(view[len(_MAGIC) : start], "little")
-    try:
-        header = msgpack.unpackb(view[start:end], raw=False)
-        if header["schema_version"] != versions.schema:
-            raise wrong_schema(header["schema_version"], versions.schema)
-        if header["decoder_version"] != versions.decoder:
-            raise UserError(
-                f"annotations of images as decoder version {header['decoder_version']} read "
-                f"them, this is version {versions.decoder}; annotate into a new folder"
-            )
-        first = end + -end % _ALIGN
-        rows = np.frombuffer(view[first:-4], ROW)
-        if len(rows) != header["rows"]:
-            raise DamagedIndex(f"{len(rows)} rows, expected {header['rows']}")
-        for name, _, _ in header["shards"]:
-            if not _SHARD_NAME.fullmatch(name):
-                raise DamagedIndex(f"shard name {name!r}")
-        for table, column in (("calls", "call"), ("shards", "shard")):
-            if len(rows) and int(rows[column].max()) >= len(header[table]):
-                raise DamagedIndex(f"a row refers to an entry beyond the table of {table}")
-    except (KeyError, TypeError, ValueError, msgpack.UnpackException) as error:
-        if isinstance(error, DamagedIndex):
-            raise
-        raise DamagedIndex(f"{type(error).__name__}: {error}") from error
+    header = msgpack.unpackb(view[start:end], raw=False)
+    if header["schema_version"] != versions.schema:
+        raise wrong_schema(header["schema_version"], versions.schema)
+    if header["decoder_version"] != versions.decoder:
+        raise UserError(
+            f"annotations of images as decoder version {header['decoder_version']} read "
+            f"them, this is version {versions.decoder}; annotate into a new folder"
+        )
+    rows = np.frombuffer(view[end + -end % _ALIGN : -4], ROW)
+    if len(rows) != header["rows"]:
+        raise ValueError(f"{len(rows)} rows, expected {header['rows']}")
+    for name, _, _ in header["shards"]:
+        if not _SHARD_NAME.fullmatch(name):
+            raise ValueError(f"shard name {name!r}")
+    for table, column in (("calls", "call"), ("shards", "shard")):
+        if len(rows) and int(rows[column].max()) >= len(header[table]):
+            raise ValueError(f"a row refers to an entry beyond the table of {table}")
     return header, rows
 
 
@@ -427,11 +400,7 @@ def open_file(path: str) -> bytes | mmap.mmap:
 
 
 def read_index(files: Iterable[tuple[str, bytes | mmap.mmap]], versions: Versions) -> Index:
-    """Merges index files.
-
-    Args:
-      files: path and content; put the largest first, as it stays mapped.
-      versions: versions every file must have.
+    """Merges index files, given as (path, content); the first one stays mapped, so put the largest first.
 
     Raises:
       UserError: a file is damaged or of another version.
@@ -440,9 +409,9 @@ def read_index(files: Iterable[tuple[str, bytes | mmap.mmap]], versions: Version
     for path, data in files:
         try:
             index.add_file(data, versions)
-        except DamagedIndex as error:
-            raise UserError(f"{path}: damaged index ({error}); delete it and annotate again") from error
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+        except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+            raise UserError(f"{path}: damaged index ({error}); delete it and annotate again") from error
     index.merge_layers()
     return index

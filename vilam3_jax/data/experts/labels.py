@@ -22,15 +22,10 @@ _Number = TypeVar("_Number", int, float)
 
 @dataclasses.dataclass(frozen=True)
 class LabelGroup:
-    """The labels that an expert argument selects.
+    """The labels that an expert argument selects."""
 
-    Attributes:
-      names: label id to name, after merging.
-      target: label id in the map to the id it is merged into; labels that are missing here are not shown.
-    """
-
-    names: dict[int, str]
-    target: dict[int, int]
+    names: dict[int, str]  # label id after merging to name
+    target: dict[int, int]  # label id to the id it is merged into; other labels are not shown
 
 
 @functools.cache

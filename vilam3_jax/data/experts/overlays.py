@@ -1,4 +1,4 @@
-"""The slice with coloured labels that replaces `<image>` in a segmentation expert's turn."""
+"""The slice with coloured labels that replaces `<image>` in a segmentation expert's turn, and its legend."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vilam3_jax.data.experts.labels import apply_group, label_group
 from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.data.volumes import slice_2d
 
-ALPHA = 0.3
+_OPACITY = 0.3
 # The colours of VILA-M3 in its order (`orange` occurs twice), with the CSS values of scikit-image.
 PALETTE: tuple[tuple[str, tuple[float, float, float]], ...] = (
     ("red", (1.0, 0.0, 0.0)),
@@ -38,12 +38,7 @@ def palette_of(present: Sequence[int]) -> dict[int, str]:
 
 
 def legend(names: Mapping[int, str], present: list[int]) -> dict[str, str]:
-    """Colour to the names of its labels.
-
-    Args:
-      names: label id to name. A label without a name takes a colour but is not listed.
-      present: label ids on the slice, without 0.
-    """
+    """Colour to the names of its labels. A label without a name takes a colour but is not listed."""
     out: dict[str, str] = {}
     for label_id, colour in palette_of(present).items():
         if label_id in names:
@@ -53,10 +48,31 @@ def legend(names: Mapping[int, str], present: list[int]) -> dict[str, str]:
     return out
 
 
-def overlay(
-    image: np.ndarray, label_slice: np.ndarray, names: Mapping[int, str], alpha: float = ALPHA
-) -> tuple[np.ndarray, dict[str, str]]:
-    """Blends label colours into a slice; the background stays unchanged.
+def brats_legend(colours: Mapping[int, str]) -> str:
+    """Describes the `colours` (by label id) of a BraTS slice, where several colours form one subregion.
+
+    Label 1 is the non-enhancing core, 2 edema, 4 enhancing tumor (BraTS 2018). The tumor core is 1 and 4, the
+    whole tumor all three.
+    """
+    parts = []
+    if core := [colours[i] for i in (1, 4) if i in colours]:
+        parts.append(f"{' and '.join(core)}: tumor core")
+    if 4 in colours:
+        parts.append(f"{colours[4]}: enhancing tumor")
+    if colours:
+        parts.append(f"{' and '.join(colours[i] for i in (1, 2, 4) if i in colours)}: whole tumor")
+    return ", ".join(parts)
+
+
+def reference_brats_legend(colours: Mapping[int, str]) -> str:
+    """`brats_legend` as in the reference's dialogues, which name the enhancing colour first."""
+    words = f"{colours[4]} and {colours[1]}: tumor core, " if 1 in colours and 4 in colours else ""
+    words += f"only {colours[4]}: enhancing tumor, " if 4 in colours else ""
+    return f"{words}all colors: whole tumor" if colours else ""
+
+
+def overlay(image: np.ndarray, label_slice: np.ndarray) -> np.ndarray:
+    """Blends label colours into a slice, uint8 [H, W, 3]; the background stays unchanged.
 
     The formula of scikit-image's `label2rgb(kind='overlay', bg_label=0, bg_color=None)`. On grayscale images
     the result is within one gray level of scikit-image, which converts through HSV.
@@ -64,11 +80,6 @@ def overlay(
     Args:
       image: uint8 [H, W, 3].
       label_slice: integers [h, w], 0 is background; resized to H x W by nearest neighbour.
-      names: label id to name.
-      alpha: opacity of the colours.
-
-    Returns:
-      (uint8 [H, W, 3], colour to the names of the visible labels).
 
     Raises:
       ValueError: wrong dtype or shape.
@@ -88,8 +99,8 @@ def overlay(
     for i, label_id in enumerate(present):
         where = labels == label_id
         colour = np.array(PALETTE[i % len(PALETTE)][1])
-        out[where] = ((colour * alpha + image[where] / 255.0 * (1.0 - alpha)) * 255.0).astype(np.uint8)
-    return out, legend(names, present)
+        out[where] = ((colour * _OPACITY + image[where] / 255.0 * (1.0 - _OPACITY)) * 255.0).astype(np.uint8)
+    return out
 
 
 def expert_overlay(annotation: Annotation, image: np.ndarray, *, axis: int, index: int) -> np.ndarray:
@@ -106,5 +117,4 @@ def expert_overlay(annotation: Annotation, image: np.ndarray, *, axis: int, inde
     """
     group = label_group(annotation.expert, annotation.args)
     plane = apply_group(group, annotation.label_slice(axis, index))
-    shown = slice_2d(np.expand_dims(plane, axis), axis, 0)
-    return overlay(image, shown, group.names if group else annotation.label_names)[0]
+    return overlay(image, slice_2d(np.expand_dims(plane, axis), axis, 0))

@@ -33,13 +33,8 @@ Key = tuple[str, str, str]
 class Segment:
     """One label of a label map, measured over the whole volume.
 
-    Attributes:
-      label_id: value in the label map, > 0.
-      name: name that the expert gives the label.
-      voxels: number of voxels.
-      volume_ml: volume in millilitres.
-      components: number of 26-connected components.
-      bbox: (x0, y0, z0, x1, y1, z1) in voxels, upper bounds exclusive.
+    `label_id` is the label's value, > 0, and `name` the expert's name for it. `components` is the number of
+    26-connected components. `bbox` is (x0, y0, z0, x1, y1, z1) in voxels, upper bounds exclusive.
     """
 
     label_id: int
@@ -82,20 +77,13 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Disagreement:
-    """A contradiction by another expert on the same input.
-
-    Attributes:
-      expert, args, version: the other expert.
-      subject: label or class that both report.
-      measure: `dice` or `probability difference`.
-      value: value of the measure.
-    """
+    """A contradiction by another expert (`expert`, `args`, `version`) on the same input."""
 
     expert: str
     args: str
     version: str
-    subject: str
-    measure: str
+    subject: str  # label or class that both report
+    measure: str  # `dice` or `probability difference`
     value: float
 
 
@@ -135,7 +123,7 @@ class LabelMap:
         """Compresses `labels` ([X, Y, Z], any integer dtype, values 0..65535).
 
         Raises:
-          ValueError: not three-dimensional, not integer, or values out of range.
+          ValueError: `labels` has another rank, dtype or range.
         """
         if labels.ndim != 3 or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(f"label map must be a 3-D integer array, got {labels.dtype} {labels.shape}")

@@ -90,10 +90,6 @@ class AnnotationWriter:
         self._bytes = 0
         self._started = time.monotonic()
 
-    def has(self, input_key: str, expert: str, args: str = "") -> bool:
-        """Whether the key is stored, as a success or as a failure."""
-        return self.status(input_key, expert, args) is not None
-
     def status(self, input_key: str, expert: str, args: str = "") -> str | None:
         """'ok', 'failed', or None if the key is not stored."""
         key = (input_key, expert, args)
@@ -149,10 +145,6 @@ class AnnotationWriter:
         self._index.merge_similar_layers()
         self._shards += 1
         self._pending, self._pending_status, self._bytes = [], {}, 0
-
-    def close(self) -> None:
-        """Commits the pending records."""
-        self.flush()
 
     def __enter__(self) -> AnnotationWriter:
         return self
@@ -269,12 +261,10 @@ class StoreInfo:
 
     Attributes:
       records: number of keys.
-      calls: number of records per expert, argument, version and status.
-      stored: records in the shards, including those replaced by later ones.
-      shards: number of shards.
-      shard_bytes: total size of the shards.
-      indexes: number of index files.
-      index_bytes: total size of the index files.
+      calls: number of keys per expert, argument, version and status.
+      stored: number of records, including those replaced by later ones.
+      shards, shard_bytes: number and total size of the shards.
+      indexes, index_bytes: number and total size of the index files.
       digest: SHA-256 (hex) of the answers, see `Index.digest`.
     """
 
@@ -318,10 +308,6 @@ def compact(directory: paths.PathLike, *, bytes_per_shard: int = SHARD_BYTES) ->
     `bytes_per_shard` are kept unless a tenth of their records was replaced. Old files are removed once the
     new index is written: first the indexes, then the shards. A kill at any moment loses nothing; a later run
     removes the leftovers.
-
-    Args:
-      directory: local or `gs://` folder.
-      bytes_per_shard: size of the new shards, bytes.
 
     Returns:
       The store before and after.

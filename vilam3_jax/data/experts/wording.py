@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from vilam3_jax.data.examples import IMAGE_MARKER
-from vilam3_jax.data.experts.brats_legend import brats_legend
 from vilam3_jax.data.experts.cards import Card
 from vilam3_jax.data.experts.grammar import Call, joined, write_calls
 from vilam3_jax.data.experts.labels import component_counts, is_lesion, visible_segments
-from vilam3_jax.data.experts.overlays import legend, palette_of
+from vilam3_jax.data.experts.overlays import brats_legend, legend, palette_of, reference_brats_legend
 from vilam3_jax.data.experts.record import THRESHOLD, Annotation, Verdict
 from vilam3_jax.errors import UserError
 
@@ -67,10 +66,7 @@ class Wording:
         visible = visible_labels(annotation, plane)
         if not visible:
             return f"The results are {IMAGE_MARKER}. No labelled structure is visible in this image. "
-        if annotation.expert == "BRATS":
-            colours = brats_legend(palette_of([i for i, *_ in visible]), "correct")
-        else:
-            colours = _colours(visible)
+        colours = _legend(annotation, visible, brats_legend)
         volumes = ", ".join(f"{name} {format_ml(ml)}" for _, name, _, ml in visible)
         counts = component_counts(annotation)
         lesions = ", ".join(f"{name} {counts[i]}" for i, name, *_ in visible if is_lesion(name))
@@ -125,10 +121,9 @@ class _VilaM3(Wording):
 
     def segmentation(self, annotation: Annotation, plane: Plane) -> str:
         visible = visible_labels(annotation, plane)
-        if annotation.expert == "BRATS":
-            words = brats_legend(palette_of([i for i, *_ in visible]), "trained")
-            return f"The results are {IMAGE_MARKER}. The colors in this image describe\n{words}\n"
-        return f"The results are {IMAGE_MARKER}. The colors in this image describe {_colours(visible)}. "
+        words = _legend(annotation, visible, reference_brats_legend)
+        words = f"\n{words}\n" if annotation.expert == "BRATS" else f" {words}. "
+        return f"The results are {IMAGE_MARKER}. The colors in this image describe{words}"
 
     def classification(self, annotation: Annotation, threshold: float = THRESHOLD) -> str:
         shown = self.probabilities(annotation).items()
@@ -194,7 +189,14 @@ def visible_labels(annotation: Annotation, plane: Plane) -> list[tuple[int, str,
     return [(label_id, sanitized(name), voxels, ml) for label_id, name, voxels, ml in found]
 
 
-def _colours(visible: Sequence[tuple[int, str, int, float]]) -> str:
+def _legend(
+    annotation: Annotation,
+    visible: Sequence[tuple[int, str, int, float]],
+    nested: Callable[[Mapping[int, str]], str],
+) -> str:
+    """The colours of the `visible_labels`; `nested` describes those of BraTS."""
+    if annotation.expert == "BRATS":
+        return nested(palette_of([i for i, *_ in visible]))
     colours = legend({i: name for i, name, *_ in visible}, [i for i, *_ in visible])
     return ", ".join(f"{colour}: {name}" for colour, name in colours.items())
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from vilam3_jax.data.examples import Example
-from vilam3_jax.data.experts.dialogues.answers import MAX_NAMES, add_follow_ups, by_size, describe, dialogue
-from vilam3_jax.data.experts.dialogues.draft import Draft
-from vilam3_jax.data.experts.dialogues.phrases import plural, said, with_article
-from vilam3_jax.data.experts.dialogues.pools import pool
+from vilam3_jax.data.experts.dialogues.draft import (
+    MAX_NAMES,
+    Draft,
+    add_follow_ups,
+    by_size,
+    describe,
+    dialogue,
+)
+from vilam3_jax.data.experts.dialogues.phrases import plural, pool, said, with_article
 from vilam3_jax.data.experts.dialogues.scene import Scene, StoredResult, Unfit
 from vilam3_jax.data.experts.grammar import joined
 from vilam3_jax.data.experts.labels import is_lesion

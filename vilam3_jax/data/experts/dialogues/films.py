@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from vilam3_jax.data.examples import Example, ExpertRequest
-from vilam3_jax.data.experts.dialogues.answers import dialogue, is_finding
+from vilam3_jax.data.experts.dialogues.draft import dialogue, is_finding
 from vilam3_jax.data.experts.dialogues.scene import Scene, StoredResult, Unfit
 from vilam3_jax.data.experts.wording import question_of
 

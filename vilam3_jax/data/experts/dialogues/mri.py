@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from vilam3_jax.data.examples import Example
-from vilam3_jax.data.experts.dialogues.answers import dialogue, has_nested_regions, nested_legend
-from vilam3_jax.data.experts.dialogues.pools import pool
+from vilam3_jax.data.experts.dialogues.draft import dialogue, has_nested_regions, nested_legend
+from vilam3_jax.data.experts.dialogues.phrases import pool
 from vilam3_jax.data.experts.dialogues.scene import Scene, StoredResult, Unfit
 
 _GRADES = ("LGG", "HGG")

@@ -8,11 +8,9 @@ from collections.abc import Sequence
 
 from vilam3_jax.data.examples import Example
 from vilam3_jax.data.experts.cards import Card
-from vilam3_jax.data.experts.dialogues.answers import describe, has_nested_regions, is_finding
 from vilam3_jax.data.experts.dialogues.ct import lesion_question
-from vilam3_jax.data.experts.dialogues.draft import Draft
-from vilam3_jax.data.experts.dialogues.phrases import modality_of, with_article
-from vilam3_jax.data.experts.dialogues.pools import pool
+from vilam3_jax.data.experts.dialogues.draft import Draft, describe, has_nested_regions, is_finding
+from vilam3_jax.data.experts.dialogues.phrases import modality_of, pool, with_article
 from vilam3_jax.data.experts.dialogues.scene import Scene, StoredResult, Unfit
 from vilam3_jax.data.experts.grammar import joined
 from vilam3_jax.data.experts.labels import is_lesion
@@ -43,11 +41,6 @@ def no_expert(scene: Scene, topic: str, rule: str = "no_expert") -> Example:
     words = {"plane": plane, "an_plane": with_article(plane), "a_kind": IMAGE_OF.get(scene.modality, "")}
     question, answer = scene.pick("negatives", topic), scene.pick("negatives", f"{topic}_answers", **words)
     return Draft(scene).add(question, answer).example(rule)
-
-
-def _without_experts(scene: Scene, rule: str) -> Example:
-    """Replaces a dialogue whose question cannot be answered with experts off."""
-    return no_expert(scene, scene.rng.choice(topics(scene)), rule)
 
 
 def other_modality_cards(scene: Scene) -> list[Card]:
@@ -81,8 +74,6 @@ def failures(scene: Scene) -> list[StoredResult]:
 
 def failed(scene: Scene, result: StoredResult) -> Example:
     """The expert fails and the question remains unanswered."""
-    if not scene.experts_on:
-        return _without_experts(scene, "expert_failed")
     answer = scene.pick("negatives", "failed")
     return Draft(scene).add(_question(scene, result), answer, [result]).example("expert_failed")
 
@@ -99,8 +90,6 @@ def doubted_results(scene: Scene) -> list[StoredResult]:
 
 def doubted(scene: Scene, result: StoredResult) -> Example:
     """Checks doubt the result, and the answer says so."""
-    if not scene.experts_on:
-        return _without_experts(scene, "expert_doubted")
     found = describe(scene, result) or pool("negatives")["doubted_empty"]
     answer = scene.pick("negatives", "doubted", found=found, doubts="; ".join(result.doubts))
     question = _question(scene, result)
@@ -109,20 +98,13 @@ def doubted(scene: Scene, result: StoredResult) -> Example:
 
 @dataclasses.dataclass(frozen=True)
 class Conflict:
-    """A contradiction between two results.
-
-    Attributes:
-      first, second: the results, in the order of their cards.
-      name: label or class.
-      kind: `shown`, `volume`, `class` or `outline`.
-      affirming: index (0 or 1) of the result that shows or affirms it.
-    """
+    """A contradiction between two results, in the order of their cards."""
 
     first: StoredResult
     second: StoredResult
-    name: str
-    kind: str
-    affirming: int = 0
+    name: str  # of the label or class
+    kind: str  # `shown`, `volume`, `class` or `outline`
+    affirming: int = 0  # index of the result that shows or affirms it
 
 
 def conflicts(scene: Scene) -> list[Conflict]:
@@ -140,8 +122,6 @@ def conflicts(scene: Scene) -> list[Conflict]:
 
 def disagree(scene: Scene, conflict: Conflict) -> Example:
     """Two experts are called and disagree: the answer reports both and does not decide."""
-    if not scene.experts_on:
-        return _without_experts(scene, "experts_disagree")
     pair = (conflict.first, conflict.second)
     words = {
         "name": conflict.name,
@@ -206,8 +186,6 @@ def result_pairs(scene: Scene) -> list[tuple[StoredResult, ...]]:
 
 def several_calls(scene: Scene, called: Sequence[StoredResult]) -> Example:
     """One question with several calls in one turn."""
-    if not scene.experts_on:
-        return _without_experts(scene, "several_calls")
     parts = pool("negatives")["parts"]
     called = scene.rng.sample(list(called), len(called))
     asked = joined([parts[r.args] for r in called])

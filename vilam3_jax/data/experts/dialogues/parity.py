@@ -12,7 +12,7 @@ import dataclasses
 from vilam3_jax.data.examples import IMAGE_MARKER, Example
 from vilam3_jax.data.experts.dialogues import ct, films
 from vilam3_jax.data.experts.dialogues.draft import Draft
-from vilam3_jax.data.experts.dialogues.pools import pool
+from vilam3_jax.data.experts.dialogues.phrases import pool
 from vilam3_jax.data.experts.dialogues.scene import Scene, StoredResult
 from vilam3_jax.data.experts.overlays import legend
 

@@ -1,10 +1,34 @@
-"""Helpers for phrases: modalities, plurals, articles."""
+"""Phrases of dialogues: pools of questions and answers (`questions/*.json`), plurals, articles."""
 
 from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.resources
+import json
+from typing import Any
 
 from vilam3_jax.data.experts.wording import IMAGE_OF
 
 _MODALITIES = {"MR": "MRI", "CR": "CXR", "DX": "CXR", "X-RAY": "CXR"}
+_POOLS = ("brain", "counts", "films", "follow_ups", "groups", "lesions", "negatives", "presence", "what")
+
+
+@functools.cache
+def pool(name: str) -> dict[str, Any]:
+    """The questions and answers of one file; texts contain `{placeholders}`."""
+    return json.loads(_read(name))
+
+
+@functools.cache
+def pools_digest() -> str:
+    """SHA-256 (hex) of all pools; part of the fingerprint of a stream of dialogues."""
+    return hashlib.sha256(b"".join(map(_read, _POOLS))).hexdigest()
+
+
+def _read(name: str) -> bytes:
+    folder = importlib.resources.files("vilam3_jax.data.experts.dialogues") / "questions"
+    return (folder / f"{name}.json").read_bytes()
 
 
 def modality_of(text: str) -> str:

@@ -22,6 +22,7 @@ class Rule:
       build: builds the dialogue of one choice.
       parity: builds it in the reference's words; None if the reference has no such dialogue.
       modality: modality of the records; '' for any.
+      needs_experts: whether the question needs experts; with experts off, `no_expert` replaces it.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Rule:
     build: Callable[[Scene, Any], Example]
     parity: Callable[[Scene, Any], Example] | None = None
     modality: str = ""
+    needs_experts: bool = False
 
     def unfit(self, scene: Scene) -> str | None:
         """The reason why the rule does not fit a record, or None; decodes no image."""
@@ -47,6 +49,8 @@ class Rule:
         choice = scene.rng.choice(self._choices(scene))
         if scene.setting.parity and scene.experts_on and self.parity is not None:
             return self.parity(scene, choice)
+        if self.needs_experts and not scene.experts_on:
+            return negatives.no_expert(scene, scene.rng.choice(negatives.topics(scene)), self.name)
         return self.build(scene, choice)
 
     def _choices(self, scene: Scene) -> Sequence[Any]:
@@ -74,10 +78,10 @@ _RULES = (
     Rule("cxr_finding", films.clear_findings, films.one_finding, None, "CXR"),
     Rule("no_expert", negatives.topics, negatives.no_expert),
     Rule("wrong_modality", negatives.other_modality_cards, negatives.wrong_modality),
-    Rule("expert_failed", negatives.failures, negatives.failed),
-    Rule("expert_doubted", negatives.doubted_results, negatives.doubted),
-    Rule("experts_disagree", negatives.conflicts, negatives.disagree),
-    Rule("several_calls", negatives.result_pairs, negatives.several_calls),
+    Rule("expert_failed", negatives.failures, negatives.failed, needs_experts=True),
+    Rule("expert_doubted", negatives.doubted_results, negatives.doubted, needs_experts=True),
+    Rule("experts_disagree", negatives.conflicts, negatives.disagree, needs_experts=True),
+    Rule("several_calls", negatives.result_pairs, negatives.several_calls, needs_experts=True),
 )
 RULES = {rule.name: rule for rule in _RULES}
 

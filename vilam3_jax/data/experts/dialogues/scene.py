@@ -11,8 +11,7 @@ from typing import Any
 from vilam3_jax.data.caches import ByteLRU
 from vilam3_jax.data.examples import Example, RequestImage
 from vilam3_jax.data.experts.cards import Card
-from vilam3_jax.data.experts.dialogues.phrases import modality_of, said
-from vilam3_jax.data.experts.dialogues.pools import pool
+from vilam3_jax.data.experts.dialogues.phrases import modality_of, pool, said
 from vilam3_jax.data.experts.exchange import DEFAULT_STYLE, Result, Style
 from vilam3_jax.data.experts.labels import component_counts, is_lesion, label_universe
 from vilam3_jax.data.experts.overlays import palette_of
@@ -58,51 +57,32 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """A label that an expert shows on a slice.
+    """A label that an expert shows on a slice."""
 
-    Attributes:
-      label_id: label id after merging.
-      name: sanitized name.
-      pixels: area on the slice.
-      ml: volume in the whole scan.
-      colour: colour in the overlay.
-    """
-
-    label_id: int
-    name: str
-    pixels: int
-    ml: float
-    colour: str
+    label_id: int  # after merging
+    name: str  # sanitized
+    pixels: int  # on the slice
+    ml: float  # in the whole scan
+    colour: str  # in the overlay
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredResult:
-    """An expert's annotation of a record, possibly a failed one.
-
-    Attributes:
-      card: card of the expert.
-      args: arguments of the call.
-      images: the expert's inputs.
-      annotation: the stored annotation.
-      plane: the slice that the model sees.
-    """
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredResult(Result):
+    """An expert's annotation of a record, possibly a failed one, and the call that returns it."""
 
     card: Card
     args: str
     images: tuple[RequestImage, ...]
-    annotation: Annotation
-    plane: Plane
 
     @property
     def ok(self) -> bool:
         """Whether the result can be shown."""
-        problem = Result(self.annotation, self.card.task, self.plane).problem()
-        return self.annotation.status == "ok" and problem is None
+        return self.annotation.status == "ok" and self.problem() is None
 
     @property
     def is_segmentation(self) -> bool:
         """Whether the expert marks structures instead of classifying."""
-        return self.card.task == "segmentation"
+        return self.task == "segmentation"
 
     @functools.cached_property
     def labels(self) -> tuple[Label, ...]:
@@ -193,11 +173,12 @@ class Scene:
             for args in card.args or ("",):
                 annotation = self.setting.find(key, card.name, args)
                 if annotation is not None:
-                    found.append(StoredResult(card, args, images, annotation, plane))
+                    result = StoredResult(annotation, card.task, plane, card=card, args=args, images=images)
+                    found.append(result)
         return tuple(found)
 
     def classes_of(self, result: StoredResult) -> dict[str, float]:
-        """Class name to probability, both as the model is told."""
+        """Class name to probability, as the model sees them."""
         probabilities = self.setting.style.wording.probabilities(result.annotation)
         return {class_name(name): p for name, p in probabilities.items()}
 
@@ -210,14 +191,10 @@ class Scene:
         return [name for name, p in self.classes_of(result).items() if self.is_positive(p)]
 
     def usable(self, what: str, fits: Callable[[StoredResult], bool]) -> list[StoredResult]:
-        """The results that may serve as ground truth.
-
-        Args:
-          what: description of the results, for the message.
-          fits: which results qualify.
+        """The results that fit and may serve as ground truth.
 
         Raises:
-          Unfit: there is none.
+          Unfit: there is none; the message describes them as `what`.
         """
         found = [r for r in self.results if r.ok and fits(r) and not r.implausible and not self.is_doubted(r)]
         if not found:
@@ -226,7 +203,7 @@ class Scene:
         return found
 
     def is_doubted(self, result: StoredResult) -> bool:
-        """Whether the model is told of doubts about a result; only `expert_doubted` uses those."""
+        """Whether the model sees doubts about a result; only `expert_doubted` uses such results."""
         return self.setting.style.verdicts and bool(result.doubts)
 
     def _images_for(self, card: Card) -> tuple[RequestImage, ...] | None:

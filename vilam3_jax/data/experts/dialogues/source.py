@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vilam3_jax.data.examples import Example
-from vilam3_jax.data.experts.dialogues.pools import pools_digest
+from vilam3_jax.data.experts.dialogues.phrases import pools_digest
 from vilam3_jax.data.experts.dialogues.rules import Rule
 from vilam3_jax.data.experts.dialogues.scene import Scene, Setting, Unfit
 from vilam3_jax.data.records import ExampleSource
@@ -81,12 +81,7 @@ class DialogueSource:
         )
 
     def dialogue(self, index: int, position: int, experts: bool) -> Example:
-        """Returns the dialogue of a record at a position of the stream; deterministic.
-
-        Args:
-          index: index of the record.
-          position: position in the order of samples.
-          experts: whether experts are on.
+        """Returns the dialogue of a record at a position of the stream, which determines it.
 
         Raises:
           UserError: the record has no dialogue, for example because a lesion is too small on the slice.
@@ -103,13 +98,7 @@ class DialogueSource:
 def under_rules(
     source: ExampleSource, rules: Sequence[Rule], setting: Setting, seed: int
 ) -> list[DialogueSource]:
-    """Determines which records each rule fits; reads every record once.
-
-    Args:
-      source: the dataset.
-      rules: the rules to try.
-      setting: options of the dialogues.
-      seed: seed of the dialogues.
+    """Determines which records each rule fits; reads every record once. `seed` determines the dialogues.
 
     Raises:
       UserError: under `parity`, the reference lacks a rule.

@@ -201,7 +201,7 @@ def _off_midline_mm(check: Check, finding: Finding) -> Iterator[Verdict]:
     if scan is None:
         return
     for m in finding.matching(check.subject):
-        centre = body_centre(scan, m.box[2], hounsfield=finding.evidence.is_hounsfield)
+        centre = body_centre(scan, m.box[2], finding.tissue_threshold)
         if centre is None:
             why = "the scan does not show both sides of the body"
             yield _verdict(check, "unknown", m.name, message=why)
@@ -234,8 +234,10 @@ _KINDS: dict[str, Callable[[Check, Finding], Iterable[Verdict]]] = {
     "border": _border,
     "main_part": _main_part,
     "components": _components,
-    "hu_mean": functools.partial(_hounsfield, lambda m: m.mean, "the mean"),
-    "hu_deviation": functools.partial(_hounsfield, lambda m: m.deviation, "the standard deviation"),
+    "hu_mean": functools.partial(_hounsfield, lambda m: m.mean_and_deviation[0], "the mean"),
+    "hu_deviation": functools.partial(
+        _hounsfield, lambda m: m.mean_and_deviation[1], "the standard deviation"
+    ),
     "on_tissue": _on_tissue,
     "right_of_mm": functools.partial(_between, 0, "to the right of", "to the left of"),
     "above_mm": functools.partial(_between, 2, "above", "below"),

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.resources
-import json
 from typing import Literal
 
 import numpy as np
 
+from vilam3_jax.data.experts.cards import all_facts
 from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.data.volumes import Volume
 
@@ -37,22 +36,17 @@ _SMALL_SECTIONS = 0.1  # minimum share of the head among a scan's sections
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evidence:
-    """The evidence of one input.
+    """The evidence of one input."""
 
-    Attributes:
-      role: role of the input, "" for a single one.
-      modality: stated DICOM code, or "unknown".
-      body_part: stated body part, or "unknown".
-      volume: the scan; None for a 2-D image, whose pixels are no evidence.
-    """
-
-    role: str = ""
-    modality: str = UNKNOWN
-    body_part: str = UNKNOWN
-    volume: Volume | None = None
+    role: str = ""  # "" for a single input
+    modality: str = UNKNOWN  # stated DICOM code
+    body_part: str = UNKNOWN  # stated body part
+    volume: Volume | None = None  # None for a 2-D image, whose pixels are no evidence
 
     @classmethod
-    def of(cls, role: str, data: Volume | np.ndarray, modality: str = UNKNOWN, body_part: str = UNKNOWN):
+    def of(
+        cls, role: str, data: Volume | np.ndarray, modality: str = UNKNOWN, body_part: str = UNKNOWN
+    ) -> Evidence:
         """Uses a volume's own statements; for a 2-D image, uint8 [H, W, 3], those of the caller."""
         if isinstance(data, Volume):
             return cls(role, data.modality, data.body_part, data)
@@ -66,7 +60,8 @@ class Evidence:
     @property
     def stated_regions(self) -> frozenset[str]:
         """Regions of the stated body part; empty if unknown."""
-        return frozenset(_body_parts().get("".join(c for c in self.body_part if c.isalpha()), ()))
+        part = "".join(c for c in self.body_part if c.isalpha())
+        return frozenset(all_facts()["body_parts"].get(part, ()))
 
     @functools.cached_property
     def values(self) -> Values:
@@ -94,12 +89,6 @@ class Evidence:
         """Whether the whole scan is too wide for a head, unlike a whole-body scan."""
         smallest = self.smallest_section_cm2
         return smallest is not None and smallest > _NO_HEAD_CM2
-
-
-@functools.cache
-def _body_parts() -> dict[str, list[str]]:
-    table = importlib.resources.files("vilam3_jax.data.experts") / "tables" / "facts.json"
-    return json.loads(table.read_text(encoding="utf-8"))["body_parts"]
 
 
 def _sampled(volume: Volume) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int]]:
@@ -143,13 +132,12 @@ def body_threshold(volume: Volume, *, hounsfield: bool) -> float:
     return 0.2 * float(np.quantile(values, 0.99)) if values.size else 0.0
 
 
-def body_centre(volume: Volume, planes: slice, *, hounsfield: bool) -> np.ndarray | None:
-    """The centroid of the tissue in `planes` of axis 2, RAS millimetres, float64 [3].
+def body_centre(volume: Volume, planes: slice, threshold: float) -> np.ndarray | None:
+    """The centroid of the tissue above `threshold` in `planes` of axis 2, RAS millimetres, float64 [3].
 
     None if the scan cuts off the right or left side of the body, whose middle is then unknown.
     """
     _, _, steps = _sampled(volume)
-    threshold = body_threshold(volume, hounsfield=hounsfield)
     part = volume.voxels[:: steps[0], :: steps[1], planes][..., :: steps[2]]
     tissue = part > threshold
     cut = max(tissue[0].mean(), tissue[-1].mean())

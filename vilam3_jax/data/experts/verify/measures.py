@@ -71,7 +71,8 @@ class LabelMeasures:
         return float(np.bincount(parts.ravel())[1:].max()) / self.segment.voxels
 
     @functools.cached_property
-    def _values(self) -> tuple[float, float]:
+    def mean_and_deviation(self) -> tuple[float, float]:
+        """Mean and standard deviation of the voxel values."""
         total = squares = 0.0
         for inside in self._inside():
             values = inside.astype(np.float64)
@@ -84,16 +85,6 @@ class LabelMeasures:
         assert self.voxels is not None
         x, y, _ = self.box
         return (self.voxels[x, y, plane][mask] for plane, mask in self._planes())
-
-    @property
-    def mean(self) -> float:
-        """Mean voxel value."""
-        return self._values[0]
-
-    @property
-    def deviation(self) -> float:
-        """Standard deviation of the voxel values."""
-        return self._values[1]
 
     def share_above(self, threshold: float) -> float:
         """Share of the voxels whose value exceeds `threshold`."""

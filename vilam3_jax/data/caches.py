@@ -11,15 +11,10 @@ Value = TypeVar("Value")
 
 
 class ByteLRU(Generic[Value]):
-    """Keeps the most recently used values within the budget, and always the newest one."""
+    """Keeps the most recently used values within `budget` bytes, and always the newest one."""
 
     def __init__(self, budget: int, size_of: Callable[[Value], int]) -> None:
-        """Creates an empty cache.
-
-        Args:
-          budget: bytes to hold.
-          size_of: size of a value in bytes.
-        """
+        """`size_of` returns the size of a value in bytes."""
         self._budget = budget
         self._size_of = size_of
         self._values: collections.OrderedDict[Hashable, Value] = collections.OrderedDict()

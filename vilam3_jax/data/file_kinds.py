@@ -381,15 +381,9 @@ def _element(start: bytes, place: int, order: str) -> tuple[int, int] | None:
 
 
 def _nifti(start: bytes) -> FileKind | None:
-    size = start[:4]
-    if size in (b"\x5c\x01\0\0", b"\0\0\x01\x5c"):  # 348
-        magic = start[344:348]
-        if magic == b"n+1\0":
-            return NIFTI
-        if magic == b"ni1\0":
-            return NIFTI_PAIR
-        return ANALYZE if len(start) >= 348 else None
-    if size in (b"\x1c\x02\0\0", b"\0\0\x02\x1c"):  # 540
+    if start[:4] in (b"\x5c\x01\0\0", b"\0\0\x01\x5c") and len(start) >= 348:  # 348 in both byte orders
+        return {b"n+1\0": NIFTI, b"ni1\0": NIFTI_PAIR}.get(start[344:348], ANALYZE)
+    if start[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c"):  # 540
         return {b"n+2\0": NIFTI, b"ni2\0": NIFTI_PAIR}.get(start[4:8])
     return None
 

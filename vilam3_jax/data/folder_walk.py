@@ -21,15 +21,10 @@ CLOSED_FOLDER = "folder that cannot be read; check its permissions"
 
 @dataclasses.dataclass
 class Listing:
-    """The contents of a folder.
+    """The contents of a folder."""
 
-    Attributes:
-      files: paths of regular files, including the targets of symbolic links; sorted folder by folder.
-      skipped: reason -> number of entries that are neither files nor readable folders.
-    """
-
-    files: list[str]
-    skipped: collections.Counter[str]
+    files: list[str]  # paths of regular files, including targets of symbolic links; sorted folder by folder
+    skipped: collections.Counter[str]  # reason -> number of other entries, and of unreadable folders
 
 
 def list_files(folder: PathLike, max_files: int, tick: Callable[[], object]) -> Listing:

@@ -103,10 +103,9 @@ def read_metaimage(path: PathLike, limits: Limits, *, voxels: bool = True) -> St
     volume_io.check_extent(affine, shape, unit, path)
     slope, intercept, scale_notes = _scale(header)
     raw, data_notes = _data(header, count, limits, voxels)
+    values = volume_io.without_voxels(shape, dtype)
     if voxels:
         values = volume_io.rescale(np.frombuffer(raw, dtype).reshape(shape, order="F"), slope, intercept)
-    else:
-        values = volume_io.without_voxels(shape, dtype)
     modality = volume_io.modality_code(
         header.get("Modality").removeprefix("MET_MOD_") or header.get("0008|0060")
     )

@@ -60,7 +60,7 @@ def read_nifti(
     header, is_pair = _parse_header(raw_header, path)
     if header_path != path and not is_pair:
         raise UserError(f"{path}: the .hdr beside it is a single file with its own voxels; convert it again")
-    voxels_path = _other_half(header_path, "img") if is_pair else path
+    voxels_path = _pair_voxels(header_path) if is_pair else path
     volume_io.check_file_size(voxels_path, limits)
 
     shape, notes = _shape(header, path) if channel is None else (_channel_shape(header, channel, path), [])
@@ -95,9 +95,9 @@ def pair_header(path: epath.Path) -> epath.Path | None:
     return next(iter(_halves(path, match["stem"], "hdr")), None)
 
 
-def _other_half(header: epath.Path, suffix: str) -> epath.Path:
+def _pair_voxels(header: epath.Path) -> epath.Path:
     match = _NAME.fullmatch(header.name)
-    found = _halves(header, match["stem"], suffix) if match else []
+    found = _halves(header, match["stem"], "img") if match else []
     if not found:
         raise UserError(f"{header}: .hdr of a pair without its .img; put both into one folder under one name")
     if len(found) > 1:

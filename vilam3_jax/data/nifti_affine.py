@@ -152,12 +152,7 @@ def _no_orientation(sform_fault: str, qform_fault: str, path: PathLike) -> UserE
 
 
 def _compare(
-    sform: np.ndarray,
-    qform: np.ndarray,
-    header: Header,
-    shape: Sequence[int],
-    scale: float,
-    path: PathLike,
+    sform: np.ndarray, qform: np.ndarray, header: Header, shape: Sequence[int], scale: float, path: PathLike
 ) -> list[str]:
     """Compares two usable transforms and returns notes; the sform wins, as in nibabel, FSL and SPM."""
     corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(shape) - 1)  # the origin first

@@ -134,7 +134,7 @@ def _photometric(page: tifffile.TiffPage, notes: list[str]) -> int:
 
 
 def _check_layout(page: tifffile.TiffPage, photometric: int, file_bytes: int, limits: Limits) -> None:
-    height, width = page.imagelength, page.imagewidth
+    height, width, compression = page.imagelength, page.imagewidth, int(page.compression)
     check_pixels(width, height, limits)
     if page.imagedepth != 1:
         raise UserError(f"TIFF volume of {page.imagedepth} slices; convert it to NIfTI (.nii.gz)")
@@ -142,15 +142,16 @@ def _check_layout(page: tifffile.TiffPage, photometric: int, file_bytes: int, li
         raise UserError("raw photo of a camera; convert it to PNG or JPEG")
     if photometric not in _CHANNELS:
         raise UserError(f"TIFF image of colour space {photometric}; save it as PNG")
-    if int(page.compression) not in _COMPRESSIONS:
-        raise UserError(f"TIFF image of compression {int(page.compression)}; save it as PNG")
+    if compression not in _COMPRESSIONS:
+        raise UserError(f"TIFF image of compression {compression}; save it as PNG")
     if page.dtype is None or page.dtype.kind not in "ubif" or not isinstance(page.bitspersample, int):
         raise UserError(f"TIFF image with unsupported {page.bitspersample}-bit samples; save it as PNG")
     if page.samplesperpixel < _CHANNELS[photometric]:
         raise UserError(f"TIFF image of too few samples ({page.samplesperpixel}); export it again")
-    if photometric == _YCBCR and int(page.compression) not in _JPEG and _subsampling(page) != (1, 1):
+    subsampling = tuple(page.tags.valueof(530, (2, 2)))
+    if photometric == _YCBCR and compression not in _JPEG and subsampling != (1, 1):
         raise UserError("TIFF image with subsampled colour but no JPEG compression; save it as PNG")
-    if photometric in (_CIELAB, _ICCLAB) and int(page.compression) in _JPEG:
+    if photometric in (_CIELAB, _ICCLAB) and compression in _JPEG:
         raise UserError("TIFF image of L*a*b* colours with JPEG compression; save it as PNG")
     if photometric == _CMYK and _number(page, 332, 1) != 1:
         raise UserError("TIFF image of inks other than CMYK; save it as RGB")
@@ -166,7 +167,7 @@ def _check_layout(page: tifffile.TiffPage, photometric: int, file_bytes: int, li
         raise UserError("TIFF image with missing strips or tiles; export it again")
     if sum(page.databytecounts) > file_bytes * 2 or len(page.databytecounts) < segments:
         raise UserError("TIFF image that is cut short or damaged; fetch it again")
-    if int(page.compression) != 1 and _ends_early(page, file_bytes):
+    if compression != 1 and _ends_early(page, file_bytes):
         raise UserError("TIFF image that is cut short; fetch it again")
 
 
@@ -190,10 +191,6 @@ def _check_jpeg(page: tifffile.TiffPage, data: bytes) -> None:
             raise UserError("TIFF image with a damaged JPEG strip or tile; export it again")
         if jpeg_ends_early(segment):
             raise UserError("TIFF image that is cut short; fetch it again")
-
-
-def _subsampling(page: tifffile.TiffPage) -> tuple[int, ...]:
-    return tuple(page.tags.valueof(530, (2, 2)))
 
 
 def _number(page: tifffile.TiffPage, code: int, default: int) -> int:

@@ -68,12 +68,7 @@ def with_markers(text: str, markers: Sequence[str]) -> str:
 
 
 def most_marked(voxels: np.ndarray, indices: Sequence[int]) -> int:
-    """The position in `indices` of the (first) slice with most labelled voxels, on which a result is shown.
-
-    Args:
-      voxels: per plane, see `marked_voxels`.
-      indices: of the slices.
-    """
+    """The position in `indices` of the first slice with most labelled voxels; see `marked_voxels`."""
     return max(range(len(indices)), key=lambda place: voxels[indices[place]])
 
 

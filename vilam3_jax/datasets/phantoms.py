@@ -1,7 +1,7 @@
-"""Generated samples: crude bodies, heads and films, so that the whole system runs without any network.
+"""Generated samples: crude bodies, heads and films, for running the whole system without a network.
 
-They look like CT, MRI and X-ray only as far as a smoke test needs: organs are ellipsoids, but left and right,
-Hounsfield units, label maps and absent organs are consistent, so questions about them have right answers.
+Organs are ellipsoids, but left and right, Hounsfield units, label maps and absent organs are consistent, so
+that questions about them have correct answers.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from vilam3_jax.datasets.samples import Kind, Sample, write_index
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.paths import PathLike, as_path, write_bytes_atomic
 
-LABEL_SOURCE = "generated label map"
+_LABEL_SOURCE = "generated label map"
 _FILM_SIDE = 192
 _BRAIN_CLASSES = ("no tumor", "glioma", "meningioma", "pituitary")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Organ:
-    """Place and size as fractions of the body's half axes (+x right, +y front, +z head), and its value."""
+    """An ellipsoid, in fractions of the body's half axes (+x right, +y front, +z head), and its value."""
 
     name: str
     center: tuple[float, float, float]
@@ -50,29 +50,27 @@ _HEAD_LABELS = {1: "brain", 2: "brain tumor"}
 
 
 def make_phantoms(out: PathLike, seed: int = 0, num: int = 6) -> dict[str, epath.Path]:
-    """Generates samples and writes `samples.json`, in the form that
-    `vilam3_jax.datasets.samples.read_samples` reads.
+    """Generates samples and writes `samples.json`; see `vilam3_jax.datasets.samples.read_samples`.
 
-    Sample i of a kind depends on `seed` and i alone, and its files are the same bytes each time. Organs are
-    missing now and then; every second head has a tumour; films come in pairs of one patient.
+    Sample i of a kind depends only on `seed` and i, and its files are reproducible bit by bit. Some organs
+    are absent, every second head has a tumor, and each patient has two films.
 
     Args:
       out: folder for the files.
-      seed: other seeds give other phantoms.
-      num: CT volumes, and as many MRI volumes; twice as many chest films, and as many brain slices.
+      seed: seed of the phantoms.
+      num: number of CT volumes and of MRI volumes; twice as many chest films and brain slices.
 
     Returns:
-      sample name -> path of its image.
+      sample name → path of its image.
 
     Raises:
-      UserError: `num` below 1, or `out` cannot be written.
+      UserError: `num` is below 1, or `out` cannot be written.
     """
     if num < 1:
         raise UserError(f"num is {num}; ask for at least 1 phantom of each kind")
     out = as_path(out)
-    samples = [_body(out, seed, i) for i in range(num)] + [_head(out, seed, i) for i in range(num)]
-    samples += [_chest_film(out, seed, i) for i in range(2 * num)]
-    samples += [_brain_slice(out, seed, i) for i in range(2 * num)]
+    kinds = ((_body, num), (_head, num), (_chest_film, 2 * num), (_brain_slice, 2 * num))
+    samples = [make(out, seed, i) for make, count in kinds for i in range(count)]
     write_index(out, samples, {})
     return {sample.name: sample.path for sample in samples}
 
@@ -95,7 +93,7 @@ def _sample(
 
 
 def _grid(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-    """Coordinates from -1 to 1 along each axis, ready to broadcast."""
+    """Coordinates from -1 to 1 along each axis, broadcastable."""
     return tuple(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij", sparse=True))
 
 
@@ -105,7 +103,7 @@ def _ellipsoid(grid: tuple[np.ndarray, ...], center: np.ndarray, radii: np.ndarr
 
 
 def _save_volume(path: epath.Path, voxels: np.ndarray, spacing: float, flips: tuple[bool, ...]) -> None:
-    """Writes NIfTI. `flips` sets how the axes are stored, so that readers cannot rely on RAS files."""
+    """Writes NIfTI. `flips` reverses stored axes, so that readers cannot assume RAS order."""
     affine = np.diag([spacing, spacing, spacing, 1.0])
     affine[:3, 3] = -spacing * (np.array(voxels.shape) - 1) / 2
     orientation = np.array([[axis, -1 if flip else 1] for axis, flip in enumerate(flips)])
@@ -144,22 +142,14 @@ def _body(out: epath.Path, seed: int, index: int) -> Sample:
     path, label_path = out / f"{name}.nii.gz", out / f"{name}_labels.nii.gz"
     _save_volume(path, np.clip(np.round(hu), -1024, 3071).astype(np.int16), spacing, flips)
     _save_volume(label_path, labels, spacing, flips)
-    return _sample(
-        name,
-        path,
-        "ct",
-        "CT",
-        f"phantom-{seed}-ct-{index}",
-        "abdomen",
-        label_map=label_path,
-        label_names={label: organ.name for label, organ in enumerate(_ORGANS, start=1)},
-        label_source=LABEL_SOURCE,
-        window=(50.0, 400.0),
-    )
+    names = {label: organ.name for label, organ in enumerate(_ORGANS, start=1)}
+    labelled = {"label_map": label_path, "label_names": names, "label_source": _LABEL_SOURCE}
+    patient = f"phantom-{seed}-ct-{index}"
+    return _sample(name, path, "ct", "CT", patient, "abdomen", window=(50.0, 400.0), **labelled)
 
 
 def _head_values(rng: np.random.Generator, grid: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Values and brain mask of a T1-like head, for a 2-D or 3-D grid."""
+    """Values and brain mask of a T1-like head on a 2-D or 3-D grid."""
     n = len(grid)
     center = np.zeros(n)
     size = rng.uniform(0.95, 1.0, n)
@@ -181,7 +171,7 @@ def _head_values(rng: np.random.Generator, grid: tuple[np.ndarray, ...]) -> tupl
 
 
 def _head(out: epath.Path, seed: int, index: int) -> Sample:
-    """An MRI of a head; every second one has a tumour."""
+    """An MRI of a head; every second one has a tumor."""
     rng = np.random.default_rng([seed, 2, index])
     shape = tuple(int(n) for n in rng.integers((44, 52, 44), (55, 63, 55)))
     grid = _grid(shape)
@@ -198,72 +188,63 @@ def _head(out: epath.Path, seed: int, index: int) -> Sample:
     path, label_path = out / f"{name}.nii.gz", out / f"{name}_labels.nii.gz"
     _save_volume(path, np.round(values).astype(np.int16), spacing, flips)
     _save_volume(label_path, labels, spacing, flips)
-    return _sample(
-        name,
-        path,
-        "mr",
-        "MRI",
-        f"phantom-{seed}-mr-{index}",
-        "head",
-        label_map=label_path,
-        label_names=dict(_HEAD_LABELS),
-        label_source=LABEL_SOURCE,
-    )
+    labelled = {"label_map": label_path, "label_names": dict(_HEAD_LABELS), "label_source": _LABEL_SOURCE}
+    return _sample(name, path, "mr", "MRI", f"phantom-{seed}-mr-{index}", "head", **labelled)
 
 
-def _save_film(path: epath.Path, picture: np.ndarray, rng: np.random.Generator) -> None:
-    """`picture`: [H, W], 0 black to 1 white, row 0 on top."""
-    noisy = picture + rng.normal(0, 0.015, picture.shape)
+def _film(
+    path: epath.Path,
+    image: np.ndarray,
+    rng: np.random.Generator,
+    class_name: str,
+    modality: str,
+    patient: str,
+    region: str,
+) -> Sample:
+    """Saves `image`, [H, W], 0 black to 1 white, row 0 on top."""
+    noisy = image + rng.normal(0, 0.015, image.shape)
     write_bytes_atomic(path, encode_png(np.clip(noisy * 255, 0, 255).astype(np.uint8)))
+    labels = {"label_source": "class name of the film", "class_name": class_name}
+    return _sample(path.stem, path, "film", modality, patient, region, **labels)
 
 
 def _chest_film(out: epath.Path, seed: int, index: int) -> Sample:
-    """A chest film, `pneumonia` (patches in one lung) for every second patient; two films a patient."""
+    """A chest film; every second patient has pneumonia (opacities in one lung)."""
     rng = np.random.default_rng([seed, 3, index])
     patient = index // 2
     down, across = _grid((_FILM_SIDE, _FILM_SIDE))
     trunk = (across / 0.95) ** 4 + (down / 1.3) ** 4 <= 1
-    picture = np.where(trunk, 0.62, 0.04)
+    image = np.where(trunk, 0.62, 0.04)
     lungs = np.zeros(trunk.shape, bool)
     for side in (-1, 1):
         center = np.array([-0.08, 0.42 * side]) + rng.uniform(-0.03, 0.03, 2)
         lungs |= _ellipsoid((down, across), center, np.array([0.68, 0.31]) * rng.uniform(0.92, 1.05, 2))
-    picture[lungs] = 0.24
+    image[lungs] = 0.24
     ribs = np.sin((down - 0.18 * across**2) * rng.uniform(20, 25) + rng.uniform(0, 6)) > 0.72
-    picture[ribs & trunk & (np.abs(across) > 0.1)] += 0.12
+    image[ribs & trunk & (np.abs(across) > 0.1)] += 0.12
     heart = _ellipsoid((down, across), np.array([0.22, 0.12]), np.array([0.34, 0.30]) * rng.uniform(0.9, 1.1))
-    picture[heart | ((np.abs(across) < 0.09) & trunk)] = 0.78
+    image[heart | ((np.abs(across) < 0.09) & trunk)] = 0.78
     sick = patient % 2 == 1
     if sick:
         side = rng.choice([-1, 1])
         for _ in range(int(rng.integers(2, 5))):
             center = np.array([rng.uniform(-0.1, 0.4), side * rng.uniform(0.38, 0.52)])
             patch = _ellipsoid((down, across), center, rng.uniform(0.13, 0.24, 2))
-            picture[patch & lungs & ~heart] = 0.6 + rng.uniform(0, 0.1)
-    name = f"phantom_chest_film_{index:03d}"
-    path = out / f"{name}.png"
-    _save_film(path, ndimage.gaussian_filter(picture, 1.6), rng)
-    return _sample(
-        name,
-        path,
-        "film",
-        "X-ray",
-        f"phantom-{seed}-chest-{patient}",
-        "chest",
-        label_source="class name of the film",
-        class_name="pneumonia" if sick else "normal",
-    )
+            image[patch & lungs & ~heart] = 0.6 + rng.uniform(0, 0.1)
+    path, image = out / f"phantom_chest_film_{index:03d}.png", ndimage.gaussian_filter(image, 1.6)
+    class_name = "pneumonia" if sick else "normal"
+    return _film(path, image, rng, class_name, "X-ray", f"phantom-{seed}-chest-{patient}", "chest")
 
 
 def _brain_slice(out: epath.Path, seed: int, index: int) -> Sample:
-    """An axial head slice of one of four classes; two slices a patient."""
+    """An axial head slice of one of four classes."""
     rng = np.random.default_rng([seed, 4, index])
     patient = index // 2
     class_name = _BRAIN_CLASSES[patient % len(_BRAIN_CLASSES)]
     x, y = _grid((_FILM_SIDE, _FILM_SIDE))
     values, brain = _head_values(rng, (x, y))
     side = rng.choice([-1, 1])
-    # Where such a tumour grows: inside the brain, at its surface, at the midline.
+    # Typical sites: inside the brain, at its surface, at the midline.
     place, radius = {
         "no tumor": (None, None),
         "glioma": ((0.34 * side, rng.uniform(-0.3, 0.3)), rng.uniform(0.15, 0.22, 2)),
@@ -274,31 +255,21 @@ def _brain_slice(out: epath.Path, seed: int, index: int) -> Sample:
         tumor = _ellipsoid((x, y), np.array(place), radius)
         values[tumor & brain] = 960
         if class_name == "glioma":
-            values[_ellipsoid((x, y), np.array(place), radius * 0.5)] = 280  # dead core
-    name = f"phantom_brain_slice_{index:03d}"
-    path = out / f"{name}.png"
+            values[_ellipsoid((x, y), np.array(place), radius * 0.5)] = 280  # necrotic core
     # Display: columns from the patient's right to the left, rows from the front to the back.
-    _save_film(path, ndimage.gaussian_filter(values, 1.2).T[::-1, ::-1] / 1000, rng)
-    return _sample(
-        name,
-        path,
-        "film",
-        "brain MRI slice",
-        f"phantom-{seed}-brain-{patient}",
-        "head",
-        label_source="class name of the film",
-        class_name=class_name,
-    )
+    image = ndimage.gaussian_filter(values, 1.2).T[::-1, ::-1] / 1000
+    path, subject = out / f"phantom_brain_slice_{index:03d}.png", f"phantom-{seed}-brain-{patient}"
+    return _film(path, image, rng, class_name, "brain MRI slice", subject, "head")
 
 
 def main(argv: Sequence[str]) -> int:
     """Command line of this module."""
     parser = argparse.ArgumentParser(
         prog="python -m vilam3_jax.datasets.phantoms",
-        description="Generate small samples, without any network.",
+        description="Generate small samples without a network.",
     )
     parser.add_argument("--out", required=True, help="folder for the files and samples.json")
-    parser.add_argument("--seed", type=int, default=0, help="other seeds give other phantoms")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the phantoms")
     parser.add_argument("--num", type=int, default=6, help="CT and MRI volumes; twice as many films")
     options = parser.parse_args(argv)
     paths = make_phantoms(options.out, options.seed, options.num)

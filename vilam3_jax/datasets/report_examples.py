@@ -1,4 +1,4 @@
-"""Films with their reports: what the report datasets of MIMIC-CXR share."""
+"""Examples of films with reports, for the report datasets of MIMIC-CXR."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from vilam3_jax.datasets.report_text import clean, reworded, sentence_pool
 MAX_REPORT = 256 << 10  # bytes or characters; the longest reports have some 10,000
 REFERENCE_QUESTION = "Describe the image in detail."
 CONFIGS = {
-    "clean": "cleaned reports in their own words",
+    "clean": "cleaned reports in their original wording",
     "pooled": "cleaned reports whose frequent sentences have one wording",
     "pairs": "image-text pairs of films and cleaned reports",
 }
 
 
 class Pools(NamedTuple):
-    """Usual wordings of sentences, of `sentence_pool`; empty where reports keep their words.
+    """Frequent wordings of sentences, see `sentence_pool`; empty if reports keep their wording.
 
     Attributes:
       train: from the training split.
-      test: from the test split, as the reference's; used with `parity` alone, as it tells of the test.
+      test: from the test split, as in the reference; used only with `parity`, because it leaks the test
+        split.
     """
 
     train: Mapping[str, str]
@@ -35,29 +36,27 @@ class Pools(NamedTuple):
 
 def pools_of(texts: Mapping[str, Iterable[str]]) -> Pools:
     """The pools of raw texts, by split."""
-    made = {
-        name: sentence_pool(clean(text).text for text in texts.get(name, ())) for name in ("train", "test")
-    }
-    return Pools(made["train"], made["test"])
+    splits = ("train", "test")
+    return Pools(*(sentence_pool(clean(text).text for text in texts.get(name, ())) for name in splits))
 
 
 def report_example(
     film: Film, image: ImageRef, raw: Sequence[str], heads: Sequence[str], context: Context, pools: Pools
 ) -> Example:
-    """A film, a request to describe it, and its report; for the variant "pairs" the film and its report.
+    """A film with a request to describe it and its report; without the request in the variant "pairs".
 
-    The report as it was stands in `meta.raw_report`.
+    `meta.raw_report` holds the original report.
 
     Args:
-      film: which.
-      image: its picture.
+      film: the film.
+      image: its image.
       raw: the texts of the report's sections.
-      heads: the name of each section, for a report of several; the name alone decides the request.
-      context: of the split.
-      pools: for the wording.
+      heads: the names of the sections, which determine the request.
+      context: context of the split.
+      pools: wordings.
 
     Raises:
-      SkipItem: a section has no text, or none that is left by cleaning.
+      SkipItem: a section has no text, or no text after cleaning.
     """
     pool = pools.test if context.parity else pools.train
     texts = []

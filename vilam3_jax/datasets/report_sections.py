@@ -1,9 +1,9 @@
 """The sections of a radiology report.
 
-The columns are those of the sectioner that MIMIC-CXR publishes, by the same rules: headers in capitals at the
-start of a line, the last section of a kind counts, and a report without findings and impression has a last
-paragraph. Four things differ: an addendum above the report is a section of its own, sections without text do
-not count, a header may end the report, and no study has a rule of its own, as those would be lists of the
+Columns and rules are those of the sectioner published with MIMIC-CXR: headers are in capitals at the start of
+a line, the last section of a kind is used, and a report without findings and impression has a last paragraph.
+There are four differences: an addendum above the report is a separate section, sections without text are
+ignored, a header may end the report, and there are no rules for single studies, which would be lists of the
 database's ids.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 COLUMNS = ("impression", "findings", "last_paragraph", "comparison")
 
-# A header right below a bare header is a part of its text, so the search goes on after the first line.
+# A header right below a bare header is part of its text, so the search continues after the first line.
 _HEADER = re.compile(r"\n[ \t]*([A-Z][A-Z ()/,-]*):(?=\s|\Z)")
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
 _SEPARATOR = re.compile(r"^[ \t]*_{8,}[ \t]*$", re.MULTILINE)  # `___` alone masks a word
@@ -32,13 +32,13 @@ _EXAMINATION = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Sections:
-    """Texts as the report has them, without surrounding blanks; "" where there is none.
+    """Texts of the sections, stripped; "" for an absent section.
 
     Attributes:
       impression, findings, comparison: the last section of that kind.
-      last_paragraph: of a report with neither findings nor impression, what follows the first blank line of
+      last_paragraph: in a report with neither findings nor impression, the text after the first blank line of
         its last section.
-      addendum: what stands above the report proper.
+      addendum: the text above the report proper.
     """
 
     impression: str = ""
@@ -85,9 +85,9 @@ def sections_of(report: str) -> Sections:
 
 
 def kind_of(header: str) -> str:
-    """The kind of section that a header opens, such as "findings" for "CHEST, TWO VIEWS".
+    """The kind of section under a header, such as "findings" for "CHEST, TWO VIEWS".
 
-    A header of no known kind is its own kind, in lower case.
+    An unknown header is returned in lower case.
     """
     name = " ".join(header.lower().split())
     if name in _SYNONYMS:
@@ -101,11 +101,11 @@ def kind_of(header: str) -> str:
 
 
 def _parts(text: str) -> list[tuple[str, str]]:
-    """(kind, body) of all parts in order; the first is what precedes all headers."""
+    """(kind, body) of all parts in order; the first is the text before any header."""
     header = _HEADER.search(text)
     parts = [("preamble", text[: header.start()] if header else text)]
     while header:
-        start = header.end() + 1  # past the blank or line end behind the colon
+        start = header.end() + 1  # skips the white space after the colon
         following = _HEADER.search(text, max(text.find("\n", start), start))
         body = text[start : following.start() if following else len(text)]
         parts.append((kind_of(header[1]), body))
@@ -114,7 +114,7 @@ def _parts(text: str) -> list[tuple[str, str]]:
 
 
 def _without_addendum(text: str) -> tuple[str, str]:
-    """(addendum, report proper): the last full line of underscores divides them."""
+    """(addendum, report proper), separated by the last full line of underscores."""
     separators = list(_SEPARATOR.finditer(text))
     if not separators or "addendum" not in text[: separators[-1].start()].lower():
         return "", text

@@ -1,7 +1,7 @@
-"""Report text for training: cleaned by fixed rules, and one wording for sentences of one meaning.
+"""Report text for training: cleaning by fixed rules, and one wording for sentences with the same meaning.
 
-The reference had a hosted language model rewrite its reports. These rules run on the user's machine, give the
-same text every time, and count every word that they leave out.
+The reference rewrote its reports with a hosted language model. These rules run locally, are deterministic,
+and count every word that they drop.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from collections.abc import Iterable, Mapping
 _MAX_PASSES = 8
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u2028\u2029]")
 _SEPARATOR = re.compile(r"^[ \t]*([_=*-])\1{3,}[ \t]*$", re.MULTILINE)
-_MASK = re.compile(r"_{3,}")  # what the publisher put in place of a name, a date or a number
+_MASK = re.compile(r"_{3,}")  # the publisher's replacement of a name, a date or a number
 _LIST_NUMBER = re.compile(r"(?:^|(?<=[.?!:;] ))(?:\(?\d{1,2}[.)]|[*•-]) (?=\S)")
 _SPACE_BEFORE = re.compile(r" +([.,;:?!])(?=\s|$)")
 _SENTENCE_END = re.compile(r"(?<=[.?!]) (?=\S)")
 _ABBREVIATION = re.compile(
     r"(?:^|[\s(])(?:dr|drs|mr|mrs|ms|st|vs|no|approx|a\.m|p\.m|e\.g|i\.e|[a-z])\.$", re.IGNORECASE
 )
-_LONGEST_ABBREVIATION = 12  # with what precedes it
+_LONGEST_ABBREVIATION = 12  # with the preceding character
 _WORD = re.compile(r"\S+")
 
-# Not "was": what was there before need not be there now.
+# Not "was": an earlier finding may be gone.
 _FILLERS = frozenset(
     (
         *("a", "an", "the", "there", "of", "is", "are", "be", "evidence", "evident", "present", "visible"),
@@ -33,16 +33,16 @@ _FILLERS = frozenset(
 )
 _TOKEN = re.compile(r"[a-z0-9]+(?:[./'-][a-z0-9]+)*|%")
 _KEPT_PLURAL = ("ss", "us", "is")
-RULES = ("separator", "mask", "list number", "no letter", "repeated sentence")
 
 
 @dataclasses.dataclass(frozen=True)
 class Cleaned:
-    """A text and what its cleaning left out.
+    """A cleaned text.
 
     Attributes:
       text: one line of sentences.
-      dropped: rule of `RULES` → number of words it left out.
+      dropped: rule ("separator", "mask", "list number", "no letter", "repeated sentence") → number of words
+        that it dropped.
     """
 
     text: str
@@ -52,10 +52,10 @@ class Cleaned:
 def clean(text: str) -> Cleaned:
     """Cleans the text of a section.
 
-    Control characters become blanks, and all white space one blank. These are left out: lines that only
-    separate, sentences in which a word is masked (`___`), numbers and bullets of lists, sentences without a
-    letter, and repetitions of a sentence. A sentence begins with a capital letter and ends with a mark. No
-    other word is left out, added or moved; cleaning a cleaned text changes nothing.
+    Control characters become spaces, and white space is collapsed. Separator lines, sentences with a masked
+    word (`___`), list numbers and bullets, sentences without a letter and repeated sentences are dropped.
+    Sentences get a capital letter and a final punctuation mark. No other word is dropped, added or moved.
+    Cleaning is idempotent.
 
     >>> clean("1. Mild edema .\\n2. Compared to ___, no change.").text
     'Mild edema.'
@@ -64,7 +64,7 @@ def clean(text: str) -> Cleaned:
     text = _CONTROL.sub(" ", text.replace("\r\n", "\n").replace("\r", "\n"))
     text = _SEPARATOR.sub(lambda line: _dropped(line[0], "separator", dropped), text)
     text = " ".join(text.split())
-    # A bullet may hide another, and a sentence without letters what follows it, so until nothing changes.
+    # To a fixed point: a bullet may hide another, and a sentence without letters the text after it.
     for _ in range(_MAX_PASSES):
         once = _pass(text, dropped)
         if once == text:
@@ -74,7 +74,7 @@ def clean(text: str) -> Cleaned:
 
 
 def sentences_of(text: str) -> list[str]:
-    """The sentences of a text without line ends; joined by blanks they are the text.
+    """Splits a text without line breaks; joining the sentences with spaces restores it.
 
     >>> sentences_of("Seen by Dr. X at 5.5 cm. No effusion.")
     ['Seen by Dr. X at 5.5 cm.', 'No effusion.']
@@ -89,9 +89,9 @@ def sentences_of(text: str) -> list[str]:
 
 
 def meaning(sentence: str) -> str:
-    """A key that sentences share if they differ in filling words, capitals and punctuation alone.
+    """A key shared by sentences that differ only in filler words, capitals and punctuation.
 
-    The order of the words stays. After "no", plural and singular are the same.
+    Word order matters. After "no", plural and singular are equal.
 
     >>> meaning("There is no pleural effusion.") == meaning("No pleural effusions are seen.")
     True
@@ -103,16 +103,15 @@ def meaning(sentence: str) -> str:
 
 
 def sentence_pool(texts: Iterable[str], *, least: int = 10, most: int = 5_000) -> dict[str, str]:
-    """The usual wording of each frequent sentence.
+    """The most frequent wording of each frequent sentence.
 
     Args:
-      texts: cleaned texts, of the training split.
-      least: how often a meaning must occur.
-      most: meanings kept, the most frequent ones.
+      texts: cleaned texts of the training split, in any order.
+      least: minimum number of occurrences of a meaning.
+      most: maximum number of meanings; the most frequent are kept.
 
     Returns:
-      `meaning` → its most frequent wording; meanings with one wording only are left out. The order of `texts`
-      does not matter.
+      `meaning` → its most frequent wording, for meanings with several wordings.
     """
     wordings: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for text in texts:
@@ -125,7 +124,7 @@ def sentence_pool(texts: Iterable[str], *, least: int = 10, most: int = 5_000) -
 
 
 def reworded(text: str, pool: Mapping[str, str]) -> str:
-    """A cleaned text whose sentences have the wording of the pool, where it knows their meaning."""
+    """Replaces the sentences of a cleaned text by the wordings of the pool."""
     if not pool:
         return text
     sentences = [pool.get(meaning(sentence), sentence) for sentence in sentences_of(text)]

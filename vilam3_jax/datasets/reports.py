@@ -1,7 +1,7 @@
-"""Reads the Indiana University chest X-ray reports (findings and impression) out of their archive.
+"""Reads the Indiana University chest X-ray reports (findings and impression) from their archive.
 
-The archive is untrusted input: XML with a document type or an entity is refused (a few declared
-entities can expand to gigabytes), and members, sizes and nesting are limited.
+The archive is untrusted input: XML with a document type or an entity is refused, because declared entities
+can expand to gigabytes, and members, sizes and nesting are limited.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_MEMBERS = 50_000
 MAX_REPORT_BYTES = 1 << 20
 MAX_TOTAL_BYTES = 512 << 20
 MAX_DEPTH = 64
-_MASKED = re.compile(r"X{4,}")  # what the publisher put in place of words that could identify
+_MASKED = re.compile(r"X{4,}")  # the publisher's replacement of identifying words
 _SECTIONS = ("FINDINGS", "IMPRESSION")
 
 
@@ -32,12 +32,12 @@ class Report:
     """One report.
 
     Attributes:
-      id: the collection's own number, for example `CXR1001`.
+      id: the collection's number, for example `CXR1001`.
       findings: text, may be empty.
       impression: text, may be empty.
-      licence: what the file itself names.
-      images: names of its images, without an ending.
-      mesh: its main subject headings; "normal" alone for a normal study.
+      licence: as stated in the file.
+      images: names of its images, without extension.
+      mesh: its main subject headings; only "normal" for a normal study.
     """
 
     id: str
@@ -49,19 +49,19 @@ class Report:
 
     @property
     def text(self) -> str:
-        """Both sections with their headings; a section without text is left out."""
+        """Both sections with their headings, without empty sections."""
         parts = [("Findings", self.findings), ("Impression", self.impression)]
         return "\n".join(f"{head}: {body}" for head, body in parts if body)
 
     @property
     def masked_fraction(self) -> float:
-        """Share of the words that the publisher masked."""
+        """Share of words masked by the publisher."""
         words = f"{self.findings} {self.impression}".split()
         return sum(bool(_MASKED.search(word)) for word in words) / len(words) if words else 0.0
 
 
 class _ReportHandler:
-    """Collects the text of the few elements that are needed, whatever surrounds them."""
+    """Collects the text of the required elements at any depth."""
 
     def __init__(self, name: str):
         self.name = name
@@ -111,10 +111,10 @@ def parse_report(data: bytes, name: str = "report") -> Report:
 
     Args:
       data: the XML file.
-      name: used in messages, and as the id when the file carries none.
+      name: used in messages, and as the id if the file has none.
 
     Raises:
-      UserError: not well formed, too large, nested too deep, or with a document type or entities.
+      UserError: it is not well-formed, too large, nested too deeply, or has a document type or entities.
     """
     if len(data) > MAX_REPORT_BYTES:
         raise UserError(f"{name}: {len(data)} bytes, more than the limit of {MAX_REPORT_BYTES}")
@@ -142,24 +142,23 @@ def parse_report(data: bytes, name: str = "report") -> Report:
 def read_reports(
     archive: PathLike, *, max_masked: float = 0.0, min_words: int = 5
 ) -> tuple[list[Report], collections.Counter[str]]:
-    """Reads every usable report of a `.tgz`, in the order of their ids.
+    """Reads the usable reports of a `.tgz`, sorted by id.
 
     Args:
-      archive: the archive; only its regular `.xml` members are read, nothing is written to disk.
-      max_masked: largest share of masked words; 0 keeps only reports without any, so that a model
-        never learns to write the mask.
-      min_words: shorter reports are left out.
+      archive: the archive; only its regular `.xml` members are read, and nothing is written to disk.
+      max_masked: largest share of masked words; with 0, a model never learns to write the mask.
+      min_words: shorter reports are skipped.
 
     Returns:
-      The reports, and how many were left out for which reason.
+      The reports, and reason → number of skipped reports.
 
     Raises:
-      UserError: not an archive, damaged, or over a limit; names the file.
+      UserError: it is not an archive, is damaged, or exceeds a limit; names the file.
     """
     path = as_path(archive)
     data = read_bytes(path, MAX_ARCHIVE_BYTES)
     reports: dict[str, Report] = {}
-    left_out: collections.Counter[str] = collections.Counter()
+    skipped: collections.Counter[str] = collections.Counter()
     total = 0
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r|gz") as members:
@@ -178,12 +177,12 @@ def read_reports(
                 content = handle.read() if handle is not None else b""
                 report = parse_report(content, f"{path.name}:{member.name}")
                 if reason := _unusable(report, reports, max_masked, min_words):
-                    left_out[reason] += 1
+                    skipped[reason] += 1
                 else:
                     reports[report.id] = report
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise UserError(f"{path}: cannot be unpacked ({error}); fetch it again") from error
-    return [reports[key] for key in sorted(reports)], left_out
+    return [reports[key] for key in sorted(reports)], skipped
 
 
 _GENERATED = {
@@ -201,7 +200,7 @@ _GENERATED = {
 
 
 def generated_reports(count: int, rng: random.Random) -> list[Report]:
-    """Made-up reports in the form of the real ones, for phantoms: their text stands for no image."""
+    """Random reports in the form of the real ones, for phantoms; the text describes no image."""
     reports = []
     for number in range(count):
         chosen = {key: rng.choice(_GENERATED[key]) for key in ("size", "air", "effusion")}

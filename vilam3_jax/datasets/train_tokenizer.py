@@ -1,4 +1,4 @@
-"""A tokenizer for models trained from nothing.
+"""Trains a tokenizer for models that are trained from scratch.
 
 python -m vilam3_jax.datasets.train_tokenizer --data DIR --out DIR
 """
@@ -17,7 +17,7 @@ from vilam3_jax.runtime import paths
 
 
 def dataset_texts(root: paths.PathLike) -> Iterator[str]:
-    """Texts of every training record below `root`, and of the expert cards.
+    """Yields the expert cards and the texts of all training records below `root`.
 
     Raises:
       UserError: `root` holds no dataset.

@@ -51,7 +51,7 @@ def test_pictures_stand_before_their_sentences(tmp_path):
     assert [turn.text for turn in first.turns] == ["<image><image>One. Two [image]. <image>Three."]
     assert [one.data for one in first.images] == [picture(1), picture(2), picture(3)]
     assert first.meta["pictures_left_out"] == 1 and second.id.endswith("/3")
-    assert reasons(skipped) == {f"{SHARD} record 2": "none of its 1 pictures can be used"}
+    assert reasons(skipped) == {f"{SHARD} record 2": "none of its 1 images can be used"}
     examples, _ = made(Mmc4, tmp_path, argv=["--min-similarity", "0.2"])
     assert [len(one.images) for one in examples["train"]] == [3, 1]
 

@@ -144,10 +144,10 @@ def test_what_is_no_tar(tmp_path):
         ("train.tar", "is not a tar file"),
     ]
     (tmp_path / "none").mkdir()
-    with pytest.raises(UserError, match=r"holds no \.tar file"):
+    with pytest.raises(UserError, match=r"contains no \.tar file"):
         made(WebDataset, tmp_path / "none")
     write(tmp_path, {"b.tar.gz": b"x"})
-    with pytest.raises(UserError, match=r"b\.tar\.gz: a packed shard"):
+    with pytest.raises(UserError, match=r"b\.tar\.gz: a compressed shard"):
         made(WebDataset, tmp_path)
 
 

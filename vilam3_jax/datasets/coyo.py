@@ -1,10 +1,9 @@
-"""COYO-700M: pictures of the web with their alternative texts, as img2dataset downloads them."""
+"""COYO-700M: web images with alt texts, as downloaded by img2dataset."""
 
 from __future__ import annotations
 
 import argparse
 import functools
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,55 +12,50 @@ from vilam3_jax.datasets import tar_shards
 from vilam3_jax.datasets.conversations import literal, metadata, pair
 from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Skipped, Split
 from vilam3_jax.datasets.source_files import SourceFolder
-from vilam3_jax.datasets.webdataset import shards
-from vilam3_jax.errors import UserError
+from vilam3_jax.datasets.tar_shards import Sample
+from vilam3_jax.datasets.webdataset import convert_samples, shards
 
 _PER_SHARD = 10_000
-_PAIRS = 4  # of one document, as in VILA's pre-training
+_PAIRS = 4  # per document, as in VILA's pre-training
 _SIMILARITY, _WATERMARK = "clip_similarity_vitl14", "watermark_score"
 
 
 class Coyo(Dataset):
-    """Pictures with alternative texts.
+    """Images with alt texts.
 
-    VILA's pre-training shows four pictures with their texts in one sample: the variant `document`. Here the
-    four are neighbours in a shard; what remains at its end makes a shorter document. The maintainers chose
-    about 25 M pictures by CLIP score, but published neither the list nor the bound: `--min-similarity` is it.
+    The variant `document` puts four images with their texts into a sample, as VILA's pre-training does. Here
+    they are neighbours in a shard, and the rest of a shard makes a shorter document. VILA's authors selected
+    about 25 M images by CLIP score, but published neither list nor threshold; set it with `--min-similarity`.
     """
 
     name = "coyo"
-    description = "Pictures of the web with alternative texts (COYO-700M)."
+    description = "Web images with alt texts (COYO-700M)."
     homepage = "https://github.com/kakaobrain/coyo-dataset"
     citation = "Byeon et al., COYO-700M: Image-Text Pair Dataset, 2022"
     licence = "CC-BY-4.0 (metadata)"
     instructions = (
         "Fetch the parquet files from https://huggingface.co/datasets/kakaobrain/coyo-700m and download the "
-        "pictures with img2dataset: --url_col url --caption_col text --output_format webdataset "
+        "images with img2dataset: --url_col url --caption_col text --output_format webdataset "
         f'--save_additional_columns \'["id","{_SIMILARITY}","{_WATERMARK}"]\'. '
         "--source is the folder with its .tar files."
     )
     configs: Mapping[str, str] = {
-        "document": "four pictures, each followed by its text",
-        "caption": "one picture and its text",
-        "pair": "one picture and its text for contrastive training",
+        "document": "four images, each followed by its text",
+        "caption": "one image and its text",
+        "pair": "one image and its text for contrastive training",
     }
     expert_inputs = False
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares the bounds of what is used."""
-        parser.add_argument(
-            "--min-similarity", type=float, metavar="X", help=f"least {_SIMILARITY} of a picture and its text"
-        )
-        parser.add_argument(
-            "--max-watermark", type=float, metavar="X", help=f"largest {_WATERMARK} of a picture, 0 to 1"
-        )
+        """Declares `--min-similarity` and `--max-watermark`."""
+        parser.add_argument("--min-similarity", type=float, metavar="X", help=f"minimum {_SIMILARITY}")
+        parser.add_argument("--max-watermark", type=float, metavar="X", help=f"maximum {_WATERMARK}, 0 to 1")
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
         """Lists the shards."""
-        make = functools.partial(
-            _make, least=self.options.min_similarity, most_watermark=self.options.max_watermark
-        )
+        given = self.options
+        make = functools.partial(_make, least=given.min_similarity, most_watermark=given.max_watermark)
         per_item = _PER_SHARD // _PAIRS if self.config == "document" else _PER_SHARD
         return {"train": Split(shards(source), make, per_item=per_item)}
 
@@ -69,32 +63,24 @@ class Coyo(Dataset):
 def _make(
     shard: str, context: Context, *, least: float | None, most_watermark: float | None
 ) -> Iterator[Example | Skipped]:
-    waiting: list[tuple[str, ImageRef, str]] = []
-    for sample in tar_shards.samples(context, shard):
-        if isinstance(sample, Skipped):
-            yield sample
-            continue
-        name = f"{os.path.splitext(shard)[0]}/{sample.key}"
-        try:
-            if sample.problem:
-                raise SkipItem(sample.problem)
-            record = sample.record()
-            _check_bound(record, _SIMILARITY, at_least=least)
-            _check_bound(record, _WATERMARK, at_most=most_watermark)
-            found = (name, sample.picture(), tar_shards.caption(sample, record))
-        except (SkipItem, UserError) as reason:
-            yield Skipped(f"{shard}:{sample.key}", str(reason))
-            continue
-        if context.config != "document":
-            meta = metadata(context, modality="", group=name)
-            yield pair(*found, meta, context.config)
-            continue
-        waiting.append(found)
-        if len(waiting) == _PAIRS:
-            yield _document(waiting, context)
-            waiting = []
-    if waiting:
-        yield _document(waiting, context)
+    def captioned(name: str, sample: Sample, record: dict[str, Any]) -> tuple[str, ImageRef, str]:
+        _check_bound(record, _SIMILARITY, at_least=least)
+        _check_bound(record, _WATERMARK, at_most=most_watermark)
+        return name, sample.picture(), tar_shards.caption(sample, record)
+
+    pending: list[tuple[str, ImageRef, str]] = []
+    for found in convert_samples(context, shard, captioned):
+        if isinstance(found, Skipped):
+            yield found
+        elif context.config != "document":
+            yield pair(*found, metadata(context, modality="", group=found[0]), context.config)
+        else:
+            pending.append(found)
+            if len(pending) == _PAIRS:
+                yield _document(pending, context)
+                pending = []
+    if pending:
+        yield _document(pending, context)
 
 
 def _check_bound(
@@ -112,7 +98,7 @@ def _check_bound(
 
 
 def _document(pairs: Sequence[tuple[str, ImageRef, str]], context: Context) -> Example:
-    """Pictures and texts in turn; the document has the name of its first pair."""
+    """Returns a document of alternating images and texts, with the id of the first pair."""
     turns = tuple(Turn("assistant", f"{IMAGE_MARKER}{literal(text)}", True) for _, _, text in pairs)
     name = pairs[0][0]
     meta = metadata(context, modality="", group=name)

@@ -10,7 +10,7 @@ from typing import Any
 
 from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.datasets import multiple_choice
-from vilam3_jax.datasets.conversations import conversation, metadata, question_meta, text_of
+from vilam3_jax.datasets.conversations import metadata, question_conversation, question_meta, text_of
 from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Split
 from vilam3_jax.datasets.rows import Row, below, fields, name_of, rows_of, word
 from vilam3_jax.datasets.source_files import SourceFolder
@@ -117,8 +117,7 @@ def make(row: Row, context: Context) -> Iterator[Example]:
     if choice:
         yield choice.example(row.id, images, meta, family)
     else:
-        qa = question_meta(question, answer, family)
-        yield conversation(row.id, images, [(question, answer)], meta, questions=[qa])
+        yield question_conversation(row.id, images, meta, [question_meta(question, answer, family)])
 
 
 def _question_files(source: SourceFolder, folder: str, ending: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""IU X-ray (OpenI): chest films of Indiana University with their reports, and R2Gen's selection of them."""
+"""IU X-ray (OpenI): chest films of Indiana University with reports, and R2Gen's selection of them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,19 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.datasets.chest_findings import NORMAL, question
-from vilam3_jax.datasets.conversations import YES_NO, conversation, metadata, pair, question_meta, text_of
+from vilam3_jax.datasets.conversations import (
+    YES_NO,
+    conversation,
+    metadata,
+    pair,
+    question_conversation,
+    question_meta,
+    text_of,
+)
 from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Skipped, Split
 from vilam3_jax.datasets.report_text import clean
 from vilam3_jax.datasets.reports import MAX_REPORT_BYTES, Report, parse_report
@@ -31,33 +39,32 @@ _REQUESTS = {
 }
 _REPORTS = "ecgen-radiology"
 _IMAGES = ("NLMCXR_png", "images")
-# Tenths of the patients, as in R2Gen's ratio.
+# Tenths of the patients: R2Gen's ratio.
 _TENTHS = {"train": range(0, 7), "validation": range(7, 8), "test": range(8, 10)}
 # Reports of the release (3,955 in all) by split.
 _EXPECTED = {"train": 2_769, "validation": 398, "test": 788}
 _R2GEN = {"train": ("train", 2_069), "validation": ("val", 296), "test": ("test", 590)}
 _R2GEN_IMAGES = 2  # R2Gen shows the first two of a study
-_MASK = re.compile(r"X{4,}", re.IGNORECASE)  # what the publisher put in place of a word
+_MASK = re.compile(r"X{4,}", re.IGNORECASE)  # the publisher's mask of a word
 _UNINDEXED = "no indexing"
 _IMAGE_NAME = re.compile(r"[\w-]+")
 _PATIENT = re.compile(r"CXR\d+")
-_LONGEST_REPORT = 64 << 10  # characters; the longest of the release has some 2,000
+_MAX_REPORT = 64 << 10  # characters; the longest of the release has about 2,000
 
 
 class IuXray(Dataset):
-    """Reports of chest films, all images of a study together; or whether it is normal; or image-text pairs.
+    """Chest films with reports, all images of a study together; normal or not; or image-text pairs.
 
-    Choices, where no official file says anything:
-      - OpenI has no split. Each report is of another patient, and a hash of its number puts it into "train"
-        (seven tenths), "validation" (one) or "test" (two), whatever other reports are there. These are not
-        R2Gen's splits; the variant `r2gen` has those.
-      - A sentence with a masked word (XXXX) is left out of the target: a model would learn to write the mask.
-        The report as it was is `meta.raw_report`.
-      - Of a report that lacks one of two sections, the other one is asked for.
-      - The files do not say which films are frontal, so the film expert is not asked.
+    Where no official file exists:
+      - OpenI has no split. Each report is of a different patient; a hash of its number assigns it to train
+        (7/10), validation (1/10) or test (2/10). The variant `r2gen` has R2Gen's splits instead.
+      - Sentences with a masked word (XXXX) are removed from the target, so that a model does not learn to
+        write masks. `meta.raw_report` is the original report.
+      - If a report lacks one of two sections, only the other one is requested.
+      - The view of a film is unknown, so the film expert is not requested.
       - `r2gen` shows the first two images of a study, as R2Gen does.
 
-    `parity` changes nothing: the paper's own defects are in other datasets.
+    `parity` has no effect.
     """
 
     name = "iu_xray"
@@ -75,7 +82,7 @@ class IuXray(Dataset):
         "annotation.json and images/."
     )
     configs: ClassVar[Mapping[str, str]] = {
-        "openi": "studies with their reports",
+        "openi": "studies with reports",
         "r2gen": "R2Gen's studies and splits: two images, findings only",
         "normal": "studies with the question whether they look normal",
         "pairs": "each image with the impression of its report",
@@ -83,12 +90,12 @@ class IuXray(Dataset):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Which sections are learned."""
+        """Declares `--target`."""
         parser.add_argument(
             "--target",
             choices=tuple(TARGETS),
             default="findings_impression",
-            help="sections that are learned; of the variant openi (findings_impression)",
+            help="target sections of the variant openi (default: findings_impression)",
         )
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
@@ -97,10 +104,11 @@ class IuXray(Dataset):
             return self._r2gen(source)
         _, images = source.require(_REPORTS, _IMAGES)
         makers = {
-            "openi": functools.partial(_report, images=images, target=TARGETS[self.options.target]),
-            "normal": functools.partial(_normal, images=images),
-            "pairs": functools.partial(_pairs, images=images),
+            "openi": functools.partial(_report, target=TARGETS[self.options.target]),
+            "normal": _normal,
+            "pairs": _pairs,
         }
+        make = functools.partial(makers[self.config], images=images)
         items: dict[str, list[str]] = {split: [] for split in _TENTHS}
         for name in source.glob(f"{_REPORTS}/*.xml"):
             items[split_of(_stem(name))].append(name)
@@ -108,7 +116,7 @@ class IuXray(Dataset):
             source.require(f"{_REPORTS}/1.xml")
         per_item = 2 if self.config == "pairs" else 1
         return {
-            split: Split(names, makers[self.config], expected=_EXPECTED[split], per_item=per_item)
+            split: Split(names, make, expected=_EXPECTED[split], per_item=per_item)
             for split, names in items.items()
         }
 
@@ -127,7 +135,7 @@ class IuXray(Dataset):
 
 
 def split_of(number: str) -> str:
-    """The split of the report with this number; the same whatever other reports there are."""
+    """Returns the split of the report with this number, independently of other reports."""
     tenth = int.from_bytes(hashlib.sha256(f"iu_xray/{number}".encode()).digest()[:8], "big") % 10
     return next(split for split, tenths in _TENTHS.items() if tenth in tenths)
 
@@ -146,12 +154,16 @@ def _report(path: str, context: Context, images: str, target: Sequence[str]) -> 
     texts = {head: text for head in target if (text := _cleaned(raw[head]))}
     if not texts:
         raise SkipItem(f"its report has no {' and no '.join(target)} without masked words")
-    pictures = [_image(name, report, context, images) for name in _names(report)]
-    request = _REQUESTS[tuple(texts)].format(these=_these(len(pictures)))
-    told = _headed(texts)
-    asked = question_meta(request, told, "report", label_source="radiologist")
+    shown = [_image(name, report, context, images) for name in _names(report)]
+    qa = _report_question(tuple(texts), len(shown), _headed(texts))
     meta = _meta(report, context, raw_report=_headed({head: text for head, text in raw.items() if text}))
-    yield conversation(report.id, pictures, [(request, told)], meta, questions=[asked])
+    yield question_conversation(report.id, shown, meta, [qa])
+
+
+def _report_question(sections: tuple[str, ...], images: int, text: str) -> dict[str, Any]:
+    these = "this chest X-ray" if images == 1 else "these chest X-rays"
+    request = _REQUESTS[sections].format(these=these)
+    return question_meta(request, text, "report", label_source="radiologist")
 
 
 def _normal(path: str, context: Context, images: str) -> Iterator[Example]:
@@ -159,11 +171,11 @@ def _normal(path: str, context: Context, images: str) -> Iterator[Example]:
     normal = _is_normal(report)
     if normal is None:
         raise SkipItem("its report has no subject headings")
-    pictures = [_image(name, report, context, images) for name in _names(report)]
+    shown = [_image(name, report, context, images) for name in _names(report)]
     text, answer = question(NORMAL), YES_NO[0] if normal else YES_NO[1]
-    asked = question_meta(text, answer, NORMAL, options=YES_NO, label_source="indexer")
+    qa = question_meta(text, answer, NORMAL, options=YES_NO, label_source="indexer")
     exchanges = [(text, answer.capitalize())]
-    yield conversation(report.id, pictures, exchanges, _meta(report, context), questions=[asked])
+    yield conversation(report.id, shown, exchanges, _meta(report, context), questions=[qa])
 
 
 def _pairs(path: str, context: Context, images: str) -> Iterator[Example | Skipped]:
@@ -182,22 +194,20 @@ def _pairs(path: str, context: Context, images: str) -> Iterator[Example | Skipp
 
 def _r2gen_report(row: Row, context: Context, images: str) -> Iterator[Example]:
     if not isinstance(row.values, dict):
-        raise SkipItem("is no object")
+        raise SkipItem("is not an object")
     raw = text_of(row.values.get("report"), "report")
     listed = row.values.get("image_path")
     if not isinstance(listed, list) or not listed or not all(isinstance(p, str) and p for p in listed):
-        raise SkipItem("image_path is no list of paths")
-    told = _cleaned(raw)
-    if not told:
+        raise SkipItem("image_path is not a list of paths")
+    text = _cleaned(raw)
+    if not text:
         raise SkipItem("its report has no sentence without masked words")
     name = row.id.partition("/")[2]
     patient = _PATIENT.match(name)
     owners = {found[0] for path in listed if (found := _PATIENT.match(path))}
     if patient and owners - {patient[0]}:
         raise SkipItem("image_path names an image of another report")
-    pictures = [context.image(f"{images}/{path}") for path in listed[:_R2GEN_IMAGES]]
-    request = _REQUESTS[("findings",)].format(these=_these(len(pictures)))
-    asked = question_meta(request, told, "report", label_source="radiologist")
+    shown = [context.image(f"{images}/{path}") for path in listed[:_R2GEN_IMAGES]]
     meta = metadata(
         context,
         modality="CXR",
@@ -205,7 +215,8 @@ def _r2gen_report(row: Row, context: Context, images: str) -> Iterator[Example]:
         label_source="radiologist",
         raw_report=raw,
     )
-    yield conversation(row.id, pictures, [(request, told)], meta, questions=[asked])
+    qa = _report_question(("findings",), len(shown), text)
+    yield question_conversation(row.id, shown, meta, [qa])
 
 
 def _read(path: str, context: Context) -> Report:
@@ -229,9 +240,9 @@ def _image(name: str, report: Report, context: Context, folder: str) -> ImageRef
 
 
 def _cleaned(text: str) -> str:
-    """Without sentences that have a masked word (`report_text.clean` knows the mask of MIMIC)."""
-    if len(text) > _LONGEST_REPORT:
-        raise SkipItem(f"its report has {len(text)} characters; up to {_LONGEST_REPORT} are read")
+    """Removes sentences with a masked word, converted to MIMIC's mask for `report_text.clean`."""
+    if len(text) > _MAX_REPORT:
+        raise SkipItem(f"its report has {len(text)} characters; up to {_MAX_REPORT} are read")
     return clean(_MASK.sub("___", text)).text
 
 
@@ -241,12 +252,8 @@ def _headed(texts: Mapping[str, str]) -> str:
     return "\n".join(f"{head.capitalize()}: {text}" for head, text in texts.items())
 
 
-def _these(count: int) -> str:
-    return "this chest X-ray" if count == 1 else "these chest X-rays"
-
-
 def _is_normal(report: Report) -> bool | None:
-    """Whether "normal" is the only main subject heading; None if there are no headings."""
+    """Returns whether "normal" is the only main subject heading; None without headings."""
     headings = [heading.casefold() for heading in report.mesh]
     return None if not headings or _UNINDEXED in headings else headings == ["normal"]
 

@@ -1,7 +1,7 @@
-"""Labels as sentences for contrastive training: a label alone says less than what it looks like.
+"""Sentences generated from labels for contrastive training, using descriptions of appearance.
 
-The idea is FLAIR's (Silva-Rodríguez et al., Medical Image Analysis 2025). The definitions are in
-`definitions.json`, in our own words; each names a work in which a reader can check it.
+The idea is from FLAIR (Silva-Rodríguez et al., Medical Image Analysis 2025). The definitions in
+`definitions.json` are original text; each cites a work to check it against.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import re
 from collections.abc import Mapping, Sequence
 
 NORMAL = "no_finding"
-_MOST_NAMED = 5  # findings in one sentence: a text tower reads 64 tokens
-_MOST_DENIED = 2
+_MAX_NAMED = 5  # findings per sentence: text towers read 64 tokens
+_MAX_DENIED = 2
 _IMAGES = {
     "CXR": ("Chest X-ray", "Chest radiograph", "Chest film"),
     "CT": ("Chest CT", "CT of the chest", "CT image of the chest"),
@@ -33,14 +33,14 @@ _ADDED_DENIAL = (" There is no sign of {terms}.", " It does not show {terms}.")
 
 @dataclasses.dataclass(frozen=True)
 class Definition:
-    """What a label stands for.
+    """Definition of a label.
 
     Attributes:
-      name: lower-case, with underscores.
-      aliases: other labels of the same meaning.
-      terms: noun phrases that name it; the first is the usual one.
-      descriptions: noun phrases of what one sees.
-      source: a work and the entry in it, for people.
+      name: lower case with underscores.
+      aliases: synonymous labels.
+      terms: noun phrases that name it; the first is canonical.
+      descriptions: noun phrases of its appearance.
+      source: citation of a work and an entry in it.
     """
 
     name: str
@@ -52,14 +52,19 @@ class Definition:
 
 @functools.cache
 def definitions() -> Mapping[str, Definition]:
-    """All definitions by name."""
+    """Returns all definitions by name."""
     text = importlib.resources.files("vilam3_jax.datasets").joinpath("definitions.json").read_text("utf-8")
     content = json.loads(text)
-    return {row["name"]: _definition(row, content["works"]) for row in content["findings"]}
+    found = {}
+    for row in content["findings"]:
+        aliases, terms, descriptions = (tuple(row[key]) for key in ("aliases", "terms", "descriptions"))
+        source = f"{content['works'][row['source']['work']]} Entry: {row['source']['entry']}"
+        found[row["name"]] = Definition(row["name"], aliases, terms, descriptions, source)
+    return found
 
 
 def find(label: str) -> Definition | None:
-    """The definition of a label as a dataset writes it, or None.
+    """Returns the definition of a label, in any spelling, or None.
 
     >>> find("Pleural_Thickening").name, find("Lung nodule").name
     ('pleural_thickening', 'nodule')
@@ -74,18 +79,14 @@ def describe(
     modality: str = "CXR",
     image: str = "",
 ) -> str:
-    """A sentence or two about an image whose labels are known.
+    """Describes an image by its labels, in one or two sentences of at most about 50 words.
 
     Args:
-      states: label → present, absent, or unknown (None: not spoken of). A label without a definition is named
-        by its own words. `NORMAL` present stands for a normal image, whatever else is absent.
-      rng: picks the wording, which findings a long sentence leaves out, and whether absent ones are told.
-        None: the same sentence for the same labels.
-      modality: "CXR" or "CT"; decides how the image is called.
-      image: how the image is called instead, such as "Fundus photograph".
-
-    Returns:
-      The text, at most about 50 words.
+      states: label → present, absent or unknown (None). A label without a definition is used as it is.
+        `NORMAL` means a normal image, whatever is absent.
+      rng: draws wording, omitted findings and whether to mention absent ones; None for canonical sentences.
+      modality: "CXR" or "CT"; determines the name of the image.
+      image: name of the image instead, such as "Fundus photograph".
 
     Raises:
       ValueError: no label is present or absent.
@@ -99,7 +100,7 @@ def describe(
         return _of_normal(named, rng)
     if not absent:
         raise ValueError("no label is present or absent")
-    terms = _listed([_words(label)[0] for label in _some(absent, _MOST_DENIED, rng)], "or")
+    terms = _listed([_terms(label)[0] for label in _some(absent, _MAX_DENIED, rng)], "or")
     return _choice(_DENIED, rng).format(image=named, terms=terms)
 
 
@@ -112,7 +113,7 @@ def _of_present(image: str, labels: Sequence[str], rng: random.Random | None) ->
                 term=_choice(definition.terms, rng),
                 description=_choice(definition.descriptions, rng),
             )
-    terms = [_choice(_words(label), rng) for label in _some(labels, _MOST_NAMED, rng)]
+    terms = [_choice(_terms(label), rng) for label in _some(labels, _MAX_NAMED, rng)]
     return _choice(_NAMED, rng).format(image=image, terms=_listed(terms, "and"))
 
 
@@ -126,17 +127,16 @@ def _of_normal(image: str, rng: random.Random | None) -> str:
 def _denial(absent: Sequence[str], rng: random.Random | None) -> str:
     if rng is None or not absent or rng.random() < 0.5:
         return ""
-    terms = _listed([_words(label)[0] for label in _some(absent, 1, rng)], "or")
+    terms = _listed([_terms(label)[0] for label in _some(absent, 1, rng)], "or")
     return rng.choice(_ADDED_DENIAL).format(terms=terms)
 
 
-def _words(label: str) -> tuple[str, ...]:
+def _terms(label: str) -> tuple[str, ...]:
     definition = find(label)
     return definition.terms if definition else (label.replace("_", " ").strip().lower(),)
 
 
 def _some(labels: Sequence[str], most: int, rng: random.Random | None) -> list[str]:
-    """Up to `most` labels, in an order that `rng` decides."""
     return list(labels[:most]) if rng is None else rng.sample(list(labels), min(most, len(labels)))
 
 
@@ -157,14 +157,3 @@ def _by_label() -> Mapping[str, Definition]:
 
 def _key(label: str) -> str:
     return re.sub(r"[\s_-]+", " ", label).strip().lower()
-
-
-def _definition(row: Mapping, works: Mapping[str, str]) -> Definition:
-    source = row["source"]
-    return Definition(
-        row["name"],
-        tuple(row["aliases"]),
-        tuple(row["terms"]),
-        tuple(row["descriptions"]),
-        f"{works[source['work']]} Entry: {source['entry']}",
-    )

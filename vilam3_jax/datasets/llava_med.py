@@ -9,7 +9,7 @@ from typing import Any
 
 from vilam3_jax.data.examples import IMAGE_MARKER, Example
 from vilam3_jax.datasets import caption_lists, instruction_lists
-from vilam3_jax.datasets.conversations import conversation, metadata, question_meta, text_of
+from vilam3_jax.datasets.conversations import metadata, question_conversation, question_meta, text_of
 from vilam3_jax.datasets.dataset import Context, Dataset, Split
 from vilam3_jax.datasets.instruction_lists import Record
 from vilam3_jax.datasets.pictures import Pictures, find_pictures
@@ -87,7 +87,7 @@ def _make_question(row: Row, context: Context, *, pictures: Pictures) -> Iterato
     image = pictures.ref(context, record.get("image"))
     meta = _metadata(context, record, str(record["image"]))
     qa = question_meta(question, answer, "open", label_source="GPT-4")
-    yield conversation(row.id, [image], [(question, answer)], meta, questions=[qa])
+    yield question_conversation(row.id, [image], meta, [qa])
 
 
 def _metadata(context: Context, record: Mapping[str, Any], image: str | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.datasets import chest_findings, mimic_cxr
 from vilam3_jax.datasets.chest_findings import CHEXPERT_COLUMNS, NORMAL, FilmOptions
-from vilam3_jax.datasets.conversations import conversation, question_meta
+from vilam3_jax.datasets.conversations import question_conversation, question_meta
 from vilam3_jax.datasets.dataset import Context, SkipItem, Split
 from vilam3_jax.datasets.mimic_cxr import FRONTAL, Film, MimicDataset, number_of
 from vilam3_jax.datasets.source_files import SourceFolder
@@ -208,7 +208,7 @@ def _choice(item: Item, image: ImageRef, meta: dict, source: str) -> Example:
     question, answer = _choice_question(frontal), ", ".join(letters or ["(N)"])
     options = [f"({letter})" for letter in _LETTERS]
     qa = question_meta(question, answer, "findings", options=options, label_source=source)
-    example = conversation(item.film.dicom, [image], [(question, answer)], meta, questions=[qa])
+    example = question_conversation(item.film.dicom, [image], meta, [qa])
     return chest_findings.with_film_expert(example) if frontal else example
 
 
@@ -244,8 +244,7 @@ def _reference_binary(item: Item, image: ImageRef, meta: dict, source: str) -> I
     for finding, label in zip(FINDINGS, item.labels, strict=False):
         question, answer = chest_findings.reference_question(finding), "Yes" if label == "1" else "No"
         qa = question_meta(question, answer, finding, options=("Yes", "No"), label_source=source)
-        name = f"{item.film.dicom}/{finding}"
-        yield conversation(name, [image], [(question, answer)], meta, questions=[qa])
+        yield question_conversation(f"{item.film.dicom}/{finding}", [image], meta, [qa])
 
 
 def _reference_choice(item: Item, image: ImageRef, meta: dict, source: str) -> Iterator[Example]:
@@ -254,7 +253,5 @@ def _reference_choice(item: Item, image: ImageRef, meta: dict, source: str) -> I
     letters = ",".join(f"({_LETTERS[k]})" for k in chosen) or "(N)"
     named = ",".join(f"({_LETTERS[k]}) {names[k]}" for k in chosen) or "(N) None of the above"
     for form, answer in (("letters", letters), ("names", named)):
-        question = _choice_question()
-        qa = question_meta(question, answer, "findings", label_source=source)
-        name = f"{item.film.dicom}/{form}"
-        yield conversation(name, [image], [(question, answer)], meta, questions=[qa])
+        qa = question_meta(_choice_question(), answer, "findings", label_source=source)
+        yield question_conversation(f"{item.film.dicom}/{form}", [image], meta, [qa])

@@ -1,4 +1,4 @@
-"""MMC4: web pages with their pictures between the sentences, as far as it is still published."""
+"""MMC4: web pages with images between sentences, in the versions that are still available."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from vilam3_jax.runtime import paths
 _PATTERNS = ("docs_*shard_*.jsonl", "docs_*shard_*.jsonl.zip")
 _NUMBER = re.compile(r"shard_(\d+)")
 _PER_SHARD = 200
-_MAX_IMAGES = 6  # of one sample in VILA's pre-training
-_LONGEST_DOCUMENT = 100_000  # sentences
+_MAX_IMAGES = 6  # per sample in VILA's pre-training
+_MAX_SENTENCES = 100_000
 
 
 class Mmc4(Dataset):
-    """Documents of interleaved pictures and text.
+    """Documents of interleaved images and text.
 
-    Of the published sets only those without faces are left, such as mmc4-core-ff. A picture stands before the
-    sentence that it matches; several of one sentence keep their order. Pictures that were not downloaded, or
-    lie below `--min-similarity`, are left out, and documents without any picture are skipped. VILA takes at
-    most six pictures of a document, but does not say which: here the most similar ones.
+    Only the sets without faces, such as mmc4-core-ff, are still available. An image precedes the sentence it
+    matches; several images of a sentence keep their order. Images that are missing or below
+    `--min-similarity` are left out, and documents without images are skipped. VILA uses at most six images of
+    a document without specifying which; here, the most similar ones.
     """
 
     name = "mmc4"
-    description = "Web pages with pictures between the sentences (MMC4 without faces)."
+    description = "Web pages with images between sentences (MMC4 without faces)."
     homepage = "https://github.com/allenai/mmc4"
     citation = "Zhu et al., Multimodal C4, NeurIPS Datasets and Benchmarks 2023"
     licence = "ODC-BY"
@@ -52,13 +52,10 @@ class Mmc4(Dataset):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares which pictures are used."""
-        parser.add_argument(
-            "--min-similarity", type=float, default=0.0, metavar="X", help="least matched_sim of a picture"
-        )
-        parser.add_argument(
-            "--max-images", type=int, default=_MAX_IMAGES, metavar="N", help="pictures of one document"
-        )
+        """Declares `--min-similarity` and `--max-images`."""
+        add = parser.add_argument
+        add("--min-similarity", type=float, default=0.0, metavar="X", help="minimum matched_sim of an image")
+        add("--max-images", type=int, default=_MAX_IMAGES, metavar="N", help="maximum images per document")
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
         """Lists the shards."""
@@ -70,7 +67,7 @@ class Mmc4(Dataset):
             for folder in ("", "docs/")
             for name in source.glob(folder + pattern)
         ]
-        # A shard that was unpacked beside its archive is one shard.
+        # Ignores archives that were unpacked in place.
         found = [
             name for name in found if name.removesuffix(".zip") not in found or not name.endswith(".zip")
         ]
@@ -99,7 +96,7 @@ def _make(
 
 
 def _lines(context: Context, shard: str) -> Iterator[tuple[Place, bytes]]:
-    """The lines of a shard, which may be the only file of a zip archive."""
+    """Yields the lines of a shard, which may be zipped."""
     path = context.file(shard)
     try:
         with path.open("rb") as file:
@@ -107,9 +104,11 @@ def _lines(context: Context, shard: str) -> Iterator[tuple[Place, bytes]]:
                 yield from record_files.lines(file)
                 return
             with zipfile.ZipFile(file) as archive:
-                members = [info for info in archive.infolist() if _is_lines(info.filename)]
+                names = (info for info in archive.infolist() if info.filename.endswith(".jsonl"))
+                # macOS adds `__MACOSX/._NAME` for each member.
+                members = [info for info in names if not os.path.basename(info.filename).startswith("._")]
                 if len(members) != 1:
-                    raise SkipItem(f"holds {len(members)} .jsonl files, one is expected")
+                    raise SkipItem(f"contains {len(members)} .jsonl files instead of one")
                 with archive.open(members[0]) as opened:
                     yield from record_files.lines(opened)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
@@ -119,11 +118,6 @@ def _lines(context: Context, shard: str) -> Iterator[tuple[Place, bytes]]:
         raise SkipItem("cannot be read") from error
 
 
-def _is_lines(name: str) -> bool:
-    """Whether a member of an archive holds records; macOS adds `__MACOSX/._NAME` for each."""
-    return name.endswith(".jsonl") and not os.path.basename(name).startswith("._")
-
-
 def _document(
     name: str, data: bytes, context: Context, pictures: Pictures, folder: str, least: float, most: int
 ) -> Example:
@@ -131,17 +125,17 @@ def _document(
     sentences = _sentences(record)
     listed = record.get("image_info")
     if not isinstance(listed, list) or not listed:
-        raise SkipItem("lists no pictures")
-    wanted = sorted(_matches(listed, len(sentences), least), key=lambda match: (-match[0], match[2]))
+        raise SkipItem("lists no images")
+    matches = sorted(_matches(listed, len(sentences), least), key=lambda match: (-match[0], match[2]))
     placed: list[tuple[int, int, ImageRef]] = []
-    for _, sentence, position in wanted:
+    for _, sentence, position in matches:
         if len(placed) == most:
             break
-        image = _opened(listed[position].get("image_name"), context, pictures, folder)
+        image = _image(listed[position].get("image_name"), context, pictures, folder)
         if image is not None:
             placed.append((sentence, position, image))
     if not placed:
-        raise SkipItem(f"none of its {len(listed)} pictures can be used")
+        raise SkipItem(f"none of its {len(listed)} images can be used")
     placed.sort(key=lambda entry: entry[:2])
     text = [literal(sentence) for sentence in sentences]
     for sentence, _, _ in placed:
@@ -155,15 +149,15 @@ def _document(
 
 def _sentences(record: Mapping[str, Any]) -> list[str]:
     sentences = record.get("text_list")
-    if not isinstance(sentences, list) or not sentences or len(sentences) > _LONGEST_DOCUMENT:
+    if not isinstance(sentences, list) or not sentences or len(sentences) > _MAX_SENTENCES:
         raise SkipItem("has no list of sentences under text_list")
     if not all(isinstance(sentence, str) for sentence in sentences):
-        raise SkipItem("a sentence is no text")
+        raise SkipItem("a sentence is not text")
     return [sentence.replace("\0", "") for sentence in sentences]
 
 
 def _matches(listed: list[Any], count: int, least: float) -> Iterator[tuple[float, int, int]]:
-    """(similarity, sentence, position in the list) of the pictures that match a sentence well enough."""
+    """Yields (similarity, sentence, position in the list) of matching images."""
     for position, entry in enumerate(listed):
         if not isinstance(entry, dict):
             continue
@@ -176,7 +170,7 @@ def _matches(listed: list[Any], count: int, least: float) -> Iterator[tuple[floa
             yield float(similarity), sentence, position
 
 
-def _opened(name: object, context: Context, pictures: Pictures, folder: str) -> ImageRef | None:
+def _image(name: object, context: Context, pictures: Pictures, folder: str) -> ImageRef | None:
     for place in (name, f"{folder}/{name}") if folder else (name,):
         try:
             return pictures.ref(context, place)

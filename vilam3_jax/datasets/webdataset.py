@@ -1,83 +1,67 @@
-"""Tar shards of one's own, in the form of WebDataset or as img2dataset writes them."""
+"""User-supplied tar shards in WebDataset's format, as also written by img2dataset."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import functools
 import os
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.datasets import instruction_lists, tar_shards
 from vilam3_jax.datasets.conversations import metadata, pair, text_of
-from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Skipped, Split
+from vilam3_jax.datasets.dataset import Context, SkipItem, Skipped, Split
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.datasets.tar_shards import Sample
+from vilam3_jax.datasets.user_data import UserDataset
 from vilam3_jax.errors import UserError
 
 _PER_SHARD = 1_000
 _PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 _SPLITS = {
     "train": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
     "test": "test",
 }
+_T = TypeVar("_T")
 
 
-class WebDataset(Dataset):
-    """Pictures with captions, or with dialogues, in tar files below the source folder.
+class WebDataset(UserDataset):
+    """Images with captions or dialogues, in tar files below the source folder.
 
-    A shard belongs to the split that its folder or the start of its name says (`train-000.tar`,
-    `val/000.tar`); others are for training. Ids are the shard's path and the sample's key. Shards are
-    divided, samples are not looked at before: keep the samples of a patient in shards of one split.
+    The split of a shard follows from its folder or the start of its name (`train-000.tar`, `val/000.tar`), by
+    default train. Ids consist of shard path and sample key. Splits are not checked for shared patients: keep
+    a patient's samples in shards of one split.
     """
 
     name = "webdataset"
-    description = "Tar shards of one's own: pictures with captions or dialogues."
-    licence = "unverified"
-    access = "credentialed"
+    description = "User-supplied tar shards: images with captions or dialogues."
     instructions = (
-        "--source is a folder of .tar files whose samples have a picture (.jpg, .png, .webp, ...) and a "
+        "--source is a folder of .tar files whose samples have an image (.jpg, .png, .webp, ...) and a "
         "caption in .txt or under `caption` in .json, or a dialogue under `conversations` in .json."
     )
     configs: Mapping[str, str] = {
         "caption": "image and caption",
         "pair": "image and caption for contrastive training",
-        "conversation": "dialogues of .json",
+        "conversation": "dialogues in .json",
     }
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares what is known of the samples."""
-        parser.add_argument("--patient", metavar="KEY", help="key of .json that names the patient")
-        parser.add_argument("--modality", default="", help="CT, MR, CXR, ... of all images")
-        parser.add_argument("--licence", default="", help="SPDX id or name of the terms of these data")
-
-    def context(self, source: SourceFolder, split: str, **settings: Any) -> Context:
-        """As of any dataset, with the licence that the user states."""
-        given = super().context(source, split, **settings)
-        return dataclasses.replace(given, licence=self.options.licence or given.licence)
+    field, metavar = "key of .json", "KEY"
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
         """Lists the shards."""
-        found = shards(source)
         sides: dict[str, list[str]] = {}
-        for shard in found:
+        for shard in shards(source):
             sides.setdefault(_split_of(shard), []).append(shard)
         make = functools.partial(_make, patient=self.options.patient, modality=self.options.modality)
         return {side: Split(items, make, per_item=_PER_SHARD) for side, items in sorted(sides.items())}
 
 
 def shards(source: SourceFolder) -> list[str]:
-    """Paths of all tar files below the source folder, and of img2dataset's folders of pictures, sorted.
+    """Returns the sorted paths of all tar files, and of img2dataset's image folders.
 
     Raises:
-      UserError: there is none, or some are packed.
+      UserError: there are none, or some are compressed.
     """
     found = set()
     for name in source.files():
@@ -86,16 +70,30 @@ def shards(source: SourceFolder) -> list[str]:
         if base.startswith("."):
             continue
         if base.lower().endswith(_PACKED):
-            raise UserError(
-                f"{source.root / name}: a packed shard; unpack it to a .tar file, or move it away"
-            )
+            raise UserError(f"{source.root / name}: a compressed shard; decompress it, or move it away")
         if suffix == "tar":
             found.add(name)
         elif suffix in tar_shards.PICTURES and re.fullmatch(r"\d{5,}", os.path.basename(folder)):
             found.add(folder)
     if not found:
-        raise UserError(f"{source.root}: holds no .tar file; give the folder of the shards")
+        raise UserError(f"{source.root}: contains no .tar file; give the folder of the shards")
     return sorted(found)
+
+
+def convert_samples(
+    context: Context, shard: str, make: Callable[[str, Sample, dict[str, Any]], _T]
+) -> Iterator[_T | Skipped]:
+    """Yields `make(id, sample, record)` for the samples of a shard, and the skipped ones."""
+    for sample in tar_shards.samples(context, shard):
+        if isinstance(sample, Skipped):
+            yield sample
+            continue
+        try:
+            if sample.problem:
+                raise SkipItem(sample.problem)
+            yield make(f"{os.path.splitext(shard)[0]}/{sample.key}", sample, sample.record())
+        except (SkipItem, UserError) as reason:
+            yield Skipped(f"{shard}:{sample.key}", str(reason))
 
 
 def _split_of(shard: str) -> str:
@@ -105,20 +103,12 @@ def _split_of(shard: str) -> str:
 
 
 def _make(shard: str, context: Context, *, patient: str | None, modality: str) -> Iterator[Example | Skipped]:
-    for sample in tar_shards.samples(context, shard):
-        if isinstance(sample, Skipped):
-            yield sample
-            continue
-        name = f"{os.path.splitext(shard)[0]}/{sample.key}"
-        try:
-            if sample.problem:
-                raise SkipItem(sample.problem)
-            record = sample.record()
-            known = text_of(record.get(patient), "patient") if patient else None
-            meta = metadata(context, modality=modality, patient=known, group=None if patient else name)
-            yield _example(name, sample, record, meta, context.config)
-        except (SkipItem, UserError) as reason:
-            yield Skipped(f"{shard}:{sample.key}", str(reason))
+    def example(name: str, sample: Sample, record: dict[str, Any]) -> Example:
+        known = text_of(record.get(patient), "patient") if patient else None
+        meta = metadata(context, modality=modality, patient=known, group=None if patient else name)
+        return _example(name, sample, record, meta, context.config)
+
+    yield from convert_samples(context, shard, example)
 
 
 def _example(
@@ -126,15 +116,15 @@ def _example(
 ) -> Example:
     if config != "conversation":
         return pair(name, sample.picture(), tar_shards.caption(sample, record), meta, config)
-    # The picture is a member; what the record calls it is of no account.
-    has_picture = any(extension in sample.parts for extension in tar_shards.PICTURES)
+    # The image is a member, whatever its name in the record.
+    has_image = any(extension in sample.parts for extension in tar_shards.PICTURES)
     kept = {key: value for key, value in record.items() if key not in ("image", "images")}
-    kept |= {"image": "member"} if has_picture else {}
+    kept |= {"image": "member"} if has_image else {}
 
-    def opened(_: ImageRef | str) -> ImageRef:
+    def image(_: ImageRef | str) -> ImageRef:
         return sample.picture()
 
-    example = instruction_lists.dialogue(name, kept, opened)
+    example = instruction_lists.dialogue(name, kept, image)
     questions = instruction_lists.questions_of(example)
     meta = {**meta, "qa": questions} if questions else dict(meta)
     return Example(name, "conversation", example.images, example.turns, meta=meta)

@@ -157,7 +157,7 @@ def test_slices_around_a_finding(whole) -> None:
     out = renderer(slices=rule).render(dataclasses.replace(example, expert_requests=(optional,)), root)
     assert numbered(even_slices(PLANES, 2), PLANES) in out.turns[0].text
     other = ct_annotation(annotation.input_key, (10, 12, 15))
-    with pytest.raises(UserError, match="is of another grid than its volume"):
+    with pytest.raises(UserError, match="has another grid than its volume"):
         renderer(other, slices=rule).render(example, root)
     with pytest.raises(UserError, match=r"slice_choice='finding': needs annotations"):
         Renderer(image_reader=ImageReader(SIZE), slices=rule)

@@ -70,9 +70,9 @@ def decode(data: bytes) -> np.ndarray:
         # One byte more than expected detects a longer stream and bounds the memory.
         found = imagecodecs.zstd_decode(data[_HEADER.size :], out=size + 1)
     except (imagecodecs.ZstdError, ValueError) as error:
-        raise UserError("image stored as pixels that is damaged; prepare the dataset again") from error
+        raise UserError("image stored as pixels is damaged; prepare the dataset again") from error
     if len(found) != size:
-        raise UserError("picture stored as pixels that is cut short; prepare the dataset again")
+        raise UserError("image stored as pixels is cut short; prepare the dataset again")
     pixels = imagecodecs.delta_decode(np.frombuffer(found, np.uint8).reshape(stored), axis=1)
     if channels == 3:
         return pixels
@@ -85,11 +85,11 @@ def decode(data: bytes) -> np.ndarray:
 def _header(data: bytes) -> tuple[int, int, int]:
     """Height, width, channels."""
     if len(data) < _HEADER.size:
-        raise UserError("picture stored as pixels that is cut short; prepare the dataset again")
+        raise UserError("image stored as pixels is cut short; prepare the dataset again")
     magic, version, channels, height, width = _HEADER.unpack_from(data)
     if version != _VERSION:
         raise UserError(f"image stored in version {version}, not {_VERSION}; prepare the dataset again")
     sides = (height, width)
     if magic != _MAGIC or channels not in (1, 3) or not 0 < min(sides) <= max(sides) <= _MAX_SIDE:
-        raise UserError("image stored as pixels with a damaged header; prepare the dataset again")
+        raise UserError("image stored as pixels has a damaged header; prepare the dataset again")
     return height, width, channels

@@ -210,7 +210,7 @@ def _decode(data: bytes, alpha: Alpha, frame: int | None, limits: Limits) -> _De
             image, orientation, number, count = read_tiff(data, frame, limits, notes)
             return _Decoded(_upright(_flat(image, alpha, notes), orientation), number, count, tuple(notes))
         if kind == file_kinds.JPEG and data.endswith(bytes(64)) and image_headers.jpeg_ends_early(data):
-            raise UserError("JPEG image that is cut short; fetch it again")  # zeros follow
+            raise UserError("JPEG image is cut short; fetch it again")  # zeros follow
         with _opened(data, kind, limits) as (image, deep):
             number, count = _choose(image, frame, limits)
             orientation = _orientation(image, notes)
@@ -237,14 +237,14 @@ def _one_error(data: bytes, kind: FileKind) -> Iterator[None]:
     except UserError:
         raise
     except MemoryError as error:
-        raise UserError(f"{kind.name} that needs more memory than there is; scale it down") from error
+        raise UserError(f"{kind.name} needs more memory than is available; scale it down") from error
     except Exception as error:
         fault = (
             "is cut short; fetch it again"
             if _ends_early(data, kind)
             else "is damaged; fetch or export it again"
         )
-        raise UserError(f"{kind.name} that {fault}") from error
+        raise UserError(f"{kind.name} {fault}") from error
 
 
 def _ends_early(data: bytes, kind: FileKind) -> bool:
@@ -264,7 +264,7 @@ def _opened(data: bytes, kind: FileKind, limits: Limits) -> Iterator[tuple[Image
     """Yields the opened image and whether Pillow would truncate or reject its samples."""
     deep = False
     if len(data) < _SHORTEST:
-        raise UserError(f"{kind.name} that is cut short; fetch it again")
+        raise UserError(f"{kind.name} is cut short; fetch it again")
     if kind == file_kinds.PNG:
         image_headers.check_pixels(
             int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big"), limits
@@ -321,7 +321,7 @@ def _orientation(image: Image.Image, notes: list[str]) -> int:
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # its parser raises many kinds of errors
-        notes.append("the EXIF data are damaged; the image was taken as upright")
+        notes.append("the EXIF data are damaged; the image is assumed to be upright")
         return 1
     return value if isinstance(value, int) and value in _TURNS else 1
 
@@ -337,7 +337,7 @@ def _decode_deep(data: bytes, kind: FileKind, number: int, notes: list[str]) -> 
         raise UserError("animation of 16 bits; save the frame to look at as PNG")
     if kind == file_kinds.JPEG:
         if image_headers.jpeg_ends_early(data):
-            raise UserError("JPEG image that is cut short; fetch it again")  # the decoder fills the rest
+            raise UserError("JPEG image is cut short; fetch it again")  # the decoder fills the rest
         header, samples = image_headers.jpeg_frame(data), imagecodecs.jpeg_decode(data)
         if header is None or samples.shape[:2] != (header.height, header.width):
             raise ValueError("size differs from the header")
@@ -360,7 +360,7 @@ def _check_png(image: Image.Image, data: bytes, number: int) -> None:
     last = image.crop((0, image.height - 1, image.width, image.height))
     is_interlaced = data[28] == 1
     if (is_interlaced or last.getbbox(alpha_only=False) is None) and image_headers.lacks_rows(data):
-        raise UserError("PNG image that is cut short; fetch it again")
+        raise UserError("PNG image is cut short; fetch it again")
     if image.mode == "P" and image.palette is None:
         raise UserError("PNG image without its palette; export it again")
 

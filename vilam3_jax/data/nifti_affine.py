@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.quaternions import fillpositive, quat2mat
 
 from vilam3_jax.data import volume_io
@@ -26,7 +27,7 @@ _SAME_VOXELS = 0.1
 _SAME_DEGREES = 0.08
 _SAME_SCALE = 1e-4
 _SAME_LENGTH = 0.01
-_OTHER_LENGTH = 2.0  # ratio of voxel sizes above which registration is no explanation
+_OTHER_LENGTH = 2.0  # maximum ratio of voxel sizes that registration can explain
 _OTHER_AXES_DEGREES = 45.0
 _QUATERNION_REPAIR = 1e-3
 _SINGULAR = 1e-3
@@ -72,7 +73,7 @@ def read_affine(
     assert affine is not None
     affine[:3] *= scale
     if one_slice and (int(header["dim"][0]) == 2 or not float(header["pixdim"][3]) > 0):
-        length = nib.affines.voxel_sizes(affine)[2]
+        length = voxel_sizes(affine)[2]
         notes.append(f"the header states no thickness of its one slice; {length:.3g} mm is assumed")
     return affine, unit, tuple(notes)
 
@@ -106,7 +107,7 @@ def _sform(header: Header, one_slice: bool) -> np.ndarray | None:
         raise _Unusable("its rows are all zero")
     if one_slice and not affine[:3, 2].any():
         affine[:3, 2] = volume_io.unit_normal(affine) * _thickness(header)
-    lengths = nib.affines.voxel_sizes(affine)
+    lengths = voxel_sizes(affine)
     if not lengths.all() or abs(np.linalg.det(affine[:3, :3] / lengths)) < _SINGULAR:
         raise _Unusable("its rows are singular")
     return affine
@@ -121,7 +122,7 @@ def _qform(header: Header, one_slice: bool) -> np.ndarray | None:
     if one_slice and not spacing[2] > 0:
         spacing[2] = _thickness(header)
     if not np.isfinite([*vector, *offset, *spacing, handedness]).all():
-        raise _Unusable("it holds numbers that are not finite")
+        raise _Unusable("it has numbers that are not finite")
     if min(spacing) <= 0:
         raise _Unusable(f"pixdim has a voxel size of {min(spacing):g}")
     norm = np.sqrt((vector**2).sum())
@@ -156,9 +157,9 @@ def _compare(
 ) -> list[str]:
     """Compares two usable transforms and returns notes; the sform wins, as in nibabel, FSL and SPM."""
     corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(shape) - 1)  # the origin first
-    distances = np.sqrt((nib.affines.apply_affine(sform - qform, corners) ** 2).sum(axis=1))
+    distances = np.sqrt((apply_affine(sform - qform, corners) ** 2).sum(axis=1))
     apart = distances.max()
-    lengths, others = nib.affines.voxel_sizes(sform), nib.affines.voxel_sizes(qform)
+    lengths, others = voxel_sizes(sform), voxel_sizes(qform)
     cosines = ((sform[:3, :3] / lengths) * (qform[:3, :3] / others)).sum(axis=0)
     angle = float(np.rad2deg(np.arccos(np.clip(cosines.min(), -1, 1))))
     scaled = np.abs(lengths / others - 1).max()
@@ -185,7 +186,7 @@ def _compare(
 
 def _compare_lengths(sform: np.ndarray, header: Header, scale: float, path: PathLike) -> list[str]:
     """Compares an sform without a usable qform with the redundant voxel sizes in pixdim; returns notes."""
-    lengths = nib.affines.voxel_sizes(sform)
+    lengths = voxel_sizes(sform)
     stated = np.abs(np.asarray(header["pixdim"][1:4], np.float64))
     stated = np.where(np.isfinite(stated) & (stated > 0), stated, lengths)
     if np.abs(lengths / stated - 1).max() <= _SAME_LENGTH:

@@ -77,7 +77,7 @@ def read_tiff(
             samples = chosen.asarray(squeeze=False, maxworkers=1)
         except Exception as error:
             if _ends_early(chosen, len(data)):
-                raise UserError("TIFF image that is cut short; fetch it again") from error
+                raise UserError("TIFF image is cut short; fetch it again") from error
             raise
         image = _to_image(chosen, photometric, samples, notes)
         orientation = _number(chosen, 274, 1)
@@ -116,7 +116,7 @@ def _check_tags(page: tifffile.TiffPage, data: bytes) -> None:
     places = range(first, first + count * layout.tagsize, layout.tagsize)
     stated = {struct.unpack_from(f"{layout.byteorder}H", data, place)[0] for place in places}
     if stated & _READ_TAGS - set(page.tags.keys()):
-        raise UserError("TIFF image that is damaged or cut short; fetch it again")
+        raise UserError("TIFF image is damaged or cut short; fetch it again")
 
 
 def _photometric(page: tifffile.TiffPage, notes: list[str]) -> int:
@@ -166,9 +166,9 @@ def _check_layout(page: tifffile.TiffPage, photometric: int, file_bytes: int, li
     if segments < int(np.prod(page.chunked, dtype=object)) or 0 in (*counts, *page.dataoffsets):
         raise UserError("TIFF image with missing strips or tiles; export it again")
     if sum(page.databytecounts) > file_bytes * 2 or len(page.databytecounts) < segments:
-        raise UserError("TIFF image that is cut short or damaged; fetch it again")
+        raise UserError("TIFF image is cut short or damaged; fetch it again")
     if compression != 1 and _ends_early(page, file_bytes):
-        raise UserError("TIFF image that is cut short; fetch it again")
+        raise UserError("TIFF image is cut short; fetch it again")
 
 
 def _ends_early(page: tifffile.TiffPage, file_bytes: int) -> bool:
@@ -190,7 +190,7 @@ def _check_jpeg(page: tifffile.TiffPage, data: bytes) -> None:
         if header is None or header.height > height + _MCU or header.width > width + _MCU:
             raise UserError("TIFF image with a damaged JPEG strip or tile; export it again")
         if jpeg_ends_early(segment):
-            raise UserError("TIFF image that is cut short; fetch it again")
+            raise UserError("TIFF image is cut short; fetch it again")
 
 
 def _number(page: tifffile.TiffPage, code: int, default: int) -> int:

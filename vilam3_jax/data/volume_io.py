@@ -284,12 +284,10 @@ def declared_modality(declared: str, stated: str, path: PathLike) -> str:
 def stated_units(text: str, modality: str) -> str:
     """Units of the voxels as the file states them; HU for a CT without any."""
     text = text.strip()
-    known = dict.fromkeys(("hu", "hounsfield", "hounsfield unit", "hounsfield units"), "HU")
-    known["bq/ml"] = "Bq/ml"
-    if not text:
-        return "HU" if modality == "CT" else UNKNOWN
-    if text.lower() in known:
-        return known[text.lower()]
+    if re.fullmatch(r"hu|hounsfield( units?)?", text.lower()) or (not text and modality == "CT"):
+        return "HU"
+    if text.lower() == "bq/ml":
+        return "Bq/ml"
     return text if re.fullmatch(r"[A-Za-z0-9/%^*. ()-]{1,16}", text) else UNKNOWN
 
 

@@ -14,6 +14,7 @@ import functools
 import nibabel as nib
 import numpy as np
 from etils import epath
+from nibabel.affines import apply_affine, voxel_sizes
 
 from vilam3_jax.data import content_keys, dicom, file_kinds, nifti, volume_io
 from vilam3_jax.data.intensity import (
@@ -68,7 +69,7 @@ class Volume:
     @property
     def spacing(self) -> np.ndarray:
         """Millimetres between voxels along the three axes, [3] float64."""
-        return nib.affines.voxel_sizes(self.affine)
+        return voxel_sizes(self.affine)
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -234,7 +235,7 @@ def grid_distance(affine: np.ndarray, grid: Volume) -> float:
     `affine` is [4, 4], voxel index to RAS millimetres.
     """
     corners = np.array([*np.ndindex(2, 2, 2)]) * grid.voxels.shape
-    return float(np.abs(nib.affines.apply_affine(affine - grid.affine, corners)).max())
+    return float(np.abs(apply_affine(affine - grid.affine, corners)).max())
 
 
 def whole_labels(labels: Volume, path: PathLike) -> np.ndarray:
@@ -288,7 +289,7 @@ def _display_limits(
 
 
 def _check_affine(affine: np.ndarray, path: PathLike) -> None:
-    spacing = nib.affines.voxel_sizes(affine)
+    spacing = voxel_sizes(affine)
     usable = np.isfinite(affine).all() and ((spacing > _SPACING_MM[0]) & (spacing < _SPACING_MM[1])).all()
     if not usable or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
         raise UserError(f"{path}: its affine is singular or out of range; correct its spacing and direction")

@@ -26,7 +26,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def deep_png(samples: np.ndarray, *before: bytes, after: bytes = b"") -> bytes:
-    """A PNG of 16 bits, which Pillow cannot write: [H, W, C], with chunks before and after the pixels."""
+    """A 16-bit PNG of [H, W, C] samples with chunks before and after the pixels."""
     colour = {1: 0, 2: 4, 3: 2, 4: 6}[samples.shape[-1]]
     height, width = samples.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
@@ -36,7 +36,7 @@ def deep_png(samples: np.ndarray, *before: bytes, after: bytes = b"") -> bytes:
 
 
 def few_bits_png(values: np.ndarray, depth: int, colour: int, *before: bytes) -> bytes:
-    """A PNG of less than 8 bits a sample."""
+    """A PNG of less than 8 bits per sample."""
     height, width = values.shape
     rows = b"".join(b"\0" + imagecodecs.packints_encode(row, depth) for row in values)
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
@@ -50,7 +50,7 @@ def few_bits_png(values: np.ndarray, depth: int, colour: int, *before: bytes) ->
 
 
 def turned(array: np.ndarray, orientation: int) -> np.ndarray:
-    """What EXIF 2.32 asks for, as numpy does it."""
+    """The orientations of EXIF 2.32 in numpy."""
     return {
         2: array[:, ::-1],
         3: array[::-1, ::-1],

@@ -17,7 +17,7 @@ NO_UNIT = "the file states no unit of length; millimetres are assumed"
 
 
 def header_of(shape=SHAPE, dtype=np.int16, kind=nib.Nifti1Header, sform=AFFINE, qform=AFFINE, unit="mm"):
-    """A header with both transforms where they are not None."""
+    """A header with the transforms that are not None."""
     image = {nib.Nifti1Header: nib.Nifti1Image, nib.Nifti2Header: nib.Nifti2Image}[kind](
         np.zeros(shape, dtype), None, dtype=dtype
     )
@@ -34,7 +34,7 @@ def header_of(shape=SHAPE, dtype=np.int16, kind=nib.Nifti1Header, sform=AFFINE, 
 
 
 def save(path, voxels=VOXELS, tail=b"", header=None, **fields):
-    """A file whose header is changed field by field; nibabel would repair such fields on writing."""
+    """Writes a file with modified header fields."""
     header = header_of(voxels.shape, voxels.dtype) if header is None else header
     for name, value in fields.items():
         header[name] = value

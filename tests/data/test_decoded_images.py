@@ -1,4 +1,4 @@
-"""Pictures stored as pixels: without loss, cheap to know, refused where they do not fit."""
+"""Images stored as pixels: lossless, cheap to detect, rejected if the size does not match."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from vilam3_jax.errors import UserError
 
 
 def noise(seed: int, height: int, width: int, grey: bool = False) -> np.ndarray:
-    picture = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    return np.repeat(picture[..., :1], 3, axis=-1) if grey else picture
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return np.repeat(image[..., :1], 3, axis=-1) if grey else image
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 99), st.integers(1, 40), st.integers(1, 40), st.booleans())
 def test_nothing_is_lost(seed: int, height: int, width: int, grey: bool) -> None:
-    picture = noise(seed, height, width, grey)
-    data = decoded_images.encode(picture)
+    image = noise(seed, height, width, grey)
+    data = decoded_images.encode(image)
     assert decoded_images.is_decoded(data) and decoded_images.shape(data) == (height, width)
     found = decoded_images.decode(data)
-    assert found.dtype == np.uint8 and np.array_equal(found, picture)
-    assert np.array_equal(decode_image(data), picture) and image_shape(data) == (height, width)
-    # The form itself, read without this module.
-    channels = 1 if grey or (picture == picture[..., :1]).all() else 3
+    assert found.dtype == np.uint8 and np.array_equal(found, image)
+    assert np.array_equal(decode_image(data), image) and image_shape(data) == (height, width)
+    # The format, read without this module.
+    channels = 1 if grey or (image == image[..., :1]).all() else 3
     rows = np.frombuffer(imagecodecs.zstd_decode(data[10:]), np.uint8).reshape(height, width, channels)
-    assert np.array_equal(np.cumsum(rows, axis=1, dtype=np.uint8), picture[..., :channels])
+    assert np.array_equal(np.cumsum(rows, axis=1, dtype=np.uint8), image[..., :channels])
 
 
 def test_grey_takes_a_third() -> None:
@@ -77,7 +77,7 @@ def test_damage_is_named_or_harmless(place: int, change: bytes) -> None:
 
 
 def test_a_stream_that_is_longer_than_it_says_is_refused() -> None:
-    """Zeros pack into almost nothing; the header bounds what is unpacked."""
+    """Zeros compress to almost nothing; the header bounds the decompressed size."""
     data = decoded_images.encode(noise(1, 4, 4))[:10] + imagecodecs.zstd_encode(bytes(100 << 20))
     with pytest.raises(UserError, match=r"damaged|cut short"):
         decoded_images.decode(data)
@@ -97,16 +97,16 @@ def test_a_size_of_another_model_is_refused() -> None:
 
 
 def test_batches_are_those_of_the_files(tmp_path) -> None:
-    """From pictures stored as pixels come the very batches of the files, experts' overlays aside."""
+    """Images stored as pixels give the same batches as their files, except for expert overlays."""
     rng = np.random.default_rng(0)
     files = [encode_png(noise(i, 20 + i, 31, grey=bool(i % 2))) for i in range(9)]
     pixels = [decoded_images.encode(decode_scaled(file, 8)) for file in files]
     turns = [film(i, rng).turns for i in range(9)]
     found = []
-    for name, pictures in (("files", files), ("pixels", pixels)):
+    for name, images in (("files", files), ("pixels", pixels)):
         examples = [
             Example(f"e{i}", "conversation", (ImageRef(data=data),), turns[i])
-            for i, data in enumerate(pictures)
+            for i, data in enumerate(images)
         ]
         write(tmp_path / name / "films", examples)
         loader = build(config(tmp_path / name))
@@ -119,11 +119,11 @@ def test_batches_are_those_of_the_files(tmp_path) -> None:
 @pytest.mark.parametrize("equal", [True, False])
 @pytest.mark.parametrize("form", ["PNG", "JPEG"])
 def test_grey_in_three_channels_is_scaled_as_one_to_the_bit(equal: bool, form: str) -> None:
-    picture = noise(3, 50, 41, grey=True)
+    image = noise(3, 50, 41, grey=True)
     if not equal:
-        picture[49, 40, 2] ^= 255  # the last pixel alone
+        image[49, 40, 2] ^= 255  # the last pixel alone
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, form)
+    Image.fromarray(image).save(buffer, form)
     whole = decode_image(buffer.getvalue())
     expected = np.asarray(Image.fromarray(whole).resize((16, 16), Image.Resampling.BICUBIC))
     assert np.array_equal(decode_scaled(buffer.getvalue(), 16), expected)

@@ -1,4 +1,4 @@
-"""What a file is: told by its content, against files that other programs wrote."""
+"""Identification of files by content, tested on files of other programs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def tarred() -> bytes:
 
 
 def bare_dicom(implicit: bool, little: bool) -> bytes:
-    """A data set without preamble and meta information, as archives of the 1990s hold them."""
+    """A data set without preamble and meta information, as in archives of the 1990s."""
     dataset = Dataset()
     dataset.Modality, dataset.Rows, dataset.Columns, dataset.BitsAllocated = "CR", 2, 2, 16
     return saved(lambda file: dataset.save_as(file, implicit_vr=implicit, little_endian=little))
@@ -79,7 +79,7 @@ READ = [
     ("dicom", "DICOM file without preamble", bare_dicom(False, True)),
     ("dicom", "DICOM file without preamble", bare_dicom(False, False)),
     ("dicom", "DICOMDIR", Path(str(get_testdata_file("DICOMDIR"))).read_bytes()),
-    ("dicom", "DICOM file", b"II*\0" + bytes(124) + b"DICM"),  # a TIFF at the same time
+    ("dicom", "DICOM file", b"II*\0" + bytes(124) + b"DICM"),  # also a TIFF
     ("nifti", "NIfTI volume", NIFTI),
     ("nifti", "NIfTI volume", gzip.compress(NIFTI, mtime=0)),
     ("nifti", "NIfTI volume", gzip.compress(NIFTI[:300], mtime=0) + gzip.compress(NIFTI[300:], mtime=0)),
@@ -108,7 +108,7 @@ READ = [
 
 @pytest.mark.parametrize(("reader", "name", "data"), READ)
 def test_what_is_read_is_told_by_its_content(tmp_path, reader, name, data):
-    for suffix in ("", ".dcm", ".png", ".nii.gz", ".TXT", ".mha"):  # a suffix that lies changes nothing
+    for suffix in ("", ".dcm", ".png", ".nii.gz", ".TXT", ".mha"):  # a wrong suffix changes nothing
         path = tmp_path / f"file{suffix}"
         path.write_bytes(data)
         kind = identify(path)
@@ -245,7 +245,7 @@ def test_every_dicom_file_of_pydicom_is_recognised():
     folder = Path(str(get_testdata_file("CT_small.dcm"))).parent
     kinds = {path.name: identify(path).reader for path in folder.glob("*.dcm")}
     assert len(kinds) > 50
-    # This one has lost its first bytes.
+    # no_meta.dcm lacks its first bytes.
     assert {name for name, reader in kinds.items() if reader != "dicom"} <= {"no_meta.dcm"}
 
 

@@ -26,7 +26,7 @@ def test_too_many_pixels_are_refused_by_the_header():
         for function in (decode_image, image_shape):
             with pytest.raises(UserError, match="9 x 9 pixels, more than the limit of 80"):
                 function(data, limits=tiny)
-    # Headers that say 60000 x 60000 before next to no pixels: refused before any memory is taken.
+    # Headers of 60000 x 60000 pixels with hardly any data are rejected before memory is allocated.
     bomb = bytearray(encoded(Image.new("L", (9, 9))))
     bomb[16:24] = (60000).to_bytes(4, "big") * 2
     bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
@@ -56,7 +56,7 @@ def test_too_many_pixels_are_refused_by_the_header():
 
 @pytest.mark.parametrize("kind", [b"iCCP", b"zTXt", b"iTXt"])
 def test_compressed_texts_of_any_size_do_no_harm(kind):
-    """Pillow refuses PNGs with one of more than 1 MiB; Photoshop and ImageMagick write such."""
+    """Pillow rejects PNGs with texts of more than 1 MiB, which Photoshop and ImageMagick write."""
     head = {b"iCCP": b"name\0\0", b"zTXt": b"name\0\0", b"iTXt": b"name\0\x01\0\0\0"}[kind]
     text = chunk(kind, head + zlib.compress(bytes(80 << 20), 9))
     plain, deep = encoded(Image.fromarray(RGB)), deep_png(RAMP)
@@ -67,7 +67,7 @@ def test_compressed_texts_of_any_size_do_no_harm(kind):
         tracemalloc.stop()
         assert peak < 20 << 20
         np.testing.assert_array_equal(out, decode_image(data))
-        if kind != b"iCCP":  # which stands before the pixels
+        if kind != b"iCCP":  # iCCP must precede the pixels
             end = chunk(b"IEND", b"")
             np.testing.assert_array_equal(decode_image(data.removesuffix(end) + text + end), out)
 
@@ -115,7 +115,7 @@ def test_cut_short_files_are_never_half_decoded(name):
         else:
             np.testing.assert_array_equal(out, whole)
     if "JPEG" in name:
-        with pytest.raises(UserError, match="cut short"):  # space was reserved, but not all was written
+        with pytest.raises(UserError, match="cut short"):  # preallocated, but not fully written
             decode_image(data[: len(data) // 2] + bytes(len(data) // 2))
 
 

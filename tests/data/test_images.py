@@ -1,4 +1,4 @@
-"""Images: what users have becomes 8-bit RGB, hostile files are refused."""
+"""Decoding of user images to 8-bit RGB, resizing and augmentation."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from vilam3_jax.errors import InputWarning, UserError
 @pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "CMYK", "I;16", "1"])
 def test_scaling_while_decoding_changes_no_bit(mode):
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (40, 57, 3), np.uint8)).convert(mode)
+    image = Image.fromarray(rng.integers(0, 256, (40, 57, 3), np.uint8)).convert(mode)
     form = "TIFF" if mode == "CMYK" else "PNG"
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
-    for data in (encoded(picture, form), encoded(picture, form, exif=exif)):
+    for data in (encoded(image, form), encoded(image, form, exif=exif)):
         for size in (16, 40, 64):
             assert np.array_equal(decode_scaled(data, size), resize(decode_image(data), size))
         assert image_shape(data) == decode_image(data).shape[:2]
@@ -156,10 +156,10 @@ def test_transparent_is_white_paper():
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
 def test_ignored_alpha_is_what_vila_sees(mode):
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (16, 16, 4), dtype=np.uint8)).convert(mode)
-    keys = {"1": 0, "L": picture.getpixel((1, 1)), "P": b"\0\x80\xff", "RGB": picture.getpixel((1, 1))}
+    image = Image.fromarray(rng.integers(0, 256, (16, 16, 4), dtype=np.uint8)).convert(mode)
+    keys = {"1": 0, "L": image.getpixel((1, 1)), "P": b"\0\x80\xff", "RGB": image.getpixel((1, 1))}
     options = {"transparency": keys[mode]} if mode in keys else {}
-    data = encoded(picture, **options)
+    data = encoded(image, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Pillow advises against this conversion
         by_pillow = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
@@ -194,7 +194,7 @@ def test_pictures_that_are_transparent_everywhere_are_noted(tmp_path):
     np.testing.assert_array_equal(
         decode_image(path.read_bytes(), alpha="ignore"), decode_image(deep_png(RAMP))
     )
-    # Windows ignores an alpha channel that nobody filled.
+    # Windows ignores an alpha channel of zeros.
     head = struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 138, 0, 0, 122, 108, 2, 2, 1, 32, 3, 16, 0, 0, 0, 0)
     masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs" + bytes(48)
     bmp = head + masks + bytes([1, 2, 3, 0] * 4)
@@ -261,7 +261,7 @@ def test_cmyk_jpegs_with_and_without_adobes_marker():
     length = int.from_bytes(adobe[place + 2 : place + 4], "big")
     plain = (
         adobe[:place] + adobe[place + 2 + length :]
-    )  # its samples are ink as they stand: 255 - (0, 255, 255, 0)
+    )  # its samples are ink, not inverted: 255 - (0, 255, 255, 0)
     expected = np.asarray(Image.new("CMYK", (1, 1), (255, 0, 0, 255)).convert("RGB"))[0, 0]
     assert np.abs(decode_image(plain)[8, 8].astype(int) - expected).max() < 8
 
@@ -286,8 +286,8 @@ def test_animations_are_refused_or_a_frame_is_chosen(form, tmp_path):
         decode_image(data, frame=3)
     path = tmp_path / "cine"
     path.write_bytes(data)
-    picture = load_image(path, frame=1)
-    assert (picture.frame, picture.frames, picture.modality) == (1, 3, "unknown")
+    image = load_image(path, frame=1)
+    assert (image.frame, image.frames, image.modality) == (1, 3, "unknown")
 
 
 def test_one_picture_is_frame_0():
@@ -359,23 +359,23 @@ def test_film_files_that_are_pictures(tmp_path):
 
 
 def test_augment_treats_the_images_of_a_sample_alike_and_keeps_sides():
-    """Left stays left under every draw, and two equal pictures stay equal."""
-    picture = np.zeros((64, 64, 3), np.uint8)
-    picture[8:56, 8:56] = 60
-    picture[24:40, 12:24] = 250  # a bright block in the left half only
+    """Left stays left in every draw, and equal images stay equal."""
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[8:56, 8:56] = 60
+    image[24:40, 12:24] = 250  # a bright block in the left half only
     seen = set()
     for seed in range(50):
-        first, second = augment([picture, picture], np.random.default_rng(seed))
+        first, second = augment([image, image], np.random.default_rng(seed))
         np.testing.assert_array_equal(first, second)
-        assert first.dtype == np.uint8 and first.shape == picture.shape
+        assert first.dtype == np.uint8 and first.shape == image.shape
         bright = np.argwhere(first[..., 0] > 0.6 * first.max())
         assert abs(bright[:, 1].mean() - 17.5) < 10 and abs(bright[:, 0].mean() - 31.5) < 10
-        assert not first[0, 0].any()  # what is black stays black
+        assert not first[0, 0].any()  # black stays black
         seen.add(first.tobytes())
     assert len(seen) == 50
 
 
 def test_augment_is_repeatable():
-    picture = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
-    draws = [augment([picture], np.random.default_rng((7, 3)))[0] for _ in range(2)]
+    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    draws = [augment([image], np.random.default_rng((7, 3)))[0] for _ in range(2)]
     np.testing.assert_array_equal(*draws)

@@ -41,7 +41,7 @@ NO_UNIT = "the file states no unit of length; millimetres are assumed"
 
 
 def save(path, data=RAW, end="\n", **fields):
-    """`fields` replace those of FIELDS; None leaves one out. `ElementDataFile` stays last."""
+    """`fields` replace those of FIELDS; None omits one. `ElementDataFile` stays last."""
     merged = FIELDS | fields
     merged["ElementDataFile"] = merged.pop("ElementDataFile")
     lines = [f"{name} = {value}{end}" for name, value in merged.items() if value is not None]
@@ -116,7 +116,7 @@ def test_types_and_byte_orders(tmp_path, name, code, order):
 
 
 def test_directions_are_those_of_itk(tmp_path):
-    """One line of the matrix for each axis of the image, under any of its names."""
+    """The matrix has one row per image axis and three possible names."""
     for matrix, origin in (
         ("TransformMatrix", "Offset"),
         ("Orientation", "Position"),
@@ -136,7 +136,7 @@ def test_directions_are_those_of_itk(tmp_path):
 
 @pytest.mark.parametrize("letters", ["RAI", "???", "LPI", "RAS", None])
 def test_an_orientation_in_letters_alone_is_refused(tmp_path, letters):
-    """MetaIO defines the letters as where an axis runs to, ITK writes where it comes from."""
+    """By MetaIO the letters name where an axis runs to; ITK writes where it comes from."""
     path = save(tmp_path / "a.mha", TransformMatrix=None, AnatomicalOrientation=letters)
     refused(path, "MetaImage without TransformMatrix, so left and right would be a guess")
 
@@ -147,7 +147,7 @@ def test_an_orientation_in_letters_alone_is_refused(tmp_path, letters):
 )
 def test_letters_beside_a_matrix(tmp_path, letters, sound):
     path = save(tmp_path / "a.mha", AnatomicalOrientation=letters)
-    if sound:  # by either meaning of the letters
+    if sound:  # valid in either meaning of the letters
         np.testing.assert_array_equal(load_volume(path).affine, AFFINE)
     else:
         refused(path, "AnatomicalOrientation .* contradicts TransformMatrix")
@@ -286,7 +286,7 @@ def test_damaged_compressed_data_is_noticed(tmp_path, pack):
     np.testing.assert_array_equal(itk_voxels(path), VOXELS)
     for cut in (1, len(data) // 2, len(data) - 1):
         refused(save(tmp_path / "cut.mha", data[:-cut], CompressedData="True"), "cut short")
-    for place in (len(data) // 3, len(data) // 2, len(data) - 3):  # ITK returns other voxels and says nothing
+    for place in (len(data) // 3, len(data) // 2, len(data) - 3):  # ITK returns wrong voxels without an error
         wrong = bytearray(data)
         wrong[place] ^= 0x55
         refused(save(tmp_path / "wrong.mha", bytes(wrong), CompressedData="True"), "damaged")

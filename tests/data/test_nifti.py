@@ -149,7 +149,7 @@ def test_channels(tmp_path, dim, packed):
     if packed:
         path.write_bytes(gzip.compress(path.read_bytes()))
     halves = [read_volume(path, channel=channel).voxels for channel in (0, 1)]
-    # VOXELS are stored with their first axis fastest, and that of the file is half as long.
+    # VOXELS are stored first axis fastest; the first axis of the file is half as long.
     stored = VOXELS.ravel(order="F").reshape((2, 5, 6, 2), order="F")
     for channel, half in enumerate(halves):
         np.testing.assert_array_equal(half, stored[..., channel])
@@ -172,7 +172,7 @@ def test_one_slice(tmp_path, dim):
     np.testing.assert_array_equal(volume.voxels, flat)
     np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-5)
     assert bool(volume.notes) == (dim != (3, 4, 5, 1))
-    # Without a thickness one is invented, and said.
+    # A missing thickness is assumed and noted.
     path = save(tmp_path / "b.nii", flat, header=header, srow_z=[0, 0, 0, 107], pixdim=[1, 0.8, 0.8, 0] * 2)
     volume = load_volume(path)
     np.testing.assert_allclose(volume.spacing, [0.8, 0.8, 1], rtol=1e-6)
@@ -210,7 +210,7 @@ def test_pairs_are_found_from_either_half(tmp_path):
 
 
 def test_a_single_file_header_beside_an_img_is_refused(tmp_path):
-    save(tmp_path / "a.hdr")  # which says that it holds the voxels itself
+    save(tmp_path / "a.hdr")  # a single-file header
     (tmp_path / "a.img").write_bytes(VOXELS.tobytes(order="F") + bytes(400))
     with pytest.raises(UserError, match=r"a\.img: the \.hdr beside it is a single file with its own voxels"):
         load_volume(tmp_path / "a.img")
@@ -310,7 +310,7 @@ def test_text_mode_transfer_is_named(tmp_path):
         load_volume(path)
 
 
-# What the sidecar states
+# Sidecars
 
 
 @pytest.mark.parametrize(
@@ -372,7 +372,7 @@ def test_label_maps_keep_their_values(tmp_path):
         np.testing.assert_array_equal(found, labels)
     tenths = save(tmp_path / "scaled.nii", (labels * 10).astype(np.int16), scl_slope=0.1, scl_inter=0)
     np.testing.assert_array_equal(load_label_map(tenths, grid), labels)
-    # One label everywhere but in voxels without a value: those are background, not that label.
+    # Voxels without a value become background, not the only label.
     holes = np.full(SHAPE, 7, np.float32)
     holes[0] = np.nan
     found = load_label_map(save(tmp_path / "holes.nii", holes), grid)

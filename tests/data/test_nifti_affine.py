@@ -72,7 +72,7 @@ def test_codes_decide_and_two_codes_of_zero_are_refused(tmp_path):
     ("turn", "codes"),
     [
         (np.diag([-1.0, 1, 1, 1]), "LAS"),  # mirrored
-        (np.diag([-1.0, -1, 1, 1]), "LPS"),  # LPS taken for RAS: handedness is the same
+        (np.diag([-1.0, -1, 1, 1]), "LPS"),  # LPS read as RAS has the same handedness
         (np.eye(4)[[1, 0, 2, 3]], "ARS"),
         (np.eye(4)[[1, 2, 0, 3]], "SRA"),  # rows of the affine: the first axis runs to the head
     ],
@@ -121,7 +121,7 @@ def test_a_small_difference_takes_the_sform_and_says_so(tmp_path):
     (note,) = volume.notes
     assert "sform (scanner) and qform (scanner) differ" in note and "5 degrees" in note
     assert "template" not in note
-    # Registered to a template whose head is larger: read, with the warning that millimetres are not true.
+    # Registered to a larger template: accepted, with a note that lengths are those of the template.
     path = save(
         tmp_path / "mni.nii", header=header_of(sform=np.diag([1.2, 1.1, 1.15, 1]) @ AFFINE), sform_code=4
     )

@@ -37,7 +37,7 @@ NO_UNIT = "the file states no unit of length; millimetres are assumed"
 
 
 def save(path, data=RAW, extra=(), end="\n", **fields):
-    """`fields` replace those of FIELDS (`space_units` for "space units"); None leaves one out."""
+    """`fields` replace those of FIELDS (`space_units` for "space units"); None omits one."""
     merged = FIELDS | {name.replace("_", " "): value for name, value in fields.items()}
     lines = ["NRRD0004", "# a comment", *(f"{k}: {v}" for k, v in merged.items() if v is not None), *extra]
     path.write_bytes((end.join(lines) + 2 * end).encode() + data)
@@ -287,7 +287,7 @@ def test_encodings(tmp_path, encoding):
     data = ENCODED[encoding]
     path = save(tmp_path / "a.nrrd", data, encoding=encoding)
     np.testing.assert_array_equal(load_volume(path).voxels, VOXELS)
-    if encoding not in ("hex", "gz"):  # pynrrd does not read the one, nor several members of the other
+    if encoding not in ("hex", "gz"):  # pynrrd reads neither hex nor several gzip members
         np.testing.assert_array_equal(nrrd.read(str(path))[0], VOXELS)
     if encoding not in ("bzip2", "bz2"):  # for which ITK is not built
         np.testing.assert_array_equal(itk_voxels(path), VOXELS)
@@ -320,7 +320,7 @@ def test_skipped_lines_and_bytes(tmp_path):
         volume = load_volume(path)
         np.testing.assert_array_equal(volume.voxels, VOXELS)
         assert volume.notes == ()
-        # pynrrd skips bytes before unpacking; teem, whose format it is and which ITK uses, after it.
+        # pynrrd skips bytes before decompression; teem, the reference used by ITK, after it.
         np.testing.assert_array_equal(itk_voxels(path), VOXELS)
     assert "7 bytes after the voxels" in load_volume(save(tmp_path / "tail.nrrd", RAW + bytes(7))).notes[0]
 
@@ -356,10 +356,10 @@ def test_what_key_value_pairs_state(tmp_path):
     assert (volume.modality, volume.units, volume.body_part) == ("MR", "unknown", "HEAD")
     volume = load_volume(save(tmp_path / "c.nrrd", extra=["modality:=weather"], sample_units='"SUVbw"'))
     assert (volume.modality, volume.units) == ("unknown", "SUVbw")
-    # A pair that is called like a field is none.
+    # A key/value pair named like a field is not a field.
     volume = load_volume(save(tmp_path / "d.nrrd", extra=["space:=left-posterior-superior", "sizes:=1 2 3"]))
     np.testing.assert_array_equal(volume.affine, AFFINE)
-    # Keys may hold colons, and those of DICOM elements start alike.
+    # Keys may contain colons; those of DICOM elements share a prefix.
     keys = ["DICOM:0010,0010:=Doe^Jane", "DICOM:0008,0060:=CT", "url: http://a:=b", "http://a:=b"]
     assert load_volume(save(tmp_path / "k.nrrd", extra=keys)).modality == "unknown"
     doubled = load_volume(save(tmp_path / "e.nrrd", extra=["modality:=CT", "modality:=MR"]))

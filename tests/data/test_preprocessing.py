@@ -24,12 +24,12 @@ def ramp(**fields) -> Volume:
 
 
 def grey_of(values, low, high):
-    """The reference pipeline's scaling, written down once more."""
+    """The scaling of the reference pipeline, reimplemented."""
     return (np.clip((values - low) / (high - low), 0, 1) * 255).astype(np.uint8)
 
 
 def shown(preprocessing, volume, window=None):
-    """[2048, 3] in the order of the voxels; display turns the first axis around."""
+    """[2048, 3] in voxel order; the display reverses the first axis."""
     return preprocessing.slice_image(volume, 2, 0, window)[0, ::-1]
 
 
@@ -140,5 +140,5 @@ def test_model_configs_carry_it_and_presets_are_swapped_in():
     assert image_processor(rgb, pairs=True).preprocessing.ct_windows == CT_WINDOWS["medgemma"]
     with pytest.raises(UserError, match="presets are bone, brain, lung, medgemma, soft_tissue"):
         models.get("tiny,windows=liver")
-    del plain["preprocessing"]  # an export from before
+    del plain["preprocessing"]  # an older export
     assert image_processor(plain).preprocessing == Preprocessing()

@@ -1,4 +1,4 @@
-"""Damaged inputs: a slice of the campaign of benchmarks/fuzz_readers.py, and what all of it once found."""
+"""Damaged inputs: a slice of the campaign of benchmarks/fuzz_readers.py, and its past findings."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def fuzz():
 
 @pytest.fixture
 def prepared(fuzz):
-    """The process of a worker."""
+    """This process prepared like a worker."""
     limits, handler, disabled = (
         dataclasses.asdict(DEFAULT_LIMITS),
         signal.getsignal(signal.SIGALRM),
@@ -59,12 +59,12 @@ def prepared(fuzz):
     logging.disable(disabled)
 
 
-# What the campaign found.
+# Past findings.
 
 
 @pytest.mark.parametrize("far", [1e300, -1e300, 3.5e38])
 def test_numbers_beyond_float32_do_not_become_infinite(tmp_path, far):
-    """NIfTI of float64, one byte of an exponent changed."""
+    """Found in a float64 NIfTI with one changed exponent byte."""
     values = np.array([1.5, -2.5, 7.0, far])
     stored = as_stored_values(values)
     assert stored is not None
@@ -104,7 +104,7 @@ def test_what_a_damaged_header_states_is_not_repeated(fuzz, tmp_path, stated, da
 
 @pytest.mark.parametrize("tag", [b"\x02\0\x02\0", b"\x08\0\x16\0"])
 def test_a_value_representation_that_does_not_exist(fuzz, tmp_path, tag):
-    """Of the SOP class, which is looked at before anything else."""
+    """The SOP class is read first."""
     seed = next(seed for seed in fuzz.fuzz_seeds.all_seeds() if seed.name == "explicit.dcm")
     path = tmp_path / seed.entry
     path.write_bytes(seed.files[seed.entry].replace(tag + b"UI", tag + b"U\x80"))
@@ -116,7 +116,7 @@ def test_a_value_representation_that_does_not_exist(fuzz, tmp_path, tag):
 
 
 def test_a_number_of_frames_that_no_integer_holds(fuzz, tmp_path):
-    """The scan failed to pack it for the process that groups series."""
+    """The scan failed to serialise it for the process that groups series."""
     seed = next(seed for seed in fuzz.fuzz_seeds.all_seeds() if seed.name == "capture.dcm")
     path = tmp_path / seed.entry
     stated = struct.pack("<HHL2s", 0x28, 8, 2, b"2 ")
@@ -130,7 +130,7 @@ def test_a_number_of_frames_that_no_integer_holds(fuzz, tmp_path):
 
 
 def test_a_jpeg_of_no_bits(fuzz, tmp_path):
-    """The decoder gives an empty picture for it."""
+    """The decoder returns an empty image for it."""
     seed = next(seed for seed in fuzz.fuzz_seeds.all_seeds() if seed.name == "grey.jpeg")
     path = tmp_path / seed.entry
     stated = b"\xff\xc0\0\x0b\x08"
@@ -141,7 +141,7 @@ def test_a_jpeg_of_no_bits(fuzz, tmp_path):
 
 
 def test_rle_segments_far_outside_the_frame_cost_no_memory():
-    """De-identification filled the gap before a segment with zeros, up to 4 GiB."""
+    """De-identification zero-filled the gap before a segment, up to 4 GiB."""
     header = struct.pack("<16L", 2, 64, 1 << 31, *[0] * 13)
     frame = header + b"\x03abcd"
     data = encapsulate([frame])
@@ -153,7 +153,7 @@ def test_rle_segments_far_outside_the_frame_cost_no_memory():
 
 
 def test_jpeg_ls_data_on_which_charls_loops(tmp_path):
-    """Two bytes inserted into the scan, no end marker: CharLS 2.4 counts for 6 s."""
+    """Two bytes inserted into the scan, no end marker: CharLS 2.4 loops for 6 s."""
     source = get_testdata_file("SC_rgb_jls_lossy_line.dcm", read=True, download=False)
     frame = get_frame(source.PixelData, 0, number_of_frames=1)
     source.PixelData = encapsulate([frame[:82] + b"\xff\x7f" + frame[82:508]])
@@ -164,7 +164,7 @@ def test_jpeg_ls_data_on_which_charls_loops(tmp_path):
     assert time.thread_time() - start < 1
 
 
-# The campaign itself.
+# The campaign.
 
 
 def test_inputs_are_reproducible(fuzz):
@@ -208,7 +208,7 @@ def test_a_slice_of_the_campaign_finds_nothing(prepared, tmp_path):
         outcome = prepared.try_input(*prepared.input_of(0, number, seeds), tmp_path)
         assert not outcome.findings, f"--reproduce={number}: {outcome.findings}"
         accepted += outcome.accepted
-    assert accepted > SLICE / 10  # damage that is noticed at once tests little
+    assert accepted > SLICE / 10  # damage that is detected at once tests little
 
 
 def test_undamaged_inputs_are_taken(prepared, tmp_path):

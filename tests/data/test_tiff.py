@@ -30,7 +30,7 @@ def tiff(array: np.ndarray, **options) -> bytes:
 
 
 def by_hand(width: int, height: int, pixels: bytes, order: str = "<", **tags) -> bytes:
-    """A TIFF of one strip, with nothing but the tags that are given (name=(code, values))."""
+    """A TIFF of one strip with only the given tags (name=(code, values))."""
     entries = {256: (width,), 257: (height,), 259: (1,), 278: (height,), 279: (len(pixels),)}
     entries |= dict(tags.values())
     entries[273] = (8,)
@@ -183,7 +183,7 @@ def test_alpha_and_other_extra_samples(dtype):
     depth, order = whole.itemsize * 8, "<"
     raw = whole.astype(whole.dtype.newbyteorder(order)).tobytes()
     tags = {"b": bits(*[depth] * 4), "p": photometric(2), "s": samples(4)}
-    for extra in ({"e": (338, (0,))}, {}):  # a fourth sample that nobody calls alpha
+    for extra in ({"e": (338, (0,))}, {}):  # a fourth sample not declared as alpha
         data = by_hand(RGB.shape[1], RGB.shape[0], raw, order, **tags, **extra)
         with pytest.warns(InputWarning, match="1 of 4 samples of each pixel have no stated meaning"):
             np.testing.assert_array_equal(decode_image(data), colours)
@@ -343,7 +343,7 @@ def test_cut_short_files_are_never_half_decoded(compression):
             assert "\n" not in str(error)
         else:
             np.testing.assert_array_equal(out, whole)
-    # The header stands first in what tifffile writes.
+    # tifffile writes the header first.
     if compression != "group4":
         data = tiff(RGB, photometric="rgb", compression=compression)
         for part in (0.6, 0.9, 0.99):

@@ -1,4 +1,4 @@
-"""One voxel lies at one place in the patient, whichever reader finds it and however the file is ordered."""
+"""A voxel has the same position in the patient for every reader and every order of the file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SAMPLES = pathlib.Path(__file__).parents[2] / ".cache" / "samples"
 
 
 def oblique_affine(code, seed):
-    """Index to RAS millimetres of a grid with these axis codes, turned by up to 20 degrees."""
+    """Affine (index to RAS mm) of a grid with these axis codes, rotated by up to 20 degrees."""
     straight = np.zeros((3, 3))
     for column, letter in enumerate(code):
         straight["LRPAIS".index(letter) // 2, column] = 1 if letter in "RAS" else -1
@@ -77,7 +77,7 @@ def save_itk(folder, voxels, affine, name):
 
 
 def save_dicom(folder, voxels, affine):
-    """One file a slice: axis 0 runs along the rows, axis 1 down the columns."""
+    """Writes one file per slice: axis 0 runs along the rows, axis 1 down the columns."""
     own = LPS @ affine
     (folder / "series").mkdir()
     series, study, frame = generate_uid(), generate_uid(), generate_uid()
@@ -124,14 +124,14 @@ def test_a_marked_voxel_lies_at_one_place_in_every_format(tmp_path, code):
             np.testing.assert_allclose(world_of(volume, value), (affine @ [*where, 1])[:3], atol=1e-3)
         assert nib.aff2axcodes(volume.affine) == ("R", "A", "S")
     assert load_volume(paths[0]).stored_orientation == code
-    # The place is that of SimpleITK too, and of nibabel.
+    # SimpleITK and nibabel agree on the position.
     point = as_itk(voxels, affine).TransformIndexToPhysicalPoint(MARKED)
     np.testing.assert_allclose(LPS[:3, :3] @ point, (affine @ [*MARKED, 1])[:3], atol=1e-6)
     np.testing.assert_allclose(nib.load(paths[0]).affine, affine, atol=1e-5)
 
 
 def _converted_alike(path, folder):
-    """Whether ITK's copies of a file in other formats are the same scan to us."""
+    """Whether conversions of a file by ITK have the same content key."""
     sitk = pytest.importorskip("SimpleITK")
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     volume = load_volume(path)

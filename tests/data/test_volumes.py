@@ -1,4 +1,4 @@
-"""Volumes: one orientation and one key in every format, radiological display, hostile files refused."""
+"""Volumes: one orientation and one key in every format, radiological display, hostile files rejected."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def save_nrrd(path, voxels, affine=AFFINE, space="left-posterior-superior", **mo
 
 
 def save_dicom(folder, voxels, affine=AFFINE, *, slope=1, intercept=-1024, series=None, order=None):
-    """`voxels` [X, Y, Z] in RAS. Written as scanners do: rows and columns towards left and back."""
+    """Writes `voxels` [X, Y, Z] in RAS as scanners do, with rows and columns towards left and back."""
     folder.mkdir(exist_ok=True)
     flip = nib.orientations.axcodes2ornt("LPS"), nib.orientations.axcodes2ornt("RAS")
     turn = nib.orientations.ornt_transform(flip[1], flip[0])
@@ -132,7 +132,7 @@ def test_key_tells_other_scans_apart():
         Volume(voxels.reshape(6, 5, 7), AFFINE, "a"),
     ]
     assert base not in {other.content_key for other in others}
-    assert Volume(voxels, AFFINE, "b").content_key == base  # the name is no content
+    assert Volume(voxels, AFFINE, "b").content_key == base  # the key ignores the name
 
 
 @settings(max_examples=40, deadline=None)
@@ -171,7 +171,7 @@ def test_key_does_not_depend_on_storage_order(tmp_path_factory, axes, signs, til
 def test_display_orientation(tmp_path, axis, marker, row, column):
     voxels = np.zeros(SHAPE, np.int16)
     voxels[marker] = 1000
-    # Stored in LPI order on disk: the display must not care.
+    # Stored in LPI order: the display must not depend on it.
     turn = nib.orientations.ornt_transform(
         nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt("LPI")
     )
@@ -184,9 +184,9 @@ def test_display_orientation(tmp_path, axis, marker, row, column):
     assert column is None or found_column == 0
     rest = [n for i, n in enumerate(SHAPE) if i != axis]
     assert plane.shape == (rest[1], rest[0])
-    picture = DEFAULT_PREPROCESSING.slice_image(volume, axis, marker[axis], (500, 1000), 64)
-    assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
-    weight = picture[..., 0].astype(float)
+    image = DEFAULT_PREPROCESSING.slice_image(volume, axis, marker[axis], (500, 1000), 64)
+    assert image.shape == (64, 64, 3) and image.dtype == np.uint8
+    weight = image[..., 0].astype(float)
     center = [float((weight.sum(axis=1 - a) * np.arange(64)).sum() / weight.sum()) for a in (0, 1)]
     assert row is None or center[0] < 16
     assert column is None or center[1] < 16
@@ -225,9 +225,9 @@ def test_limits_of_nearly_constant_volumes(value):
     sparse[:2, :2, :5] = 100 + np.arange(20).reshape(2, 2, 5)
     low, high = Volume(sparse, AFFINE, "a").limits
     assert low == value and 118 < high <= 119
-    picture = DEFAULT_PREPROCESSING.slice_image(Volume(sparse, AFFINE, "a"), 2, 0)
-    assert len(np.unique(picture)) == 5  # four shades on black, not a white spot
-    # A hot voxel that is no measurement changes nothing.
+    image = DEFAULT_PREPROCESSING.slice_image(Volume(sparse, AFFINE, "a"), 2, 0)
+    assert len(np.unique(image)) == 5  # four shades on black, not a white spot
+    # An invalid hot voxel changes nothing.
     valid = np.ones(constant.shape, bool)
     valid[3, 3, 3] = False
     hot = constant.copy()
@@ -244,9 +244,9 @@ def test_voxels_that_measure_nothing_are_black_in_any_window():
     valid[0] = False
     volume = Volume(voxels, AFFINE, "a", valid=valid)
     for window in ((-5000.0, 100.0), None):
-        picture = DEFAULT_PREPROCESSING.slice_image(volume, 2, 3, window)
-        assert (picture[:, -1] == 0).all()  # the patient's left is on the right
-        assert (picture[:, :-1] > 0).any()
+        image = DEFAULT_PREPROCESSING.slice_image(volume, 2, 3, window)
+        assert (image[:, -1] == 0).all()  # the patient's left is on the right
+        assert (image[:, :-1] > 0).any()
 
 
 def test_non_finite_voxels(tmp_path):
@@ -270,7 +270,7 @@ def test_limits_are_checked_before_decoding(tmp_path):
         load_volume(save_nrrd(tmp_path / "a.nrrd", ct_voxels()), limits=Limits(voxels=100))
     with pytest.raises(UserError, match="210 voxels"):
         load_volume(save_dicom(tmp_path / "series", ct_voxels()), limits=Limits(voxels=100))
-    # A header that promises 10^12 voxels and has no data: refused by the header, nothing is allocated.
+    # A header that promises 10^12 voxels without data is rejected before anything is allocated.
     header = nib.Nifti1Header()
     header.set_data_shape((10_000, 10_000, 10_000))
     header.set_data_dtype(np.int16)
@@ -311,7 +311,7 @@ def test_damaged_files_give_one_clear_error(tmp_path_factory, good_files, which,
         volume = load_volume(path)
     except UserError as error:
         assert name in str(error) and "\n" not in str(error)
-    else:  # the damage hit something that does not matter, or a voxel
+    else:  # the damage hit an unused field or a voxel
         assert np.isfinite(volume.voxels).all() and volume.voxels.ndim == 3
 
 

@@ -36,7 +36,7 @@ def tokenizer() -> Tokenizer:
 
 
 def picture(number: int, side: int = 12) -> bytes:
-    """A PNG whose first pixel tells `number`."""
+    """A PNG whose first pixel encodes `number`."""
     return encode_png(np.full((side, side, 3), number % 251, np.uint8))
 
 

@@ -1,6 +1,6 @@
-"""Studies and annotations of every kind that dialogues are made of.
+"""Studies and annotations for the tests of dialogues.
 
-`python tests/data/dialogue_worlds.py` writes the golden dialogues anew, to be read before they are committed.
+`python tests/data/dialogue_worlds.py` regenerates the golden dialogues; review them before committing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def store_of(*annotations: Annotation) -> Store:
 def annotation_of(
     key: str, expert: str, args: str, boxes: dict[int, tuple[str, int, int]], ml: float = 0.01, **fields
 ) -> Annotation:
-    """Boxes of `side` pixels through all slices, side by side: label id to (name, side, parts)."""
+    """Adjacent boxes through all slices; `boxes` maps label id to (name, side in pixels, components)."""
     labels = np.zeros(SHAPE, np.uint8)
     segments = []
     for place, (label_id, (name, side, parts)) in enumerate(sorted(boxes.items())):
@@ -126,15 +126,15 @@ def setting(store: Store | None = None, parity: bool = False, **fields) -> Setti
     return Setting.of(CARDS, annotations() if store is None else store, style=style, parity=parity, **fields)
 
 
-def scene(study: Example, made: Setting, seed: int | str = 0, spoken: bool = True) -> Scene:
-    return Scene(study, made, random.Random(str(seed)), spoken)
+def scene(study: Example, made: Setting, seed: int | str = 0, experts_on: bool = True) -> Scene:
+    return Scene(study, made, random.Random(str(seed)), experts_on)
 
 
-def shown(example: Example, made: Setting, store: Store, spoken: bool = True) -> str:
-    """The dialogue as the model meets it; the card list is told by `{CARDS}`."""
+def shown(example: Example, made: Setting, store: Store, experts_on: bool = True) -> str:
+    """The dialogue as the model sees it, with `{CARDS}` for the card list."""
     renderer = Renderer(
         image_reader=ImageReader(8),
-        experts="on" if spoken else "off",
+        experts="on" if experts_on else "off",
         cards=CARDS,
         annotations=store,
         style=made.style,
@@ -149,7 +149,7 @@ def shown(example: Example, made: Setting, store: Store, spoken: bool = True) ->
 
 
 def golden(rule: Rule, parity: bool = False) -> str:
-    """Dialogues of every study that a rule fits: some with experts, one without; why not of the others."""
+    """Dialogues of every study that a rule fits, with and without experts; the reasons for the others."""
     store = annotations()
     made = setting(store, parity)
     out = []
@@ -161,8 +161,8 @@ def golden(rule: Rule, parity: bool = False) -> str:
         for position in range(POSITIONS):
             example = rule.make(scene(study, made, position))
             out.append(f"=== {study.id}, position {position}\n" + shown(example, made, store))
-        example = rule.make(scene(study, made, 0, spoken=False))
-        out.append(f"=== {study.id}, experts off\n" + shown(example, made, store, spoken=False))
+        example = rule.make(scene(study, made, 0, experts_on=False))
+        out.append(f"=== {study.id}, experts off\n" + shown(example, made, store, experts_on=False))
     return "\n".join(out)
 
 

@@ -1,4 +1,4 @@
-"""The index against a dictionary, compaction beside writers and readers, kills, and full disks."""
+"""The index against a dictionary; compaction with concurrent writers and readers; kills and full disks."""
 
 import collections
 import errno
@@ -56,7 +56,7 @@ def answers(folder):
 
 # The index alone
 
-# Equal beginnings: what the index sorts by first is not enough to tell these apart.
+# Keys with equal first 8 bytes, by which the index sorts first.
 INPUTS = ("0" * 64, "0" * 63 + "1", "0" * 15 + "1" + "0" * 48, "f" * 64, key(1), key(2), "scan 7", "scan 8")
 entries = st.builds(
     lambda name, expert, args, version, status, content: Entry(
@@ -72,7 +72,7 @@ entries = st.builds(
 
 
 def shards_of(lists):
-    """Shards of entries, each with a stamp of its own."""
+    """Shards of entries with distinct stamps."""
     stamp = 0
     for number, listed in enumerate(lists):
         stamped = []
@@ -83,7 +83,7 @@ def shards_of(lists):
 
 
 def model_of(shards):
-    """Key to (shard, record, status, version): what a plain loop over everything keeps."""
+    """Key to (shard, record, status, version) of the best record, by a plain loop."""
     model = {}
     for shard, listed in shards:
         for record, entry in enumerate(listed):
@@ -111,7 +111,7 @@ def test_merging_in_any_order_and_grouping_equals_a_dictionary(lists, data):
         one = Index()
         one.add_shard(shard, listed)
         files.append((shard.name, one.to_bytes(VERSIONS)))
-    # Some were merged before, and what was merged may be there still.
+    # Some files were merged earlier, and may still be present.
     files = data.draw(st.permutations(files))
     count = data.draw(st.integers(0, len(files)))
     merged = ("merged", read_index(files[:count], VERSIONS).to_bytes(VERSIONS))
@@ -119,7 +119,7 @@ def test_merging_in_any_order_and_grouping_equals_a_dictionary(lists, data):
     assert content_of(index) == model and len(index) == len(model)
     assert list(index.keys()) == list(read_index(files, VERSIONS).keys())
     assert all(index.find((name, "CXR", "other")) is None for name in INPUTS)
-    # A writer's index grows shard by shard.
+    # The index of a writer grows shard by shard.
     grown = Index()
     for shard, listed in shards:
         grown.add_shard(shard, listed)
@@ -201,12 +201,12 @@ def test_large_shards_stay(tmp_path):
 def test_readers_go_on_while_a_store_is_compacted(tmp_path):
     write(tmp_path, [make(n) for n in range(8)])
     store, state = AnnotationStore(tmp_path), pickle.dumps(AnnotationStore(tmp_path))
-    assert store.get(*make(0).key) == make(0)  # this shard is open, the others are not
+    assert store.get(*make(0).key) == make(0)  # opens this shard alone
     compact(tmp_path)
     write(tmp_path, [make(n) for n in range(8, 12)])
     compact(tmp_path)
     assert [store.get(*make(n).key) for n in range(8)] == [make(n) for n in range(8)]
-    assert len(store) == 8 and store.get(*make(9).key) is None  # as it was when it was opened
+    assert len(store) == 8 and store.get(*make(9).key) is None  # the state when it was opened
     with pytest.raises(UnavailableError, match="has other answers than when it was opened"):
         pickle.loads(state)  # noqa: S301 (pickled by this test)
 
@@ -283,7 +283,7 @@ def test_a_listing_that_falls_into_a_compaction_is_made_again(tmp_path, monkeypa
     compact(tmp_path)
     new, listings = os.listdir(tmp_path), []
 
-    def torn(_):  # neither the old indexes, removed before they were listed, nor the new one, written after
+    def torn(_):  # lists neither the removed old indexes nor the new one
         listings.append(1)
         return [] if len(listings) == 1 else sorted(old) if len(listings) == 2 else new
 
@@ -307,7 +307,7 @@ def test_unreadable_and_swapped_records_name_shard_and_record(tmp_path):
     assert shard.exists() and len(AnnotationStore(tmp_path)) == 3  # nothing was removed
 
 
-# Kills, and disks that are full
+# Kills and full disks
 
 RUN = """
 import sys
@@ -342,7 +342,7 @@ def kill(process):
 
 
 def test_writers_and_compactions_that_are_killed_lose_nothing(tmp_path):
-    """Two writers and a compaction are killed again and again, while this process reads."""
+    """Two writers and a compaction are killed repeatedly while this process reads."""
     write(tmp_path, [make(-1)])
     rng = random.Random(5)
     committed = {-1}
@@ -367,7 +367,7 @@ def test_writers_and_compactions_that_are_killed_lose_nothing(tmp_path):
 
 
 def test_a_full_disk_loses_nothing_that_was_committed(tmp_path):
-    """A limit on the size of files stands for the full disk."""
+    """A limit on file sizes simulates the full disk."""
     write(tmp_path, [make(n) for n in range(5)])
     code = f"""
 import resource, signal

@@ -1,4 +1,4 @@
-"""Annotations: lossless, readable by the slice, resumable, and never half-written."""
+"""Annotations: lossless, readable slice by slice, resumable, never partially written."""
 
 import copy
 import dataclasses
@@ -172,7 +172,7 @@ def test_shard_without_index_does_not_exist(tmp_path, monkeypatch):
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".array_record"]
     assert len(AnnotationStore(tmp_path)) == 0
     monkeypatch.undo()
-    writer.flush()  # what was pending is still pending
+    writer.flush()  # the record is still pending
     assert AnnotationStore(tmp_path).get("key1", "CXR") == make(1)
 
 
@@ -246,7 +246,7 @@ def test_import_brings_neither_jax_nor_torch():
 
 
 def answers(record):
-    """The facts that an answer can rest on."""
+    """The facts that determine an answer."""
     top = max(sorted(record.probabilities), key=record.probabilities.get, default=None)
     positive = frozenset(n for n, p in record.probabilities.items() if p > 0.5)
     return top, positive, frozenset(s.label_id for s in record.segments)
@@ -289,7 +289,7 @@ def test_falsified_segments_answer_otherwise(present, universe, seed):
     wrong = falsify(record, seed, {i: UNIVERSE[i] for i in universe})
     found = {s.label_id for s in wrong.segments}
     assert found != present
-    assert found - universe == present - universe  # what lies outside the universe is left alone
+    assert found - universe == present - universe  # labels outside the universe stay
     if (universe & present) and (universe - present):
         assert not (found & present & universe)
     assert {int(i) for i in np.unique(wrong.label_map()) if i} == found

@@ -1,10 +1,10 @@
-"""The legend of a BraTS overlay, in the wording of the reference's dialogues and in the correct one."""
+"""The legend of a BraTS overlay, in the reference's wording and in the correct one."""
 
 import pytest
 
 from vilam3_jax.data.experts.overlays import brats_legend, reference_brats_legend
 
-# Colours as the overlay gives them: in the order of the labels on the slice.
+# Colours in the order of the labels on the slice, as in the overlay.
 ALL = {1: "red", 2: "blue", 4: "yellow"}
 CASES = {
     (): ("", ""),

@@ -1,4 +1,4 @@
-"""Cards and triggers: the published text to the byte, and a parser that survives what models write."""
+"""Expert cards: the published text byte for byte, and the parser."""
 
 import importlib.resources
 import json

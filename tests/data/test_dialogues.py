@@ -1,4 +1,4 @@
-"""Dialogues from annotations: goldens of every rule, properties, and their way through the stream."""
+"""Dialogues from annotations: goldens of every rule, properties, and use in the stream."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ GROUPS = next(card.args for card in CARDS if card.name == "VISTA3D")
 
 
 def test_golden_dialogues() -> None:
-    """Every rule on every study, with experts, without, and in the reference's words."""
+    """Every rule on every study: with experts, without experts, and with the reference's wording."""
     made = golden_files()
     assert made.keys() == {path.name for path in GOLDENS.iterdir()}
     for name, text in made.items():
-        assert text == (GOLDENS / name).read_text(), f"{name}: write it anew and read what changed"
+        assert text == (GOLDENS / name).read_text(), f"{name}: regenerate it and review the changes"
 
 
 def test_pools_are_as_large_as_promised_and_repeat_nothing() -> None:
@@ -157,7 +157,7 @@ VERDICTS = st.lists(
 
 @st.composite
 def stores(draw):
-    """Random answers of every expert on every study, some of them failures."""
+    """Random results of every expert on every study, some of them failures."""
     made: list[Annotation] = []
     for key in ("key of tumor", "key of clean"):
         for expert, args in (
@@ -167,8 +167,8 @@ def stores(draw):
             if draw(st.booleans()):
                 made.append(failed(key, expert, args, "no memory for patient Smith", verdicts=draw(VERDICTS)))
             else:
-                said_of = draw(labels(expert, args))
-                made.append(annotation_of(key, expert, args, said_of, verdicts=draw(VERDICTS)))
+                found = draw(labels(expert, args))
+                made.append(annotation_of(key, expert, args, found, verdicts=draw(VERDICTS)))
     made.append(annotation_of(brain_key(BRAIN), "BRATS", "", draw(labels("BRATS", ""))))
     names = st.sampled_from(["Cardiomegaly", "Effusion", "Lung_Opacity", "Pneumonia", "No Finding"])
     for expert in ("CXR", "PNEUMONIA"):
@@ -179,7 +179,7 @@ def stores(draw):
 
 @settings(max_examples=25, deadline=None)
 @given(stores(), st.integers(0, 10_000), st.booleans())
-def test_any_annotation_gives_a_valid_dialogue_or_a_reason(store, seed, spoken) -> None:
+def test_any_annotation_gives_a_valid_dialogue_or_a_reason(store, seed, experts_on) -> None:
     for parity in (False, True):
         made = setting(store, parity)
         for study in STUDIES:
@@ -187,17 +187,17 @@ def test_any_annotation_gives_a_valid_dialogue_or_a_reason(store, seed, spoken) 
                 if (parity and rule.parity is None) or rule.unfit(scene(study, made)) is not None:
                     continue
                 try:
-                    example = rule.make(scene(study, made, seed, spoken))
+                    example = rule.make(scene(study, made, seed, experts_on))
                 except Unfit as reason:
                     assert "too few" in str(reason)
                     continue
-                text = shown(example, made, store, spoken)  # validates, counts markers and pictures
+                text = shown(example, made, store, experts_on)  # validates, counts markers and images
                 assert "{" not in text.replace("{CARDS}", "") and "Smith" not in text
-                assert "[expert]" not in text or spoken
+                assert "[expert]" not in text or experts_on
                 if not parity:
                     answers = [t for t in example.turns if t.supervised]
                     assert not any(parse_turn(t.text).calls for t in answers)
-                again = rule.make(scene(study, made, seed, spoken))
+                again = rule.make(scene(study, made, seed, experts_on))
                 assert example == again
 
 
@@ -366,12 +366,12 @@ def test_words() -> None:
         split_row("slices:tumours")
 
 
-# Through the stream and the loader.
+# The stream and the loader
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Six slices of one CT, three of another without annotation; films are not needed."""
+    """Fourteen slices of a CT, two of them without annotations."""
     root = tmp_path_factory.mktemp("dialogues")
     key = ct_volume(root / "slices")
     names = {name: number for number, name in label_table("VISTA3D").items()}
@@ -383,11 +383,11 @@ def world(tmp_path_factory):
         for n, c in (("liver", 1), ("hepatic tumor", 2))
     ]
     encoded = LabelMap.encode(labels_map, np.eye(4))
-    said_of = [
+    results = [
         Annotation(key, "VISTA3D", args, segments=tuple(parts), labels=encoded)
         for args in ("hepatic tumor", "organs")
     ]
-    annotate(root / "said", said_of)
+    annotate(root / "said", results)
     examples = [
         Example(
             f"slice{i}",
@@ -446,9 +446,9 @@ def test_a_record_is_met_differently_in_every_epoch_and_the_same_at_a_position(w
 def test_left_out_records_are_counted_and_named_before_training(world) -> None:
     with pytest.warns(
         InputWarning, match=r"slices:ct_tumor: left out 2 records: no usable annotation of an"
-    ) as said_of:
+    ) as warned:
         one = loader(world)
-    assert len(said_of) == 2  # wrong_modality fits all
+    assert len(warned) == 2  # wrong_modality fits all
     made = one.provenance[0]
     assert made["name"] == "slices:ct_tumor" and made["records"] == 12
     ((reason, count),) = made["provenance"]["dialogues"]["left_out"].items()
@@ -468,7 +468,7 @@ def test_left_out_records_are_counted_and_named_before_training(world) -> None:
 
 @pytest.mark.filterwarnings("ignore::vilam3_jax.errors.InputWarning")
 def test_the_mixture_keeps_its_weights(world) -> None:
-    """A weight is the epochs of the records that a rule fits; every prefix is within one draw."""
+    """A weight counts epochs of the records that a rule fits; each prefix is off by at most one draw."""
     sources = stream.open_sources(world, MIXTURE, "train", setting(_store(world)), 0)
     order = stream.SampleStream(sources, 0, endless=True)
     shares = [weight * len(source) for source, weight in sources]
@@ -516,20 +516,20 @@ def test_show_prints_a_dialogue_and_says_what_is_wrong(world, capsys) -> None:
             "the reference has no dialogues of the rule",
         ),
         ([*common, "--dataset", "slices:none"], "names no rule of dialogues"),
-        ([*common[:2], "--dataset", "slices:ct_what"], "give the folder of annotations"),
-        (common, "holds images only; name a rule"),
+        ([*common[:2], "--dataset", "slices:ct_what"], "--dataset slices:ct_what: requires --annotations"),
+        (common, "contains only images; name a rule"),
     ):
-        assert show(arguments) == 2
-        assert reason in capsys.readouterr().err
+        with pytest.raises(UserError, match=re.escape(reason)):
+            show(arguments)
 
 
 def test_a_study_without_a_rule_is_named(world) -> None:
-    with pytest.raises(UserError, match=r"holds images only; name a rule in data\.mixture"):
+    with pytest.raises(UserError, match=r"contains only images; name a rule in data\.mixture"):
         take(build(config(world, (("slices", 1.0),))), 1)
 
 
 def test_what_the_expert_repeats_is_what_inference_repeats() -> None:
-    """The question in a request is the one that is read from the turn: training and inference agree."""
+    """The question of a request equals the question parsed from the turn, as at inference."""
     for made in (setting(), setting(parity=True)):
         for study in (TUMOR, BRAIN, FILM):
             for rule in RULES.values():

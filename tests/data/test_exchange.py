@@ -1,4 +1,4 @@
-"""What the model sees of an expert: text, colours, groups."""
+"""The rendering of expert results: text, colours, groups."""
 
 import dataclasses
 
@@ -85,16 +85,16 @@ def test_marker_and_picture_go_together():
 
 
 def test_overlay_follows_the_published_formula():
-    # By hand: 0.3 * colour + 0.7 * grey, times 255, cut to an integer.
+    # Computed by hand: 0.3 * colour + 0.7 * gray, times 255, truncated to an integer.
     image = np.full((2, 2, 3), 101, np.uint8)
     labels = np.array([[0, 7], [9, 62]])
     out = overlay(image, labels)
     assert out[0, 0].tolist() == [101, 101, 101]
     assert out[0, 1].tolist() == [147, 70, 70]  # red: 76.5 + 70.7
-    assert out[1, 0].tolist() == [70, 70, 147]  # blue, taken by a label without a name
+    assert out[1, 0].tolist() == [70, 70, 147]  # blue, the colour of a label without a name
     assert out[1, 1].tolist() == [147, 147, 70]  # yellow
     assert legend({7: "seven", 62: "colon"}, [7, 9, 62]) == {"red": "seven", "yellow": "colon"}
-    assert image.max() == 101  # the input is not touched
+    assert image.max() == 101  # the input is unchanged
 
 
 def test_overlay_resizes_labels_only():

@@ -1,4 +1,4 @@
-"""How a model's calls are written and read."""
+"""Writing and parsing of a model's calls."""
 
 import pytest
 from hypothesis import given
@@ -72,5 +72,5 @@ def test_calls_that_cannot_be_written_say_why():
     assert "upper case" in Call("vista").problem()
     assert "cannot be written" in Call("A", ")>").problem()
     assert "cannot be written" in Call("A", "x" * 201).problem()
-    for args in (" x", "x'", '"x"'):  # they would be read back as x
+    for args in (" x", "x'", '"x"'):  # they would parse as x
         assert "must not begin or end" in Call("A", args).problem()

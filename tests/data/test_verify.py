@@ -1,4 +1,4 @@
-"""Checks beside experts: what passes on any grid, what is caught, what stays unknown."""
+"""Checks of experts: what passes on any grid, what is detected, what stays unknown."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ CARDS = {card.name: card for card in load_cards("quickstart")}
 
 
 def grid(spacing=(4.0, 4.0, 4.0), angles=(0.0, 0.0, 0.0), half=(220.0, 220.0, 220.0)):
-    """(affine, shape) of a grid around the origin, turned by Euler angles in degrees."""
+    """(affine, shape) of a grid around the origin, rotated by Euler angles in degrees."""
     shape = tuple(int(np.ceil(2 * h / s)) for h, s in zip(half, spacing, strict=True))
     affine = np.eye(4)
     affine[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() @ np.diag(spacing)
@@ -55,7 +55,7 @@ def inside(at, centre, radii):
 
 
 def body(affine, shape, **fields):
-    """A trunk in air with organs, as a CT without a header, and its label map."""
+    """A CT of a trunk with organs in air, without a header, and its label map."""
     at = places(affine, shape)
     noise = np.random.default_rng(0).normal(0, 8, shape)
     voxels = np.full(shape, -1000.0)
@@ -69,7 +69,7 @@ def body(affine, shape, **fields):
 
 
 def segments_of(labels, names, affine):
-    """An own, plain count of every label."""
+    """Segments, by an independent plain count."""
     found = []
     ml = abs(np.linalg.det(affine[:3, :3])) / 1000
     for i in np.unique(labels[labels > 0]):
@@ -107,7 +107,7 @@ spacings = st.tuples(*[st.floats(5, 8)] * 3)
 def test_a_plausible_result_passes_on_every_grid(spacing, turned):
     volume, labels = body(*grid(spacing, turned))
     verdicts = judged(volume, labels)
-    # A tilted grid cuts off a side of this endless trunk.
+    # A tilted grid cuts off a side of this infinite trunk.
     statuses = {v.status for v in verdicts if v.check != "off_midline_mm"}
     assert statuses == {"pass"} and not wrong(verdicts), [v.message for v in verdicts if v.message]
     assert {"volume_ml", "hu_mean", "hu_deviation", "border", "main_part", "right_of_mm", "sides_mm"} <= {
@@ -125,7 +125,7 @@ def test_a_plausible_result_passes_on_every_grid(spacing, turned):
 def test_mirrored_labels_swap_sides_on_every_grid(spacing, turned):
     affine, shape = grid(spacing, turned)
     volume, labels = body(affine, shape)
-    mirrored = labels[::-1]  # about the plane that halves the grid, as a wrong flip does
+    mirrored = labels[::-1]  # about the central plane of the grid, as a wrong flip does
     found = wrong(judged(volume, mirrored))
     assert {"right_of_mm", "sides_mm"} <= found and "volume_ml" not in found
 
@@ -181,7 +181,7 @@ def test_one_organ_on_the_wrong_side_of_the_body_is_caught(turned):
     for mask, status in ((liver, "pass"), (liver[::-1], "fail")):
         (verdict,) = (v for v in judged(volume, mask) if v.check == "off_midline_mm")
         assert verdict.status == status
-        assert abs(verdict.value) == pytest.approx(70, abs=45)  # the mirror is the grid's, not the body's
+        assert abs(verdict.value) == pytest.approx(70, abs=45)  # mirrored about the grid's center
 
 
 def test_the_middle_of_half_a_body_is_unknown(trunk):
@@ -208,13 +208,13 @@ def test_an_empty_map_is_doubted_unless_nothing_is_a_good_answer(trunk):
     (doubt,) = judged(volume, nothing)
     assert (doubt.check, doubt.status) == ("empty", "warn")
     evidence = Evidence.of("", volume)
-    for args, count in (("bone lesion", 0), ("hepatic tumor", 1)):  # the latter marks the liver, too
+    for args, count in (("bone lesion", 0), ("hepatic tumor", 1)):  # the latter also marks the liver
         finding = Finding("VISTA3D", args, evidence, {}, (), nothing, volume.affine)
         assert len(check_result(CT_CHECKS, finding)) == count
 
 
 def test_a_brain_of_13_litres_is_no_brain(trunk):
-    """The report that these checks began with: a brain mask that covers an abdomen."""
+    """The original motivation: a brain mask that covers an abdomen."""
     volume, _ = trunk
     everything = (volume.voxels > -500).astype(np.uint8)
     checks = CARDS["BRAINSEG"].checks
@@ -318,7 +318,7 @@ def states(card, volume):
 
 @pytest.fixture(scope="module")
 def head():
-    """A head as MR shows it, without a header."""
+    """An MR volume of a head, without a header."""
     affine, shape = grid((2, 2, 2), half=(100, 120, 110))
     at = places(affine, shape)
     values = np.where(inside(at, (0, 0, 0), (75, 95, 85)), 800.0, 0.0)
@@ -378,8 +378,8 @@ def test_values_alone_refuse_nothing_that_could_be_right():
     for values in (
         rng.integers(0, 80, shape),  # a CT of a brain, clipped to its window
         rng.normal(40, 20, shape),  # a CT cropped inside an organ
-        rng.normal(0, 1, shape),  # anything, standardised
-        rng.uniform(0, 1, shape),  # anything, scaled
+        rng.normal(0, 1, shape),  # any modality, standardized
+        rng.uniform(0, 1, shape),  # any modality, scaled
         np.zeros(shape),
     ):
         volume = Volume(values.astype(np.float32), np.eye(4), "x")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vilam3_jax.datasets import pickle_reader
-from vilam3_jax.datasets.pickle_reader import PickleError, PickleLimits
+from vilam3_jax.datasets.pickle_reader import PickleError
 from vilam3_jax.errors import UserError
 
 SCALARS = (
@@ -148,11 +148,12 @@ def doubling(levels, kind: type = list):
     return value
 
 
-def test_shared_references_do_not_double_without_end():
+def test_shared_references_do_not_double_without_end(monkeypatch):
     assert pickle_reader.parse(pickle.dumps(doubling(10))) == doubling(10)
+    monkeypatch.setattr(pickle_reader, "_MAX_DEPTH", 100)
     for kind in (list, tuple):
         with pytest.raises(PickleError, match="refers to its values more than"):
-            pickle_reader.parse(pickle.dumps(doubling(60, kind)), PickleLimits(depth=100))
+            pickle_reader.parse(pickle.dumps(doubling(60, kind)))
 
 
 def test_hashing_does_not_follow_nested_keys():
@@ -196,14 +197,16 @@ def test_damaged_data_is_one_sentence(data):
     assert "\n" not in str(caught.value)
 
 
-def test_limits(tmp_path):
-    with pytest.raises(PickleError, match="more than 5 opcodes"):
-        pickle_reader.parse(pickle.dumps([1, 2, 3]), PickleLimits(opcodes=5))
+def test_limits(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(PickleError, match="more than 5 opcodes"):
+        patch.setattr(pickle_reader, "_MAX_OPCODES", 5)
+        pickle_reader.parse(pickle.dumps([1, 2, 3]))
     with pytest.raises(PickleError, match="8192 bits"):
         pickle_reader.parse(pickle.dumps(1 << 100_000))
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps([Calls()]))
     with pytest.raises(UserError, match=r"a\.pkl: opcode"):
         pickle_reader.read(path)
+    monkeypatch.setattr(pickle_reader, "_MAX_FILE_BYTES", 3)
     with pytest.raises(UserError, match="limit"):
-        pickle_reader.read(path, PickleLimits(file_bytes=3))
+        pickle_reader.read(path)

@@ -41,11 +41,6 @@ def test_missing_section_leaves_no_heading():
     assert reports.parse_report(make_xml(1, "", "Clear lungs.")).text == "Impression: Clear lungs."
 
 
-def test_masked_fraction():
-    report = reports.parse_report(make_xml(1, "XXXX is normal", "XXXX."))
-    assert report.masked_fraction == 0.5
-
-
 BOMB = b"""<?xml version="1.0"?><!DOCTYPE r [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;">]>
 <eCitation><AbstractText Label="FINDINGS">&b;</AbstractText></eCitation>"""
 
@@ -90,8 +85,7 @@ def test_archive_counts_what_it_leaves_out(tmp_path):
     found, left_out = reports.read_reports(path)
     assert [r.id for r in found] == ["CXR1", "CXR2"]
     assert sum(left_out.values()) == 4 and len(left_out) == 4
-    kept, _ = reports.read_reports(path, max_masked=0.5)
-    assert [r.id for r in kept] == ["CXR1", "CXR2", "CXR5"]
+    assert left_out["report: words masked by the publisher"] == 1
 
 
 def test_damaged_archive_is_named(tmp_path):

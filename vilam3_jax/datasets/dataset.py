@@ -253,20 +253,17 @@ class Dataset:
         )
 
 
-def examples_of(
-    split: Split, context: Context, items: Iterable[Any] | None = None
-) -> Iterator[Example | Skipped]:
+def examples_of(split: Split, context: Context) -> Iterator[Example | Skipped]:
     """Converts items to validated examples; yields `Skipped` for the rest.
 
     Args:
       split: the split.
       context: its context.
-      items: some of its items; None for all.
 
     Raises:
       UnavailableError: the disk or the network fails.
     """
-    for item in split.items if items is None else items:
+    for item in split.items:
         try:
             for made in split.make(item, context):
                 if isinstance(made, Skipped):

@@ -133,10 +133,10 @@ def find_archive(package: str, archive: str, settings: IndexSettings) -> str:
     """
     answers = []
     for index in settings.urls:
-        page_url = f"{index}/{package}/"
+        page = f"{index}/{package}/" + ("index.html" if index.startswith("file:") else "")
         try:
-            body, content_type, base = _read_page(page_url, settings)
-            links = _links(body, content_type, base)
+            with _open(page, settings, {"Accept": _ACCEPT}) as response:
+                links = _links(response)
         except (*_NETWORK_ERRORS, ValueError, KeyError, TypeError) as error:
             answers.append(f"{redacted(index)}: {_reason(error)}")
             continue
@@ -153,17 +153,10 @@ def _reason(error: BaseException) -> str:
     return str(getattr(error, "reason", None) or error) or type(error).__name__
 
 
-def _read_page(url: str, settings: IndexSettings) -> tuple[bytes, str, str]:
-    if url.startswith("file:"):
-        path = pathlib.Path(urllib.request.url2pathname(urllib.parse.urlsplit(url).path)) / "index.html"
-        return path.read_bytes()[:_MAX_PAGE_BYTES], "text/html", url
-    with _open(url, settings, {"Accept": _ACCEPT}) as response:
-        return response.read(_MAX_PAGE_BYTES), response.headers.get("Content-Type", ""), response.geturl()
-
-
-def _links(body: bytes, content_type: str, base: str) -> dict[str, str]:
+def _links(response: Any) -> dict[str, str]:
     """File name → absolute URL."""
-    if "json" in content_type:
+    body, base = response.read(_MAX_PAGE_BYTES), response.geturl()
+    if "json" in response.headers.get("Content-Type", ""):
         return {row["filename"]: urllib.parse.urljoin(base, row["url"]) for row in json.loads(body)["files"]}
     parser = _AnchorParser()
     parser.feed(body.decode("utf-8", "replace"))

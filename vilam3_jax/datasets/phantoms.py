@@ -78,18 +78,8 @@ def make_phantoms(out: PathLike, seed: int = 0, num: int = 6) -> dict[str, epath
 def _sample(
     name: str, path: epath.Path, kind: Kind, modality: str, patient: str, region: str, **more: Any
 ) -> Sample:
-    return Sample(
-        name=name,
-        path=path,
-        kind=kind,
-        modality=modality,
-        patient=patient,
-        split_group=patient,
-        licence="Apache-2.0",
-        origin="generated",
-        body_region=region,
-        **more,
-    )
+    terms = {"licence": "Apache-2.0", "origin": "generated"}
+    return Sample(name, path, kind, modality, patient, patient, body_region=region, **terms, **more)
 
 
 def _grid(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:

@@ -5,7 +5,6 @@ It interprets the opcodes of dict, list, tuple, str, int, float, bool and None, 
 
 from __future__ import annotations
 
-import dataclasses
 import pickletools
 from collections.abc import Callable
 from typing import Any
@@ -13,50 +12,33 @@ from typing import Any
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
 
-_LARGEST_INT = 1 << 8192
+_MAX_FILE_BYTES = 256 << 20
+_MAX_OPCODES = 10_000_000
+_MAX_DEPTH = 32  # nesting of containers
+_MAX_EXPANDED = 1 << 30  # values and characters with every reference followed: shared values count each time
+_MAX_INT = 1 << 8192
 _CONTAINERS = (dict, list, tuple)
-
-
-@dataclasses.dataclass(frozen=True)
-class PickleLimits:
-    """Resource limits.
-
-    Attributes:
-      file_bytes: size of the file.
-      opcodes: number of opcodes.
-      depth: nesting of containers.
-      expanded: number of values and characters with every reference followed, so that a shared value counts
-        each time.
-    """
-
-    file_bytes: int = 256 << 20
-    opcodes: int = 10_000_000
-    depth: int = 32
-    expanded: int = 1 << 30
-
-
-DEFAULT_PICKLE_LIMITS = PickleLimits()
 
 
 class PickleError(ValueError):
     """The bytes are not a pickle of plain values; the message says where and why."""
 
 
-def read(path: paths.PathLike, limits: PickleLimits = DEFAULT_PICKLE_LIMITS) -> Any:
+def read(path: paths.PathLike) -> Any:
     """The value in a pickle file.
 
     Raises:
       UserError: it holds other values, is damaged or exceeds a limit.
       UnavailableError: the disk or the network fails.
     """
-    data = paths.read_bytes(path, limits.file_bytes)
+    data = paths.read_bytes(path, _MAX_FILE_BYTES)
     try:
-        return parse(data, limits)
+        return parse(data)
     except PickleError as error:
         raise UserError(f"{path}: {error}; download it again from its authors") from error
 
 
-def parse(data: bytes, limits: PickleLimits = DEFAULT_PICKLE_LIMITS) -> Any:
+def parse(data: bytes) -> Any:
     """The value in a pickle of any protocol.
 
     Raises:
@@ -67,8 +49,8 @@ def parse(data: bytes, limits: PickleLimits = DEFAULT_PICKLE_LIMITS) -> Any:
     try:
         for count, (opcode, argument, position) in enumerate(pickletools.genops(data)):
             place, end = position or 0, (position or 0) + 1
-            if count >= limits.opcodes:
-                raise PickleError(f"has more than {limits.opcodes} opcodes")
+            if count >= _MAX_OPCODES:
+                raise PickleError(f"has more than {_MAX_OPCODES} opcodes")
             action = _ACTIONS.get(opcode.name)
             if action is None:
                 raise PickleError(
@@ -85,7 +67,7 @@ def parse(data: bytes, limits: PickleLimits = DEFAULT_PICKLE_LIMITS) -> Any:
     if machine.mark_stack or len(machine.stack) != 1:
         raise PickleError(f"holds {len(machine.stack)} values where it should hold one")
     value = machine.stack[0]
-    _check_size(value, limits)
+    _check_size(value)
     return value
 
 
@@ -101,7 +83,7 @@ class _Machine:
         self.stack.append(value)
 
     def push_int(self, value: int) -> None:
-        if abs(value) > _LARGEST_INT:
+        if abs(value) > _MAX_INT:
             raise PickleError("holds an integer of more than 8192 bits")
         self.push(value)
 
@@ -185,7 +167,7 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], Any]] = {
 }
 
 
-def _check_size(root: Any, limits: PickleLimits) -> None:
+def _check_size(root: Any) -> None:
     """Checks depth and expanded size, and refuses cycles; visits each container once, after its parts."""
     sizes: dict[int, tuple[int, int]] = {}  # id of a container → (expanded size, depth)
     open_now: set[int] = set()
@@ -197,10 +179,10 @@ def _check_size(root: Any, limits: PickleLimits) -> None:
             measured = [_measure(part, sizes) for part in parts]
             size = 1 + sum(size for size, _ in measured)
             depth = 1 + max((depth for _, depth in measured), default=0)
-            if size > limits.expanded:
-                raise PickleError(f"refers to its values more than {limits.expanded} times")
-            if depth > limits.depth:
-                raise PickleError(f"is nested more than {limits.depth} deep")
+            if size > _MAX_EXPANDED:
+                raise PickleError(f"refers to its values more than {_MAX_EXPANDED} times")
+            if depth > _MAX_DEPTH:
+                raise PickleError(f"is nested more than {_MAX_DEPTH} deep")
             sizes[id(value)] = size, depth
             open_now.discard(id(value))
         elif id(value) not in sizes:

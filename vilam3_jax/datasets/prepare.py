@@ -89,13 +89,6 @@ def _parser(dataset: type[Dataset]) -> argparse.ArgumentParser:
         "--processes", type=int, default=os.cpu_count() or 1, help="worker processes (default: one per core)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of every choice (default: 0)")
-    if dataset.has_parity:
-        parser.add_argument(
-            "--parity", action="store_true", help="reproduce the known defects of VILA-M3's own preparation"
-        )
-    parser.add_argument(
-        "--image-paths", action="store_true", help="store the paths of images instead of the images"
-    )
     parser.add_argument(
         "--decode-images",
         type=int,
@@ -103,22 +96,17 @@ def _parser(dataset: type[Dataset]) -> argparse.ArgumentParser:
         metavar="SIDE",
         help="store images decoded, SIDE pixels square (the vision tower's size): faster to load",
     )
-    parser.add_argument(
-        "--no-input-keys",
-        action="store_true",
-        help="omit the content keys that link images to expert results; saves decoding each image once",
-    )
-    parser.add_argument(
-        "--strict",
-        action="store_true",
-        help="refuse unofficial item counts, and patients or images that are in several splits",
-    )
-    if dataset.access == "credentialed":
-        parser.add_argument(
-            "--allow-upload",
-            action="store_true",
-            help="write to a bucket; your data use agreement must permit it",
-        )
+    flags = {
+        "--parity": "reproduce the known defects of VILA-M3's own preparation",
+        "--image-paths": "store the paths of images instead of the images",
+        "--no-input-keys": "omit the keys that link images to expert results; saves decoding each image once",
+        "--strict": "refuse unofficial item counts, and patients or images that are in several splits",
+        "--allow-upload": "write to a bucket; your data use agreement must permit it",
+    }
+    unavailable = {"--parity": not dataset.has_parity, "--allow-upload": dataset.access != "credentialed"}
+    for flag, text in flags.items():
+        if not unavailable.get(flag):
+            parser.add_argument(flag, action="store_true", help=text)
     own = parser.add_argument_group(f"options of {dataset.name}")
     dataset.add_arguments(own)  # type: ignore[arg-type]
     return parser

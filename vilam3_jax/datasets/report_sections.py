@@ -12,9 +12,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
-
-COLUMNS = ("impression", "findings", "last_paragraph", "comparison")
 
 # A header right below a bare header is part of its text, so the search continues after the first line.
 _HEADER = re.compile(r"\n[ \t]*([A-Z][A-Z ()/,-]*):(?=\s|\Z)")
@@ -46,15 +43,6 @@ class Sections:
     last_paragraph: str = ""
     comparison: str = ""
     addendum: str = ""
-
-    def row(self, study: str) -> dict[str, str]:
-        """The row of `mimic_cxr_sectioned.csv`: `study` and the four columns."""
-        return {"study": f"s{study}", **{name: getattr(self, name) for name in COLUMNS}}
-
-    @classmethod
-    def of_row(cls, row: Mapping[str, str]) -> Sections:
-        """Reads the columns of such a row."""
-        return cls(**{name: row.get(name, "").strip() for name in COLUMNS})
 
 
 def sections_of(report: str) -> Sections:

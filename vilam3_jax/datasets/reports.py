@@ -12,8 +12,9 @@ import io
 import random
 import re
 import tarfile
-import xml.parsers.expat
 import zlib
+from collections.abc import Iterable
+from xml.etree import ElementTree
 
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.paths import PathLike, as_path, read_bytes
@@ -24,7 +25,7 @@ MAX_REPORT_BYTES = 1 << 20
 MAX_TOTAL_BYTES = 512 << 20
 MAX_DEPTH = 64
 _MASKED = re.compile(r"X{4,}")  # the publisher's replacement of identifying words
-_SECTIONS = ("FINDINGS", "IMPRESSION")
+_MIN_WORDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,57 +54,26 @@ class Report:
         parts = [("Findings", self.findings), ("Impression", self.impression)]
         return "\n".join(f"{head}: {body}" for head, body in parts if body)
 
-    @property
-    def masked_fraction(self) -> float:
-        """Share of words masked by the publisher."""
-        words = f"{self.findings} {self.impression}".split()
-        return sum(bool(_MASKED.search(word)) for word in words) / len(words) if words else 0.0
 
-
-class _ReportHandler:
-    """Collects the text of the required elements at any depth."""
+class _ReportBuilder(ElementTree.TreeBuilder):
+    """Refuses document types, and thereby entities, and deep nesting."""
 
     def __init__(self, name: str):
-        self.name = name
-        self.depth = 0
-        self.fields: dict[str, list[str]] = {}
-        self.report_id = ""
-        self.images: list[str] = []
-        self.mesh: list[str] = []
-        self._open: tuple[str, int] | None = None
+        super().__init__()
+        self._name, self._depth = name, 0
 
-    def start(self, tag: str, attributes: dict[str, str]) -> None:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise UserError(f"{self.name}: XML nested deeper than {MAX_DEPTH}; not a report")
-        if tag == "uId":
-            self.report_id = self.report_id or attributes.get("id", "")
-        elif tag == "parentImage":
-            self.images.append(attributes.get("id", ""))
-        elif tag == "licenseURL":
-            self._open = (tag, self.depth)
-        elif tag == "major":
-            self.mesh.append("")
-            self._open = (tag, self.depth)
-        elif tag == "AbstractText" and attributes.get("Label", "").upper() in _SECTIONS:
-            self._open = (attributes["Label"].upper(), self.depth)
+    def doctype(self, *_: object) -> None:
+        raise UserError(f"{self._name}: declares a document type; refused, reports have none")
 
-    def end(self, tag: str) -> None:
-        if self._open is not None and self._open[1] == self.depth:
-            self._open = None
-        self.depth -= 1
+    def start(self, tag: str, attrs: dict[str, str], /) -> ElementTree.Element:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise UserError(f"{self._name}: XML nested deeper than {MAX_DEPTH}; not a report")
+        return super().start(tag, attrs)
 
-    def text(self, data: str) -> None:
-        if self._open is not None and self._open[0] == "major":
-            self.mesh[-1] += data
-        elif self._open is not None:
-            self.fields.setdefault(self._open[0], []).append(data)
-
-    def refuse(self, *_: object) -> None:
-        raise UserError(f"{self.name}: declares a document type or an entity; refused, reports have none")
-
-    def field(self, key: str) -> str:
-        return " ".join("".join(self.fields.get(key, [])).split())
+    def end(self, tag: str, /) -> ElementTree.Element:
+        self._depth -= 1
+        return super().end(tag)
 
 
 def parse_report(data: bytes, name: str = "report") -> Report:
@@ -118,36 +88,37 @@ def parse_report(data: bytes, name: str = "report") -> Report:
     """
     if len(data) > MAX_REPORT_BYTES:
         raise UserError(f"{name}: {len(data)} bytes, more than the limit of {MAX_REPORT_BYTES}")
-    handler = _ReportHandler(name)
-    parser = xml.parsers.expat.ParserCreate()
-    parser.StartElementHandler = handler.start
-    parser.EndElementHandler = handler.end
-    parser.CharacterDataHandler = handler.text
-    parser.StartDoctypeDeclHandler = handler.refuse
-    parser.EntityDeclHandler = handler.refuse
+    parser = ElementTree.XMLParser(target=_ReportBuilder(name))
     try:
-        parser.Parse(data, True)
-    except xml.parsers.expat.ExpatError as error:
+        parser.feed(data)
+        root = parser.close()
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise UserError(f"{name}: not well-formed XML ({error})") from error
+
+    def section(label: str) -> str:
+        return _text(e for e in root.iter("AbstractText") if e.get("Label", "").upper() == label)
+
     return Report(
-        id=handler.report_id or name,
-        findings=handler.field("FINDINGS"),
-        impression=handler.field("IMPRESSION"),
-        licence=handler.field("licenseURL") or "none stated",
-        images=tuple(handler.images),
-        mesh=tuple(" ".join(heading.split()) for heading in handler.mesh),
+        id=next((identifier for e in root.iter("uId") if (identifier := e.get("id"))), name),
+        findings=section("FINDINGS"),
+        impression=section("IMPRESSION"),
+        licence=_text(root.iter("licenseURL")) or "none stated",
+        images=tuple(e.get("id", "") for e in root.iter("parentImage")),
+        mesh=tuple(_text([e]) for e in root.iter("major")),
     )
 
 
-def read_reports(
-    archive: PathLike, *, max_masked: float = 0.0, min_words: int = 5
-) -> tuple[list[Report], collections.Counter[str]]:
+def _text(elements: Iterable[ElementTree.Element]) -> str:
+    return " ".join("".join(part for element in elements for part in element.itertext()).split())
+
+
+def read_reports(archive: PathLike) -> tuple[list[Report], collections.Counter[str]]:
     """Reads the usable reports of a `.tgz`, sorted by id.
+
+    Reports with a masked word are skipped, so that a model never learns to write the mask.
 
     Args:
       archive: the archive; only its regular `.xml` members are read, and nothing is written to disk.
-      max_masked: largest share of masked words; with 0, a model never learns to write the mask.
-      min_words: shorter reports are skipped.
 
     Returns:
       The reports, and reason → number of skipped reports.
@@ -176,7 +147,7 @@ def read_reports(
                 handle = members.extractfile(member)
                 content = handle.read() if handle is not None else b""
                 report = parse_report(content, f"{path.name}:{member.name}")
-                if reason := _unusable(report, reports, max_masked, min_words):
+                if reason := _unusable(report, reports):
                     skipped[reason] += 1
                 else:
                     reports[report.id] = report
@@ -212,14 +183,13 @@ def generated_reports(count: int, rng: random.Random) -> list[Report]:
     return reports
 
 
-def _unusable(report: Report, known: dict[str, Report], max_masked: float, min_words: int) -> str | None:
-    words = len(f"{report.findings} {report.impression}".split())
+def _unusable(report: Report, known: dict[str, Report]) -> str | None:
+    text = f"{report.findings} {report.impression}"
+    words = len(text.split())
     if not words:
         return "report: no findings and no impression"
-    if words < min_words:
-        return f"report: fewer than {min_words} words"
-    if report.masked_fraction > max_masked:
+    if words < _MIN_WORDS:
+        return f"report: fewer than {_MIN_WORDS} words"
+    if _MASKED.search(text):
         return "report: words masked by the publisher"
-    if report.id in known:
-        return "report: id seen before"
-    return None
+    return "report: id seen before" if report.id in known else None

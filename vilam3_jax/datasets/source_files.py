@@ -132,7 +132,6 @@ class SourceFolder:
         *,
         optional: Mapping[str, Sequence[str]] | None = None,
         delimiter: str = ",",
-        others: bool = False,
     ) -> Iterator[dict[str, str]]:
         """Yields the rows of a CSV file (also .gz, with or without a byte order mark) by column name.
 
@@ -145,7 +144,6 @@ class SourceFolder:
           columns: key of the row → accepted headers, compared without case and surrounding spaces.
           optional: the same for columns that may be absent; they are then absent from the rows.
           delimiter: separator of cells.
-          others: keep further columns under their own names.
 
         Raises:
           UserError: columns are missing (lists them and the existing ones), a column is repeated, or the file
@@ -160,9 +158,6 @@ class SourceFolder:
             chosen = find_columns(path, header, columns, optional)
             if repeated := [header[place] for place in chosen.values() if header.count(header[place]) > 1]:
                 raise UserError(f"{path}: has two columns {repeated[0]}; remove or rename one of them")
-            if others:
-                taken = set(chosen.values())
-                chosen |= {cell: place for place, cell in enumerate(header) if place not in taken and cell}
             surplus: list[int] = []
             for cells in reader:
                 if any(cell.strip() for cell in cells[len(header) :]):

@@ -27,7 +27,7 @@ def turns(user: str = "What?", answer: str = "ok", role: str = "user") -> tuple[
 
 
 BAD = {
-    "an expert speaks first": Example("bad", "conversation", (), turns(role="expert")),
+    "starts with an expert turn": Example("bad", "conversation", (), turns(role="expert")),
     "markers for 0 images": Example("bad", "conversation", (), turns("<image> What?")),
     "is for image 3 of 0": Example(
         "bad", "conversation", (), turns(), (ExpertRequest("CXR", images=(RequestImage(3),)),)

@@ -127,23 +127,23 @@ def test_any_instruction_item_is_read_or_named(item: Any) -> None:
     [
         ((None, "id"), 7, "has no id"),
         ((None, "id"), "x" * 2000, "id has 2000 characters"),
-        ((None, "id"), "\ud800", "id is no valid Unicode"),
+        ((None, "id"), "\ud800", "id is not valid Unicode"),
         ((None, "format"), ["conversation"], "format is a list, not text"),
         ((None, "images"), None, "images is null, not a list"),
         ((None, "turns"), "hello", "turns is a str, not a list"),
         ((None, "turns"), [{"role": "user"}], "turns 0 is a dict, not Turn"),
         ((None, "expert_requests"), [None], "expert_requests 0 is null"),
         ((None, "meta"), None, "meta is null, not a dict"),
-        ((None, "meta"), {"a": math.nan}, "meta holds a number that is not finite"),
-        ((None, "meta"), {"a": {1, 2}}, "meta holds a set"),
+        ((None, "meta"), {"a": math.nan}, "meta contains a number that is not finite"),
+        ((None, "meta"), {"a": {1, 2}}, "meta contains a set"),
         ((None, "meta"), {1: 2}, "meta has a key that is an int"),
         ((None, "meta"), {"input_key": 5}, "meta.input_key"),
         ((None, "meta"), {"question_types": 5}, "meta.question_types is an int, not a list"),
-        ((None, "meta"), {"qa": ["x"]}, "meta.qa holds entries that are no dicts"),
+        ((None, "meta"), {"qa": ["x"]}, "meta.qa contains entries that are not dicts"),
         (("images", "data"), "text", "image 0 data is a str, not bytes"),
         (("images", "path"), 3, "image 0 path is an int"),
         (("images", "path"), b"a.png", "image 0 path is a bytes"),
-        (("images", "axis"), True, "image 0 axis is a bool, not a whole number"),
+        (("images", "axis"), True, "image 0 axis is a bool, not an integer"),
         (("images", "index"), 1.0, "image 0 index is a float"),
         (("images", "index"), 2**70, "image 0 index is an int"),
         (("images", "window"), (math.nan, 1.0), "image 0 window"),
@@ -154,10 +154,10 @@ def test_any_instruction_item_is_read_or_named(item: Any) -> None:
         (("turns", "text"), None, "turn 0 text is null"),
         (("turns", "text"), "x" * (1 << 21), "turn 0 text has 2097152 characters"),
         (("turns", "supervised"), 0, "turn 0 supervised is an int, not true or false"),
-        (("turns", "role"), "expert", "an expert speaks first"),
+        (("turns", "role"), "expert", "starts with an expert turn"),
         (("expert_requests", "before_turn"), "1", "request 0 before_turn is a str"),
-        (("expert_requests", "images"), (0,), "request 0 images 0 is an int"),
-        (("expert_requests", "images"), (RequestImage(True),), "request 0 image 0 number is a bool"),
+        (("expert_requests", "images"), (0,), "request 0 inputs 0 is an int"),
+        (("expert_requests", "images"), (RequestImage(True),), "request 0 input 0 image is a bool"),
         (("expert_requests", "args"), None, "request 0 args is null"),
     ],
 )
@@ -176,9 +176,9 @@ def test_no_reason_quotes_a_text() -> None:
 
 def test_an_assistant_shows_no_images_and_requests_are_for_conversations() -> None:
     quoted = (Turn("user", "What?"), Turn("assistant", "The tag <image> is a place.", True))
-    assert "turn 1 holds a marker" in refused(good(turns=quoted))
+    assert "turn 1 contains a marker" in refused(good(turns=quoted))
     caption = (Turn("user", "<image>"), Turn("assistant", "A chest.", True))
-    assert "only a conversation has" in refused(good(format="caption", turns=caption))
+    assert "only a conversation can" in refused(good(format="caption", turns=caption))
 
 
 def ask(question: str, answer: str = "A lung.") -> list[dict[str, str]]:
@@ -226,7 +226,7 @@ def test_content_may_come_in_parts() -> None:
     beside = from_instruction({"id": "a", "image": "a.png", "messages": parts({"type": "image"})})
     assert beside == inside
     for item, reason in (
-        ({"messages": parts(asked), "image": "a.png"}, "both in its turns and beside"),
+        ({"messages": parts(asked), "image": "a.png"}, "both in its turns and outside"),
         ({"messages": parts({"type": "video"})}, "neither text nor an image"),
         ({"messages": parts({"type": "image", "image": 4})}, "an image that is an int"),
         ({"messages": parts({"type": "image_url", "image_url": {"url": "http://x/y.png"}})}, "not relative"),
@@ -237,7 +237,7 @@ def test_content_may_come_in_parts() -> None:
         ({}, "has none of conversations, messages"),
         ({"messages": [None]}, "turn 0 is null"),
         ({"messages": [{"role": "user", "content": None}]}, "the text of turn 0 is null"),
-        ({"messages": [{"role": "robot", "content": ""}]}, "spoken by none of"),
+        ({"messages": [{"role": "robot", "content": ""}]}, "the role of turn 0 is not one of"),
     ):
         with pytest.raises(UserError, match=f"'a'.*{reason}"):
             from_instruction({"id": "a", **item})

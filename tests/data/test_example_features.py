@@ -133,7 +133,7 @@ def test_the_newest_version_is_read(folder, tmp_path) -> None:
 
 
 def test_other_folders_are_refused(folder, tmp_path) -> None:
-    with pytest.raises(UserError, match="holds no dataset"):
+    with pytest.raises(UserError, match="contains no dataset"):
         ExampleSource(tmp_path, "train")
     (tmp_path / "dataset.json").write_text("{}")
     with pytest.raises(UserError, match="older version of this package"):

@@ -92,10 +92,10 @@ def conversation(**changes) -> Example:
         ({"id": ""}, "no id"),
         (
             {"turns": (Turn("user", "<image>", True), Turn("assistant", "a", True))},
-            "supervised but spoken",
+            "supervised but has role user",
         ),
         ({"turns": (Turn("assistant", "<image>", True), Turn("user", "a"))}, "alternate"),
-        ({"turns": (Turn("user", "<image>"), Turn("assistant", "a"))}, "nothing can be learnt"),
+        ({"turns": (Turn("user", "<image>"), Turn("assistant", "a"))}, "no turn is supervised"),
         ({"turns": (Turn("user", "<image>"), Turn("robot", "a"))}, "role 'robot'"),
         ({"format": "caption"}, "a caption is"),
         ({"format": "document"}, "supervised assistant turns only"),
@@ -103,16 +103,16 @@ def conversation(**changes) -> Example:
         ({"images": (ImageRef(path="/etc/secret.png"),)}, "not relative"),
         ({"images": (ImageRef(path="gs://bucket/x.png"),)}, "not relative"),
         ({"images": (ImageRef(path="C:\\x.png"),)}, "not relative"),
-        ({"images": (ImageRef(path="a", index=2),)}, "an index and no axis"),
-        ({"images": (ImageRef(path="a", axis=3, index=0),)}, "no slice"),
+        ({"images": (ImageRef(path="a", index=2),)}, "an index but no axis"),
+        ({"images": (ImageRef(path="a", axis=3, index=0),)}, "is not a slice"),
         ({"images": (ImageRef(path="a", data=b"1"),)}, "not both"),
         ({"images": (ImageRef(path="a", axis=0, index=0, window=(0.0, 0.0)),)}, "width > 0"),
         ({"images": (ImageRef(path="a", axis=0, index=0, modality="ct"),)}, "not a DICOM code"),
         ({"images": (ImageRef(path="a", modality="CT"),)}, "of a volume"),
         ({"expert_requests": (ExpertRequest("CXR", images=(RequestImage(1),)),)}, "image 1 of 1"),
-        ({"expert_requests": (ExpertRequest("CXR", before_turn=0),)}, "no assistant speaks"),
+        ({"expert_requests": (ExpertRequest("CXR", before_turn=0),)}, "not an assistant turn"),
         ({"expert_requests": (ExpertRequest("CXR", before_turn=7),)}, "turn 7 of 2"),
-        ({"expert_requests": (ExpertRequest("CXR"), ExpertRequest("CXR"))}, "made twice"),
+        ({"expert_requests": (ExpertRequest("CXR"), ExpertRequest("CXR"))}, "duplicated before turn 1"),
         ({"expert_requests": (ExpertRequest("CXR", ")>"),)}, "cannot be written"),
         ({"expert_requests": (ExpertRequest("CXR", policy="never"),)}, "policy 'never'"),
     ],
@@ -153,7 +153,7 @@ def test_plain_vila_items() -> None:
     assert example.images == (ImageRef(path="a/b.png"),) and example.id == "7"
     led = [{"from": "gpt", "value": "Hello"}, *talk]
     assert from_instruction({"id": "t", "conversations": led}).turns[0] == Turn("user", "What?")
-    with pytest.raises(UserError, match=r"'bad'.*VILA form"):
+    with pytest.raises(UserError, match=r"'bad'.*VILA's format"):
         from_instruction({"id": "bad", "conversations": [{"from": "alien", "value": ""}]})
     with pytest.raises(UserError, match="leaves the data root"):
         from_instruction({"id": "p", "image": "../a.png", "conversations": talk})

@@ -79,14 +79,14 @@ def test_a_shard_under_way_does_not_hold_up_others(bucket, monkeypatch) -> None:
         writer.write(example(0))
         writer.write(example(1))
     source = ExampleSource("gs://bucket/films", "train")
-    fetch, slow, fetched = ShardReaders._fetched, threading.Event(), []
+    fetch, slow, fetched = ShardReaders._fetch, threading.Event(), []
 
     def fetched_in_time(self, path):
         fetched.append(path.name)
         assert "-00000-" not in path.name or slow.wait(60)
         return fetch(self, path)
 
-    monkeypatch.setattr(ShardReaders, "_fetched", fetched_in_time)
+    monkeypatch.setattr(ShardReaders, "_fetch", fetched_in_time)
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         waiting = [pool.submit(source.__getitem__, 0) for _ in range(2)]
         try:

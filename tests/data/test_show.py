@@ -1,4 +1,4 @@
-"""`vilam3 data show`: what it prints and writes, and how it refuses."""
+"""Tests of `vilam3 data show`: output, files and errors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from data_worlds import annotate, ct_annotation, ct_example, ct_volume, film, write
 
+from vilam3_jax import cli
 from vilam3_jax.data.examples import Turn
 from vilam3_jax.data.images import decode_image
 from vilam3_jax.data.show import main
@@ -60,13 +61,13 @@ def test_experts_and_files(data, capsys) -> None:
     ],
 )
 def test_refusals_are_one_line(data, capsys, arguments: list[str], reason: str) -> None:
-    assert main(["--data", str(data / "data"), *arguments]) == 2
+    assert cli.main(["data", "show", "--data", str(data / "data"), *arguments]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and reason in error and error.count("\n") == 1
+    assert error.startswith("vilam3 data: error: ") and reason in error and error.count("\n") == 1
 
 
 def test_several_datasets_ask_which(data, capsys) -> None:
     write(data / "data" / "films", [film(0, np.random.default_rng(0))])
-    assert main(["--data", str(data / "data")]) == 2
+    assert cli.main(["data", "show", "--data", str(data / "data")]) == 2
     assert "ct, films; choose one with --dataset" in capsys.readouterr().err
     assert main(["--data", str(data / "data"), "--dataset", "films", "--size", "8"]) == 0

@@ -1,4 +1,4 @@
-"""Whole volumes: which slices are shown, how they are numbered, and what becomes of experts' results."""
+"""Whole volumes: selection and numbering of slices, and the display of expert results."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def renderer(*annotations: Annotation, experts: str = "on", **settings) -> Rende
 
 @pytest.fixture
 def whole(tmp_path):
-    """(root, example of a whole volume, its annotation)."""
+    """Returns (root, example of a whole volume, its annotation)."""
     key = ct_volume(tmp_path)
     example = ct_example(key)
     image = dataclasses.replace(example.images[0], index=None, modality="CT")
@@ -152,7 +152,7 @@ def test_slices_around_a_finding(whole) -> None:
     assert out.turns[0].text.count("<image>") == 2
     chosen = finding_slices(annotation, 2, 2)
     assert numbered(chosen, PLANES) in out.turns[0].text
-    # Without a result there is nothing to be around.
+    # Without a result, no finding to centre on.
     optional = dataclasses.replace(example.expert_requests[0], policy="optional")
     out = renderer(slices=rule).render(dataclasses.replace(example, expert_requests=(optional,)), root)
     assert numbered(even_slices(PLANES, 2), PLANES) in out.turns[0].text
@@ -197,7 +197,7 @@ def test_what_becomes_of_a_missing_annotation(whole) -> None:
     assert [turn.role for turn in plain.turns] == ["user", "assistant"]
     with pytest.raises(StoppingError, match="no annotation of ORGANS"):
         renderer(missing="error").render(example, root)
-    # What the record itself leaves open is never an error.
+    # Unset fields of a record are never an error.
     optional = dataclasses.replace(example.expert_requests[0], policy="optional")
     out = renderer(missing="error").render(dataclasses.replace(example, expert_requests=(optional,)), root)
     assert out.missing == ("ORGANS",)

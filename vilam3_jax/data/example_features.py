@@ -1,8 +1,8 @@
-"""Examples as TFDS stores them: flat features, serialised as `tf.train.Example` protocol buffers.
+"""Examples in TFDS's storage format: flat features, serialized as `tf.train.Example` protocol buffers.
 
-The only place that knows how `None` is stored: as -1, or as an empty text. `features_dict` declares the same
-features to TFDS, whose own serialiser and parser agree with `encode` and `decode` (a test compares them).
-TFDS is imported for that declaration alone, TensorFlow never.
+None is stored as -1 or an empty text. `features_dict` declares the same features to TFDS, whose serializer
+and parser agree with `encode` and `decode` (a test compares them). TFDS is imported only for that
+declaration, TensorFlow never.
 """
 
 from __future__ import annotations
@@ -15,21 +15,24 @@ from typing import Any
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.message import DecodeError
 
-from vilam3_jax.data.examples import SCHEMA_VERSION, Example, ExpertRequest, ImageRef, RequestImage, Turn
+from vilam3_jax.data.examples import SCHEMA_VERSION, Example, ExpertRequest, ImageRef, Turn
 from vilam3_jax.errors import UserError
 
 _ABSENT = -1
 _NUMBERS = {"schema", "images/axis", "images/index", "turns/supervised", "expert_requests/before_turn"}
+_IMAGES = ("bytes", "path", "axis", "index", "window", "modality")
+_TURNS = ("role", "text", "supervised")
+_REQUESTS = ("expert", "args", "images", "before_turn", "policy", "question", "call")
 
 
 def features_dict() -> Any:
-    """The features of an example, `tfds.features.FeaturesDict`."""
+    """Returns the features of an example as `tfds.features.FeaturesDict`."""
     import numpy as np
     import tensorflow_datasets as tfds
 
     text, number = tfds.features.Text, functools.partial(tfds.features.Scalar, dtype=np.int64)
     images = {
-        # Not `features.Image`, which would decode the picture at every read.
+        # `features.Image` would decode the image at every read.
         "bytes": tfds.features.Tensor(shape=(), dtype=np.object_, doc="encoded picture, or empty"),
         "path": text(doc="file below the data root, or empty"),
         "axis": number(doc="of the volume that is cut, or -1"),
@@ -42,14 +45,9 @@ def features_dict() -> Any:
         "text": text(doc="with <image> markers"),
         "supervised": tfds.features.Scalar(dtype=np.bool_, doc="whether it is a target of training"),
     }
-    requests = {
-        "expert": text(),
-        "args": text(),
+    requests = {name: text() for name in _REQUESTS} | {
         "images": text(doc="JSON list of [number of the image, role]"),
         "before_turn": number(),
-        "policy": text(),
-        "question": text(),
-        "call": text(),
     }
     return tfds.features.FeaturesDict(
         {
@@ -68,51 +66,46 @@ def features_dict() -> Any:
 
 
 def values(example: Example) -> dict[str, Any]:
-    """The nested plain values that `features_dict` describes."""
+    """Returns the nested plain values that `features_dict` describes."""
     meta = example.meta
+    images = [
+        (
+            image.data or b"",
+            image.path or "",
+            _ABSENT if image.axis is None else image.axis,
+            _ABSENT if image.index is None else image.index,
+            "" if image.window is None else f"{image.window[0]!r} {image.window[1]!r}",
+            image.modality or "",
+        )
+        for image in example.images
+    ]
+    turns = [(turn.role, turn.text, turn.supervised) for turn in example.turns]
+    requests = []
+    for request in example.expert_requests:
+        inputs = json.dumps([[image.image, image.role] for image in request.images], ensure_ascii=False)
+        before = (request.expert, request.args, inputs, request.before_turn)
+        requests.append((*before, request.policy, request.question, request.call))
     return {
         "id": example.id,
         "format": example.format,
         "schema": SCHEMA_VERSION,
-        "patient": str(meta.get("patient") or ""),
-        "modality": str(meta.get("modality") or ""),
-        "licence": str(meta.get("licence") or ""),
+        **{key: str(meta.get(key) or "") for key in ("patient", "modality", "licence")},
         "meta": json.dumps(meta, ensure_ascii=False, allow_nan=False, sort_keys=True),
-        "images": {
-            "bytes": [image.data or b"" for image in example.images],
-            "path": [image.path or "" for image in example.images],
-            "axis": [_ABSENT if image.axis is None else image.axis for image in example.images],
-            "index": [_ABSENT if image.index is None else image.index for image in example.images],
-            "window": [
-                "" if i.window is None else f"{i.window[0]!r} {i.window[1]!r}" for i in example.images
-            ],
-            "modality": [image.modality or "" for image in example.images],
-        },
-        "turns": {
-            "role": [turn.role for turn in example.turns],
-            "text": [turn.text for turn in example.turns],
-            "supervised": [turn.supervised for turn in example.turns],
-        },
-        "expert_requests": {
-            "expert": [request.expert for request in example.expert_requests],
-            "args": [request.args for request in example.expert_requests],
-            "images": [
-                json.dumps([[image.image, image.role] for image in request.images], ensure_ascii=False)
-                for request in example.expert_requests
-            ],
-            "before_turn": [request.before_turn for request in example.expert_requests],
-            "policy": [request.policy for request in example.expert_requests],
-            "question": [request.question for request in example.expert_requests],
-            "call": [request.call for request in example.expert_requests],
-        },
+        "images": _columns(_IMAGES, images),
+        "turns": _columns(_TURNS, turns),
+        "expert_requests": _columns(_REQUESTS, requests),
     }
 
 
+def _columns(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:
+    return {name: [row[column] for row in rows] for column, name in enumerate(names)}
+
+
 def encode(example: Example) -> bytes:
-    """The stored form of a valid example; the same example always gives the same bytes.
+    """Serializes a valid example deterministically.
 
     Raises:
-      UserError: a value has no stored form, such as a NaN in `meta`. Names the id and quotes nothing else.
+      UserError: a value cannot be stored, such as a NaN in `meta`. Names the id and quotes nothing else.
     """
     try:
         record = _message()()
@@ -132,10 +125,10 @@ def encode(example: Example) -> bytes:
 
 
 def decode(data: bytes) -> Example:
-    """Reads what `encode`, or TFDS with `features_dict`, wrote.
+    """Parses an example written by `encode`, or by TFDS with `features_dict`.
 
     Raises:
-      UserError: not an example, or of another schema.
+      UserError: not an example, or another schema version.
     """
     try:
         features = _message().FromString(data).features.feature
@@ -151,43 +144,33 @@ def decode(data: bytes) -> Example:
 
 
 def _example(features: Any) -> Example:
-    def texts(name: str) -> list[str]:
+    def column(name: str) -> list[Any]:
+        if name in _NUMBERS:
+            return list(features[name].int64_list.value)
         return [value.decode() for value in features[name].bytes_list.value]
 
-    def numbers(name: str) -> list[int | None]:
-        return [None if value == _ABSENT else value for value in features[name].int64_list.value]
+    def columns(part: str, names: Sequence[str]) -> Any:
+        return zip(*(column(f"{part}/{name}") for name in names), strict=True)
+
+    def optional(number: int) -> int | None:
+        return None if number == _ABSENT else number
 
     pictures = [value or None for value in features["images/bytes"].bytes_list.value]
-    images = zip(
-        pictures,
-        [path or None for path in texts("images/path")],
-        numbers("images/axis"),
-        numbers("images/index"),
-        [_window(text) for text in texts("images/window")],
-        [modality or None for modality in texts("images/modality")],
-        strict=True,
+    images = tuple(
+        ImageRef(data, path or None, optional(axis), optional(index), _window(window), modality or None)
+        for data, (path, axis, index, window, modality) in zip(
+            pictures, columns("images", _IMAGES[1:]), strict=True
+        )
     )
-    supervised = [bool(value) for value in features["turns/supervised"].int64_list.value]
-    turns = zip(texts("turns/role"), texts("turns/text"), supervised, strict=True)
-    requests = zip(
-        texts("expert_requests/expert"),
-        texts("expert_requests/args"),
-        texts("expert_requests/images"),
-        features["expert_requests/before_turn"].int64_list.value,
-        texts("expert_requests/policy"),
-        texts("expert_requests/question"),
-        texts("expert_requests/call"),
-        strict=True,
-    )
-    (name,), (kind,), (meta,) = texts("id"), texts("format"), texts("meta")
+    requests = columns("expert_requests", _REQUESTS)
+    (name,), (form,), (meta,) = column("id"), column("format"), column("meta")
     return Example(
         id=name,
-        format=kind,
-        images=tuple(ImageRef(*image) for image in images),
-        turns=tuple(Turn(*turn) for turn in turns),
+        format=form,
+        images=images,
+        turns=tuple(Turn(role, text, bool(target)) for role, text, target in columns("turns", _TURNS)),
         expert_requests=tuple(
-            ExpertRequest(expert, args, tuple(RequestImage(*pair) for pair in json.loads(shown)), *rest)
-            for expert, args, shown, *rest in requests
+            ExpertRequest.of(e, args, json.loads(i), *rest) for e, args, i, *rest in requests
         ),
         meta=json.loads(meta),
     )
@@ -201,7 +184,7 @@ def _window(text: str) -> tuple[float, float] | None:
 
 
 def _set(features: Any, name: str, column: Sequence[Any]) -> None:
-    """Sets a feature; an empty one keeps its type, which TFDS's parser looks for."""
+    """Sets a feature. An empty feature keeps its type, which TFDS's parser requires."""
     if name in _NUMBERS:
         stored = features[name].int64_list
         stored.value.extend(int(value) for value in column)
@@ -213,9 +196,9 @@ def _set(features: Any, name: str, column: Sequence[Any]) -> None:
 
 @functools.cache
 def _message() -> Any:
-    """The class of `tf.train.Example`, from a pool of its own: the default one may hold TensorFlow's.
+    """Returns the class of `tf.train.Example`, from a separate pool, as the default may contain TensorFlow's.
 
-    Source: tensorflow/core/example/{example,feature}.proto; floats are left out, as no feature has any.
+    Source: tensorflow/core/example/{example,feature}.proto, without floats, which no feature uses.
     """
     file = text_format.Parse(_PROTO, descriptor_pb2.FileDescriptorProto())
     pool = descriptor_pool.DescriptorPool()

@@ -1,13 +1,12 @@
-"""The record of a dataset: an `Example`, and the VILA instruction JSON.
+"""`Example`, the record of a dataset, and its conversion from and to VILA's instruction JSON.
 
-An example knows nothing of tokens, templates, experts' answers or overlays: those are rendered
-when it is loaded (`data/render.py`), so switching experts never rebuilds a dataset.
+An example contains no tokens, templates, expert results or overlays. `data/render.py` adds them at load time,
+so changing experts does not require rebuilding a dataset.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,34 +22,27 @@ ROLES = ("system", "user", "assistant", "expert")
 POLICIES = ("always", "optional")
 
 _FROM_ROLE = {"user": "human", "assistant": "gpt", "system": "system", "expert": "human"}
-_TO_ROLE = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-_EXTENSION_KEY = "vilam3"  # what VILA's own loader ignores
+_TO_ROLE = {"human": "user", "gpt": "assistant"} | {role: role for role in ("user", "assistant", "system")}
+_EXTENSION_KEY = "vilam3"  # ignored by VILA's own loader
 _DIALOGUE_KEYS = ("conversations", "messages")
-_LONGEST_NAME = 60  # characters of an id, or another word of a record, in a message
-_NAMED_ROLES = 8
+_MAX_QUOTED = 60  # characters of a value of a record in an error message
+_MAX_QUOTED_ROLES = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageRef:
-    """Where one image of an example comes from.
+    """A reference to one image of an example.
 
     Attributes:
-      data: an encoded 2-D image (PNG, JPEG, ...), or None when `path` is given.
-      path: a file below the dataset's data root, '/'-separated; a 2-D image, or a volume when
-        `axis` is given.
-      axis: which axis of the canonical (RAS) volume is cut: 0, 1 or 2.
-      index: which plane along `axis`, in voxels; None with an axis: the whole volume, of which the slices are
-        chosen at load time.
-      window: (centre, width) in the volume's intensity unit (HU for CT); None: as the model's preprocessing
-        shows its modality.
-      modality: DICOM's code of a volume whose file states none, such as "CT" for a NIfTI file; None: as the
-        file states.
+      data: an encoded 2-D image (PNG, JPEG, ...), or None if `path` is given.
+      path: a '/'-separated path below the data root: a 2-D image, or a volume if `axis` is given.
+      axis: slicing axis of the canonical (RAS) volume: 0, 1 or 2.
+      index: slice along `axis`, in voxels; None with an axis: the whole volume, whose slices are chosen at
+        load time.
+      window: (centre, width) in the volume's intensity unit (HU for CT); None: the default of the model's
+        preprocessing for the modality.
+      modality: DICOM modality code for a volume file that states none, such as "CT" for NIfTI; None: as
+        stated by the file.
     """
 
     data: bytes | None = None
@@ -61,7 +53,7 @@ class ImageRef:
     modality: str | None = None
 
     def problem(self) -> str | None:
-        """Returns why this reference cannot be used, or None."""
+        """Returns why this reference is invalid, or None."""
         if (self.data is None) == (self.path is None):
             return "needs either bytes or a path, not both"
         if self.data is not None and not self.data:
@@ -69,12 +61,12 @@ class ImageRef:
         if self.path is not None and (reason := path_problem(self.path)):
             return reason
         if self.axis is None and self.index is not None:
-            return "has an index and no axis"
+            return "has an index but no axis"
         if self.axis is not None:
             if self.data is not None:
-                return "axis and index are for volumes, which are given by path"
+                return "has an axis, which requires a path to a volume"
             if self.axis not in (0, 1, 2) or (self.index is not None and self.index < 0):
-                return f"axis {self.axis}, index {self.index} is no slice"
+                return f"axis {self.axis}, index {self.index} is not a slice"
         if self.window is not None and not self.window[1] > 0:
             return f"window {self.window} is not (centre, width > 0)"
         if self.modality is not None and (self.axis is None or not self.modality.isupper()):
@@ -84,7 +76,7 @@ class ImageRef:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One message: who speaks, the text with `<image>` markers, and whether it is a target."""
+    """One message: role, text with `<image>` markers, and whether it is a training target."""
 
     role: str
     text: str
@@ -96,8 +88,8 @@ class RequestImage:
     """One input of an expert.
 
     Attributes:
-      image: which of the example's images.
-      role: what the expert takes it for, such as "t1c"; "" for the only input.
+      image: index of an image of the example.
+      role: role of the image for the expert, such as "t1c"; "" for a single input.
     """
 
     image: int = 0
@@ -106,19 +98,17 @@ class RequestImage:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertRequest:
-    """A place where an expert's result belongs.
+    """A request for an expert's result at a position in the dialogue.
 
     Attributes:
-      expert: the expert's name, as on its card.
-      args: the call's arguments, e.g. "organs"; "" for none.
-      images: what the expert sees, in the order of its roles.
-      before_turn: index of the assistant turn that the result comes before. Requests before the same turn are
-        made in one turn, in their order here.
-      policy: "always": without a result the example is skipped; "optional": it is then
-        rendered without the expert.
-      question: what the expert's turn repeats; "" for the words of the user's turn.
-      call: the words of the calling turn; "" for those of the model's wording. Of several requests before one
-        turn, the first one's count.
+      expert: name of the expert, as on its card.
+      args: arguments of the call, e.g. "organs"; "" for none.
+      images: inputs of the expert, in the order of its roles.
+      before_turn: index of the assistant turn that follows the result. Requests before the same turn share
+        one calling turn, in the order given.
+      policy: "always": skip the example if there is no result; "optional": render it without the expert.
+      question: question repeated in the expert's turn; "": text of the user's turn.
+      call: text of the calling turn; "": the model's wording. Only the first request before a turn counts.
     """
 
     expert: str
@@ -131,11 +121,11 @@ class ExpertRequest:
 
     @classmethod
     def of(cls, expert: str, args: str, images: Any, *rest: Any) -> ExpertRequest:
-        """Reads the plain values of `wire_values`."""
+        """Inverse of `plain_values`."""
         return cls(expert, args, tuple(RequestImage(*image) for image in images), *rest)
 
-    def wire_values(self) -> list[Any]:
-        """Plain values, for JSON."""
+    def plain_values(self) -> list[Any]:
+        """Returns JSON values."""
         images = [[image.image, image.role] for image in self.images]
         words = [self.question, self.call] if self.question or self.call else []
         return [self.expert, self.args, images, self.before_turn, self.policy, *words]
@@ -143,11 +133,11 @@ class ExpertRequest:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One record. `meta` holds plain values only (text, numbers, booleans, lists, dicts).
+    """One record. `meta` contains plain values only (text, numbers, booleans, lists, dicts).
 
-    `pair` and `caption` are a user turn that is one `<image>` and a supervised assistant turn;
-    `document` is a run of assistant turns, all supervised; `conversation` alternates. A `study` has images
-    and no turns: a rule of `data/experts/dialogues` makes a conversation of it when it is loaded.
+    A `pair` or `caption` is a user turn with a single `<image>` and a supervised assistant turn; a
+    `document` is a sequence of supervised assistant turns; a `conversation` alternates. A `study` has images
+    but no turns: a rule of `data/experts/dialogues` turns it into a conversation at load time.
     """
 
     id: str
@@ -158,10 +148,10 @@ class Example:
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def input_key(self, images: Sequence[RequestImage]) -> str:
-        """The key of what an expert sees, from the content keys of the images (`meta.input_key`).
+        """Returns the key of an expert's inputs, derived from the content keys in `meta.input_key`.
 
         Raises:
-          ValueError: the example does not state them.
+          ValueError: the example has no content keys.
         """
         keys: Any = self.meta.get("input_key")
         if isinstance(keys, str):
@@ -174,26 +164,26 @@ class Example:
     def __post_init__(self) -> None:
         for name in ("images", "turns", "expert_requests"):
             values = getattr(self, name)
-            if isinstance(values, list):  # what is no list is refused by `problem`
+            if isinstance(values, list):  # `problem` rejects other types
                 object.__setattr__(self, name, tuple(values))
 
     def validate(self) -> Example:
-        """Returns itself if the record keeps the contract.
+        """Returns the example itself if it is valid.
 
         Raises:
-          UserError: names the example's id and the first broken rule.
+          UserError: names the example's id and the first violation.
         """
         if reason := self.problem():
-            raise UserError(f"example {_name(self.id)}: {reason}")
+            raise UserError(f"example {_quoted(self.id)}: {reason}")
         return self
 
     def problem(self) -> str | None:
-        """Returns the first rule of the contract that is broken, or None; whatever the values are."""
+        """Returns the first violation of the format, or None. Fields may have any value."""
         return example_checks.type_problem(self) or _problem(self)
 
 
 def path_problem(path: str) -> str | None:
-    """Returns why `path` may not be followed below a data root, or None."""
+    """Returns why `path` is not a valid path below a data root, or None."""
     parts = path.replace("\\", "/").split("/")
     if not path or path.startswith(("/", "\\", "~")) or "://" in path or re.match(r"[A-Za-z]:", path):
         return f"path {path!r} is not relative to the data root"
@@ -202,42 +192,37 @@ def path_problem(path: str) -> str | None:
     return None
 
 
-def _name(value: object) -> str:
-    """An id, or another word of a record, short enough for a message."""
-    return repr(value if not isinstance(value, str) else value[:_LONGEST_NAME])[: 2 * _LONGEST_NAME]
+def _quoted(value: object) -> str:
+    return repr(value if not isinstance(value, str) else value[:_MAX_QUOTED])[: 2 * _MAX_QUOTED]
 
 
 def _problem(example: Example) -> str | None:
     if example.format not in FORMATS:
-        return f"format {_name(example.format)} is none of {', '.join(FORMATS)}"
-    for position, image in enumerate(example.images):
+        return f"format {_quoted(example.format)} is not one of {', '.join(FORMATS)}"
+    for index, image in enumerate(example.images):
         if reason := image.problem():
-            return f"image {position} {reason}"
+            return f"image {index} {reason}"
     if example.format == "study":
-        return _study_problem(example)
+        if example.turns or example.expert_requests:
+            return "a study has no turns and no requests; its dialogue is made at load time"
+        return None if example.images else "a study without images"
     if not example.turns:
         return "has no turns"
-    for position, turn in enumerate(example.turns):
+    for index, turn in enumerate(example.turns):
         if turn.role not in ROLES:
-            return f"turn {position} has role {_name(turn.role)}, none of {', '.join(ROLES)}"
+            return f"turn {index} has role {_quoted(turn.role)}, not one of {', '.join(ROLES)}"
         if turn.supervised and turn.role != "assistant":
-            return f"turn {position} is supervised but spoken by {turn.role}"
-        if turn.role == "system" and position > 0:
-            return f"turn {position} is a system turn; only the first may be"
+            return f"turn {index} is supervised but has role {turn.role}"
+        if turn.role == "system" and index > 0:
+            return f"turn {index} is a system turn; only the first may be"
     markers = sum(turn.text.count(IMAGE_MARKER) for turn in example.turns)
     if markers != len(example.images):
         return f"{markers} {IMAGE_MARKER} markers for {len(example.images)} images"
     if reason := _role_problem(example):
         return reason
     if not any(turn.supervised for turn in example.turns):
-        return "no turn is supervised, nothing can be learnt from it"
+        return "no turn is supervised"
     return _request_problem(example)
-
-
-def _study_problem(example: Example) -> str | None:
-    if example.turns or example.expert_requests:
-        return "a study has no turns and no requests; its dialogue is made when it is loaded"
-    return None if example.images else "a study without images"
 
 
 def _role_problem(example: Example) -> str | None:
@@ -250,66 +235,67 @@ def _role_problem(example: Example) -> str | None:
         if any(role != "assistant" for role in roles) or not all(t.supervised for t in example.turns):
             return "a document has supervised assistant turns only"
         return None
-    spoken = roles[1:] if roles[0] == "system" else roles
-    if spoken and spoken[0] == "expert":
-        return "an expert speaks first; a conversation begins with the user"
-    for position, role in enumerate(spoken):
-        if (role == "assistant") != (position % 2 == 1):
-            return f"roles do not alternate user, assistant: {', '.join(roles[:_NAMED_ROLES])}"
-    for position, turn in enumerate(example.turns):
+    dialogue = roles[1:] if roles[0] == "system" else roles
+    if dialogue and dialogue[0] == "expert":
+        return "starts with an expert turn; a conversation starts with a user turn"
+    if any((role == "assistant") != (index % 2 == 1) for index, role in enumerate(dialogue)):
+        return f"roles do not alternate user, assistant: {', '.join(roles[:_MAX_QUOTED_ROLES])}"
+    for index, turn in enumerate(example.turns):
         if turn.role == "assistant" and IMAGE_MARKER in turn.text:
-            return f"turn {position} holds a marker {IMAGE_MARKER}, but an assistant shows no images"
+            return f"turn {index} contains a marker {IMAGE_MARKER}; assistant turns have no images"
     return None
 
 
 def _request_problem(example: Example) -> str | None:
     if example.expert_requests and example.format != "conversation":
-        return f"a {example.format} has no expert requests; only a conversation has"
-    taken: set[tuple[int, str, str]] = set()
+        return f"a {example.format} cannot have expert requests; only a conversation can"
+    seen: set[tuple[int, str, str]] = set()
     for request in example.expert_requests:
-        name = f"request for {_name(request.expert)}"
+        name = f"request for {_quoted(request.expert)}"
         if reason := Call(request.expert, request.args).problem():
             return f"{name}: {reason}"
         if request.policy not in POLICIES:
-            return f"{name} has policy {_name(request.policy)}, none of {', '.join(POLICIES)}"
+            return f"{name} has policy {_quoted(request.policy)}, not one of {', '.join(POLICIES)}"
         roles = [image.role for image in request.images]
         if not roles or len(set(roles)) != len(roles):
-            return f"{name} has {len(roles)} images of {len(set(roles))} roles; each role is needed once"
+            return f"{name} has {len(roles)} images for {len(set(roles))} roles; each role needs one image"
         for image in request.images:
             if not 0 <= image.image < len(example.images):
                 return f"{name} is for image {image.image} of {len(example.images)}"
         if not 0 <= request.before_turn < len(example.turns):
             return f"{name} is before turn {request.before_turn} of {len(example.turns)}"
         if example.turns[request.before_turn].role != "assistant":
-            return f"{name} is before turn {request.before_turn}, which no assistant speaks"
+            return f"{name} is before turn {request.before_turn}, which is not an assistant turn"
         call = (request.before_turn, request.expert, request.args)
-        if call in taken:
-            return f"{name} is made twice before turn {request.before_turn}"
-        taken.add(call)
+        if call in seen:
+            return f"{name} is duplicated before turn {request.before_turn}"
+        seen.add(call)
         if IMAGE_MARKER in request.question or IMAGE_MARKER in request.call:
-            return f"{name} has a marker {IMAGE_MARKER} in its words"
+            return f"{name} has a marker {IMAGE_MARKER} in its text"
         first = next(r for r in example.expert_requests if r.before_turn == request.before_turn)
         if request is first and request.call:
-            made = [(r.expert, r.args) for r in example.expert_requests if r.before_turn == first.before_turn]
-            if [(c.expert, c.args) for c in parse_turn(request.call).calls] != made:
-                return f"{name} has a calling turn that makes other calls"
+            calls = [
+                (r.expert, r.args) for r in example.expert_requests if r.before_turn == first.before_turn
+            ]
+            if [(c.expert, c.args) for c in parse_turn(request.call).calls] != calls:
+                return f"{name} has a calling turn with other calls"
     return None
 
 
 def from_instruction(item: Any) -> Example:
     """Reads one item of a VILA instruction JSON.
 
-    A leading message of the assistant is dropped, as VILA does. An item that names images but has no marker
-    in any user turn gets one `<image>` in front of its first user turn. Spaces stay as they are: what becomes
-    of them around an image is a rule of the model (`text_rules.TextRules.spaces`).
+    Like VILA, drops a leading assistant message. If an item has images but no marker in a user turn, one
+    `<image>` is inserted before its first user turn. Spaces are preserved; `text_rules.TextRules.spaces`
+    normalizes them around images.
 
     Args:
-      item: `id`; `conversations`, or `messages`, of `from`/`value` or `role`/`content`, where content may be
-        a list of parts of type `text`, `image` or `image_url`; and `image` or `images` (paths below the image
-        folder), which may be null. Our own extension key carries what VILA has no word for.
+      item: `id`; `conversations` or `messages` with `from`/`value` or `role`/`content`, where the content may
+        be a list of parts of type `text`, `image` or `image_url`; and `image` or `images` (paths below the
+        image folder, may be null). The key `vilam3` contains everything that VILA's format cannot express.
 
     Raises:
-      UserError: names the item's id and what is wrong, without values of the item.
+      UserError: names the item's id and the problem, without values of the item.
     """
     name = item.get("id") if isinstance(item, Mapping) else None
     name = str(name) if example_checks.is_int(name) else name
@@ -319,7 +305,7 @@ def from_instruction(item: Any) -> Example:
         example = _read_item("" if name is None else name, item)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         reason = str(error) if type(error) is ValueError else type(error).__name__
-        raise UserError(f"instruction item {_name(name)}: not in the VILA form ({reason})") from error
+        raise UserError(f"instruction item {_quoted(name)}: not in VILA's format ({reason})") from error
     return example.validate()
 
 
@@ -327,13 +313,13 @@ def _read_item(name: Any, item: Mapping[str, Any]) -> Example:
     extension = item.get(_EXTENSION_KEY)
     if extension is not None and not isinstance(extension, Mapping):
         raise ValueError(f"{_EXTENSION_KEY} is {example_checks.kind_of(extension)}, not an object")
-    turns, shown = _turns_of(item)
+    turns, inline_paths = _turns_of(item)
     paths = _paths_of(item)
-    if paths and shown:
-        raise ValueError("names images both in its turns and beside them")
-    paths = paths or shown
+    if paths and inline_paths:
+        raise ValueError("names images both in its turns and outside them")
+    paths = paths or inline_paths
     if not extension:
-        turns = _as_vila_reads(turns, bool(paths))
+        turns = _normalized_by_vila(turns, bool(paths))
         return Example(
             id=name,
             format="conversation",
@@ -349,12 +335,12 @@ def _read_item(name: Any, item: Mapping[str, Any]) -> Example:
         ("slices", slices, len(paths)),
     ):
         if not isinstance(values, list) or len(values) != count:
-            raise ValueError(f"{_EXTENSION_KEY}.{field} is no list of {count}")
+            raise ValueError(f"{_EXTENSION_KEY}.{field} is not a list of {count}")
     return Example(
         id=name,
         format=extension.get("format", "conversation"),
         images=tuple(
-            ImageRef(path=path) if cut is None else _slice_of(path, *cut)
+            ImageRef(path=path) if cut is None else _slice_ref(path, *cut)
             for path, cut in zip(paths, slices, strict=True)
         ),
         turns=tuple(
@@ -366,7 +352,7 @@ def _read_item(name: Any, item: Mapping[str, Any]) -> Example:
 
 
 def _paths_of(item: Mapping[str, Any]) -> list[Any]:
-    """The images named beside the turns; null, or an empty text in a table's column, names none."""
+    """Returns the images named outside the turns. Null and "" (an empty table cell) mean none."""
     named = [item[key] for key in ("images", "image") if item.get(key) not in (None, "")]
     if len(named) > 1:
         raise ValueError("has both image and images")
@@ -374,67 +360,60 @@ def _paths_of(item: Mapping[str, Any]) -> list[Any]:
     paths = [paths] if isinstance(paths, str) else paths
     if not isinstance(paths, list):
         raise ValueError(f"its images are {example_checks.kind_of(paths)}, not a path or a list of paths")
-    for position, path in enumerate(paths):
+    for index, path in enumerate(paths):
         if not isinstance(path, str):
-            raise ValueError(f"image {position} is {example_checks.kind_of(path)}, not a path")
+            raise ValueError(f"image {index} is {example_checks.kind_of(path)}, not a path")
     return paths
 
 
 def _turns_of(item: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[str]]:
-    """((role, text) of every turn, paths of the images among their parts)."""
+    """Returns (role, text) of every turn, and the paths of images among their parts."""
     key = next((key for key in _DIALOGUE_KEYS if item.get(key) is not None), None)
     if key is None:
         raise ValueError(f"has none of {', '.join(_DIALOGUE_KEYS)}")
-    spoken, paths, turns = item[key], [], []
-    if not isinstance(spoken, list):
-        raise ValueError(f"{key} is {example_checks.kind_of(spoken)}, not a list")
-    for position, turn in enumerate(spoken):
+    messages, paths, turns = item[key], [], []
+    if not isinstance(messages, list):
+        raise ValueError(f"{key} is {example_checks.kind_of(messages)}, not a list")
+    for index, turn in enumerate(messages):
         if not isinstance(turn, Mapping):
-            raise ValueError(f"turn {position} is {example_checks.kind_of(turn)}, not an object")
+            raise ValueError(f"turn {index} is {example_checks.kind_of(turn)}, not an object")
         role = turn.get("from", turn.get("role"))
         if not isinstance(role, str) or role not in _TO_ROLE:
-            raise ValueError(f"turn {position} is spoken by none of {', '.join(_TO_ROLE)}")
+            raise ValueError(f"the role of turn {index} is not one of {', '.join(_TO_ROLE)}")
         text = turn.get("value", turn.get("content"))
         if isinstance(text, list):
-            text = "".join(_part(part, position, paths) for part in text)
+            text = "".join(_part(part, index, paths) for part in text)
         if not isinstance(text, str):
-            raise ValueError(f"the text of turn {position} is {example_checks.kind_of(text)}, not text")
+            raise ValueError(f"the text of turn {index} is {example_checks.kind_of(text)}, not text")
         turns.append((_TO_ROLE[role], text))
     return turns, paths
 
 
-def _part(part: Any, position: int, paths: list[str]) -> str:
-    """The text of one part of a content; the path of an image is added to `paths`."""
+def _part(part: Any, turn: int, paths: list[str]) -> str:
+    """Returns the text of one content part; appends the path of an image to `paths`."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"]
     if kind not in ("image", "image_url"):
-        raise ValueError(f"turn {position} has a part that is neither text nor an image")
+        raise ValueError(f"turn {turn} has a part that is neither text nor an image")
     found = part.get("image_url", part.get("image"))
     found = found.get("url") if isinstance(found, Mapping) else found
     if isinstance(found, str):
         paths.append(found)
-    elif found is not None:  # the images are then beside the turns
-        raise ValueError(f"turn {position} has an image that is {example_checks.kind_of(found)}, not a path")
+    elif found is not None:  # without a path, the images are named outside the turns
+        raise ValueError(f"turn {turn} has an image that is {example_checks.kind_of(found)}, not a path")
     return IMAGE_MARKER
 
 
-def _slice_of(
-    path: str,
-    axis: int | None,
-    index: int | None,
-    window: list[float] | None,
-    modality: str | None = None,
-) -> ImageRef:
-    """A slice, or a whole volume, as `to_instruction` writes it; older files state no modality."""
-    return ImageRef(None, path, axis, index, None if window is None else tuple(window), modality)  # type: ignore[arg-type]
+def _slice_ref(path: str, axis: Any, index: Any, window: Any, modality: Any = None) -> ImageRef:
+    return ImageRef(None, path, axis, index, None if window is None else tuple(window), modality)
 
 
-def _as_vila_reads(turns: list[tuple[str, str]], has_images: bool) -> list[tuple[str, str]]:
+def _normalized_by_vila(turns: list[tuple[str, str]], has_images: bool) -> list[tuple[str, str]]:
     if turns and turns[0][0] == "assistant":
         turns = turns[1:]
     if has_images and not any(IMAGE_MARKER in text for role, text in turns if role != "assistant"):
-        first = next((place for place, (role, _) in enumerate(turns) if role == "user"), None)
+        first = next((index for index, (role, _) in enumerate(turns) if role == "user"), None)
         if first is not None:
             turns = [*turns]
             turns[first] = ("user", f"{IMAGE_MARKER}\n{turns[first][1]}")
@@ -442,20 +421,21 @@ def _as_vila_reads(turns: list[tuple[str, str]], has_images: bool) -> list[tuple
 
 
 def to_instruction(example: Example) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Returns the VILA instruction item, and the image files (by relative path) to write beside it.
+    """Returns a VILA instruction item, and the image files to write (relative path -> bytes).
 
-    `from_instruction` gives back the same example, with bytes turned into paths.
+    `from_instruction` restores the example, with paths in place of bytes.
     """
     files: dict[str, bytes] = {}
     paths = []
-    for position, image in enumerate(example.images):
-        if image.path is not None:
-            paths.append(image.path)
-            continue
-        assert image.data is not None  # an image without a path
-        stem = re.sub(r"[^A-Za-z0-9_-]", lambda match: f"%{ord(match[0]):x}.", example.id)
-        path = f"images/{stem}_{position}{_suffix(image.data)}"
-        files[path] = image.data
+    for index, image in enumerate(example.images):
+        path = image.path
+        if path is None:
+            assert image.data is not None
+            stem = re.sub(r"[^A-Za-z0-9_-]", lambda match: f"%{ord(match[0]):x}.", example.id)
+            suffixes = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg"}
+            suffix = next((suffixes[start] for start in suffixes if image.data.startswith(start)), ".img")
+            path = f"images/{stem}_{index}{suffix}"
+            files[path] = image.data
         paths.append(path)
     item: dict[str, Any] = {"id": example.id}
     if paths:
@@ -469,13 +449,7 @@ def to_instruction(example: Example) -> tuple[dict[str, Any], dict[str, bytes]]:
             None if i.axis is None and i.window is None else [i.axis, i.index, i.window, i.modality]
             for i in example.images
         ],
-        "experts": [request.wire_values() for request in example.expert_requests],
+        "experts": [request.plain_values() for request in example.expert_requests],
         "meta": example.meta,
     }
     return item, files
-
-
-def _suffix(data: bytes) -> str:
-    if data.startswith(b"\x89PNG"):
-        return ".png"
-    return ".jpg" if data.startswith(b"\xff\xd8") else os.extsep + "img"

@@ -1,13 +1,13 @@
-"""Which dataset stands at each position of a mixture: exact shares, at any position, without a list.
+"""The order of datasets in a mixture: exact shares, random access to any position, no stored list.
 
-The problem is the chairman assignment problem (Tijdeman, 1980, "The chairman assignment problem", Discrete
-Mathematics 32): at every position one of k datasets is chosen so that no dataset is ever far from its share.
+This is the chairman assignment problem (Tijdeman, 1980, "The chairman assignment problem", Discrete
+Mathematics 32): choose one of k datasets at every position so that no dataset is ever far from its share.
 With D = 1 - 1 / (2k - 2), an order exists in which the draws of every dataset before every position differ
 from its share by at most D, and no smaller D works for all shares.
 
-The order is found as a schedule. The bound says for each draw of a dataset the first position that it may
-have (its release) and the last one (its deadline). Among the draws that are released, the one with the
-earliest deadline comes next; this rule meets all deadlines whenever any order does.
+The order is computed as a schedule. The bound gives each draw of a dataset a first position (its release)
+and a last one (its deadline). Among the released draws, the one with the earliest deadline is next; this rule
+meets all deadlines if any order does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_BLOCK = 1024  # positions that are found at once
+_BLOCK = 1024  # positions computed at once
 _BLOCKS_KEPT = 64
 _INT64_SAFE = 1 << 62
 
@@ -30,9 +30,9 @@ class _Block(NamedTuple):
     """A run of positions.
 
     Attributes:
-      chosen: int32 [n], the dataset at each position.
-      draws: int64 [n], which draw of its dataset, counted from the start of the period.
-      after: draws of each dataset before the position that follows the block.
+      chosen: int32 [n], dataset at each position.
+      draws: int64 [n], index of the draw within its dataset, from the start of the period.
+      after: number of draws of each dataset up to the end of the block.
     """
 
     chosen: np.ndarray
@@ -41,28 +41,25 @@ class _Block(NamedTuple):
 
 
 class Interleaving:
-    """Positions 0, 1, 2, ... to (dataset, draw of it); safe among threads, and small when pickled.
+    """Maps positions 0, 1, 2, ... to (dataset, draw); thread-safe, and small when pickled.
 
-    Before position t, dataset i of share p_i = rates[i] / sum(rates) was drawn c_i(t) times, and
-    |c_i(t) - p_i t| <= `bound` < 1. So any window of n positions holds p_i n draws of it up to 2 * `bound`,
-    which is exactly one for two datasets; every period holds exactly `rates` draws. Smaller windows for all
-    shares are impossible: three datasets of different shares have an order in which all windows are within
-    one draw only for the shares 4 : 2 : 1 (Fraenkel's conjecture, proven for up to seven datasets).
+    Before position t, dataset i of share p_i = rates[i] / sum(rates) was drawn c_i(t) times, with
+    |c_i(t) - p_i t| <= `bound` < 1. Any window of n positions therefore contains p_i n draws up to an error
+    of 2 * `bound`, which is exactly one for two datasets; every period contains exactly `rates` draws. This
+    cannot be improved for all shares: for three datasets of different shares, all windows can be within one
+    draw only for the shares 4 : 2 : 1 (Fraenkel's conjecture, proven for up to seven datasets).
 
     Attributes:
-      rates: draws of each dataset in a period, without common divisor.
-      period: their sum; the order repeats after it.
-      bound: D of the module's text, as a float.
+      rates: draws of each dataset per period, without common divisor.
+      period: their sum, after which the order repeats.
+      bound: D of the module docstring.
     """
 
     def __init__(self, rates: Sequence[int]) -> None:
-        """Prepares the order; computes no position.
-
-        Args:
-          rates: draws of each dataset, positive.
+        """Stores the rates: positive numbers of draws per dataset.
 
         Raises:
-          ValueError: no rates, or one that is not positive.
+          ValueError: no rates, or a rate that is not positive.
         """
         if not rates or min(rates) < 1:
             raise ValueError(f"rates {list(rates)} must be positive")
@@ -81,7 +78,7 @@ class Interleaving:
         self.__init__(state["rates"])
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        """Returns (dataset, which draw of it, counted from position 0 on).
+        """Returns (dataset, index of the draw within the dataset, counted from position 0).
 
         Raises:
           IndexError: a negative position.
@@ -95,7 +92,7 @@ class Interleaving:
         return dataset, turn * self.rates[dataset] + int(block.draws[offset])
 
     def counts(self, position: int) -> tuple[int, ...]:
-        """Draws of each dataset before a position."""
+        """Returns the number of draws of each dataset before a position."""
         turn, place = divmod(position, self.period)
         drawn = self._counts(place)
         return tuple(turn * rate + count for rate, count in zip(self.rates, drawn, strict=True))
@@ -124,7 +121,7 @@ class Interleaving:
         return ((draw + 1) * self._parts - 1) * self.period // (self._parts * self.rates[dataset])
 
     def _schedule(self, start: int, counts: Sequence[int]) -> _Block:
-        """Earliest deadline first, from the state of a position; ties go to the first dataset."""
+        """Schedules a block by earliest deadline first; ties go to the first dataset."""
         length = min(_BLOCK, self.period - start)
         chosen, draws = np.empty(length, np.int32), np.empty(length, np.int64)
         drawn = list(counts)
@@ -142,13 +139,13 @@ class Interleaving:
         return _Block(chosen, draws, tuple(drawn))
 
     def _counts(self, position: int) -> tuple[int, ...]:
-        """The state that the schedule has reached at a position of the period, without running it.
+        """Returns the draws of each dataset before a position of the period, without running the schedule.
 
-        A draw whose deadline is past was made. Each dataset has at most one more that is released, the open
-        draw. The sets of draws that fit before the position are independent in a transversal matroid,
-        and earliest deadline first makes the set that a greedy choice by deadline makes. A set fits if, for
-        every earlier position s, no more of its draws are released from s on than there are positions. Only
-        an s from the first open release on can be short of room.
+        Draws with a past deadline were made. Each dataset has at most one other released draw, the open one.
+        The sets of draws that fit before the position are independent in a transversal matroid, and earliest
+        deadline first makes the set that a greedy choice by deadline makes. A set fits if, for every earlier
+        position s, no more of its draws are released from s on than there are positions. This can fail only
+        for s from the first open release on.
         """
         due, opened = [], []
         for i, rate in enumerate(self.rates):
@@ -170,7 +167,7 @@ class Interleaving:
         return tuple(due)
 
     def _room(self, first: int, position: int, due: Sequence[int]) -> np.ndarray:
-        """For each s from `first` on: the positions before `position`, less the due draws released then."""
+        """Returns for each s >= `first` the positions from s to `position` minus due draws released there."""
         length = position - first
         largest = self._parts * (length + 1) * max(self.rates) + 2 * self._parts * self.period
         kind = np.int64 if largest < _INT64_SAFE else object

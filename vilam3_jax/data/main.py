@@ -1,4 +1,4 @@
-"""`vilam3 data`: look at data, before training and as training sees it."""
+"""The `vilam3 data` command: inspect and clean data."""
 
 from __future__ import annotations
 
@@ -6,24 +6,21 @@ import argparse
 import importlib
 from collections.abc import Sequence
 
-# Command → (module with `main(argv) -> int`, what it does for the user). Only the chosen module is imported:
-# some need the whole loader.
+# Command -> (module with `main(argv) -> int`, description). Only the selected module is imported, as some
+# modules import the whole loader.
 _COMMANDS = {
-    "deidentify": ("vilam3_jax.data.deidentify.main", "copies of DICOM images without identifiers"),
-    "leaks": (
-        "vilam3_jax.data.leaks.main",
-        "images, patients and texts that training and evaluation sets share",
-    ),
-    "mixture": ("vilam3_jax.data.mixture", "what a run sees: order, epochs and tokens of each dataset"),
-    "scan": ("vilam3_jax.data.scan.main", "triage of a folder of DICOM, volumes and pictures"),
-    "show": ("vilam3_jax.data.show", "one example as the model meets it"),
-    "stats": ("vilam3_jax.data.stats", "sizes of samples and how they pack"),
+    "deidentify": ("vilam3_jax.data.deidentify.main", "copies DICOM images without identifiers"),
+    "leaks": ("vilam3_jax.data.leaks.main", "finds records shared by training and evaluation sets"),
+    "mixture": ("vilam3_jax.data.mixture", "shows order, epochs and tokens of each dataset in a run"),
+    "scan": ("vilam3_jax.data.scan.main", "triage of a folder of DICOM files, volumes and images"),
+    "show": ("vilam3_jax.data.show", "shows one example as the model reads it"),
+    "stats": ("vilam3_jax.data.stats", "shows sample sizes and how samples are packed"),
 }
 
 
 def main(argv: Sequence[str]) -> int:
-    """Entry of `vilam3 data`."""
-    parser = argparse.ArgumentParser(prog="vilam3 data", description="Look at datasets.")
+    """Runs a `vilam3 data` command."""
+    parser = argparse.ArgumentParser(prog="vilam3 data", description="Inspect and clean data.")
     parser.add_argument(
         "command",
         choices=sorted(_COMMANDS),

@@ -1,4 +1,4 @@
-"""Reading and writing the examples of a dataset; see `tfds_folder` for its files."""
+"""Reads and writes the examples of a dataset; `tfds_folder` describes the files."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _COUNTED = ("modality", "plane", "licence", "dataset")
 
 
 class Counts:
-    """Counts of a split by format, modality, licence, type of question, expert and number of images."""
+    """Counts of a split by format, modality, licence, question type, expert and number of images."""
 
     def __init__(self) -> None:
-        """Starts at nothing."""
+        """Starts with no counts."""
         self._counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
 
     def add(self, example: Example) -> None:
@@ -44,26 +44,25 @@ class Counts:
         self._counts["images"][str(len(example.images))] += 1
 
     def merge(self, plain: Mapping[str, Mapping[str, int]]) -> None:
-        """Adds what `plain` of another one returned."""
+        """Adds the `plain` counts of another split."""
         for key, values in plain.items():
             self._counts[key].update(values)
 
     def plain(self) -> dict[str, dict[str, int]]:
-        """The counts as sorted plain values."""
+        """Returns the counts as sorted plain values."""
         return {key: dict(sorted(values.items())) for key, values in sorted(self._counts.items())}
 
 
 def _question_types(meta: Mapping[str, Any]) -> Iterable[str]:
-    """The types as stated, or else those of the questions."""
     if meta.get("question_types"):
         return [str(kind) for kind in meta["question_types"]]
     return sorted({str(question.get("type")) for question in meta.get("qa") or ()})
 
 
 class ExampleWriter:
-    """Writes one split of a dataset. Use as a context manager: leaving by an error commits nothing.
+    """Writes one split of a dataset. As a context manager, it commits nothing if an exception is raised.
 
-    Readers go by `dataset_info.json`, which is written last: a split that is not in there does not exist.
+    `dataset_info.json` is written last; readers ignore splits that it does not list.
     """
 
     def __init__(
@@ -79,15 +78,15 @@ class ExampleWriter:
         """Opens the split for writing.
 
         Args:
-          directory: the dataset's folder, local or `gs://`; made if needed.
+          directory: folder of the dataset, local or `gs://`; created if needed.
           split: lower-case name such as 'train' or 'heldout'.
-          name: the dataset's name; the folder's if empty.
-          provenance: plain values: source, version, citation, how it was split. Merged over splits.
-          data_root: the folder that image paths are relative to; relative to `directory`.
-          bytes_per_shard: a shard is closed when it holds this much.
+          name: name of the dataset; default: name of the folder.
+          provenance: plain values: source, version, citation, split procedure. Merged across splits.
+          data_root: base of image paths, relative to `directory`.
+          bytes_per_shard: size at which a shard is closed.
 
         Raises:
-          UserError: the split is there already, its name is no name, or the folder cannot be made.
+          UserError: the split exists, its name is invalid, or the folder cannot be created.
         """
         if not re.fullmatch(r"[a-z][a-z0-9_]*", split):
             raise UserError(f"split {split!r}: use lower-case letters, digits and '_'")
@@ -107,7 +106,7 @@ class ExampleWriter:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             remote = "://" in os.fspath(self.directory)
-            # The number of shards is part of their names, so they get them at the end.
+            # Shard names contain the number of shards, so shards are renamed at the end.
             self._work = epath.Path(
                 tempfile.mkdtemp(prefix=f".{split}.partial-", dir=None if remote else self.directory)
             )
@@ -118,7 +117,7 @@ class ExampleWriter:
         """Adds one example.
 
         Raises:
-          UserError: the example breaks its contract, its id was written before, or the disk is full.
+          UserError: the example is invalid, its id was written before, or the disk is full.
         """
         example.validate()
         if example.id in self._ids:
@@ -138,13 +137,13 @@ class ExampleWriter:
             self._open = None
 
     def close(self) -> dict[str, Any]:
-        """Commits the split: counts what can be read back, then writes the files that describe it.
+        """Commits the split: verifies the number of records, then writes the metadata.
 
         Returns:
           The content of `metadata.json`.
 
         Raises:
-          UserError: nothing was written, or what can be read back is not what was written.
+          UserError: no examples, or not all records can be read back.
         """
         try:
             if not self._ids:
@@ -152,7 +151,7 @@ class ExampleWriter:
             self._close_shard()
             if sum(shard["records"] for shard in self._shards) != len(self._ids):
                 raise UserError(
-                    f"{self.directory}: fewer records than were written; check the disk, write again"
+                    f"{self.directory}: fewer records than were written; check the disk and write again"
                 )
             return self._publish()
         except OSError as error:
@@ -168,7 +167,16 @@ class ExampleWriter:
                 written.copy(self.directory / shard["file"], overwrite=True)
             else:
                 written.replace(self.directory / shard["file"])
-        info = read_info(self.directory) if self._exists else self._new_info()
+        info = {
+            "schema_version": SCHEMA_VERSION,
+            "name": self.name,
+            "data_root": self._data_root,
+            "licences": [],
+            "provenance": {},
+            "splits": {},
+        }
+        if self._exists:
+            info = read_info(self.directory)
         info["provenance"] |= self._provenance
         counts = self._counts.plain()
         info["licences"] = sorted({*info["licences"], *counts.get("licence", {})})
@@ -180,18 +188,8 @@ class ExampleWriter:
             paths.write_bytes_atomic(self.directory / name, (described / name).read_bytes())
         return info
 
-    def _new_info(self) -> dict[str, Any]:
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "name": self.name,
-            "data_root": self._data_root,
-            "licences": [],
-            "provenance": {},
-            "splits": {},
-        }
-
     def abort(self) -> None:
-        """Removes what was written; the split does not come to exist."""
+        """Discards the split."""
         if self._open is not None:
             self._open.discard()
             self._open = None
@@ -210,22 +208,22 @@ class ExampleWriter:
 
 
 class ExampleSource:
-    """Random access to the examples of one split; safe among threads.
+    """Random access to the examples of one split; thread-safe.
 
     Attributes:
-      info: the dataset's `metadata.json`, see `tfds_folder.read_info`.
-      data_root: the folder that image paths are relative to.
+      info: content of `metadata.json`, see `tfds_folder.read_info`.
+      data_root: base of image paths.
     """
 
     def __init__(self, directory: paths.PathLike, split: str) -> None:
-        """Looks that all shards are there, as long as they were written; opens none.
+        """Checks the sizes of all shards without opening them.
 
         Args:
-          directory: of a dataset, or of its versions, of which the newest is read.
-          split: its name.
+          directory: folder of a dataset, or of its versions, of which the newest is read.
+          split: name of the split.
 
         Raises:
-          UserError: no such dataset or split (lists the splits there are), or a shard is missing or cut off.
+          UserError: no such dataset or split (lists the existing ones), or a shard is missing or truncated.
         """
         self.directory = tfds_folder.resolve(directory)
         self.split = split
@@ -234,7 +232,8 @@ class ExampleSource:
             known = ", ".join(sorted(self.info["splits"])) or "none"
             raise UserError(f"{directory}: no split {split!r}; it has {known}")
         root = self.info.get("data_root", ".")
-        self.data_root = paths.as_path(root if _is_absolute(root) else self.directory / root)
+        is_absolute = root.startswith(("/", "~")) or "://" in root
+        self.data_root = paths.as_path(root if is_absolute else self.directory / root)
         self._shards = self.info["splits"][split]["shards"]
         self._starts = [0]
         for shard in self._shards:
@@ -243,7 +242,7 @@ class ExampleSource:
         self._readers = ShardReaders(self.directory)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the open files: worker processes open their own."""
+        """Excludes open files; worker processes open their own."""
         return {key: value for key, value in self.__dict__.items() if key != "_readers"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -252,12 +251,12 @@ class ExampleSource:
 
     @property
     def name(self) -> str:
-        """The dataset's name, with its variant: as in a mixture."""
+        """Name of the dataset and its variant, as in a mixture."""
         variant = self.info["provenance"].get("config")
         return f"{self.info['name']}/{variant}" if variant else str(self.info["name"])
 
     def digests(self) -> list[str]:
-        """sha256 of every shard: what a place in a stream of these records depends on."""
+        """Returns the sha256 of every shard, which identify the records of a stream position."""
         return [shard.get("sha256", "") for shard in self._shards]
 
     def __len__(self) -> int:
@@ -267,9 +266,9 @@ class ExampleSource:
         """Returns example `index`.
 
         Raises:
-          IndexError: outside the split.
-          UnavailableError: the shard cannot be read, or is not as long as it was written.
-          UserError: the record is damaged, or no example.
+          IndexError: `index` is outside the split.
+          UnavailableError: the shard cannot be read or was truncated.
+          UserError: the record is damaged or not an example.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)} in {self.directory} {self.split}")
@@ -290,7 +289,7 @@ class ExampleSource:
             raise UserError(f"{path}, record {record}: {error}") from error
 
     def _check_size(self, shard: Mapping[str, Any]) -> None:
-        """Tells a shard that was cut off since it was opened, which costs many records, from a bad record."""
+        """Raises `UnavailableError` if the shard was truncated, which affects more than one record."""
         try:
             check_sizes(self.directory, {shard["file"]: shard["bytes"]})
         except UserError as error:
@@ -303,13 +302,9 @@ class ExampleSource:
         """Returns the index of the example with this id.
 
         Raises:
-          UserError: there is none.
+          UserError: no such example.
         """
         for index, example in enumerate(self):
             if example.id == example_id:
                 return index
         raise UserError(f"{self.directory}: no example {example_id!r} in split {self.split}; check the id")
-
-
-def _is_absolute(root: str) -> bool:
-    return root.startswith(("/", "~")) or "://" in root

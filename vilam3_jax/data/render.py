@@ -1,7 +1,7 @@
-"""From a stored example to what the model reads: turns with or without experts, and decoded images.
+"""Renders a stored example as the model reads it: turns with or without experts, and decoded images.
 
-Cards, calls, expert turns and overlays come into being here, at load time; `data/experts/exchange.py` writes
-them, as at inference.
+Cards, calls, expert turns and overlays are added here, at load time; `data/experts/exchange.py` writes them,
+as at inference.
 """
 
 from __future__ import annotations
@@ -63,25 +63,25 @@ VOLUME_CACHE_BYTES = 1 << 30
 _ANNOTATION_CACHE_BYTES = 256 << 20
 _TEXT_CACHE_BYTES = 16 << 20
 _SLICES_CACHE_BYTES = 16 << 20
-_QUESTION = "\0"  # stands for the question in what is cached; no text holds it
-_MAX_NOTED = 100  # kinds of notes about volumes that one reader warns of
+_QUESTION = "\0"  # placeholder for the question in cached texts
+_MAX_WARNINGS = 100  # different notes about volumes that one reader issues
 
 
 class Annotations(Protocol):
-    """What rendering needs of an `AnnotationStore`."""
+    """The interface of `AnnotationStore` that rendering needs."""
 
     def get(self, input_key: str, expert: str, args: str = "") -> Annotation | None: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """An example as the model meets it.
+    """An example as the model reads it.
 
     Attributes:
-      turns: with cards, triggers and expert turns where experts are on.
-      images: uint8 [H, W, 3] each, as the image reader gave them, in the order of the markers.
-      experts: names of the experts that spoke.
-      missing: names of those that did not, for want of an annotation.
+      turns: with cards, triggers and expert turns if experts are on.
+      images: uint8 [H, W, 3] each, from the image reader, in the order of the markers.
+      experts: names of the experts whose results are shown.
+      missing: names of the experts without an annotation.
     """
 
     turns: tuple[Turn, ...]
@@ -92,11 +92,11 @@ class Rendered:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An image that is read when it is needed.
+    """A lazily decoded image.
 
     Attributes:
-      read: gives uint8 [H, W, 3].
-      shape: gives (H, W), where possible without decoding.
+      read: returns uint8 [H, W, 3].
+      shape: returns (H, W), without decoding if possible.
     """
 
     read: Callable[[], np.ndarray]
@@ -105,7 +105,7 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """`Rendered` before its images are read; they come in the same order."""
+    """A `Rendered` example whose images are not decoded yet."""
 
     turns: tuple[Turn, ...]
     pictures: tuple[Picture, ...]
@@ -115,13 +115,13 @@ class Outline:
 
 @dataclasses.dataclass(frozen=True)
 class _Shown:
-    """An image of an example as it is shown: itself, or some slices of a whole volume.
+    """One image of an example as shown: a single image, or slices of a whole volume.
 
     Attributes:
-      refs: of what is shown.
-      pictures: one for each of `refs`.
-      planes: of the whole volume along its axis; 0 for a single image.
-      text: what stands for its marker.
+      refs: references to the images shown.
+      pictures: one per reference.
+      planes: number of slices of the whole volume along its axis; 0 for a single image.
+      text: replacement of the image's marker.
     """
 
     refs: tuple[ImageRef, ...]
@@ -131,7 +131,7 @@ class _Shown:
 
 
 class ImageReader:
-    """Decodes and resizes the images of examples; keeps what was decoded, within byte budgets."""
+    """Decodes and resizes the images of examples, with caches of bounded size."""
 
     def __init__(
         self,
@@ -141,34 +141,34 @@ class ImageReader:
         image_cache_bytes: int = IMAGE_CACHE_BYTES,
         volume_cache_bytes: int = VOLUME_CACHE_BYTES,
     ) -> None:
-        """Makes empty caches.
+        """Creates empty caches.
 
         Args:
-          size: side of the images in pixels; None: as they are, see `ImageProcessor.kept_size`.
-          preprocessing: how the model sees scans and transparent pictures.
-          image_cache_bytes: for resized uint8 images, so that later epochs decode nothing.
-          volume_cache_bytes: for whole volumes; the newest is kept even if larger.
+          size: image side in pixels; None: the original size, see `ImageProcessor.kept_size`.
+          preprocessing: rendering of scans and transparent images.
+          image_cache_bytes: budget for resized uint8 images, which later epochs reuse.
+          volume_cache_bytes: budget for whole volumes; the newest is kept even if larger.
         """
         self.size, self.preprocessing = size, preprocessing
         self.images: ByteLRU[np.ndarray] = ByteLRU(image_cache_bytes, lambda image: image.nbytes)
-        self._noted: set[str] = set()
+        self._warned: set[str] = set()
         self._volumes: ByteLRU[Volume] = ByteLRU(volume_cache_bytes, lambda volume: volume.voxels.nbytes)
 
     def read(self, image: ImageRef, data_root: Any) -> np.ndarray:
-        """Returns the image, uint8 [S, S, 3] or [H, W, 3]; shared, so do not write into it.
+        """Returns the image, uint8 [S, S, 3] or [H, W, 3]. The array is shared and must not be modified.
 
         Args:
           image: bytes, or a path below `data_root`.
           data_root: folder of the dataset's files.
 
         Raises:
-          UserError: the path leaves `data_root`, or the file is missing, damaged or no image.
+          UserError: the path leaves `data_root`, or the file is missing, damaged or not an image.
         """
         if image.path is not None and (reason := path_problem(image.path)):
             raise UserError(f"image {reason}")
         if image.path is None:
             assert image.data is not None
-            if decoded_images.is_decoded(image.data):  # costs as much as to look it up in the cache
+            if decoded_images.is_decoded(image.data):  # as cheap as a cache lookup
                 return self._decode(image, data_root)
             source = hashlib.sha256(image.data).hexdigest()
         else:
@@ -177,7 +177,7 @@ class ImageReader:
         return self.images.get(key, lambda: self._decode(image, data_root))
 
     def shape(self, image: ImageRef, data_root: Any) -> tuple[int, int]:
-        """(H, W) of what `read` returns; from the header where a file has one that is enough."""
+        """Returns (H, W) of the image that `read` returns, from the file header if possible."""
         if self.size is not None:
             return self.size, self.size
         if image.data is not None:
@@ -207,10 +207,10 @@ class ImageReader:
         return self.preprocessing.slice_image(volume, image.axis, image.index, image.window, self.size)
 
     def volume(self, image: ImageRef, data_root: Any) -> Volume:
-        """The volume of an image that is one, or a slice of one; kept within the budget of volumes.
+        """Returns the volume that an image is, or is a slice of; cached.
 
         Raises:
-          UserError: the path leaves `data_root`, or the file is missing, damaged or no volume.
+          UserError: the path leaves `data_root`, or the file is missing, damaged or not a volume.
         """
         if image.path is None or (reason := path_problem(image.path)):
             raise UserError("image has no path" if image.path is None else f"image {reason}")
@@ -218,11 +218,10 @@ class ImageReader:
         return self._volumes.get((str(path), image.modality), lambda: self._read_volume(path, image.modality))
 
     def _read_volume(self, path: epath.Path, modality: str | None) -> Volume:
-        """Warns of each kind of note once: a dataset may have it in a million files."""
         volume = read_volume(path, modality=modality)
-        new = [note for note in volume.notes if note not in self._noted]
-        if new and len(self._noted) < _MAX_NOTED:
-            self._noted.update(new)
+        new = [note for note in volume.notes if note not in self._warned]  # a million files may share a note
+        if new and len(self._warned) < _MAX_WARNINGS:
+            self._warned.update(new)
             warn_of(tuple(f"{note}; further files are not named" for note in new), path)
         return volume
 
@@ -231,7 +230,7 @@ class ImageReader:
 
 
 class Renderer:
-    """Renders examples under one setting of the experts."""
+    """Renders examples with one setting of the experts."""
 
     def __init__(
         self,
@@ -246,19 +245,19 @@ class Renderer:
         missing: str = "skip",
         slices: SliceRule | None = None,
     ) -> None:
-        """Checks the setting.
+        """Validates the setting.
 
         Args:
           image_reader: decodes images; may be shared.
-          experts: 'on', 'off', 'falsified' (records wrong on purpose) or 'mixed' (some samples on, some off).
+          experts: 'on', 'off', 'falsified' (deliberately wrong results) or 'mixed' (on for some samples).
           expert_share: with 'mixed', the share of the samples with experts, 0 to 1.
-          cards: the experts that the model is told of.
-          annotations: what the experts said; needed unless experts are off.
-          style: how it is told.
-          seed: of the sample_index of 'mixed' and of the falsification.
-          missing: what becomes of an example whose request of policy "always" has no annotation. 'skip': it
-            is skipped; 'plain': it is shown without that expert; 'error': it ends the run.
-          slices: which slices of whole volumes are shown; None: four that are evenly spaced.
+          cards: the experts shown to the model.
+          annotations: results of the experts; required unless experts are off.
+          style: presentation of the results.
+          seed: for 'mixed' and for the falsification.
+          missing: handling of an example whose request with policy "always" has no annotation. 'skip': skip
+            it; 'plain': render it without that expert; 'error': end the run.
+          slices: selection of slices of whole volumes; None: four evenly spaced slices.
 
         Raises:
           UserError: an unknown mode or policy, a share outside 0 to 1, experts without annotations or cards,
@@ -283,9 +282,11 @@ class Renderer:
         self._store, self._style = annotations, style
         self._seed = seed
         self._annotations: ByteLRU[Annotation | None] = ByteLRU(_ANNOTATION_CACHE_BYTES, memory_bytes)
-        # Texts alone: an overlay holds its annotation, whose label map would outlive the other cache.
+        # Only texts: an overlay references its annotation, whose label map would escape the other budget.
         self._texts: ByteLRU[str] = ByteLRU(_TEXT_CACHE_BYTES, lambda text: len(text) + 256)
-        self._marked: ByteLRU[np.ndarray] = ByteLRU(_SLICES_CACHE_BYTES, lambda voxels: voxels.nbytes + 256)
+        self._marked_voxels: ByteLRU[np.ndarray] = ByteLRU(
+            _SLICES_CACHE_BYTES, lambda voxels: voxels.nbytes + 256
+        )
         self._chosen: ByteLRU[tuple[int, tuple[int, ...]]] = ByteLRU(
             _SLICES_CACHE_BYTES, lambda chosen: 8 * len(chosen[1]) + 256
         )
@@ -296,11 +297,11 @@ class Renderer:
         Args:
           example: a valid example.
           data_root: folder its image paths are relative to.
-          sample_index: position of the sample in its stream. With 'mixed' it decides, together with the seed,
-            whether experts are on, so that over the epochs an example is seen both ways.
+          sample_index: position of the sample in its stream. With 'mixed', it determines together with the
+            seed whether experts are on, so an example is seen both ways over the epochs.
 
         Raises:
-          UserError: an image cannot be read, or an expert's result that must be there is not.
+          UserError: an image cannot be read, or a required result is missing.
         """
         outline = self.outline(example, data_root, sample_index)
         return Rendered(
@@ -308,47 +309,47 @@ class Renderer:
         )
 
     def outline(self, example: Example, data_root: Any, sample_index: int = 0) -> Outline:
-        """`render` without reading an image; whole volumes are read, to choose their slices.
+        """Like `render`, without decoding images. Whole volumes are read to choose their slices.
 
         Raises:
-          UserError: an expert's result that must be there is not, or a whole volume cannot be read. Other
-            images raise when they are read.
-          StoppingError: the former, where the settings say so.
+          UserError: a required result is missing, or a whole volume cannot be read. Other images raise when
+            they are read.
+          StoppingError: a required result is missing, with `missing='error'`.
         """
         if example.format == "study":
             raise UserError(
-                "holds images only; name a rule in data.mixture or --dataset, such as NAME:ct_what"
+                "contains only images; name a rule in data.mixture or --dataset, such as NAME:ct_what"
             )
         shown = [self._show(example, number, data_root) for number in range(len(example.images))]
         turns, pictures = _with_slices(example.turns, shown)
-        everything = tuple(picture for of_turn in pictures for picture in of_turn)
+        all_pictures = tuple(picture for of_turn in pictures for picture in of_turn)
         if not self.experts_on(sample_index):
-            return Outline(tuple(turns), everything)
+            return Outline(tuple(turns), all_pictures)
         cards = list(self._cards.values())
         if not example.expert_requests:
-            # The agent shows its cards with every question; that most of them need no expert is learned here.
-            spoken = example.format == "conversation" and example.meta.get("cards", True)
-            return Outline(tuple(with_cards(turns, cards) if spoken else turns), everything)
+            # The agent shows its cards with every question, most of which need no expert.
+            shows_cards = example.format == "conversation" and example.meta.get("cards", True)
+            return Outline(tuple(with_cards(turns, cards) if shows_cards else turns), all_pictures)
         found, missing = self._results(example)
         if not found:
-            return Outline(tuple(turns), everything, (), missing)
-        told: list[Turn] = []
+            return Outline(tuple(turns), all_pictures, (), missing)
+        rendered: list[Turn] = []
         pictured: list[Picture] = []
         for position, turn in enumerate(turns):
             if position in found:
                 question = found[position][0][0].question or question_of(example.turns[position - 1].text)
                 made, overlays = self._exchange(found[position], question, shown)
-                told += made
+                rendered += made
                 pictured += overlays
-            told.append(turn)
+            rendered.append(turn)
             pictured += pictures[position]
         names = tuple(request.expert for pairs in found.values() for request, _ in pairs)
-        return Outline(tuple(with_cards(told, cards)), tuple(pictured), names, missing)
+        return Outline(tuple(with_cards(rendered, cards)), tuple(pictured), names, missing)
 
     def _results(
         self, example: Example
     ) -> tuple[dict[int, list[tuple[ExpertRequest, Annotation]]], tuple[str, ...]]:
-        """(turn → requests before it with their annotations, names of the experts without one)."""
+        """Returns turn index -> (request, annotation) pairs, and the experts without an annotation."""
         found: dict[int, list[tuple[ExpertRequest, Annotation]]] = {}
         missing = []
         for request in example.expert_requests:
@@ -363,9 +364,9 @@ class Renderer:
         image = example.images[number]
         if image.axis is None or image.index is not None:
             return _Shown((image,), (self._picture(image, data_root),))
-        marks = self._marks(example, number) if self._slices.choice == "finding" else None
-        key = (str(data_root), image.path, image.axis, image.window, image.modality, marks and marks.key)
-        planes, indices = self._chosen.get(key, lambda: self._choose(image, data_root, marks))
+        finding = self._finding(example, number) if self._slices.choice == "finding" else None
+        key = (str(data_root), image.path, image.axis, image.window, image.modality, finding and finding.key)
+        planes, indices = self._chosen.get(key, lambda: self._choose(image, data_root, finding))
         refs = tuple(dataclasses.replace(image, index=index) for index in indices)
         pictures = tuple(self._picture(ref, data_root) for ref in refs)
         return _Shown(refs, pictures, planes, numbered(indices, planes))
@@ -377,28 +378,28 @@ class Renderer:
         )
 
     def _choose(
-        self, image: ImageRef, data_root: Any, marks: Annotation | None
+        self, image: ImageRef, data_root: Any, finding: Annotation | None
     ) -> tuple[int, tuple[int, ...]]:
-        """(planes of a whole volume, those of them that are shown)."""
+        """Returns the number of slices of a whole volume, and the indices of those to show."""
         axis, rule = image.axis, self._slices
-        assert axis is not None  # it is a volume
+        assert axis is not None
         volume = self._reader.volume(image, data_root)
         planes = volume.voxels.shape[axis]
         chosen: tuple[int, ...] = ()
         if rule.choice == "informative":
             chosen = informative_slices(volume, axis, rule.count, self._reader.preprocessing, image.window)
-        elif marks is not None:
-            if marks.label_shape != volume.voxels.shape:
-                raise UserError(f"annotation of {marks.expert} is of another grid than its volume")
+        elif finding is not None:
+            if finding.label_shape != volume.voxels.shape:
+                raise UserError(f"annotation of {finding.expert} has another grid than its volume")
             try:
-                chosen = finding_slices(marks, axis, rule.count)
+                chosen = finding_slices(finding, axis, rule.count)
             except ValueError as error:
                 raise UserError(f"its expert's result cannot be used: {error}") from error
         return planes, chosen or even_slices(planes, rule.count)
 
-    def _marks(self, example: Example, number: int) -> Annotation | None:
-        """The first result with a label map among the requests that look at an image, true in any mode."""
-        assert self._store is not None  # checked with the rule
+    def _finding(self, example: Example, number: int) -> Annotation | None:
+        """Returns the first unfalsified result with a label map among the requests for an image."""
+        assert self._store is not None  # checked in __init__
         for request in example.expert_requests:
             if number in (image.image for image in request.images):
                 annotation = self._store.get(self._key(example, request), request.expert, request.args)
@@ -407,7 +408,7 @@ class Renderer:
         return None
 
     def experts_on(self, sample_index: int) -> bool:
-        """Whether the sample at position `sample_index` has experts."""
+        """Whether experts are on for a sample."""
         if self._experts != "mixed":
             return self._experts != "off"
         digest = hashlib.sha256(f"{self._seed}/{sample_index}".encode()).digest()
@@ -415,7 +416,7 @@ class Renderer:
 
     def _annotation(self, example: Example, request: ExpertRequest) -> Annotation | None:
         if request.expert not in self._cards:
-            raise UserError(f"expert {request.expert} has no card; choose a card list that names it")
+            raise UserError(f"expert {request.expert} has no card; choose a card list that includes it")
         key = self._key(example, request)
         annotation = self._annotations.get(
             (key, request.expert, request.args), lambda: self._look_up(key, request.expert, request.args)
@@ -431,7 +432,7 @@ class Renderer:
             return example.input_key(request.images)
         except ValueError as error:
             name = f"{request.expert}({request.args})"
-            raise UserError(f"{error} to look up {name} with; prepare the dataset again") from None
+            raise UserError(f"{error}, needed to look up {name}; prepare the dataset again") from None
 
     def _look_up(self, key: str, expert: str, args: str) -> Annotation | None:
         assert self._store is not None  # experts are on
@@ -446,7 +447,7 @@ class Renderer:
     def _exchange(
         self, made: Sequence[tuple[ExpertRequest, Annotation]], question: str, shown: Sequence[_Shown]
     ) -> tuple[list[Turn], list[Picture]]:
-        """The turns of the call and of the experts, and the pictures of the latter."""
+        """Returns the calling turn and the expert turn, and the images of the latter."""
         results, bases, markers = [], [], []
         for request, annotation in made:
             image = shown[request.images[0].image]
@@ -457,7 +458,7 @@ class Renderer:
                 bases.append((ref, image.pictures[place]))
                 markers.append(numbered([ref.index or 0], image.planes) if image.planes else IMAGE_MARKER)
         key = tuple((r.annotation.key, r.annotation.version, r.plane) for r in results)
-        # One text serves all questions about a slice: the question is put in afterwards.
+        # One cached text serves all questions about a slice.
         try:
             text = self._texts.get(key, lambda: exchange(results, _QUESTION, self._style).text)
         except ValueError as error:
@@ -473,17 +474,17 @@ class Renderer:
             self._coloured(overlay, picture, ("overlay", n, key, ref.window))
             for n, (overlay, (ref, picture)) in enumerate(zip(overlays_of(results), bases, strict=True))
         ]
-        told = with_markers(text, markers).replace(_QUESTION, question)
-        return [called, Turn("expert", told)], pictures
+        result = Turn("expert", with_markers(text, markers).replace(_QUESTION, question))
+        return [called, result], pictures
 
     def _most_marked(self, image: _Shown, annotation: Annotation) -> int:
-        """Which of the slices shown an expert's result is shown on: the one that it marks most of."""
+        """Returns which of the slices shown has the most voxels marked by an expert."""
         shape, axis = annotation.label_shape, image.refs[0].axis
         if len(image.refs) == 1 or shape is None or axis is None or shape[axis] != image.planes:
             return 0
         key = (annotation.key, annotation.version, axis)
         try:
-            voxels = self._marked.get(key, lambda: marked_voxels(annotation, axis))
+            voxels = self._marked_voxels.get(key, lambda: marked_voxels(annotation, axis))
         except ValueError as error:
             raise UserError(f"its expert's result cannot be shown: {error}") from error
         return most_marked(voxels, [ref.index or 0 for ref in image.refs])
@@ -498,7 +499,7 @@ class Renderer:
 def _with_slices(
     turns: Sequence[Turn], shown: Sequence[_Shown]
 ) -> tuple[list[Turn], list[tuple[Picture, ...]]]:
-    """The turns with a marker for each slice, and the pictures of each turn in the order of its markers."""
+    """Returns the turns with one marker per slice, and the images of each turn in marker order."""
     waiting = iter(shown)
     written, pictures = [], []
     for turn in turns:
@@ -512,10 +513,10 @@ def _with_slices(
 def encode_example(
     tokenizer: TokenizerLike, template: Template, form: str, turns: Sequence[Turn], tokens_per_image: int
 ) -> Encoded:
-    """Encodes rendered turns by the example's format.
+    """Encodes rendered turns according to the example's format.
 
-    Pairs and captions have the plain form (image, caption, line end), whatever the model's chat template;
-    documents have no roles. The rules for text around images are the template's in any case.
+    Pairs and captions use the plain template (image, caption, line end) instead of the model's chat template;
+    documents have no roles. The text rules are always those of `template`.
     """
     if form == "document":
         return encode_document(tokenizer, turns, tokens_per_image, template.rules)

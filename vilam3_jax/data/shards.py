@@ -1,4 +1,4 @@
-"""Reading ArrayRecord shards, of a local folder or of an object store."""
+"""Reads ArrayRecord shards from a local folder or an object store."""
 
 from __future__ import annotations
 
@@ -14,30 +14,23 @@ from array_record.python.array_record_module import ArrayRecordReader
 from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.runtime import paths
 
-_MAX_OPEN = 256  # each is an open file, and memory for the positions of its records
+_MAX_OPEN = 256  # each has an open file and an index of its records in memory
 
 
 class ShardReaders:
-    """The shards of one folder, each opened when it is first read; safe among threads.
+    """The shards of one folder, opened on first use; thread-safe. The `_MAX_OPEN` most recent stay open.
 
-    ArrayRecord reads local files only, so a shard of an object store is fetched whole when it is first
-    needed, once a process, into the folder for temporary files; meanwhile other threads go on reading other
-    shards. The copies are removed with this object.
-
-    The `_MAX_OPEN` shards that were used last stay open; copies stay until this object goes.
+    ArrayRecord reads only local files, so a shard of an object store is first copied to a temporary folder,
+    once per process, without blocking reads of other shards. The copies are removed with this object.
     """
 
     def __init__(self, directory: paths.PathLike) -> None:
-        """Opens nothing yet.
-
-        Args:
-          directory: local folder or `gs://` prefix.
-        """
+        """Opens no shard. `directory` is a local folder or a `gs://` prefix."""
         self._directory = paths.as_path(directory)
         self._remote = "://" in os.fspath(self._directory)
-        self._readers: dict[str, ArrayRecordReader] = {}  # the last used one is the last
+        self._readers: dict[str, ArrayRecordReader] = {}  # ordered by last use
         self._copies: tempfile.TemporaryDirectory[str] | None = None
-        self._fetched_before: dict[str, str] = {}  # name to the copy, which could be opened
+        self._fetched: dict[str, str] = {}  # name -> local copy that could be opened
         self._lock = threading.Lock()
         self._opening: dict[str, threading.Lock] = {}
 
@@ -45,29 +38,29 @@ class ShardReaders:
         """Returns one record.
 
         Args:
-          name: of the shard's file.
-          record: number of the record in the shard.
-          records: how many the shard must have; not checked if None.
+          name: file name of the shard.
+          record: index of the record in the shard.
+          records: expected number of records in the shard; None: not checked.
 
         Raises:
           UnavailableError: the shard is missing, damaged as a whole, or cannot be fetched.
-          ValueError, IndexError, RuntimeError: this record is damaged, or not there.
+          ValueError, IndexError, RuntimeError: the record is damaged or missing.
         """
         reader = self._reader(name, records)
         try:
             return self._record(reader, record)
         except RuntimeError:
-            # The record is damaged, or a file server forgot the file; a copy is neither stale nor remote.
+            # A damaged record or a stale file handle; local copies cannot be stale.
             if self._remote:
                 raise
-        with self._lock:  # unless another thread has opened it again
+        with self._lock:  # unless another thread has reopened it
             if self._readers.get(name) is reader:
                 del self._readers[name]
         return self._record(self._reader(name, records), record)
 
     def _record(self, reader: ArrayRecordReader, record: int) -> bytes:
         with self._lock:
-            # As a range: for a list of records the reader walks through all of the shard's groups first.
+            # A range, because for a list of records the reader first scans all groups of the shard.
             (data,) = reader.read(record, record + 1)
         return data
 
@@ -85,11 +78,11 @@ class ShardReaders:
     def _open(self, name: str, records: int | None) -> ArrayRecordReader:
         path = self._directory / name
         try:
-            local = self._fetched_before.get(name)
+            local = self._fetched.get(name)
             if local is None:
                 if not path.exists():
                     raise OSError("no such file")
-                local = self._fetched(path) if self._remote else os.fspath(path)
+                local = self._fetch(path) if self._remote else os.fspath(path)
             reader = open_reader(local)
             if records is not None and reader.num_records() != records:
                 raise OSError(f"has {reader.num_records()} records, {records} were written")
@@ -100,12 +93,12 @@ class ShardReaders:
         with self._lock:
             self._readers[name] = reader
             if self._remote:
-                self._fetched_before[name] = local
+                self._fetched[name] = local
             if len(self._readers) > _MAX_OPEN:
-                del self._readers[next(iter(self._readers))]  # closed when no thread reads it any more
+                del self._readers[next(iter(self._readers))]  # closed once no thread uses it
         return reader
 
-    def _fetched(self, path: Any) -> str:
+    def _fetch(self, path: Any) -> str:
         with self._lock:
             self._copies = self._copies or tempfile.TemporaryDirectory(prefix="vilam3-shards-")
         local = os.path.join(self._copies.name, path.name)
@@ -117,17 +110,17 @@ class ShardReaders:
 
 
 def check_sizes(directory: paths.PathLike, sizes: Mapping[str, int]) -> None:
-    """Looks up every shard, 32 at a time.
+    """Checks that every shard exists and has the expected size, 32 at a time.
 
     Args:
       directory: local folder or `gs://` prefix.
-      sizes: name of a shard's file → bytes.
+      sizes: file name of a shard -> bytes.
 
     Raises:
-      UserError: shards are missing or of another size; names the first of them.
+      UserError: shards are missing or have another size; names the first of them.
     """
 
-    def look(item: tuple[str, int]) -> str:
+    def problem(item: tuple[str, int]) -> str:
         path = paths.as_path(directory) / item[0]
         try:
             found = paths.file_size(path)
@@ -136,12 +129,12 @@ def check_sizes(directory: paths.PathLike, sizes: Mapping[str, int]) -> None:
         return "" if found == item[1] else f"{path}: has {found} bytes, {item[1]} were written"
 
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
-        wrong = [problem for problem in pool.map(look, sizes.items()) if problem]
+        wrong = [found for found in pool.map(problem, sizes.items()) if found]
     if wrong:
         more = f" (and {len(wrong) - 1} more shards)" if len(wrong) > 1 else ""
-        raise UserError(f"{wrong[0]}{more}; copy the dataset anew or prepare it again")
+        raise UserError(f"{wrong[0]}{more}; copy or prepare the dataset again")
 
 
 def open_reader(path: str) -> ArrayRecordReader:
-    """Opens a local shard for reading single records: nothing is read ahead."""
+    """Opens a local shard for random access, without read-ahead."""
     return ArrayRecordReader(path, options="readahead_buffer_size:0,max_parallelism:0")

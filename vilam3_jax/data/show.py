@@ -1,4 +1,4 @@
-"""`vilam3 data show`: an example as the model meets it, with its images and what is a target."""
+"""The `vilam3 data show` command: an example as the model reads it, with images and targets."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _STYLE = (
 
 
 def to_text(example: Example, rendered: Rendered) -> str:
-    """Returns the example for a terminal: one block a turn; `>` marks the lines that are targets."""
+    """Formats an example for a terminal, one block per turn; `>` marks targets."""
     lines = [f"example {example.id} ({example.format}), {len(rendered.images)} images"]
     lines += [f"  {key}: {value}" for key, value in _facts(example)]
     number = 0
@@ -54,7 +54,7 @@ def to_text(example: Example, rendered: Rendered) -> str:
 
 
 def to_html(example: Example, rendered: Rendered) -> str:
-    """Returns the example as one page that needs nothing else; texts are escaped."""
+    """Formats an example as one self-contained page; texts are escaped."""
     blocks, images = [], iter(rendered.images)
     for turn in rendered.turns:
         chunks = [html.escape(chunk) for chunk in turn.text.split(IMAGE_MARKER)]
@@ -94,94 +94,80 @@ def _facts(example: Example) -> list[tuple[str, str]]:
     return facts
 
 
-def contact_sheet(images: Sequence[np.ndarray]) -> np.ndarray:
-    """Puts images of one height side by side, uint8 [H, W, 3]."""
-    return np.concatenate(list(images), axis=1)
-
-
 def _open(data: str, dataset: str | None, split: str) -> ExampleSource:
     root = paths.as_path(data)
     if dataset is None:
         found = datasets_in(root)
         if len(found) > 1:
             names = ", ".join(path.relative_to(root).as_posix() for path in found)
-            raise UserError(f"{data}: holds {names}; choose one with --dataset")
+            raise UserError(f"{data}: contains {names}; choose one with --dataset")
         return ExampleSource(found[0], split)
     if is_dataset(root) and not (root / dataset).exists():
-        return ExampleSource(root, split)  # the folder is the dataset itself
+        return ExampleSource(root, split)  # `data` is the dataset
     return ExampleSource(root / dataset, split)
 
 
 def _under_rule(
     source: ExampleSource, args: Any, cards: Sequence[Card], store: AnnotationStore | None, style: Style
 ) -> ExampleSource | DialogueSource:
-    """The dataset, under the rule that --dataset names."""
     rule = split_row(args.dataset or "")[1]
     if rule is None:
         return source
     if store is None:
-        raise UserError(f"--dataset {args.dataset}: give the folder of annotations with --annotations")
+        raise UserError(f"--dataset {args.dataset}: requires --annotations")
     if args.parity and rule.parity is None:
-        raise UserError(f"--parity: the reference has no dialogues of the rule {rule.name}; leave it out")
+        raise UserError(f"--parity: the reference has no dialogues of the rule {rule.name}; omit it")
     return under_rule(source, rule, Setting.of(cards, store, style=style, parity=args.parity), args.seed)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="vilam3 data show", description="Show one example of a dataset as the model meets it."
+        prog="vilam3 data show", description="Shows one example of a dataset as the model reads it."
     )
-    parser.add_argument("--data", required=True, help="folder that `vilam3 prepare` wrote")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--data", required=True, help="folder written by `vilam3 prepare`")
+    add(
         "--dataset",
-        help="which dataset, where the folder holds several; NAME:RULE for a dialogue by one of the rules "
-        + ", ".join(RULES),
+        help=f"one of several datasets, or NAME:RULE for a dialogue by a rule: {', '.join(RULES)}",
     )
-    parser.add_argument("--split", default="train", help="split to read (default: train)")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--index", type=int, default=0, help="number of the example (default: 0)")
-    which.add_argument("--id", help="id of the example")
-    parser.add_argument(
-        "--annotations",
-        default="",
-        help="what the experts said, for --experts on or falsified, and for a rule",
+    add("--split", default="train", help="split to read (default: %(default)s)")
+    example = parser.add_mutually_exclusive_group()
+    example.add_argument("--index", type=int, default=0, help="index of the example (default: %(default)s)")
+    example.add_argument("--id", help="id of the example")
+    add(
+        "--annotations", default="", help="annotation store, required by rules and by --experts on, falsified"
     )
-    parser.add_argument(
-        "--experts",
-        choices=("on", "off", "falsified"),
-        default="off",
-        help="with experts or without (default: off)",
-    )
-    parser.add_argument(
-        "--cards", default="quickstart", help="card list: experts, quickstart, vila_m3 or a file"
-    )
-    parser.add_argument(
+    add("--experts", choices=("on", "off", "falsified"), default="off", help="(default: %(default)s)")
+    add("--cards", default="quickstart", help="card list: experts, quickstart, vila_m3 or a file")
+    add(
         "--position",
         type=int,
         default=0,
-        help="place in training: another place, another dialogue (default: 0)",
+        help="stream position, which varies dialogues (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the run (default: 0)")
-    parser.add_argument("--verdicts", action="store_true", help="tell what the checks of results doubt")
-    parser.add_argument("--parity", action="store_true", help="in the words of VILA-M3's training data")
-    parser.add_argument("--size", type=int, default=384, help="side of the images in pixels (default: 384)")
-    parser.add_argument(
-        "--out", help="FILE.html: the whole example as a page; FILE.png: its images side by side"
-    )
+    add("--seed", type=int, default=0, help="seed of the run (default: %(default)s)")
+    add("--verdicts", action="store_true", help="include doubts from the checks of results")
+    add("--parity", action="store_true", help="use the wording of VILA-M3's training data")
+    add("--size", type=int, default=384, help="image side in pixels (default: %(default)s)")
+    add("--out", help="FILE.html: the example as a page; FILE.png: its images side by side")
     return parser
 
 
-def show(args: Any) -> str:
-    """Does what `main` promises; returns the text for the terminal.
+def main(argv: Sequence[str]) -> int:
+    """Runs `vilam3 data show`; returns 0.
 
     Raises:
       UserError: no such data, example or annotation, or a file name that is neither .html nor .png.
     """
+    args = _parser().parse_args(argv)
     if args.out and not args.out.endswith((".html", ".png")):
         raise UserError(f"--out {args.out}: must end in .html or .png")
     if args.size < 1:
         raise UserError(f"--size {args.size}: must be positive")
+    if args.experts != "off" and not args.annotations:
+        raise UserError(f"--experts {args.experts}: requires --annotations")
+    store = AnnotationStore(args.annotations) if args.annotations else None
     stored = _open(args.data, args.dataset and split_row(args.dataset)[0], args.split)
-    store = _store(args)
     cards = load_cards(args.cards)
     style = Style(wording_named("vila_m3" if args.parity else "plain"), args.verdicts)
     source = _under_rule(stored, args, cards, store, style)
@@ -204,32 +190,12 @@ def show(args: Any) -> str:
         raise UserError(f"example {example.id}: {error}") from error
     text = to_text(example, rendered)
     if args.experts != "off" and example.expert_requests and not rendered.experts:
-        text += "\n(no annotation for this example: shown without expert)\n"
+        text += "\n(no annotation for this example: shown without experts)\n"
     if args.out and args.out.endswith(".html"):
         paths.write_text_atomic(args.out, to_html(example, rendered))
     elif args.out:
         if not rendered.images:
             raise UserError(f"--out {args.out}: example {example.id} has no images; use .html")
-        paths.write_bytes_atomic(args.out, encode_png(contact_sheet(rendered.images)))
-    return text + (f"\nwritten: {args.out}\n" if args.out else "")
-
-
-def _store(args: Any) -> AnnotationStore | None:
-    if args.experts != "off" and not args.annotations:
-        raise UserError(f"--experts {args.experts}: give the folder of annotations with --annotations")
-    return AnnotationStore(args.annotations) if args.annotations else None
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `vilam3 data show`; returns the exit code (2: bad input, said in one line)."""
-    args = _parser().parse_args(argv)
-    try:
-        sys.stdout.write(show(args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        paths.write_bytes_atomic(args.out, encode_png(np.concatenate(rendered.images, axis=1)))
+    sys.stdout.write(text + (f"\nwritten: {args.out}\n" if args.out else ""))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

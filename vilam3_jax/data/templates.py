@@ -1,9 +1,9 @@
-"""Wire formats: how turns become tokens, which of them are targets, and where images stand.
+"""Chat templates: the conversion of turns to tokens, targets and image positions.
 
-A template is data. Its control tokens are inserted as ids; what people wrote is encoded as plain text, so no
-text can open or close a turn. Text between control tokens and images is encoded as one, but an assistant's
-text always on its own: a prompt for generation is the exact prefix of the training sequence, and supervision
-needs no search for borders. How text around images is treated is a matter of the template's `rules`.
+A template is data. Its control tokens are inserted as ids and all other text is encoded as plain text, so no
+text can open or close a turn. Text between control tokens and images is encoded in one piece, except that an
+assistant's text is encoded separately. A prompt for generation is therefore an exact prefix of the training
+sequence, and targets need no search. The template's `rules` determine the treatment of text around images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vilam3_jax.errors import UserError
 
 
 class TokenizerLike(Protocol):
-    """What templates and loaders need of `data.tokenizer.Tokenizer`."""
+    """The interface of `data.tokenizer.Tokenizer` that templates and loaders need."""
 
     bos_id: int | None
     eos_id: int
@@ -42,30 +42,30 @@ class TokenizerLike(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Special:
-    """A control token of the vocabulary, inserted by id."""
+    """A control token, inserted by id."""
 
     token: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Bos:
-    """The tokenizer's beginning of a sequence; nothing where it has none."""
+    """The tokenizer's beginning-of-sequence token, if any."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Eos:
-    """The tokenizer's end of a sequence."""
+    """The tokenizer's end-of-sequence token."""
 
 
 Part = str | Special | Bos | Eos
 
 
-def _as_it_is(text: str) -> str:
+def _unchanged(text: str) -> str:
     return text
 
 
 def _stripped(text: str) -> str:
-    """NVILA's spaces: VILA's, then none at the ends of any turn."""
+    """NVILA's normalization: VILA's, then stripped."""
     return normalise_markers(text).strip()
 
 
@@ -75,16 +75,16 @@ class Template:
 
     Attributes:
       name: as in `config.model.template`.
-      headers: role → what stands before its text.
-      ends: role → what stands after its text (not the assistant).
-      stop: what ends an assistant's text; supervised with it.
-      after_stop: what follows, not supervised.
-      start: what a sequence begins with.
-      system: text of the system turn that is put before dialogues that begin without one; None for none.
-      gap: what stands between an assistant's header and its text, as a part of the text.
-      last_stop: what ends a dialogue's last turn, where that is not what ends the others.
-      trained_spaces: what VILA's training made of a turn's text, see `TextRules.spaces`.
-      rules: how text around images becomes tokens.
+      headers: role -> parts before its text.
+      ends: role -> parts after its text (except the assistant's).
+      stop: parts after an assistant's text; supervised like the text.
+      after_stop: parts after `stop`; not supervised.
+      start: parts at the start of a sequence.
+      system: text of the system turn prepended to dialogues without one; None: no such turn.
+      gap: text between an assistant's header and its text; encoded and supervised with the text.
+      last_stop: parts at the end of a dialogue's last turn, if these differ from other turns.
+      trained_spaces: normalization of a turn's text in VILA's training, see `TextRules.spaces`.
+      rules: treatment of text around images.
     """
 
     name: str
@@ -100,13 +100,13 @@ class Template:
     rules: TextRules = ALL_CLEAN
 
     def stop_ids(self, tokenizer: TokenizerLike) -> tuple[int, ...]:
-        """Ids at which an answer ends."""
+        """Returns the ids that end an answer."""
         parts = (*self.stop, *(self.last_stop or ()))
         control = (tokenizer.token_id(part.token) for part in parts if isinstance(part, Special))
         return tuple(dict.fromkeys((*control, tokenizer.eos_id)))
 
 
-# An expert speaks under the user's header, as in VILA-M3.
+# Expert turns have the user's header, as in VILA-M3.
 _WRITTEN = {"system": "system", "user": "user", "assistant": "assistant", "expert": "user"}
 _SILENT: Mapping[str, tuple[Part, ...]] = dict.fromkeys(_WRITTEN, ())
 _CURIOUS = (
@@ -129,7 +129,7 @@ def _chatml(name: str, system: str | None = None, after: tuple[Part, ...] = ("\n
 
 
 def _llama_3() -> Template:
-    """Llama 3's headers with VILA's system text; the last turn of a training dialogue ends the text."""
+    """Llama 3's headers with VILA's system text; a training dialogue ends with end-of-text."""
     open_, close = Special("<|start_header_id|>"), Special("<|end_header_id|>")
     end = (Special("<|eot_id|>"),)
     return Template(
@@ -145,22 +145,22 @@ def _llama_3() -> Template:
 
 
 def _without_system(template: Template) -> Template:
-    """As VILA renders its vflan data: of the system turn only the ending is left, spaces stay."""
+    """VILA's template for its vflan data: only the end of the system turn remains, spaces are preserved."""
     return dataclasses.replace(
         template,
         name=f"{template.name}_nosys",
         start=template.ends["system"],
         system=None,
-        trained_spaces=_as_it_is,
+        trained_spaces=_unchanged,
     )
 
 
 def _vicuna(name: str, system: str, trained_spaces: Callable[[str], str] = normalise_markers) -> Template:
-    """`USER: ... ASSISTANT: ...</s>`: words, not control tokens, open the turns."""
-    asks = ("USER: ",)
+    """`USER: ... ASSISTANT: ...</s>`: plain text instead of control tokens opens the turns."""
+    user = ("USER: ",)
     return Template(
         name=name,
-        headers={"system": (), "user": asks, "expert": asks, "assistant": ("ASSISTANT:",)},
+        headers={"system": (), "user": user, "expert": user, "assistant": ("ASSISTANT:",)},
         ends=dict.fromkeys(("system", "user", "expert"), (" ",)),
         stop=(Eos(),),
         start=(Bos(),),
@@ -171,14 +171,14 @@ def _vicuna(name: str, system: str, trained_spaces: Callable[[str], str] = norma
 
 
 CHATML = _chatml("chatml")
-# The beginning matters: an LLM parks its attention on the first token, and that must not be what a projector
-# from nothing makes of an image (docs/training.md, "What comes first").
+# LLMs use the first token as an attention sink, so it must not be an image from an untrained projector
+# (docs/training.md, "What comes first").
 PLAIN = Template(
-    name="plain", headers=_SILENT, ends=_SILENT, start=(Bos(),), stop=("\n",), trained_spaces=_as_it_is
+    name="plain", headers=_SILENT, ends=_SILENT, start=(Bos(),), stop=("\n",), trained_spaces=_unchanged
 )
 _LLAMA_3 = _llama_3()
 _HERMES_2 = _chatml("hermes-2", "Answer the questions.", after=())
-# VILA's conversation modes, under its names; `v1` is its other name for vicuna_v1.
+# VILA's conversation modes, by VILA's names; `v1` is an alias of vicuna_v1.
 TEMPLATES = {
     template.name: template
     for template in (
@@ -188,7 +188,7 @@ TEMPLATES = {
         _without_system(_LLAMA_3),
         _vicuna("v1", _CURIOUS.format(person="user")),
         _vicuna("vicuna_v1", _CURIOUS.format(person="user")),
-        _vicuna("vicuna_v1_nosys", "", _as_it_is),
+        _vicuna("vicuna_v1_nosys", "", _unchanged),
         _vicuna("llava_v1", _CURIOUS.format(person="human")),
         _HERMES_2,
         _without_system(_HERMES_2),
@@ -207,7 +207,7 @@ def get_template(name: str) -> Template:
     """Returns a template by name.
 
     Raises:
-      UserError: there is none; lists those there are.
+      UserError: unknown name; lists the known ones.
     """
     if name not in TEMPLATES:
         raise UserError(f"template {name!r}: unknown; known are {', '.join(sorted(TEMPLATES))}")
@@ -218,8 +218,8 @@ def model_template(model: Any, changes: str = "") -> Template:
     """Returns the template of a `config.model`, with its text rules.
 
     Args:
-      model: has `template` and may have `text`.
-      changes: of the rules, see `TextRules.changed`.
+      model: has `template` and optionally `text`.
+      changes: overrides of the rules, see `TextRules.changed`.
 
     Raises:
       UserError: an unknown template, rule or value.
@@ -230,14 +230,14 @@ def model_template(model: Any, changes: str = "") -> Template:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """One tokenised sample of n tokens.
+    """One tokenized sample of n tokens.
 
     Attributes:
-      tokens: int32 [n]; the pad id where an image token stands.
-      loss_mask: float32 [n], 1 where the token is a target.
-      image_of_token: int32 [n], ordinal of the sample's image standing there, -1 for text.
-      visual_offset: int32 [n], which of that image's tokens, 0 for text.
-      num_images: number of images the tokens refer to.
+      tokens: int32 [n]; the pad id at image tokens.
+      loss_mask: float32 [n], 1 for targets.
+      image_of_token: int32 [n], index of the sample's image, -1 for text.
+      visual_offset: int32 [n], index among that image's tokens, 0 for text.
+      num_images: number of images.
     """
 
     tokens: np.ndarray
@@ -251,7 +251,7 @@ class Encoded:
 
 
 class _Builder:
-    """Appends parts and texts; what opens a sequence or a piece after an image follows the rules."""
+    """Appends parts and texts according to the text rules."""
 
     def __init__(
         self, tokenizer: TokenizerLike, template: Template, tokens_per_image: int, *, at_start: bool = True
@@ -273,7 +273,6 @@ class _Builder:
         self._after_image = False
 
     def start(self, template: Template) -> None:
-        """Appends what a sequence begins with."""
         if template.rules.bos != AS_TRAINED:
             self.parts(template.start, False)
             return
@@ -295,7 +294,7 @@ class _Builder:
             elif isinstance(part, Eos):
                 self.ids([self._tokenizer.eos_id], supervised)
             elif self._tokenizer.bos_id is not None:
-                # Tokenizers put their first space after the beginning, too: what follows is still the start.
+                # Tokenizers prepend their space after BOS, too, so the next text still opens the sequence.
                 self._append([self._tokenizer.bos_id], supervised)
 
     def text(self, text: str, supervised: bool) -> None:
@@ -305,7 +304,7 @@ class _Builder:
             self._add(chunk, supervised)
 
     def cut(self) -> None:
-        """Encodes the text so far: what comes next is encoded apart from it."""
+        """Encodes the pending text, separately from the text after it."""
         if self._text:
             encode = self._tokenizer.encode_opening if self._at_start else self._tokenizer.encode_continued
             self._append(encode(self._text), self._text_supervised)
@@ -350,10 +349,10 @@ class _Builder:
 
 
 def _loses_first(tokenizer: TokenizerLike, template: Template) -> bool:
-    """Whether VILA's rule takes a token of the text after an image.
+    """Whether VILA's rule drops a text token after every image.
 
-    It drops the first id of every piece once the first piece begins with BOS. Where the tokenizer puts BOS
-    before every piece by itself, that is what goes; where the template wrote it, a token of the text goes.
+    If the first piece begins with BOS, the rule drops the first id of every later piece. That id is BOS if
+    the tokenizer prepends BOS to every piece, but a text token if the template contains BOS.
     """
     opening = [part for part in (*template.start, *template.headers["user"]) if not isinstance(part, Bos)][:1]
     written = [tokenizer.token_id(part.token) for part in opening if isinstance(part, Special)]
@@ -367,7 +366,7 @@ def _start(build: _Builder, template: Template, turns: Sequence[Turn]) -> None:
 
 
 def _turns(build: _Builder, template: Template, turns: Sequence[Turn], *, whole: bool = False) -> None:
-    """Writes turns; those of a `whole` dialogue end as `template.last_stop` says."""
+    """Appends turns; the last turn of a `whole` dialogue ends with `template.last_stop`."""
     for number, turn in enumerate(turns, start=1):
         text = template.trained_spaces(turn.text) if template.rules.spaces == AS_TRAINED else turn.text
         last_stop = template.last_stop if whole and number == len(turns) else None
@@ -387,13 +386,13 @@ def encode_conversation(
 ) -> Encoded:
     """Encodes turns for training.
 
-    Of a supervised assistant turn, the text and the stop are targets; header and what follows are not.
+    The text and the stop of supervised assistant turns are targets; headers and `after_stop` are not.
 
     Args:
-      tokenizer: its `encode` must read control tokens in a text as plain characters.
-      template: the wire format.
+      tokenizer: its `encode` must encode control tokens in a text as plain characters.
+      template: chat template.
       turns: any roles; every `<image>` in a text becomes `tokens_per_image` positions.
-      tokens_per_image: the projector's output length.
+      tokens_per_image: output length of the projector.
     """
     build = _Builder(tokenizer, template, tokens_per_image)
     _start(build, template, turns)
@@ -404,10 +403,7 @@ def encode_conversation(
 def encode_document(
     tokenizer: TokenizerLike, turns: Sequence[Turn], tokens_per_image: int, rules: TextRules = ALL_CLEAN
 ) -> Encoded:
-    """Encodes interleaved text and images without roles; all text and the closing eos are targets.
-
-    It begins as captions do, with `Bos`.
-    """
+    """Encodes interleaved text and images without roles; all text and the final eos are targets."""
     plain = dataclasses.replace(PLAIN, rules=rules)
     build = _Builder(tokenizer, plain, tokens_per_image)
     build.start(plain)
@@ -425,11 +421,11 @@ def encode_prompt(
     *,
     after_answer: bool = False,
 ) -> Encoded:
-    """Encodes turns for generation: they end with the assistant's header; nothing is a target.
+    """Encodes turns for generation, up to the assistant's header; nothing is a target.
 
     Args:
-      tokenizer: as for `encode_conversation`, as are `template`, `turns` and `tokens_per_image`.
-      after_answer: the turns follow an answer that was generated without its stop: that comes first.
+      tokenizer: see `encode_conversation`, as for `template`, `turns` and `tokens_per_image`.
+      after_answer: the turns follow a generated answer without its stop, which is prepended.
     """
     build = _Builder(tokenizer, template, tokens_per_image, at_start=not after_answer)
     turns = [dataclasses.replace(turn, supervised=False) for turn in turns]
@@ -443,7 +439,7 @@ def encode_prompt(
 
 
 def encode_caption(tokenizer: TokenizerLike, caption: str, length: int) -> Encoded:
-    """Encodes a caption for the text tower: at most `length` tokens, eos last; cut if longer."""
+    """Encodes a caption for the text tower, truncated to `length` tokens including the final eos."""
     ids = [*tokenizer.encode(caption)[: length - 1], tokenizer.eos_id]
     count = len(ids)
     return Encoded(

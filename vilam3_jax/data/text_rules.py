@@ -1,7 +1,7 @@
-"""Rules for text around images: as VILA's training had them, or clean.
+"""Rules for text around images: those of VILA's training, or clean ones.
 
-Our own training is clean. Weights that were trained by VILA's rules (the released VILA-M3) want them in
-inference and fine-tuning, too. The rules stand in `config.model.text`, so that an export carries them.
+Models trained from scratch here use clean rules. Weights trained with VILA's rules (the released VILA-M3)
+require them for inference and fine-tuning as well. The rules are part of `config.model.text` and of exports.
 """
 
 from __future__ import annotations
@@ -14,24 +14,23 @@ from vilam3_jax.errors import UserError
 
 CLEAN, AS_TRAINED = "clean", "as_trained"
 TEXT_HELP = (
-    "other text rules than the export's: as_trained, clean, or RULE=VALUE,... of split, bos, spaces "
-    "(default: the export's)"
+    "text rules that override the export's: as_trained, clean, or RULE=VALUE,... with split, bos, spaces"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class TextRules:
-    """Three rules, each 'clean' or 'as_trained', and what follows an image.
+    """Three rules, each 'clean' or 'as_trained', and the text after an image.
 
     Attributes:
-      split: as_trained: every piece of text between images is encoded as a text of its own, so that a
-        SentencePiece tokenizer begins each with its space. clean: the text goes on after an image.
-      bos: as_trained: a sequence begins with BOS where the tokenizer puts it there by itself or the template
-        writes it, twice where both do; if only the template does (Llama 3), the first token after every image
-        is lost. clean: one BOS where the template has one, and no token is lost.
-      spaces: as_trained: VILA's normalisation of spaces and line ends, see `Template.trained_spaces`.
-        clean: text stays as it is.
-      image_end: text encoded by itself after every image; never a target. NVILA has a line end (spec §3.6).
+      split: as_trained: encode every piece of text between images separately, so a SentencePiece tokenizer
+        starts each with its space. clean: text after an image continues the text before it.
+      bos: as_trained: BOS from both the tokenizer and the template, possibly twice; if only the template has
+        one (Llama 3), the first token after every image is dropped. clean: the template's BOS, and no token
+        is dropped.
+      spaces: as_trained: VILA's normalization of spaces and line ends, see `Template.trained_spaces`.
+        clean: unchanged text.
+      image_end: text encoded separately after every image, never a target. A line end in NVILA (spec §3.6).
     """
 
     split: str = CLEAN
@@ -49,7 +48,7 @@ class TextRules:
 
     @classmethod
     def of(cls, section: Any) -> TextRules:
-        """The rules of a `config.model.text`; clean where there is none (exports older than the rules).
+        """Reads the rules of a `config.model.text`; clean if absent, as in older exports.
 
         Raises:
           UserError: an unknown rule or value.
@@ -64,11 +63,11 @@ class TextRules:
         return cls(**section)
 
     def changed(self, words: str) -> TextRules:
-        """These rules with changes from a command line.
+        """Applies overrides from a command line.
 
         Args:
-          words: '' for none, `as_trained` or `clean` for all three, or `RULE=VALUE` joined by commas.
-            `image_end` belongs to the model and cannot be changed so.
+          words: '' for none, `as_trained` or `clean` for all three, or comma-separated `RULE=VALUE`.
+            `image_end` is a property of the model and cannot be overridden.
 
         Raises:
           UserError: an unknown rule or value.
@@ -78,9 +77,7 @@ class TextRules:
         pairs = (word.partition("=") for word in words.split(",") if word)
         changes = {rule: value for rule, _, value in pairs}
         if "image_end" in changes:
-            raise UserError(
-                "text rule image_end: belongs to the model; train one with config.model.text.image_end"
-            )
+            raise UserError("text rule image_end: belongs to the model; set config.model.text.image_end")
         return TextRules.of(dataclasses.asdict(self) | changes)
 
 
@@ -88,8 +85,10 @@ ALL_CLEAN = TextRules()
 
 
 def normalise_markers(text: str) -> str:
-    """VILA's normalisation of one turn: one line end after each `<image>`, at most one space before (spec
-    §1.7, steps 2 and 3; commit 355fda9). A turn without `<image>` stays as it is."""
+    """Applies VILA's normalization to one turn: one line end after each `<image>`, at most one space before.
+
+    Source: spec §1.7, steps 2 and 3; commit 355fda9. A turn without `<image>` is unchanged.
+    """
     if IMAGE_MARKER not in text:
         return text
     chunks = [chunk.strip() for chunk in text.split(IMAGE_MARKER)]

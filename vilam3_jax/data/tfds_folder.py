@@ -1,8 +1,8 @@
-"""The folder of a dataset: TFDS's `dataset_info.json` and `features.json`, our `metadata.json`, and shards.
+"""Dataset folders: TFDS's `dataset_info.json` and `features.json`, our `metadata.json`, and shards.
 
 `tfds.builder_from_directory` and `tfds.data_source` read such a folder without this package. `metadata.json`
-holds what TFDS has no field for: sha256 of each shard, counts, licences, data root, provenance. It is written
-before `dataset_info.json`, so that a folder with the latter is complete.
+contains what TFDS has no field for: sha256 of each shard, counts, licences, data root, provenance. It is
+written before `dataset_info.json`, whose presence therefore marks a complete folder.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ INFO_NAME = "dataset_info.json"
 METADATA_NAME = "metadata.json"
 FEATURES_NAME = "features.json"
 FILE_FORMAT = "array_record"
-_OLD_INFO_NAME = "dataset.json"  # of datasets until November 2026
+_OLD_INFO_NAME = "dataset.json"  # until November 2026
 _MAX_INFO_BYTES = 64 << 20
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 def is_dataset(folder: paths.PathLike) -> bool:
-    """Whether `resolve` finds a dataset there."""
+    """Whether `resolve` finds a dataset in `folder`."""
     try:
         resolve(folder)
     except UserError:
@@ -42,10 +42,10 @@ def is_dataset(folder: paths.PathLike) -> bool:
 
 
 def datasets_in(folder: paths.PathLike) -> list[epath.Path]:
-    """The dataset at `folder`, or those right below it, each variant for itself.
+    """Returns the dataset at `folder`, or all datasets and variants directly below it.
 
     Raises:
-      UserError: there is none.
+      UserError: no dataset.
     """
     root = paths.as_path(folder)
     if is_dataset(root):
@@ -54,30 +54,32 @@ def datasets_in(folder: paths.PathLike) -> list[epath.Path]:
     for child in paths.children(root):
         found += [child] if is_dataset(child) else [variant for variant, _ in _variants(child)]
     if not found:
-        raise UserError(f"{folder}: no dataset ({INFO_NAME}) in it or right below it; run `vilam3 prepare`")
+        raise UserError(
+            f"{folder}: no dataset ({INFO_NAME}) in it or directly below it; run `vilam3 prepare`"
+        )
     return found
 
 
 def resolve(folder: paths.PathLike) -> epath.Path:
-    """The folder with the records: `folder` itself, or its newest version (`[CONFIG/]VERSION`).
+    """Returns the folder with the records: `folder` itself, or its newest version (`[CONFIG/]VERSION`).
 
     Raises:
-      UserError: there is none, or there are several variants to choose from.
+      UserError: no dataset, or several variants.
     """
     root = paths.as_path(folder)
     if (root / INFO_NAME).exists():
         return root
     if newest := _newest_version(root):
         return newest
-    ours = _variants(root)
-    if len(ours) == 1:
-        return ours[0][1]
-    if ours:
-        names = ", ".join(f"{root.name}/{child.name}" for child, _ in ours)
+    variants = _variants(root)
+    if len(variants) == 1:
+        return variants[0][1]
+    if variants:
+        names = ", ".join(f"{root.name}/{child.name}" for child, _ in variants)
         raise UserError(f"{folder}: has several variants; choose one of {names}")
     if (root / _OLD_INFO_NAME).exists():
         raise UserError(f"{folder}: written by an older version of this package; prepare the dataset again")
-    raise UserError(f"{folder}: holds no dataset ({INFO_NAME}); make it with `vilam3 prepare`")
+    raise UserError(f"{folder}: contains no dataset ({INFO_NAME}); create one with `vilam3 prepare`")
 
 
 def _newest_version(folder: epath.Path) -> epath.Path | None:
@@ -90,15 +92,15 @@ def _newest_version(folder: epath.Path) -> epath.Path | None:
 
 
 def _variants(root: epath.Path) -> list[tuple[epath.Path, epath.Path]]:
-    """(folder, newest version) of the variants of a dataset, by name."""
-    found = [(child, version) for child in paths.children(root) if (version := _newest_version(child))]
-    # A folder of datasets looks the same; a variant's metadata names the dataset it belongs to.
-    return [(child, version) for child, version in found if _is_variant(root, child, version)]
-
-
-def _is_variant(root: epath.Path, child: epath.Path, version: epath.Path) -> bool:
-    info = _read_json(version / INFO_NAME)
-    return info.get("name") == root.name and info.get("configName") == child.name
+    """Returns (folder, newest version) of the variants of a dataset, by name."""
+    found = []
+    for child in paths.children(root):
+        if version := _newest_version(child):
+            # The metadata names the dataset; a folder of datasets has the same layout as one of variants.
+            info = _read_json(version / INFO_NAME)
+            if info.get("name") == root.name and info.get("configName") == child.name:
+                found.append((child, version))
+    return found
 
 
 def read_info(folder: paths.PathLike) -> dict[str, Any]:
@@ -108,11 +110,11 @@ def read_info(folder: paths.PathLike) -> dict[str, Any]:
       folder: as for `resolve`.
 
     Returns:
-      `name`, `schema_version`, `data_root`, `licences`, `provenance`, and `splits`: name → `records`,
+      `name`, `schema_version`, `data_root`, `licences`, `provenance`, and `splits`: name -> `records`,
       `counts` and `shards` (each `file`, `records`, `bytes`, `sha256`).
 
     Raises:
-      UserError: there is none, it is damaged, of another schema, or the two files disagree.
+      UserError: no dataset, a damaged file, another schema version, or the two files disagree.
     """
     folder = resolve(folder)
     path = folder / METADATA_NAME
@@ -143,13 +145,13 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({str(error)[:100]}); prepare the dataset again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: damaged (no object); prepare the dataset again")
+        raise UserError(f"{path}: damaged (not an object); prepare the dataset again")
     return content
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What TFDS calls a dataset: lower-case name, version, variant ("" for none) and a description."""
+    """Identity of a dataset in TFDS: lower-case name, version, variant ("" for none) and description."""
 
     name: str
     version: str = "1.0.0"
@@ -158,13 +160,13 @@ class Identity:
 
 
 def tfds_name(name: str) -> str:
-    """`name` as TFDS takes it: lower-case letters, digits and '_', a letter first."""
+    """Converts `name` to a TFDS name: lower-case letters, digits and '_', starting with a letter."""
     name = re.sub(r"[^a-z0-9_]+", "_", name.lower()).strip("_") or "dataset"
     return name if name[0].isalpha() else f"dataset_{name}"
 
 
 def shard_name(dataset: str, split: str, number: int, count: int) -> str:
-    """File name of a shard by TFDS's template."""
+    """Returns the file name of a shard by TFDS's template."""
     return f"{tfds_name(dataset)}-{split}.{FILE_FORMAT}-{number:05d}-of-{count:05d}"
 
 
@@ -172,9 +174,9 @@ def write_info(folder: epath.Path, identity: Identity, metadata: Mapping[str, An
     """Writes `features.json`, `metadata.json` and, last, `dataset_info.json`.
 
     Args:
-      folder: of the dataset, local.
-      identity: of the dataset.
-      metadata: what `read_info` returns.
+      folder: local folder of the dataset.
+      identity: identity of the dataset.
+      metadata: as returned by `read_info`.
     """
     from tensorflow_datasets.core import Version, dataset_info
 
@@ -198,7 +200,7 @@ def write_info(folder: epath.Path, identity: Identity, metadata: Mapping[str, An
 
 
 def split_dict(folder: epath.Path, name: str, metadata: Mapping[str, Any]) -> Any:
-    """TFDS's `SplitDict` for the splits of `metadata`."""
+    """Returns TFDS's `SplitDict` for the splits of `metadata`."""
     from tensorflow_datasets.core import naming, splits
 
     template = naming.ShardedFileTemplate(
@@ -218,14 +220,10 @@ def split_dict(folder: epath.Path, name: str, metadata: Mapping[str, Any]) -> An
 
 
 class ShardFile:
-    """One local shard under a temporary name; read back, hashed and renamed when it is committed."""
+    """A local shard with a temporary name; verified, hashed and renamed on commit."""
 
     def __init__(self, target: paths.PathLike) -> None:
-        """Opens the file.
-
-        Args:
-          target: its final path.
-        """
+        """Opens a temporary file that `commit` renames to `target`."""
         self._target = os.fspath(target)
         folder, name = os.path.split(self._target)
         self._temporary = os.path.join(folder, f".{name}.partial")
@@ -246,7 +244,7 @@ class ShardFile:
         self.bytes += len(data)
 
     def commit(self) -> dict[str, Any]:
-        """Makes the shard appear under its name.
+        """Closes, verifies and renames the shard.
 
         Returns:
           `file`, `records`, `bytes` and `sha256`.
@@ -274,7 +272,7 @@ class ShardFile:
         }
 
     def discard(self) -> None:
-        """Removes what was written."""
+        """Removes the shard."""
         try:
             self._writer.close()
         except (OSError, RuntimeError) as error:
@@ -288,7 +286,7 @@ class ShardFile:
 
 
 def file_digest(path: paths.PathLike) -> tuple[str, int]:
-    """(sha256 in hex, bytes) of a local file."""
+    """Returns the sha256 (hex) and size in bytes of a local file."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return digest, file.tell()

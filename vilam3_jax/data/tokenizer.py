@@ -1,7 +1,7 @@
-"""Tokenizers from Hugging Face folders, through the `tokenizers` library alone.
+"""Tokenizers from Hugging Face folders; uses only the `tokenizers` library.
 
-What a user or a report writes can never become a control token: `Tokenizer.encode` reads `<|im_end|>` in a
-text as nine ordinary characters unless the caller, who writes the template, passes `allow_special=True`.
+Text of users and reports never becomes a control token: `Tokenizer.encode` encodes `<|im_end|>` as ordinary
+characters unless the caller passes `allow_special=True`.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from vilam3_jax.runtime.paths import PathLike, as_path, read_bytes, write_text_a
 
 CHATML_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
-# Gemma's tokenizer.json has 33 MB, the largest in use.
+# The largest known tokenizer.json is Gemma's, with 33 MB.
 _MAX_FILE_BYTES = 256 << 20
 _ROLES = ("bos", "eos", "pad")
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Converts between text and token ids.
 
     Attributes:
-      bos_id: id put in front with `add_bos`, or None where the model has none (Qwen).
-      adds_bos: whether the file's own post-processor puts `bos_id` in front of a text; `encode` never does.
+      bos_id: id of the beginning-of-sequence token, or None if the model has none (Qwen).
+      adds_bos: whether the post-processor of the file prepends `bos_id`; `encode` does not.
       eos_id: id that ends an answer.
-      pad_id: id for unused positions; `eos_id` where the folder names none (Llama 3). Padding is told
-        from text by masks, never by this id.
-      stop_ids: every id at which generation stops; `eos_id` is the first.
-      chat_template: the folder's Jinja template, or None. Kept for export; we render our own templates.
+      pad_id: id of unused positions; `eos_id` if the folder names none (Llama 3). Padding is identified by
+        masks, never by this id.
+      stop_ids: all ids at which generation stops, `eos_id` first.
+      special_tokens: control tokens and their ids.
+      chat_template: Jinja template of the folder, or None. Kept for export only.
     """
 
     def __init__(
@@ -49,12 +50,12 @@ class Tokenizer:
         chat_template: str | None = None,
         settings: Mapping[str, Any] | None = None,
     ):
-        """Builds from the text of a `tokenizer.json`; most callers want `load_tokenizer`.
+        """Builds a tokenizer; most callers use `load_tokenizer`.
 
         Args:
           tokenizer_json: text of a `tokenizer.json`.
-          eos_id: see the class, as are `bos_id`, `pad_id`, `stop_ids` and `chat_template`.
-          settings: the folder's `tokenizer_config.json`, written back by `save`.
+          eos_id: see the class, as for `bos_id`, `pad_id`, `stop_ids` and `chat_template`.
+          settings: content of `tokenizer_config.json`, written back by `save`.
         """
         self._json = tokenizer_json
         self._settings = dict(settings or {})
@@ -65,13 +66,13 @@ class Tokenizer:
         self.chat_template = chat_template
         self._plain = _build(tokenizer_json, encode_special_tokens=True)
         added = self._plain.get_added_tokens_decoder()
-        self._specials = {token.content: index for index, token in added.items() if token.special}
+        self.special_tokens = {token.content: index for index, token in added.items() if token.special}
         self.adds_bos = self._plain.encode("", add_special_tokens=True).ids[:1] == [bos_id]
         self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what decides which ids a text becomes; how the file is laid out does not."""
+        """Returns a hash of everything that affects the encoding, independent of the file layout."""
         values = json.loads(self._json)
         decisive = {key: value for key, value in values.items() if key not in ("truncation", "padding")}
         text = json.dumps([decisive, self.bos_id, self.eos_id, self.pad_id], sort_keys=True)
@@ -79,11 +80,11 @@ class Tokenizer:
 
     @functools.cached_property
     def _with_specials(self) -> tokenizers.Tokenizer:
-        # A second object, because switching one between the two modes would not be safe among threads.
+        # A second object, because switching the mode of one is not thread-safe.
         return _build(self._json, encode_special_tokens=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The library's own pickling forgets `encode_special_tokens`, which is the point of `_plain`.
+        # The library's own pickling loses `encode_special_tokens`.
         make = functools.partial(
             Tokenizer,
             eos_id=self.eos_id,
@@ -96,12 +97,12 @@ class Tokenizer:
         return make, (self._json,)
 
     def limited_to(self, size: int) -> Tokenizer:
-        """This tokenizer without its added tokens from id `size` on.
+        """Returns this tokenizer without added tokens of id `size` or higher.
 
-        NVILA's has placeholders for media there, to which no row of the embedding belongs.
+        NVILA's tokenizer has media placeholders there, which have no row in the embedding.
 
         Raises:
-          UserError: more than `size` tokens remain, or one that the tokenizer needs is among the others.
+          UserError: more than `size` tokens remain, or a required token would be removed.
         """
         values = json.loads(self._json)
         values["added_tokens"] = [token for token in values.get("added_tokens") or [] if token["id"] < size]
@@ -114,51 +115,45 @@ class Tokenizer:
             )
         return limited
 
-    @property
-    def special_tokens(self) -> dict[str, int]:
-        """Control tokens and their ids."""
-        return dict(self._specials)
-
-    def encode(self, text: str, *, add_bos: bool = False, allow_special: bool = False) -> list[int]:
-        """Encodes `text`; nothing is added that was not asked for.
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Encodes `text` without additional tokens.
 
         Args:
           text: any string.
-          add_bos: put `bos_id` in front.
-          allow_special: map the strings of control tokens to their ids. Only for text that the program wrote.
-
-        Returns:
-          Token ids.
-
-        Raises:
-          UserError: `add_bos` with a tokenizer that has no such token.
+          allow_special: encode control tokens as such. Only for text that the program wrote.
         """
-        if add_bos and self.bos_id is None:
-            raise UserError("this tokenizer has no beginning-of-sequence token; encode without add_bos")
         if allow_special:
-            ids = self._with_specials.encode(text, add_special_tokens=False).ids
-        else:
-            ids = self._encode_plain(text)
-        return [self.bos_id, *ids] if add_bos else ids  # type: ignore[list-item]
+            return self._with_specials.encode(text, add_special_tokens=False).ids
+        ids = self._plain.encode(text, add_special_tokens=False).ids
+        occurring = [special for special in self.special_tokens if special in text]
+        if not occurring or set(ids).isdisjoint(self.special_tokens.values()):
+            return ids
+        # Some vocabularies contain the control token as an ordinary entry, too. Splitting the text after the
+        # token's first character prevents a match of the whole token.
+        for special in occurring:
+            if len(special) > 1:
+                cut = text.index(special) + 1
+                return self.encode(text[:cut]) + self.encode(text[cut:])
+        return [index for index in ids if index not in self.special_tokens.values()]
 
     def encode_opening(self, text: str) -> list[int]:
-        """Encodes text that begins a sequence: SentencePiece puts a space before it, even before a space.
+        """Encodes text at the start of a sequence: SentencePiece prepends a space, even before a space.
 
-        Files made for the fast tokenizers of transformers may leave that second space out; SentencePiece
-        itself, with which VILA trained, does not.
+        Files for transformers' fast tokenizers may omit that second space; SentencePiece itself, which VILA
+        used in training, does not.
         """
-        return self.encode_continued(f" {text}") if text and self._adds_space else self._encode_plain(text)
+        return self.encode_continued(f" {text}") if text and self._adds_space else self.encode(text)
 
     def encode_continued(self, text: str) -> list[int]:
-        """Encodes text that follows other tokens: without the space that SentencePiece puts before a text.
+        """Encodes text after other tokens: without the space that SentencePiece prepends.
 
         Raises:
-          UserError: the tokenizer joins a line end with what follows it, so they cannot be told apart.
+          UserError: the tokenizer merges a line end with the text after it.
         """
         if not text or not self._adds_space:
-            return self._encode_plain(text)
-        # A line end is a byte of its own in these vocabularies: nothing merges with it.
-        anchor, ids = self._encode_plain("\n"), self._encode_plain("\n" + text)
+            return self.encode(text)
+        # These vocabularies encode a line end as a separate byte, which merges with nothing.
+        anchor, ids = self.encode("\n"), self.encode("\n" + text)
         if ids[: len(anchor)] != anchor:
             raise UserError("this tokenizer cannot encode the continuation of a text; use its fast version")
         return ids[len(anchor) :]
@@ -167,22 +162,8 @@ class Tokenizer:
     def _adds_space(self) -> bool:
         return self._plain.encode("a", add_special_tokens=False).tokens[0].startswith("▁")
 
-    def _encode_plain(self, text: str) -> list[int]:
-        ids = self._plain.encode(text, add_special_tokens=False).ids
-        if self._specials.keys().isdisjoint(_occurring(self._specials, text)):
-            return ids
-        if set(ids).isdisjoint(self._specials.values()):
-            return ids
-        # Some models hold the control token as an ordinary vocabulary entry too, and reach it by that way.
-        # Cut such strings after their first character: no piece can then be the whole token.
-        for special in _occurring(self._specials, text):
-            if len(special) > 1 and special in text:
-                cut = text.index(special) + 1
-                return self._encode_plain(text[:cut]) + self._encode_plain(text[cut:])
-        return [index for index in ids if index not in self._specials.values()]
-
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Returns the text of `ids`; control tokens are left out unless `skip_special` is False."""
+        """Returns the text of `ids`, without control tokens if `skip_special`."""
         return self._plain.decode([int(index) for index in ids], skip_special_tokens=skip_special)
 
     def token_id(self, token: str) -> int:
@@ -197,11 +178,11 @@ class Tokenizer:
         return index
 
     def token(self, index: int) -> str | None:
-        """Returns the token with this id as the vocabulary spells it, or None."""
+        """Returns the vocabulary entry with this id, or None."""
         return self._plain.id_to_token(index)
 
     def save(self, directory: PathLike) -> None:
-        """Writes an HF folder that `load_tokenizer` and transformers open.
+        """Writes a Hugging Face folder for `load_tokenizer` and transformers.
 
         Raises:
           UserError: the folder cannot be written.
@@ -218,13 +199,9 @@ class Tokenizer:
             write_text_atomic(folder / "chat_template.jinja", self.chat_template)
 
 
-def _occurring(specials: Mapping[str, int], text: str) -> list[str]:
-    return [special for special in specials if special in text]
-
-
 def _build(tokenizer_json: str, *, encode_special_tokens: bool) -> tokenizers.Tokenizer:
     built = tokenizers.Tokenizer.from_str(tokenizer_json)
-    # A file saved after a training run may carry that run's truncation or padding, which corrupt silently.
+    # Files saved after training may enable truncation or padding, which silently corrupt texts.
     built.no_truncation()
     built.no_padding()
     built.encode_special_tokens = encode_special_tokens
@@ -232,16 +209,16 @@ def _build(tokenizer_json: str, *, encode_special_tokens: bool) -> tokenizers.To
 
 
 def load_tokenizer(directory: PathLike) -> Tokenizer:
-    """Opens the tokenizer of a Hugging Face model folder.
+    """Loads the tokenizer of a Hugging Face model folder.
 
-    Reads `tokenizer.json`; the special tokens come from `tokenizer_config.json`, `special_tokens_map.json`,
+    Reads `tokenizer.json`; special tokens come from `tokenizer_config.json`, `special_tokens_map.json`,
     `generation_config.json` or `config.json`, in this order.
 
     Args:
       directory: local folder or `gs://` prefix.
 
     Raises:
-      UserError: the folder or a file is missing or broken, or no file names the end-of-sequence token.
+      UserError: the folder or a file is missing or damaged, or no file names the end-of-sequence token.
     """
     folder = as_path(directory)
     if not folder.is_dir():
@@ -260,11 +237,11 @@ def load_tokenizer(directory: PathLike) -> Tokenizer:
     except Exception as error:  # the library raises plain Exception for every parse error
         raise UserError(f"{source}: not a readable tokenizer ({error}); download it again") from error
     for entry in declared:
-        # The library renumbers added tokens that do not fit on its vocabulary, which would shift every id.
+        # The library renumbers added tokens that leave a gap after the vocabulary, which shifts every id.
         if built.token_to_id(entry["content"]) != entry["id"]:
             raise UserError(
                 f"{source}: added token {entry['content']!r} claims id {entry['id']} but would get "
-                f"{built.token_to_id(entry['content'])}; the vocabulary has a hole, download the file again"
+                f"{built.token_to_id(entry['content'])}; the vocabulary has a gap, download the file again"
             )
 
     settings = _read_json(folder / "tokenizer_config.json")
@@ -323,7 +300,7 @@ def _special_id(
 ) -> int | None:
     for values in by_name:
         name = values.get(f"{role}_token")
-        if isinstance(name, dict):  # transformers also writes the token with its matching rules
+        if isinstance(name, dict):  # transformers also writes tokens with matching rules
             name = name.get("content")
         if isinstance(name, str):
             index = built.token_to_id(name)
@@ -344,29 +321,29 @@ def train_bpe(
     out_dir: PathLike,
     special_tokens: Sequence[str] = CHATML_SPECIALS,
 ) -> Tokenizer:
-    """Trains a byte-level BPE and saves it as an HF folder; meant for small models trained from scratch.
+    """Trains a byte-level BPE for small models trained from scratch, and saves it as a Hugging Face folder.
 
-    Numbers are split digit by digit, as in SmolLM2 and Llama 2, so that measurements share their tokens.
+    Numbers are split into digits, as in SmolLM2 and Llama 2, so measurements share tokens.
 
     Args:
       texts: training texts.
-      vocab_size: size of the whole vocabulary; at least 256 bytes plus the special tokens. A small corpus may
-        yield fewer.
+      vocab_size: total vocabulary size, at least 256 bytes plus the special tokens. A small corpus may yield
+        less.
       out_dir: folder to write.
       special_tokens: (padding, beginning, end, further control tokens...), which get the first ids.
 
     Returns:
-      The tokenizer, as `load_tokenizer(out_dir)` gives it.
+      The tokenizer, as loaded by `load_tokenizer(out_dir)`.
 
     Raises:
       UserError: `vocab_size` is too small, or fewer than three distinct special tokens.
     """
     if len(special_tokens) < 3 or len(set(special_tokens)) != len(special_tokens):
-        raise UserError(f"special_tokens {list(special_tokens)}: three or more different tokens are needed")
+        raise UserError(f"special_tokens {list(special_tokens)}: needs three or more different tokens")
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + len(special_tokens)
     if vocab_size < smallest:
-        raise UserError(f"vocab_size {vocab_size}: {smallest} is the least for bytes and special tokens")
+        raise UserError(f"vocab_size {vocab_size}: must be at least {smallest} for bytes and special tokens")
     built = tokenizers.Tokenizer(models.BPE())
     built.pre_tokenizer = digit_byte_level()
     built.decoder = decoders.ByteLevel()
@@ -377,14 +354,14 @@ def train_bpe(
         show_progress=False,
     )
     built.train_from_iterator(texts, trainer)
-    # The trainer numbers the special tokens first, in their order.
+    # The trainer assigns the first ids to the special tokens, in order.
     result = Tokenizer(built.to_str(), pad_id=0, bos_id=1, eos_id=2)
     result.save(out_dir)
     return load_tokenizer(out_dir)
 
 
 def digit_byte_level() -> pre_tokenizers.PreTokenizer:
-    """Returns SmolLM2's pre-tokenizer: every digit alone, then GPT-2's byte-level split."""
+    """Returns SmolLM2's pre-tokenizer: single digits, then GPT-2's byte-level split."""
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),

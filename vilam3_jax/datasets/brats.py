@@ -38,24 +38,13 @@ _ENDINGS = (".nii.gz", ".nii")
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """A case.
-
-    Attributes:
-      row: its name in messages, such as "case 7".
-      name: of the case, and prefix of its files.
-      folder: below the source folder.
-      grade: "HGG", "LGG", or "" if unknown.
-      age: of the source.
-      problem: reason to skip the case, or "".
-    """
-
-    row: str
-    name: str
-    folder: str
-    grade: str = ""
+class _Case:
+    row: str  # name in messages, such as "case 7"
+    name: str  # also the prefix of its files
+    folder: str  # below the source folder
+    grade: str = ""  # "HGG", "LGG", or "" if unknown
     age: str = ""
-    problem: str = ""
+    problem: str = ""  # reason to skip the case
 
     @property
     def patient(self) -> str:
@@ -99,7 +88,6 @@ class BraTS(LabelledScans):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares `--datalist` and the options of slices."""
         super().add_arguments(parser)
         parser.add_argument(
             "--datalist",
@@ -110,7 +98,6 @@ class BraTS(LabelledScans):
         )
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Splits the cases by patient or by the data list."""
         cases = _find_cases(source, self.config, self.instructions)
         if self.options.datalist:
             divided, counts = _listed(self.options.datalist, cases, self.config), {}
@@ -121,7 +108,7 @@ class BraTS(LabelledScans):
         }
 
 
-def _make_case(case: Case, context: Context, options: SliceOptions) -> Iterator[Example | Skipped]:
+def _make_case(case: _Case, context: Context, options: SliceOptions) -> Iterator[Example | Skipped]:
     files = [(role, _file(context, case, suffix)) for role, suffix in SEQUENCES.items()]
     scan = labelled_scans.read_scan(context, case.name, files, "MR")
     labels = labelled_scans.read_labels(context, _file(context, case, "seg"), scan)
@@ -151,12 +138,8 @@ def _grade_question(grade: str) -> dict[str, Any]:
     )
 
 
-def _file(context: Context, case: Case, suffix: str) -> str:
-    """Returns the file of a sequence. In some copies it is the only file of a folder with its name.
-
-    Raises:
-      SkipItem: it is missing, or the folder contains several files.
-    """
+def _file(context: Context, case: _Case, suffix: str) -> str:
+    """Returns the file of a sequence. In some copies it is the only file of a folder with its name."""
     root = paths.as_path(context.root)
     for ending in _ENDINGS:
         name = f"{case.folder}/{case.name}_{suffix}{ending}"
@@ -172,12 +155,8 @@ def _file(context: Context, case: Case, suffix: str) -> str:
     raise SkipItem(f"its {suffix} file is missing")
 
 
-def _find_cases(source: SourceFolder, year: str, instructions: str) -> list[Case]:
-    """Returns the cases with labels by name, up to one folder below the layout of `instructions`.
-
-    Raises:
-      UserError: there are none, or two with the same name.
-    """
+def _find_cases(source: SourceFolder, year: str, instructions: str) -> list[_Case]:
+    """Returns the cases with labels by name, up to one folder below the layout of `instructions`."""
     folders = [
         path
         for pattern in _FOLDERS[year]
@@ -204,7 +183,7 @@ def _find_cases(source: SourceFolder, year: str, instructions: str) -> list[Case
     cases = []
     for number, (name, path) in enumerate(sorted(by_name.items()), 1):
         grade = os.path.basename(os.path.dirname(path)) if year == "2018" else ""
-        cases.append(Case(f"case {number}", name, path, grade, ages.get(name, "")))
+        cases.append(_Case(f"case {number}", name, path, grade, ages.get(name, "")))
     return cases
 
 
@@ -224,9 +203,9 @@ def _cuts(count: int) -> tuple[int, int]:
     return round(count * SHARES["train"] / whole), round(count * (whole - SHARES["test"]) / whole)
 
 
-def _divided(cases: Sequence[Case]) -> dict[str, list[Case]]:
+def _divided(cases: Sequence[_Case]) -> dict[str, list[_Case]]:
     """Splits cases by patient within each grade, in the order of hashed patient names."""
-    found: dict[str, list[Case]] = {split: [] for split in SHARES}
+    found: dict[str, list[_Case]] = {split: [] for split in SHARES}
     for grade in sorted({case.grade for case in cases}):
         members = [case for case in cases if case.grade == grade]
         patients = sorted(
@@ -250,12 +229,8 @@ def _official_counts(year: str) -> dict[str, int]:
     return counts
 
 
-def _listed(file: str, cases: Sequence[Case], year: str) -> dict[str, list[Case]]:
-    """Splits cases as in a data list; cases that it does not name are excluded.
-
-    Raises:
-      UserError: the list is malformed, or has a patient in two splits.
-    """
+def _listed(file: str, cases: Sequence[_Case], year: str) -> dict[str, list[_Case]]:
+    """Splits cases as in a data list; cases that it does not name are excluded."""
     content = user_data.read_json(file)
     lists = {key: content[key] for key in _LISTS if key in content} if isinstance(content, dict) else {}
     if not lists or not all(isinstance(rows, list) for rows in lists.values()):
@@ -263,15 +238,15 @@ def _listed(file: str, cases: Sequence[Case], year: str) -> dict[str, list[Case]
             f"--datalist {file}: must contain the lists training, validation, testing; correct it"
         )
     known = {case.name: case for case in cases}
-    found: dict[str, list[Case]] = {split: [] for split in SHARES}
+    found: dict[str, list[_Case]] = {split: [] for split in SHARES}
     split_of: dict[str, str] = {}
     seen: set[str] = set()
     for key, number, row in ((key, n, row) for key, rows in lists.items() for n, row in enumerate(rows, 1)):
         split, place, name = key.removesuffix("ing"), f"{key} row {number}", _case_named(row, year)
         if name is None:
-            case = Case(place, "", "", problem=f"names no case of BraTS {year}")
+            case = _Case(place, "", "", problem=f"names no case of BraTS {year}")
         elif name not in known:
-            case = Case(place, name, "", problem="its case has no folder")
+            case = _Case(place, name, "", problem="its case has no folder")
         else:
             problem = "its case is a duplicate" if name in seen else ""
             case = dataclasses.replace(known[name], row=place, problem=problem)

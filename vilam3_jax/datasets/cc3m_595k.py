@@ -39,7 +39,6 @@ class Cc3m595k(Dataset):
     expert_inputs = False
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Scans the list of the variant."""
         blip = self.config == "blip"
         (file, _) = source.require(_METADATA if blip else _CHAT, ("images", "images.zip"))
         pictures = find_pictures(source, ["images"], ["images.zip"])

@@ -189,6 +189,11 @@ def film_meta(
     )
 
 
+def film_name(film: Any) -> str:
+    """Returns the name of a film, by `source` and `row`, for messages."""
+    return f"{film.source} row {film.row}"
+
+
 def with_film_expert(example: Example) -> Example:
     """Requests the film expert's result, if available, before the first answer."""
     answer = next(index for index, turn in enumerate(example.turns) if turn.role == "assistant")

@@ -63,26 +63,15 @@ FolderOf = Callable[[str], str]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Film:
-    """A film of a list.
-
-    Attributes:
-      source, row: file and line.
-      image: file name.
-      folder: of the image.
-      labels: the cell "Finding Labels", or a cell for each of the four findings.
-      view, sex, age: cells; "" if missing.
-      problem: reason to skip the film, or "".
-    """
-
     source: str
-    row: int
-    image: str
+    row: int  # line of the file
+    image: str  # file name
     folder: str = ""
-    labels: str | tuple[str, ...] = ""
+    labels: str | tuple[str, ...] = ""  # the cell "Finding Labels", or those of the four findings
     view: str = ""
     sex: str = ""
     age: str = ""
-    problem: str = ""
+    problem: str = ""  # reason to skip the film
 
 
 class ChestXray14(FilmDataset):
@@ -127,7 +116,6 @@ class ChestXray14(FilmDataset):
     }
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Reads Data_Entry and the two lists, or the labels of the four findings."""
         if self.config == "four_findings":
             return self._four_findings(source)
         folder_of, (table, *lists) = _files(source, _TABLES, *_LISTS.values())
@@ -137,25 +125,22 @@ class ChestXray14(FilmDataset):
         for split, expected in _EXPECTED.items():
             options = self.film_options("labeler", weights if split == "train" else None)
             make = functools.partial(_make, options=options)
-            found[split] = Split(films[split], make, _name_of, expected)
+            found[split] = Split(films[split], make, chest_findings.film_name, expected)
         return found
 
     def _four_findings(self, source: SourceFolder) -> Mapping[str, Split]:
         names = (f"{split}_labels.csv" for split in _FOUR_EXPECTED)
         folder_of, files = _files(source, *((f"{_FOUR_FOLDER}/{name}", name) for name in names))
         make = functools.partial(_make, options=self.film_options("radiologist"))
-        return {
-            split: Split(_four_films(source, file, split, folder_of), make, _name_of, _FOUR_EXPECTED[split])
-            for split, file in zip(_FOUR_EXPECTED, files, strict=True)
-        }
+        found = {}
+        for (split, expected), file in zip(_FOUR_EXPECTED.items(), files, strict=True):
+            films = _four_films(source, file, split, folder_of)
+            found[split] = Split(films, make, chest_findings.film_name, expected)
+        return found
 
 
 def _files(source: SourceFolder, *needed: str | Sequence[str]) -> tuple[FolderOf, Sequence[str]]:
-    """Returns (image name → folder, the needed files).
-
-    Raises:
-      UserError: names everything that is missing, including image folders.
-    """
+    """Returns (image name → folder, the needed files)."""
     parts = [name for name in source.glob("images_[0-9][0-9][0-9]") if "." not in name]
     _, *files = source.require(["images", *(parts or ["images_001"])], *needed)
     inner = [source.find(f"{part}/images") or part for part in parts]
@@ -227,10 +212,6 @@ def _four_films(source: SourceFolder, table: str, split: str, folder_of: FolderO
     return films
 
 
-def _name_of(film: _Film) -> str:
-    return f"{film.source} row {film.row}"
-
-
 def _make(film: _Film, context: Context, options: FilmOptions) -> Iterator[Example]:
     if film.problem:
         raise SkipItem(film.problem)
@@ -254,11 +235,7 @@ def _make(film: _Film, context: Context, options: FilmOptions) -> Iterator[Examp
 
 
 def _states(labels: str | tuple[str, ...]) -> States:
-    """Converts the four labels, or findings such as "Cardiomegaly|Effusion", to states.
-
-    Raises:
-      SkipItem: a label is invalid or contradicts another.
-    """
+    """Converts the four labels, or findings such as "Cardiomegaly|Effusion", to states."""
     if isinstance(labels, tuple):
         for finding, cell in zip(FOUR_FINDINGS, labels, strict=True):
             if cell.upper() not in ("YES", "NO"):

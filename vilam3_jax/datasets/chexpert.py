@@ -40,26 +40,15 @@ _INVALID = "?"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Film:
-    """A row of a label file.
-
-    Attributes:
-      source, row: file and line; the header is line 1.
-      path: of the image or study, starting at the patient folder.
-      labels: a letter of `_LETTERS` for each of `FINDINGS`.
-      lateral: it is a lateral film.
-      projection, sex, age: cells; "" if missing.
-      problem: reason to skip the film, or "".
-    """
-
     source: str
-    row: int
-    path: str
-    labels: str
+    row: int  # line of the file; the header is line 1
+    path: str  # of the image or study, starting at the patient folder
+    labels: str  # a letter of `_LETTERS` for each of `FINDINGS`
     lateral: bool
     projection: str
     sex: str
     age: str
-    problem: str = ""
+    problem: str = ""  # reason to skip the film
 
 
 class CheXpert(FilmDataset):
@@ -104,7 +93,6 @@ class CheXpert(FilmDataset):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares the choice of films and the meaning of uncertain and blank labels."""
         super().add_arguments(parser)
         parser.add_argument(
             "--views", choices=("frontal", "all"), default="frontal", help="films to use (default: frontal)"
@@ -123,7 +111,6 @@ class CheXpert(FilmDataset):
         )
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Reads train.csv and valid.csv, or the labels of the test set."""
         if self.config == "test":
             return {"test": self._test(source)}
         train, valid = source.require(
@@ -147,7 +134,7 @@ class CheXpert(FilmDataset):
         else:  # labelled by three radiologists
             options = self.film_options("radiologist")
         make = functools.partial(_make, folder=folder, states_of=states, options=options)
-        return Split(films, make, _name_of, expected)
+        return Split(films, make, chest_findings.film_name, expected)
 
     def _test(self, source: SourceFolder) -> Split:
         (name,) = source.require(_TEST_LISTS)
@@ -160,7 +147,7 @@ class CheXpert(FilmDataset):
             studies.setdefault(key, dataclasses.replace(film, path=key, problem=problem))
         options = self.film_options("radiologist")
         make = functools.partial(_make, folder=folder, states_of=_states, options=options)
-        return Split(list(studies.values()), make, _name_of, 500)
+        return Split(list(studies.values()), make, chest_findings.film_name, 500)
 
 
 def _below_roots(name: str) -> list[str]:
@@ -193,10 +180,6 @@ def _read(
         yield _Film(name, number, path, sys.intern(labels), lateral, projection, sex, age, problem)
 
 
-def _name_of(film: _Film) -> str:
-    return f"{film.source} row {film.row}"
-
-
 def _make(
     film: _Film, context: Context, *, folder: str, states_of: Callable[[str], States], options: FilmOptions
 ) -> Iterator[Example]:
@@ -225,11 +208,7 @@ def _make(
 
 
 def _states(labels: str, *, uncertain: str = "ignore", blank: str = "ignore") -> States:
-    """Converts letters, one for each of `FINDINGS`, to states.
-
-    Raises:
-      SkipItem: a label is invalid, or the film is labelled both normal and diseased.
-    """
+    """Converts letters, one for each of `FINDINGS`, to states."""
     if _INVALID in labels:
         finding = FINDINGS[labels.index(_INVALID)].replace("_", " ")
         raise SkipItem(f"the label {finding} is none of 1, 0, -1 and blank")

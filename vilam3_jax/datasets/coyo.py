@@ -48,12 +48,10 @@ class Coyo(Dataset):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares `--min-similarity` and `--max-watermark`."""
         parser.add_argument("--min-similarity", type=float, metavar="X", help=f"minimum {_SIMILARITY}")
         parser.add_argument("--max-watermark", type=float, metavar="X", help=f"maximum {_WATERMARK}, 0 to 1")
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Lists the shards."""
         given = self.options
         make = functools.partial(_make, least=given.min_similarity, most_watermark=given.max_watermark)
         per_item = _PER_SHARD // _PAIRS if self.config == "document" else _PER_SHARD

@@ -75,17 +75,12 @@ _MODEL_WINDOW = "model"
 
 
 @dataclasses.dataclass(frozen=True)
-class Correction:
-    """Correct header values of a volume whose own header is wrong, from the metadata.
+class _Correction:
+    """Correct header values of a volume whose own header is wrong, from the metadata."""
 
-    Attributes:
-      slope, intercept: HU = slope * value + intercept.
-      codes: orientation of the axes, such as "LPS".
-    """
-
-    slope: float
+    slope: float  # HU = slope * value + intercept
     intercept: float
-    codes: str
+    codes: str  # orientation of the axes, such as "LPS"
 
     def window(self, window: tuple[float, float] | None) -> tuple[float, float]:
         """Converts a window from HU to stored values; None is soft tissue."""
@@ -94,32 +89,18 @@ class Correction:
 
 
 @dataclasses.dataclass(frozen=True)
-class Volume:
-    """A row of the reports.
-
-    Attributes:
-      row: its name in messages, such as "train_reports.csv row 7".
-      name: of the volume, without extension.
-      path: below the source folder.
-      findings, impression: sections of the report.
-      labels: finding → prediction of the classifier, if any.
-      sex, age: of the metadata.
-      weight: 1 / number of usable volumes of the scan, if all become records.
-      correction: of a wrong header, or None.
-      problem: reason to skip the volume, or "".
-    """
-
-    row: str
-    name: str
-    path: str
+class _Volume:
+    row: str  # name in messages, such as "train_reports.csv row 7"
+    name: str  # without extension
+    path: str  # below the source folder
     findings: str
     impression: str
-    labels: Mapping[str, bool]
+    labels: Mapping[str, bool]  # predictions of the classifier
     sex: str = ""
     age: str = ""
-    weight: float = 1.0
-    correction: Correction | None = None
-    problem: str = ""
+    weight: float = 1.0  # 1 / number of usable volumes of the scan, if all become records
+    correction: _Correction | None = None
+    problem: str = ""  # reason to skip the volume
 
 
 Windows = Mapping[str, tuple[float, float] | None]  # name → (centre, width) in HU; None for the model's own
@@ -156,7 +137,6 @@ class CtRate(Dataset):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares the choice of volumes, windows and slices."""
         parser.add_argument(
             "--reconstructions",
             choices=("one", "all"),
@@ -197,7 +177,7 @@ class CtRate(Dataset):
 
 
 def _make_scan(
-    volumes: Sequence[Volume], context: Context, slices: SliceOptions, windows: Windows
+    volumes: Sequence[_Volume], context: Context, slices: SliceOptions, windows: Windows
 ) -> Iterator[Example | Skipped]:
     """Yields the records of the first usable volume, in random order."""
     order = list(volumes)
@@ -213,7 +193,7 @@ def _make_scan(
                 raise SkipItem(str(reason)) from None
 
 
-def _records(volume: Volume, context: Context, slices: SliceOptions, windows: Windows) -> Iterator[Example]:
+def _records(volume: _Volume, context: Context, slices: SliceOptions, windows: Windows) -> Iterator[Example]:
     if volume.problem:
         raise SkipItem(volume.problem)
     texts = {"findings": _section(volume.findings), "impression": _section(volume.impression)}
@@ -250,7 +230,7 @@ def _records(volume: Volume, context: Context, slices: SliceOptions, windows: Wi
     yield question_conversation(scan.name, images, meta, questions)
 
 
-def _check_axes(path: epath.Path, correction: Correction) -> None:
+def _check_axes(path: epath.Path, correction: _Correction) -> None:
     """Raises `SkipItem` if the orientation in the file's header and in the metadata differ."""
     codes = "".join(nib.orientations.aff2axcodes(describe_volume(path).affine))
     if codes != correction.codes:
@@ -307,11 +287,7 @@ def _windows(text: str) -> Windows:
 
 
 def _volume_folders(source: SourceFolder, base: str, instructions: str) -> tuple[dict[str, str], bool]:
-    """Returns (split → existing folder of its volumes, whether their headers are fixed).
-
-    Raises:
-      UserError: there are none, or fixed and original ones.
-    """
+    """Returns (split → existing folder of its volumes, whether their headers are fixed)."""
     fixed = {split: found for split, n in _FOLDERS.items() if (found := source.find(f"{base}{n}_fixed"))}
     raw = {split: found for split, n in _FOLDERS.items() if (found := source.find(f"{base}{n}"))}
     if raw and fixed:
@@ -327,21 +303,13 @@ def _volume_folders(source: SourceFolder, base: str, instructions: str) -> tuple
 
 @dataclasses.dataclass(frozen=True)
 class _Tables:
-    """The tables of a split besides the reports.
+    """The tables of a split, by volume."""
 
-    Attributes:
-      reports: path of the reports.
-      labels: volume → labels with a value.
-      people: volume → (sex, age).
-      corrections: volume → correction of its header; None if headers are fixed.
-      heads: volumes that show no chest.
-    """
-
-    reports: str
+    reports: str  # path
     labels: Mapping[str, Mapping[str, bool]]
-    people: Mapping[str, tuple[str, str]]
-    corrections: Mapping[str, Correction] | None
-    heads: frozenset[str]
+    people: Mapping[str, tuple[str, str]]  # (sex, age)
+    corrections: Mapping[str, _Correction] | None  # None if headers are fixed
+    heads: frozenset[str]  # volumes that show no chest
 
     @classmethod
     def read(cls, source: SourceFolder, base: str, split: str, *, fixed: bool, labelled: bool) -> _Tables:
@@ -366,7 +334,7 @@ class _Tables:
         )
 
 
-def _volumes(source: SourceFolder, tables: _Tables, split: str, folder: str) -> list[Volume]:
+def _volumes(source: SourceFolder, tables: _Tables, split: str, folder: str) -> list[_Volume]:
     columns = {"name": ["VolumeName"], "findings": ["Findings_EN"], "impression": ["Impressions_EN"]}
     found, seen = [], set()
     for number, row in enumerate(source.table(tables.reports, columns), 1):
@@ -386,7 +354,7 @@ def _volumes(source: SourceFolder, tables: _Tables, split: str, folder: str) -> 
         seen.add(name)
         path = f"{folder}/{parts[1]}/{parts[1]}_{parts[3]}/{name}{_ENDING}" if parts and name else ""
         found.append(
-            Volume(
+            _Volume(
                 f"{tables.reports.rpartition('/')[2]} row {number}",
                 name,
                 path,
@@ -401,20 +369,20 @@ def _volumes(source: SourceFolder, tables: _Tables, split: str, folder: str) -> 
     return found
 
 
-def _weighted(volumes: Sequence[Volume]) -> list[Volume]:
+def _weighted(volumes: Sequence[_Volume]) -> list[_Volume]:
     usable = collections.Counter(_scan_of(v) for v in volumes if not v.problem)
     return [v if v.problem else dataclasses.replace(v, weight=1 / usable[_scan_of(v)]) for v in volumes]
 
 
-def _by_scan(volumes: Sequence[Volume]) -> list[tuple[Volume, ...]]:
+def _by_scan(volumes: Sequence[_Volume]) -> list[tuple[_Volume, ...]]:
     """Groups volumes by scan; unusable ones are kept only if their scan has no other."""
-    scans: dict[str, list[Volume]] = {}
+    scans: dict[str, list[_Volume]] = {}
     for volume in volumes:
         scans.setdefault(_scan_of(volume) or volume.row, []).append(volume)  # rows without a name stay alone
     return [tuple([v for v in found if not v.problem] or found[:1]) for found in scans.values()]
 
 
-def _scan_of(volume: Volume) -> str:
+def _scan_of(volume: _Volume) -> str:
     return volume.name.rpartition("_")[0]
 
 
@@ -441,7 +409,7 @@ def _people(source: SourceFolder, file: str | None) -> dict[str, tuple[str, str]
     }
 
 
-def _corrections(source: SourceFolder, file: str) -> dict[str, Correction]:
+def _corrections(source: SourceFolder, file: str) -> dict[str, _Correction]:
     """Reads the correct header values of volumes; incomplete rows are ignored."""
     columns = {
         "name": ["VolumeName"],
@@ -463,7 +431,7 @@ def _corrections(source: SourceFolder, file: str) -> dict[str, Correction]:
         affine = np.eye(4)
         affine[:3, :3] = rotation
         codes = "".join(nib.orientations.aff2axcodes(affine))
-        found[row["name"].strip().removesuffix(_ENDING)] = Correction(values[0], values[1], codes)
+        found[row["name"].strip().removesuffix(_ENDING)] = _Correction(values[0], values[1], codes)
     return found
 
 
@@ -481,5 +449,5 @@ def _no_chest(source: SourceFolder, files: Sequence[str]) -> frozenset[str]:
     return frozenset(line.replace("\\", "/").rpartition("/")[2].removesuffix(_ENDING) for line in lines)
 
 
-def _name_of(volumes: Sequence[Volume]) -> str:
+def _name_of(volumes: Sequence[_Volume]) -> str:
     return volumes[0].row

@@ -61,22 +61,14 @@ class Study:
 
 
 @dataclasses.dataclass(frozen=True)
-class Selection:
-    """Criteria for the slices of a study.
-
-    Attributes:
-      store: the annotations.
-      digest: of the annotations, so that other annotations invalidate shards.
-      cards: of the considered experts.
-      slices: maximum per study.
-      min_pixels: minimum size of a structure.
-    """
+class _Selection:
+    """Criteria for the slices of a study."""
 
     store: AnnotationStore
-    digest: str
-    cards: tuple[Card, ...]
-    slices: int
-    min_pixels: int
+    digest: str  # of the annotations, so that other annotations invalidate shards
+    cards: tuple[Card, ...]  # of the considered experts
+    slices: int  # maximum per study
+    min_pixels: int  # minimum size of a structure
 
 
 class ExpertSlices(Dataset):
@@ -103,7 +95,6 @@ class ExpertSlices(Dataset):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares annotations, cases and the choice of slices."""
         add = parser.add_argument
         add("--annotations", default="", help="annotation store (required)")
         add("--cases", default="", help="JSON file of cases with several scans, as for annotating")
@@ -122,7 +113,7 @@ class ExpertSlices(Dataset):
             raise UserError(f"{source.root}: give --annotations STORE with its annotations")
         store = AnnotationStore(options.annotations)
         cards = tuple(load_cards(options.cards))
-        selection = Selection(store, store.digest(), cards, options.slices, options.min_pixels)
+        selection = _Selection(store, store.digest(), cards, options.slices, options.min_pixels)
         studies = list(find_studies(source.root, self.config, options.cases, options.facts))
         make = functools.partial(_make_study, selection=selection)
         divided: dict[str, list[Study]] = {"train": []} | ({"heldout": []} if options.heldout else {})
@@ -167,7 +158,7 @@ def find_studies(data: paths.PathLike, variant: str, cases: str = "", facts: str
             yield Study(path, (("", path),), known.get(path, {}))
 
 
-def _make_study(study: Study, context: Context, selection: Selection) -> Iterator[Example]:
+def _make_study(study: Study, context: Context, selection: _Selection) -> Iterator[Example]:
     facts = {k: v for k, v in study.facts.items() if k not in ("group", "patient", "licence")}
     facts = {"patient": study.patient, **facts}
     if context.config == "film":
@@ -181,7 +172,7 @@ def _make_study(study: Study, context: Context, selection: Selection) -> Iterato
         yield dataclasses.replace(record, meta={**record.meta, "licence": licence}) if licence else record
 
 
-def _film(study: Study, context: Context, selection: Selection, facts: Mapping[str, Any]) -> Example:
+def _film(study: Study, context: Context, selection: _Selection, facts: Mapping[str, Any]) -> Example:
     path = study.files[0][1]
     key = image_key(load_pixels(labelled_scans.file_of(context, path)))
     _annotations(selection, {"": key})
@@ -189,12 +180,8 @@ def _film(study: Study, context: Context, selection: Selection, facts: Mapping[s
     return Example(study.name, "study", (context.image(path),), meta=meta)
 
 
-def _annotations(selection: Selection, keys: Mapping[str, str]) -> list[Annotation]:
-    """Returns the annotations, failures included, for content keys by role.
-
-    Raises:
-      SkipItem: there are none.
-    """
+def _annotations(selection: _Selection, keys: Mapping[str, str]) -> list[Annotation]:
+    """Returns the annotations, failures included, for content keys by role."""
     found = []
     for card in selection.cards:
         if set(card.roles) <= set(keys):
@@ -205,7 +192,7 @@ def _annotations(selection: Selection, keys: Mapping[str, str]) -> list[Annotati
     raise SkipItem("no annotation")
 
 
-def _slices(scan: Scan, selection: Selection, context: Context) -> list[int]:
+def _slices(scan: Scan, selection: _Selection, context: Context) -> list[int]:
     """Selects slices, ascending."""
     roles = (role for role, _ in scan.files)
     annotations = _annotations(selection, dict(zip(roles, scan.keys, strict=True)))

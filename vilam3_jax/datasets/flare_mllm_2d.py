@@ -81,7 +81,6 @@ class FlareMllm2d(Dataset):
         """
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Reads the questions of every split that was downloaded."""
         source.require([folder for folders, _, _ in _SPLITS.values() for folder in folders])
         taken: set[str] = set()
         found = {}
@@ -90,12 +89,11 @@ class FlareMllm2d(Dataset):
                 files = _question_files(source, folder, ending)
                 _check_images(source, files, images)
                 rows = [row for file in files for row in _rows(source, file, split, taken)]
-                found[split] = Split(rows, make, name_of)
+                found[split] = Split(rows, _make, name_of)
         return found
 
 
-def make(row: Row, context: Context) -> Iterator[Example]:
-    """Yields one question with its images and its answer."""
+def _make(row: Row, context: Context) -> Iterator[Example]:
     values = {str(key).lower(): value for key, value in fields(row).items()}
     category, dataset = row.file.split("/")[-3:-1]
     family = _family(word(values, "tasktype"))

@@ -38,7 +38,6 @@ class Instructions(UserFile):
     field, metavar = "record key (a.b if nested)", "KEY"
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Scans the list once."""
         path = str(source.root / self.source_file(source))
         split = self.options.split
         patient = self.options.patient or ("patient" if self.options.split_by == "patient" else None)

@@ -10,16 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from vilam3_jax.data.examples import Example, ImageRef
+from vilam3_jax.datasets import conversations
 from vilam3_jax.datasets.chest_findings import NORMAL, question
-from vilam3_jax.datasets.conversations import (
-    YES_NO,
-    conversation,
-    metadata,
-    pair,
-    question_conversation,
-    question_meta,
-    text_of,
-)
+from vilam3_jax.datasets.conversations import YES_NO, metadata, question_meta, text_of
 from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Skipped, Split
 from vilam3_jax.datasets.report_text import clean
 from vilam3_jax.datasets.reports import MAX_REPORT_BYTES, Report, parse_report
@@ -90,7 +83,6 @@ class IuXray(Dataset):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares `--target`."""
         parser.add_argument(
             "--target",
             choices=tuple(TARGETS),
@@ -99,7 +91,6 @@ class IuXray(Dataset):
         )
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Lists the reports, or reads annotation.json."""
         if self.config == "r2gen":
             return self._r2gen(source)
         _, images = source.require(_REPORTS, _IMAGES)
@@ -157,7 +148,7 @@ def _report(path: str, context: Context, images: str, target: Sequence[str]) -> 
     shown = [_image(name, report, context, images) for name in _names(report)]
     qa = _report_question(tuple(texts), len(shown), _headed(texts))
     meta = _meta(report, context, raw_report=_headed({head: text for head, text in raw.items() if text}))
-    yield question_conversation(report.id, shown, meta, [qa])
+    yield conversations.question_conversation(report.id, shown, meta, [qa])
 
 
 def _report_question(sections: tuple[str, ...], images: int, text: str) -> dict[str, Any]:
@@ -175,7 +166,7 @@ def _normal(path: str, context: Context, images: str) -> Iterator[Example]:
     text, answer = question(NORMAL), YES_NO[0] if normal else YES_NO[1]
     qa = question_meta(text, answer, NORMAL, options=YES_NO, label_source="indexer")
     exchanges = [(text, answer.capitalize())]
-    yield conversation(report.id, shown, exchanges, _meta(report, context), questions=[qa])
+    yield conversations.conversation(report.id, shown, exchanges, _meta(report, context), questions=[qa])
 
 
 def _pairs(path: str, context: Context, images: str) -> Iterator[Example | Skipped]:
@@ -189,7 +180,7 @@ def _pairs(path: str, context: Context, images: str) -> Iterator[Example | Skipp
         except SkipItem as reason:
             yield Skipped(f"{path} image {number}", str(reason))
         else:
-            yield pair(name, image, caption, _meta(report, context), kind="pair")
+            yield conversations.pair(name, image, caption, _meta(report, context), kind="pair")
 
 
 def _r2gen_report(row: Row, context: Context, images: str) -> Iterator[Example]:
@@ -216,7 +207,7 @@ def _r2gen_report(row: Row, context: Context, images: str) -> Iterator[Example]:
         raw_report=raw,
     )
     qa = _report_question(("findings",), len(shown), text)
-    yield question_conversation(row.id, shown, meta, [qa])
+    yield conversations.question_conversation(row.id, shown, meta, [qa])
 
 
 def _read(path: str, context: Context) -> Report:

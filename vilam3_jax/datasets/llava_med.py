@@ -63,7 +63,6 @@ class LlavaMed(Dataset):
     expert_inputs = False
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Scans the list of the variant."""
         file, _ = source.require(_FILES[self.config], ("images", "images.zip"))
         pictures = find_pictures(source, ["images"], ["images.zip"])
         if self.config == "eval":

@@ -29,7 +29,6 @@ class LlavaPretrain(Dataset):
     expert_inputs = False
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Scans the list."""
         file, _ = source.require("blip_laion_cc_sbu_558k.json", ("images", "00000", "images.zip"))
         flat = source.find("images") is None and source.find("00000") is not None
         pictures = find_pictures(source, ["."] if flat else ["images"], ["images.zip"])

@@ -40,19 +40,12 @@ class Question(NamedTuple):
 
 
 class Item(NamedTuple):
-    """Questions about a film, or about the difference from an earlier film.
+    """Questions about a film, or about the difference from an earlier film."""
 
-    Attributes:
-      row: of the first question.
-      film: of the study.
-      reference: film of the reference study, for differences.
-      questions: in the order of the table.
-    """
-
-    row: int
+    row: int  # of the first question
     film: Film
-    reference: Film | None
-    questions: tuple[Question, ...]
+    reference: Film | None  # of the reference study, for differences
+    questions: tuple[Question, ...]  # in the order of the table
 
 
 class MedicalDiffVqa(MimicDataset):
@@ -91,7 +84,6 @@ class MedicalDiffVqa(MimicDataset):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares `--split-by`."""
         parser.add_argument(
             "--split-by",
             choices=("mimic", "file"),
@@ -100,7 +92,6 @@ class MedicalDiffVqa(MimicDataset):
         )
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Groups the questions by film."""
         tables = (mimic_cxr.alternatives(_FOLDERS, f"mimic_{name}.csv") for name in ("pair_questions", "all"))
         table, films_table = mimic_cxr.required(source, *tables)
         films = _films(source, films_table)

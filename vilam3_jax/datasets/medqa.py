@@ -37,7 +37,6 @@ class MedQa(Dataset):
     expert_inputs = False
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Reads the JSON lines."""
         accepted = {
             split: [f"{folder}phrases_no_exclude_{stem}.jsonl" for folder in _FOLDERS]
             for split, (stem, _) in _PARTS.items()
@@ -47,7 +46,7 @@ class MedQa(Dataset):
         return {
             split: Split(
                 rows_of(file, source.json_lines(file), lambda row: None, prefix=split),
-                make,
+                _make,
                 name_of,
                 _PARTS[split][1],
             )
@@ -56,8 +55,7 @@ class MedQa(Dataset):
         }
 
 
-def make(row: Row, context: Context) -> Iterator[Example]:
-    """Yields the question with its lettered options."""
+def _make(row: Row, context: Context) -> Iterator[Example]:
     values = fields(row)
     texts = multiple_choice.lettered_options(values.get("options"))
     letter = multiple_choice.right_letter(

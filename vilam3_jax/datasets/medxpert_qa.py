@@ -43,14 +43,13 @@ class MedXpertQa(Dataset):
     }
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Reads the JSON lines of the variant."""
         files = {split: f"{_FOLDERS[self.config]}/{stem}.jsonl" for split, stem in _SPLITS.items()}
         source.require(*files.values(), *([_IMAGES] if self.config == "mm" else []))
         taken: set[str] = set()
         return {
             split: Split(
                 rows_of(file, source.json_lines(file), lambda row: row["id"], taken=taken),
-                make,
+                _make,
                 name_of,
                 _EXPECTED[self.config][split],
             )
@@ -58,8 +57,7 @@ class MedXpertQa(Dataset):
         }
 
 
-def make(row: Row, context: Context) -> Iterator[Example]:
-    """Yields the question with its lettered options."""
+def _make(row: Row, context: Context) -> Iterator[Example]:
     values = fields(row)
     texts = multiple_choice.lettered_options(values.get("options"))
     letter = multiple_choice.right_letter(texts, letter=text_of(values.get("label"), "label"))

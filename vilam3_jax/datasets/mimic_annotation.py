@@ -24,18 +24,11 @@ _DICOM = re.compile(r"(?:^|/)([0-9a-f]{8}(?:-[0-9a-f]{8}){4})\.[^/.]+\Z")
 
 
 class Item(NamedTuple):
-    """A film and its report.
+    """A film and its report."""
 
-    Attributes:
-      row: in its list of the file.
-      film: its ids.
-      path: of the image.
-      report: of the file.
-    """
-
-    row: int
+    row: int  # in its list of the file
     film: Film
-    path: str
+    path: str  # of the image
     report: str
 
 
@@ -67,7 +60,6 @@ class MimicAnnotation(MimicDataset):
         parser.set_defaults(views="all")
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Reads the lists of the file."""
         frontal = self.options.views == "frontal"
         tables = mimic_cxr.jpg_tables("metadata")
         name, folder, *table = mimic_cxr.required(source, _NAMES, _IMAGES, *(tables if frontal else ()))

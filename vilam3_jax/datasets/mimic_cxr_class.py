@@ -39,15 +39,11 @@ _REFERENCE_KEPT = 5000
 class Item(NamedTuple):
     """A film and the labels of its study.
 
-    Attributes:
-      row: of the split table.
-      film: its ids.
-      labels: for each of `FINDINGS` and "No Finding", "1", "0", "u" (uncertain) or " " (not mentioned); "" if
-        the study has none.
-      by_radiologist: labelled by a radiologist.
+    `labels` has "1", "0", "u" (uncertain) or " " (not mentioned) for each of `FINDINGS` and "No Finding"; it
+    is "" if the study has none.
     """
 
-    row: int
+    row: int  # of the split table
     film: Film
     labels: str
     by_radiologist: bool
@@ -81,7 +77,6 @@ class MimicCxrClass(MimicDataset):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares `--labels`, `--test-labels` and `--wording`."""
         super().add_arguments(parser)
         chest_findings.add_wording(parser)
         parser.add_argument("--labels", choices=("chexpert", "negbio"), default="chexpert", help="labeler")
@@ -93,7 +88,6 @@ class MimicCxrClass(MimicDataset):
         )
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Joins films with the labels of their studies."""
         by_radiologist = self.options.test_labels == "radiologist"
         wanted = mimic_cxr.jpg_tables("split", "metadata", self.options.labels)
         if by_radiologist:

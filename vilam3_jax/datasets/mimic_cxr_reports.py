@@ -35,17 +35,11 @@ _PROBED = 500  # studies probed for the folder of reports
 
 
 class Item(NamedTuple):
-    """A film and its report.
+    """A film and its report."""
 
-    Attributes:
-      row: of the split table.
-      film: its ids.
-      sections: target sections from a table; None to read the report file.
-    """
-
-    row: int
+    row: int  # of the split table
     film: Film
-    sections: tuple[str, ...] | None
+    sections: tuple[str, ...] | None  # target sections from a table; None to read the report file
 
 
 class MimicCxrReports(MimicDataset):
@@ -69,7 +63,6 @@ class MimicCxrReports(MimicDataset):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares `--target`."""
         super().add_arguments(parser)
         parser.add_argument("--target", choices=tuple(_TARGETS), default="findings", help="target sections")
 
@@ -114,11 +107,7 @@ def _sections_in(source: SourceFolder, table: str, heads: Sequence[str]) -> dict
 
 
 def _reports_folder(source: SourceFolder, films: Mapping[str, Sequence[Film]]) -> str:
-    """Finds the folder of the report files; single studies may lack a report.
-
-    Raises:
-      UserError: none of the first studies has one.
-    """
+    """Finds the folder of the report files; single studies may lack a report."""
     first = [film for of_split in films.values() for film in of_split if not film.problem][:_PROBED]
     for film in first:
         for folder in _FOLDERS:

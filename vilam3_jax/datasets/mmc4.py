@@ -52,13 +52,11 @@ class Mmc4(Dataset):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares `--min-similarity` and `--max-images`."""
         add = parser.add_argument
         add("--min-similarity", type=float, default=0.0, metavar="X", help="minimum matched_sim of an image")
         add("--max-images", type=int, default=_MAX_IMAGES, metavar="N", help="maximum images per document")
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Lists the shards."""
         if self.options.max_images < 1:
             raise UserError(f"--max-images {self.options.max_images}: give 1 or more")
         found = [

@@ -20,23 +20,14 @@ _ENDINGS = (".nii.gz", ".nii")
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One task of the decathlon.
+    """A task of the decathlon."""
 
-    Attributes:
-      folder: of the unpacked archive.
-      organ: label 1.
-      lesion: label 2, a lesion in the organ, as in the experts' tables; "" for none.
-      train: number of training cases.
-      test: number of cases without labels.
-      md5: of the archive.
-    """
-
-    folder: str
-    organ: str
-    lesion: str
-    train: int
-    test: int
-    md5: str
+    folder: str  # of the unpacked archive
+    organ: str  # label 1
+    lesion: str  # label 2, a lesion in the organ, as in the experts' tables; "" for none
+    train: int  # number of training cases
+    test: int  # number of cases without labels
+    md5: str  # of the archive
 
 
 TASKS = {
@@ -52,21 +43,12 @@ _LESION_WORDS = ("cancer", "tumor", "tumour")
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """A row of `dataset.json`.
-
-    Attributes:
-      row: its name in messages, such as "training row 7".
-      folder: of the task, below the source folder.
-      image, label: values of the row; the label of a test case is None.
-      problem: reason to skip the row, or "".
-    """
-
-    row: str
-    folder: str
+class _Case:
+    row: str  # name in messages, such as "training row 7"
+    folder: str  # of the task, below the source folder
     image: Any
-    label: Any = None
-    problem: str = ""
+    label: Any = None  # None for test cases
+    problem: str = ""  # reason to skip the row
 
 
 class MSD(LabelledScans):
@@ -97,7 +79,6 @@ class MSD(LabelledScans):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares `--validation` and the options of slices."""
         super().add_arguments(parser)
         parser.add_argument(
             "--validation",
@@ -141,7 +122,7 @@ def _stem(path: str) -> str:
     return next((name.removesuffix(ending) for ending in _ENDINGS if name.endswith(ending)), name)
 
 
-def _make_case(case: Case, context: Context, options: SliceOptions) -> Iterator[Example | Skipped]:
+def _make_case(case: _Case, context: Context, options: SliceOptions) -> Iterator[Example | Skipped]:
     task, name = TASKS[context.config], _stem(case.image)
     scan = labelled_scans.read_scan(context, name, [("", os.path.join(case.folder, case.image))], "CT")
     structures: list[Structure] = []
@@ -171,7 +152,7 @@ def _check_labels(stated: Any, task: Task, file: str) -> None:
     raise UserError(f"{file}: its labels are not those of {task.folder} ({wanted}); download that task")
 
 
-def _cases(rows: Sequence[Any], split: str, folder: str, seen: set[str]) -> list[Case]:
+def _cases(rows: Sequence[Any], split: str, folder: str, seen: set[str]) -> list[_Case]:
     """Converts rows to cases, and adds their names to `seen` to detect duplicates."""
     cases = []
     for number, row in enumerate(rows, 1):
@@ -183,7 +164,7 @@ def _cases(rows: Sequence[Any], split: str, folder: str, seen: set[str]) -> list
             stem = _stem(str(image))
             problem = "its case is a duplicate" if stem in seen else ""
             seen.add(stem)
-        cases.append(Case(f"{split} row {number}", folder, image, label, problem))
+        cases.append(_Case(f"{split} row {number}", folder, image, label, problem))
     return cases
 
 

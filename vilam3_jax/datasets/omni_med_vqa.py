@@ -63,7 +63,6 @@ class OmniMedVqa(Dataset):
         super().__init__(options, config)
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Reads the question files of the open part."""
         base = "OmniMedVQA/" if source.find("OmniMedVQA/QA_information") else ""
         if source.find(base + _RESTRICTED) and not source.find(base + _OPEN):
             raise UserError(f"{source.root}: has no {_OPEN}, and {_NO_RESTRICTED}")
@@ -76,11 +75,10 @@ class OmniMedVqa(Dataset):
         for file in files:
             numbered = enumerate(source.json_list(file), 1)
             rows += rows_of(file, numbered, lambda row: row["question_id"], taken=taken)
-        return {"test": Split(rows, make, name_of, _EXPECTED)}
+        return {"test": Split(rows, _make, name_of, _EXPECTED)}
 
 
-def make(row: Row, context: Context) -> Iterator[Example]:
-    """Yields the question with its lettered options."""
+def _make(row: Row, context: Context) -> Iterator[Example]:
     values = fields(row)
     options = multiple_choice.lettered_options(
         {letter: values.get(f"option_{letter}") for letter in _LETTERS}, optional="CD"

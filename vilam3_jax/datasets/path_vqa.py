@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from vilam3_jax.data.examples import Example
-from vilam3_jax.datasets import parquet, pickle_reader, rows, vqa
+from vilam3_jax.datasets import pickle_reader, rows, vqa
 from vilam3_jax.datasets.conversations import metadata, text_of
 from vilam3_jax.datasets.dataset import Context, SkipItem, Split
 from vilam3_jax.datasets.rows import Row
@@ -51,22 +50,9 @@ class PathVqa(vqa.TrainOnValidation):
     }
 
     def published_splits(self, source: SourceFolder) -> dict[str, Split]:
-        return _original_splits(source) if self.config == "original" else _copied_splits(source)
-
-
-def _copied_splits(source: SourceFolder) -> dict[str, Split]:
-    files = {
-        split: parquet.parts(source, f"data/{split}-*.parquet", f"{split}-*.parquet")
-        for split in _COPY_COUNTS
-    }
-    return {
-        split: Split(
-            parquet.rows(source, names, vqa.PARQUET_COLUMNS, split),
-            functools.partial(vqa.copied_question, modality="PATHOLOGY", label_source=_LABEL_SOURCE),
-            expected=_COPY_COUNTS[split],
-        )
-        for split, names in files.items()
-    }
+        if self.config == "original":
+            return _original_splits(source)
+        return vqa.copied_splits(source, _COPY_COUNTS, modality="PATHOLOGY", label_source=_LABEL_SOURCE)
 
 
 def _original_splits(source: SourceFolder) -> dict[str, Split]:

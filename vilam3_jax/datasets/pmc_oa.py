@@ -51,7 +51,6 @@ class PmcOa(FigureDataset):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares `--pairs` and `--image-root`."""
         super().add_arguments(parser)
         parser.add_argument(
             "--image-root",
@@ -61,7 +60,6 @@ class PmcOa(FigureDataset):
         )
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Reads the JSON lines of the variant."""
         given = self.options.image_root.strip("/")
         files = _FILES[self.config]
         folder = source.require([given] if given else _IMAGE_ROOTS, *files.values())[0]

@@ -57,19 +57,17 @@ class PmcVqa(Dataset):
     shared_images = "the source does not say that its splits divide figures, and test_clean is a part of test"
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Reads the tables of the variant."""
         folder, tables = _FILES[self.config]
         source.require(folder, *tables.values())
         found = {}
         for split, file in tables.items():
             numbered = enumerate(source.table(file, _COLUMNS, optional=_OPTIONAL), 1)
             rows = rows_of(file, numbered, lambda row: row["index"], prefix=split)
-            found[split] = Split(rows, make, name_of, _EXPECTED.get(split))
+            found[split] = Split(rows, _make, name_of, _EXPECTED.get(split))
         return found
 
 
-def make(row: Row, context: Context) -> Iterator[Example]:
-    """Yields the question with its lettered options."""
+def _make(row: Row, context: Context) -> Iterator[Example]:
     cells = fields(row)
     question = text_of(cells["question"], "question")
     options = multiple_choice.lettered_options({letter: cells[letter] for letter in _LETTERS})

@@ -35,13 +35,11 @@ class RadImageNetVqa(Dataset):
         """
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Reads the footers of the parquet files."""
         files = parquet.parts(source, "benchmark/test-*.parquet", "test-*.parquet")
-        return {"test": Split(parquet.rows(source, files, _COLUMNS, "test"), make)}
+        return {"test": Split(parquet.rows(source, files, _COLUMNS, "test"), _make)}
 
 
-def make(row: parquet.Place, context: Context) -> Iterator[Example]:
-    """Yields one question about one image."""
+def _make(row: parquet.Place, context: Context) -> Iterator[Example]:
     context.file(row.file)
     values = parquet.read(context.root, row)
     image = ImageRef(data=parquet.image_bytes(values["image"]))

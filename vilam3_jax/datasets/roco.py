@@ -43,7 +43,6 @@ class Roco(FigureDataset):
     }
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Reads captions, concepts and licences of the three splits."""
         base = "data/" if source.find("data") else ""
         folders = {split: f"{base}{split}/{self.config}" for split in _SPLITS}
         files = ("captions.txt", "cuis.txt", "licences.txt", "images")

@@ -32,7 +32,6 @@ class RocoV2(FigureDataset):
         """
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Reads captions and concepts of the three splits."""
         stems = list(_SPLITS.values())
         found = source.require(
             *([f"{stem}_images/{stem}", stem, f"{stem}_images"] for stem in stems),

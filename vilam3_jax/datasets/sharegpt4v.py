@@ -63,7 +63,6 @@ class ShareGpt4V(Dataset):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares `--leave-out`."""
         parser.add_argument(
             "--leave-out",
             default="",
@@ -72,7 +71,6 @@ class ShareGpt4V(Dataset):
         )
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Scans the list and checks that the image folders exist."""
         (file,) = source.require(_FILES[self.config])
         path = str(source.root / file)
         found = instruction_lists.scan(path, label_of=_root_of)

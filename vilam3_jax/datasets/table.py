@@ -16,30 +16,14 @@ import pyarrow
 import pyarrow.parquet
 
 from vilam3_jax.data.examples import Example, ImageRef
-from vilam3_jax.datasets import parquet
+from vilam3_jax.datasets import parquet, table_questions, user_data
 from vilam3_jax.datasets.conversations import conversation, metadata, question_meta, text_of
 from vilam3_jax.datasets.dataset import Context, SkipItem, Split
 from vilam3_jax.datasets.pictures import picture_or_dicom, stored_picture
 from vilam3_jax.datasets.record_files import digest
 from vilam3_jax.datasets.source_files import SourceFolder
-from vilam3_jax.datasets.table_questions import (
-    ONE_HOT,
-    LabelColumn,
-    cell_text,
-    infer_column,
-    one_hot_column,
-    one_hot_label,
-    read_templates,
-)
-from vilam3_jax.datasets.user_data import (
-    STATED,
-    TRAIN,
-    UserFile,
-    groups_of,
-    held_out,
-    read_json,
-    split_named,
-)
+from vilam3_jax.datasets.table_questions import ONE_HOT, LabelColumn, cell_text
+from vilam3_jax.datasets.user_data import STATED, TRAIN, UserFile
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
 
@@ -53,47 +37,22 @@ _MAX_NAME = 512
 
 @dataclasses.dataclass(slots=True)
 class _Row:
-    """A row of the table.
-
-    Attributes:
-      number: from 1, without the header.
-      id: of its example.
-      images: cells of the image columns; empty if the table stores the images.
-      labels: text of each label column, "" for an empty cell.
-      patient: patient id, "" if unknown.
-      problem: reason to skip the row, or "".
-      place: position in the parquet file, if the table stores the images.
-      group: of rows that share an image or a patient.
-      stored: digests of images stored in the table.
-    """
-
-    number: int
+    number: int  # from 1, without the header
     id: str
-    images: tuple[Any, ...]
+    images: tuple[Any, ...]  # cells of the image columns; empty if the table stores the images
     labels: tuple[str, ...]
     patient: str = ""
-    problem: str = ""
-    place: parquet.Place | None = None
-    group: int = 0
-    stored: tuple[int, ...] = ()
+    problem: str = ""  # reason to skip the row
+    place: parquet.Place | None = None  # if the table stores the images
+    group: int = 0  # shared by rows with a common image or patient
+    stored: tuple[int, ...] = ()  # digests of images stored in the table
 
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-    """Settings of all rows.
-
-    Attributes:
-      root: folder of the table.
-      columns: the questions; a single one for one-hot labels.
-      labels: headers of the label columns.
-      modality: of all images.
-      with_patient: rows state their patient.
-      one_hot: the label columns encode one class.
-    """
-
-    root: str
-    columns: tuple[LabelColumn, ...]
-    labels: tuple[str, ...]
+    root: str  # folder of the table
+    columns: tuple[LabelColumn, ...]  # a single one for one-hot labels
+    labels: tuple[str, ...]  # headers
     modality: str
     with_patient: bool
     one_hot: bool
@@ -141,7 +100,6 @@ class Table(UserFile):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares the columns and the question file."""
         super().add_arguments(parser)
         parser.add_argument(
             "--image", nargs="+", default=[], metavar="COLUMN", help="columns of image paths or images"
@@ -161,15 +119,17 @@ class Table(UserFile):
         if not given.image or not given.label:
             raise UserError(f"{path}: give --image COLUMN and --label COLUMN. {self.instructions}")
         questions = given.questions
-        content = {} if questions is None else read_json(questions, _MAX_TEMPLATES)
-        templates = read_templates(content, given.label, questions or "")
+        content = {} if questions is None else user_data.read_json(questions, _MAX_TEMPLATES)
+        templates = table_questions.read_templates(content, given.label, questions or "")
         read = _read_parquet if file.lower().endswith((".parquet", ".pq")) else _read_text
         rows, stated, counts = _rows(read(source, file, self._columns()), given.label, path)
         if given.one_hot:
-            columns = [one_hot_column(given.label, templates.get(ONE_HOT, {}))]
+            columns = [table_questions.one_hot_column(given.label, templates.get(ONE_HOT, {}))]
         else:
-            cells = zip(given.label, counts, strict=True)
-            columns = [infer_column(label, found, templates.get(label, {})) for label, found in cells]
+            columns = [
+                table_questions.infer_column(label, cells, templates.get(label, {}))
+                for label, cells in zip(given.label, counts, strict=True)
+            ]
         settings = _Settings(
             str(source.root),
             tuple(columns),
@@ -272,7 +232,7 @@ def _rows(
         images = _images_of(row)
         own = row.get("id")
         name = _name(own) or (_name(images[0]) if images else "") or f"row-{number}"
-        stated.append(split_named(row.get("split")))
+        stated.append(user_data.split_named(row.get("split")))
         patient = _text(row.get("patient"))
         stored = tuple(found for found in row.get("stored", ()) if found is not None)
         rows.append(_Row(number, name, images, tuple(cells), patient, problem, place, stored=stored))
@@ -332,7 +292,7 @@ def _group(rows: Sequence[_Row], *, with_patient: bool) -> None:
         digests += map(digest, shared)
     nodes = np.stack([np.array(owners, np.uint64), np.array(digests, np.uint64)], axis=1)
     lone = np.array([digest(row.id.encode("utf-8", "surrogatepass")) for row in rows], np.uint64)
-    for row, group in zip(rows, groups_of(len(rows), nodes, lone).tolist(), strict=True):
+    for row, group in zip(rows, user_data.groups_of(len(rows), nodes, lone).tolist(), strict=True):
         row.group = group
 
 
@@ -341,7 +301,7 @@ def _path_key(path: str) -> bytes:
 
 
 def _sides(rows: list[_Row], share: float, path: str) -> dict[str, list[_Row]]:
-    masks = held_out(np.array([row.group for row in rows], np.uint64), share, path)
+    masks = user_data.held_out(np.array([row.group for row in rows], np.uint64), share, path)
     return {
         side: [row for row, chosen in zip(rows, mask, strict=True) if chosen] for side, mask in masks.items()
     }
@@ -372,7 +332,7 @@ def _make(row: _Row, context: Context, *, settings: _Settings) -> Iterator[Examp
     images = _images(row, context, settings.root)
     rng = context.rng(row.id, "wording") if context.split == TRAIN else None
     if settings.one_hot:
-        answers = [one_hot_label(settings.labels, row.labels)]
+        answers = [table_questions.one_hot_label(settings.labels, row.labels)]
     else:
         cells = zip(settings.columns, row.labels, strict=True)
         answers = [column.answer(cell) for column, cell in cells]

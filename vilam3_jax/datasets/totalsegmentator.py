@@ -38,21 +38,12 @@ _OTHER_VERSION = "v2.0.1 is required; download Totalsegmentator_dataset_v201.zip
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
-    """A row of `meta.csv`.
-
-    Attributes:
-      row: its name in messages, such as "meta.csv row 7".
-      name: folder of the subject, below the source folder.
-      sex, age: cells of the row.
-      problem: reason to skip the row, or "".
-    """
-
-    row: str
-    name: str
+class _Subject:
+    row: str  # name in messages, such as "meta.csv row 7"
+    name: str  # folder below the source folder
     sex: str
     age: str
-    problem: str = ""
+    problem: str = ""  # reason to skip the row
 
 
 class TotalSegmentator(LabelledScans):
@@ -78,7 +69,6 @@ class TotalSegmentator(LabelledScans):
     )
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Returns the splits of `meta.csv`."""
         (table,) = source.require(["meta.csv", "Totalsegmentator_dataset_v201/meta.csv"])
         folder = table.removesuffix("meta.csv")
         subjects = _subjects(source, table, folder)
@@ -88,7 +78,7 @@ class TotalSegmentator(LabelledScans):
         }
 
 
-def _make_subject(subject: Subject, context: Context, options: SliceOptions) -> Iterator[Example | Skipped]:
+def _make_subject(subject: _Subject, context: Context, options: SliceOptions) -> Iterator[Example | Skipped]:
     """Yields the records of a subject; unreadable masks are skipped individually."""
     name, files = subject.name.rpartition("/")[2], [("", f"{subject.name}/ct{_ENDING}")]
     scan = labelled_scans.read_scan(context, name, files, "CT")
@@ -128,7 +118,7 @@ def structure_name(mask: str) -> str | None:
     return _names().get(frozenset(words))
 
 
-def _structure(context: Context, subject: Subject, mask: str, scan: Scan) -> Structure | Skipped | None:
+def _structure(context: Context, subject: _Subject, mask: str, scan: Scan) -> Structure | Skipped | None:
     """Reads the structure of a mask; None for an absent cyst, which is not asked about."""
     record, name = f"{subject.row}, mask {mask}", structure_name(mask)
     if name is None:
@@ -152,14 +142,14 @@ def _mask_names(folder: epath.Path) -> list[str]:
     return sorted(n.removesuffix(_ENDING) for n in names if n.endswith(_ENDING) and not n.startswith("."))
 
 
-def _subjects(source: SourceFolder, table: str, folder: str) -> dict[str, list[Subject]]:
+def _subjects(source: SourceFolder, table: str, folder: str) -> dict[str, list[_Subject]]:
     rows = source.table(
         table,
         {"name": ["image_id"], "split": ["split"]},
         optional={"age": ["age"], "sex": ["gender", "sex"]},
         delimiter=";",
     )
-    found: dict[str, list[Subject]] = {split: [] for split in SUBJECTS}
+    found: dict[str, list[_Subject]] = {split: [] for split in SUBJECTS}
     seen: set[str] = set()
     for number, row in enumerate(rows, 1):
         name, split = row["name"].strip(), _SPLITS.get(row["split"].strip().lower())
@@ -171,14 +161,14 @@ def _subjects(source: SourceFolder, table: str, folder: str) -> dict[str, list[S
         elif split is None:
             problem = "its split is none of train, val and test"
         seen.add(name)
-        subject = Subject(
+        subject = _Subject(
             f"meta.csv row {number}", folder + name, row.get("sex", ""), row.get("age", ""), problem
         )
         found[split or "train"].append(subject)
     return found
 
 
-def _check_version(source: SourceFolder, table: str, subjects: Mapping[str, Sequence[Subject]]) -> None:
+def _check_version(source: SourceFolder, table: str, subjects: Mapping[str, Sequence[_Subject]]) -> None:
     """Raises `UserError` for other versions, judging by the number of subjects and the first masks."""
     file, rows = source.root / table, [s for split in subjects.values() for s in split]
     if len(rows) > sum(SUBJECTS.values()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from vilam3_jax.datasets.conversations import Marker, conversation, free_questio
 from vilam3_jax.datasets.dataset import Context, Dataset, Split
 from vilam3_jax.datasets.source_files import SourceFolder
 
-PARQUET_COLUMNS = {"image": ("image",), "question": ("question",), "answer": ("answer",)}
+_COLUMNS = {"image": ("image",), "question": ("question",), "answer": ("answer",)}
 
 
 class TrainOnValidation(Dataset):
@@ -80,24 +81,35 @@ def question_example(
     return conversation(name, images, [(question, answer)], meta, questions=[qa], marker=marker)
 
 
-def copied_question(
-    place: parquet.Place,
-    context: Context,
+def copied_splits(
+    source: SourceFolder,
+    counts: Mapping[str, int],
     *,
     modality: str,
     label_source: str,
     marker: Marker | None = None,
-) -> Iterator[Example]:
-    """Yields the example of a row (image, question, answer) of a Hugging Face copy, which has no ids.
+) -> dict[str, Split]:
+    """Returns the splits of a Hugging Face copy, with rows (image, question, answer) and no ids.
 
     Rows with equal images form a group.
 
     Args:
-      place: the row.
-      context: of the split.
+      source: the source folder.
+      counts: split → expected number of rows.
       modality, label_source: of all rows.
       marker: position of the image; None for a random one.
     """
+    make = functools.partial(_copied, modality=modality, label_source=label_source, marker=marker)
+    files = {name: parquet.parts(source, f"data/{name}-*.parquet", f"{name}-*.parquet") for name in counts}
+    return {
+        name: Split(parquet.rows(source, parts, _COLUMNS, name), make, expected=counts[name])
+        for name, parts in files.items()
+    }
+
+
+def _copied(
+    place: parquet.Place, context: Context, *, modality: str, label_source: str, marker: Marker | None
+) -> Iterator[Example]:
     values = parquet.read(context.root, place)
     data = parquet.image_bytes(values["image"])
     path = values["image"].get("path") if isinstance(values["image"], dict) else None

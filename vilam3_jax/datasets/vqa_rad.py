@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from vilam3_jax.data.examples import Example
-from vilam3_jax.datasets import parquet, rows, vqa
+from vilam3_jax.datasets import rows, vqa
 from vilam3_jax.datasets.conversations import metadata, text_of
 from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Skipped, Split
 from vilam3_jax.datasets.rows import Row
@@ -78,7 +78,8 @@ class VqaRad(Dataset):
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
         if self.config == "hf":
-            return _copied_splits(source)
+            counts = {"train": 1793, "test": 451}
+            return vqa.copied_splits(source, counts, modality="", label_source="clinician", marker="after")
         if self.config == "mevf":
             train, test, folder = source.require("trainset.json", "testset.json", _MEVF_FOLDERS)
             files = {"train": train, "validation": source.find("valset.json"), "test": test}
@@ -93,11 +94,11 @@ class VqaRad(Dataset):
             }
             expected = {"test": 451}  # published counts of the training rows differ: 1,797 and 3,064
         tested = frozenset().union(*(_asked(values).values() for _, values in tables["test"][1]))
-        make = functools.partial(_make, folder=folder)
+        make, qid_of = functools.partial(_make, folder=folder), functools.partial(_value, key="qid")
         taken: set[str] = set()
         return {
             split: Split(
-                _questions(rows.rows_of(file, listed, _qid, taken=taken), split, tested),
+                _questions(rows.rows_of(file, listed, qid_of, taken=taken), split, tested),
                 make,
                 _name_of,
                 expected.get(split),
@@ -108,17 +109,9 @@ class VqaRad(Dataset):
 
 
 class _Question(NamedTuple):
-    """A row in the context of its table.
-
-    Attributes:
-      row: of the table.
-      number: reference id of its first sample; the reference counts samples over the split.
-      tested: which of "question" and "rephrase" the test set asks about the same image.
-    """
-
     row: Row
-    number: int
-    tested: frozenset[str] = frozenset()
+    number: int  # reference id of its first sample; the reference counts samples over the split
+    tested: frozenset[str]  # which of "question" and "rephrase" the test set asks about the same image
 
 
 def _listed(source: SourceFolder, file: str) -> list[tuple[int, Any]]:
@@ -132,10 +125,6 @@ def _value(values: Any, key: str) -> Any:
     lower = {name.lower(): value for name, value in values.items() if isinstance(name, str)}
     exact = (values[name] for name in _KEYS[key] if name in values)
     return next(exact, next((lower[n.lower()] for n in _KEYS[key] if n.lower() in lower), None))
-
-
-def _qid(values: Any) -> object:
-    return _value(values, "qid")
 
 
 def _is_test(values: Any) -> bool:
@@ -235,19 +224,3 @@ def _samples(
 def _optional(values: Mapping[str, Any], key: str) -> str:
     value = _value(values, key)
     return "" if value is None or value == "" else text_of(value, key.replace("_", " "))
-
-
-def _copied_splits(source: SourceFolder) -> Mapping[str, Split]:
-    return {
-        split: Split(
-            parquet.rows(
-                source,
-                parquet.parts(source, f"data/{split}-*.parquet", f"{split}-*.parquet"),
-                vqa.PARQUET_COLUMNS,
-                split,
-            ),
-            functools.partial(vqa.copied_question, modality="", label_source="clinician", marker="after"),
-            expected=expected,
-        )
-        for split, expected in {"train": 1793, "test": 451}.items()
-    }

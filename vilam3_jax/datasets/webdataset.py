@@ -49,7 +49,6 @@ class WebDataset(UserDataset):
     field, metavar = "key of .json", "KEY"
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
-        """Lists the shards."""
         sides: dict[str, list[str]] = {}
         for shard in shards(source):
             sides.setdefault(_split_of(shard), []).append(shard)

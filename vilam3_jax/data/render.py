@@ -6,10 +6,11 @@ as at inference.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,23 +75,6 @@ class Annotations(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rendered:
-    """An example as the model reads it.
-
-    Attributes:
-      turns: with cards, triggers and expert turns if experts are on.
-      images: uint8 [H, W, 3] each, from the image reader, in the order of the markers.
-      experts: names of the experts whose results are shown.
-      missing: names of the experts without an annotation.
-    """
-
-    turns: tuple[Turn, ...]
-    images: tuple[np.ndarray, ...]
-    experts: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
 class Picture:
     """A lazily decoded image.
 
@@ -105,12 +89,24 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """A `Rendered` example whose images are not decoded yet."""
+    """An example as the model reads it, with lazily decoded images.
+
+    Attributes:
+      turns: with cards, triggers and expert turns if experts are on.
+      pictures: images in the order of the markers.
+      experts: names of the experts whose results are shown.
+      missing: names of the experts without an annotation.
+    """
 
     turns: tuple[Turn, ...]
     pictures: tuple[Picture, ...]
     experts: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def images(self) -> tuple[np.ndarray, ...]:
+        """Decoded images, uint8 [H, W, 3] each."""
+        return tuple(picture.read() for picture in self.pictures)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,8 +287,8 @@ class Renderer:
             _SLICES_CACHE_BYTES, lambda chosen: 8 * len(chosen[1]) + 256
         )
 
-    def render(self, example: Example, data_root: Any, sample_index: int = 0) -> Rendered:
-        """Returns the turns and images of one example.
+    def render(self, example: Example, data_root: Any, sample_index: int = 0) -> Outline:
+        """Renders one example and decodes its images.
 
         Args:
           example: a valid example.
@@ -304,9 +300,8 @@ class Renderer:
           UserError: an image cannot be read, or a required result is missing.
         """
         outline = self.outline(example, data_root, sample_index)
-        return Rendered(
-            outline.turns, tuple(p.read() for p in outline.pictures), outline.experts, outline.missing
-        )
+        _ = outline.images
+        return outline
 
     def outline(self, example: Example, data_root: Any, sample_index: int = 0) -> Outline:
         """Like `render`, without decoding images. Whole volumes are read to choose their slices.
@@ -391,10 +386,8 @@ class Renderer:
         elif finding is not None:
             if finding.label_shape != volume.voxels.shape:
                 raise UserError(f"annotation of {finding.expert} has another grid than its volume")
-            try:
+            with _unusable_result("used"):
                 chosen = finding_slices(finding, axis, rule.count)
-            except ValueError as error:
-                raise UserError(f"its expert's result cannot be used: {error}") from error
         return planes, chosen or even_slices(planes, rule.count)
 
     def _finding(self, example: Example, number: int) -> Annotation | None:
@@ -439,10 +432,8 @@ class Renderer:
         annotation = self._store.get(key, expert, args)
         if annotation is None or self._experts != "falsified":
             return annotation
-        try:
+        with _unusable_result("falsified"):
             return falsified(annotation, self._seed)
-        except ValueError as error:
-            raise UserError(f"an expert's result cannot be falsified: {error}") from error
 
     def _exchange(
         self, made: Sequence[tuple[ExpertRequest, Annotation]], question: str, shown: Sequence[_Shown]
@@ -459,10 +450,8 @@ class Renderer:
                 markers.append(numbered([ref.index or 0], image.planes) if image.planes else IMAGE_MARKER)
         key = tuple((r.annotation.key, r.annotation.version, r.plane) for r in results)
         # One cached text serves all questions about a slice.
-        try:
+        with _unusable_result("shown"):
             text = self._texts.get(key, lambda: exchange(results, _QUESTION, self._style).text)
-        except ValueError as error:
-            raise UserError(f"its expert's result cannot be shown: {error}") from error
         called = call_turn(
             [self._cards[request.expert] for request, _ in made],
             [Call(request.expert, request.args) for request, _ in made],
@@ -483,10 +472,8 @@ class Renderer:
         if len(image.refs) == 1 or shape is None or axis is None or shape[axis] != image.planes:
             return 0
         key = (annotation.key, annotation.version, axis)
-        try:
+        with _unusable_result("shown"):
             voxels = self._marked_voxels.get(key, lambda: marked_voxels(annotation, axis))
-        except ValueError as error:
-            raise UserError(f"its expert's result cannot be shown: {error}") from error
         return most_marked(voxels, [ref.index or 0 for ref in image.refs])
 
     def _coloured(self, overlay: Overlay, base: Picture, key: tuple[Any, ...]) -> Picture:
@@ -494,6 +481,14 @@ class Renderer:
             return self._reader.images.get((*key, self._reader.size), lambda: overlay(base.read()))
 
         return Picture(read, base.shape)
+
+
+@contextlib.contextmanager
+def _unusable_result(purpose: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"an expert's result cannot be {purpose}: {error}") from error
 
 
 def _with_slices(

@@ -22,7 +22,7 @@ from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.experts.wording import wording_named
 from vilam3_jax.data.images import encode_png
 from vilam3_jax.data.records import ExampleSource
-from vilam3_jax.data.render import ImageReader, Rendered, Renderer
+from vilam3_jax.data.render import ImageReader, Outline, Renderer
 from vilam3_jax.data.tfds_folder import datasets_in, is_dataset
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
@@ -36,7 +36,7 @@ _STYLE = (
 )
 
 
-def to_text(example: Example, rendered: Rendered) -> str:
+def to_text(example: Example, rendered: Outline) -> str:
     """Formats an example for a terminal, one block per turn; `>` marks targets."""
     lines = [f"example {example.id} ({example.format}), {len(rendered.images)} images"]
     lines += [f"  {key}: {value}" for key, value in _facts(example)]
@@ -53,7 +53,7 @@ def to_text(example: Example, rendered: Rendered) -> str:
     return "\n".join(lines) + "\n"
 
 
-def to_html(example: Example, rendered: Rendered) -> str:
+def to_html(example: Example, rendered: Outline) -> str:
     """Formats an example as one self-contained page; texts are escaped."""
     blocks, images = [], iter(rendered.images)
     for turn in rendered.turns:

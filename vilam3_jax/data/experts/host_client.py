@@ -16,11 +16,11 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import msgpack
 
-from vilam3_jax.data import child_process, wire
+from vilam3_jax.data import child_process
 from vilam3_jax.data.experts.record import Annotation, failed
 from vilam3_jax.data.volumes import VolumeSource
 from vilam3_jax.errors import UserError
@@ -43,7 +43,7 @@ def write_frame(sink: IO[bytes], message: Message) -> None:
       FrameError: the message exceeds `MAX_FRAME_BYTES`.
       OSError: the reader is gone.
     """
-    body = wire.pack(message)
+    body = cast(bytes, msgpack.packb(message))
     if len(body) > MAX_FRAME_BYTES:
         raise FrameError(f"message of {len(body)} bytes, the limit is {MAX_FRAME_BYTES}")
     sink.write(struct.pack(">I", len(body)) + body)

@@ -25,12 +25,11 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import msgpack
 import numpy as np
 
-from vilam3_jax.data import wire
 from vilam3_jax.data.experts.record import Key
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
@@ -293,7 +292,7 @@ class Index:
         ranks = np.zeros(len(self.calls) + 1, "<u4")
         for rank, call in enumerate(used):
             ranks[self._call_codes[call]] = rank
-        digest = hashlib.sha256(wire.pack([list(call) for call in used]))
+        digest = hashlib.sha256(cast(bytes, msgpack.packb([list(call) for call in used])))
         for part in (rows["input"], rows["content"], ranks[rows["call"]]):
             digest.update(np.ascontiguousarray(part).data)
         return digest.hexdigest()
@@ -307,7 +306,7 @@ class Index:
         if self._texts:
             known = {row.tobytes() for row in rows["input"]}
             texts = sorted(text for digest, text in self._texts.items() if digest in known)
-        header = wire.pack(
+        header: Any = msgpack.packb(
             {
                 "schema_version": versions.schema,
                 "decoder_version": versions.decoder,

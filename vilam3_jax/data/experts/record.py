@@ -10,12 +10,12 @@ import dataclasses
 import itertools
 import math
 import zlib
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 import numpy as np
 
-from vilam3_jax.data import content_keys, wire
+from vilam3_jax.data import content_keys
 from vilam3_jax.errors import UserError
 
 SCHEMA_VERSION = 3
@@ -281,7 +281,7 @@ class Annotation:
 
     def to_bytes(self) -> bytes:
         """Serialises to msgpack."""
-        return wire.pack(dataclasses.asdict(self))
+        return cast(bytes, msgpack.packb(dataclasses.asdict(self)))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Annotation:

@@ -53,11 +53,8 @@ class BuildOptions:
 
     Attributes:
       processes: number of worker processes; 1 builds in this process.
-      seed: seed of every choice.
-      parity: reproduce the reference's known defects.
-      copy_images: store images in the records, not their paths.
-      input_keys: add content keys for experts, see `shard_jobs.Settings`.
-      decode_side: store images decoded, with this side in pixels; 0: as encoded.
+      seed, parity, copy_images: see `dataset.Context`.
+      input_keys, decode_side: see `shard_jobs.Settings`.
       strict: unofficial item counts, and patients or images in several splits, are errors.
       progress: show a progress bar.
     """
@@ -108,13 +105,17 @@ def prepare(
     options = options or BuildOptions()
     root = paths.as_path(out)
     target = root / dataset.name / dataset.config / dataset.version
-    folder, dataset = _source_folder(dataset, source)
+    folder = _source_folder(dataset, source)
     build = _Build(dataset, folder, target, options)
-    if (target / tfds_folder.INFO_NAME).exists():
-        return _existing(build)
-    if paths.children(target):
+    reused = (target / tfds_folder.INFO_NAME).exists()
+    if reused:
+        if tfds_folder.read_info(target)["provenance"].get("inputs") != build.inputs():
+            raise UserError(
+                f"{target}: holds a build of other files or options; remove it or choose another --out"
+            )
+    elif paths.children(target):
         raise UserError(f"{target}: not empty and no complete build; remove it or choose another --out")
-    if "://" not in os.fspath(root):
+    elif "://" not in os.fspath(root):
         _with_tfds(build, root)
     else:
         name = f"vilam3-{hashlib.sha256(str(root).encode()).hexdigest()[:16]}"
@@ -125,31 +126,28 @@ def prepare(
         _upload(build.target, target)
         shutil.rmtree(local, ignore_errors=True)
     info = tfds_folder.read_info(target)
-    return Built(target, info, False, _warnings(dataset, info))
+    warnings = list(info.get("notes", ()))
+    for pair, found in (info.get("shared") or {}).items():
+        reason = f" ({dataset.shared_images})" if dataset.shared_images else ""
+        warnings.append(
+            f"{pair} share {found['patients']} patients or groups and {found['images']} images{reason}"
+        )
+    return Built(target, info, reused, tuple(warnings))
 
 
-def _source_folder(dataset: Dataset, source: paths.PathLike) -> tuple[SourceFolder, Dataset]:
+def _source_folder(dataset: Dataset, source: paths.PathLike) -> SourceFolder:
     if not dataset.source_is_file:
-        return SourceFolder(source, dataset.instructions), dataset
+        return SourceFolder(source, dataset.instructions)
     path = paths.as_path(source)
     if not path.exists() or path.is_dir():
         raise UserError(f"{source}: --source of {dataset.name} is a file; give one that exists")
     dataset.options.source_file = path.name
-    return SourceFolder(path.parent, dataset.instructions), dataset
-
-
-def _existing(build: _Build) -> Built:
-    info = tfds_folder.read_info(build.target)
-    if info["provenance"].get("inputs") != build.inputs():
-        raise UserError(
-            f"{build.target}: holds a build of other files or options; remove it or choose another --out"
-        )
-    return Built(build.target, info, True, _warnings(build.dataset, info))
+    return SourceFolder(path.parent, dataset.instructions)
 
 
 def _with_tfds(build: _Build, root: epath.Path) -> None:
     with tempfile.TemporaryDirectory(prefix="vilam3-prepare-") as unused:
-        config = tfds.download.DownloadConfig(manual_dir=build.source_root())
+        config = tfds.download.DownloadConfig(manual_dir=str(build.folder.root))
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # TFDS reports downloads, but there are none
                 _builder(build, root).download_and_prepare(download_dir=unused, download_config=config)
@@ -246,18 +244,18 @@ class _Build:
     options: BuildOptions
     data_root_from: epath.Path | None = None
 
-    def jobs(self) -> dict[str, list[ShardJob]]:
-        """The shards of every split.
+    @property
+    def folder(self) -> SourceFolder:
+        assert self.source is not None  # set by TFDS or by the caller
+        return self.source
 
-        Raises:
-          UserError: the source lacks files, or has no item.
-        """
-        assert self.source is not None  # from TFDS or from the caller
+    def jobs(self) -> dict[str, list[ShardJob]]:
+        """The shards of every split."""
         settings = Settings(self.options.input_keys and self.dataset.expert_inputs, self.options.decode_side)
         context = {key: getattr(self.options, key) for key in ("seed", "parity", "copy_images")}
         jobs = {}
         for name, split in self.splits.items():
-            of_split = self.dataset.context(self.source, name, **context)
+            of_split = self.dataset.context(self.folder, name, **context)
             target = f"{self._work() / name}-"
             jobs[name] = [
                 ShardJob(part, of_split, settings, self.dataset.version, f"{target}{number:05d}")
@@ -267,15 +265,10 @@ class _Build:
 
     @functools.cached_property
     def splits(self) -> dict[str, Split]:
-        """The splits that have items.
-
-        Raises:
-          UserError: no split has any.
-        """
-        assert self.source is not None
-        found = {name: split for name, split in self.dataset.splits(self.source).items() if split.items}
+        """The splits that have items, of which there must be one."""
+        found = {name: split for name, split in self.dataset.splits(self.folder).items() if split.items}
         if not found:
-            raise UserError(f"{self.source.root}: holds no record of {self.dataset.name}; check --source")
+            raise UserError(f"{self.folder.root}: holds no record of {self.dataset.name}; check --source")
         return found
 
     def inputs(self) -> str:
@@ -288,11 +281,7 @@ class _Build:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Locks the work folder against other processes, and removes it once the dataset is published.
-
-        Raises:
-          UserError: another process builds this dataset.
-        """
+        """Locks the work folder against other processes, and removes it once the dataset is published."""
         work = self._work()
         work.mkdir(parents=True, exist_ok=True)
         lock = os.open(work, os.O_RDONLY)
@@ -310,11 +299,7 @@ class _Build:
             os.close(lock)
 
     def run(self, folder: epath.Path) -> dict[str, Any]:
-        """Builds all shards and moves them into `folder`.
-
-        Returns:
-          The metadata.
-        """
+        """Builds all shards and moves them into `folder`; returns the metadata."""
         start = time.perf_counter()
         jobs = self.jobs()
         warnings = [
@@ -324,20 +309,22 @@ class _Build:
             if split.expected not in (None, len(split.items))
         ]
         if warnings and self.options.strict:
-            raise UserError(f"{self.source_root()}: {warnings[0]} Drop --strict to build it all the same")
+            raise UserError(f"{self.folder.root}: {warnings[0]} Drop --strict to build it all the same")
         reports = _without_duplicates(jobs, self._reports(jobs))
         shared = _shared(reports)
         if self.options.strict and shared and not self.dataset.shared_images:
             pair, found = next(iter(shared.items()))
             raise UserError(
-                f"{self.source_root()}: {pair} share {found['patients']} patients and {found['images']} "
+                f"{self.folder.root}: {pair} share {found['patients']} patients and {found['images']} "
                 "images; change the split, or drop --strict"
             )
         splits = {name: self._split(name, jobs[name], reports[name], folder) for name in jobs}
         empty = [name for name, content in splits.items() if not content["records"]]
         if len(empty) == len(splits):
-            reasons = "; ".join([_first_reasons(reports), *self._notes({})])
-            raise UserError(f"{self.source_root()}: no usable record in it; {reasons}")
+            named = [pair for of_split in reports.values() for report in of_split for pair in report.named]
+            first = [f"{record}: {reason}" for record, reason in named[:3]] or ["it has no items"]
+            reasons = "; ".join([*first, *self._notes({})])
+            raise UserError(f"{self.folder.root}: no usable record in it; {reasons}")
         licences = sorted(
             {licence for content in splits.values() for licence in content["counts"].get("licence", {})}
         )
@@ -352,11 +339,6 @@ class _Build:
             "shared": shared,
             "notes": [*warnings, *self._notes(splits)],
         }
-
-    def source_root(self) -> str:
-        """The source folder as text."""
-        assert self.source is not None
-        return str(self.source.root)
 
     def _reports(self, jobs: Mapping[str, Sequence[ShardJob]]) -> dict[str, list[ShardReport]]:
         """Builds the missing shards; returns the reports of all."""
@@ -402,8 +384,7 @@ class _Build:
         }
 
     def _notes(self, splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        assert self.source is not None
-        return self.source.notes + [
+        return self.folder.notes + [
             f"split {name} is omitted, because none of its {content['items']:,} items gives a record"
             for name, content in splits.items()
             if not content["records"]
@@ -411,8 +392,7 @@ class _Build:
 
     def _data_root(self) -> str:
         """Root of image paths: relative if both folders are local, so that they can be moved together."""
-        assert self.source is not None
-        root = self.dataset.context(self.source, "").root
+        root = self.dataset.context(self.folder, "").root
         target = os.fspath(self.data_root_from or self.target)
         if "://" in root or "://" in target:
             return root
@@ -522,21 +502,6 @@ def _shared(reports: Mapping[str, Sequence[ShardReport]]) -> dict[str, dict[str,
                 "records": [list(pair) for pair in sorted(pairs)[:_MAX_LISTED]],
             }
     return shared
-
-
-def _first_reasons(reports: Mapping[str, Sequence[ShardReport]]) -> str:
-    named = [pair for of_split in reports.values() for report in of_split for pair in report.named]
-    return "; ".join(f"{record}: {reason}" for record, reason in named[:3]) or "it has no items"
-
-
-def _warnings(dataset: Dataset, info: Mapping[str, Any]) -> tuple[str, ...]:
-    warnings = list(info.get("notes", ()))
-    for pair, found in (info.get("shared") or {}).items():
-        why = f" ({dataset.shared_images})" if dataset.shared_images else ""
-        warnings.append(
-            f"{pair} share {found['patients']} patients or groups and {found['images']} images{why}"
-        )
-    return tuple(warnings)
 
 
 def _link(source: str, target: epath.Path) -> None:

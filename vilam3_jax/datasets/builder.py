@@ -228,14 +228,9 @@ class _ExampleBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
 
 @dataclasses.dataclass
 class _Build:
-    """One build of a dataset.
+    """One build into the folder `target`. `source` is None until TFDS passes it.
 
-    Attributes:
-      dataset: the dataset.
-      source: the folder with the user's files; None until TFDS passes it.
-      target: the folder that appears at the end.
-      options: the options.
-      data_root_from: the final folder, if it is not `target`.
+    `data_root_from` is the final folder, if it is not `target`.
     """
 
     dataset: Dataset

@@ -32,14 +32,7 @@ _AFTER = (
 # Text through the next quote or bracket, and through the closing quote of a string.
 _OUTSIDE = re.compile(r'[^"{}\[\]]*+(["{}\[\]]?)')
 _QUOTED = re.compile(r'(?:[^"\\]++|\\.)*+("?)', re.DOTALL)
-_KINDS = {
-    list: "a list",
-    str: "a text",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    type(None): "null",
-}
+_KINDS = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
 _DECODER = json.JSONDecoder()
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
 
@@ -112,7 +105,7 @@ def parse(data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise NotRecord("is not JSON") from None
     if not isinstance(value, dict):
-        raise NotRecord(f"is {_KINDS[type(value)]}, not an object")
+        raise NotRecord(f"is {_KINDS.get(type(value), 'a number')}, not an object")
     return value
 
 

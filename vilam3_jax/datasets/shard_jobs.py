@@ -52,15 +52,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class ShardJob:
-    """A shard to build.
-
-    Attributes:
-      split: the split, with only the items of this shard.
-      context: context of the split.
-      settings: settings of the build.
-      version: version of the dataset.
-      target: the shard's file in the work folder.
-    """
+    """A shard to build: `split` has only its items; `target` is its file in the work folder."""
 
     split: Split
     context: Context
@@ -155,14 +147,10 @@ def build(job: ShardJob) -> ShardReport:
       UnavailableError: the disk or the network fails.
     """
     context = dataclasses.replace(job.context, opened=[])
-    file = ShardFile(job.target)
-    counts, reasons = Counts(), collections.Counter[str]()
-    named: list[list[str]] = []
+    file, counts, keys = ShardFile(job.target), Counts(), _ContentKeys(context)
+    report = ShardReport(job.digest(), {}, {}, {}, [], [0, 0], {}, np.zeros((0, 2), np.uint64), {}, {})
+    reasons: collections.Counter[str] = collections.Counter()
     ids: dict[bytes, None] = {}
-    persons: dict[str, str] = {}
-    images: dict[str, str] = {}
-    image_bytes = [0, 0]
-    keys = _ContentKeys(context)
     try:
         for made in examples_of(job.split, context):
             stored = _stored(made, job.settings, keys) if isinstance(made, Example) else made
@@ -170,35 +158,26 @@ def build(job: ShardJob) -> ShardReport:
                 stored = Skipped(stored[0].id, _DUPLICATE)
             if isinstance(stored, Skipped):
                 reasons[stored.reason] += 1
-                if len(named) < MAX_NAMED:
-                    named.append([stored.record, stored.reason])
+                if len(report.named) < MAX_NAMED:
+                    report.named.append([stored.record, stored.reason])
                 continue
             example, data = stored
             assert isinstance(made, Example)  # else it was skipped
             for place, images_of in enumerate((made.images, example.images)):
-                image_bytes[place] += sum(len(image.data or b"") for image in images_of)
+                report.image_bytes[place] += sum(len(image.data or b"") for image in images_of)
             file.write(data)
             counts.add(example)
             ids[_hash(example.id)] = None
             if (person := example.meta.get("patient") or example.meta.get("group")) is not None:
-                persons.setdefault(_hash(str(person)).hex(), example.id)
+                report.persons.setdefault(_hash(str(person)).hex(), example.id)
             for image in example.images:
-                images.setdefault(_hash(image.data or str(image.path)).hex(), example.id)
+                report.images.setdefault(_hash(image.data or str(image.path)).hex(), example.id)
     except BaseException:
         file.discard()
         raise
-    report = ShardReport(
-        digest=job.digest(),
-        shard=file.commit(),
-        counts=counts.plain(),
-        reasons=dict(reasons),
-        named=named,
-        image_bytes=image_bytes,
-        files=_file_states(context.root, context.opened),
-        ids=np.frombuffer(b"".join(ids), np.uint64).reshape(-1, 2),
-        persons=persons,
-        images=images,
-    )
+    report.shard, report.counts, report.reasons = file.commit(), counts.plain(), dict(reasons)
+    report.files = _file_states(context.root, context.opened)
+    report.ids = np.frombuffer(b"".join(ids), np.uint64).reshape(-1, 2)
     report.save(job.target)
     return report
 

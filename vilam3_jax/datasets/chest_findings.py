@@ -141,15 +141,7 @@ def film_record(
     context: Context,
     options: FilmOptions,
 ) -> Example:
-    """Returns a conversation of yes/no questions about a film, or an image-text pair.
-
-    Args:
-      name: record id.
-      image: the film.
-      states: its labels; unknown ones are ignored.
-      meta: of `conversations.metadata`.
-      context: of the split.
-      options: form and wording of the record.
+    """Returns a conversation of yes/no questions about the known labels of a film, or an image-text pair.
 
     Raises:
       SkipItem: all labels are unknown.

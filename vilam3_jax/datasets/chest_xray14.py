@@ -193,11 +193,11 @@ def _read(
 ) -> Iterator[tuple[_Film, str]]:
     """Yields (film, its "Set Id")."""
     for number, row in enumerate(source.table(table, columns, optional=_FILM_COLUMNS), 2):
-        labels = tuple(sys.intern(row[column].strip()) for column in label_columns)
+        labels = (*(sys.intern(row[column].strip()) for column in label_columns),)
         view, sex, age, set_id = (sys.intern(row.get(key, "").strip()) for key in _FILM_COLUMNS)
         image = row["image"].strip()
-        stored = labels if len(labels) > 1 else labels[0]
-        yield _Film(table, number, image, folder_of(image), stored, view, sex, age), set_id
+        cells = labels[0] if len(label_columns) == 1 else labels
+        yield _Film(table, number, image, folder_of(image), cells, view, sex, age), set_id
 
 
 def _four_films(source: SourceFolder, table: str, split: str, folder_of: FolderOf) -> list[_Film]:

@@ -114,7 +114,6 @@ def conversation(
     *,
     questions: Sequence[Mapping[str, Any]] = (),
     marker: Marker = "before",
-    system: str = "",
 ) -> Example:
     """Returns a conversation with all images in the first question.
 
@@ -125,14 +124,13 @@ def conversation(
       meta: of `metadata`.
       questions: of `question_meta`, stored as `meta["qa"]`.
       marker: position of the images.
-      system: text of a system turn; "" for none.
 
     Raises:
       SkipItem: `exchanges` is empty.
     """
     if not exchanges:
         raise SkipItem("has no question with an answer")
-    turns = [Turn("system", literal(system))] if system else []
+    turns = []
     shown = "\n".join([IMAGE_MARKER] * len(images))
     for position, (question, answer) in enumerate(exchanges):
         words = literal(question)

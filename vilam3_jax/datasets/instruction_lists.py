@@ -172,14 +172,7 @@ def _encoded(text: str) -> bytes:
 def split_of(
     path: str, records: np.ndarray, make: Callable[..., Iterable[Example]], expected: int | None = None
 ) -> Split:
-    """Returns a split of records.
-
-    Args:
-      path: of the list.
-      records: a subset of `Scan.records`.
-      make: see `Split`; called with an additional `path=`.
-      expected: see `Split`.
-    """
+    """Returns a split of some `Scan.records` of the list at `path`; `make` is called with `path=` too."""
     name_of = functools.partial(_name_of, file=os.path.basename(path))
     return Split(RecordList(records), functools.partial(make, path=path), name_of, expected)
 

@@ -152,8 +152,8 @@ class LabelledScans(Dataset):
     ) -> Split:
         """Returns a split of cases with the attributes `row` (name in messages) and `problem` (or "")."""
         options = self.slice_options()
-        make = functools.partial(_make, make=make, options=options)
-        return Split(cases, make, operator.attrgetter("row"), expected, options.slices)
+        checked = functools.partial(_make, make=make, options=options)
+        return Split(cases, checked, operator.attrgetter("row"), expected, options.slices)
 
 
 def _make(
@@ -174,13 +174,7 @@ def file_of(context: Context, path: str) -> epath.Path:
 
 
 def read_scan(context: Context, name: str, files: Sequence[tuple[str, str]], modality: str) -> Scan:
-    """Reads the files of a scan.
-
-    Args:
-      context: of the split.
-      name: of the scan.
-      files: (role, path below the root), at least one.
-      modality: DICOM code.
+    """Reads a scan, given (role, path below the root) of at least one file.
 
     Raises:
       SkipItem: a file is missing, or the grids differ.
@@ -214,14 +208,7 @@ def read_labels(context: Context, path: str, scan: Scan) -> np.ndarray:
 def structure(
     name: str, marked: np.ndarray, scan: Scan, kind: str = "organ", *, counted: bool = False
 ) -> Structure:
-    """Measures a structure.
-
-    Args:
-      name, kind: see `Structure`.
-      marked: mask, [X, Y, Z] bool.
-      scan: of the mask.
-      counted: count connected components.
-    """
+    """Measures a structure given its mask, [X, Y, Z] bool; `counted` counts connected components."""
     pixels = marked.sum(axis=(0, 1), dtype=np.int64)
     ml = float(pixels.sum()) * scan.voxel_ml
     return Structure(name, kind, pixels, ml, _parts(marked, scan.voxel_ml) if counted else None)
@@ -245,12 +232,6 @@ def choose_slices(
 
     Slices with little of the body, or with a lesion of fewer than 20 pixels, are excluded. If possible, half
     of the slices show a lesion.
-
-    Args:
-      scan: the scan.
-      structures: its structures; empty without labels.
-      options: number of slices, and whether they need labels.
-      rng: draws the slices.
     """
     depth = scan.volume.voxels.shape[AXIS]
     enough = body_slices(scan.volume, AXIS)
@@ -282,9 +263,8 @@ def slice_records(
     """Yields the records of a scan.
 
     Args:
-      context: of the split.
-      scan: the scan.
-      structures: its structures; empty without labels.
+      context, scan: of the records.
+      structures: of the scan; empty without labels.
       options: of the records.
       facts: further arguments of `conversations.metadata`, such as the patient.
       indices: slices; None to use `choose_slices`.

@@ -7,7 +7,7 @@ import hashlib
 import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from vilam3_jax.data.examples import ImageRef
 from vilam3_jax.datasets.conversations import metadata
@@ -15,12 +15,6 @@ from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UnavailableError, UserError
 
-CITATION = (
-    "Johnson et al., MIMIC-CXR-JPG, a large publicly available database of labeled chest radiographs, "
-    "arXiv:1901.07042"
-)
-LICENCE = "PhysioNet Credentialed Health Data License 1.5.0"
-PATIENTS = "mimic_cxr"
 JPG_INSTRUCTIONS = (
     "From https://physionet.org/content/mimic-cxr-jpg/2.1.0/ (credentialed access): the folder files/ with "
     "p10 to p19, and the tables beside it"
@@ -71,21 +65,21 @@ class Film(NamedTuple):
         return f"{study_path(self.subject, self.study)}/{self.dicom}.jpg"
 
 
-_Item = TypeVar("_Item", bound=Any)
-
-
 class MimicDataset(Dataset):
     """Base class of datasets of MIMIC-CXR's patients."""
 
     homepage = "https://physionet.org/content/mimic-cxr-jpg/2.1.0/"
-    citation = CITATION
-    licence = LICENCE
+    citation = (
+        "Johnson et al., MIMIC-CXR-JPG, a large publicly available database of labeled chest radiographs, "
+        "arXiv:1901.07042"
+    )
+    licence = "PhysioNet Credentialed Health Data License 1.5.0"
     access = "credentialed"
-    patients = PATIENTS
+    patients = "mimic_cxr"
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares --views."""
+        """Declares `--views`."""
         parser.add_argument(
             "--views", choices=("frontal", "all"), default="frontal", help="AP and PA films, or all films"
         )
@@ -189,11 +183,6 @@ def views_of(source: SourceFolder, metadata_table: str) -> dict[str, str]:
 def films_of(source: SourceFolder, split_table: str, views: Mapping[str, str]) -> dict[str, list[Film]]:
     """Reads all films by split, in the order of the split table.
 
-    Args:
-      source: the source folder.
-      split_table: path of the table.
-      views: of `views_of`.
-
     Raises:
       UserError: a column is missing, or no row has a known split.
     """
@@ -240,35 +229,32 @@ def film_problem(subject: str, study: str, dicom: str) -> str:
     return "" if _DICOM.fullmatch(dicom) else "its dicom_id is not a file name"
 
 
-def one_split_per_patient(items: Mapping[str, list[_Item]]) -> dict[str, list[_Item]]:
+def one_split_per_patient(items: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     """Sets a problem for items whose patient is also in a more protected split: test, then validation.
 
     Args:
       items: split → films, or named tuples with a field `film`.
     """
-    out = {name: list(items[name]) for name in ("train", "validation", "test") if name in items}
+    out: dict[str, list[Any]] = {name: [] for name in ("train", "validation", "test") if name in items}
     protected: dict[str, str] = {}
-    for name in ("test", "validation", "train"):
-        kept = out.get(name, [])
-        for place, item in enumerate(kept):
-            film: Film = getattr(item, "film", item)
-            other = protected.get(film.subject)
-            if other and not film.problem:
+    for name in reversed(out):
+        kept = {}
+        for item in items[name]:
+            film: Film = item if isinstance(item, Film) else item.film
+            if film.problem:
+                pass
+            elif other := protected.get(film.subject):
                 film = film._replace(problem=f"its patient is in the {other} split too")
-                kept[place] = film if isinstance(item, Film) else item._replace(film=film)
-        films = (getattr(item, "film", item) for item in kept)
-        protected |= {film.subject: name for film in films if not film.problem}
+                item = film if isinstance(item, Film) else item._replace(film=film)
+            else:
+                kept[film.subject] = name
+            out[name].append(item)
+        protected |= kept
     return out
 
 
 def film_image(context: Context, folder: str, film: Film, path: str = "") -> ImageRef:
-    """Returns the image of a film.
-
-    Args:
-      context: of the split.
-      folder: of `jpg_folder`.
-      film: the film.
-      path: of the image below `folder`; "" for the path in the release.
+    """Returns the image of a film; `path` is below `folder`, by default that of the release.
 
     Raises:
       SkipItem: the film has a problem, or its file is missing; the reason does not identify the patient.

@@ -57,11 +57,8 @@ class Choice:
         """Returns a conversation: one lettered option per line, answered by letter and text.
 
         Args:
-          name: record id.
-          images: shown with the question.
-          meta: of `conversations.metadata`.
-          kind: question type.
-          known: further arguments of `question_meta`, such as `label_source`.
+          name, images, meta: see `conversation`.
+          kind, known: see `question_meta`.
         """
         lines = (f"{letter}. {text}" for letter, text in zip(_LETTERS, self.options, strict=False))
         prompt = "\n".join(

@@ -62,13 +62,9 @@ def question_example(
     """Returns a conversation of one question and its answer.
 
     Args:
-      name: record id.
-      images: shown with the question.
+      name, images, meta, marker: see `conversation`.
       question, answer: of the source; surrounding whitespace is removed unless `verbatim`.
-      kind: question type; "" for "closed" (yes or no) or "open".
-      meta: of `conversations.metadata`.
-      marker: position of the images.
-      label_source: origin of the answer.
+      kind, label_source: see `free_question`.
       verbatim: keep whitespace.
 
     Raises:

@@ -251,12 +251,12 @@ class Encoded:
 
 
 class _Builder:
-    """Appends parts and texts according to the text rules."""
+    """Appends parts and texts according to the text rules of a template."""
 
     def __init__(
         self, tokenizer: TokenizerLike, template: Template, tokens_per_image: int, *, at_start: bool = True
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._template = tokenizer, template
         self._tokens_per_image = tokens_per_image
         self._split = template.rules.split == AS_TRAINED
         self._loses_first = template.rules.bos == AS_TRAINED and _loses_first(tokenizer, template)
@@ -264,46 +264,60 @@ class _Builder:
         self._image_end = tokenizer.encode_continued(end) if end else []
         self._tokens: list[int] = []
         self._mask: list[float] = []
-        self._image: list[int] = []
-        self._offset: list[int] = []
-        self._images = 0
+        self._image_starts: list[int] = []
         self._text = ""
         self._text_supervised = False
         self._at_start = at_start
         self._after_image = False
 
-    def start(self, template: Template) -> None:
-        if template.rules.bos != AS_TRAINED:
-            self.parts(template.start, False)
+    def start(self) -> None:
+        if self._template.rules.bos != AS_TRAINED:
+            self.parts(self._template.start, False)
             return
         if self._tokenizer.adds_bos:
             self.parts((Bos(),), False)
-        self.parts([part for part in template.start if not isinstance(part, Bos)], False)
+        self.parts([part for part in self._template.start if not isinstance(part, Bos)], False)
 
-    def ids(self, ids: Sequence[int], supervised: bool) -> None:
-        self.cut()
-        self._append(ids, supervised)
-        self._at_start = False
+    def turns(self, turns: Sequence[Turn], *, whole: bool = False) -> None:
+        """Appends turns; the last turn of a `whole` dialogue ends with `Template.last_stop`."""
+        template = self._template
+        for number, turn in enumerate(turns, start=1):
+            text = template.trained_spaces(turn.text) if template.rules.spaces == AS_TRAINED else turn.text
+            last_stop = template.last_stop if whole and number == len(turns) else None
+            self.parts(template.headers[turn.role], False)
+            if turn.role != "assistant":
+                self.text(text, turn.supervised)
+                self.parts(last_stop or template.ends[turn.role], False)
+                continue
+            self.flush()
+            self.text(template.gap + text if text else "", turn.supervised)
+            self.parts(last_stop or template.stop, turn.supervised)
+            self.parts(template.after_stop, False)
 
     def parts(self, parts: Sequence[Part], supervised: bool) -> None:
         for part in parts:
             if isinstance(part, str):
                 self._add(part, supervised)
             elif isinstance(part, Special):
-                self.ids([self._tokenizer.token_id(part.token)], supervised)
+                self.token(self._tokenizer.token_id(part.token), supervised)
             elif isinstance(part, Eos):
-                self.ids([self._tokenizer.eos_id], supervised)
+                self.token(self._tokenizer.eos_id, supervised)
             elif self._tokenizer.bos_id is not None:
                 # Tokenizers prepend their space after BOS, too, so the next text still opens the sequence.
                 self._append([self._tokenizer.bos_id], supervised)
 
+    def token(self, token: int, supervised: bool) -> None:
+        self.flush()
+        self._append([token], supervised)
+        self._at_start = False
+
     def text(self, text: str, supervised: bool) -> None:
-        for position, chunk in enumerate(text.split(IMAGE_MARKER)):
-            if position:
+        for index, chunk in enumerate(text.split(IMAGE_MARKER)):
+            if index:
                 self._place_image()
             self._add(chunk, supervised)
 
-    def cut(self) -> None:
+    def flush(self) -> None:
         """Encodes the pending text, separately from the text after it."""
         if self._text:
             encode = self._tokenizer.encode_opening if self._at_start else self._tokenizer.encode_continued
@@ -312,7 +326,7 @@ class _Builder:
 
     def _add(self, text: str, supervised: bool) -> None:
         if supervised != self._text_supervised:
-            self.cut()
+            self.flush()
             self._text_supervised = supervised
         self._text += text
 
@@ -322,30 +336,29 @@ class _Builder:
             self._after_image = False
         self._tokens += ids
         self._mask += [float(supervised)] * len(ids)
-        self._image += [-1] * len(ids)
-        self._offset += [0] * len(ids)
 
     def _place_image(self) -> None:
-        self.cut()
-        count = self._tokens_per_image
-        self._tokens += [self._tokenizer.pad_id] * count
-        self._mask += [0.0] * count
-        self._image += [self._images] * count
-        self._offset += range(count)
-        self._images += 1
+        self.flush()
+        self._image_starts.append(len(self._tokens))
         self._after_image = False
+        self._append([self._tokenizer.pad_id] * self._tokens_per_image, False)
         self._append(self._image_end, False)
         self._at_start, self._after_image = self._split, True
 
     def done(self) -> Encoded:
-        self.cut()
-        return Encoded(
-            np.asarray(self._tokens, np.int32),
-            np.asarray(self._mask, np.float32),
-            np.asarray(self._image, np.int32),
-            np.asarray(self._offset, np.int32),
-            self._images,
-        )
+        self.flush()
+        return _encoded(self._tokens, self._mask, self._image_starts, self._tokens_per_image)
+
+
+def _encoded(
+    tokens: Sequence[int], mask: Sequence[float], image_starts: Sequence[int] = (), tokens_per_image: int = 0
+) -> Encoded:
+    image_of_token, visual_offset = np.full(len(tokens), -1, np.int32), np.zeros(len(tokens), np.int32)
+    for image, start in enumerate(image_starts):
+        image_of_token[start : start + tokens_per_image] = image
+        visual_offset[start : start + tokens_per_image] = np.arange(tokens_per_image)
+    loss_mask = np.asarray(mask, np.float32)
+    return Encoded(np.asarray(tokens, np.int32), loss_mask, image_of_token, visual_offset, len(image_starts))
 
 
 def _loses_first(tokenizer: TokenizerLike, template: Template) -> bool:
@@ -359,26 +372,11 @@ def _loses_first(tokenizer: TokenizerLike, template: Template) -> bool:
     return not tokenizer.adds_bos and written == [tokenizer.bos_id]
 
 
-def _start(build: _Builder, template: Template, turns: Sequence[Turn]) -> None:
-    build.start(template)
+def _started(build: _Builder, template: Template, turns: Sequence[Turn]) -> _Builder:
+    build.start()
     if template.system is not None and (not turns or turns[0].role != "system"):
-        _turns(build, template, [Turn("system", template.system)])
-
-
-def _turns(build: _Builder, template: Template, turns: Sequence[Turn], *, whole: bool = False) -> None:
-    """Appends turns; the last turn of a `whole` dialogue ends with `template.last_stop`."""
-    for number, turn in enumerate(turns, start=1):
-        text = template.trained_spaces(turn.text) if template.rules.spaces == AS_TRAINED else turn.text
-        last_stop = template.last_stop if whole and number == len(turns) else None
-        build.parts(template.headers[turn.role], False)
-        if turn.role != "assistant":
-            build.text(text, turn.supervised)
-            build.parts(last_stop or template.ends[turn.role], False)
-            continue
-        build.cut()
-        build.text(template.gap + text if text else "", turn.supervised)
-        build.parts(last_stop or template.stop, turn.supervised)
-        build.parts(template.after_stop, False)
+        build.turns([Turn("system", template.system)])
+    return build
 
 
 def encode_conversation(
@@ -394,9 +392,8 @@ def encode_conversation(
       turns: any roles; every `<image>` in a text becomes `tokens_per_image` positions.
       tokens_per_image: output length of the projector.
     """
-    build = _Builder(tokenizer, template, tokens_per_image)
-    _start(build, template, turns)
-    _turns(build, template, turns, whole=True)
+    build = _started(_Builder(tokenizer, template, tokens_per_image), template, turns)
+    build.turns(turns, whole=True)
     return build.done()
 
 
@@ -404,12 +401,11 @@ def encode_document(
     tokenizer: TokenizerLike, turns: Sequence[Turn], tokens_per_image: int, rules: TextRules = ALL_CLEAN
 ) -> Encoded:
     """Encodes interleaved text and images without roles; all text and the final eos are targets."""
-    plain = dataclasses.replace(PLAIN, rules=rules)
-    build = _Builder(tokenizer, plain, tokens_per_image)
-    build.start(plain)
+    build = _Builder(tokenizer, dataclasses.replace(PLAIN, rules=rules), tokens_per_image)
+    build.start()
     for turn in turns:
         build.text(turn.text, True)
-    build.ids([tokenizer.eos_id], True)
+    build.token(tokenizer.eos_id, True)
     return build.done()
 
 
@@ -432,8 +428,8 @@ def encode_prompt(
     if after_answer:
         build.parts((*template.stop, *template.after_stop), False)
     else:
-        _start(build, template, turns)
-    _turns(build, template, turns)
+        _started(build, template, turns)
+    build.turns(turns)
     build.parts(template.headers["assistant"], False)
     return build.done()
 
@@ -441,11 +437,4 @@ def encode_prompt(
 def encode_caption(tokenizer: TokenizerLike, caption: str, length: int) -> Encoded:
     """Encodes a caption for the text tower, truncated to `length` tokens including the final eos."""
     ids = [*tokenizer.encode(caption)[: length - 1], tokenizer.eos_id]
-    count = len(ids)
-    return Encoded(
-        np.asarray(ids, np.int32),
-        np.ones(count, np.float32),
-        np.full(count, -1, np.int32),
-        np.zeros(count, np.int32),
-        1,
-    )
+    return dataclasses.replace(_encoded(ids, [1.0] * len(ids)), num_images=1)

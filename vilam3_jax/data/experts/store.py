@@ -52,8 +52,8 @@ class AnnotationWriter:
     shard, and several writers on several hosts may share a folder. Both files are on the disk (fsync) before
     `flush` returns.
 
-    A writer does not see what other writers commit after it was opened: two writers given the same work both
-    do it, and the store keeps one of the answers.
+    A writer does not see records committed by others after it was opened: two writers given the same work
+    both do it, and the store keeps one of the answers.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class AnnotationStore:
         annotation = Annotation.from_bytes(data)
         if annotation.key != key:
             raise UserError(
-                f"{self.directory / location.shard}: record {location.record} is not what its index says; "
+                f"{self.directory / location.shard}: record {location.record} does not match its index; "
                 "delete both and annotate again"
             )
         return annotation

@@ -21,7 +21,7 @@ def own_questions(scene: Scene) -> list[StoredResult]:
     """The `classifications` with the most classes, for a record with questions and answers."""
     record = scene.record
     if record.format != "conversation":
-        raise Unfit(f"is a {record.format}, no conversation with questions of its own")
+        raise Unfit(f"is a {record.format}, not a conversation with its own questions")
     if len(record.images) != 1:
         raise Unfit(f"has {len(record.images)} images, not one film")
     found = classifications(scene)

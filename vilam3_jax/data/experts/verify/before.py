@@ -80,7 +80,7 @@ def _region(card: Card, one: Evidence) -> Verdict:
             return _verdict("region", "pass", one)
         stated = " or ".join(sorted(one.stated_regions))
         why = f"the image shows the {stated}, and {card.name} reads the {wanted}"
-    elif card.regions == ("head",) and one.is_no_head:
+    elif card.regions == ("head",) and one.exceeds_head:
         area = f"{one.smallest_section_cm2:.0f} cm²"
         why = f"the body measures {area} across even where it is small, which is no {wanted}"
     else:

@@ -85,7 +85,7 @@ class Evidence:
         return float(np.quantile(areas, _SMALL_SECTIONS)) if areas.size else None
 
     @property
-    def is_no_head(self) -> bool:
+    def exceeds_head(self) -> bool:
         """Whether the whole scan is too wide for a head, unlike a whole-body scan."""
         smallest = self.smallest_section_cm2
         return smallest is not None and smallest > _NO_HEAD_CM2

@@ -1,20 +1,20 @@
-"""Damages small files of every format and checks that each reader takes or refuses them, and no more.
+"""Fuzzes all file readers: damages small files and checks that each is accepted or rejected cleanly.
 
     python benchmarks/fuzz_readers.py [--inputs=200000] [--workers=2] [--seed=0] [--only=FORMAT]
     python benchmarks/fuzz_readers.py --reproduce=NUMBER [--seed=0] [--save=FOLDER]
 
-Every input is one seed of `fuzz_seeds.py`, damaged by `fuzz_mutations.py`, and goes through all public entry
-points that take its kind of file. A finding is
+Every input is a seed of `fuzz_seeds.py`, damaged by `fuzz_mutations.py`. It goes through all public entry
+points for its kind of file. A finding is
 
-  crash    any exception but a `UserError`
+  crash    any exception other than `UserError`
   died     the process ended: a fault in C code
-  hang     more than 2 s of processor time in the calling thread, or 60 s by the clock
-  memory   more than 1 GiB at the peak
-  message  an error or warning of several lines, with an object's address, or with what identifies a patient
-  result   a volume or picture that breaks the contract of its type
+  hang     more than 2 s of processor time in the calling thread, or 60 s of wall time
+  memory   a peak of more than 1 GiB
+  message  an error or warning with several lines, an object address, or data that identifies a patient
+  result   a volume or image that violates the contract of its type
 
-Inputs are numbered: the seed and the number of a finding give the same bytes again. Prints progress, a table
-by format and the findings; exits with 1 if there are any.
+The campaign seed and the number of an input reproduce its bytes. Prints progress, a table by format and the
+findings; exits with 1 if there are any.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ import fuzz_mutations
 import fuzz_seeds
 import numpy as np
 import pydicom
+from fuzz_seed_type import SECRETS, Seed
 
 from vilam3_jax.data import dicom, file_kinds, images
 from vilam3_jax.data.deidentify import burned_in
@@ -59,7 +60,7 @@ from vilam3_jax.data.volumes import Volume, describe_volume, load_volume
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference.images import open_picture
 
-# So low that an input which keeps to them takes no second.
+# Low enough that an input within them takes less than a second.
 LIMITS = Limits(
     file_bytes=8 << 20, decoded_bytes=64 << 20, pixels=4_000_000, voxels=4_000_000, frames=500, files=100
 )
@@ -69,20 +70,20 @@ _WALL_SECONDS = 60.0
 _ADDRESS_SPACE = 6 << 30
 _MESSAGE_LENGTH = 1000
 
-# These give no volume or picture.
-_ABOUT = ("identify", "image_shape", "list_series", "describe_volume", "scan", "deidentify")
+# Entry points without a volume or image as result.
+_METADATA_ONLY = ("identify", "image_shape", "list_series", "describe_volume", "scan", "deidentify")
 
 EntryPoint = Callable[[Path], object]
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What went wrong with one input.
+    """A failure of one input.
 
     Attributes:
       kind: see the module's docstring.
       entry: name of the entry point.
-      where: exception and line for a crash, otherwise what was measured; findings alike are counted together.
+      where: exception and line of a crash, otherwise the measurement; equal findings are counted together.
       detail: the message, or the traceback.
     """
 
@@ -94,13 +95,13 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What the entry points made of one input.
+    """The result of all entry points for one input.
 
     Attributes:
-      accepted: whether any gave a volume or picture.
-      seconds: processor time of the slowest.
-      grown: bytes of memory at the peak, beyond those before.
-      findings: empty if all is well.
+      accepted: whether any returned a volume or image.
+      seconds: processor time of the slowest entry point.
+      grown: peak memory growth in bytes.
+      findings: empty if there was no failure.
     """
 
     accepted: bool
@@ -110,26 +111,26 @@ class Outcome:
 
 
 class _TooLong(BaseException):
-    """Not an `Exception`, so that no reader takes it for damage."""
+    """Not an `Exception`, so that no reader catches it."""
 
 
-def entry_points(seed: fuzz_seeds.Seed) -> dict[str, EntryPoint]:
-    """Name → call with the path of the input."""
+def entry_points(seed: Seed) -> dict[str, EntryPoint]:
+    """Entry point name → function of the input path."""
     entry: dict[str, EntryPoint] = {"open_picture": lambda path: open_picture(path, 32), "scan": _scanned}
     if seed.kind != "folder":
         entry["identify"] = file_kinds.identify
-    if seed.kind != "picture":
+    if seed.kind != "image":
         entry["load_volume"] = load_volume
     if seed.kind == "volume":
         entry["describe_volume"] = describe_volume
     if seed.kind in ("dicom", "folder"):
         entry["list_series"] = dicom.list_series
-    if seed.kind in ("dicom", "picture"):
+    if seed.kind in ("dicom", "image"):
         entry["load_image"] = images.load_image
     if seed.kind == "dicom":
         entry["read_image"] = dicom.read_image
         entry["deidentify"] = _deidentified
-    if seed.kind == "picture":
+    if seed.kind == "image":
         entry["decode_image"] = lambda path: images.decode_image(path.read_bytes())
         entry["decode_scaled"] = lambda path: images.decode_scaled(path.read_bytes(), 32)
         entry["image_shape"] = lambda path: images.image_shape(path.read_bytes())
@@ -142,7 +143,7 @@ def _scanned(path: Path) -> dict[str, Any]:
 
 
 def _deidentified(path: Path) -> pydicom.Dataset | None:
-    """Without the search for text in pixels: pydicom's decoders may abort there, for which it has workers."""
+    """De-identifies without searching pixels for text, where pydicom's decoders may abort."""
     with (
         mock.patch.object(burned_in, "signs_in_pixels", return_value=[]),
         tempfile.TemporaryDirectory() as folder,
@@ -151,10 +152,8 @@ def _deidentified(path: Path) -> pydicom.Dataset | None:
         return pydicom.dcmread(Path(folder, copy), stop_before_pixels=True) if copy else None
 
 
-def input_of(
-    campaign: int, number: int, seeds: Sequence[fuzz_seeds.Seed]
-) -> tuple[fuzz_seeds.Seed, dict[str, bytes]]:
-    """The seed of an input, and its damaged files."""
+def input_of(campaign: int, number: int, seeds: Sequence[Seed]) -> tuple[Seed, dict[str, bytes]]:
+    """The seed of an input and its damaged files."""
     rng = random.Random(f"{campaign}/{number}")
     seed = seeds[number % len(seeds)]
     others = [content for other in rng.sample(seeds, 3) for content in other.files.values()]
@@ -163,7 +162,7 @@ def input_of(
 
 @contextlib.contextmanager
 def written(files: dict[str, bytes], folder: Path) -> Iterator[None]:
-    """Puts the files of an input into an empty folder, and takes them away again."""
+    """Writes the files of an input to an empty folder and removes them on exit."""
     made = []
     for name, content in files.items():
         path = folder / name
@@ -179,15 +178,15 @@ def written(files: dict[str, bytes], folder: Path) -> Iterator[None]:
 
 
 def try_input(
-    seed: fuzz_seeds.Seed, files: dict[str, bytes], folder: Path, mark: Callable[[str], object] = str
+    seed: Seed, files: dict[str, bytes], folder: Path, mark: Callable[[str], object] = str
 ) -> Outcome:
-    """Sends one input through all its entry points.
+    """Runs all entry points on one input.
 
     Args:
-      seed: what the input was made from.
+      seed: origin of the input.
       files: its files.
       folder: an empty folder.
-      mark: is told the name of each entry point before it is called.
+      mark: called with the name of each entry point before it runs.
     """
     findings: list[Finding] = []
     accepted, slowest, grown = False, 0.0, 0
@@ -196,9 +195,9 @@ def try_input(
             mark(name)
             before = _resident_bytes()
             start = time.thread_time()
-            took, found = _call(name, call, folder / seed.entry)
+            is_accepted, found = _call(name, call, folder / seed.entry)
             seconds, peak = time.thread_time() - start, _peak_bytes() - before
-            accepted |= took and name not in _ABOUT
+            accepted |= is_accepted and name not in _METADATA_ONLY
             findings += found
             if seconds > CPU_SECONDS and not any(finding.kind == "hang" for finding in found):
                 findings.append(Finding("hang", name, "in C code", f"{seconds:.1f} s"))
@@ -209,17 +208,17 @@ def try_input(
 
 
 def _call(name: str, call: EntryPoint, path: Path) -> tuple[bool, list[Finding]]:
-    """Whether an entry point took the input, and what is wrong with its answer."""
+    """Whether an entry point accepted the input, and its findings."""
     texts: list[str] = []
     findings: list[Finding] = []
-    took = False
+    is_accepted = False
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         _start_timer()
         try:
             result = call(path)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            took = True
+            is_accepted = True
             texts += getattr(result, "notes", ())
             if fault := _fault(result):
                 findings.append(Finding("result", name, fault))
@@ -236,11 +235,11 @@ def _call(name: str, call: EntryPoint, path: Path) -> tuple[bool, list[Finding]]
     for text in texts:
         if fault := _fault_of_text(text):
             findings.append(Finding("message", name, f"{fault}: {_pattern(text, path)}", text))
-    return took, findings
+    return is_accepted, findings
 
 
 def _fault(result: object) -> str:
-    """How a result breaks the contract of its type; "" if it does not."""
+    """How a result violates the contract of its type; "" if it does not."""
     if isinstance(result, Volume):
         if result.voxels.ndim != 3 or result.voxels.dtype not in (np.int16, np.int32, np.float32):
             return f"voxels {result.voxels.dtype} {result.voxels.ndim}-D"
@@ -273,17 +272,17 @@ def _fault_of_text(text: str) -> str:
 
 
 def _has_secret(text: str) -> bool:
-    return any(secret in text for secret in fuzz_seeds.SECRETS)
+    return any(secret in text for secret in SECRETS)
 
 
 def _pattern(text: str, path: Path) -> str:
-    """A message without what differs from file to file."""
+    """A message without file-specific parts."""
     text = text.replace(str(path), "PATH").replace(str(path.parent), "PATH")
     return re.sub(r"([0-9?][0-9?.]*)+", "N", "".join(c if c.isprintable() else "?" for c in text))[:60]
 
 
 def _where() -> str:
-    """The innermost line of this package that an exception went through, and the innermost of all."""
+    """The innermost line of this package in the traceback, and the innermost of all."""
     frames = traceback.extract_tb(sys.exc_info()[2])
     own = [frame for frame in frames if "vilam3_jax" in frame.filename]
     named = [*own[-1:], *frames[-1:]]
@@ -300,15 +299,15 @@ def _start_timer() -> None:
 
 
 def _expire(number: int, frame: object) -> None:
-    """Ends the call if it used up its processor time, not if the machine is busy."""
+    """Ends the call if its processor time is used up, but not if the machine is merely busy."""
     if time.thread_time() > _deadline:
-        signal.setitimer(signal.ITIMER_REAL, 0)  # or it might interrupt what reports the finding
+        signal.setitimer(signal.ITIMER_REAL, 0)  # or it might interrupt the report of the finding
         raise _TooLong
 
 
 def prepare_process() -> None:
-    """What `try_input` needs of a process: its timer, low limits everywhere, and silent libraries."""
-    for field in dataclasses.fields(Limits):  # the object that is the default argument of every reader
+    """Prepares a process for `try_input`: timer, low default limits, silent libraries."""
+    for field in dataclasses.fields(Limits):  # the default argument of every reader
         object.__setattr__(DEFAULT_LIMITS, field.name, getattr(LIMITS, field.name))
     signal.signal(signal.SIGALRM, _expire)
     logging.disable()
@@ -316,7 +315,7 @@ def prepare_process() -> None:
 
 
 def _resident_bytes() -> int:
-    """Memory in use; starts a new measurement of the peak."""
+    """Memory in use; resets the peak."""
     Path("/proc/self/clear_refs").write_text("5")
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
@@ -326,23 +325,23 @@ def _peak_bytes() -> int:
     return int(found[1]) << 10 if found else 0
 
 
-# The campaign: workers that may die, and the process that watches them.
+# The campaign: workers that may crash, and the process that watches them.
 
 
 _MARK = struct.Struct("<qd32s")  # number, time, entry point
 
 
 def work(campaign: int, first: int, stop: int, step: int, only: str, folder: str) -> None:
-    """A worker: tries every `step`-th input and prints a line of JSON for each.
+    """Worker: tries every `step`-th input and prints a line of JSON for each.
 
-    It keeps its files below `folder`, which its parent removes, and writes there what it is doing.
+    Files are written below `folder`, which the parent removes; so is the mark of the current entry point.
     """
     tempfile.tempdir = folder
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    sys.stderr = os.fdopen(os.dup(2), "w")  # for faults of the campaign itself; decoders' noise goes nowhere
-    nothing = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nothing, 1)
-    os.dup2(nothing, 2)
+    sys.stderr = os.fdopen(os.dup(2), "w")  # for faults of the campaign; output of decoders is discarded
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
     prepare_process()
     seeds = fuzz_seeds.all_seeds()
     with (
@@ -350,7 +349,7 @@ def work(campaign: int, first: int, stop: int, step: int, only: str, folder: str
         mmap.mmap(file.fileno(), _MARK.size) as marks,
         tempfile.TemporaryDirectory() as place,
     ):
-        for seed in {seed.kind: seed for seed in seeds}.values():  # so that imports are not charged to inputs
+        for seed in {seed.kind: seed for seed in seeds}.values():  # warm-up, so imports do not count
             try_input(seed, dict(seed.files), Path(place))
         _limit_address_space()
         for number in range(first, stop, step):
@@ -375,7 +374,7 @@ def _limit_address_space() -> None:
 
 
 class Worker(threading.Thread):
-    """Runs a worker process over its inputs, and a new one after each that died."""
+    """Runs a worker process over its inputs and restarts it after each crash."""
 
     def __init__(
         self,
@@ -440,7 +439,7 @@ class Worker(threading.Thread):
 
 
 class Tally:
-    """Counts outcomes by format, and findings that are alike."""
+    """Counts outcomes by format, and equal findings."""
 
     def __init__(self) -> None:
         self.formats: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
@@ -478,7 +477,7 @@ class Tally:
 
 
 def watch(workers: Sequence[Worker], tally: Tally, start: float) -> None:
-    """Starts all workers and waits for their end; prints progress."""
+    """Starts all workers, prints progress, and waits for them to end."""
     for worker in workers:
         worker.start()
     shown = time.monotonic()
@@ -493,12 +492,12 @@ def watch(workers: Sequence[Worker], tally: Tally, start: float) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """The whole campaign.
+    """Runs the whole campaign.
 
     Returns:
       Exit code: 1 if there are findings.
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that the folder is removed
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # removes the folder
     tally, start = Tally(), time.monotonic()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         workers = [
@@ -524,7 +523,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def reproduce(options: argparse.Namespace) -> int:
-    """Tries one input in this process and prints what happens.
+    """Tries one input in this process and prints the result.
 
     Returns:
       Exit code: 1 if there is a finding.

@@ -39,7 +39,7 @@ def fuzz():
         import fuzz_readers
 
         yield fuzz_readers
-    for name in ("fuzz_readers", "fuzz_seeds", "fuzz_mutations"):
+    for name in [name for name in sys.modules if name.startswith("fuzz_")]:
         sys.modules.pop(name, None)
 
 

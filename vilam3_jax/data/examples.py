@@ -148,11 +148,7 @@ class Example:
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def input_key(self, images: Sequence[RequestImage]) -> str:
-        """Returns the key of an expert's inputs, derived from the content keys in `meta.input_key`.
-
-        Raises:
-          ValueError: the example has no content keys.
-        """
+        """Returns the key of an expert's inputs, from `meta.input_key`; raises `ValueError` without it."""
         keys: Any = self.meta.get("input_key")
         if isinstance(keys, str):
             keys = [keys] * len(self.images)

@@ -71,11 +71,8 @@ class Interleaving:
         self._blocks: collections.OrderedDict[int, _Block] = collections.OrderedDict()
         self._lock = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"rates": self.rates}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["rates"])
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Interleaving, (self.rates,)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
         """Returns (dataset, index of the draw within the dataset, counted from position 0).

@@ -8,8 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from types import TracebackType
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -33,15 +32,15 @@ class Counts:
 
     def add(self, example: Example) -> None:
         """Counts an example."""
-        self._counts["format"][example.format] += 1
-        for key in _COUNTED:
-            if example.meta.get(key) is not None:
-                self._counts[key][str(example.meta[key])] += 1
-        for kind in _question_types(example.meta):
-            self._counts["question_types"][kind] += 1
-        for request in example.expert_requests:
-            self._counts["experts"][request.expert] += 1
-        self._counts["images"][str(len(example.images))] += 1
+        meta = example.meta
+        questions = sorted({str(question.get("type")) for question in meta.get("qa") or ()})
+        values = {key: [str(meta[key])] for key in _COUNTED if meta.get(key) is not None}
+        values |= {"format": [example.format], "images": [str(len(example.images))]}
+        values["question_types"] = [str(kind) for kind in meta.get("question_types") or questions]
+        values["experts"] = [request.expert for request in example.expert_requests]
+        for key, found in values.items():
+            if found:
+                self._counts[key].update(found)
 
     def merge(self, plain: Mapping[str, Mapping[str, int]]) -> None:
         """Adds the `plain` counts of another split."""
@@ -51,12 +50,6 @@ class Counts:
     def plain(self) -> dict[str, dict[str, int]]:
         """Returns the counts as sorted plain values."""
         return {key: dict(sorted(values.items())) for key, values in sorted(self._counts.items())}
-
-
-def _question_types(meta: Mapping[str, Any]) -> Iterable[str]:
-    if meta.get("question_types"):
-        return [str(kind) for kind in meta["question_types"]]
-    return sorted({str(question.get("type")) for question in meta.get("qa") or ()})
 
 
 class ExampleWriter:
@@ -90,11 +83,9 @@ class ExampleWriter:
         """
         if not re.fullmatch(r"[a-z][a-z0-9_]*", split):
             raise UserError(f"split {split!r}: use lower-case letters, digits and '_'")
-        self.directory = paths.as_path(directory)
-        self.split = split
+        self.directory, self.split = paths.as_path(directory), split
         self.name = name or self.directory.name
-        self._provenance = dict(provenance or {})
-        self._data_root = data_root
+        self._provenance, self._data_root = dict(provenance or {}), data_root
         self._limit = bytes_per_shard
         self._ids: set[str] = set()
         self._counts = Counts()
@@ -198,9 +189,7 @@ class ExampleWriter:
     def __enter__(self) -> ExampleWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.close()
         else:
@@ -216,11 +205,7 @@ class ExampleSource:
     """
 
     def __init__(self, directory: paths.PathLike, split: str) -> None:
-        """Checks the sizes of all shards without opening them.
-
-        Args:
-          directory: folder of a dataset, or of its versions, of which the newest is read.
-          split: name of the split.
+        """Checks the shards of a split. `directory` is a dataset or contains versions; the newest is read.
 
         Raises:
           UserError: no such dataset or split (lists the existing ones), or a shard is missing or truncated.
@@ -239,14 +224,6 @@ class ExampleSource:
         for shard in self._shards:
             self._starts.append(self._starts[-1] + shard["records"])
         check_sizes(self.directory, {shard["file"]: shard["bytes"] for shard in self._shards})
-        self._readers = ShardReaders(self.directory)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Excludes open files; worker processes open their own."""
-        return {key: value for key, value in self.__dict__.items() if key != "_readers"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
         self._readers = ShardReaders(self.directory)
 
     @property
@@ -299,11 +276,7 @@ class ExampleSource:
         return (self[index] for index in range(len(self)))
 
     def find(self, example_id: str) -> int:
-        """Returns the index of the example with this id.
-
-        Raises:
-          UserError: no such example.
-        """
+        """Returns the index of the example with this id; raises `UserError` if there is none."""
         for index, example in enumerate(self):
             if example.id == example_id:
                 return index

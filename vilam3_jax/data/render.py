@@ -153,10 +153,6 @@ class ImageReader:
     def read(self, image: ImageRef, data_root: Any) -> np.ndarray:
         """Returns the image, uint8 [S, S, 3] or [H, W, 3]. The array is shared and must not be modified.
 
-        Args:
-          image: bytes, or a path below `data_root`.
-          data_root: folder of the dataset's files.
-
         Raises:
           UserError: the path leaves `data_root`, or the file is missing, damaged or not an image.
         """
@@ -196,7 +192,8 @@ class ImageReader:
             return decode_scaled(image.data, self.size, alpha=alpha)
         path = data_root / image.path
         if image.axis is None:
-            return self._scaled(load_pixels(path, alpha=alpha))
+            pixels = load_pixels(path, alpha=alpha)
+            return pixels if self.size is None else resize(pixels, self.size)
         if image.index is None:
             raise UserError("image is a whole volume, of which no slice was chosen")
         volume = self.volume(image, data_root)
@@ -220,9 +217,6 @@ class ImageReader:
             self._warned.update(new)
             warn_of(tuple(f"{note}; further files are not named" for note in new), path)
         return volume
-
-    def _scaled(self, image: np.ndarray) -> np.ndarray:
-        return image if self.size is None else resize(image, self.size)
 
 
 class Renderer:
@@ -288,27 +282,26 @@ class Renderer:
         )
 
     def render(self, example: Example, data_root: Any, sample_index: int = 0) -> Outline:
-        """Renders one example and decodes its images.
-
-        Args:
-          example: a valid example.
-          data_root: folder its image paths are relative to.
-          sample_index: position of the sample in its stream. With 'mixed', it determines together with the
-            seed whether experts are on, so an example is seen both ways over the epochs.
+        """Like `outline`, and decodes the images.
 
         Raises:
-          UserError: an image cannot be read, or a required result is missing.
+          UserError, StoppingError: as for `outline`, or an image cannot be read.
         """
         outline = self.outline(example, data_root, sample_index)
         _ = outline.images
         return outline
 
     def outline(self, example: Example, data_root: Any, sample_index: int = 0) -> Outline:
-        """Like `render`, without decoding images. Whole volumes are read to choose their slices.
+        """Renders a valid example without decoding images. Whole volumes are read to choose their slices.
+
+        Args:
+          example: its image paths are relative to `data_root`.
+          data_root: folder of the dataset's files.
+          sample_index: position of the sample in its stream. With 'mixed', it determines together with the
+            seed whether experts are on, so an example is seen both ways over the epochs.
 
         Raises:
-          UserError: a required result is missing, or a whole volume cannot be read. Other images raise when
-            they are read.
+          UserError: a required result is missing, or a whole volume cannot be read.
           StoppingError: a required result is missing, with `missing='error'`.
         """
         if example.format == "study":
@@ -325,9 +318,15 @@ class Renderer:
             # The agent shows its cards with every question, most of which need no expert.
             shows_cards = example.format == "conversation" and example.meta.get("cards", True)
             return Outline(tuple(with_cards(turns, cards) if shows_cards else turns), all_pictures)
-        found, missing = self._results(example)
+        found: dict[int, list[tuple[ExpertRequest, Annotation]]] = {}
+        missing = []
+        for request in example.expert_requests:
+            if annotation := self._annotation(example, request):
+                found.setdefault(request.before_turn, []).append((request, annotation))
+            else:
+                missing.append(request.expert)
         if not found:
-            return Outline(tuple(turns), all_pictures, (), missing)
+            return Outline(tuple(turns), all_pictures, (), tuple(missing))
         rendered: list[Turn] = []
         pictured: list[Picture] = []
         for position, turn in enumerate(turns):
@@ -339,21 +338,7 @@ class Renderer:
             rendered.append(turn)
             pictured += pictures[position]
         names = tuple(request.expert for pairs in found.values() for request, _ in pairs)
-        return Outline(tuple(with_cards(rendered, cards)), tuple(pictured), names, missing)
-
-    def _results(
-        self, example: Example
-    ) -> tuple[dict[int, list[tuple[ExpertRequest, Annotation]]], tuple[str, ...]]:
-        """Returns turn index -> (request, annotation) pairs, and the experts without an annotation."""
-        found: dict[int, list[tuple[ExpertRequest, Annotation]]] = {}
-        missing = []
-        for request in example.expert_requests:
-            annotation = self._annotation(example, request)
-            if annotation is None:
-                missing.append(request.expert)
-            else:
-                found.setdefault(request.before_turn, []).append((request, annotation))
-        return found, tuple(missing)
+        return Outline(tuple(with_cards(rendered, cards)), tuple(pictured), names, tuple(missing))
 
     def _show(self, example: Example, number: int, data_root: Any) -> _Shown:
         image = example.images[number]

@@ -34,13 +34,11 @@ class ShardReaders:
         self._lock = threading.Lock()
         self._opening: dict[str, threading.Lock] = {}
 
-    def read(self, name: str, record: int, records: int | None = None) -> bytes:
-        """Returns one record.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardReaders, (self._directory,)  # worker processes open their own files
 
-        Args:
-          name: file name of the shard.
-          record: index of the record in the shard.
-          records: expected number of records in the shard; None: not checked.
+    def read(self, name: str, record: int, records: int | None = None) -> bytes:
+        """Returns record number `record` of shard `name`, which must have `records` records unless None.
 
         Raises:
           UnavailableError: the shard is missing, damaged as a whole, or cannot be fetched.
@@ -110,11 +108,7 @@ class ShardReaders:
 
 
 def check_sizes(directory: paths.PathLike, sizes: Mapping[str, int]) -> None:
-    """Checks that every shard exists and has the expected size, 32 at a time.
-
-    Args:
-      directory: local folder or `gs://` prefix.
-      sizes: file name of a shard -> bytes.
+    """Checks that every shard (file name -> bytes) exists and has the expected size, 32 at a time.
 
     Raises:
       UserError: shards are missing or have another size; names the first of them.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import base64
 import html
+import itertools
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -40,15 +42,10 @@ def to_text(example: Example, rendered: Outline) -> str:
     """Formats an example for a terminal, one block per turn; `>` marks targets."""
     lines = [f"example {example.id} ({example.format}), {len(rendered.images)} images"]
     lines += [f"  {key}: {value}" for key, value in _facts(example)]
-    number = 0
+    numbers = itertools.count(1)
     for turn in rendered.turns:
         lines += ["", f"[{turn.role}{', target' if turn.supervised else ''}]"]
-        text = ""
-        for position, chunk in enumerate(turn.text.split(IMAGE_MARKER)):
-            if position:
-                number += 1
-                text += f"<image {number}>"
-            text += chunk
+        text = re.sub(IMAGE_MARKER, lambda _: f"<image {next(numbers)}>", turn.text)
         lines += [("> " if turn.supervised else "  ") + line for line in text.split("\n")]
     return "\n".join(lines) + "\n"
 

@@ -204,22 +204,14 @@ TEMPLATES = {
 
 
 def get_template(name: str) -> Template:
-    """Returns a template by name.
-
-    Raises:
-      UserError: unknown name; lists the known ones.
-    """
+    """Returns a template by name; raises `UserError` with the known names if there is none."""
     if name not in TEMPLATES:
         raise UserError(f"template {name!r}: unknown; known are {', '.join(sorted(TEMPLATES))}")
     return TEMPLATES[name]
 
 
 def model_template(model: Any, changes: str = "") -> Template:
-    """Returns the template of a `config.model`, with its text rules.
-
-    Args:
-      model: has `template` and optionally `text`.
-      changes: overrides of the rules, see `TextRules.changed`.
+    """Returns the template of a `config.model`, with its text rules changed by `TextRules.changed`.
 
     Raises:
       UserError: an unknown template, rule or value.

@@ -63,14 +63,10 @@ class TextRules:
         return cls(**section)
 
     def changed(self, words: str) -> TextRules:
-        """Applies overrides from a command line.
-
-        Args:
-          words: '' for none, `as_trained` or `clean` for all three, or comma-separated `RULE=VALUE`.
-            `image_end` is a property of the model and cannot be overridden.
+        """Applies overrides: '' for none, `as_trained` or `clean` for all rules, or `RULE=VALUE,...`.
 
         Raises:
-          UserError: an unknown rule or value.
+          UserError: an unknown rule or value, or `image_end`, which belongs to the model.
         """
         if words in (CLEAN, AS_TRAINED):
             return dataclasses.replace(self, split=words, bos=words, spaces=words)

@@ -42,11 +42,7 @@ def is_dataset(folder: paths.PathLike) -> bool:
 
 
 def datasets_in(folder: paths.PathLike) -> list[epath.Path]:
-    """Returns the dataset at `folder`, or all datasets and variants directly below it.
-
-    Raises:
-      UserError: no dataset.
-    """
+    """Returns the dataset at `folder`, or all directly below it; raises `UserError` if there is none."""
     root = paths.as_path(folder)
     if is_dataset(root):
         return [root]
@@ -105,9 +101,6 @@ def _variants(root: epath.Path) -> list[tuple[epath.Path, epath.Path]]:
 
 def read_info(folder: paths.PathLike) -> dict[str, Any]:
     """Reads `metadata.json` of a dataset and checks it against `dataset_info.json`.
-
-    Args:
-      folder: as for `resolve`.
 
     Returns:
       `name`, `schema_version`, `data_root`, `licences`, `provenance`, and `splits`: name -> `records`,
@@ -171,13 +164,7 @@ def shard_name(dataset: str, split: str, number: int, count: int) -> str:
 
 
 def write_info(folder: epath.Path, identity: Identity, metadata: Mapping[str, Any]) -> None:
-    """Writes `features.json`, `metadata.json` and, last, `dataset_info.json`.
-
-    Args:
-      folder: local folder of the dataset.
-      identity: identity of the dataset.
-      metadata: as returned by `read_info`.
-    """
+    """Writes `features.json`, `metadata` as returned by `read_info`, and finally `dataset_info.json`."""
     from tensorflow_datasets.core import Version, dataset_info
 
     from vilam3_jax.data.example_features import features_dict
@@ -231,11 +218,7 @@ class ShardFile:
         self.records = self.bytes = 0
 
     def write(self, data: bytes) -> None:
-        """Adds a record.
-
-        Raises:
-          UserError, UnavailableError: the disk is full or fails.
-        """
+        """Adds a record; raises `UserError` or `UnavailableError` if the disk is full or fails."""
         try:
             self._writer.write(data)
         except (OSError, RuntimeError) as error:

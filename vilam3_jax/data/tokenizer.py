@@ -50,17 +50,12 @@ class Tokenizer:
         chat_template: str | None = None,
         settings: Mapping[str, Any] | None = None,
     ):
-        """Builds a tokenizer; most callers use `load_tokenizer`.
+        """Builds a tokenizer from the text of a `tokenizer.json`; most callers use `load_tokenizer`.
 
-        Args:
-          tokenizer_json: text of a `tokenizer.json`.
-          eos_id: see the class, as for `bos_id`, `pad_id`, `stop_ids` and `chat_template`.
-          settings: content of `tokenizer_config.json`, written back by `save`.
+        `settings` is the content of `tokenizer_config.json`, which `save` writes back.
         """
-        self._json = tokenizer_json
-        self._settings = dict(settings or {})
-        self.bos_id = bos_id
-        self.eos_id = eos_id
+        self._json, self._settings = tokenizer_json, dict(settings or {})
+        self.bos_id, self.eos_id = bos_id, eos_id
         self.pad_id = eos_id if pad_id is None else pad_id
         self.stop_ids = tuple(dict.fromkeys((eos_id, *stop_ids)))
         self.chat_template = chat_template
@@ -118,9 +113,7 @@ class Tokenizer:
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Encodes `text` without additional tokens.
 
-        Args:
-          text: any string.
-          allow_special: encode control tokens as such. Only for text that the program wrote.
+        `allow_special` encodes control tokens as such; use it only for text that the program wrote.
         """
         if allow_special:
             return self._with_specials.encode(text, add_special_tokens=False).ids
@@ -145,17 +138,13 @@ class Tokenizer:
         return self.encode_continued(f" {text}") if text and self._adds_space else self.encode(text)
 
     def encode_continued(self, text: str) -> list[int]:
-        """Encodes text after other tokens: without the space that SentencePiece prepends.
-
-        Raises:
-          UserError: the tokenizer merges a line end with the text after it.
-        """
+        """Encodes text after other tokens: without the space that SentencePiece prepends."""
         if not text or not self._adds_space:
             return self.encode(text)
         # These vocabularies encode a line end as a separate byte, which merges with nothing.
         anchor, ids = self.encode("\n"), self.encode("\n" + text)
         if ids[: len(anchor)] != anchor:
-            raise UserError("this tokenizer cannot encode the continuation of a text; use its fast version")
+            raise UserError("this tokenizer merges line ends with the text after them; use its fast version")
         return ids[len(anchor) :]
 
     @functools.cached_property
@@ -167,11 +156,7 @@ class Tokenizer:
         return self._plain.decode([int(index) for index in ids], skip_special_tokens=skip_special)
 
     def token_id(self, token: str) -> int:
-        """Returns the id of one token.
-
-        Raises:
-          UserError: the vocabulary has no such token.
-        """
+        """Returns the id of a token; raises `UserError` if the vocabulary does not contain it."""
         index = self._plain.token_to_id(token)
         if index is None:
             raise UserError(f"the tokenizer has no token {token!r}; use the one this model was trained with")
@@ -182,11 +167,7 @@ class Tokenizer:
         return self._plain.id_to_token(index)
 
     def save(self, directory: PathLike) -> None:
-        """Writes a Hugging Face folder for `load_tokenizer` and transformers.
-
-        Raises:
-          UserError: the folder cannot be written.
-        """
+        """Writes a Hugging Face folder for `load_tokenizer` and transformers."""
         folder = as_path(directory)
         names = {f"{role}_token": getattr(self, f"{role}_id") for role in _ROLES}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self._settings}
@@ -209,13 +190,10 @@ def _build(tokenizer_json: str, *, encode_special_tokens: bool) -> tokenizers.To
 
 
 def load_tokenizer(directory: PathLike) -> Tokenizer:
-    """Loads the tokenizer of a Hugging Face model folder.
+    """Loads the tokenizer of a Hugging Face model folder, local or `gs://`.
 
     Reads `tokenizer.json`; special tokens come from `tokenizer_config.json`, `special_tokens_map.json`,
     `generation_config.json` or `config.json`, in this order.
-
-    Args:
-      directory: local folder or `gs://` prefix.
 
     Raises:
       UserError: the folder or a file is missing or damaged, or no file names the end-of-sequence token.

@@ -158,10 +158,7 @@ def _with_tfds(build: _Build, root: epath.Path) -> None:
 def tfds_builder(dataset: Dataset, out: paths.PathLike, options: BuildOptions | None = None) -> Any:
     """A `tfds.core.DatasetBuilder` whose `download_and_prepare` builds the dataset.
 
-    Args:
-      dataset: the dataset; its source is the `manual_dir` of TFDS's `DownloadConfig`.
-      out: TFDS's `data_dir`, local.
-      options: None for the defaults.
+    The source is the `manual_dir` of TFDS's `DownloadConfig`; `out` is TFDS's `data_dir`, local.
     """
     root = paths.as_path(out)
     target = root / dataset.name / dataset.config / dataset.version

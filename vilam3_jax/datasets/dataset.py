@@ -206,11 +206,7 @@ class Dataset:
     source_is_file: ClassVar[bool] = False
 
     def __init__(self, options: argparse.Namespace | None = None, config: str = "") -> None:
-        """Selects a variant.
-
-        Args:
-          options: of `add_arguments`; None for the defaults.
-          config: the variant; "" for the default.
+        """Selects a variant ("" for the default), with the options of `add_arguments`.
 
         Raises:
           UserError: no such variant.
@@ -255,10 +251,6 @@ class Dataset:
 
 def examples_of(split: Split, context: Context) -> Iterator[Example | Skipped]:
     """Converts items to validated examples; yields `Skipped` for the rest.
-
-    Args:
-      split: the split.
-      context: its context.
 
     Raises:
       UnavailableError: the disk or the network fails.

@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.runtime import locks
+from vilam3_jax.runtime import locks, paths
 
 MAX_ARCHIVE_BYTES = 1 << 30
 _MAX_PAGE_BYTES = 64 << 20
@@ -120,10 +120,7 @@ def redacted(url: str) -> str:
 def find_archive(package: str, archive: str, settings: IndexSettings) -> str:
     """Finds an archive on the package's index page (PEP 691 JSON, else PEP 503 HTML).
 
-    Args:
-      package: normalized name, for example `pydicom-data`.
-      archive: exact file name.
-      settings: from `pip_settings`.
+    `package` is a normalized name, for example `pydicom-data`, and `archive` an exact file name.
 
     Returns:
       The URL of the archive, which may be a `file://` URL.
@@ -197,10 +194,9 @@ def download(
     its sha256 is right.
 
     Args:
-      url: from `find_archive`.
+      url, settings: from `find_archive` and `pip_settings`.
       target: file to create, with its folder.
       sha256: pinned hash, hex.
-      settings: from `pip_settings`.
       progress: called with the number of bytes of each step (negative when a download starts over).
 
     Raises:
@@ -224,11 +220,7 @@ def download(
                 )
             partial.replace(target)
     except OSError as error:
-        raise _write_error(target, error) from error
-
-
-def _write_error(target: os.PathLike[str] | str, error: OSError) -> UserError:
-    return UserError(f"{target}: cannot be written ({error}); free space or choose another cache folder")
+        raise paths.write_error(target, error) from error
 
 
 @contextlib.contextmanager
@@ -247,10 +239,8 @@ def _download_into(file: BinaryIO, url: str, name: str, settings: IndexSettings,
         try:
             with _open(url, settings, {"Range": f"bytes={start}-"} if start else {}) as response:
                 content_range = response.headers.get("Content-Range", "")
-                resumes = getattr(response, "status", None) == 206 and content_range.startswith(
-                    f"bytes {start}-"
-                )
-                if start and not resumes:
+                partial = getattr(response, "status", None) == 206
+                if start and not (partial and content_range.startswith(f"bytes {start}-")):
                     file.truncate(0)
                     progress(-start)
                 expected = response.headers.get("Content-Length")
@@ -290,7 +280,7 @@ def _append(response: Any, file: BinaryIO, progress: Progress) -> int:
             file.write(chunk)
             file.flush()
         except OSError as error:
-            raise _write_error(file.name, error) from error
+            raise paths.write_error(file.name, error) from error
         progress(len(chunk))
     return received
 

@@ -50,9 +50,7 @@ class Place:
 def parts(source: SourceFolder, *patterns: str) -> list[str]:
     """The parquet files of one split, ordered by part number.
 
-    Args:
-      source: the folder.
-      patterns: alternatives such as "data/train-*.parquet"; the first that matches is used.
+    Of the `patterns`, such as "data/train-*.parquet", the first that matches is used.
 
     Raises:
       UserError: no file matches, or parts such as `-00000-of-00007` are missing or repeated (all are named).
@@ -81,8 +79,7 @@ def rows(
     """Lists all rows of files; reads only their footers.
 
     Args:
-      source: the folder.
-      files: paths below it, in order.
+      source, files: the folder, and paths below it, in order.
       columns: key of the row → accepted names, compared without case and surrounding spaces.
       prefix: prefix of the ids.
 

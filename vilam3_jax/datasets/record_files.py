@@ -137,9 +137,7 @@ def _is_object(file: IO[bytes]) -> bool:
 def lines(file: IO[bytes], start: int = 0) -> Iterator[tuple[Place, bytes]]:
     """Yields position and bytes of non-blank lines; only the first `MAX_RECORD_BYTES` + 1 of a longer line.
 
-    Args:
-      file: opened at byte `start`.
-      start: the current position.
+    `file` is at byte `start`.
     """
     row = 1
     while line := file.readline(MAX_RECORD_BYTES + 1):

@@ -48,10 +48,8 @@ def report_example(
     `meta.raw_report` holds the original report.
 
     Args:
-      film: the film.
-      image: its image.
-      raw: the texts of the report's sections.
-      heads: the names of the sections, which determine the request.
+      film, image: the film and its image.
+      raw, heads: texts and names of the report's sections; the names determine the request.
       context: context of the split.
       pools: wordings.
 

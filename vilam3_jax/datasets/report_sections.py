@@ -46,10 +46,7 @@ class Sections:
 
 
 def sections_of(report: str) -> Sections:
-    """Finds the sections of a report.
-
-    Args:
-      report: the text of one file.
+    """Finds the sections in the text of a report.
 
     >>> sections_of(" FINDINGS: Clear lungs.\\n \\n IMPRESSION: Normal.").impression
     'Normal.'

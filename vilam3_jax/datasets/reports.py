@@ -77,11 +77,7 @@ class _ReportBuilder(ElementTree.TreeBuilder):
 
 
 def parse_report(data: bytes, name: str = "report") -> Report:
-    """Parses one report.
-
-    Args:
-      data: the XML file.
-      name: used in messages, and as the id if the file has none.
+    """Parses the XML file of a report; `name` is used in messages, and as the id if the file has none.
 
     Raises:
       UserError: it is not well-formed, too large, nested too deeply, or has a document type or entities.
@@ -115,10 +111,8 @@ def _text(elements: Iterable[ElementTree.Element]) -> str:
 def read_reports(archive: PathLike) -> tuple[list[Report], collections.Counter[str]]:
     """Reads the usable reports of a `.tgz`, sorted by id.
 
-    Reports with a masked word are skipped, so that a model never learns to write the mask.
-
-    Args:
-      archive: the archive; only its regular `.xml` members are read, and nothing is written to disk.
+    Reports with a masked word are skipped, so that a model never learns to write the mask. Only regular
+    `.xml` members are read, and nothing is written to disk.
 
     Returns:
       The reports, and reason → number of skipped reports.

@@ -43,8 +43,7 @@ def rows_of(
     an id gets `{id}/2`.
 
     Args:
-      file: the table's path.
-      values: (number, values) of each row.
+      file, values: the table's path, and (number, values) of each row.
       id_of: returns the source's id; an error on malformed values means "none".
       prefix: prefix of all ids, such as the split's name.
       taken: ids of other tables of the dataset; the new ids are added.

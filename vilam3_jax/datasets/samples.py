@@ -81,10 +81,7 @@ class Sample:
 def write_index(folder: PathLike, samples: list[Sample], assets: dict[str, dict[str, Any]]) -> None:
     """Writes `samples.json` with paths relative to `folder`, so that the folder can be moved.
 
-    Args:
-      folder: parent of all paths of the samples.
-      samples: in the order of `read_samples`.
-      assets: name → {"path": relative path, "licence": ..., "origin": ...} of files that are not images.
+    `assets`: name → {"path": relative path, "licence": ..., "origin": ...} of files that are not images.
     """
     folder = as_path(folder)
 
@@ -373,17 +370,12 @@ def _label_names(labels: dict[str, Any] | None, root: epath.Path) -> dict[int, s
 
 
 def parse_class_map(source: str, task: str) -> dict[int, str]:
-    """Label names from TotalSegmentator's `map_to_binary.py`, which is parsed, never run.
+    """Label id → name, such as `left kidney`, in the `class_map` of TotalSegmentator's `map_to_binary.py`.
 
-    Args:
-      source: text of the Python file.
-      task: key of its `class_map`, such as `total`.
-
-    Returns:
-      label id → name in words, such as `left kidney`.
+    The text of the file is parsed, never run.
 
     Raises:
-      ValueError: the file has no such literal.
+      ValueError: it has no such literal.
     """
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and [getattr(t, "id", None) for t in node.targets] == ["class_map"]:

@@ -127,10 +127,6 @@ def samples(context: Context, shard: str) -> Iterator[Sample | Skipped]:
     A shard may also be a folder with the same members, as in img2dataset's output format "files". A truncated
     shard yields the samples before the last one.
 
-    Args:
-      context: context of the split.
-      shard: path of the tar file or folder below the root.
-
     Raises:
       SkipItem: it is not a tar file.
       UnavailableError: the disk or the network fails.

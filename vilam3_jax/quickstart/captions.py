@@ -34,14 +34,7 @@ def pair_caption(facts: Facts) -> str:
 
 
 def captions(facts: Facts, structures: Sequence[str], rng: random.Random, count: int) -> list[str]:
-    """At most `count` differently worded captions of one or two sentences.
-
-    Args:
-      facts: known facts.
-      structures: visible organs, largest first.
-      rng: source of the wording.
-      count: captions to return; fewer if there are not as many wordings.
-    """
+    """At most `count` differently worded captions; `structures` are the visible organs, largest first."""
     openings = list(_OPENINGS if facts.plane else _FILM_OPENINGS)
     rng.shuffle(openings)
     texts = []

@@ -7,6 +7,7 @@ same command, inputs and code is reused; a training run resumes from its checkpo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -204,21 +205,14 @@ def _code_hash() -> str:
 
 def _remove(step: Step) -> None:
     target = step.makes.parent if step.name in STAGES else step.makes
-    if target.name == "annotations" and _is_current(target):
-        return  # several experts share the store, and the command checks existing keys
+    if target.name == "annotations":
+        with contextlib.suppress(UserError):  # annotations of another decoder are regenerated
+            AnnotationStore(target)
+            return  # several experts share the store, and the command checks existing keys
     if target.is_dir():
         shutil.rmtree(target)
     else:
         target.unlink(missing_ok=True)
-
-
-def _is_current(store: Path) -> bool:
-    """Whether this version can read the annotations; those of another decoder are regenerated."""
-    try:
-        AnnotationStore(store)
-    except UserError:
-        return False
-    return True
 
 
 def matmul_precision() -> str:

@@ -103,8 +103,7 @@ class LabelledImage:
     Attributes:
       key: unique within the build.
       ref: the copy below the output folder.
-      facts: known facts.
-      structures: visible organs, largest first.
+      facts, structures: known facts, and visible organs, largest first.
       sample: the sample it comes from.
       input_key: content key of the expert's input: the whole volume, or the unaltered film.
     """
@@ -121,10 +120,8 @@ class ExampleBuilder:
     """Reads a folder of samples, copies its images below `out` and yields the examples.
 
     Attributes:
-      samples: the samples.
-      splits: split group → split.
-      skipped: reason → number of skipped parts of the data.
-      notes: note on a volume → number of volumes.
+      samples, splits: the samples, and split group → split.
+      skipped, notes: reason → number of skipped parts, and note → number of volumes.
     """
 
     def __init__(
@@ -135,15 +132,10 @@ class ExampleBuilder:
         seed: int,
         annotations: AnnotationStore | None = None,
     ):
-        """Reads the samples and assigns the splits.
+        """Reads the samples of `source` and assigns the splits; equal seeds give equal records.
 
-        Args:
-          source: folder written by the samples or the phantoms command.
-          out: destination of the images.
-          size: amount of data.
-          seed: seed of every choice; the same seed gives the same records.
-          annotations: if given, training heads without a reference mask get brain questions labelled from the
-            brain expert's own record (`label_source` says so). Held-out labels never come from an expert.
+        With `annotations`, training heads without a reference mask get brain questions labelled from the
+        brain expert's own record (`label_source` says so). Held-out labels never come from an expert.
 
         Raises:
           UserError: the samples cannot be read.
@@ -388,18 +380,11 @@ def _from_record(facts: Facts, record: tuple[list[np.ndarray], float], axis: int
 
 
 def assign_splits(samples: Iterable[Sample], seed: int) -> dict[str, str]:
-    """Assigns each split group, as a whole, to a split.
+    """Split group → `train` or `heldout`.
 
     Films of one class are drawn, most of them held out, so that there are enough patients for confidence
     intervals. Volumes are few: known groups have a fixed split; of others with equal kind, region and label
-    source, half are held out.
-
-    Args:
-      samples: all samples.
-      seed: seed of the draw.
-
-    Returns:
-      split group → `train` or `heldout`; a group that is alone in its stratum is in `train`.
+    source, half are held out. A group that is alone in its stratum is in `train`.
     """
     strata: dict[str, tuple] = {}
     for sample in samples:

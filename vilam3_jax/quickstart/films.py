@@ -38,12 +38,9 @@ def film_facts(sample: Sample) -> Facts:
 
 
 def film_variant(image: np.ndarray, rng: random.Random, *, mirror: bool) -> np.ndarray:
-    """An augmented copy: cropped, brighter or darker, perhaps mirrored.
+    """An augmented copy of `image`, [H, W, 3] uint8: cropped, brighter or darker, perhaps mirrored.
 
-    Args:
-      image: [H, W, 3] uint8.
-      rng: source of the change.
-      mirror: left and right may be swapped: for heads, never for chests.
+    `mirror` allows swapping left and right: for heads, never for chests.
 
     Returns:
       [h, w, 3] uint8, no side longer than 512.

@@ -47,8 +47,7 @@ def prepare_quickstart(
       source: folder written by the samples or the phantoms command.
       out: folder to create; local or an object store.
       size: a key of `examples.SIZES`.
-      seed: seed of every choice.
-      annotations: store of expert results, see `examples.ExampleBuilder`.
+      seed, annotations: see `examples.ExampleBuilder`.
 
     Returns:
       The content of `build.json`, with `reused` added.
@@ -120,10 +119,7 @@ def _write(
 
 
 def verify(folder: paths.PathLike) -> list[dict[str, Any]]:
-    """Reads every record back and checks it, its images and the split.
-
-    Args:
-      folder: output of `prepare_quickstart`.
+    """Reads every record of `prepare_quickstart` back and checks it, its images and the split.
 
     Returns:
       One row per dataset and split: `dataset`, `split`, `records`, `questions`, `subjects`, `images`.

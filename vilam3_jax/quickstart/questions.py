@@ -129,21 +129,13 @@ class Facts:
       position: third of the scan that holds the slice, in words for captions.
       organs: name → visible in this slice, without the uncertain ones.
       volumes_ml: name → volume in the whole scan in ml, for organs visible in this slice.
-      organ_source: label source of `organs` and `volumes_ml`.
-      organ_oracle: the expert's record is that source.
-      tumor: a tumor is visible.
-      tumor_source: label source of `tumor` and `tumor_class`.
+      tumor, pneumonia, brain: whether it is visible.
       tumor_class: one of `TUMOR_CLASSES`, for films of the head.
-      pneumonia: pneumonia is visible, for chest films.
-      film_source: label source of `pneumonia`.
-      brain: the brain is visible.
-      brain_source: label source of `brain`.
-      brain_oracle: `brain` comes from the expert's record.
       brain_ml: volume of the brain in the whole scan, ml.
-      brain_volume_source: label source of `brain_ml`.
-      brain_volume_oracle: `brain_ml` comes from the expert's record.
-      expert: the expert suited to this image, or None.
-      expert_args: arguments of its call.
+      organ_source, tumor_source, film_source, brain_source, brain_volume_source: label sources of the organs,
+        the tumor, pneumonia, the brain and its volume.
+      organ_oracle, brain_oracle, brain_volume_oracle: the label is the expert's own record.
+      expert, expert_args: the expert suited to this image, or None, and the arguments of its call.
     """
 
     group: str
@@ -196,14 +188,9 @@ class Balance:
 
 
 def volume_range(ml: float, rng: random.Random, wanted: int) -> tuple[tuple[str, ...], str] | None:
-    """Draws two limits such that `ml` falls into the range `wanted`.
+    """Draws two limits with `ml` below (`wanted` 0), between (1) or above (2) them.
 
     The limits vary between questions, so neither the organ's name nor its usual size gives the answer away.
-
-    Args:
-      ml: true volume.
-      rng: source of the choice.
-      wanted: 0 below the lower limit, 1 between, 2 above the upper limit.
 
     Returns:
       (options, answer), or None when no pair of `VOLUME_STEPS` leaves enough margin.
@@ -231,7 +218,7 @@ class QuestionMaker:
         """Starts without any answer counted.
 
         Args:
-          rng: source of every choice; equal seeds give equal questions.
+          rng: source of every choice.
           training: vary the phrases, and balance yes and no for each organ separately. Held-out questions are
             balanced per scan instead, so that no image is dropped because an organ is visible in all of them;
             what a name alone gives away shows in the blank-image arm.

@@ -42,14 +42,9 @@ def merged_name(name: str) -> str:
 
 
 def usable_axes(shape: tuple[int, ...], spacing: np.ndarray) -> list[int]:
-    """Axes whose slices look like ordinary scans; reformats of a thick-slice scan do not.
+    """Axes of a RAS volume whose slices look like ordinary scans; reformats of thick slices do not.
 
-    Args:
-      shape: of the volume, RAS.
-      spacing: mm along each axis, [3].
-
-    Returns:
-      Axes whose slices have at least 32 voxels per side and pixels at most twice as long as wide.
+    Such slices have at least 32 voxels per side and pixels at most twice as long as wide. `spacing`: mm, [3].
     """
     axes = []
     for axis in range(3):

@@ -21,7 +21,7 @@ from vilam3_jax.data.volume_slices import (
     even_slices,
     finding_slices,
     informative_slices,
-    marked_voxels,
+    labelled_voxels,
     numbered,
 )
 from vilam3_jax.data.volumes import load_volume
@@ -97,14 +97,14 @@ def test_finding_slices_cover_what_is_marked(voxels: dict[int, int], count: int)
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_marked_voxels_are_those_of_lesions_if_there_are_any(axis: int) -> None:
     annotation = marked({2: 3, 4: 1}, axis)
-    assert marked_voxels(annotation, axis)[[2, 4]].tolist() == [3, 1]
+    assert labelled_voxels(annotation, axis)[[2, 4]].tolist() == [3, 1]
     labels = annotation.label_map()
     np.moveaxis(labels, axis, 0)[5].flat[:2] = 9
     tumor = Segment(9, "hepatic tumor", 2, 0.1, 1, (0, 0, 0, 1, 1, 1))
     both = dataclasses.replace(
         annotation, segments=(*annotation.segments, tumor), labels=LabelMap.encode(labels, np.eye(4))
     )
-    assert np.flatnonzero(marked_voxels(both, axis)).tolist() == [5]
+    assert np.flatnonzero(labelled_voxels(both, axis)).tolist() == [5]
     nothing = dataclasses.replace(annotation, labels=LabelMap.encode(np.zeros_like(labels), np.eye(4)))
     assert finding_slices(nothing, axis, 3) == ()
 
@@ -138,7 +138,7 @@ def test_the_expert_is_shown_on_the_slice_that_it_marks_most_of(whole) -> None:
     assert [turn.role for turn in out.turns] == ["user", "assistant", "expert", "assistant"]
     assert sum(turn.text.count("<image>") for turn in out.turns) == len(out.images) == 4
     indices = even_slices(PLANES, 3)
-    voxels = marked_voxels(annotation, 2)[list(indices)]
+    voxels = labelled_voxels(annotation, 2)[list(indices)]
     best = indices[int(np.argmax(voxels))]
     assert f"slice {best + 1} of {PLANES}: <image>" in out.turns[2].text
     assert out.turns[2].text.endswith("prompt:\nIs the liver here?")

@@ -56,7 +56,7 @@ def to_eight_bits(
     return _divide(values, valid, bits, notes)
 
 
-def visible(alpha: np.ndarray | None) -> np.ndarray | None:
+def visible_mask(alpha: np.ndarray | None) -> np.ndarray | None:
     """Mask of the pixels that `alpha` leaves visible, bool; None if that is all or none of them."""
     return None if alpha is None or alpha.all() or not alpha.any() else alpha > 0
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 # Increment it whenever a reader returns other pixels, voxels or geometry for some file.
-# 1: until November 2026. 2: Modality and VOI LUTs, padding, palettes, alpha on white, deep colour pictures.
+# 1: until November 2026. 2: Modality and VOI LUTs, padding, palettes, alpha on white, deep colour images.
 DECODER_VERSION = 2
 
 # Direction columns to 1e-3 mm, the origin to 1e-2: float32 headers are no more precise at 500 mm.

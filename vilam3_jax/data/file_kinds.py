@@ -268,10 +268,10 @@ def identify_bytes(start: bytes, name: str) -> FileKind:
 
 def refusal(path: PathLike, kind: FileKind) -> UserError:
     """The error for an unsupported file: its kind and what to do, in one sentence."""
-    return UserError(f"{path}: {sentence(kind)}")
+    return UserError(f"{path}: {explain(kind)}")
 
 
-def sentence(kind: FileKind) -> str:
+def explain(kind: FileKind) -> str:
     """The kind and what to do, including an image given for a volume or the reverse."""
     if kind.reader == "image":
         return f"{kind.name}, not a scan; give a NIfTI, NRRD, MetaImage or DICOM file"
@@ -359,20 +359,20 @@ def _is_bare_dicom(start: bytes) -> bool:
     return False
 
 
-def _element(start: bytes, place: int, order: str) -> tuple[int, int] | None:
-    """(tag, end) of the element at `place`; None if it is not a valid element."""
-    if len(start) < place + 8:
+def _element(start: bytes, offset: int, order: str) -> tuple[int, int] | None:
+    """(tag, end) of the element at `offset`; None if it is not a valid element."""
+    if len(start) < offset + 8:
         return None
-    group, element = struct.unpack_from(f"{order}HH", start, place)
-    vr, value = start[place + 4 : place + 6], place + 8
+    group, element = struct.unpack_from(f"{order}HH", start, offset)
+    vr, value = start[offset + 4 : offset + 6], offset + 8
     if vr in _LONG_VRS:
-        if len(start) < place + 12:
+        if len(start) < offset + 12:
             return None
-        length, value = struct.unpack_from(f"{order}I", start, place + 8)[0], place + 12
+        length, value = struct.unpack_from(f"{order}I", start, offset + 8)[0], offset + 12
     elif vr in _SHORT_VRS:
-        length = struct.unpack_from(f"{order}H", start, place + 6)[0]
+        length = struct.unpack_from(f"{order}H", start, offset + 6)[0]
     elif order == "<":  # big endian is always explicit
-        length = struct.unpack_from("<I", start, place + 4)[0]
+        length = struct.unpack_from("<I", start, offset + 4)[0]
     else:
         return None
     if length % 2 or value + length > len(start):
@@ -460,8 +460,8 @@ def _icon(start: bytes) -> FileKind | None:
     """A Windows icon or cursor, checked by its first entry because the signature is too short."""
     if start[:4] not in (b"\0\0\1\0", b"\0\0\2\0") or len(start) < 22:
         return None
-    count, place = struct.unpack_from("<H", start, 4)[0], struct.unpack_from("<I", start, 18)[0]
-    is_entry = start[9] == 0 and 0 < count <= 256 and 6 + 16 * count <= place < 1 << 24
+    count, offset = struct.unpack_from("<H", start, 4)[0], struct.unpack_from("<I", start, 18)[0]
+    is_entry = start[9] == 0 and 0 < count <= 256 and 6 + 16 * count <= offset < 1 << 24
     return _image("Windows icon") if is_entry else None
 
 

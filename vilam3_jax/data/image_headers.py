@@ -28,16 +28,16 @@ class JpegFrame(NamedTuple):
     precision: int  # bits per sample
     height: int
     width: int
-    place: int  # byte offset of the precision
+    offset: int  # byte offset of the precision
 
 
 def jpeg_frame(data: bytes) -> JpegFrame | None:
     """The first start-of-frame marker before the pixels, or None."""
-    for marker, place in _jpeg_segments(data):
-        if marker in _START_OF_FRAME and len(data) >= place + 8:
-            height = int.from_bytes(data[place + 3 : place + 5], "big")
-            width = int.from_bytes(data[place + 5 : place + 7], "big")
-            return JpegFrame(data[place + 2], height, width, place + 2)
+    for marker, offset in _jpeg_segments(data):
+        if marker in _START_OF_FRAME and len(data) >= offset + 8:
+            height = int.from_bytes(data[offset + 3 : offset + 5], "big")
+            width = int.from_bytes(data[offset + 5 : offset + 7], "big")
+            return JpegFrame(data[offset + 2], height, width, offset + 2)
     return None
 
 
@@ -48,28 +48,28 @@ def is_jpeg_ls(data: bytes) -> bool:
 
 def jpeg_ends_early(data: bytes) -> bool:
     """Whether the end marker is missing after the first scan."""
-    start = next((place for marker, place in _jpeg_segments(data) if marker == _START_OF_SCAN), None)
+    start = next((offset for marker, offset in _jpeg_segments(data) if marker == _START_OF_SCAN), None)
     return start is None or data.find(_END, start) < 0
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
     """Yields markers and the offsets of their length fields up to the first scan, found as by libjpeg."""
-    place = 0
+    offset = 0
     for _ in range(_MAX_SEGMENTS):
-        place = data.find(b"\xff", place) + 1
-        if place == 0 or place >= len(data):
+        offset = data.find(b"\xff", offset) + 1
+        if offset == 0 or offset >= len(data):
             return
-        marker = data[place]
+        marker = data[offset]
         if marker in (0x00, 0xFF):
-            place += marker == 0
+            offset += marker == 0
             continue
-        place += 1
+        offset += 1
         if marker in _WITHOUT_LENGTH:
             continue
-        yield marker, place
+        yield marker, offset
         if marker in (_START_OF_SCAN, 0xD9):
             return
-        place += max(2, int.from_bytes(data[place : place + 2], "big"))
+        offset += max(2, int.from_bytes(data[offset : offset + 2], "big"))
 
 
 def without_profiles(data: bytes) -> bytes:
@@ -77,14 +77,14 @@ def without_profiles(data: bytes) -> bytes:
 
     EXIF data, which ImageMagick writes as text, is kept.
     """
-    kept, place = [], 0
+    kept, offset = [], 0
     for kind, start, end in _png_chunks(data):
         body = data[start + 8 : end - 4]
         is_text = kind == b"zTXt" or (kind == b"iTXt" and body.partition(b"\0")[2][:1] == b"\1")
         if kind == b"iCCP" or (is_text and not body.startswith(b"Raw profile type exif")):
-            kept.append(data[place:start])
-            place = end
-    return b"".join([*kept, data[place:]]) if kept else data
+            kept.append(data[offset:start])
+            offset = end
+    return b"".join([*kept, data[offset:]]) if kept else data
 
 
 def lacks_rows(data: bytes) -> bool:
@@ -106,24 +106,24 @@ def lacks_rows(data: bytes) -> bool:
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """Yields type, start and end of each complete chunk."""
-    place = _PNG_START
-    while (end := place + 12 + int.from_bytes(data[place : place + 4], "big")) <= len(data):
-        yield data[place + 4 : place + 8], place, end
-        place = end
+    offset = _PNG_START
+    while (end := offset + 12 + int.from_bytes(data[offset : offset + 4], "big")) <= len(data):
+        yield data[offset + 4 : offset + 8], offset, end
+        offset = end
 
 
 def gif_frames(data: bytes, most: int) -> list[tuple[int, int]]:
     """The (right, bottom) corner of up to `most` frames of a GIF, in pixels; may lie outside its screen."""
     frames: list[tuple[int, int]] = []
-    place = 13 + _colour_table(data[10:11])
-    while len(frames) < most and (block := _GIF_BLOCK.search(data, place)) is not None:
-        place = block.start()
+    offset = 13 + _colour_table(data[10:11])
+    while len(frames) < most and (block := _GIF_BLOCK.search(data, offset)) is not None:
+        offset = block.start()
         if block[0] == b"!":
-            place = _after_blocks(data, place + 2)
-        elif block[0] == b"," and len(data) >= place + 10:
-            left, top, width, height = struct.unpack_from("<4H", data, place + 1)
+            offset = _after_blocks(data, offset + 2)
+        elif block[0] == b"," and len(data) >= offset + 10:
+            left, top, width, height = struct.unpack_from("<4H", data, offset + 1)
             frames.append((left + width, top + height))
-            place = _after_blocks(data, place + 11 + _colour_table(data[place + 9 : place + 10]))
+            offset = _after_blocks(data, offset + 11 + _colour_table(data[offset + 9 : offset + 10]))
         else:
             break
     return frames
@@ -133,10 +133,10 @@ def _colour_table(flags: bytes) -> int:
     return 3 << ((flags[0] & 7) + 1) if flags and flags[0] & 0x80 else 0
 
 
-def _after_blocks(data: bytes, place: int) -> int:
-    while place < len(data) and data[place]:
-        place += data[place] + 1
-    return place + 1
+def _after_blocks(data: bytes, offset: int) -> int:
+    while offset < len(data) and data[offset]:
+        offset += data[offset] + 1
+    return offset + 1
 
 
 def webp_size(data: bytes) -> tuple[int, int]:

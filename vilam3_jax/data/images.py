@@ -13,7 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageChops
 
 from vilam3_jax.data import decoded_images, file_kinds, image_headers
-from vilam3_jax.data.bit_depth import to_eight_bits, visible, with_alpha
+from vilam3_jax.data.bit_depth import to_eight_bits, visible_mask, with_alpha
 from vilam3_jax.data.dicom.pixels import read_image
 from vilam3_jax.data.file_kinds import FileKind
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
@@ -208,7 +208,7 @@ def _decode(data: bytes, alpha: Alpha, frame: int | None, limits: Limits) -> _De
     with _one_error(data, kind):
         if kind == file_kinds.TIFF:
             image, orientation, number, count = read_tiff(data, frame, limits, notes)
-            return _Decoded(_upright(_flat(image, alpha, notes), orientation), number, count, tuple(notes))
+            return _Decoded(_upright(_opaque(image, alpha, notes), orientation), number, count, tuple(notes))
         if kind == file_kinds.JPEG and data.endswith(bytes(64)) and image_headers.jpeg_ends_early(data):
             raise UserError("JPEG image is cut short; fetch it again")  # zeros follow
         with _opened(data, kind, limits) as (image, deep):
@@ -219,13 +219,13 @@ def _decode(data: bytes, alpha: Alpha, frame: int | None, limits: Limits) -> _De
             else:
                 _check_png(image, data, number)
                 _repair(image, data, notes)
-            return _Decoded(_upright(_flat(image, alpha, notes), orientation), number, count, tuple(notes))
+            return _Decoded(_upright(_opaque(image, alpha, notes), orientation), number, count, tuple(notes))
 
 
 def _image_kind(data: bytes) -> FileKind:
     kind = file_kinds.identify_bytes(data[:_KIND_BYTES], "")
     if kind.reader != "image":
-        raise UserError(file_kinds.sentence(kind))
+        raise UserError(file_kinds.explain(kind))
     return kind
 
 
@@ -275,7 +275,7 @@ def _opened(data: bytes, kind: FileKind, limits: Limits) -> Iterator[tuple[Image
         image_headers.check_pixels(header.width, header.height, limits)
         deep = header.precision != 8
         if deep:  # so that Pillow reads the EXIF data
-            data = data[: header.place] + b"\x08" + data[header.place + 1 :]
+            data = data[: header.offset] + b"\x08" + data[header.offset + 1 :]
     elif kind == file_kinds.WEBP:
         image_headers.check_pixels(*image_headers.webp_size(data), limits)
     elif kind == file_kinds.GIF:
@@ -349,7 +349,7 @@ def _decode_deep(data: bytes, kind: FileKind, number: int, notes: list[str]) -> 
     if kind == file_kinds.JPEG and alpha is not None:
         raise UserError("JPEG image of more than 8 bits in CMYK; save it as PNG")
     colours = samples if alpha is None else samples[..., :-1]
-    return with_alpha(to_eight_bits(colours, visible(alpha), bits=bits, notes=notes), alpha)
+    return with_alpha(to_eight_bits(colours, visible_mask(alpha), bits=bits, notes=notes), alpha)
 
 
 def _check_png(image: Image.Image, data: bytes, number: int) -> None:
@@ -379,7 +379,7 @@ def _repair(image: Image.Image, data: bytes, notes: list[str]) -> None:
         notes.append("the BMP is fully transparent; its transparency was ignored, as Windows does")
 
 
-def _flat(image: Image.Image, alpha: Alpha, notes: list[str]) -> Image.Image:
+def _opaque(image: Image.Image, alpha: Alpha, notes: list[str]) -> Image.Image:
     """Removes transparency; returns "L" or "RGB"."""
     image.load()
     if alpha == "white" and (

@@ -26,7 +26,7 @@ from vilam3_jax.runtime.paths import PathLike, as_path
 
 _MAX_HEADER_BYTES = 1 << 20
 _CHUNK = 1 << 20
-_ALONG = 0.2  # minimum cosine between an axis and the direction that its letter names
+_MIN_COSINE = 0.2  # minimum cosine between an axis and the direction that its letter names
 # MET_LONG has 4 bytes in MetaIO on every machine.
 _TYPES = {
     "MET_CHAR": "i1",
@@ -48,14 +48,14 @@ _LPS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "I": (2, 1), "S": 
 @dataclasses.dataclass(frozen=True)
 class _Header:
     fields: dict[str, str]  # errors do not repeat values: they may name the patient
-    doubled: frozenset[str]  # names of fields with two values
+    duplicates: frozenset[str]  # names of fields with two values
     end: int  # of the header, in bytes
     path: PathLike
 
     def get(self, *names: str) -> str:
         """The text of a field with aliases; "" if absent."""
         found = {self.fields[name] for name in names if self.fields.get(name)}
-        if len(found) > 1 or self.doubled.intersection(names):
+        if len(found) > 1 or self.duplicates.intersection(names):
             raise UserError(f"{self.path}: two values of {' or '.join(names)}; remove the wrong one")
         return found.pop() if found else ""
 
@@ -120,18 +120,18 @@ def read_metaimage(path: PathLike, limits: Limits, *, voxels: bool = True) -> St
 
 def _header(head: bytes, path: PathLike) -> _Header:
     fields: dict[str, str] = {}
-    doubled: set[str] = set()
+    duplicates: set[str] = set()
     position = 0
     while "ElementDataFile" not in fields:
         end = head.find(b"\n", position)
         line = head[position : len(head) if end < 0 else end].decode("utf-8", "replace").strip()
         match = re.match(r"([^=:]+?)\s*[=:]\s*(.*)", line)
         if match and fields.setdefault(match[1], match[2]) != match[2]:
-            doubled.add(match[1])
+            duplicates.add(match[1])
         if end < 0 and "ElementDataFile" not in fields:
             raise UserError(f"{path}: its MetaImage header has no ElementDataFile; fetch the file again")
         position = len(head) if end < 0 else end + 1
-    return _Header(fields, frozenset(doubled), position, path)
+    return _Header(fields, frozenset(duplicates), position, path)
 
 
 def _shape(header: _Header) -> tuple[int, ...]:
@@ -193,7 +193,7 @@ def _check_letters(header: _Header, directions: np.ndarray) -> None:
     if len(letters) != 3 or not set(letters) <= set(_LPS):
         return  # such as "???"
     along = [sign * directions[axis, i] for i, (axis, sign) in enumerate(_LPS[letter] for letter in letters)]
-    if min(along) < _ALONG and max(along) > -_ALONG:
+    if min(along) < _MIN_COSINE and max(along) > -_MIN_COSINE:
         raise UserError(
             f"{header.path}: AnatomicalOrientation {letters} contradicts TransformMatrix; correct one of them"
         )

@@ -49,8 +49,8 @@ from vilam3_jax.data.volume_slices import (
     even_slices,
     finding_slices,
     informative_slices,
-    marked_voxels,
-    most_marked,
+    labelled_voxels,
+    most_labelled,
     numbered,
     with_markers,
 )
@@ -458,8 +458,8 @@ class Renderer:
             return 0
         key = (annotation.key, annotation.version, axis)
         with _unusable_result("shown"):
-            voxels = self._marked_voxels.get(key, lambda: marked_voxels(annotation, axis))
-        return most_marked(voxels, [ref.index or 0 for ref in image.refs])
+            voxels = self._marked_voxels.get(key, lambda: labelled_voxels(annotation, axis))
+        return most_labelled(voxels, [ref.index or 0 for ref in image.refs])
 
     def _coloured(self, overlay: Overlay, base: Picture, key: tuple[Any, ...]) -> Picture:
         def read() -> np.ndarray:

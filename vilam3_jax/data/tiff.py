@@ -12,7 +12,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from vilam3_jax.data.bit_depth import to_eight_bits, visible, with_alpha
+from vilam3_jax.data.bit_depth import to_eight_bits, visible_mask, with_alpha
 from vilam3_jax.data.image_headers import check_pixels, choose_frame, jpeg_ends_early, jpeg_frame
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.errors import UserError
@@ -65,7 +65,7 @@ def read_tiff(
         if file.is_svs or file.is_ndpi or file.is_scn or file.is_bif or file.is_qpi or file.is_philips:
             raise UserError("whole-slide image; export the region to look at as PNG")
         pages = _pages(file)
-        _refuse_stack(pages)
+        _reject_stack(pages)
         number = choose_frame(page, len(pages), "TIFF image", "pages")
         chosen = pages[number]
         _check_tags(chosen, data)
@@ -95,7 +95,7 @@ def _pages(file: tifffile.TiffFile) -> list[tifffile.TiffPage]:
     return [page for page in pages if not int(page.subfiletype) & (_REDUCED | _MASK)] or pages
 
 
-def _refuse_stack(pages: list[tifffile.TiffPage]) -> None:
+def _reject_stack(pages: list[tifffile.TiffPage]) -> None:
     """Rejects stacks that ImageJ, tifffile or MetaMorph store behind the tags of their first plane."""
     first = pages[0]
     stated = re.search(r"^images=(\d{1,9})$", first.description, re.MULTILINE)
@@ -113,8 +113,8 @@ def _check_tags(page: tifffile.TiffPage, data: bytes) -> None:
     layout = page.parent.tiff
     (count,) = struct.unpack_from(layout.tagnoformat, data, page.offset)
     first = page.offset + layout.tagnosize
-    places = range(first, first + count * layout.tagsize, layout.tagsize)
-    stated = {struct.unpack_from(f"{layout.byteorder}H", data, place)[0] for place in places}
+    offsets = range(first, first + count * layout.tagsize, layout.tagsize)
+    stated = {struct.unpack_from(f"{layout.byteorder}H", data, offset)[0] for offset in offsets}
     if stated & _READ_TAGS - set(page.tags.keys()):
         raise UserError("TIFF image is damaged or cut short; fetch it again")
 
@@ -141,9 +141,9 @@ def _check_layout(page: tifffile.TiffPage, photometric: int, file_bytes: int, li
     if photometric in _RAW_PHOTO:
         raise UserError("raw photo of a camera; convert it to PNG or JPEG")
     if photometric not in _CHANNELS:
-        raise UserError(f"TIFF image of colour space {photometric}; save it as PNG")
+        raise UserError(f"TIFF image in colour space {photometric}; save it as PNG")
     if compression not in _COMPRESSIONS:
-        raise UserError(f"TIFF image of compression {compression}; save it as PNG")
+        raise UserError(f"TIFF image with compression {compression}; save it as PNG")
     if page.dtype is None or page.dtype.kind not in "ubif" or not isinstance(page.bitspersample, int):
         raise UserError(f"TIFF image with unsupported {page.bitspersample}-bit samples; save it as PNG")
     if page.samplesperpixel < _CHANNELS[photometric]:
@@ -152,9 +152,9 @@ def _check_layout(page: tifffile.TiffPage, photometric: int, file_bytes: int, li
     if photometric == _YCBCR and compression not in _JPEG and subsampling != (1, 1):
         raise UserError("TIFF image with subsampled colour but no JPEG compression; save it as PNG")
     if photometric in (_CIELAB, _ICCLAB) and compression in _JPEG:
-        raise UserError("TIFF image of L*a*b* colours with JPEG compression; save it as PNG")
+        raise UserError("TIFF image in L*a*b* colours with JPEG compression; save it as PNG")
     if photometric == _CMYK and _number(page, 332, 1) != 1:
-        raise UserError("TIFF image of inks other than CMYK; save it as RGB")
+        raise UserError("TIFF image with inks other than CMYK; save it as RGB")
     sample_bytes = page.dtype.itemsize * page.samplesperpixel
     tile_pixels = page.tilewidth * page.tilelength * page.tiledepth
     if max(height * width, tile_pixels) * sample_bytes > limits.decoded_bytes:
@@ -218,7 +218,7 @@ def _to_image(
         notes.append(
             f"{unused} of {samples.shape[-1]} samples of each pixel have no stated meaning; left out"
         )
-    valid = visible(alpha)
+    valid = visible_mask(alpha)
     if photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB):
         eight = to_eight_bits(values, valid, bits=bits, notes=notes)
         return with_alpha(255 - eight if photometric == _WHITE_IS_ZERO else eight, alpha)

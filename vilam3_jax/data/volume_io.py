@@ -68,7 +68,7 @@ def length_unit(text: str, field: str, path: PathLike) -> tuple[str, float, list
 
 
 @contextlib.contextmanager
-def naming_damage(path: PathLike) -> Iterator[None]:
+def wrap_parser_errors(path: PathLike) -> Iterator[None]:
     """Converts any parser exception to a one-line error that names `path`.
 
     Third-party parsers document few of their exceptions; damaged files trigger the others.

@@ -23,7 +23,7 @@ from vilam3_jax.errors import UserError
 
 CHOICES = ("even", "informative", "finding")
 _SIDE = 64  # maximum voxels per side of the grid on which entropies are measured
-_GREYS = 32
+_LEVELS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +67,8 @@ def with_markers(text: str, markers: Sequence[str]) -> str:
     return first + "".join(marker + part for marker, part in zip(markers, rest, strict=True))
 
 
-def most_marked(voxels: np.ndarray, indices: Sequence[int]) -> int:
-    """The position in `indices` of the first slice with most labelled voxels; see `marked_voxels`."""
+def most_labelled(voxels: np.ndarray, indices: Sequence[int]) -> int:
+    """The position in `indices` of the first slice with most labelled voxels; see `labelled_voxels`."""
     return max(range(len(indices)), key=lambda place: voxels[indices[place]])
 
 
@@ -107,8 +107,8 @@ def _entropies(volume: Volume, axis: int, preprocessing: Preprocessing, window: 
     if volume.valid is not None:
         grey = np.where(thinned(volume.valid), grey, 0)
     planes = len(grey)
-    steps = grey.reshape(planes, -1).astype(np.int64) * _GREYS // 256 + _GREYS * np.arange(planes)[:, None]
-    counts = np.bincount(steps.ravel(), minlength=planes * _GREYS).reshape(planes, _GREYS)
+    steps = grey.reshape(planes, -1).astype(np.int64) * _LEVELS // 256 + _LEVELS * np.arange(planes)[:, None]
+    counts = np.bincount(steps.ravel(), minlength=planes * _LEVELS).reshape(planes, _LEVELS)
     shares = counts / counts.sum(axis=1, keepdims=True)
     return -(shares * np.log2(np.where(shares > 0, shares, 1.0))).sum(axis=1)
 
@@ -119,7 +119,7 @@ def finding_slices(annotation: Annotation, axis: int, count: int) -> tuple[int, 
     Raises:
       ValueError: the label map is damaged.
     """
-    voxels = marked_voxels(annotation, axis)
+    voxels = labelled_voxels(annotation, axis)
     marked = np.flatnonzero(voxels)
     if not len(marked):
         return ()
@@ -135,7 +135,7 @@ def finding_slices(annotation: Annotation, axis: int, count: int) -> tuple[int, 
     return tuple(chosen)
 
 
-def marked_voxels(annotation: Annotation, axis: int) -> np.ndarray:
+def labelled_voxels(annotation: Annotation, axis: int) -> np.ndarray:
     """Labelled voxels per plane, int64 [planes]; only lesions if there are any.
 
     Raises:

@@ -160,7 +160,7 @@ def read_volume(
 def read_listed_series(series: dicom.Series, folder: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> Volume:
     """Reads a series found by `dicom.survey(folder)` without listing the folder again."""
     folder = as_path(folder)
-    with volume_io.naming_damage(folder):
+    with volume_io.wrap_parser_errors(folder):
         stored = dicom.read_listed(series, folder, limits=limits)
     return canonical_volume(stored, folder)
 
@@ -186,7 +186,7 @@ def _read(
     if not exists(path):
         raise UserError(f"{path}: no such file or folder; check the path")
     if path.is_dir():
-        with volume_io.naming_damage(path):
+        with volume_io.wrap_parser_errors(path):
             return dicom.read_series(path, series=series, limits=limits)
     kind = file_kinds.identify(path)
     if kind.reader is None or kind.reader == "image":
@@ -194,7 +194,7 @@ def _read(
     volume_io.check_file_size(path, limits)
     if channel is not None and kind.reader not in ("nifti", "nifti pair"):
         raise UserError(f"{path}: channels are supported in NIfTI only; save each to a separate file")
-    with volume_io.naming_damage(path):
+    with volume_io.wrap_parser_errors(path):
         if kind.reader == "nrrd":
             return read_nrrd(path, limits, voxels=voxels)
         if kind.reader == "metaimage":
@@ -219,8 +219,9 @@ def load_label_map(path: PathLike, grid: Volume) -> np.ndarray:
         fractional ids.
     """
     labels = read_volume(path)
-    if labels.voxels.shape != grid.voxels.shape:
-        raise UserError(f"{path}: label map of another shape than {grid.source}; resample it")
+    shape, expected = labels.voxels.shape, grid.voxels.shape
+    if shape != expected:
+        raise UserError(f"{path}: label map of {shape}, but {grid.source} has {expected}; resample it")
     distance = grid_distance(labels.affine, grid)
     if distance > GRID_TOLERANCE * grid.spacing.min():
         raise UserError(f"{path}: label map is {distance:.2f} mm away from {grid.source}; resample it")

@@ -27,7 +27,7 @@ from vilam3_jax.data.experts.wording import Plane
 from vilam3_jax.data.image_processor import ImageProcessor
 from vilam3_jax.data.templates import Template, encode_prompt, model_template
 from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
-from vilam3_jax.data.volume_slices import marked_voxels, most_marked, numbered, with_markers
+from vilam3_jax.data.volume_slices import labelled_voxels, most_labelled, numbered, with_markers
 from vilam3_jax.data.volumes import VolumeSource
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference.generate import GREEDY, Chunk, Decoded, Generator, Sampling, Session
@@ -84,7 +84,7 @@ class Scan:
         axis, shape = self.axis, annotation.label_shape
         if not self.slices or axis is None or shape is None or shape[axis] != self.planes:
             return dataclasses.replace(self, slices=self.slices[:1])._alone()
-        place = most_marked(marked_voxels(annotation, axis), [index for index, _ in self.slices])
+        place = most_labelled(labelled_voxels(annotation, axis), [index for index, _ in self.slices])
         return dataclasses.replace(self, slices=(self.slices[place],))._alone()
 
     def _alone(self) -> Scan:

@@ -19,7 +19,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, SegmentationStorage
 from vilam3_experts.imported.label_tables import clean_name
 from vilam3_jax.data import file_kinds
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
-from vilam3_jax.data.volume_io import check_file_size, naming_damage, one_line
+from vilam3_jax.data.volume_io import check_file_size, one_line, wrap_parser_errors
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.paths import PathLike, as_path, check_passing
 
@@ -78,7 +78,7 @@ def read_seg_header(path: PathLike, limits: Limits = DEFAULT_LIMITS) -> SegHeade
     """
     path = as_path(path)
     check_file_size(path, limits)
-    with naming_damage(path), path.open("rb") as file, warnings.catch_warnings():
+    with wrap_parser_errors(path), path.open("rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if str(DeflatedExplicitVRLittleEndian).encode() in file.read(_META_BYTES):
             raise UserError(f"{path}: is deflated as a whole; store it uncompressed or with RLE")

@@ -25,7 +25,7 @@ from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.data.experts.cards import Card
 from vilam3_jax.data.experts.labels import is_lesion, label_group, label_table
 from vilam3_jax.data.experts.store import AnnotationWriter
-from vilam3_jax.data.volume_io import naming_damage
+from vilam3_jax.data.volume_io import wrap_parser_errors
 from vilam3_jax.data.volumes import Volume
 from vilam3_jax.datasets.samples import read_samples
 from vilam3_jax.errors import UnavailableError, UserError
@@ -303,7 +303,7 @@ def _import_one(
     if not missing:
         summary.counts["skipped"] += 1
         return
-    with naming_damage(source.name):  # parsers document few of their exceptions
+    with wrap_parser_errors(source.name):  # parsers document few of their exceptions
         mask = read_mask(source, scan, reading)
     mask = _one_id_a_name(mask)
     named = {

@@ -104,8 +104,7 @@ def _columns(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, l
 def encode(example: Example) -> bytes:
     """Serializes a valid example deterministically.
 
-    Raises:
-      UserError: a value cannot be stored, such as a NaN in `meta`. Names the id and quotes nothing else.
+    Raises `UserError` for a value that cannot be stored, such as a NaN in `meta`; quotes only the id.
     """
     try:
         record = _message()()
@@ -125,11 +124,7 @@ def encode(example: Example) -> bytes:
 
 
 def decode(data: bytes) -> Example:
-    """Parses an example written by `encode`, or by TFDS with `features_dict`.
-
-    Raises:
-      UserError: not an example, or another schema version.
-    """
+    """Parses an example written by `encode` or TFDS; raises `UserError` for other data or schema versions."""
     try:
         features = _message().FromString(data).features.feature
         schema = features["schema"].int64_list.value

@@ -164,11 +164,7 @@ class Example:
                 object.__setattr__(self, name, tuple(values))
 
     def validate(self) -> Example:
-        """Returns the example itself if it is valid.
-
-        Raises:
-          UserError: names the example's id and the first violation.
-        """
+        """Returns the example; raises `UserError` with its id and the first violation if it is invalid."""
         if reason := self.problem():
             raise UserError(f"example {_quoted(self.id)}: {reason}")
         return self

@@ -56,11 +56,7 @@ class Interleaving:
     """
 
     def __init__(self, rates: Sequence[int]) -> None:
-        """Stores the rates: positive numbers of draws per dataset.
-
-        Raises:
-          ValueError: no rates, or a rate that is not positive.
-        """
+        """Stores the draws per dataset; raises `ValueError` unless all are positive."""
         if not rates or min(rates) < 1:
             raise ValueError(f"rates {list(rates)} must be positive")
         common = math.gcd(*rates)
@@ -75,11 +71,7 @@ class Interleaving:
         return Interleaving, (self.rates,)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        """Returns (dataset, index of the draw within the dataset, counted from position 0).
-
-        Raises:
-          IndexError: a negative position.
-        """
+        """Returns (dataset, index of the draw within the dataset, counted from position 0)."""
         if position < 0:
             raise IndexError(f"position {position} of an order that starts at 0")
         turn, place = divmod(position, self.period)

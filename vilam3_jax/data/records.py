@@ -27,7 +27,6 @@ class Counts:
     """Counts of a split by format, modality, licence, question type, expert and number of images."""
 
     def __init__(self) -> None:
-        """Starts with no counts."""
         self._counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
 
     def add(self, example: Example) -> None:
@@ -105,11 +104,7 @@ class ExampleWriter:
             raise UserError(f"{directory}: cannot be created ({error}); choose another folder") from error
 
     def write(self, example: Example) -> None:
-        """Adds one example.
-
-        Raises:
-          UserError: the example is invalid, its id was written before, or the disk is full.
-        """
+        """Adds an example; raises `UserError` for an invalid one, a repeated id, or a full disk."""
         example.validate()
         if example.id in self._ids:
             raise UserError(f"example {example.id!r}: written twice; ids must be unique in a split")
@@ -128,10 +123,7 @@ class ExampleWriter:
             self._open = None
 
     def close(self) -> dict[str, Any]:
-        """Commits the split: verifies the number of records, then writes the metadata.
-
-        Returns:
-          The content of `metadata.json`.
+        """Verifies the number of records, writes the metadata, and returns the content of `metadata.json`.
 
         Raises:
           UserError: no examples, or not all records can be read back.
@@ -158,16 +150,9 @@ class ExampleWriter:
                 written.copy(self.directory / shard["file"], overwrite=True)
             else:
                 written.replace(self.directory / shard["file"])
-        info = {
-            "schema_version": SCHEMA_VERSION,
-            "name": self.name,
-            "data_root": self._data_root,
-            "licences": [],
-            "provenance": {},
-            "splits": {},
-        }
-        if self._exists:
-            info = read_info(self.directory)
+        identity = {"schema_version": SCHEMA_VERSION, "name": self.name, "data_root": self._data_root}
+        empty: dict[str, Any] = {**identity, "licences": [], "provenance": {}, "splits": {}}
+        info = read_info(self.directory) if self._exists else empty
         info["provenance"] |= self._provenance
         counts = self._counts.plain()
         info["licences"] = sorted({*info["licences"], *counts.get("licence", {})})

@@ -200,11 +200,7 @@ class ImageReader:
         return self.preprocessing.slice_image(volume, image.axis, image.index, image.window, self.size)
 
     def volume(self, image: ImageRef, data_root: Any) -> Volume:
-        """Returns the volume that an image is, or is a slice of; cached.
-
-        Raises:
-          UserError: the path leaves `data_root`, or the file is missing, damaged or not a volume.
-        """
+        """Returns the volume that an image is, or is a slice of; cached. Raises `UserError` like `read`."""
         if image.path is None or (reason := path_problem(image.path)):
             raise UserError("image has no path" if image.path is None else f"image {reason}")
         path = data_root / image.path
@@ -282,11 +278,7 @@ class Renderer:
         )
 
     def render(self, example: Example, data_root: Any, sample_index: int = 0) -> Outline:
-        """Like `outline`, and decodes the images.
-
-        Raises:
-          UserError, StoppingError: as for `outline`, or an image cannot be read.
-        """
+        """Like `outline`, and decodes the images; raises `UserError` if that fails, too."""
         outline = self.outline(example, data_root, sample_index)
         _ = outline.images
         return outline

@@ -108,11 +108,7 @@ class ShardReaders:
 
 
 def check_sizes(directory: paths.PathLike, sizes: Mapping[str, int]) -> None:
-    """Checks that every shard (file name -> bytes) exists and has the expected size, 32 at a time.
-
-    Raises:
-      UserError: shards are missing or have another size; names the first of them.
-    """
+    """Raises `UserError` unless every shard (file name -> bytes) exists and has the expected size."""
 
     def problem(item: tuple[str, int]) -> str:
         path = paths.as_path(directory) / item[0]

@@ -60,10 +60,6 @@ class Eos:
 Part = str | Special | Bos | Eos
 
 
-def _unchanged(text: str) -> str:
-    return text
-
-
 def _stripped(text: str) -> str:
     """NVILA's normalization: VILA's, then stripped."""
     return normalise_markers(text).strip()
@@ -83,7 +79,7 @@ class Template:
       system: text of the system turn prepended to dialogues without one; None: no such turn.
       gap: text between an assistant's header and its text; encoded and supervised with the text.
       last_stop: parts at the end of a dialogue's last turn, if these differ from other turns.
-      trained_spaces: normalization of a turn's text in VILA's training, see `TextRules.spaces`.
+      trained_spaces: normalization of a turn's text in VILA's training, see `TextRules.spaces`; `str`: none.
       rules: treatment of text around images.
     """
 
@@ -151,7 +147,7 @@ def _without_system(template: Template) -> Template:
         name=f"{template.name}_nosys",
         start=template.ends["system"],
         system=None,
-        trained_spaces=_unchanged,
+        trained_spaces=str,
     )
 
 
@@ -174,7 +170,7 @@ CHATML = _chatml("chatml")
 # LLMs use the first token as an attention sink, so it must not be an image from an untrained projector
 # (docs/training.md, "What comes first").
 PLAIN = Template(
-    name="plain", headers=_SILENT, ends=_SILENT, start=(Bos(),), stop=("\n",), trained_spaces=_unchanged
+    name="plain", headers=_SILENT, ends=_SILENT, start=(Bos(),), stop=("\n",), trained_spaces=str
 )
 _LLAMA_3 = _llama_3()
 _HERMES_2 = _chatml("hermes-2", "Answer the questions.", after=())
@@ -188,7 +184,7 @@ TEMPLATES = {
         _without_system(_LLAMA_3),
         _vicuna("v1", _CURIOUS.format(person="user")),
         _vicuna("vicuna_v1", _CURIOUS.format(person="user")),
-        _vicuna("vicuna_v1_nosys", "", _unchanged),
+        _vicuna("vicuna_v1_nosys", "", str),
         _vicuna("llava_v1", _CURIOUS.format(person="human")),
         _HERMES_2,
         _without_system(_HERMES_2),
@@ -374,15 +370,10 @@ def _started(build: _Builder, template: Template, turns: Sequence[Turn]) -> _Bui
 def encode_conversation(
     tokenizer: TokenizerLike, template: Template, turns: Sequence[Turn], tokens_per_image: int
 ) -> Encoded:
-    """Encodes turns for training.
+    """Encodes turns for training; every `<image>` becomes `tokens_per_image` positions.
 
     The text and the stop of supervised assistant turns are targets; headers and `after_stop` are not.
-
-    Args:
-      tokenizer: its `encode` must encode control tokens in a text as plain characters.
-      template: chat template.
-      turns: any roles; every `<image>` in a text becomes `tokens_per_image` positions.
-      tokens_per_image: output length of the projector.
+    `tokenizer.encode` must encode control tokens in a text as plain characters.
     """
     build = _started(_Builder(tokenizer, template, tokens_per_image), template, turns)
     build.turns(turns, whole=True)
@@ -411,9 +402,7 @@ def encode_prompt(
 ) -> Encoded:
     """Encodes turns for generation, up to the assistant's header; nothing is a target.
 
-    Args:
-      tokenizer: see `encode_conversation`, as for `template`, `turns` and `tokens_per_image`.
-      after_answer: the turns follow a generated answer without its stop, which is prepended.
+    With `after_answer`, the turns follow a generated answer without its stop, which is prepended.
     """
     build = _Builder(tokenizer, template, tokens_per_image, at_start=not after_answer)
     turns = [dataclasses.replace(turn, supervised=False) for turn in turns]

@@ -48,11 +48,7 @@ class TextRules:
 
     @classmethod
     def of(cls, section: Any) -> TextRules:
-        """Reads the rules of a `config.model.text`; clean if absent, as in older exports.
-
-        Raises:
-          UserError: an unknown rule or value.
-        """
+        """Reads a `config.model.text` (None in older exports: clean); raises `UserError` if invalid."""
         section = dict(section or {})
         unknown = section.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown:
@@ -65,8 +61,7 @@ class TextRules:
     def changed(self, words: str) -> TextRules:
         """Applies overrides: '' for none, `as_trained` or `clean` for all rules, or `RULE=VALUE,...`.
 
-        Raises:
-          UserError: an unknown rule or value, or `image_end`, which belongs to the model.
+        Raises `UserError` for an unknown rule or value, and for `image_end`, which belongs to the model.
         """
         if words in (CLEAN, AS_TRAINED):
             return dataclasses.replace(self, split=words, bos=words, spaces=words)

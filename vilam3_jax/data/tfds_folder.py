@@ -7,6 +7,7 @@ written before `dataset_info.json`, whose presence therefore marks a complete fo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -34,11 +35,10 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 def is_dataset(folder: paths.PathLike) -> bool:
     """Whether `resolve` finds a dataset in `folder`."""
-    try:
+    with contextlib.suppress(UserError):
         resolve(folder)
-    except UserError:
-        return False
-    return True
+        return True
+    return False
 
 
 def datasets_in(folder: paths.PathLike) -> list[epath.Path]:
@@ -57,11 +57,7 @@ def datasets_in(folder: paths.PathLike) -> list[epath.Path]:
 
 
 def resolve(folder: paths.PathLike) -> epath.Path:
-    """Returns the folder with the records: `folder` itself, or its newest version (`[CONFIG/]VERSION`).
-
-    Raises:
-      UserError: no dataset, or several variants.
-    """
+    """Returns `folder` or its newest version (`[CONFIG/]VERSION`); raises `UserError` unless unambiguous."""
     root = paths.as_path(folder)
     if (root / INFO_NAME).exists():
         return root
@@ -227,10 +223,7 @@ class ShardFile:
         self.bytes += len(data)
 
     def commit(self) -> dict[str, Any]:
-        """Closes, verifies and renames the shard.
-
-        Returns:
-          `file`, `records`, `bytes` and `sha256`.
+        """Verifies and renames the shard; returns `file`, `records`, `bytes` and `sha256`.
 
         Raises:
           UserError, UnavailableError: the disk is full or fails, or not every record can be read back.
@@ -247,12 +240,8 @@ class ShardFile:
             raise paths.write_error(self._target, error) from error
         finally:
             self._remove()
-        return {
-            "file": os.path.basename(self._target),
-            "records": self.records,
-            "bytes": size,
-            "sha256": digest,
-        }
+        name = os.path.basename(self._target)
+        return {"file": name, "records": self.records, "bytes": size, "sha256": digest}
 
     def discard(self) -> None:
         """Removes the shard."""
@@ -264,7 +253,7 @@ class ShardFile:
             self._remove()
 
     def _remove(self) -> None:
-        if os.path.exists(self._temporary):
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(self._temporary)
 
 

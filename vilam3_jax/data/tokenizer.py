@@ -94,10 +94,8 @@ class Tokenizer:
     def limited_to(self, size: int) -> Tokenizer:
         """Returns this tokenizer without added tokens of id `size` or higher.
 
-        NVILA's tokenizer has media placeholders there, which have no row in the embedding.
-
-        Raises:
-          UserError: more than `size` tokens remain, or a required token would be removed.
+        NVILA's tokenizer has media placeholders there, which have no row in the embedding. Raises `UserError`
+        if more than `size` tokens remain or a required token would be removed.
         """
         values = json.loads(self._json)
         values["added_tokens"] = [token for token in values.get("added_tokens") or [] if token["id"] < size]
@@ -340,9 +338,5 @@ def train_bpe(
 
 def digit_byte_level() -> pre_tokenizers.PreTokenizer:
     """Returns SmolLM2's pre-tokenizer: single digits, then GPT-2's byte-level split."""
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])

@@ -340,7 +340,7 @@ def test_records_that_do_not_fit_say_why() -> None:
         "ct_tumor": (slice_study("other"), "no usable annotation of an expert for lesions"),
         "mri_grade": (brain_study(grade=None), "meta.grade is None, none of LGG, HGG"),
         "mri_segment": (TUMOR, "is of modality CT, the rule is for MRI"),
-        "cxr": (dataclasses.replace(FILM, format="study", turns=()), "is a study, no conversation"),
+        "cxr": (dataclasses.replace(FILM, format="study", turns=()), "is a study, not a conversation"),
         "no_expert": (dataclasses.replace(TUMOR, images=()), "has no images"),
         "wrong_modality": (slice_study("tumor", "US"), "modality 'US' is none of CT, MRI, CXR"),
         "experts_disagree": (CLEAN, "no two experts disagree"),

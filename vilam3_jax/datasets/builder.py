@@ -473,26 +473,23 @@ def _without_duplicates(
 
 def _shared(reports: Mapping[str, Sequence[ShardReport]]) -> dict[str, dict[str, Any]]:
     """Pair of splits, as "train and test" → numbers of shared patients and images, and their records."""
-    owners: dict[str, dict[str, dict[str, str]]] = {"persons": {}, "images": {}}
-    for key, of_key in owners.items():
-        for name, of_split in reports.items():
-            of_key[name] = {
-                hashed: record for report in of_split for hashed, record in getattr(report, key).items()
-            }
+    persons, images = (
+        {
+            name: dict(itertools.chain.from_iterable(getattr(report, key).items() for report in of_split))
+            for name, of_split in reports.items()
+        }
+        for key in ("persons", "images")
+    )
     shared = {}
     for one, other in itertools.combinations(reports, 2):
-        both = {key: of_key[one].keys() & of_key[other].keys() for key, of_key in owners.items()}
-        if any(both.values()):
-            pairs = {
-                (owners[key][one][hashed], owners[key][other][hashed])
-                for key, hashes in both.items()
-                for hashed in hashes
-            }
-            shared[f"{one} and {other}"] = {
-                "patients": len(both["persons"]),
-                "images": len(both["images"]),
-                "records": [list(pair) for pair in sorted(pairs)[:_MAX_LISTED]],
-            }
+        counts, pairs = [], set()
+        for records in (persons, images):
+            hashes = records[one].keys() & records[other].keys()
+            counts.append(len(hashes))
+            pairs |= {(records[one][hashed], records[other][hashed]) for hashed in hashes}
+        if pairs:
+            listed = [list(pair) for pair in sorted(pairs)[:_MAX_LISTED]]
+            shared[f"{one} and {other}"] = {"patients": counts[0], "images": counts[1], "records": listed}
     return shared
 
 

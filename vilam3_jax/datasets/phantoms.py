@@ -183,19 +183,13 @@ def _head(out: epath.Path, seed: int, index: int) -> Sample:
 
 
 def _film(
-    path: epath.Path,
-    image: np.ndarray,
-    rng: np.random.Generator,
-    class_name: str,
-    modality: str,
-    patient: str,
-    region: str,
+    path: epath.Path, image: np.ndarray, rng: np.random.Generator, class_name: str, *subject: str
 ) -> Sample:
-    """Saves `image`, [H, W], 0 black to 1 white, row 0 on top."""
+    """Saves `image`, [H, W], 0 black to 1 white, row 0 on top. `subject`: modality, patient, region."""
     noisy = image + rng.normal(0, 0.015, image.shape)
     write_bytes_atomic(path, encode_png(np.clip(noisy * 255, 0, 255).astype(np.uint8)))
     labels = {"label_source": "class name of the film", "class_name": class_name}
-    return _sample(path.stem, path, "film", modality, patient, region, **labels)
+    return _sample(path.stem, path, "film", *subject, **labels)
 
 
 def _chest_film(out: epath.Path, seed: int, index: int) -> Sample:

@@ -201,24 +201,21 @@ def _array(file: IO[bytes], path: paths.PathLike, start: int) -> Iterator[tuple[
     window = _Window(file, start)
     window.peek()
     window.at += 1
-    row = 1
-    if window.peek() == "]":
+    row, following = 0, window.peek()
+    if following == "]":
         window.at += 1
-    else:
-        while True:
-            window.peek()
-            begin = window.byte
-            text = _element(window, path, row)
-            yield Place(row, begin, window.byte - begin), text.encode("latin-1")
-            row += 1
-            following = window.peek()
-            if following not in (",", "]"):
-                where = f"after record {row - 1}, at byte {window.byte}"
-                problem = "ends early" if not following else "lacks a comma"
-                raise UserError(f"{path}: {problem} {where}; export or download it again")
-            window.at += 1
-            if following == "]":
-                break
+    while following != "]":
+        row += 1
+        window.peek()
+        begin = window.byte
+        text = _element(window, path, row)
+        yield Place(row, begin, window.byte - begin), text.encode("latin-1")
+        following = window.peek()
+        if following not in (",", "]"):
+            problem = "lacks a comma" if following else "ends early"
+            where = f"after record {row}, at byte {window.byte}"
+            raise UserError(f"{path}: {problem} {where}; export or download it again")
+        window.at += 1
     if window.peek():
         raise UserError(
             f"{path}: continues after the end of its list, at byte {window.byte}; export or download it again"

@@ -25,12 +25,8 @@ _LONGEST_ABBREVIATION = 12  # with the preceding character
 _WORD = re.compile(r"\S+")
 
 # Not "was": an earlier finding may be gone.
-_FILLERS = frozenset(
-    (
-        *("a", "an", "the", "there", "of", "is", "are", "be", "evidence", "evident", "present", "visible"),
-        *("seen", "noted", "identified", "demonstrated", "visualized", "visualised"),
-    )
-)
+_FILLERS = {"a", "an", "the", "there", "of", "is", "are", "be", "evidence", "evident", "present", "visible"}
+_FILLERS |= {"seen", "noted", "identified", "demonstrated", "visualized", "visualised"}
 _TOKEN = re.compile(r"[a-z0-9]+(?:[./'-][a-z0-9]+)*|%")
 _KEPT_PLURAL = ("ss", "us", "is")
 

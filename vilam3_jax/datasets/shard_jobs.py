@@ -110,8 +110,7 @@ class ShardReport:
 
     def save(self, target: str) -> None:
         """Writes the report of the shard `target` durably."""
-        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        plain["ids"] = self.ids.tolist()
+        plain = vars(self) | {"ids": self.ids.tolist()}
         paths.write_bytes_durable(_report_path(target), json.dumps(plain).encode())
 
     @classmethod
@@ -234,16 +233,15 @@ class _ContentKeys:
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self._known: collections.OrderedDict[Any, str] = collections.OrderedDict()
+        self._known: dict[Any, str] = {}
 
     def of(self, image: ImageRef) -> str:
-        source = (
-            hashlib.sha256(image.data).digest() if image.data is not None else (image.path, image.modality)
-        )
+        data = image.data
+        source = (image.path, image.modality) if data is None else hashlib.sha256(data).digest()
         if source not in self._known:
             self._known[source] = self._read(image)
             if len(self._known) > 64:
-                self._known.popitem(last=False)
+                del self._known[next(iter(self._known))]
         return self._known[source]
 
     def _read(self, image: ImageRef) -> str:

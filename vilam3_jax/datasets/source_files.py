@@ -119,7 +119,10 @@ class SourceFolder:
             try:
                 for number, line in enumerate(file, 1):
                     if line.strip():
-                        yield number, _parsed(line)
+                        try:
+                            yield number, json.loads(line)
+                        except (ValueError, RecursionError) as error:
+                            yield number, ValueError(f"is not JSON ({one_line(error)})")
             except _GZIP_ERRORS as error:
                 raise UserError(
                     f"{self.root / name}: cannot be read ({one_line(error)}); download it again"
@@ -240,10 +243,3 @@ def _listed(names: Sequence[str]) -> list[str]:
     for name in names:
         first.setdefault(os.path.basename(name).removesuffix(".gz"), name)
     return list(first.values())
-
-
-def _parsed(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"is not JSON ({one_line(error)})")

@@ -19,7 +19,7 @@ from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ExpertRequest, ImageRef, Turn
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.images import encode_png, load_pixels
-from vilam3_jax.datasets.reports import Report, generated_reports, read_reports
+from vilam3_jax.datasets.reports import generated_reports, read_reports
 from vilam3_jax.datasets.samples import MODALITY_CODES, Sample, asset, read_samples
 from vilam3_jax.datasets.slices import MIN_PIXELS, PLANE_OF_AXIS
 from vilam3_jax.quickstart.captions import captions, pair_caption
@@ -38,15 +38,9 @@ GENERATED = "generated"  # origin of phantoms
 _PATIENT_SALT = b"vilam3 quickstart"
 # Fixed, not drawn, so that each kind of question has a held-out subject: organs, reference brain mask, both
 # tumor masks.
-_HELD_OUT_GROUPS = frozenset(
-    {"totalseg-2", "totalseg-3", "mni152", "pyradiomics-lung1", "pyradiomics-brain2"}
-)
-_TRAIN_GROUPS = frozenset(
-    {
-        *("totalseg-1", "totalseg-4", "ct-head-atlas", "pyradiomics-lung2", "pyradiomics-brain1"),
-        "pydeface-mean",
-    }
-)
+_HELD_OUT_GROUPS = {"totalseg-2", "totalseg-3", "mni152", "pyradiomics-lung1", "pyradiomics-brain2"}
+_TRAIN_GROUPS = {"totalseg-1", "totalseg-4", "ct-head-atlas", "pydeface-mean"}
+_TRAIN_GROUPS |= {"pyradiomics-lung2", "pyradiomics-brain1"}
 _HELD_OUT_FILMS = 0.6  # of the patients of a class: two classes of eight patients give ten clusters
 _HELD_OUT_REPORTS = 0.1
 # Usual (centre, width) in HU per region. With one window for each of a few training scans, a model learns
@@ -279,10 +273,9 @@ class ExampleBuilder:
             self.skipped[f"{split}: question not asked, {reason}"] += count
 
     def _in_round(self, number: int, expert: str | None, calls: Mapping[str, int]) -> bool:
-        """Whether an image is used in a round of dialogues.
+        """All images are in the first round of dialogues, those with an expert in `size.dialogues` rounds.
 
-        All images are in the first round, those with an expert in `size.dialogues` rounds. Later rounds have
-        the images whose expert was called less than half as often as the most frequent one.
+        Later rounds have those whose expert was called less than half as often as the most frequent one.
         """
         if number == 0 or expert is None:
             return number == 0
@@ -316,11 +309,16 @@ class ExampleBuilder:
             "input_key": image.input_key,
             "question_types": [question.type for question in questions],
             "label_source": [question.label_source for question in questions],
-            "qa": [question.to_meta() for question in questions],
+            "qa": [vars(question) | {"options": list(question.options)} for question in questions],
         }
 
     def _reports(self) -> Iterator[tuple[str, str, Example]]:
-        reports, origin = self._report_texts()
+        if all(sample.origin == GENERATED for sample in self.samples):  # a smoke run has no network
+            reports, origin = generated_reports(self.size.reports * 2, self._rng("report texts")), GENERATED
+        else:
+            reports, skipped = read_reports(asset(self.source, REPORTS_ASSET))
+            self.skipped += skipped
+            origin = "Indiana University chest X-ray collection"
         self._rng("reports").shuffle(reports)
         held_out = max(1, round(min(len(reports), self.size.reports) * _HELD_OUT_REPORTS))
         parts = {"heldout": reports[:held_out], "train": reports[held_out:][: self.size.reports]}
@@ -339,13 +337,6 @@ class ExampleBuilder:
                 }
                 turns = (Turn("assistant", report.text, True),)
                 yield "reports", split, Example(f"reports/{report.id}", "document", (), turns, (), meta)
-
-    def _report_texts(self) -> tuple[list[Report], str]:
-        if all(sample.origin == GENERATED for sample in self.samples):  # a smoke run has no network
-            return generated_reports(self.size.reports * 2, self._rng("report texts")), GENERATED
-        reports, skipped = read_reports(asset(self.source, REPORTS_ASSET))
-        self.skipped += skipped
-        return reports, "Indiana University chest X-ray collection"
 
 
 def hashed(patient: str) -> str:

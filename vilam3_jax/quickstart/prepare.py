@@ -160,9 +160,9 @@ def _publish(work: epath.Path, out: epath.Path, remote: bool) -> None:
             out.rmdir()
         work.rename(out)
         return
-    files = sorted(epath.Path(folder) / name for folder, _, names in os.walk(work) for name in names)
+    files = [epath.Path(folder) / name for folder, _, names in os.walk(work) for name in names]
     # Object stores cannot rename folders: the file that marks the build as complete is copied last.
-    for path in sorted(files, key=lambda p: p.name == BUILD_NAME):
+    for path in sorted(files, key=lambda p: (p.name == BUILD_NAME, p)):
         target = out / path.relative_to(work)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.copy(target, overwrite=True)

@@ -112,10 +112,6 @@ class Question:
     args: str = ""
     oracle: bool = False
 
-    def to_meta(self) -> dict[str, Any]:
-        """Returns the plain form stored in `Example.meta["qa"]`."""
-        return dataclasses.asdict(self) | {"options": list(self.options)}
-
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
@@ -235,7 +231,10 @@ class QuestionMaker:
         Questions that an expert can answer are adjacent. The general ones precede or follow them at random,
         so that neither an answer nor a call can be predicted from earlier questions without the image.
         """
-        first = [*self._film(facts), *self._brain(facts), *self._tumor(facts)]
+        first = [*self._film(facts), *self._brain(facts)]
+        if facts.tumor is not None:
+            film = facts.plane is None
+            first += self._ask_balanced(facts, "tumor_present", facts.tumor, facts.tumor_source, expert=film)
         general = self._general(facts)
         answerable = first + self._organs(facts, self.limit - len(first) - len(general))
         self.rng.shuffle(answerable)
@@ -315,12 +314,6 @@ class QuestionMaker:
             source, oracle = facts.brain_volume_source, facts.brain_volume_oracle
             asked += self._volume(facts, "brain_volume_range", "brain", facts.brain_ml, source, oracle)
         return asked
-
-    def _tumor(self, facts: Facts) -> list[Question]:
-        if facts.tumor is None:
-            return []
-        film = facts.plane is None
-        return self._ask_balanced(facts, "tumor_present", facts.tumor, facts.tumor_source, expert=film)
 
     def _volume(
         self, facts: Facts, kind: str, name: str, ml: float, source: str, oracle: bool

@@ -1,4 +1,4 @@
-"""Records of any kind: whatever is wrong in one, it is named, and nothing but a `UserError` is raised."""
+"""Tests of type checks: invalid values are named, and only `UserError` is raised."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vilam3_jax.data.examples import (
 )
 from vilam3_jax.errors import UserError
 
-# What msgpack or JSON can hold, and what neither can.
+# Values that msgpack or JSON can represent, and values that neither can.
 ANYTHING = st.recursive(
     st.one_of(
         st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12), st.binary(max_size=8),

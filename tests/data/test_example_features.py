@@ -1,4 +1,4 @@
-"""Examples in TFDS's form: our codec agrees with TFDS's own, and TFDS reads our folders without us."""
+"""Tests of TFDS storage: the codec agrees with TFDS's, and TFDS reads our folders without this package."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def film(number: int) -> Example:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A dataset of two splits and several shards, as one version of it."""
+    """A version of a dataset, with two splits and several shards."""
     version = tmp_path_factory.mktemp("data") / "films" / "1.0.0"
     for split, count in (("train", 7), ("test", 2)):
         with ExampleWriter(version, split, name="films", bytes_per_shard=800) as writer:

@@ -1,4 +1,4 @@
-"""Examples: the contract they keep, and their two written forms."""
+"""Tests of examples: validation, and conversion from and to VILA's instruction JSON."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_good_formats_pass() -> None:
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [  # executed against the reference, spec §1.7
+    [  # outputs of the reference, spec §1.7
         ("Q?\n<image>", "Q? <image>\n"),
         ("<image>\nQ?", "<image>\nQ?"),
         ("CARDS.\n<image> This is a CXR image.\nQ", "CARDS. <image>\nThis is a CXR image.\nQ"),

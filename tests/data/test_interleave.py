@@ -1,4 +1,4 @@
-"""The order of datasets in a mixture: exact counts, bounded windows, any position at once."""
+"""Tests of the order of datasets in a mixture: exact counts, bounded windows, random access."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RATES = st.one_of(
     st.lists(st.integers(1, 60), min_size=1, max_size=8),
     st.lists(st.sampled_from([1, 2, 50, 400]), min_size=2, max_size=5),
 )
-# VILA-M3's table: records of each dataset, and how often a pass repeats them.
+# VILA-M3's table: number of records of each dataset, and repetitions per pass.
 STAGE4 = {
     "usmle": (10_178, 10), "radvqa": (25_124, 4), "slake": (23_888, 4), "pathvqa": (26_034, 4),
     "mimic_vqa": (129_232, 2), "report": (270_000, 1), "report_expert": (270_000, 1),
@@ -31,7 +31,7 @@ STAGE4 = {
 
 
 class Records:
-    """What a stream needs of a dataset."""
+    """The interface of a dataset that a stream needs."""
 
     split = "train"
 
@@ -51,7 +51,7 @@ def stream(*rows: tuple[int, float], seed: int = 0, endless: bool = True) -> Sam
 
 
 def drawn(order: Interleaving, length: int) -> np.ndarray:
-    """How often each dataset came before each position, [length + 1, k]."""
+    """Returns the draws of each dataset before each position, [length + 1, k]."""
     chosen = np.array([order[position][0] for position in range(length)])
     made = chosen[:, None] == np.arange(len(order.rates))
     return np.concatenate([np.zeros((1, len(order.rates)), int), np.cumsum(made, axis=0)])
@@ -175,7 +175,7 @@ def test_held_out_data_come_once_whatever_their_weights() -> None:
 
 
 def test_the_published_mixture_of_stage_4() -> None:
-    """819,456 records, 1,840,428 samples a pass: exact counts, and every prefix within one sample."""
+    """819,456 records, 1,840,428 samples per pass: exact counts, and every prefix within one sample."""
     begun = time.monotonic()
     order = stream(*STAGE4.values())
     first = [order.address(position) for position in (0, 920_000, 1_840_427)]
@@ -183,7 +183,7 @@ def test_the_published_mixture_of_stage_4() -> None:
     assert order.records == 819_456 and order.pass_length == 1_840_428
     mixed = order._mixed
     assert mixed.counts(1_840_428) == tuple(size * weight for size, weight in STAGE4.values())
-    # A period is a fourth of the pass; the schedule is walked through once, block by block.
+    # A period is a quarter of the pass; the schedule is computed once, block by block.
     chosen = np.concatenate([mixed._block(n).chosen for n in range(-(-mixed.period // 1024))])
     assert len(chosen) == mixed.period == 460_107
     share = np.array(mixed.rates) / mixed.period

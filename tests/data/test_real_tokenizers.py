@@ -1,4 +1,4 @@
-"""VILA's text rules with real tokenizers, against VILA's own transformers and an independent rendering."""
+"""Tests of VILA's text rules with real tokenizers, against transformers and an independent rendering."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LINE_END = 198  # Llama 3's
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("tokenizers")
 
-    @functools.cache  # the refusal, too: no test waits for a silent registry again
+    @functools.cache  # also caches failures, so tests wait for an unresponsive registry only once
     def fetched(name: str) -> Path | real_tokenizers.Unreachable:
         try:
             return real_tokenizers.tokenizer_folder(name, root)
@@ -58,7 +58,7 @@ def tokenizer(folders):
 
 @pytest.fixture(scope="module")
 def words(folders):
-    """transformers' tokenizers, called as VILA calls them."""
+    """transformers' tokenizers, called like in VILA."""
     from transformers import AutoTokenizer
 
     @functools.cache
@@ -72,7 +72,7 @@ def words(folders):
             return theirs("</s>" + text, add_special_tokens=False).input_ids[1:]
 
         def encode(text: str) -> list[int]:
-            # Before a space version 5 of transformers puts none; SentencePiece and VILA's version do.
+            # transformers 5 prepends no space before a space; SentencePiece and VILA's version do.
             spaced = text.startswith((" ", "▁"))
             return [theirs.bos_token_id, *continued(" " + text)] if spaced else theirs(text).input_ids
 
@@ -90,7 +90,7 @@ def turns_of(dialogue) -> list[Turn]:
 
 
 def ids_of(encoded: Encoded) -> list[int]:
-    """Ids, with -200 for an image (of one token)."""
+    """Token ids, with -200 for an image of one token."""
     return np.where(encoded.image_of_token >= 0, IMAGE, encoded.tokens).tolist()
 
 
@@ -108,7 +108,7 @@ def test_ids_and_targets_of_vilas_own_tokenizers(row, tokenizer):
 
 
 def test_the_same_from_the_file_that_transformers_saves(folders, tmp_path):
-    """Its Llama 2 puts no space before a space; VILA's pieces that begin with one need it all the same."""
+    """transformers' Llama 2 prepends no space before a space, which VILA's pieces require."""
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(folders("llama2")).save_pretrained(tmp_path)
@@ -137,7 +137,7 @@ FRAGMENTS = [
 ]
 FRAGMENTS += ["<CXR()>", "ASSISTANT", "a", ":", "▁"]
 QUESTIONS = st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=8).map("".join)
-# What VILA's search for answers stumbles over is left out of them: an image, and a space in front.
+# Without images and leading spaces in answers, which VILA's search for answers does not handle.
 ANSWERS = QUESTIONS.map(lambda text: text.replace("<image>", "").lstrip() or "no")
 SPACED_ANSWERS = QUESTIONS.map(lambda text: text.replace("<image>", "") or " no")
 ROUNDS = st.lists(st.tuples(QUESTIONS, ANSWERS), min_size=1, max_size=3)
@@ -148,7 +148,7 @@ many = settings(max_examples=50, deadline=None, suppress_health_check=[HealthChe
 @many
 @given(rounds=ROUNDS, rules=st.sampled_from(sorted(RULES)))
 def test_any_dialogue_is_what_vila_makes_of_it(mode, tokenizer, words, rounds, rules):
-    if mode == "qwen2":  # a lone line end in an answer is taken for the one after the stop by VILA's search
+    if mode == "qwen2":  # VILA's search mistakes a lone line end in an answer for the one after the stop
         rounds = [(asked, said.replace("\n", "; ")) for asked, said in rounds]
     dialogue = [turn for asked, said in rounds for turn in (("user", asked), ("assistant", said))]
     theirs, template = words(MODES[mode]), template_of(mode, rules)
@@ -178,14 +178,14 @@ def test_prompts_are_prefixes_and_continue(mode, tokenizer, rounds, rules):
     whole = encode_conversation(tok, template, turns, 1)
     prompt = encode_prompt(tok, template, turns[:1], 1)
     assert ids_of(whole)[: len(prompt)] == ids_of(prompt)
-    # After the answer, which is cached without its stop, the agent appends this:
+    # The agent appends this after the answer, which is cached without its stop:
     rest = encode_prompt(tok, template, turns[2:3], 1, after_answer=True)
     answer = len(encode_prompt(tok, template, turns[:3], 1)) - len(rest)
     assert ids_of(whole)[answer : answer + len(rest)] == ids_of(rest)
     assert whole.loss_mask[len(prompt) : answer].all()
 
 
-# --- the open question of spec §1.7
+# ---- the open question of spec §1.7
 
 
 def test_llama_3_adds_no_bos_and_loses_the_first_token_after_an_image(tokenizer, words):
@@ -200,8 +200,8 @@ def test_llama_3_adds_no_bos_and_loses_the_first_token_after_an_image(tokenizer,
         return tok.decode(after, skip_special=False).partition("<|eot_id|>")[0]
 
     assert read("clean") == "This is a CXR image.\nQ"
-    assert read("demo") == " is a CXR image.\nQ"  # a word is lost
-    assert read("as_trained") == "This is a CXR image.\nQ"  # the line end that training put there is lost
+    assert read("demo") == " is a CXR image.\nQ"  # a word is dropped
+    assert read("as_trained") == "This is a CXR image.\nQ"  # the line end inserted in training is dropped
 
 
 @many
@@ -213,7 +213,7 @@ def test_trained_spaces_leave_llama_3_only_a_line_end_to_lose(words, text):
 
 
 def test_a_tokenizer_that_adds_bos_itself_gives_two_and_loses_nothing(folders, tmp_path):
-    """Later files of Llama 3 have such a post-processor."""
+    """Later versions of Llama 3's file have such a post-processor."""
     data = json.loads((folders("llama3") / "tokenizer.json").read_text())
     piece, bos = {"Sequence": {"id": "A", "type_id": 0}}, "<|begin_of_text|>"
     data["post_processor"] = {
@@ -234,13 +234,13 @@ def test_a_tokenizer_that_adds_bos_itself_gives_two_and_loses_nothing(folders, t
         assert ids_of(encoded) == ids and ids[:2] == [128_000] * 2
 
 
-# --- what else the rules reach
+# ---- other effects of the rules
 
 
 @pytest.mark.parametrize("name", ["llama2", "llama3", "qwen3"])
 @pytest.mark.parametrize("rules", RULES)
 def test_captions_are_plain(name, rules, tokenizer, words):
-    """`<image>caption` and a line end, after BOS; as trained only where the tokenizer adds it by itself."""
+    """`<image>caption` and a line end, after BOS; as trained, only if the tokenizer adds it."""
     tok, theirs = tokenizer(name), words(name)
     turns = [Turn("user", "<image>"), Turn("assistant", "A chest X-ray.", True)]
     encoded = encode_example(tok, template_of("v1", rules), "caption", turns, 1)
@@ -298,7 +298,7 @@ CONTROL += ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "\n", " ", "user", "<
     rules=st.sampled_from(sorted(RULES)),
 )
 def test_no_text_can_write_a_control_token(mode, tokenizer, text, rules):
-    """As trained, too; there the end of a turn can be lost, if an image is the last of it."""
+    """Also as trained, where the end of a turn is dropped if an image precedes it."""
     tok, template = tokenizer(MODES[mode]), template_of(mode, rules)
 
     def control(asked: str) -> list[str | None]:

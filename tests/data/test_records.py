@@ -1,4 +1,4 @@
-"""Datasets on disk: what is written can be counted and read back, and nothing half-written is seen."""
+"""Tests of datasets on disk: round trip, counts, and atomic writes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_dataset_in_a_bucket(bucket) -> None:
     assert [source[i] for i in (5, 0, 1, 2, 3, 4, 5)] == [example(i) for i in (5, 0, 1, 2, 3, 4, 5)]
     again = ExampleSource("gs://bucket/films", "train")
     (bucket / "films" / writer._shards[1]["file"]).unlink()
-    assert source[2] == example(2)  # fetched before
+    assert source[2] == example(2)  # fetched earlier
     assert again[0] == example(0)
     with pytest.raises(UserError, match=r"array_record-00001-of-0000\d: cannot be read \(no such file\)"):
         again[writer._shards[0]["records"]]

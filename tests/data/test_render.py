@@ -1,4 +1,4 @@
-"""Rendering: cards, triggers, expert turns and overlays at load time; images stay below the data root."""
+"""Tests of rendering: cards, triggers, expert turns and overlays; images must be below the data root."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_falsified_says_something_else_and_the_same_each_time(ct) -> None:
     lies = [renderer("falsified", store(annotation), seed=5).render(example, root) for _ in range(2)]
     assert lies[0].turns == lies[1].turns and np.array_equal(lies[0].images[1], lies[1].images[1])
     assert lies[0].turns[2] != truth.turns[2] and lies[0].turns[:2] == truth.turns[:2]
-    assert lies[0].turns[3] == truth.turns[3]  # the answer stays true
+    assert lies[0].turns[3] == truth.turns[3]  # the answer is not falsified
 
 
 def test_mixed_is_on_for_three_of_four_by_position_and_seed(ct) -> None:

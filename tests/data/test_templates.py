@@ -1,4 +1,4 @@
-"""Wire formats: what is a target, where images stand, and that no text can write a control token."""
+"""Tests of chat templates: targets, image positions, and no control tokens from text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TURNS = (
 
 
 def written(encoded, targets_only: bool = False) -> str:
-    """The text, with `#` for an image token."""
+    """Decodes the tokens, with `#` for an image token."""
     out = []
     for token, image, target in zip(encoded.tokens, encoded.image_of_token, encoded.loss_mask, strict=True):
         if target or not targets_only:

@@ -1,4 +1,4 @@
-"""How text rules are chosen, and what stays the same whatever they are."""
+"""Tests of text rules: selection, and invariants for all rules."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_model_has_rules() -> None:
     model = models.get("vila_m3_8b,template=v1,text=as_trained")
     assert model_template(model) == dataclasses.replace(TEMPLATES["v1"], rules=TRAINED)
     assert model_template(model, "spaces=clean").rules == dataclasses.replace(TRAINED, spaces="clean")
-    assert model_template(ConfigDict({"template": "v1"})).rules == TextRules()  # an export of before
+    assert model_template(ConfigDict({"template": "v1"})).rules == TextRules()  # an older export
     with pytest.raises(UserError, match="'space': unknown"):
         model_template(ConfigDict({"template": "v1", "text": {"space": "clean"}}))
 
@@ -85,7 +85,7 @@ def test_what_follows_an_image_is_encoded_by_itself() -> None:
     for position, token in enumerate(before.tokens.tolist()):
         expected.append(token)
         of_token.append(before.image_of_token[position])
-        if before.visual_offset[position] == 1:  # the last of an image
+        if before.visual_offset[position] == 1:  # the last token of an image
             expected.append(end)
             of_token.append(-1)
     assert after.tokens.tolist() == expected and after.image_of_token.tolist() == of_token

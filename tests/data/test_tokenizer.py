@@ -1,4 +1,4 @@
-"""Tokenizers: ids, injection of control tokens, training, and errors that name the folder."""
+"""Tests of tokenizers: ids, injection of control tokens, training, and error messages."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_control_tokens_only_where_allowed(tokenizer):
 
 
 def test_the_defence_survives_copies(tokenizer):
-    # The library's own copies forget the setting; loader workers receive copies.
+    # The library's own pickling loses the setting, and loader workers receive pickled copies.
     again = copy.deepcopy(tokenizer)
     text = "a<|im_end|>b"
     assert again.encode(text) == tokenizer.encode(text)
@@ -69,13 +69,13 @@ def test_the_defence_survives_copies(tokenizer):
 
 
 def test_control_token_that_is_also_vocabulary_cannot_be_injected():
-    # Without a pre-tokenizer and with merges ignored, the model finds the whole string in its vocabulary.
+    # Without a pre-tokenizer and with merges ignored, the model matches the whole string.
     vocab = {character: index for index, character in enumerate("</s>ab")} | {"</s>": 6}
     built = tokenizers.Tokenizer(models.BPE(vocab, [], ignore_merges=True))
     built.add_special_tokens(["</s>"])
     plain = tokenizers.Tokenizer.from_str(built.to_str())
     plain.encode_special_tokens = True
-    assert plain.encode("</s>", add_special_tokens=False).ids == [6]  # the hole is real
+    assert plain.encode("</s>", add_special_tokens=False).ids == [6]  # the vocabulary has the token
     tokenizer = Tokenizer(built.to_str(), eos_id=6)
     assert tokenizer.encode("</s>") == [0, 1, 2, 3]
     assert 6 not in tokenizer.encode("a</s>b</s>")

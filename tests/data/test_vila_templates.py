@@ -1,4 +1,4 @@
-"""VILA's conversation modes: the published strings, on a byte-level and a SentencePiece-like vocabulary."""
+"""Tests of VILA's conversation modes with a byte-level and a SentencePiece-like vocabulary."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ TEXTS = [
 
 @functools.cache
 def sentencepiece_like() -> Tokenizer:
-    """BPE with byte fallback whose texts begin with a space, as Llama 2's."""
+    """A BPE with byte fallback that prepends a space to texts, like Llama 2's."""
     built = Library(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     built.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     built.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -108,7 +108,7 @@ def tokenizer_for(name: str) -> Tokenizer:
 
 
 def written(tok, encoded, targets_only=False) -> str:
-    """The text, with `#` for an image token; `▁` is a space."""
+    """Decodes the tokens, with `#` for an image token and a space for `▁`."""
     out = []
     for token, image, target in zip(encoded.tokens, encoded.image_of_token, encoded.loss_mask, strict=True):
         if target or not targets_only:
@@ -122,14 +122,14 @@ def test_published_string_and_targets(name):
     tok = tokenizer_for(name)
     encoded = encode_conversation(tok, get_template(name), DIALOGUE, T)
     whole, targets = STRINGS[name]
-    # The one space that SentencePiece puts before a text stands after <s>.
+    # SentencePiece's prepended space comes after <s>.
     assert written(tok, encoded).replace("<s> A", "<s>A").replace("<s>  ", "<s> ") == whole
     assert written(tok, encoded, targets_only=True) == targets
 
 
 @pytest.mark.parametrize("name", STRINGS)
 def test_same_ids_as_the_whole_string(name):
-    """Between images, piece by piece gives what the tokenizer makes of the string as a whole."""
+    """Between images, encoding in pieces equals encoding the whole string."""
     tok = tokenizer_for(name)
     turns = tuple(turn for turn in DIALOGUE if "<image>" not in turn.text)
     turns = (Turn("user", "What is it?"), *turns)

@@ -1,14 +1,13 @@
-"""A campaign of tiny records under fire: poison, and kills of the whole run; nothing may be lost.
+"""Fault injection for annotation runs: bad inputs, and kills of the whole run; no record may be lost.
 
     python benchmarks/annotate_campaign.py --records 200000 --kills 20 --folder /scratch/campaign
     python benchmarks/annotate_campaign.py --ray-only --ray-records 2000 --folder /scratch/campaign
 
-Makes a folder of tiny pictures, of which 1 % are poison in five equal parts: damaged files, pictures that
-kill the worker, that run out of memory always, that raise, that the expert declines. Starts the annotation,
-kills its driver with SIGKILL at random moments spread over the run, starts it again, until it ends by itself.
-Samples the memory of driver and workers all the while. Then compares the store with what it must hold, and
-counts how often each picture was run. With Ray: records per second with 1 and 4 workers, by an expert
-that waits for `--seconds` a picture, as for a GPU. Prints JSON.
+Writes a folder of tiny images, of which 1 % are bad, in five equal parts: damaged files, and images that kill
+the worker, run out of memory, raise, or are declined by the expert. Kills the driver with SIGKILL at random
+times and restarts it until it finishes, while sampling the memory of driver and workers. Then compares the
+store with the expected content, and counts how often each image was run. With Ray: records per second with 1
+and 4 workers, for an expert that sleeps `--seconds` per image, as if it waited for a GPU. Prints JSON.
 """
 
 from __future__ import annotations
@@ -26,8 +25,10 @@ import struct
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 EXPERT = """
 import os, signal, time
@@ -37,7 +38,7 @@ from vilam3_experts.descriptors import Descriptor
 from vilam3_jax.data.experts.cards import Card
 
 CAMPAIGN = Descriptor(
-    card=Card("CAMPAIGN", (), "any", "classification", "tells the mean", "perfect"),
+    card=Card("CAMPAIGN", (), "any", "classification", "returns the mean", "perfect"),
     version="1", input="image", kind="classification", factory="campaign_expert:Campaign")
 LOG = os.open(os.environ["CAMPAIGN_LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 SECONDS = float(os.environ.get("CAMPAIGN_SECONDS", "0"))
@@ -49,18 +50,18 @@ class Campaign:
 
     def run(self, data, args):
         number = int.from_bytes(data[0, 0].tobytes() + data[0, 1].tobytes()[:1], "little")
-        poison = int(data[1, 0, 0])
+        fault = int(data[1, 0, 0])
         os.write(LOG, number.to_bytes(4, "little"))
-        if poison == 1:
+        if fault == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        if poison == 2:
-            raise MemoryError("tiny, yet too large")
-        if poison == 3:
-            raise RuntimeError("a fault of the model")
-        if poison == 4:
-            raise ExpertFailure("not my field")
+        if fault == 2:
+            raise MemoryError("out of memory")
+        if fault == 3:
+            raise RuntimeError("an error of the model")
+        if fault == 4:
+            raise ExpertFailure("declined")
         if SECONDS:
-            time.sleep(SECONDS)  # of 0 seconds it would give the core away
+            time.sleep(SECONDS)  # sleep(0) would yield the core
         return Output(probabilities={"mean": float(np.mean(data)) / 255})
 """
 DRIVER = """
@@ -72,68 +73,58 @@ summary = annotate(campaign_expert.CAMPAIGN, sys.argv[1], sys.argv[2], engine=en
 print(summary.line())
 print("\\n".join(summary.table()), file=sys.stderr)
 """
-POISON = 100  # one in so many
-KINDS = 5
+PERIOD = 100  # one image in so many is bad
+FAULTS = 5
 
 
-def write_png(path: Path, number: int, poison: int) -> None:
-    """A picture of 4 x 4 pixels that states its number, and its poison."""
-    pixels = bytearray(48)
-    pixels[0:4] = number.to_bytes(4, "little")
-    pixels[12] = poison
-    rows = b"".join(b"\0" + pixels[n : n + 12] for n in range(0, 48, 12))
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 8, 2, 0, 0, 0))
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows, 1)) + chunk(b"IEND", b"")
-    )
+def write_png(path: Path, number: int, fault: int) -> None:
+    """An image of 4 x 4 pixels that encodes its number and its fault."""
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    pixels.reshape(-1)[:4] = list(number.to_bytes(4, "little"))
+    pixels[1, 0, 0] = fault
+    Image.fromarray(pixels).save(path, compress_level=1)
 
 
 def make(folder: Path, records: int) -> dict[str, int]:
-    """Writes the pictures; returns what must become of them."""
+    """Writes the images; returns the expected number of records by status."""
     expected: collections.Counter[str] = collections.Counter()
     for number in range(records):
         place = folder / f"{number // 1000:04d}"
         place.mkdir(parents=True, exist_ok=True)
         path = place / f"{number:07d}.png"
-        poison = 1 + number // POISON % KINDS if number % POISON == POISON - 1 else 0
-        if poison == KINDS:
+        fault = 1 + number // PERIOD % FAULTS if number % PERIOD == PERIOD - 1 else 0
+        if fault == FAULTS:
             path.write_bytes(b"\x89PNG\r\n\x1a\n")
         else:
-            write_png(path, number, poison)
-        expected["unreadable" if poison == KINDS else "failed" if poison else "ok"] += 1
+            write_png(path, number, fault)
+        expected["unreadable" if fault == FAULTS else "failed" if fault else "ok"] += 1
     return dict(expected)
 
 
 class Memory:
-    """Resident memory of a process and its children, over time."""
+    """Resident memory of a process and of its largest descendant, in bytes, over time."""
 
     def __init__(self) -> None:
-        self.driver: list[tuple[float, int]] = []
-        self.worker: list[tuple[float, int]] = []
+        self.driver: list[int] = []
+        self.worker: list[int] = []
 
     def sample(self, pid: int) -> None:
-        """Adds one sample of each."""
-        now = time.monotonic()
         if size := _resident(pid):
-            self.driver.append((now, size))
-        below = [size for child in _descendants(pid) if (size := _resident(child))]
-        if below:
-            self.worker.append((now, max(below)))
+            self.driver.append(size)
+        if sizes := [size for child in _descendants(pid) if (size := _resident(child))]:
+            self.worker.append(max(sizes))
 
     @staticmethod
-    def summary(samples: list[tuple[float, int]]) -> dict[str, float]:
-        """MiB: early and late median of the steady part, and the peak."""
-        steady = [size for _, size in samples[len(samples) // 10 :]] or [0]
+    def summary(samples: list[int]) -> dict[str, float]:
+        """MiB: the early and late median after the first tenth, and the peak."""
+        steady = samples[len(samples) // 10 :] or [0]
         tenth = max(1, len(steady) // 10)
-        return {
-            "early_mib": round(statistics.median(steady[:tenth]) / 2**20, 1),
-            "late_mib": round(statistics.median(steady[-tenth:]) / 2**20, 1),
-            "peak_mib": round(max(size for _, size in samples) / 2**20, 1) if samples else 0.0,
+        figures = {
+            "early_mib": statistics.median(steady[:tenth]),
+            "late_mib": statistics.median(steady[-tenth:]),
+            "peak_mib": max(samples, default=0),
         }
+        return {name: round(value / 2**20, 1) for name, value in figures.items()}
 
 
 def _resident(pid: int) -> int:
@@ -157,15 +148,8 @@ def _descendants(pid: int) -> list[int]:
 def run_once(
     args: argparse.Namespace, environment: dict[str, str], store: Path, kill_at: int | None, memory: Memory
 ) -> tuple[float, bool]:
-    """Starts the run, kills it when the log has `kill_at` bytes; (seconds, whether it was killed)."""
-    command = [
-        sys.executable,
-        "-c",
-        DRIVER,
-        str(args.folder / "data"),
-        str(store),
-        str(args.workers),
-    ]
+    """Starts the run and kills it when the log has `kill_at` bytes; (seconds, whether it was killed)."""
+    command = [sys.executable, "-c", DRIVER, str(args.folder / "data"), str(store), str(args.workers)]
     log = Path(environment["CAMPAIGN_LOG"])
     began = time.monotonic()
     with open(args.folder / "errors.txt", "ab") as errors:
@@ -186,19 +170,18 @@ def run_once(
 
 
 def campaign(args: argparse.Namespace, environment: dict[str, str]) -> dict[str, object]:
-    """Runs it under fire and says what is left."""
+    """Runs with kills and compares the store with the expected content."""
     from vilam3_jax.data.experts.store import AnnotationStore
 
     expected = make(args.folder / "data", args.records)
-    store = args.folder / "store"
-    chooser = random.Random(args.seed)
-    moments = sorted(chooser.uniform(0.0, 0.98) for _ in range(args.kills))
-    memory, seconds, kills, last = Memory(), 0.0, 0, Memory()
-    for moment in [*moments, None]:
-        # What was run since the last kill without a commit is run again and logged again.
-        size = Path(environment["CAMPAIGN_LOG"])
-        logged = size.stat().st_size if size.exists() else 0
-        kill_at = None if moment is None else max(int(4 * args.records * moment), logged + 4 * 50)
+    store, log = args.folder / "store", Path(environment["CAMPAIGN_LOG"])
+    random_times = random.Random(args.seed)
+    times = sorted(random_times.uniform(0.0, 0.98) for _ in range(args.kills))
+    memory, seconds, kills = Memory(), 0.0, 0
+    for fraction in [*times, None]:
+        # Inputs that ran after the last commit before a kill run again, and are logged again.
+        logged = log.stat().st_size if log.exists() else 0
+        kill_at = None if fraction is None else max(int(4 * args.records * fraction), logged + 4 * 50)
         last = Memory()
         took, killed = run_once(args, environment, store, kill_at, last)
         seconds += took
@@ -207,30 +190,24 @@ def campaign(args: argparse.Namespace, environment: dict[str, str]) -> dict[str,
             memory = last
         if not killed:
             break
-    runs: collections.Counter[int] = collections.Counter()
-    data = Path(environment["CAMPAIGN_LOG"]).read_bytes()
-    runs.update(struct.unpack(f"<{len(data) // 4}I", data[: len(data) // 4 * 4]))
+    data = log.read_bytes()
+    runs = collections.Counter(struct.unpack(f"<{len(data) // 4}I", data[: len(data) // 4 * 4]))
     opened = AnnotationStore(store)
     found: collections.Counter[str] = collections.Counter()
-    wrong = 0
     for key in opened.keys():  # noqa: SIM118
         record = opened.get(*key)
         found[record.status if record else "lost"] += 1
     lost = expected["ok"] - found["ok"] + expected["failed"] - found["failed"]
-    clean = {number: count for number, count in runs.items() if number % POISON != POISON - 1}
-    again = sum(count - 1 for count in clean.values())
-    wrong = sum(1 for number in range(args.records) if number % POISON != POISON - 1 and number not in runs)
-    before = len(data)
-    started = time.monotonic()
-    run_once(args, environment, store, None, Memory())
-    restart = time.monotonic() - started
-    computed_again = len(Path(environment["CAMPAIGN_LOG"]).read_bytes()) - before
+    good = [number for number in range(args.records) if number % PERIOD != PERIOD - 1]
+    again = sum(runs[number] - 1 for number in good if number in runs)
+    restart, _ = run_once(args, environment, store, None, Memory())
+    computed_again = log.stat().st_size - len(data)
     return {
         "records": args.records,
         "expected": expected,
         "found": dict(found),
         "lost": lost,
-        "never_run": wrong,
+        "never_run": sum(number not in runs for number in good),
         "kills": kills,
         "run_again": again,
         "run_again_per_kill": round(again / max(1, kills), 1),
@@ -268,7 +245,7 @@ def ray_ratio(args: argparse.Namespace, environment: dict[str, str]) -> dict[str
         )  # fmt: skip
         whole = time.monotonic() - began
         assert summary.counts == {"annotated": count}, summary.line()
-        # From the first result on: starting actors takes the same time for any number of records.
+        # The steady rate excludes the start of the actors, whose time does not depend on the records.
         first = seen[0]
         after = sum(moment > first + 0.5 for moment in seen)
         rates[workers] = {
@@ -288,7 +265,6 @@ def ray_ratio(args: argparse.Namespace, environment: dict[str, str]) -> dict[str
 
 
 def main() -> None:
-    """Parses the command line and prints the result."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -296,10 +272,10 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, required=True, help="is emptied; on a fast disk")
+    parser.add_argument("--folder", type=Path, required=True, help="on a fast disk; is emptied first")
     parser.add_argument("--ray-only", action="store_true")
     parser.add_argument("--ray-records", type=int, default=2000)
-    parser.add_argument("--seconds", type=float, default=0.05, help="that a picture takes, with Ray (0.05)")
+    parser.add_argument("--seconds", type=float, default=0.05, help="per image, with Ray (0.05)")
     args = parser.parse_args()
     shutil.rmtree(args.folder, ignore_errors=True)
     (args.folder / "plugin").mkdir(parents=True)

@@ -1,10 +1,10 @@
-"""Processor seconds and peak memory of BRATS on a CPU: the bundle's own network over a head of BraTS's size.
+"""CPU seconds and peak memory of BRATS on a CPU, for the bundle's network and a head of BraTS's size.
 
     python benchmarks/brats.py
 
-Each way runs in a separate process. `monai` is the bundle's pipeline, written with MONAI's transforms and
-inferer; `expert` is ours from four `Volume`s to the label map; `expert, 3 mm slices` the same from scans that
-are resampled to 1 mm and back. Memory is the peak resident size less that after the imports.
+Each variant runs in a separate process. `monai` is the bundle's pipeline with MONAI's transforms and inferer;
+`expert` is ours, from four `Volume`s to the label map; `expert, 3 mm slices` also resamples the scans to 1 mm
+and back. Memory is the peak resident size minus that after the imports.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def peak_mib() -> float:
 
 
 def head(shape: tuple[int, ...], thickness: float, seed: int) -> Volume:
-    """A ball of noise in a background of 0."""
+    """A ball of noise on a background of 0."""
     grid = np.ogrid[tuple(slice(-1, 1, n * 1j) for n in shape)]
     inside = sum(np.square(axis) for axis in grid) < 0.8
     noise = np.random.default_rng(seed).integers(100, 900, shape, np.int16)
@@ -43,7 +43,7 @@ def head(shape: tuple[int, ...], thickness: float, seed: int) -> Volume:
 
 
 def measure(way: str) -> None:
-    """Prints processor seconds and mebibytes."""
+    """Prints CPU seconds and MiB."""
     torch.manual_seed(0)
     network = SegResNet(**Settings().network).eval()
     thickness = 3.0 if way.endswith("slices") else 1.0

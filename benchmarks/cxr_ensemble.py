@@ -1,12 +1,12 @@
-"""Films a second of the chest X-ray ensemble, beside the reference's way, in one run.
+"""Throughput of the chest X-ray ensemble in films per second, compared with the reference.
 
     PYTHONPATH=tests/experts python benchmarks/cxr_ensemble.py [--films 16] [--side 2048] [--threads N]
 
 The reference (VILA-M3's script) runs one network after the other over all films: each decodes every film
-again, at batch 1, with torchxrayvision's networks. Here a film is decoded once and all networks see batches.
-Weights are generated, so eight networks of the release's sizes are timed; the probabilities of the two ways
-are compared, too. Rounds alternate, and the median round counts. The processor time of both is told beside
-the time on the clock: on a machine that others use, it is the one to believe.
+again, at batch 1, with torchxrayvision's networks. Here a film is decoded once and all networks get batches.
+The eight networks have the sizes of the release and generated weights; the probabilities are compared, too.
+Rounds alternate, and the median round counts. On a shared machine, trust the CPU time rather than the wall
+clock.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BATCH = 8
 
 
 def make_films(folder: Path, number: int, side: int) -> list[Path]:
-    """JPEG films of `side` × 0.9 `side` pixels, smooth with a little noise, as films compress."""
+    """JPEG films of `side` × 0.9 `side` pixels, smooth with little noise, which compress like films."""
     rng = np.random.default_rng(0)
     made = []
     for n in range(number):
@@ -46,8 +46,8 @@ def make_films(folder: Path, number: int, side: int) -> list[Path]:
     return made
 
 
-def reference_way(networks: dict[str, torch.nn.Module], films: list[Path]) -> np.ndarray:
-    """Probabilities [networks, films, classes]: every network reads every film."""
+def run_reference(networks: dict[str, torch.nn.Module], films: list[Path]) -> np.ndarray:
+    """Probabilities [networks, films, classes]; every network decodes every film."""
     xrv = xrv_reference.torchxrayvision()
     rows = []
     for member in load_table().members:
@@ -63,8 +63,8 @@ def reference_way(networks: dict[str, torch.nn.Module], films: list[Path]) -> np
     return np.array(rows)
 
 
-def our_way(ensemble: ParityEnsemble, films: list[Path]) -> list[dict[str, float]]:
-    """The ensemble's means, film by film."""
+def run_ensemble(ensemble: ParityEnsemble, films: list[Path]) -> list[dict[str, float]]:
+    """The ensemble's means of each film."""
     answers = []
     for start in range(0, len(films), BATCH):
         answers += ensemble.run_batch([load_pixels(film) for film in films[start : start + BATCH]], "")
@@ -72,10 +72,10 @@ def our_way(ensemble: ParityEnsemble, films: list[Path]) -> list[dict[str, float
 
 
 def largest_difference(members: np.ndarray, ours: list[dict[str, float]]) -> float:
-    """Between the reference's means and ours."""
+    """Largest difference between the reference's means and ours."""
     table = load_table()
-    asked = np.array([[table.asked(m.name, c) for c in table.classes] for m in table.members])
-    means = (members * asked[:, None]).sum(0) / asked.sum(0)
+    included = np.array([[table.includes(m.name, c) for c in table.classes] for m in table.members])
+    means = (members * included[:, None]).sum(0) / included.sum(0)
     return float(np.abs(means - [[row[c] for c in table.classes] for row in ours]).max())
 
 
@@ -102,24 +102,27 @@ def main() -> None:
     print(f"threads {options.threads}, {options.films} films of {options.side} pixels, batches of {BATCH}")
     with tempfile.TemporaryDirectory() as folder:
         films = make_films(Path(folder), options.films, options.side)
-        difference = largest_difference(reference_way(networks, films[:2]), our_way(ensemble, films[:2]))
+        difference = largest_difference(run_reference(networks, films[:2]), run_ensemble(ensemble, films[:2]))
         print(f"largest difference of a mean probability {difference:.2e}")
-        ways = {"reference": lambda: reference_way(networks, films), "ours": lambda: our_way(ensemble, films)}
-        clock: dict[str, list[float]] = {name: [] for name in ways}
-        processor: dict[str, list[float]] = {name: [] for name in ways}
+        variants = {
+            "reference": lambda: run_reference(networks, films),
+            "ours": lambda: run_ensemble(ensemble, films),
+        }
+        wall: dict[str, list[float]] = {name: [] for name in variants}
+        cpu: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(options.rounds):
-            for name, way in ways.items():
+            for name, variant in variants.items():
                 start, used = time.perf_counter(), time.process_time()
-                way()
-                clock[name].append(time.perf_counter() - start)
-                processor[name].append(time.process_time() - used)
-    for kind, seconds in (("clock", clock), ("processor", processor)):
+                variant()
+                wall[name].append(time.perf_counter() - start)
+                cpu[name].append(time.process_time() - used)
+    for kind, seconds in (("wall", wall), ("cpu", cpu)):
         rates = {name: options.films / statistics.median(times) for name, times in seconds.items()}
         for name, rate in rates.items():
-            print(f"{name}_films_a_{kind}_second {rate:.3f}")
+            print(f"{name}_films_per_{kind}_second {rate:.3f}")
         rounds = [r / o for r, o in zip(seconds["reference"], seconds["ours"], strict=True)]
-        told = ", ".join(f"{ratio:.2f}" for ratio in rounds)
-        print(f"{kind}_ratio {rates['ours'] / rates['reference']:.2f} (rounds: {told})")
+        ratios = ", ".join(f"{ratio:.2f}" for ratio in rounds)
+        print(f"{kind}_ratio {rates['ours'] / rates['reference']:.2f} (rounds: {ratios})")
 
 
 if __name__ == "__main__":

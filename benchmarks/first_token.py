@@ -29,7 +29,7 @@ from vilam3_jax.training import step as step_lib
 
 def parameters(run: Path, model: Any) -> dict[str, jax.Array]:
     """Flat: stage 1's tower, the imported LLM, and what neither has as it is initialised."""
-    flat = param_paths.flatten(vila.init_params(model, "generative", jax.random.key(0)))
+    flat = param_paths.flatten(build.init_params(model, "generative", jax.random.key(0)))
     sources = {"vision_tower": run / "stages" / "stage1_vision" / "export", "llm": run / "llm"}
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for component, source in sources.items():
@@ -47,7 +47,7 @@ def first_gradients(
     config: Any, loss: Callable[..., Any], params: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """Matmul precision -> the projector's gradient as one vector."""
-    image_tokens = vila.tokens_per_image(config.model)
+    image_tokens = model_config_lib.resolve(config.model).tokens_per_image
     loader = loader_lib.build_loader(config, "train", tokens_per_image=image_tokens, experts="off")
     batch = jax.tree.map(jnp.asarray, next(iter(loader)))
     loader.close()
@@ -74,7 +74,7 @@ def main() -> None:
             "model.tokenizer": str(run / "llm" / "tokenizer"),
         },
     )
-    graphdef, _ = vila.abstract_model(config.model, "generative")
+    graphdef, _ = build.abstract_model(config.model, "generative")
     loss = step_lib.make_loss(config, graphdef)
     params = parameters(run, config.model)
     for name, start in (("<bos><image>", templates.PLAIN.start), ("<image>", ())):

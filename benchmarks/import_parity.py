@@ -1,8 +1,8 @@
-"""Compares an import from a GGUF file with transformers on the same file: logits, arg-maxes, token ids.
+"""Compares an import from a GGUF file with transformers on the same file: logits, argmax, token ids.
 
     python benchmarks/import_parity.py --gguf FILE.gguf --text FILE.txt
 
-Needs the packages transformers, torch and accelerate. Prints one figure a line.
+Requires transformers, torch and accelerate. Prints one figure per line.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
     )
     parser.add_argument("--gguf", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text; ids are compared line by line")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of the text that the models read")
+    parser.add_argument("--tokens", type=int, default=512, help="number of tokens for the logits")
     arguments = parser.parse_args()
     jax.config.update("jax_default_matmul_precision", "highest")
 

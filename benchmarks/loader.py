@@ -119,7 +119,10 @@ def our_loader(folder: Path, tokenizer: Tokenizer, size: int = SIZE) -> Loader:
     config.data.update(dict(path=str(folder), mixture=(), seq_len=4096, loader_shards=1, global_rows=1))
     config.data.update(dict(rows_per_group=1, images_per_group=IMAGES_A_BATCH))
     return build_loader(
-        config, "train", tokens_per_image=vila.tokens_per_image(config.model), tokenizer=tokenizer
+        config,
+        "train",
+        tokens_per_image=model_config_lib.resolve(config.model).tokens_per_image,
+        tokenizer=tokenizer,
     )
 
 

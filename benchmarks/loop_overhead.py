@@ -34,7 +34,7 @@ from vilam3_jax.training import telemetry
 def batch_of(config: Any, seed: int) -> PackedBatch:
     """A full batch of random tokens, one sample a row that begins with its images."""
     rng = np.random.default_rng(seed)
-    data, per_image = config.data, vila.tokens_per_image(config.model)
+    data, per_image = config.data, model_config_lib.resolve(config.model).tokens_per_image
     rows, length, groups = data.global_rows, data.seq_len, data.global_rows // data.rows_per_group
     side = config.model.image_size
     visual = np.full((rows, length), -1, np.int32)

@@ -38,7 +38,7 @@ TEMPLATES = {"llama_3": "llama_3", "vicuna_v1": "v1", "hermes-2": "v1"}  # whose
 
 def shards_of(config: config_lib.ConfigDict, mixture: str, samples: int, seed: int = 0) -> list[list[Size]]:
     """The corpus as the loader shards of a run meet it."""
-    per_image = vila.tokens_per_image(config.model)
+    per_image = model_config_lib.resolve(config.model).tokens_per_image
     order = corpus.stream(mixture, TEMPLATES[config.model.template], per_image, seed, samples)
     sizes = [Size(tokens, images) for _, tokens, images in order if tokens <= config.data.seq_len]
     count = max(1, min(config.data.loader_shards, samples // _SAMPLES_OF_A_SHARD))
@@ -127,7 +127,7 @@ def measure(recipe: str, mixture: str, samples: int, compare: bool) -> bool:
     ratio = counts / tokens * data.seq_len
     print(
         f"{recipe}, mixture {mixture}: {number} samples of {tokens / number:.0f} tokens and "
-        f"{counts / number:.2f} images, {vila.tokens_per_image(config.model)} tokens an image; "
+        f"{counts / number:.2f} images, {model_config_lib.resolve(config.model).tokens_per_image} tokens an image; "
         f"{ratio:.2f} images for {data.seq_len} tokens"
     )
     began = time.process_time()

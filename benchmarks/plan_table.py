@@ -42,7 +42,7 @@ def attempts(stage, model, devices):
     config = config_lib.load(f"configs/{stage}.py:{model}", {})
     fsdp = min(devices, WIDEST.get(model, devices))
     everywhere = [f"--config.mesh.data={devices // fsdp}", f"--config.mesh.fsdp={fsdp}"]
-    if config.kind == "contrastive":
+    if config.task == "contrastive":
         return [[], everywhere]
 
     def rows(per_device):

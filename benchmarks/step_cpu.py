@@ -50,7 +50,7 @@ def measure(variant: str, fsdp: int, tensor: int, steps: int) -> float:
     state, _ = state_lib.initial_state(config, program.state, program.optimizer)
 
     rows, length, images = config.data.global_rows, config.data.seq_len, config.data.images_per_group
-    side, per_image = config.model.image_size, vila.tokens_per_image(config.model)
+    side, per_image = config.model.image_size, model_config_lib.resolve(config.model).tokens_per_image
     rng = np.random.default_rng(0)
     batch = PackedBatch(
         tokens=rng.integers(0, 49_000, (rows, length), np.int32),

@@ -1,9 +1,9 @@
-"""Peak memory of VISTA3D's path over a 512 x 512 x 300 CT: all 117 prompts, a network of one layer.
+"""Peak memory of the VISTA3D expert for a 512 x 512 x 300 CT and all 117 prompts, without the network's own.
 
-Pre-processing, windows and inverse are the real ones; the network has VISTA3D's interface and one
-convolution, so that what is measured is everything but the network. Each figure is the peak resident size of
-a separate process, less that of a process that only imports. `one window` is the network called for all
-prompts at once, as MONAI's inferer calls it; `one window, 8 prompts` is what the expert asks for.
+Pre-processing, windows and inverse are the real ones; the network has VISTA3D's interface and only one
+convolution. Each figure is the peak resident size of a separate process, minus that of a process that only
+imports. `one window` calls the network for all prompts at once, as MONAI's inferer does; `one window, 8
+prompts` is one call of the expert.
 
     python benchmarks/vista3d_memory.py [--real] [--spacing 0.8 0.8 1.0]
 
@@ -35,7 +35,7 @@ MIB = 1 << 20
 
 
 class OneLayer(nn.Module):
-    """One convolution, and VISTA3D's product of a feature map with the embeddings of the prompts."""
+    """One convolution, and VISTA3D's product of the feature map with the prompt embeddings."""
 
     def __init__(self, channels: int = 4) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class OneLayer(nn.Module):
 
 
 def scan(spacing: list[float]) -> Volume:
-    """A body of water with noise in air, int16, made plane by plane."""
+    """A noisy body of water in air, int16, generated plane by plane."""
     voxels = np.empty(SHAPE, np.int16)
     x, y = np.ogrid[-1 : 1 : SHAPE[0] * 1j, -1 : 1 : SHAPE[1] * 1j]
     body = x**2 + y**2 < 0.9
@@ -72,7 +72,7 @@ def everything() -> list[int]:
 
 
 def run(spacing: list[float]) -> None:
-    """The expert's own `run`, with the one-layer network in place of the bundle's."""
+    """The expert's `run`, with the one-layer network instead of the bundle's."""
     network = OneLayer()
     settings = windows.WindowSettings(WINDOW, 0.3, "constant")
     names = label_table("VISTA3D")
@@ -89,17 +89,18 @@ def run(spacing: list[float]) -> None:
 
 
 def window(network: nn.Module, prompts: int) -> None:
-    """One call of the network for the first `prompts` prompts."""
+    """One call of the network for `prompts` prompts."""
     with torch.inference_mode():
         network(torch.zeros(1, 1, *WINDOW), class_vector=torch.tensor(everything()[:prompts])[:, None])
 
 
+LABELS = {"network": "one-layer network", "window": "one window", "chunk": "one window, 8 prompts"}
 PARTS = {
     "imports": lambda _: None,
     "input": scan,
     "network": lambda _: OneLayer(),
     "window": lambda _: window(OneLayer(), 117),
-    "portion": lambda _: window(OneLayer(), 8),
+    "chunk": lambda _: window(OneLayer(), 8),
     "run": run,
     "real network": lambda _: vista3d132(),
     "real window": lambda _: window(vista3d132().eval(), 117),
@@ -107,7 +108,7 @@ PARTS = {
 
 
 def peak(part: str, spacing: list[float]) -> float:
-    """Peak resident MiB of a process that does one part."""
+    """Peak resident MiB of a process that runs one part."""
     command = [sys.executable, __file__, "--part", part, "--spacing", *map(str, spacing)]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return float(out.stdout)
@@ -125,26 +126,22 @@ def main() -> None:
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB)
         return
     base = peak("imports", options.spacing)
-    names = ["network", "window", "portion", "run"] + ["real network", "real window"] * options.real
+    names = ["network", "window", "chunk", "run"] + ["real network", "real window"] * options.real
     figures = {name: peak(name, options.spacing) - base for name in names}
     figures["input"] = int(np.prod(SHAPE)) * 2 / MIB
     size, roi = ("x".join(map(str, shape)) for shape in (SHAPE, WINDOW))
     print(f"{size} int16 at {options.spacing} mm, 117 prompts, windows of {roi}")
-    print(f"imports alone            {base:7.0f} MiB, taken off all figures below")
-    print(f"input                    {figures['input']:7.0f} MiB")
-    print(f"one-layer network        {figures['network']:7.0f} MiB")
-    print(f"one window               {figures['window']:7.0f} MiB (with the network)")
-    print(f"one window, 8 prompts    {figures['portion']:7.0f} MiB (with the network)")
-    print(f"whole run                {figures['run']:7.0f} MiB")
-    for name in ("window", "portion"):
+    print(f"imports alone            {base:7.0f} MiB, subtracted from all figures below")
+    for name in ("input", *names):
+        print(f"{LABELS.get(name, name):24} {figures[name]:7.0f} MiB")
+    for name in ("window", "chunk"):
         allowed = figures["input"] + figures[name]
         print(f"run / (input + network + {name:8})  {figures['run'] / allowed:.2f}")
     if options.real:
         real = figures["real window"]
-        total = figures["run"] - figures["portion"] + real
+        total = figures["run"] - figures["chunk"] + real
         ratio = total / (figures["input"] + real)
-        print(f"vista3d132, one window   {real:7.0f} MiB, of them weights {figures['real network']:.0f}")
-        print(f"run with it, by addition {total:7.0f} MiB, {ratio:.2f} of input + network + window")
+        print(f"run with it, estimated   {total:7.0f} MiB, {ratio:.2f} of input + network + window")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stage 2a, alignment: only the projector learns, on captions, between a frozen tower and a frozen LLM."""
+"""Stage 2a, alignment: only the projector learns, on captions."""
 
 from ml_collections import ConfigDict
 from vilam3_jax.configs import models, pods
@@ -16,6 +16,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.data.mixture = (("captions", 1.0),)
     config.trainable = ((r"projector/.*", 1.0), (r".*", 0.0))
     config.schedule.peak = 1e-3
-    return pods.shape(
-        config, _IMAGES_PER_GROUP, steps=260
-    )  # 595 thousand captions of about 220 tokens, as VILA-1.5
+    if models.needs_slice(arg):
+        # 595 thousand captions of about 220 tokens, as VILA-1.5.
+        pods.slice64(config, _IMAGES_PER_GROUP, steps=260)
+    return config

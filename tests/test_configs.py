@@ -25,7 +25,7 @@ def snapshot_file(recipe):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_snapshot(recipe):
     expected = snapshot_file(recipe).read_text()
-    assert config_lib.snapshot(config_lib.load(recipe)) == expected, (
+    assert config_lib.load(recipe).snapshot() == expected, (
         f"{recipe} resolves differently; if that is meant: python -m tests.test_configs --update"
     )
 
@@ -45,7 +45,7 @@ def test_no_recipe_and_no_snapshot_is_forgotten():
         (["--config=configs/quickstart/stage3_instruct.py:huge"], "'huge'.*default"),
         (["--config=configs/stage3_instruct.py:tiny", "--config.num_step=3"], "num_step.*num_steps"),
         (["--config=configs/stage3_instruct.py:tiny", "--config.num_steps=many"], "num_steps"),
-        (["--config=configs/stage3_instruct.py:tiny", "--config.kind=dreaming"], "kind='dreaming'"),
+        (["--config=configs/stage3_instruct.py:tiny", "--config.task=dreaming"], "kind='dreaming'"),
         (["--config=configs/stage3_instruct.py:tiny", "--nonsense=1"], "nonsense"),
         (["--config", "configs/stage9.py"], "no such config"),
         (["--config"], "no such config"),
@@ -164,4 +164,4 @@ if __name__ == "__main__":
     for stale in SNAPSHOTS.glob("*.txt"):
         stale.unlink()
     for name in RECIPES:
-        snapshot_file(name).write_text(config_lib.snapshot(config_lib.load(name)))
+        snapshot_file(name).write_text(config_lib.load(name).snapshot())

@@ -1,14 +1,13 @@
-"""Train any stage: reads top to bottom what a run does.
+"""Trains any stage: mesh → model and step → data → state → loop.
 
-    vilam3 train --config=configs/stage3_instruct.py:tiny --workdir=DIR [--config.key=value]
-
-mesh → data → model → optimizer → step → restore → loop (evaluate → save → next batch → step → log).
+vilam3 train --config=configs/stage3_instruct.py:tiny --workdir=DIR [--config.key=value]
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -20,27 +19,29 @@ from etils import epath
 
 from vilam3_jax import config as config_lib
 from vilam3_jax.checkpoints import exports, run_checkpoints
-from vilam3_jax.config import COMPONENTS, ConfigDict
 from vilam3_jax.data import leaks
-from vilam3_jax.data import loader as loader_lib
 from vilam3_jax.data.experts.cards import with_card_list
+from vilam3_jax.data.loader import Loader, build_loader
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import heldout
-from vilam3_jax.models import vila
 from vilam3_jax.runtime import compat, paths, processes
 from vilam3_jax.runtime import workdir as workdir_lib
 from vilam3_jax.sharding import mesh as mesh_lib
-from vilam3_jax.training import device_put as batches_lib
-from vilam3_jax.training import evaluation, telemetry, writers
+from vilam3_jax.training import evaluation, initialization, telemetry, writers
 from vilam3_jax.training import program as program_lib
-from vilam3_jax.training import state as state_lib
+from vilam3_jax.training.device_put import DevicePut
+from vilam3_jax.training.hooks import Hook, run_hooks
+from vilam3_jax.training.program import Program
+from vilam3_jax.training.run_config import RunConfig
+from vilam3_jax.training.train_state import TrainState
 
 RESULT_FILE = "result.json"
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
 class Result:
-    """What a finished run reports (`<workdir>/result.json`).
+    """Summary of a run (`<workdir>/result.json`).
 
     Losses are means per supervised token (per pair for stage 1). `loss_first` and `loss_last` average the
     first and the last tenth of the steps. `heldout_*` are measured after the last step, with the true images
@@ -61,19 +62,19 @@ class Result:
     finished: bool
 
 
-def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quiet: bool = False) -> Result:
+def train(config: RunConfig, workdir: paths.PathLike, stop_after: int = 0, quiet: bool = False) -> Result:
     """Runs `config` in `workdir`, resuming from its newest complete checkpoint.
 
+    Collective: every process calls it alike, see `runtime.processes`.
+
     Args:
-      config: a checked config.
-      workdir: folder of the run; checkpoints, metrics and, at the end, the export go there.
-      stop_after: save and stop after this step of the configured run (0: run to the end).
+      config: of the run.
+      workdir: folder of the run, for checkpoints, metrics and, at the end, the export.
+      stop_after: save and stop after this step (0: run to the end).
       quiet: no progress bar.
 
-    Several processes call it alike; see `processes`. Only the lead one prints, and writes metrics.
-
     Raises:
-      UserError: the config, data, mesh or an earlier checkpoint does not fit, or another run has `workdir`.
+      UserError: config, data, mesh or an earlier checkpoint do not fit, or another run uses `workdir`.
     """
     if config.mesh.cpu_devices:
         compat.use_cpu_devices(config.mesh.cpu_devices)
@@ -82,116 +83,145 @@ def train(config: ConfigDict, workdir: paths.PathLike, stop_after: int = 0, quie
 
 
 def _train(
-    config: ConfigDict, workdir: epath.Path, stop_after: int, quiet: bool, preemption: processes.Preemption
+    config: RunConfig, workdir: epath.Path, stop_after: int, quiet: bool, preemption: processes.Preemption
 ) -> Result:
     started = time.time()
-    mesh = mesh_lib.build_mesh(config.mesh)
-    writers.check(config)
     quiet = quiet or not processes.is_primary_process()
+    writers.check(config.telemetry)
 
-    # Model, optimizer and step.
+    # Mesh, model and step.
+    mesh = mesh_lib.build_mesh(config.mesh)
+    program_lib.check_compiler_options(config.compiler_options, mesh)
     program = program_lib.build(config, mesh)
-    program_lib.check_compiler_options(config, mesh)
 
     # Data.
-    image_tokens = vila.tokens_per_image(config.model)
-    placement = batches_lib.Placement(config, mesh)
-    loader = loader_lib.build_loader(
-        config, "train", tokens_per_image=image_tokens, experts=config.data.experts, held=placement.held
+    device_put = DevicePut(program.task.batch_format(config.data, config.model).units, mesh)
+    loader = build_loader(
+        config.data,
+        config.model,
+        program.task.batch_format,
+        "train",
+        seed=config.seed,
+        local_units=device_put.local_units,
     )
 
-    # Restore, or start from the exports that the config names.
-    saved = run_checkpoints.RunCheckpoints(workdir, config.checkpoints_kept, config.checkpoints_kept_every)
-    restored = saved.restore(program.state)
-    start, clock = 0, telemetry.Clock()
-    if restored:
-        stored = restored.run["config"]["model"]
-        state_lib.check_architecture(
-            f"{workdir}/checkpoints", stored, config.model, set(COMPONENTS), bool(config.model.llm.lora_rank)
-        )
-        start, state, clock = restored.step, restored.state, telemetry.Clock.of(restored.run["clock"])
-        # Checkpoints of before do not say.
-        origin = restored.run.get("provenance", {}).get("init", config.init.to_dict())
-        loader.set_state(restored.data)
-    else:
-        state, origin = state_lib.initial_state(config, program.state, program.optimizer)
+    # State: from the newest checkpoint, or fresh.
+    checkpoints = run_checkpoints.RunCheckpoints(
+        workdir, config.checkpoints_kept, config.checkpoints_kept_every
+    )
+    start, state, clock, origin = _restore(program, checkpoints, loader, workdir)
+    if not start:
         _print_start(program, origin, quiet)
-    provenance = {"run": config.name, "data": loader.provenance, "init": origin}
-    if checked := leaks.provenance(config.data.path, loader.samples.sources):
-        provenance["leaks"] = checked
-    if processes.is_primary_process():
-        paths.write_text_atomic(workdir / "config.json", config_lib.to_json(config))
-
-    heldout_losses = evaluation.HeldoutLosses(program, placement, image_tokens)
-    evaluate = evaluation.Evaluation(heldout_losses, _answers(config, program), workdir, start)
-    skipped = workdir_lib.SkippedRecords(workdir)
-    batches, compiled = iter(loader), None
+    provenance = _provenance(config, loader, origin)
     last = min(config.num_steps, stop_after or config.num_steps)
-    step = start
-    if processes.is_primary_process() and step < last:
-        (workdir / RESULT_FILE).unlink(missing_ok=True)  # of a shorter run that goes on
+    if processes.is_primary_process():
+        paths.write_text_atomic(workdir / "config.json", config.to_json())
+        if start < last:
+            (workdir / RESULT_FILE).unlink(missing_ok=True)  # of a shorter run that is continued
+
+    # Loop.
+    losses = evaluation.HeldoutLosses(program, device_put)
+    evaluate = evaluation.Evaluation(losses, _answers(program), workdir, start)
+    skipped = workdir_lib.SkippedRecords(workdir)
+    batches, step_fn, step = iter(loader), None, start
     with telemetry.Telemetry(
-        config, workdir, start, clock, program.rates, started=started, last=last, quiet=quiet
+        program, workdir, start, clock, started=started, last=last, quiet=quiet
     ) as monitor:
 
-        def save(step: int) -> None:
-            with monitor.aside("checkpoint_stall"):
-                saved.save(step, state, loader.get_state(), _run_record(config, monitor.clock, provenance))
-                if counted := skipped.add(loader.stats.skipped, loader.stats.missing.total()):
-                    monitor.write(step, counted)
+        def measure(step: int, state: TrainState) -> None:
+            monitor.write(step, evaluate(step, state, swapped=step > 0))
 
-        if not start and config.eval_every and not preemption.reached(0):
-            with monitor.aside("evaluation_seconds"):
-                monitor.write(0, evaluate(0, state, swapped=False))
+        def save(step: int, state: TrainState) -> None:
+            record = _run_record(config, monitor.clock, provenance)
+            checkpoints.save(step, state.to_tree(), loader.get_state(), record)
+            if counted := skipped.add(loader.stats.skipped, loader.stats.missing.total()):
+                monitor.write(step, counted)
+
+        evaluating = functools.partial(monitor.pause, "evaluation_seconds")
+        saving = functools.partial(monitor.pause, "checkpoint_stall")
+        hooks = (
+            Hook(measure, every=config.eval_every, final=config.num_steps, around=evaluating),
+            Hook(save, every=config.checkpoint_every, around=saving),
+        )
+        if not start and not preemption.reached(0):
+            run_hooks(hooks[:1], 0, state)
         while step < last and not preemption.reached(step):
             with monitor.input():
-                batch = placement.put(next(batches))
-            if compiled is None:
-                with monitor.aside("compile_seconds"):
-                    compiled = program.lower().compile()
+                batch = device_put(next(batches))
+            if step_fn is None:
+                with monitor.pause("compile_seconds"):
+                    step_fn = program.lower().compile()
                     processes.host_barrier("compiled")
             step += 1
             with monitor.step(step):
-                state, metrics = compiled(state, batch)
+                state, metrics = step_fn(state, batch)
             monitor.dispatched(step, batch, metrics)
-            if config.eval_every and (step % config.eval_every == 0 or step == config.num_steps):
-                with monitor.aside("evaluation_seconds"):
-                    monitor.write(step, evaluate(step, state))
-            if config.checkpoint_every and step % config.checkpoint_every == 0 and step < last:
-                save(step)
+            run_hooks(hooks, step, state)
         if step > start or not start:
-            save(step)
-        saved.wait()
-    finished = step >= config.num_steps
+            with saving():
+                save(step, state)
+        checkpoints.wait()
+
+    # Results.
     loader.close()
-    heldout_losses.close()
+    losses.close()
     if processes.is_primary_process() and skipped.records:
         named = workdir / workdir_lib.SKIPPED_FILE
-        print(f"{len(skipped.records)} record(s) were skipped, named in {named}", file=sys.stderr)
+        logger.warning("%d record(s) were skipped, see %s", len(skipped.records), named)
+    finished = step >= config.num_steps
     if finished:
-        params = state_lib.model_params(state)
-        model_config = {**with_card_list(config.model.to_dict()), "kind": config.kind}
-        exports.export_model(
-            workdir / "export",
-            params,
-            model_config,
-            config.model.tokenizer or None,
-            provenance,
-        )
-    result = _result(config, workdir, step, clock, finished)
+        model = {**with_card_list(config.model.to_dict()), "kind": config.task}
+        tokenizer = config.model.tokenizer or None
+        exports.export_model(workdir / "export", state.params(), model, tokenizer, provenance)
+    result = _result(config, workdir, step, monitor.clock, finished)
     if finished and processes.is_primary_process():
         paths.write_text_atomic(workdir / RESULT_FILE, writers.json_text(dataclasses.asdict(result), 1))
     return result
 
 
-def _answers(config: ConfigDict, program: program_lib.Program) -> evaluation.Answer | None:
+def _restore(
+    program: Program, checkpoints: run_checkpoints.RunCheckpoints, loader: Loader, workdir: epath.Path
+) -> tuple[int, TrainState, telemetry.Clock, dict[str, str]]:
+    """Step, state, clock, and the origin of each component; restores the loader too."""
+    config = program.config
+    restored = checkpoints.restore(program.state.to_tree())
+    if restored is None:
+        state, origin = program.initial_state()
+        return 0, state, telemetry.Clock(), origin
+    stored, components = restored.run["config"]["model"], set(config.init.to_dict())
+    initialization.check_architecture(
+        f"{workdir}/checkpoints", stored, config.model, components, bool(config.model.llm.lora_rank)
+    )
+    # Absent in older checkpoints.
+    origin = restored.run.get("provenance", {}).get("init", config.init.to_dict())
+    loader.set_state(restored.data)
+    clock = telemetry.Clock.of(restored.run["clock"])
+    return restored.step, TrainState.from_tree(restored.state), clock, origin
+
+
+def _provenance(config: RunConfig, loader: Loader, origin: dict[str, str]) -> dict[str, Any]:
+    found: dict[str, Any] = {"run": config.name, "data": loader.provenance, "init": origin}
+    if checked := leaks.provenance(config.data.path, loader.samples.sources):
+        found["leaks"] = checked
+    return found
+
+
+def _answers(program: Program) -> evaluation.Answer | None:
+    config = program.config
     if not config.eval_generate:
         return None
-    placing = functools.partial(program.placing, whole_rows=True)
-    return heldout.HeldoutAnswers(config, mesh_lib.rows(program.mesh), placing)
+    return heldout.HeldoutAnswers(
+        config.data,
+        config.model,
+        config.seed,
+        config.eval_generate,
+        mesh_lib.rows(program.mesh),
+        functools.partial(program.context, whole_rows=True),
+        program.annotate,
+    )
 
 
-def _run_record(config: ConfigDict, clock: telemetry.Clock, provenance: dict[str, Any]) -> dict[str, Any]:
+def _run_record(config: RunConfig, clock: telemetry.Clock, provenance: dict[str, Any]) -> dict[str, Any]:
     return {
         "config": config.to_dict(),
         "versions": run_checkpoints.versions(),
@@ -201,11 +231,11 @@ def _run_record(config: ConfigDict, clock: telemetry.Clock, provenance: dict[str
 
 
 def _result(
-    config: ConfigDict, workdir: paths.PathLike, step: int, clock: telemetry.Clock, finished: bool
+    config: RunConfig, workdir: paths.PathLike, step: int, clock: telemetry.Clock, finished: bool
 ) -> Result:
     rows = telemetry.read_metrics(workdir)
     losses = [row["loss"] for row in rows if row.get("loss") is not None]  # None: was not finite
-    heldout = [row for row in rows if "heldout_true" in row]
+    measured = [row for row in rows if "heldout_true" in row]
     part = max(1, len(losses) // 10)
     return Result(
         name=config.name,
@@ -213,9 +243,9 @@ def _result(
         tokens=clock.tokens,
         loss_first=float(np.mean(losses[:part])) if losses else float("nan"),
         loss_last=float(np.mean(losses[-part:])) if losses else float("nan"),
-        heldout_first=heldout[0]["heldout_true"] if heldout else None,
-        heldout_true=heldout[-1]["heldout_true"] if heldout else None,
-        heldout_swapped=heldout[-1].get("heldout_swapped") if heldout else None,
+        heldout_first=measured[0]["heldout_true"] if measured else None,
+        heldout_true=measured[-1]["heldout_true"] if measured else None,
+        heldout_swapped=measured[-1].get("heldout_swapped") if measured else None,
         seconds=clock.seconds,
         tokens_per_second=clock.tokens / max(clock.seconds, 1e-9),
         peak_rss=telemetry.peak_rss_bytes(),
@@ -223,21 +253,23 @@ def _result(
     )
 
 
-def _print_start(program: program_lib.Program, origin: dict[str, str], quiet: bool) -> None:
+def _print_start(program: Program, origin: dict[str, str], quiet: bool) -> None:
     if quiet:
         return
     total = sum(leaf.size for leaf in program.shapes.values())
-    moving = sum(leaf.size for path, leaf in program.shapes.items() if program.rates[path])
+    trained = sum(leaf.size for path, leaf in program.shapes.items() if program.lr_multipliers[path])
     axes = (
         " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
     )
-    print(f"{program.config.name}: {total / 1e6:.1f} M parameters, {moving / 1e6:.2f} M trained; mesh {axes}")
+    print(
+        f"{program.config.name}: {total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained; mesh {axes}"
+    )
     for component, source in origin.items():
         print(f"  {component}: {source}")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Entry of `vilam3 train`."""
+    """Runs `vilam3 train`."""
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Folder of the run; created, or resumed from.", flag_values=values)
     flags.DEFINE_integer(

@@ -1,4 +1,4 @@
-"""Mixtures as data: one module each, with `MIXTURE`. A row is a dataset and its epochs in a pass."""
+"""Named mixtures, one module each with a constant `MIXTURE`."""
 
 import dataclasses
 import importlib
@@ -14,8 +14,8 @@ class Mixture:
     """A mixture.
 
     Attributes:
-      stage: the stage it is for, a recipe's name.
-      rows: (dataset, or DATASET:RULE; epochs of it in a pass), as `data.mixture` has them.
+      stage: name of the recipe it is for.
+      rows: (dataset or DATASET:RULE, epochs per pass), as in `data.mixture`.
     """
 
     stage: str
@@ -23,29 +23,29 @@ class Mixture:
 
 
 def known() -> list[str]:
-    """Names of the mixtures."""
+    """Returns the names of all mixtures."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def get(name: str) -> Mixture:
-    """Returns a mixture.
+    """Returns a mixture by name.
 
     Raises:
-      UserError: an unknown name; lists those there are.
+      UserError: the name is unknown; lists the known ones.
     """
     if name not in known():
         raise UserError(
-            f"config data.mixture: {name!r} is no mixture; known ones are {', '.join(known())}; "
+            f"config data.mixture: {name!r} is not a mixture; known ones are {', '.join(known())}; "
             "a row of a dataset is (NAME, WEIGHT)"
         )
     return importlib.import_module(f"{__name__}.{name}").MIXTURE
 
 
 def rows_of(rows: Sequence[Any]) -> tuple[Any, ...]:
-    """The rows of `data.mixture`, with those of a mixture in the place of its name.
+    """Expands the names of mixtures in `data.mixture` to rows.
 
     Raises:
-      UserError: an unknown name.
+      UserError: a name is unknown.
     """
     found: list[Any] = []
     for row in rows:

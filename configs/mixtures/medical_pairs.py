@@ -1,4 +1,4 @@
-"""Image-text pairs for stage 1: films with reports or sentences of their labels, and published figures."""
+"""Image-text pairs for stage 1: films with reports or sentences from labels, and published figures."""
 
 from vilam3_jax.configs.mixtures import Mixture
 

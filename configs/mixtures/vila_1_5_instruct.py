@@ -1,4 +1,4 @@
-"""VILA-1.5's stage 3, the lists of one release; `vilam3 prepare instructions` reads the others."""
+"""VILA-1.5's stage 3 with the lists of ShareGPT4V; `vilam3 prepare instructions` reads others."""
 
 from vilam3_jax.configs.mixtures import Mixture
 

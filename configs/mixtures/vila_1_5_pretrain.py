@@ -1,4 +1,4 @@
-"""VILA-1.5's stage 2: image-text pairs of the web, interleaved documents, long descriptions."""
+"""VILA-1.5's stage 2: web image-text pairs, interleaved documents, detailed descriptions."""
 
 from vilam3_jax.configs.mixtures import Mixture
 

@@ -1,7 +1,7 @@
-"""VILA-M3's stage 4, with the repeats that were published.
+"""VILA-M3's stage 4 with the published repeats.
 
-The published table counts dialogues: 50,000 of VISTA3D and 15,000 of BraTS, where this mixture has rules over
-slices. Its counts are met by as many slices as that: `vilam3 data mixture` prints them.
+The published table counts dialogues (50,000 of VISTA3D, 15,000 of BraTS); this mixture applies rules to
+slices. To match the table, prepare as many slices; `vilam3 data mixture` prints the counts.
 """
 
 from vilam3_jax.configs.mixtures import Mixture

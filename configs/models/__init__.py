@@ -4,6 +4,8 @@ import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
 
 from ml_collections import ConfigDict
 from vilam3_jax.configs.models.parts import llms, towers
@@ -11,6 +13,7 @@ from vilam3_jax.configs.models.parts import llms, towers
 from vilam3_jax.data.preprocessing import Preprocessing, preset_windows
 from vilam3_jax.data.text_rules import TextRules
 from vilam3_jax.errors import UserError
+from vilam3_jax.models.model_config import ModelConfig
 
 
 def get(spec: str) -> ConfigDict:
@@ -26,48 +29,47 @@ def get(spec: str) -> ConfigDict:
       UserError: an unknown name; lists those there are.
     """
     name, *swaps = spec.split(",")
-    known = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
-    if name not in known:
-        raise UserError(f"model {name!r}: unknown; known sizes are {', '.join(known)}")
-    model = importlib.import_module(f"{__name__}.{name}").get_model()
+    model = _module(name).get_model()
     model.text = ConfigDict(dataclasses.asdict(TextRules()))
     model.preprocessing = ConfigDict(dataclasses.asdict(Preprocessing()))
-    # The experts that the model is told of, how it is told, whether checks of their results are told, and the
-    # probability above which a class is.
-    model.cards, model.expert_wording, model.expert_verdicts = "experts", "plain", False
-    model.expert_threshold = 0.5
     for swap in swaps:
         _swap(model, swap)
     return model
 
 
-def assemble(name: str, tower: ConfigDict, llm: ConfigDict, *, template: str) -> ConfigDict:
-    """A `model` section in the layout of VILA-1.5: mlp_downsample, tokens in columns.
+def needs_slice(spec: str) -> bool:
+    """Whether a size states that it trains on a slice of accelerators (`NEEDS_SLICE` in its module)."""
+    return getattr(_module(spec.split(",")[0]), "NEEDS_SLICE", False)
+
+
+def _module(name: str) -> ModuleType:
+    known = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
+    if name not in known:
+        raise UserError(f"model {name!r}: unknown; known sizes are {', '.join(known)}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def assemble(name: str, tower: ConfigDict, llm: ConfigDict, *, template: str, **changes: Any) -> ConfigDict:
+    """A `model` section: VILA-1.5's layout in bfloat16 with full rematerialization, unless changed.
 
     Args:
       name: of the size.
       tower: from `parts.towers`.
       llm: from `parts.llms`.
-      template: what the LLM was tuned with.
+      template: that the LLM was tuned with.
+      **changes: other fields of `ModelConfig`.
     """
-    return ConfigDict(
-        dict(
-            name=name,
-            image_size=tower.image_size,
-            image_aspect_ratio="resize",
-            s2_scales=(),
-            max_tiles=12,
-            template=template,
-            tokenizer="",
-            dtype="bfloat16",
-            param_dtype="float32",
-            remat="full",
-            vision_tower=tower,
-            text_tower=towers.text_tower_of(tower),
-            projector=dict(type="mlp_downsample", token_order="column"),
-            llm=llm,
-        )
+    values = ModelConfig(name=name, image_size=tower.image_size, template=template).to_dict()
+    del values["card_list"]  # only in exports
+    parts = dict(
+        dtype="bfloat16",
+        remat="full",
+        vision_tower=tower,
+        text_tower=towers.text_tower_of(tower),
+        projector=dict(type="mlp_downsample", token_order="column"),
+        llm=llm,
     )
+    return ConfigDict({**values, **parts, **changes})
 
 
 def _swap(model: ConfigDict, swap: str) -> None:

@@ -4,6 +4,8 @@ from ml_collections import ConfigDict
 from vilam3_jax.configs.models import assemble
 from vilam3_jax.configs.models.parts import llms, towers
 
+NEEDS_SLICE = True
+
 
 def get_model() -> ConfigDict:
     """Returns the `model` section."""

@@ -5,13 +5,12 @@ Same code in all three: only step counts and widths differ.
 """
 
 from ml_collections import ConfigDict
-from vilam3_jax.configs import models
 
 from vilam3_jax.errors import UserError
 
 SIZES = ("smoke", "default", "full")
 
-# LoRA learns, the LLM's own weights stay.
+# Only the LLM's LoRA learns.
 LLM_LORA = ((r"llm/.*lora_[ab]", 1.0), (r"llm/.*", 0.0))
 
 
@@ -31,7 +30,6 @@ def shape(config: ConfigDict, size: str, steps: dict[str, int], peak: float) -> 
       steps: size → number of optimizer steps.
       peak: learning rate at the top of the schedule.
     """
-    config.model = models.get(model_name(size))
     config.model.cards = "quickstart"
     config.model.preprocessing.modalities = ("CT", "MR", "CR", "DX")
     config.mesh.fsdp, config.mesh.tensor, config.mesh.cpu_devices = 2, 2, 4
@@ -47,7 +45,7 @@ def shape(config: ConfigDict, size: str, steps: dict[str, int], peak: float) -> 
     config.eval_every = config.num_steps
     config.eval_batches = dict(smoke=2, default=4, full=8)[size]
     config.checkpoint_every = max(20, config.num_steps // 4)
-    # 9 query and 3 key-value heads do not split in two; the queries do.
+    # 9 query and 3 key-value heads are not divisible by two, so the queries are split.
     config.activation_rules.heads = None
     config.activation_rules.kv_heads = None
     config.activation_rules.queries = "tensor"

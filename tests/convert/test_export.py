@@ -104,7 +104,7 @@ def tiny_export(folder: Path, **llm: object) -> tuple[ConfigDict, dict[str, jax.
     """A whole model of random weights, as a run would export it."""
     config = ConfigDict(tiny.get_model().to_dict())
     config.llm.update(vocab_size=300, **llm)
-    params = param_paths.flatten(vila.init_params(config, "generative", jax.random.key(0)))
+    params = param_paths.flatten(build.init_params(config, "generative", jax.random.key(0)))
     noise = np.random.default_rng(0)
     params = {
         path: value + noise.normal(size=value.shape).astype(np.float32) for path, value in params.items()
@@ -152,7 +152,7 @@ def test_a_whole_model_there_and_back(tmp_path, monkeypatch, capsys, order, leaf
 )
 def test_ways_to_take_pictures_come_back(tmp_path, changes):
     config = ConfigDict({**tiny.get_model().to_dict(), **changes})
-    params = param_paths.flatten(vila.init_params(config, "generative", jax.random.key(0)))
+    params = param_paths.flatten(build.init_params(config, "generative", jax.random.key(0)))
     train_bpe(["liver spleen"], 270, tmp_path / "words", ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
     model = {**config.to_dict(), "kind": "generative"}
     exports.export_model(tmp_path / "ours", params, model, tmp_path / "words", {})
@@ -176,7 +176,7 @@ def test_loras_are_merged(tmp_path):
     outputs = []
     for settings, tree in ((config, param_paths.unflatten(params)), (merged_config, again)):
         settings.dtype = "float32"
-        model = vila.merge(vila.abstract_model(settings, "generative")[0], tree)
+        model = build.merge(build.abstract_model(settings, "generative")[0], tree)
         with jax.default_matmul_precision("highest"):
             outputs.append(np.asarray(model(*args)))
     np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)

@@ -36,7 +36,7 @@ def test_gguf_import_writes_a_whole_export(tmp_path, capsys, dtype):
     assert main(["import", "--source", str(file), "--out", str(out), "--dtype", dtype]) == 0
     config, params = load(out, file)
     expected = fill(open_source(file))
-    assert config.kind == "llm" and config.llm.num_kv_heads == 2
+    assert config.task == "llm" and config.llm.num_kv_heads == 2
     for name, value in expected.items():
         assert params[name].dtype == dtype
         np.testing.assert_array_equal(np.asarray(params[name]), value.astype(params[name].dtype))

@@ -17,7 +17,7 @@ from vilam3_jax.models import siglip, vila
 @pytest.fixture(scope="module")
 def towers():
     graphdef, params = make(model_config(), "contrastive")
-    return partial(jax.jit(lambda params, *batch: vila.merge(graphdef, params)(*batch)), params)
+    return partial(jax.jit(lambda params, *batch: build.merge(graphdef, params)(*batch)), params)
 
 
 def pairs():

@@ -19,7 +19,7 @@ def full(graphdef, params, tokens, segments=None, positions=None):
     length = tokens.shape[1]
     segments = jnp.ones_like(tokens) if segments is None else segments
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape) if positions is None else positions
-    return jax.jit(lambda p: vila.merge(graphdef, p)(tokens, segments, positions))(params)
+    return jax.jit(lambda p: build.merge(graphdef, p)(tokens, segments, positions))(params)
 
 
 def random_tokens(rows, length, seed=0):
@@ -35,11 +35,11 @@ def test_ragged_prefill_and_steps_equal_the_full_forward():
 
     @jax.jit
     def extend(params, chunk, at, cache):
-        llm = vila.merge(graphdef, params).llm
+        llm = build.merge(graphdef, params).llm
         positions = at[:, None] + jnp.arange(chunk.shape[1])
         return llm.forward_cached(llm.embed(chunk), positions, cache, at)
 
-    cache = vila.merge(graphdef, params).llm.init_cache(2, length)
+    cache = build.merge(graphdef, params).llm.init_cache(2, length)
     at = np.zeros(2, int)
     # The last chunk's padding reaches beyond the cache: it must not fold back onto real slots.
     for width, true_lengths in ((6, (6, 2)), (6, (1, 6)), (1, (1, 1)), (1, (1, 1)), (6, (5, 4))):
@@ -55,7 +55,7 @@ def test_ragged_prefill_and_steps_equal_the_full_forward():
 
 def test_cache_keeps_the_rows_apart():
     graphdef, params = make(model_config())
-    llm = vila.merge(graphdef, params).llm
+    llm = build.merge(graphdef, params).llm
 
     @jax.jit
     def run(tokens):
@@ -93,7 +93,7 @@ def test_an_adapter_is_a_weight_change():
     assert {n for n in ("gate", "up", "down") if "lora_a" in mlp[n]} == {"down"}
     for leaf in (attn["q"], attn["v"], mlp["down"]):
         leaf["kernel"] += 8.0 / 3 * leaf.pop("lora_a") @ leaf.pop("lora_b")
-    plain, _ = vila.abstract_model(model_config(), "generative")
+    plain, _ = build.abstract_model(model_config(), "generative")
     np.testing.assert_allclose(adapted, full(plain, params, tokens), atol=2e-5)
 
 
@@ -118,11 +118,11 @@ def test_rematerialisation_changes_no_gradient_but_what_is_kept():
 
     def compiled(remat):
         cfg.remat = remat
-        graphdef, _ = vila.abstract_model(cfg, "generative")
+        graphdef, _ = build.abstract_model(cfg, "generative")
 
         def loss(p):
             return jnp.square(
-                vila.merge(graphdef, p)(tokens, jnp.ones_like(tokens), jnp.arange(9)[None])
+                build.merge(graphdef, p)(tokens, jnp.ones_like(tokens), jnp.arange(9)[None])
             ).sum()
 
         return jax.jit(jax.grad(loss)).lower(params).compile()
@@ -139,9 +139,9 @@ def test_rematerialisation_changes_no_gradient_but_what_is_kept():
 def test_unknown_settings_are_refused():
     cfg = model_config(lora_rank=2, lora_targets=("q", "query"))
     with pytest.raises(UserError, match="query"):
-        vila.abstract_model(cfg, "generative")
+        build.abstract_model(cfg, "generative")
     with pytest.raises(UserError, match="num_kv_heads=3"):
-        vila.abstract_model(model_config(num_kv_heads=3), "generative")
+        build.abstract_model(model_config(num_kv_heads=3), "generative")
     cfg = model_config()
     cfg.remat = "attention"
     graphdef, params = make(cfg)

@@ -33,7 +33,7 @@ PUBLISHED = {
 
 def counts(cfg, kind="generative"):
     """component -> number of parameters, without allocating any."""
-    _, abstract = vila.abstract_model(cfg, kind)
+    _, abstract = build.abstract_model(cfg, kind)
     out: dict[str, int] = {}
     for path, leaf in param_paths.flatten(abstract).items():
         part = path.partition("/")[0]
@@ -173,12 +173,12 @@ def test_image_tokens():
 def test_shapes_pass_through(name):
     """One packed row through the abstract model: text, an image in its place, hidden states out."""
     cfg = models.get(name)
-    graphdef, abstract = vila.abstract_model(cfg, "generative")
+    graphdef, abstract = build.abstract_model(cfg, "generative")
     size = cfg.image_size
     spec = jax.ShapeDtypeStruct
 
     def run(params, tokens, images, valid, index):
-        return vila.merge(graphdef, params)(tokens, tokens, tokens, images, valid, index)
+        return build.merge(graphdef, params)(tokens, tokens, tokens, images, valid, index)
 
     out = jax.eval_shape(
         run,
@@ -216,7 +216,7 @@ def test_one_number_of_a_published_size_is_overridden():
     argv += ["--config.mesh.fsdp=8", "--config.data.seq_len=300"]
     config = config_lib.parse(argv, flags.FlagValues())
     mesh = mesh_lib.build_mesh(config.mesh)
-    graphdef, nested = vila.abstract_model(config.model, config.kind)
+    graphdef, nested = build.abstract_model(config.model, config.task)
     rates = optimizer_lib.multipliers(config, list(param_paths.flatten(nested)))
     optimizer = optimizer_lib.make_optimizer(config, rates)
     state = state_lib.abstract_state(config, mesh, optimizer, rates)

@@ -56,7 +56,7 @@ def step(model):
     @jax.jit
     @jax.value_and_grad
     def run(params, images):
-        hidden = vila.merge(graphdef, params)(**{**data, "images": images})
+        hidden = build.merge(graphdef, params)(**{**data, "images": images})
         return jnp.square(hidden * (data["segment_ids"] != 0)[..., None]).sum()
 
     return run
@@ -70,13 +70,13 @@ def embed(model, data):
 
 @partial(jax.jit, static_argnums=0)
 def _embed(graphdef, params, *args):
-    return vila.merge(graphdef, params).embed(*args)
+    return build.merge(graphdef, params).embed(*args)
 
 
 def test_every_image_stands_in_its_place(model):
     graphdef, params = model
     data = batch()
-    built = vila.merge(graphdef, params)
+    built = build.merge(graphdef, params)
     assert built.num_image_tokens == TOKENS == vila.tokens_per_image(model_config())
     got = embed(model, data)
     text = np.array(built.llm.embed(data["tokens"]))
@@ -122,7 +122,7 @@ def test_unused_tower_parts_get_no_gradient(model, step):
 def test_text_alone_needs_no_images(model):
     graphdef, params = model
     data = batch()
-    built = vila.merge(graphdef, params)
+    built = build.merge(graphdef, params)
     rest = (data["tokens"], data["segment_ids"], data["positions"])
     run = jax.jit(built.__call__)
     text_only = run(*rest)
@@ -132,7 +132,7 @@ def test_text_alone_needs_no_images(model):
 
 def test_bad_batches_are_refused(model):
     graphdef, params = model
-    built = vila.merge(graphdef, params)
+    built = build.merge(graphdef, params)
     data = batch()
     with pytest.raises(ValueError, match="image_valid"):
         built.embed(data["tokens"], data["images"])
@@ -140,7 +140,7 @@ def test_bad_batches_are_refused(model):
         images = jnp.zeros((3, 1, 20, 20, 3), jnp.uint8)
         built.embed(data["tokens"], images, jnp.ones((3, 1), bool), data["visual_index"])
     with pytest.raises(ValueError, match="image_tiles"):
-        vila.merge(graphdef, params).embed(
+        build.merge(graphdef, params).embed(
             *(data[n] for n in ("tokens", "images", "image_valid", "visual_index")),
             jnp.zeros((GROUPS, SLOTS, 5), int),
         )
@@ -151,11 +151,11 @@ def test_bad_batches_are_refused(model):
 @pytest.mark.parametrize("kind", ["generative", "contrastive"])
 def test_building_is_abstract_deterministic_and_jittable(kind):
     cfg = model_config(lora_rank=2, tie_embeddings=False)
-    _, abstract = vila.abstract_model(cfg, kind)
+    _, abstract = build.abstract_model(cfg, kind)
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(abstract))
     # Random numbers are many lines of code: most of this test would be the optimiser's time.
     options = {"xla_backend_optimization_level": 0}
-    init = jax.jit(partial(vila.init_params, cfg, kind)).lower(jax.random.key(0)).compile(options)
+    init = jax.jit(partial(build.init_params, cfg, kind)).lower(jax.random.key(0)).compile(options)
     one, two, other = init(jax.random.key(0)), init(jax.random.key(0)), init(jax.random.key(1))
     jax.tree.map(np.testing.assert_array_equal, one, two)
     same_shape = jax.tree.map(lambda x, a: x.shape == a.shape and x.dtype == a.dtype, one, abstract)
@@ -170,9 +170,9 @@ def test_building_is_abstract_deterministic_and_jittable(kind):
 def test_bfloat16_compute_stays_near_float32():
     cfg = model_config()
     graphdef, params = make(cfg)
-    want = jax.jit(vila.merge(graphdef, params).__call__)(**batch())
+    want = jax.jit(build.merge(graphdef, params).__call__)(**batch())
     cfg.dtype = "bfloat16"
-    low = vila.merge(vila.abstract_model(cfg, "generative")[0], params)
+    low = build.merge(build.abstract_model(cfg, "generative")[0], params)
     got = jax.jit(low.__call__)(**batch())
     assert got.dtype == jnp.bfloat16
     real = np.asarray(batch()["segment_ids"] != 0)
@@ -183,22 +183,22 @@ def test_bfloat16_compute_stays_near_float32():
 def test_unknown_families_are_refused():
     cfg = model_config()
     with pytest.raises(UserError, match="generative"):
-        vila.abstract_model(cfg, "both")
+        build.abstract_model(cfg, "both")
     cfg.llm.type = "mamba"
     with pytest.raises(UserError, match="llama"):
-        vila.abstract_model(cfg, "generative")
+        build.abstract_model(cfg, "generative")
     cfg = model_config()
     cfg.image_size = 24
     with pytest.raises(UserError, match=r"image_size=24.*20"):
-        vila.abstract_model(cfg, "generative")
+        build.abstract_model(cfg, "generative")
     cfg = model_config()
     cfg.update(dict(image_aspect_ratio="dynamic_s2", s2_scales=(20, 40)))
     with pytest.raises(UserError, match=r"'dynamic_s2'.*token_order='column'"):
-        vila.abstract_model(cfg, "generative")
+        build.abstract_model(cfg, "generative")
     cfg = model_config()
     cfg.vision_tower.select_layer = -5
     with pytest.raises(UserError, match="select_layer=-5"):
-        vila.abstract_model(cfg, "generative")
+        build.abstract_model(cfg, "generative")
 
 
 def test_a_tower_whose_rows_are_padded_sees_the_same(model, monkeypatch):
@@ -207,7 +207,7 @@ def test_a_tower_whose_rows_are_padded_sees_the_same(model, monkeypatch):
     images = batch()["images"][0]
 
     def features_of(params):
-        return vila.merge(graphdef, params).vision_tower.features(images) ** 3
+        return build.merge(graphdef, params).vision_tower.features(images) ** 3
 
     def both():
         return jax.jit(features_of)(params), jax.jit(jax.grad(lambda p: features_of(p).sum()))(params)

@@ -67,7 +67,7 @@ def model_config(**llm: Any) -> ConfigDict:
 
 def make(cfg: ConfigDict, kind: str = "generative", seed: int = 0) -> tuple[Any, dict[str, Any]]:
     """(structure, random parameters), biases and norms too; drawn by NumPy, as compiling takes longer."""
-    graphdef, abstract = vila.abstract_model(cfg, kind)
+    graphdef, abstract = build.abstract_model(cfg, kind)
     rng = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:

@@ -106,7 +106,7 @@ def test_both_towers_of_a_siglip(tmp_path):
     assert summary.component == "contrastive" and not summary.unused
     params, settings, _ = exports.load_export(tmp_path / "ours")
     settings.dtype = "float32"
-    ours = vila.merge(vila.abstract_model(settings, "contrastive")[0], params)
+    ours = build.merge(build.abstract_model(settings, "contrastive")[0], params)
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (2, 20, 20, 3), np.uint8)
     tokens = rng.integers(0, 50, (3, 9))

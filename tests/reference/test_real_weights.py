@@ -97,7 +97,7 @@ def ours(export):
     """Config and parameters of a VILA with the imported LLM; its tower and projector are not used."""
     config = models.get("tiny")
     config.llm = exports.load_model_config(export).llm
-    wanted = param_paths.flatten(vila.abstract_model(config, "generative")[1])
+    wanted = param_paths.flatten(build.abstract_model(config, "generative")[1])
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     llm = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
@@ -110,12 +110,12 @@ def ours(export):
 
 def test_logits_of_real_reports(text, reference, ours, capsys):
     config, params = ours
-    graphdef, _ = vila.abstract_model(config, "generative")
+    graphdef, _ = build.abstract_model(config, "generative")
     ids = jnp.asarray([text[0]])
 
     @jax.jit
     def logits(params):
-        model = vila.merge(graphdef, params)
+        model = build.merge(graphdef, params)
         return model.llm.logits(model(ids, jnp.ones_like(ids), jnp.arange(TOKENS)[None]))[0]
 
     with jax.default_matmul_precision("highest"):

@@ -134,9 +134,9 @@ def our_model(order, **keys):
             ),
         )
     )  # fmt: skip
-    graphdef, abstract = vila.abstract_model(cfg, "generative")
+    graphdef, abstract = build.abstract_model(cfg, "generative")
     llm = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract["llm"])
-    return cfg, lambda params: vila.merge(graphdef, {**params, "llm": llm})
+    return cfg, lambda params: build.merge(graphdef, {**params, "llm": llm})
 
 
 def pictures(count, side, seed=0):
@@ -152,7 +152,10 @@ def test_s2_features_and_gradients(scales, order):
     ours, theirs = pictures(2, scales[-1])
     want = reference.s2(theirs, scales)
     cfg, model = our_model(order, s2_scales=scales)
-    assert vila.projector_width(cfg) == len(scales) * WIDTH and vila.tokens_per_image(cfg) == want.shape[1]
+    assert (
+        vila.projector_width(cfg) == len(scales) * WIDTH
+        and model_config_lib.resolve(cfg).tokens_per_image == want.shape[1]
+    )
     aim = np.random.default_rng(1).normal(size=want.shape).astype(np.float32)
 
     @jax.jit
@@ -192,7 +195,7 @@ def visual_tokens(cfg, params, model, dialogue, images):
     """What stands at the image positions of one packed dialogue, in order: [tokens, OUT]."""
     processor = image_processor(cfg)
     grids = [processor.grid(image) for image in images]
-    count = vila.tokens_per_image(cfg)
+    count = model_config_lib.resolve(cfg).tokens_per_image
     encoded = encode_document(Letters(), processor.expand(dialogue, grids), count)
     encoded = processor.merge(encoded, grids, count)
     inputs = tuple(tile for image in images for tile in processor.inputs(image))

@@ -92,7 +92,7 @@ def structure(dtype="float32"):
             text_tower=TEXT,
         )
     )
-    return vila.abstract_model(cfg, "contrastive")
+    return build.abstract_model(cfg, "contrastive")
 
 
 def weights_of(state):
@@ -125,7 +125,7 @@ def test_every_hidden_state_and_the_pooled_output():
     ours, theirs = images(2)
     with torch.no_grad():
         want = reference(theirs, output_hidden_states=True)
-    tower, default = (vila.merge(graphdef, params).vision_tower for _ in range(2))
+    tower, default = (build.merge(graphdef, params).vision_tower for _ in range(2))
     for state in range(LAYERS):
         tower.num_feature_layers = state
         features = jax.jit(lambda x: tower.features(x))(ours)
@@ -142,7 +142,7 @@ def test_contrastive_logits(length):
     ids = np.random.default_rng(5).integers(0, TEXT["vocab_size"], (4, length))
     with torch.no_grad():
         want = reference(input_ids=torch.from_numpy(ids), pixel_values=theirs)
-    model = vila.merge(graphdef, params)
+    model = build.merge(graphdef, params)
     img = jax.jit(model.vision_tower.pooled)(ours)
     txt = jax.jit(model.text_tower.__call__)(jnp.asarray(ids), jnp.ones(ids.shape, bool))
     img, txt = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (img, txt))
@@ -156,7 +156,7 @@ def test_every_layer_of_the_text_tower():
     ids = np.random.default_rng(8).integers(0, TEXT["vocab_size"], (3, TEXT["max_length"]))
     with torch.no_grad():
         want = reference.text_model(torch.from_numpy(ids), output_hidden_states=True).hidden_states
-    tower = vila.merge(graphdef, params).text_tower
+    tower = build.merge(graphdef, params).text_tower
     run = jax.jit(
         lambda x, count: run_stack(tower.blocks, x, remat="none", count=count),
         static_argnums=1,
@@ -181,7 +181,7 @@ def test_loss_and_gradients():
     @jax.jit
     @jax.value_and_grad
     def step(params):
-        model = vila.merge(graphdef, params)
+        model = build.merge(graphdef, params)
         img, txt = model(ours, jnp.asarray(ids), jnp.ones(ids.shape, bool))
         scalars = model.logit_scale[...], model.logit_bias[...]
         return sigmoid_contrastive_loss(img, txt, *scalars)[0] / 3
@@ -199,7 +199,7 @@ def test_bfloat16():
     ours, theirs = images(4, seed=5)
     ids = np.random.default_rng(9).integers(0, TEXT["vocab_size"], (4, TEXT["max_length"]))
     low = torch_weights.in_bfloat16(reference)
-    model = vila.merge(structure("bfloat16")[0], params)
+    model = build.merge(structure("bfloat16")[0], params)
     with torch.no_grad():
         exact = reference(torch.from_numpy(ids), theirs, output_hidden_states=True)
         rounded = low(torch.from_numpy(ids), theirs.bfloat16(), output_hidden_states=True)
@@ -272,7 +272,7 @@ def test_names_and_shapes_of_a_saved_two_tower_folder(tmp_path):
     ids = np.random.default_rng(7).integers(0, TEXT["vocab_size"], (3, TEXT["max_length"]))
     with torch.no_grad():
         want = SiglipModel.from_pretrained(tmp_path)(torch.from_numpy(ids), theirs).logits_per_image
-    model = vila.merge(graphdef, params)
+    model = build.merge(graphdef, params)
     img, txt = jax.jit(model.__call__)(ours, jnp.asarray(ids), jnp.ones(ids.shape, bool))
     logits = img @ txt.T * jnp.exp(params["logit_scale"]) + params["logit_bias"]
     np.testing.assert_allclose(logits, want, atol=1e-4, rtol=0)
@@ -305,7 +305,7 @@ def test_siglip2_at_its_own_grid():
     state[name] = state[name].reshape(WIDTH, PATCH, PATCH, 3).transpose(0, 3, 1, 2)
     graphdef, params = two_towers()[1:]
     params = {**params, "vision_tower": torch_weights.siglip_vision(state, LAYERS)}
-    tower = vila.merge(graphdef, params).vision_tower
+    tower = build.merge(graphdef, params).vision_tower
     np.testing.assert_allclose(jax.jit(tower.features)(ours), want.hidden_states[-2], atol=1e-5, rtol=0)
     np.testing.assert_allclose(jax.jit(tower.pooled)(ours), want.pooler_output, atol=2e-5, rtol=0)
 
@@ -315,7 +315,7 @@ def test_masked_padding_equals_the_text_without_it():
     ids = np.random.default_rng(7).integers(0, TEXT["vocab_size"], (2, 9))
     lengths = np.array([9, 4])
     valid = np.arange(9) < lengths[:, None]
-    text_tower = vila.merge(graphdef, params).text_tower
+    text_tower = build.merge(graphdef, params).text_tower
     got = jax.jit(text_tower.__call__)(jnp.asarray(ids), jnp.asarray(valid))
     for row, length in enumerate(lengths):
         with torch.no_grad():

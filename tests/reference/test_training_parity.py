@@ -218,7 +218,7 @@ def our_run(params, weight_decay):
     config.schedule.update(dict(peak=PEAK, warmup_fraction=WARMUP, end_fraction=0.0))
     config.data.rows_per_group = 2
     config.loss_chunk = 16
-    assert vila.tokens_per_image(config.model) == TOKENS
+    assert model_config_lib.resolve(config.model).tokens_per_image == TOKENS
     run = Run(config, compat.make_mesh([1] * len(MESH_AXES), MESH_AXES, jax.devices()[:1]))
     flat = param_paths.flatten(params)
     assert jax.tree.map(jnp.shape, flat) == jax.tree.map(jnp.shape, run.state["trainable"])

@@ -186,7 +186,7 @@ def test_logits_of_an_imported_folder(tmp_path, llm, kind, tower, template):
     assert config.template == template and (tokenizer / "tokenizer.json").exists()
     trained = dict.fromkeys(("split", "bos", "spaces"), "as_trained")
     assert config.text.to_dict() == {**trained, "image_end": "\n" if llm == "qwen2" else ""}
-    count = vila.tokens_per_image(config)
+    count = model_config_lib.resolve(config).tokens_per_image
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (2, SIZE, SIZE, 3), np.uint8)
     tokens = rng.integers(0, VOCAB, (2, count + 7)).astype(np.int32)
@@ -194,8 +194,8 @@ def test_logits_of_an_imported_folder(tmp_path, llm, kind, tower, template):
     index = np.full(tokens.shape, -1, np.int32)
     index[:, places] = np.arange(count)
     config.dtype = "float32"
-    graphdef, _ = vila.abstract_model(config, "generative")
-    model = vila.merge(graphdef, params)
+    graphdef, _ = build.abstract_model(config, "generative")
+    model = build.merge(graphdef, params)
     with jax.default_matmul_precision("highest"):
         hidden = model(
             jnp.asarray(tokens),

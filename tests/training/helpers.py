@@ -7,18 +7,15 @@ import numpy as np
 from vilam3_jax.configs import models
 
 from vilam3_jax import config as config_lib
-from vilam3_jax.data.batches import PackedBatch, PairBatch
-from vilam3_jax.models import param_paths, vila
-from vilam3_jax.sharding import logical_axes
+from vilam3_jax.data.batches import PackedBatch, PairBatch, map_fields
+from vilam3_jax.models import model_config
 from vilam3_jax.sharding import mesh as mesh_lib
-from vilam3_jax.training import optimizer as optimizer_lib
-from vilam3_jax.training import state as state_lib
-from vilam3_jax.training import step as step_lib
+from vilam3_jax.training import program as program_lib
 
 
-def tiny_config(kind="generative", **mesh_axes):
+def tiny_config(task="generative", **mesh_axes):
     config = config_lib.base_config()
-    config.kind = kind
+    config.task = task
     config.model = models.get("tiny")
     config.mesh.update(dict(fsdp=1) | mesh_axes)
     config.num_steps = 20
@@ -30,7 +27,7 @@ def tiny_config(kind="generative", **mesh_axes):
 def packed_batch(seed, rows=8, length=48, slots=2, rows_per_group=1, side=32):
     """Rows of two samples each, one image a sample, uneven numbers of supervised tokens."""
     rng = np.random.default_rng(seed)
-    tokens_per_image = vila.tokens_per_image(models.get("tiny"))
+    tokens_per_image = model_config.resolve(models.get("tiny")).tokens_per_image
     groups = rows // rows_per_group
     batch = PackedBatch(
         tokens=rng.integers(0, 2000, (rows, length), dtype=np.int32),
@@ -71,7 +68,7 @@ def tiled_batch(seed, rows=8, length=48):
     tiles = np.tile(np.asarray([[0, 1, 0, 1, 0], *grid, [5, 1, 0, 1, 0]], np.int32), (rows, 1, 1))
     batch = dataclasses.replace(packed_batch(seed, rows, length, slots=6), image_tiles=tiles)
     batch.visual_index[:] = -1
-    tokens_per_image = vila.tokens_per_image(models.get("tiny"))
+    tokens_per_image = model_config.resolve(models.get("tiny")).tokens_per_image
     for row in range(rows):
         first = np.arange(1, 5) * tokens_per_image
         places = np.concatenate([first, first + 1])  # some tokens of each tile, those of two tiles in turn
@@ -83,32 +80,25 @@ def tiled_batch(seed, rows=8, length=48):
 
 
 class Run:
-    """A trainer without files: state, step and losses."""
+    """A trainer without files: the program that `train` runs, its state and metrics."""
 
-    def __init__(self, config, devices=None):
-        self.config = config
-        self.mesh = mesh_lib.build_mesh(config.mesh) if devices is None else devices
-        graphdef, nested = vila.abstract_model(config.model, config.kind)
-        rates = optimizer_lib.multipliers(config, list(param_paths.flatten(nested)))
-        self.optimizer = optimizer_lib.make_optimizer(config, {p: r for p, r in rates.items() if r})
-        self.abstract = state_lib.abstract_state(config, self.mesh, self.optimizer, rates)
-        self.state, self.origin = state_lib.initial_state(config, self.abstract, self.optimizer)
-        loss = step_lib.make_loss(config, graphdef)
-        schedule = optimizer_lib.learning_rate(config)
-        self._step = step_lib.make_train_step(config, loss, self.optimizer, schedule)
-        self._compiled = None
+    def __init__(self, config, mesh=None):
+        self.config = config_lib.resolve(config)
+        self.mesh = mesh_lib.build_mesh(self.config.mesh) if mesh is None else mesh
+        self.program = program_lib.build(self.config, self.mesh)
+        self.state, self.origin = self.program.initial_state()
+        self._compiled = {}
 
     def step(self, batch):
-        placed = state_lib.shardings(self.abstract)
-        batch = jax.device_put(batch, mesh_lib.batch_shardings(batch, self.mesh))
-        rules = self.config.activation_rules.to_dict()
-        weights = {**placed["frozen"], **placed["trainable"]}
-        with logical_axes.activation_rules(self.mesh, rules, self.config.attention, weights):
-            if self._compiled is None:
-                self._compiled = (
-                    jax.jit(self._step, out_shardings=(placed, None)).lower(self.state, batch).compile()
-                )
-            self.state, metrics = self._compiled(self.state, batch)
+        """Runs the step on a batch, whose shapes need not be those of the config."""
+        batch = map_fields(
+            lambda name, x: jax.device_put(x, program_lib.field_sharding(name, x.shape, self.mesh)), batch
+        )
+        shapes = jax.tree.structure(batch), tuple(x.shape for x in jax.tree.leaves(batch))
+        if shapes not in self._compiled:
+            with self.program.context():
+                self._compiled[shapes] = self.program.step.lower(self.state, batch).compile()
+        self.state, metrics = self._compiled[shapes](self.state, batch)
         return {key: float(value) for key, value in metrics.items()}
 
 

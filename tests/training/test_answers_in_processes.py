@@ -42,9 +42,9 @@ def world(tmp_path_factory):
     """Data, and an export whose texts depend on image and question: larger weights than a new model's."""
     root = make_world(tmp_path_factory.mktemp("world"))
     config = config_lib.load("configs/stage3_instruct.py:tiny", {})
-    params = jax.jit(lambda key: vila.init_params(config.model, config.kind, key))(jax.random.key(0))
+    params = jax.jit(lambda key: build.init_params(config.model, config.task, key))(jax.random.key(0))
     params = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, params)
-    model = {**config.model.to_dict(), "kind": config.kind}
+    model = {**config.model.to_dict(), "kind": config.task}
     exports.export_model(root / "export", params, model, str(root / "tokenizer"), {})
     return root
 

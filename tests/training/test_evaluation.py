@@ -42,7 +42,9 @@ def losses_of(root, **data):
     program = build(cfg)
     state, _ = state_lib.initial_state(cfg, program.state, program.optimizer)
     placement = device_put.Placement(cfg, program.mesh)
-    return evaluation.HeldoutLosses(program, placement, vila.tokens_per_image(cfg.model)), state
+    return evaluation.HeldoutLosses(
+        program, placement, model_config_lib.resolve(cfg.model).tokens_per_image
+    ), state
 
 
 def test_no_more_is_computed_at_a_time_than_in_training():

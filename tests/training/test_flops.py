@@ -15,7 +15,7 @@ from vilam3_jax.training import step as step_lib
 
 def config_of(name, trainable=((r".*", 1.0),), kind="generative"):
     config = config_lib.base_config()
-    config.kind, config.model, config.trainable = kind, models.get(name), trainable
+    config.task, config.model, config.trainable = kind, models.get(name), trainable
     return config
 
 
@@ -96,7 +96,7 @@ def test_the_count_agrees_with_xla(kind):
     config.model.vision_tower.select_layer = -1
     config.loss_chunk = 48
     batch = packed_batch(0) if kind == "generative" else pair_batch(0)
-    graphdef, nested = vila.abstract_model(config.model, kind)
+    graphdef, nested = build.abstract_model(config.model, kind)
     loss = step_lib.make_loss(config, graphdef)
     gradient = jax.jit(jax.grad(lambda params, batch: loss(params, batch)[0]))
     cost = gradient.lower(param_paths.flatten(nested), batch).compile().cost_analysis()

@@ -37,7 +37,7 @@ def counted(trainable, remat="none"):
     config = tiny_config(fsdp=8)
     config.model.remat, config.trainable, config.loss_chunk = remat, trainable, 48
     config.model.llm.num_layers = 4
-    graphdef, nested = vila.abstract_model(config.model, config.kind)
+    graphdef, nested = build.abstract_model(config.model, config.task)
     shapes = param_paths.flatten(nested)
     rates = optimizer_lib.multipliers(config, list(shapes))
     optimizer = optimizer_lib.make_optimizer(config, {p: r for p, r in rates.items() if r})
@@ -50,9 +50,9 @@ def counted(trainable, remat="none"):
     states = jax.ShapeDtypeStruct((*batch.tokens.shape, llm.hidden_size), "float32")
     marks = batch.segment_ids, batch.positions
     forward = {
-        "tower": products(lambda p: vila.merge(graphdef, p).vision_tower.features(images), nested),
-        "encoded": products(lambda p: vila.merge(graphdef, p).encode_images(images), nested),
-        "llm": products(lambda p, x: vila.merge(graphdef, p).llm(x, *marks), nested, states),
+        "tower": products(lambda p: build.merge(graphdef, p).vision_tower.features(images), nested),
+        "encoded": products(lambda p: build.merge(graphdef, p).encode_images(images), nested),
+        "llm": products(lambda p, x: build.merge(graphdef, p).llm(x, *marks), nested, states),
         "head": tokens * llm.hidden_size * llm.vocab_size,
         # Without the two products of attention, whose gradient takes five.
         "llm_weights": tokens

@@ -57,10 +57,10 @@ def described(config):
 
 def hidden_states(config, params):
     """Hidden states of all positions, as the model in training computes them."""
-    graphdef, _ = vila.abstract_model(config.model, "generative")
+    graphdef, _ = build.abstract_model(config.model, "generative")
     batch = packed_batch(0)
     names = ("tokens", "segment_ids", "positions", "images", "image_valid", "visual_index")
-    run = jax.jit(lambda params, *args: vila.merge(graphdef, params)(*args))
+    run = jax.jit(lambda params, *args: build.merge(graphdef, params)(*args))
     return run(param_paths.unflatten(dict(params)), *(getattr(batch, name) for name in names))
 
 
@@ -85,7 +85,7 @@ def test_memory_of_frozen_kernels_drops(kind, share):
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_are_quantised_as_they_are_read(tmp_path, kind):
     config = make_config(kind, fsdp=2, tensor=2)
-    init = jax.jit(lambda key: vila.init_params(config.model, "generative", key))
+    init = jax.jit(lambda key: build.init_params(config.model, "generative", key))
     plain = param_paths.flatten(init(jax.random.key(7)))
     base = {path: leaf for path, leaf in plain.items() if "/lora_" not in path}
     exports.export_model(tmp_path / "base", base, described(config), None, {})

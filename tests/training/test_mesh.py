@@ -35,7 +35,7 @@ def test_a_mesh_that_does_not_fit_names_the_axes(axes):
 @pytest.mark.parametrize("kind", ["generative", "contrastive"])
 def test_every_large_parameter_is_split(kind):
     mesh = mesh_lib.build_mesh(mesh_config(fsdp=4, tensor=2))
-    _, nested = vila.abstract_model(models.get("tiny"), kind)
+    _, nested = build.abstract_model(models.get("tiny"), kind)
     shapes = param_paths.flatten(nested)
     placed = mesh_lib.parameter_shardings(shapes, config_lib.PARAMETER_RULES, mesh)
     for path, leaf in shapes.items():
@@ -48,7 +48,7 @@ def test_every_large_parameter_is_split(kind):
 
 
 def test_rules_that_leave_a_model_whole_are_refused():
-    _, nested = vila.abstract_model(models.get("vila_m3_8b"), "generative")
+    _, nested = build.abstract_model(models.get("vila_m3_8b"), "generative")
     shapes = param_paths.flatten(nested)
     rules = ((r"llm/layers/.*", ()), *config_lib.PARAMETER_RULES)
     with pytest.raises(UserError, match=r"MiB would be whole on every device, such as llm/layers/mlp/"):
@@ -57,7 +57,7 @@ def test_rules_that_leave_a_model_whole_are_refused():
 
 
 def test_a_row_of_ones_own_must_match():
-    _, nested = vila.abstract_model(models.get("tiny"), "generative")
+    _, nested = build.abstract_model(models.get("tiny"), "generative")
     rules = ((r"llm/layrs/.*", ("fsdp",)), *config_lib.PARAMETER_RULES)
     with pytest.raises(UserError, match=r"no parameter matches the row\(s\) llm/layrs"):
         mesh_lib.parameter_shardings(

@@ -190,7 +190,7 @@ def test_sharded_equals_one_device_and_the_state_is_split(name):
     """The update alone, of the tiny model's parameters."""
     config = config_of(name)
     config.model.llm.mlp_dim = 256
-    shapes = param_paths.flatten(vila.abstract_model(config.model, config.kind)[1])
+    shapes = param_paths.flatten(build.abstract_model(config.model, config.task)[1])
     rates = optimizer_lib.multipliers(config, list(shapes))
     optimizer = optimizer_lib.make_optimizer(config, rates)
     rng = np.random.default_rng(0)

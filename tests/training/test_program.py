@@ -37,7 +37,7 @@ def world(tmp_path_factory):
 def make_config(world, changes):
     config = tiny_config(changes.get("kind", "generative"), data=2, fsdp=2, tensor=2)
     config.data.path, config.model.tokenizer = str(world / "data"), str(world / "tokenizer")
-    config.data.mixture = (("pairs", 1.0),) if config.kind == "contrastive" else (("instruct", 1.0),)
+    config.data.mixture = (("pairs", 1.0),) if config.task == "contrastive" else (("instruct", 1.0),)
     config.data.seq_len = 128
     with config.unlocked():
         if "image_aspect_ratio" in changes:
@@ -55,7 +55,10 @@ def test_the_step_from_the_config_alone_is_the_step_on_the_loaders_batches(world
     mesh = mesh_lib.build_mesh(config.mesh)
     program = program_lib.build(config, mesh)
     loader = loader_lib.build_loader(
-        config, "train", tokens_per_image=vila.tokens_per_image(config.model), experts="off"
+        config,
+        "train",
+        tokens_per_image=model_config_lib.resolve(config.model).tokens_per_image,
+        experts="off",
     )
     batch = next(iter(loader))
     loader.close()

@@ -39,7 +39,7 @@ def test_a_model_is_the_one_that_its_checkpoint_names(llm):
 def adapted(tmp_path_factory):
     """An export with trained adapters."""
     config = with_adapters()
-    params = param_paths.flatten(vila.init_params(config.model, "generative", jax.random.key(3)))
+    params = param_paths.flatten(build.init_params(config.model, "generative", jax.random.key(3)))
     params = {p: leaf + 0.1 if p.endswith("/lora_b") else leaf for p, leaf in params.items()}
     out = tmp_path_factory.mktemp("adapted") / "export"
     exports.export_model(out, params, {**config.model.to_dict(), "kind": "generative"}, None, {})

@@ -287,8 +287,8 @@ def test_a_group_multiplier_scales_its_update():
 
 def test_the_loss_is_the_token_mean_over_the_global_batch():
     config = tiny_config()
-    graphdef, _ = vila.abstract_model(config.model, "generative")
-    params = param_paths.flatten(vila.init_params(config.model, "generative", jax.random.key(0)))
+    graphdef, _ = build.abstract_model(config.model, "generative")
+    params = param_paths.flatten(build.init_params(config.model, "generative", jax.random.key(0)))
     loss = step_lib.make_loss(config, graphdef)
     batch = jax.tree.map(jnp.asarray, packed_batch(3))
     total, sums = loss(params, batch)

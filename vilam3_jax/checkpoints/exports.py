@@ -26,11 +26,12 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from vilam3_jax.checkpoints.run_checkpoints import UNCOMPRESSED, first_line, versions
-from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import param_paths
+from vilam3_jax.models import build, param_paths
+from vilam3_jax.models.model_config import ModelConfig
 from vilam3_jax.ops.quantized import QuantizedKernel
 from vilam3_jax.runtime import locks, paths, processes
+from vilam3_jax.runtime.settings import from_mapping
 
 EXPORT_FILES = ("model.json", "params")
 # Orbax holds what it reads twice: 1.2 GB keep a host below 1.5 leaves and a gigabyte.
@@ -357,7 +358,18 @@ def _replace_folder(new: epath.Path, out: epath.Path) -> None:
         shutil.rmtree(old) if "://" not in str(old) else old.rmtree()
 
 
-def load_model_config(export: paths.PathLike) -> ConfigDict:
+@dataclasses.dataclass(frozen=True)
+class StoredModel(ModelConfig):
+    """The config of an exported model or component.
+
+    Attributes:
+      kind: 'generative' or 'contrastive', or the component that the export holds.
+    """
+
+    kind: str = ""
+
+
+def load_model_config(export: paths.PathLike) -> StoredModel:
     """Reads the model config of an export.
 
     Raises:
@@ -371,12 +383,15 @@ def load_model_config(export: paths.PathLike) -> ConfigDict:
                 "or the --out folder of `vilam3 convert import`"
             )
     try:
-        config = _tuples(json.loads(paths.read_bytes(export / "model.json", _MAX_JSON)))
+        config = json.loads(paths.read_bytes(export / "model.json", _MAX_JSON))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{export / 'model.json'}: is damaged ({error}); export the model again") from error
     if not isinstance(config, dict) or not isinstance(config.get("kind"), str):
-        raise UserError(f"{export / 'model.json'}: says no kind of model; export the model again")
-    return ConfigDict(config)
+        raise UserError(f"{export / 'model.json'}: does not state the kind of model; export the model again")
+    try:
+        return from_mapping(StoredModel, config)
+    except UserError as error:
+        raise UserError(f"{export / 'model.json'}: {error}; export the model again") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -496,26 +511,17 @@ def _load_ranges(ranges: Sequence[StoredRows], leaf: jax.ShapeDtypeStruct) -> ja
 
 def load_export(
     export: paths.PathLike, sharding: jax.sharding.Sharding | None = None
-) -> tuple[dict[str, Any], ConfigDict, epath.Path]:
+) -> tuple[dict[str, Any], StoredModel, epath.Path]:
     """Opens an export on one device (or on `sharding`).
 
     Returns:
       Nested parameters, model config, tokenizer folder.
     """
-    from vilam3_jax.models import vila  # the models import nothing from here, but their import is slow
-
     config = load_model_config(export)
     place = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    _, nested = vila.abstract_model(config, config.kind)
+    _, nested = build.abstract_model(config, config.kind)
     wanted = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
         for path, leaf in param_paths.flatten(nested).items()
     }
     return param_paths.unflatten(load_params(export, wanted)), config, paths.as_path(export) / "tokenizer"
-
-
-def _tuples(value: Any) -> Any:
-    """JSON has no tuples; configs hold no lists."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -11,36 +12,27 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vilam3_jax.checkpoints.exports import StoredRows, load_model_config, parameter_shape, stored_rows
-from vilam3_jax.config import ConfigDict, image_layout
-from vilam3_jax.convert.huggingface import (
-    LICENCE_FILES,
-    intern_vit_folder_config,
-    llama_folder_config,
-    siglip_folder_config,
-    siglip_pair_folder_config,
-    siglip_preprocessor,
+from vilam3_jax.checkpoints.exports import (
+    StoredModel,
+    StoredRows,
+    load_model_config,
+    parameter_shape,
+    stored_rows,
 )
+from vilam3_jax.convert.huggingface import LICENCE_FILES, llm_folder_config
 from vilam3_jax.convert.importer import DTYPES, Progress, carry, check_dtype, free_place, silent
 from vilam3_jax.convert.safetensors_files import SafetensorsFolder, SafetensorsWriter, contiguous
-from vilam3_jax.convert.sources import (
-    Rule,
-    intern_vit_rules,
-    llama_rules,
-    projector_rules,
-    siglip_rules,
-    siglip_text_rules,
-)
 from vilam3_jax.convert.vila import PARTS, vila_folder_config
 from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vilam3_jax.errors import UserError
-from vilam3_jax.models.projector import plan
+from vilam3_jax.models import families, projector, siglip
+from vilam3_jax.models.hugging_face import TensorRule
+from vilam3_jax.models.model_config import ModelConfig
 from vilam3_jax.runtime.paths import PathLike, as_path, read_bytes, write_text_atomic
 
 _SECTIONS = {
@@ -58,8 +50,8 @@ _Job = tuple[str, int, Callable[[], np.ndarray]]
 _LowRank = Callable[[int], np.ndarray]
 
 
-@dataclass(frozen=True)
-class Summary:
+@dataclasses.dataclass(frozen=True)
+class ExportSummary:
     """What an export did.
 
     Attributes:
@@ -79,13 +71,14 @@ class Summary:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Part:
     """One Hugging Face folder to be written."""
 
     folder: str
-    rules: list[Rule]
+    rules: list[TensorRule]
     config: dict[str, Any]
+    preprocessor: dict[str, Any] | None = None
 
 
 def export_folder(
@@ -96,7 +89,7 @@ def export_folder(
     verify: bool = True,
     file_bytes: int = FILE_BYTES,
     progress: Progress = silent,
-) -> Summary:
+) -> ExportSummary:
     """Writes an export as a VILA folder, or as one Hugging Face folder where it holds one component.
 
     LoRAs are merged into their kernels. Holds one stored leaf at a time. Complete or not at all.
@@ -117,15 +110,13 @@ def export_folder(
         raise UserError(f"{out}: files are written in any order; give a folder on a local disk")
     target = Path(free_place(out))
     check_dtype(dtype)
-    model = load_model_config(source).to_dict()
-    missing = [key for key in _SECTIONS.get(model["kind"], ()) if not isinstance(model.get(key), dict)]
-    if missing or model.get("param_dtype") not in DTYPES:
-        wrong = f"no {missing[0]}" if missing else f"param_dtype={model.get('param_dtype')!r}"
-        raise UserError(f"{source}: its model.json has {wrong}; export the model again")
-    dtype = model["param_dtype"] if dtype == "auto" else dtype
+    model = load_model_config(source)
+    if missing := [key for key in _SECTIONS.get(model.kind, ()) if getattr(model, key) is None]:
+        raise UserError(f"{source}: its model.json has no {missing[0]}; export the model again")
+    dtype = model.param_dtype if dtype == "auto" else dtype
     tokenizer_folder = as_path(source) / "tokenizer"
     tokenizer = load_tokenizer(tokenizer_folder) if tokenizer_folder.exists() else None
-    parts, root = _plan(source, model, tokenizer, dtype)
+    parts, root = _layout(source, model, tokenizer, dtype)
     stored = stored_rows(source)
     _check_coverage(source, parts, stored)
 
@@ -156,7 +147,7 @@ def export_folder(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Summary(
+    return ExportSummary(
         folders=tuple(part.folder for part in parts),
         tensors=tensors,
         bytes=written.total,
@@ -166,60 +157,66 @@ def export_folder(
     )
 
 
-def _plan(
-    source: PathLike, model: Mapping[str, Any], tokenizer: Tokenizer | None, dtype: str
+def _layout(
+    source: PathLike, model: StoredModel, tokenizer: Tokenizer | None, dtype: str
 ) -> tuple[list[_Part], dict[str, Any] | None]:
-    """The folders to write, and the root's config where they are parts of a VILA folder."""
-    kind = model["kind"]
-    if kind == "llm":
-        return [_llm(".", model["llm"], tokenizer, dtype)], None
-    if kind == "vision_tower":
-        return [_vision_tower(".", model["vision_tower"], dtype)], None
-    if kind == "contrastive":
-        rules = _vision_tower(".", model["vision_tower"], dtype).rules
-        rules += siglip_text_rules(model["text_tower"]["num_layers"])
-        return [_Part(".", rules, siglip_pair_folder_config(model, dtype))], None
-    if kind != "generative":
-        raise UserError(f"{source}: an export of unknown kind {kind!r}; export the model again")
+    """The folders to write, and the root's config if they are parts of a VILA folder."""
+    if model.kind == "llm":
+        return [_llm(".", model, tokenizer, dtype)], None
+    if model.kind == "vision_tower":
+        return [_vision_tower(".", model, dtype)], None
+    if model.kind == "contrastive":
+        tower = _vision_tower(".", model, dtype)
+        assert model.text_tower is not None
+        rules = [*tower.rules, *siglip.text_tensors(model.text_tower)]
+        config = siglip.write_pair_config(model.vision_tower, model.text_tower, dtype)
+        return [_Part(".", rules, config, tower.preprocessor)], None
+    if model.kind != "generative":
+        raise UserError(f"{source}: an export of unknown kind {model.kind!r}; export the model again")
     parts = [
-        _vision_tower(PARTS["vision_tower"], model["vision_tower"], dtype),
+        _vision_tower(PARTS["vision_tower"], model, dtype),
         _projector(PARTS["projector"], model, dtype),
-        _llm(PARTS["llm"], model["llm"], tokenizer, dtype),
+        _llm(PARTS["llm"], model, tokenizer, dtype),
     ]
     return parts, vila_folder_config(model, dtype, {part.folder: part.config for part in parts})
 
 
-def _llm(folder: str, llm: Mapping[str, Any], tokenizer: Tokenizer | None, dtype: str) -> _Part:
-    return _Part(folder, llama_rules(llm), llama_folder_config(llm, tokenizer, dtype))
+def _llm(folder: str, model: ModelConfig, tokenizer: Tokenizer | None, dtype: str) -> _Part:
+    layout = families.get("llm", model.llm.type).hugging_face
+    return _Part(folder, layout.tensors(model.llm), llm_folder_config(model.llm, tokenizer, dtype))
 
 
-def _vision_tower(folder: str, tower: Mapping[str, Any], dtype: str) -> _Part:
-    if tower["type"] == "intern_vit":
-        return _Part(folder, intern_vit_rules(tower["num_layers"]), intern_vit_folder_config(tower, dtype))
-    rules = siglip_rules(tower["num_layers"], "vision_model.", tower["head"])
-    return _Part(folder, rules, siglip_folder_config(tower, dtype))
+def _vision_tower(folder: str, model: ModelConfig, dtype: str) -> _Part:
+    tower = model.vision_tower
+    layout = families.get("vision_tower", tower.type).hugging_face
+    rules = [
+        dataclasses.replace(rule, sources=tuple(layout.prefix + name for name in rule.sources))
+        for rule in layout.tensors(tower)
+    ]
+    preprocessor = layout.preprocessor(tower) if layout.preprocessor else None
+    return _Part(folder, rules, layout.write_config(tower, dtype), preprocessor)
 
 
-def _projector(folder: str, model: Mapping[str, Any], dtype: str) -> _Part:
-    kind = model["projector"]["type"]
-    width = model["vision_tower"]["hidden_size"] * image_layout(ConfigDict(dict(model))).feature_maps
-    meaning = plan(kind, width, model["llm"]["hidden_size"])
+def _projector(folder: str, model: ModelConfig, dtype: str) -> _Part:
+    assert model.projector is not None
+    kind = model.projector.type
+    layers = projector.layers_of(kind, model.projector_width, model.llm.hidden_size)
     config = {
         "architectures": ["MultimodalProjector"],
         "model_type": "v2l_projector",
         "mm_projector_type": kind,
         "torch_dtype": dtype,
     }
-    return _Part(folder, projector_rules(kind, meaning), config)
+    return _Part(folder, projector.tensors(kind, layers), config)
 
 
 def _check_coverage(source: PathLike, parts: Sequence[_Part], stored: Stored) -> None:
     wanted = {rule.target for part in parts for rule in part.rules}
-    held = {path for path in stored if not path.endswith(("/lora_a", "/lora_b"))}
-    if wanted != held:
+    found = {path for path in stored if not path.endswith(("/lora_a", "/lora_b"))}
+    if wanted != found:
         raise UserError(
-            f"{source}: does not fit its model.json; parameters missing: {sorted(wanted - held)[:12]}; "
-            f"parameters not exported: {sorted(held - wanted)[:12]}; export the model again"
+            f"{source}: does not fit its model.json; parameters missing: {sorted(wanted - found)[:12]}; "
+            f"parameters not exported: {sorted(found - wanted)[:12]}; export the model again"
         )
 
 
@@ -237,7 +234,7 @@ class _Counter:
 def _write_part(
     folder: Path,
     part: _Part,
-    model: Mapping[str, Any],
+    model: ModelConfig,
     stored: Stored,
     dtype: Any,
     file_bytes: int,
@@ -278,14 +275,12 @@ def _write_part(
                     f"{folder}: {name} reads back as other bytes than were written; check the disk"
                 )
     _write_json(folder / "config.json", part.config)
-    if part.config["model_type"] in ("siglip", "siglip_vision_model"):
-        _write_json(folder / "preprocessor_config.json", siglip_preprocessor(model["vision_tower"]))
-    elif part.config["model_type"] == "intern_vit_6b":
-        _write_json(folder / "preprocessor_config.json", {"image_processor_type": "InternVisionPreprocessor"})
+    if part.preprocessor is not None:
+        _write_json(folder / "preprocessor_config.json", part.preprocessor)
     return len(shapes)
 
 
-def _arrays(rule: Rule, stored: Stored) -> Iterator[tuple[int, np.ndarray]]:
+def _arrays(rule: TensorRule, stored: Stored) -> Iterator[tuple[int, np.ndarray]]:
     """Yields first layer and layers of a stack, leaf by leaf; or 0 and the one array of another parameter."""
     ranges = stored[rule.target]
     if rule.stacked:
@@ -295,7 +290,7 @@ def _arrays(rule: Rule, stored: Stored) -> Iterator[tuple[int, np.ndarray]]:
         yield 0, np.concatenate([rows.read() for rows in ranges]) if len(ranges) > 1 else ranges[0].read()
 
 
-def _jobs(rule: Rule, first: int, array: np.ndarray, low_rank: _LowRank | None) -> Iterator[_Job]:
+def _jobs(rule: TensorRule, first: int, array: np.ndarray, low_rank: _LowRank | None) -> Iterator[_Job]:
     """Yields tensor name, first row, and what makes the rows: no more is held than is being written."""
 
     def layer(index: int) -> np.ndarray:
@@ -319,7 +314,7 @@ def _jobs(rule: Rule, first: int, array: np.ndarray, low_rank: _LowRank | None) 
         yield rule.sources[first + index], row, functools.partial(layer, index)
 
 
-def _low_rank(path: str, model: Mapping[str, Any], stored: Stored) -> _LowRank | None:
+def _low_rank(path: str, model: ModelConfig, stored: Stored) -> _LowRank | None:
     """What the LoRA of a stack of kernels adds to layer i, in float32; None if it has none."""
     stem = path.removesuffix("/kernel")
     if f"{stem}/lora_a" not in stored:
@@ -328,7 +323,7 @@ def _low_rank(path: str, model: Mapping[str, Any], stored: Stored) -> _LowRank |
         np.concatenate([rows.read() for rows in stored[f"{stem}/lora_{name}"]]).astype(np.float32)
         for name in "ab"
     )
-    scale = model["llm"]["lora_alpha"] / model["llm"]["lora_rank"]
+    scale = model.llm.lora_alpha / model.llm.lora_rank
     return lambda layer: scale * (a[layer] @ b[layer])
 
 

@@ -12,9 +12,11 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from vilam3_jax.convert.sources import Source, layer_count, llama_rules, whole
+from vilam3_jax.convert.sources import Source
 from vilam3_jax.data.tokenizer import Tokenizer, digit_byte_level
 from vilam3_jax.errors import UserError
+from vilam3_jax.models import llama
+from vilam3_jax.models.hugging_face import layer_count, whole
 
 # GGUF's names → Hugging Face's.
 _OUTER = {
@@ -179,9 +181,9 @@ def open_gguf(path: Path) -> Source:
     }
     return Source(
         component="llm",
-        config=config,
+        config=llama.LlamaConfig(**config).to_dict(),
         tensors=file.shapes,
-        rules=llama_rules(config),
+        rules=llama.tensors(llama.LlamaConfig(**config)),
         reader=file,
         files=[path],
         licence=licence,
@@ -223,9 +225,6 @@ def _llm_config(file: GgufFile, tie: bool) -> dict[str, Any]:
         "norm_eps": epsilon,
         "max_positions": file.whole("llama.context_length", 2048),
         "tie_embeddings": tie,
-        "lora_rank": 0,
-        "lora_alpha": 16.0,
-        "lora_targets": (),
     }
 
 

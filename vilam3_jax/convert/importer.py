@@ -24,40 +24,26 @@ import numpy as np
 from etils import epath
 
 from vilam3_jax.checkpoints.exports import Leaf, host_sharding, stored_leaves, write_export
-from vilam3_jax.config import ConfigDict
 from vilam3_jax.convert.gguf import open_gguf
-from vilam3_jax.convert.huggingface import (
-    open_intern_vit,
-    open_llama,
-    open_siglip,
-    open_siglip_pair,
-)
+from vilam3_jax.convert.huggingface import open_folder, open_siglip_pair
 from vilam3_jax.convert.safetensors_files import copy_into, read_config
 from vilam3_jax.convert.source_checks import check_folder, check_weights, refuse_file
-from vilam3_jax.convert.sources import Checkpoint, Index, Rule, Source
+from vilam3_jax.convert.sources import Checkpoint, Source
 from vilam3_jax.convert.torch_files import with_safetensors
 from vilam3_jax.convert.vila import PARTS, open_vila
 from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vilam3_jax.errors import UserError
+from vilam3_jax.models import families
+from vilam3_jax.models.hugging_face import Index, TensorRule
 from vilam3_jax.runtime.paths import PathLike, as_path, read_bytes
 
 OPENERS: dict[str, Callable[[Path], Source | Checkpoint]] = {
     "gguf": open_gguf,
-    "hf_llama": open_llama,
-    "siglip": open_siglip,
+    "hugging_face": open_folder,
     "siglip_pair": open_siglip_pair,
-    "intern_vit": open_intern_vit,
 }
 FORMATS = (*OPENERS, "vila")
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
-_MODEL_TYPES = {
-    "llama": "hf_llama",
-    "qwen2": "hf_llama",
-    "qwen3": "hf_llama",
-    "siglip": "siglip_pair",
-    "siglip_vision_model": "siglip",
-    "intern_vit_6b": "intern_vit",
-}
 _NAMES_SHOWN = 12
 
 _READERS = 2
@@ -74,7 +60,7 @@ def silent(written: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
-class Summary:
+class ImportSummary:
     """What an import did.
 
     Attributes:
@@ -124,10 +110,7 @@ def detect_format(source: Path) -> str:
         if any((source / name).is_dir() for name in PARTS.values()):
             return "vila"
         model_type = read_config(source / "config.json").get("model_type")
-        if isinstance(model_type, str) and model_type in _MODEL_TYPES:
-            return _MODEL_TYPES[model_type]
-        known = ", ".join(sorted(_MODEL_TYPES))
-        raise UserError(f"{source / 'config.json'}: model_type {model_type!r} is not supported, only {known}")
+        return "siglip_pair" if model_type == "siglip" else "hugging_face"
     if list(source.glob("*.gguf")):
         return "gguf"
     raise UserError(f"{source}: neither config.json nor a .gguf file is here; check --source")
@@ -173,16 +156,16 @@ def target_shapes(kind: str, config: Mapping[str, Any]) -> dict[str, tuple[int, 
     """
     from flax import nnx
 
-    from vilam3_jax.models import param_paths, vila
+    from vilam3_jax.models import build, param_paths
     from vilam3_jax.runtime import compat
 
-    if kind in vila.KINDS:
-        shapes = vila.abstract_model(ConfigDict({**config, "param_dtype": "float32"}), kind)[1]
+    if kind in build.MODELS:
+        shapes = build.abstract_model({**config, "param_dtype": "float32"}, kind)[1]
         return {path: tuple(leaf.shape) for path, leaf in param_paths.flatten(shapes).items()}
-    section = config[kind]
-    family = {"llm": vila.LLMS, "vision_tower": vila.VISION_TOWERS}[kind][section["type"]]
+    section = families.config_of(kind, config[kind])
+    module = families.get(kind, str(section.get("type"))).module
     settings = dict(dtype="float32", param_dtype="float32", remat="none")
-    model = nnx.eval_shape(lambda: family(ConfigDict(dict(section)), rngs=nnx.Rngs(0), **settings))
+    model = nnx.eval_shape(lambda: module(section, rngs=nnx.Rngs(0), **settings))
     _, shapes = compat.split(model)
     return {f"{kind}/{path}": tuple(leaf.shape) for path, leaf in param_paths.flatten(shapes).items()}
 
@@ -225,13 +208,13 @@ def fill(checkpoint: Checkpoint, dtype: Any = np.float32) -> dict[str, np.ndarra
     }
 
 
-def read_leaf(part: Source, rule: Rule, leaf: Leaf) -> jax.Array:
+def read_leaf(part: Source, rule: TensorRule, leaf: Leaf) -> jax.Array:
     """Reads a stored leaf onto the hosts' memory, each process its own share of it.
 
     Raises:
       UserError: a value is not finite in the dtype of `leaf`.
     """
-    sharding = placement(rule, leaf)
+    sharding = leaf_sharding(rule, leaf)
     blocks = []
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         where = tuple(
@@ -248,14 +231,14 @@ def read_leaf(part: Source, rule: Rule, leaf: Leaf) -> jax.Array:
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, blocks)
 
 
-def placement(rule: Rule, leaf: Leaf) -> jax.sharding.Sharding:
+def leaf_sharding(rule: TensorRule, leaf: Leaf) -> jax.sharding.Sharding:
     """Over processes so that each reads its own rows of the source, where they divide."""
     rows = rule.layout.axes.index(0) if rule.layout.axes else 0
     return host_sharding(leaf.shape, (0, 1 + rows) if rule.stacked else (rows,) * bool(leaf.shape))
 
 
 def _jobs(
-    part: Source, rule: Rule, leaf: Leaf, where: Index, block: np.ndarray
+    part: Source, rule: TensorRule, leaf: Leaf, where: Index, block: np.ndarray
 ) -> Iterator[tuple[str, Index, np.ndarray]]:
     """Yields tensor name, what is wanted of it (in our layout), and the place for it in `block`."""
     if not leaf.shape:
@@ -270,7 +253,7 @@ def _jobs(
 
 
 def _cut(
-    part: Source, rule: Rule, name: str, where: Index, place: np.ndarray
+    part: Source, rule: TensorRule, name: str, where: Index, place: np.ndarray
 ) -> Iterator[tuple[str, Index, np.ndarray]]:
     """Cuts a tensor into blocks of foreign rows of at most `_BLOCK_BYTES`."""
     axis = rule.layout.axes.index(0) if rule.layout.axes else 0
@@ -283,7 +266,7 @@ def _cut(
         yield name, (*where[:axis], piece, *where[axis + 1 :]), place[inside]
 
 
-def _read_block(part: Source, rule: Rule, name: str, where: Index, place: np.ndarray) -> None:
+def _read_block(part: Source, rule: TensorRule, name: str, where: Index, place: np.ndarray) -> None:
     shape = rule.layout.ours(part.tensors[name])
     assert shape is not None  # `check_rules` saw to it
     copy_into(place, rule.layout.read(functools.partial(part.reader, name), shape, where))
@@ -314,7 +297,7 @@ def import_model(
     torch_files: bool = False,
     verify: bool = True,
     progress: Progress = silent,
-) -> Summary:
+) -> ImportSummary:
     """Imports a checkpoint into a new export folder, complete or not at all.
 
     Holds one stored leaf at a time (at most 1.2 GB, see `exports`). An interrupted import goes on where it
@@ -394,9 +377,9 @@ def import_model(
                 "tokenizer": str(tokenizer),
                 "verify": verify,
             },
-            verify=(lambda leaf: placement(rules[leaf.path][1], leaf)) if verify else None,
+            verify=(lambda leaf: leaf_sharding(rules[leaf.path][1], leaf)) if verify else None,
         )
-    return Summary(
+    return ImportSummary(
         component=opened.kind,
         tensors=len({(part.component, name) for part, rule in rules.values() for name in rule.sources}),
         parameters=sum(math.prod(shape) for shape in shapes.values()),

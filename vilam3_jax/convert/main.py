@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--format",
         default="auto",
-        help="auto, gguf, hf_llama, siglip, siglip_pair, intern_vit or vila (default: auto)",
+        help="auto, gguf, hugging_face, siglip_pair or vila (default: auto)",
     )
     command.add_argument(
         "--dtype", default="auto", help="float32, bfloat16 or auto: bfloat16 if the source is (default: auto)"

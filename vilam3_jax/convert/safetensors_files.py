@@ -60,16 +60,16 @@ class SafetensorsFolder:
                 raise UserError(f"{folder}: {_missing_weights(folder, file.name)}")
         self._entries: dict[str, tuple[Path, int, Mapping[str, Any]]] = {}
         for file in self.files:
-            self._open(file)
-        if expected is not None and set(expected) != set(self._entries):
-            odd = sorted(set(expected) ^ set(self._entries))
+            self._open(file, expected)
+        if missing := sorted(set(expected or ()) - set(self._entries)):
             raise UserError(
-                f"{index}: does not fit its shards: {odd[0]!r} (of {len(odd)}) is only in one; download again"
+                f"{index}: tensor {missing[0]!r} (of {len(missing)}) is not in its shard; download it again"
             )
         self.shapes = {name: tuple(entry["shape"]) for name, (_, _, entry) in self._entries.items()}
         self.dtypes = tuple(sorted({entry["dtype"] for _, _, entry in self._entries.values()}))
 
-    def _open(self, file: Path) -> None:
+    def _open(self, file: Path, expected: Mapping[str, str] | None) -> None:
+        """Reads a header; of a tensor that several shards hold, the index names the one that counts."""
         try:
             # The library checks that the header is sane and covers the file exactly. It cannot give bfloat16
             # as numpy, so the bytes are read here.
@@ -82,9 +82,8 @@ class SafetensorsFolder:
             raise UserError(f"{file}: truncated or damaged ({error}); download it again") from error
         header.pop("__metadata__", None)
         for name, entry in header.items():
-            if name in self._entries:
-                raise UserError(f"{file}: tensor {name!r} is also in another shard; remove the stale file")
-            self._entries[name] = (file, 8 + size, entry)
+            if expected is None or expected.get(name) == file.name:
+                self._entries[name] = (file, 8 + size, entry)
 
     def __call__(self, name: str, start: int, stop: int) -> np.ndarray:
         """Returns rows `start` to `stop` of one tensor in its stored dtype.
@@ -215,18 +214,6 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: a JSON object was expected; download it again")
-    return value
-
-
-def section(values: Mapping[str, Any], key: str, where: Path) -> dict[str, Any]:
-    """A JSON object inside another; empty where it is absent.
-
-    Raises:
-      UserError: it is something else.
-    """
-    value = values.get(key) or {}
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: {key} is {value!r}, a JSON object was expected; download it again")
     return value
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from vilam3_jax.config import ConfigDict, image_layout
-from vilam3_jax.convert.huggingface import licence, open_intern_vit, open_llama, open_siglip
+from vilam3_jax.convert.huggingface import licence, open_folder
 from vilam3_jax.convert.safetensors_files import SafetensorsFolder, read_config
-from vilam3_jax.convert.sources import Checkpoint, Source, projector_rules
+from vilam3_jax.convert.sources import Checkpoint, Source
 from vilam3_jax.data.experts.cards import with_card_list
 from vilam3_jax.data.experts.exchange import Style
 from vilam3_jax.data.experts.record import THRESHOLD
@@ -21,23 +20,17 @@ from vilam3_jax.data.templates import TEMPLATES
 from vilam3_jax.data.text_rules import TextRules
 from vilam3_jax.data.tokenizer import Tokenizer
 from vilam3_jax.errors import UserError
-from vilam3_jax.models.projector import plan
+from vilam3_jax.models import families, projector
+from vilam3_jax.models.model_config import ModelConfig
 
 PARTS = {"vision_tower": "vision_tower", "projector": "mm_projector", "llm": "llm"}
-_TOWERS: dict[str, Callable[[Path], Source]] = {
-    "siglip": open_siglip,
-    "siglip_vision_model": open_siglip,
-    "intern_vit_6b": open_intern_vit,
-}
-# Which hidden states VILA keeps: SigLIP has no class token to drop, InternViT has one.
-_SELECTED = {"siglip": "cls_patch", "intern_vit": "patch"}
 
 
 def open_vila(folder: Path, tokenizer: Tokenizer | None = None) -> Checkpoint:
     """Opens a model folder in parts.
 
-    The root's config says which hidden state of the tower counts. VILA's own do not say the conversation mode
-    nor the order of the visual tokens; both follow from the LLM: see `_template` and `_token_order`.
+    The root's config selects the hidden state of the tower. VILA's own folders state neither the conversation
+    mode nor the order of image tokens; both follow from the LLM, see `_template` and `_token_order`.
 
     Args:
       folder: with `config.json` and the parts.
@@ -51,13 +44,13 @@ def open_vila(folder: Path, tokenizer: Tokenizer | None = None) -> Checkpoint:
     for name in PARTS.values():
         if not (folder / name / "config.json").exists():
             raise UserError(f"{folder / name}: has no config.json; download the whole model folder")
-    llm = open_llama(folder / PARTS["llm"])
+    llm = _open_part(folder / PARTS["llm"], "llm")
     tower = _open_tower(folder / PARTS["vision_tower"], root, config_file)
     order = _own(root, "token_order", ("column", "row"), config_file)
     images = _images(root, tower.config, config_file)
-    width = tower.config["hidden_size"] * image_layout(ConfigDict(images)).feature_maps
-    projector = _open_projector(folder / PARTS["projector"], width, llm, order)
-    for part in (llm, tower, projector):
+    width = tower.config["hidden_size"] * max(len(images["s2_scales"]), 1)
+    joint = _open_projector(folder / PARTS["projector"], width, llm, order)
+    for part in (llm, tower, joint):
         part.licence = part.licence or licence(folder)
     config = {
         **images,
@@ -69,14 +62,14 @@ def open_vila(folder: Path, tokenizer: Tokenizer | None = None) -> Checkpoint:
         "dtype": "bfloat16",
         "remat": "none",
         "vision_tower": tower.config,
-        "projector": projector.config,
+        "projector": joint.config,
         "llm": llm.config,
     }
-    return Checkpoint("generative", config, [tower, projector, llm])
+    return Checkpoint("generative", config, [tower, joint, llm])
 
 
 def vila_folder_config(
-    model: Mapping[str, Any], dtype: str, parts: Mapping[str, Mapping[str, Any]]
+    model: ModelConfig, dtype: str, parts: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The root's `config.json`; `open_vila` reads it back.
 
@@ -85,8 +78,8 @@ def vila_folder_config(
       dtype: of the weights.
       parts: sub-folder → its `config.json`.
     """
-    tower = model["vision_tower"]
-    layout = image_layout(ConfigDict(dict(model)))
+    tower, layout = model.vision_tower, model.image_layout
+    assert model.projector is not None
     return {
         "architectures": ["LlavaLlamaModel"],
         "model_type": "llava_llama",
@@ -94,10 +87,10 @@ def vila_folder_config(
         "vision_tower_cfg": parts[PARTS["vision_tower"]],
         "mm_projector_cfg": parts[PARTS["projector"]],
         "resume_path": None,
-        "hidden_size": model["llm"]["hidden_size"],
-        "mm_hidden_size": tower["hidden_size"] * layout.feature_maps,
-        "mm_vision_select_layer": tower["select_layer"],
-        "mm_vision_select_feature": _SELECTED[tower["type"]],
+        "hidden_size": model.llm.hidden_size,
+        "mm_hidden_size": tower.hidden_size * layout.feature_maps,
+        "mm_vision_select_layer": tower.select_layer,
+        "mm_vision_select_feature": _selected_feature(tower),
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "image_aspect_ratio": layout.mode,
@@ -116,16 +109,16 @@ def vila_folder_config(
         "tune_vision_tower": True,
         "tune_mm_projector": True,
         "model_dtype": f"torch.{dtype}",
-        # VILA ignores keys that it does not know; these it takes for granted.
+        # VILA ignores unknown keys; its own folders imply these settings.
         "vilam3_jax": {
-            "template": model["template"],
-            "text": dataclasses.asdict(TextRules.of(model.get("text"))),
-            "preprocessing": dataclasses.asdict(Preprocessing.of(model.get("preprocessing"))),
-            "token_order": model["projector"]["token_order"],
-            "card_list": with_card_list(model)["card_list"],
-            "expert_wording": model.get("expert_wording", "plain"),
-            "expert_verdicts": model.get("expert_verdicts", False),
-            "expert_threshold": model.get("expert_threshold", THRESHOLD),
+            "template": model.template,
+            "text": dataclasses.asdict(TextRules.of(model.text)),
+            "preprocessing": dataclasses.asdict(Preprocessing.of(model.preprocessing)),
+            "token_order": model.projector.token_order,
+            "card_list": with_card_list(model.to_dict())["card_list"],
+            "expert_wording": model.expert_wording,
+            "expert_verdicts": model.expert_verdicts,
+            "expert_threshold": model.expert_threshold,
         },
     }
 
@@ -239,7 +232,7 @@ def _images(root: Mapping[str, Any], tower: Mapping[str, Any], where: Path) -> d
     if isinstance(found["max_tiles"], bool):
         raise UserError(f"{where}: max_tiles={found['max_tiles']!r}, a number was expected")
     try:
-        image_layout(ConfigDict(found))
+        _ = ModelConfig(vision_tower=dict(tower), **found).image_layout
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     return found
@@ -256,23 +249,35 @@ def _scales(value: Any, where: Path) -> tuple[int, ...]:
         ) from error
 
 
+def _open_part(folder: Path, component: str) -> Source:
+    part = open_folder(folder)
+    if part.component != component:
+        raise UserError(f"{folder / 'config.json'}: is a {part.component}, a {component} was expected")
+    return part
+
+
 def _open_tower(folder: Path, root: Mapping[str, Any], where: Path) -> Source:
-    kind = read_config(folder / "config.json").get("model_type")
-    if not isinstance(kind, str) or kind not in _TOWERS:
-        known = ", ".join(sorted(_TOWERS))
-        raise UserError(f"{folder / 'config.json'}: model_type {kind!r} is not supported, only {known}")
-    tower = _TOWERS[kind](folder)
-    selected = root.get("mm_vision_select_feature", _SELECTED[tower.config["type"]])
-    if selected != _SELECTED[tower.config["type"]]:
+    tower = _open_part(folder, "vision_tower")
+    kept = _selected_feature(families.config_of("vision_tower", tower.config))
+    selected = root.get("mm_vision_select_feature", kept)
+    if selected != kept:
         raise UserError(
-            f"{where}: mm_vision_select_feature={selected!r} with a {tower.config['type']} tower would "
-            f"drop or keep the wrong token; {_SELECTED[tower.config['type']]!r} was expected"
+            f"{where}: mm_vision_select_feature={selected!r} with a {tower.config['type']} tower would drop "
+            f"or keep the wrong token; {kept!r} was expected"
         )
     layer = root.get("mm_vision_select_layer", tower.config["select_layer"])
     if isinstance(layer, bool) or not isinstance(layer, int):
-        raise UserError(f"{where}: mm_vision_select_layer={layer!r} is no whole number; download it again")
+        raise UserError(f"{where}: mm_vision_select_layer={layer!r} is not an integer; download it again")
     tower.config["select_layer"] = layer
     return tower
+
+
+def _selected_feature(tower: Any) -> str:
+    """Which positions VILA keeps: a class token is dropped, and a tower without one keeps all."""
+    patches = families.get("vision_tower", tower.type).patches
+    assert patches is not None
+    has_class_token = patches(tower) > (tower.image_size // tower.patch_size) ** 2
+    return "patch" if has_class_token else "cls_patch"
 
 
 def _open_projector(folder: Path, width: int, llm: Source, order: str | None) -> Source:
@@ -281,12 +286,12 @@ def _open_projector(folder: Path, width: int, llm: Source, order: str | None) ->
     if not isinstance(kind, str):
         raise UserError(f"{config_file}: mm_projector_type is {kind!r}, a name was expected")
     weights = SafetensorsFolder(folder)
-    meaning = plan(kind, width, llm.config["hidden_size"])
+    layers = projector.layers_of(kind, width, llm.config["hidden_size"])
     return Source(
         component="projector",
         config={"type": kind, "token_order": order or _token_order(kind, llm)},
         tensors=weights.shapes,
-        rules=projector_rules(kind, meaning),
+        rules=projector.tensors(kind, layers),
         reader=weights,
         files=[config_file, *weights.files],
         dtypes=weights.dtypes,
@@ -294,7 +299,7 @@ def _open_projector(folder: Path, width: int, llm: Source, order: str | None) ->
 
 
 def _is_qwen(llm: Source) -> bool:
-    return llm.config["qkv_bias"] or llm.config["qk_norm"]
+    return bool(llm.config.get("qkv_bias") or llm.config.get("qk_norm"))
 
 
 def _token_order(kind: str, llm: Source) -> str:

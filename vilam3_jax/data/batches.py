@@ -6,7 +6,7 @@ This module knows only NumPy; `training/device_put.py` makes pytrees of the clas
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,15 +16,15 @@ import numpy as np
 class PackedBatch:
     """Packed rows of tokens with the images that they refer to.
 
-    B rows lie in groups of R rows, G = B / R. A group lives on one device and has M image slots; an image
-    takes T positions of a row.
+    B rows form G = B / R groups of R rows. A group lives on one device and has M image slots; an image takes
+    T positions of a row.
 
     Attributes:
       tokens: int32 [B, L]; the pad id at image positions and at padding.
       segment_ids: int32 [B, L], samples of a row from 1; 0 is padding.
       positions: int32 [B, L], from 0 in every segment.
       loss_weights: float32 [B, L], weight of each token as a target; 0 for the first of a segment.
-      visual_index: int32 [B, L], which of the group's M * T image tokens stands here; -1 for text.
+      visual_index: int32 [B, L], index among the group's M * T image tokens; -1 for text.
       images: uint8 [G, M, S, S, 3], inputs of the vision tower; zeros in empty slots.
       image_valid: bool [G, M], slots that hold an image.
       image_tiles: int32 [G, M, 5], see `ImageProcessor.tile_map`; None outside 'dynamic_s2'.
@@ -42,12 +42,12 @@ class PackedBatch:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PairBatch:
-    """Images with their captions, one of each in a row.
+    """Images with their captions, one pair per row.
 
     Attributes:
       images: uint8 [B, S, S, 3].
       text_tokens: int32 [B, T]; the pad id after a caption.
-      text_valid: bool [B, T], positions that hold a token; none in a row without a pair.
+      text_valid: bool [B, T], True for tokens; all False in a row without a pair.
     """
 
     images: Any
@@ -57,22 +57,23 @@ class PairBatch:
 
 Batch = PackedBatch | PairBatch
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
-ROW_FIELDS = ("tokens", "segment_ids", "positions", "loss_weights", "visual_index")  # of B rows, not G groups
+# Fields whose second axis is the length of packed rows; they have B leading rows, other fields G groups.
+SEQUENCE_FIELDS = ("tokens", "segment_ids", "positions", "loss_weights", "visual_index")
 
 
 def arrays(batch: Batch) -> dict[str, Any]:
-    """Field name → array of the fields that are there."""
+    """Field name → array; fields that are None are left out."""
     found = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def of_arrays(found: Mapping[str, Any]) -> Batch:
-    """The batch with these fields; the inverse of `arrays`."""
-    return PackedBatch(**found) if "segment_ids" in found else PairBatch(**found)
+def map_fields(function: Callable[[str, Any], Any], batch: AnyBatch) -> AnyBatch:
+    """A batch of what `function(field name, array)` returns."""
+    return type(batch)(**{name: function(name, value) for name, value in arrays(batch).items()})
 
 
 def join(parts: Sequence[AnyBatch]) -> AnyBatch:
-    """Joins batches along their leading axes; a single one is returned as it is."""
+    """Joins batches along their leading axes; a single one is returned unchanged."""
     if len(parts) == 1:
         return parts[0]
     each = [arrays(part) for part in parts]

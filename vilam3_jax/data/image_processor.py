@@ -11,17 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from vilam3_jax.config import image_layout
 from vilam3_jax.data.examples import IMAGE_MARKER, Turn
+from vilam3_jax.data.image_layout import image_layout
 from vilam3_jax.data.images import pad_to_square, resize
 from vilam3_jax.data.packing import NO_GRID
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
 from vilam3_jax.data.templates import Encoded
 
 Grid = tuple[int, int]  # rows, columns
-
-# Of 'pad': the towers' mean pixel, cut off to whole numbers, as VILA fills the square.
-_BACKGROUND = {"siglip": (127, 127, 127), "intern_vit": (123, 116, 103)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +221,7 @@ def image_processor(model: Any, *, pairs: bool = False) -> ImageProcessor:
     """
     layout = image_layout(model)
     preprocessing = Preprocessing.of(model.get("preprocessing"))
-    background = _BACKGROUND[model.vision_tower.type]
+    background = model.vision_tower.background
     if pairs:
         mode = "pad" if layout.mode == "pad" else "resize"
         return ImageProcessor(mode, layout.tile_size, background, preprocessing=preprocessing)

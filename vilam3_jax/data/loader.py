@@ -1,18 +1,16 @@
-"""Batches for training and evaluation, with an exact place to resume from.
+"""Batches for training and evaluation, with exact resumption.
 
-A Grain pipeline: S loader shards, a constant of the config, walk the one order of samples. Of every S
-positions each takes one (`stream.dealt_position`), and packs them into groups (`loader_shards.PackIterator`).
-Shards run in threads of this process or in worker processes (`data.workers`), whole shards in each. Their
-elements carry their states, so a resumed run sees bitwise the batches that it would have seen, with any
-number of threads, workers and processes.
+A Grain pipeline: S loader shards, a constant of the config, share one order of samples. Of every S positions
+each takes one (`stream.dealt_position`) and packs it into a unit (`loader_shards.PackIterator`). Whole shards
+run in threads of this process or in worker processes (`data.workers`). Elements carry the state of their
+shard, so a resumed run sees bitwise the same batches with any number of threads, workers and processes.
 
-What one shard gives to a batch lies together in it, so that a process whose devices hold a part of the batch
-runs only the shards of that part. Yields NumPy arrays; what goes to which device is the caller's business.
+The units of one shard are contiguous in a batch, so a process whose devices hold a part of the batch runs
+only the shards of that part. Batches are NumPy arrays; `training.device_put` places them on devices.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Collection, Generator, Mapping, Sequence
@@ -21,24 +19,24 @@ from typing import Any, cast
 import grain
 from absl import flags
 
-from vilam3_jax.data import packing, stream
-from vilam3_jax.data.batch_sizes import batch_shapes, check_room, empty_pairs, global_units, group_shape
-from vilam3_jax.data.batches import Batch, arrays, join, of_arrays
+from vilam3_jax.data import stream
+from vilam3_jax.data.batch_formats import BatchFormat, batch_shapes
+from vilam3_jax.data.batches import Batch, arrays, join
+from vilam3_jax.data.data_config import DataConfig
 from vilam3_jax.data.experts.cards import card_list
 from vilam3_jax.data.experts.dialogues.rules import split_row
 from vilam3_jax.data.experts.dialogues.scene import Setting
 from vilam3_jax.data.experts.exchange import Style
 from vilam3_jax.data.experts.store import AnnotationStore
-from vilam3_jax.data.image_processor import image_processor
 from vilam3_jax.data.loader_records import BadRecord, RecordLoader, ShardOrder
-from vilam3_jax.data.loader_shards import News, PackIterator, Place, Shards, Turns
+from vilam3_jax.data.loader_shards import Place, Shards, Turns, UnitInfo
 from vilam3_jax.data.loader_state import Binding, State, from_state, to_state
 from vilam3_jax.data.loader_stats import Stats
 from vilam3_jax.data.loader_tally import Tally
 from vilam3_jax.data.packing import Sample
 from vilam3_jax.data.render import ImageReader, Renderer
 from vilam3_jax.data.sample_reader import SampleReader
-from vilam3_jax.data.templates import TokenizerLike
+from vilam3_jax.data.templates import TokenizerLike, model_template
 from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.data.volume_slices import SliceRule
 from vilam3_jax.errors import UnavailableError, UserError
@@ -55,8 +53,8 @@ _Elements = grain.DatasetIterator[dict[str, Any]]
 class Loader:
     """Iterable over batches; `build_loader` makes it.
 
-    `iter` continues at the loader's state: the start, where the last batch was returned, or where
-    `set_state` put it. A held-out loader starts anew with every `iter`.
+    `iter` continues from the loader's state: the start, the last batch returned, or that of `set_state`. A
+    held-out loader restarts with every `iter`.
 
     Attributes:
       stats: counts of what was returned and skipped.
@@ -72,19 +70,19 @@ class Loader:
         records: RecordLoader,
         tokenizer_fingerprint: str,
         annotations_digest: str,
-        pairs: bool,
-        units: int,
+        batch_format: BatchFormat,
         shards: int,
         workers: int,
-        held: Collection[int] | None,
+        local_units: Collection[int] | None,
     ) -> None:
-        """See `build_loader`. `units` is the number of groups, or pairs, of the global batch."""
-        self._records, self._pairs, self._workers = records, pairs, workers
+        """See `build_loader`."""
+        self._records, self._format, self._workers = records, batch_format, workers
+        units = batch_format.units
         samples = self.samples = records.samples
         self.length = samples.length
-        turns = Turns(units, shards, tuple(sorted(range(units) if held is None else held)))
-        # Held-out data has one shard a stream: the end of one then says nothing of the order of others.
-        self._turns = turns if self.length is None else Turns(units, turns.streams, turns.held)
+        turns = Turns(units, shards, tuple(sorted(range(units) if local_units is None else local_units)))
+        # Held-out data has one shard per stream, so that the end of one does not change the order of others.
+        self._turns = turns if self.length is None else Turns(units, turns.streams, turns.local_units)
         self.shard_count = self._turns.shards
         self.stats = Stats()
         self._binding = Binding(samples.fingerprint, tokenizer_fingerprint, annotations_digest)
@@ -105,10 +103,9 @@ class Loader:
         return {number: Place() for number in self._turns.own_shards}
 
     def get_state(self) -> State:
-        """Returns the place after the batch returned last: a JSON value per loader shard of this process.
+        """Returns the state after the last batch: a JSON value per loader shard of this process.
 
-        The state is bound to the pictures that are files of the samples which wait for a place and of those
-        placed last, by digests that are taken now.
+        The state contains digests, taken now, of the image files of queued samples and of those placed last.
 
         Raises:
           UnavailableError: such a file cannot be read now.
@@ -116,18 +113,18 @@ class Loader:
         return to_state(self._places, self._binding, self._records.samples.sources)
 
     def set_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Goes to a place that `get_state` named, in whatever process.
+        """Continues from a state of `get_state`, of any process.
 
         Raises:
-          UserError: the state is of other data, another mixture, seed, tokenizer or number of shards, or a
-            picture that it is bound to has changed.
+          UserError: the state is of other data, another mixture, seed, tokenizer or number of shards, or an
+            image file with a digest in it has changed.
         """
         self._stop()
         numbers = self._turns.own_shards
         self._places = from_state(state, numbers, self.shard_count, self._binding, self._records)
 
     def sample_of(self, address: tuple[int, int], position: int) -> Sample | BadRecord:
-        """The sample that (number of a dataset, record) is at a position; see `RecordLoader.sample`."""
+        """The sample of (number of a dataset, record) at a position; see `RecordLoader.sample`."""
         return self._records.sample(address, position, 0)
 
     def load(self, position: int, index: int) -> Sample | BadRecord:
@@ -135,26 +132,28 @@ class Loader:
         return self._records.load(position, index)
 
     def sizes(self, count: int) -> list[list[tuple[int, int]]]:
-        """(tokens, images) of the first samples of some loader shards, about `count` in all."""
+        """(tokens, images) of the first samples of some loader shards, about `count` in total."""
         numbers = self._turns.own_shards[: max(1, count // _SIZES_OF_A_SHARD)]
         each, tally = -(-count // len(numbers)), Tally(self._records.samples.sources)
-        drawn = []
+        drawn: list[list[tuple[int, int]]] = []
         for number in numbers:
-            order = ShardOrder(self._records, number, self.shard_count)
-            with contextlib.closing(PackIterator(order, self._records, True, tally, Place())) as single:
-                rows = [row for _, unit in zip(range(each), single, strict=False) for row in unit]
-                drawn.append([(sample.num_tokens, sample.num_images) for row in rows for sample in row])
+            order, found = ShardOrder(self._records, number, self.shard_count), []
+            for index in range(len(order)):
+                if len(found) == each:
+                    break
+                if isinstance(sample := order.load(index), BadRecord):
+                    tally.bad(sample)
+                else:
+                    tally.good(sample.source)
+                    found.append((sample.num_tokens, sample.num_images))
+            drawn.append(found)
         for name, reason in tally.take():
             self.stats.skip(name, reason)
         return drawn
 
     def empty_batch(self) -> Batch:
-        """A batch without a sample, for a process whose held-out shards end before those of others."""
-        return join([self._empty_unit()] * len(self._turns.held))
-
-    def _empty_unit(self) -> Any:
-        shape = self._records.shape
-        return empty_pairs(shape, 1) if self._pairs else packing.assemble_group(shape, [[]] * shape.rows)
+        """An empty batch, for a process whose held-out shards end before those of others."""
+        return join([self._format.assemble(())] * len(self._turns.local_units))
 
     def __iter__(self) -> Generator[Batch, None, None]:
         """Yields batches; see the class.
@@ -162,7 +161,7 @@ class Loader:
         Raises:
           UserError: a dataset seems to have no usable record.
           UnavailableError: the data cannot be read now, or a worker process died.
-          RuntimeError: a record met an error in the program; the message names the record.
+          RuntimeError: a bug; the message names the record.
         """
         self._stop()
         if self.length is not None:
@@ -185,14 +184,14 @@ class Loader:
     def _start(self) -> list[_Elements]:
         """Starts the workers, or one thread; shard `own_shards[i]` runs in number i % n of them."""
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain reads its settings from there
-        grain.config.update("py_traceback_filtering", "off")  # it adds sentences of its own to errors
+            flags.FLAGS.mark_as_parsed()  # Grain reads its settings from absl flags
+        grain.config.update("py_traceback_filtering", "off")  # it would add its own sentences to errors
         count = min(self._workers, len(self._turns.own_shards))
-        ahead = max(1, -(-_BATCHES_AHEAD * len(self._turns.held) // max(count, 1)))
+        ahead = max(1, -(-_BATCHES_AHEAD * len(self._turns.local_units) // max(count, 1)))
         shards = [
             Shards(
                 self._records,
-                pairs=self._pairs,
+                self._format,
                 turns=self._turns,
                 own=self._turns.own_shards[number :: max(count, 1)],
                 starts=self._places,
@@ -210,25 +209,25 @@ class Loader:
         return started
 
     def _next_batch(self, running: Sequence[_Elements]) -> Batch | None:
-        """The next batch and the places after it; None at the end of held-out data."""
+        """The next batch; None at the end of held-out data."""
         numbers = self._turns.own_shards
         worker_of = {number: running[place % len(running)] for place, number in enumerate(numbers)}
         groups = {number: place.groups for number, place in self._places.items()}
         places, units = dict(self._places), []
         for turn in self._turns.batch(groups):
             element = _next(worker_of[turn.shard])
-            news = cast(News, element["news"])
-            assert news.shard == turn.shard, (news.shard, turn.shard)
-            places[turn.shard] = news.place
-            for name, reason in news.skipped:
+            info = cast(UnitInfo, element["info"])
+            assert info.shard == turn.shard, (info.shard, turn.shard)
+            places[turn.shard] = info.place
+            for name, reason in info.skipped:
                 self.stats.skip(name, reason)
-            self.stats.missing.update(news.missing)
-            if turn.held:
+            self.stats.missing.update(info.missing)
+            if turn.is_local:
                 units.append(element["unit"])
         self._places = places
         if all(unit is None for unit in units):
             return None
-        return join([self._empty_unit() if unit is None else of_arrays(unit) for unit in units])
+        return join([self._format.assemble(()) if unit is None else unit for unit in units])
 
     def _stop(self) -> None:
         running, self._running = self._running, None
@@ -257,129 +256,128 @@ def _next(elements: _Elements) -> dict[str, Any]:
         ) from error
 
 
-def _check_shared_memory(cfg: Any, tokens_per_image: int) -> None:
+def _check_shared_memory(workers: int, batch_format: BatchFormat) -> None:
     """Batches of worker processes travel through shared memory, of which containers often have 64 MB.
 
     Raises:
       UserError: there is too little of it.
     """
-    if not cfg.data.workers or not os.path.isdir(_SHARED_MEMORY):
+    if not workers or not os.path.isdir(_SHARED_MEMORY):
         return
-    batch = sum(value.nbytes for value in arrays(batch_shapes(cfg, tokens_per_image)).values())
+    batch = sum(value.nbytes for value in arrays(batch_shapes(batch_format)).values())
     needed, free = (_BATCHES_AHEAD + 2) * batch, shutil.disk_usage(_SHARED_MEMORY).free
     if free < needed:
         raise UserError(
-            f"config data.workers={cfg.data.workers}: {_SHARED_MEMORY} has {free >> 20} MiB, "
-            f"batches need {needed >> 20}; start the container with a larger --shm-size, or set "
-            "data.workers=0"
+            f"config data.workers={workers}: {_SHARED_MEMORY} has {free >> 20} MiB, batches need "
+            f"{needed >> 20}; start the container with a larger --shm-size, or set data.workers=0"
         )
 
 
 def build_loader(
-    cfg: Any,
+    data: DataConfig,
+    model: Any,
+    make_format: type[BatchFormat],
     split: str,
     *,
-    tokens_per_image: int,
+    seed: int,
     swap_images: bool = False,
     experts: str | None = None,
-    held: Collection[int] | None = None,
+    local_units: Collection[int] | None = None,
     tokenizer: TokenizerLike | None = None,
 ) -> Loader:
     """Opens the data of a run.
 
     Args:
-      cfg: the run's config.
+      data: section `data` of the config.
+      model: section `model`.
+      make_format: of the task.
       split: 'train' is endless; any other split is one pass in a fixed order, its last batch padded with
         empty rows.
-      tokens_per_image: T, the projector's output length.
-      swap_images: every sample takes the images of another one, of another patient where possible.
-      experts: 'on', 'off', 'falsified' or 'mixed'; None: as the config says.
-      held: which groups (pairs, for 'contrastive') of the global batch to yield, those that the devices of
-        this process hold; None: all. Only the loader shards that feed them are read.
-      tokenizer: opened already; None: `cfg.model.tokenizer`.
+      seed: of the run.
+      swap_images: every sample takes the images of another one, of another patient if possible.
+      experts: 'on', 'off', 'falsified' or 'mixed'; None: `data.experts`.
+      local_units: units of the global batch to yield, those on the devices of this process; None: all. Only
+        the loader shards that feed them are read.
+      tokenizer: an open one; None: `model.tokenizer`.
 
     Returns:
-      The loader; it yields a `PackedBatch` ('generative') or a `PairBatch` ('contrastive').
+      The loader, which yields batches of `make_format.batch_type`.
 
     Raises:
       UserError: data, annotations or tokenizer are missing or do not fit the config.
     """
-    data, model = cfg.data, cfg.model
-    pairs = cfg.kind == "contrastive"
     if tokenizer is None:
         if not model.tokenizer:
             raise UserError("config model.tokenizer is empty; set it to a tokenizer's folder")
         tokenizer = load_tokenizer(model.tokenizer)
-    table = (model.text_tower if pairs else model.llm).vocab_size
-    if tokenizer.vocab_size > table:
+    vocab_size = make_format.vocab_size(model)
+    if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"tokenizer {model.tokenizer} has {tokenizer.vocab_size} tokens, the model {table}; "
+            f"tokenizer {model.tokenizer} has {tokenizer.vocab_size} tokens, the model {vocab_size}; "
             "use the tokenizer of this model or set the model's vocab_size"
         )
-    mode: str = "off" if pairs else data.experts if experts is None else experts
-    processor = image_processor(model, pairs=pairs)
-    if not pairs:
-        check_room(data, processor, tokens_per_image)
-    # Pairs have one image; slices around findings need annotations with experts on or off.
-    choice = "even" if pairs and data.slice_choice == "finding" else data.slice_choice
-    slices = SliceRule(1 if pairs else data.volume_slices, choice)
-    store = None
-    if mode != "off":
-        if not data.annotations:
-            raise UserError(
-                f"config data.annotations is empty, but experts are {mode}; set it, or set data.experts=off"
-            )
-        store = AnnotationStore(data.annotations)
-    elif choice == "finding" and data.annotations:
-        store = AnnotationStore(data.annotations)
+    batch_format = make_format(data, model, tokenizer.pad_id)
+    has_dialogues = make_format.has_dialogues
+    mode = "off" if not has_dialogues else data.experts if experts is None else experts
+    store = _annotations(data, mode) if has_dialogues else None
     renderer = Renderer(
-        image_reader=ImageReader(processor.kept_size, processor.preprocessing),
+        image_reader=ImageReader(batch_format.processor.kept_size, batch_format.processor.preprocessing),
         experts=mode,
         expert_share=data.expert_share,
         cards=() if store is None else card_list(model),
         annotations=store,
         style=Style.of(model),
-        seed=cfg.seed,
+        seed=seed,
         missing=data.missing_annotation,
-        slices=slices,
+        # A pair has one image. Slices around findings need annotations, with experts on or off.
+        slices=SliceRule(data.volume_slices, data.slice_choice)
+        if make_format.has_dialogues
+        else SliceRule(1),
     )
-    sources = stream.open_sources(
-        data.path, tuple(data.mixture), split, None if pairs else _dialogues(cfg, store), cfg.seed
-    )
-    samples = stream.SampleStream(sources, cfg.seed, endless=split == "train")
+    dialogues = _dialogues(data, model, store) if has_dialogues else None
+    sources = stream.open_sources(data.path, tuple(data.mixture), split, dialogues, seed)
+    samples = stream.SampleStream(sources, seed, endless=split == "train")
     reader = SampleReader(
-        cfg,
         samples=samples,
         renderer=renderer,
-        processor=processor,
+        batch_format=batch_format,
         tokenizer=tokenizer,
-        tokens_per_image=tokens_per_image,
+        template=model_template(model),
         donors=stream.choose_donors(samples.sources) if swap_images else {},
-        alter=data.augment and split == "train",
+        augment_seed=seed if data.augment and split == "train" else None,
     )
-    shape = group_shape(cfg, processor, tokens_per_image, tokenizer.pad_id)
-    if split == "train":
-        _check_shared_memory(cfg, tokens_per_image)
+    workers = data.workers if split == "train" else 0
+    _check_shared_memory(workers, batch_format)
     return Loader(
-        records=RecordLoader(samples, reader.sample, shape),
+        records=RecordLoader(samples, reader.sample, batch_format.shape),
         tokenizer_fingerprint=tokenizer.fingerprint,
         annotations_digest="" if store is None else store.digest(),
-        pairs=pairs,
-        units=global_units(cfg),
+        batch_format=batch_format,
         shards=data.loader_shards,
-        workers=data.workers if split == "train" else 0,
-        held=held,
+        workers=workers,
+        local_units=local_units,
     )
 
 
-def _dialogues(cfg: Any, store: AnnotationStore | None) -> Setting | None:
-    """What rules of the mixture make dialogues with; their truth is in annotations, experts on or off."""
-    data, model = cfg.data, cfg.model
+def _annotations(data: DataConfig, experts: str) -> AnnotationStore | None:
+    """The annotation store, if dialogues show experts or slices around findings."""
+    if experts != "off":
+        if not data.annotations:
+            raise UserError(
+                f"config data.annotations is empty, but experts are {experts}; set it, or set "
+                "data.experts=off"
+            )
+        return AnnotationStore(data.annotations)
+    return AnnotationStore(data.annotations) if data.slice_choice == "finding" and data.annotations else None
+
+
+def _dialogues(data: DataConfig, model: Any, store: AnnotationStore | None) -> Setting | None:
+    """What rules of the mixture make dialogues from; their facts are annotations, with experts on or off."""
     if not data.annotations or all(split_row(str(row[0]))[1] is None for row in data.mixture):
         return None
     if data.dialogue_parity and model.expert_wording != "vila_m3":
         raise UserError(
-            "config data.dialogue_parity: the reference's dialogues are in its own wording; "
+            "config data.dialogue_parity: the reference's dialogues use its own wording; "
             "set model.expert_wording='vila_m3'"
         )
     return Setting.of(

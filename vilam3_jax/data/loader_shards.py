@@ -1,9 +1,9 @@
 """The Grain stages between samples and batches: packing within a shard, and the shards of one worker.
 
-A loader shard is a constant of the config. It has an order of its own (`ShardOrder`) and a packer of its own
-(`PackIterator`), so what it yields does not depend on which worker or host runs it. `Shards` runs some of
-them in turns and reads the images of what they packed. Every element carries the state of its shard after it:
-resuming takes a few numbers, and no iterator is asked where it stands.
+The number of loader shards is a constant of the config. Each has its own order (`ShardOrder`) and packer
+(`PackIterator`), so what it yields does not depend on the worker or host that runs it. `Shards` runs several
+shards in turn and reads the images of the packed samples. Every element carries the state of its shard, so
+resuming takes a few integers and never asks an iterator for its state.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from typing import Any
 import grain
 import numpy as np
 
-from vilam3_jax.data import child_process, packing
-from vilam3_jax.data.batch_sizes import empty_pairs
-from vilam3_jax.data.batches import PackedBatch, PairBatch, arrays
+from vilam3_jax.data import child_process
+from vilam3_jax.data.batch_formats import BatchFormat, Rows
+from vilam3_jax.data.batches import Batch
 from vilam3_jax.data.loader_records import BadRecord, RecordLoader, ShardOrder, Unreadable
 from vilam3_jax.data.loader_tally import Tally
 from vilam3_jax.data.packing import Sample
 from vilam3_jax.errors import UserError
 
-Rows = list[list[Sample]]  # samples of each row of a group; a pair is one row of one sample
 _Images = concurrent.futures.Future[Sequence[np.ndarray]]
 
 _READ_AHEAD = 4  # samples rendered ahead, per shard
@@ -38,14 +37,14 @@ _WATCHED = 16  # samples that were placed last, whose pictures a state is bound 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """How far a shard has come.
+    """Progress of a shard.
 
     Attributes:
-      next: index of the sample to read next.
-      groups: groups, or pairs, that it gave.
-      pending: indices of the samples that wait for a place.
-      pictures: index → (number of its dataset, paths of its picture files) of the samples that wait and of
-        those placed last; samples without such files are left out.
+      next: index of the next sample to read.
+      groups: units yielded.
+      pending: indices of the queued samples.
+      pictures: index → (number of its dataset, paths of its image files) of the queued samples and of those
+        placed last; samples without image files are left out.
     """
 
     next: int = 0
@@ -56,106 +55,99 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One unit, a group or a pair, of the next batch.
+    """One unit of the next batch.
 
     Attributes:
-      shard: which shard gives it.
-      held: whether this process needs it, or another one that runs the same shard.
+      shard: the shard that yields it.
+      is_local: whether this process needs it, rather than another one that runs the same shard.
     """
 
     shard: int
-    held: bool
+    is_local: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Turns:
-    """Which shard gives which unit of a batch.
+    """Which shard yields which unit of a batch.
 
-    A batch of `units` units has gcd(shards, units) streams. Each stream is a run of units that follow each
-    other, fed by shards of its own, which take turns. So a process that holds a part of the batch runs only
-    the shards of that part.
+    A batch of `units` units has gcd(shards, units) streams. Each stream is a run of consecutive units with
+    its own shards, which take turns. So a process that holds a part of the batch runs only the shards of that
+    part.
 
     Attributes:
-      units: groups, or pairs, of the global batch.
+      units: of the global batch.
       shards: S.
-      held: numbers of the units that this process yields, rising.
+      local_units: numbers of the units that this process yields, in ascending order.
     """
 
     units: int
     shards: int
-    held: tuple[int, ...]
+    local_units: tuple[int, ...]
 
     @property
     def streams(self) -> int:
-        """Runs of units with shards of their own."""
+        """Number of runs of units with their own shards."""
         return math.gcd(self.shards, self.units)
 
     @property
     def own_streams(self) -> list[int]:
-        """The streams that this process runs, rising."""
-        return sorted({unit * self.streams // self.units for unit in self.held})
+        """The streams that this process runs, in ascending order."""
+        return sorted({unit * self.streams // self.units for unit in self.local_units})
 
     @property
     def own_shards(self) -> list[int]:
-        """The shards that this process runs, rising."""
+        """The shards that this process runs, in ascending order."""
         own = set(self.own_streams)
         return [number for number in range(self.shards) if number % self.streams in own]
 
     def batch(self, groups: Mapping[int, int]) -> list[Turn]:
-        """The units of the next batch in their order, those of other processes among them.
+        """The units of the next batch in order, including those of other processes.
 
         Args:
-          groups: own shard → units that it gave before.
+          groups: own shard → units that it yielded before.
         """
-        each, held = self.units // self.streams, set(self.held)
+        each, local = self.units // self.streams, set(self.local_units)
         turns = []
         for number in self.own_streams:
             ring = range(number, self.shards, self.streams)
-            first = sum(groups[shard] for shard in ring)  # the shards' own counters say whose turn it is
+            first = sum(groups[shard] for shard in ring)  # the shards' counters determine whose turn it is
             turns += [
-                Turn(ring[(first + turn) % len(ring)], number * each + turn in held) for turn in range(each)
+                Turn(ring[(first + turn) % len(ring)], number * each + turn in local) for turn in range(each)
             ]
         return turns
 
 
 class PackIterator(grain.DatasetIterator[Rows]):
-    """Packs the samples of one shard; a shard of pairs gives them one by one."""
+    """Packs the samples of one shard into units."""
 
-    def __init__(
-        self, order: ShardOrder, records: RecordLoader, pairs: bool, tally: Tally, start: Place
-    ) -> None:
-        """Reads the samples again that waited at `start`.
+    def __init__(self, order: ShardOrder, batch_format: BatchFormat, tally: Tally, start: Place) -> None:
+        """Re-reads the samples that were queued at `start`.
 
         Args:
           order: samples of the shard.
-          records: of the run.
-          pairs: whether a unit is a sample rather than a group.
+          batch_format: of the run.
           tally: of bad records.
-          start: where the shard goes on.
+          start: where the shard continues.
 
         Raises:
-          UserError: a sample that waited cannot be read any more.
+          UserError: a queued sample can no longer be read.
         """
         samples = order.slice(slice(start.next, None)).to_iter_dataset(_IN_PLACE)
         ahead = grain.experimental.ThreadPrefetchIterDataset(samples, prefetch_buffer_size=_READ_AHEAD)
         super().__init__(iter(ahead))
-        self._shape, self._pairs, self._tally = records.shape, pairs, tally
+        self._format, self._tally = batch_format, tally
         self._next, self._groups = start.next, start.groups
         self._pending = [_again(order, index) for index in start.pending]
         self._watched = dict(start.pictures)
 
     @property
     def place(self) -> Place:
-        """Where the shard stands after the unit that came last."""
+        """Progress after the last unit."""
         pending = tuple(sample.index for sample in self._pending)
         return Place(self._next, self._groups, pending, dict(self._watched))
 
     def __next__(self) -> Rows:
-        if self._pairs:
-            sample = self._pull()
-            rows = [] if sample is None else [[sample]]
-        else:
-            rows, self._pending = packing.next_group(self._shape, self._pending, self._pull)
+        rows, self._pending = self._format.next_unit(self._pending, self._pull)
         placed = [sample for row in rows for sample in row]
         if not placed:
             raise StopIteration
@@ -190,18 +182,20 @@ class PackIterator(grain.DatasetIterator[Rows]):
 def _again(order: ShardOrder, index: int) -> Sample:
     sample = order.load(index)
     if isinstance(sample, BadRecord):
-        raise UserError(f"{sample.name}: was read before the restart, now: {sample.reason}; restore the data")
+        raise UserError(
+            f"{sample.name}: was readable before the restart, but now: {sample.reason}; restore the data"
+        )
     return sample
 
 
 @dataclasses.dataclass(frozen=True)
-class News:
-    """What an element tells beside its arrays.
+class UnitInfo:
+    """Metadata of an element.
 
     Attributes:
-      shard: whose unit it is.
-      place: where the shard stands after it.
-      skipped: (name, reason) of the records skipped on the way.
+      shard: that yielded the unit.
+      place: progress of the shard after it.
+      skipped: (name, reason) of the records skipped before it.
       missing: names of the experts whose annotations its samples lack.
     """
 
@@ -214,15 +208,15 @@ class News:
 class Shards(grain.IterDataset[dict[str, Any]]):
     """Units of some shards in the order in which batches need them.
 
-    An element is a dict: `news`, and `unit`, the arrays of a batch of this one unit by field name; None where
-    another process needs it, or the shard is at its end. It has no end of its own.
+    An element is a dict of `info`, and `unit`, the batch of this unit, or None if only another process needs it
+    or the shard is exhausted. The dataset is endless.
     """
 
     def __init__(
         self,
         records: RecordLoader,
+        batch_format: BatchFormat,
         *,
-        pairs: bool,
         turns: Turns,
         own: Sequence[int],
         starts: Mapping[int, Place],
@@ -231,15 +225,15 @@ class Shards(grain.IterDataset[dict[str, Any]]):
         """Reads nothing.
 
         Args:
-          records: of the run; it must be possible to pickle them for worker processes.
-          pairs: whether units are pairs.
+          records: of the run; must be picklable for worker processes.
+          batch_format: of the run.
           turns: of the whole process.
           own: the shards to run, some of `turns.own_shards`.
           starts: shards of the process → where they go on.
           threads: that read images.
         """
         super().__init__()
-        self.records, self.pairs, self.turns, self.threads = records, pairs, turns, threads
+        self.records, self.batch_format, self.turns, self.threads = records, batch_format, turns, threads
         self.own, self.starts = tuple(own), dict(starts)
 
     def __iter__(self) -> ShardsIterator:
@@ -264,7 +258,7 @@ class ShardsIterator(grain.DatasetIterator[dict[str, Any]]):
 
     def __init__(self, dataset: Shards) -> None:
         super().__init__()
-        self._records, self._pairs, self._turns = dataset.records, dataset.pairs, dataset.turns
+        self._records, self._format, self._turns = dataset.records, dataset.batch_format, dataset.turns
         self._own, self._starts = frozenset(dataset.own), dataset.starts
         sources = dataset.records.samples.sources
         self._texts, self._images = Tally(sources), Tally(sources)
@@ -296,9 +290,7 @@ class ShardsIterator(grain.DatasetIterator[dict[str, Any]]):
         self._packers = {}
         for number in self._own:
             order = ShardOrder(self._records, number, self._turns.shards)
-            self._packers[number] = PackIterator(
-                order, self._records, self._pairs, self._texts, self._starts[number]
-            )
+            self._packers[number] = PackIterator(order, self._format, self._texts, self._starts[number])
         # Worker processes end without closing their iterator.
         self._closing = weakref.finalize(self, _close, tuple(self._packers.values()), self._pool)
 
@@ -307,7 +299,7 @@ class ShardsIterator(grain.DatasetIterator[dict[str, Any]]):
         packer = self._packers[turn.shard]
         rows = next(packer, None)
         placed = None
-        if rows is not None and turn.held:
+        if rows is not None and turn.is_local:
             assert self._pool is not None
             placed = [[(sample, self._pool.submit(sample.read_images)) for sample in row] for row in rows]
         return _Unit(turn.shard, packer.place, self._texts.take(), placed)
@@ -315,14 +307,14 @@ class ShardsIterator(grain.DatasetIterator[dict[str, Any]]):
     def _element(self, unit: _Unit) -> dict[str, Any]:
         batch = None
         if unit.rows is not None:
-            batch = arrays(self._pair(unit.rows[0][0][0]) if self._pairs else self._group(unit.rows))
+            batch = self._batch(unit.rows)
         skipped = (*unit.skipped, *self._images.take())
         samples = (sample for row in unit.rows or () for sample, _ in row)
         missing = tuple(name for sample in samples for name in sample.missing)
-        return {"news": News(unit.shard, unit.place, skipped, missing), "unit": batch}
+        return {"info": UnitInfo(unit.shard, unit.place, skipped, missing), "unit": batch}
 
-    def _group(self, rows: Sequence[Sequence[tuple[Sample, _Images]]]) -> PackedBatch:
-        """A group without the samples whose images cannot be read; their places stay empty."""
+    def _batch(self, rows: Sequence[Sequence[tuple[Sample, _Images]]]) -> Batch:
+        """The unit without the samples whose images cannot be read; their places stay empty."""
         readable: list[list[Sample]] = []
         for row in rows:
             readable.append([])
@@ -335,14 +327,7 @@ class ShardsIterator(grain.DatasetIterator[dict[str, Any]]):
                 if sample.num_images:
                     self._images.good(sample.source)
                 readable[-1].append(dataclasses.replace(sample, read_images=images.result))
-        return packing.assemble_group(self._records.shape, readable)
-
-    def _pair(self, sample: Sample) -> PairBatch:
-        batch, length = empty_pairs(self._records.shape, 1), len(sample.encoded)
-        (batch.images[0],) = sample.read_images()
-        batch.text_tokens[0, :length] = sample.encoded.tokens
-        batch.text_valid[0, :length] = True
-        return batch
+        return self._format.assemble(readable)
 
     def close(self) -> None:
         """Stops and joins the threads."""

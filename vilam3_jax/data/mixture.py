@@ -8,10 +8,11 @@ import math
 import string
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
-from vilam3_jax import config as config_lib
+from vilam3_jax.data.batch_formats import FORMATS
 from vilam3_jax.data.loader import Loader, build_loader
 from vilam3_jax.data.packing import Sample
 from vilam3_jax.errors import UserError
@@ -90,9 +91,9 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def samples_of_a_step(config: config_lib.ConfigDict, rows: Sequence[Row]) -> float:
+def samples_of_a_step(config: Any, rows: Sequence[Row]) -> float:
     """How many samples a batch holds: its pairs, or what its tokens and its image slots have room for."""
-    if config.kind == "contrastive":
+    if config.task == "contrastive":
         return config.data.global_pairs
     total = sum(row.samples for row in rows if row.looked_at)
     tokens = sum(row.samples * row.tokens for row in rows if row.looked_at) / total
@@ -108,7 +109,7 @@ def order_of(loader: Loader, count: int) -> list[str]:
     return [letters[start : start + _LINE] for start in range(0, count, _LINE)]
 
 
-def table(config: config_lib.ConfigDict, rows: Sequence[Row]) -> list[str]:
+def table(config: Any, rows: Sequence[Row]) -> list[str]:
     """The lines of the table and of what is said below it.
 
     Raises:
@@ -182,18 +183,16 @@ def _short(number: float) -> str:
     return f"{number:.0f}"
 
 
-def preview(config: config_lib.ConfigDict, count: int, tried: int) -> str:
+def preview(config: Any, count: int, tried: int) -> str:
     """What `main` prints.
 
     Raises:
       UserError: a number below 1, or data that cannot be read.
     """
-    from vilam3_jax.models import vila  # jax is slow to import, and --help needs none of it
-
     for name, value in (("count", count), ("samples", tried)):
         if value < 1:
             raise UserError(f"--{name}={value}: must be at least 1")
-    loader = build_loader(config, "train", tokens_per_image=vila.tokens_per_image(config.model))
+    loader = build_loader(config.data, config.model, FORMATS[config.task], "train", seed=config.seed)
     try:
         lines = table(config, rows_of(loader, tried))
         lines += ["", f"The first {count} positions:", *order_of(loader, count)]
@@ -215,5 +214,7 @@ def main(argv: Sequence[str]) -> int:
         "--samples", type=int, default=32, help="records of each dataset to measure (default: 32)"
     )
     options, rest = parser.parse_known_args(argv)
+    from vilam3_jax import config as config_lib  # imports jax, which is slow, and --help needs none of it
+
     sys.stdout.write(preview(config_lib.parse(rest, flags.FlagValues()), options.count, options.samples))
     return 0

@@ -1,102 +1,88 @@
-"""What makes a sample ready to be packed out of a record: text first, images when it has a place."""
+"""From a record to a sample that can be packed: text first, images once the sample is placed."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from vilam3_jax.data import stream
+from vilam3_jax.data.batch_formats import BatchFormat
 from vilam3_jax.data.caches import ByteLRU
 from vilam3_jax.data.examples import Example
 from vilam3_jax.data.experts.dialogues.source import dialogue_of
-from vilam3_jax.data.image_processor import ImageProcessor
 from vilam3_jax.data.images import augment
 from vilam3_jax.data.packing import Sample
-from vilam3_jax.data.render import Renderer, encode_example
-from vilam3_jax.data.templates import TokenizerLike, encode_caption, model_template
+from vilam3_jax.data.render import Renderer
+from vilam3_jax.data.templates import Template, TokenizerLike
 from vilam3_jax.errors import StoppingError, UnavailableError, UserError
 
 Address = tuple[int, int]  # which dataset, which record of it
 _Grids = tuple[tuple[int, int], ...]
-_TEXT_BYTES = 8192  # taken for an example without its pictures
-_EXAMPLE_CACHE_BYTES = 256 << 20  # of samples that wait for a place; more of them are read twice
+_TEXT_BYTES = 8192  # assumed size of an example without its images
+_EXAMPLE_CACHE_BYTES = 256 << 20  # of queued samples; beyond it records are read twice
 
 
 class SampleReader:
-    """Reads, renders and encodes records of one run; calls do not disturb each other."""
+    """Reads, renders and encodes records of one run; thread-safe."""
 
     def __init__(
         self,
-        cfg: Any,
         *,
         samples: stream.SampleStream,
         renderer: Renderer,
-        processor: ImageProcessor,
+        batch_format: BatchFormat,
         tokenizer: TokenizerLike,
-        tokens_per_image: int,
+        template: Template,
         donors: Mapping[Address, Address],
-        alter: bool,
+        augment_seed: int | None,
     ) -> None:
-        """Puts the parts together.
+        """Stores its parts.
 
         Args:
-          cfg: the run's config.
           samples: where records are.
-          renderer: of turns and pictures.
-          processor: of pictures.
+          renderer: of turns and images.
+          batch_format: of the run.
           tokenizer: of the model.
-          tokens_per_image: T, the projector's output length.
-          donors: whose images a record takes instead of its own.
-          alter: whether pictures are altered (`data.augment`).
+          template: of the model.
+          donors: address → record whose images it takes instead of its own.
+          augment_seed: of the augmentation of images; None for none.
         """
-        self._samples, self._renderer, self._processor = samples, renderer, processor
-        self._tokenizer, self._tokens_per_image = tokenizer, tokens_per_image
-        self._template = model_template(cfg.model)
-        self._pair_length = cfg.data.text_len if cfg.kind == "contrastive" else None
-        self._seed, self._donors, self._alter = cfg.seed, donors, alter
+        self._samples, self._renderer, self._format = samples, renderer, batch_format
+        self._tokenizer, self._template = tokenizer, template
+        self._donors, self._augment_seed = donors, augment_seed
         self._examples: ByteLRU[Example] = ByteLRU(_EXAMPLE_CACHE_BYTES, _bytes_of)
 
     def sample(self, address: Address, position: int) -> Sample:
-        """A sample whose images are still to be read.
+        """A sample whose images are not read yet.
 
         Args:
           address: of its record.
-          position: in the order of samples; decides what is left to chance.
+          position: in the order of samples; seeds what is random.
 
         Raises:
           UserError: the record cannot be used; names the example.
           UnavailableError: the data cannot be read now.
-          StoppingError: the record cannot be used, and the settings forbid to put it aside.
+          StoppingError: the record cannot be used, and the settings do not allow it to be skipped.
         """
         source = self._samples.sources[address[0]]
         example = self._example(address, position)
-        processor = self._processor
+        processor = self._format.processor
         try:
             outline = self._renderer.outline(example, source.data_root, position)
-            shaped = processor.max_tiles > 1
-            grids = [processor.grid_of(p.shape()) if shaped else (1, 1) for p in outline.pictures]
-            if self._pair_length is not None:
-                caption = stream.pair_caption(example)
-                encoded = encode_caption(self._tokenizer, caption, self._pair_length)
-            else:
-                turns = processor.expand(outline.turns, grids)
-                encoded = encode_example(
-                    self._tokenizer, self._template, example.format, turns, self._tokens_per_image
-                )
-                encoded = processor.merge(encoded, grids, self._tokens_per_image)
+            tiled = processor.max_tiles > 1
+            grids = [processor.grid_of(image.shape()) if tiled else (1, 1) for image in outline.pictures]
+            encoded = self._format.encode(self._tokenizer, self._template, example, outline, grids)
         except UnavailableError:
             raise
         except StoppingError as error:
             raise StoppingError(f"{self._samples.name(address)} ({example.id}): {error}") from error
         except (UserError, ValueError, IndexError) as error:
             raise UserError(f"example {example.id}: {error}") from error
-        # What waits for a place holds no image, encoded or not: the record comes from the cache, or is read
-        # again.
+        # Queued samples hold no image bytes: the record comes from the cache or is read again when placed.
         read = functools.partial(self._inputs, address, position, tuple(grids))
-        if self._pair_length is not None:  # pairs do not wait
+        if not self._format.has_dialogues:  # pairs are not queued
             read = functools.partial(tuple, read())
         paths = tuple(image.path for image in example.images if image.path is not None)
         return Sample(
@@ -128,10 +114,12 @@ class SampleReader:
                 root = self._samples.sources[donor[0]].data_root
                 taken = self._renderer.render(self._example(donor, position), root, position).images
                 images = tuple(taken[i % len(taken)] for i in range(len(images)))
-            if self._alter:
-                images = augment(images, np.random.default_rng((self._seed, position)))
-            # Images of another sample are cut as the text has room for.
-            inputs = (self._processor.inputs(image, grid) for image, grid in zip(images, grids, strict=True))
+            if self._augment_seed is not None:
+                images = augment(images, np.random.default_rng((self._augment_seed, position)))
+            # Images of another sample are tiled to fit the text.
+            inputs = (
+                self._format.processor.inputs(image, grid) for image, grid in zip(images, grids, strict=True)
+            )
             return tuple(tile for tiles in inputs for tile in tiles)
         except (UnavailableError, StoppingError):
             raise

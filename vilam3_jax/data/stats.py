@@ -7,11 +7,13 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from absl import flags
 
-from vilam3_jax import config as config_lib
+from vilam3_jax.data.batch_formats import PackedRows
+from vilam3_jax.data.data_config import DataConfig
 from vilam3_jax.data.loader import build_loader
 from vilam3_jax.data.packing import LOOKAHEAD, GroupShape, next_group
 from vilam3_jax.errors import UserError
@@ -125,7 +127,7 @@ def recommend(shards: Sequence[Sequence[Size]], seq_len: int, rows: Sequence[int
     return best
 
 
-def _describe(data: config_lib.ConfigDict, sizes: Sequence[Size], skipped: int) -> list[str]:
+def _describe(data: DataConfig, sizes: Sequence[Size], skipped: int) -> list[str]:
     lengths = np.array([size.num_tokens for size in sizes])
     counts = np.array([size.num_images for size in sizes])
     shares = ", ".join(f"{n}: {np.mean(counts == n):.1%}" for n in np.unique(counts))
@@ -145,19 +147,17 @@ def _line(name: str, fill: Fill) -> str:
     )
 
 
-def stats(config: config_lib.ConfigDict, samples: int) -> str:
+def stats(config: Any, samples: int) -> str:
     """What `main` prints.
 
     Raises:
       UserError: stage 1 (its pairs are not packed), or data that cannot be read.
     """
-    from vilam3_jax.models import vila  # jax is slow to import, and --help needs none of it
-
-    if config.kind != "generative":
-        raise UserError("config kind='contrastive': pairs are not packed, so there is nothing to fill")
+    if config.task != "generative":
+        raise UserError("config task='contrastive': pairs are not packed, so there is nothing to fill")
     if samples < 1:
         raise UserError(f"--samples={samples}: must be at least 1")
-    loader = build_loader(config, "train", tokens_per_image=vila.tokens_per_image(config.model))
+    loader = build_loader(config.data, config.model, PackedRows, "train", seed=config.seed)
     try:
         found = loader.sizes(samples)
         refused = loader.stats.skipped_total
@@ -189,5 +189,7 @@ def main(argv: Sequence[str]) -> int:
         "--samples", type=int, default=4000, help="how many samples to look at (default: 4000)"
     )
     options, rest = parser.parse_known_args(argv)
+    from vilam3_jax import config as config_lib  # imports jax, which is slow, and --help needs none of it
+
     sys.stdout.write(stats(config_lib.parse(rest, flags.FlagValues()), options.samples))
     return 0

@@ -18,7 +18,7 @@ from vilam3_jax.data.templates import TokenizerLike, encode_caption
 from vilam3_jax.errors import UserError
 from vilam3_jax.evals import statistics
 from vilam3_jax.evals.protocol import content_hash
-from vilam3_jax.models import vila
+from vilam3_jax.models import build
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +129,11 @@ class TwoTowerEmbedder:
 
     def __init__(self, model_config: Any, params: Any, tokenizer: TokenizerLike, batch_size: int = 32):
         """Prepares the model; compiled at first use."""
-        graphdef, _ = vila.abstract_model(model_config, "contrastive")
+        graphdef, _ = build.abstract_model(model_config, "contrastive")
         self._params, self._tokenizer, self._batch = params, tokenizer, batch_size
         self._length = int(model_config.text_tower.max_length)
-        self._images = jax.jit(lambda p, x: vila.merge(graphdef, p).vision_tower.pooled(x))
-        self._texts = jax.jit(lambda p, t, v: vila.merge(graphdef, p).text_tower(t, v))
+        self._images = jax.jit(lambda p, x: build.merge(graphdef, p).vision_tower.pooled(x))
+        self._texts = jax.jit(lambda p, t, v: build.merge(graphdef, p).text_tower(t, v))
 
     def images(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
         """Uint8 [S, S, 3] each -> float32 [N, E], unit length."""

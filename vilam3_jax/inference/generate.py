@@ -22,7 +22,8 @@ from vilam3_jax.data.image_processor import ImageProcessor, image_processor
 from vilam3_jax.data.packing import NO_GRID
 from vilam3_jax.data.tokenizer import Tokenizer
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import vila
+from vilam3_jax.models import build
+from vilam3_jax.models.model_config import resolve
 
 _MIN_CHUNK = 16
 _MIN_CACHE = 256
@@ -135,8 +136,8 @@ class Generator:
         self.max_length, self.batch_size = max_length, batch_size
         self._params = params
         self._known_prefix: tuple[tuple[int, ...], Session] | None = None
-        graphdef, _ = vila.abstract_model(model_config, "generative")
-        self.tokens_per_image = int(vila.merge(graphdef, dict(params)).num_image_tokens)
+        graphdef, _ = build.abstract_model(model_config, "generative")
+        self.tokens_per_image = resolve(model_config).tokens_per_image
         self._rows, self.parts = rows, 1 if rows is None else row_parts(rows)
         cached, logits, whole = _placement(rows)
         self._start = jax.jit(
@@ -399,7 +400,7 @@ def _placement(rows: NamedSharding | None) -> tuple[Any, Any, Any]:
 
 def _start(graphdef: Any, params: Any, rows: int, size: int) -> tuple[Any, jax.Array]:
     """An empty cache and logits [rows, V]."""
-    llm = vila.merge(graphdef, params).llm
+    llm = build.merge(graphdef, params).llm
     return llm.init_cache(rows, size), jnp.zeros((rows, llm.head_kernel().shape[1]), jnp.float32)
 
 
@@ -425,7 +426,7 @@ def _prefill(
     image_valid: jax.Array | None, image_tiles: jax.Array | None,
 ) -> tuple[Any, jax.Array]:  # fmt: skip
     """Writes a padded chunk behind what is cached; rows with size 0 keep their logits."""
-    model = vila.merge(graphdef, params)
+    model = build.merge(graphdef, params)
     embeds = model.embed(tokens, images, image_valid, visual, image_tiles)
     positions = lengths[:, None] + jnp.arange(tokens.shape[1])[None]
     hidden, cache = model.llm.forward_cached(embeds, positions, cache, lengths)
@@ -458,7 +459,7 @@ def _decode(
 
     A row that is done keeps its length: what it writes later lands behind its end and is overwritten.
     """
-    model = vila.merge(graphdef, params)
+    model = build.merge(graphdef, params)
     key = jax.random.wrap_key_data(key)
 
     def choose(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,8 +1,7 @@
-"""Answers of a model in training to held-out examples: the small generation protocol of the train loop.
+"""Answers to held-out examples during training.
 
-An example is read as in training. One of its supervised turns is left out and asked for: everything before it
-is the prompt, token for token what the model learns from, and what it says greedily is compared with the
-turn's own text.
+An example is read as in training. One of its supervised turns is left out: everything before it is the
+prompt, token for token as in training, and the greedy answer is compared with the turn's text.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from typing import Any
 import numpy as np
 from jax.sharding import NamedSharding
 
-from vilam3_jax.config import ConfigDict
+from vilam3_jax.data.batch_formats import PackedRows
+from vilam3_jax.data.data_config import DataConfig
 from vilam3_jax.data.loader import build_loader
 from vilam3_jax.data.loader_records import Unreadable
 from vilam3_jax.data.packing import Sample
@@ -27,7 +27,8 @@ from vilam3_jax.data.templates import model_template
 from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference.generate import Chunk, Generator, row_parts
-from vilam3_jax.models import param_paths, vila
+from vilam3_jax.models import build, param_paths
+from vilam3_jax.models.model_config import ModelConfig
 from vilam3_jax.runtime import processes
 
 _ROWS = 16  # of a batch, at least one for every part of the mesh
@@ -56,36 +57,47 @@ class Question:
 
 
 class HeldoutAnswers:
-    """The first examples of the held-out data, always the same ones, to be answered again and again.
+    """Answers the first examples of the held-out data, the same ones at every call.
 
-    Several processes make and call it alike. All read the questions, a device is given those of its rows,
-    and all processes learn all answers.
+    Collective: every process makes and calls it alike. All read the questions, each device gets those of its
+    rows, and all processes receive all answers.
     """
 
     def __init__(
-        self, config: ConfigDict, rows: NamedSharding, placing: Callable[[], AbstractContextManager[None]]
+        self,
+        data: DataConfig,
+        model: ModelConfig,
+        seed: int,
+        count: int,
+        rows: NamedSharding,
+        context: Callable[[], AbstractContextManager[None]],
+        annotate: Callable[[Mapping[str, Any]], dict[str, Any]],
     ) -> None:
-        """Reads `config.eval_generate` examples.
+        """Reads the examples.
 
         Args:
-          config: the run's config.
-          rows: how the rows of a batch are split over the mesh of the parameters.
-          placing: makes a context that says where activations and weights live while programs are traced.
+          data: section `data` of the config.
+          model: section `model`.
+          seed: of the run.
+          count: number of examples, `config.eval_generate`.
+          rows: sharding of the rows of a batch over the mesh of the parameters.
+          context: makes the context in which programs are traced, see `Program.context`.
+          annotate: see `Program.annotate`.
 
         Raises:
           UserError: no held-out example can be asked, or the processes do not read the same ones.
         """
-        self._tokenizer = load_tokenizer(config.model.tokenizer)
-        self.questions = read_questions(config, self._tokenizer)
+        self._tokenizer = load_tokenizer(model.tokenizer)
+        self.questions = read_questions(data, model, seed, count, self._tokenizer)
         _check_alike(self.questions)
-        self._placing = placing
+        self._context, self._annotate = context, annotate
         parts = row_parts(rows)
         self._rows = parts * -(-min(len(self.questions), _ROWS) // parts)
-        # The next question goes to the next part: that its images are spread, too, when few are left.
+        # Assign questions to shards round-robin to balance images in a partial batch.
         self._order = np.arange(self._rows).reshape(parts, -1).T.reshape(-1)
-        _, shapes = vila.abstract_model(config.model, "generative")
+        _, shapes = build.abstract_model(model, "generative")
         self._generator = Generator(
-            config.model,
+            model,
             shapes,
             self._tokenizer,
             max_length=max(len(one.prompt.tokens) + one.budget for one in self.questions),
@@ -94,26 +106,26 @@ class HeldoutAnswers:
         )
 
     def __call__(self, params: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, float]]:
-        """Asks all questions, greedily.
+        """Answers all questions greedily.
 
         Args:
-          params: path → array, as the train state has them.
+          params: path → array, from the train state.
 
         Returns:
-          One record a question with `id`, `turn`, `reference`, `answer`, `exact_match` and `token_f1`; and
+          One record per question with `id`, `turn`, `reference`, `answer`, `exact_match` and `token_f1`; and
           the means, `generate_exact_match` and `generate_token_f1`.
         """
-        self._generator.set_params(param_paths.unflatten(dict(params)))
+        self._generator.set_params(param_paths.unflatten(self._annotate(params)))
         answers: dict[Question, str] = {}
         alike: dict[tuple[int, ...], list[Question]] = collections.defaultdict(list)
         for question in self.questions:
             alike[question.stops].append(question)
-        with self._placing():
+        with self._context():
             for stops, questions in alike.items():
                 for first in range(0, len(questions), self._rows):
                     batch = questions[first : first + self._rows]
                     answers |= zip(batch, self._ask(batch, stops), strict=True)
-        self._generator.set_params({})  # the next step overwrites them
+        self._generator.set_params({})  # the next step donates them
         rows = [_record(question, answers[question]) for question in self.questions]
         return rows, {
             f"generate_{name}": sum(row[name] for row in rows) / len(rows)
@@ -121,7 +133,7 @@ class HeldoutAnswers:
         }
 
     def _ask(self, batch: Sequence[Question], stops: tuple[int, ...]) -> list[str]:
-        """What the model says to each; rows without a question stay empty."""
+        """Answers to a batch; rows without a question stay empty."""
         asked: list[Question | None] = [None] * self._rows
         for row, question in zip(self._order, batch, strict=False):
             asked[row] = question
@@ -155,29 +167,25 @@ def _check_alike(questions: Sequence[Question]) -> None:
             )
 
 
-def read_questions(config: ConfigDict, tokenizer: Tokenizer) -> list[Question]:
-    """The first `config.eval_generate` held-out examples that can be asked, fewer if there are no more.
+def read_questions(
+    data: DataConfig, model: ModelConfig, seed: int, count: int, tokenizer: Tokenizer
+) -> list[Question]:
+    """The first `count` held-out examples that can be asked, or fewer.
 
-    Of a dialogue with several answers the first example leaves out the first, the second the second, and so
-    on, so that calls for experts, first answers and later ones are all asked for.
+    Of dialogues with several answers the first example leaves out the first, the second the second, and so
+    on, so that expert calls, first and later answers are all covered.
 
     Raises:
       UserError: there is none; names the reasons.
     """
-    tokens_per_image = vila.tokens_per_image(config.model)
-    template_stops = model_template(config.model).stop_ids(tokenizer)
-    loader = build_loader(
-        config,
-        "heldout",
-        tokens_per_image=tokens_per_image,
-        experts=config.data.experts,
-        tokenizer=tokenizer,
-    )
+    tokens_per_image = model.tokens_per_image
+    template_stops = model_template(model).stop_ids(tokenizer)
+    loader = build_loader(data, model, PackedRows, "heldout", seed=seed, tokenizer=tokenizer)
     questions: list[Question] = []
     reasons = []
     try:
         for position in range(loader.length or 0):
-            if len(questions) == config.eval_generate:
+            if len(questions) == count:
                 break
             sample = loader.load(position, position)
             if not isinstance(sample, Sample):
@@ -203,7 +211,7 @@ def read_questions(config: ConfigDict, tokenizer: Tokenizer) -> list[Question]:
 
 
 def supervised_spans(loss_mask: np.ndarray) -> list[tuple[int, int]]:
-    """(start, end) of the runs of targets in a sample, [n]."""
+    """(start, end) of the runs of targets in a loss mask [n]."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], loss_mask > 0, [0]]).astype(np.int8)))
     return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
 
@@ -222,7 +230,7 @@ def _question(
     visual = encoded.image_of_token * tokens_per_image + encoded.visual_offset
     visual = np.where(encoded.image_of_token >= 0, visual, -1)[:start]
     ids = [int(token) for token in encoded.tokens[start:end]]
-    # A caption ends with a line, a dialogue's turn with its template's stop.
+    # Captions end with a newline, turns of a dialogue with the stop token of the template.
     stops = template_stops if ids[-1] in template_stops else (ids[-1], tokenizer.eos_id)
     answer = tokenizer.decode(ids[:-1] if ids[-1] in stops else ids).strip()
     prompt = Chunk(encoded.tokens[:start], visual, images, sample.tile_map)

@@ -1,4 +1,4 @@
-"""The two towers of stage 1: images and texts in one embedding space."""
+"""The two towers of stage 1, which embed images and texts in one space."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vilam3_jax.errors import UserError
+from vilam3_jax.models.model_config import ModelConfig
 from vilam3_jax.models.siglip import SiglipText, SiglipVision
 from vilam3_jax.sharding.logical_axes import shard
 
@@ -16,18 +17,20 @@ from vilam3_jax.sharding.logical_axes import shard
 class TwoTower(nnx.Module):
     """SigLIP. `logit_scale` is a logarithm and starts at log 10, as in the paper.
 
-    `logit_bias` starts at `text_tower.logit_bias`: the paper's -10 suits batches of 32 thousand, about
-    -log(B) those of B pairs.
+    `logit_bias` starts at `text_tower.logit_bias`: -10 in the paper suits batches of 32 thousand pairs; use
+    about -log(B) for B pairs.
     """
 
-    def __init__(self, cfg: Any, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = dict(
             rngs=rngs, dtype=cfg.dtype, param_dtype=cfg.param_dtype, remat=cfg.remat
         )
+        if cfg.text_tower is None or cfg.vision_tower is None:
+            raise UserError("config model: task='contrastive' needs model.vision_tower and model.text_tower")
         if cfg.vision_tower.type != "siglip":
             raise UserError(
                 f"model.vision_tower.type={cfg.vision_tower.type!r} has no pooled output to train "
-                "against texts; use 'siglip' for kind='contrastive'"
+                "against texts; use 'siglip' for task='contrastive'"
             )
         self.vision_tower = SiglipVision(cfg.vision_tower, **kwargs)
         self.text_tower = SiglipText(cfg.text_tower, self.vision_tower.width, **kwargs)

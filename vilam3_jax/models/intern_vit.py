@@ -2,30 +2,64 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vilam3_jax.models import families
+from vilam3_jax.models.hugging_face import (
+    KEEP,
+    LEADING,
+    PATCHES,
+    TRANSPOSE,
+    Layout,
+    TensorRule,
+    layer_count,
+    number,
+    refuse,
+    size,
+    stacked,
+)
 from vilam3_jax.models.layers import GeluMLP, RMSNorm, SelfAttention, run_stack
-from vilam3_jax.models.siglip import PatchEmbed, check_images, feature_layers
+from vilam3_jax.models.siglip import TOWER_RULES, PatchEmbed, TowerConfig, check_images, vision_sizes
 from vilam3_jax.sharding import logical_axes
 from vilam3_jax.sharding.logical_axes import shard
 
-# ImageNet's, with which the released tower was trained; of pixels in 0..1.
+# Statistics of ImageNet, with which the released tower was trained; for pixels in 0..1.
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 _LAYER_SCALE = 0.1
+
+# Settings of an InternViT; all of OpenGVLab's 6B have these.
+_SETTINGS = {"hidden_act": "gelu", "qkv_bias": False, "qk_normalization": True, "norm_type": "rms_norm"}
+
+
+@dataclasses.dataclass(frozen=True)
+class InternVitConfig(TowerConfig):
+    """The section `model.vision_tower` of an InternViT."""
+
+    select_layer: int = -1
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """See `TowerConfig`."""
+        return (123, 116, 103)
 
 
 class InternBlock(nnx.Module):
     """Pre-norm block whose two branches are scaled per channel (LayerScale, arXiv:2103.17239).
 
-    The checkpoint's one `qkv` matrix is three here, so that each divides over devices by heads.
+    The checkpoint's single `qkv` matrix is split in three, so that each can be sharded by heads.
     """
 
-    def __init__(self, cfg: Any, *, rngs: nnx.Rngs, stack: tuple[int, ...], dtype: Any, param_dtype: Any):
+    def __init__(
+        self, cfg: InternVitConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...], dtype: Any, param_dtype: Any
+    ):
         kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, stack=stack)
         width, eps = cfg.hidden_size, cfg.norm_eps
         self.norm1 = RMSNorm(width, eps=eps, **kwargs)
@@ -44,14 +78,14 @@ class InternBlock(nnx.Module):
 
 
 class InternViT(nnx.Module):
-    """Image tower with a class token, which takes part in attention and is not among the features."""
+    """Image tower with a class token, which is attended to and is not a feature."""
 
-    def __init__(self, cfg: Any, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, remat: str):
+    def __init__(self, cfg: InternVitConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, remat: str):
         self.image_size = cfg.image_size
         self.grid = cfg.image_size // cfg.patch_size
         self.width = cfg.hidden_size
         self.remat = remat
-        self.num_feature_layers = feature_layers(cfg)
+        self.num_feature_layers = cfg.feature_layers
         kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.patch_embed = PatchEmbed(cfg.patch_size, cfg.hidden_size, **kwargs)
         stddev = cfg.hidden_size**-0.5
@@ -69,7 +103,7 @@ class InternViT(nnx.Module):
         check_images(images, self.image_size)
         return self.pixel_features(images.astype(jnp.float32))
 
-    @logical_axes.of_a_tower()
+    @logical_axes.tower_rules()
     def pixel_features(self, pixels: jax.Array) -> jax.Array:
         """`features` of interpolated pixels: float32 [N, S, S, 3] on the scale of 0..255."""
         x = (pixels / 255 - jnp.asarray(_MEAN)) / jnp.asarray(_STD)
@@ -78,3 +112,79 @@ class InternViT(nnx.Module):
         x = jnp.concatenate([token, x], axis=1) + self.pos_embed[...].astype(x.dtype)
         x = shard(x, "batch", None, "embed")
         return run_stack(self.blocks, x, remat=self.remat, count=self.num_feature_layers)[:, 1:]
+
+
+def read_config(values: Mapping[str, Any], where: Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """Translates OpenGVLab's config.json of an InternViT into a section.
+
+    Raises:
+      UserError: a setting that this tower does not have.
+    """
+    refuse(values, where, {key: (value,) for key, value in _SETTINGS.items()})
+    return {
+        "type": "intern_vit",
+        "image_size": size(values, "image_size", where),
+        "patch_size": size(values, "patch_size", where),
+        "hidden_size": size(values, "hidden_size", where),
+        "num_layers": layer_count(values.get("num_hidden_layers"), shapes, f"{where}: num_hidden_layers"),
+        "num_heads": size(values, "num_attention_heads", where),
+        "mlp_dim": size(values, "intermediate_size", where),
+        "norm_eps": number(values, "layer_norm_eps", where, 1e-6),
+    }
+
+
+def write_config(tower: InternVitConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of an InternViT; `read_config` reads it back."""
+    return {
+        "architectures": ["InternVisionModel"],
+        "model_type": "intern_vit_6b",
+        **vision_sizes(tower, dtype),
+        **_SETTINGS,
+    }
+
+
+def tensors(tower: InternVitConfig) -> list[TensorRule]:
+    """OpenGVLab's tensors; query, key and value are one matrix there."""
+    to = "vision_tower/"
+    rows = [
+        ("norm1/scale", "norm1.weight", KEEP),
+        ("norm2/scale", "norm2.weight", KEEP),
+        ("scale1", "ls1", KEEP),
+        ("scale2", "ls2", KEEP),
+        *(
+            (f"attn/{name}/kernel", "attn.qkv.weight", Layout(axes=(1, 0), part=i, parts=3))
+            for i, name in enumerate("qkv")
+        ),
+        ("attn/q_norm/scale", "attn.q_norm.weight", KEEP),
+        ("attn/k_norm/scale", "attn.k_norm.weight", KEEP),
+        ("attn/o/kernel", "attn.proj.weight", TRANSPOSE),
+        ("attn/o/bias", "attn.proj.bias", KEEP),
+        *((f"mlp/{name}/kernel", f"mlp.{name}.weight", TRANSPOSE) for name in ("fc1", "fc2")),
+        *((f"mlp/{name}/bias", f"mlp.{name}.bias", KEEP) for name in ("fc1", "fc2")),
+    ]
+    return [
+        TensorRule(f"{to}class_embed", ("embeddings.class_embedding",), LEADING),
+        TensorRule(f"{to}pos_embed", ("embeddings.position_embedding",), LEADING),
+        TensorRule(f"{to}patch_embed/kernel", ("embeddings.patch_embedding.weight",), PATCHES),
+        TensorRule(f"{to}patch_embed/bias", ("embeddings.patch_embedding.bias",), KEEP),
+        *stacked(f"{to}blocks", "encoder.layers", tower.num_layers, rows),
+    ]
+
+
+FAMILY = families.register(
+    families.ModelFamily(
+        name="intern_vit",
+        component="vision_tower",
+        config=InternVitConfig,
+        module=InternViT,
+        parameter_rules=TOWER_RULES,
+        hugging_face=families.HuggingFaceLayout(
+            model_types=("intern_vit_6b",),
+            read_config=read_config,
+            write_config=write_config,
+            tensors=tensors,
+            preprocessor=lambda tower: {"image_processor_type": "InternVisionPreprocessor"},
+        ),
+        patches=lambda tower: (tower.image_size // tower.patch_size) ** 2 + 1,
+    )
+)

@@ -1,14 +1,13 @@
-"""Building blocks of all towers.
+"""Building blocks of all model families.
 
-Every module takes `stack`: leading axes of its parameters. `stack=(num_layers,)` makes one module hold the
-parameters of all layers, which `run_stack` then scans over; calling a stacked module directly is meaningless.
+Every module takes `stack`, leading axes of its parameters. With `stack=(num_layers,)` one module holds the
+parameters of all layers, which `run_stack` and `scan_layers` scan over; it cannot be called directly.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from functools import partial
+import math
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -17,19 +16,17 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.ops import quantized
-from vilam3_jax.ops.attention import attention
+from vilam3_jax.ops.attention import MaskInfo, attention
 from vilam3_jax.runtime import compat
 from vilam3_jax.sharding import logical_axes
 from vilam3_jax.sharding.embedding_lookup import lookup
 from vilam3_jax.sharding.logical_axes import shard
-from vilam3_jax.sharding.matmul import GATHERED, einsum, linear
+from vilam3_jax.sharding.matmul import GATHERED, linear
 
 Stack = tuple[int, ...]
 Init = Callable[..., jax.Array]
 
 REMAT_TAGS = ("qkv", "mlp")
-_WEIGHTS = ("kernel", "lora_a", "lora_b", "embedding")
 
 
 def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -41,14 +38,14 @@ def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Ar
 class Linear(nnx.Module):
     """`x @ kernel + bias`, with an optional low-rank addition (LoRA, arXiv:2106.09685).
 
-    Parameters: kernel [in, out]; bias [out] if `use_bias`; lora_a [in, r] and lora_b [r, out] if
-    `lora_rank` > 0.
+    Features may span two axes, such as (heads, head dim); the parameters are those of the flattened layer:
+    kernel [in, out]; bias [out] if `use_bias`; lora_a [in, r] and lora_b [r, out] if `lora_rank` > 0.
     """
 
     def __init__(
         self,
-        in_dim: int,
-        out_dim: int,
+        in_features: int | tuple[int, ...],
+        out_features: int | tuple[int, ...],
         *,
         rngs: nnx.Rngs,
         dtype: Any,
@@ -58,68 +55,48 @@ class Linear(nnx.Module):
         stack: Stack = (),
         lora_rank: int = 0,
         lora_alpha: float = 1.0,
-        lead: tuple[str | None, ...] = ("batch", None),
     ):
         self.dtype = jnp.dtype(dtype)
-        self.lead = lead  # logical axes of an input [batch, ..., in]
-        self.stored: tuple[tuple[str, Any], ...] = ()  # (parameter, mesh axes), see `find_weights`
-        self.products: quantized.QuantizedMatmul | None = None  # of the kernel, see `quantize_products`
+        self.in_features, self.out_features = _axes(in_features), _axes(out_features)
+        in_dim, out_dim = math.prod(self.in_features), math.prod(self.out_features)
         self.kernel = nnx.Param(kernel_init(rngs.params(), (*stack, in_dim, out_dim), param_dtype))
         self.bias = nnx.Param(jnp.zeros((*stack, out_dim), param_dtype)) if use_bias else None
-        self.lora_scale = lora_alpha / lora_rank if lora_rank else None
+        self.lora_rank, self.lora_alpha = lora_rank, lora_alpha
         if lora_rank:
-            # B starts at zero: a fresh adapter changes nothing.
+            # B starts at zero, so a fresh adapter changes nothing.
             noise = jax.random.normal(rngs.lora(), (*stack, in_dim, lora_rank), param_dtype)
             self.lora_a = nnx.Param(noise * in_dim**-0.5)
             self.lora_b = nnx.Param(jnp.zeros((*stack, lora_rank, out_dim), param_dtype))
 
-    def __call__(self, x: jax.Array, *, head_dim: int | None = None, from_heads: bool = False) -> jax.Array:
-        """[batch, ..., in] -> [batch, ..., out].
-
-        `from_heads` takes [batch, ..., heads, hd], `head_dim` gives [batch, ..., out / head_dim, head_dim].
-        """
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[batch, ..., *in_features] -> [batch, ..., *out_features]."""
         x = x.astype(self.dtype)
-        lead = self.lead[: x.ndim - 1 - from_heads]
-
-        def times(x: jax.Array, name: str, head_dim: int | None, product: Any = einsum) -> jax.Array:
-            return linear(x, getattr(self, name)[...], dict(self.stored).get(name), lead, head_dim, product)
-
-        y = times(x, "kernel", head_dim, self._kernel_product())
-        if self.lora_scale is not None:
-            low = shard(times(x, "lora_a", None), *lead, None)
-            y = y + times(low, "lora_b", head_dim) * jnp.asarray(self.lora_scale, self.dtype)
+        y = linear(x, self.kernel.get_value(), self.in_features, self.out_features)
+        if self.lora_rank:
+            low = linear(x, self.lora_a.get_value(), self.in_features, (self.lora_rank,))
+            low = shard(low, *("batch", "length")[: low.ndim - 1], None)
+            delta = linear(low, self.lora_b.get_value(), (self.lora_rank,), self.out_features)
+            y = y + delta * jnp.asarray(self.lora_alpha / self.lora_rank, self.dtype)
         if self.bias is not None:
-            y = y + self.bias[...].astype(self.dtype).reshape(y.shape[len(lead) :])
+            y = y + self.bias[...].astype(self.dtype).reshape(self.out_features)
         return y
 
-    def _kernel_product(self) -> Any:
-        if isinstance(self.kernel.get_value(), quantized.QuantizedKernel):
-            return quantized.frozen_einsum
-        return einsum if self.products is None else partial(quantized.einsum, self.products)
+
+def _axes(features: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (features,) if isinstance(features, int) else features
 
 
 class Embed(nnx.Module):
-    """Table look-up: ids [batch, length] -> [batch, length, width] in `dtype`."""
+    """Embedding table: ids [batch, length] -> [batch, length, width] in `dtype`."""
 
     def __init__(
-        self,
-        num: int,
-        width: int,
-        *,
-        rngs: nnx.Rngs,
-        dtype: Any,
-        param_dtype: Any,
-        stddev: float = 0.02,
-        lead: tuple[str | None, ...] = ("batch", None),
+        self, num: int, width: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, stddev: float = 0.02
     ):
-        self.lead = lead  # logical axes of the ids
         self.dtype = jnp.dtype(dtype)
-        self.stored: tuple[tuple[str, Any], ...] = ()  # as of `Linear`
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (num, width), param_dtype) * stddev)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        stored = dict(self.stored).get("embedding")
-        return lookup(ids, self.embedding[...], self.dtype, stored, self.lead)
+        return lookup(ids, self.embedding.get_value(), self.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -155,8 +132,7 @@ class RMSNorm(nnx.Module):
 class SelfAttention(nnx.Module):
     """Bidirectional multi-head attention: x [B, L, D] -> [B, L, D].
 
-    A pooling head gives a `query` [B, Q, D] of its own and gets [B, Q, D]. With `qk_norm_eps`, queries and
-    keys are RMS-normalised over the full width, before heads are split.
+    With `qk_norm_eps`, queries and keys are RMS-normalised over the full width, before heads are split.
     """
 
     def __init__(
@@ -173,36 +149,29 @@ class SelfAttention(nnx.Module):
     ):
         if width % num_heads:
             raise UserError(
-                f"hidden_size {width} is no multiple of num_heads {num_heads}; change one of them"
+                f"hidden_size {width} is not a multiple of num_heads {num_heads}; change one of them"
             )
-        self.num_heads, self.head_dim = num_heads, width // num_heads
+        self.heads = heads = (num_heads, width // num_heads)
         kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, stack=stack)
-        self.q = Linear(width, width, rngs=rngs, use_bias=qkv_bias, **kwargs)
-        self.k = Linear(width, width, rngs=rngs, use_bias=qkv_bias, **kwargs)
-        self.v = Linear(width, width, rngs=rngs, use_bias=qkv_bias, **kwargs)
-        self.o = Linear(width, width, rngs=rngs, **kwargs)
+        qk_features = heads if qk_norm_eps is None else width
+        self.q = Linear(width, qk_features, rngs=rngs, use_bias=qkv_bias, **kwargs)
+        self.k = Linear(width, qk_features, rngs=rngs, use_bias=qkv_bias, **kwargs)
+        self.v = Linear(width, heads, rngs=rngs, use_bias=qkv_bias, **kwargs)
+        self.o = Linear(heads, width, rngs=rngs, **kwargs)
         self.q_norm = None if qk_norm_eps is None else RMSNorm(width, eps=qk_norm_eps, **kwargs)
         self.k_norm = None if qk_norm_eps is None else RMSNorm(width, eps=qk_norm_eps, **kwargs)
 
     def __call__(
         self, x: jax.Array, segment_ids: jax.Array | None = None, query: jax.Array | None = None
     ) -> jax.Array:
-        source = x if query is None else query
-
-        def kept(y: jax.Array) -> jax.Array:
-            return checkpoint_name(shard(y, "batch", None, "heads", None), "qkv")
-
-        def heads(layer: Linear, norm: RMSNorm | None, x: jax.Array) -> jax.Array:
-            if norm is None:
-                return layer(x, head_dim=self.head_dim)
-            # The mean of squares runs over all heads: with heads over devices it is a sum across them.
-            y = norm(shard(layer(x), "batch", None, "heads"))
-            return y.reshape(*y.shape[:-1], self.num_heads, self.head_dim)
-
-        q, k = kept(heads(self.q, self.q_norm, source)), kept(heads(self.k, self.k_norm, x))
-        v = kept(heads(self.v, None, x))
-        out = attention(q, k, v, segment_ids_q=segment_ids, segment_ids_kv=segment_ids, causal=False)
-        return self.o(out, from_heads=True)
+        """Attends from `query` [B, Q, D], by default `x`, to `x`: -> [B, Q, D]."""
+        q, k, v = self.q(x if query is None else query), self.k(x), self.v(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            # QK-norm spans all heads, so sharded heads need an all-reduce.
+            q = self.q_norm(shard(q, "batch", None, "heads")).reshape(*q.shape[:-1], *self.heads)
+            k = self.k_norm(shard(k, "batch", None, "heads")).reshape(*k.shape[:-1], *self.heads)
+        q, k, v = (checkpoint_name(shard(y, "batch", None, "heads", None), "qkv") for y in (q, k, v))
+        return self.o(attention(q, k, v, MaskInfo(segment_ids, segment_ids)))
 
 
 class GeluMLP(nnx.Module):
@@ -256,24 +225,22 @@ class EncoderBlock(nnx.Module):
 
 
 def remat_layer(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """Wraps the body of a layer scan so that the backward pass recomputes what is not worth keeping.
+    """Wraps a layer so that the backward pass recomputes what is not worth saving.
 
     Args:
-      body: scan body of one layer.
-      remat: 'none' keeps everything; 'full' keeps only layer inputs; else tags joined by '+', such as
-        'qkv' or 'qkv+mlp': layer inputs and the tagged activations are kept.
+      body: function of one layer.
+      remat: 'none' saves everything; 'full' saves only layer inputs; otherwise tags joined by '+', such as
+        'qkv' or 'qkv+mlp': layer inputs and the tagged activations are saved.
 
     Raises:
       UserError: unknown policy.
     """
     if remat == "none":
-        # But weights gathered from other devices: kept for every layer, they would be the whole model.
+        if logical_axes.current() is None:
+            return body
+        # Except gathered weights: saved for every layer, they would be the whole model.
         policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-        return (
-            body
-            if logical_axes.placement() is None
-            else jax.checkpoint(body, prevent_cse=False, policy=policy)
-        )
+        return jax.checkpoint(body, prevent_cse=False, policy=policy)
     if remat == "full":
         return jax.checkpoint(body, prevent_cse=False)
     tags = remat.split("+")
@@ -283,55 +250,6 @@ def remat_layer(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
         )
     policy = jax.checkpoint_policies.save_only_these_names(*tags)
     return jax.checkpoint(body, prevent_cse=False, policy=policy)
-
-
-def find_weights(model: nnx.Module) -> None:
-    """Tells every `Linear` and `Embed` of a model where the step stores its weights.
-
-    See `logical_axes.activation_rules`.
-    """
-    for path, module in nnx.iter_modules(model):
-        if isinstance(module, Linear | Embed):
-            found = {name: logical_axes.stored("/".join((*map(str, path), name))) for name in _WEIGHTS}
-            layers = len((module.kernel if isinstance(module, Linear) else module.embedding).shape) - 2
-
-            def of_layer(spec: Any, layers: int = layers) -> tuple[Any, ...]:
-                return (*spec, None, None, None)[layers : layers + 2]
-
-            module.stored = tuple(
-                (name, tuple(map(of_layer, spec)) if isinstance(spec, list) else of_layer(spec))
-                for name, spec in found.items()
-                if spec is not None
-            )
-
-
-def quantize_products(model: nnx.Module, how: quantized.QuantizedMatmul, modules: str) -> None:
-    """Quantises products of kernels in a model, but for those of its head; LoRA's stay as they are.
-
-    Args:
-      model: built or merged; changed in place.
-      how: types of the factors.
-      modules: regular expression of `Linear` modules, such as 'llm/layers/.*'.
-
-    Raises:
-      UserError: it matches none.
-    """
-    for module in matching(model, modules).values():
-        module.products = how
-
-
-def matching(model: nnx.Module, modules: str) -> dict[str, Linear]:
-    """Path → the `Linear` modules that a regular expression names; never the LLM's head.
-
-    Raises:
-      UserError: it matches none.
-    """
-    found = {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model) if isinstance(m, Linear)}
-    possible = {path: module for path, module in sorted(found.items()) if path != "llm/lm_head"}
-    named = {path: module for path, module in possible.items() if re.fullmatch(modules, path)}
-    if not named:
-        raise UserError(f"config quantization.modules={modules!r} matches none of {', '.join(possible)}")
-    return named
 
 
 def run_stack(
@@ -346,3 +264,38 @@ def run_stack(
         return compat.merge(graphdef, layer)(carry, *args), None
 
     return jax.lax.scan(remat_layer(body, remat), x, params)[0]
+
+
+def scan_layers(
+    body: Callable[[Any, Any, Any], Any], carry: Any, layers: Any, kinds: Sequence[Hashable]
+) -> Any:
+    """Scans stacked layers of several kinds, such as sliding-window and full attention.
+
+    Kinds are static, so the scan runs over whole periods of their pattern and unrolls the remainder.
+
+    Args:
+      body: (carry, layer, kind) → carry.
+      carry: initial carry.
+      layers: pytree whose arrays lead with the layer axis.
+      kinds: kind of each layer, in order.
+
+    Returns:
+      The last carry.
+    """
+    count = len(kinds)
+    period = next(p for p in range(1, count + 1) if all(kinds[i] == kinds[i % p] for i in range(count)))
+    whole = count - count % period
+
+    def of_period(carry: Any, layers: Any) -> tuple[Any, None]:
+        for i in range(period):
+            layer = layers if period == 1 else jax.tree.map(lambda x, i=i: x[i], layers)
+            carry = body(carry, layer, kinds[i])
+        return carry, None
+
+    def periods(x: jax.Array) -> jax.Array:
+        return x if period == 1 else x[:whole].reshape(whole // period, period, *x.shape[1:])
+
+    carry, _ = jax.lax.scan(of_period, carry, jax.tree.map(periods, layers))
+    for i in range(whole, count):
+        carry = body(carry, jax.tree.map(lambda x, i=i: x[i], layers), kinds[i])
+    return carry

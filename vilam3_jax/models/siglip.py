@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,18 +12,131 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vilam3_jax.errors import UserError
+from vilam3_jax.models import families
+from vilam3_jax.models.hugging_face import (
+    KEEP,
+    LEADING,
+    PATCHES,
+    TRANSPOSE,
+    Layout,
+    TensorRule,
+    dense,
+    layer_count,
+    layer_norm,
+    number,
+    refuse,
+    size,
+    stacked,
+    subsection,
+)
 from vilam3_jax.models.layers import Embed, EncoderBlock, GeluMLP, LayerNorm, Linear, SelfAttention, run_stack
 from vilam3_jax.ops.attention import row_length
+from vilam3_jax.runtime.settings import Section, setting
 from vilam3_jax.sharding import logical_axes
 from vilam3_jax.sharding.logical_axes import shard
 from vilam3_jax.sharding.matmul import einsum
 
-_SMOOTH_NORM = 4.0  # of a first filter's smooth part; its white part has norm 1
-# Of a new position table: half the size of a patch's embedding after these filters. A small one (0.07) takes
-# long to be heard in the pooled mean: 13 classes of slices were at a loss of 2.6 on held-out patients after
-# 100 steps, with this one at 2.0.
+
+@dataclasses.dataclass(frozen=True)
+class TowerConfig(Section):
+    """What the sections of all vision towers have.
+
+    Attributes:
+      type: name of the family.
+      image_size: S, side of an input in pixels.
+      patch_size: side of a patch in pixels.
+      hidden_size: width D.
+      num_layers: blocks.
+      num_heads: attention heads.
+      mlp_dim: width of the MLP.
+      norm_eps: epsilon of the norms.
+      select_layer: the hidden state that is the feature map; 0 is the embedding, i the output of block i.
+    """
+
+    key = "model.vision_tower"
+    type: str
+    image_size: int = setting(at_least=1)
+    patch_size: int = setting(at_least=1)
+    hidden_size: int = setting(at_least=1)
+    num_layers: int = setting(at_least=1)
+    num_heads: int = setting(at_least=1)
+    mlp_dim: int = setting(at_least=1)
+    norm_eps: float = setting(default=1e-6, at_least=0)
+    select_layer: int = -2
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """Colour of the padding of mode 'pad': the tower's mean pixel, truncated as in VILA."""
+        return (127, 127, 127)
+
+    @property
+    def feature_layers(self) -> int:
+        """How many blocks run before hidden state `select_layer`.
+
+        Raises:
+          UserError: there is no such state.
+        """
+        states = self.num_layers + 1
+        if not -states <= self.select_layer < states:
+            raise UserError(
+                f"model.vision_tower.select_layer={self.select_layer} is not one of the {states} hidden "
+                f"states; use {-states} to {states - 1}"
+            )
+        return self.select_layer % states
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipConfig(TowerConfig):
+    """The section `model.vision_tower` of a SigLIP.
+
+    Attributes:
+      head: whether it has the attention-pooling head of contrastive training.
+    """
+
+    head: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipTextConfig(Section):
+    """The section `model.text_tower`: sizes as in `TowerConfig`.
+
+    Attributes:
+      vocab_size: rows of the embedding table.
+      max_length: tokens of a text.
+      logit_bias: initial bias of the contrastive logits.
+    """
+
+    key = "model.text_tower"
+    vocab_size: int = setting(default=32_000, at_least=1)
+    max_length: int = setting(default=64, at_least=1)
+    hidden_size: int = setting(default=768, at_least=1)
+    num_layers: int = setting(default=12, at_least=1)
+    num_heads: int = setting(default=12, at_least=1)
+    mlp_dim: int = setting(default=3072, at_least=1)
+    norm_eps: float = setting(default=1e-6, at_least=0)
+    logit_bias: float = -10.0
+
+
+_BLOCK_RULES = (
+    (r"blocks/attn/[qkv]/kernel", (None, "fsdp", "tensor")),
+    (r"blocks/attn/o/kernel", (None, "tensor", "fsdp")),
+    (r"blocks/mlp/fc1/kernel", (None, "fsdp", "tensor")),
+    (r"blocks/mlp/fc2/kernel", (None, "tensor", "fsdp")),
+    (r".*(scale[12]?|bias|pos_embed|class_embed|probe)", ()),
+)
+TOWER_RULES = (
+    (r"patch_embed/kernel", (None, None, None, "fsdp")),
+    (r"head/(attn/[qkv]|mlp/fc1)/kernel", ("fsdp", "tensor")),
+    (r"head/(attn/o|mlp/fc2)/kernel", ("tensor", "fsdp")),
+    *_BLOCK_RULES,
+)
+TEXT_TOWER_RULES = ((r"(embed/embedding|head/kernel)", (None, "fsdp")), *_BLOCK_RULES)
+
+_SMOOTH_NORM = 4.0  # norm of the smooth part of an initial filter; its white part has norm 1
+# Std of an initial position table: half the size of a patch's embedding. With std 0.07 positions barely
+# affect the pooled mean early on: 13 classes of slices had a held-out loss of 2.6 after 100 steps, here 2.0.
 _POSITION_STD = 3.0
-# Of new text embeddings, in units of width**-0.5: words count for more than where they stand.
+# Gain of initial text embeddings, in units of width**-0.5: words count for more than positions.
 _WORD_GAIN = 5.0
 
 
@@ -49,11 +165,11 @@ class PatchEmbed(nnx.Module):
 
 
 def _first_filters(key: jax.Array, patch_size: int, width: int, dtype: Any) -> jax.Array:
-    """Initial patch filters [p, p, 3, D]: mostly grey, of low frequency and without a mean, plus white noise.
+    """Initial patch filters [p, p, 3, D]: zero-mean, grey, low-frequency patterns plus white noise.
 
-    Pictures have their energy in low frequencies, and medical ones a black surround. White noise alone sees
-    mostly the mean of a patch: a tower of 6 blocks was at a loss of 3.0 where one that started from these
-    filters was at 1.9 (38 classes of slices, 80 steps). The noise gives the kernel its full rank.
+    Images have their energy in low frequencies, and medical ones a black surround, so white noise alone
+    mostly sees the mean of a patch: a tower of 6 blocks reached a loss of 3.0, with these filters 1.9 (38
+    classes of slices, 80 steps). The noise gives the kernel full rank.
     """
     smooth_key, white_key = jax.random.split(key)
     coarse = min(4, patch_size)
@@ -66,23 +182,6 @@ def _first_filters(key: jax.Array, patch_size: int, width: int, dtype: Any) -> j
     return (smooth + white).astype(dtype)
 
 
-def feature_layers(cfg: Any) -> int:
-    """How many blocks run before hidden state `cfg.select_layer`.
-
-    State 0 is the embedding, state i the output of block i, as in Hugging Face's list.
-
-    Raises:
-      UserError: there is no such state.
-    """
-    states = cfg.num_layers + 1
-    if not -states <= cfg.select_layer < states:
-        raise UserError(
-            f"model.vision_tower.select_layer={cfg.select_layer} is none of the {states} hidden states; "
-            f"use {-states} to {states - 1}"
-        )
-    return cfg.select_layer % states
-
-
 def check_images(images: jax.Array, size: int) -> None:
     """Raises ValueError if `images` are not uint8 [N, size, size, 3]."""
     if images.dtype != jnp.uint8 or images.shape[1:] != (size, size, 3):
@@ -90,7 +189,7 @@ def check_images(images: jax.Array, size: int) -> None:
 
 
 class AttentionPool(nnx.Module):
-    """Multi-head attention pooling: a learned probe asks all tokens once, then a residual MLP."""
+    """Multi-head attention pooling: a learned probe attends to all tokens, then a residual MLP."""
 
     def __init__(
         self,
@@ -112,7 +211,7 @@ class AttentionPool(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, T, D] -> [N, D]."""
         probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
-        # Placements are stated, as everywhere between two products: see `projector`.
+        # Explicit shardings between two products, see `projector`.
         x = shard(self.attn(x, query=shard(probe, "batch", None, "embed")), "batch", None, "embed")
         return shard(x + self.mlp(self.norm(x)), "batch", None, "embed")[:, 0]
 
@@ -121,16 +220,16 @@ class SiglipVision(nnx.Module):
     """Image tower.
 
     All blocks, `post_norm` and, with `cfg.head`, the pooling head exist in every stage, so that stage 1 and
-    later ones share parameters.
+    later stages share parameters.
     """
 
-    def __init__(self, cfg: Any, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, remat: str):
+    def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, remat: str):
         self.image_size = cfg.image_size
         self.grid = cfg.image_size // cfg.patch_size
         self.width = cfg.hidden_size
         self.remat = remat
         self.num_layers = cfg.num_layers
-        self.num_feature_layers = feature_layers(cfg)
+        self.num_feature_layers = cfg.feature_layers
         kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.patch_embed = PatchEmbed(cfg.patch_size, cfg.hidden_size, **kwargs)
         table = jax.random.normal(rngs.params(), (self.grid**2, cfg.hidden_size), param_dtype)
@@ -163,12 +262,12 @@ class SiglipVision(nnx.Module):
         check_images(images, self.image_size)
         return self.pixel_features(images.astype(jnp.float32))
 
-    @logical_axes.of_a_tower()
+    @logical_axes.tower_rules()
     def pixel_features(self, pixels: jax.Array) -> jax.Array:
         """`features` of interpolated pixels: float32 [N, S, S, 3] on the scale of 0..255."""
         return self._run(pixels, self.num_feature_layers)
 
-    @logical_axes.of_a_tower()
+    @logical_axes.tower_rules()
     def pooled(self, images: jax.Array) -> jax.Array:
         """Image embedding for contrastive training: uint8 [N, S, S, 3] -> [N, D], not normalised.
 
@@ -182,13 +281,15 @@ class SiglipVision(nnx.Module):
 
 
 class SiglipText(nnx.Module):
-    """Text tower: bidirectional; the last valid token is the summary.
+    """Text tower: bidirectional; pools the last valid token.
 
-    SigLIP pads to a fixed length and lets padding take part; that is what `text_valid` all True gives.
-    Where padding is marked, it is neither attended to nor pooled.
+    SigLIP pads to a fixed length and attends to padding, as with `valid` all True. Marked padding is neither
+    attended to nor pooled.
     """
 
-    def __init__(self, cfg: Any, out_dim: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, remat: str):
+    def __init__(
+        self, cfg: SiglipTextConfig, out_dim: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, remat: str
+    ):
         self.max_length = cfg.max_length
         self.remat = remat
         kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
@@ -202,7 +303,7 @@ class SiglipText(nnx.Module):
         self.final_norm = LayerNorm(cfg.hidden_size, eps=cfg.norm_eps, dtype=dtype, param_dtype=param_dtype)
         self.head = Linear(cfg.hidden_size, out_dim, **kwargs)
 
-    @logical_axes.of_a_tower()
+    @logical_axes.tower_rules()
     def __call__(self, tokens: jax.Array, valid: jax.Array) -> jax.Array:
         """Tokens int [B, T], valid bool [B, T] (padding on the right) -> [B, E], not normalised.
 
@@ -218,3 +319,219 @@ class SiglipText(nnx.Module):
         last = jnp.where(valid, jnp.arange(length), 0).max(axis=1)
         x = shard(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0], "batch", "embed")
         return shard(self.head(self.final_norm(x)), "batch", "embed")
+
+
+def read_vision_config(values: Mapping[str, Any], where: Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """Translates the config.json of a SigLIP (the vision tower alone, or both) into a vision tower's section.
+
+    Files on the hub leave out what equals transformers' defaults, which are the base model's.
+
+    Raises:
+      UserError: a setting that this tower does not have.
+    """
+    vision = subsection(values, "vision_config", where) or values
+    refuse(vision, where, {"hidden_act": ("gelu_pytorch_tanh",), "num_channels": (3,)})
+    return {
+        "type": "siglip",
+        "image_size": size(vision, "image_size", where, 224),
+        "patch_size": size(vision, "patch_size", where, 16),
+        "hidden_size": size(vision, "hidden_size", where, 768),
+        "num_layers": layer_count(vision.get("num_hidden_layers", 12), shapes, f"{where}: num_hidden_layers"),
+        "num_heads": size(vision, "num_attention_heads", where, 12),
+        "mlp_dim": size(vision, "intermediate_size", where, 3072),
+        "norm_eps": number(vision, "layer_norm_eps", where, 1e-6),
+        # transformers pools by default; PaliGemma's towers, which NVILA has, lack the head.
+        "head": "head.probe" in shapes,
+    }
+
+
+def read_text_config(values: Mapping[str, Any], where: Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """Translates the text tower of a SigLIP's config.json into a section."""
+    text = subsection(values, "text_config", where)
+    refuse(text, where, {"hidden_act": ("gelu_pytorch_tanh",)})
+    layers = text.get("num_hidden_layers", 12)
+    return {
+        "vocab_size": size(text, "vocab_size", where, 32_000),
+        "max_length": size(text, "max_position_embeddings", where, 64),
+        "hidden_size": size(text, "hidden_size", where, 768),
+        "num_layers": layer_count(layers, shapes, f"{where}: text_config.num_hidden_layers"),
+        "num_heads": size(text, "num_attention_heads", where, 12),
+        "mlp_dim": size(text, "intermediate_size", where, 3072),
+        "norm_eps": number(text, "layer_norm_eps", where, 1e-6),
+        "logit_bias": -10.0,  # of a fresh model; the weights have their own
+    }
+
+
+def vision_sizes(tower: TowerConfig, dtype: str) -> dict[str, Any]:
+    """The sizes of a tower in config.json."""
+    return {
+        "image_size": tower.image_size,
+        "patch_size": tower.patch_size,
+        "num_channels": 3,
+        "hidden_size": tower.hidden_size,
+        "num_hidden_layers": tower.num_layers,
+        "num_attention_heads": tower.num_heads,
+        "intermediate_size": tower.mlp_dim,
+        "layer_norm_eps": tower.norm_eps,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def write_vision_config(tower: SiglipConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of a SigLIP vision tower; `read_vision_config` reads it back."""
+    return {
+        "architectures": ["SiglipVisionModel"],
+        "model_type": "siglip_vision_model",
+        **vision_sizes(tower, dtype),
+        "hidden_act": "gelu_pytorch_tanh",
+        "attention_dropout": 0.0,
+        "vision_use_head": tower.head,
+    }
+
+
+def write_pair_config(tower: SiglipConfig, text: SiglipTextConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of a SigLIP with both towers."""
+    vision = write_vision_config(tower, dtype)
+    del vision["architectures"]
+    return {
+        "architectures": ["SiglipModel"],
+        "model_type": "siglip",
+        "vision_config": vision,
+        "text_config": {
+            "model_type": "siglip_text_model",
+            "vocab_size": text.vocab_size,
+            "max_position_embeddings": text.max_length,
+            "hidden_size": text.hidden_size,
+            "num_hidden_layers": text.num_layers,
+            "num_attention_heads": text.num_heads,
+            "intermediate_size": text.mlp_dim,
+            "layer_norm_eps": text.norm_eps,
+            "hidden_act": "gelu_pytorch_tanh",
+            "attention_dropout": 0.0,
+            "projection_size": tower.hidden_size,
+            "dtype": dtype,
+            "torch_dtype": dtype,
+        },
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def preprocessor(tower: SiglipConfig) -> dict[str, Any]:
+    """The preprocessor_config.json of a SigLIP: a square, scaled to -1 to 1."""
+    return {
+        "image_processor_type": "SiglipImageProcessor",
+        "processor_class": "SiglipProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": tower.image_size, "width": tower.image_size},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+
+
+def vision_tensors(tower: SiglipConfig) -> list[TensorRule]:
+    """Tensors of the vision tower, by their names without prefix."""
+    to = "vision_tower/"
+    rules = [
+        TensorRule(f"{to}patch_embed/kernel", ("embeddings.patch_embedding.weight",), PATCHES),
+        TensorRule(f"{to}patch_embed/bias", ("embeddings.patch_embedding.bias",), KEEP),
+        TensorRule(f"{to}pos_embed", ("embeddings.position_embedding.weight",), KEEP),
+        *layer_norm(f"{to}post_norm", "post_layernorm"),
+        *_encoder(f"{to}blocks", "encoder.layers", tower.num_layers),
+    ]
+    if tower.head:
+        rules += [
+            TensorRule(f"{to}head/probe", ("head.probe",), KEEP),
+            *_pooling_attention(f"{to}head/attn", "head.attention"),
+            *layer_norm(f"{to}head/norm", "head.layernorm"),
+            *dense(f"{to}head/mlp/fc1", "head.mlp.fc1"),
+            *dense(f"{to}head/mlp/fc2", "head.mlp.fc2"),
+        ]
+    return rules
+
+
+def text_tensors(text: SiglipTextConfig) -> list[TensorRule]:
+    """Tensors of a two-tower SigLIP besides its vision tower."""
+    to, prefix = "text_tower/", "text_model."
+    return [
+        TensorRule(f"{to}embed/embedding", (f"{prefix}embeddings.token_embedding.weight",), KEEP),
+        TensorRule(f"{to}pos_embed", (f"{prefix}embeddings.position_embedding.weight",), KEEP),
+        *_encoder(f"{to}blocks", f"{prefix}encoder.layers", text.num_layers),
+        *layer_norm(f"{to}final_norm", f"{prefix}final_layer_norm"),
+        *dense(f"{to}head", f"{prefix}head"),
+        TensorRule("logit_scale", ("logit_scale",), LEADING),
+        TensorRule("logit_bias", ("logit_bias",), LEADING),
+    ]
+
+
+def _encoder(target: str, source: str, count: int) -> list[TensorRule]:
+    """The blocks of either tower."""
+    names = {
+        "norm1": ("layer_norm1", "scale", KEEP),
+        "norm2": ("layer_norm2", "scale", KEEP),
+        **{f"attn/{name}": (f"self_attn.{name}_proj", "kernel", TRANSPOSE) for name in "qkv"},
+        "attn/o": ("self_attn.out_proj", "kernel", TRANSPOSE),
+        "mlp/fc1": ("mlp.fc1", "kernel", TRANSPOSE),
+        "mlp/fc2": ("mlp.fc2", "kernel", TRANSPOSE),
+    }
+    rows: list[tuple[str, str, Layout]] = []
+    for ours, (theirs, weight, layout) in names.items():
+        rows += [(f"{ours}/{weight}", f"{theirs}.weight", layout), (f"{ours}/bias", f"{theirs}.bias", KEEP)]
+    return stacked(target, source, count, rows)
+
+
+def _pooling_attention(target: str, source: str) -> list[TensorRule]:
+    """PyTorch's MultiheadAttention stores query, key and value in one tensor, in this order."""
+    rules = dense(f"{target}/o", f"{source}.out_proj")
+    for part, name in enumerate("qkv"):
+        kernel, bias = Layout(axes=(1, 0), part=part, parts=3), Layout(part=part, parts=3)
+        rules.append(TensorRule(f"{target}/{name}/kernel", (f"{source}.in_proj_weight",), kernel))
+        rules.append(TensorRule(f"{target}/{name}/bias", (f"{source}.in_proj_bias",), bias))
+    return rules
+
+
+_FIRST = "embeddings.patch_embedding.weight"
+
+
+def _without_prefix(names: Collection[str]) -> dict[str, str]:
+    """Strips the prefix of the vision tower's tensors."""
+    prefixes = [name.removesuffix(_FIRST) for name in names if name.endswith(_FIRST)]
+    if len(prefixes) != 1:
+        raise UserError(f"{len(prefixes)} tensors end in {_FIRST}, one was expected; is it a SigLIP?")
+    return {name: name.removeprefix(prefixes[0]) for name in names}
+
+
+def _unused(names: Collection[str]) -> dict[str, str]:
+    outside = "text tower and its logit scale: only the vision tower is imported"
+    return {
+        **{name: outside for name in names if name.startswith(("text_model.", "logit_"))},
+        **{name: "0, 1, 2, ...: computed" for name in names if name.endswith("position_ids")},
+    }
+
+
+FAMILY = families.register(
+    families.ModelFamily(
+        name="siglip",
+        component="vision_tower",
+        config=SiglipConfig,
+        module=SiglipVision,
+        parameter_rules=TOWER_RULES,
+        hugging_face=families.HuggingFaceLayout(
+            model_types=("siglip_vision_model", "siglip"),
+            read_config=read_vision_config,
+            write_config=write_vision_config,
+            tensors=vision_tensors,
+            unused=_unused,
+            preprocessor=preprocessor,
+            rename=_without_prefix,
+            prefix="vision_model.",
+        ),
+        patches=lambda tower: (tower.image_size // tower.patch_size) ** 2,
+    )
+)

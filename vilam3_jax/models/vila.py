@@ -1,4 +1,4 @@
-"""VILA: a vision tower, a projector and a language model; and how models are built."""
+"""VILA: a vision tower, a projector and a language model."""
 
 from __future__ import annotations
 
@@ -8,35 +8,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 
-from vilam3_jax.config import ImageLayout, image_layout
+from vilam3_jax.data.batches import PackedBatch
 from vilam3_jax.errors import UserError
-from vilam3_jax.models.contrastive import TwoTower
-from vilam3_jax.models.intern_vit import InternViT
-from vilam3_jax.models.layers import find_weights
-from vilam3_jax.models.llama import Llama
-from vilam3_jax.models.projector import Projector, grid_tokens, plan
+from vilam3_jax.models import families, projector
+from vilam3_jax.models.model_config import ModelConfig
 from vilam3_jax.models.s2 import s2_features, tile_features
-from vilam3_jax.models.siglip import SiglipVision, check_images
-from vilam3_jax.runtime import compat
+from vilam3_jax.models.siglip import check_images
 from vilam3_jax.sharding import logical_axes
 from vilam3_jax.sharding.logical_axes import shard
 
-VISION_TOWERS = {"siglip": SiglipVision, "intern_vit": InternViT}
-LLMS = {"llama": Llama}
-
 
 class Vila(nnx.Module):
-    """Vision-language model: images become tokens that stand in the text stream."""
+    """Vision-language model: images become tokens in the text stream."""
 
-    def __init__(self, cfg: Any, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        if cfg.vision_tower is None or cfg.projector is None or cfg.llm is None:
+            raise UserError("config model: needs vision_tower, projector and llm; name one of configs/models")
         kwargs: dict[str, Any] = dict(rngs=rngs, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
-        tower = _family(VISION_TOWERS, "vision_tower", cfg.vision_tower.type)
-        llm = _family(LLMS, "llm", cfg.llm.type)
-        self.layout = _layout(cfg)
-        self.vision_tower = tower(cfg.vision_tower, remat=cfg.remat, **kwargs)
-        self.projector = Projector(cfg.projector, projector_width(cfg), cfg.llm.hidden_size, **kwargs)
+        tower = families.get("vision_tower", cfg.vision_tower.type).module
+        llm: Any = families.get("llm", cfg.llm.type).module
+        self.layout = cfg.image_layout
+        self.vision_tower: Any = tower(cfg.vision_tower, remat=cfg.remat, **kwargs)
+        self.projector = projector.Projector(
+            cfg.projector, cfg.projector_width, cfg.llm.hidden_size, **kwargs
+        )
         self.llm = llm(cfg.llm, remat=cfg.remat, **kwargs)
 
     @property
@@ -45,7 +41,7 @@ class Vila(nnx.Module):
         return self.projector.num_tokens(self.vision_tower.grid)
 
     def encode_images(self, images: jax.Array) -> jax.Array:
-        """Uint8 [N, S, S, 3] -> [N, T, D], ready to stand among text embeddings."""
+        """Uint8 [N, S, S, 3] -> [N, T, D], tokens in the space of text embeddings."""
         layout, tower = self.layout, self.vision_tower
         if layout.mode == "dynamic_s2":
             raise ValueError("inputs of 'dynamic_s2' belong together: use encode_tiles")
@@ -57,7 +53,7 @@ class Vila(nnx.Module):
     def encode_tiles(self, images: jax.Array, tiles: jax.Array) -> jax.Array:
         """`encode_images` of 'dynamic_s2': uint8 [G, M, S, S, 3], int32 [G, M, 5] -> [G * M, T, D].
 
-        Tiles of lower scales get tokens, too, which are nobody's.
+        Tiles of lower scales get tokens too, which nothing reads.
         """
         tower, layout = self.vision_tower, self.layout
         features = _over_all_devices(tower.features, images)
@@ -74,15 +70,15 @@ class Vila(nnx.Module):
         visual_index: jax.Array | None = None,
         image_tiles: jax.Array | None = None,
     ) -> jax.Array:
-        """Text embeddings with image tokens in their places.
+        """Text embeddings with image tokens inserted.
 
         Args:
-          tokens: int [B, L]; what stands under an image token is ignored.
+          tokens: int [B, L]; ids at image positions are ignored.
           images: uint8 [G, M, S, S, 3]; None, or M = 0, for text only. Rows g*B/G .. (g+1)*B/G - 1 form
             group g.
-          image_valid: bool [G, M]; slots that are False hold nothing.
-          visual_index: int [B, L]: which of the group's M*T image tokens stands here; -1 for text. An
-            index beyond M*T gives NaN, and so shows itself.
+          image_valid: bool [G, M]; False for empty slots.
+          visual_index: int [B, L]: index of the token among the group's M*T image tokens; -1 for text. An
+            index beyond M*T gives NaN, so that the error shows.
           image_tiles: int [G, M, 5], for 'dynamic_s2' alone; see `tile_features`.
 
         Returns:
@@ -109,122 +105,35 @@ class Vila(nnx.Module):
         visual = jnp.where(image_valid.reshape(-1, 1, 1), visual, 0)
         visual = shard(visual.reshape(groups, -1, visual.shape[-1]), "batch", None, "embed")
         index = shard(visual_index.reshape(groups, -1, 1), "batch", None, None)
-        placed = jnp.take_along_axis(visual, jnp.maximum(index, 0), axis=1)
-        placed = shard(placed, "batch", None, "embed").reshape(rows, length, -1)
-        return shard(jnp.where(visual_index[..., None] >= 0, placed, text), "batch", "length", "embed")
+        inserted = jnp.take_along_axis(visual, jnp.maximum(index, 0), axis=1)
+        inserted = shard(inserted, "batch", None, "embed").reshape(rows, length, -1)
+        return shard(jnp.where(visual_index[..., None] >= 0, inserted, text), "batch", "length", "embed")
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        segment_ids: jax.Array,
-        positions: jax.Array,
-        images: jax.Array | None = None,
-        image_valid: jax.Array | None = None,
-        visual_index: jax.Array | None = None,
-        image_tiles: jax.Array | None = None,
-    ) -> jax.Array:
-        """Hidden states [B, L, D] after the final norm; arguments as in `embed` and `Llama.__call__`."""
-        embedded = self.embed(tokens, images, image_valid, visual_index, image_tiles)
-        return self.llm(embedded, segment_ids, positions)
-
-    def head_kernel(self) -> jax.Array:
-        """[D, V], for the loss."""
-        return self.llm.head_kernel()
-
-    def head_stored(self) -> PartitionSpec | None:
-        """Where that kernel lies in a sharded step."""
-        return self.llm.head_stored()
+    def __call__(self, batch: PackedBatch) -> jax.Array:
+        """Hidden states [B, L, D] of a packed batch after the final norm."""
+        embedded = self.embed(
+            batch.tokens, batch.images, batch.image_valid, batch.visual_index, batch.image_tiles
+        )
+        return self.llm(embedded, batch.segment_ids, batch.positions)
 
 
 def _over_all_devices(encode: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:
-    """`encode` of each image alone, by the devices that share a row, too (`mesh.context`).
+    """Encodes images one by one, spread over all devices, also those that share a row (`mesh.context`).
 
     Args:
       encode: [N, S, S, 3] -> [N, T, D].
-      images: [G, M, S, S, 3]; empty ones are added where the devices do not divide them.
+      images: [G, M, S, S, 3]; padded with empty ones if not divisible by the devices.
 
     Returns:
       [G * M, T, D].
     """
     groups, slots = images.shape[:2]
-    if logical_axes.ways("length") == 1:
+    if logical_axes.axis_size("length") == 1:
         return encode(images.reshape(groups * slots, *images.shape[2:]))
-    with logical_axes.whole_rows():
-        devices = logical_axes.ways("batch")
+    with logical_axes.batch_over_length():
+        devices = logical_axes.axis_size("batch")
         extra = next((n for n in range(devices) if groups * (slots + n) % devices == 0), 0)
         padded = jnp.pad(images, ((0, 0), (0, extra), (0, 0), (0, 0), (0, 0)))
         encoded = encode(shard(padded.reshape(-1, *images.shape[2:]), "batch", None, None, None))
     encoded = shard(encoded.reshape(groups, slots + extra, *encoded.shape[1:]), "batch", None, None, None)
     return encoded[:, :slots].reshape(groups * slots, *encoded.shape[2:])
-
-
-KINDS = {"generative": Vila, "contrastive": TwoTower}
-
-
-def build(cfg: Any, kind: str, key: jax.Array) -> nnx.Module:
-    """Makes a model with random parameters.
-
-    Args:
-      cfg: `config.model`.
-      kind: 'generative' (Vila) or 'contrastive' (TwoTower).
-      key: random key; LoRA draws from a stream of its own, so base parameters do not depend on the rank.
-
-    Raises:
-      UserError: unknown kind or family, or sizes that do not fit.
-    """
-    model = _family(KINDS, "kind", kind)
-    return model(cfg, rngs=nnx.Rngs(params=key, lora=jax.random.fold_in(key, 1)))
-
-
-def abstract_model(cfg: Any, kind: str) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    """Structure and parameter shapes (nested dict of ShapeDtypeStruct) of a model; allocates nothing."""
-    return compat.split(nnx.eval_shape(lambda: build(cfg, kind, jax.random.key(0))))
-
-
-def init_params(cfg: Any, kind: str, key: jax.Array) -> dict[str, Any]:
-    """Random parameters as a nested dict.
-
-    Pure: jit it with `out_shardings`, and every device makes only its own part.
-    """
-    return compat.split(build(cfg, kind, key))[1]
-
-
-def merge(graphdef: nnx.GraphDef, params: dict[str, Any]) -> Any:
-    """The model of `graphdef` with `params`; the inverse of taking them apart."""
-    model = compat.merge(graphdef, params)
-    find_weights(model)
-    return model
-
-
-def _family(table: dict[str, Any], key: str, name: str) -> Any:
-    if name not in table:
-        raise UserError(f"{key} {name!r} is unknown; choose from {sorted(table)}")
-    return table[name]
-
-
-def projector_width(cfg: Any) -> int:
-    """Channels of the features that the projector of a `config.model` takes."""
-    return cfg.vision_tower.hidden_size * image_layout(cfg).feature_maps
-
-
-def _layout(cfg: Any) -> ImageLayout:
-    layout = image_layout(cfg)
-    if layout.tile_size != cfg.vision_tower.image_size:
-        raise UserError(
-            f"config model.image_size={layout.tile_size}, but model.vision_tower.image_size="
-            f"{cfg.vision_tower.image_size}; make them equal"
-        )
-    columns = cfg.projector.type == "mlp_downsample" and cfg.projector.token_order == "column"
-    if layout.mode == "dynamic_s2" and columns:
-        raise UserError(
-            "config model.image_aspect_ratio='dynamic_s2' puts tokens of tiles together row by row, but "
-            f"model.projector.token_order={cfg.projector.token_order!r}; set it to 'row'"
-        )
-    return layout
-
-
-def tokens_per_image(cfg: Any) -> int:
-    """T of a `config.model`, without building it."""
-    grid = cfg.vision_tower.image_size // cfg.vision_tower.patch_size
-    block = plan(cfg.projector.type, projector_width(cfg), cfg.llm.hidden_size).block
-    return grid_tokens(grid, block)

@@ -1,4 +1,4 @@
-"""The training losses: next-token cross entropy that never holds all logits, SigLIP's pairwise sigmoid."""
+"""The training losses: chunked next-token cross entropy and SigLIP's pairwise sigmoid loss."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from jax.sharding import PartitionSpec
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.compat import equally_varying
 from vilam3_jax.sharding import logical_axes
-from vilam3_jax.sharding.logical_axes import placement
 from vilam3_jax.sharding.matmul import LANES, einsum
+from vilam3_jax.sharding.weights import as_weight
 
 _PIECE_BYTES = 2**28
 
 
 def chunked_cross_entropy(
     hidden: jax.Array,
-    head_kernel: jax.Array,
+    head_kernel: Any,
     tokens: jax.Array,
     loss_weights: jax.Array,
     segment_ids: jax.Array,
     *,
     chunk: int,
-    kernel_stored: PartitionSpec | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Weighted next-token cross entropy over packed rows.
 
@@ -43,12 +42,11 @@ def chunked_cross_entropy(
 
     Args:
       hidden: [B, L, D], states after the last norm.
-      head_kernel: [D, V]; it is used in the type of `hidden`, the logits are float32.
+      head_kernel: [D, V], an array or a `Weight`; it is used in the type of `hidden`, logits are float32.
       tokens: int [B, L].
       loss_weights: float [B, L], weight of token t as a target.
       segment_ids: int [B, L], 0 for padding.
       chunk: positions of every row whose logits are held at a time.
-      kernel_stored: where `head_kernel` lies in a sharded step; None if it is everywhere.
 
     Returns:
       (sum of weighted losses, sum of weights, sum of weights where the most probable token is the target),
@@ -64,24 +62,26 @@ def chunked_cross_entropy(
     # The last position predicts nothing; it keeps a zero weight so that the length stays L.
     weights = jax.lax.stop_gradient(jnp.pad(weights, ((0, 0), (0, 1))))
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-    sums: Any = _cross_entropy(hidden, head_kernel, targets, weights, chunk, kernel_stored)
+    kernel = as_weight(head_kernel)
+    spec = kernel.matrix_specs[0] if kernel.specs else (None, None)
+    sums: Any = _cross_entropy(hidden, kernel.value, targets, weights, chunk, spec)
     return sums[0], weights.sum(), sums[1]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _cross_entropy(hidden, head_kernel, targets, weights, chunk, stored):
-    sums, _ = _on_devices(hidden, head_kernel, targets, weights, chunk, stored, _Wanted(False, False))
+def _cross_entropy(hidden, head_kernel, targets, weights, chunk, spec):
+    sums, _ = _on_devices(hidden, head_kernel, targets, weights, chunk, spec, _Wanted(False, False))
     return sums
 
 
-def _cross_entropy_forward(hidden, head_kernel, targets, weights, chunk, stored):
+def _cross_entropy_forward(hidden, head_kernel, targets, weights, chunk, spec):
     # A frozen head costs no product for its gradient.
     wanted = _Wanted(hidden.perturbed, head_kernel.perturbed)
     hidden, head_kernel, targets, weights = (x.value for x in (hidden, head_kernel, targets, weights))
-    return _on_devices(hidden, head_kernel, targets, weights, chunk, stored, wanted)
+    return _on_devices(hidden, head_kernel, targets, weights, chunk, spec, wanted)
 
 
-def _cross_entropy_backward(chunk, stored, gradients, cotangents):
+def _cross_entropy_backward(chunk, spec, gradients, cotangents):
     d_loss, _ = cotangents  # the count of right answers is piecewise constant
     if isinstance(d_loss, SymbolicZero):
         return None, None, None, None
@@ -108,14 +108,14 @@ class _Axes(NamedTuple):
     columns_stored: bool = False  # whether the kernel is stored split over `vocab`
 
 
-def _on_devices(hidden, head_kernel, targets, weights, chunk, stored, wanted):
+def _on_devices(hidden, head_kernel, targets, weights, chunk, kernel_spec, wanted):
     """Returns ((sum of losses, sum of right answers), (gradients by hidden and kernel, or None))."""
     local = partial(_local_cross_entropy, chunk=chunk, wanted=wanted)
-    placed = logical_axes.placement()
-    if placed is None:
+    step = logical_axes.current()
+    if step is None:
         return local(hidden, head_kernel, targets, weights, axes=_Axes())
-    mesh, spec = placed
-    rows, columns = (*(stored or ()), None, None)[:2]
+    mesh, spec = step
+    rows, columns = kernel_spec
     tokens = spec("batch", "length")
     axes = _Axes(
         tokens=logical_axes.mesh_axes("batch") + logical_axes.mesh_axes("length"),
@@ -163,7 +163,7 @@ def _local_cross_entropy(hidden, head_kernel, targets, weights, *, chunk, wanted
         loss_sum, correct_sum, d_states, d_kernel = carry
         x, target, weight = take(states, i), take(targets, i), take(weights, i)
         logits = einsum("bld,dv->blv", x, kernel, preferred_element_type=jnp.float32)
-        if kernel.shape[1] * logical_axes.size(axes.vocab) > vocab:
+        if kernel.shape[1] * logical_axes.devices_along(axes.vocab) > vocab:
             logits = jnp.where(columns < vocab, logits, -jnp.inf)
         peak = _over(jax.lax.pmax, logits.max(axis=-1, keepdims=True), axes.vocab)
         exponentials = jnp.exp(logits - peak)
@@ -206,11 +206,11 @@ def _over(collective, x, axes):
 
 def _own_columns(kernel, axes):
     """Returns (this device's columns [D, V / parts, rounded up], index of their first, V)."""
-    for axis in reversed(axes.kernel_rows):  # one by one, as in `products.linear`
+    for axis in reversed(axes.kernel_rows):  # one by one, as in `matmul.linear`
         kernel = jax.lax.all_gather(kernel, axis, axis=0, tiled=True)
     if not axes.vocab:
         return kernel, 0, kernel.shape[1]
-    parts, own = logical_axes.size(axes.vocab), jax.lax.axis_index(axes.vocab)
+    parts, own = logical_axes.devices_along(axes.vocab), jax.lax.axis_index(axes.vocab)
     if axes.columns_stored:
         return kernel, own * kernel.shape[1], kernel.shape[1] * parts
     vocab = kernel.shape[1]
@@ -220,9 +220,9 @@ def _own_columns(kernel, axes):
 
 
 def _stored_gradient(gradient, vocab, axes):
-    """Sums the gradient by a device's columns over all tokens and brings it to where the kernel is stored."""
+    """Sums the gradient of a device's columns over all tokens and reshards it as the kernel is stored."""
     exchanged = [axis for axis in axes.kernel_rows if axis in axes.vocab]
-    thin = axes.kernel_rows and gradient.shape[0] // logical_axes.size(axes.kernel_rows[:1]) < LANES
+    thin = axes.kernel_rows and gradient.shape[0] // logical_axes.devices_along(axes.kernel_rows[:1]) < LANES
     pieces = _pieces(gradient) if thin and not exchanged else [gradient]
     for axis in axes.kernel_rows:
         if axis in exchanged:
@@ -240,7 +240,7 @@ def _stored_gradient(gradient, vocab, axes):
 
 
 def _pieces(gradient):
-    """Cuts [D, V] into columns; of a whole gigabyte XLA scatters no thin slices but sums all everywhere."""
+    """Cuts [D, V] into column blocks; XLA all-reduces a gigabyte instead of scattering thin slices."""
     fitting = _PIECE_BYTES // (gradient.shape[0] * gradient.dtype.itemsize)
     width = 2 ** max(fitting.bit_length() - 1, 0)
     return jnp.split(gradient, list(range(width, gradient.shape[1], width)), axis=1)
@@ -265,9 +265,9 @@ def sigmoid_contrastive_loss(
       txt: [B, E], unit length; row i belongs to image i.
       logit_scale: scalar, the logarithm of the inverse temperature.
       logit_bias: scalar.
-      valid: bool [B]; a row that is False takes part in no pair. None: all are real.
-      labels: int [B, T]; image i and text j belong together where rows i and j are equal, such as the texts'
-        tokens. None: where i = j, as in the paper.
+      valid: bool [B]; rows that are False form no pairs. None: all are real.
+      labels: int [B, T], such as the texts' tokens; image i matches text j if rows i and j are equal. None:
+        if i = j, as in the paper.
 
     Returns:
       float32 scalars: -log sigmoid summed over all pairs of valid rows; the number of valid rows; how many of
@@ -304,16 +304,20 @@ _sigmoid_pairs.defvjp(_sigmoid_pairs_forward, _sigmoid_pairs_backward)
 
 def _ring_of_texts(img, txt, log_scale, bias, valid, labels, with_gradients):
     """Returns the sums of losses and of right answers, and the gradients by the first four (or None)."""
-    placed = placement()
-    if placed is None:
-        return _meet_texts(img, txt, log_scale, bias, valid, labels, axes=(), with_gradients=with_gradients)
-    mesh, spec = placed
+    step = logical_axes.current()
+    if step is None:
+        return _pair_with_texts(
+            img, txt, log_scale, bias, valid, labels, axes=(), with_gradients=with_gradients
+        )
+    mesh, spec = step
     rows, one = spec("batch"), spec()
     axes = rows[0] or ()
     gradients = (rows, rows, one, one) if with_gradients else None
     return jax.shard_map(
         partial(
-            _meet_texts, axes=(axes,) if isinstance(axes, str) else tuple(axes), with_gradients=with_gradients
+            _pair_with_texts,
+            axes=(axes,) if isinstance(axes, str) else tuple(axes),
+            with_gradients=with_gradients,
         ),
         mesh=mesh,
         in_specs=(rows, rows, one, one, rows, rows),
@@ -321,8 +325,8 @@ def _ring_of_texts(img, txt, log_scale, bias, valid, labels, with_gradients):
     )(img, txt, log_scale, bias, valid, labels)
 
 
-def _meet_texts(img, txt, log_scale, bias, valid, labels, *, axes, with_gradients):
-    """One device's share: its images meet the texts of all devices along `axes`, one device's at a time."""
+def _pair_with_texts(img, txt, log_scale, bias, valid, labels, *, axes, with_gradients):
+    """One device's share: pairs its images with the texts of every device along `axes` in turn."""
     devices = jax.lax.axis_size(axes) if axes else 1
     here = jax.lax.axis_index(axes) if axes else 0
     count = img.shape[0]

@@ -1,9 +1,9 @@
-"""Products of quantised factors, and kernels stored quantised, by Qwix (an optional package).
+"""Quantised matrix products and quantised frozen kernels, by Qwix (an optional package).
 
-`einsum` rounds both factors of a product to int8 or float8, with dynamic scales: the largest magnitude over
-the contracted axes, one for each channel that is left, a row of activations or a column of a kernel. Under
-`shard_map` that is the part of the contraction that the device holds, so nothing is exchanged for scales: a
-kernel whose rows are split over `tensor` has one scale a column and device, as with Qwix's `tile_size`.
+`einsum` quantises both factors of a product to int8 or float8 with dynamic scales: the largest magnitude over
+the contracted axes, one per remaining channel (a row of activations, a column of a kernel). Under `shard_map`
+only the device's part of the contraction counts, so scales need no communication: a kernel whose rows are
+split over `tensor` has one scale per column and device, as with Qwix's `tile_size`.
 
 `QuantizedKernel` is a frozen kernel in int8 or in the 4-bit NormalFloat of QLoRA (arXiv:2305.14314).
 """
@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import re
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -21,25 +23,80 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime.settings import Section, setting
 from vilam3_jax.sharding import matmul
 
-# Name → types of a product's factors, and of an incoming gradient.
-NF4_TILE = 64  # rows of a kernel with one scale, as in QLoRA
+MATMULS = ("int8", "fp8")
+KERNELS = ("int8", "nf4")
+NF4_TILE = 64  # rows of a kernel that share a scale, as in QLoRA
+# Name → types of a product's factors and of an incoming gradient.
 _TYPES = {"int8": (jnp.int8, jnp.int8), "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2)}
 
 
 @dataclasses.dataclass(frozen=True)
+class QuantizationConfig(Section):
+    """The section `quantization`.
+
+    Attributes:
+      matmul: 'int8' or 'fp8' for the products of `modules`; '' for none.
+      gradients: also quantise the products of the backward pass.
+      frozen: storage format of the kernels of `modules`, which must be frozen: 'int8' or 'nf4'; '' for none.
+      modules: regular expression of linear layers, such as 'llm/layers/.*'; never the LLM's head.
+    """
+
+    key = "quantization"
+    matmul: str = setting(default="", choices=("", *MATMULS))
+    gradients: bool = False
+    frozen: str = setting(default="", choices=("", *KERNELS))
+    modules: str = r"llm/layers/.*"
+
+    def validate(self) -> None:
+        """Checks that the settings go together."""
+        if self.gradients and not self.matmul:
+            raise UserError("config quantization.gradients=True needs quantization.matmul")
+        if self.matmul and self.frozen:
+            raise UserError(
+                f"config quantization.matmul={self.matmul!r} and frozen={self.frozen!r}: a kernel that is "
+                "stored quantised is multiplied dequantised; leave one of them empty"
+            )
+        try:
+            re.compile(self.modules)
+        except re.error as error:
+            raise self.error("modules", f"is not a regular expression: {error}") from error
+
+    def matching(self, shapes: Mapping[str, Any]) -> list[str]:
+        """Paths of the kernels that `modules` names.
+
+        Args:
+          shapes: path → ShapeDtypeStruct of every parameter.
+
+        Raises:
+          UserError: it matches none.
+        """
+        linear = (path for path, leaf in shapes.items() if path.endswith("/kernel") and len(leaf.shape) <= 3)
+        possible = sorted(path for path in linear if path != "llm/lm_head/kernel")
+        found = [path for path in possible if re.fullmatch(self.modules, path.removesuffix("/kernel"))]
+        if not found:
+            known = ", ".join(path.removesuffix("/kernel") for path in possible)
+            raise UserError(f"config quantization.modules={self.modules!r} matches none of {known}")
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
 class QuantizedMatmul:
-    """How a module's products are computed.
+    """How the product of a layer is quantised; calling it is `einsum`.
 
     Attributes:
       kind: 'int8', or 'fp8' (e4m3; gradients e5m2).
-      gradients: whether the two products of the backward pass are quantised, too. Else they take the factors
-        as they came: the gradient goes straight through the rounding.
+      gradients: also quantise the two products of the backward pass. Otherwise they use the unquantised
+        factors (straight-through estimator).
     """
 
     kind: str
     gradients: bool = False
+
+    def __call__(self, spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return einsum(self, spec, x, kernel)
 
 
 def check_installed(key: str) -> None:
@@ -91,8 +148,7 @@ def _quantize(array: jax.Array, letters: str, kept: str, kind: Any) -> Any:
 
 
 def _forward(how: QuantizedMatmul, spec: str, x: Any, y: Any) -> tuple[jax.Array, tuple[Any, Any]]:
-    # Kept as they came, and quantised again where it is asked for: a quantised kernel would be one more array
-    # for every layer.
+    # Save unquantised operands: a quantised kernel would be an extra copy per scanned layer.
     kept = x.value if y.perturbed else None, y.value if x.perturbed else None
     return einsum(how, spec, x.value, y.value), kept
 
@@ -121,10 +177,10 @@ einsum.defvjp(_forward, _backward, symbolic_zeros=True)
 def _gradient_product(
     how: QuantizedMatmul, gradient: jax.Array, result: str, factor: jax.Array, letters: str, wanted: str
 ) -> jax.Array:
-    """The product of an incoming gradient with a factor as the forward pass quantised it.
+    """The product of an incoming gradient with a factor quantised as in the forward pass.
 
-    The factor's scales lie along axes that are contracted here: they go into the gradient before that is
-    quantised, with scales of its own along the axes that are left.
+    The factor's scales belong to axes that are contracted here, so they are multiplied into the gradient
+    before it is quantised along the remaining axes.
     """
     import qwix
 
@@ -140,15 +196,15 @@ def _gradient_product(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedKernel:
-    """A frozen kernel [..., in, out] as it is stored; in a model it stands where an array would.
+    """A frozen kernel [..., in, out], stored quantised; it takes the place of an array in a model.
 
     Attributes:
-      qvalue: int8 [..., in, out]; or, for 'nf4', uint8 [..., in / 2, out]: codes of rows 2i and 2i + 1, the
+      qvalue: int8 [..., in, out]; for 'nf4' uint8 [..., in / 2, out], the codes of rows 2i and 2i + 1, the
         second in the upper half of a byte.
       scale: float32 [..., 1, out]; for 'nf4' [..., in / NF4_TILE, out].
       kind: 'int8' or 'nf4'.
-      dtype: of the array that it stands for.
-      last: the last axes of that array, if not (in, out).
+      dtype: of the dequantised array.
+      last: its last axes, if not (in, out).
     """
 
     qvalue: Any
@@ -159,27 +215,32 @@ class QuantizedKernel:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array that it stands for."""
+        """Shape of the dequantised array."""
         *lead, rows, columns = self.qvalue.shape
         return (*lead, *(self.last or (rows * (2 if self.kind == "nf4" else 1), columns)))
 
     def astype(self, dtype: Any) -> QuantizedKernel:
-        """Stands for an array of another type."""
+        """The same kernel with another `dtype`."""
         return dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
     def reshape(self, *shape: int) -> QuantizedKernel:
-        """A kernel [in, out] whose rows or columns are cut into heads; one size may be -1."""
+        """Splits the rows or columns of a kernel [in, out] into heads; one size may be -1."""
         known = -math.prod(shape)
         return dataclasses.replace(
             self, last=tuple(math.prod(self.shape) // known if size == -1 else size for size in shape)
         )
 
     def __getitem__(self, layers: Any) -> QuantizedKernel:
-        """Some of a stack's layers; [...] is all of it."""
+        """Some layers of a stack; [...] is the whole kernel."""
         return self if layers is ... else jax.tree.map(lambda part: part[layers], self)
 
+    @staticmethod
+    def einsum(spec: str, x: jax.Array, kernel: QuantizedKernel) -> jax.Array:
+        """See `frozen_einsum`."""
+        return frozen_einsum(spec, x, kernel)
+
     def dequantize(self) -> jax.Array:
-        """The array that it stands for, as `qwix.dequantize` makes it, in float32."""
+        """The kernel as an array, computed in float32 as by `qwix.dequantize`."""
         values = self.qvalue.astype(jnp.float32)
         if self.kind == "nf4":
             codes = jnp.stack([self.qvalue & 15, self.qvalue >> 4], axis=-2)
@@ -210,7 +271,7 @@ def quantize_kernel(kernel: jax.Array, kind: str) -> QuantizedKernel:
 
 
 def _nf4_values(codes: jax.Array) -> jax.Array:
-    """Qwix's values of 4-bit codes, picked bit by bit: a TPU has no fast look-up of single numbers."""
+    """Qwix's values of 4-bit codes, selected bit by bit: TPUs gather single numbers slowly."""
     import qwix
 
     with jax.ensure_compile_time_eval():
@@ -224,9 +285,9 @@ def _nf4_values(codes: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def frozen_einsum(spec: str, x: jax.Array, kernel: QuantizedKernel) -> jax.Array:
-    """`matmul.einsum` with a kernel that is stored quantised; only `x` has a gradient.
+    """`matmul.einsum` with a `QuantizedKernel`; only `x` has a gradient.
 
-    The backward pass dequantises again: no layer's kernel is kept as an array.
+    The backward pass dequantises again, so no layer's kernel is kept as an array.
     """
     return matmul.einsum(spec, x, kernel.dequantize())
 

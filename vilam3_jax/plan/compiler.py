@@ -130,7 +130,7 @@ def _key(program: program_lib.Program, topology: Topology, stablehlo: str) -> st
         hashlib.sha256(stablehlo.encode()).hexdigest(),
         topology.name,
         [int(device.id) for device in program.mesh.devices.flat],
-        sorted(program_lib.compiler_options(program.config, program.mesh).items()),
+        sorted(program_lib.compiler_options(program.config.compiler_options, program.mesh).items()),
         [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")],
         [jax.__version__, _version("jaxlib"), _version("libtpu")],
         "memory as assigned, callers' buffers once",  # earlier entries have another account

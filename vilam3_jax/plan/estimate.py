@@ -10,14 +10,15 @@ from typing import Any
 
 import jax
 
-from vilam3_jax.config import ConfigDict
 from vilam3_jax.plan import hlo
 from vilam3_jax.plan.compiler import Cache
 from vilam3_jax.plan.topology import Topology
+from vilam3_jax.runtime.settings import flatten
 from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.training import flops as flops_lib
 from vilam3_jax.training import program as program_lib
 from vilam3_jax.training.chips import Chip
+from vilam3_jax.training.run_config import RunConfig
 
 ACCOUNTING = "ViT + projector + LLM, causal attention halved, padding and recomputation excluded"
 
@@ -118,11 +119,11 @@ class Plan:
 
 
 def make_plan(
-    config: ConfigDict,
+    config: RunConfig,
     topology: Topology,
     cache: Cache,
     price: float | None = None,
-    only_if_held: bool = False,
+    only_if_resident: bool = False,
 ) -> Plan:
     """Compiles the step of `config` for `topology` and reads it.
 
@@ -131,7 +132,7 @@ def make_plan(
       topology: slice or slices.
       cache: of compiled steps.
       price: of a chip-hour.
-      only_if_held: compile nothing where parameters, optimizer and batch do not fit by themselves; `needed`
+      only_if_resident: compile nothing where parameters, optimizer and batch do not fit by themselves; `needed`
         is their sum then, and nothing is said of what the step holds beside them.
 
     Raises:
@@ -141,7 +142,7 @@ def make_plan(
     mesh = mesh_lib.build_mesh(config.mesh, devices)
     program = program_lib.build(config, mesh)
     chip = topology.chip
-    held = _held(program, chip)
+    resident = _resident(program, chip)
     plan = Plan(
         run=config.name,
         model=config.model.name,
@@ -151,31 +152,33 @@ def make_plan(
         devices=len(devices),
         mesh={axis: int(size) for axis, size in mesh.shape.items()},
         remat=config.model.remat,
-        rows=config.data.global_pairs if config.kind == "contrastive" else config.data.global_rows,
-        memory=Memory(*held, 0.0, sum(held), chip.hbm_bytes),
+        rows=flatten(config.to_dict())[program.task.batch_key],
+        memory=Memory(*resident, 0.0, sum(resident), chip.hbm_bytes),
         steps=config.num_steps,
     )
-    if only_if_held and not plan.memory.fits:
+    if only_if_resident and not plan.memory.fits:
         return plan
     compiled = cache.compile(program, topology)
     needed, temporary = chip.devices * compiled.needed, chip.devices * compiled.temporary
     if not compiled.text:
-        memory = Memory(*held, max(needed - sum(held), 0.0), needed, chip.devices * compiled.limit)
+        memory = Memory(*resident, max(needed - sum(resident), 0.0), needed, chip.devices * compiled.limit)
         return dataclasses.replace(plan, memory=memory)
-    plan = dataclasses.replace(plan, memory=Memory(*held, temporary, needed, chip.hbm_bytes))
-    if not plan.memory.fits:  # the compiler lets temporary bytes alone take all there is
+    plan = dataclasses.replace(plan, memory=Memory(*resident, temporary, needed, chip.hbm_bytes))
+    if not plan.memory.fits:  # XLA limits only temporaries, so also check the total
         return plan
     length = config.data.seq_len // int(mesh.shape["context"])
     trips = -(-length // min(config.loss_chunk, length))
     cost = hlo.read(compiled.text, dynamic_trips=trips)
-    return _with_speed(plan, config, topology, _speed(cost, topology, list(mesh.devices.flat)), price)
+    return _with_speed(plan, program, topology, _speed(cost, topology, list(mesh.devices.flat)), price)
 
 
 def _with_speed(
-    plan: Plan, config: ConfigDict, topology: Topology, speed: Speed, price: float | None
+    plan: Plan, program: program_lib.Program, topology: Topology, speed: Speed, price: float | None
 ) -> Plan:
-    work = flops_lib.full_work(config)
-    total = flops_lib.model_flops(config).of(work)
+    config, task = program.config, program.task
+    work = task.full_work(config.model, config.data)
+    per_unit = flops_lib.model_flops(task, config.model, program.shapes, program.lr_multipliers)
+    total = flops_lib.step_flops(per_unit, work)
     bounds = (speed.best, speed.worst)
     hours = _pair(config.num_steps * seconds / 3600 for seconds in bounds)
     chip_hours = _pair(topology.chips * value for value in hours)
@@ -296,12 +299,12 @@ def attention_flops(kernel: hlo.Kernel) -> float | None:
     return 2 * scores * _SPLASH_PRODUCTS[phase] * (query[-1] + value[-1]) / 2
 
 
-def _held(program: program_lib.Program, chip: Chip) -> tuple[float, float, float]:
+def _resident(program: program_lib.Program, chip: Chip) -> tuple[float, float, float]:
     """Bytes per chip of parameters, optimizer state (and average) and batch, by their shardings."""
     state = program.state
     parts = (
-        (state["trainable"], state["frozen"]),
-        (state["opt_state"], state.get("ema")),
+        (state.trainable, state.frozen),
+        (state.opt_state, state.ema),
         program.batch,
     )
     return tuple(chip.devices * _shard_bytes(part) for part in parts)  # pyright: ignore[reportReturnType]

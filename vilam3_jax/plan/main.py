@@ -23,6 +23,7 @@ from vilam3_jax.plan.estimate import Plan
 from vilam3_jax.plan.topology import Topology
 from vilam3_jax.runtime import paths
 from vilam3_jax.training.chips import GIB
+from vilam3_jax.training.run_config import RunConfig
 
 _CACHE = "~/.cache/vilam3/plan"
 
@@ -171,7 +172,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _answer(
-    config: config_lib.ConfigDict,
+    config: RunConfig,
     topology: Topology,
     cache: compiler.Cache,
     price: float | None,

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from vilam3_jax import config as config_lib
-from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
 from vilam3_jax.models.layers import REMAT_TAGS
 from vilam3_jax.plan import estimate
 from vilam3_jax.plan.compiler import Cache
 from vilam3_jax.plan.estimate import Plan
 from vilam3_jax.plan.topology import Topology
+from vilam3_jax.runtime.settings import flatten
+from vilam3_jax.tasks import TASKS
+from vilam3_jax.training.run_config import RunConfig
 
 _TENSOR = (1, 2, 4, 8)
 _MOST_CONTEXT = 4
 
 
 def search(
-    config: ConfigDict,
+    config: RunConfig,
     topology: Topology,
     cache: Cache,
     price: float | None,
@@ -50,23 +50,24 @@ def search(
     given = config
     if more := _enough_rows(config, devices):
         report(f"too few rows for {devices} devices: {_label(more)}")
-        config = _changed(config, more)
-    found: list[tuple[Plan, ConfigDict]] = []
+        config = config.replace(more)
+    found: list[tuple[Plan, RunConfig]] = []
     stop = cache.compiled + limit
 
-    def attempt(changed: ConfigDict, what: str) -> None:
+    def attempt(start: RunConfig, changes: Mapping[str, Any]) -> None:
         if cache.compiled >= stop:
             return
+        what = _label(changes)
         try:
-            config_lib.check(changed)
-            plan = estimate.make_plan(changed, topology, cache, price, only_if_held=True)
+            changed = start.replace(changes)
+            plan = estimate.make_plan(changed, topology, cache, price, only_if_resident=True)
         except UserError as error:
             report(f"{what}: left out: {error}")
             return
         found.append((dataclasses.replace(plan, changes=_changes(given, changed)), changed))
         report(f"{what}: {_outcome(plan)}")
 
-    def best() -> ConfigDict:
+    def best() -> RunConfig:
         return min(found, key=lambda item: _rank(item[0]))[1] if found else config
 
     def fits() -> bool:
@@ -75,26 +76,26 @@ def search(
     meshes = list(_meshes(devices, topology.slices))
     while meshes and not found:
         mesh = {**meshes.pop(0), "model.remat": "full"}
-        attempt(_changed(config, mesh), _label(mesh))
+        attempt(config, mesh)
     start = best()
     for smaller in _smaller(start, topology.slices, given.data.global_rows) if found else ():
         memory = found[-1][0].memory
         if memory.fits or not memory.temporary:
             break
-        attempt(_changed(start, smaller), _label(smaller))
+        attempt(start, smaller)
     start = best()
     for mesh in meshes:
         if fits() or mesh["mesh.tensor"] > 1:  # copies over `data` hold more
-            attempt(_changed(start, mesh), _label(mesh))
+            attempt(start, mesh)
     start = best()
     for remat in (*("+".join(REMAT_TAGS[: n + 1]) for n in range(len(REMAT_TAGS))), "none"):
         if fits():
-            attempt(_changed(start, {"model.remat": remat}), f"model.remat={remat}")
+            attempt(start, {"model.remat": remat})
     start = best()
     for factor in (2, 4):
         for rows in _rows(start, factor):
-            if fits() or config.kind == "contrastive":
-                attempt(_changed(start, rows), _label(rows))
+            if fits() or not TASKS[config.task].can_accumulate:
+                attempt(start, rows)
     return [plan for plan, _ in sorted(found, key=lambda item: _rank(item[0]))]
 
 
@@ -133,7 +134,7 @@ def _meshes(devices: int, slices: int) -> Iterator[dict[str, int]]:
                 }
 
 
-def _smaller(config: ConfigDict, slices: int, own_rows: int) -> Iterator[dict[str, int]]:
+def _smaller(config: RunConfig, slices: int, own_rows: int) -> Iterator[dict[str, int]]:
     """What computes the same with less at a time, more and more so.
 
     More steps of accumulation, down to a group a device; then groups of a row; then rows that devices share.
@@ -141,9 +142,9 @@ def _smaller(config: ConfigDict, slices: int, own_rows: int) -> Iterator[dict[st
     rows were multiplied for larger groups they go back towards `own_rows`, which takes no accumulation. A run
     of pairs compares all of a batch at once and has nothing of the kind.
     """
-    if config.kind == "contrastive":
+    if not TASKS[config.task].can_accumulate:
         return
-    data, mesh = config.data, dict(config.mesh)
+    data, mesh = config.data, config.mesh.to_dict()
     accumulate, group, images = config.grad_accum, data.rows_per_group, data.images_per_group
     rows, steps = data.global_rows, config.num_steps
     changes: dict[str, int] = {}
@@ -175,40 +176,30 @@ def _halved(mesh: Mapping[str, int], slices: int) -> str:
     return "fsdp" if mesh["fsdp"] % 2 == 0 else ""
 
 
-def _enough_rows(config: ConfigDict, devices: int) -> dict[str, int]:
+def _enough_rows(config: RunConfig, devices: int) -> dict[str, int]:
     """The least multiple of the rows that gives every device as many groups, in as many fewer steps."""
-    if config.kind == "contrastive":
-        key, groups = "data.global_pairs", config.data.global_pairs
-    else:
-        key, groups = (
-            "data.global_rows",
-            config.data.global_rows // (config.data.rows_per_group * config.grad_accum),
-        )
+    key = TASKS[config.task].batch_key
+    units = TASKS[config.task].batch_format(config.data, config.model).units
+    groups = units // config.grad_accum
     factor = devices // math.gcd(groups, devices)
-    rows = config_lib.flatten(config)[key]
+    rows = flatten(config.to_dict())[key]
     return {key: rows * factor, "num_steps": max(1, config.num_steps // factor)} if factor > 1 else {}
 
 
-def _rows(config: ConfigDict, factor: int) -> Iterator[dict[str, int]]:
+def _rows(config: RunConfig, factor: int) -> Iterator[dict[str, int]]:
     """More rows in fewer steps, and fewer rows in more."""
-    key = "data.global_pairs" if config.kind == "contrastive" else "data.global_rows"
-    rows = config_lib.flatten(config)[key]
+    key = TASKS[config.task].batch_key
+    rows = flatten(config.to_dict())[key]
     if config.num_steps % factor == 0 or config.num_steps > 100:
         yield {key: rows * factor, "num_steps": max(1, config.num_steps // factor)}
     if rows % factor == 0:
         yield {key: rows // factor, "num_steps": config.num_steps * factor}
 
 
-def _changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
-    changed: Any = copy.deepcopy(config)
-    changed.update_from_flattened_dict(changes)
-    return changed
+def _changes(before: RunConfig, after: RunConfig) -> dict[str, Any]:
+    old = flatten(before.to_dict())
+    return {key: value for key, value in flatten(after.to_dict()).items() if value != old[key]}
 
 
-def _changes(before: ConfigDict, after: ConfigDict) -> dict[str, Any]:
-    old = config_lib.flatten(before)
-    return {key: value for key, value in config_lib.flatten(after).items() if value != old[key]}
-
-
-def _label(changes: dict[str, Any]) -> str:
+def _label(changes: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in changes.items())

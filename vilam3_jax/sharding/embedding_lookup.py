@@ -1,4 +1,4 @@
-"""Rows of an embedding table that a sharded step stores split."""
+"""Lookup in a sharded embedding table."""
 
 from __future__ import annotations
 
@@ -9,36 +9,34 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding.weights import as_weight
 
 
-def lookup(
-    ids: jax.Array, table: jax.Array, dtype: Any, stored: tuple[Any, ...] | None, lead: tuple[str | None, ...]
-) -> jax.Array:
-    """`table[ids]` as `dtype`; the gradients of repeated ids add up in the type of the table.
+def lookup(ids: jax.Array, table: Any, dtype: Any) -> jax.Array:
+    """`table[ids]` as `dtype`; gradients of repeated ids add up in the type of the table.
 
-    In a sharded step a device looks up the ids of all devices that share its columns of the table, and the
-    columns it found go to the rows they belong to (all-to-all). Neither the table nor its gradient is ever
-    whole on a device; XLA makes it whole where a mesh axis splits the batch and not the table. A table whose
-    columns lie over other axes than the batch's is left to XLA all the same.
+    In a sharded step a device looks up the ids of all devices that share its columns of the table, and an
+    all-to-all sends the columns to the rows they belong to. Neither the table nor its gradient is ever whole
+    on a device; XLA gathers it if a mesh axis splits the batch and not the table. A table whose columns are
+    split over other axes than the batch's is left to XLA.
 
     Args:
       ids: int [batch, length].
-      table: [V, D].
+      table: [V, D], an array or a `Weight`.
       dtype: of the result.
-      stored: mesh axes of the table's two dimensions; None leaves the placement to the partitioner.
-      lead: logical axes of `ids`.
 
     Returns:
       [batch, length, D].
     """
-    placed = logical_axes.placement()
-    if placed is None or stored is None or ids.shape[0] % logical_axes.ways("batch"):
-        return jnp.take(table, ids, axis=0).astype(dtype)
-    mesh, spec = placed
+    weight = as_weight(table)
+    step = logical_axes.current()
+    if step is None or not weight.specs or ids.shape[0] % logical_axes.axis_size("batch"):
+        return jnp.take(weight.value, ids, axis=0).astype(dtype)
+    mesh, partition_spec = step
     batch = logical_axes.mesh_axes("batch")
-    rows, columns = (logical_axes.split_over(names) for names in stored)
+    rows, columns = (logical_axes.split_over(axes) for axes in weight.matrix_specs[0])
     if set(rows) & set(batch) or set(columns) - set(batch):
-        return jnp.take(table, ids, axis=0).astype(dtype)
+        return jnp.take(weight.value, ids, axis=0).astype(dtype)
 
     def local(ids: jax.Array, table: jax.Array) -> jax.Array:
         if columns:
@@ -52,10 +50,10 @@ def lookup(
             x = jnp.take(table, ids, axis=0).astype(dtype)
         return jax.lax.all_to_all(x, columns, split_axis=0, concat_axis=2, tiled=True) if columns else x
 
-    names = spec(*lead)
+    lead = partition_spec("batch", "length")
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(names, PartitionSpec(rows or None, columns or None)),
-        out_specs=PartitionSpec(*names, None),
-    )(ids, table)
+        in_specs=(lead, PartitionSpec(rows or None, columns or None)),
+        out_specs=PartitionSpec(*lead, None),
+    )(ids, weight.value)

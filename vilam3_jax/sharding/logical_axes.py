@@ -1,6 +1,6 @@
-"""Where activations live, by logical axis names, and weights while they are used.
+"""Logical axes of activations, and the mesh axes that carry them.
 
-Models say what an axis *is* (`batch`, `length`, `mlp` ...); the run's table says which mesh axes carry it.
+Models name what an axis *is* (`batch`, `length`, `mlp` ...); the run's table says which mesh axes carry it.
 Outside `activation_rules` the helpers do nothing, so models run unsharded in tests and notebooks.
 """
 
@@ -11,19 +11,36 @@ import contextvars
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vilam3_jax.errors import UserError
+
 MeshAxes = str | tuple[str, ...] | None
 
-# The inner part of `fsdp` on a torus of three dimensions. XLA has no reduce-scatter over all three (it makes
-# an all-reduce of it, twice the bytes), but one over a plane, and one over the line across.
+# The inner part of `fsdp` on a three-dimensional torus. XLA turns a reduce-scatter over all three dimensions
+# into an all-reduce (twice the bytes), but has one over a plane and one over the line across it.
 FSDP_LINE = "fsdp_line"
 
-
-_OF_A_TOWER = {
+# Default table: logical axis → mesh axes, or the logical axis whose rule it shares.
+ACTIVATION_RULES: dict[str, MeshAxes] = {
+    "batch": ("data", "fsdp"),
+    "length": "context",
+    "embed": None,
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    # If heads are not divisible by `tensor`, set both to "" and this to "tensor": each device then attends
+    # for a part of the queries.
+    "queries": "",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    # Vision and text towers follow the rules above unless these name mesh axes ("" for none).
+    "tower_heads": "heads",
+    "tower_queries": "queries",
+    "tower_mlp": "mlp",
+}
+_IN_TOWERS = {
     "heads": "tower_heads",
     "kv_heads": "tower_heads",
     "queries": "tower_queries",
@@ -31,52 +48,64 @@ _OF_A_TOWER = {
 }
 
 
+def check_rules(rules: Mapping[str, MeshAxes]) -> None:
+    """Checks `config.activation_rules`.
+
+    Batches are split over `data` and `fsdp`, rows over `context`, other axes over `tensor` or not at all.
+
+    Raises:
+      UserError: a rule names other axes.
+    """
+
+    def mesh_axes(name: str) -> tuple[str, ...]:
+        axes, shared = rules[name], name.removeprefix("tower_")
+        if shared != name and axes == shared:
+            return mesh_axes(shared)
+        return (axes,) if isinstance(axes, str) and axes else tuple(axes or ())
+
+    own = {"batch": [("data", "fsdp")], "length": [(), ("context",)]}
+    for name, axes in rules.items():
+        allowed = own.get(name, [(), ("tensor",)])
+        if mesh_axes(name) not in allowed:
+            choices = [" and ".join(choice) or "'' for none" for choice in reversed(allowed)]
+            as_shared = f", or {name.removeprefix('tower_')!r}" if name.startswith("tower_") else ""
+            raise UserError(
+                f"config activation_rules.{name}={axes!r}: must be {' or '.join(choices)}{as_shared}"
+            )
+    for tower in ("", "tower_"):
+        if mesh_axes(f"{tower}heads") and mesh_axes(f"{tower}queries"):
+            raise UserError(
+                f"config activation_rules: {tower}heads and {tower}queries cannot both be split over tensor; "
+                "set one to ''"
+            )
+
+
 @dataclass(frozen=True)
 class _Context:
     mesh: Mesh
     rules: Mapping[str, MeshAxes]
-    weights: Mapping[str, PartitionSpec | list[PartitionSpec]]
-    attention: str
 
     def spec(self, *logical_axes: str | None) -> PartitionSpec:
         unknown = [name for name in logical_axes if name is not None and name not in self.rules]
         if unknown:
             raise ValueError(f"no activation rule for {unknown}; known: {sorted(self.rules)}")
-        return place(self.mesh, *(None if name is None else self.rules[name] for name in logical_axes))
+        return partition_spec(self.mesh, *(None if n is None else self.rules[n] for n in logical_axes))
 
 
 _context: contextvars.ContextVar[_Context | None] = contextvars.ContextVar("activation_rules", default=None)
 
 
 @contextlib.contextmanager
-def activation_rules(
-    mesh: Mesh,
-    rules: Mapping[str, MeshAxes],
-    attention: str = "auto",
-    weights: Mapping[str, Any] | None = None,
-) -> Iterator[None]:
-    """Makes `shard` place activations on `mesh` while the step is traced, and products find their weights.
+def activation_rules(mesh: Mesh, rules: Mapping[str, MeshAxes]) -> Iterator[None]:
+    """Makes `shard` place activations on `mesh` while a step is traced.
 
     Args:
-      mesh: the step's devices, of this host or of a topology that is only compiled for.
-      rules: logical axis → mesh axes that carry it; None or "" for none; or the name of the logical axis that
-        it goes with.
-      attention: `config.attention`, which `ops.attention` reads.
-      weights: parameter path → where it (or each of its arrays) is stored, see `products.linear`; products of
-        other weights are left to the partitioner.
+      mesh: devices of the step, of this host or of a topology that is only compiled for.
+      rules: logical axis → mesh axes; None or "" for none; or the name of another logical axis whose rule
+        applies.
     """
-    stored = {
-        path: placed.spec
-        if isinstance(placed, NamedSharding)
-        else [part.spec for part in jax.tree.leaves(placed)]
-        for path, placed in (weights or {}).items()
-    }
-    resolved = {name: _resolved(rules, axes) for name, axes in rules.items()}
-    token = _context.set(_Context(mesh, resolved, stored, attention))
-    try:
+    with _activated(_Context(mesh, {name: _resolved(rules, axes) for name, axes in rules.items()})):
         yield
-    finally:
-        _context.reset(token)
 
 
 def _resolved(rules: Mapping[str, MeshAxes], axes: MeshAxes) -> MeshAxes:
@@ -84,14 +113,8 @@ def _resolved(rules: Mapping[str, MeshAxes], axes: MeshAxes) -> MeshAxes:
 
 
 @contextlib.contextmanager
-def of_a_tower() -> Iterator[None]:
-    """Inside, heads, queries and hidden units are placed by the towers' own rules (`tower_*`)."""
-    context = _context.get()
-    if context is None:
-        yield
-        return
-    own = {name: context.rules[rule] for name, rule in _OF_A_TOWER.items() if rule in context.rules}
-    token = _context.set(replace(context, rules={**context.rules, **own}))
+def _activated(context: _Context) -> Iterator[None]:
+    token = _context.set(context)
     try:
         yield
     finally:
@@ -99,93 +122,98 @@ def of_a_tower() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_rows() -> Iterator[None]:
-    """Inside, devices that share a row take different parts of the batch: for what has no length to split."""
+def whole_sequences() -> Iterator[None]:
+    """Inside, the axis `length` is not split: for modules other than the LLM."""
     context = _context.get()
-    if context is None or ways("length") == 1:
+    if context is None:
         yield
         return
-    batch = listed(context.rules["batch"]) + listed(context.rules["length"])
-    token = _context.set(replace(context, rules={**context.rules, "batch": batch, "length": None}))
-    try:
+    with _activated(replace(context, rules={**context.rules, "length": None})):
         yield
-    finally:
-        _context.reset(token)
 
 
-def placement() -> tuple[Mesh, Callable[..., PartitionSpec]] | None:
-    """(mesh, logical axes -> PartitionSpec) of the step being traced, for `shard_map`; None outside one."""
+@contextlib.contextmanager
+def tower_rules() -> Iterator[None]:
+    """Inside, the towers' own rules (`tower_*`) apply, and `length` is not split."""
+    context = _context.get()
+    if context is None:
+        yield
+        return
+    own = {name: context.rules[rule] for name, rule in _IN_TOWERS.items() if rule in context.rules}
+    with _activated(replace(context, rules={**context.rules, **own, "length": None})):
+        yield
+
+
+@contextlib.contextmanager
+def batch_over_length() -> Iterator[None]:
+    """Inside, devices that share a row take different parts of the batch, for inputs without a length."""
+    context = _context.get()
+    if context is None or axis_size("length") == 1:
+        yield
+        return
+    batch = as_tuple(context.rules["batch"]) + as_tuple(context.rules["length"])
+    with _activated(replace(context, rules={**context.rules, "batch": batch, "length": None})):
+        yield
+
+
+def current() -> tuple[Mesh, Callable[..., PartitionSpec]] | None:
+    """(mesh, logical axes → PartitionSpec) of the step being traced, for `shard_map`; None outside one."""
     context = _context.get()
     return None if context is None else (context.mesh, context.spec)
 
 
 def platform() -> str:
-    """'cpu', 'gpu' or 'tpu': what the step being traced is for; outside one, JAX's default."""
+    """'cpu', 'gpu' or 'tpu': the target of the step being traced; outside one, JAX's default."""
     context = _context.get()
     return jax.default_backend() if context is None else context.mesh.devices.flat[0].platform
 
 
-def attention_choice() -> str:
-    """`config.attention` of the step being traced; 'auto' outside one."""
-    context = _context.get()
-    return "auto" if context is None else context.attention
-
-
-def ways(logical_axis: str) -> int:
-    """Into how many parts an axis of this name is cut; 1 outside `activation_rules`."""
-    return size(mesh_axes(logical_axis))
+def axis_size(logical_axis: str) -> int:
+    """Number of shards of a logical axis; 1 outside `activation_rules`."""
+    return devices_along(mesh_axes(logical_axis))
 
 
 def mesh_axes(logical_axis: str) -> tuple[str, ...]:
-    """The mesh axes that really split an axis of this name; () outside `activation_rules`."""
+    """The mesh axes of size > 1 that carry a logical axis; () outside `activation_rules`."""
     context = _context.get()
-    return () if context is None else split_over(names(context.rules[logical_axis], context.mesh))
+    return () if context is None else split_over(expanded(context.rules[logical_axis], context.mesh))
 
 
 def split_over(axes: MeshAxes) -> tuple[str, ...]:
-    """The mesh axes of an entry of a PartitionSpec that have more than one device, outermost first."""
+    """The mesh axes of size > 1 in an entry of a PartitionSpec, outermost first."""
     context = _context.get()
     if context is None:
         return ()
-    return tuple(axis for axis in listed(axes) if context.mesh.shape[axis] > 1)
+    return tuple(axis for axis in as_tuple(axes) if context.mesh.shape[axis] > 1)
 
 
-def size(axes: tuple[str, ...]) -> int:
+def devices_along(axes: tuple[str, ...]) -> int:
     """Number of devices along mesh axes."""
     context = _context.get()
     return 1 if context is None else math.prod(context.mesh.shape[axis] for axis in axes)
 
 
-def stored(path: str) -> Any:
-    """The PartitionSpec of a parameter, or a list of those of its arrays, as `activation_rules` was told.
-
-    None if it was not.
-    """
-    context = _context.get()
-    return None if context is None else context.weights.get(path)
-
-
-def listed(axes: MeshAxes) -> tuple[str, ...]:
+def as_tuple(axes: MeshAxes) -> tuple[str, ...]:
     """An entry of a PartitionSpec as a tuple."""
     if axes is None:
         return ()
     return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
-def names(axes: MeshAxes, mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes of a rule's entry; 'fsdp' is two of them where `mesh` has it in two (see `FSDP_LINE`)."""
-    said = listed(axes)
-    if FSDP_LINE not in mesh.shape or FSDP_LINE in said:
-        return said
-    return tuple(name for axis in said for name in ((axis, FSDP_LINE) if axis == "fsdp" else (axis,)))
+def expanded(axes: MeshAxes, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes of a rule's entry; 'fsdp' is two axes if `mesh` splits it (see `FSDP_LINE`)."""
+    named = as_tuple(axes)
+    if FSDP_LINE not in mesh.shape or FSDP_LINE in named:
+        return named
+    return tuple(name for axis in named for name in ((axis, FSDP_LINE) if axis == "fsdp" else (axis,)))
 
 
-def place(mesh: Mesh, *axes: MeshAxes) -> PartitionSpec:
+def partition_spec(mesh: Mesh, *axes: MeshAxes) -> PartitionSpec:
     """The PartitionSpec of a rule's mesh axes, one entry per dimension."""
-    return entries(names(axis, mesh) for axis in axes)
+    return from_tuples(expanded(axis, mesh) for axis in axes)
 
 
-def entries(axes: Iterable[tuple[str, ...]]) -> PartitionSpec:
+def from_tuples(axes: Iterable[tuple[str, ...]]) -> PartitionSpec:
     """A PartitionSpec from the mesh axes of each dimension."""
     return PartitionSpec(*(found[0] if len(found) == 1 else found or None for found in axes))
 

@@ -1,14 +1,14 @@
-"""Matrix products with weights as a sharded step stores them, in the precision that JAX is set to.
+"""Matrix products with sharded weights (FSDP), in JAX's default matmul precision.
 
-With `jax_default_matmul_precision="bfloat16"` factors are rounded to bfloat16 and sums are float32: what
-a TPU does with float32 arrays by default. XLA for CPUs accepts the setting and computes in float32 all the
-same, but uses a processor's bfloat16 units where it is given bfloat16 factors (with AMX four to five times as
-fast). Here the factors are rounded by ourselves, those of the gradients' products too.
+With `jax_default_matmul_precision="bfloat16"` factors are rounded to bfloat16 and sums are float32, as a TPU
+does with float32 arrays by default. XLA for CPUs ignores the setting, but uses a processor's bfloat16 units
+for bfloat16 factors (four to five times as fast with AMX). So `einsum` rounds the factors itself, in the
+backward pass too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from functools import partial
 from typing import Any
 
@@ -21,18 +21,19 @@ from jax.sharding import PartitionSpec
 
 from vilam3_jax.runtime import compat
 from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding.weights import as_weight
 
-GATHERED = "gathered"  # tag of weights that are put together for a product; no policy should keep them
+GATHERED = "gathered"  # tag of gathered weights, which no remat policy should keep
 _ROUNDED = "bfloat16"
 _TYPE = jnp.bfloat16
 LANES = 128  # of a TPU's registers
 
 
 def einsum(spec: str, x: jax.Array, y: jax.Array, preferred_element_type: Any = None) -> jax.Array:
-    """`jnp.einsum` of two arrays; float32 factors are rounded first if JAX's matmul precision says so.
+    """`jnp.einsum` of two arrays; rounds float32 factors first if JAX's matmul precision is bfloat16.
 
     Args:
-      spec: 'ab,bc->ac' and the like: one letter an axis, each in at least two of the three terms.
+      spec: such as 'ab,bc->ac', with one letter per axis, each in at least two of the three terms.
       x: first factor.
       y: second factor.
       preferred_element_type: type of the result and of the sums; by default that of the factors.
@@ -43,49 +44,54 @@ def einsum(spec: str, x: jax.Array, y: jax.Array, preferred_element_type: Any = 
 
 
 def linear(
-    x: jax.Array,
-    kernel: Any,
-    stored: tuple[Any, ...] | None,
-    lead: tuple[str | None, ...],
-    head_dim: int | None = None,
-    times: Callable[[str, jax.Array, Any], jax.Array] = einsum,
+    x: jax.Array, weight: Any, in_features: tuple[int, ...], out_features: tuple[int, ...]
 ) -> jax.Array:
-    """`x @ kernel` in the type of `x`.
+    """`x @ weight` in the type of `x`, over one or two trailing axes such as (heads, head dim).
 
-    In a sharded step every device multiplies its own rows. The weight is stored split over the axes that
-    carry the batch, too (ZeRO-3, FSDP): here it is put together, in the type of the product and once per use.
-    Its gradient goes the same way back, summed over the batch and split at once (reduce-scatter). A weight
-    whose rows stay split (over `tensor`) takes an `x` split alike, and the products are summed.
+    In a sharded step every device multiplies its own rows. The weight is also stored split over the axes that
+    carry the batch (ZeRO-3, FSDP): here it is gathered, in the type of the product and once per use. Its
+    gradient is summed over the batch and split in one go (reduce-scatter). A weight whose rows stay split
+    (over `tensor`) takes an `x` split alike, and the products are summed.
 
     Args:
-      x: [batch, ..., in], or [batch, ..., heads, hd] with heads * hd = in.
-      kernel: [in, out], an array or a `quantized.QuantizedKernel`.
-      stored: mesh axes of the kernel's two dimensions, or those of each of its arrays; None leaves the
-        placement to the partitioner.
-      lead: logical axes of [batch, ...].
-      head_dim: cut the result into heads; a TPU then writes them as attention reads them, without a copy.
-      times: (spec, x, kernel) → their product, for the part that a device holds.
+      x: [batch, *in_features] or [batch, length, *in_features].
+      weight: matrix [in, out]: an array, a `quantized.QuantizedKernel` or a `Weight` of one.
+      in_features: trailing axes of `x`, whose product is `in`.
+      out_features: trailing axes of the result, whose product is `out`. A TPU writes heads in the layout
+        that attention reads, without a copy.
 
     Returns:
-      [batch, ..., out], or [batch, ..., out / head_dim, head_dim].
+      [batch, *out_features] or [batch, length, *out_features].
     """
-    placed = logical_axes.placement()
-    if placed is None or stored is None or x.shape[0] % logical_axes.ways("batch"):
-        return _product(x, kernel.astype(x.dtype), len(lead), head_dim, times)
-    mesh, spec = placed
+    weight = as_weight(weight)
+    leading = x.ndim - len(in_features)
+    multiply = weight.einsum or getattr(weight.value, "einsum", einsum)
+
+    def product(x: jax.Array, kernel: Any) -> jax.Array:
+        axes, inner, outer = "ab"[:leading], "hi"[-len(in_features) :], "jo"[-len(out_features) :]
+        if len(in_features) > 1:
+            kernel = kernel.reshape(*x.shape[leading:], -1)
+        if len(out_features) > 1:
+            kernel = kernel.reshape(*kernel.shape[:-1], -1, out_features[-1])
+        return multiply(f"{axes}{inner},{inner}{outer}->{axes}{outer}", x, kernel)
+
+    step = logical_axes.current()
+    if step is None or not weight.specs or x.shape[0] % logical_axes.axis_size("batch"):
+        return product(x, weight.value.astype(x.dtype))
+    mesh, partition_spec = step
     batch = logical_axes.mesh_axes("batch")
-    parts = (stored,) if isinstance(kernel, jax.Array) else stored
-    splits = [[logical_axes.split_over(names) for names in part] for part in parts]
-    rows, columns = (tuple(axis for axis in names if axis not in batch) or None for names in splits[0])
-    in_heads, out_heads = x.ndim > len(lead) + 1, head_dim is not None
-    if in_heads and x.shape[-2] % logical_axes.size(rows or ()):
-        return linear(x.reshape(*x.shape[:-2], -1), kernel, stored, lead, head_dim, times)
-    if head_dim is not None and kernel.shape[1] // head_dim % logical_axes.size(columns or ()):
-        return linear(x, kernel, stored, lead, times=times).reshape(*x.shape[: len(lead)], -1, head_dim)
+    splits = [[logical_axes.split_over(axes) for axes in spec] for spec in weight.matrix_specs]
+    rows, columns = (tuple(axis for axis in axes if axis not in batch) or None for axes in splits[0])
+    if len(in_features) > 1 and in_features[0] % logical_axes.devices_along(rows or ()):
+        size = math.prod(in_features)
+        return linear(x.reshape(*x.shape[:leading], size), weight, (size,), out_features)
+    if len(out_features) > 1 and out_features[0] % logical_axes.devices_along(columns or ()):
+        flat = linear(x, weight, in_features, (math.prod(out_features),))
+        return flat.reshape(*flat.shape[:leading], *out_features)
 
     def gathered(array: jax.Array, split: list[tuple[str, ...]]) -> jax.Array:
-        for dimension, names in enumerate(split):
-            shared = [axis for axis in names if axis in batch]
+        for dimension, axes in enumerate(split):
+            shared = [axis for axis in axes if axis in batch]
             # The last name of a dimension is the innermost.
             for axis in reversed(shared):
                 array = jax.lax.all_gather(array, axis, axis=dimension, tiled=True)
@@ -95,31 +101,31 @@ def linear(
 
     def local(x: jax.Array, kernel: Any) -> jax.Array:
         arrays, structure = jax.tree.flatten(kernel.astype(x.dtype))
-        # Before the gathers: gradients are then scattered first, and summed over other axes as the part that
-        # is left.
+        # Before the gathers: gradients are then scattered first, and only the remaining part is summed over
+        # other axes.
         x, *arrays = compat.equally_varying(x, *arrays)
         kernel = jax.tree.unflatten(structure, map(gathered, arrays, splits))
-        y = _product(x, kernel, len(lead), head_dim, times)
+        y = product(x, kernel)
         return jax.lax.psum(y, rows) if rows else y
 
-    rest = spec(*lead)
-    specs = [PartitionSpec(*(names or None for names in split)) for split in splits]
+    lead = partition_spec(*("batch", "length")[:leading])
+    specs = [PartitionSpec(*(axes or None for axes in split)) for split in splits]
     return jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(
-            PartitionSpec(*rest, rows, *(None,) * in_heads),
-            jax.tree.unflatten(jax.tree.structure(kernel), specs),
+            PartitionSpec(*lead, rows, *(None,) * (len(in_features) - 1)),
+            jax.tree.unflatten(jax.tree.structure(weight.value), specs),
         ),
-        out_specs=PartitionSpec(*rest, columns, *(None,) * out_heads),
-    )(x, kernel)
+        out_specs=PartitionSpec(*lead, columns, *(None,) * (len(out_features) - 1)),
+    )(x, weight.value)
 
 
 def _thin_slices(array: jax.Array, dimension: int, width: int) -> jax.Array:
-    """`array`; its gradient can be scattered in slices of `width` along `dimension`, on a TPU.
+    """`array`, with a gradient that a TPU can scatter in slices of `width` along `dimension`.
 
-    The last dimension in memory lies in lanes of 128, and XLA does not scatter to slices of fewer: it sums
-    the whole gradient for every device, twice the bytes. The gradient of a product with heads would lie so.
+    The minor dimension is tiled in 128 lanes. XLA does not scatter slices that are narrower: it all-reduces
+    the gradient, twice the bytes. The gradient of a product with heads would have that layout.
     """
     return _other_dimension_last(array, dimension) if width < LANES else array
 
@@ -137,28 +143,13 @@ _other_dimension_last.defvjp(
 )
 
 
-def _product(
-    x: jax.Array,
-    kernel: Any,
-    lead: int,
-    head_dim: int | None,
-    times: Callable[[str, jax.Array, Any], jax.Array],
-) -> jax.Array:
-    axes, inner, outer = "abc"[:lead], "i", "o"
-    if x.ndim > lead + 1:
-        inner, kernel = "hi", kernel.reshape(*x.shape[-2:], -1)
-    if head_dim is not None:
-        outer, kernel = "jo", kernel.reshape(*kernel.shape[:-1], -1, head_dim)
-    return times(f"{axes}{inner},{inner}{outer}->{axes}{outer}", x, kernel)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rounded_einsum(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x.astype(_TYPE), y.astype(_TYPE), preferred_element_type=jnp.float32)
 
 
 def _rounded_forward(spec: str, x: Any, y: Any) -> tuple[jax.Array, tuple[Any, Any]]:
-    # Kept as they came: a frozen kernel of a scanned layer is then no new array, rounded it would be one.
+    # Save unrounded operands: a rounded frozen kernel would be an extra copy per scanned layer.
     kept = x.value if y.perturbed else None, y.value if x.perturbed else None
     return _rounded_einsum(spec, x.value, y.value), kept
 

@@ -1,7 +1,8 @@
-"""The device mesh, and where parameters, optimizer state and batches live on it."""
+"""The device mesh, and the shardings of parameters and batches on it."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,36 +10,57 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vilam3_jax.config import MESH_AXES, PARAMETER_RULES, ConfigDict
-from vilam3_jax.data.batches import ROW_FIELDS, Batch, arrays, of_arrays
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import compat
+from vilam3_jax.runtime.settings import Section, setting
 from vilam3_jax.sharding import logical_axes, path_rules
 
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
-_MOST_REPLICATED = 0.05  # of the parameters' bytes; little is said of models smaller than the next
+_MOST_REPLICATED = 0.05  # of the parameters' bytes; models smaller than the next may replicate more
 _LEAST_REPLICATED_BYTES = 32 * 2**20
 
 
-def build_mesh(mesh_config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
-    """Lays devices out over the axes of `mesh_config`; one axis may be -1 and takes what is left.
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(Section):
+    """The section `mesh`: sizes of the mesh axes, one of which may be -1 and takes the remaining devices.
 
-    Several TPU slices lie along `data`, the outermost axis: gradients alone cross the network between them.
+    Attributes:
+      data: replicas of the parameters.
+      fsdp: shards of parameters and batch.
+      context: shards of the length of rows.
+      tensor: shards of heads and hidden units.
+      cpu_devices: virtual CPU devices to run on; 0 for the real devices.
+    """
+
+    key = "mesh"
+    data: int = 1
+    fsdp: int = -1
+    context: int = 1
+    tensor: int = 1
+    cpu_devices: int = setting(default=0, at_least=0)
+
+
+def build_mesh(mesh_config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Arranges devices over the axes of `mesh_config`.
+
+    Several TPU slices are laid out along `data`, the outermost axis: only gradients cross the network between
+    them.
 
     Args:
       mesh_config: the sizes of the axes.
-      devices: None: all there are.
+      devices: None for all devices.
 
     Raises:
       UserError: the axes do not multiply to the number of devices, or `data` not to whole slices.
     """
-    sizes = {axis: mesh_config[axis] for axis in MESH_AXES}
+    sizes = {axis: getattr(mesh_config, axis) for axis in MESH_AXES}
     devices = jax.devices() if devices is None else devices
     count = len(devices)
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     bad = [f"mesh.{axis}={size}" for axis, size in sizes.items() if size < 1 and size != -1]
     if bad:
-        raise UserError(f"config {', '.join(bad)}: an axis is at least 1, or -1 to take what is left")
+        raise UserError(f"config {', '.join(bad)}: an axis is at least 1, or -1 for the remaining devices")
     if len(open_axes) > 1:
         raise UserError(f"config mesh: only one axis may be -1, not {' and '.join(open_axes)}")
     fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -47,14 +69,14 @@ def build_mesh(mesh_config: ConfigDict, devices: Sequence[Any] | None = None) ->
     if math.prod(sizes.values()) != count:
         shown = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise UserError(
-            f"config mesh ({shown}) does not divide the {count} device(s); change an axis, or "
+            f"config mesh ({shown}) does not match the {count} device(s); change an axis, or "
             "mesh.cpu_devices for virtual CPU devices"
         )
     slices = _slices(devices)
     if sizes["data"] % len(slices):
         raise UserError(
-            f"config mesh.data={sizes['data']}: {len(slices)} slices lie along it, so it must be a multiple; "
-            "make mesh.fsdp at most a slice"
+            f"config mesh.data={sizes['data']}: {len(slices)} slices are laid out along it, so it must be "
+            "a multiple; make mesh.fsdp at most a slice"
         )
     line = _line(sizes["fsdp"], slices[0])
     if line > 1:
@@ -70,13 +92,13 @@ def build_mesh(mesh_config: ConfigDict, devices: Sequence[Any] | None = None) ->
     except compat.DoesNotFitTorus as error:
         shown = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise UserError(
-            f"config mesh ({shown}) cannot be laid on this torus: every axis must be a product of its sides "
+            f"config mesh ({shown}) does not fit this torus: every axis must be a product of its sides "
             "or of parts of them; change mesh.data and mesh.fsdp"
         ) from error
 
 
 def _slices(devices: Sequence[Any]) -> list[list[Any]]:
-    """The devices of each slice; all together where they are no TPUs: a GPU's `slice_index` is its host."""
+    """The devices of each TPU slice; a single group for other devices (a GPU's `slice_index` is its host)."""
     if devices[0].platform != "tpu":
         return [list(devices)]
     slices: dict[int, list[Any]] = {}
@@ -95,47 +117,48 @@ def _line(fsdp: int, devices: Sequence[Any]) -> int:
 
 
 def parameter_shardings(
-    shapes: Mapping[str, Any], rules: Sequence[Sequence[Any]], mesh: Mesh
+    shapes: Mapping[str, Any], rules: Sequence[Any], family_rules: Sequence[Any], mesh: Mesh
 ) -> dict[str, NamedSharding]:
-    """Placement of each parameter.
+    """The sharding of each parameter.
+
+    A row is (regex, mesh axes per dimension, fallbacks ...); missing trailing dimensions are replicated. The
+    first spec of a row whose axes divide the parameter applies. A spec over `fsdp` may also drop the line of
+    it (`logical_axes.FSDP_LINE`).
 
     Args:
       shapes: path → array or ShapeDtypeStruct.
-      rules: rows of (regex, mesh axes per dimension, ...); missing trailing dimensions are replicated. The
-        first placement of a row by which the parameter divides is taken; one over `fsdp` may leave out the
-        line of it (`logical_axes.FSDP_LINE`).
+      rules: rows of the config, which come first.
+      family_rules: rows of the model families, which may match nothing.
       mesh: the device mesh.
 
     Raises:
-      UserError: no row matches a parameter, a row of one's own matches none, a placement is longer than its
-        parameter's rank, a dimension divides by none of its row's placements, or much stays whole.
+      UserError: no row matches a parameter, a row of the config matches none, a spec is longer than its
+        parameter's rank, a dimension is not divisible by any spec of its row, or much stays replicated.
     """
     for row in rules:
         if not isinstance(row, tuple | list) or len(row) < 2:
-            raise UserError(f"config parameter_rules: {row!r} is no row (regular expression, axes, ...)")
-        unknown = {axis for axes in row[1:] for entry in axes for axis in logical_axes.listed(entry)} - set(
-            MESH_AXES
-        )
-        if unknown:
+            raise UserError(f"config parameter_rules: {row!r} is not a row (regular expression, axes, ...)")
+        unknown = {axis for axes in row[1:] for entry in axes for axis in logical_axes.as_tuple(entry)}
+        if unknown := unknown - set(MESH_AXES):
             raise UserError(
                 f"config parameter_rules: {row!r} names {', '.join(sorted(map(str, unknown)))}; axes are "
                 f"{', '.join(MESH_AXES)}"
             )
-    table = [(row[0], row[1:]) for row in rules]
+    table = [(row[0], row[1:]) for row in (*rules, *family_rules)]
+    optional = [row[0] for row in family_rules]
     placed = {}
-    shared = [row[0] for row in PARAMETER_RULES]  # also for parts that this model lacks
-    for path, choices in path_rules.resolve(table, shapes, "parameter_rules", optional=shared).items():
+    for path, choices in path_rules.resolve(table, shapes, "parameter_rules", optional=optional).items():
         shape = tuple(shapes[path].shape)
         for axes in choices:
             if len(axes) > len(shape):
                 raise UserError(f"config parameter_rules: {len(axes)} axes for {path} of shape {shape}")
-        specs = [spec for axes in choices for spec in _placements(mesh, axes)]
+        specs = [spec for axes in choices for spec in _candidates(mesh, axes)]
         fitting = (spec for spec in specs if not _undivided(shape, spec, mesh))
         if (spec := next(fitting, None)) is None:
-            size, axis, ways = _undivided(shape, specs[0], mesh)[0]
+            size, axis, count = _undivided(shape, specs[0], mesh)[0]
             raise UserError(
-                f"mesh: {path} of shape {shape} does not split {ways} ways over {axis}, as {size} does not "
-                "divide; make the axis smaller (the rest to mesh.data) or change its row in parameter_rules"
+                f"mesh: {path} of shape {shape} cannot be split into {count} over {axis}, as {size} is not "
+                "divisible; make the axis smaller (the rest to mesh.data) or change parameter_rules"
             )
         placed[path] = NamedSharding(mesh, spec)
     _check_replicated(shapes, placed, mesh)
@@ -143,7 +166,7 @@ def parameter_shardings(
 
 
 def _check_replicated(shapes: Mapping[str, Any], placed: Mapping[str, NamedSharding], mesh: Mesh) -> None:
-    """Refuses rules that leave much whole on every device although there are axes to split it over."""
+    """Refuses rules that replicate much although there are axes to split it over."""
     if mesh.size == mesh.shape["data"] * mesh.shape["context"]:
         return
     size = {path: math.prod(leaf.shape) * leaf.dtype.itemsize for path, leaf in shapes.items()}
@@ -152,17 +175,17 @@ def _check_replicated(shapes: Mapping[str, Any], placed: Mapping[str, NamedShard
         largest = sorted(whole, key=lambda path: -whole[path])[:3]
         raise UserError(
             f"config parameter_rules: {sum(whole.values()) / 2**20:,.0f} of "
-            f"{sum(size.values()) / 2**20:,.0f} MiB would be whole on every device, such as "
+            f"{sum(size.values()) / 2**20:,.0f} MiB would be replicated on every device, such as "
             f"{', '.join(largest)}; give them rows with axes, or use mesh.data in place of mesh.fsdp"
         )
 
 
-def _placements(mesh: Mesh, axes: Sequence[Any]) -> Iterator[PartitionSpec]:
-    spec = logical_axes.place(mesh, *axes)
+def _candidates(mesh: Mesh, axes: Sequence[Any]) -> Iterator[PartitionSpec]:
+    spec = logical_axes.partition_spec(mesh, *axes)
     yield spec
     if logical_axes.FSDP_LINE in mesh.shape:
-        yield logical_axes.entries(
-            tuple(axis for axis in logical_axes.listed(entry) if axis != logical_axes.FSDP_LINE)
+        yield logical_axes.from_tuples(
+            tuple(axis for axis in logical_axes.as_tuple(entry) if axis != logical_axes.FSDP_LINE)
             for entry in spec
         )
 
@@ -170,52 +193,46 @@ def _placements(mesh: Mesh, axes: Sequence[Any]) -> Iterator[PartitionSpec]:
 def _undivided(shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> list[tuple[int, Any, int]]:
     """(size, mesh axes, number of parts) of the dimensions that `spec` cannot split evenly."""
     parts = [
-        (size, axes, math.prod(mesh.shape[axis] for axis in logical_axes.listed(axes)))
+        (size, axes, math.prod(mesh.shape[axis] for axis in logical_axes.as_tuple(axes)))
         for size, axes in zip(shape, spec, strict=False)
     ]
-    return [(size, axes, ways) for size, axes, ways in parts if size % ways]
+    return [(size, axes, count) for size, axes, count in parts if size % count]
 
 
-def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
-    """The placement of every array of a batch, see `batch_sharding`.
-
-    Returns:
-      A batch of shardings.
-    """
-    return of_arrays({name: batch_sharding(name, x.shape, mesh) for name, x in arrays(batch).items()})
-
-
-def batch_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """Every leading axis of a batch is split over `data` and `fsdp`, the length of rows over `context`.
+def batch_sharding(name: str, shape: Sequence[int], mesh: Mesh, is_sequence: bool) -> NamedSharding:
+    """Splits the leading axis of a batch over `data` and `fsdp`, the length of rows over `context`.
 
     Args:
-      name: of the array's field.
+      name: field of the array, for messages.
       shape: of the global array.
       mesh: of the run.
+      is_sequence: whether the second axis is the length of packed rows.
 
     Raises:
-      UserError: the leading axis or the length does not divide.
+      UserError: the leading axis or the length is not divisible.
     """
-    ways = math.prod(mesh.shape[axis] for axis in logical_axes.names(BATCH_AXES, mesh))
-    if shape[0] % ways:
+    devices = math.prod(mesh.shape[axis] for axis in logical_axes.expanded(BATCH_AXES, mesh))
+    if shape[0] % devices:
         raise UserError(
-            f"batch {name}: leading axis {shape[0]} does not divide over {ways} devices of "
+            f"batch {name}: leading axis {shape[0]} is not divisible by the {devices} devices of "
             "mesh.data x mesh.fsdp; change data.global_rows, data.rows_per_group or the mesh"
         )
-    if name in ROW_FIELDS and shape[1] % mesh.shape["context"]:
+    if is_sequence and shape[1] % mesh.shape["context"]:
         raise UserError(
-            f"batch {name}: rows of {shape[1]} do not divide over mesh.context="
-            f"{mesh.shape['context']}; change data.seq_len or the mesh"
+            f"batch {name}: rows of {shape[1]} are not divisible by mesh.context={mesh.shape['context']}; "
+            "change data.seq_len or the mesh"
         )
-    split = name in ROW_FIELDS and mesh.shape["context"] > 1
-    return NamedSharding(mesh, logical_axes.place(mesh, BATCH_AXES, *(("context",) if split else ())))
+    split = is_sequence and mesh.shape["context"] > 1
+    return NamedSharding(
+        mesh, logical_axes.partition_spec(mesh, BATCH_AXES, *(("context",) if split else ()))
+    )
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """The placement of whole rows: split over `data` and `fsdp`."""
-    return NamedSharding(mesh, logical_axes.place(mesh, BATCH_AXES))
+    """The sharding of whole rows: split over `data` and `fsdp`."""
+    return NamedSharding(mesh, logical_axes.partition_spec(mesh, BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The placement of scalars."""
+    """The sharding of scalars."""
     return NamedSharding(mesh, PartitionSpec())

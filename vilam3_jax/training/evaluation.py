@@ -1,4 +1,4 @@
-"""What the loop measures on held-out data while it trains."""
+"""Held-out evaluation during training."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from vilam3_jax.data.batches import Batch
 from vilam3_jax.data.loader import Loader, build_loader
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths, processes
-from vilam3_jax.training import state as state_lib
 from vilam3_jax.training import step as step_lib
-from vilam3_jax.training.device_put import Placement
+from vilam3_jax.training.device_put import DevicePut
 from vilam3_jax.training.program import Program, compiler_options
+from vilam3_jax.training.train_state import TrainState, shardings
 from vilam3_jax.training.writers import JsonLines
 
 GENERATIONS_FILE = "generations.jsonl"
-# Flat parameters → (one record a held-out example, metrics).
+# Parameters by path → (one record per held-out example, metrics).
 Answer = Callable[[Mapping[str, jax.Array]], tuple[list[dict[str, Any]], dict[str, float]]]
 
 
 class Evaluation:
-    """Held-out losses, and answers if wished; a resumed run drops the answers after its checkpoint."""
+    """Held-out losses and optionally answers; a resumed run drops the answers after its checkpoint."""
 
     def __init__(
         self,
@@ -34,13 +34,13 @@ class Evaluation:
         workdir: paths.PathLike,
         start_step: int,
     ) -> None:
-        """Puts the parts together.
+        """Opens the file of answers.
 
         Args:
           losses: such as `HeldoutLosses`.
-          answer: lets the model speak; None leaves it out.
+          answer: generates answers; None for none.
           workdir: folder of the run; answers go to its `generations.jsonl`.
-          start_step: of the checkpoint that the run goes on from; 0 for a new run.
+          start_step: step of the checkpoint that the run resumes from; 0 for a new run.
         """
         self._losses, self._answer = losses, answer
         self._file = (
@@ -49,11 +49,11 @@ class Evaluation:
             else None
         )
 
-    def __call__(self, step: int, state: Any, swapped: bool = True) -> dict[str, float]:
+    def __call__(self, step: int, state: TrainState, swapped: bool = True) -> dict[str, float]:
         """Measures a state; `swapped` adds the loss with exchanged images."""
         values = self._losses(state, swapped)
         if self._answer is not None:
-            rows, found = self._answer(state_lib.model_params(state))
+            rows, found = self._answer(state.params())
             values |= found
             if self._file is not None:
                 for row in rows:
@@ -65,27 +65,25 @@ class Evaluation:
 class HeldoutLosses:
     """`losses(state, swapped=True)` -> held-out losses, always over the same batches.
 
-    The data is opened once, when it is first needed: shards of an object store are fetched, and the records
-    whose images are exchanged are looked up.
+    The data is opened once, when it is first needed.
     """
 
-    def __init__(self, program: Program, placement: Placement, image_tokens: int) -> None:
-        """Opens and compiles nothing yet.
+    def __init__(self, program: Program, device_put: DevicePut) -> None:
+        """Neither opens nor compiles anything.
 
         Args:
           program: of the run.
-          placement: the part of a batch that this process loads.
-          image_tokens: T, the projector's output length.
+          device_put: transfers batches to the mesh.
         """
-        self._program, self._placement, self._image_tokens = program, placement, image_tokens
+        self._program, self._device_put = program, device_put
         self._loaders: dict[bool, Loader] = {}
         self._step = jax.jit(
-            step_lib.make_eval_step(program.config, program.loss_fn),
-            in_shardings=(state_lib.shardings(program.state), None),
-            compiler_options=compiler_options(program.config, program.mesh),
+            step_lib.make_eval_step(program.loss_fn, program.config.grad_accum),
+            in_shardings=(shardings(program.state), None),
+            compiler_options=compiler_options(program.config.compiler_options, program.mesh),
         )
 
-    def __call__(self, state: Any, swapped: bool = True) -> dict[str, float]:
+    def __call__(self, state: TrainState, swapped: bool = True) -> dict[str, float]:
         """Measures a state.
 
         Returns:
@@ -103,13 +101,13 @@ class HeldoutLosses:
         for loader in self._loaders.values():
             loader.close()
 
-    def _mean(self, state: Any, swap: bool) -> float:
+    def _mean(self, state: TrainState, swap: bool) -> float:
         loss = weight = 0.0
-        with self._program.placing():
+        with self._program.context():
             for batch in self._batches(swap):
-                sums = self._step(state, self._placement.put(batch))
-                loss += float(sums["loss"])
-                weight += float(sums["weight"])
+                sums = self._step(state, self._device_put(batch))
+                loss += float(sums.loss)
+                weight += float(sums.weight)
         if not weight:
             skipped = itertools.chain(*processes.gather(self._loaders[swap].stats.skipped[:3]))
             reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped) or "no text to learn"
@@ -118,7 +116,7 @@ class HeldoutLosses:
 
     def _batches(self, swap: bool) -> Iterator[Batch]:
         loader = self._loader(swap)
-        with contextlib.closing(iter(loader)) as own:  # nothing is read ahead while the run trains
+        with contextlib.closing(iter(loader)) as own:  # do not read ahead while the run trains
             for _ in range(self._program.config.eval_batches):
                 batch = next(own, None)
                 if not any(processes.gather(batch is not None)):
@@ -129,11 +127,12 @@ class HeldoutLosses:
         if swap not in self._loaders:
             config = self._program.config
             self._loaders[swap] = build_loader(
-                config,
+                config.data,
+                config.model,
+                self._program.task.batch_format,
                 "heldout",
-                tokens_per_image=self._image_tokens,
+                seed=config.seed,
                 swap_images=swap,
-                experts=config.data.experts,
-                held=self._placement.held,
+                local_units=self._device_put.local_units,
             )
         return self._loaders[swap]

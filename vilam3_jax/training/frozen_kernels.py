@@ -1,4 +1,4 @@
-"""Frozen kernels that are stored quantised (`config.quantization.frozen`): which, where, and from what."""
+"""Frozen kernels that are stored quantised (`config.quantization.frozen`)."""
 
 from __future__ import annotations
 
@@ -10,53 +10,54 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import layers, param_paths, vila
-from vilam3_jax.ops.quantized import NF4_TILE, QuantizedKernel, check_installed, quantize_kernel
+from vilam3_jax.ops.quantized import (
+    NF4_TILE,
+    QuantizationConfig,
+    QuantizedKernel,
+    check_installed,
+    quantize_kernel,
+)
 from vilam3_jax.sharding import logical_axes
 
-_GATHERED_OVER = ("data", "fsdp", logical_axes.FSDP_LINE)  # by products, so an array may as well be whole
+_GATHERED_OVER = ("data", "fsdp", logical_axes.FSDP_LINE)  # products gather over these, so whole is fine too
 
 
 def abstract(
-    config: ConfigDict, graphdef: Any, params: Mapping[str, Any], rates: Mapping[str, float]
+    quantization: QuantizationConfig, params: Mapping[str, Any], lr_multipliers: Mapping[str, float]
 ) -> dict[str, QuantizedKernel]:
-    """The kernels that this config stores quantised, as ShapeDtypeStructs with shardings.
+    """The kernels that are stored quantised, as ShapeDtypeStructs with shardings.
 
     Args:
-      config: the run's config.
-      graphdef: structure of its model.
-      params: path → ShapeDtypeStruct of every parameter, with its sharding.
-      rates: path → learning-rate multiplier.
+      quantization: section of the config.
+      params: path → ShapeDtypeStruct with sharding of every parameter.
+      lr_multipliers: path → learning-rate multiplier.
 
     Raises:
-      UserError: Qwix is not installed, no module matches, a kernel learns, or it does not divide.
+      UserError: Qwix is not installed, no module matches, a kernel is trainable, or it is not divisible.
     """
-    kind, modules = config.quantization.frozen, config.quantization.modules
+    kind = quantization.frozen
     if not kind:
         return {}
     check_installed("quantization.frozen")
-    model = vila.merge(graphdef, param_paths.unflatten(dict(params)))
     found = {}
-    for module in layers.matching(model, modules):
-        path = f"{module}/kernel"
-        if rates[path]:
+    for path in quantization.matching(params):
+        if lr_multipliers[path]:
             raise UserError(
-                f"config quantization.frozen={kind!r} wants {path}, but config trainable lets it learn "
-                f"({rates[path]:g}); freeze it there, or leave it out of quantization.modules"
+                f"config quantization.frozen={kind!r} includes {path}, but config trainable lets it learn "
+                f"({lr_multipliers[path]:g}); freeze it there, or exclude it from quantization.modules"
             )
         if kind == "nf4" and params[path].shape[-2] % NF4_TILE:
             raise UserError(
-                f"config quantization.frozen='nf4': {path} has {params[path].shape[-2]} rows, no multiple of "
-                f"{NF4_TILE}; leave it out of quantization.modules, or take 'int8'"
+                f"config quantization.frozen='nf4': {path} has {params[path].shape[-2]} rows, not a multiple "
+                f"of {NF4_TILE}; exclude it from quantization.modules, or use 'int8'"
             )
-        found[path] = _placed(path, params[path], kind)
+        found[path] = _sharded(path, params[path], kind)
     return found
 
 
-def _placed(path: str, kernel: Any, kind: str) -> QuantizedKernel:
-    """Each array split as the kernel would be, in the dimensions that divide."""
+def _sharded(path: str, kernel: Any, kind: str) -> QuantizedKernel:
+    """Each array is split like the kernel, in the dimensions that are divisible."""
     mesh = kernel.sharding.mesh
 
     def place(array: Any) -> jax.ShapeDtypeStruct:
@@ -66,8 +67,8 @@ def _placed(path: str, kernel: Any, kind: str) -> QuantizedKernel:
             divides = size % math.prod(mesh.shape[name] for name in names) == 0
             if not divides and size > 1 and not set(names) <= set(_GATHERED_OVER):
                 raise UserError(
-                    f"mesh: {path} in quantization.frozen={kind!r} has {size} tiles, which do not split over "
-                    f"{axes}; make the axis smaller"
+                    f"mesh: {path} in quantization.frozen={kind!r} has {size} tiles, which are not "
+                    f"divisible over {axes}; make the axis smaller"
                 )
             spec.append(axes if divides else None)
         sharding = NamedSharding(mesh, PartitionSpec(*spec))
@@ -80,11 +81,11 @@ def load(
     wanted: Mapping[str, QuantizedKernel],
     read: Callable[[dict[str, jax.ShapeDtypeStruct]], dict[str, jax.Array]],
 ) -> dict[str, QuantizedKernel]:
-    """Quantises kernels as they are read: one is held in full at a time, on its devices.
+    """Quantises kernels as they are read, with one whole kernel at a time on its devices.
 
     Args:
       wanted: path → ShapeDtypeStructs, from `abstract`.
-      read: path → ShapeDtypeStruct with sharding ↦ path → array, of those that there are.
+      read: (path → ShapeDtypeStruct with sharding) ↦ (path → array) of those that exist.
     """
     found: dict[str, QuantizedKernel] = {}
     for path, kernel in wanted.items():
@@ -95,7 +96,7 @@ def load(
 
 
 def quantize(array: jax.Array, wanted: QuantizedKernel) -> QuantizedKernel:
-    """Layer by layer: Qwix compares every number with all sixteen of nf4."""
+    """Quantises layer by layer: Qwix compares every number with all sixteen codes of nf4."""
     each = partial(quantize_kernel, kind=wanted.kind)
     stacked = partial(jax.lax.map, each) if array.ndim > 2 else each
     return jax.jit(stacked, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted))(array)

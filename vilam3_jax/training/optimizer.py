@@ -5,40 +5,104 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime.settings import Section, setting
 from vilam3_jax.sharding import path_rules
 
+# Name → settings for the moments that it keeps.
+OPTIMIZERS = {
+    "adamw": ("mu_dtype", "nu_dtype"),
+    "adafactor": (),
+    "lion": ("mu_dtype",),
+    "muon": ("mu_dtype", "nu_dtype"),
+}
+_MOMENT_DTYPES = ("", "float32", "bfloat16")
 _NOT_DECAYED = re.compile(r".*(norm\d*/scale|bias|logit_scale)")
 _STACKED = re.compile(r".*/(layers|blocks)/.*")  # the first axis counts layers
-# Muon is for the matrices between a model's ends; the ends, adapters and vectors are AdamW's.
+# Muon updates the inner matrices of a model; AdamW updates first and last layers, adapters and vectors.
 _MUON = re.compile(r"(?!llm/lm_head/|vision_tower/patch_embed/).*/kernel")
 _MATRIX = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-# Root mean square of AdamW's updates, which Muon's are scaled to, so that one rate and decay serve both
+# RMS of AdamW's updates, to which Muon's are scaled so that both share learning rate and decay
 # (arXiv:2502.16982).
 _MUON_RMS = 0.2
 _ADAFACTOR_CLIP = 1.0  # arXiv:1804.04235, section 6
 
 
-def learning_rate(config: ConfigDict) -> optax.Schedule:
-    """Linear warm-up to `schedule.peak`, then cosine to `end_fraction` of it, or constant.
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(Section):
+    """The section `optimizer`.
 
-    As in Hugging Face's Trainer, warm-up takes `warmup_fraction` of the steps, rounded up, and the first of
-    them has rate 0; a fraction of 0 starts at the peak.
+    Attributes:
+      name: 'adamw', 'adafactor', 'lion' or 'muon'.
+      b1, b2, eps: of Adam and Lion.
+      weight_decay: decoupled weight decay.
+      clip_norm: largest global norm of the gradient; 0 for no clipping.
+      muon_momentum: momentum of Muon.
+      mu_dtype, nu_dtype: storage types of the first and second moments; '' for float32.
     """
-    schedule = config.schedule
-    warmup = math.ceil(schedule.warmup_fraction * config.num_steps)
+
+    key = "optimizer"
+    name: str = setting(default="adamw", choices=tuple(OPTIMIZERS))
+    b1: float = setting(default=0.9, at_least=0, at_most=0.9999999)
+    b2: float = setting(default=0.98, at_least=0, at_most=0.9999999)
+    eps: float = setting(default=1e-8, at_least=0)
+    weight_decay: float = setting(default=0.0, at_least=0)
+    clip_norm: float = setting(default=1.0, at_least=0)
+    muon_momentum: float = 0.95
+    mu_dtype: str = setting(default="", choices=_MOMENT_DTYPES)
+    nu_dtype: str = setting(default="", choices=_MOMENT_DTYPES)
+
+    def validate(self) -> None:
+        """Checks the types of the moments."""
+        for key in ("mu_dtype", "nu_dtype"):
+            if getattr(self, key) and key not in OPTIMIZERS[self.name]:
+                raise UserError(
+                    f"config optimizer.{key}: {self.name} does not keep this moment; leave it empty"
+                )
+        if self.nu_dtype == "bfloat16" and self.b2 > 0.99:
+            raise UserError(
+                f"config optimizer.nu_dtype='bfloat16' with b2={self.b2}: the change of one step is below "
+                "the resolution of bfloat16, so the second moment would never change; set b2 to 0.99 or less, or "
+                "nu_dtype to ''"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig(Section):
+    """The section `schedule`, of the learning rate.
+
+    Attributes:
+      name: 'cosine' or 'constant', after the warm-up.
+      peak: highest learning rate.
+      warmup_fraction: of the steps, with a linearly rising rate.
+      end_fraction: of the peak, where the cosine ends.
+    """
+
+    key = "schedule"
+    name: str = setting(default="cosine", choices=("cosine", "constant"))
+    peak: float = setting(default=1e-4, at_least=0)
+    warmup_fraction: float = setting(default=0.03, at_least=0, at_most=1)
+    end_fraction: float = setting(default=0.1, at_least=0, at_most=1)
+
+
+def learning_rate(schedule: ScheduleConfig, num_steps: int) -> optax.Schedule:
+    """Linear warm-up to `peak`, then cosine decay to `end_fraction` of it, or constant.
+
+    As in Hugging Face's Trainer, the warm-up takes `warmup_fraction` of the steps, rounded up, and starts at
+    rate 0. Without a warm-up the rate starts at the peak.
+    """
+    warmup = math.ceil(schedule.warmup_fraction * num_steps)
     if schedule.name == "constant":
         after = optax.constant_schedule(schedule.peak)
     else:
-        steps = max(1, config.num_steps - warmup)
+        steps = max(1, num_steps - warmup)
         after = optax.cosine_decay_schedule(schedule.peak, steps, alpha=schedule.end_fraction)
     if not warmup:
         return after
@@ -46,84 +110,78 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
-    """How a parameter learns, a row of `config.trainable`.
+class LrGroup:
+    """How a parameter learns: a row of `config.trainable`.
 
     Attributes:
-      rate: times the schedule's learning rate; 0 freezes.
-      decay: times `optimizer.weight_decay`.
+      rate: multiplies the scheduled learning rate; 0 freezes.
+      decay: multiplies `optimizer.weight_decay`.
     """
 
     rate: float = 1.0
     decay: float = 1.0
 
 
-def groups(config: ConfigDict, paths: list[str]) -> dict[str, Group]:
-    """The group of every parameter by `config.trainable`.
-
-    A row is (regex, rate) or (regex, {"rate": ..., "decay": ...}); what the mapping leaves out is 1.
-
-    Raises:
-      UserError: a parameter without a row, a row without a parameter, or a setting of another form.
-    """
-    resolved = path_rules.resolve(config.trainable, paths, "trainable")
-    return {path: _group(setting) for path, setting in resolved.items()}
-
-
-def multipliers(config: ConfigDict, paths: list[str]) -> dict[str, float]:
-    """Learning-rate multiplier of every parameter by `config.trainable`; 0 means frozen.
-
-    Raises:
-      UserError: as `groups`, or nothing would learn.
-    """
-    rates = {path: group.rate for path, group in groups(config, paths).items()}
-    if not any(rates.values()):
-        raise UserError("config trainable: every row has rate 0, so nothing would learn")
-    return rates
-
-
-def make_optimizer(config: ConfigDict, rates: Mapping[str, float]) -> optax.GradientTransformation:
-    """Clip → scale → decoupled decay × the group's → schedule × the group's multiplier.
-
-    Computes in float32 whatever the parameters' type; moments are stored as `optimizer.mu_dtype` and
-    `nu_dtype`. Layers stacked in one array are scaled one by one. Decay leaves out biases and the scales of
-    norms, as Hugging Face's Trainer does, and the temperature of the contrastive loss.
+def lr_groups(trainable: Sequence[Any], paths: Iterable[str]) -> dict[str, LrGroup]:
+    """The group of every parameter.
 
     Args:
-      config: the run's config.
-      rates: path → learning-rate multiplier of the trainable parameters.
+      trainable: rows (regex, rate) or (regex, {"rate": ..., "decay": ...}); missing values are 1.
+      paths: of all parameters.
+
+    Raises:
+      UserError: a parameter without a row, a row without a parameter, a malformed setting, or all frozen.
     """
-    settings = config.optimizer
-    of_frozen_parts_too = [row[0] for row in config.trainable]
-    rows = path_rules.resolve(config.trainable, rates, "trainable", optional=of_frozen_parts_too)
+    resolved = path_rules.resolve(trainable, paths, "trainable")
+    groups = {path: _group(setting) for path, setting in resolved.items()}
+    if not any(group.rate for group in groups.values()):
+        raise UserError("config trainable: every row has rate 0, so nothing would learn")
+    return groups
+
+
+def make_optimizer(
+    settings: OptimizerConfig, schedule: optax.Schedule, groups: Mapping[str, LrGroup]
+) -> optax.GradientTransformation:
+    """Clip → scale → decoupled decay × the group's → schedule × the group's multiplier.
+
+    Computes in float32; moments are stored as `mu_dtype` and `nu_dtype`. Layers stacked in one array are
+    scaled one by one. Biases, scales of norms and the temperature of the contrastive loss are not decayed, as
+    in Hugging Face's Trainer.
+
+    Args:
+      settings: section `optimizer`.
+      schedule: of the learning rate.
+      groups: path → group of the trainable parameters.
+    """
+    lr_multipliers = {path: group.rate for path, group in groups.items()}
     decays = {
-        path: 0.0 if _NOT_DECAYED.fullmatch(path) else settings.weight_decay * _group(row).decay
-        for path, row in rows.items()
+        path: 0.0 if _NOT_DECAYED.fullmatch(path) else settings.weight_decay * group.decay
+        for path, group in groups.items()
     }
     chain = optax.chain(
         optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity(),
-        _scaling(settings, rates),
+        _scaling(settings, groups),
         _decay(decays),
-        optax.scale_by_learning_rate(learning_rate(config)),
-        _scale_by_group(rates),
+        optax.scale_by_learning_rate(schedule),
+        _scale_by_group(lr_multipliers),
     )
     return _in_float32(chain, settings.nu_dtype)
 
 
-def _group(setting: Any) -> Group:
+def _group(setting: Any) -> LrGroup:
     values = dict(setting) if isinstance(setting, Mapping) else {"rate": setting}
     unknown = sorted(set(values) - {"rate", "decay"})
     numbers = all(isinstance(value, (int, float)) and value >= 0 for value in values.values())
     if unknown or not numbers:
         raise UserError(
-            f"config trainable: {setting!r} is no setting; write a rate such as 0.3, or "
+            f"config trainable: {setting!r} is not a setting; write a rate such as 0.3, or "
             '{"rate": 0.3, "decay": 0.0}'
         )
-    return Group(**{key: float(value) for key, value in values.items()})
+    return LrGroup(**{key: float(value) for key, value in values.items()})
 
 
-def _scaling(settings: ConfigDict, paths: Mapping[str, Any]) -> optax.GradientTransformation:
-    """Gradients → steps of about unit size."""
+def _scaling(settings: OptimizerConfig, paths: Mapping[str, Any]) -> optax.GradientTransformation:
+    """Gradients → updates of about unit size."""
     mu_dtype = settings.mu_dtype or None
     adam = optax.scale_by_adam(settings.b1, settings.b2, settings.eps, mu_dtype=mu_dtype)
     if settings.name == "adamw":
@@ -131,7 +189,7 @@ def _scaling(settings: ConfigDict, paths: Mapping[str, Any]) -> optax.GradientTr
     if settings.name == "lion":
         return optax.scale_by_lion(settings.b1, settings.b2, mu_dtype=mu_dtype)
     if settings.name == "adafactor":
-        # It factors the two largest axes of 128 or more; layers are fewer than that.
+        # Factors the two largest axes of 128 or more; the layer axis is smaller.
         return optax.chain(optax.scale_by_factored_rms(), _clip_by_layer(_ADAFACTOR_CLIP))
     labels = {path: "muon" if _MUON.fullmatch(path) else "adam" for path in paths}
     return optax.partition({"muon": _muon(settings.muon_momentum, mu_dtype), "adam": adam}, labels)
@@ -151,7 +209,7 @@ def _muon(momentum: float, mu_dtype: Any) -> optax.GradientTransformation:
 
 
 def _clip_by_layer(limit: float) -> optax.GradientTransformation:
-    """Limits the root mean square of each layer's update; optax's own does not know stacked layers."""
+    """Clips the RMS of each layer's update; optax's own clips whole arrays, not stacked layers."""
 
     def clip(path: str, x: jax.Array) -> jax.Array:
         axes = tuple(range(1 if _STACKED.fullmatch(path) else 0, x.ndim))
@@ -169,12 +227,14 @@ def _decay(decays: Mapping[str, float]) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def _scale_by_group(rates: Mapping[str, float]) -> optax.GradientTransformation:
-    return optax.stateless(lambda updates, _: {path: x * rates[path] for path, x in _flat(updates).items()})
+def _scale_by_group(lr_multipliers: Mapping[str, float]) -> optax.GradientTransformation:
+    return optax.stateless(
+        lambda updates, _: {path: x * lr_multipliers[path] for path, x in _flat(updates).items()}
+    )
 
 
 def _in_float32(inner: optax.GradientTransformation, nu_dtype: str) -> optax.GradientTransformation:
-    """`inner` on float32 copies of gradients and parameters; second moments are kept as `nu_dtype`."""
+    """`inner` on float32 copies of gradients and parameters; second moments are stored as `nu_dtype`."""
 
     def wide(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)

@@ -1,31 +1,36 @@
-"""The compiled program of a run, from config and mesh alone: what `train` runs and `plan` looks at.
+"""The compiled program of a run, from config and mesh alone: `train` runs it and `plan` examines it.
 
 Nothing here reads data or allocates a parameter, so the devices of the mesh need not exist.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vilam3_jax.config import ConfigDict
-from vilam3_jax.data import batch_sizes
-from vilam3_jax.data.batches import Batch
+from vilam3_jax.data.batch_formats import batch_shapes
+from vilam3_jax.data.batches import SEQUENCE_FIELDS, Batch, PackedBatch, map_fields
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import param_paths, vila
-from vilam3_jax.sharding import logical_axes
+from vilam3_jax.models import build as build_lib
+from vilam3_jax.models import param_paths
+from vilam3_jax.ops import quantized
+from vilam3_jax.ops.attention import backends
+from vilam3_jax.sharding import logical_axes, weights
 from vilam3_jax.sharding import mesh as mesh_lib
-from vilam3_jax.training import chips
+from vilam3_jax.tasks import TASKS, Task
+from vilam3_jax.training import chips, frozen_kernels, initialization, train_state
 from vilam3_jax.training import optimizer as optimizer_lib
-from vilam3_jax.training import state as state_lib
 from vilam3_jax.training import step as step_lib
+from vilam3_jax.training.run_config import RunConfig
+from vilam3_jax.training.train_state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,71 +38,147 @@ class Program:
     """A run's step and the shapes that it works on; made by `build`.
 
     Attributes:
-      config: the run's config.
+      config: of the run.
+      task: of the run.
       mesh: of real devices, or of those of a topology that is only described.
       shapes: path → ShapeDtypeStruct of every parameter.
-      rates: path → learning-rate multiplier, 0 for frozen parameters.
+      lr_multipliers: path → learning-rate multiplier, 0 for frozen parameters.
       optimizer: over the trainable parameters.
-      loss_fn: (flat params, batch) → sums.
+      loss_fn: (parameters by path, batch) → sums.
       state: ShapeDtypeStructs with shardings of the whole state.
       batch: the global batch, of ShapeDtypeStructs with shardings.
       step: jitted (state, batch) → (state, metrics); it donates the state.
     """
 
-    config: ConfigDict
+    config: RunConfig
+    task: Task
     mesh: Mesh
     shapes: Mapping[str, Any]
-    rates: Mapping[str, float]
+    lr_multipliers: Mapping[str, float]
     optimizer: optax.GradientTransformation
     loss_fn: step_lib.LossFn
-    state: state_lib.State
+    state: TrainState
     batch: Batch
     step: Any
 
-    def placing(self, whole_rows: bool = False) -> AbstractContextManager[None]:
-        """Context in which steps of this program are traced: where activations and weights live.
+    @contextlib.contextmanager
+    def context(self, whole_rows: bool = False) -> Iterator[None]:
+        """Context in which steps of this program are traced.
 
         Args:
           whole_rows: no row is split over devices, as for generation with a cache.
         """
-        weights = state_lib.shardings({**self.state["frozen"], **self.state["trainable"]})
-        rules = self.config.activation_rules.to_dict() | ({"length": None} if whole_rows else {})
-        return logical_axes.activation_rules(self.mesh, rules, self.config.attention, weights)
+        rules = {**self.config.activation_rules, **({"length": None} if whole_rows else {})}
+        with logical_axes.activation_rules(self.mesh, rules), backends.use(self.config.attention):
+            yield
+
+    def annotate(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters by path, their matrices as `sharding.weights.Weight`s."""
+        return weights.annotate(params, train_state.shardings(self.state.all_params()))
+
+    def initial_state(self) -> tuple[TrainState, dict[str, str]]:
+        """See `initialization.initial_state`."""
+        config = self.config
+        return initialization.initial_state(
+            config.init,
+            config.model,
+            lambda key: build_lib.init_params(config.model, config.task, key),
+            config.seed,
+            config.skip,
+            self.state,
+            self.optimizer,
+        )
 
     def lower(self) -> Any:
         """Traces the step; `.compile()` of the result is what runs, `.as_text()` its StableHLO."""
-        with self.placing():
+        with self.context():
             return self.step.lower(self.state, self.batch)
 
 
-def build(config: ConfigDict, mesh: Mesh) -> Program:
-    """Puts the program of a run together; neither traces nor compiles.
+def build(config: RunConfig, mesh: Mesh) -> Program:
+    """Builds the program of a run; neither traces nor compiles.
 
     Raises:
       UserError: model, tables, batch or mesh do not fit each other.
     """
-    graphdef, nested = vila.abstract_model(config.model, config.kind)
+    task, model = TASKS[config.task], config.model
+    graphdef, nested = build_lib.abstract_model(model, config.task)
     shapes = param_paths.flatten(nested)
-    rates = optimizer_lib.multipliers(config, list(shapes))
-    step_lib.check_quantization(config, graphdef, nested)
-    optimizer = optimizer_lib.make_optimizer(config, {path: rate for path, rate in rates.items() if rate})
-    loss_fn = step_lib.make_loss(config, graphdef)
-    step = step_lib.make_train_step(config, loss_fn, optimizer, optimizer_lib.learning_rate(config))
-    state = state_lib.abstract_state(config, mesh, optimizer, rates)
-    batch = abstract_batch(config, mesh)
-    placed = state_lib.shardings(state)
+    groups = optimizer_lib.lr_groups(config.trainable, list(shapes))
+    lr_multipliers = {path: group.rate for path, group in groups.items()}
+    schedule = optimizer_lib.learning_rate(config.schedule, config.num_steps)
+    optimizer = optimizer_lib.make_optimizer(
+        config.optimizer, schedule, {path: group for path, group in groups.items() if group.rate}
+    )
+    state = _abstract_state(config, mesh, shapes, lr_multipliers, optimizer)
+    loss_fn = _loss_fn(config, task, graphdef, state, shapes)
+    step = step_lib.make_train_step(
+        loss_fn,
+        functools.partial(task.work, model),
+        optimizer,
+        schedule,
+        config.skip,
+        grad_accum=config.grad_accum,
+        ema_decay=config.ema_decay,
+    )
+    batch = abstract_batch(config, task, mesh)
+    state_shardings = train_state.shardings(state)
     jitted = jax.jit(
         step,
-        in_shardings=(placed, jax.tree.map(lambda leaf: leaf.sharding, batch)),
-        out_shardings=(placed, None),
+        in_shardings=(state_shardings, train_state.shardings(batch)),
+        out_shardings=(state_shardings, None),
         donate_argnums=0,
-        compiler_options=compiler_options(config, mesh),
+        compiler_options=compiler_options(config.compiler_options, mesh),
     )
-    return Program(config, mesh, shapes, rates, optimizer, loss_fn, state, batch, jitted)
+    return Program(config, task, mesh, shapes, lr_multipliers, optimizer, loss_fn, state, batch, jitted)
 
 
-# The first two say how a program of both tensor cores shares the sparse cores; of the gathers, the second is
-# the one over a plane of the torus.
+def _abstract_state(
+    config: RunConfig,
+    mesh: Mesh,
+    shapes: Mapping[str, Any],
+    lr_multipliers: Mapping[str, float],
+    optimizer: optax.GradientTransformation,
+) -> TrainState:
+    family_rules = build_lib.parameter_rules(config.model, config.task)
+    shardings = mesh_lib.parameter_shardings(shapes, config.parameter_rules, family_rules, mesh)
+    params = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path])
+        for path, leaf in shapes.items()
+    }
+    stored = {**params, **frozen_kernels.abstract(config.quantization, params, lr_multipliers)}
+    return train_state.abstract_state(
+        {path: leaf for path, leaf in params.items() if lr_multipliers[path]},
+        {path: leaf for path, leaf in stored.items() if not lr_multipliers[path]},
+        optimizer,
+        config.skip,
+        mesh,
+        with_ema=bool(config.ema_decay),
+    )
+
+
+def _loss_fn(
+    config: RunConfig, task: Task, graphdef: Any, state: TrainState, shapes: Mapping[str, Any]
+) -> step_lib.LossFn:
+    """The task's loss of parameters by path, with quantised products if the config has them."""
+    quantization, einsums = config.quantization, {}
+    if quantization.matmul:
+        quantized.check_installed("quantization.matmul")
+        how = quantized.QuantizedMatmul(quantization.matmul, quantization.gradients)
+        einsums = dict.fromkeys(quantization.matching(shapes), how)
+    shardings = train_state.shardings(state.all_params())
+
+    def loss_fn(params: step_lib.Flat, batch: Any) -> step_lib.LossSums:
+        annotated = weights.annotate(params, shardings, einsums)
+        return task.loss(
+            build_lib.merge(graphdef, param_paths.unflatten(annotated)), batch, config.loss_chunk
+        )
+
+    return loss_fn
+
+
+# The first two set how a program over both tensor cores shares the sparse cores; the second all-gather is the
+# one over a plane of the torus.
 ON_SPARSE_CORES = (
     "xla_sc_disable_megacore_partitioning",
     "xla_tpu_use_tc_device_shape_on_sc",
@@ -107,11 +188,11 @@ ON_SPARSE_CORES = (
 )
 
 
-def compiler_options(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
-    """What XLA is told beside the program; `config.compiler_options` has the last word.
+def compiler_options(overrides: Sequence[Any], mesh: Mesh) -> dict[str, Any]:
+    """Options of XLA; rows of `config.compiler_options` override them.
 
-    On TPUs an operation may use more of the vector memory than XLA gives it by itself, and where there are
-    sparse cores, these gather weights and scatter gradients beside the products.
+    On TPUs an operation may use more vector memory than by default. Chips with sparse cores gather weights
+    and scatter gradients on them, in parallel with products.
     """
     chip = chips.of_kind(mesh.devices.flat[0].device_kind)
     options: dict[str, Any] = {}
@@ -119,39 +200,46 @@ def compiler_options(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
         options["xla_tpu_scoped_vmem_limit_kib"] = chip.scoped_vmem_kib
     if chip is not None and chip.sparse_cores:
         options |= dict.fromkeys(ON_SPARSE_CORES, True)
-    return options | dict(config.compiler_options)
+    return options | dict(overrides)
 
 
-def check_compiler_options(config: ConfigDict, mesh: Mesh) -> None:
-    """Tries `config.compiler_options` on a program that does nothing.
+def check_compiler_options(overrides: Sequence[Any], mesh: Mesh) -> None:
+    """Tries `config.compiler_options` on an empty program.
 
     Raises:
-      UserError: XLA does not know a name, or a value is not of its type.
+      UserError: XLA does not know a name, or a value has the wrong type.
     """
-    placed = NamedSharding(mesh, PartitionSpec())
-    program = jax.jit(lambda: 0, out_shardings=placed, compiler_options=compiler_options(config, mesh))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    program = jax.jit(lambda: 0, out_shardings=sharding, compiler_options=compiler_options(overrides, mesh))
     try:
         program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"config compiler_options: {str(error).splitlines()[0]}") from error
 
 
-def abstract_batch(config: ConfigDict, mesh: Mesh) -> Batch:
-    """The global batch of the loader of `config`, of ShapeDtypeStructs with shardings.
+def abstract_batch(config: RunConfig, task: Task, mesh: Mesh) -> Batch:
+    """The global batch of a run, of ShapeDtypeStructs with shardings.
 
     Raises:
-      UserError: a leading axis does not divide over the mesh.
+      UserError: a leading axis is not divisible over the mesh.
     """
-    shapes = batch_sizes.batch_shapes(config, vila.tokens_per_image(config.model))
-    placed = mesh_lib.batch_shardings(shapes, mesh)
-    ways = math.prod(size for axis, size in mesh.shape.items() if axis not in ("context", "tensor"))
-    if config.kind == "generative":
-        groups = config.data.global_rows // config.data.rows_per_group // config.grad_accum
-        if groups % ways:
-            raise UserError(
-                f"config grad_accum={config.grad_accum}: {groups} groups of rows at a time do not divide "
-                f"over the {ways} devices of data x fsdp; raise data.global_rows or lower grad_accum"
-            )
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, placed
+    shapes = batch_shapes(task.batch_format(config.data, config.model))
+    batch = map_fields(
+        lambda name, leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=field_sharding(name, leaf.shape, mesh)
+        ),
+        shapes,
     )
+    devices = math.prod(size for axis, size in mesh.shape.items() if axis not in ("context", "tensor"))
+    groups = config.data.groups // config.grad_accum
+    if isinstance(batch, PackedBatch) and groups % devices:
+        raise UserError(
+            f"config grad_accum={config.grad_accum}: {groups} groups of rows at a time are not divisible by "
+            f"the {devices} devices of data x fsdp; raise data.global_rows or lower grad_accum"
+        )
+    return batch
+
+
+def field_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """The sharding of a field of a batch."""
+    return mesh_lib.batch_sharding(name, shape, mesh, name in SEQUENCE_FIELDS)

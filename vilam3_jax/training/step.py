@@ -2,188 +2,148 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from vilam3_jax.config import ConfigDict
-from vilam3_jax.data.batches import ROW_FIELDS, Batch, PackedBatch, PairBatch, arrays, of_arrays
-from vilam3_jax.models import layers, param_paths, vila
-from vilam3_jax.ops import losses, quantized
-from vilam3_jax.training import batch_trees, measures, step_guard  # noqa: F401 (makes pytrees of batches)
-from vilam3_jax.training.state import model_params
+from vilam3_jax.data.batches import SEQUENCE_FIELDS, Batch, PackedBatch, map_fields
+from vilam3_jax.tasks.task import LossSums, Work
+from vilam3_jax.training import step_guard
+from vilam3_jax.training.step_guard import SkipConfig
+from vilam3_jax.training.train_state import TrainState
 
 Flat = dict[str, jax.Array]
-State = dict[str, Any]
-LossFn = Callable[[Flat, Any], tuple[jax.Array, dict[str, jax.Array]]]  # of parameters and a batch
-
-
-def make_loss(config: ConfigDict, graphdef: Any) -> LossFn:
-    """Returns `loss(flat params, batch) -> (summed loss, {'weight', 'correct'})`.
-
-    Generative: cross entropy summed over supervised tokens; `weight` is their number, `correct` the number
-    predicted by arg max. Contrastive: sigmoid loss summed over pairs; `correct` counts images whose own
-    text, or an equal one, scores highest. Dividing sums by `weight` gives the global mean whatever the
-    packing.
-    """
-
-    def generative(params: Flat, batch: PackedBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        model = _merge(config, graphdef, params)
-        hidden = model(
-            batch.tokens,
-            batch.segment_ids,
-            batch.positions,
-            batch.images,
-            batch.image_valid,
-            batch.visual_index,
-            batch.image_tiles,
-        )
-        total, weight, correct = losses.chunked_cross_entropy(
-            hidden,
-            model.head_kernel(),
-            batch.tokens,
-            batch.loss_weights,
-            batch.segment_ids,
-            chunk=config.loss_chunk,
-            kernel_stored=model.head_stored(),
-        )
-        return total, {"weight": weight, "correct": correct}
-
-    def contrastive(params: Flat, batch: PairBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        model = _merge(config, graphdef, params)
-        image, text = model(batch.images, batch.text_tokens, batch.text_valid)
-        # Reports and captions repeat each other word for word; a text is right for all images that have it.
-        total, weight, correct = losses.sigmoid_contrastive_loss(
-            image,
-            text,
-            model.logit_scale[...],
-            model.logit_bias[...],
-            valid=batch.text_valid.any(axis=1),
-            labels=batch.text_tokens,
-        )
-        return total, {"weight": weight, "correct": correct}
-
-    return generative if config.kind == "generative" else contrastive
-
-
-def check_quantization(config: ConfigDict, graphdef: Any, nested: dict[str, Any]) -> None:
-    """Looks for the package and the modules that `config.quantization` needs.
-
-    Raises:
-      UserError: Qwix is not installed, or no module matches.
-    """
-    if config.quantization.matmul:
-        quantized.check_installed("quantization.matmul")
-        _merge(config, graphdef, param_paths.flatten(nested))
-
-
-def _merge(config: ConfigDict, graphdef: Any, params: Flat) -> Any:
-    """The model as training computes it: with quantised products where the config has them."""
-    model = vila.merge(graphdef, param_paths.unflatten(params))
-    settings = config.quantization
-    if settings.matmul:
-        how = quantized.QuantizedMatmul(settings.matmul, settings.gradients)
-        layers.quantize_products(model, how, settings.modules)
-    return model
+LossFn = Callable[[Flat, Any], LossSums]  # of parameters by path and a batch
+Metrics = dict[str, jax.Array]
 
 
 def make_train_step(
-    config: ConfigDict, loss_fn: LossFn, optimizer: optax.GradientTransformation, schedule: optax.Schedule
-) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
-    """Returns the step. State: `step`, `trainable` and `frozen` (flat parameters), `opt_state`, `rng`,
-    `guard`, and with `config.ema_decay` also `ema`.
+    loss_fn: LossFn,
+    work: Callable[[Any], Work],
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    skip: SkipConfig,
+    *,
+    grad_accum: int,
+    ema_decay: float,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns the step.
 
     Gradients are sums over tokens, accumulated in float32 over `grad_accum` micro-batches and divided once by
-    the global number of supervised tokens, so accumulation does not change the result. A step that the guard
-    refuses changes only `step` and the guard's counters; the schedule does not move on.
+    the global number of supervised tokens, so accumulation does not change the result. A skipped step changes
+    only `step` and the guard's counters; the schedule does not advance.
+
+    Args:
+      loss_fn: sums over a batch.
+      work: counts the work in a batch.
+      optimizer: over the trainable parameters.
+      schedule: of the learning rate.
+      skip: which steps are skipped.
+      grad_accum: number of micro-batches.
+      ema_decay: of the moving average; 0 for none.
     """
 
-    def gradients(trainable: Flat, frozen: Flat, batch: Batch) -> tuple[Flat, dict[str, jax.Array]]:
-        def summed(part: Flat) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return loss_fn({**frozen, **part}, batch)
+    def gradients(trainable: Flat, frozen: Flat, batch: Batch) -> tuple[Flat, LossSums]:
+        def summed(part: Flat) -> tuple[jax.Array, LossSums]:
+            sums = loss_fn({**frozen, **part}, batch)
+            return sums.loss, sums
 
-        (loss, sums), grads = jax.value_and_grad(summed, has_aux=True)(trainable)
-        return grads, {"loss": loss, **sums}
+        (_, sums), grads = jax.value_and_grad(summed, has_aux=True)(trainable)
+        return grads, sums
 
     def average(old: jax.Array, parameter: jax.Array) -> jax.Array:
-        return config.ema_decay * old + (1 - config.ema_decay) * parameter.astype(jnp.float32)
+        return ema_decay * old + (1 - ema_decay) * parameter.astype(jnp.float32)
 
-    def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        grads, sums = _accumulated(
-            config, lambda part: gradients(state["trainable"], state["frozen"], part), batch
-        )
-        weight = jnp.maximum(sums["weight"], 1.0)
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        def compute(part: Batch) -> tuple[Flat, LossSums]:
+            return gradients(state.trainable, state.frozen, part)
+
+        grads, sums = accumulated(compute, batch, grad_accum)
+        weight = jnp.maximum(sums.weight, 1.0)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grads)
-        loss, norm = sums["loss"] / weight, optax.tree.norm(grads)
-        take, guard = step_guard.judge(config, state["guard"], norm, loss)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["trainable"])
-        new = {"trainable": optax.apply_updates(state["trainable"], updates), "opt_state": opt_state}
-        if config.ema_decay:
-            new["ema"] = jax.tree.map(average, state["ema"], new["trainable"])
-        old = {name: state[name] for name in new}
-        new = jax.tree.map(lambda after, before: jnp.where(take, after, before), new, old)
+        loss, norm = sums.loss / weight, optax.tree.norm(grads)
+        take, guard = step_guard.judge(skip, state.guard, norm, loss)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        ema = None if state.ema is None else jax.tree.map(average, state.ema, trainable)
+        new, old = (trainable, opt_state, ema), (state.trainable, state.opt_state, state.ema)
+        trainable, opt_state, ema = jax.tree.map(lambda a, b: jnp.where(take, a, b), new, old)
         metrics = {
             "loss": loss,
-            "accuracy": sums["correct"] / weight,
-            "supervised": sums["weight"],
+            "accuracy": sums.correct / weight,
+            "supervised": sums.weight,
             "grad_norm": norm,
-            "learning_rate": schedule(state["step"] - state["guard"]["skipped"]),
-            "skipped": guard["skipped"],
-            "skipped_in_row": guard["skipped_in_row"],
-            **measures.component_norms(grads),
-            **measures.batch_counts(batch),
+            "learning_rate": schedule(state.step - state.guard.skipped),
+            "skipped": guard.skipped,
+            "skipped_in_row": guard.skipped_in_row,
+            **component_norms(grads),
+            **work(batch)._asdict(),
         }
-        return {**state, **new, "step": state["step"] + 1, "guard": guard}, metrics
+        state = dataclasses.replace(
+            state, step=state.step + 1, trainable=trainable, opt_state=opt_state, ema=ema, guard=guard
+        )
+        return state, metrics
 
     return train_step
 
 
-def make_eval_step(config: ConfigDict, loss_fn: LossFn) -> Callable[[State, Batch], dict[str, jax.Array]]:
-    """Returns `eval_step(state, batch) -> {'loss', 'weight', 'correct'}`, all sums.
+def make_eval_step(loss_fn: LossFn, grad_accum: int) -> Callable[[TrainState, Batch], LossSums]:
+    """Returns `eval_step(state, batch) -> sums`.
 
-    If the state has a moving average, that is evaluated. As many micro-batches as in training, so that a step
-    that fits only with them is followed by an evaluation that fits.
+    It evaluates the moving average if there is one, in as many micro-batches as training, so that it fits
+    into memory if training does.
     """
 
-    def eval_step(state: State, batch: Batch) -> dict[str, jax.Array]:
-        def sums(part: Batch) -> dict[str, jax.Array]:
-            loss, others = loss_fn(model_params(state), part)
-            return {"loss": loss, **others}
-
-        return _accumulated(config, sums, batch)
+    def eval_step(state: TrainState, batch: Batch) -> LossSums:
+        return accumulated(lambda part: loss_fn(state.params(), part), batch, grad_accum)
 
     return eval_step
 
 
-def _accumulated(config: ConfigDict, compute: Callable[[Batch], Any], batch: Batch) -> Any:
-    """What `compute` gives for `config.grad_accum` micro-batches, one after the other, summed in float32."""
-    if config.grad_accum == 1:
+def component_norms(grads: Mapping[str, jax.Array]) -> Metrics:
+    """`grad_norm/<component>`: norm of each component's gradient, scalars.
+
+    Args:
+      grads: path → gradient; the component is the first name of the path.
+    """
+    parts: dict[str, Flat] = {}
+    for path, grad in grads.items():
+        parts.setdefault(path.split("/")[0], {})[path] = grad
+    return {f"grad_norm/{name}": optax.tree.norm(part) for name, part in parts.items()}
+
+
+def accumulated(compute: Callable[[Batch], Any], batch: Batch, count: int) -> Any:
+    """Results of `compute` for `count` micro-batches in turn, summed in float32."""
+    if count == 1:
         return compute(batch)
-    micro = _split(batch, config.grad_accum, config.data.rows_per_group)
+    micro = _split(batch, count)
     first = jax.tree.map(lambda x: x[0], micro)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(compute, first))
 
     def body(carry: Any, part: Batch) -> tuple[Any, None]:
-        # The barrier keeps XLA for TPUs from moving sums over devices out of the loop: it fails to where they
-        # are of bfloat16 (libtpu 0.0.42, "while_loop_all_reduce_code_motion").
+        # The barrier keeps XLA for TPUs from moving bfloat16 sums over devices out of the loop, which fails
+        # (libtpu 0.0.42, "while_loop_all_reduce_code_motion").
         return jax.tree.map(jnp.add, carry, jax.lax.optimization_barrier(compute(part))), None
 
     return jax.lax.scan(body, zeros, micro)[0]
 
 
-def _split(batch: Batch, parts: int, rows_per_group: int) -> Batch:
+def _split(batch: Batch, count: int) -> Batch:
     """Splits leading axes into micro-batches of whole groups.
 
     Consecutive groups go to different micro-batches, so that each device's share of every micro-batch is
-    rows it already holds.
+    already on it.
     """
+    assert isinstance(batch, PackedBatch)
+    groups = batch.images.shape[0]
 
     def split(name: str, x: jax.Array) -> jax.Array:
-        rows = rows_per_group if name in ROW_FIELDS else 1
-        groups = x.reshape(x.shape[0] // (rows * parts), parts, rows, *x.shape[1:])
-        return jnp.moveaxis(groups, 1, 0).reshape(parts, -1, *x.shape[1:])
+        rows = x.shape[0] // groups if name in SEQUENCE_FIELDS else 1
+        parts = x.reshape(groups // count, count, rows, *x.shape[1:])
+        return jnp.moveaxis(parts, 1, 0).reshape(count, -1, *x.shape[1:])
 
-    return of_arrays({name: split(name, x) for name, x in arrays(batch).items()})
+    return map_fields(split, batch)

@@ -1,73 +1,102 @@
-"""Steps that are not taken: gradients that are not finite, or far longer than those before.
-
-The guard's part of the state counts what was skipped and remembers the gradient norms of steps taken.
-"""
+"""Skips steps whose gradient is not finite or much longer than usual."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime.settings import Section, setting
 
-Guard = dict[str, jax.Array]
 
+@dataclasses.dataclass(frozen=True)
+class SkipConfig(Section):
+    """The section `skip`: a step whose gradient is not finite, or too long, changes nothing.
 
-def fresh(config: ConfigDict) -> Guard:
-    """A guard that has seen nothing.
-
-    Returns:
-      `norms`: float32 [skip.window], those of the last steps taken, a ring. `taken`, `skipped`,
-      `skipped_in_row`: int32 scalars.
+    Attributes:
+      spike: a gradient is too long if its norm exceeds this times the median of the last `window` ones; 0
+        for no limit.
+      window: number of norms remembered.
+      limit: this many skipped steps in a row end the run.
     """
-    # One array each: the step gives its old state away, and one buffer cannot be given away twice.
-    counters = {name: jnp.zeros((), jnp.int32) for name in ("taken", "skipped", "skipped_in_row")}
-    return {"norms": jnp.zeros(config.skip.window, jnp.float32), **counters}
+
+    key = "skip"
+    spike: float = 0.0
+    window: int = setting(default=64, at_least=1)
+    limit: int = setting(default=20, at_least=1)
+
+    def validate(self) -> None:
+        """Checks the spike factor."""
+        if self.spike and self.spike <= 1:
+            raise self.error("spike", "must be 0 (off) or more than 1")
 
 
-def judge(config: ConfigDict, guard: Guard, norm: jax.Array, loss: jax.Array) -> tuple[jax.Array, Guard]:
-    """Whether to take a step.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """State of the guard.
+
+    Attributes:
+      norms: float32 [window], ring buffer of the norms of the last applied steps.
+      taken: int32, steps applied.
+      skipped: int32, steps skipped.
+      skipped_in_row: int32, steps skipped since the last one applied.
+    """
+
+    norms: jax.Array
+    taken: jax.Array
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+
+
+def fresh(skip: SkipConfig) -> Guard:
+    """The guard of a new run."""
+    # Separate buffers, because the step donates its old state.
+    counters = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return Guard(jnp.zeros(skip.window, jnp.float32), *counters)
+
+
+def judge(skip: SkipConfig, guard: Guard, norm: jax.Array, loss: jax.Array) -> tuple[jax.Array, Guard]:
+    """Decides whether to apply a step.
 
     Args:
-      config: `skip.spike` and `skip.window` are read. Spikes are looked for once the window is full.
+      skip: settings. Spikes are detected once the window is full.
       guard: the state so far.
       norm: global norm of the gradient, before clipping.
       loss: mean loss of the step.
 
     Returns:
-      (bool scalar: take it; the guard after it).
+      (bool scalar: apply it; the new state).
     """
-    window = config.skip.window
     take = jnp.isfinite(norm) & jnp.isfinite(loss)
-    if config.skip.spike:
-        usual = norm <= config.skip.spike * jnp.median(guard["norms"])
-        take &= usual | (guard["taken"] < window)
-    remembered = guard["norms"].at[guard["taken"] % window].set(norm.astype(jnp.float32))
-    return take, {
-        "norms": jnp.where(take, remembered, guard["norms"]),
-        "taken": guard["taken"] + take,
-        "skipped": guard["skipped"] + ~take,
-        "skipped_in_row": jnp.where(take, 0, guard["skipped_in_row"] + 1),
-    }
+    if skip.spike:
+        take &= (norm <= skip.spike * jnp.median(guard.norms)) | (guard.taken < skip.window)
+    remembered = guard.norms.at[guard.taken % skip.window].set(norm.astype(jnp.float32))
+    return take, Guard(
+        norms=jnp.where(take, remembered, guard.norms),
+        taken=guard.taken + take,
+        skipped=guard.skipped + ~take,
+        skipped_in_row=jnp.where(take, 0, guard.skipped_in_row + 1),
+    )
 
 
-def check_limit(config: ConfigDict, step: int, metrics: Mapping[str, float]) -> None:
+def check_limit(skip: SkipConfig, step: int, metrics: Mapping[str, float]) -> None:
     """Ends a run that no longer learns.
 
     Args:
-      config: `skip.limit` is read.
+      skip: settings.
       step: number of the last step.
       metrics: its metrics.
 
     Raises:
       UserError: the last `skip.limit` steps were all skipped.
     """
-    if metrics["skipped_in_row"] >= config.skip.limit:
+    if metrics["skipped_in_row"] >= skip.limit:
         raise UserError(
             f"step {step}: the last {metrics['skipped_in_row']:.0f} steps were skipped, their gradients not "
             f"finite or too long (last norm {metrics['grad_norm']:.3g}, loss {metrics['loss']:.3g}); lower "
-            "schedule.peak, look at the data, or raise skip.spike or skip.limit"
+            "schedule.peak, check the data, or raise skip.spike or skip.limit"
         )

@@ -1,8 +1,8 @@
-"""What a run says of itself, without holding it up.
+"""Figures of a run, collected without blocking it.
 
-The loop hands every step over as it is dispatched. A thread of its own follows the device: it waits for each
-step, notes when it ended, and fetches and writes figures at the steps that are logged. So the loop may run a
-few steps ahead, and times are those of the device, not of the dispatch.
+The loop hands over every step as it is dispatched. A separate thread follows the device: it waits for each
+step, records when it ended, and runs the hooks that log. So the loop may run a few steps ahead, and times are
+those of the device, not of the dispatch.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from vilam3_jax.config import ConfigDict
-from vilam3_jax.data.batches import Batch
 from vilam3_jax.runtime import paths, processes
-from vilam3_jax.training import chips, flops, measures, step_guard, writers
+from vilam3_jax.tasks.task import Work
+from vilam3_jax.training import chips, flops, step_guard, writers
+from vilam3_jax.training.hooks import Hook, run_hooks
 from vilam3_jax.training.profiler import Traces
+from vilam3_jax.training.program import Program
 from vilam3_jax.training.watchdog import Watchdog
 
 read_metrics = writers.read_lines
 
-_AHEAD = 2  # steps that may wait on the device behind the one that runs
+_AHEAD = 2  # steps queued on the device behind the running one
 
 
 @dataclasses.dataclass
 class Clock:
-    """What a run has done since its first start; saved with every checkpoint.
+    """Totals of a run since its first start; saved with every checkpoint.
 
     Attributes:
       tokens: real tokens trained on, image tokens included.
-      seconds: in the loop, evaluations and saves included.
-      productive: seconds in which the device computed steps that the run kept.
+      seconds: spent in the loop, including evaluations and saves.
+      productive: seconds in which the device computed steps.
     """
 
     tokens: int = 0
@@ -47,17 +48,17 @@ class Clock:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Clock:
-        """Reads the clock of a checkpoint; older ones lack some of it."""
+        """Reads the clock of a checkpoint; fields may be absent in older ones."""
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in record.items() if key in known})
 
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """A step on its way; times of `time.perf_counter`."""
+    """A dispatched step; times of `time.perf_counter`."""
 
     number: int
-    asked: float
+    input_requested: float
     dispatched: float
     slots: tuple[int, int]
     metrics: dict[str, jax.Array]
@@ -65,17 +66,17 @@ class _Step:
 
 @dataclasses.dataclass
 class _Window:
-    """Sums since the last logged step; seconds leave out what happened beside the steps."""
+    """Sums since the last logged step; seconds exclude evaluations and saves."""
 
     elapsed: float = 0.0
     waited: float = 0.0
     token_slots: int = 0
     image_slots: int = 0
-    work: flops.Work = dataclasses.field(default_factory=lambda: flops.Work(0.0, 0.0, 0.0, 0.0))
+    work: Work = dataclasses.field(default_factory=lambda: Work(0.0, 0.0, 0.0, 0.0))
 
 
 class Telemetry:
-    """Follows one run of the loop; a context that writes what is left when it ends.
+    """Follows a run's loop; as a context it writes what is left when it ends.
 
     Attributes:
       clock: as of the last `flush`.
@@ -83,24 +84,22 @@ class Telemetry:
 
     def __init__(
         self,
-        config: ConfigDict,
+        program: Program,
         workdir: paths.PathLike,
         start_step: int,
         clock: Clock,
-        rates: Mapping[str, float],
         *,
         started: float,
         last: int,
         quiet: bool = False,
     ) -> None:
-        """Opens the writers and starts to watch.
+        """Opens the writers and starts to follow the device.
 
         Args:
-          config: the run's config.
+          program: of the run.
           workdir: folder of the run.
-          start_step: of the checkpoint that the run goes on from; 0 for a new run.
-          clock: as the checkpoint has it.
-          rates: path → learning-rate multiplier of every parameter, 0 where frozen.
+          start_step: step of the checkpoint that the run resumes from; 0 for a new run.
+          clock: from the checkpoint.
           started: when this start of the run began, in seconds since 1970.
           last: the step at which the loop will stop; it is always logged.
           quiet: no progress bar.
@@ -108,19 +107,27 @@ class Telemetry:
         Raises:
           UserError: a writer cannot be opened.
         """
+        config = program.config
         self.clock = clock
-        self._config, self._last, self._step = config, last, start_step
-        self._groups = learning_rate_groups(rates)
-        self._speed = Speed(config)
-        lead = processes.is_primary_process()
-        self._writers = writers.open_writers(config, workdir, start_step, started) if lead else []
+        self._program, self._step = program, start_step
+        self._lr_groups = lr_by_group(program.lr_multipliers)
+        self._speed = Speed(program)
+        is_primary = processes.is_primary_process()
+        self._writers = writers.open_writers(config, workdir, start_step, started) if is_primary else []
         self._first_start = writers.read_record(workdir).get("first_start", started)
         self._watchdog = Watchdog(workdir, config.telemetry.stall_seconds, jax.process_index())
         self._traces = Traces(workdir, config.telemetry.profile_steps)
-        self._bar = progress_bar(config.name, config.num_steps, start_step, lead and not quiet)
+        shown = is_primary and not quiet
+        self._bar = progress_bar(config.name, config.num_steps, start_step, shown)
+        # Run by the thread that follows the device, with the step's metrics.
+        self._hooks = (
+            Hook(lambda step, _: self._watchdog.beat()),
+            Hook(self._log, every=config.log_every, final=last),
+            Hook(self._advance_bar),
+        )
         self._window, self._counts = _Window(), []
         self._began = time.perf_counter() - clock.seconds
-        self._asked = self._dispatched = self._done = self._resumed = time.perf_counter()
+        self._input_requested = self._dispatched = self._done = self._resumed = time.perf_counter()
         self._error: BaseException | None = None
         self._queue: queue.Queue[_Step | None] = queue.Queue(_AHEAD)
         self._thread = threading.Thread(target=self._follow, name="vilam3-telemetry", daemon=True)
@@ -130,35 +137,35 @@ class Telemetry:
 
     @contextlib.contextmanager
     def input(self) -> Iterator[None]:
-        """Around what brings the next batch to the device."""
-        self._asked = time.perf_counter()
+        """Context around the transfer of the next batch to the device."""
+        self._input_requested = time.perf_counter()
         yield
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around the call of the compiled step; `number` is what it will have finished."""
+        """Context around the call of the compiled step `number`."""
         self._traces.before(number)
         self._dispatched = time.perf_counter()
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
 
-    def dispatched(self, number: int, batch: Batch, metrics: Mapping[str, jax.Array]) -> None:
-        """Hands a step over; waits only if the loop is several steps ahead of the device.
+    def dispatched(self, number: int, batch: Any, metrics: Mapping[str, jax.Array]) -> None:
+        """Hands over a step; blocks only if the loop is several steps ahead of the device.
 
         Raises:
-          Exception: what an earlier step or a writer failed with.
+          Exception: the error of an earlier step or of a writer.
         """
         self._raise()
         self._step = number
-        slots = measures.slots(batch)
-        self._queue.put(_Step(number, self._asked, self._dispatched, slots, dict(metrics)))
+        slots = self._program.task.slots(batch)
+        self._queue.put(_Step(number, self._input_requested, self._dispatched, slots, dict(metrics)))
         if self._traces.due(number):
             self.flush()
             self._traces.stop()
 
     @contextlib.contextmanager
-    def aside(self, name: str) -> Iterator[None]:
-        """Around what is no step: waits for the device first, and logs the seconds spent inside as `name`."""
+    def pause(self, name: str) -> Iterator[None]:
+        """Context that is not part of a step: waits for the device, and logs its seconds as `name`."""
         self.flush()
         began = time.perf_counter()
         yield
@@ -167,14 +174,14 @@ class Telemetry:
         self.write(self._step, {name: self._resumed - began})
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes figures that do not come from a step; inside `aside` or before the first step only."""
+        """Writes other figures; only inside `pause` or before the first step."""
         writers.write_all(self._writers, step, values)
 
     def flush(self) -> None:
-        """Waits until all steps handed over are done and written, and brings the clock up to date.
+        """Waits until all steps are done and logged, and updates the clock.
 
         Raises:
-          Exception: what a step or a writer failed with.
+          Exception: the error of a step or of a writer.
         """
         self._queue.join()
         self._raise()
@@ -194,7 +201,7 @@ class Telemetry:
         for close in (*closing, *(writer.close for writer in self._writers)):
             try:
                 close()
-            except Exception as error:  # the others end well, and what ended the run is what is told
+            except Exception as error:  # close the others; the error that ended the run has priority
                 failed = failed or error
         if kind is None:
             self._raise()
@@ -220,33 +227,32 @@ class Telemetry:
     def _settle(self, step: _Step) -> None:
         jax.block_until_ready(step.metrics)
         now = time.perf_counter()
-        self._watchdog.beat()
         window, free = self._window, max(self._done, self._resumed)
-        # The device had nothing to do from `free` on; it waited for input as far as the loop did, too.
-        window.waited += max(0.0, step.dispatched - max(step.asked, free))
+        # The device was idle from `free` on, waiting for input as long as the loop did.
+        window.waited += max(0.0, step.dispatched - max(step.input_requested, free))
         window.elapsed += now - free
         window.token_slots += step.slots[0]
         window.image_slots += step.slots[1]
-        self._counts.append({name: step.metrics.pop(name) for name in measures.COUNTS})
+        self._counts.append({name: step.metrics.pop(name) for name in Work._fields})
         self.clock.productive += now - max(step.dispatched, free)
         self._done = now
-        if step.number % self._config.log_every == 0 or step.number == self._last:
-            self._log(step, now)
-        self._bar.update(step.number - self._bar.n)
+        run_hooks(self._hooks, step.number, step.metrics)
+
+    def _advance_bar(self, step: int, _: Any) -> None:
+        self._bar.update(step - self._bar.n)
 
     def _add_counts(self) -> None:
         counts, self._counts = jax.device_get(self._counts), []
-        done = {name: sum(float(one[name]) for one in counts) for name in measures.COUNTS}
-        self.clock.tokens += int(done["tokens"])
-        before = dataclasses.asdict(self._window.work)
-        self._window.work = flops.Work(**{name: before[name] + done[name] for name in before})
+        done = Work(*(sum(float(one[name]) for one in counts) for name in Work._fields))
+        self.clock.tokens += int(done.tokens)
+        self._window.work = Work(*(a + b for a, b in zip(self._window.work, done, strict=True)))
 
-    def _log(self, step: _Step, now: float) -> None:
+    def _log(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         self._add_counts()
         window, self._window = self._window, _Window()
-        values = {name: float(value) for name, value in jax.device_get(step.metrics).items()}
-        for group, rate in self._groups.items():
-            values[f"learning_rate/{group}"] = values["learning_rate"] * rate
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        for group, multiplier in self._lr_groups.items():
+            values[f"learning_rate/{group}"] = values["learning_rate"] * multiplier
         values |= {
             "tokens": self.clock.tokens,
             "tokens_per_second": window.work.tokens / window.elapsed,
@@ -256,62 +262,64 @@ class Telemetry:
             "image_fill": window.work.images / max(window.image_slots, 1),
             "input_wait": window.waited / window.elapsed,
             "goodput": self.clock.productive / max(time.time() - self._first_start, 1e-9),
-            "seconds": now - self._began,
+            "seconds": self._done - self._began,
             **memory(),
         }
-        writers.write_all(self._writers, step.number, values)
-        step_guard.check_limit(self._config, step.number, values)
+        writers.write_all(self._writers, step, values)
+        step_guard.check_limit(self._program.config.skip, step, values)
         self._bar.set_postfix(
             loss=f"{values['loss']:.3f}", tok_s=f"{values['tokens_per_second']:.0f}", refresh=False
         )
 
 
 class Speed:
-    """Operations a second of the model's own products, in the accounting of `flops`."""
+    """Operations per second of the model's matrix products, as `flops` counts them."""
 
-    def __init__(self, config: ConfigDict) -> None:
-        """Looks up what the run's devices can do."""
-        self._flops = flops.model_flops(config)
+    def __init__(self, program: Program) -> None:
+        """Looks up the peak of the run's devices."""
+        self._flops = flops.model_flops(
+            program.task, program.config.model, program.shapes, program.lr_multipliers
+        )
         self._devices = jax.device_count()
         chip = chips.of_kind(jax.devices()[0].device_kind)
         self._peak = None if chip is None else chip.flops / chip.devices
 
-    def of(self, work: flops.Work, seconds: float) -> dict[str, float]:
-        """`tflops_per_device`, and `mfu`, its share of the peak, where that is known."""
-        achieved = self._flops.of(work) / seconds / self._devices
+    def of(self, work: Work, seconds: float) -> dict[str, float]:
+        """`tflops_per_device`, and `mfu`, its share of the peak, if that is known."""
+        achieved = flops.step_flops(self._flops, work) / seconds / self._devices
         found = {"tflops_per_device": achieved / 1e12}
         return found if self._peak is None else found | {"mfu": achieved / self._peak}
 
 
-def learning_rate_groups(rates: Mapping[str, float]) -> dict[str, float]:
-    """Group → multiplier of the schedule's rate: one a component, more where it learns at several rates.
+def lr_by_group(lr_multipliers: Mapping[str, float]) -> dict[str, float]:
+    """Group → learning-rate multiplier: one group per component, more if it learns at several rates.
 
     Args:
-      rates: path → multiplier; 0 is frozen and no group.
+      lr_multipliers: path → multiplier; 0 is frozen.
 
     Returns:
-      Component → multiplier; where there are several, `<component>_x<multiplier>` for each.
+      Component → multiplier; for several, `<component>_x<multiplier>` each.
     """
     found: dict[str, set[float]] = {}
-    for path, rate in rates.items():
-        if rate:
-            found.setdefault(path.split("/")[0], set()).add(rate)
+    for path, multiplier in lr_multipliers.items():
+        if multiplier:
+            found.setdefault(path.split("/")[0], set()).add(multiplier)
     return {
-        component if len(several) == 1 else f"{component}_x{rate:g}": rate
+        component if len(several) == 1 else f"{component}_x{multiplier:g}": multiplier
         for component, several in sorted(found.items())
-        for rate in sorted(several)
+        for multiplier in sorted(several)
     }
 
 
 def memory() -> dict[str, float]:
-    """Peaks so far, bytes: `host_memory` of this process, `device_memory` of its fullest device if known."""
+    """Peak bytes so far: `host_memory` of this process, `device_memory` of its fullest device if known."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [one["peak_bytes_in_use"] for one in stats if one and "peak_bytes_in_use" in one]
     return {"host_memory": peak_rss_bytes(), **({"device_memory": max(peaks)} if peaks else {})}
 
 
 def progress_bar(name: str, total: int, done: int, shown: bool = True) -> tqdm:
-    """A bar that tells stage, step, speed and time left; the loop adds the loss."""
+    """A bar with stage, step, speed and remaining time; the loss is added at each log."""
     return tqdm(
         total=total,
         initial=done,

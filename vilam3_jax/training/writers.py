@@ -1,7 +1,7 @@
-"""Where a run's figures go: JSON lines always; TensorBoard, Weights & Biases, MLflow where a config says so.
+"""Writers of a run's figures: JSON lines always; TensorBoard, Weights & Biases and MLflow by config.
 
-A resumed run repeats the steps after its checkpoint. None of the writers shows a step twice: JSON lines and
-TensorBoard drop what came after the checkpoint, the two services keep what they were sent first.
+A resumed run repeats the steps after its checkpoint, but no writer shows a step twice: JSON lines and
+TensorBoard drop what came after the checkpoint, the two services keep what they received first.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from vilam3_jax import config as config_lib
-from vilam3_jax.config import ConfigDict
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
+from vilam3_jax.runtime.settings import flatten
+from vilam3_jax.training.run_config import RunConfig
+from vilam3_jax.training.telemetry_config import TelemetryConfig
 
 METRICS_FILE = "metrics.jsonl"
-# Beside the metrics: when the run was first started, its ids at the services, and what they were sent.
+# First start of the run, its ids at the services, and what was sent to them.
 RECORD_FILE = "telemetry.json"
 
-# Name → the package that it needs, which is also its extra in setup.cfg but for TensorBoard's.
+# Name → the package that it needs.
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 _MLFLOW_PARAMS = 100  # most that one request may carry
 _MLFLOW_CHARACTERS = 500  # of a parameter
@@ -41,7 +42,7 @@ _RECORD_BYTES = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
-    """What services have by now: all figures before `step`, and of it those of `keys`."""
+    """What was sent to the services: all figures before `step`, and those of `keys` at `step`."""
 
     step: int = -1
     keys: frozenset[str] = frozenset()
@@ -52,7 +53,7 @@ class Sent:
 
     @classmethod
     def of(cls, record: Mapping[str, Any], before: Sequence[Mapping[str, Any]]) -> Sent:
-        """As the record of a run's last start and the lines written since have it."""
+        """Combines the record of the last start with the lines written since."""
         known = cls(record["sent"]["step"], frozenset(record["sent"]["keys"])) if "sent" in record else cls()
         last = max((row["step"] for row in before), default=-1)
         if last < known.step:
@@ -62,14 +63,14 @@ class Sent:
 
 
 class Writer(Protocol):
-    """Takes the figures of one step after the other."""
+    """Receives the figures of one step after another."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """`step` counts finished optimizer steps; it may come again with other keys."""
+        """`step` counts finished optimizer steps; it may be repeated with other keys."""
         ...
 
     def flush(self) -> None:
-        """Before a checkpoint: a run that goes on from it does not write again what came before."""
+        """Called before a checkpoint: a run resumed from it does not rewrite earlier figures."""
         ...
 
     def close(self) -> None:
@@ -77,13 +78,13 @@ class Writer(Protocol):
         ...
 
 
-def check(config: ConfigDict) -> None:
-    """Looks for the packages of all writers, before anything is computed.
+def check(telemetry: TelemetryConfig) -> None:
+    """Checks that the packages of all writers are installed.
 
     Raises:
       UserError: a package is not installed.
     """
-    for name in config.telemetry.writers:
+    for name in telemetry.writers:
         package = _PACKAGES[name]
         if importlib.util.find_spec(package) is None:
             raise UserError(
@@ -92,15 +93,13 @@ def check(config: ConfigDict) -> None:
             )
 
 
-def open_writers(
-    config: ConfigDict, workdir: paths.PathLike, start_step: int, started: float
-) -> list[Writer]:
+def open_writers(config: RunConfig, workdir: paths.PathLike, start_step: int, started: float) -> list[Writer]:
     """Opens JSON lines and the writers of `config.telemetry`.
 
     Args:
       config: the run's config.
       workdir: folder of the run.
-      start_step: of the checkpoint that the run goes on from; 0 for a new run.
+      start_step: step of the checkpoint that the run resumes from; 0 for a new run.
       started: when this start of the run began, in seconds since 1970.
 
     Raises:
@@ -109,7 +108,7 @@ def open_writers(
     before = read_lines(workdir)
     record = read_record(workdir) or {"first_start": started}
     writers: list[Writer] = [JsonLines(workdir, METRICS_FILE, start_step)]
-    # JSON lines drop what came after the checkpoint; that it was sent must outlast the next start, too.
+    # JSON lines drop what came after the checkpoint; the record of what was sent must survive the next start.
     sent = Sent.of(record, before)
     record["sent"] = {"step": sent.step, "keys": sorted(sent.keys)}
     for name in config.telemetry.writers:
@@ -219,7 +218,7 @@ def read_lines(workdir: paths.PathLike, name: str = METRICS_FILE) -> list[dict[s
 class TensorBoard:
     """Event files in `<workdir>/tensorboard`; a resumed run tells TensorBoard to drop the later steps."""
 
-    def __init__(self, config: ConfigDict, workdir: paths.PathLike, start_step: int) -> None:
+    def __init__(self, config: RunConfig, workdir: paths.PathLike, start_step: int) -> None:
         import tensorboardX
 
         folder = paths.as_path(workdir) / "tensorboard"
@@ -232,7 +231,7 @@ class TensorBoard:
             os.fspath(folder), purge_step=purge, filename_suffix=suffix, flush_secs=30
         )
         if not start_step:
-            self._writer.add_text("config", f"```\n{config_lib.snapshot(config)}```", 0)
+            self._writer.add_text("config", f"```\n{config.snapshot()}```", 0)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one scalar a key."""
@@ -255,7 +254,7 @@ class Wandb:
     """
 
     def __init__(
-        self, config: ConfigDict, workdir: paths.PathLike, record: dict[str, Any], sent: Sent
+        self, config: RunConfig, workdir: paths.PathLike, record: dict[str, Any], sent: Sent
     ) -> None:
         import wandb
 
@@ -297,7 +296,7 @@ class Mlflow:
     """A run of MLflow's experiment `telemetry.project`, at `MLFLOW_TRACKING_URI` or `<workdir>/mlflow.db`."""
 
     def __init__(
-        self, config: ConfigDict, workdir: paths.PathLike, record: dict[str, Any], sent: Sent
+        self, config: RunConfig, workdir: paths.PathLike, record: dict[str, Any], sent: Sent
     ) -> None:
         import mlflow
 
@@ -316,14 +315,14 @@ class Mlflow:
                 f"({' '.join(str(error).split())[:300]}); set MLFLOW_TRACKING_URI"
             ) from error
 
-    def _new_run(self, config: ConfigDict, param: Any) -> str:
+    def _new_run(self, config: RunConfig, param: Any) -> str:
         project = config.telemetry.project
         experiment = self._client.get_experiment_by_name(project)
         number = self._client.create_experiment(project) if experiment is None else experiment.experiment_id
         run_id = self._client.create_run(number, run_name=config.name).info.run_id
         settings = [
             param(key, json.dumps(value)[:_MLFLOW_CHARACTERS])
-            for key, value in sorted(config_lib.flatten(config).items())
+            for key, value in sorted(flatten(config.to_dict()).items())
         ]
         for first in range(0, len(settings), _MLFLOW_PARAMS):
             self._client.log_batch(run_id, params=settings[first : first + _MLFLOW_PARAMS])

@@ -4,6 +4,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vilam3_jax.models.llama import LlamaConfig
+
 _LLAMA3: dict[str, Any] = dict(num_heads=32, num_kv_heads=8, mlp_dim=14_336, rope_theta=500_000.0)
 _QWEN: dict[str, Any] = dict(rope_theta=1_000_000.0, norm_eps=1e-6)
 
@@ -63,29 +65,13 @@ def qwen3_8b() -> ConfigDict:
 
 
 def llama(vocab_size: int, hidden_size: int, num_layers: int, **changes: Any) -> ConfigDict:
-    """An `llm` section with all its keys: Llama's, heads of 128, where `changes` does not say otherwise.
+    """An `llm` section with all its keys: a Llama with heads of 128, unless changed.
 
-    `max_positions` is what the weights were trained for, and goes into exports; no computation depends on it.
+    `max_positions` is the context length that the weights were trained for.
     """
-    base = dict(
-        type="llama",
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        head_dim=128,
-        rope_theta=10_000.0,
-        rope_scaling=None,
-        norm_eps=1e-5,
-        max_positions=2048,
-        qkv_bias=False,
-        o_bias=False,
-        qk_norm=False,
-        tie_embeddings=False,
-        lora_rank=0,
-        lora_alpha=16.0,
-        lora_targets=(),
-    )
-    return ConfigDict({**base, **changes})
+    values = dict(vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, head_dim=128)
+    defaults = dict(norm_eps=1e-5)
+    return ConfigDict(LlamaConfig(type="llama", **{**values, **defaults, **changes}).to_dict())
 
 
 LLMS = {

@@ -1,6 +1,11 @@
 """Vision towers: `model.vision_tower`. Sizes are those of the checkpoints' own `config.json`."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
+
+from vilam3_jax.models.intern_vit import InternVitConfig
+from vilam3_jax.models.siglip import SiglipConfig, SiglipTextConfig
 
 
 def siglip_so400m_384() -> ConfigDict:
@@ -25,19 +30,8 @@ def siglip_base_224() -> ConfigDict:
 
 def intern_vit_6b_448() -> ConfigDict:
     """OpenGVLab/InternViT-6B-448px-V1-2: 32 x 32 tokens of 3200; VILA-1.5 40B."""
-    return ConfigDict(
-        dict(
-            type="intern_vit",
-            image_size=448,
-            patch_size=14,
-            hidden_size=3200,
-            num_layers=45,
-            num_heads=25,
-            mlp_dim=12_800,
-            norm_eps=1e-6,
-            select_layer=-1,
-        )
-    )
+    sizes = dict(patch_size=14, hidden_size=3200, num_layers=45, num_heads=25, mlp_dim=12_800)
+    return ConfigDict(InternVitConfig(type="intern_vit", image_size=448, **sizes).to_dict())
 
 
 def _so400m(image_size: int, head: bool = True) -> ConfigDict:
@@ -46,20 +40,18 @@ def _so400m(image_size: int, head: bool = True) -> ConfigDict:
 
 
 def siglip(*, head: bool = True, **sizes: int) -> ConfigDict:
-    """A SigLIP-shaped tower that gives hidden state -2; `head`: it has the pooling head of stage 1."""
-    return ConfigDict(dict(type="siglip", norm_eps=1e-6, select_layer=-2, head=head, **sizes))
+    """A SigLIP that outputs hidden state -2; `head`: with the pooling head of stage 1."""
+    return ConfigDict(SiglipConfig(type="siglip", head=head, **sizes).to_dict())
 
 
-# What a tower's text tower has of its own: SigLIP 2 reads Gemma's vocabulary.
+# Changes of a tower's text tower: SigLIP 2 uses Gemma's vocabulary.
 TEXT_CHANGES = {"siglip2_so400m_384": dict(vocab_size=256_000)}
 
 
-def text_tower_of(tower: ConfigDict, **changes: float) -> ConfigDict:
-    """The text tower that SigLIP trains beside `tower`: of its sizes, save for `changes`."""
+def text_tower_of(tower: ConfigDict, **changes: Any) -> ConfigDict:
+    """The text tower that SigLIP trains with `tower`, of the same sizes unless changed."""
     sizes = {key: tower[key] for key in ("hidden_size", "num_layers", "num_heads", "mlp_dim")}
-    return ConfigDict(
-        dict(vocab_size=32_000, max_length=64, norm_eps=1e-6, logit_bias=-10.0) | sizes | changes
-    )
+    return ConfigDict(SiglipTextConfig(**(sizes | changes)).to_dict())
 
 
 TOWERS = {

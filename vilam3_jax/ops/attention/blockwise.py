@@ -1,39 +1,31 @@
-"""Attention of long rows by XLA: blocks of queries meet blocks of keys one pair at a time, on one device or
-around a ring of devices that each hold a part of the row.
+"""Attention of long rows by XLA, one pair of query and key blocks at a time.
 
-The softmax is kept up to date as blocks of keys come by (arXiv:2112.05682), scores are computed again for the
-gradient, and around a ring the keys travel (arXiv:2310.01889): nothing is as large as [L, L]. Pairs of
-blocks that a causal mask or packing separates are not computed.
+Runs on one device, or around a ring of devices that each hold a part of the row. The softmax is updated block
+by block (arXiv:2112.05682), scores are recomputed for the gradient, and around a ring the keys travel
+(arXiv:2310.01889), so no array is as large as [L, L]. Pairs of blocks that the mask excludes are skipped.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from vilam3_jax.ops.attention.mask_info import MaskInfo
 from vilam3_jax.runtime import compat
 from vilam3_jax.sharding.matmul import einsum
 
 BLOCK = 512
-# Finite, so that arithmetic with it is; less than any score.
+# Finite, and less than any score.
 _MASKED = -1e30
 _LATEST = jnp.iinfo(jnp.int32).max
 
 
-class _Marks(NamedTuple):
-    """Segment ids and positions, int32: of blocks of queries [n, B or 1, b], of keys [m, B or 1, s]."""
-
-    segment_ids_q: jax.Array
-    segment_ids_kv: jax.Array
-    q_positions: jax.Array
-    kv_positions: jax.Array
-
-
 class Ring(NamedTuple):
-    """Mesh axis over which a row's parts lie, and its size."""
+    """Mesh axis over which a row is split, and its size."""
 
     axis: str
     size: int
@@ -43,9 +35,8 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    marks: tuple[jax.Array, ...],
+    mask: MaskInfo,
     *,
-    causal: bool,
     ring: Ring | None = None,
 ) -> jax.Array:
     """One device's share.
@@ -54,15 +45,13 @@ def attend(
       q: [B, n, b, H, hd], scaled queries in n blocks.
       k: [B, Lk, K, hd].
       v: [B, Lk, K, hd].
-      marks: segment ids of queries, int [B or 1, n, b], and keys [B or 1, Lk]; positions alike.
-      causal: whether to mask keys at positions beyond the query's.
-      ring: inside `shard_map`, the axis over which keys lie; None if all are here.
+      mask: with segment ids and positions, of queries [B or 1, n, b] and keys [B or 1, Lk].
+      ring: inside `shard_map`, the axis over which keys are split; None if all are local.
 
     Returns:
       As `q`.
     """
     batch, count, length, _, head_dim = q.shape
-    ids_q, ids_kv, q_positions, kv_positions = marks
     kv_heads, block = k.shape[2], min(BLOCK, k.shape[1])
 
     def keys(x: jax.Array) -> jax.Array:
@@ -73,19 +62,25 @@ def attend(
     # [n, B, K, G, b, hd] and [m, B, K, s, hd].
     rows = q.reshape(batch, count, length, kv_heads, -1, head_dim).transpose(1, 0, 3, 4, 2, 5)
     k, v = (keys(x).swapaxes(2, 3) for x in (k, v))
-    by_block = _Marks(ids_q.swapaxes(0, 1), keys(ids_kv), q_positions.swapaxes(0, 1), keys(kv_positions))
-    out: Any = _attend(*compat.equally_varying(rows, k, v), by_block, causal, ring)
+    by_block = dataclasses.replace(
+        mask,
+        segment_ids_q=jnp.swapaxes(mask.segment_ids_q, 0, 1),
+        segment_ids_kv=keys(mask.segment_ids_kv),
+        q_positions=jnp.swapaxes(mask.q_positions, 0, 1),
+        kv_positions=keys(mask.kv_positions),
+    )
+    out: Any = _attend(*compat.equally_varying(rows, k, v), by_block, ring)
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(q.shape)
 
 
 def balance(x: jax.Array, ring: Ring) -> jax.Array:
-    """Deals a row's parts out anew, so that under a causal mask all devices have equal work.
+    """Redistributes a row so that under a causal mask all devices have equal work.
 
-    Of twice as many parts as devices, each device gets one from the front and its mirror image from the back.
+    The row is cut into twice as many parts as devices; each device gets one and its mirror image.
 
     Args:
-      x: [B, L / size, ...], contiguous parts along the ring; an even number of places.
-      ring: axis of the `shard_map` around it.
+      x: [B, L / size, ...], contiguous parts along the ring, of even length.
+      ring: axis of the surrounding `shard_map`.
     """
     return _deal(x, ring, back=False)
 
@@ -106,63 +101,61 @@ def _deal(x: jax.Array, ring: Ring, back: bool) -> jax.Array:
     return jnp.concatenate(moved, axis=1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, marks: _Marks, causal: bool, ring: Ring | None
-) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskInfo, ring: Ring | None) -> jax.Array:
     """Queries [n, B, K, G, b, hd], k and v [m, B, K, s, hd] -> like the queries."""
-    return _attend_forward(q, k, v, marks, causal, ring)[0]
+    return _attend_forward(q, k, v, mask, ring)[0]
 
 
 def _attend_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, marks: _Marks, causal: bool, ring: Ring | None
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskInfo, ring: Ring | None
 ) -> tuple[Any, Any]:
     like = q[..., :1].astype(jnp.float32)
     state = _State(jnp.full_like(like, _MASKED), jnp.zeros_like(like), jnp.zeros_like(q, jnp.float32))
     # The state varies over the same mesh axes as what is added to it.
     _, *state = compat.equally_varying(q, *state)
 
-    def meet(state: _State, keys: _Keys) -> _State:
-        return _visit_forward(q, marks, keys, state, causal)
+    def visit(state: _State, keys: _Keys) -> _State:
+        return _visit_forward(q, mask, keys, state)
 
-    keys = _Keys(k, v, marks.segment_ids_kv, marks.kv_positions)
+    keys = _Keys(k, v, mask.segment_ids_kv, mask.kv_positions)
     if ring is not None:
 
         def step(carry: tuple[_State, _Keys], _: None) -> tuple[tuple[_State, _Keys], None]:
             state, keys = carry
-            return (meet(state, keys), _pass_on(keys, ring)), None
+            return (visit(state, keys), _pass_on(keys, ring)), None
 
         keys = _Keys(*compat.equally_varying(*keys))
         (state, keys), _ = jax.lax.scan(step, (_State(*state), keys), None, ring.size - 1)
-    peak, total, sums = meet(_State(*state), keys)
+    peak, total, sums = visit(_State(*state), keys)
     seen = total > 0
     out = jnp.where(seen, sums / jnp.where(seen, total, 1.0), 0.0).astype(q.dtype)
-    # A query without any key: exp(score - log_total) is 0 for all.
+    # Without any key, exp(score - log_total) is 0 for all.
     log_total = jnp.where(seen, peak + jnp.log(jnp.where(seen, total, 1.0)), -_MASKED)
-    return out, (q, k, v, marks, out, log_total)
+    return out, (q, k, v, mask, out, log_total)
 
 
-def _attend_backward(causal: bool, ring: Ring | None, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
-    q, k, v, marks, out, log_total = kept
+def _attend_backward(ring: Ring | None, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
+    q, k, v, mask, out, log_total = kept
     # The derivative of the softmax subtracts sum(weights * d_weights), which is this.
     mean = (d_out.astype(jnp.float32) * out).sum(axis=-1, keepdims=True)
     gradients = (jnp.zeros_like(x, jnp.float32) for x in (q, k, v))
     _, d_q, d_k, d_v = compat.equally_varying(q, *gradients)
 
-    def meet(keys: _Keys, d_q: jax.Array, d_k: jax.Array, d_v: jax.Array) -> tuple[jax.Array, ...]:
-        return _visit_backward(q, marks, keys, (d_out, log_total, mean), (d_q, d_k, d_v), causal)
+    def visit(keys: _Keys, d_q: jax.Array, d_k: jax.Array, d_v: jax.Array) -> tuple[jax.Array, ...]:
+        return _visit_backward(q, mask, keys, (d_out, log_total, mean), (d_q, d_k, d_v))
 
-    keys = _Keys(k, v, marks.segment_ids_kv, marks.kv_positions)
+    keys = _Keys(k, v, mask.segment_ids_kv, mask.kv_positions)
     if ring is not None:
-        # The gradients of keys travel with them, and are home after as many steps as there are devices.
+        # The gradients of keys travel with them, and return home after a full round.
         def step(carry: Any, _: None) -> tuple[Any, None]:
             keys, d_q, d_k, d_v = carry
-            d_q, d_k, d_v = meet(keys, d_q, d_k, d_v)
+            d_q, d_k, d_v = visit(keys, d_q, d_k, d_v)
             return (_pass_on(keys, ring), d_q, *_pass_on((d_k, d_v), ring)), None
 
         keys = _Keys(*compat.equally_varying(*keys))
         (keys, d_q, d_k, d_v), _ = jax.lax.scan(step, (keys, d_q, d_k, d_v), None, ring.size - 1)
-    d_q, d_k, d_v = meet(keys, d_q, d_k, d_v)
+    d_q, d_k, d_v = visit(keys, d_q, d_k, d_v)
     if ring is not None:
         d_k, d_v = _pass_on((d_k, d_v), ring)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
@@ -172,7 +165,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 class _Keys(NamedTuple):
-    """A device's blocks of keys, or those that travelled to it."""
+    """Blocks of keys: a device's own, or another's that travelled to it."""
 
     k: jax.Array
     v: jax.Array
@@ -193,17 +186,17 @@ def _pass_on(values: Any, ring: Ring) -> Any:
     return jax.tree.map(lambda x: jax.lax.ppermute(x, ring.axis, to_next), values)
 
 
-def _visit_forward(q: jax.Array, marks: _Marks, keys: _Keys, state: _State, causal: bool) -> _State:
-    """Lets all blocks of queries see all blocks of `keys`."""
+def _visit_forward(q: jax.Array, mask: MaskInfo, keys: _Keys, state: _State) -> _State:
+    """Updates the state of all blocks of queries with all blocks of `keys`."""
 
     def queries(block: Any) -> _State:
         q, ids, positions, state, needed = block
 
         def see(state: _State, keys: _Keys) -> _State:
-            mask = _mask(ids, positions, keys, causal)
-            scores = jnp.where(mask, einsum("bkgnd,bksd->bkgns", q, keys.k, jnp.float32), _MASKED)
+            allowed = _allowed(ids, positions, keys, mask)
+            scores = jnp.where(allowed, einsum("bkgnd,bksd->bkgns", q, keys.k, jnp.float32), _MASKED)
             peak = jnp.maximum(state.peak, scores.max(axis=-1, keepdims=True))
-            # A query that has seen no key yet: its weights must be 0, and exp(_MASKED - _MASKED) is not.
+            # The weights of a query without a key so far must be 0; exp(_MASKED - _MASKED) is 1.
             base = jnp.where(peak > _MASKED, peak, 0.0)
             weights, fade = jnp.exp(scores - base), jnp.exp(state.peak - base)
             sums = einsum("bkgns,bksd->bkgnd", weights.astype(q.dtype), keys.v, jnp.float32)
@@ -216,35 +209,33 @@ def _visit_forward(q: jax.Array, marks: _Marks, keys: _Keys, state: _State, caus
 
         return jax.lax.scan(step, state, (keys, needed))[0]
 
-    needed = _needed(marks, keys, causal)
-    return jax.lax.map(queries, (q, marks.segment_ids_q, marks.q_positions, state, needed))
+    needed = _needed(mask, keys)
+    return jax.lax.map(queries, (q, mask.segment_ids_q, mask.q_positions, state, needed))
 
 
 def _visit_backward(
     q: jax.Array,
-    marks: _Marks,
+    mask: MaskInfo,
     keys: _Keys,
     of_queries: tuple[jax.Array, jax.Array, jax.Array],
     gradients: tuple[jax.Array, jax.Array, jax.Array],
-    causal: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Adds to the gradients of queries, keys and values what all pairs of blocks give.
+    """Adds the contributions of all pairs of blocks to the gradients of queries, keys and values.
 
     Args:
       q: [n, B, K, G, b, hd].
-      marks: of the queries; those of keys are with `keys`.
+      mask: of the queries; that of the keys is in `keys`.
       keys: m blocks.
       of_queries: gradient of the output, log of the sum of weights, mean gradient of the weights.
       gradients: float32, as q, k and v.
-      causal: see `attend`.
     """
 
     def queries(carry: Any, block: Any) -> tuple[Any, jax.Array]:
         q, ids, positions, (d_out, log_total, mean), d_q, needed = block
 
         def see(keys: _Keys) -> tuple[jax.Array, jax.Array, jax.Array]:
-            mask = _mask(ids, positions, keys, causal)
-            scores = jnp.where(mask, einsum("bkgnd,bksd->bkgns", q, keys.k, jnp.float32), _MASKED)
+            allowed = _allowed(ids, positions, keys, mask)
+            scores = jnp.where(allowed, einsum("bkgnd,bksd->bkgns", q, keys.k, jnp.float32), _MASKED)
             weights = jnp.exp(scores - log_total)
             d_weights = einsum("bkgnd,bksd->bkgns", d_out, keys.v, jnp.float32)
             d_scores = (weights * (d_weights - mean)).astype(q.dtype)
@@ -266,8 +257,8 @@ def _visit_backward(
         return tuple(carry), d_q
 
     d_q, d_k, d_v = gradients
-    needed = _needed(marks, keys, causal)
-    blocks = (q, marks.segment_ids_q, marks.q_positions, of_queries, d_q, needed)
+    needed = _needed(mask, keys)
+    blocks = (q, mask.segment_ids_q, mask.q_positions, of_queries, d_q, needed)
     (d_k, d_v), d_q = jax.lax.scan(queries, (d_k, d_v), blocks)
     return d_q, d_k, d_v
 
@@ -283,27 +274,31 @@ def _over_groups(weights: jax.Array, x: jax.Array) -> jax.Array:
     )
 
 
-def _mask(ids: jax.Array, positions: jax.Array, keys: _Keys, causal: bool) -> jax.Array:
+def _allowed(ids: jax.Array, positions: jax.Array, keys: _Keys, mask: MaskInfo) -> jax.Array:
     """Bool [B or 1, 1, 1, b, s], True where a query may look."""
-    mask = (ids[:, :, None] == keys.segment_ids[:, None]) & (ids != 0)[:, :, None]
-    if causal:
-        mask &= positions[:, :, None] >= keys.positions[:, None]
-    return mask[:, None, None]
+    allowed = (ids[:, :, None] == keys.segment_ids[:, None]) & (ids != 0)[:, :, None]
+    if mask.causal:
+        allowed &= mask.allowed(positions, keys.positions)
+    return allowed[:, None, None]
 
 
-def _needed(marks: _Marks, keys: _Keys, causal: bool) -> jax.Array:
-    """Bool [n, m]: False where no query of a block can see any key of the other, in any row.
+def _needed(mask: MaskInfo, keys: _Keys) -> jax.Array:
+    """Bool [n, m]: False if no query of a block can see any key of the other, in any row.
 
     Segments are compared by their lowest and highest id: packers number them in order.
     """
 
-    def span(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jnp.where(ids == 0, _LATEST, ids).min(axis=-1), ids.max(axis=-1)
+    def span(values: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.where(real, values, _LATEST).min(axis=-1), jnp.where(real, values, -1).max(axis=-1)
 
-    (low_q, high_q), (low_kv, high_kv) = span(marks.segment_ids_q), span(keys.segment_ids)
+    ids_q, ids_kv = mask.segment_ids_q, keys.segment_ids
+    assert ids_q is not None and mask.q_positions is not None
+    (low_q, high_q), (low_kv, high_kv) = span(ids_q, ids_q != 0), span(ids_kv, ids_kv != 0)
     needed = (low_q[:, None] <= high_kv) & (low_kv <= high_q[:, None])
-    if causal:
-        real = keys.segment_ids != 0
-        earliest = jnp.where(real, keys.positions, _LATEST).min(axis=-1)
-        needed &= marks.q_positions.max(axis=-1)[:, None] >= earliest
+    if mask.causal:
+        first_q, last_q = span(mask.q_positions, ids_q != 0)
+        first_kv, last_kv = span(keys.positions, ids_kv != 0)
+        needed &= last_q[:, None] >= first_kv
+        if mask.window is not None:
+            needed &= first_q[:, None] - last_kv < mask.window
     return needed.any(axis=-1)

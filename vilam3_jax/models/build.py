@@ -1,0 +1,66 @@
+"""How models are built: their structure, random parameters, and their sharding rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from vilam3_jax.errors import UserError
+from vilam3_jax.models import families, projector, siglip
+from vilam3_jax.models.contrastive import TwoTower
+from vilam3_jax.models.families import ParameterRules
+from vilam3_jax.models.model_config import resolve
+from vilam3_jax.models.vila import Vila
+from vilam3_jax.runtime import compat
+
+MODELS = {"generative": Vila, "contrastive": TwoTower}  # by task
+
+
+def build(cfg: Any, task: str, key: jax.Array) -> nnx.Module:
+    """Makes a model with random parameters.
+
+    Args:
+      cfg: `config.model`, a `ModelConfig` or what `resolve` makes one of.
+      task: a key of `MODELS`.
+      key: random key; LoRA draws from its own stream, so base parameters do not depend on the rank.
+
+    Raises:
+      UserError: unknown task or family, or sizes that do not fit.
+    """
+    if task not in MODELS:
+        raise UserError(f"task {task!r} is unknown; choose from {sorted(MODELS)}")
+    return MODELS[task](resolve(cfg), rngs=nnx.Rngs(params=key, lora=jax.random.fold_in(key, 1)))
+
+
+def abstract_model(cfg: Any, task: str) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """Structure and parameter shapes (nested dict of ShapeDtypeStruct) of a model; allocates nothing."""
+    return compat.split(nnx.eval_shape(lambda: build(cfg, task, jax.random.key(0))))
+
+
+def init_params(cfg: Any, task: str, key: jax.Array) -> dict[str, Any]:
+    """Random parameters as a nested dict.
+
+    Pure: jit it with `out_shardings`, and every device makes only its own part.
+    """
+    return compat.split(build(cfg, task, key))[1]
+
+
+def merge(graphdef: nnx.GraphDef, params: dict[str, Any]) -> Any:
+    """The model of `graphdef` with `params`, nested as `abstract_model` and `init_params` return them."""
+    return compat.merge(graphdef, params)
+
+
+def parameter_rules(cfg: Any, task: str) -> ParameterRules:
+    """The families' own sharding rules, for `sharding.mesh.parameter_shardings`."""
+    model = resolve(cfg)
+    tower = families.get("vision_tower", model.vision_tower.type).parameter_rules
+    parts: dict[str, ParameterRules] = {"vision_tower": tower}
+    if task == "contrastive":
+        parts["text_tower"] = siglip.TEXT_TOWER_RULES
+    else:
+        parts["projector"] = projector.PARAMETER_RULES
+        parts["llm"] = families.get("llm", model.llm.type).parameter_rules
+    rules = [(f"{part}/(?:{regex})", *specs) for part, rows in parts.items() for regex, *specs in rows]
+    return (*rules, (r"logit_\w+", ()))

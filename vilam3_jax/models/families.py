@@ -1,0 +1,132 @@
+"""The registry of model families: language models and vision towers, one file each.
+
+A family from another package is added by `register`, or by an entry point of the group
+`vilam3.model_families`; see docs/add_your_own_model.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from vilam3_jax.errors import UserError
+from vilam3_jax.models.hugging_face import TensorRule
+from vilam3_jax.runtime.settings import Section, from_mapping
+
+ENTRY_POINTS = "vilam3.model_families"
+_BUILT_IN = ("llama", "mistral", "gemma3", "siglip", "intern_vit")  # modules of this package
+
+# Rows of (regular expression over the path inside the component, mesh axes per dimension, fallbacks ...).
+ParameterRules = tuple[tuple[Any, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceLayout:
+    """A family's layout on the Hugging Face hub, in both directions.
+
+    Attributes:
+      model_types: values of `model_type` in config.json.
+      read_config: (content of config.json, its path, tensor name → shape) → the family's section.
+      write_config: (section, dtype of the weights) → config.json, which `read_config` reads back.
+      tensors: section → where each parameter is stored; paths start with the component.
+      unused: tensor names → name → reason, for tensors that are not read.
+      preprocessor: section → preprocessor_config.json; None for a language model.
+      rename: tensor names of a folder → the names that `tensors` uses.
+      prefix: of the names that are written.
+    """
+
+    model_types: tuple[str, ...]
+    read_config: Callable[[Mapping[str, Any], Path, Mapping[str, Any]], dict[str, Any]]
+    write_config: Callable[[Any, str], dict[str, Any]]
+    tensors: Callable[[Any], list[TensorRule]]
+    unused: Callable[[Collection[str]], dict[str, str]] = lambda names: {}
+    preprocessor: Callable[[Any], dict[str, Any]] | None = None
+    rename: Callable[[Collection[str]], Mapping[str, str]] = lambda names: {name: name for name in names}
+    prefix: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFamily:
+    """A language model or a vision tower.
+
+    Attributes:
+      name: `type` of its section.
+      component: 'llm' or 'vision_tower', where it is in a model and first name of its paths.
+      config: class of its section.
+      module: `module(config, rngs=, dtype=, param_dtype=, remat=)`.
+      parameter_rules: sharding of its parameters.
+      hugging_face: its layout on the hub.
+      patches: for a tower: config → positions in its blocks, class token included.
+      attention_windows: for a language model: config → window of every layer, None for full attention.
+    """
+
+    name: str
+    component: str
+    config: type[Section]
+    module: Callable[..., nnx.Module]
+    parameter_rules: ParameterRules
+    hugging_face: HuggingFaceLayout
+    patches: Callable[[Any], int] | None = None
+    attention_windows: Callable[[Any], Sequence[int | None]] = lambda config: (None,) * config.num_layers
+
+
+_registry: dict[tuple[str, str], ModelFamily] = {}
+
+
+def register(family: ModelFamily) -> ModelFamily:
+    """Adds a family; a later one replaces an earlier one of the same name."""
+    _registry[family.component, family.name] = family
+    return family
+
+
+def get(component: str, name: str) -> ModelFamily:
+    """The family that a section's `type` names.
+
+    Raises:
+      UserError: there is none; lists those there are.
+    """
+    _load(name)
+    if (component, name) not in _registry:
+        raise UserError(f"model.{component}.type={name!r} is unknown; choose from {names(component)}")
+    return _registry[component, name]
+
+
+def names(component: str) -> list[str]:
+    """The registered families of a component."""
+    _load()
+    return sorted(name for kind, name in _registry if kind == component)
+
+
+def of_model_type(model_type: str) -> ModelFamily | None:
+    """The family that reads a config.json with this `model_type`."""
+    _load()
+    return next((f for f in _registry.values() if model_type in f.hugging_face.model_types), None)
+
+
+def model_types() -> list[str]:
+    """All `model_type`s that some family reads."""
+    _load()
+    return sorted(kind for family in _registry.values() for kind in family.hugging_face.model_types)
+
+
+def config_of(component: str, section: Mapping[str, Any]) -> Section:
+    """A typed section of the family that its `type` names."""
+    return from_mapping(get(component, str(section.get("type"))).config, section)
+
+
+def _load(name: str = "") -> None:
+    """Imports built-in families and entry points; of `name` alone if it is given and built in."""
+    if any(known == name for _, known in _registry):
+        return
+    for module in (name,) if name in _BUILT_IN else _BUILT_IN:
+        importlib.import_module(f"vilam3_jax.models.{module}")
+    if name not in _BUILT_IN:
+        for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+            if not any(known == entry.name for _, known in _registry):
+                register(entry.load())

@@ -1,0 +1,204 @@
+"""Building blocks of a family's Hugging Face layout: tensor rules, and values of config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vilam3_jax.errors import UserError
+
+_LARGEST_SIZE = 1 << 24
+
+Shape = tuple[int, ...]
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a foreign tensor stores an array of ours, for reading and for writing.
+
+    Ours is one of `parts` equal parts of the foreign tensor's first axis, with its axes permuted; or all of
+    it, without a leading axis of size 1.
+
+    Attributes:
+      axes: foreign axis of each of our axes; None keeps their order.
+      part: index of our part of the first axis.
+      parts: number of parts.
+      leading: the foreign tensor has an extra leading axis of size 1; excludes the other fields.
+    """
+
+    axes: tuple[int, ...] | None = None
+    part: int = 0
+    parts: int = 1
+    leading: bool = False
+
+    def ours(self, shape: Shape) -> Shape | None:
+        """Our shape for a foreign tensor of `shape`; None if they do not fit."""
+        if self.leading:
+            return shape[1:] if shape[:1] == (1,) else None
+        if not shape or shape[0] % self.parts or (self.axes and len(self.axes) != len(shape)):
+            return None
+        shape = (shape[0] // self.parts, *shape[1:])
+        return tuple(shape[axis] for axis in self.axes) if self.axes else shape
+
+    def foreign(self, shape: Shape) -> Shape:
+        """The shape of the whole foreign tensor for our `shape`."""
+        if self.leading:
+            return (1, *shape)
+        shape = self._reordered(shape)
+        return (shape[0] * self.parts, *shape[1:])
+
+    def read(self, rows: Callable[[int, int], np.ndarray], shape: Shape, where: Index) -> np.ndarray:
+        """Reads a block of ours, and only the foreign rows that it needs.
+
+        Args:
+          rows: (start, stop) → those rows of the foreign tensor's first axis.
+          shape: our shape.
+          where: a slice with start and stop for each of our axes.
+
+        Returns:
+          The block, usually a non-contiguous view.
+        """
+        if self.leading:
+            return rows(0, 1)[0][where]
+        foreign = self._reordered(where)
+        offset = self.part * self._reordered(shape)[0]
+        block = rows(offset + foreign[0].start, offset + foreign[0].stop)[(slice(None), *foreign[1:])]
+        return block.transpose(self.axes) if self.axes else block
+
+    def write(self, array: np.ndarray) -> tuple[np.ndarray, int]:
+        """Our whole `array` as the foreign tensor stores it, and its first row there."""
+        if self.leading:
+            return array[None], 0
+        if self.axes:
+            array = array.transpose(np.argsort(self.axes))
+        return array, self.part * array.shape[0]
+
+    def _reordered(self, ours: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(ours[place] for place in np.argsort(self.axes)) if self.axes else ours
+
+
+KEEP = Layout()
+TRANSPOSE = Layout(axes=(1, 0))  # PyTorch's [out, in] → our [in, out]
+LEADING = Layout(leading=True)
+PATCHES = Layout(axes=(2, 3, 1, 0))  # PyTorch's [out, in, height, width] → [height, width, in, out]
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """Which foreign tensors store one of our parameters.
+
+    Attributes:
+      target: path of the parameter.
+      sources: tensor names; one per layer if `stacked`, otherwise exactly one.
+      layout: how each of these tensors stores it.
+      stacked: whether the parameter has a leading layer axis.
+    """
+
+    target: str
+    sources: tuple[str, ...]
+    layout: Layout
+    stacked: bool = False
+
+
+def dense(target: str, source: str) -> list[TensorRule]:
+    """A linear layer with bias."""
+    return [
+        TensorRule(f"{target}/kernel", (f"{source}.weight",), TRANSPOSE),
+        TensorRule(f"{target}/bias", (f"{source}.bias",), KEEP),
+    ]
+
+
+def layer_norm(target: str, source: str) -> list[TensorRule]:
+    """A layer norm."""
+    return [
+        TensorRule(f"{target}/scale", (f"{source}.weight",), KEEP),
+        TensorRule(f"{target}/bias", (f"{source}.bias",), KEEP),
+    ]
+
+
+def stacked(
+    target: str, source: str, count: int, rows: Iterable[tuple[str, str, Layout]]
+) -> list[TensorRule]:
+    """Parameters of `count` stacked layers.
+
+    Args:
+      target: path of the stack.
+      source: prefix of the tensor names, before the layer number.
+      count: number of layers.
+      rows: (our name in the layer, theirs, layout).
+    """
+    return [
+        TensorRule(
+            f"{target}/{ours}", tuple(f"{source}.{layer}.{theirs}" for layer in range(count)), layout, True
+        )
+        for ours, theirs, layout in rows
+    ]
+
+
+def whole(value: Any, what: str) -> int:
+    """Checks a size that a file states.
+
+    Raises:
+      UserError: not a positive number, or absurdly large; names `what`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 < value <= _LARGEST_SIZE:
+        raise UserError(
+            f"{what} is {value!r}, a positive size was expected; the file is damaged, download it again"
+        )
+    return int(value)
+
+
+def layer_count(value: Any, tensors: Mapping[str, Any], what: str) -> int:
+    """`whole` for a number of layers, each of which has at least one tensor."""
+    count = whole(value, what)
+    if count > len(tensors):
+        raise UserError(f"{what} is {count}, but there are only {len(tensors)} tensors; download it again")
+    return count
+
+
+def size(values: Mapping[str, Any], key: str, where: Path | str, default: int | None = None) -> int:
+    """A positive integer of config.json; null counts as absent."""
+    value = values.get(key)
+    return whole(default if value is None else value, f"{where}: {key}")
+
+
+def number(values: Mapping[str, Any], key: str, where: Path | str, default: float | None = None) -> float:
+    """A positive number of config.json; null counts as absent."""
+    value = values.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
+        raise UserError(f"{where}: {key} is {value!r}, a positive number was expected; download it again")
+    return float(value)
+
+
+def subsection(values: Mapping[str, Any], key: str, where: Path | str) -> dict[str, Any]:
+    """A JSON object inside another; empty if absent or null.
+
+    Raises:
+      UserError: it is something else.
+    """
+    value = values.get(key) or {}
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {key} is {value!r}, a JSON object was expected; download it again")
+    return value
+
+
+def refuse(values: Mapping[str, Any], where: Path | str, only: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuses settings that change results and are not implemented.
+
+    Args:
+      values: content of config.json.
+      where: its path.
+      only: key → the values that are supported; an absent key is fine.
+
+    Raises:
+      UserError: names the key and its value.
+    """
+    for key, supported in only.items():
+        if key in values and values[key] not in supported:
+            raise UserError(f"{where}: {key}={values[key]!r} is not supported; choose another model")

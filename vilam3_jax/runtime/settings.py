@@ -1,0 +1,190 @@
+"""Sections of a configuration: frozen dataclasses that validate themselves.
+
+A section lies beside the code that reads it. `from_mapping` builds one from a recipe's ConfigDict or from
+JSON; its errors name the key as the command line spells it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar, dataclass_transform
+
+from vilam3_jax.errors import UserError
+
+AnySection = TypeVar("AnySection", bound="Section")
+_SCALARS = {int: (int,), float: (float, int), str: (str,), bool: (bool,)}
+
+
+def setting(
+    *,
+    default: Any = dataclasses.MISSING,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    choices: Sequence[Any] = (),
+) -> Any:
+    """A field of a section with bounds, both included, or with the values that it may have."""
+    metadata = {"at_least": at_least, "at_most": at_most, "choices": tuple(choices)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(setting, dataclasses.field))
+class Section:
+    """Base of all sections; a subclass is a frozen dataclass that sets `key`.
+
+    Attributes:
+      key: dotted prefix of the section's keys; empty at the root.
+    """
+
+    key: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        """Checks types, bounds and choices, then `validate`."""
+        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            self._check(field)
+        self.validate()
+
+    def validate(self) -> None:
+        """Checks what concerns several fields; a subclass raises UserError."""
+
+    def _check(self, field: dataclasses.Field[Any]) -> None:
+        value, expected = getattr(self, field.name), _hints(type(self))[field.name]
+        if expected in _SCALARS and (
+            not isinstance(value, _SCALARS[expected]) or (isinstance(value, bool) and expected is not bool)
+        ):
+            raise self.error(field.name, f"must be of type {expected.__name__}")
+        metadata = field.metadata
+        least, most = metadata.get("at_least"), metadata.get("at_most")
+        if (least is not None and not value >= least) or (most is not None and not value <= most):
+            bound = f"at least {least:g}" if most is None else f"from {least:g} to {most:g}"
+            raise self.error(field.name, f"must be {bound}")
+        if metadata.get("choices") and value not in metadata["choices"]:
+            raise self.error(field.name, f"must be {' or '.join(map(repr, metadata['choices']))}")
+
+    def error(self, name: str, problem: str) -> UserError:
+        """The error of one field: `config KEY=VALUE: PROBLEM`."""
+        return UserError(f"config {self.path(name)}={getattr(self, name)!r}: {problem}")
+
+    @classmethod
+    def path(cls, name: str) -> str:
+        """The dotted key of a field."""
+        return f"{cls.key}.{name}" if cls.key else name
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field, or `default`: for code that reads sections and JSON alike."""
+        return getattr(self, name, default)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dicts of the section, for JSON and ml_collections."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
+
+    def replace(self: AnySection, changes: Mapping[str, Any] | None = None, **fields: Any) -> AnySection:
+        """A copy with some fields changed, by name or by dotted key; validated again."""
+        values = self.to_dict()
+        for dotted, value in {**(changes or {}), **fields}.items():
+            *parents, name = dotted.split(".")
+            inner = values
+            for parent in parents:
+                inner = inner[parent]
+            if name not in inner:
+                raise UserError(
+                    f"config key {self.path(dotted)}: unknown{suggestion(dotted, flatten(values))}"
+                )
+            inner[name] = _plain(value)
+        return from_mapping(type(self), values)
+
+
+def from_mapping(
+    section: type[AnySection], values: Mapping[str, Any], renamed: Mapping[str, str] | None = None
+) -> AnySection:
+    """Builds a section, and those inside it, from nested mappings.
+
+    Fields that `values` lacks take their defaults. Lists become tuples.
+
+    Args:
+      section: the class to build.
+      values: field name → value.
+      renamed: dotted key that no longer exists → its new name.
+
+    Raises:
+      UserError: an unknown or renamed key, a missing one, or a value that the section refuses.
+    """
+    hints = _hints(section)
+    for name in values:
+        if name not in hints:
+            key = section.path(name)
+            if renamed and key in renamed:
+                raise UserError(f"config key {key} is now {renamed[key]}; rename it")
+            raise UserError(f"config key {key}: unknown{suggestion(name, hints)}")
+    fields = {field.name: field for field in dataclasses.fields(section)}  # pyright: ignore[reportArgumentType]
+    missing = [
+        section.path(name)
+        for name, field in fields.items()
+        if name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"config: {', '.join(missing)} missing")
+    made = {name: _built(section, hints[name], name, value, renamed) for name, value in values.items()}
+    return section(**made)
+
+
+def _built(owner: type[Section], hint: Any, name: str, value: Any, renamed: Mapping[str, str] | None) -> Any:
+    inner = next((t for t in _alternatives(hint) if isinstance(t, type) and issubclass(t, Section)), None)
+    if inner is not None and isinstance(value, Mapping | Iterable) and not isinstance(value, Section | str):
+        resolve = getattr(owner, "section_of", None)
+        mapping = dict(value.items())  # pyright: ignore[reportAttributeAccessIssue]
+        inner = resolve(name, mapping) if resolve is not None else inner
+        return from_mapping(inner, mapping, renamed)
+    if float in _alternatives(hint) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return _frozen(value)
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _hints(section: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(section)
+    return {f.name: hints[f.name] for f in dataclasses.fields(section)}  # pyright: ignore[reportArgumentType]
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value))
+    if hasattr(value, "items") and not isinstance(value, Section):
+        return {key: _frozen(inner) for key, inner in value.items()}
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.to_dict()
+    if isinstance(value, tuple | list):
+        return tuple(map(_plain, value))
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return value
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key → leaf value of nested mappings."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if hasattr(value, "items"):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def suggestion(key: str, known: Iterable[str]) -> str:
+    """The nearest known name, as the end of a sentence; empty if none is near."""
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""

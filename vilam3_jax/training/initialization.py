@@ -1,0 +1,167 @@
+"""The first state of a run: random, or from earlier exports, sharded from the start."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vilam3_jax.checkpoints import exports
+from vilam3_jax.errors import UserError
+from vilam3_jax.models import param_paths
+from vilam3_jax.models.model_config import ModelConfig
+from vilam3_jax.ops.quantized import QuantizedKernel, quantize_kernel
+from vilam3_jax.runtime.settings import Section
+from vilam3_jax.training import frozen_kernels, step_guard
+from vilam3_jax.training.train_state import TrainState, shardings
+
+_LORA = "/lora_"
+_NO_ARCHITECTURE = "max_positions"  # may differ without changing the model
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig(Section):
+    """The section `init`: the export that each component is loaded from; '' for random parameters.
+
+    Attributes:
+      vision_tower, text_tower, projector, llm: of one component.
+      everything: of all components that have none of their own.
+    """
+
+    key = "init"
+    vision_tower: str = ""
+    text_tower: str = ""
+    projector: str = ""
+    llm: str = ""
+    everything: str = ""
+
+
+def initial_state(
+    init: InitConfig,
+    model: ModelConfig,
+    make_params: Callable[[jax.Array], dict[str, Any]],
+    seed: int,
+    skip: step_guard.SkipConfig,
+    abstract: TrainState,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, dict[str, str]]:
+    """Initialises on the mesh and loads the components named in `init`.
+
+    Args:
+      init: section of the config.
+      model: section of the config.
+      make_params: random key → nested parameters.
+      seed: of the run.
+      skip: settings of the guard.
+      abstract: shapes and shardings of the state.
+      optimizer: over the trainable parameters.
+
+    Returns:
+      The state, and component → the export it was loaded from ('fresh' if random).
+
+    Raises:
+      UserError: an export lacks a component, or has other shapes or adapters.
+    """
+    wanted = abstract.all_params()
+    quantized = {path: leaf for path, leaf in wanted.items() if isinstance(leaf, QuantizedKernel)}
+    loaded, origin = _load(init, model, wanted, quantized)
+
+    # Only what no export has is initialised; the rest is never materialised twice.
+    def fresh(key: jax.Array) -> dict[str, Any]:
+        return {
+            path: quantize_kernel(leaf, quantized[path].kind) if path in quantized else leaf
+            for path, leaf in param_paths.flatten(make_params(key)).items()
+            if path not in loaded
+        }
+
+    missing = shardings({path: leaf for path, leaf in wanted.items() if path not in loaded})
+    key = jax.random.key(seed)
+    params = {**loaded, **jax.jit(fresh, out_shardings=missing)(key)}
+    trainable = {path: params[path] for path in abstract.trainable}
+    ema = None
+    if abstract.ema is not None:
+        # A copy, because the step donates each buffer of its old state.
+        copied = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.copy(x).astype(jnp.float32), tree))
+        ema = copied(trainable)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        rng=jax.random.key_data(key),
+        trainable=trainable,
+        frozen={path: params[path] for path in abstract.frozen},
+        opt_state=jax.jit(optimizer.init, out_shardings=shardings(abstract.opt_state))(trainable),
+        guard=step_guard.fresh(skip),
+        ema=ema,
+    )
+    return jax.device_put(state, shardings(abstract)), origin
+
+
+def _load(
+    init: InitConfig, model: ModelConfig, wanted: Mapping[str, Any], quantized: Mapping[str, QuantizedKernel]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Parameters from exports by path, and component → origin."""
+    origin = dict.fromkeys(sorted({path.split("/")[0] for path in wanted}), "fresh")
+    own = {name: source for name, source in init.to_dict().items() if source}
+    loaded: dict[str, Any] = {}
+    for component, source in own.items():
+        prefix = "" if component == "everything" else component + "/"
+        part = {path: leaf for path, leaf in wanted.items() if path.startswith(prefix)}
+        if not part:
+            raise UserError(f"config init.{component}: this model has no {component}")
+        taken = {path.split("/")[0] for path in part}
+        if component == "everything":
+            taken -= own.keys()
+        adapters = any(_LORA in path and path.split("/")[0] in taken for path in exports.stored_rows(source))
+        stored = exports.load_model_config(source).to_dict()
+        check_architecture(source, stored, model, taken, adapters)
+        # A component with its own export need not be in the one for `everything`.
+        optional = {path for path in part if _LORA in path or path.split("/")[0] in own.keys() - {component}}
+        read = partial(exports.load_params, source, optional=optional)
+        found = read({path: leaf for path, leaf in part.items() if path not in quantized})
+        found |= frozen_kernels.load({path: quantized[path] for path in part if path in quantized}, read)
+        loaded.update(found)
+        for path in found:
+            origin[path.split("/")[0]] = source
+    return loaded, origin
+
+
+def check_architecture(
+    source: str, stored: Mapping[str, Any], model: ModelConfig, components: set[str], adapters: bool
+) -> None:
+    """Compares settings that parameters do not show, such as a rotary base or the epsilon of a norm.
+
+    Args:
+      source: of the parameters, for the message.
+      stored: the model's config there.
+      model: that of the run.
+      components: those that are loaded.
+      adapters: whether their parameters include LoRA adapters, whose targets and alpha must then agree.
+
+    Raises:
+      UserError: a setting differs.
+    """
+    own = model.to_dict()
+    for component in sorted(
+        components & {name for name, part in stored.items() if isinstance(part, Mapping)}
+    ):
+        for key, value in stored[component].items():
+            theirs, ours = _plain(value), _plain(own.get(component, {}).get(key, value))
+            lora = key.startswith("lora_")
+            if key == _NO_ARCHITECTURE or (lora and not adapters) or ours == theirs:
+                continue
+            fix = (
+                "set it so, or merge the adapters by `vilam3 convert export` and import the result"
+                if lora
+                else "it is another model"
+            )
+            raise UserError(f"{source}: its {component} has {key}={theirs}, this config {ours}; {fix}")
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON stores it: lists for tuples."""
+    return json.loads(json.dumps(value, default=lambda config: config.to_dict()))

@@ -63,7 +63,7 @@ def test_a_mixture_of_another_kind_of_run_is_refused():
 
 
 def test_an_unknown_mixture_is_named_with_those_there_are():
-    with pytest.raises(UserError, match=r"data\.mixture: 'stage9' is no mixture; known ones are .*stage4"):
+    with pytest.raises(UserError, match=r"data\.mixture: 'stage9' is not a mixture; known ones are .*stage4"):
         config_lib.load(RECIPE, {"data.mixture": "stage9"})
 
 

@@ -166,16 +166,16 @@ def film_record(
 
 
 def film_meta(
-    context: Context, states: States, options: FilmOptions, *, patient: str, view: str, sex: str, age: str
+    context: Context, film: Any, states: States, options: FilmOptions, *, patient: str, view: str
 ) -> dict[str, Any]:
-    """Returns the metadata of a film; the last three may be ""."""
+    """Returns the metadata of a film with cells `sex` and `age`; `view` may be ""."""
     return metadata(
         context,
         modality="CXR",
         patient=patient,
         view=view or None,
-        sex=sex_of(sex),
-        age_band=age_band(age),
+        sex=sex_of(film.sex),
+        age_band=age_band(film.age),
         label_source=options.label_source,
         findings=[finding for finding, present in states.items() if present],
     )

@@ -221,15 +221,8 @@ def _make(film: _Film, context: Context, options: FilmOptions) -> Iterator[Examp
     if context.parity and context.config == "four_findings":
         states = {finding: states[finding] for finding in REFERENCE_FINDINGS}
         options = dataclasses.replace(options, reference=True)
-    meta = chest_findings.film_meta(
-        context,
-        states,
-        options,
-        patient=_patient(film.image),
-        view=film.view.upper(),
-        sex=film.sex,
-        age=film.age,
-    )
+    patient, view = _patient(film.image), film.view.upper()
+    meta = chest_findings.film_meta(context, film, states, options, patient=patient, view=view)
     name, image = film.image.rpartition(".")[0], context.image(f"{film.folder}/{film.image}")
     yield chest_findings.film_record(name, image, states, meta, context, options)
 

@@ -194,15 +194,9 @@ def _make(
     else:
         image = context.image(path)
         options = dataclasses.replace(options, frontal=not film.lateral)
-    meta = chest_findings.film_meta(
-        context,
-        states,
-        options,
-        patient=film.path.partition("/")[0],
-        view=film.projection.upper() or ("lateral" if film.lateral else "frontal"),
-        sex=film.sex,
-        age=film.age,
-    )
+    patient = film.path.partition("/")[0]
+    view = film.projection.upper() or ("lateral" if film.lateral else "frontal")
+    meta = chest_findings.film_meta(context, film, states, options, patient=patient, view=view)
     name = f"{context.split}/{film.path.rpartition('.')[0] or film.path}"
     yield chest_findings.film_record(name, image, states, meta, context, options)
 

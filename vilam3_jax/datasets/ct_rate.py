@@ -209,7 +209,7 @@ def _records(volume: _Volume, context: Context, slices: SliceOptions, windows: W
         "weight": volume.weight if volume.weight < 1 else None,
         "sex": sex_of(volume.sex),
         "age_band": age_band(volume.age),
-        "findings": sorted(name for name, there in volume.labels.items() if there) or None,
+        "findings": sorted(name for name, present in volume.labels.items() if present) or None,
     }
     if context.config == "slices":
         yield from slice_records(context, scan, [], slices, facts)

@@ -42,17 +42,11 @@ _MAX_FILES = 10_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A scan, a case of several scans on the same grid, or a film.
+    """A scan, a case of several scans on the same grid, or a film."""
 
-    Attributes:
-      name: unique.
-      files: (role, path below the source folder); the role of a single file is "".
-      facts: further values of `Example.meta`, such as `grade` and `patient`.
-    """
-
-    name: str
-    files: tuple[tuple[str, str], ...]
-    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    name: str  # unique
+    files: tuple[tuple[str, str], ...]  # (role, path below the source folder); "" for a single file
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of `Example.meta`, such as `grade`
 
     @property
     def patient(self) -> str:

@@ -25,23 +25,14 @@ _CHEST = "C0817096"
 
 
 class Figure(NamedTuple):
-    """A figure as the source describes it; values are not validated.
+    """A figure as the source describes it; values are not validated."""
 
-    Attributes:
-      folder: of the images, below the root.
-      file: image name in that folder.
-      caption: as published.
-      concepts: UMLS concepts.
-      modality: modality code; "" if unknown.
-      more: further metadata.
-    """
-
-    folder: str
+    folder: str  # of the images, below the root
     file: Any
     caption: Any
-    concepts: tuple[str, ...] = ()
+    concepts: tuple[str, ...] = ()  # of UMLS
     modality: str = ""
-    more: dict[str, Any] | None = None
+    more: dict[str, Any] | None = None  # further metadata
 
 
 class FigureDataset(Dataset):

@@ -41,17 +41,11 @@ UNIQUE, SHARED_ID, COPY = 0, 1, 2
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A record of a list.
-
-    Attributes:
-      place: in the file.
-      identity: `UNIQUE`, `SHARED_ID` (a different record has the same id) or `COPY` of an earlier record.
-      group: of records that share an image or a patient.
-    """
+    """A record of a list."""
 
     place: Place
-    identity: int = UNIQUE
-    group: int = 0
+    identity: int = UNIQUE  # or `SHARED_ID` (a different record has its id), `COPY` (of an earlier record)
+    group: int = 0  # shared by records with a common image or patient
 
 
 class RecordList(Sequence[Record]):

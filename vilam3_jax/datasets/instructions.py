@@ -16,7 +16,7 @@ from vilam3_jax.datasets.dataset import Context, SkipItem, Split
 from vilam3_jax.datasets.instruction_lists import Record, Scan
 from vilam3_jax.datasets.pictures import picture_or_dicom
 from vilam3_jax.datasets.source_files import SourceFolder
-from vilam3_jax.datasets.user_data import STATED, UserFile, groups_of, held_out, split_named
+from vilam3_jax.datasets.user_data import STATED, UserFile, groups_of, held_out, image_node, split_named
 from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.runtime import paths
 
@@ -77,10 +77,8 @@ def ties(record: Mapping[str, Any], *, patient: str | None) -> list[bytes]:
         except SkipItem:
             return []
         shared.append(b"patient\0" + known.encode())
-    for image in instruction_lists.image_names(record):
-        if isinstance(image, str):
-            name = os.path.normpath(image.strip().replace("\\", "/"))
-            shared.append(b"image\0" + name.encode("utf-8", "surrogatepass"))
+    names = instruction_lists.image_names(record)
+    shared += [image_node(name) for name in names if isinstance(name, str)]
     if not shared:
         keys = (*instruction_lists.DIALOGUE_KEYS, "question")
         if words := next((record[key] for key in keys if record.get(key)), None):

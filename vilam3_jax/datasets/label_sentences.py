@@ -92,8 +92,8 @@ def describe(
       ValueError: no label is present or absent.
     """
     named = image or _choice(_IMAGES.get(modality, (f"{modality} image" if modality else "Image",)), rng)
-    present = [label for label, there in states.items() if there and label != NORMAL]
-    absent = [label for label, there in states.items() if there is False and label != NORMAL]
+    present = [label for label, state in states.items() if state and label != NORMAL]
+    absent = [label for label, state in states.items() if state is False and label != NORMAL]
     if present:
         return _of_present(named, present, rng) + _denial(absent, rng)
     if states.get(NORMAL):

@@ -320,23 +320,23 @@ def slice_questions(structures: Sequence[Structure], index: int, rng: random.Ran
     on: list[Structure] = []
     off: list[Structure] = []
     for one in structures:
-        there = one.on(index)
-        if there is not None and one.lesion:
-            asked.append((one, there))
-        elif there is not None:
-            (on if there else off).append(one)
+        present = one.on(index)
+        if present is not None and one.lesion:
+            asked.append((one, present))
+        elif present is not None:
+            (on if present else off).append(one)
     rng.shuffle(off)
     off.sort(key=lambda one: one.ml == 0)
     asked += [(one, True) for one in rng.sample(on, min(_MAX_ASKED, len(on)))]
     asked += [(one, False) for one in off[:_MAX_ASKED]]
     rng.shuffle(asked)
-    return [_presence(one, there, rng) for one, there in asked]
+    return [_presence(one, present, rng) for one, present in asked]
 
 
-def _presence(one: Structure, there: bool, rng: random.Random) -> dict[str, Any]:
+def _presence(one: Structure, present: bool, rng: random.Random) -> dict[str, Any]:
     words = rng.choice(_LESION if one.lesion else _PRESENCE)
     name = with_article(one.name) if one.lesion else said(one.name)
-    answer = YES_NO[0] if there else YES_NO[1]
+    answer = YES_NO[0] if present else YES_NO[1]
     return question_meta(
         words.format(name=name), answer, f"{one.kind}_present", options=YES_NO, label_source=LABEL_SOURCE
     )

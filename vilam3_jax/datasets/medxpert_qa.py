@@ -64,7 +64,7 @@ def _make(row: Row, context: Context) -> Iterator[Example]:
     question = _LISTED.split(text_of(values.get("question"), "question"))
     stem = text_of("Answer Choices:".join(question[:-1] or question), "question before its options")
     choice = multiple_choice.choice(stem, texts, letter)
-    images = [context.image(below(_IMAGES, _without_folder(name))) for name in _images(values, context)]
+    images = [context.image(below(_IMAGES, name)) for name in _images(values, context)]
     words = {key: word(values, key) or None for key in ("medical_task", "body_system", "question_type")}
     meta = metadata(context, modality="", group=row.id, **words)
     yield choice.example(row.id, images, meta, words["question_type"] or "multiple_choice")
@@ -76,8 +76,4 @@ def _images(values: Mapping[str, Any], context: Context) -> list[Any]:
         return []
     if not isinstance(names, list) or not names:
         raise SkipItem("names no images")
-    return names
-
-
-def _without_folder(name: object) -> object:
-    return name.removeprefix(f"{_IMAGES}/") if isinstance(name, str) else name
+    return [name.removeprefix(f"{_IMAGES}/") if isinstance(name, str) else name for name in names]

@@ -6,7 +6,6 @@ import argparse
 import collections
 import dataclasses
 import functools
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -284,7 +283,7 @@ def _make_ids_unique(rows: Sequence[_Row]) -> None:
 def _group(rows: Sequence[_Row], *, with_patient: bool) -> None:
     owners, digests = [], []
     for position, row in enumerate(rows):
-        shared = [b"image\0" + _path_key(image) for image in row.images if isinstance(image, str)]
+        shared = [user_data.image_node(image) for image in row.images if isinstance(image, str)]
         shared += [b"stored\0%d" % image for image in row.stored]
         if with_patient and row.patient:
             shared.append(b"patient\0" + row.patient.encode("utf-8", "surrogatepass"))
@@ -294,10 +293,6 @@ def _group(rows: Sequence[_Row], *, with_patient: bool) -> None:
     lone = np.array([digest(row.id.encode("utf-8", "surrogatepass")) for row in rows], np.uint64)
     for row, group in zip(rows, user_data.groups_of(len(rows), nodes, lone).tolist(), strict=True):
         row.group = group
-
-
-def _path_key(path: str) -> bytes:
-    return os.path.normpath(path.replace("\\", "/")).encode("utf-8", "surrogatepass")
 
 
 def _sides(rows: list[_Row], share: float, path: str) -> dict[str, list[_Row]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -125,6 +126,11 @@ def split_named(value: object) -> str | None:
     ('validation', None)
     """
     return _SPLITS.get(value.strip().lower()) if isinstance(value, str) else None
+
+
+def image_node(path: str) -> bytes:
+    """Returns the node of an image path, for `groups_of`."""
+    return b"image\0" + os.path.normpath(path.strip().replace("\\", "/")).encode("utf-8", "surrogatepass")
 
 
 def groups_of(count: int, nodes: np.ndarray, lone: np.ndarray) -> np.ndarray:

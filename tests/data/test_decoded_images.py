@@ -92,7 +92,7 @@ def test_a_size_of_another_model_is_refused() -> None:
         UserError, match=r"stored as 8 x 8 pixels, the model takes 16 x 16.*--decode-images 16"
     ):
         ImageReader(16).read(ImageRef(data=data), None)
-    with pytest.raises(UserError, match=r"takes pictures in their own shape.*without --decode-images"):
+    with pytest.raises(UserError, match=r"takes images in their original shape.*without --decode-images"):
         ImageReader(None).read(ImageRef(data=data), None)
 
 

@@ -75,7 +75,7 @@ class Annotations(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class LazyImage:
     """A lazily decoded image.
 
     Attributes:
@@ -99,14 +99,14 @@ class Outline:
     """
 
     turns: tuple[Turn, ...]
-    pictures: tuple[Picture, ...]
+    pictures: tuple[LazyImage, ...]
     experts: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
 
     @functools.cached_property
     def images(self) -> tuple[np.ndarray, ...]:
         """Decoded images, uint8 [H, W, 3] each."""
-        return tuple(picture.read() for picture in self.pictures)
+        return tuple(image.read() for image in self.pictures)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ class _Shown:
     """
 
     refs: tuple[ImageRef, ...]
-    pictures: tuple[Picture, ...]
+    pictures: tuple[LazyImage, ...]
     planes: int = 0
     text: str = IMAGE_MARKER
 
@@ -184,8 +184,8 @@ class ImageReader:
             if self.size is None and decoded_images.is_decoded(image.data):
                 height, width = decoded_images.shape(image.data)
                 raise UserError(
-                    f"picture stored as {height} x {width} pixels, the model takes pictures in their own "
-                    "shape; prepare the dataset again without --decode-images"
+                    f"image stored as {height} x {width} pixels, but the model takes images in their "
+                    "original shape; prepare the dataset again without --decode-images"
                 )
             if self.size is None:
                 return decode_image(image.data, alpha=alpha)
@@ -301,15 +301,15 @@ class Renderer:
                 "contains only images; name a rule in data.mixture or --dataset, such as NAME:ct_what"
             )
         shown = [self._show(example, number, data_root) for number in range(len(example.images))]
-        turns, pictures = _with_slices(example.turns, shown)
-        all_pictures = tuple(picture for of_turn in pictures for picture in of_turn)
+        turns, turn_images = _with_slices(example.turns, shown)
+        all_images = tuple(image for images in turn_images for image in images)
         if not self.experts_on(sample_index):
-            return Outline(tuple(turns), all_pictures)
+            return Outline(tuple(turns), all_images)
         cards = list(self._cards.values())
         if not example.expert_requests:
             # The agent shows its cards with every question, most of which need no expert.
             shows_cards = example.format == "conversation" and example.meta.get("cards", True)
-            return Outline(tuple(with_cards(turns, cards) if shows_cards else turns), all_pictures)
+            return Outline(tuple(with_cards(turns, cards) if shows_cards else turns), all_images)
         found: dict[int, list[tuple[ExpertRequest, Annotation]]] = {}
         missing = []
         for request in example.expert_requests:
@@ -318,33 +318,33 @@ class Renderer:
             else:
                 missing.append(request.expert)
         if not found:
-            return Outline(tuple(turns), all_pictures, (), tuple(missing))
+            return Outline(tuple(turns), all_images, (), tuple(missing))
         rendered: list[Turn] = []
-        pictured: list[Picture] = []
+        rendered_images: list[LazyImage] = []
         for position, turn in enumerate(turns):
             if position in found:
                 question = found[position][0][0].question or question_of(example.turns[position - 1].text)
                 made, overlays = self._exchange(found[position], question, shown)
                 rendered += made
-                pictured += overlays
+                rendered_images += overlays
             rendered.append(turn)
-            pictured += pictures[position]
+            rendered_images += turn_images[position]
         names = tuple(request.expert for pairs in found.values() for request, _ in pairs)
-        return Outline(tuple(with_cards(rendered, cards)), tuple(pictured), names, tuple(missing))
+        return Outline(tuple(with_cards(rendered, cards)), tuple(rendered_images), names, tuple(missing))
 
     def _show(self, example: Example, number: int, data_root: Any) -> _Shown:
         image = example.images[number]
         if image.axis is None or image.index is not None:
-            return _Shown((image,), (self._picture(image, data_root),))
+            return _Shown((image,), (self._lazy_image(image, data_root),))
         finding = self._finding(example, number) if self._slices.choice == "finding" else None
         key = (str(data_root), image.path, image.axis, image.window, image.modality, finding and finding.key)
         planes, indices = self._chosen.get(key, lambda: self._choose(image, data_root, finding))
         refs = tuple(dataclasses.replace(image, index=index) for index in indices)
-        pictures = tuple(self._picture(ref, data_root) for ref in refs)
+        pictures = tuple(self._lazy_image(ref, data_root) for ref in refs)
         return _Shown(refs, pictures, planes, numbered(indices, planes))
 
-    def _picture(self, image: ImageRef, data_root: Any) -> Picture:
-        return Picture(
+    def _lazy_image(self, image: ImageRef, data_root: Any) -> LazyImage:
+        return LazyImage(
             functools.partial(self._reader.read, image, data_root),
             functools.partial(self._reader.shape, image, data_root),
         )
@@ -414,7 +414,7 @@ class Renderer:
 
     def _exchange(
         self, made: Sequence[tuple[ExpertRequest, Annotation]], question: str, shown: Sequence[_Shown]
-    ) -> tuple[list[Turn], list[Picture]]:
+    ) -> tuple[list[Turn], list[LazyImage]]:
         """Returns the calling turn and the expert turn, and the images of the latter."""
         results, bases, markers = [], [], []
         for request, annotation in made:
@@ -437,7 +437,7 @@ class Renderer:
         if words := made[0][0].call:
             called = dataclasses.replace(called, text=words)
         pictures = [
-            self._coloured(overlay, picture, ("overlay", n, key, ref.window))
+            self._overlaid(overlay, picture, ("overlay", n, key, ref.window))
             for n, (overlay, (ref, picture)) in enumerate(zip(overlays_of(results), bases, strict=True))
         ]
         result = Turn("expert", with_markers(text, markers).replace(_QUESTION, question))
@@ -453,11 +453,11 @@ class Renderer:
             voxels = self._marked_voxels.get(key, lambda: labelled_voxels(annotation, axis))
         return most_labelled(voxels, [ref.index or 0 for ref in image.refs])
 
-    def _coloured(self, overlay: Overlay, base: Picture, key: tuple[Any, ...]) -> Picture:
+    def _overlaid(self, overlay: Overlay, base: LazyImage, key: tuple[Any, ...]) -> LazyImage:
         def read() -> np.ndarray:
             return self._reader.images.get((*key, self._reader.size), lambda: overlay(base.read()))
 
-        return Picture(read, base.shape)
+        return LazyImage(read, base.shape)
 
 
 @contextlib.contextmanager
@@ -470,7 +470,7 @@ def _unusable_result(purpose: str) -> Iterator[None]:
 
 def _with_slices(
     turns: Sequence[Turn], shown: Sequence[_Shown]
-) -> tuple[list[Turn], list[tuple[Picture, ...]]]:
+) -> tuple[list[Turn], list[tuple[LazyImage, ...]]]:
     """Returns the turns with one marker per slice, and the images of each turn in marker order."""
     waiting = iter(shown)
     written, pictures = [], []

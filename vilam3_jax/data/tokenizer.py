@@ -282,7 +282,7 @@ def _special_id(
             index = built.token_to_id(name)
             if index is None:
                 raise UserError(
-                    f"{folder}: {role}_token {name!r} is not in tokenizer.json; are the files of one model?"
+                    f"{folder}: {role}_token {name!r} is not in tokenizer.json; use the files of one model"
                 )
             return index
     for values in by_id:

@@ -352,8 +352,10 @@ class _Build:
         shards, counts = [], Counts()
         for number, (job, report) in enumerate(kept):
             file = tfds_folder.shard_name(self.dataset.name, name, number, len(kept))
-            # A hard link, so that the work folder keeps the shard if the build fails later.
-            _link(job.target, folder / file)
+            try:  # a hard link, so that the work folder keeps the shard if the build fails later
+                os.link(job.target, folder / file)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(job.target, folder / file)
             shards.append({**report.shard, "file": file})
             counts.merge(report.counts)
         reasons: collections.Counter[str] = collections.Counter()
@@ -491,13 +493,6 @@ def _shared(reports: Mapping[str, Sequence[ShardReport]]) -> dict[str, dict[str,
             listed = [list(pair) for pair in sorted(pairs)[:_MAX_LISTED]]
             shared[f"{one} and {other}"] = {"patients": counts[0], "images": counts[1], "records": listed}
     return shared
-
-
-def _link(source: str, target: epath.Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
 
 
 def _upload(folder: epath.Path, target: epath.Path) -> None:

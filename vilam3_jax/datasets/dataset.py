@@ -70,9 +70,8 @@ class Context:
 
     Attributes:
       root: the source folder.
-      dataset: the dataset's name.
+      dataset, split: their names.
       config: the variant; "" if there is only one.
-      split: the split's name.
       licence: licence of its records.
       patients: namespace of patient ids, shared by datasets of the same patients.
       seed: seed of every choice.

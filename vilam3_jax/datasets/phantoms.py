@@ -55,10 +55,7 @@ def make_phantoms(out: PathLike, seed: int = 0, num: int = 6) -> dict[str, epath
     Sample i of a kind depends only on `seed` and i, and its files are reproducible bit by bit. Some organs
     are absent, every second head has a tumor, and each patient has two films.
 
-    Args:
-      out: folder for the files.
-      seed: seed of the phantoms.
-      num: number of CT volumes and of MRI volumes; twice as many chest films and brain slices.
+    `num` is the number of CT volumes and of MRI volumes; chest films and brain slices are twice as many.
 
     Returns:
       sample name → path of its image.

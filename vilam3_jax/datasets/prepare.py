@@ -25,12 +25,7 @@ usage: vilam3 prepare DATASET --source DIR --out DIR [options]
 Converts a dataset that you downloaded to records: a TFDS folder OUT/DATASET/VERSION.
 An interrupted build resumes. `--list` shows the datasets; `instructions` and `table`
 take files of your own."""
-_QUICKSTART = (
-    "quickstart",
-    "open",
-    "various",
-    "The data of `make quickstart`: dialogues, captions, pairs and reports.",
-)
+_QUICKSTART = ("quickstart", "open", "various", "The data of `make quickstart`, from a folder of samples.")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -69,7 +69,8 @@ def get(name: str) -> type[Dataset]:
         return getattr(importlib.import_module(f"vilam3_jax.datasets.{module}"), attribute)
     if not points:
         raise UserError(f"no dataset {name!r}; there are: {', '.join(names())}")
-    owners = ["vilam3-jax"] * (name in DATASETS) + [_package(point) for point in points]
+    packages = [f"{p.dist.name} {p.dist.version}" if p.dist else "an unknown package" for p in points]
+    owners = ["vilam3-jax"] * (name in DATASETS) + packages
     if len(owners) > 1:
         raise UserError(f"dataset {name!r}: several packages have one ({', '.join(owners)}); uninstall one")
     label = f"dataset {name!r} of {owners[0]}"
@@ -80,7 +81,3 @@ def get(name: str) -> type[Dataset]:
     if not (isinstance(found, type) and issubclass(found, Dataset)):
         raise UserError(f"{label}: {points[0].value} is not a subclass of Dataset")
     return found
-
-
-def _package(point: importlib.metadata.EntryPoint) -> str:
-    return f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown package"

@@ -34,8 +34,7 @@ class Report:
 
     Attributes:
       id: the collection's number, for example `CXR1001`.
-      findings: text, may be empty.
-      impression: text, may be empty.
+      findings, impression: texts, may be empty.
       licence: as stated in the file.
       images: names of its images, without extension.
       mesh: its main subject headings; only "normal" for a normal study.

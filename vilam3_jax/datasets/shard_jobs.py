@@ -111,21 +111,17 @@ class ShardReport:
     def save(self, target: str) -> None:
         """Writes the report of the shard `target` durably."""
         plain = vars(self) | {"ids": self.ids.tolist()}
-        paths.write_bytes_durable(_report_path(target), json.dumps(plain).encode())
+        paths.write_bytes_durable(f"{target}.json", json.dumps(plain).encode())
 
     @classmethod
     def load(cls, target: str) -> ShardReport | None:
         """Reads the report of the shard `target`; None if it is missing or damaged."""
         try:
-            plain = json.loads(paths.read_bytes(_report_path(target), _MAX_REPORT_BYTES))
+            plain = json.loads(paths.read_bytes(f"{target}.json", _MAX_REPORT_BYTES))
             plain["ids"] = np.asarray(plain["ids"], np.uint64).reshape(-1, 2)
             return cls(**plain)
         except (UserError, ValueError, TypeError, KeyError, OverflowError):
             return None
-
-
-def _report_path(target: str) -> str:
-    return f"{target}.json"
 
 
 def finished(job: ShardJob) -> ShardReport | None:

@@ -167,8 +167,7 @@ def run_chain(run: Path, samples: Path, size: str, fresh: bool) -> None:
             _run_step(run, record, step, fingerprints[step.name], head)
         if number == 1:
             steps += plan(run, samples, size)
-    print(f"report: {run / 'report.html'}")
-    print(f"summary: {run / 'summary.json'}")
+    print(f"report: {run / 'report.html'}\nsummary: {run / 'summary.json'}")
 
 
 def _run_step(run: Path, record: dict, step: Step, fingerprint: str, head: str) -> None:
@@ -183,7 +182,7 @@ def _run_step(run: Path, record: dict, step: Step, fingerprint: str, head: str) 
 
 def _claim(run: Path, fresh: bool) -> None:
     """Creates the run folder, or refuses a folder of something else."""
-    if run.exists() and any(run.iterdir()) and not (run / RUN_FILE).exists():
+    if paths.children(run) and not (run / RUN_FILE).exists():
         raise UserError(f"{run}: exists and is not a quickstart run; choose another --out")
     if fresh and run.exists():
         shutil.rmtree(run)

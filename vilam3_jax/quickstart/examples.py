@@ -63,13 +63,10 @@ class Size:
     """Amount of data.
 
     Attributes:
-      slices: per plane of a training volume.
-      heldout_slices: per plane of a held-out volume.
+      slices, heldout_slices: per plane of a training or held-out volume.
       films: training images per class of films, augmented copies included.
-      captions: wordings per training image.
-      dialogues: per training image.
-      reports: most training reports.
-      questions: most questions in a dialogue.
+      captions, dialogues: per training image.
+      reports, questions: most training reports, and most questions in a dialogue.
     """
 
     slices: int
@@ -95,10 +92,9 @@ class LabelledImage:
     """One image with everything that captions and dialogues need.
 
     Attributes:
-      key: unique within the build.
-      ref: the copy below the output folder.
+      key, ref: unique name, and the copy below the output folder.
       facts, structures: known facts, and visible organs, largest first.
-      sample: the sample it comes from.
+      sample: its sample.
       input_key: content key of the expert's input: the whole volume, or the unaltered film.
     """
 

@@ -7,9 +7,7 @@ import collections
 import hashlib
 import json
 import os
-import shutil
 import tempfile
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,26 +67,24 @@ def prepare_quickstart(
     known = _existing(target, identity)
     if known is not None:
         return known | {"reused": True}
-    with tempfile.TemporaryDirectory(prefix="vilam3-prepare-") as scratch:
-        work = epath.Path(scratch)
-        remote = "://" in str(target)
-        if not remote:  # beside the target, so that publishing is a rename
-            work = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
-        try:
+    remote = "://" in str(target)
+    try:
+        if not remote:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        beside = None if remote else target.parent  # so that publishing is a rename
+        with tempfile.TemporaryDirectory(".partial", f".{target.name}.", beside) as scratch:
+            work = epath.Path(scratch) / "build"
             build = _write(source_dir, work, identity, store)
             _publish(work, target, remote)
-        except OSError as error:
-            raise paths.write_error(target, error) from error
-        finally:
-            if not remote:
-                shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise paths.write_error(target, error) from error
     return build | {"reused": False}
 
 
 def _write(
     source: epath.Path, work: epath.Path, identity: dict[str, Any], store: AnnotationStore | None
 ) -> dict[str, Any]:
-    work.mkdir(parents=True, exist_ok=True)
+    work.mkdir()
     size = examples.SIZES[identity["size"]]
     builder = examples.ExampleBuilder(source, work, size, identity["seed"], store)
     provenance = identity | {

@@ -98,8 +98,7 @@ class Question:
       type: a key of `PHRASES`.
       label_source: source of the answer.
       options: permitted answers.
-      expert: name of an expert that can answer it, or None.
-      args: arguments of the expert call.
+      expert, args: name of an expert that can answer it, or None, and the arguments of its call.
       oracle: the label is the map that the expert's record holds.
     """
 
@@ -119,9 +118,7 @@ class Facts:
 
     Attributes:
       group: the split group; answers are balanced over the questions of a whole split.
-      modality: one of `MODALITIES`.
-      region: one of `REGIONS`.
-      plane: one of `PLANES`; None for films.
+      modality, region, plane: one of `MODALITIES`, `REGIONS`, `PLANES`; films have no plane.
       position: third of the scan that holds the slice, in words for captions.
       organs: name → visible in this slice, without the uncertain ones.
       volumes_ml: name → volume in the whole scan in ml, for organs visible in this slice.
@@ -179,7 +176,6 @@ class Balance:
         return self.lead(key, answer) < self.slack + self.share * total
 
     def add(self, key: Hashable, answer: str) -> None:
-        """Counts an answer."""
         self.counts[key, answer] += 1
 
 

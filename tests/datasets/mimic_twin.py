@@ -1,4 +1,4 @@
-"""A small synthetic twin of MIMIC-CXR-JPG: its tables, its tree, made-up patients."""
+"""A small synthetic copy of MIMIC-CXR-JPG: tables, folders, invented patients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.datasets.twins import picture, write
 
-# The physical order of the labels in the release, with "No Finding" in the ninth place.
+# Order of the label columns in the release, with "No Finding" in ninth position.
 LABELS = [
     *("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum", "Fracture"),
     *("Lung Lesion", "Lung Opacity", "No Finding", "Pleural Effusion", "Pleural Other", "Pneumonia"),
@@ -57,7 +57,7 @@ def tables(films: list = FILMS, studies: list = STUDIES) -> dict[str, Any]:
 
 
 def release(folder: Path, films: list = FILMS, changes: dict[str, Any] | None = None) -> Path:
-    """Writes tables and pictures; `changes` replaces files by name, None leaves one out."""
+    """Writes tables and images; `changes` replaces files by name, None omits one."""
     pictures = {path_of(*film[:3]): picture(number) for number, film in enumerate(FILMS)}
     files = {**pictures, **tables(films), **(changes or {})}
     return write(folder, {name: content for name, content in files.items() if content is not None})

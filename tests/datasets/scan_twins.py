@@ -1,4 +1,4 @@
-"""Small scans with label maps, in any stored orientation, for twins of datasets of volumes."""
+"""Small scans with label maps, stored in any orientation, for synthetic copies of volume datasets."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ BODY = box((4, 36), (4, 32), (2, 18))
 
 
 def body(seed: int) -> np.ndarray:
-    """A CT of soft tissue in air, [40, 36, 20] int16; air alone in the planes 0, 1, 18 and 19."""
+    """A CT of soft tissue in air, [40, 36, 20] int16; planes 0, 1, 18 and 19 are air."""
     voxels = np.full(SHAPE, -1000, np.int16)
     voxels[BODY] = np.random.default_rng(seed).integers(0, 80, voxels[BODY].shape)
     return voxels
 
 
 def marked(boxes: Mapping[int, Box | list[Box]]) -> np.ndarray:
-    """Label id → blocks; later ids lie on top. [40, 36, 20] uint8."""
+    """Label id → blocks; later ids overwrite earlier ones. [40, 36, 20] uint8."""
     labels = np.zeros(SHAPE, np.uint8)
     for label, blocks in boxes.items():
         for block in blocks if isinstance(blocks, list) else [blocks]:
@@ -37,12 +37,12 @@ def marked(boxes: Mapping[int, Box | list[Box]]) -> np.ndarray:
 
 
 def stored(voxels: np.ndarray, codes: str = "RAS", tilt: float = 0.0) -> bytes:
-    """The bytes of a NIfTI file of canonical voxels.
+    """Encodes canonical voxels as a NIfTI file.
 
     Args:
       voxels: in RAS order.
       codes: index order of the file, such as "LPS".
-      tilt: degrees by which the scan is turned about the left-right axis.
+      tilt: rotation about the left-right axis, in degrees.
     """
     angle = np.deg2rad(tilt)
     turn = np.array(

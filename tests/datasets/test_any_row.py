@@ -1,4 +1,4 @@
-"""Whatever a row holds, it becomes an example that can be stored or is named; no row ends a build."""
+"""Any row becomes a storable example or is skipped by name; no row ends a build."""
 
 import json
 
@@ -55,7 +55,7 @@ FILES = {
     FlareMllm2d: ("training/Xray/dental/dental_questions_train.json", "training/Xray/dental/imagesTr/1.png"),
     PmcOa: ("pmc_oa.jsonl", "images/1.png"),
 }
-# Surrogates too: JSON can hold halves of them.
+# Includes unpaired surrogates, which JSON can contain.
 TEXT = st.text(st.characters(), max_size=12)
 ATOMS = (
     st.none()
@@ -78,7 +78,7 @@ SETTINGS = hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
 
 
 def check_build(dataset, folder, rows_file, count):
-    """The rows of a file, of which the last is good, all become records that can be stored, or are named."""
+    """All rows of a file become storable records or are named; the last row is valid."""
     source = SourceFolder(folder)
     splits = dataset.splits(source)
     name = next(name for name, split in splits.items() if split.items and split.items[0].file == rows_file)
@@ -120,7 +120,7 @@ GOOD = ["1", "1.png", "What?", "A: liver", "B: lung", "C: heart", "D: skin", "B"
 
 
 def test_any_text_in_any_cell(tmp_path):
-    """Also rows that are too short or too long, and texts that look like a header or a quote."""
+    """Includes rows that are too short or too long, and texts that look like a header or a quote."""
     write(tmp_path, {"figures/1.png": picture(1, kind="PNG"), "test_2.csv": [HEADER, GOOD]})
     cells = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(GOOD + HEADER)
 

@@ -1,4 +1,4 @@
-"""`brats`: four sequences of one head become studies of four images, divided by patient."""
+"""`brats`: four sequences become studies of four images, split by patient."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
 
 SUFFIXES = ("t1", "t1ce", "t2", "flair")
-# Edema around core around enhancing tumor; the last lies in the planes 7 to 9 alone.
+# Nested edema, core and enhancing tumor; the last is in planes 7 to 9 only.
 TUMOR = marked(
     {
         2: box((8, 24), (8, 24), (5, 13)),
@@ -193,7 +193,7 @@ def test_a_data_list_divides(source, tmp_path) -> None:
 
 
 def test_folders_with_the_name_of_a_file(tmp_path) -> None:
-    """Some copies of 2021 hold `CASE_t1.nii/anything.nii` instead of `CASE_t1.nii.gz`."""
+    """Some copies of 2021 have `CASE_t1.nii/anything.nii` instead of `CASE_t1.nii.gz`."""
     files = case("BraTS2021_00003", 3)
     for suffix, inside in (("t1", ["00003_brain_t1.nii"]), ("seg", ["final_seg.nii", "._final_seg.nii"])):
         content = files.pop(f"BraTS2021_00003/BraTS2021_00003_{suffix}.nii.gz")
@@ -210,7 +210,7 @@ def test_folders_with_the_name_of_a_file(tmp_path) -> None:
 
 
 def damaged(name: str) -> dict[str, bytes]:
-    """A case of 2021 with one thing wrong."""
+    """A case of 2021 with one defect."""
     files, start = case("BraTS2021_00009", 9), "BraTS2021_00009/BraTS2021_00009"
     if name == "missing":
         del files[f"{start}_t2.nii.gz"]

@@ -1,4 +1,4 @@
-"""ChestX-ray14 from a synthetic twin of the NIH's release and of Google's labels."""
+"""ChestX-ray14 from synthetic copies of the NIH's release and of Google's labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vilam3_jax.datasets.chest_xray14 import FINDINGS, ChestXray14
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
 
-# The brackets are broken in the release: [Width,Height] are two columns.
+# Defect of the release: [Width,Height] are two columns.
 HEADER = [
     "Image Index",
     "Finding Labels",

@@ -1,4 +1,4 @@
-"""CheXpert from synthetic twins of its release, of CheXlocalize and of the test labels."""
+"""CheXpert from synthetic copies of its release, of CheXlocalize and of the test labels."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_golden_validation_film(release):
         "oracle": False,
         "image": 0,
     }
-    assert film.meta["qa"][-1]["expert"] is None, "the expert knows no support devices"
+    assert film.meta["qa"][-1]["expert"] is None, "the expert does not predict support devices"
 
 
 def test_lateral_films_are_taken_on_demand(release):
@@ -215,7 +215,7 @@ def test_test_questions_of_the_reference(test_set):
 
 
 def test_swapped_columns_and_another_name(test_set):
-    """Files of the radiologists have Lung Lesion before Lung Opacity; others say Airspace Opacity."""
+    """Some label files have Lung Lesion before Lung Opacity; others use Airspace Opacity."""
     names = list(LABELS)
     lesion, opacity = names.index("Lung Lesion"), names.index("Lung Opacity")
     names[lesion], names[opacity] = "Airspace Opacity", "Lung Lesion"
@@ -281,7 +281,7 @@ def test_missing_columns_are_all_named(release):
 
 def test_splits_are_picklable_and_the_choices_do_not_depend_on_order(release):
     split = CheXpert().splits(SourceFolder(release))["train"]
-    pickle.loads(pickle.dumps(split))  # noqa: S301 - our own
+    pickle.loads(pickle.dumps(split))  # noqa: S301 - trusted
     there, _ = twins.made(CheXpert, release)
     table = (release / RELEASE / "train.csv").read_text().splitlines()
     (release / RELEASE / "train.csv").write_text("\n".join([table[0], *reversed(table[1:])]))
@@ -312,7 +312,7 @@ def test_answers_are_balanced_by_finding():
     assert sorted(chosen_findings(rare, random.Random(0), ask)) == sorted(rare)
     common = (("edema", True), ("fracture", False))
     numbers = [len(chosen_findings(common, random.Random(seed), ask)) for seed in range(200)]
-    assert min(numbers) == 1, "each film is asked something"
+    assert min(numbers) == 1, "every film has a question"
 
 
 def _real_table() -> Path | None:

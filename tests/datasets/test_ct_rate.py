@@ -1,4 +1,4 @@
-"""`ct_rate`: chest CTs with reports and labels; one volume of each scan, never volumes of both kinds."""
+"""`ct_rate`: chest CTs with reports and labels; one volume per scan, fixed or original headers."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_volumes_of_both_kinds_are_refused(source) -> None:
 
 
 def test_volumes_that_are_still_to_be_rescaled(tmp_path) -> None:
-    """Values 1024 too high: the window moves with them. A header that contradicts the metadata is refused."""
+    """Shifts the window for values 1024 too high; skips a header that contradicts the metadata."""
     write(tmp_path, world("") | volume("train_2_a_1", "", stored(body(1), "RAS")))
     with pytest.raises(UserError, match=r"validation_metadata.csv or .*valid_metadata.csv missing"):
         made(CtRate, tmp_path)

@@ -1,4 +1,4 @@
-"""`expert_slices`: which slices of annotated scans become studies, and of whom."""
+"""`expert_slices`: selection of slices of annotated scans, and splits by patient."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def scan(folder: Path, name: str, seed: int) -> str:
 
 
 def said_of(key: str, args: str, planes: dict[int, tuple[str, slice, int]], expert="VISTA3D") -> Annotation:
-    """Labels as squares of a side on a run of planes."""
+    """Labels as squares on a range of planes."""
     labels = np.zeros(SHAPE, np.uint8)
     segments = []
     for label_id, (name, z, side) in planes.items():
@@ -75,7 +75,7 @@ def world(tmp_path):
 
 
 def built(world, variant="ct", *argv, data="data", **settings):
-    """(examples by split, [(record, reason)] skipped)."""
+    """Returns (examples by split, [(record, reason)] of skipped ones)."""
     parser = argparse.ArgumentParser()
     ExpertSlices.add_arguments(parser)
     given = ["--annotations", str(world / "said"), *argv]
@@ -83,7 +83,7 @@ def built(world, variant="ct", *argv, data="data", **settings):
     source = SourceFolder(world / data)
     examples, skipped = {}, []
     for name, split in maker.splits(source).items():
-        assert pickle.dumps(split)  # goes to other processes
+        assert pickle.dumps(split)  # sent to other processes
         found = list(examples_of(split, maker.context(source, name, **settings)))
         examples[name] = [one for one in found if isinstance(one, Example)]
         skipped += [(one.record, one.reason) for one in found if isinstance(one, Skipped)]
@@ -100,9 +100,9 @@ def test_slices_with_enough_on_them(world) -> None:
         assert example.format == "study" and example.meta["modality"] == "CT"
     body = list(range(2, 18))
     assert by_scan == {
-        "a.nii.gz": list(range(2, 8)),  # the liver, as far as there is body
-        "b.nii.gz": body,  # lesions were looked for: slices without one count, too
-        "c.nii.gz": body,  # it failed: a question that stays open
+        "a.nii.gz": list(range(2, 8)),  # the liver, within the body
+        "b.nii.gz": body,  # lesions were searched: slices without one count too
+        "c.nii.gz": body,  # failed: the question remains open
     }
     assert skipped == [("never.nii.gz", "no annotation")]
 
@@ -166,7 +166,7 @@ def test_other_annotations_are_another_build(world) -> None:
 
 
 def test_studies_are_read_and_told(world) -> None:
-    """From scan to dialogue: pictures are found below the source folder, rules find their annotations."""
+    """End to end: images are found below the source folder, rules find their annotations."""
     examples, _ = built(world, "ct", "--slices", "30")
     settled = setting(cast(Any, AnnotationStore(world / "said")))
     fitting = {name: 0 for name in ("ct_tumor", "ct_what", "expert_failed", "no_expert", "mri_what")}

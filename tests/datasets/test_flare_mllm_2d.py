@@ -1,4 +1,4 @@
-"""FLARE-MLLM-2D: families, several images, splits by folder, the hidden set with and without answers."""
+"""FLARE-MLLM-2D: task families, several images, splits by folder, the hidden set."""
 
 import re
 

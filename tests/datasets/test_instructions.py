@@ -1,4 +1,4 @@
-"""Dialogues of one's own: forms, ids, splits, and what is skipped."""
+"""User-supplied dialogues: formats, ids, splits, and skipped records."""
 
 import argparse
 import base64
@@ -25,7 +25,7 @@ def dialogue(question="What is it?", answer="A made-up finding."):
 
 
 def built(folder, records, *argv, name="list.json", raw=None):
-    """(examples, skipped) by split of a list of records."""
+    """Returns (examples, skipped) by split of a list of records."""
     write(folder, {name: raw if raw is not None else records})
     parser = argparse.ArgumentParser()
     Instructions.add_arguments(parser)
@@ -35,7 +35,7 @@ def built(folder, records, *argv, name="list.json", raw=None):
     source = SourceFolder(folder)
     examples, skipped = {}, {}
     for split, items in maker.splits(source).items():
-        items = pickle.loads(pickle.dumps(items))  # noqa: S301  # as worker processes get it
+        items = pickle.loads(pickle.dumps(items))  # noqa: S301  # as in worker processes
         found = list(examples_of(items, maker.context(source, split)))
         examples[split] = [one for one in found if isinstance(one, Example)]
         skipped[split] = [one for one in found if not isinstance(one, Example)]
@@ -94,7 +94,7 @@ def test_one_record_end_to_end(tmp_path):
             "image": 0,
         }
     ]
-    assert sorted(examples) == ["heldout", "train"], "a share is held out however few there are"
+    assert sorted(examples) == ["heldout", "train"], "at least one record is held out"
 
 
 def test_all_forms_of_dialogues(tmp_path):
@@ -175,7 +175,7 @@ def test_no_patient_and_no_image_in_two_splits(tmp_path):
             )
         ]
         assert not sides[0] & sides[2] and not sides[1] & sides[3]
-        # Who is held out does not depend on the order, or on records that tie nothing.
+        # Held-out records do not depend on the order or on unrelated records.
         more, _ = built(
             tmp_path,
             [{"id": "new", "conversations": dialogue(), "about": {"who": -1}}, *records[::-1]],

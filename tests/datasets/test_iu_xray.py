@@ -1,4 +1,4 @@
-"""IU X-ray from synthetic twins of OpenI's XML and of R2Gen's release."""
+"""IU X-ray from synthetic copies of OpenI's XML and of R2Gen's release."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vilam3_jax.datasets.reports import parse_report
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
 
-# Numbers whose reports the hash puts into each split.
+# Report numbers in each split, by hash.
 NUMBERS = {
     split: [number for number in range(1, 90) if split_of(str(number)) == split]
     for split in ("train", "validation", "test")

@@ -1,4 +1,4 @@
-"""Labels as sentences, and the file of definitions."""
+"""Sentences from labels, and the file of definitions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def content():
 def test_each_definition_names_a_work_and_an_entry():
     rows, works = content()["findings"], content()["works"]
     assert [row["name"] for row in rows] == sorted(row["name"] for row in rows)
-    assert {row["source"]["work"] for row in rows} == set(works), "each work is used, each is listed"
+    assert {row["source"]["work"] for row in rows} == set(works), "all works are used and listed"
     for row in rows:
         assert set(row) == {"name", "aliases", "terms", "descriptions", "source"}
         assert row["source"]["entry"] and row["terms"] and row["descriptions"]
@@ -31,7 +31,7 @@ def test_each_definition_names_a_work_and_an_entry():
         for phrase in (*row["terms"], *row["descriptions"]):
             assert phrase == phrase.strip() and phrase[-1] != "." and phrase[0].islower()
     for work in works.values():
-        assert re.search(r"doi:|arXiv:|https://", work), "a reader can find it"
+        assert re.search(r"doi:|arXiv:|https://", work), "has a locator"
 
 
 def test_labels_name_one_definition_each():

@@ -1,4 +1,4 @@
-"""LLaVA's caption lists, LLaVA-Med, ShareGPT4V and MedQA from twins of their layouts."""
+"""LLaVA's caption lists, LLaVA-Med, ShareGPT4V and MedQA from synthetic copies of their layouts."""
 
 import io
 import zipfile

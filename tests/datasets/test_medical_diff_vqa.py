@@ -1,4 +1,4 @@
-"""Medical-Diff-VQA from a synthetic twin of its two tables."""
+"""Medical-Diff-VQA from synthetic copies of its two tables."""
 
 import argparse
 
@@ -52,7 +52,7 @@ def by_id(examples):
 def test_a_conversation_for_each_film_split_by_patients(tmp_path):
     examples, skipped = made(MedicalDiffVqa, source(tmp_path))
     assert not any(skipped.values())
-    # The first frontal view is the study's film, else its first film.
+    # A study is represented by its first frontal film, otherwise by its first film.
     assert {name: [e.id for e in es] for name, es in examples.items()} == {
         "train": ["a1", "b1"],
         "validation": ["c1"],

@@ -1,4 +1,4 @@
-"""MIMIC-CXR classification from a synthetic twin of the release."""
+"""MIMIC-CXR classification from a synthetic copy of the release."""
 
 import hashlib
 
@@ -33,20 +33,20 @@ def test_frontal_films_are_asked_about_what_is_known(tmp_path):
     }
     assert not any(skipped.values())
     found = by_id(examples)
-    # Uncertain pneumonia and what is blank are no "no".
+    # Uncertain and blank labels do not count as "no".
     known = {"edema": "yes", "pneumothorax": "no", "no_finding": "no"}
     assert answers(found["a1"]) and answers(found["a1"]).items() <= known.items()
     labelled = made(MimicCxrClass, tmp_path, argv=["--test-labels", "labeler"])[0]["test"]
     assert [answers(e) for e in labelled] == [{"edema": "yes", "no_finding": "no"}, {"edema": "no"}]
     everything = {name: "no" for name in FINDINGS if name != "support_devices"} | {"no_finding": "yes"}
     assert answers(found["c1"]) == everything
-    # Radiologists' labels for the test, with "Airspace Opacity" for "Lung Opacity".
+    # Test labels by radiologists, with "Airspace Opacity" for "Lung Opacity".
     assert answers(found["d1"])["fracture"] == "yes" and answers(found["d1"])["lung_opacity"] == "no"
     assert found["d1"].meta["label_source"] == "radiologist"
     assert {q["label_source"] for q in found["a1"].meta["qa"]} == {"labeler"}
-    # A blank ViewPosition falls back on the view code.
+    # A blank ViewPosition falls back to the view code.
     assert found["a3"].meta["view"] == "AP"
-    # A dialogue is supervised on its answers, and has the picture of its own file.
+    # Answers are supervised, and the image is that of the film.
     turns = found["a1"].turns
     assert [t.supervised for t in turns] == [t.role == "assistant" for t in turns]
     assert found["a1"].images[0].data == (tmp_path / path_of(*FILMS[0][:3])).read_bytes()

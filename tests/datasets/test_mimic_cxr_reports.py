@@ -1,4 +1,4 @@
-"""MIMIC-CXR reports and mimic_annotation.json, from synthetic twins with made-up texts."""
+"""MIMIC-CXR reports and mimic_annotation.json, from synthetic copies with invented texts."""
 
 import pytest
 
@@ -16,7 +16,7 @@ REPORT = f"FINAL REPORT\n FINDINGS:\n\n {FINDINGS}\n\n IMPRESSION: No acute proc
 
 
 def texts(**other):
-    """Report files by path; `other` changes those of studies."""
+    """Report files by path; `other` replaces those of studies."""
     found = {f"s{film[1]}": path_of(*film[:3]).rpartition("/")[0] + ".txt" for film in FILMS}
     return {
         path: other.get(study, REPORT) for study, path in found.items() if other.get(study, "") is not None
@@ -150,7 +150,7 @@ def test_annotation_all_films_as_the_paper(tmp_path):
     assert found["a1"].turns[0].text == "<image>\nDescribe the image in detail."
     assert found["a1"].turns[1].text == "The lungs are clear. No effusion."
     assert found["a1"].meta["raw_report"] == "the lungs are clear . no effusion ."
-    # The metadata table tells views; the film expert is for frontal films.
+    # Views come from the metadata table; the film expert is requested for frontal films.
     assert found["a1"].expert_requests and not found["a2"].expert_requests
     assert found["a1"].meta["patient"] == found["a2"].meta["patient"]
     frontal, _ = made(MimicAnnotation, tmp_path, argv=["--views", "frontal"])

@@ -1,4 +1,4 @@
-"""MMC4 from a twin of its shards: where pictures stand, which are taken, and what is skipped."""
+"""MMC4 from synthetic shards: position and selection of images, and skipped records."""
 
 import io
 import json

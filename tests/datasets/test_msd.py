@@ -1,4 +1,4 @@
-"""`msd`: the decathlon's folders become studies of slices, and questions that the label maps answer."""
+"""`msd`: studies of slices, and questions answered by the label maps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def row(name):
 @pytest.fixture
 def source(tmp_path):
     files = {
-        # Two parts that count, one too small: and this file's index order is not canonical.
+        # Two counted components and one too small; the stored orientation is not canonical.
         "imagesTr/liver_0.nii.gz": stored(body(0), "LPS", 20),
         "labelsTr/liver_0.nii.gz": stored(marked({1: LIVER, 2: [BIG, SMALL, SPECK]}), "LPS", 20),
         "imagesTr/liver_12.nii.gz": stored(body(1), "SRA"),
@@ -58,7 +58,7 @@ def test_studies_of_slices(source) -> None:
         assert (image.axis, image.modality, image.data) == (2, "CT", None)
         assert example.id == f"{example.id.split(':')[0]}:{image.index}"
         by_case.setdefault(example.id.split(":")[0], []).append(image.index or 0)
-    # Planes of the body; those with 1 to 19 pixels of a lesion are left out. BIG covers the SPECK's plane 5.
+    # Planes of the body without those with 1 to 19 lesion pixels. BIG covers plane 5 of SPECK.
     assert by_case == {
         "liver_0": [2, 3, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16, 17],
         "liver_12": list(range(2, 18)),
@@ -126,7 +126,7 @@ def test_own_validation_split_is_by_case_and_stable(source) -> None:
     for few, count in ((3, 1), (1, 0)):
         write(task, {"dataset.json": listing(rows[:few])})
         split = MSD(_options("--validation", "0.001")).splits(_source(source))["validation"]
-        assert len(split.items) == count, "a share has a case, but never all of them"
+        assert len(split.items) == count, "at least one case, but never all"
 
 
 @pytest.mark.parametrize(

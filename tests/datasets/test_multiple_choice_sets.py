@@ -1,4 +1,4 @@
-"""PMC-VQA, OmniMedVQA and MedXpertQA, and what they share: lettered options and named rows."""
+"""PMC-VQA, OmniMedVQA and MedXpertQA, with lettered options and named rows."""
 
 import random
 import re
@@ -229,7 +229,7 @@ def test_pmc_vqa_v2_looks_in_its_own_folder(pmc):
 
 
 def test_pmc_vqa_reads_columns_by_name(pmc):
-    """Text or letter as the answer, either spelling, with or without the label column, in any order."""
+    """The answer may be a text or a letter; columns vary in spelling, order and presence."""
     header = ["Choice D", "Question", "Answer", "Choice B", "Choice C", "Choice A", "Figure_path"]
     row = ["D:heart", "Which?", "Spleen.", " B:liver", " C:spleen", " A:kidney", "PMC1_F1.jpg"]
     write(pmc, {"test.csv": [header, row, [*row[:2], "C", *row[3:]], [*row[:2], " C:spleen", *row[3:]]]})

@@ -1,4 +1,4 @@
-"""PathVQA from twins of the Hugging Face copy and of the original release; the copy of VQA-RAD too."""
+"""PathVQA from synthetic copies of both releases, and the Hugging Face copy of VQA-RAD."""
 
 import os
 import pickle

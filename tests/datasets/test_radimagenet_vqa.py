@@ -1,4 +1,4 @@
-"""RadImageNet-VQA's benchmark: choices, closed and open questions in parquet."""
+"""RadImageNet-VQA's benchmark: multiple-choice, closed and open questions in parquet."""
 
 import pyarrow
 import pyarrow.parquet

@@ -1,4 +1,4 @@
-"""SLAKE from a twin of its layout."""
+"""SLAKE from a synthetic copy of its layout."""
 
 import pytest
 from twins import made, picture, write
@@ -56,7 +56,7 @@ def test_golden_examples(tmp_path, name):
     assert first.images[0].data == picture(0)
     assert first.meta["modality"] == "CXR" and first.meta["language"] == "en"
     assert first.meta["qa"][0]["type"] == "closed" and first.meta["qa"][0]["options"] == ["yes", "no"]
-    assert examples["train"][1].meta["qa"][0]["options"] == []  # closed, yet neither yes nor no
+    assert examples["train"][1].meta["qa"][0]["options"] == []  # closed, but not yes/no
     assert examples["test"][0].meta["qa"][0]["type"] == "open"
     groups = [{e.meta["group"] for e in found} for found in examples.values()]
     assert sum(map(len, groups)) == len(set().union(*groups))

@@ -1,4 +1,4 @@
-"""Tables of one's own: kinds of labels, words of questions, splits, parquet, and what is skipped."""
+"""User-supplied tables: kinds of labels, wordings, splits, parquet, and skipped rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vilam3_jax.errors import UserError
 
 
 def built(folder, *argv, name="table.csv", templates=None):
-    """(examples, skipped) by split of `table.csv` in `folder`."""
+    """Returns (examples, skipped) by split of `table.csv` in `folder`."""
     parser = argparse.ArgumentParser()
     Table.add_arguments(parser)
     if templates is not None:
@@ -33,7 +33,7 @@ def built(folder, *argv, name="table.csv", templates=None):
     source = SourceFolder(folder)
     examples, skipped = {}, {}
     for split, items in maker.splits(source).items():
-        items = pickle.loads(pickle.dumps(items))  # noqa: S301 - as worker processes get it
+        items = pickle.loads(pickle.dumps(items))  # noqa: S301 - as in worker processes
         found = list(examples_of(items, maker.context(source, split)))
         examples[split] = [one for one in found if isinstance(one, Example)]
         skipped[split] = [one for one in found if not isinstance(one, Example)]
@@ -108,7 +108,7 @@ def test_rows_of_a_patient_or_an_image_stay_together(tmp_path, more):
         held, train = ({one.meta[key] for one in examples[side]} for side in ("heldout", "train"))
         assert held and train and not held & train
         turns.append({side: {one.id: one.turns for one in found} for side, found in examples.items()})
-    assert turns[0] == turns[1], "the order of rows makes no difference"
+    assert turns[0] == turns[1], "does not depend on the order of rows"
 
 
 def test_rows_of_one_image_get_ids_of_their_own(tmp_path):

@@ -1,4 +1,4 @@
-"""WebDataset shards and COYO from tar files: the grouping rule, what img2dataset writes, hostile members."""
+"""WebDataset shards and COYO from tar files: grouping, output of img2dataset, hostile members."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from vilam3_jax.errors import UserError
 
 
 def tar(members, form=tarfile.USTAR_FORMAT):
-    """A tar of (name, bytes) pairs and of prepared members."""
+    """Builds a tar of (name, bytes) pairs and prepared members."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
         for member in members:

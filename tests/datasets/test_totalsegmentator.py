@@ -1,4 +1,4 @@
-"""`totalsegmentator`: folders of binary masks become studies of slices and questions what they show."""
+"""`totalsegmentator`: studies of slices and questions from folders of binary masks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vilam3_jax.datasets import labelled_scans
 from vilam3_jax.datasets.totalsegmentator import STRUCTURES, TotalSegmentator, structure_name
 from vilam3_jax.errors import UnavailableError, UserError
 
-# Where each structure of the twin lies; an empty box marks nothing.
+# Position of each structure; an empty box is an empty mask.
 MASKS = {
     "liver": box((8, 24), (8, 24), (4, 12)),
     "lung_upper_lobe_left": box((6, 16), (6, 16), (12, 18)),
@@ -36,7 +36,7 @@ def subject(name, seed, codes="RAS", masks=MASKS):
 
 
 def table(*rows):
-    """As it is released: semicolons, a byte order mark, Windows line ends in some copies."""
+    """In the format of the release: semicolons, a byte order mark, sometimes CRLF."""
     return "\ufeff" + "\r\n".join([HEADER, *rows]) + "\r\n"
 
 
@@ -63,7 +63,7 @@ def test_studies(source) -> None:
     assert [s.reason for s in skipped["train"]] == [
         f"{STRUCTURES - len(MASKS)} of {STRUCTURES} masks are missing; nothing is asked about them"
     ]
-    # The cyst is a lesion: all its slices have 36 pixels, so none is doubtful.
+    # The cyst is a lesion of 36 pixels on each slice, so no slice is excluded.
     assert {split: [e.images[0].index for e in found] for split, found in examples.items()} == {
         split: list(range(2, 18)) for split in ("train", "validation", "test")
     }

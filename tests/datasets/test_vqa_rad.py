@@ -1,4 +1,4 @@
-"""VQA-RAD from twins of its three layouts."""
+"""VQA-RAD from synthetic copies of its three layouts."""
 
 import pytest
 from twins import made, picture, write

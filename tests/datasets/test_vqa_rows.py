@@ -1,4 +1,4 @@
-"""Whatever stands in a row of a question-answering set, it gives examples or a named skip."""
+"""Any row of a question-answering dataset gives examples or is skipped by name."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""What the tests of datasets share: pictures, files of synthetic twins, and what a dataset makes of them."""
+"""Shared code of dataset tests: images, files of synthetic sources, and building examples from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vilam3_jax.datasets.source_files import SourceFolder
 
 
 def picture(number: int, side: int = 16, kind: str = "JPEG", mode: str = "RGB") -> bytes:
-    """A picture that no other number gives."""
+    """Returns an image that is unique for each number."""
     rng = np.random.default_rng(number)
     pixels = rng.integers(0, 256, (4, 4, 3), np.uint8)
     buffer = io.BytesIO()
@@ -31,9 +31,9 @@ def picture(number: int, side: int = 16, kind: str = "JPEG", mode: str = "RGB") 
 
 
 def write(folder: Path, files: Mapping[str, Any]) -> Path:
-    """Writes files by path: bytes and text as they are, `.json`, `.jsonl` and `.csv[.gz]` from values.
+    """Writes files by path: bytes and text verbatim, `.json`, `.jsonl` and `.csv[.gz]` from values.
 
-    A table is a list of rows, the first of which is the header.
+    A table is a list of rows, the first one is the header.
     """
     for name, content in files.items():
         path = folder / name
@@ -59,16 +59,15 @@ def _encoded(name: str, content: Any) -> bytes:
 def made(
     dataset: type[Dataset], folder: Path, config: str = "", argv: Sequence[str] = (), **settings: Any
 ) -> tuple[dict[str, list[Example]], dict[str, list[Skipped]]]:
-    """(examples, skipped items) by split, without shards or processes.
+    """Returns (examples, skipped items) by split, without shards or processes.
 
-    Checks what holds of every dataset: processes can be given its items, no id stands twice, and what is
-    stored is what was made.
+    Checks requirements of all datasets: items are picklable, ids are unique, and encoding is lossless.
 
     Args:
       dataset: the class.
       folder: the source folder.
       config: the variant.
-      argv: the dataset's own options.
+      argv: options of the dataset.
       settings: of the context, such as `parity=True`.
     """
     parser = argparse.ArgumentParser()
@@ -84,7 +83,7 @@ def made(
         examples[name] = [one for one in found if isinstance(one, Example)]
         skipped[name] = [one for one in found if isinstance(one, Skipped)]
     ids = [one.id for found in examples.values() for one in found]
-    assert len(set(ids)) == len(ids), "an id stands twice"
+    assert len(set(ids)) == len(ids), "duplicate ids"
     for found in examples.values():
-        assert [decode(encode(one)) for one in found] == found, "the stored form is another example"
+        assert [decode(encode(one)) for one in found] == found, "encoding changes an example"
     return examples, skipped

@@ -75,10 +75,10 @@ class BraTS(LabelledScans):
     access = "registered"
     instructions = (
         "2018: register at CBICA (https://www.med.upenn.edu/sbia/brats2018/registration.html) and unpack "
-        "MICCAI_BraTS_2018_Data_Training.zip; the source folder holds HGG/Brats18_*/ and LGG/Brats18_*/. "
+        "MICCAI_BraTS_2018_Data_Training.zip; the source folder contains HGG/Brats18_*/ and LGG/Brats18_*/. "
         "2021: join the challenge at https://www.synapse.org/brats2021 and unpack "
-        "RSNA_ASNR_MICCAI_BraTS2021_TrainingData.zip; the source folder holds BraTS2021_00000/ and so on. "
-        "Each case folder holds CASE_t1.nii.gz, CASE_t1ce.nii.gz, CASE_t2.nii.gz, CASE_flair.nii.gz and "
+        "RSNA_ASNR_MICCAI_BraTS2021_TrainingData.zip; the source folder contains BraTS2021_00000/ and so on. "
+        "Each case folder contains CASE_t1.nii.gz, CASE_t1ce.nii.gz, CASE_t2.nii.gz, CASE_flair.nii.gz and "
         "CASE_seg.nii.gz."
     )
     configs: ClassVar[Mapping[str, str]] = {
@@ -93,8 +93,8 @@ class BraTS(LabelledScans):
             "--datalist",
             default="",
             metavar="FILE",
-            help='JSON file {"training": [{"image": [path, ...]}], "validation": ..., "testing": ...} with '
-            "the split, as VILA-M3's (default: split by hash of the patient)",
+            help='split in VILA-M3\'s format: JSON file {"training": [{"image": [path, ...]}], "validation": '
+            '..., "testing": ...} (default: by hash of the patient)',
         )
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:

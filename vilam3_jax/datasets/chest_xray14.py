@@ -193,7 +193,7 @@ def _read(
 ) -> Iterator[tuple[_Film, str]]:
     """Yields (film, its "Set Id")."""
     for number, row in enumerate(source.table(table, columns, optional=_FILM_COLUMNS), 2):
-        labels = (*(sys.intern(row[column].strip()) for column in label_columns),)
+        labels = tuple(sys.intern(row[column].strip()) for column in label_columns)
         view, sex, age, set_id = (sys.intern(row.get(key, "").strip()) for key in _FILM_COLUMNS)
         image = row["image"].strip()
         cells = labels[0] if len(label_columns) == 1 else labels

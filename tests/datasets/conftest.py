@@ -1,4 +1,4 @@
-"""No test of datasets reaches the network: what users may not pass on never leaves their machine."""
+"""Blocks the network in dataset tests: credentialed data must never leave the user's machine."""
 
 import importlib.util
 import os

@@ -18,13 +18,13 @@ PAGE = Path(__file__).parents[2] / "docs" / "datasets_add_your_own.md"
 
 
 def blocks(language, page=PAGE):
-    """A page's code blocks of a language."""
+    """The code blocks of a page in one language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """Installs the page's module as a distribution would be: the module, and its entry points beside it."""
+    """Installs the page's module like a distribution, with its entry points."""
     settings = configparser.ConfigParser()
     settings.read_string(blocks("ini")[0])
     ((group, points),) = settings["options.entry_points"].items()
@@ -69,7 +69,7 @@ def test_it_is_unknown_where_it_is_not_installed():
 
 
 def test_one_name_is_one_dataset(installed, tmp_path, monkeypatch):
-    """Neither a second package nor one that takes the name of a dataset of ours is chosen silently."""
+    """A name registered twice, or the name of one of our datasets, is refused."""
     other = {
         "other-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: other\nVersion: 1.0\n",
         "other-1.0.dist-info/entry_points.txt": "[vilam3.datasets]\npolyps = a:B\nslake = a:B\nbroken = a:B\n"

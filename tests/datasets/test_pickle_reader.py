@@ -1,4 +1,4 @@
-"""The opcode reader agrees with pickle on plain values and follows nothing else."""
+"""The opcode reader agrees with pickle on plain values and refuses everything else."""
 
 import collections
 import datetime
@@ -157,7 +157,7 @@ def test_shared_references_do_not_double_without_end(monkeypatch):
 
 
 def test_hashing_does_not_follow_nested_keys():
-    # A dict whose key is a tuple of two times the same tuple, sixty times over: hashing it never ends.
+    # A dict key of 60 nested tuples, each with the previous one twice: hashing it never ends.
     key = b")" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60))
     with pytest.raises(PickleError, match="key of a dict"):
         pickle_reader.parse(b"}" + key + b"Ns.")

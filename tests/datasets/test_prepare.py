@@ -1,4 +1,4 @@
-"""Builds of datasets: parallel, resumed, whole or not at all, read by TFDS; and the command."""
+"""Dataset builds: parallel, resumable, atomic, readable by TFDS; and the command."""
 
 import fcntl
 import json
@@ -104,7 +104,7 @@ def test_an_interrupted_build_goes_on(source, tmp_path, monkeypatch):
     assert not (out / "toy" / "1.2.0").exists()
     before = shard_times(out)
     assert len(before) == 3
-    # A damaged shard and one whose picture changed are built anew; the one that is whole stays.
+    # A damaged shard and one with a changed image are rebuilt; the intact one is kept.
     work = out / "toy" / ".1.2.0.work"
     (work / "train-00000").write_bytes(b"damaged")
     (source / "images/2.jpg").write_bytes(picture(77))
@@ -155,7 +155,7 @@ def test_variants_are_datasets_of_their_own(source, tmp_path):
 def test_two_processes_do_not_build_the_same_at_once(source, tmp_path):
     folder = tmp_path / "out" / "toy"
     work = folder / ".1.2.0.work"
-    (folder / "incomplete.K1LL3D_1.2.0").mkdir(parents=True)  # TFDS's, of a build that was killed
+    (folder / "incomplete.K1LL3D_1.2.0").mkdir(parents=True)  # left by TFDS when a build was killed
     work.mkdir()
     other = os.open(work, os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
@@ -180,7 +180,7 @@ if __name__ == "__main__":
 def test_a_killed_build_leaves_no_worker(tmp_path):
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    # The worker writes to the same pipe, so this returns when both have ended.
+    # The worker inherits the pipe, so this returns when both have ended.
     ended = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, timeout=120)
     assert ended.returncode == -9 and ended.stdout
 
@@ -213,7 +213,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_built(tmp_path):
     (source / "images/8.jpg").write_bytes(picture(8)[:100])
     built = prepare(Toy(), source, tmp_path / "out")
     train, test = (built.info["splits"][name] for name in ("train", "test"))
-    # r5 of row 4 stays, that of row 5 goes.
+    # r5 of row 4 is kept, r5 of row 5 is a duplicate.
     assert [e.id for e in ExampleSource(built.folder, "train")] == ["r5", "r6"]
     assert [e.id for e in ExampleSource(built.folder, "test")] == ["r9", "r11"]
     assert train["skipped"]["total"] == 7 and test["skipped"]["first"] == [
@@ -354,7 +354,7 @@ def test_the_command(source, tmp_path, registered, capsys):
 
 
 def test_the_hints_name_the_variant(source, tmp_path, monkeypatch, capsys):
-    """A second variant does not break what was printed after the first."""
+    """The commands printed for one variant still work when there is a second."""
     monkeypatch.setattr(registry, "get", lambda name: Variants)
     out = str(tmp_path / "out")
     arguments = ["prepare", "toy", "--source", str(source), "--out", out, "--processes", "1"]

@@ -1,4 +1,4 @@
-"""Walking through lists of records: the same records as the standard library's, one by one."""
+"""Streaming lists of records gives the same records as the standard library."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What holds for every registered dataset, and that the network is blocked where their twins are built."""
+"""Properties of every registered dataset, and the network block of these tests."""
 
 import argparse
 import ast
@@ -17,7 +17,7 @@ from vilam3_jax.errors import UserError
 
 TESTS = Path(__file__).parent
 OVERVIEW = TESTS.parents[1] / "docs" / "datasets.md"
-# A documentation address of RFC 5737, which leads nowhere even where the block fails.
+# A documentation address of RFC 5737, unreachable even if the block fails.
 NOWHERE = "192.0.2.1"
 
 
@@ -64,7 +64,7 @@ def test_a_folder_without_the_files_is_refused_with_where_they_come_from(dataset
 
 
 def test_every_dataset_is_built_in_this_folder():
-    """Some test here names the class, so its twin is built with the network blocked."""
+    """Some test in this folder uses the class, so its twin is built with the network blocked."""
     named = set()
     for path in TESTS.glob("test_*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""Sections of reports: golden reports, and what holds of any text."""
+"""Sections of reports: golden reports, and properties of any text."""
 
 import json
 from pathlib import Path
@@ -45,15 +45,15 @@ def test_a_usual_report():
 @pytest.mark.parametrize(
     ("report", "expected"),
     [
-        # The last section of a kind counts, an empty one does not.
+        # The last section of a kind is used, empty ones are ignored.
         (" FINDINGS: First.\n\n FINDINGS: Second.\n\n FINDINGS:\n", Sections(findings="Second.")),
         # A header right below a bare header is text.
         (" FINDINGS:\n CHEST: Clear.\n", Sections(findings="CHEST: Clear.")),
-        # A title that names the views opens the findings; both may stand under one header.
+        # A title with the views opens the findings; both may be under one header.
         (" PORTABLE AP VIEW: Clear.", Sections(findings="Clear.")),
         (" FINDINGS/IMPRESSION: Clear.", Sections(impression="Clear.")),
         (" CONCLUSION: Clear.\r\n\r\n COMPARISONS: None.\r\n", Sections("Clear.", "", "", "None.")),
-        # Neither findings nor impression: what follows the first blank line of the last section.
+        # Neither findings nor impression: the text after the first blank line of the last section.
         (
             " WET READ: Done.\n\n COMPARISON: None.\n \n Lungs clear.\n\n No effusion.\n",
             Sections(last_paragraph="Lungs clear.\n\n No effusion.", comparison="None."),
@@ -61,7 +61,7 @@ def test_a_usual_report():
         (" INDICATION: Cough.", Sections()),
         ("", Sections()),
         ("FINDINGS: Clear.", Sections(findings="Clear.")),
-        # Words in capitals inside a line, and masks, are no headers.
+        # Words in capitals within a line, and masks, are not headers.
         (" FINDINGS: Tip in SVC: good.\n ___: seen.", Sections(findings="Tip in SVC: good.\n ___: seen.")),
     ],
 )
@@ -70,12 +70,12 @@ def test_reports_of_other_forms(report, expected):
 
 
 def test_the_columns_are_those_of_the_published_sectioner():
-    """Made-up reports with what MIMIC-CXR's `create_section_files.py` makes of them."""
+    """Synthetic reports with the output of MIMIC-CXR's `create_section_files.py`."""
     rows = json.loads((Path(__file__).parent / "goldens" / "report_sections.json").read_text())
     assert len(rows) == 120
     for row in rows:
         found = columns(row["report"])
-        # Blank lines of a last paragraph have no blank of their own here.
+        # We strip the white space in blank lines of a last paragraph.
         expected = {name: row[name].replace("\n \n", "\n\n") for name in COLUMNS}
         assert {name: found[name].replace("\n \n", "\n\n") for name in COLUMNS} == expected, row["report"]
 
@@ -86,7 +86,7 @@ def test_an_addendum_above_the_report_is_no_part_of_it():
     assert sections_of(addendum + line + " FINDINGS: Clear.") == Sections(
         findings="Clear.", addendum="ADDENDUM\n IMPRESSION: The device is a port."
     )
-    # Without the word, or with nothing below, the line is decoration.
+    # Without the word, or without text below, the line is decoration.
     assert sections_of(" FINDINGS: Clear.\n" + line + " IMPRESSION: Normal.").impression == "Normal."
     assert sections_of(addendum + line).impression.startswith("The device")
 

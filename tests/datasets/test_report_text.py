@@ -1,4 +1,4 @@
-"""Cleaning of reports: golden texts, and what holds of any text."""
+"""Cleaning of reports: golden texts, and properties of any text."""
 
 import random
 
@@ -55,7 +55,7 @@ def test_cleaning_is_stable_and_accounts_for_every_word(text):
     assert "___" not in found.text and "\n" not in found.text
     if not found.dropped:
         assert _words(found.text).casefold() == _words(text).casefold()
-    # No letter is added or moved, and no more words are left out than are counted.
+    # No letter is added or moved, and no more words are dropped than are counted.
     letters = iter(_words(text).casefold())
     assert all(letter in letters for letter in _words(found.text).casefold())
     assert _count(found.text) >= _count(text) - sum(found.dropped.values())

@@ -1,4 +1,4 @@
-"""The report reader against hand-made XML, hostile files included."""
+"""The report reader on handwritten and hostile XML."""
 
 import io
 import random

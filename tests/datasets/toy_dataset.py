@@ -1,4 +1,4 @@
-"""A dataset that no package knows: a list of pictures, questions and answers."""
+"""An unregistered dataset: a list of images, questions and answers."""
 
 import os
 import signal

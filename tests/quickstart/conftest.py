@@ -1,3 +1,3 @@
-"""The quickstart's tests reach no network either."""
+"""Blocks the network in the tests of the quickstart."""
 
 from tests.datasets.conftest import blocked_network as blocked_network

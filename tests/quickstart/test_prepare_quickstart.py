@@ -1,4 +1,4 @@
-"""The command: a whole folder or none, counts from what can be read back, one line for the user's errors."""
+"""`vilam3 prepare quickstart`: atomic output, counts of the records read back, errors of one line."""
 
 import json
 

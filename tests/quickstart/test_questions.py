@@ -1,4 +1,4 @@
-"""Questions: true, well formed, balanced; checked against the facts they were made from."""
+"""Questions are true, well-formed and balanced; checked against the facts."""
 
 import collections
 import random
@@ -22,7 +22,7 @@ ORGANS = ("liver", "spleen", "left kidney", "right kidney", "aorta", "colon", "b
 
 
 def ct_facts(rng: random.Random, group: str = "g") -> Facts:
-    # The liver is nearly always there, the heart never: what a question must not give away.
+    # The liver is almost always visible, the heart never: a question must not give this away.
     chance = {"liver": 0.9, "heart": 0.0}
     organs = {n: rng.random() < chance.get(n, 0.5) for n in ORGANS if rng.random() < 0.9}
     return Facts(
@@ -76,7 +76,7 @@ def test_every_answer_is_true_and_one_of_the_options(seed, training, limit):
                 assert q.answer in q.options
             expert = q.type.startswith(("organ", "which"))
             assert (q.expert == "ORGANS") == expert == q.oracle
-        # Questions an expert can answer stand together, before or after the general ones.
+        # Questions that an expert can answer are adjacent, before or after the general ones.
         helped = [i for i, q in enumerate(asked) if q.expert]
         assert helped == ([] if not helped else list(range(helped[0], helped[-1] + 1)))
         assert helped or limit == 3  # the three general questions leave no room

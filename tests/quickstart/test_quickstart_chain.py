@@ -1,4 +1,4 @@
-"""The chain of the quickstart: what is reused, what is done again, what a failure leaves behind."""
+"""The chain of the quickstart: reuse, repetition and failure of steps."""
 
 import json
 
@@ -10,7 +10,7 @@ from vilam3_jax.quickstart import chain as quickstart
 
 
 def writer(path, text="done"):
-    """A command that appends to `path`, so that a test sees how often it ran."""
+    """A command that appends to `path`, which shows how often it ran."""
     return ("-c", f"open({str(path)!r}, 'a').write({text!r})")
 
 

@@ -1,4 +1,4 @@
-"""The builder on phantoms and on volumes made here: labels against brute force, splits, records."""
+"""Examples from phantoms and synthetic volumes: labels against brute force, splits, records."""
 
 import collections
 import dataclasses
@@ -139,7 +139,7 @@ def test_film_answers_equal_the_class_name(build, phantoms):
         sample = by_sample[example.meta["sample"]]
         if sample.kind != "film":
             continue
-        # Altered copies share the record of the film they were made of.
+        # Augmented copies share the record of the original film.
         assert example.meta["input_key"] == image_key(load_pixels(sample.path))
         for q in example.meta["qa"]:
             assert not q["oracle"]
@@ -274,7 +274,7 @@ def test_training_heads_are_labelled_from_the_experts_record(thick_head, tmp_pat
 def test_doubtful_structures_are_left_out_and_lobes_are_merged(tmp_path):
     labels = np.zeros((40, 40, 40), np.uint8)
     labels[5:10, 5:10, 20] = 1  # 25 pixels of one lobe
-    labels[5:8, 5:8, 10] = 1  # 9 pixels: doubtful
+    labels[5:8, 5:8, 10] = 1  # 9 pixels: uncertain
     labels[10:13, 5:10, 10] = 2  # and 15 of another lobe: together 24, the lung is visible
     labels[20:23, 20:23, 15] = 3  # 9 pixels of the spleen
     voxels = np.full(labels.shape, 40, np.int16)

@@ -1,1 +1,1 @@
-"""One builder per dataset: what the user downloaded becomes ArrayRecord Examples."""
+"""One builder per dataset: the user's download becomes ArrayRecord Examples."""

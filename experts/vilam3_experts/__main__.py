@@ -1,4 +1,4 @@
-"""`python -m vilam3_experts` is `vilam3-experts`."""
+"""`python -m vilam3_experts`, the same as `vilam3-experts`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""From an expert's raw output to an `Annotation`."""
+"""The interface of experts, and the conversion of their output to an `Annotation`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Data = Volume | np.ndarray
 _MAX_REASON = 500
 
 
-class Stated(NamedTuple):
-    """What the file of a picture states: DICOM's code and the body part, or "unknown"."""
+class ImageMetadata(NamedTuple):
+    """Metadata of an image file: DICOM's modality code and the body part, or "unknown"."""
 
     modality: str = UNKNOWN
     body_part: str = UNKNOWN
@@ -31,49 +31,49 @@ class Stated(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExpertInputs:
-    """What one call looks at.
+    """The inputs of one call.
 
-    Attributes:
-      items: (role, `Volume` or image uint8 [H, W, 3]) in the order of the expert's roles; the role of a
-        single input is "".
-      stated: of each picture, in the order of `items`; empty where no file states anything. A volume has its
-        own statements.
+    `items` are (role, `Volume` or image uint8 [H, W, 3]) in the order of the expert's roles, with role '' for
+    a single input. `metadata` is that of each image, or empty; a `Volume` has its own.
     """
 
     items: tuple[tuple[str, Data], ...]
-    stated: tuple[Stated, ...] = ()
+    metadata: tuple[ImageMetadata, ...] = ()
 
     @classmethod
-    def of(cls, data: Data, stated: Stated | None = None) -> ExpertInputs:
+    def of(cls, data: Data, metadata: ImageMetadata | None = None) -> ExpertInputs:
         """A single input."""
-        return cls((("", data),), () if stated is None else (stated,))
+        return cls((("", data),), () if metadata is None else (metadata,))
 
     @functools.cached_property
     def evidence(self) -> tuple[Evidence, ...]:
-        """What speaks for the modality and the body region of each."""
-        stated = self.stated or (Stated(),) * len(self.items)
+        """Evidence for the modality and body region of each input."""
+        metadata = self.metadata or (ImageMetadata(),) * len(self.items)
         return tuple(
-            Evidence.of(role, data, *said) for (role, data), said in zip(self.items, stated, strict=True)
+            Evidence.of(role, data, *stated)
+            for (role, data), stated in zip(self.items, metadata, strict=True)
         )
 
     @functools.cached_property
     def keys(self) -> tuple[tuple[str, str], ...]:
-        """(role, content key) of each."""
-        return tuple((role, content_key(data)) for role, data in self.items)
+        """(role, content key) of each input."""
+        return tuple(
+            (role, data.content_key if isinstance(data, Volume) else image_key(data))
+            for role, data in self.items
+        )
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Their roles."""
         return tuple(role for role, _ in self.items)
 
     @property
     def first(self) -> Data:
-        """The first input: a label map lies on its grid."""
+        """The first input, whose grid is that of the label map."""
         return self.items[0][1]
 
     @property
     def data(self) -> Data | dict[str, Data]:
-        """What `Expert.run` is given: the only input, or role to input."""
+        """Argument of `Expert.run`: the single input, or role to input."""
         return self.first if self.roles == ("",) else dict(self.items)
 
     @property
@@ -88,19 +88,16 @@ class ExpertInputs:
 
 
 class ExpertFailure(Exception):
-    """The expert has no answer for this input; the message says why."""
+    """The expert has no answer for this input; the message is the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What an expert returns.
+    """The answer of an expert.
 
-    Attributes:
-      probabilities: class name to probability.
-      labels: integers [X, Y, Z] on the grid of the input volume, 0 is background.
-      label_names: label id to name, for every id in `labels`.
-      weights_sha256: instead of the digest of the expert's files.
-      verdicts: what the expert itself doubts.
+    `probabilities` are by class name. `labels` are integers [X, Y, Z] on the grid of the input volume, 0 is
+    background, and `label_names` has a name for every id in them. `weights_sha256` overrides the digest of
+    the expert's files. `verdicts` are doubts of the expert itself.
     """
 
     probabilities: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -111,35 +108,21 @@ class Output:
 
 
 class Expert(Protocol):
-    """What a descriptor's factory builds."""
+    """The object that a descriptor's factory builds."""
 
     def run(self, data: Any, args: str) -> Output:
         """Analyses one volume, one image (uint8 [H, W, 3]), or a dict of roles to volumes.
 
-        Raises:
-          ExpertFailure: no answer for this input.
+        Raises `ExpertFailure` if there is no answer for this input.
         """
         ...
 
 
-def content_key(data: Data) -> str:
-    """The key under which the annotation of `data` is stored."""
-    return data.content_key if isinstance(data, Volume) else image_key(data)
-
-
 def measure(labels: np.ndarray, names: dict[int, str], affine: np.ndarray) -> tuple[Segment, ...]:
-    """Counts voxels, volume, components and bounding box of every label.
+    """Voxel count, volume, components and bounding box of every label in integers [X, Y, Z], by label id.
 
-    Args:
-      labels: integers [X, Y, Z].
-      names: label id to name.
-      affine: [4, 4], voxel index to millimetres.
-
-    Returns:
-      One segment for each label present, by label id. Components are 26-connected.
-
-    Raises:
-      ValueError: a label without a name.
+    `affine` is [4, 4], voxel index to millimetres. Components are 26-connected. Raises `ValueError` for a
+    label without a name.
     """
     voxel_ml = abs(float(np.linalg.det(np.asarray(affine, np.float64)[:3, :3]))) / 1000.0
     neighbours = np.ones((3, 3, 3), bool)
@@ -158,40 +141,28 @@ def measure(labels: np.ndarray, names: dict[int, str], affine: np.ndarray) -> tu
 
 
 def is_refused(descriptor: Descriptor, inputs: ExpertInputs) -> bool:
-    """Whether `annotate_one` would refuse the inputs for what they show, before the expert runs."""
+    """Whether the input checks of the card fail, so that `annotate_one` would not run the expert."""
     return refusal(descriptor.card, check_input(descriptor.card, inputs.evidence)) is not None
 
 
 def annotate_one(
-    expert: Expert,
-    descriptor: Descriptor,
-    inputs: ExpertInputs,
-    args: str,
-    *,
-    weights_sha256: str,
+    expert: Expert, descriptor: Descriptor, inputs: ExpertInputs, args: str, *, weights_sha256: str
 ) -> Annotation:
-    """Runs an expert on one input. Whatever goes wrong becomes a failed annotation with its reason.
+    """Runs an expert on one input. Any error becomes a failed annotation with its reason.
 
-    What the card requires of the input is checked first: the expert is not run where that fails. What it
-    requires of the result is checked last. The record holds every verdict.
-
-    Args:
-      expert: built by `descriptor.create`.
-      descriptor: its descriptor.
-      inputs: what it looks at.
-      args: already checked arguments.
-      weights_sha256: digest of the expert's files.
+    The card's input checks run before the expert, which is not called if they fail; its result checks run
+    after. The record holds every verdict. `args` are validated, and `weights_sha256` is the digest of the
+    expert's files unless the expert returns one.
     """
     keys = inputs.keys
     key = inputs_key(keys)
     start = time.perf_counter()
 
     def fields() -> dict[str, Any]:
-        seconds = time.perf_counter() - start
         return {
             "version": descriptor.version,
             "weights_sha256": weights_sha256,
-            "seconds": seconds,
+            "seconds": time.perf_counter() - start,
             "inputs": () if inputs.roles == ("",) else keys,
             "verdicts": verdicts,
         }
@@ -200,7 +171,8 @@ def annotate_one(
     try:
         for _, data in inputs.items:
             if isinstance(data, Volume) != (descriptor.input == "volume"):
-                raise ExpertFailure(f"{descriptor.name} reads {descriptor.input}s, and this is none")
+                other = "image" if descriptor.input == "volume" else "volume"
+                raise ExpertFailure(f"{descriptor.name} reads {descriptor.input}s, not {other}s")
         if inputs.roles != descriptor.card.roles:
             wanted = ", ".join(descriptor.card.roles) or "one scan"
             raise ExpertFailure(f"{descriptor.name} reads {wanted}, and was given {', '.join(inputs.roles)}")
@@ -226,16 +198,10 @@ def annotate_one(
         if output.weights_sha256 is not None:
             known["weights_sha256"] = output.weights_sha256
         return Annotation(
-            key,
-            descriptor.name,
-            args,
-            probabilities=probabilities,
-            segments=segments,
-            labels=labels,
-            **known,
+            key, descriptor.name, args, probabilities=probabilities, segments=segments, labels=labels, **known
         )
     except (ExpertFailure, UserError) as error:
         reason = str(error)
-    except Exception as error:  # a third party's model may raise anything; the loop must go on
+    except Exception as error:  # third-party models may raise anything
         reason = f"{type(error).__name__}: {error}"
     return failed(key, descriptor.name, args, " ".join(reason.split())[:_MAX_REASON], **fields())

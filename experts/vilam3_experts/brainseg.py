@@ -1,9 +1,9 @@
 """Brain mask of a T1-weighted head scan, by the two TorchScript networks of the deepbet package.
 
-Pre- and post-processing are written anew after deepbet 1.0.2 (MIT): both networks see intensities between
-the 0.5 and 99.5 percentiles, standardised to mean 0.449 and deviation 0.226; the first finds the brain on a
-128^3 grid, the second masks its box, with 10 % margin, on a 256^3 grid. Sampling is nearest neighbour in
-both directions.
+Pre- and post-processing reimplement deepbet 1.0.2 (MIT). Intensities are clipped to the 0.5 and 99.5
+percentiles and standardised to mean 0.449 and standard deviation 0.226. The first network locates the brain
+on a 128^3 grid; the second masks its bounding box, with a 10 % margin, on a 256^3 grid. Sampling is nearest
+neighbour in both directions.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from vilam3_jax.data.volumes import Volume
 _COARSE = (128, 128, 128)
 _FINE = (256, 256, 256)
 _MARGIN = 0.1
-_MIN_SHARE = 0.02  # of a plane that must be brain for the plane to count
+_MIN_SHARE = 0.02  # of brain in a plane of the bounding box
 _NEIGHBOURS = np.ones((3, 3, 3), bool)
 
 
 class BrainSeg:
-    """Runs on the GPU if torch sees one."""
+    """The two networks, on the GPU if torch finds one."""
 
     def __init__(self, weights: Weights) -> None:
-        """Loads the networks from the checked bytes `bbox` and `model`."""
+        """Loads the networks from the verified bytes `bbox` and `model`."""
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._bbox, self._model = (
             torch.jit.load(io.BytesIO(weights.files[name]), map_location=self._device).eval()
@@ -38,11 +38,7 @@ class BrainSeg:
         )
 
     def run(self, data: Volume, args: str) -> Output:
-        """Returns one label, `brain`.
-
-        Raises:
-          ExpertFailure: the volume is uniform or no brain is found.
-        """
+        """Returns one label, `brain`; raises `ExpertFailure` if no brain is found."""
         del args  # the card has none
         voxels = data.voxels.astype(np.float32)
         coarse = resample_nearest(voxels, _COARSE)
@@ -69,7 +65,7 @@ class BrainSeg:
 
 
 def resample_nearest(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Nearest neighbour of [X, Y, Z] at `shape`, voxel centres aligned (torch's `nearest-exact`)."""
+    """Resamples [X, Y, Z] to `shape`, nearest neighbour, voxel centres aligned (torch `nearest-exact`)."""
     picks = [
         np.minimum(((np.arange(n) + 0.5) * (m / n)).astype(int), m - 1)
         for n, m in zip(shape, values.shape, strict=True)
@@ -78,7 +74,7 @@ def resample_nearest(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def standardise(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Clips to [low, high] and brings to mean 0.449 and deviation 0.226; float32, same shape."""
+    """Clips to [low, high], standardises to mean 0.449 and standard deviation 0.226; float32, same shape."""
     scaled = np.clip((values - low) / (high - low), 0.0, 1.0)
     deviation = float(scaled.std(ddof=1))
     if deviation == 0:
@@ -87,7 +83,7 @@ def standardise(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def largest_component(mask: np.ndarray) -> np.ndarray:
-    """The largest 26-connected part of a mask that is not empty."""
+    """The largest 26-connected component of a non-empty mask."""
     labels, _ = cast(tuple[np.ndarray, int], ndimage.label(mask, _NEIGHBOURS))
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
@@ -95,11 +91,7 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
 
 
 def brain_box(mask: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, ...]:
-    """Box of a coarse mask on the grid `shape`, widened by the margin on each side.
-
-    Raises:
-      ExpertFailure: too little brain for a box.
-    """
+    """Bounding box of a coarse mask on the grid `shape`, with a margin on each side."""
     box = []
     for axis, size in enumerate(shape):
         share = mask.mean(axis=tuple(a for a in range(3) if a != axis))

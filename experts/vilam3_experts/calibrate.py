@@ -1,16 +1,15 @@
-"""Calibration of a classifier: from what an expert says to how often it is right.
+"""Calibration of a classifier's probabilities.
 
-Each class has its own function, fitted on labelled data:
+Each class has its own function, fitted to labelled data:
 
-- `temperature`: sigmoid(logit(p) / T), with the T that minimises the log loss (Guo et al., ICML 2017). The
-  threshold of 0.5 stays where it is.
+- `temperature`: sigmoid(logit(p) / T), with the T that minimises the log loss (Guo et al., ICML 2017). It
+  keeps the threshold of 0.5.
 - `isotonic`: the non-decreasing step function nearest to the labels (pool adjacent violators), interpolated
-  between its steps. It moves the threshold, and needs more data.
+  between its steps. It moves the threshold and needs more data.
 
-How good it is comes from cross-validation: log loss and expected calibration error (ECE, ten bins of equal
-width) are taken on samples that the function was not fitted on. What belongs to one group (a patient) stays
-on one side of each split. A calibration belongs to one version of one expert with one set of weights. Nothing
-of a patient enters it.
+Log loss and expected calibration error (ECE, ten bins of equal width) are cross-validated on samples that the
+function was not fitted to; a group (a patient) stays on one side of each split. A calibration belongs to one
+version of one expert with one set of weights, and contains no patient data.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -37,7 +36,7 @@ FOLDS = 5
 _SCHEMA_VERSION = 1
 _BINS = 10
 _TEMPERATURES = (0.05, 20.0)
-_EDGE = 1e-6  # probabilities are kept this far from 0 and 1: a log loss must be finite
+_EDGE = 1e-6  # distance of clipped probabilities from 0 and 1, for a finite log loss
 _MAX_FILE_BYTES = 16 << 20
 _MAX_STEPS = 100_000
 
@@ -46,12 +45,8 @@ _MAX_STEPS = 100_000
 class ClassCalibration:
     """The function of one class, piecewise linear in the logit (temperature) or the probability (isotonic).
 
-    Attributes:
-      method: which function.
-      temperature: T of `temperature`, 1 otherwise.
-      steps: (probability, calibrated probability) of `isotonic`, increasing; empty otherwise.
-      samples, positives: what it was fitted on.
-      log_loss, ece: (before, after) on held-out samples.
+    `steps` are (probability, calibrated probability) of `isotonic`, increasing. `samples` and `positives` are
+    the numbers of samples it was fitted to; `log_loss` and `ece` are (before, after) on held-out samples.
     """
 
     method: Method
@@ -77,7 +72,7 @@ class ClassCalibration:
             raise ValueError("isotonic steps must lie in 0..1 and increase")
 
     def __call__(self, probabilities: np.ndarray) -> np.ndarray:
-        """Calibrates, float64 [N] to float64 [N]."""
+        """Calibrates float64 [N]."""
         p = np.asarray(probabilities, np.float64)
         if self.method == "temperature":
             return _sigmoid(_logit(p) / self.temperature)
@@ -87,13 +82,7 @@ class ClassCalibration:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """The functions of one expert.
-
-    Attributes:
-      expert, version, weights_sha256: whose probabilities it takes, see `Annotation`.
-      method: of all classes.
-      classes: class name to its function; a class that is missing stays uncalibrated.
-    """
+    """The functions of one expert, version and set of weights, by class; other classes stay uncalibrated."""
 
     expert: str
     version: str
@@ -103,28 +92,24 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS or any(c.method != self.method for c in self.classes.values()):
-            raise ValueError(f"method {self.method!r} is not that of every class")
+            raise ValueError(f"method {self.method!r} differs from that of a class")
 
     @property
     def name(self) -> str:
-        """The method and the digest of all its content, as `Annotation.calibration` states it."""
+        """The method and a digest of the content, for `Annotation.calibration`."""
         return f"{self.method} {hashlib.sha256(self.to_json().encode()).hexdigest()}"
 
     def check(self, expert: str, version: str, weights_sha256: str) -> None:
-        """Refuses another expert.
-
-        Raises:
-          UserError: says what differs.
-        """
-        mine = (self.expert, self.version, self.weights_sha256)
-        if mine != (expert, version, weights_sha256):
+        """Raises `UserError` unless the calibration is for this expert, version and weights."""
+        mine, other = (self.expert, self.version, self.weights_sha256), (expert, version, weights_sha256)
+        if mine != other:
             raise UserError(
-                f"the calibration is of {_expert_words(*mine)}, not of "
-                f"{_expert_words(expert, version, weights_sha256)}; fit one with `vilam3-experts calibrate`"
+                f"the calibration is of {_describe(*mine)}, not of {_describe(*other)}; fit one with "
+                "`vilam3-experts calibrate`"
             )
 
     def calibrated(self, probabilities: Mapping[str, float]) -> dict[str, float]:
-        """Class name to calibrated probability, of the classes that have a calibration."""
+        """Calibrated probabilities of the classes that have a function."""
         return {
             name: float(np.clip(self.classes[name](np.array([p]))[0], 0.0, 1.0))
             for name, p in probabilities.items()
@@ -132,40 +117,31 @@ class Calibration:
         }
 
     def apply(self, annotation: Annotation) -> Annotation:
-        """The record with calibrated probabilities.
-
-        Raises:
-          UserError: the record is of another expert, version or weights.
-        """
+        """The record with calibrated probabilities; raises `UserError` for records of another expert."""
         self.check(annotation.expert, annotation.version, annotation.weights_sha256)
         if annotation.status != "ok" or not annotation.probabilities:
             return annotation
         values = self.calibrated(annotation.probabilities)
-        verdicts = _judged_anew(annotation, {**annotation.probabilities, **values})
+        verdicts = _updated_verdicts(annotation, {**annotation.probabilities, **values})
         return dataclasses.replace(annotation, calibrated=values, calibration=self.name, verdicts=verdicts)
 
     def to_json(self) -> str:
         """The content of the file, with sorted keys."""
-        return json.dumps(
-            {"schema_version": _SCHEMA_VERSION, **dataclasses.asdict(self)}, indent=1, sort_keys=True
-        )
+        fields = {"schema_version": _SCHEMA_VERSION, **dataclasses.asdict(self)}
+        return json.dumps(fields, indent=1, sort_keys=True)
 
     def save(self, path: paths.PathLike) -> None:
-        """Writes the file.
-
-        Raises:
-          UserError: it cannot be written.
-        """
+        """Writes the file; raises `UserError` if it cannot be written."""
         paths.write_text_atomic(path, self.to_json() + "\n")
 
 
-def _judged_anew(annotation: Annotation, told: Mapping[str, float]) -> tuple[Verdict, ...]:
-    """The verdicts, those on probabilities for the ones that will be told."""
+def _updated_verdicts(annotation: Annotation, shown: Mapping[str, float]) -> tuple[Verdict, ...]:
+    """The verdicts, with those on probabilities recomputed for the probabilities that will be shown."""
     verdicts = []
     for verdict in annotation.verdicts:
-        if verdict.check == "probability_margin" and verdict.subject in told:
+        if verdict.check == "probability_margin" and verdict.subject in shown:
             check = Check(verdict.check, "", verdict.low, verdict.high)
-            one = Finding(annotation.expert, probabilities={verdict.subject: told[verdict.subject]})
+            one = Finding(annotation.expert, probabilities={verdict.subject: shown[verdict.subject]})
             verdicts += check_result([check], one)
         else:
             verdicts.append(verdict)
@@ -173,22 +149,18 @@ def _judged_anew(annotation: Annotation, told: Mapping[str, float]) -> tuple[Ver
 
 
 def load_calibration(path: paths.PathLike) -> Calibration:
-    """Reads what `Calibration.save` wrote.
-
-    Raises:
-      UserError: no such file, damaged, or of another version of this format.
-    """
+    """Reads a file of `Calibration.save`; raises `UserError` for another schema version or damage."""
     try:
         fields = json.loads(paths.read_bytes(path, _MAX_FILE_BYTES))
         if (found := fields.pop("schema_version")) != _SCHEMA_VERSION:
             raise UserError(
-                f"{path}: calibration of schema {found}, this version reads {_SCHEMA_VERSION}; fit again"
+                f"{path}: calibration schema {found}, this version reads {_SCHEMA_VERSION}; fit again"
             )
         classes = {str(name): _class_from(row) for name, row in fields.pop("classes").items()}
         return Calibration(**fields, classes=classes)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{path}: no calibration ({error}); fit it with `vilam3-experts calibrate`"
+            f"{path}: not a calibration ({error}); fit one with `vilam3-experts calibrate`"
         ) from error
 
 
@@ -204,25 +176,17 @@ def fit(
     method: Method,
     groups: Sequence[str] | None = None,
 ) -> tuple[Calibration, dict[str, str]]:
-    """Fits the functions of one expert.
+    """Fits the functions of one expert; returns them, and the reason for each class without one.
 
-    Args:
-      annotations: what it said, of one version and with one set of weights.
-      truths: for each of them, class name to whether it is so; classes that are not known are missing.
-      method: of all classes.
-      groups: for each of them, what must stay on one side of a split; its own input by default.
-
-    Returns:
-      The calibration, and the classes that have none with the reason.
-
-    Raises:
-      UserError: several versions, or no class can be calibrated.
+    For each answer, `truths` maps the classes that are known to whether they are present, and `groups` has
+    the group that stays on one side of a split, by default its own input. Raises `UserError` for answers of
+    several versions, or if no class can be calibrated.
     """
     experts = {(a.expert, a.version, a.weights_sha256) for a in annotations}
     if len(experts) != 1:
-        listed = "; ".join(sorted(_expert_words(*e) for e in experts)) or "none"
+        found = "; ".join(sorted(_describe(*e) for e in experts)) or "none"
         raise UserError(
-            f"a calibration is of one version of one expert, the labelled records are of: {listed}"
+            f"a calibration needs records of one version of one expert, the labelled ones are of: {found}"
         )
     names = list(dict.fromkeys(name for a in annotations for name in a.probabilities))
     folds = np.array([_fold(g) for g in (groups or [a.input_key for a in annotations])])
@@ -242,47 +206,33 @@ def fit(
         else:
             classes[name] = found
     if not classes:
-        reasons = (
-            "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "no class has a label"
-        )
-        raise UserError(f"nothing can be calibrated: {reasons}")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise UserError(f"nothing can be calibrated: {reasons or 'no class has a label'}")
     return Calibration(*experts.pop(), method, classes), left_out
 
 
 def _fit_class(p: np.ndarray, y: np.ndarray, folds: np.ndarray, method: Method) -> ClassCalibration | str:
-    """The function of one class, or why it has none."""
+    """The function of one class, or the reason why it has none."""
     least, positives = MIN_OF_EACH[method], int(y.sum())
-    if positives < least or y.size - positives < least:
-        return (
-            f"{positives} positive and {y.size - positives} negative samples, {method} needs {least} of each"
-        )
+    negatives = int(y.size) - positives
+    if positives < least or negatives < least:
+        return f"{positives} positive and {negatives} negative samples, {method} needs {least} of each"
+    fit_function = fit_temperature if method == "temperature" else fit_isotonic
     held_out = np.empty_like(p)
     for fold in np.unique(folds):
         out = folds == fold
         if not 0 < y[~out].sum() < (~out).sum():
-            return "all samples of one kind are of one group"
-        held_out[out] = _function(p[~out], y[~out], method)(p[out])
+            return "all positive or all negative samples are of one group"
+        held_out[out] = fit_function(p[~out], y[~out])(p[out])
     loss, error = (log_loss(p, y), log_loss(held_out, y)), (ece(p, y), ece(held_out, y))
     if loss[1] > loss[0]:
         return f"held-out log loss would grow from {loss[0]:.4f} to {loss[1]:.4f}"
-    whole = _function(p, y, method)
+    whole = fit_function(p, y)
     return dataclasses.replace(whole, samples=int(y.size), positives=positives, log_loss=loss, ece=error)
 
 
-def _function(p: np.ndarray, y: np.ndarray, method: Method) -> ClassCalibration:
-    fitting: Callable[[np.ndarray, np.ndarray], ClassCalibration] = (
-        fit_temperature if method == "temperature" else fit_isotonic
-    )
-    return fitting(p, y)
-
-
 def fit_temperature(p: np.ndarray, y: np.ndarray) -> ClassCalibration:
-    """The temperature of least log loss.
-
-    Args:
-      p: probabilities, float64 [N].
-      y: bool [N].
-    """
+    """Minimises the log loss over the temperature; `p` are probabilities, float64 [N], `y` is bool [N]."""
     logits = _logit(p)
     low, high = np.log(_TEMPERATURES)
     found: Any = optimize.minimize_scalar(
@@ -292,14 +242,10 @@ def fit_temperature(p: np.ndarray, y: np.ndarray) -> ClassCalibration:
 
 
 def fit_isotonic(p: np.ndarray, y: np.ndarray) -> ClassCalibration:
-    """The non-decreasing function of least squares.
+    """Least-squares non-decreasing function; `p` are probabilities, float64 [N], `y` is bool [N].
 
-    The share of each step is taken with one positive and one negative sample added (Laplace's rule): a step
-    of three positives says 0.8, not 1.
-
-    Args:
-      p: probabilities, float64 [N].
-      y: bool [N].
+    The rate of each step includes one additional positive and negative sample (Laplace's rule), so a step of
+    three positives has 0.8, not 1.
     """
     order, inverse, counts = np.unique(p, return_inverse=True, return_counts=True)
     rates = np.bincount(inverse, y.astype(np.float64)) / counts
@@ -308,8 +254,7 @@ def fit_isotonic(p: np.ndarray, y: np.ndarray) -> ClassCalibration:
     first = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
     last = np.r_[first[1:] - 1, values.size - 1]
     totals = np.add.reduceat(counts, first)
-    smooth = (values[first] * totals + 1.0) / (totals + 2.0)
-    smooth = np.maximum.accumulate(smooth)
+    smooth = np.maximum.accumulate((values[first] * totals + 1.0) / (totals + 2.0))
     ends = np.unique(np.r_[first, last])
     blocks = np.searchsorted(first, ends, side="right") - 1
     steps = tuple((float(order[i]), float(smooth[b])) for i, b in zip(ends, blocks, strict=True))
@@ -317,13 +262,13 @@ def fit_isotonic(p: np.ndarray, y: np.ndarray) -> ClassCalibration:
 
 
 def log_loss(p: np.ndarray, y: np.ndarray) -> float:
-    """Mean negative log likelihood of `y`, bool [N], under `p`, [N]; nats."""
+    """Mean negative log likelihood of `y`, bool [N], under `p`, [N], in nats."""
     inside = np.clip(p, _EDGE, 1 - _EDGE)
     return float(-np.where(y, np.log(inside), np.log1p(-inside)).mean())
 
 
 def ece(p: np.ndarray, y: np.ndarray) -> float:
-    """Expected calibration error: over ten bins of equal width, weighted |mean of p - share of y|."""
+    """Expected calibration error: weighted mean of |mean of p - mean of y| over ten bins of equal width."""
     bins = np.minimum((p * _BINS).astype(int), _BINS - 1)
     gaps = np.bincount(bins, p - y, minlength=_BINS)
     return float(np.abs(gaps).sum() / p.size)
@@ -342,6 +287,6 @@ def _fold(group: str) -> int:
     return int.from_bytes(hashlib.sha256(group.encode()).digest()[:4], "big") % FOLDS
 
 
-def _expert_words(expert: str, version: str, weights_sha256: str) -> str:
+def _describe(expert: str, version: str, weights_sha256: str) -> str:
     weights = f", weights {weights_sha256[:12]}" if weights_sha256 else ""
     return f"{expert} {version}{weights}"

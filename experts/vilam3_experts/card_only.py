@@ -1,4 +1,4 @@
-"""Experts with a card and no network: their factories say what to do instead."""
+"""Factories of experts that have a card but no network: they say what to do instead."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ from vilam3_jax.errors import UserError
 
 
 def refuse_organs(weights: Weights) -> NoReturn:
-    """Says how records of ORGANS are made.
-
-    Raises:
-      UserError: always.
-    """
+    """Raises a `UserError`: records of ORGANS are imported."""
     del weights
     raise UserError(
         "ORGANS has no network, its masks are imported: `vilam3-experts import --expert ORGANS --masks ... "
@@ -22,13 +18,9 @@ def refuse_organs(weights: Weights) -> NoReturn:
 
 
 def refuse_vista2d(weights: Weights) -> NoReturn:
-    """Says that VISTA2D is a card only, as in the published VILA-M3.
-
-    Raises:
-      UserError: always.
-    """
+    """Raises a `UserError`: VISTA2D is only a card, as in the published VILA-M3."""
     del weights
     raise UserError(
-        "VISTA2D has a card only, as in the published VILA-M3, where nothing stands behind it; leave it out "
-        "of the cards, or offer an expert for cell images under a name of its own"
+        "VISTA2D is only a card, as in the published VILA-M3, and has no network; remove it from the cards, "
+        "or add an expert for cell images under another name"
     )

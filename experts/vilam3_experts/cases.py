@@ -1,9 +1,9 @@
-"""Cases: scans of one patient that an expert with several roles looks at together.
+"""Cases: scans of one patient that an expert with several roles analyses together.
 
-Which scan has which role is found by names and headers (`sequences`), or stated by the user: patterns, or a
-manifest. Series of a DICOM folder belong together by their study; files by their names, which then differ in
-nothing but the words for sequences, or by what the wildcards of a pattern stand for. A case that is not
-complete and clear is listed with its reason; nothing is guessed and nothing left out silently.
+The roles of scans are detected from names and headers (`sequences`), or stated by the user as patterns or in
+a manifest. DICOM series form a case if they belong to one study. Files form a case if their names differ only
+in the words for sequences, or if the wildcards of the patterns match the same text. An incomplete or
+ambiguous case is listed with its reason; nothing is guessed or dropped silently.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from etils import epath
 
 from vilam3_experts import sequences
 from vilam3_experts.sequences import Finding
+from vilam3_experts.text import listed
 from vilam3_jax.data.dicom.headers import read_mr_header
 from vilam3_jax.data.examples import path_problem
 from vilam3_jax.data.stored_volume import UNKNOWN
@@ -36,18 +37,18 @@ _LISTED = 6
 _HINT = "state the roles with --roles"
 
 Key = tuple[str, str]
-"""(folder, what the names of a case have in common)."""
+"""(folder, common part of the names) of a case."""
+
+ScanFile = tuple[str, int | None]
+"""(path below the data folder, channel)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-    """Which scans have a role.
+    """A pattern for the scans of one role, with one regex group per wildcard.
 
-    Attributes:
-      regex: with one group for each wildcard.
-      whole: it is matched with the whole path below the data folder, not with the file's name alone.
-      channel: volume (from 0) of a 4-D NIfTI file, or None.
-      text: as the user wrote it.
+    `whole` matches it with the whole path below the data folder instead of the file name; `channel` selects a
+    volume of a 4-D NIfTI file; `text` is the user's notation.
     """
 
     regex: re.Pattern[str]
@@ -58,15 +59,10 @@ class Pattern:
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
-    """What the user states: either patterns, or the cases one by one.
-
-    Attributes:
-      patterns: role to pattern.
-      cases: (name, role to (path below the data folder, channel)).
-    """
+    """The user's statement: either patterns by role, or (name, files by role) of each case."""
 
     patterns: Mapping[str, Pattern] = dataclasses.field(default_factory=dict)
-    cases: tuple[tuple[str, Mapping[str, tuple[str, int | None]]], ...] = ()
+    cases: tuple[tuple[str, Mapping[str, ScanFile]], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,21 +74,16 @@ class _Candidate:
 
     @property
     def place(self) -> str:
-        """Where scans that are not recognised are looked for: in the same study or folder."""
+        """The study or folder, to which unrecognised scans are attributed."""
         return self.key[0] if self.item.series is None else self.key[1]
 
 
 def parse_roles(text: str, roles: Sequence[str]) -> Roles:
-    """Reads `--roles`.
+    """Parses `--roles`, which must state every role of the expert once; raises `UserError` otherwise.
 
-    Args:
-      text: 'role=PATTERN,role=PATTERN,…', where '*' and '?' stand for any text and one character, and '#2' at
-        the end of a pattern for the third volume of a 4-D file; or the path of a JSON manifest
-        {"cases": [{"name": …, "t1c": "path below the data folder", …}]}.
-      roles: of the expert, all of which are needed.
-
-    Raises:
-      UserError: a role that is unknown, missing or stated twice, or a manifest that cannot be used.
+    `text` is 'role=PATTERN,role=PATTERN,…', where '*' matches any text, '?' one character, and the suffix
+    '#2' selects the third volume of a 4-D file; or the path of a JSON manifest {"cases": [{"name": …, "t1c":
+    "path below the data folder", …}]}.
     """
     if text.endswith(".json"):
         return Roles(cases=tuple(_read_manifest(text, roles)))
@@ -111,42 +102,28 @@ def parse_roles(text: str, roles: Sequence[str]) -> Roles:
 
 
 def group(items: Iterable[Input], roles: Sequence[str], stated: Roles | None) -> Iterator[Input]:
-    """Yields one input for each case, in order of their names.
+    """Yields one input per case, sorted by name; without patterns, roles are detected.
 
-    Args:
-      items: single scans.
-      roles: of the expert, in its order.
-      stated: the user's patterns; None finds roles by names and headers.
-
-    Raises:
-      UserError: a scan that fits the patterns of two roles.
+    Raises `UserError` if a scan matches the patterns of two roles.
     """
     groups: dict[Key, list[_Candidate]] = collections.defaultdict(list)
     unknown: dict[str, list[_Candidate]] = collections.defaultdict(list)
     for item in items:
-        for candidate in [_recognised(item)] if stated is None else _matched(item, stated):
+        for candidate in [_classify(item)] if stated is None else _match_patterns(item, stated):
             if candidate.finding.role or candidate.finding.problem:
                 groups[candidate.key].append(candidate)
             elif not candidate.finding.other:
                 unknown[candidate.place].append(candidate)
-    known = set()
-    for key in sorted(groups):
-        place = groups[key][0].place
-        known.add(place)
-        yield _case(key, groups[key], unknown.get(place, []), roles)
+    known = {candidates[0].place for candidates in groups.values()}
+    for key, candidates in sorted(groups.items(), key=lambda group: group[0]):
+        yield _case(key, candidates, unknown.get(candidates[0].place, []), roles)
     for place in sorted(set(unknown) - known):
         for candidate in unknown[place]:
             yield dataclasses.replace(candidate.item, problem=_unknown_problem(candidate.item))
 
 
 def from_manifest(template: Input, stated: Roles, root: epath.Path) -> Iterator[Input]:
-    """Yields the cases of a manifest.
-
-    Args:
-      template: what its scans are like, apart from name and path.
-      stated: the manifest.
-      root: the data folder.
-    """
+    """Yields the cases of a manifest, whose scans are like `template` except for name, path and channel."""
     for name, files in stated.cases:
         parts = tuple(
             (role, dataclasses.replace(template, name=file, path=root / file, channel=channel))
@@ -170,8 +147,7 @@ def _case(
     if first.series is not None:
         folder = os.path.commonpath([candidate.item.name.rpartition("/")[0] for candidate in candidates])
     name = "/".join(part for part in (folder, key[1]) if part) or "case"
-    problem = _problem(found, unclear, unknown)
-    if problem:
+    if problem := _problem(found, unclear, unknown):
         return dataclasses.replace(first, name=name, series=None, problem=problem)
     parts = tuple((role, _with_note(chosen[0])) for role, chosen in found.items())
     return dataclasses.replace(first, name=name, series=None, channel=None, parts=parts)
@@ -180,7 +156,7 @@ def _case(
 def _problem(
     found: Mapping[str, Sequence[_Candidate]], unclear: Sequence[_Candidate], unknown: Sequence[_Candidate]
 ) -> str:
-    """Why a case cannot be used, with everything that was found; '' if it can."""
+    """Why a case cannot be used, with all scans that were found; '' if it can."""
     missing = [role for role, chosen in found.items() if not chosen]
     several = [role for role, chosen in found.items() if len(chosen) > 1]
     if not missing and not several:
@@ -208,9 +184,8 @@ def _frames_problem(chosen: Mapping[str, _Candidate]) -> str:
 
 
 def _names(candidates: Sequence[_Candidate], *, reasons: bool = False) -> str:
-    shown = [f"{c.item.name} ({c.finding.problem})" if reasons else c.item.name for c in candidates[:_LISTED]]
-    more = [f"{len(candidates) - _LISTED} more"] if len(candidates) > _LISTED else []
-    return ", ".join([*shown, *more])
+    names = [f"{c.item.name} ({c.finding.problem})" if reasons else c.item.name for c in candidates]
+    return listed(names, _LISTED)
 
 
 def _with_note(candidate: _Candidate) -> Input:
@@ -236,12 +211,12 @@ def _unknown_problem(item: Input) -> str:
     return problem
 
 
-def _recognised(item: Input) -> _Candidate:
+def _classify(item: Input) -> _Candidate:
     if item.series is not None:
-        return _recognised_series(item)
+        return _classify_series(item)
     folders, name = item.name.split("/")[:-1], item.path.name
     finding = sequences.from_name(name)
-    finding = _agreed(finding, _from_sidecar(item.path))
+    finding = _combined(finding, _from_sidecar(item.path))
     depth = len(folders)
     for place in reversed(range(len(folders))):
         of_folder = sequences.from_name(folders[place])
@@ -261,7 +236,7 @@ def _recognised(item: Input) -> _Candidate:
     return _Candidate(item, finding, (folder, rest))
 
 
-def _recognised_series(item: Input) -> _Candidate:
+def _classify_series(item: Input) -> _Candidate:
     series = item.series
     assert series is not None
     key = ("", f"study {series.study}")
@@ -278,7 +253,7 @@ def _recognised_series(item: Input) -> _Candidate:
 
 
 def _from_sidecar(path: epath.Path) -> Finding:
-    """What the BIDS sidecar beside a file says; an unreadable one says nothing, as its reader notes."""
+    """Evidence of the BIDS sidecar of a file; an unreadable sidecar counts as missing."""
     sidecar = path.parent / f"{sequences.stem(path.name)}.json"
     if not sidecar.exists():
         return Finding()
@@ -291,8 +266,8 @@ def _from_sidecar(path: epath.Path) -> Finding:
     return sequences.from_sidecar(fields) if isinstance(fields, dict) else Finding()
 
 
-def _agreed(by_name: Finding, by_sidecar: Finding) -> Finding:
-    """The finding of two sources; if they contradict each other, none."""
+def _combined(by_name: Finding, by_sidecar: Finding) -> Finding:
+    """Combines the findings of two sources; contradictions give a problem instead of a role."""
     if by_name.other or by_name.problem or not (by_sidecar.role or by_sidecar.problem or by_sidecar.other):
         return by_name
     if by_name.role is None or by_name.role == by_sidecar.role:
@@ -308,41 +283,33 @@ def _agreed(by_name: Finding, by_sidecar: Finding) -> Finding:
     return Finding(evidence=by_name.evidence, problem=f"named as {by_name.role}, but {problem}")
 
 
-def _matched(item: Input, stated: Roles) -> list[_Candidate]:
-    """The roles that the user's patterns give to a scan: several only for the channels of a 4-D file."""
+def _match_patterns(item: Input, stated: Roles) -> list[_Candidate]:
+    """The roles of a scan by the user's patterns; more than one only for the channels of a 4-D file."""
     found = []
     for role, pattern in stated.patterns.items():
         key = _match(item, pattern)
         if key is not None:
             chosen = dataclasses.replace(item, channel=pattern.channel)
-            finding = Finding(role, f"it fits {pattern.text}")
+            finding = Finding(role, f"it matches {pattern.text}")
             found.append((pattern, _Candidate(chosen, finding, key)))
     channels = [pattern.channel for pattern, _ in found]
     if len(found) > 1 and (None in channels or len(set(channels)) < len(channels)):
-        fitting = " and ".join(pattern.text for pattern, _ in found)
-        raise UserError(f"--roles: {item.name} fits {fitting}; write patterns that fit one role alone")
+        matching = " and ".join(pattern.text for pattern, _ in found)
+        raise UserError(f"--roles: {item.name} matches {matching}; write patterns that match one role only")
     return [candidate for _, candidate in found]
 
 
 def _match(item: Input, pattern: Pattern) -> Key | None:
-    """The case that a scan belongs to by a pattern: its folder, and what the wildcards stand for."""
+    """The case of a scan by a pattern: its folder, and the text that the wildcards match."""
     folder, _, name = item.name.rpartition("/")
     if item.series is not None:
-        described = _recognised_series_text(item)
-        fits = any(pattern.regex.fullmatch(text) for text in (item.name, name, *described))
-        return ("", f"study {item.series.study}") if fits else None
-    match = pattern.regex.fullmatch(item.name if pattern.whole else name)
-    if match is None:
+        header = read_mr_header(item.series.members[0].path) or {}
+        described = (str(header.get(key) or "") for key in ("SeriesDescription", "ProtocolName"))
+        if any(pattern.regex.fullmatch(text) for text in (item.name, name, *described)):
+            return ("", f"study {item.series.study}")
         return None
-    return ("" if pattern.whole else folder, "_".join(match.groups()))
-
-
-def _recognised_series_text(item: Input) -> tuple[str, ...]:
-    assert item.series is not None
-    header = read_mr_header(item.series.members[0].path)
-    if header is None:
-        return ()
-    return tuple(str(header.get(name) or "") for name in ("SeriesDescription", "ProtocolName"))
+    match = pattern.regex.fullmatch(item.name if pattern.whole else name)
+    return None if match is None else ("" if pattern.whole else folder, "_".join(match.groups()))
 
 
 def _split_channel(pattern: str) -> tuple[str, int | None]:
@@ -350,26 +317,22 @@ def _split_channel(pattern: str) -> tuple[str, int | None]:
     return (found[1], int(found[2])) if found else (pattern, None)
 
 
-def _read_manifest(
-    path: str, roles: Sequence[str]
-) -> Iterator[tuple[str, Mapping[str, tuple[str, int | None]]]]:
+def _read_manifest(path: str, roles: Sequence[str]) -> Iterator[tuple[str, Mapping[str, ScanFile]]]:
     try:
         content = json.loads(paths.read_bytes(path, _MAX_MANIFEST_BYTES))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no JSON ({str(error)[:100]}); correct it") from error
+        raise UserError(f"{path}: not JSON ({str(error)[:100]}); correct it") from error
     rows = content.get("cases") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not rows:
-        raise UserError(f'{path}: holds no list "cases"; see docs/experts_brats.md for its form')
+        raise UserError(f'{path}: has no list "cases"; see docs/experts_brats.md for its form')
     names = set()
     for number, row in enumerate(rows, 1):
         name = row.get("name") if isinstance(row, dict) else None
         if not isinstance(name, str) or not name or name in names:
-            raise UserError(f"{path}: case {number} has no name of its own; correct it")
+            raise UserError(f"{path}: case {number} has no unique name; correct it")
         names.add(name)
         if sorted(row) != sorted(["name", *roles]):
-            raise UserError(
-                f"{path}: case {name!r} must state {', '.join(roles)} and nothing else; correct it"
-            )
+            raise UserError(f"{path}: case {name!r} must state only {', '.join(roles)}; correct it")
         files = {role: _split_channel(str(row[role])) for role in roles}
         for file, _ in files.values():
             if problem := path_problem(file):

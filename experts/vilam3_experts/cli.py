@@ -25,20 +25,16 @@ from vilam3_jax.errors import UserError, use_one_line_notes
 COMMANDS = (annotate, import_, export, calibrate, compare, list_, weights, host, store, audit)
 
 
-def _parser() -> argparse.ArgumentParser:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="vilam3-experts", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
         command.add_parser(commands)
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
-    options = _parser().parse_args(argv)
+    options = parser.parse_args(argv)
     use_one_line_notes()
-    # A scheduler's SIGTERM must leave through the writer, which commits what is done.
+    # Exit on a scheduler's SIGTERM through the writer, which commits the finished records.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return options.run(options)
@@ -46,5 +42,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped; start again to go on", file=sys.stderr)
+        print("stopped; start again to resume", file=sys.stderr)
         return 130

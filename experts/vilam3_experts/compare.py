@@ -1,7 +1,7 @@
 """Where two experts disagree on the same input.
 
-Labels and classes are compared where both experts have the same name for them. A label that only one of them
-found counts as a disagreement if the other one knows it.
+Only labels and classes whose names both experts know are compared. A label that only one of them found counts
+as a disagreement if the other one knows it.
 """
 
 from __future__ import annotations
@@ -20,40 +20,27 @@ _SAME_PLACE_MM = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
-    """From where on two experts disagree.
-
-    Attributes:
-      dice: a smaller overlap is a disagreement.
-      difference: so is a larger difference of probabilities.
-    """
+class Thresholds:
+    """A smaller Dice, or a larger difference of probabilities, is a disagreement."""
 
     dice: float = 0.7
     difference: float = 0.3
 
 
-def compare(first: Annotation, second: Annotation, limits: Limits = Limits()) -> list[Disagreement]:
-    """What `second` says otherwise than `first`, as `first` records it; by name.
+def compare(
+    first: Annotation, second: Annotation, thresholds: Thresholds = Thresholds()
+) -> list[Disagreement]:
+    """The disagreements of `second` with `first`, sorted by name, as stored in the record of `first`.
 
-    Args:
-      first, second: of the same input.
-      limits: from where on they disagree.
-
-    Returns:
-      Nothing if one of them failed. Label maps on different grids are not compared.
+    Empty if one of the two failed. Label maps on different grids are not compared.
     """
     if first.input_key != second.input_key:
-        raise ValueError("two experts are compared on one input")
+        raise ValueError("cannot compare records of different inputs")
     if first.status != "ok" or second.status != "ok":
         return []
-    found = [
-        (name, DICE, value) for name, value in label_overlaps(first, second).items() if value < limits.dice
-    ]
-    found += [
-        (name, PROBABILITY, value)
-        for name, value in probability_differences(first, second).items()
-        if value > limits.difference
-    ]
+    overlaps, differences = label_overlaps(first, second), probability_differences(first, second)
+    found = [(name, DICE, value) for name, value in overlaps.items() if value < thresholds.dice]
+    found += [(name, PROBABILITY, v) for name, v in differences.items() if v > thresholds.difference]
     return [
         Disagreement(second.expert, second.args, second.version, name, measure, value)
         for name, measure, value in sorted(found)
@@ -61,10 +48,7 @@ def compare(first: Annotation, second: Annotation, limits: Limits = Limits()) ->
 
 
 def label_overlaps(first: Annotation, second: Annotation) -> dict[str, float]:
-    """Label name to Dice coefficient, 2 |A and B| / (|A| + |B|).
-
-    Of the labels that either found and both know.
-    """
+    """Dice coefficient, 2 |A and B| / (|A| + |B|), of each label that both know and at least one found."""
     if first.labels is None or second.labels is None or first.labels.shape != second.labels.shape:
         return {}
     if np.abs(np.subtract(first.labels.affine, second.labels.affine)).max() > _SAME_PLACE_MM:
@@ -89,18 +73,20 @@ def label_overlaps(first: Annotation, second: Annotation) -> dict[str, float]:
 
 
 def probability_differences(first: Annotation, second: Annotation) -> dict[str, float]:
-    """Class name to |difference| of the probabilities, calibrated where there is a calibration."""
+    """Absolute difference of the probabilities of each class; calibrated ones where available."""
     one, two = (
         {_plain(name): p for name, p in {**a.probabilities, **a.calibrated}.items()} for a in (first, second)
     )
     return {name: abs(one[name] - two[name]) for name in sorted(one.keys() & two.keys())}
 
 
-def compared(annotation: Annotation, others: Sequence[Annotation], limits: Limits = Limits()) -> Annotation:
-    """The record with what `others` say otherwise, in the place of what it said of them before."""
+def with_disagreements(
+    annotation: Annotation, others: Sequence[Annotation], thresholds: Thresholds = Thresholds()
+) -> Annotation:
+    """The record with its disagreements with `others`, replacing earlier ones with the same calls."""
     calls = {(other.expert, other.args) for other in others}
     kept = [d for d in annotation.disagreements if (d.expert, d.args) not in calls]
-    found = [d for other in others for d in compare(annotation, other, limits)]
+    found = [d for other in others for d in compare(annotation, other, thresholds)]
     return dataclasses.replace(annotation, disagreements=(*kept, *found))
 
 

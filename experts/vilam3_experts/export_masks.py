@@ -1,4 +1,4 @@
-"""`vilam3-experts export`: the label maps of annotations as files for viewers, NIfTI or DICOM-SEG."""
+"""Exports the label maps of annotations for viewers, as NIfTI or DICOM-SEG."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import highdicom as hd
 import nibabel as nib
 import numpy as np
 import pydicom
+from nibabel.affines import voxel_sizes
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from tqdm import tqdm
@@ -26,6 +27,7 @@ from vilam3_experts import __version__
 from vilam3_experts import descriptors as registry
 from vilam3_experts.descriptors import Descriptor
 from vilam3_experts.inputs import Input, find_inputs
+from vilam3_experts.orientation import from_canonical
 from vilam3_jax.data import dicom
 from vilam3_jax.data.experts.cards import Card
 from vilam3_jax.data.experts.record import Annotation, Key
@@ -36,7 +38,7 @@ from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.runtime import paths
 
 Format = Literal["nifti", "dicom-seg"]
-SCHEME = "99VILAM3"  # of codes for names that SNOMED CT's common ones lack; private ones start with 99
+SCHEME = "99VILAM3"  # of codes for names without a common SNOMED CT code; private schemes start with 99
 _ABNORMAL = frozenset(
     ("tumor", "tumour", "lesion", "cyst", "mass", "metastasis", "nodule", "edema", "neoplasm", "aneurysm")
 )
@@ -45,17 +47,14 @@ _SIDES = ("left", "right")
 _SERIES_NUMBER = 900
 _RIGID = 1e-5
 _MAX_LABEL = 64  # characters of a SegmentLabel
+_ANY_VOLUME = Descriptor(
+    Card("EXPORT", (), "any", "segmentation", "export", "unknown"), "1", "volume", "segmentation", ""
+)
 
 
 @dataclasses.dataclass
-class Summary:
-    """What an export did.
-
-    Attributes:
-      files: (name of the scan, name of the file) in order.
-      problems: scan, and why its label map was not written.
-      without: scans that the store has no label map of.
-    """
+class ExportSummary:
+    """(scan, file), (scan, problem), and the number of scans without a label map in the store."""
 
     files: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)
@@ -69,27 +68,18 @@ def export_masks(
     form: Format = "nifti",
     *,
     expert: str | None = None,
-) -> Summary:
-    """Writes every label map of `store` that belongs to a scan of `data`.
+) -> ExportSummary:
+    """Writes every label map of `store` that belongs to a scan of `data`, named after its record.
 
-    File names are made of the record's key: content key, expert, and a hash of the arguments.
-
-    Args:
-      store: annotation store.
-      data: the scans; DICOM-SEG takes patient, study and geometry from them.
-      out: folder for the files.
-      form: `nifti`: label maps in the index order of the scan's own file, with a JSON label table beside
-        each; `dicom-seg`: binary Segmentation objects that refer to the scan's series.
-      expert: only this expert's.
-
-    Raises:
-      UserError: no such store, no scans, or a folder that cannot be written.
+    `nifti` writes label maps in the index order of the scan's own file, each with a JSON label table;
+    `dicom-seg` writes binary Segmentation objects that reference the scan's series and copy its patient,
+    study and geometry. Raises `UserError` if there is no such store or no scan, or `out` cannot be written.
     """
     records = AnnotationStore(store)
     wanted = _by_grid(records, expert)
     if expert is not None and not wanted:
         raise UserError(f"--expert {expert}: {store} has no record of it; see `vilam3-experts store info`")
-    summary = Summary()
+    summary = ExportSummary()
     folder = paths.as_path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +87,7 @@ def export_masks(
         raise UserError(
             f"{out}: cannot be created ({error.strerror or error}); choose another folder"
         ) from error
-    for item in tqdm(find_inputs(data, _any_volume()), desc="export", unit="scan"):
+    for item in tqdm(find_inputs(data, _ANY_VOLUME), desc="export", unit="scan"):
         try:
             scan = item.load().first
             found = list(_label_maps(records, wanted, scan)) if isinstance(scan, Volume) else []
@@ -121,16 +111,11 @@ def export_masks(
     return summary
 
 
-def _any_volume() -> Descriptor:
-    card = Card("EXPORT", (), "any", "segmentation", "export", "unknown")
-    return Descriptor(card, "1", "volume", "segmentation", "")
-
-
 def _by_grid(records: AnnotationStore, expert: str | None) -> dict[str, list[Key]]:
-    """Content key of the scan that a record's label map lies on, to the record's keys."""
+    """The records' keys by the content key of the scan on whose grid their label map is."""
     known = registry.registry()
     wanted: dict[str, list[Key]] = collections.defaultdict(list)
-    for key in records.keys():  # noqa: SIM118  a store is no dict
+    for key in records.keys():  # noqa: SIM118
         input_key, name, _ = key
         if expert is not None and name != expert:
             continue
@@ -150,39 +135,32 @@ def _label_maps(records: AnnotationStore, wanted: dict[str, list[Key]], scan: Vo
 
 
 def file_stem(annotation: Annotation) -> str:
-    """The name of a record's files, without suffix.
-
-    Raises:
-      UserError: a key or an expert's name that is none.
-    """
+    """The file name of a record, without suffix. Raises `UserError` for an invalid key or expert name."""
     if not re.fullmatch(r"[0-9a-f]{64}", annotation.input_key) or not re.fullmatch(
         r"[A-Z][A-Z0-9_]{0,31}", annotation.expert
     ):
-        raise UserError("the record's key is no content key; annotate again")
+        raise UserError("the record has an invalid key; annotate again")
     args = hashlib.sha256(annotation.args.encode()).hexdigest()[:8]
     return f"{annotation.input_key[:32]}-{annotation.expert}-{args}"
 
 
-def _as_stored(annotation: Annotation, codes_of_axes: str) -> tuple[np.ndarray, np.ndarray]:
+def _as_stored(annotation: Annotation, axcodes: str) -> tuple[np.ndarray, np.ndarray]:
     """(labels, affine) of a record in the index order of the scan's file, such as "LPS"."""
     affine = annotation.label_affine
     assert affine is not None
-    labels = annotation.label_map()
-    wanted = nib.orientations.axcodes2ornt(tuple(codes_of_axes))
-    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt(("R", "A", "S")), wanted)
-    turned = np.ascontiguousarray(nib.orientations.apply_orientation(labels, turn))
-    return turned, affine @ nib.orientations.inv_ornt_aff(turn, labels.shape)
+    labels, affine = from_canonical(annotation.label_map(), affine, axcodes)
+    return np.ascontiguousarray(labels), affine
 
 
 def _nifti(annotation: Annotation, scan: Volume, item: Input) -> dict[str, bytes]:
-    """A label map and its table; voxel (i, j, k) lies on voxel (i, j, k) of the scan's file."""
+    """A label map and its table; voxel (i, j, k) is voxel (i, j, k) of the scan's file."""
     del item
     labels, affine = _as_stored(annotation, scan.stored_orientation)
     image = nib.Nifti1Image(labels, affine)
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code="scanner")
-    # A quaternion holds no shear; without one, readers take the sform.
-    directions = affine[:3, :3] / np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    # A quaternion cannot represent shear; without a qform, readers use the sform.
+    directions = affine[:3, :3] / voxel_sizes(affine)
     is_rigid = np.allclose(directions.T @ directions, np.eye(3), atol=_RIGID)
     image.set_qform(affine if is_rigid else None, code="scanner" if is_rigid else 0)
     stem = file_stem(annotation)
@@ -202,38 +180,27 @@ def _nifti(annotation: Annotation, scan: Volume, item: Input) -> dict[str, bytes
 
 
 def _dicom_seg(annotation: Annotation, scan: Volume, item: Input) -> dict[str, bytes]:
-    """A binary Segmentation object, a segment per label, in the planes of the source series."""
+    """A binary Segmentation object with one segment per label, in the planes of the source series."""
     if item.series is None and item.path.is_dir():
-        raise UserError(
-            f"{item.name}: the index of samples does not list its series; give {item.path} as --data"
-        )
+        raise UserError(f"{item.name}: the samples index lists no series; give {item.path} as --data")
     if item.series is None:
-        raise UserError(f"{item.name}: is no DICOM series, which DICOM-SEG refers to; export it as nifti")
+        raise UserError(f"{item.name}: not a DICOM series, which DICOM-SEG references; export it as nifti")
     if not annotation.segments:
-        raise UserError(f"{item.name}: {annotation.expert} marks nothing, and DICOM-SEG needs a segment")
+        raise UserError(
+            f"{item.name}: the label map of {annotation.expert} is empty, and DICOM-SEG needs a segment"
+        )
     sources, order = _sources(item.series, item.name)
     labels, _ = _as_stored(annotation, scan.stored_orientation)
     frames = labels.transpose(2, 1, 0)[order]  # [slice, row, column]
     if frames.shape != (len(item.series.members), item.series.rows, item.series.columns):
-        raise UserError(
-            f"{item.name}: its label map does not lie on the slices of the series; annotate again"
-        )
+        raise UserError(f"{item.name}: its label map is not on the slices of the series; annotate again")
     numbers = np.zeros(int(labels.max()) + 1, np.uint16)
     segments = []
     for number, segment in enumerate(annotation.segments, start=1):
         numbers[segment.label_id] = number
-        segments.append(_described(number, segment.name, annotation))
+        segments.append(_describe_segment(number, segment.name, annotation))
     frames = numbers[frames]
     frames = frames.astype(np.uint8) if len(segments) < 256 else frames
-    place = "\0".join(
-        (
-            annotation.input_key,
-            annotation.expert,
-            annotation.args,
-            annotation.version,
-            annotation.weights_sha256,
-        )
-    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -242,9 +209,9 @@ def _dicom_seg(annotation: Annotation, scan: Volume, item: Input) -> dict[str, b
                 pixel_array=frames,
                 segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
                 segment_descriptions=segments,
-                series_instance_uid=_uid(place, "series"),
+                series_instance_uid=_uid(annotation, "series"),
                 series_number=_SERIES_NUMBER,
-                sop_instance_uid=_uid(place, "instance"),
+                sop_instance_uid=_uid(annotation, "instance"),
                 instance_number=1,
                 manufacturer="vilam3_jax",
                 manufacturer_model_name="vilam3-experts",
@@ -255,32 +222,30 @@ def _dicom_seg(annotation: Annotation, scan: Volume, item: Input) -> dict[str, b
             )
             sink = io.BytesIO()
             made.save_as(sink)
-    except Exception as error:  # highdicom documents few of its exceptions; source headers lack much
+    except Exception as error:  # highdicom documents few of its exceptions, and source headers are incomplete
         raise UserError(
             f"{item.name}: DICOM-SEG cannot be made of its headers ({one_line(error)}); export it as nifti"
         ) from error
     return {f"{file_stem(annotation)}.dcm": sink.getvalue()}
 
 
-def _uid(place: str, what: str) -> hd.UID:
-    """One UID for one record, so that a second export is the same object to a viewer."""
-    digest = hashlib.sha256(f"{what}\0{place}".encode()).digest()
+def _uid(annotation: Annotation, what: str) -> hd.UID:
+    """A UID derived from the record, so that a repeated export is the same object to a viewer."""
+    a = annotation
+    content = "\0".join((what, a.input_key, a.expert, a.args, a.version, a.weights_sha256))
+    digest = hashlib.sha256(content.encode()).digest()
     return hd.UID.from_uuid(str(uuid.UUID(bytes=digest[:16], version=4)))
 
 
 def _sources(series: dicom.Series, name: str) -> tuple[list[pydicom.Dataset], list[int]]:
-    """The headers that the object refers to, and the order of the series' slices that fits them.
-
-    Raises:
-      UserError: slices out of several multi-frame files.
-    """
+    """The headers that the object references, and the matching order of the series' slices."""
     files = list(dict.fromkeys(str(member.path) for member in series.members))
     if len(files) == 1:
         order = np.argsort([member.frame for member in series.members]).tolist()
     elif len(files) == len(series.members):
         order = list(range(len(files)))
     else:
-        raise UserError(f"{name}: its slices lie in several multi-frame files; export it as nifti")
+        raise UserError(f"{name}: its slices are in several multi-frame files; export it as nifti")
     return [_source(file, name) for file in files], order
 
 
@@ -290,27 +255,23 @@ def _source(file: str, name: str) -> pydicom.Dataset:
         with path.open("rb") as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             header = pydicom.dcmread(cast(BinaryIO, stream), stop_before_pixels=True)
-            # De-identification empties these at times; the file's meta information repeats them.
-            for keyword, meta in (
-                ("SOPClassUID", "MediaStorageSOPClassUID"),
-                ("SOPInstanceUID", "MediaStorageSOPInstanceUID"),
-            ):
+            # De-identification may empty these; the file's meta information repeats them.
+            for keyword in ("SOPClassUID", "SOPInstanceUID"):
                 if not header.get(keyword):
-                    setattr(header, keyword, header.file_meta.get(meta, ""))
-    except Exception as error:  # whatever a damaged header makes pydicom raise
+                    setattr(header, keyword, header.file_meta.get(f"MediaStorage{keyword}", ""))
+    except Exception as error:  # damaged headers make pydicom raise anything
         paths.check_passing(path, error)
         raise UserError(f"{name}: a header of its series cannot be read again ({one_line(error)})") from error
     return header
 
 
-def _described(number: int, name: str, annotation: Annotation) -> hd.seg.SegmentDescription:
+def _describe_segment(number: int, name: str, annotation: Annotation) -> hd.seg.SegmentDescription:
     words = name.lower().replace("_", " ").split()
     is_abnormal = bool(_ABNORMAL & set(words))
     category = codes.SCT.MorphologicallyAbnormalStructure if is_abnormal else codes.SCT.AnatomicalStructure
-    kind, side = _coded(words, name)
-    by_people = annotation.version.startswith("imported; ground-truth")
+    kind, side = _code(words, name)
     algorithm: dict[str, Any] = {"algorithm_type": hd.seg.SegmentAlgorithmTypeValues.MANUAL}
-    if not by_people:
+    if not annotation.version.startswith("imported; ground-truth"):
         algorithm = {
             "algorithm_type": hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
             "algorithm_identification": hd.AlgorithmIdentificationSequence(
@@ -319,7 +280,7 @@ def _described(number: int, name: str, annotation: Annotation) -> hd.seg.Segment
                 version=(annotation.version or "unknown")[:_MAX_LABEL],
             ),
         }
-    described = hd.seg.SegmentDescription(
+    segment = hd.seg.SegmentDescription(
         segment_number=number,
         segment_label=name[:_MAX_LABEL],
         segmented_property_category=category,
@@ -327,13 +288,13 @@ def _described(number: int, name: str, annotation: Annotation) -> hd.seg.Segment
         **algorithm,
     )
     if side is not None:
-        coded = described.SegmentedPropertyTypeCodeSequence[0]
+        coded = segment.SegmentedPropertyTypeCodeSequence[0]
         coded.SegmentedPropertyTypeModifierCodeSequence = [hd.sr.CodedConcept(*side[:3])]
-    return described
+    return segment
 
 
-def _coded(words: list[str], name: str) -> tuple[Code, Code | None]:
-    """A structure's SNOMED CT code and its side, or a private code that holds its name."""
+def _code(words: list[str], name: str) -> tuple[Code, Code | None]:
+    """The SNOMED CT code of a structure and of its side, or a private code with its name."""
     side = next((word for word in words if word in _SIDES), None)
     keyword = "".join(word.capitalize() for word in words if word not in _SIDES)
     try:

@@ -1,6 +1,6 @@
-"""The live expert host: answers requests over a pipe, so that the model's process never holds torch.
+"""The live expert host: answers requests over a pipe, so that the model's process needs no torch.
 
-The frames and the client are in `vilam3_jax.data.experts.host_client`.
+The frame format and the client are in `vilam3_jax.data.experts.host_client`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vilam3_experts import descriptors as registry
 from vilam3_experts.audit import AuditLog
 from vilam3_experts.base import Data, Expert, ExpertInputs, annotate_one
 from vilam3_experts.calibrate import Calibration
-from vilam3_experts.engine.memory import Shrinking
+from vilam3_experts.engine.memory import RetrySmaller
 from vilam3_experts.engine.worker import create_expert
 from vilam3_experts.weights import Weights, load_weights
 from vilam3_jax.data.experts.host_client import FrameError, Message, read_frame, write_frame
@@ -27,7 +27,7 @@ from vilam3_jax.runtime import paths
 
 
 class Host:
-    """Experts are built at their first request and kept."""
+    """Builds each expert at its first request and keeps it."""
 
     def __init__(
         self,
@@ -35,20 +35,11 @@ class Host:
         audit: AuditLog | None = None,
         calibrations: Sequence[Calibration] = (),
     ) -> None:
-        """Makes a host.
-
-        Args:
-          weights: folder of the model files.
-          audit: log of the calls.
-          calibrations: what answers are calibrated with, at most one for each expert.
-
-        Raises:
-          UserError: two calibrations of one expert.
-        """
+        """Takes the folder of the model files, the audit log, and at most one calibration per expert."""
         self._folder, self._audit = weights, audit
         self._calibrations = {one.expert: one for one in calibrations}
         if len(self._calibrations) != len(calibrations):
-            raise UserError("two calibrations are of one expert; give one of them")
+            raise UserError("two calibrations are for the same expert; give one of them")
         self._experts: dict[str, tuple[Expert, Weights]] = {}
 
     def answer(self, request: Message) -> Message:
@@ -58,7 +49,7 @@ class Host:
             return {"id": number, "annotation": self._annotate(request).to_bytes()}
         except UserError as error:
             return {"id": number, "error": str(error)}
-        except Exception as error:  # the host outlives any request
+        except Exception as error:  # no request may end the host
             return {"id": number, "error": f"{type(error).__name__}: {error}"}
 
     def _annotate(self, request: Message) -> Annotation:
@@ -69,11 +60,11 @@ class Host:
             raise UserError("a request without inputs; give a volume or image_bytes")
         if descriptor.name not in self._experts:
             weights = load_weights(descriptor, self._folder)
-            self._experts[descriptor.name] = (Shrinking(create_expert(descriptor, weights)), weights)
+            self._experts[descriptor.name] = (RetrySmaller(create_expert(descriptor, weights)), weights)
         expert, weights = self._experts[descriptor.name]
         annotation = annotate_one(expert, descriptor, inputs, args, weights_sha256=weights.sha256)
         if self._audit is not None:
-            self._audit.append(annotation)  # an answer that cannot be logged is not given
+            self._audit.append(annotation)  # raises before an unlogged answer is returned
         calibration = self._calibrations.get(descriptor.name)
         if calibration is None or annotation.status == "failed":
             return annotation
@@ -81,10 +72,10 @@ class Host:
 
 
 def _read(item: Message) -> tuple[str, Data]:
-    """One input of a request, {role, volume | image_bytes}."""
+    """Reads one input of a request, {role, volume | image_bytes}."""
     volume, image = item.get("volume"), item.get("image_bytes")
     if (volume is None) == (image is None):
-        raise UserError("an input holds either volume or image_bytes")
+        raise UserError("an input needs either volume or image_bytes")
     data = VolumeSource(**volume).read() if volume is not None else decode_image(item["image_bytes"])
     return str(item.get("role", "")), data
 
@@ -96,10 +87,9 @@ def serve(
     audit: paths.PathLike | None = None,
     calibrations: Sequence[Calibration] = (),
 ) -> int:
-    """Answers frames from `source` on `sink` until it ends; logs the calls in the folder `audit`.
+    """Answers frames from `source` on `sink` until `source` ends; logs the calls in the folder `audit`.
 
-    Returns:
-      0 at the end of the input, 1 after a frame that cannot be understood: what follows it cannot either.
+    Returns 0, or 1 after a malformed frame, because the following frames cannot be located.
     """
     with contextlib.nullcontext() if audit is None else AuditLog(audit) as log:
         host = Host(weights, log, calibrations)
@@ -119,7 +109,7 @@ def serve_stdio(
     audit: paths.PathLike | None = None,
     calibrations: Sequence[Calibration] = (),
 ) -> int:
-    """`serve` on standard input and output; whatever libraries print goes to standard error."""
+    """`serve` on standard input and output; output that libraries print goes to standard error."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     with answers:

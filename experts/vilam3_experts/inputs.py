@@ -1,4 +1,4 @@
-"""The scans an expert is run over: a samples folder, or any folder (or file) of images and volumes."""
+"""The inputs of a run: scans from a samples folder, or from any folder or file of images and volumes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 from etils import epath
 
 from vilam3_experts import cases
-from vilam3_experts.base import ExpertInputs, Stated
+from vilam3_experts.base import ExpertInputs, ImageMetadata
 from vilam3_experts.descriptors import Descriptor
 from vilam3_experts.weights import is_samples_folder
 from vilam3_jax.data import dicom, file_kinds
@@ -23,31 +23,28 @@ from vilam3_jax.errors import UserError, warn_of
 from vilam3_jax.runtime import paths
 
 Kind = Literal["volume", "image"]
-_READERS = {"volume": ("nifti", "nifti pair", "nrrd", "metaimage"), "image": ("picture",)}
-# Files with these names are listed even if their content is not recognised: they are damaged, and named.
+_READERS = {"volume": ("nifti", "nifti pair", "nrrd", "metaimage"), "image": ("image",)}
+# Files with these names but unrecognised content are damaged; they are listed, so that they are reported.
 _SUFFIXES = {
     "volume": (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd"),
     "image": (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"),
 }
-MAX_FILES = 20_000_000  # in a folder and its subfolders, which stays a list of paths
+MAX_FILES = 20_000_000  # in a folder and its subfolders, held as a list of paths
 _LIMITS = dataclasses.replace(DEFAULT_LIMITS, files=MAX_FILES)
-_DATA_OF_HEADER = (".img", ".img.gz", ".raw", ".zraw")  # the halves that come with a header file
+_DETACHED_DATA = (".img", ".img.gz", ".raw", ".zraw")  # listed through their header file
 
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """One scan, or one case of several, not yet read.
+    """One scan, or one case of several scans, not yet read.
 
     Attributes:
-      name: unique among the inputs; a sample's name or the path below the data folder.
+      name: unique among the inputs; the sample's name, or the path below the data folder.
       path: file, or the folder of a DICOM series.
-      kind: how it is read.
-      modality: DICOM's code, where the dataset states what the file does not.
-      series: what the headers of a DICOM folder say; None for everything else.
-      channel: volume (from 0) of a 4-D NIfTI file; None for a 3-D one.
+      modality: DICOM's code, if the dataset states it and the file does not.
+      channel: index of a volume in a 4-D NIfTI file.
       parts: (role, scan) of a case, in the order of the expert's roles; empty for a single scan.
-      notes: how it was found, for people.
-      problem: why it cannot be used, although it was found; '' otherwise.
+      problem: why it cannot be used, or ''.
     """
 
     name: str
@@ -61,19 +58,15 @@ class Input:
     problem: str = ""
 
     def load(self) -> ExpertInputs:
-        """Reads and decodes it.
-
-        Raises:
-          UserError: names the file and what is wrong with it.
-        """
+        """Reads and decodes the input; raises `UserError` if that fails."""
         if self.problem:
             raise UserError(self.problem)
         if self.parts:
             return ExpertInputs(tuple((role, part.load().first) for role, part in self.parts))
         if self.kind == "image":
-            picture = load_image(self.path)
-            warn_of(picture.notes, self.path)
-            return ExpertInputs.of(picture.pixels, Stated(picture.modality, picture.body_part))
+            image = load_image(self.path)
+            warn_of(image.notes, self.path)
+            return ExpertInputs.of(image.pixels, ImageMetadata(image.modality, image.body_part))
         if self.series is not None:
             volume = read_listed_series(self.series, self.path)
         else:
@@ -82,24 +75,19 @@ class Input:
 
 
 class Inputs:
-    """What an expert is run over, found while it is iterated: a million scans need no list of objects.
+    """The inputs of a run, listed lazily, so that a million scans need no list of objects.
 
-    Iterate once. The order depends on nothing but the names of folders and files.
+    Can be iterated once. The order depends only on the names of folders and files.
 
     Attributes:
-      at_most: how many there can be; exact when the iteration has ended.
+      at_most: upper bound of their number; exact at the end of the iteration.
     """
 
     def __init__(self, data: paths.PathLike, descriptor: Descriptor, roles: str | None = None) -> None:
-        """Lists the files; opens none.
+        """Lists the files of a samples folder, or of any folder or file, without opening them.
 
-        Args:
-          data: a samples folder, or any folder or file.
-          descriptor: the expert. If its card has roles, the inputs are cases.
-          roles: which scan of a case has which role, see `cases.parse_roles`; None finds it out.
-
-        Raises:
-          UserError: no such folder or file, or `roles` cannot be used.
+        If the expert's card has roles, the inputs are cases; `roles` states which scan has which role, see
+        `cases.parse_roles`, and None detects it. Raises `UserError` for a missing folder or invalid `roles`.
         """
         self.at_most = 0
         self._data, self._descriptor, self._has_patterns = data, descriptor, False
@@ -117,7 +105,7 @@ class Inputs:
         wanted = descriptor.card.roles
         if wanted == ("",):
             if roles is not None:
-                raise UserError(f"--roles: {descriptor.name} reads single scans; leave it out")
+                raise UserError(f"--roles: {descriptor.name} reads single scans; omit it")
             return
         stated = None if roles is None else cases.parse_roles(roles, wanted)
         if stated is not None and stated.cases:
@@ -130,25 +118,21 @@ class Inputs:
     def _cases(
         self, items: Iterator[Input], roles: tuple[str, ...], stated: cases.Roles | None
     ) -> Iterator[Input]:
-        found = list(cases.group(items, roles, stated))  # which scans belong together is known at the end
+        found = list(cases.group(items, roles, stated))  # grouping needs all scans
         self.at_most = len(found)
         yield from found
 
     def __iter__(self) -> Iterator[Input]:
-        """Yields the inputs.
-
-        Raises:
-          UserError: at the end, when there was none.
-        """
+        """Yields the inputs; raises `UserError` at the end if there were none."""
         count = 0
         for item in self._items:
             count += 1
             yield item
         if not count and self._has_patterns:
-            raise UserError(f"--roles: no scan below {self._data} fits a pattern; correct them or --data")
+            raise UserError(f"--roles: no scan below {self._data} matches a pattern; correct them or --data")
         if not count:
             raise UserError(
-                f"{self._data}: nothing in it that {self._descriptor.name} reads ({self._descriptor.input}); "
+                f"{self._data}: contains no {self._descriptor.input} that {self._descriptor.name} reads; "
                 "check --data"
             )
 
@@ -158,7 +142,7 @@ class Inputs:
         for file in map(epath.Path, files):
             name = file.relative_to(root).as_posix()
             self.at_most -= 1
-            if file.name.startswith(".") or (kind == "volume" and name.lower().endswith(_DATA_OF_HEADER)):
+            if file.name.startswith(".") or (kind == "volume" and name.lower().endswith(_DETACHED_DATA)):
                 continue
             reader = file_kinds.identify(file).reader
             has_dicom |= reader == "dicom"
@@ -172,14 +156,11 @@ class Inputs:
 
 
 def find_inputs(data: paths.PathLike, descriptor: Descriptor) -> list[Input]:
-    """Lists what `descriptor` is meant for, by name.
+    """Lists the inputs of an expert, sorted by name; raises `UserError` if there is none.
 
-    Of a samples folder: the samples of the expert's kind, region and modality. Of any other folder, with its
-    subfolders: every file that the expert reads, recognised by its content, and every DICOM series. Damaged
-    files and series that cannot be read are listed, too, so that they are counted and named.
-
-    Raises:
-      UserError: no such folder or file, or nothing in it for this expert.
+    In a samples folder: the samples of the expert's kind, region and modality. In any other folder and its
+    subfolders: every file of a type that the expert reads, recognised by content, and every DICOM series.
+    Damaged files and unreadable series are listed, too, so that they are reported.
     """
     return sorted(Inputs(data, descriptor), key=lambda item: item.name)
 

@@ -1,8 +1,7 @@
-"""Between `Volume` and MONAI's `MetaTensor`: index order, grids, and resampling in slabs.
+"""Conversion of `Volume` to MONAI's `MetaTensor`, and MONAI's resampling in slabs.
 
-MONAI's `Spacing` computes in float64 over the whole scan at once: for 512 x 512 x 300 voxels about 1 GB on
-the way in and 2.5 GB on the way back. The functions here give the same voxels from the same formulas, some
-planes at a time.
+MONAI's `Spacing` computes in float64 over the whole scan: for 512 x 512 x 300 voxels about 1 GB forward and
+2.5 GB for the inverse. The functions here return the same voxels from the same formulas, a slab at a time.
 """
 
 from __future__ import annotations
@@ -11,50 +10,28 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import cast
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.data.meta_tensor import MetaTensor
 from monai.data.utils import AFFINE_TOL, affine_to_spacing, compute_shape_offset, zoom_affine
 from monai.networks.utils import to_norm_affine
 
+from vilam3_experts.orientation import from_canonical
 from vilam3_jax.data.volumes import Volume
 
 _SLAB_POINTS = 1 << 17  # a slab's float64 coordinates take 3 MB, its neighbours and weights 20 more
 
 
-def _to_stored(volume: Volume) -> np.ndarray:
-    """The orientation that takes the canonical array of `volume` to the index order of its file."""
-    ornt = nib.orientations
-    return ornt.ornt_transform(
-        ornt.axcodes2ornt(("R", "A", "S")), ornt.axcodes2ornt(tuple(volume.stored_orientation))
-    )
-
-
 def to_metatensor(volume: Volume) -> MetaTensor:
-    """The scan as MONAI's readers give it: in the index order of its file.
+    """The scan as MONAI's readers return it: [1, I, J, K] in the index order of its file, usually a view.
 
-    Resampled grids start at the first voxel, so another index order gives other sample points.
-
-    Returns:
-      [1, I, J, K] of the dtype of `volume.voxels`, mostly a copy of nothing; its affine is float64 [4, 4],
-      voxel index -> RAS millimetres.
+    The order matters: resampled grids start at the first voxel, so another order has other sample points. The
+    affine is float64 [4, 4], voxel index to RAS millimetres.
     """
-    turn = _to_stored(volume)
-    stored = nib.orientations.apply_orientation(volume.voxels, turn)
-    affine = volume.affine @ nib.orientations.inv_ornt_aff(turn, volume.voxels.shape)
+    stored, affine = from_canonical(volume.voxels, volume.affine, volume.stored_orientation)
     if any(step < 0 for step in stored.strides):  # torch has no negative strides
         stored = np.ascontiguousarray(stored)
     return MetaTensor(torch.from_numpy(stored)[None], affine=torch.as_tensor(affine, dtype=torch.float64))
-
-
-def to_canonical(stored: np.ndarray, volume: Volume) -> np.ndarray:
-    """Brings [I, J, K] in the index order of the file to the RAS order of `volume.voxels`."""
-    back = nib.orientations.ornt_transform(
-        nib.orientations.axcodes2ornt(tuple(volume.stored_orientation)),
-        nib.orientations.axcodes2ornt(("R", "A", "S")),
-    )
-    return np.ascontiguousarray(nib.orientations.apply_orientation(stored, back))
 
 
 def spacing_grid(image: MetaTensor, pixdim: Sequence[float]) -> tuple[tuple[int, int, int], torch.Tensor]:
@@ -72,7 +49,7 @@ def spacing_grid(image: MetaTensor, pixdim: Sequence[float]) -> tuple[tuple[int,
 
 
 class _Grid:
-    """Where the voxels of a target grid lie among those of a source, as `SpatialResample` computes it."""
+    """Source indices of the voxels of a target grid, computed as in `SpatialResample`."""
 
     def __init__(self, source: MetaTensor, target_affine: torch.Tensor, shape: tuple[int, int, int]) -> None:
         size = cast(tuple[int, int, int], tuple(source.shape[1:]))
@@ -88,11 +65,10 @@ class _Grid:
         self._theta = theta[[2, 1, 0]][:, [2, 1, 0, 3]]  # torch names the last axis x
 
     def slabs(self) -> Iterator[tuple[slice, list[torch.Tensor]]]:
-        """Yields planes of the first target axis and, for each source axis, the clamped index there.
+        """Yields planes of the first target axis and, for each source axis, the clamped source index.
 
-        Coordinates go through the normalised range exactly as in `affine_grid` and `grid_sample`: in grids
-        where many points fall halfway between two voxels, the rounding of this way decides which one they
-        take.
+        Coordinates pass through the normalised range exactly as in `affine_grid` and `grid_sample`: where
+        many points are halfway between two voxels, this rounding decides which voxel they take.
         """
         base = [
             torch.linspace(-1, 1, n, dtype=torch.float64) * (n - 1) / n if n > 1 else torch.zeros(1).double()
@@ -107,13 +83,8 @@ class _Grid:
             points[..., 1] = base[1][:, None]
             points[..., 2] = base[0][planes, None, None]
             grid = points.view(1, -1, 4).bmm(self._theta.T[None]).view(*size, 3)
-            yield (
-                planes,
-                [
-                    (((grid[..., 2 - axis] + 1) * n - 1) / 2).clamp_(0, n - 1)
-                    for axis, n in enumerate(self.size)
-                ],
-            )
+            indices = (((grid[..., 2 - axis] + 1) * n - 1) / 2 for axis, n in enumerate(self.size))
+            yield planes, [index.clamp_(0, n - 1) for index, n in zip(indices, self.size, strict=True)]
 
 
 def resample_linear(
@@ -121,13 +92,8 @@ def resample_linear(
 ) -> MetaTensor:
     """MONAI's `SpatialResample(mode="bilinear", padding_mode="border", dtype=float64)`, in slabs.
 
-    Args:
-      image: [1, X, Y, Z] of any real dtype.
-      target_affine: float64 [4, 4].
-      shape: of the target grid.
-
-    Returns:
-      float32 [1, *shape], with the affine that MONAI gives it.
+    Takes [1, X, Y, Z] of any real dtype and a float64 [4, 4] affine; returns float32 [1, *shape] with MONAI's
+    affine.
     """
     grid = _Grid(image, target_affine, shape)
     source = image.as_tensor()[0]
@@ -143,7 +109,7 @@ def resample_linear(
             [(f.long() + 1).clamp_(max=n - 1) for f, n in zip(low, grid.size, strict=True)],
         ]
         value = torch.zeros_like(rest[0])
-        # `grid_sample`'s order of factors and terms, so that a voxel of 0 HU stays on its side of the crop.
+        # The order of factors and terms of `grid_sample`: rounding decides on which side of 0 HU a voxel is.
         for x, y, z in itertools.product((0, 1), repeat=3):
             weight = share[z][2] * share[y][1] * share[x][0]
             value += source[at[x][0], at[y][1], at[z][2]].double() * weight
@@ -156,13 +122,7 @@ def resample_nearest(
 ) -> torch.Tensor:
     """MONAI's `SpatialResample(mode="nearest", padding_mode="border", dtype=float64)`, in slabs.
 
-    Args:
-      labels: [1, X, Y, Z] of any dtype.
-      target_affine: float64 [4, 4].
-      shape: of the target grid.
-
-    Returns:
-      [1, *shape] of the dtype of `labels`.
+    Takes and returns [1, X, Y, Z] of any dtype; `target_affine` is float64 [4, 4].
     """
     grid = _Grid(labels, target_affine, shape)
     source = labels.as_tensor()

@@ -1,4 +1,4 @@
-"""Whether a chest film shows pneumonia, by the Keras archive of the pneumonia-model-package, on torch."""
+"""Pneumonia classifier for chest films: the Keras archive of the pneumonia-model-package, on torch."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ from vilam3_jax.errors import UserError
 
 CLASSES = ("normal", "pneumonia")
 _SIZE = (150, 150)
-_FOREIGN = ("jax", "flax", "orbax", "tensorflow")
 
 
 @contextlib.contextmanager
-def _hidden(names: tuple[str, ...]) -> Iterator[None]:
-    """Makes packages that are not imported yet look as if they were not installed.
+def _hidden_packages() -> Iterator[None]:
+    """Makes packages that are not yet imported look uninstalled.
 
-    Keras imports jax, where it is installed, whatever its back end; in an expert's process jax would seize
-    the accelerator's memory.
+    Keras imports jax if it is installed, whatever its backend, and jax would preallocate the accelerator's
+    memory in an expert's process.
     """
-    hidden = [name for name in names if name not in sys.modules]
+    hidden = [name for name in ("jax", "flax", "orbax", "tensorflow") if name not in sys.modules]
     for name in hidden:
         sys.modules[name] = None  # type: ignore[assignment]
     try:
@@ -40,23 +39,22 @@ def _hidden(names: tuple[str, ...]) -> Iterator[None]:
 
 
 class Pneumonia:
-    """An Xception that knows two classes; nodules, effusions and the like escape it."""
+    """An Xception with two classes; it does not detect nodules, effusions or other findings."""
 
     def __init__(self, weights: Weights) -> None:
-        """Loads the network from the checked bytes `model`.
+        """Loads the network from the verified bytes `model`.
 
-        Raises:
-          UserError: Keras was imported before, with another back end.
+        Raises `UserError` if Keras was already imported with another backend.
         """
         os.environ.setdefault("KERAS_BACKEND", "torch")
-        with _hidden(_FOREIGN), tempfile.TemporaryDirectory(prefix="vilam3-pneumonia-") as folder:
+        with _hidden_packages(), tempfile.TemporaryDirectory(prefix="vilam3-pneumonia-") as folder:
             import keras
 
             if keras.backend.backend() != "torch":
                 raise UserError(
                     f"KERAS_BACKEND is {keras.backend.backend()!r}; PNEUMONIA runs on torch, unset it"
                 )
-            # Keras opens paths only; the copy has the bytes that were checked.
+            # Keras opens only paths, so the verified bytes are written to a file.
             path = os.path.join(folder, "model.keras")
             with open(path, "wb") as file:
                 file.write(weights.files["model"])
@@ -67,11 +65,11 @@ class Pneumonia:
         del args  # the card has none
         import torch
 
-        # The network was trained on Keras' `load_img`, which picks the nearest pixel.
+        # Nearest neighbour, as in Keras' `load_img`, which the network was trained with.
         image = Image.fromarray(data).resize(_SIZE, Image.Resampling.NEAREST)
         batch = np.asarray(image, np.float32)[None] / 127.5 - 1.0
-        with torch.inference_mode(), _hidden(_FOREIGN), warnings.catch_warnings():
-            # Archives differ in whether their one input is a list; Keras takes either and grumbles.
+        with torch.inference_mode(), _hidden_packages(), warnings.catch_warnings():
+            # Keras warns of a list input to archives with a single input, but accepts it.
             warnings.filterwarnings("ignore", message="The structure of `inputs`")
             logits = self._model([batch], training=False)[0].double()
             probabilities = torch.softmax(logits, dim=0).cpu().tolist()

@@ -1,13 +1,13 @@
-"""Which MRI sequence a volume is: native or contrast-enhanced T1, T2 or FLAIR.
+"""Detects the MRI sequence of a volume: native or contrast-enhanced T1, T2 or FLAIR.
 
-Two kinds of evidence are read. Words: the file's name, or the description of a DICOM series. Facts of the
-acquisition: echo, repetition and inversion times, the kind of sequence and the contrast agent. Words and
-facts that contradict each other, or words that name two sequences, give no role: nothing here is a guess.
+There are two kinds of evidence: words, in the file's name or the description of a DICOM series; and
+acquisition parameters, which are echo, repetition and inversion times, the kind of sequence and the contrast
+agent. If words and parameters contradict each other, or the words name two sequences, no role is assigned.
 
-A T1 without any sign of contrast counts as native, because files rarely say so; `Finding.assumed` tells.
-That is harmless where the same case holds a T1 that does show contrast.
+A T1 without any sign of contrast counts as native, because files rarely say so, and `Finding.assumed` is set.
+This is safe if the same case has a T1 that does show contrast.
 
-Descriptions may hold what identifies a patient. Findings therefore name only the words of our own lists.
+Descriptions may identify a patient, so findings quote only words from the lists below.
 """
 
 from __future__ import annotations
@@ -29,14 +29,11 @@ ROLES = ("t1c", "t1", "t2", "flair")
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What a volume is, as far as the evidence goes.
+    """The sequence of a volume, according to the evidence.
 
-    Attributes:
-      role: one of `ROLES`; None if it is none of the four, or if that cannot be told.
-      evidence: what was found, in words for people; no patient data.
-      problem: why there is no role although the volume may be one of the four; '' otherwise.
-      other: what it is instead, such as "a segmentation"; '' otherwise.
-      assumed: a T1 that is taken as native only because nothing says that contrast was given.
+    `role` is one of `ROLES`, or None; then `problem` is why there is none although the volume may have one,
+    or `other` what it is instead, such as "a segmentation". `evidence` is readable and without patient data.
+    A T1 is `assumed` if it counts as native only because there is no sign of contrast.
     """
 
     role: str | None = None
@@ -48,14 +45,11 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Acquisition:
-    """What a header states of an MRI acquisition; None or '' where it does not.
+    """The acquisition parameters in a header; None or '' if missing.
 
-    Attributes:
-      texts: series description and protocol name.
-      agent: the contrast agent as stored.
-      contrast: AcquisitionContrast of an enhanced MR object, such as "T1" or "FLUID_ATTENUATED".
-      kinds: values of ScanningSequence: SE, IR, GR, EP, RM.
-      echo, repetition, inversion: times in milliseconds.
+    `texts` are series description and protocol name; `contrast` is the AcquisitionContrast of an enhanced MR
+    object, such as "FLUID_ATTENUATED"; `kinds` are ScanningSequence values: SE, IR, GR, EP, RM. Times are in
+    milliseconds.
     """
 
     texts: tuple[str, ...] = ()
@@ -81,7 +75,7 @@ _WITHOUT = _words("""
     pre precontrast pregd native nativ noncontrast nongd unenhanced nocontrast nogd noce
 """)
 _NEGATIONS = _words("no non without wo ohne sans senza sin not")
-# 'post' and 'pre' before these tell the time of a scan, not its contrast.
+# After 'post' or 'pre', these state the time of the scan instead of its contrast.
 _EVENTS = _words("op operative surgery surgical treatment therapy rt tx chemo radiation resection")
 _EVENT_WORDS = _words("postop preop postoperative preoperative postrt posttreatment")
 _SEGMENTATIONS = _words("""
@@ -94,7 +88,7 @@ _OTHERS = _words("""
     subtraction subtracted mip minip qsm fieldmap mrs svs csi mp2rage fgatir ktrans hemo medic
 """)
 _GRADIENT = _words("gre ffe gradient")
-_LINKS = _words("to in on reg registered coreg coregistered")  # 't1 to t1c': one in the space of another
+_LINKS = _words("to in on reg registered coreg coregistered")  # 't1 to t1c': one in the space of the other
 _ACQUISITION_WORDS = _words("""
     ax axial tra trans transversal transverse sag sagittal cor coronal obl 3d 2d se tse fse tfe ffe gre space
     spc cube vista iso fs fatsat fat sat ir tirm dark fluid w wi weighted spin echo brain head cerebrum mri
@@ -103,7 +97,7 @@ _ACQUISITION_WORDS = _words("""
 _WORDS = (
     _T1_WORDS | _FLAIR_WORDS | {"t2"} | _WITH | _WITHOUT | _SEGMENTATIONS | _OTHERS | _GRADIENT | _EVENT_WORDS
 )
-# The short names of BraTS and of the collections that follow it.
+# The abbreviations of BraTS and of similar collections.
 _SHORT = {
     "t1n": ("t1", "native"),
     "t1c": ("t1", "ce"),
@@ -113,7 +107,7 @@ _SHORT = {
     "t1ca": ("t1", "ce"),
 }
 _PIECES = sorted(_WORDS | _ACQUISITION_WORDS | {"c", "n"}, key=len, reverse=True)
-# Possessive: a long name that can be cut in many ways costs no backtracking.
+# Possessive, because a long name that splits in many ways would cause backtracking.
 _GLUED = re.compile(f"(?:{'|'.join(map(re.escape, _PIECES))})++")
 _PIECE = re.compile("|".join(map(re.escape, _PIECES)))
 _NO_AGENT = {"", "NONE", "NO", "N", "NA", "N/A", "NIL", "0", "FALSE", "WITHOUT", "UNKNOWN"}
@@ -123,14 +117,15 @@ _ENDING = re.compile(r"(?:\.nii|\.nrrd|\.nhdr|\.mha|\.mhd|\.hdr|\.img|\.dcm)?(?:
 
 
 def stem(name: str) -> str:
-    """A file's name without the endings of volume files."""
+    """A file's name without the suffixes of volume files."""
     return _ENDING.sub("", name, count=1)
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a name or description in lower case, with the short names of sequences written out.
+    """The words of a name or description in lower case, with expanded abbreviations.
 
-    'T1+C' becomes t1, ce; 'axT2flair' ax, t2, flair; 't2*' t2star; 'T1 w/o contrast' t1, without, contrast.
+    >>> split_words("T1+C"), split_words("axT2flair"), split_words("T1 w/o contrast")
+    (['t1', 'ce'], ['ax', 't2', 'flair'], ['t1', 'without', 'contrast'])
     """
     text = text.lower().replace("t2*", " t2star ").replace("w/o", " without ").replace("+c", " ce ")
     text = re.sub(r"(?<![a-z0-9])c\+", " ce ", text)
@@ -142,38 +137,34 @@ def split_words(text: str) -> list[str]:
 
 
 def _pieces(token: str) -> list[str]:
-    """A token that is nothing but known words glued together, in pieces; any other one as it is."""
+    """Splits a token that consists of known words; returns any other token unchanged."""
     if token in _WORDS or token in _ACQUISITION_WORDS or not _GLUED.fullmatch(token):
         return [token]
     pieces: list[str] = _PIECE.findall(token)
-    # A lone letter means something only behind T1: t1c, t1wc, t1n.
+    # A single letter is meaningful only after T1: t1c, t1wc, t1n.
     if any(piece in ("c", "n") for piece in pieces) and pieces[0] != "t1":
         return [token]
-    meant = {"c": "ce", "n": "native"}
-    return [meant.get(piece, piece) for piece in pieces]
+    return [{"c": "ce", "n": "native"}.get(piece, piece) for piece in pieces]
 
 
 def without_sequence(text: str) -> str:
-    """What remains of a name without the words that tell sequences and how they were acquired.
-
-    Names of one case differ only in those words: the rest tells which files belong together.
-    """
+    """A name without the words for sequences and acquisition, which is the same for all files of a case."""
     dropped = _WORDS | _ACQUISITION_WORDS | _NEGATIONS | _LINKS
     return "_".join(word for word in split_words(stem(text)) if word not in dropped)
 
 
 def bids_case(name: str) -> str | None:
-    """Subject and session of a BIDS file name, 'sub-01_ses-1'; None for any other name."""
+    """Subject and session of a BIDS file name, such as 'sub-01_ses-1'; None for any other name."""
     if not _BIDS.fullmatch(stem(name)):
         return None
     return "_".join(part for part in stem(name).split("_") if part.startswith(("sub-", "ses-")))
 
 
 def from_name(name: str) -> Finding:
-    """Recognises the sequence by a file's name.
+    """Detects the sequence by a file's name.
 
-    Knows BIDS (the suffix, and the entity `ce-` or `acq-` for contrast), the names of BraTS since 2012
-    (t1ce, t1c, t1gd, t1n, t2w, t2f, flair) and those of the collections that hospitals and archives write.
+    Supports BIDS (the suffix, and the entities `ce-` and `acq-` for contrast), the names of BraTS since 2012
+    (t1ce, t1c, t1gd, t1n, t2w, t2f, flair), and names common in hospitals and archives.
     """
     plain = stem(name)
     bids = _BIDS.fullmatch(plain)
@@ -186,7 +177,7 @@ def from_name(name: str) -> Finding:
     words = [word for value in entities for word in split_words(value)]
     stated = any(part.startswith("ce-") for part in plain.split("_"))
     words = [word for word in words if word in _WITH | _WITHOUT | _NEGATIONS | {"none"}]
-    if stated and not words:  # ce- names the agent, whatever it is called
+    if stated and not words:  # ce- names an agent
         words = ["ce"]
     if "none" in words:
         words = ["native"]
@@ -194,10 +185,10 @@ def from_name(name: str) -> Finding:
 
 
 def from_acquisition(acquisition: Acquisition) -> Finding:
-    """Recognises the sequence by what a header states.
+    """Detects the sequence by a header.
 
-    The times are those of clinical field strengths, 1 to 3 T. They only narrow down: gradient echoes with a
-    short echo are T1 or angiographies, so words must decide there.
+    The limits of the times are for clinical field strengths, 1 to 3 T. Times alone may be ambiguous: a
+    gradient echo with a short echo time is a T1 or an angiography, and the words decide.
     """
     words = _from_texts(acquisition.texts)
     possible, facts = _by_times(acquisition)
@@ -217,33 +208,26 @@ def from_acquisition(acquisition: Acquisition) -> Finding:
         named = " or ".join(sorted(possible))
         problem = f"described as {weighting}, but its times are those of {named}"
         return Finding(evidence=evidence, problem=problem)
-    if weighting == "t2" or weighting == "flair":
+    if weighting in ("t2", "flair"):
         return Finding(weighting, evidence)
-    if words.role == "t1c":
-        return Finding("t1c", evidence)
-    if words.role == "t1" and not words.assumed:
-        if agent:
-            return Finding(evidence=evidence, problem="described as native, but a contrast agent is recorded")
-        return Finding("t1", evidence)
-    return Finding("t1c", evidence) if agent else Finding("t1", evidence, assumed=True)
+    is_native = words.role == "t1" and not words.assumed
+    if is_native and agent:
+        return Finding(evidence=evidence, problem="described as native, but a contrast agent is recorded")
+    role = "t1c" if agent or words.role == "t1c" else "t1"
+    return Finding(role, evidence, assumed=role == "t1" and not is_native)
 
 
 def from_dicom(header: pydicom.Dataset, path: PathLike) -> Finding:
-    """`from_acquisition` of a DICOM header, classic or enhanced MR.
+    """`from_acquisition` of a header of `dicom.headers.read_mr_header`, classic or enhanced MR.
 
-    Args:
-      header: as `dicom.headers.read_mr_header` returns it.
-      path: to name in errors.
-
-    Raises:
-      UserError: a damaged header.
+    Raises `UserError`, which names `path`, if the header is damaged.
     """
     with naming(path):
         return from_acquisition(_acquisition(header))
 
 
 def from_sidecar(sidecar: Mapping[str, Any]) -> Finding:
-    """`from_acquisition` of a BIDS JSON sidecar, whose times are seconds."""
+    """`from_acquisition` of a BIDS JSON sidecar, whose times are in seconds."""
 
     def text(name: str) -> str:
         value = sidecar.get(name)
@@ -297,18 +281,19 @@ def _acquisition(header: pydicom.Dataset) -> Acquisition:
 
 
 def _from_texts(texts: Sequence[str]) -> Finding:
-    """What the first text says that says anything.
+    """The finding of the first text with one.
 
-    A later one only tells whether a T1 has contrast, and only if it speaks of a T1 itself: protocol names are
-    often those of the whole examination ("brain with and without contrast").
+    A later text can only add the contrast of a T1, and only if it names T1 itself: protocol names often
+    describe the whole examination ("brain with and without contrast").
     """
     findings = [_from_words(split_words(text), "its description") for text in texts]
-    telling = [found for found in findings if found.role or found.problem or found.other]
-    if not telling:
+    conclusive = [found for found in findings if found.role or found.problem or found.other]
+    if not conclusive:
         return next((found for found in findings if found.evidence), Finding())
-    first = telling[0]
+    first = conclusive[0]
     if first.role == "t1" and first.assumed:
-        return next((found for found in telling if found.role in ("t1", "t1c") and not found.assumed), first)
+        certain = (found for found in conclusive if found.role in ("t1", "t1c") and not found.assumed)
+        return next(certain, first)
     return first
 
 
@@ -337,11 +322,11 @@ def _from_words(words: Sequence[str], where: str) -> Finding:
     return Finding("t2", evidence) if t2 else Finding(evidence=evidence)
 
 
-_T1_FLAIR = re.compile(r"\bt1 (?:w |weighted )?flair\b")  # a T1 with an inversion, not a FLAIR
+_T1_FLAIR = re.compile(r"\bt1 (?:w |weighted )?flair\b")  # an inversion-recovery T1, not a FLAIR
 
 
 def _is_in_space_of_another(words: Sequence[str]) -> bool:
-    """Whether a link such as 'to' stands between two sequences."""
+    """Whether a link such as 'to' is between two sequences."""
     named = _T1_WORDS | _FLAIR_WORDS | {"t2"}
     places = [place for place, word in enumerate(words) if word in named]
     links = [place for place, word in enumerate(words) if word in _LINKS]
@@ -354,29 +339,27 @@ def _t1(words: Sequence[str], evidence: str, where: str) -> Finding:
         return Finding(evidence=evidence, problem=f"{where} says T1 and C, with or without contrast")
     if given and absent:
         return Finding(evidence=evidence, problem=f"{where} says both with and without contrast")
-    if (given or absent) and where == "its name" and _is_perhaps_a_time(words):
-        return Finding(
-            evidence=evidence, problem=f"{where} says pre or post before T1, of contrast or of time"
-        )
+    if (given or absent) and where == "its name" and _may_be_a_time(words):
+        return Finding(evidence=evidence, problem=f"{where} says pre or post before T1: contrast or time")
     if given:
         return Finding("t1c", evidence)
     return Finding("t1", evidence, assumed=not absent)
 
 
-def _is_perhaps_a_time(words: Sequence[str]) -> bool:
-    """Whether contrast is told by nothing but a 'pre' or 'post' in front: 'post_T1' may be after surgery."""
-    telling = [word for word in words if word in _WITH | _WITHOUT | _NEGATIONS]
+def _may_be_a_time(words: Sequence[str]) -> bool:
+    """Whether the only word for contrast is a leading 'pre' or 'post': 'post_T1' may be after surgery."""
+    contrast = [word for word in words if word in _WITH | _WITHOUT | _NEGATIONS]
     first = next(place for place, word in enumerate(words) if word in _T1_WORDS)
-    return len(telling) == 1 and telling[0] in ("pre", "post") and telling[0] in words[:first]
+    return len(contrast) == 1 and contrast[0] in ("pre", "post") and contrast[0] in words[:first]
 
 
 def _contrast(words: Sequence[str]) -> tuple[bool, bool]:
-    """(words for contrast, words for none); a negation turns the next word round, 'post op' is a time.
+    """Whether there are words for contrast, and words for none.
 
-    'pre contrast' is one statement, and so is 'post contrast'.
+    A negation inverts the next word, 'post op' is a time, and 'pre contrast' or 'post contrast' is one term.
     """
     pairs = set(itertools.pairwise(words))
-    # 'with and without', 'w/wo': an examination that had both.
+    # 'with and without', 'w/wo': an examination with both.
     given = absent = {"with", "without"} <= set(words) or ("w", "wo") in pairs
     position = 0
     while position < len(words):
@@ -398,18 +381,14 @@ _ENHANCED: dict[str, Weighting] = {
     "T1": "t1",
     "T2": "t2",
     "FLUID_ATTENUATED": "flair",
-    "DIFFUSION": "other",
-    "FLOW_ENCODED": "other",
-    "PERFUSION": "other",
-    "PROTON_DENSITY": "other",
-    "STIR": "other",
-    "T2_STAR": "other",
-    "TOF": "other",
+    **dict.fromkeys(
+        ("DIFFUSION", "FLOW_ENCODED", "PERFUSION", "PROTON_DENSITY", "STIR", "T2_STAR", "TOF"), "other"
+    ),
 }
 
 
 def _by_times(acquisition: Acquisition) -> tuple[frozenset[Weighting] | None, str]:
-    """What the acquisition can be, None for anything; and the facts for people."""
+    """The possible weightings (None for any), and a summary of the parameters."""
     if stated := _ENHANCED.get(acquisition.contrast.upper()):
         return frozenset([stated]), f"AcquisitionContrast {acquisition.contrast.upper()}"
     echo, repetition, inversion = acquisition.echo, acquisition.repetition, acquisition.inversion
@@ -420,19 +399,18 @@ def _by_times(acquisition: Acquisition) -> tuple[frozenset[Weighting] | None, st
     if echo is None or repetition is None or echo <= 0 or repetition <= 0:
         return None, facts
     if inversion and inversion >= 1500:
-        # Cerebrospinal fluid is nulled at 1.6 to 2.9 s; a T1 inversion recovery has a short echo.
+        # Cerebrospinal fluid is nulled at 1.6 to 2.9 s; a T1 inversion recovery has a short echo time.
         return frozenset(["flair"] if echo >= 50 else ["t1", "other"]), facts
     if inversion and 0 < inversion < 300:  # nulls fat
         return frozenset(["other"]), facts
     if inversion:
         return frozenset(["t1"] if echo <= 40 else ["other"]), facts
-    gradient = "GR" in acquisition.kinds and "SE" not in acquisition.kinds
-    if gradient:
+    if "GR" in acquisition.kinds and "SE" not in acquisition.kinds:  # gradient echo
         return frozenset(["t1", "other"] if echo <= 12 else ["other"]), facts
     if not acquisition.kinds and echo <= 12 and repetition <= 60:
         return frozenset(["t1", "other"]), facts
     if echo >= 60 and repetition >= 1500:
-        # A long repetition without an inversion time may also be a FLAIR whose header lacks it.
+        # With a long repetition time it may also be a FLAIR whose header lacks the inversion time.
         return frozenset(["t2"] if repetition < 4000 else ["t2", "flair"]), facts
     if echo <= 40 and repetition <= 1200:
         return frozenset(["t1"]), facts

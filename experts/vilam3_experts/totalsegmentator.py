@@ -1,8 +1,8 @@
-"""TotalSegmentator as an expert: a third party's model behind its own Python API, in its own environment.
+"""TotalSegmentator as an expert: a third-party model behind its own Python API, in its own environment.
 
 Install `TotalSegmentator` and `vilam3-experts` into one virtual environment and use that environment's
-`vilam3-experts`. The model's weights are fetched with its own `totalseg_download_weights`; while it runs
-here, it neither downloads anything nor sends usage statistics.
+`vilam3-experts`. Fetch the weights with TotalSegmentator's own `totalseg_download_weights`; the expert
+neither downloads them nor sends usage statistics.
 """
 
 from __future__ import annotations
@@ -21,26 +21,23 @@ import numpy as np
 
 from vilam3_experts.base import ExpertFailure, Output
 from vilam3_experts.imported.label_tables import clean_name
+from vilam3_experts.weight_files.lock import pin_of_file
 from vilam3_experts.weights import Weights
 from vilam3_jax.data.volumes import Volume
 from vilam3_jax.errors import UserError
 
 WEIGHTS_VARIABLE = "TOTALSEG_WEIGHTS_PATH"
 _CHECKPOINT = "checkpoint_final.pth"
-_SAME = 1e-3  # millimetres
+_SAME_AFFINE = 1e-3  # millimetres
 
 
 class TotalSegmentator:
     """Runs one task per call; the tasks are the arguments of the card."""
 
     def __init__(self, weights: Weights) -> None:
-        """Finds the package and its weights.
+        """Finds the package and its weights, in `weights.folder` or TotalSegmentator's default folder.
 
-        Args:
-          weights: `folder` is where TotalSegmentator keeps its nnU-Net results; None: its own default.
-
-        Raises:
-          UserError: not installed, or no weights.
+        Raises `UserError` if it is not installed or has no weights.
         """
         if weights.folder is not None:
             os.environ[WEIGHTS_VARIABLE] = os.fspath(weights.folder)
@@ -52,7 +49,7 @@ class TotalSegmentator:
         except ImportError as error:
             raise UserError(
                 f"TOTALSEGMENTATOR is not installed here ({error}); install TotalSegmentator and "
-                "vilam3-experts into an environment of their own and use its vilam3-experts"
+                "vilam3-experts into a separate environment and use its vilam3-experts"
             ) from error
         self._api, self._libs = api, libs
         self._class_map: dict[str, dict[int, str]] = names.class_map
@@ -65,35 +62,34 @@ class TotalSegmentator:
             )
         digest = hashlib.sha256()
         for file in checkpoints:
-            digest.update(f"{file.relative_to(folder).as_posix()}\0{_sha256(file)}\n".encode())
+            digest.update(f"{file.relative_to(folder).as_posix()}\0{pin_of_file(file).sha256}\n".encode())
         self._sha256 = digest.hexdigest()
 
     def run(self, data: Volume, args: str) -> Output:
-        """Segments one CT.
+        """Segments one CT with the task `args`.
 
-        Args:
-          data: the scan.
-          args: a task of TotalSegmentator.
-
-        Raises:
-          ExpertFailure: the task is not known to the installed version, its weights are missing, or its
-            answer lies on another grid.
+        Raises `ExpertFailure` if the installed version lacks the task or its weights, or its label map is on
+        another grid.
         """
         if args not in self._class_map:
             raise ExpertFailure(f"the installed TotalSegmentator has no task {args!r}; update it")
+        import torch
+
+        device = "gpu" if torch.cuda.is_available() else "cpu"
         image = nib.Nifti1Image(data.voxels, data.affine)
         with _offline(self._api, self._libs, args):
             try:
                 answer = self._api.totalsegmentator(
-                    image, None, ml=True, task=args, quiet=True, device=_device()
+                    image, None, ml=True, task=args, quiet=True, device=device
                 )
-            except SystemExit as error:  # it ends the process where it refuses something
+            except SystemExit as error:  # its way to refuse a task
                 raise ExpertFailure(
                     f"TotalSegmentator refused task {args!r} (exit code {error.code})"
                 ) from error
         answer = nib.as_closest_canonical(answer)
         labels = np.asanyarray(answer.dataobj)
-        if labels.shape != data.voxels.shape or not np.allclose(answer.affine, data.affine, atol=_SAME):
+        same_grid = np.allclose(answer.affine, data.affine, atol=_SAME_AFFINE)
+        if labels.shape != data.voxels.shape or not same_grid:
             raise ExpertFailure(f"its label map of {labels.shape} voxels is not on the grid of the scan")
         names = {int(i): clean_name(name, args) for i, name in self._class_map[args].items()}
         unknown = sorted(set(np.unique(labels).astype(int).tolist()) - {0, *names})
@@ -102,15 +98,9 @@ class TotalSegmentator:
         return Output(labels=labels.astype(np.uint16), label_names=names, weights_sha256=self._sha256)
 
 
-def _device() -> str:
-    import torch
-
-    return "gpu" if torch.cuda.is_available() else "cpu"
-
-
 @contextlib.contextmanager
 def _offline(api: ModuleType, libs: ModuleType, task: str) -> Iterator[None]:
-    """Keeps the package from downloading weights and from sending usage statistics."""
+    """Prevents the package from downloading weights and sending usage statistics."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise ExpertFailure(
@@ -132,8 +122,3 @@ def _offline(api: ModuleType, libs: ModuleType, task: str) -> Iterator[None]:
     finally:
         for module, name, function in kept:
             setattr(module, name, function)
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

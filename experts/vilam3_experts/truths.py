@@ -1,12 +1,12 @@
-"""What is known of inputs: the labels that a calibration is fitted on.
+"""Known labels of inputs, to which a calibration is fitted.
 
-A file of labels is a table (`.csv`, with a header) or lines of JSON (`.jsonl`):
+The file is a CSV table with a header, or JSON lines:
 
     key,group,pneumonia,effusion      {"key": "5a0f...", "labels": {"pneumonia": true}}
     5a0f...,p17,1,                    {"input": "a.png", "group": "p18", "labels": {"effusion": false}}
 
-`key` is the content key of the input, `input` its name below `--data`. `group`, which may be missing, is what
-must stay together when a calibration is tested, such as a patient's pseudonym; it is stored nowhere.
+`key` is the content key of the input, `input` its name below `--data`. The optional `group`, such as a
+patient's pseudonym, names inputs that must stay on one side of a cross-validation split; it is not stored.
 """
 
 from __future__ import annotations
@@ -32,14 +32,10 @@ _VALUES = {"1": True, "true": True, "0": False, "false": False, "": None}
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """What is known of one input.
+    """The known labels of one input.
 
-    Attributes:
-      where: its line in the file, for messages.
-      key: content key, "" where the file gives a name.
-      input: name below the data folder, "" where the file gives a key.
-      group: what stays on one side of a split; "" for the input alone.
-      labels: class name to whether it is so.
+    `where` is its line in the file. The file states either `key` or `input`; the other is ''. `labels` maps
+    class names to whether the class is present.
     """
 
     where: str
@@ -50,40 +46,37 @@ class Truth:
 
 
 def read_truths(path: paths.PathLike) -> list[Truth]:
-    """Reads a file of labels.
-
-    Raises:
-      UserError: names the file, the line and what is wrong.
-    """
+    """Reads a file of known labels; raises `UserError` with the line of a mistake."""
     try:
         text = paths.read_bytes(path, _MAX_FILE_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is no UTF-8 text; save it as CSV or JSON lines") from error
+        raise UserError(f"{path}: not UTF-8 text; save it as CSV or JSON lines") from error
     rows = _json_rows(text, path) if str(path).endswith(".jsonl") else _csv_rows(text, path)
     truths, seen = [], set()
     for where, row in rows:
         truth = _truth(where, row)
         if (name := truth.key or truth.input) in seen:
-            raise UserError(f"{where}: {name[:80]!r} is there twice; keep one line")
+            raise UserError(f"{where}: {name[:80]!r} appears twice; keep one line")
         seen.add(name)
         truths.append(truth)
     if not truths:
-        raise UserError(f"{path}: holds no labels; see docs/experts_checks.md")
+        raise UserError(f"{path}: has no labels; see docs/experts_checks.md")
     return truths
 
 
-def keyed(truths: list[Truth], data: paths.PathLike | None, descriptor: Descriptor) -> dict[str, Truth]:
-    """Input key to what is known of it; inputs given by name are read to find their key.
+def by_content_key(
+    truths: list[Truth], data: paths.PathLike | None, descriptor: Descriptor
+) -> dict[str, Truth]:
+    """The known labels by content key; inputs that are given by name are read for their key.
 
-    Raises:
-      UserError: names without a data folder, or a name that is not in it.
+    Raises `UserError` for a name that is not in the data folder.
     """
     found = {truth.key: truth for truth in truths if truth.key}
     named = {truth.input: truth for truth in truths if truth.input}
     if not named:
         return found
     if data is None:
-        raise UserError("the labels name inputs; give the folder that holds them as --data")
+        raise UserError("the labels name inputs; give their folder as --data")
     for item in Inputs(data, descriptor):
         truth = named.pop(item.name, None)
         if truth is None:
@@ -94,7 +87,7 @@ def keyed(truths: list[Truth], data: paths.PathLike | None, descriptor: Descript
         found[key] = truth
     if named:
         name, truth = next(iter(named.items()))
-        raise UserError(f"{truth.where}: {data} holds no input {name[:80]!r} that {descriptor.name} reads")
+        raise UserError(f"{truth.where}: {data} has no input {name[:80]!r} that {descriptor.name} reads")
     return found
 
 
@@ -103,15 +96,15 @@ def _csv_rows(text: str, path: paths.PathLike) -> Iterator[tuple[str, dict[str, 
     try:
         columns = reader.fieldnames or ()
         if len(set(columns)) != len(columns):
-            raise UserError(f"{path}: two columns have one name; rename one")
+            raise UserError(f"{path}: two columns have the same name; rename one")
         for row in reader:
             where = f"{path}, line {reader.line_num}"
             if None in row or None in row.values():
-                raise UserError(f"{where}: {len(columns)} columns in the header, and another number here")
+                raise UserError(f"{where}: not the {len(columns)} columns of the header")
             fixed = {name: row.pop(name, "") for name in ("key", "input", "group")}
             yield where, {**fixed, "labels": row}
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: no CSV ({error})") from error
+        raise UserError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
 
 
 def _json_rows(text: str, path: paths.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -122,7 +115,7 @@ def _json_rows(text: str, path: paths.PathLike) -> Iterator[tuple[str, dict[str,
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: no JSON ({error})") from error
+            raise UserError(f"{where}: not JSON ({error})") from error
         if not isinstance(row, dict) or not isinstance(row.get("labels"), dict):
             raise UserError(f"{where}: give an object with `key` or `input`, and an object `labels`")
         yield where, row
@@ -133,12 +126,12 @@ def _truth(where: str, row: dict[str, Any]) -> Truth:
     if bool(key) == bool(name):
         raise UserError(f"{where}: give either `key` or `input`")
     if key and not _KEY.fullmatch(key):
-        raise UserError(f"{where}: {key[:80]!r} is no content key, 64 hexadecimal digits; or use `input`")
+        raise UserError(f"{where}: {key[:80]!r} is not a content key (64 hex digits); or use `input`")
     labels = {}
-    for name_of_class, value in row["labels"].items():
-        known = str(value).strip().lower() if value is not None else ""
-        if known not in _VALUES:
-            raise UserError(f"{where}: {name_of_class} is {str(value)[:40]!r}; give 1, 0 or nothing")
-        if _VALUES[known] is not None:
-            labels[name_of_class] = bool(_VALUES[known])
+    for class_name, value in row["labels"].items():
+        text = str(value).strip().lower() if value is not None else ""
+        if text not in _VALUES:
+            raise UserError(f"{where}: {class_name} is {str(value)[:40]!r}; give 1, 0 or nothing")
+        if _VALUES[text] is not None:
+            labels[class_name] = bool(_VALUES[text])
     return Truth(where, key, name, group, labels)

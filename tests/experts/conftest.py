@@ -49,7 +49,7 @@ class Fake:
 
 @pytest.fixture(scope="session")
 def plugin_path(tmp_path_factory):
-    """Folder of an installed distribution that offers the expert FAKE."""
+    """Folder of an installed distribution that registers the expert FAKE."""
     folder = tmp_path_factory.mktemp("plugin")
     (folder / "fake_plugin.py").write_text(PLUGIN)
     info = folder / "fake_experts-1.0.dist-info"
@@ -69,7 +69,7 @@ def plugin(plugin_path, monkeypatch):
 
 @pytest.fixture
 def environment(plugin_path, tmp_path):
-    """Variables for a child process that finds both packages and the plug-in."""
+    """Environment of a child process that finds both packages and the plug-in."""
     roots = [pathlib.Path(m.__file__).parents[1] for m in (vilam3_jax, vilam3_experts)]
     path = os.pathsep.join(str(p) for p in (*roots, plugin_path))
     return {**os.environ, "PYTHONPATH": path, "FAKE_MARK": str(tmp_path / "mark")}
@@ -77,7 +77,7 @@ def environment(plugin_path, tmp_path):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Folder of three pictures, one of them damaged."""
+    """Folder of three images, one of them damaged."""
     folder = tmp_path / "pictures"
     write_png(folder / "a dim.png", 51)
     write_png(folder / "deeper" / "c bright.png", 204)
@@ -86,7 +86,7 @@ def pictures(tmp_path):
 
 
 class Threshold(torch.nn.Module):
-    """Two channels, the second one marks what is bright."""
+    """Two channels, of which the second marks bright voxels."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bright = (x > 0.6).to(x.dtype)
@@ -132,9 +132,9 @@ def _node(operator, inputs, output):
 
 @pytest.fixture(scope="session")
 def onnx_bytes():
-    """Softmax of mean colour times a matrix: red is class 0, green 1, blue 2, black 3.
+    """Softmax of the mean colour times a matrix: red is class 0, green 1, blue 2, black 3.
 
-    Spelled out field by field, so that the tests do not need the onnx package.
+    Encoded field by field, so that the tests need no onnx package.
     """
     matrix = np.array([[9, 0, 0, 1], [0, 9, 0, 1], [0, 0, 9, 1]], np.float32)
     graph = (
@@ -166,7 +166,7 @@ model.save(sys.argv[1])
 
 @pytest.fixture(scope="session")
 def keras_bytes(tmp_path_factory):
-    """A network that calls bright pictures pneumonia."""
+    """A network that classifies bright images as pneumonia."""
     path = tmp_path_factory.mktemp("keras") / "model.keras"
     env = {**os.environ, "KERAS_BACKEND": "torch"}
     subprocess.run([sys.executable, "-c", KERAS_CODE, path], check=True, env=env, capture_output=True)

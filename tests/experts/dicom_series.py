@@ -1,11 +1,11 @@
-"""A small CT series as scanners write it, with a patient in it."""
+"""A small CT series as written by scanners, with patient data."""
 
 import numpy as np
 import pydicom
 
 
 def write_series(folder, slices=6, rows=8, columns=9, z_step=3.0):
-    """A CT of single-slice files; returns them in order of position."""
+    """Writes a CT as single-slice files; returns their headers, ordered by position."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(5)
     series, study, frame = (pydicom.uid.generate_uid() for _ in range(3))
@@ -29,7 +29,7 @@ def write_series(folder, slices=6, rows=8, columns=9, z_step=3.0):
         header.ImageOrientationPatient, header.PixelSpacing = [1, 0, 0, 0, 1, 0], [2, 2]
         header.SliceThickness = z_step
         header.PixelData = rng.integers(-1000, 1000, (rows, columns)).astype("<i2").tobytes()
-        # Shuffled names: the order of the files is not that of the slices.
+        # Shuffled names: files and slices have different orders.
         header.save_as(folder / f"{(z * 7) % slices:02}.dcm", enforce_file_format=True)
         made.append(header)
     return made

@@ -11,7 +11,7 @@ def write_png(path, level, size=(9, 7)):
 
 
 def head_volume(path, shape=(40, 48, 36)):
-    """A bright ball with a hole, and a small bright blob apart from it; returns the ball's mask, filled."""
+    """Writes a bright ball with a hole, and a separate small blob; returns the filled mask of the ball."""
     grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), -1)
     distance = np.linalg.norm(grid - np.array(shape) / 2, axis=-1)
     values = np.random.default_rng(0).uniform(0, 40, shape)

@@ -1,4 +1,4 @@
-"""An expert that fails in all ways, chosen by the colour of the picture."""
+"""An expert with many failure modes, selected by the colour of the image."""
 
 import os
 import signal
@@ -29,11 +29,11 @@ FAULTY = descriptor()
 
 
 class OutOfMemoryError(RuntimeError):
-    """As torch names it."""
+    """Has the name of torch's class."""
 
 
 def log(text):
-    """One line, written at once: several processes share the file."""
+    """Appends a line in one write, because several processes share the file."""
     if path := os.environ.get("FAULTY_LOG"):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.write(file, f"{os.getpid()} {text}\n".encode())

@@ -1,4 +1,4 @@
-"""The annotation command: goes on, resumes, names what it could not do."""
+"""The annotation command: continues after failures, resumes, and reports problems."""
 
 import json
 import pathlib
@@ -55,7 +55,7 @@ def test_failures_are_stored_with_their_reason(plugin, pictures, tmp_path, args,
 
 
 def test_stopped_run_keeps_what_it_has(pictures, tmp_path, environment):
-    """SIGTERM while the second picture hangs: the first one's record is there, and the next run skips it."""
+    """SIGTERM while the second image hangs: the first record is stored, and the next run skips it."""
     store = tmp_path / "store"
     command = [sys.executable, "-m", "vilam3_experts", "annotate", "--expert", "FAKE", "--args", "dim only"]
     command += ["--data", str(pictures), "--out", str(store)]
@@ -81,10 +81,10 @@ def test_command_line(plugin, pictures, tmp_path, capsys):
     assert "FAKE: 2 annotated, 0 skipped, 0 failed, 1 unreadable" in captured.out
     assert "unreadable" in captured.err and "[b damaged.png]" in captured.err
     assert "1 unreadable" in captured.out and "bright 0.200" in captured.out
-    assert main([*common, "--expert", "FAKE", "--args", "raise"]) == 2  # nothing came out of it
+    assert main([*common, "--expert", "FAKE", "--args", "raise"]) == 2  # no annotation
     assert "--retry-failed" not in capsys.readouterr().out
     main([*common, "--expert", "FAKE", "--args", "raise"])
-    assert "FAKE: 2 of the stored answers are failures; --retry-failed" in capsys.readouterr().out
+    assert "FAKE: 2 stored answers are failures; --retry-failed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_command_line(plugin, pictures, tmp_path, capsys):
         (["--expert", "NOSUCH"], "no expert 'NOSUCH'"),
         (["--expert", "FAKE", "--args", "x"], "no argument 'x'"),
         (["--expert", "FAKE", "--limit", "0"], "--limit 0"),
-        (["--expert", "BRAINSEG"], "BRAINSEG reads (volume)"),
+        (["--expert", "BRAINSEG"], "contains no volume that BRAINSEG reads"),
         (["--expert", "PNEUMONIA"], "give --weights"),
         (["--expert", "PNEUMONIA", "--weights", "/nonexistent"], "no such weights folder"),
         (["--expert", "FAKE", "--data", "/nonexistent"], "no such file or folder"),

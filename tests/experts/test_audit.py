@@ -1,4 +1,4 @@
-"""The audit log: whatever is done to a finished chain is found, and a crash is told from it."""
+"""The audit log: every change to a finished chain is detected, and distinguished from a crash."""
 
 import dataclasses
 import hashlib
@@ -51,7 +51,7 @@ def texts(report):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A log of one chain of 5 calls between its opening and closing lines."""
+    """A log of one chain, with 5 calls between its opening and closing lines."""
     folder = tmp_path_factory.mktemp("audit") / "log"
     write(folder, range(5))
     return folder
@@ -112,7 +112,7 @@ def test_any_change_is_found(finished, tmp_path, data):
     elif what == "cut":
         whole = b"".join(lines)
         lines = [whole[: data.draw(st.integers(0, len(whole) - 1))]]
-    else:  # a line with another answer, and a hash that fits it
+    else:  # another answer with a matching hash
         fields = json.loads(lines[number])
         fields["seconds"] = 9.0
         del fields["hash"]
@@ -178,7 +178,7 @@ def test_removed_chains_and_entries_are_found(tmp_path):
     entry.write_bytes(b"{}")
     assert "damaged entry" in texts(verify(tmp_path))[0]
 
-    # A chain and its entry, both written anew: a copy of the manifest tells.
+    # A copy of the manifest detects that a chain and its entry were both rewritten.
     path.write_bytes(lines)
     entry.write_bytes(kept)
     assert verify(tmp_path, audit.heads(copy)).ok

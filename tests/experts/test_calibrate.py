@@ -1,4 +1,4 @@
-"""Calibrated probabilities and disagreement: fitted on labels, tested on held-out ones, kept in records."""
+"""Calibrated probabilities and disagreements: fitted, cross-validated, and stored in records."""
 
 import dataclasses
 import hashlib
@@ -10,7 +10,7 @@ import pytest
 from vilam3_experts import calibrate
 from vilam3_experts.calibrate import Calibration, ClassCalibration, fit, load_calibration
 from vilam3_experts.cli import main
-from vilam3_experts.compare import Limits, compare, compared, label_overlaps
+from vilam3_experts.compare import Thresholds, compare, label_overlaps, with_disagreements
 from vilam3_experts.truths import read_truths
 
 from vilam3_jax.data.content_keys import image_key
@@ -25,7 +25,7 @@ def key_of(i):
 
 
 def overconfident(count, temperature):
-    """Probabilities that say sigmoid(T * z) where the truth is sigmoid(z), and labels."""
+    """Probabilities sigmoid(T * z) for true probabilities sigmoid(z), and labels."""
     rng = np.random.default_rng(5)
     z = rng.normal(0, 1.5, count)
     true = rng.uniform(size=count) < 1 / (1 + np.exp(-z))
@@ -46,7 +46,7 @@ def test_temperature_is_found_again_and_held_out_loss_falls():
     assert one.temperature == pytest.approx(3.0, rel=0.1) and not left_out
     assert one.log_loss[1] < one.log_loss[0] and one.ece[1] < 0.03 < one.ece[0]
     values = found.calibrated({"bright": 0.5, "other": 0.9})
-    assert values == {"bright": pytest.approx(0.5)}  # the threshold stays, other classes are left alone
+    assert values == {"bright": pytest.approx(0.5)}  # the threshold and other classes are unchanged
 
 
 def test_temperature_has_the_least_loss_of_all():
@@ -140,17 +140,17 @@ def test_damaged_files_are_named(tmp_path, damage):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("l.csv", "key,bright\nabc,1\n", "line 2: 'abc' is no content key"),
+        ("l.csv", "key,bright\nabc,1\n", "line 2: 'abc' is not a content key"),
         ("l.csv", "input,bright\na.png,maybe\n", "line 2: bright is 'maybe'"),
-        ("l.csv", "input,bright\na.png\n", "line 2: 2 columns in the header"),
-        ("l.csv", "input,bright,bright\n", "two columns have one name"),
+        ("l.csv", "input,bright\na.png\n", "line 2: not the 2 columns of the header"),
+        ("l.csv", "input,bright,bright\n", "two columns have the same name"),
         ("l.csv", "bright\n1\n", "either `key` or `input`"),
-        ("l.csv", "input,bright\n", "holds no labels"),
-        ("l.csv", "input,bright\na,1\na,0\n", "line 3: 'a' is there twice"),
-        ("l.jsonl", "{", "line 1: no JSON"),
+        ("l.csv", "input,bright\n", "has no labels"),
+        ("l.csv", "input,bright\na,1\na,0\n", "line 3: 'a' appears twice"),
+        ("l.jsonl", "{", "line 1: not JSON"),
         ("l.jsonl", "[]", "line 1: give an object"),
         ("l.jsonl", '{"input": "a", "labels": {"bright": 2}}', "bright is '2'"),
-        ("l.csv", b"\xff\xfe", "no UTF-8"),
+        ("l.csv", b"\xff\xfe", "not UTF-8"),
     ],
 )
 def test_bad_labels_cost_one_line(tmp_path, name, text, message):
@@ -171,7 +171,7 @@ def test_labels_of_both_forms(tmp_path):
 
 
 def test_commands_from_labels_to_calibrated_records(plugin, tmp_path, capsys):
-    """Films named in a table; bright ones are over-rated by the expert."""
+    """Films listed in a table; the expert is overconfident."""
     films = tmp_path / "films"
     lines = ["input,bright"]
     p, y = overconfident(80, 3.0)
@@ -188,7 +188,7 @@ def test_commands_from_labels_to_calibrated_records(plugin, tmp_path, capsys):
     fitting = ["calibrate", "--store", str(tmp_path / "store"), "--expert", "FAKE"]
     fitting += ["--labels", str(tmp_path / "labels.csv"), "--out", str(tmp_path / "c.json")]
     assert main(fitting) == 2
-    assert "give the folder that holds them as --data" in capsys.readouterr().err
+    assert "give their folder as --data" in capsys.readouterr().err
     assert main([*fitting, "--data", str(films)]) == 0
     out = capsys.readouterr().out
     assert "80 of 80 labelled inputs" in out and "bright  80  " in out
@@ -196,7 +196,7 @@ def test_commands_from_labels_to_calibrated_records(plugin, tmp_path, capsys):
     assert main([*applying, "--out", str(tmp_path / "store")]) == 2
     assert main([*applying, "--out", str(tmp_path / "new")]) == 0
     assert "80 records calibrated, 2 copied" in capsys.readouterr().out
-    assert main([*applying, "--out", str(tmp_path / "new")]) == 2  # the records there would stay as they are
+    assert main([*applying, "--out", str(tmp_path / "new")]) == 2  # existing records would not change
     assert "give a new folder as --out" in capsys.readouterr().err
     old, new = AnnotationStore(tmp_path / "store"), AnnotationStore(tmp_path / "new")
     assert sorted(new.keys()) == sorted(old.keys())
@@ -229,13 +229,13 @@ def test_overlap_of_labels_is_dice_by_name():
     a = mapped("VISTA3D", one, {1: "liver", 3: "spleen"}, args="everything")
     b = mapped("OTHER", two, {7: "Liver", 3: "spleen", 9: "aorta"})
     assert label_overlaps(a, b) == {"aorta": 0.0, "liver": pytest.approx(0.5), "spleen": 0.0}
-    told = compared(a, [b], Limits(dice=0.4))
+    told = with_disagreements(a, [b], Thresholds(dice=0.4))
     assert [(d.expert, d.subject, d.measure, d.value) for d in told.disagreements] == [
         ("OTHER", "aorta", "dice", 0.0),
         ("OTHER", "spleen", "dice", 0.0),
     ]
     assert Annotation.from_bytes(told.to_bytes()) == told
-    assert compared(told, [b], Limits(dice=0.4)) == told  # done twice, it is there once
+    assert with_disagreements(told, [b], Thresholds(dice=0.4)) == told  # idempotent
     assert compare(a, mapped("OTHER", two[:3], {7: "liver"})) == []  # another grid
 
 

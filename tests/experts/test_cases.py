@@ -1,4 +1,4 @@
-"""Cases of several scans: found by names and headers, stated by the user, refused where they are unclear."""
+"""Cases of several scans: detected from names and headers, stated by the user, or refused."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ ROLES = ("t1c", "t1", "t2", "flair")
 
 
 def write(root, *names, shape=(3, 4, 5)):
-    """Small volumes whose voxels tell them apart."""
+    """Writes small volumes with different voxels."""
     for number, name in enumerate(names, 1):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,11 +157,11 @@ def test_patterns(tmp_path):
     assert list(found) == ["k", "m"] and files(found["m"])["t1"] == "m/x2.nii"
     whole = ",".join(f"{role}=*/x{n}.nii" for n, role in enumerate(ROLES, 1))
     assert [files(item) for item in find(tmp_path, whole).values()] == [files(i) for i in found.values()]
-    with pytest.raises(UserError, match=r"k/x1.nii fits .* and x\*; write patterns"):
+    with pytest.raises(UserError, match=r"k/x1.nii matches .* and x\*; write patterns"):
         find(tmp_path, "t1c=x1.nii,t1=x*,t2=x3.nii,flair=x4.nii")
     incomplete = find(tmp_path, "t1c=x1.nii,t1=x2.nii,t2=x3.nii,flair=y.nii")
     assert "no flair" in incomplete["k"].problem
-    with pytest.raises(UserError, match=r"--roles: no scan below .* fits a pattern"):
+    with pytest.raises(UserError, match=r"--roles: no scan below .* matches a pattern"):
         find(tmp_path, "t1c=a,t1=b,t2=c,flair=d")
 
 
@@ -198,12 +198,12 @@ def test_manifest(tmp_path):
     for wrong, match in (
         ({**case, "t1": "../../etc/passwd"}, "leaves the data root"),
         ({**case, "t1": "/etc/passwd"}, "not relative"),
-        ({k: v for k, v in case.items() if k != "t2"}, "must state t1c, t1, t2, flair"),
-        ({**case, "name": ""}, "no name of its own"),
+        ({k: v for k, v in case.items() if k != "t2"}, "must state only t1c, t1, t2, flair"),
+        ({**case, "name": ""}, "no unique name"),
     ):
         with pytest.raises(UserError, match=match):
             manifest(wrong)
-    with pytest.raises(UserError, match="no name of its own"):
+    with pytest.raises(UserError, match="no unique name"):
         manifest(case, case)
     (tmp_path / "cases.json").write_text("[]")
     with pytest.raises(UserError, match='no list "cases"'):
@@ -292,7 +292,7 @@ def test_patterns_fit_series_descriptions(tmp_path):
 
 
 class Fake:
-    """Marks what is brighter in the T1c than in the T1."""
+    """Labels voxels that are brighter in the T1c than in the T1."""
 
     def __init__(self, weights):
         pass

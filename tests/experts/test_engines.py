@@ -1,4 +1,4 @@
-"""The engines: the same records everywhere, and what goes wrong costs one input, or nothing."""
+"""The engines: identical records, and failures that cost at most one input."""
 
 import collections
 import io
@@ -21,10 +21,10 @@ from vilam3_experts import inputs as inputs_module
 from vilam3_experts.annotate import Engine, annotate
 from vilam3_experts.cli import main
 from vilam3_experts.engine import committer as committer_module
+from vilam3_experts.engine.job import Outcome, in_shard
 from vilam3_experts.engine.local import worker_environments
 from vilam3_experts.engine.memory import is_out_of_memory
-from vilam3_experts.engine.summary import MAX_LISTED, MAX_REASONS, Summary
-from vilam3_experts.engine.work import Outcome, in_part
+from vilam3_experts.engine.summary import MAX_LISTED, MAX_REASONS, RunSummary
 from vilam3_experts.engine.worker import Worker
 from vilam3_experts.host import serve
 
@@ -46,7 +46,7 @@ def picture(path, number, fault=255):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Makes a folder with `good` pictures and one of each fault; runs of the expert go to a log."""
+    """Creates a folder with `good` images and one of each fault; the expert logs its runs."""
     monkeypatch.setenv("FAULTY_LOG", str(tmp_path / "log"))
 
     def make(good, *faults):
@@ -60,7 +60,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def log(tmp_path):
-    """What the expert was asked, the process left out."""
+    """The lines that the expert logged, without the process ids."""
     return [line.split(" ", 1)[1] for line in (tmp_path / "log").read_text().splitlines()]
 
 
@@ -85,7 +85,7 @@ def test_engines_give_the_same_records(folder, tmp_path):
     assert len(digests) == 1
     before = len(log(tmp_path))
     assert annotate(faulty.FAULTY, data, tmp_path / "local", engine=LOCAL).counts["skipped"] == 15
-    assert len(log(tmp_path)) == before  # nothing was run, nor built
+    assert len(log(tmp_path)) == before  # neither run nor built
 
 
 def test_every_fault_costs_one_input(folder, tmp_path):
@@ -130,7 +130,7 @@ def test_an_input_that_kills_while_it_is_read(folder, tmp_path, monkeypatch):
     code += "i.Input.load = lambda self: os.kill(os.getpid(), 9) if 'kills' in self.name else load(self)\n"
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(code)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))  # found when Python starts
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))  # imported when Python starts
     summary = annotate(faulty.FAULTY, data, tmp_path / "store", engine=Engine(workers=1))
     assert summary.counts == {"annotated": 2, "unreadable": 1}
     assert summary.problems[0][1].startswith("while it was read: its process was ended by signal 9")
@@ -146,7 +146,7 @@ def test_experts_that_cannot_be_built_end_the_run(folder, tmp_path):
 
 
 def test_killed_workers_lose_nothing(folder, tmp_path, monkeypatch):
-    """kill -9 of whatever process of the run works, again and again."""
+    """Repeated kill -9 of the active worker."""
     monkeypatch.setenv("FAULTY_SECONDS", "0.03")
     data = folder(40)
     ended, killed = threading.Event(), set()
@@ -205,7 +205,7 @@ def test_a_killed_driver_goes_on_where_it_was(folder, tmp_path, monkeypatch):
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert out == f"{600 - committed} annotated, {committed} skipped, 0 failed, 0 unreadable\n"
     runs = [line for line in log(tmp_path) if line.startswith("run")]
-    assert len(runs) == len(set(runs)) == 600 - committed  # what was finished was not computed again
+    assert len(runs) == len(set(runs)) == 600 - committed  # no finished record was computed again
     assert AnnotationStore(tmp_path / "store").digest() == digest_of(data, tmp_path)
 
 
@@ -232,7 +232,7 @@ def test_a_full_disk_ends_the_run_and_the_next_goes_on(folder, tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_records_do_not_wait_for_the_next_one(folder, tmp_path, monkeypatch):
-    """A record is committed in time although the next input takes long."""
+    """A record is committed in time even if the next input takes long."""
     data = folder(1, faulty.HANGS)
     monkeypatch.setattr(committer_module, "COMMIT_SECONDS", 0.5)
     engine = Engine(workers=1, timeout=6)
@@ -257,7 +257,7 @@ def test_finished_files_are_not_read_again(folder, tmp_path, monkeypatch):
     assert annotate(faulty.FAULTY, data, tmp_path / "s").counts == {"skipped": 7, "unreadable": 1}
     assert read == ["damaged.png"]
     read.clear()
-    picture(data / "0003.png", 77)  # another picture in its place
+    picture(data / "0003.png", 77)  # replaced by another image
     os.utime(data / "0004.png", ns=(1, 1))
     (known,) = (tmp_path / "s").glob("*.known")
     assert b"png" not in known.read_bytes() and known.stat().st_size == 48 * 7
@@ -268,7 +268,7 @@ def test_finished_files_are_not_read_again(folder, tmp_path, monkeypatch):
     assert sorted(read) == ["0003.png", "0004.png", "damaged.png", "declines_0.png"]
     read.clear()
     assert annotate(faulty.descriptor("Batched"), data, tmp_path / "other").counts["annotated"] == 6
-    assert len(read) == 8  # another store knows nothing
+    assert len(read) == 8  # another store has no cache
 
 
 def test_equal_inputs_are_run_once(folder, tmp_path):
@@ -313,11 +313,13 @@ def test_parts_are_disjoint_and_complete(folder, tmp_path):
     data = folder(20)
     names = [path.name for path in data.iterdir()]
     for count in (1, 3, 7):
-        parts = [{name for name in names if in_part(name, (i, count))} for i in range(1, count + 1)]
+        parts = [{name for name in names if in_shard(name, (i, count))} for i in range(1, count + 1)]
         assert sum(map(len, parts)) == len(names) and set().union(*parts) == set(names)
-    done = [annotate(faulty.FAULTY, data, tmp_path / "s", part=(i, 3)).counts["annotated"] for i in (1, 2, 3)]
+    done = [
+        annotate(faulty.FAULTY, data, tmp_path / "s", shard=(i, 3)).counts["annotated"] for i in (1, 2, 3)
+    ]
     assert sum(done) == 20 and min(done) > 0
-    assert annotate(faulty.FAULTY, data, tmp_path / "s", part=(2, 3), limit=2).counts == {"skipped": 2}
+    assert annotate(faulty.FAULTY, data, tmp_path / "s", shard=(2, 3), limit=2).counts == {"skipped": 2}
 
 
 @pytest.mark.parametrize(
@@ -343,11 +345,9 @@ def test_bad_options(plugin, pictures, tmp_path, capsys, extra, message):
 
 
 def test_summary_stays_small():
-    summary = Summary()
+    summary = RunSummary()
     for n in range(5000):
-        reason = (
-            f"/data/{n}/{n}.png: PNG image of {n} bytes" if n % 2 else f"unlike {chr(0x4E00 + n)} others"
-        )
+        reason = f"/data/{n}/{n}.png: PNG image of {n} bytes" if n % 2 else f"unlike {chr(0x4E00 + n)} others"
         summary.add(Outcome(n, f"{n}/{n}.png", "unreadable", reason, (f"note {n}",)))
     assert len(summary.problems) == len(summary.notes) == MAX_LISTED
     assert len(summary.reasons) == MAX_REASONS + 1
@@ -372,7 +372,7 @@ def test_out_of_memory_is_recognised():
 
 
 def test_logged_calls_can_be_made_again(plugin, pictures, tmp_path, capsys):
-    """Of a run and of the live host, in one log."""
+    """A run and the live host share one log."""
     common = ["annotate", "--expert=FAKE", f"--data={pictures}", f"--out={tmp_path}/s", "--workers=0"]
     assert main([*common, f"--audit={tmp_path}/audit"]) == 0
     request = {"id": 1, "expert": "FAKE", "args": "fine"}
@@ -397,7 +397,7 @@ def test_workers_share_the_machine(monkeypatch):
 
 
 def test_the_default_builds_nothing_in_this_process(folder, tmp_path, monkeypatch):
-    """The command runs the expert in a process of its own unless it is told otherwise."""
+    """By default, the command runs the expert in a separate process."""
     monkeypatch.setattr("vilam3_experts.descriptors.BUILT_IN", (faulty.FAULTY,))
     monkeypatch.setattr(Worker, "run", lambda *_: pytest.fail("in this process"))
     data = folder(1)

@@ -1,4 +1,4 @@
-"""The live host: what it prints, breaks or never says must not reach the model's process."""
+"""The live host: its output, crashes and hangs must not affect the model's process."""
 
 import io
 import os
@@ -88,7 +88,7 @@ def test_what_the_host_refuses_is_told(host, tmp_path):
     assert missing.status == "failed" and "none.nii" in missing.reason
     assert host.ask("FAKE", "fine", input_key=KEY, inputs=[("", b"no image")]).status == "failed"
     assert host.ask("PNEUMONIA", input_key=KEY, inputs=[("", PNG)]).reason.startswith("PNEUMONIA needs files")
-    assert ask(host, "fine").status == "ok"  # all this by one process
+    assert ask(host, "fine").status == "ok"  # all by one process
     assert "without inputs" in host.ask("FAKE", "fine", input_key=KEY, inputs=[]).reason
 
 
@@ -131,7 +131,7 @@ def test_size_limit_holds_both_ways(monkeypatch):
     source = io.BytesIO(struct.pack(">I", 1 << 31) + b"rest")
     with pytest.raises(FrameError, match="limit"):
         read_frame(source)
-    assert source.tell() == 4  # nothing of it was read
+    assert source.tell() == 4  # the body was not read
 
 
 def test_host_ends_after_a_broken_frame():

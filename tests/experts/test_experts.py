@@ -1,4 +1,4 @@
-"""The stand-ins with a network, on tiny networks in the real formats."""
+"""The quickstart experts, with tiny networks in the real formats."""
 
 import dataclasses
 import hashlib
@@ -32,7 +32,7 @@ def test_brain_mask_is_one_filled_part(tmp_path, torchscript_bytes):
     assert record.reason == ""
     mask = record.label_map() > 0
     dice = 2 * (mask & ball).sum() / (mask.sum() + ball.sum())
-    assert dice > 0.97  # the hole is filled, the blob in the corner dropped
+    assert dice > 0.97  # the hole is filled, the blob in the corner removed
     (segment,) = record.segments
     assert (segment.name, segment.components) == ("brain", 1)
     assert segment.volume_ml == pytest.approx(mask.sum() * 0.008)
@@ -105,7 +105,7 @@ def test_chest_film_classes(level, name, keras_bytes):
 
 def test_segments_are_measured():
     labels = np.zeros((6, 6, 6), np.uint8)
-    labels[0, 0, 0] = labels[1, 1, 1] = 4  # touch by a corner: one component
+    labels[0, 0, 0] = labels[1, 1, 1] = 4  # connected by a corner: one component
     labels[4, 4, 4] = 4
     labels[5, 0:2, 5] = 2
     first, second = measure(labels, {2: "b", 4: "a"}, np.diag([-2.0, 5.0, 1.0, 1.0]))
@@ -138,7 +138,7 @@ def test_broken_weights_are_a_user_error():
 def test_wrong_kind_of_input_is_a_failure(onnx_bytes):
     volume = Volume(np.zeros((3, 3, 3), np.int16), np.eye(4), "x")
     record = run(descriptors.BRAINTUMOR, volume, Weights({"model": onnx_bytes}))
-    assert record.reason == "BRAINTUMOR reads images, and this is none"
+    assert record.reason == "BRAINTUMOR reads images, not volumes"
     assert record.input_key == volume.content_key
 
 
@@ -177,6 +177,6 @@ def test_experts_never_bring_jax(tmp_path, torchscript_bytes, onnx_bytes, keras_
     command = [sys.executable, "-c", ISOLATION, str(tmp_path)]
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     light, status, found = json.loads(out.stdout.splitlines()[-1])
-    assert light == []  # a descriptor costs nothing
+    assert light == []  # descriptors import no heavy library
     assert status == dict.fromkeys(("BRAINSEG", "BRAINTUMOR", "PNEUMONIA"), "ok")
     assert found == []

@@ -1,4 +1,4 @@
-"""Exported masks, read back by nibabel, ITK and highdicom: same voxels, same place, same patient or none."""
+"""Exported masks, read by nibabel, ITK and highdicom: same voxels and position, same patient or none."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from scipy.spatial.transform import Rotation
 from vilam3_experts import export_masks as export
 from vilam3_experts.base import measure
 from vilam3_experts.cli import main
-from vilam3_experts.imported.run import Options, Source, import_masks
+from vilam3_experts.imported.run import MaskOrigin, Options, import_masks
 
 from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.data.experts.record import Annotation, LabelMap
@@ -37,7 +37,7 @@ def _keep_signal_handler():
 
 
 def labels_on(shape, seed=0):
-    """[X, Y, Z] uint16 with all labels, unsymmetric in every direction."""
+    """[X, Y, Z] uint16 with all labels, asymmetric along every axis."""
     rng = np.random.default_rng(seed)
     labels = np.zeros(shape, np.uint16)
     block = labels[1:40, :30, :]  # the rest of a large scan stays empty
@@ -57,7 +57,7 @@ def store_for(scan, folder, labels=None, version=VERSION, expert="MINE"):
 
 
 def by_world(labels, affine):
-    """Label to its voxels' RAS coordinates, sorted."""
+    """Label to the sorted RAS coordinates of its voxels."""
     out = {}
     for label in np.unique(labels[labels > 0]).tolist():
         points = np.argwhere(labels == label) @ affine[:3, :3].T + affine[:3, 3]
@@ -75,7 +75,7 @@ def assert_same_place(found, record, renamed=None):
 
 TURNED = Rotation.from_euler("xyz", [8, -12, 20], degrees=True).as_matrix() @ np.diag([1.9, 2.1, 2.9])
 OBLIQUE = np.vstack([np.column_stack([TURNED, [-30, 12, 7]]), [0, 0, 0, 1]])
-SHEARED = OBLIQUE @ (np.eye(4) + np.diag([0.1, 0, 0], k=1))  # as a tilted gantry makes it
+SHEARED = OBLIQUE @ (np.eye(4) + np.diag([0.1, 0, 0], k=1))  # as from a tilted gantry
 
 
 @pytest.mark.parametrize("affine", [OBLIQUE, SHEARED], ids=["oblique", "sheared"])
@@ -97,7 +97,7 @@ def test_nifti_lies_on_the_voxels_of_the_file(tmp_path, order, affine):
     assert_same_place(by_world(np.asanyarray(mask.dataobj), mask.affine), record)
     table = json.loads((tmp_path / "out" / file.replace(".nii.gz", ".json")).read_text())
     assert {int(i): n for i, n in table["labels"].items()} == NAMES and table["index_order"] == order
-    if affine is OBLIQUE:  # ITK knows no shear
+    if affine is OBLIQUE:  # ITK does not support shear
         index = (1, 2, 3)
         seen = sitk.ReadImage(str(tmp_path / "out" / file)).TransformIndexToPhysicalPoint(index)
         np.testing.assert_allclose(np.multiply(seen, [-1, -1, 1]), (mask.affine @ [*index, 1])[:3], atol=1e-3)
@@ -111,7 +111,7 @@ def test_what_is_exported_is_imported_again(tmp_path):
     table = tmp_path / "out" / file.replace(".nii.gz", ".json")
     options = Options(labels=str(table))
     places = [tmp_path / "out" / file], tmp_path / "scan.nii.gz", "AGAIN", tmp_path / "again"
-    assert import_masks(*places, Source("tool", "x"), options).counts == {"imported": 1}
+    assert import_masks(*places, MaskOrigin("tool", "x"), options).counts == {"imported": 1}
     again = AnnotationStore(tmp_path / "again").get(record.input_key, "AGAIN")
     assert again.labels == record.labels and again.segments == record.segments
 
@@ -135,7 +135,7 @@ def test_dicom_seg_lies_on_the_slices_of_the_series(ct, tmp_path):
     volume = seg.get_volume(combine_segments=True)
     found = by_world(volume.array, np.diag([-1, -1, 1, 1]) @ volume.affine)
     assert_same_place(found, record, renamed={1: 1, 2: 2, 4: 3, 300: 4})
-    # Each frame refers to the image at its own position.
+    # Each frame references the image at its position.
     sources = {}
     for path in ct.glob("*.dcm"):
         image = pydicom.dcmread(path)
@@ -145,7 +145,7 @@ def test_dicom_seg_lies_on_the_slices_of_the_series(ct, tmp_path):
         assert (
             sources[source.ReferencedSOPInstanceUID] == frame.PlanePositionSequence[0].ImagePositionPatient[2]
         )
-    # Codes: SNOMED CT with its side where it is known, a private one that holds the name elsewhere.
+    # SNOMED CT codes with sides for known structures, and private codes with the name for others.
     coded = [segment.SegmentedPropertyTypeCodeSequence[0] for segment in seg.SegmentSequence]
     assert [c.CodingSchemeDesignator for c in coded] == ["SCT", "SCT", "99VILAM3", "99VILAM3"]
     assert coded[1].CodeMeaning == "Kidney"
@@ -205,7 +205,7 @@ def test_what_people_marked_is_manual(ct, tmp_path):
 
 
 def test_headers_that_de_identification_emptied(ct, tmp_path):
-    """The UIDs of the file's meta information stand in, as in the DICOM sample of TotalSegmentator."""
+    """The UIDs of the file meta information are used, as for the DICOM sample of TotalSegmentator."""
     for path in ct.glob("*.dcm"):
         image = pydicom.dcmread(path)
         image.SOPClassUID = image.SOPInstanceUID = ""
@@ -226,8 +226,8 @@ def test_what_cannot_be_exported_is_named(ct, tmp_path):
     summary = export.export_masks(tmp_path / "store", ct, tmp_path / "out", "dicom-seg")
     reasons = dict(summary.problems)
     assert summary.files == [] and summary.without == 1
-    assert "is no DICOM series" in reasons["scan.nii.gz"] and "broken" in reasons["broken.nii.gz"]
-    assert any("marks nothing" in reason for reason in reasons.values())
+    assert "not a DICOM series" in reasons["scan.nii.gz"] and "broken" in reasons["broken.nii.gz"]
+    assert any("is empty" in reason for reason in reasons.values())
 
 
 def test_a_series_of_a_samples_folder_is_asked_for_by_its_own_folder(ct, tmp_path):
@@ -241,7 +241,7 @@ def test_a_series_of_a_samples_folder_is_asked_for_by_its_own_folder(ct, tmp_pat
 
 
 def test_labels_of_several_sequences_lie_on_the_first(tmp_path):
-    """A record of BRATS has the key of four scans; its map is exported for the first."""
+    """A BRATS record has the key of four scans; its label map is exported for the first."""
     scans = {}
     for number, role in enumerate(("t1c", "t1", "t2", "flair")):
         noise = np.random.default_rng(number).integers(0, 1000, (6, 7, 8)).astype(np.int16)

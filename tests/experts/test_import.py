@@ -1,4 +1,4 @@
-"""Imported masks: what tools write is read, lies where they put it, or is refused with its reason."""
+"""Imported masks: files of many tools are read at the right position, or refused with a reason."""
 
 import hashlib
 import json
@@ -18,8 +18,8 @@ from pydicom.sr.codedict import codes
 from vilam3_experts.cli import main
 from vilam3_experts.imported import dicom_seg, matching
 from vilam3_experts.imported.label_tables import read_label_table
-from vilam3_experts.imported.masks import place
-from vilam3_experts.imported.run import Options, Source, import_masks
+from vilam3_experts.imported.masks import to_scan_grid
+from vilam3_experts.imported.run import MaskOrigin, Options, import_masks
 
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.volumes import Volume, load_volume
@@ -27,7 +27,7 @@ from vilam3_jax.datasets.samples import Sample, write_index
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.paths import as_path
 
-TOOL = Source("tool", "a network 1.0")
+TOOL = MaskOrigin("tool", "a network 1.0")
 SHAPE = (9, 8, 7)
 AFFINE = np.array(
     [[-2.0, 0, 0, 40], [0, -2.0, 0, 30], [0, 0, 3.0, -20], [0, 0, 0, 1.0]]
@@ -49,7 +49,7 @@ def save(path, values, affine=AFFINE):
 
 
 def labels_of(seed=0):
-    """[X, Y, Z] in the index order of AFFINE; every label in a block of its own."""
+    """[X, Y, Z] in the index order of AFFINE, with one block per label."""
     labels = np.zeros(SHAPE, np.uint8)
     labels[1:4, 2:5, 1:3], labels[5:8, 1:3, 4:6], labels[6:8, 5:7, 1:4] = 1, 2, 7
     return np.roll(labels, seed, axis=1)
@@ -57,7 +57,7 @@ def labels_of(seed=0):
 
 @pytest.fixture
 def case(tmp_path):
-    """A scan with noise in it, a mask of it, and a label table."""
+    """A scan of noise, its mask, and a label table."""
     noise = np.random.default_rng(3).integers(-1000, 1000, SHAPE).astype(np.int16)
     scan = save(tmp_path / "scans" / "case1_ct.nii.gz", noise)
     mask = save(tmp_path / "masks" / "case1_seg.nii.gz", labels_of())
@@ -108,7 +108,7 @@ def test_a_mask_becomes_a_record_of_its_scan(case):
     assert run(case).counts == {"skipped": 1}
 
 
-# What other engines write: types, index orders and formats.
+# Types, index orders and formats of other tools.
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.int32, np.int64, np.float32, np.float64])
@@ -273,7 +273,7 @@ def test_label_tables(tmp_path, name):
 
 
 def test_regions_name_what_lies_between_them(tmp_path):
-    """nnU-Net's regions of BraTS: id 1 is what the whole tumour has beyond its core."""
+    """nnU-Net's regions of BraTS: id 1 is the whole tumour without its core."""
     regions = {
         "background": 0,
         "whole tumor": [1, 2, 3],
@@ -302,19 +302,19 @@ def test_one_of_several_tables(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "no valid JSON"),
-        ("[1, 2]", "no table of ids and names"),
+        ("{", "not valid JSON"),
+        ("[1, 2]", "not a table of ids and names"),
         ('{"1": "a", "01": "b"}', "label id 1 has two names"),
         ('{"70000": "a"}', "outside 1..65535"),
         ('{"0": "background"}', "names no label"),
         ('{"1": "a", "1": "b"}', "states '1' twice"),
-        ('{"1": 5, "2": 6}', "no table of ids and names"),
+        ('{"1": 5, "2": 6}', "not a table of ids and names"),
         ('["liver", "spleen"]', "label id 0 is 'liver'.*begin a list with 'background'"),
         ('{"0": "Tumor core", "1": "Whole tumor"}', "label id 0 is 'Tumor core'"),
         (json.dumps({"1": "x" * 200}), "too long"),
         (json.dumps({"1": "a\u0007b"}), "not printable"),
-        ("once upon a time", "no label table that is known"),
-        ("[" * 100_000, "no valid JSON"),
+        ("once upon a time", "not a known kind of label table"),
+        ("[" * 100_000, "not valid JSON"),
     ],
 )
 def test_bad_tables_cost_one_sentence(tmp_path, text, message):
@@ -348,7 +348,7 @@ def test_masks_of_a_network_that_ran_elsewhere_are_stored_under_its_arguments(ca
 
 
 def test_a_lesion_that_nobody_looked_for_is_not_absent(case):
-    """Truths are taken from records: a mask of organs must not become "no hepatic tumor"."""
+    """Records serve as ground truth: a mask of organs must not become "no hepatic tumor"."""
     summary = run(case, expert="VISTA3D", args=("hepatic tumor",))
     assert "no label is named hepatic tumor" in summary.problems[0][1] and summary.counts == {"refused": 1}
     (case[2] / "labels.json").write_text(json.dumps({**NAMES, 9: "hepatic_tumor"}))
@@ -368,7 +368,7 @@ def test_ids_of_one_name_are_one_label(case):
 
 
 def test_names_in_the_header_of_a_nifti_file(case):
-    """TotalSegmentator puts them there."""
+    """As TotalSegmentator writes them."""
     image = nib.Nifti1Image(labels_of(), AFFINE)
     rows = "".join(f'<Label Key="{i}" Red="1"><![CDATA[{n}]]></Label>\n' for i, n in NAMES.items())
     table = f"<VolumeInformation><LabelTable>\n{rows}</LabelTable></VolumeInformation>"
@@ -392,7 +392,7 @@ def test_another_grid_is_refused_or_resampled_when_asked(case):
     summary = run(case, resample=True)
     assert (
         "case1_seg.nii.gz",
-        "lay on another grid and was resampled to that of the scan, nearest neighbour",
+        "was on another grid and was resampled to that of the scan, nearest neighbour",
     ) in (summary.notes)
     assert_same_world(record_of(case))
 
@@ -407,11 +407,11 @@ def test_a_shifted_grid_is_refused_and_rounding_is_not(case):
     summary = import_masks(
         [case[1]], case[2] / "scans", "X", case[2] / "store2", TOOL, Options(str(case[2] / "labels.json"))
     )
-    assert "lies 1.10 mm away" in summary.problems[0][1]
+    assert "is 1.10 mm away" in summary.problems[0][1]
 
 
 def test_resampling_agrees_with_itk():
-    """Nearest neighbour from an oblique grid, except where a point lies halfway between two voxels."""
+    """Nearest neighbour from an oblique grid, except for points halfway between two voxels."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 5, (11, 12, 13)).astype(np.uint8)
     c, s = np.cos(0.3), np.sin(0.3)
@@ -419,7 +419,7 @@ def test_resampling_agrees_with_itk():
         [[1.7 * c, -1.7 * s, 0, -9], [1.7 * s, 1.7 * c, 0, -7], [0, 0, 2.1, -12], [0, 0, 0, 1]]
     )
     scan = Volume(np.zeros((10, 9, 8), np.int16), np.diag([2.0, 2.2, 2.6, 1]) + np.eye(4, k=3) * -8, "scan")
-    placed, _ = place(labels, oblique, scan, "mask", resample=True)
+    placed, _ = to_scan_grid(labels, oblique, scan, "mask", resample=True)
 
     def itk(array, affine):
         lps = np.diag([-1, -1, 1, 1]) @ affine
@@ -440,10 +440,10 @@ def test_a_mask_of_other_places_is_refused(case):
     far = AFFINE.copy()
     far[2, 3] += 500
     save(case[1], labels_of(), far)
-    assert "all it marks lies outside case1_ct.nii.gz" in run(case, resample=True).problems[0][1]
+    assert "all its labels are outside case1_ct.nii.gz" in run(case, resample=True).problems[0][1]
 
 
-# What cannot be used is named, and the rest goes on.
+# Unusable masks are reported, and the others are imported.
 
 
 def test_bad_masks_are_named_and_the_run_goes_on(case):
@@ -469,7 +469,7 @@ def test_bad_masks_are_named_and_the_run_goes_on(case):
     assert summary.counts == {"imported": 1, "refused": 8}
     expected = {
         "fractional": "whole numbers", "negative": "whole numbers", "unknown": "without a name: 3",
-        "empty": "marks nothing", "huge ids": "whole numbers", "four": "volumes", "truncated": "truncated",
+        "empty": "is empty", "huge ids": "whole numbers", "four": "volumes", "truncated": "truncated",
         "text": "no scan has its name",
     }  # fmt: skip
     for name, words in expected.items():
@@ -480,14 +480,14 @@ def test_bad_masks_are_named_and_the_run_goes_on(case):
 
 
 def test_ground_truth_is_never_an_experts_answer(case):
-    people = Source("ground-truth", "two radiologists")
-    with pytest.raises(UserError, match="BRAINSEG: is a network, and what people marked is not its answer"):
+    people = MaskOrigin("ground-truth", "two radiologists")
+    with pytest.raises(UserError, match="BRAINSEG: is a network, and ground truth is not its answer"):
         run(case, expert="BRAINSEG", source=people)
     assert run(case, expert="READERS", source=people).counts == {"imported": 1}
     assert record_of(case).version == "imported; ground-truth: two radiologists"
     for text in ("radiologists", "tool:", "person:me", "tool:a\nb\0"):
         with pytest.raises(UserError, match="say who made the masks"):
-            Source.parse(text)
+            MaskOrigin.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -521,8 +521,8 @@ def test_names_folders_and_grids_find_the_scan(tmp_path, monkeypatch):
     ((name, reason),) = summary.problems
     assert name == "nobody.nii.gz" and "could belong to 4 scans" in reason and "--manifest" in reason
     assert summary.counts["imported"] == 4
-    by_grid = [note for note in summary.notes if "only its grid" in note[1]]
-    assert by_grid == [("segmentation.nii.gz", "only its grid says that it belongs to odd.nii.gz")]
+    by_grid = [note for note in summary.notes if "only by its grid" in note[1]]
+    assert by_grid == [("segmentation.nii.gz", "matched with odd.nii.gz only by its grid")]
 
 
 def test_two_masks_of_one_scan_are_refused(case):
@@ -533,7 +533,7 @@ def test_two_masks_of_one_scan_are_refused(case):
 
 
 def test_a_name_that_the_grid_contradicts_is_refused(case):
-    """The mask is called case1, and lies on the grid of case2."""
+    """The mask has the name of case1 and the grid of case2."""
     noise = np.random.default_rng(8).integers(-1000, 1000, (5, 6, 7)).astype(np.int16)
     save(case[2] / "scans" / "case2_ct.nii.gz", noise)
     save(case[1], np.ones((5, 6, 7), np.uint8))
@@ -580,15 +580,15 @@ def test_masks_between_the_scans(tmp_path):
 
 def test_words_for_the_role_of_a_file():
     names = ["case7_ct.nii.gz", "case7_seg.nrrd", "case7.seg.nrrd", "CASE7-label.mha", "case7_0000.nii.gz"]
-    assert {matching.case_of(name) for name in names} == {"case7"}
-    assert matching.case_of("liver_1_0001.nii.gz") == "liver_1_0001"
+    assert {matching.case_name(name) for name in names} == {"case7"}
+    assert matching.case_name("liver_1_0001.nii.gz") == "liver_1_0001"
 
 
 # Samples folders: the quickstart's organs.
 
 
 def test_the_maps_of_a_samples_folder_by_their_source(tmp_path):
-    """Of two scans, one has a map of a tool and one a radiologist's mask; each is imported as what it is."""
+    """Of two scans, one has a map by a tool and one a mask by a radiologist; only the former is imported."""
     folder = tmp_path / "samples"
     labels = labels_of()
     save(folder / "map.nii.gz", labels)
@@ -601,7 +601,7 @@ def test_the_maps_of_a_samples_folder_by_their_source(tmp_path):
             label_map=as_path(folder / "map.nii.gz"), label_names=NAMES, label_source=source,
         ))  # fmt: skip
     write_index(folder, rows, {})
-    source = Source("tool", "TotalSegmentator reference map")
+    source = MaskOrigin("tool", "TotalSegmentator reference map")
     assert import_masks([folder], folder, "ORGANS", tmp_path / "s", source).counts == {"imported": 1}
     store = AnnotationStore(tmp_path / "s")
     (key,) = store.keys()
@@ -609,7 +609,7 @@ def test_the_maps_of_a_samples_folder_by_their_source(tmp_path):
     assert key == (load_volume(folder / "known.nii.gz").content_key, "ORGANS", "organs")
     assert record.label_names == {1: "liver", 3: "spleen", 14: "left kidney"}
     with pytest.raises(UserError, match=r"no label map of 'nobody'.*'radiologist mask'"):
-        import_masks([folder], folder, "ORGANS", tmp_path / "s", Source("tool", "nobody"))
+        import_masks([folder], folder, "ORGANS", tmp_path / "s", MaskOrigin("tool", "nobody"))
 
 
 # DICOM Segmentation objects.
@@ -669,7 +669,7 @@ def test_dicom_seg_of_a_series(dicom_case, kind):
     store = AnnotationStore(root / "store")
     (key,) = store.keys()
     record = store.get(*key)
-    assert record.label_names == {1: "Liver", 2: "Spleen"}  # a mere number gives way to the coded name
+    assert record.label_names == {1: "Liver", 2: "Spleen"}  # a generic label is replaced by the coded name
     expected = world_of((first + 2 * second).transpose(2, 1, 0), AFFINE)
     found = world_of(record.label_map(), record.label_affine)
     for label in (1, 2):
@@ -694,7 +694,7 @@ def test_a_segmentation_beside_its_series_is_no_scan(dicom_case):
 
 
 def test_a_segmentation_belongs_to_no_other_series(dicom_case):
-    """The other patient's series lies beside it, on the very same grid."""
+    """Another patient's series is in the same folder, on the same grid."""
     series, first, second, root = dicom_case
     shutil.rmtree(root / "scans")
     write_series(root / "scans" / "other")
@@ -713,7 +713,7 @@ def test_the_sides_of_coded_names(dicom_case):
 
 
 def test_a_segmentation_that_highdicom_did_not_write():
-    """pydicom's liver.dcm, of another vendor."""
+    """pydicom's liver.dcm, from another vendor."""
     path = get_testdata_file("liver.dcm")
     header = dicom_seg.read_seg_header(path)
     assert dicom_seg.is_segmentation(path) and header.names == {1: "Liver"} and header.kind == "BINARY"
@@ -738,7 +738,7 @@ def test_damaged_and_other_dicom_files_are_no_masks(dicom_case):
     ((_, reason),) = import_seg(root).problems
     assert "any name.dcm" in reason
     assert not dicom_seg.is_segmentation(root / "scans" / "study" / "00.dcm")
-    # A value representation that does not exist, where the class of the object stands; found by fuzzing.
+    # An invalid value representation of SOPClassUID; found by fuzzing.
     data = path.read_bytes()
     place = data.index(b"\x08\x00\x16\x00UI")
     path.write_bytes(data[: place + 4] + b"U\xff" + data[place + 6 :])

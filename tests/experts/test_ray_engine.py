@@ -1,4 +1,4 @@
-"""The Ray engine on a cluster of several nodes on this machine: actors and nodes are killed."""
+"""The Ray engine on a cluster of several local nodes, with kills of actors and nodes."""
 
 import os
 import pathlib
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    """Three nodes: the head has no room for workers, the others have room for one each."""
+    """Three nodes: the head without room for workers, the others with room for one each."""
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("FAULTY_LOG", str(tmp_path / "log"))
@@ -76,7 +76,7 @@ def test_killed_actors_and_nodes_lose_nothing(cluster, folder, tmp_path):  # noq
     summary = annotate(faulty.FAULTY, data, tmp_path / "store", engine=engine, audit=tmp_path / "audit")
     killer.join()
     assert told == ["actor", "node"]
-    # What an actor committed before it was killed is skipped when its block is run again.
+    # Records that an actor committed before it was killed are skipped when its block is run again.
     assert summary.counts["annotated"] + summary.counts["skipped"] + summary.counts["failed"] == 303
     assert len(AnnotationStore(tmp_path / "store")) == 303
     assert [reason.partition(",")[0] for reason in reasons(tmp_path / "store")] == [

@@ -1,4 +1,4 @@
-"""Recognising MRI sequences: by file names, BIDS, JSON sidecars and DICOM headers."""
+"""Detection of MRI sequences from file names, BIDS, JSON sidecars and DICOM headers."""
 
 import pydicom
 import pytest
@@ -141,7 +141,7 @@ def test_rest_of_a_name_tells_the_case():
 
 SPIN, INVERSION, GRADIENT = frozenset({"SE"}), frozenset({"SE", "IR"}), frozenset({"GR"})
 PREPARED = frozenset({"GR", "IR"})
-# description, agent, kinds, TE, TR, TI -> role; None where nothing is certain
+# description, agent, kinds, TE, TR, TI -> role; None if uncertain
 HEADERS = [
     ("Ax T1 post GAD", "Dotarem", SPIN, 12, 550, None, "t1c"),
     ("Ax T1", "Gadavist", SPIN, 12, 550, None, "t1c"),
@@ -154,13 +154,13 @@ HEADERS = [
     ("t2_tirm_tra_dark-fluid", "", INVERSION, 86, 9000, 2500, "flair"),
     ("Sag CUBE T2 FLAIR", "Gadavist", INVERSION, 119, 6000, 1850, "flair"),
     ("FLAIR", "", SPIN, 386, 5000, None, "flair"),
-    # words are silent, times decide
+    # no words, times decide
     ("axial", "", SPIN, 11, 500, None, "t1"),
     ("axial", "", INVERSION, 120, 9000, 2500, "flair"),
     ("axial", "", SPIN, 90, 3500, None, "t2"),
     ("axial", "", SPIN, 100, 9000, None, None),
     ("axial", "", GRADIENT, 4, 25, None, None),
-    # not one of the four
+    # none of the four
     ("ep2d_diff_b1000", "", frozenset({"EP", "SE"}), 89, 6000, None, None),
     ("axial", "", frozenset({"EP", "SE"}), 89, 6000, None, None),
     ("SWI", "", GRADIENT, 20, 28, None, None),

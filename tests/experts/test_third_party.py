@@ -1,4 +1,4 @@
-"""Experts of third parties: TotalSegmentator behind a stub of its API, the template, a card without model."""
+"""Third-party experts: TotalSegmentator with a stub of its API, the template, a card without a model."""
 
 import configparser
 import os
@@ -136,7 +136,7 @@ def test_a_task_is_an_argument_and_its_map_comes_back_on_the_grid(expert, ct):
     assert record.reason == ""
     expected = np.zeros((8, 6, 5), int)
     expected[3], expected[4:] = 2, 117
-    np.testing.assert_array_equal(record.label_map(), expected)  # the package turned the first axis around
+    np.testing.assert_array_equal(record.label_map(), expected)  # the package flipped the first axis
     assert record.label_names == {2: "kidney right", 117: "costal cartilages"}
     assert len(record.weights_sha256) == 64 and record.args == "total"
 
@@ -157,14 +157,14 @@ def test_what_goes_wrong_is_a_failure_with_its_reason(expert, ct, task, reason):
 
 
 def test_neither_package_nor_weights_is_one_sentence(stub_path, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"not installed here .*environment of their own"):
+    with pytest.raises(UserError, match=r"not installed here .*separate environment"):
         create_expert(descriptors.TOTALSEGMENTATOR, Weights())
     monkeypatch.syspath_prepend(str(stub_path))
     monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", "")
     with pytest.raises(UserError, match="no weights of TotalSegmentator"):
         create_expert(descriptors.TOTALSEGMENTATOR, Weights(folder=as_path(tmp_path)))
     libs = sys.modules["totalsegmentator.libs"]
-    del libs.download_url_and_unpack  # another version, in which a download would not be stopped
+    del libs.download_url_and_unpack  # another version, whose downloads would not be blocked
     made = create_expert(descriptors.TOTALSEGMENTATOR, Weights(folder=as_path(stub_path / "weights")))
     scan = Volume(np.zeros((2, 2, 2), np.int16), np.eye(4), "scan")
     with pytest.raises(ExpertFailure, match="not known to stay offline"):
@@ -173,7 +173,7 @@ def test_neither_package_nor_weights_is_one_sentence(stub_path, tmp_path, monkey
 
 @pytest.fixture(scope="session")
 def other_environment(tmp_path_factory, stub_path):
-    """Another virtual environment, in which TotalSegmentator is installed beside vilam3-experts."""
+    """Another virtual environment with TotalSegmentator and vilam3-experts."""
     folder = tmp_path_factory.mktemp("environment") / "venv"
     venv.create(folder, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
@@ -185,7 +185,7 @@ def other_environment(tmp_path_factory, stub_path):
 
 @pytest.mark.slow
 def test_it_runs_in_an_environment_of_its_own_offline_and_live(other_environment, stub_path, ct, tmp_path):
-    """Here is no TotalSegmentator; the other environment answers, to a command and over a pipe."""
+    """This environment lacks TotalSegmentator; another one answers, offline and over a pipe."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     command = [str(other_environment), "-m", "vilam3_experts"]
     weights = ["--weights", str(stub_path / "weights")]
@@ -202,7 +202,7 @@ def test_it_runs_in_an_environment_of_its_own_offline_and_live(other_environment
 
 
 def test_a_card_without_a_model_says_so(tmp_path):
-    for name, reason in (("VISTA2D", "has a card only"), ("ORGANS", "its masks are imported")):
+    for name, reason in (("VISTA2D", "is only a card"), ("ORGANS", "its masks are imported")):
         with pytest.raises(UserError, match=reason):
             create_expert(descriptors.get(name), Weights())
 

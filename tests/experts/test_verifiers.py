@@ -1,4 +1,4 @@
-"""Checks beside experts, in the calls themselves and on real scans."""
+"""Checks of the inputs and results of experts, in calls and on real scans."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 from vilam3_experts import descriptors
 from vilam3_experts import host as host_module
 from vilam3_experts.annotate import Engine, annotate
-from vilam3_experts.base import ExpertInputs, Output, Stated, annotate_one, is_refused, measure
+from vilam3_experts.base import ExpertInputs, ImageMetadata, Output, annotate_one, is_refused, measure
 from vilam3_experts.calibrate import Calibration, ClassCalibration, load_calibration
 from vilam3_experts.cli import main
 from vilam3_experts.inputs import find_inputs
@@ -32,11 +32,11 @@ needs_samples = pytest.mark.skipif(
     not SAMPLES.is_dir(), reason="needs the sample images that `make quickstart` fetches"
 )
 CARDS = {card.name: card for card in load_cards("quickstart")}
-RAN = []  # what reached an expert
+RAN = []  # inputs that reached an expert
 
 
 class Spy:
-    """Says that everything bright is brain."""
+    """Labels every bright voxel as brain."""
 
     def __init__(self, weights):
         del weights
@@ -87,9 +87,9 @@ def test_a_wrong_scan_is_refused_before_the_expert_runs(modality):
 
 
 def test_a_wrong_answer_on_an_unclear_scan_is_caught_after():
-    """The same abdomen, stated to be MR without a body part: nothing forbids the run."""
+    """The same abdomen, declared as MR without a body part, so that no check refuses it."""
     volume = trunk("MR")
-    small = dataclasses.replace(volume, voxels=volume.voxels[:, 16:64])  # too narrow to tell
+    small = dataclasses.replace(volume, voxels=volume.voxels[:, 16:64])  # too narrow to decide
     small = dataclasses.replace(small, affine=np.diag([4.0, 2.0, 4.0, 1.0]))
     record = annotate_one(
         Spy(None), descriptors.get("BRAINSEG"), ExpertInputs.of(small), "", weights_sha256=""
@@ -145,8 +145,8 @@ def test_films_are_judged_by_their_headers_and_refused_ones_join_no_batch(tmp_pa
     for number, part in enumerate(("CHEST", "FOOT", "CHEST")):
         write_film(tmp_path / "in" / f"{number}.dcm", 60 * number, part)
     pneumonia = spied(descriptors.get("PNEUMONIA"))
-    stated = [item.load().stated for item in find_inputs(tmp_path / "in", pneumonia)]
-    assert stated == [(Stated("CR", part),) for part in ("CHEST", "FOOT", "CHEST")]
+    metadata = [item.load().metadata for item in find_inputs(tmp_path / "in", pneumonia)]
+    assert metadata == [(ImageMetadata("CR", part),) for part in ("CHEST", "FOOT", "CHEST")]
     summary = annotate(pneumonia, tmp_path / "in", tmp_path / "store", engine=Engine(batch=3))
     assert +summary.counts == {"annotated": 2, "failed": 1} and len(RAN) == 2
     store = AnnotationStore(tmp_path / "store")
@@ -286,7 +286,7 @@ def test_corrupted_maps_of_a_real_ct_are_caught(corrupt, caught):
 
 @needs_samples
 def test_the_reported_case_and_its_neighbours():
-    """Which sample may go to which expert, as the files state it: nothing."""
+    """(sample, expert) pairs that the checks must accept or refuse from the content alone."""
     refused = {}
     for known in read_samples(SAMPLES):
         if known.kind == "film":
@@ -297,7 +297,7 @@ def test_the_reported_case_and_its_neighbours():
     cts = [s for s in read_samples(SAMPLES) if s.kind == "ct" and s.body_region != "head"]
     assert all(refused[s.name, "BRAINSEG"] for s in cts) and len(cts) == 6
     right = {s.name: "ORGANS" if s.kind == "ct" else "BRAINSEG" for s in read_samples(SAMPLES)}
-    right["totalseg_mr_abdomen"] = None  # a trunk, which BRAINSEG must not see
+    right["totalseg_mr_abdomen"] = None  # a trunk, which BRAINSEG must refuse
     assert refused["totalseg_mr_abdomen", "BRAINSEG"] and refused["mni152_head", "ORGANS"]
     assert not [name for (name, expert), no in refused.items() if no and right[name] == expert]
 

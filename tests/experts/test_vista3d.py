@@ -1,4 +1,4 @@
-"""VISTA3D: the folder, the geometry against MONAI's own pipeline, the windows, and what is refused."""
+"""VISTA3D: the folder, the geometry compared with MONAI's pipeline, the windows, and refusals."""
 
 import dataclasses
 import hashlib
@@ -34,7 +34,7 @@ from vilam3_experts.vista3d import bundle as bundles
 from vilam3_experts.vista3d import expert as experts
 from vilam3_experts.vista3d import windows
 from vilam3_experts.vista3d.bundle import Bundle, read_bundle
-from vilam3_experts.vista3d.pipeline import Prepared
+from vilam3_experts.vista3d.pipeline import PreprocessedScan
 from vilam3_experts.weights import Weights
 
 from vilam3_jax.data.experts.cards import load_cards
@@ -52,9 +52,9 @@ PROMPTS = [1, 3, 115, 28, 22]
 
 
 class WholeNetwork:
-    """Any module called as `network(window, class_vector=prompts [P, 1])` that gives [P, 1, x, y, z]."""
+    """Wraps a module with the call `network(window, class_vector=prompts [P, 1])` -> [P, 1, x, y, z]."""
 
-    portion: int | None = None
+    prompt_chunk: int | None = None
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
@@ -68,7 +68,7 @@ class WholeNetwork:
 
 
 class Tiny(nn.Module):
-    """VISTA3D's call with one convolution, random and fixed."""
+    """VISTA3D's interface with one convolution, random and fixed."""
 
     def __init__(self, channels=6):
         super().__init__()
@@ -84,7 +84,7 @@ class Tiny(nn.Module):
 
 
 def rotation(x, y, z):
-    """[3, 3], turns by angles in radians about the three axes."""
+    """[3, 3], rotation by angles in radians about the three axes."""
     turns = []
     for axis, angle in enumerate((x, y, z)):
         turn = np.eye(3)
@@ -140,9 +140,10 @@ def monai_pipeline(path, network, prompts, settings):
 
 
 def ours(volume, network, prompts, settings, **changes):
-    """Labels [X, Y, Z] of the expert's own path."""
-    prepared = Prepared(volume, bundles.DEFAULT_STEPS)
-    options = {"device": CPU, "sums_device": CPU, "memory_bytes": 0, "portion": None, "amp": True} | changes
+    """Labels [X, Y, Z] of the expert's pipeline."""
+    prepared = PreprocessedScan(volume, bundles.DEFAULT_STEPS)
+    options = {"device": CPU, "sums_device": CPU, "memory_bytes": 0, "prompt_chunk": None, "amp": True}
+    options |= changes
     positions = windows.argmax_labels(
         prepared.image.as_tensor()[None].contiguous(), network, prompts, settings, **options
     )
@@ -151,7 +152,7 @@ def ours(volume, network, prompts, settings, **changes):
 
 
 def compare(tmp_path, values, affine, settings):
-    """Share of voxels in which the expert and MONAI differ; both find several labels."""
+    """Fraction of voxels in which the expert and MONAI differ; checks that both find several labels."""
     path = tmp_path / "scan.nii"
     nib.Nifti1Image(values, affine).to_filename(path)
     volume = load_volume(path, modality="CT")
@@ -226,9 +227,9 @@ def test_slabs_are_monai_spacing_bit_for_bit(monkeypatch, spacing, shear):
         ((12, 9, 16), (16, 16, 16), 0.3, "replicate", [5]),
     ],
 )
-@pytest.mark.parametrize("portion", [None, 2])
+@pytest.mark.parametrize("prompt_chunk", [None, 2])
 @pytest.mark.parametrize("memory_bytes", [0, 1 << 30])
-def test_windows_give_the_inferers_argmax(shape, roi, overlap, padding, prompts, portion, memory_bytes):
+def test_windows_give_the_inferers_argmax(shape, roi, overlap, padding, prompts, prompt_chunk, memory_bytes):
     image = torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(3))
     classes = torch.tensor(prompts)
     logits = sliding_window_inference(
@@ -238,16 +239,16 @@ def test_windows_give_the_inferers_argmax(shape, roi, overlap, padding, prompts,
     expected = torch.where((logits > 0).any(0), logits.argmax(0) + 1, 0)
     found = windows.argmax_labels(
         image, WholeNetwork(Tiny()), prompts, windows.WindowSettings(roi, overlap, padding),
-        device=CPU, sums_device=CPU, memory_bytes=memory_bytes, portion=portion, amp=True,
+        device=CPU, sums_device=CPU, memory_bytes=memory_bytes, prompt_chunk=prompt_chunk, amp=True,
     )  # fmt: skip
     assert found.dtype == torch.uint8 and torch.equal(found.long(), expected)
     assert len(expected.unique()) > 1
 
 
 class Greedy:
-    """Has memory for some prompts at a time."""
+    """Runs out of memory above `most` prompts at once."""
 
-    portion = None
+    prompt_chunk = None
 
     def __init__(self, most):
         self.most, self.calls, self.encoded = most, [], 0
@@ -267,13 +268,13 @@ def segment(network, **options):
     settings = windows.WindowSettings((16, 16, 16), 0.3, "constant")
     image = torch.ones(1, 1, 16, 16, 20)
 
-    def run(portion, sums_device, memory_bytes):
+    def run(prompt_chunk, sums_device, memory_bytes):
         return windows.argmax_labels(
             image, network, list(range(1, 13)), settings, device=CPU, sums_device=sums_device,
-            memory_bytes=memory_bytes, portion=portion, amp=True,
+            memory_bytes=memory_bytes, prompt_chunk=prompt_chunk, amp=True,
         )  # fmt: skip
 
-    return windows.retry_smaller(run, network, CPU, options.get("host_bytes", 1 << 30))
+    return windows.retry_with_less_memory(run, network, CPU, options.get("host_bytes", 1 << 30))
 
 
 def test_too_little_gpu_memory_is_retried_with_fewer_prompts():
@@ -312,7 +313,7 @@ def test_logits_that_are_no_numbers_are_no_background():
         segment(Broken(99))
 
 
-# The folder. Weights are generated for the real network at a sixth of its width: same names, other shapes.
+# The folder. Generated weights of the real network at a sixth of its width: same names, other shapes.
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +338,7 @@ def metadata(labels=None):
 
 
 def config():
-    """`inference.json` of vista3d 0.5.4, without what runs it."""
+    """`inference.json` of vista3d 0.5.4, without the parts that run it."""
     return {
         "imports": ["$import os", "$import scripts"],
         "image_key": "image",
@@ -442,7 +443,7 @@ def transform(config, name):
         (lambda c: c["subclass"].update({"21": "$list(range(9))"}), "subclass '21'"),
         (lambda c: transform(c, "Spacingd").update(mode="nearest"), "Spacingd in mode 'nearest'"),
         (lambda c: transform(c, "Spacingd").update(diagonal=True), "Spacingd has 'diagonal'"),
-        (lambda c: transform(c, "Spacingd").update(_target_="Zoomd"), "has Zoomd, which is not applied"),
+        (lambda c: transform(c, "Spacingd").update(_target_="Zoomd"), "has Zoomd, which is not supported"),
         (lambda c: c["preprocessing_transforms"].pop(3), "0 times Spacingd"),
         (lambda c: transform(c, "ScaleIntensityRanged").update(a_max=float("nan")), "a_max is nan"),
         (lambda c: transform(c, "Orientationd").update(axcodes="RAX"), "Orientationd to 'RAX'"),
@@ -468,12 +469,15 @@ def missing_one(state):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (missing_one, r"1 tensors are not .* such as 'image_encoder.encoder.conv_init.weight'"),
-        (lambda state: {**state, "extra": torch.ones(1)}, "such as 'extra'"),
-        (lambda state: {**state, next(iter(state)): torch.ones(3)}, "MONAI 1.4 or newer"),
-        (lambda state: {key: value.long() for key, value in state.items()}, "type"),
-        (lambda state: {"model": 3}, "something else than tensors"),
-        (lambda state: {"a": Harmful()}, "more than tensors and is not opened"),
+        (missing_one, r"do not fit .*: 1 missing \(image_encoder.encoder.conv_init.weight\)"),
+        (lambda state: {**state, "extra": torch.ones(1)}, r"1 unexpected \(extra\)"),
+        (
+            lambda state: {**state, next(iter(state)): torch.ones(3)},
+            "1 of another shape .*MONAI 1.4 or newer",
+        ),
+        (lambda state: {key: value.long() for key, value in state.items()}, "not floating point"),
+        (lambda state: {"model": 3}, "not a dict of named tensors"),
+        (lambda state: {"a": Harmful()}, "contains more than tensors, not opened"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(tmp_path, narrow_bundles, spoil, message):
@@ -497,7 +501,7 @@ def test_a_folder_that_lacks_something_says_what(tmp_path, narrow_bundles):
     with pytest.raises(UserError, match="no weights; it needs one of models/"):
         read_bundle(folder)
     (folder / "configs/metadata.json").write_text("[" * 100_000)
-    with pytest.raises(UserError, match=r"metadata\.json: no valid JSON"):
+    with pytest.raises(UserError, match=r"metadata\.json: not valid JSON"):
         read_bundle(folder)
     (folder / "configs/metadata.json").write_text(json.dumps(metadata({1: "liver", 345: "left insula"})))
     with pytest.raises(UserError, match="label ids up to 345, VISTA3D for CT has 132"):
@@ -586,7 +590,7 @@ def test_outside_the_crop_is_background(vista):
         (small_volume((20, 20, 1)), "20x20x1 voxels"),
         (
             dataclasses.replace(small_volume(), voxels=np.full((9, 9, 9), np.nan, np.float32)),
-            "no finite numbers",
+            "not finite numbers",
         ),
         (
             dataclasses.replace(small_volume(), voxels=np.full((9, 9, 9), -1000, np.int16)),
@@ -613,7 +617,7 @@ def test_the_descriptor_is_registered():
 
 @pytest.mark.slow
 def test_the_real_network_on_the_real_layout(tmp_path):
-    """Generated weights of full size: names, shapes, type, one forward of 64^3, as MONAI's own call."""
+    """Generated weights of full size: names, shapes, dtype, and one forward pass of 64^3 as by MONAI."""
     torch.manual_seed(0)
     network = vista3d132().eval()
     state = network.state_dict()

@@ -1,4 +1,4 @@
-"""Where weights come from: downloads from a local server, the lock file, the quarantined converter."""
+"""Sources of weights: downloads from a local server, the lock file, the quarantined converter."""
 
 import collections
 import dataclasses
@@ -22,8 +22,8 @@ from vilam3_experts.cli import main
 from vilam3_experts.weight_files import fetch, pickled
 from vilam3_experts.weight_files.convert import to_safetensors
 from vilam3_experts.weight_files.install import install
-from vilam3_experts.weight_files.lock import FILE, Lock
-from vilam3_experts.weight_files.pickled import Refused, read_tensors
+from vilam3_experts.weight_files.lock import FILE, LockFile
+from vilam3_experts.weight_files.pickled import InvalidFileError, read_tensors
 from vilam3_experts.weight_files.sources import Download, Source
 from vilam3_experts.weights import load_weights
 from vilam3_experts.xrv.expert import Ensemble
@@ -162,7 +162,7 @@ def test_first_use_pins_and_a_change_is_refused(server, tmp_path):
     assert stored["sha256"] == sha256(CONTENT) and stored["origin"] == f"{server.url}/w.bin"
     fetches = len(server.requests)
     list(install("TOY", source, tmp_path))
-    assert len(server.requests) == fetches  # what is there is not fetched again
+    assert len(server.requests) == fetches  # existing files are not fetched again
 
     path.write_bytes(b"changed")
     with pytest.raises(
@@ -182,8 +182,8 @@ def test_first_use_pins_and_a_change_is_refused(server, tmp_path):
 )
 def test_damaged_lock_file_is_refused(tmp_path, text):
     (tmp_path / FILE).write_text(text)
-    with pytest.raises(UserError, match=rf"{FILE}: is no lock file of version 1"):
-        Lock(tmp_path)
+    with pytest.raises(UserError, match=rf"{FILE}: not a lock file of version 1"):
+        LockFile(tmp_path)
 
 
 def test_bundle_is_unpacked_by_our_names_only(server, tmp_path):
@@ -212,9 +212,9 @@ def test_bundle_is_unpacked_by_our_names_only(server, tmp_path):
     assert left_in(tmp_path) == ["metadata.json", "model.safetensors", FILE]
 
     for name, bad, told in [
-        ("none", archive(members[0]), "models/model.pt is in it 0 times"),
-        ("twice", archive(*members, ("b/models/model.pt", b"x")), "models/model.pt is in it 2 times"),
-        ("cut", archive(*members)[:90], "is no archive of a bundle"),
+        ("none", archive(members[0]), "has 0 members models/model.pt, expected one"),
+        ("twice", archive(*members, ("b/models/model.pt", b"x")), "has 2 members models/model.pt, expected"),
+        ("cut", archive(*members)[:90], "not an archive of a bundle"),
     ]:
         server.files["/w.bin"] = bad
         with pytest.raises(UserError, match=told):
@@ -223,7 +223,7 @@ def test_bundle_is_unpacked_by_our_names_only(server, tmp_path):
 
 @pytest.mark.slow
 def test_release_file_becomes_a_running_expert(server, tmp_path):
-    """The whole way: a module pickled as the release does, fetched, converted, pinned, loaded, run."""
+    """End to end: a module pickled like the release is fetched, converted, pinned, loaded and run."""
     member = next(m for m in load_table().members if m.name == "densenet121-res224-all")
     network = xrv_reference.densenet(5)
     release = io.BytesIO()
@@ -271,11 +271,11 @@ def test_command_says_where_everything_comes_from(tmp_path, capsys):
     [
         (["--fetch", "--expert", "CXR"], "give --expert and --weights"),
         (["--fetch", "--weights", "W"], "give --expert and --weights"),
-        (["--source", "hub"], "give --fetch, too"),
+        (["--source", "hub"], "add --fetch"),
         (["--fetch", "--expert", "BRAINSEG", "--weights", "W"], "nothing to fetch; its files are in deepbet"),
         (
             ["--fetch", "--expert", "CXR", "--weights", "W", "--source", "x"],
-            "no source 'x'; there are release",
+            "no source 'x'; choose from release",
         ),
         (["--expert", "NONE"], "no expert 'NONE'"),
     ],
@@ -309,10 +309,10 @@ def test_command_without_a_network(tmp_path, monkeypatch, capsys):
     toy = dataclasses.replace(descriptors.CXR, sources=(nowhere,))
     monkeypatch.setattr(descriptors, "registry", lambda: {"CXR": toy})
     given = ["weights", "--fetch", "--expert", "CXR", "--weights", str(tmp_path)]
-    assert main(given) == 1  # starting again where there is a network helps
+    assert main(given) == 1  # a restart with a network helps
     told = capsys.readouterr().err
     assert told.startswith("error: http://127.0.0.1:9/w.bin: cannot be reached") and told.count("\n") == 1
-    (tmp_path / "CXR" / "w.bin").write_bytes(CONTENT)  # as a person brings it
+    (tmp_path / "CXR" / "w.bin").write_bytes(CONTENT)  # placed there by the user
     assert main(given) == 0
 
 
@@ -320,7 +320,7 @@ def test_command_without_a_network(tmp_path, monkeypatch, capsys):
 
 
 class Small(torch.nn.Module):
-    """A class of the test, which no list of stand-ins has."""
+    """A class without a stub."""
 
 
 def module():
@@ -383,7 +383,7 @@ def test_other_globals_are_refused_by_name(tmp_path, name, legacy):
     for value in (hostile(mark)[name], {"weight": torch.zeros(3), "x": hostile(mark)[name]}):
         path = saved(value, tmp_path / "m.pt", legacy)
         with pytest.raises(
-            Refused, match=rf"^it asks for {name.replace('builtins', '(builtins|__builtin__)')}"
+            InvalidFileError, match=rf"^it asks for {name.replace('builtins', '(builtins|__builtin__)')}"
         ):
             read_tensors(path)
     assert not mark.exists()
@@ -392,7 +392,7 @@ def test_other_globals_are_refused_by_name(tmp_path, name, legacy):
 def deep(times):
     made = torch.nn.Sequential(torch.nn.ReLU())
     for _ in range(times):
-        made = torch.nn.Sequential(made, made)  # 2 to the power of `times` paths
+        made = torch.nn.Sequential(made, made)  # 2**times paths
     return made
 
 
@@ -408,15 +408,15 @@ def cycle():
         (deep(40), "nested too deeply"),
         (cycle(), "nested too deeply"),
         ({"a": torch.zeros(1).expand(10**9)}, "larger than"),
-        ({"a": 3}, "entry 'a' is no tensor"),
-        ({1: torch.zeros(1)}, "name is no text"),
+        ({"a": 3}, "entry 'a' is not a tensor"),
+        ({1: torch.zeros(1)}, "the name of a tensor is not a string"),
         ([torch.zeros(1)], "neither a module nor a dict"),
         (torch.nn.ReLU(), "holds no tensors"),
     ],
 )
 def test_odd_content_is_refused(tmp_path, value, told):
     for legacy in (False, True):
-        with pytest.raises(Refused, match=told):
+        with pytest.raises(InvalidFileError, match=told):
             read_tensors(saved(value, tmp_path / "m.pt", legacy))
 
 
@@ -425,7 +425,7 @@ def test_truncated_files_are_refused(tmp_path):
         whole = saved(module(), tmp_path / "m.pt", legacy).read_bytes()
         for size in (0, 1, 2, 20, len(whole) // 2, len(whole) - 5):
             (tmp_path / "cut.pt").write_bytes(whole[:size])
-            with pytest.raises(Refused):
+            with pytest.raises(InvalidFileError):
                 read_tensors(tmp_path / "cut.pt")
 
 
@@ -443,24 +443,24 @@ def test_archives_that_are_not_torchs_are_refused(tmp_path):
     path = tmp_path / "m.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("m/data.pkl", bytes(50_000_000))
-    with pytest.raises(Refused, match="compressed"):
+    with pytest.raises(InvalidFileError, match="compressed"):
         read_tensors(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a/data.pkl", b"x")
         archive.writestr("b/data.pkl", b"x")
-    with pytest.raises(Refused, match=r"no data\.pkl, or several"):
+    with pytest.raises(InvalidFileError, match=r"no data\.pkl, or several"):
         read_tensors(path)
     saved(module(), path)
-    with pytest.raises(Refused, match="big-endian"):
+    with pytest.raises(InvalidFileError, match="big-endian"):
         read_tensors(rezipped(path, lambda n, c: b"big" if n.endswith("byteorder") else c))
     saved(module(), path)
-    with pytest.raises(Refused, match="cut short"):
+    with pytest.raises(InvalidFileError, match="cut short"):
         read_tensors(rezipped(path, lambda n, c: c[:-4] if "/data/" in n else c))
     content = bytearray(saved(module(), path).read_bytes())
     at = content.rindex(b"PK\x01\x02")  # the last entry of the directory claims a gigabyte
     content[at + 24 : at + 28] = (1 << 30).to_bytes(4, "little")
     path.write_bytes(content)
-    with pytest.raises(Refused, match="larger than the archive"):
+    with pytest.raises(InvalidFileError, match="larger than the archive"):
         read_tensors(path)
 
 
@@ -491,8 +491,8 @@ def test_quarantine_converts_what_both_readers_read(tmp_path):
 HOOK = """
 import os, pathlib, socket, subprocess, sys
 from vilam3_experts.weight_files import quarantine
-quarantine._leave_network()
-quarantine._forbid(pathlib.Path(sys.argv[1]))
+quarantine._drop_network()
+quarantine._add_audit_hook(pathlib.Path(sys.argv[1]))
 open(sys.argv[1], "w").close()
 try:
     {action}
@@ -515,7 +515,7 @@ print("survived")
     ],
 )
 def test_quarantine_ends_where_code_would_run(tmp_path, action):
-    """Were the unpickler ever tricked, what it started would end the process."""
+    """Code that tricked the unpickler into running would end the process."""
     code = HOOK.format(action=action)
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True)
     assert done.returncode == 3 and "survived" not in done.stdout and "refused" in done.stderr
@@ -525,9 +525,9 @@ FUZZ = """
 import random, sys
 from pathlib import Path
 from vilam3_experts.weight_files import quarantine
-from vilam3_experts.weight_files.pickled import Refused, read_tensors
+from vilam3_experts.weight_files.pickled import InvalidFileError, read_tensors
 source = Path(sys.argv[1]).read_bytes()
-quarantine._bound(len(source))
+quarantine._limit_resources(len(source))
 out = Path(sys.argv[1] + ".fuzz")
 rng, refused = random.Random(0), 0
 for _ in range(600):
@@ -537,7 +537,7 @@ for _ in range(600):
     out.write_bytes(content)
     try:
         read_tensors(out)
-    except (Refused, MemoryError):
+    except (InvalidFileError, MemoryError):
         refused += 1
 print(refused)
 """
@@ -553,6 +553,6 @@ def test_damage_is_refused_or_harmless(tmp_path, legacy):
 
 
 def test_stand_ins_do_nothing():
-    made = pickled._Inert(1, x=2)
+    made = pickled._Stub(1, x=2)
     made.__setstate__({"_modules": 3})
     assert made.attributes == {"_modules": 3}

@@ -1,4 +1,4 @@
-"""The chest X-ray ensemble beside torchxrayvision itself, with generated weights."""
+"""The chest X-ray ensemble compared with torchxrayvision, with generated weights."""
 
 import dataclasses
 import io
@@ -29,7 +29,7 @@ def stored(network):
 
 
 def film(seed, height, width):
-    """A smooth picture with noise, its channels different."""
+    """A smooth image with noise and different channels."""
     rng = np.random.default_rng(seed)
     picture = ndimage.gaussian_filter(rng.normal(size=(height, width, 3)), (9, 9, 0)) * 900 + 128
     return np.clip(picture + rng.normal(0, 9, picture.shape), 0, 255).astype(np.uint8)
@@ -43,7 +43,7 @@ def test_table_is_torchxrayvisions():
         assert member.url == theirs["weights_url"]
         assert member.resolution == theirs["input_resolution"]
         np.testing.assert_array_equal(member.thresholds, theirs["op_threshs"])
-        if member is not RESNET:  # torchxrayvision lists targets for two classes that it was not trained on
+        if member is not RESNET:  # torchxrayvision lists targets for two untrained classes
             known = [bool(label) for label in theirs["labels"]]
             np.testing.assert_array_equal(~np.isnan(member.thresholds), known)
     assert TABLE.classes == tuple(urls[ALL.name]["labels"])
@@ -104,7 +104,7 @@ def trio():
 
 
 def reference_answers(table, made, image):
-    """What each reference network answers for one film, [members][classes]."""
+    """Answers of the reference networks for one film, [members][classes]."""
     square = centre_square(image)[None]
     return [
         xrv_reference.answer(
@@ -117,11 +117,11 @@ def reference_answers(table, made, image):
 
 
 def mean(table, answers, *, unknown):
-    """The mean of each class, member by member; `unknown` counts the halves of classes that one lacks."""
+    """The mean of each class over the members; `unknown` counts 0.5 for untrained classes."""
     sums = {finding: [] for finding in table.classes}
     for member, probabilities in zip(table.members, answers, strict=True):
         for finding, p, t in zip(table.classes, probabilities, member.thresholds, strict=True):
-            if table.asked(member.name, finding) and (unknown or not np.isnan(t)):
+            if table.includes(member.name, finding) and (unknown or not np.isnan(t)):
                 sums[finding].append(p)
     return {finding: float(np.mean(values)) for finding, values in sums.items() if values}
 
@@ -137,7 +137,7 @@ def test_ensemble_is_the_mean_of_its_members(trio):
         members = reference_answers(table, made, films[n])
         assert answers[n].probabilities == pytest.approx(mean(table, members, unknown=False), abs=1e-5)
         assert halves[n].probabilities == pytest.approx(mean(table, members, unknown=True), abs=1e-5)
-    assert ensemble.run(films[0], "").probabilities == answers[0].probabilities  # bit for bit
+    assert ensemble.run(films[0], "").probabilities == answers[0].probabilities  # bit-identical
     with pytest.raises(ExpertFailure, match="8 bits"):
         ensemble.run(films[1], "")
 
@@ -147,9 +147,9 @@ def test_what_no_member_knows_is_absent_and_half_in_parity():
     weights = Weights({NIH.name: stored(xrv_reference.densenet(2))})
     image = film(1, 224, 224)
     ours = expert.Ensemble(weights, table=table).run(image, "").probabilities
-    # Four classes that the NIH set has no label for, and one that VILA-M3 does not ask it.
+    # Four classes without NIH labels, and one for which VILA-M3 does not use this member.
     absent = {"Lung Lesion", "Lung Opacity", "Enlarged Cardiomediastinum", "Fracture", "Pneumothorax"}
-    assert not ours.keys() & absent and "Effusion" not in ours  # asked of four other members only
+    assert not ours.keys() & absent and "Effusion" not in ours  # only from four other members
     parity = expert.ParityEnsemble(weights, table=table).run(image, "").probabilities
     assert {parity[name] for name in ("Lung Lesion", "Lung Opacity", "Fracture")} == {0.5}
     assert "Pneumothorax" not in parity
@@ -161,7 +161,7 @@ def test_parity_is_another_version_of_the_expert():
     assert parity.version == f"{descriptors.CXR.version}-parity" and parity.card == descriptors.CXR.card
     module, _, name = parity.factory.partition(":")
     assert module == expert.__name__ and getattr(expert, name) is expert.ParityEnsemble
-    with pytest.raises(UserError, match="BRAINSEG has no parity form"):
+    with pytest.raises(UserError, match="BRAINSEG has no parity variant"):
         descriptors.BRAINSEG.with_parity()
 
 
@@ -195,10 +195,10 @@ def _nan(state):
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (_without, "lacks class_layers.out.bias"),
-        (_extra, "holds head.weight"),
-        (_shape, r"shape \[14, 1024\], expected \[18, 1024\]"),
-        (_nan, "not finite"),
+        (_without, r"1 missing \(class_layers.out.bias\)"),
+        (_extra, r"1 unexpected \(head.weight\)"),
+        (_shape, r"1 of another shape .*: \[14, 1024\], expected \[18, 1024\]"),
+        (_nan, "1 not finite"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(spoil, told):
@@ -212,7 +212,7 @@ def test_what_is_no_safetensors_file_is_refused():
     buffer = io.BytesIO()
     torch.save({"a": torch.zeros(3)}, buffer)
     for content in (b"", b"<html>", buffer.getvalue()):
-        with pytest.raises(UserError, match="no safetensors file"):
+        with pytest.raises(UserError, match="not a safetensors file"):
             networks.load(CHEX, content)
     with pytest.raises(UserError, match=r"lacks densenet121-res224-all\.safetensors.*--fetch --expert CXR"):
         expert.Ensemble(Weights())
@@ -221,7 +221,7 @@ def test_what_is_no_safetensors_file_is_refused():
 def test_a_network_without_a_finite_answer_declines(trio):
     table, made, _ = trio
     state = {k: v.clone() for k, v in made[NIH.name].state_dict().items()}
-    state["classifier.weight"] *= 3e38  # finite, but its products are not
+    state["classifier.weight"] *= 3e38  # finite, unlike its products
     broken = Weights({NIH.name: safetensors.torch.save(state)})
     single = dataclasses.replace(table, members=(NIH,))
     with pytest.raises(ExpertFailure, match="no finite number"):

@@ -1,11 +1,11 @@
-"""torchvision beside a PyTorch that its wheel was not compiled for."""
+"""torchvision with a PyTorch build that its wheel was not compiled for."""
 
 import importlib.util
 import sys
 
 
 def declare_operators():
-    """Lets torchvision be imported; returns what must be kept as long as it is used, or None.
+    """Makes torchvision importable; returns an object to keep alive while it is used, or None.
 
     Package indexes give torchvision for CUDA; its compiled operators are missing beside PyTorch for CPUs, and
     transformers imports it wherever it is installed. No test uses these operators: they are declared only.

@@ -8,7 +8,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """What is served, and how badly.
+    """The served files, and simulated failures.
 
     Attributes:
       files: path to content.

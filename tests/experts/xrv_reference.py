@@ -1,4 +1,4 @@
-"""torchxrayvision as the reference of the ensemble: its networks with generated weights."""
+"""torchxrayvision as the reference for the ensemble: its networks with generated weights."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ def densenet(seed, thresholds=None):
 
 
 def resnet(seed):
-    """The network within torchxrayvision's ResNet, whose own constructor downloads weights."""
+    """The network in torchxrayvision's ResNet, whose constructor would download weights."""
     torchxrayvision()
     from torchvision.models import resnet50
 
@@ -35,7 +35,7 @@ def resnet(seed):
 
 
 def _settle(network, side):
-    """Lets the running statistics be those of noise, so that logits are of the size of trained ones."""
+    """Sets the running statistics to those of noise, for logits of realistic size."""
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None  # a plain mean

@@ -20,8 +20,9 @@ from vilam3_jax.data.experts.store import content_sha256
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
 
-_SEGMENT = re.compile(r"(\d{8}T\d{6}Z-[0-9a-f]{8})-(\d{10})\.jsonl")
-_HEAD = re.compile(r"(\d{8}T\d{6}Z-[0-9a-f]{8})\.json")
+_CHAIN = r"\d{8}T\d{6}Z-[0-9a-f]{8}"
+_SEGMENT = re.compile(rf"({_CHAIN})-(\d{{10}})\.jsonl")
+_HEAD = re.compile(rf"({_CHAIN})\.json")
 _SHA256 = re.compile("[0-9a-f]{64}")
 MAX_LINE = 4 << 20  # an opening line lists all chains
 _MAX_OBJECT = 1 << 30
@@ -30,7 +31,7 @@ _MAX_ARGS = 1000
 
 
 class Head(NamedTuple):
-    """How far a chain goes: its number of lines, and the hash of the last."""
+    """The end of a chain: its number of lines, and the hash of the last line."""
 
     count: int
     hash: str
@@ -40,14 +41,8 @@ class Head(NamedTuple):
 class Call:
     """One logged call.
 
-    Attributes:
-      input: key of what the expert looked at, sha256 (hex).
-      expert, version, args: what was called.
-      weights: sha256 (hex) of its weights, '' if it has none.
-      status: 'ok' or 'failed'.
-      output: `content_sha256` of its answer.
-      seconds: that it took.
-      time: when it ended, UTC, ISO 8601.
+    `input`, `weights` and `output` are sha256 (hex) of the input's key, the weights (or '') and
+    `content_sha256` of the answer. `status` is 'ok' or 'failed', `time` the end of the call, UTC, ISO 8601.
     """
 
     input: str
@@ -62,11 +57,10 @@ class Call:
 
     @classmethod
     def of(cls, annotation: Annotation) -> Call:
-        """The call that gave `annotation`.
+        """The call that returned `annotation`.
 
-        Raises:
-          ValueError: a key or digest that is no sha256, or arguments that may hold a path: these are not
-            logged.
+        Raises `ValueError`, so that nothing is logged, if a key or digest is not a sha256 or the arguments
+        may contain a path.
         """
         call = cls(
             input=annotation.input_key,
@@ -82,7 +76,7 @@ class Call:
         if not _SHA256.fullmatch(call.input) or not (call.weights == "" or _SHA256.fullmatch(call.weights)):
             raise ValueError(f"call of {call.expert}: input key and weights must be sha256 to be logged")
         if len(call.args) > _MAX_ARGS or "/" in call.args or "\\" in call.args or not call.args.isprintable():
-            raise ValueError(f"call of {call.expert}: its arguments are too long or hold a path, not logged")
+            raise ValueError(f"call of {call.expert}: not logged, its arguments are too long or hold a path")
         return call
 
 
@@ -100,7 +94,7 @@ def genesis(chain: str) -> str:
 
 
 def read_tail(file: int, chain: str) -> tuple[Head, bytes] | None:
-    """The head of a chain's file, and the bytes behind its last whole line; None if that line is damaged."""
+    """The head of a chain's file and the bytes after its last complete line; None if that line is damaged."""
     size = os.lseek(file, 0, os.SEEK_END)
     end = os.pread(file, min(size, MAX_LINE), max(0, size - MAX_LINE))
     whole, newline, torn = end.rpartition(b"\n")
@@ -119,11 +113,11 @@ def timestamp() -> str:
 
 
 def parse_line(raw: bytes) -> dict[str, Any] | None:
-    """A line's fields, None if it is not as it was written."""
+    """The fields of a line; None unless the line is byte for byte as a writer would write it."""
     try:
         fields = json.loads(raw)
         bare = {name: value for name, value in fields.items() if name != "hash"}
-        whole = (
+        valid = (
             hashlib.sha256(canonical(bare)).hexdigest() == fields["hash"]
             and canonical(fields) + b"\n" == raw
             and isinstance(fields["sequence"], int)
@@ -137,11 +131,11 @@ def parse_line(raw: bytes) -> dict[str, Any] | None:
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return fields if whole else None
+    return fields if valid else None
 
 
 def chain_files(folder: epath.Path) -> dict[str, list[tuple[int, epath.Path]]]:
-    """The files of every chain, in the order of their first lines."""
+    """The files of every chain with the number of their first line, in order."""
     found: dict[str, list[tuple[int, epath.Path]]] = {}
     for path in paths.children(folder):
         if match := _SEGMENT.fullmatch(path.name):
@@ -155,38 +149,34 @@ def write_head(folder: epath.Path, chain: str, head: Head) -> None:
 
 
 def read_head(path: epath.Path) -> Head:
-    """An entry of the manifest, or of a copy of it.
-
-    Raises:
-      UserError: missing or damaged.
-    """
+    """Reads an entry of a manifest; raises `UserError` if it is missing or damaged."""
     try:
         fields = json.loads(paths.read_bytes(path, _MAX_HEAD))
         head = Head(int(fields["count"]), str(fields["hash"]))
         if head.count < 0 or not _SHA256.fullmatch(head.hash):
-            raise ValueError("no head of a chain")
+            raise ValueError("not the head of a chain")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged entry of the audit manifest ({error}); restore it") from error
     return head
 
 
-def heads(manifest: paths.PathLike) -> dict[str, Head]:
-    """Reads a manifest: chain to head.
-
-    A copy that is kept elsewhere proves to `verify` that no chain was written anew.
-
-    Args:
-      manifest: the folder `manifest` of a log, or a copy of it.
-
-    Raises:
-      UserError: an entry is damaged.
-    """
+def head_files(manifest: paths.PathLike) -> dict[str, epath.Path]:
+    """The entries of a manifest, by chain."""
     entries = ((path, _HEAD.fullmatch(path.name)) for path in paths.children(manifest))
-    return {match[1]: read_head(path) for path, match in entries if match}
+    return {match[1]: path for path, match in entries if match}
+
+
+def heads(manifest: paths.PathLike) -> dict[str, Head]:
+    """Reads a manifest (the folder `manifest` of a log, or a copy of it): chain to head.
+
+    With a copy that is kept elsewhere, `verify` detects a chain that was rewritten. Raises `UserError` if an
+    entry is damaged.
+    """
+    return {chain: read_head(path) for chain, path in head_files(manifest).items()}
 
 
 def read_lines(segments: list[tuple[int, epath.Path]]) -> Iterator[bytes]:
-    """Lines with their ends; the last one of a file may lack it."""
+    """Yields lines with their newlines, which the last line of a file may lack."""
     for _, path in segments:
         if "://" in str(path):
             yield from io.BytesIO(paths.read_bytes(path, _MAX_OBJECT))
@@ -201,7 +191,7 @@ def read_lines(segments: list[tuple[int, epath.Path]]) -> Iterator[bytes]:
 
 
 def calls(folder: paths.PathLike) -> Iterator[Call]:
-    """Yields every logged call, chain by chain. Damaged lines are left out: `verify` first."""
+    """Yields every logged call, chain by chain. Damaged lines are skipped, so run `verify` first."""
     for files in chain_files(paths.as_path(folder)).values():
         for raw in read_lines(files):
             fields = parse_line(raw)

@@ -1,4 +1,4 @@
-"""Writing the audit log."""
+"""Writes the audit log."""
 
 from __future__ import annotations
 
@@ -8,24 +8,13 @@ import hashlib
 import os
 import threading
 import time
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Self
 
 from etils import epath
 
 from vilam3_experts import __version__
-from vilam3_experts.audit.chain import (
-    Call,
-    Head,
-    canonical,
-    chain_files,
-    heads,
-    new_chain,
-    read_head,
-    read_tail,
-    timestamp,
-    write_head,
-)
+from vilam3_experts.audit import chain as chains
+from vilam3_experts.audit.chain import Call, Head, canonical
 from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
@@ -35,28 +24,19 @@ _REMOTE_SECONDS = 10.0
 
 
 class AuditLog:
-    """Appends to a chain of its own; safe among threads, and among processes and hosts that share a folder.
+    """Appends to one chain; safe for threads, and for processes and hosts that share a folder.
 
-    On a disk it goes on with a chain whose writer has ended, and repairs a line that this left unfinished:
-    the line stays, and a line that names its hash follows. In an object store it begins a new chain.
+    On a disk it continues a chain whose writer has ended. An unfinished last line is kept, and followed by a
+    line with its hash. In an object store it starts a new chain.
     """
 
     def __init__(self, folder: paths.PathLike) -> None:
-        """Opens the log, or makes it.
-
-        Args:
-          folder: of the log, local or `gs://`.
-
-        Raises:
-          UserError: the folder cannot be written.
-        """
+        """Opens or creates the log in a local or `gs://` folder; raises `UserError` if it is not writable."""
         self._folder = paths.as_path(folder)
         self._lock = threading.Lock()
         try:
             (self._folder / "manifest").mkdir(parents=True, exist_ok=True)
-            self._out: _Out = (
-                _RemoteOut(self._folder) if "://" in str(self._folder) else _LocalOut(self._folder)
-            )
+            self._out = (_RemoteOut if "://" in str(self._folder) else _LocalOut)(self._folder)
         except OSError as error:
             raise paths.write_error(self._folder, error) from error
         try:
@@ -74,23 +54,22 @@ class AuditLog:
         return self._out.chain
 
     def append(self, annotation: Annotation) -> None:
-        """Logs the call that gave `annotation`, a failed one too.
+        """Logs the call that returned `annotation`, also a failed one.
 
-        Raises:
-          ValueError: what must not be logged, see `Call.of`.
-          UserError: the disk is full or the folder cannot be written; the log is as it was before.
+        Raises `ValueError` if the call must not be logged, see `Call.of`, and `UserError` if the folder
+        cannot be written. In both cases the log is unchanged.
         """
         call = dataclasses.asdict(Call.of(annotation))
         with self._lock:
             self._add({"event": "call", **call})
 
     def sync(self) -> None:
-        """Returns when all that was appended is on the disk, or in the object store."""
+        """Returns when all appended lines are on the disk, or in the object store."""
         with self._lock:
             self._out.sync()
 
     def close(self) -> None:
-        """Ends the run; the chain is free for another one. Closing again does nothing."""
+        """Ends the run and frees the chain for another writer. Can be called more than once."""
         with self._lock:
             if self._out.closed:
                 return
@@ -100,77 +79,75 @@ class AuditLog:
             finally:
                 self._out.close()
 
-    def __enter__(self) -> AuditLog:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _add(self, fields: dict[str, Any]) -> None:
         head = self._out.head
         fields |= {"sequence": head.count, "previous": head.hash}
-        fields.setdefault("time", timestamp())
+        fields.setdefault("time", chains.timestamp())
         digest = hashlib.sha256(canonical(fields)).hexdigest()
         line = canonical(fields | {"hash": digest}) + b"\n"
         self._out.write(line, Head(head.count + 1, digest))
 
     def _others(self) -> dict[str, list[Any]]:
-        known = heads(self._folder / "manifest")
-        return {chain: list(head) for chain, head in known.items() if chain != self.chain}
+        heads = chains.heads(self._folder / "manifest")
+        return {chain: list(head) for chain, head in heads.items() if chain != self.chain}
 
 
-class _Out(Protocol):
-    """Where a chain's lines go.
+class _Out:
+    """Destination of a chain's lines; `torn` has the size and sha256 of an unfinished line."""
 
-    Attributes:
-      chain: its name.
-      head: of what was written.
-      torn: number and sha256 of the bytes of an unfinished line; None without one.
-      closed: whether it is.
-    """
-
-    chain: str
-    head: Head
-    torn: dict[str, Any] | None
-    closed: bool
-
-    def write(self, line: bytes, head: Head) -> None: ...
-    def sync(self) -> None: ...
-    def close(self) -> None: ...
-
-
-class _LocalOut:
-    """A file that is locked while its writer lives."""
-
-    def __init__(self, folder: epath.Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: epath.Path, sync_seconds: float) -> None:
+        self._folder, self._sync_seconds = folder, sync_seconds
+        self.chain, self.head = chains.new_chain()
         self.torn: dict[str, Any] | None = None
         self.closed = False
-        self._prefix = b""
-        for chain, segments in sorted(chain_files(folder).items(), reverse=True):
-            if self._resume(chain, segments[-1][1]):
-                break
-        else:
-            self.chain, self.head = new_chain()
-            self._file = _lock(folder / f"{self.chain}-{0:010d}.jsonl", os.O_CREAT | os.O_EXCL)
         self._synced = time.monotonic()
 
+    def write(self, line: bytes, head: Head) -> None:
+        if self.closed:
+            raise ValueError("the audit log is closed")
+        self._append(line, head)
+        if time.monotonic() - self._synced >= self._sync_seconds:
+            self.sync()
+
+    def sync(self) -> None:
+        self._flush()
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _append(self, line: bytes, head: Head) -> None: ...
+    def _flush(self) -> None: ...
+
+
+class _LocalOut(_Out):
+    """A file that stays locked while its writer lives."""
+
+    def __init__(self, folder: epath.Path) -> None:
+        super().__init__(folder, _SYNC_SECONDS)
+        self._prefix = b""
+        for chain, segments in sorted(chains.chain_files(folder).items(), reverse=True):
+            if self._resume(chain, segments[-1][1]):
+                return
+        self._file = _lock(folder / f"{self.chain}-{0:010d}.jsonl", os.O_CREAT | os.O_EXCL)
+
     def _resume(self, chain: str, path: epath.Path) -> bool:
-        """Goes on with a chain unless it is in use, or not as its manifest says: that is for `verify`."""
+        """Continues a chain, unless it is in use or contradicts its manifest, which `verify` must report."""
         file = _lock(path, 0)
         if file < 0:
             return False
-        found = read_tail(file, chain)
+        found = chains.read_tail(file, chain)
         try:
-            known = read_head(self._folder / "manifest" / f"{chain}.json")
+            listed = chains.read_head(self._folder / "manifest" / f"{chain}.json")
         except UserError:
-            known = None
-        if found is None or known is None or found[0].count < known.count:
+            listed = None
+        if found is None or listed is None or found[0].count < listed.count:
             os.close(file)
             return False
         self.chain, self._file = chain, file
@@ -181,9 +158,7 @@ class _LocalOut:
             self.torn = {"torn_bytes": len(torn), "torn_sha256": hashlib.sha256(torn).hexdigest()}
         return True
 
-    def write(self, line: bytes, head: Head) -> None:
-        if self.closed:
-            raise ValueError("the audit log is closed")
+    def _append(self, line: bytes, head: Head) -> None:
         data = self._prefix + line
         end = os.lseek(self._file, 0, os.SEEK_END)
         try:
@@ -196,56 +171,41 @@ class _LocalOut:
                 self.close()  # the next writer repairs the line
             raise paths.write_error(self._folder, error) from error
         self._prefix, self.head = b"", head
-        if time.monotonic() - self._synced >= _SYNC_SECONDS:
-            self.sync()
 
-    def sync(self) -> None:
+    def _flush(self) -> None:
         try:
             os.fsync(self._file)
         except OSError as error:
             raise paths.write_error(self._folder, error) from error
-        write_head(self._folder, self.chain, self.head)
-        self._synced = time.monotonic()
+        chains.write_head(self._folder, self.chain, self.head)
 
     def close(self) -> None:
         os.close(self._file)
-        self.closed = True
+        super().close()
 
 
-class _RemoteOut:
-    """Objects of some lines each: an object store appends nothing."""
+class _RemoteOut(_Out):
+    """Objects of several lines each, because object stores cannot append."""
 
     def __init__(self, folder: epath.Path) -> None:
-        self._folder = folder
-        self.chain, self.head = new_chain()
-        self.torn: dict[str, Any] | None = None
-        self.closed = False
+        super().__init__(folder, _REMOTE_SECONDS)
         self._lines: list[bytes] = []
         self._first = 0
-        self._synced = time.monotonic()
 
-    def write(self, line: bytes, head: Head) -> None:
-        if self.closed:
-            raise ValueError("the audit log is closed")
+    def _append(self, line: bytes, head: Head) -> None:
         self._lines.append(line)
         self.head = head
-        if time.monotonic() - self._synced >= _REMOTE_SECONDS:
-            self.sync()
 
-    def sync(self) -> None:
+    def _flush(self) -> None:
         if self._lines:
             name = f"{self.chain}-{self._first:010d}.jsonl"
             paths.write_bytes_atomic(self._folder / name, b"".join(self._lines))
             self._first, self._lines = self.head.count, []
-            write_head(self._folder, self.chain, self.head)
-        self._synced = time.monotonic()
-
-    def close(self) -> None:
-        self.closed = True
+            chains.write_head(self._folder, self.chain, self.head)
 
 
 def _lock(path: epath.Path, flags: int) -> int:
-    """Opens a file for this writer alone; -1 if another has it, or if it is gone or not to be written."""
+    """Opens and locks a file; -1 if it is locked by another writer, missing or not writable."""
     try:
         file = os.open(path, os.O_RDWR | os.O_APPEND | flags, 0o644)
     except (FileNotFoundError, PermissionError):

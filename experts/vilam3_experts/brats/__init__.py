@@ -1,1 +1,1 @@
-"""BraTS: subregions of gliomas in four MRI sequences, by MONAI's `brats_mri_segmentation` bundle."""
+"""BraTS: segments glioma subregions in four MRI sequences with MONAI's `brats_mri_segmentation` bundle."""

@@ -1,8 +1,8 @@
 """The expert BRATS: T1c, T1, T2 and FLAIR of one head → necrosis, edema and enhancing tumor.
 
-The steps are those of MONAI's bundle: intensities of non-zero voxels are standardised for each sequence, a
-window slides over the scan, and voxels whose sigmoid reaches 0.5 belong to a region. The network sees the
-index order in which BraTS stores its scans, whatever the files have: one scan has one result in every format.
+The steps are those of MONAI's bundle: the non-zero voxels of each sequence are standardised, a window slides
+over the scan, and voxels whose sigmoid reaches 0.5 belong to a region. The network sees the index order in
+which BraTS stores its scans, whatever that of the files, so a scan has the same result in every format.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from monai.utils.type_conversion import convert_to_tensor
 
 from vilam3_experts.base import ExpertFailure, Output
 from vilam3_experts.brats.bundle import Settings, find_bundle, load_network, read_settings
-from vilam3_experts.brats.grid import Placed, place
+from vilam3_experts.brats.grid import align
 from vilam3_experts.weights import Weights
 from vilam3_jax.data.experts.labels import label_table
 from vilam3_jax.data.experts.record import Verdict
@@ -33,11 +33,7 @@ _WINDOW_STEP = 32
 
 
 def create(weights: Weights) -> Brats:
-    """Builds the expert from the bundle in `weights.folder`.
-
-    Raises:
-      UserError: no bundle there, or its settings or weights do not fit.
-    """
+    """Builds the expert from the bundle in `weights.folder`; raises `UserError` if that does not fit."""
     if weights.folder is None:
         raise UserError("BRATS needs its bundle; give --weights with the folder of brats_mri_segmentation")
     bundle = find_bundle(weights.folder)
@@ -47,26 +43,20 @@ def create(weights: Weights) -> Brats:
 
 
 class Brats:
-    """Runs on the GPU in mixed precision if torch sees one."""
+    """The expert; uses the GPU in mixed precision if torch finds one."""
 
     def __init__(self, segmenter: Segmenter, weights_sha256: str) -> None:
-        """Wraps a network; `create` builds that of a bundle."""
         self._segmenter, self._sha256 = segmenter, weights_sha256
 
     def smaller(self) -> Brats | None:
-        """The same network with a smaller window, which its result then states; None below the smallest."""
+        """The same network with a smaller window, which the verdicts state; None below the smallest."""
         segmenter = self._segmenter.smaller()
         return None if segmenter is None else Brats(segmenter, self._sha256)
 
     def run(self, data: Mapping[str, Volume], args: str) -> Output:
-        """Segments one head.
+        """Segments one head from `t1c`, `t1`, `t2` and `flair`; the label map is on the grid of `t1c`.
 
-        Args:
-          data: `t1c`, `t1`, `t2` and `flair`; the result lies on the grid of `t1c`.
-          args: the card has none.
-
-        Raises:
-          ExpertFailure: a scan is uniform, or the scans are not of one place.
+        Raises `ExpertFailure` if a scan is uniform, or the scans show different places.
         """
         del args
         probabilities, verdicts = self._segmenter.probabilities(data)
@@ -79,60 +69,50 @@ class Brats:
 
 
 class Segmenter:
-    """A network with the pre- and post-processing of its bundle."""
+    """A network with the pre- and post-processing of its bundle, on the GPU if there is one.
+
+    The network maps float32 [1, 4, I, J, K] to logits [1, 3, I, J, K]; `window` overrides that of the
+    settings.
+    """
 
     def __init__(
         self, network: torch.nn.Module, settings: Settings, window: tuple[int, ...] | None = None
     ) -> None:
-        """Moves the network to the GPU if there is one.
-
-        Args:
-          network: [1, 4, I, J, K] float32 to logits [1, 3, I, J, K].
-          settings: of its bundle.
-          window: smaller than that of the settings, for little memory.
-        """
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._network = network.to(self._device).eval()
         self._settings = settings
         self._window = window or settings.window
 
     def smaller(self) -> Segmenter | None:
-        """The same with a smaller window; None below the smallest one."""
+        """The same network with a smaller window; None below the smallest."""
         window = smaller_window(self._window)
         return None if window is None else Segmenter(self._network, self._settings, window)
 
     def probabilities(
         self, volumes: Mapping[str, Volume]
     ) -> tuple[dict[str, np.ndarray], tuple[Verdict, ...]]:
-        """Probability of each region.
+        """Region (`tc`, `wt`, `et`) to probabilities, float32 [X, Y, Z] on the grid of the T1c; and verdicts.
 
-        Returns:
-          Region (`tc`, `wt`, `et`) to float32 [X, Y, Z] on the grid of the T1c; and what was resampled or is
-          doubtful.
-
-        Raises:
-          ExpertFailure: see `Brats.run`.
+        The verdicts are on resampling and on doubtful inputs. Raises `ExpertFailure` as `Brats.run`.
         """
         settings = self._settings
-        _check_contrast(volumes)
-        ordered = {"t1c": volumes["t1c"], **volumes}
-        placed = place(ordered, settings.axcodes, settings.pixdim)
-        image = torch.stack([placed.images.pop(role) for role in settings.channels])
+        for role, volume in volumes.items():
+            voxels = volume.voxels if volume.valid is None else volume.voxels[volume.valid]
+            if voxels.size == 0 or voxels.min() == voxels.max():
+                raise ExpertFailure(f"{role} has no contrast: all its voxels are equal")
+        aligned = align({"t1c": volumes["t1c"], **volumes}, settings.axcodes, settings.pixdim)
+        image = torch.stack([aligned.images.pop(role) for role in settings.channels])
         normalised = NormalizeIntensity(nonzero=True, channel_wise=True)(image)
         image = cast(torch.Tensor, convert_to_tensor(normalised, track_meta=False))
-        logits = self._slide(image[None])
-        verdicts = placed.verdicts
+        verdicts = aligned.verdicts
         if self._window != settings.window:
-            verdicts += (_window_verdict(self._window, settings.window),)
-        return self._back(logits.sigmoid_(), placed), verdicts
+            used, wanted = (" x ".join(map(str, window)) for window in (self._window, settings.window))
+            message = f"the memory took windows of {used} voxels instead of {wanted}; its result may differ"
+            verdicts += (Verdict("window", "warn", "after", message=message),)
+        regions = zip(settings.regions, self._infer(image[None]).sigmoid_(), strict=True)
+        return {name: aligned.to_reference(region) for name, region in regions}, verdicts
 
-    def _back(self, regions: torch.Tensor, placed: Placed) -> dict[str, np.ndarray]:
-        return {
-            name: placed.to_reference(region)
-            for name, region in zip(self._settings.regions, regions, strict=True)
-        }
-
-    def _slide(self, image: torch.Tensor) -> torch.Tensor:
+    def _infer(self, image: torch.Tensor) -> torch.Tensor:
         """Logits float32 [3, I, J, K]. The device holds one window at a time, the CPU the sums of all."""
         inferer = SlidingWindowInferer(
             self._window,
@@ -147,9 +127,9 @@ class Segmenter:
 
 
 def label_map(probabilities: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Labels uint8 [X, Y, Z] of regions that nest: edema 2, core 1 over it, enhancing tumor 4 over both.
+    """Labels uint8 [X, Y, Z] of the nested regions: edema 2, core 1 over it, enhancing tumor 4 over both.
 
-    A region reaches to a probability of 0.5, which counts, as in MONAI's `AsDiscrete`.
+    A probability of exactly 0.5 is inside a region, as in MONAI's `AsDiscrete`.
     """
     labels = np.zeros(next(iter(probabilities.values())).shape, np.uint8)
     for region, label in _LABELS.items():
@@ -158,22 +138,7 @@ def label_map(probabilities: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def smaller_window(window: Sequence[int]) -> tuple[int, ...] | None:
-    """About half of a window along each axis, whole steps of the network; None below the smallest one."""
+    """About half of a window along each axis, in steps of the network; None below the smallest window."""
     if max(window) <= _SMALLEST_WINDOW:
         return None
     return tuple(max(_SMALLEST_WINDOW, math.ceil(n / 2 / _WINDOW_STEP) * _WINDOW_STEP) for n in window)
-
-
-def _window_verdict(window: tuple[int, ...], wanted: tuple[int, ...]) -> Verdict:
-    message = (
-        f"the memory took windows of {' x '.join(map(str, window))} voxels instead of "
-        f"{' x '.join(map(str, wanted))}; its result may differ"
-    )
-    return Verdict("window", "warn", "after", message=message)
-
-
-def _check_contrast(volumes: Mapping[str, Volume]) -> None:
-    for role, volume in volumes.items():
-        voxels = volume.voxels if volume.valid is None else volume.voxels[volume.valid]
-        if voxels.size == 0 or voxels.min() == voxels.max():
-            raise ExpertFailure(f"{role} has no contrast: all its voxels are equal")

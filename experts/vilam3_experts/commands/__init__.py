@@ -1,1 +1,1 @@
-"""The commands of `vilam3-experts`, a module each: `add_parser(commands)` and `run(options) -> exit code`."""
+"""Commands of `vilam3-experts`. Each module has `add_parser(commands)` and `run(options) -> exit code`."""

@@ -21,13 +21,12 @@ _LISTED = 20
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Declares the command."""
     parser = commands.add_parser(
         "annotate",
         help="run an expert over a dataset",
-        description="Runs an expert over every scan it is meant for. Started again, it goes on where it was."
-        " Failed scans are named and skipped. Exit code 0: every scan has an answer or a reason;"
-        " 1: starting again may help; 2: something must be changed first.",
+        description="Runs an expert over every scan it is meant for. A restarted run resumes."
+        " Failed scans are reported and skipped. Exit code 0: every scan has an answer or a reason;"
+        " 1: a restart may help; 2: something must be changed first.",
     )
     parser.add_argument("--expert", required=True, help="name of the expert, see `list`")
     parser.add_argument("--data", required=True, help="samples folder, or a folder or file of scans")
@@ -35,40 +34,38 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--args", help="the expert's argument (default: its first)")
     parser.add_argument("--weights", help="folder of the model files (default: the samples folder)")
     parser.add_argument(
-        "--parity", action="store_true", help="as the reference's code does, defects included (CXR)"
+        "--parity", action="store_true", help="reproduce the reference code with its defects (CXR)"
     )
     parser.add_argument(
         "--roles",
-        help="which scan of a case is what, such as 't1c=*_gd.nii.gz,t1=*_nat.nii.gz,…', or a JSON file of"
-        " cases (default: found by names and headers)",
+        help="roles of the scans of a case, such as 't1c=*_gd.nii.gz,t1=*_nat.nii.gz,…', or a JSON file of"
+        " cases (default: detected from names and headers)",
     )
     parser.add_argument("--retry-failed", action="store_true", help="run failed scans again")
     parser.add_argument("--limit", type=int, help="stop after this many scans")
     parser.add_argument(
-        "--shard", default="1/1", metavar="I/N", help="only part I of N (1/N to N/N); parts share no scan"
+        "--shard", default="1/1", metavar="I/N", help="only shard I of N (1/N to N/N); shards are disjoint"
     )
-    parser.add_argument("--dry-run", action="store_true", help="tell what would be run, with which weights")
+    parser.add_argument("--dry-run", action="store_true", help="report what would run, with which weights")
     parser.add_argument("--audit", help="folder of the audit log (default: none)")
-    parser.add_argument("--calibration", help="file of `calibrate`: store calibrated probabilities, too")
+    parser.add_argument("--calibration", help="file of `calibrate`: also store calibrated probabilities")
     parser.add_argument("--verbose", action="store_true", help="print every result")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--engine", choices=("local", "ray"), default="local", help="(local)")
     engine.add_argument(
         "--workers", type=int, help="processes (local: 1; ray: as many as the cluster has room for)"
     )
-    engine.add_argument("--batch", type=int, default=1, help="scans at once, where the expert can (1)")
-    engine.add_argument("--timeout", type=float, help="seconds that one scan may take (no limit)")
+    engine.add_argument("--batch", type=int, default=1, help="scans per call, if the expert batches (1)")
+    engine.add_argument("--timeout", type=float, help="seconds per scan (no limit)")
     ray = parser.add_argument_group("Ray")
     ray.add_argument("--address", help="of the cluster, such as auto (default: one on this machine)")
     ray.add_argument("--cpus-per-worker", type=float, default=1.0, help="(1)")
     ray.add_argument("--gpus-per-worker", type=float, help="(1 if the cluster has GPUs; 0.5: two share one)")
-    ray.add_argument("--object-store-gb", type=float, default=1.0, help="what the run may keep there (1)")
+    ray.add_argument("--object-store-gb", type=float, default=1.0, help="limit of the run in it (1)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command."""
-
     def show(name: str, annotation: Annotation) -> None:
         tqdm.write(f"{name}: {describe(annotation)}")
 
@@ -86,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         roles=options.roles,
         retry_failed=options.retry_failed,
         limit=options.limit,
-        part=parse_shard(options.shard),
+        shard=parse_shard(options.shard),
         engine=_engine(options),
         audit=options.audit,
         calibration=None if options.calibration is None else load_calibration(options.calibration),
@@ -94,24 +91,19 @@ def run(options: argparse.Namespace) -> int:
         show=show if options.verbose else None,
     )
     if options.dry_run:
-        _print_plan(descriptor, options.weights, summary.planned, summary.counts["planned"])
+        _print_dry_run(descriptor, options.weights, summary.planned, summary.counts["planned"])
     if summary.reasons:
-        print(f"{options.expert}: what has no answer, and why:", file=sys.stderr)
+        print(f"{options.expert}: scans without an answer, by reason:", file=sys.stderr)
         print("\n".join(summary.table()), file=sys.stderr)
     if summary.noted and not options.dry_run:
-        print(f"{summary.noted} scans with notes on what was assumed or skipped: notes-{options.expert}.json")
+        print(f"{summary.noted} scans with notes on assumptions or omissions: notes-{options.expert}.json")
     if summary.counts["skipped"] and not options.retry_failed:
-        _print_stored_failures(options.out, descriptor.name)
+        calls = store_info(options.out).calls
+        failed = sum(n for call, n in calls.items() if call.expert == descriptor.name and not call.ok)
+        if failed:
+            print(f"{descriptor.name}: {failed} stored answers are failures; --retry-failed runs them again")
     print(f"{options.expert}: {summary.line()}; store {options.out}")
     return summary.exit_code
-
-
-def _print_stored_failures(store: str, expert: str) -> None:
-    """Says that some of what was skipped is a failure of an earlier run."""
-    calls = store_info(store).calls
-    failed = sum(count for call, count in calls.items() if call.expert == expert and not call.ok)
-    if failed:
-        print(f"{expert}: {failed} of the stored answers are failures; --retry-failed runs them again")
 
 
 def _engine(options: argparse.Namespace) -> Engine:
@@ -135,19 +127,15 @@ def _engine(options: argparse.Namespace) -> Engine:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """Reads 'I/N'.
-
-    Raises:
-      UserError: not two numbers with 1 <= I <= N.
-    """
+    """Parses 'I/N'; raises `UserError` unless 1 <= I <= N."""
     found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
-    part = (int(found[1]), int(found[2])) if found else (0, 0)
-    if not 1 <= part[0] <= part[1]:
+    shard = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= shard[0] <= shard[1]:
         raise UserError(f"--shard {text}: give I/N with I from 1 to N, such as 3/8")
-    return part
+    return shard
 
 
-def _print_plan(descriptor: Descriptor, weights: str | None, names: list[str], count: int) -> None:
+def _print_dry_run(descriptor: Descriptor, weights: str | None, names: list[str], count: int) -> None:
     for name in names[:_LISTED]:
         print(f"would run: {name}")
     if count > _LISTED:
@@ -159,7 +147,7 @@ def _print_plan(descriptor: Descriptor, weights: str | None, names: list[str], c
 
 
 def describe(annotation: Annotation) -> str:
-    """One line on an annotation, for people."""
+    """An annotation as one line of text."""
     if annotation.status == "failed":
         return f"failed: {annotation.reason}"
     parts = [f"{n} {p:.3f}" for n, p in annotation.probabilities.items()]

@@ -1,4 +1,4 @@
-"""`vilam3-experts audit`: check the log of expert calls, and make its calls again."""
+"""`vilam3-experts audit`: verify the log of expert calls, and replay the calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vilam3_experts import descriptors as registry
 from vilam3_experts.annotate import create_expert
 from vilam3_experts.base import Expert, annotate_one
 from vilam3_experts.inputs import Input, find_inputs
-from vilam3_experts.weights import Weights, is_samples_folder, load_weights
+from vilam3_experts.weights import Weights, load_weights, weights_folder
 from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.errors import UserError
@@ -18,27 +18,26 @@ from vilam3_jax.runtime import paths
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Declares the command."""
-    parser = commands.add_parser("audit", help="check the log of expert calls; make them again")
+    parser = commands.add_parser("audit", help="verify the log of expert calls; replay the calls")
     actions = parser.add_subparsers(dest="action", required=True)
-    checked = actions.add_parser(
+    verify = actions.add_parser(
         "verify",
-        help="find what was changed, removed, moved or inserted",
-        description="Checks every chain of hashes. Exits with 1 if something is wrong.",
+        help="detect changed, removed, moved or inserted lines",
+        description="Verifies every hash chain. Exits with 1 if there is a problem.",
     )
-    checked.add_argument("log", help="folder of the log, local or gs://")
-    checked.add_argument("--manifest", help="an earlier copy of the log's folder `manifest`")
-    checked.set_defaults(run=_verify)
-    again = actions.add_parser(
+    verify.add_argument("log", help="folder of the log, local or gs://")
+    verify.add_argument("--manifest", help="an earlier copy of the log's folder `manifest`")
+    verify.set_defaults(run=_verify)
+    replay = actions.add_parser(
         "replay",
-        help="make the logged calls again and compare the answers",
+        help="repeat the logged calls and compare the answers",
         description="Runs the experts over the same data and compares the hashes of their answers. Exits"
-        " with 1 if an answer differs or a call cannot be made.",
+        " with 1 if an answer differs or a call cannot be repeated.",
     )
-    again.add_argument("log", help="folder of the log, local or gs://")
-    again.add_argument("--data", required=True, help="samples folder, or a folder or file of scans")
-    again.add_argument("--weights", help="folder of the model files (default: the samples folder)")
-    again.set_defaults(run=_replay)
+    replay.add_argument("log", help="folder of the log, local or gs://")
+    replay.add_argument("--data", required=True, help="samples folder, or a folder or file of scans")
+    replay.add_argument("--weights", help="folder of the model files (default: the samples folder)")
+    replay.set_defaults(run=_replay)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -46,13 +45,11 @@ def _verify(options: argparse.Namespace) -> int:
     if options.manifest is not None:
         known = audit.heads(options.manifest)
         if not known:
-            raise UserError(
-                f"{options.manifest}: no copy of a manifest; give a copy of the folder `manifest`"
-            )
-    return _report(audit.verify(options.log, known))
+            raise UserError(f"{options.manifest}: not a manifest; give a copy of the folder `manifest`")
+    return _print_report(audit.verify(options.log, known))
 
 
-def _report(report: audit.Report) -> int:
+def _print_report(report: audit.Report) -> int:
     for problem in report.problems:
         print(f"problem: {problem}", file=sys.stderr)
     for note in report.notes:
@@ -62,9 +59,9 @@ def _report(report: audit.Report) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    if _report(audit.verify(options.log)):
+    if _print_report(audit.verify(options.log)):
         return 1
-    found = audit.replay(options.log, _Player(options.data, options.weights).answer)
+    found = audit.replay(options.log, _Replayer(options.data, options.weights).answer)
     for call, output in found.different:
         print(f"problem: {_name(call)}: gave {call.output[:12]}, gives {output[:12]}", file=sys.stderr)
     for call in found.missing:
@@ -78,40 +75,37 @@ def _name(call: audit.Call) -> str:
     return f"{call.expert}({call.args}) on {call.input[:12]}"
 
 
-class _Player:
-    """Makes calls again over the scans of a folder."""
+class _Replayer:
+    """Repeats calls over the scans of a folder."""
 
     def __init__(self, data: paths.PathLike, weights: paths.PathLike | None) -> None:
-        self._data = data
-        if weights is None and paths.as_path(data).is_dir() and is_samples_folder(data):
-            weights = data
-        self._weights = weights
+        self._data, self._weights = data, weights_folder(weights, data)
         self._inputs: dict[str, dict[str, Input]] = {}
         self._experts: dict[str, tuple[Weights, Expert]] = {}
 
     def answer(self, call: audit.Call) -> Annotation | None:
-        """The answer today, None where input, expert, version or weights are not at hand."""
+        """The current answer; None if the input, expert, version or weights are not available."""
         descriptor = registry.registry().get(call.expert)
         if descriptor is None or descriptor.version != call.version:
             return None
         if call.expert not in self._experts:
-            loaded = load_weights(descriptor, self._weights)
-            self._experts[call.expert] = loaded, create_expert(descriptor, loaded)
-        loaded, expert = self._experts[call.expert]
+            weights = load_weights(descriptor, self._weights)
+            self._experts[call.expert] = weights, create_expert(descriptor, weights)
+        weights, expert = self._experts[call.expert]
         item = self._by_key(descriptor).get(call.input)
         if item is None:
             return None
-        annotation = annotate_one(expert, descriptor, item.load(), call.args, weights_sha256=loaded.sha256)
+        annotation = annotate_one(expert, descriptor, item.load(), call.args, weights_sha256=weights.sha256)
         return annotation if annotation.weights_sha256 == call.weights else None
 
     def _by_key(self, descriptor: registry.Descriptor) -> dict[str, Input]:
-        """The scans that an expert may look at, by content key: each is read once to learn it."""
+        """The expert's inputs by content key. Reads every input once."""
         if descriptor.name not in self._inputs:
             found: dict[str, Input] = {}
             for item in find_inputs(self._data, descriptor):
                 try:
                     found[inputs_key(item.load().keys)] = item
                 except UserError:
-                    continue  # it could not be read when the log was written, or is another file
+                    continue  # unreadable inputs have no logged call
             self._inputs[descriptor.name] = found
         return self._inputs[descriptor.name]

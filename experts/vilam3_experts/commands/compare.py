@@ -5,19 +5,18 @@ from __future__ import annotations
 import argparse
 import collections
 
-from vilam3_experts.compare import Limits, compared
+from vilam3_experts.compare import Thresholds, with_disagreements
 from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.data.experts.store import AnnotationStore, AnnotationWriter, new_store
 from vilam3_jax.errors import UserError
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Declares the command."""
     parser = commands.add_parser(
         "compare",
-        help="tell where two experts disagree on the same inputs",
+        help="list where two experts disagree on the same inputs",
         description="Compares the records of two experts: overlap of labels and difference of probabilities."
-        " With --out, copies the store; the records of both then carry their disagreements.",
+        " With --out, copies the store and adds the disagreements to the records of both.",
     )
     parser.add_argument("--store", required=True, help="annotation store of both")
     parser.add_argument("--experts", required=True, help="two names, such as VISTA3D,TOTALSEGMENTATOR")
@@ -25,28 +24,27 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--dice",
         type=float,
-        default=Limits.dice,
+        default=Thresholds.dice,
         help="a smaller overlap is a disagreement (default %(default)s)",
     )
     parser.add_argument(
         "--difference",
         type=float,
-        default=Limits.difference,
-        help="so is a larger difference of probabilities (default %(default)s)",
+        default=Thresholds.difference,
+        help="a larger difference of probabilities is a disagreement (default %(default)s)",
     )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command."""
     names = options.experts.split(",")
     if len(names) != 2 or names[0] == names[1] or not all(names):
-        raise UserError(f"--experts {options.experts}: give two names with a comma between them")
+        raise UserError(f"--experts {options.experts}: give two names separated by a comma")
     for name in ("dice", "difference"):
         if not 0 <= getattr(options, name) <= 1:
             raise UserError(f"--{name} {getattr(options, name)}: give a number from 0 to 1")
     store = AnnotationStore(options.store)
-    writer = None if options.out is None else new_store(options.out)  # before the work, not after it
+    writer = None if options.out is None else new_store(options.out)  # fails before the work, not after it
     calls: dict[str, list[tuple[str, str]]] = collections.defaultdict(list)
     for key, expert, args in store.keys():  # noqa: SIM118
         if expert in names:
@@ -54,37 +52,41 @@ def run(options: argparse.Namespace) -> int:
     shared = {key: of for key, of in calls.items() if {expert for expert, _ in of} == set(names)}
     if not shared:
         raise UserError(f"{options.store}: no input has records of both {names[0]} and {names[1]}")
-    limits = Limits(options.dice, options.difference)
+    thresholds = Thresholds(options.dice, options.difference)
     count: collections.Counter[str] = collections.Counter()
     for key, of in shared.items():
-        for annotation in _with_others(store, key, of, limits):
+        for annotation in _compared(store, key, of, thresholds):
             if annotation.expert == names[0]:
                 count.update(f"{d.subject}, {d.measure}" for d in annotation.disagreements)
     print(f"{len(shared)} inputs with records of {names[0]} and {names[1]}")
     for what, number in count.most_common():
         print(f"{number}  {what}")
     if writer is not None:
-        _copy(store, writer, shared, limits)
+        _copy(store, writer, shared, thresholds)
         print(f"store {options.out}")
     return 0
 
 
-def _with_others(
-    store: AnnotationStore, key: str, calls: list[tuple[str, str]], limits: Limits
+def _compared(
+    store: AnnotationStore, key: str, calls: list[tuple[str, str]], thresholds: Thresholds
 ) -> list[Annotation]:
-    """The records of one input, each with what the other expert's say otherwise."""
+    """The records of one input, each with its disagreements with the other expert's records."""
     records = [a for a in (store.get(key, *call) for call in calls) if a is not None]
     return [
-        compared(one, [other for other in records if other.expert != one.expert], limits) for one in records
+        with_disagreements(one, [other for other in records if other.expert != one.expert], thresholds)
+        for one in records
     ]
 
 
 def _copy(
-    store: AnnotationStore, out: AnnotationWriter, shared: dict[str, list[tuple[str, str]]], limits: Limits
+    store: AnnotationStore,
+    out: AnnotationWriter,
+    shared: dict[str, list[tuple[str, str]]],
+    thresholds: Thresholds,
 ) -> None:
     with out as writer:
         for key, of in shared.items():
-            for annotation in _with_others(store, key, of, limits):
+            for annotation in _compared(store, key, of, thresholds):
                 writer.write(annotation)
         for key in store.keys():  # noqa: SIM118
             if (key[1], key[2]) not in shared.get(key[0], ()):

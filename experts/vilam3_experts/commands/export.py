@@ -9,24 +9,22 @@ from vilam3_jax.errors import UserError
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Declares the command."""
     parser = commands.add_parser(
         "export",
         help="write label maps as NIfTI or DICOM-SEG",
-        description="Writes the label maps of a store for viewers. DICOM-SEG files hold patient and study as"
-        " the source series states them; NIfTI files and their label tables hold neither.",
+        description="Writes the label maps of a store for viewers. DICOM-SEG files contain the patient and"
+        " study attributes of the source series; NIfTI files and their label tables contain neither.",
     )
     parser.add_argument("--store", required=True, help="annotation store")
     parser.add_argument("--data", required=True, help="the scans: samples folder, or a folder or file")
     parser.add_argument("--out", required=True, help="folder for the files")
     parser.add_argument("--format", choices=("nifti", "dicom-seg"), default="nifti")
-    parser.add_argument("--expert", help="only this expert's")
+    parser.add_argument("--expert", help="only label maps of this expert")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command."""
-    # Here, because highdicom takes a second that other commands need not wait for.
+    # Imported here because highdicom takes a second to load.
     from vilam3_experts.export_masks import export_masks
 
     summary = export_masks(options.store, options.data, options.out, options.format, expert=options.expert)

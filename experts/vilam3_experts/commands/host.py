@@ -9,19 +9,14 @@ from vilam3_experts.host import serve_stdio
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Declares the command."""
     parser = commands.add_parser("host", help="serve experts over standard input and output")
     parser.add_argument("--weights", help="folder of the model files")
     parser.add_argument("--audit", help="folder of the audit log (default: none)")
     parser.add_argument(
-        "--calibration",
-        action="append",
-        default=[],
-        help="file of `calibrate`; may be given for several experts",
+        "--calibration", action="append", default=[], help="file of `calibrate`; repeat for several experts"
     )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command."""
     return serve_stdio(options.weights, options.audit, [load_calibration(p) for p in options.calibration])

@@ -1,4 +1,4 @@
-"""`vilam3-experts import`: masks of any tool, or of people, become annotations."""
+"""`vilam3-experts import`: turn existing masks into annotations."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from vilam3_jax.errors import UserError
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Declares the command."""
     parser = commands.add_parser(
         "import",
         help="turn existing masks into annotations",
-        description="Stores segmentations that a tool or people made as annotations of their scans: NIfTI,"
-        " NRRD, MetaImage, 3D Slicer, MITK and DICOM-SEG. Masks that cannot be used are named and left out.",
+        description="Stores segmentations by tools or people as annotations of their scans: NIfTI, NRRD,"
+        " MetaImage, 3D Slicer, MITK and DICOM-SEG. Masks that cannot be used are reported and skipped.",
     )
     parser.add_argument(
         "--masks", required=True, nargs="+", help="files or folders of masks, or a samples folder"
@@ -29,27 +28,29 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--args", nargs="+", default=(), help="the expert's arguments (default: its first)")
     parser.add_argument("--manifest", help="CSV or JSON with the scan of each mask (columns scan and mask)")
     parser.add_argument(
-        "--one-file-per-structure", action="store_true", help="each folder is a mask, a file per structure"
+        "--one-file-per-structure", action="store_true", help="each folder is one mask, a file per structure"
     )
-    parser.add_argument("--resample", action="store_true", help="resample masks that lie on another grid")
+    parser.add_argument("--resample", action="store_true", help="resample masks from other grids")
     parser.add_argument(
-        "--overlap", choices=("refuse", "later"), default="refuse", help="which of two overlapping structures"
+        "--overlap",
+        choices=("refuse", "later"),
+        default="refuse",
+        help="refuse overlapping structures, or keep the later one",
     )
-    parser.add_argument("--keep-empty", action="store_true", help="store masks that mark nothing, too")
+    parser.add_argument("--keep-empty", action="store_true", help="also store empty masks")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command."""
-    # Here, because highdicom takes a second that other commands need not wait for.
-    from vilam3_experts.imported.run import Options, Source, import_masks
+    # Imported here because highdicom takes a second to load.
+    from vilam3_experts.imported.run import MaskOrigin, Options, import_masks
 
     summary = import_masks(
         options.masks,
         options.data,
         options.expert,
         options.out,
-        Source.parse(options.source),
+        MaskOrigin.parse(options.source),
         Options(
             labels=options.labels,
             args=tuple(options.args),
@@ -64,6 +65,6 @@ def run(options: argparse.Namespace) -> int:
         print(f"problem: {name}: {reason}", file=sys.stderr)
     if summary.notes:
         masks = len({name for name, _ in summary.notes})
-        print(f"{masks} masks with notes on what was assumed or left out: notes-{options.expert}.json")
+        print(f"{masks} masks with notes on assumptions or omissions: notes-{options.expert}.json")
     print(f"{options.expert}: {summary.line()}; store {options.out}")
     return 0 if summary.counts["imported"] + summary.counts["skipped"] else UserError.exit_code

@@ -8,12 +8,10 @@ from vilam3_experts import descriptors as registry
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Declares the command."""
     commands.add_parser("list", help="the experts, their cards and versions").set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command."""
     del options
     for name, d in sorted(registry.registry().items()):
         print(f"{name}  version {d.version}  reads {d.input}  gives {d.kind}")

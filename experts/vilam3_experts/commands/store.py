@@ -1,4 +1,4 @@
-"""`vilam3-experts store`: size and content of an annotation store, and its compaction."""
+"""`vilam3-experts store`: inspect and compact an annotation store."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from vilam3_jax.data.experts.store import StoreInfo, compact, store_info
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Declares the command."""
     parser = commands.add_parser("store", help="size and content of an annotation store; compact it")
     actions = parser.add_subparsers(dest="action", required=True)
-    told = actions.add_parser("info", help="records by expert and status, shards, bytes, digest")
-    told.add_argument("store", help="annotation store, local or gs://")
-    told.add_argument("--json", action="store_true", help="print one JSON object")
-    told.set_defaults(run=_info)
-    made = actions.add_parser(
+    info = actions.add_parser("info", help="records by expert and status, shards, bytes, digest")
+    info.add_argument("store", help="annotation store, local or gs://")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    info.set_defaults(run=_info)
+    compaction = actions.add_parser(
         "compact",
-        help="few large shards and one index instead of many",
-        description="Rewrites small shards as few large ones, drops what later answers replaced, and merges"
-        " the indexes. Writers and readers may go on meanwhile.",
+        help="merge many small shards and indexes",
+        description="Rewrites small shards as a few large ones, drops superseded records, and merges the"
+        " indexes. Readers and writers may stay active.",
     )
-    made.add_argument("store", help="annotation store, local or gs://")
-    made.set_defaults(run=_compact)
+    compaction.add_argument("store", help="annotation store, local or gs://")
+    compaction.set_defaults(run=_compact)
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -49,12 +48,10 @@ def _compact(options: argparse.Namespace) -> int:
 
 
 def describe(info: StoreInfo) -> str:
-    """One line on a store, for people."""
+    """A store as one line of text."""
     replaced = info.stored - info.records
-    size = info.shard_bytes / (1 << 20)
-    index = info.index_bytes / (1 << 20)
     return (
-        f"{info.records:,d} records in {info.shards:,d} shards of {size:,.1f} MiB"
+        f"{info.records:,d} records in {info.shards:,d} shards of {info.shard_bytes / (1 << 20):,.1f} MiB"
         + (f" ({replaced:,d} replaced by later ones)" if replaced else "")
-        + f", {info.indexes:,d} index files of {index:,.1f} MiB"
+        + f", {info.indexes:,d} index files of {info.index_bytes / (1 << 20):,.1f} MiB"
     )

@@ -1,4 +1,4 @@
-"""`vilam3-experts weights`: where the model files come from, their licence, and whether they are right."""
+"""`vilam3-experts weights`: origin and licence of the model files; check and fetch them."""
 
 from __future__ import annotations
 
@@ -13,35 +13,32 @@ from vilam3_jax.errors import UserError
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Declares the command."""
     parser = commands.add_parser(
         "weights",
         help="the model files: origin, licence, size, check, fetch",
-        description="Says where the files of each expert come from, and under which licence. With --weights"
-        " it checks those that are there: each sha256 is recorded in weights.lock.json of the folder at first"
-        " use, and a later change is refused. With --fetch it downloads what is missing and converts it to"
-        " safetensors.",
+        description="Lists the origin and licence of each expert's files. With --weights it checks the files"
+        " in that folder: weights.lock.json records each sha256 at first use, and later changes are refused."
+        " With --fetch it downloads missing files and converts them to safetensors.",
     )
     parser.add_argument("--expert", help="only this expert")
     parser.add_argument("--weights", help="folder of the model files")
     parser.add_argument(
-        "--fetch", action="store_true", help="download what is missing; needs --expert and --weights"
+        "--fetch", action="store_true", help="download missing files; needs --expert and --weights"
     )
-    parser.add_argument("--source", help="which source to fetch from (default: the first one listed)")
+    parser.add_argument("--source", help="source to fetch from (default: the first one listed)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command."""
     if options.source and not options.fetch:
-        raise UserError("--source says where to fetch from; give --fetch, too")
+        raise UserError("--source selects where to fetch from; add --fetch")
     if options.fetch:
         if not (options.expert and options.weights):
             raise UserError("--fetch downloads one expert into one folder; give --expert and --weights")
         return _fetch(registry.get(options.expert), options.weights, options.source)
-    chosen = [registry.get(options.expert)] if options.expert else _sorted()
+    chosen = [registry.get(options.expert)] if options.expert else None
     wrong = 0
-    for descriptor in chosen:
+    for descriptor in chosen or [one for _, one in sorted(registry.registry().items())]:
         for line in _describe(descriptor):
             print(line)
         if options.weights is not None:
@@ -49,12 +46,8 @@ def run(options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _sorted() -> list[Descriptor]:
-    return [descriptor for _, descriptor in sorted(registry.registry().items())]
-
-
 def _describe(descriptor: Descriptor) -> list[str]:
-    """Where the files of one expert come from."""
+    """Origin of an expert's files, as lines of text."""
     name = descriptor.name
     lines = [
         f"{name}: {file.file}  of {file.origin}  licence: {file.licence}  sha256 {file.sha256}"
@@ -75,29 +68,25 @@ def _describe(descriptor: Descriptor) -> list[str]:
 
 def _check(descriptor: Descriptor, folder: str) -> int:
     """Prints the state of each file; returns how many are missing or wrong."""
-    wrong = 0
+    name, wrong = descriptor.name, 0
     for file in descriptor.weights:
         try:
-            read_checked(file, folder, descriptor.name)
-            print(f"    ok: {locate(file, folder, descriptor.name)}")
+            read_checked(file, folder, name)
+            print(f"    ok: {locate(file, folder, name)}")
         except UserError as error:
             wrong += 1
             print(f"    {error}")
     if descriptor.needs_folder and descriptor.sources:
+        where = expert_folder(folder, name)
         try:
             found = len(check_folder(descriptor, folder))
-        except UserError as error:
-            print(f"    {error}")
-            return wrong + 1
-        where = expert_folder(folder, descriptor.name)
-        if found:
+            if not found:
+                fix = f"run `vilam3-experts weights --fetch --expert {name} --weights {folder}`"
+                raise UserError(f"{where}: no files of {name}; {fix}")
             print(f"    ok: {found} files in {where}")
-        else:
+        except UserError as error:
             wrong += 1
-            print(
-                f"    {where}: no files of {descriptor.name}; run `vilam3-experts weights --fetch"
-                f" --expert {descriptor.name} --weights {folder}`"
-            )
+            print(f"    {error}")
     return wrong
 
 
@@ -112,10 +101,10 @@ def _fetch(descriptor: Descriptor, folder: str, name: str | None) -> int:
 def _choose(descriptor: Descriptor, name: str | None) -> Source:
     if not descriptor.sources:
         origins = sorted({file.origin for file in descriptor.weights})
-        told = f"its files are in {', '.join(origins)}" if origins else "it has no files"
-        raise UserError(f"{descriptor.name}: there is nothing to fetch; {told}")
+        reason = f"its files are in {', '.join(origins)}" if origins else "it has no files"
+        raise UserError(f"{descriptor.name}: nothing to fetch; {reason}")
     for source in descriptor.sources:
         if name in (None, source.name):
             return source
     listed = ", ".join(source.name for source in descriptor.sources)
-    raise UserError(f"{descriptor.name}: no source {name!r}; there are {listed}")
+    raise UserError(f"{descriptor.name}: no source {name!r}; choose from {listed}")

@@ -1,9 +1,9 @@
-"""How a dataset is annotated: who runs the expert, who writes, and what happens when one of them dies.
+"""Annotation engines: who runs the expert, who writes, and what happens when a process dies.
 
-- `work`: what a run is, what goes to a worker and what comes back.
+- `job`: the description of a run, and the messages to and from workers.
 - `worker`: decodes inputs and calls the expert, in this process or in a child.
-- `child`: the owner of one such child: it starts it again, ends it when it hangs, and gives up on poison.
-- `committer`: writes records and audit log.
-- `local`, `ray_engine`: many children on this machine, or one in each actor of Ray Data.
-- `summary`: what a run did, in memory that does not grow with it.
+- `worker_process`: owns one such child: restarts it, kills it on timeout, gives up on inputs that crash it.
+- `committer`: writes records and the audit log.
+- `local`, `ray_engine`: many workers on this machine, or one in each actor of Ray Data.
+- `summary`: what a run did, in bounded memory.
 """

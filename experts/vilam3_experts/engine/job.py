@@ -1,9 +1,10 @@
-"""What a run is, what goes to a worker and what comes back."""
+"""The description of a run, and the messages to and from workers."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
@@ -12,29 +13,17 @@ from vilam3_experts.descriptors import Descriptor
 from vilam3_experts.inputs import Input
 from vilam3_jax.errors import UnavailableError, UserError
 
-ATTEMPTS = 3  # how often one input may end its process before it is given up
+ATTEMPTS = 3  # crashes of its process after which an input is given up
 
 Status = Literal["annotated", "skipped", "failed", "unreadable", "unavailable", "planned"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """A run, as every process of it knows it.
+class Job:
+    """A run, as each of its processes sees it; `annotate` documents the fields.
 
-    Attributes:
-      descriptor: the expert.
-      args: its arguments, already checked.
-      weights: folder of the model files.
-      weights_sha256: their digest.
-      out: the annotation store.
-      audit: folder of the audit log.
-      retry_failed: run again where the store holds a failure.
-      batch: how many inputs an expert that offers `run_batch` is given at once.
-      timeout: seconds that one input may take, decoding included; None for no limit.
-      dry_run: tell what would be run; call nothing, write nothing.
-      keep_records: outcomes carry their records.
-      calibration: what records are calibrated with before they are stored; the audit log has what the expert
-        said.
+    `args` are validated, `weights_sha256` is the digest of the model files, and `keep_records` makes outcomes
+    carry their records. The audit log has the answers before their calibration.
     """
 
     descriptor: Descriptor
@@ -50,6 +39,10 @@ class Work:
     keep_records: bool = False
     calibration: Calibration | None = None
 
+    def is_done(self, status: str | None) -> bool:
+        """Whether an input with this `AnnotationWriter.status` needs no run."""
+        return status == "ok" or (status == "failed" and not self.retry_failed)
+
 
 class Item(NamedTuple):
     """One input, with its number in the run."""
@@ -60,19 +53,12 @@ class Item(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of one input.
+    """Result of one input.
 
-    Attributes:
-      number: of the item.
-      name: of the input.
-      status: `annotated`; `skipped`: stored already; `failed`: stored with its reason; `unreadable`: has no
-        content key, so nothing can be stored; `unavailable`: could not be read now, the next run may;
-        `planned`: would be run.
-      reason: why it is not annotated.
-      notes: what the readers assumed, repaired or skipped.
-      record: serialised `Annotation`, or None.
-      key: of the input, '' if it is not to be remembered for its files.
-      mark: `known.fingerprint` of its files, b'' likewise.
+    `status` is `annotated`; `skipped` (already stored); `failed` (stored with its reason); `unreadable` (not
+    stored, because it has no content key); `unavailable` (a transient read error, the next run may succeed);
+    or `planned` (would run). `record` is the serialised `Annotation`. `key` and `fingerprint` are for the key
+    cache, and empty if the input is not cached.
     """
 
     number: int
@@ -82,31 +68,26 @@ class Outcome:
     notes: tuple[str, ...] = ()
     record: bytes | None = None
     key: str = ""
-    mark: bytes = b""
+    fingerprint: bytes = b""
 
 
-def fatal(code: int, message: str) -> UserError:
-    """The error that ends a run, from what a worker told of it."""
+def run_error(code: int, message: str) -> UserError:
+    """The error that ends a run, from the exit code and message that a worker sent."""
     return (UnavailableError if code == UnavailableError.exit_code else UserError)(message)
 
 
-def in_part(name: str, part: tuple[int, int]) -> bool:
-    """Whether an input belongs to part i (from 1) of n.
+def in_shard(name: str, shard: tuple[int, int]) -> bool:
+    """Whether an input belongs to shard i (from 1) of n.
 
-    By its name alone: the parts are disjoint and complete, whatever else lies in the folder.
+    Depends on the name alone, so the shards stay disjoint and complete when other files come and go.
     """
-    index, count = part
+    index, count = shard
     digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") % count == index - 1
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Yields lists of at most `size`."""
-    chunk: list[Item] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
+    """Yields lists of at most `size`; `itertools.batched` needs Python 3.12."""
+    rest = iter(items)
+    while chunk := list(itertools.islice(rest, size)):
         yield chunk

@@ -1,12 +1,13 @@
-"""Content keys of files that were read before: a run started again decodes no finished file.
+"""Cache of content keys by file metadata, so that a restarted run decodes no finished file.
 
-Beside the store, on a disk, each writer has a file `inputs-RUN.known`: rows of 48 bytes, the first 16 of the
-sha256 of (decoder version, how it is read, path, size and time of modification of every file) and the content
-key. It holds no name. A row says only what key a file had; whether its answer is there, the store says. What
-changed has no row, and is read. An unfinished row at the end is left out.
+Each writer appends to its own file `inputs-RUN.known` in a local store: rows of 48 bytes. The first 16 bytes
+are the start of the sha256 of (decoder version, read options, path, size and modification time of every
+file), the other 32 are the content key. No names are stored. A row only maps a file to its key; the store
+tells whether that key is annotated. A changed file has no row and is read again. A truncated last row is
+ignored.
 
-No rows have: inputs with notes, which are to be listed again; formats whose voxels may lie in another file;
-object stores, where to ask for sizes takes as long as to read.
+Not cached: inputs with notes, which must be listed again; formats whose voxels may be in another file; object
+stores, where a metadata request takes as long as a read.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from vilam3_jax.runtime import paths
 
 _SUFFIX = ".known"
 _ROW = np.dtype([("first", "<u8"), ("second", "<u8"), ("key", "V32")])
-_KEPT = 10_000
-_WHOLE = (".nii", ".nii.gz", ".mha", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".dcm")
+_MAX_BUFFERED = 10_000
+_SINGLE_FILE = (".nii", ".nii.gz", ".mha", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".dcm")
 
 
 def fingerprint(item: Input) -> bytes | None:
-    """What stands for the files of an input as they are now, 16 bytes; None if nothing may."""
+    """16 bytes that identify the current files of an input; None if it must not be cached."""
     digest = hashlib.sha256(f"{DECODER_VERSION}\0".encode())
     if item.notes or item.problem or not _add(digest, item):
         return None
@@ -47,7 +48,7 @@ def _add(digest: hashlib._Hash, item: Input) -> bool:
     digest.update(f"{item.kind}\0{item.modality}\0{item.channel}\0".encode())
     if item.series is None:
         files = [(os.fspath(item.path), 0)]
-        if not files[0][0].lower().endswith(_WHOLE):
+        if not files[0][0].lower().endswith(_SINGLE_FILE):
             return False
     else:
         files = [(os.fspath(member.path), member.frame) for member in item.series.members]
@@ -62,11 +63,11 @@ def _add(digest: hashlib._Hash, item: Input) -> bool:
     return True
 
 
-class KnownInputs:
-    """The rows of all files of a store, 48 bytes of memory each."""
+class KeyCache:
+    """All cached rows of a store, 48 bytes of memory each."""
 
     def __init__(self, store: paths.PathLike) -> None:
-        """Reads them; there are none in an object store."""
+        """Reads the rows; an object store has none."""
         folder = paths.as_path(store)
         rows = []
         if "://" not in os.fspath(folder) and folder.is_dir():
@@ -81,46 +82,39 @@ class KnownInputs:
         return len(self._rows)
 
     def key(self, item: Input) -> str | None:
-        """The key of what the expert would look at; None if the input is to be read."""
-        mark = fingerprint(item)
-        if mark is None:
+        """The content key of an input; None if the input must be read."""
+        current = fingerprint(item)
+        if current is None:
             return None
-        first, second = np.frombuffer(mark, "<u8")
-        at = int(np.searchsorted(self._first, first))
-        while at < len(self._first) and self._first[at] == first:
-            if self._rows["second"][at] == second:
-                return self._rows["key"][at].tobytes().hex()
-            at += 1
-        return None
+        first, second = np.frombuffer(current, "<u8")
+        start, stop = (np.searchsorted(self._first, first, side) for side in ("left", "right"))
+        rows = self._rows[start:stop]
+        found = rows["key"][rows["second"] == second]
+        return found[0].tobytes().hex() if len(found) else None
 
 
-class KnownWriter:
-    """Appends rows to a file of its own."""
+class KeyCacheWriter:
+    """Appends rows to a new file, which is created with the first row."""
 
     def __init__(self, store: paths.PathLike) -> None:
-        """Makes no file until there are rows."""
         self._path = epath.Path(store) / f"inputs-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}{_SUFFIX}"
         self._remote = "://" in os.fspath(store)
         self._rows: list[bytes] = []
 
-    def add(self, mark: bytes, key: str) -> None:
-        """Adds a row; writes them when they are many."""
+    def add(self, fingerprint: bytes, key: str) -> None:
+        """Adds a row to the buffer, and flushes a full buffer."""
         if not self._remote:
-            self._rows.append(mark + bytes.fromhex(key))
-            if len(self._rows) >= _KEPT:
+            self._rows.append(fingerprint + bytes.fromhex(key))
+            if len(self._rows) >= _MAX_BUFFERED:
                 self.flush()
 
     def flush(self) -> None:
-        """Writes the rows. They may be there before the answers are.
-
-        Raises:
-          UserError: the disk is full, or the folder cannot be written.
-        """
+        """Writes the rows, possibly before the records they refer to; raises `UserError` if it cannot."""
         if not self._rows:
             return
         try:
             with open(self._path, "ab") as file:
-                # After an interrupted write the rows that follow would be out of step.
+                # Drop a row that an interrupted write truncated: it would misalign all later rows.
                 file.truncate(file.tell() // _ROW.itemsize * _ROW.itemsize)
                 file.write(b"".join(self._rows))
         except OSError as error:

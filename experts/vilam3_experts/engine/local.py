@@ -1,4 +1,4 @@
-"""Runs an expert in processes of this machine, or in this process."""
+"""Runs an expert in this process, or in worker processes on this machine."""
 
 from __future__ import annotations
 
@@ -8,42 +8,38 @@ import threading
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
-from vilam3_experts.engine.child import Child, StoppedError
 from vilam3_experts.engine.committer import Committer
-from vilam3_experts.engine.work import Item, Outcome, Work, chunks
+from vilam3_experts.engine.job import Item, Job, Outcome, chunks
 from vilam3_experts.engine.worker import BrokenDeviceError, Worker
+from vilam3_experts.engine.worker_process import StoppedError, WorkerProcess
 from vilam3_jax.errors import UnavailableError
 
 _QUEUED_PER_WORKER = 4
 
 
-def run_here(work: Work, items: Iterable[Item]) -> Generator[Outcome]:
-    """Yields the outcomes, of an expert in this process: what ends the expert ends the run.
+def run_here(job: Job, items: Iterable[Item]) -> Generator[Outcome]:
+    """Runs the expert in this process, without protection from its crashes; yields the outcomes.
 
-    Raises:
-      UserError: the expert cannot be built, or the store cannot be written.
+    Raises `UserError` if the expert cannot be built or the store cannot be written.
     """
-    with Committer(work) as committer:
-        worker = Worker(work, committer.claim)
+    with Committer(job) as committer:
+        worker = Worker(job, committer.claim)
         try:
-            for chunk in chunks(items, work.batch):
+            for chunk in chunks(items, job.batch):
                 for outcome in worker.run(chunk):
                     committer.write(outcome)
                     yield outcome
         except BrokenDeviceError as error:
-            told = f"{work.descriptor.name}: {error}; start again, with --workers 1"
-            raise UnavailableError(told) from error
+            message = f"{job.descriptor.name}: {error}; start again, with --workers 1"
+            raise UnavailableError(message) from error
 
 
-def run_processes(work: Work, items: Iterable[Item], workers: int) -> Generator[Outcome]:
-    """Yields the outcomes, in no fixed order, of an expert in `workers` child processes.
+def run_processes(job: Job, items: Iterable[Item], workers: int) -> Generator[Outcome]:
+    """Runs the expert in `workers` child processes; yields the outcomes in no fixed order.
 
-    Each child is owned by a thread; this process writes.
-
-    Raises:
-      UserError: the expert cannot be built, or the store cannot be written.
+    One thread owns each child; this process writes. Raises as `run_here`.
     """
-    pool = _Pool(work, items, workers)
+    pool = _Pool(job, items, workers)
     with pool.committer:
         try:
             yield from pool.outcomes()
@@ -52,18 +48,18 @@ def run_processes(work: Work, items: Iterable[Item], workers: int) -> Generator[
 
 
 class _Pool:
-    def __init__(self, work: Work, items: Iterable[Item], workers: int) -> None:
-        self.committer = Committer(work)
-        self._chunks = chunks(items, work.batch)
+    def __init__(self, job: Job, items: Iterable[Item], workers: int) -> None:
+        self.committer = Committer(job)
+        self._chunks = chunks(items, job.batch)
         self._lock = threading.Lock()
         self._done: queue.Queue[Outcome | BaseException | None] = queue.Queue(workers * _QUEUED_PER_WORKER)
         self._stopped = threading.Event()
-        self._children = [
-            Child(work, self.committer.claim, environment)
+        self._processes = [
+            WorkerProcess(job, self.committer.claim, environment)
             for environment in worker_environments(workers, visible_gpus())
         ]
         self._threads = [
-            threading.Thread(target=self._own, args=(child,), daemon=True) for child in self._children
+            threading.Thread(target=self._own, args=(process,), daemon=True) for process in self._processes
         ]
 
     def outcomes(self) -> Iterator[Outcome]:
@@ -81,20 +77,20 @@ class _Pool:
 
     def stop(self) -> None:
         self._stopped.set()
-        for child in self._children:
-            child.stop()
+        for process in self._processes:
+            process.stop()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
 
     def _next(self) -> list[Item] | None:
-        with self._lock:  # a generator runs in one thread at a time
+        with self._lock:  # generators are not thread-safe
             return None if self._stopped.is_set() else next(self._chunks, None)
 
-    def _own(self, child: Child) -> None:
+    def _own(self, process: WorkerProcess) -> None:
         try:
             while (chunk := self._next()) is not None:
-                for outcome in child.run(chunk):
+                for outcome in process.run(chunk):
                     self.committer.write(outcome)
                     self._put(outcome)
             self._put(None)
@@ -103,7 +99,7 @@ class _Pool:
         except BaseException as error:
             self._put(error)
         finally:
-            child.close()
+            process.close()
 
     def _put(self, found: Outcome | BaseException | None) -> None:
         while not self._stopped.is_set():
@@ -115,15 +111,15 @@ class _Pool:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA names them; found without loading a library."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [gpu for gpu in named.split(",") if gpu.strip() and gpu.strip() != "-1"]
+    """CUDA names of the GPUs that this process may use, found without loading a library."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [gpu for gpu in visible.split(",") if gpu.strip() and gpu.strip() != "-1"]
     return [str(n) for n, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
 
 
 def worker_environments(workers: int, gpus: list[str]) -> list[dict[str, str]]:
-    """Variables of each worker: a GPU, in turn, and its share of the CPU cores unless the user set it."""
+    """Environment of each worker: GPUs round-robin, and a share of the CPU cores unless the user set one."""
     threads = {}
     if "OMP_NUM_THREADS" not in os.environ:
         threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // workers))}

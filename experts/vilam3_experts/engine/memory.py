@@ -1,4 +1,4 @@
-"""Experts that ran out of memory: recognised, and tried again with less."""
+"""Out-of-memory errors: detection, and retries with a smaller form of the expert."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from vilam3_experts.base import Expert, ExpertFailure, Output
 
-_STEPS = 8  # of `smaller()`, so that an expert that never ends offering does not hold up the run
-# What libraries say with an exception of no type of its own.
+_MAX_STEPS = 8  # bounds an expert whose `smaller()` never returns None
+# Messages of libraries that raise a plain RuntimeError.
 _MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
@@ -20,7 +20,7 @@ _MESSAGES = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory of host or device did not suffice; `torch.OutOfMemoryError` is one of its forms."""
+    """Whether host or device memory ran out, `torch.OutOfMemoryError` included."""
     if isinstance(error, MemoryError):
         return True
     if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
@@ -28,41 +28,41 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
 
 
-def release() -> None:
-    """Gives back what is not in use, on the device too."""
+def free_memory() -> None:
+    """Frees unused memory on host and device."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
-class Shrinking:
-    """An expert that is run again with less memory when there was not enough.
+class RetrySmaller:
+    """Wraps an expert; when memory runs out, runs the input again with `expert.smaller()`.
 
-    An expert may offer `smaller() -> Expert | None`: the same network in smaller pieces, or None if it has no
-    smaller form. Where its answer may differ, its verdicts say so. Every input begins with the expert as it
-    is: the answer to a scan does not depend on the scans before it.
+    `smaller() -> Expert | None` returns the same network in smaller pieces, or None if there is no smaller
+    form. If its answer may differ, its verdicts say so. Every input starts with the full expert, so an answer
+    does not depend on earlier inputs.
     """
 
     def __init__(self, expert: Expert, *, smallest: bool = False) -> None:
-        """Wraps `expert`; `smallest`: begins with its smallest form, after processes were ended."""
+        """Wraps `expert`; with `smallest`, starts at its smallest form, as after crashes of the process."""
         self._expert = expert
-        for _ in range(_STEPS if smallest else 0):
+        for _ in range(_MAX_STEPS if smallest else 0):
             if (less := _smaller(self._expert)) is None:
                 break
             self._expert = less
 
     def run(self, data: Any, args: str) -> Output:
-        """As `Expert.run`."""
+        """See `Expert.run`."""
         expert: Expert | None = self._expert
-        for _ in range(_STEPS):
+        for _ in range(_MAX_STEPS):
             try:
                 return expert.run(data, args)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-            # After the handler: the traceback holds the arrays that did not fit.
-            release()
+            # Outside the handler: the traceback references the arrays that did not fit.
+            free_memory()
             expert = _smaller(expert)
             if expert is None:
                 break
@@ -70,5 +70,5 @@ class Shrinking:
 
 
 def _smaller(expert: Expert) -> Expert | None:
-    offer = getattr(expert, "smaller", None)
-    return cast(Expert | None, offer()) if callable(offer) else None
+    smaller = getattr(expert, "smaller", None)
+    return cast(Expert | None, smaller()) if callable(smaller) else None

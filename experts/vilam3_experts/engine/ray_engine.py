@@ -1,13 +1,14 @@
 """Runs an expert in the actors of a Ray cluster, fed by Ray Data.
 
-Each actor owns a worker process of its own, as the local engine does: a scan that ends its process, hangs or
-needs too much memory is dealt with there, by the same code, and the actor lives on. When an actor or its node
-is killed, Ray starts it elsewhere and gives it the same block of inputs again; it opens the store anew and
-skips what was committed. An actor writes what it computes; only names, reasons and counts travel through Ray.
+Each actor owns a worker process, as the local engine does, so a scan that crashes its process, hangs or runs
+out of memory is handled by the same code and the actor survives. When an actor or its node dies, Ray starts
+the actor elsewhere with the same block of inputs; it reopens the store and skips what was committed. Actors
+write the records; only names, reasons and counts travel through Ray.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import pickle
 import time
@@ -16,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from vilam3_experts.engine.child import Child
 from vilam3_experts.engine.committer import Committer
-from vilam3_experts.engine.work import Item, Outcome, Work, chunks, fatal
+from vilam3_experts.engine.job import Item, Job, Outcome, chunks, run_error
+from vilam3_experts.engine.worker_process import WorkerProcess
 from vilam3_jax.errors import UnavailableError, UserError
 
 try:
@@ -31,33 +32,32 @@ except ImportError as error:
 if TYPE_CHECKING:
     from vilam3_experts.annotate import Engine
 
-# What an actor is given at once, and is given again when it was killed.
+# Inputs per block. A block is the unit of scheduling, and of repetition after an actor died.
 _BLOCK = {"image": 256, "volume": 8}
-_BLOCKS_PER_WORKER = 8  # at least, so that all have work until the end
+_BLOCKS_PER_WORKER = 8  # at least, to balance the load at the end
 _WAIT_SECONDS = 60.0
 
 
-def run_ray(work: Work, items: Iterable[Item], engine: Engine) -> Generator[Outcome]:
-    """Yields the outcomes, in no fixed order.
+def run_ray(job: Job, items: Iterable[Item], engine: Engine) -> Generator[Outcome]:
+    """Yields the outcomes in no fixed order.
 
-    Raises:
-      UserError: the expert cannot be built, or the store cannot be written.
-      UnavailableError: the cluster cannot be reached, or has no room, or fails.
+    Raises `UserError` as `local.run_here`, and `UnavailableError` if the cluster cannot be reached, has no
+    room, or fails.
     """
-    Committer(work).close()  # what is wrong with the folders is better said before the cluster starts
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the progress is told here
+    Committer(job).close()  # report unusable folders before the cluster starts
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # `annotate` shows the progress
     started = not ray.is_initialized()
     if started:
         _connect(engine.address)
     try:
-        yield from _run(work, items, engine)
+        yield from _run(job, items, engine)
     finally:
         if started:
             ray.shutdown()
 
 
 def _connect(address: str | None) -> None:
-    """Joins a cluster, which may have been started at this moment; or starts one on this machine."""
+    """Joins a cluster, waiting for one that is still starting; or starts one on this machine."""
     deadline = time.monotonic() + (0 if address is None else _WAIT_SECONDS)
     while True:
         try:
@@ -65,21 +65,19 @@ def _connect(address: str | None) -> None:
             return
         except (ConnectionError, ValueError, RuntimeError) as error:
             if time.monotonic() > deadline:
-                told = (str(error).splitlines() or [type(error).__name__])[0]
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UnavailableError(
-                    f"--address {address}: no Ray cluster answers ({told}); start it, then start again"
+                    f"--address {address}: no Ray cluster answers ({reason}); start it, then start again"
                 ) from error
         time.sleep(2)
 
 
-def _run(work: Work, items: Iterable[Item], engine: Engine) -> Iterator[Outcome]:
+def _run(job: Job, items: Iterable[Item], engine: Engine) -> Iterator[Outcome]:
     gpus, room = _room(engine)
     workers = engine.workers or room
     rows = [pickle.dumps(item) for item in items]
-    size = max(1, min(_BLOCK[work.descriptor.input], len(rows) // (workers * _BLOCKS_PER_WORKER)))
-    tables = [
-        pa.table({"item": pa.array(rows[n : n + size], pa.binary())}) for n in range(0, len(rows), size)
-    ]
+    size = max(1, min(_BLOCK[job.descriptor.input], len(rows) // (workers * _BLOCKS_PER_WORKER)))
+    tables = [_table("item", rows[n : n + size]) for n in range(0, len(rows), size)]
     del rows
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -90,7 +88,7 @@ def _run(work: Work, items: Iterable[Item], engine: Engine) -> Iterator[Outcome]
     with ray.data.DataContext.current(context):
         data = ray.data.from_arrow(tables).map_batches(
             Annotator,
-            fn_constructor_args=(work,),
+            fn_constructor_args=(job,),
             batch_size=None,
             batch_format="pyarrow",
             zero_copy_batch=True,
@@ -100,10 +98,10 @@ def _run(work: Work, items: Iterable[Item], engine: Engine) -> Iterator[Outcome]
             num_cpus=engine.cpus_per_worker,
             num_gpus=gpus,
         )
-        yield from _received(work, data)
+        yield from _received(job, data)
 
 
-def _received(work: Work, data: Any) -> Iterator[Outcome]:
+def _received(job: Job, data: Any) -> Iterator[Outcome]:
     try:
         for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
             for row in batch.column("outcome"):
@@ -111,65 +109,59 @@ def _received(work: Work, data: Any) -> Iterator[Outcome]:
                 if isinstance(found, Outcome):
                     yield found
                 else:
-                    raise fatal(*found)
+                    raise run_error(*found)
     except ray.exceptions.RayError as error:
+        cause = error.__cause__ or error
+        lines = str(cause).strip().splitlines() or ["no reason given"]
+        reason = f"{type(cause).__name__}: {lines[0]}"
         raise UnavailableError(
-            f"{work.descriptor.name}: the Ray cluster failed ({_first_line(error)}); start again"
+            f"{job.descriptor.name}: the Ray cluster failed ({reason}); start again"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    lines = str(cause).strip().splitlines() or ["no reason given"]
-    return f"{type(cause).__name__}: {lines[0]}"
-
-
 def _room(engine: Engine) -> tuple[float, int]:
-    """GPUs of each worker, and for how many workers there is room; waits for the first nodes of a cluster."""
+    """GPUs per worker, and the number of workers that fit; waits for the first nodes of a cluster."""
     deadline = time.monotonic() + _WAIT_SECONDS
     cpus = engine.cpus_per_worker
     while True:
-        there = ray.cluster_resources()
+        total = ray.cluster_resources()
         gpus = engine.gpus_per_worker
         if gpus is None:
-            gpus = 1.0 if there.get("GPU", 0) > 0 else 0.0
+            gpus = 1.0 if total.get("GPU", 0) > 0 else 0.0
         needed = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount > 0}
-        room = min((int(there.get(name, 0) / amount) for name, amount in needed.items()), default=1)
+        room = min((int(total.get(name, 0) / amount) for name, amount in needed.items()), default=1)
         if room:
             return gpus, room
         if time.monotonic() > deadline:
             raise UserError(
-                f"the cluster has {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs, too few for "
+                f"the cluster has {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs, too few for "
                 f"one worker with {cpus:g} and {gpus:g}; see --cpus-per-worker and --gpus-per-worker"
             )
         time.sleep(1)
 
 
 class Annotator:
-    """One actor: owns a worker process, and writes what it says."""
+    """One actor: owns a worker process and writes its outcomes."""
 
-    def __init__(self, work: Work) -> None:
-        self._work = work
-        self._committer = Committer(work)
-        self._child = Child(work, self._committer.claim)
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._committer = Committer(job)
+        self._process = WorkerProcess(job, self._committer.claim)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Runs a block.
+        """Runs a block of pickled `Item`s in column `item`.
 
-        Args:
-          table: column `item`, pickled `Item`s.
-
-        Returns:
-          Column `outcome`: pickled `Outcome`s, all of them committed; or one (exit code, message) that ends
-          the run.
+        Returns a column `outcome` of pickled `Outcome`s, all committed; or one pickled (exit code, message)
+        that ends the run.
         """
         items = [pickle.loads(row.as_py()) for row in table.column("item")]  # noqa: S301 (from our own driver)
         try:
             found: list[Any] = []
-            for chunk in chunks(items, self._work.batch):
-                for outcome in self._child.run(chunk):
+            keep = self._job.keep_records
+            for chunk in chunks(items, self._job.batch):
+                for outcome in self._process.run(chunk):
                     self._committer.write(outcome)
-                    found.append(outcome if self._work.keep_records else _without_record(outcome))
+                    found.append(outcome if keep else dataclasses.replace(outcome, record=None))
             self._committer.flush()
         except UserError as error:
             found = [(error.exit_code, str(error))]
@@ -178,7 +170,3 @@ class Annotator:
 
 def _table(name: str, rows: list[bytes]) -> pa.Table:
     return pa.table({name: pa.array(rows, pa.binary())})
-
-
-def _without_record(outcome: Outcome) -> Outcome:
-    return Outcome(outcome.number, outcome.name, outcome.status, outcome.reason, outcome.notes)

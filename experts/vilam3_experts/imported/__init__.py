@@ -1,1 +1,1 @@
-"""Masks that a tool or people made elsewhere become annotations; see `run.import_masks`."""
+"""Import of existing masks as annotations."""

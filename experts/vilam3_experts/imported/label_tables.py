@@ -1,8 +1,8 @@
-"""Which structure a label id stands for: the tables that segmentation tools write.
+"""Label tables of segmentation tools: label id to structure name.
 
-Read are JSON (id to name, name to id, TotalSegmentator's `class_map`, nnU-Net's `dataset.json` with regions,
-the `channel_def` of a MONAI bundle's metadata, lists), CSV and TSV (BIDS `dseg.tsv`, 3D Slicer's CSV), 3D
-Slicer's and FreeSurfer's colour tables, and ITK-SNAP's label descriptions.
+Supported are JSON (id to name, name to id, TotalSegmentator's `class_map`, nnU-Net's `dataset.json` with
+regions, the `channel_def` of a MONAI bundle's metadata, lists), CSV and TSV (BIDS `dseg.tsv`, 3D Slicer's
+CSV), the colour tables of 3D Slicer and FreeSurfer, and ITK-SNAP's label descriptions.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from vilam3_experts.text import listed
 from vilam3_jax.datasets.samples import parse_class_map
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
@@ -24,9 +25,9 @@ _MAX_TABLE_BYTES = 4 << 20
 _MAX_NAME = 120
 _ID_COLUMNS = ("labelvalue", "label_id", "labelid", "id", "index", "value", "key", "label")
 _NAME_COLUMNS = ("name", "label_name", "labelname", "structure", "organ", "meaning", "description", "label")
-_IGNORED = ("ignore", "ignored")  # nnU-Net: voxels that nobody labelled
-_BACKGROUND = ("background", "clear label", "unknown", "none", "exterior")  # what tools call id 0
-# A structure at id 0: a table of channels, or one that counts from 0. Labels would get other labels' names.
+_IGNORED = ("ignore", "ignored")  # nnU-Net: unlabelled voxels
+_BACKGROUND = ("background", "clear label", "unknown", "none", "exterior")  # names of id 0
+# Any other name of id 0 shows a table of channels or one that counts from 0, whose ids would be off.
 _NO_STRUCTURE = re.compile(
     r".*background.*|clear label|none|exterior|outside|air|void|empty|nothing|null|black|bg|rest|others?"
     r"|(no|not|non)\W.*|un(known|label|segment|class|defin|annot|assign).*|ignored?|0",
@@ -39,46 +40,43 @@ _COLOUR_TABLE = re.compile(r"\s*(\d+)\s+(\S+)((?:\s+[\d.]+){3,4})\s*")
 
 @dataclasses.dataclass(frozen=True)
 class LabelTable:
-    """What the ids of a label map mean.
-
-    Attributes:
-      names: label id, 1..65535, to name; blanks instead of underscores.
-      ignored: ids of voxels that nobody labelled; they count as background.
-    """
+    """Names by label id, 1..65535, and the ids of unlabelled voxels, which count as background."""
 
     names: dict[int, str]
     ignored: frozenset[int] = frozenset()
 
 
-def words_of(name: str) -> frozenset[str]:
-    """What names are compared by: `lung_upper_lobe_left` and `left lung upper lobe` are one structure."""
-    text = re.sub(r"[\s_]+", " ", name).strip().lower()
+def name_words(name: str) -> frozenset[str]:
+    """Key for the comparison of names: `lung_upper_lobe_left` equals `left lung upper lobe`."""
+    text = _spaced(name).lower()
     return frozenset({"urinary bladder": "bladder"}.get(text, text).split())
 
 
 def clean_name(name: str, source: object) -> str:
-    """A structure's name in words.
+    """A structure's name with single blanks.
 
-    Raises:
-      UserError: empty, longer than 120 characters, or with control characters.
+    Raises `UserError` if it is empty, longer than 120 characters, or has control characters.
     """
-    words = re.sub(r"[\s_]+", " ", name).strip()
+    words = _spaced(name)
     if not words or len(words) > _MAX_NAME or not words.isprintable():
         raise UserError(f"{source}: a label name is empty, too long or not printable; correct the table")
     return words
 
 
-def make_table(pairs: Iterable[tuple[int, str]], source: object) -> LabelTable:
-    """Builds a table from (id, name) pairs; background, id 0, is left out.
+def _spaced(name: str) -> str:
+    return re.sub(r"[\s_]+", " ", name).strip()
 
-    Raises:
-      UserError: an id out of range or with two names, a structure at id 0, a bad name, or no label at all.
+
+def make_table(pairs: Iterable[tuple[int, str]], source: object) -> LabelTable:
+    """Builds a table from (id, name) pairs, without the background 0.
+
+    Raises `UserError` for an id out of range or with two names, a structure at id 0, a bad name, or no label.
     """
     names: dict[int, str] = {}
     ignored = set()
     for label_id, name in pairs:
         if label_id == 0:
-            words = re.sub(r"[\s_]+", " ", name).strip()
+            words = _spaced(name)
             if words and not _NO_STRUCTURE.fullmatch(words.lower()):
                 raise UserError(
                     f"{source}: label id 0 is {words[:_MAX_NAME]!r}, but 0 is the background of a label map; "
@@ -98,14 +96,9 @@ def make_table(pairs: Iterable[tuple[int, str]], source: object) -> LabelTable:
 
 
 def read_label_table(table: str) -> LabelTable:
-    """Reads a label table.
+    """Reads a label table; raises `UserError`, which says what was expected, if there is none.
 
-    Args:
-      table: path of the file. `FILE#KEY` chooses one of several tables in a file, such as a task of
-        TotalSegmentator's `class_map`.
-
-    Raises:
-      UserError: no such file, or one in which no table is found; says what was expected.
+    `FILE#KEY` selects one of several tables in a file, such as a task of TotalSegmentator's `class_map`.
     """
     name, _, key = table.partition("#")
     path = paths.as_path(name)
@@ -114,7 +107,7 @@ def read_label_table(table: str) -> LabelTable:
     try:
         text = paths.read_bytes(path, _MAX_TABLE_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is no text; give a label table as JSON, CSV, TSV or .ctbl") from error
+        raise UserError(f"{path}: not a text file; give a label table as JSON, CSV, TSV or .ctbl") from error
     suffix = path.suffix.lower()
     if suffix == ".py":
         try:
@@ -129,10 +122,17 @@ def read_label_table(table: str) -> LabelTable:
 
 
 def _from_json(text: str, key: str, source: object) -> LabelTable:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if found.setdefault(name, value) is not value:  # json alone would keep the last entry
+                raise UserError(f"{source}: states {name[:_MAX_NAME]!r} twice; correct the table")
+        return found
+
     try:
-        data = json.loads(text, object_pairs_hook=lambda pairs: _without_twins(pairs, source))
+        data = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{source}: is no valid JSON; correct the table") from error
+        raise UserError(f"{source}: not valid JSON; correct the table") from error
     if key:
         if not isinstance(data, dict) or key not in data:
             raise UserError(f"{source}: has no entry {key!r}; check what follows '#' in --labels")
@@ -140,19 +140,10 @@ def _from_json(text: str, key: str, source: object) -> LabelTable:
     pairs = _pairs(data, source)
     if pairs is None:
         raise UserError(
-            f"{source}: is no table of ids and names, nor a dataset.json or metadata.json with one; "
+            f"{source}: not a table of ids and names, nor a dataset.json or metadata.json with one; "
             "give {id: name}"
         )
     return make_table(pairs, source)
-
-
-def _without_twins(pairs: list[tuple[str, Any]], source: object) -> dict[str, Any]:
-    """A JSON object; Python's own reader keeps the last of two entries of one name."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if found.setdefault(key, value) is not value:
-            raise UserError(f"{source}: states {key[:_MAX_NAME]!r} twice; correct the table")
-    return found
 
 
 def _pairs(data: Any, source: object) -> list[tuple[int, str]] | None:
@@ -161,25 +152,25 @@ def _pairs(data: Any, source: object) -> list[tuple[int, str]] | None:
         return _from_list(data)
     if not isinstance(data, dict) or not data:
         return None
-    if all(_is_id(k) and isinstance(v, str) for k, v in data.items()):
+    if all(map(_is_id, data)):
+        if not all(isinstance(v, str) for v in data.values()):  # numbers to numbers: either may be the ids
+            return None
         return [(int(k), v) for k, v in data.items()]
-    if all(_is_id(k) for k in data):  # of numbers alone nobody knows which are the ids
-        return None
     if all(_is_id(v) or _is_region(v) for v in data.values()):
         return _from_regions(data, source)
     for key in ("labels", "channel_def", "class_map", "label_names"):
         if key in data and (found := _pairs(data[key], source)):
             return found
-    # MONAI: network_data_format / outputs / pred / channel_def
-    place: Any = data
-    for key in ("network_data_format", "outputs", "pred", "channel_def"):
-        place = place.get(key) if isinstance(place, dict) else None
-    if place is not None:
-        return _pairs(place, source)
-    tables = [k for k, v in data.items() if isinstance(v, dict) and _pairs(v, source)]
+    node: Any = data
+    for key in ("network_data_format", "outputs", "pred", "channel_def"):  # MONAI's metadata
+        node = node.get(key) if isinstance(node, dict) else None
+    if node is not None:
+        return _pairs(node, source)
+    tables = [repr(k) for k, v in data.items() if isinstance(v, dict) and _pairs(v, source)]
     if tables:
-        listed = ", ".join(map(repr, tables[:8]))
-        raise UserError(f"{source}: has several tables ({listed}); choose one with FILE#NAME in --labels")
+        raise UserError(
+            f"{source}: has several tables ({listed(tables, 8)}); choose one with FILE#NAME in --labels"
+        )
     return None
 
 
@@ -206,14 +197,14 @@ def _is_id(value: Any) -> bool:
 
 
 def _is_region(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(_is_id(v) for v in value)
+    return isinstance(value, list) and bool(value) and all(map(_is_id, value))
 
 
 def _from_regions(data: Mapping[str, Any], source: object) -> list[tuple[int, str]]:
-    """Names to ids, or to the ids of a region (nnU-Net).
+    """Converts {name: id} or nnU-Net's {name: ids of a region}.
 
-    Regions overlap: the whole tumour holds its core. An id's name is that of the smallest region with it,
-    without the next smaller one in that region: with {whole: [1, 2], core: [2]}, 1 is `whole without core`.
+    Regions are nested: the whole tumour includes its core. An id is named after the smallest region with it,
+    minus the next smaller region inside: with {whole: [1, 2], core: [2]}, 1 is `whole without core`.
     """
     regions = {
         name: frozenset(int(v) for v in (value if isinstance(value, list) else [value]))
@@ -227,9 +218,7 @@ def _from_regions(data: Mapping[str, Any], source: object) -> list[tuple[int, st
         if len(holding) > 1 and holding[0][0] == holding[1][0]:
             raise UserError(f"{source}: regions of one size share label id {label_id}; give a plain table")
         smallest = holding[0][1]
-        inner = max(
-            ((len(ids), name) for name, ids in regions.items() if ids < regions[smallest]), default=None
-        )
+        inner = max(((len(ids), n) for n, ids in regions.items() if ids < regions[smallest]), default=None)
         pairs.append((label_id, f"{smallest} without {inner[1]}" if inner else smallest))
     return pairs
 
@@ -239,11 +228,10 @@ def _from_columns(text: str, source: object) -> LabelTable:
     try:
         rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if any(row)]
     except csv.Error as error:
-        raise UserError(f"{source}: is no valid table ({error}); correct it") from error
+        raise UserError(f"{source}: not a valid table ({error}); correct it") from error
     rows = [[cell.strip() for cell in row] for row in rows if not row[0].startswith("#")]
     head = [cell.lower().replace(" ", "_") for cell in rows[0]] if rows else []
-    is_titled = bool(head) and not any(_is_id(cell) for cell in head)
-    if is_titled:
+    if head and not any(map(_is_id, head)):
         number = next((head.index(c) for c in _ID_COLUMNS if c in head), None)
         name = next((head.index(c) for c in _NAME_COLUMNS if c in head and head.index(c) != number), None)
         rows = rows[1:]
@@ -255,7 +243,7 @@ def _from_columns(text: str, source: object) -> LabelTable:
     pairs = []
     for row in rows:
         if len(row) <= max(number, name) or not _is_id(row[number]):
-            raise UserError(f"{source}: a row holds no label id and name; correct the table")
+            raise UserError(f"{source}: a row has no label id and name; correct the table")
         pairs.append((int(row[number]), row[name]))
     return make_table(pairs, source)
 
@@ -269,7 +257,7 @@ def _from_lines(text: str, source: object) -> LabelTable:
         match = _ITK_SNAP.fullmatch(line) or _COLOUR_TABLE.fullmatch(line)
         if match is None:
             raise UserError(
-                f"{source}: is no label table that is known; give JSON {{id: name}}, CSV with id and name, "
+                f"{source}: not a known kind of label table; give JSON {{id: name}}, CSV with id and name, "
                 "a 3D Slicer .ctbl or an ITK-SNAP label description"
             )
         if int(match[1]) == 0 or match[2].strip('"').lower().replace("_", " ") not in _BACKGROUND:

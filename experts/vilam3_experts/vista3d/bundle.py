@@ -1,50 +1,43 @@
-"""A folder with VISTA3D: where its parts lie, what its configuration says, and its weights.
+"""Reads a VISTA3D folder: its labels, its configuration and its weights.
 
-Two layouts are known. A MONAI bundle has `configs/metadata.json`, `configs/inference.json` and
+Two layouts are supported. A MONAI bundle has `configs/metadata.json`, `configs/inference.json` and
 `models/model.pt`; VISTA3D-HF has `metadata.json` and `vista3d_pretrained_model/` with `config.json` and
-`model.safetensors`. Configurations are read as data: what a bundle would compute with an expression (`$...`)
-must be one of the expressions that are known here, and none of its Python files is opened.
+`model.safetensors`. Configurations are read as data: an expression (`$...`) must be one that is known here,
+and no Python file of the folder is opened.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import io
-import json
 import math
-import pickle
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from etils import epath
 from monai.networks.nets.vista3d import VISTA3D, vista3d132
-from safetensors.torch import load as load_safetensors
 
+from vilam3_experts import bundles
+from vilam3_experts.orientation import is_axcodes
 from vilam3_experts.vista3d.windows import WindowSettings
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
 
-_MAX_JSON_BYTES = 4 << 20
 _MAX_WEIGHT_BYTES = 4 << 30
-_MAX_LABEL = 132  # larger ids are those of the CT and MR model, which scales intensities otherwise
+_MAX_LABEL = 132  # larger ids belong to the CT and MR model, which scales intensities differently
 
 _CONFIG = "configs/inference.json"
 _YAML_CONFIGS = ("configs/inference.yaml", "configs/inference.yml")
 _LABELS = ("configs/metadata.json", "metadata.json", "label_dict.json", "docs/labels.json", "labels.json")
-_WEIGHTS = (
-    "models/model.safetensors",
-    "models/model.pt",
-    "vista3d_pretrained_model/model.safetensors",
-    "vista3d_pretrained_model/model.pt",
-    "model.safetensors",
-    "model.pt",
+_WEIGHTS = tuple(
+    f"{folder}model.{suffix}"
+    for folder in ("models/", "vista3d_pretrained_model/", "")
+    for suffix in ("safetensors", "pt")
 )
 _HF_CONFIGS = ("vista3d_pretrained_model/config.json", "config.json")
 
-# Bone, as the bundle writes it in Python; lungs and kidneys are lists.
+# Bone, which the bundle writes as an expression; lungs and kidneys are lists.
 _BONE = (*range(33, 57), *range(63, 98), 114, 120, 122)
 _BONE_EXPRESSION = "$list(range(33,57))+list(range(63,98))+[114,120,122]"
 SUBCLASSES: Mapping[int, tuple[int, ...]] = {2: (14, 5), 20: (28, 29, 30, 31, 32), 21: _BONE}
@@ -54,23 +47,20 @@ _PASSIVE = {"LoadImaged", "EnsureChannelFirstd", "EnsureTyped", "VistaPreTransfo
 _REPLICATE_SINCE = (0, 5, 7)
 
 
-@dataclasses.dataclass(frozen=True)
-class SpacingStep:
+class SpacingStep(NamedTuple):
     """Resample to `pixdim` millimetres, trilinearly."""
 
     pixdim: tuple[float, float, float]
 
 
-@dataclasses.dataclass(frozen=True)
-class CropStep:
-    """Crop to the voxels above 0, and `margin` voxels around them."""
+class CropStep(NamedTuple):
+    """Crop to the voxels above 0, with a margin of `margin` voxels."""
 
     margin: int
     allow_smaller: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class ScaleStep:
+class ScaleStep(NamedTuple):
     """Map [a_min, a_max] to [b_min, b_max]; `clip` to that range."""
 
     a_min: float
@@ -80,8 +70,7 @@ class ScaleStep:
     clip: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class OrientationStep:
+class OrientationStep(NamedTuple):
     """Reorder the axes to `axcodes`."""
 
     axcodes: str
@@ -89,7 +78,7 @@ class OrientationStep:
 
 Step = SpacingStep | CropStep | ScaleStep | OrientationStep
 
-# The pre-processing of vista3d 0.5.4, which VISTA3D-HF has in Python only.
+# The pre-processing of vista3d 0.5.4, which VISTA3D-HF has only in Python.
 DEFAULT_STEPS: tuple[Step, ...] = (
     SpacingStep((1.5, 1.5, 1.5)),
     CropStep(10, True),
@@ -100,18 +89,10 @@ DEFAULT_STEPS: tuple[Step, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """What a folder says, all of it checked.
+    """The validated content of a folder.
 
-    Attributes:
-      name: of the folder, for messages.
-      version: of its metadata, '' if it states none.
-      labels: label id to name; 0, the background, is left out.
-      subclasses: a label id that is asked as several others, and those.
-      steps: pre-processing, in order.
-      windows: of the inferer.
-      amp: run in half precision where the device has it.
-      network: with the folder's weights, float32, in evaluation mode.
-      weights_sha256: of the file of weights.
+    `labels` are names by label id without the background 0; `subclasses` maps a label id to the ids that
+    replace it as prompts; `network` is float32, in evaluation mode.
     """
 
     name: str
@@ -128,15 +109,14 @@ class Bundle:
 def read_bundle(folder: paths.PathLike) -> Bundle:
     """Reads a MONAI bundle or a VISTA3D-HF folder.
 
-    Raises:
-      UserError: a part is missing, damaged, over a limit, or asks for something that is not done here.
+    Raises `UserError` if a part is missing, damaged, too large or unsupported.
     """
     folder = paths.as_path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a vista3d bundle or VISTA3D-HF")
     labels, version = read_labels(folder)
-    config = _Config(folder)
-    told = {
+    config = _InferenceConfig(folder)
+    settings = {
         "subclasses": config.subclasses(),
         "steps": config.steps(),
         "windows": config.windows(version),
@@ -145,37 +125,18 @@ def read_bundle(folder: paths.PathLike) -> Bundle:
     _check_hf_config(folder)
     network, digest = read_weights(folder)  # last, because it is gigabytes
     return Bundle(
-        name=folder.name,
-        version=version,
-        labels=labels,
-        network=network,
-        weights_sha256=digest,
-        **told,
+        name=folder.name, version=version, labels=labels, network=network, weights_sha256=digest, **settings
     )
 
 
-def _read_json(path: epath.Path) -> dict[str, Any]:
-    try:
-        value = json.loads(paths.read_bytes(path, _MAX_JSON_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: no valid JSON ({error}); copy the folder again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds no JSON object; copy the folder again")
-    return value
-
-
 def read_labels(folder: epath.Path) -> tuple[dict[int, str], str]:
-    """The label table of a folder, and the version that its metadata state.
-
-    Raises:
-      UserError: no file lists labels, or a list is contradictory.
-    """
+    """The label table of a folder, and the version in its metadata."""
     version = ""
     for name in _LABELS:
         path = folder / name
         if not path.exists():
             continue
-        content = _read_json(path)
+        content = bundles.read_json_object(path)
         stated = content.get("version")
         version = version or (stated if isinstance(stated, str) else "")
         table = _label_table(content, path)
@@ -187,11 +148,10 @@ def read_labels(folder: epath.Path) -> tuple[dict[int, str], str]:
 
 
 def _label_table(content: dict[str, Any], path: epath.Path) -> dict[int, str] | None:
-    """`channel_def` of MONAI metadata, or a plain object of id and name in either direction."""
+    """`channel_def` of MONAI metadata, or an object that maps ids to names or names to ids."""
     table: Any = content
     if "network_data_format" in content:
-        for key in ("network_data_format", "outputs", "pred", "channel_def"):
-            table = table.get(key) if isinstance(table, dict) else None
+        table = bundles.channel_def(content, "outputs", "pred")
     if not isinstance(table, dict) or not table:
         return None
     pairs: list[tuple[int, str]] = []
@@ -216,12 +176,9 @@ def _label_table(content: dict[str, Any], path: epath.Path) -> dict[int, str] | 
 
 
 def _check_hf_config(folder: epath.Path) -> None:
-    """Refuses a `config.json` that states another network than `vista3d132()`."""
-    for name in _HF_CONFIGS:
-        path = folder / name
-        if not path.exists():
-            continue
-        content = _read_json(path)
+    """Refuses a `config.json` of a network other than `vista3d132()`."""
+    for path in (folder / name for name in _HF_CONFIGS):
+        content = bundles.read_json_object(path) if path.exists() else {}
         for key, wanted in (("model_type", "VISTA3D"), ("encoder_embed_dim", 48), ("input_channels", 1)):
             if content.get(key, wanted) != wanted:
                 raise UserError(
@@ -229,24 +186,22 @@ def _check_hf_config(folder: epath.Path) -> None:
                 )
 
 
-class _Config:
-    """`configs/inference.json`, read as data; without the file, what VISTA3D-HF does."""
+class _InferenceConfig:
+    """`configs/inference.json`, read as data; without the file, the settings of VISTA3D-HF."""
 
     def __init__(self, folder: epath.Path) -> None:
         self._path = folder / _CONFIG
         self._content: dict[str, Any] | None = None
         if self._path.exists():
-            self._content = _read_json(self._path)
-        else:
-            for name in _YAML_CONFIGS:
-                if (folder / name).exists():
-                    raise UserError(f"{folder / name}: only JSON is read; save it as {_CONFIG}")
+            self._content = bundles.read_json_object(self._path)
+        elif yaml := [name for name in _YAML_CONFIGS if (folder / name).exists()]:
+            raise UserError(f"{folder / yaml[0]}: only JSON is read; save it as {_CONFIG}")
 
-    def _refuse(self, what: str, fix: str) -> UserError:
-        return UserError(f"{self._path}: {what}; {fix}")
+    def _error(self, problem: str, fix: str = "correct it") -> UserError:
+        return UserError(f"{self._path}: {problem}; {fix}")
 
     def _get(self, owner: Mapping[str, Any], key: str, default: Any = None) -> Any:
-        """An entry, with references to others followed; expressions are refused."""
+        """An entry with references resolved; expressions are refused."""
         value = owner.get(key, default)
         for _ in range(8):
             if not isinstance(value, str) or not (match := re.fullmatch(r"\$?\s*@([\w:#]+)\s*", value)):
@@ -258,51 +213,50 @@ class _Config:
                 else:
                     value = value.get(part) if isinstance(value, dict) else None
         if isinstance(value, str) and value.lstrip().startswith(("$", "@")):
-            raise self._refuse(f"{key} is the expression {value[:60]!r}", "write its value")
+            raise self._error(f"{key} is the expression {value[:60]!r}", "write its value")
         return value
 
     def _section(self, name: str) -> dict[str, Any]:
         value = self._content.get(name) if self._content else None
         return value if isinstance(value, dict) else {}
 
-    def _number(self, owner: Mapping[str, Any], key: str) -> float:
-        value = self._get(owner, key)
+    def _number(self, owner: Mapping[str, Any], key: str, default: Any = None) -> float:
+        value = self._get(owner, key, default)
         if type(value) not in (int, float) or not math.isfinite(value):
-            raise self._refuse(f"{key} is {value!r}, no number", "correct it")
+            raise self._error(f"{key} is {value!r}, not a number")
         return float(value)
 
     def _flag(self, owner: Mapping[str, Any], key: str, default: bool) -> bool:
         value = self._get(owner, key, default)
         if not isinstance(value, bool):
-            raise self._refuse(f"{key} is {value!r}, neither true nor false", "correct it")
+            raise self._error(f"{key} is {value!r}, neither true nor false")
         return value
 
-    def _triple(self, owner: Mapping[str, Any], key: str) -> list[float]:
+    def _triple(self, owner: Mapping[str, Any], key: str) -> tuple[float, float, float]:
         value = self._get(owner, key)
         if type(value) in (int, float):
             value = [value] * 3
         if not isinstance(value, list) or len(value) != 3 or any(type(v) not in (int, float) for v in value):
-            raise self._refuse(f"{key} is {value!r}, not three numbers", "correct it")
-        return [float(v) for v in value]
+            raise self._error(f"{key} is {value!r}, not three numbers")
+        x, y, z = map(float, value)
+        return x, y, z
 
     def amp(self) -> bool:
         return self._flag(self._section("evaluator"), "amp", True)
 
     def windows(self, version: str) -> WindowSettings:
         numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
-        replicate = (
-            bool(numbers) and tuple(map(int, cast(re.Match[str], numbers).groups())) >= _REPLICATE_SINCE
-        )
+        replicate = numbers is not None and tuple(map(int, numbers.groups())) >= _REPLICATE_SINCE
         padding = "replicate" if replicate else "constant"
         if self._content is None:
             return WindowSettings((128, 128, 128), 0.3, padding)
         inferer = self._section("inferer")
         roi = self._triple(inferer, "roi_size")
         if any(r % 16 or not 16 <= r <= 512 for r in roi):
-            raise self._refuse(f"roi_size {roi} is not in multiples of 16 from 16 to 512", "correct it")
+            raise self._error(f"roi_size {list(roi)} is not in multiples of 16 from 16 to 512")
         overlap = self._number(inferer, "overlap")
         if not 0 <= overlap < 1:
-            raise self._refuse(f"overlap {overlap} is not from 0 to below 1", "correct it")
+            raise self._error(f"overlap {overlap} is not from 0 to below 1")
         return WindowSettings((int(roi[0]), int(roi[1]), int(roi[2])), overlap, padding)
 
     def subclasses(self) -> Mapping[int, tuple[int, ...]]:
@@ -313,9 +267,7 @@ class _Config:
             if isinstance(value, str) and "".join(value.split()) == _BONE_EXPRESSION:
                 value = list(_BONE)
             if not key.isdigit() or not isinstance(value, list) or any(type(v) is not int for v in value):
-                raise self._refuse(
-                    f"subclass {key!r} is {str(value)[:60]!r}", "write it as a list of label ids"
-                )
+                raise self._error(f"subclass {key!r} is {str(value)[:60]!r}", "write it as a list of ids")
             found[int(key)] = tuple(value)
         return found
 
@@ -324,17 +276,17 @@ class _Config:
             return DEFAULT_STEPS
         transforms = self._get(self._section("preprocessing"), "transforms", "@preprocessing_transforms")
         if not isinstance(transforms, list):
-            raise self._refuse("no list of preprocessing transforms", "use the bundle's own inference.json")
+            raise self._error("no list of preprocessing transforms", "use the bundle's own inference.json")
         steps = [step for entry in transforms if (step := self._step(entry)) is not None]
         kinds = [type(step) for step in steps]
         for kind, name in ((SpacingStep, "Spacingd"), (ScaleStep, "ScaleIntensityRanged")):
             if kinds.count(kind) != 1:
-                raise self._refuse(f"{kinds.count(kind)} times {name} in preprocessing", "use it once")
+                raise self._error(f"{kinds.count(kind)} times {name} in preprocessing", "use it once")
         return tuple(steps)
 
     def _step(self, entry: Any) -> Step | None:
         if not isinstance(entry, dict) or not isinstance(entry.get("_target_"), str):
-            raise self._refuse("a preprocessing transform without _target_", "correct it")
+            raise self._error("a preprocessing transform without _target_")
         if entry.get("_disabled_") is True:
             return None
         name = entry["_target_"].rpartition(".")[2]
@@ -347,93 +299,57 @@ class _Config:
             "Orientationd": ({"axcodes"}, self._orientation),
         }
         if name not in readers:
-            raise self._refuse(f"preprocessing has {name}, which is not applied here", "remove it")
+            raise self._error(f"preprocessing has {name}, which is not supported", "remove it")
         known, read = readers[name]
         unknown = set(entry) - known - {"_target_", "keys", "allow_missing_keys", "_disabled_"}
         if unknown:
-            raise self._refuse(f"{name} has {sorted(unknown)[0]!r}, which is not applied here", "remove it")
+            raise self._error(f"{name} has {sorted(unknown)[0]!r}, which is not supported", "remove it")
         return read(entry)
 
     def _spacing(self, entry: dict[str, Any]) -> Step:
         if self._get(entry, "mode", "bilinear") != "bilinear":
-            raise self._refuse(f"Spacingd in mode {entry['mode']!r}", "use 'bilinear'")
-        x, y, z = self._triple(entry, "pixdim")
-        if any(0 < v < 0.05 or v > 50 for v in (x, y, z)):
-            raise self._refuse(f"Spacingd to {[x, y, z]} mm", "use 0.05 to 50 mm, or -1 to keep an axis")
-        return SpacingStep((x, y, z))
+            raise self._error(f"Spacingd in mode {entry['mode']!r}", "use 'bilinear'")
+        pixdim = self._triple(entry, "pixdim")
+        if any(0 < v < 0.05 or v > 50 for v in pixdim):
+            raise self._error(f"Spacingd to {list(pixdim)} mm", "use 0.05 to 50 mm, or -1 to keep an axis")
+        return SpacingStep(pixdim)
 
     def _crop(self, entry: dict[str, Any]) -> Step:
-        margin = self._number({"margin": entry.get("margin", 0)}, "margin")
+        margin = self._number(entry, "margin", 0)
         if margin % 1 or not 0 <= margin <= 1000:
-            raise self._refuse(f"CropForegroundd with margin {margin}", "use whole voxels")
+            raise self._error(f"CropForegroundd with margin {margin}", "use whole voxels")
         return CropStep(int(margin), self._flag(entry, "allow_smaller", False))
 
     def _scale(self, entry: dict[str, Any]) -> Step:
-        a_min, a_max, b_min, b_max = (
-            self._number(entry, key) for key in ("a_min", "a_max", "b_min", "b_max")
-        )
+        a_min, a_max, b_min, b_max = (self._number(entry, k) for k in ("a_min", "a_max", "b_min", "b_max"))
         if not (a_min < a_max and b_min < b_max):
-            raise self._refuse("ScaleIntensityRanged with an empty range", "correct it")
+            raise self._error("ScaleIntensityRanged with an empty range")
         return ScaleStep(a_min, a_max, b_min, b_max, self._flag(entry, "clip", False))
 
     def _orientation(self, entry: dict[str, Any]) -> Step:
         codes = self._get(entry, "axcodes")
-        if not isinstance(codes, str) or sorted(codes) not in [
-            sorted(x + y + z) for x in "RL" for y in "AP" for z in "SI"
-        ]:
-            raise self._refuse(f"Orientationd to {codes!r}", "use three axis codes such as 'RAS'")
+        if not is_axcodes(codes):
+            raise self._error(f"Orientationd to {codes!r}", "use three axis codes such as 'RAS'")
         return OrientationStep(codes)
 
 
 def read_weights(folder: epath.Path) -> tuple[VISTA3D, str]:
-    """Builds VISTA3D from a folder's weights.
+    """VISTA3D with a folder's weights, and the sha256 of the weights file.
 
-    Returns:
-      The network, and the sha256 of the file.
-
-    Raises:
-      UserError: no weights, or they are not VISTA3D's in names and shapes.
+    Raises `UserError` if there are none, or their names or shapes are not those of VISTA3D.
     """
     path = next((folder / name for name in _WEIGHTS if (folder / name).exists()), None)
     if path is None:
         raise UserError(f"{folder}: no weights; it needs one of {', '.join(_WEIGHTS)}")
-    data = paths.read_bytes(path, _MAX_WEIGHT_BYTES)
-    digest = hashlib.sha256(data).hexdigest()
-    state = _state_dict(data, path)
+    state, digest = bundles.read_state_dict(path, _MAX_WEIGHT_BYTES)
     with torch.device("meta"):
         network = vista3d132()
-    expected = network.state_dict()
     if state and all(key.startswith("network.") for key in state):  # the wrapper class of VISTA3D-HF
         state = {key.removeprefix("network."): value for key, value in state.items()}
-    wrong = [key for key in expected if key not in state or state[key].shape != expected[key].shape]
-    wrong += [key for key in state if key not in expected]
-    wrong += [key for key in expected if key not in wrong and not state[key].is_floating_point()]
-    if wrong:
-        raise UserError(
-            f"{path}: {len(wrong)} tensors are not the {len(expected)} of VISTA3D in name, shape or type, "
-            f"such as {wrong[0][:100]!r}; use the weights of a vista3d bundle for MONAI 1.4 or newer"
-        )
-    whole = {
+    fix = "use the weights of a vista3d bundle for MONAI 1.4 or newer"
+    bundles.check_tensors(state, network.state_dict(), path, fix, finite=False)
+    float32 = {
         key: value.to(torch.float32, memory_format=torch.contiguous_format) for key, value in state.items()
     }
-    network.load_state_dict(whole, assign=True)
+    network.load_state_dict(float32, assign=True)
     return network.eval().requires_grad_(False), digest
-
-
-def _state_dict(data: bytes, path: epath.Path) -> dict[str, torch.Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_safetensors(data)
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: asks for more than tensors and is not opened; use other weights") from error
-    except Exception as error:  # whatever a damaged or hostile file makes the readers raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path}: cannot be read ({reason}); copy it again") from error
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):  # as trainers save it
-        state = state["model"]
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
-    ):
-        raise UserError(f"{path}: holds something else than tensors by name; use the weights of a bundle")
-    return state

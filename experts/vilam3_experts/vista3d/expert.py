@@ -1,9 +1,9 @@
-"""The CT expert: VISTA3D over a volume, for one of VILA-M3's groups of labels."""
+"""The CT expert: VISTA3D over a volume, for one of VILA-M3's label groups."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ import torch
 from vilam3_experts.base import ExpertFailure, Output
 from vilam3_experts.vista3d import windows
 from vilam3_experts.vista3d.bundle import Bundle, read_bundle
-from vilam3_experts.vista3d.pipeline import Prepared
+from vilam3_experts.vista3d.pipeline import PreprocessedScan
 from vilam3_experts.weights import Weights
 from vilam3_jax.data.experts.labels import label_group, label_table
 from vilam3_jax.data.limits import DEFAULT_LIMITS
@@ -25,10 +25,9 @@ _HOST_BYTES = 256 << 20  # of sums in memory; more go to a scratch file
 
 
 def create(weights: Weights) -> Vista3d:
-    """Loads the folder of a vista3d bundle or of VISTA3D-HF, onto the GPU if torch sees one.
+    """Loads a vista3d bundle or a VISTA3D-HF folder, onto the GPU if torch finds one.
 
-    Raises:
-      UserError: no folder is given, or it is not usable.
+    Raises `UserError` if the folder is missing or unusable.
     """
     if weights.folder is None:
         raise UserError("VISTA3D needs its bundle; give --weights with a vista3d or VISTA3D-HF folder")
@@ -38,72 +37,42 @@ def create(weights: Weights) -> Vista3d:
 
 
 class Vista3d:
-    """One network over whole scans, in bounded memory."""
+    """Segments whole scans in bounded memory, with a `network` on `device` and the settings of `bundle`."""
 
     def __init__(self, bundle: Bundle, network: windows.PromptNetwork, device: torch.device) -> None:
-        """Takes the settings of `bundle`, and a network that is on `device`."""
         self.bundle = bundle
         self._network = network
         self._device = device
 
     def run(self, data: Volume, args: str) -> Output:
-        """Segments the labels of one group.
+        """Segments the labels of one group of VILA-M3, such as `organs`, in a CT in Hounsfield units.
 
-        Args:
-          data: a CT in Hounsfield units.
-          args: a group of VILA-M3, such as `organs`.
-
-        Returns:
-          Labels uint8 on the grid of `data`, with the ids of VILA-M3; 0 outside the body's box.
-
-        Raises:
-          ExpertFailure: this volume cannot be analysed; says why.
+        Returns labels uint8 on the grid of `data`, with the ids of VILA-M3; 0 outside the body's box. Raises
+        `ExpertFailure` if this volume cannot be analysed.
         """
         check_volume(data)
         prompts = prompt_table(self.bundle, args)
-        prepared = Prepared(data, self.bundle.steps)
+        scan = PreprocessedScan(data, self.bundle.steps)
         run = functools.partial(
-            self._argmax, prepared.image.as_tensor()[None].contiguous(), [p.class_id for p in prompts]
+            windows.argmax_labels,
+            scan.image.as_tensor()[None].contiguous(),
+            self._network,
+            [p.class_id for p in prompts],
+            self.bundle.windows,
+            device=self._device,
+            amp=self.bundle.amp,
         )
-        positions = windows.retry_smaller(run, self._network, self._device, _HOST_BYTES)
+        positions = windows.retry_with_less_memory(run, self._network, self._device, _HOST_BYTES)
         table = np.array([0, *(p.label_id for p in prompts)], np.uint8)
-        labels = prepared.to_input(torch.from_numpy(table[positions.numpy()]))
         return Output(
-            labels=labels,
+            labels=scan.to_input(torch.from_numpy(table[positions.numpy()])),
             label_names={p.label_id: p.name for p in prompts},
             weights_sha256=self.bundle.weights_sha256,
         )
 
-    def _argmax(
-        self,
-        image: torch.Tensor,
-        class_ids: list[int],
-        portion: int | None,
-        sums_device: torch.device,
-        memory_bytes: int,
-    ) -> torch.Tensor:
-        return windows.argmax_labels(
-            image,
-            self._network,
-            class_ids,
-            self.bundle.windows,
-            device=self._device,
-            sums_device=sums_device,
-            memory_bytes=memory_bytes,
-            portion=portion,
-            amp=self.bundle.amp,
-        )
 
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """One class that the network is asked for.
-
-    Attributes:
-      class_id: the bundle's id.
-      label_id: the id of the same name in VILA-M3's table.
-      name: as the bundle writes it.
-    """
+class Prompt(NamedTuple):
+    """A class prompt: its id in the bundle, its id in VILA-M3's table, and its name in the bundle."""
 
     class_id: int
     label_id: int
@@ -111,10 +80,9 @@ class Prompt:
 
 
 def prompt_table(bundle: Bundle, args: str) -> list[Prompt]:
-    """The classes of one group, with kidney, lung and bone replaced by their parts.
+    """The prompts of one label group, with kidney, lung and bone replaced by their parts.
 
-    Raises:
-      ExpertFailure: there is no such group, or the bundle lacks one of its labels.
+    Raises `ExpertFailure` if there is no such group, or the bundle lacks one of its labels.
     """
     group = label_group(_NAME, args)
     if group is None:
@@ -126,7 +94,7 @@ def prompt_table(bundle: Bundle, args: str) -> list[Prompt]:
     missing = [name for name in wanted if name.lower() not in theirs]
     if missing:
         raise ExpertFailure(f"{bundle.name}: its metadata list no label {missing[0]!r} of the group {args!r}")
-    class_ids: dict[int, None] = {}  # ordered, each once
+    class_ids: dict[int, None] = {}  # an ordered set
     for name in wanted:
         class_id = theirs[name.lower()]
         class_ids |= dict.fromkeys(bundle.subclasses.get(class_id, (class_id,)))
@@ -140,11 +108,7 @@ def prompt_table(bundle: Bundle, args: str) -> list[Prompt]:
 
 
 def check_volume(volume: Volume) -> None:
-    """Refuses what is no CT volume by its header, its shape or its values.
-
-    Raises:
-      ExpertFailure: says why.
-    """
+    """Raises `ExpertFailure` for volumes that are not CT by their header, shape or values."""
     if volume.modality not in ("CT", UNKNOWN):
         raise ExpertFailure(f"VISTA3D reads CT, and this is {volume.modality}")
     if volume.units not in ("HU", UNKNOWN):
@@ -157,4 +121,4 @@ def check_volume(volume: Volume) -> None:
     if volume.voxels.size > DEFAULT_LIMITS.voxels:
         raise ExpertFailure(f"{shape} voxels, more than {DEFAULT_LIMITS.voxels}; crop the scan")
     if volume.voxels.dtype.kind == "f" and not np.isfinite(volume.voxels.sum(dtype=np.float64)):
-        raise ExpertFailure("voxels that are no finite numbers; export the scan again")
+        raise ExpertFailure("voxels that are not finite numbers; export the scan again")

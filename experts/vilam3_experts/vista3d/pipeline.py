@@ -1,4 +1,4 @@
-"""VISTA3D's pre-processing and its inverse, by MONAI's transforms."""
+"""VISTA3D's pre-processing and its inverse, with MONAI's transforms."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from monai.data.meta_tensor import MetaTensor
 from monai.transforms.croppad.array import CropForeground
 from monai.transforms.intensity.array import ScaleIntensityRange
-from monai.transforms.inverse import InvertibleTransform
 from monai.transforms.spatial.array import Orientation
 
 from vilam3_experts import monai_volumes
 from vilam3_experts.base import ExpertFailure
+from vilam3_experts.orientation import to_canonical
 from vilam3_experts.vista3d.bundle import CropStep, OrientationStep, SpacingStep, Step
 from vilam3_jax.data.limits import DEFAULT_LIMITS
 from vilam3_jax.data.volumes import Volume
@@ -23,20 +23,16 @@ from vilam3_jax.data.volumes import Volume
 Undo = Callable[[MetaTensor], MetaTensor]
 
 
-class Prepared:
-    """A scan as the network sees it, and the way back.
+class PreprocessedScan:
+    """A scan after pre-processing, and the inverse for its labels.
 
     Attributes:
       image: float32 [1, X, Y, Z].
     """
 
     def __init__(self, volume: Volume, steps: Sequence[Step]) -> None:
-        """Applies `steps` to `volume`.
-
-        Raises:
-          ExpertFailure: nothing is left of the scan, or it becomes too large.
-        """
-        self._volume = volume
+        """Applies `steps`; raises `ExpertFailure` if the scan becomes empty or too large."""
+        self._axcodes = volume.stored_orientation
         self._undo: list[Undo] = []
         image = monai_volumes.to_metatensor(volume)
         for step in steps:
@@ -46,7 +42,7 @@ class Prepared:
         self.image = image
 
     def to_input(self, labels: torch.Tensor) -> np.ndarray:
-        """Brings labels [X, Y, Z] on the grid of `image` to the grid of the volume, by nearest neighbour.
+        """Resamples labels [X, Y, Z] from the grid of `image` to that of the volume, nearest neighbour.
 
         Voxels outside the crop are 0.
         """
@@ -58,25 +54,23 @@ class Prepared:
         )
         for undo in reversed(self._undo):
             back = undo(back)
-        return monai_volumes.to_canonical(back.as_tensor()[0].numpy(), self._volume)
+        return to_canonical(back.as_tensor()[0].numpy(), self._axcodes)
 
 
 def _apply(step: Step, image: MetaTensor) -> tuple[MetaTensor, Undo | None]:
     if isinstance(step, SpacingStep):
         return _respace(step, image)
     if isinstance(step, CropStep):
-        # Judged here, because MONAI turns an empty box into an error about padding.
+        # Checked here, because MONAI reports an empty box as a padding error.
         if not bool((image > 0).any()):
             raise ExpertFailure("no voxel is above 0 HU: there is no body in this volume, or it is not in HU")
-        return _by_monai(CropForeground(margin=step.margin, allow_smaller=step.allow_smaller), image)
-    if isinstance(step, OrientationStep):
-        return _by_monai(Orientation(axcodes=step.axcodes, labels=None), image)
-    scale = ScaleIntensityRange(step.a_min, step.a_max, step.b_min, step.b_max, step.clip)
-    return cast(MetaTensor, scale(image)), None
-
-
-def _by_monai(transform: InvertibleTransform, image: MetaTensor) -> tuple[MetaTensor, Undo]:
-    return transform(image), transform.inverse
+        transform = CropForeground(margin=step.margin, allow_smaller=step.allow_smaller)
+    elif isinstance(step, OrientationStep):
+        transform = Orientation(axcodes=step.axcodes, labels=None)
+    else:
+        scale = ScaleIntensityRange(step.a_min, step.a_max, step.b_min, step.b_max, step.clip)
+        return cast(MetaTensor, scale(image)), None
+    return cast(MetaTensor, transform(image)), cast(Undo, transform.inverse)
 
 
 def _respace(step: SpacingStep, image: MetaTensor) -> tuple[MetaTensor, Undo]:

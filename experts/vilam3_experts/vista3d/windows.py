@@ -1,10 +1,10 @@
 """Sliding windows for many prompts: MONAI's result, without the logits of a whole volume.
 
-MONAI's `sliding_window_inference` keeps the weighted sum of the logits of every prompt for every voxel: 117
-prompts of a 270 x 270 x 200 volume are 7 GB. Only their maximum is wanted, and a voxel's maximum is known
-once the last window that covers it has run. So the volume is cut into cells, the boxes between the borders of
-all windows; the sums of a cell are kept, in memory or in a scratch file, from its first window to its last,
-and then become one label.
+MONAI's `sliding_window_inference` keeps the weighted sum of the logits of every prompt for every voxel: 7 GB
+for 117 prompts of a 270 x 270 x 200 volume. Only the maximum over the prompts is needed, and it is final for
+a voxel once the last window over it has run. The volume is therefore divided into cells, the boxes between
+the borders of all windows. The sums of a cell are kept, in memory or in a scratch file, from its first window
+to its last, and then become one label per voxel.
 """
 
 from __future__ import annotations
@@ -26,19 +26,16 @@ from monai.data.utils import compute_importance_map, dense_patch_slices
 
 from vilam3_experts.base import ExpertFailure
 
+Box = tuple[slice, ...]
 Cell = tuple[int, int, int]
+"""Positions of a cell among the window borders of the three axes."""
+
 _WORK_PROMPTS = 8  # prompts that are summed and compared at once
 
 
 @dataclasses.dataclass(frozen=True)
 class WindowSettings:
-    """How windows are laid.
-
-    Attributes:
-      roi: voxels of a window along the three axes.
-      overlap: share of a window that the next one along an axis repeats.
-      padding: how a volume smaller than a window is filled up, `constant` (zeros) or `replicate`.
-    """
+    """Size and overlap of windows, and padding of small volumes: `constant` (zeros) or `replicate`."""
 
     roi: tuple[int, int, int]
     overlap: float
@@ -46,16 +43,16 @@ class WindowSettings:
 
 
 class PromptNetwork(Protocol):
-    """A network in two halves, so that prompts can be asked in portions.
+    """A network in two halves, so that prompts can be decoded in chunks.
 
     Attributes:
-      portion: prompts that one call of `decode` should be asked for; None for all.
+      prompt_chunk: prompts per call of `decode`; None for all.
     """
 
-    portion: int | None
+    prompt_chunk: int | None
 
     def encode(self, window: torch.Tensor) -> torch.Tensor:
-        """The part of the work that does not depend on the prompts, for [1, 1, x, y, z]."""
+        """The features of [1, 1, x, y, z], which do not depend on the prompts."""
         ...
 
     def decode(self, features: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
@@ -64,12 +61,12 @@ class PromptNetwork(Protocol):
 
 
 class SplitNetwork:
-    """MONAI's `VISTA3D`: everything up to the class head's feature map, and its product with embeddings."""
+    """MONAI's `VISTA3D`, split before the product of the feature map with the class embeddings."""
 
-    portion: int | None = _WORK_PROMPTS
+    prompt_chunk: int | None = _WORK_PROMPTS
 
     def __init__(self, network: Any) -> None:
-        """Takes a `monai.networks.nets.VISTA3D`, or a module with the same `image_encoder`, `class_head`."""
+        """Wraps a `monai.networks.nets.VISTA3D`, or a module with its `image_encoder` and `class_head`."""
         self._network = network
 
     def encode(self, window: torch.Tensor) -> torch.Tensor:
@@ -85,11 +82,10 @@ class SplitNetwork:
         return (embedding[:, 0] @ features.view(channels, -1)).view(len(prompts), *size)
 
 
-class Plan:
-    """Which windows there are, in MONAI's order, and which cells each of them covers."""
+class WindowLayout:
+    """The windows over a volume of `size` voxels, in MONAI's order, and the cells of each window."""
 
     def __init__(self, size: Sequence[int], settings: WindowSettings) -> None:
-        """Lays the windows over a volume of `size` voxels."""
         self.roi = settings.roi
         padded = tuple(max(n, r) for n, r in zip(size, settings.roi, strict=True))
         self.size = padded
@@ -100,26 +96,26 @@ class Plan:
             r if r == n else max(1, int(r * (1 - settings.overlap)))
             for r, n in zip(settings.roi, padded, strict=True)
         ]
-        self.windows: list[tuple[slice, ...]] = dense_patch_slices(padded, settings.roi, steps)
+        self.windows: list[Box] = dense_patch_slices(padded, settings.roi, steps)
         self._starts = [sorted({w[axis].start for w in self.windows}) for axis in range(3)]
         self._edges = [
             sorted({e for s in starts for e in (s, s + r)})
             for starts, r in zip(self._starts, settings.roi, strict=True)
         ]
 
-    def cells(self, window: tuple[slice, ...]) -> Iterator[Cell]:
-        """Cells inside a window, by their positions among the edges of the three axes."""
+    def cells(self, window: Box) -> Iterator[Cell]:
+        """Yields the cells of a window."""
         ranges = [
             range(edges.index(w.start), edges.index(w.stop))
             for edges, w in zip(self._edges, window, strict=True)
         ]
         return itertools.product(*ranges)  # pyright: ignore[reportReturnType]
 
-    def box(self, cell: Cell) -> tuple[slice, ...]:
+    def box(self, cell: Cell) -> Box:
         """The voxels of a cell."""
         return tuple(slice(e[i], e[i + 1]) for e, i in zip(self._edges, cell, strict=True))
 
-    def covering(self, cell: Cell) -> list[tuple[slice, ...]]:
+    def covering(self, cell: Cell) -> list[Box]:
         """The windows over a cell, in the order in which they run."""
         starts = [
             [s for s in axis if s <= box.start and box.stop <= s + r]
@@ -130,8 +126,8 @@ class Plan:
             for corner in itertools.product(*starts)
         ]
 
-    def open_voxels(self) -> int:
-        """The most voxels whose sums have to be kept at any time."""
+    def max_open_voxels(self) -> int:
+        """Maximum number of voxels whose sums must be kept at the same time."""
         kept = most = 0
         for window in self.windows:
             for cell in self.cells(window):
@@ -166,7 +162,7 @@ class MemorySums:
 
 
 class FileSums:
-    """Sums of open cells in a scratch file, which has no name and goes with the process."""
+    """Sums of open cells in an anonymous scratch file."""
 
     def __init__(self, prompts: int, file: Any) -> None:
         self._prompts, self._file, self._end = prompts, file, 0
@@ -181,16 +177,14 @@ class FileSums:
             if offset == self._end:
                 self._end += 4 * voxels * self._prompts
             self._offsets[cell] = (offset, voxels)
-        offset, _ = self._offsets[cell]
-        self._file.seek(offset + 4 * voxels * first)
+        self._seek(cell, first)
         data = values.contiguous().cpu().numpy().data.cast("B")
         if self._file.write(data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def load(self, cell: Cell, first: int, like: torch.Tensor) -> torch.Tensor:
-        offset, voxels = self._offsets[cell]
         values = np.empty(tuple(like.shape), np.float32)
-        self._file.seek(offset + 4 * voxels * first)
+        self._seek(cell, first)
         if self._file.readinto(values.data.cast("B")) != values.nbytes:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return torch.from_numpy(values).to(like.device)
@@ -199,14 +193,18 @@ class FileSums:
         offset, voxels = self._offsets.pop(cell)
         self._free.setdefault(voxels, []).append(offset)
 
+    def _seek(self, cell: Cell, first: int) -> None:
+        offset, voxels = self._offsets[cell]
+        self._file.seek(offset + 4 * voxels * first)
+
 
 Sums = MemorySums | FileSums
 
 
 @contextlib.contextmanager
-def open_sums(plan: Plan, prompts: int, device: torch.device, memory_bytes: int) -> Iterator[Sums]:
+def open_sums(layout: WindowLayout, prompts: int, device: torch.device, memory_bytes: int) -> Iterator[Sums]:
     """Keeps sums on `device` if they fit into `memory_bytes`, else in a scratch file in TMPDIR."""
-    if 4 * prompts * plan.open_voxels() <= memory_bytes:
+    if 4 * prompts * layout.max_open_voxels() <= memory_bytes:
         yield MemorySums(prompts, device)
         return
     with tempfile.TemporaryFile(buffering=0) as file:
@@ -222,62 +220,57 @@ def argmax_labels(
     device: torch.device,
     sums_device: torch.device,
     memory_bytes: int,
-    portion: int | None,
+    prompt_chunk: int | None,
     amp: bool,
 ) -> torch.Tensor:
-    """The prompt with the largest logit at every voxel, where that logit is above 0.
+    """The prompt with the largest logit at every voxel, if that logit is above 0.
 
-    The same as `sliding_window_inference(mode="gaussian")`, logits < 0 -> background and argmax over prompts.
+    Equals `sliding_window_inference(mode="gaussian")` followed by an argmax over the prompts, with voxels
+    whose logits are all below 0 as background. Above `memory_bytes`, the sums of unfinished voxels go from
+    `sums_device` to a scratch file. `amp` is for GPUs only.
 
     Args:
       image: float32 [1, 1, X, Y, Z] on the CPU.
-      network: asked once per window to encode, and per portion of prompts to decode.
-      prompts: class ids.
-      settings: of the windows.
-      device: where the network is.
-      sums_device: where the sums of unfinished voxels are kept, up to `memory_bytes`.
-      portion: prompts per call of `decode`, None for all.
-      amp: run the network in float16 where that is enough.
 
     Returns:
       uint8 [X, Y, Z] on the CPU: position in `prompts` plus 1; 0 is background.
 
     Raises:
-      ExpertFailure: a logit is not a number.
+      ExpertFailure: a logit is NaN.
       torch.OutOfMemoryError: `device` is too small for a window.
     """
     if len(prompts) > 255:
         raise ValueError(f"{len(prompts)} prompts; at most 255 fit into a byte")
-    plan = Plan(image.shape[2:], settings)
-    if any(plan.pad):
-        image = F.pad(image, plan.pad, mode=settings.padding)
-    weight = compute_importance_map(plan.roi, mode="gaussian", device=device)
+    layout = WindowLayout(image.shape[2:], settings)
+    if any(layout.pad):
+        image = F.pad(image, layout.pad, mode=settings.padding)
+    weight = compute_importance_map(layout.roi, mode="gaussian", device=device)
     ids = torch.tensor(prompts, dtype=torch.int64, device=device)
-    labels = torch.zeros(plan.size, dtype=torch.uint8)
+    labels = torch.zeros(layout.size, dtype=torch.uint8)
     half = torch.autocast(device.type, enabled=amp and device.type == "cuda")
-    with torch.inference_mode(), half, open_sums(plan, len(ids), sums_device, memory_bytes) as sums:
-        for window in plan.windows:
+    with torch.inference_mode(), half, open_sums(layout, len(ids), sums_device, memory_bytes) as sums:
+        for window in layout.windows:
             features = network.encode(image[(..., *window)].to(device))
-            best = _Best(plan, window, weight, sums)
-            for first in range(0, len(ids), portion or len(ids)):
-                logits = network.decode(features, ids[first : first + (portion or len(ids))])
+            argmax = _WindowArgmax(layout, window, weight, sums)
+            for first in range(0, len(ids), prompt_chunk or len(ids)):
+                logits = network.decode(features, ids[first : first + (prompt_chunk or len(ids))])
                 logits *= weight  # in the network's precision, as MONAI does
                 for start in range(0, len(logits), _WORK_PROMPTS):
-                    best.add(first + start, logits[start : start + _WORK_PROMPTS].float())
+                    argmax.add(first + start, logits[start : start + _WORK_PROMPTS].float())
                 del logits
-            best.finish(labels)
-    return labels[plan.inside]
+            argmax.finish(labels)
+    return labels[layout.inside]
 
 
-class _Best:
-    """The cells of one window: sums are continued or skipped; those complete keep their largest."""
+class _WindowArgmax:
+    """The cells of one window: accumulates their sums, and the argmax of those it is the last window of."""
 
-    def __init__(self, plan: Plan, window: tuple[slice, ...], weight: torch.Tensor, sums: Sums) -> None:
+    def __init__(self, layout: WindowLayout, window: Box, weight: torch.Tensor, sums: Sums) -> None:
         self._sums = sums
         self._cells: list[_CellState] = []
-        for cell in plan.cells(window):
-            covering = plan.covering(cell)
-            box = plan.box(cell)
+        for cell in layout.cells(window):
+            covering = layout.covering(cell)
+            box = layout.box(cell)
             state = _CellState(cell, box, _within(box, window), window == covering[0])
             if window == covering[-1]:
                 count = torch.zeros([s.stop - s.start for s in box], device=weight.device)
@@ -289,7 +282,7 @@ class _Best:
             self._cells.append(state)
 
     def add(self, first: int, logits: torch.Tensor) -> None:
-        """Takes weighted logits, float32 [P, x, y, z], of the prompts from `first` on; overwrites them."""
+        """Adds weighted logits, float32 [P, x, y, z], of the prompts from `first` on; overwrites them."""
         for state in self._cells:
             part = logits[(slice(None), *state.local)]
             if not state.is_first:
@@ -301,12 +294,12 @@ class _Best:
             largest, position = part.max(0)
             if bool(largest.isnan().any()):
                 raise ExpertFailure("the network returned NaN; check its weights, or run without a GPU")
-            better = largest > state.value  # strictly: of equals MONAI takes the first
+            better = largest > state.value  # strictly, because MONAI takes the first of equal logits
             torch.maximum(state.value, largest, out=state.value)
             state.label = torch.where(better, (position + (first + 1)).to(torch.uint8), state.label)
 
     def finish(self, labels: torch.Tensor) -> None:
-        """Writes the cells that are complete into uint8 [X, Y, Z]."""
+        """Writes the finished cells to `labels`, uint8 [X, Y, Z]."""
         for state in self._cells:
             if state.count is not None:
                 labels[state.box] = state.label.cpu()
@@ -317,42 +310,37 @@ class _Best:
 @dataclasses.dataclass
 class _CellState:
     cell: Cell
-    box: tuple[slice, ...]
-    local: tuple[slice, ...]
-    is_first: bool
-    count: torch.Tensor | None = None
+    box: Box
+    local: Box  # within the window
+    is_first: bool  # the window is the first one over the cell
+    count: torch.Tensor | None = None  # sum of the weights; only in the last window over the cell
     value: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
     label: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
 
 
-def _within(box: tuple[slice, ...], window: tuple[slice, ...]) -> tuple[slice, ...]:
+def _within(box: Box, window: Box) -> Box:
     return tuple(slice(b.start - w.start, b.stop - w.start) for b, w in zip(box, window, strict=True))
 
 
-def retry_smaller(
-    run: Callable[[int | None, torch.device, int], torch.Tensor],
-    network: PromptNetwork,
-    device: torch.device,
-    host_bytes: int,
+def retry_with_less_memory(
+    run: Callable[..., torch.Tensor], network: PromptNetwork, device: torch.device, host_bytes: int
 ) -> torch.Tensor:
-    """Calls `run(portion, sums_device, memory_bytes)` with less and less memory until it fits.
+    """Calls `run(prompt_chunk, sums_device, memory_bytes)` with less and less memory until it fits.
 
-    First the sums leave the device, then fewer prompts are asked at once.
-
-    Raises:
-      ExpertFailure: one prompt at a time is too much, or there is no room for the scratch file.
+    The sums are moved off the device first, then fewer prompts are decoded at once. Raises `ExpertFailure` if
+    one prompt at a time does not fit.
     """
     host = torch.device("cpu")
-    tries: list[tuple[int | None, torch.device, int]] = []
+    attempts: list[tuple[int | None, torch.device, int]] = []
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        tries.append((network.portion, device, free // 2))
-    tries += [(network.portion, host, host_bytes), (_WORK_PROMPTS, host, host_bytes), (1, host, host_bytes)]
-    for portion, where, memory in dict.fromkeys(tries):
+        attempts.append((network.prompt_chunk, device, free // 2))
+    attempts += [(chunk, host, host_bytes) for chunk in (network.prompt_chunk, _WORK_PROMPTS, 1)]
+    for chunk, sums_device, memory_bytes in dict.fromkeys(attempts):
         try:
-            return run(portion, where, memory)
+            return run(prompt_chunk=chunk, sums_device=sums_device, memory_bytes=memory_bytes)
         except torch.OutOfMemoryError:
-            pass  # its traceback holds the tensors: the cache is emptied when that is gone
+            pass  # the traceback references the tensors, so the cache is emptied after the handler
         except OSError as error:
             raise ExpertFailure(f"scratch file: {error.strerror}; make room in TMPDIR") from error
         torch.cuda.empty_cache()

@@ -1,1 +1,1 @@
-"""Where the experts' weights come from: sources, downloads, the lock file, and a quarantined converter."""
+"""Sources of the experts' weights, downloads, the lock file, and a quarantined converter of pickled files."""

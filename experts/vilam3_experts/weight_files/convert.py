@@ -1,4 +1,4 @@
-"""Starts the quarantined converter and checks what comes out of it."""
+"""Runs the quarantined converter and checks its output."""
 
 from __future__ import annotations
 
@@ -14,19 +14,15 @@ from vilam3_jax.errors import UserError
 
 _MODULE = "vilam3_experts.weight_files.quarantine"
 _SECONDS = 1200
-# What the interpreter and the loader need; no credential or proxy is among them.
+# Needed by the interpreter and the loader. Credentials and proxies are not passed on.
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "LANG", "SYSTEMROOT")
 
 
 def to_safetensors(source: Path, target: Path) -> None:
-    """Converts a pickled state dict or module to safetensors, without executing anything of it.
+    """Converts a file of `torch.save` to safetensors without executing any of its code.
 
-    Args:
-      source: a file of `torch.save`.
-      target: written in one move; its folder must be there.
-
-    Raises:
-      UserError: the file is damaged or hostile, or holds no tensors; says which global it asked for.
+    `target` is written atomically. Raises `UserError` if the file is damaged or hostile, or has no tensors;
+    names the global it asked for.
     """
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
@@ -46,15 +42,15 @@ def to_safetensors(source: Path, target: Path) -> None:
         )
         if done.returncode:
             lines = done.stderr.strip().splitlines()
-            told = lines[-1] if lines else f"the converter ended with {done.returncode}"
+            reason = lines[-1] if lines else f"the converter ended with {done.returncode}"
             raise UserError(
-                f"{source}: cannot be converted: {told}; fetch the file again, or ask who made it"
+                f"{source}: cannot be converted: {reason}; fetch the file again, or ask its publisher"
             )
-        with safetensors.safe_open(partial, framework="numpy") as made:
-            if not list(made.keys()):
+        with safetensors.safe_open(partial, framework="numpy") as converted:
+            if not list(converted.keys()):
                 raise UserError(f"{source}: holds no tensors")
         partial.replace(target)
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"{source}: was not converted in {_SECONDS} s; fetch the file again") from error
+        raise UserError(f"{source}: conversion took over {_SECONDS} s; fetch the file again") from error
     finally:
         partial.unlink(missing_ok=True)

@@ -1,8 +1,7 @@
-"""Downloads: resumed where they stopped, bounded, and in place only when whole."""
+"""Downloads that resume, are bounded in size, and appear at their path only when complete."""
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import http.client
 import json
@@ -12,7 +11,6 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,9 +21,9 @@ from vilam3_experts.weight_files.sources import Download
 from vilam3_jax.errors import UnavailableError, UserError
 
 _TIMEOUT_S = 30
-_TRIES = 3
-_PIECE = 1 << 20
-_UNPACKED_TIMES = 4  # an archive of weights hardly shrinks
+_ATTEMPTS = 3
+_CHUNK_BYTES = 1 << 20
+_MAX_EXPANSION = 4  # of an archive; weights hardly compress
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -41,20 +39,23 @@ _OPENER = urllib.request.build_opener(_Redirects)
 
 
 def from_url(download: Download, target: Path) -> None:
-    """Fetches a plain address into `target`.
+    """Fetches a plain URL to `target`.
 
-    What a broken connection left in `.NAME.partial` is continued if the server says that the file is the same
-    (a strong ETag); otherwise it is fetched anew.
+    A partial download in `.NAME.partial` is resumed if a strong ETag shows that the file is unchanged, and
+    restarted otherwise.
 
-    Raises:
-      UnavailableError: the server cannot be reached, or the connection broke.
-      UserError: the server has no such file, or it is larger than `download.max_bytes`.
+    Raises `UnavailableError` if the server cannot be reached or the connection breaks, and `UserError` if
+    there is no such file or it is larger than `download.max_bytes`.
     """
     partial = target.with_name(f".{target.name}.partial")
     state = target.with_name(f".{target.name}.etag")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("ab") as file, _alone(file, target):
-        for attempt in range(1, _TRIES + 1):
+    with partial.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the file closes
+        except OSError as error:
+            raise UserError(f"{target}: another process is fetching it; wait until it is done") from error
+        for attempt in range(1, _ATTEMPTS + 1):
             before = file.tell()
             try:
                 _transfer(download, file, state)
@@ -65,11 +66,11 @@ def from_url(download: Download, target: Path) -> None:
                         f"{download.url}: the server answers {error.code} {error.reason};"
                         f" get {download.file} elsewhere and put it into {target.parent}"
                     ) from error
-                if attempt == _TRIES and file.tell() == before:
+                if attempt == _ATTEMPTS and file.tell() == before:
                     raise _unreachable(download, target, error) from error
-                if attempt == _TRIES:
+                if attempt == _ATTEMPTS:
                     raise UnavailableError(
-                        f"{download.url}: the connection broke at {file.tell()} bytes; start again to go on"
+                        f"{download.url}: the connection broke at {file.tell()} bytes; start again to resume"
                     ) from error
                 time.sleep(attempt)
         os.fsync(file.fileno())
@@ -85,26 +86,16 @@ def _unreachable(download: Download, target: Path, error: Exception) -> Unavaila
     )
 
 
-@contextlib.contextmanager
-def _alone(file: BinaryIO, target: Path) -> Iterator[None]:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UserError(f"{target}: another process fetches it; wait until it is done") from error
-    yield  # closing the file ends the lock
-
-
 def _transfer(download: Download, file: BinaryIO, state: Path) -> None:
-    """Appends what is missing to `file`."""
-    done, etag = file.tell(), _etag(state, download.url)
+    """Appends the missing bytes to `file`."""
+    done, etag = file.tell(), _stored_etag(state, download.url)
     headers = {"User-Agent": f"vilam3-experts/{__version__}", "Accept-Encoding": "identity"}
     if done and etag:
         headers |= {"Range": f"bytes={done}-", "If-Range": etag}
     request = urllib.request.Request(download.url, headers=headers)
     with _OPENER.open(request, timeout=_TIMEOUT_S) as response:
-        if response.status != 206 or not response.headers.get("Content-Range", "").startswith(
-            f"bytes {done}-"
-        ):
+        content_range = response.headers.get("Content-Range", "")
+        if response.status != 206 or not content_range.startswith(f"bytes {done}-"):
             file.truncate(0)
             file.seek(0)
             done = 0
@@ -116,12 +107,12 @@ def _transfer(download: Download, file: BinaryIO, state: Path) -> None:
         if total is not None and total > download.max_bytes:
             raise _too_large(download, total)
         with tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=download.file[:40]) as bar:
-            while piece := response.read(_PIECE):
-                if file.tell() + len(piece) > download.max_bytes:
+            while chunk := response.read(_CHUNK_BYTES):
+                if file.tell() + len(chunk) > download.max_bytes:
                     file.truncate(0)
-                    raise _too_large(download, file.tell() + len(piece))
-                file.write(piece)
-                bar.update(len(piece))
+                    raise _too_large(download, file.tell() + len(chunk))
+                file.write(chunk)
+                bar.update(len(chunk))
     file.flush()
     if total is not None and file.tell() != total:
         raise http.client.IncompleteRead(b"", total - file.tell())
@@ -130,12 +121,12 @@ def _transfer(download: Download, file: BinaryIO, state: Path) -> None:
 def _too_large(download: Download, found: int) -> UserError:
     return UserError(
         f"{download.origin}: {found} bytes or more, expected about {download.megabytes:g} MB;"
-        f" the address may serve something else now, look at it"
+        f" check whether the address serves something else now"
     )
 
 
-def _etag(state: Path, url: str) -> str:
-    """The ETag of the partial file, '' if it is unknown or of another address."""
+def _stored_etag(state: Path, url: str) -> str:
+    """The ETag of the partial file; '' if it is unknown or belongs to another URL."""
     try:
         stored = json.loads(state.read_text())
         return str(stored["etag"]) if stored["url"] == url else ""
@@ -144,20 +135,11 @@ def _etag(state: Path, url: str) -> str:
 
 
 def from_hub(download: Download, revision: str, target: Path, *, endpoint: str | None = None) -> str:
-    """Fetches a file of the Hugging Face hub into `target`, without the user's token.
+    """Fetches a file of the Hugging Face hub to `target`, without the user's token; returns its commit.
 
-    Args:
-      download: repository and path.
-      revision: a commit, or a branch or tag that is resolved to one.
-      target: where it lands.
-      endpoint: the hub's address; `HF_ENDPOINT` or the public hub by default.
-
-    Returns:
-      The commit.
-
-    Raises:
-      UnavailableError: the hub cannot be reached.
-      UserError: no such file, or it is too large.
+    `revision` is a commit, or a branch or tag that is resolved to one; `endpoint` defaults to `HF_ENDPOINT`
+    or the public hub. Raises `UnavailableError` if the hub cannot be reached, and `UserError` if there is no
+    such file or it is too large.
     """
     import huggingface_hub
     from huggingface_hub import errors as hub_errors
@@ -165,41 +147,33 @@ def from_hub(download: Download, revision: str, target: Path, *, endpoint: str |
     staging = target.parent / f".{target.name}.hub"
     try:
         url = huggingface_hub.hf_hub_url(download.repo, download.path, revision=revision, endpoint=endpoint)
-        known = huggingface_hub.get_hf_file_metadata(url, token=False, timeout=_TIMEOUT_S)
-        if known.size is None or known.size > download.max_bytes:
-            raise _too_large(download, known.size or 0)
-        commit = known.commit_hash or revision
+        found = huggingface_hub.get_hf_file_metadata(url, token=False, timeout=_TIMEOUT_S)
+        if found.size is None or found.size > download.max_bytes:
+            raise _too_large(download, found.size or 0)
+        commit = found.commit_hash or revision
         staging.mkdir(parents=True, exist_ok=True)
-        got = huggingface_hub.hf_hub_download(
-            download.repo,
-            download.path,
-            revision=commit,
-            local_dir=staging,
-            token=False,
-            endpoint=endpoint,
+        fetched = huggingface_hub.hf_hub_download(
+            download.repo, download.path, revision=commit, local_dir=staging, token=False, endpoint=endpoint
         )
     except (hub_errors.RepositoryNotFoundError, hub_errors.EntryNotFoundError) as error:
         if isinstance(error, hub_errors.LocalEntryNotFoundError):
             raise _unreachable(download, target, error) from error
-        raise UserError(f"{download.origin}: not there at revision {revision}; get it elsewhere") from error
-    except (hub_errors.HfHubHTTPError, hub_errors.OfflineModeIsEnabled) as error:
-        raise _unreachable(download, target, error) from error
+        raise UserError(f"{download.origin}: not found at revision {revision}; get it elsewhere") from error
     except UserError:
         raise
-    except Exception as error:  # the hub's client raises its HTTP library's errors
+    except Exception as error:  # the hub's errors, and those of its HTTP library
         raise _unreachable(download, target, error) from error
-    if Path(got).stat().st_size != known.size:
-        raise UnavailableError(f"{download.origin}: came incomplete; start again")
-    Path(got).replace(target)
+    if Path(fetched).stat().st_size != found.size:
+        raise UnavailableError(f"{download.origin}: the download is incomplete; start again")
+    Path(fetched).replace(target)
     shutil.rmtree(staging)
     return commit
 
 
 def unpack(archive: Path, download: Download, folder: Path) -> None:
-    """Takes the wanted members out of a bundle's archive; nothing else, and to our own names.
+    """Extracts the listed members of a bundle's archive, and nothing else, to paths chosen by us.
 
-    Raises:
-      UserError: damaged, a member is missing or there twice, or it is larger than weights of this kind are.
+    Raises `UserError` if the archive is damaged, or a member is missing, duplicated or too large.
     """
     fix = "delete it and fetch it again"
     try:
@@ -211,15 +185,15 @@ def unpack(archive: Path, download: Download, folder: Path) -> None:
             for member in download.unpack:
                 found = members.get(member, [])
                 if len(found) != 1:
-                    raise UserError(f"{archive}: {member} is in it {len(found)} times; {fix}")
-                if found[0].file_size > _UNPACKED_TIMES * download.max_bytes:
+                    raise UserError(f"{archive}: has {len(found)} members {member}, expected one; {fix}")
+                if found[0].file_size > _MAX_EXPANSION * download.max_bytes:
                     raise UserError(f"{archive}: {member} would be {found[0].file_size} bytes; {fix}")
                 target = folder / member
                 target.parent.mkdir(parents=True, exist_ok=True)
                 partial = target.with_name(f".{target.name}.partial")
                 with opened.open(found[0]) as source, partial.open("wb") as sink:
-                    # zipfile reads no more than the stated size, and checks the CRC at the end.
-                    shutil.copyfileobj(source, sink, _PIECE)
+                    # zipfile reads at most the stated size, and checks the CRC at the end.
+                    shutil.copyfileobj(source, sink, _CHUNK_BYTES)
                 partial.replace(target)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError) as error:
-        raise UserError(f"{archive}: is no archive of a bundle ({type(error).__name__}); {fix}") from error
+        raise UserError(f"{archive}: not an archive of a bundle ({type(error).__name__}); {fix}") from error

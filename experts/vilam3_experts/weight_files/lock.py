@@ -1,4 +1,4 @@
-"""The lock file of a weights folder: the sha256 of every file, as it was when it was first seen."""
+"""The lock file of a weights folder: the sha256 of every file, recorded at first use."""
 
 from __future__ import annotations
 
@@ -17,19 +17,15 @@ FILE = "weights.lock.json"
 _VERSION = 1
 _MAX_BYTES = 1 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
-_PIECE = 1 << 22
+_READ_BYTES = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
 class Pin:
-    """What is known of a file.
+    """The recorded identity of a file.
 
-    Attributes:
-      sha256: of its content.
-      size: bytes.
-      origin: where it came from; '' if it was found in the folder.
-      revision: which version of it.
-      converted_from: sha256 of the pickled file that it was made from; '' for others.
+    `origin` and `revision` are empty for a file that was found in the folder. `converted_from` is the sha256
+    of the pickled file that it was converted from, or ''.
     """
 
     sha256: str
@@ -39,29 +35,20 @@ class Pin:
     converted_from: str = ""
 
 
-class Lock:
+class LockFile:
     """`weights.lock.json` of one folder."""
 
     def __init__(self, folder: paths.PathLike) -> None:
-        """Reads it; an absent file pins nothing.
-
-        Raises:
-          UserError: it is damaged.
-        """
+        """Reads the file, if there is one; raises `UserError` if it is damaged."""
         self.path = paths.as_path(folder) / FILE
         self.pins: dict[str, Pin] = {}
         if paths.exists(self.path):
             self.pins = _parse(self.path)
 
     def check(self, name: str, found: Pin) -> None:
-        """Compares a file with its pin, or pins it now.
+        """Compares a file with its pin, or pins it if it has none; `name` is its path below the folder.
 
-        Args:
-          name: path below the folder, with slashes.
-          found: the file as it is.
-
-        Raises:
-          UserError: it is not what it was, or the lock file cannot be written.
+        Raises `UserError` if the file changed, or the lock file cannot be written.
         """
         pinned = self.pins.get(name)
         if pinned is None:
@@ -69,21 +56,16 @@ class Lock:
         elif pinned.sha256 != found.sha256:
             raise UserError(
                 f"{self.path.parent / name}: sha256 {found.sha256}, but {pinned.sha256} was pinned at"
-                f" first use; restore the file, or delete its entry in {self.path} if you mean to change it"
+                f" first use; restore the file, or delete its entry in {self.path} to accept the change"
             )
 
     def pin(self, name: str, found: Pin) -> None:
-        """Pins a file as it is, whatever was pinned before.
-
-        Raises:
-          UserError: the lock file cannot be written.
-        """
+        """Pins a file, replacing an existing pin; raises `UserError` if the lock file cannot be written."""
         self.pins[name] = found
         files = {name: dataclasses.asdict(pin) for name, pin in sorted(self.pins.items())}
+        text = json.dumps({"version": _VERSION, "files": files}, indent=1) + "\n"
         try:
-            paths.write_text_atomic(
-                self.path, json.dumps({"version": _VERSION, "files": files}, indent=1) + "\n"
-            )
+            paths.write_text_atomic(self.path, text)
         except UserError as error:
             raise UserError(
                 f"{error}; run `vilam3-experts weights --weights {self.path.parent}` once where it can be"
@@ -102,21 +84,20 @@ def _parse(path: epath.Path) -> dict[str, Pin]:
                 raise ValueError(f"no sha256 for {name!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: is no lock file of version {_VERSION} ({error}); restore it, or delete it to pin anew"
+            f"{path}: not a lock file of version {_VERSION} ({error}); restore it, or delete it to pin anew"
         ) from error
     return pins
 
 
-def pin_of_bytes(content: bytes, **known: str) -> Pin:
-    """The pin of content in memory; `known` are further fields of `Pin`."""
-    return Pin(hashlib.sha256(content).hexdigest(), len(content), **known)
+def pin_of_bytes(content: bytes) -> Pin:
+    return Pin(hashlib.sha256(content).hexdigest(), len(content))
 
 
-def pin_of_file(path: paths.PathLike, **known: str) -> Pin:
-    """The pin of a file of any size; `known` are further fields of `Pin`."""
+def pin_of_file(path: paths.PathLike, **fields: str) -> Pin:
+    """The pin of a file of any size; `fields` are further fields of `Pin`."""
     digest, size = hashlib.sha256(), 0
     with paths.as_path(path).open("rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-            size += len(piece)
-    return Pin(digest.hexdigest(), size, **known)
+        while chunk := file.read(_READ_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return Pin(digest.hexdigest(), size, **fields)

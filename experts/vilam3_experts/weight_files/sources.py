@@ -1,4 +1,4 @@
-"""What can be downloaded for an expert, from where, under which licence. Imports no torch."""
+"""Download sources of the experts' weights, with their licences. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ _MB = 1_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Download:
-    """One file to fetch.
+    """One file to fetch: a plain `url`, or a `path` in a repository of the Hugging Face hub.
 
     Attributes:
-      file: where it lands, below the expert's folder. Servers and archives name no file.
-      megabytes: about how large it is. Twice that, and a megabyte, is the most that is taken.
-      url: a plain address, or
-      repo, path: a repository of the Hugging Face hub and the file in it.
-      unpack: of a zip archive: members below the archive's one folder, which land at the same place below the
-        expert's. The archive is not kept.
-      convert: (pickled file, safetensors file) below the expert's folder. The pickled one is not kept.
+      file: target path below the expert's folder. Names from servers and archives are never used.
+      megabytes: approximate size; at most twice that plus one megabyte is accepted.
+      unpack: members of a zip archive, relative to its single top folder; extracted to the same paths below
+        the expert's folder. The archive is deleted.
+      convert: (pickled file, safetensors file) below the expert's folder. The pickled file is deleted.
     """
 
     file: str
@@ -39,7 +37,7 @@ class Download:
 
     @property
     def results(self) -> tuple[str, ...]:
-        """What is there once it was fetched, below the expert's folder."""
+        """The resulting files, below the expert's folder."""
         converted = dict(self.convert)
         return tuple(converted.get(name, name) for name in self.unpack or (self.file,))
 
@@ -50,14 +48,10 @@ class Download:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One way to get all the weights of an expert.
+    """One source of all weights of an expert.
 
-    Attributes:
-      name: for `--source`.
-      kind: "url" or "hub".
-      revision: what is fetched; of the hub a commit.
-      licence: of the weights, as their publisher states it.
-      downloads: the files.
+    `revision` is the version fetched, a commit for the hub; `licence` is that of the weights, as stated by
+    their publisher.
     """
 
     name: str
@@ -68,7 +62,7 @@ class Source:
 
 
 def _bundle(name: str, version: str, megabytes: float) -> Download:
-    """A bundle of MONAI's model zoo, at the address that `monai.bundle download` uses."""
+    """A bundle of MONAI's model zoo, at the URL that `monai.bundle download` uses."""
     return Download(
         f"{name}_v{version}.zip",
         megabytes,
@@ -86,7 +80,7 @@ CXR = (
         "release",
         "url",
         "torchxrayvision release v1",
-        "Apache-2.0 (the code's); the datasets they were trained on have terms of their own",
+        "Apache-2.0 (the code's); the training datasets have their own terms",
         tuple(
             Download(
                 member.file,

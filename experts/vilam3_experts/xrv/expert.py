@@ -1,8 +1,7 @@
-"""The ensemble as an expert: films in, probabilities of 18 findings out."""
+"""The ensemble as an expert: films to probabilities of 18 findings."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,41 +14,27 @@ from vilam3_experts.xrv.members import Member, Table, load_table
 from vilam3_experts.xrv.preprocess import centre_square, resize
 from vilam3_jax.errors import UserError
 
+# Fastest settings by `benchmarks/cxr_ensemble.py`. On a CPU, a DenseNet is limited by memory bandwidth and
+# gains from channels_last and from batches; a ResNet at 512 pixels overflows the cache beyond one film.
+_CPU_BATCH = {"densenet121": 8, "resnet50": 1}
 _GPU_BATCH = 32
+_FORMAT = torch.channels_last
 
 
-@dataclasses.dataclass(frozen=True)
-class _Placement:
-    """How a network runs fastest; measured by `benchmarks/cxr_ensemble.py`."""
-
-    batch: int
-    memory_format: torch.memory_format
-
-
-# A DenseNet is bound by memory traffic and gains from both; a ResNet at 512 pixels overflows the cache with
-# more than one film.
-_ON_CPU = {
-    "densenet121": _Placement(8, torch.channels_last),
-    "resnet50": _Placement(1, torch.channels_last),
-}
-
-
-class _Network:
-    """One member, placed on a device."""
+class _MemberNetwork:
+    """One member on a device."""
 
     def __init__(self, member: Member, content: bytes, device: torch.device) -> None:
         network, self.thresholds = networks.load(member, content)
-        place = _ON_CPU[member.architecture]
         self.resolution = member.resolution
-        self._format = place.memory_format
-        self._batch = place.batch if device.type == "cpu" else _GPU_BATCH
+        self._batch = _CPU_BATCH[member.architecture] if device.type == "cpu" else _GPU_BATCH
         self._device = device
-        self._network = network.to(device=device, memory_format=self._format)  # type: ignore[call-overload]
+        self._network = network.to(device=device, memory_format=_FORMAT)  # type: ignore[call-overload]
 
     def __call__(self, films: torch.Tensor) -> torch.Tensor:
         """Normalised probabilities [B, classes] of films [B, 1, S, S]; NaN for classes it does not know."""
         parts = [
-            self._network(part.to(device=self._device, memory_format=self._format))[: len(part)].cpu()
+            self._network(part.to(device=self._device, memory_format=_FORMAT))[: len(part)].cpu()
             for part in films.split(self._batch)
         ]
         return networks.normalise(torch.sigmoid(torch.cat(parts)), self.thresholds)
@@ -58,21 +43,16 @@ class _Network:
 class Ensemble:
     """Eight networks over one decoded film.
 
-    The mean of a class is taken over the members that VILA-M3 asks for it. Members that were not trained on
-    the class are left out; see `ParityEnsemble` for the reference's way.
+    The probability of a class is the mean over the members that VILA-M3 uses for it, without members that
+    were not trained on the class. `ParityEnsemble` counts `untrained_value` for those, as the reference does.
     """
 
-    unknown: float | None = None  # what a member counts for a class it does not know; None leaves it out
+    untrained_value: float | None = None
 
     def __init__(self, weights: Weights, *, table: Table | None = None) -> None:
-        """Loads every member.
+        """Loads one safetensors file per member, under the member's name; `table` replaces `ensemble.json`.
 
-        Args:
-          weights: one safetensors file for each member, under the member's name.
-          table: other members than those of `ensemble.json`.
-
-        Raises:
-          UserError: a file is missing or does not fit its network.
+        Raises `UserError` if a file is missing or does not fit its network.
         """
         self._table = table or load_table()
         missing = [m.weights_file for m in self._table.members if m.name not in weights.files]
@@ -81,19 +61,16 @@ class Ensemble:
                 f"CXR lacks {', '.join(missing)}; run `vilam3-experts weights --fetch --expert CXR`"
             )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._networks = {m.name: _Network(m, weights.files[m.name], device) for m in self._table.members}
-        self._asked = torch.tensor(
-            [[self._table.asked(m.name, c) for c in self._table.classes] for m in self._table.members]
+        self._networks = [_MemberNetwork(m, weights.files[m.name], device) for m in self._table.members]
+        self._included = torch.tensor(
+            [[self._table.includes(m.name, c) for c in self._table.classes] for m in self._table.members]
         )
 
     def run(self, data: np.ndarray, args: str) -> Output:
         """Analyses one film, uint8 [H, W, 3].
 
-        Returns:
-          Probability of each finding that a member knows, 0.5 at the operating point.
-
-        Raises:
-          ExpertFailure: no picture, or a network gives no finite number for it.
+        Returns the probability of each finding that a member knows, 0.5 at the operating point. Raises
+        `ExpertFailure` if it is not an image, or a network returns a value that is not finite.
         """
         (answer,) = self.run_batch([data], args)
         if isinstance(answer, ExpertFailure):
@@ -101,61 +78,54 @@ class Ensemble:
         return answer
 
     def run_batch(self, items: Sequence[np.ndarray], args: str) -> list[Output | ExpertFailure]:
-        """Analyses several films of any sizes at once; one answer each, in their order.
+        """Analyses several films of any sizes; returns one answer per film, in order.
 
-        On a CPU the answers are bit for bit those of `run`. Each film is cropped once, and resized once for
-        each resolution. Memory grows by 1.3 MB a film.
+        On a CPU the answers are bit-identical to those of `run`. Each film is cropped once, and resized once
+        per resolution. Memory grows by 1.3 MB per film.
         """
         del args  # the card has none
         answers: list[Output | ExpertFailure] = [
-            ExpertFailure("CXR reads pictures of 8 bits, height × width × channels") for _ in items
+            ExpertFailure("CXR reads images of 8 bits, height × width × channels") for _ in items
         ]
-        pictures = [n for n, item in enumerate(items) if _is_picture(item)]
-        if not pictures:
+        valid = [n for n, item in enumerate(items) if _is_image(item)]
+        if not valid:
             return answers
-        resolutions = sorted({network.resolution for network in self._networks.values()})
-        films: dict[int, list[torch.Tensor]] = {side: [] for side in resolutions}
-        for n in pictures:
+        films: dict[int, list[torch.Tensor]] = {network.resolution: [] for network in self._networks}
+        for n in valid:
             square = centre_square(items[n])
-            for side in resolutions:
-                films[side].append(resize(square, side))
-        with torch.inference_mode(), _full_precision():
-            stacks = {side: torch.stack(parts) for side, parts in films.items()}
-            each = torch.stack([network(stacks[network.resolution]) for network in self._networks.values()])
-        for n, members in zip(pictures, each.unbind(1), strict=True):
+            for side, resized in films.items():
+                resized.append(resize(square, side))
+        # cuDNN's default, TF32 for float32 convolutions, changes the third digit of probabilities.
+        full_precision = torch.backends.cudnn.flags(
+            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+        )
+        with torch.inference_mode(), full_precision:
+            stacks = {side: torch.stack(resized) for side, resized in films.items()}
+            each = torch.stack([network(stacks[network.resolution]) for network in self._networks])
+        for n, members in zip(valid, each.unbind(1), strict=True):
             answers[n] = self._combine(members)
         return answers
 
     def _combine(self, members: torch.Tensor) -> Output | ExpertFailure:
-        """The mean over members of one film, [members, classes]."""
-        known = torch.stack([~network.thresholds.isnan() for network in self._networks.values()])
+        """The mean over the members, [members, classes], of one film."""
+        known = torch.stack([~network.thresholds.isnan() for network in self._networks])
         if not bool(members[known].isfinite().all()):
             return ExpertFailure("a network of CXR gives no finite number for this film")
-        counted = self._asked & known
+        counted = self._included & known
         values = members.double().where(known, 0.0)
-        if self.unknown is not None:
-            values, counted = values.where(known, self.unknown), self._asked
+        if self.untrained_value is not None:
+            values, counted = values.where(known, self.untrained_value), self._included
         number = counted.sum(0)
         means = (values * counted).sum(0) / number
-        return Output(
-            probabilities={
-                name: mean
-                for name, mean, n in zip(self._table.classes, means.tolist(), number.tolist(), strict=True)
-                if n
-            }
-        )
+        rows = zip(self._table.classes, means.tolist(), number.tolist(), strict=True)
+        return Output(probabilities={name: mean for name, mean, n in rows if n})
 
 
 class ParityEnsemble(Ensemble):
     """The reference's mean: a member counts 0.5 for a class that it was not trained on."""
 
-    unknown = 0.5
+    untrained_value = 0.5
 
 
-def _is_picture(item: object) -> bool:
+def _is_image(item: object) -> bool:
     return isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.ndim == 3 and item.size > 0
-
-
-def _full_precision():
-    """cuDNN rounds float32 convolutions to TF32 by default, which moves probabilities in the third digit."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)

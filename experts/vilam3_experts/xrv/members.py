@@ -1,4 +1,4 @@
-"""The eight members of the ensemble, as `ensemble.json` lists them. Imports no torch."""
+"""The eight members of the ensemble, read from `ensemble.json`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,10 @@ RELEASE = "https://github.com/mlmed/torchxrayvision/releases/download/v1"
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One trained network.
+    """One trained network, named as its weights in torchxrayvision.
 
-    Attributes:
-      name: as torchxrayvision calls its weights.
-      architecture: "densenet121" or "resnet50".
-      resolution: pixels a side of its input.
-      file: its file in the release.
-      thresholds: operating point of each class, in the order of `Ensemble.classes`; NaN where it was not
-        trained on the class.
+    `architecture` is "densenet121" or "resnet50", `resolution` the height and width of the input in pixels.
+    `thresholds` has the operating point of each class of the table, NaN for classes it was not trained on.
     """
 
     name: str
@@ -36,7 +31,7 @@ class Member:
 
     @property
     def weights_file(self) -> str:
-        """Name of its converted weights, in the expert's folder."""
+        """Name of its converted weights in the expert's folder."""
         return f"{self.name}.safetensors"
 
 
@@ -44,29 +39,25 @@ class Member:
 class Table:
     """The whole ensemble.
 
-    Attributes:
-      classes: the 18 findings, in the order of the networks' outputs.
-      members: the networks.
-      reference_sets: class to the members that VILA-M3 asks; all members for a class that is not listed.
+    `classes` are the 18 findings, in the order of the networks' outputs. `reference_sets` maps a class to the
+    members that VILA-M3 uses for it; other classes use all members.
     """
 
     classes: tuple[str, ...]
     members: tuple[Member, ...]
     reference_sets: dict[str, tuple[str, ...]]
 
-    def asked(self, member: str, finding: str) -> bool:
-        """Whether VILA-M3 takes the answer of `member` for the class `finding`."""
-        asked = self.reference_sets.get(finding)
-        return asked is None or member in asked
+    def includes(self, member: str, finding: str) -> bool:
+        """Whether VILA-M3 uses `member` for the class `finding`."""
+        members = self.reference_sets.get(finding)
+        return members is None or member in members
 
 
 @functools.cache
 def load_table() -> Table:
     """Reads `ensemble.json`."""
-    text = (
-        importlib.resources.files("vilam3_experts.xrv").joinpath("ensemble.json").read_text(encoding="utf-8")
-    )
-    stored = json.loads(text)
+    file = importlib.resources.files("vilam3_experts.xrv").joinpath("ensemble.json")
+    stored = json.loads(file.read_text(encoding="utf-8"))
     members = tuple(
         Member(**{**row, "thresholds": tuple(math.nan if t is None else t for t in row["thresholds"])})
         for row in stored["members"]

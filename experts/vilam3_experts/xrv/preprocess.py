@@ -1,4 +1,4 @@
-"""From an 8-bit film to a network's input."""
+"""Conversion of an 8-bit film to the input of a network."""
 
 from __future__ import annotations
 
@@ -10,33 +10,19 @@ _UNITS = (2 * (np.arange(256, dtype=np.float32) / 255) - 1.0) * 1024
 
 
 def centre_square(image: np.ndarray) -> torch.Tensor:
-    """Crops the first channel to its central square and scales it.
-
-    Args:
-      image: uint8 [H, W, C].
-
-    Returns:
-      float32 [1, S, S] in -1024..1024, S = min(H, W).
-    """
+    """Crops the first channel of uint8 [H, W, C] to its central square; float32 [1, S, S] in -1024..1024."""
     height, width = image.shape[:2]
     side = min(height, width)
-    # The halves are rounded down one by one, as torchxrayvision's `XRayCenterCrop` does.
+    # Both halves are rounded down, as in torchxrayvision's `XRayCenterCrop`.
     top, left = height // 2 - side // 2, width // 2 - side // 2
     return torch.from_numpy(_UNITS[image[top : top + side, left : left + side, 0]])[None]
 
 
 def resize(square: torch.Tensor, side: int) -> torch.Tensor:
-    """Resizes as torchxrayvision 1.2.4 does, with which VILA-M3's training texts were made.
+    """Resizes float32 [1, S, S] as torchxrayvision 1.2.4, the release behind VILA-M3's training texts.
 
-    Bilinear, pixel centres at halves, no antialiasing. Later releases (1.5.7 for one) antialias, and give
-    other probabilities for films larger than the network's input.
-
-    Args:
-      square: float32 [1, S, S].
-      side: pixels of the result.
-
-    Returns:
-      float32 [1, side, side].
+    Bilinear, half-pixel centres, no antialiasing. Later releases (such as 1.5.7) antialias, and return other
+    probabilities for films larger than the network's input.
     """
     if square.shape[-1] == side:
         return square

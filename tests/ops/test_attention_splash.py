@@ -1,4 +1,4 @@
-"""The TPU kernel, interpreted on the CPU, against the textbook formula."""
+"""The TPU kernel, interpreted on the CPU, against the dense formula."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.ops.test_attention import dense, inputs, packed
-from vilam3_jax.config import ACTIVATION_RULES
+from tests.ops.attention_reference import dense, dense_mask, inputs, packed, self_attention
 from vilam3_jax.errors import UserError
-from vilam3_jax.ops import attention_splash
-from vilam3_jax.ops.attention import attention
+from vilam3_jax.ops.attention import MaskInfo, attention, backends, splash
 from vilam3_jax.runtime import compat
 from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding.logical_axes import ACTIVATION_RULES
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    monkeypatch.setattr(attention_splash, "INTERPRET", True)
+    monkeypatch.setattr(splash, "INTERPRET", True)
 
 
 def one_device():
@@ -27,16 +26,14 @@ def one_device():
 
 def by(choice, mesh, function, *args, **rules):
     """`function(*args)`, jitted anew, with attention by `choice`."""
-    rules = {**ACTIVATION_RULES, "batch": "fsdp", **rules}
-    with logical_axes.activation_rules(mesh, rules, choice):
+    rules = {**ACTIVATION_RULES, "batch": "fsdp", "length": None, **rules}
+    with logical_axes.activation_rules(mesh, rules), backends.use(choice):
         return jax.jit(lambda *values: function(*values))(*args)
 
 
-def with_gradients(ids, **options):
-    ids = None if ids is None else jnp.asarray(ids)
-
-    def total(q, k, v):
-        out = attention(q, k, v, segment_ids_q=ids, segment_ids_kv=ids, **options)
+def with_gradients(ids, **mask):
+    def total(*values):
+        out = self_attention(ids, **mask)(*values)
         return jnp.square(out).sum(), out
 
     return jax.value_and_grad(total, (0, 1, 2), has_aux=True)
@@ -49,10 +46,7 @@ def test_packed_matches_dense_and_the_gradient_of_xla(interpreted, length, kv_he
     ids = packed(length)
     function = with_gradients(ids, causal=causal)
     (_, out), gradients = by("splash", one_device(), function, q, k, v)
-    mask = (ids[:, :, None] == ids[:, None, :]) & (ids != 0)[:, :, None]
-    if causal:
-        mask &= np.tri(length, dtype=bool)
-    np.testing.assert_allclose(out, dense(q, k, v, mask), atol=2e-6)
+    np.testing.assert_allclose(out, dense(q, k, v, dense_mask(ids, causal)), atol=2e-6)
     assert np.all(np.asarray(out)[ids == 0] == 0)
     _, expected = by("xla", one_device(), function, q, k, v)
     for name, gradient, other in zip("qkv", gradients, expected, strict=True):
@@ -61,9 +55,9 @@ def test_packed_matches_dense_and_the_gradient_of_xla(interpreted, length, kv_he
 
 def test_patches_of_an_image_and_a_pooling_query(interpreted):
     q, k, v = inputs(batch=1, q_len=729, heads=2, kv_heads=2, width=24)
-    out = by("splash", one_device(), lambda *x: attention(*x), q, k, v)
+    out = by("splash", one_device(), lambda *x: attention(*x, MaskInfo()), q, k, v)
     np.testing.assert_allclose(out, dense(q, k, v, np.ones((1, 729, 729), bool)), atol=2e-6)
-    pooled = by("splash", one_device(), lambda *x: attention(*x), q[:, :1], k, v)
+    pooled = by("splash", one_device(), lambda *x: attention(*x, MaskInfo()), q[:, :1], k, v)
     np.testing.assert_allclose(pooled, out[:, :1], atol=2e-6)
 
 
@@ -72,9 +66,7 @@ def test_queries_without_a_key_give_zeros(interpreted):
     ids_q, ids_kv = np.array([[1, 1, 2, 3, 0]] * 2), np.array([[1, 1, 1, 3, 3, 0, 0, 0, 0]] * 2)
 
     def run(q, k, v):
-        return attention(
-            q, k, v, segment_ids_q=jnp.asarray(ids_q), segment_ids_kv=jnp.asarray(ids_kv), causal=False
-        )
+        return attention(q, k, v, MaskInfo(jnp.asarray(ids_q), jnp.asarray(ids_kv)))
 
     mask = (ids_q[:, :, None] == ids_kv[:, None, :]) & (ids_q != 0)[:, :, None]
     out = by("splash", one_device(), run, q, k, v)
@@ -116,4 +108,4 @@ def test_devices_share_the_queries_of_a_tower(interpreted, length):
 def test_without_a_tpu_the_kernel_is_refused():
     q, k, v = inputs()
     with pytest.raises(UserError, match="kernel for TPUs, and the devices are cpu"):
-        by("splash", one_device(), lambda *x: attention(*x, causal=True), q, k, v)
+        by("splash", one_device(), self_attention(causal=True), q, k, v)

@@ -1,6 +1,6 @@
-"""Several scales of one image: cut into tiles, encoded, put together again (S2, arXiv:2403.13043).
+"""Features of one image at several scales, each encoded in tiles (S2, arXiv:2403.13043).
 
-Interpolation is PyTorch's: VILA's weights were trained with its bicubic kernel and its 'area' mode.
+Interpolation follows PyTorch, whose bicubic kernel and 'area' mode VILA's weights were trained with.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ import numpy as np
 
 from vilam3_jax.sharding.logical_axes import shard
 
-_BICUBIC = -0.75  # PyTorch's coefficient of the cubic convolution; jax.image.resize has -0.5
+_BICUBIC = -0.75  # coefficient of PyTorch's cubic convolution; jax.image.resize uses -0.5
 
 
 def s2_features(
     encode: Callable[[jax.Array], jax.Array], images: jax.Array, size: int, scales: Sequence[int]
 ) -> jax.Array:
-    """Features of the same picture at several sizes, side by side in the channels.
+    """Encodes images at several scales and concatenates the features along the channels.
 
     Args:
-      encode: the tower: float32 [N, S, S, 3] of 0..255 -> [N, g * g, C].
-      images: uint8 [N, L, L, 3], L the last scale.
-      size: S, side of a tile.
-      scales: side of the picture at each scale, rising multiples of S from S on.
+      encode: vision tower, float32 [N, S, S, 3] of 0..255 -> [N, g * g, C].
+      images: uint8 [N, L, L, 3]; L is the last scale.
+      size: side of a tile, S.
+      scales: side of the image at each scale, increasing multiples of S that start at S.
 
     Returns:
-      [N, g * g, C * len(scales)], dtype of the tower's.
+      [N, g * g, C * len(scales)] in the dtype of the tower.
     """
     count = len(images)
     sides = [scale // size for scale in scales]
     pixels = images.astype(jnp.float32)
     tiles = jnp.concatenate([split(resize_bicubic(pixels, side * size), side) for side in sides], axis=1)
     tiles = shard(tiles, "batch", None, None, None, None)
-    # One batch of all scales' tiles, so that the tower's weights are read once.
+    # The tiles of all scales form one batch, so that the tower's weights are read once.
     features = encode(tiles.reshape(-1, *tiles.shape[2:]))
     grid = round(features.shape[1] ** 0.5)
     features = features.reshape(count, tiles.shape[1], grid, grid, -1)
@@ -49,19 +49,19 @@ def s2_features(
 
 
 def tile_features(features: jax.Array, tiles: jax.Array, sides: Sequence[int]) -> jax.Array:
-    """Sets beside each tile what the lower scales of its picture show there (NVILA's dynamic S2).
+    """Concatenates each tile's features with those of lower scales at the same place (NVILA's dynamic S2).
 
-    The same as putting every scale together, bringing it to the size of the last ('area') and cutting that
-    into tiles again, but in shapes that do not depend on the grids.
+    Equivalent to merging the tiles of every scale, resizing to the last scale ('area') and splitting into
+    tiles, but with shapes that do not depend on the grids.
 
     Args:
-      features: [G, M, g, g, C] of the tower; the tiles of a picture stand in a row, lower scales first.
-      tiles: int32 [G, M, 5]: first slot of the picture; rows, row, columns, column of the last scale's grid.
-        A picture of one tile has no lower scales: its own map takes their place.
-      sides: tiles along a side of each scale, from 1 on; of the last scale, what is not used.
+      features: [G, M, g, g, C] from the tower; the tiles of an image are consecutive, lower scales first.
+      tiles: int32 [G, M, 5]: first slot of the image, then rows, row, columns and column in the grid of the
+        last scale. An image of one tile has no lower scales; its own features replace them.
+      sides: tiles along a side of each scale, increasing from 1; the last entry is not read.
 
     Returns:
-      [G, M, g * g, C * len(sides)]; slots of lower scales hold nothing of use.
+      [G, M, g * g, C * len(sides)]; slots of lower scales are meaningless.
     """
     groups, slots, grid = features.shape[:3]
     first_slot, rows, row, columns, column = jnp.moveaxis(tiles, -1, 0)
@@ -76,9 +76,7 @@ def tile_features(features: jax.Array, tiles: jax.Array, sides: Sequence[int]) -
         lower = shard(lower, "batch", None, None, None)
         down = _area_rows(side, grid, rows, row).reshape(-1, grid, side * grid)
         across = _area_rows(side, grid, columns, column).reshape(-1, grid, side * grid)
-        exact = jax.lax.Precision.HIGHEST
-        lower = jnp.einsum("nph,nhwc->npwc", down, lower.astype(jnp.float32), precision=exact)
-        lower = jnp.einsum("nqw,npwc->npqc", across, lower, precision=exact)
+        lower = _separable(lower.astype(jnp.float32), down, across)
         lower = lower.reshape(features.shape).astype(features.dtype)
         maps.append(jnp.where(alone, features, lower))
     joined = jnp.concatenate([*maps, features], axis=-1)
@@ -86,9 +84,9 @@ def tile_features(features: jax.Array, tiles: jax.Array, sides: Sequence[int]) -
 
 
 def _area_rows(side: int, grid: int, count: jax.Array, place: jax.Array) -> jax.Array:
-    """Rows of `area_weights(side * grid, count * grid)` that belong to tile `place` of `count`.
+    """Rows of `area_weights(side * grid, count * grid)` for tile `place` of `count`.
 
-    Int [...] each -> float32 [..., grid, side * grid].
+    `count` and `place` are int [...]; the result is float32 [..., grid, side * grid].
     """
     new = place[..., None] * grid + jnp.arange(grid)
     first = new * side // count[..., None]
@@ -99,7 +97,7 @@ def _area_rows(side: int, grid: int, count: jax.Array, place: jax.Array) -> jax.
 
 
 def split(x: jax.Array, side: int) -> jax.Array:
-    """[N, k*S, k*S, C] -> [N, k*k, S, S, C], tiles row by row; k is `side`."""
+    """[N, k*S, k*S, C] -> [N, k*k, S, S, C], tiles in row-major order; k is `side`."""
     count, length, _, channels = x.shape
     tile = length // side
     x = x.reshape(count, side, tile, side, tile, channels)
@@ -114,7 +112,7 @@ def merge(x: jax.Array, side: int) -> jax.Array:
 
 
 def resize_bicubic(x: jax.Array, size: int) -> jax.Array:
-    """Float32 [N, L, L, C] -> [N, size, size, C], without antialiasing, corners not aligned."""
+    """Float32 [N, L, L, C] -> [N, size, size, C], without antialiasing or aligned corners."""
     if x.shape[1] == size:
         return x
     weights = jnp.asarray(_bicubic_weights(x.shape[1], size))
@@ -122,7 +120,7 @@ def resize_bicubic(x: jax.Array, size: int) -> jax.Array:
 
 
 def resize_area(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """[N, H, W, C] -> [N, *shape, C]: means over the pixels under each new one; computed in float32."""
+    """[N, H, W, C] -> [N, *shape, C]: means over the pixels that each new one covers, in float32."""
     if x.shape[1:3] == shape:
         return x
     weights = (jnp.asarray(area_weights(old, new)) for old, new in zip(x.shape[1:3], shape, strict=True))
@@ -130,13 +128,14 @@ def resize_area(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 
 def _separable(x: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Resizes [N, H, W, C] by weights [p, H] and [q, W], or [N, p, H] and [N, q, W]."""
     exact = jax.lax.Precision.HIGHEST
-    x = jnp.einsum("ph,nhwc->npwc", rows, x, precision=exact)
-    return jnp.einsum("qw,npwc->npqc", columns, x, precision=exact)
+    x = jnp.einsum("...ph,...hwc->...pwc", rows, x, precision=exact)
+    return jnp.einsum("...qw,...pwc->...pqc", columns, x, precision=exact)
 
 
 def _bicubic_weights(old: int, new: int) -> np.ndarray:
-    """Float32 [new, old]; beyond the border the border's value counts."""
+    """Float32 [new, old]; samples beyond the border take its value."""
     place = (np.arange(new) + 0.5) * old / new - 0.5
     left = np.floor(place).astype(int)
     weights = np.zeros((new, old))
@@ -150,7 +149,7 @@ def _bicubic_weights(old: int, new: int) -> np.ndarray:
 
 
 def area_weights(old: int, new: int) -> np.ndarray:
-    """Float32 [new, old]: new pixel i is the mean of all old ones that it touches."""
+    """Float32 [new, old]: new pixel i is the mean of all old pixels that it overlaps."""
     weights = np.zeros((new, old), np.float32)
     for i in range(new):
         first, last = i * old // new, -(-(i + 1) * old // new)

@@ -19,7 +19,7 @@ from vilam3_jax.sharding.matmul import einsum
 
 # Causal self-attention is cut into up to MAX_QUERY_BLOCKS blocks of queries, each seeing only the keys up to
 # its own end: 5/8 of the multiplications and less score memory than the full square, measured in
-# benchmask/attention_cpu.py. More blocks save little more and compile longer.
+# benchmarks/attention_cpu.py. More blocks save little more and compile longer.
 MAX_QUERY_BLOCKS = 4
 MIN_QUERY_BLOCK = 64
 # Longer rows go blockwise: their scores would be the largest array of a step.

@@ -1,7 +1,8 @@
-"""What decoder families share of the Hugging Face layout: sizes, rotary settings, tensors of a layer."""
+"""The part of the Hugging Face layout that decoder families share: sizes, rotary settings, layer tensors."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,21 @@ from vilam3_jax.models.hugging_face import (
 )
 
 ROPE_TYPES = ("linear", "llama3")
+_ROPE_KEYS = (
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+
+logger = logging.getLogger(__name__)
 
 
 def read_sizes(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """The fields of `DecoderConfig` that all decoders state alike in config.json."""
+    """The fields of `DecoderConfig` that config.json holds under the same keys for all decoders."""
     heads, hidden = size(values, "num_attention_heads", where), size(values, "hidden_size", where)
     return {
         "vocab_size": size(values, "vocab_size", where),
@@ -63,50 +75,80 @@ def read_rope(values: Mapping[str, Any], where: Path, default_theta: float) -> d
     """`rope_theta` and `rope_scaling` of a decoder with one rotary table.
 
     transformers 5 writes `rope_parameters`, older versions `rope_theta` and `rope_scaling`. As in
-    transformers, a theta inside the parameters wins over one beside them.
+    transformers, `rope_scaling` replaces `rope_parameters`, and a theta inside either replaces `rope_theta`.
 
     Raises:
-      UserError: parameters by layer type, contradicting parameters, or a type that is not supported.
+      UserError: parameters by layer type, a type that is not supported, or `rope_scaling` and
+        `rope_parameters` with different meanings.
     """
-    inner = {}
-    for key in ("rope_parameters", "rope_scaling"):
-        found = {name: value for name, value in subsection(values, key, where).items() if value is not None}
-        if any(isinstance(value, dict) for value in found.values()):
+
+    def reading(key: str) -> dict[str, Any] | None:
+        inner = {name: value for name, value in subsection(values, key, where).items() if value is not None}
+        if any(isinstance(value, dict) for value in inner.values()):
             raise UserError(
-                f"{where}: {key}={found!r} depends on the layer type, which is not supported; choose "
+                f"{where}: {key}={inner!r} depends on the layer type, which is not supported; choose "
                 "another model"
             )
-        for name, value in found.items():
-            if inner.setdefault(name, value) != value:
-                raise UserError(
-                    f"{where}: rope_parameters and rope_scaling contradict each other in {name}; remove the "
-                    "wrong one"
-                )
-    theta = number({**values, **inner}, "rope_theta", where, default_theta)
-    return {"rope_theta": theta, "rope_scaling": read_scaling(inner, f"{where}: rope_scaling")}
+        max_positions = values.get("max_position_embeddings")
+        return inner and {
+            "rope_theta": number({**outer, **inner}, "rope_theta", where, default_theta),
+            "rope_scaling": read_scaling(inner, f"{where}: {key}", max_positions),
+        }
+
+    outer = {"rope_theta": values.get("rope_theta")}
+    scaling, parameters = reading("rope_scaling"), reading("rope_parameters")
+    if scaling and parameters and scaling != parameters:
+        raise UserError(
+            f"{where}: rope_scaling and rope_parameters contradict each other ({scaling} and {parameters}); "
+            "remove the wrong one"
+        )
+    found = scaling or parameters
+    if not found:
+        return {"rope_theta": number(outer, "rope_theta", where, default_theta), "rope_scaling": None}
+    if outer["rope_theta"] not in (None, found["rope_theta"]):
+        key = "rope_scaling" if scaling else "rope_parameters"
+        logger.warning(
+            "%s: rope_theta=%s contradicts rope_theta=%s in %s; the latter is used, as in transformers",
+            where,
+            outer["rope_theta"],
+            found["rope_theta"],
+            key,
+        )
+    return found
 
 
-def read_scaling(values: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+def read_scaling(
+    values: Mapping[str, Any], where: str, max_positions: int | None = None
+) -> dict[str, Any] | None:
     """Rotary scaling of config.json in our fields; None for none.
 
+    Args:
+      values: `rope_scaling` or `rope_parameters`.
+      where: names them in errors.
+      max_positions: of the model, default of `original_max_position_embeddings`.
+
     Raises:
-      UserError: a type that is not supported.
+      UserError: a type or a key that is not supported.
     """
     kind = values.get("rope_type") or values.get("type") or "default"
+    unknown = {
+        key: value for key, value in values.items() if key not in _ROPE_KEYS and value not in (None, False)
+    }
+    if unknown.pop("partial_rotary_factor", 1.0) != 1.0 or unknown or kind not in ("default", *ROPE_TYPES):
+        raise UserError(f"{where}={dict(values)!r} is not supported; choose another model")
     if kind == "default":
         return None
-    if kind not in ROPE_TYPES:
-        raise UserError(f"{where}={dict(values)!r} is not supported; choose another model")
     scaling: dict[str, Any] = {"type": kind, "factor": number(values, "factor", where)}
     if kind == "llama3":
         scaling["low_freq_factor"] = number(values, "low_freq_factor", where)
         scaling["high_freq_factor"] = number(values, "high_freq_factor", where)
-        scaling["original_max_positions"] = size(values, "original_max_position_embeddings", where)
+        key = "original_max_position_embeddings"
+        scaling["original_max_positions"] = size(values, key, where, max_positions)
     return scaling
 
 
 def write_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The inverse of `read_scaling`, under the name of transformers 5."""
+    """The inverse of `read_scaling`, with the key names of transformers 5."""
     if not scaling:
         return {"rope_type": "default"}
     theirs = {"rope_type": scaling["type"], **{k: v for k, v in scaling.items() if k != "type"}}
@@ -128,11 +170,11 @@ def write_rope(llm: Any) -> dict[str, Any]:
 
 
 def decoder_tensors(llm: Any, layer: Iterable[tuple[str, str, Layout]]) -> list[TensorRule]:
-    """Tensors of a decoder: its layer's, embedding, final norm and, unless tied, head.
+    """Tensors of a decoder: embedding, layers, final norm and, unless tied, head.
 
     Args:
       llm: section of the model.
-      layer: rows of (our name in the layer, theirs, layout).
+      layer: see `hugging_face.stacked`.
     """
     rules = [
         TensorRule("llm/embed/embedding", ("model.embed_tokens.weight",), KEEP),

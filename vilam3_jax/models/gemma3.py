@@ -61,7 +61,7 @@ class Gemma3Config(DecoderConfig):
     local_rope_scaling: Mapping[str, Any] | None = None
     sliding_window: int = setting(default=4096, at_least=1)
     layer_types: tuple[str, ...] = ()
-    query_scale: float = setting(default=256.0, at_least=1)
+    query_scale: int = setting(default=256, at_least=1)
 
     def validate(self) -> None:
         """Fills in and checks the types of the layers."""
@@ -216,7 +216,7 @@ def read_config(values: Mapping[str, Any], where: Path, shapes: Mapping[str, Any
         "max_positions": size(values, "max_position_embeddings", where, 131_072),
         "sliding_window": whole(values.get("sliding_window", 4096), f"{where}: sliding_window"),
         "layer_types": tuple(types),
-        "query_scale": number(values, "query_pre_attn_scalar", where, 256.0),
+        "query_scale": size(values, "query_pre_attn_scalar", where, 256),
         "tie_embeddings": bool(values.get("tie_word_embeddings", True)),
     }
 

@@ -1,4 +1,7 @@
-"""Building blocks of a family's Hugging Face layout: tensor rules, and values of config.json."""
+"""Building blocks of a family's Hugging Face layout: tensor rules, and values of config.json.
+
+In config.json null counts as absent.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,14 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a foreign tensor stores an array of ours, for reading and for writing.
+    """How a foreign tensor stores one of our arrays, for reading and for writing.
 
-    Ours is one of `parts` equal parts of the foreign tensor's first axis, with its axes permuted; or all of
-    it, without a leading axis of size 1.
+    Our array is one of `parts` equal parts of the foreign tensor's first axis, with its axes permuted; or the
+    whole tensor without its leading axis of size 1.
 
     Attributes:
-      axes: foreign axis of each of our axes; None keeps their order.
-      part: index of our part of the first axis.
+      axes: foreign axis of each of our axes; None keeps the order.
+      part: index of our part along the first axis.
       parts: number of parts.
       leading: the foreign tensor has an extra leading axis of size 1; excludes the other fields.
     """
@@ -53,7 +56,7 @@ class Layout:
         return (shape[0] * self.parts, *shape[1:])
 
     def read(self, rows: Callable[[int, int], np.ndarray], shape: Shape, where: Index) -> np.ndarray:
-        """Reads a block of ours, and only the foreign rows that it needs.
+        """Reads a block of our array from the foreign rows that it needs.
 
         Args:
           rows: (start, stop) → those rows of the foreign tensor's first axis.
@@ -71,7 +74,7 @@ class Layout:
         return block.transpose(self.axes) if self.axes else block
 
     def write(self, array: np.ndarray) -> tuple[np.ndarray, int]:
-        """Our whole `array` as the foreign tensor stores it, and its first row there."""
+        """Our whole `array` in the foreign layout, and its first row in the foreign tensor."""
         if self.leading:
             return array[None], 0
         if self.axes:
@@ -94,8 +97,8 @@ class TensorRule:
 
     Attributes:
       target: path of the parameter.
-      sources: tensor names; one per layer if `stacked`, otherwise exactly one.
-      layout: how each of these tensors stores it.
+      sources: tensor names, one per layer if `stacked`, otherwise exactly one.
+      layout: how each of these tensors stores the parameter.
       stacked: whether the parameter has a leading layer axis.
     """
 
@@ -130,7 +133,7 @@ def stacked(
       target: path of the stack.
       source: prefix of the tensor names, before the layer number.
       count: number of layers.
-      rows: (our name in the layer, theirs, layout).
+      rows: (our name within the layer, the foreign name, layout).
     """
     return [
         TensorRule(
@@ -141,10 +144,10 @@ def stacked(
 
 
 def whole(value: Any, what: str) -> int:
-    """Checks a size that a file states.
+    """Checks a size read from a file.
 
     Raises:
-      UserError: not a positive number, or absurdly large; names `what`.
+      UserError: not a positive integer of plausible size; names `what`.
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 < value <= _LARGEST_SIZE:
         raise UserError(
@@ -154,7 +157,7 @@ def whole(value: Any, what: str) -> int:
 
 
 def layer_count(value: Any, tensors: Mapping[str, Any], what: str) -> int:
-    """`whole` for a number of layers, each of which has at least one tensor."""
+    """Checks a number of layers; each has at least one of the `tensors`."""
     count = whole(value, what)
     if count > len(tensors):
         raise UserError(f"{what} is {count}, but there are only {len(tensors)} tensors; download it again")
@@ -162,13 +165,13 @@ def layer_count(value: Any, tensors: Mapping[str, Any], what: str) -> int:
 
 
 def size(values: Mapping[str, Any], key: str, where: Path | str, default: int | None = None) -> int:
-    """A positive integer of config.json; null counts as absent."""
+    """A positive integer of config.json."""
     value = values.get(key)
     return whole(default if value is None else value, f"{where}: {key}")
 
 
 def number(values: Mapping[str, Any], key: str, where: Path | str, default: float | None = None) -> float:
-    """A positive number of config.json; null counts as absent."""
+    """A positive number of config.json."""
     value = values.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
@@ -176,12 +179,17 @@ def number(values: Mapping[str, Any], key: str, where: Path | str, default: floa
     return float(value)
 
 
-def subsection(values: Mapping[str, Any], key: str, where: Path | str) -> dict[str, Any]:
-    """A JSON object inside another; empty if absent or null.
+def flag(values: Mapping[str, Any], key: str, where: Path | str, default: bool = False) -> bool:
+    """A boolean of config.json."""
+    value = values.get(key)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise UserError(f"{where}: {key} is {value!r}, true or false was expected; download it again")
+    return value
 
-    Raises:
-      UserError: it is something else.
-    """
+
+def subsection(values: Mapping[str, Any], key: str, where: Path | str) -> dict[str, Any]:
+    """A JSON object inside another; empty if absent."""
     value = values.get(key) or {}
     if not isinstance(value, dict):
         raise UserError(f"{where}: {key} is {value!r}, a JSON object was expected; download it again")
@@ -194,11 +202,12 @@ def refuse(values: Mapping[str, Any], where: Path | str, only: Mapping[str, tupl
     Args:
       values: content of config.json.
       where: its path.
-      only: key → the values that are supported; an absent key is fine.
+      only: key → supported values.
 
     Raises:
       UserError: names the key and its value.
     """
     for key, supported in only.items():
-        if key in values and values[key] not in supported:
-            raise UserError(f"{where}: {key}={values[key]!r} is not supported; choose another model")
+        value = values.get(key)
+        if value is not None and value not in supported:
+            raise UserError(f"{where}: {key}={value!r} is not supported; choose another model")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from vilam3_jax.models.hugging_face import (
     TRANSPOSE,
     Layout,
     TensorRule,
-    layer_count,
     number,
     refuse,
     size,
@@ -30,12 +29,9 @@ from vilam3_jax.models.siglip import TOWER_RULES, PatchEmbed, TowerConfig, check
 from vilam3_jax.sharding import logical_axes
 from vilam3_jax.sharding.logical_axes import shard
 
-# Statistics of ImageNet, with which the released tower was trained; for pixels in 0..1.
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
 _LAYER_SCALE = 0.1
 
-# Settings of an InternViT; all of OpenGVLab's 6B have these.
+# Settings that all of OpenGVLab's 6B models have.
 _SETTINGS = {"hidden_act": "gelu", "qkv_bias": False, "qk_normalization": True, "norm_type": "rms_norm"}
 
 
@@ -44,11 +40,9 @@ class InternVitConfig(TowerConfig):
     """The section `model.vision_tower` of an InternViT."""
 
     select_layer: int = -1
-
-    @property
-    def background(self) -> tuple[int, int, int]:
-        """See `TowerConfig`."""
-        return (123, 116, 103)
+    # Statistics of ImageNet, with which the released tower was trained.
+    image_mean: ClassVar[tuple[float, ...]] = (0.485, 0.456, 0.406)
+    image_std: ClassVar[tuple[float, ...]] = (0.229, 0.224, 0.225)
 
 
 class InternBlock(nnx.Module):
@@ -85,6 +79,7 @@ class InternViT(nnx.Module):
         self.grid = cfg.image_size // cfg.patch_size
         self.width = cfg.hidden_size
         self.remat = remat
+        self.image_mean, self.image_std = cfg.image_mean, cfg.image_std
         self.num_feature_layers = cfg.feature_layers
         kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.patch_embed = PatchEmbed(cfg.patch_size, cfg.hidden_size, **kwargs)
@@ -106,7 +101,7 @@ class InternViT(nnx.Module):
     @logical_axes.tower_rules()
     def pixel_features(self, pixels: jax.Array) -> jax.Array:
         """`features` of interpolated pixels: float32 [N, S, S, 3] on the scale of 0..255."""
-        x = (pixels / 255 - jnp.asarray(_MEAN)) / jnp.asarray(_STD)
+        x = (pixels / 255 - jnp.asarray(self.image_mean)) / jnp.asarray(self.image_std)
         x = self.patch_embed(x)
         token = jnp.broadcast_to(self.class_embed[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
         x = jnp.concatenate([token, x], axis=1) + self.pos_embed[...].astype(x.dtype)
@@ -120,13 +115,13 @@ def read_config(values: Mapping[str, Any], where: Path, shapes: Mapping[str, Any
     Raises:
       UserError: a setting that this tower does not have.
     """
-    refuse(values, where, {key: (value,) for key, value in _SETTINGS.items()})
+    refuse(values, where, {"num_channels": (3,), **{key: (value,) for key, value in _SETTINGS.items()}})
     return {
         "type": "intern_vit",
         "image_size": size(values, "image_size", where),
         "patch_size": size(values, "patch_size", where),
         "hidden_size": size(values, "hidden_size", where),
-        "num_layers": layer_count(values.get("num_hidden_layers"), shapes, f"{where}: num_hidden_layers"),
+        "num_layers": size(values, "num_hidden_layers", where),
         "num_heads": size(values, "num_attention_heads", where),
         "mlp_dim": size(values, "intermediate_size", where),
         "norm_eps": number(values, "layer_norm_eps", where, 1e-6),

@@ -27,11 +27,14 @@ from vilam3_jax.models.decoder import (
     lora_linear,
     rope_frequencies,
 )
-from vilam3_jax.models.hugging_face import KEEP, TensorRule, refuse
+from vilam3_jax.models.hugging_face import KEEP, TensorRule, flag, refuse, size
 from vilam3_jax.models.layers import RMSNorm
 from vilam3_jax.sharding.logical_axes import shard
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# transformers' values of keys that config.json lacks.
+_QWEN_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32_768}
+_QWEN3_HEAD_DIM = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,25 +130,32 @@ def read_config(values: Mapping[str, Any], where: Path, shapes: Mapping[str, Any
     """
     family = values.get("model_type", "llama")
     supported: dict[str, tuple[Any, ...]] = {
-        "hidden_act": ("silu",),
-        "mlp_bias": (False, None),
-        "use_sliding_window": (False, None),
-        "partial_rotary_factor": (1.0, None),
+        "hidden_act": ("silu", "swish"),
+        "mlp_bias": (False,),
+        "use_sliding_window": (False,),
+        "partial_rotary_factor": (1.0,),
     }
-    if family == "llama":  # Qwen2's files name a window that `use_sliding_window` leaves off
-        supported["sliding_window"] = (None,)
+    if family == "llama":  # in Qwen's files the key has no effect without `use_sliding_window`
+        supported["sliding_window"] = ()
     refuse(values, where, supported)
-    attention_bias = bool(values.get("attention_bias"))
+    types = values.get("layer_types") or []
+    if not isinstance(types, list) or any(kind != "full_attention" for kind in types):
+        raise UserError(f"{where}: layer_types={types!r} is not supported; choose another model")
+    attention_bias = flag(values, "attention_bias", where)
+    if family != "llama":
+        values = {**_QWEN_DEFAULTS, **values}
+    if family == "qwen3" and values.get("head_dim") is None:
+        values["head_dim"] = _QWEN3_HEAD_DIM
     return {
         "type": "llama",
         **decoder_layout.read_sizes(values, where),
         **decoder_layout.read_rope(values, where, 10_000.0),
-        "max_positions": decoder_layout.size(values, "max_position_embeddings", where, 2048),
-        # Qwen2 always has the first, and its config.json does not say so.
+        "max_positions": size(values, "max_position_embeddings", where, 2048),
+        # Qwen2 always has biases of q, k and v; its config.json does not state them.
         "qkv_bias": attention_bias or family == "qwen2",
         "o_bias": attention_bias and family != "qwen2",
         "qk_norm": family == "qwen3",
-        "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
+        "tie_embeddings": flag(values, "tie_word_embeddings", where),
     }
 
 
@@ -153,7 +163,7 @@ def write_config(llm: LlamaConfig, dtype: str) -> dict[str, Any]:
     """The config.json of a section.
 
     Raises:
-      UserError: no architecture of transformers has this combination of biases.
+      UserError: transformers has no architecture with these biases.
     """
     family = "qwen3" if llm.qk_norm else "qwen2" if (llm.qkv_bias, llm.o_bias) == (True, False) else "llama"
     if llm.qkv_bias != llm.o_bias and family != "qwen2":
@@ -172,7 +182,7 @@ def write_config(llm: LlamaConfig, dtype: str) -> dict[str, Any]:
 
 
 def tensors(llm: LlamaConfig) -> list[TensorRule]:
-    """Hugging Face's tensors. Query and key columns are in the rotate-half layout there, too."""
+    """Hugging Face's tensors; query and key columns have our rotate-half layout."""
     return decoder_layout.decoder_tensors(
         llm,
         [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -63,11 +63,15 @@ class TowerConfig(Section):
     mlp_dim: int = setting(at_least=1)
     norm_eps: float = setting(default=1e-6, at_least=0)
     select_layer: int = -2
+    # Mean and standard deviation of the tower's input, for pixels in 0..1.
+    image_mean: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
+    image_std: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
 
     @property
     def background(self) -> tuple[int, int, int]:
         """Colour of the padding of mode 'pad': the tower's mean pixel, truncated as in VILA."""
-        return (127, 127, 127)
+        red, green, blue = (int(255 * mean) for mean in self.image_mean)
+        return red, green, blue
 
     @property
     def feature_layers(self) -> int:
@@ -329,14 +333,14 @@ def read_vision_config(values: Mapping[str, Any], where: Path, shapes: Mapping[s
     Raises:
       UserError: a setting that this tower does not have.
     """
-    vision = subsection(values, "vision_config", where) or values
+    vision = subsection(values, "vision_config", where) if values.get("model_type") == "siglip" else values
     refuse(vision, where, {"hidden_act": ("gelu_pytorch_tanh",), "num_channels": (3,)})
     return {
         "type": "siglip",
         "image_size": size(vision, "image_size", where, 224),
         "patch_size": size(vision, "patch_size", where, 16),
         "hidden_size": size(vision, "hidden_size", where, 768),
-        "num_layers": layer_count(vision.get("num_hidden_layers", 12), shapes, f"{where}: num_hidden_layers"),
+        "num_layers": size(vision, "num_hidden_layers", where, 12),
         "num_heads": size(vision, "num_attention_heads", where, 12),
         "mlp_dim": size(vision, "intermediate_size", where, 3072),
         "norm_eps": number(vision, "layer_norm_eps", where, 1e-6),
@@ -349,7 +353,7 @@ def read_text_config(values: Mapping[str, Any], where: Path, shapes: Mapping[str
     """Translates the text tower of a SigLIP's config.json into a section."""
     text = subsection(values, "text_config", where)
     refuse(text, where, {"hidden_act": ("gelu_pytorch_tanh",)})
-    layers = text.get("num_hidden_layers", 12)
+    layers = size(text, "num_hidden_layers", where, 12)
     return {
         "vocab_size": size(text, "vocab_size", where, 32_000),
         "max_length": size(text, "max_position_embeddings", where, 64),
@@ -430,8 +434,8 @@ def preprocessor(tower: SiglipConfig) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
+        "image_mean": list(tower.image_mean),
+        "image_std": list(tower.image_std),
     }
 
 

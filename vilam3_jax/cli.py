@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import vilam3_jax
 from vilam3_jax.errors import UserError, use_one_line_notes
+from vilam3_jax.runtime import logs
 
 # Command → (module with `main(argv) -> int`, what it does for the user).
 COMMANDS = {
@@ -54,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
 def guarded(program: str, command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Runs `command(argv)`; the user's errors become one line on stderr and their code, an interrupt 130."""
     use_one_line_notes()
+    logs.configure()
     try:
         return command(argv)
     except UserError as error:

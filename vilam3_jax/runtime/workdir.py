@@ -1,12 +1,12 @@
-"""The folder of a run: one run at a time works in it, and the records that it skipped are named there."""
+"""The folder of a run: its lock, and the list of skipped records."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator, Sequence
 
@@ -17,18 +17,20 @@ from vilam3_jax.runtime import locks, paths, processes
 
 CLAIM_FILE = ".running"
 SKIPPED_FILE = "skipped_records.json"
-WAIT_SECONDS = 120.0  # file servers keep the lock of a lost host for about so long
+WAIT_SECONDS = 120.0  # file servers keep the lock of a lost host for about as long
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def claimed(workdir: paths.PathLike) -> Iterator[None]:
-    """Context in which no other run goes on in `workdir`; it would remove the saves in flight of this one.
+    """Context in which no other run uses `workdir`; it would remove this one's unfinished saves.
 
-    A lock of the operating system, which ends with the process, however that ends. Object stores and some
-    file systems have none; there nothing is checked.
+    The lock belongs to the operating system and ends with the process. Object stores and some file systems
+    have none; there nothing is checked.
 
     Raises:
-      UserError: another run has the folder for longer than a lost one could, or it cannot be written.
+      UserError: another run keeps the folder longer than a dead one could, or it cannot be written.
     """
     folder = paths.as_path(workdir)
     with contextlib.ExitStack() as held:
@@ -57,7 +59,7 @@ def _lock(file: int, folder: epath.Path) -> None:
         if time.monotonic() > deadline:
             raise UserError(f"{folder}: {holder} runs here; wait for it, stop it, or use another --workdir")
         if not told:
-            print(f"{folder}: {holder} runs here; waiting for its end", file=sys.stderr, flush=True)
+            logger.info("%s: %s runs here; waiting for its end", folder, holder)
             told = True
         time.sleep(1.0)
     with contextlib.suppress(OSError):  # a full disk; the lock holds without the name
@@ -66,20 +68,20 @@ def _lock(file: int, folder: epath.Path) -> None:
 
 
 class SkippedRecords:
-    """Records that the loaders of a run's processes skipped: `skipped_records.json`, record to reason.
+    """Records that the loaders of all processes skipped: `skipped_records.json`, record to reason.
 
     Attributes:
-      records: all so far, also before a restart; of the lead process.
+      records: all so far, restarts included; on the primary process.
     """
 
     def __init__(self, workdir: paths.PathLike) -> None:
-        """Goes on with what the folder names.
+        """Reads the records of earlier starts.
 
         Raises:
           UserError: the file is damaged.
         """
         self._path = paths.as_path(workdir) / SKIPPED_FILE
-        self._told = 0
+        self._reported = 0
         self.records: dict[str, str] = {}
         if processes.is_primary_process() and self._path.exists():
             try:
@@ -88,7 +90,7 @@ class SkippedRecords:
                 raise UserError(f"{self._path}: not readable ({error}); remove it") from error
 
     def add(self, skipped: Sequence[tuple[str, str]], missing: int = 0) -> dict[str, float]:
-        """Adds what is new in `skipped`; every process must call it.
+        """Adds new records; collective.
 
         Args:
           skipped: (record, reason) of this process since its start; it only grows.
@@ -98,7 +100,7 @@ class SkippedRecords:
           The figures for the metrics that are not 0: `records_skipped` and `annotations_missing`.
         """
         known = len(self.records)
-        new, self._told = skipped[self._told :], len(skipped)
+        new, self._reported = skipped[self._reported :], len(skipped)
         lacking = 0
         for part, shown_without in processes.gather([new, missing]):
             self.records |= dict(part)

@@ -69,8 +69,8 @@ class OptimizerConfig(Section):
         if self.nu_dtype == "bfloat16" and self.b2 > 0.99:
             raise UserError(
                 f"config optimizer.nu_dtype='bfloat16' with b2={self.b2}: the change of one step is below "
-                "the resolution of bfloat16, so the second moment would never change; set b2 to 0.99 or less, or "
-                "nu_dtype to ''"
+                "the resolution of bfloat16, so the second moment would never change; set b2 to 0.99 or "
+                "less, or nu_dtype to ''"
             )
 
 

@@ -1,10 +1,10 @@
-"""XProf traces of some steps: of those that the config names, and of the next few after SIGUSR1."""
+"""XProf traces of some steps: those that the config names, and the next few after SIGUSR1."""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
-import sys
 import threading
 from typing import Any
 
@@ -13,20 +13,22 @@ import jax
 from vilam3_jax.runtime import paths
 
 FOLDER = "profile"
-_ON_SIGNAL = 3  # steps that a signal asks for
+_ON_SIGNAL = 3  # steps traced after a signal
+
+logger = logging.getLogger(__name__)
 
 
 class Traces:
-    """Starts and stops the profiler between steps; traces go to `<workdir>/profile`, one a process.
+    """Starts and stops the profiler between steps; traces go to `<workdir>/profile`, one per process.
 
-    A trace that cannot be made or written is said on stderr, and the run goes on.
+    A trace that cannot be made or written is logged, and the run continues.
     """
 
     def __init__(self, workdir: paths.PathLike, steps: tuple[int, ...]) -> None:
-        """Traces the steps `steps[0]` to `steps[1]`, both included; an empty tuple: none but on SIGUSR1."""
+        """Traces steps `steps[0]` to `steps[1]`, both included; empty: only on SIGUSR1."""
         self._folder = os.fspath(paths.as_path(workdir) / FOLDER)
         self._steps = steps
-        self._last: int | None = None  # of the trace that runs
+        self._last: int | None = None  # last step of the running trace
         self._asked = threading.Event()
         self._previous: Any = None
         if threading.current_thread() is threading.main_thread():
@@ -51,23 +53,23 @@ class Traces:
             jax.profiler.start_trace(self._folder)
             self._last = last
         except Exception as error:  # whatever the profiler and its file system raise
-            self._say(error)
+            self._report(error)
 
     def stop(self) -> None:
-        """Ends the trace, if one runs, and writes it."""
+        """Ends and writes the running trace, if any."""
         if self._last is not None:
             self._last = None
             try:
                 jax.profiler.stop_trace()
             except Exception as error:
-                self._say(error)
+                self._report(error)
 
-    def _say(self, error: Exception) -> None:
-        told = " ".join(str(error).split())[:300]
-        print(f"{self._folder}: no trace ({told}); training goes on", file=sys.stderr, flush=True)
+    def _report(self, error: Exception) -> None:
+        reason = " ".join(str(error).split())[:300]
+        logger.warning("%s: no trace (%s); training continues", self._folder, reason)
 
     def close(self) -> None:
-        """Writes a trace that still runs, and gives the signal back."""
+        """Writes a running trace and restores the signal handler."""
         self.stop()
         if self._previous is not None:
             signal.signal(signal.SIGUSR1, self._previous)

@@ -1,11 +1,11 @@
-"""Says what every thread is doing when a run no longer moves."""
+"""Dumps the stacks of all threads when a run stalls."""
 
 from __future__ import annotations
 
 import datetime
 import faulthandler
+import logging
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -13,18 +13,20 @@ from typing import Any
 
 from vilam3_jax.runtime import paths
 
-_LOOKS = 20  # times within the limit that the clock is looked at
+_CHECKS = 20  # of the clock, within the limit
+
+logger = logging.getLogger(__name__)
 
 
 class Watchdog:
-    """Writes the stacks of all threads to `<workdir>/stacks-<process>.txt` when no beat came for a while.
+    """Writes the stacks of all threads to `<workdir>/stacks-<process>.txt` if no beat comes for a while.
 
-    The dump is made by a timer of the interpreter's own (`faulthandler`), which needs no lock of Python's: a
-    thread that hangs in a collective or a driver and holds that lock is shown, too. The run is left alone.
+    The interpreter's own timer (`faulthandler`) makes the dump without the GIL, so it also shows a thread
+    that hangs in a collective or a driver while holding it. The run continues.
     """
 
     def __init__(self, workdir: paths.PathLike, seconds: float, process: int = 0) -> None:
-        """Starts watching; `seconds` without a beat are a stall, 0 never."""
+        """Starts watching; `seconds` without a beat are a stall, 0 for never."""
         self._seconds = seconds
         self._target = paths.as_path(workdir) / f"stacks-{process}.txt"
         self._beaten = time.monotonic()
@@ -32,7 +34,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         if not seconds:
             return
-        # The timer writes to a file descriptor; an object store has none, so its file is sent afterwards.
+        # The timer writes to a file descriptor, which object stores lack; their file is uploaded afterwards.
         self._remote = "://" in os.fspath(self._target)
         self._target.parent.mkdir(parents=True, exist_ok=True)
         self._file: Any = tempfile.TemporaryFile("w+") if self._remote else self._target.open("a")  # noqa: SIM115
@@ -40,36 +42,36 @@ class Watchdog:
         self._thread.start()
 
     def beat(self) -> None:
-        """The run moved."""
+        """Records that the run advanced."""
         self._beaten = time.monotonic()
 
     def _watch(self) -> None:
-        said = None  # of which beat; the first steps can stall as well
-        pause = self._seconds / _LOOKS
+        reported = None  # the beat after which a stall was reported
+        pause = self._seconds / _CHECKS
         self._arm(self._seconds)
         while not self._closed.wait(pause):
             beaten = self._beaten
             quiet = time.monotonic() - beaten
             if quiet < self._seconds:
                 self._arm(self._seconds - quiet)
-            elif beaten != said:
-                said = beaten
-                self._say(quiet)
+            elif beaten != reported:
+                reported = beaten
+                self._report(quiet)
 
     def _arm(self, seconds: float) -> None:
         faulthandler.dump_traceback_later(max(seconds, 0.001), file=self._file)
 
-    def _say(self, quiet: float) -> None:
+    def _report(self, quiet: float) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._file.write(f"--- {now}: no step for {quiet:.0f} s, stacks above\n\n")
         self._file.flush()
         if self._remote:
             self._file.seek(0)
             paths.write_text_atomic(self._target, self._file.read())
-        print(f"no step for {quiet:.0f} s; the stacks of all threads are in {self._target}", file=sys.stderr)
+        logger.warning("no step for %.0f s; the stacks of all threads are in %s", quiet, self._target)
 
     def close(self) -> None:
-        """Stops watching; a file in which nothing was written is removed."""
+        """Stops watching; removes an empty file."""
         if self._thread is None:
             return
         self._closed.set()

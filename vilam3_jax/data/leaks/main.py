@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -29,8 +28,6 @@ def main(argv: Sequence[str]) -> int:
         )
     if args.workers < 0 or not 0 <= args.distance < 255:
         raise UserError("--workers must not be negative, --distance must be from 0 to 254")
-    logging.basicConfig(format="%(message)s")
-    report.logger.setLevel(logging.INFO)
     result = report.find_leaks(
         args.directories, training=args.training or ("train",), distance=args.distance, workers=args.workers
     )

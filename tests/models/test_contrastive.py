@@ -1,4 +1,4 @@
-"""The two towers: unit embeddings, padding that says nothing."""
+"""The two towers: unit embeddings, and padding without effect."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from tests.models.tiny_model import make, model_config
-from vilam3_jax.models import siglip, vila
+from vilam3_jax.models import build, siglip
 
 
 @pytest.fixture(scope="module")

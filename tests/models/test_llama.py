@@ -1,4 +1,4 @@
-"""Llama beyond parity: the cache equals the full forward, LoRA, rematerialisation, packing."""
+"""Llama: cached and full forward agree, LoRA, rematerialisation, packing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flax import nnx
 
 from tests.models.tiny_model import make, model_config
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import vila
+from vilam3_jax.models import build
 from vilam3_jax.models.layers import Linear
 
 
@@ -19,7 +19,12 @@ def full(graphdef, params, tokens, segments=None, positions=None):
     length = tokens.shape[1]
     segments = jnp.ones_like(tokens) if segments is None else segments
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape) if positions is None else positions
-    return jax.jit(lambda p: build.merge(graphdef, p)(tokens, segments, positions))(params)
+    return jax.jit(lambda params: text_states(graphdef, params, tokens, segments, positions))(params)
+
+
+def text_states(graphdef, params, tokens, segments, positions):
+    llm = build.merge(graphdef, params).llm
+    return llm(llm.embed(tokens), segments, positions)
 
 
 def random_tokens(rows, length, seed=0):
@@ -27,7 +32,7 @@ def random_tokens(rows, length, seed=0):
 
 
 def test_ragged_prefill_and_steps_equal_the_full_forward():
-    """Prefill chunks whose rows have different true lengths, single steps, up to the cache's last slot."""
+    """Prefills chunks of rows with different true lengths, then steps up to the last slot of the cache."""
     graphdef, params = make(model_config())
     length = 14
     tokens = random_tokens(2, length)
@@ -41,7 +46,7 @@ def test_ragged_prefill_and_steps_equal_the_full_forward():
 
     cache = build.merge(graphdef, params).llm.init_cache(2, length)
     at = np.zeros(2, int)
-    # The last chunk's padding reaches beyond the cache: it must not fold back onto real slots.
+    # The last chunk's padding reaches beyond the cache and must not overwrite real slots.
     for width, true_lengths in ((6, (6, 2)), (6, (1, 6)), (1, (1, 1)), (1, (1, 1)), (6, (5, 4))):
         chunk = np.full((2, width), 40)
         for row, n in enumerate(true_lengths):
@@ -122,7 +127,7 @@ def test_rematerialisation_changes_no_gradient_but_what_is_kept():
 
         def loss(p):
             return jnp.square(
-                build.merge(graphdef, p)(tokens, jnp.ones_like(tokens), jnp.arange(9)[None])
+                text_states(graphdef, p, tokens, jnp.ones_like(tokens), jnp.arange(9)[None])
             ).sum()
 
         return jax.jit(jax.grad(loss)).lower(params).compile()

@@ -1,4 +1,4 @@
-"""Projectors: which patches meet in a token, in which order, and the layers after it."""
+"""Projectors: which patches a token joins, the order of tokens, and the layers after it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from ml_collections import ConfigDict
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.models.projector import Projector, join_neighbours
+from vilam3_jax.models.projector import Projector, ProjectorConfig, join_neighbours
 
 
 def make(kind, order="column", in_dim=3, out_dim=5):
-    cfg = ConfigDict(dict(type=kind, token_order=order))
+    cfg = ProjectorConfig(type=kind, token_order=order)
     return Projector(cfg, in_dim, out_dim, rngs=nnx.Rngs(0), dtype="float32", param_dtype="float32")
 
 
@@ -33,7 +32,7 @@ def test_neighbours_by_hand():
 
 
 def test_column_order_walks_down_the_columns():
-    """Old token t covers grid row t % 14, column t // 14 (27 x 27 SigLIP patches)."""
+    """Token t covers row t % 14 and column t // 14 of the new grid (27 x 27 SigLIP patches)."""
     patches = np.stack(np.meshgrid(np.arange(27), np.arange(27), indexing="ij"), axis=-1).reshape(1, 729, 2)
     tokens = np.asarray(join_neighbours(jnp.asarray(patches), 2, column_order=True))[0]
     t = np.arange(196)

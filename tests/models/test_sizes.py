@@ -1,4 +1,4 @@
-"""The published sizes: as many parameters as published, and as transformers counts from the same settings."""
+"""Parameter counts of the published sizes: against publications, and against transformers."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from vilam3_jax.configs import models
 from vilam3_jax.configs.models.parts import llms, towers
 
 from vilam3_jax import config as config_lib
+from vilam3_jax import tasks  # noqa: F401, registers batches as pytrees
 from vilam3_jax.data.batches import PackedBatch
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import param_paths, vila
-from vilam3_jax.sharding import logical_axes
+from vilam3_jax.models import build, model_config, param_paths
 from vilam3_jax.sharding import mesh as mesh_lib
-from vilam3_jax.training import optimizer as optimizer_lib
-from vilam3_jax.training import state as state_lib
-from vilam3_jax.training import step as step_lib
+from vilam3_jax.training import program as program_lib
 
 SIZES = ("vila_m3_3b", "vila_m3_8b", "vila_m3_13b", "vila_m3_40b")
-# Projectors: arithmetic over the released shapes; 8B and 13B are the released files' sizes in bf16. LLMs: the
-# model cards' totals (8B: with [PAD], one more row in both tables).
+# Projectors: computed from the released shapes; those of 8B and 13B match the released files' sizes in bf16.
+# LLMs: totals of the model cards (8B has [PAD], one more row in both tables).
 PUBLISHED = {
     "vila_m3_3b": {"projector": 18_364_416},
     "vila_m3_8b": {"projector": 35_668_992, "llm": 8_030_261_248 + 2 * 4096},
@@ -31,9 +29,9 @@ PUBLISHED = {
 }
 
 
-def counts(cfg, kind="generative"):
+def counts(cfg, task="generative"):
     """component -> number of parameters, without allocating any."""
-    _, abstract = build.abstract_model(cfg, kind)
+    _, abstract = build.abstract_model(cfg, task)
     out: dict[str, int] = {}
     for path, leaf in param_paths.flatten(abstract).items():
         part = path.partition("/")[0]
@@ -54,8 +52,8 @@ def test_released_file_sizes():
     assert 2 * got["llm"] / 1e9 == pytest.approx(4.97 + 0.429, abs=0.01)
 
 
-# Sizes as in the checkpoints' own config.json, put down apart from ours; the totals are those that the model
-# cards round (Qwen2.5 7.61B and 1.54B, Qwen3 8.2B), or of the files' bytes in bf16.
+# Sizes from the checkpoints' config.json, independent of ours. Totals are those that the model cards round
+# (Qwen2.5 7.61B and 1.54B, Qwen3 8.2B), or follow from the files' bytes in bf16.
 PUBLISHED_LLMS = {
     "sheared_llama_2_7b": ("Llama", (32_000, 2560, 6912, 32, 20, 20), {}, 2_701_560_320),
     "llama3_8b": ("Llama", (128_257, 4096, 14_336, 32, 32, 8), {}, 8_030_261_248 + 2 * 4096),
@@ -81,11 +79,11 @@ SIZE_KEYS = (
 )
 
 
-def number_of_parameters(build):
-    """Parameters of a PyTorch model without its memory."""
+def number_of_parameters(make):
+    """Parameters of a PyTorch model, without allocating it."""
     torch = pytest.importorskip("torch")
     with torch.device("meta"):
-        return sum(p.numel() for p in build().parameters())
+        return sum(p.numel() for p in make().parameters())
 
 
 @pytest.mark.parametrize("name", sorted(llms.LLMS))
@@ -101,7 +99,7 @@ def test_llm_counts_equal_transformers(name):
 
 
 def test_smollm2_count():
-    """134,515,008: the published model, tied."""
+    """The published model, with tied embeddings: 134,515,008 parameters."""
     config = models.get("smollm2_135m")
     config.llm.lora_rank = 0
     assert counts(config)["llm"] == 134_515_008
@@ -118,7 +116,7 @@ PUBLISHED_SIGLIPS = {
 
 @pytest.mark.parametrize("name", sorted(set(towers.TOWERS) - {"intern_vit_6b_448"}))
 def test_siglip_counts_equal_transformers(name):
-    """Both towers: each, and the two scalars."""
+    """Both towers with the two scalars, and the vision tower alone."""
     transformers = pytest.importorskip("transformers")
     (image_size, patch_size, *rest), vocabulary = PUBLISHED_SIGLIPS[name]
     sizes = dict(
@@ -143,7 +141,7 @@ def test_siglip_counts_equal_transformers(name):
 
 
 def test_intern_vit_count():
-    """5.54 billion: shards of 4.99, 4.94 and 1.15 GB in bf16."""
+    """Shards of 4.99, 4.94 and 1.15 GB in bf16, so 5.54 billion parameters."""
     transformers = pytest.importorskip("transformers")
     config = transformers.InternVLVisionConfig(
         hidden_size=3200,
@@ -163,31 +161,32 @@ def test_intern_vit_count():
 
 
 def test_image_tokens():
-    assert [vila.tokens_per_image(models.get(name)) for name in SIZES] == [196, 196, 196, 256]
-    assert vila.tokens_per_image(models.get("vila_m3_8b,tower=siglip_so400m_448")) == 256
+    def tokens(name):
+        return model_config.resolve(models.get(name)).tokens_per_image
+
+    assert [tokens(name) for name in SIZES] == [196, 196, 196, 256]
+    assert tokens("vila_m3_8b,tower=siglip_so400m_448") == 256
     nvila = "vila_m3_8b,tower=siglip_so400m_448,projector=mlp_downsample_3x3_fix,llm=qwen2_5_7b"
-    assert vila.tokens_per_image(models.get(nvila)) == 121
+    assert tokens(nvila) == 121
 
 
 @pytest.mark.parametrize("name", [*SIZES, "vila_m3_8b,llm=qwen3_8b"])
 def test_shapes_pass_through(name):
-    """One packed row through the abstract model: text, an image in its place, hidden states out."""
+    """One packed row with an image through the abstract model."""
     cfg = models.get(name)
     graphdef, abstract = build.abstract_model(cfg, "generative")
     size = cfg.image_size
-    spec = jax.ShapeDtypeStruct
-
-    def run(params, tokens, images, valid, index):
-        return build.merge(graphdef, params)(tokens, tokens, tokens, images, valid, index)
-
-    out = jax.eval_shape(
-        run,
-        abstract,
-        spec((1, 300), "int32"),
-        spec((1, 1, size, size, 3), "uint8"),
-        spec((1, 1), bool),
-        spec((1, 300), "int32"),
+    integers = jax.ShapeDtypeStruct((1, 300), "int32")
+    batch = PackedBatch(
+        tokens=integers,
+        segment_ids=integers,
+        positions=integers,
+        loss_weights=jax.ShapeDtypeStruct((1, 300), "float32"),
+        visual_index=integers,
+        images=jax.ShapeDtypeStruct((1, 1, size, size, 3), "uint8"),
+        image_valid=jax.ShapeDtypeStruct((1, 1), bool),
     )
+    out = jax.eval_shape(lambda params, batch: build.merge(graphdef, params)(batch), abstract, batch)
     assert out.shape == (1, 300, cfg.llm.hidden_size) and out.dtype == "bfloat16"
 
 
@@ -205,45 +204,23 @@ def test_unknown_parts_are_named(spec, message):
         models.get(spec)
 
 
-def test_widths_that_do_not_meet_are_named():
+def test_widths_that_differ_are_named():
     with pytest.raises(UserError, match="tower has 1152 and the LLM 4096"):
         counts(models.get("vila_m3_8b,projector=identity"))
 
 
 def test_one_number_of_a_published_size_is_overridden():
-    """`vilam3 train` with this command line, as far as shapes go: the sharded step, lowered."""
+    """Lowers the sharded step that `vilam3 train` would run with this command line."""
     argv = ["--config=configs/stage3_instruct.py:vila_m3_8b", "--config.model.llm.num_layers=2"]
     argv += ["--config.mesh.fsdp=8", "--config.data.seq_len=300"]
     config = config_lib.parse(argv, flags.FlagValues())
-    mesh = mesh_lib.build_mesh(config.mesh)
-    graphdef, nested = build.abstract_model(config.model, config.task)
-    rates = optimizer_lib.multipliers(config, list(param_paths.flatten(nested)))
-    optimizer = optimizer_lib.make_optimizer(config, rates)
-    state = state_lib.abstract_state(config, mesh, optimizer, rates)
-    assert state["trainable"]["llm/layers/attn/q/kernel"].shape == (2, 4096, 4096)
+    program = program_lib.build(config, mesh_lib.build_mesh(config.mesh))
+    assert program.state.trainable["llm/layers/attn/q/kernel"].shape == (2, 4096, 4096)
     rows, length, size = config.data.global_rows, config.data.seq_len, config.model.image_size
-    integers = jax.ShapeDtypeStruct((rows, length), "int32")
-    batch = PackedBatch(
-        tokens=integers,
-        segment_ids=integers,
-        positions=integers,
-        visual_index=integers,
-        loss_weights=jax.ShapeDtypeStruct((rows, length), "float32"),
-        images=jax.ShapeDtypeStruct((rows, 1, size, size, 3), "uint8"),
-        image_valid=jax.ShapeDtypeStruct((rows, 1), bool),
-    )
-    batch = jax.tree.map(
-        lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
-        batch,
-        mesh_lib.batch_shardings(batch, mesh),
-    )
-    step = step_lib.make_train_step(
-        config, step_lib.make_loss(config, graphdef), optimizer, optimizer_lib.learning_rate(config)
-    )
-    with logical_axes.activation_rules(mesh, config.activation_rules.to_dict(), config.attention):
-        lowered = jax.jit(step, out_shardings=(state_lib.shardings(state), None)).lower(state, batch)
-    after, metrics = lowered.out_info
+    assert program.batch.tokens.shape == (rows, 300) == (rows, length)
+    assert program.batch.images.shape[2:] == (size, size, 3) and program.batch.images.dtype == "uint8"
+    after, metrics = program.lower().out_info
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), state
+        lambda x: (x.shape, x.dtype), program.state
     )
     assert metrics["loss"].shape == ()

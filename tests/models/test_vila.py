@@ -1,7 +1,8 @@
-"""The whole model: images in their places, nothing from empty slots, building without memory."""
+"""The whole model: images at their positions, empty slots without effect, abstract building."""
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 
 from tests.models.tiny_model import make, model_config
-from vilam3_jax import config as config_lib
+from vilam3_jax import tasks  # noqa: F401, registers batches as pytrees
+from vilam3_jax.data.batches import PackedBatch
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import siglip, vila
+from vilam3_jax.models import build, siglip
+from vilam3_jax.models import model_config as model_config_lib
 from vilam3_jax.ops import attention
+from vilam3_jax.ops.attention import backends
 from vilam3_jax.sharding import logical_axes
 from vilam3_jax.sharding import mesh as mesh_lib
 
@@ -28,7 +32,7 @@ def model():
 
 
 def batch(seed=0):
-    """Two groups of two rows. Row 0 shows (group 0, slot 1), row 1 (0, 0), row 2 nothing, row 3 (1, 2)."""
+    """Two groups of two rows. Row 0 shows (group 0, slot 1), row 1 (0, 0), row 2 no image, row 3 (1, 2)."""
     rng = np.random.default_rng(seed)
     visual = np.full((ROWS, LENGTH), -1)
     visual[0, 2:11] = 1 * TOKENS + np.arange(TOKENS)
@@ -37,10 +41,11 @@ def batch(seed=0):
     segments = np.ones((ROWS, LENGTH), int)
     segments[2, 12:] = 2
     segments[:, -2:] = 0
-    return dict(
+    return PackedBatch(
         tokens=jnp.asarray(rng.integers(0, 41, (ROWS, LENGTH))),
         segment_ids=jnp.asarray(segments),
         positions=jnp.arange(LENGTH)[None].repeat(ROWS, 0),
+        loss_weights=jnp.zeros((ROWS, LENGTH)),
         images=jnp.asarray(rng.integers(0, 256, (GROUPS, SLOTS, 20, 20, 3), dtype=np.uint8)),
         image_valid=jnp.asarray([[True, True, False], [False, True, True]]),
         visual_index=jnp.asarray(visual),
@@ -56,16 +61,19 @@ def step(model):
     @jax.jit
     @jax.value_and_grad
     def run(params, images):
-        hidden = build.merge(graphdef, params)(**{**data, "images": images})
-        return jnp.square(hidden * (data["segment_ids"] != 0)[..., None]).sum()
+        hidden = build.merge(graphdef, params)(dataclasses.replace(data, images=images))
+        return jnp.square(hidden * (data.segment_ids != 0)[..., None]).sum()
 
     return run
 
 
 def embed(model, data):
     graphdef, params = model
-    names = ("tokens", "images", "image_valid", "visual_index")
-    return np.asarray(_embed(graphdef, params, *(data[n] for n in names)))
+    return np.asarray(_embed(graphdef, params, *image_arguments(data)))
+
+
+def image_arguments(data):
+    return data.tokens, data.images, data.image_valid, data.visual_index
 
 
 @partial(jax.jit, static_argnums=0)
@@ -77,12 +85,12 @@ def test_every_image_stands_in_its_place(model):
     graphdef, params = model
     data = batch()
     built = build.merge(graphdef, params)
-    assert built.num_image_tokens == TOKENS == vila.tokens_per_image(model_config())
+    assert built.num_image_tokens == TOKENS == model_config_lib.resolve(model_config()).tokens_per_image
     got = embed(model, data)
-    text = np.array(built.llm.embed(data["tokens"]))
+    text = np.array(built.llm.embed(data.tokens))
     encode = jax.jit(built.encode_images)
     for row, group, slot, start in ((0, 0, 1, 2), (1, 0, 0, 10), (3, 1, 2, 0)):
-        alone = encode(data["images"][group, slot][None])[0]
+        alone = encode(data.images[group, slot][None])[0]
         np.testing.assert_allclose(got[row, start : start + TOKENS], alone, atol=1e-5)
         text[row, start : start + TOKENS] = got[row, start : start + TOKENS]
     np.testing.assert_array_equal(got, text)
@@ -90,7 +98,7 @@ def test_every_image_stands_in_its_place(model):
 
 def test_empty_slots_change_nothing(model, step):
     _, params = model
-    images = batch()["images"]
+    images = batch().images
     one, two = step(params, images), step(params, images.at[0, 2].set(255).at[1, 0].set(7))
     jax.tree.map(np.testing.assert_array_equal, one, two)
     assert step(params, images.at[0, 1].set(255))[0] != one[0]
@@ -98,18 +106,18 @@ def test_empty_slots_change_nothing(model, step):
 
 def test_an_index_into_an_empty_slot_reads_zeros(model):
     data = batch()
-    data["visual_index"] = data["visual_index"].at[2, 5].set(3)  # group 1, slot 0: empty
+    data = dataclasses.replace(data, visual_index=data.visual_index.at[2, 5].set(3))  # group 1, slot 0: empty
     np.testing.assert_array_equal(embed(model, data)[2, 5], 0)
 
 
 def test_an_index_beyond_the_group_shows_itself(model):
     data = batch()
-    data["visual_index"] = data["visual_index"].at[2, 5].set(SLOTS * TOKENS)
+    data = dataclasses.replace(data, visual_index=data.visual_index.at[2, 5].set(SLOTS * TOKENS))
     assert np.isnan(embed(model, data)[2, 5]).all()
 
 
 def test_unused_tower_parts_get_no_gradient(model, step):
-    gradient = step(model[1], batch()["images"])[1]
+    gradient = step(model[1], batch().images)[1]
     tower = gradient["vision_tower"]
     kernel = np.asarray(tower["blocks"]["attn"]["q"]["kernel"])
     assert not kernel[-1].any() and all(kernel[i].any() for i in range(len(kernel) - 1))
@@ -123,10 +131,9 @@ def test_text_alone_needs_no_images(model):
     graphdef, params = model
     data = batch()
     built = build.merge(graphdef, params)
-    rest = (data["tokens"], data["segment_ids"], data["positions"])
     run = jax.jit(built.__call__)
-    text_only = run(*rest)
-    nothing = run(*rest, data["images"], data["image_valid"], jnp.full((ROWS, LENGTH), -1))
+    text_only = run(dataclasses.replace(data, images=None, image_valid=None, visual_index=None))
+    nothing = run(dataclasses.replace(data, visual_index=jnp.full((ROWS, LENGTH), -1)))
     np.testing.assert_allclose(text_only, nothing, atol=1e-6)
 
 
@@ -135,47 +142,44 @@ def test_bad_batches_are_refused(model):
     built = build.merge(graphdef, params)
     data = batch()
     with pytest.raises(ValueError, match="image_valid"):
-        built.embed(data["tokens"], data["images"])
+        built.embed(data.tokens, data.images)
     with pytest.raises(ValueError, match="4 rows do not divide into 3 groups"):
         images = jnp.zeros((3, 1, 20, 20, 3), jnp.uint8)
-        built.embed(data["tokens"], images, jnp.ones((3, 1), bool), data["visual_index"])
+        built.embed(data.tokens, images, jnp.ones((3, 1), bool), data.visual_index)
     with pytest.raises(ValueError, match="image_tiles"):
-        build.merge(graphdef, params).embed(
-            *(data[n] for n in ("tokens", "images", "image_valid", "visual_index")),
-            jnp.zeros((GROUPS, SLOTS, 5), int),
-        )
+        built.embed(*image_arguments(data), jnp.zeros((GROUPS, SLOTS, 5), int))
     with pytest.raises(ValueError, match="uint8"):
         built.encode_images(jnp.zeros((1, 20, 20, 3)))
 
 
-@pytest.mark.parametrize("kind", ["generative", "contrastive"])
-def test_building_is_abstract_deterministic_and_jittable(kind):
+@pytest.mark.parametrize("task", ["generative", "contrastive"])
+def test_building_is_abstract_deterministic_and_jittable(task):
     cfg = model_config(lora_rank=2, tie_embeddings=False)
-    _, abstract = build.abstract_model(cfg, kind)
+    _, abstract = build.abstract_model(cfg, task)
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(abstract))
-    # Random numbers are many lines of code: most of this test would be the optimiser's time.
+    # Optimising the code of random numbers would take most of this test's time.
     options = {"xla_backend_optimization_level": 0}
-    init = jax.jit(partial(build.init_params, cfg, kind)).lower(jax.random.key(0)).compile(options)
+    init = jax.jit(partial(build.init_params, cfg, task)).lower(jax.random.key(0)).compile(options)
     one, two, other = init(jax.random.key(0)), init(jax.random.key(0)), init(jax.random.key(1))
     jax.tree.map(np.testing.assert_array_equal, one, two)
     same_shape = jax.tree.map(lambda x, a: x.shape == a.shape and x.dtype == a.dtype, one, abstract)
     assert all(jax.tree.leaves(same_shape))
-    kernel = "llm" if kind == "generative" else "text_tower"
+    kernel = "llm" if task == "generative" else "text_tower"
     first, second = (jax.tree.leaves(x[kernel]["embed"])[0] for x in (one, other))
     assert np.abs(first - second).max() > 0
-    if kind == "contrastive":  # the paper's start
+    if task == "contrastive":  # initial values of the paper
         assert float(one["logit_scale"]) == pytest.approx(np.log(10)) and float(one["logit_bias"]) == -10
 
 
 def test_bfloat16_compute_stays_near_float32():
     cfg = model_config()
     graphdef, params = make(cfg)
-    want = jax.jit(build.merge(graphdef, params).__call__)(**batch())
+    want = jax.jit(build.merge(graphdef, params).__call__)(batch())
     cfg.dtype = "bfloat16"
     low = build.merge(build.abstract_model(cfg, "generative")[0], params)
-    got = jax.jit(low.__call__)(**batch())
+    got = jax.jit(low.__call__)(batch())
     assert got.dtype == jnp.bfloat16
-    real = np.asarray(batch()["segment_ids"] != 0)
+    real = np.asarray(batch().segment_ids != 0)
     error = np.abs(got.astype(jnp.float32) - want)[real]
     assert np.mean(error) < 0.03 * np.abs(want).std()
 
@@ -202,9 +206,9 @@ def test_unknown_families_are_refused():
 
 
 def test_a_tower_whose_rows_are_padded_sees_the_same(model, monkeypatch):
-    """As for TPU kernels: padding takes no part, forward and backward."""
+    """Padding for TPU kernels has no effect, forward and backward."""
     graphdef, params = model
-    images = batch()["images"][0]
+    images = batch().images[0]
 
     def features_of(params):
         return build.merge(graphdef, params).vision_tower.features(images) ** 3
@@ -218,14 +222,14 @@ def test_a_tower_whose_rows_are_padded_sees_the_same(model, monkeypatch):
     padded = both()
     assert lengths and set(lengths) == {25}
     for one, other in zip(plain, padded, strict=True):
-        # Rounding is that of the largest: the gradient of the keys' biases is zero but for it.
+        # The tolerance follows the largest leaf: gradients of the keys' biases are rounding errors of zero.
         largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(one))
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6 * largest), one, other)
 
 
 def test_rows_are_padded_for_kernels_where_it_costs_little():
-    mesh = mesh_lib.build_mesh(config_lib.base_config().mesh)
+    mesh = mesh_lib.build_mesh(mesh_lib.MeshConfig())
     assert [attention.row_length(tokens) for tokens in (729, 1025)] == [729, 1025]
-    with logical_axes.activation_rules(mesh, config_lib.ACTIVATION_RULES, "splash"):
+    with logical_axes.activation_rules(mesh, logical_axes.ACTIVATION_RULES), backends.use("splash"):
         lengths = [attention.row_length(tokens) for tokens in (100, 729, 768, 1024, 1025)]
     assert lengths == [100, 768, 768, 1024, 1025]

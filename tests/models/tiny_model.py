@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vilam3_jax.models import vila
+from vilam3_jax.models import build
 
 
 def model_config(**llm: Any) -> ConfigDict:
@@ -65,9 +65,9 @@ def model_config(**llm: Any) -> ConfigDict:
     )
 
 
-def make(cfg: ConfigDict, kind: str = "generative", seed: int = 0) -> tuple[Any, dict[str, Any]]:
-    """(structure, random parameters), biases and norms too; drawn by NumPy, as compiling takes longer."""
-    graphdef, abstract = build.abstract_model(cfg, kind)
+def make(cfg: ConfigDict, task: str = "generative", seed: int = 0) -> tuple[Any, dict[str, Any]]:
+    """(structure, random parameters), biases and norms too; drawn by NumPy, because compiling is slower."""
+    graphdef, abstract = build.abstract_model(cfg, task)
     rng = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:

@@ -1,7 +1,8 @@
-"""Times our attention beside `jax.nn.dot_product_attention` on packed causal rows of SmolLM2-135M's shape.
+"""Times our attention and `jax.nn.dot_product_attention` on packed causal rows of SmolLM2-135M's shape.
 
-`whole` is what ours does for short rows, a quarter of the queries over all earlier keys at a time, also where
-ours goes blockwise; MiB are XLA's temporary arrays, forward and backward.
+`whole` is our algorithm for short rows (a quarter of the queries at a time, over all earlier keys) at every
+length; `ours` switches to blockwise attention for long rows. MiB are XLA's temporary arrays, forward and
+backward.
 
 python benchmarks/attention_cpu.py
 """
@@ -16,22 +17,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vilam3_jax.ops import attention as attention_lib
-from vilam3_jax.ops.attention import attention
+from vilam3_jax.ops.attention import MaskInfo, attention, xla
 
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
 
 
 def ours(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    return attention(q, k, v, segment_ids_q=segment_ids, segment_ids_kv=segment_ids, causal=True)
+    return attention(q, k, v, MaskInfo(segment_ids, segment_ids, causal=True))
 
 
 def whole(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    limit, attention_lib.MAX_SHORT = attention_lib.MAX_SHORT, q.shape[1]
+    limit, xla.MAX_SHORT = xla.MAX_SHORT, q.shape[1]
     try:
         return ours(q, k, v, segment_ids)
     finally:
-        attention_lib.MAX_SHORT = limit
+        xla.MAX_SHORT = limit
 
 
 def plain(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:

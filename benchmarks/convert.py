@@ -1,11 +1,11 @@
-"""Import and export beside copying the same bytes: seconds, ratios and peak memory, all in one run.
+"""Import and export compared with copying the same bytes: seconds, ratios and peak memory.
 
     python benchmarks/convert.py --dir=EMPTY_FOLDER [--model=vila_m3_8b] [--layers=N] [--rounds=1]
 
 Writes the LLM of a published size as a Hugging Face folder in bfloat16 (shapes real, values random), copies
-it with fsync, imports it and exports the result, each with and without verification, each in a process of
-its own. Before each, the files to be read are written out and dropped from the cache; after each, everything
-is on the disk. Needs three times the size of the model on the disk, and removes what it wrote.
+it with fsync, imports it and exports the result, each with and without verification, each in a separate
+process. Before each measurement the input files are flushed and dropped from the page cache; the time
+includes the sync of the output. Needs three times the size of the model on the disk, and removes its files.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ import ml_dtypes
 import numpy as np
 
 from vilam3_jax.checkpoints import exports
-from vilam3_jax.config import ConfigDict
 from vilam3_jax.convert.exporter import FILE_BYTES, export_folder
-from vilam3_jax.convert.huggingface import llama_folder_config
+from vilam3_jax.convert.huggingface import llm_folder_config
 from vilam3_jax.convert.importer import import_model, target_shapes
 from vilam3_jax.convert.safetensors_files import SafetensorsWriter
-from vilam3_jax.convert.sources import llama_rules
+from vilam3_jax.models import families
+from vilam3_jax.runtime.settings import Section
 
 
-def write_source(folder: Path, llm: ConfigDict) -> None:
+def write_source(folder: Path, llm: Section) -> None:
     """A Hugging Face folder of finite random bfloat16 values."""
     folder.mkdir(parents=True)
     shapes = {}
-    targets = target_shapes("llm", {"llm": llm})
-    for rule in llama_rules(llm):
+    targets = target_shapes("llm", {"llm": llm.to_dict()})
+    for rule in families.get("llm", llm.get("type")).hugging_face.tensors(llm):
         shape = targets[rule.target]
         shapes |= dict.fromkeys(rule.sources, rule.layout.foreign(shape[1:] if rule.stacked else shape))
     writer = SafetensorsWriter(folder, shapes, ml_dtypes.bfloat16, FILE_BYTES)
@@ -46,7 +46,7 @@ def write_source(folder: Path, llm: ConfigDict) -> None:
     for name, shape in shapes.items():
         bits = rng.integers(0, 1 << 16, math.prod(shape), np.uint16) & 0xBFFF  # below 2: finite
         writer.write(name, 0, bits.view(ml_dtypes.bfloat16).reshape(shape))
-    (folder / "config.json").write_text(json.dumps(llama_folder_config(llm, None, "bfloat16")))
+    (folder / "config.json").write_text(json.dumps(llm_folder_config(llm, None, "bfloat16")))
 
 
 def copy(source: Path, out: Path) -> None:
@@ -68,18 +68,18 @@ ACTIONS = {
 
 
 def act(action: str, source: Path, out: Path) -> None:
-    """The measured process: prints seconds, bytes of peak memory."""
+    """The measured process; prints seconds and bytes of peak memory."""
     start = time.perf_counter()
     ACTIONS[action](source, out)
     os.sync()
     seconds = time.perf_counter() - start
-    # getrusage would count the memory of the process that started this one, too.
+    # The maximum of getrusage is inherited from the parent process.
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     print(json.dumps([seconds, 1024 * int(peak[1]) if peak else 0]))
 
 
 def measure(action: str, source: Path, out: Path) -> tuple[float, int]:
-    """Runs `act` from a cold cache in a process of its own."""
+    """Runs `act` in a new process with a cold page cache."""
     os.sync()
     for file in source.rglob("*"):
         if file.is_file():
@@ -109,16 +109,17 @@ def main() -> None:
         parser.error("--dir: an empty or new folder is needed")
     from vilam3_jax.configs import models
 
-    llm = models.get(options.model).llm
-    llm.num_layers = options.layers or llm.num_layers
+    section = models.get(options.model).llm
+    section.num_layers = options.layers or section.num_layers
+    llm = families.config_of("llm", section)
     folder = options.dir
     source, ours = folder / "source", folder / "ours"
     write_source(source, llm)
     size = sum(file.stat().st_size for file in source.iterdir())
     if shutil.disk_usage(folder).free < 2.1 * size:
         shutil.rmtree(folder)
-        parser.error(f"--dir: {2.1 * size / 1e9:.0f} GB more are needed on this disk; try fewer --layers")
-    print(f"{options.model}, {llm.num_layers} layers: {size / 1e9:.2f} GB in bfloat16")
+        parser.error(f"--dir: {2.1 * size / 1e9:.0f} GB more are needed on this disk; use fewer --layers")
+    print(f"{options.model}, {section.num_layers} layers: {size / 1e9:.2f} GB in bfloat16")
     for _ in range(options.rounds):
         rows = {"copy": measure("copy", source, folder / "copied")}
         shutil.rmtree(folder / "copied")
@@ -132,7 +133,7 @@ def main() -> None:
             rows[action] = measure(action, ours, folder / "back")
             shutil.rmtree(folder / "back")
         limit = 1.5 * largest + 1e9
-        print(f"largest stored leaf {largest / 1e9:.2f} GB; 1.5 of it and 1 GB: {limit / 1e9:.2f} GB")
+        print(f"largest stored leaf {largest / 1e9:.2f} GB; 1.5 times that + 1 GB: {limit / 1e9:.2f} GB")
         for action, (seconds, peak) in rows.items():
             ratio = seconds / rows["copy"][0]
             print(f"{action:<17} {seconds:7.1f} s  {ratio:5.2f} x copy  peak {peak / 1e9:5.2f} GB")

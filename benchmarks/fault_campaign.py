@@ -1,12 +1,12 @@
-"""Kills training at random moments and checks that it goes on as if nothing had happened.
+"""Kills training at random moments and checks that resumed runs equal an uninterrupted one.
 
     python benchmarks/fault_campaign.py [--kills=50] [--processes=1] [--seed=0] [--dir=EMPTY_FOLDER]
 
-Trains a tiny model on phantoms without a break, then again with kill -9 (and now and then SIGTERM) of one
-process at a random moment: while it starts, between steps, and while a checkpoint is written; every fifth
-time the newest checkpoint is torn as well. After every kill the same command goes on. Every logged step must
-have bitwise the loss, gradient norm and batch (a digest of its tokens and images) of the unbroken run: no
-sample is lost, none comes twice. Prints a summary; exits with 1 on the first difference.
+Trains a tiny model on phantoms without interruption, then again with kill -9 (sometimes SIGTERM) of one
+process at a random moment: during start-up, between steps, or while a checkpoint is written. After every
+fifth kill the newest checkpoint is truncated as well. The same command then resumes the run. Loss, gradient
+norm and batch (a digest of its tokens and images) of every logged step must equal those of the uninterrupted
+run bit for bit: no sample is lost or repeated. Prints a summary; exits with 1 on the first difference.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ PATIENCE = 900  # seconds for anything
 
 
 def worker(argv: list[str]) -> int:
-    """The train program; its metrics also tell what was in the batch."""
+    """The train program, with a digest of each batch added to the metrics."""
     from vilam3_jax import train
     from vilam3_jax.data.batches import arrays
     from vilam3_jax.training import device_put, writers
 
-    put, write = device_put.Placement.put, writers.JsonLines.write
-    digests = collections.deque()  # of batches on their way; every step is logged, in order
+    put, write = device_put.DevicePut.__call__, writers.JsonLines.write
+    digests = collections.deque()  # of batches in flight; steps are logged in order
 
     def noted_put(self, batch):
         found = hashlib.sha256()
@@ -52,7 +52,7 @@ def worker(argv: list[str]) -> int:
     def noted_write(self, step, values):
         write(self, step, {**values, "batch": digests.popleft()} if "loss" in values else values)
 
-    device_put.Placement.put = noted_put
+    device_put.DevicePut.__call__ = noted_put
     writers.JsonLines.write = noted_write
     return train.main(argv)
 

@@ -1,10 +1,10 @@
-"""What the first token of a caption does to the first gradient of a new projector.
+"""Effect of a caption's first token on the first gradient of a new projector.
 
 Run after `make quickstart`: python benchmarks/first_token.py [--run=runs/quickstart]
 
-Takes the first batch of the quickstart's stage 2a with its tower and SmolLM2 and a projector from nothing, on
-one device, with `<bos>` in front of the image (as it is) and without. Prints the norm of the projector's
-gradient, summed over the batch, and the cosine between float32 and products of factors rounded to bfloat16.
+Uses the first batch of the quickstart's stage 2a with its tower, SmolLM2 and a randomly initialised projector
+on one device, with `<bos>` before the image (the default) and without. Prints the norm of the projector's
+gradient, summed over the batch, and the cosine between it and the gradient with bfloat16 matmuls.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from vilam3_jax import config as config_lib
 from vilam3_jax.checkpoints import exports
 from vilam3_jax.data import loader as loader_lib
 from vilam3_jax.data import render, templates
-from vilam3_jax.models import param_paths, vila
-from vilam3_jax.training import step as step_lib
+from vilam3_jax.models import build, param_paths
+from vilam3_jax.tasks import TASKS
+from vilam3_jax.training.run_config import RunConfig
 
 
 def parameters(run: Path, model: Any) -> dict[str, jax.Array]:
-    """Flat: stage 1's tower, the imported LLM, and what neither has as it is initialised."""
+    """Flat parameters: stage 1's tower, the imported LLM, and random values for the rest."""
     flat = param_paths.flatten(build.init_params(model, "generative", jax.random.key(0)))
     sources = {"vision_tower": run / "stages" / "stage1_vision" / "export", "llm": run / "llm"}
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -44,11 +45,13 @@ def parameters(run: Path, model: Any) -> dict[str, jax.Array]:
 
 
 def first_gradients(
-    config: Any, loss: Callable[..., Any], params: dict[str, jax.Array]
+    config: RunConfig, loss: Callable[..., Any], params: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """Matmul precision -> the projector's gradient as one vector."""
-    image_tokens = model_config_lib.resolve(config.model).tokens_per_image
-    loader = loader_lib.build_loader(config, "train", tokens_per_image=image_tokens, experts="off")
+    """Matmul precision → the projector's gradient as one vector."""
+    make_format = TASKS[config.task].batch_format
+    loader = loader_lib.build_loader(
+        config.data, config.model, make_format, "train", seed=config.seed, experts="off"
+    )
     batch = jax.tree.map(jnp.asarray, next(iter(loader)))
     loader.close()
     trained = {path: leaf for path, leaf in params.items() if path.startswith("projector/")}
@@ -57,7 +60,7 @@ def first_gradients(
     for precision in ("float32", "bfloat16"):
         with jax.default_matmul_precision(precision):
             # A new function each time: the precision is read while tracing.
-            gradient = jax.jit(jax.grad(lambda part, rest, batch: loss({**rest, **part}, batch)[0]))
+            gradient = jax.jit(jax.grad(lambda part, rest, batch: loss({**rest, **part}, batch)))
             found[precision] = ravel_pytree(gradient(trained, frozen, batch))[0]
     return found
 
@@ -75,7 +78,11 @@ def main() -> None:
         },
     )
     graphdef, _ = build.abstract_model(config.model, "generative")
-    loss = step_lib.make_loss(config, graphdef)
+
+    def loss(params: dict[str, jax.Array], batch: Any) -> jax.Array:
+        model = build.merge(graphdef, param_paths.unflatten(params))
+        return TASKS[config.task].loss(model, batch, config.loss_chunk).loss
+
     params = parameters(run, config.model)
     for name, start in (("<bos><image>", templates.PLAIN.start), ("<image>", ())):
         render.PLAIN = dataclasses.replace(templates.PLAIN, start=start)

@@ -1,18 +1,18 @@
-"""Samples a second of the loader on one core, against PyTorch's DataLoader on the same pictures and turns.
+"""Samples per second of the loader on one core, compared with PyTorch's DataLoader on the same data.
 
-Run: taskset -c 0 python benchmarks/loader.py [--pictures DIR] [--tokenizer DIR] [--samples 400] [--rounds 3]
+Run: taskset -c 0 python benchmarks/loader.py [--images DIR] [--tokenizer DIR] [--samples 400] [--rounds 3]
 
 Both sides read the same dialogues, tokenise them for training (loss masks) with the same fast tokenizer and
-yield 8 pictures of 384 pixels a batch. Ours reads a dataset that holds the original files, and one that was
-prepared with the pictures decoded (its cost and size are printed, too), and packs. Theirs is
-`torch.utils.data.DataLoader` in this process with `SiglipImageProcessor`; it takes the files from memory,
-stacks the pictures and pads the tokens. Loaders take turns. Every record is a file of its own, so nothing
-comes from a cache. Times are of the process's CPU, all threads, since other programs may share the core.
+yield 8 images of 384 pixels per batch. Ours packs, and reads two datasets: one with the original files, and
+one with decoded images (its cost and size are printed too). Theirs is `torch.utils.data.DataLoader` in this
+process with `SiglipImageProcessor`; it reads the files from memory, stacks the images and pads the tokens.
+The loaders alternate. Every record is a distinct file, so caches do not help. Times are CPU times of the
+process, all threads, since other programs may share the core.
 
-Other measurements, one a run:
+Other measurements, one per run:
   --memory N     resident memory over N samples of the prepared data
   --first N      seconds until the first batch of a dataset of N records in 100 shards
-  --stalls       how long a consumer that works 100 ms a batch waits
+  --stalls       waiting time of a consumer that takes 100 ms per batch
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from vilam3_jax.data.images import decode_scaled
 from vilam3_jax.data.loader import Loader, build_loader
 from vilam3_jax.data.records import ExampleWriter
 from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from vilam3_jax.models import vila
+from vilam3_jax.tasks import TASKS
 
 STEP_SECONDS = 0.1
 IMAGES_A_BATCH = 8
@@ -64,7 +64,7 @@ ANSWERS = (
 
 
 def originals(folder: Path | None, side: int) -> list[bytes]:
-    """JPEG files of a folder; without one, generated pictures with structure and noise, half of them grey."""
+    """JPEG files of a folder, or generated images with structure and noise, half of them grey."""
     if folder is not None:
         names = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
         return [name.read_bytes() for name in names]
@@ -74,21 +74,21 @@ def originals(folder: Path | None, side: int) -> list[bytes]:
         coarse = rng.integers(0, 256, (12, 12, 3), np.uint8)
         smooth = np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC), np.int16)
         noisy = np.clip(smooth + rng.integers(-6, 7, (side, side, 1)), 0, 255).astype(np.uint8)
-        picture = Image.fromarray(noisy)
+        image = Image.fromarray(noisy)
         buffer = io.BytesIO()
-        (picture.convert("L") if number % 2 else picture).save(buffer, "JPEG", quality=90)
+        (image.convert("L") if number % 2 else image).save(buffer, "JPEG", quality=90)
         files.append(buffer.getvalue())
     return files
 
 
-def as_file_of_its_own(jpeg: bytes, number: int) -> bytes:
-    """The same picture with a comment, so that no two files are equal."""
+def distinct(jpeg: bytes, number: int) -> bytes:
+    """The same image with a comment, so that no two files are equal."""
     text = str(number).encode()
     return jpeg[:2] + b"\xff\xfe" + (len(text) + 2).to_bytes(2, "big") + text + jpeg[2:]
 
 
 def dialogue(number: int) -> tuple[Turn, ...]:
-    """One to three rounds; the picture is in the first question."""
+    """One to three rounds; the image is in the first question."""
     turns: list[Turn] = []
     for place in range(1 + number % 3):
         question = QUESTIONS[(number + place) % len(QUESTIONS)]
@@ -98,14 +98,14 @@ def dialogue(number: int) -> tuple[Turn, ...]:
 
 
 def tokenizer_of(folder: Path | None, out: Path) -> Tokenizer:
-    """An own tokenizer, or one trained on the dialogues."""
+    """The tokenizer of a folder, or one trained on the dialogues."""
     return load_tokenizer(folder) if folder else train_bpe([*QUESTIONS, *ANSWERS] * 3, 2000, out)
 
 
-def write(folder: Path, pictures: Sequence[bytes]) -> int:
-    """Writes a dataset with one dialogue for every picture; returns its bytes."""
+def write(folder: Path, images: Sequence[bytes]) -> int:
+    """Writes a dataset with one dialogue per image; returns its size in bytes."""
     with ExampleWriter(folder, "train") as writer:
-        for number, data in enumerate(pictures):
+        for number, data in enumerate(images):
             writer.write(Example(f"{number}", "conversation", (ImageRef(data=data),), dialogue(number)))
     return sum(file.stat().st_size for file in folder.iterdir())
 
@@ -113,16 +113,24 @@ def write(folder: Path, pictures: Sequence[bytes]) -> int:
 def our_loader(folder: Path, tokenizer: Tokenizer, size: int = SIZE) -> Loader:
     """The loader of stage 3 with batches of one group."""
     config = config_lib.load("configs/stage3_instruct.py:vila_m3_8b")
-    config.model.template, config.model.image_size = "chatml", size
-    config.model.vision_tower.image_size = size
-    config.model.llm.vocab_size = max(config.model.llm.vocab_size, tokenizer.vocab_size)
-    config.data.update(dict(path=str(folder), mixture=(), seq_len=4096, loader_shards=1, global_rows=1))
-    config.data.update(dict(rows_per_group=1, images_per_group=IMAGES_A_BATCH))
+    config = config.replace(
+        {
+            "model.template": "chatml",
+            "model.image_size": size,
+            "model.vision_tower.image_size": size,
+            "model.llm.vocab_size": max(config.model.llm.vocab_size, tokenizer.vocab_size),
+            "data.path": str(folder),
+            "data.mixture": (),
+            "data.seq_len": 4096,
+            "data.loader_shards": 1,
+            "data.global_rows": 1,
+            "data.rows_per_group": 1,
+            "data.images_per_group": IMAGES_A_BATCH,
+        }
+    )
+    batch_format = TASKS[config.task].batch_format
     return build_loader(
-        config,
-        "train",
-        tokens_per_image=model_config_lib.resolve(config.model).tokens_per_image,
-        tokenizer=tokenizer,
+        config.data, config.model, batch_format, "train", seed=config.seed, tokenizer=tokenizer
     )
 
 
@@ -143,7 +151,7 @@ def theirs(files: Sequence[bytes], tokenizer_folder: Path, tokens_per_image: int
 
     try:
         importlib.import_module("torchvision")
-    except RuntimeError:  # it is of another PyTorch; the operators that it lacks are declared, not needed
+    except RuntimeError:  # built for another PyTorch: declare the operators that it misses
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
         operators = torch.library.Library("torchvision", "DEF")
@@ -160,8 +168,8 @@ def theirs(files: Sequence[bytes], tokenizer_folder: Path, tokens_per_image: int
             return len(files)
 
         def __getitem__(self, index: int) -> dict[str, Any]:
-            picture = Image.open(io.BytesIO(files[index])).convert("RGB")
-            pixels = processor(picture, return_tensors="pt")["pixel_values"][0]
+            image = Image.open(io.BytesIO(files[index])).convert("RGB")
+            pixels = processor(image, return_tensors="pt")["pixel_values"][0]
             ids: list[int] = []
             labels: list[int] = []
             for turn in dialogue(index):
@@ -196,7 +204,7 @@ def theirs(files: Sequence[bytes], tokenizer_folder: Path, tokens_per_image: int
 
 
 def speed(batches: Iterator[int], samples: int) -> tuple[float, float]:
-    """(samples a second of CPU, of wall time) over `samples`, after the first batches."""
+    """(samples per second of CPU, of wall time) over `samples`, after the first batches."""
     for _, _ in zip(range(3), batches, strict=False):
         pass  # threads, caches and imports
     done, cpu, wall = 0, time.process_time(), time.perf_counter()
@@ -211,9 +219,9 @@ def speed(batches: Iterator[int], samples: int) -> tuple[float, float]:
 
 def compare(args: argparse.Namespace, folder: Path) -> None:
     """Prints a line for each loader and the ratios of the medians."""
-    kinds = originals(args.pictures, args.side)
+    kinds = originals(args.images, args.side)
     count = args.samples + 12 * IMAGES_A_BATCH  # our loader reads ahead
-    files = [as_file_of_its_own(kinds[n % len(kinds)], n) for n in range(count)]
+    files = [distinct(kinds[n % len(kinds)], n) for n in range(count)]
     tokenizer = tokenizer_of(args.tokenizer, folder / "tokenizer")
     bytes_of = {"original": write(folder / "original", files)}
     began = time.process_time()
@@ -221,9 +229,9 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     cost = (time.process_time() - began) / count
     bytes_of["prepared"] = write(folder / "prepared", pixels)
     sizes = ", ".join(f"{name} {size / count / 1e3:.0f} kB" for name, size in bytes_of.items())
-    print(f"a record: {sizes}; to decode, scale and store a picture: {cost * 1e3:.1f} ms of CPU")
+    print(f"a record: {sizes}; to decode, scale and store an image: {cost * 1e3:.1f} ms of CPU")
     peers = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
-    per_image = vila.tokens_per_image(config_lib.load("configs/stage3_instruct.py:vila_m3_8b").model)
+    per_image = config_lib.load("configs/stage3_instruct.py:vila_m3_8b").model.tokens_per_image
     tokenizer_folder = args.tokenizer or folder / "tokenizer"
     loaders = {
         "ours, prepared": lambda: ours(folder / "prepared", tokenizer),
@@ -238,7 +246,9 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     middle = {name: np.median(np.array(found), axis=0) for name, found in rates.items()}
     for name, (cpu, wall) in middle.items():
         ratio = f"  x{cpu / middle['torch DataLoader'][0]:.2f}" if peers else ""
-        print(f"  {name:18} {cpu:7.0f} samples a second of CPU, {wall:7.0f} of wall time{ratio}", flush=True)
+        print(
+            f"  {name:18} {cpu:7.0f} samples per second of CPU, {wall:7.0f} of wall time{ratio}", flush=True
+        )
 
 
 def rss_mib() -> float:
@@ -249,7 +259,7 @@ def rss_mib() -> float:
 
 def memory(args: argparse.Namespace, folder: Path) -> None:
     """Prints the resident memory along the way."""
-    kinds = originals(args.pictures, args.side)
+    kinds = originals(args.images, args.side)
     tokenizer = tokenizer_of(args.tokenizer, folder / "tokenizer")
     pixels = [decoded_images.encode(decode_scaled(file, SIZE)) for file in kinds]
     write(folder / "prepared", [pixels[n % len(pixels)] for n in range(2000)])
@@ -261,7 +271,7 @@ def memory(args: argparse.Namespace, folder: Path) -> None:
             marks = [mark for mark in marks if mark > loader.stats.samples]
             if not marks:
                 break
-    print(f"  {loader.stats.samples / (time.perf_counter() - began):.0f} samples a second")
+    print(f"  {loader.stats.samples / (time.perf_counter() - began):.0f} samples per second")
     loader.close()
 
 
@@ -269,11 +279,11 @@ def first(args: argparse.Namespace, folder: Path) -> None:
     """Prints the seconds until the first batch; the shards are links to one file."""
     tokenizer = tokenizer_of(args.tokenizer, folder / "tokenizer")
     each = args.first // SHARDS_OF_MANY
-    picture = decoded_images.encode(np.zeros((SIZE, SIZE, 3), np.uint8))
+    image = decoded_images.encode(np.zeros((SIZE, SIZE, 3), np.uint8))
     data = folder / "many"
     with ExampleWriter(data, "train") as writer:
         for number in range(each):
-            writer.write(Example(f"{number}", "conversation", (ImageRef(data=picture),), dialogue(number)))
+            writer.write(Example(f"{number}", "conversation", (ImageRef(data=image),), dialogue(number)))
     metadata, tfds_info = (json.loads((data / n).read_text()) for n in ("metadata.json", "dataset_info.json"))
     split = metadata["splits"]["train"]
     (shard,) = split["shards"]
@@ -300,9 +310,9 @@ def first(args: argparse.Namespace, folder: Path) -> None:
 
 
 def stalls(args: argparse.Namespace, folder: Path) -> None:
-    """Prints how long a consumer waits that sleeps a step after every batch."""
-    kinds = originals(args.pictures, args.side)
-    files = [as_file_of_its_own(kinds[n % len(kinds)], n) for n in range(args.samples)]
+    """Prints how long a consumer waits if it sleeps `STEP_SECONDS` after every batch."""
+    kinds = originals(args.images, args.side)
+    files = [distinct(kinds[n % len(kinds)], n) for n in range(args.samples)]
     tokenizer = tokenizer_of(args.tokenizer, folder / "tokenizer")
     write(folder / "original", files)
     write(folder / "prepared", [decoded_images.encode(decode_scaled(file, SIZE)) for file in files])
@@ -326,7 +336,7 @@ def stalls(args: argparse.Namespace, folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one measurement."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--pictures", type=Path, help="folder with JPEG files (default: generated ones)")
+    parser.add_argument("--images", type=Path, help="folder with JPEG files (default: generated ones)")
     parser.add_argument("--tokenizer", type=Path, help="folder (default: one trained on the dialogues)")
     parser.add_argument("--side", type=int, default=1024, help="side of generated JPEGs (default: 1024)")
     parser.add_argument("--samples", type=int, default=400, help="of a round (default: 400)")

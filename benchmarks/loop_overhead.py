@@ -1,13 +1,12 @@
-"""What the train loop adds to a step: the compiled step alone, and the same steps through telemetry and loop.
+"""Overhead of the train loop: the compiled step alone, and the same steps with telemetry and data transfer.
 
     python benchmarks/loop_overhead.py [--steps=20] [--rounds=6] [--rows=8] [--log_every=1]
 
-Both run the same compiled step on the same batches in one process, in turns. `bare` calls it and nothing
-else; `loop` does what `vilam3_jax/train.py` does around it: takes the batch, moves it to the device, follows
-the step and writes every figure (JSON lines and TensorBoard) at each logged step. Reading images from a disk
-is the loader's part and not in here. Prints the median of the rounds' ratios, and the processor time that the
-loop takes on its own: on an accelerator it lies beside the step, on a CPU device it competes with it, and
-where other programs run it is the figure to trust.
+Both run the same compiled step on the same batches in one process, alternately. `bare` only calls the step;
+`loop` also does what `vilam3_jax/train.py` does around it: it moves the batch to the device, follows the step
+and writes all figures (JSON lines and TensorBoard) at each logged step. Loading data is excluded. Prints the
+median ratio of the rounds, and the CPU time of the loop alone: on an accelerator it overlaps with the step,
+on a CPU device it competes with it. On a busy machine the CPU time is the more reliable figure.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from vilam3_jax.configs import models
 
 from vilam3_jax import config as config_lib
 from vilam3_jax.data.batches import PackedBatch
-from vilam3_jax.models import vila
 from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.training import program as program_lib
-from vilam3_jax.training import state as state_lib
 from vilam3_jax.training import telemetry
+from vilam3_jax.training.device_put import DevicePut
+from vilam3_jax.training.run_config import RunConfig
 
 
-def batch_of(config: Any, seed: int) -> PackedBatch:
-    """A full batch of random tokens, one sample a row that begins with its images."""
+def batch_of(config: RunConfig, seed: int) -> PackedBatch:
+    """A full batch of random tokens: one sample per row, which begins with its image."""
     rng = np.random.default_rng(seed)
-    data, per_image = config.data, model_config_lib.resolve(config.model).tokens_per_image
-    rows, length, groups = data.global_rows, data.seq_len, data.global_rows // data.rows_per_group
+    data, per_image = config.data, config.model.tokens_per_image
+    rows, length, groups = data.global_rows, data.seq_len, data.groups
     side = config.model.image_size
     visual = np.full((rows, length), -1, np.int32)
     visual[:, :per_image] = np.arange(per_image)
@@ -65,12 +64,14 @@ def main() -> None:
     config.data.update(dict(global_rows=args.rows, seq_len=args.length, images_per_group=4))
     config.num_steps, config.log_every = args.steps, args.log_every
     config.telemetry.writers = ("tensorboard",)
-    mesh = mesh_lib.build_mesh(config.mesh)
-    program = program_lib.build(config, mesh)
-    state, _ = state_lib.initial_state(config, program.state, program.optimizer)
+    resolved = config_lib.resolve(config)
+    mesh = mesh_lib.build_mesh(resolved.mesh)
+    program = program_lib.build(resolved, mesh)
+    state, _ = program.initial_state()
     compiled = program.lower().compile()
-    batches = [batch_of(config, seed) for seed in range(4)]
-    placed = [jax.device_put(batch, mesh_lib.batch_shardings(batch, mesh)) for batch in batches]
+    device_put = DevicePut(resolved.data.groups, mesh)
+    batches = [batch_of(resolved, seed) for seed in range(4)]
+    placed = [device_put(batch) for batch in batches]
 
     def bare(state: Any) -> tuple[Any, float]:
         began = time.perf_counter()
@@ -82,12 +83,11 @@ def main() -> None:
     def looped(state: Any, workdir: str, run: Any = compiled) -> tuple[Any, float, float]:
         clock = telemetry.Clock()
         options: dict[str, Any] = dict(started=time.time(), last=args.steps, quiet=True)
-        with telemetry.Telemetry(config, workdir, 0, clock, program.rates, **options) as monitor:
+        with telemetry.Telemetry(program, workdir, 0, clock, **options) as monitor:
             began, work = time.perf_counter(), time.process_time()
             for step in range(1, args.steps + 1):
                 with monitor.input():
-                    batch = batches[step % len(batches)]
-                    batch = jax.device_put(batch, mesh_lib.batch_shardings(batch, mesh))
+                    batch = device_put(batches[step % len(batches)])
                 with monitor.step(step):
                     state, metrics = run(state, batch)
                 monitor.dispatched(step, batch, metrics)
@@ -95,7 +95,7 @@ def main() -> None:
             return state, time.perf_counter() - began, time.process_time() - work
 
     def host_work(folder: str) -> float:
-        """Processor seconds a step, all threads, of the loop around a step that is done at once."""
+        """CPU seconds per step, all threads, of the loop around a step that returns at once."""
         _, metrics = compiled(state, placed[0])
         jax.block_until_ready(metrics)
         return looped(None, folder, lambda state, batch: (state, metrics))[2] / args.steps
@@ -105,7 +105,7 @@ def main() -> None:
         state, _ = bare(state)
         state, *_ = looped(state, f"{folder}/first")
         for number in range(args.rounds):
-            # The machine drifts: what comes first changes from round to round.
+            # The machine's speed drifts, so the order alternates.
             if number % 2:
                 state, seconds, _ = looped(state, f"{folder}/{number}")
                 state, reference = bare(state)
@@ -116,7 +116,7 @@ def main() -> None:
             alone.append(reference / args.steps)
             print(f"round {number}: bare {1e3 * alone[-1]:.1f} ms a step, through the loop x{ratios[-1]:.4f}")
         work = host_work(f"{folder}/host")
-    print(f"host work of the loop: {1e3 * work:.2f} ms of processor time a step, while the device computes")
+    print(f"host work of the loop: {1e3 * work:.2f} ms of CPU time per step")
     kind = jax.devices()[0].device_kind
     print(
         f"{kind}: {1e3 * statistics.median(alone):.1f} ms a step; through the loop "

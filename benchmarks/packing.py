@@ -3,9 +3,9 @@
 Run: python benchmarks/packing.py [--recipe=configs/stage4_expert.py:vila_m3_8b] [--samples=40000]
 
 Packs the corpus of `benchmarks/corpus.py` with the settings of the recipes as the loader does: shard by
-shard, with its lookahead. `padding` is the share of the matrix products of tower and LLM that goes into empty
-positions and slots (attention not counted). First-fit and Grain get the images of one row as their budget,
-ours those of a group.
+shard, with its lookahead. `padding` is the share of the matrix products of tower and LLM that is spent on
+empty positions and slots (attention not counted). The image budget is that of one row for first-fit and
+Grain, and that of a group for ours.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vilam3_jax import config as config_lib
 from vilam3_jax.data import stats, stream
 from vilam3_jax.data.packing import LOOKAHEAD
 from vilam3_jax.data.stats import Fill, Size
-from vilam3_jax.models import vila
+from vilam3_jax.training.run_config import RunConfig
 
 RECIPES = (
     ("configs/stage2a_align.py", "align"),
@@ -32,13 +32,17 @@ RECIPES = (
     ("configs/stage4_expert.py", "expert"),
 )
 MODELS = ("vila_m3_3b", "vila_m3_8b", "vila_m3_13b", "vila_m3_40b")
-_SAMPLES_OF_A_SHARD = 5000  # what waits at the end is not counted, and shall be few of all
-TEMPLATES = {"llama_3": "llama_3", "vicuna_v1": "v1", "hermes-2": "v1"}  # whose measured lengths stand for it
+_SAMPLES_OF_A_SHARD = 5000  # so many that the uncounted samples left at the end do not matter
+TEMPLATES = {
+    "llama_3": "llama_3",
+    "vicuna_v1": "v1",
+    "hermes-2": "v1",
+}  # template → one with measured lengths
 
 
-def shards_of(config: config_lib.ConfigDict, mixture: str, samples: int, seed: int = 0) -> list[list[Size]]:
-    """The corpus as the loader shards of a run meet it."""
-    per_image = model_config_lib.resolve(config.model).tokens_per_image
+def shards_of(config: RunConfig, mixture: str, samples: int, seed: int = 0) -> list[list[Size]]:
+    """The corpus as dealt to the loader shards of a run."""
+    per_image = config.model.tokens_per_image
     order = corpus.stream(mixture, TEMPLATES[config.model.template], per_image, seed, samples)
     sizes = [Size(tokens, images) for _, tokens, images in order if tokens <= config.data.seq_len]
     count = max(1, min(config.data.loader_shards, samples // _SAMPLES_OF_A_SHARD))
@@ -46,7 +50,7 @@ def shards_of(config: config_lib.ConfigDict, mixture: str, samples: int, seed: i
     return [[sizes[stream.dealt_position(n, shard, count)] for n in each] for shard in range(count)]
 
 
-def padding(config: config_lib.ConfigDict, fill: Fill) -> float:
+def padding(config: RunConfig, fill: Fill) -> float:
     """Share of the matrix products that is spent on padding."""
     llm, tower = config.model.llm, config.model.vision_tower
     width, heads, kv = llm.hidden_size, llm.num_heads * llm.head_dim, llm.num_kv_heads * llm.head_dim
@@ -59,7 +63,7 @@ def padding(config: config_lib.ConfigDict, fill: Fill) -> float:
 
 
 def first_fit(shards: Sequence[Sequence[Size]], seq_len: int, images: int, lookahead: int = 32) -> Fill:
-    """Rows of their own: a sample goes to the row that is open or waits for the next one."""
+    """First-fit by single rows: a sample goes to the open row or waits for the next one."""
     rows = tokens = slots = 0
     for sizes in shards:
         order, waiting = iter(sizes), []
@@ -100,14 +104,14 @@ def grain_fit(name: str, shards: Sequence[Sequence[Size]], seq_len: int, images:
             shuffle_bins=False,
         )
         counts = [(int(row["tokens"].sum()), int(row["images"].sum())) for row in packed]
-        counts = counts[: -bins or None]  # rows that were closed because the data ended
+        counts = counts[: -bins or None]  # drop rows closed by the end of the data
         rows += len(counts)
         tokens += sum(count for count, _ in counts)
         slots += sum(count for _, count in counts)
     return Fill(1, images, tokens / (rows * seq_len), slots / (rows * images), 0)
 
 
-def show(name: str, config: config_lib.ConfigDict, fill: Fill, note: str = "") -> None:
+def show(name: str, config: RunConfig, fill: Fill, note: str = "") -> None:
     """Prints one line of the table."""
     print(
         f"  {name:34} R {fill.rows} M {fill.images:3}  tokens {fill.tokens:6.2%}  "
@@ -127,8 +131,8 @@ def measure(recipe: str, mixture: str, samples: int, compare: bool) -> bool:
     ratio = counts / tokens * data.seq_len
     print(
         f"{recipe}, mixture {mixture}: {number} samples of {tokens / number:.0f} tokens and "
-        f"{counts / number:.2f} images, {model_config_lib.resolve(config.model).tokens_per_image} tokens an image; "
-        f"{ratio:.2f} images for {data.seq_len} tokens"
+        f"{counts / number:.2f} images, {config.model.tokens_per_image} tokens an image; "
+        f"{ratio:.2f} images per {data.seq_len} tokens"
     )
     began = time.process_time()
     ours = stats.measure_fill(shards, data.seq_len, data.rows_per_group, data.images_per_group)

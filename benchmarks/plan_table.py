@@ -1,11 +1,11 @@
-"""The table of docs/plan.md: every size and run on five slices, each cell compiled in a process of its own.
+"""The table of docs/plan.md: every size and stage on five slices, each cell compiled in a separate process.
 
     python benchmarks/plan_table.py --out runs/plan_table [--only stage4_expert,vila_m3_8b]
 
-Two rows of 4,096 tokens a device, in as many steps as give the recipe's samples; parameters over 64
-devices, and once more over the next 64. Where that does not fit, parameters over as many devices as divide
-them, then one row a device, then one row for two (`mesh.context`), in as many more steps. A cell that is
-there is not compiled again. A compilation takes one core two to ten minutes.
+Two rows of 4,096 tokens per device, with the number of steps that gives the recipe's samples; parameters
+sharded over 64 devices and replicated over the rest. If that does not fit: parameters over as many devices as
+divide them, then one row per device, then one row per two devices (`mesh.context`), with more steps
+accordingly. Existing cells are not compiled again. A compilation takes one core two to ten minutes.
 """
 
 import argparse
@@ -23,10 +23,10 @@ TOPOLOGIES = ("v5e:16x16", "v6e:16x16", "v5p:4x4x4", "v5p:4x8x8", "tpu7x:4x4x4")
 COLUMNS = ("run", "model", "slice", "fsdp x data, rows a device", "GiB a chip", "s a step", "MFU at most")
 COLUMNS += ("tokens/s/chip", "chip-hours")
 RECIPE_ROWS = 128  # of configs/pods.py
-STEPS = {"stage4_expert": 3600, "stage2a_align": 260}  # of the recipes that have a length of their own
-# Stage 1 holds no LLM: 3B, 8B and 13B have the same towers, and InternViT has no pooled output for it.
+STEPS = {"stage4_expert": 3600, "stage2a_align": 260}  # of the recipes that set a length
+# Stage 1 has no LLM: 3B, 8B and 13B share their towers, and InternViT has no pooled output.
 STAGE_1_MODEL = "vila_m3_8b"
-WIDEST = {"vila_m3_40b": 128}  # devices that share a parameter: InternViT's 3,200 = 25 x 128
+WIDEST = {"vila_m3_40b": 128}  # devices that a parameter is sharded over: InternViT's 3,200 = 25 x 128
 
 
 def cells():
@@ -38,7 +38,7 @@ def cells():
 
 
 def attempts(stage, model, devices):
-    """Flags of the recipe on `devices`, and of what needs less memory."""
+    """Flags of the recipe on `devices`, then of variants that need less memory."""
     config = config_lib.load(f"configs/{stage}.py:{model}", {})
     fsdp = min(devices, WIDEST.get(model, devices))
     everywhere = [f"--config.mesh.data={devices // fsdp}", f"--config.mesh.fsdp={fsdp}"]
@@ -61,7 +61,7 @@ def attempts(stage, model, devices):
 
 
 def compile_cell(stage, model, topology, file):
-    """`vilam3 plan` until it fits; returns what went wrong, or ''."""
+    """Runs `vilam3 plan` until an attempt fits; returns the error, or ''."""
     slices, part = topology_lib.parse(topology), file.with_suffix(".part")
     for flags in attempts(stage, model, slices.chips * slices.chip.devices):
         argv = ["plan", f"--config=configs/{stage}.py:{model}", f"--topology={topology}", f"--json={part}"]
@@ -96,7 +96,7 @@ def row(plan):
 
 
 def summary(stage, out):
-    """One run in short, models by slices: seconds a step, MFU at most, GiB a chip."""
+    """A summary of one stage, models by slices: seconds per step, MFU at most, GiB per chip."""
     lines = [f"| {stage} | {' | '.join(TOPOLOGIES)} |", "|---" * (len(TOPOLOGIES) + 1) + "|"]
     for model in MODELS:
         shown = []
@@ -128,7 +128,7 @@ def cell_file(out, stage, model, topology):
 
 
 def main():
-    """Compiles what is missing, then prints the table of what is there."""
+    """Compiles missing cells, then prints the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,14 +1,14 @@
-"""The compiled train step of Llama-3-8B beside MaxText's, for the same TPU slice; no TPU is needed.
+"""Compares the compiled train step of Llama-3-8B with MaxText's for the same TPU slice; needs no TPU.
 
     python benchmarks/vs_maxtext.py --maxtext=PYTHON [--dir=DIR] [--options=tuned|plain]
 
 PYTHON is the interpreter of an environment with MaxText; this program runs in one with the same jax and
-libtpu (Python 3.12; `pip install "maxtext[tpu]==0.2.5"` there, `pip install -e .[dev]` here). Both compile
-text only: rows of 4,096 tokens, two a chip, bfloat16 products, float32 AdamW, 64 chips of v5p, all weights
-and gradients under one FSDP axis. Both are compiled with the same options: with those that training has
-(`program.compiler_options`), or with the compiler's own. Both modules are read by one parser
-(`vilam3_jax/plan/hlo.py`); the loop over chunks of our loss runs as often as it ever can. Attention is a
-kernel in both, outside the estimate: its roofline is added.
+libtpu (Python 3.12; `pip install "maxtext[tpu]==0.2.5"` there, `pip install -e .[dev]` here). Both train on
+text only: rows of 4,096 tokens, two per chip, bfloat16 matmuls, float32 AdamW, 64 chips of v5p, all weights
+and gradients sharded over one FSDP axis. Both use the same compiler options: those of training
+(`program.compiler_options`), or the defaults. The same parser reads both modules (`vilam3_jax/plan/hlo.py`);
+the loop over chunks of our loss is counted at its maximum. Attention is a kernel in both, without an estimate
+by the compiler; its roofline is added.
 
 The comparison is refused if the operations of products or of attention differ by more than 3 %.
 """
@@ -25,7 +25,7 @@ from vilam3_jax.training.chips import CHIPS
 from vilam3_jax.training.program import ON_SPARSE_CORES
 
 TOPOLOGY, PRODUCT, ROWS, LENGTH, CHUNK = "v5p:4x4x4", "v5p-128", 2, 4096, 1024
-TUNED = dict.fromkeys(ON_SPARSE_CORES, True)
+TUNED: dict[str, object] = dict.fromkeys(ON_SPARSE_CORES, True)
 TUNED["xla_tpu_scoped_vmem_limit_kib"] = CHIPS["v5p"].scoped_vmem_kib
 OPTIONS = {"plain": {}, "tuned": TUNED}
 _ENVIRONMENT = """
@@ -91,7 +91,7 @@ train_compile.main([
 
 
 def main() -> int:
-    """Compiles what `--dir` does not hold yet, and prints both."""
+    """Compiles the modules that `--dir` lacks, and prints the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--maxtext", required=True, help="interpreter of an environment with maxtext[tpu]")
     parser.add_argument("--dir", type=Path, default=Path("vs_maxtext"), help="for the compiled modules")

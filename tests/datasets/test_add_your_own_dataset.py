@@ -1,4 +1,4 @@
-"""The dataset of docs/datasets_add_your_own.md, installed beside the package and found by its entry point."""
+"""The dataset of docs/add_your_own_dataset.md, installed beside the package and found by its entry point."""
 
 import configparser
 import importlib
@@ -14,7 +14,7 @@ from twins import made, picture, write
 from vilam3_jax.datasets import prepare, registry
 from vilam3_jax.errors import UserError
 
-PAGE = Path(__file__).parents[2] / "docs" / "datasets_add_your_own.md"
+PAGE = Path(__file__).parents[2] / "docs" / "add_your_own_dataset.md"
 
 
 def blocks(language, page=PAGE):

@@ -20,7 +20,7 @@ from vilam3_jax.models.hugging_face import TensorRule
 from vilam3_jax.runtime.settings import Section, from_mapping
 
 ENTRY_POINTS = "vilam3.model_families"
-_BUILT_IN = ("llama", "mistral", "gemma3", "siglip", "intern_vit")  # modules of this package
+_BUILT_IN = ("llama", "mistral", "gemma3", "siglip", "intern_vit")  # modules that define `FAMILY`
 
 # Rows of (regular expression over the path inside the component, mesh axes per dimension, fallbacks ...).
 ParameterRules = tuple[tuple[Any, ...], ...]
@@ -125,7 +125,7 @@ def _load(name: str = "") -> None:
     if any(known == name for _, known in _registry):
         return
     for module in (name,) if name in _BUILT_IN else _BUILT_IN:
-        importlib.import_module(f"vilam3_jax.models.{module}")
+        register(importlib.import_module(f"vilam3_jax.models.{module}").FAMILY)
     if name not in _BUILT_IN:
         for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
             if not any(known == entry.name for _, known in _registry):

@@ -291,20 +291,18 @@ def _without_wrapper(names: Collection[str]) -> dict[str, str]:
     return {name: wrapper.sub("", name, count=1) for name in names}
 
 
-FAMILY = families.register(
-    families.ModelFamily(
-        name="gemma3",
-        component="llm",
-        config=Gemma3Config,
-        module=Gemma3,
-        parameter_rules=PARAMETER_RULES,
-        hugging_face=families.HuggingFaceLayout(
-            model_types=("gemma3_text", "gemma3"),
-            read_config=read_config,
-            write_config=write_config,
-            tensors=tensors,
-            rename=_without_wrapper,
-        ),
-        attention_windows=lambda llm: llm.windows,
-    )
+FAMILY = families.ModelFamily(
+    name="gemma3",
+    component="llm",
+    config=Gemma3Config,
+    module=Gemma3,
+    parameter_rules=PARAMETER_RULES,
+    hugging_face=families.HuggingFaceLayout(
+        model_types=("gemma3_text", "gemma3"),
+        read_config=read_config,
+        write_config=write_config,
+        tensors=tensors,
+        rename=_without_wrapper,
+    ),
+    attention_windows=lambda llm: llm.windows,
 )

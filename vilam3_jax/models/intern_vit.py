@@ -115,6 +115,7 @@ def read_config(values: Mapping[str, Any], where: Path, shapes: Mapping[str, Any
     Raises:
       UserError: a setting that this tower does not have.
     """
+    values.get("auto_map")  # OpenGVLab's code, which this module implements
     refuse(values, where, {"num_channels": (3,), **{key: (value,) for key, value in _SETTINGS.items()}})
     return {
         "type": "intern_vit",
@@ -166,20 +167,18 @@ def tensors(tower: InternVitConfig) -> list[TensorRule]:
     ]
 
 
-FAMILY = families.register(
-    families.ModelFamily(
-        name="intern_vit",
-        component="vision_tower",
-        config=InternVitConfig,
-        module=InternViT,
-        parameter_rules=TOWER_RULES,
-        hugging_face=families.HuggingFaceLayout(
-            model_types=("intern_vit_6b",),
-            read_config=read_config,
-            write_config=write_config,
-            tensors=tensors,
-            preprocessor=lambda tower: {"image_processor_type": "InternVisionPreprocessor"},
-        ),
-        patches=lambda tower: (tower.image_size // tower.patch_size) ** 2 + 1,
-    )
+FAMILY = families.ModelFamily(
+    name="intern_vit",
+    component="vision_tower",
+    config=InternVitConfig,
+    module=InternViT,
+    parameter_rules=TOWER_RULES,
+    hugging_face=families.HuggingFaceLayout(
+        model_types=("intern_vit_6b",),
+        read_config=read_config,
+        write_config=write_config,
+        tensors=tensors,
+        preprocessor=lambda tower: {"image_processor_type": "InternVisionPreprocessor"},
+    ),
+    patches=lambda tower: (tower.image_size // tower.patch_size) ** 2 + 1,
 )

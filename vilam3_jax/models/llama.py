@@ -145,7 +145,7 @@ def read_config(values: Mapping[str, Any], where: Path, shapes: Mapping[str, Any
     if family != "llama":
         values = {**_QWEN_DEFAULTS, **values}
     if family == "qwen3" and values.get("head_dim") is None:
-        values["head_dim"] = _QWEN3_HEAD_DIM
+        values = {**values, "head_dim": _QWEN3_HEAD_DIM}
     return {
         "type": "llama",
         **decoder_layout.read_sizes(values, where),
@@ -193,18 +193,16 @@ def tensors(llm: LlamaConfig) -> list[TensorRule]:
     )
 
 
-FAMILY = families.register(
-    families.ModelFamily(
-        name="llama",
-        component="llm",
-        config=LlamaConfig,
-        module=Llama,
-        parameter_rules=PARAMETER_RULES,
-        hugging_face=families.HuggingFaceLayout(
-            model_types=tuple(_ARCHITECTURES),
-            read_config=read_config,
-            write_config=write_config,
-            tensors=tensors,
-        ),
-    )
+FAMILY = families.ModelFamily(
+    name="llama",
+    component="llm",
+    config=LlamaConfig,
+    module=Llama,
+    parameter_rules=PARAMETER_RULES,
+    hugging_face=families.HuggingFaceLayout(
+        model_types=tuple(_ARCHITECTURES),
+        read_config=read_config,
+        write_config=write_config,
+        tensors=tensors,
+    ),
 )

@@ -65,19 +65,17 @@ def write_config(llm: MistralConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-FAMILY = families.register(
-    families.ModelFamily(
-        name="mistral",
-        component="llm",
-        config=MistralConfig,
-        module=Mistral,
-        parameter_rules=PARAMETER_RULES,
-        hugging_face=families.HuggingFaceLayout(
-            model_types=("mistral",),
-            read_config=read_config,
-            write_config=write_config,
-            tensors=llama.tensors,
-        ),
-        attention_windows=lambda llm: (llm.sliding_window or None,) * llm.num_layers,
-    )
+FAMILY = families.ModelFamily(
+    name="mistral",
+    component="llm",
+    config=MistralConfig,
+    module=Mistral,
+    parameter_rules=PARAMETER_RULES,
+    hugging_face=families.HuggingFaceLayout(
+        model_types=("mistral",),
+        read_config=read_config,
+        write_config=write_config,
+        tensors=llama.tensors,
+    ),
+    attention_windows=lambda llm: (llm.sliding_window or None,) * llm.num_layers,
 )

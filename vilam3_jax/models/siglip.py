@@ -519,23 +519,21 @@ def _unused(names: Collection[str]) -> dict[str, str]:
     }
 
 
-FAMILY = families.register(
-    families.ModelFamily(
-        name="siglip",
-        component="vision_tower",
-        config=SiglipConfig,
-        module=SiglipVision,
-        parameter_rules=TOWER_RULES,
-        hugging_face=families.HuggingFaceLayout(
-            model_types=("siglip_vision_model", "siglip"),
-            read_config=read_vision_config,
-            write_config=write_vision_config,
-            tensors=vision_tensors,
-            unused=_unused,
-            preprocessor=preprocessor,
-            rename=_without_prefix,
-            prefix="vision_model.",
-        ),
-        patches=lambda tower: (tower.image_size // tower.patch_size) ** 2,
-    )
+FAMILY = families.ModelFamily(
+    name="siglip",
+    component="vision_tower",
+    config=SiglipConfig,
+    module=SiglipVision,
+    parameter_rules=TOWER_RULES,
+    hugging_face=families.HuggingFaceLayout(
+        model_types=("siglip_vision_model", "siglip"),
+        read_config=read_vision_config,
+        write_config=write_vision_config,
+        tensors=vision_tensors,
+        unused=_unused,
+        preprocessor=preprocessor,
+        rename=_without_prefix,
+        prefix="vision_model.",
+    ),
+    patches=lambda tower: (tower.image_size // tower.patch_size) ** 2,
 )

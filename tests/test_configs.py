@@ -45,7 +45,10 @@ def test_no_recipe_and_no_snapshot_is_forgotten():
         (["--config=configs/quickstart/stage3_instruct.py:huge"], "'huge'.*default"),
         (["--config=configs/stage3_instruct.py:tiny", "--config.num_step=3"], "num_step.*num_steps"),
         (["--config=configs/stage3_instruct.py:tiny", "--config.num_steps=many"], "num_steps"),
-        (["--config=configs/stage3_instruct.py:tiny", "--config.task=dreaming"], "kind='dreaming'"),
+        (
+            ["--config=configs/stage3_instruct.py:tiny", "--config.task=dreaming"],
+            "task='dreaming': must be 'gen",
+        ),
         (["--config=configs/stage3_instruct.py:tiny", "--nonsense=1"], "nonsense"),
         (["--config", "configs/stage9.py"], "no such config"),
         (["--config"], "no such config"),
@@ -53,7 +56,6 @@ def test_no_recipe_and_no_snapshot_is_forgotten():
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
-
     with pytest.raises(UserError, match=message):
         config_lib.parse(arguments, flags.FlagValues())
 
@@ -78,10 +80,10 @@ def test_numbers_out_of_bounds_are_refused(key, value):
 @pytest.mark.parametrize(
     "text,message",
     [
-        ("def get_config(arg=''):\n    return nothing\n", r"my run\.py:2: the recipe fails, NameError"),
-        ("import nowhere\n", r"my run\.py:1: the recipe fails, ModuleNotFoundError"),
-        ("def get_config(\n", "the recipe fails, SyntaxError"),
-        ("x = 1\n", r"no get_config\(arg\)"),
+        ("def get_config(arg=''):\n    return nothing\n", r"my run\.py:2: the recipe fails with NameError"),
+        ("import nowhere\n", r"my run\.py:1: the recipe fails with ModuleNotFoundError"),
+        ("def get_config(\n", "the recipe fails with SyntaxError"),
+        ("x = 1\n", r"has no get_config\(arg\)"),
         ("def get_config(arg=''):\n    pass\n", "must return a ConfigDict"),
         (
             "from vilam3_jax import config\n\n\ndef get_config(arg=''):\n    return config.base_config()\n",
@@ -103,7 +105,7 @@ def test_activation_rules_are_set_on_the_command_line():
     argv = ["--config=configs/stage3_instruct.py:tiny", "--config.activation_rules.heads="]
     argv += ["--config.activation_rules.queries=tensor"]
     rules = config_lib.parse(argv, flags.FlagValues()).activation_rules
-    assert rules.heads == "" and rules.queries == "tensor"
+    assert rules["heads"] == "" and rules["queries"] == "tensor"
     with pytest.raises(UserError, match=r"activation_rules\.heads='tensr': must be tensor or '' for none"):
         config_lib.parse([*argv[:1], "--config.activation_rules.heads=tensr"], flags.FlagValues())
 
@@ -114,7 +116,7 @@ def test_activation_rules_are_set_on_the_command_line():
         ({"vocab": "fsdp"}, "activation_rules.vocab='fsdp': must be tensor or '' for none"),
         ({"mlp": "data"}, "activation_rules.mlp='data': must be tensor"),
         ({"length": "tensor"}, "activation_rules.length='tensor': must be context or '' for none"),
-        ({"queries": "tensor"}, "heads and queries cannot both lie over tensor"),
+        ({"queries": "tensor"}, "heads and queries cannot both be split over tensor"),
         ({"tower_queries": "tensor"}, "tower_heads and tower_queries cannot both"),
         ({"heads": "", "queries": "tensor", "tower_heads": "tensor"}, "tower_heads and tower_queries"),
         ({"tower_heads": "queries"}, "must be tensor or '' for none, or 'heads'"),
@@ -123,10 +125,8 @@ def test_activation_rules_are_set_on_the_command_line():
 )
 def test_activation_rules_that_contradict_the_batch_or_each_other(rules, message):
     config = config_lib.load("configs/stage3_instruct.py:tiny")
-    with config.activation_rules.ignore_type():
-        config.activation_rules.update(rules)
     with pytest.raises(UserError, match=message):
-        config_lib.check(config)
+        config.replace({f"activation_rules.{name}": axes for name, axes in rules.items()})
 
 
 def test_pairs_are_not_accumulated():
@@ -135,8 +135,6 @@ def test_pairs_are_not_accumulated():
 
 
 def test_parts_are_swapped_and_then_overridden():
-    from absl import flags
-
     spec = "configs/stage3_instruct.py:vila_m3_8b,llm=qwen3_8b,tower=siglip_so400m_448,template=qwen2"
     config = config_lib.parse([f"--config={spec}", "--config.model.llm.num_layers=2"], flags.FlagValues())
     llm = config.model.llm
@@ -146,8 +144,6 @@ def test_parts_are_swapped_and_then_overridden():
 
 
 def test_overrides_reach_the_model():
-    from absl import flags
-
     config = config_lib.parse(
         ["--config=configs/stage3_instruct.py:tiny", "--config.model.llm.num_layers=5"], flags.FlagValues()
     )

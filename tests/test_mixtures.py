@@ -57,7 +57,7 @@ def test_a_mixture_of_another_kind_of_run_is_refused():
     )
     for recipe, name in ((RECIPE, "medical_pairs"), ("configs/stage1_vision.py:tiny", "vila_m3_stage4")):
         with pytest.raises(
-            UserError, match=rf"data\.mixture: '{name}' is for stage._\w+, but this run has kind="
+            UserError, match=rf"data\.mixture: '{name}' is for stage._\w+, but this run has task="
         ):
             config_lib.load(recipe, {"data.mixture": name})
 

@@ -66,10 +66,10 @@ class Section:
 
     def error(self, name: str, problem: str) -> UserError:
         """The error of one field: `config KEY=VALUE: PROBLEM`."""
-        return UserError(f"config {self.path(name)}={getattr(self, name)!r}: {problem}")
+        return UserError(f"config {self.key_of(name)}={getattr(self, name)!r}: {problem}")
 
     @classmethod
-    def path(cls, name: str) -> str:
+    def key_of(cls, name: str) -> str:
         """The dotted key of a field."""
         return f"{cls.key}.{name}" if cls.key else name
 
@@ -91,7 +91,7 @@ class Section:
                 inner = inner[parent]
             if name not in inner:
                 raise UserError(
-                    f"config key {self.path(dotted)}: unknown{suggestion(dotted, flatten(values))}"
+                    f"config key {self.key_of(dotted)}: unknown{suggestion(dotted, flatten(values))}"
                 )
             inner[name] = _plain(value)
         return from_mapping(type(self), values)
@@ -115,13 +115,13 @@ def from_mapping(
     hints = _hints(section)
     for name in values:
         if name not in hints:
-            key = section.path(name)
+            key = section.key_of(name)
             if renamed and key in renamed:
                 raise UserError(f"config key {key} is now {renamed[key]}; rename it")
             raise UserError(f"config key {key}: unknown{suggestion(name, hints)}")
     fields = {field.name: field for field in dataclasses.fields(section)}  # pyright: ignore[reportArgumentType]
     missing = [
-        section.path(name)
+        section.key_of(name)
         for name, field in fields.items()
         if name not in values
         and field.default is dataclasses.MISSING

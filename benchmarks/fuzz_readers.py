@@ -58,7 +58,7 @@ from vilam3_jax.data.scan import report
 from vilam3_jax.data.scan.collect import collect
 from vilam3_jax.data.volumes import Volume, describe_volume, load_volume
 from vilam3_jax.errors import UserError
-from vilam3_jax.inference.images import open_picture
+from vilam3_jax.inference.images import open_image
 
 # Low enough that an input within them takes less than a second.
 LIMITS = Limits(
@@ -116,7 +116,7 @@ class _TooLong(BaseException):
 
 def entry_points(seed: Seed) -> dict[str, EntryPoint]:
     """Entry point name → function of the input path."""
-    entry: dict[str, EntryPoint] = {"open_picture": lambda path: open_picture(path, 32), "scan": _scanned}
+    entry: dict[str, EntryPoint] = {"open_image": lambda path: open_image(path, 32), "scan": _scanned}
     if seed.kind != "folder":
         entry["identify"] = file_kinds.identify
     if seed.kind != "image":

@@ -26,7 +26,7 @@ from vilam3_jax.data.limits import DEFAULT_LIMITS
 from vilam3_jax.data.scan.collect import collect
 from vilam3_jax.data.volumes import describe_volume, load_volume
 from vilam3_jax.errors import UserError
-from vilam3_jax.inference.images import open_picture
+from vilam3_jax.inference.images import open_image
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SLICE = 306  # two inputs of each seed
@@ -108,7 +108,7 @@ def test_a_value_representation_that_does_not_exist(fuzz, tmp_path, tag):
     seed = next(seed for seed in fuzz.fuzz_seeds.all_seeds() if seed.name == "explicit.dcm")
     path = tmp_path / seed.entry
     path.write_bytes(seed.files[seed.entry].replace(tag + b"UI", tag + b"U\x80"))
-    for read in (load_volume, load_image, lambda path: open_picture(path, None), dicom.list_series):
+    for read in (load_volume, load_image, lambda path: open_image(path, None), dicom.list_series):
         try:
             read(path)
         except UserError as error:

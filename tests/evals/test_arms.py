@@ -14,7 +14,7 @@ from vilam3_jax.evals import conditions
 from vilam3_jax.evals import protocol as protocols
 from vilam3_jax.inference.agent import Message, Transcript
 
-QUICKSTART = protocols.get_protocol("quickstart@1")
+QUICKSTART = protocols.get("quickstart@1")
 IMAGE = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
 
 

@@ -46,8 +46,8 @@ def test_rows_and_result(results, export):
     assert len(oracle) == 3 and all(row["question_type"] == "organ_present" for row in oracle)
     assert all(row["prompt"].startswith("<image>\n") and isinstance(row["output"], str) for row in rows)
     result = json.loads((results / "stage4_no_experts" / "result.json").read_text())
-    assert result["protocol_hash"] == protocols.get_protocol("quickstart@1").hash
-    assert protocols.protocol_from_json(result["protocol"]).hash == result["protocol_hash"]
+    assert result["protocol_hash"] == protocols.get("quickstart@1").hash
+    assert protocols.content_hash(result["protocol"]) == result["protocol_hash"]
     assert result["checkpoint"] == str(export) and result["items"] == 12
     assert result["text"] == {"split": "clean", "bos": "clean", "spaces": "clean", "image_end": ""}
     assert {summary["arm"] for summary in result["summaries"]} == {"stage4_no_experts"}
@@ -121,7 +121,7 @@ def test_retrieval(towers_export, world, tmp_path, capsys):
     assert result["protocol_hash"] == retrieval.RETRIEVAL.hash
     assert "chance 0.500" in capsys.readouterr().out
     assert run(*arguments, f"--out={out}", "--limit=3") == 2
-    assert "--limit: means nothing" in capsys.readouterr().err
+    assert "--limit: has no effect" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

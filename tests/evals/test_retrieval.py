@@ -9,7 +9,7 @@ from vilam3_jax.checkpoints import exports
 from vilam3_jax.data.examples import Example, ImageRef, Turn
 from vilam3_jax.errors import UserError
 from vilam3_jax.evals import retrieval
-from vilam3_jax.models import vila
+from vilam3_jax.models import build
 
 
 def pair(name, modality="CT", patient="p", index=0, split="heldout", form="pair"):
@@ -74,7 +74,7 @@ def test_embeddings_are_those_of_the_training_model(towers_export, tokenizer):
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(6)]
     texts = ["CT", "an axial MRI", "yes", "no", "liver", "spleen"]
-    model = vila.merge(vila.abstract_model(config, "contrastive")[0], params)
+    model = build.merge(build.abstract_model(config, "contrastive")[0], params)
     tokens, valid = retrieval.prompt_tokens(tokenizer, texts, config.text_tower.max_length)
     assert tokens[0, valid[0]].tolist() == [*tokenizer.encode("CT"), tokenizer.eos_id]
     image, text = model(np.stack(images), tokens, valid)

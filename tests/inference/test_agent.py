@@ -21,9 +21,8 @@ from vilam3_jax.data.volume_slices import SliceRule
 from vilam3_jax.data.volumes import load_volume
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import agent as agent_lib
-from vilam3_jax.inference import chat as chat_lib
 from vilam3_jax.inference.generate import Decoded, Generator
-from vilam3_jax.inference.images import open_picture
+from vilam3_jax.inference.images import open_image
 
 SIDE, PER_IMAGE = 32, 4
 CARDS = load_cards("quickstart")
@@ -210,7 +209,7 @@ def test_slices_of_a_whole_volume_are_those_of_training(tokenizer, tmp_path):
     )
     rendered = renderer.render(example.validate(), tmp_path)
     encoded = encode_conversation(tokenizer, CHATML, rendered.turns, PER_IMAGE)
-    asked = agent_lib.Query(QUESTION, (chat_lib._scan(open_picture(volume, SIDE, slices=3), ""),))
+    asked = agent_lib.Query(QUESTION, (open_image(volume, SIDE, slices=3),))
     called = call_turn([CARDS[0]], [Call("ORGANS", "organs")]).text
     session, (transcript,) = ask(tokenizer, [[called, "yes"]], [asked], agent_lib.AnnotationProvider(store))
     tail = len(tokenizer.encode("\n")) + 1
@@ -220,12 +219,12 @@ def test_slices_of_a_whole_volume_are_those_of_training(tokenizer, tmp_path):
         assert np.array_equal(fed, trained)
     assert "slice 1 of 4: <image>" in transcript.turns[0].text
     assert "slice 3 of 4: <image>" in transcript.turns[2].text  # liver and spleen
-    with pytest.raises(UserError, match="give one of both"):
-        open_picture(volume, SIDE, slices=3, index=1)
+    with pytest.raises(UserError, match="give only one of them"):
+        open_image(volume, SIDE, slices=3, index=1)
     with pytest.raises(UserError, match="slices 0: must be at least 1"):
-        open_picture(volume, SIDE, slices=0)
+        open_image(volume, SIDE, slices=0)
     with pytest.raises(UserError, match="is a 2-D image, which has no slices"):
-        open_picture(rendered.images[0], SIDE, slices=2)
+        open_image(rendered.images[0], SIDE, slices=2)
 
 
 def test_several_calls_of_one_turn_are_those_of_training(tokenizer, store, image, tmp_path):
@@ -240,7 +239,9 @@ def test_several_calls_of_one_turn_are_those_of_training(tokenizer, store, image
     )
     assert asked == trained
     assert [a.expert for a in transcript.annotations] == ["PNEUMONIA", "ORGANS"]
-    assert not transcript.cut and not transcript.not_made and transcript.trigger == ("ORGANS", "organs")
+    assert (
+        not transcript.cut and not transcript.unexecuted_calls and transcript.trigger == ("ORGANS", "organs")
+    )
 
 
 def test_four_sequences_are_one_request(tokenizer, image, tmp_path):
@@ -309,7 +310,7 @@ def test_results_that_the_model_invents_are_cut(tokenizer, store, image, said, c
     wanted = [list(row) for row in session.tokens]
     session, (invented, other) = ask(tokenizer, [[said, "no"], ["fine", ""]], [query(image)] * 2, provider)
     assert session.tokens == wanted
-    assert len(invented.cut) == cut and list(invented.not_made) == not_made
+    assert len(invented.cut) == cut and list(invented.unexecuted_calls) == not_made
     assert invented.turns[1].text == kept and "0.99" not in invented.expert_text
     assert invented.answer == clean.answer == "no" and other.answer == "fine" and not other.cut
 
@@ -317,9 +318,9 @@ def test_results_that_the_model_invents_are_cut(tokenizer, store, image, said, c
 def test_calls_that_are_not_made_are_noted(tokenizer, store, image):
     provider = agent_lib.AnnotationProvider(store)
     _, (last,) = ask(tokenizer, [["<PNEUMONIA()>", "<BRAINTUMOR()>"]], [query(image)], provider)
-    assert last.not_made == (Call("BRAINTUMOR"),) and last.trigger == ("PNEUMONIA", "")
+    assert last.unexecuted_calls == (Call("BRAINTUMOR"),) and last.trigger == ("PNEUMONIA", "")
     _, (off,) = ask(tokenizer, [["<PNEUMONIA()>"]], [query(image)], None)
-    assert off.not_made == (Call("PNEUMONIA"),) and off.trigger is None
+    assert off.unexecuted_calls == (Call("PNEUMONIA"),) and off.trigger is None
 
 
 def test_cards_are_computed_once_for_all_rows(tokenizer, store, image):

@@ -27,7 +27,7 @@ from vilam3_jax.errors import UserError
 from vilam3_jax.inference import agent as agent_lib
 from vilam3_jax.inference import chat, generate, images
 from vilam3_jax.inference.agent import Message, Transcript
-from vilam3_jax.models import vila
+from vilam3_jax.models import model_config as model_config_lib
 
 PROMPT = "Is the liver visible in this slice?"
 
@@ -57,13 +57,13 @@ def test_load_answers_about_a_scan_and_a_film(assistant, world):
 
 def test_the_picture_has_what_experts_need(world):
     store = AnnotationStore(world.annotations)
-    cut = images.open_picture(world.volume, 32, axis="coronal", index=3)
+    cut = images.open_image(world.volume, 32, axis="coronal", index=3)
     assert (cut.axis, cut.index, cut.volume, cut.png) == (1, 3, VolumeSource(str(world.volume)), b"")
     assert store.get(cut.input_key, "ORGANS", "organs") is not None
-    film = images.open_picture(world.film, 32)
+    film = images.open_image(world.film, 32)
     assert (film.axis, film.volume) == (None, None) and film.png.startswith(b"\x89PNG")
     assert store.get(film.input_key, "PNEUMONIA") is not None
-    assert np.array_equal(film.pixels, resize(load_pixels(world.film), 32))
+    assert np.array_equal(film.image, resize(load_pixels(world.film), 32))
 
 
 def test_the_declared_modality_chooses_the_window(tmp_path):
@@ -72,14 +72,14 @@ def test_the_declared_modality_chooses_the_window(tmp_path):
     image = nibabel.Nifti1Image(values, np.eye(4))
     image.header.set_xyzt_units("mm")
     nibabel.save(image, path)
-    unknown = images.open_picture(path, 32)
+    unknown = images.open_image(path, 32)
     assert "between its 0.5 and 99.5 percentiles" in unknown.description
     assert any("states no modality" in note for note in unknown.notes)
-    ct = images.open_picture(path, 32, modality="ct")
+    ct = images.open_image(path, 32, modality="ct")
     assert "window 50, 400" in ct.description
     assert (ct.modality, ct.notes) == ("CT", ())
-    assert "percentiles" in images.open_picture(path, 32, modality="MR").description
-    assert "window 40, 80" in images.open_picture(path, 32, window=(40, 80)).description
+    assert "percentiles" in images.open_image(path, 32, modality="MR").description
+    assert "window 40, 80" in images.open_image(path, 32, window=(40, 80)).description
     assert ct.input_key == unknown.input_key  # what is stated about a scan is not its content
 
 
@@ -90,19 +90,19 @@ def test_a_scan_of_one_slice_is_shown_in_its_own_plane(tmp_path, axis, plane):
     nibabel.save(
         nibabel.Nifti1Image(np.arange(np.prod(shape), dtype=np.int16).reshape(shape), np.eye(4)), path
     )
-    picture = images.open_picture(path, None)
-    assert (picture.axis, min(picture.pixels.shape[:2]) > 1) == (axis, True)
+    picture = images.open_image(path, None)
+    assert (picture.axis, min(picture.image.shape[:2]) > 1) == (axis, True)
     assert picture.description.startswith(f"{plane} slice 0 of 0 to 0")
     asked = "sagittal" if plane == "axial" else "axial"
-    assert images.open_picture(path, None, axis=asked).description.startswith(asked)
+    assert images.open_image(path, None, axis=asked).description.startswith(asked)
 
 
 def test_a_decoder_process_gives_the_same_picture(world):
     with DecoderProcess() as decoder:
         for image, options in ((world.volume, {"modality": "CT", "index": 3}), (world.film, {})):
-            here = images.open_picture(image, 32, **options)
-            there = images.open_picture(image, 32, decoder=decoder, **options)
-            assert np.array_equal(here.pixels, there.pixels)
+            here = images.open_image(image, 32, **options)
+            there = images.open_image(image, 32, decoder=decoder, **options)
+            assert np.array_equal(here.image, there.image)
             assert (here.input_key, here.description, here.notes) == (
                 there.input_key,
                 there.description,
@@ -114,10 +114,10 @@ def test_the_models_preprocessing_is_applied_and_checked(world):
     rules = Preprocessing(
         ct_windows=((0.0, 2048.0), (40.0, 350.0), (40.0, 80.0)), plane="coronal", modalities=("MR",)
     )
-    picture = images.open_picture(world.volume, None, modality="CT", preprocessing=rules)
+    picture = images.open_image(world.volume, None, modality="CT", preprocessing=rules)
     assert picture.axis == 1
     volume = load_volume(world.volume, modality="CT")
-    assert np.array_equal(picture.pixels, rules.slice_image(volume, 1, picture.index))
+    assert np.array_equal(picture.image, rules.slice_image(volume, 1, picture.index))
     assert "The image is CT, but this model was trained on MR." in picture.notes
 
 
@@ -147,7 +147,7 @@ def test_a_damaged_image_is_named(assistant, tmp_path):
 
 
 def test_wrong_checkpoints_are_named(towers_export, tmp_path):
-    with pytest.raises(UserError, match="contrastive model, which cannot speak"):
+    with pytest.raises(UserError, match="contrastive model, which generates no text"):
         vilam3_jax.load(towers_export)
     with pytest.raises(UserError, match=r"model\.json is missing"):
         vilam3_jax.load(tmp_path / "nowhere")
@@ -193,7 +193,7 @@ def test_several_sequences_are_shown_with_their_roles(assistant, world, tmp_path
     images = [f"--image=t1c={world.volume}", f"--image=t2={world.volume}"]
     assert chat.main([*arguments, *images, "--modality=MR"]) == 0
     assert "T1(contrast enhanced): <image>, T2: <image>" in capsys.readouterr().out
-    with pytest.raises(UserError, match="needs a role of its own"):
+    with pytest.raises(UserError, match="each of several images needs its own role"):
         chat.main([*arguments, f"--image={world.volume}", f"--image=t2={world.volume}"])
 
 
@@ -234,27 +234,27 @@ def test_the_store_is_asked_before_the_host(world):
     host = FakeHost("ok")
     stored = agent_lib.AnnotationProvider(AnnotationStore(world.annotations))
     provider = agent_lib.Providers([stored, agent_lib.HostProvider(host)])
-    film = images.open_picture(world.film, 32)
-    query = agent_lib.Query(PROMPT, (agent_lib.Scan(film.pixels, film.input_key, png=film.png),))
+    film = images.open_image(world.film, 32)
+    query = agent_lib.Query(PROMPT, (agent_lib.Scan(film.image, film.input_key, png=film.png),))
     assert provider.annotate(query, "PNEUMONIA", "").probabilities["pneumonia"] == 0.2
     assert host.asked == []
     assert provider.annotate(query, "BRAINTUMOR", "").probabilities["pneumonia"] == 0.7
     assert host.asked == [("BRAINTUMOR", "", {"input_key": film.input_key, "inputs": [("", film.png)]})]
-    cut = images.open_picture(world.volume, 32)
-    query = agent_lib.Query(PROMPT, (agent_lib.Scan(cut.pixels, cut.input_key, 2, 8, volume=cut.volume),))
+    cut = images.open_image(world.volume, 32)
+    query = agent_lib.Query(PROMPT, (agent_lib.Scan(cut.image, cut.input_key, 2, 8, volume=cut.volume),))
     provider.annotate(query, "BRAINSEG", "")
     assert host.asked[-1][2] == {
         "input_key": cut.input_key,
         "inputs": [("", VolumeSource(str(world.volume)))],
     }
-    nothing = agent_lib.Query(PROMPT, (agent_lib.Scan(cut.pixels, cut.input_key),))
+    nothing = agent_lib.Query(PROMPT, (agent_lib.Scan(cut.image, cut.input_key),))
     assert "needs the scan's file" in provider.annotate(nothing, "BRAINSEG", "").reason
 
 
 def test_a_crashed_host_is_a_failed_annotation(world):
     provider = agent_lib.Providers([agent_lib.HostProvider(FakeHost("failed"))])
-    film = images.open_picture(world.film, 32)
-    query = agent_lib.Query(PROMPT, (agent_lib.Scan(film.pixels, film.input_key, png=film.png),))
+    film = images.open_image(world.film, 32)
+    query = agent_lib.Query(PROMPT, (agent_lib.Scan(film.image, film.input_key, png=film.png),))
     assert provider.annotate(query, "PNEUMONIA", "").reason == "crashed"
 
 
@@ -341,7 +341,7 @@ def test_an_export_that_tiles_is_asked_tile_by_tile(monkeypatch, export, world, 
     (chunk,), reply = inputs_of(monkeypatch, export, tmp_path, world.film, keys, **asked)
     tall = np.asarray(Image.fromarray(film).resize((32, 64)))
     np.testing.assert_array_equal(chunk.images, [tall[:32], tall[32:], resize(film, 32)])
-    per_image = 3 * vila.tokens_per_image(model_config)
+    per_image = 3 * model_config_lib.resolve(model_config).tokens_per_image
     assert chunk.visual_index[chunk.visual_index >= 0].tolist() == list(range(per_image))
     assert reply.transcript.prompt.endswith(f"<image>\n{PROMPT}")
 
@@ -361,7 +361,7 @@ def test_an_export_that_tiles_shows_tiles_of_overlays(monkeypatch, export, world
 
 def test_a_modality_is_a_code_and_no_contradiction(world, tmp_path):
     with pytest.raises(UserError, match="modality 'banana': not a DICOM code"):
-        images.open_picture(world.volume, 32, modality="banana")
+        images.open_image(world.volume, 32, modality="banana")
     with pytest.raises(UserError, match="modality 'banana'"):
-        images.open_picture(world.film, 32, modality="banana")
-    assert images.open_picture(world.film, 32, modality="dx").modality == "DX"
+        images.open_image(world.film, 32, modality="banana")
+    assert images.open_image(world.film, 32, modality="dx").modality == "DX"

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vilam3_jax.data.batches import arrays
+from vilam3_jax import tasks  # noqa: F401  makes batches pytrees
+from vilam3_jax.data.batches import PackedBatch
 from vilam3_jax.data.examples import Turn
 from vilam3_jax.data.packing import GroupShape, Sample, assemble_group
 from vilam3_jax.data.templates import encode_prompt, get_template
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import generate
-from vilam3_jax.models import vila
+from vilam3_jax.models import build
 
 
 @pytest.fixture(scope="module")
@@ -41,21 +42,17 @@ def image_chunk(generator):
 @pytest.fixture(scope="module")
 def naive(model_config, params, tokenizer, generator):
     """One row, no cache: the whole dialogue through the model for every token."""
-    graphdef, _ = vila.abstract_model(model_config, "generative")
-    model = vila.merge(graphdef, params)
+    graphdef, _ = build.abstract_model(model_config, "generative")
+    model = build.merge(graphdef, params)
 
     @jax.jit
     def logits(tokens, visual, images, length):
         # One padded length for all calls, so that the reference compiles once.
         positions = jnp.arange(tokens.shape[1])[None]
-        hidden = model(
-            tokens,
-            (positions < length).astype(jnp.int32),
-            positions,
-            images,
-            images[..., 0, 0, 0] >= 0,
-            visual,
-        )
+        segments = (positions < length).astype(jnp.int32)
+        weights = jnp.zeros(tokens.shape, jnp.float32)
+        valid = images[..., 0, 0, 0] >= 0
+        hidden = model(PackedBatch(tokens, segments, positions, weights, visual, images, valid))
         return model.llm.logits(hidden[:, length - 1])[0, : tokenizer.vocab_size]
 
     class Naive:
@@ -268,7 +265,7 @@ def test_merged_tiles_equal_the_training_path(model_config, tokenizer):
     """Two rows ask about one picture, one about another: logits are those of the packed training batch."""
     config = model_config.copy_and_resolve_references()
     config.update(dict(image_aspect_ratio="dynamic_s2", s2_scales=(32, 64), max_tiles=6))
-    params = jax.jit(lambda key: vila.init_params(config, "generative", key))(jax.random.key(3))
+    params = jax.jit(lambda key: build.init_params(config, "generative", key))(jax.random.key(3))
     params = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
     generator = generate.Generator(config, params, tokenizer, max_length=300, batch_size=4)
     processor, count = generator.processor, generator.tokens_per_image
@@ -292,22 +289,21 @@ def test_merged_tiles_equal_the_training_path(model_config, tokenizer):
     session = generator.start(3)
     session.append(chunks)
     shape = GroupShape(3, max(map(len, (s.encoded for s in samples))), 26, count, 32, tiled=True)
-    batch = arrays(assemble_group(shape, [[sample] for sample in samples]))
-    graphdef, _ = vila.abstract_model(config, "generative")
+    batch = assemble_group(shape, [[sample] for sample in samples])
+    graphdef, _ = build.abstract_model(config, "generative")
 
     @jax.jit
     def logits(params, batch):
-        model = vila.merge(graphdef, params)
-        return model.llm.logits(model(**batch))
+        model = build.merge(graphdef, params)
+        return model.llm.logits(model(batch))
 
-    del batch["loss_weights"]
     want = np.asarray(logits(params, batch))
     for row, sample in enumerate(samples):
         got = np.asarray(session._logits)[row, : tokenizer.vocab_size]
         np.testing.assert_allclose(got, want[row, len(sample.encoded) - 1, : len(got)], atol=1e-5, rtol=0)
     assert np.ptp(want, axis=-1).min() > 1
-    seen = generate._Pictures(processor)
-    placed = [seen.place(chunk) for chunk in chunks]
+    slots = generate._ImageSlots(processor)
+    placed = [slots.add(chunk) for chunk in chunks]
     assert placed[0] == placed[2] == list(range(7)) and placed[1] == [*range(7, 12), *range(7)]
     with pytest.raises(ValueError, match="needs one"):
-        seen.place(dataclasses.replace(chunks[0], tile_map=None))
+        slots.add(dataclasses.replace(chunks[0], tile_map=None))

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 
 from vilam3_jax import config as config_lib
+from vilam3_jax.data.batches import PackedBatch
 from vilam3_jax.data.examples import Turn
 from vilam3_jax.data.templates import encode_prompt, model_template
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import heldout
-from vilam3_jax.models import param_paths, vila
+from vilam3_jax.models import build, param_paths
+from vilam3_jax.models import model_config as model_config_lib
 from vilam3_jax.sharding import mesh as mesh_lib
-from vilam3_jax.training import evaluation
+from vilam3_jax.training import evaluation, step_guard
 from vilam3_jax.training import program as program_lib
+from vilam3_jax.training.train_state import TrainState
 
 
 @pytest.fixture
@@ -31,14 +34,19 @@ def config(model_config, world, tokenizer_dir):
     return config
 
 
+def read_questions(config, tokenizer):
+    run = config_lib.resolve(config)
+    return heldout.read_questions(run.data, run.model, run.seed, run.eval_generate, tokenizer)
+
+
 def prompt_of(config, tokenizer, turns):
     """As the agent encodes a question, not as the trainer does."""
-    tokens_per_image = vila.tokens_per_image(config.model)
+    tokens_per_image = model_config_lib.resolve(config.model).tokens_per_image
     return encode_prompt(tokenizer, model_template(config.model), turns, tokens_per_image)
 
 
 def test_prompts_are_those_of_a_dialogue_and_the_turns_take_turns(config, tokenizer):
-    questions = heldout.read_questions(config, tokenizer)
+    questions = read_questions(config, tokenizer)
     assert len(questions) == 6 and [one.turn for one in questions] == [0, 1, 0, 1, 0, 1]
     asked = {
         "scan": ["Is the liver visible in this slice?", "yes", "What imaging modality is this?", "CT"],
@@ -59,7 +67,7 @@ def test_prompts_are_those_of_a_dialogue_and_the_turns_take_turns(config, tokeni
 def test_with_experts_a_call_and_the_answer_to_it_are_asked_for(config, tokenizer, world):
     config.data.experts, config.data.annotations = "on", str(world.annotations)
     config.data.seq_len = 1024
-    questions = heldout.read_questions(config, tokenizer)
+    questions = read_questions(config, tokenizer)
     assert {one.turn for one in questions} == {0, 1, 2}
     assert all("Let me trigger <" in one.answer for one in questions if one.turn == 0)
     assert all(one.answer in ("yes", "no") for one in questions if one.turn == 1)
@@ -67,7 +75,7 @@ def test_with_experts_a_call_and_the_answer_to_it_are_asked_for(config, tokenize
 
 def test_captions_end_with_their_line(config, tokenizer):
     config.data.mixture = (("pairs", 1.0),)
-    questions = heldout.read_questions(config, tokenizer)
+    questions = read_questions(config, tokenizer)
     assert {one.answer for one in questions} == {"CT image.", "chest X-ray image."}
     (newline,) = {one.stops[0] for one in questions}
     assert tokenizer.decode([newline]) == "\n"
@@ -76,21 +84,22 @@ def test_captions_end_with_their_line(config, tokenizer):
 def test_an_example_too_long_for_a_row_is_named_when_none_is_left(config, tokenizer):
     config.data.seq_len = 8
     with pytest.raises(UserError, match=r"eval_generate.*instruct/heldout record.*tokens"):
-        heldout.read_questions(config, tokenizer)
+        read_questions(config, tokenizer)
 
 
 @pytest.fixture(scope="module")
 def say(model_config, params):
     """Greedy words without a cache: the whole sequence through the model for every token."""
-    graphdef, _ = vila.abstract_model(model_config, "generative")
-    model = vila.merge(graphdef, params)
+    graphdef, _ = build.abstract_model(model_config, "generative")
+    model = build.merge(graphdef, params)
 
     @jax.jit
     def logits(tokens, visual, images, length):
         positions = jnp.arange(tokens.shape[1])[None]
         segments = (positions < length).astype(jnp.int32)
         valid = jnp.ones((1, images.shape[0]), bool)
-        hidden = model(tokens, segments, positions, images[None], valid, visual)
+        weights = jnp.zeros(tokens.shape, jnp.float32)
+        hidden = model(PackedBatch(tokens, segments, positions, weights, visual, images[None], valid))
         return model.llm.logits(hidden[0, length - 1])
 
     def say(tokenizer, question):
@@ -116,12 +125,22 @@ def say(model_config, params):
 
 def test_sharded_parameters_say_what_the_model_says(config, params, tokenizer, say, tmp_path, monkeypatch):
     """8 devices, rows over 4 parts, heads over 2, 6 questions: two rows stay empty."""
-    mesh = mesh_lib.build_mesh(config.mesh)
+    run = config_lib.resolve(config)
+    mesh = mesh_lib.build_mesh(run.mesh)
+    program = program_lib.build(run, mesh)
     flat = param_paths.flatten(params)
-    placed = mesh_lib.parameter_shardings(flat, config.parameter_rules, mesh)
+    family_rules = build.parameter_rules(run.model, run.task)
+    placed = mesh_lib.parameter_shardings(flat, run.parameter_rules, family_rules, mesh)
     sharded = {path: jax.device_put(leaf, placed[path]) for path, leaf in flat.items()}
-    placing = functools.partial(program_lib.build(config, mesh).placing, whole_rows=True)
-    answers = heldout.HeldoutAnswers(config, mesh_lib.rows(mesh), placing)
+    answers = heldout.HeldoutAnswers(
+        run.data,
+        run.model,
+        run.seed,
+        run.eval_generate,
+        mesh_lib.rows(mesh),
+        functools.partial(program.context, whole_rows=True),
+        program.annotate,
+    )
     prefill, given = answers._generator._prefill, []
     monkeypatch.setattr(
         answers._generator, "_prefill", lambda *args: (given.append(args[5:9]), prefill(*args))[1]
@@ -146,7 +165,7 @@ def test_sharded_parameters_say_what_the_model_says(config, params, tokenizer, s
     assert [row["answer"] for row in answers(other)[0]] != expected
     assert [row["answer"] for row in answers(sharded)[0]] == expected
 
-    state = {"trainable": sharded, "frozen": {}}
+    state = TrainState(2, None, sharded, {}, None, step_guard.Guard(None, None, None, None))
     evaluate = evaluation.Evaluation(lambda state, swapped: {"heldout_true": 1.0}, answers, tmp_path, 0)
     assert set(evaluate(2, state)) == {"heldout_true", *values}
     evaluate(4, state)

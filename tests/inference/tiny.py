@@ -20,7 +20,7 @@ from vilam3_jax.data.images import encode_png
 from vilam3_jax.data.records import ExampleWriter
 from vilam3_jax.data.tokenizer import load_tokenizer, train_bpe
 from vilam3_jax.data.volumes import load_volume
-from vilam3_jax.models import vila
+from vilam3_jax.models import build
 
 CORPUS = [
     "user assistant expert system yes no CT MRI axial coronal sagittal",
@@ -50,7 +50,7 @@ def model_config():
 
 @pytest.fixture(scope="session")
 def params(model_config):
-    params = jax.jit(lambda key: vila.init_params(model_config, "generative", key))(jax.random.key(0))
+    params = jax.jit(lambda key: build.init_params(model_config, "generative", key))(jax.random.key(0))
     # Random weights of the usual size repeat one token for ever; larger ones make texts depend on their past.
     return jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
 
@@ -66,7 +66,7 @@ def export(tmp_path_factory, model_config, params, tokenizer_dir):
 @pytest.fixture(scope="session")
 def towers_export(tmp_path_factory, model_config, tokenizer_dir):
     """An export of a contrastive model."""
-    params = jax.jit(lambda key: vila.init_params(model_config, "contrastive", key))(jax.random.key(1))
+    params = jax.jit(lambda key: build.init_params(model_config, "contrastive", key))(jax.random.key(1))
     folder = tmp_path_factory.mktemp("exports") / "contrastive"
     exports.export_model(folder, params, {**model_config.to_dict(), "kind": "contrastive"}, tokenizer_dir, {})
     return folder

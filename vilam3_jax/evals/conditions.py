@@ -1,6 +1,6 @@
-"""Arms: the same questions answered by different checkpoints; experts on, off or lying; true or blank images.
+"""Arms: the same questions under several conditions, such as falsified experts or blank images.
 
-Every arm writes rows, one answered question each, with the raw output beside what was read from it.
+An arm writes one row per answered question, with the raw output and the parsed answer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from vilam3_jax.data.examples import Example
 from vilam3_jax.errors import UserError
-from vilam3_jax.evals import protocol as protocols
+from vilam3_jax.evals.protocol import Item, Protocol, score
 from vilam3_jax.inference.agent import Agent, Query, Scan, Transcript
 
 Experts = Literal["on", "off", "falsified"]
@@ -24,6 +24,10 @@ Row = dict[str, Any]
 
 BLANK_GREY = 127
 MAJORITY = "majority"
+# Fields of an item that its row repeats.
+_COPIED = (
+    "cluster", "question_type", "label_source", "oracle", "modality", "question", "options", "expert", "args",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +35,10 @@ class Arm:
     """How questions are answered.
 
     Attributes:
-      name: on every row.
-      stage: the training stage whose export is meant to answer; '' for no model.
-      experts: whether cards are shown and experts answer, and whether what they say is falsified.
-      images: the true ones, or evenly grey ones of the same size.
+      name: written on every row.
+      stage: training stage whose export should answer; '' for no model.
+      experts: 'on' shows cards and expert results, 'falsified' shows falsified results.
+      images: 'blank' replaces images by uniformly grey ones.
     """
 
     name: str
@@ -57,15 +61,15 @@ ARMS = {
 
 
 def arm_of(name: str | None, experts: Experts | None, images: Images | None) -> Arm:
-    """The arm meant by the command line.
+    """The arm of a command line.
 
     Args:
-      name: one of `ARMS`, another name to put on the rows, or None.
-      experts: overrides what the name implies; for a new name the default is 'off'.
-      images: likewise; the default is 'true'.
+      name: one of `ARMS`, a new name, or None.
+      experts: of a new arm, 'off' by default.
+      images: of a new arm, 'true' by default.
 
     Raises:
-      UserError: `experts` or `images` contradict a known name.
+      UserError: `experts` or `images` contradict an arm of `ARMS`.
     """
     known = ARMS.get(name or "")
     if known is None:
@@ -80,43 +84,39 @@ def arm_of(name: str | None, experts: Experts | None, images: Images | None) -> 
 
 
 def blank(image: np.ndarray) -> np.ndarray:
-    """An evenly grey image of the same size: uint8 [H, W, 3] -> uint8 [H, W, 3]."""
+    """A uniformly grey image of the same size: uint8 [H, W, 3] -> uint8 [H, W, 3]."""
     return np.full_like(image, BLANK_GREY)
 
 
-def order_for_batches(items: Sequence[protocols.Item]) -> list[protocols.Item]:
-    """Puts questions of like length beside each other, so that few positions are padding.
+def order_for_batches(items: Sequence[Item]) -> list[Item]:
+    """Groups questions of similar length, so that batches have little padding.
 
-    The expert's turn is the longest part: items that call the same expert about one scan stand together.
+    Expert turns are the longest, so items that may call one expert about one scan are adjacent.
     """
-
-    def key(item: protocols.Item) -> tuple[Any, ...]:
-        return item.expert or "", item.input_key, len(item.question), item.id
-
-    return sorted(items, key=key)
+    return sorted(items, key=lambda item: (item.expert or "", item.input_key, len(item.question), item.id))
 
 
 def answer_items(
     agent: Agent,
-    protocol: protocols.Protocol,
+    protocol: Protocol,
     arm: Arm,
-    items: Sequence[protocols.Item],
-    load_image: Callable[[protocols.Item], np.ndarray],
+    items: Sequence[Item],
+    load_image: Callable[[Item], np.ndarray],
     *,
     falsify_seed: int,
 ) -> Iterator[Row]:
     """Asks all items in batches.
 
     Args:
-      agent: with the expert provider that fits the arm.
-      protocol: says how long an answer may be and how it is read.
-      arm: whose name and image treatment apply.
-      items: in any order; rows come in the order of `order_for_batches`.
-      load_image: gives the uint8 [H, W, 3] picture of an item.
-      falsify_seed: written on the rows, so that a report can draw what the model was shown.
+      agent: with the expert provider of the arm.
+      protocol: bounds answers and parses them.
+      arm: how questions are answered.
+      items: in any order.
+      load_image: the uint8 [H, W, 3] image of an item.
+      falsify_seed: written on the rows, so that a report can reproduce what the model was shown.
 
     Yields:
-      Rows; see `row_of`.
+      Rows of `row_of`, in the order of `order_for_batches`.
     """
     ordered = order_for_batches(items)
     for start in range(0, len(ordered), agent.batch_size):
@@ -137,121 +137,99 @@ def answer_items(
             yield row_of(protocol, arm, item, transcript, falsify_seed=falsify_seed)
 
 
-def row_of(
-    protocol: protocols.Protocol, arm: Arm, item: protocols.Item, transcript: Transcript, *, falsify_seed: int
-) -> Row:
+def row_of(protocol: Protocol, arm: Arm, item: Item, transcript: Transcript, *, falsify_seed: int) -> Row:
     """One line of `rows.jsonl`.
 
     Keys: `arm`, `item`, `cluster`, `question_type`, `label_source`, `oracle`, `modality`, `question`,
-    `options`, `expert` and `args` (who could answer), `prompt` (the first turn, cards included), `output`
-    (the answer), `parsed`, `gold`, `correct`, `unparsed`, `trigger` (the turn in which the model called an
-    expert, or None), `expert_called`, `expert_right` (called the expert that could answer; None where none
-    could), `expert_status` ('ok', 'failed' or None), `expert_text` (what it was told), `expert_version`,
-    `falsify_seed` (or None), `truncated`, `cut` (characters that the model wrote between its call and the
-    expert's turn) and `not_made` (calls that nobody answered).
+    `options`, `expert` and `args` (of the expert that could answer), `prompt` (the first turn, cards
+    included), `output` (the answer), `parsed`, `gold`, `correct`, `unparsed`, `trigger` (the turn with the
+    expert call, or None), `expert_called`, `expert_right` (whether the call was the one that could answer;
+    None if no expert could), `expert_status` ('ok', 'failed' or None), `expert_text` (the expert's turn),
+    `expert_version`, `falsify_seed` (or None), `truncated`, `cut` (characters that were removed after calls)
+    and `not_made` (calls that were not executed).
     """
+    called = transcript.annotation
     return {
         **_scored(protocol, arm, item, transcript.answer),
         "prompt": transcript.prompt,
         "trigger": transcript.trigger_text,
-        "expert_called": None if transcript.trigger is None else transcript.trigger[0],
+        "expert_called": called and called.expert,
         "expert_right": None if item.expert is None else transcript.trigger == (item.expert, item.args),
-        "expert_status": None if transcript.annotation is None else transcript.annotation.status,
+        "expert_status": called and called.status,
         "expert_text": transcript.expert_text,
-        "expert_version": None if transcript.annotation is None else transcript.annotation.version,
+        "expert_version": called and called.version,
         "falsify_seed": falsify_seed if arm.experts == "falsified" else None,
         "truncated": transcript.truncated,
         "cut": sum(map(len, transcript.cut)),
-        "not_made": [str(call) for call in transcript.not_made],
+        "not_made": [str(call) for call in transcript.unexecuted_calls],
     }
 
 
-def _scored(protocol: protocols.Protocol, arm: Arm, item: protocols.Item, output: str) -> Row:
-    read = protocols.score(protocol, item, output)
+def _scored(protocol: Protocol, arm: Arm, item: Item, output: str) -> Row:
+    read = score(protocol, item, output)
     return {
         "arm": arm.name,
         "item": item.id,
-        "cluster": item.cluster,
-        "question_type": item.question_type,
-        "label_source": item.label_source,
-        "oracle": item.oracle,
-        "modality": item.modality,
-        "question": item.question,
-        "options": list(item.options),
-        "expert": item.expert,
-        "args": item.args,
+        **{name: getattr(item, name) for name in _COPIED},
         "output": output,
-        "parsed": read.parsed,
-        "gold": read.gold,
-        "correct": read.correct,
+        **dataclasses.asdict(read),
         "unparsed": read.unparsed,
     }
 
 
-# --- the majority answer
-
-
 class Majority:
-    """Answers with what was most often right in training, without looking at anything.
+    """The most frequent answer of training, without a model.
 
-    First among questions of the same words, then of the same type; where options change from question to
-    question (ranges of numbers), by their place among the options. Ties go to the answer that sorts first.
+    Of questions with the same text, else of the same type; where options differ between questions (ranges of
+    numbers), the most frequent position among the options. Ties go to the answer that sorts first.
     """
 
     def __init__(self, examples: Iterable[Example]):
         """Counts the answers of training examples.
 
         Raises:
-          UserError: none of them has questions.
+          UserError: they have no questions.
         """
-        self._by_question: dict[tuple[str, str], collections.Counter[str]] = collections.defaultdict(
-            collections.Counter
-        )
-        self._by_type: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-        self._by_place: dict[str, collections.Counter[int]] = collections.defaultdict(collections.Counter)
+        # Keys: (type, question), (type,), and (type, None) for positions among the options.
+        self._counts: dict[Any, collections.Counter[Any]] = collections.defaultdict(collections.Counter)
         for example in examples:
             for qa in example.meta.get("qa") or ():
                 kind, answer = str(qa["type"]), str(qa["answer"])
-                self._by_question[kind, str(qa["question"])][answer] += 1
-                self._by_type[kind][answer] += 1
+                self._counts[kind, str(qa["question"])][answer] += 1
+                self._counts[kind,][answer] += 1
                 options = list(qa.get("options") or ())
                 if answer in options:
-                    self._by_place[kind][options.index(answer)] += 1
-        if not self._by_type:
+                    self._counts[kind, None][options.index(answer)] += 1
+        if not self._counts:
             raise UserError("the training split has no questions; the majority answer needs them")
 
-    def answer(self, item: protocols.Item) -> str:
-        """The most frequent answer that this item allows; '' if training never saw such a question."""
-        for counts in (
-            self._by_question.get((item.question_type, item.question)),
-            self._by_type.get(item.question_type),
-        ):
-            best = _most_frequent({a: n for a, n in (counts or {}).items() if _allowed(a, item.options)})
+    def answer(self, item: Item) -> str:
+        """The most frequent answer that is an option of this item; '' for an unseen type of question."""
+        kind = item.question_type
+        for key in ((kind, item.question), (kind,)):
+            best = self._most_frequent(key, lambda answer: _allowed(answer, item.options))
             if best is not None:
                 return best
-        places = self._by_place.get(item.question_type, {})
-        place = _most_frequent({p: n for p, n in places.items() if p < len(item.options)})
-        return "" if place is None else item.options[place]
+        position = self._most_frequent((kind, None), lambda position: position < len(item.options))
+        return "" if position is None else item.options[position]
+
+    def _most_frequent(self, key: Any, allowed: Callable[[Any], bool]) -> Any:
+        counts = {value: count for value, count in self._counts.get(key, {}).items() if allowed(value)}
+        return min(counts, key=lambda value: (-counts[value], value)) if counts else None
 
 
 def _allowed(answer: str, options: Sequence[str]) -> bool:
     return not options or answer in options or all(part in options for part in answer.split(", "))
 
 
-def _most_frequent(counts: dict[Any, int]) -> Any:
-    return min(counts, key=lambda key: (-counts[key], key)) if counts else None
-
-
-def majority_rows(
-    protocol: protocols.Protocol, items: Sequence[protocols.Item], training: Iterable[Example]
-) -> list[Row]:
-    """Rows of the majority arm, with the keys of `row_of` that make sense without a model."""
+def majority_rows(protocol: Protocol, items: Sequence[Item], training: Iterable[Example]) -> list[Row]:
+    """Rows of the majority arm, with the keys of `row_of` that need no model."""
     majority = Majority(training)
     return [_scored(protocol, ARMS[MAJORITY], item, majority.answer(item)) for item in items]
 
 
-def item_set_hash(items: Iterable[protocols.Item]) -> str:
-    """sha256 (hex) of all that makes up the items but pixels: equal sets of questions have equal hashes."""
+def item_set_hash(items: Iterable[Item]) -> str:
+    """sha256 (hex) of the items without pixels: equal sets of questions have equal hashes."""
     digest = hashlib.sha256()
     for item in sorted(items, key=lambda item: item.id):
         fields = (item.id, item.input_key, item.question, item.answer, item.question_type, *item.options)

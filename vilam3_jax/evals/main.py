@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,15 +44,17 @@ def main(argv: Sequence[str]) -> int:
     if argv and argv[0] == "compare":
         return _compare(argv[1:])
     options = _parser().parse_args(argv)
-    if options.protocol == retrieval.RETRIEVAL.name:
-        _retrieve(options)
+    protocol = protocols.get(options.protocol)
+    if isinstance(protocol, retrieval.RetrievalProtocol):
+        _retrieve(options, protocol)
     else:
-        _evaluate(options)
+        assert isinstance(protocol, protocols.Protocol)
+        _evaluate(options, protocol)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    known = ", ".join([*sorted(protocols.PROTOCOLS), retrieval.RETRIEVAL.name])
+    known = ", ".join(protocols.names())
     parser = argparse.ArgumentParser(
         prog="vilam3 evaluate",
         description="Measure an export on a protocol. `vilam3 evaluate compare A B ...` compares results.",
@@ -63,25 +66,20 @@ def _parser() -> argparse.ArgumentParser:
         "--out", required=True, help=f"folder for {ROWS_FILE}, {RESULT_FILE}; retrieval: a JSON file"
     )
     parser.add_argument("--annotations", help="annotation store; needed unless experts are off")
-    parser.add_argument(
-        "--experts", choices=("on", "off", "falsified"), help="default: as the arm says, or off"
-    )
-    parser.add_argument("--images", choices=("true", "blank"), help="default: as the arm says, or true")
+    parser.add_argument("--experts", choices=("on", "off", "falsified"), help="default: the arm's, or off")
+    parser.add_argument("--images", choices=("true", "blank"), help="default: the arm's, or true")
     parser.add_argument("--arm", help=f"name on the rows: {', '.join(arm_lib.ARMS)}, or your own")
-    parser.add_argument("--limit", type=int, help="most questions of each type, spread over patients")
+    parser.add_argument("--limit", type=int, help="maximum questions of each type, spread over patients")
     parser.add_argument("--cards", help="card list shown to the model (default: the one it was trained with)")
     parser.add_argument("--text", help=TEXT_HELP)
-    parser.add_argument("--batch_size", type=int, default=32, help="dialogues at once (default 32)")
-    parser.add_argument("--max_length", type=int, default=2048, help="most positions of a dialogue")
+    parser.add_argument("--batch_size", type=int, default=32, help="dialogues per batch (default: 32)")
+    parser.add_argument("--max_length", type=int, default=2048, help="maximum positions of a dialogue")
     parser.add_argument("--seed", type=int, default=0, help="of bootstrap and falsification")
     return parser
 
 
-# --- data
-
-
 def read_split(folder: paths.PathLike, split: str) -> list[tuple[Example, Any]]:
-    """(example, data root) of one split of all datasets at `folder`.
+    """(example, data root) of one split of all datasets in `folder`.
 
     Raises:
       UserError: no dataset has the split, or a record is damaged.
@@ -94,6 +92,7 @@ def read_split(folder: paths.PathLike, split: str) -> list[tuple[Example, Any]]:
 
 
 def _model_config(options: argparse.Namespace, kind: str) -> Any:
+    """The model config of the export, which must be of this kind."""
     if not options.checkpoint:
         raise UserError("--checkpoint is missing; give the export folder of a training run")
     config = exports.load_model_config(options.checkpoint)
@@ -105,11 +104,7 @@ def _model_config(options: argparse.Namespace, kind: str) -> Any:
     return config
 
 
-# --- one arm
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    protocol = protocols.get_protocol(options.protocol)
+def _evaluate(options: argparse.Namespace, protocol: protocols.Protocol) -> None:
     arm = arm_lib.arm_of(options.arm, options.experts, options.images)
     if options.batch_size < 1:
         raise UserError(f"--batch_size={options.batch_size}: must be at least 1")
@@ -153,18 +148,15 @@ def _evaluate(options: argparse.Namespace) -> None:
         "data": str(options.data),
         "annotations": options.annotations,
         "seconds": time.monotonic() - started,
-        "finished": _now(),
-        "versions": run_checkpoints.versions(),
+        **_finished(),
         "summaries": [summary.to_json() for summary in summaries],
     }
-    shown = [tables.main_table(summaries), tables.oracle_table(summaries)]
-    shown = [table for table in shown if table.rows]
+    shown = _with_rows(tables.main_table(summaries), tables.oracle_table(summaries))
     paths.write_text_atomic(
         out / ROWS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     )
     paths.write_text_atomic(out / TABLES_FILE, "\n".join(table.to_markdown() for table in shown))
-    # Last, since its presence says that the others are complete.
-    paths.write_text_atomic(out / RESULT_FILE, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    _write_json(out / RESULT_FILE, result)  # last, as it marks the others as complete
     for table in shown:
         print(table.to_text())
     print(f"protocol {protocol.name} ({protocol.hash[:12]}), arm {arm.name}, {len(rows)} questions: {out}")
@@ -188,25 +180,30 @@ def _agent(options: argparse.Namespace, arm: arm_lib.Arm) -> tuple[Agent, ImageR
     return agent, ImageReader(agent.processor.kept_size, agent.processor.preprocessing)
 
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+def _finished() -> dict[str, Any]:
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"finished": now, "versions": run_checkpoints.versions()}
 
 
-# --- retrieval
+def _write_json(path: paths.PathLike, record: Any) -> None:
+    paths.write_text_atomic(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
-def _retrieve(options: argparse.Namespace) -> None:
-    protocol = retrieval.RETRIEVAL
+def _with_rows(*found: tables.Table) -> list[tables.Table]:
+    return [table for table in found if table.rows]
+
+
+def _retrieve(options: argparse.Namespace, protocol: retrieval.RetrievalProtocol) -> None:
     for flag in ("experts", "images", "arm", "limit", "annotations", "cards", "text"):
         if getattr(options, flag) is not None:
-            raise UserError(f"--{flag}: means nothing for protocol {protocol.name}; leave it out")
+            raise UserError(f"--{flag}: has no effect on protocol {protocol.name}; leave it out")
     out = paths.as_path(options.out)
     if out.is_dir():
         raise UserError(f"{out}: is a folder; --out names a JSON file here")
     config = _model_config(options, "contrastive")
     examples = read_split(options.data, protocol.split)
     roots = {example.id: root for example, root in examples}
-    items = retrieval.retrieval_items(example for example, _ in examples)
+    items = retrieval.retrieval_items((example for example, _ in examples), protocol)
     params, config, tokenizer_folder = exports.load_export(options.checkpoint)
     embedder = retrieval.TwoTowerEmbedder(
         config, params, load_tokenizer(tokenizer_folder), options.batch_size
@@ -226,18 +223,14 @@ def _retrieve(options: argparse.Namespace) -> None:
         "checkpoint": str(options.checkpoint),
         "data": str(options.data),
         "seed": options.seed,
-        "finished": _now(),
-        "versions": run_checkpoints.versions(),
+        **_finished(),
     }
-    paths.write_text_atomic(out, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    _write_json(out, result)
     print(
         f"zero-shot modality retrieval: {result['accuracy']:.3f} of {result['n']} images from "
         f"{result['clusters']} patients (chance {result['chance']:.3f}, most frequent class "
         f"{result['majority']:.3f}): {out}"
     )
-
-
-# --- comparison
 
 
 def _compare(argv: Sequence[str]) -> int:
@@ -253,11 +246,10 @@ def _compare(argv: Sequence[str]) -> int:
     shown = compare([_read_result(folder) for folder in options.results], seed=options.seed)
     for table in shown:
         print(table.to_text())
-    if options.out:
-        text = "\n".join(table.to_markdown() for table in shown)
-        if str(options.out).endswith(".json"):
-            text = json.dumps([table.to_json() for table in shown], indent=1, ensure_ascii=False) + "\n"
-        paths.write_text_atomic(options.out, text)
+    if str(options.out).endswith(".json"):
+        _write_json(options.out, [table.to_json() for table in shown])
+    elif options.out:
+        paths.write_text_atomic(options.out, "\n".join(table.to_markdown() for table in shown))
     return 0
 
 
@@ -280,10 +272,10 @@ def _read_result(folder: paths.PathLike) -> tuple[str, dict[str, Any], list[dict
 def compare(
     results: Sequence[tuple[str, dict[str, Any], list[dict[str, Any]]]], *, seed: int = 0
 ) -> list[tables.Table]:
-    """The main table, the oracle table, and differences of all later results to the first.
+    """The main table, the oracle table, and differences between the later results and the first.
 
     Args:
-      results: (name, result, rows) each; where two have the same arm, the name tells them apart.
+      results: (name, result, rows) of each; names replace the arms if two results have the same arm.
       seed: of the bootstrap.
 
     Raises:
@@ -302,31 +294,23 @@ def compare(
     renamed = [
         [{**row, "arm": arm} for row in rows] for arm, (_, _, rows) in zip(names, results, strict=True)
     ]
-    summaries = statistics.summarise((row for rows in renamed for row in rows), seed=seed)
-    groups: tuple[tuple[str, Callable[[dict[str, Any]], bool]], ...] = (
-        ("main", lambda row: not row["oracle"]),
-        ("answerable by an expert, not oracle", lambda row: not row["oracle"] and bool(row["expert"])),
-        ("oracle", lambda row: bool(row["oracle"])),
-    )
+    summaries = statistics.summarise(itertools.chain(*renamed), seed=seed)
+    groups: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "main": lambda row: not row["oracle"],
+        "answerable by an expert, not oracle": lambda row: not row["oracle"] and row["expert"],
+        "oracle": lambda row: row["oracle"],
+    }
     differences = []
-    for group, belongs in groups:
-        base = _only(renamed[0], belongs)
-        for rows in renamed[1:]:
-            own = _only(rows, belongs)
+    for group, belongs in groups.items():
+        base, *others = [[row for row in rows if belongs(row)] for rows in renamed]
+        for own in others:
             if {row["item"] for row in own} & {row["item"] for row in base}:
                 differences.append((group, statistics.paired_difference(own, base, seed=seed)))
     if not differences:
         raise UserError("the results have no question in common; use the same --data and --limit")
-    shown = [
-        tables.main_table(summaries),
-        tables.oracle_table(summaries),
-        tables.difference_table(differences),
-    ]
-    return [table for table in shown if table.rows]
-
-
-def _only(rows: Iterable[dict[str, Any]], belongs: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    return [row for row in rows if belongs(row)]
+    return _with_rows(
+        tables.main_table(summaries), tables.oracle_table(summaries), tables.difference_table(differences)
+    )
 
 
 if __name__ == "__main__":

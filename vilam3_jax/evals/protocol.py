@@ -1,40 +1,150 @@
 """Evaluation protocols, named, versioned and hashed: which items, which prompt, how an answer is read.
 
-A protocol is data. Its hash covers every field, so two result files with one hash were asked and scored
-alike; the code that a field names (a parser, an item rule) never changes its meaning under that name.
+A protocol is data. Its hash covers every field, so results with equal hashes were asked and scored alike; a
+parser must therefore never change its meaning under the name that a protocol gives.
+
+A protocol from another package is added by `register`, or by an entry point of the group `vilam3.protocols`;
+see docs/evaluation.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
+import importlib.metadata
 import json
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.errors import UserError
+from vilam3_jax.evals.answer_parsers import PARSERS, Parser, normalise
+
+ENTRY_POINTS = "vilam3.protocols"
+_BUILT_IN = ("quickstart", "retrieval")  # modules of this package
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyProtocol:
+    """Base of protocols.
+
+    Attributes:
+      id: name without version.
+      version: incremented with every change of meaning.
+    """
+
+    id: str
+    version: int
+
+    @property
+    def name(self) -> str:
+        """`id@version`, as given on the command line."""
+        return f"{self.id}@{self.version}"
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields; JSON writes tuples as lists."""
+        return dataclasses.asdict(self)
+
+    @property
+    def hash(self) -> str:
+        """sha256 (hex) of the canonical JSON of all fields."""
+        return content_hash(self.to_json())
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol(AnyProtocol):
+    """Questions about images, asked of a generative model.
+
+    Attributes:
+      items: rule that makes items of Examples; `qa_of_dialogues` takes every question of every dialogue.
+      split: `meta["split"]` of the Examples used.
+      question_types: those asked; empty for all.
+      prompt: how an item becomes a conversation; `single_turn` asks it alone, image before question.
+      parser: how the answer is read, a key of `PARSERS`.
+      parser_of_type: (question type, parser) pairs that differ from `parser`.
+      metric: `accuracy`, the share of items with the right parsed answer; an unparsed answer counts as wrong.
+      max_new_tokens: limit of each turn of the model.
+      description: for people, but part of the hash.
+    """
+
+    items: str
+    split: str
+    question_types: tuple[str, ...]
+    prompt: str
+    parser: str
+    parser_of_type: tuple[tuple[str, str], ...]
+    metric: str
+    max_new_tokens: int
+    description: str
+
+
+_Registered = TypeVar("_Registered", bound=AnyProtocol)
+_registry: dict[str, AnyProtocol] = {}
+
+
+def register(protocol: _Registered, parsers: Mapping[str, Parser] | None = None) -> _Registered:
+    """Adds a protocol, with the parsers that it brings.
+
+    Raises:
+      UserError: another protocol or parser has the name.
+    """
+    for name, parser in (parsers or {}).items():
+        if PARSERS.setdefault(name, parser) is not parser:
+            raise UserError(f"protocol {protocol.name}: parser {name!r} exists already; choose another name")
+    known = _registry.setdefault(protocol.name, protocol)
+    if known.hash != protocol.hash:
+        raise UserError(f"protocol {protocol.name} exists already with other fields; raise its version")
+    return protocol
+
+
+def names() -> list[str]:
+    """The registered protocols, as `id@version`."""
+    for module in _BUILT_IN:
+        importlib.import_module(f"vilam3_jax.evals.{module}")
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        register(entry.load())
+    return sorted(_registry)
+
+
+def get(name: str) -> AnyProtocol:
+    """The protocol `id@version`.
+
+    Raises:
+      UserError: there is none; lists those there are.
+    """
+    if name not in (known := names()):
+        raise UserError(f"protocol {name!r}: not known; choose one of {', '.join(known)}")
+    return _registry[name]
+
+
+def content_hash(record: dict[str, Any]) -> str:
+    """sha256 (hex) of the canonical JSON of `record`."""
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- items
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One question to ask about one image.
+    """One question about one image.
 
     Attributes:
       id: `<example id>/q<position>`, unique in a dataset.
-      image: what is looked at.
+      image: the image.
       input_key: content key of the decoded image or volume, under which annotations are stored.
-      modality: in words, for prompts and tables.
-      question: as asked, without any image marker.
+      modality: in plain language, for prompts and tables.
+      question: without image marker.
       answer: the right answer.
       question_type: for grouping.
-      label_source: whose word the right answer is.
+      label_source: where the right answer is from.
       options: the possible answers; empty for an open question.
       expert: the expert that could answer it, or None.
       args: the arguments with which that expert is called.
-      oracle: that expert returns the very labels the answer was made from.
+      oracle: the expert returns the labels that the answer was made from.
       cluster: key of the patient, or of the group that patients were split by; questions of one cluster are
         not independent.
     """
@@ -54,132 +164,25 @@ class Item:
     cluster: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Protocol:
-    """What is asked and how it is scored.
-
-    Attributes:
-      id: name without version.
-      version: grows with any change of meaning.
-      items: rule that makes items of Examples; `qa_of_dialogues` takes every question of every dialogue.
-      split: `meta["split"]` of the Examples used.
-      question_types: those asked, or empty for all.
-      prompt: how an item becomes a conversation; `single_turn` asks it alone, image first, then the question.
-      parser: how the answer is read, a key of `PARSERS`.
-      parser_of_type: (question type, parser) pairs that differ from `parser`.
-      metric: `accuracy`: share of items whose parsed answer is the right one. What cannot be parsed is wrong.
-      max_new_tokens: bound on each turn the model speaks.
-      description: for people; not part of the meaning, but of the hash.
-    """
-
-    id: str
-    version: int
-    items: str
-    split: str
-    question_types: tuple[str, ...]
-    prompt: str
-    parser: str
-    parser_of_type: tuple[tuple[str, str], ...]
-    metric: str
-    max_new_tokens: int
-    description: str
-
-    @property
-    def name(self) -> str:
-        """`id@version`, as given on the command line."""
-        return f"{self.id}@{self.version}"
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields, as plain JSON values."""
-        return {
-            **dataclasses.asdict(self),
-            "question_types": list(self.question_types),
-            "parser_of_type": [list(pair) for pair in self.parser_of_type],
-        }
-
-    @property
-    def hash(self) -> str:
-        """sha256 (hex) of the canonical JSON of all fields."""
-        return content_hash(self.to_json())
-
-
-def content_hash(record: dict[str, Any]) -> str:
-    """sha256 (hex) of the canonical JSON of `record`."""
-    text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-PROTOCOLS = {
-    protocol.name: protocol
-    for protocol in (
-        Protocol(
-            id="quickstart",
-            version=1,
-            items="qa_of_dialogues",
-            split="heldout",
-            question_types=(),
-            prompt="single_turn",
-            parser="by_options",
-            parser_of_type=(("which_organs", "subset"),),
-            metric="accuracy",
-            max_new_tokens=48,
-            description=(
-                "Every question of every held-out dialogue, asked alone about its image, greedy decoding. "
-                "Strict reading: yes or no must be the first word, an option must stand at the start."
-            ),
-        ),
-    )
-}
-
-
-def get_protocol(name: str) -> Protocol:
-    """The protocol called `id@version`.
-
-    Raises:
-      UserError: no such protocol; the message lists those there are.
-    """
-    if name not in PROTOCOLS:
-        raise UserError(f"protocol {name!r}: not known; choose one of {', '.join(sorted(PROTOCOLS))}")
-    return PROTOCOLS[name]
-
-
-def protocol_from_json(record: dict[str, Any]) -> Protocol:
-    """Rebuilds a protocol from `to_json`.
-
-    Raises:
-      UserError: a field is missing or unknown.
-    """
-    try:
-        pairs = tuple((str(kind), str(parser)) for kind, parser in record["parser_of_type"])
-        types = tuple(record["question_types"])
-        return Protocol(**{**record, "question_types": types, "parser_of_type": pairs})
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"protocol record: {error}; the file was written by another version") from error
-
-
-# --- items
-
-
 def items_of(examples: Iterable[Example], protocol: Protocol) -> list[Item]:
-    """Makes the items of `protocol`, in the order of the examples.
+    """The items of `protocol`, in the order of the examples.
 
-    Reads `meta["qa"]`: a list of {question, answer, type, label_source, options, expert, args, oracle} and,
-    where it is not the first image, `image`; and `meta["input_key"]`, `meta["modality"]`, `meta["group"]` or
-    else `meta["patient"]`.
+    Reads `meta["qa"]`: a list of {question, answer, type, label_source, options, expert, args, oracle} and
+    optionally `image`, by default 0; and `meta["input_key"]`, `meta["modality"]`, `meta["group"]` or else
+    `meta["patient"]`.
 
     Raises:
-      UserError: an example of the protocol's split lacks a key; two items share an id; nothing is left.
+      UserError: an example of the protocol's split lacks a key, two items have one id, or there is no item.
     """
     if protocol.items != "qa_of_dialogues" or protocol.prompt != "single_turn":
         raise UserError(
             f"protocol {protocol.name}: item rule {protocol.items!r} with prompt {protocol.prompt!r} unknown"
         )
-    items: list[Item] = []
-    seen: set[str] = set()
+    items: dict[str, Item] = {}
     for example in examples:
-        if example.meta.get("split") != protocol.split or not example.meta.get("qa"):
+        if example.meta.get("split") != protocol.split:
             continue
-        for position, qa in enumerate(example.meta["qa"]):
+        for position, qa in enumerate(example.meta.get("qa") or ()):
             try:
                 item = _item(example, position, qa)
             except (KeyError, IndexError, TypeError) as error:
@@ -189,13 +192,11 @@ def items_of(examples: Iterable[Example], protocol: Protocol) -> list[Item]:
                 ) from error
             if protocol.question_types and item.question_type not in protocol.question_types:
                 continue
-            if item.id in seen:
-                raise UserError(f"item {item.id!r}: stands twice in the data; remove the doubled example")
-            seen.add(item.id)
-            items.append(item)
+            if items.setdefault(item.id, item) is not item:
+                raise UserError(f"item {item.id!r} is twice in the data; remove the duplicate example")
     if not items:
         raise UserError(f"protocol {protocol.name}: no question in split {protocol.split!r}; check --data")
-    return items
+    return list(items.values())
 
 
 def _item(example: Example, position: int, qa: dict[str, Any]) -> Item:
@@ -217,17 +218,10 @@ def _item(example: Example, position: int, qa: dict[str, Any]) -> Item:
 
 
 def limit_items(items: Sequence[Item], per_type: int | None) -> list[Item]:
-    """Keeps at most `per_type` items of each question type, spread over clusters as evenly as they allow.
+    """Keeps at most `per_type` items of each question type, spread evenly over clusters; None keeps all.
 
-    Within a type, clusters take turns; inside a cluster items follow the sha256 of their id. The choice
-    depends on nothing but the items, so every arm asks the same questions.
-
-    Args:
-      items: all items.
-      per_type: the limit, or None for all.
-
-    Returns:
-      The kept items in their original order.
+    Within a type, clusters take turns; within a cluster, items are ordered by the sha256 of their id. The
+    choice depends on the items alone, so every condition asks the same questions. Order is kept.
     """
     if per_type is None:
         return list(items)
@@ -251,133 +245,12 @@ def limit_items(items: Sequence[Item], per_type: int | None) -> list[Item]:
     return [item for item in items if item.id in kept]
 
 
-# --- answers
-
-
-def normalise(text: str) -> str:
-    """Lower case, single spaces, plain dashes, and no punctuation at either end."""
-    text = text.lower().replace("–", "-").replace("—", "-").replace("−", "-")
-    return " ".join(text.split()).strip(" .,;:!?\"'`")
-
-
-def parse_yes_no(text: str, options: Sequence[str] = ("yes", "no")) -> str | None:
-    """`yes` or `no` if that is the first word, else None. 'Abnormal' is not 'no'."""
-    first = re.match(r"[a-z]+", normalise(text))
-    return first.group() if first and first.group() in ("yes", "no") else None
-
-
-def parse_option(text: str, options: Sequence[str]) -> str | None:
-    """The option that the answer is, else the longest option that stands at its start as whole words.
-
-    Returns:
-      The option as spelt in `options`, or None.
-    """
-    answer = normalise(text)
-    for option in sorted(options, key=lambda option: len(normalise(option)), reverse=True):
-        wanted = normalise(option)
-        if wanted and re.match(re.escape(wanted) + r"(?![\w-])", answer):
-            return option
-    return None
-
-
-_NUMBER = r"(\d+(?:[.,]\d+)?)"
-_UNIT = r"\s*(?:ml|millilit(?:er|re)s?|mm|cm|cc|cm3)?\s*"
-_BELOW = re.compile(rf"(?:less than|under|below|up to|<)\s*{_NUMBER}{_UNIT}$")
-_ABOVE = re.compile(rf"(?:more than|over|above|at least|>|>=)\s*{_NUMBER}{_UNIT}$")
-_BETWEEN = re.compile(rf"(?:between\s+|from\s+)?{_NUMBER}{_UNIT}(?:-|to|and){_UNIT}{_NUMBER}{_UNIT}$")
-_SINGLE = re.compile(rf"(?:about\s+|approximately\s+|around\s+)?{_NUMBER}{_UNIT}(?![\w-])")
-
-
-def parse_range(option: str) -> tuple[float, float] | None:
-    """Reads `less than 50 ml`, `50 to 200 ml` or `more than 200 ml` as [low, high), else None."""
-    text = normalise(option)
-    if match := _BETWEEN.match(text):
-        low, high = _number(match[1]), _number(match[2])
-        return (low, high) if low < high else None
-    if match := _BELOW.match(text):
-        return 0.0, _number(match[1])
-    if match := _ABOVE.match(text):
-        return _number(match[1]), float("inf")
-    return None
-
-
-def _number(text: str) -> float:
-    return float(text.replace(",", "."))
-
-
-def parse_number_range(text: str, options: Sequence[str]) -> str | None:
-    """An option by its words, by the same range in other words, or by one number that lies inside its range.
-
-    Returns:
-      The option as spelt in `options`, or None.
-    """
-    if found := parse_option(text, options):
-        return found
-    ranges = {option: bounds for option in options if (bounds := parse_range(option))}
-    said = parse_range(text)
-    if said:
-        return next((option for option, bounds in ranges.items() if bounds == said), None)
-    number = _SINGLE.match(normalise(text))
-    if not number or re.match(r"\s*(?:-|to\b|and\b)", normalise(text)[number.end() :]):
-        return None
-    value = _number(number[1])
-    return next((option for option, (low, high) in ranges.items() if low <= value < high), None)
-
-
-def parse_list(text: str, options: Sequence[str] = ()) -> str | None:
-    """A list of names as one canonical text: parts sorted and joined by `, `; None if there is none."""
-    parts = {normalise(part) for part in re.split(r",|;|\band\b", text)} - {""}
-    return ", ".join(sorted(parts)) or None
-
-
-def parse_subset(text: str, options: Sequence[str]) -> str | None:
-    """Some of the options, separated by commas or `and`, as one canonical text in the order of `options`.
-
-    Returns:
-      The options named, joined by `, `; None if there is none or anything else is named.
-    """
-    listed = parse_list(text)
-    wanted = {normalise(option): option for option in options}
-    if listed is None or any(part not in wanted for part in listed.split(", ")):
-        return None
-    named = set(listed.split(", "))
-    return ", ".join(option for name, option in wanted.items() if name in named)
-
-
-def parse_exact(text: str, options: Sequence[str] = ()) -> str | None:
-    """The normalised text, or None if nothing is left of it."""
-    return normalise(text) or None
-
-
-def parse_by_options(text: str, options: Sequence[str]) -> str | None:
-    """Chooses the parser by the options alone, never by the right answer.
-
-    {yes, no}: `parse_yes_no`; all ranges of numbers: `parse_number_range`; other options: `parse_option`; no
-    options: `parse_list`, under which a single name is a list of one.
-    """
-    if not options:
-        return parse_list(text)
-    if {normalise(option) for option in options} == {"yes", "no"}:
-        return parse_yes_no(text)
-    if all(parse_range(option) for option in options):
-        return parse_number_range(text, options)
-    return parse_option(text, options)
-
-
-PARSERS: dict[str, Callable[[str, Sequence[str]], str | None]] = {
-    "by_options": parse_by_options,
-    "yes_no": parse_yes_no,
-    "option": parse_option,
-    "number_range": parse_number_range,
-    "subset": parse_subset,
-    "list": parse_list,
-    "exact": parse_exact,
-}
+# --- scores
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How one answer was read: `parsed` is None if the parser found nothing, and then `correct` is False."""
+    """How one answer was read; `parsed` is None, and `correct` False, if the parser found nothing."""
 
     parsed: str | None
     gold: str
@@ -385,7 +258,7 @@ class Score:
 
     @property
     def unparsed(self) -> bool:
-        """Nothing was found in the answer."""
+        """Whether the parser found nothing in the answer."""
         return self.parsed is None
 
 
@@ -393,8 +266,7 @@ def score(protocol: Protocol, item: Item, output: str) -> Score:
     """Reads `output` and the right answer with the same parser, and compares.
 
     Raises:
-      UserError: the parser finds nothing in the right answer itself, so the item is at fault; or the
-        protocol names an unknown parser or metric.
+      UserError: the item's own answer cannot be parsed, or the parser or metric is unknown.
     """
     name = dict(protocol.parser_of_type).get(item.question_type, protocol.parser)
     if name not in PARSERS or protocol.metric != "accuracy":

@@ -1,7 +1,7 @@
-"""Zero-shot retrieval of the modality: does an image lie nearest to the texts that name what it is?
+"""Zero-shot modality retrieval: is an image embedding nearest to the text embedding of its modality?
 
-Measures the two towers of stage 1, before any language model: every held-out image is compared with one text
-embedding per modality, each the mean over the same wordings.
+Measures the two towers of stage 1. Every held-out image is compared with one text embedding per modality, the
+mean over several prompts.
 """
 
 from __future__ import annotations
@@ -16,66 +16,50 @@ import numpy as np
 from vilam3_jax.data.examples import Example
 from vilam3_jax.data.templates import TokenizerLike, encode_caption
 from vilam3_jax.errors import UserError
+from vilam3_jax.evals import protocol as protocols
 from vilam3_jax.evals import statistics
-from vilam3_jax.evals.protocol import content_hash
 from vilam3_jax.models import build
 
 
 @dataclasses.dataclass(frozen=True)
-class RetrievalProtocol:
-    """What is compared.
+class RetrievalProtocol(protocols.AnyProtocol):
+    """Images and classes to compare with a contrastive model.
 
     Attributes:
-      id: name without version.
-      version: grows with any change of meaning.
-      items: `images_of_pairs`: every distinct image of the split's image-text pairs, once.
+      items: `images_of_pairs`, every distinct image of the split's image-text pairs, once.
       split: `meta["split"]` of the Examples used.
-      classes: `modality`: the classes are the values of `meta["modality"]` among the items.
-      prompts: wordings with `{modality}`, the same for each class, averaged after normalisation.
-      metric: `accuracy` of the nearest class by cosine.
+      classes: `modality`, the values of `meta["modality"]` among the items.
+      prompts: templates with `{modality}`, the same for each class; their normalised embeddings are averaged.
+      metric: `accuracy` of the nearest class by cosine similarity.
     """
 
-    id: str
-    version: int
     items: str
     split: str
     classes: str
     prompts: tuple[str, ...]
     metric: str
 
-    @property
-    def name(self) -> str:
-        """`id@version`."""
-        return f"{self.id}@{self.version}"
 
-    def to_json(self) -> dict[str, Any]:
-        """All fields, as plain JSON values."""
-        return {**dataclasses.asdict(self), "prompts": list(self.prompts)}
-
-    @property
-    def hash(self) -> str:
-        """sha256 (hex) of the canonical JSON of all fields."""
-        return content_hash(self.to_json())
-
-
-RETRIEVAL = RetrievalProtocol(
-    id="retrieval",
-    version=2,
-    items="images_of_pairs",
-    split="heldout",
-    classes="modality",
-    # Planes are crossed with every modality alike: they must not give the class away.
-    prompts=(
-        "{modality} image.",
-        *(f"{plane} {{modality}} image." for plane in ("Axial", "Coronal", "Sagittal")),
-    ),
-    metric="accuracy",
+RETRIEVAL = protocols.register(
+    RetrievalProtocol(
+        id="retrieval",
+        version=2,
+        items="images_of_pairs",
+        split="heldout",
+        classes="modality",
+        # Every modality has all planes, so that a plane does not reveal the class.
+        prompts=(
+            "{modality} image.",
+            *(f"{plane} {{modality}} image." for plane in ("Axial", "Coronal", "Sagittal")),
+        ),
+        metric="accuracy",
+    )
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalItem:
-    """One image: its example (for reading it), its modality, and its cluster."""
+    """An image, with the example to read it from."""
 
     example: Example
     modality: str
@@ -85,10 +69,10 @@ class RetrievalItem:
 def retrieval_items(
     examples: Iterable[Example], protocol: RetrievalProtocol = RETRIEVAL
 ) -> list[RetrievalItem]:
-    """Distinct images of the pairs of the protocol's split, in the order of the examples.
+    """The distinct images of the protocol, in the order of the examples.
 
     Raises:
-      UserError: no pair is left, all are of one modality, or an example lacks a meta key.
+      UserError: fewer than two modalities, or an example lacks a meta key.
     """
     items: dict[tuple[Any, ...], RetrievalItem] = {}
     for example in examples:
@@ -115,7 +99,7 @@ def retrieval_items(
 def prompt_tokens(
     tokenizer: TokenizerLike, texts: Sequence[str], length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32 [N, length] and their validity bool [N, length], as the training loader makes them."""
+    """Tokens int32 [N, length] and their validity bool [N, length], encoded as in training."""
     tokens = np.full((len(texts), length), tokenizer.pad_id, np.int32)
     valid = np.zeros((len(texts), length), bool)
     for row, text in enumerate(texts):
@@ -125,10 +109,10 @@ def prompt_tokens(
 
 
 class TwoTowerEmbedder:
-    """Embeds images and texts with a contrastive model, in batches of one shape."""
+    """Embeds images and texts with a contrastive model, in batches of fixed shape."""
 
     def __init__(self, model_config: Any, params: Any, tokenizer: TokenizerLike, batch_size: int = 32):
-        """Prepares the model; compiled at first use."""
+        """Compiles nothing before first use."""
         graphdef, _ = build.abstract_model(model_config, "contrastive")
         self._params, self._tokenizer, self._batch = params, tokenizer, batch_size
         self._length = int(model_config.text_tower.max_length)
@@ -157,7 +141,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
 def class_embeddings(
     texts: Callable[[Sequence[str]], np.ndarray], classes: Sequence[str], prompts: Sequence[str]
 ) -> np.ndarray:
-    """Float32 [C, E], unit length: for each class the mean of its wordings' embeddings."""
+    """Float32 [C, E], unit length: for each class the mean embedding of its prompts."""
     every = texts([prompt.format(modality=name) for name in classes for prompt in prompts])
     return _unit(every.reshape(len(classes), len(prompts), -1).mean(axis=1))
 
@@ -186,27 +170,25 @@ def evaluate_retrieval(
     """
     predicted = [classes[i] for i in np.argmax(images @ class_embedding.T, axis=1)]
     rows = [
-        {
-            "item": item.example.id,
-            "cluster": item.cluster,
-            "correct": guess == item.modality,
-            "unparsed": False,
-        }
+        {"cluster": item.cluster, "correct": guess == item.modality, "unparsed": False}
         for item, guess in zip(items, predicted, strict=True)
     ]
     whole = statistics.summarise_group(
         rows, arm="stage1", question_type="modality", label_source="image header", oracle=False, seed=seed
     )
-    per_class: dict[str, dict[str, Any]] = {}
-    confusion: dict[str, dict[str, int]] = {}
-    for name in classes:
-        own = [i for i, item in enumerate(items) if item.modality == name]
-        per_class[name] = {
+    members = {name: [i for i, item in enumerate(items) if item.modality == name] for name in classes}
+    per_class = {
+        name: {
             "n": len(own),
             "clusters": len({items[i].cluster for i in own}),
             "accuracy": float(np.mean([rows[i]["correct"] for i in own])),
         }
-        confusion[name] = {other: sum(predicted[i] == other for i in own) for other in classes}
+        for name, own in members.items()
+    }
+    confusion = {
+        name: {other: sum(predicted[i] == other for i in own) for other in classes}
+        for name, own in members.items()
+    }
     return {
         "accuracy": whole.accuracy,
         "balanced_accuracy": float(np.mean([one["accuracy"] for one in per_class.values()])),

@@ -1,4 +1,4 @@
-"""Tables of results: the main one, whose labels no expert made, and the oracle one, kept apart on purpose."""
+"""Tables of results: the main table, with labels that no expert made, and a separate oracle table."""
 
 from __future__ import annotations
 
@@ -23,14 +23,7 @@ COLUMNS = ("question type", "label source", "arm", "accuracy", "95 % interval", 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Text cells under a title, with notes below.
-
-    Attributes:
-      title: what the table shows.
-      columns: names.
-      rows: one text per column.
-      notes: sentences a reader needs.
-    """
+    """A table of text cells with a title above and notes below."""
 
     title: str
     columns: tuple[str, ...]
@@ -38,16 +31,11 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and texts."""
-        return {
-            "title": self.title,
-            "columns": list(self.columns),
-            "rows": [list(row) for row in self.rows],
-            "notes": list(self.notes),
-        }
+        """All fields; JSON writes tuples as lists."""
+        return dataclasses.asdict(self)
 
     def to_markdown(self) -> str:
-        """A Markdown section; a `|` inside a cell is escaped."""
+        """A Markdown section; `|` in cells is escaped."""
 
         def line(cells: Iterable[str]) -> str:
             return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -71,7 +59,7 @@ class Table:
 
 
 def interval_text(summary: Summary | Difference) -> str:
-    """`0.61 to 0.88`, or why there is none, with the value of each volume."""
+    """`0.61 to 0.88`, or why there is no interval, with the value of each volume."""
     if summary.interval is not None:
         low, high = summary.interval
         return f"{low:.2f} to {high:.2f}" + (f" ({summary.note})" if summary.note else "")
@@ -93,8 +81,7 @@ def _row(summary: Summary) -> tuple[str, ...]:
 
 
 def _table(title: str, summaries: Sequence[Summary], notes: tuple[str, ...]) -> Table:
-    arms = {summary.arm: None for summary in summaries}
-    order = {arm: position for position, arm in enumerate(arms)}
+    order = {arm: position for position, arm in enumerate(dict.fromkeys(s.arm for s in summaries))}
 
     def key(summary: Summary) -> tuple[Any, ...]:
         kind = summary.question_type
@@ -104,17 +91,17 @@ def _table(title: str, summaries: Sequence[Summary], notes: tuple[str, ...]) -> 
 
 
 def main_table(summaries: Sequence[Summary]) -> Table:
-    """Arms one under the other for each question type, without any question whose label its expert made."""
+    """All arms by question type, without oracle questions."""
     return _table(MAIN_TITLE, [s for s in summaries if not s.oracle], (MAIN_NOTE,))
 
 
 def oracle_table(summaries: Sequence[Summary]) -> Table:
-    """The questions whose label is what the expert replays, arms one under the other."""
+    """All arms by question type, oracle questions only."""
     return _table(ORACLE_TITLE, [s for s in summaries if s.oracle], (ORACLE_NOTE, MAIN_NOTE))
 
 
 def difference_table(differences: Sequence[tuple[str, Difference]]) -> Table:
-    """Paired differences, each with the name of the group of questions it was taken over."""
+    """Paired differences, each with the name of its group of questions."""
     rows = tuple(
         (
             group,

@@ -1,12 +1,13 @@
-"""The agent loop: question, the model's call for an expert, the expert's words, the answer.
+"""The agent loop: question, expert call of the model, expert result, answer.
 
-Many dialogues run side by side in one `Session`; after the expert's turn the model goes on from its cache.
-Turns are written by the same functions as in training (`data/experts/exchange.py`).
+Dialogues are batched in one `Session`, which keeps the cache over the expert's turn. Turns are written by the
+same functions as in training (`data/experts/exchange.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -27,76 +28,19 @@ from vilam3_jax.data.experts.wording import Plane
 from vilam3_jax.data.image_processor import ImageProcessor
 from vilam3_jax.data.templates import Template, encode_prompt, model_template
 from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
-from vilam3_jax.data.volume_slices import labelled_voxels, most_labelled, numbered, with_markers
-from vilam3_jax.data.volumes import VolumeSource
+from vilam3_jax.data.volume_slices import with_markers
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference.generate import GREEDY, Chunk, Decoded, Generator, Sampling, Session
+from vilam3_jax.inference.images import Scan
 from vilam3_jax.runtime import paths
 
 DEFAULT_MAX_NEW_TOKENS = 128
-_MIN_SHARED = 16
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Scan:
-    """An image that a question is about.
-
-    Attributes:
-      image: uint8 [H, W, 3], read at `Agent.processor.kept_size`.
-      input_key: content key of the decoded image or volume, under which annotations are found.
-      axis: which axis of the volume the image cuts; None for a 2-D image.
-      index: which plane along it.
-      volume: where a live expert finds the scan; None without one.
-      png: the 2-D image in its own size, for a live expert; b'' without one.
-      role: what it is among several, such as "t1c"; "" otherwise.
-      modality: DICOM's code, "" if unknown.
-      slices: (index, picture) of each slice shown of the volume; empty: `image` alone is shown.
-      planes: of the volume along `axis`, where there are `slices`.
-    """
-
-    image: np.ndarray
-    input_key: str = ""
-    axis: int | None = None
-    index: int | None = None
-    volume: VolumeSource | None = None
-    png: bytes = b""
-    role: str = ""
-    modality: str = ""
-    slices: tuple[tuple[int, np.ndarray], ...] = ()
-    planes: int = 0
-
-    @property
-    def pictures(self) -> tuple[np.ndarray, ...]:
-        """All pictures that are shown, in order."""
-        return tuple(picture for _, picture in self.slices) or (self.image,)
-
-    @property
-    def marker(self) -> str:
-        """What stands for it in a question."""
-        return numbered([index for index, _ in self.slices], self.planes) if self.slices else IMAGE_MARKER
-
-    def shown_with(self, annotation: Annotation) -> Scan:
-        """The slice that an expert's result is shown on, the one that it marks most of.
-
-        Raises:
-          ValueError: the label map is damaged.
-        """
-        axis, shape = self.axis, annotation.label_shape
-        if not self.slices or axis is None or shape is None or shape[axis] != self.planes:
-            return dataclasses.replace(self, slices=self.slices[:1])._alone()
-        place = most_labelled(labelled_voxels(annotation, axis), [index for index, _ in self.slices])
-        return dataclasses.replace(self, slices=(self.slices[place],))._alone()
-
-    def _alone(self) -> Scan:
-        if not self.slices:
-            return self
-        index, picture = self.slices[0]
-        return dataclasses.replace(self, index=index, image=picture)
+_MIN_SHARED = 16  # tokens of a prefix worth computing once for all rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """One question about an image, about several that belong together, or about none.
+    """A question about one image, about several images of one patient, or without image.
 
     Attributes:
       question: without image markers.
@@ -108,16 +52,16 @@ class Query:
 
     @property
     def input_key(self) -> str:
-        """Key of all scans together; `unknown` if one of them has none."""
+        """Content key of all scans; `unknown` if one of them has none."""
         if not self.scans or not all(scan.input_key for scan in self.scans):
             return "unknown"
         return inputs_key([(scan.role, scan.input_key) for scan in self.scans])
 
     def for_expert(self, card: Card) -> Query:
-        """The question with the scans that an expert looks at, under its roles.
+        """The question with the scans that an expert reads, in the order of its roles.
 
         Raises:
-          ValueError: there is no image, or one of the expert's roles is missing.
+          ValueError: there is no image, or a role is missing.
         """
         if not self.scans:
             raise ValueError("the question is about no image")
@@ -132,7 +76,7 @@ class Query:
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """One turn of a dialogue that took place; `images` are those its markers stand for."""
+    """A turn of a finished dialogue, with the images of its markers."""
 
     role: str
     text: str
@@ -141,16 +85,16 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class Transcript:
-    """A dialogue that took place.
+    """A finished dialogue.
 
     Attributes:
-      turns: all of it, in order.
-      answer: the last words of the model.
-      annotations: what the experts said, in the order of the calls, failed ones included.
-      trigger_text: the last turn in which the model called and was answered, or None.
-      truncated: the model was stopped rather than stopping by itself.
-      cut: what the model wrote after its calls, before the experts had spoken; taken out of the dialogue.
-      not_made: calls that nobody answered: behind what was cut, in the answer, or without experts.
+      turns: in order.
+      answer: the last turn of the model.
+      annotations: the expert results in the order of the calls, failed ones included.
+      trigger_text: the last turn of the model whose calls were executed, or None.
+      truncated: whether the answer ended at the token limit.
+      cut: text after expert calls, which was removed from the dialogue.
+      unexecuted_calls: calls in removed text, in the answer, or without experts.
     """
 
     turns: tuple[Message, ...]
@@ -159,16 +103,16 @@ class Transcript:
     trigger_text: str | None = None
     truncated: bool = False
     cut: tuple[str, ...] = ()
-    not_made: tuple[Call, ...] = ()
+    unexecuted_calls: tuple[Call, ...] = ()
 
     @property
     def annotation(self) -> Annotation | None:
-        """What the last expert said, a failure included, or None."""
+        """The last expert result, a failure included, or None."""
         return self.annotations[-1] if self.annotations else None
 
     @property
     def trigger(self) -> tuple[str, str] | None:
-        """(expert, arguments) of the last call that was answered, or None."""
+        """(expert, arguments) of the last executed call, or None."""
         last = self.annotation
         return None if last is None else (last.expert, last.args)
 
@@ -179,43 +123,31 @@ class Transcript:
 
     @property
     def expert_text(self) -> str | None:
-        """The last expert's turn, with the question that ends it; None without one."""
-        spoken = [turn.text for turn in self.turns if turn.role == "expert"]
-        return spoken[-1] if spoken else None
+        """The last expert turn, which ends with the question, or None."""
+        return next((turn.text for turn in reversed(self.turns) if turn.role == "expert"), None)
 
     @property
     def overlay(self) -> np.ndarray | None:
-        """The expert's picture, uint8 [H, W, 3], or None."""
-        pictures = [image for turn in self.turns if turn.role == "expert" for image in turn.images]
-        return pictures[-1] if pictures else None
+        """The last overlay of an expert, uint8 [H, W, 3], or None."""
+        overlays = [image for turn in self.turns if turn.role == "expert" for image in turn.images]
+        return overlays[-1] if overlays else None
 
 
 class Provider(Protocol):
-    """Where experts' results come from."""
+    """A source of expert results."""
 
     def annotate(self, query: Query, expert: str, args: str) -> Annotation:
-        """The result of one expert on a query that holds the expert's scans.
-
-        If there is none, a failed annotation, never an error.
-        """
+        """The result of an expert on `Query.for_expert`; without one a failed annotation, never an error."""
         ...
 
 
 class AnnotationProvider:
-    """Answers from stored annotations, if wished with falsified ones."""
+    """Stored annotations, falsified if a seed is given."""
 
     def __init__(self, store: AnnotationStore, *, falsify_seed: int | None = None):
-        """Wraps a store.
-
-        Args:
-          store: of true annotations.
-          falsify_seed: None to tell the truth; a seed to falsify every record before it is told.
-        """
-        self._store = store
-        self._falsify_seed = falsify_seed
+        self._store, self._falsify_seed = store, falsify_seed
 
     def annotate(self, query: Query, expert: str, args: str) -> Annotation:
-        """See `Provider`."""
         found = self._store.get(query.input_key, expert, args)
         if found is None:
             reason = f"no stored result of {expert}({args}) on this input"
@@ -229,30 +161,25 @@ class AnnotationProvider:
 
 
 class HostProvider:
-    """Answers from a live expert host."""
+    """Results of a live expert host, which the caller closes."""
 
     def __init__(self, host: ExpertHost):
-        """Wraps a host, which stays the caller's to close."""
         self._host = host
 
     def annotate(self, query: Query, expert: str, args: str) -> Annotation:
-        """See `Provider`."""
         sources = [(scan.role, scan.volume or scan.png) for scan in query.scans]
         if not all(source for _, source in sources):
-            reason = "the expert host needs the scan's file or the picture"
-            return failed(query.input_key, expert, args, reason)
+            return failed(query.input_key, expert, args, "the expert host needs the scan's file or the image")
         return self._host.ask(expert, args, input_key=query.input_key, inputs=sources)
 
 
 class Providers:
-    """Asks several providers in turn, until one succeeds."""
+    """Tries one or more providers in order until one succeeds; else the result is that of the last."""
 
     def __init__(self, providers: Sequence[Provider]):
-        """Takes at least one provider, the preferred one first."""
         self._providers = list(providers)
 
     def annotate(self, query: Query, expert: str, args: str) -> Annotation:
-        """See `Provider`; if all fail, what the last one said."""
         for provider in self._providers:
             annotation = provider.annotate(query, expert, args)
             if annotation.status == "ok":
@@ -261,7 +188,7 @@ class Providers:
 
 
 class Agent:
-    """A model, its template, the cards it is shown, and where experts' results come from."""
+    """A model with its template, expert cards, and a source of expert results."""
 
     def __init__(
         self,
@@ -273,15 +200,15 @@ class Agent:
         style: Style = DEFAULT_STYLE,
         max_rounds: int = 1,
     ):
-        """Puts the parts together.
+        """Checks the arguments.
 
         Args:
           generator: the model.
-          template: the wire format it was trained with.
-          cards: experts it is told of; ignored without a provider.
-          provider: None asks the model alone: no cards, and what looks like a call is just an answer.
-          style: how experts' results are told; as in training.
-          max_rounds: how many turns with expert calls one question may have.
+          template: chat template of its training.
+          cards: of the experts shown to the model; unused without a provider.
+          provider: of expert results; None shows no cards and executes no calls.
+          style: wording of expert results, as in training.
+          max_rounds: maximum turns with expert calls per question.
 
         Raises:
           UserError: a provider without cards, or a negative `max_rounds`.
@@ -291,19 +218,19 @@ class Agent:
         if max_rounds < 0:
             raise UserError(f"max_rounds {max_rounds}: must be 0 or more")
         self._generator, self._template, self._provider = generator, template, provider
-        self._cards = {card.name: card for card in cards} if provider is not None else {}
         self._style = style
+        self._cards = {card.name: card for card in cards} if provider is not None else {}
         self._max_rounds = max_rounds if provider is not None else 0
         self._stops = template.stop_ids(generator.tokenizer)
 
     @property
     def batch_size(self) -> int:
-        """Most queries of one `run`."""
+        """Maximum number of queries of one `run`."""
         return self._generator.batch_size
 
     @property
     def processor(self) -> ImageProcessor:
-        """Makes the model's inputs of the pictures in queries."""
+        """Turns images of queries into inputs of the model."""
         return self._generator.processor
 
     def run(
@@ -313,90 +240,85 @@ class Agent:
         max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
         sampling: Sampling = GREEDY,
     ) -> list[Transcript]:
-        """Holds one dialogue for each query, all at once.
+        """Runs one dialogue per query, batched.
 
         Args:
           queries: 1 to `batch_size`.
-          max_new_tokens: bound on each turn of the model.
+          max_new_tokens: limit of each turn of the model.
           sampling: greedy by default.
 
         Returns:
-          One transcript a query, in order.
+          One transcript per query.
 
         Raises:
           UserError: too many queries, or a dialogue longer than the model's cache.
         """
-        rows = [_Row(query) for query in queries]
-        chunks = []
-        for row in rows:
-            scans = row.query.scans
-            roles = [scan.role for scan in scans]
-            shown = self._style.wording.inputs(roles, scans[0].modality) if scans else ""
-            shown = with_markers(shown, [scan.marker for scan in scans])
-            turn = Turn("user", shown + row.query.question)
-            (turn,) = with_cards([turn], list(self._cards.values())) if self._cards else [turn]
-            pictures = tuple(picture for scan in scans for picture in scan.pictures)
-            row.turns.append(Message("user", turn.text, pictures))
-            chunks.append(self._chunk(turn, pictures))
+        rows = [_Dialogue(query) for query in queries]
+        chunks = [self._question_chunk(row) for row in rows]
         shared = _shared_prefix(chunks)
         prefix = chunks[0].tokens[:shared].tolist()
-        session = self._generator.start(len(rows), prefix)
         for row, chunk in zip(rows, chunks, strict=True):
             row.cached.append(_without(chunk, shared))
-        session.append([row.cached[0] for row in rows])
-        active = [True] * len(rows)
+        session = self._start(prefix, rows)
+        active, tokenizer = [True] * len(rows), self._generator.tokenizer
         for round_number in range(self._max_rounds + 1):
             decoded = session.decode(max_new_tokens, self._stops, active=active, sampling=sampling)
-            for row, said, speaks in zip(rows, decoded, active, strict=True):
-                if speaks:
-                    row.hear(self._generator.tokenizer, said)
+            for row, answer, is_active in zip(rows, decoded, active, strict=True):
+                if is_active:
+                    row.add_answer(tokenizer, answer)
             if round_number == self._max_rounds:
                 break
             turns = [
-                row.read_calls(self._generator.tokenizer) if speaks else None
-                for row, speaks in zip(rows, active, strict=True)
+                row.read_calls(tokenizer) if is_active else None
+                for row, is_active in zip(rows, active, strict=True)
             ]
             active = [turn is not None for turn in turns]
             if not any(active):
                 break
             if any(turn.cut for turn in turns if turn is not None):
-                # The cache holds what was cut: begin again with the words that stay.
-                session = self._restart(prefix, rows)
-            session.append(
-                [
-                    None if turn is None else self._answer(row, turn)
-                    for row, turn in zip(rows, turns, strict=True)
-                ]
-            )
+                session = self._start(prefix, rows)  # without the removed text
+            pairs = zip(rows, turns, strict=True)
+            session.append([None if turn is None else self._expert_chunk(row, turn) for row, turn in pairs])
         return [row.transcript() for row in rows]
 
-    def _restart(self, prefix: Sequence[int], rows: Sequence[_Row]) -> Session:
+    def _start(self, prefix: Sequence[int], rows: Sequence[_Dialogue]) -> Session:
         session = self._generator.start(len(rows), prefix)
-        for number in range(max(len(row.cached) for row in rows)):
-            session.append([row.cached[number] if number < len(row.cached) else None for row in rows])
+        for chunks in itertools.zip_longest(*(row.cached for row in rows)):
+            session.append(chunks)
         return session
 
-    def _answer(self, row: _Row, turn: CallingTurn) -> Chunk:
-        """The experts' turn after the model's calls."""
+    def _question_chunk(self, row: _Dialogue) -> Chunk:
+        """Adds the user's turn."""
+        scans = row.query.scans
+        shown = self._style.wording.inputs([scan.role for scan in scans], scans[0].modality) if scans else ""
+        shown = with_markers(shown, [scan.marker for scan in scans])
+        turn = Turn("user", shown + row.query.question)
+        (turn,) = with_cards([turn], list(self._cards.values())) if self._cards else [turn]
+        images = tuple(image for scan in scans for image in scan.images)
+        row.turns.append(Message("user", turn.text, images))
+        return self._chunk(turn, images)
+
+    def _expert_chunk(self, row: _Dialogue, turn: CallingTurn) -> Chunk:
+        """Executes the calls of a turn and adds the expert's turn."""
         results = [self._result(row.query, call) for call in turn.calls]
-        said = exchange(results, row.query.question, self._style)
+        reply = exchange(results, row.query.question, self._style)
         bases = [self._base(row.query, result) for result in results if result.shows_overlay]
-        pictures = tuple(overlay(base.image) for overlay, base in zip(said.overlays, bases, strict=True))
-        # The question at the end holds no marker; `_chunk` checks the count.
-        text = with_markers(said.text, [base.marker for base in bases])
+        images = tuple(overlay(base.image) for overlay, base in zip(reply.overlays, bases, strict=True))
+        # The question at the end has no marker; `_chunk` checks the count.
+        text = with_markers(reply.text, [base.marker for base in bases])
         row.annotations += [result.annotation for result in results]
         row.trigger_text = turn.kept
-        row.turns.append(Message("expert", text, pictures))
-        # The model's own words are cached without their ending: close its turn, then the expert speaks.
-        chunk = self._chunk(Turn("expert", text), pictures, after_answer=True)
+        row.turns.append(Message("expert", text, images))
+        # The model's turn is cached without its end, so the chunk starts with that.
+        chunk = self._chunk(Turn("expert", text), images, after_answer=True)
         row.cached.append(chunk)
         return chunk
 
     def _result(self, query: Query, call: Call) -> Result:
-        """What an expert says; a result that cannot be shown on this image counts as failed."""
+        """The result of a call; one that cannot be shown on this image counts as failed."""
         card = self._cards.get(call.expert)
         if card is not None and not card.args:
-            call = Call(call.expert)  # its brackets mean nothing
+            call = Call(call.expert)  # the expert takes no arguments
         call = Call(call.expert, canonical_args(call.expert, call.args))
         key, why = query.input_key, ""
         if card is None:
@@ -422,27 +344,27 @@ class Agent:
         return result
 
     def _base(self, query: Query, result: Result) -> Scan:
-        """What is under an overlay: the expert's first scan, or the slice of it that is shown."""
+        """The scan or slice below an overlay, of the first role of the expert."""
         scan = query.for_expert(self._cards[result.annotation.expert]).scans[0]
         return scan.shown_with(result.annotation)
 
-    def _chunk(self, turn: Turn, pictures: tuple[np.ndarray, ...], *, after_answer: bool = False) -> Chunk:
-        if turn.text.count(IMAGE_MARKER) != len(pictures):
-            raise UserError(f"the question holds {IMAGE_MARKER}; leave it out, the image is put in by itself")
+    def _chunk(self, turn: Turn, images: tuple[np.ndarray, ...], *, after_answer: bool = False) -> Chunk:
+        if turn.text.count(IMAGE_MARKER) != len(images):
+            raise UserError(f"the question holds {IMAGE_MARKER}; leave it out, it is inserted automatically")
         generator, processor = self._generator, self.processor
         count = generator.tokens_per_image
-        grids = [processor.grid(picture) for picture in pictures]
+        grids = [processor.grid(image) for image in images]
         turns = processor.expand([turn], grids)
         encoded = encode_prompt(generator.tokenizer, self._template, turns, count, after_answer=after_answer)
         encoded = processor.merge(encoded, grids, count)
         index = encoded.image_of_token * count + encoded.visual_offset
-        inputs = tuple(tile for picture in pictures for tile in processor.inputs(picture))
+        inputs = tuple(tile for image in images for tile in processor.inputs(image))
         visual = np.where(encoded.image_of_token >= 0, index, -1)
         return Chunk(encoded.tokens, visual, inputs, processor.tile_map(grids))
 
 
 def _shared_prefix(chunks: Sequence[Chunk]) -> int:
-    """How many text tokens all chunks begin with, leaving one to each; 0 if too few to be worth it."""
+    """Length of the text that all chunks start with; leaves a token to each, and is 0 if it is short."""
     length = min(len(chunk.tokens) for chunk in chunks) - 1
     alike = np.stack([chunk.tokens[:length] for chunk in chunks]) == chunks[0].tokens[:length]
     text = np.stack([chunk.visual_index[:length] for chunk in chunks]) < 0
@@ -454,8 +376,8 @@ def _without(chunk: Chunk, count: int) -> Chunk:
     return dataclasses.replace(chunk, tokens=chunk.tokens[count:], visual_index=chunk.visual_index[count:])
 
 
-class _Row:
-    """One dialogue while it takes place; `cached` is what the model has read and said, behind the prefix."""
+class _Dialogue:
+    """A dialogue in progress; `cached` has the chunks after the prefix, those of the model included."""
 
     def __init__(self, query: Query):
         self.query = query
@@ -465,16 +387,15 @@ class _Row:
         self.trigger_text: str | None = None
         self.truncated = False
         self.cut: list[str] = []
-        self.not_made: list[Call] = []
+        self.unexecuted_calls: list[Call] = []
 
-    def hear(self, tokenizer: Tokenizer, said: Decoded) -> None:
-        """Takes down a turn of the model."""
-        self.turns.append(Message("assistant", tokenizer.decode(said.ids).strip()))
-        self.cached.append(Chunk.text(said.ids))
-        self.truncated = not said.stopped
+    def add_answer(self, tokenizer: Tokenizer, decoded: Decoded) -> None:
+        self.turns.append(Message("assistant", tokenizer.decode(decoded.ids).strip()))
+        self.cached.append(Chunk.text(decoded.ids))
+        self.truncated = not decoded.stopped
 
     def read_calls(self, tokenizer: Tokenizer) -> CallingTurn | None:
-        """The last turn if it calls experts; takes what follows the calls out of the dialogue."""
+        """The last turn if it calls experts; removes the text after the calls."""
         turn = parse_turn(self.turns[-1].text)
         if not turn.calls:
             return None
@@ -482,7 +403,7 @@ class _Row:
             self.turns[-1] = Message("assistant", turn.kept)
             self.cached[-1] = Chunk.text(tokenizer.encode(turn.kept))
             self.cut.append(turn.cut)
-            self.not_made += turn.dropped
+            self.unexecuted_calls += turn.dropped
         return turn
 
     def transcript(self) -> Transcript:
@@ -493,7 +414,7 @@ class _Row:
             self.trigger_text,
             self.truncated,
             tuple(self.cut),
-            (*self.not_made, *parse_turn(self.turns[-1].text).calls),
+            (*self.unexecuted_calls, *parse_turn(self.turns[-1].text).calls),
         )
 
 
@@ -504,17 +425,17 @@ def load_generator(
 
     Args:
       checkpoint: export folder.
-      max_length: most positions of one dialogue.
-      batch_size: most dialogues at once.
+      max_length: maximum positions of a dialogue.
+      batch_size: maximum dialogues of a batch.
       text: changes of the export's text rules, see `TextRules.changed`.
 
     Raises:
-      UserError: no export, of a contrastive model, or without a tokenizer; an unknown text rule.
+      UserError: no export of a generative model with a tokenizer, or an unknown text rule.
     """
     config = exports.load_model_config(checkpoint)
     if config.get("kind") != "generative":
         raise UserError(
-            f"{checkpoint}: holds a {config.get('kind')} model, which cannot speak; "
+            f"{checkpoint}: holds a {config.get('kind')} model, which generates no text; "
             "give the export of a later stage"
         )
     template = model_template(config, text)

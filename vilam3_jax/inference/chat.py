@@ -1,4 +1,4 @@
-"""`vilam3 chat`, and `vilam3_jax.load(path)`: ask a trained export about an image, experts included."""
+"""`vilam3 chat` and `vilam3_jax.load(path)`: ask a trained model about an image, with experts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import numpy as np
 
@@ -33,12 +34,11 @@ from vilam3_jax.inference.agent import (
     Provider,
     Providers,
     Query,
-    Scan,
     Transcript,
     load_generator,
 )
 from vilam3_jax.inference.generate import Sampling
-from vilam3_jax.inference.images import ImageLike, Picture, open_picture
+from vilam3_jax.inference.images import ImageLike, Scan, open_image
 from vilam3_jax.runtime import paths
 
 NOT_CLINICAL = "Not for clinical use: a research model; its answers and its experts' results may be wrong."
@@ -48,16 +48,16 @@ HOST_PROGRAM = "vilam3-experts"
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What came of one question.
+    """The answer to a question.
 
     Attributes:
-      answer: the model's last words.
-      transcript: the whole dialogue, expert included.
-      image: uint8 [H, W, 3], what the model looked at, before it is padded.
-      overlay: uint8 [H, W, 3], the expert's picture, or None.
-      description: what `image` is.
-      notes: sentences a reader must see: what was assumed about the image, stand-ins, failures, cut-off
-        answers, no clinical use.
+      answer: the last turn of the model.
+      transcript: the whole dialogue, with expert turns.
+      image: uint8 [H, W, 3], the image that the model was shown, before padding.
+      overlay: uint8 [H, W, 3], the overlay of the expert, or None.
+      description: of `image`.
+      notes: for the reader: assumptions about the image, stand-ins, failures, truncated answers, and that it
+        is not for clinical use.
     """
 
     answer: str
@@ -71,12 +71,24 @@ class Reply:
         return self.answer
 
 
+class ViewOptions(TypedDict, total=False):
+    """Options of `open_image` that choose what is shown of an image."""
+
+    axis: str | None
+    index: int | None
+    slices: int
+    window: tuple[float, float] | None
+    modality: str | None
+    series: str | None
+    frame: int | None
+
+
 class Assistant:
-    """A loaded export that answers questions; made by `load`."""
+    """An export that answers questions about images; close it, or use it in a `with` statement."""
 
     def __init__(
         self,
-        checkpoint: paths.PathLike,
+        path: paths.PathLike,
         *,
         annotations: paths.PathLike | None = None,
         expert_host: str = "auto",
@@ -85,11 +97,23 @@ class Assistant:
         text: str = "",
         isolate: bool = False,
     ):
-        """See `load`."""
-        self._generator, self._template = load_generator(
-            checkpoint, max_length=max_length, batch_size=1, text=text
-        )
-        model = exports.load_model_config(checkpoint).to_dict()
+        """Opens an export.
+
+        Args:
+          path: the `export` folder of a training run, or what `vilam3 convert import` wrote.
+          annotations: annotation store, which is preferred to the expert host.
+          expert_host: 'auto' (the installed `vilam3-experts`, started when first needed), 'off', or the
+            command that starts one, for example in another virtual environment.
+          expert_weights: folder of the experts' weights, for the host.
+          max_length: maximum positions (text and image tokens) of a dialogue.
+          text: changes of the export's text rules: `as_trained`, `clean`, or for example `spaces=clean`.
+          isolate: decode images in a separate process, with limits on time and memory.
+
+        Raises:
+          UserError: no export of a generative model, or an unknown text rule.
+        """
+        self._generator, self._template = load_generator(path, max_length=max_length, batch_size=1, text=text)
+        model = exports.load_model_config(path).to_dict()
         self._cards, self._style = card_list(model), Style.of(model)
         self._annotations, self._expert_host, self._weights = annotations, expert_host, expert_weights
         self._host: ExpertHost | None = None
@@ -102,79 +126,57 @@ class Assistant:
         prompt: str,
         *,
         experts: bool = True,
-        axis: str | None = None,
-        index: int | None = None,
-        slices: int = 1,
-        window: tuple[float, float] | None = None,
-        modality: str | None = None,
-        series: str | None = None,
-        frame: int | None = None,
         max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        **view: Unpack[ViewOptions],
     ) -> Reply:
-        """Asks one question about one image.
+        """Asks a question about an image.
 
         Args:
-          image: path of a picture or a scan, a uint8 [H, W, 3] array, or a `Volume`; see `open_picture`.
-            Several sequences of one head: a dict of their roles, such as {"t1c": …, "t1": …, "t2": …,
-            "flair": …}, in the order in which they are shown.
+          image: path of a 2-D image or a volume, a uint8 [H, W, 3] array, or a `Volume`; see `open_image`.
+            Several sequences of one head: a dict by role, such as {"t1c": …, "t1": …, "t2": …, "flair": …},
+            in the order in which they are shown.
           prompt: the question.
-          experts: whether the model may ask experts.
-          axis: plane of a scan: 'axial', 'coronal' or 'sagittal'; by default the model's own.
-          index: slice of a scan; the middle one by default.
-          slices: how many evenly spaced slices of a scan are shown, instead of one.
-          window: (centre, width) of a scan in its own units; by default as the model's preprocessing says.
-          modality: DICOM's code of an image whose file states none, such as "CT".
-          series: which series of a DICOM folder.
-          frame: which frame of a cine or page of a TIFF.
-          max_new_tokens: bound on each turn of the model.
-          temperature: 0 for the likeliest words; above it words are drawn.
-          top_p: draw among the likeliest words of this total probability.
-          seed: of the draws.
+          experts: whether the model may call experts.
+          max_new_tokens: limit of each turn of the model.
+          temperature, top_p, seed: see `Sampling`; greedy by default.
+          **view: axis, index, slices, window, modality, series and frame; see `open_image`.
 
         Raises:
-          UserError: the image cannot be used, the prompt is empty, or experts are wanted and there are none.
+          UserError: the image cannot be used, the prompt is empty, or there is no source of expert results.
         """
         if not prompt.strip():
             raise UserError("the prompt is empty; ask something")
         processor = self._generator.processor
-        pictures = {
-            role: open_picture(
-                one,
-                processor.kept_size,
-                axis=axis,
-                index=index,
-                slices=slices,
-                window=window,
-                modality=modality,
-                series=series,
-                frame=frame,
-                preprocessing=processor.preprocessing,
-                decoder=self._decoder,
+        size, preprocessing = processor.kept_size, processor.preprocessing
+        scans = [
+            dataclasses.replace(
+                open_image(one, size, preprocessing=preprocessing, decoder=self._decoder, **view), role=role
             )
             for role, one in (image if isinstance(image, Mapping) else {"": image}).items()
-        }
-        first = _first_of_one_grid(pictures)
-        agent = self._agent(experts)
-        query = Query(prompt.strip(), tuple(_scan(picture, role) for role, picture in pictures.items()))
-        sampling = Sampling(temperature, top_p, seed)
-        (transcript,) = agent.run([query], max_new_tokens=max_new_tokens, sampling=sampling)
+        ]
+        _check_grid(scans)
+        (transcript,) = self._agent(experts).run(
+            [Query(prompt.strip(), tuple(scans))],
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_p, seed),
+        )
         return Reply(
             answer=transcript.answer,
             transcript=transcript,
-            image=first.pixels,
+            image=scans[0].image,
             overlay=transcript.overlay,
-            description="; ".join(_of_role(role, p.description) for role, p in pictures.items()),
+            description="; ".join(_with_role(scan.role, scan.description) for scan in scans),
             notes=(
-                *(_of_role(role, note) for role, p in pictures.items() for note in p.notes),
+                *(_with_role(scan.role, note) for scan in scans for note in scan.notes),
                 *_notes(transcript, self._cards),
             ),
         )
 
     def close(self) -> None:
-        """Ends the expert host and the decoder process, if they were started."""
+        """Stops the expert host and the decoder process."""
         if self._decoder is not None:
             self._decoder.close()
         if self._host is not None:
@@ -192,11 +194,7 @@ class Assistant:
         if experts not in self._agents:
             provider = self._provider() if experts else None
             self._agents[experts] = Agent(
-                self._generator,
-                self._template,
-                cards=self._cards if experts else (),
-                provider=provider,
-                style=self._style,
+                self._generator, self._template, cards=self._cards, provider=provider, style=self._style
             )
         return self._agents[experts]
 
@@ -213,18 +211,18 @@ class Assistant:
         return found[0] if len(found) == 1 else Providers(found)
 
 
+load = Assistant
+
+
 def host_command(setting: str, *, required: bool) -> list[str]:
-    """How the expert host is started.
+    """The command that starts the expert host, as a list of arguments; empty for none.
 
     Args:
       setting: 'auto' (the `vilam3-experts` beside this Python or on the path), 'off', or a command line.
       required: with 'auto', whether a missing program is an error.
 
-    Returns:
-      Words of the command; empty for none.
-
     Raises:
-      UserError: 'auto' found nothing and there is no other source of expert results.
+      UserError: 'auto' found nothing, but it is required.
     """
     if setting == "off":
         return []
@@ -242,77 +240,21 @@ def host_command(setting: str, *, required: bool) -> list[str]:
     return []
 
 
-def load(
-    path: paths.PathLike,
-    *,
-    annotations: paths.PathLike | None = None,
-    expert_host: str = "auto",
-    expert_weights: paths.PathLike | None = None,
-    max_length: int = 2048,
-    text: str = "",
-    isolate: bool = False,
-) -> Assistant:
-    """Opens an export.
-
-    Args:
-      path: the `export` folder of a training run, or what `vilam3 convert import` wrote.
-      annotations: store of what experts said before; looked at first.
-      expert_host: 'auto' (the installed `vilam3-experts`, started when first needed), 'off', or the command
-        that starts one, for example of another virtual environment.
-      expert_weights: folder of the experts' model files, for the host.
-      max_length: most positions (text and image tokens) of one dialogue.
-      text: changes of the export's text rules: `as_trained`, `clean`, or for example `spaces=clean`.
-      isolate: decode images in a process of its own, with limits on time and memory.
-
-    Raises:
-      UserError: no export, or one of a model that cannot speak; an unknown text rule.
-    """
-    return Assistant(
-        path,
-        annotations=annotations,
-        expert_host=expert_host,
-        expert_weights=expert_weights,
-        max_length=max_length,
-        text=text,
-        isolate=isolate,
-    )
-
-
-def _first_of_one_grid(pictures: Mapping[str, Picture]) -> Picture:
-    """The first of several pictures, which must be the same slice of their scans.
-
-    Raises:
-      UserError: none, or different slices.
-    """
-    if not pictures:
+def _check_grid(scans: Sequence[Scan]) -> None:
+    """Raises UserError if there is no scan, or if they show different slices."""
+    if not scans:
         raise UserError("there is no image; give one, or a dict of roles")
-    first = next(iter(pictures.values()))
-    for role, picture in pictures.items():
-        shown = (picture.axis, picture.index, [index for index, _ in picture.slices])
+    first = scans[0]
+    for scan in scans:
+        shown = (scan.axis, scan.index, [index for index, _ in scan.slices])
         if shown != (first.axis, first.index, [index for index, _ in first.slices]):
             raise UserError(
-                f"image {role}: {picture.description}, the first one is {first.description}; give scans of "
+                f"image {scan.role}: {scan.description}, the first one is {first.description}; give scans of "
                 "one grid, or the plane and the slice"
             )
-    return first
 
 
-def _scan(picture: Picture, role: str) -> Scan:
-    return Scan(
-        image=picture.pixels,
-        input_key=picture.input_key,
-        axis=picture.axis,
-        index=picture.index,
-        volume=picture.volume,
-        png=picture.png,
-        role=role,
-        modality=picture.modality,
-        slices=picture.slices,
-        planes=picture.planes,
-    )
-
-
-def _of_role(role: str, text: str) -> str:
+def _with_role(role: str, text: str) -> str:
     return f"{role}: {text}" if role else text
 
 
@@ -329,33 +271,30 @@ def _notes(transcript: Transcript, cards: Sequence[Card]) -> tuple[str, ...]:
         if annotation.status == "failed":
             notes.append(f"The expert {annotation.expert} failed: {annotation.reason}.")
         notes += [
-            f"A check of {annotation.expert} says: {verdict.message}"
+            f"A check of {annotation.expert} reports: {verdict.message}"
             for verdict in annotation.verdicts
             if verdict.status in ("warn", "fail") and verdict.message != annotation.reason
         ]
     if len(transcript.annotations) > 1:
         asked = ", ".join(str(Call(a.expert, a.args)) for a in transcript.annotations)
-        notes.append(f"Experts were asked in this order: {asked}.")
+        notes.append(f"Experts were called in this order: {asked}.")
     if transcript.cut:
         characters = sum(map(len, transcript.cut))
-        notes.append(f"{characters} characters that the model wrote before the expert had spoken were cut.")
-    if transcript.not_made:
-        calls = ", ".join(dict.fromkeys(map(str, transcript.not_made)))
-        notes.append(f"Calls that the model wrote but that were not made: {calls}.")
+        notes.append(f"{characters} characters that the model wrote after an expert call were removed.")
+    if transcript.unexecuted_calls:
+        calls = ", ".join(dict.fromkeys(map(str, transcript.unexecuted_calls)))
+        notes.append(f"Expert calls that were not executed: {calls}.")
     if transcript.truncated:
-        notes.append("The answer was cut off at the bound on new tokens.")
+        notes.append("The answer was cut off at the limit on new tokens.")
     return (*notes, NOT_CLINICAL)
 
 
 def render_dialogue(reply: Reply) -> str:
-    """The dialogue as text: who said what, then the notes."""
-    names = {"user": "You", "assistant": "Model", "system": "System", "expert": "Expert"}
+    """The dialogue as text, followed by the notes."""
+    experts = " and ".join(dict.fromkeys(a.expert for a in reply.transcript.annotations))
+    names = {"user": "You", "assistant": "Model", "system": "System", "expert": f"Expert {experts}"}
     lines = [f"[image] {reply.description}"]
-    for turn in reply.transcript.turns:
-        name = names[turn.role]
-        if turn.role == "expert":
-            name = "Expert " + " and ".join(dict.fromkeys(a.expert for a in reply.transcript.annotations))
-        lines.append(f"{name}: {turn.text}")
+    lines += [f"{names[turn.role]}: {turn.text}" for turn in reply.transcript.turns]
     return "\n".join([*lines, "", *(f"Note: {note}" for note in reply.notes)])
 
 
@@ -369,53 +308,42 @@ def _parser() -> argparse.ArgumentParser:
         "--image",
         required=True,
         action="append",
-        help="picture, or scan: NIfTI, NRRD, MetaImage, DICOM file or folder; ROLE=PATH for each of several "
+        help="image, or volume: NIfTI, NRRD, MetaImage, DICOM file or folder; ROLE=PATH for each of several "
         "sequences, such as t1c=… t1=… t2=… flair=…",
     )
     parser.add_argument("--prompt", required=True, help="the question")
-    parser.add_argument(
-        "--axis", choices=sorted(AXES), help="plane of a scan (default: the model's own, usually axial)"
-    )
-    parser.add_argument("--slice", type=int, help="slice of a scan (default: the middle one)")
-    parser.add_argument(
-        "--slices", type=int, default=1, help="how many evenly spaced slices of a scan to show (default: 1)"
-    )
-    parser.add_argument("--window", help="CENTRE,WIDTH of a scan (default: the model's for CT, percentiles)")
-    parser.add_argument("--modality", help="DICOM's code (CT, MR, ...) of an image whose file states none")
-    parser.add_argument("--series", help="series of a DICOM folder, as `vilam3 data scan` lists it")
-    parser.add_argument("--frame", type=int, help="frame of a cine (default: the middle one) or page")
-    parser.add_argument(
-        "--isolate", action="store_true", help="decode the image in a process with limits on time and memory"
-    )
-    parser.add_argument("--experts", default="on", choices=("on", "off"), help="may the model ask experts?")
-    parser.add_argument("--annotations", help="store of what experts said before; looked at first")
-    parser.add_argument(
-        "--expert_host", default="auto", help="auto (the installed vilam3-experts), off, or a command"
-    )
-    parser.add_argument("--expert_weights", help="folder of the experts' model files, for the host")
-    parser.add_argument("--text", default="", help=TEXT_HELP)
-    parser.add_argument(
-        "--max_new_tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, help="bound on each turn"
-    )
-    parser.add_argument(
-        "--max_length", type=int, default=2048, help="most positions of the dialogue, images included"
-    )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest words (default)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw among words of this total probability")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--save_images", help="folder for image.png and overlay.png, as the model saw them")
+    add = parser.add_argument
+    add("--axis", choices=sorted(AXES), help="plane of a volume (default: the model's, usually axial)")
+    add("--slice", type=int, help="slice of a volume (default: the middle one)")
+    add("--slices", type=int, default=1, help="number of evenly spaced slices of a volume (default: 1)")
+    add("--window", help="CENTRE,WIDTH of a volume (default: the model's for CT, otherwise percentiles)")
+    add("--modality", help="DICOM code (CT, MR, ...) of an image whose file states none")
+    add("--series", help="series of a DICOM folder, as `vilam3 data scan` lists it")
+    add("--frame", type=int, help="frame of a cine (default: the middle one) or page")
+    add("--isolate", action="store_true", help="decode the image in a process with time and memory limits")
+    add("--experts", default="on", choices=("on", "off"), help="whether the model may call experts")
+    add("--annotations", help="annotation store, which is preferred to the expert host")
+    add("--expert_host", default="auto", help="auto (the installed vilam3-experts), off, or a command")
+    add("--expert_weights", help="folder of the experts' weights, for the host")
+    add("--text", default="", help=TEXT_HELP)
+    add("--max_new_tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, help="limit of each turn")
+    add("--max_length", type=int, default=2048, help="maximum positions of the dialogue, images included")
+    add("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy (default)")
+    add("--top_p", type=float, default=1.0, help="sample from tokens of this total probability")
+    add("--seed", type=int, default=0, help="of sampling")
+    add("--save_images", help="folder for image.png and overlay.png, as shown to the model")
     return parser
 
 
 def _images(given: Sequence[str]) -> str | dict[str, str]:
-    """One path, or role to path."""
+    """A single path, or role → path."""
     if len(given) == 1 and (not _ROLE.match(given[0]) or paths.exists(given[0])):
         return given[0]
     found: dict[str, str] = {}
     for text in given:
         role, _, path = text.partition("=")
         if not _ROLE.match(text) or role in found:
-            raise UserError(f"--image={text}: of several images each needs a role of its own, as in t1c=PATH")
+            raise UserError(f"--image={text}: each of several images needs its own role, as in t1c=PATH")
         found[role] = path
     return found
 
@@ -435,10 +363,9 @@ def _window(text: str | None) -> tuple[float, float] | None:
 def main(argv: Sequence[str]) -> int:
     """Entry of `vilam3 chat`."""
     options = _parser().parse_args(argv)
-    if options.max_new_tokens < 1:
-        raise UserError(f"--max_new_tokens={options.max_new_tokens}: must be at least 1")
-    if options.max_length < 1:
-        raise UserError(f"--max_length={options.max_length}: must be at least 1")
+    for name in ("max_new_tokens", "max_length"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name}={getattr(options, name)}: must be at least 1")
     window = _window(options.window)
     assistant = load(
         options.checkpoint,

@@ -1,9 +1,9 @@
-"""Batched generation with a key-value cache that several turns share.
+"""Batched generation with a key-value cache that is kept over several turns.
 
-A `Session` holds the cache of a batch of dialogues. `append` adds the next piece of each row (a prompt, an
-expert's words, nothing), `decode` lets the model speak. What was said stays cached, so an agent loop never
-computes a prompt twice. Rows may differ in length and may sit out a call. All shapes are rounded up to a few
-sizes, so that a handful of compiled programs serves everything.
+A `Session` holds the cache of a batch of dialogues. `append` adds the next chunk of each row (a prompt, an
+expert's turn, nothing), `decode` generates. Both stay in the cache, so an agent loop never computes a prompt
+twice. Rows may differ in length, and a call may skip some of them. All shapes are rounded up to a few sizes,
+so that few programs are compiled.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from vilam3_jax.data.tokenizer import Tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import build
 from vilam3_jax.models.model_config import resolve
+from vilam3_jax.sharding.weights import as_weight
 
 _MIN_CHUNK = 16
 _MIN_CACHE = 256
@@ -33,12 +34,12 @@ _STOP_SLOTS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """The next piece of one dialogue.
+    """The next part of one dialogue.
 
     Attributes:
-      tokens: int32 [n]; what stands under an image token is ignored.
-      visual_index: int32 [n], which of this chunk's image tokens stands here (image * T + offset); -1: text.
-      images: the vision tower's inputs, uint8 [S, S, 3] each, in the order of their markers.
+      tokens: int32 [n]; ignored at image tokens.
+      visual_index: int32 [n], index among the chunk's image tokens (image * T + offset); -1 for text.
+      images: inputs of the vision tower, uint8 [S, S, 3] each, in the order of their markers.
       tile_map: int32 [inputs, 5], see `ImageProcessor.tile_map`.
     """
 
@@ -49,18 +50,18 @@ class Chunk:
 
     @classmethod
     def text(cls, tokens: Sequence[int]) -> Chunk:
-        """A chunk without images."""
+        """A chunk of text."""
         return cls(np.asarray(tokens, np.int32), np.full(len(tokens), -1, np.int32))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How the next token is sampled.
 
     Attributes:
-      temperature: 0 takes the likeliest token; otherwise logits are divided by it.
-      top_p: keep the likeliest tokens that together reach this probability, and draw among them.
-      seed: of the draws; the same seed and rows give the same texts.
+      temperature: divides the logits; 0 is greedy.
+      top_p: sample from the most probable tokens that together reach this probability.
+      seed: the same seed and rows give the same texts.
     """
 
     temperature: float = 0.0
@@ -77,11 +78,11 @@ GREEDY = Sampling()
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """What one row said in one `decode`.
+    """What one `decode` generated for one row.
 
     Attributes:
       ids: tokens without the stop token.
-      stopped: a stop token came, rather than the bound on new tokens or the end of the cache.
+      stopped: whether a stop token ended it, rather than the token limit or the end of the cache.
     """
 
     ids: list[int]
@@ -89,22 +90,22 @@ class Decoded:
 
 
 def row_parts(rows: NamedSharding) -> int:
-    """Into how many equal parts rows are split, one after the other."""
+    """Number of equal, contiguous parts that a sharding splits rows into."""
     devices = rows.mesh.size
     return devices // rows.shard_shape((devices,))[0]
 
 
 class Generator:
-    """A model ready to speak.
+    """A generative model that is ready to run.
 
     Attributes:
       tokenizer: its tokenizer.
-      processor: makes `Chunk.images` of pictures.
-      image_size: S, side in pixels of these.
-      tokens_per_image: T, positions one image takes.
-      max_length: most positions of one dialogue.
-      batch_size: most rows of one session.
-      parts: into how many equal parts these are split over devices.
+      processor: makes `Chunk.images`.
+      image_size: S, their side in pixels.
+      tokens_per_image: T, positions of one image.
+      max_length: maximum positions of a dialogue.
+      batch_size: maximum rows of a session.
+      parts: number of equal parts that rows are split into over devices.
     """
 
     def __init__(
@@ -117,62 +118,65 @@ class Generator:
         batch_size: int = 16,
         rows: NamedSharding | None = None,
     ):
-        """Prepares a generative model; nothing is compiled before it is needed.
+        """Compiles nothing before first use.
 
         Args:
-          model_config: the `model` section of a config.
-          params: nested parameters, on their devices; shapes alone will do where `set_params` follows.
-          tokenizer: the model's tokenizer.
+          model_config: section `model` of a config, typed or not.
+          params: nested parameters, on their devices; shapes suffice if `set_params` follows.
+          tokenizer: of the model.
           max_length: see the class.
           batch_size: see the class.
-          rows: how the rows of a session are split over the mesh of the parameters; None: they live on the
-            devices that the parameters are on. A session must then have as many rows as divide over it. With
-            several processes each calls the same methods with the same arguments; a device is given its own
-            rows and the images that these look at, and every process learns what all rows say.
+          rows: sharding of the rows of a session over the mesh of the parameters, which must divide them;
+            None: rows are on the devices of the parameters. With several processes, all call the same methods
+            with the same arguments. A device receives its own rows and their images; every process receives
+            the output of all rows.
         """
         self.tokenizer = tokenizer
-        self.processor = image_processor(model_config)
+        model = resolve(model_config)
+        self.processor = image_processor(model)
         self.image_size = self.processor.size
         self.max_length, self.batch_size = max_length, batch_size
         self._params = params
-        self._known_prefix: tuple[tuple[int, ...], Session] | None = None
-        graphdef, _ = build.abstract_model(model_config, "generative")
-        self.tokens_per_image = resolve(model_config).tokens_per_image
+        self._last_prefix: tuple[tuple[int, ...], Session] | None = None
+        graphdef, _ = build.abstract_model(model, "generative")
+        self.tokens_per_image = model.tokens_per_image
         self._rows, self.parts = rows, 1 if rows is None else row_parts(rows)
-        cached, logits, whole = _placement(rows)
+        cached, logits, whole = _shardings(rows)
         self._start = jax.jit(
             functools.partial(_start, graphdef), static_argnums=(1, 2), out_shardings=(cached, logits)
         )
         self._repeat = jax.jit(_repeat, static_argnums=2)
         self._lengthen = jax.jit(_lengthen, static_argnums=1, out_shardings=cached)
-        known = min(tokenizer.vocab_size, int(model_config.llm.vocab_size))
+        vocab_size = min(tokenizer.vocab_size, model.llm.vocab_size)
         self._prefill = jax.jit(
-            functools.partial(_prefill, graphdef, known), donate_argnums=1, out_shardings=(cached, logits)
+            functools.partial(_prefill, graphdef, vocab_size),
+            donate_argnums=1,
+            out_shardings=(cached, logits),
         )
         self._decode = jax.jit(
-            functools.partial(_decode, graphdef, known),
+            functools.partial(_decode, graphdef, vocab_size),
             donate_argnums=1,
             static_argnames=("size", "sampling"),
             out_shardings=(cached, logits, whole, whole, whole),
         )
 
     def set_params(self, params: Mapping[str, Any]) -> None:
-        """Speaks with other values of the same parameters from now on; sessions begun before are over."""
-        self._params, self._known_prefix = params, None
+        """Replaces the values of the parameters; earlier sessions become invalid."""
+        self._params, self._last_prefix = params, None
 
     def _put(self, array: np.ndarray | None) -> Any:
-        """An array whose leading axis is that of the rows, or of their parts, on its devices."""
+        """Transfers an array whose leading axis is rows, or parts of rows, to its devices."""
         if array is None or self._rows is None:
             return array
         return jax.make_array_from_callback(array.shape, self._rows, lambda index: array[index])
 
     def start(self, rows: int, prefix: Sequence[int] = ()) -> Session:
-        """A session whose rows all begin with the same text.
+        """Starts a session.
 
         Args:
           rows: number of dialogues.
-          prefix: tokens that every row starts with, for example the cards. They are computed once, not once a
-            row, and kept for later sessions with the same prefix.
+          prefix: tokens that all rows start with, such as the cards. They are computed once for all rows, and
+            reused by the next session with the same prefix.
 
         Raises:
           UserError: more rows than `batch_size`, or a prefix longer than `max_length`.
@@ -182,23 +186,23 @@ class Generator:
         tokens = tuple(int(token) for token in prefix)
         if not tokens:
             return Session(self, rows)
-        if self._known_prefix is None or self._known_prefix[0] != tokens:
+        if self._last_prefix is None or self._last_prefix[0] != tokens:
             single = Session(self, 1)
             single.append([Chunk.text(tokens)])
-            self._known_prefix = (tokens, single)
-        return Session(self, rows, self._known_prefix[1])
+            self._last_prefix = (tokens, single)
+        return Session(self, rows, self._last_prefix[1])
 
 
 class Session:
-    """Dialogues that grow together; see the module.
+    """A batch of dialogues with its cache; see the module.
 
     Attributes:
       rows: number of dialogues.
-      lengths: int64 [rows], positions cached of each.
+      lengths: int64 [rows], cached positions of each.
     """
 
     def __init__(self, generator: Generator, rows: int, prefix: Session | None = None):
-        """Made by `Generator.start`; `prefix` is a session of one row to begin from."""
+        """Called by `Generator.start`; `prefix` is a session of one row that is copied."""
         self.rows = rows
         self.lengths = np.zeros(rows, np.int64)
         self._generator = generator
@@ -211,14 +215,11 @@ class Session:
             self._cache, self._logits = generator._repeat(prefix._cache, prefix._logits, self._batch)
 
     def append(self, chunks: Sequence[Chunk | None]) -> None:
-        """Adds one chunk to each row; None or an empty chunk leaves a row as it is.
-
-        Args:
-          chunks: [rows].
+        """Adds a chunk to each row; None or an empty chunk leaves a row unchanged.
 
         Raises:
-          UserError: a row would become longer than the generator's `max_length`.
-          ValueError: not one entry per row, or an image of another size than the model's.
+          UserError: a row would exceed the generator's `max_length`.
+          ValueError: not one entry per row, or an image of the wrong size.
         """
         generator = self._generator
         if len(chunks) != self.rows:
@@ -237,22 +238,21 @@ class Session:
         width = _round_up(int(sizes.max()), _MIN_CHUNK)
         tokens = np.zeros((self._batch, width), np.int32)
         visual = np.full((self._batch, width), -1, np.int32)
-        pictures = [_Pictures(generator.processor) for _ in range(generator.parts)]
+        slots = [_ImageSlots(generator.processor) for _ in range(generator.parts)]
         per_image = generator.tokens_per_image
         for row, chunk in enumerate(chunks):
             if chunk is None or not sizes[row]:
                 continue
             tokens[row, : sizes[row]] = chunk.tokens
-            # Questions about one image share its encoding: each distinct image enters the tower once, or
-            # once for every part of the rows that looks at it.
-            placed = pictures[row * generator.parts // self._batch].place(chunk)
+            # The tower encodes each distinct image once per part of the rows that uses it.
+            own_slots = slots[row * generator.parts // self._batch].add(chunk)
             index = np.asarray(chunk.visual_index)
-            seen = index >= 0
-            image, offset = np.divmod(index[seen], per_image)
-            visual[row, : sizes[row]][seen] = np.asarray(placed, int)[image] * per_image + offset
+            is_image = index >= 0
+            image, offset = np.divmod(index[is_image], per_image)
+            visual[row, : sizes[row]][is_image] = np.asarray(own_slots, int)[image] * per_image + offset
         self._cache, self._logits = generator._prefill(
             generator._params, self._cache, self._logits, self._padded(self.lengths), self._padded(sizes),
-            generator._put(tokens), *(generator._put(array) for array in _picture_arrays(pictures, visual)),
+            generator._put(tokens), *(generator._put(array) for array in _image_arrays(slots, visual)),
         )  # fmt: skip
         self.lengths = after
 
@@ -264,47 +264,46 @@ class Session:
         active: Sequence[bool] | None = None,
         sampling: Sampling = GREEDY,
     ) -> list[Decoded]:
-        """Lets each active row speak until a stop token, `max_new_tokens`, or the end of the cache.
+        """Generates in each active row until a stop token, `max_new_tokens`, or the end of the cache.
 
-        What is said is cached, the stop token is not: the next `append` starts with the template's ending.
+        The stop token is not cached: the next `append` starts with the template's end of turn.
 
         Args:
-          max_new_tokens: bound for each row, at least 1.
-          stop_ids: tokens that end a turn; the tokenizer's by default. At most 8.
-          active: [rows]; others say nothing. All by default. An active row must have been appended to.
+          max_new_tokens: limit for each row, at least 1.
+          stop_ids: up to 8 tokens that end a turn; the tokenizer's by default.
+          active: [rows], rows that generate; all by default. Each needs a prompt.
           sampling: greedy by default.
 
         Returns:
-          [rows].
+          One entry per row.
         """
         generator = self._generator
-        speaks = np.ones(self.rows, bool) if active is None else np.asarray(active, bool)
+        mask = np.ones(self.rows, bool) if active is None else np.asarray(active, bool)
         stops = list(generator.tokenizer.stop_ids if stop_ids is None else stop_ids)
-        if max_new_tokens < 1 or len(stops) > _STOP_SLOTS or speaks.shape != (self.rows,):
-            raise ValueError(f"{max_new_tokens} new tokens, {len(stops)} stop ids, {speaks.shape} active")
-        if not speaks.any():
+        if max_new_tokens < 1 or len(stops) > _STOP_SLOTS or mask.shape != (self.rows,):
+            raise ValueError(f"{max_new_tokens} new tokens, {len(stops)} stop ids, {mask.shape} active")
+        if not mask.any():
             return [Decoded([], False) for _ in range(self.rows)]
-        if not self.lengths[speaks].all():
+        if not self.lengths[mask].all():
             raise ValueError("an active row has no prompt yet")
-        self._grow(min(int(self.lengths[speaks].max()) + max_new_tokens, generator.max_length))
-        self._cache, self._logits, said, counts, stopped = generator._decode(
+        self._grow(min(int(self.lengths[mask].max()) + max_new_tokens, generator.max_length))
+        self._cache, self._logits, ids, counts, stopped = generator._decode(
             generator._params,
             self._cache,
             self._logits,
             self._padded(self.lengths),
-            self._padded(speaks),
+            self._padded(mask),
             np.asarray(stops + [-1] * (_STOP_SLOTS - len(stops)), np.int32),
             np.int32(max_new_tokens),
             np.int32(min(self._size, generator.max_length)),
             np.asarray(jax.random.key_data(jax.random.key(sampling.seed))),
             size=_round_up(max_new_tokens, _MIN_NEW),
-            sampling=dataclasses.replace(
-                sampling, seed=0
-            ),  # the seed is data: no new program for another one
+            # The seed is an argument above, so that another seed needs no new program.
+            sampling=dataclasses.replace(sampling, seed=0),
         )
-        said, counts, stopped = jax.device_get((said, counts, stopped))
+        ids, counts, stopped = jax.device_get((ids, counts, stopped))
         self.lengths = self.lengths + counts[: self.rows]
-        return [Decoded(said[row, : counts[row]].tolist(), bool(stopped[row])) for row in range(self.rows)]
+        return [Decoded(ids[row, : counts[row]].tolist(), bool(stopped[row])) for row in range(self.rows)]
 
     def _padded(self, values: np.ndarray) -> Any:
         dtype = bool if values.dtype == bool else np.int32
@@ -328,8 +327,8 @@ def _round_up(value: int, least: int) -> int:
     return power * 3 // 4 if power >= 4 and wanted <= power * 3 // 4 else power
 
 
-class _Pictures:
-    """The images that one part of the rows looks at in one `append`, each once."""
+class _ImageSlots:
+    """The distinct images of one part of the rows in one `append`."""
 
     def __init__(self, processor: ImageProcessor):
         self.side, self.tiled = processor.size, bool(processor.sides)
@@ -337,11 +336,11 @@ class _Pictures:
         self._images: list[np.ndarray] = []
         self._tiles: list[np.ndarray] = []
 
-    def place(self, chunk: Chunk) -> list[int]:
-        """The slots of a chunk's images.
+    def add(self, chunk: Chunk) -> list[int]:
+        """Returns the slots of a chunk's images.
 
         Raises:
-          ValueError: an image of another size than the model's, or tiles without their map.
+          ValueError: an image of the wrong size, or tiles without a map.
         """
         wanted = (self.side, self.side, 3)
         for image in chunk.images:
@@ -353,30 +352,30 @@ class _Pictures:
             )
         count = len(chunk.images)
         firsts = np.arange(count) if chunk.tile_map is None else chunk.tile_map[:, 0]
-        placed: list[int] = []
-        for first in np.unique(firsts):  # tiles that are merged stay together
-            place = np.flatnonzero(firsts == first)
-            key = b"".join(chunk.images[i].tobytes() for i in place)
+        slots: list[int] = []
+        for first in np.unique(firsts):  # tiles of one image stay together
+            inputs = np.flatnonzero(firsts == first)
+            key = b"".join(chunk.images[i].tobytes() for i in inputs)
             if key not in self._slots:
                 start = self._slots[key] = len(self._images)
-                self._images += [chunk.images[i] for i in place]
+                self._images += [chunk.images[i] for i in inputs]
                 if chunk.tile_map is not None:
-                    self._tiles += [np.append(start, chunk.tile_map[i, 1:]) for i in place]
-            placed += range(self._slots[key], self._slots[key] + len(place))
-        return placed
+                    self._tiles += [np.append(start, chunk.tile_map[i, 1:]) for i in inputs]
+            slots += range(self._slots[key], self._slots[key] + len(inputs))
+        return slots
 
     def __len__(self) -> int:
         return len(self._images)
 
     def fill(self, images: np.ndarray, tiles: np.ndarray) -> None:
-        """Writes them to the first slots of uint8 [M, S, S, 3], and of int32 [M, 5] where there are tiles."""
+        """Writes to the first slots of uint8 [M, S, S, 3] and, with tiles, of int32 [M, 5]."""
         if self._images:
             images[: len(self)] = np.stack(self._images)
         if self._tiles:
             tiles[: len(self)] = np.stack(self._tiles)
 
 
-def _picture_arrays(parts: Sequence[_Pictures], visual: np.ndarray) -> tuple[np.ndarray | None, ...]:
+def _image_arrays(parts: Sequence[_ImageSlots], visual: np.ndarray) -> tuple[np.ndarray | None, ...]:
     """visual_index [B, L], images [G, M, S, S, 3], image_valid [G, M], image_tiles [G, M, 5] or None."""
     fullest = max(len(part) for part in parts)
     if not fullest:
@@ -390,48 +389,49 @@ def _picture_arrays(parts: Sequence[_Pictures], visual: np.ndarray) -> tuple[np.
     return visual, images, valid, tiles if parts[0].tiled else None
 
 
-def _placement(rows: NamedSharding | None) -> tuple[Any, Any, Any]:
-    """Shardings of a cache, of logits, and of what every process must be able to read."""
+def _shardings(rows: NamedSharding | None) -> tuple[Any, Any, Any]:
+    """Shardings of the cache, of logits, and of outputs that every process reads."""
     if rows is None:
         return None, None, None
-    cached = NamedSharding(rows.mesh, PartitionSpec(None, *rows.spec))  # layers come first
+    cached = NamedSharding(rows.mesh, PartitionSpec(None, *rows.spec))  # the first axis is layers
     return {"k": cached, "v": cached}, rows, NamedSharding(rows.mesh, PartitionSpec())
 
 
 def _start(graphdef: Any, params: Any, rows: int, size: int) -> tuple[Any, jax.Array]:
     """An empty cache and logits [rows, V]."""
     llm = build.merge(graphdef, params).llm
-    return llm.init_cache(rows, size), jnp.zeros((rows, llm.head_kernel().shape[1]), jnp.float32)
+    vocab_size = as_weight(llm.head_kernel()).value.shape[1]
+    return llm.init_cache(rows, size), jnp.zeros((rows, vocab_size), jnp.float32)
 
 
 def _repeat(cache: Any, logits: jax.Array, rows: int) -> tuple[Any, jax.Array]:
-    """Copies the only row of a cache and its logits `rows` times."""
+    """Repeats the only row of a cache and its logits `rows` times."""
     return jax.tree.map(lambda x: jnp.repeat(x, rows, axis=1), cache), jnp.repeat(logits, rows, axis=0)
 
 
 def _lengthen(cache: Any, size: int) -> Any:
-    """Room for `size` positions a row."""
+    """Pads the cache to `size` positions."""
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[2]), (0, 0), (0, 0))), cache)
 
 
-def _last_logits(model: Any, hidden: jax.Array, known: int) -> jax.Array:
-    """Float32 [B, V] of hidden [B, D]; entries that the tokenizer does not know can never be chosen."""
+def _last_logits(model: Any, hidden: jax.Array, vocab_size: int) -> jax.Array:
+    """Float32 [B, V] of hidden [B, D]; -inf for ids outside the tokenizer's vocabulary."""
     logits = model.llm.logits(hidden)
-    return jnp.where(jnp.arange(logits.shape[-1]) < known, logits, -jnp.inf)
+    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
 
 
 def _prefill(
-    graphdef: Any, known: int, params: Any, cache: Any, logits: jax.Array, lengths: jax.Array,
+    graphdef: Any, vocab_size: int, params: Any, cache: Any, logits: jax.Array, lengths: jax.Array,
     sizes: jax.Array, tokens: jax.Array, visual: jax.Array | None, images: jax.Array | None,
     image_valid: jax.Array | None, image_tiles: jax.Array | None,
 ) -> tuple[Any, jax.Array]:  # fmt: skip
-    """Writes a padded chunk behind what is cached; rows with size 0 keep their logits."""
+    """Appends a padded chunk to the cache; rows with size 0 keep their logits."""
     model = build.merge(graphdef, params)
     embeds = model.embed(tokens, images, image_valid, visual, image_tiles)
     positions = lengths[:, None] + jnp.arange(tokens.shape[1])[None]
     hidden, cache = model.llm.forward_cached(embeds, positions, cache, lengths)
     last = jnp.take_along_axis(hidden, jnp.maximum(sizes - 1, 0)[:, None, None], axis=1)[:, 0]
-    return cache, jnp.where((sizes > 0)[:, None], _last_logits(model, last, known), logits)
+    return cache, jnp.where((sizes > 0)[:, None], _last_logits(model, last, vocab_size), logits)
 
 
 def _choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
@@ -451,13 +451,13 @@ def _choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def _decode(
-    graphdef: Any, known: int, params: Any, cache: Any, logits: jax.Array, lengths: jax.Array,
+    graphdef: Any, vocab_size: int, params: Any, cache: Any, logits: jax.Array, lengths: jax.Array,
     active: jax.Array, stops: jax.Array, limit: jax.Array, room: jax.Array, key: jax.Array, *,
     size: int, sampling: Sampling,
 ) -> tuple[Any, jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """The loop on the device; ends when every row has stopped. `key` holds the data of a random key.
+    """The decoding loop on the device, until every row is done. `key` is the data of a random key.
 
-    A row that is done keeps its length: what it writes later lands behind its end and is overwritten.
+    A row that is done keeps its length; later cache entries beyond that length are overwritten.
     """
     model = build.merge(graphdef, params)
     key = jax.random.wrap_key_data(key)
@@ -466,26 +466,26 @@ def _decode(
         token = _choose(logits, jax.random.fold_in(key, step), sampling)
         return token, (token[:, None] == stops[None]).any(axis=1)
 
-    def ready(state: dict[str, jax.Array]) -> jax.Array:
+    def unfinished(state: dict[str, jax.Array]) -> jax.Array:
         return (state["step"] < limit) & ~state["done"].all()
 
     def advance(state: dict[str, Any]) -> dict[str, Any]:
-        speaking, step, lengths = ~state["done"], state["step"], state["lengths"]
-        said = state["said"].at[:, step].set(jnp.where(speaking, state["token"], state["said"][:, step]))
+        running, step, lengths = ~state["done"], state["step"], state["lengths"]
+        ids = state["ids"].at[:, step].set(jnp.where(running, state["token"], state["ids"][:, step]))
         hidden, cache = model.llm.forward_cached(
             model.embed(state["token"][:, None]), lengths[:, None], state["cache"], lengths
         )
-        logits = jnp.where(speaking[:, None], _last_logits(model, hidden[:, 0], known), state["logits"])
-        lengths = lengths + speaking
+        logits = jnp.where(running[:, None], _last_logits(model, hidden[:, 0], vocab_size), state["logits"])
+        lengths = lengths + running
         token, stop = choose(logits, step + 1)
         return {
             "step": step + 1,
             "token": token,
-            "stopped": state["stopped"] | (speaking & stop),
+            "stopped": state["stopped"] | (running & stop),
             "done": state["done"] | stop | (lengths >= room),
             "lengths": lengths,
             "logits": logits,
-            "said": said,
+            "ids": ids,
             "cache": cache,
         }
 
@@ -497,8 +497,8 @@ def _decode(
         "done": ~active | stop | (lengths >= room),
         "lengths": lengths,
         "logits": logits,
-        "said": jnp.zeros((logits.shape[0], size), jnp.int32),
+        "ids": jnp.zeros((logits.shape[0], size), jnp.int32),
         "cache": cache,
     }
-    state = jax.lax.while_loop(ready, advance, state)
-    return state["cache"], state["logits"], state["said"], state["lengths"] - lengths, state["stopped"]
+    state = jax.lax.while_loop(unfinished, advance, state)
+    return state["cache"], state["logits"], state["ids"], state["lengths"] - lengths, state["stopped"]

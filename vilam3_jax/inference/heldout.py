@@ -1,7 +1,7 @@
-"""Answers to held-out examples during training.
+"""Generated answers to held-out examples during training.
 
-An example is read as in training. One of its supervised turns is left out: everything before it is the
-prompt, token for token as in training, and the greedy answer is compared with the turn's text.
+An example is read as in training. Everything before one of its supervised turns is the prompt, with the same
+tokens as in training; the greedy answer is compared with the text of the turn.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from vilam3_jax.models import build, param_paths
 from vilam3_jax.models.model_config import ModelConfig
 from vilam3_jax.runtime import processes
 
-_ROWS = 16  # of a batch, at least one for every part of the mesh
-_LEAST_PROMPT = 2  # tokens; a document's first text follows nothing but its <bos>
+_ROWS = 16  # of a batch; at least one per part of the mesh
+_MIN_PROMPT = 2  # tokens; before the text of a document there is only <bos>
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Question:
-    """A turn to be generated.
+    """A turn to generate.
 
     Attributes:
-      id: the example's id.
-      turn: which of the example's supervised turns, from 0.
-      prompt: all that stands before it.
-      answer: its text.
-      stops: tokens that end it.
-      budget: tokens that it has, its stop included.
+      id: of the example.
+      turn: index among the supervised turns of the example.
+      prompt: everything before the turn.
+      answer: text of the turn.
+      stops: tokens that end the turn.
+      budget: number of its tokens, stop token included.
     """
 
     id: str
@@ -57,10 +57,10 @@ class Question:
 
 
 class HeldoutAnswers:
-    """Answers the first examples of the held-out data, the same ones at every call.
+    """Answers the first held-out examples, the same ones at every call.
 
-    Collective: every process makes and calls it alike. All read the questions, each device gets those of its
-    rows, and all processes receive all answers.
+    Collective: all processes construct and call it together. All read the questions, each device receives
+    those of its rows, and every process receives all answers.
     """
 
     def __init__(
@@ -80,20 +80,20 @@ class HeldoutAnswers:
           model: section `model`.
           seed: of the run.
           count: number of examples, `config.eval_generate`.
-          rows: sharding of the rows of a batch over the mesh of the parameters.
-          context: makes the context in which programs are traced, see `Program.context`.
+          rows: sharding of batch rows over the mesh of the parameters.
+          context: context in which programs are traced, see `Program.context`.
           annotate: see `Program.annotate`.
 
         Raises:
-          UserError: no held-out example can be asked, or the processes do not read the same ones.
+          UserError: no held-out example can be asked, or processes read different ones.
         """
         self._tokenizer = load_tokenizer(model.tokenizer)
         self.questions = read_questions(data, model, seed, count, self._tokenizer)
-        _check_alike(self.questions)
+        _check_equal(self.questions)
         self._context, self._annotate = context, annotate
         parts = row_parts(rows)
         self._rows = parts * -(-min(len(self.questions), _ROWS) // parts)
-        # Assign questions to shards round-robin to balance images in a partial batch.
+        # Questions go to the parts round-robin, which balances the images of a partial batch.
         self._order = np.arange(self._rows).reshape(parts, -1).T.reshape(-1)
         _, shapes = build.abstract_model(model, "generative")
         self._generator = Generator(
@@ -112,73 +112,63 @@ class HeldoutAnswers:
           params: path → array, from the train state.
 
         Returns:
-          One record per question with `id`, `turn`, `reference`, `answer`, `exact_match` and `token_f1`; and
-          the means, `generate_exact_match` and `generate_token_f1`.
+          A record per question with `id`, `turn`, `reference`, `answer`, `exact_match` and `token_f1`; and
+          the means `generate_exact_match` and `generate_token_f1`.
         """
         self._generator.set_params(param_paths.unflatten(self._annotate(params)))
         answers: dict[Question, str] = {}
-        alike: dict[tuple[int, ...], list[Question]] = collections.defaultdict(list)
+        by_stops: dict[tuple[int, ...], list[Question]] = collections.defaultdict(list)
         for question in self.questions:
-            alike[question.stops].append(question)
+            by_stops[question.stops].append(question)
         with self._context():
-            for stops, questions in alike.items():
+            for stops, questions in by_stops.items():
                 for first in range(0, len(questions), self._rows):
                     batch = questions[first : first + self._rows]
                     answers |= zip(batch, self._ask(batch, stops), strict=True)
         self._generator.set_params({})  # the next step donates them
-        rows = [_record(question, answers[question]) for question in self.questions]
-        return rows, {
-            f"generate_{name}": sum(row[name] for row in rows) / len(rows)
-            for name in ("exact_match", "token_f1")
-        }
+        records = [_record(question, answers[question]) for question in self.questions]
+        means = {key: sum(row[key] for row in records) / len(records) for key in ("exact_match", "token_f1")}
+        return records, {f"generate_{key}": value for key, value in means.items()}
 
     def _ask(self, batch: Sequence[Question], stops: tuple[int, ...]) -> list[str]:
         """Answers to a batch; rows without a question stay empty."""
-        asked: list[Question | None] = [None] * self._rows
+        prompts: list[Chunk | None] = [None] * self._rows
         for row, question in zip(self._order, batch, strict=False):
-            asked[row] = question
+            prompts[row] = question.prompt
         session = self._generator.start(self._rows)
-        session.append([None if question is None else question.prompt for question in asked])
-        said = session.decode(
-            max(question.budget for question in batch),
-            stops,
-            active=[question is not None for question in asked],
-        )
+        session.append(prompts)
+        budget = max(question.budget for question in batch)
+        decoded = session.decode(budget, stops, active=[prompt is not None for prompt in prompts])
         return [
-            self._tokenizer.decode(said[row].ids[: question.budget]).strip()
+            self._tokenizer.decode(decoded[row].ids[: question.budget]).strip()
             for row, question in zip(self._order, batch, strict=False)
         ]
 
 
-def _check_alike(questions: Sequence[Question]) -> None:
-    """All processes must run the same programs with the same questions.
-
-    Raises:
-      UserError: they read different ones.
-    """
-    read = processes.gather([[question.id, question.turn] for question in questions])
-    for number, others in enumerate(read):
-        if others != read[0]:
-            theirs = next(pair for pair in zip_longest(read[0], others) if pair[0] != pair[1])
-            shown = " and ".join("none" if one is None else repr(one[0]) for one in theirs)
+def _check_equal(questions: Sequence[Question]) -> None:
+    """Raises UserError if processes have different questions, as all must run the same programs."""
+    gathered = processes.gather([[question.id, question.turn] for question in questions])
+    for number, others in enumerate(gathered):
+        if others != gathered[0]:
+            differing = next(pair for pair in zip_longest(gathered[0], others) if pair[0] != pair[1])
+            shown = " and ".join("none" if one is None else repr(one[0]) for one in differing)
             raise UserError(
                 f"config eval_generate: processes 0 and {number} do not read the same held-out examples "
-                f"({shown} in the same place); check that all hosts see the same data"
+                f"({shown} at the same position); check that all hosts see the same data"
             )
 
 
 def read_questions(
     data: DataConfig, model: ModelConfig, seed: int, count: int, tokenizer: Tokenizer
 ) -> list[Question]:
-    """The first `count` held-out examples that can be asked, or fewer.
+    """Up to `count` questions from the first held-out examples.
 
-    Of dialogues with several answers the first example leaves out the first, the second the second, and so
-    on, so that expert calls, first and later answers are all covered.
+    Of dialogues with several answers, consecutive examples use consecutive turns, so that expert calls, first
+    and later answers are all covered.
 
     Raises:
-      UserError: there is none; names the reasons.
+      UserError: no example can be asked; names the reasons.
     """
-    tokens_per_image = model.tokens_per_image
     template_stops = model_template(model).stop_ids(tokenizer)
     loader = build_loader(data, model, PackedRows, "heldout", seed=seed, tokenizer=tokenizer)
     questions: list[Question] = []
@@ -187,7 +177,7 @@ def read_questions(
         for position in range(loader.length or 0):
             if len(questions) == count:
                 break
-            sample = loader.load(position, position)
+            sample = loader.records.load(position, position)
             if not isinstance(sample, Sample):
                 reasons.append(f"{sample.name}: {sample.reason}")
                 continue
@@ -196,12 +186,16 @@ def read_questions(
             except Unreadable as error:
                 reasons.append(str(error))
                 continue
-            spans = [span for span in supervised_spans(sample.encoded.loss_mask) if span[0] >= _LEAST_PROMPT]
+            spans = [span for span in supervised_spans(sample.encoded.loss_mask) if span[0] >= _MIN_PROMPT]
             if spans:
                 turn = len(questions) % len(spans)
-                questions.append(
-                    _question(sample, images, turn, spans[turn], tokens_per_image, template_stops, tokenizer)
-                )
+                start, end = spans[turn]
+                prompt = _prompt(sample, images, start, model.tokens_per_image)
+                ids = [int(token) for token in sample.encoded.tokens[start:end]]
+                # Captions end with a newline, turns of a dialogue with a stop token of the template.
+                stops = template_stops if ids[-1] in template_stops else (ids[-1], tokenizer.eos_id)
+                answer = tokenizer.decode(ids[:-1] if ids[-1] in stops else ids).strip()
+                questions.append(Question(sample.id, turn, prompt, answer, stops, len(ids)))
     finally:
         loader.close()
     if not questions:
@@ -211,30 +205,17 @@ def read_questions(
 
 
 def supervised_spans(loss_mask: np.ndarray) -> list[tuple[int, int]]:
-    """(start, end) of the runs of targets in a loss mask [n]."""
+    """(start, end) of each run of targets in a loss mask [n]."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], loss_mask > 0, [0]]).astype(np.int8)))
     return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
 
 
-def _question(
-    sample: Sample,
-    images: tuple[np.ndarray, ...],
-    turn: int,
-    span: tuple[int, int],
-    tokens_per_image: int,
-    template_stops: tuple[int, ...],
-    tokenizer: Tokenizer,
-) -> Question:
-    start, end = span
+def _prompt(sample: Sample, images: tuple[np.ndarray, ...], end: int, tokens_per_image: int) -> Chunk:
+    """The first `end` tokens of a sample."""
     encoded = sample.encoded
     visual = encoded.image_of_token * tokens_per_image + encoded.visual_offset
-    visual = np.where(encoded.image_of_token >= 0, visual, -1)[:start]
-    ids = [int(token) for token in encoded.tokens[start:end]]
-    # Captions end with a newline, turns of a dialogue with the stop token of the template.
-    stops = template_stops if ids[-1] in template_stops else (ids[-1], tokenizer.eos_id)
-    answer = tokenizer.decode(ids[:-1] if ids[-1] in stops else ids).strip()
-    prompt = Chunk(encoded.tokens[:start], visual, images, sample.tile_map)
-    return Question(sample.id, turn, prompt, answer, stops, len(ids))
+    visual = np.where(encoded.image_of_token >= 0, visual, -1)[:end]
+    return Chunk(encoded.tokens[:end], visual, images, sample.tile_map)
 
 
 def _record(question: Question, answer: str) -> dict[str, Any]:
@@ -243,21 +224,21 @@ def _record(question: Question, answer: str) -> dict[str, Any]:
         "turn": question.turn,
         "reference": question.answer,
         "answer": answer,
-        "exact_match": float(_words(answer) == _words(question.answer)),
+        "exact_match": float(_normalised_words(answer) == _normalised_words(question.answer)),
         "token_f1": token_f1(answer, question.answer),
     }
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """Overlap of two texts' words, 0 to 1, as SQuAD scores answers (arXiv:1606.05250, section 6.1)."""
-    said, wanted = _words(answer), _words(reference)
-    if not said or not wanted:
-        return float(said == wanted)
-    shared = sum((collections.Counter(said) & collections.Counter(wanted)).values())
-    return 2 * shared / (len(said) + len(wanted))
+    """F1 score of the words of two texts, as for SQuAD (arXiv:1606.05250, section 6.1)."""
+    predicted, expected = _normalised_words(answer), _normalised_words(reference)
+    if not predicted or not expected:
+        return float(predicted == expected)
+    shared = sum((collections.Counter(predicted) & collections.Counter(expected)).values())
+    return 2 * shared / (len(predicted) + len(expected))
 
 
-def _words(text: str) -> list[str]:
+def _normalised_words(text: str) -> list[str]:
     """Lower-case words without punctuation and articles."""
     bare = text.lower().translate(str.maketrans("", "", string.punctuation))
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()

@@ -1,7 +1,9 @@
 """Exports of models: parameters, config and tokenizer in one folder, which `vilam3_jax.load(path)` opens.
 
-`params/00000`, `params/00001`, ... are Orbax checkpoints; each holds a flat dict of stored leaves. A
-parameter of more than 1.2 GB is cut along its first axis into leaves `path@row`: no host need hold one whole.
+`params/00000`, `params/00001`, ... are Orbax checkpoints, each a flat dict of stored leaves. A parameter of
+more than 1.2 GB is cut along its first axis into leaves `path@row`, so that no host needs to hold it whole.
+Orbax's `MemoryOptions` do not replace this: they bound memory besides the tree that is saved, and an import
+never has the tree.
 """
 
 from __future__ import annotations
@@ -34,9 +36,9 @@ from vilam3_jax.runtime import locks, paths, processes
 from vilam3_jax.runtime.settings import from_mapping
 
 EXPORT_FILES = ("model.json", "params")
-# Orbax holds what it reads twice: 1.2 GB keep a host below 1.5 leaves and a gigabyte.
+# Orbax keeps two copies of what it reads; 1.2 GB keep a host below 1.5 leaves and a gigabyte.
 LEAF_BYTES = 1_200_000_000
-# Leaves are saved together up to this size, or that of the largest leaf: what a writer holds at a time.
+# Leaves are saved together up to this size, or that of the largest leaf.
 _PART_BYTES = 1 << 29
 _MAX_JSON = 64 << 20
 _COLLECTED_BYTES = 1 << 24
@@ -166,10 +168,10 @@ def write_export(
         raise UserError(f"{out}: exists and is no export; choose another folder")
     temporary = out.parent / f".{out.name}.partial"
     parts = list(_parts(stored_leaves(abstract)))
-    mark = _mark(parts, resume)
+    fingerprint = _fingerprint(parts, resume)
     lock = None
     try:
-        lock = _begin(temporary, mark if resume is not None else None)
+        lock = _begin(temporary, fingerprint if resume is not None else None)
         digests: dict[str, str] = {}
         for index, part in enumerate(parts):
             digests |= _write_part(temporary, index, part, make, verify is not None)
@@ -210,35 +212,35 @@ def _parts(leaves: Sequence[Leaf]) -> Iterator[list[Leaf]]:
         yield part
 
 
-def _mark(parts: Sequence[Sequence[Leaf]], resume: Mapping[str, Any] | None) -> str:
-    """Tells this export from others: what the caller says of it, how it is cut, and by what it is written."""
+def _fingerprint(parts: Sequence[Sequence[Leaf]], resume: Mapping[str, Any] | None) -> str:
+    """Fingerprint of a resumable export: metadata, leaf layout, versions."""
     leaves = [[(leaf.key, leaf.shape, np.dtype(leaf.dtype).name) for leaf in part] for part in parts]
-    said = {"versions": versions(), "processes": jax.process_count(), "leaves": leaves, "resume": resume}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    described = {"versions": versions(), "processes": jax.process_count(), "leaves": leaves, "resume": resume}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 class _InUseError(UserError):
     """Another process writes the same export."""
 
 
-def _begin(temporary: epath.Path, mark: str | None) -> int | None:
-    """Keeps what an interrupted export with the same mark left; clears anything else.
+def _begin(temporary: epath.Path, fingerprint: str | None) -> int | None:
+    """Keeps the parts of an interrupted export with the same fingerprint; clears anything else.
 
     Returns:
-      What holds the lock on the folder; None where there is none (object stores, other processes).
+      Descriptor of the lock on the folder; None without one (object stores, other processes).
     """
     lock = None
     if jax.process_index() == 0:
         local = "://" not in str(temporary)
         if local and temporary.exists():
-            os.close(_locked(temporary))  # nobody is at it
+            os.close(_locked(temporary))  # not in use
         file = temporary / "journal" / "mark"
-        if mark is None or not file.exists() or file.read_text() != mark:
+        if fingerprint is None or not file.exists() or file.read_text() != fingerprint:
             temporary.rmtree(missing_ok=True)
             (temporary / "journal").mkdir(parents=True)
             (temporary / "params").mkdir()
-            if mark is not None:
-                paths.write_text_atomic(file, mark)
+            if fingerprint is not None:
+                paths.write_text_atomic(file, fingerprint)
         lock = _locked(temporary) if local else None
     processes.barrier(f"begin {temporary}")
     return lock
@@ -284,13 +286,13 @@ def _save(folder: epath.Path, arrays: Mapping[str, Any], verify: bool) -> dict[s
 
 
 def _free(size: int) -> None:
-    """Orbax leaves arrays in a cycle of references; large ones cannot wait to be collected."""
+    """Orbax leaves arrays in reference cycles; collects large ones at once."""
     if size > _COLLECTED_BYTES:
         gc.collect()
 
 
 def _digest(array: Any) -> str:
-    """SHA-256 of the rows that this process holds, each once."""
+    """SHA-256 of the rows on this process, each once."""
     found = hashlib.sha256()
     own = {str(shard.index): shard for shard in array.addressable_shards}
     for _, shard in sorted(own.items()):
@@ -313,11 +315,11 @@ def _verify_part(
 
 
 def host_sharding(shape: Sequence[int], axes: Sequence[int] = ()) -> jax.sharding.Sharding:
-    """On the hosts' own memory, over all processes along the first axis that they divide, or each whole.
+    """Host memory, split over all processes along the first divisible axis, or replicated.
 
     Args:
       shape: of the array.
-      axes: those to try first.
+      axes: to try first.
     """
     processes = jax.process_count()
     if processes == 1:
@@ -396,7 +398,7 @@ def load_model_config(export: paths.PathLike) -> StoredModel:
 
 @dataclasses.dataclass(frozen=True)
 class StoredRows:
-    """Rows of a parameter as they lie on the disk.
+    """Rows of a parameter on disk.
 
     Attributes:
       folder: the Orbax checkpoint.
@@ -492,7 +494,7 @@ def _load(folder: epath.Path, leaves: dict[str, jax.ShapeDtypeStruct]) -> Flat:
 
 
 def _load_ranges(ranges: Sequence[StoredRows], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """Fills a parameter range by range: one range is held beside it."""
+    """Fills a parameter range by range, with one range in memory besides it."""
     sharding = leaf.sharding
     rows_sharding = sharding
     if isinstance(sharding, jax.sharding.NamedSharding):  # a range need not divide as the whole does

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# Trains with N processes on this machine, as N hosts would; collectives go through gloo on processors.
+# Trains with N processes on this machine, as N hosts would; on CPUs, collectives use gloo.
 #
 #   launch/local.sh 2 --config=configs/stage3_instruct.py:tiny --workdir=DIR --config.mesh.cpu_devices=4
 #
-# --dry-run prints the processes that it would start.
-# mesh.cpu_devices counts the devices of one process. SIGTERM and SIGINT are passed on. If one process fails,
-# the others end too, and so does this script with that process's code.
+# --dry-run prints the commands without running them. mesh.cpu_devices counts devices per process. SIGTERM and SIGINT
+# are forwarded. If a process fails, the others are stopped and the script exits with its code.
 set -euo pipefail
-set -m # children get their own process groups: a SIGINT of the terminal reaches them once, from here
+set -m # separate process groups, so that children get a SIGINT of the terminal only once, from this script
 
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
@@ -18,7 +17,7 @@ for word in "$@"; do
 done
 set -- "${words[@]}"
 if [[ ! ${1:-} =~ ^[1-9][0-9]*$ ]]; then
-    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 count=$1
@@ -26,7 +25,7 @@ shift
 
 python=${PYTHON:-python3}
 train=("$python" -m vilam3_jax.train "$@")
-if [[ ${DRY_RUN:-0} = 1 ]]; then
+if [[ ${DRY_RUN} = 1 ]]; then
     for ((number = 0; number < count; number++)); do
         run "${train[@]}" --coordinator_address=localhost:PORT --num_processes="$count" --process_id="$number"
     done
@@ -34,18 +33,18 @@ if [[ ${DRY_RUN:-0} = 1 ]]; then
 fi
 "$python" -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))' \
     vilam3_jax jax || fail "$python has no vilam3_jax or no jax; activate its environment, or set PYTHON"
-grace=${GRACE_SECONDS:-150} # how long the others have to end by themselves: one that waits for a dead one takes 100
+grace=${GRACE_SECONDS:-150} # time for the others to exit; a process takes 100 s to notice that another died
 address=localhost:$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 
 running=()
-pass_on() {
+forward() {
     for pid in "${running[@]}"; do
         kill -s "$1" "$pid" 2>/dev/null || true
     done
 }
-trap 'pass_on TERM' TERM
-trap 'pass_on INT' INT
-trap 'pass_on KILL' EXIT
+trap 'forward TERM' TERM
+trap 'forward INT' INT
+trap 'forward KILL' EXIT
 
 for ((number = 0; number < count; number++)); do
     "${train[@]}" \
@@ -70,7 +69,7 @@ while ((${#running[@]})); do
     done
     running=("${still[@]}")
     if [[ -n $deadline ]] && ((SECONDS > deadline)); then
-        pass_on KILL
+        forward KILL
     fi
 done
 exit "$status"

@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# Runs a trainer so that whoever started it can tell a run that was interrupted from one that is finished.
+# Runs a command, with an exit code that distinguishes an interrupted run from a finished one.
 #
 #   launch/run.sh COMMAND [ARGUMENT ...]
 #
-# `vilam3 train` saves and exits with 0 on SIGTERM. A scheduler would take that for the end of the run and not
-# start it again, so an interrupted command exits here with 143 (128 + SIGTERM). Every other exit code is the
-# command's own: 0 finished, 2 the user's error (starting it again cannot help).
+# On SIGTERM `vilam3 train` saves and exits with 0, which schedulers take for the end of the run. A command that was
+# interrupted exits with 143 (128 + SIGTERM) here; all other codes are the command's (0 finished, 2 user error).
 set -u
 
 if [ $# -eq 0 ]; then
@@ -13,8 +12,8 @@ if [ $# -eq 0 ]; then
   exit 2
 fi
 
-# The TPU's driver locks host memory for direct access. Where the limit cannot be raised (not root, no
-# SYS_RESOURCE), whoever starts the container has to set it; off TPUs nobody needs it.
+# The TPU driver locks host memory. Without the right to raise the limit (root or SYS_RESOURCE), it must be set
+# where the container is started.
 ulimit -l 68719476736 2>/dev/null || true
 
 interrupted=0
@@ -30,18 +29,18 @@ trap forward TERM INT
 
 "$@" &
 child=$!
-if [ "$interrupted" -eq 1 ]; then # the signal came before there was anyone to send it to
+if [ "$interrupted" -eq 1 ]; then # the signal came before the command started
   kill -TERM "$child" 2>/dev/null
 fi
 
 wait "$child"
 code=$?
-while [ -n "$(jobs -pr)" ]; do # a signal ends `wait`, not the command, which is saving
+while [ -n "$(jobs -pr)" ]; do # a signal interrupts `wait`, not the command, which is still saving
   wait "$child"
   code=$?
 done
 if [ "$interrupted" -eq 1 ]; then
-  # The status of a command that ended while the signal was handled is still to be fetched.
+  # If the command ended while the signal was handled, its status has not been collected yet.
   wait "$child" 2>/dev/null
   late=$?
   [ "$late" -ne 127 ] && code=$late

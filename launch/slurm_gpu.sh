@@ -1,32 +1,32 @@
 #!/usr/bin/env bash
-# Trains on GPUs of a Slurm cluster; `slurm_gpu.sh --help` explains.
+# Trains on GPUs of a Slurm cluster; see `slurm_gpu.sh --help`.
 set -euo pipefail
-# shellcheck source=launch/common.sh
-. "$(dirname "$0")/common.sh"
+# shellcheck source=launch/slurm.sh
+. "$(dirname "$0")/slurm.sh"
 
 usage() {
   cat <<'TEXT'
 usage: launch/slurm_gpu.sh --nodes=N --gpus-per-node=N --time=LIMIT [OPTIONS] -- TRAIN ARGUMENTS
 
-Submits a batch job that trains on GPUs of a Slurm cluster. Shortly before its time limit, and when the job is taken
-away, the trainer saves and the job queues again, until the run is finished. The same command again resumes.
+Submits a batch job that trains on GPUs of a Slurm cluster. Before the time limit the trainer saves and the job is
+requeued, until the run is finished. Submitting the same command again resumes the run.
 
 options:
   --nodes=N --gpus-per-node=N
-  --time=LIMIT                of one turn, such as 12:00:00; the run takes as many turns as it needs
-  --processes=gpu|node        one process a GPU, which JAX finds out by itself, or one a node (gpu)
-  --cpus-per-process=N        CPU cores of a process; the data loader needs some (8)
+  --time=LIMIT                of one turn, such as 12:00:00; a run takes as many turns as it needs
+  --processes=gpu|node        one process per GPU, or one per node (gpu)
+  --cpus-per-process=N        CPU cores per process, used by the data loader (8)
   --partition=NAME --account=NAME --qos=NAME
-  --job-name=NAME             also of its log, NAME-JOBID.log (vilam3)
-  --python=PATH               python of the environment with vilam3-jax and its extra `cuda`, on a shared disk (.venv/bin/python)
-  --env=KEY=VALUE             environment of the trainer; may be repeated
-  --compile-cache=DIR         where compiled programs are kept (WORKDIR/compile_cache)
-  --stop-seconds=300          how long before the limit the trainer is told to save
-  --retries=20                how often to queue again after a crash
-  --dry-run                   print the batch job, and submit nothing
+  --job-name=NAME             also of the log, NAME-JOBID.log (vilam3)
+  --python=PATH               Python of an environment with vilam3-jax and its extra `cuda`, on a shared disk (.venv/bin/python)
+  --env=KEY=VALUE             environment of the trainer; repeatable
+  --compile-cache=DIR         cache of compiled programs (WORKDIR/compile_cache)
+  --stop-seconds=300          seconds before the limit at which the trainer is told to save
+  --retries=20                how often to requeue after a crash
+  --dry-run                   print the batch job without submitting it
 
-TRAIN ARGUMENTS are those of `vilam3 train`; --workdir and data must be on a disk that all nodes share (absolute paths), or
-in gs://. Watch with squeue and the log. scancel --signal=TERM JOBID saves and queues again; scancel JOBID ends.
+TRAIN ARGUMENTS are those of `vilam3 train`; --workdir and data must be absolute paths on a disk that all nodes share, or
+gs:// paths. Watch with squeue and the log. scancel --signal=TERM JOBID saves and requeues; scancel JOBID ends the job.
 
 example:
   launch/slurm_gpu.sh --nodes=4 --gpus-per-node=8 --time=12:00:00 --partition=h100 -- \
@@ -35,120 +35,53 @@ example:
 TEXT
 }
 
-REPO=$(cd "$(dirname "$0")/.." && pwd)
-nodes="" gpus="" limit="" processes=gpu cpus=8 partition="" account="" qos="" job_name=vilam3
-python="$REPO/.venv/bin/python" environment=() cache="" stop_seconds=300 retries=20
-DRY_RUN=0
-train=()
-
-parse() {
-  while [ $# -gt 0 ]; do
-    case $1 in
-      -h | --help) usage && exit 0 ;;
-      --nodes=*) nodes=${1#*=} ;;
-      --gpus-per-node=*) gpus=${1#*=} ;;
-      --time=*) limit=${1#*=} ;;
-      --processes=*) processes=${1#*=} ;;
-      --cpus-per-process=*) cpus=${1#*=} ;;
-      --partition=*) partition=${1#*=} ;;
-      --account=*) account=${1#*=} ;;
-      --qos=*) qos=${1#*=} ;;
-      --job-name=*) job_name=${1#*=} ;;
-      --python=*) python=${1#*=} ;;
-      --env=*) environment+=("${1#*=}") ;;
-      --compile-cache=*) cache=${1#*=} ;;
-      --stop-seconds=*) stop_seconds=${1#*=} ;;
-      --retries=*) retries=${1#*=} ;;
-      --dry-run) DRY_RUN=1 ;;
-      --)
-        shift
-        train=("$@")
-        return
-        ;;
-      *) fail "$1: no such option, or its =VALUE is missing; arguments of the trainer come after --; see --help" ;;
-    esac
-    shift
-  done
-}
+gpus_per_node="" processes=gpu cpus_per_process=8 compile_cache="" job_name=vilam3 stop_seconds=300
 
 check() {
-  local place value setting option
-  need_number --nodes "$nodes"
-  need_number --gpus-per-node "$gpus"
-  need_number --cpus-per-process "$cpus"
-  need_number --stop-seconds "$stop_seconds"
-  [[ $retries =~ ^[0-9]+$ ]] || fail "--retries=$retries: must be a whole number"
-  need_limit "$limit" "$stop_seconds"
+  local workdir
+  need_number --gpus-per-node "$gpus_per_node"
+  need_number --cpus-per-process "$cpus_per_process"
   case $processes in
     gpu | node) ;;
     *) fail "--processes=$processes: must be gpu or node" ;;
   esac
-  for option in partition account qos job_name; do
-    need_name "$option" "${!option}"
-  done
-  [ -n "$job_name" ] || fail "--job-name= is empty; leave it out or give a name"
-  need_config "${train[@]}"
-  need_shared --workdir "$(flag_value workdir "${train[@]}")"
-  folder=$(flag_value workdir "${train[@]}")
-  cache=${cache:-${folder%/}/compile_cache}
-  need_shared --compile-cache "$cache"
-  for place in "${PLACES[@]}"; do
-    value=$(flag_value "$place" "${train[@]}")
-    [ -z "$value" ] || need_shared "--$place" "$value"
-  done
-  for setting in "${environment[@]}"; do
-    [[ $setting =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env=$setting: must be KEY=VALUE"
-  done
-  if [ "$DRY_RUN" != 1 ]; then
-    need_program sbatch
-    [ -x "$python" ] || fail "--python=$python: no such program; install into a virtual environment on a shared disk first"
-  fi
+  need_config
+  workdir=$(flag_value workdir)
+  need_shared --workdir "$workdir"
+  compile_cache=${compile_cache:-${workdir%/}/compile_cache}
+  need_shared --compile-cache "$compile_cache"
+  check_paths need_shared "${PATH_FLAGS[@]}"
+  check_slurm
 }
 
-# batch: the job's script, on standard output.
+# batch: prints the batch script.
 batch() {
-  local tasks=$gpus setting
-  [ "$processes" = gpu ] || tasks=1
-  cat <<HEAD
-#!/bin/bash
-#SBATCH --job-name=$job_name
-#SBATCH --nodes=$nodes
-#SBATCH --ntasks-per-node=$tasks
-#SBATCH --gpus-per-node=$gpus
-#SBATCH --cpus-per-task=$cpus
-#SBATCH --time=$limit
-#SBATCH --signal=TERM@$stop_seconds
-#SBATCH --requeue
-#SBATCH --open-mode=append
-#SBATCH --output=$job_name-%j.log
-HEAD
-  [ -z "$partition" ] || printf '#SBATCH --partition=%s\n' "$partition"
-  [ -z "$account" ] || printf '#SBATCH --account=%s\n' "$account"
-  [ -z "$qos" ] || printf '#SBATCH --qos=%s\n' "$qos"
-  cat <<BODY
-set -uo pipefail
-# The time limit's signal goes to the trainers alone. One that comes here too is scancel or a preemption.
+  local tasks=$gpus_per_node settings=("JAX_COMPILATION_CACHE_DIR=$compile_cache" "${environment[@]}")
+  if [ "$processes" = node ]; then
+    tasks=1
+    # By default JAX assigns one GPU to each Slurm task.
+    settings+=("JAX_LOCAL_DEVICE_IDS=$(seq --separator=, 0 $((gpus_per_node - 1)))")
+  fi
+  header --ntasks-per-node="$tasks" --gpus-per-node="$gpus_per_node" --cpus-per-task="$cpus_per_process" \
+    --signal="TERM@$stop_seconds"
+  cat <<'BODY'
+# The signal of the time limit goes to the trainers only. TERM here is scancel or a preemption.
 taken=0
 trap 'taken=1' TERM
 
-export $(quoted "JAX_COMPILATION_CACHE_DIR=$cache")
 BODY
-  for setting in "${environment[@]}"; do printf 'export %s\n' "$(quoted "$setting")"; done
-  if [ "$processes" = node ]; then
-    # JAX takes a Slurm task for the owner of one GPU unless it is told.
-    printf 'export JAX_LOCAL_DEVICE_IDS=%s\n' "$(seq --separator=, 0 $((gpus - 1)))"
-  fi
-  # Every task sees all GPUs of its node: JAX picks by the task's number there, so they must not be bound.
-  # The first to end must not take along those that still save.
+  exports "${settings[@]}"
+  # Every task must see all GPUs of its node, unbound, because JAX selects one by the task's local index.
+  # A trainer that ends must not kill those that are still saving.
   cat <<BODY
 
-srun --kill-on-bad-exit=0 --wait=$((2 * stop_seconds)) --cpus-per-task=$cpus --gpu-bind=none \\
-  $(quoted "$REPO/launch/run.sh" "$python" -m vilam3_jax.cli train "${train[@]}")
+srun --kill-on-bad-exit=0 --wait=$((2 * stop_seconds)) --cpus-per-task=$cpus_per_process --gpu-bind=none \\
+  $(quoted "$REPO/launch/run.sh" "$python" -m vilam3_jax.cli train "${arguments[@]}")
 code=\$?
 BODY
   requeue "the trainer" "\$code -eq 143" "told to save"
 }
 
-parse "$@"
+parse_options "$SLURM_OPTIONS processes cpus-per-process compile-cache" "$@"
 check
 submit batch

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs through queued resources; `tpu_vm.sh --help` explains.
+# Trains on Cloud TPU VMs through queued resources; see `tpu_vm.sh --help`.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
@@ -8,40 +8,40 @@ usage() {
   cat <<'TEXT'
 usage: launch/tpu_vm.sh COMMAND --name=NAME --project=PROJECT --zone=ZONE [OPTIONS] [-- TRAIN ARGUMENTS]
 
-Trains on Cloud TPU VMs (v4, v5e, v5p, v6e) through queued resources. TPU7x is rented through GKE: launch/gke.py.
+Trains on Cloud TPU VMs (v4, v5e, v5p, v6e) through queued resources. For TPU7x use launch/gke.py.
 
 commands:
-  up       create, wait, train, and follow to the end; after a preemption create again and resume; delete at the end
-  create   ask for the machines; they are billed from the moment they are ACTIVE
+  up       create, wait, train and attach; recreate and resume after a preemption; delete at the end
+  create   request the machines; they are billed once they are ACTIVE
   wait     wait until they are ACTIVE
-  train    start the trainer on every worker and return; a trainer that runs already is left alone
-  attach   wait for the trainer; exit code 0 finished, 143 interrupted, 2 an error of the command line or data
-  status   what state the machines and the trainer are in
+  train    start the trainer on every worker and return; does nothing if it already runs
+  attach   wait for the trainer; exit code 0: finished, 143: interrupted, 2: error in the command line or data
+  status   show the state of the machines and the trainer
   logs     follow the trainer's output on one worker
-  stop     SIGTERM to the trainer on every worker: it saves and ends; the machines stay, and cost
-  delete   give the machines back
+  stop     send SIGTERM to the trainer on every worker, which saves and exits; the machines stay and are billed
+  delete   release the machines
 
 options:
   --name=NAME                 name of the queued resource and of its nodes
   --project=PROJECT --zone=ZONE
-  --accelerator-type=TYPE     create, up: v5litepod-256, v6e-256 (chips), v5p-128, v4-64 (cores, two a chip)
-  --slices=N                  create, up, train: slices joined over the data-centre network (1)
-  --runtime-version=VERSION   create, up: the machines' software (chosen by the type)
-  --spot | --reserved         create, up: capacity that may be taken away, or your reservation's (default: on demand)
-  --valid-until-duration=6h   create, up: give up when there are no machines by then
-  --service-account=EMAIL     create, up: the account the machines act as (project's default)
+  --accelerator-type=TYPE     create, up: v5litepod-256, v6e-256 (chips), v5p-128, v4-64 (cores, two per chip)
+  --slices=N                  create, up, train: slices connected by the data-centre network (1)
+  --runtime-version=VERSION   create, up: software of the machines (by type)
+  --spot | --reserved         create, up: preemptible capacity, or that of a reservation (on demand)
+  --valid-until-duration=6h   create, up: give up if no machines are available by then
+  --service-account=EMAIL     create, up: account of the machines (project's default)
   --image=IMAGE               train, up: image of launch/docker/Dockerfile.trainer, with its tag or digest
-  --compile-cache=gs://...    train, up: where compiled programs are kept (WORKDIR/compile_cache)
-  --env=KEY=VALUE             train, up: environment of the trainer; may be repeated
+  --compile-cache=gs://...    train, up: cache of compiled programs (WORKDIR/compile_cache)
+  --env=KEY=VALUE             train, up: environment of the trainer; repeatable
   --shm-size=32g              train, up: shared memory of the container
-  --stop-seconds=300          train, stop, up: how long the trainer may save after SIGTERM
-  --retries=20                up: how often to start again after a crash or preemption
-  --poll-seconds=60           wait, up: pause between looks
-  --keep                      up: leave the machines running (and billed) at the end
-  --node=0 --worker=0         logs: whose output
-  --dry-run                   print what would be done, and do nothing
+  --stop-seconds=300          train, stop, up: time to save after SIGTERM
+  --retries=20                up: restarts after crashes and preemptions
+  --poll-seconds=60           wait, up: polling interval
+  --keep                      up: keep the machines, and pay for them, at the end
+  --node=0 --worker=0         logs: which worker
+  --dry-run                   print the commands without running them
 
-TRAIN ARGUMENTS are those of `vilam3 train`; --workdir and data must be in gs://. The same command again resumes.
+TRAIN ARGUMENTS are those of `vilam3 train`; --workdir and data must be gs:// paths. The same command again resumes.
 
 example:
   launch/tpu_vm.sh up --name=m3 --project=my-project --zone=us-east5-a --accelerator-type=v5p-128 --spot \
@@ -52,124 +52,100 @@ TEXT
 }
 
 CONTAINER=vilam3
+COMMANDS="up, create, wait, train, attach, status, logs, stop, delete"
 QUEUED=(gcloud compute tpus queued-resources)
-command="" name="" project="" zone="" accelerator="" slices=1 runtime="" tier="" valid_until="" account=""
-image="" cache="" environment=() shm_size=32g stop_seconds=300 retries=20 poll_seconds=60 keep=0 node=0 worker=0
-DRY_RUN=0
-train=()
+OPTIONS="name project zone accelerator-type slices runtime-version valid-until-duration service-account image
+ compile-cache shm-size stop-seconds retries poll-seconds node worker"
+command="" name="" project="" zone="" accelerator_type="" slices=1 runtime_version="" tier="" valid_until_duration=""
+service_account="" image="" compile_cache="" shm_size=32g stop_seconds=300 retries=20 poll_seconds=60 keep=0 node=0
+worker=0
 
-parse() {
-  while [ $# -gt 0 ]; do
-    case $1 in
-      -h | --help) usage && exit 0 ;;
-      --name=*) name=${1#*=} ;;
-      --project=*) project=${1#*=} ;;
-      --zone=*) zone=${1#*=} ;;
-      --accelerator-type=*) accelerator=${1#*=} ;;
-      --slices=*) slices=${1#*=} ;;
-      --runtime-version=*) runtime=${1#*=} ;;
-      --spot | --reserved)
-        [ -z "$tier" ] || [ "$tier" = "$1" ] || fail "--spot and --reserved exclude each other; give one"
-        tier=$1
-        ;;
-      --valid-until-duration=*) valid_until=${1#*=} ;;
-      --service-account=*) account=${1#*=} ;;
-      --image=*) image=${1#*=} ;;
-      --compile-cache=*) cache=${1#*=} ;;
-      --env=*) environment+=("${1#*=}") ;;
-      --shm-size=*) shm_size=${1#*=} ;;
-      --stop-seconds=*) stop_seconds=${1#*=} ;;
-      --retries=*) retries=${1#*=} ;;
-      --poll-seconds=*) poll_seconds=${1#*=} ;;
-      --keep) keep=1 ;;
-      --node=*) node=${1#*=} ;;
-      --worker=*) worker=${1#*=} ;;
-      --dry-run) DRY_RUN=1 ;;
-      --)
-        shift
-        train=("$@")
-        return
-        ;;
-      -*) fail "$1: no such option, or its =VALUE is missing; see --help" ;;
-      *)
-        [ -z "$command" ] || fail "$1: a second command after $command; arguments of the trainer come after --"
-        command=$1
-        ;;
-    esac
-    shift
-  done
+# positional WORD: a flag without a value, or the command.
+positional() {
+  case $1 in
+    --spot | --reserved)
+      [ -z "$tier" ] || [ "$tier" = "$1" ] || fail "--spot and --reserved exclude each other; give one"
+      tier=$1
+      ;;
+    --keep) keep=1 ;;
+    -*) fail "$1: no such option, or its =VALUE is missing; see --help" ;;
+    *)
+      [ -z "$command" ] || fail "$1: a second command after $command; put the trainer's arguments after --"
+      command=$1
+      ;;
+  esac
 }
 
-# check_accelerator: sets `chips` of a slice and the runtime version.
+# check_accelerator: sets `chips`, the size of a slice, and `runtime_version`.
 check_accelerator() {
-  local family size per_chip known
-  [ -n "$accelerator" ] || fail "--accelerator-type is missing, for example --accelerator-type=v5p-128"
-  case $accelerator in
-    v5litepod-*) family=v5litepod per_chip=1 known=v2-alpha-tpuv5-lite ;;
-    v5p-*) family=v5p per_chip=2 known=v2-alpha-tpuv5 ;;
-    v6e-*) family=v6e per_chip=1 known=v2-alpha-tpuv6e ;;
-    v4-*) family=v4 per_chip=2 known=tpu-ubuntu2204-base ;;
-    v5e-*) fail "--accelerator-type=$accelerator: TPU VMs call it v5litepod-${accelerator#v5e-}" ;;
-    tpu7x*) fail "--accelerator-type=$accelerator: TPU7x is rented through GKE only; use launch/gke.py" ;;
-    *) fail "--accelerator-type=$accelerator: v5litepod-N, v6e-N (N chips), v5p-N or v4-N (N cores)" ;;
+  local family size per_chip default
+  [ -n "$accelerator_type" ] || fail "--accelerator-type is missing, for example --accelerator-type=v5p-128"
+  case $accelerator_type in
+    v5litepod-*) family=v5litepod per_chip=1 default=v2-alpha-tpuv5-lite ;;
+    v5p-*) family=v5p per_chip=2 default=v2-alpha-tpuv5 ;;
+    v6e-*) family=v6e per_chip=1 default=v2-alpha-tpuv6e ;;
+    v4-*) family=v4 per_chip=2 default=tpu-ubuntu2204-base ;;
+    v5e-*) fail "--accelerator-type=$accelerator_type: TPU VMs call it v5litepod-${accelerator_type#v5e-}" ;;
+    tpu7x*) fail "--accelerator-type=$accelerator_type: TPU7x is rented through GKE only; use launch/gke.py" ;;
+    *) fail "--accelerator-type=$accelerator_type: v5litepod-N, v6e-N (N chips), v5p-N or v4-N (N cores)" ;;
   esac
-  size=${accelerator#"$family"-}
-  [[ $size =~ ^[1-9][0-9]*$ ]] || fail "--accelerator-type=$accelerator: the size must be a number, such as $family-128"
+  size=${accelerator_type#"$family"-}
+  [[ $size =~ ^[1-9][0-9]*$ ]] || fail "--accelerator-type=$accelerator_type: the size must be a number, such as $family-128"
   if [ "$per_chip" = 1 ]; then
     [[ $size =~ ^(1|4|8|16|32|64|128|256)$ ]] ||
-      fail "--accelerator-type=$accelerator: $family has 1, 4, 8, 16, 32, 64, 128 or 256 chips"
+      fail "--accelerator-type=$accelerator_type: $family has 1, 4, 8, 16, 32, 64, 128 or 256 chips"
   else
     [[ $size =~ ^(8|16|32|64)$ ]] || [ $((size % 128)) = 0 ] ||
-      fail "--accelerator-type=$accelerator: $family counts cores, two a chip: 8, 16, 32, 64 or a multiple of 128"
+      fail "--accelerator-type=$accelerator_type: $family counts cores, two a chip: 8, 16, 32, 64 or a multiple of 128"
   fi
   chips=$((size / per_chip))
-  runtime=${runtime:-$known}
+  runtime_version=${runtime_version:-$default}
+}
+
+# need_bucket KEY VALUE: the path must be in a bucket.
+need_bucket() {
+  [[ $2 == gs://?* ]] || fail "$1=$2: must be gs://BUCKET/FOLDER; the machines cannot read other paths"
 }
 
 check() {
-  local setting folder
-  case $command in
-    "") fail "no command; one of up, create, wait, train, attach, status, logs, stop, delete" ;;
-    up | create | wait | train | attach | status | logs | stop | delete) ;;
-    *) fail "$command: no such command; one of up, create, wait, train, attach, status, logs, stop, delete" ;;
-  esac
+  local workdir
+  [ -n "$command" ] || fail "no command; choose one of $COMMANDS"
+  [[ ", $COMMANDS," == *", $command,"* ]] || fail "$command: no such command; choose one of $COMMANDS"
   [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
-    fail "--name=$name: needs small letters, digits and -, at most 40, beginning with a letter"
-  [[ $project =~ ^[a-z][-a-z0-9:.]{4,}[a-z0-9]$ ]] || fail "--project=$project: needs the id of a Google Cloud project"
+    fail "--name=$name: needs at most 40 lower-case letters, digits and -, starting with a letter"
+  [[ $project =~ ^[a-z][-a-z0-9:.]{4,}[a-z0-9]$ ]] || fail "--project=$project: needs the ID of a Google Cloud project"
   [[ $zone =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || fail "--zone=$zone: needs a zone, such as us-east5-a"
   need_number --slices "$slices"
   need_number --stop-seconds "$stop_seconds"
   need_number --poll-seconds "$poll_seconds"
-  [[ $retries =~ ^[0-9]+$ ]] || fail "--retries=$retries: must be a whole number"
+  need_number --retries "$retries" 0
   [[ $shm_size =~ ^[1-9][0-9]*[kmg]$ ]] || fail "--shm-size=$shm_size: must be like 32g"
   case $command in up | create) check_accelerator ;; esac
   case $command in
     up | train)
       [[ $image =~ ^[a-z0-9][^[:space:]]*(:[A-Za-z0-9_.-]+|@sha256:[0-9a-f]{64})$ ]] ||
         fail "--image=$image: needs an image with its tag or digest, such as us-east5-docker.pkg.dev/PROJECT/vilam3/trainer:1"
-      need_config "${train[@]}"
-      need_bucket "${train[@]}"
-      for setting in "${environment[@]}"; do
-        [[ $setting =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env=$setting: must be KEY=VALUE"
-      done
-      folder=$(flag_value workdir "${train[@]}")
-      cache=${cache:-${folder%/}/compile_cache}
-      [[ $cache == gs://?* ]] || fail "--compile-cache=$cache: must be gs://BUCKET/FOLDER"
+      need_config
+      workdir=$(flag_value workdir)
+      [ -n "$workdir" ] || fail "--workdir=gs://BUCKET/FOLDER is missing after --; checkpoints are written there"
+      check_paths need_bucket workdir "${PATH_FLAGS[@]}"
+      compile_cache=${compile_cache:-${workdir%/}/compile_cache}
+      need_bucket --compile-cache "$compile_cache"
       ;;
-    *) [ ${#train[@]} = 0 ] || fail "$command takes no arguments for the trainer; they belong to train and up" ;;
+    *) [ ${#arguments[@]} = 0 ] || fail "$command takes no arguments after --; only train and up do" ;;
   esac
   need_program gcloud
 }
 
-# on_workers WHICH_NODE WHICH_WORKER COMMAND: exit code of the first worker that failed.
+# on_workers NODE WORKER COMMAND: runs the command there; exits with the code of the first worker that failed.
 on_workers() {
   run "${QUEUED[@]}" ssh "$name" --project="$project" --zone="$zone" --node="$1" --worker="$2" \
     --batch-size=all --quiet --command="$3"
 }
 
-# state: what the queued resource is; NONE if there is none, UNKNOWN if Google Cloud gave no answer.
+# state: prints the state of the queued resource; NONE if it does not exist, UNKNOWN if Google Cloud does not answer.
 state() {
-  local answer errors  # apart: gcloud warns of its own age where it answers, too
+  local answer errors # kept apart, because gcloud prints warnings even if it succeeds
   errors=$(mktemp)
   if answer=$("${QUEUED[@]}" describe "$name" --project="$project" --zone="$zone" --format='value(state.state)' 2>"$errors"); then
     printf '%s' "$answer"
@@ -183,16 +159,16 @@ state() {
 }
 
 create() {
-  local flags=(--accelerator-type="$accelerator" --runtime-version="$runtime")
+  local flags=(--accelerator-type="$accelerator_type" --runtime-version="$runtime_version")
   if [ "$slices" = 1 ]; then
     flags+=(--node-id="$name")
   else
     flags+=(--node-count="$slices" --node-prefix="$name")
   fi
   [ -z "$tier" ] || flags+=("$tier")
-  [ -z "$valid_until" ] || flags+=(--valid-until-duration="$valid_until")
-  [ -z "$account" ] || flags+=(--service-account="$account")
-  say "$((chips * slices)) chips, billed from ACTIVE until \`delete\`; \`vilam3 plan\` says how long and how dear a run is"
+  [ -z "$valid_until_duration" ] || flags+=(--valid-until-duration="$valid_until_duration")
+  [ -z "$service_account" ] || flags+=(--service-account="$service_account")
+  say "$((chips * slices)) chips, billed from ACTIVE until \`delete\`; \`vilam3 plan\` estimates time and cost"
   run "${QUEUED[@]}" create "$name" --project="$project" --zone="$zone" "${flags[@]}"
 }
 
@@ -203,7 +179,7 @@ delete() {
 await() {
   local now last=""
   if [ "$DRY_RUN" = 1 ]; then
-    printf '# every %s s, until it says ACTIVE:\n' "$poll_seconds"
+    printf '# every %s s, until it prints ACTIVE:\n' "$poll_seconds"
     run "${QUEUED[@]}" describe "$name" --project="$project" --zone="$zone" --format='value(state.state)'
     return
   fi
@@ -223,10 +199,10 @@ await() {
 start() {
   local docker=(sudo docker run --detach --name="$CONTAINER" --privileged --network=host --ulimit=memlock=-1
     --shm-size="$shm_size" --stop-timeout="$stop_seconds" --log-opt=max-size=1g
-    --env="JAX_COMPILATION_CACHE_DIR=$cache")
-  # Cloud TPU VMs tell JAX of each other through their metadata server; --distributed makes it ask.
-  local trainer=("$image" vilam3 train --distributed "${train[@]}") setting registry command_line run_id script
-  # JAX's own port for its coordinator is shut by the firewall that some projects get between slices.
+    --env="JAX_COMPILATION_CACHE_DIR=$compile_cache")
+  # With --distributed, JAX finds the other hosts through the metadata server.
+  local trainer=("$image" vilam3 train --distributed "${arguments[@]}") setting registry command_line run_id script
+  # Some projects have a firewall between slices that blocks JAX's default port for its coordinator.
   [ "$slices" = 1 ] || docker+=(--env=JAX_COORDINATOR_PORT=8476)
   for setting in "${environment[@]}"; do docker+=(--env="$setting"); done
   command_line=$(quoted "${docker[@]}" "${trainer[@]}")
@@ -234,7 +210,7 @@ start() {
   docker+=(--label="vilam3.run=$run_id" "${trainer[@]}")
 
   script="set -e; "
-  # A container with these very arguments goes on; one with others is not ours to end.
+  # A trainer with the same arguments keeps running; one with others is not stopped.
   script+="case \"\$(sudo docker inspect --format='{{.State.Running}} {{index .Config.Labels \"vilam3.run\"}}' $CONTAINER 2>/dev/null)\" in "
   script+="'true $run_id') echo 'already training'; exit 0;; "
   script+="true*) echo 'another run is training here; stop it first' >&2; exit 3;; esac; "
@@ -247,33 +223,33 @@ start() {
   on_workers all all "$script"
 }
 
-# attach: the exit code of the trainer; 2 (refused arguments or data) if one worker says so, whatever the others died of.
+# attach: waits for the trainer and returns its exit code; 2 (refused arguments or data) if any worker reports it.
 attach() {
-  local said code=0
-  # Docker may fail, and say nothing: that is no end of the trainer.
-  said=$(on_workers all all "code=\$(sudo docker wait $CONTAINER) && [ -n \"\$code\" ] || exit 1; echo \"trainer ended with \$code\"; exit \$code") || code=$?
-  printf '%s\n' "$said"
-  ! grep -q '^trainer ended with 2$' <<<"$said" || code=2
+  local output code=0
+  # If Docker fails without printing a code, the trainer has not ended.
+  output=$(on_workers all all "code=\$(sudo docker wait $CONTAINER) && [ -n \"\$code\" ] || exit 1; echo \"trainer ended with \$code\"; exit \$code") || code=$?
+  printf '%s\n' "$output"
+  ! grep -q '^trainer ended with 2$' <<<"$output" || code=2
   return "$code"
 }
 
-# finish CODE: the end of `up`.
+# finish CODE: ends `up`.
 finish() {
   if [ "$keep" = 1 ]; then
-    say "$name is left running and is billed until: launch/tpu_vm.sh delete --name=$name --project=$project --zone=$zone"
+    say "$name keeps running and is billed until: launch/tpu_vm.sh delete --name=$name --project=$project --zone=$zone"
   else
     delete
   fi
   exit "$1"
 }
 
-# ready: machines that are ACTIVE, whatever there was before; fails where there are none yet.
+# ready: makes the machines ACTIVE, whatever their state; fails if that takes another attempt.
 ready() {
   case $(state) in
     UNKNOWN | DELETING) return 1 ;;
     NONE) ;;
     FAILED | SUSPENDING | SUSPENDED)
-      say "$name was taken away; asking again"
+      say "$name was preempted; requesting it again"
       delete || return 1
       ;;
     *)
@@ -281,10 +257,10 @@ ready() {
       return
       ;;
   esac
-  create || fail "$name could not be asked for; gcloud says above why"
+  create || fail "$name could not be requested; see the error of gcloud above"
   await && return
   if [ "$(state)" = FAILED ]; then
-    say "no machines: \`status\` would say why"
+    say "no machines available; \`status\` shows why"
     finish 1
   fi
   return 1
@@ -297,14 +273,14 @@ up() {
     await
     start
     attach
-    printf '# after a preemption or crash: the same again, at most %s times; then\n' "$retries"
+    printf '# after a preemption or crash: repeat, at most %s times; then\n' "$retries"
     [ "$keep" = 1 ] || delete
     return
   fi
-  trap 'say "stopped looking; training goes on and $name is billed; the same command looks again, delete ends it"; exit 130' INT
+  trap 'say "detached; training continues and $name is billed; repeat the command to attach, or use delete"; exit 130' INT
   for ((attempt = 0; attempt <= retries; attempt++)); do
     if [ "$attempt" -gt 0 ]; then
-      say "start $((attempt + 1)) of at most $((retries + 1))"
+      say "attempt $((attempt + 1)) of $((retries + 1))"
       sleep "$poll_seconds"
     fi
     code=0
@@ -319,23 +295,23 @@ up() {
         finish 0
         ;;
       2)
-        say "the trainer refused its arguments or data (see above, or \`logs\`); starting again cannot help"
+        say "the trainer refused its arguments or data (see above, or \`logs\`); not restarted"
         finish 2
         ;;
-      143) say "interrupted; it saved and will resume" ;;
-      *) say "ended with code $code" ;;
+      143) say "interrupted after saving; will resume" ;;
+      *) say "exited with code $code" ;;
     esac
   done
-  say "given up after $((retries + 1)) starts"
+  say "giving up after $((retries + 1)) attempts"
   finish 1
 }
 
-parse "$@"
+parse_options "${OPTIONS//$'\n'/}" "$@"
 check
 case $command in
   up) up ;;
   create) create ;;
-  wait) await || fail "$name will not become ACTIVE; \`status\` says why, \`delete\` and \`create\` ask again" ;;
+  wait) await || fail "$name will not become ACTIVE; \`status\` shows why; \`delete\` and \`create\` request it again" ;;
   train) start ;;
   attach) attach ;;
   status)

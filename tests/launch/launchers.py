@@ -1,4 +1,4 @@
-"""How the tests of `launch/` run it."""
+"""Helpers that run the launchers."""
 
 import atexit
 import functools
@@ -18,7 +18,7 @@ TRAIN = ["--config=configs/stage4_expert.py:vila_m3_8b", "--workdir=gs://bucket/
 
 @functools.cache
 def basics():
-    """A folder with what every system has, and none of gcloud, kubectl, xpk, sbatch and docker."""
+    """A folder with standard programs, but without gcloud, kubectl, xpk, sbatch and docker."""
     folder = Path(tempfile.mkdtemp(prefix="vilam3-launch-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for name in (
@@ -45,7 +45,7 @@ def basics():
 
 
 def launch(script, *arguments, path=None, **kwargs):
-    """Runs `launch/<script>`, with programs of `path` and `basics` only."""
+    """Runs `launch/<script>`, with only the programs in `path` and `basics` on PATH."""
     environment = {
         "PATH": f"{path}:{basics()}" if path else str(basics()),
         "HOME": os.environ.get("HOME", "/"),
@@ -66,14 +66,14 @@ def launch(script, *arguments, path=None, **kwargs):
 
 
 def dry_run(script, *arguments, train=()):
-    """The commands that a dry run prints, split as a shell splits them."""
+    """The commands that a dry run prints, split by shell rules."""
     done = launch(script, *arguments, "--dry-run", *(["--", *train] if train else []))
     assert done.returncode == 0, done.stderr
     return [shlex.split(line) for line in done.stdout.splitlines() if line and not line.startswith("#")]
 
 
 def refused(script, *arguments):
-    """The one line with which a command line is refused."""
+    """The one-line error message for a refused command line."""
     done = launch(script, *arguments)
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     assert done.stdout == ""
@@ -83,7 +83,7 @@ def refused(script, *arguments):
 
 
 def flags(command):
-    """`--name=value` and `--name value` of a split command, name → value (True for none)."""
+    """Maps `--name=value` and `--name value` of a split command to name → value (True without a value)."""
     found = {}
     for index, word in enumerate(command):
         if match := re.fullmatch(r"--([\w-]+)(?:=(.*))?", word, re.DOTALL):
@@ -95,6 +95,6 @@ def flags(command):
 
 
 def program(name):
-    """A linter of the `dev` extra, beside this Python or on PATH."""
+    """A linter of the `dev` extra, next to this Python or on PATH."""
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else shutil.which(name)

@@ -1,4 +1,4 @@
-"""The commands of the pages in docs/: ours run dry, Google's have the flags that gcloud knows."""
+"""Commands on the pages in docs/: ours pass a dry run, and gcloud knows the flags of its own."""
 
 import re
 import shlex
@@ -18,7 +18,7 @@ PAGES = ["launch_tpu_vm", "launch_gke", "launch_slurm"]
 
 
 def commands(page):
-    """Commands in the page's blocks, continued lines joined, each split as a shell does."""
+    """Commands in the code blocks of a page, with continued lines joined, split by shell rules."""
     text = (ROOT / f"docs/{page}.md").read_text()
     blocks = "\n".join(re.findall(r"^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
     lines = re.sub(r"\\\n", " ", blocks).splitlines()
@@ -48,7 +48,7 @@ def test_the_runs_are_whole(page, slice_):
         )
         program_lib.build(config, mesh_lib.build_mesh(config.mesh, topology.parse(slice_).devices()))
         assert config.init.everything and config.data.path
-        assert config.model.tokenizer and config.model.text.split == "as_trained"
+        assert config.model.tokenizer and config.model.text["split"] == "as_trained"
         assert config.data.annotations or config.data.experts == "off"
 
 

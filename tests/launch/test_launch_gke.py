@@ -1,4 +1,4 @@
-"""`launch/gke.py`: manifests against Kubernetes' schema, names of TPUs against what others call them."""
+"""`launch/gke.py`: manifests against the schemas of Kubernetes, TPU names against those of XPK."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ import gke
 KUBERNETES = "1.31"
 IMAGE = "--image=us-docker.pkg.dev/my-project/vilam3/trainer:1"
 RUN = ["train", "--name=m3", IMAGE]
-# What we use of the JobSet API. Source: api/jobset/v1alpha2/jobset_types.go of kubernetes-sigs/jobset, whose
+# The part of the JobSet API in use. Source: api/jobset/v1alpha2/jobset_types.go of kubernetes-sigs/jobset, whose
 # `template` is a JobTemplateSpec of batch/v1 (checked as a Job).
 RULE_NAME = "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"
 ACTIONS = ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]
@@ -83,7 +83,7 @@ JOBSET = {
     },
 }  # fmt: skip
 
-# What we use of the RayJob API. Source: ray-operator/apis/ray/v1/{rayjob,raycluster}_types.go of kuberay,
+# The part of the RayJob API in use. Source: ray-operator/apis/ray/v1/{rayjob,raycluster}_types.go of kuberay,
 # whose pod templates are those of core/v1 (checked as Pods). Values of rayStartParams are strings.
 START = {"type": "object", "additionalProperties": {"type": "string"}}
 TEMPLATE = {
@@ -230,8 +230,8 @@ def test_what_the_rayjob_asks_for():
         (ANNOTATE[:2], "--out="),
         ([ANNOTATE[0], "--data=/x", ANNOTATE[2]], "--data=/x"),
         ([*ANNOTATE, "--weights", "weights"], "--weights=weights"),
-        ([*ANNOTATE, "--engine=local"], "leave it out"),
-        ([*ANNOTATE, "--address=auto"], "leave it out"),
+        ([*ANNOTATE, "--engine=local"], "omit it after --; the launcher sets it"),
+        ([*ANNOTATE, "--address=auto"], "omit it after --; the launcher sets it"),
     ],
 )
 def test_bad_arguments_of_annotate(after, told):
@@ -294,7 +294,7 @@ def test_what_the_jobset_asks_for():
     (volume,) = pod["volumes"]
     assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": "32Gi"}
     assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/dev/shm"}]
-    # A user's error (2) ends the JobSet, anything else (143: interrupted) starts all again.
+    # A user error (2) ends the JobSet; other codes (143: interrupted) restart all Jobs.
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
     assert document["spec"]["failurePolicy"]["rules"][0]["action"] == "FailJobSet"
@@ -304,7 +304,9 @@ def test_spot_and_queue():
     document = manifest(*RUN, "--accelerator=v6e-16", "--spot", "--queue=team")
     assert document["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
     pod = document["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
-    assert "kueue.x-k8s.io/queue-name" not in pod["metadata"]["labels"]  # or Kueue would queue each pod too
+    assert (
+        "kueue.x-k8s.io/queue-name" not in pod["metadata"]["labels"]
+    )  # otherwise Kueue would queue every pod
     assert pod["spec"]["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     assert pod["spec"]["tolerations"][0]["key"] == "cloud.google.com/gke-spot"
 
@@ -315,10 +317,10 @@ def test_awkward_words_arrive():
     args = document["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0][
         "args"
     ]
-    assert args[-2:] == [words[0], words[1].replace("$(", "$$(")]  # Kubernetes' way to write $(
+    assert args[-2:] == [words[0], words[1].replace("$(", "$$(")]  # the escape of $( in Kubernetes
 
 
-# Names and shapes as XPK's table of systems has them (src/xpk/core/system_characteristics.py).
+# Names and shapes from XPK's table of systems (src/xpk/core/system_characteristics.py).
 @pytest.mark.parametrize(
     "rented, shape, label, hosts",
     [
@@ -407,7 +409,7 @@ def test_xpk():
         (["--shm-size=32g"], "like 32Gi"),
         (["--env=A"], "KEY=VALUE"),
         (["--compile-cache=/tmp"], "gs://"),
-        (["--accelerator=v5p-8", "--slices=2"], "have several hosts"),
+        (["--accelerator=v5p-8", "--slices=2"], "each slice must have several hosts"),
         (["--colour=red"], "--colour=red"),
     ],
 )
@@ -446,7 +448,7 @@ def test_other_commands():
     assert "jobset.sigs.k8s.io/jobset-name=m3" in flags(logs)["selector"]
     assert "no command after --" in refused("gke.py", "job", "--name=x", IMAGE)
     assert "kubectl is not installed" in refused("gke.py", "delete", "--name=m3")
-    assert "takes nothing after --" in refused("gke.py", "delete", "--name=m3", "--", "x")
+    assert "takes no arguments after --" in refused("gke.py", "delete", "--name=m3", "--", "x")
 
 
 def test_kubectl_gets_the_manifest(tmp_path):

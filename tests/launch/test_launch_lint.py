@@ -1,4 +1,4 @@
-"""Shell scripts and Dockerfiles under their linters, and the rules of the project that no linter knows."""
+"""Linters for shell scripts and Dockerfiles, and project rules that no linter checks."""
 
 import re
 import runpy
@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from launchers import LAUNCH, ROOT, dry_run, launch, program
 
-from vilam3_jax import config as config_lib
+from vilam3_jax.training.initialization import InitConfig
 
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 DOCKERFILES = sorted((LAUNCH / "docker").glob("Dockerfile.*"))
@@ -55,7 +55,7 @@ def test_hadolint(file):
 
 
 def instructions(file):
-    """(instruction, arguments), continued lines joined."""
+    """Pairs (instruction, arguments), with continued lines joined."""
     text = re.sub(r"\\\n", " ", re.sub(r"^\s*#.*\n", "", file.read_text(), flags=re.MULTILINE))
     return [tuple(line.split(None, 1)) for line in text.splitlines() if line.strip()]
 
@@ -64,7 +64,7 @@ def instructions(file):
 def test_rules_of_images(file):
     lines = instructions(file)
     stages = [words.split()[0] for name, words in lines if name == "FROM"]
-    assert len(stages) == 2  # sources and build tools stay behind
+    assert len(stages) == 2  # sources and build tools are left out of the image
     for base in stages:
         assert re.search(r":\d+\.\d+\.\d+-[\w-]+$|@sha256:[0-9a-f]{64}$", base), base
     last = lines[max(i for i, (name, _) in enumerate(lines) if name == "FROM") :]
@@ -76,7 +76,7 @@ def test_rules_of_images(file):
         if name in ("ENV", "ARG"):
             assert not re.search(r"token|secret|password|key", words, re.IGNORECASE), words
         if name == "ADD":
-            raise AssertionError("COPY, so that nothing is fetched or unpacked unseen")
+            raise AssertionError("use COPY, which neither downloads nor unpacks")
         for install in re.findall(r"pip install ([^&]*)", words):
             assert "-c constraints/py311.txt" in install
     entry = next(words for name, words in last if name == "ENTRYPOINT")
@@ -89,7 +89,7 @@ def test_torch_and_cuda_jax_are_never_in_one_image():
         has_torch = "./experts" in words
         has_accelerated_jax = bool(re.search(r"\[(\$\{ACCELERATOR\}|tpu|cuda)", words))
         assert has_torch != has_accelerated_jax, file
-        # The image itself looks, when it is built.
+        # The build of the image checks this, too.
         looked = re.findall(r'! /vilam3/venv/bin/python -c "import (\w+)"', words)
         assert looked == (["jax_cuda12_plugin", "libtpu"] if has_torch else ["torch"])
 
@@ -145,12 +145,12 @@ def test_an_environment_without_the_package_is_one_line(monkeypatch):
 
 
 def test_the_launchers_know_the_paths_of_a_run():
-    """Those of the recipes that name a file or folder; a new one must not slip past the checks."""
+    """All settings that are paths must be checked, including new ones."""
     done = subprocess.run(
-        ["bash", "-c", '. "$0" && printf "%s\\n" "${PLACES[@]}"', str(LAUNCH / "common.sh")],
+        ["bash", "-c", '. "$0" && printf "%s\\n" "${PATH_FLAGS[@]}"', str(LAUNCH / "common.sh")],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    gke = runpy.run_path(str(LAUNCH / "gke.py"))["PLACES"]
-    parts = (f"config.init.{component}" for component in config_lib.COMPONENTS)
+    gke = runpy.run_path(str(LAUNCH / "gke.py"))["PATH_FLAGS"]
+    parts = (f"config.init.{component}" for component in InitConfig().to_dict())
     expected = {"config.data.path", "config.data.annotations", "config.model.tokenizer", *parts}
     assert set(done.stdout.split()) == set(gke) == expected

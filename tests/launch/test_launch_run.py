@@ -1,4 +1,4 @@
-"""`launch/run.sh`: exit codes, and SIGTERM on its way to the trainer."""
+"""`launch/run.sh`: exit codes, and how SIGTERM is forwarded."""
 
 import signal
 import subprocess
@@ -8,7 +8,7 @@ import time
 import pytest
 from launchers import LAUNCH, launch
 
-# Saves for a while on SIGTERM, then ends with the code it was given: what `vilam3 train` does.
+# Like `vilam3 train`: saves for a while after SIGTERM, then exits with the given code.
 TRAINER = """
 import signal, sys, time, threading
 told = threading.Event()

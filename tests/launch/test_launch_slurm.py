@@ -1,4 +1,4 @@
-"""`launch/slurm_gpu.sh`: the batch job it submits, and what that does when it is interrupted."""
+"""`launch/slurm_gpu.sh`: the batch job, and its behaviour on interruptions."""
 
 import re
 import shlex
@@ -65,7 +65,7 @@ def test_one_process_a_node():
 
 @pytest.mark.parametrize("processes, local", [("gpu", [3]), ("node", [0, 1, 2, 3, 4, 5, 6, 7])])
 def test_jax_understands_what_slurm_tells(processes, local, monkeypatch):
-    """JAX's own detection, given the environment of task 3 of a node and what the batch job exports."""
+    """JAX's cluster detection in the environment of task 3 of a node, with the exports of the batch job."""
     clusters = pytest.importorskip("jax._src.clusters")
     environment = {
         "SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "gpu[03-06]", "SLURM_NTASKS": "32", "SLURM_PROCID": "11",
@@ -124,7 +124,7 @@ def test_bad_arguments(change, told):
         (["--config=a"], "--workdir="),
         (["--config=a", "--workdir=runs/x"], "absolute path"),
         ([*TRAIN, "--config.data.path", "data"], "--config.data.path=data"),
-        (["--config=a", "--workdir=/tmp/x"], "/tmp of its own"),
+        (["--config=a", "--workdir=/tmp/x"], "/tmp is local to each node"),
         ([*TRAIN, "--config.data.path=data"], "--config.data.path=data"),
         ([*TRAIN, "--config.init.everything=export"], "--config.init.everything=export"),
     ],
@@ -137,7 +137,7 @@ def test_programs_are_needed_to_submit():
     assert "sbatch is not installed" in refused("slurm_gpu.sh", *SIZE, "--", *TRAIN)
 
 
-# A Slurm of one node: sbatch runs the job at once, and again when it queues itself. srun runs one task.
+# A fake Slurm of one node: sbatch runs the job at once and after each requeue; srun runs one task.
 SLURM = """#!{python} -IS
 import os, pathlib, signal, subprocess, sys
 here = pathlib.Path(__file__).parent
@@ -163,7 +163,7 @@ elif name == "sbatch":
         if not queued.exists():
             break
 """
-# Ends as it is told, a word a turn: a code, `told` (SIGTERM to the trainer), `taken` (to the job too).
+# Ends as `turns` says, one word per turn: a code, `told` (SIGTERM to the trainer) or `taken` (also to the job).
 TRAINER = """#!{python} -IS
 import os, pathlib, signal, sys, time
 file = pathlib.Path(__file__).parent / "turns"
@@ -187,9 +187,9 @@ time.sleep(20)
     [
         ("0", [0]),
         ("told told told told 0", [143, 143, 143, 143, 0]),  # the time limit, more often than --retries
-        ("2 0", [2]),  # the user's error
+        ("2 0", [2]),  # a user error
         ("134 0", [134, 0]),  # a crash
-        ("taken 0", [143]),  # scancel: cancelled is cancelled
+        ("taken 0", [143]),  # scancel: not requeued
         ("1 told 1 told 1 1", [1, 143, 1, 143, 1]),  # --retries=2
     ],
 )

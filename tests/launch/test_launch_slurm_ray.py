@@ -1,4 +1,4 @@
-"""`launch/slurm_ray.sh`: the batch job it submits, the cluster that starts, and what happens when it ends."""
+"""`launch/slurm_ray.sh`: the batch job, its Ray cluster, and its behaviour on interruptions."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def test_what_it_asks_for():
     assert (given["nodes"], given["ntasks-per-node"], given["gpus-per-node"]) == ("4", "1", "8")
     assert (given["cpus-per-task"], given["partition"]) == ("64", "h100")
     assert given["signal"] == "B:USR1@120"  # to the script; TERM is left for scancel
-    assert given["requeue"] is True and given["no-kill"] is True  # Ray goes on without a node
+    assert given["requeue"] is True and given["no-kill"] is True  # Ray survives the loss of a node
     nodes = command(lines, "srun")
     assert "--gpu-bind=none" in nodes and "--cpus-per-task=64" in nodes
     assert "--num-gpus=8" in nodes and "--num-cpus=64" in nodes
@@ -71,16 +71,16 @@ def test_bad_arguments(change, told):
         ([], "--expert=NAME"),
         (ANNOTATE[:2], "--out="),
         ([*ANNOTATE[:2], "--out=out"], "absolute path"),
-        ([*ANNOTATE[:2], "--out=/tmp/out"], "/tmp of its own"),
+        ([*ANNOTATE[:2], "--out=/tmp/out"], "/tmp is local to each node"),
         ([*ANNOTATE, "--weights", "w"], "--weights=w"),
-        ([*ANNOTATE, "--engine=ray"], "leave it out"),
+        ([*ANNOTATE, "--engine=ray"], "omit it after --; the launcher sets it"),
     ],
 )
 def test_bad_arguments_of_annotate(annotate, told):
     assert told in refused("slurm_ray.sh", *SIZE, "--dry-run", "--", *annotate)
 
 
-# A Slurm of one node: sbatch runs the job at once, and again when it queues itself. srun runs one task.
+# A fake Slurm of one node: sbatch runs the job at once and after each requeue; srun runs one task.
 SLURM = """#!{python} -IS
 import os, pathlib, subprocess, sys
 here = pathlib.Path(__file__).parent
@@ -104,8 +104,8 @@ elif name == "sbatch":
         if not queued.exists():
             break
 """
-# Ray's nodes stay until they are told to end. The driver ends as it is told, a word a turn: a code, `limit`
-# (the signal before the time limit), `taken` (scancel).
+# Ray's nodes run until they are terminated. The driver ends as `turns` says, one word per turn: a code, `limit`
+# (the signal before the time limit) or `taken` (scancel).
 PYTHON = """#!{python} -IS
 import json, os, pathlib, signal, sys, time
 here = pathlib.Path(__file__).parent
@@ -130,9 +130,9 @@ time.sleep(20)
     [
         ("0", [0]),
         ("limit limit limit 0", [143, 143, 143, 0]),  # more often than --retries
-        ("2 0", [2]),  # the user's error
-        ("1 0", [1, 0]),  # a crash, or a disk that fails
-        ("taken 0", [143]),  # scancel: cancelled is cancelled
+        ("2 0", [2]),  # a user error
+        ("1 0", [1, 0]),  # a crash or an I/O error
+        ("taken 0", [143]),  # scancel: not requeued
         ("1 limit 1 1 0", [1, 143, 1, 1]),  # --retries=2
     ],
 )
@@ -153,4 +153,4 @@ def test_job_queues_again_until_all_is_annotated(tmp_path, turns, ends):
     assert all(argv[-2:] == ["--engine=ray", "--address=node7:20077"] for argv in drivers)
     assert {mode for _, mode, _ in calls} == {"token"}
     tokens = {token for _, _, token in calls}
-    assert len(tokens) == len(ends) and all(len(token) == 64 for token in tokens)  # another one each turn
+    assert len(tokens) == len(ends) and all(len(token) == 64 for token in tokens)  # a new token for each turn

@@ -1,4 +1,4 @@
-"""`launch/tpu_vm.sh`: what it would do, and its loop against a Google Cloud of paper."""
+"""`launch/tpu_vm.sh`: dry runs, and the loop of `up` against a fake Google Cloud."""
 
 import re
 import shlex
@@ -60,7 +60,7 @@ def test_runtime_and_chips(accelerator, runtime, chips):
 
 
 def container(command):
-    """The `docker run` on the workers, split, and the script around it."""
+    """The split `docker run` command on the workers, and the script that contains it."""
     script = flags(command)["command"]
     return shlex.split(script[script.index("sudo docker run") :]), script
 
@@ -137,7 +137,7 @@ def test_commands():
     assert (flags(logs)["node"], flags(logs)["worker"]) == ("1", "3")
 
 
-# A Google Cloud with one queued resource; its workers are this machine. Docker and sudo are of paper too.
+# A fake Google Cloud with one queued resource, whose workers are this machine; docker and sudo are fake, too.
 GOOGLE = r"""#!/bin/bash
 here=${0%/*}
 [ "$1" = auth ] && exit
@@ -165,7 +165,7 @@ case $4 in
     for ((worker = 0; worker < $(<"$here/workers"); worker++)); do
       bash -c "$command" || { code=$?; [ $first != 0 ] || first=$code; }
     done
-    exit $first # as gcloud does: of the first worker that failed
+    exit $first # like gcloud: the code of the first worker that failed
     ;;
 esac
 """
@@ -217,7 +217,7 @@ def cloud(tmp_path):
 
 
 def verbs(world):
-    """What was done to the machines and to the trainer."""
+    """Actions on the machines and the trainer, in order."""
     return [verb for verb in world["log"].split() if verb in ("create", "delete", "run", "wait", "stop")]
 
 
@@ -247,7 +247,7 @@ def test_crash_starts_again_on_the_same_machines(cloud):
 def test_docker_that_fails_is_no_end_of_the_trainer(cloud):
     done, world = cloud(["lost", "0"], *UP)
     assert done.returncode == 0
-    assert verbs(world) == ["create", "run", "wait", "wait", "delete"]  # the trainer ran on
+    assert verbs(world) == ["create", "run", "wait", "wait", "delete"]  # the trainer was not restarted
 
 
 def test_what_gcloud_warns_of_is_no_state(cloud, tmp_path):
@@ -324,7 +324,7 @@ def test_no_answer_is_not_taken_for_no_machines(cloud, tmp_path):
     done, _ = cloud([], *UP, "--retries=1")
     assert done.returncode == 1
     assert "unreachable" in done.stderr
-    assert "given up" in done.stderr
+    assert "giving up after 2 attempts" in done.stderr
 
 
 @pytest.mark.slow

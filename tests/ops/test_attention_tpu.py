@@ -11,10 +11,11 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vilam3_jax.config import ACTIVATION_RULES, MESH_AXES
-from vilam3_jax.ops.attention import attention
+from tests.ops.attention_reference import self_attention
 from vilam3_jax.runtime import compat
 from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding.logical_axes import ACTIVATION_RULES
+from vilam3_jax.sharding.mesh import MESH_AXES
 
 pytest.importorskip("libtpu")
 
@@ -27,15 +28,16 @@ def chips():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "length, heads, kv_heads, width, causal, axes, kernels, exchanges",
+    "length, heads, kv_heads, width, causal, window, axes, kernels, exchanges",
     [
-        (4096, 32, 8, 128, True, dict(fsdp=2, tensor=2), 3, False),  # forward, and two backward
-        (729, 16, 16, 72, False, dict(fsdp=4), 2, False),  # forward, fused backward
-        (8192, 32, 8, 128, True, dict(fsdp=2, context=2), 3, True),
+        (4096, 32, 8, 128, True, None, dict(fsdp=2, tensor=2), 3, False),  # forward, and two backward
+        (4096, 32, 8, 128, True, 1000, dict(fsdp=2, tensor=2), 3, False),
+        (729, 16, 16, 72, False, None, dict(fsdp=4), 2, False),  # forward, fused backward
+        (8192, 32, 8, 128, True, None, dict(fsdp=2, context=2), 3, True),
     ],
 )
 def test_forward_and_backward_compile(
-    chips, length, heads, kv_heads, width, causal, axes, kernels, exchanges
+    chips, length, heads, kv_heads, width, causal, window, axes, kernels, exchanges
 ):
     mesh = compat.make_mesh([axes.get(axis, 1) for axis in MESH_AXES], MESH_AXES, chips)
     rows = 2 * axes["fsdp"]
@@ -45,23 +47,14 @@ def test_forward_and_backward_compile(
         sizes, names = zip(*sizes_and_axes, strict=True)
         return jax.ShapeDtypeStruct(sizes, kind, sharding=NamedSharding(mesh, PartitionSpec(*names)))
 
-    row, place = (rows, ("data", "fsdp")), (length, split)
-    q = argument(jnp.bfloat16, row, place, (heads, "tensor"), (width, None))
-    k = argument(jnp.bfloat16, row, place, (kv_heads, "tensor"), (width, None))
-    ids = argument(jnp.int32, row, place)
+    row, column = (rows, ("data", "fsdp")), (length, split)
+    q = argument(jnp.bfloat16, row, column, (heads, "tensor"), (width, None))
+    k = argument(jnp.bfloat16, row, column, (kv_heads, "tensor"), (width, None))
+    ids = argument(jnp.int32, row, column)
 
     def total(q, k, v, ids):
-        ids = ids if causal else None
-        out = attention(
-            q,
-            k,
-            v,
-            segment_ids_q=ids,
-            segment_ids_kv=ids,
-            causal=causal,
-            length="length" if exchanges else None,
-        )
-        return out.astype(jnp.float32).sum()
+        attend = self_attention(ids if causal else None, causal=causal, window=window)
+        return attend(q, k, v).astype(jnp.float32).sum()
 
     with logical_axes.activation_rules(mesh, ACTIVATION_RULES):
         compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, k, k, ids).compile()

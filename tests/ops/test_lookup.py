@@ -1,4 +1,4 @@
-"""Rows of a split table: the same numbers as a plain look-up, and no whole table anywhere."""
+"""Lookup in a sharded table: the numbers of a plain lookup, and no device holds the whole table."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vilam3_jax.config import ACTIVATION_RULES, MESH_AXES
 from vilam3_jax.runtime import compat
 from vilam3_jax.sharding import logical_axes
 from vilam3_jax.sharding.embedding_lookup import lookup
+from vilam3_jax.sharding.logical_axes import ACTIVATION_RULES
+from vilam3_jax.sharding.mesh import MESH_AXES
+from vilam3_jax.sharding.weights import Weight
 
 VOCAB, WIDTH, ROWS, LENGTH = 24, 16, 8, 6
 SPLIT = ("fsdp", logical_axes.FSDP_LINE)
@@ -31,11 +33,11 @@ def plain(ids, table):
         (dict(fsdp=2, context=2, tensor=2), ("tensor", "fsdp"), False),
         (dict(data=2, fsdp=2, fsdp_line=2), (None, SPLIT), False),
         (dict(fsdp=2, tensor=4), ("tensor", None), False),
-        (dict(fsdp=4, tensor=2), (None, ("fsdp", "tensor")), True),  # XLA's
+        (dict(fsdp=4, tensor=2), (None, ("fsdp", "tensor")), True),  # left to XLA
         (dict(data=8), (None, None), True),
     ],
 )
-def test_equals_a_plain_look_up(axes, stored, whole):
+def test_equals_a_plain_lookup(axes, stored, whole):
     names = [*MESH_AXES[:2], logical_axes.FSDP_LINE, *MESH_AXES[2:]]
     mesh = compat.make_mesh([axes.get(name, 1) for name in names], names, jax.devices()[:8])
     rng = np.random.default_rng(0)
@@ -44,8 +46,7 @@ def test_equals_a_plain_look_up(axes, stored, whole):
     weights = jnp.asarray(rng.normal(size=(ROWS, LENGTH, WIDTH)), jnp.bfloat16)
 
     def run(ids, table):
-        lead = ("batch", "length")
-        x, back = jax.vjp(lambda t: lookup(ids, t, jnp.bfloat16, stored, lead), table)
+        x, back = jax.vjp(lambda t: lookup(ids, Weight(t, (stored,)), jnp.bfloat16), table)
         return x, back(weights)[0]
 
     placed = (
@@ -65,7 +66,6 @@ def test_rows_that_do_not_divide_are_left_to_the_partitioner():
     mesh = compat.make_mesh([1, 8, 1, 1], MESH_AXES, jax.devices()[:8])
     ids, table = jnp.zeros((3, 2), int), jnp.ones((VOCAB, WIDTH))
     with logical_axes.activation_rules(mesh, ACTIVATION_RULES):
-        found = jax.jit(lambda ids, table: lookup(ids, table, jnp.float32, (None, "fsdp"), ("batch", None)))(
-            ids, table
-        )
+        weight = Weight(table, ((None, "fsdp"),))
+        found = jax.jit(lambda ids, weight: lookup(ids, weight, jnp.float32))(ids, weight)
     np.testing.assert_array_equal(found, np.ones((3, 2, WIDTH)))

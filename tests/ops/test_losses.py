@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
-from vilam3_jax.config import ACTIVATION_RULES, MESH_AXES
 from vilam3_jax.ops import losses
 from vilam3_jax.ops.losses import chunked_cross_entropy, sigmoid_contrastive_loss
 from vilam3_jax.runtime import compat
 from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding.logical_axes import ACTIVATION_RULES
+from vilam3_jax.sharding.mesh import MESH_AXES
+from vilam3_jax.sharding.weights import Weight
 
 VOCAB, WIDTH = 23, 6
 
@@ -30,7 +31,7 @@ def dense_cross_entropy(hidden, kernel, tokens, weights, segments):
 
 def batch(seed, rows, length):
     rng = np.random.default_rng(seed)
-    segments = np.sort(rng.integers(0, 4, (rows, length)), axis=1)[:, ::-1]  # ends in padding
+    segments = np.sort(rng.integers(0, 4, (rows, length)), axis=1)[:, ::-1]  # padding at the end
     return dict(
         hidden=jnp.asarray(rng.normal(size=(rows, length, WIDTH)), jnp.float32),
         head_kernel=jnp.asarray(rng.normal(size=(WIDTH, VOCAB)), jnp.float32),
@@ -59,7 +60,7 @@ def test_values_and_gradients_match_dense(rows, length, chunk):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     for a, b in zip(got_grads, want_grads, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
-    # Without a gradient another path computes the value.
+    # Without a gradient, the value takes another path.
     np.testing.assert_allclose(chunked_cross_entropy(**data, chunk=chunk), want, rtol=1e-5, atol=1e-5)
 
 
@@ -72,8 +73,8 @@ def test_a_head_over_devices_gets_its_gradient_in_pieces(monkeypatch, piece_byte
     rest = [data[key] for key in ("tokens", "loss_weights", "segment_ids")]
 
     def ours(hidden, kernel):
-        given = {**data, "hidden": hidden, "head_kernel": kernel}
-        return chunked_cross_entropy(**given, chunk=4, kernel_stored=PartitionSpec("fsdp"))[0]
+        given = {**data, "hidden": hidden, "head_kernel": Weight(kernel, (("fsdp", None),))}
+        return chunked_cross_entropy(**given, chunk=4)[0]
 
     arguments = data["hidden"], data["head_kernel"]
     with logical_axes.activation_rules(mesh, ACTIVATION_RULES):
@@ -148,17 +149,17 @@ def test_chunk_must_be_positive():
 
 
 def pairs(seed, rows, width=7, classes=None):
-    """Unit embeddings, some rows not valid; labels of three columns, most of a few classes."""
+    """Unit embeddings, of which some rows are invalid; labels of three columns from a few classes."""
     rng = np.random.default_rng(seed)
     img, txt = (rng.normal(size=(rows, width)).astype(np.float32) for _ in range(2))
     img, txt = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (img, txt))
     labels = rng.integers(0, classes or rows // 3, (rows, 1)).repeat(3, axis=1)
-    labels[:, 1] += rng.integers(0, 2, rows)  # equal in the first column does not make equal rows
+    labels[:, 1] += rng.integers(0, 2, rows)  # rows may differ in this column alone
     return img, txt, np.float32(0.7), np.float32(-1.5), rng.random(rows) < 0.8, labels
 
 
 def dense_contrastive(img, txt, log_scale, bias, valid, labels):
-    """Loss, weight, right answers and gradients by the whole matrix, in float64."""
+    """Loss, weight, number of correct images and gradients from the full matrix, in float64."""
     img, txt, valid = img.astype(np.float64)[valid], txt.astype(np.float64)[valid], np.flatnonzero(valid)
     products, scale = img @ txt.T, np.exp(np.float64(log_scale))
     same = (labels[valid][:, None] == labels[valid][None]).all(-1)
@@ -172,7 +173,7 @@ def dense_contrastive(img, txt, log_scale, bias, valid, labels):
 
 
 def ours(*arguments, axes=None):
-    """As `dense_contrastive`; with `axes` on a mesh of 8 devices. Also the compiled program."""
+    """Like `dense_contrastive`, plus the compiled program; with `axes`, on a mesh of 8 devices."""
     context = contextlib.nullcontext()
     if axes:
         context = logical_axes.activation_rules(
@@ -218,7 +219,7 @@ def test_contrastive_without_labels_pairs_row_with_row():
 
 
 def test_contrastive_of_equal_scores_counts_the_first_text():
-    """Texts 1 and 5 are one point but not one label; image 5 is nearest to both, and text 1 comes first."""
+    """Texts 1 and 5 have equal embeddings and different labels; image 5 is nearest to both."""
     img, txt, *scalars, _, _ = pairs(3, 8)
     txt[5] = txt[1]
     img[5] = txt[1]

@@ -1,4 +1,4 @@
-"""Products in a stated precision: against the same sums of rounded factors in float64."""
+"""Matrix products in JAX's default precision: against float64 sums of rounded factors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vilam3_jax.ops.attention import attention
+from tests.ops.attention_reference import self_attention
 from vilam3_jax.ops.losses import chunked_cross_entropy
 from vilam3_jax.sharding.matmul import einsum
 
@@ -61,7 +61,7 @@ def test_a_frozen_factor_costs_no_product():
     x, y = normal((5, 7), 0), normal((7, 3), 1)
     with jax.default_matmul_precision("bfloat16"):
         text = lowered(jax.grad(lambda x: einsum("ai,io->ao", x, y).sum()), x)
-    assert text.count("dot_general") == 1, text  # the value itself is not asked for
+    assert text.count("dot_general") == 1, text  # the value is unused
 
 
 def test_the_loss_rounds_its_products_too():
@@ -85,12 +85,12 @@ def test_the_loss_rounds_its_products_too():
 def test_attention_rounds_its_products_too():
     q, k, v = normal((2, 150, 6, 8), 0), normal((2, 150, 2, 8), 1), normal((2, 150, 2, 8), 2)
     direction = normal((2, 150, 6, 8), 3)
-    ids = jnp.asarray(np.repeat([[1] * 90 + [2] * 40 + [0] * 20], 2, axis=0))
+    attend = self_attention(np.repeat([[1] * 90 + [2] * 40 + [0] * 20], 2, axis=0), causal=True)
 
     def total(q, k, v):
-        return (attention(q, k, v, segment_ids_q=ids, segment_ids_kv=ids, causal=True) * direction).sum()
+        return (attend(q, k, v) * direction).sum()
 
-    # A function each: the setting is read while tracing.
+    # Separate functions, because the setting is read while tracing.
     want = jax.jit(jax.grad(lambda *x: total(*x), (0, 1, 2)))(q, k, v)
     with jax.default_matmul_precision("bfloat16"):
         gradient = jax.jit(jax.grad(lambda *x: total(*x), (0, 1, 2)))

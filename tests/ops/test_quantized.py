@@ -1,4 +1,4 @@
-"""Quantised products: against Qwix itself on a layer of Flax's, and sharded against unsharded."""
+"""Quantised products: against Qwix on a Flax layer, and sharded against unsharded."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vilam3_jax.config import ACTIVATION_RULES, MESH_AXES
 from vilam3_jax.errors import UserError
 from vilam3_jax.models.layers import Linear
 from vilam3_jax.ops import quantized
 from vilam3_jax.runtime import compat
 from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding.logical_axes import ACTIVATION_RULES
 from vilam3_jax.sharding.matmul import linear
+from vilam3_jax.sharding.mesh import MESH_AXES
+from vilam3_jax.sharding.weights import Weight
 
 qwix = pytest.importorskip("qwix")
 BATCH, LENGTH, HEADS, HEAD_DIM, OUT = 8, 6, 4, 64, 48
@@ -27,7 +29,7 @@ CASES = [(kind, gradients) for kind in TYPES for gradients in (False, True)]
 
 
 def normal(shape, seed, dtype=jnp.float32):
-    # Magnitudes differ by token and channel, so that scales of the wrong axis show.
+    # Magnitudes differ by token and channel, so that scales along the wrong axis show.
     x = jax.random.normal(jax.random.key(seed), shape)
     wide = jnp.exp(jax.random.normal(jax.random.key(seed + 100), (*shape[:-1], 1)))
     return (x * wide * jnp.linspace(0.3, 3, shape[-1])).astype(dtype)
@@ -59,9 +61,13 @@ def by_qwix(kind, gradients, x, kernel, direction):
     return out, d_x, jax.tree.leaves(d_state)[0]
 
 
-def ours(kind, gradients, x, kernel, direction, **kwargs):
-    how = partial(quantized.einsum, quantized.QuantizedMatmul(kind, gradients))
-    out, back = jax.vjp(lambda x, k: linear(x, k, None, ("batch", None), times=how, **kwargs), x, kernel)
+def ours(kind, gradients, x, kernel, direction, out_features=(OUT,)):
+    how = quantized.QuantizedMatmul(kind, gradients)
+
+    def product(x, kernel):
+        return linear(x, Weight(kernel, einsum=how), x.shape[2:], out_features)
+
+    out, back = jax.vjp(product, x, kernel)
     return out, *back(direction.astype(out.dtype).reshape(out.shape))
 
 
@@ -76,7 +82,7 @@ def test_forward_and_gradients_are_those_of_qwix(kind, gradients):
         error = np.linalg.norm(a - c) / np.linalg.norm(c)
         if index == 0 or gradients:
             assert 1e-3 < error < 0.1, error
-        else:  # gradients in full precision go straight through the rounding
+        else:  # straight-through gradients in full precision
             assert error < 1e-5, error
 
 
@@ -84,7 +90,7 @@ def test_forward_and_gradients_are_those_of_qwix(kind, gradients):
 def test_heads_change_no_scale(kind, gradients):
     x, kernel, direction = factors()
     want = ours(kind, gradients, x, kernel, direction)
-    got = ours(kind, gradients, x, kernel, direction, head_dim=16)
+    got = ours(kind, gradients, x, kernel, direction, out_features=(OUT // 16, 16))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a.reshape(b.shape), b, rtol=1e-6, atol=1e-5 * np.abs(b).max())
     got = ours(kind, gradients, x.reshape(BATCH, LENGTH, HEADS, HEAD_DIM), kernel, direction)
@@ -99,7 +105,7 @@ def test_a_frozen_kernel_costs_no_product():
         jax.jit(jax.grad(lambda x: quantized.einsum(how, "abi,io->abo", x, kernel).sum())).lower(x).as_text()
     )
     products = [line for line in text.splitlines() if "dot_general" in line]
-    assert len(products) == 1 and "xi8>" in products[0], products  # the value itself is not asked for
+    assert len(products) == 1 and "xi8>" in products[0], products  # the value is unused
 
 
 def test_bfloat16_is_scaled_in_float32():
@@ -114,16 +120,18 @@ def test_bfloat16_is_scaled_in_float32():
 
 def sharded(kind, gradients, axes, stored, x, kernel, direction):
     mesh = compat.make_mesh([axes.get(axis, 1) for axis in MESH_AXES], MESH_AXES, jax.devices()[:8])
-    weights = {"kernel": NamedSharding(mesh, PartitionSpec(*stored))}
+    placed = NamedSharding(mesh, PartitionSpec(*stored))
 
     def run(x, kernel, direction):
-        how = partial(quantized.einsum, quantized.QuantizedMatmul(kind, gradients))
-        out, back = jax.vjp(lambda x, k: linear(x, k, stored, ("batch", None), times=how), x, kernel)
+        how = quantized.QuantizedMatmul(kind, gradients)
+        out, back = jax.vjp(
+            lambda x, kernel: linear(x, Weight(kernel, (stored,), how), (IN,), (OUT,)), x, kernel
+        )
         return out, *back(direction)
 
-    with logical_axes.activation_rules(mesh, ACTIVATION_RULES, "auto", weights):
-        lowered = jax.jit(run, in_shardings=(None, weights["kernel"], None)).lower(x, kernel, direction)
-        return lowered.compile()(*jax.device_put((x, kernel, direction), (None, weights["kernel"], None)))
+    with logical_axes.activation_rules(mesh, ACTIVATION_RULES):
+        lowered = jax.jit(run, in_shardings=(None, placed, None)).lower(x, kernel, direction)
+        return lowered.compile()(*jax.device_put((x, kernel, direction), (None, placed, None)))
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -133,7 +141,7 @@ def sharded(kind, gradients, axes, stored, x, kernel, direction):
     (dict(fsdp=2, data=2, tensor=2), (None, "fsdp")),
 ])  # fmt: skip
 def test_sharded_is_unsharded(kind, axes, stored):
-    """Where a device holds whole contractions; gradients of the kernel are summed in full precision."""
+    """When each device holds whole contractions; kernel gradients are summed in full precision."""
     arrays = factors()
     for a, b in zip(sharded(kind, False, axes, stored, *arrays), ours(kind, False, *arrays), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
@@ -141,7 +149,7 @@ def test_sharded_is_unsharded(kind, axes, stored):
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_rows_split_over_tensor_are_tiles(kind):
-    """A device's part of a contraction has scales of its own: Qwix's tiles, here of 128 rows."""
+    """Each device scales its part of a contraction separately, like Qwix's tiles (here of 128 rows)."""
     x, kernel, direction = factors()
     got = sharded(kind, False, dict(fsdp=2, data=2, tensor=2), ("tensor", "fsdp"), x, kernel, direction)
     tiles = dict(tiled_axes={2: IN // 2}, channelwise_axes=(0, 1))
@@ -155,7 +163,7 @@ def test_rows_split_over_tensor_are_tiles(kind):
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_quantised_gradients_sharded(kind):
-    """Tokens of a device have scales of their own in a kernel's gradient; all else is as unsharded."""
+    """Only a kernel's gradient differs from the unsharded one: each device scales its own tokens."""
     arrays = factors()
     got = sharded(kind, True, dict(data=2, fsdp=4), ("fsdp", None), *arrays)
     out, d_x, whole = ours(kind, True, *arrays)
@@ -175,7 +183,7 @@ def test_adapters_stay_exact():
     layer = Linear(
         IN, OUT, rngs=nnx.Rngs(params=0, lora=1), dtype="float32", param_dtype="float32", lora_rank=2
     )
-    layer.products = quantized.QuantizedMatmul("int8")
+    layer.kernel.set_value(Weight(layer.kernel.get_value(), einsum=quantized.QuantizedMatmul("int8")))
     layer.lora_b.set_value(normal((2, OUT), 5))
     x = factors()[0]
     text = jax.jit(lambda x: layer(x)).lower(x).as_text()

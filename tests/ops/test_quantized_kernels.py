@@ -1,4 +1,4 @@
-"""Kernels stored quantised: against Qwix's own numbers, and sharded against unsharded."""
+"""Kernels stored quantised: against Qwix, and sharded against unsharded."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vilam3_jax.config import ACTIVATION_RULES, MESH_AXES
-from vilam3_jax.ops.quantized import NF4_TILE, QuantizedKernel, frozen_einsum, quantize_kernel
+from vilam3_jax.ops.quantized import NF4_TILE, QuantizedKernel, quantize_kernel
 from vilam3_jax.runtime import compat
 from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding.logical_axes import ACTIVATION_RULES
 from vilam3_jax.sharding.matmul import linear
+from vilam3_jax.sharding.mesh import MESH_AXES
+from vilam3_jax.sharding.weights import Weight
 
 qwix = pytest.importorskip("qwix")
 KINDS = ("int8", "nf4")
@@ -49,13 +51,13 @@ def test_numbers_are_those_of_qwix_in_less_memory(kind, size, error):
 def test_a_product_is_that_of_the_dequantised_kernel(kind, heads):
     kernel = quantize_kernel(kernel_of((IN, OUT)), kind)
     x = jax.random.normal(jax.random.key(5), (BATCH, LENGTH, *((4, IN // 4) if heads == "in" else (IN,))))
-    head_dim = 16 if heads == "out" else None
+    out_features = (OUT // 16, 16) if heads == "out" else (OUT,)
 
     def ours(x):
-        return linear(x, kernel, None, ("batch", None), head_dim, frozen_einsum)
+        return linear(x, kernel, x.shape[2:], out_features)
 
     def plain(x):
-        return linear(x, kernel.dequantize(), None, ("batch", None), head_dim)
+        return linear(x, kernel.dequantize(), x.shape[2:], out_features)
 
     (out, back), (want, want_back) = jax.vjp(ours, x), jax.vjp(plain, x)
     np.testing.assert_array_equal(out, want)
@@ -65,7 +67,7 @@ def test_a_product_is_that_of_the_dequantised_kernel(kind, heads):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stored", [("fsdp", "tensor"), ("tensor", "fsdp"), (("fsdp", "data"), None)])
 def test_sharded_is_unsharded(kind, stored):
-    """With tiles that divide, and (three-way) with scales that stay whole where the kernel is split."""
+    """Also for scales with too few rows to split, which stay whole where the kernel is split."""
     mesh = compat.make_mesh([2, 2, 1, 2], MESH_AXES, jax.devices()[:8])
     kernel = quantize_kernel(kernel_of((IN, OUT)), kind)
     if kind == "nf4" and stored[1] is None:
@@ -77,7 +79,8 @@ def test_sharded_is_unsharded(kind, stored):
     kernel = jax.device_put(kernel, QuantizedKernel(*placed, kind, kernel.dtype))
 
     def run(x, kernel):
-        out, back = jax.vjp(lambda x: linear(x, kernel, specs, ("batch", None), None, frozen_einsum), x)
+        weight = Weight(kernel, tuple(map(tuple, specs)))
+        out, back = jax.vjp(lambda x: linear(x, weight, (kernel.shape[0],), (OUT,)), x)
         return out, back(jnp.cos(out))[0]
 
     want = x @ kernel.dequantize()

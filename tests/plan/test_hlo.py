@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vilam3_jax import config as config_lib
 from vilam3_jax.plan import hlo, topology
 from vilam3_jax.runtime import compat
 from vilam3_jax.training import program
@@ -233,7 +232,7 @@ def compile_on(name, function, *shapes, specs=None):
         for shape, axes in zip(shapes, specs or [()] * len(shapes), strict=True)
     ]
     with jax.set_mesh(mesh):
-        options = program.compiler_options(config_lib.base_config(), mesh)
+        options = program.compiler_options((), mesh)
         return jax.jit(function, compiler_options=options).lower(*arguments).compile().as_text()
 
 

@@ -25,7 +25,7 @@ def tiny_config(task="generative", **mesh_axes):
 
 
 def packed_batch(seed, rows=8, length=48, slots=2, rows_per_group=1, side=32):
-    """Rows of two samples each, one image a sample, uneven numbers of supervised tokens."""
+    """Rows of two samples each, one image a sample, and uneven numbers of supervised tokens."""
     rng = np.random.default_rng(seed)
     tokens_per_image = model_config.resolve(models.get("tiny")).tokens_per_image
     groups = rows // rows_per_group
@@ -63,7 +63,7 @@ def pair_batch(seed, rows=8, length=12):
 
 
 def tiled_batch(seed, rows=8, length=48):
-    """For two scales of 32 and 64 pixels: in each group a picture of 2 x 2 tiles and an uncut one."""
+    """For two scales of 32 and 64 pixels: each group has an image of 2 x 2 tiles and an untiled one."""
     grid = [[0, 2, r, 2, c] for r in range(2) for c in range(2)]
     tiles = np.tile(np.asarray([[0, 1, 0, 1, 0], *grid, [5, 1, 0, 1, 0]], np.int32), (rows, 1, 1))
     batch = dataclasses.replace(packed_batch(seed, rows, length, slots=6), image_tiles=tiles)
@@ -100,6 +100,11 @@ class Run:
                 self._compiled[shapes] = self.program.step.lower(self.state, batch).compile()
         self.state, metrics = self._compiled[shapes](self.state, batch)
         return {key: float(value) for key, value in metrics.items()}
+
+    def text(self):
+        """The optimised HLO of the step; all batches so far must have had the same shapes."""
+        (compiled,) = self._compiled.values()
+        return compiled.as_text()
 
 
 def equations(jaxpr, times=1):

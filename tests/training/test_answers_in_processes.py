@@ -23,7 +23,7 @@ from tests.training.process_worlds import (
 )
 from vilam3_jax import config as config_lib
 from vilam3_jax.checkpoints import exports
-from vilam3_jax.models import vila
+from vilam3_jax.models import build
 from vilam3_jax.training import evaluation, writers
 
 SETTINGS = {
@@ -56,7 +56,7 @@ ANSWERS = """
     from vilam3_jax.runtime import compat, processes
     from vilam3_jax.inference import heldout
     from vilam3_jax.sharding import mesh as mesh_lib
-    from vilam3_jax.training import program as program_lib, state
+    from vilam3_jax.training import program as program_lib
     values = flags.FlagValues()
     processes.define_flags(values)
     values(["test", *sys.argv[4:]])
@@ -67,9 +67,13 @@ ANSWERS = """
             changed = {f"mesh.{axis}": size for axis, size in {"fsdp": 1, **sizes}.items()}
             cfg = config.load("configs/stage3_instruct.py:tiny", {**overrides, **changed})
             program = program_lib.build(cfg, mesh_lib.build_mesh(cfg.mesh))
-            params = state.model_params(state.initial_state(cfg, program.state, program.optimizer)[0])
-            placing = functools.partial(program.placing, whole_rows=True)
-            rows, _ = heldout.HeldoutAnswers(cfg, mesh_lib.rows(program.mesh), placing)(params)
+            params = program.initial_state()[0].params()
+            context = functools.partial(program.context, whole_rows=True)
+            answer = heldout.HeldoutAnswers(
+                cfg.data, cfg.model, cfg.seed, cfg.eval_generate, mesh_lib.rows(program.mesh), context,
+                program.annotate,
+            )
+            rows, _ = answer(params)
             if processes.is_primary_process():
                 print("ANSWERS", json.dumps(rows))
 """

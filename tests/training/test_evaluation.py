@@ -11,18 +11,19 @@ import pytest
 
 from tests.data.data_worlds import WORDS, config, film, write
 from tests.training.helpers import packed_batch, tiny_config
+from vilam3_jax import config as config_lib
 from vilam3_jax.data import shards
 from vilam3_jax.data.tokenizer import train_bpe
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import vila
 from vilam3_jax.sharding import mesh as mesh_lib
-from vilam3_jax.training import device_put, evaluation
+from vilam3_jax.training import evaluation
 from vilam3_jax.training import program as program_lib
-from vilam3_jax.training import state as state_lib
 from vilam3_jax.training import step as step_lib
+from vilam3_jax.training.device_put import DevicePut
 
 
 def build(cfg):
+    cfg = config_lib.resolve(cfg)
     return program_lib.build(cfg, mesh_lib.build_mesh(cfg.mesh, jax.devices()[:1]))
 
 
@@ -38,13 +39,10 @@ def root(tmp_path_factory):
 
 def losses_of(root, **data):
     cfg = config(root, **data)
-    cfg.model.tokenizer, cfg.eval_batches, cfg.model.image_size = str(root / "tokenizer"), 2, 32
+    cfg.model.tokenizer, cfg.eval_batches = str(root / "tokenizer"), 2
     program = build(cfg)
-    state, _ = state_lib.initial_state(cfg, program.state, program.optimizer)
-    placement = device_put.Placement(cfg, program.mesh)
-    return evaluation.HeldoutLosses(
-        program, placement, model_config_lib.resolve(cfg.model).tokens_per_image
-    ), state
+    units = program.task.batch_format(program.config.data, program.config.model).units
+    return evaluation.HeldoutLosses(program, DevicePut(units, program.mesh)), program.initial_state()[0]
 
 
 def test_no_more_is_computed_at_a_time_than_in_training():
@@ -53,15 +51,16 @@ def test_no_more_is_computed_at_a_time_than_in_training():
         cfg = tiny_config()
         cfg.grad_accum, cfg.data.rows_per_group, cfg.data.global_rows = accumulate, 1, 32
         program = build(cfg)
-        state, _ = state_lib.initial_state(cfg, program.state, program.optimizer)
-        with program.placing():
-            compiled = jax.jit(step_lib.make_eval_step(cfg, program.loss_fn)).lower(state, batch).compile()
+        state, _ = program.initial_state()
+        with program.context():
+            evaluate = jax.jit(step_lib.make_eval_step(program.loss_fn, accumulate))
+            compiled = evaluate.lower(state, batch).compile()
             sums[accumulate] = compiled(state, batch)
         memory[accumulate] = compiled.memory_analysis().temp_size_in_bytes
     assert memory[8] < memory[1] / 4, memory
-    for name, value in sums[1].items():
-        np.testing.assert_allclose(sums[8][name], value, rtol=1e-5, err_msg=name)
-    assert sums[1]["weight"] > 100
+    for name, value in vars(sums[1]).items():
+        np.testing.assert_allclose(getattr(sums[8], name), value, rtol=1e-5, err_msg=name)
+    assert sums[1].weight > 100
 
 
 def test_the_data_is_opened_once(root, monkeypatch):
@@ -86,7 +85,7 @@ def test_held_out_data_without_a_usable_record_is_an_error(root):
     losses, state = losses_of(root, seq_len=16)
     part = losses._loader(False)
     # As where another process has the other groups.
-    part._turns = dataclasses.replace(part._turns, held=part._turns.held[:1])
+    part._turns = dataclasses.replace(part._turns, local_units=part._turns.local_units[:1])
     with pytest.raises(UserError, match=r"data: films/heldout record \d+.*; set eval_every=0"):
         losses(state, swapped=False)
     losses.close()

@@ -8,11 +8,10 @@ import math
 import jax
 
 from tests.training.helpers import equations, packed_batch, tiny_config
-from vilam3_jax.models import param_paths, vila
+from vilam3_jax import config as config_lib
+from vilam3_jax.models import build, param_paths
 from vilam3_jax.sharding import mesh as mesh_lib
-from vilam3_jax.training import optimizer as optimizer_lib
-from vilam3_jax.training import state as state_lib
-from vilam3_jax.training import step as step_lib
+from vilam3_jax.training import program as program_lib
 
 ALL = ((r".*", 1.0),)
 PROJECTOR = ((r"projector/.*", 1.0), (r".*", 0.0))  # stage 2a
@@ -37,22 +36,19 @@ def counted(trainable, remat="none"):
     config = tiny_config(fsdp=8)
     config.model.remat, config.trainable, config.loss_chunk = remat, trainable, 48
     config.model.llm.num_layers = 4
+    config = config_lib.resolve(config)
+    program = program_lib.build(config, mesh_lib.build_mesh(config.mesh))
     graphdef, nested = build.abstract_model(config.model, config.task)
     shapes = param_paths.flatten(nested)
-    rates = optimizer_lib.multipliers(config, list(shapes))
-    optimizer = optimizer_lib.make_optimizer(config, {p: r for p, r in rates.items() if r})
-    state = state_lib.abstract_state(config, mesh_lib.build_mesh(config.mesh), optimizer, rates)
     batch = packed_batch(0)
-    loss = step_lib.make_loss(config, graphdef)
-    step = step_lib.make_train_step(config, loss, optimizer, optimizer_lib.learning_rate(config))
     images = batch.images.reshape(-1, 32, 32, 3)
     tokens, llm = batch.tokens.size, config.model.llm
     states = jax.ShapeDtypeStruct((*batch.tokens.shape, llm.hidden_size), "float32")
-    marks = batch.segment_ids, batch.positions
+    rows = batch.segment_ids, batch.positions
     forward = {
         "tower": products(lambda p: build.merge(graphdef, p).vision_tower.features(images), nested),
         "encoded": products(lambda p: build.merge(graphdef, p).encode_images(images), nested),
-        "llm": products(lambda p, x: build.merge(graphdef, p).llm(x, *marks), nested, states),
+        "llm": products(lambda p, x: build.merge(graphdef, p).llm(x, *rows), nested, states),
         "head": tokens * llm.hidden_size * llm.vocab_size,
         # Without the two products of attention, whose gradient takes five.
         "llm_weights": tokens
@@ -60,7 +56,7 @@ def counted(trainable, remat="none"):
     }
     forward["attention"] = (forward["llm"] - forward["llm_weights"]) // 2
     forward["projector"] = forward["encoded"] - forward["tower"]
-    return products(step, state, batch), forward
+    return products(program.step, program.state, batch), forward
 
 
 def test_only_the_projector_trains():

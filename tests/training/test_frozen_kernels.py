@@ -16,11 +16,12 @@ from vilam3_jax.convert import exporter
 from vilam3_jax.convert.importer import import_model
 from vilam3_jax.data.tokenizer import train_bpe
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import param_paths, vila
+from vilam3_jax.models import build as build_lib
+from vilam3_jax.models import param_paths
 from vilam3_jax.ops.quantized import QuantizedKernel, quantize_kernel
 from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.training import program as program_lib
-from vilam3_jax.training import state as state_lib
+from vilam3_jax.training.train_state import TrainState, shardings
 
 pytest.importorskip("qwix")
 KINDS = ("int8", "nf4")
@@ -36,6 +37,7 @@ def make_config(kind, **axes):
 
 
 def build(config):
+    config = config_lib.resolve(config)
     axes = config.mesh
     devices = jax.devices()[: axes.data * axes.fsdp * axes.tensor]
     return program_lib.build(config, mesh_lib.build_mesh(axes, devices))
@@ -57,11 +59,9 @@ def described(config):
 
 def hidden_states(config, params):
     """Hidden states of all positions, as the model in training computes them."""
-    graphdef, _ = build.abstract_model(config.model, "generative")
-    batch = packed_batch(0)
-    names = ("tokens", "segment_ids", "positions", "images", "image_valid", "visual_index")
-    run = jax.jit(lambda params, *args: build.merge(graphdef, params)(*args))
-    return run(param_paths.unflatten(dict(params)), *(getattr(batch, name) for name in names))
+    graphdef, _ = build_lib.abstract_model(config.model, "generative")
+    run = jax.jit(lambda params, batch: build_lib.merge(graphdef, params)(batch))
+    return run(param_paths.unflatten(dict(params)), packed_batch(0))
 
 
 @pytest.mark.parametrize("kind, share", [("int8", 1.05 / 4), ("nf4", 0.6 / 4)])
@@ -71,7 +71,7 @@ def test_memory_of_frozen_kernels_drops(kind, share):
     for name in ("", kind):
         config = make_config(name, fsdp=2, tensor=2)
         config.model.llm.update(dict(hidden_size=256, mlp_dim=512, head_dim=64))
-        frozen = build(config).state["frozen"]
+        frozen = build(config).state.frozen
         kernels[name] = {path: leaf for path, leaf in frozen.items() if path.endswith("kernel")}
     layers = [path for path in kernels[kind] if path.startswith("llm/layers/")]
     assert len(layers) == 7 and all(isinstance(kernels[kind][path], QuantizedKernel) for path in layers)
@@ -85,21 +85,21 @@ def test_memory_of_frozen_kernels_drops(kind, share):
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_are_quantised_as_they_are_read(tmp_path, kind):
     config = make_config(kind, fsdp=2, tensor=2)
-    init = jax.jit(lambda key: build.init_params(config.model, "generative", key))
+    init = jax.jit(lambda key: build_lib.init_params(config.model, "generative", key))
     plain = param_paths.flatten(init(jax.random.key(7)))
     base = {path: leaf for path, leaf in plain.items() if "/lora_" not in path}
     exports.export_model(tmp_path / "base", base, described(config), None, {})
     config.init.everything = str(tmp_path / "base")
     program = build(config)
-    state, origin = state_lib.initial_state(config, program.state, program.optimizer)
+    state, origin = program.initial_state()
     assert origin["llm"] == config.init.everything
     want = quantize_kernel(plain[Q], kind)
-    for got, one in zip(jax.tree.leaves(state["frozen"][Q]), jax.tree.leaves(want), strict=True):
+    for got, one in zip(jax.tree.leaves(state.frozen[Q]), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(got, one)
-    assert jax.tree.map(lambda x: x.sharding, state) == state_lib.shardings(program.state)
+    assert jax.tree.map(lambda x: x.sharding, state) == shardings(program.state)
 
     # Fresh adapters add nothing: the model is that of the dequantised kernels, and not that of the kernels.
-    params = jax.device_put(state_lib.model_params(state), jax.devices()[0])
+    params = jax.device_put(state.params(), jax.devices()[0])
     states = hidden_states(config, params)
     np.testing.assert_allclose(states, hidden_states(config, dequantized(params)), rtol=1e-5, atol=1e-5)
     gap = np.abs(states - hidden_states(config, {**params, **base})).max()
@@ -112,32 +112,33 @@ def test_trained_saved_resumed_and_exported(tmp_path, kind):
     config = make_config(kind, data=2, fsdp=2, tensor=2)
     config.schedule.warmup_fraction = 0.0
     run = Run(config)
-    before = jax.tree.map(np.asarray, run.state["frozen"])
+    before = jax.tree.map(np.asarray, run.state.frozen)
     start = [run.step(packed_batch(i))["loss"] for i in range(2)]
     saved = run_checkpoints.RunCheckpoints(tmp_path / "run")
-    saved.save(2, run.state, {"0": {}}, {})
+    saved.save(2, run.state.to_tree(), {"0": {}}, {})
     rest = [run.step(packed_batch(i % 2))["loss"] for i in range(2, 8)]
     saved.wait()
     assert rest[-1] < start[0]
     # Only adapters learn, and have optimizer state.
-    assert all("/lora_" in path for path in run.state["trainable"])
-    for one, two in zip(jax.tree.leaves(before), jax.tree.leaves(run.state["frozen"]), strict=True):
+    assert all("/lora_" in path for path in run.state.trainable)
+    for one, two in zip(jax.tree.leaves(before), jax.tree.leaves(run.state.frozen), strict=True):
         np.testing.assert_array_equal(one, two)
-    final = state_lib.model_params(run.state)
+    final = run.state.params()
 
     # Resumed: the same numbers, on the same mesh to the bit.
-    restored = run_checkpoints.RunCheckpoints(tmp_path / "run").restore(run.abstract)
-    assert restored is not None and isinstance(restored.state["frozen"][Q], QuantizedKernel)
-    run.state = restored.state
+    restored = run_checkpoints.RunCheckpoints(tmp_path / "run").restore(run.program.state.to_tree())
+    assert restored is not None
+    run.state = TrainState.from_tree(restored.state)
+    assert isinstance(run.state.frozen[Q], QuantizedKernel)
     assert [run.step(packed_batch(i % 2))["loss"] for i in range(2, 8)] == rest
 
     # On another mesh: the same arrays, placed otherwise.
     other = build(make_config(kind, fsdp=4))
-    moved = run_checkpoints.RunCheckpoints(tmp_path / "run").restore(other.state)
+    moved = run_checkpoints.RunCheckpoints(tmp_path / "run").restore(other.state.to_tree())
     assert moved is not None
     for got, want in zip(jax.tree.leaves(moved.state), jax.tree.leaves(restored.state), strict=True):
         np.testing.assert_array_equal(got, want)
-    assert jax.tree.map(lambda x: x.sharding, moved.state) == state_lib.shardings(other.state)
+    assert jax.tree.map(lambda x: x.sharding, TrainState.from_tree(moved.state)) == shardings(other.state)
 
     # Exported: an ordinary model, which computes what the one in training does; so does a merged one.
     train_bpe(["liver spleen"], 270, tmp_path / "words", ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
@@ -151,8 +152,9 @@ def test_trained_saved_resumed_and_exported(tmp_path, kind):
     np.testing.assert_allclose(hidden_states(config, loaded), want, rtol=1e-5, atol=1e-5)
     assert exporter.export_folder(tmp_path / "export", tmp_path / "vila").merged == 3
     import_model(tmp_path / "vila", tmp_path / "again")
-    merged, config.model, _ = exports.load_export(tmp_path / "again")
-    merged, config.model.dtype = param_paths.flatten(merged), "float32"
+    merged, model, _ = exports.load_export(tmp_path / "again")
+    merged = param_paths.flatten(merged)
+    config = config_lib.resolve(config).replace(model=model.replace(dtype="float32"))
     assert not any("/lora_" in path for path in merged)
     np.testing.assert_allclose(hidden_states(config, merged), want, rtol=1e-4, atol=1e-4)
 
@@ -160,9 +162,9 @@ def test_trained_saved_resumed_and_exported(tmp_path, kind):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"trainable": ((r".*", 1.0),)}, r"quantization\.frozen='nf4' wants llm/layers/attn/k/.*trainable"),
+        ({"trainable": ((".*", 1.0),)}, r"quantization\.frozen='nf4' includes llm/layers/attn/k/.*trainable"),
         ({"quantization.modules": "llm/none"}, r"quantization\.modules='llm/none' matches none"),
-        ({"quantization.modules": r"vision_tower/blocks/.*"}, "has 48 rows, no multiple of 64"),
+        ({"quantization.modules": r"vision_tower/blocks/.*"}, "has 48 rows, not a multiple of 64"),
         ({"mesh.tensor": 4, "model.llm.mlp_dim": 384}, r"llm/layers/mlp/down/kernel.*6 tiles.*tensor"),
     ],
 )  # fmt: skip
@@ -184,4 +186,4 @@ def test_what_a_config_may_not_say(changes, message):
     config = tiny_config()
     config.quantization.update(changes)
     with pytest.raises(UserError, match=message):
-        config_lib.check(config)
+        config_lib.resolve(config)

@@ -240,7 +240,6 @@ PLACED = """
     import sys
     from absl import flags
     import numpy as np
-    from vilam3_jax import config
     from vilam3_jax.runtime import compat, processes
     from vilam3_jax.data.batches import PackedBatch, arrays
     from vilam3_jax.sharding import mesh
@@ -251,18 +250,16 @@ PLACED = """
     with processes.group("program", **processes.flag_values(values)):
         compat.use_cpu_devices(2)
         own = processes.jax.process_index()
-        cfg = config.base_config()
-        cfg.data.update(dict(global_rows=8, rows_per_group=2))
         tokens, images, valid = np.arange(32).reshape(8, 4), np.arange(8).reshape(4, 2), np.ones((4, 2), bool)
         whole = PackedBatch(tokens, tokens, tokens, tokens, tokens, images, valid)
         halves, everything = [[0, 1], [2, 3]][own], [0, 1, 2, 3]
-        for fsdp, context, tensor, held in ((4, 1, 1, halves), (2, 1, 2, halves), (1, 2, 2, everything)):
-            cfg.mesh.update(dict(fsdp=fsdp, context=context, tensor=tensor))
-            placement = device_put.Placement(cfg, mesh.build_mesh(cfg.mesh))
-            assert placement.held == held, (placement.held, held)
-            rows = tokens.reshape(4, 2, 4)[held].reshape(-1, 4)
-            own = PackedBatch(rows, rows, rows, rows, rows, images[held], valid[held])
-            for name, array in arrays(placement.put(own)).items():
+        for fsdp, context, tensor, local in ((4, 1, 1, halves), (2, 1, 2, halves), (1, 2, 2, everything)):
+            config = mesh.MeshConfig(fsdp=fsdp, context=context, tensor=tensor)
+            put = device_put.DevicePut(4, mesh.build_mesh(config))
+            assert put.local_units == local, (put.local_units, local)
+            rows = tokens.reshape(4, 2, 4)[local].reshape(-1, 4)
+            own = PackedBatch(rows, rows, rows, rows, rows, images[local], valid[local])
+            for name, array in arrays(put(own)).items():
                 expected = getattr(whole, name)
                 assert array.shape == expected.shape
                 for shard in array.addressable_shards:

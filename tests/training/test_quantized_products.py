@@ -27,8 +27,13 @@ def make_config(kind="", gradients=False, modules=r"llm/layers/.*", **axes):
     return config
 
 
+def built(config, devices=None):
+    config = config_lib.resolve(config)
+    return program_lib.build(config, mesh_lib.build_mesh(config.mesh, devices))
+
+
 def losses(config, steps=STEPS):
-    axes = config.mesh
+    axes = config_lib.resolve(config).mesh
     devices = jax.devices()[: axes.data * axes.fsdp * axes.tensor]
     run = Run(config, mesh_lib.build_mesh(axes, devices))
     return np.asarray([run.step(packed_batch(step % 2))["loss"] for step in range(steps)])
@@ -59,7 +64,7 @@ def test_a_mesh_changes_no_more_than_rounding(learned):
 
 def test_tower_and_projector_by_expression():
     config = make_config("int8", modules=r"llm/layers/.*|vision_tower/blocks/.*|projector/.*", fsdp=8)
-    text = program_lib.build(config, mesh_lib.build_mesh(config.mesh)).lower().as_text()
+    text = built(config).lower().as_text()
     assert text.count("xi8>, tensor<") >= 7 + 6 + 2  # of a layer of the LLM, of a block, of the projector
 
 
@@ -75,20 +80,20 @@ def test_what_a_config_may_not_say(changes, message):
     config = tiny_config()
     config.quantization.update(changes)
     with pytest.raises(UserError, match=message):
-        config_lib.check(config)
+        config_lib.resolve(config)
 
 
 def test_an_expression_that_matches_nothing():
     config = make_config("int8", modules=r"llm/lm_head|llm/layer/.*", fsdp=8)
     with pytest.raises(UserError, match=r"quantization\.modules.*matches none of.*llm/layers/attn/k"):
-        program_lib.build(config, mesh_lib.build_mesh(config.mesh))
+        built(config)
 
 
 def test_products_of_the_head_and_of_embeddings_stay():
     config = make_config("int8", modules=".*", fsdp=8)
     config.model.llm.tie_embeddings = False
-    program = program_lib.build(config, mesh_lib.build_mesh(config.mesh))
-    with program.placing():
+    program = built(config)
+    with program.context():
         jaxpr = jax.make_jaxpr(program.step)(program.state, program.batch).jaxpr
     vocabulary = config.model.llm.vocab_size
     products = [e for e, _ in equations(jaxpr) if e.primitive.name == "dot_general"]
@@ -115,7 +120,7 @@ def test_a_tpu_multiplies_the_quantised_numbers(monkeypatch, name, kind, forward
     config.data.seq_len, config.model.dtype = 256, "bfloat16"
     config.model.llm.update(dict(hidden_size=256, head_dim=128, mlp_dim=512, num_heads=2, num_kv_heads=2))
     devices = topology.parse(name).devices()
-    text = program_lib.build(config, mesh_lib.build_mesh(config.mesh, devices)).lower().compile().as_text()
+    text = built(config, devices).lower().compile().as_text()
     found = tpu_products(text)
     orders = {backward, (backward[0], *reversed(backward[1:]))}
     if forward == backward:

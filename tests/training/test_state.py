@@ -1,23 +1,25 @@
-"""What a run starts from: the same model, with the adapters that were trained."""
+"""Initial and restored states: the architecture, the adapters, and checkpoints of older versions."""
 
 from __future__ import annotations
 
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from vilam3_jax.configs import models
 from vilam3_jax.configs.models.parts.llms import LLMS
 
 from tests.training.helpers import tiny_config
-from vilam3_jax.checkpoints import exports
-from vilam3_jax.config import COMPONENTS, ConfigDict
+from vilam3_jax import config as config_lib
+from vilam3_jax import train
+from vilam3_jax.checkpoints import exports, run_checkpoints
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import param_paths, vila
+from vilam3_jax.models import build, model_config, param_paths
 from vilam3_jax.sharding import mesh as mesh_lib
+from vilam3_jax.training import initialization
 from vilam3_jax.training import program as program_lib
-from vilam3_jax.training import state as state_lib
 
 
 @pytest.mark.parametrize("llm", LLMS)
@@ -26,13 +28,15 @@ def test_a_model_is_the_one_that_its_checkpoint_names(llm):
     model = models.get("tiny")
     model.llm = LLMS[llm]()
     model.llm.update(dict(lora_rank=4, lora_targets=("q", "v")))
-    stored = json.loads(json.dumps(model.to_dict()))
-    for form in (stored, ConfigDict(exports._tuples(stored))):
-        state_lib.check_architecture("runs/x", form, model, set(COMPONENTS), adapters=True)
-    if stored["llm"]["rope_scaling"]:
-        model.llm.rope_scaling.factor = 2.0
+    resolved = model_config.resolve(model)
+    stored = json.loads(json.dumps(resolved.to_dict()))
+    components = {"vision_tower", "text_tower", "projector", "llm"}
+    for form in (stored, model_config.resolve(stored).to_dict()):
+        initialization.check_architecture("runs/x", form, resolved, components, adapters=True)
+    if stored["llm"].get("rope_scaling"):
+        other = resolved.replace({"llm.rope_scaling.factor": 2.0})
         with pytest.raises(UserError, match=r"runs/x: its llm has rope_scaling=.*another model"):
-            state_lib.check_architecture("runs/x", stored, model, {"llm"}, adapters=True)
+            initialization.check_architecture("runs/x", stored, other, {"llm"}, adapters=True)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +57,8 @@ def with_adapters(**changes):
 
 
 def start(config):
-    program = program_lib.build(config, mesh_lib.build_mesh(config.mesh, jax.devices()[:1]))
-    return state_lib.initial_state(config, program.state, program.optimizer)
+    config = config_lib.resolve(config)
+    return program_lib.build(config, mesh_lib.build_mesh(config.mesh, jax.devices()[:1])).initial_state()
 
 
 def test_adapters_are_taken_over(adapted):
@@ -62,7 +66,7 @@ def test_adapters_are_taken_over(adapted):
     config = with_adapters()
     config.init.everything = str(export)
     state, _ = start(config)
-    for path, leaf in state_lib.model_params(state).items():
+    for path, leaf in state.params().items():
         np.testing.assert_array_equal(leaf, params[path], err_msg=path)
 
 
@@ -89,3 +93,80 @@ def test_adapters_of_a_part_that_is_not_taken_do_not_matter(adapted):
     config.init.projector = str(export)
     _, origin = start(config)
     assert origin["projector"] == str(export) and origin["llm"] == "fresh"
+
+
+# Paths in checkpoints from before `TrainState`, when the state was a dict.
+_PROJECTOR = [f"projector/{name}" for name in ("fc1/bias", "fc1/kernel", "fc2/bias", "fc2/kernel")]
+_PROJECTOR += ["projector/norm1/bias", "projector/norm1/scale"]
+_KERNELS = [path for path in _PROJECTOR if path.endswith("kernel")]
+_OTHERS = [path for path in _PROJECTOR if not path.endswith("kernel")]
+_ADAM, _MUON = (f"1/inner_states/{name}/inner_state" for name in ("adam", "muon"))
+OPT_STATE_PATHS = {
+    "adamw": ["1/count", *(f"1/{moment}/{path}" for moment in ("mu", "nu") for path in _PROJECTOR)],
+    "muon": [
+        f"{_ADAM}/count",
+        *(f"{_ADAM}/{moment}/{path}" for moment in ("mu", "nu") for path in _OTHERS),
+        f"{_MUON}/0/count",
+        *(f"{_MUON}/0/mu/{path}" for path in _KERNELS),
+        f"{_MUON}/0/ns_coeffs",
+    ],
+}
+
+
+def key_name(key):
+    return str(next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)))
+
+
+@pytest.mark.parametrize("optimizer", OPT_STATE_PATHS)
+def test_a_checkpoint_of_a_dict_state_restores(tmp_path, optimizer):
+    """Its record names `kind` where a config now has `task`, and lacks the provenance."""
+    config = tiny_config()
+    config.optimizer.name, config.ema_decay = optimizer, 0.9
+    config.trainable = ((r"projector/.*", 1.0), (r".*", 0.0))
+    config = config_lib.resolve(config)
+    program = program_lib.build(config, mesh_lib.build_mesh(config.mesh, jax.devices()[:1]))
+    state, _ = program.initial_state()
+    counters = {name: np.int32(number) for number, name in enumerate(("taken", "skipped", "skipped_in_row"))}
+    old = {
+        "step": np.int32(7),
+        "rng": state.rng,
+        "trainable": {path: leaf + 1 for path, leaf in state.trainable.items()},
+        "frozen": state.frozen,
+        "opt_state": jax.tree.map(lambda leaf: leaf + 2, state.opt_state),
+        "guard": {"norms": np.arange(config.skip.window, dtype=np.float32), **counters},
+        "ema": {path: leaf + 3 for path, leaf in state.ema.items()},
+    }
+    paths = {
+        name: ["/".join(map(key_name, keys)) for keys, _ in jax.tree_util.tree_flatten_with_path(part)[0]]
+        for name, part in program.state.to_tree().items()
+    }
+    assert set(paths) == set(old)
+    assert paths["opt_state"] == [*OPT_STATE_PATHS[optimizer], "3/count"]
+    assert paths["trainable"] == paths["ema"] == _PROJECTOR
+    assert paths["guard"] == ["norms", "skipped", "skipped_in_row", "taken"]
+
+    record = config.to_dict()
+    record["kind"] = record.pop("task")
+    saved = run_checkpoints.RunCheckpoints(tmp_path)
+    saved.save(
+        7, jax.tree.map(jnp.asarray, old), {"0": {"next": 5}}, {"config": record, "clock": {"tokens": 9}}
+    )
+    saved.wait()
+    loader = Loader()
+    start, restored, clock, origin = train._restore(
+        program, run_checkpoints.RunCheckpoints(tmp_path), loader, tmp_path
+    )
+    assert (start, clock.tokens, loader.state) == (7, 9, {"0": {"next": 5}})
+    assert origin == config.init.to_dict()
+    for name, part in old.items():
+        for want, got in zip(jax.tree.leaves(part), jax.tree.leaves(restored.to_tree()[name]), strict=True):
+            np.testing.assert_array_equal(got, want, err_msg=name)
+
+
+class Loader:
+    """Keeps the state that a run restores."""
+
+    state = None
+
+    def set_state(self, state):
+        self.state = state

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from tests.training.helpers import Run, packed_batch, pair_batch, tiled_batch, tiny_config
-from vilam3_jax.config import MESH_AXES
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import param_paths, vila
+from vilam3_jax.models import build, param_paths
 from vilam3_jax.runtime import compat
 from vilam3_jax.sharding import mesh as mesh_lib
-from vilam3_jax.training import step as step_lib
+from vilam3_jax.sharding.mesh import MESH_AXES
+from vilam3_jax.tasks import TASKS
 
 SLOW = pytest.mark.slow  # the other members of a family
 
@@ -36,11 +36,11 @@ def test_sharded_equals_unsharded_for_ten_steps(kind, axes):
     for config in configs:
         config.model.llm.lora_rank, config.model.llm.lora_targets = 4, ("q", "v", "o", "up", "down")
     whole, split = Run(configs[0], one_device()), Run(configs[1])
-    for path, leaf in split.state["trainable"].items():
-        np.testing.assert_array_equal(leaf, whole.state["trainable"][path], err_msg=path)
+    for path, leaf in split.state.trainable.items():
+        np.testing.assert_array_equal(leaf, whole.state.trainable[path], err_msg=path)
         if leaf.size >= 2048:
             assert len({str(s.index) for s in leaf.addressable_shards}) > 1, f"{path} is not split"
-    moments = [x for x in jax.tree.leaves(split.state["opt_state"]) if x.size >= 2048]
+    moments = [x for x in jax.tree.leaves(split.state.opt_state) if x.size >= 2048]
     assert moments and all(not m.sharding.is_fully_replicated for m in moments)
     for index in range(10):
         batch = make(index)
@@ -85,7 +85,7 @@ def test_a_tower_has_rules_of_its_own(kind, queries):
         np.testing.assert_allclose(split["loss"], whole["loss"], rtol=1e-5)
         np.testing.assert_allclose(split["grad_norm"], whole["grad_norm"], rtol=1e-4)
     if kind == "generative":
-        heads, text = config.model.llm.num_heads, many._compiled.as_text()
+        heads, text = config.model.llm.num_heads, many.text()
         row = f"{make(0).tokens.shape[1]},{{}},{config.model.llm.head_dim}]"
         assert re.search(rf"\[\d+,{row.format(heads // 2)}", text)
         assert not re.search(rf"\[\d+,{row.format(heads)}", text)
@@ -126,11 +126,11 @@ def test_rows_over_devices_equal_one_device(axes, attention):
         whole, split = one.step(packed_batch(index)), many.step(packed_batch(index))
         np.testing.assert_allclose(split["loss"], whole["loss"], rtol=1e-5)
         np.testing.assert_allclose(split["grad_norm"], whole["grad_norm"], rtol=1e-4)
-    for path, leaf in many.state["trainable"].items():
+    for path, leaf in many.state.trainable.items():
         if not path.endswith("attn/k/bias"):  # as below, of two scales
-            np.testing.assert_allclose(leaf, one.state["trainable"][path], atol=2e-5, err_msg=path)
+            np.testing.assert_allclose(leaf, one.state.trainable[path], atol=2e-5, err_msg=path)
     moved = "all-to-all" if attention == "auto" else "collective-permute"
-    assert moved in many._compiled.as_text()
+    assert moved in many.text()
 
 
 @pytest.mark.parametrize("slots", [pytest.param(4, marks=SLOW), 3])
@@ -145,7 +145,7 @@ def test_images_are_split_over_the_devices_of_a_row(slots):
         np.testing.assert_allclose(split["grad_norm"], whole["grad_norm"], rtol=1e-4)
     tower = config.model.vision_tower
     patches = (tower.image_size // tower.patch_size) ** 2
-    text = many._compiled.as_text()
+    text = many.text()
     assert f"f32[2,{patches},{tower.mlp_dim}]" in text
     assert f"f32[{slots},{patches},{tower.mlp_dim}]" not in text
 
@@ -171,8 +171,8 @@ def test_other_families_sharded_equal_one_device(axes):
     for index in range(5):
         batch = packed_batch(index)
         np.testing.assert_allclose(many.step(batch)["loss"], one.step(batch)["loss"], rtol=1e-5)
-    for path, leaf in many.state["trainable"].items():
-        np.testing.assert_allclose(leaf, one.state["trainable"][path], atol=2e-5, err_msg=path)
+    for path, leaf in many.state.trainable.items():
+        np.testing.assert_allclose(leaf, one.state.trainable[path], atol=2e-5, err_msg=path)
 
 
 def two_scales(**mesh_axes):
@@ -190,21 +190,21 @@ def test_two_scales_sharded_equal_one_device(mode, last):
     for config in configs:
         config.model.image_aspect_ratio = mode
     one, many = Run(configs[0], one_device()), Run(configs[1])
-    before = np.asarray(one.state["trainable"]["vision_tower/patch_embed/kernel"])
+    before = np.asarray(one.state.trainable["vision_tower/patch_embed/kernel"])
     for index in range(5):
         batch = packed_batch(index, side=64) if mode == "resize" else tiled_batch(index)
         np.testing.assert_allclose(many.step(batch)["loss"], one.step(batch)["loss"], rtol=1e-5)
-    for path, leaf in many.state["trainable"].items():
+    for path, leaf in many.state.trainable.items():
         # What all keys share leaves a softmax as it is: such a gradient is rounding, which AdamW magnifies.
         if not path.endswith("attn/k/bias"):
-            np.testing.assert_allclose(leaf, one.state["trainable"][path], atol=2e-5, err_msg=path)
-    assert np.abs(one.state["trainable"]["vision_tower/patch_embed/kernel"] - before).max() > 1e-4
+            np.testing.assert_allclose(leaf, one.state.trainable[path], atol=2e-5, err_msg=path)
+    assert np.abs(one.state.trainable["vision_tower/patch_embed/kernel"] - before).max() > 1e-4
 
 
 def test_activations_are_split_inside_the_step():
     run = Run(tiny_config(fsdp=4, tensor=2))
     run.step(packed_batch(0))
-    text = run._compiled.as_text()
+    text = run.text()
     rows, length = packed_batch(0).tokens.shape
     mlp = run.config.model.llm.mlp_dim
     assert f"f32[{rows // 4},{length},{mlp // 2}]" in text, (
@@ -232,9 +232,9 @@ def test_accumulation_equals_one_large_batch():
         whole, split = one.step(batch), four.step(batch)
         for key in ("loss", "grad_norm", "skipped"):
             np.testing.assert_allclose(split[key], whole[key], rtol=1e-5, err_msg=key)
-    for path, average in four.state["ema"].items():
-        assert average.sharding == four.state["trainable"][path].sharding
-        np.testing.assert_allclose(average, one.state["ema"][path], atol=2e-5, err_msg=path)
+    for path, average in four.state.ema.items():
+        assert average.sharding == four.state.trainable[path].sharding
+        np.testing.assert_allclose(average, one.state.ema[path], atol=2e-5, err_msg=path)
 
 
 def test_accumulation_keeps_groups_of_rows_whole():
@@ -250,17 +250,15 @@ def test_frozen_parameters_do_not_move_and_have_no_optimizer_state():
     config = tiny_config(fsdp=4, tensor=2)
     config.trainable = ((r"projector/.*", 1.0), (r".*", 0.0))
     run = Run(config)
-    before = {
-        path: np.asarray(leaf) for path, leaf in {**run.state["frozen"], **run.state["trainable"]}.items()
-    }
+    before = {path: np.asarray(leaf) for path, leaf in run.state.all_params().items()}
     run.step(packed_batch(0))
     run.step(packed_batch(1))
-    assert set(run.state["trainable"]) == {path for path in before if path.startswith("projector/")}
-    for path, leaf in run.state["frozen"].items():
+    assert set(run.state.trainable) == {path for path in before if path.startswith("projector/")}
+    for path, leaf in run.state.frozen.items():
         np.testing.assert_array_equal(leaf, before[path], err_msg=path)
-    assert all(np.any(np.asarray(leaf) != before[path]) for path, leaf in run.state["trainable"].items())
-    trained = sum(leaf.size for leaf in run.state["trainable"].values())
-    held = sum(leaf.size for leaf in jax.tree.leaves(run.state["opt_state"]))
+    assert all(np.any(np.asarray(leaf) != before[path]) for path, leaf in run.state.trainable.items())
+    trained = sum(leaf.size for leaf in run.state.trainable.values())
+    held = sum(leaf.size for leaf in jax.tree.leaves(run.state.opt_state))
     assert held <= 2 * trained + 8
 
 
@@ -272,14 +270,11 @@ def test_a_group_multiplier_scales_its_update():
     moved = []
     for config in (slow, fast):
         run = Run(config, one_device())
-        start = {path: np.asarray(leaf) for path, leaf in run.state["trainable"].items()}
+        start = {path: np.asarray(leaf) for path, leaf in run.state.trainable.items()}
         run.step(packed_batch(0))
         run.step(packed_batch(0))
         moved.append(
-            {
-                path: np.abs(np.asarray(leaf) - start[path]).max()
-                for path, leaf in run.state["trainable"].items()
-            }
+            {path: np.abs(np.asarray(leaf) - start[path]).max() for path, leaf in run.state.trainable.items()}
         )
     for path in moved[0]:
         assert moved[0][path] == pytest.approx(0.25 * moved[1][path], rel=0.05)
@@ -289,13 +284,16 @@ def test_the_loss_is_the_token_mean_over_the_global_batch():
     config = tiny_config()
     graphdef, _ = build.abstract_model(config.model, "generative")
     params = param_paths.flatten(build.init_params(config.model, "generative", jax.random.key(0)))
-    loss = step_lib.make_loss(config, graphdef)
+
+    def loss(batch):
+        return TASKS["generative"].loss(build.merge(graphdef, param_paths.unflatten(params)), batch, 16)
+
     batch = jax.tree.map(jnp.asarray, packed_batch(3))
-    total, sums = loss(params, batch)
+    whole = loss(batch)
     halves = [jax.tree.map(lambda x, part=part: x[part], batch) for part in (slice(0, 4), slice(4, 8))]
-    parts = [loss(params, half) for half in halves]
-    np.testing.assert_allclose(total, parts[0][0] + parts[1][0], rtol=1e-5)
-    assert float(sums["weight"]) == sum(float(part[1]["weight"]) for part in parts)
+    parts = [loss(half) for half in halves]
+    np.testing.assert_allclose(whole.loss, parts[0].loss + parts[1].loss, rtol=1e-5)
+    assert float(whole.weight) == sum(float(part.weight) for part in parts)
 
 
 @pytest.mark.parametrize(
@@ -317,13 +315,13 @@ def test_an_odd_vocabulary_and_fsdp_in_two_axes_equal_one_device(axes, line, tie
     one = Run(configs[0], one_device())
     monkeypatch.setattr(mesh_lib, "_line", lambda fsdp, devices: line)
     many = Run(configs[1])
-    table = many.state["trainable"]["llm/embed/embedding"].sharding.spec
+    table = many.state.trainable["llm/embed/embedding"].sharding.spec
     assert table[0] is None and "tensor" in table[1]  # split over the width, by both
     for index in range(5):
         batch = packed_batch(index)
         np.testing.assert_allclose(many.step(batch)["loss"], one.step(batch)["loss"], rtol=1e-5)
-    for path, leaf in many.state["trainable"].items():
-        np.testing.assert_allclose(leaf, one.state["trainable"][path], atol=2e-5, err_msg=path)
+    for path, leaf in many.state.trainable.items():
+        np.testing.assert_allclose(leaf, one.state.trainable[path], atol=2e-5, err_msg=path)
 
 
 @pytest.mark.parametrize("axes", [dict(fsdp=8), pytest.param(dict(data=2, fsdp=4), marks=SLOW)])
@@ -331,7 +329,7 @@ def test_weights_are_gathered_and_gradients_scattered(axes):
     config = tiny_config(**axes)
     run = Run(config)
     run.step(packed_batch(0))
-    text = run._compiled.as_text()
+    text = run.text()
     llm = config.model.llm
     whole = f"[{llm.hidden_size},{llm.mlp_dim}]"
     reduced = [line for line in text.splitlines() if " all-reduce(" in line and whole in line]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from functools import cache
+import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tests.training.helpers import tiny_config
 from vilam3_jax import config as config_lib
 from vilam3_jax.checkpoints import run_checkpoints
-from vilam3_jax.config import MESH_AXES
-from vilam3_jax.data.batches import PairBatch
+from vilam3_jax.data.batches import PackedBatch
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import compat
+from vilam3_jax.sharding.mesh import MESH_AXES
+from vilam3_jax.tasks import TASKS
+from vilam3_jax.tasks.task import LossSums
 from vilam3_jax.training import optimizer as optimizer_lib
-from vilam3_jax.training import state as state_lib
 from vilam3_jax.training import step as step_lib
 from vilam3_jax.training import step_guard
+from vilam3_jax.training.optimizer import LrGroup
+from vilam3_jax.training.train_state import TrainState
 
 KERNEL, BIAS, FROZEN = "projector/fc1/kernel", "projector/fc1/bias", "llm/scale"
 
@@ -34,31 +37,44 @@ def config_of(**changes):
     config.update_from_flattened_dict(
         {"ema_decay": 0.8, "optimizer.weight_decay": 0.1, "skip.window": 4, "skip.spike": 5.0, **changes}
     )
-    config_lib.check(config)
-    return config
+    return config_lib.resolve(config)
 
 
 def regression(params, batch):
     """Weighted squares of a linear model; `weights` play the part of supervised tokens."""
-    y, weights = batch.text_tokens[:, :4], batch.text_tokens[:, 4]
+    y, weights = batch.tokens, batch.loss_weights[:, 0]
     error = (batch.images * params[FROZEN] @ params[KERNEL] + params[BIAS] - y) ** 2
-    total = (error.sum(axis=1) * weights).sum()
-    return total, {"weight": weights.sum(), "correct": jnp.zeros(())}
+    return LossSums((error.sum(axis=1) * weights).sum(), weights.sum(), jnp.zeros(()))
 
 
 def batch_of(seed, scale=1.0):
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(16, 8)).astype(np.float32), rng.normal(size=(16, 4)).astype(np.float32)
     weights = rng.integers(0, 4, (16, 1)).astype(np.float32)
-    return PairBatch(x * np.float32(scale), np.hstack([y, weights]), np.ones((16, 1), bool))
+    ids, valid = np.ones((16, 1), np.int32), np.ones((16, 1), bool)
+    return PackedBatch(y, ids, ids, weights, ids, x * np.float32(scale), valid)
 
 
-@cache
-def optimizer_and_step(settings):
-    config = config_lib.ConfigDict(json.loads(settings))
-    optimizer = optimizer_lib.make_optimizer(config, dict.fromkeys((KERNEL, BIAS), 1.0))
-    schedule = optimizer_lib.learning_rate(config)
-    return optimizer, jax.jit(step_lib.make_train_step(config, regression, optimizer, schedule))
+_made = {}
+
+
+def optimizer_and_step(config):
+    """Compiled once for each config."""
+    if (key := config.to_json()) not in _made:
+        schedule = optimizer_lib.learning_rate(config.schedule, config.num_steps)
+        groups = dict.fromkeys((KERNEL, BIAS), LrGroup())
+        optimizer = optimizer_lib.make_optimizer(config.optimizer, schedule, groups)
+        step = step_lib.make_train_step(
+            regression,
+            partial(TASKS["generative"].work, config.model),
+            optimizer,
+            schedule,
+            config.skip,
+            grad_accum=config.grad_accum,
+            ema_decay=config.ema_decay,
+        )
+        _made[key] = optimizer, jax.jit(step)
+    return _made[key]
 
 
 class Toy:
@@ -73,18 +89,19 @@ class Toy:
             KERNEL: jax.device_put(jnp.asarray(kernel, config.model.param_dtype), split),
             BIAS: jax.device_put(jnp.zeros(4, config.model.param_dtype), whole),
         }
-        optimizer, self._step = optimizer_and_step(config_lib.to_json(config))
+        optimizer, self._step = optimizer_and_step(config)
         rest = {
             "step": jnp.zeros((), jnp.int32),
+            "rng": jax.random.key_data(jax.random.key(0)),
             "frozen": {FROZEN: jnp.ones(())},
-            "guard": step_guard.fresh(config),
+            "guard": step_guard.fresh(config.skip),
         }
-        self.state = {
+        self.state = TrainState(
             **jax.device_put(rest, whole),
-            "trainable": trainable,
-            "opt_state": jax.device_put(optimizer.init(trainable), whole),
-            "ema": jax.tree.map(lambda x: jnp.copy(x).astype(jnp.float32), trainable),
-        }
+            trainable=trainable,
+            opt_state=jax.device_put(optimizer.init(trainable), whole),
+            ema=jax.tree.map(lambda x: jnp.copy(x).astype(jnp.float32), trainable),
+        )
 
     def step(self, batch):
         rows = NamedSharding(self.mesh, PartitionSpec("fsdp"))
@@ -95,7 +112,8 @@ class Toy:
 
 def learned(toy):
     """All that a skipped step must leave as it is."""
-    return jax.tree.map(np.asarray, {k: toy.state[k] for k in ("trainable", "opt_state", "ema", "frozen")})
+    kept = ("trainable", "opt_state", "ema", "frozen")
+    return jax.tree.map(np.asarray, {name: getattr(toy.state, name) for name in kept})
 
 
 def assert_equal(one, two, **tolerance):
@@ -108,7 +126,7 @@ def assert_equal(one, two, **tolerance):
 def poisoned(value, row=5):
     batch = batch_of(99)
     batch.images[row] = value
-    batch.text_tokens[row, 4] = 1
+    batch.loss_weights[row] = 1
     return batch
 
 
@@ -125,7 +143,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(bad, accumulated, devices):
     metrics = with_bad.step(poisoned(bad))
     assert_equal(learned(with_bad), before)
     assert (metrics["skipped"], metrics["skipped_in_row"]) == (1, 1)
-    assert int(with_bad.state["step"]) == 4
+    assert int(with_bad.state.step) == 4
     for index in range(3, 6):
         assert with_bad.step(batch_of(index)) == without.step(batch_of(index)) | {"skipped": 1.0}
     assert_equal(learned(with_bad), learned(without))
@@ -137,7 +155,7 @@ def test_spikes_are_skipped_once_there_is_a_median_and_not_remembered():
     assert toy.step(batch_of(0, scale=100))["skipped"] == 0  # the window is not full
     for index in range(1, 5):
         toy.step(batch_of(index))
-    norms = np.asarray(toy.state["guard"]["norms"])
+    norms = np.asarray(toy.state.guard.norms)
     np.testing.assert_allclose(
         sorted(norms), sorted(row["grad_norm"] for row in toy.log[1:]), rtol=1e-6
     )  # the first fell out
@@ -147,7 +165,7 @@ def test_spikes_are_skipped_once_there_is_a_median_and_not_remembered():
         assert spike["grad_norm"] > 5 * usual
         assert (spike["skipped"], spike["skipped_in_row"]) == (count, count)
     assert_equal(learned(toy), before)
-    np.testing.assert_array_equal(toy.state["guard"]["norms"], norms)
+    np.testing.assert_array_equal(toy.state.guard.norms, norms)
     after = toy.step(batch_of(6))
     assert after["grad_norm"] < 5 * usual and (after["skipped"], after["skipped_in_row"]) == (3, 0)
 
@@ -162,9 +180,9 @@ def test_without_a_factor_spikes_pass():
 def test_the_limit_ends_the_run():
     toy = Toy(config_of(**{"skip.limit": 3}))
     for index in range(2):
-        step_guard.check_limit(toy.config, index, toy.step(poisoned(np.nan)))
+        step_guard.check_limit(toy.config.skip, index, toy.step(poisoned(np.nan)))
     with pytest.raises(UserError, match=r"step 7: the last 3 steps were skipped.*norm nan.*skip.limit"):
-        step_guard.check_limit(toy.config, 7, toy.step(poisoned(np.nan)))
+        step_guard.check_limit(toy.config.skip, 7, toy.step(poisoned(np.nan)))
 
 
 @pytest.mark.parametrize("bad", [None, np.nan, 40.0])
@@ -185,7 +203,7 @@ def test_the_average_equals_pytorch(param_dtype):
     toy = Toy(config_of(**{"model.param_dtype": param_dtype}))
 
     def theirs():
-        weights = np.asarray(toy.state["trainable"][KERNEL], np.float32)
+        weights = np.asarray(toy.state.trainable[KERNEL], np.float32)
         with torch.no_grad():
             module.weight.copy_(torch.from_numpy(weights))
 
@@ -199,26 +217,26 @@ def test_the_average_equals_pytorch(param_dtype):
         theirs()
         average.update_parameters(module)
     want = average.module.weight.detach().numpy()
-    assert toy.state["ema"][KERNEL].dtype == jnp.float32
-    np.testing.assert_allclose(toy.state["ema"][KERNEL], want, atol=1e-6)
-    assert np.abs(want - np.asarray(toy.state["trainable"][KERNEL], np.float32)).max() > 1e-3
+    assert toy.state.ema[KERNEL].dtype == jnp.float32
+    np.testing.assert_allclose(toy.state.ema[KERNEL], want, atol=1e-6)
+    assert np.abs(want - np.asarray(toy.state.trainable[KERNEL], np.float32)).max() > 1e-3
 
 
 def test_the_average_is_what_is_evaluated_and_exported():
     toy = Toy(config_of(), 8)
     for index in range(5):
         toy.step(batch_of(index))
-    params = state_lib.model_params(toy.state)
+    params = toy.state.params()
     assert set(params) == {KERNEL, BIAS, FROZEN}
-    np.testing.assert_array_equal(params[KERNEL], toy.state["ema"][KERNEL])
-    assert toy.state["ema"][KERNEL].sharding == toy.state["trainable"][KERNEL].sharding
-    evaluate = step_lib.make_eval_step(config_of(), regression)
+    np.testing.assert_array_equal(params[KERNEL], toy.state.ema[KERNEL])
+    assert toy.state.ema[KERNEL].sharding == toy.state.trainable[KERNEL].sharding
+    evaluate = step_lib.make_eval_step(regression, grad_accum=1)
     held_out = batch_of(50)
-    averaged, want = evaluate(toy.state, held_out)["loss"], regression(params, held_out)[0]
+    averaged, want = evaluate(toy.state, held_out).loss, regression(params, held_out).loss
     np.testing.assert_allclose(averaged, want, rtol=1e-6)
-    del toy.state["ema"]
-    assert abs(evaluate(toy.state, held_out)["loss"] - averaged) > 1e-3
-    np.testing.assert_array_equal(state_lib.model_params(toy.state)[KERNEL], toy.state["trainable"][KERNEL])
+    plain = dataclasses.replace(toy.state, ema=None)
+    assert abs(evaluate(plain, held_out).loss - averaged) > 1e-3
+    np.testing.assert_array_equal(plain.params()[KERNEL], plain.trainable[KERNEL])
 
 
 def test_resumed_equals_uninterrupted_with_average_and_counters(tmp_path):
@@ -232,13 +250,15 @@ def test_resumed_equals_uninterrupted_with_average_and_counters(tmp_path):
     for batch in batches[:5]:
         first.step(batch)
     saved = run_checkpoints.RunCheckpoints(tmp_path)
-    saved.save(5, first.state, {}, {})
+    saved.save(5, first.state.to_tree(), {}, {})
     saved.wait()
     resumed = Toy(config_of(), 8)
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), resumed.state
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), resumed.state.to_tree()
     )
-    resumed.state = run_checkpoints.RunCheckpoints(tmp_path).restore(abstract).state
+    restored = run_checkpoints.RunCheckpoints(tmp_path).restore(abstract)
+    assert restored is not None
+    resumed.state = TrainState.from_tree(restored.state)
     for batch in batches[5:]:
         resumed.step(batch)
     assert str(resumed.log) == str(whole.log[5:])  # nan is nan there

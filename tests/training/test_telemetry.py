@@ -1,5 +1,6 @@
 """Figures of the loop: what they say when device or loader are slow, and that they do not hold it up."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -11,13 +12,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from vilam3_jax.configs import models
 
 from vilam3_jax import config as config_lib
 from vilam3_jax.errors import UserError
-from vilam3_jax.training import chips, flops, measures, telemetry, writers
+from vilam3_jax.models import model_config
+from vilam3_jax.sharding import mesh as mesh_lib
+from vilam3_jax.tasks import TASKS
+from vilam3_jax.tasks.task import Work
+from vilam3_jax.training import chips, flops, telemetry, writers
+from vilam3_jax.training import program as program_lib
+from vilam3_jax.training import step as step_lib
 from vilam3_jax.training.watchdog import Watchdog
 
 from . import helpers
+
+_programs = {}
+
+
+def program_of(config):
+    """A program that is built once; with the settings of `config` that the build does not read."""
+    config = config_lib.resolve(config)
+    if config.trainable not in _programs:
+        mesh = mesh_lib.build_mesh(config.mesh, jax.devices()[:1])
+        _programs[config.trainable] = program_lib.build(config, mesh)
+    return dataclasses.replace(_programs[config.trainable], config=config)
+
+
+def work_of(batch, task="generative"):
+    return TASKS[task].work(model_config.resolve(models.get("tiny")), batch)
 
 
 class Device:
@@ -28,7 +51,7 @@ class Device:
 
     def run(self, step, batch):
         self._free = max(self._free, time.perf_counter()) + self.seconds
-        counts = vars(flops.batch_work(batch))
+        counts = {name: float(value) for name, value in work_of(batch)._asdict().items()}
         return {
             name: Later(value, self._free)
             for name, value in {
@@ -77,11 +100,12 @@ def follow(tmp_path, steps, device, *, load=0.0, config=None, start=0, clock=Non
     """Runs a loop as `train` does; returns the logged rows and the clock."""
     config = config or helpers.tiny_config()
     config.num_steps = steps
+    config.trainable = ((r"llm/.*", 1.0), (r"projector/.*", 0.5), (r"vision_tower/.*", 0.0))
+    program = program_of(config)
     batch = helpers.packed_batch(0)
-    rates = {"llm/a": 1.0, "projector/b": 0.5, "vision_tower/c": 0.0}
     clock = clock or telemetry.Clock()
     with telemetry.Telemetry(
-        config, tmp_path, start, clock, rates, started=time.time(), last=steps, quiet=True
+        program, tmp_path, start, clock, started=time.time(), last=steps, quiet=True
     ) as monitor:
         for step in range(start + 1, steps + 1):
             with monitor.input():
@@ -137,7 +161,7 @@ def test_input_that_is_hidden_behind_the_device_is_no_wait(tmp_path):
 def test_what_is_no_step_is_left_out_of_the_speed_and_logged(tmp_path):
     def pause(monitor, step):
         if step == 3:
-            with monitor.aside("checkpoint_stall"):
+            with monitor.pause("checkpoint_stall"):
                 time.sleep(2.0)
 
     rows, clock = follow(tmp_path, 6, Device(0.5), each=pause)
@@ -208,7 +232,7 @@ def test_learning_rates_by_group(tmp_path):
     assert rows[0]["learning_rate/llm"] == 0.5 and rows[0]["learning_rate/projector"] == 0.25
     assert "learning_rate/vision_tower" not in rows[0]
     rates = {"llm/x/lora_a": 1.0, "llm/norm": 0.1, "llm/kernel": 0.0, "projector/k": 3.0}
-    assert telemetry.learning_rate_groups(rates) == {"llm_x0.1": 0.1, "llm_x1": 1.0, "projector": 3.0}
+    assert telemetry.lr_by_group(rates) == {"llm_x0.1": 0.1, "llm_x1": 1.0, "projector": 3.0}
 
 
 def test_packing_efficiency_of_every_step(tmp_path):
@@ -218,26 +242,32 @@ def test_packing_efficiency_of_every_step(tmp_path):
     assert rows[0]["image_fill"] == 1.0
 
 
-@pytest.mark.parametrize("kind", ["generative", "contrastive"])
-def test_work_counted_on_the_device_is_that_of_the_accounting(kind):
-    batch = helpers.packed_batch(3) if kind == "generative" else helpers.pair_batch(3)
-    if kind == "generative":
+@pytest.mark.parametrize("task", ["generative", "contrastive"])
+def test_work_counted_on_the_device_is_that_of_the_accounting(task):
+    if task == "generative":
+        batch = helpers.packed_batch(3)
         batch.image_valid[0, 1] = False
+        lengths = np.asarray([[(row == n).sum() for n in (1, 2)] for row in batch.segment_ids])
+        want = Work(lengths.sum(), (batch.loss_weights != 0).sum(), 15, (lengths**2).sum() / 2)
     else:
+        batch = helpers.pair_batch(3)
         batch.text_valid[2] = False
-    counted = {name: float(value) for name, value in jax.jit(measures.batch_counts)(batch).items()}
-    assert counted == vars(flops.batch_work(batch))
+        lengths = batch.text_valid.sum(axis=1)
+        want = Work(lengths.sum(), 0, 7, (lengths**2).sum())
+    counted = jax.jit(lambda batch: work_of(batch, task))(batch)
+    assert tuple(map(float, counted)) == want
 
 
 def test_mfu_is_the_share_of_the_peak_and_absent_on_a_cpu(monkeypatch):
-    config = helpers.tiny_config()
-    work = flops.batch_work(helpers.packed_batch(0))
-    needed = flops.model_flops(config).of(work)
-    speed = telemetry.Speed(config).of(work, 2.0)
+    program = program_of(helpers.tiny_config())
+    work = Work(*map(float, work_of(helpers.packed_batch(0))))
+    per_unit = flops.model_flops(program.task, program.config.model, program.shapes, program.lr_multipliers)
+    needed = flops.step_flops(per_unit, work)
+    speed = telemetry.Speed(program).of(work, 2.0)
     assert set(speed) == {"tflops_per_device"}
     assert speed["tflops_per_device"] == pytest.approx(needed / 2 / jax.device_count() / 1e12)
     monkeypatch.setattr(telemetry.chips, "of_kind", lambda kind: chips.CHIPS["tpu7x"])
-    found = telemetry.Speed(config).of(work, 2.0)
+    found = telemetry.Speed(program).of(work, 2.0)
     assert found["mfu"] == pytest.approx(needed / 2 / jax.device_count() / (2307e12 / 2))
 
 
@@ -247,7 +277,7 @@ def test_norms_of_components_add_up():
         path: jnp.asarray(rng.normal(size=(3, 5)), jnp.float32)
         for path in ("llm/a", "llm/b/c", "projector/k", "vision_tower/k")
     }
-    norms = measures.component_norms(grads)
+    norms = step_lib.component_norms(grads)
     assert set(norms) == {"grad_norm/llm", "grad_norm/projector", "grad_norm/vision_tower"}
     whole = np.concatenate([np.asarray(grads["llm/a"]).ravel(), np.asarray(grads["llm/b/c"]).ravel()])
     np.testing.assert_allclose(norms["grad_norm/llm"], np.linalg.norm(whole), rtol=1e-6)
@@ -260,7 +290,7 @@ def test_norms_of_components_add_up():
 # --- the watchdog
 
 
-def test_a_stall_leaves_the_stacks_of_all_threads_and_goes_on(tmp_path, capfd):
+def test_a_stall_leaves_the_stacks_of_all_threads_and_goes_on(tmp_path, caplog):
     watchdog = Watchdog(tmp_path, 0.4)
     for _ in range(4):
         time.sleep(0.2)
@@ -275,19 +305,19 @@ def test_a_stall_leaves_the_stacks_of_all_threads_and_goes_on(tmp_path, capfd):
     said = file.read_text()
     assert ("a_function_that_hangs" in said and "vilam3-watchdog" in said) or "_watch" in said
     assert said.count("no step for") == 1
-    assert str(file) in capfd.readouterr().err
+    assert str(file) in caplog.text
     watchdog.beat()
     time.sleep(0.1)
     watchdog.close()
     assert file.exists()
 
 
-def test_a_stall_before_the_first_step_is_said_too(tmp_path, capfd):
+def test_a_stall_before_the_first_step_is_said_too(tmp_path, caplog):
     watchdog = Watchdog(tmp_path, 0.2)
     time.sleep(1.0)
     watchdog.close()
     assert (tmp_path / "stacks-0.txt").read_text().count("no step for") == 1
-    assert "no step for" in capfd.readouterr().err
+    assert "no step for" in caplog.text
 
 
 def test_a_run_without_a_stall_leaves_no_file(tmp_path):
@@ -341,13 +371,13 @@ def test_traces_of_the_steps_that_the_config_names_and_on_a_signal(tmp_path):
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
-def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
     (tmp_path / "profile").touch()
     config = helpers.tiny_config()
     config.telemetry.profile_steps = (2, 3)
     rows, _ = follow(tmp_path, 4, Device(0.01), config=config)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert f"{tmp_path / 'profile'}: no trace (" in capsys.readouterr().err
+    assert f"{tmp_path / 'profile'}: no trace (" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.training.helpers import tiny_config
+from vilam3_jax import config as config_lib
 from vilam3_jax import train
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import workdir
@@ -33,12 +34,13 @@ def holder(tmp_path):
         process.kill()
 
 
-def test_a_second_run_is_refused_and_the_first_is_named(tmp_path, holder, monkeypatch, capfd):
+def test_a_second_run_is_refused_and_the_first_is_named(tmp_path, holder, monkeypatch, caplog):
     monkeypatch.setattr(workdir, "WAIT_SECONDS", 0.5)
+    caplog.set_level("INFO", logger="vilam3_jax")
     refused = pytest.raises(UserError, match=f"process {holder.pid} of .* runs here")
     with refused as told, workdir.claimed(tmp_path):
         raise AssertionError("two runs in one folder")
-    assert str(tmp_path) in str(told.value) and "waiting for its end" in capfd.readouterr().err
+    assert str(tmp_path) in str(told.value) and "waiting for its end" in caplog.text
     with workdir.claimed(tmp_path / "other"):
         pass
 
@@ -66,7 +68,7 @@ def test_training_claims_its_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(workdir, "WAIT_SECONDS", 0.5)
     refused = pytest.raises(UserError, match=f"process {os.getpid()} of .* runs here")
     with workdir.claimed(tmp_path), refused:
-        train.train(tiny_config(), tmp_path)
+        train.train(config_lib.resolve(tiny_config()), tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == [workdir.CLAIM_FILE]
 
 

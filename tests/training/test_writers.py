@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from vilam3_jax import config as config_lib
 from vilam3_jax.errors import UserError
 from vilam3_jax.training import writers
 
@@ -20,7 +21,7 @@ def config_with(*names, **settings):
     config = helpers.tiny_config()
     config.name = "stage3_instruct"
     config.telemetry.update(dict(writers=names, **settings))
-    return config
+    return config_lib.resolve(config)
 
 
 def write_steps(config, workdir, start, last, offset=0.0):
@@ -225,9 +226,9 @@ def test_lines_in_an_object_store_that_cannot_append(bucket, monkeypatch):
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
 def test_a_missing_package_is_named_with_its_extra(name, monkeypatch):
     monkeypatch.setattr(writers.importlib.util, "find_spec", lambda _: None)
-    writers.check(config_with())
+    writers.check(config_with().telemetry)
     with pytest.raises(UserError, match=rf"'{name}'.*pip install -e '\.\[{name}\]'"):
-        writers.check(config_with(name))
+        writers.check(config_with(name).telemetry)
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])

@@ -13,6 +13,7 @@ import numpy as np
 from vilam3_jax.configs import models
 
 from vilam3_jax import config as config_lib
+from vilam3_jax.data.batch_formats import FORMATS
 from vilam3_jax.data.batches import arrays
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, RequestImage, Turn
 from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment
@@ -120,7 +121,9 @@ def config(root: Path, mixture: tuple = (("films", 1.0),), **data) -> ml_collect
     cfg = config_lib.base_config()
     cfg.model = models.get("tiny")
     cfg.model.cards = "quickstart"
-    cfg.model.image_size = 8
+    # Images of 8 x 8 pixels that take 4 tokens, as those of 32 x 32 do.
+    cfg.model.image_size = cfg.model.vision_tower.image_size = 8
+    cfg.model.vision_tower.patch_size = 2
     cfg.data.path = str(root)
     cfg.data.mixture = mixture
     cfg.data.update(
@@ -130,11 +133,20 @@ def config(root: Path, mixture: tuple = (("films", 1.0),), **data) -> ml_collect
 
 
 def build(cfg, split="train", **settings):
-    return build_loader(cfg, split, tokens_per_image=TOKENS_PER_IMAGE, tokenizer=tokenizer(), **settings)
+    run = config_lib.resolve(cfg)
+    settings = dict(seed=run.seed, tokenizer=tokenizer()) | settings
+    return build_loader(run.data, run.model, FORMATS[run.task], split, **settings)
 
 
 def take(loader, count):
     return list(itertools.islice(loader, count))
+
+
+def batches_of(cfg, count, *split, **settings):
+    loader = build(cfg, *split, **settings)
+    batches = take(loader, count)
+    loader.close()
+    return batches
 
 
 def same(left, right) -> bool:

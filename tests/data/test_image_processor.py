@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ml_collections import ConfigDict
 from PIL import Image
 
 from vilam3_jax.data.examples import Turn
@@ -16,12 +15,18 @@ from vilam3_jax.data.image_processor import image_processor
 from vilam3_jax.data.images import resize
 from vilam3_jax.data.templates import Encoded
 from vilam3_jax.errors import UserError
+from vilam3_jax.models import model_config
 
 RNG = np.random.default_rng(0)
 
 
+def model(**keys):
+    sizes = dict(image_size=16, patch_size=8, hidden_size=8, num_layers=1, num_heads=1, mlp_dim=8)
+    return model_config.resolve({"vision_tower": {"type": "siglip", **sizes}, **keys})
+
+
 def processor(**keys):
-    return image_processor(ConfigDict(dict(image_size=16, vision_tower=dict(type="siglip"), **keys)))
+    return image_processor(model(**keys))
 
 
 def picture(height, width):
@@ -47,8 +52,7 @@ def test_pad_keeps_the_shape_and_centres(shape):
 
 def test_several_scales_take_the_largest():
     assert processor(s2_scales=(16, 32)).size == 32
-    model = ConfigDict(dict(image_size=16, vision_tower=dict(type="siglip"), s2_scales=(16, 32)))
-    assert image_processor(model, pairs=True).size == 16
+    assert image_processor(model(s2_scales=(16, 32)), pairs=True).size == 16
 
 
 def dynamic(most=12):
@@ -180,7 +184,7 @@ def test_dynamic_s2_maps_tiles_and_merges_rows():
         (dict(s2_scales=(16, 16_000)), "1000 times the tower's 16 pixels, 1000000 tiles"),
         (dict(image_aspect_ratio="dynamic", max_tiles=0), "max_tiles=0: must be 1 to 64"),
         (dict(image_aspect_ratio="dynamic", max_tiles=65), "max_tiles=65: must be 1 to 64"),
-        (dict(image_aspect_ratio="dynamic", max_tiles=2.5), "max_tiles=2.5: must be 1 to 64"),
+        (dict(image_aspect_ratio="dynamic", max_tiles=2.5), "max_tiles=2.5: must be of type int"),
         (dict(image_aspect_ratio="dynamic_s2"), r"s2_scales is empty.*\(16, 32, 48\)"),
         (
             dict(image_aspect_ratio="dynamic_s2", s2_scales=(16, 32, 48), max_tiles=8),

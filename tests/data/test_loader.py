@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import errno
-import functools
 import json
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import pytest
 from data_worlds import (
     TOKENS_PER_IMAGE,
     annotate,
+    batches_of,
     build,
     config,
     ct_annotation,
@@ -33,25 +33,17 @@ from data_worlds import (
     write,
 )
 
-from vilam3_jax.data import sample_reader, shards
-from vilam3_jax.data.batches import ROW_FIELDS, PackedBatch, PairBatch, arrays, join
+from vilam3_jax.data import batch_formats, shards
+from vilam3_jax.data.batches import SEQUENCE_FIELDS, PackedBatch, PairBatch, arrays, join
 from vilam3_jax.data.examples import Example, ImageRef, Turn
 from vilam3_jax.data.experts.store import Annotation
-from vilam3_jax.data.loader import build_loader
 from vilam3_jax.data.stream import dealt_position
 from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.errors import StoppingError, UnavailableError, UserError
 from vilam3_jax.runtime import paths
 
-KEYS = {
-    "tokens",
-    "segment_ids",
-    "positions",
-    "loss_weights",
-    "images",
-    "image_valid",
-    "visual_index",
-}
+KEYS = {"tokens", "segment_ids", "positions", "loss_weights", "images", "image_valid", "visual_index"}
+STATE_KEYS = {"next", "pending", "groups", "order", "tokenizer", "annotations", "pictures"}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +67,7 @@ def test_batch_contract(root) -> None:
     (batch,) = take(loader, 1)
     loader.close()
     assert isinstance(batch, PackedBatch) and arrays(batch).keys() == KEYS
-    assert all(arrays(batch)[name].shape == (8, 96) for name in ROW_FIELDS)
+    assert all(arrays(batch)[name].shape == (8, 96) for name in SEQUENCE_FIELDS)
     assert batch.images.shape == (4, 4, 8, 8, 3) and batch.images.dtype == np.uint8
     assert batch.image_valid.shape == (4, 4) and batch.loss_weights.dtype == np.float32
     assert batch.visual_index.max() < 4 * TOKENS_PER_IMAGE
@@ -87,9 +79,7 @@ def test_text_rules_of_the_model_are_kept(root) -> None:
     def after_images(rule: str) -> set[str]:
         cfg = config(root)
         cfg.model.text.bos = rule
-        loader = build(cfg)
-        (batch,) = take(loader, 1)
-        loader.close()
+        (batch,) = batches_of(cfg, 1)
         tokens, visual = batch.tokens.ravel(), batch.visual_index.ravel()
         ends = np.flatnonzero((visual[:-1] >= 0) & (visual[1:] < 0)) + 1
         return {tokenizer().decode([token]) for token in tokens[ends]}
@@ -104,9 +94,7 @@ def test_text_rules_of_the_model_are_kept(root) -> None:
 @pytest.mark.parametrize("cut", [1, 5])
 def test_resume_is_bitwise(root, shards: int, cut: int) -> None:
     cfg = config(root, (("films", 2.0), ("reports", 1.0)), loader_shards=shards)
-    loader = build(cfg)
-    whole = take(loader, 9)
-    loader.close()
+    whole = batches_of(cfg, 9)
     first = build(cfg)
     begun = take(first, cut)
     state = json.loads(json.dumps(first.get_state()))
@@ -117,15 +105,7 @@ def test_resume_is_bitwise(root, shards: int, cut: int) -> None:
     assert resumed.get_state() == state
     assert same(take(resumed, 9 - cut), whole[cut:])
     resumed.close()
-    assert set(state) == {str(s) for s in range(shards)} and state["0"].keys() == {
-        "next",
-        "pending",
-        "groups",
-        "order",
-        "tokenizer",
-        "annotations",
-        "pictures",
-    }
+    assert set(state) == {str(s) for s in range(shards)} and state["0"].keys() == STATE_KEYS
 
 
 def test_a_state_is_of_its_tokenizer(root, tmp_path) -> None:
@@ -136,12 +116,11 @@ def test_a_state_is_of_its_tokenizer(root, tmp_path) -> None:
     settings = json.loads((tmp_path / "tokenizer.json").read_text())
     settings["model"]["merges"].pop()
     (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
-    build_with = functools.partial(build_loader, config(root), "train", tokens_per_image=TOKENS_PER_IMAGE)
-    same_one = build_with(tokenizer=tokenizer())
+    same_one = build(config(root))
     same_one.set_state(state)
     same_one.set_state({n: {k: v for k, v in of.items() if k != "tokenizer"} for n, of in state.items()})
     same_one.close()
-    other = build_with(tokenizer=load_tokenizer(tmp_path))
+    other = build(config(root), tokenizer=load_tokenizer(tmp_path))
     with pytest.raises(UserError, match=r"of another tokenizer; set model\.tokenizer"):
         other.set_state(state)
     other.close()
@@ -226,9 +205,7 @@ def test_seed_changes_the_order(root) -> None:
     batches = []
     for seed in (0, 0, 1):
         cfg.seed = seed
-        loader = build(cfg)
-        batches.append(take(loader, 1))
-        loader.close()
+        batches.append(batches_of(cfg, 1))
     assert same(batches[0], batches[1]) and not same(batches[0], batches[2])
 
 
@@ -246,9 +223,7 @@ def test_held_out_order_mixes_patients_and_does_not_depend_on_the_seed(root) -> 
 
 def test_augment_changes_training_pictures_only_and_resumes(root) -> None:
     cfg = config(root, (("films", 1.0),))
-    plain = build(cfg)
-    clean = take(plain, 4)
-    plain.close()
+    clean = batches_of(cfg, 4)
     cfg.data.augment = True
     loader = build(cfg)
     altered = take(loader, 2)
@@ -261,10 +236,8 @@ def test_augment_changes_training_pictures_only_and_resumes(root) -> None:
     again.set_state(state)
     assert same(take(again, 2), altered[2:])
     again.close()
-    held = [build(c, "heldout") for c in (cfg, config(root, (("films", 1.0),)))]
-    assert same(take(held[0], 1), take(held[1], 1))
-    for loader in held:
-        loader.close()
+    held = [batches_of(c, 1, "heldout") for c in (cfg, config(root, (("films", 1.0),)))]
+    assert same(*held)
 
 
 def test_state_of_other_data_is_refused(root) -> None:
@@ -287,14 +260,15 @@ def test_state_of_other_data_is_refused(root) -> None:
 @pytest.mark.parametrize("kind", ["generative", "contrastive"])
 @pytest.mark.parametrize("shards,units", [(4, 8), (8, 4), (4, 4), (1, 4), (6, 4)])
 def test_parts_of_a_batch_are_those_of_the_whole(root, kind, shards, units) -> None:
-    cfg = config(root, (("pairs" if kind == "contrastive" else "films", 1.0),), kind=kind)
+    cfg = config(root, (("pairs" if kind == "contrastive" else "films", 1.0),))
+    cfg.task = kind
     cfg.data.loader_shards, cfg.data.global_pairs = shards, units
     cfg.data.global_rows = units * cfg.data.rows_per_group
     whole = build(cfg)
     batches = take(whole, 4)
     # Two processes take halves, three any devices; an uneven part needs a shard that another needs too.
     for parts in ([range(units // 2), range(units // 2, units)], [(3, 0), (1,), (2, *range(4, units))]):
-        loaders = [build(cfg, held=part) for part in parts]
+        loaders = [build(cfg, local_units=part) for part in parts]
         taken = [take(loader, 2) for loader in loaders]
         states: dict[str, Any] = {}
         for part, loader, own in zip(parts, loaders, taken, strict=True):
@@ -316,7 +290,7 @@ def test_parts_of_a_batch_are_those_of_the_whole(root, kind, shards, units) -> N
 def test_a_process_reads_only_its_shards(root) -> None:
     cfg = config(root, (("films", 1.0),), global_rows=8)
     cfg.data.loader_shards = 8 // cfg.data.rows_per_group
-    halves = [build(cfg, held=part) for part in np.split(np.arange(cfg.data.loader_shards), 2)]
+    halves = [build(cfg, local_units=part) for part in np.split(np.arange(cfg.data.loader_shards), 2)]
     for number, loader in enumerate(halves):
         take(loader, 2)
         assert len(loader.get_state()) == cfg.data.loader_shards // 2
@@ -336,7 +310,7 @@ def test_heldout_is_one_pass_each_time(root, shards) -> None:
     assert {b.tokens.shape for b in first} == {(4, 96)}
     assert loader.stats.samples == 22
     units = 4 // cfg.data.rows_per_group
-    halves = [build(cfg, "heldout", held=part) for part in np.split(np.arange(units), 2)]
+    halves = [build(cfg, "heldout", local_units=part) for part in np.split(np.arange(units), 2)]
     parts = [list(half) for half in halves]
     for number, batch in enumerate(first):
         # A process may be through its records before another is.
@@ -471,7 +445,7 @@ def test_an_image_that_cannot_be_read_now_is_not_put_aside(tmp_path, monkeypatch
 
 
 def test_records_that_the_program_fails_on_are_put_aside_by_type(root, monkeypatch) -> None:
-    whole = sample_reader.encode_example
+    whole = batch_formats.encode_example
 
     def fail_on(often: int):
         def encode(tokenizer, template, form, turns, tokens):
@@ -481,14 +455,12 @@ def test_records_that_the_program_fails_on_are_put_aside_by_type(root, monkeypat
 
         return encode
 
-    monkeypatch.setattr(sample_reader, "encode_example", fail_on(3))
+    monkeypatch.setattr(batch_formats, "encode_example", fail_on(3))
     loader = build(config(root))
     take(loader, 3)
     loader.close()
-    assert {reason for _, reason in loader.stats.skipped} == {
-        "a value in it is none that the program can use (TypeError)"
-    }
-    monkeypatch.setattr(sample_reader, "encode_example", fail_on(1))
+    assert {reason for _, reason in loader.stats.skipped} == {"a value in it cannot be used (TypeError)"}
+    monkeypatch.setattr(batch_formats, "encode_example", fail_on(1))
     loader = build(config(root))
     with pytest.raises(UserError, match=r"no usable record of films in 37 tried; .*\(TypeError\)"):
         take(loader, 1)
@@ -500,7 +472,7 @@ def test_what_is_no_fault_of_a_record_ends_the_run(root, monkeypatch, error) -> 
     def fail(*args):
         raise error("now")
 
-    monkeypatch.setattr(sample_reader, "encode_example", fail)
+    monkeypatch.setattr(batch_formats, "encode_example", fail)
     loader = build(config(root))
     with pytest.raises(error, match="now"):
         take(loader, 1)
@@ -525,15 +497,13 @@ def test_stats_and_fill(root) -> None:
     real = sum(int((b.segment_ids > 0).sum()) for b in batches)
     assert loader.stats.tokens == real and loader.stats.batches == 6
     assert loader.stats.images == sum(int(b.image_valid.sum()) for b in batches)
-    assert loader.stats.token_fill == real / (6 * 8 * 96) > 0.9
+    assert real / (6 * 8 * 96) > 0.9
 
 
 def test_pairs(root) -> None:
     cfg = config(root, (("pairs", 1.0),), global_pairs=8, text_len=16)
-    cfg.kind = "contrastive"
-    loader = build(cfg)
-    whole = take(loader, 4)
-    loader.close()
+    cfg.task = "contrastive"
+    whole = batches_of(cfg, 4)
     first = build(cfg)
     take(first, 2)
     second = build(cfg)
@@ -587,14 +557,14 @@ def test_user_errors_name_the_key(root, tmp_path) -> None:
     with pytest.raises(UserError, match="the model 10"):
         build(small)
     with pytest.raises(UserError, match=r"model\.tokenizer is empty"):
-        build_loader(config(root), "train", tokens_per_image=4)
+        build(config(root), tokenizer=None)
 
 
 def test_resume_in_a_new_process(root, tmp_path) -> None:
     cfg = config(root)
     tokenizer().save(tmp_path / "tok")
     cfg.model.tokenizer = str(tmp_path / "tok")
-    loader = build_loader(cfg, "train", tokens_per_image=TOKENS_PER_IMAGE)
+    loader = build(cfg, tokenizer=None)
     take(loader, 2)
     state = loader.get_state()
     expected = take(loader, 1)[0]
@@ -604,11 +574,12 @@ def test_resume_in_a_new_process(root, tmp_path) -> None:
     (tmp_path / "cfg.json").write_text(cfg.to_json())
     code = (
         "import json, sys, numpy, ml_collections\n"
+        "sys.path.insert(0, sys.argv[2])\n"
+        "from data_worlds import build\n"
         "from vilam3_jax.data.batches import arrays\n"
-        "from vilam3_jax.data.loader import build_loader\n"
         "folder = sys.argv[1]\n"
         "cfg = ml_collections.ConfigDict(json.load(open(folder + '/cfg.json')))\n"
-        f"loader = build_loader(cfg, 'train', tokens_per_image={TOKENS_PER_IMAGE})\n"
+        "loader = build(cfg, tokenizer=None)\n"
         "loader.set_state(json.load(open(folder + '/state.json')))\n"
         "batch = arrays(next(iter(loader))); loader.close()\n"
         "expected = numpy.load(folder + '/expected.npz')\n"
@@ -616,7 +587,7 @@ def test_resume_in_a_new_process(root, tmp_path) -> None:
         "print('same')\n"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
+        [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -135,7 +135,7 @@ def test_too_many_tiles_for_a_group_are_refused(root) -> None:
 
 def test_pairs_are_never_cut(root) -> None:
     cfg = tiled(config(root, (("pairs", 1.0),), global_pairs=8), 12)
-    cfg.kind = "contrastive"
+    cfg.task = "contrastive"
     loader = build(cfg)
     (batch,) = take(loader, 1)
     loader.close()

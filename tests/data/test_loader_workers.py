@@ -53,7 +53,7 @@ def root(tmp_path_factory):
 def config_of(root, kind="generative", **data):
     if kind == "contrastive":
         cfg = config(root, (("pairs", 1.0),), global_pairs=8, loader_shards=4, **data)
-        cfg.kind = kind
+        cfg.task = kind
         return cfg
     mixture = (("films", 1.0), ("reports", 1.0), ("slices", 2.0))
     return config(
@@ -107,7 +107,7 @@ def test_a_run_goes_on_with_other_hosts_and_workers(root) -> None:
     assert same(begun, whole[:2])
     parts, joined = [range(3), range(3, 6)], {}
     for part in parts:
-        batches, place, _ = run(config_of(root, global_rows=12, workers=2), 2, state, held=part)
+        batches, place, _ = run(config_of(root, global_rows=12, workers=2), 2, state, local_units=part)
         joined |= place
         rows = slice(part[0] * 2, part[-1] * 2 + 2)
         for batch, expected in zip(batches, whole[2:4], strict=True):
@@ -194,7 +194,7 @@ def by_path(folder, names, kind="conversation"):
 def test_a_state_is_of_the_pictures_behind_its_paths(tmp_path, kind, change) -> None:
     file = by_path(tmp_path / "films", ["a.png"], kind) / "a.png"
     cfg = config(tmp_path, global_pairs=4)
-    cfg.kind = "contrastive" if kind == "pair" else cfg.kind
+    cfg.task = "contrastive" if kind == "pair" else cfg.task
     _, state, _ = run(cfg, 2)
     assert all(value["pictures"] for value in state.values())
     assert "a.png" not in json.dumps(state)  # paths may name patients
@@ -207,9 +207,9 @@ def test_a_state_is_of_the_pictures_behind_its_paths(tmp_path, kind, change) -> 
         loader.set_state(state)
         take(loader, 1)
     else:
-        reason = "is another picture since the data state was saved; restore"
+        reason = "has changed since the data state was saved; restore"
         if change == "gone":
-            reason = "(is gone since the data state was saved; restore|no such file.*restore the data)"
+            reason = "(is missing since the data state was saved; restore|no such file.*restore the data)"
         with pytest.raises(UserError, match=rf"a\.png: {reason}"):
             loader.set_state(state)
     loader.close()
@@ -225,7 +225,7 @@ def test_a_state_names_the_one_picture_that_changed(tmp_path) -> None:
     record = loader.samples.address(state["0"]["pending"][0])[1]
     assert state["0"]["pending"][0] in bound
     (folder / names[record]).write_bytes(picture(99))
-    with pytest.raises(UserError, match=rf"films/{record}\.png: is another picture"):
+    with pytest.raises(UserError, match=rf"films/{record}\.png: has changed"):
         loader.set_state(state)
     # States of before name no pictures.
     loader.set_state({n: {k: v for k, v in of.items() if k != "pictures"} for n, of in state.items()})

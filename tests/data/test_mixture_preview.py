@@ -58,7 +58,7 @@ def test_epochs_shares_and_tokens(world, capsys) -> None:
     assert films[9:] == ["1.00", "0%"] and reports[9:] == ["0.00", "0%"]
     assert float(films[8][:-1]) + float(reports[8][:-1]) == pytest.approx(100, abs=0.11)
     assert float(films[6]) / float(reports[6]) == pytest.approx(2 / 1.5, rel=0.01)
-    assert "a pass: 90 samples, about" in out and "experts speak in 0% of them" in out
+    assert "a pass: 90 samples, about" in out and "0% of the samples with expert results" in out
     assert "epochs and samples of a pass are exact" in out
 
 
@@ -76,7 +76,7 @@ def test_experts_and_missing_annotations(world, capsys) -> None:
         world, capsys, '(("films",1),("reports",1))', f"--config.data.annotations={world / 'said'}",
         "--config.data.experts=on", "--samples=30",
     )  # fmt: skip
-    assert cells(out, "films")[10] == "50%" and "experts speak in 30% of them" in out
+    assert cells(out, "films")[10] == "50%" and "30% of the samples with expert results" in out
     assert "films: 15 requests of 30 samples have no annotation" in out
 
 

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vilam3_jax.configs import models
 
 from vilam3_jax.data.image_processor import image_processor
 from vilam3_jax.data.intensity import CT_WINDOWS
 from vilam3_jax.data.preprocessing import Preprocessing, preset_windows
 from vilam3_jax.data.volumes import Volume
 from vilam3_jax.errors import UserError
+from vilam3_jax.models import model_config
 
 RAMP = np.arange(-1024, 1024, dtype=np.int16).reshape(1, 1, 2048).repeat(2, axis=0).transpose(2, 0, 1)
 
@@ -131,14 +133,12 @@ def test_json_round_trip(preset, percentiles, modalities):
 
 
 def test_model_configs_carry_it_and_presets_are_swapped_in():
-    from vilam3_jax.configs import models
-
     plain = models.get("tiny")
-    assert image_processor(plain).preprocessing == Preprocessing()
-    rgb = models.get("tiny,windows=medgemma")
+    assert image_processor(model_config.resolve(plain)).preprocessing == Preprocessing()
+    rgb = model_config.resolve(models.get("tiny,windows=medgemma"))
     assert image_processor(rgb).preprocessing.ct_windows == CT_WINDOWS["medgemma"]
     assert image_processor(rgb, pairs=True).preprocessing.ct_windows == CT_WINDOWS["medgemma"]
     with pytest.raises(UserError, match="presets are bone, brain, lung, medgemma, soft_tissue"):
         models.get("tiny,windows=liver")
     del plain["preprocessing"]  # an older export
-    assert image_processor(plain).preprocessing == Preprocessing()
+    assert image_processor(model_config.resolve(plain)).preprocessing == Preprocessing()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_worlds import config, film, report, tokenizer, write
+from data_worlds import build, config, film, report, tokenizer, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -102,7 +102,7 @@ def test_data_stats_names_the_group_sizes(tmp_path, capsys) -> None:
     ]
     assert data_main.main(argv) == 0
     out = capsys.readouterr().out
-    assert "400 samples, 0 refused" in out
+    assert "400 samples, 0 skipped" in out
     assert re.search(r"images of a sample: 0\.[45]\d on average; 0: \d+\.\d%, 1: \d+\.\d%\n", out), out
     assert "now:" in out and "take:" in out and "data.images_per_group=" in out
     with pytest.raises(UserError, match="pairs are not packed"):
@@ -110,7 +110,6 @@ def test_data_stats_names_the_group_sizes(tmp_path, capsys) -> None:
 
 
 def test_sizes_are_found_without_reading_an_image(tmp_path, monkeypatch) -> None:
-    from vilam3_jax.data import loader as loader_lib
     from vilam3_jax.data.render import ImageReader
 
     def refuse(*_):
@@ -119,7 +118,7 @@ def test_sizes_are_found_without_reading_an_image(tmp_path, monkeypatch) -> None
     monkeypatch.setattr(ImageReader, "read", refuse)
     rng = np.random.default_rng(0)
     write(tmp_path / "films", [film(i, rng) for i in range(10)])
-    loader = loader_lib.build_loader(config(tmp_path), "train", tokens_per_image=4, tokenizer=tokenizer())
+    loader = build(config(tmp_path))
     sizes = loader.sizes(20)
     loader.close()
     assert [len(shard) for shard in sizes] == [20] and all(images == 1 for _, images in sizes[0])

@@ -1,6 +1,6 @@
-"""From samples to batches: packed rows (generative) or pairs of image and text (contrastive).
+"""Batch formats: packed rows (generative) or pairs of image and text (contrastive).
 
-A *unit* is what a loader shard contributes to a batch: a group of packed rows, or a pair.
+A *unit* is the part of a batch from one loader shard: a group of packed rows, or a pair.
 """
 
 from __future__ import annotations
@@ -21,58 +21,52 @@ from vilam3_jax.data.templates import Encoded, Template, TokenizerLike, encode_c
 from vilam3_jax.errors import UserError
 
 Rows = list[list[Sample]]
+Pull = Callable[[], Sample | None]
 Grids = Sequence[tuple[int, int]]
 
 
 class BatchFormat(Protocol):
-    """How a task's batches are made.
+    """How samples of a task become batches.
 
     Attributes:
-      batch_type: class of the batches.
       has_dialogues: whether samples are dialogues, with experts and several images.
+      vocabulary: section of the model whose `vocab_size` bounds the tokens.
       processor: of images.
       shape: of a unit.
       units: of the global batch.
     """
 
-    batch_type: ClassVar[type[Batch]]
     has_dialogues: ClassVar[bool]
+    vocabulary: ClassVar[str]
     processor: ImageProcessor
     shape: GroupShape
     units: int
 
     def __init__(self, data: DataConfig, model: Any, pad_id: int = 0) -> None: ...
 
-    @staticmethod
-    def vocab_size(model: Any) -> int:
-        """Size of the vocabulary that reads the tokens."""
-        ...
-
     def encode(
         self, tokenizer: TokenizerLike, template: Template, example: Example, outline: Outline, grids: Grids
     ) -> Encoded:
-        """Tokens of a sample whose images have these tile grids."""
+        """Tokens of a sample with the tile grids of its images."""
         ...
 
-    def next_unit(
-        self, pending: Sequence[Sample], pull: Callable[[], Sample | None]
-    ) -> tuple[Rows, list[Sample]]:
-        """The samples of the next unit, and those left waiting; no samples at the end of the stream."""
+    def next_unit(self, pending: Sequence[Sample], pull: Pull) -> tuple[Rows, list[Sample]]:
+        """The samples of the next unit, none at the end of the stream, and those left in the queue."""
         ...
 
     def assemble(self, rows: Sequence[Sequence[Sample]]) -> Any:
-        """The batch of one unit; without samples, an empty one."""
+        """The batch of one unit; empty without samples."""
         ...
 
 
 class PackedRows:
     """Dialogues, captions and documents, packed into rows that share image slots."""
 
-    batch_type: ClassVar[type[Batch]] = PackedBatch
     has_dialogues: ClassVar[bool] = True
+    vocabulary: ClassVar[str] = "llm"
 
     def __init__(self, data: DataConfig, model: Any, pad_id: int = 0) -> None:
-        """Reads sizes.
+        """Reads the sizes.
 
         Args:
           data: section `data` of the config.
@@ -101,7 +95,7 @@ class PackedRows:
         if inputs > max(data.images_per_group, 1):
             raise UserError(
                 f"config data.images_per_group={data.images_per_group}, but an image may take {inputs} "
-                f"inputs ({self.processor.max_tiles} tiles and a thumbnail); raise it or lower "
+                f"inputs ({self.processor.max_tiles} tiles and a thumbnail); raise it, or lower "
                 "model.max_tiles"
             )
         if inputs > 1 and markers * tokens > data.seq_len:
@@ -110,39 +104,28 @@ class PackedRows:
                 f"{markers * tokens} tokens; raise it or lower model.max_tiles"
             )
 
-    @staticmethod
-    def vocab_size(model: Any) -> int:
-        """See `BatchFormat`."""
-        return model.llm.vocab_size
-
     def encode(
         self, tokenizer: TokenizerLike, template: Template, example: Example, outline: Outline, grids: Grids
     ) -> Encoded:
-        """See `BatchFormat`."""
         turns = self.processor.expand(outline.turns, grids)
         tokens = self.shape.tokens_per_image
         encoded = encode_example(tokenizer, template, example.format, turns, tokens)
         return self.processor.merge(encoded, grids, tokens)
 
-    def next_unit(
-        self, pending: Sequence[Sample], pull: Callable[[], Sample | None]
-    ) -> tuple[Rows, list[Sample]]:
-        """See `BatchFormat`."""
+    def next_unit(self, pending: Sequence[Sample], pull: Pull) -> tuple[Rows, list[Sample]]:
         return packing.next_group(self.shape, pending, pull)
 
     def assemble(self, rows: Sequence[Sequence[Sample]]) -> PackedBatch:
-        """See `BatchFormat`."""
         return packing.assemble_group(self.shape, rows or [[]] * self.shape.rows)
 
 
 class Pairs:
     """One image with one caption in every row."""
 
-    batch_type: ClassVar[type[Batch]] = PairBatch
     has_dialogues: ClassVar[bool] = False
+    vocabulary: ClassVar[str] = "text_tower"
 
     def __init__(self, data: DataConfig, model: Any, pad_id: int = 0) -> None:
-        """Reads sizes; see `PackedRows`."""
         self.processor = image_processor(model, pairs=True)
         self.units = data.global_pairs
         self.shape = GroupShape(
@@ -154,26 +137,16 @@ class Pairs:
             pad_id=pad_id,
         )
 
-    @staticmethod
-    def vocab_size(model: Any) -> int:
-        """See `BatchFormat`."""
-        return model.text_tower.vocab_size
-
     def encode(
         self, tokenizer: TokenizerLike, template: Template, example: Example, outline: Outline, grids: Grids
     ) -> Encoded:
-        """See `BatchFormat`."""
         return encode_caption(tokenizer, stream.pair_caption(example), self.shape.seq_len)
 
-    def next_unit(
-        self, pending: Sequence[Sample], pull: Callable[[], Sample | None]
-    ) -> tuple[Rows, list[Sample]]:
-        """See `BatchFormat`."""
+    def next_unit(self, pending: Sequence[Sample], pull: Pull) -> tuple[Rows, list[Sample]]:
         sample = pull()
         return ([] if sample is None else [[sample]]), []
 
     def assemble(self, rows: Sequence[Sequence[Sample]]) -> PairBatch:
-        """See `BatchFormat`."""
         size, length = self.shape.image_size, self.shape.seq_len
         batch = PairBatch(
             images=np.zeros((1, size, size, 3), np.uint8),
@@ -192,11 +165,7 @@ FORMATS: dict[str, type[BatchFormat]] = {"generative": PackedRows, "contrastive"
 
 
 def batch_shapes(batch_format: BatchFormat) -> Batch:
-    """The global batch without its values.
-
-    Returns:
-      Arrays of the right shapes and dtypes that share one element, so they take no memory.
-    """
+    """The global batch with broadcast zeros as arrays, which take no memory."""
 
     def broadcast(_: str, value: np.ndarray) -> np.ndarray:
         shape = (batch_format.units * value.shape[0], *value.shape[1:])

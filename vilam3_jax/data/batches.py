@@ -1,7 +1,4 @@
-"""The batches that a loader yields, as typed groups of NumPy arrays.
-
-This module knows only NumPy; `training/device_put.py` makes pytrees of the classes.
-"""
+"""Batches of a loader, as dataclasses of NumPy arrays; `tasks/task.py` registers them as pytrees."""
 
 from __future__ import annotations
 

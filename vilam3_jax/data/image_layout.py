@@ -19,8 +19,8 @@ class ImageLayout:
     Attributes:
       mode: one of `IMAGE_MODES`.
       tile_size: S, side in pixels of an input of the vision tower.
-      scales: sides at which an image is encoded (S2); empty for once, at S.
-      max_tiles: most tiles of an image ('dynamic', 'dynamic_s2'), without its thumbnail or lower scales.
+      scales: sides at which an image is encoded (S2); empty for S alone.
+      max_tiles: maximum tiles of an image ('dynamic', 'dynamic_s2'), without thumbnail or lower scales.
     """
 
     mode: str
@@ -36,7 +36,7 @@ class ImageLayout:
 
     @property
     def feature_maps(self) -> int:
-        """How many of the tower's feature maps are concatenated before the projector."""
+        """Number of feature maps of the tower that are concatenated before the projector."""
         return max(len(self.scales), 1)
 
 
@@ -44,7 +44,7 @@ def image_layout(model: Any) -> ImageLayout:
     """Reads `image_size`, `image_aspect_ratio`, `s2_scales` and `max_tiles` of a `config.model`.
 
     Raises:
-      UserError: an unknown mode, an absurd number of tiles, or scales that do not fit the tower or the mode.
+      UserError: an unknown mode, too many tiles, or scales that do not fit the tower or the mode.
     """
     mode, size, scales = model.image_aspect_ratio, int(model.image_size), tuple(model.s2_scales)
     if mode not in IMAGE_MODES:
@@ -69,7 +69,7 @@ def image_layout(model: Any) -> ImageLayout:
     if 1 < tiles < least:
         raise UserError(
             f"config model.max_tiles={tiles}: the last of s2_scales={scales} alone has {least} tiles; set it "
-            f"to {least} or more, or to 1 for no tiles"
+            f"to {least} or more, or to 1 to disable tiles"
         )
     return ImageLayout(mode, size, scales, tiles)
 

@@ -1,4 +1,4 @@
-"""From a picture to the inputs of the vision tower, as `config.model.image_aspect_ratio` says."""
+"""From an image to the inputs of the vision tower, as set by `config.model.image_aspect_ratio`."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ Grid = tuple[int, int]  # rows, columns
 
 @dataclasses.dataclass(frozen=True)
 class ImageProcessor:
-    """One model's way of preparing pictures; made by `image_processor`.
+    """Turns images into inputs of a model; made by `image_processor`.
 
-    An `ImageReader` reads a picture by `kept_size` and `preprocessing`, experts draw on that, `inputs` makes
-    of it what the model takes, and `expand` and `merge` make room for that in the text.
+    An `ImageReader` reads an image by `kept_size` and `preprocessing`, and experts draw on it. `inputs` makes
+    the inputs of the tower; `expand` and `merge` adapt the text to their number.
 
     Attributes:
-      mode: one of `config.IMAGE_MODES`.
+      mode: one of `image_layout.IMAGE_MODES`.
       size: S, side of an input in pixels.
-      background: RGB around a picture that is no square ('pad').
-      max_tiles: most tiles of a picture ('dynamic', 'dynamic_s2').
-      sides: tiles along a side of each scale ('dynamic_s2'); the last says the fewest tiles of a grid.
-      preprocessing: how scans become pictures before any of this.
+      background: RGB of the padding of images that are not square ('pad').
+      max_tiles: maximum tiles of an image ('dynamic', 'dynamic_s2').
+      sides: tiles along a side of each scale ('dynamic_s2'); a grid has at least the tiles of the last scale.
+      preprocessing: from volumes to images, before all other steps.
     """
 
     mode: str
@@ -46,16 +46,16 @@ class ImageProcessor:
 
     @property
     def max_inputs(self) -> int:
-        """Most inputs of one picture."""
+        """Maximum inputs of an image."""
         return self._count((1, self.max_tiles))
 
     @property
     def max_markers(self) -> int:
-        """Most inputs of one picture that stand in the text."""
+        """Maximum markers of an image in the text."""
         return self._markers((1, self.max_tiles))
 
     def _count(self, grid: Grid) -> int:
-        """Inputs of a picture: its tiles and, where there are several, the whole of it in small."""
+        """Inputs of an image: its tiles and, if there are several, its thumbnail or lower scales."""
         tiles = grid[0] * grid[1]
         lower = sum(side * side for side in self.sides[:-1]) if self.sides else 1
         return 1 if tiles == 1 else tiles + lower
@@ -65,18 +65,18 @@ class ImageProcessor:
 
     @property
     def kept_size(self) -> int | None:
-        """Side to which a picture is scaled at once; None where its own shape still matters."""
+        """Side to which an image is resized when read; None if later steps depend on its shape."""
         return self.size if self.mode == "resize" else None
 
-    def grid(self, picture: np.ndarray) -> Grid:
-        """The tiles of a picture, uint8 [H, W, 3]; see `grid_of`."""
-        return self.grid_of(picture.shape[:2])
+    def grid(self, image: np.ndarray) -> Grid:
+        """The tile grid of an image, uint8 [H, W, 3]; see `grid_of`."""
+        return self.grid_of(image.shape[:2])
 
     def grid_of(self, shape: tuple[int, int]) -> Grid:
-        """The tiles of a picture of shape (H, W): of all grids that are allowed, the one nearest in shape.
+        """The tile grid of an image of shape (H, W), the allowed grid with the nearest aspect ratio.
 
-        Among grids of one shape the larger is taken if the picture has more than half its pixels (the rule
-        of InternVL and NVILA).
+        Of grids with equal aspect ratio, the larger is taken if the image has more than half its pixels, as
+        in InternVL and NVILA.
         """
         height, width = shape
         best, best_distance = (1, 1), float("inf")
@@ -88,49 +88,45 @@ class ImageProcessor:
                 best, best_distance = (rows, columns), distance
         return best
 
-    def inputs(self, picture: np.ndarray, grid: Grid | None = None) -> tuple[np.ndarray, ...]:
+    def inputs(self, image: np.ndarray, grid: Grid | None = None) -> tuple[np.ndarray, ...]:
         """Uint8 [H, W, 3] -> uint8 [S, S, 3] each.
 
-        Tiles run row by row. After those of 'dynamic' comes the whole picture in small; before those of
-        'dynamic_s2' come the tiles of the lower scales.
-
-        Args:
-          picture: of any size.
-          grid: cuts it in another grid than its own, for a picture that takes the place of another.
+        Tiles are in row-major order. 'dynamic' appends a thumbnail; 'dynamic_s2' puts the tiles of the lower
+        scales first. An image that replaces another one is cut by the `grid` of that one.
         """
         if self.mode == "pad":
-            picture = pad_to_square(picture, self.background)
-        rows, columns = self.grid(picture) if grid is None else grid
-        whole = resize(picture, self.size)
+            image = pad_to_square(image, self.background)
+        rows, columns = self.grid(image) if grid is None else grid
+        thumbnail = resize(image, self.size)
         if rows * columns == 1:
-            return (whole,)
-        tiles = _cut(picture, rows, columns, self.size)
+            return (thumbnail,)
+        tiles = _cut(image, rows, columns, self.size)
         if not self.sides:
-            return (*tiles, whole)
-        lower = (tile for side in self.sides[:-1] for tile in _cut(picture, side, side, self.size))
+            return (*tiles, thumbnail)
+        lower = (tile for side in self.sides[:-1] for tile in _cut(image, side, side, self.size))
         return (*lower, *tiles)
 
     def expand(self, turns: Sequence[Turn], grids: Sequence[Grid]) -> list[Turn]:
-        """Turns with as many markers as a picture needs; those of one tile keep theirs.
+        """Repeats the marker of every image for its tiles.
 
-        In 'dynamic' every input has a marker and a line of its own. In 'dynamic_s2' the tiles of the last
-        scale have one each, without anything between, so that the picture's tokens are in one piece.
+        'dynamic' has a marker and a line per input. 'dynamic_s2' has adjacent markers for the tiles of the
+        last scale, so that the tokens of an image are contiguous.
 
         Args:
-          turns: with one `<image>` for each picture.
-          grids: of the pictures, in order.
+          turns: with one `<image>` per image.
+          grids: of the images, in order.
 
         Raises:
-          ValueError: the numbers of markers and pictures differ.
+          ValueError: the numbers of markers and images differ.
         """
-        waiting = iter(grids)
+        remaining = iter(grids)
         out = []
         for turn in turns:
             pieces = re.split(f"({IMAGE_MARKER}\n?)", turn.text)
             for place in range(1, len(pieces), 2):
-                grid = next(waiting, None)
+                grid = next(remaining, None)
                 if grid is None:
-                    raise ValueError(f"more markers than the {len(grids)} pictures")
+                    raise ValueError(f"more markers than the {len(grids)} images")
                 if self._count(grid) == 1:
                     continue
                 if self.sides:
@@ -138,21 +134,21 @@ class ImageProcessor:
                 else:
                     pieces[place] = f"{IMAGE_MARKER}\n" * self._count(grid)
             out.append(dataclasses.replace(turn, text="".join(pieces)))
-        if next(waiting, None) is not None:
-            raise ValueError(f"fewer markers than the {len(grids)} pictures")
+        if next(remaining, None) is not None:
+            raise ValueError(f"fewer markers than the {len(grids)} images")
         return out
 
     def merge(self, encoded: Encoded, grids: Sequence[Grid], tokens_per_input: int) -> Encoded:
-        """Lets the tokens of a picture's tiles run row by row over the whole picture ('dynamic_s2').
+        """Reorders the tokens of tiles to the row-major order of the whole image ('dynamic_s2').
 
         Args:
-          encoded: of turns that `expand` made.
+          encoded: of turns from `expand`.
           grids: as there.
-          tokens_per_input: T, a square number; an input's tokens run row by row.
+          tokens_per_input: T, a square number; the tokens of an input are in row-major order.
 
         Returns:
-          `encoded` with `image_of_token` counting inputs, of which those of lower scales have no token. What
-          text rules put after every marker stays only after the last one of a picture.
+          `encoded` with `image_of_token` counting inputs; those of lower scales have no token. Text that text
+          rules add after every marker is kept only after the last one of an image.
         """
         if not self.sides:
             return encoded
@@ -175,11 +171,11 @@ class ImageProcessor:
         )
 
     def tile_map(self, grids: Sequence[Grid]) -> np.ndarray | None:
-        """Where each input belongs ('dynamic_s2'), or None.
+        """The position of each input in its image ('dynamic_s2'), or None.
 
         Returns:
-          int32 [inputs, 5]: first input of its picture; rows, row, columns, column of the grid of the last
-          scale. Tiles of the lower scales say 1, 0, 1, 0.
+          int32 [inputs, 5]: first input of the image; rows, row, columns, column of the grid of the last
+          scale, and 1, 0, 1, 0 for tiles of lower scales.
         """
         if not self.sides:
             return None
@@ -193,15 +189,15 @@ class ImageProcessor:
 
 @functools.cache
 def _grids(least: int, most: int) -> tuple[Grid, ...]:
-    """All (rows, columns) of `least` to `most` tiles, from few to many."""
+    """All (rows, columns) of `least` to `most` tiles, in ascending order of tiles."""
     every = [(rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)]
     allowed = [grid for grid in every if grid[0] * grid[1] >= least]
     return tuple(sorted(allowed, key=lambda grid: (grid[0] * grid[1], grid[1])))
 
 
-def _cut(picture: np.ndarray, rows: int, columns: int, size: int) -> list[np.ndarray]:
-    """Scales to rows x columns tiles of `size` pixels; tiles row by row."""
-    scaled = resize(picture, (rows * size, columns * size))
+def _cut(image: np.ndarray, rows: int, columns: int, size: int) -> list[np.ndarray]:
+    """Resizes and cuts into rows x columns tiles of `size` pixels, in row-major order."""
+    scaled = resize(image, (rows * size, columns * size))
     return [
         np.ascontiguousarray(scaled[row : row + size, column : column + size])
         for row in range(0, rows * size, size)
@@ -214,7 +210,7 @@ def image_processor(model: Any, *, pairs: bool = False) -> ImageProcessor:
 
     Args:
       model: the section.
-      pairs: for contrastive training, where a picture is one input of the tower's own size.
+      pairs: for contrastive training, where an image is one input of the tower's size.
 
     Raises:
       UserError: see `image_layout` and `Preprocessing`.

@@ -1,12 +1,12 @@
 """Batches for training and evaluation, with exact resumption.
 
-A Grain pipeline: S loader shards, a constant of the config, share one order of samples. Of every S positions
-each takes one (`stream.dealt_position`) and packs it into a unit (`loader_shards.PackIterator`). Whole shards
-run in threads of this process or in worker processes (`data.workers`). Elements carry the state of their
-shard, so a resumed run sees bitwise the same batches with any number of threads, workers and processes.
+A Grain pipeline: S loader shards, a constant of the config, share one order of samples. Each takes one of
+every S positions (`stream.dealt_position`) and packs samples into units (`loader_shards.PackIterator`).
+Shards run in threads of this process or in worker processes (`data.workers`). Elements carry the state of
+their shard, so a resumed run yields bitwise the same batches with any number of threads, workers, processes.
 
-The units of one shard are contiguous in a batch, so a process whose devices hold a part of the batch runs
-only the shards of that part. Batches are NumPy arrays; `training.device_put` places them on devices.
+The units of a shard are contiguous in a batch, so a process runs only the shards of its part of the batch.
+Batches are NumPy arrays; `training.device_put` transfers them to devices.
 """
 
 from __future__ import annotations
@@ -28,12 +28,9 @@ from vilam3_jax.data.experts.dialogues.rules import split_row
 from vilam3_jax.data.experts.dialogues.scene import Setting
 from vilam3_jax.data.experts.exchange import Style
 from vilam3_jax.data.experts.store import AnnotationStore
-from vilam3_jax.data.loader_records import BadRecord, RecordLoader, ShardOrder
+from vilam3_jax.data.loader_records import BadRecord, RecordLoader, ShardOrder, Stats, Tally
 from vilam3_jax.data.loader_shards import Place, Shards, Turns, UnitInfo
 from vilam3_jax.data.loader_state import Binding, State, from_state, to_state
-from vilam3_jax.data.loader_stats import Stats
-from vilam3_jax.data.loader_tally import Tally
-from vilam3_jax.data.packing import Sample
 from vilam3_jax.data.render import ImageReader, Renderer
 from vilam3_jax.data.sample_reader import SampleReader
 from vilam3_jax.data.templates import TokenizerLike, model_template
@@ -43,57 +40,48 @@ from vilam3_jax.errors import UnavailableError, UserError
 
 _MAX_THREADS = 16
 _BATCHES_AHEAD = 2
-_SIZES_OF_A_SHARD = 1000
+_SIZES_PER_SHARD = 1000
 _SHARED_MEMORY = "/dev/shm"
-_DIED = "Worker process was terminated unexpectedly"  # the beginning of Grain's message
+_DIED = "Worker process was terminated unexpectedly"  # start of Grain's message
 
 _Elements = grain.DatasetIterator[dict[str, Any]]
 
 
 class Loader:
-    """Iterable over batches; `build_loader` makes it.
+    """Iterable over batches; made by `build_loader`.
 
-    `iter` continues from the loader's state: the start, the last batch returned, or that of `set_state`. A
-    held-out loader restarts with every `iter`.
+    `iter` continues after the last batch, or from `set_state`. A held-out loader restarts with every `iter`.
 
     Attributes:
-      stats: counts of what was returned and skipped.
+      stats: counts of what was yielded and skipped.
       provenance: name, split, records, licences and provenance of every dataset.
+      records: samples by position.
       samples: the order of samples.
       length: its positions; None if it is endless.
-      shard_count: S.
     """
 
     def __init__(
         self,
         *,
         records: RecordLoader,
-        tokenizer_fingerprint: str,
-        annotations_digest: str,
+        binding: Binding,
         batch_format: BatchFormat,
         shards: int,
         workers: int,
         local_units: Collection[int] | None,
     ) -> None:
-        """See `build_loader`."""
-        self._records, self._format, self._workers = records, batch_format, workers
+        self.records, self._format, self._workers = records, batch_format, workers
         units = batch_format.units
         samples = self.samples = records.samples
         self.length = samples.length
         turns = Turns(units, shards, tuple(sorted(range(units) if local_units is None else local_units)))
-        # Held-out data has one shard per stream, so that the end of one does not change the order of others.
+        # Held-out data has one shard per stream, so that the end of one does not reorder the others.
         self._turns = turns if self.length is None else Turns(units, turns.streams, turns.local_units)
-        self.shard_count = self._turns.shards
         self.stats = Stats()
-        self._binding = Binding(samples.fingerprint, tokenizer_fingerprint, annotations_digest)
+        self._binding = binding
         self.provenance = [
-            {
-                "name": source.name,
-                "split": source.split,
-                "records": len(source),
-                "licences": source.info.get("licences", []),
-                "provenance": source.info.get("provenance", {}),
-            }
+            {"name": source.name, "split": source.split, "records": len(source)}
+            | {"licences": source.info.get("licences", []), "provenance": source.info.get("provenance", {})}
             for source in samples.sources
         ]
         self._places = self._starts()
@@ -103,41 +91,32 @@ class Loader:
         return {number: Place() for number in self._turns.own_shards}
 
     def get_state(self) -> State:
-        """Returns the state after the last batch: a JSON value per loader shard of this process.
+        """The state after the last batch, a JSON value per loader shard of this process.
 
-        The state contains digests, taken now, of the image files of queued samples and of those placed last.
+        It contains digests, computed now, of the image files of queued and recently packed samples.
 
         Raises:
-          UnavailableError: such a file cannot be read now.
+          UnavailableError: an image file cannot be read now.
         """
-        return to_state(self._places, self._binding, self._records.samples.sources)
+        return to_state(self._places, self._binding, self.samples.sources)
 
     def set_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Continues from a state of `get_state`, of any process.
+        """Continues from `get_state` of any process.
 
         Raises:
-          UserError: the state is of other data, another mixture, seed, tokenizer or number of shards, or an
-            image file with a digest in it has changed.
+          UserError: data, mixture, seed, tokenizer, number of shards, or an image file differ from the state.
         """
-        self._stop()
-        numbers = self._turns.own_shards
-        self._places = from_state(state, numbers, self.shard_count, self._binding, self._records)
-
-    def sample_of(self, address: tuple[int, int], position: int) -> Sample | BadRecord:
-        """The sample of (number of a dataset, record) at a position; see `RecordLoader.sample`."""
-        return self._records.sample(address, position, 0)
-
-    def load(self, position: int, index: int) -> Sample | BadRecord:
-        """The sample at a position, see `RecordLoader.load`."""
-        return self._records.load(position, index)
+        self.close()
+        turns = self._turns
+        self._places = from_state(state, turns.own_shards, turns.shards, self._binding, self.records)
 
     def sizes(self, count: int) -> list[list[tuple[int, int]]]:
         """(tokens, images) of the first samples of some loader shards, about `count` in total."""
-        numbers = self._turns.own_shards[: max(1, count // _SIZES_OF_A_SHARD)]
-        each, tally = -(-count // len(numbers)), Tally(self._records.samples.sources)
+        numbers = self._turns.own_shards[: max(1, count // _SIZES_PER_SHARD)]
+        each, tally = -(-count // len(numbers)), Tally(self.samples.sources)
         drawn: list[list[tuple[int, int]]] = []
         for number in numbers:
-            order, found = ShardOrder(self._records, number, self.shard_count), []
+            order, found = ShardOrder(self.records, number, self._turns.shards), []
             for index in range(len(order)):
                 if len(found) == each:
                     break
@@ -152,7 +131,7 @@ class Loader:
         return drawn
 
     def empty_batch(self) -> Batch:
-        """An empty batch, for a process whose held-out shards end before those of others."""
+        """A batch without samples, for a process whose held-out shards end before those of others."""
         return join([self._format.assemble(())] * len(self._turns.local_units))
 
     def __iter__(self) -> Generator[Batch, None, None]:
@@ -163,7 +142,7 @@ class Loader:
           UnavailableError: the data cannot be read now, or a worker process died.
           RuntimeError: a bug; the message names the record.
         """
-        self._stop()
+        self.close()
         if self.length is not None:
             self._places = self._starts()
         running = self._running = self._start()
@@ -175,22 +154,22 @@ class Loader:
             ended = running is self._running
         finally:
             if running is self._running:
-                self._stop()
+                self.close()
         whole = len(self._turns.own_streams) == self._turns.streams
         if ended and whole and self.stats.samples == before:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.stats.skipped[:3])
             raise UserError(f"no usable record in the held-out data: {reasons}")
 
     def _start(self) -> list[_Elements]:
-        """Starts the workers, or one thread; shard `own_shards[i]` runs in number i % n of them."""
+        """Starts n workers, or one thread; shard `own_shards[i]` runs in worker i % n."""
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads its settings from absl flags
-        grain.config.update("py_traceback_filtering", "off")  # it would add its own sentences to errors
+        grain.config.update("py_traceback_filtering", "off")  # keeps error messages unchanged
         count = min(self._workers, len(self._turns.own_shards))
         ahead = max(1, -(-_BATCHES_AHEAD * len(self._turns.local_units) // max(count, 1)))
         shards = [
             Shards(
-                self._records,
+                self.records,
                 self._format,
                 turns=self._turns,
                 own=self._turns.own_shards[number :: max(count, 1)],
@@ -229,18 +208,14 @@ class Loader:
             return None
         return join([self._format.assemble(()) if unit is None else unit for unit in units])
 
-    def _stop(self) -> None:
+    def close(self) -> None:
+        """Stops and joins all threads and workers."""
         running, self._running = self._running, None
         for elements in running or ():
             elements.close()
 
-    def close(self) -> None:
-        """Stops and joins all threads and workers."""
-        self._stop()
-
 
 def _cores() -> int:
-    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -251,17 +226,13 @@ def _next(elements: _Elements) -> dict[str, Any]:
         if not str(error).startswith(_DIED):
             raise
         raise UnavailableError(
-            f"a worker process of the data loader died ({error}); it may have had too little memory: "
+            f"a worker process of the data loader died ({error}), maybe for lack of memory; "
             "lower data.workers and start again"
         ) from error
 
 
 def _check_shared_memory(workers: int, batch_format: BatchFormat) -> None:
-    """Batches of worker processes travel through shared memory, of which containers often have 64 MB.
-
-    Raises:
-      UserError: there is too little of it.
-    """
+    """Raises UserError if shared memory is too small for worker batches; containers often have 64 MB."""
     if not workers or not os.path.isdir(_SHARED_MEMORY):
         return
     batch = sum(value.nbytes for value in arrays(batch_shapes(batch_format)).values())
@@ -290,27 +261,24 @@ def build_loader(
     Args:
       data: section `data` of the config.
       model: section `model`.
-      make_format: of the task.
-      split: 'train' is endless; any other split is one pass in a fixed order, its last batch padded with
-        empty rows.
+      make_format: batch format of the task.
+      split: 'train' is endless; any other split is one pass in a fixed order, and its last batch is padded
+        with empty rows.
       seed: of the run.
-      swap_images: every sample takes the images of another one, of another patient if possible.
-      experts: 'on', 'off', 'falsified' or 'mixed'; None: `data.experts`.
-      local_units: units of the global batch to yield, those on the devices of this process; None: all. Only
-        the loader shards that feed them are read.
-      tokenizer: an open one; None: `model.tokenizer`.
-
-    Returns:
-      The loader, which yields batches of `make_format.batch_type`.
+      swap_images: replace the images of every sample by those of another patient if possible.
+      experts: 'on', 'off', 'falsified' or 'mixed'; None takes `data.experts`.
+      local_units: units of the global batch on the devices of this process; None yields all. Only the loader
+        shards that contribute to them are read.
+      tokenizer: None opens `model.tokenizer`.
 
     Raises:
-      UserError: data, annotations or tokenizer are missing or do not fit the config.
+      UserError: data, annotations or tokenizer are missing or do not match the config.
     """
     if tokenizer is None:
         if not model.tokenizer:
-            raise UserError("config model.tokenizer is empty; set it to a tokenizer's folder")
+            raise UserError("config model.tokenizer is empty; set it to the folder of a tokenizer")
         tokenizer = load_tokenizer(model.tokenizer)
-    vocab_size = make_format.vocab_size(model)
+    vocab_size = getattr(model, make_format.vocabulary).vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"tokenizer {model.tokenizer} has {tokenizer.vocab_size} tokens, the model {vocab_size}; "
@@ -329,10 +297,7 @@ def build_loader(
         style=Style.of(model),
         seed=seed,
         missing=data.missing_annotation,
-        # A pair has one image. Slices around findings need annotations, with experts on or off.
-        slices=SliceRule(data.volume_slices, data.slice_choice)
-        if make_format.has_dialogues
-        else SliceRule(1),
+        slices=SliceRule(data.volume_slices, data.slice_choice) if has_dialogues else SliceRule(1),
     )
     dialogues = _dialogues(data, model, store) if has_dialogues else None
     sources = stream.open_sources(data.path, tuple(data.mixture), split, dialogues, seed)
@@ -348,10 +313,10 @@ def build_loader(
     )
     workers = data.workers if split == "train" else 0
     _check_shared_memory(workers, batch_format)
+    digest = "" if store is None else store.digest()
     return Loader(
         records=RecordLoader(samples, reader.sample, batch_format.shape),
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        annotations_digest="" if store is None else store.digest(),
+        binding=Binding(samples.fingerprint, tokenizer.fingerprint, digest),
         batch_format=batch_format,
         shards=data.loader_shards,
         workers=workers,
@@ -372,7 +337,7 @@ def _annotations(data: DataConfig, experts: str) -> AnnotationStore | None:
 
 
 def _dialogues(data: DataConfig, model: Any, store: AnnotationStore | None) -> Setting | None:
-    """What rules of the mixture make dialogues from; their facts are annotations, with experts on or off."""
+    """The setting of rules of the mixture, which make dialogues from annotations, with experts on or off."""
     if not data.annotations or all(split_row(str(row[0]))[1] is None for row in data.mixture):
         return None
     if data.dialogue_parity and model.expert_wording != "vila_m3":

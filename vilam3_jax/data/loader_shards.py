@@ -1,9 +1,9 @@
 """The Grain stages between samples and batches: packing within a shard, and the shards of one worker.
 
 The number of loader shards is a constant of the config. Each has its own order (`ShardOrder`) and packer
-(`PackIterator`), so what it yields does not depend on the worker or host that runs it. `Shards` runs several
-shards in turn and reads the images of the packed samples. Every element carries the state of its shard, so
-resuming takes a few integers and never asks an iterator for its state.
+(`PackIterator`), so its output does not depend on the worker or host that runs it. `Shards` interleaves
+several shards and reads the images of packed samples. Every element carries the state of its shard, which is
+a few integers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import dataclasses
 import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -22,17 +22,16 @@ import numpy as np
 from vilam3_jax.data import child_process
 from vilam3_jax.data.batch_formats import BatchFormat, Rows
 from vilam3_jax.data.batches import Batch
-from vilam3_jax.data.loader_records import BadRecord, RecordLoader, ShardOrder, Unreadable
-from vilam3_jax.data.loader_tally import Tally
+from vilam3_jax.data.loader_records import RecordLoader, ShardOrder, Tally, Unreadable
 from vilam3_jax.data.packing import Sample
-from vilam3_jax.errors import UserError
 
 _Images = concurrent.futures.Future[Sequence[np.ndarray]]
+_Rows = list[list[tuple[Sample, _Images]]]
 
 _READ_AHEAD = 4  # samples rendered ahead, per shard
-_UNITS_AHEAD = 2  # packed; while the images of one are read, the next is packed
+_UNITS_AHEAD = 2  # the next unit is packed while the images of one are read
 _IN_PLACE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-_WATCHED = 16  # samples that were placed last, whose pictures a state is bound to
+_RECENT = 16  # packed samples whose image files a state depends on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,24 +42,18 @@ class Place:
       next: index of the next sample to read.
       groups: units yielded.
       pending: indices of the queued samples.
-      pictures: index → (number of its dataset, paths of its image files) of the queued samples and of those
-        placed last; samples without image files are left out.
+      files: index → (number of the dataset, paths of the image files) of the queued samples and the last
+        packed ones, if they have image files.
     """
 
     next: int = 0
     groups: int = 0
     pending: tuple[int, ...] = ()
-    pictures: Mapping[int, tuple[int, tuple[str, ...]]] = dataclasses.field(default_factory=dict)
+    files: Mapping[int, tuple[int, tuple[str, ...]]] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    """One unit of the next batch.
-
-    Attributes:
-      shard: the shard that yields it.
-      is_local: whether this process needs it, rather than another one that runs the same shard.
-    """
+class Turn(NamedTuple):
+    """A unit of the next batch: its shard, and whether this process needs it, or only another one."""
 
     shard: int
     is_local: bool
@@ -70,9 +63,8 @@ class Turn:
 class Turns:
     """Which shard yields which unit of a batch.
 
-    A batch of `units` units has gcd(shards, units) streams. Each stream is a run of consecutive units with
-    its own shards, which take turns. So a process that holds a part of the batch runs only the shards of that
-    part.
+    A batch has gcd(shards, units) streams: runs of consecutive units, each with its own shards, which take
+    turns. So a process runs only the shards of its part of the batch.
 
     Attributes:
       units: of the global batch.
@@ -86,7 +78,6 @@ class Turns:
 
     @property
     def streams(self) -> int:
-        """Number of runs of units with their own shards."""
         return math.gcd(self.shards, self.units)
 
     @property
@@ -101,11 +92,7 @@ class Turns:
         return [number for number in range(self.shards) if number % self.streams in own]
 
     def batch(self, groups: Mapping[int, int]) -> list[Turn]:
-        """The units of the next batch in order, including those of other processes.
-
-        Args:
-          groups: own shard → units that it yielded before.
-        """
+        """The units of the next batch in order; `groups` has the units that each own shard yielded so far."""
         each, local = self.units // self.streams, set(self.local_units)
         turns = []
         for number in self.own_streams:
@@ -121,13 +108,7 @@ class PackIterator(grain.DatasetIterator[Rows]):
     """Packs the samples of one shard into units."""
 
     def __init__(self, order: ShardOrder, batch_format: BatchFormat, tally: Tally, start: Place) -> None:
-        """Re-reads the samples that were queued at `start`.
-
-        Args:
-          order: samples of the shard.
-          batch_format: of the run.
-          tally: of bad records.
-          start: where the shard continues.
+        """Continues from `start`, whose queued samples are read again.
 
         Raises:
           UserError: a queued sample can no longer be read.
@@ -137,14 +118,13 @@ class PackIterator(grain.DatasetIterator[Rows]):
         super().__init__(iter(ahead))
         self._format, self._tally = batch_format, tally
         self._next, self._groups = start.next, start.groups
-        self._pending = [_again(order, index) for index in start.pending]
-        self._watched = dict(start.pictures)
+        self._pending = [order.records.load_again(order.position(index), index) for index in start.pending]
+        self._files = dict(start.files)
 
     @property
     def place(self) -> Place:
-        """Progress after the last unit."""
         pending = tuple(sample.index for sample in self._pending)
-        return Place(self._next, self._groups, pending, dict(self._watched))
+        return Place(self._next, self._groups, pending, dict(self._files))
 
     def __next__(self) -> Rows:
         rows, self._pending = self._format.next_unit(self._pending, self._pull)
@@ -152,7 +132,10 @@ class PackIterator(grain.DatasetIterator[Rows]):
         if not placed:
             raise StopIteration
         self._groups += 1
-        self._watch(placed)
+        queued = {sample.index for sample in self._pending}
+        recent = {index: found for index, found in self._files.items() if index not in queued}
+        recent |= _files(placed)
+        self._files = dict(list(recent.items())[-_RECENT:]) | _files(self._pending)
         return rows
 
     def _pull(self) -> Sample | None:
@@ -164,14 +147,6 @@ class PackIterator(grain.DatasetIterator[Rows]):
             self._tally.bad(found)
         return None
 
-    def _watch(self, placed: Sequence[Sample]) -> None:
-        waiting = {sample.index for sample in self._pending}
-        before = [(index, found) for index, found in self._watched.items() if index not in waiting]
-        new = [(s.index, (s.source, s.picture_paths)) for s in placed if s.picture_paths]
-        kept = (dict(before) | dict(new)).items()
-        self._watched = dict(list(kept)[-_WATCHED:])
-        self._watched |= {s.index: (s.source, s.picture_paths) for s in self._pending if s.picture_paths}
-
     def get_state(self) -> dict[str, Any]:
         return dataclasses.asdict(self.place)
 
@@ -179,13 +154,8 @@ class PackIterator(grain.DatasetIterator[Rows]):
         raise NotImplementedError("a shard starts at its `Place`")
 
 
-def _again(order: ShardOrder, index: int) -> Sample:
-    sample = order.load(index)
-    if isinstance(sample, BadRecord):
-        raise UserError(
-            f"{sample.name}: was readable before the restart, but now: {sample.reason}; restore the data"
-        )
-    return sample
+def _files(samples: Sequence[Sample]) -> dict[int, tuple[int, tuple[str, ...]]]:
+    return {s.index: (s.source, s.image_paths) for s in samples if s.image_paths}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,10 +176,10 @@ class UnitInfo:
 
 
 class Shards(grain.IterDataset[dict[str, Any]]):
-    """Units of some shards in the order in which batches need them.
+    """Units of some shards in the order of batches; endless.
 
-    An element is a dict of `info`, and `unit`, the batch of this unit, or None if only another process needs it
-    or the shard is exhausted. The dataset is endless.
+    An element is a dict of `info` and `unit`, a batch of one unit. It is None if another process needs it or
+    the shard is exhausted.
     """
 
     def __init__(
@@ -222,15 +192,14 @@ class Shards(grain.IterDataset[dict[str, Any]]):
         starts: Mapping[int, Place],
         threads: int,
     ) -> None:
-        """Reads nothing.
+        """Stores the arguments, which are pickled for worker processes.
 
         Args:
-          records: of the run; must be picklable for worker processes.
-          batch_format: of the run.
+          records, batch_format: of the run.
           turns: of the whole process.
           own: the shards to run, some of `turns.own_shards`.
-          starts: shards of the process → where they go on.
-          threads: that read images.
+          starts: shard of the process → where it continues.
+          threads: number of threads that read images.
         """
         super().__init__()
         self.records, self.batch_format, self.turns, self.threads = records, batch_format, turns, threads
@@ -243,18 +212,8 @@ class Shards(grain.IterDataset[dict[str, Any]]):
         return f"Shards(own={self.own})"
 
 
-@dataclasses.dataclass
-class _Unit:
-    """A unit whose images are being read."""
-
-    shard: int
-    place: Place
-    skipped: tuple[tuple[str, str], ...]
-    rows: list[list[tuple[Sample, _Images]]] | None
-
-
 class ShardsIterator(grain.DatasetIterator[dict[str, Any]]):
-    """See `Shards`. The next units are packed while the images of one are read."""
+    """See `Shards`."""
 
     def __init__(self, dataset: Shards) -> None:
         super().__init__()
@@ -266,7 +225,7 @@ class ShardsIterator(grain.DatasetIterator[dict[str, Any]]):
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
         self._threads = dataset.threads
         self._order = self._endless_turns()
-        self._units: collections.deque[_Unit] = collections.deque()
+        self._units: collections.deque[tuple[UnitInfo, _Rows | None]] = collections.deque()
 
     def _endless_turns(self) -> Iterator[Turn]:
         groups = {number: self._starts[number].groups for number in self._turns.own_shards}
@@ -282,7 +241,7 @@ class ShardsIterator(grain.DatasetIterator[dict[str, Any]]):
             self._open()
         while len(self._units) < _UNITS_AHEAD:
             self._units.append(self._packed(next(self._order)))
-        return self._element(self._units.popleft())
+        return self._element(*self._units.popleft())
 
     def _open(self) -> None:
         child_process.end_with_parent()
@@ -291,30 +250,27 @@ class ShardsIterator(grain.DatasetIterator[dict[str, Any]]):
         for number in self._own:
             order = ShardOrder(self._records, number, self._turns.shards)
             self._packers[number] = PackIterator(order, self._format, self._texts, self._starts[number])
-        # Worker processes end without closing their iterator.
+        # Worker processes exit without closing their iterator.
         self._closing = weakref.finalize(self, _close, tuple(self._packers.values()), self._pool)
 
-    def _packed(self, turn: Turn) -> _Unit:
-        assert self._packers is not None  # `_open` was called
+    def _packed(self, turn: Turn) -> tuple[UnitInfo, _Rows | None]:
+        """The next unit of a shard, whose images are being read."""
+        assert self._packers is not None and self._pool is not None  # `_open` was called
         packer = self._packers[turn.shard]
         rows = next(packer, None)
         placed = None
         if rows is not None and turn.is_local:
-            assert self._pool is not None
             placed = [[(sample, self._pool.submit(sample.read_images)) for sample in row] for row in rows]
-        return _Unit(turn.shard, packer.place, self._texts.take(), placed)
+        return UnitInfo(turn.shard, packer.place, self._texts.take()), placed
 
-    def _element(self, unit: _Unit) -> dict[str, Any]:
-        batch = None
-        if unit.rows is not None:
-            batch = self._batch(unit.rows)
-        skipped = (*unit.skipped, *self._images.take())
-        samples = (sample for row in unit.rows or () for sample, _ in row)
-        missing = tuple(name for sample in samples for name in sample.missing)
-        return {"info": UnitInfo(unit.shard, unit.place, skipped, missing), "unit": batch}
+    def _element(self, info: UnitInfo, rows: _Rows | None) -> dict[str, Any]:
+        batch = None if rows is None else self._batch(rows)
+        skipped = (*info.skipped, *self._images.take())
+        missing = tuple(name for row in rows or () for sample, _ in row for name in sample.missing)
+        return {"info": dataclasses.replace(info, skipped=skipped, missing=missing), "unit": batch}
 
-    def _batch(self, rows: Sequence[Sequence[tuple[Sample, _Images]]]) -> Batch:
-        """The unit without the samples whose images cannot be read; their places stay empty."""
+    def _batch(self, rows: _Rows) -> Batch:
+        """The unit; samples with unreadable images are left out, and their positions stay empty."""
         readable: list[list[Sample]] = []
         for row in rows:
             readable.append([])
@@ -330,7 +286,6 @@ class ShardsIterator(grain.DatasetIterator[dict[str, Any]]):
         return self._format.assemble(readable)
 
     def close(self) -> None:
-        """Stops and joins the threads."""
         super().close()
         if self._packers is not None:
             self._closing()

@@ -1,4 +1,4 @@
-"""`vilam3 data mixture`: what a run would see of each dataset, before it starts."""
+"""`vilam3 data mixture`: what a run would see of each dataset."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vilam3_jax.data.packing import Sample
 from vilam3_jax.errors import UserError
 
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase
-_LINE = 50  # positions in a line
+_LINE = 50  # positions per line
 _HEAD = [
     "", "dataset", "records", "epochs/pass", "samples/pass", "share", "epochs/run",
     "tokens/sample", "of all tokens", "images/sample", "experts",
@@ -32,22 +32,22 @@ class Row:
 
     Attributes:
       name: of the dataset, with its rule.
-      records: in its training split; under a rule those that it fits.
-      epochs: of it in a pass, the weight.
-      samples: of it in a pass.
-      looked_at: samples that the averages are of.
-      refused: records that were tried and could not be used.
-      tokens, images: average of a sample, estimated; NaN if every record was refused.
-      experts: share of the samples in which an expert speaks, estimated.
-      missing: requests without an annotation among the samples looked at.
+      records: in its training split, that the rule fits.
+      epochs: in a pass, the weight.
+      samples: in a pass.
+      measured: number of samples that were measured.
+      unusable: number of records that were tried and could not be used.
+      tokens, images: estimated averages per sample; NaN without a usable record.
+      experts: estimated share of samples with an expert result.
+      missing: requests without an annotation among the measured samples.
     """
 
     name: str
     records: int
     epochs: float
     samples: float
-    looked_at: int
-    refused: int
+    measured: int
+    unusable: int
     tokens: float
     images: float
     experts: float
@@ -59,7 +59,7 @@ def rows_of(loader: Loader, tried: int) -> list[Row]:
 
     Args:
       loader: of the training split.
-      tried: records of each dataset, at most.
+      tried: maximum records of each dataset.
     """
     rows = []
     for number, (source, weight) in enumerate(
@@ -67,8 +67,8 @@ def rows_of(loader: Loader, tried: int) -> list[Row]:
     ):
         size = len(source)
         count = min(size, tried)
-        # Positions differ, as the sample_index of `data.expert_share` depends on them.
-        found = [loader.sample_of((number, part * size // count), part) for part in range(count)]
+        # Positions differ, as `data.expert_share` depends on them.
+        found = [loader.records.sample((number, part * size // count), part, 0) for part in range(count)]
         good = [sample for sample in found if isinstance(sample, Sample)]
         rows.append(
             Row(
@@ -92,33 +92,37 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def samples_of_a_step(config: Any, rows: Sequence[Row]) -> float:
-    """How many samples a batch holds: its pairs, or what its tokens and its image slots have room for."""
+    """Samples of a batch: its pairs, or what fits into its tokens and image slots."""
     if config.task == "contrastive":
         return config.data.global_pairs
-    total = sum(row.samples for row in rows if row.looked_at)
-    tokens = sum(row.samples * row.tokens for row in rows if row.looked_at) / total
-    images = sum(row.samples * row.images for row in rows if row.looked_at) / total
-    data = config.data
+    tokens, images, data = _average(rows, "tokens"), _average(rows, "images"), config.data
     slots = data.images_per_group * data.global_rows / data.rows_per_group
     return min(data.seq_len * data.global_rows / tokens, slots / images if images else math.inf)
 
 
+def _average(rows: Sequence[Row], field: str) -> float:
+    """The mean of a field over the samples of a pass."""
+    measured = [row for row in rows if row.measured]
+    total = sum(row.samples for row in measured)
+    return sum(row.samples * getattr(row, field) for row in measured) / total
+
+
 def order_of(loader: Loader, count: int) -> list[str]:
-    """The datasets of the first positions, a letter each, in lines."""
+    """Lines with a letter per position, which stands for its dataset."""
     letters = "".join(_LETTERS[loader.samples.address(n)[0] % len(_LETTERS)] for n in range(count))
     return [letters[start : start + _LINE] for start in range(0, count, _LINE)]
 
 
 def table(config: Any, rows: Sequence[Row]) -> list[str]:
-    """The lines of the table and of what is said below it.
+    """The lines of the table and of the notes below it.
 
     Raises:
       UserError: no record that was tried can be used.
     """
-    usable = [row for row in rows if row.looked_at]
+    usable = [row for row in rows if row.measured]
     if not usable:
         raise UserError(
-            "no record that was tried can be used; `vilam3 data show` says what is wrong with one"
+            "no record that was tried can be used; `vilam3 data show` reports what is wrong with one"
         )
     all_samples = sum(row.samples for row in rows)
     all_tokens = sum(row.samples * row.tokens for row in usable)
@@ -127,7 +131,7 @@ def table(config: Any, rows: Sequence[Row]) -> list[str]:
     cells = [_HEAD]
     for number, row in enumerate(rows):
         measured = ["-"] * 4
-        if row.looked_at:
+        if row.measured:
             share = row.samples * row.tokens / all_tokens
             measured = [f"{row.tokens:.0f}", f"{share:.1%}", f"{row.images:.2f}", f"{row.experts:.0%}"]
         cells.append(
@@ -142,26 +146,21 @@ def table(config: Any, rows: Sequence[Row]) -> list[str]:
                 *measured,
             ]
         )
-    speaking = sum(row.samples * row.experts for row in usable) / sum(row.samples for row in usable)
     lines = [
         *_aligned(cells),
         "",
         f"a pass: {all_samples:,.10g} samples, about {_short(all_tokens)} tokens; "
-        f"experts speak in {speaking:.0%} of them",
+        f"{_average(rows, 'experts'):.0%} of the samples with expert results",
         f"the run: {config.num_steps:,} steps of about {step:,.0f} samples, {passes:.3g} passes",
-        f"Tokens, images, experts and the run are estimates from up to {max(row.looked_at for row in rows)} "
+        f"Tokens, images, experts and the run are estimates from up to {max(row.measured for row in rows)} "
         "records of each dataset; epochs and samples of a pass are exact.",
     ]
-    lines += [
-        f"{row.name}: {row.refused} of {row.refused + row.looked_at} records tried could not be used"
-        for row in rows
-        if row.refused
-    ]
-    lines += [
-        f"{row.name}: {row.missing} requests of {row.looked_at} samples have no annotation"
-        for row in rows
-        if row.missing
-    ]
+    for row in rows:
+        if row.unusable:
+            tried = row.unusable + row.measured
+            lines.append(f"{row.name}: {row.unusable} of {tried} records tried could not be used")
+        if row.missing:
+            lines.append(f"{row.name}: {row.missing} requests of {row.measured} samples have no annotation")
     return lines
 
 
@@ -184,7 +183,7 @@ def _short(number: float) -> str:
 
 
 def preview(config: Any, count: int, tried: int) -> str:
-    """What `main` prints.
+    """The output of the command.
 
     Raises:
       UserError: a number below 1, or data that cannot be read.
@@ -206,8 +205,8 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="vilam3 data mixture",
         description="What a run sees of each dataset of its mixture: epochs in a pass and in the run, "
-        "tokens, how often experts speak, and the order of the first positions. Takes --config=FILE:ARG "
-        "and --config.key=value as `vilam3 train` does.",
+        "tokens, the share with expert results, and the order of the first positions. Takes "
+        "--config=FILE:ARG and --config.key=value like `vilam3 train`.",
     )
     parser.add_argument("--count", type=int, default=100, help="positions of the order (default: 100)")
     parser.add_argument(

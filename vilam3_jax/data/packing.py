@@ -1,8 +1,8 @@
-"""Packing: samples of different lengths into groups of fixed shape, tokens and images together.
+"""Packing of samples into groups of fixed shape, tokens and images together.
 
-A group is R rows of L tokens that share M image slots; it lives on one device. Which samples share a group
-depends on their order and sizes alone, never on threads or clocks, so a few integers resume exactly. Sizes
-are known before images are read: many samples may wait for a place without a pixel in memory.
+A group is R rows of L tokens that share M image slots, all on one device. The groups depend only on the order
+and the sizes of samples, so a few integers suffice to resume exactly. Sizes are known before images are read,
+so queued samples need no memory for pixels.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 from vilam3_jax.data.batches import PackedBatch
 from vilam3_jax.data.templates import Encoded
 
-NO_GRID = (1, 0, 1, 0)  # rows, row, columns, column of an input that is no tile of a grid
-LOOKAHEAD = 64  # samples to choose a row from; `benchmarks/packing.py` shows what fewer and more give
-_SLOT_IN_TOKENS = 16  # empty tokens that a row accepts to be one image nearer to its share of the slots
+NO_GRID = (1, 0, 1, 0)  # rows, row, columns, column of an input outside a grid
+LOOKAHEAD = 64  # samples to choose a row from; measured by `benchmarks/packing.py`
+_SLOT_IN_TOKENS = 16  # cost, in empty tokens, of one image more or fewer than a row's share of the slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class GroupShape:
       rows: R, rows of a group.
       seq_len: L, tokens of a row.
       images: M, image slots of a group.
-      tokens_per_image: T, positions an image takes.
+      tokens_per_image: T, positions of an image.
       image_size: side of an image in pixels.
       pad_id: token id of empty positions.
       tiled: whether samples have a tile map.
@@ -46,19 +46,19 @@ class GroupShape:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-    """A sample ready to be packed.
+    """A sample to pack.
 
     Attributes:
-      id: the example's id.
-      index: its position in the loader shard's order.
-      source: number of its dataset.
+      id: of the example.
+      index: in the order of the loader shard.
       encoded: its tokens.
-      read_images: gives its inputs of the vision tower in the order of their markers, `num_images` times
-        uint8 [S, S, 3]; called once, when it has a place.
-      tile_map: int32 [inputs, 5], see `ImageProcessor.tile_map`; None where tiles stay apart.
-      picture_paths: of its images that are files, below the dataset's data root.
-      experts: names of the experts that speak in it.
-      missing: names of those that do not, for want of an annotation.
+      read_images: reads `num_images` inputs of the vision tower, uint8 [S, S, 3], in the order of their
+        markers; called once, when the sample is packed.
+      tile_map: int32 [inputs, 5], see `ImageProcessor.tile_map`; None if tiles are not merged.
+      source: number of the dataset.
+      image_paths: of images that are files, relative to the data root of the dataset.
+      experts: names of the experts whose results it shows.
+      missing: names of the experts without an annotation.
     """
 
     id: str
@@ -67,23 +67,23 @@ class Sample:
     read_images: Callable[[], Sequence[np.ndarray]] = tuple
     tile_map: np.ndarray | None = None
     source: int = 0
-    picture_paths: tuple[str, ...] = ()
+    image_paths: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        """Positions it takes in a row."""
+        """Its positions in a row."""
         return len(self.encoded)
 
     @property
     def num_images(self) -> int:
-        """Image slots it takes in a group."""
+        """Its image slots in a group."""
         return self.encoded.num_images
 
 
 class Sized(Protocol):
-    """What packing looks at."""
+    """The sizes that packing depends on."""
 
     @property
     def num_tokens(self) -> int: ...
@@ -95,7 +95,7 @@ AnySized = TypeVar("AnySized", bound=Sized)
 
 
 def oversize_reason(shape: GroupShape, sample: Sized) -> str | None:
-    """Returns why a sample can never be packed, or None."""
+    """Why a sample cannot be packed at all, or None."""
     if sample.num_tokens > shape.seq_len:
         return f"{sample.num_tokens} tokens, a row has {shape.seq_len}; raise data.seq_len"
     if sample.num_images > shape.images:
@@ -111,19 +111,18 @@ def next_group(
 ) -> tuple[list[list[AnySized]], list[AnySized]]:
     """Fills one group, row by row.
 
-    A row takes the oldest sample that waits and for the rest of its tokens the set that fills it best, with
-    as near as possible its share of the image slots that are left; of sets that do equally well, the one with
-    the oldest samples. The oldest of all always gets a place, so a sample waits for at most as many groups as
-    samples waited before it.
+    A row takes the oldest queued sample, then the set that best fills the remaining tokens and uses the row's
+    share of the remaining image slots; ties go to the set with the oldest samples. Every group takes the
+    oldest sample, so a sample waits for at most as many groups as there are samples before it in the queue.
 
     Args:
       shape: sizes; no sample may be oversized.
-      pending: samples left over from the group before, in order of arrival.
-      pull: gives the next sample of the stream, None at its end.
-      lookahead: samples that are drawn before a row is filled; more where they are too short for two rows.
+      pending: samples left from the previous group, in order of arrival.
+      pull: returns the next sample of the stream; None at its end.
+      lookahead: minimum length of the queue before a row is filled; longer if it is too short for two rows.
 
     Returns:
-      (samples of each row, samples that wait for the next group). All rows are empty only at the end.
+      (samples of each row, queue for the next group). All rows are empty only at the end of the stream.
     """
     waiting = list(pending)
     tokens = sum(sample.num_tokens for sample in waiting)
@@ -146,10 +145,10 @@ def next_group(
 
 
 def _choose_row(waiting: Sequence[Sized], length: int, slots: int, share: float) -> list[int]:
-    """The places in `waiting` of one row's samples, rising.
+    """The ascending positions in `waiting` of the samples of one row.
 
-    Which (tokens, images) sums can be reached is a table: an integer for each number of images, whose bit t
-    says that some set has t tokens. Built from the youngest to the oldest and read back from the oldest.
+    Dynamic programming over sums: a table has an integer per number of images, whose bit t is set if some set
+    has t tokens. Tables are built from the youngest sample to the oldest, and read back from the oldest.
     """
     first = next((place for place, s in enumerate(waiting) if s.num_images <= slots), None)
     if first is None:
@@ -182,11 +181,7 @@ def _choose_row(waiting: Sequence[Sized], length: int, slots: int, share: float)
 
 
 def assemble_group(shape: GroupShape, rows: Sequence[Sequence[Sample]]) -> PackedBatch:
-    """Reads the images of a group's samples and writes its arrays.
-
-    Returns:
-      A batch of this one group: `[R, L]` rows, G = 1.
-    """
+    """Reads the images of a group; returns a batch of rows [R, L] with G = 1."""
     flat = (shape.rows, shape.seq_len)
     group = PackedBatch(
         tokens=np.full(flat, shape.pad_id, np.int32),

@@ -1,4 +1,4 @@
-"""`vilam3 data stats`: how large a run's samples are, how they pack, and what would fill groups better."""
+"""`vilam3 data stats`: sizes of samples, fill of groups, and group sizes that would be fuller."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ROWS = (1, 2, 4, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A sample's size; what packing needs to know."""
+    """The sizes of a sample that packing depends on."""
 
     num_tokens: int
     num_images: int
@@ -36,9 +36,9 @@ class Fill:
 
     Attributes:
       rows, images: R and M of the groups.
-      tokens: share of the token positions that hold a token.
-      slots: share of the image slots that hold an image.
-      longest_wait: most groups of its shard that a sample had to wait for a place.
+      tokens: share of token positions with a token.
+      slots: share of image slots with an image.
+      longest_wait: maximum number of groups of a shard that a sample waited in the queue.
     """
 
     rows: int
@@ -49,21 +49,18 @@ class Fill:
 
     @property
     def shortfall(self) -> float:
-        """The emptier of the two, in units of what the targets allow; up to 1 both are met."""
+        """The larger empty share, relative to its target; both targets are met up to 1."""
         return max((1 - self.tokens) / (1 - TOKEN_TARGET), (1 - self.slots) / (1 - IMAGE_TARGET))
 
 
 def measure_fill(
     shards: Iterable[Sequence[Size]], seq_len: int, rows: int, images: int, lookahead: int = LOOKAHEAD
 ) -> Fill:
-    """Packs as the loader does, shard by shard.
+    """Packs like the loader, shard by shard.
 
     Args:
-      shards: the samples of each shard in their order; what is left at an end is not counted.
-      seq_len: L.
-      rows: R.
-      images: M.
-      lookahead: as in `next_group`.
+      shards: samples of each shard in order; incomplete groups at the end are not counted.
+      seq_len, rows, images, lookahead: L, R, M, and as in `next_group`.
 
     Raises:
       UserError: the samples do not fill one group.
@@ -83,11 +80,11 @@ def measure_fill(
 
 @dataclasses.dataclass(frozen=True)
 class _Drawn(Size):
-    drawn_for: int  # number of the group for which it was taken from the stream
+    drawn_for: int  # number of the group that was being filled
 
 
 def _whole_groups(shape: GroupShape, sizes: Sequence[Size], lookahead: int) -> Iterator[list[_Drawn]]:
-    """The samples of each group until the shard's end, from where groups can no longer be full."""
+    """The samples of each group that was filled before the end of the shard."""
     order = iter(sizes)
     waiting: list[_Drawn] = []
     number = 0
@@ -108,13 +105,7 @@ def _whole_groups(shape: GroupShape, sizes: Sequence[Size], lookahead: int) -> I
 
 
 def recommend(shards: Sequence[Sequence[Size]], seq_len: int, rows: Sequence[int] = _ROWS) -> list[Fill]:
-    """For each number of rows in a group, the image slots that leave the least empty.
-
-    Args:
-      shards: as in `measure_fill`.
-      seq_len: L.
-      rows: the R to try.
-    """
+    """For each number of rows R in `rows`, the number of image slots with the smallest shortfall."""
     sizes = [size for shard in shards for size in shard]
     ratio = sum(size.num_images for size in sizes) / max(sum(size.num_tokens for size in sizes), 1)
     least = max([1, *(size.num_images for size in sizes)])
@@ -133,7 +124,7 @@ def _describe(data: DataConfig, sizes: Sequence[Size], skipped: int) -> list[str
     shares = ", ".join(f"{n}: {np.mean(counts == n):.1%}" for n in np.unique(counts))
     low, middle, high = np.percentile(lengths, (5, 50, 95))
     return [
-        f"{len(sizes)} samples, {skipped} refused",
+        f"{len(sizes)} samples, {skipped} skipped",
         f"tokens of a sample: {lengths.mean():.0f} on average, {low:.0f} / {middle:.0f} / {high:.0f} at "
         f"5 / 50 / 95 %, {lengths.max()} at most; a row has {data.seq_len}",
         f"images of a sample: {counts.mean():.2f} on average; {shares}",
@@ -148,10 +139,10 @@ def _line(name: str, fill: Fill) -> str:
 
 
 def stats(config: Any, samples: int) -> str:
-    """What `main` prints.
+    """The output of the command.
 
     Raises:
-      UserError: stage 1 (its pairs are not packed), or data that cannot be read.
+      UserError: a contrastive run, whose pairs are not packed, or data that cannot be read.
     """
     if config.task != "generative":
         raise UserError("config task='contrastive': pairs are not packed, so there is nothing to fill")
@@ -159,17 +150,14 @@ def stats(config: Any, samples: int) -> str:
         raise UserError(f"--samples={samples}: must be at least 1")
     loader = build_loader(config.data, config.model, PackedRows, "train", seed=config.seed)
     try:
-        found = loader.sizes(samples)
-        refused = loader.stats.skipped_total
+        shards = [[Size(*size) for size in shard] for shard in loader.sizes(samples)]
     finally:
         loader.close()
-    shards = [[Size(*size) for size in shard] for shard in found]
     data = config.data
-    lines = _describe(data, [size for shard in shards for size in shard], refused)
+    lines = _describe(data, [size for shard in shards for size in shard], loader.stats.skipped_total)
     rows = tuple(dict.fromkeys((data.rows_per_group, *_ROWS)))
-    lines.append(
-        _line("now:      ", measure_fill(shards, data.seq_len, data.rows_per_group, data.images_per_group))
-    )
+    current = measure_fill(shards, data.seq_len, data.rows_per_group, data.images_per_group)
+    lines.append(_line("now:      ", current))
     best = recommend(shards, data.seq_len, rows)
     fit = next((fill for fill in sorted(best, key=lambda f: f.rows) if fill.shortfall <= 1), None)
     lines += [_line("possible: ", fill) for fill in best]
@@ -182,12 +170,10 @@ def main(argv: Sequence[str]) -> int:
     """Runs `vilam3 data stats`; raises `UserError` for bad input."""
     parser = argparse.ArgumentParser(
         prog="vilam3 data stats",
-        description="Sizes of a run's samples, how full its groups are, and sizes of groups that would be "
-        "fuller. Takes --config=FILE:ARG and --config.key=value as `vilam3 train` does.",
+        description="Sizes of a run's samples, how full its groups are, and group sizes that would be "
+        "fuller. Takes --config=FILE:ARG and --config.key=value like `vilam3 train`.",
     )
-    parser.add_argument(
-        "--samples", type=int, default=4000, help="how many samples to look at (default: 4000)"
-    )
+    parser.add_argument("--samples", type=int, default=4000, help="samples to measure (default: 4000)")
     options, rest = parser.parse_known_args(argv)
     from vilam3_jax import config as config_lib  # imports jax, which is slow, and --help needs none of it
 

@@ -1,7 +1,7 @@
-"""The order of samples: datasets mixed by weight, reshuffled every epoch, addressed by one index.
+"""The order of samples: datasets mixed by weight, reshuffled every epoch, addressed by position.
 
-A weight is the number of epochs of its dataset in a *pass* of the mixture. Any position can be asked for
-directly, so a loader's place in the data is a number.
+A weight is the number of epochs of its dataset in a *pass* of the mixture. Positions are random access, so a
+number is the whole state of a loader shard.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from vilam3_jax.errors import UnavailableError, UserError, warn_of
 from vilam3_jax.runtime import paths
 
 _HELD_OUT_SEED = 0
-# How positions go to shards and to datasets; part of the fingerprint, as a state counts them.
+# Version of the assignment of positions to shards and datasets; part of the fingerprint.
 _ORDER = "turned, earliest deadline first"
-_FINEST_WEIGHT = 1_000_000  # the largest denominator of a weight
-_LEAST_SHARE = fractions.Fraction(1, 10_000_000)  # finding a place takes a dataset's share as many steps
+_MAX_DENOMINATOR = 1_000_000  # of a weight
+_MIN_SHARE = fractions.Fraction(1, 10_000_000)  # finding a position takes 1 / share steps
 
 Mixture = Sequence[tuple[str, float]]
 Source = ExampleSource | DialogueSource
@@ -49,13 +49,13 @@ def open_sources(
       path: a folder of datasets, one folder each, or the folder of a single dataset.
       mixture: (name, weight) or (name:rule, weight), see `data/experts/dialogues`; empty for the single
         dataset at `path`.
-      split: 'train' must be in all of them; any other split in at least one, the rest are left out.
-      dialogues: what the dialogues of rules are made with.
+      split: 'train' must be in all datasets; any other split in at least one, the rest are left out.
+      dialogues: setting of the dialogues of rules.
       seed: of the dialogues.
 
     Returns:
-      (source, weight), in the order of the mixture. The records that a rule does not fit are not in its
-      source; how many and why is an `InputWarning`.
+      (source, weight), in the order of the mixture. A rule's source leaves out the records that the rule does
+      not fit, with a notice of their number and the reason.
 
     Raises:
       UserError: a dataset or split is missing, a weight is not positive, there is no such rule, or a rule of
@@ -95,7 +95,7 @@ def open_sources(
 
 
 def _names_in(root: epath.Path) -> str:
-    """The datasets of a folder, with their variants, for messages."""
+    """The datasets of a folder and their variants, for messages."""
     try:
         return ", ".join(path.relative_to(root).as_posix() for path in datasets_in(root))
     except UserError:
@@ -105,19 +105,19 @@ def _names_in(root: epath.Path) -> str:
 def _under_rules(
     rows: Sequence[tuple[ExampleSource, Rule | None, float]], split: str, setting: Setting | None, seed: int
 ) -> list[tuple[Source, float]]:
-    """Rows with their rules; the records of one dataset are read once for all rules."""
+    """Applies rules; the records of a dataset are read once for all its rules."""
     ruled: dict[str, list[tuple[ExampleSource, Rule]]] = collections.defaultdict(list)
     for source, rule, _ in rows:
         if rule is not None:
             ruled[str(source.directory)].append((source, rule))
     if ruled and setting is None:
         raise UserError(
-            "config data.annotations is empty, but data.mixture names rules, whose dialogues are made of "
+            "config data.annotations is empty, but data.mixture has rules, which make dialogues of "
             "annotations; set it"
         )
     made: dict[tuple[str, str], DialogueSource] = {}
     for folder, pairs in ruled.items():
-        assert setting is not None  # or it was refused
+        assert setting is not None  # checked above
         rules = list({rule.name: rule for _, rule in pairs}.values())
         for source in under_rules(pairs[0][0], rules, setting, seed):
             made[folder, source.rule.name] = source
@@ -128,53 +128,51 @@ def _under_rules(
                 )
             if source.left_out:
                 warn_of((f"left out {why_left_out(source)}",), source.name)
-    opened: list[tuple[Source, float]] = []
-    for source, rule, weight in rows:
-        chosen = source if rule is None else made[str(source.directory), rule.name]
-        if len(chosen):
-            opened.append((chosen, weight))
-    return opened
+    opened = [
+        (source if rule is None else made[str(source.directory), rule.name], weight)
+        for source, rule, weight in rows
+    ]
+    return [(source, weight) for source, weight in opened if len(source)]
 
 
 def dealt_position(index: int, shard: int, shards: int) -> int:
-    """Which position of the stream is the `index`-th of a loader shard.
+    """The position in the stream of the `index`-th sample of a loader shard.
 
-    Every run of `shards` positions goes to all shards once, turned by an amount that only `index` decides: a
-    mixture repeats itself, and a shard that took every n-th position might see one dataset alone.
+    Each run of `shards` positions goes to all shards once, rotated by a hash of `index`: mixtures are
+    periodic, so a shard of every n-th position might see a single dataset.
     """
     turn = int.from_bytes(hashlib.blake2b(str(index).encode(), digest_size=8).digest(), "big")
     return index * shards + (shard + turn) % shards
 
 
 def epochs_of(name: str, weight: Any) -> fractions.Fraction:
-    """A weight as an exact number: 0.7 is 7/10, and 1/3 in a recipe is a third.
+    """A weight as an exact fraction: 0.7 is 7/10, and 1/3 in a recipe is a third.
 
     Raises:
-      UserError: no number from 0.000001 to 1000000.
+      UserError: not a number from 0.000001 to 1000000.
     """
     number = isinstance(weight, int | float | fractions.Fraction) and not isinstance(weight, bool)
-    if not number or not 1 / _FINEST_WEIGHT <= weight <= _FINEST_WEIGHT:
+    if not number or not 1 / _MAX_DENOMINATOR <= weight <= _MAX_DENOMINATOR:
         raise UserError(
             f"config data.mixture: weight {weight!r} of {name!r} must be positive, the epochs of the dataset "
-            f"in a pass, from {1 / _FINEST_WEIGHT:f} to {_FINEST_WEIGHT}"
+            f"in a pass, from {1 / _MAX_DENOMINATOR:f} to {_MAX_DENOMINATOR}"
         )
-    return fractions.Fraction(weight).limit_denominator(_FINEST_WEIGHT)
+    return fractions.Fraction(weight).limit_denominator(_MAX_DENOMINATOR)
 
 
 class SampleStream:
-    """Positions 0, 1, 2, ... to (dataset, record).
+    """Maps positions 0, 1, 2, ... to (dataset, record).
 
-    The training order goes through *passes*. A pass has weight times records positions of every dataset, so
-    that an integer weight brings every record exactly that often. A fractional one brings it so often on
-    average: weight 0.5 brings every record once in two passes. Within a pass the datasets are interleaved as
-    `Interleaving` says. Each dataset is shuffled anew for each of its epochs.
+    The training order is a sequence of *passes*, with weight x records positions of each dataset. An integer
+    weight yields every record exactly that often; weight 0.5 yields every record once in two passes. Within a
+    pass, datasets are interleaved by `Interleaving`. Each dataset is reshuffled for each of its epochs.
 
     Attributes:
       sources: the datasets.
-      weights: the epochs of each of them in a pass.
+      weights: epochs of each in a pass.
       length: number of positions; None for the endless training order.
       records: number of distinct records.
-      pass_length: positions of a pass, a whole number or a fraction; `records` without weights.
+      pass_length: positions of a pass, possibly fractional; `records` without weights.
     """
 
     def __init__(self, sources: Sequence[tuple[Source, float]], seed: int, endless: bool) -> None:
@@ -183,18 +181,21 @@ class SampleStream:
         Args:
           sources: datasets and weights.
           seed: of the shuffles.
-          endless: True: shuffled every epoch, repeated, mixed by weight. False: every record once, in
-            an order that is the same for every seed.
+          endless: True for the training order. False yields every record once, in an order that does not
+            depend on the seed.
 
         Raises:
-          UserError: a weight is no number of epochs, or leaves a dataset next to nothing of the mixture.
+          UserError: a weight is invalid, or the share of a dataset is too small.
         """
         self.sources = [source for source, _ in sources]
         self.weights = [epochs_of(source.name, weight) for source, weight in sources]
         sizes = [len(source) for source in self.sources]
         self.records = sum(sizes)
         self.length = None if endless else self.records
-        described = [[s.name, s.split, len(s), str(w), s.digests()] for s, w in self._rows()]
+        described = [
+            [source.name, source.split, len(source), str(weight), source.digests()]
+            for source, weight in zip(self.sources, self.weights, strict=True)
+        ]
         self.fingerprint = hashlib.sha256(
             json.dumps([_ORDER, described, seed, endless]).encode()
         ).hexdigest()[:16]
@@ -203,28 +204,25 @@ class SampleStream:
             shares = [weight * size for weight, size in zip(self.weights, sizes, strict=True)]
             self.pass_length = sum(shares, fractions.Fraction(0))
             for source, share in zip(self.sources, shares, strict=True):
-                if share < _LEAST_SHARE * self.pass_length:
+                if share < _MIN_SHARE * self.pass_length:
                     raise UserError(
-                        f"config data.mixture: fewer than one sample in {1 / _LEAST_SHARE} would be of "
+                        f"config data.mixture: fewer than one sample in {1 / _MIN_SHARE} would be of "
                         f"{source.name!r}; raise its weight or remove the row"
                     )
             whole = math.lcm(*(share.denominator for share in shares))
             self._mixed = Interleaving([int(share * whole) for share in shares])
-            # Datasets of one size must not walk in step, so each has its own seed.
+            # Separate seeds, so that datasets of equal size have different orders.
             self._orders = [
                 grain.MapDataset.range(size).seed(_seed(seed, number)).shuffle().repeat()
                 for number, size in enumerate(sizes)
             ]
         else:
             self.pass_length = fractions.Fraction(self.records)
-            # Neighbours are slices of one scan: in order, the first batches would be a patient or two.
+            # Shuffled, as consecutive records are often slices of one patient.
             self._orders = [grain.MapDataset.range(self.records).seed(_HELD_OUT_SEED).shuffle()]
 
-    def _rows(self) -> list[tuple[Source, fractions.Fraction]]:
-        return list(zip(self.sources, self.weights, strict=True))
-
     def address(self, position: int) -> tuple[int, int]:
-        """Returns (number of the dataset, record in it)."""
+        """(number of the dataset, record in it) at a position."""
         if self.length is None:
             number, draw = self._mixed[position]
             return number, _shuffled(self._orders[number], draw)
@@ -233,7 +231,7 @@ class SampleStream:
         return number, record - self._starts[number]
 
     def name(self, address: tuple[int, int]) -> str:
-        """Names a record in messages."""
+        """Name of a record in messages."""
         source = self.sources[address[0]]
         return f"{source.name}/{source.split} record {address[1]}"
 
@@ -249,66 +247,61 @@ def _seed(seed: int, number: int) -> int:
 
 
 def choose_donors(sources: Sequence[Source]) -> dict[tuple[int, int], tuple[int, int]]:
-    """For every record with images, whose images it takes when images are exchanged.
+    """For every record with images, the donor whose images replace them.
 
-    A donor is of another patient and, as far as there is one, has as many images. It may be of another
-    modality or region: that is the least a model that looks at its images must notice.
+    A donor is of another patient and, if possible, has the same number of images. It may be of another
+    modality or region, as a model that uses its images must at least notice that.
 
     Returns:
-      Address to address; records without a possible donor are missing.
+      Address → address; records without a possible donor are missing.
     """
-    known = []
+    candidates = []
     for number, source in enumerate(sources):
         for record in range(len(source)):
-            example = _usable(source, record)
-            if example is not None and example.images:
+            try:
+                example = source[record].validate()
+            except UnavailableError:
+                raise
+            except UserError:  # the loader reports it
+                continue
+            if example.images:
                 meta = example.meta
-                person = str(meta.get("group") or meta.get("patient") or f"record {number} {record}")
-                known.append(_Known((number, record), len(example.images), person))
-    rings: dict[Any, list[_Known]] = collections.defaultdict(list)
-    for entry in known:
-        for ring in (entry.images, None):
-            rings[ring].append(entry)
+                patient = str(meta.get("group") or meta.get("patient") or f"record {number} {record}")
+                candidates.append(_Candidate((number, record), len(example.images), patient))
+    by_images: dict[int, list[_Candidate]] = collections.defaultdict(list)
+    for candidate in candidates:
+        by_images[candidate.images].append(candidate)
     donors = {}
-    for entry in known:
-        choices = (_other(entry, rings[ring]) for ring in (entry.images, None))
-        choice = next((c for c in choices if c is not None), None)
-        if choice is None and len(known) > 1:
-            choice = known[known.index(entry) - 1]
-        if choice is not None:
-            donors[entry.address] = choice.address
+    for place, candidate in enumerate(candidates):
+        donor = _other_patient(candidate, by_images[candidate.images]) or _other_patient(
+            candidate, candidates
+        )
+        if donor is None and len(candidates) > 1:
+            donor = candidates[place - 1]
+        if donor is not None:
+            donors[candidate.address] = donor.address
     return donors
 
 
-def _usable(source: Source, record: int) -> Example | None:
-    """A record, or None if it cannot be used; the loader names those."""
-    try:
-        return source[record].validate()
-    except UnavailableError:
-        raise
-    except UserError:
-        return None
-
-
 @dataclasses.dataclass(frozen=True)
-class _Known:
+class _Candidate:
     address: tuple[int, int]
     images: int
-    person: str
+    patient: str
 
 
-def _other(entry: _Known, ring: Sequence[_Known]) -> _Known | None:
-    """The first of another person, from half-way round, which spreads the donors over all records."""
-    start = bisect.bisect_left(ring, entry.address, key=lambda e: e.address) + len(ring) // 2
-    turned = (ring[(start + step) % len(ring)] for step in range(len(ring)))
-    return next((other for other in turned if other.person != entry.person), None)
+def _other_patient(own: _Candidate, ring: Sequence[_Candidate]) -> _Candidate | None:
+    """The first of another patient, starting half-way round, which spreads donors over all records."""
+    start = bisect.bisect_left(ring, own.address, key=lambda one: one.address) + len(ring) // 2
+    rotated = (ring[(start + step) % len(ring)] for step in range(len(ring)))
+    return next((other for other in rotated if other.patient != own.patient), None)
 
 
 def pair_caption(example: Example) -> str:
-    """The caption of an example with one image, for the contrastive stage.
+    """The caption of an image-text pair.
 
     Raises:
-      UserError: the example is no pair.
+      UserError: the example is not a pair.
     """
     if example.format not in ("pair", "caption") or len(example.images) != 1:
         raise UserError(f"a {example.format} with {len(example.images)} images is not an image-text pair")

@@ -84,7 +84,7 @@ class Task(Protocol):
 
         Args:
           model: merged from its structure and parameters.
-          batch: of `batch_format.batch_type`.
+          batch: of `batch_format`.
           chunk: positions of a row whose logits exist at a time.
         """
         ...

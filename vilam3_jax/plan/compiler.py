@@ -1,4 +1,4 @@
-"""What the TPU's compiler makes of a step, kept on disk: a compilation takes minutes, all else seconds."""
+"""Compiles steps for TPUs and caches the results on disk: a compilation takes minutes."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from vilam3_jax.training.chips import GIB
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled step, or how far it is from fitting.
+    """A compiled step, or the memory of a step that does not fit.
 
     Attributes:
       text: the optimised HLO module; empty if the step does not fit.
-      needed: bytes that a device holds: arguments, temporary buffers, the holes between them, the program.
+      needed: bytes per device: arguments, temporary buffers, fragmentation and the program.
       temporary: bytes of these that are neither arguments nor results; 0 if the step does not fit.
-      limit: bytes that a program may use, as the compiler said when it refused; 0 if it did not.
+      limit: available bytes, from the compiler's error if the step does not fit; otherwise 0.
     """
 
     text: str
@@ -40,44 +40,40 @@ class Compiled:
 
 
 def compile_lowered(lowered: Any) -> Compiled:
-    """Compiles what `Program.lower` gives.
+    """Compiles the result of `Program.lower`.
 
     Raises:
-      UserError: the compiler refuses the step for another reason than memory.
+      UserError: the compiler fails for another reason than memory.
     """
     with tempfile.TemporaryDirectory(prefix="vilam3-plan-") as folder:
         try:
             compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-        except Exception as error:  # XlaRuntimeError's place differs between versions
+        except Exception as error:  # the location of XlaRuntimeError differs between versions
             needed, limit = _out_of_memory(error)
             return Compiled("", needed, limit=limit)
         assigned = _assigned(folder)
     stats = compiled.memory_analysis()
     held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return Compiled(
-        compiled.as_text(),
-        assigned + stats.generated_code_size_in_bytes,
-        max(assigned - held, 0.0),
-    )
+    needed = assigned + stats.generated_code_size_in_bytes
+    return Compiled(compiled.as_text(), needed, max(assigned - held, 0.0))
 
 
-# Other memories than HBM have a `color`.
+# Memories other than HBM have a `color`.
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+),(?! color)(.*):$", re.MULTILINE)
 
 
 def _assigned(folder: paths.PathLike) -> float:
-    """Bytes of HBM that the compiler assigned to buffers; by these it refuses what does not fit.
+    """Bytes of HBM that the compiler assigned to buffers, by which it also decides whether a step fits.
 
-    `memory_analysis` of libtpu 0.0.42.1 counts some buffers twice: arguments and temporary bytes together
-    are 4 to 40 % more; its peak leaves out the holes. The total of the compiler's report of memory has
-    buffers of its caller that a computation for the sparse cores uses once more ("thread-local"; libtpu
-    0.0.52: up to 50 %). Neither counts where the compiler refuses.
+    `memory_analysis` of libtpu 0.0.42.1 counts some buffers twice (4 to 40 % too large), and its peak omits
+    fragmentation. The total of the memory report counts buffers that sparse-core computations share with
+    their caller twice ("thread-local"; libtpu 0.0.52: up to 50 % too large).
 
     Args:
-      folder: where the compiler dumped one TPU program (`xla_dump_to`, with `xla_dump_hlo_as_text`).
+      folder: dump of one TPU program (`xla_dump_to`, with `xla_dump_hlo_as_text`).
 
     Raises:
-      UserError: the folder has not one assignment of buffers.
+      UserError: the folder does not have exactly one buffer assignment.
     """
     children = paths.children(paths.as_path(folder))
     texts = [path.read_text() for path in children if path.name.endswith("-buffer-assignment.txt")]
@@ -88,17 +84,15 @@ def _assigned(folder: paths.PathLike) -> float:
         if "thread-local" not in match[2]
     ]
     if len(texts) != 1 or not sizes:
-        raise UserError("libtpu wrote no account of the step's memory; use the version of the constraints")
+        raise UserError("libtpu did not report the memory of the step; install the version in constraints/")
     return float(sum(sizes))
 
 
 class Cache:
-    """Compiled steps by all that they depend on: the step's StableHLO, devices, options, jax and libtpu.
-
-    A price, or a change of the code that leaves the step as it was, compiles nothing again.
+    """Compiled steps, keyed by StableHLO, devices, compiler options and the versions of jax and libtpu.
 
     Attributes:
-      compiled: how many steps were not there.
+      compiled: number of cache misses.
 
     Raises:
       UserError: the folder cannot be made.
@@ -107,13 +101,13 @@ class Cache:
     def __init__(self, folder: paths.PathLike) -> None:
         self._folder = paths.as_path(folder)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)  # not after minutes of compiling
+            self._folder.mkdir(parents=True, exist_ok=True)  # fail before minutes of compiling
         except OSError as error:
             raise UserError(f"--cache {folder}: cannot be made: {error.strerror}") from error
         self.compiled = 0
 
     def compile(self, program: program_lib.Program, topology: Topology) -> Compiled:
-        """The compiled step of `program`, whose mesh is of `topology`; a damaged file is written anew."""
+        """The compiled step of `program`, whose mesh is of `topology`; replaces a damaged file."""
         lowered = program.lower()
         path = self._folder / f"{_key(program, topology, lowered.as_text())}.json.gz"
         try:
@@ -126,16 +120,16 @@ class Cache:
 
 
 def _key(program: program_lib.Program, topology: Topology, stablehlo: str) -> str:
-    about = [
+    key = [
         hashlib.sha256(stablehlo.encode()).hexdigest(),
         topology.name,
         [int(device.id) for device in program.mesh.devices.flat],
         sorted(program_lib.compiler_options(program.config.compiler_options, program.mesh).items()),
         [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")],
         [jax.__version__, _version("jaxlib"), _version("libtpu")],
-        "memory as assigned, callers' buffers once",  # earlier entries have another account
+        "memory as assigned, callers' buffers once",  # earlier entries count memory differently
     ]
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 
 
 def _version(package: str) -> str:
@@ -154,7 +148,7 @@ _OUT_OF_MEMORY = (  # of different versions of libtpu
 
 
 def _out_of_memory(error: Exception) -> tuple[float, float]:
-    """(needed, allowed) bytes per device of what the compiler says of a step that does not fit."""
+    """(needed, available) bytes per device, from the compiler's error about a step that does not fit."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
         raise UserError(f"the compiler refuses this step: {text.splitlines()[0]}") from error
@@ -163,5 +157,5 @@ def _out_of_memory(error: Exception) -> tuple[float, float]:
             needed, limit = (float(match[n]) * _PREFIXES[match[n + 1]] for n in (1, 3))
             return needed, limit
     raise UserError(
-        f"the compiler ran out of memory and does not say how far: {text.splitlines()[0]}"
+        f"the compiler ran out of memory and does not report how much it needs: {text.splitlines()[0]}"
     ) from error

@@ -1,4 +1,4 @@
-"""From a compiled step to answers: does it fit, how fast at best, what dominates, what does it cost."""
+"""Estimates from a compiled step: memory, bounds on its speed, the dominant part, and cost."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from vilam3_jax.plan import hlo
 from vilam3_jax.plan.compiler import Cache
@@ -28,11 +29,10 @@ class Memory:
     """Bytes per chip.
 
     Attributes:
-      parameters, optimizer, batch: what the step gets.
-      temporary: gradients, activations and the compiler's buffers; for a step that does not fit, all but the
-        three above.
-      needed: the most that is held at a time.
-      limit: the chip's memory, or the part of it that the compiler says a program may use.
+      parameters, optimizer, batch: arguments of the step.
+      temporary: gradients, activations and other buffers; for a step that does not fit, all but the above.
+      needed: the total.
+      limit: the chip's memory, or the part of it that the compiler reports as available.
     """
 
     parameters: float
@@ -44,27 +44,26 @@ class Memory:
 
     @property
     def fits(self) -> bool:
-        """Whether the step can run."""
+        """Whether the step fits."""
         return self.needed <= self.limit
 
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Seconds of one step on one device, by part, and what follows from them.
+    """Seconds of one step on one device, by part, and their bounds.
 
     Attributes:
-      cycles: the compiler's estimate, loops multiplied.
+      cycles: the compiler's estimate, times loop trips.
       clock: cycles per second.
       products, others: seconds of fusions with and without a matrix product, by `cycles`.
       kernels: seconds of kernels by roofline.
-      collectives: kind of transfer → seconds by roofline, if nothing else ran meanwhile.
-      overlapped: seconds of those that the compiler runs beside other work.
+      collectives: kind of transfer → seconds by roofline.
+      overlapped: seconds of asynchronous transfers.
       wire_bytes: kind → bytes that a chip sends.
-      best: everything that can overlap does.
-      worst: nothing does.
-      dynamic_loops: loops counted at the most they can run.
-      without_estimate: fusions that the compiler gives no estimate for; they count nothing.
-      unknown_kernels: kernels counted by the memory they touch alone.
+      best, worst: seconds of the step if all asynchronous transfers overlap, and if none does.
+      dynamic_loops: loops counted with the most trips they can have.
+      without_estimate: number of fusions without an estimate, which count as 0.
+      unknown_kernels: kernels counted by memory traffic alone.
     """
 
     cycles: float
@@ -84,10 +83,10 @@ class Speed:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The answer for one config on one topology; all figures per chip where nothing else is said.
+    """The plan of one config on one topology. Pairs are (best, worst).
 
-    `speed` and what follows from it are None for a step that does not fit. Pairs are (best, worst). `changes`
-    are settings, dotted, in which a search left the config that it was given.
+    `speed` and the figures after it are None for a step that does not fit. `changes` are the settings, by
+    dotted key, that a search changed.
     """
 
     run: str
@@ -125,18 +124,18 @@ def make_plan(
     price: float | None = None,
     only_if_resident: bool = False,
 ) -> Plan:
-    """Compiles the step of `config` for `topology` and reads it.
+    """Compiles the step of `config` for `topology` and estimates its cost.
 
     Args:
       config: the run.
       topology: slice or slices.
       cache: of compiled steps.
       price: of a chip-hour.
-      only_if_resident: compile nothing where parameters, optimizer and batch do not fit by themselves; `needed`
-        is their sum then, and nothing is said of what the step holds beside them.
+      only_if_resident: do not compile if parameters, optimizer and batch alone do not fit; `needed` is then
+        their sum, and `temporary` 0.
 
     Raises:
-      UserError: config and topology do not go together, or libtpu is missing.
+      UserError: config and topology do not match, or libtpu is missing.
     """
     devices = topology.devices()
     mesh = mesh_lib.build_mesh(config.mesh, devices)
@@ -160,11 +159,11 @@ def make_plan(
         return plan
     compiled = cache.compile(program, topology)
     needed, temporary = chip.devices * compiled.needed, chip.devices * compiled.temporary
+    memory = Memory(*resident, temporary, needed, chip.hbm_bytes)
     if not compiled.text:
         memory = Memory(*resident, max(needed - sum(resident), 0.0), needed, chip.devices * compiled.limit)
-        return dataclasses.replace(plan, memory=memory)
-    plan = dataclasses.replace(plan, memory=Memory(*resident, temporary, needed, chip.hbm_bytes))
-    if not plan.memory.fits:  # XLA limits only temporaries, so also check the total
+    plan = dataclasses.replace(plan, memory=memory)
+    if not compiled.text or not memory.fits:  # XLA limits only temporaries, so also check the total
         return plan
     length = config.data.seq_len // int(mesh.shape["context"])
     trips = -(-length // min(config.loss_chunk, length))
@@ -179,9 +178,9 @@ def _with_speed(
     work = task.full_work(config.model, config.data)
     per_unit = flops_lib.model_flops(task, config.model, program.shapes, program.lr_multipliers)
     total = flops_lib.step_flops(per_unit, work)
-    bounds = (speed.best, speed.worst)
-    hours = _pair(config.num_steps * seconds / 3600 for seconds in bounds)
-    chip_hours = _pair(topology.chips * value for value in hours)
+    steps = np.array([speed.best, speed.worst])  # seconds
+    hours = config.num_steps * steps / 3600
+    chip_hours = topology.chips * hours
     parts = {
         "matrix products": speed.products + speed.kernels,
         "HBM (element-wise work and copies)": speed.others,
@@ -191,19 +190,18 @@ def _with_speed(
         plan,
         speed=speed,
         model_flops=total,
-        mfu=_pair(total / (seconds * topology.chips * topology.chip.flops) for seconds in bounds),
-        tokens_per_second=_pair(work.tokens / seconds for seconds in bounds),
-        images_per_second=_pair(work.images / seconds for seconds in bounds),
+        mfu=_pair(total / (steps * topology.chips * topology.chip.flops)),
+        tokens_per_second=_pair(work.tokens / steps),
+        images_per_second=_pair(work.images / steps),
         dominates=max(parts, key=lambda name: parts[name]),
-        hours=hours,
-        chip_hours=chip_hours,
-        cost=None if price is None else _pair(price * value for value in chip_hours),
+        hours=_pair(hours),
+        chip_hours=_pair(chip_hours),
+        cost=None if price is None else _pair(price * chip_hours),
     )
 
 
 def _speed(cost: hlo.Cost, topology: Topology, devices: Sequence[Any]) -> Speed:
     chip = topology.chip
-    rate = chip.clock
     kernels, unknown = _kernel_seconds(cost, chip)
     seconds: dict[str, float] = {}
     overlapped = 0.0
@@ -211,18 +209,18 @@ def _speed(cost: hlo.Cost, topology: Topology, devices: Sequence[Any]) -> Speed:
         one = count * transfer_seconds(item, topology, devices)
         seconds[item.kind] = seconds.get(item.kind, 0.0) + one
         overlapped += one if item.overlapped else 0.0
-    computing = cost.cycles / rate + kernels
+    computing = cost.cycles / chip.clock + kernels
     moving = sum(seconds.values())
     return Speed(
         cycles=cost.cycles,
-        clock=rate,
-        products=cost.product_cycles / rate,
-        others=(cost.cycles - cost.product_cycles) / rate,
+        clock=chip.clock,
+        products=cost.product_cycles / chip.clock,
+        others=(cost.cycles - cost.product_cycles) / chip.clock,
         kernels=kernels,
         collectives=seconds,
         overlapped=overlapped,
         wire_bytes={kind: chip.devices * size for kind, size in cost.wire_bytes().items()},
-        # What is not started asynchronously stands still in any case.
+        # Synchronous transfers never overlap.
         best=max(computing, overlapped) + moving - overlapped,
         worst=computing + moving,
         dynamic_loops=sorted(set(cost.dynamic_loops)),
@@ -234,8 +232,8 @@ def _speed(cost: hlo.Cost, topology: Topology, devices: Sequence[Any]) -> Speed:
 def transfer_seconds(item: hlo.Collective, topology: Topology, devices: Sequence[Any]) -> float:
     """Seconds of one collective at full bandwidth, without latencies.
 
-    Every axis of the torus along which the group extends gives two links where it is a ring, else one. Over
-    several slices a collective runs in two parts: inside each, and between them with what a device then has.
+    Each torus axis that the group spans contributes two links if it is a ring, otherwise one. A collective
+    over several slices runs in two parts: within each slice, then between slices on each device's share.
     """
     chip = topology.chip
     places = [devices[index] for index in item.group]
@@ -259,7 +257,7 @@ def transfer_seconds(item: hlo.Collective, topology: Topology, devices: Sequence
 
 
 def _kernel_seconds(cost: hlo.Cost, chip: Chip) -> tuple[float, list[str]]:
-    """Roofline of kernels: (seconds, names of those whose operations are not known)."""
+    """Roofline of the kernels: (seconds, names of kernels with unknown operations)."""
     seconds, unknown = 0.0, set()
     for kernel, count in cost.kernels:
         touched = sum(shape.bytes for shape in (*kernel.operands, *kernel.results))
@@ -272,15 +270,15 @@ def _kernel_seconds(cost: hlo.Cost, chip: Chip) -> tuple[float, list[str]]:
     return seconds, sorted(unknown)
 
 
-# Products of one score matrix's size that a splash-attention kernel does.
+# Products of the size of the score matrix in each splash-attention kernel.
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "dkv_fused": 5}
 
 
 def attention_flops(kernel: hlo.Kernel) -> float | None:
-    """Operations of a splash-attention kernel from its shapes; None for any other kernel.
+    """Operations of a splash-attention kernel from its shapes, recomputed scores included; else None.
 
-    A causal one computes half of the scores. It is told by the places of the queries, which it alone gets
-    beside the two arrays of segments. Scores computed again count, as they take time.
+    A causal kernel computes half of the scores. Only it takes query positions besides the two arrays of
+    segment ids.
     """
     match = re.search(r"splash\w*?_(fwd|dq|dkv)", f"{kernel.name} {kernel.source}")
     arrays = [
@@ -290,7 +288,7 @@ def attention_flops(kernel: hlo.Kernel) -> float | None:
         return None
     query, key, value = arrays[:3]
     phase = match[1]
-    # Only the fused kernel gives a gradient of the queries too: one for each block of keys.
+    # Only the fused kernel also returns a gradient of the queries, one per block of keys.
     if phase == "dkv" and any(len(shape.dims) > len(query) for shape in kernel.results):
         phase = "dkv_fused"
     scores = math.prod(query[:-1]) * key[-2]
@@ -302,21 +300,14 @@ def attention_flops(kernel: hlo.Kernel) -> float | None:
 def _resident(program: program_lib.Program, chip: Chip) -> tuple[float, float, float]:
     """Bytes per chip of parameters, optimizer state (and average) and batch, by their shardings."""
     state = program.state
-    parts = (
-        (state.trainable, state.frozen),
-        (state.opt_state, state.ema),
-        program.batch,
-    )
+    parts = ((state.trainable, state.frozen), (state.opt_state, state.ema), program.batch)
     return tuple(chip.devices * _shard_bytes(part) for part in parts)  # pyright: ignore[reportReturnType]
 
 
 def _shard_bytes(tree: Any) -> float:
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def _pair(values: Any) -> tuple[float, float]:
-    first, second = values
-    return first, second
+def _pair(values: np.ndarray) -> tuple[float, float]:
+    return float(values[0]), float(values[1])

@@ -1,18 +1,17 @@
-"""Reads what a step costs out of a compiled TPU module's text.
+"""Reads the cost of a step from the text of a compiled TPU module.
 
-The compiler writes its own estimate of cycles at every fusion and copy, but counts no loop: here the bodies
-of loops are multiplied by their trips. Kernels (Pallas) and collectives have no estimate; they are listed
-with their shapes and groups for a roofline.
+The compiler annotates fusions and copies with estimated cycles; this module multiplies them by loop trips.
+Pallas kernels and collectives have no estimate; they are listed with their shapes and groups for a roofline.
 
-How a TPU module says things:
-- An asynchronous collective is a pair of fusions around `AsyncCollectiveStart` and `...Done`; the fusions in
-  between, with which it overlaps, repeat it. It is one transfer, counted at its start. Where it is left to
-  the sparse cores, it is a computation that `call-start` or `custom-call-start` calls; copies may be, too.
+Conventions of TPU modules:
+- An asynchronous collective is a pair of fusions around `AsyncCollectiveStart` and `...Done`. The overlapping
+  fusions in between repeat it; it is one transfer, counted at its start. On the sparse cores it is a
+  computation called by `call-start` or `custom-call-start`; so may copies be.
 - A reduce-scatter is a fusion `all-reduce-scatter` of an all-reduce and a slice.
-- The part of a collective that runs between slices is a `send` and a `recv` of the hosts (`megascale`).
-  Partitions are numbered within a slice.
-- `backend_config` and `frontend_attributes` of kernels may contain line breaks; a line of theirs may begin
-  with the bracket that also ends a computation.
+- The part of a collective between slices is a host `send` and `recv` (`megascale`). Partitions are numbered
+  within a slice.
+- `backend_config` and `frontend_attributes` of kernels may contain line breaks, and lines that begin with the
+  bracket that ends a computation.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ COLLECTIVES = (
 )
 KERNEL = "tpu_custom_call"
 _PRODUCTS = ("convolution", "dot")
-_ASIDE = ("call-start", "custom-call-start")  # as libtpu 0.0.42 and 0.0.52 write it
+_SPARSE_CORE_CALLS = ("call-start", "custom-call-start")  # of libtpu 0.0.42 and 0.0.52
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = ")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([^\s(]+) \(.*\{\s*$")
 _RANGE = re.compile(r"(\d+)(?::(\d+))?")
@@ -73,10 +72,29 @@ class Instruction:
     attributes: str
     text: str
 
-    def called(self, key: str) -> str | None:
-        """The computation that an attribute names."""
-        match = re.search(rf"\b{key}=\{{?%?([^\s,{{}}]+)", self.attributes)
-        return match[1] if match else None
+    def find(self, pattern: str) -> str:
+        """The first group of a pattern in the attributes; '' without a match."""
+        match = re.search(pattern, self.attributes)
+        return match[1] if match else ""
+
+    def called(self, key: str) -> str:
+        """The computation that an attribute names; '' if there is none."""
+        return self.find(rf"\b{key}=\{{?%?([^\s,{{}}]+)")
+
+    @property
+    def channel(self) -> str:
+        """Channel of a collective; its name if it has none."""
+        return self.find(r"channel_id=(\d+)") or self.name
+
+    @property
+    def rendezvous(self) -> str:
+        """Key that a `send` shares with its `recv`."""
+        return self.find('_xla_host_transfer_rendezvous="([^"]*)"')
+
+    @property
+    def source(self) -> str:
+        """JAX's name of the operation that it implements."""
+        return self.find('op_name="([^"]*)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +103,10 @@ class Collective:
 
     Attributes:
       kind: one of `COLLECTIVES`.
-      payload: bytes of the whole: the result of an all-gather, the operand of a reduction.
-      group: partition ids of one of its groups; of a permute, one pair. A slice's follow those of the one
-        before.
-      overlapped: it runs beside other work.
-      source: JAX's name of the operation it serves.
+      payload: global bytes: the result of an all-gather, the operand of a reduction.
+      group: partition ids of one group; for a permute, of one pair. Ids continue from slice to slice.
+      overlapped: whether it runs in parallel with other work.
+      source: JAX's name of the operation.
     """
 
     kind: str
@@ -106,7 +123,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A Pallas kernel: its name, the operation it serves, and the shapes that go in and come out."""
+    """A Pallas kernel: its name, JAX's name of the operation, and its shapes."""
 
     name: str
     source: str
@@ -116,15 +133,14 @@ class Kernel:
 
 @dataclasses.dataclass
 class Cost:
-    """What one step does on a device.
+    """The cost of one step on a device.
 
     Attributes:
-      cycles: the compiler's estimates, added up.
+      cycles: sum of the compiler's estimates.
       product_cycles: the part of `cycles` in fusions with a matrix product.
-      product_flops: operations of those products, two for a multiplication with an addition.
-      without_estimate: fusions for which the compiler has none.
-      collectives: with how often each runs.
-      kernels: with how often each runs.
+      product_flops: operations of these products, two per multiply-add.
+      without_estimate: number of fusions without an estimate.
+      collectives, kernels: each with its number of runs.
       dynamic_loops: names of loops whose trips depend on data.
     """
 
@@ -137,17 +153,15 @@ class Cost:
     dynamic_loops: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, other: Cost, times: float = 1) -> None:
-        """Adds `other`, done `times` times."""
-        self.cycles += times * other.cycles
-        self.product_cycles += times * other.product_cycles
-        self.product_flops += times * other.product_flops
-        self.without_estimate += times * other.without_estimate
+        """Adds `times` times `other`."""
+        for name in ("cycles", "product_cycles", "product_flops", "without_estimate"):
+            setattr(self, name, getattr(self, name) + times * getattr(other, name))
         self.collectives += [(item, times * count) for item, count in other.collectives]
         self.kernels += [(item, times * count) for item, count in other.kernels]
         self.dynamic_loops += other.dynamic_loops
 
     def wire_bytes(self) -> dict[str, float]:
-        """Bytes that a device sends, by kind of collective."""
+        """Kind of collective → bytes that a device sends."""
         total: dict[str, float] = {}
         for item, count in self.collectives:
             total[item.kind] = total.get(item.kind, 0.0) + count * item.wire_bytes
@@ -163,35 +177,38 @@ def wire_bytes(kind: str, payload: float, devices: int) -> float:
 
 
 def read(text: str, dynamic_trips: int = 1) -> Cost:
-    """Adds up a module's step.
+    """The cost of a module.
 
     Args:
       text: `compiled.as_text()`.
-      dynamic_trips: how often a loop runs whose bound depends on data.
+      dynamic_trips: trips of loops whose bound depends on data.
     """
-    return _Reader(text, dynamic_trips).entry_cost()
+    reader = _Reader(text, dynamic_trips)
+    return reader.cost(reader.entry)
 
 
 class _Reader:
     def __init__(self, text: str, dynamic_trips: int) -> None:
-        self._computations, self._entry = _parse(text)
+        self._computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        for is_entry, name, lines in _blocks(text):
+            self._computations[name] = {item.name: item for item in map(_instruction, lines)}
+            self.entry = name if is_entry else self.entry
         self._dynamic_trips = dynamic_trips
         self._devices = _device_count(text)
         self._memo: dict[str, Cost] = {}
         self._products: dict[str, float] = {}
-        # Channels of asynchronous collectives: the fusions between start and done repeat them.
+        # Channels of asynchronous collectives, which the fusions between start and done repeat.
         self._started = {
-            _channel(inner)
+            inner.channel
             for body in self._computations.values()
             if _async_marker(body)
             for inner in body.values()
             if _kind(inner.opcode)
         }
 
-    def entry_cost(self) -> Cost:
-        return self._cost(self._entry)
-
-    def _cost(self, name: str) -> Cost:
+    def cost(self, name: str) -> Cost:
+        """The cost of a computation; zero if it is unknown."""
         if name not in self._memo:
             cost = self._memo[name] = Cost()
             body = self._computations.get(name, {})
@@ -200,41 +217,38 @@ class _Reader:
         return self._memo[name]
 
     def _count(self, cost: Cost, inst: Instruction, body: dict[str, Instruction]) -> None:
-        estimate = re.search(r'"estimated_cycles":"?(\d+)', inst.attributes)
-        known = estimate is not None and int(estimate[1]) < _UNKNOWN
-        flops = self._product_flops(inst, body) if known or inst.opcode in _PRODUCTS else 0.0
+        opcode, estimate = inst.opcode, inst.find(r'"estimated_cycles":"?(\d+)')
+        known = bool(estimate) and int(estimate) < _UNKNOWN
+        flops = self._product_flops(inst, body) if known or opcode in _PRODUCTS else 0.0
         cost.product_flops += flops
-        if known and estimate:
-            cycles = int(estimate[1])
-            cost.cycles += cycles
-            if flops:
-                cost.product_cycles += cycles
+        if known:
+            cost.cycles += int(estimate)
+            cost.product_cycles += int(estimate) if flops else 0
         elif estimate:
             cost.without_estimate += 1
-        opcode = inst.opcode
         called = inst.called("calls") or inst.called("to_apply") or inst.called("called_computations")
         if kind := _kind(opcode):
             cost.collectives.append((self._collective(kind, inst, overlapped=opcode.endswith("-start")), 1))
         elif opcode == "custom-call" and f'custom_call_target="{KERNEL}"' in inst.attributes:
             inputs = tuple(shape for name in inst.operands if name in body for shape in body[name].result)
-            cost.kernels.append((Kernel(_bare(inst.name), _source(inst), inputs, inst.result), 1))
+            name = re.sub(r"[.\d]+$", "", inst.name)
+            cost.kernels.append((Kernel(name, inst.source, inputs, inst.result), 1))
         elif opcode == "while":
             self._count_while(cost, inst, body)
         elif opcode == "send" and (between := self._between_slices(inst, body)):
             cost.collectives.append((between, 1))
         elif opcode == "conditional":
-            branches = [self._cost(name) for name in _branches(inst)]
-            if branches:
-                cost.add(max(branches, key=lambda branch: branch.cycles))
+            branches = [self.cost(name) for name in _branches(inst)]
+            cost.add(max(branches, key=lambda branch: branch.cycles, default=Cost()))
         elif opcode == "fusion" and called:
             self._count_fusion(cost, called, known)
-        elif opcode in ("call", "async-start", *_ASIDE) and called:
-            inner = self._cost(called)
-            beside = [(dataclasses.replace(item, overlapped=True), n) for item, n in inner.collectives]
-            if opcode in _ASIDE:  # of what a sparse core does, only the transfers count
-                inner = Cost(collectives=beside)
+        elif opcode in ("call", "async-start", *_SPARSE_CORE_CALLS) and called:
+            inner = self.cost(called)
+            overlapped = [(dataclasses.replace(item, overlapped=True), n) for item, n in inner.collectives]
+            if opcode in _SPARSE_CORE_CALLS:  # only the transfers of sparse cores count
+                inner = Cost(collectives=overlapped)
             elif opcode == "async-start":
-                inner = dataclasses.replace(inner, collectives=beside)
+                inner = dataclasses.replace(inner, collectives=overlapped)
             cost.add(inner)
 
     def _count_fusion(self, cost: Cost, called: str, known: bool) -> None:
@@ -246,35 +260,32 @@ class _Reader:
         if marker or transfers:
             for inner in transfers:
                 kind = _kind(inner.opcode)
-                if not marker and _channel(inner) in self._started:
+                if not marker and inner.channel in self._started:
                     continue
                 if kind == "all-reduce" and called.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"
                 cost.collectives.append((self._collective(kind, inner, overlapped=bool(marker)), 1))
         elif not known:
-            cost.add(self._cost(called))
+            cost.add(self.cost(called))
 
     def _count_while(self, cost: Cost, inst: Instruction, body: dict[str, Instruction]) -> None:
         trips = self._trips(inst, body)
         if trips is None:
-            cost.dynamic_loops.append(_source(inst) or inst.name)
+            cost.dynamic_loops.append(inst.source or inst.name)
             trips = self._dynamic_trips
-        inner = inst.called("body")
-        if inner:
-            cost.add(self._cost(inner), trips)
+        cost.add(self.cost(inst.called("body")), trips)
 
     def _trips(self, inst: Instruction, body: dict[str, Instruction]) -> int | None:
-        """Trips of a loop; None where its bound is computed."""
-        match = re.search(r'known_trip_count"?[:=]\{?"?n"?:"?(\d+)', inst.attributes)
-        if match:
-            return int(match[1])
-        condition = self._computations.get(inst.called("condition") or "", {})
+        """Trips of a loop; None if its bound is computed."""
+        if trips := inst.find(r'known_trip_count"?[:=]\{?"?n"?:"?(\d+)'):
+            return int(trips)
+        condition = self._computations.get(inst.called("condition"), {})
         bounds = [value for item in condition.values() if (value := _constant(item)) is not None]
-        # The bound may be carried, as the counter is, which starts after 0 where trips were peeled off.
+        # Counter and bound may both be carried; the counter starts above 0 if trips were peeled off.
         carried = [
-            int(index[1])
+            int(index)
             for item in condition.values()
-            if item.opcode == "get-tuple-element" and (index := re.search(r"index=(\d+)", item.attributes))
+            if item.opcode == "get-tuple-element" and (index := item.find(r"index=(\d+)"))
         ]
         start = body.get(inst.operands[0])
         if start is None or start.opcode != "tuple":
@@ -289,55 +300,45 @@ class _Reader:
         group = _group(inst.attributes, self._devices)
         results = inst.result
         if inst.opcode.endswith("-start"):
-            # (operands, results, contexts): the arrays of the second half.
+            # (operands, results, contexts): the second half of the arrays.
             arrays = [shape for shape in results if shape.dims]
             results = tuple(arrays[len(arrays) // 2 :])
         payload = sum(shape.bytes for shape in results)
         if kind == "reduce-scatter" and inst.opcode.startswith("reduce-scatter"):
             payload *= len(group)
-        return Collective(kind, payload, group, overlapped, _source(inst))
+        return Collective(kind, payload, group, overlapped, inst.source)
 
     def _between_slices(self, send: Instruction, body: dict[str, Instruction]) -> Collective | None:
-        """The collective between slices that a `send` begins; None for another host's transfer."""
-        kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
-        target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', send.attributes)
-        if kind is None or target is None:
+        """The collective between slices that a `send` starts; None for other host transfers."""
+        kind = send.find(r'_xla_megascale_transfer_type="(\w+)"')
+        target = send.find(r'_xla_megascale_target="\{([\d,:]+)\}')
+        if not kind or not target:
             return None
-        slices = sum(int(last or first) - int(first) + 1 for first, last in _RANGE.findall(target[1]))
-        name = "collective-permute" if kind[1] == "ONE_TO_ONE" else kind[1].lower().replace("_", "-")
+        slices = sum(int(last or first) - int(first) + 1 for first, last in _RANGE.findall(target))
+        name = "collective-permute" if kind == "ONE_TO_ONE" else kind.lower().replace("_", "-")
         payload = send.result[0].bytes * (slices if name == "all-gather" else 1)
         group = tuple(index * self._devices for index in range(slices))
-        # Instructions stand in the order of execution; what comes before `recv-done` runs meanwhile.
+        # Instructions are in order of execution; those before `recv-done` overlap.
         overlapped = False
         for inst in list(body.values())[list(body).index(send.name) :]:
-            if inst.opcode == "recv-done" and _rendezvous(body[inst.operands[0]]) == _rendezvous(send):
+            if inst.opcode == "recv-done" and body[inst.operands[0]].rendezvous == send.rendezvous:
                 break
             overlapped = overlapped or inst.opcode in ("fusion", "while", "convolution", "dot")
-        return Collective(name, payload, group, overlapped, _source(send))
+        return Collective(name, payload, group, overlapped, send.source)
 
     def _product_flops(self, inst: Instruction, body: dict[str, Instruction]) -> float:
-        """Operations of the products in an instruction; with batch dimensions they come out too high."""
-        called = inst.called("calls") if inst.opcode == "fusion" else None
-        if called is not None:
+        """Operations of the products in an instruction; too high for products with batch dimensions."""
+        called = inst.called("calls") if inst.opcode == "fusion" else ""
+        if called:
             if called not in self._products:
                 inside = self._computations.get(called, {})
                 self._products[called] = sum(self._product_flops(inner, inside) for inner in inside.values())
             return self._products[called]
         if inst.opcode not in _PRODUCTS:
             return 0.0
-        # (m k) (k n) (m n) is the square of m k n, however the dimensions are named.
+        # (m k) (k n) (m n) is the square of m k n, whatever the layout.
         shapes = [inst.result[0], *(body[name].result[0] for name in inst.operands[:2])]
         return 2 * math.sqrt(math.prod(math.prod(shape.dims) for shape in shapes))
-
-
-def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    computations: dict[str, dict[str, Instruction]] = {}
-    entry = ""
-    for is_entry, name, lines in _blocks(text):
-        computations[name] = {item.name: item for item in map(_instruction, lines)}
-        if is_entry:
-            entry = name
-    return computations, entry
 
 
 def _blocks(text: str) -> Iterator[tuple[bool, str, list[str]]]:
@@ -378,7 +379,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """Where the bracket that `text` begins with is closed, one beyond."""
+    """Index after the bracket that closes the first one."""
     depth = 0
     for place, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -396,36 +397,14 @@ def _shapes(text: str) -> tuple[Shape, ...]:
 
 
 def _kind(opcode: str) -> str:
-    """The collective that an opcode begins; '' if none."""
+    """The collective that an opcode runs or starts; '' for other opcodes."""
     kind = opcode.removesuffix("-start")
     return kind if kind in COLLECTIVES else ""
 
 
 def _async_marker(body: dict[str, Instruction]) -> str:
-    for item in body.values():
-        match = re.search(r'custom_call_target="(AsyncCollective(?:Start|Done))"', item.attributes)
-        if match:
-            return match[1]
-    return ""
-
-
-def _channel(inst: Instruction) -> str:
-    match = re.search(r"channel_id=(\d+)", inst.attributes)
-    return match[1] if match else inst.name
-
-
-def _rendezvous(inst: Instruction) -> str:
-    match = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', inst.attributes)
-    return match[1] if match else ""
-
-
-def _source(inst: Instruction) -> str:
-    match = re.search(r'op_name="([^"]*)"', inst.attributes)
-    return match[1] if match else ""
-
-
-def _bare(name: str) -> str:
-    return re.sub(r"[.\d]+$", "", name)
+    found = (item.find('custom_call_target="(AsyncCollective(?:Start|Done))"') for item in body.values())
+    return next(filter(None, found), "")
 
 
 def _constant(inst: Instruction | None) -> int | None:
@@ -443,9 +422,8 @@ def _through_copies(body: dict[str, Instruction], name: str) -> Instruction | No
 
 
 def _branches(inst: Instruction) -> list[str]:
-    match = re.search(r"branch_computations=\{([^}]*)\}", inst.attributes)
-    if match:
-        return re.findall(r"%?([^\s,]+)", match[1])
+    if names := inst.find(r"branch_computations=\{([^}]*)\}"):
+        return re.findall(r"%?([^\s,]+)", names)
     return [name for key in ("true_computation", "false_computation") if (name := inst.called(key))]
 
 
@@ -456,18 +434,12 @@ def _device_count(text: str) -> int:
 
 
 def _group(attributes: str, devices: int) -> tuple[int, ...]:
-    """Partition ids of the first group, from any of the ways a module writes groups."""
-    match = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes)
-    if match:
-        return (int(match[1]), int(match[2]))
-    match = re.search(r"replica_groups=mesh\[([^\]]*)\](.*?)\{([^}]*)\}", attributes)
-    if match:
+    """Partition ids of the first group, in any of the notations for groups."""
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](.*?)\{([^}]*)\}", attributes):
         return _mesh_group(match[1], match[2], match[3])
-    match = re.search(r"replica_groups=(\[[^\s]*?\]<=\[[\d,]*\](?:T\([\d,]*\))?)", attributes)
-    if match:
+    if match := re.search(r"replica_groups=(\[[^\s]*?\]<=\[[\d,]*\](?:T\([\d,]*\))?)", attributes):
         return tuple(int(i) for i in _iota(match[1])[0])
-    match = re.search(r"replica_groups=\{\{([^}]*)\}", attributes)
-    if match:
+    if match := re.search(r"(?:source_target_pairs|replica_groups)=\{\{([^}]*)\}", attributes):
         return tuple(int(i) for i in match[1].split(","))
     return tuple(range(devices))
 
@@ -482,13 +454,12 @@ def _iota(text: str) -> np.ndarray:
 
 
 def _mesh_group(axes: str, order: str, grouped: str) -> tuple[int, ...]:
-    """`mesh['a'=4,'b'=2] {'b'}`, perhaps with `device_ids=([4,2]T(1,0))` and parts of axes, `'a':(2)2`."""
+    """`mesh['a'=4,'b'=2] {'b'}`, optionally with `device_ids=([4,2]T(1,0))` and parts of axes, `'a':(2)2`."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
     ids = np.arange(math.prod(sizes.values()))
-    match = re.search(r"device_ids=\(?(\[[\d,]*\])(T\([\d,]*\))?", order)
-    if match:
+    if match := re.search(r"device_ids=\(?(\[[\d,]*\])(T\([\d,]*\))?", order):
         ids = _iota(f"[{len(ids)}]<={match[1]}{match[2] or ''}")
-    # Every axis as (before, part, after), of which `part` is in the group.
+    # Axis → (before, part, after), of which `part` is in the group.
     parts = {name: (size, 1, 1) for name, size in sizes.items()}
     for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", grouped):
         first, size = int(before or 1), int(part or sizes[name])

@@ -1,4 +1,4 @@
-"""`vilam3 plan`: compiles a run's own step for a TPU slice and says whether it fits, how fast, for how much.
+"""`vilam3 plan`: compiles a run's step for a TPU slice and reports memory, speed and cost.
 
 vilam3 plan --config=configs/stage4_expert.py:vila_m3_8b --topology=v5p:4x4x4
 """
@@ -29,7 +29,7 @@ _CACHE = "~/.cache/vilam3/plan"
 
 
 def table(plan: Plan) -> str:
-    """A plan for a person to read."""
+    """A plan as text."""
     memory, speed = plan.memory, plan.speed
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     devices = f", {plan.devices} devices" if plan.devices != plan.chips else ""
@@ -46,10 +46,9 @@ def table(plan: Plan) -> str:
     ]
     if memory.fits:
         lines += [f"  left                {_gib(memory.limit - memory.needed)}"]
-    if speed is None or plan.mfu is None or plan.tokens_per_second is None or plan.images_per_second is None:
+    if speed is None:
         return "\n".join(lines)
-    if plan.hours is None or plan.chip_hours is None:
-        return "\n".join(lines)
+    assert plan.mfu and plan.tokens_per_second and plan.images_per_second and plan.hours and plan.chip_hours
     lines += [
         "",
         f"a step                {speed.best:.3f} s, {speed.worst:.3f} s if no transfer overlaps",
@@ -80,17 +79,12 @@ def table(plan: Plan) -> str:
 
 def _notes(speed: Any) -> list[str]:
     notes = []
-    if speed.dynamic_loops:
-        notes.append(
-            f"{len(speed.dynamic_loops)} loop(s) whose trips depend on the data are counted at their most "
-            "(the loss: every position has a target)"
-        )
+    if loops := len(speed.dynamic_loops):
+        notes.append(f"{loops} loop(s) with data-dependent trips (the loss) are counted at their maximum")
     if speed.without_estimate:
-        notes.append(
-            f"{speed.without_estimate:.0f} fusions without an estimate of the compiler count nothing"
-        )
+        notes.append(f"{speed.without_estimate:.0f} fusions without an estimate count as 0")
     if speed.unknown_kernels:
-        notes.append(f"kernels counted by the memory they touch alone: {', '.join(speed.unknown_kernels)}")
+        notes.append(f"kernels counted by memory traffic alone: {', '.join(speed.unknown_kernels)}")
     return notes
 
 
@@ -114,30 +108,19 @@ def _span(pair: tuple[float, float], divisor: float = 1, digits: int = 0) -> str
 
 def _flags() -> flags.FlagValues:
     values = flags.FlagValues()
-    text = {
-        "topology": "v5p:4x4x4 or v5p-128, 2xv5p-128 for two slices; several with commas, smallest first.",
-        "json": "Also write the plans to this file.",
-        "cache": "Folder of compiled steps.",
-    }
-    for name, help_text in text.items():
-        flags.DEFINE_string(name, _CACHE if name == "cache" else None, help_text, flag_values=values)
-    flags.DEFINE_integer(
-        "slices", 0, "Number of slices, in place of the topology's.", lower_bound=0, flag_values=values
-    )
-    flags.DEFINE_float(
-        "price", None, "Price of a chip-hour, in any currency.", lower_bound=0, flag_values=values
-    )
-    flags.DEFINE_boolean(
-        "search", False, "Try meshes, remat policies and rows; the best that fit.", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "compiles", 12, "Most compiles of a search, per topology.", lower_bound=1, flag_values=values
-    )
+    names = "v5p:4x4x4 or v5p-128, 2xv5p-128 for two slices; several with commas, smallest first."
+    flags.DEFINE_string("topology", None, names, values)
+    flags.DEFINE_integer("slices", 0, "Number of slices, instead of the topology's.", 0, flag_values=values)
+    flags.DEFINE_float("price", None, "Price of a chip-hour, in any currency.", 0, flag_values=values)
+    flags.DEFINE_string("json", None, "Also write the plans to this file.", values)
+    flags.DEFINE_boolean("search", False, "Try meshes, remat policies and rows; print the best.", values)
+    flags.DEFINE_integer("compiles", 12, "Most compiles of a search, per topology.", 1, flag_values=values)
+    flags.DEFINE_string("cache", _CACHE, "Folder of compiled steps.", values)
     return values
 
 
 def main(argv: Sequence[str]) -> int:
-    """Entry of `vilam3 plan`: 0 also where the answer is that it does not fit."""
+    """Runs `vilam3 plan`; returns 0 also if the step does not fit."""
     values = _flags()
     if {"-h", "--help", "--helpfull"} & set(argv):
         purpose = "Compiles the training step for TPUs on this CPU: memory, speed, cost. Needs libtpu."
@@ -157,17 +140,16 @@ def main(argv: Sequence[str]) -> int:
     plans: list[Plan] = []
     for topology in wanted:
         plans += _answer(config, topology, cache, price, values)
-        if values["json"].value:  # after each, so that a long search leaves what it found
+        if values["json"].value:  # after each topology, as a search takes long
             text = json.dumps([plan.to_dict() for plan in plans], indent=1)
             paths.write_text_atomic(paths.as_path(cast(str, values["json"].value)), text + "\n")
     if len(wanted) > 1:
         fitting = [plan for plan in plans if plan.memory.fits]
         smallest = min(fitting, key=lambda plan: plan.chips, default=None)
-        print(
-            f"\nsmallest that fits: {smallest.topology}, {smallest.chips} chips"
-            if smallest
-            else "\nnone fits"
+        found = (
+            f"smallest that fits: {smallest.topology}, {smallest.chips} chips" if smallest else "none fits"
         )
+        print(f"\n{found}")
     return 0
 
 

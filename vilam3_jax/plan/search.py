@@ -1,4 +1,4 @@
-"""Tries settings one after the other; what was compiled before is not compiled again."""
+"""Searches meshes, remat policies and batch sizes for the fastest step that fits."""
 
 from __future__ import annotations
 
@@ -29,22 +29,21 @@ def search(
     limit: int,
     report: Callable[[str], None],
 ) -> list[Plan]:
-    """Compiles up to `limit` variants of `config`; the fastest that fit come first.
+    """Compiles up to `limit` variants of `config`; returns the fastest that fit first.
 
-    Rows that do not give every device as many groups are multiplied first. The first variant holds parameters
-    on as many devices as possible and recomputes all. While that does not fit, less is computed at a time
-    (`_smaller`). Then come other mesh splits, on the best of these remat policies that hold more, and other
-    numbers of rows; always with as many rows in all, so that the run sees the same data. "Best" is by tokens
-    per second if nothing overlaps; before anything fits, by memory. What cannot hold parameters and optimizer
-    is not compiled.
+    If the rows do not divide over the devices, they are multiplied first. The first variant shards parameters
+    over all devices and rematerialises everything; while it does not fit, `_smaller` reduces the work at a
+    time. From the best so far follow other meshes, remat policies that keep more, and other numbers of rows
+    per step, always with the same number of rows in total. "Best" means tokens per second without overlap, or
+    memory before anything fits. A variant whose parameters and optimizer do not fit is not compiled.
 
     Args:
-      config: where to start.
+      config: the start.
       topology: slice or slices.
       cache: of compiled steps.
       price: of a chip-hour.
-      limit: of compiles.
-      report: takes a line for each variant.
+      limit: number of compiles.
+      report: called with a line per variant.
     """
     devices = topology.chips * topology.chip.devices
     given = config
@@ -85,7 +84,7 @@ def search(
         attempt(start, smaller)
     start = best()
     for mesh in meshes:
-        if fits() or mesh["mesh.tensor"] > 1:  # copies over `data` hold more
+        if fits() or mesh["mesh.tensor"] > 1:  # replicas over `data` need more memory
             attempt(start, mesh)
     start = best()
     for remat in (*("+".join(REMAT_TAGS[: n + 1]) for n in range(len(REMAT_TAGS))), "none"):
@@ -114,33 +113,28 @@ def _outcome(plan: Plan) -> str:
 
 
 def _rank(plan: Plan) -> tuple[int, float]:
-    if plan.tokens_per_second is None:  # without temporary bytes: `needed` is only what is held
+    if plan.tokens_per_second is None:  # without temporary bytes, `needed` is a lower bound
         return (1 if plan.memory.temporary else 2, plan.memory.needed)
     return (0, -plan.tokens_per_second[1])
 
 
 def _meshes(devices: int, slices: int) -> Iterator[dict[str, int]]:
-    """All of a slice under `fsdp`, then parts of it under `tensor` or `data`."""
+    """A whole slice under `fsdp`, then parts of it under `tensor` or `data`."""
     within = devices // slices
     for tensor in _TENSOR:
         for data in (1, 2, 4, 8):
             fsdp, odd = divmod(within, tensor * data)
             if not odd and (tensor == 1 or data == 1):
-                yield {
-                    "mesh.data": data * slices,
-                    "mesh.fsdp": fsdp,
-                    "mesh.context": 1,
-                    "mesh.tensor": tensor,
-                }
+                sizes = {"data": data * slices, "fsdp": fsdp, "context": 1, "tensor": tensor}
+                yield {f"mesh.{axis}": size for axis, size in sizes.items()}
 
 
 def _smaller(config: RunConfig, slices: int, own_rows: int) -> Iterator[dict[str, int]]:
-    """What computes the same with less at a time, more and more so.
+    """Changes that compute the same in smaller and smaller parts.
 
-    More steps of accumulation, down to a group a device; then groups of a row; then rows that devices share.
-    Groups of a row have half of the image slots, so samples of many images may lose their place. Where the
-    rows were multiplied for larger groups they go back towards `own_rows`, which takes no accumulation. A run
-    of pairs compares all of a batch at once and has nothing of the kind.
+    First more accumulation, down to one group per device; then groups of one row; then rows sharded over
+    devices. Smaller groups have fewer image slots, so samples with many images may no longer fit. If the rows
+    were multiplied, they first shrink towards `own_rows`. There is nothing for tasks that cannot accumulate.
     """
     if not TASKS[config.task].can_accumulate:
         return
@@ -170,14 +164,14 @@ def _smaller(config: RunConfig, slices: int, own_rows: int) -> Iterator[dict[str
 
 
 def _halved(mesh: Mapping[str, int], slices: int) -> str:
-    """The axis that gives half of its devices to `context`: copies before parts of the parameters."""
+    """The axis that gives half of its devices to `context`: replicas before shards."""
     if mesh["data"] % (2 * slices) == 0:
         return "data"
     return "fsdp" if mesh["fsdp"] % 2 == 0 else ""
 
 
 def _enough_rows(config: RunConfig, devices: int) -> dict[str, int]:
-    """The least multiple of the rows that gives every device as many groups, in as many fewer steps."""
+    """The smallest multiple of the rows that divides over the devices, with fewer steps accordingly."""
     key = TASKS[config.task].batch_key
     units = TASKS[config.task].batch_format(config.data, config.model).units
     groups = units // config.grad_accum

@@ -1,4 +1,4 @@
-"""TPU slices by name: `v5p:4x4x4`, as the hardware is wired, or `v5p-128`, as it is sold."""
+"""TPU slices by topology (`v5p:4x4x4`) or product name (`v5p-128`)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from vilam3_jax.training.chips import CHIPS, Chip
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6lite": "v6e", "v7x": "tpu7x", "ironwood": "tpu7x"}
 _TPUS = tuple(name for name, chip in CHIPS.items() if chip.torus_axes)
 _EXAMPLES = ("v5e:16x16", "v5p:4x4x4", "v5p:4x8x8", "v6e:16x16", "tpu7x:4x4x4", "v5p-128", "v5litepod-256")
-_WIDEST = 16  # chips along an axis of a torus of two axes
-_SOLD = {  # sides, smallest first, by axes of the torus; larger ones of three axes are made of cubes of 4x4x4
+_WIDEST = 16  # chips along an axis of a two-axis torus
+_SOLD = {  # torus axes → sides, smallest first; larger slices of three axes consist of 4x4x4 cubes
     2: ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
     3: ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 4), (2, 4, 4)),
 }
 _MOST_CUBES = 1024  # more than any pod has
-_DEFAULT_HOST = (2, 2, 1)  # chips of a host, by which libtpu wants every slice to divide
+_DEFAULT_HOST = (2, 2, 1)  # chips of a host; libtpu requires slices to be multiples
 _HOSTS = {1: (1, 1, 1), 2: (1, 2, 1)}  # slices smaller than that
 
 
@@ -32,7 +32,7 @@ class Topology:
     """One or more equal slices.
 
     Attributes:
-      chip: what it is made of.
+      chip: its generation.
       shape: chips along each axis of the torus of one slice.
       slices: number of slices, joined by the data-centre network.
     """
@@ -49,54 +49,56 @@ class Topology:
     @property
     def name(self) -> str:
         """`v5p:4x4x4`, with `2x` before it for two slices."""
-        slices = f"{self.slices}x" if self.slices > 1 else ""
-        return f"{slices}{self.chip.name}:{'x'.join(map(str, self.shape))}"
+        return f"{self._prefix}{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
     def product(self) -> str:
-        """The name it is sold by: `v5p-128`."""
+        """The product name: `v5p-128`."""
         name = "v5litepod" if self.chip.name == "v5e" else self.chip.name
-        number = math.prod(self.shape) * (2 if self.chip.cores_in_name else 1)
-        return f"{self.slices}x{name}-{number}" if self.slices > 1 else f"{name}-{number}"
+        return f"{self._prefix}{name}-{math.prod(self.shape) * (2 if self.chip.cores_in_name else 1)}"
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.slices}x" if self.slices > 1 else ""
 
     def wrapped(self, axis: int) -> bool:
-        """Whether the links of a torus axis form a ring, as Google's pages on each generation say.
+        """Whether an axis is a ring (Google's pages on each generation).
 
-        Three axes: in slices of whole cubes of 4x4x4. Two axes: where they are 16 long.
+        With three axes: in slices of whole 4x4x4 cubes. With two axes: if the axis is 16 long.
         """
         if self.chip.torus_axes == 3:
             return all(size % 4 == 0 for size in self.shape)
         return self.shape[axis] == 16
 
     def devices(self) -> list[Any]:
-        """JAX's devices of this topology, which can be compiled for and not be run on.
+        """JAX devices of this topology, for compilation only.
 
         Raises:
-          UserError: libtpu is not installed, or does not know such a slice.
+          UserError: libtpu is not installed, or does not support the slice.
         """
         if importlib.util.find_spec("libtpu") is None:
             raise UserError(
-                "vilam3 plan compiles with libtpu, which is not installed: pip install "
-                "-e '.[tpu]' (Linux on x86; no TPU is needed)"
+                "vilam3 plan compiles with libtpu, which is not installed; pip install -e '.[tpu]' (Linux on "
+                "x86; no TPU is needed)"
             )
         shape = (*self.shape, 1)[:3]
         options: dict[str, Any] = {"chips_per_host_bounds": _HOSTS.get(math.prod(shape), _DEFAULT_HOST)}
         if self.chip.name == "v4":
-            options["chip_config_name"] = "megacore"  # a chip is one device, as Cloud TPUs have it
+            options["chip_config_name"] = "megacore"  # a chip is one device, as on Cloud TPUs
         if self.slices > 1:
             options["num_slices"] = self.slices
         name = f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
         try:
             return list(topologies.get_topology_desc(name, platform="tpu", **options).devices)
-        except Exception as error:  # JAX's own class for this differs between versions
+        except Exception as error:  # the class differs between versions of JAX
             raise UserError(f"topology {name}: libtpu refuses it: {str(error).splitlines()[0]}") from error
 
 
 def parse(name: str) -> Topology:
-    """Reads a topology's or a product's name, with `2x` before it for two slices.
+    """Parses the name of a topology or product, with the prefix `2x` for two slices.
 
     Raises:
-      UserError: no such name; says the nearest one.
+      UserError: there is no such slice; names a similar one.
     """
     match = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*?)(?::(\d+(?:x\d+){1,2})|-(\d+))", name.strip().lower())
     generation = _ALIASES.get(match[2], match[2]) if match else ""
@@ -133,7 +135,7 @@ def parse(name: str) -> Topology:
 
 
 def _product_shape(name: str, chip: Chip, number: int) -> tuple[int, ...]:
-    """The usual torus of a product: as near to a cube or square as can be."""
+    """The default topology of a product: the most cubic or square one."""
     chips, odd = divmod(number, 2) if chip.cores_in_name else (number, 0)
     shapes = [shape for shape in _SOLD[chip.torus_axes] if math.prod(shape) == chips]
     cubes, rest = divmod(chips, 64)

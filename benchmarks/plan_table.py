@@ -1,4 +1,4 @@
-"""The table of docs/plan.md: every size and stage on five slices, each cell compiled in a separate process.
+"""The tables of docs/performance.md: every size and stage on five slices, each cell compiled in a separate process.
 
     python benchmarks/plan_table.py --out runs/plan_table [--only stage4_expert,vila_m3_8b]
 

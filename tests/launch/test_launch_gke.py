@@ -20,8 +20,8 @@ import gke
 KUBERNETES = "1.31"
 IMAGE = "--image=us-docker.pkg.dev/my-project/vilam3/trainer:1"
 RUN = ["train", "--name=m3", IMAGE]
-# The part of the JobSet API in use. Source: api/jobset/v1alpha2/jobset_types.go of kubernetes-sigs/jobset, whose
-# `template` is a JobTemplateSpec of batch/v1 (checked as a Job).
+# The part of the JobSet API in use. Source: api/jobset/v1alpha2/jobset_types.go of kubernetes-sigs/jobset,
+# whose `template` is a JobTemplateSpec of batch/v1 (checked as a Job).
 RULE_NAME = "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"
 ACTIONS = ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]
 REASONS = {"type": "array", "items": {"enum": ["PodFailurePolicy"]}}

@@ -104,8 +104,8 @@ elif name == "sbatch":
         if not queued.exists():
             break
 """
-# Ray's nodes run until they are terminated. The driver ends as `turns` says, one word per turn: a code, `limit`
-# (the signal before the time limit) or `taken` (scancel).
+# Ray's nodes run until they are terminated. The driver ends as `turns` says, one word per turn: a code,
+# `limit` (the signal before the time limit) or `taken` (scancel).
 PYTHON = """#!{python} -IS
 import json, os, pathlib, signal, sys, time
 here = pathlib.Path(__file__).parent

@@ -138,6 +138,7 @@ def write_gguf(
     extra: dict[str, str] | None = None,
     pre: str = "smollm",
     tokenizer: str = "gpt2",
+    settings: dict[str, tuple[str, object]] | None = None,
 ) -> Path:
     """Writes a Llama (Hugging Face's names) as llama.cpp would."""
     names = {
@@ -173,6 +174,8 @@ def write_gguf(
     writer.add_chat_template("{{ messages }}")
     for key, value in (extra or {}).items():
         writer.add_string(key, value)
+    for key, (kind, setting) in (settings or {}).items():
+        getattr(writer, f"add_{kind}")(key, setting)
     for name, value in weights.items():
         stem = name.removesuffix(".weight")
         if stem.startswith("model.layers."):

@@ -16,15 +16,16 @@ from safetensors.numpy import load_file
 from vilam3_jax.configs.models import tiny
 
 from vilam3_jax.checkpoints import exports
-from vilam3_jax.config import ConfigDict, image_layout
+from vilam3_jax.config import ConfigDict
 from vilam3_jax.convert.exporter import export_folder
 from vilam3_jax.convert.importer import import_model
 from vilam3_jax.convert.main import main
 from vilam3_jax.convert.vila import vila_folder_config
+from vilam3_jax.data.batches import PackedBatch
 from vilam3_jax.data.text_rules import TextRules
 from vilam3_jax.data.tokenizer import train_bpe
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import param_paths, vila
+from vilam3_jax.models import build, model_config, param_paths
 
 INTERN_VIT = dict(
     model_type="intern_vit_6b",
@@ -159,8 +160,8 @@ def test_ways_to_take_pictures_come_back(tmp_path, changes):
     export_folder(tmp_path / "ours", tmp_path / "vila")
     import_model(tmp_path / "vila", tmp_path / "again")
     again = exports.load_model_config(tmp_path / "again")
-    assert {key: again[key] for key in changes} == changes
-    assert image_layout(again) == image_layout(config)
+    assert {key: getattr(again, key) for key in changes} == changes
+    assert again.image_layout == model_config.resolve(config).image_layout
 
 
 def test_loras_are_merged(tmp_path):
@@ -172,13 +173,16 @@ def test_loras_are_merged(tmp_path):
     import_model(tmp_path / "vila", tmp_path / "again")
     again, merged_config, _ = exports.load_export(tmp_path / "again")
     tokens = jnp.arange(8)[None]
-    args = (tokens, jnp.ones_like(tokens), tokens)
+    batch = PackedBatch(tokens, jnp.ones_like(tokens), tokens, None, None, None, None)
     outputs = []
-    for settings, tree in ((config, param_paths.unflatten(params)), (merged_config, again)):
-        settings.dtype = "float32"
+    for settings, tree in (
+        (model_config.resolve(config), param_paths.unflatten(params)),
+        (merged_config, again),
+    ):
+        settings = settings.replace(dtype="float32")
         model = build.merge(build.abstract_model(settings, "generative")[0], tree)
         with jax.default_matmul_precision("highest"):
-            outputs.append(np.asarray(model(*args)))
+            outputs.append(np.asarray(model(batch)))
     np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
 
 
@@ -198,7 +202,7 @@ def test_what_vila_reads_of_a_root(tmp_path):
     """Keys by which NVILA's loader chooses the tower (its NVILA-8B has these values)."""
     config = ConfigDict({**tiny.get_model().to_dict(), "image_aspect_ratio": "dynamic_s2"})
     config.update(s2_scales=(32, 64, 96), max_tiles=12)
-    model = {**config.to_dict(), "kind": "generative"}
+    model = model_config.resolve(config)
     root = vila_folder_config(model, "bfloat16", {"llm": {}, "vision_tower": {}, "mm_projector": {}})
     wanted = dict(dynamic_s2=True, s2=False, s2_scales="32,64,96", s2_resize_output_to_scale_idx=-1)
     assert {key: root[key] for key in wanted} == wanted
@@ -208,11 +212,11 @@ def test_what_vila_reads_of_a_root(tmp_path):
 @pytest.mark.parametrize(
     "model, message",
     [
-        ([1], "no kind of model"),
-        ({}, "no kind of model"),
+        ([1], "does not state the kind of model"),
+        ({}, "does not state the kind of model"),
         ({"kind": "llm", "llm": 3, "param_dtype": "float32"}, "no llm"),
         ({"kind": "llm", "llm": {}, "param_dtype": "float16"}, "param_dtype='float16'"),
-        ({"kind": "story", "param_dtype": "float32"}, "unknown kind"),
+        ({"kind": "story", "param_dtype": "float32"}, "kind 'story' is unknown"),
     ],
 )
 def test_damaged_exports(tmp_path, capsys, model, message):

@@ -36,7 +36,7 @@ def test_gguf_import_writes_a_whole_export(tmp_path, capsys, dtype):
     assert main(["import", "--source", str(file), "--out", str(out), "--dtype", dtype]) == 0
     config, params = load(out, file)
     expected = fill(open_source(file))
-    assert config.task == "llm" and config.llm.num_kv_heads == 2
+    assert config.kind == "llm" and config.llm.num_kv_heads == 2
     for name, value in expected.items():
         assert params[name].dtype == dtype
         np.testing.assert_array_equal(np.asarray(params[name]), value.astype(params[name].dtype))
@@ -109,7 +109,7 @@ def test_out_in_use_is_refused_and_untouched(tmp_path, capsys):
         (["--source", "empty"], "empty: an empty folder"),
         (["--source", "gs://bucket/model"], "copy them to a local disk first"),
         (["--source", "text.txt", "--format", "onnx"], "--format onnx: unknown; choose from auto, gguf"),
-        (["--source", "text.txt", "--format", "siglip"], "needs a model folder"),
+        (["--source", "text.txt", "--format", "siglip_pair"], "needs a model folder"),
         (["--source", "text.txt", "--format", "gguf"], "not a whole GGUF file"),
         (["--source", "text.txt", "--dtype", "int8"], "--dtype int8: unknown; choose from auto, float32"),
     ],

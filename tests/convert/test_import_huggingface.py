@@ -65,7 +65,7 @@ def test_tied_embeddings_have_no_head(tmp_path):
     assert "llm/lm_head/kernel" not in fill(open_source(write_folder(tmp_path / "a", config, weights)))
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     source = open_source(write_folder(tmp_path / "b", config, weights))
-    assert source.parts[0].unused == {"lm_head.weight": "the same as the embedding"}
+    assert source.parts[0].unused == {"lm_head.weight": "equal to the embedding"}
     check_llama(fill(source), weights)
     weights["lm_head.weight"] = weights["lm_head.weight"] + 1
     with pytest.raises(UserError, match=r"lm_head\.weight differs"):
@@ -112,7 +112,7 @@ def test_siglip_with_both_towers_lists_the_text_tower_as_unused(tmp_path):
     weights = siglip_weights()
     weights |= {"text_model.x.weight": np.ones(3, np.float32), "logit_bias": np.ones(1, np.float32)}
     config = {"model_type": "siglip", "vision_config": {**SIGLIP, "model_type": "siglip_vision_model"}}
-    source = open_source(write_folder(tmp_path, config, weights), "siglip")
+    source = open_source(write_folder(tmp_path, config, weights), "hugging_face")
     assert set(source.parts[0].unused) == {"text_model.x.weight", "logit_bias"}
     assert len(fill(source)) == len(check_rules(source))
 
@@ -150,13 +150,14 @@ def test_missing_and_unknown_tensors_are_both_listed(tmp_path):
     [
         (
             {"model_type": "mamba"},
-            "model_type 'mamba' is not supported, only intern_vit_6b, llama, qwen2, qwen3, siglip",
+            "model_type 'mamba' is not supported, only gemma3, gemma3_text, intern_vit_6b, llama, mistral, "
+            "qwen2, qwen3, siglip, siglip_vision_model",
         ),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling: low_freq_factor is 0"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling="),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling: low_freq_factor is None"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters=.*yarn"),
         ({"quantization_config": {"bits": 4}}, r"weights are quantised \(4 bits\)"),
         ({"hidden_size": None}, "hidden_size is None"),
     ],
@@ -240,10 +241,10 @@ def test_index_that_does_not_fit_or_leaves_the_folder_is_refused(tmp_path):
     index = folder / "model.safetensors.index.json"
     where = json.loads(index.read_text())["weight_map"]
     index.write_text(json.dumps({"weight_map": {**where, "extra": "model-00001-of-00002.safetensors"}}))
-    with pytest.raises(UserError, match="does not fit its shards: 'extra'"):
+    with pytest.raises(UserError, match=r"index\.json: tensor 'extra' \(of 1\) is not in its shard"):
         open_source(folder)
     index.write_text(json.dumps({"weight_map": {**where, "extra": "../secret.safetensors"}}))
-    with pytest.raises(UserError, match="lies outside the folder"):
+    with pytest.raises(UserError, match="is outside the folder"):
         open_source(folder)
 
 
@@ -298,7 +299,7 @@ def test_settings_that_are_not_llamas(tmp_path, change):
     with pytest.raises(UserError, match=r"config\.json"):
         open_source(folder)
     with pytest.raises(UserError, match=r"config\.json"):
-        open_source(folder, "hf_llama")
+        open_source(folder, "hugging_face")
 
 
 @pytest.mark.parametrize("value", ["abc", 5, [1]])

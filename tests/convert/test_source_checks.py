@@ -98,10 +98,10 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
         (files("checkpoint-10/config.json", "checkpoint-20/config.json"), "one of its checkpoints"),
         (files("VILA/config.json", "README.md"), "give DIR/VILA as --source"),
         (files("a/config.json", "b/config.json"), "holds 2 models; give one as --source: a, b"),
-        (files("tokenizer.json", "tokenizer_config.json"), "a tokenizer and no model"),
+        (files("tokenizer.json", "tokenizer_config.json"), "a tokenizer but no model"),
         (files("model.safetensors"), "but no config.json"),
-        (files("model.safetensors.incomplete", config={}), "download that did not end"),
-        (files("README.md"), "neither config.json nor a .gguf file is here"),
+        (files("model.safetensors.incomplete", config={}), "unfinished download"),
+        (files("README.md"), "holds neither config.json nor a .gguf file"),
     ],
 )
 def test_folders_are_called_what_they_are(tmp_path, make, words):

@@ -12,7 +12,7 @@ from tests.reference import torch_weights
 from vilam3_jax.checkpoints import exports
 from vilam3_jax.convert.exporter import export_folder
 from vilam3_jax.convert.importer import import_model
-from vilam3_jax.models import vila
+from vilam3_jax.models import build
 
 SIZES = dict(
     vocab_size=80,
@@ -105,7 +105,7 @@ def test_both_towers_of_a_siglip(tmp_path):
     summary = import_model(tmp_path / "theirs", tmp_path / "ours")
     assert summary.component == "contrastive" and not summary.unused
     params, settings, _ = exports.load_export(tmp_path / "ours")
-    settings.dtype = "float32"
+    settings = settings.replace(dtype="float32")
     ours = build.merge(build.abstract_model(settings, "contrastive")[0], params)
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (2, 20, 20, 3), np.uint8)
@@ -124,5 +124,5 @@ def test_both_towers_of_a_siglip(tmp_path):
     state = loaded.state_dict()
     for name, value in model.state_dict().items():
         np.testing.assert_array_equal(state[name], value, err_msg=name)
-    import_model(tmp_path / "theirs", tmp_path / "tower", source_format="siglip")
+    import_model(tmp_path / "theirs", tmp_path / "tower", source_format="hugging_face")
     assert exports.load_model_config(tmp_path / "tower").kind == "vision_tower"

@@ -6,12 +6,12 @@ import io
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from vilam3_jax.data.image_processor import image_processor
 from vilam3_jax.data.images import decode_image
+from vilam3_jax.models import model_config
 
 SIZE = 98
 SHAPES = [(37, 211), (240, 101), (98, 98), (1, 64), (300, 299)]  # height, width
@@ -19,7 +19,8 @@ COLOURS = {"L": "PNG", "RGB": "PNG", "RGBA": "PNG", "LA": "PNG", "P": "PNG", "1"
 
 
 def model(mode, tower="siglip"):
-    return ConfigDict(dict(image_size=SIZE, image_aspect_ratio=mode, vision_tower=dict(type=tower)))
+    sizes = dict(image_size=SIZE, patch_size=14, hidden_size=8, num_layers=2, num_heads=1, mlp_dim=8)
+    return model_config.resolve(dict(image_aspect_ratio=mode, vision_tower=dict(type=tower, **sizes)))
 
 
 def picture(mode, shape, seed=0):

@@ -12,30 +12,28 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from ml_collections import ConfigDict
 
 from tests.reference import torch_weights
 from vilam3_jax.convert.importer import fill, open_source
-from vilam3_jax.models import param_paths
-from vilam3_jax.models.llama import Llama
-from vilam3_jax.models.siglip import SiglipVision
+from vilam3_jax.models import families, param_paths
 from vilam3_jax.runtime import compat
 
 SETTINGS = dict(dtype="float32", param_dtype="float32", remat="none")
 
 
-def build(family, source):
+def build(source):
     """The imported model of one component."""
-    graphdef, _ = compat.split(
-        nnx.eval_shape(lambda: family(ConfigDict(source.parts[0].config), rngs=nnx.Rngs(0), **SETTINGS))
-    )
+    (part,) = source.parts
+    config = families.config_of(part.component, part.config)
+    module = families.get(part.component, config.type).module
+    graphdef, _ = compat.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0), **SETTINGS)))
     params = param_paths.unflatten({name: jnp.asarray(value) for name, value in fill(source).items()})
-    return compat.merge(graphdef, params[source.parts[0].component])
+    return compat.merge(graphdef, params[part.component])
 
 
 def llama_logits(source, tokens, first=0):
     """Float32 [B, L, V] of the imported model; every row is one segment, its positions from `first`."""
-    model = build(Llama, source)
+    model = build(source)
     positions = jnp.broadcast_to(first + jnp.arange(tokens.shape[1]), tokens.shape)
     with jax.default_matmul_precision("highest"):
         return np.asarray(model.logits(model(model.embed(tokens), jnp.ones_like(tokens), positions)))
@@ -130,7 +128,7 @@ def test_siglip_saved_by_transformers(tmp_path):
     for parameter in reference.parameters():  # fresh biases are zero and would hide a mix-up
         torch.nn.init.normal_(parameter, std=0.3)
     reference.save_pretrained(tmp_path)
-    model = build(SiglipVision, open_source(tmp_path))
+    model = build(open_source(tmp_path))
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     pixels = torch.from_numpy((images / 127.5 - 1).astype(np.float32).transpose(0, 3, 1, 2))
     with torch.no_grad():

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from ml_collections import ConfigDict
 
 from tests.reference import torch_weights
-from vilam3_jax.models.intern_vit import InternViT
+from vilam3_jax.models.intern_vit import InternViT, InternVitConfig
 from vilam3_jax.runtime import compat
 
 LAYERS, WIDTH, SIZE, PATCH = 3, 40, 33, 8  # 16 patches; a 1-pixel border is dropped
@@ -35,17 +34,16 @@ def reference_model():
 
 def ours(reference, select_layer=-1, remat="none", dtype="float32"):
     """(structure, parameters) of our tower with the reference's weights."""
-    cfg = ConfigDict(
-        dict(
-            image_size=SIZE,
-            patch_size=PATCH,
-            hidden_size=WIDTH,
-            num_layers=LAYERS,
-            num_heads=5,
-            mlp_dim=56,
-            norm_eps=1e-6,
-            select_layer=select_layer,
-        )
+    cfg = InternVitConfig(
+        type="intern_vit",
+        image_size=SIZE,
+        patch_size=PATCH,
+        hidden_size=WIDTH,
+        num_layers=LAYERS,
+        num_heads=5,
+        mlp_dim=56,
+        norm_eps=1e-6,
+        select_layer=select_layer,
     )
 
     def build():

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from ml_collections import ConfigDict
 
 from tests.reference import torch_weights
-from vilam3_jax.models.llama import Llama, rope_tables
+from vilam3_jax.models.decoder import rope_tables
+from vilam3_jax.models.llama import Llama, LlamaConfig
+from vilam3_jax.ops.attention import MaskInfo, attention
 from vilam3_jax.ops.losses import chunked_cross_entropy
 from vilam3_jax.runtime import compat
 
@@ -76,20 +77,19 @@ def pair(variant="grouped", layers=3):
         theirs["attention_bias"] = True
     config = getattr(transformers, f"{family}Config")(**theirs)
     reference = torch_weights.randomise(getattr(transformers, f"{family}ForCausalLM")(config))
-    cfg = ConfigDict(
-        dict(
-            vocab_size=VOCAB,
-            hidden_size=size["hidden"],
-            num_layers=layers,
-            num_heads=size["heads"],
-            num_kv_heads=size["kv_heads"],
-            head_dim=size["head_dim"],
-            mlp_dim=size["mlp"],
-            rope_theta=size["theta"],
-            norm_eps=1e-5,
-            tie_embeddings=size["tied"],
-            **ours,
-        )
+    cfg = LlamaConfig(
+        type="llama",
+        vocab_size=VOCAB,
+        hidden_size=size["hidden"],
+        num_layers=layers,
+        num_heads=size["heads"],
+        num_kv_heads=size["kv_heads"],
+        head_dim=size["head_dim"],
+        mlp_dim=size["mlp"],
+        rope_theta=size["theta"],
+        norm_eps=1e-5,
+        tie_embeddings=size["tied"],
+        **ours,
     )
     params = torch_weights.llama(reference)
     shapes = jax.tree.map(lambda x: x.shape, params)
@@ -150,10 +150,15 @@ def test_every_layer_and_the_logits_at_far_positions(variant):
         """The outputs of all layers, and the logits."""
         model = compat.merge(graphdef, params)
         layer_def, layers = compat.split(model.layers)
-        rope = rope_tables(jnp.asarray(positions), np.asarray(model.rope_frequencies, np.float32))
+        (frequencies,) = model.frequencies
+        rope = rope_tables(jnp.asarray(positions), np.asarray(frequencies, np.float32))
+        segments = jnp.ones_like(ids)
+
+        def attend(q, k, v):
+            return attention(q, k, v, MaskInfo(segments, segments, causal=True)), None
 
         def body(x, layer):
-            x = compat.merge(layer_def, layer)(x, jnp.ones_like(ids), rope)
+            x, _ = compat.merge(layer_def, layer)(x, rope, attend)
             return x, x
 
         x, states = jax.lax.scan(body, model.embed(jnp.asarray(ids)), layers)

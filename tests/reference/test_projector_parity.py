@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from ml_collections import ConfigDict
 from torch.nn import GELU, LayerNorm, Linear, Sequential
 
 from tests.reference import torch_weights
-from vilam3_jax.models.projector import Projector
+from vilam3_jax.models.projector import Projector, ProjectorConfig
 from vilam3_jax.runtime import compat
 
 C, H = 6, 10
@@ -76,11 +75,11 @@ def test_projector(kind, grid):
     modules = layers(kind, WIDE)
     reference = torch_weights.randomise(Sequential(*modules))
     order = "column" if kind == "mlp_downsample" else "row"
-    cfg = ConfigDict(dict(type=kind, token_order=order))
+    cfg = ProjectorConfig(type=kind, token_order=order)
     ours = Projector(cfg, WIDE, H, rngs=nnx.Rngs(0), dtype="float32", param_dtype="float32")
     norms = [m for m in modules if isinstance(m, LayerNorm)]
     dense = [m for m in modules if isinstance(m, Linear)]
-    assert (ours.plan.norms, ours.plan.depth) == (len(norms), len(dense))
+    assert (ours.layers.norms, ours.layers.depth) == (len(norms), len(dense))
     graphdef, abstract = compat.split(ours)
     params = torch_weights.projector(reference)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, abstract)

@@ -21,7 +21,7 @@ from vilam3_jax.convert.importer import import_model
 from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.datasets import reports, samples
 from vilam3_jax.inference.generate import Chunk, Generator
-from vilam3_jax.models import param_paths, vila
+from vilam3_jax.models import build, model_config, param_paths
 
 pytestmark = pytest.mark.slow
 SAMPLES = Path(__file__).parents[2] / ".cache" / "samples"
@@ -96,7 +96,8 @@ def reference(files, text):
 def ours(export):
     """Config and parameters of a VILA with the imported LLM; its tower and projector are not used."""
     config = models.get("tiny")
-    config.llm = exports.load_model_config(export).llm
+    config.llm = exports.load_model_config(export).llm.to_dict()
+    config = model_config.resolve(config)
     wanted = param_paths.flatten(build.abstract_model(config, "generative")[1])
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     llm = {
@@ -116,7 +117,8 @@ def test_logits_of_real_reports(text, reference, ours, capsys):
     @jax.jit
     def logits(params):
         model = build.merge(graphdef, params)
-        return model.llm.logits(model(ids, jnp.ones_like(ids), jnp.arange(TOKENS)[None]))[0]
+        embedded = model.llm.embed(ids)
+        return model.llm.logits(model.llm(embedded, jnp.ones_like(ids), jnp.arange(TOKENS)[None]))[0]
 
     with jax.default_matmul_precision("highest"):
         got = np.asarray(logits(params))

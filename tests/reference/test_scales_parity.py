@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from ml_collections import ConfigDict
 from PIL import Image
 from torch.nn.functional import interpolate
 from transformers import SiglipVisionConfig, SiglipVisionModel
@@ -17,8 +16,8 @@ from vilam3_jax.data.examples import Turn
 from vilam3_jax.data.image_processor import image_processor
 from vilam3_jax.data.packing import GroupShape, Sample, assemble_group
 from vilam3_jax.data.templates import encode_document
+from vilam3_jax.models import build, model_config
 from vilam3_jax.models import s2 as scales_lib
-from vilam3_jax.models import vila
 
 SIZE, PATCH, WIDTH, LAYERS, HEADS, MLP, OUT = 31, 6, 24, 3, 3, 40, 20  # 5 x 5 patches of a tile
 GRID = SIZE // PATCH
@@ -115,7 +114,7 @@ def our_params(reference):
 
 def our_model(order, **keys):
     """(config, structure): only the tower and the projector matter here."""
-    cfg = ConfigDict(
+    cfg = model_config.resolve(
         dict(
             dtype="float32",
             param_dtype="float32",
@@ -152,10 +151,7 @@ def test_s2_features_and_gradients(scales, order):
     ours, theirs = pictures(2, scales[-1])
     want = reference.s2(theirs, scales)
     cfg, model = our_model(order, s2_scales=scales)
-    assert (
-        vila.projector_width(cfg) == len(scales) * WIDTH
-        and model_config_lib.resolve(cfg).tokens_per_image == want.shape[1]
-    )
+    assert cfg.projector_width == len(scales) * WIDTH and cfg.tokens_per_image == want.shape[1]
     aim = np.random.default_rng(1).normal(size=want.shape).astype(np.float32)
 
     @jax.jit
@@ -195,7 +191,7 @@ def visual_tokens(cfg, params, model, dialogue, images):
     """What stands at the image positions of one packed dialogue, in order: [tokens, OUT]."""
     processor = image_processor(cfg)
     grids = [processor.grid(image) for image in images]
-    count = model_config_lib.resolve(cfg).tokens_per_image
+    count = cfg.tokens_per_image
     encoded = encode_document(Letters(), processor.expand(dialogue, grids), count)
     encoded = processor.merge(encoded, grids, count)
     inputs = tuple(tile for image in images for tile in processor.inputs(image))

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from tests.reference import torch_weights
-from vilam3_jax.models import vila
+from vilam3_jax.models import build
 from vilam3_jax.models.layers import run_stack
 from vilam3_jax.ops.losses import sigmoid_contrastive_loss
 

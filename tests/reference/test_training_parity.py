@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 
 import jax
@@ -17,13 +18,13 @@ from tests.reference import torch_weights
 from tests.reference.test_projector_parity import Join
 from tests.training.helpers import Run
 from vilam3_jax import config as config_lib
-from vilam3_jax.config import MESH_AXES
 from vilam3_jax.data import packing
 from vilam3_jax.data.batches import join
 from vilam3_jax.data.templates import Encoded
-from vilam3_jax.models import param_paths, vila
+from vilam3_jax.models import param_paths
 from vilam3_jax.runtime import compat
-from vilam3_jax.training.optimizer import learning_rate
+from vilam3_jax.sharding.mesh import MESH_AXES
+from vilam3_jax.training.optimizer import ScheduleConfig, learning_rate
 
 SIZE, PATCH, VOCAB = 21, 4, 60  # 5 x 5 patches, padded to 6 x 6; a border of 1 pixel is dropped
 TOKENS = 9  # of an image
@@ -218,11 +219,12 @@ def our_run(params, weight_decay):
     config.schedule.update(dict(peak=PEAK, warmup_fraction=WARMUP, end_fraction=0.0))
     config.data.rows_per_group = 2
     config.loss_chunk = 16
-    assert model_config_lib.resolve(config.model).tokens_per_image == TOKENS
     run = Run(config, compat.make_mesh([1] * len(MESH_AXES), MESH_AXES, jax.devices()[:1]))
+    assert run.config.model.tokens_per_image == TOKENS
     flat = param_paths.flatten(params)
-    assert jax.tree.map(jnp.shape, flat) == jax.tree.map(jnp.shape, run.state["trainable"])
-    run.state["trainable"] = jax.device_put(flat, jax.tree.map(lambda x: x.sharding, run.state["trainable"]))
+    assert jax.tree.map(jnp.shape, flat) == jax.tree.map(jnp.shape, run.state.trainable)
+    placed = jax.device_put(flat, jax.tree.map(lambda x: x.sharding, run.state.trainable))
+    run.state = dataclasses.replace(run.state, trainable=placed)
     return run
 
 
@@ -241,7 +243,7 @@ def reached(path, leaf):
 def test_twenty_steps_equal_those_of_the_trainer(tmp_path, weight_decay):
     model = torch_weights.randomise(Vila())
     run = our_run(model.parameters_for_us(), weight_decay)
-    start = {path: np.asarray(leaf) for path, leaf in run.state["trainable"].items()}
+    start = {path: np.asarray(leaf) for path, leaf in run.state.trainable.items()}
     want = train_theirs(model, tmp_path, weight_decay)
     with jax.default_matmul_precision("highest"):
         got = [run.step(batch_for_us(step % BATCHES)) for step in range(STEPS)]
@@ -254,7 +256,7 @@ def test_twenty_steps_equal_those_of_the_trainer(tmp_path, weight_decay):
     end = param_paths.flatten(model.parameters_for_us())
     for path, before in start.items():
         before, ours, theirs = (
-            reached(path, np.asarray(x)) for x in (before, run.state["trainable"][path], end[path])
+            reached(path, np.asarray(x)) for x in (before, run.state.trainable[path], end[path])
         )
         if before is not None:
             moved = np.linalg.norm(theirs - before)
@@ -264,9 +266,6 @@ def test_twenty_steps_equal_those_of_the_trainer(tmp_path, weight_decay):
 @pytest.mark.parametrize("name, end", [("cosine", 0.0), ("cosine", 0.1), ("constant", 0.0)])
 @pytest.mark.parametrize("warmup", [0.0, 0.03, 0.2])
 def test_schedules(name, end, warmup):
-    config = config_lib.base_config()
-    config.num_steps = 25
-    config.schedule.update(dict(name=name, peak=0.5, warmup_fraction=warmup, end_fraction=end))
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
     steps = transformers.TrainingArguments(warmup_steps=warmup, use_cpu=True).get_warmup_steps(25)
     if name == "constant":
@@ -275,7 +274,7 @@ def test_schedules(name, end, warmup):
         schedule = transformers.get_cosine_with_min_lr_schedule_with_warmup(
             optimizer, steps, 25, min_lr_rate=end
         )
-    ours = learning_rate(config)
+    ours = learning_rate(ScheduleConfig(name, 0.5, warmup, end), 25)
     for step in range(25):
         assert float(ours(step)) == pytest.approx(schedule.get_last_lr()[0], abs=1e-7)
         optimizer.step()

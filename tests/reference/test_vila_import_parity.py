@@ -18,9 +18,10 @@ from vilam3_jax.checkpoints import exports
 from vilam3_jax.convert import main as convert
 from vilam3_jax.convert.importer import import_model
 from vilam3_jax.convert.vila import open_vila
+from vilam3_jax.data.batches import PackedBatch
 from vilam3_jax.data.tokenizer import train_bpe
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import vila
+from vilam3_jax.models import build
 
 SIZE, PATCH, VOCAB = 22, 4, 300  # 5 x 5 patches, an odd grid; a border of 2 pixels is dropped
 TOWER = dict(hidden_size=C, num_hidden_layers=3, num_attention_heads=2, intermediate_size=9)
@@ -185,25 +186,28 @@ def test_logits_of_an_imported_folder(tmp_path, llm, kind, tower, template):
     params, config, tokenizer = exports.load_export(tmp_path / "out")
     assert config.template == template and (tokenizer / "tokenizer.json").exists()
     trained = dict.fromkeys(("split", "bos", "spaces"), "as_trained")
-    assert config.text.to_dict() == {**trained, "image_end": "\n" if llm == "qwen2" else ""}
-    count = model_config_lib.resolve(config).tokens_per_image
+    assert dict(config.text) == {**trained, "image_end": "\n" if llm == "qwen2" else ""}
+    count = config.tokens_per_image
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (2, SIZE, SIZE, 3), np.uint8)
     tokens = rng.integers(0, VOCAB, (2, count + 7)).astype(np.int32)
     places = 3 + np.arange(count)
     index = np.full(tokens.shape, -1, np.int32)
     index[:, places] = np.arange(count)
-    config.dtype = "float32"
+    config = config.replace(dtype="float32")
     graphdef, _ = build.abstract_model(config, "generative")
     model = build.merge(graphdef, params)
     with jax.default_matmul_precision("highest"):
         hidden = model(
-            jnp.asarray(tokens),
-            jnp.ones_like(tokens),
-            jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape),
-            jnp.asarray(pixels)[:, None],
-            jnp.ones((2, 1), bool),
-            jnp.asarray(index),
+            PackedBatch(
+                tokens=jnp.asarray(tokens),
+                segment_ids=jnp.ones_like(tokens),
+                positions=jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape),
+                loss_weights=None,
+                visual_index=jnp.asarray(index),
+                images=jnp.asarray(pixels)[:, None],
+                image_valid=jnp.ones((2, 1), bool),
+            )
         )
         actual = np.asarray(model.llm.logits(hidden))
     np.testing.assert_allclose(actual, expected(pixels, tokens, places), rtol=1e-4, atol=2e-5)
@@ -229,11 +233,11 @@ def test_the_tokenizer_tells_the_conversation_mode(tmp_path, specials, template)
         ({"image_aspect_ratio": "dynamic", "min_tiles": 2}, "min_tiles=2"),
         ({"s2": True}, "s2_scales=None"),
         ({"s2": True, "s2_scales": "22,44"}, "config and weights are of different models"),
-        ({"s2": True, "s2_scales": "22,40"}, "rising multiples of the tower's 22"),
+        ({"s2": True, "s2_scales": "22,40"}, "increasing multiples of the tower's 22"),
         ({"s2": True, "s2_scales": "22,44", "s2_max_split_size": 44}, "s2_max_split_size=44"),
         ({"mm_vision_select_feature": "patch"}, "wrong token"),
-        ({"mm_vision_select_layer": -9}, "select_layer=-9 is none of"),
-        ({"mm_vision_select_layer": "last"}, "no whole number"),
+        ({"mm_vision_select_layer": -9}, "select_layer=-9 is not one of"),
+        ({"mm_vision_select_layer": "last"}, "mm_vision_select_layer='last' is not an integer"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
         ({"vision_resolution": 44}, "vision_resolution=44"),
         ({"image_aspect_ratio": "dynamic_s2", "s2_scales": "22,44"}, "s2_resize_output_to_scale_idx=0"),

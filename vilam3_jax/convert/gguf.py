@@ -1,9 +1,10 @@
-"""GGUF files (llama.cpp's format) of Llama decoders as sources, with the tokenizer that they carry."""
+"""Opens GGUF files (llama.cpp's format) of Llama decoders, tokenizer included."""
 
 from __future__ import annotations
 
+import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,30 +41,29 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# What a damaged header makes the reader raise.
-_DAMAGE = (
-    ValueError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    MemoryError,
-    AttributeError,
-    struct.error,
+# Raised by the reader for a damaged header.
+_DAMAGE = (ValueError, LookupError, TypeError, OverflowError, MemoryError, AttributeError, struct.error)
+# Settings of `llama.*` that are read, or that change nothing.
+_KEYS = re.compile(
+    r"llama\.(tensor_data_layout|block_count|context_length|embedding_length|feed_forward_length|vocab_size"
+    r"|attention\.(head_count|head_count_kv|key_length|layer_norm_rms_epsilon)"
+    r"|rope\.(dimension_count|freq_base|scaling\.(type|original_context_length|finetuned)))"
 )
+_NEUTRAL = {"llama.attention.causal": True, "llama.rope.scaling.factor": 1, "llama.rope.scale_linear": 1}
 
 
 class GgufFile:
-    """An open GGUF file: metadata, and tensors that are dequantised one at a time under Hugging Face's names.
+    """An open GGUF file: metadata, and tensors under Hugging Face's names, dequantised when read.
 
     Attributes:
       path: the file.
-      shapes: Hugging Face's tensor name → shape.
-      dtypes: storage types found.
+      keys: of the metadata.
+      shapes: tensor name → shape.
+      dtypes: storage types of the tensors.
     """
 
     def __init__(self, path: Path) -> None:
-        """Reads the metadata; the weights are only mapped.
+        """Reads the metadata and maps the weights.
 
         Raises:
           UserError: not a GGUF file, truncated, damaged, one of several parts, or not a Llama.
@@ -75,23 +75,24 @@ class GgufFile:
             raise UserError(f"{path}: not a whole GGUF file ({_line(error)}); download it again") from error
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+        self.keys = frozenset(self._reader.fields)
         architecture = self.get("general.architecture", "")
         if architecture != "llama":
             raise UserError(f"{path}: architecture {architecture!r} is not supported, only 'llama' is")
         if self.get("split.count", 0) not in (0, 1):
-            raise UserError(f"{path}: one of several parts; join them with `llama-gguf-split --merge` first")
+            raise UserError(f"{path}: one of several parts; merge them with `llama-gguf-split --merge` first")
         self._tensors = {_hugging_face_name(tensor.name): tensor for tensor in self._reader.tensors}
         # GGUF lists the fastest axis first, numpy last.
         self.shapes = {
-            name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()
+            name: tuple(map(int, reversed(tensor.shape))) for name, tensor in self._tensors.items()
         }
         self.dtypes = tuple(sorted({tensor.tensor_type.name for tensor in self._reader.tensors}))
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Returns the metadata value of `key`.
+        """Returns a metadata value.
 
         Raises:
-          UserError: absent, and no `default` was given; or unreadable.
+          UserError: absent and without a default, or unreadable.
         """
         found = self._reader.fields.get(key)
         if found is None:
@@ -104,39 +105,36 @@ class GgufFile:
             raise UserError(f"{self.path}: {key} is damaged ({_line(error)}); download it again") from error
 
     def whole(self, key: str, default: int | None = None) -> int:
-        """Returns a positive size, with the errors of `get`."""
+        """Returns a positive size; raises as `get`."""
         return whole(self.get(key, default), f"{self.path}: {key}")
 
     def strings(self, key: str) -> list[str]:
-        """Returns a list of strings, with the errors of `get`."""
+        """Returns a list of strings; raises as `get`."""
         value = self.get(key)
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise UserError(f"{self.path}: {key} is not a list of strings; damaged, download it again")
         return value
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._reader.fields
-
     def __call__(self, name: str, start: int, stop: int) -> np.ndarray:
         """Returns rows `start` to `stop` of a tensor, dequantised to float32, heads in rotate-half layout.
 
         Raises:
-          UserError: a quantisation that the gguf package cannot undo.
+          UserError: the gguf package cannot dequantise the tensor.
         """
         tensor = self._tensors[name]
         try:
             rows = self._rows(name)
-            # Rows are quantised each on its own.
+            # Each row is quantised independently.
             data = tensor.data[start:stop] if rows is None else tensor.data[rows[start:stop]]
             return gguf.dequantize(data, tensor.tensor_type)
-        except NotImplementedError as error:  # what gguf raises for a quantisation it cannot undo
+        except NotImplementedError as error:
             raise UserError(
                 f"{self.path}: {tensor.name} is stored as {tensor.tensor_type.name}, which cannot be "
-                "dequantised; take another quantisation (Q4_0 ... Q8_0, K-quants, F16, BF16)"
+                "dequantised; use another quantisation (Q4_0 ... Q8_0, K-quants, F16, BF16)"
             ) from error
 
     def _rows(self, name: str) -> np.ndarray | None:
-        """Where the rows of a query or key weight are in the file; None for other tensors."""
+        """The file's row of each row of a query or key weight; None for other tensors."""
         if name.endswith("self_attn.q_proj.weight"):
             heads = self.whole("llama.attention.head_count")
         elif name.endswith("self_attn.k_proj.weight"):
@@ -154,8 +152,8 @@ class GgufFile:
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     """Undoes llama.cpp's reordering of query and key rows.
 
-    llama.cpp rotates neighbouring pairs (0,1), (2,3), ... of a head; Hugging Face and this package rotate the
-    two halves against each other. Row 2i + h of a head in GGUF is row h * head_dim / 2 + i here.
+    llama.cpp rotates neighbouring pairs (0,1), (2,3), ... of a head; Hugging Face and this package pair the
+    two halves. Row 2i + h of a head in GGUF is row h * head_dim / 2 + i here.
 
     Args:
       weight: `[heads * head_dim, in]`.
@@ -169,21 +167,20 @@ def open_gguf(path: Path) -> Source:
     """Opens a GGUF file of a Llama decoder.
 
     Raises:
-      UserError: see `GgufFile`; or a setting that this package's Llama does not have.
+      UserError: see `GgufFile`; or a setting is not supported.
     """
     file = GgufFile(path)
-    tie = "lm_head.weight" not in file.shapes
-    config = _llm_config(file, tie)
+    config = llama.LlamaConfig(**_llm_config(file))
     licence = {
         key: str(file.get(f"general.{field}"))
         for key, field in (("name", "license"), ("text", "license.name"), ("link", "license.link"))
-        if f"general.{field}" in file
+        if f"general.{field}" in file.keys
     }
     return Source(
         component="llm",
-        config=llama.LlamaConfig(**config).to_dict(),
+        config=config.to_dict(),
         tensors=file.shapes,
-        rules=llama.tensors(llama.LlamaConfig(**config)),
+        rules=llama.tensors(config),
         reader=file,
         files=[path],
         licence=licence,
@@ -192,21 +189,23 @@ def open_gguf(path: Path) -> Source:
     )
 
 
-def _llm_config(file: GgufFile, tie: bool) -> dict[str, Any]:
+def _llm_config(file: GgufFile) -> dict[str, Any]:
     if file.get("llama.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in file.shapes:
         raise UserError(f"{file.path}: uses rope scaling (Llama 3.1 and later), which is not supported")
-    if file.get("llama.expert_count", 0) != 0:
-        raise UserError(f"{file.path}: a mixture of experts, which is not supported")
     heads = file.whole("llama.attention.head_count")
     hidden = file.whole("llama.embedding_length")
     head_dim = file.whole("llama.attention.key_length", hidden // heads)
     if file.whole("llama.rope.dimension_count", head_dim) != head_dim:
         raise UserError(f"{file.path}: rotates only a part of each head, which is not supported")
-    # The embedding, not llama.vocab_size (often absent), says how many rows there are.
+    neutral = {"llama.attention.value_length": head_dim, **_NEUTRAL}
+    for key in sorted(file.keys):
+        if key.startswith("llama.") and not _KEYS.fullmatch(key) and file.get(key) != neutral.get(key, 0):
+            raise UserError(f"{file.path}: {key}={file.get(key)!r} is not supported; choose another model")
+    # llama.vocab_size is often absent.
     embedding = file.shapes.get("model.embed_tokens.weight", (0,))
     try:
         theta = float(file.get("llama.rope.freq_base", 10_000.0))
-        # The file holds float32; the shortest decimal that rounds to it is what was meant (1e-05).
+        # The file holds float32; take the shortest decimal that rounds to it (1e-05).
         epsilon = float(str(np.float32(file.get("llama.attention.layer_norm_rms_epsilon"))))
     except (TypeError, ValueError) as error:
         raise UserError(f"{file.path}: a setting is damaged ({_line(error)}); download it again") from error
@@ -224,7 +223,7 @@ def _llm_config(file: GgufFile, tie: bool) -> dict[str, Any]:
         "rope_theta": theta,
         "norm_eps": epsilon,
         "max_positions": file.whole("llama.context_length", 2048),
-        "tie_embeddings": tie,
+        "tie_embeddings": "lm_head.weight" not in file.shapes,
     }
 
 
@@ -238,10 +237,10 @@ def _kv_heads(file: GgufFile) -> int:
 
 
 def gguf_tokenizer(file: GgufFile) -> Tokenizer:
-    """Rebuilds the byte-level BPE tokenizer that a GGUF file carries.
+    """Rebuilds the byte-level BPE tokenizer in a GGUF file.
 
-    The pre-tokenizer is the one that the file names, so that ids are those of the original model.
-    transformers 5.23 takes GPT-2's for every file; SmolLM2's differs where white space precedes a number.
+    It uses the pre-tokenizer that the file names, so that ids are those of the original model. transformers
+    5.23 uses GPT-2's for every file; SmolLM2's differs where white space precedes a number.
 
     Raises:
       UserError: SentencePiece, an unknown pre-tokenizer, or damaged lists.
@@ -251,7 +250,7 @@ def gguf_tokenizer(file: GgufFile) -> Tokenizer:
     if kind != "gpt2":
         raise UserError(f"{file.path}: tokenizer of type {kind!r} is not supported; {hint}")
     pre = file.get("tokenizer.ggml.pre", "default")
-    if pre not in ("smollm", "gpt-2", "llama-bpe"):
+    if pre not in _PRE_TOKENIZERS:
         raise UserError(f"{file.path}: pre-tokenizer {pre!r} is not supported; {hint}")
     tokens = file.strings("tokenizer.ggml.tokens")
     types = file.get("tokenizer.ggml.token_type")
@@ -259,14 +258,12 @@ def gguf_tokenizer(file: GgufFile) -> Tokenizer:
     merges = [(left, right) for left, _, right in cut]
     vocab = {token: index for index, token in enumerate(tokens)}
     if not isinstance(types, list) or len(types) != len(tokens) or len(vocab) != len(tokens):
-        raise UserError(f"{file.path}: token lists do not fit each other; damaged, download it again")
+        raise UserError(f"{file.path}: token lists contradict each other; damaged, download it again")
     try:
         built = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
     except Exception as error:  # the library raises plain Exception
-        raise UserError(
-            f"{file.path}: merges do not fit the vocabulary ({_line(error)}); download it again"
-        ) from error
-    built.pre_tokenizer = _pre_tokenizer(pre)
+        raise UserError(f"{file.path}: merges are damaged ({_line(error)}); download it again") from error
+    built.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     built.decoder = decoders.ByteLevel()
     control = {gguf.TokenType.CONTROL, gguf.TokenType.UNKNOWN}
     built.add_tokens(
@@ -293,21 +290,20 @@ def gguf_tokenizer(file: GgufFile) -> Tokenizer:
     )
 
 
-def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
-    if name == "smollm":
-        return digit_byte_level()
-    if name == "gpt-2":
-        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    return pre_tokenizers.Sequence(
+_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+    "smollm": digit_byte_level,
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+    "llama-bpe": lambda: pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
-    )
+    ),
+}
 
 
 def _token_id(file: GgufFile, key: str, size: int) -> int | None:
-    if key not in file:
+    if key not in file.keys:
         return None
     index = file.get(key)
     if not isinstance(index, int) or not 0 <= index < size:

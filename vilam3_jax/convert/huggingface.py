@@ -9,8 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from vilam3_jax.convert.config_checks import (
+    RecordedKeys,
+    check_preprocessor,
+    check_quantisation,
+    check_unread,
+)
 from vilam3_jax.convert.safetensors_files import SafetensorsFolder, read_config
-from vilam3_jax.convert.sources import Checkpoint, Source
+from vilam3_jax.convert.sources import Checkpoint, Reader, Source
 from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import families, siglip
@@ -18,26 +24,14 @@ from vilam3_jax.models.hugging_face import layer_count
 from vilam3_jax.runtime.paths import read_bytes
 from vilam3_jax.runtime.settings import Section
 
-_EQUAL_ROWS = 4096  # compared at a time
+_EQUAL_ROWS = 4096  # per comparison
 _MAX_LICENCE_BYTES = 1 << 20
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
 
 
-class _Renamed:
-    """A folder's tensors under the names that a family's rules use."""
-
-    def __init__(self, weights: SafetensorsFolder, names: Mapping[str, str]) -> None:
-        self._weights = weights
-        self._stored = {ours: stored for stored, ours in names.items()}
-        self.shapes = {ours: weights.shapes[stored] for ours, stored in self._stored.items()}
-
-    def __call__(self, name: str, start: int, stop: int) -> np.ndarray:
-        return self._weights(self._stored[name], start, stop)
-
-
 def open_folder(folder: Path) -> Source:
-    """Opens a folder of a language model or a vision tower; of both towers of a SigLIP, the vision tower.
+    """Opens a folder of a language model or a vision tower; of a two-tower SigLIP, the vision tower.
 
     Raises:
       UserError: no family reads it, a setting is not supported, or files are broken.
@@ -45,25 +39,35 @@ def open_folder(folder: Path) -> Source:
     config_file = folder / "config.json"
     values = read_config(config_file)
     family = _family(values, config_file)
+    values = RecordedKeys(values)
     layout = family.hugging_face
     weights = SafetensorsFolder(folder)
+    check_quantisation({}, [*weights.shapes, *weights.unlisted], weights.files[0])
     try:
-        reader = _Renamed(weights, layout.rename(list(weights.shapes)))
+        stored = {ours: name for name, ours in layout.rename(list(weights.shapes)).items()}
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
-    config = layout.read_config(values, config_file, reader.shapes)
-    layer_count(config["num_layers"], reader.shapes, f"{config_file}: num_hidden_layers")
-    unused = layout.unused(list(reader.shapes))
+    shapes = {ours: weights.shapes[name] for ours, name in stored.items()}
+
+    def reader(name: str, start: int, stop: int) -> np.ndarray:
+        return weights(stored[name], start, stop)
+
+    config = layout.read_config(values, config_file, shapes)
+    check_unread(values, config_file)
+    layer_count(config["num_layers"], shapes, f"{config_file}: num_hidden_layers")
+    unused = layout.unused(list(shapes))
     has_tokenizer = False
     if family.component == "llm":
-        config, more = _check_embedding(config, reader, config_file)
-        unused |= more
+        config, tied = _check_embedding(config, shapes, reader, config_file)
+        unused |= tied
         has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
     section = families.config_of(family.component, config)
+    if family.component == "vision_tower":
+        check_preprocessor(folder, section)
     return Source(
         component=family.component,
         config=section.to_dict(),
-        tensors=reader.shapes,
+        tensors=shapes,
         rules=layout.tensors(section),
         reader=reader,
         files=[config_file, *weights.files],
@@ -75,13 +79,13 @@ def open_folder(folder: Path) -> Source:
 
 
 def _family(values: Mapping[str, Any], where: Path) -> families.ModelFamily:
-    model_type = values.get("model_type", "llama")
+    model_type = values.get("model_type")
+    model_type = "llama" if model_type is None else model_type
     family = families.of_model_type(model_type) if isinstance(model_type, str) else None
     if family is None:
         known = ", ".join(families.model_types())
         raise UserError(f"{where}: model_type {model_type!r} is not supported, only {known}")
-    if values.get("quantization_config") is not None:
-        raise UserError(f"{where}: quantization_config is not supported; import the unquantised model")
+    check_quantisation(values, (), where)
     return family
 
 
@@ -89,57 +93,48 @@ def llm_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
     """Translates a language model's config.json into our `llm` section.
 
     Raises:
-      UserError: no family reads it, or it asks for what the family does not do.
+      UserError: no family reads it, or a setting is not supported.
     """
-    family = _family(values, where)
-    config = family.hugging_face.read_config(values, where, {})
+    family, recorded = _family(values, where), RecordedKeys(values)
+    config = family.hugging_face.read_config(recorded, where, {})
+    check_unread(recorded, where)
     return families.config_of(family.component, config).to_dict()
 
 
 def _check_embedding(
-    config: dict[str, Any], reader: _Renamed, where: Path
+    config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], reader: Reader, where: Path
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Takes the vocabulary's size from the weights, and checks a tied head.
+    """Takes the vocabulary size from the weights, and checks a tied head.
 
-    VILA grows vocabularies without always stating it (128,257 for Llama 3's 128,256).
+    VILA extends vocabularies without always updating config.json (128,257 rows for Llama 3's 128,256).
     """
-    rows = reader.shapes.get(_EMBEDDING, ())
-    if len(rows) == 2:
-        config = {**config, "vocab_size": rows[0]}
-    unused = {
-        name: "recomputed from rope_theta" for name in reader.shapes if name.endswith("rotary_emb.inv_freq")
-    }
-    if config["tie_embeddings"] and _HEAD in reader.shapes:
-        if not _equal(reader, _HEAD, _EMBEDDING):
+    shape = shapes.get(_EMBEDDING, ())
+    if len(shape) == 2:
+        config = {**config, "vocab_size": shape[0]}
+    unused = {name: "recomputed from rope_theta" for name in shapes if name.endswith("rotary_emb.inv_freq")}
+    if config["tie_embeddings"] and _HEAD in shapes:
+        blocks = ((i, min(i + _EQUAL_ROWS, shape[0])) for i in range(0, (shape or (0,))[0], _EQUAL_ROWS))
+        if shapes[_HEAD] != shape or not all(
+            np.array_equal(reader(_HEAD, *rows), reader(_EMBEDDING, *rows)) for rows in blocks
+        ):
             raise UserError(
-                f"{where}: says tie_word_embeddings, but {_HEAD} differs from the embedding; set "
-                "tie_word_embeddings to false"
+                f"{where}: tie_word_embeddings is true, but {_HEAD} differs from the embedding; set it to "
+                "false"
             )
-        unused[_HEAD] = "the same as the embedding"
+        unused[_HEAD] = "equal to the embedding"
     return config, unused
 
 
-def _equal(reader: _Renamed, one: str, other: str) -> bool:
-    if reader.shapes[one] != reader.shapes.get(other):
-        return False
-    rows = reader.shapes[one][0]
-    starts = range(0, rows, _EQUAL_ROWS)
-    return all(
-        np.array_equal(reader(one, start, stop), reader(other, start, stop))
-        for start, stop in ((start, min(start + _EQUAL_ROWS, rows)) for start in starts)
-    )
-
-
 def open_siglip_pair(folder: Path) -> Checkpoint:
-    """Opens a SigLIP folder with both towers: the model of stage 1.
+    """Opens a SigLIP folder with both towers, the model of stage 1.
 
     Raises:
-      UserError: a setting that these towers do not have, or broken files.
+      UserError: a setting is not supported, or files are broken.
     """
     config_file = folder / "config.json"
     vision = open_folder(folder)
     text = siglip.read_text_config(read_config(config_file), config_file, vision.tensors)
-    # The vision tower's names lose their prefix; the text tower keeps its own.
+    # `rename` has stripped the vision tower's prefix; the text tower's names are unchanged.
     both = dataclasses.replace(
         vision,
         component="contrastive",
@@ -162,20 +157,17 @@ def llm_folder_config(llm: Section, tokenizer: Tokenizer | None, dtype: str) -> 
 
     Args:
       llm: section of a family.
-      tokenizer: supplies the control tokens.
+      tokenizer: supplies the ids of control tokens.
       dtype: of the weights.
 
     Raises:
       UserError: no Hugging Face model has these settings.
     """
     config = families.get("llm", str(llm.get("type"))).hugging_face.write_config(llm, dtype)
-    if tokenizer is not None:
-        config |= {
-            "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": tokenizer.eos_id,
-            "pad_token_id": tokenizer.pad_id,
-        }
-    return config
+    if tokenizer is None:
+        return config
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+    return config | ids
 
 
 def licence(folder: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Foreign checkpoint → export folder: which format it is, filling every parameter, writing.
+"""Imports a foreign checkpoint into an export folder.
 
 Memory: one stored leaf in its final dtype (see `exports`) and a few blocks of the source.
 """
@@ -8,12 +8,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import itertools
 import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from vilam3_jax.checkpoints.exports import Leaf, host_sharding, stored_leaves, w
 from vilam3_jax.convert.gguf import open_gguf
 from vilam3_jax.convert.huggingface import open_folder, open_siglip_pair
 from vilam3_jax.convert.safetensors_files import copy_into, read_config
-from vilam3_jax.convert.source_checks import check_folder, check_weights, refuse_file
+from vilam3_jax.convert.source_checks import check_folder, check_weights, listed, refuse_file
 from vilam3_jax.convert.sources import Checkpoint, Source
 from vilam3_jax.convert.torch_files import with_safetensors
 from vilam3_jax.convert.vila import PARTS, open_vila
@@ -47,32 +46,33 @@ DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 _NAMES_SHOWN = 12
 
 _READERS = 2
-_BLOCK_BYTES = 64 << 20  # read at a time by each of them
+_BLOCK_BYTES = 64 << 20  # read at a time by each reader
 _ALIGNMENT = 64
-_CARRIED = ("tokenizer.model", "special_tokens_map.json", "added_tokens.json")
-_MAX_CARRIED = 64 << 20
+# Files beside `tokenizer.json` that other tools read; VILA-1.5 reads tokenizer.model.
+_TOKENIZER_EXTRAS = ("tokenizer.model", "special_tokens_map.json", "added_tokens.json")
+_MAX_EXTRA = 64 << 20
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # (bytes written, bytes in all)
 
 
 def silent(written: int, total: int) -> None:
-    """Reports to nobody."""
+    """Reports no progress."""
 
 
 @dataclass(frozen=True)
 class ImportSummary:
-    """What an import did.
+    """Result of an import.
 
     Attributes:
       component: 'llm' or 'vision_tower'; 'generative' or 'contrastive' for a whole model.
-      tensors: tensors read from the source.
-      parameters: numbers in the result.
-      bytes: size of the result.
-      dtype: of the result.
+      tensors: number of tensors read.
+      parameters: number of scalars written.
+      bytes: size of the parameters.
+      dtype: of the parameters.
       seconds: wall time.
       dtypes: storage types of the source.
-      unused: tensors left out, with the reason.
-      tokenizer: a tokenizer was written.
+      unused: tensor name → reason why it was not imported.
+      tokenizer: whether a tokenizer was written.
     """
 
     component: str
@@ -87,24 +87,17 @@ class ImportSummary:
 
 
 def detect_format(source: Path) -> str:
-    """Tells a source's format from its content.
-
-    Args:
-      source: GGUF file or model folder.
-
-    Returns:
-      A key of `FORMATS`.
+    """The format of a GGUF file or model folder, one of `FORMATS`.
 
     Raises:
-      UserError: nothing that can be imported.
+      UserError: it cannot be imported.
     """
     if not source.exists():
         raise UserError(f"{source}: no such file or folder; check --source")
     if source.is_file():
         with source.open("rb") as handle:
-            magic = handle.read(4)
-        if magic == b"GGUF":
-            return "gguf"
+            if handle.read(4) == b"GGUF":
+                return "gguf"
         raise refuse_file(source)
     if (source / "config.json").exists():
         if any((source / name).is_dir() for name in PARTS.values()):
@@ -113,7 +106,7 @@ def detect_format(source: Path) -> str:
         return "siglip_pair" if model_type == "siglip" else "hugging_face"
     if list(source.glob("*.gguf")):
         return "gguf"
-    raise UserError(f"{source}: neither config.json nor a .gguf file is here; check --source")
+    raise UserError(f"{source}: holds neither config.json nor a .gguf file; check --source")
 
 
 def open_source(
@@ -123,8 +116,8 @@ def open_source(
 
     Args:
       source: GGUF file, folder with one GGUF file, or Hugging Face model folder; on a local disk.
-      source_format: a key of `FORMATS`, or 'auto'.
-      tokenizer: used instead of the source's own.
+      source_format: one of `FORMATS`, or 'auto'.
+      tokenizer: replaces the source's.
 
     Raises:
       UserError: missing, damaged, or an architecture that is not supported.
@@ -137,9 +130,12 @@ def open_source(
     chosen = detect_format(path) if source_format == "auto" else source_format
     if chosen not in FORMATS:
         raise UserError(f"--format {chosen}: unknown; choose from auto, {', '.join(FORMATS)}")
-    if chosen == "gguf":
-        path = _single_gguf(path)
-    elif not path.is_dir():
+    if chosen == "gguf" and path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) != 1:
+            raise UserError(f"{path}: holds {len(files)} .gguf files; give one of them as --source")
+        path = files[0]
+    elif chosen != "gguf" and not path.is_dir():
         raise UserError(f"{path}: --format {chosen} needs a model folder")
     for part in {"gguf": (), "vila": PARTS.values()}.get(chosen, (".",)):
         check_weights(path / part)
@@ -148,11 +144,11 @@ def open_source(
 
 
 def target_shapes(kind: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Path → shape of every parameter that this package's model has.
+    """Path → shape of every parameter of our model.
 
     Args:
       kind: 'generative', 'contrastive', 'llm' or 'vision_tower'.
-      config: the `model` section, or as much of it as this kind needs.
+      config: the `model` section, or the part of it that this kind needs.
     """
     from flax import nnx
 
@@ -171,19 +167,18 @@ def target_shapes(kind: str, config: Mapping[str, Any]) -> dict[str, tuple[int, 
 
 
 def check_rules(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Checks, before anything is read, that every parameter is filled and every tensor used or excused.
+    """Checks, without reading weights, that tensors and parameters match one to one.
 
     Returns:
       Path → shape of every parameter.
 
     Raises:
-      UserError: a tensor is left over, a parameter is left empty, or a shape differs.
+      UserError: a tensor is neither used nor listed as unused, a parameter has no source, or a shape differs.
     """
     expected = target_shapes(checkpoint.kind, checkpoint.config)
     for part in checkpoint.parts:
-        alone = len(checkpoint.parts) == 1
-        own = {path for path in expected if alone or path.split("/")[0] == part.component}
-        _check_coverage(part, own)
+        single = len(checkpoint.parts) == 1
+        _check_coverage(part, {path for path in expected if single or path.split("/")[0] == part.component})
         for rule in part.rules:
             needed = expected[rule.target][1:] if rule.stacked else expected[rule.target]
             for name in rule.sources:
@@ -209,7 +204,7 @@ def fill(checkpoint: Checkpoint, dtype: Any = np.float32) -> dict[str, np.ndarra
 
 
 def read_leaf(part: Source, rule: TensorRule, leaf: Leaf) -> jax.Array:
-    """Reads a stored leaf onto the hosts' memory, each process its own share of it.
+    """Reads a stored leaf into host memory, sharded over processes.
 
     Raises:
       UserError: a value is not finite in the dtype of `leaf`.
@@ -226,13 +221,13 @@ def read_leaf(part: Source, rule: TensorRule, leaf: Leaf) -> jax.Array:
                 lambda job: _read_block(part, rule, *job), _jobs(part, rule, leaf, where, block)
             ):
                 pass
-        # The memory of `block` becomes that of the array: nothing is held twice.
+        # The array aliases `block`, which avoids a copy.
         blocks.append(jax.device_put(block, device, may_alias=True))
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, blocks)
 
 
 def leaf_sharding(rule: TensorRule, leaf: Leaf) -> jax.sharding.Sharding:
-    """Over processes so that each reads its own rows of the source, where they divide."""
+    """Sharding over processes, along the axis of the source's rows if divisible."""
     rows = rule.layout.axes.index(0) if rule.layout.axes else 0
     return host_sharding(leaf.shape, (0, 1 + rows) if rule.stacked else (rows,) * bool(leaf.shape))
 
@@ -240,7 +235,7 @@ def leaf_sharding(rule: TensorRule, leaf: Leaf) -> jax.sharding.Sharding:
 def _jobs(
     part: Source, rule: TensorRule, leaf: Leaf, where: Index, block: np.ndarray
 ) -> Iterator[tuple[str, Index, np.ndarray]]:
-    """Yields tensor name, what is wanted of it (in our layout), and the place for it in `block`."""
+    """Yields (tensor name, index in our layout, view of `block` to fill)."""
     if not leaf.shape:
         yield rule.sources[0], (), block
         return
@@ -253,9 +248,9 @@ def _jobs(
 
 
 def _cut(
-    part: Source, rule: TensorRule, name: str, where: Index, place: np.ndarray
+    part: Source, rule: TensorRule, name: str, where: Index, out: np.ndarray
 ) -> Iterator[tuple[str, Index, np.ndarray]]:
-    """Cuts a tensor into blocks of foreign rows of at most `_BLOCK_BYTES`."""
+    """Splits a tensor into blocks of foreign rows of at most `_BLOCK_BYTES`."""
     axis = rule.layout.axes.index(0) if rule.layout.axes else 0
     shape = part.tensors[name]
     rows = shape[0] if rule.layout.leading else max(1, _BLOCK_BYTES // (8 * math.prod(shape[1:])))
@@ -263,24 +258,24 @@ def _cut(
     for start in range(wanted.start, wanted.stop, rows):
         piece = slice(start, min(start + rows, wanted.stop))
         inside = (*(slice(None),) * axis, slice(piece.start - wanted.start, piece.stop - wanted.start))
-        yield name, (*where[:axis], piece, *where[axis + 1 :]), place[inside]
+        yield name, (*where[:axis], piece, *where[axis + 1 :]), out[inside]
 
 
-def _read_block(part: Source, rule: TensorRule, name: str, where: Index, place: np.ndarray) -> None:
+def _read_block(part: Source, rule: TensorRule, name: str, where: Index, out: np.ndarray) -> None:
     shape = rule.layout.ours(part.tensors[name])
-    assert shape is not None  # `check_rules` saw to it
-    copy_into(place, rule.layout.read(functools.partial(part.reader, name), shape, where))
+    assert shape is not None  # see `check_rules`
+    copy_into(out, rule.layout.read(functools.partial(part.reader, name), shape, where))
     with np.errstate(invalid="ignore"):
-        finite = np.isfinite(place).all()
+        finite = np.isfinite(out).all()
     if not finite:
         raise UserError(
-            f"{part.files[-1]}: {name} holds values that are not finite as {place.dtype}; "
+            f"{part.files[-1]}: {name} holds values that are not finite as {out.dtype}; "
             "the file is damaged, download it again"
         )
 
 
 def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
-    """An array at an address that XLA can use without a copy."""
+    """An empty array at an address that XLA can alias."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
@@ -298,40 +293,41 @@ def import_model(
     verify: bool = True,
     progress: Progress = silent,
 ) -> ImportSummary:
-    """Imports a checkpoint into a new export folder, complete or not at all.
+    """Imports a checkpoint into a new export folder, atomically.
 
-    Holds one stored leaf at a time (at most 1.2 GB, see `exports`). An interrupted import goes on where it
-    was when it is called again in the same way.
+    Holds one stored leaf at a time (at most 1.2 GB, see `exports`). Repeating the call after an interruption
+    resumes the import.
 
     Args:
       source: see `open_source`.
-      out: folder to create; must not exist or be empty.
+      out: folder to create; must be absent or empty.
       source_format: see `open_source`.
-      dtype: a key of `DTYPES`, or 'auto': bfloat16 where all of the source is, else float32.
-      tokenizer: Hugging Face tokenizer folder to use instead of the one in the source.
+      dtype: a key of `DTYPES`, or 'auto': bfloat16 if all of the source is, else float32.
+      tokenizer: Hugging Face tokenizer folder that replaces the source's.
       torch_files: read weights pickled by PyTorch, in another process; see `torch_files`.
-      verify: hash the source's files and every leaf, and read the leaves again at the end.
-      progress: told of the bytes written so far, and of all bytes.
+      verify: hash the source's files and every leaf, and read the leaves back at the end.
+      progress: called after each leaf.
 
     Raises:
       UserError: bad source, `out` in use, or disk full.
     """
-    target = free_place(out)
+    target = unused_folder(out)
     check_dtype(dtype)
     if torch_files:
-        # Beside the result, where there is room for the weights.
-        with tempfile.TemporaryDirectory(dir=_nearest(Path(target)), prefix=".torch_files.") as scratch:
+        # Next to the result, where the disk has room for the weights.
+        parent = next(folder for folder in (Path(target), *Path(target).parents) if folder.is_dir())
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".torch_files.") as scratch:
             mirror = with_safetensors(Path(as_path(source)), Path(scratch))
             options: dict[str, Any] = dict(dtype=dtype, tokenizer=tokenizer, verify=verify, progress=progress)
             return import_model(mirror, target, source_format=source_format, **options)
     start = time.perf_counter()
-    words = load_tokenizer(tokenizer) if tokenizer else None
-    opened = open_source(source, source_format, words)
-    words = words or (opened.tokenizer() if opened.tokenizer else None)
-    reader = opened.config.get("llm") or opened.config.get("text_tower")
-    if words is not None and reader is not None and words.vocab_size > reader["vocab_size"]:
+    found = load_tokenizer(tokenizer) if tokenizer else None
+    opened = open_source(source, source_format, found)
+    found = found or (opened.tokenizer() if opened.tokenizer else None)
+    text_model = opened.config.get("llm") or opened.config.get("text_tower")
+    if found is not None and text_model is not None and found.vocab_size > text_model["vocab_size"]:
         try:
-            words = words.limited_to(reader["vocab_size"])
+            found = found.limited_to(text_model["vocab_size"])
         except UserError as error:
             raise UserError(f"{tokenizer or source}: {error}") from error
     shapes = check_rules(opened)
@@ -339,13 +335,8 @@ def import_model(
     if dtype == "auto":
         dtype = "bfloat16" if stored == ["BF16"] else "float32"
     abstract = {path: jax.ShapeDtypeStruct(shape, DTYPES[dtype]) for path, shape in shapes.items()}
-    name = Path(as_path(source)).name
-    model_config = {
-        "name": name.removesuffix(".gguf"),
-        "kind": opened.kind,
-        "param_dtype": dtype,
-        **opened.config,
-    }
+    name = Path(as_path(source)).name.removesuffix(".gguf")
+    model_config = {"name": name, "kind": opened.kind, "param_dtype": dtype, **opened.config}
     rules = {rule.target: (part, rule) for part in opened.parts for rule in part.rules}
     total = sum(leaf.bytes for leaf in stored_leaves(abstract))
     written = 0
@@ -359,20 +350,20 @@ def import_model(
 
     with tempfile.TemporaryDirectory() as folder, _cancelled_on_error(ThreadPoolExecutor(1)) as pool:
         files = [file for part in opened.parts for file in part.files]
-        facts = [pool.submit(_file_facts, file, verify) for file in files]
-        if words is not None:
-            words.save(folder)
-            if came_from := tokenizer or opened.tokenizer_folder:
-                carry(came_from, Path(folder))
+        facts = {file: pool.submit(_file_facts, file, verify) for file in files}
+        if found is not None:
+            found.save(folder)
+            if tokenizer_folder := tokenizer or opened.tokenizer_folder:
+                copy_tokenizer_extras(tokenizer_folder, Path(folder))
         write_export(
             target,
             abstract,
             make,
             model_config,
-            folder if words is not None else None,
-            lambda: {"parts": _provenance(opened.parts, [fact.result() for fact in facts])},
+            folder if found is not None else None,
+            lambda: {"parts": {part.component: _provenance(part, facts) for part in opened.parts}},
             resume={
-                "source": _stamps(opened.parts),
+                "source": [[str(file), (s := file.stat()).st_size, s.st_mtime_ns] for file in files],
                 "model": model_config,
                 "tokenizer": str(tokenizer),
                 "verify": verify,
@@ -388,29 +379,24 @@ def import_model(
         seconds=time.perf_counter() - start,
         dtypes=tuple(stored),
         unused={name: reason for part in opened.parts for name, reason in part.unused.items()},
-        tokenizer=words is not None,
+        tokenizer=found is not None,
     )
-
-
-def _nearest(folder: Path) -> Path:
-    """The first of a folder and its parents that exists."""
-    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
 
 
 @contextlib.contextmanager
 def _cancelled_on_error(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
-    """Who waits for an error message should not wait for the hashes of files."""
+    """Cancels pending jobs on an error."""
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def free_place(out: PathLike) -> epath.Path:
-    """Where a conversion may write.
+def unused_folder(out: PathLike) -> epath.Path:
+    """The path of a folder to create.
 
     Raises:
-      UserError: something is there.
+      UserError: it exists and is not empty.
     """
     target = as_path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -424,70 +410,38 @@ def check_dtype(name: str) -> None:
         raise UserError(f"--dtype {name}: unknown; choose from auto, {', '.join(DTYPES)}")
 
 
-def carry(source: PathLike, out: Path) -> None:
-    """Takes along what other tools read of a tokenizer beside `tokenizer.json` (VILA-1.5 the slow one)."""
-    for name in _CARRIED:
+def copy_tokenizer_extras(source: PathLike, out: Path) -> None:
+    """Copies tokenizer files that this package does not read."""
+    for name in _TOKENIZER_EXTRAS:
         if (as_path(source) / name).exists():
-            (out / name).write_bytes(read_bytes(as_path(source) / name, _MAX_CARRIED))
-
-
-def _stamps(parts: Sequence[Source]) -> list[list[Any]]:
-    """Tells whether the source's files are still those of an interrupted import."""
-    found = []
-    for file in (file for part in parts for file in part.files):
-        status = file.stat()
-        found.append([str(file), status.st_size, status.st_mtime_ns])
-    return found
+            (out / name).write_bytes(read_bytes(as_path(source) / name, _MAX_EXTRA))
 
 
 def _file_facts(file: Path, verify: bool) -> dict[str, Any]:
-    known = {"file": file.name, "bytes": file.stat().st_size}
-    return {**known, "sha256": sha256(file)} if verify else known
+    facts = {"file": file.name, "bytes": file.stat().st_size}
+    if not verify:
+        return facts
+    with file.open("rb") as handle:
+        return {**facts, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
 
 
-def _provenance(parts: Sequence[Source], facts: list[dict[str, Any]]) -> dict[str, Any]:
-    left = iter(facts)
+def _provenance(part: Source, facts: Mapping[Path, Future[dict[str, Any]]]) -> dict[str, Any]:
     return {
-        part.component: {
-            "source": list(itertools.islice(left, len(part.files))),
-            "storage": list(part.dtypes),
-            "licence": part.licence,
-            "unused_tensors": part.unused,
-        }
-        for part in parts
+        "source": [facts[file].result() for file in part.files],
+        "storage": list(part.dtypes),
+        "licence": part.licence,
+        "unused_tensors": part.unused,
     }
-
-
-def sha256(path: Path) -> str:
-    """Returns the hash of a file as hex, read in pieces."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _check_coverage(source: Source, expected: Set[str]) -> None:
     wanted = {name for rule in source.rules for name in rule.sources}
     missing = wanted - set(source.tensors)
-    made = {rule.target for rule in source.rules if missing.isdisjoint(rule.sources)}
-    empty = expected - made
+    empty = expected - {rule.target for rule in source.rules if missing.isdisjoint(rule.sources)}
     left_over = set(source.tensors) - wanted - set(source.unused)
     if empty or left_over or missing:
+        names = [listed(sorted(group), _NAMES_SHOWN) or "none" for group in (empty, missing, left_over)]
         raise UserError(
             f"{source.files[-1]}: does not fit this package's {source.component}; parameters not filled: "
-            f"{_names(empty)}; tensors missing: {_names(missing)}; tensors not used: {_names(left_over)}"
+            f"{names[0]}; tensors missing: {names[1]}; tensors not used: {names[2]}"
         )
-
-
-def _names(names: Set[str]) -> str:
-    # A damaged file may name its tensors with line breaks or terminal codes.
-    shown = [name if name.isprintable() else repr(name) for name in sorted(names)[:_NAMES_SHOWN]]
-    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-    return (", ".join(shown) or "none") + more
-
-
-def _single_gguf(path: Path) -> Path:
-    if path.is_file():
-        return path
-    files = sorted(path.glob("*.gguf"))
-    if len(files) != 1:
-        raise UserError(f"{path}: holds {len(files)} .gguf files; give one of them as --source")
-    return files[0]

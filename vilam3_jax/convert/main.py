@@ -1,4 +1,4 @@
-"""`vilam3 convert`: checkpoints of other tools → the layout of this package, and back."""
+"""`vilam3 convert`: imports checkpoints of other tools, and exports to their formats."""
 
 from __future__ import annotations
 
@@ -17,14 +17,7 @@ if TYPE_CHECKING:  # the import of jax behind it is slow
 
 
 def main(argv: list[str]) -> int:
-    """Runs `vilam3 convert import|export ...`.
-
-    Args:
-      argv: arguments after `convert`.
-
-    Returns:
-      Exit code: 0, or 2 after a message on stderr.
-    """
+    """Runs `vilam3 convert import|export ...`; returns the exit code, 2 after an error message on stderr."""
     arguments = _parser().parse_args(argv)
     try:
         return _ACTIONS[arguments.action](arguments)
@@ -36,44 +29,41 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vilam3 convert",
-        description="Convert checkpoints of other tools to the layout of this package, and back.",
+        description="Import checkpoints of other tools, or export models to their formats.",
     )
     commands = parser.add_subparsers(dest="action", required=True)
     command = commands.add_parser(
         "import",
         help="read a Hugging Face folder or a GGUF file",
-        description="Read a language model (Llama, Qwen2, Qwen3: Hugging Face folder; Llama: GGUF file), a "
-        "SigLIP or InternViT vision tower, or a whole VILA folder, and write a folder that training can "
-        "start from (--config.init.llm=DIR, .vision_tower, .everything).",
+        description="Read a language model (Llama, Qwen2, Qwen3, Mistral or Gemma 3 as a Hugging Face "
+        "folder; Llama as a GGUF file), a SigLIP or InternViT vision tower, or a whole VILA folder, and "
+        "write a folder that training can start from (--config.init.llm=DIR, .vision_tower, .everything).",
     )
     command.add_argument("--source", required=True, help="GGUF file or Hugging Face model folder")
     command.add_argument("--out", required=True, help="folder to create; may be gs://...")
-    command.add_argument(
-        "--format",
-        default="auto",
-        help="auto, gguf, hugging_face, siglip_pair or vila (default: auto)",
-    )
+    formats = "auto, gguf, hugging_face, siglip_pair or vila (default: auto)"
+    command.add_argument("--format", default="auto", help=formats)
     command.add_argument(
         "--dtype", default="auto", help="float32, bfloat16 or auto: bfloat16 if the source is (default: auto)"
     )
-    command.add_argument("--tokenizer", help="tokenizer folder to use instead of the source's own")
+    command.add_argument("--tokenizer", help="tokenizer folder that replaces the source's")
     command.add_argument(
         "--torch_files",
         action="store_true",
-        help="read weights pickled by PyTorch (.bin, .pt, .pth), in another process that builds only tensors "
-        "(needs the experts' package)",
+        help="read weights pickled by PyTorch (.bin, .pt, .pth) in another process that builds only tensors; "
+        "needs the experts' package",
     )
     _add_verify(command)
     for name, kind in (("coordinator_address", str), ("num_processes", int), ("process_id", int)):
         command.add_argument(
             f"--{name}", type=kind, help="as in `vilam3 train`: several processes share the work"
         )
-    command.add_argument("--distributed", action="store_true", help="the environment tells of the processes")
+    command.add_argument("--distributed", action="store_true", help="find the processes in the environment")
     command = commands.add_parser(
         "export",
         help="write Hugging Face folders",
         description="Write an export of a run or of an import as a VILA folder (llm/, vision_tower/ and "
-        "mm_projector/, each a Hugging Face folder), or as one such folder if it holds one component.",
+        "mm_projector/, each a Hugging Face folder), or a single component as a Hugging Face folder.",
     )
     command.add_argument("--source", required=True, help="export folder")
     command.add_argument("--out", required=True, help="folder to create, on a local disk")
@@ -89,7 +79,7 @@ def _add_verify(command: argparse.ArgumentParser) -> None:
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="hash what is read and written, and read the result again (default: yes)",
+        help="hash all files and read the result back (default: yes)",
     )
 
 
@@ -122,7 +112,7 @@ def _import(arguments: argparse.Namespace) -> int:
         )
         if not processes.is_primary_process():
             return 0
-    rows = [
+    _print(
         ("component", summary.component),
         ("stored as", ", ".join(summary.dtypes)),
         ("tensors read", f"{summary.tensors:,}"),
@@ -131,8 +121,7 @@ def _import(arguments: argparse.Namespace) -> int:
         ("bytes", f"{summary.bytes:,} ({summary.dtype})"),
         ("tokenizer", "yes" if summary.tokenizer else "none"),
         ("seconds", f"{summary.seconds:.1f}"),
-    ]
-    _print(rows)
+    )
     for name, reason in sorted(summary.unused.items()):
         print(f"left out {name}: {reason}")
     print(f"written to {arguments.out}")
@@ -143,26 +132,20 @@ def _export(arguments: argparse.Namespace) -> int:
     from vilam3_jax.convert.exporter import export_folder
 
     with _bar("exporting") as progress:
-        summary = export_folder(
-            arguments.source,
-            arguments.out,
-            dtype=arguments.dtype,
-            verify=arguments.verify,
-            progress=progress,
-        )
-    rows = [
+        options = dict(dtype=arguments.dtype, verify=arguments.verify, progress=progress)
+        summary = export_folder(arguments.source, arguments.out, **options)
+    _print(
         ("folders", ", ".join(summary.folders)),
         ("tensors", f"{summary.tensors:,}"),
         ("bytes", f"{summary.bytes:,} ({summary.dtype})"),
         ("LoRAs merged", f"{summary.merged:,}"),
         ("seconds", f"{summary.seconds:.1f}"),
-    ]
-    _print(rows)
+    )
     print(f"written to {arguments.out}")
     return 0
 
 
-def _print(rows: list[tuple[str, str]]) -> None:
+def _print(*rows: tuple[str, str]) -> None:
     for name, value in rows:
         print(f"{name:<17} {value}")
 

@@ -1,4 +1,4 @@
-"""Safetensors folders, in one file or in shards with an index: rows of tensors in, whole tensors out."""
+"""Reads and writes rows of the tensors in a safetensors folder: one file, or shards with an index."""
 
 from __future__ import annotations
 
@@ -23,42 +23,46 @@ STORED_DTYPES: dict[str, Any] = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 _MAX_JSON_BYTES = 64 << 20
 _CACHED_COLUMNS = 128
 
 
 class SafetensorsFolder:
-    """The tensors of one model folder, in one file or in shards; only the rows asked for are read.
+    """The tensors of a model folder; reads only the rows asked for.
+
+    With shards, the index decides which tensors exist and which shard is read for each.
 
     Attributes:
       shapes: tensor name → shape.
       files: the safetensors files, sorted.
-      dtypes: storage types found.
+      dtypes: storage types of the tensors.
+      unlisted: names of tensors that are in a shard but not in the index.
     """
 
     def __init__(self, folder: Path) -> None:
         """Opens every shard and checks its header against its length.
 
         Raises:
-          UserError: no weights, a missing or truncated shard, or an index that does not fit its shards.
+          UserError: no weights, a missing or truncated shard, an index that does not fit its shards, or a
+            single file beside an index of others.
         """
-        index = folder / _INDEX
+        index = folder / INDEX
         if index.exists():
             expected = read_config(index).get("weight_map")
             if not isinstance(expected, dict):
                 raise UserError(f"{index}: has no weight_map; download it again")
             if not all(isinstance(name, str) for name in expected.values()):
-                raise UserError(f"{index}: names a file that is no text; download it again")
+                raise UserError(f"{index}: weight_map must map names to file names; download it again")
             names = sorted(set(expected.values()))
+            if SINGLE not in names and (folder / SINGLE).exists():
+                raise UserError(f"{folder}: holds {SINGLE} and an {INDEX} of other files; remove one of them")
         else:
-            expected, names = None, [_SINGLE]
-        self.files = [_inside(folder, name) for name in names]
-        for file in self.files:
-            if not _is_file(file):
-                raise UserError(f"{folder}: {_missing_weights(folder, file.name)}")
+            expected, names = None, [SINGLE]
+        self.files = [_existing(folder, name) for name in names]
         self._entries: dict[str, tuple[Path, int, Mapping[str, Any]]] = {}
+        self.unlisted: set[str] = set()
         for file in self.files:
             self._open(file, expected)
         if missing := sorted(set(expected or ()) - set(self._entries)):
@@ -69,10 +73,10 @@ class SafetensorsFolder:
         self.dtypes = tuple(sorted({entry["dtype"] for _, _, entry in self._entries.values()}))
 
     def _open(self, file: Path, expected: Mapping[str, str] | None) -> None:
-        """Reads a header; of a tensor that several shards hold, the index names the one that counts."""
+        """Reads the header of a file."""
         try:
-            # The library checks that the header is sane and covers the file exactly. It cannot give bfloat16
-            # as numpy, so the bytes are read here.
+            # The library checks that the header is sane and covers the file exactly. It has no bfloat16 for
+            # NumPy, so this class reads the bytes.
             with safe_open(file, framework="numpy"):
                 pass
             with file.open("rb") as handle:
@@ -84,9 +88,11 @@ class SafetensorsFolder:
         for name, entry in header.items():
             if expected is None or expected.get(name) == file.name:
                 self._entries[name] = (file, 8 + size, entry)
+            elif name not in expected:
+                self.unlisted.add(name)
 
     def __call__(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Returns rows `start` to `stop` of one tensor in its stored dtype.
+        """Returns rows `start` to `stop` of a tensor in its stored dtype.
 
         Raises:
           UserError: stored as integers or in an unknown type; or the file shrank or cannot be read.
@@ -108,7 +114,7 @@ class SafetensorsFolder:
                 while wanted:
                     count = handle.readinto(wanted)
                     if not count:
-                        raise OSError("it ends too early")
+                        raise OSError("unexpected end of file")
                     wanted = wanted[count:]
         except OSError as error:
             raise UserError(f"{file}: {name!r} cannot be read ({error}); download it again") from error
@@ -116,41 +122,41 @@ class SafetensorsFolder:
 
 
 class SafetensorsWriter:
-    """Writes a model folder's tensors by rows, in any order, into files whose sizes are known beforehand."""
+    """Writes a model folder's tensors by rows, in any order."""
 
     def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: Any, file_bytes: int):
-        """Lays out the files, named as transformers names them, and writes their headers and the index.
+        """Creates the files at their final size, named as by transformers, with headers and index.
 
         Args:
-          folder: exists; gets the files.
-          shapes: tensor name → shape, in the order of writing.
-          dtype: of all of them.
-          file_bytes: a new file begins where this would be exceeded.
+          folder: an existing folder.
+          shapes: tensor name → shape, in file order.
+          dtype: of all tensors.
+          file_bytes: maximum size of a file's tensors; a larger tensor gets a file to itself.
         """
-        self._dtype = np.dtype(dtype)
-        self._kind = next(kind for kind, dtype in STORED_DTYPES.items() if np.dtype(dtype) == self._dtype)
-        self._shapes = dict(shapes)
+        self.dtype = np.dtype(dtype)
+        self._kind = next(kind for kind, dtype in STORED_DTYPES.items() if np.dtype(dtype) == self.dtype)
+        self.shapes = dict(shapes)
         self._places: dict[str, tuple[Path, int]] = {}
         groups: list[dict[str, int]] = [{}]
-        for name, shape in self._shapes.items():
-            size = math.prod(shape) * self._dtype.itemsize
+        for name, shape in self.shapes.items():
+            size = math.prod(shape) * self.dtype.itemsize
             if groups[-1] and sum(groups[-1].values()) + size > file_bytes:
                 groups.append({})
             groups[-1][name] = size
         for index, group in enumerate(groups, 1):
-            name = _SINGLE if len(groups) == 1 else f"model-{index:05}-of-{len(groups):05}.safetensors"
+            name = SINGLE if len(groups) == 1 else f"model-{index:05}-of-{len(groups):05}.safetensors"
             self._lay_out(folder / name, group)
         if len(groups) > 1:
             total = sum(sum(group.values()) for group in groups)
             where = {name: file.name for name, (file, _) in self._places.items()}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-            write_text_atomic(folder / _INDEX, json.dumps(index, indent=2) + "\n")
+            write_text_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
     def _lay_out(self, file: Path, group: Mapping[str, int]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, size in group.items():
-            shape = list(self._shapes[name])
+            shape = list(self.shapes[name])
             header[name] = {"dtype": self._kind, "shape": shape, "data_offsets": [end, end + size]}
             end += size
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -163,18 +169,18 @@ class SafetensorsWriter:
             handle.truncate(start + end)
 
     def write(self, name: str, start: int, rows: np.ndarray) -> None:
-        """Writes rows of one tensor, from row `start` on, cast to the files' dtype."""
+        """Writes rows of a tensor from row `start`, cast to the files' dtype."""
         file, offset = self._places[name]
-        row_bytes = math.prod(self._shapes[name][1:]) * self._dtype.itemsize
+        row_bytes = math.prod(self.shapes[name][1:]) * self.dtype.itemsize
         with file.open("r+b", buffering=0) as handle:
             handle.seek(offset + start * row_bytes)
-            left = contiguous(rows, self._dtype).reshape(-1).view(np.uint8).data
+            left = contiguous(rows, self.dtype).reshape(-1).view(np.uint8).data
             while left:
                 left = left[handle.write(left) :]
 
 
 def contiguous(block: np.ndarray, dtype: Any) -> np.ndarray:
-    """Returns `block` in row-major order with this dtype; a copy only where it is needed."""
+    """Returns `block` in row-major order with this dtype; copies only if needed."""
     if block.dtype == dtype and block.flags.c_contiguous:
         return block
     out = np.empty(block.shape, dtype)
@@ -185,8 +191,8 @@ def contiguous(block: np.ndarray, dtype: Any) -> np.ndarray:
 def copy_into(out: np.ndarray, block: np.ndarray) -> None:
     """Copies with a cast.
 
-    A few columns at a time where `block` is transposed, as many as a cache holds: four times as fast. As bits
-    where there is no cast, because numpy copies bfloat16 value by value.
+    A transposed `block` is copied a few columns at a time, as many as fit into a cache: four times as fast.
+    Without a cast the bits are copied, because NumPy copies bfloat16 value by value.
     """
     if out.dtype == block.dtype:
         bits = np.dtype(f"u{out.itemsize}")
@@ -195,7 +201,7 @@ def copy_into(out: np.ndarray, block: np.ndarray) -> None:
         out[()] = block
         return
     step = block.shape[-1] if block.ndim == 1 or block.flags.c_contiguous else _CACHED_COLUMNS
-    # Beyond the range of the new dtype means infinite: whoever cares looks at the result.
+    # Values beyond the range of the new dtype become infinite; callers check the result.
     with np.errstate(over="ignore"):
         for start in range(0, block.shape[-1], step):
             columns = (..., slice(start, start + step))
@@ -217,20 +223,20 @@ def read_config(path: Path) -> dict[str, Any]:
     return value
 
 
-def _is_file(file: Path) -> bool:
-    try:
-        return file.is_file()
-    except OSError:  # a name longer than any file's
-        return False
+def _existing(folder: Path, name: str) -> Path:
+    """A file of weights.
 
-
-def _inside(folder: Path, name: str) -> Path:
+    Raises:
+      UserError: it is outside the folder or missing.
+    """
     if Path(name).name != name or not name.endswith(".safetensors"):
-        raise UserError(f"{folder / _INDEX}: shard {name!r} lies outside the folder; download it again")
-    return folder / name
-
-
-def _missing_weights(folder: Path, name: str) -> str:
-    if name != _SINGLE:
-        return f"shard {name} is missing; download it into the folder"
-    return f"neither {_SINGLE} nor {_INDEX} is here; download the weights"
+        raise UserError(f"{folder / INDEX}: shard {name!r} is outside the folder; download it again")
+    try:
+        found = (folder / name).is_file()
+    except OSError:  # the name is too long for a file
+        found = False
+    if found:
+        return folder / name
+    if name != SINGLE:
+        raise UserError(f"{folder}: shard {name} is missing; download it into the folder")
+    raise UserError(f"{folder}: neither {SINGLE} nor {INDEX} is here; download the weights")

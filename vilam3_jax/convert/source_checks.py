@@ -1,30 +1,29 @@
-"""What a source of `vilam3 convert import` is where it is no model that can be read, and what to do."""
+"""Recognises sources that `vilam3 convert import` cannot read, and says what to do."""
 
 from __future__ import annotations
 
 import fnmatch
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from vilam3_jax.convert.safetensors_files import read_config
-from vilam3_jax.convert.torch_files import NO_WEIGHTS
+from vilam3_jax.convert.config_checks import ORIGINAL, check_quantisation
+from vilam3_jax.convert.safetensors_files import INDEX, SINGLE, read_config
 from vilam3_jax.data import file_kinds
 from vilam3_jax.errors import UserError
 
-_ORIGINAL = "import the unquantised model that it was made from"
+logger = logging.getLogger(__name__)
+
+NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")  # files of trainers
 _HUGGING_FACE = "give the Hugging Face folder of that model (config.json and safetensors)"
 _TORCH_FILES = "save it as safetensors, or import with --torch_files"
-_PICKLES = ("bin", "pt", "pth")
-# Folders that are known by a file, whatever else they hold: pattern of its name, what they are, what to do.
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+_ADAPTER = "is an adapter (PEFT or LoRA) without its base model"
+# Folders recognised by one file: pattern of its name, what the folder is, what to do.
 _FOLDERS = (
-    (
-        "adapter_config.json",
-        "is an adapter (PEFT or LoRA) without its base model",
-        "merge both with `merge_and_unload()` and give the merged folder",
-    ),
-    ("adapter_model.*", "is an adapter (PEFT or LoRA) without its base model", "give the merged model"),
+    ("adapter_config.json", _ADAPTER, "merge both with `merge_and_unload()` and give the merged folder"),
+    ("adapter_model.*", _ADAPTER, "give the merged model"),
     ("non_lora_trainables.bin", "is an unmerged LoRA of LLaVA", "merge it into its base model first"),
     ("zero_to_fp32.py", "is a DeepSpeed checkpoint", "run its zero_to_fp32.py and give the model folder"),
     ("*.distcp", "is a distributed checkpoint of PyTorch", "save the model with `save_pretrained` first"),
@@ -35,13 +34,15 @@ _FOLDERS = (
     ("params.json", "is in Meta's or Mistral's own layout", _HUGGING_FACE),
     ("_CHECKPOINT_METADATA", "is an Orbax checkpoint", "it needs no import"),
     ("model.json", "is an export of this package already", "it needs no import"),
-    ("quant_config.json", "holds quantised weights", _ORIGINAL),
-    ("quantize_config.json", "holds weights quantised by GPTQ", _ORIGINAL),
-    ("hf_quant_config.json", "holds weights quantised by ModelOpt", _ORIGINAL),
+    ("quant_config.json", "holds quantised weights", ORIGINAL),
+    ("quantize_config.json", "holds weights quantised by GPTQ", ORIGINAL),
+    ("hf_quant_config.json", "holds weights quantised by ModelOpt", ORIGINAL),
+    ("*scales.json", "holds scales of quantised weights or caches", ORIGINAL),
+    ("*scales.safetensors", "holds scales of quantised weights or caches", ORIGINAL),
 )
 _SAVE = "save the model as safetensors"
 _ORIGIN = "give the model that it was made from"
-# Weights and graphs of other programs, by the suffixes of their files.
+# Weights and graphs of other programs: pattern, what they are, what to do.
 _FOREIGN = (
     ("*.ckpt", "PyTorch or TensorFlow weights", _SAVE),
     ("*.ckpt.index", "TensorFlow weights", _SAVE),
@@ -54,37 +55,39 @@ _FOREIGN = (
     ("*.engine", "a TensorRT engine", _ORIGIN),
     ("*.tflite", "a TensorFlow Lite graph", _ORIGIN),
 )
-_UNFINISHED = ("*.incomplete", "*.crdownload", "*.part")
-# Folders without safetensors, by the weights that they have instead.
+_UNFINISHED = tuple(
+    (pattern, "is an unfinished download", "download it again")
+    for pattern in ("*.incomplete", "*.crdownload", "*.part")
+)
+# Folders without safetensors, by their other weights.
 _WEIGHTS = (
     ("*.gguf", "its weights are in a GGUF file", "give that file as --source"),
     ("pytorch_model*.bin", "has only pytorch_model.bin, which can run code when opened", _TORCH_FILES),
-    *(
-        (f"*.{kind}", "has only PyTorch weights, which can run code when opened", _TORCH_FILES)
-        for kind in _PICKLES
-    ),
+    *((kind, "has only PyTorch weights, which can run code when opened", _TORCH_FILES) for kind in _PICKLES),
     *((pattern, f"has only {what}", advice) for pattern, what, advice in _FOREIGN),
     ("saved_model.pb", "is a TensorFlow SavedModel", _SAVE),
-    *((pattern, "is a download that did not end", "download it again") for pattern in _UNFINISHED),
+    *_UNFINISHED,
 )
 _FILES = (
     ("*.safetensors", "is one file of weights", "give the folder that also holds its config.json"),
     ("*.index.json", "is the index of a model", "give its folder"),
     ("config.json", "is the config of a model", "give its folder"),
-    *(
-        (f"*.{kind}", "is a file of PyTorch weights", "give its folder with --torch_files")
-        for kind in _PICKLES
-    ),
+    *((kind, "is a file of PyTorch weights", "give its folder with --torch_files") for kind in _PICKLES),
     *((pattern, f"is a file of {what}", advice) for pattern, what, advice in _FOREIGN),
-    *((pattern, "is a download that did not end", "download it again") for pattern in _UNFINISHED),
+    *_UNFINISHED,
+)
+# Files beside the weights that are read, or that do not change results.
+_NEIGHBOURS = re.compile(
+    r"\..*|runs|original|onnx|(tokenizer|vocab|merges|chat_template|LICEN[CS]E|COPYING|NOTICE|events\.out).*"
+    r"|(config|generation_config|(.*pre)?processor_config|special_tokens_map|added_tokens|trainer_state"
+    r"|.*_results|.*\.index)\.json|.*\.(model|md|txt|rst|pdf|png|jpe?g|gif|svg|webp|html|py|log|jsonl|lock"
+    r"|gguf|bin|pth?|ckpt|h5|keras|msgpack|onnx|xml|engine|tflite)"
 )
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_SHOWN = 5
 
 
 def refuse_file(file: Path) -> UserError:
-    """The error for a source that is a file, but no GGUF."""
+    """The error for a file that is not GGUF."""
     kind = file_kinds.identify(file)
     if kind in (*file_kinds.STAND_INS, file_kinds.EMPTY):
         return file_kinds.refusal(file, kind)
@@ -99,27 +102,27 @@ def refuse_file(file: Path) -> UserError:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses a folder that is known to be something else than a model in transformers' layout.
+    """Refuses a folder that is not a model in transformers' layout.
 
     Raises:
-      UserError: says what the folder is, and what to give or do instead.
+      UserError: says what the folder is and what to give instead.
     """
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     if not names:
         raise UserError(f"{folder}: an empty folder; download the model into it")
     _check_hub_cache(folder, names)
     _check_adapter_and_others(folder, names)
-    for name in names:
-        if name.endswith((".safetensors", ".json", ".gguf")):
-            _check_stand_in(folder / name)
+    for file in (folder / name for name in names if name.endswith((".safetensors", ".json", ".gguf"))):
+        if file.is_file() and (kind := file_kinds.identify(file)) in file_kinds.STAND_INS:
+            raise file_kinds.refusal(file, kind)
     if "config.json" not in names:
         _check_without_config(folder, names)
 
 
 def check_weights(folder: Path) -> None:
-    """Refuses a folder whose weights are of another kind, quantised, or shards without an index.
+    """Refuses weights of another format, quantised weights, shards without an index, and adapters.
 
-    A folder without weights passes: whoever opens it says what is missing.
+    Logs a warning for unknown files. A folder without weights passes; opening it reports what is missing.
 
     Raises:
       UserError: see `check_folder`.
@@ -128,9 +131,10 @@ def check_weights(folder: Path) -> None:
         return
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(NO_WEIGHTS))
     config = read_config(folder / "config.json") if "config.json" in names else {}
-    if method := _quantisation(config):
-        raise UserError(f"{folder / 'config.json'}: the weights are quantised ({method}); {_ORIGINAL}")
-    if _INDEX in names or _SINGLE in names:
+    check_quantisation(config, (), folder / "config.json")
+    _check_adapter_and_others(folder, names)
+    if INDEX in names or SINGLE in names:
+        _check_neighbours(folder, names)
         return
     if weights := [name for name in names if name.endswith(".safetensors")]:
         raise _unreachable(folder, weights)
@@ -144,7 +148,7 @@ def _check_hub_cache(folder: Path, names: Sequence[str]) -> None:
     if models and "config.json" not in names:
         raise UserError(
             f"{folder}: a cache of the Hugging Face hub; give the folder below snapshots/ of one model: "
-            f"{_listed(models)}"
+            f"{listed(models)}"
         )
     if "snapshots" not in names or "config.json" in names:
         return
@@ -166,22 +170,11 @@ def _check_adapter_and_others(folder: Path, names: Sequence[str]) -> None:
     for pattern, what, advice in _FOLDERS:
         if not fnmatch.filter(names, pattern):
             continue
-        if pattern.startswith("adapter") and (_SINGLE in names or _INDEX in names):
-            what, advice = (
-                "holds a model and an unmerged adapter",
-                "merge them, or take the adapter's files away",
-            )
+        if pattern.startswith("adapter") and (SINGLE in names or INDEX in names):
+            what, advice = "holds a model and an unmerged adapter", "merge them or remove the adapter's files"
         elif pattern in ("params.json", "model.json") and "config.json" in names:
             continue
         raise UserError(f"{folder}: {what}; {advice}")
-
-
-def _check_stand_in(file: Path) -> None:
-    if not file.is_file():
-        return
-    kind = file_kinds.identify(file)
-    if kind in file_kinds.STAND_INS:
-        raise file_kinds.refusal(file, kind)
 
 
 def _check_without_config(folder: Path, names: Sequence[str]) -> None:
@@ -190,56 +183,45 @@ def _check_without_config(folder: Path, names: Sequence[str]) -> None:
         return
     if checkpoints := [name for name in inside if re.fullmatch(r"checkpoint-\d+", name)]:
         raise UserError(
-            f"{folder}: a training folder; give one of its checkpoints as --source: {_listed(checkpoints)}"
+            f"{folder}: a training folder; give one of its checkpoints as --source: {listed(checkpoints)}"
         )
     if len(inside) == 1:
-        raise UserError(f"{folder}: the model lies one folder deeper; give {folder / inside[0]} as --source")
+        raise UserError(f"{folder}: the model is one folder deeper; give {folder / inside[0]} as --source")
     if inside:
-        raise UserError(f"{folder}: holds {len(inside)} models; give one as --source: {_listed(inside)}")
+        raise UserError(f"{folder}: holds {len(inside)} models; give one as --source: {listed(inside)}")
     weights = [name for name in names if name.endswith(".safetensors")]
     if weights:
-        raise UserError(f"{folder}: holds {_listed(weights)} but no config.json; download it into the folder")
+        raise UserError(f"{folder}: holds {listed(weights)} but no config.json; download it into the folder")
     check_weights(folder)
     if any(name.startswith(("tokenizer", "vocab", "merges")) for name in names):
-        raise UserError(f"{folder}: holds a tokenizer and no model; download config.json and the weights")
+        raise UserError(f"{folder}: holds a tokenizer but no model; download config.json and the weights")
 
 
 def _unreachable(folder: Path, weights: Sequence[str]) -> UserError:
-    """Why safetensors files are there, but none that would be read."""
+    """The error for safetensors files that neither an index nor their name makes readable."""
     shards = [match for name in weights if (match := _SHARD.fullmatch(name))]
     if not shards:
-        return UserError(f"{folder}: holds {_listed(weights)}; rename the model's own file to {_SINGLE}")
+        return UserError(f"{folder}: holds {listed(weights)}; rename the model's own file to {SINGLE}")
     count = int(shards[0][3])
     have = {int(match[2]) for match in shards if int(match[3]) == count}
     if count == 1:
-        return UserError(f"{folder}: {shards[0][0]} has no {_INDEX} beside it; rename it to {_SINGLE}")
+        return UserError(f"{folder}: {shards[0][0]} has no {INDEX} beside it; rename it to {SINGLE}")
     missing = f" and {count - len(have)} of {count} shards are missing" if len(have) < count else ""
     return UserError(
-        f"{folder}: {shards[0][0]} has no {_INDEX} beside it{missing}; download them into the folder"
+        f"{folder}: {shards[0][0]} has no {INDEX} beside it{missing}; download them into the folder"
     )
 
 
-def _quantisation(config: Mapping[str, Any]) -> str:
-    """How the weights are quantised according to a config.json; "" if they are not."""
-    for key in ("quantization_config", "quantization", "compression_config"):
-        value = config.get(key)
-        if not value:
-            continue
-        method = value.get("quant_method") if isinstance(value, dict) else None
-        bits = value.get("bits", value.get("w_bit")) if isinstance(value, dict) else None
-        if (
-            method is None
-            and isinstance(value, dict)
-            and (value.get("load_in_4bit") or value.get("load_in_8bit"))
-        ):
-            method = "bitsandbytes"
-        name = "MLX" if key == "quantization" and method is None else method
-        words = [str(word)[:40] for word in (name, f"{bits} bits" if bits else None) if word]
-        return ", ".join(word for word in words if word.isprintable()) or key
-    return ""
+def _check_neighbours(folder: Path, names: Sequence[str]) -> None:
+    """Logs a warning for files that are neither read nor known to be harmless."""
+    index = read_config(folder / INDEX).get("weight_map") if INDEX in names else None
+    own = [*index.values()] if isinstance(index, dict) else [SINGLE]
+    if unknown := [name for name in names if name not in own and not _NEIGHBOURS.fullmatch(name)]:
+        logger.warning("%s: ignores %s; check that they do not change results", folder, listed(unknown))
 
 
-def _listed(names: Sequence[str]) -> str:
-    shown = [name if name.isprintable() else repr(name) for name in names[:_SHOWN]]
+def listed(names: Sequence[str], limit: int = 5) -> str:
+    """Names for a message; those of a damaged file may hold line breaks or terminal codes."""
+    shown = [name if name.isprintable() else repr(name) for name in names[:limit]]
     more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
     return ", ".join(shown) + more

@@ -5,35 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from vilam3_jax.data.tokenizer import Tokenizer
 from vilam3_jax.models.hugging_face import TensorRule
 
-
-class Reader(Protocol):
-    """Reads rows `start` to `stop` (of the first axis) of one tensor, in the source's layout, as floats."""
-
-    def __call__(self, name: str, start: int, stop: int) -> np.ndarray: ...
+# (tensor name, start, stop) → those rows of its first axis, as floats in the foreign layout.
+Reader = Callable[[str, int, int], np.ndarray]
 
 
 @dataclass
 class Source:
-    """One opened checkpoint of one component.
+    """One opened component.
 
     Attributes:
-      component: 'llm', 'vision_tower' or 'projector', the key of its parameters in ours; or 'contrastive'
-        for all of a two-tower model.
-      config: the section of that name in our model config.
-      tensors: name → shape, as the rules see them. Reading happens tensor by tensor through `reader`.
-      rules: how our parameters are made.
-      unused: name → why a tensor is rightly left out.
-      files: every file read for the weights; their hashes go into the provenance.
-      licence: what the source says of its licence (`name`, `text`).
-      dtypes: storage types found, for the table.
-      tokenizer: makes the tokenizer that came along; None where there is none.
+      component: 'llm', 'vision_tower' or 'projector', first name of its parameter paths; or 'contrastive' for
+        a whole two-tower model.
+      config: the component's section of our model config.
+      tensors: tensor name → shape, with the names of `rules`.
+      rules: where each of our parameters is stored.
+      reader: reads the tensors.
+      files: all files read for the weights; the provenance records their hashes.
+      unused: tensor name → reason why it is not imported.
+      licence: `name` and `text` of the source's licence.
+      dtypes: storage types of the tensors.
+      tokenizer: loads the source's tokenizer; None if it has none.
     """
 
     component: str
@@ -50,7 +48,7 @@ class Source:
 
 @dataclass
 class Checkpoint:
-    """What one import makes an export of: a component, or a whole model in parts.
+    """An opened component, or a whole model in parts.
 
     Attributes:
       kind: 'generative', 'contrastive', or the component's name.
@@ -64,15 +62,15 @@ class Checkpoint:
 
     @classmethod
     def of(cls, source: Source) -> Checkpoint:
-        """One component alone."""
+        """A checkpoint of one component."""
         return cls(source.component, {source.component: source.config}, [source])
 
     @property
     def tokenizer(self) -> Callable[[], Tokenizer] | None:
-        """Makes the tokenizer that came along with a part; None where there is none."""
+        """Loads the tokenizer of the first part that has one; None if none has."""
         return next((part.tokenizer for part in self.parts if part.tokenizer), None)
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """Where it is kept; the folder of the part's first file."""
+        """The folder of that part."""
         return next((part.files[0].parent for part in self.parts if part.tokenizer), None)

@@ -1,4 +1,4 @@
-"""Model folders whose weights are PyTorch's pickles: a copy with safetensors, made by another process."""
+"""Copies model folders with pickled PyTorch weights to safetensors, in another process."""
 
 from __future__ import annotations
 
@@ -8,29 +8,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+from vilam3_jax.convert.source_checks import NO_WEIGHTS
 from vilam3_jax.convert.vila import PARTS
 from vilam3_jax.errors import UserError
 
 _PICKLES = (".bin", ".pt", ".pth")
-# What a trainer leaves beside the weights.
-NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 _PROCESS = "vilam3_experts.torch_files"
 
 
 def with_safetensors(folder: Path, scratch: Path) -> Path:
     """Mirrors a model folder with its pickled weights as safetensors.
 
-    Nothing is unpickled in this process, and in the other only tensors (`weights_only=True`).
+    This process unpickles nothing; the other one builds only tensors (`weights_only=True`).
 
     Args:
       folder: of one component, or of a whole VILA model.
       scratch: empty folder with room for the weights.
 
     Returns:
-      The mirror, in `scratch`; other files are links.
+      The mirror, inside `scratch`; other files are links.
 
     Raises:
-      UserError: a file is damaged or holds more than tensors, or the experts' package is not installed.
+      UserError: a file is damaged or holds anything but tensors, or the experts' package is not installed.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; --torch_files needs a model folder")
@@ -43,7 +42,7 @@ def with_safetensors(folder: Path, scratch: Path) -> Path:
         files = [file for file in sorted(place.iterdir()) if file.is_file()]
         pickles = [file for file in files if file.suffix in _PICKLES and not file.name.startswith(NO_WEIGHTS)]
         for file in files:
-            # Where there are pickles, other weights are not touched: not read, and not linked for writing.
+            # Beside pickles, link no other weights: they would be read, and a link could be written through.
             weights = file.suffix in (*_PICKLES, ".safetensors") or file.name.endswith(".index.json")
             if not (pickles and weights):
                 (copy / file.name).symlink_to(file.resolve())

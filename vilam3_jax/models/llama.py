@@ -34,6 +34,7 @@ from vilam3_jax.sharding.logical_axes import shard
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # transformers' values of keys that config.json lacks.
 _QWEN_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32_768}
+_DEFAULTS = {"llama": {"max_position_embeddings": 2048}, "qwen2": _QWEN_DEFAULTS, "qwen3": _QWEN_DEFAULTS}
 _QWEN3_HEAD_DIM = 128
 
 
@@ -128,7 +129,7 @@ def read_config(values: Mapping[str, Any], where: Path, shapes: Mapping[str, Any
     Raises:
       UserError: a key is missing, or asks for what this family does not do.
     """
-    family = values.get("model_type", "llama")
+    family = values.get("model_type") or "llama"
     supported: dict[str, tuple[Any, ...]] = {
         "hidden_act": ("silu", "swish"),
         "mlp_bias": (False,),
@@ -142,15 +143,14 @@ def read_config(values: Mapping[str, Any], where: Path, shapes: Mapping[str, Any
     if not isinstance(types, list) or any(kind != "full_attention" for kind in types):
         raise UserError(f"{where}: layer_types={types!r} is not supported; choose another model")
     attention_bias = flag(values, "attention_bias", where)
-    if family != "llama":
-        values = {**_QWEN_DEFAULTS, **values}
+    values = {**_DEFAULTS[family], **values}
     if family == "qwen3" and values.get("head_dim") is None:
         values = {**values, "head_dim": _QWEN3_HEAD_DIM}
     return {
         "type": "llama",
         **decoder_layout.read_sizes(values, where),
         **decoder_layout.read_rope(values, where, 10_000.0),
-        "max_positions": size(values, "max_position_embeddings", where, 2048),
+        "max_positions": size(values, "max_position_embeddings", where),
         # Qwen2 always has biases of q, k and v; its config.json does not state them.
         "qkv_bias": attention_bias or family == "qwen2",
         "o_bias": attention_bias and family != "qwen2",

@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md: every size and stage on five slices, each cell compiled in a separate process.
+"""The planned steps of docs/performance.md: all sizes and stages on five slices, a process per cell.
 
     python benchmarks/plan_table.py --out runs/plan_table [--only stage4_expert,vila_m3_8b]
 

@@ -163,7 +163,7 @@ elif name == "sbatch":
         if not queued.exists():
             break
 """
-# Ends as `turns` says, one word per turn: a code, `told` (SIGTERM to the trainer) or `taken` (to the job, too).
+# Ends as `turns` says, one word per turn: a code, `told` (SIGTERM to the trainer), `taken` (also to the job).
 TRAINER = """#!{python} -IS
 import os, pathlib, signal, sys, time
 file = pathlib.Path(__file__).parent / "turns"

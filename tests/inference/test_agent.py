@@ -1,4 +1,4 @@
-"""The agent loop: the model is fed exactly what it was trained on, and failures are ordinary turns."""
+"""The agent loop: the model reads exactly the sequences of training, and failures are ordinary turns."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ QUESTION = "Is the liver visible in this slice?"
 
 
 class ScriptedSession:
-    """Records what is appended, and says what the script says, row by row and turn by turn."""
+    """Records what is appended, and generates the script, row by row and turn by turn."""
 
     def __init__(self, tokenizer, script):
         self.tokenizer, self.script = tokenizer, script
@@ -154,7 +154,7 @@ def test_tokens_and_images_are_those_of_training(tokenizer, store, image, tmp_pa
     session, (transcript,) = ask(
         tokenizer, [[called, "yes"]], [query(image)], agent_lib.AnnotationProvider(store)
     )
-    # The dialogue ends with the answer; training goes on with its stop and line end.
+    # The dialogue ends with the answer; training appends its stop token and newline.
     tail = len(tokenizer.encode("\n")) + 1
     assert session.tokens[0] == encoded.tokens.tolist()[:-tail]
     where = encoded.image_of_token * PER_IMAGE + encoded.visual_offset
@@ -245,7 +245,7 @@ def test_several_calls_of_one_turn_are_those_of_training(tokenizer, store, image
 
 
 def test_four_sequences_are_one_request(tokenizer, image, tmp_path):
-    """BRATS sees four scans; its overlay lies on the first of its roles, not on the first picture."""
+    """BRATS reads four scans; its overlay is on the first of its roles, not on the first image."""
     cards = load_cards("experts")
     roles = cards[0].roles
     assert roles == ("t1c", "t1", "t2", "flair")
@@ -303,7 +303,7 @@ def test_four_sequences_are_one_request(tokenizer, image, tmp_path):
     ],
 )
 def test_results_that_the_model_invents_are_cut(tokenizer, store, image, said, cut, not_made):
-    """What the cache sees afterwards is what it would be had the model stopped at its call."""
+    """The cache is the same as if the model had stopped at its call."""
     provider = agent_lib.AnnotationProvider(store)
     kept = said[: said.index(">") + 1]
     session, (clean, _) = ask(tokenizer, [[kept, "no"], ["fine", ""]], [query(image)] * 2, provider)

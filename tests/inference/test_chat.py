@@ -166,7 +166,7 @@ def test_an_export_carries_its_text_rules(export, tmp_path):
 
 
 def test_cards_travel_inside_an_export(export, world, tmp_path):
-    """The card file of training need not be there."""
+    """The card file of training is not needed."""
     folder = tmp_path / "export"
     shutil.copytree(export, folder)
     model = json.loads((folder / "model.json").read_text())
@@ -306,7 +306,7 @@ def test_the_command_fails_in_one_line(export, world, capsys, extra, message):
 
 
 def inputs_of(monkeypatch, export, tmp_path, image, keys, **asked):
-    """What reaches the model when an export's `model.json` says `keys`: (encoder inputs, reply)."""
+    """(inputs of the vision tower, reply) of an export whose `model.json` has `keys`."""
     folder = tmp_path / "export"
     shutil.copytree(export, folder)
     config = json.loads((folder / "model.json").read_text())
@@ -347,7 +347,7 @@ def test_an_export_that_tiles_is_asked_tile_by_tile(monkeypatch, export, world, 
 
 
 def test_an_export_that_tiles_shows_tiles_of_overlays(monkeypatch, export, world, tmp_path):
-    """The expert's picture is cut as the slice is."""
+    """The overlay is cut into tiles like the slice."""
     spoken = iter(["This looks like a CT image. Let me trigger <ORGANS(organs)>.", "yes"])
     monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: next(spoken))
     keys = {"image_aspect_ratio": "dynamic", "max_tiles": 2}

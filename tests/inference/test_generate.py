@@ -1,4 +1,4 @@
-"""Generation with a cache equals computing everything anew for every token."""
+"""Generation with a cache equals recomputing everything for every token."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def generator(model_config, params, tokenizer):
 
 @pytest.fixture(scope="module")
 def image_chunk(generator):
-    """Makes a chunk of text, one image per picture given, and text."""
+    """Makes a chunk of text, images, and text."""
 
     def make(text, pictures=()):
         per_image = generator.tokens_per_image
@@ -41,7 +41,7 @@ def image_chunk(generator):
 
 @pytest.fixture(scope="module")
 def naive(model_config, params, tokenizer, generator):
-    """One row, no cache: the whole dialogue through the model for every token."""
+    """One row without cache: the model reads the whole dialogue for every token."""
     graphdef, _ = build.abstract_model(model_config, "generative")
     model = build.merge(graphdef, params)
 
@@ -93,7 +93,7 @@ def test_two_turns_of_ragged_rows_equal_the_naive_model(generator, tokenizer, na
     rng = np.random.default_rng(0)
     side = generator.image_size
     pictures = [rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(3)]
-    # Rows of very different lengths; rows 0 and 2 look at the same picture.
+    # Rows of very different lengths; rows 0 and 2 share an image.
     first = [
         image_chunk(random_text(rng, 5, tokenizer), pictures[:1]),
         generate.Chunk.text(random_text(rng, 23, tokenizer)),
@@ -107,12 +107,12 @@ def test_two_turns_of_ragged_rows_equal_the_naive_model(generator, tokenizer, na
     references = [naive() for _ in first]
     for reference, chunk in zip(references, first, strict=True):
         reference.append(chunk)
-    # A stop token that the model really says, in one row early: rows then stop at different times.
+    # A stop token that the model generates, early in one row, so that rows stop at different times.
     free = [dataclasses.replace(chunk) for chunk in first]
     scout = generator.start(3)
     scout.append(free)
     spoken = [decoded.ids for decoded in scout.decode(12, stop_ids=[])]
-    assert len({tuple(ids) for ids in spoken}) == 3, "the rows must not say the same"
+    assert len({tuple(ids) for ids in spoken}) == 3, "rows must differ"
     stop = spoken[1][4]
 
     session = generator.start(3)
@@ -130,7 +130,7 @@ def test_two_turns_of_ragged_rows_equal_the_naive_model(generator, tokenizer, na
     assert decoded[1].ids == []
     assert session.lengths.tolist() == [len(reference.tokens) for reference in references]
 
-    # The row that sat out goes on where it was.
+    # The inactive row continues where it was.
     third = generate.Chunk.text(random_text(rng, 3, tokenizer))
     references[1].append(third)
     session.append([None, third, None])
@@ -262,7 +262,7 @@ def test_wrong_calls_are_refused(generator):
 
 
 def test_merged_tiles_equal_the_training_path(model_config, tokenizer):
-    """Two rows ask about one picture, one about another: logits are those of the packed training batch."""
+    """Two rows share an image: logits are those of the packed training batch."""
     config = model_config.copy_and_resolve_references()
     config.update(dict(image_aspect_ratio="dynamic_s2", s2_scales=(32, 64), max_tiles=6))
     params = jax.jit(lambda key: build.init_params(config, "generative", key))(jax.random.key(3))

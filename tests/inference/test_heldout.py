@@ -1,4 +1,4 @@
-"""Answers to held-out examples with parameters in training: the right prompts, and what the model says."""
+"""Answers to held-out examples during training: prompts, and answers of sharded parameters."""
 
 import functools
 import json
@@ -40,7 +40,7 @@ def read_questions(config, tokenizer):
 
 
 def prompt_of(config, tokenizer, turns):
-    """As the agent encodes a question, not as the trainer does."""
+    """Encoded like a question to the agent, independently of the trainer."""
     tokens_per_image = model_config_lib.resolve(config.model).tokens_per_image
     return encode_prompt(tokenizer, model_template(config.model), turns, tokens_per_image)
 
@@ -89,7 +89,7 @@ def test_an_example_too_long_for_a_row_is_named_when_none_is_left(config, tokeni
 
 @pytest.fixture(scope="module")
 def say(model_config, params):
-    """Greedy words without a cache: the whole sequence through the model for every token."""
+    """Greedy answers without cache: the model reads the whole sequence for every token."""
     graphdef, _ = build.abstract_model(model_config, "generative")
     model = build.merge(graphdef, params)
 
@@ -150,7 +150,7 @@ def test_sharded_parameters_say_what_the_model_says(config, params, tokenizer, s
     pictures = [len(set(shown[part::4])) for part in range(4)]
     assert len(given) == 1 and max(pictures) == 2
     for tokens, visual, images, valid in given:
-        # Questions go to the parts in turn, and their pictures, each once, lie where their rows do.
+        # Questions go to the parts round-robin; each image is once in the part of its rows.
         assert images.shape[:2] == valid.shape == (4, 2) and tokens.shape[0] == visual.shape[0] == 8
         assert valid.sum(axis=1).tolist() == pictures
         assert all(
@@ -158,9 +158,9 @@ def test_sharded_parameters_say_what_the_model_says(config, params, tokenizer, s
         )
     expected = [say(tokenizer, question) for question in answers.questions]
     assert [row["answer"] for row in rows] == expected
-    assert len(set(expected)) > 2, "texts that are all alike would prove little"
+    assert len(set(expected)) > 2, "equal texts would prove little"
     assert set(values) == {"generate_exact_match", "generate_token_f1"}
-    # Other parameters: nothing of the first ones is left behind.
+    # Other parameters give other answers.
     other = sharded | {"llm/final_norm/scale": -sharded["llm/final_norm/scale"]}
     assert [row["answer"] for row in answers(other)[0]] != expected
     assert [row["answer"] for row in answers(sharded)[0]] == expected

@@ -51,7 +51,7 @@ def model_config():
 @pytest.fixture(scope="session")
 def params(model_config):
     params = jax.jit(lambda key: build.init_params(model_config, "generative", key))(jax.random.key(0))
-    # Random weights of the usual size repeat one token for ever; larger ones make texts depend on their past.
+    # Random weights of the usual scale repeat one token; larger ones make texts depend on their context.
     return jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
 
 
@@ -74,7 +74,7 @@ def towers_export(tmp_path_factory, model_config, tokenizer_dir):
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Where things lie.
+    """Paths of the data.
 
     Attributes:
       data: folder of the datasets `instruct` and `pairs`.

@@ -240,15 +240,12 @@ class Agent:
         max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
         sampling: Sampling = GREEDY,
     ) -> list[Transcript]:
-        """Runs one dialogue per query, batched.
+        """Runs one dialogue per query, batched, and returns their transcripts.
 
         Args:
           queries: 1 to `batch_size`.
           max_new_tokens: limit of each turn of the model.
           sampling: greedy by default.
-
-        Returns:
-          One transcript per query.
 
         Raises:
           UserError: too many queries, or a dialogue longer than the model's cache.
@@ -258,7 +255,8 @@ class Agent:
         shared = _shared_prefix(chunks)
         prefix = chunks[0].tokens[:shared].tolist()
         for row, chunk in zip(rows, chunks, strict=True):
-            row.cached.append(_without(chunk, shared))
+            rest = dict(tokens=chunk.tokens[shared:], visual_index=chunk.visual_index[shared:])
+            row.cached.append(dataclasses.replace(chunk, **rest))
         session = self._start(prefix, rows)
         active, tokenizer = [True] * len(rows), self._generator.tokenizer
         for round_number in range(self._max_rounds + 1):
@@ -370,10 +368,6 @@ def _shared_prefix(chunks: Sequence[Chunk]) -> int:
     text = np.stack([chunk.visual_index[:length] for chunk in chunks]) < 0
     length = int(np.append(np.all(alike & text, axis=0), False).argmin())
     return length if length >= _MIN_SHARED else 0
-
-
-def _without(chunk: Chunk, count: int) -> Chunk:
-    return dataclasses.replace(chunk, tokens=chunk.tokens[count:], visual_index=chunk.visual_index[count:])
 
 
 class _Dialogue:

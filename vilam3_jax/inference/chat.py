@@ -44,6 +44,11 @@ from vilam3_jax.runtime import paths
 NOT_CLINICAL = "Not for clinical use: a research model; its answers and its experts' results may be wrong."
 _ROLE = re.compile(r"[a-z][a-z0-9]{0,15}=.")
 HOST_PROGRAM = "vilam3-experts"
+# Flags that are arguments of `load` and of `Assistant.ask`.
+_LOAD_OPTIONS = ("annotations", "expert_host", "expert_weights", "text", "max_length", "isolate")
+_ASK_OPTIONS = (
+    "axis", "slices", "modality", "series", "frame", "max_new_tokens", "temperature", "top_p", "seed",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,8 +284,8 @@ def _notes(transcript: Transcript, cards: Sequence[Card]) -> tuple[str, ...]:
         asked = ", ".join(str(Call(a.expert, a.args)) for a in transcript.annotations)
         notes.append(f"Experts were called in this order: {asked}.")
     if transcript.cut:
-        characters = sum(map(len, transcript.cut))
-        notes.append(f"{characters} characters that the model wrote after an expert call were removed.")
+        count = sum(map(len, transcript.cut))
+        notes.append(f"{count} characters that the model wrote after an expert call were removed.")
     if transcript.unexecuted_calls:
         calls = ", ".join(dict.fromkeys(map(str, transcript.unexecuted_calls)))
         notes.append(f"Expert calls that were not executed: {calls}.")
@@ -366,33 +371,10 @@ def main(argv: Sequence[str]) -> int:
     for name in ("max_new_tokens", "max_length"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name}={getattr(options, name)}: must be at least 1")
-    window = _window(options.window)
-    assistant = load(
-        options.checkpoint,
-        annotations=options.annotations,
-        expert_host=options.expert_host,
-        expert_weights=options.expert_weights,
-        text=options.text,
-        max_length=options.max_length,
-        isolate=options.isolate,
-    )
-    with assistant:
-        reply = assistant.ask(
-            _images(options.image),
-            options.prompt,
-            experts=options.experts == "on",
-            axis=options.axis,
-            index=options.slice,
-            slices=options.slices,
-            window=window,
-            modality=options.modality,
-            series=options.series,
-            frame=options.frame,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            seed=options.seed,
-        )
+    asked = {name: getattr(options, name) for name in _ASK_OPTIONS}
+    asked |= {"experts": options.experts == "on", "index": options.slice, "window": _window(options.window)}
+    with load(options.checkpoint, **{name: getattr(options, name) for name in _LOAD_OPTIONS}) as assistant:
+        reply = assistant.ask(_images(options.image), options.prompt, **asked)
     print(render_dialogue(reply))
     if options.save_images:
         folder = paths.as_path(options.save_images)

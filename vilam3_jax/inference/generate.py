@@ -266,16 +266,14 @@ class Session:
     ) -> list[Decoded]:
         """Generates in each active row until a stop token, `max_new_tokens`, or the end of the cache.
 
-        The stop token is not cached: the next `append` starts with the template's end of turn.
+        Returns one entry per row. The stop token is not cached: the next `append` starts with the template's
+        end of turn.
 
         Args:
           max_new_tokens: limit for each row, at least 1.
           stop_ids: up to 8 tokens that end a turn; the tokenizer's by default.
           active: [rows], rows that generate; all by default. Each needs a prompt.
           sampling: greedy by default.
-
-        Returns:
-          One entry per row.
         """
         generator = self._generator
         mask = np.ones(self.rows, bool) if active is None else np.asarray(active, bool)
@@ -332,9 +330,9 @@ class _ImageSlots:
 
     def __init__(self, processor: ImageProcessor):
         self.side, self.tiled = processor.size, bool(processor.sides)
+        self.images: list[np.ndarray] = []
+        self.tiles: list[np.ndarray] = []
         self._slots: dict[bytes, int] = {}
-        self._images: list[np.ndarray] = []
-        self._tiles: list[np.ndarray] = []
 
     def add(self, chunk: Chunk) -> list[int]:
         """Returns the slots of a chunk's images.
@@ -357,35 +355,28 @@ class _ImageSlots:
             inputs = np.flatnonzero(firsts == first)
             key = b"".join(chunk.images[i].tobytes() for i in inputs)
             if key not in self._slots:
-                start = self._slots[key] = len(self._images)
-                self._images += [chunk.images[i] for i in inputs]
+                start = self._slots[key] = len(self.images)
+                self.images += [chunk.images[i] for i in inputs]
                 if chunk.tile_map is not None:
-                    self._tiles += [np.append(start, chunk.tile_map[i, 1:]) for i in inputs]
+                    self.tiles += [np.append(start, chunk.tile_map[i, 1:]) for i in inputs]
             slots += range(self._slots[key], self._slots[key] + len(inputs))
         return slots
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def fill(self, images: np.ndarray, tiles: np.ndarray) -> None:
-        """Writes to the first slots of uint8 [M, S, S, 3] and, with tiles, of int32 [M, 5]."""
-        if self._images:
-            images[: len(self)] = np.stack(self._images)
-        if self._tiles:
-            tiles[: len(self)] = np.stack(self._tiles)
 
 
 def _image_arrays(parts: Sequence[_ImageSlots], visual: np.ndarray) -> tuple[np.ndarray | None, ...]:
     """visual_index [B, L], images [G, M, S, S, 3], image_valid [G, M], image_tiles [G, M, 5] or None."""
-    fullest = max(len(part) for part in parts)
-    if not fullest:
+    counts = [len(part.images) for part in parts]
+    if not any(counts):
         return None, None, None, None
-    slots, side = (len(parts), _round_up(fullest, 1)), parts[0].side
+    slots, side = (len(parts), _round_up(max(counts), 1)), parts[0].side
     images = np.zeros((*slots, side, side, 3), np.uint8)
     tiles = np.tile(np.asarray((0, *NO_GRID), np.int32), (*slots, 1))
-    for part, own_images, own_tiles in zip(parts, images, tiles, strict=True):
-        part.fill(own_images, own_tiles)
-    valid = np.arange(slots[1]) < np.asarray([len(part) for part in parts])[:, None]
+    for group, part in enumerate(parts):
+        for slot, image in enumerate(part.images):
+            images[group, slot] = image
+        for slot, tile in enumerate(part.tiles):
+            tiles[group, slot] = tile
+    valid = np.arange(slots[1]) < np.asarray(counts)[:, None]
     return visual, images, valid, tiles if parts[0].tiled else None
 
 

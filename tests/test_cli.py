@@ -1,4 +1,4 @@
-"""The dispatcher: what it lists exists, what goes wrong has one line and an exit code."""
+"""The dispatcher: listed commands exist; errors have one line and an exit code."""
 
 from __future__ import annotations
 

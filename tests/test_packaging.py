@@ -1,4 +1,4 @@
-"""Metadata in one place; what is in the tree is in the wheel."""
+"""Package metadata is in one place, and the wheel is complete."""
 
 import configparser
 import tomllib

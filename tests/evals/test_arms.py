@@ -1,4 +1,4 @@
-"""Arms: what is asked of the agent, what is written down, and the majority answer."""
+"""Arms: queries to the agent, rows, and the majority answer."""
 
 from __future__ import annotations
 

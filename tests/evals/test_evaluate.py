@@ -1,4 +1,4 @@
-"""The command: a tiny export on a tiny world, from datasets to tables."""
+"""`vilam3 evaluate` on a tiny export, from datasets to tables."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_blank_images_reach_the_model(results):
         {r["item"]: r["output"] for r in rows_of(results / a)} for a in ("stage4_no_experts", "stage4_blank")
     )
     assert true.keys() == blank.keys()
-    # Of blank images only the question can tell answers apart.
+    # With blank images, answers depend on the question alone.
     assert len({blank[item] for item in blank if item.endswith("/q1")}) == 1
 
 

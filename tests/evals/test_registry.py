@@ -36,7 +36,7 @@ MODALITIES = protocol.register(
 
 @pytest.fixture
 def registry(monkeypatch):
-    """Registrations of a test end with it."""
+    """Undoes the registrations of a test."""
     protocols.names()
     monkeypatch.setattr(protocols, "_registry", dict(protocols._registry))
     before = dict(PARSERS)

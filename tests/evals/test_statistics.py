@@ -35,7 +35,7 @@ def test_interval_of_singleton_clusters_is_scipys_percentile_bootstrap():
 
 
 def test_interval_resamples_clusters_not_questions():
-    """Ten questions per patient, all alike within a patient: the spread is that of 12 values, not of 120."""
+    """Ten equal questions per patient have the spread of 12 values, not of 120."""
     patient = np.asarray([0, 1] * 6, np.float64)
     values, clusters = np.repeat(patient, 10), np.repeat([f"p{i}" for i in range(12)], 10)
     by_patient = statistics.cluster_interval(values, clusters)
@@ -126,7 +126,7 @@ def test_paired_difference_pairs_by_item():
 
 
 def test_paired_difference_is_narrower_than_two_intervals():
-    """Arms that fail on the same hard patients differ by a constant: pairing must see that."""
+    """Arms that fail on the same patients differ by a constant, which pairing shows."""
     rng = np.random.default_rng(5)
     easy = {f"p{i}": rng.random() < 0.5 for i in range(30)}
     first = [row(f"{p}-{k}", p, ok) for p, ok in easy.items() for k in range(4)]

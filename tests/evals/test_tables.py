@@ -1,4 +1,4 @@
-"""The main table, the oracle table beside it, and the words where an interval cannot be given."""
+"""The main table, the oracle table, and the text in place of missing intervals."""
 
 from __future__ import annotations
 

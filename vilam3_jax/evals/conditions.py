@@ -123,14 +123,9 @@ def answer_items(
         batch = ordered[start : start + agent.batch_size]
         queries = []
         for item in batch:
-            image = load_image(item)
-            scan = Scan(
-                image=blank(image) if arm.images == "blank" else image,
-                input_key=item.input_key,
-                axis=item.image.axis,
-                index=item.image.index,
-                modality=item.image.modality or "",
-            )
+            image, ref = load_image(item), item.image
+            shown = blank(image) if arm.images == "blank" else image
+            scan = Scan(shown, item.input_key, ref.axis, ref.index, modality=ref.modality or "")
             queries.append(Query(item.question, (scan,)))
         transcripts = agent.run(queries, max_new_tokens=protocol.max_new_tokens)
         for item, transcript in zip(batch, transcripts, strict=True):
@@ -166,14 +161,12 @@ def row_of(protocol: Protocol, arm: Arm, item: Item, transcript: Transcript, *, 
 
 
 def _scored(protocol: Protocol, arm: Arm, item: Item, output: str) -> Row:
-    read = score(protocol, item, output)
     return {
         "arm": arm.name,
         "item": item.id,
         **{name: getattr(item, name) for name in _COPIED},
         "output": output,
-        **dataclasses.asdict(read),
-        "unparsed": read.unparsed,
+        **dataclasses.asdict(score(protocol, item, output)),
     }
 
 
@@ -205,9 +198,14 @@ class Majority:
 
     def answer(self, item: Item) -> str:
         """The most frequent answer that is an option of this item; '' for an unseen type of question."""
+
+        def is_allowed(answer: str) -> bool:
+            options = item.options
+            return not options or answer in options or all(part in options for part in answer.split(", "))
+
         kind = item.question_type
         for key in ((kind, item.question), (kind,)):
-            best = self._most_frequent(key, lambda answer: _allowed(answer, item.options))
+            best = self._most_frequent(key, is_allowed)
             if best is not None:
                 return best
         position = self._most_frequent((kind, None), lambda position: position < len(item.options))
@@ -216,10 +214,6 @@ class Majority:
     def _most_frequent(self, key: Any, allowed: Callable[[Any], bool]) -> Any:
         counts = {value: count for value, count in self._counts.get(key, {}).items() if allowed(value)}
         return min(counts, key=lambda value: (-counts[value], value)) if counts else None
-
-
-def _allowed(answer: str, options: Sequence[str]) -> bool:
-    return not options or answer in options or all(part in options for part in answer.split(", "))
 
 
 def majority_rows(protocol: Protocol, items: Sequence[Item], training: Iterable[Example]) -> list[Row]:

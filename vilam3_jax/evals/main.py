@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import itertools
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -59,27 +58,26 @@ def _parser() -> argparse.ArgumentParser:
         prog="vilam3 evaluate",
         description="Measure an export on a protocol. `vilam3 evaluate compare A B ...` compares results.",
     )
-    parser.add_argument("--checkpoint", help="export folder of a training run; not for --arm=majority")
-    parser.add_argument("--protocol", required=True, help=f"what is asked and how it is scored: {known}")
-    parser.add_argument("--data", required=True, help="folder that `vilam3 prepare` wrote")
-    parser.add_argument(
-        "--out", required=True, help=f"folder for {ROWS_FILE}, {RESULT_FILE}; retrieval: a JSON file"
-    )
-    parser.add_argument("--annotations", help="annotation store; needed unless experts are off")
-    parser.add_argument("--experts", choices=("on", "off", "falsified"), help="default: the arm's, or off")
-    parser.add_argument("--images", choices=("true", "blank"), help="default: the arm's, or true")
-    parser.add_argument("--arm", help=f"name on the rows: {', '.join(arm_lib.ARMS)}, or your own")
-    parser.add_argument("--limit", type=int, help="maximum questions of each type, spread over patients")
-    parser.add_argument("--cards", help="card list shown to the model (default: the one it was trained with)")
-    parser.add_argument("--text", help=TEXT_HELP)
-    parser.add_argument("--batch_size", type=int, default=32, help="dialogues per batch (default: 32)")
-    parser.add_argument("--max_length", type=int, default=2048, help="maximum positions of a dialogue")
-    parser.add_argument("--seed", type=int, default=0, help="of bootstrap and falsification")
+    add = parser.add_argument
+    add("--checkpoint", help="export folder of a training run; not for --arm=majority")
+    add("--protocol", required=True, help=f"what is asked and how it is scored: {known}")
+    add("--data", required=True, help="folder that `vilam3 prepare` wrote")
+    add("--out", required=True, help=f"folder for {ROWS_FILE}, {RESULT_FILE}; retrieval: a JSON file")
+    add("--annotations", help="annotation store; needed unless experts are off")
+    add("--experts", choices=("on", "off", "falsified"), help="default: the arm's, or off")
+    add("--images", choices=("true", "blank"), help="default: the arm's, or true")
+    add("--arm", help=f"name on the rows: {', '.join(arm_lib.ARMS)}, or your own")
+    add("--limit", type=int, help="maximum questions of each type, spread over patients")
+    add("--cards", help="card list shown to the model (default: the one it was trained with)")
+    add("--text", help=TEXT_HELP)
+    add("--batch_size", type=int, default=32, help="dialogues per batch (default: 32)")
+    add("--max_length", type=int, default=2048, help="maximum positions of a dialogue")
+    add("--seed", type=int, default=0, help="of bootstrap and falsification")
     return parser
 
 
-def read_split(folder: paths.PathLike, split: str) -> list[tuple[Example, Any]]:
-    """(example, data root) of one split of all datasets in `folder`.
+def read_split(folder: paths.PathLike, split: str) -> tuple[list[Example], dict[str, Any]]:
+    """The examples of one split of all datasets in `folder`, and example id → data root.
 
     Raises:
       UserError: no dataset has the split, or a record is damaged.
@@ -88,7 +86,8 @@ def read_split(folder: paths.PathLike, split: str) -> list[tuple[Example, Any]]:
     if not found:
         raise UserError(f"{folder}: no dataset has a split {split!r}; prepare one")
     sources = [ExampleSource(path, split) for path in found]
-    return [(example, source.data_root) for source in sources for example in source]
+    read = [(example, source.data_root) for source in sources for example in source]
+    return [example for example, _ in read], {example.id: root for example, root in read}
 
 
 def _model_config(options: argparse.Namespace, kind: str) -> Any:
@@ -115,14 +114,12 @@ def _evaluate(options: argparse.Namespace, protocol: protocols.Protocol) -> None
     out = paths.as_path(options.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out names a folder here")
-    examples = read_split(options.data, protocol.split)
-    roots = {example.id: root for example, root in examples}
-    everything = protocols.items_of((example for example, _ in examples), protocol)
+    examples, roots = read_split(options.data, protocol.split)
+    everything = protocols.items_of(examples, protocol)
     items = protocols.limit_items(everything, options.limit)
     started = time.monotonic()
     if arm.name == arm_lib.MAJORITY:
-        training = (example for example, _ in read_split(options.data, "train"))
-        rows = arm_lib.majority_rows(protocol, items, training)
+        rows = arm_lib.majority_rows(protocol, items, read_split(options.data, "train")[0])
         rules = None
     else:
         rules = TextRules.of(_model_config(options, "generative").get("text")).changed(options.text or "")
@@ -152,9 +149,8 @@ def _evaluate(options: argparse.Namespace, protocol: protocols.Protocol) -> None
         "summaries": [summary.to_json() for summary in summaries],
     }
     shown = _with_rows(tables.main_table(summaries), tables.oracle_table(summaries))
-    paths.write_text_atomic(
-        out / ROWS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    )
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    paths.write_text_atomic(out / ROWS_FILE, "".join(lines))
     paths.write_text_atomic(out / TABLES_FILE, "\n".join(table.to_markdown() for table in shown))
     _write_json(out / RESULT_FILE, result)  # last, as it marks the others as complete
     for table in shown:
@@ -170,12 +166,8 @@ def _agent(options: argparse.Namespace, arm: arm_lib.Arm) -> tuple[Agent, ImageR
         seed = options.seed if arm.experts == "falsified" else None
         provider = AnnotationProvider(store, falsify_seed=seed)
         cards = load_cards(options.cards) if options.cards else card_list(config)
-    generator, template = load_generator(
-        options.checkpoint,
-        max_length=options.max_length,
-        batch_size=options.batch_size,
-        text=options.text or "",
-    )
+    sizes = dict(max_length=options.max_length, batch_size=options.batch_size)
+    generator, template = load_generator(options.checkpoint, text=options.text or "", **sizes)
     agent = Agent(generator, template, cards=cards, provider=provider, style=Style.of(config))
     return agent, ImageReader(agent.processor.kept_size, agent.processor.preprocessing)
 
@@ -201,13 +193,11 @@ def _retrieve(options: argparse.Namespace, protocol: retrieval.RetrievalProtocol
     if out.is_dir():
         raise UserError(f"{out}: is a folder; --out names a JSON file here")
     config = _model_config(options, "contrastive")
-    examples = read_split(options.data, protocol.split)
-    roots = {example.id: root for example, root in examples}
-    items = retrieval.retrieval_items((example for example, _ in examples), protocol)
+    examples, roots = read_split(options.data, protocol.split)
+    items = retrieval.retrieval_items(examples, protocol)
     params, config, tokenizer_folder = exports.load_export(options.checkpoint)
-    embedder = retrieval.TwoTowerEmbedder(
-        config, params, load_tokenizer(tokenizer_folder), options.batch_size
-    )
+    tokenizer = load_tokenizer(tokenizer_folder)
+    embedder = retrieval.TwoTowerEmbedder(config, params, tokenizer, options.batch_size)
     processor = image_processor(config, pairs=True)
     reader = ImageReader(processor.kept_size, processor.preprocessing)
     pixels = [
@@ -281,12 +271,12 @@ def compare(
     Raises:
       UserError: different protocols, or no common question.
     """
-    first_name, first, _ = results[0]
-    for name, result, _ in results[1:]:
-        if result["protocol_hash"] != first["protocol_hash"]:
+    hashes = [result["protocol_hash"] for _, result, _ in results]
+    for (name, _, _), own in zip(results, hashes, strict=True):
+        if own != hashes[0]:
             raise UserError(
-                f"{name}: protocol {result['protocol_hash'][:12]} is not that of {first_name}, "
-                f"{first['protocol_hash'][:12]}; figures of different protocols cannot be compared"
+                f"{name}: protocol {own[:12]} is not that of {results[0][0]}, {hashes[0][:12]}; figures of "
+                "different protocols cannot be compared"
             )
     names = [str(rows[0]["arm"]) for _, _, rows in results]
     if len(set(names)) < len(names):
@@ -311,9 +301,3 @@ def compare(
     return _with_rows(
         tables.main_table(summaries), tables.oracle_table(summaries), tables.difference_table(differences)
     )
-
-
-if __name__ == "__main__":
-    from vilam3_jax.cli import guarded
-
-    sys.exit(guarded("evaluate", main, sys.argv[1:]))

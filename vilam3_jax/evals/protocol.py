@@ -231,17 +231,13 @@ def limit_items(items: Sequence[Item], per_type: int | None) -> list[Item]:
     def key(text: str) -> str:
         return hashlib.sha256(text.encode()).hexdigest()
 
-    by_type: dict[str, dict[str, list[Item]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for item in items:
-        by_type[item.question_type][item.cluster].append(item)
-    kept: set[str] = set()
-    for clusters in by_type.values():
-        turns = [
-            (turn, key(cluster), item.id)
-            for cluster, members in clusters.items()
-            for turn, item in enumerate(sorted(members, key=lambda item: key(item.id)))
-        ]
-        kept.update(item_id for _, _, item_id in sorted(turns)[:per_type])
+        groups[item.question_type, item.cluster].append(item.id)
+    turns: dict[str, list[tuple[int, str, str]]] = defaultdict(list)
+    for (kind, cluster), ids in groups.items():
+        turns[kind] += [(turn, key(cluster), name) for turn, name in enumerate(sorted(ids, key=key))]
+    kept = {name for of_type in turns.values() for _, _, name in sorted(of_type)[:per_type]}
     return [item for item in items if item.id in kept]
 
 
@@ -250,16 +246,12 @@ def limit_items(items: Sequence[Item], per_type: int | None) -> list[Item]:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How one answer was read; `parsed` is None, and `correct` False, if the parser found nothing."""
+    """How one answer was read; if the parser found nothing, `parsed` is None and `correct` is False."""
 
     parsed: str | None
     gold: str
     correct: bool
-
-    @property
-    def unparsed(self) -> bool:
-        """Whether the parser found nothing in the answer."""
-        return self.parsed is None
+    unparsed: bool
 
 
 def score(protocol: Protocol, item: Item, output: str) -> Score:
@@ -276,4 +268,5 @@ def score(protocol: Protocol, item: Item, output: str) -> Score:
     if gold is None:
         raise UserError(f"item {item.id!r}: its own answer {item.answer!r} is none of {list(item.options)}")
     parsed = parse(output, item.options)
-    return Score(parsed, gold, parsed is not None and normalise(parsed) == normalise(gold))
+    is_correct = parsed is not None and normalise(parsed) == normalise(gold)
+    return Score(parsed, gold, is_correct, parsed is None)

@@ -76,10 +76,10 @@ def retrieval_items(
     """
     items: dict[tuple[Any, ...], RetrievalItem] = {}
     for example in examples:
-        if example.meta.get("split") != protocol.split or example.format not in ("pair", "caption"):
+        meta = example.meta
+        if meta.get("split") != protocol.split or example.format not in ("pair", "caption"):
             continue
         try:
-            meta = example.meta
             cluster = str(meta.get("group") or meta["patient"])
             key = (meta["input_key"], example.images[0].axis, example.images[0].index)
             items.setdefault(key, RetrievalItem(example, str(meta["modality"]), cluster))
@@ -96,9 +96,7 @@ def retrieval_items(
     return list(items.values())
 
 
-def prompt_tokens(
-    tokenizer: TokenizerLike, texts: Sequence[str], length: int
-) -> tuple[np.ndarray, np.ndarray]:
+def prompt_tokens(tokenizer: TokenizerLike, texts: Sequence[str], length: int) -> tuple[np.ndarray, ...]:
     """Tokens int32 [N, length] and their validity bool [N, length], encoded as in training."""
     tokens = np.full((len(texts), length), tokenizer.pad_id, np.int32)
     valid = np.zeros((len(texts), length), bool)
@@ -159,7 +157,7 @@ def evaluate_retrieval(
     Args:
       items: [N].
       images: float32 [N, E], unit length.
-      classes: [C] names; every item's modality is one of them.
+      classes: [C] names, which include the modality of every item.
       class_embedding: float32 [C, E], unit length.
       seed: of the bootstrap.
 
@@ -189,16 +187,13 @@ def evaluate_retrieval(
         name: {other: sum(predicted[i] == other for i in own) for other in classes}
         for name, own in members.items()
     }
+    summary = whole.to_json()
     return {
         "accuracy": whole.accuracy,
         "balanced_accuracy": float(np.mean([one["accuracy"] for one in per_class.values()])),
         "chance": 1 / len(classes),
         "majority": max(one["n"] for one in per_class.values()) / len(items),
-        "n": whole.n,
-        "clusters": whole.clusters,
-        "interval": None if whole.interval is None else list(whole.interval),
-        "per_cluster": whole.per_cluster,
-        "note": whole.note,
+        **{key: summary[key] for key in ("n", "clusters", "interval", "per_cluster", "note")},
         "per_class": per_class,
         "confusion": confusion,
     }

@@ -33,11 +33,9 @@ class Summary(_Estimate):
 
     Attributes:
       arm: name of the arm.
-      question_type: the type, or `all`.
-      label_source: where the right answers are from, or `all`.
+      question_type, label_source: as in the rows, or `all`.
       oracle: whether the expert returns the labels that its answers are scored against.
-      n: questions.
-      clusters: patients or volumes.
+      n, clusters: numbers of questions, and of patients or volumes.
       accuracy: share of right answers; unparsed answers count as wrong.
       unparsed: answers that the protocol's parser could not read.
       interval: 95 % bootstrap interval over clusters, or None below `MIN_CLUSTERS` clusters.
@@ -64,8 +62,7 @@ class Difference(_Estimate):
 
     Attributes:
       first, second: names of the arms.
-      n: questions that both answered.
-      clusters: patients or volumes.
+      n, clusters: numbers of questions that both answered, and of patients or volumes.
       difference: accuracy(first) - accuracy(second) on these questions.
       interval: 95 % paired bootstrap interval over clusters, or None below `MIN_CLUSTERS` clusters.
       per_cluster: cluster -> difference, if there is no interval.
@@ -174,15 +171,13 @@ def summarise(rows: Iterable[Row], *, seed: int = 0) -> list[Summary]:
         for key in (own, (arm, oracle, ALL_TYPES, ALL_TYPES)):
             groups.setdefault(key, []).append(row)
 
-    def order(key: tuple[str, bool, str, str]) -> tuple[Any, ...]:
-        return arms[key[0]], key[1], key[2] != ALL_TYPES, *key[2:]
+    def order(group: tuple[tuple[str, bool, str, str], list[Row]]) -> tuple[Any, ...]:
+        arm, oracle, kind, source = group[0]
+        return arms[arm], oracle, kind != ALL_TYPES, kind, source
 
     return [
-        summarise_group(
-            groups[key], arm=arm, oracle=oracle, question_type=kind, label_source=source, seed=seed
-        )
-        for key in sorted(groups, key=order)
-        for arm, oracle, kind, source in (key,)
+        summarise_group(own, arm=arm, oracle=oracle, question_type=kind, label_source=source, seed=seed)
+        for (arm, oracle, kind, source), own in sorted(groups.items(), key=order)
     ]
 
 

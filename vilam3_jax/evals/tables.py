@@ -51,11 +51,12 @@ class Table:
         grid = [self.columns, *self.rows]
         widths = [max(len(row[i]) for row in grid) for i in range(len(self.columns))]
         rule = tuple("-" * width for width in widths)
-        lines = [self.title, ""]
-        for row in (self.columns, rule, *self.rows):
-            lines.append("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (self.columns, rule, *self.rows)
+        ]
         lines += ["", *self.notes] if self.notes else []
-        return "\n".join(lines) + "\n"
+        return "\n".join([self.title, "", *lines]) + "\n"
 
 
 def interval_text(summary: Summary | Difference) -> str:
@@ -67,27 +68,20 @@ def interval_text(summary: Summary | Difference) -> str:
     return f"{summary.note}: {values}"
 
 
-def _row(summary: Summary) -> tuple[str, ...]:
+def _row(one: Summary) -> tuple[str, ...]:
     return (
-        summary.question_type,
-        summary.label_source,
-        summary.arm,
-        f"{summary.accuracy:.3f}",
-        interval_text(summary),
-        str(summary.n),
-        str(summary.clusters),
-        str(summary.unparsed),
+        *(one.question_type, one.label_source, one.arm, f"{one.accuracy:.3f}", interval_text(one)),
+        *map(str, (one.n, one.clusters, one.unparsed)),
     )
 
 
 def _table(title: str, summaries: Sequence[Summary], notes: tuple[str, ...]) -> Table:
     order = {arm: position for position, arm in enumerate(dict.fromkeys(s.arm for s in summaries))}
 
-    def key(summary: Summary) -> tuple[Any, ...]:
-        kind = summary.question_type
-        return kind != ALL_TYPES, kind, summary.label_source, order[summary.arm]
+    def key(one: Summary) -> tuple[Any, ...]:
+        return one.question_type != ALL_TYPES, one.question_type, one.label_source, order[one.arm]
 
-    return Table(title, COLUMNS, tuple(_row(s) for s in sorted(summaries, key=key)), notes)
+    return Table(title, COLUMNS, tuple(map(_row, sorted(summaries, key=key))), notes)
 
 
 def main_table(summaries: Sequence[Summary]) -> Table:
@@ -104,13 +98,8 @@ def difference_table(differences: Sequence[tuple[str, Difference]]) -> Table:
     """Paired differences, each with the name of its group of questions."""
     rows = tuple(
         (
-            group,
-            f"{d.first} - {d.second}",
-            f"{d.difference:+.3f}",
-            interval_text(d),
-            str(d.n),
-            str(d.clusters),
-            str(d.left_out),
+            *(group, f"{d.first} - {d.second}", f"{d.difference:+.3f}", interval_text(d)),
+            *map(str, (d.n, d.clusters, d.left_out)),
         )
         for group, d in differences
     )

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import pydicom
 
-from vilam3_jax.data.dicom.headers import functional_group, naming, numbers
+from vilam3_jax.data.dicom.headers import functional_group, numbers, wrap_dicom_errors
 from vilam3_jax.runtime.paths import PathLike
 
 Weighting = Literal["t1", "t2", "flair", "other"]
@@ -222,7 +222,7 @@ def from_dicom(header: pydicom.Dataset, path: PathLike) -> Finding:
 
     Raises `UserError`, which names `path`, if the header is damaged.
     """
-    with naming(path):
+    with wrap_dicom_errors(path):
         return from_acquisition(_acquisition(header))
 
 

@@ -25,7 +25,13 @@ from pydicom.uid import (
 
 from vilam3_jax.data import dicom
 from vilam3_jax.data.dicom import header_walk
-from vilam3_jax.data.dicom.headers import functional_group, is_directory, naming, read_dataset, read_header
+from vilam3_jax.data.dicom.headers import (
+    functional_group,
+    is_directory,
+    read_dataset,
+    read_header,
+    wrap_dicom_errors,
+)
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.errors import UnavailableError, UserError
 
@@ -196,7 +202,7 @@ def both_ways(path, frames, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(header_walk, "walk", walk)
             try:
-                with naming(path):  # values are decoded on access
+                with wrap_dicom_errors(path):  # values are decoded on access
                     results.append(as_text(read_header(path, frames=frames)))
             except UserError as error:
                 results.append(str(error))
@@ -346,14 +352,14 @@ def test_missing_and_unreadable_files(tmp_path):
     ],
 )
 def test_damage_of_any_kind_is_one_line(error, text):
-    with pytest.raises(UserError) as refused, naming("f.dcm"):
+    with pytest.raises(UserError) as refused, wrap_dicom_errors("f.dcm"):
         raise error
     assert text in str(refused.value) and str(refused.value).startswith("f.dcm: ")
     assert "\n" not in str(refused.value) and not isinstance(refused.value, UnavailableError)
 
 
 def test_failing_disks_are_told_from_damage():
-    with pytest.raises(UnavailableError, match=r"f\.dcm"), naming("f.dcm"):
+    with pytest.raises(UnavailableError, match=r"f\.dcm"), wrap_dicom_errors("f.dcm"):
         raise OSError(5, "Input/output error")
 
 
@@ -365,6 +371,6 @@ def test_nothing_that_pydicom_says_of_a_patient_reaches_a_log(tmp_path, caplog):
         warnings.simplefilter("error")
         header = read_header(path)
         assert header is not None
-        with naming(path):
+        with wrap_dicom_errors(path):
             str(header)
     assert caplog.text == ""

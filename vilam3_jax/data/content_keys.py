@@ -15,8 +15,9 @@ from collections.abc import Sequence
 import numpy as np
 
 # Increment it whenever a reader returns other pixels, voxels or geometry for some file.
-# 1: until November 2026. 2: Modality and VOI LUTs, padding, palettes, alpha on white, deep colour images.
-DECODER_VERSION = 2
+# 2: Modality and VOI LUTs, padding, palettes, alpha on white, deep colour images. 3: sign of RLE frames whose
+# stored bits fill the cell.
+DECODER_VERSION = 3
 
 # Direction columns to 1e-3 mm, the origin to 1e-2: float32 headers are no more precise at 500 mm.
 _AFFINE_STEPS = np.array([1e-3, 1e-3, 1e-3, 1e-2])

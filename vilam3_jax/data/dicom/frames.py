@@ -194,7 +194,7 @@ def frames_of(header: pydicom.Dataset, path: PathLike) -> Iterator[Frame]:
       path: the file.
 
     Raises:
-      Exception: any exception of pydicom on damaged values; call it inside `headers.naming`.
+      Exception: any exception of pydicom on damaged values; call it inside `headers.wrap_dicom_errors`.
     """
     count = max(int(header.get("NumberOfFrames") or 1), 1)
     per_frame = header.get("PerFrameFunctionalGroupsSequence")

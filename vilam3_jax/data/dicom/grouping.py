@@ -27,7 +27,7 @@ from vilam3_jax.data.dicom.frames import (
     unsupported_reason,
 )
 from vilam3_jax.data.dicom.geometry import Plane, Stack, plane_of, position_indices, stack_slices
-from vilam3_jax.data.dicom.headers import naming
+from vilam3_jax.data.dicom.headers import wrap_dicom_errors
 from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.runtime.paths import PathLike
@@ -158,7 +158,7 @@ def file_frames(path: PathLike, header: pydicom.Dataset) -> FileFrames:
     uid = study = ""
     modality = UNKNOWN
     try:
-        with naming(path):
+        with wrap_dicom_errors(path):
             uid, study = series_uid(header), str(header.get("StudyInstanceUID") or "")
             modality = code_of(header.get("Modality"))
             reason = unsupported_reason(header)

@@ -143,11 +143,11 @@ _VALUE_REPRESENTATIONS = frozenset(str(vr).encode() for vr in VR if len(str(vr))
 
 
 class ImageError(Exception):
-    """An image that cannot be read, as a message without the path: `naming` turns it into a `UserError`."""
+    """An image that cannot be read; `wrap_dicom_errors` adds the path to the message."""
 
 
 @contextlib.contextmanager
-def naming(path: PathLike) -> Iterator[None]:
+def wrap_dicom_errors(path: PathLike) -> Iterator[None]:
     """Converts every error to a one-line `UserError` that names `path`, and silences pydicom's warnings.
 
     Raises:
@@ -251,7 +251,7 @@ def read_header(
 
     Returns:
       The elements of the allow-list, with `file_meta`; None if the file is not DICOM. A DICOMDIR also yields
-      a header, see `is_directory`. Values are decoded on access: access them inside `naming`.
+      a header, see `is_directory`. Values are decoded on access: access them inside `wrap_dicom_errors`.
 
     Raises:
       UnavailableError: disk or network failure.
@@ -310,7 +310,7 @@ def _read(
 ) -> pydicom.Dataset | None:
     """Reads the elements of `tags` before `last_group`; None: all elements, including the pixels."""
     path = as_path(path)
-    with naming(path), _opened(path) as file:
+    with wrap_dicom_errors(path), _opened(path) as file:
         head = file.read(_HEAD_BYTES)
         if not _looks_like_dicom(head):
             return None
@@ -322,7 +322,7 @@ def _read(
             dataset = _parse(file, head, tags, last_group, limits)
         for tag in list(dataset.file_meta.keys()):
             if tag in _META_TAGS:
-                dataset.file_meta[tag]  # decode here, inside `naming`
+                dataset.file_meta[tag]  # decode here, inside `wrap_dicom_errors`
             else:
                 del dataset.file_meta[tag]
         if not len(dataset) and not is_directory(dataset):  # pydicom drops everything at an unexpected end

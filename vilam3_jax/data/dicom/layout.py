@@ -8,7 +8,7 @@ from typing import Any, cast
 import pydicom
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from vilam3_jax.data.dicom.headers import ImageError, naming, numbers
+from vilam3_jax.data.dicom.headers import ImageError, numbers, wrap_dicom_errors
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.runtime.paths import PathLike
 
@@ -65,7 +65,7 @@ def read_layout(dataset: pydicom.Dataset, path: PathLike, limits: Limits) -> Lay
       UserError: no pixels, an unsupported photometric interpretation or number of bits, a contradictory
         header, or a size above a limit.
     """
-    with naming(path):
+    with wrap_dicom_errors(path):
         return _layout(dataset, limits)
 
 

@@ -25,10 +25,10 @@ from vilam3_jax.data.dicom.headers import (
     ImageError,
     functional_group,
     items,
-    naming,
     numbers,
     overlay_planes,
     read_dataset,
+    wrap_dicom_errors,
 )
 from vilam3_jax.data.dicom.layout import GREY, PALETTE, Layout, read_layout
 from vilam3_jax.data.dicom.lookup_tables import apply_palette, read_table
@@ -93,7 +93,7 @@ def read_image(
       UserError: not DICOM, no pixels, unsupported photometric interpretation or transfer syntax, no such
         frame or display setting, contradictory header, truncated or damaged pixels, or above a limit.
     """
-    with naming(path):
+    with wrap_dicom_errors(path):
         dataset = read_dataset(path, limits=limits)
         layout = read_layout(dataset, path, limits)
         notes = [*layout.notes]
@@ -139,7 +139,7 @@ def frame_values(
     Raises:
       UserError: colour image, no such frame, above a limit, or pixels that cannot be decoded.
     """
-    with naming(path):
+    with wrap_dicom_errors(path):
         layout = read_layout(dataset, path, limits)
         decoder = _FrameDecoder(dataset, layout, frame, [])
         if layout.photometric not in GREY:
@@ -154,7 +154,7 @@ def value_notes(
     dataset: pydicom.Dataset, path: PathLike, *, limits: Limits = DEFAULT_LIMITS
 ) -> tuple[str, ...]:
     """The assumptions of `frame_values` about the first frame, as sentences for the notes of a volume."""
-    with naming(path):
+    with wrap_dicom_errors(path):
         layout = read_layout(dataset, path, limits)
         notes = [*layout.notes]
         _FrameDecoder(dataset, layout, 0, notes).modality_transform()

@@ -24,7 +24,13 @@ from vilam3_jax.data.dicom.grouping import (
     group_headers,
     skipped_notes,
 )
-from vilam3_jax.data.dicom.headers import file_size_of, is_directory, naming, read_dataset, read_header
+from vilam3_jax.data.dicom.headers import (
+    file_size_of,
+    is_directory,
+    read_dataset,
+    read_header,
+    wrap_dicom_errors,
+)
 from vilam3_jax.data.folder_walk import list_files
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.stored_volume import UNKNOWN, StoredVolume
@@ -247,7 +253,7 @@ def _read(series: Series, path: epath.Path, limits: Limits) -> StoredVolume:
     for file, members in _by_file(series).items():
         try:
             dataset = read_dataset(file, limits=limits)
-            with naming(file):
+            with wrap_dicom_errors(file):
                 for index, member in members:
                     _decode(slices, series, dataset, index, member, limits)
                 slices.notes |= dict.fromkeys(pixels.value_notes(dataset, file, limits=limits))

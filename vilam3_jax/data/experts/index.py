@@ -352,8 +352,8 @@ def _parse(data: bytes | mmap.mmap, versions: Versions) -> tuple[dict[str, Any],
         raise wrong_schema(header["schema_version"], versions.schema)
     if header["decoder_version"] != versions.decoder:
         raise UserError(
-            f"annotations of images as decoder version {header['decoder_version']} read "
-            f"them, this is version {versions.decoder}; annotate into a new folder"
+            f"content keys of decoder version {header['decoder_version']}, this version computes keys of "
+            f"version {versions.decoder}; annotate into a new folder"
         )
     rows = np.frombuffer(view[end + -end % _ALIGN : -4], ROW)
     if len(rows) != header["rows"]:

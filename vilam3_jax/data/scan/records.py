@@ -34,7 +34,7 @@ from vilam3_jax.data.dicom.grouping import (
     group_files,
     skipped_notes,
 )
-from vilam3_jax.data.dicom.headers import is_directory, naming, read_header
+from vilam3_jax.data.dicom.headers import is_directory, read_header, wrap_dicom_errors
 from vilam3_jax.data.dicom.layout import COLOUR, GREY, PALETTE, read_layout
 from vilam3_jax.data.dicom.series import damaged_note, without_damaged
 from vilam3_jax.data.image_headers import check_pixels
@@ -240,7 +240,7 @@ def _unpacked(index: int, header: bytes) -> tuple[FileFrames, str | None]:
 def _pixel_fault(header: pydicom.Dataset, size: int, path: str, limits: Limits) -> str | None:
     """Why the pixels cannot be decoded, as far as the header and the file size reveal."""
     try:
-        with naming(path):
+        with wrap_dicom_errors(path):
             items = (header.get_item(tag) for tag in _LAYOUT_TAGS)  # does not decode values
             values = tuple(None if item is None else str(item.value) for item in items)
             key = (str(header.file_meta.get("TransferSyntaxUID")), *values, limits)

@@ -1,4 +1,4 @@
-"""Records that cannot be used: skipped and named, wherever they are met, and the run goes on."""
+"""Unusable records are skipped and named everywhere, and the run continues."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ BAD = {
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """A writer that takes anything, as other programs' writers may."""
+    """A writer without checks, as in other programs."""
 
     def write_all(folder, examples) -> None:
         with monkeypatch.context() as patched:

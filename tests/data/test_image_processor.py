@@ -1,4 +1,4 @@
-"""Pictures become the model's inputs as the config says; what cannot be is refused with both numbers."""
+"""Image processing by config; invalid settings are refused with the numbers in question."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def picture(height, width):
 
 
 def test_models_without_the_key_resize():
-    """Exports of before the key existed."""
+    """Exports from before the key existed."""
     wide = picture(9, 30)
     assert processor().kept_size == 16
     np.testing.assert_array_equal(processor().inputs(wide)[0], resize(wide, 16))
@@ -160,7 +160,7 @@ def test_dynamic_s2_maps_tiles_and_merges_rows():
     assert merged.image_of_token[5:21].tolist() == [6, 6, 7, 7, 8, 8, 9, 9] * 2
     assert merged.visual_offset[5:21].tolist() == [0, 1] * 4 + [2, 3] * 4
     assert merged.image_of_token[-2] == 17 and merged.visual_offset[-2] == 3
-    # What text rules put after every marker (`image_end`) is left after a whole picture only.
+    # Text that text rules add after every marker (`image_end`) stays only after a whole image.
     which = np.repeat(np.arange(13), 5)
     ends = np.tile(np.arange(5), 13) == 4
     ended = Encoded(

@@ -1,4 +1,4 @@
-"""The loader: exact resume, honest mixtures, finite evaluation, and bad records that end nothing."""
+"""The loader: exact resume, mixtures by weight, finite evaluation, and skipped bad records."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_every_record_once_an_epoch_in_another_order(root) -> None:
     waiting = sum(len(s["pending"]) for s in state.values())
     loader.close()
     counts = collections.Counter(seen)
-    # Whatever waits for a place is at most the samples of the epochs begun.
+    # Queued samples are at most those of the epochs begun.
     drawn = len(seen) + waiting
     assert set(counts) == set(range(37)) and max(counts.values()) <= -(-drawn // 37)
     order = [loader.samples.address(i)[1] for i in range(74)]
@@ -179,7 +179,7 @@ def test_every_record_once_an_epoch_in_another_order(root) -> None:
 
 
 def test_every_shard_sees_the_whole_mixture(root) -> None:
-    """A mixture of two halves repeats itself every two positions, and there is an even number of shards."""
+    """A mixture of two halves has period two, which an even number of shards could resonate with."""
     loader = build(config(root, (("films", 23.0), ("reports", 37.0)), images_per_group=8))
     take(loader, 8)
     for number in range(4):
@@ -266,7 +266,7 @@ def test_parts_of_a_batch_are_those_of_the_whole(root, kind, shards, units) -> N
     cfg.data.global_rows = units * cfg.data.rows_per_group
     whole = build(cfg)
     batches = take(whole, 4)
-    # Two processes take halves, three any devices; an uneven part needs a shard that another needs too.
+    # Two processes take halves, three take arbitrary units; some parts share a shard.
     for parts in ([range(units // 2), range(units // 2, units)], [(3, 0), (1,), (2, *range(4, units))]):
         loaders = [build(cfg, local_units=part) for part in parts]
         taken = [take(loader, 2) for loader in loaders]
@@ -313,7 +313,7 @@ def test_heldout_is_one_pass_each_time(root, shards) -> None:
     halves = [build(cfg, "heldout", local_units=part) for part in np.split(np.arange(units), 2)]
     parts = [list(half) for half in halves]
     for number, batch in enumerate(first):
-        # A process may be through its records before another is.
+        # A process may reach the end of its records before another one.
         left, right = (
             p[number] if number < len(p) else h.empty_batch() for p, h in zip(parts, halves, strict=True)
         )
@@ -357,7 +357,7 @@ def test_bad_records_are_named_and_do_not_end_the_run(tmp_path) -> None:
 
 
 def test_an_unreadable_image_leaves_a_gap_and_the_run_resumes(tmp_path) -> None:
-    """It is found after its sample has a place; what else the batches hold does not change."""
+    """The image is read after its sample is packed; the rest of the batches does not change."""
     rng = np.random.default_rng(0)
     good = [film(i, rng) for i in range(12)]
     broken = dataclasses.replace(good[5], id="broken", images=(ImageRef(data=b"\x89PNG junk"),))
@@ -404,7 +404,7 @@ def test_a_dataset_without_a_good_record_is_an_error_beside_one_that_has_them(tm
 
 @pytest.mark.parametrize("shard", ["reports", "annotations"])
 def test_a_shard_that_cannot_be_read_ends_the_run(tmp_path, monkeypatch, shard: str) -> None:
-    """Its records are not bad ones: without them the run would go on with another mixture."""
+    """Its records are not skipped, as the run would continue with another mixture."""
     rng = np.random.default_rng(0)
     write(tmp_path / "films", [film(i, rng, expert=True) for i in range(9)])
     write(tmp_path / "reports", [report(i, rng) for i in range(9)])

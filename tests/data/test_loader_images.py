@@ -1,4 +1,4 @@
-"""The loader and the ways a model takes pictures: padding, scales, tiles."""
+"""The loader with padded images, several scales, and tiles."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def root(tmp_path_factory):
 
 
 def test_padded_images_and_overlays_keep_their_shape(tmp_path) -> None:
-    """Experts draw on the slice itself, which is padded after that: colours stay on their organs."""
+    """Overlays are drawn before padding, so that colours stay on their organs."""
     key = ct_volume(tmp_path / "slices")
     example, annotation = ct_example(key), ct_annotation(key)
     write(tmp_path / "slices", [example])
@@ -70,7 +70,7 @@ def test_several_scales_are_one_input_of_the_largest(root) -> None:
 
 
 def strip(number: int, width: int = 36) -> Example:
-    """A film of 12 rows; 36 columns give 3 tiles and the whole."""
+    """A film of 12 rows; 36 columns give 3 tiles and a thumbnail."""
     image = np.random.default_rng(number).integers(0, 256, (12, width, 3)).astype(np.uint8)
     turns = (Turn("user", "<image>\nWhat is shown?"), Turn("assistant", f"film {number}", True))
     meta = {"patient": f"p{number}", "modality": "PNEUMONIA"}
@@ -107,7 +107,7 @@ def test_tiles_take_slots_and_positions(tmp_path) -> None:
                 for n in range(9)
                 for c in itertools.combinations_with_replacement(tiles_of.values(), n)
             }
-        # Between the tiles of an image stands a line end.
+        # Tiles of an image are separated by a newline.
         row = batch.visual_index[0]
         ends = np.flatnonzero((row >= 0) & (np.append(row[1:], -1) == -1))
         assert (batch.tokens[0, ends + 1] == tokenizer().encode_continued("\n")[0]).all()
@@ -154,7 +154,7 @@ def test_merged_tiles_know_their_picture(tmp_path) -> None:
         ):
             own = np.unique(visual[visual >= 0] // TOKENS_PER_IMAGE)
             firsts = np.unique(tiles[valid, 0])
-            assert len(firsts) * 5 == valid.sum() > 0  # the whole in small, and 4 tiles
+            assert len(firsts) * 5 == valid.sum() > 0  # the lower scale, and 4 tiles
             for first in firsts:
                 assert (tiles[first : first + 5, 0] == first).all() and first not in own
                 grid = tiles[first + 1 : first + 5]

@@ -1,4 +1,4 @@
-"""The loader in worker processes: the very batches of threads, states that fit any number of workers."""
+"""The loader in worker processes: the same batches as with threads, states for any number of workers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from vilam3_jax.errors import UnavailableError, UserError
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Films as bytes, one of them broken; reports without pictures; slices of a volume with an expert."""
+    """Films as bytes, one of them broken; reports without images; slices of a volume with an expert."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     films = [film(i, rng) for i in range(37)]
@@ -179,7 +179,7 @@ def test_too_little_shared_memory_is_refused(root, monkeypatch, tmp_path) -> Non
 
 
 def by_path(folder, names, kind="conversation"):
-    """A dataset of 12 records whose pictures are files."""
+    """A dataset of 12 records with image files."""
     folder.mkdir(parents=True, exist_ok=True)
     turns = pair(0).turns if kind == "pair" else film(0, np.random.default_rng(0)).turns
     for number, name in enumerate(names):
@@ -227,7 +227,7 @@ def test_a_state_names_the_one_picture_that_changed(tmp_path) -> None:
     (folder / names[record]).write_bytes(picture(99))
     with pytest.raises(UserError, match=rf"films/{record}\.png: has changed"):
         loader.set_state(state)
-    # States of before name no pictures.
+    # Older states have no image files.
     loader.set_state({n: {k: v for k, v in of.items() if k != "pictures"} for n, of in state.items()})
     loader.close()
 
@@ -248,7 +248,7 @@ def test_a_picture_that_cannot_be_read_now_is_no_other_picture(tmp_path, monkeyp
 
 
 def test_what_is_read_ahead_is_bounded(root) -> None:
-    """Two batches; a consumer that rests lets no more be made."""
+    """At most two batches are made ahead of the consumer."""
     loader = build(config_of(root))
     batches = iter(loader)
     next(batches)

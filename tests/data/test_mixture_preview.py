@@ -1,4 +1,4 @@
-"""`vilam3 data mixture`: exact numbers where they are exact, estimates where they are said to be."""
+"""`vilam3 data mixture`: exact counts, and estimates."""
 
 from __future__ import annotations
 

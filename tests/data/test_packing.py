@@ -1,4 +1,4 @@
-"""Packing: nothing lost, nothing cut, nothing mixed, no budget exceeded."""
+"""Packing: samples are complete, separate, and within the budgets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHAPE = GroupShape(rows=2, seq_len=24, images=3, tokens_per_image=T, image_size=
 
 
 def sample(number: int, text: int, images: int) -> Sample:
-    """`text` tokens `100 + number`, then the images; image pixels tell number and ordinal."""
+    """`text` tokens `100 + number`, then the images, whose pixels encode number and ordinal."""
     length = text + images * T
     which = np.array([-1] * text + [i for i in range(images) for _ in range(T)], np.int32)
     offset = np.array([0] * text + list(range(T)) * images, np.int32)
@@ -133,7 +133,7 @@ def test_oversized_samples_are_named() -> None:
 )
 @example([(5, 0), (15, 0), (1, 1)], 2)  # full without the image, or with it and 11 tokens short
 def test_a_row_is_the_best_of_all_sets(sizes: list[tuple[int, int]], slots: int) -> None:
-    """Against every subset that has the oldest sample: tokens first, 16 of them worth an image slot."""
+    """The best of all subsets with the oldest sample, where an image slot is worth 16 tokens."""
     waiting = [sample(i, t, m) for i, (t, m) in enumerate(sizes)]
     waiting = [s for s in waiting if s.num_tokens <= 20 and s.num_images <= slots]
     share = slots / 2

@@ -121,4 +121,4 @@ def test_sizes_are_found_without_reading_an_image(tmp_path, monkeypatch) -> None
     loader = build(config(tmp_path))
     sizes = loader.sizes(20)
     loader.close()
-    assert [len(shard) for shard in sizes] == [20] and all(images == 1 for _, images in sizes[0])
+    assert [len(shard) for shard in sizes] == [20] and all(size.num_images == 1 for size in sizes[0])

@@ -31,6 +31,7 @@ from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.loader_records import BadRecord, RecordLoader, ShardOrder, Stats, Tally
 from vilam3_jax.data.loader_shards import Place, Shards, Turns, UnitInfo
 from vilam3_jax.data.loader_state import Binding, State, from_state, to_state
+from vilam3_jax.data.packing import Size
 from vilam3_jax.data.render import ImageReader, Renderer
 from vilam3_jax.data.sample_reader import SampleReader
 from vilam3_jax.data.templates import TokenizerLike, model_template
@@ -84,11 +85,8 @@ class Loader:
             | {"licences": source.info.get("licences", []), "provenance": source.info.get("provenance", {})}
             for source in samples.sources
         ]
-        self._places = self._starts()
+        self._places = dict.fromkeys(self._turns.own_shards, Place())
         self._running: list[_Elements] | None = None
-
-    def _starts(self) -> dict[int, Place]:
-        return {number: Place() for number in self._turns.own_shards}
 
     def get_state(self) -> State:
         """The state after the last batch, a JSON value per loader shard of this process.
@@ -110,11 +108,11 @@ class Loader:
         turns = self._turns
         self._places = from_state(state, turns.own_shards, turns.shards, self._binding, self.records)
 
-    def sizes(self, count: int) -> list[list[tuple[int, int]]]:
-        """(tokens, images) of the first samples of some loader shards, about `count` in total."""
+    def sizes(self, count: int) -> list[list[Size]]:
+        """Sizes of the first samples of some loader shards, about `count` in total."""
         numbers = self._turns.own_shards[: max(1, count // _SIZES_PER_SHARD)]
         each, tally = -(-count // len(numbers)), Tally(self.samples.sources)
-        drawn: list[list[tuple[int, int]]] = []
+        drawn: list[list[Size]] = []
         for number in numbers:
             order, found = ShardOrder(self.records, number, self._turns.shards), []
             for index in range(len(order)):
@@ -124,7 +122,7 @@ class Loader:
                     tally.bad(sample)
                 else:
                     tally.good(sample.source)
-                    found.append((sample.num_tokens, sample.num_images))
+                    found.append(Size(sample.num_tokens, sample.num_images))
             drawn.append(found)
         for name, reason in tally.take():
             self.stats.skip(name, reason)
@@ -144,7 +142,7 @@ class Loader:
         """
         self.close()
         if self.length is not None:
-            self._places = self._starts()
+            self._places = dict.fromkeys(self._turns.own_shards, Place())
         running = self._running = self._start()
         before = self.stats.samples
         try:
@@ -326,14 +324,12 @@ def build_loader(
 
 def _annotations(data: DataConfig, experts: str) -> AnnotationStore | None:
     """The annotation store, if dialogues show experts or slices around findings."""
-    if experts != "off":
-        if not data.annotations:
-            raise UserError(
-                f"config data.annotations is empty, but experts are {experts}; set it, or set "
-                "data.experts=off"
-            )
-        return AnnotationStore(data.annotations)
-    return AnnotationStore(data.annotations) if data.slice_choice == "finding" and data.annotations else None
+    if experts != "off" and not data.annotations:
+        raise UserError(
+            f"config data.annotations is empty, but experts are {experts}; set it, or set data.experts=off"
+        )
+    is_needed = data.annotations and (experts != "off" or data.slice_choice == "finding")
+    return AnnotationStore(data.annotations) if is_needed else None
 
 
 def _dialogues(data: DataConfig, model: Any, store: AnnotationStore | None) -> Setting | None:

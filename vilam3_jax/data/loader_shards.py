@@ -104,7 +104,7 @@ class Turns:
         return turns
 
 
-class PackIterator(grain.DatasetIterator[Rows]):
+class PackIterator(Iterator[Rows]):
     """Packs the samples of one shard into units."""
 
     def __init__(self, order: ShardOrder, batch_format: BatchFormat, tally: Tally, start: Place) -> None:
@@ -115,7 +115,7 @@ class PackIterator(grain.DatasetIterator[Rows]):
         """
         samples = order.slice(slice(start.next, None)).to_iter_dataset(_IN_PLACE)
         ahead = grain.experimental.ThreadPrefetchIterDataset(samples, prefetch_buffer_size=_READ_AHEAD)
-        super().__init__(iter(ahead))
+        self._samples = iter(ahead)
         self._format, self._tally = batch_format, tally
         self._next, self._groups = start.next, start.groups
         self._pending = [order.records.load_again(order.position(index), index) for index in start.pending]
@@ -139,7 +139,7 @@ class PackIterator(grain.DatasetIterator[Rows]):
         return rows
 
     def _pull(self) -> Sample | None:
-        while (found := next(self._parent, None)) is not None:
+        while (found := next(self._samples, None)) is not None:
             self._next += 1
             if isinstance(found, Sample):
                 self._tally.good(found.source)
@@ -147,11 +147,9 @@ class PackIterator(grain.DatasetIterator[Rows]):
             self._tally.bad(found)
         return None
 
-    def get_state(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.place)
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError("a shard starts at its `Place`")
+    def close(self) -> None:
+        """Stops the thread that reads ahead."""
+        self._samples.close()
 
 
 def _files(samples: Sequence[Sample]) -> dict[int, tuple[int, tuple[str, ...]]]:

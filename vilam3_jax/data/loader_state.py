@@ -73,7 +73,7 @@ def from_state(
       UserError: number of shards, data, tokenizer, annotations or an image file differ from the state.
       UnavailableError: an image file cannot be read now.
     """
-    places = {}
+    places, expected = {}, []
     for number in numbers:
         if str(number) not in state or any(int(key) >= shards for key in state):
             raise UserError(
@@ -82,12 +82,20 @@ def from_state(
             )
         own = state[str(number)]
         _check_binding(own, binding)
-        places[number] = Place(int(own["next"]), int(own["groups"]), tuple(own["pending"]))
-    places = {
-        number: dataclasses.replace(place, files=_files(state[str(number)], number, shards, records))
-        for number, place in places.items()
-    }
-    _check_files(state, places, records)
+        files = {}
+        for index, digests in own.get("pictures", {}).items():  # absent in older states
+            position = stream.dealt_position(int(index), number, shards)
+            sample = records.load_again(position, int(index))
+            files[int(index)] = (sample.source, sample.image_paths)
+            expected += digests
+        places[number] = Place(int(own["next"]), int(own["groups"]), tuple(own["pending"]), files)
+    paths = _paths(places, records.samples.sources)
+    for path, old, new in zip(paths, expected, file_digests.digests(paths), strict=True):
+        if old != new:
+            now = "is missing" if new == file_digests.MISSING else "has changed"
+            raise UserError(
+                f"{path}: {now} since the data state was saved; restore the file, or start a new workdir"
+            )
     return places
 
 
@@ -108,32 +116,3 @@ def _check_binding(own: Mapping[str, Any], binding: Binding) -> None:
             "data state is of other annotations; restore data.annotations and data.experts, or start a new "
             "workdir"
         )
-
-
-def _files(
-    own: Mapping[str, Any], number: int, shards: int, records: RecordLoader
-) -> dict[int, tuple[int, tuple[str, ...]]]:
-    """`Place.files` of a shard; older states have none."""
-    found = {}
-    for index in map(int, own.get("pictures", {})):
-        sample = records.load_again(stream.dealt_position(index, number, shards), index)
-        found[index] = (sample.source, sample.image_paths)
-    return found
-
-
-def _check_files(
-    state: Mapping[str, Mapping[str, Any]], places: Mapping[int, Place], records: RecordLoader
-) -> None:
-    paths = _paths(places, records.samples.sources)
-    before = [
-        digest
-        for number, place in places.items()
-        for index in place.files
-        for digest in state[str(number)]["pictures"][str(index)]
-    ]
-    for path, old, new in zip(paths, before, file_digests.digests(paths), strict=True):
-        if old != new:
-            now = "is missing" if new == file_digests.MISSING else "has changed"
-            raise UserError(
-                f"{path}: {now} since the data state was saved; restore the file, or start a new workdir"
-            )

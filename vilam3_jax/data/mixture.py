@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import math
 import string
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -182,24 +181,6 @@ def _short(number: float) -> str:
     return f"{number:.0f}"
 
 
-def preview(config: Any, count: int, tried: int) -> str:
-    """The output of the command.
-
-    Raises:
-      UserError: a number below 1, or data that cannot be read.
-    """
-    for name, value in (("count", count), ("samples", tried)):
-        if value < 1:
-            raise UserError(f"--{name}={value}: must be at least 1")
-    loader = build_loader(config.data, config.model, FORMATS[config.task], "train", seed=config.seed)
-    try:
-        lines = table(config, rows_of(loader, tried))
-        lines += ["", f"The first {count} positions:", *order_of(loader, count)]
-    finally:
-        loader.close()
-    return "\n".join(lines) + "\n"
-
-
 def main(argv: Sequence[str]) -> int:
     """Runs `vilam3 data mixture`; raises `UserError` for bad input."""
     parser = argparse.ArgumentParser(
@@ -213,7 +194,17 @@ def main(argv: Sequence[str]) -> int:
         "--samples", type=int, default=32, help="records of each dataset to measure (default: 32)"
     )
     options, rest = parser.parse_known_args(argv)
-    from vilam3_jax import config as config_lib  # imports jax, which is slow, and --help needs none of it
+    for name in ("count", "samples"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name}={getattr(options, name)}: must be at least 1")
+    from vilam3_jax import config as config_lib  # imports jax, which --help should not wait for
 
-    sys.stdout.write(preview(config_lib.parse(rest, flags.FlagValues()), options.count, options.samples))
+    config = config_lib.parse(rest, flags.FlagValues())
+    loader = build_loader(config.data, config.model, FORMATS[config.task], "train", seed=config.seed)
+    try:
+        lines = table(config, rows_of(loader, options.samples))
+        lines += ["", f"The first {options.count} positions:", *order_of(loader, options.count)]
+    finally:
+        loader.close()
+    print("\n".join(lines))
     return 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -82,19 +82,18 @@ class Sample:
         return self.encoded.num_images
 
 
-class Sized(Protocol):
-    """The sizes that packing depends on."""
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """The sizes of a sample, which is all that packing depends on."""
 
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def num_images(self) -> int: ...
-
-
-AnySized = TypeVar("AnySized", bound=Sized)
+    num_tokens: int
+    num_images: int
 
 
-def oversize_reason(shape: GroupShape, sample: Sized) -> str | None:
+AnySized = TypeVar("AnySized", bound=Sample | Size)
+
+
+def oversize_reason(shape: GroupShape, sample: Sample) -> str | None:
     """Why a sample cannot be packed at all, or None."""
     if sample.num_tokens > shape.seq_len:
         return f"{sample.num_tokens} tokens, a row has {shape.seq_len}; raise data.seq_len"
@@ -144,7 +143,7 @@ def next_group(
     return rows, waiting
 
 
-def _choose_row(waiting: Sequence[Sized], length: int, slots: int, share: float) -> list[int]:
+def _choose_row(waiting: Sequence[Sample | Size], length: int, slots: int, share: float) -> list[int]:
     """The ascending positions in `waiting` of the samples of one row.
 
     Dynamic programming over sums: a table has an integer per number of images, whose bit t is set if some set

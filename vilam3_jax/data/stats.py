@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from absl import flags
@@ -15,19 +13,11 @@ from absl import flags
 from vilam3_jax.data.batch_formats import PackedRows
 from vilam3_jax.data.data_config import DataConfig
 from vilam3_jax.data.loader import build_loader
-from vilam3_jax.data.packing import LOOKAHEAD, GroupShape, next_group
+from vilam3_jax.data.packing import LOOKAHEAD, GroupShape, Size, next_group
 from vilam3_jax.errors import UserError
 
 TOKEN_TARGET, IMAGE_TARGET = 0.97, 0.95
 _ROWS = (1, 2, 4, 8)
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """The sizes of a sample that packing depends on."""
-
-    num_tokens: int
-    num_images: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,34 +128,6 @@ def _line(name: str, fill: Fill) -> str:
     )
 
 
-def stats(config: Any, samples: int) -> str:
-    """The output of the command.
-
-    Raises:
-      UserError: a contrastive run, whose pairs are not packed, or data that cannot be read.
-    """
-    if config.task != "generative":
-        raise UserError("config task='contrastive': pairs are not packed, so there is nothing to fill")
-    if samples < 1:
-        raise UserError(f"--samples={samples}: must be at least 1")
-    loader = build_loader(config.data, config.model, PackedRows, "train", seed=config.seed)
-    try:
-        shards = [[Size(*size) for size in shard] for shard in loader.sizes(samples)]
-    finally:
-        loader.close()
-    data = config.data
-    lines = _describe(data, [size for shard in shards for size in shard], loader.stats.skipped_total)
-    rows = tuple(dict.fromkeys((data.rows_per_group, *_ROWS)))
-    current = measure_fill(shards, data.seq_len, data.rows_per_group, data.images_per_group)
-    lines.append(_line("now:      ", current))
-    best = recommend(shards, data.seq_len, rows)
-    fit = next((fill for fill in sorted(best, key=lambda f: f.rows) if fill.shortfall <= 1), None)
-    lines += [_line("possible: ", fill) for fill in best]
-    chosen = fit or min(best, key=lambda fill: fill.shortfall)
-    lines.append(_line("take:     ", chosen))
-    return "\n".join(lines) + "\n"
-
-
 def main(argv: Sequence[str]) -> int:
     """Runs `vilam3 data stats`; raises `UserError` for bad input."""
     parser = argparse.ArgumentParser(
@@ -175,7 +137,29 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--samples", type=int, default=4000, help="samples to measure (default: 4000)")
     options, rest = parser.parse_known_args(argv)
-    from vilam3_jax import config as config_lib  # imports jax, which is slow, and --help needs none of it
+    if options.samples < 1:
+        raise UserError(f"--samples={options.samples}: must be at least 1")
+    from vilam3_jax import config as config_lib  # imports jax, which --help should not wait for
 
-    sys.stdout.write(stats(config_lib.parse(rest, flags.FlagValues()), options.samples))
+    config = config_lib.parse(rest, flags.FlagValues())
+    if config.task != "generative":
+        raise UserError("config task='contrastive': pairs are not packed, so there is nothing to fill")
+    data = config.data
+    loader = build_loader(data, config.model, PackedRows, "train", seed=config.seed)
+    try:
+        shards = loader.sizes(options.samples)
+    finally:
+        loader.close()
+    sizes = [size for shard in shards for size in shard]
+    current = measure_fill(shards, data.seq_len, data.rows_per_group, data.images_per_group)
+    best = recommend(shards, data.seq_len, tuple(dict.fromkeys((data.rows_per_group, *_ROWS))))
+    fitting = (fill for fill in sorted(best, key=lambda fill: fill.rows) if fill.shortfall <= 1)
+    chosen = next(fitting, None) or min(best, key=lambda fill: fill.shortfall)
+    lines = [
+        *_describe(data, sizes, loader.stats.skipped_total),
+        _line("now:      ", current),
+        *(_line("possible: ", fill) for fill in best),
+        _line("take:     ", chosen),
+    ]
+    print("\n".join(lines))
     return 0

@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import grain
 from etils import epath
@@ -225,8 +225,8 @@ class SampleStream:
         """(number of the dataset, record in it) at a position."""
         if self.length is None:
             number, draw = self._mixed[position]
-            return number, _shuffled(self._orders[number], draw)
-        record = _shuffled(self._orders[0], position)
+            return number, int(cast(int, self._orders[number][draw]))
+        record = int(cast(int, self._orders[0][position]))
         number = bisect.bisect_right(self._starts, record) - 1
         return number, record - self._starts[number]
 
@@ -234,12 +234,6 @@ class SampleStream:
         """Name of a record in messages."""
         source = self.sources[address[0]]
         return f"{source.name}/{source.split} record {address[1]}"
-
-
-def _shuffled(order: grain.MapDataset[int], position: int) -> int:
-    record = order[position]
-    assert record is not None  # None is for filtered datasets
-    return int(record)
 
 
 def _seed(seed: int, number: int) -> int:

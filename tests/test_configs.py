@@ -1,4 +1,4 @@
-"""Every shipped recipe, fully resolved, against its snapshot: a changed default is a visible diff."""
+"""Every shipped recipe, resolved, equals its snapshot, so that changed defaults show in diffs."""
 
 import sys
 from pathlib import Path
@@ -130,7 +130,7 @@ def test_activation_rules_that_contradict_the_batch_or_each_other(rules, message
 
 
 def test_pairs_are_not_accumulated():
-    with pytest.raises(UserError, match="grad_accum=2: a contrastive run"):
+    with pytest.raises(UserError, match="grad_accum=2: must be 1, as a contrastive run"):
         config_lib.load("configs/stage1_vision.py:tiny", {"grad_accum": 2})
 
 

@@ -1,4 +1,4 @@
-"""What a module costs, counted by hand: stored texts, and small modules compiled here for TPUs."""
+"""Costs of modules, compared with counts by hand: stored texts, and small modules compiled for TPUs."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def estimated(name, cycles, operand, calls="product"):
 
 
 def loop(name, bound, body_lines):
-    """A loop whose bound is a constant, if `bound` is one, or the carried element 1."""
+    """A loop whose bound is the constant `bound`, or else the carried element 1."""
     limit = (
         f"%limit.{name} = s32[] constant({bound})"
         if bound
@@ -163,7 +163,7 @@ def test_groups_as_modules_write_them(groups, ids):
 
 
 def test_an_asynchronous_transfer_counts_once_and_a_reduce_scatter_as_itself():
-    """As libtpu writes them: a start, fusions that repeat the gather, a done; an all-reduce with a slice."""
+    """In libtpu's form: a start, fusions that repeat the gather, a done; an all-reduce with a slice."""
     groups = "replica_groups={{0,1,2,3,4,5,6,7}}"
 
     def part(name, marker):
@@ -244,11 +244,11 @@ def test_compiled_loops_count_their_trips():
         return hlo.read(compile_on("v5e:2x4", step, (512, 1024), (1024, 1024))).product_cycles
 
     assert cycles(12) == pytest.approx(2 * cycles(6), rel=0.02)
-    at_peak = 6 * 2 * 512 * 1024 * 1024 / 197e12 * 1.5e9  # every chip does all of it
+    at_peak = 6 * 2 * 512 * 1024 * 1024 / 197e12 * 1.5e9  # replicated on every chip
     assert at_peak < cycles(6) < 2 * at_peak
 
 
-TRANSFERS = {  # local array → what becomes of it, and what is sent of the local array's bytes by n devices
+TRANSFERS = {  # name → (operation on the local array, bytes sent per byte of it on n devices)
     "all-gather": (lambda x, n: jax.lax.all_gather(x, "x", tiled=True)[:512], lambda n: n - 1),
     "reduce-scatter": (
         lambda x, n: jax.lax.psum_scatter(jnp.tile(x, (n, 1)), "x", tiled=True),
@@ -270,13 +270,13 @@ TRANSFERS = {  # local array → what becomes of it, and what is sent of the loc
 )
 @pytest.mark.parametrize("kind", TRANSFERS)
 def test_compiled_transfers_beside_products(name, kind):
-    """Every chip has its ways to run a transfer meanwhile; whichever is taken, the bytes are these."""
+    """Chips overlap transfers in different ways; the bytes are the same."""
     transfer, sent = TRANSFERS[kind]
     devices = len(topology.parse(name).devices())
 
     def block(x, w):
         moved = transfer(x, devices)
-        for _ in range(4):  # to run beside
+        for _ in range(4):  # overlaps with the transfer
             w = jnp.tanh(w @ w)
         return moved + w[:512]
 
@@ -287,7 +287,7 @@ def test_compiled_transfers_beside_products(name, kind):
     text = compile_on(name, step, (devices * 512, 2048), (devices * 2048, 2048), specs=[("x",), ("x",)])
     cost = hlo.read(text)
     assert sum(cost.wire_bytes().values()) == 512 * 2048 * 2 * sent(devices)
-    if kind in ("all-gather", "reduce-scatter") and not name.startswith("v5e"):  # has no sparse cores
+    if kind in ("all-gather", "reduce-scatter") and not name.startswith("v5e"):  # without sparse cores
         assert all(item.overlapped for item, _ in cost.collectives)
 
 

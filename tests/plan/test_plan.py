@@ -1,4 +1,4 @@
-"""The command: its answers, its cache, its refusals."""
+"""`vilam3 plan`: estimates, search, cache and errors."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ def test_a_small_step_on_eight_chips(plan):
     assert memory.fits and 0 < memory.parameters < memory.needed < memory.limit == 15.75 * GIB
     assert memory.optimizer == pytest.approx(
         2 * memory.parameters, rel=0.01
-    )  # Adam's two moments, and counts
+    )  # Adam's two moments and counters
     assert speed.cycles / speed.clock == pytest.approx(speed.products + speed.others)
     assert speed.products > 0 and speed.best <= speed.worst
     assert speed.worst == pytest.approx(
@@ -107,12 +107,12 @@ def test_a_search_gives_every_device_rows(monkeypatch, tmp_path, rows, steps):
 
 
 def holding(limit):
-    """A `make_plan` whose steps need a GiB for every row that a device computes at a time."""
+    """A `make_plan` whose steps need one GiB per row that a device computes at a time."""
     asked = []
 
     def make_plan(config, wanted, cache, price, only_if_resident):
         mesh = mesh_lib.build_mesh(config.mesh, wanted.devices())
-        program_lib.build(config, mesh)  # refuses what does not divide
+        program_lib.build(config, mesh)  # raises if not divisible
         ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
         needed = config.data.global_rows / (config.grad_accum * ways)
         asked.append(config)
@@ -158,7 +158,7 @@ def test_a_search_computes_less_at_a_time_until_it_fits(monkeypatch, tmp_path, l
 
 
 def test_a_search_keeps_the_rows_where_every_device_has_one(monkeypatch, tmp_path):
-    """Groups of two rows need sixteen; those of one need no more than there are, and no accumulation."""
+    """Groups of two rows need sixteen rows; groups of one need the given eight, without accumulation."""
     make_plan, asked = holding(1)
     monkeypatch.setattr(estimate, "make_plan", make_plan)
     given = {"data.global_rows": 8, "data.rows_per_group": 2, "data.images_per_group": 5, "num_steps": 20}
@@ -230,7 +230,7 @@ def test_what_cannot_hold_its_parameters_is_not_compiled(tmp_path):
 
 
 def of_kernels(**changes):
-    """One layer of each kind, of the smallest sizes that TPUs compute as they do VILA-M3's."""
+    """One layer of each kind, of the smallest sizes with the kernels of VILA-M3."""
     config = config_lib.load("configs/stage4_expert.py:vila_m3_8b")
     llm = dict(num_layers=1, hidden_size=256, num_heads=2, num_kv_heads=1, mlp_dim=512, vocab_size=1031)
     tower = dict(num_layers=1, select_layer=-1, hidden_size=256, num_heads=2, mlp_dim=512, image_size=112)
@@ -287,7 +287,7 @@ def test_the_memory_of_a_chip_is_what_libtpu_gives(tmp_path, name):
 
 @pytest.mark.slow
 def test_accumulation_compiles_for_tpus(tmp_path):
-    """XLA would move sums over devices out of the loop, and fails to in bfloat16."""
+    """XLA would try to move bfloat16 all-reduces out of the loop, and fail."""
     plan = estimate.make_plan(of_kernels(grad_accum=2), topology.parse("v5p:2x2x1"), compiler.Cache(tmp_path))
     assert plan.memory.fits
 
@@ -354,7 +354,7 @@ def test_what_exceeds_the_memory_of_the_chip_does_not_fit(tmp_path, monkeypatch)
 @pytest.mark.slow
 @pytest.mark.parametrize("held, fits", [(4, True), (10, False)])
 def test_what_fits_is_counted_as_the_compiler_counts_what_does_not(held, fits):
-    """By hand: an argument that the result takes the place of, another, and two products beside them."""
+    """By hand: a donated argument, another one, and two products."""
     pytest.importorskip("libtpu")
     (device, *_) = topology.parse("v5e:2x2").devices()
     placed = jax.sharding.SingleDeviceSharding(device)
@@ -376,7 +376,7 @@ def test_what_fits_is_counted_as_the_compiler_counts_what_does_not(held, fits):
 @pytest.mark.slow
 @pytest.mark.parametrize("held, fits", [(84, True), (92, False)])
 def test_what_sparse_cores_gather_is_counted_once(held, fits):
-    """Two weights of 2 GiB are gathered at a time; libtpu 0.0.52 lists them for the sparse cores again."""
+    """Two weights of 2 GiB are gathered at a time; libtpu 0.0.52 lists them again for the sparse cores."""
     pytest.importorskip("libtpu")
     slice_ = topology.parse("v5p:2x2x1")
     mesh = jax.sharding.Mesh(np.array(slice_.devices()), ("fsdp",))
@@ -414,7 +414,7 @@ def test_two_slices_sum_gradients_over_the_network_between_them(plan, cache):
     two = estimate.make_plan(config, topology.parse("2xv5e:2x4"), cache)
     assert two.chips == 16 and two.memory.fits and two.mesh["data"] == 2
     reduced = [plan.speed.collectives.get("all-reduce", 0.0), two.speed.collectives["all-reduce"]]
-    # A chip's share of the parameters, from float32, at 3.125 GB/s to the other slice and back.
+    # A chip's share of the float32 parameters at 3.125 GB/s, in both directions.
     assert reduced[1] - reduced[0] > 0.5 * two.memory.parameters / 3.125e9
 
 
@@ -452,7 +452,7 @@ def test_attention_kernels_by_hand():
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("split", ["heads", "queries"])
 def test_kernels_say_whether_they_are_causal(causal, split):
-    """Of rows that are padded, and of queries that devices share."""
+    """Also with padded rows, and with queries sharded over devices."""
     axes = [dict(fsdp=2, tensor=2).get(axis, 1) for axis in MESH_AXES]
     mesh = compat.make_mesh(axes, MESH_AXES, topology.parse("v5e:2x2").devices())
     rules = {**ACTIVATION_RULES, **(_QUERY_RULES if split == "queries" else {})}
@@ -470,7 +470,7 @@ def test_kernels_say_whether_they_are_causal(causal, split):
     with logical_axes.activation_rules(mesh, rules):
         text = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, q, q, ids).compile().as_text()
     flops = sum(times * estimate.attention_flops(kernel) for kernel, times in hlo.read(text).kernels)
-    scores = 2 * 768 * 768  # of a device: two rows of a head, or two heads' rows of half the queries
+    scores = 2 * 768 * 768  # per device: two rows of one head, or half the queries of two heads
     assert flops == 2 * scores * 128 * (2 + 5) / (2 if causal else 1)
 
 

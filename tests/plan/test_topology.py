@@ -1,4 +1,4 @@
-"""Names of slices, and seconds of transfers on them."""
+"""Names of slices, and durations of transfers."""
 
 import pytest
 
@@ -85,7 +85,7 @@ def seconds(name, kind, payload, group):
 def test_transfers_by_hand():
     # 64 chips, rings on three axes: six links of 100 GB/s.
     assert seconds("v5p:4x4x4", "all-gather", 6.4e9, None) == pytest.approx(6.3e9 / 600e9)
-    # Along one axis of the cube: two links; an all-reduce goes twice.
+    # Along one axis of the cube: two links; an all-reduce sends twice.
     assert seconds("v5p:4x4x4", "all-reduce", 4e9, range(4)) == pytest.approx(2 * 3e9 / 200e9)
     # No ring in a slice of 4 x 4: one link of 50 GB/s on each axis.
     assert seconds("v5e:4x4", "reduce-scatter", 1.6e9, None) == pytest.approx(1.5e9 / 100e9)

@@ -1,4 +1,4 @@
-"""A server that speaks enough of Google Cloud Storage for gcsfs and TensorStore."""
+"""A server that implements enough of Google Cloud Storage for gcsfs and TensorStore."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOVE = r"/b/(?P<bucket_name>[-.\w]+)/o/(?P<object_id>.*[^/]+)/moveTo/o/(?P<dest
 
 
 class _Between:
-    """A storage whose listings keep to the range that a request names; the emulator overlooks it."""
+    """A storage whose listings respect the range of a request, which the emulator ignores."""
 
     def __init__(self, storage: Any, query: dict[str, list[str]]) -> None:
         self._storage = storage
@@ -49,7 +49,7 @@ def _move(request: Any, response: Any, storage: Any, *_: Any, **__: Any) -> None
 
 @contextlib.contextmanager
 def serve(bucket: str) -> Iterator[None]:
-    """An empty `gs://BUCKET`, for this process and those that it starts."""
+    """An empty `gs://BUCKET` for this process and its children."""
     handlers = tuple(
         (pattern, {verb: _list if made is objects.ls else made for verb, made in verbs.items()})
         for pattern, verbs in server.HANDLERS
@@ -59,7 +59,7 @@ def serve(bucket: str) -> Iterator[None]:
     with mock.patch.object(server, "HANDLERS", moves + handlers), running:
         address = f"http://localhost:{running._api._httpd.server_port}"
         names = {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
-        # gcsfs would ask what kind of bucket it is, which takes credentials.
+        # gcsfs would query the type of the bucket, which needs credentials.
         names |= {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
         with mock.patch.dict(os.environ, names):
             yield

@@ -71,7 +71,7 @@ def tiled_batch(seed, rows=8, length=48):
     tokens_per_image = model_config.resolve(models.get("tiny")).tokens_per_image
     for row in range(rows):
         first = np.arange(1, 5) * tokens_per_image
-        places = np.concatenate([first, first + 1])  # some tokens of each tile, those of two tiles in turn
+        places = np.concatenate([first, first + 1])  # some tokens of each tile, alternating between two tiles
         second = np.flatnonzero(batch.segment_ids[row] == 2)[0]
         batch.visual_index[row, 1 : 1 + len(places)] = places
         own = 5 * tokens_per_image + np.arange(tokens_per_image)
@@ -90,7 +90,7 @@ class Run:
         self._compiled = {}
 
     def step(self, batch):
-        """Runs the step on a batch, whose shapes need not be those of the config."""
+        """Runs the step on a batch; its shapes may differ from those of the config."""
         batch = map_fields(
             lambda name, x: jax.device_put(x, program_lib.field_sharding(name, x.shape, self.mesh)), batch
         )
@@ -108,7 +108,7 @@ class Run:
 
 
 def equations(jaxpr, times=1):
-    """(equation, how often it runs) of a jaxpr and all programs inside it; unknown trips count once."""
+    """(equation, number of runs) of a jaxpr and its inner jaxprs; unknown trips count once."""
     for equation in jaxpr.eqns:
         yield equation, times
         inside = times * equation.params["length"] if equation.primitive.name == "scan" else times

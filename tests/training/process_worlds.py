@@ -52,7 +52,7 @@ def environment(world: Path) -> dict[str, str]:
 
 
 def start(world: Path, processes: int, argv: list[str]) -> subprocess.Popen:
-    """One process as everyone starts it, several by the launcher."""
+    """Starts one process directly, several with the launcher."""
     one = [sys.executable, "-m", "vilam3_jax.train"]
     several = [str(ROOT / "launch" / "local.sh"), str(processes)]
     return subprocess.Popen(
@@ -66,7 +66,7 @@ def start(world: Path, processes: int, argv: list[str]) -> subprocess.Popen:
 
 
 def run(world: Path, processes: int, argv: list[str], code: int = 0, timeout: float = 1200) -> str:
-    """Runs to the end; returns what was said on stderr."""
+    """Runs to the end; returns stderr."""
     process = start(world, processes, argv)
     out, err = process.communicate(timeout=timeout)
     assert process.returncode == code, (process.returncode, out[-2000:], err[-4000:])
@@ -76,7 +76,7 @@ def run(world: Path, processes: int, argv: list[str], code: int = 0, timeout: fl
 def run_script(
     script: str, processes: int, *arguments: str, env: Mapping[str, str] | None = None
 ) -> list[tuple[int, str, str]]:
-    """Runs a script that makes a group of processes; returns code, stdout and stderr of each."""
+    """Runs a script in a group of processes; returns exit code, stdout and stderr of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -102,7 +102,7 @@ def losses(workdir: PathLike) -> dict[int, float]:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a launcher started, by their number in the run."""
+    """The children of a launcher, ordered by process id of the run."""
     found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():

@@ -1,4 +1,4 @@
-"""Two processes answer held-out questions as one does; a killed run has each answer once."""
+"""Held-out answers: two processes equal one; a killed and resumed run writes each answer once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MESHES = ({"fsdp": 4}, {"data": 2, "tensor": 2}, {"fsdp": 2, "context": 2}, {"te
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Data, and an export whose texts depend on image and question: larger weights than a new model's."""
+    """Data, and an export with enlarged weights, so that its texts depend on image and question."""
     root = make_world(tmp_path_factory.mktemp("world"))
     config = config_lib.load("configs/stage3_instruct.py:tiny", {})
     params = jax.jit(lambda key: build.init_params(config.model, config.task, key))(jax.random.key(0))
@@ -80,7 +80,7 @@ ANSWERS = """
 
 
 def answers(world: Path, processes: int) -> list[list[dict]]:
-    """What processes with four devices together answer, mesh by mesh."""
+    """Answers per mesh of processes with four devices in total."""
     overrides = {
         "data.path": str(world / "data"),
         "model.tokenizer": str(world / "tokenizer"),
@@ -110,7 +110,7 @@ def steps_answered(workdir: Path) -> list[int]:
 
 @pytest.mark.slow
 def test_killed_among_its_answers_a_run_writes_each_once(world):
-    """Killed after the answers of step 10; its newest checkpoint is of step 9 or 6."""
+    """Killed after the answers of step 10; the newest checkpoint is of step 9 or 6."""
     settings: dict[str, Any] = {**SETTINGS, "init.everything": world / "export"}
     whole, killed = world / "whole", world / "killed"
     settings["mesh.cpu_devices"] = 2

@@ -1,4 +1,4 @@
-"""Held-out losses in the loop: sums over as much as training holds at a time, of data that is opened once."""
+"""Held-out losses in the loop: the micro-batches of training, and data that is opened once."""
 
 from __future__ import annotations
 
@@ -74,17 +74,17 @@ def test_the_data_is_opened_once(root, monkeypatch):
     known = len(opened)
     assert losses(state) == first and len(opened) == known
     started = {thread.name for thread in set(threading.enumerate()) - before}
-    # Nothing is read ahead meanwhile.
+    # No read-ahead in between.
     assert not any("prefetch" in name or "vilam3-decode" in name for name in started), started
     losses.close()
     assert not {t for t in set(threading.enumerate()) - before if t.name.startswith("vilam3")}
 
 
 def test_held_out_data_without_a_usable_record_is_an_error(root):
-    """Not a loss of nought; each of several processes sees a part of the data only and cannot tell."""
+    """An error, not a loss of 0; each process sees only a part of the data."""
     losses, state = losses_of(root, seq_len=16)
     part = losses._loader(False)
-    # As where another process has the other groups.
+    # As if another process had the other groups.
     part._turns = dataclasses.replace(part._turns, local_units=part._turns.local_units[:1])
     with pytest.raises(UserError, match=r"data: films/heldout record \d+.*; set eval_every=0"):
         losses(state, swapped=False)

@@ -1,4 +1,4 @@
-"""Operations counted by hand for published sizes, and against what XLA counts for a small model."""
+"""Operations compared with counts by hand for published sizes, and with XLA's for a small model."""
 
 import jax
 import numpy as np
@@ -50,7 +50,7 @@ def test_what_is_frozen_costs_what_it_must():
     whole = counted(config_of("vila_m3_3b"))
     align = counted(config_of("vila_m3_3b", ((r"projector/.*", 1.0), (r".*", 0.0))))
     assert align.tokens == whole.tokens * 2 / 3  # forward, and back to the images
-    assert align.attended == whole.attended  # attention has no weights: nothing is saved
+    assert align.attended == whole.attended  # attention has no weights, so freezing saves nothing
     pretrain = counted(config_of("vila_m3_3b", ((r"vision_tower/.*", 0.0), (r".*", 1.0))))
     assert pretrain.tokens == whole.tokens
     block = 4 * 1152**2 + 2 * 1152 * 4304
@@ -104,7 +104,7 @@ def test_no_batch_holds_more_than_the_full_one():
 
 @pytest.mark.parametrize("kind", ["generative", "contrastive"])
 def test_the_count_agrees_with_xla(kind):
-    """XLA counts forward and backward of unrolled layers; the rest (norms, softmax) is under a tenth here."""
+    """XLA counts forward and backward of unrolled layers; norms and softmax are below a tenth here."""
     config = tiny_config(kind)
     wide = dict(hidden_size=128, mlp_dim=512)
     config.model.vision_tower.update(wide)

@@ -1,4 +1,4 @@
-"""What is frozen costs no backward pass: products of the whole train step, counted in its program."""
+"""Frozen parameters cost no backward pass: products counted in the jaxpr of the train step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def products(function, *arguments):
 
 @functools.cache
 def counted(trainable, remat="none"):
-    """Products of the train step, and of the parts of one forward pass."""
+    """Products of the train step, and of each part of a forward pass."""
     config = tiny_config(fsdp=8)
     config.model.remat, config.trainable, config.loss_chunk = remat, trainable, 48
     config.model.llm.num_layers = 4
@@ -50,7 +50,7 @@ def counted(trainable, remat="none"):
         "encoded": products(lambda p: build.merge(graphdef, p).encode_images(images), nested),
         "llm": products(lambda p, x: build.merge(graphdef, p).llm(x, *rows), nested, states),
         "head": tokens * llm.hidden_size * llm.vocab_size,
-        # Without the two products of attention, whose gradient takes five.
+        # Without the two products of attention, whose gradient has five.
         "llm_weights": tokens
         * sum(x.size for p, x in shapes.items() if p.startswith("llm/layers/") and p.endswith("kernel")),
     }
@@ -60,7 +60,7 @@ def counted(trainable, remat="none"):
 
 
 def test_only_the_projector_trains():
-    """Stage 2a: the tower forward; the LLM forward and back to its inputs, no product for a weight of it."""
+    """Stage 2a: the tower forward; the LLM forward and back to its inputs, without weight gradients."""
     step, part = counted(PROJECTOR)
     least = part["tower"] + 2 * part["llm_weights"] + 7 * part["attention"] + 2 * part["head"]
     assert 2 * part["projector"] <= step - least <= 3 * part["projector"]
@@ -70,7 +70,9 @@ def test_a_frozen_tower_runs_forward_alone():
     (frozen, part), (trained, _) = counted(NO_TOWER), counted(ALL)
     least = part["tower"] + 3 * part["llm_weights"] + 7 * part["attention"] + 3 * part["head"]
     assert 2 * part["projector"] <= frozen - least <= 3 * part["projector"]
-    assert 1.8 * part["tower"] < trained - frozen < 3 * part["tower"]  # attention goes back in five for two
+    assert (
+        1.8 * part["tower"] < trained - frozen < 3 * part["tower"]
+    )  # the gradient of attention has five products for two
 
 
 def test_recomputation_leaves_a_frozen_tower_alone():

@@ -1,4 +1,4 @@
-"""QLoRA: frozen kernels stored quantised, adapters that learn; resumed, on another mesh, exported."""
+"""QLoRA: quantised frozen kernels and trained adapters; resumed, on another mesh, exported."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def described(config):
 
 
 def hidden_states(config, params):
-    """Hidden states of all positions, as the model in training computes them."""
+    """Hidden states of all positions, computed by the training model."""
     graphdef, _ = build_lib.abstract_model(config.model, "generative")
     run = jax.jit(lambda params, batch: build_lib.merge(graphdef, params)(batch))
     return run(param_paths.unflatten(dict(params)), packed_batch(0))
@@ -66,7 +66,7 @@ def hidden_states(config, params):
 
 @pytest.mark.parametrize("kind, share", [("int8", 1.05 / 4), ("nf4", 0.6 / 4)])
 def test_memory_of_frozen_kernels_drops(kind, share):
-    """Per device, from the shapes alone that `vilam3 plan` counts."""
+    """Per device, from the shapes that `vilam3 plan` counts."""
     kernels = {}
     for name in ("", kind):
         config = make_config(name, fsdp=2, tensor=2)
@@ -98,7 +98,7 @@ def test_kernels_are_quantised_as_they_are_read(tmp_path, kind):
         np.testing.assert_array_equal(got, one)
     assert jax.tree.map(lambda x: x.sharding, state) == shardings(program.state)
 
-    # Fresh adapters add nothing: the model is that of the dequantised kernels, and not that of the kernels.
+    # Fresh adapters add nothing, so the model equals that of the dequantised kernels, not the original one.
     params = jax.device_put(state.params(), jax.devices()[0])
     states = hidden_states(config, params)
     np.testing.assert_allclose(states, hidden_states(config, dequantized(params)), rtol=1e-5, atol=1e-5)
@@ -119,20 +119,20 @@ def test_trained_saved_resumed_and_exported(tmp_path, kind):
     rest = [run.step(packed_batch(i % 2))["loss"] for i in range(2, 8)]
     saved.wait()
     assert rest[-1] < start[0]
-    # Only adapters learn, and have optimizer state.
+    # Only adapters are trained and have optimizer state.
     assert all("/lora_" in path for path in run.state.trainable)
     for one, two in zip(jax.tree.leaves(before), jax.tree.leaves(run.state.frozen), strict=True):
         np.testing.assert_array_equal(one, two)
     final = run.state.params()
 
-    # Resumed: the same numbers, on the same mesh to the bit.
+    # Resumed on the same mesh: bitwise the same losses.
     restored = run_checkpoints.RunCheckpoints(tmp_path / "run").restore(run.program.state.to_tree())
     assert restored is not None
     run.state = TrainState.from_tree(restored.state)
     assert isinstance(run.state.frozen[Q], QuantizedKernel)
     assert [run.step(packed_batch(i % 2))["loss"] for i in range(2, 8)] == rest
 
-    # On another mesh: the same arrays, placed otherwise.
+    # On another mesh: the same arrays with other shardings.
     other = build(make_config(kind, fsdp=4))
     moved = run_checkpoints.RunCheckpoints(tmp_path / "run").restore(other.state.to_tree())
     assert moved is not None
@@ -140,7 +140,7 @@ def test_trained_saved_resumed_and_exported(tmp_path, kind):
         np.testing.assert_array_equal(got, want)
     assert jax.tree.map(lambda x: x.sharding, TrainState.from_tree(moved.state)) == shardings(other.state)
 
-    # Exported: an ordinary model, which computes what the one in training does; so does a merged one.
+    # The export and its merged version compute the same as the training model.
     train_bpe(["liver spleen"], 270, tmp_path / "words", ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
     exports.export_model(tmp_path / "export", final, described(config), tmp_path / "words", {})
     loaded, _, _ = exports.load_export(tmp_path / "export")

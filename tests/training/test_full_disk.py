@@ -1,4 +1,4 @@
-"""A disk that takes no more bytes: one line, nothing half-written, the last good checkpoint stays."""
+"""A full disk: a one-line error, no partial files, and the last good checkpoint remains."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROGRAM = """
     saved = run_checkpoints.RunCheckpoints(workdir)
     saved.save(1, {"w": jax.numpy.zeros((4, 4))}, {}, {})
     saved.wait()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # stands in for a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # simulates a full disk
     large = jax.random.normal(jax.random.key(0), (1000, 1000))
     saved = run_checkpoints.RunCheckpoints(workdir)
     def save():

@@ -35,7 +35,7 @@ def start(tmp_path):
     program = tmp_path / "python"
     program.write_text(PROGRAM)
     program.chmod(0o755)
-    finder = tmp_path / "finder"  # the real interpreter finds the port, the stand-in plays the program
+    finder = tmp_path / "finder"  # the real interpreter finds the port, the stand-in is the program
     finder.write_text(
         f'#!/usr/bin/env bash\n[[ $1 == -c ]] && exec {sys.executable} "$@"\nexec {program} "$@"\n'
     )

@@ -85,7 +85,7 @@ def test_batch_rows_must_divide():
 
 
 class Chip:
-    """A device of a slice, as far as the mesh looks at it."""
+    """A device of a slice with the attributes that the mesh reads."""
 
     def __init__(self, *coords, platform="tpu"):
         self.coords, self.platform = coords, platform
@@ -95,7 +95,7 @@ class Chip:
     "torus, fsdp, line",
     [
         ((4, 4, 4), 64, 4),
-        ((4, 4, 4), 16, 1),  # the rest is `tensor`: a plane is left
+        ((4, 4, 4), 16, 1),  # the rest is `tensor`, and `fsdp` a plane
         ((4, 8, 8), 256, 4),
         ((4, 8, 8), 64, 1),
         ((8, 8, 8), 512, 8),
@@ -147,7 +147,7 @@ def test_slices_lie_along_data(name):
 
 
 def test_hosts_of_gpus_are_no_slices():
-    """XLA numbers the hosts of GPUs where TPUs have the numbers of their slices."""
+    """For GPUs, XLA's `slice_index` is the number of the host."""
     gpu = dataclasses.make_dataclass("Gpu", ["id", "slice_index", ("platform", str, "gpu")])
     devices = [gpu(number, number // 8) for number in range(16)]
     assert mesh_lib._slices(devices) == [devices]
@@ -162,7 +162,7 @@ def test_hosts_of_gpus_are_no_slices():
     ],
 )
 def test_parts_of_a_torus_hold_the_parameters_once_each(name, axes, block):
-    """Sides that `fsdp` does not fill are cut into neighbours, not into every other chip."""
+    """Sides that `fsdp` does not fill are cut into contiguous blocks."""
     pytest.importorskip("libtpu")
     mesh = mesh_lib.build_mesh(mesh_config(**axes), topology.parse(name).devices())
     for part in mesh.devices:

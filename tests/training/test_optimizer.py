@@ -1,4 +1,4 @@
-"""Optimizers against other implementations; groups; what their state is kept in."""
+"""Optimizers compared with other implementations; groups; dtypes of their state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vilam3_jax.training import program as program_lib
 from vilam3_jax.training.optimizer import LrGroup
 from vilam3_jax.training.train_state import shardings
 
-# Two layers in one array, a matrix at the end of the model, a vector a layer, one that is not decayed.
+# Two stacked layers, a matrix, the last matrix of the model, and a stacked vector without decay.
 SHAPES = {
     "llm/layers/mlp/up/kernel": (2, 130, 140),
     "projector/fc1/kernel": (140, 130),
@@ -37,7 +37,7 @@ def config_of(name, **settings):
 
 
 def world(steps=STEPS, seed=0):
-    """Parameters and a gradient a step; layers differ in size, so that to mix them up shows."""
+    """Parameters and a gradient per step; the layers differ in scale, so that mixing them up shows."""
     rng = np.random.default_rng(seed)
     params = {path: rng.normal(size=shape).astype(np.float32) for path, shape in SHAPES.items()}
     grads = [
@@ -66,12 +66,12 @@ def walk(config, params, grads, groups=None):
 
 
 def layers(path, x):
-    """The matrices or vectors that a stacked array holds."""
+    """The layers of a stacked array."""
     return list(x) if "/layers/" in path else [x]
 
 
 def by_torch(make, params, grads):
-    """Each layer is a parameter of its own to PyTorch's optimizer."""
+    """PyTorch's optimizer with one parameter per layer."""
     import torch
 
     parts = {
@@ -117,7 +117,7 @@ def test_adamw_equals_pytorch():
 
 
 def test_adafactor_equals_transformers_layer_by_layer():
-    """Without its learning rates of its own; it factors small matrices too, and decays before the step."""
+    """Without relative steps. Theirs also factors small matrices, and decays before the step."""
     from transformers.optimization import Adafactor
 
     params, grads = world()
@@ -130,7 +130,7 @@ def test_adafactor_equals_transformers_layer_by_layer():
         del row["llm/lm_head/kernel"]
     for a, b in zip(got, want, strict=True):
         for path in a:
-            # Their decay uses the parameter before, and so does ours.
+            # Both decay the parameter before the step.
             np.testing.assert_allclose(a[path], b[path], atol=2e-5, err_msg=path)
 
 
@@ -157,7 +157,7 @@ def orthogonalised(matrix):
 
 
 def test_muon_orthogonalises_every_layer_by_itself():
-    """In numpy; and loosely PyTorch's, which computes in bfloat16 and leaves out optax's bias correction."""
+    """Equals NumPy; and, loosely, PyTorch, which uses bfloat16 and no bias correction."""
     import torch
 
     params, grads = world(steps=1)
@@ -176,7 +176,7 @@ def test_muon_orthogonalises_every_layer_by_itself():
             step = 0.2 * np.sqrt(max(g.shape)) * orthogonalised(g)
             np.testing.assert_allclose(new, old - PEAK * (step + 0.1 * old), atol=2e-6)
             assert np.abs(np.asarray(new) - other).max() < 0.05 * np.abs(other - old).max()
-            assert 0.1 < np.sqrt(np.mean(step**2)) < 0.3  # the size of AdamW's steps
+            assert 0.1 < np.sqrt(np.mean(step**2)) < 0.3  # the RMS of AdamW's steps
 
 
 def test_muon_leaves_the_rest_to_adamw():
@@ -261,7 +261,7 @@ def test_moments_are_stored_as_asked_and_computed_in_float32(name):
     assert types == {jnp.dtype("float32")}
     types = {x.dtype for x in jax.tree.leaves(narrow) if x.ndim > 1}
     assert types == {jnp.dtype("bfloat16")}
-    # The first step has nothing stored yet: it is the same but for the rounding of nothing.
+    # Nothing is stored before the first step, so nothing is rounded.
     np.testing.assert_array_equal(exact[0]["llm/lm_head/kernel"], rounded[0]["llm/lm_head/kernel"])
     difference = np.abs(exact[-1]["projector/fc1/kernel"] - rounded[-1]["projector/fc1/kernel"])
     assert 0 < difference.max() < 0.1 * PEAK * STEPS
@@ -289,7 +289,7 @@ def small_run(**changes):
 
 
 def test_master_weights_are_float32_and_products_bfloat16():
-    """A step too small for bfloat16 arrives, and no product has a float32 factor."""
+    """A step below the resolution of bfloat16 changes parameters; no product has a float32 factor."""
     run = small_run(**{"model.dtype": "bfloat16", "schedule.peak": 1e-7})
     batch = jax.tree.map(jnp.asarray, packed_batch(0, rows=2))
     types = {
@@ -299,7 +299,7 @@ def test_master_weights_are_float32_and_products_bfloat16():
         for factor in equation.invars
     }
     assert types == {"bfloat16"}
-    before = run.state.trainable
+    before = jax.tree.map(jnp.copy, run.state.trainable)  # the step donates its state
     run.step(batch)
     assert {x.dtype for x in run.state.trainable.values()} == {jnp.dtype("float32")}
     path = "llm/layers/mlp/up/kernel"
@@ -308,7 +308,7 @@ def test_master_weights_are_float32_and_products_bfloat16():
 
 
 def test_no_two_leaves_of_a_fresh_state_share_a_buffer():
-    """The step is given the whole state away; XLA on CPUs ends the process over a buffer given twice."""
+    """The step donates the whole state; XLA for CPUs aborts if a buffer is donated twice."""
     state = small_run(ema_decay=0.9).state
     buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
     assert len(set(buffers)) == len(buffers)
@@ -316,7 +316,7 @@ def test_no_two_leaves_of_a_fresh_state_share_a_buffer():
 
 @pytest.mark.slow
 def test_bfloat16_parameters_train():
-    """Gradients are added up, and moments and the average are kept, in float32."""
+    """Gradients accumulate in float32; moments and the moving average are float32."""
     types = {"model.dtype": "bfloat16", "model.param_dtype": "bfloat16"}
     run = small_run(**types, grad_accum=2, ema_decay=0.9)
     batch = packed_batch(0, rows=2)

@@ -1,4 +1,4 @@
-"""Two processes train as one does; what one of them meets, all of them know."""
+"""Runs of two processes: equal to one process, and errors and signals of one reach the other."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def in_two(world):
 
 
 def assert_nearly(one: Path, two: Path, rtol: float = 1e-5) -> None:
-    """The same samples in every step, and losses that differ by the order of sums only."""
+    """The same samples in every step; losses differ only by the order of sums."""
     rows = [{row["step"]: row for row in telemetry.read_metrics(w) if "loss" in row} for w in (one, two)]
     assert rows[0].keys() == rows[1].keys() == set(range(1, STEPS + 1))
     for step, row in rows[0].items():
@@ -98,7 +98,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(world, in_two):
     wait_for(process, workdir, 8)
     os.kill(children(process.pid)[1], signal.SIGKILL)
     _, said = process.communicate(timeout=300)
-    # By a collective that broke off; or, where devices of one process wait for each other, by JAX's service.
+    # From a broken collective, or from JAX's service if devices of one process wait for each other.
     assert process.returncode and ("no answer from process 1" in said or "task died" in said), said
     assert 8 <= max(losses(workdir)) < STEPS
     run(world, 2, argv)
@@ -110,7 +110,7 @@ def test_all_processes_wait_for_a_run_that_has_the_folder(world):
     folder = world / "waited_for"
     with workdir_lib.claimed(folder):
         process = start(world, 2, arguments(world, folder, **TWO | {"num_steps": 2}))
-        time.sleep(60)  # a program of both processes would fail after 30
+        time.sleep(60)  # a collective would time out after 30
         assert process.poll() is None
         assert [entry.name for entry in folder.iterdir()] == [workdir_lib.CLAIM_FILE]
     _, said = process.communicate(timeout=600)
@@ -205,7 +205,7 @@ PREEMPTED = """
 @pytest.mark.slow
 @pytest.mark.parametrize("start, latest", [("500", 1), ("0500", 10), ("00", 10)])
 def test_a_run_that_goes_on_hears_signals_from_its_beginning(start: str, latest: int):
-    """JAX counts the steps at which all can stop from the first one it was ever asked about."""
+    """JAX counts the steps at which all can stop from the first one it was asked about."""
     results = run_script(PREEMPTED, 2, start)
     assert all(code == 0 for code, _, _ in results), results
     stopped = {int(out.split()[-1]) for _, out, _ in results}
@@ -230,7 +230,7 @@ def test_an_error_in_one_process_ends_the_other_by_name(case, code, failing):
         "program": f"stopped, because process {failing} failed: RuntimeError: a defect",
         "killed": f"no answer from process {failing}",
     }[case]
-    if (case, failing) == ("killed", 0):  # with process 0 goes the service: JAX itself ends the others
+    if (case, failing) == ("killed", 0):  # process 0 runs the service, so JAX ends the others
         reason = "another task died"
     assert reason in other, done
     assert ("Traceback" in done[failing][2]) == (case == "program")

@@ -1,4 +1,4 @@
-"""The program from the config alone is the program that training runs."""
+"""The program built from the config equals the one that training runs."""
 
 import pytest
 
@@ -54,7 +54,7 @@ def built(config):
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
 def test_the_step_from_the_config_alone_is_the_step_on_the_loaders_batches(world, changes):
-    """As training does it: state from `initial_state`, batch from the loader; the same StableHLO."""
+    """The same StableHLO as with the state of `initial_state` and a batch of the loader."""
     config = make_config(world, changes)
     program = built(config)
     loader = loader_lib.build_loader(
@@ -75,7 +75,7 @@ def test_the_step_from_the_config_alone_is_the_step_on_the_loaders_batches(world
 
 
 def test_training_takes_its_step_from_the_program(world, tmp_path, monkeypatch):
-    """What `train` compiles is `Program.lower`, called once."""
+    """`train` compiles the result of `Program.lower`, called once."""
     lowered = []
     lower = program_lib.Program.lower
     monkeypatch.setattr(

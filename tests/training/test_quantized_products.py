@@ -1,4 +1,4 @@
-"""Training with quantised products: it learns what exact products learn, on any mesh."""
+"""Training with quantised matmuls: losses close to exact ones, on any mesh."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def losses(config, steps=STEPS):
 
 @pytest.fixture(scope="module")
 def learned():
-    """Losses on one device: with exact products, and with quantised ones in both passes."""
+    """Losses on one device: exact, and with quantised matmuls in both passes."""
     return {kind: losses(make_config(kind, bool(kind))) for kind in ("", "int8", "fp8")}
 
 
@@ -56,7 +56,7 @@ def test_the_loss_goes_where_it_goes_with_exact_products(learned, kind):
 
 @pytest.mark.slow
 def test_a_mesh_changes_no_more_than_rounding(learned):
-    """Scales of a device's own, for rows over `tensor` and in gradients; with remat on top."""
+    """Scales are per device, for rows over `tensor` and in gradients; with remat as well."""
     config = make_config("int8", True, data=2, fsdp=2, tensor=2)
     config.model.remat = "qkv+mlp"
     np.testing.assert_allclose(losses(config, 3), learned["int8"][:3], rtol=2e-3)
@@ -65,7 +65,7 @@ def test_a_mesh_changes_no_more_than_rounding(learned):
 def test_tower_and_projector_by_expression():
     config = make_config("int8", modules=r"llm/layers/.*|vision_tower/blocks/.*|projector/.*", fsdp=8)
     text = built(config).lower().as_text()
-    assert text.count("xi8>, tensor<") >= 7 + 6 + 2  # of a layer of the LLM, of a block, of the projector
+    assert text.count("xi8>, tensor<") >= 7 + 6 + 2  # per LLM layer, tower block, projector
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_products_of_the_head_and_of_embeddings_stay():
     ],
 )
 def test_a_tpu_multiplies_the_quantised_numbers(monkeypatch, name, kind, forward, backward):
-    """In the compiled step, not only in what is asked for: 7 products of a layer, 14 of its backward pass."""
+    """In the compiled step: 7 products per layer, and 14 in its backward pass."""
     pytest.importorskip("libtpu")
     from vilam3_jax.plan import topology
 
@@ -130,7 +130,7 @@ def test_a_tpu_multiplies_the_quantised_numbers(monkeypatch, name, kind, forward
 
 
 def tpu_products(text):
-    """(result, first factor, second factor) → how many products of a compiled program have these types."""
+    """(result, first factor, second factor) types → number of products in a compiled program."""
     types = dict(re.findall(r"%([\w.\-]+) = (\w+)\[", text))
     found = collections.Counter()
     for result, factors in re.findall(r"= (\w+)\[\S* (?:convolution|dot)\(([^)]*)\)", text):

@@ -24,7 +24,7 @@ from vilam3_jax.training import program as program_lib
 
 @pytest.mark.parametrize("llm", LLMS)
 def test_a_model_is_the_one_that_its_checkpoint_names(llm):
-    """A checkpoint's config went through JSON; an export's has tuples again."""
+    """Configs of checkpoints come from JSON; those of exports have tuples again."""
     model = models.get("tiny")
     model.llm = LLMS[llm]()
     model.llm.update(dict(lora_rank=4, lora_targets=("q", "v")))

@@ -72,7 +72,7 @@ def tower_of_three_heads(kind, **mesh_axes):
 @pytest.mark.parametrize("kind", ["generative", pytest.param("contrastive", marks=SLOW)])
 @pytest.mark.parametrize("queries", ["tensor", pytest.param("", marks=SLOW)])
 def test_a_tower_has_rules_of_its_own(kind, queries):
-    """Three heads do not split in two; the LLM's do, and are split."""
+    """Its three heads cannot be split in two; the LLM's heads are split."""
     make = packed_batch if kind == "generative" else pair_batch
     config = tower_of_three_heads(kind, data=2, fsdp=2, tensor=2)
     if queries:
@@ -118,7 +118,7 @@ def test_other_rules_equal_one_device(rules):
     ],
 )
 def test_rows_over_devices_equal_one_device(axes, attention):
-    """`auto` exchanges lengths for heads. Adam hides a gradient's scale, which its norm shows."""
+    """`auto` uses all-to-all. Adam hides the scale of a gradient, so compare norms too."""
     config = tiny_config(**axes)
     config.attention = attention
     one, many = Run(tiny_config(), one_device()), Run(config)
@@ -127,7 +127,7 @@ def test_rows_over_devices_equal_one_device(axes, attention):
         np.testing.assert_allclose(split["loss"], whole["loss"], rtol=1e-5)
         np.testing.assert_allclose(split["grad_norm"], whole["grad_norm"], rtol=1e-4)
     for path, leaf in many.state.trainable.items():
-        if not path.endswith("attn/k/bias"):  # as below, of two scales
+        if not path.endswith("attn/k/bias"):  # see test_two_scales_sharded_equal_one_device
             np.testing.assert_allclose(leaf, one.state.trainable[path], atol=2e-5, err_msg=path)
     moved = "all-to-all" if attention == "auto" else "collective-permute"
     assert moved in many.text()
@@ -135,7 +135,7 @@ def test_rows_over_devices_equal_one_device(axes, attention):
 
 @pytest.mark.parametrize("slots", [pytest.param(4, marks=SLOW), 3])
 def test_images_are_split_over_the_devices_of_a_row(slots):
-    """Four groups of images on eight devices: of four slots, or of three, which one more makes even."""
+    """Four groups of images on eight devices, with four slots, or with three and one of padding."""
     batches = [packed_batch(index, rows=4, slots=slots) for index in range(3)]
     config = tiny_config(data=2, fsdp=2, context=2)
     one, many = Run(tiny_config(), one_device()), Run(config)
@@ -151,10 +151,11 @@ def test_images_are_split_over_the_devices_of_a_row(slots):
 
 
 def other_families(**mesh_axes):
-    """InternViT, a projector with norms between its layers, a Llama with all that Qwen adds."""
+    """InternViT, a projector with norms between its layers, and a Llama with Qwen's additions."""
     config = tiny_config(**mesh_axes)
     with config.unlocked():
         config.model.vision_tower.type = "intern_vit"
+        del config.model.vision_tower.head
         config.model.projector.type = "mlp_downsample_3x3_fix"
         config.model.llm.update(dict(qkv_bias=True, o_bias=True, qk_norm=True, tie_embeddings=False))
         scaling = dict(type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
@@ -195,7 +196,7 @@ def test_two_scales_sharded_equal_one_device(mode, last):
         batch = packed_batch(index, side=64) if mode == "resize" else tiled_batch(index)
         np.testing.assert_allclose(many.step(batch)["loss"], one.step(batch)["loss"], rtol=1e-5)
     for path, leaf in many.state.trainable.items():
-        # What all keys share leaves a softmax as it is: such a gradient is rounding, which AdamW magnifies.
+        # Softmax ignores a bias of all keys, so its gradient is rounding noise, which AdamW amplifies.
         if not path.endswith("attn/k/bias"):
             np.testing.assert_allclose(leaf, one.state.trainable[path], atol=2e-5, err_msg=path)
     assert np.abs(one.state.trainable["vision_tower/patch_embed/kernel"] - before).max() > 1e-4
@@ -309,7 +310,7 @@ def test_an_odd_vocabulary_and_fsdp_in_two_axes_equal_one_device(axes, line, tie
     configs = tiny_config(), tiny_config(**axes)
     for config in configs:
         config.model.llm.vocab_size += 1
-        # By its default a gradient that is zero but for rounding becomes a whole step of AdamW.
+        # With the default, AdamW turns the rounding noise of a zero gradient into a full step.
         config.optimizer.eps = 1e-3
         config.model.llm.tie_embeddings = tied
     one = Run(configs[0], one_device())

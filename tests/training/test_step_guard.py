@@ -1,4 +1,4 @@
-"""Skipped steps and the moving average: what they change, what they leave, and that parts add up."""
+"""Skipped steps and the moving average, also with accumulation and after a restart."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def config_of(**changes):
 
 
 def regression(params, batch):
-    """Weighted squares of a linear model; `weights` play the part of supervised tokens."""
+    """Weighted squared error of a linear model; the weights stand for supervised tokens."""
     y, weights = batch.tokens, batch.loss_weights[:, 0]
     error = (batch.images * params[FROZEN] @ params[KERNEL] + params[BIAS] - y) ** 2
     return LossSums((error.sum(axis=1) * weights).sum(), weights.sum(), jnp.zeros(()))
@@ -111,7 +111,7 @@ class Toy:
 
 
 def learned(toy):
-    """All that a skipped step must leave as it is."""
+    """The state that a skipped step must not change."""
     kept = ("trainable", "opt_state", "ema", "frozen")
     return jax.tree.map(np.asarray, {name: getattr(toy.state, name) for name in kept})
 
@@ -134,7 +134,7 @@ def poisoned(value, row=5):
 @pytest.mark.parametrize("accumulated", [1, 4])
 @pytest.mark.parametrize("bad", [np.nan, 1e30])
 def test_a_step_that_is_not_finite_leaves_no_trace(bad, accumulated, devices):
-    """As if its batch had never come: parameters, moments, average, rates, bit for bit."""
+    """Parameters, moments, average and rates are bitwise those of a run without the batch."""
     with_bad, without = (Toy(config_of(grad_accum=accumulated), devices) for _ in range(2))
     for index in range(3):
         with_bad.step(batch_of(index))
@@ -187,7 +187,7 @@ def test_the_limit_ends_the_run():
 
 @pytest.mark.parametrize("bad", [None, np.nan, 40.0])
 def test_accumulation_equals_one_large_batch_with_clip_skip_and_average(bad):
-    """Weights are uneven; a clip that bites; the bad rows are in one of four micro-batches."""
+    """Uneven weights, effective clipping, and bad rows in one of four micro-batches."""
     one, four = (Toy(config_of(grad_accum=n, **{"optimizer.clip_norm": 0.3}), 2) for n in (1, 4))
     for index in range(8):
         batch = poisoned(bad) if bad is not None and index == 5 else batch_of(index)
@@ -240,7 +240,7 @@ def test_the_average_is_what_is_evaluated_and_exported():
 
 
 def test_resumed_equals_uninterrupted_with_average_and_counters(tmp_path):
-    """In the midst of a row of skipped steps, with a window half full."""
+    """Resumed between skipped steps, with a half-full window."""
     batches = [batch_of(i) for i in range(3)] + [poisoned(np.nan)] * 4 + [batch_of(i) for i in range(7, 14)]
     batches[11] = batch_of(11, scale=30)
     whole = Toy(config_of(), 8)
@@ -261,7 +261,7 @@ def test_resumed_equals_uninterrupted_with_average_and_counters(tmp_path):
     resumed.state = TrainState.from_tree(restored.state)
     for batch in batches[5:]:
         resumed.step(batch)
-    assert str(resumed.log) == str(whole.log[5:])  # nan is nan there
+    assert str(resumed.log) == str(whole.log[5:])  # as text, since nan != nan
     assert whole.log[-1]["skipped"] == 5 and whole.log[6]["skipped_in_row"] == 4
     assert_equal(jax.tree.map(np.asarray, resumed.state), jax.tree.map(np.asarray, whole.state))
 

@@ -1,4 +1,4 @@
-"""Figures of the loop: what they say when device or loader are slow, and that they do not hold it up."""
+"""Metrics of the loop with slow devices and loaders, without blocking the loop."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ _programs = {}
 
 
 def program_of(config):
-    """A program that is built once; with the settings of `config` that the build does not read."""
+    """A cached program with settings of `config` that do not affect the build."""
     config = config_lib.resolve(config)
     if config.trainable not in _programs:
         mesh = mesh_lib.build_mesh(config.mesh, jax.devices()[:1])
@@ -43,28 +43,30 @@ def work_of(batch, task="generative"):
     return TASKS[task].work(model_config.resolve(models.get("tiny")), batch)
 
 
+WORK = Work(*map(float, work_of(helpers.packed_batch(0))))  # of the batch of `follow`
+
+
 class Device:
-    """A device of known slowness: a step's figures are ready `seconds` after the one before is."""
+    """A device of known speed: the metrics of a step are ready `seconds` after those of the previous one."""
 
     def __init__(self, seconds):
         self.seconds, self._free = seconds, 0.0
 
     def run(self, step, batch):
         self._free = max(self._free, time.perf_counter()) + self.seconds
-        counts = {name: float(value) for name, value in work_of(batch)._asdict().items()}
         return {
             name: Later(value, self._free)
             for name, value in {
                 "loss": float(step),
                 "learning_rate": 0.5,
                 "skipped_in_row": 0.0,
-                **counts,
+                **WORK._asdict(),
             }.items()
         }
 
 
 class Later:
-    """A figure that can be read from some time on."""
+    """A value that is ready at a given time."""
 
     def __init__(self, value, ready):
         self._value, self._ready = value, ready
@@ -87,7 +89,7 @@ class Later:
 
 @pytest.fixture(autouse=True)
 def read_later(monkeypatch):
-    """`jax.device_get` knows jax's arrays only."""
+    """Makes `jax.device_get` accept `Later`."""
     get = jax.device_get
 
     def device_get(tree):
@@ -148,7 +150,7 @@ def test_the_loop_runs_ahead_of_the_device_but_not_far(tmp_path):
 def test_input_that_is_slower_than_the_device_is_waited_for(tmp_path):
     rows, clock = follow(tmp_path, 8, Device(0.05), load=0.15)
     later = rows[2:]
-    # The batch comes every 150 ms, the device is busy for 50 of them.
+    # A batch arrives every 150 ms; the device is busy for 50 ms of them.
     assert all(row["input_wait"] == pytest.approx(2 / 3, abs=0.15) for row in later)
     assert clock.productive == pytest.approx(8 * 0.05, rel=0.3)
 
@@ -166,7 +168,7 @@ def test_what_is_no_step_is_left_out_of_the_speed_and_logged(tmp_path):
 
     rows, clock = follow(tmp_path, 6, Device(0.5), each=pause)
     tokens = int((helpers.packed_batch(0).segment_ids > 0).sum())
-    # With the pause in it a step would take 2.5 s. A busy machine sees a step end late, the next one soon.
+    # Including the pause a step would take 2.5 s. On a busy machine steps may end late, and the next early.
     assert all(tokens / 2.0 < row["tokens_per_second"] < 1.5 * tokens / 0.5 for row in rows)
     (stall,) = [row for row in writers.read_lines(tmp_path) if "checkpoint_stall" in row]
     assert stall["step"] == 3 and stall["checkpoint_stall"] >= 2.0
@@ -178,7 +180,7 @@ def test_goodput_survives_a_restart_and_loses_what_was_not_saved(tmp_path):
     rows, _ = follow(tmp_path, 4, Device(0.05), clock=telemetry.Clock(productive=50.0, seconds=80.0))
     assert rows[-1]["goodput"] == pytest.approx(0.5, abs=0.02)
     assert rows[-1]["seconds"] > 80
-    # Killed; the checkpoint of step 2 knew of 40 productive seconds.
+    # Killed; the checkpoint of step 2 has 40 productive seconds.
     rows, _ = follow(tmp_path, 4, Device(0.05), start=2, clock=telemetry.Clock(productive=40.0))
     assert rows[-1]["goodput"] == pytest.approx(0.4, abs=0.02)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
@@ -222,7 +224,7 @@ def test_a_writer_that_fails_at_the_end_keeps_none_from_closing(tmp_path, monkey
     def broken(*_):
         raise KeyError("of the loop")
 
-    with pytest.raises(KeyError, match="of the loop"):  # what ended the run is told
+    with pytest.raises(KeyError, match="of the loop"):  # the error that ended the run has priority
         follow(tmp_path, 2, Device(0.01), each=broken)
     assert len(closed) == 2
 
@@ -260,14 +262,13 @@ def test_work_counted_on_the_device_is_that_of_the_accounting(task):
 
 def test_mfu_is_the_share_of_the_peak_and_absent_on_a_cpu(monkeypatch):
     program = program_of(helpers.tiny_config())
-    work = Work(*map(float, work_of(helpers.packed_batch(0))))
     per_unit = flops.model_flops(program.task, program.config.model, program.shapes, program.lr_multipliers)
-    needed = flops.step_flops(per_unit, work)
-    speed = telemetry.Speed(program).of(work, 2.0)
+    needed = flops.step_flops(per_unit, WORK)
+    speed = telemetry.Speed(program).of(WORK, 2.0)
     assert set(speed) == {"tflops_per_device"}
     assert speed["tflops_per_device"] == pytest.approx(needed / 2 / jax.device_count() / 1e12)
     monkeypatch.setattr(telemetry.chips, "of_kind", lambda kind: chips.CHIPS["tpu7x"])
-    found = telemetry.Speed(program).of(work, 2.0)
+    found = telemetry.Speed(program).of(WORK, 2.0)
     assert found["mfu"] == pytest.approx(needed / 2 / jax.device_count() / (2307e12 / 2))
 
 
@@ -327,7 +328,7 @@ def test_a_run_without_a_stall_leaves_no_file(tmp_path):
 
 
 def test_a_thread_that_keeps_the_interpreters_lock_is_shown_too(tmp_path):
-    """A regular expression with exponential backtracking runs for minutes and never lets go of the lock."""
+    """A regular expression with exponential backtracking runs for minutes and keeps the GIL."""
     script = f"""
 import re, sys
 from vilam3_jax.training.watchdog import Watchdog

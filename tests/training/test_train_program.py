@@ -104,7 +104,7 @@ def uninterrupted(world):
 def test_stopped_and_resumed_equals_uninterrupted(world, uninterrupted):
     workdir = world / "stopped"
     workdir.mkdir()
-    (workdir / train.RESULT_FILE).write_text("{}")  # of a run of fewer steps that goes on
+    (workdir / train.RESULT_FILE).write_text("{}")  # of a shorter run that is continued
     assert run(*arguments(world, workdir), "--stop_after=3").returncode == 0
     assert max(losses(workdir)) == 3 and not (workdir / "export").exists()
     assert not (workdir / train.RESULT_FILE).exists()
@@ -147,7 +147,7 @@ def test_figures_and_answers_of_a_resumed_run_are_those_of_an_uninterrupted_one(
     whole, resumed = world / "figures_whole", world / "figures_resumed"
     assert run(*arguments(world, whole, **settings)).returncode == 0
     assert run(*arguments(world, resumed, **settings), "--stop_after=6").returncode == 0
-    # As after a kill between the checkpoint of step 6 and the next: lines that no checkpoint knows of.
+    # As after a kill between two checkpoints: lines of steps after the checkpoint.
     with (resumed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "loss": 0.0}\n')
     with (resumed / "generations.jsonl").open("a") as file:
@@ -184,7 +184,7 @@ def test_figures_and_answers_of_a_resumed_run_are_those_of_an_uninterrupted_one(
 
 @pytest.mark.slow
 def test_answers_take_no_time_of_the_steps(world, monkeypatch):
-    """Asked for three times, each time for longer than all steps together take."""
+    """Three evaluations, each longer than all steps together."""
     asked, monitors = [], []
 
     class Slow:
@@ -382,7 +382,7 @@ def test_a_model_of_merged_tiles_trains_and_its_export_answers(world):
 
 
 def test_no_torch_after_tokenizer_step_and_generation(world, uninterrupted):
-    """In an environment that has torch: the JAX side never loads it."""
+    """The JAX side does not load torch, although it is installed."""
     script = f"""
 import sys
 from pathlib import Path

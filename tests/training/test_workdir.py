@@ -1,4 +1,4 @@
-"""One run at a time in a folder, and what it skipped is named there."""
+"""The lock of a run's folder, and the list of skipped records."""
 
 import json
 import os
@@ -104,7 +104,7 @@ def test_records_put_aside_are_named_across_restarts(tmp_path, monkeypatch):
     monkeypatch.setattr(workdir.processes, "gather", lambda new: sent.append(new) or [new])
     three = [("a/train record 1", "torn"), ("b/train record 2", "too long"), ("c", "torn")]
     assert again.add(three) == again.add(three) == {"records_skipped": 3}
-    assert sent == [[three[2:], 0], [[], 0]]  # each is handed over once
+    assert sent == [[three[2:], 0], [[], 0]]  # each record is sent once
     assert again.add(three, 5) == {"records_skipped": 3, "annotations_missing": 5}
     (tmp_path / workdir.SKIPPED_FILE).write_text('{"a')
     with pytest.raises(UserError, match=r"skipped_records\.json: not readable"):

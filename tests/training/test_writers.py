@@ -1,4 +1,4 @@
-"""Writers of figures: what a resumed run leaves in them, and what a missing package says."""
+"""Writers of metrics: resumed runs, and errors of missing packages."""
 
 import errno
 import io
@@ -25,7 +25,7 @@ def config_with(*names, **settings):
 
 
 def write_steps(config, workdir, start, last, offset=0.0):
-    """A run, killed after `last`, in a world where values tell who wrote them."""
+    """A run that is killed after `last`; `offset` marks its values."""
     opened = writers.open_writers(config, workdir, start, started=time.time())
     for step in range(start + 1, last + 1):
         writers.write_all(opened, step, {"loss": step + offset, "grad_norm/llm": 1.0})
@@ -132,7 +132,7 @@ def test_mlflow_gets_every_step_of_a_resumed_run_once(tmp_path, monkeypatch):
 
 
 class FakeWandb:
-    """Keeps what would be sent; the rules (one run an id, steps never go back) are those of the service."""
+    """Records what is sent, by the rules of the service: one run per id, steps never decrease."""
 
     def __init__(self):
         self.runs, self.errors = {}, type("errors", (), {"Error": RuntimeError})
@@ -169,7 +169,7 @@ def test_wandb_gets_every_step_of_a_resumed_run_once(tmp_path, monkeypatch):
 
 
 def test_services_get_every_step_once_however_often_a_run_starts(tmp_path, monkeypatch):
-    """Killed before the first checkpoint, then after one, and soon after going on from it."""
+    """Killed before the first checkpoint, after one, and soon after resuming from it."""
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for start, last in ((0, 2), (0, 8), (4, 5), (4, 9)):
@@ -185,12 +185,12 @@ def test_wandb_of_a_run_in_an_object_store(bucket, monkeypatch):
     write_steps(config_with("wandb"), "gs://bucket/run", 0, 2)
     assert [step for step, values in next(iter(fake.runs.values())) if "loss" in values] == [1, 2]
     assert fake.settings["mode"] is None and not os.path.exists(fake.settings["dir"])
-    with pytest.raises(UserError, match=r"gs://bucket/run.*local"):  # nothing would be left to send later
+    with pytest.raises(UserError, match=r"gs://bucket/run.*local"):  # offline runs need a local folder
         write_steps(config_with("wandb", wandb_offline=True), "gs://bucket/run", 0, 2)
 
 
 def test_what_was_not_sent_before_the_kill_is_sent_after_it(tmp_path, monkeypatch):
-    """Killed during the evaluation of step 4, whose training figures were sent."""
+    """Killed during the evaluation of step 4, after its training metrics were sent."""
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     config = config_with("wandb")

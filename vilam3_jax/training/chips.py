@@ -1,14 +1,13 @@
-"""What accelerators can do, per chip, as their makers state it.
+"""Published specifications of accelerators, per chip.
 
-TPUs: "System architecture" pages of Google's Cloud TPU documentation, one for each generation (peak bf16
-compute, HBM, bidirectional ICI and DCN bandwidth per chip; read in November 2026). Where a page gives no
-DCN figure (v4, v5e, v6e): "How to Scale Your Model" (Austin et al. 2025), chapter on TPUs.
-GPUs: NVIDIA's data sheets, dense bf16 without sparsity.
+TPUs: "System architecture" pages of Google's Cloud TPU documentation (peak bf16 compute, HBM, bidirectional
+ICI and DCN bandwidth per chip; read in November 2026). DCN of v4, v5e and v6e: "How to Scale Your Model"
+(Austin et al. 2025), chapter on TPUs. GPUs: NVIDIA's data sheets, dense bf16 without sparsity.
 
-Clocks, in which the TPU compiler's estimates are read: v4, v5e and v5p from peak operations and the number of
-matrix units (v5p: 2 cores of 4 units of 128 x 128; v4 as many; v5e one core of 4). Of v6e and tpu7x we found
-no consistent count of units; theirs is set so that the estimate for a bf16 product of 16384 x 16384 (v6e) or
-8192 x 8192 (tpu7x) matrices lies as far above the time at peak as it does on v5p.
+Clocks convert the TPU compiler's cycles. v4, v5e and v5p: from peak operations and the number of matrix units
+(v4 and v5p: 2 cores of 4 units of 128 x 128; v5e: one core of 4). We found no consistent count of units for
+v6e and tpu7x; their clocks make the estimate for a bf16 product of 16384 x 16384 (v6e) or 8192 x 8192 (tpu7x)
+matrices exceed the time at peak by the same factor as on v5p.
 """
 
 from __future__ import annotations
@@ -20,23 +19,23 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One generation; all figures per chip.
+    """A generation; all values per chip.
 
     Attributes:
-      name: as topologies and people say it.
-      kinds: what JAX calls its devices.
+      name: in names of topologies.
+      kinds: JAX's names of its devices.
       flops: peak bf16 operations per second.
-      hbm_bytes: memory; of TPUs what a program may use of it, as libtpu says when it refuses one.
+      hbm_bytes: memory; for TPUs, the part available to programs, from libtpu's errors.
       hbm_bandwidth: bytes per second.
-      link_bandwidth: bytes per second of one ICI link in one direction; 0 for what has no torus.
+      link_bandwidth: bytes per second of one ICI link in one direction; 0 without a torus.
       torus_axes: axes of the ICI torus; a chip has two links on each.
       dcn_bandwidth: bytes per second between slices.
-      devices: JAX devices of a chip.
-      cores_in_name: whether a product's number (v5p-128) counts two cores for every chip.
-      clock: cycles per second in which the compiler estimates, see above; 0 for GPUs.
-      scoped_vmem_kib: how much of a TPU core's vector memory one operation may use, half of it where we know
-        that this helps; 0 leaves the compiler's choice (16 MiB, v6e 32).
-      sparse_cores: XLA may be told to leave gathers and scatters to them (TPU7x does so by itself).
+      devices: JAX devices per chip.
+      cores_in_name: whether product names (v5p-128) count cores, two per chip.
+      clock: cycles per second of the compiler's estimates, see above; 0 for GPUs.
+      scoped_vmem_kib: vector memory of a TPU core that one operation may use: half of it where that is known
+        to help; 0 for the compiler's default (16 MiB, v6e 32).
+      sparse_cores: whether to offload gathers and scatters to them (the default on TPU7x).
     """
 
     name: str
@@ -130,5 +129,5 @@ CHIPS = {
 
 
 def of_kind(device_kind: str) -> Chip | None:
-    """The chip that JAX calls `device_kind`, or None if it is not in the table (a CPU, say)."""
+    """The chip of a device kind of JAX; None if it is not in the table, such as a CPU."""
     return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)

@@ -1,8 +1,7 @@
-"""The part of the global batch that a process loads, and its transfer to the mesh."""
+"""Transfer of the batch to the mesh, and the part of it that a process loads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,12 +13,12 @@ from vilam3_jax.training.program import field_sharding
 
 
 class DevicePut:
-    """Makes global arrays from the units that this process loads.
+    """Makes global arrays from the units that each process loads.
 
     If `tensor` or `context` spans processes, several of them load the same units.
 
     Attributes:
-      local_units: numbers of the units on the devices of this process, ascending, for `build_loader`.
+      local_units: units on the devices of this process, ascending; see `build_loader`.
     """
 
     def __init__(self, units: int, mesh: Mesh) -> None:
@@ -39,29 +38,17 @@ class DevicePut:
         self.local_units = sorted({number for part in parts for number in range(*part.indices(units))})
 
     def __call__(self, batch: AnyBatch) -> AnyBatch:
-        """Transfers a batch.
-
-        Args:
-          batch: NumPy arrays of the local units.
-
-        Returns:
-          The global batch, of `jax.Array`s.
-        """
+        """The global batch of `jax.Array`s, from NumPy arrays of the local units."""
         return map_fields(self._put, batch)
 
     def _put(self, name: str, value: np.ndarray) -> jax.Array:
         rows = value.shape[0] // len(self.local_units)
         shape = (self._units * rows, *value.shape[1:])
-        sharding = field_sharding(name, shape, self._mesh)
-        return jax.make_array_from_callback(shape, sharding, self._reader(value, rows))
-
-    def _reader(self, value: np.ndarray, rows: int) -> Callable[[Any], np.ndarray]:
-        """Returns a device's part of a global array; its units are contiguous in `local_units` too."""
-        first = {number: place for place, number in enumerate(self.local_units)}
 
         def read(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(self._units * rows)
-            begin = first[start // rows] * rows
+            """A device's part; its units are contiguous in `local_units` too."""
+            start, stop, _ = index[0].indices(shape[0])
+            begin = self.local_units.index(start // rows) * rows
             return value[begin : begin + stop - start][(slice(None), *index[1:])]
 
-        return read
+        return jax.make_array_from_callback(shape, field_sharding(name, shape, self._mesh), read)

@@ -25,7 +25,7 @@ Answer = Callable[[Mapping[str, jax.Array]], tuple[list[dict[str, Any]], dict[st
 
 
 class Evaluation:
-    """Held-out losses and optionally answers; a resumed run drops the answers after its checkpoint."""
+    """Held-out losses and, optionally, answers; a resumed run drops answers after its checkpoint."""
 
     def __init__(
         self,
@@ -34,12 +34,12 @@ class Evaluation:
         workdir: paths.PathLike,
         start_step: int,
     ) -> None:
-        """Opens the file of answers.
+        """Opens the file for answers.
 
         Args:
           losses: such as `HeldoutLosses`.
           answer: generates answers; None for none.
-          workdir: folder of the run; answers go to its `generations.jsonl`.
+          workdir: folder of the run; answers go to `generations.jsonl`.
           start_step: step of the checkpoint that the run resumes from; 0 for a new run.
         """
         self._losses, self._answer = losses, answer
@@ -50,7 +50,7 @@ class Evaluation:
         )
 
     def __call__(self, step: int, state: TrainState, swapped: bool = True) -> dict[str, float]:
-        """Measures a state; `swapped` adds the loss with exchanged images."""
+        """Evaluates a state; `swapped` adds the loss with exchanged images."""
         values = self._losses(state, swapped)
         if self._answer is not None:
             rows, found = self._answer(state.params())
@@ -63,18 +63,9 @@ class Evaluation:
 
 
 class HeldoutLosses:
-    """`losses(state, swapped=True)` -> held-out losses, always over the same batches.
-
-    The data is opened once, when it is first needed.
-    """
+    """Held-out losses, always over the same batches; the data is opened at the first call."""
 
     def __init__(self, program: Program, device_put: DevicePut) -> None:
-        """Neither opens nor compiles anything.
-
-        Args:
-          program: of the run.
-          device_put: transfers batches to the mesh.
-        """
         self._program, self._device_put = program, device_put
         self._loaders: dict[bool, Loader] = {}
         self._step = jax.jit(
@@ -84,14 +75,14 @@ class HeldoutLosses:
         )
 
     def __call__(self, state: TrainState, swapped: bool = True) -> dict[str, float]:
-        """Measures a state.
+        """Evaluates a state.
 
         Returns:
-          `heldout_true` and, with `swapped`, `heldout_swapped`, means per supervised token (per pair for
-          stage 1): with the true images and with images exchanged between samples.
+          Means per supervised token (per pair for stage 1): `heldout_true` and, if `swapped`,
+          `heldout_swapped`, with images exchanged between samples.
 
         Raises:
-          UserError: there is no supervised token in the held-out batches.
+          UserError: the held-out batches have no supervised token.
         """
         values = {"heldout_true": self._mean(state, False)}
         return values | {"heldout_swapped": self._mean(state, True)} if swapped else values
@@ -111,12 +102,12 @@ class HeldoutLosses:
         if not weight:
             skipped = itertools.chain(*processes.gather(self._loaders[swap].stats.skipped[:3]))
             reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped) or "no text to learn"
-            raise UserError(f"no usable record in the held-out data: {reasons}; set eval_every=0 without any")
+            raise UserError(f"no usable record in the held-out data: {reasons}; set eval_every=0")
         return loss / weight
 
     def _batches(self, swap: bool) -> Iterator[Batch]:
         loader = self._loader(swap)
-        with contextlib.closing(iter(loader)) as own:  # do not read ahead while the run trains
+        with contextlib.closing(iter(loader)) as own:  # no read-ahead during training
             for _ in range(self._program.config.eval_batches):
                 batch = next(own, None)
                 if not any(processes.gather(batch is not None)):

@@ -1,10 +1,9 @@
-"""Floating-point operations of a run's model, the accounting behind MFU.
+"""Floating-point operations of a model, for MFU.
 
-Counted: the matrix products of vision tower, projector and LLM (stage 1: of both towers), multiplications and
-additions as one operation each; causal attention by the half of the square that it needs, a sliding window by
-its width. Not counted: padding, rematerialisation, norms, softmax, the optimizer, and stage 1's similarity
-matrix. A frozen component counts what it must compute: the forward pass, and the backward pass to its inputs
-if a component before it learns.
+Counted: the matrix products of vision tower, projector and LLM (stage 1: of both towers), with two operations
+per multiply-add; half of the square for causal attention, the width of sliding windows. Not counted: padding,
+rematerialisation, norms, softmax, the optimizer, and stage 1's similarity matrix. A frozen component counts
+its forward pass, and the backward pass to its inputs if a component before it learns.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def model_flops(
 ) -> Work:
     """Operations of a training step, forward and backward, per unit of each field of `Work`.
 
-    The first layer that learns is counted like those after it, though its input needs no gradient.
+    The first trained layer counts like the later ones, although its input needs no gradient.
 
     Args:
       task: of the run.

@@ -1,4 +1,4 @@
-"""Frozen kernels that are stored quantised (`config.quantization.frozen`)."""
+"""Frozen kernels in quantised storage (`config.quantization.frozen`)."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.ops.quantized import (
-    NF4_TILE,
-    QuantizationConfig,
-    QuantizedKernel,
-    check_installed,
-    quantize_kernel,
-)
+from vilam3_jax.ops import quantized as quantized_lib
+from vilam3_jax.ops.quantized import QuantizationConfig, QuantizedKernel, quantize_kernel
 from vilam3_jax.sharding import logical_axes
 
-_GATHERED_OVER = ("data", "fsdp", logical_axes.FSDP_LINE)  # products gather over these, so whole is fine too
+_GATHERED_OVER = (
+    "data",
+    "fsdp",
+    logical_axes.FSDP_LINE,
+)  # products gather over these, so replication is fine too
 
 
 def abstract(
     quantization: QuantizationConfig, params: Mapping[str, Any], lr_multipliers: Mapping[str, float]
 ) -> dict[str, QuantizedKernel]:
-    """The kernels that are stored quantised, as ShapeDtypeStructs with shardings.
+    """The quantised kernels, as ShapeDtypeStructs with shardings.
 
     Args:
       quantization: section of the config.
@@ -34,12 +33,12 @@ def abstract(
       lr_multipliers: path → learning-rate multiplier.
 
     Raises:
-      UserError: Qwix is not installed, no module matches, a kernel is trainable, or it is not divisible.
+      UserError: Qwix is not installed, no module matches, or a kernel is trainable or not divisible.
     """
     kind = quantization.frozen
     if not kind:
         return {}
-    check_installed("quantization.frozen")
+    quantized_lib.check_installed("quantization.frozen")
     found = {}
     for path in quantization.matching(params):
         if lr_multipliers[path]:
@@ -47,17 +46,17 @@ def abstract(
                 f"config quantization.frozen={kind!r} includes {path}, but config trainable lets it learn "
                 f"({lr_multipliers[path]:g}); freeze it there, or exclude it from quantization.modules"
             )
-        if kind == "nf4" and params[path].shape[-2] % NF4_TILE:
+        if kind == "nf4" and params[path].shape[-2] % quantized_lib.NF4_TILE:
             raise UserError(
                 f"config quantization.frozen='nf4': {path} has {params[path].shape[-2]} rows, not a multiple "
-                f"of {NF4_TILE}; exclude it from quantization.modules, or use 'int8'"
+                f"of {quantized_lib.NF4_TILE}; exclude it from quantization.modules, or use 'int8'"
             )
         found[path] = _sharded(path, params[path], kind)
     return found
 
 
 def _sharded(path: str, kernel: Any, kind: str) -> QuantizedKernel:
-    """Each array is split like the kernel, in the dimensions that are divisible."""
+    """Each array is sharded like the kernel, in the dimensions that are divisible."""
     mesh = kernel.sharding.mesh
 
     def place(array: Any) -> jax.ShapeDtypeStruct:
@@ -81,22 +80,22 @@ def load(
     wanted: Mapping[str, QuantizedKernel],
     read: Callable[[dict[str, jax.ShapeDtypeStruct]], dict[str, jax.Array]],
 ) -> dict[str, QuantizedKernel]:
-    """Quantises kernels as they are read, with one whole kernel at a time on its devices.
+    """Reads and quantises kernels, one at a time.
 
     Args:
       wanted: path → ShapeDtypeStructs, from `abstract`.
-      read: (path → ShapeDtypeStruct with sharding) ↦ (path → array) of those that exist.
+      read: (path → ShapeDtypeStruct with sharding) ↦ (path → array), of those that exist.
     """
     found: dict[str, QuantizedKernel] = {}
     for path, kernel in wanted.items():
-        whole = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype, sharding=kernel.qvalue.sharding)
-        for array in read({path: whole}).values():
+        unquantized = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype, sharding=kernel.qvalue.sharding)
+        for array in read({path: unquantized}).values():
             found[path] = quantize(array, kernel)
     return found
 
 
 def quantize(array: jax.Array, wanted: QuantizedKernel) -> QuantizedKernel:
-    """Quantises layer by layer: Qwix compares every number with all sixteen codes of nf4."""
+    """Quantises layer by layer, to bound memory: Qwix compares every value with all 16 codes of nf4."""
     each = partial(quantize_kernel, kind=wanted.kind)
     stacked = partial(jax.lax.map, each) if array.ndim > 2 else each
     return jax.jit(stacked, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted))(array)

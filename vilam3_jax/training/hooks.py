@@ -1,4 +1,4 @@
-"""What happens every n steps: a run is a loop with a list of hooks."""
+"""Hooks of the training loop: actions every n steps."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ class Hook:
     """An action of the loop.
 
     Attributes:
-      action: called as `action(step, value)`; the value is what the caller of `run_hooks` passes on.
-      every: at steps that this divides; 0 for never.
-      final: also at this step; None for no other.
-      around: makes a context around the action, such as one that pauses the clock.
+      action: called as `action(step, value)`, with the value given to `run_hooks`.
+      every: runs at multiples of this step; 0 for never.
+      final: also runs at this step.
+      around: makes a context for the action, such as one that pauses the clock.
     """
 
-    action: Callable[[int, Any], None]
+    action: Callable[[int, Any], object]
     every: int = 1
     final: int | None = None
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
     def due(self, step: int) -> bool:
-        """Whether the action belongs to a step."""
+        """Whether the action runs at a step."""
         return bool(self.every) and (step % self.every == 0 or step == self.final)
 
 

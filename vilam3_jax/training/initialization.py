@@ -1,4 +1,4 @@
-"""The first state of a run: random, or from earlier exports, sharded from the start."""
+"""The initial state of a run: random or from earlier exports, sharded from the start."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from vilam3_jax.training import frozen_kernels, step_guard
 from vilam3_jax.training.train_state import TrainState, shardings
 
 _LORA = "/lora_"
-_NO_ARCHITECTURE = "max_positions"  # may differ without changing the model
+_NOT_ARCHITECTURE = "max_positions"  # may differ without changing the model
 
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig(Section):
-    """The section `init`: the export that each component is loaded from; '' for random parameters.
+    """The section `init`: the exports that components are loaded from; '' for random parameters.
 
     Attributes:
-      vision_tower, text_tower, projector, llm: of one component.
-      everything: of all components that have none of their own.
+      vision_tower, text_tower, projector, llm: export of one component.
+      everything: export of all other components.
     """
 
     key = "init"
@@ -54,8 +54,7 @@ def initial_state(
     """Initialises on the mesh and loads the components named in `init`.
 
     Args:
-      init: section of the config.
-      model: section of the config.
+      init, model: sections of the config.
       make_params: random key → nested parameters.
       seed: of the run.
       skip: settings of the guard.
@@ -66,13 +65,13 @@ def initial_state(
       The state, and component → the export it was loaded from ('fresh' if random).
 
     Raises:
-      UserError: an export lacks a component, or has other shapes or adapters.
+      UserError: an export lacks a component, or has different shapes or adapters.
     """
     wanted = abstract.all_params()
     quantized = {path: leaf for path, leaf in wanted.items() if isinstance(leaf, QuantizedKernel)}
     loaded, origin = _load(init, model, wanted, quantized)
 
-    # Only what no export has is initialised; the rest is never materialised twice.
+    # Initialise only what no export has, so that nothing is materialised twice.
     def fresh(key: jax.Array) -> dict[str, Any]:
         return {
             path: quantize_kernel(leaf, quantized[path].kind) if path in quantized else leaf
@@ -86,7 +85,7 @@ def initial_state(
     trainable = {path: params[path] for path in abstract.trainable}
     ema = None
     if abstract.ema is not None:
-        # A copy, because the step donates each buffer of its old state.
+        # Copied, because the step donates every buffer of the state.
         copied = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.copy(x).astype(jnp.float32), tree))
         ema = copied(trainable)
     state = TrainState(
@@ -105,54 +104,56 @@ def _load(
     init: InitConfig, model: ModelConfig, wanted: Mapping[str, Any], quantized: Mapping[str, QuantizedKernel]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Parameters from exports by path, and component → origin."""
-    origin = dict.fromkeys(sorted({path.split("/")[0] for path in wanted}), "fresh")
-    own = {name: source for name, source in init.to_dict().items() if source}
+    origin = dict.fromkeys(sorted(map(_component, wanted)), "fresh")
+    sources: dict[str, str] = {name: source for name, source in init.to_dict().items() if source}
     loaded: dict[str, Any] = {}
-    for component, source in own.items():
-        prefix = "" if component == "everything" else component + "/"
-        part = {path: leaf for path, leaf in wanted.items() if path.startswith(prefix)}
+    for name, source in sources.items():
+        part = {path: x for path, x in wanted.items() if name in ("everything", _component(path))}
         if not part:
-            raise UserError(f"config init.{component}: this model has no {component}")
-        taken = {path.split("/")[0] for path in part}
-        if component == "everything":
-            taken -= own.keys()
-        adapters = any(_LORA in path and path.split("/")[0] in taken for path in exports.stored_rows(source))
+            raise UserError(f"config init.{name}: this model has no {name}")
+        others = sources.keys() - {name}
+        components = set(map(_component, part)) - others
+        adapters = any(
+            _LORA in path and _component(path) in components for path in exports.stored_rows(source)
+        )
         stored = exports.load_model_config(source).to_dict()
-        check_architecture(source, stored, model, taken, adapters)
-        # A component with its own export need not be in the one for `everything`.
-        optional = {path for path in part if _LORA in path or path.split("/")[0] in own.keys() - {component}}
+        check_architecture(source, stored, model, components, adapters)
+        # A component with its own export may be absent from the one for `everything`.
+        optional = {path for path in part if _LORA in path or _component(path) in others}
         read = partial(exports.load_params, source, optional=optional)
         found = read({path: leaf for path, leaf in part.items() if path not in quantized})
         found |= frozen_kernels.load({path: quantized[path] for path in part if path in quantized}, read)
         loaded.update(found)
-        for path in found:
-            origin[path.split("/")[0]] = source
+        origin |= dict.fromkeys(map(_component, found), source)
     return loaded, origin
+
+
+def _component(path: str) -> str:
+    return path.split("/")[0]
 
 
 def check_architecture(
     source: str, stored: Mapping[str, Any], model: ModelConfig, components: set[str], adapters: bool
 ) -> None:
-    """Compares settings that parameters do not show, such as a rotary base or the epsilon of a norm.
+    """Compares settings that shapes do not show, such as a rotary base or the epsilon of a norm.
 
     Args:
       source: of the parameters, for the message.
       stored: the model's config there.
-      model: that of the run.
+      model: section of this run's config.
       components: those that are loaded.
-      adapters: whether their parameters include LoRA adapters, whose targets and alpha must then agree.
+      adapters: whether they include LoRA adapters, whose targets and alpha must then agree.
 
     Raises:
       UserError: a setting differs.
     """
     own = model.to_dict()
-    for component in sorted(
-        components & {name for name, part in stored.items() if isinstance(part, Mapping)}
-    ):
-        for key, value in stored[component].items():
-            theirs, ours = _plain(value), _plain(own.get(component, {}).get(key, value))
+    sections = {name: part for name, part in stored.items() if name in components and part}
+    for component, section in sorted(sections.items()):
+        for key, value in section.items():
+            theirs, ours = _plain(value), _plain((own.get(component) or {}).get(key, value))
             lora = key.startswith("lora_")
-            if key == _NO_ARCHITECTURE or (lora and not adapters) or ours == theirs:
+            if key == _NOT_ARCHITECTURE or (lora and not adapters) or ours == theirs:
                 continue
             fix = (
                 "set it so, or merge the adapters by `vilam3 convert export` and import the result"
@@ -163,5 +164,5 @@ def check_architecture(
 
 
 def _plain(value: Any) -> Any:
-    """A setting as JSON stores it: lists for tuples."""
+    """A setting as JSON stores it, with lists for tuples."""
     return json.loads(json.dumps(value, default=lambda config: config.to_dict()))

@@ -1,11 +1,11 @@
-"""Optimizers over the trainable parameters only: a flat dict path → array."""
+"""Optimizers of the trainable parameters, a flat dict path → array."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -16,7 +16,7 @@ from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.settings import Section, setting
 from vilam3_jax.sharding import path_rules
 
-# Name → settings for the moments that it keeps.
+# Name → dtype settings of its moments.
 OPTIMIZERS = {
     "adamw": ("mu_dtype", "nu_dtype"),
     "adafactor": (),
@@ -26,12 +26,10 @@ OPTIMIZERS = {
 _MOMENT_DTYPES = ("", "float32", "bfloat16")
 _NOT_DECAYED = re.compile(r".*(norm\d*/scale|bias|logit_scale)")
 _STACKED = re.compile(r".*/(layers|blocks)/.*")  # the first axis counts layers
-# Muon updates the inner matrices of a model; AdamW updates first and last layers, adapters and vectors.
+# Updated by Muon; AdamW updates the first and last layers, adapters and vectors.
 _MUON = re.compile(r"(?!llm/lm_head/|vision_tower/patch_embed/).*/kernel")
 _MATRIX = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-# RMS of AdamW's updates, to which Muon's are scaled so that both share learning rate and decay
-# (arXiv:2502.16982).
-_MUON_RMS = 0.2
+_MUON_RMS = 0.2  # of AdamW's updates, so that both share learning rate and decay (arXiv:2502.16982)
 _ADAFACTOR_CLIP = 1.0  # arXiv:1804.04235, section 6
 
 
@@ -45,7 +43,7 @@ class OptimizerConfig(Section):
       weight_decay: decoupled weight decay.
       clip_norm: largest global norm of the gradient; 0 for no clipping.
       muon_momentum: momentum of Muon.
-      mu_dtype, nu_dtype: storage types of the first and second moments; '' for float32.
+      mu_dtype, nu_dtype: storage dtypes of the first and second moments; '' for float32.
     """
 
     key = "optimizer"
@@ -60,7 +58,7 @@ class OptimizerConfig(Section):
     nu_dtype: str = setting(default="", choices=_MOMENT_DTYPES)
 
     def validate(self) -> None:
-        """Checks the types of the moments."""
+        """Checks the dtypes of the moments."""
         for key in ("mu_dtype", "nu_dtype"):
             if getattr(self, key) and key not in OPTIMIZERS[self.name]:
                 raise UserError(
@@ -81,8 +79,8 @@ class ScheduleConfig(Section):
     Attributes:
       name: 'cosine' or 'constant', after the warm-up.
       peak: highest learning rate.
-      warmup_fraction: of the steps, with a linearly rising rate.
-      end_fraction: of the peak, where the cosine ends.
+      warmup_fraction: share of the steps with a linear warm-up.
+      end_fraction: final rate of the cosine, as a share of the peak.
     """
 
     key = "schedule"
@@ -95,8 +93,8 @@ class ScheduleConfig(Section):
 def learning_rate(schedule: ScheduleConfig, num_steps: int) -> optax.Schedule:
     """Linear warm-up to `peak`, then cosine decay to `end_fraction` of it, or constant.
 
-    As in Hugging Face's Trainer, the warm-up takes `warmup_fraction` of the steps, rounded up, and starts at
-    rate 0. Without a warm-up the rate starts at the peak.
+    As in Hugging Face's Trainer, the warm-up starts at 0 and takes `warmup_fraction` of the steps (rounded
+    up). Without one the rate starts at the peak.
     """
     warmup = math.ceil(schedule.warmup_fraction * num_steps)
     if schedule.name == "constant":
@@ -161,9 +159,9 @@ def make_optimizer(
     chain = optax.chain(
         optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity(),
         _scaling(settings, groups),
-        _decay(decays),
+        _by_path(lambda path, x, parameter: x + decays[path] * parameter),
         optax.scale_by_learning_rate(schedule),
-        _scale_by_group(lr_multipliers),
+        _by_path(lambda path, x, _: x * lr_multipliers[path]),
     )
     return _in_float32(chain, settings.nu_dtype)
 
@@ -181,7 +179,7 @@ def _group(setting: Any) -> LrGroup:
 
 
 def _scaling(settings: OptimizerConfig, paths: Mapping[str, Any]) -> optax.GradientTransformation:
-    """Gradients → updates of about unit size."""
+    """Scales gradients to updates of about unit size."""
     mu_dtype = settings.mu_dtype or None
     adam = optax.scale_by_adam(settings.b1, settings.b2, settings.eps, mu_dtype=mu_dtype)
     if settings.name == "adamw":
@@ -211,26 +209,21 @@ def _muon(momentum: float, mu_dtype: Any) -> optax.GradientTransformation:
 def _clip_by_layer(limit: float) -> optax.GradientTransformation:
     """Clips the RMS of each layer's update; optax's own clips whole arrays, not stacked layers."""
 
-    def clip(path: str, x: jax.Array) -> jax.Array:
+    def clip(path: str, x: jax.Array, _: jax.Array) -> jax.Array:
         axes = tuple(range(1 if _STACKED.fullmatch(path) else 0, x.ndim))
         rms = jnp.sqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True))
         return x / jnp.maximum(1.0, rms / limit)
 
-    return optax.stateless(lambda updates, _: {path: clip(path, x) for path, x in _flat(updates).items()})
+    return _by_path(clip)
 
 
-def _decay(decays: Mapping[str, float]) -> optax.GradientTransformation:
-    def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
-        weights = _flat(params)
-        return {path: x + decays[path] * weights[path] for path, x in _flat(updates).items()}
+def _by_path(function: Callable[[str, jax.Array, jax.Array], jax.Array]) -> optax.GradientTransformation:
+    """Applies `function(path, update, parameter)` to each parameter."""
+
+    def update(updates: Any, params: Any) -> Any:
+        return {path: function(path, x, params[path]) for path, x in updates.items()}
 
     return optax.stateless(update)
-
-
-def _scale_by_group(lr_multipliers: Mapping[str, float]) -> optax.GradientTransformation:
-    return optax.stateless(
-        lambda updates, _: {path: x * lr_multipliers[path] for path, x in _flat(updates).items()}
-    )
 
 
 def _in_float32(inner: optax.GradientTransformation, nu_dtype: str) -> optax.GradientTransformation:
@@ -256,7 +249,3 @@ def _in_float32(inner: optax.GradientTransformation, nu_dtype: str) -> optax.Gra
         return updates, second_moments_as(kept, state)
 
     return optax.GradientTransformation(init, update)
-
-
-def _flat(tree: Any) -> dict[str, jax.Array]:
-    return cast(dict[str, jax.Array], tree)

@@ -1,6 +1,6 @@
-"""The compiled program of a run, from config and mesh alone: `train` runs it and `plan` examines it.
+"""The program of a run, built from config and mesh: `train` runs it, `plan` analyses it.
 
-Nothing here reads data or allocates a parameter, so the devices of the mesh need not exist.
+Nothing here reads data or allocates parameters, so the devices of the mesh need not exist.
 """
 
 from __future__ import annotations
@@ -35,19 +35,17 @@ from vilam3_jax.training.train_state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A run's step and the shapes that it works on; made by `build`.
+    """The step of a run and its shapes; made by `build`.
 
     Attributes:
-      config: of the run.
-      task: of the run.
-      mesh: of real devices, or of those of a topology that is only described.
+      config, task: of the run.
+      mesh: of real devices, or of a described topology.
       shapes: path → ShapeDtypeStruct of every parameter.
       lr_multipliers: path → learning-rate multiplier, 0 for frozen parameters.
-      optimizer: over the trainable parameters.
+      optimizer: of the trainable parameters.
       loss_fn: (parameters by path, batch) → sums.
-      state: ShapeDtypeStructs with shardings of the whole state.
-      batch: the global batch, of ShapeDtypeStructs with shardings.
-      step: jitted (state, batch) → (state, metrics); it donates the state.
+      state, batch: ShapeDtypeStructs with shardings of the global arrays.
+      step: jitted (state, batch) → (state, metrics); donates the state.
     """
 
     config: RunConfig
@@ -63,17 +61,13 @@ class Program:
 
     @contextlib.contextmanager
     def context(self, whole_rows: bool = False) -> Iterator[None]:
-        """Context in which steps of this program are traced.
-
-        Args:
-          whole_rows: no row is split over devices, as for generation with a cache.
-        """
+        """Context for tracing; `whole_rows` does not split rows over devices, as for generation."""
         rules = {**self.config.activation_rules, **({"length": None} if whole_rows else {})}
         with logical_axes.activation_rules(self.mesh, rules), backends.use(self.config.attention):
             yield
 
     def annotate(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Parameters by path, their matrices as `sharding.weights.Weight`s."""
+        """Parameters by path, with matrices as `sharding.weights.Weight`."""
         return weights.annotate(params, train_state.shardings(self.state.all_params()))
 
     def initial_state(self) -> tuple[TrainState, dict[str, str]]:
@@ -90,16 +84,16 @@ class Program:
         )
 
     def lower(self) -> Any:
-        """Traces the step; `.compile()` of the result is what runs, `.as_text()` its StableHLO."""
+        """Traces the step; call `.compile()` on the result to run it, `.as_text()` for its StableHLO."""
         with self.context():
             return self.step.lower(self.state, self.batch)
 
 
 def build(config: RunConfig, mesh: Mesh) -> Program:
-    """Builds the program of a run; neither traces nor compiles.
+    """Builds the program of a run, without tracing or compiling.
 
     Raises:
-      UserError: model, tables, batch or mesh do not fit each other.
+      UserError: model, rules, batch and mesh do not match.
     """
     task, model = TASKS[config.task], config.model
     graphdef, nested = build_lib.abstract_model(model, config.task)
@@ -160,7 +154,7 @@ def _abstract_state(
 def _loss_fn(
     config: RunConfig, task: Task, graphdef: Any, state: TrainState, shapes: Mapping[str, Any]
 ) -> step_lib.LossFn:
-    """The task's loss of parameters by path, with quantised products if the config has them."""
+    """The loss as a function of parameters by path and a batch, with quantised products if configured."""
     quantization, einsums = config.quantization, {}
     if quantization.matmul:
         quantized.check_installed("quantization.matmul")
@@ -177,8 +171,8 @@ def _loss_fn(
     return loss_fn
 
 
-# The first two set how a program over both tensor cores shares the sparse cores; the second all-gather is the
-# one over a plane of the torus.
+# The first two set how both tensor cores share the sparse cores; the second all-gather is over a plane of the
+# torus.
 ON_SPARSE_CORES = (
     "xla_sc_disable_megacore_partitioning",
     "xla_tpu_use_tc_device_shape_on_sc",
@@ -189,10 +183,10 @@ ON_SPARSE_CORES = (
 
 
 def compiler_options(overrides: Sequence[Any], mesh: Mesh) -> dict[str, Any]:
-    """Options of XLA; rows of `config.compiler_options` override them.
+    """XLA options; `overrides` are the rows of `config.compiler_options`.
 
-    On TPUs an operation may use more vector memory than by default. Chips with sparse cores gather weights
-    and scatter gradients on them, in parallel with products.
+    On TPUs, operations may use more vector memory than by default. Sparse cores, if any, gather weights and
+    scatter gradients in parallel with products.
     """
     chip = chips.of_kind(mesh.devices.flat[0].device_kind)
     options: dict[str, Any] = {}
@@ -207,7 +201,7 @@ def check_compiler_options(overrides: Sequence[Any], mesh: Mesh) -> None:
     """Tries `config.compiler_options` on an empty program.
 
     Raises:
-      UserError: XLA does not know a name, or a value has the wrong type.
+      UserError: an option is unknown, or a value has the wrong type.
     """
     sharding = NamedSharding(mesh, PartitionSpec())
     program = jax.jit(lambda: 0, out_shardings=sharding, compiler_options=compiler_options(overrides, mesh))
@@ -223,13 +217,12 @@ def abstract_batch(config: RunConfig, task: Task, mesh: Mesh) -> Batch:
     Raises:
       UserError: a leading axis is not divisible over the mesh.
     """
-    shapes = batch_shapes(task.batch_format(config.data, config.model))
-    batch = map_fields(
-        lambda name, leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=field_sharding(name, leaf.shape, mesh)
-        ),
-        shapes,
-    )
+
+    def abstract(name: str, leaf: Any) -> Any:
+        sharding = field_sharding(name, leaf.shape, mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    batch = map_fields(abstract, batch_shapes(task.batch_format(config.data, config.model)))
     devices = math.prod(size for axis, size in mesh.shape.items() if axis not in ("context", "tensor"))
     groups = config.data.groups // config.grad_accum
     if isinstance(batch, PackedBatch) and groups % devices:
@@ -241,5 +234,5 @@ def abstract_batch(config: RunConfig, task: Task, mesh: Mesh) -> Batch:
 
 
 def field_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """The sharding of a field of a batch."""
+    """The sharding of a batch field."""
     return mesh_lib.batch_sharding(name, shape, mesh, name in SEQUENCE_FIELDS)

@@ -1,4 +1,4 @@
-"""The config of a run: frozen sections, each defined beside the code that reads it."""
+"""The config of a run, composed of frozen sections that are defined next to the code that reads them."""
 
 from __future__ import annotations
 
@@ -29,32 +29,25 @@ class RunConfig(Section):
     Attributes:
       name: of the run.
       task: 'generative' or 'contrastive', see `tasks`.
-      seed: of parameters, data order and everything else that is random.
-      model: what is trained.
-      init: exports that components start from.
-      data: what it is trained on.
-      mesh: sizes of the device mesh.
-      parameter_rules: rows (regex, mesh axes per dimension, fallbacks ...) before the families' own, see
-        `sharding.mesh.parameter_shardings`.
+      seed: for parameters, data order and all other randomness.
+      model, data, init, mesh, optimizer, schedule, skip, quantization, telemetry: see the sections.
+      parameter_rules: rows (regex, mesh axes per dimension, fallbacks ...) that precede those of the model
+        families, see `sharding.mesh.parameter_shardings`.
       activation_rules: logical axis → mesh axes, see `sharding.logical_axes`.
-      attention: backend of attention, see `ops.attention.backends`.
-      trainable: rows (regex, learning-rate multiplier); see `optimizer.lr_groups`.
-      optimizer, schedule: how parameters are updated.
-      skip: which steps are not applied.
-      ema_decay: of the moving average of the parameters; 0 for none.
-      quantization: quantised matrix products and frozen kernels.
-      num_steps: length of the run in optimizer steps.
-      grad_accum: micro-batches of a step.
+      attention: attention backend, see `ops.attention.backends`.
+      trainable: rows (regex, learning-rate multiplier), see `optimizer.lr_groups`.
+      ema_decay: decay of the moving average of the parameters; 0 for none.
+      num_steps: optimizer steps of the run.
+      grad_accum: micro-batches per step.
       loss_chunk: positions of a row whose logits exist at a time.
       compiler_options: rows (name, value) that override `program.compiler_options`.
       eval_every: steps between evaluations; 0 for none.
-      eval_batches: held-out batches of an evaluation.
-      eval_generate: held-out examples that the model answers at an evaluation.
+      eval_batches: held-out batches per evaluation.
+      eval_generate: held-out examples to answer per evaluation.
       checkpoint_every: steps between checkpoints; 0 for the last step only.
-      checkpoints_kept: how many of the newest checkpoints to keep.
-      checkpoints_kept_every: also keep checkpoints whose step is a multiple of this; 0 for none.
+      checkpoints_kept: number of newest checkpoints to keep.
+      checkpoints_kept_every: also keep multiples of this step; 0 for none.
       log_every: steps between log lines.
-      telemetry: where figures go.
     """
 
     name: str = ""
@@ -89,7 +82,7 @@ class RunConfig(Section):
     telemetry: TelemetryConfig = dataclasses.field(default_factory=TelemetryConfig)
 
     def validate(self) -> None:
-        """Checks what concerns several sections."""
+        """Checks that the settings are consistent."""
         check_rules(self.activation_rules)
         backends.check_choice(self.attention)
         if not 0 <= self.ema_decay < 1:
@@ -97,10 +90,8 @@ class RunConfig(Section):
         for row in self.compiler_options:
             pair = isinstance(row, tuple) and len(row) == 2 and isinstance(row[0], str)
             if not pair or not isinstance(row[1], str | bool | int | float):
-                raise UserError(
-                    f"config compiler_options: {row!r} is not a row (name, value); write "
-                    "(('xla_option', True),)"
-                )
+                rows = "(('xla_option', True),)"
+                raise UserError(f"config compiler_options: {row!r} is not a row (name, value); write {rows}")
         task = TASKS[self.task]
         if self.eval_generate and not (task.batch_format.has_dialogues and self.eval_every):
             raise self.error("eval_generate", "needs a generative run with eval_every; set it to 0")
@@ -109,15 +100,12 @@ class RunConfig(Section):
         if task.can_accumulate:
             self.data.check_groups(self.grad_accum)
         elif self.grad_accum != 1:
-            raise self.error(
-                "grad_accum", f"a {task.name} run compares all pairs of a batch, so it must be 1"
-            )
+            raise self.error("grad_accum", f"must be 1, as a {task.name} run compares all pairs of a batch")
 
     def snapshot(self) -> str:
-        """The config as sorted `key: value` lines; stored with runs and diffed in tests."""
-        return "".join(
-            f"{key}: {json.dumps(value)}\n" for key, value in sorted(flatten(self.to_dict()).items())
-        )
+        """The config as sorted `key: value` lines, for logs and diffs."""
+        rows = sorted(flatten(self.to_dict()).items())
+        return "".join(f"{key}: {json.dumps(value)}\n" for key, value in rows)
 
     def to_json(self) -> str:
         """The config as JSON (tuples become lists)."""

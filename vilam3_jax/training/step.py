@@ -1,4 +1,4 @@
-"""The train step: pure, from (state, batch) to (state, metrics)."""
+"""The train step, a pure function (state, batch) → (state, metrics)."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def make_train_step(
     grad_accum: int,
     ema_decay: float,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns the step.
+    """Returns the train step.
 
-    Gradients are sums over tokens, accumulated in float32 over `grad_accum` micro-batches and divided once by
-    the global number of supervised tokens, so accumulation does not change the result. A skipped step changes
-    only `step` and the guard's counters; the schedule does not advance.
+    Gradients are sums over tokens, accumulated in float32 over `grad_accum` micro-batches and divided by the
+    global number of supervised tokens, so accumulation does not change the result. A skipped step changes
+    `step` and the guard's counters only; the schedule does not advance.
 
     Args:
       loss_fn: sums over a batch.
       work: counts the work in a batch.
-      optimizer: over the trainable parameters.
+      optimizer: of the trainable parameters.
       schedule: of the learning rate.
       skip: which steps are skipped.
       grad_accum: number of micro-batches.
@@ -94,8 +94,8 @@ def make_train_step(
 def make_eval_step(loss_fn: LossFn, grad_accum: int) -> Callable[[TrainState, Batch], LossSums]:
     """Returns `eval_step(state, batch) -> sums`.
 
-    It evaluates the moving average if there is one, in as many micro-batches as training, so that it fits
-    into memory if training does.
+    It uses the moving average if there is one, and the micro-batches of training, so that it fits into memory
+    if training does.
     """
 
     def eval_step(state: TrainState, batch: Batch) -> LossSums:
@@ -108,7 +108,7 @@ def component_norms(grads: Mapping[str, jax.Array]) -> Metrics:
     """`grad_norm/<component>`: norm of each component's gradient, scalars.
 
     Args:
-      grads: path → gradient; the component is the first name of the path.
+      grads: path → gradient; the first name of a path is the component.
     """
     parts: dict[str, Flat] = {}
     for path, grad in grads.items():
@@ -117,7 +117,7 @@ def component_norms(grads: Mapping[str, jax.Array]) -> Metrics:
 
 
 def accumulated(compute: Callable[[Batch], Any], batch: Batch, count: int) -> Any:
-    """Results of `compute` for `count` micro-batches in turn, summed in float32."""
+    """Results of `compute` for `count` micro-batches, summed in float32."""
     if count == 1:
         return compute(batch)
     micro = _split(batch, count)
@@ -125,7 +125,7 @@ def accumulated(compute: Callable[[Batch], Any], batch: Batch, count: int) -> An
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(compute, first))
 
     def body(carry: Any, part: Batch) -> tuple[Any, None]:
-        # The barrier keeps XLA for TPUs from moving bfloat16 sums over devices out of the loop, which fails
+        # Without the barrier, XLA for TPUs tries to move bfloat16 all-reduces out of the loop and fails
         # (libtpu 0.0.42, "while_loop_all_reduce_code_motion").
         return jax.tree.map(jnp.add, carry, jax.lax.optimization_barrier(compute(part))), None
 
@@ -133,10 +133,9 @@ def accumulated(compute: Callable[[Batch], Any], batch: Batch, count: int) -> An
 
 
 def _split(batch: Batch, count: int) -> Batch:
-    """Splits leading axes into micro-batches of whole groups.
+    """Splits a batch into micro-batches of whole groups, on a new leading axis.
 
-    Consecutive groups go to different micro-batches, so that each device's share of every micro-batch is
-    already on it.
+    Consecutive groups go to different micro-batches, so that no data moves between devices.
     """
     assert isinstance(batch, PackedBatch)
     groups = batch.images.shape[0]

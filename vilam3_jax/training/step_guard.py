@@ -1,7 +1,7 @@
 """Skips steps whose gradient is not finite or much longer than usual.
 
-Not by `optax.conditionally_mask`: it guards only the optimizer, but the moving average must not advance either,
-and its `lax.cond` keeps XLA from fusing the choice into the update.
+Not by `optax.conditionally_mask`: it guards only the optimizer, but the moving average must not advance
+either, and its `lax.cond` keeps XLA from fusing the choice into the update.
 """
 
 from __future__ import annotations

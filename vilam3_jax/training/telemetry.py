@@ -1,8 +1,8 @@
-"""Figures of a run, collected without blocking it.
+"""Metrics of a run, collected without blocking it.
 
-The loop hands over every step as it is dispatched. A separate thread follows the device: it waits for each
-step, records when it ended, and runs the hooks that log. So the loop may run a few steps ahead, and times are
-those of the device, not of the dispatch.
+The loop reports every step when it is dispatched. A separate thread waits for the device to finish the step,
+takes the time and runs the logging hooks. The loop may thus run a few steps ahead, and times are those of the
+device, not of the dispatch.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _AHEAD = 2  # steps queued on the device behind the running one
 
 @dataclasses.dataclass
 class Clock:
-    """Totals of a run since its first start; saved with every checkpoint.
+    """Totals of a run over all its starts; saved with every checkpoint.
 
     Attributes:
       tokens: real tokens trained on, image tokens included.
-      seconds: spent in the loop, including evaluations and saves.
+      seconds: in the loop, including evaluations and saves.
       productive: seconds in which the device computed steps.
     """
 
@@ -55,7 +55,7 @@ class Clock:
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """A dispatched step; times of `time.perf_counter`."""
+    """A dispatched step; times are from `time.perf_counter`."""
 
     number: int
     input_requested: float
@@ -76,7 +76,7 @@ class _Window:
 
 
 class Telemetry:
-    """Follows a run's loop; as a context it writes what is left when it ends.
+    """Records the steps of a run's loop; a context manager that writes pending metrics on exit.
 
     Attributes:
       clock: as of the last `flush`.
@@ -93,15 +93,15 @@ class Telemetry:
         last: int,
         quiet: bool = False,
     ) -> None:
-        """Opens the writers and starts to follow the device.
+        """Opens the writers and starts the thread.
 
         Args:
           program: of the run.
           workdir: folder of the run.
           start_step: step of the checkpoint that the run resumes from; 0 for a new run.
           clock: from the checkpoint.
-          started: when this start of the run began, in seconds since 1970.
-          last: the step at which the loop will stop; it is always logged.
+          started: time of this start, in seconds since 1970.
+          last: the last step of the loop; always logged.
           quiet: no progress bar.
 
         Raises:
@@ -119,11 +119,11 @@ class Telemetry:
         self._traces = Traces(workdir, config.telemetry.profile_steps)
         shown = is_primary and not quiet
         self._bar = progress_bar(config.name, config.num_steps, start_step, shown)
-        # Run by the thread that follows the device, with the step's metrics.
+        # Run by the thread, with the step's metrics.
         self._hooks = (
             Hook(lambda step, _: self._watchdog.beat()),
             Hook(self._log, every=config.log_every, final=last),
-            Hook(self._advance_bar),
+            Hook(lambda step, _: self._bar.update(step - self._bar.n)),
         )
         self._window, self._counts = _Window(), []
         self._began = time.perf_counter() - clock.seconds
@@ -132,8 +132,6 @@ class Telemetry:
         self._queue: queue.Queue[_Step | None] = queue.Queue(_AHEAD)
         self._thread = threading.Thread(target=self._follow, name="vilam3-telemetry", daemon=True)
         self._thread.start()
-
-    # --- what the loop calls
 
     @contextlib.contextmanager
     def input(self) -> Iterator[None]:
@@ -150,7 +148,7 @@ class Telemetry:
             yield
 
     def dispatched(self, number: int, batch: Any, metrics: Mapping[str, jax.Array]) -> None:
-        """Hands over a step; blocks only if the loop is several steps ahead of the device.
+        """Reports a step; blocks only if the loop is several steps ahead of the device.
 
         Raises:
           Exception: the error of an earlier step or of a writer.
@@ -165,7 +163,7 @@ class Telemetry:
 
     @contextlib.contextmanager
     def pause(self, name: str) -> Iterator[None]:
-        """Context that is not part of a step: waits for the device, and logs its seconds as `name`."""
+        """Context outside of steps: waits for the device, and logs its duration as `name`."""
         self.flush()
         began = time.perf_counter()
         yield
@@ -174,7 +172,7 @@ class Telemetry:
         self.write(self._step, {name: self._resumed - began})
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes other figures; only inside `pause` or before the first step."""
+        """Writes other metrics; only inside `pause` or before the first step."""
         writers.write_all(self._writers, step, values)
 
     def flush(self) -> None:
@@ -201,21 +199,19 @@ class Telemetry:
         for close in (*closing, *(writer.close for writer in self._writers)):
             try:
                 close()
-            except Exception as error:  # close the others; the error that ended the run has priority
+            except Exception as error:  # close the others too; the error of the run has priority
                 failed = failed or error
         if kind is None:
             self._raise()
             if failed is not None:
                 raise failed
 
-    # --- the thread that follows the device
-
     def _follow(self) -> None:
         while (step := self._queue.get()) is not None:
             try:
                 if self._error is None:
                     self._settle(step)
-            except BaseException as error:  # raised in the loop, whatever it is
+            except BaseException as error:  # raised again in the loop
                 self._error = error
             finally:
                 self._queue.task_done()
@@ -228,7 +224,7 @@ class Telemetry:
         jax.block_until_ready(step.metrics)
         now = time.perf_counter()
         window, free = self._window, max(self._done, self._resumed)
-        # The device was idle from `free` on, waiting for input as long as the loop did.
+        # The device was idle since `free`; the part in which the loop waited for input counts as waiting.
         window.waited += max(0.0, step.dispatched - max(step.input_requested, free))
         window.elapsed += now - free
         window.token_slots += step.slots[0]
@@ -237,9 +233,6 @@ class Telemetry:
         self.clock.productive += now - max(step.dispatched, free)
         self._done = now
         run_hooks(self._hooks, step.number, step.metrics)
-
-    def _advance_bar(self, step: int, _: Any) -> None:
-        self._bar.update(step - self._bar.n)
 
     def _add_counts(self) -> None:
         counts, self._counts = jax.device_get(self._counts), []
@@ -273,32 +266,27 @@ class Telemetry:
 
 
 class Speed:
-    """Operations per second of the model's matrix products, as `flops` counts them."""
+    """Operations per second of the model's matrix products, as counted by `flops`."""
 
     def __init__(self, program: Program) -> None:
-        """Looks up the peak of the run's devices."""
-        self._flops = flops.model_flops(
-            program.task, program.config.model, program.shapes, program.lr_multipliers
-        )
+        model = program.config.model
+        self._flops = flops.model_flops(program.task, model, program.shapes, program.lr_multipliers)
         self._devices = jax.device_count()
         chip = chips.of_kind(jax.devices()[0].device_kind)
         self._peak = None if chip is None else chip.flops / chip.devices
 
     def of(self, work: Work, seconds: float) -> dict[str, float]:
-        """`tflops_per_device`, and `mfu`, its share of the peak, if that is known."""
+        """`tflops_per_device` and, for known chips, `mfu`, its share of the peak."""
         achieved = flops.step_flops(self._flops, work) / seconds / self._devices
         found = {"tflops_per_device": achieved / 1e12}
         return found if self._peak is None else found | {"mfu": achieved / self._peak}
 
 
 def lr_by_group(lr_multipliers: Mapping[str, float]) -> dict[str, float]:
-    """Group → learning-rate multiplier: one group per component, more if it learns at several rates.
+    """Component → its learning-rate multiplier; `<component>_x<multiplier>` each if there are several.
 
     Args:
       lr_multipliers: path → multiplier; 0 is frozen.
-
-    Returns:
-      Component → multiplier; for several, `<component>_x<multiplier>` each.
     """
     found: dict[str, set[float]] = {}
     for path, multiplier in lr_multipliers.items():
@@ -312,26 +300,18 @@ def lr_by_group(lr_multipliers: Mapping[str, float]) -> dict[str, float]:
 
 
 def memory() -> dict[str, float]:
-    """Peak bytes so far: `host_memory` of this process, `device_memory` of its fullest device if known."""
+    """Peak bytes: `host_memory` of this process, and `device_memory` of its fullest device if known."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [one["peak_bytes_in_use"] for one in stats if one and "peak_bytes_in_use" in one]
     return {"host_memory": peak_rss_bytes(), **({"device_memory": max(peaks)} if peaks else {})}
 
 
 def progress_bar(name: str, total: int, done: int, shown: bool = True) -> tqdm:
-    """A bar with stage, step, speed and remaining time; the loss is added at each log."""
-    return tqdm(
-        total=total,
-        initial=done,
-        desc=name,
-        unit="step",
-        disable=not shown,
-        dynamic_ncols=True,
-        smoothing=0.1,
-        mininterval=1.0,
-    )
+    """A bar with stage, step, speed and remaining time; logging adds the loss."""
+    style: dict[str, Any] = dict(unit="step", dynamic_ncols=True, smoothing=0.1, mininterval=1.0)
+    return tqdm(total=total, initial=done, desc=name, disable=not shown, **style)
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident size of this process so far, in bytes (Linux reports kilobytes)."""
+    """Peak resident memory of this process in bytes (Linux reports kilobytes)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

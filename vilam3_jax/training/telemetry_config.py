@@ -7,16 +7,17 @@ import dataclasses
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.settings import Section, setting
 
-WRITERS = ("tensorboard", "wandb", "mlflow")
+# Writer → the package that it needs.
+WRITERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 
 
 @dataclasses.dataclass(frozen=True)
 class TelemetryConfig(Section):
-    """Where a run's figures go.
+    """Where the metrics of a run go.
 
     Attributes:
       writers: of `WRITERS`, besides metrics.jsonl.
-      project: name at the services.
+      project: project or experiment at the services.
       wandb_offline: write W&B runs to the run's folder.
       stall_seconds: time without a step after which all stacks are dumped; 0 for never.
       profile_steps: first and last step to trace, or empty.

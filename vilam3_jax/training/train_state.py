@@ -1,4 +1,4 @@
-"""The state of a run: its fields, shapes and shardings."""
+"""The training state: its fields, shapes and shardings."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from vilam3_jax.training import step_guard
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step updates or reads besides the batch.
+    """Input and output of a step, besides the batch.
 
     Attributes:
-      step: int32, optimizer steps done, skipped ones included.
+      step: int32, number of steps, skipped ones included.
       rng: key data of the run.
       trainable: path → parameter.
       frozen: path → parameter or `QuantizedKernel`.
-      opt_state: of the optimizer, over `trainable`.
+      opt_state: of the optimizer of `trainable`.
       guard: of skipped steps.
       ema: path → float32 moving average of the trainable parameters; None without `config.ema_decay`.
     """
@@ -39,16 +39,16 @@ class TrainState:
     ema: dict[str, Any] | None = None
 
     def params(self) -> dict[str, Any]:
-        """Path → parameter to evaluate and export: the moving average if there is one."""
+        """Path → parameter for evaluation and export: the moving average if there is one."""
         average = {path: x.astype(self.trainable[path].dtype) for path, x in (self.ema or {}).items()}
         return {**self.frozen, **self.trainable, **average}
 
     def all_params(self) -> dict[str, Any]:
-        """Path → parameter as it is trained."""
+        """Path → parameter in training."""
         return {**self.frozen, **self.trainable}
 
     def to_tree(self) -> dict[str, Any]:
-        """Nested dicts, as checkpoints store the state."""
+        """Nested dicts, the layout of checkpoints."""
         tree = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         tree["guard"] = {f.name: getattr(self.guard, f.name) for f in dataclasses.fields(self.guard)}
         return {name: value for name, value in tree.items() if value is not None}
@@ -67,40 +67,37 @@ def abstract_state(
     mesh: Mesh,
     with_ema: bool,
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without memory.
-
-    Optimizer state is sharded like the parameter that it belongs to.
+    """The state as ShapeDtypeStructs with shardings; optimizer state is sharded like its parameter.
 
     Args:
       params: path → ShapeDtypeStruct with sharding of the trainable parameters.
-      frozen: path → the same, or a `QuantizedKernel` of them, of the frozen ones.
-      optimizer: over the trainable parameters.
+      frozen: path → the same, or a `QuantizedKernel` of them, of the frozen parameters.
+      optimizer: of the trainable parameters.
       skip: settings of the guard.
       mesh: of the run.
       with_ema: whether there is a moving average.
     """
     replicated = mesh_lib.replicated(mesh)
 
-    def like_parameter(keys: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-        like = next((params[k.key] for k in keys if getattr(k, "key", None) in params), None)
-        sharding = like.sharding if like is not None and like.shape == leaf.shape else replicated
+    def on_mesh(leaf: Any, sharding: Any = replicated) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    def whole(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
+    def like_parameter(keys: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        like = next((params[k.key] for k in keys if getattr(k, "key", None) in params), None)
+        return on_mesh(leaf, like.sharding if like is not None and like.shape == leaf.shape else replicated)
 
-    def average(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
-
+    counters = {
+        "step": jax.ShapeDtypeStruct((), jnp.int32),
+        "rng": jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))),
+        "guard": jax.eval_shape(lambda: step_guard.fresh(skip)),
+    }
     opt_state = jax.eval_shape(optimizer.init, dict(params))
     return TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
-        rng=whole(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))),
+        **jax.tree.map(on_mesh, counters),
         trainable=dict(params),
         frozen=dict(frozen),
         opt_state=jax.tree_util.tree_map_with_path(like_parameter, opt_state),
-        guard=jax.tree.map(whole, jax.eval_shape(lambda: step_guard.fresh(skip))),
-        ema={path: average(leaf) for path, leaf in params.items()} if with_ema else None,
+        ema={path: leaf.update(dtype=jnp.float32) for path, leaf in params.items()} if with_ema else None,
     )
 
 

@@ -1,7 +1,7 @@
-"""Writers of a run's figures: JSON lines always; TensorBoard, Weights & Biases and MLflow by config.
+"""Writers of metrics: JSON lines always; TensorBoard, Weights & Biases and MLflow by config.
 
 A resumed run repeats the steps after its checkpoint, but no writer shows a step twice: JSON lines and
-TensorBoard drop what came after the checkpoint, the two services keep what they received first.
+TensorBoard drop the steps after the checkpoint, the two services keep what they received first.
 """
 
 from __future__ import annotations
@@ -24,36 +24,34 @@ from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
 from vilam3_jax.runtime.settings import flatten
 from vilam3_jax.training.run_config import RunConfig
-from vilam3_jax.training.telemetry_config import TelemetryConfig
+from vilam3_jax.training.telemetry_config import WRITERS, TelemetryConfig
 
 METRICS_FILE = "metrics.jsonl"
 # First start of the run, its ids at the services, and what was sent to them.
 RECORD_FILE = "telemetry.json"
 
-# Name → the package that it needs.
-_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
-_MLFLOW_PARAMS = 100  # most that one request may carry
-_MLFLOW_CHARACTERS = 500  # of a parameter
-_MLFLOW_UNDER_WAY = 64  # requests without an answer
-_REWRITE_SECONDS = 60.0  # a store allows a file to be written once a second
-
+_MLFLOW_PARAMS = 100  # limit of a request
+_MLFLOW_CHARACTERS = 500  # limit of a parameter
+_MLFLOW_PENDING = 64  # requests without an answer
+_REWRITE_SECONDS = 60.0  # object stores limit writes to one file to about one per second
 _RECORD_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
-    """What was sent to the services: all figures before `step`, and those of `keys` at `step`."""
+    """Metrics sent to the services: all before `step`, and `keys` at `step`."""
 
     step: int = -1
     keys: frozenset[str] = frozenset()
 
-    def has(self, step: int, key: str) -> bool:
-        """Whether a figure was sent."""
-        return step < self.step or (step == self.step and key in self.keys)
+    def missing(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of a step that were not sent."""
+        sent = values.keys() if step < self.step else self.keys if step == self.step else ()
+        return {key: value for key, value in values.items() if key not in sent}
 
     @classmethod
     def of(cls, record: Mapping[str, Any], before: Sequence[Mapping[str, Any]]) -> Sent:
-        """Combines the record of the last start with the lines written since."""
+        """Combines the record of the last start and the lines written since."""
         known = cls(record["sent"]["step"], frozenset(record["sent"]["keys"])) if "sent" in record else cls()
         last = max((row["step"] for row in before), default=-1)
         if last < known.step:
@@ -63,18 +61,18 @@ class Sent:
 
 
 class Writer(Protocol):
-    """Receives the figures of one step after another."""
+    """Receives the metrics of one step after another."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """`step` counts finished optimizer steps; it may be repeated with other keys."""
+        """Writes metrics of a step; a step may be repeated with other keys."""
         ...
 
     def flush(self) -> None:
-        """Called before a checkpoint: a run resumed from it does not rewrite earlier figures."""
+        """Called before a checkpoint; a run resumed from it does not repeat earlier metrics."""
         ...
 
     def close(self) -> None:
-        """Sends what is left."""
+        """Writes pending metrics."""
         ...
 
 
@@ -85,7 +83,7 @@ def check(telemetry: TelemetryConfig) -> None:
       UserError: a package is not installed.
     """
     for name in telemetry.writers:
-        package = _PACKAGES[name]
+        package = WRITERS[name]
         if importlib.util.find_spec(package) is None:
             raise UserError(
                 f"config telemetry.writers names {name!r}, but the package {package} is not installed; "
@@ -97,10 +95,10 @@ def open_writers(config: RunConfig, workdir: paths.PathLike, start_step: int, st
     """Opens JSON lines and the writers of `config.telemetry`.
 
     Args:
-      config: the run's config.
+      config: of the run.
       workdir: folder of the run.
       start_step: step of the checkpoint that the run resumes from; 0 for a new run.
-      started: when this start of the run began, in seconds since 1970.
+      started: time of this start, in seconds since 1970.
 
     Raises:
       UserError: a writer cannot be opened.
@@ -108,26 +106,24 @@ def open_writers(config: RunConfig, workdir: paths.PathLike, start_step: int, st
     before = read_lines(workdir)
     record = read_record(workdir) or {"first_start": started}
     writers: list[Writer] = [JsonLines(workdir, METRICS_FILE, start_step)]
-    # JSON lines drop what came after the checkpoint; the record of what was sent must survive the next start.
+    # JSON lines drop the steps after the checkpoint, so what was sent is recorded for the next start.
     sent = Sent.of(record, before)
     record["sent"] = {"step": sent.step, "keys": sorted(sent.keys)}
     for name in config.telemetry.writers:
         if name == "tensorboard":
             writers.append(TensorBoard(config, workdir, start_step))
-        elif name == "wandb":
-            writers.append(Wandb(config, workdir, record, sent))
         else:
-            writers.append(Mlflow(config, workdir, record, sent))
+            writers.append({"wandb": Wandb, "mlflow": Mlflow}[name](config, workdir, record, sent))
     paths.write_text_atomic(paths.as_path(workdir) / RECORD_FILE, json.dumps(record))
     return writers
 
 
 def read_record(workdir: paths.PathLike) -> dict[str, Any]:
-    """Reads `telemetry.json`.
+    """Reads `telemetry.json`; empty for a new run.
 
     Returns:
-      `first_start`: seconds since 1970 when the run was started first; `wandb`, `mlflow`: its ids there;
-      `sent`: what they had been sent when it was started last. Nothing of a new run.
+      `first_start`: time of the first start, in seconds since 1970; `wandb`, `mlflow`: ids of the run at the
+      services; `sent`: what they had received at the last start.
 
     Raises:
       UserError: the file is damaged.
@@ -139,15 +135,15 @@ def read_record(workdir: paths.PathLike) -> dict[str, Any]:
         return dict(json.loads(paths.read_bytes(path, _RECORD_BYTES)))
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"{path}: not readable ({error}); remove it, and W&B and MLflow get the run as a new one"
+            f"{path}: not readable ({error}); remove it to start a new W&B or MLflow run"
         ) from error
 
 
 class JsonLines:
-    """One JSON object a line; a resumed run first drops the lines after its checkpoint.
+    """One JSON object per line; a resumed run first drops the lines after its checkpoint.
 
-    Object stores cannot append (gcsfs takes mode 'a' for 'w'), and show a file when it is closed. There the
-    whole file is written anew, at `flush`, `close`, and once a minute.
+    Object stores cannot append (gcsfs treats mode 'a' as 'w') and publish a file when it is closed. There the
+    whole file is rewritten at `flush`, `close`, and once a minute.
     """
 
     def __init__(self, workdir: paths.PathLike, name: str, start_step: int) -> None:
@@ -168,10 +164,10 @@ class JsonLines:
             self.flush()
 
     def flush(self) -> None:
-        """Shows what was written.
+        """Publishes the written lines.
 
         Raises:
-          UserError: the disk is full or cannot be written.
+          UserError: the disk is full or not writable.
           UnavailableError: the disk or the network fails.
         """
         try:
@@ -187,22 +183,19 @@ class JsonLines:
         try:
             self.flush()
         finally:
-            with contextlib.suppress(OSError):  # the same, of the line that could not be written
+            with contextlib.suppress(OSError):  # the error of `flush` again
                 self._file.close()
 
 
 def json_text(values: Mapping[str, Any], indent: int | None = None) -> str:
-    """A JSON object; JSON has no NaN and no infinity, which become null."""
+    """A JSON object; NaN and infinity become null."""
     lost = {key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
     finite = {key: None if key in lost else value for key, value in values.items()}
     return json.dumps(finite, indent=indent, allow_nan=False)
 
 
 def read_lines(workdir: paths.PathLike, name: str = METRICS_FILE) -> list[dict[str, Any]]:
-    """Reads the lines written so far; a torn last line (the process was killed) is dropped.
-
-    A figure that was not finite is None.
-    """
+    """Reads the lines written so far, without a last line torn by a kill; values not finite are None."""
     path = paths.as_path(workdir) / name
     if not path.exists():
         return []
@@ -216,41 +209,40 @@ def read_lines(workdir: paths.PathLike, name: str = METRICS_FILE) -> list[dict[s
 
 
 class TensorBoard:
-    """Event files in `<workdir>/tensorboard`; a resumed run tells TensorBoard to drop the later steps."""
+    """Event files in `<workdir>/tensorboard`; a resumed run makes TensorBoard drop the later steps."""
 
     def __init__(self, config: RunConfig, workdir: paths.PathLike, start_step: int) -> None:
         import tensorboardX
 
         folder = paths.as_path(workdir) / "tensorboard"
-        # Files are read in the order of their names, which begin with the second of their start.
+        # Files are read in order of their names, which begin with a time in seconds.
         before = len(list(folder.iterdir())) if folder.exists() else 0
-        suffix = f".{before:04d}"
-        first = start_step + 1 if start_step else 0  # a new run measures before its first step
+        first = start_step + 1 if start_step else 0  # a new run evaluates before its first step
         purge = first if before else None
         self._writer = tensorboardX.SummaryWriter(
-            os.fspath(folder), purge_step=purge, filename_suffix=suffix, flush_secs=30
+            os.fspath(folder), purge_step=purge, filename_suffix=f".{before:04d}", flush_secs=30
         )
         if not start_step:
             self._writer.add_text("config", f"```\n{config.snapshot()}```", 0)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one scalar a key."""
+        """Adds one scalar per key."""
         for key, value in values.items():
             self._writer.add_scalar(key, value, step)
 
     def flush(self) -> None:
-        """Writes what is buffered."""
+        """Writes the buffer."""
         self._writer.flush()
 
     def close(self) -> None:
-        """Writes what is buffered."""
+        """Writes the buffer."""
         self._writer.close()
 
 
 class Wandb:
-    """A run at Weights & Biases, or in `<workdir>/wandb`, to be sent later by `wandb sync`.
+    """A run at Weights & Biases, or in `<workdir>/wandb` for `wandb sync`.
 
-    What is sent at once passes through a temporary folder where the workdir is in an object store.
+    For a workdir in an object store, an online run uses a temporary folder.
     """
 
     def __init__(
@@ -260,7 +252,7 @@ class Wandb:
 
         run_id = record.setdefault("wandb", uuid.uuid4().hex[:12])
         self._scratch = tempfile.TemporaryDirectory(prefix="vilam3-wandb-")
-        passing = "://" in os.fspath(workdir) and not config.telemetry.wandb_offline
+        temporary = "://" in os.fspath(workdir) and not config.telemetry.wandb_offline
         try:
             self._run = wandb.init(
                 project=config.telemetry.project,
@@ -268,7 +260,7 @@ class Wandb:
                 id=run_id,
                 resume="allow",
                 mode="offline" if config.telemetry.wandb_offline else None,
-                dir=self._scratch.name if passing else _local(workdir, "wandb"),
+                dir=self._scratch.name if temporary else _local(workdir, "wandb"),
                 config=config.to_dict(),
             )
         except (wandb.errors.Error, OSError) as error:
@@ -279,12 +271,12 @@ class Wandb:
         self._sent = sent
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Sends what was not sent before the restart."""
-        if new := _unsent(self._sent, step, values):
+        """Sends metrics that were not sent before the restart."""
+        if new := self._sent.missing(step, values):
             self._run.log(new, step=step)
 
     def flush(self) -> None:
-        """Nothing: a process of its own sends, and outlives this one."""
+        """Nothing to do: a separate process sends, and outlives this one."""
 
     def close(self) -> None:
         """Waits until all is sent."""
@@ -302,7 +294,7 @@ class Mlflow:
 
         place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_local(workdir, 'mlflow')}/mlflow.db"
         self._metric, self._sent = mlflow.entities.Metric, sent
-        self._under_way: collections.deque[Any] = collections.deque()
+        self._pending: collections.deque[Any] = collections.deque()
         try:
             self._client = mlflow.MlflowClient(place)
             if "mlflow" not in record:
@@ -329,19 +321,18 @@ class Mlflow:
         return run_id
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Sends, without waiting for an answer, what was not sent before the restart."""
-        now = int(time.time() * 1000)
-        new = _unsent(self._sent, step, values)
+        """Sends metrics that were not sent before the restart, without waiting for an answer."""
+        now, new = int(time.time() * 1000), self._sent.missing(step, values)
         metrics = [self._metric(key, value, now, step) for key, value in new.items()]
         if metrics:
-            self._under_way.append(self._client.log_batch(self._run_id, metrics=metrics, synchronous=False))
-            while len(self._under_way) > _MLFLOW_UNDER_WAY:
-                self._under_way.popleft().wait()
+            self._pending.append(self._client.log_batch(self._run_id, metrics=metrics, synchronous=False))
+            while len(self._pending) > _MLFLOW_PENDING:
+                self._pending.popleft().wait()
 
     def flush(self) -> None:
         """Waits until all is sent."""
-        while self._under_way:
-            self._under_way.popleft().wait()
+        while self._pending:
+            self._pending.popleft().wait()
 
     def close(self) -> None:
         """Waits until all is sent."""
@@ -349,12 +340,8 @@ class Mlflow:
         self._client.set_terminated(self._run_id)
 
 
-def _unsent(sent: Sent, step: int, values: Mapping[str, float]) -> dict[str, float]:
-    return {key: value for key, value in values.items() if not sent.has(step, key)}
-
-
 def _local(workdir: paths.PathLike, what: str) -> str:
-    """The run's folder, for packages that know local files only.
+    """The run's folder, for packages that need local files.
 
     Raises:
       UserError: it is in an object store.
@@ -362,14 +349,14 @@ def _local(workdir: paths.PathLike, what: str) -> str:
     folder = os.fspath(paths.as_path(workdir))
     if "://" in folder:
         raise UserError(
-            f"{folder}: {what} keeps files of its own beside the run, and only on a local disk; choose a "
-            "local --workdir, or leave it out of telemetry.writers"
+            f"{folder}: {what} needs a local folder for its files; choose a local --workdir, or remove it "
+            "from telemetry.writers"
         )
     os.makedirs(folder, exist_ok=True)
     return folder
 
 
 def write_all(writers: Sequence[Writer], step: int, values: Mapping[str, float]) -> None:
-    """Writes one step's figures everywhere."""
+    """Writes metrics of a step to all writers."""
     for writer in writers:
         writer.write(step, values)

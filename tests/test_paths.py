@@ -35,8 +35,8 @@ def test_every_path_has_one_name(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("hdfs://host/x", "hdfs:// is not read here; copy it to a local disk or to gs://"),
-        ("foo://x", "foo:// is not read here"),
+        ("hdfs://host/x", "hdfs:// is not supported; copy it to a local disk or to gs://"),
+        ("foo://x", "foo:// is not supported"),
         ("https://host/x.nii", "download it and give the local file"),
         ("hf://nvidia/x", "hf download"),
         ("gcs://bucket/x", "write gs:// instead"),

@@ -105,15 +105,15 @@ def unsealed(tear):
     [truncate, remove_file, remove_item, empty, tear_seal]
     + [unsealed(tear) for tear in (truncate, remove_file, remove_item, empty)],
 )
-def test_a_torn_checkpoint_falls_back_and_is_kept_as_evidence(tmp_path, capsys, tear):
+def test_a_torn_checkpoint_falls_back_and_is_kept_as_evidence(tmp_path, caplog, tear):
     save(tmp_path, 1, 2)
     newest = tmp_path / "checkpoints" / "2"
     assert (newest / run_checkpoints.FILES).exists()
     tear(newest)
     left = sorted(path.name for path in newest.rglob("*"))
     assert restore(tmp_path) == 1
-    said = capsys.readouterr().err
-    assert "checkpoints/2: damaged (" in said and "going on from step 1" in said
+    said = caplog.text
+    assert "checkpoints/2: damaged (" in said and "resuming from step 1" in said
     aside, why = sorted((tmp_path / "checkpoints_damaged").iterdir())
     assert why.name == f"{aside.name}.txt" and why.read_text().strip() in said
     assert aside.name.startswith("2.") and sorted(path.name for path in aside.rglob("*")) == left
@@ -127,12 +127,12 @@ def test_no_seal_is_no_damage(tmp_path):
     assert restore(tmp_path) == 2
 
 
-def test_unfinished_saves_do_not_count(tmp_path, capsys):
+def test_unfinished_saves_do_not_count(tmp_path, caplog):
     save(tmp_path, 1)
     unfinished = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "checkpoints" / "1", unfinished)
     assert restore(tmp_path) == 1
-    assert f"{unfinished}: an unfinished save, removed" in capsys.readouterr().err
+    assert f"{unfinished}: an unfinished save, removed" in caplog.text
     assert on_disk(tmp_path) == [1]
 
 
@@ -158,7 +158,7 @@ def test_without_a_whole_checkpoint_nothing_starts_and_nothing_is_touched(tmp_pa
     save(tmp_path, 1, 2)
     for step in ("1", "2"):
         truncate(tmp_path / "checkpoints" / step)
-    with pytest.raises(UserError, match=r"no checkpoint is whole \(2: .* bytes; 1: .* bytes\)"):
+    with pytest.raises(UserError, match=r"no checkpoint is intact \(2: .* bytes; 1: .* bytes\)"):
         restore(tmp_path)
     assert on_disk(tmp_path) == [1, 2] and not (tmp_path / "checkpoints_damaged").exists()
 

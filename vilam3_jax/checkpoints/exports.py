@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -49,15 +49,7 @@ Abstract = Mapping[str, jax.ShapeDtypeStruct]
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """What is stored as one array: a parameter, or a range of its rows.
-
-    Attributes:
-      key: its name in the checkpoint.
-      path: of the parameter.
-      start: first row; 0 for a whole parameter.
-      shape: of the array.
-      dtype: of the array.
-    """
+    """One stored array: a parameter, or the range of its rows from `start`; `key` names it on disk."""
 
     key: str
     path: str
@@ -67,7 +59,7 @@ class Leaf:
 
     @property
     def bytes(self) -> int:
-        """Its size."""
+        """Size of the array."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
@@ -75,23 +67,19 @@ Placement = Callable[[Leaf], jax.sharding.Sharding]
 
 
 def stored_leaves(abstract: Abstract) -> list[Leaf]:
-    """Cuts what is larger than `LEAF_BYTES` into ranges of rows of about equal size.
-
-    Args:
-      abstract: path → shape and dtype.
-    """
+    """Cuts parameters (path → shape and dtype) over `LEAF_BYTES` into ranges of rows of about equal size."""
     leaves = []
-    for path, leaf in sorted(abstract.items()):
-        shape = tuple(leaf.shape)
-        size = math.prod(shape) * np.dtype(leaf.dtype).itemsize
-        if size <= LEAF_BYTES:
-            leaves.append(Leaf(path, path, 0, shape, leaf.dtype))
+    for path, parameter in sorted(abstract.items()):
+        whole = Leaf(path, path, 0, tuple(parameter.shape), parameter.dtype)
+        if whole.bytes <= LEAF_BYTES:
+            leaves.append(whole)
             continue
-        most = max(1, LEAF_BYTES * shape[0] // size)  # rows in a leaf
-        rows = -(-shape[0] // -(-shape[0] // most))
-        for start in range(0, shape[0], rows):
-            part = (min(rows, shape[0] - start), *shape[1:])
-            leaves.append(Leaf(f"{path}@{start}", path, start, part, leaf.dtype))
+        count = whole.shape[0]
+        most = max(1, LEAF_BYTES * count // whole.bytes)  # rows in a leaf
+        rows = -(-count // -(-count // most))
+        for start in range(0, count, rows):
+            shape = (min(rows, count - start), *whole.shape[1:])
+            leaves.append(dataclasses.replace(whole, key=f"{path}@{start}", start=start, shape=shape))
     return leaves
 
 
@@ -102,20 +90,14 @@ def export_model(
     tokenizer_dir: paths.PathLike | None,
     extra: Mapping[str, Any],
 ) -> None:
-    """Writes an export of parameters in memory; see `write_export`.
+    """Writes an export of parameters in memory; arguments and errors are those of `write_export`.
 
     Args:
-      out: folder to create; an earlier export there is replaced only once the new one is complete.
-      params: nested or flat dict of arrays; kernels that are stored quantised are written as arrays.
-      model_config: the `model` section of a config, plus `kind`.
-      tokenizer_dir: Hugging Face tokenizer folder to copy, or None.
+      params: nested or flat dict of arrays; quantised kernels are written dequantised.
       extra: provenance (sources, licences, data).
-
-    Raises:
-      UserError: `out` is something else, or the disk is full.
     """
     flat = dict(params)
-    if any(isinstance(v, Mapping) for v in flat.values()):
+    if any(isinstance(value, Mapping) for value in flat.values()):
         flat = param_paths.flatten(flat)
 
     def make(leaf: Leaf) -> Any:
@@ -128,9 +110,7 @@ def export_model(
     write_export(out, abstract, make, model_config, tokenizer_dir, lambda: extra)
 
 
-@jax.jit
-def _dequantize(kernel: QuantizedKernel) -> jax.Array:
-    return kernel.dequantize()
+_dequantize = jax.jit(QuantizedKernel.dequantize)
 
 
 def write_export(
@@ -146,32 +126,31 @@ def write_export(
 ) -> None:
     """Writes an export part by part into `.<name>.partial` beside `out`, then moves it there.
 
-    All processes call it alike. An error leaves nothing behind; what an interruption leaves is cleared, or
-    with `resume` continued, by the next call.
+    All processes call it together. After an error nothing is left; the next call clears what an interrupted
+    one left, or continues it if `resume` is the same.
 
     Args:
       out: folder to create; an earlier export there is replaced only once the new one is complete.
       abstract: path → shape and dtype of every parameter.
-      make: gives a leaf; only those of one part are held at a time.
+      make: returns a leaf; only those of one part are in memory at a time.
       model_config: the `model` section of a config, plus `kind`.
       tokenizer_dir: Hugging Face tokenizer folder to copy, or None.
-      extra: gives the provenance, after the last part.
-      resume: what identifies this export (JSON): parts of an interrupted one that had the same are kept.
-      verify: where `make` puts a leaf; if given, every leaf is hashed on its way out, and at the end all is
-        read again and compared.
+      extra: returns the provenance; called after the last part.
+      resume: JSON that identifies this export.
+      verify: sharding of the leaves that `make` returns; if given, all leaves are hashed while they are
+        written, then read back and compared.
 
     Raises:
-      UserError: `out` is something else, the disk is full, or it did not keep what was written.
+      UserError: `out` is not an export, the disk is full, or the bytes read back differ.
     """
     out = paths.as_path(out)
     if out.exists() and not (out / "model.json").exists() and (not out.is_dir() or paths.children(out)):
-        raise UserError(f"{out}: exists and is no export; choose another folder")
+        raise UserError(f"{out}: exists and is not an export; choose another folder")
     temporary = out.parent / f".{out.name}.partial"
-    parts = list(_parts(stored_leaves(abstract)))
-    fingerprint = _fingerprint(parts, resume)
+    parts = _parts(stored_leaves(abstract))
     lock = None
     try:
-        lock = _begin(temporary, fingerprint if resume is not None else None)
+        lock = _begin(temporary, None if resume is None else _fingerprint(parts, resume))
         digests: dict[str, str] = {}
         for index, part in enumerate(parts):
             digests |= _write_part(temporary, index, part, make, verify is not None)
@@ -179,41 +158,34 @@ def write_export(
             for index, part in enumerate(parts):
                 _verify_part(out, temporary / "params" / f"{index:05}", part, verify, digests)
             processes.barrier(f"verified {temporary}")
-        if jax.process_index() == 0:
+        if processes.is_primary_process():
             _finish(temporary, model_config, tokenizer_dir, {**extra(), "sha256": digests})
             _replace_folder(temporary, out)
         processes.barrier(f"export {out}")
-    except (OSError, ValueError) as error:
-        temporary.rmtree(missing_ok=True)
-        raise paths.write_error(out, error) from error
     except _InUseError:
         raise
-    except KeyboardInterrupt:
-        if resume is None:
+    except (Exception, KeyboardInterrupt) as error:
+        if resume is None or isinstance(error, Exception):
             temporary.rmtree(missing_ok=True)
-        raise
-    except Exception:
-        temporary.rmtree(missing_ok=True)
+        if isinstance(error, OSError | ValueError):
+            raise paths.write_error(out, error) from error
         raise
     finally:
         if lock is not None:
             os.close(lock)
 
 
-def _parts(leaves: Sequence[Leaf]) -> Iterator[list[Leaf]]:
+def _parts(leaves: Sequence[Leaf]) -> list[list[Leaf]]:
     limit = max(_PART_BYTES, max((leaf.bytes for leaf in leaves), default=0))
-    part: list[Leaf] = []
+    parts: list[list[Leaf]] = []
     for leaf in leaves:
-        if part and sum(other.bytes for other in part) + leaf.bytes > limit:
-            yield part
-            part = []
-        part.append(leaf)
-    if part:
-        yield part
+        if not parts or sum(other.bytes for other in parts[-1]) + leaf.bytes > limit:
+            parts.append([])
+        parts[-1].append(leaf)
+    return parts
 
 
-def _fingerprint(parts: Sequence[Sequence[Leaf]], resume: Mapping[str, Any] | None) -> str:
-    """Fingerprint of a resumable export: metadata, leaf layout, versions."""
+def _fingerprint(parts: Sequence[Sequence[Leaf]], resume: Mapping[str, Any]) -> str:
     leaves = [[(leaf.key, leaf.shape, np.dtype(leaf.dtype).name) for leaf in part] for part in parts]
     described = {"versions": versions(), "processes": jax.process_count(), "leaves": leaves, "resume": resume}
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
@@ -227,13 +199,13 @@ def _begin(temporary: epath.Path, fingerprint: str | None) -> int | None:
     """Keeps the parts of an interrupted export with the same fingerprint; clears anything else.
 
     Returns:
-      Descriptor of the lock on the folder; None without one (object stores, other processes).
+      File descriptor that locks the folder; None in object stores and other processes.
     """
     lock = None
-    if jax.process_index() == 0:
+    if processes.is_primary_process():
         local = "://" not in str(temporary)
         if local and temporary.exists():
-            os.close(_locked(temporary))  # not in use
+            os.close(_locked(temporary))  # raises if in use
         file = temporary / "journal" / "mark"
         if fingerprint is None or not file.exists() or file.read_text() != fingerprint:
             temporary.rmtree(missing_ok=True)
@@ -255,19 +227,15 @@ def _locked(folder: epath.Path) -> int:
 
 
 def _write_part(
-    temporary: epath.Path,
-    index: int,
-    part: list[Leaf],
-    make: Callable[[Leaf], Any],
-    verify: bool,
+    temporary: epath.Path, index: int, part: list[Leaf], make: Callable[[Leaf], Any], verify: bool
 ) -> dict[str, str]:
-    """Saves one part, unless the journal says that every process did; returns key → digest."""
+    """Saves one part unless all processes have journaled it; returns key → digest."""
     journals = [temporary / "journal" / f"{index:05}.{p}.json" for p in range(jax.process_count())]
     journal = journals[jax.process_index()]
     if all(other.exists() for other in journals):
         return json.loads(journal.read_text())
     folder = temporary / "params" / f"{index:05}"
-    if jax.process_index() == 0:
+    if processes.is_primary_process():
         folder.rmtree(missing_ok=True)
     processes.barrier(f"part {folder}")
     digests = _save(folder, {leaf.key: make(leaf) for leaf in part}, verify)
@@ -276,23 +244,23 @@ def _write_part(
     return digests
 
 
-def _save(folder: epath.Path, arrays: Mapping[str, Any], verify: bool) -> dict[str, str]:
+def _save(folder: epath.Path, arrays: dict[str, Any], verify: bool) -> dict[str, str]:
     with ThreadPoolExecutor(1) as pool, ocp.Context(array_options=UNCOMPRESSED):
         hashing = pool.submit(
             lambda: {key: _digest(array) for key, array in arrays.items()} if verify else {}
         )
-        ocp.save(folder, dict(arrays))
+        ocp.save(folder, arrays)
         return hashing.result()
 
 
 def _free(size: int) -> None:
-    """Orbax leaves arrays in reference cycles; collects large ones at once."""
+    """Collects large arrays at once; Orbax leaves them in reference cycles."""
     if size > _COLLECTED_BYTES:
         gc.collect()
 
 
 def _digest(array: Any) -> str:
-    """SHA-256 of the rows on this process, each once."""
+    """SHA-256 of the shards on this process, without duplicates."""
     found = hashlib.sha256()
     own = {str(shard.index): shard for shard in array.addressable_shards}
     for _, shard in sorted(own.items()):
@@ -301,11 +269,7 @@ def _digest(array: Any) -> str:
 
 
 def _verify_part(
-    out: epath.Path,
-    folder: epath.Path,
-    part: list[Leaf],
-    placement: Placement,
-    digests: Mapping[str, str],
+    out: epath.Path, folder: epath.Path, part: list[Leaf], placement: Placement, digests: Mapping[str, str]
 ) -> None:
     for leaf in part:
         _free(leaf.bytes)
@@ -315,18 +279,13 @@ def _verify_part(
 
 
 def host_sharding(shape: Sequence[int], axes: Sequence[int] = ()) -> jax.sharding.Sharding:
-    """Host memory, split over all processes along the first divisible axis, or replicated.
-
-    Args:
-      shape: of the array.
-      axes: to try first.
-    """
-    processes = jax.process_count()
-    if processes == 1:
+    """Host memory, split over all processes along the first divisible axis (`axes` first), or replicated."""
+    count = jax.process_count()
+    if count == 1:
         return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     first = {device.process_index: device for device in reversed(jax.devices("cpu"))}
-    mesh = jax.sharding.Mesh(np.array([first[index] for index in range(processes)]), ("hosts",))
-    divided = next((axis for axis in (*axes, *range(len(shape))) if not shape[axis] % processes), None)
+    mesh = jax.sharding.Mesh(np.array([first[index] for index in range(count)]), ("hosts",))
+    divided = next((axis for axis in (*axes, *range(len(shape))) if not shape[axis] % count), None)
     spec = () if divided is None else (*(None,) * divided, "hosts")
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
@@ -362,70 +321,53 @@ def _replace_folder(new: epath.Path, out: epath.Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class StoredModel(ModelConfig):
-    """The config of an exported model or component.
+    """The config of an exported model or component."""
 
-    Attributes:
-      kind: 'generative' or 'contrastive', or the component that the export holds.
-    """
-
-    kind: str = ""
+    kind: str = ""  # 'generative' or 'contrastive', or the component in the export
 
 
 def load_model_config(export: paths.PathLike) -> StoredModel:
     """Reads the model config of an export.
 
     Raises:
-      UserError: `export` is no export.
+      UserError: `export` is not an export, or is damaged.
     """
     export = paths.as_path(export)
     for name in EXPORT_FILES:
         if not (export / name).exists():
             raise UserError(
-                f"{export}: {name} is missing, so this is no export; give the `export` folder of a run "
+                f"{export}: {name} is missing, so this is not an export; give the `export` folder of a run "
                 "or the --out folder of `vilam3 convert import`"
             )
+    text = paths.read_bytes(export / "model.json", _MAX_JSON)
     try:
-        config = json.loads(paths.read_bytes(export / "model.json", _MAX_JSON))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{export / 'model.json'}: is damaged ({error}); export the model again") from error
-    if not isinstance(config, dict) or not isinstance(config.get("kind"), str):
-        raise UserError(f"{export / 'model.json'}: does not state the kind of model; export the model again")
-    try:
+        config = json.loads(text)
+        if not isinstance(config, dict) or not isinstance(config.get("kind"), str):
+            raise UserError("does not state the kind of model")
         return from_mapping(StoredModel, config)
-    except UserError as error:
-        raise UserError(f"{export / 'model.json'}: {error}; export the model again") from error
+    except (ValueError, RecursionError, UserError) as error:
+        problem = error if isinstance(error, UserError) else f"is damaged ({error})"
+        raise UserError(f"{export / 'model.json'}: {problem}; export the model again") from error
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredRows:
-    """Rows of a parameter on disk.
-
-    Attributes:
-      folder: the Orbax checkpoint.
-      key: their name in it.
-      start: the first row; 0 for a whole parameter.
-      shape: of the array.
-      dtype: of the array.
-    """
+class StoredRows(Leaf):
+    """A leaf on disk, in the Orbax checkpoint `folder`."""
 
     folder: epath.Path
-    key: str
-    start: int
-    shape: tuple[int, ...]
-    dtype: Any
 
     def read(self) -> np.ndarray:
-        """Reads them into memory, once."""
-        _free(math.prod(self.shape) * np.dtype(self.dtype).itemsize)
+        """Reads the rows into memory; the result is not cached."""
+        _free(self.bytes)
         wanted = jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=host_sharding(()))
         return np.asarray(_load(self.folder, {self.key: wanted})[self.key])
 
 
 def stored_rows(export: paths.PathLike) -> dict[str, list[StoredRows]]:
-    """Path → how an export holds this parameter, by rows.
+    """Returns path → leaves of this parameter in an export, by row.
 
     Raises:
-      UserError: `export` is no export, or its parameters are damaged.
+      UserError: `export` is not an export, or its parameters are damaged.
     """
     load_model_config(export)
     found: dict[str, list[StoredRows]] = {}
@@ -433,9 +375,9 @@ def stored_rows(export: paths.PathLike) -> dict[str, list[StoredRows]]:
         for folder in sorted((paths.as_path(export) / "params").iterdir()):
             for key, leaf in ocp.metadata(folder).metadata.items():
                 path, _, start = key.partition("@")
-                rows = StoredRows(folder, key, int(start or 0), tuple(leaf.shape), leaf.dtype)
+                rows = StoredRows(key, path, int(start or 0), tuple(leaf.shape), leaf.dtype, folder)
                 found.setdefault(path, []).append(rows)
-    except Exception as error:  # Orbax and TensorStore raise whatever damaged files lead them to
+    except Exception as error:  # damaged files raise arbitrary errors in Orbax and TensorStore
         raise UserError(f"{export}: its params are damaged ({first_line(error)}); export it again") from error
     for ranges in found.values():
         ranges.sort(key=lambda part: part.start)
@@ -449,12 +391,12 @@ def parameter_shape(ranges: Sequence[StoredRows]) -> tuple[int, ...]:
 
 
 def load_params(export: paths.PathLike, wanted: Abstract, optional: Collection[str] = ()) -> Flat:
-    """Reads just the wanted parameters, each straight onto its sharding.
+    """Reads the `wanted` parameters only, each straight onto its sharding.
 
     Args:
       export: export folder.
       wanted: path → ShapeDtypeStruct; dtypes are converted, shapes must agree.
-      optional: paths that may be absent and are then left out of the result.
+      optional: paths that are left out of the result if the export lacks them.
 
     Raises:
       UserError: a wanted parameter is missing or has another shape.
@@ -463,25 +405,26 @@ def load_params(export: paths.PathLike, wanted: Abstract, optional: Collection[s
     absent = [path for path in wanted if path not in stored and path not in optional]
     if absent:
         raise UserError(
-            f"{export}: holds no {absent[0]} (and {len(absent) - 1} more); it is an export of another model"
+            f"{export}: has no {absent[0]} (and {len(absent) - 1} more); it is an export of another model"
         )
-    present = {path: leaf for path, leaf in wanted.items() if path in stored}
     together: dict[epath.Path, dict[str, jax.ShapeDtypeStruct]] = {}
-    for path, leaf in present.items():
-        if parameter_shape(stored[path]) != tuple(leaf.shape):
+    in_ranges = {}
+    for path, leaf in wanted.items():
+        if path not in stored:
+            continue
+        if (shape := parameter_shape(stored[path])) != tuple(leaf.shape):
             raise UserError(
-                f"{export}: {path} has shape {parameter_shape(stored[path])}, this model needs "
-                f"{tuple(leaf.shape)}; it is an export of another model"
+                f"{export}: {path} has shape {shape}, this model needs {tuple(leaf.shape)}; it is an export "
+                "of another model"
             )
         if len(stored[path]) == 1:
             together.setdefault(stored[path][0].folder, {})[path] = leaf
+        else:
+            in_ranges[path] = leaf
     found: Flat = {}
     for folder, leaves in together.items():
         found |= _load(folder, leaves)
-    for path, leaf in present.items():
-        if len(stored[path]) > 1:
-            found[path] = _load_ranges(stored[path], leaf)
-    return found
+    return found | {path: _load_ranges(stored[path], leaf) for path, leaf in in_ranges.items()}
 
 
 def _load(folder: epath.Path, leaves: dict[str, jax.ShapeDtypeStruct]) -> Flat:
@@ -489,15 +432,14 @@ def _load(folder: epath.Path, leaves: dict[str, jax.ShapeDtypeStruct]) -> Flat:
     try:
         with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
             return dict(ocp.load(folder, leaves))
-    except Exception as error:  # as above
+    except Exception as error:  # see `stored_rows`
         raise UserError(f"{folder}: is damaged ({first_line(error)}); export the model again") from error
 
 
 def _load_ranges(ranges: Sequence[StoredRows], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """Fills a parameter range by range, with one range in memory besides it."""
-    sharding = leaf.sharding
-    rows_sharding = sharding
-    if isinstance(sharding, jax.sharding.NamedSharding):  # a range need not divide as the whole does
+    """Fills a parameter range by range; only one range is in memory besides it."""
+    sharding = rows_sharding = leaf.sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):  # the rows of a range may not be divisible
         rows_sharding = sharding.update(spec=jax.sharding.PartitionSpec(None, *sharding.spec[1:]))
     whole = jax.jit(functools.partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=sharding)()
     put = jax.jit(
@@ -514,11 +456,7 @@ def _load_ranges(ranges: Sequence[StoredRows], leaf: jax.ShapeDtypeStruct) -> ja
 def load_export(
     export: paths.PathLike, sharding: jax.sharding.Sharding | None = None
 ) -> tuple[dict[str, Any], StoredModel, epath.Path]:
-    """Opens an export on one device (or on `sharding`).
-
-    Returns:
-      Nested parameters, model config, tokenizer folder.
-    """
+    """Returns (nested parameters on the first device or `sharding`, model config, tokenizer folder)."""
     config = load_model_config(export)
     place = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     _, nested = build.abstract_model(config, config.kind)

@@ -1,8 +1,8 @@
-"""Orbax checkpoints of runs; see `exports` for those of models. No other module uses Orbax.
+"""Orbax checkpoints of runs; `exports` has those of models. No other module uses Orbax.
 
 A *run checkpoint* is one step directory with `state` (parameters, optimizer, step, rng), `data` (one JSON
-state per loader shard) and `run` (resolved config, versions, provenance). Once it is complete, `files.json`
-lists its files and their sizes, so a torn checkpoint is detected before anything is read from it.
+state per loader shard) and `run` (resolved config, versions, provenance). When it is complete, `files.json`
+lists its files and their sizes, so that a torn checkpoint is detected before it is read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import logging
 import platform
-import re
 import threading
 import time
 from collections.abc import Mapping
@@ -33,12 +32,12 @@ FILES = "files.json"
 _FILES_BYTES = 2**28
 _POLL_SECONDS = 0.1
 _SEAL_SECONDS = 60
-_MARKER = "commit_success.txt"  # Orbax's
-_UNFINISHED = re.compile(r"orbax-checkpoint-tmp")
+_MARKER = "commit_success.txt"  # written by Orbax
+_UNFINISHED = "orbax-checkpoint-tmp"
 
 
 def versions() -> dict[str, str]:
-    """Versions of what can change a run's numbers."""
+    """Versions of the packages that affect a run's numbers."""
     names = ("vilam3-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "qwix")
     found = {"python": platform.python_version()}
     for name in names:
@@ -50,14 +49,7 @@ def versions() -> dict[str, str]:
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds.
-
-    Attributes:
-      step: finished optimizer steps.
-      state: on the shardings asked for.
-      data: state of every loader shard.
-      run: config, versions, clock, provenance.
-    """
+    """Content of a checkpoint; see `RunCheckpoints.save`."""
 
     step: int
     state: Any
@@ -69,12 +61,12 @@ class RunCheckpoints:
     """Step directories of one run under `<workdir>/checkpoints`; all processes call every method alike."""
 
     def __init__(self, workdir: paths.PathLike, kept: int = 2, kept_every: int = 0) -> None:
-        """Opens the folder, created where it is missing.
+        """Opens or creates the folder.
 
         Args:
           workdir: folder of the run.
-          kept: how many of the newest to keep.
-          kept_every: keep also those of steps that this divides; 0: none.
+          kept: how many of the newest checkpoints to keep.
+          kept_every: also keep checkpoints of steps that are multiples of this; 0 keeps none.
         """
         self._root = paths.as_path(workdir) / "checkpoints"
         try:
@@ -86,7 +78,7 @@ class RunCheckpoints:
             policies.append(ocp.training.preservation_policies.EveryNSteps(kept_every))
         self._manager = ocp.training.Checkpointer(
             self._root,
-            # Orbax's own policies, which its protocols do not admit.
+            # Orbax's own policies do not satisfy its protocols.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # pyright: ignore[reportArgumentType]
             preservation_policy=ocp.training.preservation_policies.AnyPreservationPolicy(policies),  # pyright: ignore[reportArgumentType]
         )
@@ -94,11 +86,11 @@ class RunCheckpoints:
         self._sealing: threading.Thread | None = None
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that Orbax takes for complete, rising."""
+        """Steps of the checkpoints that Orbax considers complete, in ascending order."""
         return sorted(checkpoint.step for checkpoint in self._manager.checkpoints)
 
     def save(self, step: int, state: Any, data: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-        """Starts an asynchronous save, unless the step has one; `state` may be donated right after.
+        """Starts an asynchronous save unless the step has one; `state` may be donated afterwards.
 
         Args:
           step: finished optimizer steps.
@@ -107,23 +99,17 @@ class RunCheckpoints:
           run: config, versions, clock, provenance.
 
         Raises:
-          UserError: the disk is full or cannot be written.
+          UserError: the disk is full or not writable.
           UnavailableError: the disk or the network fails.
         """
-        if step in self.steps():  # SIGTERM came right after this step was saved
+        if step in self.steps():  # SIGTERM arrived right after this step was saved
             return
-        everywhere = {
-            number: place for part in processes.gather(dict(data)) for number, place in part.items()
-        }
+        everywhere = {shard: state for part in processes.gather(dict(data)) for shard, state in part.items()}
         if self._sealing is not None:
-            # Orbax removes old steps on its way, and must not meet a file that is just being written there. A
-            # save that failed is never sealed, so this does not wait for ever; Orbax then says why it failed.
+            # A save deletes old steps, which must not race with the seal being written there. The timeout is
+            # for a failed save, which is never sealed; Orbax then reports why it failed.
             self._sealing.join(_SEAL_SECONDS)
-        items = {
-            "state": state,
-            "data": {"json": json.dumps(everywhere)},
-            "run": {"json": json.dumps(run)},
-        }
+        items = {"state": state, "data": {"json": json.dumps(everywhere)}, "run": {"json": json.dumps(run)}}
         try:
             with ocp.Context(array_options=UNCOMPRESSED):
                 self._manager.save_checkpointables_async(step, items, force=True)
@@ -142,7 +128,7 @@ class RunCheckpoints:
         _seal(self._root / str(step))
 
     def wait(self) -> None:
-        """Blocks until the save in flight is complete."""
+        """Blocks until the save in progress is complete, and closes the checkpoints."""
         try:
             self._manager.close()
         except (OSError, ValueError) as error:
@@ -156,63 +142,61 @@ class RunCheckpoints:
                 _seal(self._root / str(step))
 
     def restore(self, abstract: Any) -> Restored | None:
-        """Loads the newest whole checkpoint onto the shardings of `abstract`; None where there is none.
+        """Loads the newest intact checkpoint onto the shardings of `abstract`; None if there is none.
 
-        A torn one (files missing or too short) is passed over for the one before it, moved to
-        `<workdir>/checkpoints_damaged` and reported on stderr, as is an unfinished save.
+        Torn checkpoints (files missing or too short) are skipped, moved to `<workdir>/checkpoints_damaged`
+        and logged. Unfinished saves are removed.
 
         Raises:
-          UserError: it is a checkpoint of another model or optimizer, or all checkpoints are damaged.
+          UserError: the checkpoint has another model or optimizer, or all checkpoints are damaged.
           UnavailableError: the disk or the network fails; nothing is moved.
         """
         self._remove_unfinished()
         damaged: dict[int, str] = {}
         for step in reversed(processes.from_primary_process(self.steps())):
-            problem = processes.from_primary_process(
-                _damage(self._root / str(step)) if processes.is_primary_process() else None
-            )
-            restored, error = (None, problem) if problem else self._load(step, abstract)
-            if restored is not None:
+            primary = processes.is_primary_process()
+            problem = processes.from_primary_process(_damage(self._root / str(step)) if primary else None)
+            restored = problem or self._load(step, abstract)
+            if isinstance(restored, Restored):
                 self._move_damaged(damaged, step)
                 return restored
-            damaged[step] = str(error)
+            damaged[step] = restored
         if damaged:
-            told = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
+            problems = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
             raise UserError(
-                f"{self._root}: no checkpoint is whole ({told}); restore one from a copy, or start anew in "
-                "another --workdir"
+                f"{self._root}: no checkpoint is intact ({problems}); restore one from a copy, or start over "
+                "in another --workdir"
             )
         return None
 
-    def _load(self, step: int, abstract: Any) -> tuple[Restored | None, str | None]:
-        items, error, passing = None, None, False
+    def _load(self, step: int, abstract: Any) -> Restored | str:
+        """Returns the content of a checkpoint, or the error of a damaged one."""
+        items, error, transient = None, None, False
         try:
             items = self._manager.load_checkpointables(step, {"state": abstract, "data": None, "run": None})
-        except Exception as caught:  # Orbax and TensorStore raise whatever damaged files lead them to
-            error, passing = first_line(caught), paths.passes(caught)
-        everywhere = processes.gather([error, passing])
-        errors = [told for told, _ in everywhere if told is not None]
-        if any(others for _, others in everywhere):
-            (told, *_) = [told for told, others in everywhere if others]
+        except Exception as caught:  # damaged files raise arbitrary errors in Orbax and TensorStore
+            error, transient = first_line(caught), paths.passes(caught)
+        errors = [found for found in processes.gather([error, transient]) if found[0] is not None]
+        if unavailable := [message for message, transient in errors if transient]:
             raise UnavailableError(
-                f"{self._root / str(step)}: cannot be read now ({told}); check the disk or the network and "
-                "start again"
+                f"{self._root / str(step)}: cannot be read now ({unavailable[0]}); check the disk or the "
+                "network and start again"
             )
         if items is not None and not errors:
             data, run = json.loads(items["data"]["json"]), json.loads(items["run"]["json"])
-            return Restored(step, items["state"], data, run), None
-        if other := self._other_model(step, abstract):
+            return Restored(step, items["state"], data, run)
+        if difference := self._difference(step, abstract):
             raise UserError(
-                f"{self._root / str(step)}: does not fit this config ({other}); it is of another model, "
-                "optimizer, ema_decay or skip.window: set them as they were, or use another --workdir"
+                f"{self._root / str(step)}: does not fit this config ({difference}); it was saved with "
+                "another model, optimizer, ema_decay or skip.window: restore them, or use another --workdir"
             )
-        return None, errors[0]
+        return errors[0][0]
 
-    def _other_model(self, step: int, abstract: Any) -> str | None:
-        """What is stored with another name or shape; None where nothing is, or it cannot be told."""
+    def _difference(self, step: int, abstract: Any) -> str | None:
+        """The first name or shape that differs from `abstract`; None if equal or unreadable."""
         try:
             stored = _shapes(self._manager.checkpointables_metadata(step).metadata["state"])
-        except Exception:  # as above
+        except Exception:  # see `_load`
             return None
         wanted = _shapes(abstract)
         for name in sorted(stored.keys() ^ wanted.keys()):
@@ -223,29 +207,24 @@ class RunCheckpoints:
         return None
 
     def _remove_unfinished(self) -> None:
-        """What a save that was broken off left; it never counts, and its parts are of no use.
-
-        Raises:
-          UserError: a complete checkpoint that Orbax would overlook.
-        """
-        if processes.is_primary_process():
-            for folder in paths.children(self._root):
-                unmarked = folder.name.isdigit() and not _complete(folder)
-                if unmarked and (folder / FILES).exists():
+        """Removes interrupted saves; raises UserError for a complete one that Orbax would overlook."""
+        for folder in paths.children(self._root) if processes.is_primary_process() else ():
+            unmarked = folder.name.isdigit() and not _complete(folder)
+            if unmarked and (folder / FILES).exists():
+                raise UserError(
+                    f"{folder}: is complete but has no {_MARKER}, so it was copied here from a disk; to "
+                    "resume from it, put an empty file of that name into it and its state, data and run; or "
+                    "remove the folder"
+                )
+            if unmarked or _UNFINISHED in folder.name:
+                try:
+                    folder.rmtree(missing_ok=True)
+                except OSError as error:
                     raise UserError(
-                        f"{folder}: is complete but has no {_MARKER}, so it was copied here from a disk; "
-                        "put an empty file of that name into it and into its state, data and run to go on "
-                        "from it, or remove the folder"
-                    )
-                if unmarked or _UNFINISHED.search(folder.name):
-                    try:
-                        folder.rmtree(missing_ok=True)
-                    except OSError as error:
-                        raise UserError(
-                            f"{folder}: an unfinished save that cannot be removed ({error}); does another "
-                            "run write into this workdir?"
-                        ) from error
-                    logger.warning("checkpoints: %s: an unfinished save, removed", folder)
+                        f"{folder}: an unfinished save that cannot be removed ({error}); does another run "
+                        "write into this workdir?"
+                    ) from error
+                logger.warning("checkpoints: %s: an unfinished save, removed", folder)
         processes.barrier(f"unfinished {self._root}")
 
     def _move_damaged(self, damaged: Mapping[int, str], used: int) -> None:
@@ -254,28 +233,23 @@ class RunCheckpoints:
         if processes.is_primary_process():
             for step, problem in damaged.items():
                 target = self._root.parent / "checkpoints_damaged" / f"{step}.{int(time.time())}"
-                # First, as an object store renames only into folders that hold something.
+                # Written first: an object store renames only into folders that are not empty.
                 paths.write_text_atomic(target.parent / f"{target.name}.txt", f"{problem}\n")
                 source = self._root / str(step)
                 source.rename(target)
-                logger.warning(
-                    "checkpoints: %s: damaged (%s), moved to %s; resuming from step %s",
-                    source,
-                    problem,
-                    target,
-                    used,
-                )
+                notice = "checkpoints: %s: damaged (%s), moved to %s; resuming from step %s"
+                logger.warning(notice, source, problem, target, used)
         processes.barrier(f"aside {self._root}")
         self._manager.reload()
 
 
 def _complete(folder: epath.Path) -> bool:
-    """Orbax renames a finished save; in gs://, where renaming is no single operation, it leaves a marker."""
+    """Orbax renames a finished save; in gs://, where renaming is not atomic, it writes a marker."""
     return (folder / _MARKER).exists() if str(folder).startswith("gs://") else folder.exists()
 
 
 def _sizes(folder: epath.Path) -> dict[str, int]:
-    """Path in `folder` → bytes, of the files of its items; markers of a finished save hold nothing."""
+    """Returns path in `folder` → bytes; without the empty markers of a finished save."""
     sizes = {}
     for path in paths.children(folder):
         if path.is_dir():
@@ -286,16 +260,16 @@ def _sizes(folder: epath.Path) -> dict[str, int]:
 
 
 def _seal(folder: epath.Path) -> None:
-    """Writes down what a complete checkpoint consists of."""
+    """Writes `FILES` into a complete checkpoint."""
     try:
         sizes = {name: size for name, size in _sizes(folder).items() if "/" in name}
         paths.write_text_atomic(folder / FILES, json.dumps(sizes))
     except (OSError, UserError):
-        return  # removed meanwhile for a newer one, or the disk is full: without its seal it still counts
+        return  # superseded and removed, or the disk is full: a checkpoint without a seal is still valid
 
 
 def _damage(folder: epath.Path) -> str | None:
-    """What a sealed checkpoint lacks; None: nothing, or it was not sealed and only loading can tell."""
+    """The first difference from a checkpoint's seal; None if it is intact or has no seal."""
     if not (folder / FILES).exists():
         return None
     try:
@@ -318,12 +292,9 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def _key(entry: Any) -> str:
     """Orbax stores named tuples and lists as dicts of names and numbers."""
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    return str(entry)
+    return str(next((getattr(entry, name) for name in ("key", "name", "idx") if hasattr(entry, name)), entry))
 
 
 def first_line(error: Exception) -> str:
-    """The part of a message that a person reads."""
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+    """First line of an error message, cut to 300 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

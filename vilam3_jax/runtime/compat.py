@@ -18,13 +18,12 @@ from jax.sharding import AxisType, Mesh
 
 
 def use_cpu_devices(count: int) -> None:
-    """Makes `count` virtual CPU devices stand in for a mesh; must come before the first use of a device.
+    """Replaces the devices by `count` virtual CPU devices; call it before the first use of a device.
 
     A collective blocks a thread of XLA's pool until its partners arrive, and a device may wait in several at
-    once. The pool has as many threads as there are cores (read from NPROC) or devices; on a small machine
-    all of them can end up waiting, and XLA then aborts the process. A larger pool cannot run dry. Where there
-    are no more cores than devices, a matrix product is then kept on one thread: cut into as many pieces as
-    the pool has threads it is a third slower (measured: 4 devices on 2 cores).
+    once. XLA aborts the process if all threads of the pool, one per core (NPROC) or device, are blocked, so
+    the pool is made larger. A matrix product is split into as many pieces as the pool has threads, which is a
+    third slower if there are no more cores than devices (4 devices on 2 cores); there it runs on one thread.
     """
     cores = os.cpu_count() or 1
     os.environ["NPROC"] = str(max(16 * count, cores))
@@ -33,37 +32,32 @@ def use_cpu_devices(count: int) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
-    # Two programs of several devices in flight could wait for each other in the same way.
+    # Two concurrent programs could block each other in the same way.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def coordination_client() -> Any:
-    """The key-value store that the processes of a run share; None where there is one process.
-
-    JAX has no public name for it. Methods used: `key_value_set(key, value)`, `key_value_try_get(key)`,
-    `blocking_key_value_get(key, milliseconds)`.
-    """
+    """The key-value store that the processes of a run share; None for one process. JAX has no public name."""
     from jax._src import distributed
 
     return distributed.global_state.client
 
 
 class DoesNotFitTorus(ValueError):
-    """The axes of a mesh cannot be laid on the torus of the devices, not along parts of its sides either."""
+    """The axes of a mesh do not fit the torus of the devices, even along parts of its sides."""
 
 
 def make_mesh(sizes: Sequence[int], names: Sequence[str], devices: Sequence[Any] | None = None) -> Mesh:
-    """Builds a mesh whose axes are all `Auto`, along whole sides of the devices' torus if it can be done.
+    """Builds a mesh of `Auto` axes, along whole sides of the devices' torus if possible.
 
-    The sizes are passed by position, because their keyword changed between jax 0.10 and 0.11, and the axis
-    type is stated, because `jax.make_mesh` and `Mesh` have different defaults.
+    `jax.make_mesh` takes sizes by position, as their keyword changed between jax 0.10 and 0.11.
 
     Raises:
       DoesNotFitTorus: see there.
     """
     sizes, names = tuple(sizes), tuple(names)
-    types = (AxisType.Auto,) * len(names)
-    # JAX says by NotImplementedError that axes are no products of a torus's sides, or of parts of them.
+    types = (AxisType.Auto,) * len(names)  # the defaults of `jax.make_mesh` and `Mesh` differ
+    # JAX raises NotImplementedError for axes that are not products of a torus's sides, or of parts of them.
     with contextlib.suppress(NotImplementedError):
         return jax.make_mesh(sizes, names, axis_types=types, devices=devices)
     try:
@@ -74,31 +68,26 @@ def make_mesh(sizes: Sequence[int], names: Sequence[str], devices: Sequence[Any]
 
 
 def join_meshes(meshes: Sequence[Mesh]) -> Mesh:
-    """Equal meshes, one after another along their first axis."""
+    """Concatenates equal meshes along their first axis."""
     joined = np.concatenate([mesh.devices for mesh in meshes])
     return Mesh(joined, meshes[0].axis_names, axis_types=meshes[0].axis_types)
-
-
-def pure_dict(state: nnx.State) -> dict[str, Any]:
-    """Turns an NNX state into nested dicts of arrays."""
-    return nnx.to_pure_dict(state)
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """Splits a module into its structure and nested dicts of arrays (or of ShapeDtypeStructs)."""
     graphdef, state = nnx.split(module)
-    return graphdef, pure_dict(state)
+    return graphdef, nnx.to_pure_dict(state)
 
 
 def merge(graphdef: nnx.GraphDef, params: dict[str, Any]) -> Any:
-    """Builds the module of `graphdef` around nested dicts of arrays, as `split` returns them."""
+    """Builds the module of `graphdef` with the nested arrays that `split` returned."""
     return nnx.merge(graphdef, params)
 
 
 def equally_varying(*values: jax.Array) -> tuple[jax.Array, ...]:
-    """Inside `shard_map`: marks all as varying over every mesh axis over which one of them does.
+    """Inside `shard_map`: marks all values as varying over every mesh axis over which any of them varies.
 
-    `custom_vjp` demands gradients that vary over the same axes as its arguments do.
+    `custom_vjp` requires gradients that vary over the same axes as its arguments.
     """
     varying = [jax.typeof(value).manual_axis_type.varying for value in values]
     everywhere = frozenset().union(*varying)

@@ -36,33 +36,26 @@ _INSTEAD = {
     "s3a": "write s3:// instead",
 }
 
-# What says something of the disk, the network or this process, and nothing of the file.
-_PASSING = {
-    errno.EIO,
-    errno.ESTALE,
-    errno.ENOTCONN,
-    errno.ETIMEDOUT,
-    errno.ECONNRESET,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
+# Errnos of transient disk, network or process failures, not of a bad file.
+_TRANSIENT = {
+    getattr(errno, name)
+    for name in (
+        *("EIO", "ESTALE", "ENOTCONN", "ETIMEDOUT", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH"),
+        *("ENETDOWN", "ENETUNREACH", "EMFILE", "ENFILE", "ENOMEM"),
+    )
 }
-# The same of TensorStore, which has ValueErrors: of an object store's answers, and of the operating system.
-_PASSING_STATUS = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|UNAUTHENTICATED")
+# TensorStore raises ValueErrors with the status of an object store or the errno of the operating system.
+_TRANSIENT_STATUS = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|UNAUTHENTICATED")
 _OS_ERROR = re.compile(r"\[os_error_code='(\d+)'")
 
 
 def as_path(path: PathLike) -> epath.Path:
-    """Returns `path` as an `epath.Path`: `~` expanded, without `..`, and local paths absolute.
+    """Returns `path` as an `epath.Path`: `~` expanded, `..` resolved, and local paths absolute.
 
-    Absolute, because Orbax takes nothing else; without `..`, because to an object store that is a name.
+    Orbax accepts only absolute paths, and object stores take `..` for a name.
 
     Raises:
-      UserError: a scheme that is not read here, or whose package is missing; a Windows path.
+      UserError: an unsupported scheme, a scheme whose package is not installed, or a Windows path.
     """
     text = os.fspath(path)
     if match := _SCHEME.match(text):
@@ -70,19 +63,19 @@ def as_path(path: PathLike) -> epath.Path:
         if scheme == "file":
             return epath.Path(os.path.abspath(urllib.parse.unquote(place.removeprefix("localhost"))))
         _check_store(text, scheme)
-        _always_list_anew()
+        _disable_listings_cache()
         return epath.Path(f"{scheme}://{posixpath.normpath(place)}")
     if match := _ONE_SLASH.match(text):
         raise UserError(f"{text}: {match[1]}: needs two slashes; give it as text, because pathlib drops one")
     if os.name != "nt" and _WINDOWS.match(text):
-        raise UserError(f"{text}: a Windows path; give the path that this machine has for it")
+        raise UserError(f"{text}: a Windows path; give its path on this machine")
     return epath.Path(os.path.abspath(os.path.expanduser(text)))
 
 
 def _check_store(text: str, scheme: str) -> None:
     if scheme not in _STORES:
         instead = _INSTEAD.get(scheme, "copy it to a local disk or to gs://")
-        raise UserError(f"{text}: {scheme}:// is not read here; {instead}")
+        raise UserError(f"{text}: {scheme}:// is not supported; {instead}")
     package, install = _STORES[scheme]
     if not _is_installed(package):
         raise UserError(f"{text}: {scheme}:// needs the package {package}; {install}")
@@ -94,21 +87,17 @@ def _is_installed(package: str) -> bool:
 
 
 @functools.cache
-def _always_list_anew() -> None:
-    """What TensorStore or another host wrote would be missing in the listings that fsspec keeps."""
-    try:
+def _disable_listings_cache() -> None:
+    """fsspec's cached listings would lack files that TensorStore or another host wrote."""
+    with contextlib.suppress(ImportError):  # opening the path reports the missing package
         from fsspec import config
-    except ImportError:
-        return  # opening the path says what to install
-    for protocol in ("gcs", "gs", "s3"):
-        config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+
+        for protocol in ("gcs", "gs", "s3"):
+            config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
 
 
 def children(folder: PathLike) -> list[epath.Path]:
-    """What lies in `folder`, by name; nothing if it is no folder.
-
-    An object store has no empty folders, so one that was just made may be missing there.
-    """
+    """Sorted entries of `folder`; empty if it is missing or a file. Object stores have no empty folders."""
     try:
         return sorted(as_path(folder).iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -116,11 +105,11 @@ def children(folder: PathLike) -> list[epath.Path]:
 
 
 def exists(path: PathLike) -> bool:
-    """Whether a file or folder is there.
+    """Whether a file or folder exists.
 
     Raises:
       UnavailableError: the disk or the network fails.
-      UserError: the object store does not say, for example because it asks for credentials.
+      UserError: the object store refuses to answer, for example without credentials.
     """
     path = as_path(path)
     try:
@@ -138,23 +127,19 @@ def file_size(path: PathLike) -> int:
 
 
 def _look_up(path: epath.Path) -> tuple[bool, int]:
-    """Whether `path` is a folder, and its size: one request to an object store."""
+    """(is it a folder, size), in one request to an object store."""
     if "://" in str(path):
         found = path.stat()
         return found.is_directory, found.length
-    known = os.stat(path)  # epath's fails where the owner of a file has no name
-    return stat.S_ISDIR(known.st_mode), known.st_size
+    found = os.stat(path)  # epath's `stat` fails if the file's owner has no user name
+    return stat.S_ISDIR(found.st_mode), found.st_size
 
 
 def read_bytes(path: PathLike, max_bytes: int) -> bytes:
-    """Reads a whole file.
-
-    Args:
-      path: file to read.
-      max_bytes: refuse larger files, so that a hostile file cannot exhaust memory.
+    """Reads a whole file of at most `max_bytes`, so that a hostile file cannot exhaust memory.
 
     Raises:
-      UserError: missing, a folder, larger than `max_bytes`, or not to be read.
+      UserError: the file is missing, a folder, too large or unreadable.
       UnavailableError: the disk or the network fails.
     """
     path = as_path(path)
@@ -165,7 +150,7 @@ def read_bytes(path: PathLike, max_bytes: int) -> bytes:
         if size > max_bytes:
             raise UserError(f"{path}: {size} bytes, more than the limit of {max_bytes}; use a smaller file")
         return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # the last: no name for a file
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: an invalid file name
         raise UserError(f"{path}: no such file; check the path") from error
     except OSError as error:
         check_passing(path, error)
@@ -173,11 +158,7 @@ def read_bytes(path: PathLike, max_bytes: int) -> bytes:
 
 
 def check_passing(path: PathLike, error: Exception) -> None:
-    """Tells a disk or a network that fails from a damaged file.
-
-    Raises:
-      UnavailableError: `error`, met while `path` was read, says nothing of the file.
-    """
+    """Raises UnavailableError if `error`, raised while reading `path`, is transient."""
     if passes(error):
         raise UnavailableError(
             f"{path}: cannot be read now ({error}); check the disk or the network and start again"
@@ -185,49 +166,37 @@ def check_passing(path: PathLike, error: Exception) -> None:
 
 
 def passes(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, says nothing of the file: a disk or a network fails."""
+    """Whether an error or one of its causes is transient: the disk or the network fails, not the file."""
     while error is not None:
-        if isinstance(error, socket.gaierror) or (isinstance(error, OSError) and error.errno in _PASSING):
-            return True  # the former: no name server
+        code = error.errno if isinstance(error, OSError) else None
         if isinstance(error, ValueError):
-            system = _OS_ERROR.search(str(error))
-            if _PASSING_STATUS.match(str(error)) or (system and int(system[1]) in _PASSING):
+            if _TRANSIENT_STATUS.match(str(error)):
                 return True
+            system = _OS_ERROR.search(str(error))
+            code = system and int(system[1])
+        if code in _TRANSIENT or isinstance(error, socket.gaierror):  # the latter: no name server
+            return True
         error = error.__cause__ or error.__context__
     return False
 
 
 def write_error(path: PathLike, error: Exception) -> UserError:
-    """What to raise where `path` cannot be written: an `UnavailableError` if starting again may help."""
+    """The error to raise if `path` cannot be written: UnavailableError if a restart may help."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    told = f"{path}: cannot be written ({text.splitlines()[0][:300]})"
+    problem = f"{path}: cannot be written ({text.splitlines()[0][:300]})"
     if passes(error):
-        return UnavailableError(f"{told}; check the disk or the network and start again")
-    return UserError(f"{told}; free space or choose another folder")
+        return UnavailableError(f"{problem}; check the disk or the network and start again")
+    return UserError(f"{problem}; free space or choose another folder")
 
 
 def write_bytes_atomic(path: PathLike, data: bytes) -> None:
-    """Writes `data` so that a reader never sees half a file.
-
-    Beside `path`, then renamed; an object store shows an object when it is whole.
+    """Writes `data` so that readers never see a partial file; creates missing folders.
 
     Raises:
-      UserError: the disk is full or the folder cannot be written.
+      UserError: the disk is full or the folder is not writable.
       UnavailableError: the disk or the network fails.
     """
-    path = as_path(path)
-    remote = "://" in str(path)
-    temporary = path if remote else path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        if not remote:
-            temporary.replace(path)
-    except OSError as error:
-        if not remote:
-            with contextlib.suppress(OSError):  # the folder itself may be what cannot be written
-                temporary.unlink(missing_ok=True)
-        raise write_error(path, error) from error
+    _replace(as_path(path), data, durable=False)
 
 
 def write_text_atomic(path: PathLike, text: str) -> None:
@@ -236,29 +205,33 @@ def write_text_atomic(path: PathLike, text: str) -> None:
 
 
 def write_bytes_durable(path: PathLike, data: bytes) -> None:
-    """`write_bytes_atomic` that returns when file and name are on the disk, power cut or not.
-
-    Raises:
-      UserError, UnavailableError: as `write_bytes_atomic`.
-    """
+    """`write_bytes_atomic` into an existing folder; on return the file survives a power cut."""
     path = as_path(path)
-    if "://" in str(path):
-        write_bytes_atomic(path, data)
-        return
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    _replace(path, data, durable="://" not in str(path))
+
+
+def _replace(path: epath.Path, data: bytes, durable: bool) -> None:
+    remote = "://" in str(path)  # an object appears only when it is complete
+    temporary = path if remote else path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
+        if not durable:
+            path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
-        sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
+        if durable:
+            sync(temporary)
+        if not remote:
+            temporary.replace(path)
+        if durable:
+            sync(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if not remote:
+            with contextlib.suppress(OSError):  # the folder may be unwritable
+                temporary.unlink(missing_ok=True)
         raise write_error(path, error) from error
 
 
 def sync(path: PathLike) -> None:
-    """Waits until a local file, or the names in a local folder, are on the disk."""
+    """Waits until a local file, or the entries of a local folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

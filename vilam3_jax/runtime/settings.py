@@ -1,7 +1,7 @@
 """Sections of a configuration: frozen dataclasses that validate themselves.
 
-A section lies beside the code that reads it. `from_mapping` builds one from a recipe's ConfigDict or from
-JSON; its errors name the key as the command line spells it.
+Each section is defined beside the code that reads it. `from_mapping` builds one from a recipe's ConfigDict or
+from JSON; errors name the key as it is written on the command line.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def setting(
     at_most: float | None = None,
     choices: Sequence[Any] = (),
 ) -> Any:
-    """A field of a section with bounds, both included, or with the values that it may have."""
+    """A field of a section with inclusive bounds or a list of allowed values."""
     metadata = {"at_least": at_least, "at_most": at_most, "choices": tuple(choices)}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -48,7 +48,7 @@ class Section:
         self.validate()
 
     def validate(self) -> None:
-        """Checks what concerns several fields; a subclass raises UserError."""
+        """Checks relations between fields; a subclass raises UserError."""
 
     def _check(self, field: dataclasses.Field[Any]) -> None:
         value, expected = getattr(self, field.name), _hints(type(self))[field.name]
@@ -74,7 +74,7 @@ class Section:
         return f"{cls.key}.{name}" if cls.key else name
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A field, or `default`: for code that reads sections and JSON alike."""
+        """A field, or `default`, as `dict.get`."""
         return getattr(self, name, default)
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,17 +100,15 @@ class Section:
 def from_mapping(
     section: type[AnySection], values: Mapping[str, Any], renamed: Mapping[str, str] | None = None
 ) -> AnySection:
-    """Builds a section, and those inside it, from nested mappings.
-
-    Fields that `values` lacks take their defaults. Lists become tuples.
+    """Builds a section and its subsections from nested mappings; lists become tuples.
 
     Args:
-      section: the class to build.
-      values: field name → value.
-      renamed: dotted key that no longer exists → its new name.
+      section: class of the section.
+      values: field name → value; absent fields take their defaults.
+      renamed: removed dotted key → its new name.
 
     Raises:
-      UserError: an unknown or renamed key, a missing one, or a value that the section refuses.
+      UserError: an unknown, renamed or missing key, or a value that the section refuses.
     """
     hints = _hints(section)
     for name in values:
@@ -129,17 +127,13 @@ def from_mapping(
     ]
     if missing:
         raise UserError(f"config: {', '.join(missing)} missing")
-    made = {name: _built(section, hints[name], name, value, renamed) for name, value in values.items()}
-    return section(**made)
+    return section(**{name: _field_value(hints[name], value, renamed) for name, value in values.items()})
 
 
-def _built(owner: type[Section], hint: Any, name: str, value: Any, renamed: Mapping[str, str] | None) -> Any:
+def _field_value(hint: Any, value: Any, renamed: Mapping[str, str] | None) -> Any:
     inner = next((t for t in _alternatives(hint) if isinstance(t, type) and issubclass(t, Section)), None)
     if inner is not None and isinstance(value, Mapping | Iterable) and not isinstance(value, Section | str):
-        resolve = getattr(owner, "section_of", None)
-        mapping = dict(value.items())  # pyright: ignore[reportAttributeAccessIssue]
-        inner = resolve(name, mapping) if resolve is not None else inner
-        return from_mapping(inner, mapping, renamed)
+        return from_mapping(inner, dict(value.items()), renamed)  # pyright: ignore[reportAttributeAccessIssue]
     if float in _alternatives(hint) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return _frozen(value)
@@ -185,6 +179,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def suggestion(key: str, known: Iterable[str]) -> str:
-    """The nearest known name, as the end of a sentence; empty if none is near."""
+    """`; did you mean NAME?` with the closest known name; empty if none is close."""
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""

@@ -24,62 +24,57 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def claimed(workdir: paths.PathLike) -> Iterator[None]:
-    """Context in which no other run uses `workdir`; it would remove this one's unfinished saves.
+    """Context in which no other run uses `workdir`; another run would delete this run's unfinished saves.
 
-    The lock belongs to the operating system and ends with the process. Object stores and some file systems
-    have none; there nothing is checked.
+    The operating system releases the lock when the process ends. Object stores and some file systems have no
+    locks; nothing is checked there.
 
     Raises:
-      UserError: another run keeps the folder longer than a dead one could, or it cannot be written.
+      UserError: another run still has the lock after `WAIT_SECONDS`, or the folder is not writable.
     """
     folder = paths.as_path(workdir)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         if processes.is_primary_process() and "://" not in str(folder):
-            file = _opened(folder)
-            held.callback(os.close, file)
+            file = _open(folder)
+            stack.callback(os.close, file)
             _lock(file, folder)
         processes.host_barrier("claimed")
         yield
 
 
-def _opened(folder: epath.Path) -> int:
+def _open(folder: epath.Path) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(PermissionError):
             return os.open(folder / CLAIM_FILE, os.O_RDWR | os.O_CREAT, 0o666)
-        return os.open(folder / CLAIM_FILE, os.O_RDONLY)  # of a colleague; that is enough for a lock
+        return os.open(folder / CLAIM_FILE, os.O_RDONLY)  # another user's file; enough for a lock
     except OSError as error:
         raise paths.write_error(folder, error) from error
 
 
 def _lock(file: int, folder: epath.Path) -> None:
-    deadline, told = time.monotonic() + WAIT_SECONDS, False
+    deadline, logged = time.monotonic() + WAIT_SECONDS, False
     while not locks.try_lock(file):
         holder = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
         if time.monotonic() > deadline:
             raise UserError(f"{folder}: {holder} runs here; wait for it, stop it, or use another --workdir")
-        if not told:
+        if not logged:
             logger.info("%s: %s runs here; waiting for its end", folder, holder)
-            told = True
+            logged = True
         time.sleep(1.0)
-    with contextlib.suppress(OSError):  # a full disk; the lock holds without the name
+    with contextlib.suppress(OSError):  # the disk is full; the lock does not need the name
         os.ftruncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} of {socket.gethostname()}".encode(), 0)
 
 
 class SkippedRecords:
-    """Records that the loaders of all processes skipped: `skipped_records.json`, record to reason.
+    """Records that the loaders of all processes skipped, record to reason, in `skipped_records.json`.
 
-    Attributes:
-      records: all so far, restarts included; on the primary process.
+    The primary process has them in `records`, those before a restart included. A damaged file raises
+    UserError.
     """
 
     def __init__(self, workdir: paths.PathLike) -> None:
-        """Reads the records of earlier starts.
-
-        Raises:
-          UserError: the file is damaged.
-        """
         self._path = paths.as_path(workdir) / SKIPPED_FILE
         self._reported = 0
         self.records: dict[str, str] = {}
@@ -93,11 +88,11 @@ class SkippedRecords:
         """Adds new records; collective.
 
         Args:
-          skipped: (record, reason) of this process since its start; it only grows.
-          missing: requests that this process showed without their annotation since its start.
+          skipped: all (record, reason) of this process since its start.
+          missing: requests that this process answered without their annotation since its start.
 
         Returns:
-          The figures for the metrics that are not 0: `records_skipped` and `annotations_missing`.
+          The metrics `records_skipped` and `annotations_missing`, without zeros.
         """
         known = len(self.records)
         new, self._reported = skipped[self._reported :], len(skipped)

@@ -68,8 +68,7 @@ class Query:
         if card.roles == ("",):
             return dataclasses.replace(self, scans=(dataclasses.replace(self.scans[0], role=""),))
         shown = {scan.role: scan for scan in self.scans}
-        missing = [role for role in card.roles if role not in shown]
-        if missing:
+        if missing := [role for role in card.roles if role not in shown]:
             raise ValueError(f"it needs {', '.join(card.roles)}, and {', '.join(missing)} is missing")
         return dataclasses.replace(self, scans=tuple(shown[role] for role in card.roles))
 

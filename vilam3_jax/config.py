@@ -1,6 +1,6 @@
 """Run configurations: recipes and overrides in, typed and validated sections out.
 
-A recipe is a Python file with `get_config(arg)` that starts from `base_config()` and states what differs.
+A recipe is a Python file with `get_config(arg)` that starts from `base_config()` and changes it.
 `load` accepts what the command line accepts: `configs/stage3_instruct.py:tiny`. Recipes and overrides are
 ml_collections; everything behind `load` and `parse` sees a `RunConfig` of frozen sections.
 """
@@ -44,7 +44,7 @@ RENAMED_KEYS = {"kind": "task", "quantization.products": "quantization.matmul"}
 
 
 def base_config() -> ConfigDict:
-    """What every run shares, for recipes. A key that is neither here nor in the model is refused."""
+    """The defaults of all runs, for recipes to change; other keys are refused."""
     values = RunConfig().to_dict()
     values["model"] = {}
     return ConfigDict(values)
@@ -63,7 +63,7 @@ def resolve(config: Any) -> RunConfig:
 
 
 def _mixture_rows(rows: Any, task: str) -> tuple[Any, ...]:
-    """Rows of a mixture in place of its name, so that a run's config states what it sees."""
+    """Replaces names of mixtures by their rows, so that a run's config is explicit."""
     from vilam3_jax.configs import mixtures  # recipes import this module
 
     for row in rows:
@@ -145,7 +145,7 @@ def _checked(config: Any) -> RunConfig:
 
 
 def _with_recipes(argv: Sequence[str]) -> list[str]:
-    """The arguments with `--config=FILE[:ARG]` for a file that exists and makes a config."""
+    """The arguments, with paths of recipes resolved; checks that the recipes run."""
     found, rest = [], iter(argv)
     for item in rest:
         name, separator, spec = item.partition("=")
@@ -159,7 +159,7 @@ def _with_recipes(argv: Sequence[str]) -> list[str]:
 
 
 def _run_recipe(path: str, *argument: str) -> Any:
-    """Runs a recipe, so that its errors are distinguished from those of overrides."""
+    """Runs a recipe here, to tell its errors from those of overrides."""
     try:
         recipe = runpy.run_path(path)
         if "get_config" not in recipe:

@@ -65,7 +65,7 @@ class Result:
 def train(config: RunConfig, workdir: paths.PathLike, stop_after: int = 0, quiet: bool = False) -> Result:
     """Runs `config` in `workdir`, resuming from its newest complete checkpoint.
 
-    Collective: every process calls it alike, see `runtime.processes`.
+    Collective: all processes call it with the same arguments, see `runtime.processes`.
 
     Args:
       config: of the run.

@@ -79,7 +79,7 @@ def test_a_run_in_a_bucket_equals_one_on_a_disk(world, bucket):
     data.write_bytes(data.read_bytes()[:-1])
     (folder / "result.json").unlink()
     said = run(world, 2, in_bucket(world, bucket, **{"mesh.cpu_devices": 1}))
-    assert f"{saved / str(STEPS)}: damaged" in said and f"going on from step {STEPS - 2}" in said
+    assert f"{saved / str(STEPS)}: damaged" in said and f"resuming from step {STEPS - 2}" in said
     moved, why = paths.children(folder / "checkpoints_damaged")
     assert (moved / "state").is_dir() and "_METADATA has" in why.read_text()
     for step, loss in losses(whole).items():

@@ -1,4 +1,4 @@
-"""Training tasks: how a model, its batches, its loss and its figures belong together."""
+"""Training tasks: loss, batches and accounting of each way to train."""
 
 from vilam3_jax.tasks.contrastive import Contrastive
 from vilam3_jax.tasks.generative import Generative

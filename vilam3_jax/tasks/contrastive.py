@@ -18,7 +18,7 @@ from vilam3_jax.tasks.task import LossSums, ParameterUse, Work, tower_attention_
 
 
 class Contrastive:
-    """See the module."""
+    """The task of image-text pairs."""
 
     name = "contrastive"
     batch_format: type[BatchFormat] = Pairs
@@ -28,8 +28,7 @@ class Contrastive:
     def loss(self, model: Any, batch: PairBatch, chunk: int) -> LossSums:
         """Sigmoid loss summed over pairs.
 
-        `correct` counts images whose own text, or an equal one, scores highest: reports and captions repeat
-        each other word for word.
+        `correct` counts images whose own text, or an identical one, scores highest; many texts are identical.
         """
         image, text = model(batch.images, batch.text_tokens, batch.text_valid)
         total, weight, correct = losses.sigmoid_contrastive_loss(
@@ -66,7 +65,7 @@ class Contrastive:
             return ParameterUse("images", 1) if name == "head/kernel" else ParameterUse("tokens", 1)
         if name == "patch_embed/kernel":
             return ParameterUse("images", (tower.image_size // tower.patch_size) ** 2)
-        # The probe of the pooling head attends to all patches once.
+        # The probe of the pooling head attends once to all patches.
         pools_all = re.match(r"head/attn/[kv]/", name) or name.startswith("blocks/")
         return ParameterUse("images", patches if pools_all else 1)
 

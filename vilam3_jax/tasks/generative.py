@@ -19,7 +19,7 @@ from vilam3_jax.tasks.task import LossSums, ParameterUse, Work, tower_attention_
 
 
 class Generative:
-    """See the module."""
+    """The task of packed token sequences."""
 
     name = "generative"
     batch_format: type[BatchFormat] = PackedRows
@@ -37,7 +37,7 @@ class Generative:
     def work(self, model: ModelConfig, batch: PackedBatch) -> Work:
         """See `Task`."""
         real = batch.segment_ids > 0
-        # Positions count from 0 in every sample of n tokens: their sum and n / 2 are n**2 / 2.
+        # Positions start at 0 in each sample of n tokens; their sum plus n / 2 is n**2 / 2.
         seen = attended_keys(batch.positions, _windows(model))
         attended = jnp.where(real, seen, 0.0)
         counts = (real, batch.loss_weights != 0, batch.image_valid, attended)
@@ -84,7 +84,7 @@ class Generative:
 
 
 def attended_keys(positions: Any, windows: Sequence[int | None]) -> Any:
-    """Keys that a token attends to, averaged over layers; half of itself counts.
+    """Number of keys that a token attends to, averaged over layers; its own key counts half.
 
     Args:
       positions: index of each token in its sample.
@@ -100,7 +100,7 @@ def attended_keys(positions: Any, windows: Sequence[int | None]) -> Any:
 
 
 def tiles_per_input(model: ModelConfig) -> int:
-    """How often the tower runs for one input: once for every tile of its scales (S2)."""
+    """How often the tower runs per input: once per tile of its scales (S2)."""
     layout = model.image_layout
     if layout.mode == "dynamic_s2" or not layout.scales:
         return 1

@@ -1,4 +1,4 @@
-"""What a training task provides, and the pytree registration of its batches."""
+"""The interface of training tasks, and the pytree registration of batches."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Work(NamedTuple):
 
 
 class ParameterUse(NamedTuple):
-    """How often a parameter is a factor of products.
+    """How often a parameter is multiplied.
 
     Attributes:
       unit: field of `Work` that counts the products.
@@ -102,15 +102,15 @@ class Task(Protocol):
         ...
 
     def parameter_use(self, model: ModelConfig, path: str) -> ParameterUse:
-        """Use of a parameter that is a factor of a product."""
+        """Use of a parameter in matrix products."""
         ...
 
     def attention_flops(self, model: ModelConfig) -> Mapping[str, tuple[str, float]]:
-        """Component → (field of `Work`, operations of one forward pass per unit) of its attention."""
+        """Component → (field of `Work`, forward operations per unit) of its attention."""
         ...
 
     def inputs(self, component: str) -> tuple[str, ...]:
-        """Components that feed a component: a gradient passes through it if one of them learns."""
+        """Components that feed a component; if one of them learns, gradients pass through it."""
         ...
 
 

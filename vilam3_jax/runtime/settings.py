@@ -59,7 +59,7 @@ class Section:
         metadata = field.metadata
         least, most = metadata.get("at_least"), metadata.get("at_most")
         if (least is not None and not value >= least) or (most is not None and not value <= most):
-            bound = f"at least {least:g}" if most is None else f"from {least:g} to {most:g}"
+            bound = f"at least {least}" if most is None else f"from {least} to {most}"
             raise self.error(field.name, f"must be {bound}")
         if metadata.get("choices") and value not in metadata["choices"]:
             raise self.error(field.name, f"must be {' or '.join(map(repr, metadata['choices']))}")

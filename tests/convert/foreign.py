@@ -91,7 +91,7 @@ def siglip_weights(prefix: str = "vision_model.", seed: int = 0) -> dict[str, np
 def write_folder(
     folder: Path, config: dict, weights: dict[str, np.ndarray], shards: int = 1, dtype=np.float32
 ) -> Path:
-    """Writes a Hugging Face folder, its tensors dealt out over `shards` files."""
+    """Writes a Hugging Face folder, with its tensors spread over `shards` files."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     weights = {name: np.ascontiguousarray(value.astype(dtype)) for name, value in weights.items()}
@@ -109,7 +109,7 @@ def write_folder(
 
 
 def to_llama_cpp(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order of query and key rows, written out row by row."""
+    """Reorders query and key rows as llama.cpp does, row by row."""
     head_dim = len(weight) // heads
     out = np.empty_like(weight)
     for head in range(heads):
@@ -120,7 +120,7 @@ def to_llama_cpp(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def byte_level_tokens() -> tuple[list[str], list[int], list[str]]:
-    """Tokens, types and merges of a byte-level BPE with SmolLM2's peculiarities, 288 tokens."""
+    """Tokens, types and merges of a byte-level BPE of 288 tokens with SmolLM2's special cases."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     merges = ["Ġ Ġ", "l i", "v e", "li ve", "live r", "Ġ liver", "i n", "e r"]
     pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in merges)]

@@ -1,4 +1,4 @@
-"""Exports to Hugging Face's layouts: there and back, to the byte, and nothing lost on the way."""
+"""Exports to Hugging Face's layouts: round trips are exact to the byte."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_what_was_imported_is_exported_again(tmp_path, monkeypatch, config, weig
     assert {key: said[key] for key in config if key != "architectures"} == {
         key: value for key, value in config.items() if key != "architectures"
     }
-    # And once more: to the byte.
+    # A second round trip gives identical bytes.
     import_model(tmp_path / "back", tmp_path / "ours2")
     export_folder(tmp_path / "ours2", tmp_path / "back2", file_bytes=20_000)
     assert files(tmp_path / "back") == files(tmp_path / "back2")
@@ -199,7 +199,7 @@ def test_tokenizer_files_and_licence_go_along(tmp_path):
 
 
 def test_what_vila_reads_of_a_root(tmp_path):
-    """Keys by which NVILA's loader chooses the tower (its NVILA-8B has these values)."""
+    """Keys that select the tower in NVILA's loader, with the values of NVILA-8B."""
     config = ConfigDict({**tiny.get_model().to_dict(), "image_aspect_ratio": "dynamic_s2"})
     config.update(s2_scales=(32, 64, 96), max_tiles=12)
     model = model_config.resolve(config)

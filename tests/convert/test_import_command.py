@@ -16,7 +16,7 @@ from vilam3_jax.data.tokenizer import load_tokenizer, train_bpe
 
 
 def load(out, source):
-    """Reads an export back as run start-up does."""
+    """Reads an export as the start of a run does."""
     import jax
 
     config = exports.load_model_config(out)

@@ -1,4 +1,4 @@
-"""GGUF files: parameters as from the Hugging Face folder, the same tokens, and damage is reported."""
+"""GGUF files: parameters and tokens equal those of the Hugging Face folder; damage is reported."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_quantised_weights_come_back_close(tmp_path, weights, kind, tolerance):
 def test_tokenizer_has_the_files_own_split(path, tmp_path):
     tokenizer = open_source(path).tokenizer()
     spell = lambda text, **kwargs: [tokenizer.token(i) for i in tokenizer.encode(text, **kwargs)]  # noqa: E731
-    # Digits stand alone, and white space before one is a piece of its own: GPT-2's split gives Ġ, Ġ, 1.
+    # Digits are single tokens, separate from white space before them; GPT-2's split gives Ġ, Ġ, 1.
     assert spell("  1125") == ["ĠĠ", "1", "1", "2", "5"]
     assert spell("live liver") == ["live", "Ġliver"]
     assert spell("<|im_end|>", allow_special=True) == ["<|im_end|>"]

@@ -1,4 +1,4 @@
-"""Hugging Face folders: every tensor lands where it should, and what does not fit stops the import."""
+"""Hugging Face folders: every tensor fills its parameter, and a mismatch stops the import."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vilam3_jax.errors import UserError
 
 
 def check_llama(params: dict[str, np.ndarray], weights: dict[str, np.ndarray]) -> None:
-    """Every parameter against the tensor that it must come from."""
+    """Compares every parameter with its source tensor."""
     np.testing.assert_array_equal(params["llm/embed/embedding"], weights["model.embed_tokens.weight"])
     np.testing.assert_array_equal(params["llm/final_norm/scale"], weights["model.norm.weight"])
     for layer in range(LLAMA["num_hidden_layers"]):

@@ -1,4 +1,4 @@
-"""What people give to `vilam3 convert import` by mistake: the sentence says what it is."""
+"""Common wrong sources for `vilam3 convert import`: the error says what each is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports leaf by leaf: interrupted, resumed, verified, shared among processes, within bounded memory."""
+"""Imports leaf by leaf: interrupted, resumed, verified, split over processes, in bounded memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def small_leaves(monkeypatch):
 
 
 def load_all(folder: Path) -> dict[str, np.ndarray]:
-    """Every parameter of an export, put together by hand."""
+    """Every parameter of an export, concatenated from its stored rows."""
     return {
         path: np.concatenate([rows.read() for rows in ranges]) if len(ranges) > 1 else ranges[0].read()
         for path, ranges in exports.stored_rows(folder).items()
@@ -228,7 +228,7 @@ MEMORY = """
     import jax
     exports.LEAF_BYTES, exports._PART_BYTES = 250_000_000, 1 << 24
     jax.block_until_ready(jax.numpy.zeros(3))
-    # getrusage would count the memory of the process that started this one.
+    # getrusage would include the memory of the parent process.
     peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
     start = peak()
     import_model(sys.argv[1], sys.argv[2])
@@ -264,6 +264,6 @@ def test_memory_is_that_of_a_leaf(tmp_path):
     largest = 24 * 1024 * 4096 * 2  # bytes of a stacked kernel, stored whole
     assert total > 4 * largest
     # Orbax holds what it writes or reads twice, and two files are read ahead. Measured, in largest kernels:
-    # import 2.6 to 2.7, export 3.0 to 3.2; with one that is not let go 3.5 to 3.6 and 3.9 to 4.2.
+    # import 2.6 to 2.7, export 3.0 to 3.2; with one that is not freed 3.5 to 3.6 and 3.9 to 4.2.
     for program in ("import", "export"):
         assert int(peaks[program]) < 3.35 * largest, peaks

@@ -1,4 +1,4 @@
-"""Weights that PyTorch pickled: read only when asked to, and nothing but tensors."""
+"""Pickled PyTorch weights: read only with --torch_files, and only tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What config.json means: our reading against that of transformers' own config classes, or a refusal."""
+"""Reading of config.json: equal to transformers' config classes, or refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NAMES = {
 }
 
 
-# For a Mistral, we or transformers refuse these.
+# Refused for a Mistral, here or by transformers.
 ONLY_LLAMA_AND_QWEN = (
     {"num_key_value_heads": None},
     {"sliding_window": None, "layer_types": ["full_attention"] * 2},
@@ -99,7 +99,7 @@ def test_same_reading(tmp_path, family, changes):
     torch.testing.assert_close(torch.from_numpy(got), frequencies(theirs), rtol=1e-6, atol=0)
     if family == "mistral":
         assert ours["sliding_window"] == (theirs.sliding_window or 0)
-    # What we export of it, transformers reads as the same model.
+    # transformers reads our export as the same model.
     section = families.config_of("llm", ours)
     (tmp_path / "config.json").write_text(json.dumps(llm_folder_config(section, None, "bfloat16")))
     again = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -140,7 +140,7 @@ def test_same_reading(tmp_path, family, changes):
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
         ({"num_attention_heads": None}, "num_attention_heads is None"),
-        ({"num_key_value_heads": 5}, "num_kv_heads=5"),
+        ({"num_key_value_heads": 5}, r"config\.json: .*num_kv_heads=5"),
     ],
     ids=str,
 )

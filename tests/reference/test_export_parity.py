@@ -1,4 +1,4 @@
-"""What we export, transformers loads: the same model as before the import."""
+"""transformers loads our exports as the model that was imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our way from a file to pixels against PIL and transformers' SiglipImageProcessor, to one uint8 level."""
+"""Decoding and resizing of images against PIL and transformers' SiglipImageProcessor, to one uint8 level."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def model(mode, tower="siglip"):
     return model_config.resolve(dict(image_aspect_ratio=mode, vision_tower=dict(type=tower, **sizes)))
 
 
-def picture(mode, shape, seed=0):
-    """Noise on a gradient, with every alpha value, so that resampling has edges and slopes to get wrong."""
+def image_of(mode, shape, seed=0):
+    """Noise on a gradient, with every alpha value: edges and slopes expose resampling errors."""
     rng = np.random.default_rng(seed)
     rows, columns = np.indices(shape)
     values = (rows * 3 + columns * 2)[..., None] % 256 * 0.6 + rng.integers(0, 100, (*shape, 4))
@@ -33,7 +33,7 @@ def picture(mode, shape, seed=0):
 
 
 def theirs(image, mode, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
-    """What VILA does: PIL to RGB, then 'resize' or 'pad' in PIL, then the processor; back to 0..255."""
+    """VILA's pipeline: PIL to RGB, 'resize' or 'pad' in PIL, the processor; scaled back to 0..255."""
     image = image.convert("RGB")
     if mode == "resize":
         image = image.resize((SIZE, SIZE))
@@ -65,21 +65,21 @@ def ours(data, mode, tower="siglip"):
 @pytest.mark.parametrize("colours", COLOURS)
 @pytest.mark.parametrize("mode", ["resize", "pad"])
 def test_pixels(mode, colours, shape):
-    image = picture(colours, shape)
+    image = image_of(colours, shape)
     data = encoded(image, COLOURS[colours])
     np.testing.assert_allclose(ours(data, mode), theirs(image, mode), atol=1)
 
 
 @pytest.mark.parametrize("colours", ["L", "RGB"])
 def test_the_processor_alone_resizes_alike(colours):
-    """'resize' is what the processor itself would do, so both orders of VILA and of transformers agree."""
-    image = picture(colours, (37, 211))
+    """'resize' equals the processor's own resizing, so VILA's and transformers' pipelines agree."""
+    image = image_of(colours, (37, 211))
     np.testing.assert_allclose(ours(encoded(image, "PNG"), "resize"), theirs(image, "none"), atol=1)
 
 
 def test_pad_has_the_background_of_the_towers_mean():
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    image = picture("RGB", (37, 211))
+    image = image_of("RGB", (37, 211))
     got = ours(encoded(image, "PNG"), "pad", "intern_vit")
     np.testing.assert_allclose(got, theirs(image, "pad", mean, std), atol=1)
     assert got[0, 0].tolist() == [123, 116, 103]
@@ -87,7 +87,7 @@ def test_pad_has_the_background_of_the_towers_mean():
 
 @pytest.mark.parametrize("mode", ["resize", "pad"])
 def test_sixteen_bits_of_the_range_of_eight_are_alike(mode):
-    """Where PIL's cut at 255 and our stretch between two percentiles differ by those percentiles only."""
+    """In this range PIL's clipping at 255 and our percentile window differ only by the percentiles."""
     values = np.random.default_rng(0).integers(0, 256, (61, 83)).astype(np.uint16)
     values[0, :2] = 0, 255
     image = Image.fromarray(values)
@@ -96,7 +96,7 @@ def test_sixteen_bits_of_the_range_of_eight_are_alike(mode):
 
 
 def test_sixteen_bits_of_a_wider_range_are_stretched_where_pil_cuts():
-    """A film of 12 bits: PIL's `convert("RGB")` makes nearly all of it white; ours keeps the picture."""
+    """A 12-bit film: PIL's `convert("RGB")` turns nearly all of it white; ours keeps the contrast."""
     values = np.random.default_rng(0).integers(0, 4096, (61, 83)).astype(np.uint16)
     values[0, :2] = 0, 4095
     image = Image.fromarray(values)

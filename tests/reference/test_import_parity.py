@@ -1,4 +1,4 @@
-"""Imports of what transformers saved: the same logits, features and token ids as transformers computes."""
+"""Imports of transformers' folders: the same logits, features and token ids as transformers."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_siglip_saved_by_transformers(tmp_path):
         layer_norm_eps=1e-3,
     )
     reference = transformers.SiglipVisionModel(config).eval()
-    for parameter in reference.parameters():  # fresh biases are zero and would hide a mix-up
+    for parameter in reference.parameters():  # initial biases are zero and would hide swapped tensors
         torch.nn.init.normal_(parameter, std=0.3)
     reference.save_pretrained(tmp_path)
     model = build(open_source(tmp_path))
@@ -174,5 +174,5 @@ def test_gguf_tokenizer_read_by_transformers(gguf_file):
         theirs.eos_token_id,
         theirs.pad_token_id,
     )
-    # Where transformers departs from the original: it does not know of SmolLM2's own split.
+    # transformers does not implement SmolLM2's split.
     assert ours.encode("  7") != theirs.encode("  7", add_special_tokens=False)

@@ -26,7 +26,7 @@ def exact_matmul():
 
 
 LLAMA3_ROPE = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
-# name -> transformers' class, sizes of either side, keys of its own for each
+# name -> (transformers' class, shared sizes, transformers' keys, our keys)
 VARIANTS = {
     "grouped": ("Llama", {}, {}, {}),
     "multi-head, tied, odd": (
@@ -71,7 +71,7 @@ def pair(variant="grouped", layers=3):
         tie_word_embeddings=size["tied"],
         attn_implementation="eager",
     )
-    if family != "Qwen2":  # which takes hidden_size / num_attention_heads
+    if family != "Qwen2":  # Qwen2 uses hidden_size / num_attention_heads
         theirs["head_dim"] = size["head_dim"]
     if "attention_bias" in size:
         theirs["attention_bias"] = True
@@ -125,12 +125,12 @@ def our_logits(cfg, params, ids, segments, positions, dtype="float32"):
 
 
 def some_fast(names, *fast):
-    """Test parameters, of which only `fast` run with the fast tests."""
+    """Test parameters; all but `fast` are marked slow."""
     return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
 
 
 def far(rows, length):
-    """Positions on both sides of 4,000 and beyond, seven apart."""
+    """Positions from 3,990 on, in steps of seven."""
     return 3990 + 7 * np.arange(length)[None].repeat(rows, 0)
 
 
@@ -168,7 +168,7 @@ def test_every_layer_and_the_logits_at_far_positions(variant):
     for number, (got, theirs) in enumerate(zip(states, outputs, strict=True)):
         np.testing.assert_allclose(got, theirs.numpy(), atol=1e-5, rtol=0, err_msg=f"layer {number}")
     np.testing.assert_allclose(logits, want.numpy(), atol=1e-4, rtol=0)
-    assert np.ptp(want.numpy()) > 1  # the comparison is of something
+    assert np.ptp(want.numpy()) > 1  # not trivially equal
 
 
 @pytest.mark.parametrize("variant", some_fast(VARIANTS, "grouped", "Qwen2"))

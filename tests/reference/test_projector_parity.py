@@ -1,4 +1,4 @@
-"""Every projector type against the same layers in PyTorch, named and joined as VILA's checkpoints are."""
+"""Every projector type against the same layers in PyTorch, with the tensor names of VILA's checkpoints."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vilam3_jax.models.projector import Projector, ProjectorConfig
 from vilam3_jax.runtime import compat
 
 C, H = 6, 10
-WIDE = 18  # a third of it, as the types for three scales have, is not too narrow for a norm
+WIDE = 18  # the types for three scales normalise a third of it
 
 
 class Join(torch.nn.Module):
-    """block x block patches to one token, by hand: no reshape that could share a mistake."""
+    """Joins block x block patches into one token with loops, independently of our reshapes."""
 
     def __init__(self, block, columns):
         super().__init__()
@@ -42,7 +42,7 @@ class Join(torch.nn.Module):
 
 
 def layers(kind, c=C):
-    """The modules in the order that gives the released tensors their numbers."""
+    """The modules in the order of the numbers in released tensor names."""
     if kind == "linear":
         return [Linear(c, H)]
     if kind == "mlp3x_gelu":
@@ -85,7 +85,7 @@ def test_projector(kind, grid):
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, abstract)
     x = np.random.default_rng(grid).normal(size=(2, grid**2, WIDE)).astype(np.float32)
     # Large, so that gradients are far above the tolerance.
-    weights = 10 * np.random.default_rng(grid + 9).normal(size=(2, ours.num_tokens(grid), H))
+    weights = 10 * np.random.default_rng(grid + 9).normal(size=(2, ours.layers.num_tokens(grid), H))
     weights = weights.astype(np.float32)
     given = torch.from_numpy(x).requires_grad_()
     want = reference(given)
@@ -101,7 +101,7 @@ def test_projector(kind, grid):
         return jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True)(params, x)
 
     (_, got), (d_params, d_x) = run(params, jnp.asarray(x))
-    assert got.shape == (2, ours.num_tokens(grid), H) and np.ptp(want) > 0.3
+    assert got.shape == (2, ours.layers.num_tokens(grid), H) and np.ptp(want) > 0.3
     np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
     np.testing.assert_allclose(d_x, given.grad.numpy(), atol=1e-4, rtol=0)
     torch_weights.gradients_as_weights(reference)

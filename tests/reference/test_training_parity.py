@@ -28,7 +28,7 @@ from vilam3_jax.training.optimizer import ScheduleConfig, learning_rate
 
 SIZE, PATCH, VOCAB = 21, 4, 60  # 5 x 5 patches, padded to 6 x 6; a border of 1 pixel is dropped
 TOKENS = 9  # of an image
-STEPS, BATCHES = 20, 2  # the same batches over and over, so that the loss falls far
+STEPS, BATCHES = 20, 2  # repeated batches, so that the loss falls far
 PEAK, WARMUP = 1e-2, 0.12  # 2.4 steps of warm-up: the Trainer rounds up
 TOWER = dict(hidden_size=24, num_layers=3, num_heads=3, mlp_dim=40)
 LLM = dict(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48)
@@ -45,7 +45,7 @@ def theirs(sizes):
 
 
 class Vila(torch.nn.Module):
-    """SigLIP's hidden state -2 -> mlp_downsample, tokens down the columns -> Llama."""
+    """SigLIP's hidden state -2 -> mlp_downsample, column-major -> Llama."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +76,7 @@ class Vila(torch.nn.Module):
 
 
 def sample(rng, index):
-    """Text, and no, one or two images at its start and in its midst; some tokens are targets."""
+    """Text with zero to two images at the start or inside; some tokens are targets."""
     images = index % 3
     text = [int(rng.integers(2, 9)) for _ in range(images + 1)]
     places: list[int] = []
@@ -101,7 +101,7 @@ def sample(rng, index):
 
 
 def _runs(where):
-    """One entry a text token, one an image."""
+    """One entry per text token and per image."""
     return [n for i, n in enumerate(where) if n < 0 or i == 0 or where[i - 1] != n]
 
 
@@ -112,7 +112,7 @@ def samples(batch):
 
 
 def batch_for_them(batch):
-    """One sample a row, padded on the right."""
+    """One sample per row, padded on the right."""
     rows = samples(batch)
     length = max(len(row.encoded) for row in rows)
 
@@ -133,7 +133,7 @@ def batch_for_them(batch):
 
 
 def batch_for_us(batch):
-    """Packed by our packer: several samples a row, groups of two rows with image slots to spare."""
+    """Packed rows: several samples per row, groups of two rows with spare image slots."""
     shape = packing.GroupShape(
         rows=2, seq_len=56, images=6, tokens_per_image=TOKENS, image_size=SIZE, pad_id=1
     )
@@ -150,7 +150,7 @@ def batch_for_us(batch):
 
 
 class Log(transformers.TrainerCallback):
-    """The Trainer's own words on each step."""
+    """Records what the Trainer logs at each step."""
 
     def __init__(self):
         self.rows = []
@@ -229,10 +229,10 @@ def our_run(params, weight_decay):
 
 
 def reached(path, leaf):
-    """The part of a parameter that the loss depends on; None if it does not.
+    """The part of a parameter that affects the loss; None if it has no effect.
 
-    The last block and what follows it come after the selected features. A bias of the keys moves all scores
-    of a query alike: its gradient is zero but for rounding, which Adam blows up to whole steps.
+    The last block, post_norm and head follow the selected features. A key bias shifts all scores of a query
+    equally: its gradient is only rounding error, which Adam scales up to full steps.
     """
     if path.startswith(("vision_tower/head", "vision_tower/post_norm")) or path.endswith("attn/k/bias"):
         return None

@@ -1,4 +1,4 @@
-"""VILA folders made of transformers' parts: imported and loaded, they give the logits of their parts."""
+"""VILA folders built from transformers' models: after the import, the logits are the same."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def siglip():
 def intern_vit():
     model = torch_weights.intern_vit_model(**TOWER, image_size=(SIZE, SIZE), patch_size=(PATCH, PATCH))
     theirs = torch_weights.numpy_state(model)
-    # The names and the fused matrix of OpenGVLab's own files.
+    # Tensor names and fused QKV matrix of OpenGVLab's files.
     state = {
         "embeddings.class_embedding": theirs["embeddings.cls_token"],
         "embeddings.position_embedding": theirs["embeddings.position_embeddings"],
@@ -114,7 +114,7 @@ def write_part(folder, config, state):
 
 
 def write_vila(folder, llm, kind, tower, specials=("<s>", "</s>", "<pad>")):
-    """A folder as VILA saves it, and (pixels, tokens, positions of image tokens) -> logits of its parts."""
+    """Writes a folder as VILA does; returns (pixels, tokens, image positions) -> logits of the reference."""
     torch.manual_seed(1)
     decoder = torch_weights.randomise(LLMS[llm]())
     values, state, features, root = tower()
@@ -245,6 +245,8 @@ def test_the_tokenizer_tells_the_conversation_mode(tmp_path, specials, template)
         ({"vilam3_jax": {"template": "x"}}, "vilam3_jax.template='x' is unknown"),
         ({"vilam3_jax": {"text": {"split": "x"}}}, "vilam3_jax.text: text rule split='x'"),
         ({"vilam3_jax": {"text": 3}}, "vilam3_jax.text"),
+        ({"ps3": True}, "ps3=True"),
+        ({"mm_patch_merge_type": "spatial"}, "mm_patch_merge_type='spatial'"),
     ],
 )
 def test_roots_that_ask_for_more_are_refused(tmp_path, change, message):
@@ -254,6 +256,35 @@ def test_roots_that_ask_for_more_are_refused(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         import_model(tmp_path / "vila", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_null_counts_as_absent(tmp_path):
+    write_vila(tmp_path, "llama", "mlp_downsample", siglip)
+    plain = open_vila(tmp_path).config
+    file = tmp_path / "config.json"
+    keys = ("max_tiles", "min_tiles", "s2", "s2_scales", "vision_resolution", "image_encoder", "ps3")
+    root = json.loads(file.read_text()) | dict.fromkeys(keys)
+    del root["mm_vision_select_layer"], root["image_aspect_ratio"]
+    selected = dict.fromkeys(("mm_vision_select_layer", "mm_vision_select_feature", "image_aspect_ratio"))
+    file.write_text(json.dumps(root | selected))
+    assert open_vila(tmp_path).config == plain
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("llm/adapter_config.json", {}, "llm: holds a model and an unmerged adapter"),
+        ("llm/hf_quant_config.json", {}, "llm: holds weights quantised by ModelOpt"),
+        ("adapter_config.json", {}, "is an adapter"),
+        ("vision_tower/preprocessor_config.json", {"image_mean": [0.4, 0.5, 0.5]}, "image_mean="),
+        ("vision_tower/processor_config.json", {"image_processor": {"resample": 2}}, "resample=2"),
+    ],
+)
+def test_files_beside_the_parts(tmp_path, name, content, message):
+    write_vila(tmp_path / "vila", "llama", "mlp_downsample", siglip)
+    (tmp_path / "vila" / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        import_model(tmp_path / "vila", tmp_path / "out")
 
 
 def test_a_missing_part_and_a_projector_of_another_model(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Moves random PyTorch weights of transformers' models into our parameter layout, for parity tests."""
+"""Converts random weights of transformers' models to our parameter layout, for parity tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import transformers
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Gives every parameter, norms and biases too, a random value: zeros and ones would hide mistakes."""
+    """Randomises every parameter, including norms and biases, whose zeros and ones would hide errors."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -26,7 +26,7 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def in_bfloat16(model: Any) -> torch.nn.Module:
     """A copy of a transformers model that keeps its weights and computes in bfloat16.
 
-    `model.to(bfloat16)` would round tables of frequencies too, which nobody does who loads a checkpoint.
+    `model.to(bfloat16)` would also round rotary frequencies, unlike loading a checkpoint in bfloat16.
     """
     copy = type(model)._from_config(model.config, dtype=torch.bfloat16)
     copy.load_state_dict(model.state_dict())
@@ -34,11 +34,11 @@ def in_bfloat16(model: Any) -> torch.nn.Module:
 
 
 def check_rounding(ours: Any, theirs: torch.Tensor, exact: torch.Tensor) -> None:
-    """Asserts that our bfloat16 result is as near to float32's as transformers' own bfloat16 result.
+    """Asserts that our bfloat16 result is as close to float32 as transformers' bfloat16 result.
 
-    Both round at every layer, at other places, so their errors are of one size and not equal: ours may be 1.5
-    times theirs, as root mean square over all elements. Where an operation needs float32 and has not got it,
-    such as the angle of a far position, the error is a multiple of that.
+    Both round at every layer, but in different places: the errors have the same magnitude, but differ. Ours
+    may be 1.5 times theirs, as root mean square over all elements. An operation that wrongly runs in
+    bfloat16, such as the angle of a far position, exceeds that many times over.
     """
     want = exact.numpy()
     low = theirs.float().numpy()
@@ -48,19 +48,19 @@ def check_rounding(ours: Any, theirs: torch.Tensor, exact: torch.Tensor) -> None
     def error(x: np.ndarray) -> float:
         return float(np.sqrt(np.square(x - want).mean()))
 
-    assert error(low) > 1e-4 * want.std()  # it is rounded
+    assert error(low) > 1e-4 * want.std()
     assert error(got) <= 1.5 * error(low), f"{error(got):.3g} against transformers' {error(low):.3g}"
 
 
 def gradients_as_weights(model: torch.nn.Module) -> None:
-    """Puts each parameter's gradient in its place, so that it can be taken over like weights."""
+    """Replaces each parameter by its gradient, so that gradients convert like weights."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
 
 
 def check_gradients(ours: Any, theirs: Any, unused: tuple[str, ...] = ()) -> None:
-    """Asserts that two trees of gradients agree to 1e-4, and vanish only where a path holds an `unused`."""
+    """Asserts that two trees of gradients agree to 1e-4, and vanish only in paths with an `unused`."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     pairs = zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True)
     for (path, got), want in pairs:
@@ -142,7 +142,7 @@ def _blocks(state: dict[str, np.ndarray], at: str, count: int) -> dict[str, Any]
 
 
 def _prefix(state: dict[str, np.ndarray], leaf: str) -> str:
-    """What stands before `leaf` in the only name that ends with it; wrappers differ between versions."""
+    """The prefix of the only name that ends with `leaf`; it differs between versions of transformers."""
     (name,) = [n for n in state if n.endswith(leaf)]
     return name.removesuffix(leaf)
 

@@ -91,8 +91,8 @@ def check_unread(values: RecordedKeys, where: Path) -> None:
         logger.warning("%s: ignores unknown keys %s; check that they do not change results", where, unknown)
 
 
-def quantisation(config: Mapping[str, Any]) -> str:
-    """The quantisation of the weights according to a config.json, or ""."""
+def quantisation(config: Mapping[str, Any]) -> tuple[str, str]:
+    """Key and method of the quantisation that a config.json states; empty if none."""
     for key in ("quantization_config", "quantization", "compression_config"):
         if value := config.get(key):
             found = value if isinstance(value, dict) else {}
@@ -103,9 +103,10 @@ def quantisation(config: Mapping[str, Any]) -> str:
                 method = "MLX"
             bits = found.get("bits", found.get("w_bit"))
             words = [str(word)[:40] for word in (method, f"{bits} bits" if bits else None) if word]
-            return ", ".join(word for word in words if word.isprintable()) or key
+            return key, ", ".join(word for word in words if word.isprintable()) or key
     inner = (config.get(name) for name in ("text_config", "vision_config", "llm_config"))
-    return next((name for part in inner if isinstance(part, dict) and (name := quantisation(part))), "")
+    found = (quantisation(part) for part in inner if isinstance(part, dict))
+    return next((pair for pair in found if pair[0]), ("", ""))
 
 
 def check_quantisation(values: Mapping[str, Any], tensors: Iterable[str], where: Path) -> None:
@@ -114,17 +115,18 @@ def check_quantisation(values: Mapping[str, Any], tensors: Iterable[str], where:
     Raises:
       UserError: names the method or a tensor.
     """
-    method = quantisation(values)
-    method = method or next((f"tensor {name}" for name in sorted(tensors) if _QUANTISED.fullmatch(name)), "")
-    if method:
-        raise UserError(f"{where}: the weights are quantised ({method}); {ORIGINAL}")
+    key, method = quantisation(values)
+    if key:
+        raise UserError(f"{where}: {key}: the weights are quantised ({method}); {ORIGINAL}")
+    if found := next((name for name in sorted(tensors) if _QUANTISED.fullmatch(name)), ""):
+        raise UserError(f"{where}: the weights are quantised (tensor {found}); {ORIGINAL}")
 
 
 def check_preprocessor(folder: Path, tower: Any) -> None:
-    """Refuses preprocessing that the vision tower here does not do.
+    """Refuses image preprocessing that differs from ours for this tower.
 
     Args:
-      folder: of the tower; transformers 4 writes preprocessor_config.json, 5 processor_config.json.
+      folder: of the tower; transformers 4 writes preprocessor_config.json, 5 also processor_config.json.
       tower: section of the tower.
 
     Raises:
@@ -144,11 +146,15 @@ def check_preprocessor(folder: Path, tower: Any) -> None:
             continue
         values = read_config(file)
         values = subsection(values, "image_processor", file) if name.startswith("processor") else values
-        wanted = {**expected, **{key: False for key in values if key[:3] == "do_" and key not in _STEPS}}
+        wanted: dict[str, Any] = {
+            **expected,
+            **{key: False for key in values if key[:3] == "do_" and key not in _STEPS},
+        }
         for key in ("size", "crop_size") if values.get("do_center_crop") else ("size",):
             sides = values.get(key)
-            wanted |= {key: dict.fromkeys(sides, tower.image_size)} if isinstance(sides, dict) else {}
-            wanted |= {key: tower.image_size} if isinstance(sides, int) else {}
+            wanted[key] = (
+                dict.fromkeys(sides, tower.image_size) if isinstance(sides, dict) else tower.image_size
+            )
         for key, value in wanted.items():
             if values.get(key) is not None and not _close(values[key], value):
                 raise UserError(

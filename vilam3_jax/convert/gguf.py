@@ -13,10 +13,10 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from vilam3_jax.convert.sources import Source
+from vilam3_jax.convert.sources import Source, section_of
 from vilam3_jax.data.tokenizer import Tokenizer, digit_byte_level
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import llama
+from vilam3_jax.models import families
 from vilam3_jax.models.hugging_face import layer_count, whole
 
 # GGUF's names → Hugging Face's.
@@ -170,7 +170,7 @@ def open_gguf(path: Path) -> Source:
       UserError: see `GgufFile`; or a setting is not supported.
     """
     file = GgufFile(path)
-    config = llama.LlamaConfig(**_llm_config(file))
+    config = section_of("llm", _llm_config(file), path)
     licence = {
         key: str(file.get(f"general.{field}"))
         for key, field in (("name", "license"), ("text", "license.name"), ("link", "license.link"))
@@ -180,7 +180,7 @@ def open_gguf(path: Path) -> Source:
         component="llm",
         config=config.to_dict(),
         tensors=file.shapes,
-        rules=llama.tensors(config),
+        rules=families.get("llm", "llama").hugging_face.tensors(config),
         reader=file,
         files=[path],
         licence=licence,

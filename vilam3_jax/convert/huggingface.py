@@ -16,7 +16,7 @@ from vilam3_jax.convert.config_checks import (
     check_unread,
 )
 from vilam3_jax.convert.safetensors_files import SafetensorsFolder, read_config
-from vilam3_jax.convert.sources import Checkpoint, Reader, Source
+from vilam3_jax.convert.sources import Checkpoint, Reader, Source, section_of
 from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import families, siglip
@@ -47,6 +47,9 @@ def open_folder(folder: Path) -> Source:
         stored = {ours: name for name, ours in layout.rename(list(weights.shapes)).items()}
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
+    if len(stored) < len(weights.shapes):
+        twice = sorted(weights.shapes.keys() - stored.values())
+        raise UserError(f"{folder}: holds {twice[0]!r} (of {len(twice)}) under two prefixes; remove one")
     shapes = {ours: weights.shapes[name] for ours, name in stored.items()}
 
     def reader(name: str, start: int, stop: int) -> np.ndarray:
@@ -61,7 +64,7 @@ def open_folder(folder: Path) -> Source:
         config, tied = _check_embedding(config, shapes, reader, config_file)
         unused |= tied
         has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
-    section = families.config_of(family.component, config)
+    section = section_of(family.component, config, config_file)
     if family.component == "vision_tower":
         check_preprocessor(folder, section)
     return Source(
@@ -98,7 +101,7 @@ def llm_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
     family, recorded = _family(values, where), RecordedKeys(values)
     config = family.hugging_face.read_config(recorded, where, {})
     check_unread(recorded, where)
-    return families.config_of(family.component, config).to_dict()
+    return section_of(family.component, config, where).to_dict()
 
 
 def _check_embedding(

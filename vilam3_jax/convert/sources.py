@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 
 from vilam3_jax.data.tokenizer import Tokenizer
+from vilam3_jax.errors import UserError
+from vilam3_jax.models import families
 from vilam3_jax.models.hugging_face import TensorRule
+from vilam3_jax.runtime.settings import Section
 
 # (tensor name, start, stop) → those rows of its first axis, as floats in the foreign layout.
 Reader = Callable[[str, int, int], np.ndarray]
@@ -74,3 +77,11 @@ class Checkpoint:
     def tokenizer_folder(self) -> Path | None:
         """The folder of that part."""
         return next((part.files[0].parent for part in self.parts if part.tokenizer), None)
+
+
+def section_of(component: str, config: Mapping[str, Any], where: Path) -> Section:
+    """The section of a family; errors name the source `where`."""
+    try:
+        return families.config_of(component, config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error

@@ -71,7 +71,7 @@ _ADDRESS_SPACE = 6 << 30
 _MESSAGE_LENGTH = 1000
 
 # Entry points without a volume or image as result.
-_METADATA_ONLY = ("identify", "image_shape", "list_series", "describe_volume", "scan", "deidentify")
+_METADATA_ONLY = ("identify", "image_shape", "survey", "describe_volume", "scan", "deidentify")
 
 EntryPoint = Callable[[Path], object]
 
@@ -124,7 +124,7 @@ def entry_points(seed: Seed) -> dict[str, EntryPoint]:
     if seed.kind == "volume":
         entry["describe_volume"] = describe_volume
     if seed.kind in ("dicom", "folder"):
-        entry["list_series"] = dicom.list_series
+        entry["survey"] = dicom.survey
     if seed.kind in ("dicom", "image"):
         entry["load_image"] = images.load_image
     if seed.kind == "dicom":

@@ -140,7 +140,7 @@ def shown(example: Example, made: Setting, store: Store, experts_on: bool = True
         style=made.style,
     )
     outline = renderer.outline(example.validate(), ".")
-    assert sum(turn.text.count("<image>") for turn in outline.turns) == len(outline.pictures)
+    assert sum(turn.text.count("<image>") for turn in outline.turns) == len(outline.lazy_images)
     lines = []
     for turn in outline.turns:
         text = turn.text.replace(render_cards(CARDS), "{CARDS}\n")

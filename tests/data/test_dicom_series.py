@@ -32,9 +32,9 @@ from pydicom.uid import (
     SegmentationStorage,
 )
 
-from vilam3_jax.data.dicom.grouping import group_headers
+from vilam3_jax.data.dicom.grouping import file_frames, group_files
 from vilam3_jax.data.dicom.headers import read_header
-from vilam3_jax.data.dicom.series import list_series, read_series
+from vilam3_jax.data.dicom.series import read_series, survey
 from vilam3_jax.errors import UserError
 
 SAMPLES = Path(__file__).parents[2] / ".cache" / "samples"
@@ -105,7 +105,7 @@ def test_one_odd_file_is_put_aside_with_its_reason(tmp_path, name, file_name):
     expected = np.arange(6) * 100
     np.testing.assert_array_equal(volume.values[0, 0], expected)
     np.testing.assert_allclose(np.abs(np.diag(volume.affine)), [0.75, 0.5, 1, 1])
-    ((path, why),) = only(list_series(tmp_path)).skipped
+    ((path, why),) = only(survey(tmp_path)[0]).skipped
     assert Path(path).name == file_name and why == reason
 
 
@@ -205,7 +205,7 @@ def test_several_series_are_listed_and_one_is_chosen(tmp_path):
     save_stack(tmp_path / "thick", 3, SeriesInstanceUID="1.2.4", SliceThickness=5, z=lambda k: 5 * k)
     with pytest.raises(UserError, match="2 volumes to choose from") as error:
         read_series(tmp_path)
-    thick, thin = list_series(tmp_path)
+    thick, thin = survey(tmp_path)[0]
     assert (thick.slices, thin.slices) == (3, 6)
     for series in (thick, thin):
         assert f"{series.identifier} (CT, {series.slices} slices) {series.uid}" in str(error.value)
@@ -288,7 +288,7 @@ def test_series_of_totalsegmentator_as_simpleitk_reads_it():
 
 def test_file_set_of_pydicom():
     folder = Path(get_testdata_file("DICOMDIR")).parent
-    found = {series.identifier: series for series in list_series(folder) if series.kind == "volume"}
+    found = {series.identifier: series for series in survey(folder)[0] if series.kind == "volume"}
     usable = [series for series in found.values() if series.problem is None and series.slices > 1]
     ct = only(usable)
     assert (ct.modality, ct.slices, ct.orientation) == ("CT", 5, "axial")
@@ -371,7 +371,7 @@ def test_damage_ends_in_one_line_or_a_volume(tmp_path_factory, file, keep, chang
     for place, value in changes:
         raw[128 + int(place * (len(raw) - 128))] = value
     path.write_bytes(raw if changes else raw[: int(keep * len(raw))])
-    for series in list_series(folder):
+    for series in survey(folder)[0]:
         try:
             volume = read_series(folder, series=series.identifier)
         except UserError as error:
@@ -382,7 +382,6 @@ def test_damage_ends_in_one_line_or_a_volume(tmp_path_factory, file, keep, chang
 
 def test_headers_alone_are_enough_for_grouping(tmp_path):
     save_stack(tmp_path)
-    items = ((path, read_header(path, frames=True)) for path in sorted(tmp_path.iterdir()))
-    series = only(group_headers(items))
+    series = only(group_files(file_frames(path, read_header(path)) for path in sorted(tmp_path.iterdir())))
     assert (series.slices, series.spacing, series.orientation) == (6, (0.75, 0.5, 1.0), "axial")
     assert [Path(member.path).name for member in series.members] == [f"{k:03d}.dcm" for k in range(6)]

@@ -28,7 +28,7 @@ from highdicom.legacy import LegacyConvertedEnhancedCTImage
 from pydicom.uid import NuclearMedicineImageStorage, generate_uid
 from scipy.spatial.transform import Rotation
 
-from vilam3_jax.data.dicom.series import list_series, read_series
+from vilam3_jax.data.dicom.series import read_series, survey
 from vilam3_jax.errors import UserError
 
 STACKS = {
@@ -56,7 +56,7 @@ def test_stacks_at_the_same_positions_are_listed_and_never_mixed(tmp_path, name)
             save(dataset, tmp_path / f"{k * n + index:03d}")
     with pytest.raises(UserError, match=f"{n} volumes to choose from"):
         read_series(tmp_path)
-    found = list_series(tmp_path)
+    found = survey(tmp_path)[0]
     assert [series.label for series in found] == labels
     for index, series in enumerate(found):
         assert series.identifier.endswith(f"/{index + 1}") and series.problem is None
@@ -74,7 +74,7 @@ def test_stacks_told_apart_by_two_values_or_by_their_order(tmp_path):
                 values = {"EchoNumbers": echo, "ImageType": ["ORIGINAL", "PRIMARY", part]}
                 number = 2 * echo + (part == "P")
                 save(plain_slice(k + 10 * number, z=k, **values), tmp_path / "a" / f"{k}{echo}{part}")
-    found = list_series(tmp_path / "a")
+    found = survey(tmp_path / "a")[0]
     assert [series.label for series in found] == [
         f"echo {echo}, image type ORIGINAL/PRIMARY/{part}" for echo in (1, 2) for part in "MP"
     ]
@@ -86,7 +86,7 @@ def test_stacks_told_apart_by_two_values_or_by_their_order(tmp_path):
         for phase in range(4):
             time = f"1200{phase}{k}.5"
             save(plain_slice(k + 10 * phase, z=k, ContentTime=time), tmp_path / "b" / f"{phase}{k}")
-    found = list_series(tmp_path / "b")
+    found = survey(tmp_path / "b")[0]
     assert [series.label for series in found] == [f"time point {n} of 4" for n in (1, 2, 3, 4)]
     for phase, series in enumerate(found):
         values = read_series(tmp_path / "b", series=series.identifier).values
@@ -136,7 +136,7 @@ def test_positions_of_two_studies_or_spaces_are_never_compared(tmp_path, keyword
     save_stack(tmp_path / "b", 5, z=lambda k: k + shift, PixelData=bytes(40), **{keyword: "1.2.77"})
     with pytest.raises(UserError, match=f"2 volumes to choose from.*{word} 1 of 2.*{word} 2 of 2"):
         read_series(tmp_path)
-    for number, series in enumerate(list_series(tmp_path)):
+    for number, series in enumerate(survey(tmp_path)[0]):
         values = read_series(tmp_path, series=series.identifier).values
         assert values.shape[2] == 5 and values.any() == (number == 0)
     save_stack(tmp_path / "a", 6, first=20, z=lambda k: k + 5)  # one stack is now clearly larger
@@ -187,7 +187,7 @@ def test_three_planes_of_one_series_are_three_stacks(tmp_path):
     with pytest.raises(UserError, match="3 volumes to choose from") as error:
         read_series(tmp_path)
     assert all(f"{name} 5 x 4" in str(error.value) for name in planes)
-    for n, series in enumerate(list_series(tmp_path)):
+    for n, series in enumerate(survey(tmp_path)[0]):
         assert read_series(tmp_path, series=series.identifier).values[0, 0, 0] % 1000 in (0, 200)
         assert series.orientation == list(planes)[n]
 
@@ -204,7 +204,7 @@ def test_radial_slices_are_no_stack(tmp_path):
 def test_interleaved_acquisitions_at_other_positions_are_told_apart(tmp_path):
     save_stack(tmp_path / "a", AcquisitionNumber=1, z=lambda k: 5.0 * k)
     save_stack(tmp_path / "b", AcquisitionNumber=2, z=lambda k: 5.0 * k + 1.3)
-    assert [series.label for series in list_series(tmp_path)] == ["acquisition 1", "acquisition 2"]
+    assert [series.label for series in survey(tmp_path)[0]] == ["acquisition 1", "acquisition 2"]
 
 
 # Multi-frame
@@ -270,7 +270,7 @@ def test_time_points_and_echoes_of_one_file_are_split(tmp_path):
         for z, t, e in content
     ]
     save(enhanced([(0, 0, 2 * z) for z, _, _ in content], frames), tmp_path / "e.dcm")
-    found = list_series(tmp_path / "e.dcm")
+    found = survey(tmp_path / "e.dcm")[0]
     assert [series.label for series in found] == [
         f"time point {t}, echo time {e:g}" for t in (1, 2) for e in (2.5, 5.0)
     ]
@@ -286,7 +286,7 @@ def test_two_stacks_of_one_file(tmp_path):
         {"PlaneOrientationSequence": [item(ImageOrientationPatient=o)]} for o in [AXIAL] * 4 + [SAGITTAL] * 4
     ]
     save(enhanced(positions, frames), tmp_path / "e.dcm")
-    assert [series.orientation for series in list_series(tmp_path / "e.dcm")] == ["axial", "sagittal"]
+    assert [series.orientation for series in survey(tmp_path / "e.dcm")[0]] == ["axial", "sagittal"]
 
 
 def test_parts_of_a_concatenation_are_joined(tmp_path):

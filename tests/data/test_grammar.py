@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vilam3_jax.data.experts.grammar import Call, parse_turn, write_calls
+from vilam3_jax.data.experts.grammar import Call, joined, parse_turn
 
 names = st.from_regex(r"[A-Z][A-Z0-9_]{0,31}", fullmatch=True)
 arguments = st.text("abc xyz,.-/'", max_size=30).map(lambda text: text.strip(" '"))
@@ -54,7 +54,7 @@ def test_several_calls_are_made_in_order_and_the_rest_is_cut(text, made, cut, dr
 
 @given(st.lists(calls, min_size=1, max_size=4))
 def test_what_is_written_is_read(made):
-    sentence = f"This looks like a CT image. Let me trigger {write_calls(made)}."
+    sentence = f"This looks like a CT image. Let me trigger {joined(made)}."
     turn = parse_turn(sentence)
     assert turn.calls == tuple(made) and turn.kept == sentence and not turn.cut
 

@@ -34,7 +34,7 @@ from pydicom.uid import (
 
 from vilam3_jax import cli
 from vilam3_jax.data import folder_walk
-from vilam3_jax.data.dicom import list_series, read_image, read_listed
+from vilam3_jax.data.dicom import read_image, read_listed, survey
 from vilam3_jax.data.dicom.frames import short_identifier
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.scan import collect as collect_lib
@@ -200,7 +200,7 @@ def test_pydicoms_own_files_agree(tmp_path, capsys) -> None:
     folder = Path(get_testdata_file("CT_small.dcm")).parent
     result, text = scan(folder, tmp_path, capsys)
     assert len(result["series"]) > 40 and "and " in text and max(map(len, text.splitlines())) <= 120
-    listed = {series.identifier: series for series in list_series(folder)}
+    listed = {series.identifier: series for series in survey(folder)[0]}
     assert len(listed) == len(result["series"])
     for one in result["series"]:
         if one["use"] == "volume":

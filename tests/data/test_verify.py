@@ -16,8 +16,8 @@ from vilam3_jax.data.experts.cards import Card, Check, facts, load_cards
 from vilam3_jax.data.experts.labels import label_table
 from vilam3_jax.data.experts.record import Annotation, Segment
 from vilam3_jax.data.experts.verify import Evidence, Finding, after, check_input, check_result, refusal
+from vilam3_jax.data.experts.verify.after import LabelMeasures
 from vilam3_jax.data.experts.verify.evidence import section_areas, values_of
-from vilam3_jax.data.experts.verify.measures import LabelMeasures
 from vilam3_jax.data.experts.wording import doubts
 from vilam3_jax.data.volumes import Volume
 from vilam3_jax.errors import UserError

@@ -243,7 +243,7 @@ def test_dicom_header(tmp_path):
     assert header is not None
     assert from_dicom(header, "a.dcm").role == "t1c"
     assert "PatientName" not in header
-    assert "SeriesDescription" not in read_header(tmp_path / "a.dcm", frames=True)
+    assert "SeriesDescription" not in read_header(tmp_path / "a.dcm")
 
 
 def test_enhanced_dicom_header(tmp_path):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from vilam3_jax.data.intensity import (
     as_stored_values,
+    display_limits,
     percentile_limits,
     usable_values,
     window_to_uint8,
@@ -73,9 +74,7 @@ def _stretch(grey: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
     stored = as_stored_values(grey, valid)
     if stored is None:
         raise UserError("image without any finite pixel; export it again")
-    low, high = percentile_limits(stored, usable_values(grey, valid))
-    if low == high:  # nearly all pixels are equal, so the few others are the content
-        low, high = float(stored.min()), float(stored.max())
+    low, high = display_limits(stored, usable_values(grey, valid))
     if low == high:
         return _divide(stored, None, 0, [])
     return window_to_uint8(stored, None, (low, high))

@@ -11,6 +11,25 @@ import multiprocessing
 import os
 import subprocess
 import threading
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def killed_after(process: subprocess.Popen[bytes], seconds: float) -> Iterator[threading.Event]:
+    """Kills `process` if the block takes longer, which unblocks a read or write; the event is then set."""
+    timed_out = threading.Event()
+
+    def expire() -> None:
+        timed_out.set()
+        process.kill()
+
+    timer = threading.Timer(seconds, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield timed_out
+    finally:
+        timer.cancel()
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

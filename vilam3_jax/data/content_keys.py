@@ -28,9 +28,8 @@ _AFFINE_OFFSET = 0.15
 def volume_key(voxels: np.ndarray, affine: np.ndarray) -> str:
     """Key of a volume: sha256 (hex) of decoder version, dtype, shape, rounded affine and voxels.
 
-    Args:
-      voxels: [X, Y, Z] in canonical orientation, in the type of `intensity.as_stored_values`.
-      affine: [4, 4] float64, voxel index to RAS millimetres.
+    `voxels` are [X, Y, Z] in canonical orientation, in the type of `intensity.as_stored_values`; `affine` is
+    [4, 4] float64, voxel index to RAS millimetres.
     """
     digest = _digest(voxels)
     digest.update(np.floor(affine[:3] / _AFFINE_STEPS + _AFFINE_OFFSET).astype("<i8").tobytes())

@@ -23,13 +23,9 @@ _MAX_SIDE = 4096
 
 
 def encode(image: np.ndarray) -> bytes:
-    """Encodes an image losslessly.
+    """Encodes an image, uint8 [H, W, 3] with sides of 1 to 4096 pixels, losslessly.
 
-    Args:
-      image: uint8 [H, W, 3], sides of 1 to 4096 pixels.
-
-    Raises:
-      ValueError: another shape or dtype.
+    Raises `ValueError` for another shape or dtype.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"{image.dtype} {image.shape}: an image is uint8 [H, W, 3]")
@@ -49,20 +45,12 @@ def is_decoded(data: bytes) -> bool:
 
 
 def shape(data: bytes) -> tuple[int, int]:
-    """Returns (H, W) from the header.
-
-    Raises:
-      UserError: the header is damaged or of a newer version.
-    """
+    """Returns (H, W) from the header; raises `UserError` if it is damaged or of a newer version."""
     return _header(data)[:2]
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Returns the image given to `encode`, uint8 [H, W, 3].
-
-    Raises:
-      UserError: damaged, cut short, or of a newer version.
-    """
+    """Returns the image given to `encode`, uint8 [H, W, 3]; raises `UserError` for damaged or newer data."""
     height, width, channels = _header(data)
     stored = (height, width) if channels == 1 else (height, width, channels)
     size = height * width * channels

@@ -68,10 +68,6 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
-def _is_window(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and all(map(_is_finite, value))
-
-
 def _text_problem(value: str, max_length: int) -> str | None:
     if len(value) > max_length:
         return f"has {len(value)} characters; the limit is {max_length}"
@@ -88,7 +84,10 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # field -> expected t
     "data": ("bytes", lambda value: isinstance(value, bytes)),
     "axis": ("an integer", is_int),
     "index": ("an integer", is_int),
-    "window": ("two finite numbers (centre, width)", _is_window),
+    "window": (
+        "two finite numbers (centre, width)",
+        lambda value: isinstance(value, tuple) and len(value) == 2 and all(map(_is_finite, value)),
+    ),
     "supervised": ("true or false", lambda value: isinstance(value, bool)),
     "before_turn": ("an integer", is_int),
     "image": ("an integer", is_int),

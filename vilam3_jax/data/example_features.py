@@ -150,11 +150,11 @@ def _example(features: Any) -> Example:
     def optional(number: int) -> int | None:
         return None if number == _ABSENT else number
 
-    pictures = [value or None for value in features["images/bytes"].bytes_list.value]
+    encoded = [value or None for value in features["images/bytes"].bytes_list.value]
     images = tuple(
         ImageRef(data, path or None, optional(axis), optional(index), _window(window), modality or None)
         for data, (path, axis, index, window, modality) in zip(
-            pictures, columns("images", _IMAGES[1:]), strict=True
+            encoded, columns("images", _IMAGES[1:]), strict=True
         )
     )
     requests = columns("expert_requests", _REQUESTS)

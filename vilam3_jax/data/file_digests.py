@@ -27,13 +27,9 @@ def digests(files: Sequence[epath.Path]) -> list[str]:
 
 
 def digest(path: epath.Path) -> str:
-    """The digest of a file, or of the listing of a folder such as a DICOM series.
+    """The digest of a file, or of the listing of a folder such as a DICOM series: 24 hexadecimal digits.
 
-    Returns:
-      24 hexadecimal digits; `MISSING` if the file does not exist.
-
-    Raises:
-      UnavailableError: the disk or the network fails.
+    `MISSING` if there is no such file; raises `UnavailableError` if the disk or the network fails.
     """
     try:
         if path.is_dir():

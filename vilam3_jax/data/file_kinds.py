@@ -15,8 +15,9 @@ from typing import Literal
 
 from vilam3_jax.data.image_headers import is_jpeg_ls
 from vilam3_jax.data.nifti import pair_header
+from vilam3_jax.data.volume_io import wrap_file_errors
 from vilam3_jax.errors import UserError
-from vilam3_jax.runtime.paths import PathLike, as_path, check_passing
+from vilam3_jax.runtime.paths import PathLike, as_path
 
 Reader = Literal["dicom", "nifti", "nifti pair", "nrrd", "metaimage", "image"]
 
@@ -231,12 +232,10 @@ _SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM U
 def identify(path: PathLike) -> FileKind:
     """Identifies a file by its first 64 KiB; the .img of a pair by the .hdr beside it.
 
-    Raises:
-      UserError: the file does not exist or is not readable.
-      UnavailableError: the disk or the network fails.
+    Raises `UserError` for a missing or unreadable file, `UnavailableError` if disk or network fail.
     """
     path = as_path(path)
-    try:
+    with wrap_file_errors(path):
         if path.is_dir():
             return FOLDER
         with path.open("rb") as file:
@@ -246,21 +245,13 @@ def identify(path: PathLike) -> FileKind:
                 kind = identify_bytes(file.read(_START_BYTES), header.name)
             if kind in (NIFTI, NIFTI_PAIR, ANALYZE):  # the reader rejects NIFTI, a single file, here
                 return kind
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: invalid file name
-        raise UserError(f"{path}: no such file; check the path") from error
-    except OSError as error:
-        check_passing(path, error)
-        reason = error.strerror or "no access"
-        raise UserError(f"{path}: cannot be read ({reason}); check the path") from error
     return identify_bytes(start, path.name)
 
 
 def identify_bytes(start: bytes, name: str) -> FileKind:
-    """Identifies a file.
+    """Identifies a file by its first 64 KiB; with less, some kinds remain unknown.
 
-    Args:
-      start: its first 64 KiB, or the whole file. With less, some kinds remain unknown.
-      name: the file's name, used only where the content is ambiguous.
+    `name` is used only where the content is ambiguous.
     """
     name = name.lower()
     return _by_content(start, name) or _by_suffix(name)

@@ -28,17 +28,10 @@ class Listing:
 
 
 def list_files(folder: PathLike, max_files: int, tick: Callable[[], object]) -> Listing:
-    """Lists the files of a folder and its subfolders, hidden ones included.
+    """Lists the files of a local or remote folder and its subfolders, hidden ones included.
 
-    Symbolic links to folders are not followed: they may form loops and count a folder twice.
-
-    Args:
-      folder: local or on an object store.
-      max_files: maximum number of files.
-      tick: called for each file, for a progress bar.
-
-    Raises:
-      UserError: not a folder, no permission to list it, or more than `max_files` files.
+    Symbolic links to folders are not followed: they may form loops and count a folder twice. `tick` is
+    called for each file. Raises `UserError` for no folder, no permission, or more than `max_files` files.
     """
     root = as_path(folder)
     remote = "://" in str(root)

@@ -153,11 +153,7 @@ def webp_size(data: bytes) -> tuple[int, int]:
 
 
 def check_pixels(width: int, height: int, limits: Limits) -> None:
-    """Rejects an image that is empty or has more than `limits.pixels`.
-
-    Raises:
-      UserError: names the size.
-    """
+    """Raises `UserError` for an image that is empty or has more than `limits.pixels`."""
     if min(width, height) < 1:
         raise UserError(f"image of {width} x {height} pixels; fetch or export it again")
     if width * height > limits.pixels:
@@ -169,9 +165,7 @@ def check_pixels(width: int, height: int, limits: Limits) -> None:
 def choose_frame(frame: int | None, count: int, name: str, parts: str) -> int:
     """Validates a frame index; None is the only frame of the image.
 
-    Raises:
-      UserError: `frame` is out of range, or None with several frames. It names the kind of image (`name`) and
-        its `parts`, "pages" or "frames".
+    Raises `UserError`, naming the kind of image (`name`) and its `parts`, "pages" or "frames".
     """
     if frame is None and count > 1:
         raise UserError(f"{name} of {count} {parts}; choose one (0 to {count - 1}) or save it as PNG")

@@ -17,7 +17,7 @@ from vilam3_jax.data.bit_depth import to_eight_bits, visible_mask, with_alpha
 from vilam3_jax.data.dicom.pixels import read_image
 from vilam3_jax.data.file_kinds import FileKind
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
-from vilam3_jax.data.stored_volume import UNKNOWN
+from vilam3_jax.data.stored_volume import LoadedImage
 from vilam3_jax.data.tiff import read_tiff
 from vilam3_jax.errors import UserError, warn_of
 from vilam3_jax.runtime.paths import PathLike, as_path, read_bytes
@@ -46,27 +46,6 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _TRANSPOSED = (5, 6, 7, 8)  # orientations that exchange height and width
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LoadedImage:
-    """An image as shown to the model, with the metadata of its file.
-
-    Attributes:
-      pixels: [H, W, 3] uint8.
-      modality: the DICOM code in the file, or "unknown".
-      body_part: as in the file, upper case, or "unknown".
-      frame: index of this frame or page, from 0.
-      frames: number of frames in the file.
-      notes: sentences on what was assumed, repaired or skipped, without patient data.
-    """
-
-    pixels: np.ndarray
-    modality: str = UNKNOWN
-    body_part: str = UNKNOWN
-    frame: int = 0
-    frames: int = 1
-    notes: tuple[str, ...] = ()
 
 
 def decode_image(
@@ -99,13 +78,10 @@ def decode_image(
 
 
 def decode_scaled(data: bytes, size: int, *, alpha: Alpha = "white") -> np.ndarray:
-    """Equals `resize(decode_image(data, alpha=alpha), size)` bit for bit, but scales grey only once.
+    """`resize(decode_image(data, alpha=alpha), size)`, bit for bit, but scales grey only once.
 
-    Returns:
-      [size, size, 3] uint8.
-
-    Raises:
-      UserError: as `decode_image`; or an image stored as pixels of another size, whose original is lost.
+    Returns [size, size, 3] uint8. Raises as `decode_image`, and `UserError` for an image stored as pixels of
+    another size, whose original is lost.
     """
     if decoded_images.is_decoded(data):
         height, width = decoded_images.shape(data)
@@ -117,19 +93,14 @@ def decode_scaled(data: bytes, size: int, *, alpha: Alpha = "white") -> np.ndarr
         return decoded_images.decode(data)
     found = _decode(data, alpha, None, DEFAULT_LIMITS)
     warn_of(found.notes, "image")
-    image = _one_channel(found.image)
+    image = found.image
+    if image.mode == "RGB":  # with equal channels, as radiographs are often saved, one is enough
+        red, green, blue = image.split()
+        if all(ImageChops.difference(red, other).getbbox() is None for other in (green, blue)):
+            image = red
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.array(image.convert("RGB"))
-
-
-def _one_channel(image: Image.Image) -> Image.Image:
-    """Converts an "RGB" image with equal channels, as radiographs are often saved, to "L"."""
-    if image.mode != "RGB":
-        return image
-    red, green, blue = image.split()
-    is_grey = all(ImageChops.difference(red, other).getbbox() is None for other in (green, blue))
-    return red if is_grey else image
 
 
 def image_shape(data: bytes, *, limits: Limits = DEFAULT_LIMITS) -> tuple[int, int]:
@@ -149,23 +120,20 @@ def image_shape(data: bytes, *, limits: Limits = DEFAULT_LIMITS) -> tuple[int, i
 def load_image(
     path: PathLike, *, frame: int | None = None, alpha: Alpha = "white", limits: Limits = DEFAULT_LIMITS
 ) -> LoadedImage:
-    """Reads a 2-D image file with its metadata.
+    """Reads a file that `decode_image` supports, or a DICOM file, with its metadata.
 
-    Args:
-      path: a file that `decode_image` supports, or a DICOM file.
-      frame: frame of a DICOM file, page of a TIFF or frame of an animation, from 0. None: the only one, or
-        the choice of `dicom.pixels.read_image`.
-      alpha: see `decode_image`.
-      limits: see `decode_image`.
-
-    Raises:
-      UserError: names the file, its kind and the fix.
+    `frame` is the frame of a DICOM file, page of a TIFF or frame of an animation, from 0; None: the only one,
+    or the choice of `dicom.read_image`. `alpha` and `limits` are those of `decode_image`. Raises `UserError`
+    with the file, its kind and the fix.
     """
     path = as_path(path)
     data = read_bytes(path, limits.file_bytes)
     kind = file_kinds.identify_bytes(data[:_KIND_BYTES], path.name)
     if kind.reader == "dicom":
-        return _load_dicom(path, frame, limits)
+        image = read_image(path, frame=frame, limits=limits)
+        if image.pixels.ndim == 3:
+            return image
+        return dataclasses.replace(image, pixels=np.repeat(image.pixels[..., None], 3, axis=-1))
     if kind.reader != "image":
         raise file_kinds.refusal(path, kind)
     try:
@@ -176,21 +144,11 @@ def load_image(
     return LoadedImage(pixels, frame=found.frame, frames=found.frames, notes=found.notes)
 
 
-def load_pixels(
-    path: PathLike, *, frame: int | None = None, alpha: Alpha = "white", limits: Limits = DEFAULT_LIMITS
-) -> np.ndarray:
+def load_pixels(path: PathLike, *, alpha: Alpha = "white") -> np.ndarray:
     """Returns the pixels of `load_image`, [H, W, 3] uint8; its notes become `InputWarning`s."""
-    image = load_image(path, frame=frame, alpha=alpha, limits=limits)
+    image = load_image(path, alpha=alpha)
     warn_of(image.notes, path)
     return image.pixels
-
-
-def _load_dicom(path: PathLike, frame: int | None, limits: Limits) -> LoadedImage:
-    image = read_image(path, frame=frame, limits=limits)
-    pixels = image.pixels
-    if pixels.ndim == 2:
-        pixels = np.repeat(pixels[..., None], 3, axis=-1)
-    return LoadedImage(pixels, image.modality, image.body_part, image.frame, image.frames, image.notes)
 
 
 class _Decoded(NamedTuple):
@@ -399,12 +357,8 @@ def _opaque(image: Image.Image, alpha: Alpha, notes: list[str]) -> Image.Image:
 def resize(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
     """Resizes by PIL's bicubic filter on 8-bit values, ignoring the aspect ratio (VILA's `resize` mode).
 
-    Args:
-      image: [H, W, 3] uint8.
-      size: side of the square result in pixels, or its (height, width).
-
-    Returns:
-      [size, size, 3] or [height, width, 3] uint8.
+    `size` is the side of the square result in pixels, or its (height, width); both images are uint8
+    [height, width, 3].
     """
     height, width = (size, size) if isinstance(size, int) else size
     if image.shape[:2] == (height, width):
@@ -413,16 +367,9 @@ def resize(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
 
 
 def pad_to_square(image: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
-    """Centres an image in a square of its longer side (VILA's `pad` mode).
+    """Centres an image, [H, W, 3] uint8, in a square of its longer side (VILA's `pad` mode).
 
-    An odd remaining row or column goes below or to the right.
-
-    Args:
-      image: [H, W, 3] uint8.
-      background: RGB of the padding.
-
-    Returns:
-      [max(H, W), max(H, W), 3] uint8.
+    An odd remaining row or column goes below or to the right; `background` is the RGB of the padding.
     """
     height, width = image.shape[:2]
     side = max(height, width)
@@ -436,14 +383,8 @@ def augment(images: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[np.
     """Randomly shifts, rotates, scales and re-tones the images of one sample, all with the same parameters.
 
     The ranges are small, so captions and answers stay true: at most 15 degrees, 20 % in size, 8 % of the
-    side, 30 % in contrast and brightness. Never mirrors: left and right carry meaning.
-
-    Args:
-      images: [H, W, 3] uint8 each.
-      rng: random generator.
-
-    Returns:
-      Images of the same sizes; regions from outside are black.
+    side, 30 % in contrast and brightness. Never mirrors: left and right carry meaning. Images are uint8
+    [H, W, 3] and keep their sizes; regions from outside are black.
     """
     angle = np.deg2rad(rng.uniform(-15.0, 15.0))
     stretch = np.exp(rng.uniform(-0.18, 0.18, size=2))

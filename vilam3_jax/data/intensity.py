@@ -67,16 +67,22 @@ def percentile_limits(
 ) -> tuple[float, float]:
     """Two percentiles of the valid values: a display range that is robust to a few extreme voxels.
 
-    Args:
-      values: finite numbers of any shape.
-      valid: bool of the same shape; None: all valid.
-      percentiles: lower and upper, 0 to 100.
+    `values` are finite numbers of any shape; `valid` is bool of the same shape, None: all valid.
     """
     flat = values.reshape(-1) if valid is None else values[valid]
     if flat.size > _SAMPLED_ABOVE:
         flat = flat[:: -(-flat.size // _SAMPLED_ABOVE)]
     low, high = np.percentile(flat, percentiles)
     return float(low), float(high)
+
+
+def display_limits(values: np.ndarray, valid: np.ndarray | None) -> tuple[float, float]:
+    """`percentile_limits`, or the full range of the valid values if nearly all are equal."""
+    low, high = percentile_limits(values, valid)
+    if low < high:
+        return low, high
+    flat = values if valid is None else values[valid]
+    return float(flat.min()), float(flat.max())
 
 
 def window_to_uint8(

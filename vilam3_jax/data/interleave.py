@@ -27,17 +27,11 @@ _INT64_SAFE = 1 << 62
 
 
 class _Block(NamedTuple):
-    """A run of positions.
+    """A run of positions."""
 
-    Attributes:
-      chosen: int32 [n], dataset at each position.
-      draws: int64 [n], index of the draw within its dataset, from the start of the period.
-      after: number of draws of each dataset up to the end of the block.
-    """
-
-    chosen: np.ndarray
-    draws: np.ndarray
-    after: tuple[int, ...]
+    chosen: np.ndarray  # int32 [n], dataset at each position
+    draws: np.ndarray  # int64 [n], index of the draw within its dataset, from the start of the period
+    after: tuple[int, ...]  # number of draws of each dataset up to the end of the block
 
 
 class Interleaving:

@@ -168,27 +168,17 @@ class DecoderProcess:
         """Sends `request`, if any, and waits for a frame."""
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
-        timed_out = threading.Event()
-
-        def expire() -> None:
-            timed_out.set()
-            process.kill()
-
-        timer = threading.Timer(seconds, expire)  # the kill interrupts both blocking calls
-        timer.daemon = True
-        timer.start()
         answer = None
-        try:
-            if request is not None:
-                write_frame(process.stdin, request)
-            answer = read_frame(process.stdout)
-        except BrokenPipeError:
-            pass
-        except FrameError:
-            if not timed_out.is_set():
-                raise
-        finally:
-            timer.cancel()
+        with child_process.killed_after(process, seconds) as timed_out:
+            try:
+                if request is not None:
+                    write_frame(process.stdin, request)
+                answer = read_frame(process.stdout)
+            except BrokenPipeError:
+                pass
+            except FrameError:
+                if not timed_out.is_set():
+                    raise
         if timed_out.is_set():
             raise _ChildError(too_late)
         if answer is None:
@@ -262,12 +252,7 @@ def _pack(result: Volume | LoadedImage, store: IO[bytes]) -> Message:
 
 
 def _unpack(kind: type[_Result], message: Message, store: IO[bytes] | None) -> _Result:
-    """The inverse of `_pack`; empties `store`.
-
-    Raises:
-      FrameError: array sizes contradict the stored size.
-      KeyError, TypeError, ValueError: not a message of `_pack`.
-    """
+    """The inverse of `_pack`; empties `store`. Raises `FrameError` or builtin errors for anything else."""
     assert store is not None
     left = os.fstat(store.fileno()).st_size
     store.seek(0)
@@ -336,8 +321,11 @@ def _answer(request: Message, store: IO[bytes]) -> Message:
 
 def _limit_resources(memory_bytes: int) -> None:
     """Limits the memory, file size and open files of this process."""
+    in_use = 0
+    with contextlib.suppress(OSError):
+        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = {
-        resource.RLIMIT_AS: _address_space() + memory_bytes,
+        resource.RLIMIT_AS: in_use + memory_bytes,
         resource.RLIMIT_FSIZE: memory_bytes,
         resource.RLIMIT_NOFILE: _MAX_OPEN_FILES,
         resource.RLIMIT_CORE: 0,
@@ -349,19 +337,10 @@ def _limit_resources(memory_bytes: int) -> None:
             resource.setrlimit(kind, (most, most))
 
 
-def _address_space() -> int:
-    """Bytes of address space in use; 0 if unknown."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    except OSError:
-        return 0
-
-
 def main(argv: Sequence[str]) -> int:
     """Answers requests on standard input, as the child, until the parent closes the pipe; returns 0.
 
-    Args:
-      argv: file descriptor for arrays, and bytes of memory that decoding may allocate.
+    `argv`: file descriptor for arrays, and bytes of memory that decoding may allocate.
     """
     store_number, memory_bytes = (int(word) for word in argv)
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")

@@ -82,16 +82,11 @@ class _Header:
 
 
 def read_metaimage(path: PathLike, limits: Limits, *, voxels: bool = True) -> StoredVolume:
-    """Reads a MetaImage volume.
+    """Reads a MetaImage volume: a .mha file, or a .mhd header with its one data file beside it.
 
-    Args:
-      path: a .mha file, or a .mhd header with its one data file beside it.
-      limits: checked against the header.
-      voxels: False reads the header only; `values` are then zeros.
-
-    Raises:
-      UserError: several values per voxel, no orientation or voxel size, data in other folders or several
-        files, an invalid header, or a damaged file.
+    Without `voxels`, reads the header only; `values` are then zeros. Raises `UserError` for several values
+    per voxel, no orientation or voxel size, data in other folders or several files, an invalid header or
+    one over `limits`, or a damaged file.
     """
     path = as_path(path)
     with path.open("rb") as file:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
+import json
 import math
 import re
 from collections.abc import Iterator
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -16,12 +18,12 @@ from etils import epath
 from vilam3_jax.data import volume_io
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.nifti_affine import Header, read_affine
-from vilam3_jax.data.sidecar import with_sidecar
-from vilam3_jax.data.stored_volume import StoredVolume
-from vilam3_jax.errors import UserError
-from vilam3_jax.runtime.paths import PathLike, as_path, children, file_size
+from vilam3_jax.data.stored_volume import UNKNOWN, StoredVolume
+from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.runtime.paths import PathLike, as_path, children, file_size, read_bytes
 
 _HEADER_BYTES, _HEADER_BYTES_2 = 348, 540  # of NIfTI-1 and NIfTI-2; both start with this number
+_MAX_SIDECAR_BYTES = 4 << 20
 _MAX_OFFSET = 256 << 20  # header extensions can contain whole DICOM headers
 _EOL_CHECKS = (b"\r\n\x1a\n", bytes(4))  # of NIfTI-2; a text-mode transfer changes it
 _CIFTI_INTENTS = range(3000, 3100)
@@ -55,12 +57,18 @@ def read_nifti(
     """
     path = as_path(path)
     header_path = pair_header(path) or path
-    with _open(header_path) as (stream, _):
-        raw_header = _read_header(stream, path)
-    header, is_pair = _parse_header(raw_header, path)
+    header, is_pair = _read_header(header_path, path)
     if header_path != path and not is_pair:
         raise UserError(f"{path}: the .hdr beside it is a single file with its own voxels; convert it again")
-    voxels_path = _pair_voxels(header_path) if is_pair else path
+    voxels_path = path
+    if is_pair:
+        match = _NAME.fullmatch(header_path.name)
+        found = _halves(header_path, match["stem"], "img") if match else []
+        if len(found) != 1:
+            several = f"with {' and '.join(p.name for p in found)}; keep one of them"
+            lone = "without its .img; put both into one folder under one name"
+            raise UserError(f"{header_path}: .hdr of a pair {several if found else lone}")
+        voxels_path = found[0]
     volume_io.check_file_size(voxels_path, limits)
 
     shape, notes = _shape(header, path) if channel is None else (_channel_shape(header, channel, path), [])
@@ -84,7 +92,7 @@ def read_nifti(
             notes += volume_io.read_rest(stream, path) if channel is None else ()
     match = _NAME.fullmatch(path.name)
     stem = match["stem"] if match else path.name
-    return with_sidecar(StoredVolume(values, affine, notes=tuple(notes)), path, stem)
+    return _with_sidecar(StoredVolume(values, affine, notes=tuple(notes)), path, stem)
 
 
 def pair_header(path: epath.Path) -> epath.Path | None:
@@ -93,16 +101,6 @@ def pair_header(path: epath.Path) -> epath.Path | None:
     if match is None or match["suffix"].lower() != "img":
         return None
     return next(iter(_halves(path, match["stem"], "hdr")), None)
-
-
-def _pair_voxels(header: epath.Path) -> epath.Path:
-    match = _NAME.fullmatch(header.name)
-    found = _halves(header, match["stem"], "img") if match else []
-    if not found:
-        raise UserError(f"{header}: .hdr of a pair without its .img; put both into one folder under one name")
-    if len(found) > 1:
-        raise UserError(f"{header}: pair with {found[0].name} and {found[1].name}; keep one of them")
-    return found[0]
 
 
 def _halves(path: epath.Path, stem: str, suffix: str) -> list[epath.Path]:
@@ -124,16 +122,13 @@ def _open(path: epath.Path) -> Iterator[tuple[IO[bytes], bool]]:
         yield cast(IO[bytes], gzip.GzipFile(fileobj=file) if packed else file), packed
 
 
-def _read_header(stream: IO[bytes], path: PathLike) -> bytes:
-    """Reads no further than the header: in a short file, garbage may follow the compressed data."""
-    header = volume_io.read_exactly(stream, _HEADER_BYTES, path)
-    sizes = (int.from_bytes(header[:4], "little"), int.from_bytes(header[:4], "big"))
-    rest = _HEADER_BYTES_2 - _HEADER_BYTES if _HEADER_BYTES_2 in sizes else 0
-    return header + volume_io.read_exactly(stream, rest, path)
-
-
-def _parse_header(raw: bytes, path: PathLike) -> tuple[Header, bool]:
+def _read_header(header_path: epath.Path, path: PathLike) -> tuple[Header, bool]:
     """(header without nibabel's repairs, whether it belongs to a pair)."""
+    # Reads no further than the header: in a short file, garbage may follow the compressed data.
+    with _open(header_path) as (stream, _):
+        raw = volume_io.read_exactly(stream, _HEADER_BYTES, path)
+        if _HEADER_BYTES_2 in (int.from_bytes(raw[:4], "little"), int.from_bytes(raw[:4], "big")):
+            raw += volume_io.read_exactly(stream, _HEADER_BYTES_2 - _HEADER_BYTES, path)
     kind = next((k for k in (nib.Nifti1Header, nib.Nifti2Header) if k.may_contain_header(raw)), None)
     if kind is None:
         raise UserError(f"{path}: no NIfTI header inside; convert the file again")
@@ -211,3 +206,49 @@ def _offset(header: Header, is_pair: bool, path: PathLike) -> tuple[int, tuple[s
     if not lowest <= offset <= _MAX_OFFSET or offset != int(offset):
         raise UserError(f"{path}: data offset {offset:g} is invalid; convert the file again")
     return int(offset), ()
+
+
+def _with_sidecar(volume: StoredVolume, path: epath.Path, stem: str) -> StoredVolume:
+    """Adds modality, body part and units from the JSON file that dcm2niix and BIDS put beside a volume.
+
+    Other fields may identify the patient and are not read. An unreadable file becomes a note.
+    """
+    # No listing: a folder may hold thousands of volumes, and `stem` is not text from a file.
+    names = (path.parent / f"{stem}{suffix}" for suffix in (".json", ".JSON"))
+    found = next((name for name in names if name.exists()), None)
+    if found is None:
+        return volume
+    try:
+        fields = json.loads(read_bytes(found, _MAX_SIDECAR_BYTES).decode("utf-8-sig"))
+    except UnavailableError:
+        raise
+    except (UserError, ValueError, RecursionError):
+        return _with_note(volume, "the JSON file beside it cannot be read; it is ignored")
+    if not isinstance(fields, dict):
+        return _with_note(volume, "the JSON file beside it is not an object; it is ignored")
+    notes = list(volume.notes)
+    stated = _text(fields, "Modality", notes)
+    modality = volume_io.modality_code(stated)
+    if stated and modality == UNKNOWN:
+        notes.append("the JSON file beside it states an unknown modality; it is ignored")
+    return dataclasses.replace(
+        volume,
+        modality=modality,
+        body_part=volume_io.body_part_name(_text(fields, "BodyPartExamined", notes)),
+        units=volume_io.stated_units(_text(fields, "Units", notes), modality),
+        notes=tuple(notes),
+    )
+
+
+def _with_note(volume: StoredVolume, note: str) -> StoredVolume:
+    return dataclasses.replace(volume, notes=(*volume.notes, note))
+
+
+def _text(fields: dict[str, Any], key: str, notes: list[str]) -> str:
+    value = fields.get(key)
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return " ".join(value.split())
+    notes.append(f"{key} in the JSON file beside it is not text; it is ignored")
+    return ""

@@ -42,20 +42,18 @@ class _Unusable(Exception):
 def read_affine(
     header: Header, shape: Sequence[int], path: PathLike
 ) -> tuple[np.ndarray, str, tuple[str, ...]]:
-    """Computes the affine of a NIfTI header.
+    """Computes the affine of a NIfTI header, as stored, for voxels of `shape`.
 
-    Args:
-      header: as stored, unchecked.
-      shape: voxels along the three axes.
-      path: file to name in errors.
+    Raises `UserError` if neither sform nor qform is usable, or they contradict each other.
 
     Returns:
       [4, 4] float64, index to RAS millimetres; the stated unit of length; notes.
-
-    Raises:
-      UserError: neither sform nor qform is usable, or they contradict each other.
     """
-    unit, scale, notes = _unit(header)
+    code = int(header["xyzt_units"]) & 7  # the other bits are the unit of time
+    unit, scale = _UNITS.get(code, (UNKNOWN, 1.0))
+    notes = volume_io.unit_notes(unit)
+    if code and unit == UNKNOWN:
+        notes = [f"its code {code} is not a unit of length; millimetres are assumed"]
     one_slice = shape[2] == 1
     sform, sform_fault = _usable(_sform, header, one_slice)
     qform, qform_fault = _usable(_qform, header, one_slice)
@@ -64,7 +62,12 @@ def read_affine(
     if qform is None and qform_fault and sform is not None:
         notes.append(f"the qform is not usable ({qform_fault}); the sform is used")
     if sform is None and qform is None:
-        raise _no_orientation(sform_fault, qform_fault, path)
+        faults = [f"{name}: {why}" for name, why in (("sform", sform_fault), ("qform", qform_fault)) if why]
+        raise UserError(
+            f"{path}: the header has no orientation ({'; '.join(faults) or 'qform and sform codes are 0'}), "
+            "and left and right would be a guess; convert the scan again, or set its sform where the "
+            "orientation is known"
+        )
     if sform is not None and qform is not None:
         notes += _compare(sform, qform, header, shape, scale, path)
     elif sform is not None:
@@ -76,14 +79,6 @@ def read_affine(
         length = voxel_sizes(affine)[2]
         notes.append(f"the header states no thickness of its one slice; {length:.3g} mm is assumed")
     return affine, unit, tuple(notes)
-
-
-def _unit(header: Header) -> tuple[str, float, list[str]]:
-    code = int(header["xyzt_units"]) & 7  # the other bits are the unit of time
-    unit, scale = _UNITS.get(code, (UNKNOWN, 1.0))
-    if code and unit == UNKNOWN:
-        return unit, scale, [f"its code {code} is not a unit of length; millimetres are assumed"]
-    return unit, scale, volume_io.unit_notes(unit)
 
 
 def _usable(
@@ -141,15 +136,6 @@ def _qform(header: Header, one_slice: bool) -> np.ndarray | None:
 def _thickness(header: Header) -> float:
     thickness = float(header["pixdim"][3])
     return thickness if np.isfinite(thickness) and thickness > 0 else 1.0
-
-
-def _no_orientation(sform_fault: str, qform_fault: str, path: PathLike) -> UserError:
-    faults = [f"{name}: {fault}" for name, fault in (("sform", sform_fault), ("qform", qform_fault)) if fault]
-    why = "; ".join(faults) or "qform and sform codes are 0"
-    return UserError(
-        f"{path}: the header has no orientation ({why}), and left and right would be a guess; convert the "
-        "scan again, or set its sform where the orientation is known"
-    )
 
 
 def _compare(

@@ -59,6 +59,7 @@ _ENCODINGS = {
     **dict.fromkeys(("gz", "gzip"), "gzip"),
     **dict.fromkeys(("bz2", "bzip2"), "bzip2"),
 }
+_DECOMPRESSORS = {"gzip": lambda file: gzip.GzipFile(fileobj=file), "bzip2": bz2.BZ2File}
 _RATIOS = {"raw": 1, "gzip": volume_io.DEFLATE_RATIO, "bzip2": volume_io.BZIP2_RATIO}
 _ALIASES = {"datafile": "data file", "lineskip": "line skip", "byteskip": "byte skip"}
 _USED_FIELDS = frozenset(
@@ -136,16 +137,11 @@ class _Grid:
 
 
 def read_nrrd(path: PathLike, limits: Limits, *, voxels: bool = True) -> StoredVolume:
-    """Reads an NRRD volume, with modality and body part from the DICOM keys that Slicer and others write.
+    """Reads a .nrrd file, or a .nhdr header with its one data file beside it.
 
-    Args:
-      path: a .nrrd file, or a .nhdr header with its one data file beside it.
-      limits: checked against the header.
-      voxels: False reads the header only; `values` are then zeros.
-
-    Raises:
-      UserError: several values per voxel, no patient space, data in other folders or several files, an
-        invalid header, or a damaged file.
+    Modality and body part come from the DICOM keys that Slicer and others write. Without `voxels`, reads the
+    header only; `values` are then zeros. Raises `UserError` for several values per voxel, no patient space,
+    data in other folders or several files, an invalid header or one over `limits`, or a damaged file.
     """
     header, grid, dtype = _read_header(path, limits)
     values, notes = _values(header, dtype, math.prod(grid.shape), limits, voxels)
@@ -163,15 +159,8 @@ def read_nrrd(path: PathLike, limits: Limits, *, voxels: bool = True) -> StoredV
 def read_nrrd_layers(path: PathLike, limits: Limits) -> tuple[list[StoredVolume], dict[str, str]]:
     """Reads an NRRD segmentation, which may hold several label maps on one grid (3D Slicer's layers).
 
-    Args:
-      path: as for `read_nrrd`.
-      limits: checked against the header.
-
-    Returns:
-      The layers (one for a plain volume) and the file's key/value pairs, keys in lower case.
-
-    Raises:
-      UserError: as `read_nrrd`, but several values per voxel are layers.
+    Returns the layers (one for a plain volume) and the file's key/value pairs, keys in lower case. Raises as
+    `read_nrrd`, but several values per voxel are layers.
     """
     header, grid, dtype = _read_header(path, limits, layered=True)
     sizes = header.integers("sizes")
@@ -261,7 +250,11 @@ def _grid(header: _Header, layered: bool) -> _Grid:
     if len(vectors) != len(sizes) or lengths - {header.space_dimension} or len(origin) > 1:
         raise header.error("fields sizes, space, space directions and space origin disagree; export it again")
     axes = _spatial_axes(vectors, sizes, header, layered)
-    unit, scale, notes = _unit(header)
+    text = header.get("space units")
+    units = {name.strip().lower() for name in (re.findall(r'"([^"]*)"', text) or text.split())[:3]}
+    if len(units) > 1:
+        raise header.error("space units differ between axes; correct them")
+    unit, scale, notes = volume_io.length_unit("".join(units), "space units", header.path)
     affine = np.eye(4)
     for column, axis in enumerate(axes):
         affine[:3, column] = vectors[axis][:3]
@@ -303,15 +296,6 @@ def _axes_in_space(vectors: list[tuple[float, ...]], header: _Header) -> list[in
     return [i for i, vector in enumerate(vectors) if vector and not (is_timed and not any(vector[:3]))]
 
 
-def _unit(header: _Header) -> tuple[str, float, list[str]]:
-    text = header.get("space units")
-    stated = re.findall(r'"([^"]*)"', text) or text.split()
-    names = {name.strip().lower() for name in stated[:3]}
-    if len(names) > 1:
-        raise header.error("space units differ between axes; correct them")
-    return volume_io.length_unit(names.pop() if names else "", "space units", header.path)
-
-
 def _check_spacings(header: _Header, axes: list[int], affine: np.ndarray) -> None:
     """Rejects `spacings` that contradict the space directions; the format allows only one of the two."""
     words = header.get("spacings").split()
@@ -348,16 +332,10 @@ def _values(
             return _decode_text(file.read()[skip:], header, dtype, numbers), ()
         if skip == -1:  # the data ends with the file
             skip = size - file.tell() - count
-        stream = _decompressed(file, encoding)
+        stream = cast(IO[bytes], _DECOMPRESSORS.get(encoding, lambda file: file)(file))
         volume_io.skip_bytes(stream, skip)
         raw = volume_io.read_exactly(stream, count, path)
         return np.frombuffer(raw, dtype), volume_io.read_rest(stream, path)
-
-
-def _decompressed(file: IO[bytes], encoding: str) -> IO[bytes]:
-    if encoding == "gzip":
-        return cast(IO[bytes], gzip.GzipFile(fileobj=file))
-    return cast(IO[bytes], bz2.BZ2File(file)) if encoding == "bzip2" else file
 
 
 def _decode_text(text: bytes, header: _Header, dtype: np.dtype, numbers: int) -> np.ndarray:

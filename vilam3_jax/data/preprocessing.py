@@ -59,8 +59,7 @@ class Preprocessing:
     def of(cls, section: Any) -> Preprocessing:
         """Parses `config.model.preprocessing`; absent in older exports, which use the defaults.
 
-        Raises:
-          UserError: an unknown key or an impossible value.
+        Raises `UserError` for an unknown key or an impossible value.
         """
         section = dict(section or {})
         unknown = section.keys() - {field.name for field in dataclasses.fields(cls)}
@@ -117,15 +116,12 @@ class Preprocessing:
         return f"between its {low:g} and {high:g} percentiles"
 
     def notes(self, modality: str, volume: Volume | None = None, window: Window | None = None) -> list[str]:
-        """Caveats about the input for the reader of an answer.
+        """Caveats about the input for the reader of an answer; empty if it resembles the training data.
 
         Args:
           modality: of the image, as stated, or "unknown".
           volume: the scan, if the image is one of its slices.
           window: the window chosen by the caller, if any.
-
-        Returns:
-          Sentences; empty if the input resembles the training data.
         """
         notes = []
         if modality == UNKNOWN:
@@ -148,11 +144,7 @@ class Preprocessing:
 
 
 def preset_windows(name: str) -> tuple[Window, ...]:
-    """The CT windows of a preset.
-
-    Raises:
-      UserError: an unknown preset.
-    """
+    """The CT windows of a preset; raises `UserError` for an unknown one."""
     if name not in CT_WINDOWS:
         raise UserError(f"CT windows {name!r}: unknown; presets are {', '.join(sorted(CT_WINDOWS))}")
     return CT_WINDOWS[name]

@@ -125,8 +125,7 @@ class ExampleWriter:
     def close(self) -> dict[str, Any]:
         """Verifies the number of records, writes the metadata, and returns the content of `metadata.json`.
 
-        Raises:
-          UserError: no examples, or not all records can be read back.
+        Raises `UserError` if there are no examples or not all can be read back.
         """
         try:
             if not self._ids:

@@ -76,15 +76,10 @@ class Annotations(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LazyImage:
-    """A lazily decoded image.
+    """A lazily decoded image."""
 
-    Attributes:
-      read: returns uint8 [H, W, 3].
-      shape: returns (H, W), without decoding if possible.
-    """
-
-    read: Callable[[], np.ndarray]
-    shape: Callable[[], tuple[int, int]]
+    read: Callable[[], np.ndarray]  # returns uint8 [H, W, 3]
+    shape: Callable[[], tuple[int, int]]  # returns (H, W), without decoding if possible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,37 +88,30 @@ class Outline:
 
     Attributes:
       turns: with cards, triggers and expert turns if experts are on.
-      pictures: images in the order of the markers.
+      lazy_images: images in the order of the markers.
       experts: names of the experts whose results are shown.
       missing: names of the experts without an annotation.
     """
 
     turns: tuple[Turn, ...]
-    pictures: tuple[LazyImage, ...]
+    lazy_images: tuple[LazyImage, ...]
     experts: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
 
     @functools.cached_property
     def images(self) -> tuple[np.ndarray, ...]:
         """Decoded images, uint8 [H, W, 3] each."""
-        return tuple(image.read() for image in self.pictures)
+        return tuple(image.read() for image in self.lazy_images)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shown:
-    """One image of an example as shown: a single image, or slices of a whole volume.
+    """One image of an example as shown: a single image, or slices of a whole volume."""
 
-    Attributes:
-      refs: references to the images shown.
-      pictures: one per reference.
-      planes: number of slices of the whole volume along its axis; 0 for a single image.
-      text: replacement of the image's marker.
-    """
-
-    refs: tuple[ImageRef, ...]
-    pictures: tuple[LazyImage, ...]
-    planes: int = 0
-    text: str = IMAGE_MARKER
+    refs: tuple[ImageRef, ...]  # references to the images shown
+    lazy_images: tuple[LazyImage, ...]  # one per reference
+    planes: int = 0  # number of slices of the whole volume along its axis; 0 for a single image
+    text: str = IMAGE_MARKER  # replacement of the image's marker
 
 
 class ImageReader:
@@ -153,8 +141,7 @@ class ImageReader:
     def read(self, image: ImageRef, data_root: Any) -> np.ndarray:
         """Returns the image, uint8 [S, S, 3] or [H, W, 3]. The array is shared and must not be modified.
 
-        Raises:
-          UserError: the path leaves `data_root`, or the file is missing, damaged or not an image.
+        Raises `UserError` for a path outside `data_root` and a missing, damaged or wrong file.
         """
         if image.path is not None and (reason := path_problem(image.path)):
             raise UserError(f"image {reason}")
@@ -340,8 +327,8 @@ class Renderer:
         key = (str(data_root), image.path, image.axis, image.window, image.modality, finding and finding.key)
         planes, indices = self._chosen.get(key, lambda: self._choose(image, data_root, finding))
         refs = tuple(dataclasses.replace(image, index=index) for index in indices)
-        pictures = tuple(self._lazy_image(ref, data_root) for ref in refs)
-        return _Shown(refs, pictures, planes, numbered(indices, planes))
+        lazy_images = tuple(self._lazy_image(ref, data_root) for ref in refs)
+        return _Shown(refs, lazy_images, planes, numbered(indices, planes))
 
     def _lazy_image(self, image: ImageRef, data_root: Any) -> LazyImage:
         return LazyImage(
@@ -423,7 +410,7 @@ class Renderer:
             ref = image.refs[place]
             results.append(Result(annotation, self._cards[request.expert].task, Plane(ref.axis, ref.index)))
             if results[-1].shows_overlay:
-                bases.append((ref, image.pictures[place]))
+                bases.append((ref, image.lazy_images[place]))
                 markers.append(numbered([ref.index or 0], image.planes) if image.planes else IMAGE_MARKER)
         key = tuple((r.annotation.key, r.annotation.version, r.plane) for r in results)
         # One cached text serves all questions about a slice.
@@ -436,12 +423,12 @@ class Renderer:
         )
         if words := made[0][0].call:
             called = dataclasses.replace(called, text=words)
-        pictures = [
-            self._overlaid(overlay, picture, ("overlay", n, key, ref.window))
-            for n, (overlay, (ref, picture)) in enumerate(zip(overlays_of(results), bases, strict=True))
+        lazy_images = [
+            self._overlaid(overlay, image, ("overlay", n, key, ref.window))
+            for n, (overlay, (ref, image)) in enumerate(zip(overlays_of(results), bases, strict=True))
         ]
         result = Turn("expert", with_markers(text, markers).replace(_QUESTION, question))
-        return [called, result], pictures
+        return [called, result], lazy_images
 
     def _most_marked(self, image: _Shown, annotation: Annotation) -> int:
         """Returns which of the slices shown has the most voxels marked by an expert."""
@@ -473,13 +460,13 @@ def _with_slices(
 ) -> tuple[list[Turn], list[tuple[LazyImage, ...]]]:
     """Returns the turns with one marker per slice, and the images of each turn in marker order."""
     waiting = iter(shown)
-    written, pictures = [], []
+    written, lazy_images = [], []
     for turn in turns:
         here = [next(waiting) for _ in range(turn.text.count(IMAGE_MARKER))]
         text = with_markers(turn.text, [image.text for image in here])
         written.append(turn if text == turn.text else dataclasses.replace(turn, text=text))
-        pictures.append(tuple(picture for image in here for picture in image.pictures))
-    return written, pictures
+        lazy_images.append(tuple(lazy for image in here for lazy in image.lazy_images))
+    return written, lazy_images
 
 
 def encode_example(

@@ -65,7 +65,7 @@ class SampleReader:
         try:
             outline = self.renderer.outline(example, source.data_root, position)
             tiled = processor.max_tiles > 1
-            grids = [processor.grid_of(image.shape()) if tiled else (1, 1) for image in outline.pictures]
+            grids = [processor.grid_of(image.shape()) if tiled else (1, 1) for image in outline.lazy_images]
             encoded = self.batch_format.encode(self.tokenizer, self.template, example, outline, grids)
         except UnavailableError:
             raise

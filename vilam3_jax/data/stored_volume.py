@@ -1,4 +1,4 @@
-"""The result of a format's reader before `volumes` reorients it."""
+"""Results of the readers: a volume before `volumes` reorients it, and an image."""
 
 from __future__ import annotations
 
@@ -28,4 +28,25 @@ class StoredVolume:
     body_part: str = UNKNOWN
     units: str = UNKNOWN
     window: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedImage:
+    """An image as shown to the model, with the metadata of its file.
+
+    Attributes:
+      pixels: [H, W, 3] uint8; of `dicom.read_image` also [H, W].
+      modality: the DICOM code in the file, or "unknown".
+      body_part: as in the file, upper case, or "unknown".
+      frame: index of this frame or page, from 0.
+      frames: number of frames in the file.
+      notes: sentences on what was assumed, repaired or skipped, without patient data.
+    """
+
+    pixels: np.ndarray
+    modality: str = UNKNOWN
+    body_part: str = UNKNOWN
+    frame: int = 0
+    frames: int = 1
     notes: tuple[str, ...] = ()

@@ -207,10 +207,9 @@ def get_template(name: str) -> Template:
 
 
 def model_template(model: Any, changes: str = "") -> Template:
-    """Returns the template of a `config.model`, with its text rules changed by `TextRules.changed`.
+    """The template of a `config.model`, with text rules changed by `TextRules.changed`.
 
-    Raises:
-      UserError: an unknown template, rule or value.
+    Raises `UserError` for an unknown template, rule or value.
     """
     rules = TextRules.of(model.get("text")).changed(changes)
     return dataclasses.replace(get_template(model.template), rules=rules)

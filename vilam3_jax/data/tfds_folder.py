@@ -98,12 +98,9 @@ def _variants(root: epath.Path) -> list[tuple[epath.Path, epath.Path]]:
 def read_info(folder: paths.PathLike) -> dict[str, Any]:
     """Reads `metadata.json` of a dataset and checks it against `dataset_info.json`.
 
-    Returns:
-      `name`, `schema_version`, `data_root`, `licences`, `provenance`, and `splits`: name -> `records`,
-      `counts` and `shards` (each `file`, `records`, `bytes`, `sha256`).
-
-    Raises:
-      UserError: no dataset, a damaged file, another schema version, or the two files disagree.
+    Returns `name`, `schema_version`, `data_root`, `licences`, `provenance`, and `splits`: name -> `records`,
+    `counts` and `shards` (each `file`, `records`, `bytes`, `sha256`). Raises `UserError` for no dataset, a
+    damaged file, another schema version, or two files that disagree.
     """
     folder = resolve(folder)
     path = folder / METADATA_NAME
@@ -225,8 +222,7 @@ class ShardFile:
     def commit(self) -> dict[str, Any]:
         """Verifies and renames the shard; returns `file`, `records`, `bytes` and `sha256`.
 
-        Raises:
-          UserError, UnavailableError: the disk is full or fails, or not every record can be read back.
+        Raises `UserError` or `UnavailableError` for a disk that is full or fails, or unreadable records.
         """
         try:
             self._writer.close()

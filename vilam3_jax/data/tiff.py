@@ -209,7 +209,9 @@ def _to_image(
     extra = extra if isinstance(extra, tuple | np.ndarray) else (extra,)
     for index, meaning in enumerate(extra[: samples.shape[-1] - channels]):
         if int(meaning) in (_ASSOCIATED, _UNASSOCIATED):
-            alpha = _unit_alpha(samples[..., channels + index], bits)
+            alpha = samples[..., channels + index]
+            full = 1.0 if alpha.dtype.kind == "f" else 2.0 ** (bits - (alpha.dtype.kind == "i")) - 1
+            alpha = np.clip(np.nan_to_num(alpha.astype(np.float32)) / np.float32(full), 0, 1)
             if int(meaning) == _ASSOCIATED:
                 values = _unpremultiplied(values, alpha)
             break
@@ -223,16 +225,14 @@ def _to_image(
         eight = to_eight_bits(values, valid, bits=bits, notes=notes)
         return with_alpha(255 - eight if photometric == _WHITE_IS_ZERO else eight, alpha)
     if photometric == _PALETTE:
-        return with_alpha(_palette_colours(page, values[..., 0]), alpha)
+        table = np.asarray(page.tags[320].value, np.uint16).reshape(3, -1).T
+        if table.max() >= 256:  # 16 bits by the standard; some programs write 8
+            table = table >> 8
+        return with_alpha(table.astype(np.uint8)[values[..., 0]], alpha)
     if int(page.compression) in _JPEG and photometric == _YCBCR:
         eight = to_eight_bits(values, valid, bits=bits, notes=notes)  # the decoder converts to RGB
         return with_alpha(eight, alpha)
     return with_alpha(np.asarray(_converted(values, photometric, bits)), alpha)
-
-
-def _unit_alpha(alpha: np.ndarray, bits: int) -> np.ndarray:
-    full = 1.0 if alpha.dtype.kind == "f" else 2.0 ** (bits - (alpha.dtype.kind == "i")) - 1
-    return np.clip(np.nan_to_num(alpha.astype(np.float32)) / np.float32(full), 0, 1)
 
 
 def _unpremultiplied(values: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -242,13 +242,6 @@ def _unpremultiplied(values: np.ndarray, alpha: np.ndarray) -> np.ndarray:
         return whole
     limits = np.iinfo(values.dtype)
     return np.clip(np.rint(whole), limits.min, limits.max).astype(values.dtype)
-
-
-def _palette_colours(page: tifffile.TiffPage, indices: np.ndarray) -> np.ndarray:
-    table = np.asarray(page.tags[320].value, np.uint16).reshape(3, -1).T
-    if table.max() >= 256:  # 16 bits by the standard; some programs write 8
-        table = table >> 8
-    return table.astype(np.uint8)[indices]
 
 
 def _converted(values: np.ndarray, photometric: int, bits: int) -> Image.Image:

@@ -49,13 +49,9 @@ def unit_notes(unit: str) -> list[str]:
 
 
 def length_unit(text: str, field: str, path: PathLike) -> tuple[str, float, list[str]]:
-    """Parses a unit of length, such as "mm" or "microns"; "" if the file states none.
+    """Parses a unit of length, such as "mm" or "microns" ("": not stated): name, millimetres, notes.
 
-    Returns:
-      The unit's name or "unknown", its size in millimetres, and notes.
-
-    Raises:
-      UserError: an unrecognised unit in this field.
+    Raises `UserError` for a unit in this field that is not known.
     """
     # MICRO SIGN, GREEK SMALL LETTER MU, and the former in Latin-1, which is invalid UTF-8.
     word = re.sub("[\u00b5\u03bc\ufffd]", "u", text.strip().lower())
@@ -69,13 +65,9 @@ def length_unit(text: str, field: str, path: PathLike) -> tuple[str, float, list
 
 @contextlib.contextmanager
 def wrap_parser_errors(path: PathLike) -> Iterator[None]:
-    """Converts any parser exception to a one-line error that names `path`.
+    """Converts any exception to a one-line `UserError` that names `path`, or to `UnavailableError`.
 
     Third-party parsers document few of their exceptions; damaged files trigger the others.
-
-    Raises:
-      UnavailableError: the disk or the network fails.
-      UserError: any other failure.
     """
     try:
         yield
@@ -88,6 +80,19 @@ def wrap_parser_errors(path: PathLike) -> Iterator[None]:
         raise UserError(f"{path}: damaged ({one_line(error)}); fetch or export it again") from error
 
 
+@contextlib.contextmanager
+def wrap_file_errors(path: PathLike) -> Iterator[None]:
+    """Converts errors of opening a file to a `UserError` or `UnavailableError` that names `path`."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: invalid file name
+        raise UserError(f"{path}: no such file; check the path") from error
+    except OSError as error:
+        check_passing(path, error)
+        reason = error.strerror or one_line(error)
+        raise UserError(f"{path}: cannot be read ({reason}); check the path") from error
+
+
 def one_line(error: BaseException) -> str:
     """A third-party error message without line breaks and object addresses."""
     text = re.sub(r" ?(at )?\b0x[0-9a-fA-F]{6,}\b", "", " ".join(str(error).split()))
@@ -95,22 +100,20 @@ def one_line(error: BaseException) -> str:
 
 
 def check_file_size(path: PathLike, limits: Limits) -> int:
-    """Returns the size of a file in bytes.
-
-    Raises:
-      UserError: more than `limits.file_bytes`.
-    """
-    size = file_size(path)
+    """Returns the size of a file in bytes; raises a `UserError` above `limits.file_bytes`."""
+    with wrap_file_errors(path):
+        size = file_size(path)
     if size > limits.file_bytes:
-        raise UserError(f"{path}: {size} bytes, more than the limit of {limits.file_bytes}; crop it")
+        raise UserError(
+            f"{path}: {size} bytes, more than the limit of {limits.file_bytes}; split it or raise the limit"
+        )
     return size
 
 
 def check_grid(shape: Sequence[int], itemsize: int, path: PathLike, limits: Limits) -> int:
     """Returns the size of all voxels in bytes.
 
-    Raises:
-      UserError: the grid is not 3-D, is empty, or exceeds `limits.voxels` or `limits.decoded_bytes`.
+    Raises `UserError` unless the grid is 3-D, not empty, and within `limits.voxels` and `.decoded_bytes`.
     """
     if len(shape) != 3 or min(shape) < 1:
         raise UserError(f"{path}: {len(shape)}-D data of shape {tuple(shape)}, a 3-D volume is needed")
@@ -150,11 +153,7 @@ def skip_bytes(stream: IO[bytes], count: int) -> None:
 
 
 def read_exactly(stream: IO[bytes], count: int, path: PathLike) -> bytes:
-    """Reads `count` bytes.
-
-    Raises:
-      UserError: the stream is shorter.
-    """
+    """Reads `count` bytes; raises `UserError` if the stream is shorter."""
     try:
         data = stream.read(count)
     except EOFError as error:  # a compressed stream without its end
@@ -165,11 +164,7 @@ def read_exactly(stream: IO[bytes], count: int, path: PathLike) -> bytes:
 
 
 def read_rest(stream: IO[bytes], path: PathLike) -> tuple[str, ...]:
-    """Reads what follows the voxels, so that the checksum of a compressed stream is verified.
-
-    Returns:
-      A note if anything follows.
-    """
+    """Reads the rest after the voxels, to verify the checksum of a compressed stream; a note unless empty."""
     count = 0
     try:
         while count < MAX_TRAILING_BYTES and (chunk := stream.read(1 << 20)):
@@ -191,8 +186,7 @@ def trailing_note(count: int) -> tuple[str, ...]:
 def data_file(path: epath.Path, name: str) -> epath.Path:
     """Finds the data file that the header `path` names, in the same folder.
 
-    Raises:
-      UserError: `name` is a path, a list or a pattern, or there is no such file beside `path`.
+    Raises `UserError` if `name` is a path, a list or a pattern, or no such file is beside `path`.
     """
     name = name.removeprefix("./")
     if re.match(r"LIST\b", name) or re.search(r"%\d*[di]", name):
@@ -213,11 +207,8 @@ def data_file(path: epath.Path, name: str) -> epath.Path:
 def check_extent(affine: np.ndarray, shape: Sequence[int], unit: str, path: PathLike) -> None:
     """Rejects a grid whose size in millimetres shows that its unit of length is wrong.
 
-    Args:
-      affine: [4, 4], index to millimetres.
-      shape: voxels along the three axes.
-      unit: METRE, MILLIMETRE, MICROMETRE, or UNKNOWN, which counts as millimetres.
-      path: file to name in errors.
+    `affine` is [4, 4], index to millimetres; `unit` is METRE, MILLIMETRE, MICROMETRE, or UNKNOWN, which
+    counts as millimetres.
     """
     spacing = voxel_sizes(affine)
     extent = spacing * np.asarray(shape)
@@ -268,10 +259,9 @@ def modality_code(text: str) -> str:
 
 
 def declared_modality(declared: str, stated: str, path: PathLike) -> str:
-    """The DICOM code of a modality declared by the caller as a code or common name.
+    """The DICOM code of a modality that the caller declares as a code or common name.
 
-    Raises:
-      UserError: an unrecognised modality, or one that contradicts `stated`, the code in the file.
+    Raises `UserError` if it is unrecognised or contradicts `stated`, the code in the file.
     """
     code = modality_code(declared)
     if code == UNKNOWN:

@@ -48,21 +48,12 @@ class SliceRule:
 
 
 def numbered(indices: Sequence[int], planes: int) -> str:
-    """The image markers of slices of one volume, one per line: `slice 12 of 60: <image>`.
-
-    Args:
-      indices: from 0, in the order of the markers.
-      planes: size of the volume along the axis.
-    """
+    """The markers of slices `indices` (from 0) of `planes`, one per line: `slice 12 of 60: <image>`."""
     return "\n".join(f"slice {index + 1} of {planes}: {IMAGE_MARKER}" for index in indices)
 
 
 def with_markers(text: str, markers: Sequence[str]) -> str:
-    """Replaces the image markers of a text, one by one.
-
-    Raises:
-      ValueError: the number of `markers` differs from that in the text.
-    """
+    """Replaces the image markers of a text; raises `ValueError` for another number of `markers`."""
     first, *rest = text.split(IMAGE_MARKER)
     return first + "".join(marker + part for marker, part in zip(markers, rest, strict=True))
 
@@ -114,11 +105,7 @@ def _entropies(volume: Volume, axis: int, preprocessing: Preprocessing, window: 
 
 
 def finding_slices(annotation: Annotation, axis: int, count: int) -> tuple[int, ...]:
-    """Planes over the labels of an expert; () if there are none.
-
-    Raises:
-      ValueError: the label map is damaged.
-    """
+    """Planes over the labels of an expert; () if there are none. Raises `ValueError` for a damaged map."""
     voxels = labelled_voxels(annotation, axis)
     marked = np.flatnonzero(voxels)
     if not len(marked):
@@ -138,8 +125,7 @@ def finding_slices(annotation: Annotation, axis: int, count: int) -> tuple[int, 
 def labelled_voxels(annotation: Annotation, axis: int) -> np.ndarray:
     """Labelled voxels per plane, int64 [planes]; only lesions if there are any.
 
-    Raises:
-      ValueError: the label map is missing or damaged.
+    Raises `ValueError` for a missing or damaged label map.
     """
     group = label_group(annotation.expert, annotation.args)
     names = {s.label_id: s.name for s in annotation.segments if group is None}

@@ -168,11 +168,7 @@ def read_listed_series(series: dicom.Series, folder: PathLike, *, limits: Limits
 def describe_volume(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> StoredVolume:
     """Reads the header of a NIfTI, NRRD or MetaImage file and makes all checks that need no voxels.
 
-    Returns:
-      The metadata; `values` are zeros of the stored type that take no memory.
-
-    Raises:
-      UserError: as `load_volume` for this header.
+    `values` are zeros of the stored type that take no memory; raises as `load_volume` for this header.
     """
     path = as_path(path)
     stored = _read(path, None, limits, voxels=False)
@@ -205,18 +201,13 @@ def _read(
 
 
 def load_label_map(path: PathLike, grid: Volume) -> np.ndarray:
-    """Reads an integer label volume on the grid of `grid`.
+    """Reads an integer label volume, in any format of `load_volume`, on the grid of the scan `grid`.
 
-    Args:
-      path: any format of `load_volume`; whole numbers stored as floats are accepted.
-      grid: the scan of the labels.
+    Whole numbers stored as floats are accepted; voxels without a value (NaN) are 0. Raises `UserError` if
+    shape or position differ (by more than a tenth of a voxel), or for negative or fractional ids.
 
     Returns:
-      [X, Y, Z] uint8, or uint16 if ids exceed 255. Voxels without a value (NaN) are 0.
-
-    Raises:
-      UserError: shape or position differs from `grid` (by more than a tenth of a voxel), or negative or
-        fractional ids.
+      [X, Y, Z] uint8, or uint16 if ids exceed 255.
     """
     labels = read_volume(path)
     shape, expected = labels.voxels.shape, grid.voxels.shape
@@ -231,10 +222,7 @@ def load_label_map(path: PathLike, grid: Volume) -> np.ndarray:
 
 
 def grid_distance(affine: np.ndarray, grid: Volume) -> float:
-    """The largest coordinate difference (mm) of the corners of two grids of one shape.
-
-    `affine` is [4, 4], voxel index to RAS millimetres.
-    """
+    """The largest distance (mm) of the corners of two grids of one shape; `affine` as in `Volume`."""
     corners = np.array([*np.ndindex(2, 2, 2)]) * grid.voxels.shape
     return float(np.abs(apply_affine(affine - grid.affine, corners)).max())
 
@@ -242,8 +230,7 @@ def grid_distance(affine: np.ndarray, grid: Volume) -> float:
 def whole_labels(labels: Volume, path: PathLike) -> np.ndarray:
     """The label ids of a volume: uint8, or uint16 if they exceed 255; NaN is background.
 
-    Raises:
-      UserError: negative, fractional or larger ids.
+    Raises `UserError` for negative, fractional or larger ids.
     """
     voxels = labels.voxels if labels.valid is None else np.where(labels.valid, labels.voxels, 0)
     # A stored slope of 0.1 does not reproduce whole numbers exactly.
@@ -297,11 +284,7 @@ def _check_affine(affine: np.ndarray, path: PathLike) -> None:
 
 
 def canonical_volume(stored: StoredVolume, path: PathLike) -> Volume:
-    """Reorients the result of a format's reader to a `Volume`.
-
-    Raises:
-      UserError: a singular affine, or no voxel is a finite number.
-    """
+    """Reorients a reader's result; raises `UserError` for a singular affine or no finite voxel."""
     affine = stored.affine
     _check_affine(affine, path)
     orientation = nib.orientations.io_orientation(affine)

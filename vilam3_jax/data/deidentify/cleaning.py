@@ -18,16 +18,16 @@ from typing import Any
 from pydicom.datadict import dictionary_has_tag, dictionary_keyword, dictionary_VR
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.multival import MultiValue
 from pydicom.sequence import Sequence
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from pydicom.tag import BaseTag, Tag
-from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import UID
 
 from vilam3_jax.data.deidentify import burned_in, codestreams, pixels, profile
 from vilam3_jax.data.deidentify.pixels import Skipped
 from vilam3_jax.data.deidentify.pseudonyms import Pseudonyms
+from vilam3_jax.data.dicom.headers import as_list, stated_encoding
 from vilam3_jax.data.limits import Limits
 
 REMOVED, EMPTIED, REPLACED = "removed", "emptied", "replaced"
@@ -102,7 +102,7 @@ class Outcome:
 def clean(
     source: Dataset, pseudonyms: Pseudonyms, keep_characteristics: bool, limits: Limits
 ) -> tuple[Dataset, Outcome]:
-    """Copies an object without identifiers.
+    """Copies an object without identifiers; raises `Skipped` if it cannot be cleaned.
 
     Args:
       source: an object from `pydicom.dcmread`; not modified.
@@ -112,14 +112,12 @@ def clean(
 
     Returns:
       The copy with file meta information, and the outcome without paths.
-
-    Raises:
-      Skipped: the object cannot be cleaned.
     """
     sop_class = UID(str(source.get("SOPClassUID") or ""))
     if sop_class not in profile.allow_list().image_classes:
         raise Skipped(f"not an image that can be cleaned: {_name(sop_class)}")
-    transfer_syntax = _transfer_syntax(source)
+    meta = getattr(source, "file_meta", None)
+    transfer_syntax = UID(str((meta and meta.get("TransferSyntaxUID")) or stated_encoding(source)))
     if transfer_syntax not in codestreams.NATIVE | codestreams.ENCAPSULATED:
         raise Skipped(f"pixels in a format that cannot be cleaned: {_name(transfer_syntax)}")
 
@@ -161,16 +159,6 @@ def clean(
 def _name(uid: UID) -> str:
     """Returns the standard's name of a UID; private UIDs stay out of the report."""
     return uid.name if uid.name != uid else "unknown"
-
-
-def _transfer_syntax(source: Dataset) -> UID:
-    meta = getattr(source, "file_meta", None)
-    if meta and meta.get("TransferSyntaxUID"):
-        return UID(str(meta.TransferSyntaxUID))
-    implicit, little_endian = source.original_encoding
-    if implicit:
-        return ImplicitVRLittleEndian
-    return ExplicitVRLittleEndian if little_endian else ExplicitVRBigEndian
 
 
 def _record_method(image: Dataset, keep_characteristics: bool, suspected: bool) -> None:
@@ -260,7 +248,11 @@ class _Builder:
             if not isinstance(element.value, bytes) or (is_table and not _is_valid_table(element, source)):
                 return None
             return DataElement(tag, element.VR, element.value)
-        values = _checked(_as_list(element.value), _RULES.get(kind, _number), element.VR)
+        rule = _RULES.get(kind, _number)  # returns None for a value that is not allowed
+        try:
+            values = [rule(value, element.VR) for value in as_list(element.value)]
+        except (ValueError, TypeError, OverflowError):  # pydicom may return text for numeric elements
+            return None
         if None in values or (kind == profile.DATE and len(values) > 1):
             return None
         if kind in (profile.UID, profile.DATE) and values:
@@ -279,10 +271,10 @@ class _Builder:
 
     def _words(self, element: DataElement) -> DataElement | None:
         vocabulary = profile.allow_list().vocabularies[element.tag]
-        words = [str(value).strip(" \0") for value in _as_list(element.value)]
+        words = [str(value).strip(" \0") for value in as_list(element.value)]
         if element.VR == "CS":
-            words = [word.upper() if word.upper() in vocabulary else word for word in words]
-        kept = [word if word in vocabulary else "" for word in words]
+            words = [word.upper() if vocabulary.fullmatch(word.upper()) else word for word in words]
+        kept = [word if vocabulary.fullmatch(word) else "" for word in words]
         if kept != words:
             self._count(REPLACED, element.tag)
         while kept and not kept[-1]:
@@ -301,7 +293,7 @@ class _Builder:
         vr = dictionary_VR(tag).split(" or ")[0] if action != "X" and dictionary_has_tag(tag) else ""
         if action == "U" or (vr == "UI" and "D" in action):
             element = _readable(source, tag)
-            uids = [_uid(value, "UI") for value in _as_list(element.value)] if element is not None else []
+            uids = [_uid(value, "UI") for value in as_list(element.value)] if element is not None else []
             if uids and None not in uids:
                 result.add(DataElement(tag, "UI", uids))
                 self._count(REPLACED, tag)
@@ -332,20 +324,6 @@ def _readable(source: Dataset, tag: BaseTag) -> DataElement | None:
         raise Skipped("damaged: sequences nested too deeply") from None
     except Exception:  # a damaged value; neither the copy nor a message may contain it
         return None
-
-
-def _as_list(value: Any) -> list[Any]:
-    if value is None or value == "":
-        return []
-    return list(value) if isinstance(value, (MultiValue, list, tuple)) else [value]
-
-
-def _checked(values: list[Any], rule: Callable[[Any, str], Any], vr: str) -> list[Any]:
-    """Applies `rule` to each value; it returns None for a value that is not allowed."""
-    try:
-        return [rule(value, vr) for value in values]
-    except (ValueError, TypeError, OverflowError):  # pydicom may return text for numeric elements
-        return [None]
 
 
 def _number(value: Any, vr: str) -> Any:
@@ -386,10 +364,6 @@ def _uid(value: Any, vr: str) -> str | None:
     return text if len(text) <= 64 and _UID.fullmatch(text) else None
 
 
-def _class_uid(value: Any, vr: str) -> str | None:
-    return str(value) if UID(str(value)).name != str(value) else None
-
-
 def _characteristic(value: Any, vr: str) -> Any:
     if vr == "CS":
         return value if value in ("M", "F", "O") else None
@@ -405,7 +379,7 @@ _RULES: dict[str, Callable[[Any, str], Any]] = {
     profile.ORDINAL: _ordinal,
     profile.DATE: _date,
     profile.UID: _uid,
-    profile.CLASS_UID: _class_uid,
+    profile.CLASS_UID: lambda value, vr: str(value) if UID(str(value)).name != str(value) else None,
     profile.PATIENT: _characteristic,
 }
 

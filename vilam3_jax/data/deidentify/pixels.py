@@ -42,16 +42,11 @@ def _frames(header: Dataset) -> int:
 def clean(image: Dataset, source: Dataset, transfer_syntax: str) -> tuple[list[str], list[str]]:
     """Cleans the pixel element of `image` in place without changing a pixel value.
 
-    Args:
-      image: the copy, with its pixel element as stored in `source`.
-      source: the original, checked for overlays in unused bits.
-      transfer_syntax: of both.
+    `image` is the copy, with the pixel element of `source`, the original, which is checked for overlays in
+    unused bits. Raises `Skipped` if the stored bytes do not match the header.
 
     Returns:
       Notes on removed bytes, and signs of burned-in text.
-
-    Raises:
-      Skipped: the stored bytes do not match the header.
     """
     keyword = next((name for name in _KEYWORDS if name in image), "")
     data = image[keyword].value if keyword else None

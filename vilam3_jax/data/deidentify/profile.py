@@ -21,29 +21,12 @@ PATIENT = "patient_characteristics"
 
 
 @dataclasses.dataclass(frozen=True)
-class Vocabulary:
-    """Permitted values of a text attribute: words, or matches of a narrow pattern."""
-
-    words: frozenset[str]
-    pattern: re.Pattern[str] | None
-
-    def __contains__(self, text: str) -> bool:
-        return text in self.words or bool(self.pattern and self.pattern.fullmatch(text))
-
-
-@dataclasses.dataclass(frozen=True)
 class AllowList:
-    """Attributes that a copy may contain.
+    """Attributes that a copy may contain."""
 
-    Attributes:
-      kinds: tag -> kind.
-      vocabularies: tag -> permitted values, for attributes of kind `WORD`.
-      image_classes: UIDs of supported SOP classes; other objects are skipped.
-    """
-
-    kinds: dict[int, str]
-    vocabularies: dict[int, Vocabulary]
-    image_classes: frozenset[str]
+    kinds: dict[int, str]  # tag -> kind
+    vocabularies: dict[int, re.Pattern[str]]  # tag of kind `WORD` -> pattern of permitted values
+    image_classes: frozenset[str]  # UIDs of supported SOP classes; other objects are skipped
 
 
 @functools.cache
@@ -65,9 +48,7 @@ def allow_list() -> AllowList:
     keywords[ORDINAL] = stored[NUMBER].pop(ORDINAL)
     keywords[NUMBER] = [keyword for group in stored[NUMBER].values() for keyword in group]
     vocabularies = {
-        _tag(keyword): Vocabulary(
-            frozenset(entry["words"]), re.compile(entry["pattern"]) if "pattern" in entry else None
-        )
+        _tag(keyword): re.compile("|".join([*map(re.escape, entry["words"]), entry.get("pattern", "(?!)")]))
         for keyword, entry in stored[WORD].items()
     }
     # Retired classes that pydicom does not name are listed by UID.

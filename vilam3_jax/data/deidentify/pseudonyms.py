@@ -48,12 +48,8 @@ class Pseudonyms:
     def apply(self, dataset: pydicom.Dataset, patient: str) -> None:
         """Replaces identifiers in place, including those in sequences and file meta information.
 
-        Sets PatientID to a pseudonym, shifts dates by a number of whole days that is constant per patient,
-        and maps all UIDs except class UIDs. Dates must be well-formed.
-
-        Args:
-          dataset: copy of an object.
-          patient: `token` of the patient's identity.
+        Sets PatientID to a pseudonym, shifts dates by a number of whole days that is constant per `patient`
+        (a `token`), and maps all UIDs except class UIDs. Dates must be well-formed.
         """
         dataset.PatientID = patient
         self._anonymizer(patient).anonymize(dataset)

@@ -54,21 +54,13 @@ _BATCH = 64
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Everything that determines the result for a file.
+    """Everything that determines the result for a file."""
 
-    Attributes:
-      out: output folder.
-      salt: secret key of all pseudonyms.
-      keep_characteristics: keep age, sex, size and weight.
-      refuse_suspects: skip files that may show identifying text.
-      limits: bounds per file.
-    """
-
-    out: str
-    salt: bytes
-    keep_characteristics: bool
-    refuse_suspects: bool
-    limits: Limits
+    out: str  # output folder
+    salt: bytes  # secret key of all pseudonyms
+    keep_characteristics: bool  # keep age, sex, size and weight
+    refuse_suspects: bool  # skip files that may show identifying text
+    limits: Limits  # bounds per file
 
     def fingerprint(self) -> str:
         """Returns a hash of the salt and the options that affect the output."""
@@ -317,15 +309,13 @@ def _read(data: bytes, limits: Limits) -> Dataset:
         raise Skipped("not a DICOM file")
     _check_deflated(data, limits)
     source = pydicom.dcmread(_BoundedFile(data), force=True)
-    truncated = {tag for tag in source.keys() if _is_truncated(source.get_item(tag))}  # noqa: SIM118
+    raws = ((tag, source.get_item(tag)) for tag in source.keys())  # noqa: SIM118
+    raws = ((tag, raw) for tag, raw in raws if isinstance(raw, RawDataElement))
+    truncated = {tag for tag, raw in raws if len(raw.value or b"") < raw.length < 0xFFFFFFFF}
     has_pixels = any(tag in source for tag in pixels.TAGS)
     if truncated and (not has_pixels or truncated & pixels.TAGS):  # otherwise bytes after the image
         raise Skipped("damaged: truncated inside an element")
     return source
-
-
-def _is_truncated(raw: object) -> bool:
-    return isinstance(raw, RawDataElement) and len(raw.value or b"") < raw.length < 0xFFFFFFFF
 
 
 def _check_deflated(data: bytes, limits: Limits) -> None:

@@ -63,10 +63,9 @@ def is_decodable(syntax: UID) -> bool:
 
 
 def read_frame_header(coded: bytes, syntax: UID) -> FrameHeader | None:
-    """Parses the header of a coded frame; None for RLE, which has no image header, and unknown syntaxes.
+    """Parses the header of a coded frame; None for RLE, which has none, and unknown syntaxes.
 
-    Raises:
-      ValueError: truncated, or not in the format of the transfer syntax.
+    Raises `ValueError` if it is truncated or not in the format of the transfer syntax.
     """
     try:
         if syntax in JPEG_2000:

@@ -88,7 +88,12 @@ def _settings(
     for index, table in enumerate(items(item, "VOILUTSequence")):
         name = f"VOI LUT {index}"
         try:
-            settings.append(Display(name, table=_fit_bits(read_table(table, bounds, dataset, notes), notes)))
+            found = read_table(table, bounds, dataset, notes)
+            used = int(found.entries.max()).bit_length()
+            # Some writers state 16 bits for 8- or 12-bit entries, which would be black.
+            if found.bits > 8 and 0 < used < found.bits - 1:
+                found = found.with_bits(used, "a VOI LUT", notes)
+            settings.append(Display(name, table=found))
         except ValueError as error:
             settings.append(Display(name, problem=one_line(error)))
     centres, widths = (numbers(item, key) for key in ("WindowCenter", "WindowWidth"))
@@ -100,14 +105,6 @@ def _settings(
         raise ImageError(f"the VOI LUT Function {name} is not supported; export it with LINEAR")
     settings += [_window(*window, function, notes) for window in zip(centres, widths, strict=False)]
     return settings
-
-
-def _fit_bits(table: Table, notes: list[str]) -> Table:
-    """Corrects overstated bits: some writers state 16 for 8- or 12-bit entries, which would be black."""
-    used = int(table.entries.max()).bit_length()
-    if table.bits <= 8 or not 0 < used < table.bits - 1:
-        return table
-    return table.with_bits(used, "a VOI LUT", notes)
 
 
 def _window(centre: float | None, width: float | None, function: str, notes: list[str]) -> Display:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pydicom
 import pydicom.uid as uids
-from pydicom.tag import BaseTag, Tag
+from pydicom.tag import Tag
 
 from vilam3_jax.data.dicom.headers import as_list, as_number
 from vilam3_jax.data.stored_volume import UNKNOWN
@@ -91,6 +91,7 @@ _MIN_SPACING_MM, _MAX_SPACING_MM = 1e-4, 1e4
 _MAX_POSITION_MM = 1e6
 _CODE = re.compile(r"[A-Z0-9][A-Z0-9 _/-]{0,15}")
 _Scope = pydicom.Dataset | dict[str, Any]
+_tag_of = functools.cache(Tag)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -150,10 +151,6 @@ def code_of(value: Any) -> str:
     return text if _CODE.fullmatch(text) else UNKNOWN
 
 
-def series_uid(header: pydicom.Dataset) -> str:
-    return str(header.get("SeriesInstanceUID") or "").strip().strip("\0")
-
-
 def short_identifier(uid: str) -> str:
     """A short form of a UID for users: the first 12 hexadecimal digits of its sha256."""
     return hashlib.sha256(uid.encode()).hexdigest()[:12]
@@ -181,21 +178,8 @@ def _value(dataset: pydicom.Dataset, keyword: str) -> Any:
     return None if dataset.get_item(tag) is None else dataset[tag].value
 
 
-@functools.cache
-def _tag_of(keyword: str) -> BaseTag:
-    return Tag(keyword)
-
-
 def frames_of(header: pydicom.Dataset, path: PathLike) -> Iterator[Frame]:
-    """The frames of one image file.
-
-    Args:
-      header: header with functional groups.
-      path: the file.
-
-    Raises:
-      Exception: any exception of pydicom on damaged values; call it inside `headers.wrap_dicom_errors`.
-    """
+    """The frames of one image file. Call it inside `wrap_dicom_errors`: pydicom raises anything on damage."""
     count = max(int(header.get("NumberOfFrames") or 1), 1)
     per_frame = header.get("PerFrameFunctionalGroupsSequence")
     if per_frame or header.get("SharedFunctionalGroupsSequence"):
@@ -335,17 +319,12 @@ def _attributes(scopes: Sequence[_Scope], image_type: tuple[str, ...]) -> dict[s
     attributes: dict[str, Any] = {}
     for keyword, name in (*((key, key) for key in _ATTRIBUTES), *_FUNCTIONAL_NAMES.items()):
         value = find(scopes, name)
-        if value not in (None, ""):
-            attributes[keyword] = _comparable(value)
+        if value not in (None, ""):  # text, a number or a tuple of these, for comparing and sorting
+            found = tuple(float(v) if isinstance(v, (int, float)) else str(v) for v in as_list(value))
+            attributes[keyword] = found[0] if len(found) == 1 else found
     if image_type:
         attributes["ImageType"] = "\\".join(image_type)
     return attributes
-
-
-def _comparable(value: Any) -> Any:
-    """A header value as text, number or tuple of these, for comparing and sorting."""
-    values = tuple(float(v) if isinstance(v, (int, float)) else str(v) for v in as_list(value))
-    return values[0] if len(values) == 1 else values
 
 
 def _numbers(value: Any, count: int) -> tuple[float, ...] | None:

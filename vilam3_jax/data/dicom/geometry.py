@@ -84,10 +84,9 @@ def plane_of(cosines: Sequence[float]) -> Plane | str:
 
 
 def position_indices(normal: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Numbers the distinct positions ([n, 3] mm) along `normal` ([3] unit vector).
+    """Numbers the distinct positions ([n, 3] mm) along `normal` ([3] unit vector): [n] int.
 
-    Returns:
-      [n] int; slices at the same position, up to rounding of the header, have equal numbers.
+    Slices at the same position, up to rounding of the header, have equal numbers.
     """
     distances = positions @ normal
     order = np.argsort(distances, kind="stable")
@@ -125,7 +124,9 @@ def stack_slices(
     notes = [] if plane.note is None else [plane.note]
     problem = None
     if len(positions) == 1:
-        step = plane.normal * _single_slice_thickness(distance, thickness, notes)
+        if not (stated := distance or thickness):
+            notes.append("one slice without a stated thickness; 1 mm is assumed")
+        step = plane.normal * abs(stated or 1.0)
     else:
         step = (positions[-1] - positions[0]) / (len(positions) - 1)
         problem = _spacing_problem(positions @ plane.normal, _decimal_step(positions), notes)
@@ -150,13 +151,6 @@ def stack_slices(
         tuple(notes),
         problem,
     )
-
-
-def _single_slice_thickness(distance: float | None, thickness: float | None, notes: list[str]) -> float:
-    if stated := distance or thickness:
-        return abs(stated)
-    notes.append("one slice without a stated thickness; 1 mm is assumed")
-    return 1.0
 
 
 def _spacing_problem(distances: np.ndarray, rounding: float, notes: list[str]) -> str | None:

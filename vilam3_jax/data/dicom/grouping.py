@@ -22,7 +22,6 @@ from vilam3_jax.data.dicom.frames import (
     Frame,
     code_of,
     frames_of,
-    series_uid,
     short_identifier,
     unsupported_reason,
 )
@@ -32,7 +31,7 @@ from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.runtime.paths import PathLike
 
-VOLUME, PICTURE, CINE, NO_IMAGE = "volume", "picture", "cine", "not an image"
+VOLUME, IMAGE, CINE, NO_IMAGE = "volume", "picture", "cine", "not an image"
 
 _CLEARLY_LARGER = 2  # times the size of the next group
 _SPACING_TOLERANCE = 5e-3  # relative: 0.49 is 0.488281 rounded
@@ -135,31 +134,14 @@ class _Group:
     skipped: list[Skipped] = dataclasses.field(default_factory=list)
 
 
-def group_headers(items: Iterable[tuple[PathLike, pydicom.Dataset]]) -> list[Series]:
-    """Groups files into series.
-
-    Args:
-      items: (path, header) of each file, with headers from `headers.read_header(path, frames=True)`. Headers
-        are not kept.
-
-    Returns:
-      Series in the order of their first file; several for a series whose slices form several stacks. Files
-      with damaged headers are in `skipped` of their series.
-    """
-    return group_files(file_frames(path, header) for path, header in items)
-
-
 def file_frames(path: PathLike, header: pydicom.Dataset) -> FileFrames:
-    """Extracts the input of `group_files` from a header.
-
-    Raises:
-      UnavailableError: disk or network failure.
-    """
+    """Extracts the input of `group_files`; raises only `UnavailableError`, if disk or network fail."""
     uid = study = ""
     modality = UNKNOWN
     try:
         with wrap_dicom_errors(path):
-            uid, study = series_uid(header), str(header.get("StudyInstanceUID") or "")
+            uid = str(header.get("SeriesInstanceUID") or "").strip().strip("\0")
+            study = str(header.get("StudyInstanceUID") or "")
             modality = code_of(header.get("Modality"))
             reason = unsupported_reason(header)
             frames = () if reason else tuple(frames_of(header, path))
@@ -171,7 +153,10 @@ def file_frames(path: PathLike, header: pydicom.Dataset) -> FileFrames:
 
 
 def group_files(files: Iterable[FileFrames]) -> list[Series]:
-    """`group_headers` for headers reduced by `file_frames`."""
+    """Groups files into series, in the order of their first file.
+
+    A series whose slices form several stacks gives several; files with damaged headers are in `skipped`.
+    """
     by_uid: dict[str, list[FileFrames]] = collections.defaultdict(list)
     for file in files:
         by_uid[file.uid].append(file)
@@ -236,7 +221,7 @@ def _without_slices(base: Series, frames: list[Frame]) -> Series:
     return dataclasses.replace(
         base,
         body_part=first.body_part,
-        kind=CINE if first.frames > 1 else PICTURE,
+        kind=CINE if first.frames > 1 else IMAGE,
         rows=first.rows,
         columns=first.columns,
         slices=sum({frame.path: frame.frames for frame in frames}.values()),
@@ -414,15 +399,11 @@ def _partition(frames: Iterable[Frame], keys: Sequence[str]) -> list[_Group]:
     parts: dict[Any, list[Frame]] = collections.defaultdict(list)
     for frame in frames:
         parts[tuple(frame.attributes.get(key) for key in keys)].append(frame)
-    return [_Group(parts[key]) for key in sorted(parts, key=_sortable)]
 
+    def order(key: tuple[Any, ...]) -> list[tuple[Any, ...]]:  # numbers numerically, among mixed types
+        return [(1, v, "") if isinstance(v, float) else (2 if v else 0, 0.0, str(v)) for v in key]
 
-def _sortable(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A sort key that orders numbers numerically and accepts mixed types."""
-    return tuple(
-        (1, value, "") if isinstance(value, float) else (2 if value else 0, 0.0, str(value))
-        for value in values
-    )
+    return [_Group(parts[key]) for key in sorted(parts, key=order)]
 
 
 def _split_by_order(index: dict[Frame, int], counts: collections.Counter[int]) -> list[_Group]:
@@ -521,6 +502,11 @@ def _volume(base: Series, group: _Group, suffix: str) -> Series:
     if isinstance(plane, str):
         return dataclasses.replace(series, problem=plane, members=tuple(map(_member, frames)))
     stack = _stacked(frames, plane)
+    problem, parts = stack.problem, {frame.part for frame in frames if frame.part}
+    if len(parts) < (total := max((total for total, _ in parts), default=0)):
+        problem = f"{len(parts)} of {total} files of a concatenation; the others are missing"
+    elif problem is None and len(frames) == 1 and (copies := len(group.copies)) >= _MAX_AT_ONE_POSITION:
+        problem = f"{copies + 1} slices at one position (one slice over time, or lost positions)"
     return dataclasses.replace(
         series,
         spacing=stack.spacing,
@@ -528,7 +514,7 @@ def _volume(base: Series, group: _Group, suffix: str) -> Series:
         affine=stack.affine,
         members=tuple(_member(frames[index]) for index in stack.order),
         notes=(*stack.notes, *_inconsistencies(frames), *skipped_notes(skipped)),
-        problem=_missing_parts(frames) or stack.problem or _lost_positions(group),
+        problem=problem,
     )
 
 
@@ -554,16 +540,3 @@ def _inconsistencies(frames: list[Frame]) -> list[str]:
         if len(names) > 1:
             notes.append(f"the slices name {len(names)} {words}")
     return notes
-
-
-def _lost_positions(group: _Group) -> str | None:
-    if len(group.frames) == 1 and len(group.copies) >= _MAX_AT_ONE_POSITION:
-        return f"{len(group.copies) + 1} slices at one position (one slice over time, or lost positions)"
-    return None
-
-
-def _missing_parts(frames: list[Frame]) -> str | None:
-    parts = {frame.part for frame in frames if frame.part}
-    if parts and len(parts) < (total := max(total for total, _ in parts)):
-        return f"{len(parts)} of {total} files of a concatenation; the others are missing"
-    return None

@@ -22,6 +22,7 @@ _META_START = 132
 _META_GROUP = b"\x02\x00"
 _TRANSFER_SYNTAX = 0x00020010
 _DIRECTORY_RECORDS, _REPORT_CONTENT, _RADIOTHERAPY = 0x00041220, 0x0040A730, range(0x3002, 0x3100)
+_PIXEL_GROUP = 0x7FE0
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _UNDEFINED = 0xFFFFFFFF
 _OTHER_ENCODINGS = {str(uid).encode() for uid in (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian)}
@@ -38,24 +39,19 @@ _unpack_implicit = struct.Struct("<HHL").unpack_from
 _unpack_length = struct.Struct("<L").unpack_from
 
 
-def ends_header(tag: int, last_group: int) -> bool:
-    """Whether no image element follows: at `last_group`, or at directory records, report content or
+def ends_header(tag: int) -> bool:
+    """Whether no image element follows: at the pixels, or at directory records, report content or
     radiotherapy structures, which may be long and occur only in objects without pixels."""
     group = tag >> 16
-    return group >= last_group or tag in (_DIRECTORY_RECORDS, _REPORT_CONTENT) or group in _RADIOTHERAPY
+    return group >= _PIXEL_GROUP or tag in (_DIRECTORY_RECORDS, _REPORT_CONTENT) or group in _RADIOTHERAPY
 
 
 class _Unsupported(Exception):
     """The file needs pydicom."""
 
 
-def walk(file: IO[bytes], tags: frozenset[int], last_group: int) -> tuple[Elements, Elements, bool] | None:
-    """Reads selected elements of a little-endian DICOM file with a preamble.
-
-    Args:
-      file: at any position.
-      tags: elements to return.
-      last_group: end of the header, see `ends_header`.
+def walk(file: IO[bytes], tags: frozenset[int]) -> tuple[Elements, Elements, bool] | None:
+    """Reads the elements `tags` in the header of a little-endian DICOM file with a preamble.
 
     Returns:
       (meta information, elements, whether they are in implicit VR); None for files that need pydicom: big
@@ -63,7 +59,7 @@ def walk(file: IO[bytes], tags: frozenset[int], last_group: int) -> tuple[Elemen
     """
     try:
         walker = _Walker(file)
-        meta, end = walker.elements(_META_START, False, last_group, None)
+        meta, end = walker.elements(_META_START, False, None)
         syntax = meta.get(BaseTag(_TRANSFER_SYNTAX))
         if syntax is None or not syntax.value:
             return None
@@ -71,7 +67,7 @@ def walk(file: IO[bytes], tags: frozenset[int], last_group: int) -> tuple[Elemen
         if uid in _OTHER_ENCODINGS:
             return None
         implicit = uid == str(ImplicitVRLittleEndian).encode()
-        found, _ = walker.elements(end, implicit, last_group, tags)
+        found, _ = walker.elements(end, implicit, tags)
         return meta, found, implicit
     except (_Unsupported, struct.error):
         return None
@@ -84,9 +80,7 @@ class _Walker:
         self._left = _MAX_ELEMENTS
         self._buffer, self._base = b"", 0
 
-    def elements(
-        self, position: int, implicit: bool, last_group: int, tags: frozenset[int] | None
-    ) -> tuple[Elements, int]:
+    def elements(self, position: int, implicit: bool, tags: frozenset[int] | None) -> tuple[Elements, int]:
         """(elements of `tags` after `position`, end offset); `tags` None: the meta information."""
         found: Elements = {}
         if implicit and self._at(position, 6)[4:6].isalpha():
@@ -95,7 +89,7 @@ class _Walker:
             if tags is None and self._at(position, 2) != _META_GROUP:
                 return found, position  # the data set may be in implicit VR
             tag, vr, start, length = self._element(position, implicit)
-            if ends_header(tag, last_group):
+            if ends_header(tag):
                 return found, position
             if length == _UNDEFINED:
                 if tags is None or tag in tags:

@@ -25,13 +25,20 @@ from pydicom.dataelem import RawDataElement
 from pydicom.dataset import FileMetaDataset
 from pydicom.filereader import data_element_generator, read_partial
 from pydicom.tag import BaseTag
-from pydicom.uid import DeflatedExplicitVRLittleEndian, MediaStorageDirectoryStorage
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    MediaStorageDirectoryStorage,
+)
 from pydicom.valuerep import VR
 from pydicom.values import convert_string
 
 from vilam3_jax.data.dicom import header_walk
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
-from vilam3_jax.data.volume_io import one_line
+from vilam3_jax.data.volume_io import check_file_size, one_line, wrap_file_errors
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.paths import PathLike, as_path, check_passing, file_size
 
@@ -113,11 +120,12 @@ _MR_SEQUENCE = """
     SeriesDescription ProtocolName ContrastBolusAgent ContrastBolusAgentSequence CodeMeaning
     MRModifierSequence InversionTimes
 """
-_HEADER_TAGS = _tags(_OBJECT, _GEOMETRY, _ACQUISITION, _PIXEL_DESCRIPTION, _DIMENSIONS) | _PRIVATE_TAGS
-_FRAME_TAGS = _HEADER_TAGS | _tags(_FUNCTIONAL_GROUPS)
-_MR_TAGS = _FRAME_TAGS | _tags(_MR_SEQUENCE)
+_HEADER_TAGS = _PRIVATE_TAGS | _tags(
+    _OBJECT, _GEOMETRY, _ACQUISITION, _PIXEL_DESCRIPTION, _DIMENSIONS, _FUNCTIONAL_GROUPS
+)
+_MR_TAGS = _HEADER_TAGS | _tags(_MR_SEQUENCE)
 _OVERLAY_ROWS = frozenset(0x60000010 + (plane << 17) for plane in range(16))
-_DATASET_TAGS = _FRAME_TAGS | _tags(_PIXELS) | _OVERLAY_ROWS
+_DATASET_TAGS = _HEADER_TAGS | _tags(_PIXELS) | _OVERLAY_ROWS
 _SEQUENCE_TAGS = frozenset(
     tag for tag in _DATASET_TAGS | _MR_TAGS if dictionary_has_tag(tag) and dictionary_VR(tag) == "SQ"
 )
@@ -127,14 +135,10 @@ _MAX_VALUE_BYTES = 1 << 16
 
 _HEAD_BYTES = 1024
 _CHARACTER_SET = 0x00080005
-_FUNCTIONAL_GROUP = 0x5200
-_PIXEL_GROUP = 0x7FE0
 _PIXEL_TAGS = _tags("PixelData FloatPixelData DoubleFloatPixelData")
 
-# Read limits by the group at which reading stops. pydicom reads at most three times per element or item.
-_MAX_FRAME_READS = 4_000_000
-_MAX_READS = {_FUNCTIONAL_GROUP: 300_000, _PIXEL_GROUP: _MAX_FRAME_READS}
-_MAX_BYTES = {_FUNCTIONAL_GROUP: 64 << 20, _PIXEL_GROUP: 512 << 20}
+_MAX_READS = 4_000_000  # pydicom reads at most three times per element or item
+_MAX_BYTES = 512 << 20  # of one header
 
 # pydicom's log messages and warnings quote values of the file, which may identify a patient.
 logging.getLogger("pydicom").propagate = False
@@ -148,11 +152,9 @@ class ImageError(Exception):
 
 @contextlib.contextmanager
 def wrap_dicom_errors(path: PathLike) -> Iterator[None]:
-    """Converts every error to a one-line `UserError` that names `path`, and silences pydicom's warnings.
+    """Converts every error to a one-line `UserError` that names `path`; silences pydicom's warnings.
 
-    Raises:
-      UnavailableError: disk or network failure.
-      UserError: any other error in the block.
+    Failures of disk or network become an `UnavailableError`.
     """
     try:
         with warnings.catch_warnings():
@@ -219,6 +221,14 @@ def items(dataset: pydicom.Dataset, keyword: str) -> Sequence[pydicom.Dataset]:
     return cast(Any, dataset[keyword].value) or () if keyword in dataset else ()
 
 
+def stated_encoding(dataset: pydicom.Dataset) -> UID:
+    """The native transfer syntax in which the header was read; old archives omit the meta information."""
+    implicit, little = dataset.original_encoding
+    if implicit:
+        return ImplicitVRLittleEndian
+    return ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+
+
 def overlay_planes(dataset: pydicom.Dataset) -> int:
     """The number of overlay planes in a data set."""
     return sum(tag in dataset for tag in _OVERLAY_ROWS)
@@ -238,16 +248,13 @@ def _raw_uid(dataset: pydicom.Dataset, keyword: str) -> str:
     return text.strip("\0 ")
 
 
-def read_header(
-    path: PathLike, *, limits: Limits = DEFAULT_LIMITS, frames: bool = False
-) -> pydicom.Dataset | None:
-    """Reads the elements that describe an image, without its pixels.
+def read_header(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> pydicom.Dataset | None:
+    """Reads the elements that describe an image and its frames, without the pixels.
 
     Args:
       path: any file. DICOM is recognised by content, not by suffix: by the preamble or, in old archives
         without it, by the first elements (implicit or explicit VR, little or big endian).
       limits: `nesting` bounds the depth of sequences; element lengths and counts have fixed bounds.
-      frames: also read the shared and per-frame functional groups of a multi-frame object.
 
     Returns:
       The elements of the allow-list, with `file_meta`; None if the file is not DICOM. A DICOMDIR also yields
@@ -257,17 +264,15 @@ def read_header(
       UnavailableError: disk or network failure.
       UserError: missing file or damaged header.
     """
-    if frames:
-        return _read(path, _FRAME_TAGS, _PIXEL_GROUP, limits)
-    return _read(path, _HEADER_TAGS, _FUNCTIONAL_GROUP, limits)
+    return _read(path, _HEADER_TAGS, limits)
 
 
-def read_mr_header(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> pydicom.Dataset | None:
-    """`read_header` with functional groups, descriptions and the contrast agent; raises the same errors.
+def read_mr_header(path: PathLike) -> pydicom.Dataset | None:
+    """`read_header` with descriptions and the contrast agent; raises the same errors.
 
     The descriptions may identify a patient: callers must neither show nor store them.
     """
-    return _read(path, _MR_TAGS, _PIXEL_GROUP, limits)
+    return _read(path, _MR_TAGS, DEFAULT_LIMITS)
 
 
 def read_dataset(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> pydicom.Dataset:
@@ -277,49 +282,26 @@ def read_dataset(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> pydicom.
       UnavailableError: disk or network failure.
       UserError: missing, not DICOM, larger than `limits.file_bytes`, or damaged.
     """
-    size = file_size_of(path)
-    if size > limits.file_bytes:
-        raise UserError(
-            f"{path}: {size} bytes, more than the limit of {limits.file_bytes}; split it or raise the limit"
-        )
-    dataset = _read(path, _DATASET_TAGS, None, limits)
+    check_file_size(path, limits)
+    dataset = _read(path, _DATASET_TAGS, limits, with_pixels=True)
     if dataset is None:
         raise UserError(f"{path}: not a DICOM file; check what it is")
     return dataset
 
 
-def file_size_of(path: PathLike) -> int:
-    """Size of a file in bytes; raises a `UserError` that names a missing or unreadable file."""
-    with _io_errors(path):
-        return file_size(path)
-
-
-@contextlib.contextmanager
-def _io_errors(path: PathLike) -> Iterator[None]:
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        raise UserError(f"{path}: no such file; check the path") from error
-    except OSError as error:
-        check_passing(path, error)
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); check the path") from error
-
-
 def _read(
-    path: PathLike, tags: frozenset[int], last_group: int | None, limits: Limits
+    path: PathLike, tags: frozenset[int], limits: Limits, *, with_pixels: bool = False
 ) -> pydicom.Dataset | None:
-    """Reads the elements of `tags` before `last_group`; None: all elements, including the pixels."""
+    """Reads the elements of `tags` up to the pixels, or including them."""
     path = as_path(path)
     with wrap_dicom_errors(path), _opened(path) as file:
         head = file.read(_HEAD_BYTES)
-        if not _looks_like_dicom(head):
-            return None
         has_preamble = head[128:132] == b"DICM"
-        dataset = None
-        if has_preamble and last_group is not None:
-            dataset = _walk(file, tags, last_group)
+        if not has_preamble and not any(_plausible_start(head, order) for order in "<>"):
+            return None
+        dataset = _walk(file, tags) if has_preamble and not with_pixels else None
         if dataset is None:
-            dataset = _parse(file, head, tags, last_group, limits)
+            dataset = _parse(file, head, tags, limits, with_pixels)
         for tag in list(dataset.file_meta.keys()):
             if tag in _META_TAGS:
                 dataset.file_meta[tag]  # decode here, inside `wrap_dicom_errors`
@@ -331,9 +313,9 @@ def _read(
         return dataset if has_preamble or "SOPClassUID" in dataset or "Rows" in dataset else None
 
 
-def _walk(file: IO[bytes], tags: frozenset[int], last_group: int) -> pydicom.Dataset | None:
+def _walk(file: IO[bytes], tags: frozenset[int]) -> pydicom.Dataset | None:
     """Reads a header with `header_walk`; None if it cannot."""
-    found = header_walk.walk(file, tags, last_group)
+    found = header_walk.walk(file, tags)
     if found is None:
         return None
     meta, elements, implicit = found
@@ -347,30 +329,33 @@ def _walk(file: IO[bytes], tags: frozenset[int], last_group: int) -> pydicom.Dat
 
 
 def _parse(
-    file: IO[bytes], head: bytes, tags: frozenset[int], last_group: int | None, limits: Limits
+    file: IO[bytes], head: bytes, tags: frozenset[int], limits: Limits, with_pixels: bool
 ) -> pydicom.Dataset:
     """Reads a data set with pydicom; raises `EOFError` if it is cut short."""
-    max_reads, max_bytes = _MAX_FRAME_READS, limits.decoded_bytes
-    if last_group is not None:
-        max_reads, max_bytes = _MAX_READS[last_group], _MAX_BYTES[last_group]
+    max_bytes = limits.decoded_bytes if with_pixels else _MAX_BYTES
 
     def stop(tag: int, vr: str | None, length: int) -> bool:
-        return tag in _PIXEL_TAGS if last_group is None else header_walk.ends_header(tag, last_group)
+        return tag in _PIXEL_TAGS if with_pixels else header_walk.ends_header(tag)
 
     file, meta = _inflated(file, head, max_bytes)
     file.seek(0)
-    bounded = cast(Any, _BoundedFile(file, max_reads, max_bytes))
+    bounded = cast(Any, _BoundedFile(file, max_bytes))
     read = read_partial(bounded, cast(Any, stop), force=True, specific_tags=cast(Any, list(tags)))
     dataset = pydicom.Dataset(read)  # a copy without the open file that a FileDataset keeps
     implicit, little = _encoding(read)
     dataset.set_original_encoding(implicit, little, read.original_character_set)
     dataset.file_meta = read.file_meta if meta is None else meta
-    if last_group is None:
+    if with_pixels:
         for element in data_element_generator(bounded, implicit, little):
             if element.tag in _PIXEL_TAGS:
                 dataset[element.tag] = element
                 break
-    if bounded.tell() > bounded.size or _is_cut_short(dataset):
+    values = (dataset.get_item(tag) for tag in list(dataset.keys()))  # iterating would decode all elements
+    is_cut_short = any(
+        isinstance(raw, RawDataElement) and raw.value is not None and len(raw.value) < raw.length < 0xFFFFFFFF
+        for raw in values
+    )
+    if bounded.tell() > bounded.size or is_cut_short:
         raise EOFError
     return dataset
 
@@ -387,7 +372,7 @@ def _encoding(read: pydicom.FileDataset) -> tuple[bool, bool]:
 
 @contextlib.contextmanager
 def _opened(path: epath.Path) -> Iterator[IO[bytes]]:
-    with _io_errors(path):
+    with wrap_file_errors(path):
         file_size(path)  # missing object-store files fail here, not on the first read
         file = path.open("rb")
     with file:
@@ -397,15 +382,12 @@ def _opened(path: epath.Path) -> Iterator[IO[bytes]]:
 class _BoundedFile:
     """A file that limits the number of reads and the bytes per read."""
 
-    def __init__(self, file: IO[bytes], max_reads: int, max_bytes: int) -> None:
-        self._read = file.read
-        self._reads_left = max_reads
-        self._max_bytes = max_bytes
+    def __init__(self, file: IO[bytes], max_bytes: int) -> None:
+        self._read, self._reads_left, self._max_bytes = file.read, _MAX_READS, max_bytes
         position = file.tell()
         self.size = file.seek(0, io.SEEK_END)
         file.seek(position)
-        self.tell = file.tell
-        self.seek = file.seek
+        self.tell, self.seek = file.tell, file.seek
 
     def read(self, count: int = -1) -> bytes:
         self._reads_left -= 1
@@ -417,10 +399,6 @@ class _BoundedFile:
             if count > self._max_bytes:
                 raise ValueError(f"an element of {count} bytes in the header")
         return self._read(count)
-
-
-def _looks_like_dicom(head: bytes) -> bool:
-    return head[128:132] == b"DICM" or any(_plausible_start(head, order) for order in "<>")
 
 
 def _plausible_start(head: bytes, order: str) -> bool:
@@ -463,15 +441,6 @@ def _inflated(file: IO[bytes], head: bytes, max_bytes: int) -> tuple[IO[bytes], 
     file.seek(start)
     inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), max_bytes)
     return io.BytesIO(inflated), meta
-
-
-def _is_cut_short(dataset: pydicom.Dataset) -> bool:
-    """Whether the value of an element is shorter than its length field."""
-    values = (dataset.get_item(tag) for tag in list(dataset.keys()))  # iterating would decode all elements
-    return any(
-        isinstance(raw, RawDataElement) and raw.value is not None and len(raw.value) < raw.length < 0xFFFFFFFF
-        for raw in values
-    )
 
 
 def _reduce(item: pydicom.Dataset, tags: frozenset[int], nesting: int) -> None:

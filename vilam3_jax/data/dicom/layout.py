@@ -6,9 +6,9 @@ import dataclasses
 from typing import Any, cast
 
 import pydicom
-from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import UID
 
-from vilam3_jax.data.dicom.headers import ImageError, numbers, wrap_dicom_errors
+from vilam3_jax.data.dicom.headers import ImageError, numbers, stated_encoding, wrap_dicom_errors
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.runtime.paths import PathLike
 
@@ -61,9 +61,8 @@ class Layout:
 def read_layout(dataset: pydicom.Dataset, path: PathLike, limits: Limits) -> Layout:
     """Reads and checks the pixel layout of a data set.
 
-    Raises:
-      UserError: no pixels, an unsupported photometric interpretation or number of bits, a contradictory
-        header, or a size above a limit.
+    Raises `UserError` for no pixels, an unsupported photometric interpretation or number of bits, a
+    contradictory header, or a size above a limit.
     """
     with wrap_dicom_errors(path):
         return _layout(dataset, limits)
@@ -146,12 +145,10 @@ def _transfer_syntax(dataset: pydicom.Dataset, keyword: str) -> UID:
         raise ImageError("the pixel data is empty; fetch it again")
     starts_with_item = bytes(data[:4]) == _ITEM_TAG
     is_encapsulated = starts_with_item and dataset[keyword].is_undefined_length
-    if not syntax:  # old archives omit the meta information; the encoding of the header is known
+    if not syntax:
         if is_encapsulated:
             raise ImageError("compressed pixels without a Transfer Syntax UID; export it again")
-        implicit, little = dataset.original_encoding
-        native = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-        return ImplicitVRLittleEndian if implicit else native
+        return stated_encoding(dataset)
     try:
         compressed = syntax.is_encapsulated
     except ValueError as error:

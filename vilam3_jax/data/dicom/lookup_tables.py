@@ -46,14 +46,11 @@ def read_table(
     """Reads an item of a Modality or VOI LUT Sequence (PS3.3 C.11.1.1 and C.11.2.1.1).
 
     Args:
-      item: LUT Descriptor and LUT Data.
+      item: LUT Descriptor and LUT Data; raises `ValueError` if they are missing, contradictory or invalid.
       inputs: smallest and largest possible input. They determine whether a first input above 32767 is a
         negative value.
       dataset: the data set that contains the item and defines its byte order.
       notes: receives corrections.
-
-    Raises:
-      ValueError: a missing, contradictory or invalid descriptor or data.
     """
     return _table(item, "LUTData", _descriptor(item, "LUTDescriptor", inputs), dataset, notes)
 
@@ -61,16 +58,8 @@ def read_table(
 def apply_palette(dataset: pydicom.Dataset, indices: np.ndarray, notes: list[str]) -> np.ndarray:
     """Applies the Palette Color Lookup Tables (PS3.3 C.7.6.3.1.5 and C.7.9).
 
-    Args:
-      dataset: the image.
-      indices: [H, W] stored values.
-      notes: receives corrections.
-
-    Returns:
-      [H, W, 3] uint8 RGB.
-
-    Raises:
-      ValueError: a table is missing or damaged.
+    Maps `indices`, [H, W] stored values, to [H, W, 3] uint8 RGB; `notes` receives corrections. Raises
+    `ValueError` if a table is missing or damaged.
     """
     inputs = (float(np.iinfo(indices.dtype).min), float(np.iinfo(indices.dtype).max))
     tables = []
@@ -127,20 +116,16 @@ def _words(item: pydicom.Dataset, keyword: str, dataset: pydicom.Dataset) -> np.
         raise ValueError(f"{keyword} is missing")
     value = cast(Any, item[keyword].value)
     if isinstance(value, bytes):
+        little = dataset.original_encoding[1]
+        if little is None:  # created in memory
+            meta = getattr(dataset, "file_meta", None)
+            syntax = meta.get("TransferSyntaxUID") if meta is not None else None
+            little = sys.byteorder == "little" if syntax is None else syntax.is_little_endian
         odd = b"\0" * (len(value) % 2)
-        return np.frombuffer(value + odd, "<u2" if _is_little_endian(dataset) else ">u2").astype(np.uint16)
+        return np.frombuffer(value + odd, "<u2" if little else ">u2").astype(np.uint16)
     if value is None:
         raise ValueError(f"{keyword} is empty")
     return (np.atleast_1d(np.asarray(value, np.int64)) & 0xFFFF).astype(np.uint16)
-
-
-def _is_little_endian(dataset: pydicom.Dataset) -> bool:
-    little = dataset.original_encoding[1]
-    if little is None:  # created in memory
-        meta = getattr(dataset, "file_meta", None)
-        syntax = meta.get("TransferSyntaxUID") if meta is not None else None
-        return sys.byteorder == "little" if syntax is None else bool(syntax.is_little_endian)
-    return little
 
 
 def _segmented(

@@ -32,8 +32,9 @@ from vilam3_jax.data.dicom.headers import (
 )
 from vilam3_jax.data.dicom.layout import GREY, PALETTE, Layout, read_layout
 from vilam3_jax.data.dicom.lookup_tables import apply_palette, read_table
-from vilam3_jax.data.intensity import percentile_limits, usable_values
+from vilam3_jax.data.intensity import display_limits, usable_values
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
+from vilam3_jax.data.stored_volume import LoadedImage
 from vilam3_jax.data.volume_io import one_line, rescale
 from vilam3_jax.runtime.paths import PathLike
 
@@ -51,31 +52,10 @@ _FROM_YBR_PARTIAL = np.linalg.inv(
 )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class DicomImage:
-    """One frame, rendered for display.
-
-    Attributes:
-      pixels: uint8, [H, W] grey or [H, W, 3] RGB.
-      modality: DICOM's code as the file states it, or "unknown".
-      body_part: as the file states it, upper case, or "unknown".
-      frame: frame index, from 0.
-      frames: number of frames in the file.
-      notes: what was assumed, chosen or skipped; no patient data.
-    """
-
-    pixels: np.ndarray
-    modality: str
-    body_part: str
-    frame: int
-    frames: int
-    notes: tuple[str, ...] = ()
-
-
 def read_image(
     path: PathLike, *, frame: int | None = None, voi: int = 0, limits: Limits = DEFAULT_LIMITS
-) -> DicomImage:
-    """Reads one frame of a DICOM file, rendered for display.
+) -> LoadedImage:
+    """Reads one frame of a DICOM file, rendered for display: uint8, [H, W] grey or [H, W, 3] RGB.
 
     Grey values pass the Modality LUT or rescale, then the chosen VOI LUT or window (LINEAR, LINEAR_EXACT,
     SIGMOID). Without a VOI LUT or window, values of up to 8 bits are shown unchanged, deeper values between
@@ -109,7 +89,7 @@ def read_image(
         else:
             pixels = decoder.render_colour()
         notes += _image_notes(dataset)
-        return DicomImage(
+        return LoadedImage(
             pixels,
             code_of(dataset.get("Modality")),
             code_of(dataset.get("BodyPartExamined")),
@@ -407,7 +387,7 @@ class _FrameDecoder:
         setting = display.choose(self.dataset, self.frame, voi, bounds, self.notes)
         if setting is None:
             is_display_value = layout.bits_stored <= 8 and bounds == (0, layout.stored_range[1])
-            setting = display.between(*(bounds if is_display_value else _limits(values, usable)))
+            setting = display.between(*(bounds if is_display_value else display_limits(values, usable)))
         grey = np.empty(values.shape, np.uint8)
         step = max(_RENDERED_AT_ONCE // layout.columns, 1)
         for row in range(0, layout.rows, step):
@@ -469,14 +449,6 @@ def _finite(item: pydicom.Dataset, keyword: str) -> float | None:
     if found[0] is None or not math.isfinite(found[0]):
         raise ValueError(f"{keyword} is not a number")
     return found[0]
-
-
-def _limits(values: np.ndarray, usable: np.ndarray | None) -> _Range:
-    low, high = percentile_limits(values, usable)
-    if high > low:
-        return low, high
-    flat = values if usable is None else values[usable]  # nearly uniform: use the full range
-    return float(flat.min()), float(flat.max())
 
 
 def _image_notes(dataset: pydicom.Dataset) -> list[str]:

@@ -16,16 +16,17 @@ from etils import epath
 from vilam3_jax.data.dicom import frames, pixels, suv
 from vilam3_jax.data.dicom.grouping import (
     CINE,
-    PICTURE,
+    IMAGE,
     VOLUME,
+    FileFrames,
     Member,
     Series,
     Skipped,
-    group_headers,
+    file_frames,
+    group_files,
     skipped_notes,
 )
 from vilam3_jax.data.dicom.headers import (
-    file_size_of,
     is_directory,
     read_dataset,
     read_header,
@@ -34,9 +35,9 @@ from vilam3_jax.data.dicom.headers import (
 from vilam3_jax.data.folder_walk import list_files
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.stored_volume import UNKNOWN, StoredVolume
-from vilam3_jax.data.volume_io import stated_units
+from vilam3_jax.data.volume_io import stated_units, wrap_file_errors
 from vilam3_jax.errors import UnavailableError, UserError
-from vilam3_jax.runtime.paths import PathLike, as_path
+from vilam3_jax.runtime.paths import PathLike, as_path, file_size
 
 DAMAGED_HEADER = "a damaged DICOM header"
 _DAMAGED_SHARE = 0.02
@@ -72,65 +73,91 @@ def read_series(
 
 
 def read_listed(series: Series, path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> StoredVolume:
-    """Reads a series found by `list_series(path)`, without listing the folder again.
-
-    Raises:
-      UnavailableError, UserError: see `read_series`.
-    """
+    """Reads a series found by `survey(path)` without listing the folder again; raises as `read_series`."""
     if series.problem is not None:
         raise UserError(f"{path}: series {series} cannot be read as a volume: {series.problem}")
-    return _read(series, as_path(path), limits)
-
-
-def list_series(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> list[Series]:
-    """The series in a folder and its subfolders, from the headers.
-
-    Raises:
-      UserError: no such folder, or more files than `limits.files`.
-    """
-    return survey(path, limits=limits)[0]
+    path = as_path(path)
+    with wrap_file_errors(path):
+        size = sum(file_size(file) for file in _by_file(series))
+    if fault := over_limits(series, size, limits):
+        raise UserError(f"{path}: {fault}; crop or resample it, or raise the limit")
+    notes = [*series.notes, *_check_copies(series, path, limits)]
+    slices = _Slices()
+    for file, members in _by_file(series).items():
+        try:
+            dataset = read_dataset(file, limits=limits)
+            with wrap_dicom_errors(file):
+                for index, member in members:
+                    _decode(slices, series, dataset, index, member, limits)
+                slices.notes |= dict.fromkeys(pixels.value_notes(dataset, file, limits=limits))
+                if series.modality == "PT":
+                    slices.pet.append(suv.facts_of(dataset))
+        except UnavailableError:
+            raise
+        except UserError as error:
+            slices.failed |= {index: error for index, _ in members}
+    kept = without_damaged(slices.failed, len(series.members))
+    if kept is None:
+        raise next(iter(slices.failed.values()))
+    if slices.failed:
+        slices.notes[damaged_note(len(slices.failed))] = None
+    assert slices.values is not None and series.affine is not None
+    affine = series.affine.copy()
+    affine[:3, 3] += kept.start * affine[:3, 2]
+    factor, units = _units(series, slices)
+    values = slices.values[kept] if factor == 1 else slices.values[kept].astype(np.float64) * factor
+    # The common window of all slices, otherwise that of the middle slice.
+    windows = set(slices.windows.values())
+    window = windows.pop() if len(windows) == 1 else slices.windows[len(slices.windows) // 2]
+    return StoredVolume(
+        values.transpose(2, 1, 0),
+        affine,
+        valid=None if slices.valid is None else slices.valid[kept].transpose(2, 1, 0),
+        modality=series.modality,
+        body_part=series.body_part,
+        units=units,
+        window=None if window is None else (window[0] * factor, window[1] * factor),
+        notes=(*notes, *slices.notes),
+    )
 
 
 def survey(path: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> tuple[list[Series], list[Skipped]]:
-    """`list_series`, and (file, reason) of the files outside any series."""
+    """The series in a folder and its subfolders, from the headers, and (file, reason) of the other files.
+
+    Raises `UserError` for a missing folder or more than `limits.files` files.
+    """
     path = as_path(path)
     skipped: list[Skipped] = []
     if not path.is_dir():
-        header = read_header(path, limits=limits, frames=True)
+        header = read_header(path, limits=limits)
         if header is None:
             raise UserError(f"{path}: not a DICOM file; give a DICOM file or folder")
         if not is_directory(header):
-            return group_headers([(path, header)]), skipped
+            return group_files([file_frames(path, header)]), skipped
         path = path.parent
     listing = list_files(path, limits.files, lambda: None)
-    found = group_headers(_headers(listing.files, skipped, limits))
+    found = group_files(_file_frames(listing.files, skipped, limits))
     skipped += [(path, reason) for reason, count in listing.skipped.items() for _ in range(count)]
     return found, skipped
 
 
-def _headers(
-    files: Sequence[PathLike], skipped: list[Skipped], limits: Limits
-) -> Iterator[tuple[PathLike, pydicom.Dataset]]:
+def _file_frames(files: Sequence[PathLike], skipped: list[Skipped], limits: Limits) -> Iterator[FileFrames]:
     for file in files:
         try:
-            header = read_header(file, limits=limits, frames=True)
+            header = read_header(file, limits=limits)
         except UnavailableError:
             raise
         except UserError:
             skipped.append((file, DAMAGED_HEADER))
             continue
         if header is None:
-            skipped.append((file, f"not DICOM ({_suffix(file)})"))
+            name, suffix = as_path(file).name, as_path(file).suffix.lower()
+            suffix = suffix if _SUFFIX.fullmatch(suffix) else "no suffix"
+            skipped.append((file, f"not DICOM ({'a hidden file' if name.startswith('.') else suffix})"))
         elif is_directory(header):
             skipped.append((file, "a DICOMDIR; its paths are not followed"))
         else:
-            yield file, header
-
-
-def _suffix(file: PathLike) -> str:
-    path = as_path(file)
-    suffix = path.suffix.lower() if _SUFFIX.fullmatch(path.suffix.lower()) else "no suffix"
-    return "a hidden file" if path.name.startswith(".") else suffix
+            yield file_frames(file, header)
 
 
 def _choose(
@@ -139,14 +166,21 @@ def _choose(
     """The series to read, and notes about the others."""
     if wanted is not None:
         wanted = wanted.strip()
-        candidates = [series for series in found if wanted in (series.identifier, _numbered_uid(series))]
+        candidates = [
+            series
+            for series in found
+            if wanted in (series.identifier, f"{series.uid}{series.identifier[12:]}")
+        ]
         candidates = candidates or [series for series in found if series.uid == wanted]
         candidates = candidates or [s for s in found if s.identifier.partition("/")[0] == wanted]
         if not candidates:
             choices = f"choose from {_list(found)}" if found else "there are no DICOM images"
             raise UserError(f"{path}: no series {wanted[:70]!r}; {choices}")
     else:
-        candidates = _main_volumes(found)
+        # Localizers and single slices only if there is no stack.
+        volumes = [series for series in found if series.kind == VOLUME]
+        volumes = [series for series in volumes if not series.localizer] or volumes
+        candidates = [series for series in volumes if series.slices > 1] or volumes
         if not candidates:
             raise UserError(f"{path}: no DICOM volume here{_alternatives(found, skipped)}")
     chosen = candidates[0]
@@ -161,18 +195,6 @@ def _choose(
         more = f" and {len(others) - _LISTED} more" if len(others) > _LISTED else ""
         notes.append(f"{len(others)} other series skipped: {shown}{more}")
     return chosen, notes
-
-
-def _numbered_uid(series: Series) -> str | None:
-    """The full UID with the number of the stack: 1.2.3/2."""
-    return series.uid + series.identifier[12:] if series.uid else None
-
-
-def _main_volumes(found: Sequence[Series]) -> list[Series]:
-    """The volumes to choose from; localizers and single slices only if there is no stack."""
-    volumes = [series for series in found if series.kind == VOLUME]
-    volumes = [series for series in volumes if not series.localizer] or volumes
-    return [series for series in volumes if series.slices > 1] or volumes
 
 
 def _list(found: Sequence[Series]) -> str:
@@ -190,7 +212,7 @@ def _alternatives(found: Sequence[Series], skipped: Sequence[Skipped]) -> str:
     if not reasons:
         return "; the folder is empty"
     more = f"; and {len(reasons) - _LISTED} more" if len(reasons) > _LISTED else ""
-    images = any(series.kind in (PICTURE, CINE) for series in found)
+    images = any(series.kind in (IMAGE, CINE) for series in found)
     advice = "read them as images" if images else "give the folder that contains the slices"
     if not found:
         advice = "give one of its files, or a folder of DICOM slices"
@@ -246,46 +268,6 @@ class _Slices:
     notes: dict[str, None] = dataclasses.field(default_factory=dict)  # an ordered set
 
 
-def _read(series: Series, path: epath.Path, limits: Limits) -> StoredVolume:
-    _check_limits(series, path, limits)
-    notes = [*series.notes, *_check_copies(series, path, limits)]
-    slices = _Slices()
-    for file, members in _by_file(series).items():
-        try:
-            dataset = read_dataset(file, limits=limits)
-            with wrap_dicom_errors(file):
-                for index, member in members:
-                    _decode(slices, series, dataset, index, member, limits)
-                slices.notes |= dict.fromkeys(pixels.value_notes(dataset, file, limits=limits))
-                if series.modality == "PT":
-                    slices.pet.append(suv.facts_of(dataset))
-        except UnavailableError:
-            raise
-        except UserError as error:
-            slices.failed |= {index: error for index, _ in members}
-    kept = without_damaged(slices.failed, len(series.members))
-    if kept is None:
-        raise next(iter(slices.failed.values()))
-    if slices.failed:
-        slices.notes[damaged_note(len(slices.failed))] = None
-    assert slices.values is not None and series.affine is not None
-    affine = series.affine.copy()
-    affine[:3, 3] += kept.start * affine[:3, 2]
-    factor, units = _units(series, slices)
-    values = slices.values[kept] if factor == 1 else slices.values[kept].astype(np.float64) * factor
-    window = _window(slices)
-    return StoredVolume(
-        values.transpose(2, 1, 0),
-        affine,
-        valid=None if slices.valid is None else slices.valid[kept].transpose(2, 1, 0),
-        modality=series.modality,
-        body_part=series.body_part,
-        units=units,
-        window=None if window is None else (window[0] * factor, window[1] * factor),
-        notes=(*notes, *slices.notes),
-    )
-
-
 def without_damaged(damaged: Collection[int], count: int) -> slice | None:
     """The slices to read of `count` slices, of which those at the indices `damaged` cannot be decoded.
 
@@ -305,17 +287,14 @@ def damaged_note(count: int) -> str:
     return f"{count} slice{'s' if count > 1 else ''} at the end of the stack skipped: damaged"
 
 
-def _check_limits(series: Series, path: epath.Path, limits: Limits) -> None:
+def over_limits(series: Series, size: int, limits: Limits) -> str | None:
+    """Why a series of `size` bytes exceeds the limits, or None."""
     voxels = series.rows * series.columns * series.slices
     if voxels > limits.voxels:
-        raise UserError(
-            f"{path}: {voxels} voxels, more than the limit of {limits.voxels}; crop or resample it"
-        )
-    size = sum(file_size_of(file) for file in _by_file(series))
+        return f"{voxels} voxels, more than the limit of {limits.voxels}"
     if size > limits.file_bytes:
-        raise UserError(
-            f"{path}: {size} bytes in one series, more than the limit of {limits.file_bytes}; raise the limit"
-        )
+        return f"{size} bytes in one series, more than the limit of {limits.file_bytes}"
+    return None
 
 
 def _by_file(series: Series) -> dict[PathLike, list[tuple[int, Member]]]:
@@ -401,9 +380,3 @@ def _units(series: Series, slices: _Slices) -> tuple[float, str]:
             slices.notes["no rescale slope and intercept; stored values are assumed to be HU"] = None
         return 1.0, "HU"
     return 1.0, UNKNOWN if stated in ("no rescale", "", "US", UNKNOWN) else stated  # US: unspecified
-
-
-def _window(slices: _Slices) -> tuple[float, float] | None:
-    """The common window of all slices, otherwise that of the middle slice."""
-    windows = set(slices.windows.values())
-    return windows.pop() if len(windows) == 1 else slices.windows[len(slices.windows) // 2]

@@ -95,14 +95,10 @@ def facts_of(dataset: pydicom.Dataset) -> PetFacts:
 
 
 def uptake(slices: Sequence[PetFacts]) -> Uptake:
-    """The conversion factor of a series.
+    """The conversion factor of a series, from the inputs of each slice, at least one.
 
-    Args:
-      slices: inputs of each slice, at least one.
-
-    Returns:
-      The factor to SUV. If a value is missing or contradictory, the factor to Bq/ml (or to the stated units)
-      and a note that names the attribute.
+    If a value is missing or contradictory, the factor to Bq/ml (or to the stated units), and a note that
+    names the attribute.
     """
     first = slices[0]
     if any(dataclasses.replace(f, **_PER_SLICE) != dataclasses.replace(first, **_PER_SLICE) for f in slices):

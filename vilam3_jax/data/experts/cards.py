@@ -93,8 +93,7 @@ class Card:
     def from_dict(cls, row: Mapping[str, Any]) -> Card:
         """Reads the output of `to_dict`; missing facts come from `tables/facts.json`.
 
-        Raises:
-          TypeError, KeyError, ValueError: `row` is not a card.
+        Raises `TypeError`, `KeyError` or `ValueError` if `row` is not a card.
         """
         fields = {**facts(row["name"]), **row}
         for name in ("args", "roles", "modalities", "regions"):
@@ -142,8 +141,7 @@ def facts(name: str) -> dict[str, Any]:
 def card_list(model: Mapping[str, Any]) -> list[Card]:
     """The cards of a config's `model` section: those of an export, else the list that `cards` names.
 
-    Raises:
-      UserError: the list does not exist or is malformed.
+    Raises `UserError` if the list does not exist or is malformed.
     """
     rows = model.get("card_list")
     if rows is None:
@@ -155,11 +153,7 @@ def card_list(model: Mapping[str, Any]) -> list[Card]:
 
 
 def with_card_list(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The `model` section with its cards embedded, for a self-contained export.
-
-    Raises:
-      UserError: as `card_list`.
-    """
+    """The `model` section with its cards embedded, for a self-contained export; raises as `card_list`."""
     return {**model, "card_list": [card.to_dict() for card in card_list(model)]}
 
 
@@ -169,11 +163,7 @@ def render_cards(cards: Sequence[Card]) -> str:
 
 
 def parse_cards(text: str) -> list[Card]:
-    """The inverse of `render_cards`.
-
-    Raises:
-      ValueError: `text` is not a rendered card list.
-    """
+    """The inverse of `render_cards`; raises `ValueError` for any other text."""
     if not (text.startswith(HEADER) and text.endswith(FOOTER)):
         raise ValueError("card list lacks its first or last line")
     cards = []
@@ -192,9 +182,7 @@ def load_cards(name: str) -> list[Card]:
     """Reads the list `experts`, `vila_m3` or `quickstart`, or a file.
 
     A `.json` file is a list of objects with the fields of `Card`; a `.txt` file holds the rendered text.
-
-    Raises:
-      UserError: the list does not exist or is malformed.
+    Raises `UserError` if the list does not exist or is malformed.
     """
     if re.fullmatch(r"[a-z0-9_]+", name):
         folder = importlib.resources.files("vilam3_jax.data.experts") / "tables"

@@ -43,11 +43,7 @@ class Style:
 
     @classmethod
     def of(cls, model: Mapping[str, Any]) -> Style:
-        """The style of the `model` section of a config.
-
-        Raises:
-          UserError: the wording is unknown, or the threshold is not a probability.
-        """
+        """The style of a `model` section; raises `UserError` for an unknown wording or a bad threshold."""
         threshold = model.get("expert_threshold", THRESHOLD)
         if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
             raise UserError(f"config model.expert_threshold={threshold!r}: must be from 0 to 1")
@@ -115,10 +111,7 @@ def call_turn(cards: Sequence[Card], calls: Sequence[Call], style: Style = DEFAU
 def exchange(results: Sequence[Result], question: str, style: Style = DEFAULT_STYLE) -> Exchange:
     """Renders the experts' turn: the results of all calls of a turn, at least one, and the question again.
 
-    The question has no image markers.
-
-    Raises:
-      ValueError: a result cannot be shown, see `Result.problem`.
+    The question has no image markers. Raises `ValueError` for a result with a `Result.problem`.
     """
     texts, tasks = [], []
     for result in results:
@@ -134,13 +127,13 @@ def exchange(results: Sequence[Result], question: str, style: Style = DEFAULT_ST
 
 def overlays_of(results: Sequence[Result]) -> tuple[Overlay, ...]:
     """The overlays of the results that show one, in order. `Result.problem` must be None for all results."""
-    return tuple(_overlay(result) for result in results if result.shows_overlay)
-
-
-def _overlay(result: Result) -> Overlay:
-    axis, index = result.plane.axis, result.plane.index
-    assert axis is not None and index is not None  # see Result.problem
-    return functools.partial(expert_overlay, result.annotation, axis=axis, index=index)
+    drawn = []
+    for result in results:
+        if result.shows_overlay:
+            axis, index = result.plane.axis, result.plane.index
+            assert axis is not None and index is not None  # see Result.problem
+            drawn.append(functools.partial(expert_overlay, result.annotation, axis=axis, index=index))
+    return tuple(drawn)
 
 
 def _statement(result: Result, style: Style) -> tuple[str, str]:

@@ -13,11 +13,7 @@ from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment
 
 
 def falsified(annotation: Annotation, seed: int) -> Annotation:
-    """`falsify` within the labels that the annotation's own call selects.
-
-    Raises:
-      ValueError: as `falsify`.
-    """
+    """`falsify` within the labels that the annotation's own call selects; raises the same errors."""
     universe = label_universe(annotation.expert, annotation.args) or None
     return falsify(restrict_to_group(annotation), seed, universe)
 

@@ -38,29 +38,17 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class CallingTurn:
-    """A parsed turn of the model.
+    """A parsed turn of the model."""
 
-    Attributes:
-      calls: calls to be made, in order; empty for an answer.
-      kept: the text up to the last of `calls` and its closing full stop; the whole text without calls.
-      cut: the rest, such as a result that the model invented.
-      dropped: calls in `cut`, which are not made.
-    """
-
-    calls: tuple[Call, ...]
-    kept: str
-    cut: str = ""
-    dropped: tuple[Call, ...] = ()
+    calls: tuple[Call, ...]  # calls to be made, in order; empty for an answer
+    kept: str  # the text up to the last of `calls` and its closing full stop; the whole text without calls
+    cut: str = ""  # the rest, such as a result that the model invented
+    dropped: tuple[Call, ...] = ()  # calls in `cut`, which are not made
 
 
-def write_calls(calls: Sequence[Call]) -> str:
-    """Joins calls in a sentence: `<A()>`, `<A()> and <B()>`, `<A()>, <B()> and <C()>`."""
-    return joined([str(call) for call in calls])
-
-
-def joined(parts: Sequence[str]) -> str:
-    """Joins parts in a sentence: `a`, `a and b`, `a, b and c`."""
-    *first, last = parts
+def joined(parts: Sequence[object]) -> str:
+    """Joins texts or calls in a sentence: `a`, `a and b`, `a, b and c`."""
+    *first, last = map(str, parts)
     return f"{', '.join(first)} and {last}" if first else last
 
 

@@ -37,12 +37,7 @@ class FrameError(Exception):
 
 
 def write_frame(sink: IO[bytes], message: Message) -> None:
-    """Sends one message.
-
-    Raises:
-      FrameError: the message exceeds `MAX_FRAME_BYTES`.
-      OSError: the reader is gone.
-    """
+    """Sends a message; raises `FrameError` above `MAX_FRAME_BYTES`, `OSError` if the reader is gone."""
     body = cast(bytes, msgpack.packb(message))
     if len(body) > MAX_FRAME_BYTES:
         raise FrameError(f"message of {len(body)} bytes, the limit is {MAX_FRAME_BYTES}")
@@ -51,10 +46,9 @@ def write_frame(sink: IO[bytes], message: Message) -> None:
 
 
 def read_frame(source: IO[bytes]) -> Message | None:
-    """Reads one message; returns None at the end of the stream.
+    """Reads one message; None at the end of the stream.
 
-    Raises:
-      FrameError: the frame is too large, truncated, or not a msgpack map with text keys.
+    Raises `FrameError` for a frame that is too large, truncated, or not a msgpack map with text keys.
     """
     head = source.read(4)
     if not head:
@@ -151,24 +145,14 @@ class ExpertHost:
         if process is None or process.poll() is not None:
             process = self._start()
         assert process.stdin is not None and process.stdout is not None
-        timed_out = threading.Event()
-
-        def expire() -> None:
-            timed_out.set()
-            process.kill()  # unblocks the pending read or write
-
-        timer = threading.Timer(self._timeout, expire)
-        timer.daemon = True
-        timer.start()
-        try:
-            write_frame(process.stdin, request)
-            response = read_frame(process.stdout)
-        except (OSError, FrameError):
-            if not timed_out.is_set():
-                raise
-            response = None
-        finally:
-            timer.cancel()
+        with child_process.killed_after(process, self._timeout) as timed_out:
+            try:
+                write_frame(process.stdin, request)
+                response = read_frame(process.stdout)
+            except (OSError, FrameError):
+                if not timed_out.is_set():
+                    raise
+                response = None
         if timed_out.is_set():
             raise FrameError(f"no answer within {self._timeout:g} s")
         if response is None:

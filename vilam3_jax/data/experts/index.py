@@ -128,9 +128,8 @@ class Index:
     def add_file(self, data: bytes | mmap.mmap, versions: Versions) -> None:
         """Adds the rows of an index file; a memory mapping stays referenced.
 
-        Raises:
-          ValueError, KeyError, TypeError, UnpackException: the file is damaged.
-          UserError: the file was written with other versions; the message lacks its name.
+        Raises `ValueError`, `KeyError`, `TypeError` or `UnpackException` for a damaged file, and `UserError`
+        without its name for one of other versions.
         """
         header, rows = _parse(data, versions)
         calls = [self._call_code(Outcome(*map(str, fields))) for fields in header["calls"]]
@@ -375,9 +374,7 @@ def wrong_schema(found: object, expected: int) -> UserError:
 def open_file(path: str) -> bytes | mmap.mmap:
     """Returns the content of an index file, memory-mapped if it is large and local.
 
-    Raises:
-      FileNotFoundError: the file does not exist.
-      UserError, UnavailableError: the file cannot be read.
+    Raises `FileNotFoundError`, or `UserError` or `UnavailableError` if it cannot be read.
     """
     if "://" in path:
         try:
@@ -401,8 +398,7 @@ def open_file(path: str) -> bytes | mmap.mmap:
 def read_index(files: Iterable[tuple[str, bytes | mmap.mmap]], versions: Versions) -> Index:
     """Merges index files, given as (path, content); the first one stays mapped, so put the largest first.
 
-    Raises:
-      UserError: a file is damaged or of another version.
+    Raises `UserError` for a file that is damaged or of another version.
     """
     index = Index()
     for path, data in files:

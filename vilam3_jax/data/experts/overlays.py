@@ -75,14 +75,8 @@ def overlay(image: np.ndarray, label_slice: np.ndarray) -> np.ndarray:
     """Blends label colours into a slice, uint8 [H, W, 3]; the background stays unchanged.
 
     The formula of scikit-image's `label2rgb(kind='overlay', bg_label=0, bg_color=None)`. On grayscale images
-    the result is within one gray level of scikit-image, which converts through HSV.
-
-    Args:
-      image: uint8 [H, W, 3].
-      label_slice: integers [h, w], 0 is background; resized to H x W by nearest neighbour.
-
-    Raises:
-      ValueError: wrong dtype or shape.
+    the result is within one gray level of scikit-image, which converts through HSV. `label_slice` has
+    integers [h, w], 0 for background, resized to H x W by nearest neighbour; raises `ValueError` otherwise.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or label_slice.ndim != 2:
         raise ValueError(
@@ -106,14 +100,8 @@ def overlay(image: np.ndarray, label_slice: np.ndarray) -> np.ndarray:
 def expert_overlay(annotation: Annotation, image: np.ndarray, *, axis: int, index: int) -> np.ndarray:
     """The image that replaces `<image>` in a segmentation expert's turn, uint8 [H, W, 3].
 
-    Args:
-      annotation: a successful record with a label map.
-      image: uint8 [H, W, 3], the slice in display orientation (`volumes.slice_2d`), of any size.
-      axis, index: the slice that `image` shows.
-
-    Raises:
-      ValueError: there is no label map.
-      IndexError: there is no such slice.
+    `image` is the slice `index` along `axis` in display orientation (`volumes.slice_2d`), uint8 [H, W, 3] of
+    any size. Raises `ValueError` without a label map, `IndexError` outside of it.
     """
     group = label_group(annotation.expert, annotation.args)
     plane = apply_group(group, annotation.label_slice(axis, index))

@@ -120,11 +120,7 @@ class LabelMap:
 
     @classmethod
     def encode(cls, labels: np.ndarray, affine: np.ndarray) -> LabelMap:
-        """Compresses `labels` ([X, Y, Z], any integer dtype, values 0..65535).
-
-        Raises:
-          ValueError: `labels` has another rank, dtype or range.
-        """
+        """Compresses `labels`, [X, Y, Z] integers from 0 to 65535; raises `ValueError` for anything else."""
         if labels.ndim != 3 or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(f"label map must be a 3-D integer array, got {labels.dtype} {labels.shape}")
         low, high = (int(labels.min()), int(labels.max())) if labels.size else (0, 0)
@@ -144,9 +140,7 @@ class LabelMap:
     def plane(self, z: int) -> np.ndarray:
         """Decodes plane `z` along axis 2, [X, Y], and no other plane.
 
-        Raises:
-          IndexError: `z` is outside the map.
-          ValueError: the stored bytes are damaged.
+        Raises `IndexError` outside the map, `ValueError` for damaged bytes.
         """
         if not 0 <= z < self.shape[2]:
             raise IndexError(f"plane {z} of a label map with {self.shape[2]} planes")
@@ -249,21 +243,14 @@ class Annotation:
         return {s.label_id: s.name for s in self.segments}
 
     def label_map(self) -> np.ndarray:
-        """Decodes the label map, uint8 or uint16 [X, Y, Z].
-
-        Raises:
-          ValueError: there is no label map.
-        """
+        """Decodes the label map, uint8 or uint16 [X, Y, Z]; raises `ValueError` if there is none."""
         return self._need_labels().decode()
 
     def label_slice(self, axis: int, index: int) -> np.ndarray:
         """Decodes one plane of the label map, in voxel order (not display orientation).
 
-        Axis 2 decompresses a single plane; axes 0 and 1 decompress the whole map.
-
-        Raises:
-          ValueError: there is no label map, or the axis is wrong.
-          IndexError: `index` is outside the map.
+        Axis 2 decompresses a single plane; axes 0 and 1 decompress the whole map. Raises `ValueError`
+        without a label map or for a wrong axis, `IndexError` outside the map.
         """
         labels = self._need_labels()
         if axis == 2:
@@ -285,11 +272,7 @@ class Annotation:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Annotation:
-        """Reads the output of `to_bytes`.
-
-        Raises:
-          UserError: the bytes are damaged or of another schema.
-        """
+        """Reads the output of `to_bytes`; raises `UserError` for damaged bytes or another schema."""
         if len(data) > MAX_RECORD_BYTES:
             raise UserError(f"annotation record of {len(data)} bytes, the limit is {MAX_RECORD_BYTES}")
         try:
@@ -325,11 +308,7 @@ def memory_bytes(annotation: Annotation | None) -> int:
 
 
 def segments_on_slice(annotation: Annotation, axis: int, index: int) -> list[tuple[int, str, int]]:
-    """Returns (label id, name, voxels on the slice) of the named labels on a slice, by label id.
-
-    Raises:
-      ValueError, IndexError: as `Annotation.label_slice`.
-    """
+    """(label id, name, voxels on the slice) of the named labels; raises as `Annotation.label_slice`."""
     names = annotation.label_names
     counts = np.bincount(annotation.label_slice(axis, index).ravel())  # at most 65536, so no sort is needed
     return [(int(i), names[int(i)], int(counts[i])) for i in np.flatnonzero(counts) if int(i) in names]

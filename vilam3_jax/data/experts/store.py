@@ -101,11 +101,8 @@ class AnnotationWriter:
     def write(self, annotation: Annotation) -> bool:
         """Adds one record, unless its key is stored already; a success replaces a failure.
 
-        Returns:
-          Whether the record was added.
-
-        Raises:
-          UserError: the shard is full and cannot be written; its records stay pending.
+        Returns whether it was added. Raises `UserError` if the full shard cannot be written; its records stay
+        pending.
         """
         present = self.status(*annotation.key)
         if present == "ok" or (present == "failed" and annotation.status == "failed"):
@@ -128,8 +125,7 @@ class AnnotationWriter:
     def flush(self) -> None:
         """Commits the pending records: writes the shard, renames it, writes its index.
 
-        Raises:
-          UserError: the folder cannot be written; the records stay pending.
+        Raises `UserError` if the folder cannot be written; the records stay pending.
         """
         if not self._pending:
             return
@@ -154,11 +150,7 @@ class AnnotationWriter:
 
 
 def new_store(directory: paths.PathLike) -> AnnotationWriter:
-    """Opens a folder without records, for a changed copy of another store.
-
-    Raises:
-      UserError: the folder holds records; or as `AnnotationWriter`.
-    """
+    """Opens a folder for a changed copy of another store; raises `UserError` if it holds records."""
     writer = AnnotationWriter(directory)
     if len(writer._index):
         raise UserError(f"{directory}: holds records, which never change; give a new folder as --out")
@@ -175,9 +167,7 @@ class AnnotationStore:
     def __init__(self, directory: paths.PathLike) -> None:
         """Reads the indexes; opens no shard yet.
 
-        Raises:
-          UserError: the folder does not exist or an index is damaged.
-          UnavailableError: the disk or the network fails.
+        Raises `UserError` for a missing folder or damaged index, or `UnavailableError`.
         """
         self.directory = files.existing_folder(directory)
         self._open(None)
@@ -220,9 +210,7 @@ class AnnotationStore:
     def get(self, input_key: str, expert: str, args: str = "") -> Annotation | None:
         """Returns the annotation of a key, or None.
 
-        Raises:
-          UnavailableError: the shard cannot be read.
-          UserError: the annotation is damaged.
+        Raises `UnavailableError` for an unreadable shard, `UserError` for a damaged annotation.
         """
         key = (input_key, expert, args)
         found = self._index.find(key)
@@ -279,11 +267,7 @@ class StoreInfo:
 
 
 def store_info(directory: paths.PathLike) -> StoreInfo:
-    """Summarises a store from its indexes; opens no shard.
-
-    Raises:
-      UserError, UnavailableError: as `AnnotationStore`.
-    """
+    """Summarises a store from its indexes; opens no shard and raises as `AnnotationStore`."""
     return _info(files.load(files.existing_folder(directory)))
 
 

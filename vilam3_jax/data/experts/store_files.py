@@ -49,9 +49,7 @@ def existing_folder(directory: paths.PathLike) -> epath.Path:
 def load(folder: epath.Path, names: frozenset[str] | None = None) -> LoadedIndex:
     """Reads the index files `names`, or all of the folder if one of them is gone or none are given.
 
-    Raises:
-      UserError: a file is damaged or of another version.
-      UnavailableError: the disk or the network fails.
+    Raises `UserError` for a file that is damaged or of another version, or `UnavailableError`.
     """
     for _ in range(_LIST_ATTEMPTS):
         if names is None:
@@ -138,8 +136,7 @@ def read_record(
 def write_shard(directory: epath.Path, name: str, records: Iterator[bytes]) -> Shard:
     """Writes a whole shard: renamed from a hidden file on a disk, copied to an object store.
 
-    Raises:
-      UserError: the disk is full or the folder cannot be written; also the errors of `records`.
+    Raises `UserError` for a full or write-protected disk, and the errors of `records`.
     """
     remote = "://" in os.fspath(directory)
     with tempfile.TemporaryDirectory(prefix="vilam3-shard-") as scratch:

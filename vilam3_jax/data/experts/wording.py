@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from vilam3_jax.data.examples import IMAGE_MARKER
 from vilam3_jax.data.experts.cards import Card
-from vilam3_jax.data.experts.grammar import Call, joined, write_calls
+from vilam3_jax.data.experts.grammar import Call, joined
 from vilam3_jax.data.experts.labels import component_counts, is_lesion, visible_segments
 from vilam3_jax.data.experts.overlays import brats_legend, legend, palette_of, reference_brats_legend
 from vilam3_jax.data.experts.record import THRESHOLD, Annotation, Verdict
@@ -52,7 +52,7 @@ class Wording:
         """The assistant's turn that makes `calls` to the experts of `cards`."""
         modality = cards[0].modality
         what = IMAGE_OF.get(modality, f"an image of the modality {modality}")
-        return f"This looks like {what}. Let me trigger {write_calls(calls)}."
+        return f"This looks like {what}. Let me trigger {joined(calls)}."
 
     def inputs(self, roles: Sequence[str], modality: str = "") -> str:
         """The image markers before a question, one per role; `modality` is a DICOM code, if known."""
@@ -112,7 +112,7 @@ class _VilaM3(Wording):
             "CXR": ("an chest x-ray", "first "),
             "MRI": ("an MRI image sequence", "first "),
         }.get(cards[0].modality.split(" (")[0].replace("chest x-ray", "CXR"), ("a CT image", ""))
-        return f"This looks like {what}. Let me {first}trigger {write_calls(calls)}."
+        return f"This looks like {what}. Let me {first}trigger {joined(calls)}."
 
     def inputs(self, roles: Sequence[str], modality: str = "") -> str:
         if len(roles) > 1:
@@ -143,11 +143,7 @@ WORDINGS: Mapping[str, Wording] = {"plain": PLAIN, "vila_m3": VILA_M3}
 
 
 def wording_named(name: str) -> Wording:
-    """The wording of `model.expert_wording`.
-
-    Raises:
-      UserError: the name is unknown.
-    """
+    """The wording of `model.expert_wording`; raises `UserError` for an unknown name."""
     if name not in WORDINGS:
         raise UserError(f"config model.expert_wording={name!r}: use one of {', '.join(WORDINGS)}")
     return WORDINGS[name]

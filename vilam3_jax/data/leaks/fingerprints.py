@@ -38,17 +38,11 @@ _MAX_CANDIDATES = 1 << 22
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """Perceptual hashes of an image.
+    """Perceptual hashes of an image."""
 
-    Attributes:
-      key: content key of the pixels.
-      coarse: uint64 [V], one hash per crop in `MARGINS`; empty for an image without structure.
-      fine: uint64 [V, 4].
-    """
-
-    key: str
-    coarse: np.ndarray
-    fine: np.ndarray
+    key: str  # content key of the pixels
+    coarse: np.ndarray  # uint64 [V], one hash per crop in `MARGINS`; empty for an image without structure
+    fine: np.ndarray  # uint64 [V, 4]
 
 
 def fingerprint(image: np.ndarray, key: str) -> Fingerprint:
@@ -91,12 +85,7 @@ class NearIndex:
     def near(self, queries: list[Fingerprint], distance: int) -> dict[tuple[int, int], int]:
         """Finds near duplicates: uncropped images match uncropped and cropped ones, in both directions.
 
-        Args:
-          queries: images to look for.
-          distance: maximum Hamming distance between fine hashes, of 255 bits.
-
-        Returns:
-          (query index, image index) -> distance.
+        Returns (query index, image index) -> Hamming distance of the fine hashes, at most `distance` of 255.
         """
         indices, coarse, fine = _stacked(queries)
         if not len(indices) or not len(self._indices):

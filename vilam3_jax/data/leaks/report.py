@@ -121,17 +121,10 @@ def find_leaks(
 def provenance(folder: paths.PathLike, sources: Iterable[Any]) -> dict[str, Any] | None:
     """Extracts from the report in a data folder what a checkpoint's provenance records.
 
-    Args:
-      folder: data folder of the run.
-      sources: training sets of the run.
-
     Returns:
-      The verdict ("clean", "leaks" or "incomplete"), the pairs of these training sets without ids, and
-      `not_covered`, the training sets that are absent from the report or were rewritten since. None if the
-      folder has no report.
-
-    Raises:
-      UserError: the report is damaged.
+      The verdict ("clean", "leaks" or "incomplete"), the pairs of the run's training sets `sources` without
+      ids, and `not_covered`, the sets that are absent from the report or were rewritten since. None without a
+      report; raises `UserError` for a damaged one.
     """
     path = paths.as_path(folder) / REPORT_NAME
     if not paths.exists(path):

@@ -56,11 +56,7 @@ class SignatureReader:
         self._digests: dict[str, str] = {}
 
     def read(self, example: Example, data_root: Any) -> RecordSignature:
-        """Computes the signature of a record whose image paths are relative to `data_root`.
-
-        Raises:
-          UnavailableError: disk or network failure.
-        """
+        """Computes the signature of a record whose image paths are relative to `data_root`."""
         images, volumes, unreadable = [], set(), 0
         for index, image in enumerate(example.images):
             try:
@@ -109,16 +105,7 @@ class SignatureReader:
 def read_signatures(
     source: ExampleSource, reader: SignatureReader, workers: int
 ) -> Iterator[RecordSignature | None]:
-    """Yields the signatures of all records in order; None for a damaged record.
-
-    Args:
-      source: records to read.
-      reader: computes the signatures.
-      workers: number of threads.
-
-    Raises:
-      UnavailableError: disk or network failure.
-    """
+    """Yields the signatures of all records in order, None for a damaged one; uses `workers` threads."""
 
     def read(index: int) -> RecordSignature | None:
         try:

@@ -22,8 +22,7 @@ _WORD = re.compile(r"\w+")
 def run_hashes(text: str) -> np.ndarray:
     """Hashes the runs of a text, ignoring case and punctuation.
 
-    Returns:
-      uint64 [R], sorted and unique; empty for fewer than 4 words.
+    uint64 [R], sorted and unique; empty for fewer than 4 words.
     """
     words = _WORD.findall(text.casefold())
     if len(words) < _MIN_WORDS:
@@ -70,14 +69,10 @@ class TextIndex:
         self._first[runs[self._first[runs] < 0]] = record
 
     def covered(self, share: float, max_records: int) -> dict[int, int]:
-        """Finds evaluation records with a text that the training set contains.
+        """Finds evaluation records with a text of whose runs the training set contains at least `share`.
 
-        Args:
-          share: minimum share of a text's runs that the training set contains.
-          max_records: ignore runs that occur in more training records than this, as common phrases.
-
-        Returns:
-          Evaluation record -> a training record that contains its rarest run.
+        Runs in more than `max_records` training records are ignored as common phrases. Maps an evaluation
+        record to a training record that contains its rarest run.
         """
         found: dict[int, int] = {}
         rare = self._counts <= max_records

@@ -32,31 +32,20 @@ _REMOTE_THREADS = 16
 
 @dataclasses.dataclass(frozen=True)
 class ScanResult:
-    """The contents of a folder.
+    """The contents of a folder."""
 
-    Attributes:
-      paths: file paths, indexed by `FileRecord.index`.
-      files: one record per path.
-      series: DICOM series, grouped by study and ordered by first file.
-      skipped: reason -> number of entries that are neither regular files nor readable folders.
-    """
-
-    paths: list[str]
-    files: list[FileRecord]
-    series: list[SeriesRecord]
-    skipped: collections.Counter[str]
+    paths: list[str]  # file paths, indexed by `FileRecord.index`
+    files: list[FileRecord]  # one record per path
+    series: list[SeriesRecord]  # DICOM series, grouped by study and ordered by first file
+    skipped: collections.Counter[str]  # reason -> number of entries, neither files nor readable folders
 
 
 def collect(folder: PathLike, workers: int, limits: Limits) -> ScanResult:
-    """Reads the headers of all files below `folder`. Progress goes to stderr.
+    """Reads the headers of all files below `folder`, local or remote. Progress goes to stderr.
 
-    Args:
-      folder: local or on an object store.
-      workers: number of processes, or threads for an object store. 0: one per core, or 16 threads.
-      limits: bounds per header and volume; `limits.files` bounds the folder.
-
-    Raises:
-      UserError: the folder cannot be listed, holds more than `limits.files` files, or a worker was killed.
+    `workers` is the number of processes, or of threads for an object store; 0: one per core, or 16 threads.
+    Raises `UserError` if the folder cannot be listed, holds more than `limits.files` files, or a worker was
+    killed.
     """
     with _progress_bar("listing", None, "file") as bar:
         listing = list_files(folder, limits.files, bar.update)
@@ -113,7 +102,8 @@ def _parallel_map(remote: bool, workers: int, files: int) -> Iterator[_Map]:
         workers = workers or _REMOTE_THREADS
         executor: Executor = ThreadPoolExecutor(workers)
     else:
-        workers = min(workers or _available_cores(), files // _MIN_FILES_PER_WORKER)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = min(workers or cores, files // _MIN_FILES_PER_WORKER)
         if workers <= 1:
             yield lambda function, batches, limits: (function(batch, limits) for batch in batches)
             return
@@ -125,10 +115,6 @@ def _parallel_map(remote: bool, workers: int, files: int) -> Iterator[_Map]:
         raise UserError("a scan worker was killed, probably out of memory; use fewer --workers") from error
     finally:
         executor.shutdown(cancel_futures=True)
-
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start_worker() -> None:

@@ -26,7 +26,7 @@ from vilam3_jax.data.dicom.codecs import is_decodable
 from vilam3_jax.data.dicom.frames import Frame, short_identifier
 from vilam3_jax.data.dicom.grouping import (
     CINE,
-    PICTURE,
+    IMAGE,
     VOLUME,
     FileFrames,
     Series,
@@ -36,7 +36,7 @@ from vilam3_jax.data.dicom.grouping import (
 )
 from vilam3_jax.data.dicom.headers import is_directory, read_header, wrap_dicom_errors
 from vilam3_jax.data.dicom.layout import COLOUR, GREY, PALETTE, read_layout
-from vilam3_jax.data.dicom.series import damaged_note, without_damaged
+from vilam3_jax.data.dicom.series import damaged_note, over_limits, without_damaged
 from vilam3_jax.data.image_headers import check_pixels
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.scan import redaction
@@ -66,56 +66,35 @@ _MAX_KNOWN_LAYOUTS = 1000
 _FRAME_FIELDS = tuple(field.name for field in dataclasses.fields(Frame) if field.name != "path")
 
 # How a run uses a series or a file.
-AS_VOLUME, AS_PICTURES, UNDECIDED, NOT_USED = "volume", "pictures", "undecided", "no"
+AS_VOLUME, AS_IMAGES, UNDECIDED, NOT_USED = "volume", "pictures", "undecided", "no"
 
 
 @dataclasses.dataclass(frozen=True)
 class VolumeGrid:
-    """The header of a NIfTI, NRRD or MetaImage volume. Field names are those of the JSON.
+    """The header of a NIfTI, NRRD or MetaImage volume. Field names are those of the JSON."""
 
-    Attributes:
-      shape: number of voxels along the three stored axes.
-      spacing_mm: voxel size along them.
-      orientation: directions in which the axes increase, such as "LPS".
-      modality, body_part: redacted codes.
-      notes: assumptions of the reader.
-    """
-
-    shape: tuple[int, ...] | None = None
-    spacing_mm: tuple[float, ...] | None = None
-    orientation: str = UNKNOWN
-    modality: str = UNKNOWN
+    shape: tuple[int, ...] | None = None  # number of voxels along the three stored axes
+    spacing_mm: tuple[float, ...] | None = None  # voxel size along them
+    orientation: str = UNKNOWN  # directions in which the axes increase, such as "LPS"
+    modality: str = UNKNOWN  # redacted code, as body_part
     body_part: str = UNKNOWN
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # assumptions of the reader
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FileRecord:
-    """One file.
+    """One file."""
 
-    Attributes:
-      index: position in the listing.
-      kind: name of the file kind.
-      reader: the reader for this kind, or None.
-      size: bytes.
-      problem: why the file is not used; None if it is, or if that depends on its series.
-      advice: what to do with a file of an unsupported kind.
-      series: SeriesInstanceUID of a DICOM file, otherwise None.
-      header: packed `FileFrames` and pixel fault, input of `group_series`.
-      grid: of a volume.
-      width, height, frames: pixels and pages of an image.
-    """
-
-    index: int
-    kind: str
-    reader: str | None = None
-    size: int = 0
-    problem: str | None = None
-    advice: str = ""
-    series: str | None = None
-    header: bytes = b""
-    grid: VolumeGrid = VolumeGrid()
-    width: int = 0
+    index: int  # position in the listing
+    kind: str  # name of the file kind
+    reader: str | None = None  # the reader for this kind, or None
+    size: int = 0  # bytes
+    problem: str | None = None  # why the file is not used; None if it is, or if that depends on its series
+    advice: str = ""  # what to do with a file of an unsupported kind
+    series: str | None = None  # SeriesInstanceUID of a DICOM file, otherwise None
+    header: bytes = b""  # packed `FileFrames` and pixel fault, input of `group_series`
+    grid: VolumeGrid = VolumeGrid()  # of a volume
+    width: int = 0  # of an image in pixels, as height; frames are its pages
     height: int = 0
     frames: int = 0
 
@@ -129,7 +108,7 @@ class SeriesRecord:
       study: hash of the StudyInstanceUID.
       modality, body_part: redacted codes.
       kind: "volume", "picture", "cine" or "not an image".
-      use: AS_VOLUME, AS_PICTURES, UNDECIDED or NOT_USED.
+      use: AS_VOLUME, AS_IMAGES, UNDECIDED or NOT_USED.
       files: indices of its files.
       columns, rows, slices: as in `Series`.
       spacing_mm: between columns, rows and slices, or None.
@@ -203,7 +182,7 @@ def _read_header(index: int, path: str, limits: Limits) -> FileRecord:
 
 def _read_dicom(record: FileRecord, path: str, limits: Limits) -> FileRecord:
     try:
-        header = read_header(path, limits=limits, frames=True)
+        header = read_header(path, limits=limits)
     except UnavailableError:
         raise
     except UserError:
@@ -326,12 +305,7 @@ class _SeriesFile:
 
 
 def group_series(files: Sequence[tuple[int, int, bytes]], limits: Limits) -> list[SeriesRecord]:
-    """Groups the files of one SeriesInstanceUID into stacks.
-
-    Args:
-      files: index, size in bytes and `header` of each file, from `FileRecord`.
-      limits: as for `load_volume`.
-    """
+    """Groups the files of one SeriesInstanceUID, (index, size, header) of `FileRecord`s, into stacks."""
     headers = [_unpacked(index, header) for index, _, header in files]
     by_path = {
         frames.path: _SeriesFile(index, size, fault, frames.frames[0].thickness if frames.frames else None)
@@ -392,26 +366,16 @@ def _usable(
     if series.kind != VOLUME:
         intact = [file for file in members if not file.fault]
         return intact, problem if intact else next(iter(faults.values()), problem), []
-    problem = problem or _over_limits(series, members, limits)
+    problem = problem or over_limits(series, sum(file.size for file in dict.fromkeys(members)), limits)
     kept = without_damaged(faults, len(members))
     if problem is not None or kept is None:
         return members, problem or next(iter(faults.values())), []
     return members[kept], None, [damaged_note(len(faults))] if faults else []
 
 
-def _over_limits(series: Series, members: list[_SeriesFile], limits: Limits) -> str | None:
-    voxels = series.rows * series.columns * series.slices
-    size = sum(file.size for file in dict.fromkeys(members))
-    if voxels > limits.voxels:
-        return f"{voxels} voxels, more than the limit of {limits.voxels}"
-    if size > limits.file_bytes:
-        return f"{size} bytes in one series, more than the limit of {limits.file_bytes}"
-    return None
-
-
 def _use(series: Series, problem: str | None, files: int) -> str:
-    if series.kind in (PICTURE, CINE):
-        return AS_PICTURES if files else NOT_USED
+    if series.kind in (IMAGE, CINE):
+        return AS_IMAGES if files else NOT_USED
     if series.kind != VOLUME or problem is not None:
         return NOT_USED
     return UNDECIDED if series.copies else AS_VOLUME

@@ -65,11 +65,9 @@ def body_part(text: str) -> str:
 
 
 def message(text: str, path: str = "") -> str:
-    """Removes from a reader's message everything that may quote the file or its name.
+    """Removes from a reader's message or note everything that may quote the file or its name.
 
-    Args:
-      text: message of a `UserError`, or a note or problem of `Series`.
-      path: the file; its name, with any suffix, is replaced by "a file".
+    The name of the file `path`, with any suffix, is replaced by "a file".
     """
     text = " ".join(text.split())
     if path:

@@ -11,7 +11,7 @@ from typing import Any
 import vilam3_jax
 from vilam3_jax.data.scan.collect import ScanResult
 from vilam3_jax.data.scan.records import (
-    AS_PICTURES,
+    AS_IMAGES,
     AS_VOLUME,
     NOT_USED,
     UNDECIDED,
@@ -50,7 +50,7 @@ def to_json(scanned: ScanResult, seconds: float) -> dict[str, Any]:
             "series": len({one.id.partition("/")[0] for one in series}),
             "usable_volumes": sum(row["use"] == AS_VOLUME for row in series_rows + volume_rows),
             "undecided_volumes": sum(one.use == UNDECIDED for one in series),
-            "usable_pictures": sum(one.slices for one in series if one.use == AS_PICTURES)
+            "usable_pictures": sum(one.slices for one in series if one.use == AS_IMAGES)
             + sum(record.problem is None for record in images),
             "used_files": len(files) - len(skipped) - len(other),
             "skipped_files": len(skipped),
@@ -186,7 +186,11 @@ def to_text(result: dict[str, Any]) -> str:
         "Problems", [f"({problems[e['reason']]}) {e['reason']}: {_where(e)}" for e in result["problems"]]
     )
     lines += _listed("Skipped files", [f"{e['files']:>7,}  {e['reason']}" for e in result["skipped"]])
-    lines += _listed("Other files", [_other_line(entry) for entry in result["other_files"]])
+    other = [
+        f"{e['files']:>7,}  {e['kind']}" + f": {e['advice']}" * bool(e["advice"])
+        for e in result["other_files"]
+    ]
+    lines += _listed("Other files", other)
     lines += _listed("Not scanned", [f"{e['entries']:>7,}  {e['reason']}" for e in result["not_files"]])
     lines += _listed("Reader assumptions", [f"{note}: {_where(numbers)}" for note, numbers in notes.items()])
     lines += ["", "Next steps", *_next_commands(result)]
@@ -218,7 +222,7 @@ def _cells(row: dict[str, Any], problems: dict[str, int]) -> dict[str, str]:
         "study": str(row["study"]),
         "plane": row["plane"] if row["plane"] != UNKNOWN else "-",
         "thick": "-" if row["thickness_mm"] is None else f"{row['thickness_mm']:g}",
-        "use": (row["kind"] if row["use"] == AS_PICTURES else use) + ", localizer" * row["localizer"],
+        "use": (row["kind"] if row["use"] == AS_IMAGES else use) + ", localizer" * row["localizer"],
     }
 
 
@@ -274,17 +278,13 @@ def _where(numbers: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _other_line(entry: dict[str, Any]) -> str:
-    return f"{entry['files']:>7,}  {entry['kind']}" + (f": {entry['advice']}" if entry["advice"] else "")
-
-
 def _next_commands(result: dict[str, Any]) -> list[str]:
     """Suggests commands for what was found, with placeholders for paths, which a report never contains."""
     series = [one for one in result["series"] if one["use"] == AS_VOLUME]
     series = [one for one in series if not one["localizer"]] or series
     volume_files = any(one["use"] == AS_VOLUME for one in result["volumes"])
     images = any(one["usable"] for one in result["pictures"])
-    dicom_images = any(one["use"] == AS_PICTURES for one in result["series"])
+    dicom_images = any(one["use"] == AS_IMAGES for one in result["series"])
     lines = []
     if series:
         largest = max(series, key=lambda one: one["slices"])

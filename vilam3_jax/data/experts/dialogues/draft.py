@@ -38,10 +38,7 @@ class Draft:
     ) -> Draft:
         """`add` with the text of the user turn, including image markers.
 
-        Args:
-          user, answer, called: see `add`.
-          question: the question that the expert's turn repeats.
-          call: text of the calling turn; '' for that of the style.
+        `question` is what the expert's turn repeats, `call` the calling turn; '' for that of the style.
         """
         before = len(self._turns) + 1
         if self._scene.experts_on:

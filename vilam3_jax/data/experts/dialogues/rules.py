@@ -41,11 +41,7 @@ class Rule:
         return None
 
     def make(self, scene: Scene) -> Example:
-        """Returns a dialogue about a record.
-
-        Raises:
-          Unfit: there is none.
-        """
+        """Returns a dialogue about a record; raises `Unfit` if there is none."""
         choice = scene.rng.choice(self._choices(scene))
         if scene.setting.parity and scene.experts_on and self.parity is not None:
             return self.parity(scene, choice)
@@ -87,11 +83,7 @@ RULES = {rule.name: rule for rule in _RULES}
 
 
 def split_row(name: str) -> tuple[str, Rule | None]:
-    """Splits the name of a mixture's row, `NAME` or `NAME:RULE`, into dataset and rule.
-
-    Raises:
-      UserError: the rule is unknown.
-    """
+    """Splits a mixture's row, `NAME` or `NAME:RULE`; raises `UserError` for an unknown rule."""
     dataset, colon, rule = name.partition(":")
     if not colon:
         return name, None

@@ -191,11 +191,7 @@ class Scene:
         return [name for name, p in self.classes_of(result).items() if self.is_positive(p)]
 
     def usable(self, what: str, fits: Callable[[StoredResult], bool]) -> list[StoredResult]:
-        """The results that fit and may serve as ground truth.
-
-        Raises:
-          Unfit: there is none; the message describes them as `what`.
-        """
+        """The results that fit and may serve as ground truth; raises `Unfit`, naming `what`, for none."""
         found = [r for r in self.results if r.ok and fits(r) and not r.implausible and not self.is_doubted(r)]
         if not found:
             failures = sum(r.annotation.status == "failed" for r in self.results if fits(r))

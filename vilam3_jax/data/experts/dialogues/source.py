@@ -68,11 +68,7 @@ class DialogueSource:
         return (self[index] for index in range(len(self)))
 
     def find(self, example_id: str) -> int:
-        """Returns the index of a record or dialogue id.
-
-        Raises:
-          UserError: there is none.
-        """
+        """Returns the index of a record or dialogue id; raises `UserError` if there is none."""
         for index, example in enumerate(self):
             if example_id in (example.id, f"{example.id}:{self.rule.name}"):
                 return index
@@ -83,8 +79,7 @@ class DialogueSource:
     def dialogue(self, index: int, position: int, experts: bool) -> Example:
         """Returns the dialogue of a record at a position of the stream, which determines it.
 
-        Raises:
-          UserError: the record has no dialogue, for example because a lesion is too small on the slice.
+        Raises `UserError` if there is none, for example because a lesion is too small on the slice.
         """
         record = int(self._kept[index])
         seed = hashlib.sha256(f"{self._seed}/{self.name}/{record}/{position}".encode()).digest()
@@ -100,8 +95,7 @@ def under_rules(
 ) -> list[DialogueSource]:
     """Determines which records each rule fits; reads every record once. `seed` determines the dialogues.
 
-    Raises:
-      UserError: under `parity`, the reference lacks a rule.
+    Raises `UserError` if the reference lacks a rule under `parity`.
     """
     for rule in rules:
         if setting.parity and rule.parity is None:
@@ -133,11 +127,7 @@ def under_rules(
 def _unfit(
     source: ExampleSource, index: int, rules: Sequence[Rule], setting: Setting
 ) -> tuple[str, list[str | None]]:
-    """(name of a record, the reason why each rule does not fit it or None). No rule fits a bad record.
-
-    Raises:
-      UnavailableError: the data is temporarily unreadable.
-    """
+    """(name of a record, why each rule does not fit it or None). No rule fits a bad record."""
     name = f"record {index}"
     try:
         record = source[index]

@@ -1,4 +1,4 @@
-"""Quantised products: against Qwix on a Flax layer, and sharded against unsharded."""
+"""Quantised matmuls: against Qwix on a Flax layer, and sharded against unsharded."""
 
 from __future__ import annotations
 

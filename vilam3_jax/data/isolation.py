@@ -287,16 +287,6 @@ def _with_tuples(value: Any) -> Any:
     return tuple(_with_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _serve(requests: IO[bytes], answers: IO[bytes], store: IO[bytes]) -> None:
-    """Answers requests until the parent closes the pipe."""
-    write_frame(answers, {"ready": True})
-    while (request := read_frame(requests)) is not None:
-        signal.setitimer(signal.ITIMER_REAL, request["seconds"] + _GRACE_SECONDS)
-        answer = _answer(request, store)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        write_frame(answers, answer)
-
-
 def _answer(request: Message, store: IO[bytes]) -> Message:
     path = request["path"]
     keywords = {key: _with_tuples(value) for key, value in request["keywords"].items()}
@@ -350,7 +340,12 @@ def main(argv: Sequence[str]) -> int:
         os.dup2(null, number)
     _limit_resources(memory_bytes)
     with requests, answers, os.fdopen(store_number, "r+b", buffering=0) as store:
-        _serve(requests, answers, store)
+        write_frame(answers, {"ready": True})
+        while (request := read_frame(requests)) is not None:
+            signal.setitimer(signal.ITIMER_REAL, request["seconds"] + _GRACE_SECONDS)
+            answer = _answer(request, store)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            write_frame(answers, answer)
     return 0
 
 

@@ -223,10 +223,11 @@ def _with_sidecar(volume: StoredVolume, path: epath.Path, stem: str) -> StoredVo
     except UnavailableError:
         raise
     except (UserError, ValueError, RecursionError):
-        return _with_note(volume, "the JSON file beside it cannot be read; it is ignored")
-    if not isinstance(fields, dict):
-        return _with_note(volume, "the JSON file beside it is not an object; it is ignored")
+        fields = None
     notes = list(volume.notes)
+    if not isinstance(fields, dict):
+        fault = "cannot be read" if fields is None else "is not an object"
+        return dataclasses.replace(volume, notes=(*notes, f"the JSON file beside it {fault}; it is ignored"))
     stated = _text(fields, "Modality", notes)
     modality = volume_io.modality_code(stated)
     if stated and modality == UNKNOWN:
@@ -238,10 +239,6 @@ def _with_sidecar(volume: StoredVolume, path: epath.Path, stem: str) -> StoredVo
         units=volume_io.stated_units(_text(fields, "Units", notes), modality),
         notes=tuple(notes),
     )
-
-
-def _with_note(volume: StoredVolume, note: str) -> StoredVolume:
-    return dataclasses.replace(volume, notes=(*volume.notes, note))
 
 
 def _text(fields: dict[str, Any], key: str, notes: list[str]) -> str:

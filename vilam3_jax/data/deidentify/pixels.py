@@ -52,7 +52,9 @@ def clean(image: Dataset, source: Dataset, transfer_syntax: str) -> tuple[list[s
     data = image[keyword].value if keyword else None
     if not isinstance(data, bytes) or not data:
         raise Skipped("no pixels")
-    has_overlay = _has_embedded_overlay(source)
+    # An overlay without OverlayData occupies bits of the pixels (retired in 2004).
+    planes = (group << 16 for group in range(0x6000, 0x6020, 2))
+    has_overlay = any((plane | 0x0010) in source and (plane | 0x3000) not in source for plane in planes)
     encapsulated = transfer_syntax in codestreams.ENCAPSULATED
     starts, lengths = (image[tag].value if tag in image else b"" for tag in _EXTENDED_OFFSETS)
     if not encapsulated or not codestreams.is_extended_offset_table(
@@ -87,14 +89,6 @@ def clean(image: Dataset, source: Dataset, transfer_syntax: str) -> tuple[list[s
             suspicions.append("unused bits of the pixels are set")
     image[keyword].value = data
     return notes, suspicions
-
-
-def _has_embedded_overlay(source: Dataset) -> bool:
-    """Whether an overlay has no OverlayData and therefore occupies bits of the pixels (retired in 2004)."""
-    return any(
-        (group << 16 | 0x0010) in source and (group << 16 | 0x3000) not in source
-        for group in range(0x6000, 0x6020, 2)
-    )
 
 
 def _clear_unused_bits(data: bytes, image: Dataset, transfer_syntax: str, clear: bool) -> tuple[bytes, bool]:

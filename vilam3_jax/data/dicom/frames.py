@@ -166,16 +166,14 @@ def frame_scopes(header: pydicom.Dataset, number: int) -> list[_Scope]:
 def find(scopes: Sequence[_Scope], keyword: str) -> Any:
     """The first value of a keyword, None if there is none."""
     for scope in scopes:
-        value = scope.get(keyword) if isinstance(scope, dict) else _value(scope, keyword)
+        if isinstance(scope, dict):
+            value = scope.get(keyword)
+        else:  # three times faster than `get` for absent elements, the common case
+            tag = _tag_of(keyword)
+            value = None if scope.get_item(tag) is None else scope[tag].value
         if value is not None:
             return value
     return None
-
-
-def _value(dataset: pydicom.Dataset, keyword: str) -> Any:
-    """`dataset.get(keyword)`, three times faster for absent elements, the common case."""
-    tag = _tag_of(keyword)
-    return None if dataset.get_item(tag) is None else dataset[tag].value
 
 
 def frames_of(header: pydicom.Dataset, path: PathLike) -> Iterator[Frame]:

@@ -77,8 +77,10 @@ def read_listed(series: Series, path: PathLike, *, limits: Limits = DEFAULT_LIMI
     if series.problem is not None:
         raise UserError(f"{path}: series {series} cannot be read as a volume: {series.problem}")
     path = as_path(path)
-    with wrap_file_errors(path):
-        size = sum(file_size(file) for file in _by_file(series))
+    size = 0
+    for file in _by_file(series):
+        with wrap_file_errors(file):
+            size += file_size(file)
     if fault := over_limits(series, size, limits):
         raise UserError(f"{path}: {fault}; crop or resample it, or raise the limit")
     notes = [*series.notes, *_check_copies(series, path, limits)]
@@ -166,11 +168,8 @@ def _choose(
     """The series to read, and notes about the others."""
     if wanted is not None:
         wanted = wanted.strip()
-        candidates = [
-            series
-            for series in found
-            if wanted in (series.identifier, f"{series.uid}{series.identifier[12:]}")
-        ]
+        # By the identifier, or by the full UID with the number of the stack: 1.2.3/2.
+        candidates = [s for s in found if wanted in (s.identifier, f"{s.uid}{s.identifier[12:]}")]
         candidates = candidates or [series for series in found if series.uid == wanted]
         candidates = candidates or [s for s in found if s.identifier.partition("/")[0] == wanted]
         if not candidates:

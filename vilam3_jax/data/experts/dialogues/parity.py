@@ -31,7 +31,9 @@ def tumor(scene: Scene, result: StoredResult) -> Example:
     )
     if marked:
         question = scene.pick("counts", "questions", lesion="tumor", plural="tumors")
-        draft.add(question, " ".join(_counted(result.components(label), label.name) for label in marked))
+        counts = [(result.components(label), label.name) for label in marked]
+        plurals = (f"{n} {name}{'s' * (n > 1 and not name.endswith('s'))}" for n, name in counts)
+        draft.add(question, " ".join(f"There are {text}." for text in plurals))
     return draft.example("ct_tumor", tumor=bool(marked))
 
 
@@ -94,8 +96,3 @@ def cxr(scene: Scene, result: StoredResult) -> Example:
 
 def _ct_call(result: StoredResult) -> str:
     return f"This looks like a CT image. Let me trigger <{result.card.name}({result.args})>. "
-
-
-def _counted(count: int, name: str) -> str:
-    s = "s" if count > 1 and not name.endswith("s") else ""
-    return f"There are {count} {name}{s}."

@@ -460,7 +460,7 @@ def test_left_out_records_are_counted_and_named_before_training(world) -> None:
         loader(world, (("slices:mri_grade", 1.0),))
     with pytest.raises(UserError, match="no dataset of the mixture"):
         loader(world, (("slices:mri_grade", 1.0),), "heldout")
-    with pytest.raises(UserError, match=r"annotations is empty, but data\.mixture names rules"):
+    with pytest.raises(UserError, match=r"annotations is empty, but data\.mixture has rules"):
         build(config(world, MIXTURE))
     with pytest.raises(UserError, match=r"set model\.expert_wording='vila_m3'"):
         loader(world, MIXTURE, dialogue_parity=True)

@@ -68,7 +68,7 @@ def train(config: RunConfig, workdir: paths.PathLike, stop_after: int = 0, quiet
     Collective: all processes call it with the same arguments, see `runtime.processes`.
 
     Args:
-      config: of the run.
+      config: config of the run.
       workdir: folder of the run, for checkpoints, metrics and, at the end, the export.
       stop_after: save and stop after this step (0: run to the end).
       quiet: no progress bar.

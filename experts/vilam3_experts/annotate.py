@@ -37,7 +37,7 @@ class Engine:
         as the cluster has room for.
       batch: inputs per call of an expert with `run_batch`.
       timeout: seconds per input; None for no limit.
-      address: of the Ray cluster; None starts one on this machine.
+      address: address of the Ray cluster; None starts one on this machine.
       cpus_per_worker, gpus_per_worker: reserved by a Ray actor; None for one GPU if the cluster has any.
       object_store_bytes: limit of the run in Ray's object store.
     """

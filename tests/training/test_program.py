@@ -90,7 +90,7 @@ def test_training_takes_its_step_from_the_program(world, tmp_path, monkeypatch):
     "changes,message",
     [
         ({"grad_accum": 2}, r"grad_accum=2: 4 groups of rows at a time are not divisible by the 8 devices"),
-        ({"trainable": ((r".*", 0.0),)}, "nothing would learn"),
+        ({"trainable": ((r".*", 0.0),)}, "nothing would be trained"),
         ({"trainable": (r".*", 1.0)}, r"config trainable: '\.\*' is not a row"),
         ({"trainable": ((r"(", 1.0),)}, r"config trainable: '\(' is not a regular expression"),
         ({"parameter_rules": ((r".*", ("nope",)),)}, "parameter_rules.*names nope; axes are data"),

@@ -126,7 +126,8 @@ def check_preprocessor(folder: Path, tower: Any) -> None:
     """Refuses image preprocessing that differs from ours for this tower.
 
     Args:
-      folder: of the tower; transformers 4 writes preprocessor_config.json, 5 also processor_config.json.
+      folder: folder of the tower; transformers 4 writes preprocessor_config.json, 5 also
+        processor_config.json.
       tower: section of the tower.
 
     Raises:

@@ -65,7 +65,7 @@ class ExportSummary:
       folders: Hugging Face folders, relative to the result.
       tensors: number of tensors written.
       bytes: size of the tensors.
-      dtype: of the tensors.
+      dtype: dtype of the tensors.
       merged: number of parameters with a merged LoRA.
       seconds: wall time.
     """

@@ -57,7 +57,7 @@ class GgufFile:
 
     Attributes:
       path: the file.
-      keys: of the metadata.
+      keys: keys of the metadata.
       shapes: tensor name → shape.
       dtypes: storage types of the tensors.
     """

@@ -161,7 +161,7 @@ def llm_folder_config(llm: Section, tokenizer: Tokenizer | None, dtype: str) -> 
     Args:
       llm: section of a family.
       tokenizer: supplies the ids of control tokens.
-      dtype: of the weights.
+      dtype: dtype of the weights.
 
     Raises:
       UserError: no Hugging Face model has these settings.

@@ -68,7 +68,7 @@ class ImportSummary:
       tensors: number of tensors read.
       parameters: number of scalars written.
       bytes: size of the parameters.
-      dtype: of the parameters.
+      dtype: dtype of the parameters.
       seconds: wall time.
       dtypes: storage types of the source.
       unused: tensor name → reason why it was not imported.

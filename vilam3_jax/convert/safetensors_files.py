@@ -130,7 +130,7 @@ class SafetensorsWriter:
         Args:
           folder: an existing folder.
           shapes: tensor name → shape, in file order.
-          dtype: of all tensors.
+          dtype: dtype of all tensors.
           file_bytes: maximum size of a file's tensors; a larger tensor gets a file to itself.
         """
         self.dtype = np.dtype(dtype)

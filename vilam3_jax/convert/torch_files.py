@@ -22,7 +22,7 @@ def with_safetensors(folder: Path, scratch: Path) -> Path:
     This process unpickles nothing; the other one builds only tensors (`weights_only=True`).
 
     Args:
-      folder: of one component, or of a whole VILA model.
+      folder: folder of one component, or of a whole VILA model.
       scratch: empty folder with room for the weights.
 
     Returns:

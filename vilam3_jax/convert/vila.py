@@ -86,7 +86,7 @@ def vila_folder_config(
 
     Args:
       model: our model config.
-      dtype: of the weights.
+      dtype: dtype of the weights.
       parts: sub-folder → its config.json.
     """
     tower, layout = model.vision_tower, model.image_layout

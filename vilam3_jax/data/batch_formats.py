@@ -30,10 +30,10 @@ class BatchFormat(Protocol):
 
     Attributes:
       has_dialogues: whether samples are dialogues, with experts and several images.
-      vocabulary: section of the model whose `vocab_size` bounds the tokens.
-      processor: of images.
-      shape: of a unit.
-      units: of the global batch.
+      vocabulary: section of the model whose `vocab_size` bounds token ids.
+      processor: image processor.
+      shape: shape of a unit.
+      units: number of units in the global batch.
     """
 
     has_dialogues: ClassVar[bool]
@@ -165,7 +165,7 @@ FORMATS: dict[str, type[BatchFormat]] = {"generative": PackedRows, "contrastive"
 
 
 def batch_shapes(batch_format: BatchFormat) -> Batch:
-    """The global batch with broadcast zeros as arrays, which take no memory."""
+    """Returns the global batch as broadcast zeros, which take no memory: only shapes and dtypes matter."""
 
     def broadcast(_: str, value: np.ndarray) -> np.ndarray:
         shape = (batch_format.units * value.shape[0], *value.shape[1:])

@@ -18,7 +18,7 @@ from vilam3_jax.data.templates import Encoded
 
 NO_GRID = (1, 0, 1, 0)  # rows, row, columns, column of an input outside a grid
 LOOKAHEAD = 64  # samples to choose a row from; measured by `benchmarks/packing.py`
-_SLOT_IN_TOKENS = 16  # cost, in empty tokens, of one image more or fewer than a row's share of the slots
+_SLOT_IN_TOKENS = 16  # penalty, in empty tokens, per image above or below a row's share of the slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +144,10 @@ def next_group(
 
 
 def _choose_row(waiting: Sequence[Sample | Size], length: int, slots: int, share: float) -> list[int]:
-    """The ascending positions in `waiting` of the samples of one row.
+    """Returns the ascending indices in `waiting` of the samples of one row.
 
-    Dynamic programming over sums: a table has an integer per number of images, whose bit t is set if some set
-    has t tokens. Tables are built from the youngest sample to the oldest, and read back from the oldest.
+    Solves subset-sum with bitsets: bit t of `table[i]` is set if some subset has i images and t tokens.
+    Tables are built from the youngest sample to the oldest, and traced back from the oldest.
     """
     first = next((place for place, s in enumerate(waiting) if s.num_images <= slots), None)
     if first is None:

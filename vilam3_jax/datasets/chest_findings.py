@@ -197,7 +197,7 @@ def answer_weights(labels: Iterable[_T], states_of: Callable[[_T], States]) -> d
     """Returns sampling weights of labels that balance yes and no for each finding.
 
     Args:
-      labels: of all films, in any form.
+      labels: labels of all films, in any form.
       states_of: converts the labels of a film; may raise `SkipItem`.
 
     Returns:

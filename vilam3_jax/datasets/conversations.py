@@ -87,7 +87,7 @@ def metadata(
     """Returns the metadata of a record.
 
     Args:
-      context: of the split.
+      context: context of the split.
       modality: "CT", "MR", "CXR", ... as in `data/experts`; "" for text.
       patient: identifier in the source; only its hash is kept. None if unknown.
       group: what must stay in one split if the patient is unknown, such as an image name; hashed too.

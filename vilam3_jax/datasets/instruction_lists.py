@@ -81,7 +81,7 @@ class Scan:
       records: [n] of `RecordList.DTYPE`, with identities.
       nodes: (record, digest) pairs of what must stay in one split, such as images. [m, 2] uint64.
       labels: label of each record, an index into `names`, or -1.
-      names: of the labels.
+      names: names of the labels.
     """
 
     records: np.ndarray
@@ -98,7 +98,7 @@ def scan(
     """Scans a list once.
 
     Args:
-      path: of the file.
+      path: path of the file.
       nodes_of: returns what must stay in one split, for every record that is an object.
       label_of: returns the label of a record, such as its split, or None.
 

@@ -64,7 +64,7 @@ def ties(record: Mapping[str, Any], *, patient: str | None) -> list[bytes]:
     """Returns what must stay in one split: images and patient, or the dialogue of a text-only record.
 
     Args:
-      record: of a list.
+      record: record of a list.
       patient: key of the patient id, or None.
 
     Returns:

@@ -85,7 +85,7 @@ class Scan:
       name: unique in the dataset.
       files: (role, path below the root); the role of a single scan is "".
       modality: DICOM code.
-      volume: of the first file.
+      volume: volume of the first file.
       keys: content keys of the files.
     """
 
@@ -264,8 +264,8 @@ def slice_records(
 
     Args:
       context, scan: of the records.
-      structures: of the scan; empty without labels.
-      options: of the records.
+      structures: structures of the scan; empty without labels.
+      options: options of the records.
       facts: further arguments of `conversations.metadata`, such as the patient.
       indices: slices; None to use `choose_slices`.
       shown: index of the scan's file for each image of a record; None for all files in order.

@@ -45,7 +45,7 @@ class Film(NamedTuple):
     """An image.
 
     Attributes:
-      row: of its table, from 1 without the header; used in messages instead of ids.
+      row: row of its table, from 1 without the header; used in messages instead of ids.
       subject, study: digits.
       dicom: stem of the file name.
       view: such as "PA" or "LATERAL"; "" if unknown.

@@ -147,7 +147,7 @@ def listed_choice(question: str, options: Sequence[object] | Mapping[str, object
     Args:
       question: without its options.
       options: in order, or by letter.
-      answer: of the source.
+      answer: answer in the source.
 
     Raises:
       SkipItem: an option is not text, there are fewer than 2 or more than 26, or none matches the answer.

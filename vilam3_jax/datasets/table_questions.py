@@ -53,13 +53,13 @@ class LabelColumn:
     """A label column and its question.
 
     Attributes:
-      header: of the column; also the question type.
+      header: header of the column; also the question type.
       name: used in questions.
       kind: one of `KINDS`.
       ask: wordings with {name}, {options}, {unit} and {this}; the first is canonical.
       options: possible answers; empty for numbers and texts.
       answers: case-folded cell → answer, None to ignore the cell. Other cells are parsed by kind.
-      unit: of numbers, or "".
+      unit: unit of numbers, or "".
     """
 
     header: str
@@ -129,7 +129,7 @@ def read_templates(content: Any, labels: Sequence[str], path: str) -> dict[str, 
       content: parsed JSON: `{"columns": {COLUMN: {"name", "kind", "ask", "answers", "unit"}}, "one_hot":
         {"ask"}}`, everything optional.
       labels: headers of the label columns.
-      path: of the file, for messages.
+      path: path of the file, for messages.
 
     Returns:
       Header → settings; `ONE_HOT` → settings of one-hot labels.
@@ -157,7 +157,7 @@ def infer_column(header: str, cells: Mapping[str, int], settings: Mapping[str, A
     """Returns a label column; kind and options are inferred unless set.
 
     Args:
-      header: of the column.
+      header: header of the column.
       cells: text → number of occurrences.
       settings: of `read_templates`.
     """

@@ -165,7 +165,7 @@ def held_out(
     Args:
       groups: of `groups_of`.
       share: expected share of the groups.
-      path: of the file, for messages.
+      path: path of the file, for messages.
       usable: [n] bool, None for all; unusable records stay in train, where they are skipped.
 
     Returns:

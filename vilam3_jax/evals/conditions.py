@@ -66,7 +66,7 @@ def arm_of(name: str | None, experts: Experts | None, images: Images | None) -> 
     Args:
       name: one of `ARMS`, a new name, or None.
       experts: of a new arm, 'off' by default.
-      images: of a new arm, 'true' by default.
+      images: images of a new arm, 'true' by default.
 
     Raises:
       UserError: `experts` or `images` contradict an arm of `ARMS`.

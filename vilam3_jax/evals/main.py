@@ -266,7 +266,7 @@ def compare(
 
     Args:
       results: (name, result, rows) of each; names replace the arms if two results have the same arm.
-      seed: of the bootstrap.
+      seed: seed of the bootstrap.
 
     Raises:
       UserError: different protocols, or no common question.

@@ -159,7 +159,7 @@ def evaluate_retrieval(
       images: float32 [N, E], unit length.
       classes: [C] names, which include the modality of every item.
       class_embedding: float32 [C, E], unit length.
-      seed: of the bootstrap.
+      seed: seed of the bootstrap.
 
     Returns:
       `accuracy`; `balanced_accuracy` (mean over classes); `chance` (1 / C); `majority` (share of the most

@@ -97,9 +97,9 @@ def cluster_interval(
     Args:
       values: [n], one number per question.
       clusters: [n], the patient or volume of each.
-      repetitions: of the bootstrap.
+      repetitions: number of bootstrap samples.
       confidence: probability mass of the interval.
-      seed: of the resampling.
+      seed: seed of the resampling.
 
     Raises:
       ValueError: no values, or different lengths.

@@ -204,8 +204,8 @@ class Agent:
         Args:
           generator: the model.
           template: chat template of its training.
-          cards: of the experts shown to the model; unused without a provider.
-          provider: of expert results; None shows no cards and executes no calls.
+          cards: cards of the experts shown to the model; unused without a provider.
+          provider: provider of expert results; None shows no cards and executes no calls.
           style: wording of expert results, as in training.
           max_rounds: maximum turns with expert calls per question.
 

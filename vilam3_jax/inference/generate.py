@@ -123,7 +123,7 @@ class Generator:
         Args:
           model_config: section `model` of a config, typed or not.
           params: nested parameters, on their devices; shapes suffice if `set_params` follows.
-          tokenizer: of the model.
+          tokenizer: tokenizer of the model.
           max_length: see the class.
           batch_size: see the class.
           rows: sharding of the rows of a session over the mesh of the parameters, which must divide them;

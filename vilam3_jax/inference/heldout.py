@@ -40,7 +40,7 @@ class Question:
     """A turn to generate.
 
     Attributes:
-      id: of the example.
+      id: id of the example.
       turn: index among the supervised turns of the example.
       prompt: everything before the turn.
       answer: text of the turn.
@@ -78,7 +78,7 @@ class HeldoutAnswers:
         Args:
           data: section `data` of the config.
           model: section `model`.
-          seed: of the run.
+          seed: seed of the run.
           count: number of examples, `config.eval_generate`.
           rows: sharding of batch rows over the mesh of the parameters.
           context: context in which programs are traced, see `Program.context`.

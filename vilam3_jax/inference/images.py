@@ -34,7 +34,7 @@ class Scan:
       image: uint8 [H, W, 3], read at `Agent.processor.kept_size`.
       input_key: content key of the decoded image or volume, under which annotations are stored.
       axis: axis of the volume that the slice is perpendicular to; None for a 2-D image.
-      index: of the slice along `axis`.
+      index: index of the slice along `axis`.
       volume: the file of the volume, for a live expert; None without one.
       png: the 2-D image in its original size, for a live expert; b'' without one.
       role: one of several sequences, such as "t1c"; "" otherwise.
@@ -108,8 +108,8 @@ def open_image(
       slices: number of evenly spaced slices to show instead of one.
       window: (centre, width) in the units of the volume; by default from `preprocessing`.
       modality: DICOM code of a file that states none; refused if it contradicts the file.
-      series: of a DICOM folder, see `load_volume`.
-      frame: of a cine, the middle one by default, or page of a TIFF.
+      series: SeriesInstanceUID in a DICOM folder, see `load_volume`.
+      frame: frame of a cine, the middle one by default, or page of a TIFF.
       preprocessing: of the model.
       decoder: a process that decodes the file; None decodes in this process.
 

@@ -129,8 +129,8 @@ def make_plan(
     Args:
       config: the run.
       topology: slice or slices.
-      cache: of compiled steps.
-      price: of a chip-hour.
+      cache: cache of compiled steps.
+      price: price of a chip-hour.
       only_if_resident: do not compile if parameters, optimizer and batch alone do not fit; `needed` is then
         their sum, and `temporary` 0.
 

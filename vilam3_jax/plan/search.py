@@ -40,8 +40,8 @@ def search(
     Args:
       config: the start.
       topology: slice or slices.
-      cache: of compiled steps.
-      price: of a chip-hour.
+      cache: cache of compiled steps.
+      price: price of a chip-hour.
       limit: number of compiles.
       report: called with a line per variant.
     """

@@ -100,7 +100,7 @@ def arms_table(evaluation: Sequence[Entry], *, oracle: bool) -> dict[str, Any]:
     """Arranges accuracies with question types down and arms across.
 
     Args:
-      evaluation: of the summary.
+      evaluation: evaluation of the summary.
       oracle: which group of questions.
 
     Returns:

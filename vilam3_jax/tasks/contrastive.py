@@ -42,23 +42,19 @@ class Contrastive:
         return LossSums(total, weight, correct)
 
     def work(self, model: ModelConfig, batch: PairBatch) -> Work:
-        """See `Task`."""
         real = batch.text_valid
         attended = jnp.square(real.sum(axis=1, dtype=jnp.float32))
         counts = (real, jnp.zeros((), bool), real.any(axis=1), attended)
         return Work(*(jnp.sum(count, dtype=jnp.float32) for count in counts))
 
     def slots(self, batch: PairBatch) -> tuple[int, int]:
-        """See `Task`."""
         return batch.text_valid.size, batch.text_valid.shape[0]
 
     def full_work(self, model: ModelConfig, data: DataConfig) -> Work:
-        """See `Task`."""
         tokens = data.global_pairs * data.text_len
         return Work(tokens, 0, data.global_pairs, tokens * data.text_len)
 
     def parameter_use(self, model: ModelConfig, path: str) -> ParameterUse:
-        """See `Task`."""
         tower, patches = model.vision_tower, tower_patches(model.vision_tower)
         component, _, name = path.partition("/")
         if component == "text_tower":
@@ -70,7 +66,6 @@ class Contrastive:
         return ParameterUse("images", patches if pools_all else 1)
 
     def attention_flops(self, model: ModelConfig) -> Mapping[str, tuple[str, float]]:
-        """See `Task`."""
         tower, text = model.vision_tower, model.text_tower
         assert text is not None
         patches = tower_patches(tower)
@@ -81,5 +76,4 @@ class Contrastive:
         }
 
     def inputs(self, component: str) -> tuple[str, ...]:
-        """See `Task`."""
         return ()

@@ -35,16 +35,14 @@ class Generative:
         return LossSums(total, weight, correct)
 
     def work(self, model: ModelConfig, batch: PackedBatch) -> Work:
-        """See `Task`."""
         real = batch.segment_ids > 0
-        # Positions start at 0 in each sample of n tokens; their sum plus n / 2 is n**2 / 2.
+        # A token at position p attends to p + 1/2 keys, so a sample of n tokens has n**2 / 2 pairs.
         seen = attended_keys(batch.positions, _windows(model))
         attended = jnp.where(real, seen, 0.0)
         counts = (real, batch.loss_weights != 0, batch.image_valid, attended)
         return Work(*(jnp.sum(count, dtype=jnp.float32) for count in counts))
 
     def slots(self, batch: PackedBatch) -> tuple[int, int]:
-        """See `Task`."""
         return batch.segment_ids.size, batch.image_valid.size
 
     def full_work(self, model: ModelConfig, data: DataConfig) -> Work:
@@ -54,7 +52,6 @@ class Generative:
         return Work(tokens, tokens, data.groups * data.images_per_group, data.global_rows * pairs)
 
     def parameter_use(self, model: ModelConfig, path: str) -> ParameterUse:
-        """See `Task`."""
         tower = model.vision_tower
         component, _, name = path.partition("/")
         if path == "llm/embed/embedding":
@@ -70,7 +67,6 @@ class Generative:
         return ParameterUse("targets" if name.startswith("lm_head/") else "tokens", 1)
 
     def attention_flops(self, model: ModelConfig) -> Mapping[str, tuple[str, float]]:
-        """See `Task`."""
         tower, llm = model.vision_tower, model.llm
         per_tile = tower_attention_flops(model, tower.feature_layers, tower_patches(tower))
         return {
@@ -79,7 +75,6 @@ class Generative:
         }
 
     def inputs(self, component: str) -> tuple[str, ...]:
-        """See `Task`."""
         return {"projector": ("vision_tower",), "llm": ("vision_tower", "projector")}.get(component, ())
 
 
@@ -88,7 +83,7 @@ def attended_keys(positions: Any, windows: Sequence[int | None]) -> Any:
 
     Args:
       positions: index of each token in its sample.
-      windows: of every layer; None for full attention.
+      windows: windows of every layer; None for full attention.
     """
     array: Any = jnp if isinstance(positions, jax.Array) else np
     full = sum(window is None for window in windows) / len(windows)

@@ -22,7 +22,7 @@ for _batch in (PackedBatch, PairBatch):  # `data` is free of JAX
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossSums:
-    """Sums over a batch; divided by `weight` they are global means, whatever the packing.
+    """Sums over a batch. Divided by `weight` they are global means, independent of packing.
 
     Attributes:
       loss: float32 scalar.
@@ -36,7 +36,7 @@ class LossSums:
 
 
 class Work(NamedTuple):
-    """The work in a batch; padding does not count.
+    """Counts of a batch that determine its FLOPs; padding does not count.
 
     Attributes:
       tokens: positions of the text stream, image tokens included.
@@ -53,11 +53,11 @@ class Work(NamedTuple):
 
 
 class ParameterUse(NamedTuple):
-    """How often a parameter is multiplied.
+    """How many times a parameter is multiplied by an activation.
 
     Attributes:
-      unit: field of `Work` that counts the products.
-      times: products per unit.
+      unit: field of `Work` to count.
+      times: multiplications per unit.
     """
 
     unit: str

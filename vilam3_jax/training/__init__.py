@@ -1,1 +1,1 @@
-"""Mesh, sharding, state and step of a training run."""
+"""Program, train step, optimizer, state, hooks and telemetry of a training run."""

@@ -4,10 +4,10 @@ TPUs: "System architecture" pages of Google's Cloud TPU documentation (peak bf16
 ICI and DCN bandwidth per chip; read in November 2026). DCN of v4, v5e and v6e: "How to Scale Your Model"
 (Austin et al. 2025), chapter on TPUs. GPUs: NVIDIA's data sheets, dense bf16 without sparsity.
 
-Clocks convert the TPU compiler's cycles. v4, v5e and v5p: from peak operations and the number of matrix units
-(v4 and v5p: 2 cores of 4 units of 128 x 128; v5e: one core of 4). We found no consistent count of units for
-v6e and tpu7x; their clocks make the estimate for a bf16 product of 16384 x 16384 (v6e) or 8192 x 8192 (tpu7x)
-matrices exceed the time at peak by the same factor as on v5p.
+`clock` converts cycles of the TPU compiler to seconds. For v4, v5e and v5p it follows from peak operations
+and the number of matrix units (v4 and v5p: 2 cores of 4 units of 128 x 128; v5e: one core of 4). We found no
+consistent number of units for v6e and tpu7x. There we chose the clock for which a large bf16 matmul (16384 x
+16384 on v6e, 8192 x 8192 on tpu7x) has the same ratio of estimated time to time at peak as on v5p.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Chip:
       devices: JAX devices per chip.
       cores_in_name: whether product names (v5p-128) count cores, two per chip.
       clock: cycles per second of the compiler's estimates, see above; 0 for GPUs.
-      scoped_vmem_kib: vector memory of a TPU core that one operation may use: half of it where that is known
-        to help; 0 for the compiler's default (16 MiB, v6e 32).
+      scoped_vmem_kib: limit of vector memory per operation; half of a TPU core's memory where that is known
+        to help, 0 for the compiler's default (16 MiB, v6e 32).
       sparse_cores: whether to offload gathers and scatters to them (the default on TPU7x).
     """
 

@@ -1,4 +1,4 @@
-"""Transfer of the batch to the mesh, and the part of it that a process loads."""
+"""Transfer of the batch to the mesh, and the units (see `data.batch_formats`) that a process loads."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class DevicePut:
     If `tensor` or `context` spans processes, several of them load the same units.
 
     Attributes:
-      local_units: units on the devices of this process, ascending; see `build_loader`.
+      local_units: ascending indices of the units on devices of this process; see `build_loader`.
     """
 
     def __init__(self, units: int, mesh: Mesh) -> None:
         """Finds the local units.
 
         Args:
-          units: of the global batch.
-          mesh: of the run.
+          units: number of units in the global batch.
+          mesh: mesh of the run.
 
         Raises:
           UserError: the batch is not divisible over the mesh.

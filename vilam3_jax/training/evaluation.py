@@ -107,7 +107,7 @@ class HeldoutLosses:
 
     def _batches(self, swap: bool) -> Iterator[Batch]:
         loader = self._loader(swap)
-        with contextlib.closing(iter(loader)) as own:  # no read-ahead during training
+        with contextlib.closing(iter(loader)) as own:  # closed, so that it does not prefetch during training
             for _ in range(self._program.config.eval_batches):
                 batch = next(own, None)
                 if not any(processes.gather(batch is not None)):

@@ -1,9 +1,9 @@
 """Floating-point operations of a model, for MFU.
 
-Counted: the matrix products of vision tower, projector and LLM (stage 1: of both towers), with two operations
-per multiply-add; half of the square for causal attention, the width of sliding windows. Not counted: padding,
-rematerialisation, norms, softmax, the optimizer, and stage 1's similarity matrix. A frozen component counts
-its forward pass, and the backward pass to its inputs if a component before it learns.
+Counted: the matmuls of vision tower, projector and LLM (stage 1: of both towers), with two operations per
+multiply-add. Causal attention counts L²/2, sliding-window attention the keys in the window. Not counted:
+padding, rematerialisation, norms, softmax, the optimizer, and stage 1's similarity matrix. A frozen component
+counts its forward pass, and the gradients of its inputs if a component before it is trained.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def model_flops(
     The first trained layer counts like the later ones, although its input needs no gradient.
 
     Args:
-      task: of the run.
+      task: task of the run.
       model: section of the config.
       shapes: path → array or ShapeDtypeStruct of every parameter.
       lr_multipliers: path → learning-rate multiplier, 0 for frozen parameters.

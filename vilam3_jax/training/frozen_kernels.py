@@ -19,7 +19,7 @@ _GATHERED_OVER = (
     "data",
     "fsdp",
     logical_axes.FSDP_LINE,
-)  # products gather over these, so replication is fine too
+)  # linear layers gather over these axes, so a kernel may also be replicated
 
 
 def abstract(

@@ -56,7 +56,7 @@ def initial_state(
     Args:
       init, model: sections of the config.
       make_params: random key → nested parameters.
-      seed: of the run.
+      seed: seed of the run.
       skip: settings of the guard.
       abstract: shapes and shardings of the state.
       optimizer: over the trainable parameters.
@@ -138,7 +138,7 @@ def check_architecture(
     """Compares settings that shapes do not show, such as a rotary base or the epsilon of a norm.
 
     Args:
-      source: of the parameters, for the message.
+      source: source of the parameters, for the message.
       stored: the model's config there.
       model: section of this run's config.
       components: those that are loaded.

@@ -109,7 +109,7 @@ def learning_rate(schedule: ScheduleConfig, num_steps: int) -> optax.Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class LrGroup:
-    """How a parameter learns: a row of `config.trainable`.
+    """Multipliers of learning rate and weight decay, from a row of `config.trainable`.
 
     Attributes:
       rate: multiplies the scheduled learning rate; 0 freezes.
@@ -121,11 +121,11 @@ class LrGroup:
 
 
 def lr_groups(trainable: Sequence[Any], paths: Iterable[str]) -> dict[str, LrGroup]:
-    """The group of every parameter.
+    """Returns the group of every parameter.
 
     Args:
       trainable: rows (regex, rate) or (regex, {"rate": ..., "decay": ...}); missing values are 1.
-      paths: of all parameters.
+      paths: paths of all parameters.
 
     Raises:
       UserError: a parameter without a row, a row without a parameter, a malformed setting, or all frozen.
@@ -133,14 +133,14 @@ def lr_groups(trainable: Sequence[Any], paths: Iterable[str]) -> dict[str, LrGro
     resolved = path_rules.resolve(trainable, paths, "trainable")
     groups = {path: _group(setting) for path, setting in resolved.items()}
     if not any(group.rate for group in groups.values()):
-        raise UserError("config trainable: every row has rate 0, so nothing would learn")
+        raise UserError("config trainable: every row has rate 0, so nothing would be trained")
     return groups
 
 
 def make_optimizer(
     settings: OptimizerConfig, schedule: optax.Schedule, groups: Mapping[str, LrGroup]
 ) -> optax.GradientTransformation:
-    """Clip → scale → decoupled decay × the group's → schedule × the group's multiplier.
+    """Chain: clip → precondition → weight decay (× the group's) → learning rate (× the group's).
 
     Computes in float32; moments are stored as `mu_dtype` and `nu_dtype`. Layers stacked in one array are
     scaled one by one. Biases, scales of norms and the temperature of the contrastive loss are not decayed, as
@@ -148,7 +148,7 @@ def make_optimizer(
 
     Args:
       settings: section `optimizer`.
-      schedule: of the learning rate.
+      schedule: learning-rate schedule.
       groups: path → group of the trainable parameters.
     """
     lr_multipliers = {path: group.rate for path, group in groups.items()}
@@ -187,7 +187,7 @@ def _scaling(settings: OptimizerConfig, paths: Mapping[str, Any]) -> optax.Gradi
     if settings.name == "lion":
         return optax.scale_by_lion(settings.b1, settings.b2, mu_dtype=mu_dtype)
     if settings.name == "adafactor":
-        # Factors the two largest axes of 128 or more; the layer axis is smaller.
+        # Factors the two largest axes (128 or more), which are never the stacked layer axis.
         return optax.chain(optax.scale_by_factored_rms(), _clip_by_layer(_ADAFACTOR_CLIP))
     labels = {path: "muon" if _MUON.fullmatch(path) else "adam" for path in paths}
     return optax.partition({"muon": _muon(settings.muon_momentum, mu_dtype), "adam": adam}, labels)

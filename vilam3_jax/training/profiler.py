@@ -1,4 +1,4 @@
-"""XProf traces of some steps: those that the config names, and the next few after SIGUSR1."""
+"""XProf traces of the configured steps, and of the next few after SIGUSR1."""
 
 from __future__ import annotations
 

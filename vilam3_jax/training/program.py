@@ -1,6 +1,6 @@
 """The program of a run, built from config and mesh: `train` runs it, `plan` analyses it.
 
-Nothing here reads data or allocates parameters, so the devices of the mesh need not exist.
+Nothing here reads data or allocates parameters, so it also works for ahead-of-time topologies.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Program:
 
     Attributes:
       config, task: of the run.
-      mesh: of real devices, or of a described topology.
+      mesh: mesh of real devices, or of a described topology.
       shapes: path → ShapeDtypeStruct of every parameter.
       lr_multipliers: path → learning-rate multiplier, 0 for frozen parameters.
-      optimizer: of the trainable parameters.
+      optimizer: optimizer of the trainable parameters.
       loss_fn: (parameters by path, batch) → sums.
       state, batch: ShapeDtypeStructs with shardings of the global arrays.
       step: jitted (state, batch) → (state, metrics); donates the state.
@@ -171,8 +171,8 @@ def _loss_fn(
     return loss_fn
 
 
-# The first two set how both tensor cores share the sparse cores; the second all-gather is over a plane of the
-# torus.
+# The first two control how the tensor cores share the sparse cores; `2d_all_gather` covers gathers over a
+# plane of the torus.
 ON_SPARSE_CORES = (
     "xla_sc_disable_megacore_partitioning",
     "xla_tpu_use_tc_device_shape_on_sc",

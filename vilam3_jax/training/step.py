@@ -33,18 +33,18 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the train step.
 
-    Gradients are sums over tokens, accumulated in float32 over `grad_accum` micro-batches and divided by the
-    global number of supervised tokens, so accumulation does not change the result. A skipped step changes
-    `step` and the guard's counters only; the schedule does not advance.
+    Gradients are summed over tokens and, in float32, over `grad_accum` micro-batches. They are then divided
+    by the global number of supervised tokens, so accumulation does not change the result. A skipped step
+    changes `step` and the guard's counters only; the schedule does not advance.
 
     Args:
       loss_fn: sums over a batch.
       work: counts the work in a batch.
-      optimizer: of the trainable parameters.
-      schedule: of the learning rate.
+      optimizer: optimizer of the trainable parameters.
+      schedule: learning-rate schedule.
       skip: which steps are skipped.
       grad_accum: number of micro-batches.
-      ema_decay: of the moving average; 0 for none.
+      ema_decay: decay of the moving average; 0 for none.
     """
 
     def gradients(trainable: Flat, frozen: Flat, batch: Batch) -> tuple[Flat, LossSums]:

@@ -1,7 +1,7 @@
-"""Skips steps whose gradient is not finite or much longer than usual.
+"""Skips steps whose gradient is not finite, or whose norm is much larger than usual.
 
-Not by `optax.conditionally_mask`: it guards only the optimizer, but the moving average must not advance
-either, and its `lax.cond` keeps XLA from fusing the choice into the update.
+We do not use `optax.conditionally_mask`. It guards only the optimizer, but the moving average must not
+advance either, and its `lax.cond` prevents XLA from fusing the choice into the update.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from vilam3_jax.runtime.settings import Section, setting
 
 @dataclasses.dataclass(frozen=True)
 class SkipConfig(Section):
-    """The section `skip`: a step whose gradient is not finite, or too long, changes nothing.
+    """The section `skip`: a step whose gradient is not finite, or has too large a norm, changes nothing.
 
     Attributes:
-      spike: a gradient is too long if its norm exceeds this times the median of the last `window` ones; 0
-        for no limit.
+      spike: largest norm, as a multiple of the median of the last `window` ones; 0 for no limit.
       window: number of norms remembered.
       limit: this many skipped steps in a row end the run.
     """

@@ -96,7 +96,7 @@ class Telemetry:
         """Opens the writers and starts the thread.
 
         Args:
-          program: of the run.
+          program: program of the run.
           workdir: folder of the run.
           start_step: step of the checkpoint that the run resumes from; 0 for a new run.
           clock: from the checkpoint.
@@ -163,7 +163,7 @@ class Telemetry:
 
     @contextlib.contextmanager
     def pause(self, name: str) -> Iterator[None]:
-        """Context outside of steps: waits for the device, and logs its duration as `name`."""
+        """Context for work between steps: waits for the device, and logs its duration as `name`."""
         self.flush()
         began = time.perf_counter()
         yield

@@ -25,8 +25,8 @@ class TrainState:
       rng: key data of the run.
       trainable: path → parameter.
       frozen: path → parameter or `QuantizedKernel`.
-      opt_state: of the optimizer of `trainable`.
-      guard: of skipped steps.
+      opt_state: state of the optimizer; covers `trainable`.
+      guard: counters of skipped steps.
       ema: path → float32 moving average of the trainable parameters; None without `config.ema_decay`.
     """
 
@@ -72,9 +72,9 @@ def abstract_state(
     Args:
       params: path → ShapeDtypeStruct with sharding of the trainable parameters.
       frozen: path → the same, or a `QuantizedKernel` of them, of the frozen parameters.
-      optimizer: of the trainable parameters.
+      optimizer: optimizer of the trainable parameters.
       skip: settings of the guard.
-      mesh: of the run.
+      mesh: mesh of the run.
       with_ema: whether there is a moving average.
     """
     replicated = mesh_lib.replicated(mesh)

@@ -95,7 +95,7 @@ def open_writers(config: RunConfig, workdir: paths.PathLike, start_step: int, st
     """Opens JSON lines and the writers of `config.telemetry`.
 
     Args:
-      config: of the run.
+      config: config of the run.
       workdir: folder of the run.
       start_step: step of the checkpoint that the run resumes from; 0 for a new run.
       started: time of this start, in seconds since 1970.
